@@ -1,0 +1,63 @@
+-- autotag: every image of public.assets gets its tags.
+--
+-- One upload is a *job*; each of its images is a *task*. A task goes one of two ways (its *lane*):
+--
+--   realtime   claim() hands it to a worker under the limits; the worker calls OpenAI once and settle()s.
+--   batch      it belongs to a *batch*, one OpenAI Batch: claim_batches() hands the whole batch to a worker,
+--              which builds and uploads the input file, and, when OpenAI is done, harvests the answers.
+--
+-- Workers hold no state. They ask (claim, claim_batches), do the I/O, and report (report_stages, settle,
+-- batch_*). Everything that is decided is decided here, in one of these files, read in this order:
+--
+--   schema        this page, roles, stages, errors
+--   host_baseline the host's tables for a stand-alone stack (left out of an existing project)
+--   host_adapter  everything that autotag believes about the host's tables
+--   settings      every number that can be changed, and the clock
+--   rate_limits   exact sliding windows per workspace; the mirror of the provider's bucket
+--   jobs          workspaces, jobs, queues, tasks; the strategy table; enqueue and cancel
+--   claim         workers, leases, and the release of single calls under all limits
+--   settle        what a worker reports: tags, failures, what goes back to the queue
+--   batches       plan, submit, poll and harvest of OpenAI Batches
+--   progress      stage, progress and time left, in the rows and in tagging_job()
+--   usage         who used what
+--   broadcast     what is pushed to browsers, and who may listen
+--   api           the public RPCs, and who may call what
+--   cron          tick and housekeeping
+--
+-- Locks are taken in one order everywhere: provider row, workspaces by id (a workspace's lock also covers
+-- its queues), windows by workspace, jobs by id, batches by id, tasks by id, assets.
+
+create schema if not exists autotag;
+revoke all on schema autotag from public;
+
+-- The login role that a worker uses is granted this role and needs nothing else:
+--   create role tagger login password '…' in role autotag_worker;
+do $$
+begin
+  if not exists (select from pg_catalog.pg_roles where rolname = 'autotag_worker') then
+    create role autotag_worker nologin;
+  end if;
+end $$;
+grant usage on schema autotag to authenticated, service_role, autotag_worker;
+
+-- The seven stages in order. A pass only moves forward through them; completed and failed end it.
+create function autotag.stage_rank(stage text) returns integer
+language sql immutable parallel safe set search_path = ''
+as $$
+  select case stage
+    when 'queued' then 1 when 'preparing' then 2 when 'submitted' then 3 when 'processing' then 4
+    when 'completing' then 5 when 'completed' then 6 when 'failed' then 6 end
+$$;
+
+-- The one way to refuse a call. PostgREST turns the sqlstate PTnnn into HTTP status nnn and hands message,
+-- detail and hint through; the detail is JSON with a stable `code` and whatever a program needs to react.
+create function autotag.refuse(
+  p_status integer, p_code text, p_message text, p_hint text, p_detail jsonb default '{}'
+) returns void
+language plpgsql set search_path = ''
+as $$
+begin
+  raise exception using
+    errcode = 'PT' || p_status, message = p_message, hint = p_hint,
+    detail = (jsonb_build_object('code', p_code) || p_detail)::text;
+end $$;

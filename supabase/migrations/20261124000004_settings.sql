@@ -1,0 +1,67 @@
+-- Every number that can be changed, in one row of typed columns:
+--   update autotag.settings set chunk_delay = '1 s';
+
+create table autotag.settings (
+  id boolean primary key default true check (id),
+
+  -- strategy: images in an upload
+  realtime_max_images integer not null default 5 check (realtime_max_images >= 0),
+  chunk_max_images integer not null default 50 check (chunk_max_images >= realtime_max_images),
+  batch_max_images integer not null default 200 check (batch_max_images >= chunk_max_images),
+  job_max_images integer not null default 50000 check (job_max_images >= batch_max_images),
+  chunk_size integer not null default 5 check (chunk_size > 0),
+  chunk_delay interval not null default '2 s' check (chunk_delay >= '0'),
+  express_images integer not null default 5 check (express_images >= 0),
+  batch_split_images integer not null default 100 check (batch_split_images > 0),
+  -- an OpenAI batch file holds at most 50,000 requests and 200 MB
+  batch_max_requests integer not null default 50000 check (batch_max_requests between 1 and 50000),
+  batch_max_bytes bigint not null default 200000000 check (batch_max_bytes between 1 and 200000000),
+
+  -- windows of a workspace that has no limits of its own
+  realtime_requests_per_minute integer not null default 30 check (realtime_requests_per_minute > 0),
+  realtime_tokens_per_minute integer not null default 100000 check (realtime_tokens_per_minute > 0),
+  batch_batches_per_hour integer not null default 10 check (batch_batches_per_hour > 0),
+  batch_images_per_hour integer not null default 5000 check (batch_images_per_hour > 0),
+
+  -- what is asked of the model
+  model text not null default 'gpt-4.1-mini',
+  image_detail text not null default 'low' check (image_detail in ('low', 'high')),
+  max_tags integer not null default 10 check (max_tags between 1 and 50),
+  max_output_tokens integer not null default 400 check (max_output_tokens between 50 and 16000),
+  tag_language text not null default 'English',
+
+  -- leases, retries, polling
+  lease interval not null default '60 s' check (lease >= '1 s'),
+  max_failures integer not null default 5 check (max_failures > 0),
+  retry_delay interval not null default '2 s' check (retry_delay > '0'),
+  retry_delay_max interval not null default '60 s' check (retry_delay_max >= retry_delay),
+  account_probe_interval interval not null default '30 s' check (account_probe_interval > '0'),
+  batch_poll_interval interval not null default '60 s' check (batch_poll_interval > '0'),
+  broadcast_interval interval not null default '1 s' check (broadcast_interval >= '0'),
+  keep_finished interval not null default '30 days' check (keep_finished > '0'),
+
+  -- what an estimate starts from: seconds of one call, and of one OpenAI Batch before there is any history
+  call_seconds double precision not null default 4 check (call_seconds > 0),
+  batch_seconds double precision not null default 2700 check (batch_seconds > 0),
+
+  -- dollars per million tokens; a batch costs half (OpenAI's price page, gpt-4.1-mini)
+  input_price numeric not null default 0.40 check (input_price >= 0),
+  cached_price numeric not null default 0.10 check (cached_price >= 0),
+  output_price numeric not null default 1.60 check (output_price >= 0),
+  batch_discount numeric not null default 0.5 check (batch_discount between 0 and 1),
+
+  -- tests of hour-long windows set autotag.now; nobody can bend time while this is off
+  test_clock boolean not null default false
+);
+insert into autotag.settings default values;
+alter table autotag.settings enable row level security;
+
+-- The time, everywhere in autotag. It moves within a transaction, so that a lock waited for counts.
+create function autotag.now() returns timestamptz
+language sql volatile security definer set search_path = ''
+as $$
+  select case when s.test_clock
+    then coalesce(nullif(current_setting('autotag.now', true), '')::timestamptz, clock_timestamp())
+    else clock_timestamp() end
+  from autotag.settings s
+$$;

@@ -1,0 +1,224 @@
+-- Two kinds of limit, and every call passes both.
+--
+-- A workspace's limit is an exact sliding window: in no window of that length, wherever it starts, is more
+-- admitted than the limit. Each admission is an element of three arrays in the workspace's row, oldest
+-- first; admissions of the same moment share one element. It costs one narrow row update per admission,
+-- and what leaves the window leaves the row with the next admission.
+--
+-- The provider's limit is a bucket that refills continuously, because that is how the provider meters.
+
+create table public.workspace_rate_limits (
+  workspace_id uuid not null,
+  request_type text not null check (request_type in ('realtime', 'batch')),
+  -- a workspace's own limits; null means the defaults of autotag.settings
+  max_requests integer check (max_requests > 0),
+  max_units integer check (max_units > 0),
+  -- requests are calls (realtime) or batches (batch); units are tokens (realtime) or images (batch)
+  admitted_at timestamptz[] not null default '{}',
+  requests integer[] not null default '{}',
+  units integer[] not null default '{}',
+  primary key (workspace_id, request_type),
+  check (cardinality(admitted_at) = cardinality(requests) and cardinality(requests) = cardinality(units))
+) with (fillfactor = 50);
+alter table public.workspace_rate_limits enable row level security;
+create policy "members see the limits of their workspaces" on public.workspace_rate_limits for select to authenticated
+  using ((select autotag.is_member(workspace_id)));
+
+create table autotag.provider_limits (
+  id boolean primary key default true check (id),
+  -- the organisation's limits; the defaults are OpenAI's tier 1
+  requests_per_minute integer not null default 500 check (requests_per_minute > 0),
+  tokens_per_minute integer not null default 200000 check (tokens_per_minute > 0),
+  queued_batch_tokens bigint not null default 2000000 check (queued_batch_tokens > 0),
+  -- what one image is expected to cost, told by the workers (they know the model's arithmetic)
+  tokens_per_image integer not null default 1000 check (tokens_per_image > 0),
+  -- the bucket: what is left, as of `refilled_at`
+  requests_left double precision not null default 500,
+  tokens_left double precision not null default 200000,
+  refilled_at timestamptz not null default '-infinity',
+  -- nobody calls before this moment (retry-after)
+  blocked_until timestamptz not null default '-infinity',
+  -- the account's trouble (bad key, no quota, unknown model): the lanes stand still but for a probe
+  account_error text,
+  account_error_at timestamptz,
+  probe_at timestamptz,
+  -- one list call covers every batch in flight
+  next_poll_at timestamptz not null default '-infinity',
+  -- start-time fair queueing: the clock of the workspace served last
+  virtual_time double precision not null default 0
+) with (fillfactor = 50);
+insert into autotag.provider_limits default values;
+alter table autotag.provider_limits enable row level security;
+
+-- How long a window is, and what one workspace may do in it.
+create function autotag.window_limits(p_limits public.workspace_rate_limits)
+returns table (length interval, max_requests integer, max_units integer)
+language sql stable set search_path = ''
+as $$
+  select case p_limits.request_type when 'realtime' then interval '1 min' else interval '1 h' end,
+         coalesce(p_limits.max_requests, case p_limits.request_type
+           when 'realtime' then s.realtime_requests_per_minute else s.batch_batches_per_hour end),
+         coalesce(p_limits.max_units, case p_limits.request_type
+           when 'realtime' then s.realtime_tokens_per_minute else s.batch_images_per_hour end)
+  from autotag.settings s
+$$;
+
+-- Admits what fits of p_wanted requests of p_units_each units: all or nothing, or (p_partial) as many as
+-- fit. Says how many were admitted, and, where not all were, when the next fits: `retry_at` is exact, one
+-- moment earlier is refused. Null there means that it never fits. Locks the window's row; nothing else.
+create function autotag.admit(
+  p_workspace_id uuid, p_request_type text, p_wanted integer, p_units_each integer, p_partial boolean,
+  out admitted integer, out retry_at timestamptz, out at timestamptz
+)
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_row public.workspace_rate_limits;
+  v_limits record;
+  v_old integer := 0;          -- elements that have left the window
+  v_requests bigint := 0;      -- used in the window
+  v_units bigint := 0;
+  v_need_requests bigint;      -- what must leave the window before the next fits
+  v_need_units bigint;
+  v_least integer;             -- the least that is worth waiting for
+  i integer;
+begin
+  select * into v_row from public.workspace_rate_limits w
+  where w.workspace_id = p_workspace_id and w.request_type = p_request_type for update;
+  if not found then
+    insert into public.workspace_rate_limits (workspace_id, request_type) values (p_workspace_id, p_request_type)
+    on conflict do nothing;
+    select * into v_row from public.workspace_rate_limits w
+    where w.workspace_id = p_workspace_id and w.request_type = p_request_type for update;
+  end if;
+  select * into v_limits from autotag.window_limits(v_row);
+
+  -- Time is read under the lock, and never runs backwards within a row.
+  at := greatest(autotag.now(), v_row.admitted_at[cardinality(v_row.admitted_at)]);
+
+  for i in 1 .. cardinality(v_row.admitted_at) loop
+    if v_row.admitted_at[i] <= at - v_limits.length then
+      v_old := i;
+    else
+      v_requests := v_requests + v_row.requests[i];
+      v_units := v_units + v_row.units[i];
+    end if;
+  end loop;
+
+  admitted := least(
+    p_wanted,
+    greatest(v_limits.max_requests - v_requests, 0),
+    case when p_units_each > 0 then greatest(v_limits.max_units - v_units, 0) / p_units_each else p_wanted end);
+  if not p_partial and admitted < p_wanted then
+    admitted := 0;
+  end if;
+
+  if admitted < p_wanted then
+    v_least := case when p_partial then 1 else p_wanted end;
+    if v_least <= v_limits.max_requests and v_least::bigint * p_units_each <= v_limits.max_units then
+      v_need_requests := v_requests + admitted + v_least - v_limits.max_requests;
+      v_need_units := v_units + (admitted + v_least)::bigint * p_units_each - v_limits.max_units;
+      for i in v_old + 1 .. cardinality(v_row.admitted_at) loop
+        exit when v_need_requests <= 0 and v_need_units <= 0;
+        v_need_requests := v_need_requests - v_row.requests[i];
+        v_need_units := v_need_units - v_row.units[i];
+        retry_at := v_row.admitted_at[i] + v_limits.length;
+      end loop;
+      -- Only what is admitted now stands in the way (it will have left after one whole window).
+      if v_need_requests > 0 or v_need_units > 0 then
+        retry_at := at + v_limits.length;
+      end if;
+    end if;
+  end if;
+
+  if admitted > 0 then
+    i := cardinality(v_row.admitted_at);
+    if i > 0 and v_row.admitted_at[i] = at then
+      v_row.requests[i] := v_row.requests[i] + admitted;
+      v_row.units[i] := v_row.units[i] + admitted * p_units_each;
+    else
+      v_row.admitted_at := v_row.admitted_at || at;
+      v_row.requests := v_row.requests || admitted;
+      v_row.units := v_row.units || (admitted * p_units_each);
+    end if;
+    update public.workspace_rate_limits w
+    set admitted_at = v_row.admitted_at[v_old + 1 :],
+        requests = v_row.requests[v_old + 1 :],
+        units = v_row.units[v_old + 1 :]
+    where w.workspace_id = p_workspace_id and w.request_type = p_request_type;
+  end if;
+end $$;
+
+-- Corrects what was reserved by estimate to what was used. p_at is the moment that admit() returned; a
+-- reservation that has left its window needs no correction.
+create function autotag.correct_window(p_workspace_id uuid, p_request_type text, p_at timestamptz, p_units_delta integer)
+returns void
+language sql security definer set search_path = ''
+as $$
+  update public.workspace_rate_limits w
+  set units[array_position(w.admitted_at, p_at)] =
+    greatest(0, w.units[array_position(w.admitted_at, p_at)] + p_units_delta)
+  where w.workspace_id = p_workspace_id and w.request_type = p_request_type
+    and array_position(w.admitted_at, p_at) is not null
+$$;
+
+-- Fills the bucket up to now. Every caller of the provider passes through here first: the row's lock makes
+-- admission serial.
+create function autotag.lock_provider() returns autotag.provider_limits
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_provider autotag.provider_limits;
+  v_now timestamptz;
+  v_minutes double precision;
+begin
+  select * into v_provider from autotag.provider_limits for update;
+  v_now := autotag.now();
+  -- A bucket that was never used is full; so is one that has not been used for a minute.
+  v_minutes := case when v_provider.refilled_at > v_now - interval '1 min'
+    then greatest(0, extract(epoch from v_now - v_provider.refilled_at) / 60) else 1 end;
+  v_provider.requests_left := least(v_provider.requests_per_minute,
+    v_provider.requests_left + v_minutes * v_provider.requests_per_minute);
+  v_provider.tokens_left := least(v_provider.tokens_per_minute,
+    v_provider.tokens_left + v_minutes * v_provider.tokens_per_minute);
+  v_provider.refilled_at := greatest(v_now, v_provider.refilled_at);
+  return v_provider;
+end $$;
+
+-- What the provider's answers say about its bucket: {requests_limit, requests_left, tokens_limit,
+-- tokens_left, retry_after}, each optional. A lower remaining than ours wins at once (another program may
+-- use the same key); retry-after holds for everybody. Locks the provider row.
+create function autotag.observe_provider(p_seen jsonb) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_provider autotag.provider_limits := autotag.lock_provider();
+begin
+  update autotag.provider_limits p
+  set requests_per_minute = coalesce((p_seen ->> 'requests_limit')::integer, p.requests_per_minute),
+      tokens_per_minute = coalesce((p_seen ->> 'tokens_limit')::integer, p.tokens_per_minute),
+      requests_left = least(v_provider.requests_left, (p_seen ->> 'requests_left')::double precision),
+      tokens_left = least(v_provider.tokens_left, (p_seen ->> 'tokens_left')::double precision),
+      refilled_at = v_provider.refilled_at,
+      blocked_until = greatest(p.blocked_until,
+        v_provider.refilled_at + make_interval(secs => (p_seen ->> 'retry_after')::double precision));
+end $$;
+
+-- Stops both lanes until a probe succeeds; every task stays queued. Locks the provider row.
+create function autotag.stop_account(p_error text) returns void
+language sql security definer set search_path = ''
+as $$
+  update autotag.provider_limits
+  set account_error = p_error,
+      account_error_at = coalesce(account_error_at, autotag.now()),
+      probe_at = autotag.now() + (select s.account_probe_interval from autotag.settings s)
+$$;
+
+-- A call has succeeded: the account works again.
+create function autotag.resume_account() returns void
+language sql security definer set search_path = ''
+as $$
+  update autotag.provider_limits
+  set account_error = null, account_error_at = null, probe_at = null
+  where account_error is not null
+$$;

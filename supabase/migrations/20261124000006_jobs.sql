@@ -1,0 +1,382 @@
+-- Uploads and their images, the strategy table, and the two RPCs that start and stop them.
+
+-- A workspace with work that waits for single calls: its place in the fair order. Its lock covers its queues.
+create table autotag.workspaces (
+  workspace_id uuid primary key,
+  queued integer not null default 0 check (queued >= 0),
+  virtual_time double precision not null default 0,
+  -- not ready: nothing may be released before ready_at (its window is full, or its chunks are paced)
+  ready boolean not null default true,
+  ready_at timestamptz not null default '-infinity'
+) with (fillfactor = 50);
+create index workspaces_turn_idx on autotag.workspaces (virtual_time, workspace_id) where ready and queued > 0;
+create index workspaces_wake_idx on autotag.workspaces (ready_at) where not ready and queued > 0;
+alter table autotag.workspaces enable row level security;
+
+create table autotag.jobs (
+  id uuid primary key default gen_random_uuid(),
+  workspace_id uuid not null,
+  user_id uuid,                         -- who uploaded; null for the service role
+  strategy text not null check (strategy in ('realtime', 'realtime-chunked', 'batch', 'batch-parallel')),
+  image_count integer not null check (image_count > 0),
+  completed integer not null default 0,
+  failed integer not null default 0,
+  created_at timestamptz not null,
+  cancelled_at timestamptz,
+  finished_at timestamptz,
+  eta timestamptz,
+  progress integer not null default 0 check (progress between 0 and 100),
+  told_at timestamptz not null default '-infinity',   -- when job-progress was broadcast last
+  check (completed >= 0 and failed >= 0 and completed + failed <= image_count),
+  check ((finished_at is not null) = (completed + failed = image_count))
+) with (fillfactor = 50);
+create index jobs_workspace_id_idx on autotag.jobs (workspace_id, created_at);
+create index jobs_finished_at_idx on autotag.jobs (finished_at);
+alter table autotag.jobs enable row level security;
+
+-- The single calls of one job that wait to be released, in upload order behind a cursor: what lies at or
+-- before it was released already, so that a claim never crawls through dead index entries. A row lives as
+-- long as its job.
+create table autotag.queues (
+  job_id uuid primary key references autotag.jobs on delete cascade,
+  workspace_id uuid not null,
+  queued integer not null default 0 check (queued >= 0),
+  released integer not null default 0,  -- the job that got least goes first: small uploads pass large ones
+  cursor bigint not null default 0,
+  chunk integer,                        -- at most so many at a time (null: all at once) …
+  ready_at timestamptz not null default '-infinity'   -- … and the next not before this moment
+) with (fillfactor = 50);
+create index queues_turn_idx on autotag.queues (workspace_id, released, job_id) where queued > 0;
+alter table autotag.queues enable row level security;
+
+-- One image of one job. Its lane and who holds it decide what happens next; its stage is what users see.
+create table autotag.tasks (
+  id bigint generated always as identity primary key,
+  job_id uuid not null references autotag.jobs on delete cascade,
+  workspace_id uuid not null,
+  asset_id uuid not null,
+  stage text not null default 'queued' check (stage in
+    ('queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed')),
+  lane text not null check (lane in ('realtime', 'batch')),
+  attempt integer not null default 0,   -- grows with every claim; a report with an older one is refused
+  failures integer not null default 0,
+  worker_id uuid,                       -- who holds it (realtime lane)
+  batch_id uuid,                        -- which batch it belongs to (batch lane)
+  reserved_at timestamptz,              -- its place in the workspace's window, and what it reserved there
+  reserved_tokens integer,
+  retry_at timestamptz,                 -- parked until then
+  error_code text,
+  error text,
+  finished_at timestamptz,
+  check ((finished_at is not null) = (stage in ('completed', 'failed'))),
+  check (worker_id is null or lane = 'realtime'),
+  check (finished_at is null or worker_id is null)
+) with (fillfactor = 70);
+create unique index tasks_live_asset_idx on autotag.tasks (asset_id) where finished_at is null;
+create index tasks_job_id_idx on autotag.tasks (job_id);
+create index tasks_queued_idx on autotag.tasks (job_id, id)
+  where lane = 'realtime' and worker_id is null and retry_at is null and finished_at is null;
+create index tasks_worker_idx on autotag.tasks (worker_id) where worker_id is not null;
+create index tasks_batch_idx on autotag.tasks (batch_id, id) where batch_id is not null;
+create index tasks_parked_idx on autotag.tasks (retry_at) where retry_at is not null;
+alter table autotag.tasks enable row level security;
+
+-- How many batches an upload is split into. Splitting never makes an upload slower: while the workspace may
+-- start enough batches they hold at most batch_split_images; when fewer are left in its window they get
+-- larger instead of more; and one is never larger than a file, the provider's queue or the window can take.
+create function autotag.plan_batches(p_images integer, p_batches_left integer, p_window_images integer)
+returns integer
+language sql stable security definer set search_path = ''
+as $$
+  select greatest(
+    ceil(p_images::numeric / greatest(1, least(
+      s.batch_max_requests, p_window_images, p.queued_batch_tokens / p.tokens_per_image))),
+    case when p_images <= s.batch_max_images then 1
+         else least(ceil(p_images::numeric / s.batch_split_images), greatest(p_batches_left, 1)) end
+  )::integer
+  from autotag.settings s, autotag.provider_limits p
+$$;
+
+-- The strategy table: what happens with an upload of so many images.
+create function autotag.choose_strategy(p_images integer) returns text
+language sql stable security definer set search_path = ''
+as $$
+  select case
+    when p_images <= s.realtime_max_images then 'realtime'
+    when p_images <= s.chunk_max_images then 'realtime-chunked'
+    when p_images <= s.batch_max_images then 'batch'
+    else 'batch-parallel' end
+  from autotag.settings s
+$$;
+
+-- Seconds that an upload is expected to take when its workspace is otherwise idle.
+create function autotag.estimate_seconds(p_images integer, p_batches integer) returns double precision
+language sql stable security definer set search_path = ''
+as $$
+  select case
+    when p_batches > 0 then
+      -- batches beyond the window start an hour later each time it is full
+      s.batch_seconds + 3600 * greatest(
+        (p_batches - 1) / s.batch_batches_per_hour, (p_images - 1) / s.batch_images_per_hour)
+    when p_images > s.realtime_max_images then
+      s.call_seconds + greatest(
+        extract(epoch from s.chunk_delay) * ((p_images - 1) / s.chunk_size),
+        60 * ((p_images - 1) / s.realtime_requests_per_minute))
+    else s.call_seconds end
+  from autotag.settings s
+$$;
+
+-- Refuses a number of images that no upload can have.
+create function autotag.check_image_count(p_images integer) returns void
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  v_most integer := (select s.job_max_images from autotag.settings s);
+begin
+  if p_images is null or p_images < 1 then
+    perform autotag.refuse(400, 'no_images', 'There is no image to tag.', 'Pass at least one image.');
+  elsif p_images > v_most then
+    perform autotag.refuse(413, 'too_many_images',
+      format('%s images are too many for one upload.', p_images),
+      format('Split it into uploads of at most %s images.', v_most),
+      jsonb_build_object('max_images', v_most));
+  end if;
+end $$;
+
+-- Whether the caller is trusted with every workspace: the service role over HTTP, or a direct connection of a
+-- role that was granted the function (then there are no JWT claims, and nobody stands behind the call).
+create function autotag.is_service() returns boolean
+language sql stable set search_path = ''
+as $$
+  select coalesce(nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'role', 'service_role') = 'service_role'
+$$;
+
+create function autotag.check_member(p_workspace_id uuid) returns void
+language plpgsql stable security definer set search_path = ''
+as $$
+begin
+  if p_workspace_id is null then
+    perform autotag.refuse(400, 'no_workspace', 'There is no workspace.', 'Pass the id of a workspace.');
+  elsif not autotag.is_service() and not autotag.is_member(p_workspace_id) then
+    perform autotag.refuse(403, 'not_a_member', 'This workspace is not yours.',
+      'Sign in as one of its members.', jsonb_build_object('workspace_id', p_workspace_id));
+  end if;
+end $$;
+
+-- Adds to what waits for single calls in one queue, and wakes the workspace. A workspace that had nothing
+-- queued starts at the clock of the one served last: it neither waits for the others nor banks credit.
+-- The caller holds the workspace's lock.
+create function autotag.add_queued(p_workspace_id uuid, p_job_id uuid, p_count integer, p_before_task bigint)
+returns void
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  if p_count = 0 then
+    return;
+  end if;
+  update autotag.queues q
+  set queued = q.queued + p_count, cursor = least(q.cursor, p_before_task - 1)
+  where q.job_id = p_job_id;
+  update autotag.workspaces w
+  set queued = w.queued + p_count,
+      virtual_time = case when w.queued > 0 then w.virtual_time
+        else greatest(w.virtual_time, (select p.virtual_time from autotag.provider_limits p)) end,
+      ready = true
+  where w.workspace_id = p_workspace_id;
+end $$;
+
+-- enqueue_tagging: one upload becomes one job. Idempotent for images that are being tagged already: they are
+-- skipped. Locks the workspace (so that two calls for the same images follow each other), then writes.
+create function autotag.enqueue(p_asset_ids uuid[]) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_settings autotag.settings;
+  v_now timestamptz;
+  v_found integer;
+  v_asked integer;
+  v_missing uuid[];
+  v_workspaces uuid[];
+  v_workspace uuid;
+  v_new uuid[];
+  v_live_jobs uuid[];
+  v_count integer;
+  v_job autotag.jobs;
+  v_batches integer := 0;
+  v_express integer;
+  v_first_task bigint;
+  v_left record;
+begin
+  if array_ndims(p_asset_ids) > 1 or array_position(p_asset_ids, null) is not null then
+    perform autotag.refuse(400, 'bad_asset_ids', 'asset_ids must be a plain list of ids.',
+      'Pass an array of uuids without nulls.');
+  end if;
+  perform autotag.check_image_count(cardinality(p_asset_ids));
+
+  select count(*), array_agg(distinct d.workspace_id)
+  into v_found, v_workspaces
+  from autotag.describe_assets(p_asset_ids) d;
+  select count(distinct id) into v_asked from unnest(p_asset_ids) id;
+  if v_found < v_asked then
+    select array_agg(id) into v_missing from (
+      select distinct id from unnest(p_asset_ids) id
+      except select d.asset_id from autotag.describe_assets(p_asset_ids) d
+      order by 1 limit 5) m;
+    perform autotag.refuse(404, 'unknown_asset',
+      format('%s of the %s images do not exist.', v_asked - v_found, v_asked),
+      'Insert the assets before you enqueue them.', jsonb_build_object('asset_ids', v_missing));
+  end if;
+  foreach v_workspace in array v_workspaces loop
+    perform autotag.check_member(v_workspace);
+  end loop;
+  if cardinality(v_workspaces) > 1 then
+    perform autotag.refuse(400, 'several_workspaces', 'The images belong to more than one workspace.',
+      'Make one upload for each workspace.', jsonb_build_object('workspace_ids', v_workspaces));
+  end if;
+  v_workspace := v_workspaces[1];
+
+  insert into autotag.workspaces (workspace_id) values (v_workspace) on conflict do nothing;
+  perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
+  select * into v_settings from autotag.settings;
+  v_now := autotag.now();
+
+  -- The new images, each once, in the order of the upload.
+  select coalesce(array_agg(a.id order by a.i), '{}') into v_new
+  from (select u.id, min(u.i) as i from unnest(p_asset_ids) with ordinality u (id, i) group by u.id) a
+  where not exists (select from autotag.tasks t where t.asset_id = a.id and t.finished_at is null);
+  v_count := cardinality(v_new);
+
+  if v_count = 0 then
+    -- The same call again, after its answer got lost: say where the images are.
+    select array_agg(distinct t.job_id) into v_live_jobs
+    from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null;
+    select * into v_job from autotag.jobs j
+    where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
+    return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
+      'skipped', v_asked, 'batches', 0, 'eta', v_job.eta);
+  end if;
+
+  v_job.strategy := autotag.choose_strategy(v_count);
+  if v_job.strategy in ('batch', 'batch-parallel') then
+    select * into v_left from autotag.batches_left(v_workspace);
+    v_batches := autotag.plan_batches(v_count, v_left.batches, v_left.window_images);
+  end if;
+  -- The express images come out of the first batch, which keeps at least one line.
+  v_express := case when v_batches > 0 then least(v_settings.express_images, v_count / v_batches - 1) else v_count end;
+
+  insert into autotag.jobs (workspace_id, user_id, strategy, image_count, created_at, eta)
+  values (v_workspace, (select auth.uid()), v_job.strategy, v_count, v_now,
+    v_now + make_interval(secs => autotag.estimate_seconds(v_count, v_batches)))
+  returning * into v_job;
+
+  -- The first batch is the priority one.
+  insert into autotag.batches (job_id, workspace_id, ordinal, image_count, express_count, created_at)
+  select v_job.id, v_workspace, b,
+    (b::bigint * v_count / v_batches - (b - 1)::bigint * v_count / v_batches)::integer,
+    case when b = 1 then v_express else 0 end, v_now
+  from generate_series(1, v_batches) b;
+
+  with placed as (
+    insert into autotag.tasks (job_id, workspace_id, asset_id, lane, batch_id)
+    select v_job.id, v_workspace, a.id,
+      case when a.i <= v_express then 'realtime' else 'batch' end,
+      case when a.i > v_express then b.id end
+    from unnest(v_new) with ordinality a (id, i)
+    left join autotag.batches b on b.job_id = v_job.id
+      and a.i > (b.ordinal - 1)::bigint * v_count / v_batches and a.i <= b.ordinal::bigint * v_count / v_batches
+    order by a.i
+    returning id
+  )
+  select min(id) into v_first_task from placed;
+
+  insert into autotag.queues (job_id, workspace_id, cursor, chunk)
+  values (v_job.id, v_workspace, v_first_task - 1,
+    case when v_job.strategy = 'realtime-chunked' then v_settings.chunk_size end);
+  perform autotag.add_queued(v_workspace, v_job.id, v_express, v_first_task);
+  perform autotag.start_pass(v_new, v_job.eta);
+
+  if v_express > 0 then
+    perform pg_notify('autotag', 'realtime');
+  end if;
+  if v_batches > 0 then
+    perform pg_notify('autotag', 'batch');
+  end if;
+  return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', v_count,
+    'skipped', v_asked - v_count, 'batches', v_batches, 'eta', v_job.eta);
+end $$;
+
+-- The job, or the refusal that it does not exist or is not the caller's.
+create function autotag.visible_job(p_job_id uuid) returns autotag.jobs
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  v_job autotag.jobs;
+begin
+  select * into v_job from autotag.jobs j where j.id = p_job_id;
+  -- Somebody else's job is as unknown as one that never was: ids of jobs are no secret worth telling.
+  if not found or not (autotag.is_service() or autotag.is_member(v_job.workspace_id)) then
+    perform autotag.refuse(404, 'unknown_job', 'There is no such upload.', 'Pass the job_id that enqueue_tagging returned.');
+  end if;
+  return v_job;
+end $$;
+
+-- cancel_tagging: what has not gone to OpenAI fails with the code `cancelled`; what is there already (and
+-- paid for) is cancelled there by a worker, and its answers are still kept.
+create function autotag.cancel(p_job_id uuid) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_job autotag.jobs := autotag.visible_job(p_job_id);
+  v_now timestamptz;
+  v_tasks bigint[] := array[]::bigint[];
+  v_queued integer;
+begin
+  perform from autotag.workspaces w where w.workspace_id = v_job.workspace_id for update;
+  select * into v_job from autotag.jobs j where j.id = p_job_id for update;
+  v_now := autotag.now();
+  if v_job.finished_at is null and v_job.cancelled_at is null then
+    update autotag.jobs set cancelled_at = v_now where id = p_job_id;
+    perform from autotag.batches b where b.job_id = p_job_id order by b.id for update;
+    perform from autotag.tasks t where t.job_id = p_job_id and t.finished_at is null order by t.id for update;
+
+    select coalesce(array_agg(t.id order by t.id), '{}'),
+           count(*) filter (where t.lane = 'realtime' and t.retry_at is null)
+    into v_tasks, v_queued
+    from autotag.tasks t
+    left join autotag.batches b on b.id = t.batch_id
+    where t.job_id = p_job_id and t.finished_at is null
+      and t.worker_id is null and (b.id is null or b.state in ('planned', 'preparing', 'uploading'));
+
+    update autotag.queues set queued = 0 where job_id = p_job_id;
+    update autotag.workspaces w set queued = w.queued - v_queued where w.workspace_id = v_job.workspace_id;
+    update autotag.batches b set state = 'cancelled', worker_id = null, finished_at = v_now
+    where b.job_id = p_job_id and b.state in ('planned', 'preparing', 'uploading');
+    update autotag.batches b set cancel_requested = true
+    where b.job_id = p_job_id and b.state in ('creating', 'submitted');
+    perform autotag.fail_tasks(v_tasks, array_fill('cancelled'::text, array[cardinality(v_tasks)]),
+      array_fill('Tagging was cancelled.'::text, array[cardinality(v_tasks)]));
+    perform autotag.count_finished(p_job_id, 0, cardinality(v_tasks));
+    perform pg_notify('autotag', 'batch');
+  end if;
+  return jsonb_build_object('job_id', p_job_id, 'cancelled', cardinality(v_tasks));
+end $$;
+
+-- retry_tagging: the images of a job that failed, again, as a new job.
+create function autotag.retry(p_job_id uuid) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_job autotag.jobs := autotag.visible_job(p_job_id);
+  v_assets uuid[];
+begin
+  select array_agg(d.asset_id order by t.id) into v_assets
+  from autotag.tasks t
+  join autotag.describe_assets(array(
+    select f.asset_id from autotag.tasks f where f.job_id = v_job.id and f.stage = 'failed')) d on d.asset_id = t.asset_id
+  where t.job_id = v_job.id and t.stage = 'failed';
+  if v_assets is null then
+    perform autotag.refuse(409, 'nothing_to_retry', 'No image of this upload has failed.',
+      'Look at tagging_job() before you retry.');
+  end if;
+  return autotag.enqueue(v_assets);
+end $$;

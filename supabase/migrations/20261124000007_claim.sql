@@ -1,0 +1,315 @@
+-- Workers and their leases, and the one function that releases single calls.
+
+-- A worker's heartbeat is the lease of everything it holds: when it stops, all of that goes back.
+create table autotag.workers (
+  id uuid primary key,
+  host text not null,
+  version text not null,
+  listening boolean not null default true,   -- false: behind a transaction pooler, polls
+  started_at timestamptz not null,
+  seen_at timestamptz not null,
+  lease_until timestamptz not null
+);
+create index workers_lease_until_idx on autotag.workers (lease_until);
+alter table autotag.workers enable row level security;
+
+-- A worker introduces itself and learns what it needs to know.
+create function autotag.register_worker(p_worker uuid, p_host text, p_version text, p_listening boolean)
+returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_now timestamptz := autotag.now();
+begin
+  insert into autotag.workers (id, host, version, listening, started_at, seen_at, lease_until)
+  select p_worker, p_host, p_version, p_listening, v_now, v_now, v_now + s.lease from autotag.settings s
+  on conflict (id) do update set listening = excluded.listening, seen_at = excluded.seen_at, lease_until = excluded.lease_until;
+  return autotag.worker_settings();
+end $$;
+
+-- What a worker needs of the settings, as JSON; seconds where the name says so.
+create function autotag.worker_settings() returns jsonb
+language sql stable security definer set search_path = ''
+as $$
+  select jsonb_build_object(
+    'model', s.model, 'image_detail', s.image_detail, 'max_tags', s.max_tags,
+    'max_output_tokens', s.max_output_tokens, 'tag_language', s.tag_language,
+    'batch_max_bytes', s.batch_max_bytes,
+    'lease_seconds', extract(epoch from s.lease))
+  from autotag.settings s
+$$;
+
+-- What an image costs by the model's arithmetic, told by a worker: the estimate that is reserved.
+create function autotag.set_tokens_per_image(p_tokens integer) returns void
+language sql security definer set search_path = ''
+as $$
+  update autotag.provider_limits set tokens_per_image = p_tokens where tokens_per_image <> p_tokens
+$$;
+
+-- Extends the worker's lease and runs tick() when nobody else has (no pg_cron). False: the lease had run
+-- out, what it held is somebody else's now, and it has to register again.
+create function autotag.heartbeat(p_worker uuid) returns boolean
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_alive boolean;
+begin
+  update autotag.workers w
+  set seen_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s)
+  where w.id = p_worker;
+  v_alive := found;
+  perform autotag.tick_if_due();
+  return v_alive;
+end $$;
+
+-- Gives back what a worker holds except what it names (p_lost: its lease has run out; then each image counts
+-- a failure, so that one that kills its worker does not do so for ever).
+-- Locks: workspaces, jobs, batches, tasks.
+create function autotag.give_back(p_worker uuid, p_keep_tasks bigint[], p_keep_batches uuid[], p_lost boolean)
+returns integer
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_tasks bigint[] := array(
+    select t.id from autotag.tasks t where t.worker_id = p_worker and t.id <> all (p_keep_tasks));
+  v_batches uuid[] := array(
+    select b.id from autotag.batches b where b.worker_id = p_worker and b.id <> all (p_keep_batches));
+begin
+  perform from autotag.workspaces w
+  where w.workspace_id in (select t.workspace_id from autotag.tasks t where t.id = any (v_tasks))
+  order by w.workspace_id for update;
+  perform from autotag.jobs j
+  where j.id in (select t.job_id from autotag.tasks t where t.id = any (v_tasks)) order by j.id for update;
+  perform from autotag.batches b where b.id = any (v_batches) order by b.id for update;
+  update autotag.batches b set worker_id = null where b.id = any (v_batches) and b.worker_id = p_worker;
+  perform from autotag.tasks t where t.id = any (v_tasks) order by t.id for update;
+  perform autotag.requeue(jsonb_agg(jsonb_build_object(
+    'task', t.id, 'failures', case when p_lost then 1 else 0 end,
+    'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.')))
+  from autotag.tasks t where t.id = any (v_tasks) and t.worker_id = p_worker;
+  perform pg_notify('autotag', 'realtime');
+  perform pg_notify('autotag', 'batch');
+  return cardinality(v_tasks) + cardinality(v_batches);
+end $$;
+
+-- A worker stops: everything it holds goes back at once.
+create function autotag.release_worker(p_worker uuid) returns integer
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_count integer := autotag.give_back(p_worker, '{}', '{}', false);
+begin
+  delete from autotag.workers w where w.id = p_worker;
+  return v_count;
+end $$;
+
+-- A worker that never saw the answer to a claim (the connection broke) names what it has in hand.
+create function autotag.release_unheld(p_worker uuid, p_tasks bigint[], p_batches uuid[]) returns integer
+language sql security definer set search_path = ''
+as $$
+  select autotag.give_back(p_worker, p_tasks, p_batches, false)
+$$;
+
+-- Gives back what workers held whose lease has run out. Called by tick().
+create function autotag.expire_workers() returns integer
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_worker uuid;
+  v_count integer := 0;
+begin
+  for v_worker in
+    select w.id from autotag.workers w where w.lease_until < autotag.now() order by w.id for update skip locked
+  loop
+    perform autotag.give_back(v_worker, '{}', '{}', true);
+    delete from autotag.workers w where w.id = v_worker;
+    v_count := v_count + 1;
+  end loop;
+  return v_count;
+end $$;
+
+-- Puts parked tasks whose time has come back into their queues. The caller holds the provider row.
+-- Locks: workspaces, tasks.
+create function autotag.unpark(p_now timestamptz) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_due bigint[] := array(select t.id from autotag.tasks t where t.retry_at <= p_now);
+  v_queue record;
+begin
+  if v_due = '{}' then
+    return;
+  end if;
+  perform from autotag.workspaces w
+  where w.workspace_id in (select t.workspace_id from autotag.tasks t where t.id = any (v_due))
+  order by w.workspace_id for update;
+  for v_queue in
+    with due as (
+      select t.id from autotag.tasks t where t.id = any (v_due) and t.retry_at is not null order by t.id for update
+    ), freed as (
+      update autotag.tasks t set retry_at = null from due where t.id = due.id
+      returning t.workspace_id, t.job_id, t.id
+    )
+    select f.workspace_id, f.job_id, count(*)::integer as tasks, min(f.id) as first_task
+    from freed f group by f.workspace_id, f.job_id
+  loop
+    perform autotag.add_queued(v_queue.workspace_id, v_queue.job_id, v_queue.tasks, v_queue.first_task);
+  end loop;
+end $$;
+
+-- claim: up to p_slots images for single calls, of all workspaces, under the provider's bucket and every
+-- workspace's window, in fair order (the workspace whose virtual clock is lowest goes first, a few images
+-- at a time; within it the job that got least). Says when to ask again if nothing else wakes the worker.
+--
+-- tasks: [{task, attempt, asset_id, bucket, path, url}]; wait: seconds, null when nothing is queued.
+-- An asset that is gone has neither path nor url.
+-- Locks: provider, workspaces by id, windows by workspace, then queued tasks (nobody else holds those).
+create function autotag.claim(p_worker uuid, p_slots integer, out tasks jsonb, out wait double precision)
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_provider autotag.provider_limits;
+  v_now timestamptz;
+  v_room integer;              -- images that may still be released
+  v_workspaces uuid[];
+  v_workspace autotag.workspaces;
+  v_next timestamptz;
+  v_ids bigint[] := array[]::bigint[];
+  v_got bigint[];
+begin
+  tasks := '[]';
+  if p_slots is null or p_slots < 1 then
+    return;
+  end if;
+  v_provider := autotag.lock_provider();
+  v_now := v_provider.refilled_at;
+  perform autotag.unpark(v_now);
+  update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at <= v_now;
+
+  v_room := case
+    when v_provider.blocked_until > v_now then 0
+    when v_provider.account_error is not null then case when v_provider.probe_at <= v_now then 1 else 0 end
+    else least(p_slots, floor(v_provider.requests_left),
+      floor(v_provider.tokens_left / v_provider.tokens_per_image))
+  end;
+
+  if v_room > 0 then
+    v_workspaces := array(
+      select w.workspace_id from autotag.workspaces w where w.ready and w.queued > 0
+      order by w.virtual_time, w.workspace_id limit v_room);
+    perform from autotag.workspaces w
+    where w.workspace_id = any (v_workspaces) order by w.workspace_id for update;
+    perform from public.workspace_rate_limits l
+    where l.workspace_id = any (v_workspaces) and l.request_type = 'realtime' order by l.workspace_id for update;
+  end if;
+
+  while v_room > 0 loop
+    select * into v_workspace from autotag.workspaces w
+    where w.ready and w.queued > 0 and w.workspace_id = any (v_workspaces)
+    order by w.virtual_time, w.workspace_id limit 1;
+    exit when not found;
+    v_got := autotag.release_tasks(v_workspace, p_worker, v_room, v_provider.tokens_per_image, v_now);
+    v_provider.virtual_time := greatest(v_provider.virtual_time, v_workspace.virtual_time);
+    v_ids := v_ids || v_got;
+    v_room := v_room - cardinality(v_got);
+  end loop;
+
+  update autotag.provider_limits p
+  set requests_left = v_provider.requests_left - cardinality(v_ids),
+      tokens_left = v_provider.tokens_left - cardinality(v_ids) * v_provider.tokens_per_image,
+      refilled_at = v_provider.refilled_at,
+      virtual_time = v_provider.virtual_time,
+      probe_at = case when p.account_error is not null and cardinality(v_ids) > 0
+        then v_now + (select s.account_probe_interval from autotag.settings s) else p.probe_at end;
+
+  if cardinality(v_ids) > 0 then
+    select jsonb_agg(jsonb_build_object('task', t.id, 'attempt', t.attempt, 'asset_id', t.asset_id,
+             'bucket', d.bucket, 'path', d.path, 'url', d.url) order by t.id)
+    into tasks
+    from autotag.tasks t
+    left join autotag.describe_assets(array(
+      select c.asset_id from autotag.tasks c where c.id = any (v_ids))) d on d.asset_id = t.asset_id
+    where t.id = any (v_ids);
+  end if;
+
+  -- When to come back: when the bucket holds one more, when a workspace may go on, when a parked task is due.
+  select min(moment) into v_next from (
+    select greatest(v_now, v_provider.blocked_until, case when v_provider.account_error is not null then v_provider.probe_at end,
+      v_now + interval '1 min' * greatest(
+        (cardinality(v_ids) + 1 - v_provider.requests_left) / v_provider.requests_per_minute,
+        ((cardinality(v_ids) + 1) * v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute))
+    where exists (select from autotag.workspaces w where w.ready and w.queued > 0)
+    union all
+    select greatest(v_provider.blocked_until, w.ready_at)
+    from (select n.ready_at from autotag.workspaces n where not n.ready and n.queued > 0 order by n.ready_at limit 1) w
+    where w.ready_at < 'infinity'
+    union all
+    select min(t.retry_at) from autotag.tasks t where t.retry_at is not null
+  ) as moments (moment);
+  wait := extract(epoch from v_next - v_now);
+end $$;
+
+-- The next few images of one workspace: of its ready queue that got least so far, at most a chunk, and no
+-- more than its window admits. Nothing to release makes the workspace not ready until its next moment.
+-- Called by claim(), which holds the locks.
+create function autotag.release_tasks(
+  p_workspace autotag.workspaces, p_worker uuid, p_room integer, p_tokens integer, p_now timestamptz
+) returns bigint[]
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_settings autotag.settings;
+  v_queue autotag.queues;
+  v_admitted record;
+  v_ids bigint[];
+  v_gone integer;
+  v_ready_at timestamptz;
+begin
+  select * into v_settings from autotag.settings;
+  select * into v_queue from autotag.queues q
+  where q.workspace_id = p_workspace.workspace_id and q.queued > 0 and q.ready_at <= p_now
+  order by q.released, q.job_id limit 1;
+  if not found then
+    select min(q.ready_at) into v_ready_at from autotag.queues q
+    where q.workspace_id = p_workspace.workspace_id and q.queued > 0;
+    update autotag.workspaces w set ready = false, ready_at = v_ready_at
+    where w.workspace_id = p_workspace.workspace_id;
+    return array[]::bigint[];
+  end if;
+
+  select * into v_admitted from autotag.admit(p_workspace.workspace_id, 'realtime',
+    least(p_room, v_queue.queued, v_settings.chunk_size), p_tokens, true);
+  if v_admitted.admitted = 0 then
+    -- An image that can never fit its workspace's window waits until the limit is changed.
+    update autotag.workspaces w set ready = false, ready_at = coalesce(v_admitted.retry_at, 'infinity')
+    where w.workspace_id = p_workspace.workspace_id;
+    return array[]::bigint[];
+  end if;
+
+  with next as (
+    select t.id from autotag.tasks t
+    where t.job_id = v_queue.job_id and t.id > v_queue.cursor
+      and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null and t.finished_at is null
+    order by t.id limit v_admitted.admitted for update
+  ), taken as (
+    update autotag.tasks t
+    set worker_id = p_worker, attempt = t.attempt + 1,
+        reserved_at = v_admitted.at, reserved_tokens = p_tokens
+    from next where t.id = next.id
+    returning t.id
+  )
+  select coalesce(array_agg(id order by id), '{}') into v_ids from taken;
+
+  -- Fewer than there should be: the count was wrong. It is put right rather than asked for again for ever.
+  v_gone := case when cardinality(v_ids) < v_admitted.admitted then v_queue.queued else cardinality(v_ids) end;
+  update autotag.queues q
+  set queued = q.queued - v_gone, released = q.released + cardinality(v_ids),
+      cursor = coalesce(v_ids[cardinality(v_ids)], q.cursor),
+      ready_at = case when q.chunk is null then q.ready_at else p_now + v_settings.chunk_delay end
+  where q.job_id = v_queue.job_id;
+  update autotag.workspaces w
+  set queued = w.queued - v_gone, virtual_time = w.virtual_time + cardinality(v_ids)
+  where w.workspace_id = p_workspace.workspace_id;
+  return v_ids;
+end $$;

@@ -1,0 +1,187 @@
+-- What becomes of an image after its call: tags, a failure, or another try.
+
+-- Ends tasks as failed; the sentence is what the user reads. Arrays run in parallel.
+-- The caller holds the locks of jobs and tasks, and counts them with count_finished().
+create function autotag.fail_tasks(p_tasks bigint[], p_codes text[], p_messages text[]) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_failed record;
+begin
+  with failed as (
+    update autotag.tasks t
+    set stage = 'failed', error_code = f.code, error = f.message, finished_at = autotag.now(),
+        worker_id = null, retry_at = null
+    from unnest(p_tasks, p_codes, p_messages) f (id, code, message)
+    where t.id = f.id and t.finished_at is null
+    returning t.asset_id, t.error
+  )
+  select array_agg(f.asset_id) as assets, array_agg(f.error) as errors into v_failed from failed f;
+  perform autotag.end_pass(v_failed.assets, v_failed.errors);
+end $$;
+
+-- Gives tasks another try as single calls, or fails those that had enough, or whose job was cancelled.
+-- p_tries: [{task, failures (to add), delay (seconds; absent: at once), code, message}].
+-- The caller holds the locks of workspaces, jobs and tasks.
+create function autotag.requeue(p_tries jsonb) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_max integer := (select s.max_failures from autotag.settings s);
+  v_now timestamptz := autotag.now();
+  v_end record;
+  v_queue record;
+begin
+  select coalesce(array_agg(t.id), '{}') as ids,
+         array_agg(case when j.cancelled_at is null then r.code else 'cancelled' end) as codes,
+         array_agg(case when j.cancelled_at is null then r.message else 'Tagging was cancelled.' end) as messages
+  into v_end
+  from jsonb_to_recordset(p_tries) r (task bigint, failures integer, code text, message text)
+  join autotag.tasks t on t.id = r.task and t.finished_at is null
+  join autotag.jobs j on j.id = t.job_id
+  where j.cancelled_at is not null or t.failures + r.failures >= v_max;
+  perform autotag.fail_tasks(v_end.ids, v_end.codes, v_end.messages);
+  perform autotag.count_finished(t.job_id, 0, count(*)::integer)
+  from autotag.tasks t where t.id = any (v_end.ids) group by t.job_id order by t.job_id;
+
+  for v_queue in
+    with back as (
+      update autotag.tasks t
+      set lane = 'realtime', worker_id = null, batch_id = null,
+          failures = t.failures + r.failures,
+          retry_at = v_now + make_interval(secs => r.delay)
+      from jsonb_to_recordset(p_tries) r (task bigint, failures integer, delay double precision)
+      where t.id = r.task and t.finished_at is null
+      returning t.workspace_id, t.job_id, t.id, t.retry_at
+    )
+    select b.workspace_id, b.job_id, count(*)::integer as tasks, min(b.id) as first_task
+    from back b where b.retry_at is null group by b.workspace_id, b.job_id order by 1, 2
+  loop
+    perform autotag.add_queued(v_queue.workspace_id, v_queue.job_id, v_queue.tasks, v_queue.first_task);
+  end loop;
+end $$;
+
+-- Applies answers to tasks that the caller has locked (with their workspaces where an error may requeue, and
+-- their jobs): tags are stored, failures end or requeue their image, usage and counts follow.
+-- p_answers: [{task, result | error}], where error is {kind, code, message, retry}:
+--   moment      it was nobody's fault: again after a growing, jittered delay; a failure counted
+--   rate_limit  again as soon as the provider's block is over; nothing counted
+--   account     again when the account works; nothing counted
+--   image       this image cannot be tagged; again at once where `retry` says that may help
+create function autotag.apply_answers(p_answers jsonb) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_settings autotag.settings;
+  v_now timestamptz := autotag.now();
+  v_done record;
+  v_failed record;
+  v_tries jsonb;
+begin
+  select * into v_settings from autotag.settings;
+
+  with completed as (
+    update autotag.tasks t
+    set stage = 'completed', finished_at = v_now, worker_id = null, retry_at = null, error_code = null, error = null
+    from jsonb_to_recordset(p_answers) a (task bigint, result jsonb, error jsonb)
+    where t.id = a.task and a.error is null and t.finished_at is null
+    returning t.asset_id, a.result, t.job_id
+  )
+  select coalesce(array_agg(c.asset_id), '{}') as assets, array_agg(c.result) as results, array_agg(c.job_id) as jobs
+  into v_done from completed c;
+  if cardinality(v_done.assets) > 0 then
+    perform autotag.store_tags(v_done.assets, v_done.results);
+    perform autotag.count_finished(j.id, count(*)::integer, 0)
+    from unnest(v_done.jobs) j (id) group by j.id order by j.id;
+  end if;
+
+  select coalesce(array_agg(a.task), '{}') as tasks, array_agg(a.error ->> 'code') as codes,
+         array_agg(a.error ->> 'message') as messages
+  into v_failed
+  from jsonb_to_recordset(p_answers) a (task bigint, error jsonb)
+  where a.error ->> 'kind' = 'image' and not coalesce((a.error ->> 'retry')::boolean, false);
+  if cardinality(v_failed.tasks) > 0 then
+    perform autotag.fail_tasks(v_failed.tasks, v_failed.codes, v_failed.messages);
+    perform autotag.count_finished(t.job_id, 0, count(*)::integer)
+    from autotag.tasks t where t.id = any (v_failed.tasks) group by t.job_id order by t.job_id;
+  end if;
+
+  select jsonb_agg(jsonb_build_object(
+      'task', a.task, 'code', a.error ->> 'code', 'message', a.error ->> 'message',
+      'failures', case when a.error ->> 'kind' in ('moment', 'image') then 1 else 0 end,
+      'delay', case when a.error ->> 'kind' = 'moment' then
+        (0.5 + random() / 2) * least(extract(epoch from v_settings.retry_delay_max),
+          extract(epoch from v_settings.retry_delay) * power(2, t.failures)) end))
+  into v_tries
+  from jsonb_to_recordset(p_answers) a (task bigint, error jsonb)
+  join autotag.tasks t on t.id = a.task
+  where a.error is not null
+    and (a.error ->> 'kind' <> 'image' or coalesce((a.error ->> 'retry')::boolean, false));
+  if v_tries is not null then
+    perform autotag.requeue(v_tries);
+    perform pg_notify('autotag', 'realtime');
+  end if;
+end $$;
+
+-- settle: a worker reports what became of its single calls, in bulk.
+-- p_reports: [{task, attempt, result | error, usage: {input, cached, output}}]; usage is there whenever the
+-- provider answered, also when the answer was of no use. p_seen: the newest limits seen in answers' headers.
+-- A report for a task that is not the worker's any more, or with an older attempt, is refused and changes
+-- nothing. Returns how many were accepted.
+-- Locks: provider (where it changes), workspaces (of errors), windows, jobs, tasks; each by id.
+create function autotag.settle(p_worker uuid, p_reports jsonb, p_seen jsonb default null) returns integer
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_account_error text := (
+    select r.error ->> 'message' from jsonb_to_recordset(p_reports) r (error jsonb)
+    where r.error ->> 'kind' = 'account' limit 1);
+  v_accepted jsonb;
+  v_window record;
+begin
+  if p_seen is not null then
+    perform autotag.observe_provider(p_seen);
+  end if;
+  if v_account_error is not null then
+    perform autotag.stop_account(v_account_error);
+  elsif exists (select from autotag.provider_limits p where p.account_error is not null)
+    and exists (select from jsonb_to_recordset(p_reports) r (error jsonb) where r.error is null) then
+    perform autotag.resume_account();
+    perform pg_notify('autotag', 'realtime');
+    perform pg_notify('autotag', 'batch');
+  end if;
+
+  perform from autotag.workspaces w where w.workspace_id in (
+    select t.workspace_id from autotag.tasks t
+    join jsonb_to_recordset(p_reports) r (task bigint, error jsonb) on r.task = t.id and r.error is not null)
+  order by w.workspace_id for update;
+
+  -- Reserved by estimate, corrected by what was used.
+  for v_window in
+    select t.workspace_id, t.reserved_at,
+      sum((r.usage ->> 'input')::integer + (r.usage ->> 'output')::integer - t.reserved_tokens)::integer as delta
+    from jsonb_to_recordset(p_reports) r (task bigint, attempt integer, usage jsonb)
+    join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = p_worker
+    where r.usage is not null
+    group by t.workspace_id, t.reserved_at order by t.workspace_id, t.reserved_at
+  loop
+    perform autotag.correct_window(v_window.workspace_id, 'realtime', v_window.reserved_at, v_window.delta);
+  end loop;
+
+  perform from autotag.jobs j where j.id in (
+    select t.job_id from autotag.tasks t join jsonb_to_recordset(p_reports) r (task bigint) on r.task = t.id)
+  order by j.id for update;
+  with held as (
+    select t.id, t.attempt from autotag.tasks t
+    where t.id in (select r.task from jsonb_to_recordset(p_reports) r (task bigint))
+      and t.worker_id = p_worker and t.finished_at is null
+    order by t.id for update
+  )
+  select coalesce(jsonb_agg(r.report), '[]') into v_accepted
+  from jsonb_array_elements(p_reports) r (report)
+  join held on held.id = (r.report ->> 'task')::bigint and held.attempt = (r.report ->> 'attempt')::integer;
+
+  perform autotag.add_usage(v_accepted, false);
+  perform autotag.apply_answers(v_accepted);
+  return jsonb_array_length(v_accepted);
+end $$;

@@ -1,0 +1,438 @@
+-- OpenAI Batches: one row is one batch at OpenAI, whatever dies when.
+--
+--   planned ─► preparing ─► uploading ─► creating ─► submitted ─► ended ─► harvesting ─► done
+--      ▲  (images fetched,   (input file  (about to   (OpenAI has  (OpenAI  (answers are
+--      │   file built)        uploaded)    create)     it)          is done) stored)
+--      └── OpenAI's queue was full: again later                       cancelled: before OpenAI had it
+--
+-- A worker that takes over a row in `creating` looks at OpenAI first and adopts the batch that carries the
+-- row's id in its metadata. Whoever holds a row has its `attempt`; a call with an older one is refused.
+
+create table autotag.batches (
+  id uuid primary key default gen_random_uuid(),
+  job_id uuid not null references autotag.jobs on delete cascade,
+  workspace_id uuid not null,
+  ordinal integer not null,              -- 1 is the priority batch of its job
+  image_count integer not null check (image_count > 0),   -- its share of the upload …
+  express_count integer not null default 0,               -- … of which so many went as single calls
+  state text not null default 'planned' check (state in ('planned', 'preparing', 'uploading', 'creating',
+    'submitted', 'ended', 'harvesting', 'done', 'cancelled')),
+  worker_id uuid,
+  attempt integer not null default 0,
+  failures integer not null default 0,
+  not_before timestamptz not null default '-infinity',
+  admitted_at timestamptz,               -- its place in the workspace's window, taken once
+  reserved_tokens bigint not null default 0,  -- its share of the provider's queued-token limit
+  openai_batch_id text unique,
+  openai_status text,
+  input_file_id text,
+  output_file_id text,
+  error_file_id text,
+  request_total integer not null default 0,
+  request_done integer not null default 0,    -- answered or failed, as OpenAI counts
+  cancel_requested boolean not null default false,
+  stored boolean not null default false,      -- all its rows are stored and batch-complete is sent
+  error text,
+  created_at timestamptz not null,
+  submitted_at timestamptz,
+  ended_at timestamptz,
+  finished_at timestamptz,
+  unique (job_id, ordinal),
+  check (express_count < image_count)
+) with (fillfactor = 50);
+create index batches_turn_idx on autotag.batches (created_at, ordinal)
+  where worker_id is null and state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting');
+create index batches_in_flight_idx on autotag.batches (openai_batch_id) where state = 'submitted';
+create index batches_worker_idx on autotag.batches (worker_id) where worker_id is not null;
+create index batches_workspace_planned_idx on autotag.batches (workspace_id) where state = 'planned';
+alter table autotag.batches enable row level security;
+
+-- How many batches a workspace may still start in the current hour, and images likewise. Reads only.
+create function autotag.batches_left(p_workspace_id uuid, out batches integer, out window_images integer)
+language sql stable security definer set search_path = ''
+as $$
+  select (l.max_requests - coalesce(sum(w.requests[i]) filter (where w.admitted_at[i] > autotag.now() - l.length), 0))::integer
+           - (select count(*)::integer from autotag.batches b where b.workspace_id = p_workspace_id and b.state = 'planned'),
+         l.max_units
+  from (select 1) one
+  left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = 'batch'
+  cross join lateral autotag.window_limits(
+    coalesce(w, row(p_workspace_id, 'batch', null, null, '{}', '{}', '{}')::public.workspace_rate_limits)) l
+  left join lateral generate_subscripts(w.admitted_at, 1) i on true
+  group by l.max_requests, l.max_units
+$$;
+
+-- claim_batches: hands out whole batches, and the poll when it is due.
+--   batches: [{batch, attempt, state, image_count, openai_batch_id, input_file_id, output_file_id,
+--     error_file_id, tokens_left}], in the order to work on them: what OpenAI has finished is stored first,
+--     then the first batches of uploads, then the others.
+--   poll: ids of the batches in flight when they are to be looked at now, else null.
+--   wait: seconds until there may be more; null when only a notification can bring some.
+-- Locks: provider, windows by workspace, batches by id.
+create function autotag.claim_batches(
+  p_worker uuid, p_slots integer, out batches jsonb, out poll jsonb, out cancel jsonb, out wait double precision
+)
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_provider autotag.provider_limits := autotag.lock_provider();
+  v_now timestamptz := v_provider.refilled_at;
+  v_settings autotag.settings;
+  v_slots integer := greatest(coalesce(p_slots, 0), 0);
+  v_candidates uuid[];
+  v_batch autotag.batches;
+  v_admitted record;
+  v_tokens bigint;
+  v_queued bigint;
+  v_taken uuid[] := array[]::uuid[];
+  v_next timestamptz;
+begin
+  select * into v_settings from autotag.settings;
+  batches := '[]';
+  if v_provider.account_error is not null then
+    if v_provider.probe_at > v_now then
+      wait := extract(epoch from v_provider.probe_at - v_now);
+      return;
+    end if;
+    v_slots := least(v_slots, 1);
+  end if;
+
+  v_candidates := array(
+    select b.id from autotag.batches b
+    where b.worker_id is null and b.not_before <= v_now
+      and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting')
+    order by b.state in ('ended', 'harvesting') desc, b.ordinal > 1, b.created_at, b.ordinal
+    limit v_slots);
+  perform from public.workspace_rate_limits l
+  where l.request_type = 'batch' and l.workspace_id in (
+    select b.workspace_id from autotag.batches b where b.id = any (v_candidates))
+  order by l.workspace_id for update;
+  perform from autotag.batches b where b.id = any (v_candidates) order by b.id for update;
+
+  for v_batch in
+    select b.* from unnest(v_candidates) with ordinality c (id, i)
+    join autotag.batches b on b.id = c.id
+    where b.worker_id is null order by c.i
+  loop
+    if v_batch.state = 'planned' then
+      v_tokens := (v_batch.image_count - v_batch.express_count)::bigint * v_provider.tokens_per_image;
+      select coalesce(sum(b.reserved_tokens), 0) into v_queued from autotag.batches b
+      where b.state in ('preparing', 'uploading', 'creating', 'submitted');
+      -- A batch ahead of the provider's queue always goes: alone it must be small enough.
+      continue when v_queued > 0 and v_queued + v_tokens > v_provider.queued_batch_tokens;
+      if v_batch.admitted_at is null then
+        select * into v_admitted from autotag.admit(v_batch.workspace_id, 'batch', 1,
+          v_batch.image_count - v_batch.express_count, false);
+        if v_admitted.admitted = 0 then
+          update autotag.batches b set not_before = coalesce(v_admitted.retry_at, 'infinity') where b.id = v_batch.id;
+          continue;
+        end if;
+      end if;
+      update autotag.batches b
+      set admitted_at = coalesce(b.admitted_at, v_admitted.at), reserved_tokens = v_tokens
+      where b.id = v_batch.id;
+    end if;
+    update autotag.batches b
+    set worker_id = p_worker, attempt = b.attempt + 1,
+        state = case b.state when 'planned' then 'preparing' when 'ended' then 'harvesting' else b.state end
+    where b.id = v_batch.id;
+    v_taken := v_taken || v_batch.id;
+  end loop;
+  select coalesce(jsonb_agg(jsonb_build_object(
+      'batch', b.id, 'attempt', b.attempt, 'state', b.state, 'image_count', b.image_count,
+      'openai_batch_id', b.openai_batch_id, 'input_file_id', b.input_file_id,
+      'output_file_id', b.output_file_id, 'error_file_id', b.error_file_id) order by t.i), '[]')
+  into batches
+  from unnest(v_taken) with ordinality t (id, i) join autotag.batches b on b.id = t.id;
+
+  if v_provider.next_poll_at <= v_now then
+    select jsonb_agg(b.openai_batch_id order by b.ordinal, b.created_at),
+           jsonb_agg(b.openai_batch_id) filter (where b.cancel_requested)
+    into poll, cancel
+    from autotag.batches b where b.state = 'submitted';
+    v_provider.next_poll_at := case when poll is null then '-infinity' else v_now + v_settings.batch_poll_interval end;
+  end if;
+  update autotag.provider_limits p
+  set next_poll_at = v_provider.next_poll_at,
+      probe_at = case when p.account_error is null then p.probe_at else v_now + v_settings.account_probe_interval end;
+
+  select min(moment) into v_next from (
+    select v_provider.next_poll_at where exists (select from autotag.batches b where b.state = 'submitted')
+    union all
+    select min(b.not_before) from autotag.batches b
+    where b.worker_id is null and b.not_before > v_now and b.not_before < 'infinity'
+      and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting')
+  ) moments (moment);
+  wait := case when v_next is not null then extract(epoch from greatest(v_next, v_now) - v_now) end;
+end $$;
+
+-- The batch if this worker holds it, locked together with its job; else a refusal that tells the worker to
+-- let go of it.
+create function autotag.hold_batch(p_worker uuid, p_batch uuid, p_attempt integer) returns autotag.batches
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_batch autotag.batches;
+begin
+  perform from autotag.jobs j
+  where j.id = (select b.job_id from autotag.batches b where b.id = p_batch) for update;
+  select * into v_batch from autotag.batches b
+  where b.id = p_batch and b.worker_id = p_worker and b.attempt = p_attempt for update;
+  if not found then
+    perform autotag.refuse(409, 'batch_not_held', 'This batch is not held by this worker any more.',
+      'Let go of it: another worker has it, or it was cancelled.', jsonb_build_object('batch', p_batch));
+  end if;
+  return v_batch;
+end $$;
+
+-- The images of a batch that still need an answer, after a task id: [{task, asset_id, bucket, path, url}].
+create function autotag.batch_images(p_batch uuid, p_after bigint, p_limit integer) returns jsonb
+language sql stable security definer set search_path = ''
+as $$
+  with page as (
+    select t.id, t.asset_id from autotag.tasks t
+    where t.batch_id = p_batch and t.id > p_after and t.finished_at is null
+    order by t.id limit p_limit
+  )
+  select coalesce(jsonb_agg(jsonb_build_object('task', p.id, 'asset_id', p.asset_id,
+    'bucket', d.bucket, 'path', d.path, 'url', d.url) order by p.id), '[]')
+  from page p
+  left join autotag.describe_assets(array(select asset_id from page)) d on d.asset_id = p.asset_id
+$$;
+
+-- The input file is full: the images after p_last_task become a batch of their own, which waits
+-- its own turn under the limits. Locks: job, batches, tasks.
+create function autotag.batch_split(p_worker uuid, p_batch uuid, p_attempt integer, p_last_task bigint) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_batch autotag.batches := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_rest bigint[];
+  v_new uuid;
+begin
+  v_rest := array(select t from unnest(autotag.lock_batch_tasks(p_batch)) t where t > p_last_task);
+  if v_rest = '{}' then
+    return;
+  end if;
+  insert into autotag.batches (job_id, workspace_id, ordinal, image_count, created_at)
+  select v_batch.job_id, v_batch.workspace_id, max(b.ordinal) + 1, cardinality(v_rest), v_batch.created_at
+  from autotag.batches b where b.job_id = v_batch.job_id
+  returning id into v_new;
+  update autotag.batches b set image_count = b.image_count - cardinality(v_rest) where b.id = p_batch;
+  update autotag.tasks t set batch_id = v_new where t.id = any (v_rest);
+  perform pg_notify('autotag', 'batch');
+end $$;
+
+-- Live tasks of a batch, locked in order.
+create function autotag.lock_batch_tasks(p_batch uuid) returns bigint[]
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_tasks bigint[];
+begin
+  with live as (
+    select t.id from autotag.tasks t where t.batch_id = p_batch and t.finished_at is null order by t.id for update
+  )
+  select coalesce(array_agg(id), '{}') into v_tasks from live;
+  return v_tasks;
+end $$;
+
+-- The worker that holds a batch says what it does next: preparing, uploading, creating.
+create function autotag.batch_step(
+  p_worker uuid, p_batch uuid, p_attempt integer, p_state text, p_input_file_id text default null
+) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_batch autotag.batches := autotag.hold_batch(p_worker, p_batch, p_attempt);
+begin
+  update autotag.batches b
+  set state = p_state, input_file_id = coalesce(p_input_file_id, b.input_file_id)
+  where b.id = p_batch;
+  if p_state = 'preparing' then
+    perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'preparing');
+    perform autotag.tell_progress(v_batch.job_id);
+  end if;
+end $$;
+
+-- OpenAI has the batch. The worker lets go of it; the next poll looks at it.
+create function autotag.batch_submitted(
+  p_worker uuid, p_batch uuid, p_attempt integer, p_openai_batch_id text, p_status text, p_input_file_id text
+) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_now timestamptz;
+  v_batch autotag.batches;
+begin
+  perform autotag.lock_provider();
+  v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_now := autotag.now();
+  update autotag.batches b
+  set state = 'submitted', worker_id = null, failures = 0, openai_batch_id = p_openai_batch_id,
+      openai_status = p_status, input_file_id = p_input_file_id, submitted_at = v_now
+  where b.id = p_batch;
+  perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'submitted');
+  perform autotag.tell_progress(v_batch.job_id);
+  perform autotag.resume_account();
+  update autotag.provider_limits p
+  set next_poll_at = case when p.next_poll_at < v_now then v_now + s.batch_poll_interval
+    else least(p.next_poll_at, v_now + s.batch_poll_interval) end
+  from autotag.settings s;
+  perform pg_notify('autotag', 'batch');
+end $$;
+
+-- The worker could not go on: {kind, code, message, retry_after}. Of the account: both lanes stop. Of the
+-- moment: another try later, by whoever comes first. A batch that OpenAI refuses as such falls apart into
+-- single calls, whose answers say more.
+create function autotag.batch_trouble(p_worker uuid, p_batch uuid, p_attempt integer, p_error jsonb) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_settings autotag.settings;
+  v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
+begin
+  select * into v_settings from autotag.settings;
+  if p_error ->> 'kind' = 'account' then
+    perform autotag.stop_account(p_error ->> 'message');
+  end if;
+  perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
+  perform autotag.hold_batch(p_worker, p_batch, p_attempt);
+  if p_error ->> 'kind' = 'image' then
+    update autotag.batches b
+    set state = 'done', worker_id = null, error = p_error ->> 'message', finished_at = autotag.now(),
+        reserved_tokens = 0, stored = true
+    where b.id = p_batch;
+    perform autotag.requeue_batch(p_batch, 0, p_error ->> 'code', p_error ->> 'message');
+  else
+    update autotag.batches b
+    set worker_id = null, failures = b.failures + 1, error = p_error ->> 'message',
+        not_before = autotag.now() + case when p_error ->> 'kind' = 'account' then interval '0'
+          else make_interval(secs => greatest((p_error ->> 'retry_after')::double precision,
+            (0.5 + random() / 2) * least(extract(epoch from v_settings.retry_delay_max),
+              extract(epoch from v_settings.retry_delay) * power(2, least(b.failures, 20))))) end
+    where b.id = p_batch;
+  end if;
+  perform pg_notify('autotag', 'batch');
+end $$;
+
+-- Sends what is left of a batch back as single calls. The caller holds workspace, job and batch.
+create function autotag.requeue_batch(p_batch uuid, p_failures integer, p_code text, p_message text) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_tasks bigint[] := autotag.lock_batch_tasks(p_batch);
+begin
+  perform autotag.requeue(jsonb_agg(jsonb_build_object(
+    'task', t, 'failures', p_failures, 'code', p_code, 'message', p_message)))
+  from unnest(v_tasks) t having count(*) > 0;
+  perform pg_notify('autotag', 'realtime');
+end $$;
+
+-- What a poll (or a webhook) has seen: [{id, status, output_file_id, error_file_id, total, done, error_code,
+-- error}]. A batch that ended waits for a worker to harvest it. OpenAI's queue being full is no failure:
+-- the batch is planned again. Batches that are not in flight are ignored.
+-- Locks: jobs by id, batches by id, tasks by id.
+create function autotag.batches_seen(p_seen jsonb) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_seen record;
+  v_tasks bigint[];
+begin
+  perform from autotag.jobs j where j.id in (
+    select b.job_id from autotag.batches b
+    join jsonb_to_recordset(p_seen) s (id text) on s.id = b.openai_batch_id where b.state = 'submitted')
+  order by j.id for update;
+  perform from autotag.batches b
+  where b.openai_batch_id in (select s.id from jsonb_to_recordset(p_seen) s (id text)) order by b.id for update;
+
+  for v_seen in
+    select b.id, b.job_id, s.status, s.output_file_id, s.error_file_id, s.error_code, s.error,
+           greatest(b.request_done, s.done) as done, greatest(b.request_total, s.total) as total,
+           b.openai_status is distinct from s.status or b.request_done < s.done as changed
+    from jsonb_to_recordset(p_seen) s (id text, status text, output_file_id text, error_file_id text,
+      total integer, done integer, error_code text, error text)
+    join autotag.batches b on b.openai_batch_id = s.id
+    where b.state = 'submitted'
+    order by b.id
+  loop
+    continue when not v_seen.changed;
+    if v_seen.status = 'failed' and v_seen.error_code = 'token_limit_exceeded' then
+      update autotag.batches b
+      set state = 'planned', openai_batch_id = null, openai_status = null, input_file_id = null,
+          reserved_tokens = 0, error = v_seen.error,
+          not_before = v_now + (select s.batch_poll_interval from autotag.settings s)
+      where b.id = v_seen.id;
+      continue;
+    end if;
+    update autotag.batches b
+    set openai_status = v_seen.status, request_total = v_seen.total, request_done = v_seen.done,
+        output_file_id = v_seen.output_file_id, error_file_id = v_seen.error_file_id, error = v_seen.error
+    where b.id = v_seen.id;
+    v_tasks := autotag.lock_batch_tasks(v_seen.id);
+    if v_seen.status in ('completed', 'failed', 'expired', 'cancelled') then
+      update autotag.batches b set state = 'ended', ended_at = v_now, reserved_tokens = 0 where b.id = v_seen.id;
+      perform autotag.advance(v_tasks, 'completing');
+      perform pg_notify('autotag', 'batch');
+    elsif v_seen.status in ('in_progress', 'finalizing', 'cancelling') then
+      perform autotag.advance(v_tasks, 'processing');
+      perform autotag.show_batch_progress(v_tasks, v_seen.done, v_seen.total);
+    end if;
+    perform autotag.tell_progress(v_seen.job_id);
+  end loop;
+end $$;
+
+-- Answers of a batch's lines, or images that could not become lines: [{task, result | error, usage}]. A task
+-- that is not this batch's any more, or has its answer, is ignored, so that harvesting twice changes nothing.
+-- Returns how many were accepted. Locks: workspace, job, batch, tasks.
+create function autotag.batch_answers(p_worker uuid, p_batch uuid, p_attempt integer, p_answers jsonb) returns integer
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
+  v_accepted jsonb;
+begin
+  perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
+  perform autotag.hold_batch(p_worker, p_batch, p_attempt);
+  with waiting as (
+    select t.id from autotag.tasks t
+    where t.id in (select a.task from jsonb_to_recordset(p_answers) a (task bigint))
+      and t.batch_id = p_batch and t.finished_at is null
+    order by t.id for update
+  ), first_answers as (
+    select distinct on (w.id) a.answer
+    from jsonb_array_elements(p_answers) with ordinality a (answer, i)
+    join waiting w on w.id = (a.answer ->> 'task')::bigint
+    order by w.id, a.i
+  )
+  select coalesce(jsonb_agg(answer), '[]') into v_accepted from first_answers;
+  perform autotag.add_usage(v_accepted, true);
+  perform autotag.apply_answers(v_accepted);
+  return jsonb_array_length(v_accepted);
+end $$;
+
+-- Every answer of the batch is stored. Images without one go back as single calls (cancelled ones end), and
+-- everybody is told, once: this is the only place that sends batch-complete. Locks: workspace, job, batch, tasks.
+create function autotag.batch_finish(p_worker uuid, p_batch uuid, p_attempt integer) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
+  v_batch autotag.batches;
+begin
+  perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
+  v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  update autotag.batches b
+  set state = 'done', worker_id = null, stored = true, finished_at = autotag.now(), reserved_tokens = 0
+  where b.id = p_batch;
+  if v_batch.openai_batch_id is not null then
+    perform autotag.broadcast('batch-updates', 'batch-complete',
+      jsonb_build_object('batch_id', v_batch.openai_batch_id), false);
+    perform autotag.broadcast_to_workspace(v_workspace, 'batch-complete', jsonb_build_object(
+      'batch_id', v_batch.openai_batch_id, 'job_id', v_batch.job_id,
+      'image_count', v_batch.image_count, 'status', v_batch.openai_status));
+  end if;
+  perform autotag.requeue_batch(p_batch, 1, 'no_answer', 'OpenAI gave no answer for this image.');
+end $$;

@@ -1,0 +1,175 @@
+-- What people see: the stage, progress and time left of each image, and the counts of each upload.
+-- These functions are the only ones that write the tagging columns of assets, next to store_tags().
+
+-- The progress an image shows when it enters a stage.
+create function autotag.stage_progress(p_stage text) returns integer
+language sql immutable parallel safe set search_path = ''
+as $$
+  select case p_stage when 'queued' then 0 when 'preparing' then 10 when 'submitted' then 20
+    when 'processing' then 30 when 'completing' then 90 when 'completed' then 100 end
+$$;
+
+-- A new pass of these images begins: whatever an earlier one left is gone.
+create function autotag.start_pass(p_assets uuid[], p_eta timestamptz) returns void
+language sql security definer set search_path = ''
+as $$
+  update public.assets a
+  set tagging_stage = 'queued', tagging_progress = 0, tagging_eta = p_eta, tagging_error = null
+  where a.id = any (p_assets)
+$$;
+
+-- The pass of these images has failed; arrays run in parallel.
+create function autotag.end_pass(p_assets uuid[], p_errors text[]) returns void
+language sql security definer set search_path = ''
+as $$
+  update public.assets a
+  set tagging_stage = 'failed', tagging_eta = null, tagging_error = e.error
+  from unnest(p_assets, p_errors) e (asset_id, error)
+  where a.id = e.asset_id
+$$;
+
+-- Moves tasks (locked by the caller) forward to a stage, and their images with them. A task that is there
+-- already, or past it, is not touched: an image that goes back to the queue keeps the stage it showed.
+create function autotag.advance(p_tasks bigint[], p_stage text) returns void
+language sql security definer set search_path = ''
+as $$
+  with moved as (
+    update autotag.tasks t set stage = p_stage
+    where t.id = any (p_tasks) and t.finished_at is null
+      and autotag.stage_rank(t.stage) < autotag.stage_rank(p_stage)
+    returning t.asset_id
+  )
+  update public.assets a
+  set tagging_stage = p_stage,
+      tagging_progress = greatest(a.tagging_progress, autotag.stage_progress(p_stage))
+  from moved where a.id = moved.asset_id
+$$;
+
+-- The progress of a batch's images follows what OpenAI counts: from `processing` to just under `completing`.
+-- Only rows whose figure changes are written.
+create function autotag.show_batch_progress(p_tasks bigint[], p_done integer, p_total integer) returns void
+language sql security definer set search_path = ''
+as $$
+  update public.assets a set tagging_progress = s.progress
+  from autotag.tasks t,
+       (select 30 + (55 * least(p_done, p_total) / greatest(p_total, 1)) as progress) s
+  where t.id = any (p_tasks) and t.stage = 'processing' and a.id = t.asset_id
+    and coalesce(a.tagging_progress, 0) < s.progress
+$$;
+
+-- A worker says where its single calls are: [{task, attempt, stage}]. Those that are not its own any more
+-- are ignored. Locks: jobs (for the broadcast), tasks by id.
+create function autotag.report_stages(p_worker uuid, p_stages jsonb) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_stage text;
+  v_job uuid;
+begin
+  perform from autotag.jobs j where j.id in (
+    select t.job_id from autotag.tasks t join jsonb_to_recordset(p_stages) r (task bigint) on r.task = t.id)
+  order by j.id for update;
+  perform from autotag.tasks t
+  where t.id in (select r.task from jsonb_to_recordset(p_stages) r (task bigint)) order by t.id for update;
+  for v_stage in
+    select r.stage from jsonb_to_recordset(p_stages) r (stage text)
+    group by r.stage order by autotag.stage_rank(r.stage)
+  loop
+    perform autotag.advance(array(
+      select t.id from jsonb_to_recordset(p_stages) r (task bigint, attempt integer, stage text)
+      join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = p_worker
+      where r.stage = v_stage), v_stage);
+  end loop;
+  for v_job in
+    select distinct t.job_id from autotag.tasks t
+    join jsonb_to_recordset(p_stages) r (task bigint) on r.task = t.id order by 1
+  loop
+    perform autotag.tell_progress(v_job);
+  end loop;
+end $$;
+
+-- How far a job is, in percent: what is finished counts whole, what OpenAI has done of its batches nearly so.
+create function autotag.measure_progress(p_job autotag.jobs) returns integer
+language sql stable security definer set search_path = ''
+as $$
+  select greatest(p_job.progress, least(99, floor(100 * (
+    p_job.completed + p_job.failed
+    + 0.9 * coalesce((
+        select sum(least(b.request_done, b.image_count - b.express_count)) from autotag.batches b
+        where b.job_id = p_job.id and b.state in ('submitted', 'ended', 'harvesting') and not b.stored), 0)
+  ) / p_job.image_count)::integer))
+$$;
+
+-- Counts images of a job that have finished; the last one ends the job. The caller holds the job's lock.
+create function autotag.count_finished(p_job_id uuid, p_completed integer, p_failed integer) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_job autotag.jobs;
+begin
+  if p_completed + p_failed = 0 then
+    return;
+  end if;
+  update autotag.jobs j
+  set completed = j.completed + p_completed, failed = j.failed + p_failed,
+      finished_at = case when j.completed + p_completed + j.failed + p_failed = j.image_count then autotag.now() end
+  where j.id = p_job_id returning * into v_job;
+  if v_job.finished_at is null then
+    perform autotag.tell_progress(p_job_id);
+    return;
+  end if;
+  update autotag.jobs j set progress = 100, eta = null where j.id = p_job_id;
+  delete from autotag.queues q where q.job_id = p_job_id;
+  perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-complete', jsonb_build_object(
+    'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed, 'image_count', v_job.image_count));
+end $$;
+
+-- Tells the members of the workspace how far a job is, at most once per broadcast_interval. The last word is
+-- always job-complete, so that nothing is lost by leaving one out. The caller holds the job's lock.
+create function autotag.tell_progress(p_job_id uuid) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_job autotag.jobs;
+  v_now timestamptz := autotag.now();
+begin
+  update autotag.jobs j
+  set told_at = v_now, progress = autotag.measure_progress(j)
+  where j.id = p_job_id and j.finished_at is null
+    and j.told_at <= v_now - (select s.broadcast_interval from autotag.settings s)
+  returning * into v_job;
+  if found then
+    perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-progress', jsonb_build_object(
+      'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed,
+      'image_count', v_job.image_count, 'progress', v_job.progress, 'eta', v_job.eta));
+  end if;
+end $$;
+
+-- tagging_job: one upload as the UI shows it. `stages` holds the seven stages and how many images are in each.
+create function autotag.describe_job(p_job_id uuid) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  v_job autotag.jobs := autotag.visible_job(p_job_id);
+  v_stages jsonb;
+  v_error text;
+begin
+  select jsonb_object_agg(s.stage, coalesce(c.images, 0)) into v_stages
+  from unnest(array['queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed']) s (stage)
+  left join (
+    select t.stage, count(*) as images from autotag.tasks t where t.job_id = v_job.id group by t.stage) c using (stage);
+  -- The sentence that stands for the most failures.
+  select t.error into v_error from autotag.tasks t
+  where t.job_id = v_job.id and t.stage = 'failed' group by t.error order by count(*) desc, t.error limit 1;
+  return jsonb_build_object(
+    'job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', v_job.image_count,
+    'stages', v_stages, 'completed', v_job.completed, 'failed', v_job.failed,
+    'progress', case when v_job.finished_at is null then autotag.measure_progress(v_job) else 100 end,
+    'eta', v_job.eta, 'error', v_error,
+    'batches', (
+      select coalesce(jsonb_agg(jsonb_build_object(
+        'batch_id', b.openai_batch_id, 'state', b.state, 'image_count', b.image_count) order by b.ordinal), '[]')
+      from autotag.batches b where b.job_id = v_job.id),
+    'created_at', v_job.created_at, 'finished_at', v_job.finished_at,
+    'cancelled', v_job.cancelled_at is not null);
+end $$;

@@ -1,0 +1,114 @@
+-- The public RPCs: thin wrappers with clean names, and the one list of who may call what.
+-- Errors are documented where they are raised; all of them carry {code} in their detail.
+
+create function public.enqueue_tagging(asset_ids uuid[]) returns jsonb
+language sql security invoker set search_path = ''
+as $$ select autotag.enqueue(asset_ids) $$;
+
+create function public.cancel_tagging(job_id uuid) returns jsonb
+language sql security invoker set search_path = ''
+as $$ select autotag.cancel(job_id) $$;
+
+create function public.retry_tagging(job_id uuid) returns jsonb
+language sql security invoker set search_path = ''
+as $$ select autotag.retry(job_id) $$;
+
+create function public.tagging_job(job_id uuid) returns jsonb
+language sql stable security invoker set search_path = ''
+as $$ select autotag.describe_job(job_id) $$;
+
+-- What would happen with an upload of so many images, before it is made. chunks counts the releases of single
+-- calls (1 when all go at once, 0 for batches), delay_ms the pause between them.
+create function autotag.describe_strategy(p_images integer) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  v_settings autotag.settings;
+  v_type text;
+  v_batches integer := 0;
+begin
+  perform autotag.check_image_count(p_images);
+  select * into v_settings from autotag.settings;
+  v_type := autotag.choose_strategy(p_images);
+  if v_type in ('batch', 'batch-parallel') then
+    v_batches := autotag.plan_batches(p_images, v_settings.batch_batches_per_hour, v_settings.batch_images_per_hour);
+  end if;
+  return jsonb_build_object(
+    'type', v_type,
+    'chunks', case v_type when 'realtime' then 1
+      when 'realtime-chunked' then ceil(p_images::numeric / v_settings.chunk_size) else 0 end,
+    'delay_ms', case v_type when 'realtime-chunked' then (extract(epoch from v_settings.chunk_delay) * 1000)::integer else 0 end,
+    'batches', v_batches,
+    'estimate_seconds', autotag.estimate_seconds(p_images, v_batches));
+end $$;
+
+create function public.tagging_strategy(image_count integer) returns jsonb
+language sql stable security invoker set search_path = ''
+as $$ select autotag.describe_strategy(image_count) $$;
+
+-- Takes the allowance for so many images, all or nothing. retry_after: seconds, 0 when allowed, null when the
+-- limit can never allow that many at once.
+create function autotag.take_allowance(
+  p_workspace_id uuid, p_request_type text, p_images integer, out allowed boolean, out retry_after double precision
+)
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_tokens integer := (select p.tokens_per_image from autotag.provider_limits p);
+  v_admitted record;
+begin
+  perform autotag.check_member(p_workspace_id);
+  if p_request_type is null or p_request_type not in ('realtime', 'batch') then
+    perform autotag.refuse(400, 'unknown_request_type', format('%L is no request type.', p_request_type),
+      'Pass realtime or batch.');
+  end if;
+  perform autotag.check_image_count(p_images);
+  if p_request_type = 'realtime' then
+    select * into v_admitted from autotag.admit(p_workspace_id, 'realtime', p_images, v_tokens, false);
+  else
+    select * into v_admitted from autotag.admit(p_workspace_id, 'batch', 1, p_images, false);
+  end if;
+  allowed := v_admitted.admitted > 0;
+  retry_after := case when allowed then 0 else extract(epoch from v_admitted.retry_at - v_admitted.at) end;
+end $$;
+
+create function public.check_rate_limit(
+  workspace_id uuid, request_type text, image_count integer, out allowed boolean, out retry_after double precision
+)
+language sql security invoker set search_path = ''
+as $$ select * from autotag.take_allowance(workspace_id, request_type, image_count) $$;
+
+create function public.tagging_usage(workspace_id uuid, since date default '-infinity', until date default 'infinity')
+returns table (user_id uuid, day date, images integer, requests integer, input_tokens bigint,
+  cached_tokens bigint, output_tokens bigint, cost numeric)
+language sql stable security invoker set search_path = ''
+as $$ select * from autotag.list_usage(workspace_id, since, until) $$;
+
+-- Who may call what. Functions are executable by everybody when they are made (and by anon through the
+-- default privileges of Supabase projects), so everything is taken back first.
+revoke all on all functions in schema autotag from public, anon, authenticated, service_role;
+revoke all on all tables in schema autotag from public, anon, authenticated, service_role;
+revoke all on public.workspace_rate_limits from anon, authenticated;
+grant select on public.workspace_rate_limits to authenticated;
+grant all on public.workspace_rate_limits to service_role;
+revoke all on function
+  public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
+  public.tagging_strategy, public.check_rate_limit, public.tagging_usage from public, anon;
+
+-- users: the RPCs, what stands right behind them, and what row level security asks
+grant execute on function
+  public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
+  public.tagging_strategy, public.check_rate_limit, public.tagging_usage,
+  autotag.enqueue, autotag.cancel, autotag.retry, autotag.describe_job,
+  autotag.describe_strategy, autotag.take_allowance, autotag.list_usage
+  to authenticated, service_role;
+grant execute on function autotag.is_member, autotag.may_listen to authenticated;
+
+-- workers
+grant execute on function
+  autotag.register_worker, autotag.worker_settings, autotag.set_tokens_per_image, autotag.heartbeat,
+  autotag.release_worker, autotag.release_unheld, autotag.claim, autotag.report_stages, autotag.settle,
+  autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted,
+  autotag.batch_trouble, autotag.batches_seen, autotag.batch_answers, autotag.batch_finish,
+  autotag.take_outbox
+  to autotag_worker;

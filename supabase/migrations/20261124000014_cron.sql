@@ -1,0 +1,96 @@
+-- What happens by the clock. pg_cron calls these where it is installed; elsewhere a worker's heartbeat does.
+
+create table autotag.clock (
+  id boolean primary key default true check (id),
+  ticked_at timestamptz not null default '-infinity',
+  housekept_at timestamptz not null default '-infinity'
+) with (fillfactor = 50);
+insert into autotag.clock default values;
+alter table autotag.clock enable row level security;
+
+-- Once a minute: takes back what dead workers held and wakes the living for what has become due.
+create function autotag.tick() returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_now timestamptz := autotag.now();
+begin
+  perform autotag.expire_workers();
+  -- An image too large for its workspace's window waits for a larger limit: see whether it came.
+  update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at = 'infinity';
+  update autotag.batches b set not_before = v_now where b.state = 'planned' and b.not_before = 'infinity';
+  if exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at <= v_now))
+     or exists (select from autotag.tasks t where t.retry_at <= v_now) then
+    perform pg_notify('autotag', 'realtime');
+  end if;
+  if exists (select from autotag.batches b where b.worker_id is null and b.not_before <= v_now
+       and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting'))
+     or exists (select from autotag.batches b, autotag.provider_limits p
+       where b.state = 'submitted' and p.next_poll_at <= v_now) then
+    perform pg_notify('autotag', 'batch');
+  end if;
+  update autotag.clock set ticked_at = v_now;
+end $$;
+
+-- Daily: drops what nobody needs any more.
+create function autotag.housekeeping() returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_now timestamptz := autotag.now();
+begin
+  delete from autotag.jobs j
+  where j.finished_at < v_now - (select s.keep_finished from autotag.settings s);
+  delete from autotag.workspaces w
+  where w.queued = 0 and not exists (
+    select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
+  delete from public.workspace_rate_limits w
+  where w.max_requests is null and w.max_units is null
+    and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h';
+  delete from autotag.workers w where w.lease_until < v_now - interval '1 day';
+  if to_regclass('cron.job_run_details') is not null then
+    execute $clean$ delete from cron.job_run_details where end_time < now() - interval '7 days' $clean$;
+  end if;
+  update autotag.clock set housekept_at = v_now;
+end $$;
+
+-- Called with every heartbeat: does what the clock is late with. One at a time, nobody waits.
+create function autotag.tick_if_due() returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_clock autotag.clock;
+  v_now timestamptz := autotag.now();
+begin
+  select * into v_clock from autotag.clock;
+  if v_clock.ticked_at > v_now - interval '59 s'
+     and not exists (select from autotag.workers w where w.lease_until < v_now) then
+    return;
+  end if;
+  if not pg_try_advisory_xact_lock(hashtext('autotag.tick')) then
+    return;
+  end if;
+  perform autotag.tick();
+  if v_clock.housekept_at < v_now - interval '25 h' then
+    perform autotag.housekeeping();
+  end if;
+end $$;
+
+-- Scheduling by name replaces a schedule of that name, so that this can run twice.
+do $$
+begin
+  if exists (select from pg_catalog.pg_available_extensions where name = 'pg_cron') then
+    begin
+      create extension if not exists pg_cron;
+    exception when others then
+      raise notice 'pg_cron is installed but cannot be created here (%); a worker will tick instead', sqlerrm;
+    end;
+  end if;
+  if exists (select from pg_catalog.pg_extension where extname = 'pg_cron') then
+    perform cron.schedule('autotag-tick', '* * * * *', 'select autotag.tick()');
+    perform cron.schedule('autotag-housekeeping', '17 3 * * *', 'select autotag.housekeeping()');
+  end if;
+end $$;
+
+revoke all on function autotag.tick, autotag.housekeeping, autotag.tick_if_due from public, anon, authenticated;
+revoke all on autotag.clock from public, anon, authenticated, service_role;

@@ -1,0 +1,5 @@
+"""``python -m autotag``."""
+
+from autotag.cli import app
+
+app()

@@ -1,0 +1,104 @@
+"""The worker's settings, from environment variables (or a ``.env`` file).
+
+Everything that decides how images are tagged (model, limits, strategy) is a column of ``autotag.settings``;
+here is only what differs from one worker process to the next.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, Field, PostgresDsn, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """One worker process. Names without an alias are read with the prefix ``AUTOTAG_``."""
+
+    model_config = SettingsConfigDict(env_prefix="AUTOTAG_", env_file=".env", extra="ignore", populate_by_name=True)
+
+    database_url: PostgresDsn = Field(
+        validation_alias=AliasChoices("AUTOTAG_DATABASE_URL", "SUPABASE_DB_URL", "DATABASE_URL"),
+        description="Postgres, as a role that was granted autotag_worker; a direct or session-mode connection",
+    )
+    openai_api_key: SecretStr = Field(
+        min_length=1,
+        validation_alias=AliasChoices("AUTOTAG_OPENAI_API_KEY", "OPENAI_API_KEY"),
+        description="key of the OpenAI-compatible API",
+    )
+    openai_base_url: str = Field(
+        "https://api.openai.com/v1",
+        validation_alias=AliasChoices("AUTOTAG_OPENAI_BASE_URL", "OPENAI_BASE_URL"),
+        description="where that API is",
+    )
+    supabase_url: str | None = Field(
+        None,
+        validation_alias=AliasChoices("AUTOTAG_SUPABASE_URL", "SUPABASE_URL"),
+        description="the project's URL; needed for images in Storage",
+    )
+    supabase_secret_key: SecretStr | None = Field(
+        None,
+        validation_alias=AliasChoices(
+            "AUTOTAG_SUPABASE_SECRET_KEY", "SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY"
+        ),
+        description="the project's secret key; needed for images in Storage",
+    )
+    slots: int = Field(64, ge=1, le=1000, description="single calls in flight at most")
+    batch_slots: int = Field(2, ge=1, le=50, description="batches built or harvested at the same time")
+    fetches: int = Field(16, ge=1, le=200, description="images fetched at the same time for one batch")
+    image_hosts: Annotated[frozenset[str], NoDecode] = Field(
+        frozenset(), description="hosts that image URLs may name, separated by commas"
+    )
+    image_max_bytes: int = Field(25_000_000, ge=1000, description="largest image file, bytes")
+    image_max_pixels: int = Field(100_000_000, ge=1000, description="largest image, pixels")
+    call_timeout: float = Field(60, gt=0, description="seconds one call of OpenAI may take")
+    stop_deadline: float = Field(25, ge=0, description="seconds that SIGTERM leaves to what is in hand")
+    poll_interval: float = Field(5, gt=0, description="seconds between questions where LISTEN is impossible")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
+    log_format: Literal["json", "console"] = Field("json", description="json: an object a line")
+
+    @field_validator("image_hosts", mode="before")
+    @classmethod
+    def _split_hosts(cls, value: object) -> object:
+        if isinstance(value, str):
+            return frozenset(host.strip().lower() for host in value.split(",") if host.strip())
+        return value
+
+    @field_validator("openai_base_url", "supabase_url")
+    @classmethod
+    def _http_url(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError("must start with https:// (or http://)")
+        return value.rstrip("/") if value else value
+
+
+class SettingsError(Exception):
+    """A setting is missing or wrong; the message is one sentence for the operator."""
+
+
+def load_settings() -> Settings:
+    """Reads the settings.
+
+    Raises:
+        SettingsError: names the first variable that is missing or wrong, and what it should be.
+    """
+    try:
+        return Settings()  # type: ignore[call-arg]
+    except ValidationError as error:
+        first = error.errors()[0]
+        location = str(first["loc"][0])
+        name = location if location.isupper() else f"AUTOTAG_{location.upper()}"
+        field = next(
+            (f for key, f in Settings.model_fields.items() if key == location or _knows(f.validation_alias, location)),
+            None,
+        )
+        if first["type"] == "missing" and field and isinstance(field.validation_alias, AliasChoices):
+            name = str(field.validation_alias.choices[-1])
+        what = f" ({field.description})" if field else ""
+        if first["type"] == "missing":
+            raise SettingsError(f"{name} is not set{what}.") from None
+        raise SettingsError(f"{name} is wrong: {first['msg'].removeprefix('Value error, ')}{what}.") from None
+
+
+def _knows(alias: object, name: str) -> bool:
+    return isinstance(alias, AliasChoices) and name in alias.choices

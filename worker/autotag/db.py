@@ -1,0 +1,262 @@
+"""Every call of the database that a worker makes. No other module of the product holds SQL.
+
+Each function is one call of ``autotag.*``; what it does stands at its definition in the migrations. Calls
+that a broken connection or a deadlock interrupts are made again: they are idempotent, because a report for
+what is settled already is refused, except the two claims, after which `Database.release_unheld` gives back
+what was claimed without the worker ever hearing of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import psycopg
+import structlog
+from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb, set_json_dumps
+from psycopg_pool import AsyncConnectionPool
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+
+RETRY_FOR = 120.0  # seconds that a call waits for the database to come back
+POOL_SIZE = 4  # claim, settle, stages and the batch lane seldom meet
+LISTEN_PROOF = 5.0  # seconds that a notification of our own may take to arrive
+CHANNEL = "autotag"
+
+log = structlog.get_logger(__name__)
+
+_TRANSIENT = (psycopg.OperationalError, psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
+
+set_json_dumps(lambda value: json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+
+
+class NotHeld(Exception):
+    """The batch belongs to somebody else by now; the worker lets go of it."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image to tag and where it is: a Storage bucket and path, or a URL; neither when it is gone."""
+
+    task: int
+    asset_id: str
+    bucket: str | None
+    path: str | None
+    url: str | None
+    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Images for single calls, and seconds until it is worth asking again (None: when notified)."""
+
+    images: list[Image]
+    wait: float | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch in hand; ``state`` says where to go on (see the diagram in the batches migration)."""
+
+    batch: str
+    attempt: int
+    state: str
+    image_count: int
+    openai_batch_id: str | None
+    input_file_id: str | None
+    output_file_id: str | None
+    error_file_id: str | None
+
+
+@dataclass(frozen=True)
+class BatchClaim:
+    """Batches to work on; OpenAI ids to look at and to cancel now; seconds until it is worth asking again."""
+
+    batches: list[Batch]
+    wait: float | None
+    poll: list[str] = field(default_factory=list)
+    cancel: list[str] = field(default_factory=list)
+
+
+class Database:
+    """The calls, over a small pool of connections, in the name of one worker."""
+
+    def __init__(self, url: str, worker: uuid.UUID, *, prepare: bool = True) -> None:
+        """Args:
+        url: connection URL.
+        worker: the worker's id.
+        prepare: use prepared statements (impossible behind a transaction pooler).
+        """
+        self.worker = worker
+        self._pool = AsyncConnectionPool(
+            url,
+            min_size=1,
+            max_size=POOL_SIZE,
+            open=False,
+            kwargs={
+                "autocommit": True,
+                "row_factory": dict_row,
+                "application_name": "autotag",
+                "prepare_threshold": 5 if prepare else None,
+            },
+        )
+
+    async def open(self) -> None:
+        """Connects.
+
+        Raises:
+            psycopg_pool.PoolTimeout: no connection within 30 seconds.
+        """
+        await self._pool.open(wait=True)
+
+    async def close(self) -> None:
+        await self._pool.close()
+
+    async def _call(self, statement: str, *arguments: object) -> dict[str, Any]:
+        """One call; its row, with a broken connection or a deadlock met by another try."""
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type(_TRANSIENT),
+            stop=stop_after_delay(RETRY_FOR),
+            wait=wait_random_exponential(0.1, max=5),
+            reraise=True,
+        ):
+            with attempt:
+                return await self._once(statement, *arguments)
+        raise AssertionError("unreachable: the last try raises")
+
+    async def _once(self, statement: str, *arguments: object) -> dict[str, Any]:
+        async with self._pool.connection() as connection:
+            try:
+                cursor = await connection.execute(statement, arguments)
+            except psycopg.DatabaseError as error:
+                if error.sqlstate == "PT409":
+                    raise NotHeld(str(error)) from None
+                raise
+            return cast("dict[str, Any]", await cursor.fetchone())
+
+    async def register(self, host: str, version: str, listening: bool) -> dict[str, Any]:
+        row = await self._call(
+            "select autotag.register_worker(%s, %s, %s, %s) as settings", self.worker, host, version, listening
+        )
+        return cast("dict[str, Any]", row["settings"])
+
+    async def set_tokens_per_image(self, tokens: int) -> None:
+        await self._call("select autotag.set_tokens_per_image(%s)", tokens)
+
+    async def heartbeat(self) -> bool:
+        """False when the lease had run out: the worker has to register again."""
+        return bool((await self._call("select autotag.heartbeat(%s) as alive", self.worker))["alive"])
+
+    async def release(self) -> int:
+        return int((await self._call("select autotag.release_worker(%s) as n", self.worker))["n"])
+
+    async def release_unheld(self, tasks: Sequence[int], batches: Sequence[str]) -> None:
+        await self._call(
+            "select autotag.release_unheld(%s, %s::bigint[], %s::uuid[])", self.worker, list(tasks), list(batches)
+        )
+
+    async def claim(self, slots: int) -> Claim:
+        """Not tried again by itself: after an error call `release_unheld`."""
+        row = await self._once("select tasks, wait from autotag.claim(%s, %s)", self.worker, slots)
+        return Claim([Image(**task) for task in row["tasks"]], row["wait"])
+
+    async def report_stages(self, stages: list[dict[str, Any]]) -> None:
+        await self._call("select autotag.report_stages(%s, %s)", self.worker, Jsonb(stages))
+
+    async def settle(self, reports: list[dict[str, Any]], seen: dict[str, Any] | None) -> int:
+        """How many reports were accepted."""
+        row = await self._call(
+            "select autotag.settle(%s, %s, %s) as n", self.worker, Jsonb(reports), Jsonb(seen) if seen else None
+        )
+        return int(row["n"])
+
+    async def claim_batches(self, slots: int) -> BatchClaim:
+        """Not tried again by itself: after an error call `release_unheld`."""
+        row = await self._once(
+            "select batches, poll, cancel, wait from autotag.claim_batches(%s, %s)", self.worker, slots
+        )
+        return BatchClaim(
+            [Batch(**batch) for batch in row["batches"]], row["wait"], row["poll"] or [], row["cancel"] or []
+        )
+
+    async def batch_images(self, batch: Batch, after: int, limit: int) -> list[Image]:
+        row = await self._call("select autotag.batch_images(%s, %s, %s) as page", batch.batch, after, limit)
+        return [Image(**image) for image in row["page"]]
+
+    async def batch_step(self, batch: Batch, state: str, input_file_id: str | None = None) -> None:
+        await self._call(
+            "select autotag.batch_step(%s, %s, %s, %s, %s)",
+            self.worker, batch.batch, batch.attempt, state, input_file_id,
+        )  # fmt: skip
+
+    async def batch_split(self, batch: Batch, last_task: int) -> None:
+        await self._call(
+            "select autotag.batch_split(%s, %s, %s, %s)", self.worker, batch.batch, batch.attempt, last_task
+        )
+
+    async def batch_submitted(self, batch: Batch, openai_batch_id: str, status: str, input_file_id: str) -> None:
+        await self._call(
+            "select autotag.batch_submitted(%s, %s, %s, %s, %s, %s)",
+            self.worker, batch.batch, batch.attempt, openai_batch_id, status, input_file_id,
+        )  # fmt: skip
+
+    async def batch_trouble(self, batch: Batch, error: dict[str, Any]) -> None:
+        await self._call(
+            "select autotag.batch_trouble(%s, %s, %s, %s)", self.worker, batch.batch, batch.attempt, Jsonb(error)
+        )
+
+    async def batches_seen(self, seen: list[dict[str, Any]]) -> None:
+        await self._call("select autotag.batches_seen(%s)", Jsonb(seen))
+
+    async def batch_answers(self, batch: Batch, answers: list[dict[str, Any]]) -> int:
+        """How many answers were accepted."""
+        row = await self._call(
+            "select autotag.batch_answers(%s, %s, %s, %s) as n",
+            self.worker, batch.batch, batch.attempt, Jsonb(answers),
+        )  # fmt: skip
+        return int(row["n"])
+
+    async def batch_finish(self, batch: Batch) -> None:
+        await self._call("select autotag.batch_finish(%s, %s, %s)", self.worker, batch.batch, batch.attempt)
+
+    async def take_outbox(self, limit: int) -> list[dict[str, Any]]:
+        return cast("list[dict[str, Any]]", (await self._call("select autotag.take_outbox(%s) as m", limit))["m"])
+
+
+async def listen(url: str, on_wake: Callable[[str], None], on_listening: Callable[[bool], None]) -> None:
+    """Hands every notification to ``on_wake`` until cancelled; reconnects when the connection breaks.
+
+    After each (re)connect a notification of its own proves that LISTEN works, and ``on_listening(True)`` and
+    one wake of everything follow, because what was notified meanwhile is lost. Behind a transaction pooler
+    the proof does not arrive: then ``on_listening(False)``, and this returns, because polling it is.
+    """
+    delay = 0.1
+    while True:
+        try:
+            async with await psycopg.AsyncConnection.connect(
+                url, autocommit=True, application_name="autotag listen", prepare_threshold=None,
+                keepalives_idle=30, keepalives_interval=10, keepalives_count=3,
+            ) as connection:  # fmt: skip
+                await connection.execute(f"listen {CHANNEL}")
+                proof = f"hello {uuid.uuid4()}"
+                await connection.execute("select pg_notify(%s, %s)", (CHANNEL, proof))
+                proven = False
+                async for note in connection.notifies(timeout=LISTEN_PROOF):
+                    proven = proven or note.payload == proof
+                    if proven:
+                        break
+                on_listening(proven)
+                if not proven:
+                    return
+                on_wake("")
+                delay = 0.1
+                async for note in connection.notifies():
+                    on_wake(note.payload)
+        except psycopg.OperationalError as error:
+            log.warning("listen_lost", error=str(error).strip(), retry_in=delay)
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, 5.0)

@@ -1,0 +1,275 @@
+"""From where an image lies to the pixels that the model sees.
+
+The model sees at most 512 pixels of an image's longer side (detail ``low``), so the worker scales it down and
+sends it inline: the provider's own download of image URLs times out too often to rely on. What is sent is a
+fresh JPEG: turned upright, without metadata, first frame only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import ipaddress
+import socket
+import warnings
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import httpcore
+import httpx
+import pillow_heif
+from PIL import Image as Pillow
+from PIL import ImageOps, UnidentifiedImageError
+from storage3 import AsyncStorageClient
+from storage3.exceptions import StorageApiError
+
+from autotag.db import Image
+from autotag.errors import TaggingError, image_error
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+JPEG_QUALITY = 85  # 512 px at 85 is 30–60 KB; more is no more to see
+FETCH_TIMEOUT = 30.0  # seconds
+REDIRECTS = 3
+PREPARE_THREADS = 2
+
+pillow_heif.register_heif_opener()
+
+
+def prepare(data: bytes, largest_side: int, max_pixels: int) -> bytes:
+    """A JPEG of at most ``largest_side`` pixels a side of whatever image file this is.
+
+    Raises:
+        TaggingError: of the image, with a sentence for the user: empty, no image, too large, damaged.
+    """
+    if not data:
+        raise image_error("empty_file", "The file is empty.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of what is checked here by pixels
+            image = Pillow.open(io.BytesIO(data), formats=FORMATS)
+            width, height = image.size
+            if width * height > max_pixels:
+                raise image_error(
+                    "image_too_large",
+                    f"The image has {width} × {height} pixels; at most {max_pixels // 1_000_000} million are accepted.",
+                )
+            return _encode(image, largest_side)
+    except UnidentifiedImageError:
+        if _looks_like_svg(data):
+            raise image_error("unsupported_format", "SVG drawings cannot be tagged; upload a PNG or JPEG.") from None
+        if _claims_to_be_an_image(data):
+            raise image_error("damaged_image", "The image file is damaged or incomplete.") from None
+        raise image_error("not_an_image", "The file is not an image.") from None
+    except Pillow.DecompressionBombError:
+        raise image_error("image_too_large", "The image has too many pixels.") from None
+    except TaggingError:
+        raise
+    except Exception:  # noqa: BLE001
+        # Decoders raise whatever comes to mind on broken files (OSError, SyntaxError, struct.error, …):
+        # none of it may end more than this image.
+        raise image_error("damaged_image", "The image file is damaged or incomplete.") from None
+
+
+def _encode(image: Pillow.Image, largest_side: int) -> bytes:
+    image.draft("RGB", (largest_side, largest_side))  # JPEG: decode at the nearest smaller scale
+    image.seek(0)
+    image.load()
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        low, high = image.getextrema()
+        span = (float(high) - float(low)) or 1.0  # type: ignore[arg-type]
+        image = image.convert("F").point(lambda v: (v - float(low)) * (255 / span)).convert("L")  # type: ignore[arg-type]
+    image = ImageOps.exif_transpose(image)
+    image.thumbnail((largest_side, largest_side), reducing_gap=2.0)
+    if image.has_transparency_data:
+        upper = image.convert("RGBA")
+        image = Pillow.new("RGB", image.size, "white")
+        image.paste(upper, mask=upper.getchannel("A"))
+    out = io.BytesIO()
+    image.convert("RGB").save(out, "JPEG", quality=JPEG_QUALITY)
+    return out.getvalue()
+
+
+def _looks_like_svg(data: bytes) -> bool:
+    return b"<svg" in data[:2000].lower()
+
+
+def _claims_to_be_an_image(data: bytes) -> bool:
+    """Whether the first bytes are those of a format we accept, so that what follows must be broken."""
+    return data.startswith((b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")) or (
+        data[:4] == b"RIFF" or data[4:8] == b"ftyp"
+    )
+
+
+def data_url(jpeg: bytes) -> str:
+    """The form in which an image travels inside a request."""
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+
+
+class _GuardedBackend(httpcore.AsyncNetworkBackend):
+    """Connects to public addresses only, and to the very address that was checked (no second look-up)."""
+
+    def __init__(self) -> None:
+        self._inner = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109 (the interface of httpcore)
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        address = await public_address(host, port)
+        return await self._inner.connect_tcp(address, port, timeout, local_address, socket_options)
+
+    async def sleep(self, seconds: float) -> None:
+        await self._inner.sleep(seconds)
+
+
+async def public_address(host: str, port: int) -> str:
+    """The address to connect to for a host.
+
+    Raises:
+        TaggingError: ``url_refused`` when the name leads (also) to a private, loopback, link-local or
+            otherwise special address; of the moment when it cannot be resolved now.
+    """
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        raise TaggingError("moment", "host_not_found", f"The image's host {host} could not be found.") from None
+    addresses = [ipaddress.ip_address(str(entry[4][0]).split("%")[0]) for entry in found]
+    if not addresses or any(not a.is_global or a.is_multicast for a in addresses):
+        raise image_error("url_refused", "The image's address leads into a private network.")
+    return str(addresses[0])
+
+
+class Images:
+    """Fetches images from Storage and from allowed hosts, and prepares them."""
+
+    def __init__(
+        self,
+        *,
+        supabase_url: str | None,
+        supabase_key: str | None,
+        hosts: frozenset[str],
+        max_bytes: int,
+        max_pixels: int,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._hosts = hosts
+        self._max_bytes = max_bytes
+        self._max_pixels = max_pixels
+        self._threads = asyncio.Semaphore(PREPARE_THREADS)
+        if transport is None:
+            transport = httpx.AsyncHTTPTransport()
+            transport._pool = httpcore.AsyncConnectionPool(
+                ssl_context=httpx.create_ssl_context(), network_backend=_GuardedBackend(), max_connections=100
+            )
+        self._http = httpx.AsyncClient(
+            transport=transport, timeout=FETCH_TIMEOUT, follow_redirects=False, trust_env=False
+        )
+        self._storage: AsyncStorageClient | None = None
+        if supabase_url and supabase_key:
+            headers = {"apikey": supabase_key, "Authorization": f"Bearer {supabase_key}"}
+            self._storage_http = httpx.AsyncClient(
+                timeout=FETCH_TIMEOUT, limits=httpx.Limits(max_connections=100), headers=headers
+            )
+            self._storage = AsyncStorageClient(f"{supabase_url}/storage/v1/", headers, http_client=self._storage_http)
+
+    async def __aenter__(self) -> Images:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._http.aclose()
+        if self._storage is not None:
+            await self._storage_http.aclose()
+
+    async def load(self, image: Image, largest_side: int) -> bytes:
+        """The prepared JPEG of an image.
+
+        Raises:
+            TaggingError: of the image or of the moment.
+        """
+        if image.path is not None and image.bucket is not None:
+            data = await self._from_storage(image.bucket, image.path)
+        elif image.url is not None:
+            data = await self._from_url(image.url)
+        else:
+            raise image_error("asset_missing", "The image was deleted.")
+        if len(data) > self._max_bytes:
+            raise self._too_many_bytes()
+        async with self._threads:
+            return await asyncio.to_thread(prepare, data, largest_side, self._max_pixels)
+
+    def _too_many_bytes(self) -> TaggingError:
+        return image_error(
+            "file_too_large", f"The file is larger than {self._max_bytes / 1_000_000:g} MB, the most that is accepted."
+        )
+
+    async def _from_storage(self, bucket: str, path: str) -> bytes:
+        if self._storage is None:
+            raise TaggingError(
+                "account", "no_storage", "SUPABASE_URL and SUPABASE_SECRET_KEY are not set, so Storage is out of reach."
+            )
+        if any(part in ("", ".", "..") for part in path.split("/")):
+            raise image_error("file_missing", "The image's file is not in storage.")
+        try:
+            return await self._storage.from_(bucket).download(path)
+        except StorageApiError as error:
+            # Storage answers 400 with the real status in the body (and "404" for what the key may not see).
+            if str(error.status) in ("404", "400"):
+                raise image_error("file_missing", "The image's file is not in storage.") from None
+            if str(error.status) in ("401", "403"):
+                raise TaggingError("account", "storage_refused", f"Storage refused the key: {error.message}") from None
+            raise TaggingError("moment", "storage_error", "The image could not be fetched from storage.") from None
+        except (httpx.HTTPError, ValueError):  # ValueError: an error page that is not JSON
+            raise TaggingError("moment", "storage_error", "The image could not be fetched from storage.") from None
+
+    async def _from_url(self, url: str) -> bytes:
+        for _ in range(REDIRECTS + 1):
+            self.check_url(url)
+            try:
+                async with self._http.stream("GET", url) as response:
+                    if response.is_redirect and "location" in response.headers:
+                        url = urljoin(url, response.headers["location"])
+                        continue
+                    return await self._read(response)
+            except httpx.InvalidURL:
+                raise image_error("url_refused", "The image's address is not a valid URL.") from None
+            except httpx.HTTPError:
+                raise TaggingError("moment", "fetch_failed", "The image's host did not answer.") from None
+        raise image_error("fetch_failed", "The image's address redirects too often.")
+
+    def check_url(self, url: str) -> None:
+        """Refuses what is not an https URL of an allowed host.
+
+        Raises:
+            TaggingError: ``url_refused``.
+        """
+        try:
+            parts = urlsplit(url)
+            host, port = (parts.hostname or "").lower(), parts.port
+        except ValueError:
+            raise image_error("url_refused", "The image's address is not a valid URL.") from None
+        if parts.scheme != "https" or port not in (None, 443) or parts.username or parts.password:
+            raise image_error("url_refused", "The image's address is not a plain https URL.")
+        if host not in self._hosts:
+            raise image_error("url_refused", f"Images from the host {host[:100]} are not allowed here.")
+
+    async def _read(self, response: httpx.Response) -> bytes:
+        status = response.status_code
+        if status in (408, 429) or status >= 500:
+            raise TaggingError("moment", "fetch_failed", f"The image's host answered with an error ({status}).")
+        if status != 200:
+            raise image_error("file_missing", f"The image's address answered with status {status}.")
+        data = bytearray()
+        async for chunk in response.aiter_bytes():
+            data += chunk
+            if len(data) > self._max_bytes:
+                raise self._too_many_bytes()
+        return bytes(data)

@@ -1,0 +1,317 @@
+"""OpenAI Batches: build, upload, create; poll; harvest.
+
+A batch is in a worker's hands twice: until OpenAI has it, and when OpenAI is done with it. In between it is a
+row that a poll looks at. Every step is written down before the next, so that another worker can go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from collections.abc import AsyncIterator
+from typing import IO, Any
+
+import openai
+import psycopg
+import structlog
+from openai import AsyncOpenAI
+from openai.types import Batch as OpenAIBatch
+
+from autotag import provider
+from autotag.db import Batch, Database, Image, NotHeld
+from autotag.errors import TaggingError
+from autotag.images import Images, data_url
+from autotag.tags import Question, batch_line, read_completion, read_usage, request_body
+from autotag.tokens import largest_side
+from autotag.wake import Wake
+
+PAGE = 100  # images looked up and fetched together
+ANSWERS = 500  # answers stored in one call
+SPOOL = 8_000_000  # bytes of an input file kept in memory before it goes to disk
+LIST_PAGES = 10  # pages of 100 batches looked through for one of ours
+METADATA_KEY = "autotag_batch"
+CLAIM_RETRY = 1.0  # seconds after a claim that failed
+
+log = structlog.get_logger(__name__)
+
+
+class BatchLane:
+    """The lane of one worker."""
+
+    def __init__(
+        self,
+        db: Database,
+        wake: Wake,
+        images: Images,
+        client: AsyncOpenAI,
+        question: Question,
+        *,
+        slots: int,
+        fetches: int,
+        max_bytes: int,
+    ) -> None:
+        self._db = db
+        self._wake = wake
+        self._images = images
+        self._client = client
+        self._question = question
+        self._slots = slots
+        self._fetches = asyncio.Semaphore(fetches)
+        self._max_bytes = max_bytes
+        self._hands: dict[asyncio.Task[None], Batch] = {}
+
+    def held(self) -> list[str]:
+        """Ids of the batches in hand."""
+        return [batch.batch for batch in self._hands.values()]
+
+    async def run(self, deadline: float) -> None:
+        """Until the worker stops; then at most ``deadline`` seconds more for what is in hand."""
+        while not self._wake.stop.is_set():
+            try:
+                claim = await self._db.claim_batches(self._slots - len(self._hands))
+            except psycopg.Error as error:
+                # What was claimed without our hearing of it is given back by the realtime lane's next claim
+                # failure or when our lease ends; here we only go on.
+                log.error("claim_batches_failed", error=str(error).strip())
+                await self._wake.wait("batch", CLAIM_RETRY)
+                continue
+            for batch in claim.batches:
+                task = asyncio.create_task(self._work(batch))
+                self._hands[task] = batch
+                task.add_done_callback(self._free_hand)
+            if claim.poll:
+                await self._poll(claim.poll, claim.cancel)
+            full = len(self._hands) >= self._slots
+            await self._wake.wait("batch", None if full else claim.wait)
+        if self._hands:
+            await asyncio.wait(self._hands, timeout=deadline)
+            for task in list(self._hands):
+                task.cancel()
+
+    def _free_hand(self, task: asyncio.Task[None]) -> None:
+        self._hands.pop(task)
+        self._wake.notify("batch")
+
+    async def _work(self, batch: Batch) -> None:
+        """Takes one batch as far as it goes now; trouble is reported to the database, which decides."""
+        logger = log.bind(batch=batch.batch, openai_batch=batch.openai_batch_id)
+        try:
+            try:
+                if batch.state == "harvesting":
+                    await self._harvest(batch)
+                    logger.info("batch_harvested")
+                else:
+                    await self._submit(batch)
+            except openai.APIError as error:
+                raise provider.classify(error) from error
+        except NotHeld:
+            logger.warning("batch_not_held")
+        except TaggingError as error:
+            logger.error("batch_trouble", kind=error.kind, code=error.code, message=error.message)
+            await self._report_trouble(batch, error)
+        except Exception as error:
+            # A defect of ours, or a disk that is full: the batch goes back and is tried again, with delays
+            # that grow, instead of staying in a hand that will never move.
+            logger.exception("batch_failed")
+            await self._report_trouble(batch, TaggingError("moment", "internal_error", type(error).__name__))
+
+    async def _report_trouble(self, batch: Batch, error: TaggingError) -> None:
+        try:
+            await self._db.batch_trouble(batch, error.as_json())
+        except NotHeld:
+            log.warning("batch_not_held", batch=batch.batch)
+
+    # -- until OpenAI has it
+
+    async def _submit(self, batch: Batch) -> None:
+        if batch.state == "creating":
+            created = await self._find(batch)
+            if created:
+                await self._db.batch_submitted(batch, created.id, created.status, created.input_file_id)
+                log.info("batch_adopted", batch=batch.batch, openai_batch=created.id)
+                return
+            input_file_id = batch.input_file_id
+        else:
+            input_file_id = await self._build_and_upload(batch)
+        if input_file_id is None:
+            await self._db.batch_finish(batch)  # no image could be prepared: nothing to submit
+            return
+        created = await self._create(batch, input_file_id)
+        await self._db.batch_submitted(batch, created.id, created.status, input_file_id)
+        log.info("batch_submitted", batch=batch.batch, openai_batch=created.id, images=batch.image_count)
+
+    async def _create(self, batch: Batch, input_file_id: str) -> OpenAIBatch:
+        return await self._client.batches.create(
+            input_file_id=input_file_id,
+            endpoint="/v1/chat/completions",
+            completion_window="24h",
+            metadata={METADATA_KEY: batch.batch},
+        )
+
+    async def _find(self, batch: Batch) -> OpenAIBatch | None:
+        """The batch at OpenAI that carries this row's id, if it was created after all."""
+        page = await self._client.batches.list(limit=100)
+        for _ in range(LIST_PAGES):
+            for found in page.data:
+                if (found.metadata or {}).get(METADATA_KEY) == batch.batch and found.status != "failed":
+                    return found
+            if not page.has_next_page():
+                break
+            page = await page.get_next_page()
+        return None
+
+    async def _build_and_upload(self, batch: Batch) -> str | None:
+        """The id of the uploaded input file; None when no image could be prepared."""
+        await self._db.batch_step(batch, "preparing")
+        with tempfile.SpooledTemporaryFile(max_size=SPOOL) as file:
+            if not await self._build(batch, file):
+                return None
+            await self._db.batch_step(batch, "uploading")
+            file.seek(0)
+            uploaded = await self._client.files.create(
+                file=(f"autotag-{batch.batch}.jsonl", file),
+                purpose="batch",
+            )
+        await self._db.batch_step(batch, "creating", uploaded.id)
+        return uploaded.id
+
+    async def _build(self, batch: Batch, file: IO[bytes]) -> int:
+        """Writes a line per image, in order; how many. Images that fail are reported at once."""
+        lines, last = 0, 0
+        while page := await self._db.batch_images(batch, last, PAGE):
+            made = await asyncio.gather(*(self._line(image) for image in page))
+            failed = [
+                {"task": image.task, "error": line.as_json()}
+                for image, line in zip(page, made, strict=True)
+                if isinstance(line, TaggingError)
+            ]
+            if failed:
+                await self._db.batch_answers(batch, failed)
+            for image, line in zip(page, made, strict=True):
+                if isinstance(line, TaggingError):
+                    continue
+                if lines and file.tell() + len(line) > self._max_bytes:
+                    await self._db.batch_split(batch, last)
+                    return lines
+                file.write(line)
+                lines += 1
+                last = image.task
+            last = page[-1].task
+        return lines
+
+    async def _line(self, image: Image) -> bytes | TaggingError:
+        async with self._fetches:
+            try:
+                jpeg = await self._images.load(image, largest_side(self._question.image_detail))
+            except TaggingError as error:
+                if error.kind == "account":
+                    raise
+                return error
+            return batch_line(str(image.task), request_body(self._question, data_url(jpeg)))
+
+    # -- while OpenAI has it
+
+    async def _poll(self, wanted: list[str], cancel: list[str]) -> None:
+        """Looks at all batches in flight, with as few list calls as they need, and tells the database."""
+        try:
+            for batch_id in cancel:
+                await self._client.batches.cancel(batch_id)
+            missing = set(wanted)
+            seen = []
+            page = await self._client.batches.list(limit=100)
+            for _ in range(LIST_PAGES):
+                seen += [batch for batch in page.data if batch.id in missing]
+                missing -= {batch.id for batch in page.data}
+                if not missing or not page.has_next_page():
+                    break
+                page = await page.get_next_page()
+            for batch_id in missing:  # older than the pages we looked through
+                seen.append(await self._client.batches.retrieve(batch_id))
+            await self._db.batches_seen([describe(batch) for batch in seen])
+        except openai.APIError as error:
+            trouble = provider.classify(error)
+            log.warning("poll_failed", kind=trouble.kind, code=trouble.code, message=trouble.message)
+
+    # -- when OpenAI is done with it
+
+    async def _harvest(self, batch: Batch) -> None:
+        for file_id in (batch.output_file_id, batch.error_file_id):
+            if file_id:
+                await self._store(batch, file_id)
+        await self._db.batch_finish(batch)
+        for file_id in (batch.input_file_id, batch.output_file_id, batch.error_file_id):
+            if file_id:
+                await self._delete(file_id)
+
+    async def _store(self, batch: Batch, file_id: str) -> None:
+        answers: list[dict[str, Any]] = []
+        async with self._client.files.with_streaming_response.content(file_id) as response:
+            async for line in _lines(response.iter_bytes()):
+                answer = read_line(line, self._question.max_tags)
+                if answer is None:
+                    log.warning("batch_line_unreadable", batch=batch.batch, file=file_id)
+                    continue
+                answers.append(answer)
+                if len(answers) >= ANSWERS:
+                    await self._db.batch_answers(batch, answers)
+                    answers = []
+        if answers:
+            await self._db.batch_answers(batch, answers)
+
+    async def _delete(self, file_id: str) -> None:
+        try:
+            await self._client.files.delete(file_id)
+        except openai.APIError as error:
+            log.warning("file_not_deleted", file=file_id, error=type(error).__name__)
+
+
+async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    rest = b""
+    async for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line.strip():
+                yield line
+    if rest.strip():
+        yield rest
+
+
+def describe(batch: OpenAIBatch) -> dict[str, Any]:
+    """An OpenAI Batch as ``autotag.batches_seen`` takes it."""
+    counts = batch.request_counts
+    errors = (batch.errors.data or []) if batch.errors else []
+    first = errors[0] if errors else None
+    return {
+        "id": batch.id,
+        "status": batch.status,
+        "output_file_id": batch.output_file_id,
+        "error_file_id": batch.error_file_id,
+        "total": counts.total if counts else 0,
+        "done": counts.completed + counts.failed if counts else 0,
+        "error_code": first.code if first else None,
+        "error": first.message if first else None,
+    }
+
+
+def read_line(line: bytes, max_tags: int) -> dict[str, Any] | None:
+    """One line of an output or error file as ``autotag.batch_answers`` takes it; None when it is no answer."""
+    try:
+        entry = json.loads(line)
+        task = int(entry["custom_id"])
+        response = entry.get("response") or {}
+        status, body = int(response.get("status_code") or 0), response.get("body")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if not 0 < task < 2**63:
+        return None
+    report: dict[str, Any] = {"task": task}
+    try:
+        if status != 200 or not isinstance(body, dict):
+            # Lines of "completed" batches have been seen with status 0 and 5xx, and with `error` alone.
+            raise provider.classify_status(status, body or entry.get("error"), {})
+        report["usage"] = read_usage(body)
+        report["result"] = read_completion(body, max_tags)
+    except TaggingError as error:
+        report["error"] = error.as_json()
+    return report

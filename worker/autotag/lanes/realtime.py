@@ -1,0 +1,162 @@
+"""Single calls: claim, prepare, call, settle in bulk."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import psycopg
+import structlog
+from openai import AsyncOpenAI
+
+from autotag import provider
+from autotag.db import Database, Image
+from autotag.errors import TaggingError
+from autotag.images import Images, data_url
+from autotag.tags import Question, read_completion, read_usage, request_body
+from autotag.tokens import largest_side
+from autotag.wake import Wake
+
+STAGE_DELAY = 0.15  # seconds a stage must last to be worth a write; quick images skip it
+SETTLE_MOST = 500  # reports in one call
+RECLAIM_DELAY = 0.05  # seconds that freed hands gather before the next claim, when all were full
+CLAIM_RETRY = 1.0  # seconds after a claim that failed
+
+log = structlog.get_logger(__name__)
+
+
+class Reports:
+    """Gathers what single calls have to report and hands it to the database in bulk.
+
+    While one call of `Database.settle` is under way, answers pile up for the next: under load the bulk grows
+    by itself, without a delay for the lone image.
+    """
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._outcomes: list[dict[str, Any]] = []
+        self._stages: dict[int, dict[str, Any]] = {}
+        self._told: set[int] = set()
+        self._seen: dict[str, Any] = {}
+        self._some = asyncio.Event()
+        self._stage_due = asyncio.Event()
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    def stage(self, image: Image, stage: str) -> None:
+        """The image has reached a stage; told when it lasts."""
+        self._stages[image.task] = {"task": image.task, "attempt": image.attempt, "stage": stage}
+        self._stage_due.set()
+
+    def limits(self, seen: dict[str, Any]) -> None:
+        """What an answer's headers say; the newest wins, a wait is kept at its longest."""
+        wait = max(seen.get("retry_after") or 0, self._seen.get("retry_after") or 0)
+        self._seen = {**self._seen, **seen, **({"retry_after": wait} if wait else {})}
+
+    def outcome(self, image: Image, report: dict[str, Any]) -> None:
+        self._stages.pop(image.task, None)
+        self._outcomes.append({"task": image.task, "attempt": image.attempt, **report})
+        self.idle.clear()
+        self._some.set()
+
+    async def settle_forever(self) -> None:
+        while True:
+            await self._some.wait()
+            self._some.clear()
+            while self._outcomes:
+                bulk, self._outcomes = self._outcomes[:SETTLE_MOST], self._outcomes[SETTLE_MOST:]
+                seen, self._seen = self._seen, {}
+                accepted = await self._db.settle(bulk, seen or None)
+                if accepted < len(bulk):
+                    log.warning("late_reports_refused", refused=len(bulk) - accepted)
+            self.idle.set()
+
+    async def tell_stages_forever(self) -> None:
+        while True:
+            await self._stage_due.wait()
+            self._stage_due.clear()
+            await asyncio.sleep(STAGE_DELAY)
+            if self._stages:
+                stages, self._stages = list(self._stages.values()), {}
+                await self._db.report_stages(stages)
+
+
+async def tag(image: Image, images: Images, client: AsyncOpenAI, question: Question, reports: Reports) -> None:
+    """Tags one image and reports what came of it; never raises but when cancelled."""
+    report: dict[str, Any] = {}
+    try:
+        reports.stage(image, "preparing")
+        jpeg = await images.load(image, largest_side(question.image_detail))
+        reports.stage(image, "processing")
+        completion, seen = await provider.complete(client, request_body(question, data_url(jpeg)))
+        reports.limits(seen)
+        report["usage"] = read_usage(completion)
+        report["result"] = read_completion(completion, question.max_tags)
+    except TaggingError as error:
+        report["error"] = error.as_json()
+        if error.kind == "rate_limit":
+            reports.limits({"retry_after": error.retry_after})
+        log_error(image, error)
+    except Exception as error:
+        # A defect of ours must not take the other images in flight with it: this one counts a failure and
+        # ends, after its tries, as failed.
+        log.exception("unexpected_error", task=image.task)
+        report["error"] = TaggingError("moment", "internal_error", f"Tagging failed: {type(error).__name__}.").as_json()
+    reports.outcome(image, report)
+
+
+def log_error(image: Image, error: TaggingError) -> None:
+    level = log.error if error.kind == "account" else log.info if error.kind == "image" else log.warning
+    level("image_not_tagged", task=image.task, asset=image.asset_id, kind=error.kind, code=error.code,
+          message=error.message)  # fmt: skip
+
+
+async def run(
+    db: Database,
+    wake: Wake,
+    slots: int,
+    tag_image: Callable[[Image], Awaitable[None]],
+    held_batches: Callable[[], list[str]],
+    deadline: float,
+) -> None:
+    """The lane, until the worker stops; then at most ``deadline`` seconds more for what is in hand."""
+    hands: dict[asyncio.Task[None], Image] = {}
+    full = False
+    loop = asyncio.get_running_loop()
+
+    def free_hand(task: asyncio.Task[None]) -> None:
+        nonlocal full
+        hands.pop(task)
+        if full:
+            full = False
+            loop.call_later(RECLAIM_DELAY, wake.notify, "realtime")
+
+    while not wake.stop.is_set():
+        free = slots - len(hands)
+        wait: float | None = None
+        if free > 0:
+            try:
+                claim = await db.claim(free)
+                wait = claim.wait
+            except psycopg.Error as error:
+                log.error("claim_failed", error=str(error).strip())
+                await wake.wait("realtime", CLAIM_RETRY)
+                await db.release_unheld([image.task for image in hands.values()], held_batches())
+                continue
+            for image in claim.images:
+                task = asyncio.create_task(_ignore_result(tag_image(image)))
+                hands[task] = image
+                task.add_done_callback(free_hand)
+        full = len(hands) >= slots
+        await wake.wait("realtime", None if full else wait)  # full: a free hand wakes us
+
+    if hands:
+        log.info("finishing", images=len(hands), deadline=deadline)
+        await asyncio.wait(hands, timeout=deadline)
+        for task in list(hands):
+            task.cancel()
+
+
+async def _ignore_result(work: Awaitable[None]) -> None:
+    await work

@@ -1,0 +1,151 @@
+"""One worker process: wake, claim, run, settle; heartbeat; stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import uuid
+
+import psycopg
+import structlog
+
+import autotag
+from autotag import provider
+from autotag.broadcast import deliver_outbox
+from autotag.config import Settings
+from autotag.db import Database, listen
+from autotag.images import Images
+from autotag.lanes import realtime
+from autotag.lanes.batch import BatchLane
+from autotag.tags import Question
+from autotag.tokens import tokens_per_image
+from autotag.wake import Wake
+
+HEARTBEATS_PER_LEASE = 3  # two may get lost before a lease runs out
+OUTBOX_RETRY = 60.0  # seconds between looks where nothing notifies
+
+log = structlog.get_logger(__name__)
+
+
+async def run_worker(settings: Settings) -> None:
+    """Works until SIGTERM or SIGINT, then finishes or gives back what is in hand.
+
+    Raises:
+        psycopg_pool.PoolTimeout: the database cannot be reached at the start.
+    """
+    wake = Wake()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, wake.request_stop)
+    await Worker(settings, wake).run()
+
+
+class Worker:
+    """The parts of one worker, made from its settings."""
+
+    def __init__(self, settings: Settings, wake: Wake) -> None:
+        self._settings = settings
+        self._wake = wake
+        self._id = uuid.uuid4()
+        self._url = str(settings.database_url)
+        self._db = Database(self._url, self._id)
+        self._log = log.bind(worker=str(self._id))
+
+    async def run(self) -> None:
+        await self._db.open()
+        try:
+            seconds = await self._register()
+            await self._work(seconds)
+        finally:
+            await self._db.close()
+
+    async def _register(self) -> float:
+        """Introduces the worker; keeps what it is to ask of the model; the lease in seconds."""
+        told = await self._db.register(socket.gethostname(), autotag.__version__, self._wake.poll_every is None)
+        self._question = Question(**{name: told[name] for name in Question.__dataclass_fields__})
+        self._batch_max_bytes = int(told["batch_max_bytes"])
+        await self._db.set_tokens_per_image(
+            tokens_per_image(self._question.model, self._question.image_detail, self._question.max_output_tokens)
+        )
+        return float(told["lease_seconds"])
+
+    async def _work(self, lease: float) -> None:
+        settings, wake = self._settings, self._wake
+        key = settings.supabase_secret_key.get_secret_value() if settings.supabase_secret_key else None
+        client = provider.make_client(
+            settings.openai_api_key.get_secret_value(), settings.openai_base_url, settings.call_timeout
+        )
+        reports = realtime.Reports(self._db)
+        async with (
+            client,
+            Images(
+                supabase_url=settings.supabase_url,
+                supabase_key=key,
+                hosts=settings.image_hosts,
+                max_bytes=settings.image_max_bytes,
+                max_pixels=settings.image_max_pixels,
+            ) as images,
+            asyncio.TaskGroup() as background,
+        ):
+            batches = BatchLane(
+                self._db, wake, images, client, self._question,
+                slots=settings.batch_slots, fetches=settings.fetches, max_bytes=self._batch_max_bytes,
+            )  # fmt: skip
+            helpers = [
+                background.create_task(work)
+                for work in (
+                    listen(self._url, wake.notify, self._on_listening),
+                    self._heartbeat(lease / HEARTBEATS_PER_LEASE),
+                    self._deliver(key),
+                    reports.settle_forever(),
+                    reports.tell_stages_forever(),
+                )
+            ]
+            self._log.info("worker_started", model=self._question.model, slots=settings.slots)
+            async with asyncio.TaskGroup() as lanes:
+                lanes.create_task(
+                    realtime.run(
+                        self._db,
+                        wake,
+                        settings.slots,
+                        lambda image: realtime.tag(image, images, client, self._question, reports),
+                        batches.held,
+                        settings.stop_deadline,
+                    )
+                )
+                lanes.create_task(batches.run(settings.stop_deadline))
+            await reports.idle.wait()
+            for helper in helpers:
+                helper.cancel()
+        given_back = await self._db.release()
+        self._log.info("worker_stopped", given_back=given_back)
+
+    def _on_listening(self, possible: bool) -> None:
+        if possible:
+            self._wake.poll_every = None
+        else:
+            self._wake.poll_every = self._settings.poll_interval
+            self._log.warning(
+                "listen_impossible",
+                hint="This looks like a transaction pooler (port 6543). The worker polls instead; use a direct or "
+                "session-mode connection (port 5432) to be woken at once.",
+                poll_interval=self._settings.poll_interval,
+            )
+            self._wake.notify("")
+
+    async def _heartbeat(self, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                alive = await self._db.heartbeat()
+                if not alive:
+                    self._log.error("lease_lost", hint="The database was out of reach for longer than the lease.")
+                    await self._register()
+            except psycopg.Error as error:
+                self._log.error("heartbeat_failed", error=str(error).strip())
+
+    async def _deliver(self, key: str | None) -> None:
+        while not self._wake.stop.is_set():
+            await self._wake.wait("outbox", OUTBOX_RETRY if self._wake.poll_every else None)
+            await deliver_outbox(self._db, self._settings.supabase_url, key)

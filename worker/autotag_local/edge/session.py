@@ -1,0 +1,27 @@
+"""Runs SQL as a caller: their role and JWT claims, in a transaction of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from psycopg import AsyncConnection, sql
+from psycopg_pool import AsyncConnectionPool
+
+ROLES = ("anon", "authenticated", "service_role")
+
+
+@asynccontextmanager
+async def as_caller(
+    pool: AsyncConnectionPool[AsyncConnection[Any]], claims: dict[str, Any]
+) -> AsyncIterator[AsyncConnection[Any]]:
+    """A transaction under the role and claims of a verified token; an unknown role counts as anon."""
+    role = claims.get("role") if claims.get("role") in ROLES else "anon"
+    async with pool.connection() as connection, connection.transaction():
+        await connection.execute(
+            sql.SQL("select set_config('request.jwt.claims', %s, true), set_config('role', %s, true)"),
+            (json.dumps(claims), role),
+        )
+        yield connection

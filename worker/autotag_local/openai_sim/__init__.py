@@ -1,0 +1,6 @@
+"""An OpenAI-shaped server: chat completions, files, batches; limits, latencies and failures as configured.
+
+It opens the picture it is sent and derives tags from its pixels (`vision`), so that a test can prove that the
+right picture's tags reached the right row, and it records every request (`book`), so that tests judge by the
+provider's book and not by our own.
+"""

@@ -1,0 +1,174 @@
+"""OpenAI Batches: validating → in_progress → finalizing → completed, or failed, expired, cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from autotag_local.openai_sim.answers import ApiError, complete, digest, read_json
+
+if TYPE_CHECKING:
+    from autotag_local.openai_sim.app import Simulator
+
+MOST_LINES = 50_000
+DAY = 86_400  # seconds: the completion window
+
+
+class Batches:
+    """The batches of one organisation, newest last."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        self._sim = simulator
+        self._batches: dict[str, dict[str, Any]] = {}
+        self._queued_tokens: dict[str, int] = {}
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    def describe_all(self) -> list[dict[str, Any]]:
+        return list(self._batches.values())
+
+    async def create(self, request: Request) -> Response:
+        body = await read_json(request)
+        if body.get("endpoint") != "/v1/chat/completions" or body.get("completion_window") != "24h":
+            raise ApiError(400, "invalid_request_error", "endpoint and completion_window are wrong.")
+        if body.get("input_file_id") not in self._sim.files:
+            raise ApiError(
+                400, "invalid_request_error",
+                f"Cannot find file {body.get('input_file_id')}, or project does not have access to it.",
+            )  # fmt: skip
+        metadata = body.get("metadata") or {}
+        if len(metadata) > 16 or any(len(k) > 64 or len(str(v)) > 512 for k, v in metadata.items()):
+            raise ApiError(400, "invalid_request_error", "metadata is too large.")
+        batch: dict[str, Any] = {
+            "id": f"batch_{secrets.token_hex(12)}", "object": "batch", "endpoint": body["endpoint"], "errors": None,
+            "input_file_id": body["input_file_id"], "completion_window": "24h", "status": "validating",
+            "output_file_id": None, "error_file_id": None, "created_at": int(time.time()),
+            "expires_at": int(time.time()) + DAY, "request_counts": {"total": 0, "completed": 0, "failed": 0},
+            "metadata": metadata,
+        }  # fmt: skip
+        self._batches[batch["id"]] = batch
+        task = asyncio.create_task(self._run(batch))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return JSONResponse(batch)
+
+    async def list_newest(self, request: Request) -> Response:
+        limit = min(int(request.query_params.get("limit", 20)), 100)
+        newest = list(reversed(self._batches.values()))
+        after = request.query_params.get("after")
+        if after:
+            ids = [batch["id"] for batch in newest]
+            newest = newest[ids.index(after) + 1 :] if after in ids else []
+        page = newest[:limit]
+        return JSONResponse(
+            {
+                "object": "list", "data": page, "has_more": len(newest) > limit,
+                "first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None,
+            }
+        )  # fmt: skip
+
+    def _known(self, request: Request) -> dict[str, Any]:
+        batch = self._batches.get(request.path_params["batch"])
+        if batch is None:
+            raise ApiError(404, "not_found", f"No batch found with id '{request.path_params['batch']}'.")
+        return batch
+
+    async def retrieve(self, request: Request) -> Response:
+        return JSONResponse(self._known(request))
+
+    async def cancel(self, request: Request) -> Response:
+        batch = self._known(request)
+        if batch["status"] in ("validating", "in_progress", "finalizing"):
+            batch["status"] = "cancelling"
+        return JSONResponse(batch)
+
+    async def _run(self, batch: dict[str, Any]) -> None:
+        """A batch's life."""
+        seconds = self._sim.random.uniform(*self._sim.plan.batch_latency)
+        await asyncio.sleep(seconds * 0.1)
+        lines = self._validate(batch)
+        if lines is None:
+            batch["status"] = "failed"
+            return
+        batch["request_counts"]["total"] = len(lines)
+        if batch["status"] == "validating":
+            batch["status"] = "in_progress"
+        started = time.monotonic()
+        output: list[str] = []
+        errors: list[str] = []
+        for i, line in enumerate(lines):
+            if batch["status"] == "cancelling":
+                break
+            good, answer = await self._answer(line)
+            (output if good else errors).append(json.dumps(answer))
+            batch["request_counts"]["completed" if good else "failed"] += 1
+            # Lines are spread over the batch's time, whatever they take to look at.
+            await asyncio.sleep(max(0.0, started + seconds * 0.8 * (i + 1) / len(lines) - time.monotonic()))
+        cancelled = batch["status"] == "cancelling"
+        if not cancelled:
+            batch["status"] = "finalizing"
+            await asyncio.sleep(seconds * 0.1)
+        # Output order is not input order.
+        self._sim.random.shuffle(output)
+        for key, rows in (("output_file_id", output), ("error_file_id", errors)):
+            if rows:
+                data = "\n".join(rows).encode() + b"\n"
+                batch[key] = self._sim.store_file(f"{batch['id']}_{key}.jsonl", data, "batch_output")["id"]
+        batch["status"] = "cancelled" if cancelled else "completed"
+        self._queued_tokens.pop(batch["id"], None)
+
+    def _validate(self, batch: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """The lines of the input file; None, and the batch's errors, when it is refused."""
+
+        def refuse(code: str, message: str) -> list[dict[str, Any]] | None:
+            batch["errors"] = {
+                "object": "list", "data": [{"code": code, "message": message, "param": None, "line": None}]
+            }  # fmt: skip
+            return None
+
+        try:
+            lines = [json.loads(line) for line in self._sim.contents[batch["input_file_id"]].splitlines() if line]
+            ids = [line["custom_id"] for line in lines]
+            tokens = sum(int(line["body"]["max_completion_tokens"]) for line in lines)
+        except (ValueError, KeyError, TypeError):
+            return refuse("invalid_json_line", "A line of the input file is not valid.")
+        if not lines or len(lines) > MOST_LINES:
+            return refuse("invalid_request", "The input file holds no line, or more than 50,000.")
+        if len(set(ids)) < len(ids):
+            return refuse("duplicate_custom_id", "A custom_id stands twice in the input file.")
+        tokens += 615 * len(lines)
+        if sum(self._queued_tokens.values()) + tokens > self._sim.plan.queued_batch_tokens:
+            return refuse("token_limit_exceeded", "Enqueued token limit reached. Please try again once batches end.")
+        self._queued_tokens[batch["id"]] = tokens
+        return lines
+
+    async def _answer(self, line: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+        """Whether a line succeeded, and its line in the output or error file."""
+        entry = {"at": time.time(), "method": "BATCH", "path": line["url"], "picture": digest(line["body"])}
+        self._sim.book.append(entry)
+        request_id = secrets.token_hex(16)
+        try:
+            picture, tokens = await self._sim.see(line["body"])
+            fault = self._sim.faults.take("BATCH /v1/chat/completions", picture.tags)
+            if fault and fault.status is not None:
+                raise ApiError(fault.status, fault.code, fault.message)
+            status, body = 200, complete(line["body"], picture, fault.answer if fault else None)
+            entry["tokens"] = tokens
+        except ApiError as error:
+            status, body = error.status, error.body
+        entry["status"] = status
+        answer = {
+            "id": f"batch_req_{request_id}", "custom_id": line["custom_id"], "error": None,
+            "response": {"status_code": status, "request_id": request_id, "body": body},
+        }  # fmt: skip
+        return status == 200, answer

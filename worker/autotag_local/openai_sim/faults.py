@@ -1,0 +1,58 @@
+"""Failures to order: what the next requests meet instead of an answer."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Fault(BaseModel):
+    """Hits the next ``times`` requests whose ``METHOD /path`` starts with ``where``.
+
+    Either the request gets ``status`` with ``body`` (an OpenAI error object is made of ``code`` when there is
+    no body), or the connection is cut, or it is answered, but with a model answer that is of no use.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    where: str = "POST /v1/chat/completions"
+    times: int = Field(1, ge=1)
+    skip: int = Field(0, ge=0)
+    status: int | None = None
+    code: str = "server_error"
+    message: str = "The server had an error while processing your request."
+    body: Any = None
+    headers: dict[str, str] = Field(default_factory=dict)
+    delay: float = Field(0, ge=0)
+    cut: bool = False
+    answer: Literal["refusal", "length", "bad_schema", "no_json", "no_tags", "content_filter"] | None = None
+    #: only requests whose picture has all these tags
+    tags: list[str] = Field(default_factory=list)
+
+
+class Faults:
+    """The orders still open, in the order they were given."""
+
+    def __init__(self) -> None:
+        self._open: list[Fault] = []
+
+    def add(self, fault: Fault) -> None:
+        self._open.append(fault)
+
+    def clear(self) -> None:
+        self._open.clear()
+
+    def take(self, where: str, tags: tuple[str, ...] = ()) -> Fault | None:
+        """The fault that this request meets, if any."""
+        for fault in self._open:
+            if not where.startswith(fault.where) or not set(fault.tags) <= set(tags):
+                continue
+            if fault.skip:
+                fault.skip -= 1
+                continue
+            fault.times -= 1
+            if not fault.times:
+                self._open.remove(fault)
+            return fault
+        return None

