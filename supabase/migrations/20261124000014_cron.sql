@@ -48,9 +48,6 @@ begin
   where w.max_requests is null and w.max_units is null
     and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h';
   delete from autotag.workers w where w.lease_until < v_now - interval '1 day';
-  if to_regclass('cron.job_run_details') is not null then
-    execute $clean$ delete from cron.job_run_details where end_time < now() - interval '7 days' $clean$;
-  end if;
   update autotag.clock set housekept_at = v_now;
 end $$;
 
@@ -88,7 +85,11 @@ begin
   end if;
   if exists (select from pg_catalog.pg_extension where extname = 'pg_cron') then
     perform cron.schedule('autotag-tick', '* * * * *', 'select autotag.tick()');
-    perform cron.schedule('autotag-housekeeping', '17 3 * * *', 'select autotag.housekeeping()');
+    -- pg_cron keeps a row of every run for ever, so its own history is cleaned along.
+    perform cron.schedule('autotag-housekeeping', '17 3 * * *', $run$
+      select autotag.housekeeping();
+      delete from cron.job_run_details where end_time < now() - interval '7 days';
+    $run$);
   end if;
 end $$;
 

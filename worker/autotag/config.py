@@ -6,9 +6,11 @@ here is only what differs from one worker process to the next.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, PostgresDsn, SecretStr, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -87,18 +89,21 @@ def load_settings() -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         location = str(first["loc"][0])
-        name = location if location.isupper() else f"AUTOTAG_{location.upper()}"
-        field = next(
-            (f for key, f in Settings.model_fields.items() if key == location or _knows(f.validation_alias, location)),
-            None,
-        )
-        if first["type"] == "missing" and field and isinstance(field.validation_alias, AliasChoices):
-            name = str(field.validation_alias.choices[-1])
-        what = f" ({field.description})" if field else ""
+        for key, field in Settings.model_fields.items():
+            names = _environment_names(key, field)
+            if location in (key, *names):
+                # The name that was used, or else the usual one, which stands last.
+                name = next((n for n in names if n in os.environ), names[-1])
+                what = f" ({field.description})"
+                break
+        else:
+            name, what = location, ""
         if first["type"] == "missing":
             raise SettingsError(f"{name} is not set{what}.") from None
         raise SettingsError(f"{name} is wrong: {first['msg'].removeprefix('Value error, ')}{what}.") from None
 
 
-def _knows(alias: object, name: str) -> bool:
-    return isinstance(alias, AliasChoices) and name in alias.choices
+def _environment_names(key: str, field: FieldInfo) -> list[str]:
+    """The environment variables that a field is read from."""
+    alias = field.validation_alias
+    return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [f"AUTOTAG_{key.upper()}"]

@@ -12,7 +12,6 @@ import base64
 import io
 import ipaddress
 import socket
-import warnings
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
@@ -36,6 +35,7 @@ REDIRECTS = 3
 PREPARE_THREADS = 2
 
 pillow_heif.register_heif_opener()
+Pillow.MAX_IMAGE_PIXELS = None  # prepare() checks by its own limit, before anything is decoded
 
 
 def prepare(data: bytes, largest_side: int, max_pixels: int) -> bytes:
@@ -47,24 +47,20 @@ def prepare(data: bytes, largest_side: int, max_pixels: int) -> bytes:
     if not data:
         raise image_error("empty_file", "The file is empty.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of what is checked here by pixels
-            image = Pillow.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
-            if width * height > max_pixels:
-                raise image_error(
-                    "image_too_large",
-                    f"The image has {width} × {height} pixels; at most {max_pixels // 1_000_000} million are accepted.",
-                )
-            return _encode(image, largest_side)
+        image = Pillow.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise image_error(
+                "image_too_large",
+                f"The image has {width} × {height} pixels; at most {max_pixels // 1_000_000} million are accepted.",
+            )
+        return _encode(image, largest_side)
     except UnidentifiedImageError:
         if _looks_like_svg(data):
             raise image_error("unsupported_format", "SVG drawings cannot be tagged; upload a PNG or JPEG.") from None
         if _claims_to_be_an_image(data):
             raise image_error("damaged_image", "The image file is damaged or incomplete.") from None
         raise image_error("not_an_image", "The file is not an image.") from None
-    except Pillow.DecompressionBombError:
-        raise image_error("image_too_large", "The image has too many pixels.") from None
     except TaggingError:
         raise
     except Exception:  # noqa: BLE001
@@ -88,7 +84,9 @@ def _encode(image: Pillow.Image, largest_side: int) -> bytes:
         image = Pillow.new("RGB", image.size, "white")
         image.paste(upper, mask=upper.getchannel("A"))
     out = io.BytesIO()
-    image.convert("RGB").save(out, "JPEG", quality=JPEG_QUALITY)
+    image = image.convert("RGB")
+    image.info.clear()  # comments and the like would be written again
+    image.save(out, "JPEG", quality=JPEG_QUALITY)
     return out.getvalue()
 
 

@@ -1,0 +1,28 @@
+begin;
+\ir ../setup.psql
+select plan(6);
+update autotag.settings set max_failures = 3, retry_delay = '1 s';
+select pg_temp.upload(1);
+
+create function pg_temp.fail_once() returns void language sql as $$
+  select autotag.settle(pg_temp.worker(), jsonb_agg(jsonb_build_object('task', t.id, 'attempt', t.attempt,
+    'error', '{"kind": "moment", "code": "provider_error", "message": "The AI service had a problem."}'::jsonb)))
+  from autotag.tasks t where t.worker_id = pg_temp.worker()
+$$;
+select is(pg_temp.claimed(1), '1: 1', 'the first try');
+select pg_temp.fail_once();
+select is(pg_temp.claimed(1), 'nothing', 'it waits before the next');
+select pg_temp.at(10);
+select is(pg_temp.claimed(1), '1: 1', 'the second try');
+select pg_temp.fail_once();
+select pg_temp.at(30);
+select is(pg_temp.claimed(1), '1: 1', 'the third');
+select pg_temp.fail_once();
+select results_eq(
+  $$ select completed, failed, finished_at is not null from autotag.jobs $$,
+  $$ values (0, 1, true) $$, 'then the image has failed and the job has ended');
+select results_eq(
+  $$ select tagging_stage, tagging_error from public.assets $$,
+  $$ values ('failed', 'The AI service had a problem.') $$, 'and the row says why');
+select * from finish();
+rollback;

@@ -1,0 +1,15 @@
+begin;
+\ir ../setup.psql
+select plan(4);
+select pg_temp.upload(1), pg_temp.upload(1, 2);
+select public.cancel_tagging(id) from autotag.jobs where workspace_id = pg_temp.workspace(1);
+select pg_temp.at(29 * 86400);
+select autotag.housekeeping();
+select is((select count(*)::int from autotag.jobs), 2, 'finished work is kept for 30 days');
+select pg_temp.at(31 * 86400);
+select autotag.housekeeping();
+select is((select count(*)::int from autotag.jobs), 1, 'then it goes');
+select is((select count(*)::int from autotag.tasks), 1, 'with its tasks');
+select is((select workspace_id from autotag.workspaces), pg_temp.workspace(2), 'what is unfinished stays, however old');
+select * from finish();
+rollback;

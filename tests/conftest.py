@@ -1,0 +1,73 @@
+"""One Postgres server for the session, one database (a copy of a template) and one stack for each test."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from autotag_local.postgres import LocalPostgres, install_autotag, local_postgres, machine_binaries
+from autotag_local.stack import Stack, local_stack
+from support import Library
+
+ROOT = Path(__file__).parent.parent
+TEMPLATE = "autotag_template"
+
+
+def skip(reason: str) -> None:
+    """Skips loudly; in CI nothing may be skipped."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"CI must not skip: {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def machine_postgres() -> bool:
+    """Whether the server under test is the machine's own (with pg_cron and pgTAP) and not the wheel's."""
+    binaries = machine_binaries()
+    return bool(binaries and (binaries.parent / "lib" / "pg_cron.so").exists())
+
+
+@pytest.fixture(scope="session")
+def postgres(machine_postgres: bool) -> Iterator[LocalPostgres]:
+    """The server; its database ``postgres`` has autotag's schema, and pg_cron where there is one."""
+    settings = {"shared_preload_libraries": "pg_cron", "cron.database_name": "postgres"} if machine_postgres else {}
+    with local_postgres(machine_binaries() if machine_postgres else None, settings) as server:
+        install_autotag(server)
+        with psycopg.connect(server.url("supabase_admin"), autocommit=True) as connection:
+            connection.execute(sql.SQL("create database {}").format(sql.Identifier(TEMPLATE)))
+        install_autotag(server, TEMPLATE)
+        yield server
+
+
+@pytest.fixture
+def database(postgres: LocalPostgres) -> Iterator[str]:
+    """The name of a fresh database with autotag's schema."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(postgres.url("supabase_admin"), autocommit=True) as connection:
+        connection.execute(
+            sql.SQL("create database {} template {} owner postgres").format(sql.Identifier(name), sql.Identifier(TEMPLATE))
+        )
+        yield name
+        connection.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+async def stack(postgres: LocalPostgres, database: str) -> AsyncIterator[Stack]:
+    """The Supabase edge and the OpenAI simulator around a fresh database; batches take a second."""
+    async with local_stack(postgres, database) as running:
+        running.simulator.plan.latency = (0.01, 0.05)
+        running.simulator.plan.batch_latency = (0.5, 1.0)
+        running.configure(batch_poll_interval="0.3 s", chunk_delay="0.1 s", retry_delay="0.1 s", broadcast_interval="0")
+        yield running
+
+
+@pytest.fixture
+def library(stack: Stack) -> Library:
+    """A workspace with a member and pictures to upload."""
+    return Library(stack)

@@ -1,0 +1,308 @@
+"""What goes wrong with the provider, with images and with workers, and what becomes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections import Counter
+
+import psycopg
+import pytest
+
+from autotag_local.openai_sim.faults import Fault
+from autotag_local.pictures import Drawing, draw
+from autotag_local.stack import Stack, worker_process
+from support import Library, answered_pictures, audit, until, worker
+
+ACCOUNT_FAULT = Fault(status=401, code="invalid_api_key", message="Incorrect API key provided.", times=1000)
+
+
+def error_code(library: Library, asset: str) -> str:
+    return str(library.sql("select error_code from autotag.tasks where asset_id = %s", asset)[0]["error_code"])
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(status=500, times=2),
+        Fault(status=503, code="overloaded", times=2),
+        Fault(cut=True, times=2),
+        Fault(status=429, code="rate_limit_exceeded", headers={"retry-after": "0.2"}, times=2),
+        Fault(status=429, code="rate_limit_exceeded", headers={"retry-after": "0"}, times=1),
+        Fault(answer="length"),
+        Fault(answer="bad_schema"),
+        Fault(answer="no_json"),
+        Fault(answer="no_tags"),
+    ],
+    ids=lambda fault: fault.answer or ("cut" if fault.cut else f"{fault.status}"),
+)
+async def test_what_passes_is_tried_again_until_it_works(library: Library, fault: Fault) -> None:
+    library.stack.simulator.faults.add(fault)
+    assets = await library.upload(3)
+    async with worker(library.stack):
+        [job] = await library.finished(library.enqueue(assets))
+    assert (job["completed"], job["failed"]) == (3, 0)
+    library.check_tags()
+    audit(library.stack)
+
+
+async def test_a_429_costs_no_try(library: Library) -> None:
+    library.sql("update autotag.settings set max_failures = 1")
+    library.stack.simulator.faults.add(
+        Fault(status=429, code="rate_limit_exceeded", headers={"retry-after-ms": "50"}, times=6)
+    )
+    assets = await library.upload(3)
+    async with worker(library.stack):
+        [job] = await library.finished(library.enqueue(assets))
+    assert (job["completed"], job["failed"]) == (3, 0)
+
+
+async def test_an_image_that_always_fails_ends_with_a_sentence(library: Library) -> None:
+    drawings = list(draw(3))
+    unlucky = sorted(tag for tag in drawings[0].tags if tag not in drawings[1].tags & drawings[2].tags)
+    library.stack.simulator.faults.add(Fault(status=500, times=1000, tags=list(drawings[0].tags)))
+    assert unlucky
+    library.sql("update autotag.settings set max_failures = 3")
+    assets = await library.upload(drawings)
+    async with worker(library.stack):
+        [job] = await library.finished(library.enqueue(assets))
+    assert (job["completed"], job["failed"], job["error"]) == (2, 1, "The AI service had a problem.")
+    library.check_tags(assets[1:])
+    assert library.assets()[assets[0]]["tagging_stage"] == "failed"
+    audit(library.stack)
+
+
+async def test_a_refusal_is_final_and_says_so(library: Library) -> None:
+    library.stack.simulator.faults.add(Fault(answer="refusal", times=1))
+    [asset] = await library.upload(1)
+    async with worker(library.stack):
+        [job] = await library.finished(library.enqueue([asset]))
+    assert (job["failed"], job["error"]) == (1, "The AI declined to describe this image.")
+    assert error_code(library, asset) == "refused"
+    assert len(answered_pictures(library.stack)) == 1
+    assert library.sql("select images, requests from autotag.usage") == [{"images": 0, "requests": 1}]
+
+
+async def test_a_bad_key_stops_the_lane_and_it_goes_on_by_itself(library: Library) -> None:
+    stack = library.stack
+    stack.configure(account_probe_interval="0.2 s")
+    stack.simulator.faults.add(ACCOUNT_FAULT.model_copy())
+    assets = await library.upload(3)
+    async with worker(stack):
+        told = library.enqueue(assets)
+        await until(
+            lambda: library.sql("select account_error from autotag.provider_limits")[0]["account_error"] is not None,
+            "the lane to stop",
+        )
+        calls = len(stack.simulator.book)
+        assert library.job(told["job_id"])["failed"] == 0
+        assert calls <= 5, "a stopped lane keeps calling"
+        stack.simulator.faults.clear()
+        await library.finished(told)
+    library.check_tags()
+    assert library.sql("select account_error from autotag.provider_limits")[0]["account_error"] is None
+    assert library.sql("select sum(failures) as n from autotag.tasks")[0]["n"] == 0
+
+
+async def test_corrupt_files_fail_alone(library: Library) -> None:
+    drawings = list(draw(4))
+    corrupt = Drawing("corrupt.jpg", "image/jpeg", drawings[0].data[: len(drawings[0].data) // 3], frozenset())
+    text = Drawing("holiday.jpg", "image/jpeg", b"Dear diary, today was a sunny day at the beach.\n" * 9, frozenset())
+    assets = await library.upload([*drawings[1:], corrupt, text])
+    missing = library.insert([f"{library.member.workspace}/never-uploaded.jpg"])
+    async with worker(library.stack):
+        [job] = await library.finished(library.enqueue(assets + missing))
+    rows = library.assets()
+    library.check_tags(assets[:3])
+    assert [rows[asset]["tagging_error"] for asset in [*assets[3:], *missing]] == [
+        "The image file is damaged or incomplete.",
+        "The file is not an image.",
+        "The image's file is not in storage.",
+    ]
+    assert (job["completed"], job["failed"]) == (3, 3)
+
+
+async def test_corrupt_files_inside_a_batch_fail_alone(library: Library) -> None:
+    drawings = list(draw(60))
+    drawings[30] = Drawing("holiday.jpg", "image/jpeg", b"not a picture" * 20, frozenset())
+    assets = await library.upload(drawings)
+    async with worker(library.stack):
+        [job] = await library.finished(library.enqueue(assets))
+    assert (job["completed"], job["failed"], job["error"]) == (59, 1, "The file is not an image.")
+    library.check_tags([asset for asset in assets if asset != assets[30]])
+    audit(library.stack)
+
+
+async def test_a_deleted_asset_does_not_hold_up_its_job(library: Library) -> None:
+    assets = await library.upload(3)
+    told = library.enqueue(assets)
+    library.sql("delete from public.assets where id = %s", assets[1])
+    async with worker(library.stack):
+        [job] = await library.finished(told)
+    assert (job["completed"], job["failed"], job["error"]) == (2, 1, "The image was deleted.")
+
+
+async def test_failed_lines_and_missing_lines_of_a_batch_are_tried_again_alone(library: Library) -> None:
+    stack = library.stack
+    stack.simulator.faults.add(Fault(where="BATCH", status=500, times=2))
+    stack.simulator.faults.add(Fault(where="BATCH", answer="bad_schema", times=1))
+    assets = await library.upload(60)
+    async with worker(stack):
+        await library.finished(library.enqueue(assets))
+    library.check_tags()
+    batch = [e for e in stack.simulator.book if e["method"] == "BATCH"]
+    assert Counter(e["status"] for e in batch) == {200: 53, 500: 2}
+    audit(stack)
+
+
+async def test_openai_saying_its_queue_is_full_means_wait(library: Library) -> None:
+    stack = library.stack
+    stack.simulator.plan.queued_batch_tokens = 10
+    assets = await library.upload(60)
+    async with worker(stack):
+        told = library.enqueue(assets)
+        await until(
+            lambda: any(b["status"] == "failed" for b in stack.simulator.batches.describe_all()), "the first refusal"
+        )
+        stack.simulator.plan.queued_batch_tokens = 2_000_000
+        [job] = await library.finished(told)
+    assert (job["completed"], job["failed"]) == (60, 0)
+    library.check_tags()
+    audit(stack)
+
+
+async def test_a_batch_created_by_a_worker_that_died_is_adopted(library: Library) -> None:
+    """The worker dies after OpenAI has the batch and before the row knows: nothing is created twice."""
+    stack = library.stack
+    assets = await library.upload(60)
+    library.enqueue(assets)
+    async with worker(stack):
+        await until(lambda: len(stack.simulator.batches.describe_all()) == 1, "the batch at OpenAI")
+    library.sql(
+        "update autotag.batches set state = 'creating', worker_id = null, openai_batch_id = null, openai_status = null,"
+        " attempt = attempt + 1 where state = 'submitted'"
+    )
+    async with worker(stack):
+        await until(lambda: library.sql("select 1 from autotag.jobs where finished_at is null") == [], "the end")
+    assert len(stack.simulator.batches.describe_all()) == 1
+    library.check_tags()
+    assert len(answered_pictures(stack)) == 60
+
+
+async def test_cancelling_keeps_what_is_done_and_ends_the_job(library: Library) -> None:
+    stack = library.stack
+    stack.configure(chunk_delay="30 s")
+    assets = await library.upload(20)
+    async with worker(stack):
+        told = library.enqueue(assets)
+        await until(lambda: library.job(told["job_id"])["completed"] == 5, "the first chunk")
+        assert library.rpc("public.cancel_tagging", told["job_id"]) == {"job_id": told["job_id"], "cancelled": 15}
+        [job] = await library.finished(told)
+    assert (job["completed"], job["failed"], job["cancelled"], job["error"]) == (5, 15, True, "Tagging was cancelled.")
+    assert library.rpc("public.cancel_tagging", told["job_id"])["cancelled"] == 0
+    again = library.rpc("public.retry_tagging", told["job_id"])
+    assert again["image_count"] == 15
+    async with worker(stack):
+        stack.configure(chunk_delay="0.1 s")
+        library.sql("update autotag.queues set ready_at = '-infinity'")
+        await library.finished(again)
+    library.check_tags()
+    audit(stack)
+
+
+async def test_a_cancelled_batch_is_cancelled_at_openai_and_harvested(library: Library) -> None:
+    stack = library.stack
+    stack.simulator.plan.batch_latency = (8.0, 8.0)
+    assets = await library.upload(60)
+    async with worker(stack):
+        told = library.enqueue(assets)
+        await until(
+            lambda: any(b["request_counts"]["completed"] > 3 for b in stack.simulator.batches.describe_all()),
+            "some lines to be done",
+        )
+        library.rpc("public.cancel_tagging", told["job_id"])
+        [job] = await library.finished(told)
+    [batch] = stack.simulator.batches.describe_all()
+    assert batch["status"] == "cancelled"
+    assert job["completed"] == batch["request_counts"]["completed"] + 5
+    assert job["completed"] + job["failed"] == 60
+    audit(stack)
+
+
+def test_retrying_a_job_without_failures_is_refused(library: Library) -> None:
+    told = library.enqueue(library.insert(["a.jpg"]))
+    with pytest.raises(psycopg.Error) as caught:
+        library.rpc("public.retry_tagging", told["job_id"])
+    assert caught.value.diag.sqlstate == "PT409"
+    assert json.loads(caught.value.diag.message_detail or "")["code"] == "nothing_to_retry"
+
+
+async def test_killing_the_only_worker_in_the_middle_loses_nothing(library: Library) -> None:
+    """SIGKILL while calls are in flight and a batch is being made; the next worker takes over."""
+    stack = library.stack
+    stack.configure(lease="2 s", realtime_requests_per_minute=1000, realtime_tokens_per_minute=1000000)
+    stack.simulator.plan.latency = (0.3, 0.6)
+    assets = await library.upload(40)
+    more = await library.upload(60, seed=2)
+    told, batch = library.enqueue(assets), library.enqueue(more)
+    async with worker_process(stack.worker_environment()) as process:
+        await until(lambda: library.job(told["job_id"])["completed"] >= 5, "the first tags")
+        process.send_signal(signal.SIGKILL)
+        await process.wait()
+    held = library.sql("select count(*) as n from autotag.tasks where worker_id is not null")[0]["n"]
+    async with worker_process(stack.worker_environment()):
+        await library.finished(told, batch)
+    library.check_tags()
+    audit(stack)
+    # Only what the dead worker had in its hands may have been asked twice.
+    repeated = sum(n - 1 for n in Counter(answered_pictures(stack)).values())
+    assert repeated <= held
+    assert len({b["metadata"]["autotag_batch"] for b in stack.simulator.batches.describe_all()}) == 1
+
+
+async def test_sigterm_finishes_what_is_in_hand_and_gives_back_the_rest(library: Library) -> None:
+    stack = library.stack
+    stack.simulator.plan.latency = (0.5, 0.8)
+    assets = await library.upload(20)
+    told = library.enqueue(assets)
+    async with worker_process(stack.worker_environment()) as process:
+        await until(lambda: stack.simulator.in_flight > 0, "calls in flight")
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait() == 0
+    assert library.sql("select count(*) as n from autotag.tasks where worker_id is not null")[0]["n"] == 0
+    assert library.sql("select count(*) as n from autotag.workers")[0]["n"] == 0
+    assert len(answered_pictures(stack)) == library.job(told["job_id"])["completed"] > 0
+    assert library.sql("select sum(failures) as n from autotag.tasks")[0]["n"] == 0
+    audit(stack)
+    async with worker(stack):
+        await library.finished(told)
+    assert set(Counter(answered_pictures(stack)).values()) == {1}
+
+
+async def test_a_late_report_is_refused(library: Library, stack: Stack) -> None:
+    assets = library.insert(["a.jpg"])
+    library.enqueue(assets)
+    late, current = "00000000-0000-4000-8000-000000000001", "00000000-0000-4000-8000-000000000002"
+    for name in (late, current):
+        library.sql("select autotag.register_worker(%s, 'test', '0', true)", name)
+    [first] = library.sql("select tasks from autotag.claim(%s, 1)", late)[0]["tasks"]
+    library.sql("select autotag.give_back(%s, '{}', '{}', true)", late)
+    [second] = library.sql("select tasks from autotag.claim(%s, 1)", current)[0]["tasks"]
+    assert (first["task"], first["attempt"] + 1) == (second["task"], second["attempt"])
+    result = {"tags": [{"tag": "late", "confidence": 1}], "caption": "Late."}
+    report = json.dumps([{"task": first["task"], "attempt": first["attempt"], "result": result}])
+    assert library.sql("select autotag.settle(%s, %s) as n", late, report)[0]["n"] == 0
+    assert library.sql("select autotag.settle(%s, %s) as n", current, report)[0]["n"] == 0
+    assert library.assets()[assets[0]]["tags"] is None
+    audit(stack)
+
+
+async def test_an_idle_worker_is_woken_by_the_upload(library: Library) -> None:
+    assets = await library.upload(1)
+    async with worker(library.stack):
+        await asyncio.sleep(0.5)  # the worker is asleep in LISTEN, nothing is queued
+        asked = len(library.stack.simulator.book)
+        assert asked == 0
+        await library.finished(library.enqueue(assets))
+    library.check_tags()

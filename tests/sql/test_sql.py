@@ -1,0 +1,112 @@
+"""The SQL by itself: pgTAP, plpgsql_check, pg_cron, and the rules that hold for every function."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+import psycopg
+from conftest import ROOT, skip
+
+from autotag.migrate import apply_migrations
+from autotag_local.postgres import LocalPostgres, install_baseline
+
+PGTAP = ROOT / "supabase" / "tests"
+
+
+def test_pgtap(postgres: LocalPostgres, database: str, machine_postgres: bool) -> None:
+    if not machine_postgres or not shutil.which("pg_prove"):
+        skip("pgTAP needs Debian's Postgres and pg_prove")
+    with psycopg.connect(postgres.url("supabase_admin", database), autocommit=True) as connection:
+        connection.execute("create extension pgtap with schema extensions")
+    files = sorted(str(path.relative_to(PGTAP)) for path in PGTAP.rglob("*.test.sql"))
+    assert files
+    done = subprocess.run(
+        ["pg_prove", "--failures", "--comments", "-d", postgres.url(database=database), *files],
+        cwd=PGTAP, capture_output=True, text=True, check=False,
+        env={**os.environ, "PGOPTIONS": "-c search_path=public,extensions"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "All tests successful" in done.stdout
+
+
+def test_plpgsql_check_finds_nothing(postgres: LocalPostgres, database: str, machine_postgres: bool) -> None:
+    if not machine_postgres:
+        skip("plpgsql_check needs Debian's Postgres")
+    with psycopg.connect(postgres.url("supabase_admin", database), autocommit=True) as connection:
+        connection.execute("create extension plpgsql_check")
+        found = connection.execute("""
+            select p.oid::regprocedure::text, m from pg_proc p
+            join pg_language l on l.oid = p.prolang and l.lanname = 'plpgsql'
+            cross join lateral plpgsql_check_function(p.oid, fatal_errors => false, extra_warnings => true) m
+            where p.pronamespace = 'autotag'::regnamespace""").fetchall()
+    assert found == []
+
+
+def test_every_function_is_as_the_design_says(postgres: LocalPostgres, database: str) -> None:
+    """search_path is fixed, security definer stays inside autotag, and anon reaches nothing."""
+    with psycopg.connect(postgres.url("supabase_admin", database), autocommit=True) as connection:
+        functions = connection.execute("""
+            select p.oid::regprocedure::text, n.nspname, p.prosecdef, coalesce(p.proconfig, '{}'),
+                   has_function_privilege('anon', p.oid, 'execute')
+            from pg_proc p join pg_namespace n on n.oid = p.pronamespace
+            where n.nspname in ('autotag', 'public')""").fetchall()
+        rows = connection.execute("""
+            select c.oid::regclass::text, c.relrowsecurity,
+                   has_table_privilege('anon', c.oid, 'select, insert, update, delete'),
+                   has_table_privilege('autotag_worker', c.oid, 'select, insert, update, delete')
+            from pg_class c where c.relnamespace = 'autotag'::regnamespace and c.relkind = 'r'
+               or c.oid = 'public.workspace_rate_limits'::regclass""").fetchall()
+    assert len(functions) > 40
+    for name, schema, definer, settings, anon in functions:
+        assert 'search_path=""' in settings, f"{name} has no fixed search_path"
+        assert not (schema == "public" and definer), f"{name} is a security definer in an exposed schema"
+        assert not anon, f"anon may call {name}"
+    for name, secured, anon, worker in rows:
+        assert secured, f"{name} has no row level security"
+        assert not anon, f"anon may touch {name}"
+        assert not worker, f"autotag_worker may touch {name}: functions are all it needs"
+
+
+def test_migrations_apply_once(postgres: LocalPostgres, database: str) -> None:
+    assert apply_migrations(postgres.url(database=database), with_host_baseline=True) == []
+
+
+def test_migrations_install_without_the_host_baseline(postgres: LocalPostgres) -> None:
+    """Into a project that has its own tables, here with rows in them."""
+    with psycopg.connect(postgres.url("supabase_admin"), autocommit=True) as connection:
+        connection.execute("create database existing_project")
+    install_baseline(postgres, "existing_project")
+    url = postgres.url(database="existing_project")
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("""
+            create table public.workspace_members (workspace_id uuid, user_id uuid);
+            create table public.assets (id uuid primary key default gen_random_uuid(), workspace_id uuid not null,
+              storage_bucket text, storage_path text, image_url text, tags text[], tagging_result jsonb);
+            insert into public.assets (workspace_id, image_url)
+            select gen_random_uuid(), 'https://example.org/' || i from generate_series(1, 3) i""")
+        applied = apply_migrations(url)
+        assert "host_baseline" not in applied
+        assert applied[-1] == "cron"
+        told = connection.execute(
+            "select public.enqueue_tagging(array[id]) ->> 'strategy' from public.assets limit 1"
+        ).fetchone()
+    assert told == ("realtime",)
+
+
+def test_cron_jobs_are_scheduled_once(postgres: LocalPostgres, machine_postgres: bool) -> None:
+    if not machine_postgres:
+        skip("pg_cron needs Debian's Postgres")
+    migration = next((ROOT / "supabase" / "migrations").glob("*_cron.sql")).read_text()
+    schedule = migration[migration.index("do $$") :].split("revoke all")[0]
+    with psycopg.connect(postgres.url(), autocommit=True) as connection:
+        connection.execute(schedule)  # type: ignore[arg-type]
+        jobs = connection.execute("select jobname, schedule, command from cron.job order by jobname").fetchall()
+        for _, _, command in jobs:
+            connection.execute(command)
+    assert [(name, when) for name, when, _ in jobs] == [
+        ("autotag-housekeeping", "17 3 * * *"),
+        ("autotag-tick", "* * * * *"),
+    ]
+

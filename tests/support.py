@@ -1,0 +1,186 @@
+"""What the tests share: a library of pictures, workers, and the auditor."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import psycopg
+from psycopg.rows import dict_row
+from storage3 import AsyncStorageClient
+
+from autotag.config import Settings
+from autotag.wake import Wake
+from autotag.worker import Worker
+from autotag_local.pictures import Drawing, draw
+from autotag_local.stack import Member, Stack
+
+PATIENCE = 60.0  # seconds; only a broken promise takes so long
+
+
+class Library:
+    """One workspace of a stack, as its member and as its owner see it."""
+
+    def __init__(self, stack: Stack, member: Member | None = None) -> None:
+        self.stack = stack
+        self.member = member or stack.add_member()
+        self.drawings: dict[str, Drawing] = {}
+
+    async def upload(self, drawings: int | Sequence[Drawing], seed: int = 1) -> list[str]:
+        """Stores pictures and inserts their rows; the asset ids in order."""
+        chosen = list(draw(drawings, seed)) if isinstance(drawings, int) else list(drawings)
+        headers = {"apikey": self.stack.secret_key, "Authorization": f"Bearer {self.stack.secret_key}"}
+        storage = AsyncStorageClient(f"{self.stack.supabase_url}/storage/v1/", headers)
+        gate = asyncio.Semaphore(8)
+
+        async def store(drawing: Drawing) -> str:
+            path = f"{self.member.workspace}/{seed}-{drawing.name}"
+            async with gate:
+                await storage.from_("assets").upload(path, drawing.data, {"content-type": drawing.content_type})
+            return path
+
+        ids = self.insert(await asyncio.gather(*(store(drawing) for drawing in chosen)))
+        self.drawings |= dict(zip(ids, chosen, strict=True))
+        return ids
+
+    def insert(self, paths: Sequence[str]) -> list[str]:
+        """Rows of assets, whether or not there is a file."""
+        rows = self.sql(
+            "insert into public.assets (workspace_id, storage_path)"
+            " select %s, p from unnest(%s::text[]) with ordinality u (p, i) order by i returning id::text, storage_path",
+            self.member.workspace, list(paths),
+        )  # fmt: skip
+        by_path = {row["storage_path"]: row["id"] for row in rows}
+        return [by_path[path] for path in paths]
+
+    def sql(self, statement: str, *arguments: object) -> list[dict[str, Any]]:
+        """Runs a statement as the project's owner."""
+        with psycopg.connect(self.stack.database_url(), autocommit=True, row_factory=dict_row) as connection:
+            cursor = connection.execute(statement, arguments)
+            return cursor.fetchall() if cursor.description else []
+
+    def rpc(self, function: str, *arguments: object) -> Any:
+        """Calls a function as the member does: role authenticated, with the member's claims."""
+        return rpc(self.stack, self.member.user, function, *arguments)
+
+    def enqueue(self, assets: Sequence[str]) -> dict[str, Any]:
+        answer: dict[str, Any] = self.rpc("public.enqueue_tagging", list(assets))
+        return answer
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        answer: dict[str, Any] = self.rpc("public.tagging_job", job_id)
+        return answer
+
+    def assets(self) -> dict[str, dict[str, Any]]:
+        """The workspace's rows by id."""
+        rows = self.sql("select *, id::text as id from public.assets where workspace_id = %s", self.member.workspace)
+        return {row["id"]: row for row in rows}
+
+    async def finished(self, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
+        """Waits until jobs have ended; what tagging_job says of them."""
+        ids = [job["job_id"] for job in jobs]
+        await until(lambda: all(self.job(job)["finished_at"] for job in ids), "the jobs to finish")
+        return [self.job(job) for job in ids]
+
+    def check_tags(self, assets: Sequence[str] | None = None) -> None:
+        """Every picture's own tags are in its own row."""
+        rows = self.assets()
+        for asset in assets if assets is not None else self.drawings:
+            row = rows[asset]
+            assert row["tagging_stage"] == "completed", (row["tagging_stage"], row["tagging_error"])
+            assert set(row["tags"]) == self.drawings[asset].tags, f"wrong tags on {self.drawings[asset].name}"
+            assert row["tagging_result"]["caption"].endswith(".")
+
+
+def rpc(stack: Stack, user: str | None, function: str, *arguments: object) -> Any:
+    """Calls a function under the role and claims of a signed-in user (None: anon)."""
+    claims = f'{{"role": "authenticated", "sub": "{user}"}}' if user else '{"role": "anon"}'
+    with psycopg.connect(stack.database_url("authenticator")) as connection:
+        connection.execute(
+            "select set_config('request.jwt.claims', %s, true), set_config('role', %s, true)",
+            (claims, "authenticated" if user else "anon"),
+        )
+        places = ", ".join("%s::uuid[]" if isinstance(a, list) else "%s" for a in arguments)
+        cursor = connection.execute(f"select {function}({places})", arguments)  # type: ignore[arg-type]
+        row = cursor.fetchone()
+        assert row is not None
+        return row[0]
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    """Waits for something that other processes bring about."""
+    deadline = time.monotonic() + PATIENCE
+    while not await asyncio.to_thread(condition):
+        assert time.monotonic() < deadline, f"waited {PATIENCE:g} s for {what}"
+        await asyncio.sleep(0.05)
+
+
+def worker_settings(stack: Stack, **changes: Any) -> Settings:
+    """What `Stack.worker_environment` would give a process, for a worker inside the test."""
+    environment = stack.worker_environment()
+    return Settings(
+        database_url=environment["DATABASE_URL"],
+        openai_api_key=environment["OPENAI_API_KEY"],
+        openai_base_url=environment["OPENAI_BASE_URL"],
+        supabase_url=environment["SUPABASE_URL"],
+        supabase_secret_key=environment["SUPABASE_SECRET_KEY"],
+        **changes,
+    )  # type: ignore[call-arg]
+
+
+@contextlib.asynccontextmanager
+async def worker(stack: Stack, **changes: Any) -> AsyncIterator[Wake]:
+    """A worker inside the test's own loop, stopped gracefully at the end."""
+    wake = Wake()
+    task = asyncio.create_task(Worker(worker_settings(stack, **changes), wake).run())
+    try:
+        yield wake
+    finally:
+        wake.request_stop()
+        async with asyncio.timeout(PATIENCE):
+            await task
+
+
+def audit(stack: Stack) -> None:
+    """Compares the database's counts with its rows, and its usage with the provider's book."""
+    with psycopg.connect(stack.database_url(), row_factory=dict_row) as connection:
+
+        def rows(statement: str) -> list[dict[str, Any]]:
+            return connection.execute(statement).fetchall()  # type: ignore[arg-type]
+
+        wrong_jobs = rows("""
+            select j.id, j.completed, j.failed, c.* from autotag.jobs j
+            cross join lateral (
+              select count(*) filter (where t.stage = 'completed') as tasks_completed,
+                     count(*) filter (where t.stage = 'failed') as tasks_failed, count(*) as tasks
+              from autotag.tasks t where t.job_id = j.id) c
+            where (j.completed, j.failed, j.image_count) is distinct from (c.tasks_completed, c.tasks_failed, c.tasks)""")
+        assert wrong_jobs == [], "counts of jobs differ from their tasks"
+        wrong_queues = rows("""
+            select q.job_id, q.queued, c.n from autotag.queues q
+            cross join lateral (
+              select count(*) as n from autotag.tasks t where t.job_id = q.job_id and t.lane = 'realtime'
+              and t.worker_id is null and t.retry_at is null and t.finished_at is null) c
+            where q.queued <> c.n""")
+        assert wrong_queues == [], "queues count what is not there"
+        wrong_workspaces = rows("""
+            select w.workspace_id, w.queued, c.n from autotag.workspaces w
+            cross join lateral (
+              select coalesce(sum(q.queued), 0) as n from autotag.queues q where q.workspace_id = w.workspace_id) c
+            where w.queued <> c.n""")
+        assert wrong_workspaces == [], "workspaces count what their queues do not hold"
+        wrong_assets = rows("""
+            select t.asset_id, t.stage, a.tagging_stage from autotag.tasks t join public.assets a on a.id = t.asset_id
+            where t.id in (select max(id) from autotag.tasks group by asset_id) and t.stage <> a.tagging_stage""")
+        assert wrong_assets == [], "rows of assets show another stage than their tasks"
+        usage = rows("select coalesce(sum(images), 0) as images, coalesce(sum(requests), 0) as n from autotag.usage")[0]
+        completed = rows("select coalesce(sum(completed), 0) as n from autotag.jobs")[0]["n"]
+        assert usage["images"] == completed, "usage counts other images than were tagged"
+
+
+def answered_pictures(stack: Stack) -> list[str]:
+    """The pictures that the provider answered and billed, by its own book."""
+    return [entry["picture"] for entry in stack.simulator.book if entry.get("picture") and entry["status"] == 200]

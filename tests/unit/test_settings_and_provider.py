@@ -1,0 +1,126 @@
+"""Settings name what is missing; headers and errors of the provider are read with care."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from autotag import provider
+from autotag.config import SettingsError, load_settings
+from autotag.tokens import image_tokens, tokens_per_image
+
+GOOD = {"DATABASE_URL": "postgresql://u:p@localhost/db", "OPENAI_API_KEY": "sk-1"}
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # no .env of the developer's
+    for name in ("DATABASE_URL", "SUPABASE_DB_URL", "OPENAI_API_KEY", "OPENAI_BASE_URL", "SUPABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"DATABASE_URL": None}, "DATABASE_URL is not set"),
+        ({"OPENAI_API_KEY": None}, "OPENAI_API_KEY is not set"),
+        ({"OPENAI_API_KEY": ""}, "OPENAI_API_KEY is wrong"),
+        ({"DATABASE_URL": "mysql://x"}, "DATABASE_URL is wrong"),
+        ({"SUPABASE_URL": "project.supabase.co"}, "SUPABASE_URL is wrong: must start with https://"),
+        ({"AUTOTAG_SLOTS": "many"}, "AUTOTAG_SLOTS is wrong"),
+        ({"AUTOTAG_SLOTS": "0"}, "AUTOTAG_SLOTS is wrong"),
+    ],
+)
+def test_a_missing_or_wrong_setting_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None], sentence: str
+) -> None:
+    for name, value in {**GOOD, **changes}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert str(caught.value).startswith(sentence)
+    assert "\n" not in str(caught.value)
+    assert "sk-1" not in str(caught.value)
+
+
+def test_the_usual_names_and_a_list_of_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**GOOD, "AUTOTAG_IMAGE_HOSTS": "a.example.com, B.example.com", "AUTOTAG_SLOTS": "7"}.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings()
+    assert settings.image_hosts == {"a.example.com", "b.example.com"}
+    assert (settings.slots, settings.openai_base_url) == (7, "https://api.openai.com/v1")
+    assert "sk-1" not in repr(settings)
+
+
+LIMITS = {
+    "x-ratelimit-limit-requests": "500", "x-ratelimit-remaining-requests": "499",
+    "x-ratelimit-limit-tokens": "200000", "x-ratelimit-remaining-tokens": "0",
+}  # fmt: skip
+
+
+def test_limits_in_headers() -> None:
+    assert provider.read_limits(LIMITS) == {
+        "requests_limit": 500, "requests_left": 499, "tokens_limit": 200_000, "tokens_left": 0,
+    }  # fmt: skip
+    assert provider.read_limits({}) == {}
+    assert provider.read_limits({**LIMITS, "x-ratelimit-limit-requests": "0"}) == {
+        "tokens_limit": 200_000, "tokens_left": 0,
+    }  # fmt: skip
+    assert provider.read_limits({"x-ratelimit-remaining-requests": "-1", "x-ratelimit-limit-tokens": "lots"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "7"}, 7.0), ({"retry-after-ms": "250", "retry-after": "1"}, 0.25), ({}, None),
+        ({"retry-after": "0"}, None), ({"retry-after": "-3"}, None), ({"retry-after": "soon"}, None),
+        ({"retry-after": "nan"}, None), ({"retry-after": "inf"}, None), ({"retry-after": "86400"}, 120.0),
+    ],
+)  # fmt: skip
+def test_retry_after_is_believed_only_when_it_makes_sense(headers: dict[str, str], seconds: float | None) -> None:
+    assert provider.retry_after(headers) == seconds
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "code"),
+    [
+        (401, {"error": {"code": "invalid_api_key", "message": "Incorrect API key."}}, "account", "invalid_api_key"),
+        (429, {"error": {"code": "insufficient_quota", "message": "You exceeded your quota."}}, "account",
+         "insufficient_quota"),
+        (404, {"error": {"code": "model_not_found", "message": "No such model."}}, "account", "model_not_found"),
+        (429, {"error": {"code": "rate_limit_exceeded"}}, "rate_limit", "rate_limited"),
+        (429, None, "rate_limit", "rate_limited"),
+        (500, "<html>", "moment", "provider_error"),
+        (0, None, "moment", "provider_error"),
+        (400, {"error": {"code": "invalid_image", "message": "Bad."}}, "image", "image_refused"),
+        (400, {"error": {"message": "You uploaded an unsupported image."}}, "image", "image_refused"),
+        (400, {"code": "content_policy_violation", "message": "No."}, "image", "image_refused"),
+        (400, {"error": {"message": "Something else."}}, "image", "request_refused"),
+    ],
+)  # fmt: skip
+def test_errors_are_sorted_by_whose_they_are(status: int, body: object, kind: str, code: str) -> None:
+    error = provider.classify_status(status, body, {})
+    assert (error.kind, error.code) == (kind, code)
+
+
+@pytest.mark.parametrize(
+    ("model", "detail", "size", "tokens"),
+    [
+        ("gpt-4o-mini", "low", (512, 512), 2833),
+        ("gpt-4o-mini", "high", (1024, 1024), 2833 + 4 * 5667),
+        ("gpt-4.1-mini", "low", (512, 512), 415),
+        ("gpt-4.1-mini-2025-04-14", "low", (512, 512), 415),
+        ("gpt-4.1-nano", "low", (512, 512), 630),
+        ("gpt-4.1", "low", (512, 512), 85),
+        ("gpt-4.1-mini", "high", (4096, 4096), 2489),
+        ("somebody-elses", "low", (512, 512), 2833),
+    ],
+)  # fmt: skip
+def test_image_tokens(model: str, detail: str, size: tuple[int, int], tokens: int) -> None:
+    assert image_tokens(model, detail, *size) == tokens  # type: ignore[arg-type]
+
+
+def test_the_reservation_covers_the_worst_case() -> None:
+    assert tokens_per_image("gpt-4.1-mini", "low", 400) >= 415 + 200 + 400

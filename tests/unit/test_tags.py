@@ -1,0 +1,143 @@
+"""What of a model's answer is stored, and what is an error."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autotag.errors import TaggingError
+from autotag.lanes.batch import read_line
+from autotag.tags import TAG_LENGTH, Question, batch_line, normalise_tags, read_completion, read_usage, request_body
+
+QUESTION = Question("gpt-4.1-mini", "low", 10, 400, "English")
+
+
+def completion(content: object, finish: str = "stop", refusal: str | None = None) -> dict[str, Any]:
+    message = {"role": "assistant", "content": content, "refusal": refusal}
+    return {"model": "m", "choices": [{"index": 0, "finish_reason": finish, "message": message}]}
+
+
+def answer(**changes: Any) -> str:
+    return json.dumps({"caption": "A cat.", "tags": [{"tag": "Cat", "confidence": 0.9}], **changes})
+
+
+def test_a_good_answer() -> None:
+    assert read_completion(completion(answer()), 10) == {
+        "tags": [{"tag": "cat", "confidence": 0.9}], "caption": "A cat.", "model": "m",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given_completion", "code", "retry"),
+    [
+        (completion(None, refusal="No."), "refused", False),
+        (completion(None, finish="content_filter"), "refused", False),
+        (completion('{"caption": "A c', finish="length"), "answer_too_long", True),
+        (completion("A cat."), "bad_answer", True),
+        (completion(None), "bad_answer", True),
+        (completion(answer(extra=1)), "bad_answer", True),
+        (completion(answer(tags="cat")), "bad_answer", True),
+        (completion(answer(tags=[{"tag": "cat", "confidence": "sure"}])), "bad_answer", True),
+        (completion(answer(tags=[])), "no_tags", True),
+        (completion(answer(tags=[{"tag": " \u200b ", "confidence": 1}])), "no_tags", True),
+        ({}, "bad_answer", True),
+        ({"choices": []}, "bad_answer", True),
+        ({"choices": [None]}, "bad_answer", True),
+        ({"choices": "none"}, "bad_answer", True),
+    ],
+)
+def test_answers_of_no_use_are_errors_of_the_image(given_completion: dict[str, Any], code: str, retry: bool) -> None:
+    with pytest.raises(TaggingError) as caught:
+        read_completion(given_completion, 10)
+    assert (caught.value.kind, caught.value.code, caught.value.retry) == ("image", code, retry)
+
+
+def test_tags_are_trimmed_folded_deduplicated_limited_and_sorted() -> None:
+    tags = [
+        (" Sea ", 0.5),
+        ("SEA", 0.8),
+        ("#Straße", 0.9),
+        ("x" * 51, 1.0),
+        ("", 1.0),
+        ("big\n sky", 7.0),
+        ("dim", -1.0),
+    ]
+    assert normalise_tags(tags, 3) == [("big sky", 1.0), ("strasse", 0.9), ("sea", 0.8)]
+
+
+@given(st.lists(st.tuples(st.text(max_size=80), st.floats()), max_size=40), st.integers(1, 20))
+def test_whatever_the_model_says_postgres_can_store_it(tags: list[tuple[str, float]], most: int) -> None:
+    normal = normalise_tags(tags, most)
+    assert len(normal) <= most
+    assert len({tag for tag, _ in normal}) == len(normal)
+    for tag, confidence in normal:
+        assert 0 < len(tag) <= TAG_LENGTH
+        assert tag == tag.strip() == tag.casefold()
+        assert "\0" not in tag
+        tag.encode()
+        assert 0 <= confidence <= 1
+
+
+def test_the_request_asks_for_a_strict_schema() -> None:
+    body = request_body(QUESTION, "data:image/jpeg;base64,AA==")
+    schema = body["response_format"]["json_schema"]
+    assert schema["strict"] is True
+    assert body["messages"][1]["content"][1]["image_url"] == {"url": "data:image/jpeg;base64,AA==", "detail": "low"}
+
+    def check(node: Any) -> None:
+        if isinstance(node, dict):
+            if node.get("type") == "object":
+                assert node["additionalProperties"] is False
+                assert set(node["required"]) == set(node["properties"])
+            for value in node.values():
+                check(value)
+
+    check(schema["schema"])
+
+
+def test_usage() -> None:
+    usage = {"prompt_tokens": 600, "completion_tokens": 50, "prompt_tokens_details": {"cached_tokens": 100}}
+    assert read_usage({"usage": usage}) == {"input": 600, "cached": 100, "output": 50}
+    assert read_usage({"usage": {"prompt_tokens": 1, "completion_tokens": 2}}) == {"input": 1, "cached": 0, "output": 2}
+    assert read_usage({}) is None
+
+
+def test_a_batch_line_is_one_line() -> None:
+    line = batch_line("17", request_body(QUESTION, "data:image/jpeg;base64,AA=="))
+    assert line.count(b"\n") == 1
+    assert json.loads(line)["custom_id"] == "17"
+
+
+def output_line(**changes: Any) -> bytes:
+    response = {"status_code": 200, "body": completion(answer())}
+    return json.dumps({"custom_id": "17", "response": response, "error": None, **changes}).encode()
+
+
+def test_lines_of_a_batchs_output() -> None:
+    good = read_line(output_line(), 10)
+    assert good is not None
+    assert (good["task"], good["result"]["caption"]) == (17, "A cat.")
+    for changes, kind in (
+        ({"response": {"status_code": 0, "body": None}}, "moment"),
+        ({"response": {"status_code": 500, "body": {"error": {"code": "server_error"}}}}, "moment"),
+        ({"response": {"status_code": 429, "body": {"error": {"code": "rate_limit_exceeded"}}}}, "rate_limit"),
+        ({"response": {"status_code": 400, "body": {"error": {"code": "invalid_image", "message": "bad"}}}}, "image"),
+        ({"response": None, "error": {"code": "batch_expired", "message": "expired"}}, "moment"),
+    ):
+        failed = read_line(output_line(**changes), 10)
+        assert failed is not None
+        assert failed["error"]["kind"] == kind
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"{", b"[]", b"null", b"17", b'{"custom_id": "x"}', b'{"custom_id": "-1"}', b'{"custom_id": null}',
+     b'{"custom_id": "99999999999999999999"}', b'{"response": {}}', b'{"custom_id": "1", "response": []}', b"\xff\xfe"],
+)  # fmt: skip
+def test_rubbish_in_a_batchs_output_is_no_answer(line: bytes) -> None:
+    answer_or_none = read_line(line, 10)
+    assert answer_or_none is None or answer_or_none["error"]["kind"] == "moment"
