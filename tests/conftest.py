@@ -51,7 +51,9 @@ def database(postgres: LocalPostgres) -> Iterator[str]:
     name = f"test_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(postgres.url("supabase_admin"), autocommit=True) as connection:
         connection.execute(
-            sql.SQL("create database {} template {} owner postgres").format(sql.Identifier(name), sql.Identifier(TEMPLATE))
+            sql.SQL("create database {} template {} owner postgres").format(
+                sql.Identifier(name), sql.Identifier(TEMPLATE)
+            )
         )
         yield name
         connection.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))

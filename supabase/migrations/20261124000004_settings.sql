@@ -32,7 +32,10 @@ create table autotag.settings (
 
   -- leases, retries, polling
   lease interval not null default '60 s' check (lease >= '1 s'),
-  max_failures integer not null default 5 check (max_failures > 0),
+  -- failures of the moment before an image is given up: with the delays below some four minutes
+  max_failures integer not null default 8 check (max_failures > 0),
+  -- answers of no use (and paid for) before it is
+  max_bad_answers integer not null default 3 check (max_bad_answers > 0),
   retry_delay interval not null default '2 s' check (retry_delay > '0'),
   retry_delay_max interval not null default '60 s' check (retry_delay_max >= retry_delay),
   account_probe_interval interval not null default '30 s' check (account_probe_interval > '0'),

@@ -143,12 +143,14 @@ begin
   end if;
 end $$;
 
--- Whether the caller is trusted with every workspace: the service role over HTTP, or a direct connection of a
--- role that was granted the function (then there are no JWT claims, and nobody stands behind the call).
+-- Whether the caller is trusted with every workspace: the service role over HTTP, or a direct connection
+-- behind which stands no user (no JWT claims, and neither the API's login role nor a role it becomes).
 create function autotag.is_service() returns boolean
 language sql stable set search_path = ''
 as $$
-  select coalesce(nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'role', 'service_role') = 'service_role'
+  select coalesce(
+    nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'role' = 'service_role',
+    session_user <> 'authenticator' and current_setting('role') not in ('anon', 'authenticated'))
 $$;
 
 create function autotag.check_member(p_workspace_id uuid) returns void

@@ -104,7 +104,8 @@ begin
   return v_count;
 end $$;
 
--- A worker that never saw the answer to a claim (the connection broke) names what it has in hand.
+-- A worker that never saw the answer to a claim (the connection broke) names what it has in hand; null for
+-- the kind that is not in question.
 create function autotag.release_unheld(p_worker uuid, p_tasks bigint[], p_batches uuid[]) returns integer
 language sql security definer set search_path = ''
 as $$

@@ -67,7 +67,8 @@ end $$;
 --   moment      it was nobody's fault: again after a growing, jittered delay; a failure counted
 --   rate_limit  again as soon as the provider's block is over; nothing counted
 --   account     again when the account works; nothing counted
---   image       this image cannot be tagged; again at once where `retry` says that may help
+--   image       this image cannot be tagged; again at once where `retry` says that may help, but every such
+--               answer was paid for, so only max_bad_answers times
 create function autotag.apply_answers(p_answers jsonb) returns void
 language plpgsql security definer set search_path = ''
 as $$
@@ -95,11 +96,13 @@ begin
     from unnest(v_done.jobs) j (id) group by j.id order by j.id;
   end if;
 
-  select coalesce(array_agg(a.task), '{}') as tasks, array_agg(a.error ->> 'code') as codes,
+  select coalesce(array_agg(t.id), '{}') as tasks, array_agg(a.error ->> 'code') as codes,
          array_agg(a.error ->> 'message') as messages
   into v_failed
   from jsonb_to_recordset(p_answers) a (task bigint, error jsonb)
-  where a.error ->> 'kind' = 'image' and not coalesce((a.error ->> 'retry')::boolean, false);
+  join autotag.tasks t on t.id = a.task
+  where a.error ->> 'kind' = 'image'
+    and not (coalesce((a.error ->> 'retry')::boolean, false) and t.failures + 1 < v_settings.max_bad_answers);
   if cardinality(v_failed.tasks) > 0 then
     perform autotag.fail_tasks(v_failed.tasks, v_failed.codes, v_failed.messages);
     perform autotag.count_finished(t.job_id, 0, count(*)::integer)
@@ -115,8 +118,7 @@ begin
   into v_tries
   from jsonb_to_recordset(p_answers) a (task bigint, error jsonb)
   join autotag.tasks t on t.id = a.task
-  where a.error is not null
-    and (a.error ->> 'kind' <> 'image' or coalesce((a.error ->> 'retry')::boolean, false));
+  where a.error is not null and t.finished_at is null;
   if v_tries is not null then
     perform autotag.requeue(v_tries);
     perform pg_notify('autotag', 'realtime');

@@ -7,10 +7,10 @@ import shutil
 import subprocess
 
 import psycopg
-from conftest import ROOT, skip
 
 from autotag.migrate import apply_migrations
 from autotag_local.postgres import LocalPostgres, install_baseline
+from conftest import ROOT, skip
 
 PGTAP = ROOT / "supabase" / "tests"
 
@@ -109,4 +109,3 @@ def test_cron_jobs_are_scheduled_once(postgres: LocalPostgres, machine_postgres:
         ("autotag-housekeeping", "17 3 * * *"),
         ("autotag-tick", "* * * * *"),
     ]
-

@@ -98,6 +98,8 @@ def test_retry_after_is_believed_only_when_it_makes_sense(headers: dict[str, str
         (400, {"error": {"message": "You uploaded an unsupported image."}}, "image", "image_refused"),
         (400, {"code": "content_policy_violation", "message": "No."}, "image", "image_refused"),
         (400, {"error": {"message": "Something else."}}, "image", "request_refused"),
+        (400, {"error": {"message": "Cannot find file file-1, or project p does not have access to it."}}, "moment",
+         "file_not_there_yet"),
     ],
 )  # fmt: skip
 def test_errors_are_sorted_by_whose_they_are(status: int, body: object, kind: str, code: str) -> None:

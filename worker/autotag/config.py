@@ -46,7 +46,7 @@ class Settings(BaseSettings):
         description="the project's secret key; needed for images in Storage",
     )
     slots: int = Field(64, ge=1, le=1000, description="single calls in flight at most")
-    batch_slots: int = Field(2, ge=1, le=50, description="batches built or harvested at the same time")
+    batch_slots: int = Field(4, ge=1, le=50, description="batches built or harvested at the same time")
     fetches: int = Field(16, ge=1, le=200, description="images fetched at the same time for one batch")
     image_hosts: Annotated[frozenset[str], NoDecode] = Field(
         frozenset(), description="hosts that image URLs may name, separated by commas"

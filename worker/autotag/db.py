@@ -1,9 +1,10 @@
 """Every call of the database that a worker makes. No other module of the product holds SQL.
 
 Each function is one call of ``autotag.*``; what it does stands at its definition in the migrations. Calls
-that a broken connection or a deadlock interrupts are made again: they are idempotent, because a report for
-what is settled already is refused, except the two claims, after which `Database.release_unheld` gives back
-what was claimed without the worker ever hearing of it.
+that a broken connection or a deadlock interrupts are made again until they work, because what they report
+was paid for. They are idempotent: a report for what is settled already is refused. The two claims are not;
+after one that failed, `Database.release_unheld` gives back what was claimed without the worker ever hearing
+of it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import structlog
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb, set_json_dumps
 from psycopg_pool import AsyncConnectionPool
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-RETRY_FOR = 120.0  # seconds that a call waits for the database to come back
+RETRY_MOST = 5.0  # seconds between tries while the database is away
 POOL_SIZE = 4  # claim, settle, stages and the batch lane seldom meet
 LISTEN_PROOF = 5.0  # seconds that a notification of our own may take to arrive
 CHANNEL = "autotag"
@@ -32,6 +33,11 @@ log = structlog.get_logger(__name__)
 _TRANSIENT = (psycopg.OperationalError, psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 
 set_json_dumps(lambda value: json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+
+
+def _log_retry(state: RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    log.warning("database_retry", attempt=state.attempt_number, error=str(error).strip())
 
 
 class NotHeld(Exception):
@@ -120,13 +126,12 @@ class Database:
         """One call; its row, with a broken connection or a deadlock met by another try."""
         async for attempt in AsyncRetrying(
             retry=retry_if_exception_type(_TRANSIENT),
-            stop=stop_after_delay(RETRY_FOR),
-            wait=wait_random_exponential(0.1, max=5),
-            reraise=True,
+            wait=wait_random_exponential(0.1, max=RETRY_MOST),
+            before_sleep=_log_retry,
         ):
             with attempt:
                 return await self._once(statement, *arguments)
-        raise AssertionError("unreachable: the last try raises")
+        raise AssertionError("unreachable: it is tried until it works")
 
     async def _once(self, statement: str, *arguments: object) -> dict[str, Any]:
         async with self._pool.connection() as connection:
@@ -154,10 +159,9 @@ class Database:
     async def release(self) -> int:
         return int((await self._call("select autotag.release_worker(%s) as n", self.worker))["n"])
 
-    async def release_unheld(self, tasks: Sequence[int], batches: Sequence[str]) -> None:
-        await self._call(
-            "select autotag.release_unheld(%s, %s::bigint[], %s::uuid[])", self.worker, list(tasks), list(batches)
-        )
+    async def release_unheld(self, *, tasks: Sequence[int] | None = None, batches: Sequence[str] | None = None) -> None:
+        """Gives back what this worker holds besides these tasks or these batches; None leaves that kind alone."""
+        await self._call("select autotag.release_unheld(%s, %s::bigint[], %s::uuid[])", self.worker, tasks, batches)
 
     async def claim(self, slots: int) -> Claim:
         """Not tried again by itself: after an error call `release_unheld`."""

@@ -104,6 +104,9 @@ def classify_status(status: int, body: object, headers: Mapping[str, str]) -> Ta
         return TaggingError(
             "moment", "provider_error", "The AI service had a problem.", retry_after=retry_after(headers)
         )
+    if "cannot find file" in message.lower():
+        # Said for a moment right after an upload, before every server knows the file.
+        return TaggingError("moment", "file_not_there_yet", "The AI service does not know the uploaded file yet.")
     if code in IMAGE_CODES or "image" in message.lower():
         return image_error("image_refused", f"The AI service refused this image: {message or code}")
     return image_error("request_refused", f"The AI service refused the request: {message or code or status}")

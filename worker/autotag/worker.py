@@ -23,6 +23,7 @@ from autotag.tokens import tokens_per_image
 from autotag.wake import Wake
 
 HEARTBEATS_PER_LEASE = 3  # two may get lost before a lease runs out
+HAND_OVER = 10.0  # seconds that the database may take for the last reports
 OUTBOX_RETRY = 60.0  # seconds between looks where nothing notifies
 
 log = structlog.get_logger(__name__)
@@ -110,16 +111,24 @@ class Worker:
                         wake,
                         settings.slots,
                         lambda image: realtime.tag(image, images, client, self._question, reports),
-                        batches.held,
                         settings.stop_deadline,
                     )
                 )
                 lanes.create_task(batches.run(settings.stop_deadline))
-            await reports.idle.wait()
+            await self._hand_over(reports)
             for helper in helpers:
                 helper.cancel()
-        given_back = await self._db.release()
-        self._log.info("worker_stopped", given_back=given_back)
+        self._log.info("worker_stopped")
+
+    async def _hand_over(self, reports: realtime.Reports) -> None:
+        """Settles what is done and gives back the rest; without a database the lease does the latter."""
+        try:
+            async with asyncio.timeout(HAND_OVER):
+                await reports.idle.wait()
+                given_back = await self._db.release()
+                self._log.info("handed_over", given_back=given_back)
+        except TimeoutError:
+            self._log.error("hand_over_failed", hint="The database did not answer; what was in hand goes back later.")
 
     def _on_listening(self, possible: bool) -> None:
         if possible:

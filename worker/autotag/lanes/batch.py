@@ -61,33 +61,33 @@ class BatchLane:
         self._max_bytes = max_bytes
         self._hands: dict[asyncio.Task[None], Batch] = {}
 
-    def held(self) -> list[str]:
-        """Ids of the batches in hand."""
-        return [batch.batch for batch in self._hands.values()]
-
     async def run(self, deadline: float) -> None:
         """Until the worker stops; then at most ``deadline`` seconds more for what is in hand."""
+        polling: asyncio.Task[None] | None = None
         while not self._wake.stop.is_set():
             try:
                 claim = await self._db.claim_batches(self._slots - len(self._hands))
             except psycopg.Error as error:
-                # What was claimed without our hearing of it is given back by the realtime lane's next claim
-                # failure or when our lease ends; here we only go on.
                 log.error("claim_batches_failed", error=str(error).strip())
                 await self._wake.wait("batch", CLAIM_RETRY)
+                await self._db.release_unheld(batches=[batch.batch for batch in self._hands.values()])
                 continue
             for batch in claim.batches:
                 task = asyncio.create_task(self._work(batch))
                 self._hands[task] = batch
                 task.add_done_callback(self._free_hand)
-            if claim.poll:
-                await self._poll(claim.poll, claim.cancel)
+            if claim.poll and (polling is None or polling.done()):
+                polling = asyncio.create_task(self._poll(claim.poll, claim.cancel))
             full = len(self._hands) >= self._slots
             await self._wake.wait("batch", None if full else claim.wait)
+        if polling:
+            polling.cancel()
         if self._hands:
             await asyncio.wait(self._hands, timeout=deadline)
-            for task in list(self._hands):
+            rest = list(self._hands)
+            for task in rest:
                 task.cancel()
+            await asyncio.gather(*rest, return_exceptions=True)
 
     def _free_hand(self, task: asyncio.Task[None]) -> None:
         self._hands.pop(task)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import psycopg
@@ -116,8 +116,7 @@ async def run(
     db: Database,
     wake: Wake,
     slots: int,
-    tag_image: Callable[[Image], Awaitable[None]],
-    held_batches: Callable[[], list[str]],
+    tag_image: Callable[[Image], Coroutine[Any, Any, None]],
     deadline: float,
 ) -> None:
     """The lane, until the worker stops; then at most ``deadline`` seconds more for what is in hand."""
@@ -142,10 +141,10 @@ async def run(
             except psycopg.Error as error:
                 log.error("claim_failed", error=str(error).strip())
                 await wake.wait("realtime", CLAIM_RETRY)
-                await db.release_unheld([image.task for image in hands.values()], held_batches())
+                await db.release_unheld(tasks=[image.task for image in hands.values()])
                 continue
             for image in claim.images:
-                task = asyncio.create_task(_ignore_result(tag_image(image)))
+                task = asyncio.create_task(tag_image(image))
                 hands[task] = image
                 task.add_done_callback(free_hand)
         full = len(hands) >= slots
@@ -154,9 +153,7 @@ async def run(
     if hands:
         log.info("finishing", images=len(hands), deadline=deadline)
         await asyncio.wait(hands, timeout=deadline)
-        for task in list(hands):
+        rest = list(hands)
+        for task in rest:
             task.cancel()
-
-
-async def _ignore_result(work: Awaitable[None]) -> None:
-    await work
+        await asyncio.gather(*rest, return_exceptions=True)
