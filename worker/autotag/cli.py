@@ -41,7 +41,7 @@ def worker() -> None:
     """Run one worker until SIGTERM or Ctrl-C; start as many as you like.
 
     Reads DATABASE_URL (or SUPABASE_DB_URL), OPENAI_API_KEY, OPENAI_BASE_URL, SUPABASE_URL and
-    SUPABASE_SECRET_KEY from the environment or a .env file; AUTOTAG_* for the rest (see docs/settings.md).
+    SUPABASE_SECRET_KEY from the environment or a .env file; AUTOTAG_* for the rest (README, "Settings").
     """
     try:
         settings = load_settings()

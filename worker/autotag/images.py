@@ -59,7 +59,9 @@ def prepare(data: bytes, largest_side: int, max_pixels: int) -> bytes:
         if _looks_like_svg(data):
             raise image_error("unsupported_format", "SVG drawings cannot be tagged; upload a PNG or JPEG.") from None
         if _claims_to_be_an_image(data):
-            raise image_error("damaged_image", "The image file is damaged or incomplete.") from None
+            raise image_error(
+                "unreadable_image", "The image file is damaged or of a kind that cannot be read."
+            ) from None
         raise image_error("not_an_image", "The file is not an image.") from None
     except TaggingError:
         raise

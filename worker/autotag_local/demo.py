@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import mimetypes
 import os
@@ -19,6 +20,7 @@ from typing import Annotated, Any
 
 import typer
 from realtime import AsyncRealtimeClient
+from rich import box
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -35,6 +37,7 @@ STAGES = ("queued", "preparing", "submitted", "processing", "completing", "compl
 UPLOADS_AT_ONCE = 16
 LOOK_EVERY = 0.25  # seconds between looks at the jobs
 EVENTS_WAIT = 5.0  # seconds that the last broadcast may take after the last job
+PICTURE_WIDTH = 100  # columns
 GIVE_UP = 24 * 3600.0  # seconds; with --openai a batch may take its day
 
 
@@ -123,8 +126,9 @@ async def enqueue(one: Upload) -> None:
     one.job_id, one.strategy, one.batches = told["job_id"], told["strategy"], told["batches"]
 
 
-async def watch(uploads: list[Upload], workers: list[Process], live: Live | None) -> None:
-    """Looks at the jobs until all are finished."""
+async def watch(uploads: list[Upload], workers: list[Process], live: Live | None) -> RenderableType:
+    """Looks at the jobs until all are finished; the table as it was when most was going on."""
+    liveliest, most = table(uploads), 0
     deadline = time.monotonic() + GIVE_UP
     while not all(one.seconds is not None for one in uploads):
         if time.monotonic() > deadline:
@@ -135,31 +139,35 @@ async def watch(uploads: list[Upload], workers: list[Process], live: Live | None
             if one.seconds is None:
                 answer = await one.client.rpc("tagging_job", {"job_id": one.job_id}).execute()
                 one.observe(answer.data)  # type: ignore[arg-type]
+        shown = table(uploads)
+        going_on = sum(bool(count) for one in uploads for count in one.state["stages"].values())
+        if going_on > most:
+            liveliest, most = shown, going_on
         if live:
-            live.update(table(uploads), refresh=True)
+            live.update(shown, refresh=True)
         await asyncio.sleep(LOOK_EVERY)
+    return liveliest
 
 
 def table(uploads: list[Upload]) -> RenderableType:
     """The uploads as a live table."""
-    shown = Table(title="autotag", title_style="bold", expand=False)
-    for name, justify in (("images", "right"), ("strategy", "left"), ("stages", "left"), ("progress", "left"),
-                          ("", "right"), ("time left", "right"), ("first tags", "right")):  # fmt: skip
-        shown.add_column(name, justify=justify)  # type: ignore[arg-type]
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name, justify in (("images", "right"), ("strategy", "left"), ("progress", "left"), ("", "right")):
+        shown.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    shown.add_column("stages", min_width=12)
+    shown.add_column("time left", justify="right", no_wrap=True)
     colours = {"completed": "green", "failed": "red", "processing": "cyan", "completing": "cyan"}
     for one in uploads:
-        state = one.state
-        counts = state.get("stages", {})
+        counts = one.state.get("stages", {})
         stages = "  ".join(
-            f"[{colours.get(stage, 'default')}]{counts[stage]} {stage}[/]" for stage in STAGES if counts.get(stage)
+            f"[{colours.get(stage, 'default')}]{counts[stage]}\N{NO-BREAK SPACE}{stage}[/]"
+            for stage in STAGES
+            if counts.get(stage)
         )
-        progress = int(state.get("progress", 0))
-        left = f"{one.seconds:.1f} s" if one.seconds is not None else time_left(state.get("eta"))
-        shown.add_row(
-            str(len(one.assets)), one.strategy, stages, ProgressBar(100, progress, width=20), f"{progress} %",
-            left if one.seconds is None else f"done in {left}",
-            "" if one.first_result is None else f"{one.first_result:.1f} s",
-        )  # fmt: skip
+        progress = int(one.state.get("progress", 0))
+        left = time_left(one.state.get("eta")) if one.seconds is None else f"done in {one.seconds:.1f} s"
+        bar = ProgressBar(100, progress, width=10)
+        shown.add_row(str(len(one.assets)), one.strategy, bar, f"{progress}%", stages, left)
     return shown
 
 
@@ -211,7 +219,14 @@ async def batch_updates(stack: Stack) -> AsyncIterator[list[str]]:
 
 
 async def run(
-    console: Console, *, folder: Path | None, serve: bool, real_openai: bool, workers: int, quiet: bool
+    console: Console,
+    *,
+    folder: Path | None,
+    serve: bool,
+    real_openai: bool,
+    workers: int,
+    picture: Path | None,
+    quiet: bool,
 ) -> dict[str, Any]:
     """The whole demo; its summary."""
     groups = [files_of(folder)] if folder else []
@@ -247,7 +262,7 @@ async def run(
         await asyncio.gather(*(enqueue(one) for one in uploads))
         live = Live(table(uploads), console=console, auto_refresh=False) if not quiet else None
         with live or contextlib.nullcontext():
-            await watch(uploads, processes, live)
+            liveliest = await watch(uploads, processes, live)
         await count_events(stack, uploads, heard)
         for one in uploads:
             await verify(one, knowable=not folder and not real_openai)
@@ -256,6 +271,14 @@ async def run(
             "http_429": sum(entry.get("status") == 429 for entry in stack.simulator.book),
         }
         report(console, uploads, summary, heard)
+        if picture:
+            paper = Console(record=True, width=PICTURE_WIDTH, file=io.StringIO())
+            paper.print("[bold green]$[/] ./scripts/demo", highlight=False)
+            paper.print(liveliest)
+            paper.print("[dim]a few seconds later[/]")
+            paper.print(table(uploads))
+            report(paper, uploads, summary, heard)
+            paper.save_svg(str(picture), title="autotag")
         if serve:
             await keep_serving(console, stack)
     return summary
@@ -283,13 +306,16 @@ def report(console: Console, uploads: list[Upload], summary: dict[str, Any], hea
     images = sum(len(one.assets) for one in uploads)
     done = sum(one.state["completed"] for one in uploads)
     verified = [one.verified for one in uploads if one.verified is not None]
-    text = f"[bold]{done}[/] of {images} images tagged"
+    firsts = [one.first_result for one in uploads if one.first_result is not None]
+    lines = [f"[bold]{done}[/] of {images} images tagged"]
     if verified:
-        text += f", [bold]{sum(verified)}[/] verified against what was drawn"
-    console.print(
-        f"{text}; [bold]{len(heard)}[/] batch-complete broadcasts received; "
-        f"[bold]{summary['http_429']}[/] answers were 429."
-    )
+        lines[0] += f", [bold]{sum(verified)}[/] verified against what was drawn"
+    if firsts:
+        lines.append(f"first tags of an upload after [bold]{max(firsts):.1f}[/] s at the latest")
+    lines.append(f"[bold]{len(heard)}[/] batch-complete broadcasts received by a Realtime client")
+    lines.append(f"[bold]{summary['http_429']}[/] answers of the provider were 429")
+    for line in lines:
+        console.print(line, highlight=False)
 
 
 async def keep_serving(console: Console, stack: Stack) -> None:
@@ -317,13 +343,16 @@ def main(
     serve: Annotated[bool, typer.Option(help="Keep everything up and print the URLs.")] = False,
     openai: Annotated[bool, typer.Option(help="Use the real API with OPENAI_API_KEY.")] = False,
     workers: Annotated[int, typer.Option(min=1, max=16, help="Worker processes.")] = 1,
+    picture: Annotated[Path | None, typer.Option(help="Also draw the terminal into this SVG file.")] = None,
 ) -> None:
     """Tags four uploads (3, 30, 120 and 300 images) through all four strategies, on this machine alone."""
     if openai and not os.environ.get("OPENAI_API_KEY"):
         typer.secho("demo: --openai needs OPENAI_API_KEY in the environment.", err=True, fg=typer.colors.RED)
         raise typer.Exit(2)
     console = Console(stderr=json_)
-    summary = asyncio.run(run(console, folder=images, serve=serve, real_openai=openai, workers=workers, quiet=json_))
+    summary = asyncio.run(
+        run(console, folder=images, serve=serve, real_openai=openai, workers=workers, picture=picture, quiet=json_)
+    )
     if json_:
         print(json.dumps(summary), flush=True)
     ended = all(u["completed"] + u["failed"] == u["images"] for u in summary["uploads"])
