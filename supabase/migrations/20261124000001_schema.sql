@@ -21,6 +21,9 @@
 --   progress      stage, progress and time left, in the rows and in tagging_job()
 --   usage         who used what
 --   broadcast     what is pushed to browsers, and who may listen
+--   webhooks      OpenAI says that a batch has ended
+--   automatic     new rows of the host's assets become uploads by themselves
+--   diagnose      what `autotag doctor` asks
 --   api           the public RPCs, and who may call what
 --   cron          tick and housekeeping
 --

@@ -1,9 +1,16 @@
 -- The host adapter: everything that autotag believes about the host's tables stands in this file.
--- A project with other tables replaces these three functions, and nothing else.
+-- A project with other tables has its own version of it, and of nothing else. `autotag init` writes that
+-- version: it changes the names of the table and its keys, and the lines marked with `-- host:`.
+
+-- A lock that is not to be had at once is given up, so that nobody queues behind it: run it again then.
+set local lock_timeout = '1s';
+set local statement_timeout = '30s';
 
 -- What the host app reads to show where an image is. Adding a nullable column does not rewrite the table;
 -- the checks go in NOT VALID because every existing row satisfies them by being null.
 alter table public.assets
+  add column if not exists tags text[],  -- host: tags column
+  add column if not exists tagging_result jsonb,  -- host: result column
   add column if not exists tagging_stage text,
   add column if not exists tagging_progress integer,
   add column if not exists tagging_eta timestamptz,
@@ -17,7 +24,7 @@ alter table public.assets
 create function autotag.is_member(p_workspace_id uuid) returns boolean
 language sql stable security definer set search_path = ''
 as $$
-  select exists (
+  select exists (  -- host: members
     select from public.workspace_members m
     where m.workspace_id = p_workspace_id and m.user_id = (select auth.uid()))
 $$;
@@ -29,9 +36,9 @@ returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url tex
 language sql stable security definer set search_path = ''
 as $$
   select a.id, a.workspace_id,
-         case when a.storage_path is not null then coalesce(a.storage_bucket, 'assets') end,
-         a.storage_path,
-         a.image_url
+         case when a.storage_path is not null then coalesce(a.storage_bucket, 'assets') end,  -- host: bucket
+         a.storage_path,  -- host: path
+         a.image_url  -- host: url
   from public.assets a
   where a.id = any (p_asset_ids)
 $$;
@@ -42,9 +49,50 @@ create function autotag.store_tags(p_asset_ids uuid[], p_results jsonb[]) return
 language sql security definer set search_path = ''
 as $$
   update public.assets a
-  set tags = array(select t ->> 'tag' from jsonb_array_elements(r.result -> 'tags') with ordinality x (t, i) order by i),
-      tagging_result = r.result,
+  set tags = array(select t ->> 'tag' from jsonb_array_elements(r.result -> 'tags') with ordinality x (t, i) order by i),  -- host: tags
+      tagging_result = r.result,  -- host: result
       tagging_stage = 'completed', tagging_progress = 100, tagging_eta = null, tagging_error = null
   from unnest(p_asset_ids, p_results) as r (asset_id, result)
   where a.id = r.asset_id
 $$;
+
+-- Shows where images are. `queued` begins a new pass (whatever an earlier one left is gone) and `failed` ends
+-- one; in between progress never goes down, and rows that would not change are not written. p_errors[i]
+-- belongs to p_asset_ids[i].
+create function autotag.show_stage(
+  p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz default null, p_errors text[] default null
+) returns void
+language sql security definer set search_path = ''
+as $$
+  update public.assets a
+  set tagging_stage = p_stage,
+      tagging_progress = case p_stage when 'queued' then p_progress else greatest(a.tagging_progress, p_progress) end,
+      tagging_eta = case p_stage when 'queued' then p_eta when 'failed' then null else a.tagging_eta end,
+      tagging_error = s.error
+  from unnest(p_asset_ids, p_errors) as s (asset_id, error)
+  where a.id = s.asset_id
+    and (p_stage in ('queued', 'failed') or a.tagging_stage is distinct from p_stage
+      or coalesce(a.tagging_progress, 0) < p_progress)
+$$;
+
+-- Automatic mode's half on the host's table: what one statement inserted is collected (`automatic`).
+create function autotag.collect_inserted() returns trigger
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  perform autotag.collect(array(select a.id from added a));
+  return null;
+end $$;
+
+-- Turns automatic mode on or off: the trigger is there only while it is on, so that off costs nothing.
+--   select autotag.set_automatic(true);
+create function autotag.set_automatic(p_on boolean) returns void
+language plpgsql set search_path = ''
+as $$
+begin
+  drop trigger if exists autotag_collect on public.assets;
+  if p_on then
+    create trigger autotag_collect after insert on public.assets
+      referencing new table as added for each statement execute function autotag.collect_inserted();
+  end if;
+end $$;

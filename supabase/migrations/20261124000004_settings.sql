@@ -12,6 +12,8 @@ create table autotag.settings (
   chunk_size integer not null default 5 check (chunk_size > 0),
   chunk_delay interval not null default '2 s' check (chunk_delay >= '0'),
   express_images integer not null default 5 check (express_images >= 0),
+  -- images of one workspace that are being tagged at the same time; more are refused until some are done
+  live_images_max integer not null default 200000 check (live_images_max > 0),
   batch_split_images integer not null default 100 check (batch_split_images > 0),
   -- an OpenAI batch file holds at most 50,000 requests and 200 MB
   batch_max_requests integer not null default 50000 check (batch_max_requests between 1 and 50000),
@@ -22,6 +24,10 @@ create table autotag.settings (
   realtime_tokens_per_minute integer not null default 100000 check (realtime_tokens_per_minute > 0),
   batch_batches_per_hour integer not null default 10 check (batch_batches_per_hour > 0),
   batch_images_per_hour integer not null default 5000 check (batch_images_per_hour > 0),
+
+  -- automatic mode: an upload is complete when nothing has come for so long, or after so long in any case
+  upload_quiet interval not null default '2 s' check (upload_quiet > '0'),
+  upload_longest interval not null default '30 s' check (upload_longest >= upload_quiet),
 
   -- what is asked of the model
   model text not null default 'gpt-4.1-mini',
@@ -42,6 +48,7 @@ create table autotag.settings (
   batch_poll_interval interval not null default '60 s' check (batch_poll_interval > '0'),
   broadcast_interval interval not null default '1 s' check (broadcast_interval >= '0'),
   keep_finished interval not null default '30 days' check (keep_finished > '0'),
+  keep_usage integer not null default 800 check (keep_usage > 0),   -- days
 
   -- what an estimate starts from: seconds of one call, and of one OpenAI Batch before there is any history
   call_seconds double precision not null default 4 check (call_seconds > 0),

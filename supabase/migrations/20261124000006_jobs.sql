@@ -32,6 +32,7 @@ create table autotag.jobs (
 ) with (fillfactor = 50);
 create index jobs_workspace_id_idx on autotag.jobs (workspace_id, created_at);
 create index jobs_finished_at_idx on autotag.jobs (finished_at);
+create index jobs_live_idx on autotag.jobs (workspace_id) where finished_at is null;
 alter table autotag.jobs enable row level security;
 
 -- The single calls of one job that wait to be released, in upload order behind a cursor: what lies at or
@@ -187,27 +188,60 @@ begin
   where w.workspace_id = p_workspace_id;
 end $$;
 
+-- Takes the workspace's lock; its row is made when this is its first work.
+create function autotag.lock_workspace(p_workspace_id uuid) returns void
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  insert into autotag.workspaces (workspace_id) values (p_workspace_id) on conflict do nothing;
+  perform from autotag.workspaces w where w.workspace_id = p_workspace_id for update;
+end $$;
+
+-- How many more images of a workspace may be live at the same time.
+create function autotag.live_room(p_workspace_id uuid) returns integer
+language sql stable security definer set search_path = ''
+as $$
+  select s.live_images_max - coalesce(sum(j.image_count - j.completed - j.failed), 0)::integer
+  from autotag.settings s
+  left join autotag.jobs j on j.workspace_id = p_workspace_id and j.finished_at is null
+  group by s.live_images_max
+$$;
+
+-- Refuses an upload that would make too many images of its workspace live at the same time; retry_after is
+-- when enough of them are expected to be done. The caller holds the workspace.
+create function autotag.check_live_room(p_workspace_id uuid, p_images integer) returns void
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  v_room integer := autotag.live_room(p_workspace_id);
+  v_most integer := (select s.live_images_max from autotag.settings s);
+  v_free_at timestamptz;
+begin
+  if p_images <= v_room then
+    return;
+  end if;
+  select min(d.eta) into v_free_at from (
+    select j.eta, sum(j.image_count - j.completed - j.failed) over (order by j.eta, j.id) as freed
+    from autotag.jobs j where j.workspace_id = p_workspace_id and j.finished_at is null) d
+  where v_room + d.freed >= p_images;
+  perform autotag.refuse(429, 'too_many_live_images',
+    format('Only %s more images of this workspace can be tagged at the moment.', greatest(v_room, 0)),
+    'Wait until earlier uploads are done, or make the upload smaller.',
+    jsonb_build_object('max_images', v_most, 'images_left', greatest(v_room, 0), 'retry_after',
+      case when p_images <= v_most then greatest(extract(epoch from v_free_at - autotag.now()), 1) end));
+end $$;
+
 -- enqueue_tagging: one upload becomes one job. Idempotent for images that are being tagged already: they are
 -- skipped. Locks the workspace (so that two calls for the same images follow each other), then writes.
 create function autotag.enqueue(p_asset_ids uuid[]) returns jsonb
 language plpgsql security definer set search_path = ''
 as $$
 declare
-  v_settings autotag.settings;
-  v_now timestamptz;
   v_found integer;
   v_asked integer;
   v_missing uuid[];
   v_workspaces uuid[];
   v_workspace uuid;
-  v_new uuid[];
-  v_live_jobs uuid[];
-  v_count integer;
-  v_job autotag.jobs;
-  v_batches integer := 0;
-  v_express integer;
-  v_first_task bigint;
-  v_left record;
 begin
   if array_ndims(p_asset_ids) > 1 or array_position(p_asset_ids, null) is not null then
     perform autotag.refuse(400, 'bad_asset_ids', 'asset_ids must be a plain list of ids.',
@@ -235,12 +269,29 @@ begin
     perform autotag.refuse(400, 'several_workspaces', 'The images belong to more than one workspace.',
       'Make one upload for each workspace.', jsonb_build_object('workspace_ids', v_workspaces));
   end if;
-  v_workspace := v_workspaces[1];
+  perform autotag.lock_workspace(v_workspaces[1]);
+  return autotag.start_job(v_workspaces[1], (select auth.uid()), p_asset_ids);
+end $$;
 
-  insert into autotag.workspaces (workspace_id) values (v_workspace) on conflict do nothing;
-  perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
+-- Makes a job of those of these images that are not live already. All of them are of this workspace, which the
+-- caller has locked. Locks: tasks and batches are new, assets.
+create function autotag.start_job(p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[]) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_settings autotag.settings;
+  v_now timestamptz := autotag.now();
+  v_asked integer := (select count(distinct id) from unnest(p_asset_ids) id);
+  v_new uuid[];
+  v_live_jobs uuid[];
+  v_count integer;
+  v_job autotag.jobs;
+  v_batches integer := 0;
+  v_express integer;
+  v_first_task bigint;
+  v_left record;
+begin
   select * into v_settings from autotag.settings;
-  v_now := autotag.now();
 
   -- The new images, each once, in the order of the upload.
   select coalesce(array_agg(a.id order by a.i), '{}') into v_new
@@ -257,30 +308,31 @@ begin
     return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
       'skipped', v_asked, 'batches', 0, 'eta', v_job.eta);
   end if;
+  perform autotag.check_live_room(p_workspace_id, v_count);
 
   v_job.strategy := autotag.choose_strategy(v_count);
   if v_job.strategy in ('batch', 'batch-parallel') then
-    select * into v_left from autotag.batches_left(v_workspace);
+    select * into v_left from autotag.batches_left(p_workspace_id);
     v_batches := autotag.plan_batches(v_count, v_left.batches, v_left.window_images);
   end if;
   -- The express images come out of the first batch, which keeps at least one line.
   v_express := case when v_batches > 0 then least(v_settings.express_images, v_count / v_batches - 1) else v_count end;
 
   insert into autotag.jobs (workspace_id, user_id, strategy, image_count, created_at, eta)
-  values (v_workspace, (select auth.uid()), v_job.strategy, v_count, v_now,
+  values (p_workspace_id, p_user_id, v_job.strategy, v_count, v_now,
     v_now + make_interval(secs => autotag.estimate_seconds(v_count, v_batches)))
   returning * into v_job;
 
   -- The first batch is the priority one.
   insert into autotag.batches (job_id, workspace_id, ordinal, image_count, express_count, created_at)
-  select v_job.id, v_workspace, b,
+  select v_job.id, p_workspace_id, b,
     (b::bigint * v_count / v_batches - (b - 1)::bigint * v_count / v_batches)::integer,
     case when b = 1 then v_express else 0 end, v_now
   from generate_series(1, v_batches) b;
 
   with placed as (
     insert into autotag.tasks (job_id, workspace_id, asset_id, lane, batch_id)
-    select v_job.id, v_workspace, a.id,
+    select v_job.id, p_workspace_id, a.id,
       case when a.i <= v_express then 'realtime' else 'batch' end,
       case when a.i > v_express then b.id end
     from unnest(v_new) with ordinality a (id, i)
@@ -292,10 +344,10 @@ begin
   select min(id) into v_first_task from placed;
 
   insert into autotag.queues (job_id, workspace_id, cursor, chunk)
-  values (v_job.id, v_workspace, v_first_task - 1,
+  values (v_job.id, p_workspace_id, v_first_task - 1,
     case when v_job.strategy = 'realtime-chunked' then v_settings.chunk_size end);
-  perform autotag.add_queued(v_workspace, v_job.id, v_express, v_first_task);
-  perform autotag.start_pass(v_new, v_job.eta);
+  perform autotag.add_queued(p_workspace_id, v_job.id, v_express, v_first_task);
+  perform autotag.show_stage(v_new, 'queued', 0, v_job.eta);
 
   if v_express > 0 then
     perform pg_notify('autotag', 'realtime');

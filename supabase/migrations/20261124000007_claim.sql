@@ -185,6 +185,12 @@ begin
   end if;
   v_provider := autotag.lock_provider();
   v_now := v_provider.refilled_at;
+  -- Automatic mode: an upload that is complete becomes a job, and the next claim releases from it. This one
+  -- releases nothing, because the new job's workspace is locked out of turn.
+  if autotag.seal_upload(v_now) then
+    wait := 0;
+    return;
+  end if;
   perform autotag.unpark(v_now);
   update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at <= v_now;
 
@@ -247,6 +253,8 @@ begin
     where w.ready_at < 'infinity'
     union all
     select min(t.retry_at) from autotag.tasks t where t.retry_at is not null
+    union all
+    select min(u.seal_at) from autotag.uploads u
   ) as moments (moment);
   wait := extract(epoch from v_next - v_now);
 end $$;

@@ -17,7 +17,7 @@ begin
     returning t.asset_id, t.error
   )
   select array_agg(f.asset_id) as assets, array_agg(f.error) as errors into v_failed from failed f;
-  perform autotag.end_pass(v_failed.assets, v_failed.errors);
+  perform autotag.show_stage(v_failed.assets, 'failed', 0, null, v_failed.errors);
 end $$;
 
 -- Gives tasks another try as single calls, or fails those that had enough, or whose job was cancelled.

@@ -276,7 +276,10 @@ begin
   perform autotag.tell_progress(v_batch.job_id);
   perform autotag.resume_account();
   update autotag.provider_limits p
-  set next_poll_at = case when p.next_poll_at < v_now then v_now + s.batch_poll_interval
+  set next_poll_at = case
+    -- its webhook came before its id was known here
+    when exists (select from autotag.webhooks w where w.openai_batch_id = p_openai_batch_id) then '-infinity'
+    when p.next_poll_at < v_now then v_now + s.batch_poll_interval
     else least(p.next_poll_at, v_now + s.batch_poll_interval) end
   from autotag.settings s;
   perform pg_notify('autotag', 'batch');

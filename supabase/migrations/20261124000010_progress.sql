@@ -1,5 +1,5 @@
 -- What people see: the stage, progress and time left of each image, and the counts of each upload.
--- These functions are the only ones that write the tagging columns of assets, next to store_tags().
+-- The rows themselves are written by the adapter (show_stage, store_tags).
 
 -- The progress an image shows when it enters a stage.
 create function autotag.stage_progress(p_stage text) returns integer
@@ -9,52 +9,31 @@ as $$
     when 'processing' then 30 when 'completing' then 90 when 'completed' then 100 end
 $$;
 
--- A new pass of these images begins: whatever an earlier one left is gone.
-create function autotag.start_pass(p_assets uuid[], p_eta timestamptz) returns void
-language sql security definer set search_path = ''
-as $$
-  update public.assets a
-  set tagging_stage = 'queued', tagging_progress = 0, tagging_eta = p_eta, tagging_error = null
-  where a.id = any (p_assets)
-$$;
-
--- The pass of these images has failed; arrays run in parallel.
-create function autotag.end_pass(p_assets uuid[], p_errors text[]) returns void
-language sql security definer set search_path = ''
-as $$
-  update public.assets a
-  set tagging_stage = 'failed', tagging_eta = null, tagging_error = e.error
-  from unnest(p_assets, p_errors) e (asset_id, error)
-  where a.id = e.asset_id
-$$;
-
 -- Moves tasks (locked by the caller) forward to a stage, and their images with them. A task that is there
 -- already, or past it, is not touched: an image that goes back to the queue keeps the stage it showed.
 create function autotag.advance(p_tasks bigint[], p_stage text) returns void
-language sql security definer set search_path = ''
+language plpgsql security definer set search_path = ''
 as $$
+declare
+  v_assets uuid[];
+begin
   with moved as (
     update autotag.tasks t set stage = p_stage
     where t.id = any (p_tasks) and t.finished_at is null
       and autotag.stage_rank(t.stage) < autotag.stage_rank(p_stage)
     returning t.asset_id
   )
-  update public.assets a
-  set tagging_stage = p_stage,
-      tagging_progress = greatest(a.tagging_progress, autotag.stage_progress(p_stage))
-  from moved where a.id = moved.asset_id
-$$;
+  select array_agg(m.asset_id) into v_assets from moved m;
+  perform autotag.show_stage(v_assets, p_stage, autotag.stage_progress(p_stage));
+end $$;
 
 -- The progress of a batch's images follows what OpenAI counts: from `processing` to just under `completing`.
--- Only rows whose figure changes are written.
 create function autotag.show_batch_progress(p_tasks bigint[], p_done integer, p_total integer) returns void
 language sql security definer set search_path = ''
 as $$
-  update public.assets a set tagging_progress = s.progress
-  from autotag.tasks t,
-       (select 30 + (55 * least(p_done, p_total) / greatest(p_total, 1)) as progress) s
-  where t.id = any (p_tasks) and t.stage = 'processing' and a.id = t.asset_id
-    and coalesce(a.tagging_progress, 0) < s.progress
+  select autotag.show_stage(
+    array(select t.asset_id from autotag.tasks t where t.id = any (p_tasks) and t.stage = 'processing'),
+    'processing', 30 + (55 * least(p_done, p_total) / greatest(p_total, 1)))
 $$;
 
 -- A worker says where its single calls are: [{task, attempt, stage}]. Those that are not its own any more

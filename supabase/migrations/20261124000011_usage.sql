@@ -1,6 +1,7 @@
 -- Who used what: one row per workspace, user and day (UTC), as the provider's own usage figures say.
 
 create table autotag.usage (
+  id bigint generated always as identity primary key,
   workspace_id uuid not null,
   user_id uuid,
   day date not null,

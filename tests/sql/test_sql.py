@@ -8,7 +8,7 @@ import subprocess
 
 import psycopg
 
-from autotag.migrate import apply_migrations
+from autotag.install.migrations import apply_migrations
 from autotag_local.postgres import LocalPostgres, install_baseline
 from conftest import ROOT, skip
 
@@ -39,7 +39,9 @@ def test_plpgsql_check_finds_nothing(postgres: LocalPostgres, database: str, mac
         found = connection.execute("""
             select p.oid::regprocedure::text, m from pg_proc p
             join pg_language l on l.oid = p.prolang and l.lanname = 'plpgsql'
-            cross join lateral plpgsql_check_function(p.oid, fatal_errors => false, extra_warnings => true) m
+            cross join lateral plpgsql_check_function(p.oid, fatal_errors => false, extra_warnings => true,
+              relid => case when p.prorettype = 'trigger'::regtype then 'public.assets'::regclass else 0 end,
+              newtable => case when p.prorettype = 'trigger'::regtype then 'added' end) m
             where p.pronamespace = 'autotag'::regnamespace""").fetchall()
     assert found == []
 
@@ -98,10 +100,8 @@ def test_migrations_install_without_the_host_baseline(postgres: LocalPostgres) -
 def test_cron_jobs_are_scheduled_once(postgres: LocalPostgres, machine_postgres: bool) -> None:
     if not machine_postgres:
         skip("pg_cron needs Debian's Postgres")
-    migration = next((ROOT / "supabase" / "migrations").glob("*_cron.sql")).read_text()
-    schedule = migration[migration.index("do $$") :].split("revoke all")[0]
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
-        connection.execute(schedule)  # type: ignore[arg-type]
+        connection.execute("select autotag.schedule_cron()")
         jobs = connection.execute("select jobname, schedule, command from cron.job order by jobname").fetchall()
         for _, _, command in jobs:
             connection.execute(command)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent.parent / "worker" / "autotag"
-ALLOWED = {"db.py", "migrate.py"}  # migrate.py is what the Supabase CLI does: it keeps the list of what was applied
+# install/ works before there is any function to call: it looks at the project and applies the migrations.
+ALLOWED = {"db.py", "facts.py", "host.py", "migrations.py"}
 
 
 def sources() -> list[Path]:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import psycopg
 import psycopg_pool
 import typer
+from rich.console import Console
+from rich.table import Table
 
 import autotag
-from autotag.config import SettingsError, load_settings
+from autotag.config import DoctorSettings, Settings, SettingsError, load_settings
+from autotag.doctor import examine, worst_level
+from autotag.install.facts import Facts, look
+from autotag.install.host import Choices, Host, HostError, describe, propose
+from autotag.install.migrations import apply_migrations, project_folder, write_migrations
 from autotag.logs import configure_logs
-from autotag.migrate import apply_migrations
 from autotag.worker import run_worker
+
+LOCAL_DATABASE = "postgresql://postgres:postgres@127.0.0.1:54322/postgres"  # what `supabase start` serves
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,16 +48,18 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 @app.command()
-def worker() -> None:
+def worker(
+    http: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Serve POST /webhooks/openai there (needs OPENAI_WEBHOOK_SECRET)."),
+    ] = None,
+) -> None:
     """Run one worker until SIGTERM or Ctrl-C; start as many as you like.
 
     Reads DATABASE_URL (or SUPABASE_DB_URL), OPENAI_API_KEY, OPENAI_BASE_URL, SUPABASE_URL and
     SUPABASE_SECRET_KEY from the environment or a .env file; AUTOTAG_* for the rest (README, "Settings").
     """
-    try:
-        settings = load_settings()
-    except SettingsError as error:
-        raise _fail(str(error), 2) from None
+    settings = _settings(Settings, {"http": http} if http else {})
     configure_logs(settings.log_level, settings.log_format)
     try:
         asyncio.run(run_worker(settings))
@@ -56,23 +69,190 @@ def worker() -> None:
         raise _fail(f"{error.diag.message_primary}; grant the login role autotag_worker.") from None
     except (psycopg.errors.UndefinedFunction, psycopg.errors.InvalidSchemaName):
         raise _fail("autotag's schema is not in this database; apply its migrations first (autotag migrate).") from None
+    except OSError as error:
+        raise _fail(f"cannot serve on {settings.http}: {error.strerror or error}.") from None
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def _settings(kind: type[S], changes: dict[str, Any]) -> S:
+    try:
+        return load_settings(kind, **changes)
+    except SettingsError as error:
+        raise _fail(str(error), 2) from None
+
+
+# -- installing
+
+DatabaseUrl = Annotated[
+    str,
+    typer.Option(
+        envvar=["DATABASE_URL", "SUPABASE_DB_URL"],
+        help="The project's database, as its owner (postgres). Default: the one of supabase start.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing; what cannot be seen has to be an option.")]
+TableOption = Annotated[str | None, typer.Option("--table", help="Table of the images, for example public.photos.")]
+IdOption = Annotated[str | None, typer.Option("--id-column", help="Its uuid key.")]
+WorkspaceOption = Annotated[str | None, typer.Option("--workspace-column", help="Its column that names the tenant.")]
+PathOption = Annotated[str | None, typer.Option("--path-column", help="Its column with the path in Storage.")]
+BucketOption = Annotated[str | None, typer.Option("--bucket", help="Storage bucket of images whose row names none.")]
+UrlOption = Annotated[str | None, typer.Option("--url-column", help="Its column with an https URL.")]
+TagsOption = Annotated[str | None, typer.Option("--tags-column", help="Its text[] or jsonb column for the tags.")]
+MembersTableOption = Annotated[str | None, typer.Option("--members-table", help="Table that says who is a member.")]
+MembersClaimOption = Annotated[
+    str | None, typer.Option("--members-claim", help="Claim of the JWT that does, for example app_metadata.org_ids.")
+]
+
+
+@app.command()
+def init(
+    project: Annotated[Path, typer.Argument(help="The Supabase project's folder.", file_okay=False)] = Path(),
+    database_url: DatabaseUrl = LOCAL_DATABASE,
+    table: TableOption = None,
+    id_column: IdOption = None,
+    workspace_column: WorkspaceOption = None,
+    path_column: PathOption = None,
+    bucket: BucketOption = None,
+    url_column: UrlOption = None,
+    tags_column: TagsOption = None,
+    members_table: MembersTableOption = None,
+    members_claim: MembersClaimOption = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Copy autotag's migrations into a Supabase project, fitted to its tables; then run supabase db push.
+
+    Looks at the project's database to see which table holds the images, whose they are, where each one lies
+    and where its tags go, and writes that into the migration host_adapter. Run it again at any time: files
+    that are there stay as they are.
+    """
+    choices = Choices(
+        table, id_column, workspace_column, path_column, bucket, url_column, tags_column, members_table, members_claim
+    )
+    try:
+        folder = project_folder(project)
+        facts, host = _look(database_url, choices, ask=not (yes or as_json))
+        files = write_migrations(folder, host, facts.applied)
+    except HostError as error:
+        raise _fail(str(error), 2) from None
+    found = describe(host, facts)
+    if as_json:
+        typer.echo(json.dumps({"folder": str(folder), "host": found, "files": files}))
+        return
+    _show_host(found)
+    for name, state in files.items():
+        note = {"there": "is there already", "differs": "is there, and differs from this version"}.get(state, "written")
+        typer.echo(f"  {name}  {note}")
+    if "written" in files.values():
+        typer.echo(f"Next: read {next(n for n in files if n.endswith('host_adapter.sql'))}, then run: supabase db push")
+    else:
+        typer.echo("Nothing to write: all migrations are there.")
 
 
 @app.command()
 def migrate(
-    database_url: Annotated[
-        str, typer.Option(envvar=["DATABASE_URL", "SUPABASE_DB_URL"], help="The database, as its owner.")
-    ],
+    database_url: DatabaseUrl = LOCAL_DATABASE,
     stand_alone: Annotated[
         bool, typer.Option(help="Also create the host's own tables (workspaces, members, assets).")
     ] = False,
+    table: TableOption = None,
+    id_column: IdOption = None,
+    workspace_column: WorkspaceOption = None,
+    path_column: PathOption = None,
+    bucket: BucketOption = None,
+    url_column: UrlOption = None,
+    tags_column: TagsOption = None,
+    members_table: MembersTableOption = None,
+    members_claim: MembersClaimOption = None,
+    yes: Yes = False,
+    as_json: Json = False,
 ) -> None:
-    """Apply autotag's migrations where there is no Supabase CLI to do it."""
+    """Apply autotag's migrations where there is no Supabase CLI; what is applied already is left alone."""
+    choices = Choices(
+        table, id_column, workspace_column, path_column, bucket, url_column, tags_column, members_table, members_claim
+    )
     try:
-        applied = apply_migrations(database_url, with_host_baseline=stand_alone)
+        if stand_alone:
+            host = Host()
+        else:
+            facts, host = _look(database_url, choices, ask=not (yes or as_json))
+            if not as_json and "host_adapter" not in facts.applied:
+                _show_host(describe(host, facts))
+        applied = apply_migrations(database_url, host=host, with_host_baseline=stand_alone)
+    except HostError as error:
+        raise _fail(str(error), 2) from None
     except psycopg.Error as error:
         raise _fail(f"the migrations did not apply: {str(error).strip()}") from None
-    typer.echo(f"applied: {', '.join(applied)}" if applied else "nothing to apply: the schema is up to date")
+    if as_json:
+        typer.echo(json.dumps({"applied": applied, "version": autotag.__version__}))
+    else:
+        typer.echo(f"applied: {', '.join(applied)}" if applied else "nothing to apply: the schema is up to date")
+
+
+def _look(url: str, choices: Choices, *, ask: bool) -> tuple[Facts, Host]:
+    """What the database says, and what follows; asks on the terminal what it does not say."""
+    try:
+        facts = look(url)
+    except psycopg.OperationalError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise HostError(
+            f"the database cannot be reached ({reason}); name it with --database-url or DATABASE_URL."
+        ) from None
+    if "host_adapter" in facts.applied and choices == Choices():
+        ask = False  # it stands; nobody has to answer again
+    interactive = ask and sys.stdin.isatty()
+    return facts, propose(facts, choices, _asker(interactive))
+
+
+def _asker(interactive: bool) -> Callable[[str, str, Sequence[str]], str]:
+    def ask(option: str, question: str, answers: Sequence[str]) -> str:
+        if not interactive:
+            among = f" (one of {', '.join(answers)})" if answers else ""
+            raise HostError(f"{question} Say it with {option}{among}.")
+        typer.echo(f"{question}" + (f"  [{', '.join(answers)}]" if answers else ""))
+        return str(typer.prompt(option.removeprefix("--")))
+
+    return ask
+
+
+def _show_host(found: dict[str, str]) -> None:
+    for what, value in found.items():
+        typer.echo(f"{what + ':':<20} {value}")
+
+
+# -- looking after it
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check the whole installation and say what mends each finding.
+
+    Reads the same environment as the worker. Exit code: 0 all well, 1 warnings, 2 errors.
+    """
+    settings = _settings(DoctorSettings, {})
+    configure_logs("error", "console")
+    findings = asyncio.run(examine(settings))
+    worst = worst_level(findings)
+    if as_json:
+        typer.echo(json.dumps({"worst": worst, "findings": [f.__dict__ for f in findings]}))
+    else:
+        looks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
+        shown = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for column in ("check", "", "finding"):
+            shown.add_column(column, overflow="fold")
+        for finding in findings:
+            mend = f"\n[bold]→ {_plain(finding.fix)}[/]" if finding.fix else ""
+            shown.add_row(finding.check, looks[finding.level], _plain(finding.message) + mend)
+        Console().print(shown)
+    raise typer.Exit({"ok": 0, "warning": 1, "error": 2}[worst])
+
+
+def _plain(text: str) -> str:
+    """Text that rich does not read as markup."""
+    return text.replace("[", r"\[")
 
 
 if __name__ == "__main__":

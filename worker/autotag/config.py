@@ -7,9 +7,10 @@ here is only what differs from one worker process to the next.
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AliasChoices, Field, PostgresDsn, SecretStr, ValidationError, field_validator
+from pydantic import AliasChoices, Field, PostgresDsn, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -45,6 +46,12 @@ class Settings(BaseSettings):
         ),
         description="the project's secret key; needed for images in Storage",
     )
+    openai_webhook_secret: SecretStr | None = Field(
+        None,
+        validation_alias=AliasChoices("AUTOTAG_OPENAI_WEBHOOK_SECRET", "OPENAI_WEBHOOK_SECRET"),
+        description="signing secret of OpenAI's webhook (whsec_…)",
+    )
+    http: str | None = Field(None, description="HOST:PORT to serve POST /webhooks/openai on")
     slots: int = Field(64, ge=1, le=1000, description="single calls in flight at most")
     batch_slots: int = Field(4, ge=1, le=50, description="batches built or harvested at the same time")
     fetches: int = Field(16, ge=1, le=200, description="images fetched at the same time for one batch")
@@ -73,21 +80,55 @@ class Settings(BaseSettings):
             raise ValueError("must start with https:// (or http://)")
         return value.rstrip("/") if value else value
 
+    @field_validator("http")
+    @classmethod
+    def _host_and_port(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"(\S+):(\d{1,5})", value):
+            raise ValueError("must be HOST:PORT, for example 0.0.0.0:8080")
+        return value
+
+    @model_validator(mode="after")
+    def _webhook_has_a_secret(self) -> Self:
+        if self.http and self.openai_webhook_secret is None:
+            raise ValueError("OPENAI_WEBHOOK_SECRET is not set, and without it no webhook can be verified")
+        return self
+
+    def secret_key(self) -> str | None:
+        """The project's secret key in the clear."""
+        return self.supabase_secret_key.get_secret_value() if self.supabase_secret_key else None
+
+
+class DoctorSettings(Settings):
+    """The same for ``autotag doctor``, which reports a missing key instead of refusing to start."""
+
+    openai_api_key: SecretStr | None = Field(  # type: ignore[assignment]
+        None, validation_alias=AliasChoices("AUTOTAG_OPENAI_API_KEY", "OPENAI_API_KEY")
+    )
+
 
 class SettingsError(Exception):
     """A setting is missing or wrong; the message is one sentence for the operator."""
 
 
-def load_settings() -> Settings:
+S = TypeVar("S", bound=Settings)
+
+
+def load_settings(kind: type[S] = Settings, **changes: Any) -> S:  # type: ignore[assignment]
     """Reads the settings.
+
+    Args:
+        kind: of the settings.
+        changes: settings that the command line names.
 
     Raises:
         SettingsError: names the first variable that is missing or wrong, and what it should be.
     """
     try:
-        return Settings()  # type: ignore[call-arg]
+        return kind(**changes)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # of no single setting: the message says all
+            raise SettingsError(f"{first['msg'].removeprefix('Value error, ')}.") from None
         location = str(first["loc"][0])
         for key, field in Settings.model_fields.items():
             names = _environment_names(key, field)

@@ -26,6 +26,10 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 RETRY_MOST = 5.0  # seconds between tries while the database is away
 POOL_SIZE = 4  # claim, settle, stages and the batch lane seldom meet
 LISTEN_PROOF = 5.0  # seconds that a notification of our own may take to arrive
+#: A peer that is gone without a word is noticed within a minute (milliseconds where libpq says so).
+KEEPALIVES: dict[str, Any] = {
+    "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000,
+}  # fmt: skip
 CHANNEL = "autotag"
 
 log = structlog.get_logger(__name__)
@@ -108,6 +112,7 @@ class Database:
                 "row_factory": dict_row,
                 "application_name": "autotag",
                 "prepare_threshold": 5 if prepare else None,
+                **KEEPALIVES,
             },
         )
 
@@ -227,35 +232,52 @@ class Database:
     async def batch_finish(self, batch: Batch) -> None:
         await self._call("select autotag.batch_finish(%s, %s, %s)", self.worker, batch.batch, batch.attempt)
 
+    async def receive_webhook(self, webhook_id: str, event_type: str, openai_batch_id: str) -> str:
+        """``accepted``, ``replayed``, ``unknown`` or ``ignored``."""
+        row = await self._call(
+            "select autotag.receive_webhook(%s, %s, %s) as result", webhook_id, event_type, openai_batch_id
+        )
+        return str(row["result"])
+
     async def take_outbox(self, limit: int) -> list[dict[str, Any]]:
         return cast("list[dict[str, Any]]", (await self._call("select autotag.take_outbox(%s) as m", limit))["m"])
 
 
-async def listen(url: str, on_wake: Callable[[str], None], on_listening: Callable[[bool], None]) -> None:
+async def can_listen(url: str) -> bool:
+    """Whether a notification reaches a connection that listens; behind a transaction pooler none does.
+
+    The notification comes from a second connection: on a pooler the first one would find itself told by the
+    server connection that both statements happened to share.
+
+    Raises:
+        psycopg.OperationalError: the database cannot be reached.
+    """
+    async with await _connect(url) as listener, await _connect(url) as other:
+        await listener.execute(f"listen {CHANNEL}")
+        proof = f"hello {uuid.uuid4()}"
+        await other.execute("select pg_notify(%s, %s)", (CHANNEL, proof))
+        async for note in listener.notifies(timeout=LISTEN_PROOF):
+            if note.payload == proof:
+                return True
+    return False
+
+
+async def _connect(url: str) -> psycopg.AsyncConnection[Any]:
+    return await psycopg.AsyncConnection.connect(
+        url, autocommit=True, application_name="autotag listen", prepare_threshold=None, **KEEPALIVES
+    )
+
+
+async def listen(url: str, on_wake: Callable[[str], None]) -> None:
     """Hands every notification to ``on_wake`` until cancelled; reconnects when the connection breaks.
 
-    After each (re)connect a notification of its own proves that LISTEN works, and ``on_listening(True)`` and
-    one wake of everything follow, because what was notified meanwhile is lost. Behind a transaction pooler
-    the proof does not arrive: then ``on_listening(False)``, and this returns, because polling it is.
+    After each (re)connect one wake of everything follows, because what was notified meanwhile is lost.
     """
     delay = 0.1
     while True:
         try:
-            async with await psycopg.AsyncConnection.connect(
-                url, autocommit=True, application_name="autotag listen", prepare_threshold=None,
-                keepalives_idle=30, keepalives_interval=10, keepalives_count=3,
-            ) as connection:  # fmt: skip
+            async with await _connect(url) as connection:
                 await connection.execute(f"listen {CHANNEL}")
-                proof = f"hello {uuid.uuid4()}"
-                await connection.execute("select pg_notify(%s, %s)", (CHANNEL, proof))
-                proven = False
-                async for note in connection.notifies(timeout=LISTEN_PROOF):
-                    proven = proven or note.payload == proof
-                    if proven:
-                        break
-                on_listening(proven)
-                if not proven:
-                    return
                 on_wake("")
                 delay = 0.1
                 async for note in connection.notifies():
@@ -264,3 +286,42 @@ async def listen(url: str, on_wake: Callable[[str], None], on_listening: Callabl
             log.warning("listen_lost", error=str(error).strip(), retry_in=delay)
             await asyncio.sleep(delay)
             delay = min(delay * 2, 5.0)
+
+
+class Doctor:
+    """The calls of ``autotag doctor``, on one connection."""
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        self._connection = connection
+        self.server_version = connection.info.parameter_status("server_version")
+
+    @classmethod
+    async def connect(cls, url: str, seconds: int) -> Doctor:
+        """Raises:
+        psycopg.OperationalError: no connection within so many seconds.
+        """
+        return cls(
+            await psycopg.AsyncConnection.connect(
+                url, autocommit=True, application_name="autotag doctor", prepare_threshold=None, connect_timeout=seconds
+            )
+        )
+
+    async def __aenter__(self) -> Doctor:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._connection.close()
+
+    async def _value(self, statement: str, *arguments: object) -> Any:
+        row = await (await self._connection.execute(statement, arguments)).fetchone()
+        return row[0] if row else None
+
+    async def schema_version(self) -> str:
+        return str(await self._value("select autotag.schema_version()"))
+
+    async def diagnose(self) -> dict[str, Any]:
+        """``{findings: [{check, level, message, fix}], now (epoch seconds), model, sample: {bucket, path}}``."""
+        return cast("dict[str, Any]", await self._value("select autotag.diagnose()"))
+
+    async def send_probe(self, nonce: str) -> None:
+        await self._value("select autotag.send_probe(%s)", nonce)

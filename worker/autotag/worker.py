@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import socket
 import uuid
+from collections.abc import AsyncIterator
 
 import psycopg
 import structlog
+from openai import AsyncOpenAI
 
 import autotag
 from autotag import provider
 from autotag.broadcast import deliver_outbox
 from autotag.config import Settings
-from autotag.db import Database, listen
+from autotag.db import Database, can_listen, listen
+from autotag.http import serve
 from autotag.images import Images
 from autotag.lanes import realtime
 from autotag.lanes.batch import BatchLane
 from autotag.tags import Question
 from autotag.tokens import tokens_per_image
 from autotag.wake import Wake
+from autotag.webhook import make_app
 
 HEARTBEATS_PER_LEASE = 3  # two may get lost before a lease runs out
 HAND_OVER = 10.0  # seconds that the database may take for the last reports
@@ -50,16 +55,39 @@ class Worker:
         self._wake = wake
         self._id = uuid.uuid4()
         self._url = str(settings.database_url)
-        self._db = Database(self._url, self._id)
         self._log = log.bind(worker=str(self._id))
 
     async def run(self) -> None:
+        """Until the worker is asked to stop.
+
+        Raises:
+            psycopg_pool.PoolTimeout: the database cannot be reached.
+            OSError: the address to serve on cannot be had.
+        """
+        listening = await self._find_out_whether_listening()
+        # What cannot LISTEN is a transaction pooler, and that cannot keep prepared statements either.
+        self._db = Database(self._url, self._id, prepare=listening)
         await self._db.open()
         try:
             seconds = await self._register()
             await self._work(seconds)
         finally:
             await self._db.close()
+
+    async def _find_out_whether_listening(self) -> bool:
+        try:
+            if await can_listen(self._url):
+                return True
+        except psycopg.OperationalError:
+            return True  # out of reach: opening the pool says so, or waits for it
+        self._wake.poll_every = self._settings.poll_interval
+        self._log.warning(
+            "listen_impossible",
+            hint="This looks like a transaction pooler (port 6543). The worker polls instead; use a direct or "
+            "session-mode connection (port 5432) to be woken at once.",
+            poll_interval=self._settings.poll_interval,
+        )
+        return False
 
     async def _register(self) -> float:
         """Introduces the worker; keeps what it is to ask of the model; the lease in seconds."""
@@ -73,7 +101,7 @@ class Worker:
 
     async def _work(self, lease: float) -> None:
         settings, wake = self._settings, self._wake
-        key = settings.supabase_secret_key.get_secret_value() if settings.supabase_secret_key else None
+        key = settings.secret_key()
         client = provider.make_client(
             settings.openai_api_key.get_secret_value(), settings.openai_base_url, settings.call_timeout
         )
@@ -87,6 +115,7 @@ class Worker:
                 max_bytes=settings.image_max_bytes,
                 max_pixels=settings.image_max_pixels,
             ) as images,
+            self._webhooks(client),
             asyncio.TaskGroup() as background,
         ):
             batches = BatchLane(
@@ -96,7 +125,7 @@ class Worker:
             helpers = [
                 background.create_task(work)
                 for work in (
-                    listen(self._url, wake.notify, self._on_listening),
+                    *([listen(self._url, wake.notify)] if wake.poll_every is None else []),
                     self._heartbeat(lease / HEARTBEATS_PER_LEASE),
                     self._deliver(key),
                     reports.settle_forever(),
@@ -130,18 +159,24 @@ class Worker:
         except TimeoutError:
             self._log.error("hand_over_failed", hint="The database did not answer; what was in hand goes back later.")
 
-    def _on_listening(self, possible: bool) -> None:
-        if possible:
-            self._wake.poll_every = None
-        else:
-            self._wake.poll_every = self._settings.poll_interval
-            self._log.warning(
-                "listen_impossible",
-                hint="This looks like a transaction pooler (port 6543). The worker polls instead; use a direct or "
-                "session-mode connection (port 5432) to be woken at once.",
-                poll_interval=self._settings.poll_interval,
-            )
-            self._wake.notify("")
+    @contextlib.asynccontextmanager
+    async def _webhooks(self, client: AsyncOpenAI) -> AsyncIterator[None]:
+        """Serves OpenAI's webhook where an address is set."""
+        settings = self._settings
+        if not settings.http or not settings.openai_webhook_secret:
+            yield
+            return
+
+        async def receive(webhook_id: str, kind: str, batch: str) -> str:
+            result = await self._db.receive_webhook(webhook_id, kind, batch)
+            self._wake.notify("batch")  # also where no notification can come
+            return result
+
+        host, _, port = settings.http.rpartition(":")
+        app = make_app(client, settings.openai_webhook_secret.get_secret_value(), receive)
+        async with serve(app, host.strip("[]"), int(port)):
+            self._log.info("serving", address=settings.http)
+            yield
 
     async def _heartbeat(self, seconds: float) -> None:
         while True:

@@ -20,6 +20,7 @@ grant anon, authenticated, service_role, supabase_realtime_admin, supabase_stora
 do $$
 begin
   execute format('alter database %I owner to postgres', current_database());
+  execute format('alter database %I set search_path = "$user", public, extensions', current_database());
 end $$;
 alter schema public owner to postgres;
 grant usage on schema public to anon, authenticated, service_role;
@@ -37,7 +38,7 @@ begin
   if exists (select from pg_available_extensions where name = 'pg_cron')
      and current_setting('shared_preload_libraries') ~ 'pg_cron'
      and current_setting('cron.database_name', true) = current_database() then
-    create extension if not exists pg_cron;
+    create extension if not exists pg_cron with schema pg_catalog;
     grant usage on schema cron to postgres with grant option;
     grant all on all tables in schema cron to postgres with grant option;
     grant execute on all functions in schema cron to postgres;

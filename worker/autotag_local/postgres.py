@@ -26,7 +26,7 @@ from pathlib import Path
 import psycopg
 from psycopg import sql
 
-from autotag.migrate import apply_migrations
+from autotag.install.migrations import apply_migrations
 
 START_TIMEOUT = 30.0  # seconds
 BASELINE = Path(__file__).parent / "baseline.sql"

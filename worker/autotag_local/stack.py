@@ -10,22 +10,22 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import psycopg
-import uvicorn
 from psycopg import sql
-from starlette.applications import Starlette
 
+from autotag.http import serve
 from autotag_local.edge import tokens
 from autotag_local.edge.app import make_edge
 from autotag_local.openai_sim.app import Plan, Simulator
 from autotag_local.postgres import LocalPostgres, free_port
 
 WORKER_ROLE = "tagger"
+HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -89,33 +89,6 @@ class Stack:
             connection.execute(sql.SQL("update autotag.settings set {}").format(assignments), list(columns.values()))
 
 
-class _Server(uvicorn.Server):
-    """A server that leaves signals to the program it runs in."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-@contextlib.asynccontextmanager
-async def serve(app: Starlette, port: int) -> AsyncIterator[None]:
-    """Serves an application on a port of the loopback interface for as long as the context is open."""
-    server = _Server(
-        uvicorn.Config(app, "127.0.0.1", port, log_level="error", lifespan="on", timeout_graceful_shutdown=1)
-    )
-    task = asyncio.create_task(server.serve())
-    while not server.started:
-        if task.done():
-            task.result()
-            raise RuntimeError(f"The server on port {port} ended before it started.")
-        await asyncio.sleep(0.01)
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        await task
-
-
 @contextlib.asynccontextmanager
 async def local_stack(
     postgres: LocalPostgres, database: str = "postgres", *, plan: Plan | None = None, penalty: float = 0.0
@@ -130,15 +103,15 @@ async def local_stack(
             postgres.url("authenticator", database), postgres.url("postgres", database), secret, Path(files),
             penalty=penalty,
         )  # fmt: skip
-        async with serve(edge, edge_port), serve(simulator.app(), openai_port):
+        async with serve(edge, HOST, edge_port), serve(simulator.app(), HOST, openai_port):
             yield Stack(
                 postgres=postgres,
                 database=database,
-                supabase_url=f"http://127.0.0.1:{edge_port}",
+                supabase_url=f"http://{HOST}:{edge_port}",
                 anon_key=tokens.sign(secret, "anon"),
                 secret_key=tokens.sign(secret, "service_role"),
                 jwt_secret=secret,
-                openai_url=f"http://127.0.0.1:{openai_port}/v1",
+                openai_url=f"http://{HOST}:{openai_port}/v1",
                 openai_key=simulator.plan.key,
                 simulator=simulator,
             )

@@ -24,6 +24,7 @@ from autotag_local.openai_sim.batches import Batches
 from autotag_local.openai_sim.faults import Fault, Faults
 from autotag_local.openai_sim.limits import Bucket, Limits
 from autotag_local.openai_sim.vision import BadPicture, Picture, look
+from autotag_local.openai_sim.webhooks import make_secret
 
 MODELS = ("gpt-4.1-mini", "gpt-4.1-nano", "gpt-4o-mini", "gpt-4o", "gpt-4.1")
 
@@ -39,6 +40,8 @@ class Plan:
     latency: tuple[float, float] = (0.05, 0.3)  # seconds, uniform
     batch_latency: tuple[float, float] = (2.0, 4.0)  # seconds from creation to completion, uniform
     seed: int = 1
+    webhook_url: str | None = None  # who is told of the end of a batch …
+    webhook_secret: str = field(default_factory=make_secret)  # … signed with this
 
 
 @dataclass

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from autotag_local.openai_sim.answers import ApiError, complete, digest, read_json
+from autotag_local.openai_sim.webhooks import batch_event, deliver
 
 if TYPE_CHECKING:
     from autotag_local.openai_sim.app import Simulator
@@ -93,7 +94,13 @@ class Batches:
         return JSONResponse(batch)
 
     async def _run(self, batch: dict[str, Any]) -> None:
-        """A batch's life."""
+        """A batch's life, and the webhook about its end."""
+        await self._live(batch)
+        plan = self._sim.plan
+        if plan.webhook_url:
+            await deliver(plan.webhook_url, plan.webhook_secret, batch_event(batch["status"], batch["id"]))
+
+    async def _live(self, batch: dict[str, Any]) -> None:
         seconds = self._sim.random.uniform(*self._sim.plan.batch_latency)
         await asyncio.sleep(seconds * 0.1)
         lines = self._validate(batch)

@@ -20,7 +20,8 @@ begin
   update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at = 'infinity';
   update autotag.batches b set not_before = v_now where b.state = 'planned' and b.not_before = 'infinity';
   if exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at <= v_now))
-     or exists (select from autotag.tasks t where t.retry_at <= v_now) then
+     or exists (select from autotag.tasks t where t.retry_at <= v_now)
+     or exists (select from autotag.uploads u where u.seal_at <= v_now) then
     perform pg_notify('autotag', 'realtime');
   end if;
   if exists (select from autotag.batches b where b.worker_id is null and b.not_before <= v_now
@@ -38,16 +39,28 @@ language plpgsql security definer set search_path = ''
 as $$
 declare
   v_now timestamptz := autotag.now();
+  v_workspace uuid;
 begin
   delete from autotag.jobs j
   where j.finished_at < v_now - (select s.keep_finished from autotag.settings s);
-  delete from autotag.workspaces w
-  where w.queued = 0 and not exists (
-    select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
+  -- A workspace without work is forgotten. Under its lock, and looked at again there, because an upload may
+  -- just have come; one that is locked is in use.
+  for v_workspace in select w.workspace_id from autotag.workspaces w where w.queued = 0 loop
+    perform from autotag.workspaces w where w.workspace_id = v_workspace for update skip locked;
+    if found then
+      delete from autotag.workspaces w
+      where w.workspace_id = v_workspace and w.queued = 0 and not exists (
+        select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
+    end if;
+  end loop;
   delete from public.workspace_rate_limits w
   where w.max_requests is null and w.max_units is null
     and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h';
   delete from autotag.workers w where w.lease_until < v_now - interval '1 day';
+  delete from autotag.webhooks w where w.received_at < v_now - interval '4 days';  -- OpenAI retries for three
+  delete from autotag.outbox o where o.created_at < v_now - interval '1 day';
+  delete from autotag.usage u
+  where u.day < (v_now at time zone 'utc')::date - (select s.keep_usage from autotag.settings s);
   update autotag.clock set housekept_at = v_now;
 end $$;
 
@@ -73,25 +86,43 @@ begin
   end if;
 end $$;
 
--- Scheduling by name replaces a schedule of that name, so that this can run twice.
+-- Schedules both jobs; by name, so that a second time changes nothing. False where pg_cron is not installed.
+-- The names of pg_cron's objects are looked up when it runs, because without the extension there are none.
+create function autotag.schedule_cron() returns boolean
+language plpgsql set search_path = ''
+as $$
+begin
+  if to_regclass('cron.job') is null then
+    return false;
+  end if;
+  execute format('select %I.schedule($1, $2, $3)', 'cron')
+    using 'autotag-tick', '* * * * *', 'select autotag.tick()';
+  -- pg_cron keeps a row of every run for ever, so its own history is cleaned along.
+  execute format('select %I.schedule($1, $2, $3)', 'cron')
+    using 'autotag-housekeeping', '17 3 * * *', $run$select autotag.housekeeping();
+      delete from cron.job_run_details where end_time < now() - interval '7 days'$run$;
+  return true;
+end $$;
+
 do $$
 begin
   if exists (select from pg_catalog.pg_available_extensions where name = 'pg_cron') then
     begin
-      create extension if not exists pg_cron;
+      create extension if not exists pg_cron with schema pg_catalog;
     exception when others then
       raise notice 'pg_cron is installed but cannot be created here (%); a worker will tick instead', sqlerrm;
     end;
   end if;
-  if exists (select from pg_catalog.pg_extension where extname = 'pg_cron') then
-    perform cron.schedule('autotag-tick', '* * * * *', 'select autotag.tick()');
-    -- pg_cron keeps a row of every run for ever, so its own history is cleaned along.
-    perform cron.schedule('autotag-housekeeping', '17 3 * * *', $run$
-      select autotag.housekeeping();
-      delete from cron.job_run_details where end_time < now() - interval '7 days';
-    $run$);
-  end if;
+  perform autotag.schedule_cron();
 end $$;
 
-revoke all on function autotag.tick, autotag.housekeeping, autotag.tick_if_due from public, anon, authenticated;
+-- The version of the schema, which is that of the worker it was released with. It stands last: only a complete
+-- installation has one.
+create function autotag.schema_version() returns text
+language sql immutable parallel safe set search_path = ''
+as $$ select '0.1.0'::text $$;
+
+revoke all on function autotag.tick, autotag.housekeeping, autotag.tick_if_due, autotag.schedule_cron,
+  autotag.schema_version from public, anon, authenticated;
+grant execute on function autotag.schema_version to autotag_worker, service_role;
 revoke all on autotag.clock from public, anon, authenticated, service_role;

@@ -84,6 +84,12 @@ returns table (user_id uuid, day date, images integer, requests integer, input_t
 language sql stable security invoker set search_path = ''
 as $$ select * from autotag.list_usage(workspace_id, since, until) $$;
 
+-- For the edge function that stands in for a worker without a public address: a delivery of OpenAI's webhook
+-- that it has verified. Not for users.
+create function public.openai_webhook(webhook_id text, event_type text, batch_id text) returns jsonb
+language sql security invoker set search_path = ''
+as $$ select jsonb_build_object('result', autotag.receive_webhook(webhook_id, event_type, batch_id)) $$;
+
 -- Who may call what. Functions are executable by everybody when they are made (and by anon through the
 -- default privileges of Supabase projects), so everything is taken back first.
 revoke all on all functions in schema autotag from public, anon, authenticated, service_role;
@@ -94,6 +100,7 @@ grant all on public.workspace_rate_limits to service_role;
 revoke all on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
   public.tagging_strategy, public.check_rate_limit, public.tagging_usage from public, anon;
+revoke all on function public.openai_webhook from public, anon, authenticated;
 
 -- users: the RPCs, what stands right behind them, and what row level security asks
 grant execute on function
@@ -104,11 +111,14 @@ grant execute on function
   to authenticated, service_role;
 grant execute on function autotag.is_member, autotag.may_listen to authenticated;
 
+-- the project's own server side
+grant execute on function public.openai_webhook, autotag.receive_webhook to service_role;
+
 -- workers
 grant execute on function
   autotag.register_worker, autotag.worker_settings, autotag.set_tokens_per_image, autotag.heartbeat,
   autotag.release_worker, autotag.release_unheld, autotag.claim, autotag.report_stages, autotag.settle,
   autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted,
   autotag.batch_trouble, autotag.batches_seen, autotag.batch_answers, autotag.batch_finish,
-  autotag.take_outbox
+  autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_probe
   to autotag_worker;

@@ -1,0 +1,55 @@
+// For projects whose workers have no public address: verifies OpenAI's webhook and hands it to the database,
+// which has the workers look at OpenAI at once. Deploy: supabase functions deploy openai-webhook
+// Secrets: supabase secrets set OPENAI_WEBHOOK_SECRET=whsec_…   (the project's URL and key are there already)
+import { createClient } from '@supabase/supabase-js'
+import OpenAI from 'openai'
+
+const BODY_MOST = 65_536 // bytes; OpenAI's deliveries have a few hundred
+
+const env = (name: string) => Deno.env.get(name) ?? ''
+const secret = env('OPENAI_WEBHOOK_SECRET')
+// Newer projects hand the secret key over as SUPABASE_SECRET_KEYS, a JSON object by name.
+const keys = JSON.parse(env('SUPABASE_SECRET_KEYS') || '{}') as Record<string, string>
+const supabase = createClient(env('SUPABASE_URL'), keys.default ?? env('SUPABASE_SERVICE_ROLE_KEY'), {
+  auth: { persistSession: false },
+})
+const { webhooks } = new OpenAI({ apiKey: 'not used: nothing is asked of the API here' })
+
+const refuse = (status: number, code: string, message: string) =>
+  Response.json({ error: { code, message } }, { status })
+
+/** The body as text, or null when it is larger than any delivery. */
+async function read(request: Request): Promise<string | null> {
+  const chunks: Uint8Array[] = []
+  let size = 0
+  for await (const chunk of request.body ?? []) {
+    size += chunk.length
+    if (size > BODY_MOST) return null
+    chunks.push(chunk)
+  }
+  return new TextDecoder().decode(await new Blob(chunks as BlobPart[]).arrayBuffer())
+}
+
+export async function handle(request: Request): Promise<Response> {
+  if (request.method !== 'POST') return refuse(405, 'method_not_allowed', 'POST a delivery of OpenAI here.')
+  if (!secret) return refuse(500, 'no_secret', 'OPENAI_WEBHOOK_SECRET is not set.')
+  const body = await read(request)
+  if (body === null) return refuse(413, 'too_large', "The body is larger than any delivery of OpenAI's.")
+  let event: { type: string; data?: { id?: string } }
+  try {
+    event = await webhooks.unwrap(body, request.headers, secret) as typeof event
+  } catch (error) {
+    return refuse(400, 'bad_signature', error instanceof Error ? error.message : "This is no delivery of OpenAI's.")
+  }
+  const { data, error } = await supabase.rpc('openai_webhook', {
+    webhook_id: request.headers.get('webhook-id'),
+    event_type: event.type,
+    batch_id: event.data?.id ?? '',
+  })
+  // OpenAI repeats what is not taken.
+  if (error) return refuse(502, 'database', error.message)
+  console.log(JSON.stringify({ event: 'webhook', event_type: event.type, openai_batch: event.data?.id, ...data }))
+  return new Response(null, { status: 204 })
+}
+
+if (import.meta.main) Deno.serve(handle)

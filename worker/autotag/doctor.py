@@ -1,0 +1,229 @@
+"""``autotag doctor``: looks at every part of an installation, and says what mends what it finds.
+
+What the database can tell of itself it tells (``autotag.diagnose``); here is what has to be tried from outside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal
+
+import httpx
+import openai
+import psycopg
+from realtime import AsyncRealtimeClient, BroadcastPayload, RealtimeSubscribeStates
+from storage3 import AsyncStorageClient
+from storage3.exceptions import StorageApiError
+
+import autotag
+from autotag import db, provider
+from autotag.config import DoctorSettings
+
+Level = Literal["ok", "warning", "error"]
+LEVELS: tuple[Level, ...] = ("ok", "warning", "error")
+
+CONNECT_TIMEOUT = 10  # seconds
+BROADCAST_TIMEOUT = 10.0  # seconds; the first join after a quiet time can take a second
+SKEW_WARNING = 5.0  # seconds
+SKEW_ERROR = 240.0  # seconds; OpenAI's webhooks are refused when they look older than 300
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check came to; ``fix`` is a command or a sentence, None when all is well."""
+
+    check: str
+    level: Level
+    message: str
+    fix: str | None = None
+
+
+def worst_level(findings: list[Finding]) -> Level:
+    """The level of the worst finding."""
+    return max((finding.level for finding in findings), key=LEVELS.index, default="ok")
+
+
+async def examine(settings: DoctorSettings) -> list[Finding]:
+    """All findings, in the order a reader wants them; never raises for what it finds."""
+    findings = []
+    try:
+        owner = await db.Doctor.connect(str(settings.database_url), CONNECT_TIMEOUT)
+    except psycopg.OperationalError as error:
+        reason = str(error).strip().splitlines()[0]
+        return [
+            Finding("connection", "error", f"The database cannot be reached: {reason}", "Correct DATABASE_URL."),
+            await _openai(settings, None),
+        ]
+    async with owner as database:
+        findings.append(Finding("connection", "ok", f"Postgres {database.server_version} answers."))
+        findings.append(await _pooler(settings))
+        version = await _version(database)
+        findings.append(version)
+        told: dict[str, Any] = {}
+        if version.level != "error":
+            try:
+                told = await database.diagnose()
+            except psycopg.errors.InsufficientPrivilege:
+                findings.append(
+                    Finding("roles", "error", "The login may not call autotag's worker functions.",
+                            f"grant autotag_worker to {settings.database_url.hosts()[0]['username'] or 'tagger'};")
+                )  # fmt: skip
+        findings += [Finding(**finding) for finding in told.get("findings", [])]
+        if told:
+            findings.append(_skew("clock skew", "the database", told["now"]))
+            findings.append(await _broadcast(settings, database))
+            findings.append(await _storage(settings, told.get("sample")))
+        findings.append(await _openai(settings, told.get("model")))
+        findings.append(_webhook(settings))
+    return findings
+
+
+async def _pooler(settings: DoctorSettings) -> Finding:
+    if await db.can_listen(str(settings.database_url)):
+        return Finding("pooler", "ok", "LISTEN works, so workers are woken at once.")
+    return Finding(
+        "pooler", "warning", "LISTEN does not work (a transaction pooler, port 6543?), so workers poll.",
+        "Use the direct or the session-mode connection string (port 5432).",
+    )  # fmt: skip
+
+
+async def _version(database: db.Doctor) -> Finding:
+    apply = "supabase db push   (or: autotag migrate --database-url …)"
+    try:
+        version = await database.schema_version()
+    except (psycopg.errors.InvalidSchemaName, psycopg.errors.UndefinedFunction):
+        return Finding("schema", "error", "autotag's schema is not (completely) in this database.", apply)
+    except psycopg.errors.InsufficientPrivilege:
+        return Finding("schema", "error", "The login may not use autotag's schema.", "grant autotag_worker to <login>;")
+    if version != autotag.__version__:
+        return Finding(
+            "schema", "warning", f"The schema is of version {version}, this is {autotag.__version__}.", apply
+        )
+    return Finding("schema", "ok", f"Version {version}, the same as here.")
+
+
+def _skew(check: str, whose: str, their_time: float) -> Finding:
+    skew = time.time() - their_time
+    if abs(skew) < SKEW_WARNING:
+        return Finding(check, "ok", f"This machine's clock agrees with {whose}'s.")
+    level: Level = "error" if abs(skew) > SKEW_ERROR else "warning"
+    ahead = "ahead of" if skew > 0 else "behind"
+    return Finding(
+        check, level, f"This machine's clock is {abs(skew):.0f} s {ahead} {whose}'s.", "timedatectl set-ntp on"
+    )
+
+
+async def _broadcast(settings: DoctorSettings, database: db.Doctor) -> Finding:
+    """A message through the database that really arrives at a Realtime client."""
+    check, key = "broadcast", settings.secret_key()
+    if not settings.supabase_url or not key:
+        return Finding(check, "warning", "Not tried: SUPABASE_URL and SUPABASE_SECRET_KEY are not set.", "Set both.")
+    client = AsyncRealtimeClient(f"{settings.supabase_url}/realtime/v1", key, auto_reconnect=False)
+    nonce, arrived, joined = str(uuid.uuid4()), asyncio.Event(), asyncio.Event()
+
+    def hear(message: BroadcastPayload) -> None:
+        if message["payload"].get("nonce") == nonce:
+            arrived.set()
+
+    def note(state: RealtimeSubscribeStates, error: Exception | None = None) -> None:
+        if state == RealtimeSubscribeStates.SUBSCRIBED:
+            joined.set()
+
+    try:
+        async with asyncio.timeout(BROADCAST_TIMEOUT):
+            await client.connect()
+            channel = client.channel("autotag-doctor").on_broadcast("probe", hear)
+            await channel.subscribe(note)
+            await joined.wait()
+            started = time.monotonic()
+            await database.send_probe(nonce)
+            await arrived.wait()
+            took = time.monotonic() - started
+    except TimeoutError:
+        what = "did not arrive" if joined.is_set() else "was not tried, because the channel could not be joined"
+        return Finding(
+            check, "error", f"A broadcast from the database {what} within {BROADCAST_TIMEOUT:g} s.",
+            "Enable Realtime for the project and allow public channels (Realtime settings in the dashboard).",
+        )  # fmt: skip
+    except Exception as error:  # noqa: BLE001
+        # The client raises whatever its websocket library does; here any of it is the finding.
+        return Finding(
+            check, "error", f"Realtime cannot be reached: {type(error).__name__}.",
+            "Check SUPABASE_URL and SUPABASE_SECRET_KEY.",
+        )  # fmt: skip
+    finally:
+        with suppress(Exception):
+            await client.close()
+    return Finding(check, "ok", f"A broadcast from the database arrived after {took * 1000:.0f} ms.")
+
+
+async def _storage(settings: DoctorSettings, sample: dict[str, str] | None) -> Finding:
+    """The key reads Storage; and the newest image, if it lies there."""
+    check, key = "storage", settings.secret_key()
+    if not settings.supabase_url or not key:
+        return Finding(
+            check, "warning", "Images in Storage are out of reach: SUPABASE_URL and SUPABASE_SECRET_KEY are not set.",
+            "Set both (not needed when all images have URLs).",
+        )  # fmt: skip
+    headers = {"apikey": key, "Authorization": f"Bearer {key}"}
+    try:
+        async with httpx.AsyncClient(timeout=CONNECT_TIMEOUT, headers=headers) as http:
+            storage = AsyncStorageClient(f"{settings.supabase_url}/storage/v1/", headers, http_client=http)
+            buckets = await storage.list_buckets()
+            if sample:
+                await storage.from_(sample["bucket"]).download(sample["path"])
+    except StorageApiError as error:
+        return Finding(
+            check, "error", f"Storage refuses: {error.message}", "Check SUPABASE_SECRET_KEY (the secret one)."
+        )
+    except (httpx.HTTPError, ValueError) as error:
+        return Finding(check, "error", f"Storage cannot be reached: {type(error).__name__}.", "Check SUPABASE_URL.")
+    names = ", ".join(bucket.name for bucket in buckets) or "none"
+    return Finding(check, "ok", f"Readable; buckets: {names}." + (" The newest image could be read." if sample else ""))
+
+
+async def _openai(settings: DoctorSettings, model: str | None) -> Finding:
+    check = "openai"
+    if settings.openai_api_key is None:
+        return Finding(check, "error", "OPENAI_API_KEY is not set.", "export OPENAI_API_KEY=sk-…")
+    key = settings.openai_api_key.get_secret_value()
+    async with provider.make_client(key, settings.openai_base_url, CONNECT_TIMEOUT) as client:
+        try:
+            models = client.models.with_raw_response
+            headers = (await models.retrieve(model)).headers if model else (await models.list()).headers
+        except openai.AuthenticationError:
+            return Finding(check, "error", "The key is not valid.", "Make a key and set OPENAI_API_KEY.")
+        except (openai.NotFoundError, openai.PermissionDeniedError):
+            return Finding(
+                check, "error", f"The model {model} is not known to this account.",
+                "Choose one that is: update autotag.settings set model = 'gpt-4.1-mini';",
+            )  # fmt: skip
+        except openai.APIError as error:
+            return Finding(check, "error", provider.classify(error).message, "Check OPENAI_BASE_URL and the network.")
+    with suppress(ValueError, TypeError):
+        skew = _skew(check, "OpenAI", parsedate_to_datetime(headers.get("date", "")).timestamp())
+        if skew.level != "ok":
+            return skew
+    return Finding(check, "ok", "The key is valid" + (f", and {model} is known." if model else "."))
+
+
+def _webhook(settings: DoctorSettings) -> Finding:
+    check = "webhook"
+    if settings.openai_webhook_secret is None:
+        return Finding(check, "ok", "No OPENAI_WEBHOOK_SECRET: the end of a batch is noticed within a minute.")
+    if not settings.openai_webhook_secret.get_secret_value().startswith("whsec_"):
+        return Finding(
+            check, "error", "OPENAI_WEBHOOK_SECRET does not look like one (whsec_…).",
+            "Copy the signing secret of the webhook from OpenAI's settings.",
+        )  # fmt: skip
+    if not settings.http:
+        return Finding(
+            check, "warning", "There is a webhook secret, but this worker does not serve /webhooks/openai.",
+            "autotag worker --http 0.0.0.0:8080   (or deploy the edge function openai-webhook)",
+        )  # fmt: skip
+    return Finding(check, "ok", "A secret is set, and the worker serves /webhooks/openai.")

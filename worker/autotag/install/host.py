@@ -1,0 +1,291 @@
+"""What autotag has to know of a project's tables, and the host adapter that says it in SQL.
+
+`propose` reads it off the project's schema as far as it can be seen; `render` writes the adapter: the
+migration ``host_adapter`` as it stands, with other names and with other lines where one is marked ``-- host:``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from autotag.install.facts import Facts, Table
+
+#: Names under which projects keep these things, the likeliest first.
+TABLES = ("assets", "images", "photos", "pictures", "media", "files", "uploads")
+WORKSPACES = ("workspace_id", "organization_id", "organisation_id", "org_id", "tenant_id", "team_id", "account_id",
+              "project_id", "library_id")  # fmt: skip
+PATHS = ("storage_path", "file_path", "object_path", "image_path", "storage_key", "object_name", "path")
+BUCKETS = ("storage_bucket", "bucket", "bucket_id", "bucket_name")
+URLS = ("image_url", "public_url", "file_url", "photo_url", "source_url", "url", "src")
+TAGS = ("tags", "ai_tags", "labels", "keywords")
+RESULTS = ("tagging_result", "ai_result", "tags_detail")
+USERS = ("user_id", "member_id", "profile_id", "auth_user_id")
+TEXT = ("text", "character varying")
+#: `auth.jwt() -> 'app_metadata' ->> 'org_id'` as Postgres prints it in a policy.
+CLAIM = re.compile(r"jwt\(\)(?: AS jwt\))?\s*((?:\)*\s*->>?\s*'[^']+'(?:::text)?\s*)+)")
+
+
+class HostError(Exception):
+    """The project's tables cannot be used, or do not tell enough; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Members:
+    """Who belongs to a workspace: rows of a table, or a claim of the JWT (a string or an array of strings)."""
+
+    table: str = ""
+    workspace: str = ""
+    user: str = ""
+    claim: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"claim {'.'.join(self.claim)}" if self.claim else f"{self.table} ({self.workspace}, {self.user})"
+
+
+@dataclass(frozen=True)
+class Host:
+    """A project's tables; the defaults are those of the stand-alone stack (``host_baseline``)."""
+
+    table: str = "public.assets"
+    id: str = "id"
+    workspace: str = "workspace_id"
+    path: str | None = "storage_path"
+    bucket_column: str | None = "storage_bucket"
+    bucket: str | None = "assets"
+    url: str | None = "image_url"
+    tags: str = "tags"
+    tags_type: str = "text[]"
+    result: str = "tagging_result"
+    members: Members = field(default_factory=lambda: Members("public.workspace_members", "workspace_id", "user_id"))
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the caller knows better than the schema tells; None: look."""
+
+    table: str | None = None
+    id: str | None = None
+    workspace: str | None = None
+    path: str | None = None
+    bucket: str | None = None
+    url: str | None = None
+    tags: str | None = None
+    members_table: str | None = None
+    members_claim: str | None = None
+
+
+#: Asks a question with its possible answers (empty: anything); raises HostError where nobody can be asked.
+Ask = Callable[[str, str, Sequence[str]], str]
+
+
+def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
+    """The host's tables, from its schema; asks what cannot be seen.
+
+    Raises:
+        HostError: there is no such table or column, or ids are no uuids.
+    """
+    table = _table(facts, choices.table, ask)
+    id_column = _column(table, "--id-column", choices.id, table.primary_key, ask, kinds=("uuid",))
+    workspace = _column(table, "--workspace-column", choices.workspace, WORKSPACES, ask, kinds=("uuid",))
+    path = _optional(table, "--path-column", choices.path, PATHS)
+    url = _optional(table, "--url-column", choices.url, URLS)
+    if not path and not url:
+        answer = ask("--path-column", f"Which column of {table.name} holds the image's path in Storage?", table.texts())
+        path = _known(table, "--path-column", answer, TEXT)
+    bucket_column = _optional(table, "", None, BUCKETS) if path else None
+    bucket = _bucket(facts, choices.bucket, bucket_column, ask) if path else None
+    tags = choices.tags or next((n for n in TAGS if table.columns.get(n) in ("text[]", "jsonb")), "tags")
+    tags_type = table.columns.get(tags, "text[]")
+    if tags_type not in ("text[]", "jsonb"):
+        raise HostError(f"{table.name}.{tags} is {tags_type}; tags go into a text[] or jsonb column (--tags-column).")
+    result = next((n for n in RESULTS if table.columns.get(n) == "jsonb"), "tagging_result")
+    members = _members(facts, table, workspace, choices, ask)
+    return Host(table.name, id_column, workspace, path, bucket_column, bucket, url, tags, tags_type, result, members)
+
+
+def _table(facts: Facts, wanted: str | None, ask: Ask) -> Table:
+    if wanted is None:
+        found = [f"public.{name}" for name in TABLES if f"public.{name}" in facts.tables]
+        # `assets` is what Supabase's image libraries call it; anything else has to be the only candidate.
+        if found and (found[0] == "public.assets" or len(found) == 1):
+            wanted = found[0]
+        else:
+            wanted = ask("--table", "Which table holds the images?", found or sorted(facts.tables))
+    name = wanted if "." in wanted else f"public.{wanted}"
+    if name not in facts.tables:
+        raise HostError(f"There is no table {name}; name the one that holds the images with --table.")
+    return facts.tables[name]
+
+
+def _known(table: Table, option: str, name: str, kinds: Sequence[str]) -> str:
+    kind = table.columns.get(name)
+    if kind is None:
+        raise HostError(f"{table.name} has no column {name} ({option}); it has {', '.join(table.columns)}.")
+    if kind not in kinds:
+        raise HostError(f"{table.name}.{name} is {kind}; autotag needs {' or '.join(kinds)} there ({option}).")
+    return name
+
+
+def _column(
+    table: Table, option: str, wanted: str | None, likely: Sequence[str], ask: Ask, kinds: Sequence[str]
+) -> str:
+    """A column that has to be there."""
+    name = wanted or next((n for n in likely if n in table.columns), None)
+    if name is None:
+        possible = [n for n, kind in table.columns.items() if kind in kinds]
+        name = ask(option, f"Which column of {table.name} is meant by {option}?", possible)
+    return _known(table, option, name, kinds)
+
+
+def _optional(table: Table, option: str, wanted: str | None, likely: Sequence[str]) -> str | None:
+    """A column that may be there."""
+    if wanted:
+        return _known(table, option, wanted, TEXT)
+    return next((name for name in likely if table.columns.get(name) in TEXT), None)
+
+
+def _bucket(facts: Facts, wanted: str | None, column: str | None, ask: Ask) -> str | None:
+    if wanted or (column and not facts.buckets):
+        return wanted
+    if len(facts.buckets) == 1:
+        return facts.buckets[0]
+    if column:
+        return None  # every row names its own
+    return ask("--bucket", "Which Storage bucket holds the images?", facts.buckets)
+
+
+def _members(facts: Facts, table: Table, workspace: str, choices: Choices, ask: Ask) -> Members:
+    if choices.members_claim:
+        return Members(claim=tuple(choices.members_claim.split(".")))
+    found = {}
+    for other in facts.tables.values():
+        user = next((n for n in USERS if other.columns.get(n) == "uuid"), None)
+        if user and other.name != table.name and other.columns.get(workspace) == "uuid":
+            found[other.name] = Members(other.name, workspace, user)
+    if choices.members_table:
+        name = choices.members_table if "." in choices.members_table else f"public.{choices.members_table}"
+        if name not in found:
+            raise HostError(f"{name} needs the uuid columns {workspace} and one of {', '.join(USERS)} to tell members.")
+        return found[name]
+    likely = [name for name in found if "member" in name] or list(found)
+    if len(likely) == 1:
+        return found[likely[0]]
+    if not likely:
+        claim = _claim_in(table.policies)
+        if claim:
+            return Members(claim=claim)
+        answer = ask(
+            "--members-claim",
+            "Which claim of the JWT names the workspaces of a user (for example app_metadata.org_ids)?", (),
+        )  # fmt: skip
+        return Members(claim=tuple(answer.split(".")))
+    return found[ask("--members-table", "Which table says who belongs to a workspace?", sorted(likely))]
+
+
+def _claim_in(policies: Sequence[str]) -> tuple[str, ...]:
+    """The claim that the table's own policies compare with."""
+    for policy in policies:
+        match = CLAIM.search(policy)
+        if match:
+            return tuple(re.findall(r"'([^']+)'", match[1]))
+    return ()
+
+
+def describe(host: Host, facts: Facts) -> dict[str, str]:
+    """What was found, for people."""
+    columns = facts.tables[host.table].columns if host.table in facts.tables else {}
+    where = [f"bucket {host.bucket_column or host.bucket}, path {host.path}"] if host.path else []
+    where += [f"url {host.url}"] if host.url else []
+    added = [name for name in (host.tags, host.result) if name not in columns]
+    return {
+        "images": f"{host.table} (id {host.id}, workspace {host.workspace})",
+        "where an image is": "; ".join(where),
+        "tags go to": f"{host.tags} ({host.tags_type}), {host.result}"
+        + (f"; added: {', '.join(added)}" if added else ""),
+        "members": str(host.members),
+    }
+
+
+def render(adapter: str, host: Host) -> str:
+    """The adapter migration for a host.
+
+    Args:
+        adapter: the text of the migration ``host_adapter``.
+        host: its default reproduces the text exactly.
+    """
+    lines, skip = [], False
+    for line in adapter.splitlines(keepends=True):
+        if skip:  # the rest of the expression that a mark replaced
+            skip = not line.startswith("$$")
+            if skip:
+                continue
+        code, mark, name = line.rstrip("\n").partition("  -- host: ")
+        if mark and host != Host():
+            code, skip = _marked(name, host), name == "members"
+            line = f"{code}{mark}{name}\n" if code else ""
+        lines.append(line)
+    text = "".join(lines)
+    for pattern, name in ((r"\bpublic\.assets\b", _table_name(host.table)), (r"\ba\.id\b", f"a.{quote(host.id)}"),
+                          (r"\ba\.workspace_id\b", f"a.{quote(host.workspace)}")):  # fmt: skip
+        text = re.sub(pattern, lambda _, name=name: name, text)  # type: ignore[misc]
+    return text
+
+
+def _marked(name: str, host: Host) -> str:
+    """The code of a marked line."""
+    lines: Mapping[str, Callable[[], str]] = {
+        "tags column": lambda: f"  add column if not exists {quote(host.tags)} {host.tags_type},",
+        "result column": lambda: f"  add column if not exists {quote(host.result)} jsonb,",
+        "members": lambda: _members_code(host.members),
+        "bucket": lambda: f"         {_bucket_code(host)},",
+        "path": lambda: f"         {f'a.{quote(host.path)}' if host.path else 'null'},",
+        "url": lambda: f"         {f'a.{quote(host.url)}' if host.url else 'null'}",
+        "tags": lambda: f"  set {quote(host.tags)} = {_tags_code(host.tags_type)},",
+        "result": lambda: f"      {quote(host.result)} = r.result,",
+    }
+    return lines[name]()
+
+
+def _members_code(members: Members) -> str:
+    if members.claim:
+        path = literal("{" + ",".join(members.claim) + "}")
+        return f"  select coalesce((select auth.jwt()) #> {path} ? p_workspace_id::text, false)"
+    return (
+        f"  select exists (select from {_table_name(members.table)} m where m.{quote(members.workspace)} ="
+        f" p_workspace_id and m.{quote(members.user)} = (select auth.uid()))"
+    )
+
+
+def _bucket_code(host: Host) -> str:
+    if not host.path:
+        return "null"
+    default = literal(host.bucket) if host.bucket else ""
+    column = f"a.{quote(host.bucket_column)}" if host.bucket_column else ""
+    value = f"coalesce({column}, {default})" if column and default else column or default
+    return f"case when a.{quote(host.path)} is not null then {value} end"
+
+
+def _tags_code(kind: str) -> str:
+    rows = "jsonb_array_elements(r.result -> 'tags') with ordinality x (t, i)"
+    if kind == "jsonb":
+        return f"(select coalesce(jsonb_agg(t -> 'tag' order by i), '[]') from {rows})"
+    return f"array(select t ->> 'tag' from {rows} order by i)"
+
+
+def _table_name(name: str) -> str:
+    return ".".join(quote(part) for part in name.split(".", 1))
+
+
+def quote(name: str) -> str:
+    """An identifier as SQL writes it."""
+    return name if re.fullmatch(r"[a-z_][a-z0-9_]*", name) else '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """A string as SQL writes it."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+__all__ = ["Choices", "Facts", "Host", "HostError", "Members", "describe", "propose", "render", "replace"]

@@ -1,0 +1,147 @@
+"""autotag's migrations: into a project's folder for the Supabase CLI, or into a database without it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import psycopg
+from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from autotag.install.facts import applied_migrations
+from autotag.install.host import Host, HostError, render
+
+HOST_BASELINE = "host_baseline"
+HOST_ADAPTER = "host_adapter"
+#: In the checkout a link to supabase/migrations, in the installed package the files themselves.
+MIGRATIONS = Path(__file__).parent.parent / "migrations"
+LOCK_TRIES = 10  # the adapter gives up a lock on the host's table after a second instead of holding others up
+_FILE = re.compile(r"(?P<version>\d{14})_(?P<name>\w+)\.sql")
+_VERSION = "%Y%m%d%H%M%S"
+
+
+@dataclass(frozen=True)
+class Migration:
+    """One file; ``version`` is its place in the order."""
+
+    version: str
+    name: str
+    path: Path
+
+    def text(self, host: Host) -> str:
+        """Its SQL, the adapter fitted to the host."""
+        text = self.path.read_text()
+        return render(text, host) if self.name == HOST_ADAPTER else text
+
+
+def migrations(*, with_host_baseline: bool = False) -> list[Migration]:
+    """All of them in the order to apply them; the host's own tables only for a stand-alone stack."""
+    found = [
+        Migration(match["version"], match["name"], path)
+        for path in sorted(MIGRATIONS.iterdir())
+        if (match := _FILE.fullmatch(path.name))
+    ]
+    return [m for m in found if with_host_baseline or m.name != HOST_BASELINE]
+
+
+def apply_migrations(url: str, *, host: Host | None = None, with_host_baseline: bool = False) -> list[str]:
+    """Applies what is missing, each file in a transaction of its own, and records it as the Supabase CLI does.
+
+    Args:
+        url: connection URL of the database's owner.
+        host: the project's tables (default: those of the stand-alone stack).
+        with_host_baseline: also create the host's own tables.
+
+    Returns:
+        The names of the migrations that were applied now.
+
+    Raises:
+        psycopg.Error: a migration did not apply; those before it stay, nothing of it does.
+    """
+    applied: list[str] = []
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(
+            "create schema if not exists supabase_migrations;"
+            "create table if not exists supabase_migrations.schema_migrations"
+            " (version text primary key, statements text[], name text)"
+        )
+        known = applied_migrations(connection)
+        for migration in migrations(with_host_baseline=with_host_baseline):
+            if migration.name not in known:
+                _apply(connection, migration, host or Host())
+                applied.append(migration.name)
+    return applied
+
+
+@retry(
+    retry=retry_if_exception_type(psycopg.errors.LockNotAvailable),
+    stop=stop_after_attempt(LOCK_TRIES), wait=wait_random_exponential(0.5, max=5), reraise=True,
+)  # fmt: skip
+def _apply(connection: psycopg.Connection[tuple[str, ...]], migration: Migration, host: Host) -> None:
+    with connection.transaction():
+        connection.execute(migration.text(host).encode())
+        connection.execute(
+            "insert into supabase_migrations.schema_migrations (version, name) values (%s, %s)",
+            (migration.version, f"autotag_{migration.name}"),
+        )
+
+
+def project_folder(start: Path) -> Path:
+    """The folder of migrations of the Supabase project at or above a folder.
+
+    Raises:
+        HostError: there is no project.
+    """
+    for folder in (start.resolve(), *start.resolve().parents):
+        if (folder / "supabase" / "config.toml").exists():
+            return folder / "supabase" / "migrations"
+    raise HostError(
+        f"There is no Supabase project in {start} (no supabase/config.toml); run supabase init there first."
+    )
+
+
+def write_migrations(folder: Path, host: Host, applied: dict[str, str], now: datetime | None = None) -> dict[str, str]:
+    """Copies what is missing into a project's folder, with fresh versions behind the project's own.
+
+    A file that is there stays as it is: it may have been applied, and the adapter may have been edited.
+
+    Args:
+        folder: the project's ``supabase/migrations``.
+        host: the project's tables.
+        applied: what the database has already, name -> version; those keep their version, so that the Supabase
+            CLI recognises them.
+        now: the moment that fresh versions start from.
+
+    Returns:
+        File name -> ``written``, ``there`` or ``differs`` (there, but not as this version of autotag has it).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    present = {}
+    newest = (now or datetime.now(UTC)).replace(tzinfo=None)
+    for path in sorted(folder.glob("*.sql")):
+        match = _FILE.fullmatch(path.name)
+        if match and match["name"].startswith("autotag_"):
+            present[match["name"].removeprefix("autotag_")] = path
+        if match:
+            newest = max(newest, _moment(match["version"]) + timedelta(seconds=1))
+    result = {}
+    for number, migration in enumerate(migrations()):
+        text = migration.text(host)
+        if there := present.get(migration.name):
+            result[there.name] = "there" if there.read_text() == text else "differs"
+            continue
+        version = applied.get(migration.name) or (newest + timedelta(seconds=number)).strftime(_VERSION)
+        path = folder / f"{version}_autotag_{migration.name}.sql"
+        path.write_text(text)
+        result[path.name] = "written"
+    return result
+
+
+def _moment(version: str) -> datetime:
+    """The moment a version stands for; hand-made ones are not always a date."""
+    try:
+        return datetime.strptime(version, _VERSION)
+    except ValueError:
+        return datetime.min

@@ -1,0 +1,59 @@
+"""OpenAI's webhook: verified, and handed to the database, which has the workers look at OpenAI at once.
+
+Whatever a delivery says about a batch is not believed: it only makes the next look come sooner.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+
+import openai
+import structlog
+from openai import AsyncOpenAI
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+BODY_MOST = 65_536  # bytes; OpenAI's deliveries have a few hundred
+
+log = structlog.get_logger(__name__)
+
+#: Takes a delivery's id, its event's type and the batch it names; what came of it (`Database.receive_webhook`).
+Receive = Callable[[str, str, str], Awaitable[str]]
+
+
+def make_app(client: AsyncOpenAI, secret: str, receive: Receive) -> Starlette:
+    """The application: ``POST /webhooks/openai``.
+
+    Answers 204 to what is accepted, replayed, unknown or of another kind (OpenAI stops repeating it), 400 to
+    what is not signed with the secret or not of the last five minutes, 413 to what is too large.
+    """
+
+    async def deliver(request: Request) -> Response:
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > BODY_MOST:
+                return _refuse(413, "too_large", "The body is larger than any delivery of OpenAI's.")
+        try:
+            client.webhooks.unwrap(bytes(body), request.headers, secret=secret)
+            event = json.loads(body)
+            kind, batch = str(event["type"]), str((event.get("data") or {}).get("id") or "")
+        except openai.InvalidWebhookSignatureError as error:
+            log.warning("webhook_refused", reason=str(error))
+            return _refuse(400, "bad_signature", str(error))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            # A header that is missing, a body that is no text, or signed text that is no event.
+            log.warning("webhook_refused", reason="not a delivery of OpenAI's")
+            return _refuse(400, "bad_request", "This is no delivery of OpenAI's.")
+        result = await receive(request.headers["webhook-id"], kind, batch)
+        log.info("webhook", event_type=kind, openai_batch=batch, result=result)
+        return Response(status_code=204)
+
+    return Starlette(routes=[Route("/webhooks/openai", deliver, methods=["POST"])])
+
+
+def _refuse(status: int, code: str, message: str) -> Response:
+    return JSONResponse({"error": {"code": code, "message": message}}, status)
