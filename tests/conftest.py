@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
 import pytest
 from psycopg import sql
 
-from autotag_local.postgres import LocalPostgres, install_autotag, local_postgres, machine_binaries
+from autotag_local.postgres import LocalPostgres, install_autotag, install_baseline, local_postgres, machine_binaries
 from autotag_local.stack import Stack, local_stack
 from support import Library
 
@@ -45,18 +46,33 @@ def postgres(machine_postgres: bool) -> Iterator[LocalPostgres]:
         yield server
 
 
-@pytest.fixture
-def database(postgres: LocalPostgres) -> Iterator[str]:
-    """The name of a fresh database with autotag's schema."""
+@contextmanager
+def empty_database(postgres: LocalPostgres, template: str = "template1") -> Iterator[str]:
+    """A database of its own, dropped at the end."""
     name = f"test_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(postgres.url("supabase_admin"), autocommit=True) as connection:
         connection.execute(
             sql.SQL("create database {} template {} owner postgres").format(
-                sql.Identifier(name), sql.Identifier(TEMPLATE)
+                sql.Identifier(name), sql.Identifier(template)
             )
         )
         yield name
         connection.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def database(postgres: LocalPostgres) -> Iterator[str]:
+    """The name of a fresh database with autotag's schema."""
+    with empty_database(postgres, TEMPLATE) as name:
+        yield name
+
+
+@pytest.fixture
+def bare(postgres: LocalPostgres) -> Iterator[str]:
+    """The name of a fresh database as a Supabase project has it, without autotag and without any table."""
+    with empty_database(postgres) as name:
+        install_baseline(postgres, name)
+        yield name
 
 
 @pytest.fixture

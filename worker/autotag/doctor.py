@@ -85,9 +85,9 @@ async def examine(settings: DoctorSettings) -> list[Finding]:
 
 async def _pooler(settings: DoctorSettings) -> Finding:
     if await db.can_listen(str(settings.database_url)):
-        return Finding("pooler", "ok", "LISTEN works, so workers are woken at once.")
+        return Finding("pooler", "ok", "Notifications arrive (LISTEN works), so workers are woken at once.")
     return Finding(
-        "pooler", "warning", "LISTEN does not work (a transaction pooler, port 6543?), so workers poll.",
+        "pooler", "warning", "No notification arrives (a transaction pooler, port 6543?), so workers poll.",
         "Use the direct or the session-mode connection string (port 5432).",
     )  # fmt: skip
 

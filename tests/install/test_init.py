@@ -1,0 +1,275 @@
+"""autotag installs itself into projects that look different, and tags their images there."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.rows import dict_row
+from typer.testing import CliRunner
+
+from autotag.cli import app
+from autotag.install.facts import look
+from autotag.install.host import Choices, Host, HostError, propose
+from autotag.install.migrations import migrations, write_migrations
+from autotag_local.pictures import Drawing, draw
+from autotag_local.postgres import LocalPostgres
+from autotag_local.stack import Stack, local_stack
+from cli_tools import supabase
+from support import Library, rpc, until, worker
+
+HOSTS = {
+    "paths": """
+        create table public.workspace_members (workspace_id uuid, user_id uuid, primary key (workspace_id, user_id));
+        create table public.assets (id uuid primary key default gen_random_uuid(), workspace_id uuid not null,
+          storage_path text, uploaded_by uuid, tags text[] not null default '{}');
+        insert into storage.buckets (id, name, public) values ('library', 'library', false);""",
+    "urls and organisations": """
+        create table public.organizations (id uuid primary key default gen_random_uuid());
+        create table public.organization_members (
+          org_id uuid references public.organizations, user_id uuid, primary key (org_id, user_id));
+        create table public.photos (photo_id uuid primary key default gen_random_uuid(),
+          org_id uuid not null references public.organizations, image_url text not null, labels jsonb);""",
+    "claims": """
+        create table public.assets ("assetId" uuid primary key default gen_random_uuid(), tenant_id uuid not null,
+          bucket text, file_path text);
+        alter table public.assets enable row level security;
+        create policy "own tenant" on public.assets to authenticated
+          using (tenant_id = ((select auth.jwt()) -> 'app_metadata' ->> 'tenant_id')::uuid);
+        insert into storage.buckets (id, name, public) values ('a', 'a', false), ('b', 'b', false);""",
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project of the Supabase CLI with a migration of its own."""
+    supabase("init", "--workdir", str(tmp_path))
+    folder = tmp_path / "supabase" / "migrations"
+    folder.mkdir()
+    (folder / "20250101000000_mine.sql").write_text("-- the project's own\n")
+    return tmp_path
+
+
+def url_of(postgres: LocalPostgres, database: str, statements: str) -> str:
+    with psycopg.connect(postgres.url(database=database), autocommit=True) as connection:
+        connection.execute(statements)  # type: ignore[arg-type]
+    return postgres.url(database=database)
+
+
+def run(*arguments: str) -> dict[str, Any]:
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def test_the_adapter_of_the_stand_alone_stack_is_the_migration_itself() -> None:
+    adapter = next(m for m in migrations() if m.name == "host_adapter")
+    assert adapter.text(Host()) == adapter.path.read_text()
+
+
+async def test_paths_a_bucket_and_a_table_of_members(postgres: LocalPostgres, bare: str, project: Path) -> None:
+    url = url_of(postgres, bare, HOSTS["paths"])
+    told = run("init", str(project), "--database-url", url, "--yes")
+    assert told["host"]["where an image is"] == "bucket library, path storage_path"
+    supabase("db", "push", f"--remote={url}", "--yes", "--workdir", str(project))
+    async with local_stack(postgres, bare) as stack:
+        quicken(stack)
+        workspace, user = str(uuid.uuid4()), str(uuid.uuid4())
+        run_sql(url, "insert into public.workspace_members values (%s, %s)", workspace, user)
+        drawings = list(draw(8))
+        ids = []
+        for drawing in drawings:
+            await store(stack, "library", f"{workspace}/{drawing.name}", drawing)
+            [row] = run_sql(url, "insert into public.assets (workspace_id, storage_path) values (%s, %s) returning id::text",
+                            workspace, f"{workspace}/{drawing.name}")  # fmt: skip
+            ids.append(row["id"])
+        await tag(stack, user, ids)
+        rows = run_sql(url, "select id::text, tags, tagging_stage from public.assets")
+        assert {row["id"]: set(row["tags"]) for row in rows} == dict(zip(ids, (d.tags for d in drawings), strict=True))
+
+
+async def test_urls_and_organisations(
+    postgres: LocalPostgres, bare: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = url_of(postgres, bare, HOSTS["urls and organisations"])
+    told = run("init", str(project), "--database-url", url, "--yes")
+    assert told["host"]["images"] == "public.photos (id photo_id, workspace org_id)"
+    assert told["host"]["members"] == "public.organization_members (org_id, user_id)"
+    supabase("db", "push", f"--remote={url}", "--yes", "--workdir", str(project))
+    async with local_stack(postgres, bare) as stack:
+        quicken(stack)
+        user = str(uuid.uuid4())
+        [org] = run_sql(url, "insert into public.organizations default values returning id::text")
+        run_sql(url, "insert into public.organization_members values (%s, %s)", org["id"], user)
+        [drawing] = draw(1)
+        [row] = run_sql(url, "insert into public.photos (org_id, image_url) values (%s, %s) returning photo_id::text as id",
+                        org["id"], "https://pictures.example.com/1.jpg")  # fmt: skip
+
+        async def fetch(self: Any, address: str) -> bytes:  # the network between is not what is tested here
+            assert address == "https://pictures.example.com/1.jpg"
+            return drawing.data
+
+        monkeypatch.setattr("autotag.images.Images._from_url", fetch)
+        await tag(stack, user, [row["id"]])
+        [photo] = run_sql(url, "select labels, tagging_result, tagging_stage from public.photos")
+        assert set(photo["labels"]) == drawing.tags
+        assert photo["tagging_stage"] == "completed"
+
+
+async def test_membership_in_claims(postgres: LocalPostgres, bare: str, project: Path) -> None:
+    url = url_of(postgres, bare, HOSTS["claims"])
+    told = run("init", str(project), "--database-url", url, "--yes")
+    assert told["host"]["members"] == "claim app_metadata.tenant_id"
+    assert "added: tags, tagging_result" in told["host"]["tags go to"]
+    supabase("db", "push", f"--remote={url}", "--yes", "--workdir", str(project))
+    async with local_stack(postgres, bare) as stack:
+        quicken(stack)
+        tenant = str(uuid.uuid4())
+        [drawing] = draw(1)
+        await store(stack, "b", "1.png", drawing)
+        [row] = run_sql(url, "insert into public.assets (tenant_id, bucket, file_path) values (%s, 'b', '1.png')"
+                        ' returning "assetId"::text as id', tenant)  # fmt: skip
+        stranger = {"sub": str(uuid.uuid4()), "app_metadata": {"tenant_id": str(uuid.uuid4())}}
+        with pytest.raises(psycopg.Error) as refused:
+            rpc(stack, stranger, "public.enqueue_tagging", [row["id"]])
+        assert refused.value.sqlstate == "PT403"
+        await tag(stack, {"sub": str(uuid.uuid4()), "app_metadata": {"tenant_id": tenant}}, [row["id"]])
+        [asset] = run_sql(url, "select tags from public.assets")
+        assert set(asset["tags"]) == drawing.tags
+
+
+def quicken(stack: Stack) -> None:
+    stack.simulator.plan.latency = (0.01, 0.05)
+    stack.configure(chunk_delay="0.1 s", broadcast_interval="0")
+
+
+def run_sql(url: str, statement: str, *arguments: object) -> list[dict[str, Any]]:
+    with psycopg.connect(url, autocommit=True, row_factory=dict_row) as connection:
+        cursor = connection.execute(statement, arguments)  # type: ignore[arg-type]
+        return cursor.fetchall() if cursor.description else []
+
+
+async def store(stack: Stack, bucket: str, path: str, drawing: Drawing) -> None:
+    await Library.store_as_owner(stack, bucket, path, drawing)
+
+
+async def tag(stack: Stack, user: str | dict[str, Any], ids: list[str]) -> None:
+    """The whole job, as a signed-in user of this host."""
+    async with worker(stack, image_hosts=frozenset({"pictures.example.com"})):
+        job = rpc(stack, user, "public.enqueue_tagging", ids)
+        await until(lambda: rpc(stack, user, "public.tagging_job", job["job_id"])["finished_at"], "the job to finish")
+    ended = rpc(stack, user, "public.tagging_job", job["job_id"])
+    assert (ended["completed"], ended["failed"]) == (len(ids), 0), ended
+
+
+def test_migrations_come_behind_the_projects_own_in_order(postgres: LocalPostgres, bare: str, project: Path) -> None:
+    url = url_of(postgres, bare, HOSTS["paths"])
+    (project / "supabase" / "migrations" / "20991231235959_late.sql").write_text("-- ahead of its time\n")
+    files = list(run("init", str(project), "--database-url", url, "--yes")["files"])
+    assert [re.sub(r"^\d+_autotag_", "", name) for name in files] == [f"{m.name}.sql" for m in migrations()]
+    assert files == sorted(files)
+    assert all(name > "20991231235959_late.sql" for name in files)
+    assert not any("host_baseline" in name for name in files)
+
+
+def test_init_twice_writes_nothing_and_keeps_an_edited_adapter(
+    postgres: LocalPostgres, bare: str, project: Path
+) -> None:
+    url = url_of(postgres, bare, HOSTS["paths"])
+    first = run("init", str(project), "--database-url", url, "--yes")["files"]
+    assert set(first.values()) == {"written"}
+    adapter = next((project / "supabase" / "migrations").glob("*_autotag_host_adapter.sql"))
+    adapter.write_text(adapter.read_text() + "-- edited\n")
+    again = run("init", str(project), "--database-url", url, "--yes")["files"]
+    assert again == {name: "differs" if name == adapter.name else "there" for name in first}
+    assert adapter.read_text().endswith("-- edited\n")
+
+
+def test_migrate_and_the_cli_know_of_each_other(postgres: LocalPostgres, bare: str, project: Path) -> None:
+    """Applied without the CLI first: `init` keeps the versions, so that `db push` finds nothing to do; and back."""
+    url = url_of(postgres, bare, HOSTS["urls and organisations"])
+    assert run("migrate", "--database-url", url, "--yes")["applied"] == [m.name for m in migrations()]
+    assert run("migrate", "--database-url", url, "--yes")["applied"] == []
+    run("init", str(project), "--database-url", url, "--yes")
+    (project / "supabase" / "migrations" / "20250101000000_mine.sql").unlink()
+    said = supabase("db", "push", f"--remote={url}", "--yes", "--workdir", str(project))
+    assert "up to date" in said
+
+
+def test_what_cannot_be_seen_is_asked_for(postgres: LocalPostgres, bare: str, project: Path) -> None:
+    url = url_of(
+        postgres, bare,
+        "create table public.assets (id uuid primary key, workspace_id uuid, image_url text)",
+    )  # fmt: skip
+    done = CliRunner().invoke(app, ["init", str(project), "--database-url", url, "--yes"])
+    assert done.exit_code == 2
+    assert "--members-claim" in done.output
+    assert list((project / "supabase" / "migrations").glob("*autotag*")) == []
+    told = run("init", str(project), "--database-url", url, "--yes", "--members-claim", "org_ids")
+    assert told["host"]["members"] == "claim org_ids"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--table", "nope"], "There is no table public.nope"),
+        (["--path-column", "nope"], "has no column nope"),
+        (["--path-column", "uploaded_by"], "is uuid; autotag needs text"),
+        (["--workspace-column", "storage_path"], "is text; autotag needs uuid"),
+        (["--members-table", "assets"], "needs the uuid columns"),
+        (["--tags-column", "uploaded_by"], "tags go into a text[] or jsonb column"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(
+    postgres: LocalPostgres, bare: str, project: Path, arguments: list[str], sentence: str
+) -> None:
+    url = url_of(postgres, bare, HOSTS["paths"])
+    done = CliRunner().invoke(app, ["init", str(project), "--database-url", url, "--yes", *arguments])
+    assert done.exit_code == 2
+    assert sentence in done.output
+    assert "Traceback" not in done.output
+
+
+def test_no_project_and_no_database_are_said(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["init", str(tmp_path), "--yes"])
+    assert (done.exit_code, "no Supabase project" in done.output) == (2, True)
+    supabase("init", "--workdir", str(tmp_path))
+    done = CliRunner().invoke(
+        app, ["init", str(tmp_path), "--yes", "--database-url", "postgresql://nobody@127.0.0.1:1/x"]
+    )
+    assert (done.exit_code, "cannot be reached" in done.output) == (2, True)
+
+
+def test_hostile_names_stay_names(postgres: LocalPostgres, bare: str, tmp_path: Path) -> None:
+    """Names and strings of the host are quoted: nothing of them becomes SQL."""
+    nasty = 'x"; drop table public.assets; --'
+    with psycopg.connect(postgres.url(database=bare), autocommit=True) as connection:
+        connection.execute(
+            sql.SQL("create table public.assets (id uuid primary key, workspace_id uuid, {} text, tags text[]);"
+                    "create table public.members (workspace_id uuid, user_id uuid)").format(sql.Identifier(nasty))
+        )  # fmt: skip
+    url = postgres.url(database=bare)
+
+    def nobody(option: str, question: str, answers: Any) -> str:
+        raise HostError(question)
+
+    host = propose(look(url), Choices(path=nasty, bucket="it's"), nobody)
+    assert (host.path, host.bucket) == (nasty, "it's")
+    write_migrations(tmp_path, host, {})
+    adapter = next(tmp_path.glob("*host_adapter.sql")).read_text()
+    schema = next(tmp_path.glob("*schema.sql")).read_text()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(schema.encode())
+        connection.execute(adapter.encode())
+        connection.execute("insert into public.assets values (gen_random_uuid(), gen_random_uuid(), 'p')")
+        row = connection.execute(
+            "select bucket, path from autotag.describe_assets(array(select id from public.assets))"
+        ).fetchone()
+    assert row == ("it's", "p")
