@@ -10,10 +10,11 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import psycopg
 from psycopg import sql
@@ -41,8 +42,7 @@ class Member:
 class Stack:
     """The addresses and keys of a running stack, named as a Supabase project names them."""
 
-    postgres: LocalPostgres
-    database: str
+    owner_url: str  # of the database, as ``postgres``
     supabase_url: str
     anon_key: str
     secret_key: str
@@ -52,7 +52,9 @@ class Stack:
     simulator: Simulator
 
     def database_url(self, user: str = "postgres") -> str:
-        return self.postgres.url(user, self.database)
+        """The database as another role; all of them have the owner's password here."""
+        parts = urlsplit(self.owner_url)
+        return parts._replace(netloc=f"{user}:{parts.password}@{parts.hostname}:{parts.port}").geturl()
 
     def worker_environment(self) -> dict[str, str]:
         """What a worker reads; its login role is nothing but ``autotag_worker``."""
@@ -93,38 +95,78 @@ class Stack:
 async def local_stack(
     postgres: LocalPostgres, database: str = "postgres", *, plan: Plan | None = None, penalty: float = 0.0
 ) -> AsyncIterator[Stack]:
-    """The edge and the simulator around a database that has autotag's schema."""
-    secret = secrets.token_hex(32)
-    simulator = Simulator(plan or Plan())
-    edge_port, openai_port = free_port(), free_port()
-    _make_worker_role(postgres, database)
+    """The edge and the simulator around a database that has autotag's schema, and a login for workers."""
+    _make_worker_role(postgres.url(database=database))
+    async with edge_stack(postgres, database, plan=plan, penalty=penalty) as stack:
+        yield stack
+
+
+@contextlib.asynccontextmanager
+async def edge_stack(
+    postgres: LocalPostgres, database: str, *, plan: Plan | None = None, penalty: float = 0.0
+) -> AsyncIterator[Stack]:
+    """The edge and the simulator around a database with a Supabase project's baseline, whatever else is in it.
+
+    Args:
+        postgres: the server.
+        database: its database.
+        plan: how the simulator behaves.
+        penalty: share of the real Realtime's delays before refusals, 0 to 1.
+    """
+    secret, port = secrets.token_hex(32), free_port()
     with tempfile.TemporaryDirectory(prefix="autotag-files-") as files:
         edge = make_edge(
             postgres.url("authenticator", database), postgres.url("postgres", database), secret, Path(files),
             penalty=penalty,
         )  # fmt: skip
-        async with serve(edge, HOST, edge_port), serve(simulator.app(), HOST, openai_port):
-            yield Stack(
-                postgres=postgres,
-                database=database,
-                supabase_url=f"http://{HOST}:{edge_port}",
-                anon_key=tokens.sign(secret, "anon"),
-                secret_key=tokens.sign(secret, "service_role"),
-                jwt_secret=secret,
-                openai_url=f"http://{HOST}:{openai_port}/v1",
-                openai_key=simulator.plan.key,
-                simulator=simulator,
-            )
+        async with serve(edge, HOST, port):
+            project = {
+                "API_URL": f"http://{HOST}:{port}", "DB_URL": postgres.url("postgres", database), "JWT_SECRET": secret,
+                "ANON_KEY": tokens.sign(secret, "anon"), "SERVICE_ROLE_KEY": tokens.sign(secret, "service_role"),
+            }  # fmt: skip
+            async with project_stack(project, plan=plan) as stack:
+                yield stack
 
 
-def _make_worker_role(postgres: LocalPostgres, database: str) -> None:
-    with psycopg.connect(postgres.url(database=database), autocommit=True) as connection:
-        name = sql.Identifier(WORKER_ROLE)
+@contextlib.asynccontextmanager
+async def supabase_stack(project: Mapping[str, str], *, plan: Plan | None = None) -> AsyncIterator[Stack]:
+    """The stack of `supabase start` (or one like it) with autotag's schema, and the simulator.
+
+    Args:
+        project: the variables of ``supabase status -o env``.
+        plan: how the simulator behaves.
+
+    Raises:
+        KeyError: names the variable that is missing.
+    """
+    async with project_stack(project, plan=plan) as stack:
+        _make_worker_role(stack.owner_url)
+        yield stack
+
+
+@contextlib.asynccontextmanager
+async def project_stack(project: Mapping[str, str], *, plan: Plan | None) -> AsyncIterator[Stack]:
+    """A project and the simulator."""
+    simulator, port = Simulator(plan or Plan()), free_port()
+    async with serve(simulator.app(), HOST, port):
+        yield Stack(
+            owner_url=project["DB_URL"],
+            supabase_url=project["API_URL"].rstrip("/"),
+            anon_key=project["ANON_KEY"],
+            secret_key=project["SERVICE_ROLE_KEY"],
+            jwt_secret=project["JWT_SECRET"],
+            openai_url=f"http://{HOST}:{port}/v1",
+            openai_key=simulator.plan.key,
+            simulator=simulator,
+        )
+
+
+def _make_worker_role(owner_url: str) -> None:
+    with psycopg.connect(owner_url, autocommit=True) as connection:
+        name, password = sql.Identifier(WORKER_ROLE), sql.Literal(urlsplit(owner_url).password or "")
         with contextlib.suppress(psycopg.errors.DuplicateObject):
             connection.execute(
-                sql.SQL("create role {} login password {} in role autotag_worker").format(
-                    name, sql.Literal(postgres.password)
-                )
+                sql.SQL("create role {} login password {} in role autotag_worker").format(name, password)
             )
 
 

@@ -49,17 +49,19 @@ def make_edge(authenticator_url: str, owner_url: str, secret: str, files: Path, 
         await pool.close()
 
     async def unsupported(request: Request) -> Response:
-        return JSONResponse({"message": f"The local edge does not support {request.url.path}."}, 501)
+        what = f"{request.method} {request.url.path}"
+        return JSONResponse({"message": f"The local edge does not support {what}.", "code": "LOCAL501"}, 501)
+
+    rest = Route("/{path:path}", unsupported, methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"])
 
     return Starlette(
         lifespan=lifespan,
         routes=[
-            Mount("/rest/v1", routes=Rest(pool, secret).routes()),
-            Mount("/storage/v1", routes=Storage(pool, secret, files).routes()),
+            Mount("/rest/v1", routes=[*Rest(pool, secret).routes(), rest]),
+            Mount("/storage/v1", routes=[*Storage(pool, secret, files).routes(), rest]),
             Route("/realtime/v1/api/broadcast", realtime.http_broadcast, methods=["POST"]),
             WebSocketRoute("/realtime/v1/websocket", realtime.websocket),
-            Mount("/auth/v1", routes=[Route("/{path:path}", unsupported)]),
-            Mount("/functions/v1", routes=[Route("/{path:path}", unsupported)]),
+            rest,
         ],
         middleware=[Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])],
     )

@@ -212,8 +212,8 @@ class Realtime:
     ) -> None:  # fmt: skip
         config = payload.get("config") or {}
         private = bool(config.get("private"))
-        refusal = None
-        if private:
+        refusal = _unsupported(config)
+        if private and refusal is None:
             if payload.get("access_token"):
                 try:
                     claims = verify(self._secret, str(payload["access_token"]))
@@ -301,6 +301,15 @@ class Realtime:
             subscription.expiry.cancel()
         subscription.socket.joined.pop(subscription.topic, None)
         self._channels[subscription.topic, subscription.private].discard(subscription)
+
+
+def _unsupported(config: dict[str, Any]) -> str | None:
+    """Why a join is refused that the real server would take."""
+    if config.get("postgres_changes"):
+        return "The local edge does not support postgres_changes."
+    if (config.get("presence") or {}).get("enabled"):
+        return "The local edge does not support presence."
+    return None
 
 
 def _message_errors(message: Any) -> dict[str, list[str]]:

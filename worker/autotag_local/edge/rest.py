@@ -26,6 +26,7 @@ SCHEMAS = ("public", "graphql_public")
 OBJECT = "application/vnd.pgrst.object+json"
 OPERATORS = {"eq": "=", "neq": "<>", "gt": ">", "gte": ">=", "lt": "<", "lte": "<=", "like": "like", "ilike": "ilike"}
 RESERVED = {"select", "order", "limit", "offset", "columns", "on_conflict"}
+LOGICAL = {"or", "and", "not.or", "not.and"}
 IDENTIFIER = re.compile(r"\w+", re.ASCII)
 
 #: HTTP status by the beginning of an sqlstate (PostgREST's reference, "Errors").
@@ -164,7 +165,7 @@ class Rest:
             if request.method != "POST":
                 known = functions.get(name)
                 arguments = {key: query.pop(key) for key in list(query) if known and key in known.arguments}
-            function = self._pick(functions, name, arguments)
+            function = self._pick(functions, name, arguments, request.method)
             return await self._call(connection, request, function, arguments, parse_query(list(query.items())))
 
     async def _functions(self, connection: AsyncConnection[Any]) -> dict[str, Function]:
@@ -183,7 +184,7 @@ class Rest:
         }
 
     @staticmethod
-    def _pick(functions: dict[str, Function], name: str, arguments: dict[str, Any]) -> Function:
+    def _pick(functions: dict[str, Function], name: str, arguments: dict[str, Any], method: str) -> Function:
         function = functions.get(name)
         if function:
             required = list(function.arguments)[: len(function.arguments) - function.optional]
@@ -197,7 +198,7 @@ class Rest:
             what = f"with parameter {given}"
         else:
             what = "without parameters"
-        extra = " or with a single unnamed json/jsonb parameter" if arguments else ""
+        extra = " or with a single unnamed json/jsonb parameter" if method == "POST" else ""
         if function:
             hint = f"Perhaps you meant to call the function public.{name}({', '.join(sorted(function.arguments))})"
         else:
@@ -228,7 +229,8 @@ class Rest:
         if function.returns == "scalar" and not function.returns_set:
             statement = sql.SQL("select to_json(f.value)::text, 1 from {}{} as f (value)").format(source, call)
         else:
-            rows = sql.SQL("select {} from {}{} as f{}").format(query.columns(), source, call, query.clauses())
+            inner = sql.SQL("(select f.* from {}{} as f) as f").format(source, call)
+            rows = sql.SQL("select {} from {}{}").format(query.columns(), inner, query.clauses())
             one = "coalesce((json_agg(r) -> 0)::text, 'null')" if not function.returns_set else _AGGREGATE
             statement = sql.SQL("select " + one + ", count(*)::int from ({}) r").format(rows)
             values += query.values
@@ -255,7 +257,7 @@ class Rest:
         return sql.Identifier("public", name)
 
     async def _rows(self, request: Request, claims: dict[str, Any]) -> Response:
-        query = parse_query(request.query_params.multi_items())
+        query = parse_query(request.query_params.multi_items(), request.path_params["table"])
         preferences = _preferences(request)
         async with as_caller(self._pool, claims) as connection:
             table = await self._table(connection, request)
@@ -293,7 +295,7 @@ class Rest:
 
     async def _update(self, request: Request, claims: dict[str, Any]) -> Response:
         values = await _json(request)
-        query = parse_query(request.query_params.multi_items())
+        query = parse_query(request.query_params.multi_items(), request.path_params["table"])
         assignments = sql.SQL(", ").join(
             sql.SQL("{0} = v.{0}").format(sql.Identifier(column)) for column in sorted(values)
         )
@@ -306,7 +308,7 @@ class Rest:
             return await self._write(connection, request, statement, [json.dumps(values), *query.values], 204, "t")
 
     async def _delete(self, request: Request, claims: dict[str, Any]) -> Response:
-        query = parse_query(request.query_params.multi_items())
+        query = parse_query(request.query_params.multi_items(), request.path_params["table"])
         async with as_caller(self._pool, claims) as connection:
             table = await self._table(connection, request)
             statement = sql.SQL("delete from {}").format(table) + Query(where=query.where).clauses()
@@ -339,8 +341,8 @@ class Rest:
 _AGGREGATE = "coalesce(json_agg(r), '[]')::text"
 
 
-def parse_query(items: list[tuple[str, str]]) -> Query:
-    """The query string of a read.
+def parse_query(items: list[tuple[str, str]], table: str | None = None) -> Query:
+    """The query string of a read; columns are named with their table where one is given.
 
     Raises:
         RestError: 501 for what is not supported, 400 for what cannot be parsed.
@@ -349,40 +351,43 @@ def parse_query(items: list[tuple[str, str]]) -> Query:
     for name, value in items:
         if name == "select":
             if value not in ("", "*"):
-                query.select = [_column(column) for column in value.split(",")]
+                query.select = [_column(column, table) for column in value.split(",")]
         elif name == "order":
-            query.order = [_order(term) for term in value.split(",")]
+            query.order = [_order(term, table) for term in value.split(",")]
         elif name in ("limit", "offset"):
             if not value.isdigit():
                 raise RestError(400, "PGRST100", f'"failed to parse {name} ({value})"')
             setattr(query, name, int(value))
+        elif name in LOGICAL:
+            raise _unsupported(f"the filter {name}")
         elif name not in RESERVED:
-            _filter(query, name, value)
+            _filter(query, name, value, table)
     return query
 
 
-def _identifier(name: str) -> sql.Identifier:
+def _identifier(name: str, table: str | None = None) -> sql.Identifier:
     name = name.strip().strip('"')
     if not IDENTIFIER.fullmatch(name):
         raise _unsupported(f"the expression {name[:60]!r} in a query")
-    return sql.Identifier(name)
+    return sql.Identifier(table, name) if table else sql.Identifier(name)
 
 
-def _column(term: str) -> sql.Composable:
+def _column(term: str, table: str | None) -> sql.Composable:
     alias, _, name = term.rpartition(":") if "::" not in term else ("", "", term)
-    return sql.SQL("{} as {}").format(_identifier(name), _identifier(alias)) if alias else _identifier(name)
+    column = _identifier(name, table)
+    return sql.SQL("{} as {}").format(column, _identifier(alias)) if alias else column
 
 
-def _order(term: str) -> sql.Composable:
+def _order(term: str, table: str | None) -> sql.Composable:
     name, *words = term.split(".")
     allowed = {"asc": "asc", "desc": "desc", "nullsfirst": "nulls first", "nullslast": "nulls last"}
     if any(word not in allowed for word in words):
         raise RestError(400, "PGRST100", f'"failed to parse order ({term})"')
-    return sql.SQL("{} " + " ".join(allowed[word] for word in words)).format(_identifier(name))
+    return sql.SQL("{} " + " ".join(allowed[word] for word in words)).format(_identifier(name, table))
 
 
-def _filter(query: Query, name: str, value: str) -> None:
-    column = _identifier(name)
+def _filter(query: Query, name: str, value: str, table: str | None) -> None:
+    column = _identifier(name, table)
     operator, _, operand = value.partition(".")
     negate = operator == "not"
     if negate:

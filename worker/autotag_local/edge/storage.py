@@ -58,6 +58,7 @@ class Storage:
         """Everything below ``/storage/v1``."""
         return [
             Route("/bucket", self._answer(self._create_bucket), methods=["POST"]),
+            Route("/bucket", self._answer(self._list_buckets), methods=["GET"]),
             Route("/object/list/{bucket}", self._answer(self._list), methods=["POST"]),
             Route("/object/sign/{bucket}", self._answer(self._sign_many), methods=["POST"]),
             Route("/object/sign/{bucket}/{path:path}", self._answer(self._sign), methods=["POST"]),
@@ -128,6 +129,22 @@ class Storage:
             raise StorageError("409", "Duplicate", "The resource already exists", "BucketAlreadyExists") from None
         return _compact({"name": body["name"]})
 
+    async def _list_buckets(self, request: Request) -> Response:
+        async with as_caller(self._pool, self._claims(request)) as connection:
+            cursor = await connection.execute(
+                "select id, name, owner::text, public, file_size_limit, allowed_mime_types, created_at, updated_at"
+                " from storage.buckets order by id"
+            )
+            rows = await cursor.fetchall()
+        names = ("id", "name", "owner", "public", "file_size_limit", "allowed_mime_types")
+        return _compact(
+            [
+                {**dict(zip(names, row[:6], strict=True)), "owner": row[2] or "", "type": "STANDARD",
+                 "created_at": _timestamp(row[6]), "updated_at": _timestamp(row[7])}
+                for row in rows
+            ]
+        )  # fmt: skip
+
     async def _upload(self, request: Request) -> Response:
         claims, bucket, path = self._claims(request), request.path_params["bucket"], request.path_params["path"]
         settings = await self._bucket(bucket)
@@ -186,7 +203,7 @@ class Storage:
         bucket, path = request.path_params["bucket"], request.path_params["path"]
         found = await self._object(self._claims(request), bucket, path)
         metadata = found["metadata"]
-        return _compact(
+        described = _compact(
             {
                 "id": found["id"], "name": path, "version": found["version"], "bucket_id": bucket,
                 "size": metadata["size"], "content_type": metadata["mimetype"],
@@ -194,6 +211,8 @@ class Storage:
                 "last_modified": _timestamp(found["updated_at"]), "created_at": _timestamp(found["created_at"]),
             }
         )  # fmt: skip
+        described.headers.update({"etag": metadata["eTag"], "cache-control": metadata["cacheControl"]})
+        return described
 
     def _signed_url(self, bucket: str, path: str, seconds: int) -> str:
         token = sign(self._secret, "storage", lifetime=seconds, url=f"{bucket}/{path}")
