@@ -41,6 +41,7 @@ class Subscription:
     private: bool
     ack: bool = False
     own: bool = False
+    speaks: bool = True  # may send (on a private topic: by the policies of realtime.messages)
     expiry: asyncio.Task[None] | None = None
 
 
@@ -197,10 +198,11 @@ class Realtime:
             await socket.send(join_ref, ref, topic, "phx_reply", {"status": "ok", "response": {}})
             await self._close(subscription)
         elif event == "broadcast" and isinstance(payload, dict):
-            await self._tell_all(
-                topic, subscription.private, payload.get("event", ""), payload.get("payload"), subscription
-            )
-            if subscription.ack:
+            if subscription.speaks:
+                await self._tell_all(
+                    topic, subscription.private, payload.get("event", ""), payload.get("payload"), subscription
+                )
+            if subscription.ack and subscription.speaks:
                 await socket.send(join_ref, ref, topic, "phx_reply", {"status": "ok", "response": {}})
         elif event == "access_token" and isinstance(payload, dict):
             with contextlib.suppress(TokenError):
@@ -212,7 +214,7 @@ class Realtime:
     ) -> None:  # fmt: skip
         config = payload.get("config") or {}
         private = bool(config.get("private"))
-        refusal = _unsupported(config)
+        refusal, listens, speaks = _unsupported(config), True, True
         if private and refusal is None:
             if payload.get("access_token"):
                 try:
@@ -223,7 +225,9 @@ class Realtime:
                         if error.reason == "expired"
                         else "MalformedJWT: The token provided is not a valid JWT"
                     )
-            if refusal is None and not await self._may_listen(claims, topic.removeprefix(PREFIX)):
+            if refusal is None:
+                listens, speaks = await self._rights(claims, topic.removeprefix(PREFIX))
+            if refusal is None and not listens:
                 refusal = (
                     "Unauthorized: You do not have permissions to read from this Channel topic: "
                     + topic.removeprefix(PREFIX)
@@ -235,7 +239,7 @@ class Realtime:
         former = socket.joined.get(topic)
         broadcast = config.get("broadcast") or {}
         subscription = Subscription(
-            socket, topic, join_ref, private, bool(broadcast.get("ack")), bool(broadcast.get("self"))
+            socket, topic, join_ref, private, bool(broadcast.get("ack")), bool(broadcast.get("self")), speaks
         )
         if former:
             self._drop(former)
@@ -247,31 +251,34 @@ class Realtime:
         if former:
             await socket.send(former.join_ref, former.join_ref, topic, "phx_close", {})
 
-    async def _may_listen(self, claims: dict[str, Any], topic: str) -> bool:
-        """Asks row level security of ``realtime.messages``, as the real server does: can the caller see a message
-        of this topic?"""
+    async def _rights(self, claims: dict[str, Any], topic: str) -> tuple[bool, bool]:
+        """Asks row level security of ``realtime.messages``, as the real server does: may the caller see a message
+        of this topic, and may they insert one?"""
+        message = (
+            "insert into realtime.messages (topic, extension, event, private) values (%s, 'broadcast', '', true)"
+            " returning id, inserted_at"
+        )
         async with await AsyncConnection.connect(self._url) as connection:
-            try:
-                cursor = await connection.execute(
-                    "insert into realtime.messages (topic, extension, event, private)"
-                    " values (%s, 'broadcast', '', true)"
-                    " returning id, inserted_at",
-                    (topic,),
-                )
-                row = await cursor.fetchone()
-                await connection.execute(
-                    "select set_config('realtime.topic', %s, true), set_config('request.jwt.claims', %s, true),"
-                    " set_config('role', %s, true)",
-                    (topic, json.dumps(claims), claims.get("role", "anon")),
-                )
-                cursor = await connection.execute(
-                    "select 1 from realtime.messages where (id, inserted_at) = (%s, %s)", row
-                )
-                return await cursor.fetchone() is not None
-            except psycopg.DatabaseError:
-                return False
-            finally:
-                await connection.rollback()
+            cursor = await connection.execute(message, (topic,))
+            row = await cursor.fetchone()
+            await connection.execute(
+                "select set_config('realtime.topic', %s, true), set_config('request.jwt.claims', %s, true),"
+                " set_config('role', %s, true)",
+                (topic, json.dumps(claims), claims.get("role", "anon")),
+            )
+            listens = speaks = False
+            with contextlib.suppress(psycopg.DatabaseError):
+                async with connection.transaction():
+                    cursor = await connection.execute(
+                        "select 1 from realtime.messages where (id, inserted_at) = (%s, %s)", row
+                    )
+                    listens = await cursor.fetchone() is not None
+            with contextlib.suppress(psycopg.DatabaseError):
+                async with connection.transaction():
+                    await connection.execute(message.split(" returning")[0].encode(), (topic,))
+                    speaks = True
+            await connection.rollback()
+            return listens, speaks
 
     def _watch_expiry(self, subscription: Subscription, claims: dict[str, Any]) -> None:
         if subscription.expiry:
