@@ -37,7 +37,13 @@ def machine_postgres() -> bool:
 @pytest.fixture(scope="session")
 def postgres(machine_postgres: bool) -> Iterator[LocalPostgres]:
     """The server; its database ``postgres`` has autotag's schema, and pg_cron where there is one."""
-    settings = {"shared_preload_libraries": "pg_cron", "cron.database_name": "postgres"} if machine_postgres else {}
+    # Background workers need no login of their own, which a connection to localhost would.
+    cron = {
+        "shared_preload_libraries": "pg_cron",
+        "cron.database_name": "postgres",
+        "cron.use_background_workers": "on",
+    }
+    settings = cron if machine_postgres else {}
     with local_postgres(machine_binaries() if machine_postgres else None, settings) as server:
         install_autotag(server)
         with psycopg.connect(server.url("supabase_admin"), autocommit=True) as connection:

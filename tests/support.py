@@ -32,25 +32,24 @@ class Library:
 
     async def upload(self, drawings: int | Sequence[Drawing], seed: int = 1) -> list[str]:
         """Stores pictures and inserts their rows; the asset ids in order."""
+        stored = await self.upload_files(drawings, seed)
+        ids = self.insert([path for path, _ in stored])
+        self.drawings |= {asset: drawing for asset, (_, drawing) in zip(ids, stored, strict=True)}
+        return ids
+
+    async def upload_files(self, drawings: int | Sequence[Drawing], seed: int = 1) -> list[tuple[str, Drawing]]:
+        """Stores pictures; the path and the drawing of each."""
         chosen = list(draw(drawings, seed)) if isinstance(drawings, int) else list(drawings)
         gate = asyncio.Semaphore(8)
 
-        async def store(drawing: Drawing) -> str:
+        async def store(drawing: Drawing) -> tuple[str, Drawing]:
             path = f"{self.member.workspace}/{seed}-{drawing.name}"
             async with gate:
-                await self.store_as_owner(self.stack, "assets", path, drawing)
-            return path
+                await store_file(storage, "assets", path, drawing)
+            return path, drawing
 
-        ids = self.insert(await asyncio.gather(*(store(drawing) for drawing in chosen)))
-        self.drawings |= dict(zip(ids, chosen, strict=True))
-        return ids
-
-    @staticmethod
-    async def store_as_owner(stack: Stack, bucket: str, path: str, drawing: Drawing) -> None:
-        """Puts a picture into Storage with the secret key."""
-        headers = {"apikey": stack.secret_key, "Authorization": f"Bearer {stack.secret_key}"}
-        storage = AsyncStorageClient(f"{stack.supabase_url}/storage/v1/", headers)
-        await storage.from_(bucket).upload(path, drawing.data, {"content-type": drawing.content_type})
+        storage = owners_storage(self.stack)
+        return list(await asyncio.gather(*(store(drawing) for drawing in chosen)))
 
     def insert(self, paths: Sequence[str]) -> list[str]:
         """Rows of assets, whether or not there is a file."""
@@ -101,6 +100,16 @@ class Library:
             assert row["tagging_result"]["caption"].endswith(".")
 
 
+def owners_storage(stack: Stack) -> AsyncStorageClient:
+    """Storage with the secret key."""
+    headers = {"apikey": stack.secret_key, "Authorization": f"Bearer {stack.secret_key}"}
+    return AsyncStorageClient(f"{stack.supabase_url}/storage/v1/", headers)
+
+
+async def store_file(storage: AsyncStorageClient, bucket: str, path: str, drawing: Drawing) -> None:
+    await storage.from_(bucket).upload(path, drawing.data, {"content-type": drawing.content_type})
+
+
 def rpc(stack: Stack, user: str | dict[str, Any] | None, function: str, *arguments: object) -> Any:
     """Calls a function under the role and claims of a signed-in user (an id, or all claims; None: anon)."""
     own = {"sub": user} if isinstance(user, str) else user or {}
@@ -117,25 +126,18 @@ def rpc(stack: Stack, user: str | dict[str, Any] | None, function: str, *argumen
         return row[0]
 
 
-async def until(condition: Callable[[], bool], what: str) -> None:
+async def until(condition: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
     """Waits for something that other processes bring about."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while not await asyncio.to_thread(condition):
-        assert time.monotonic() < deadline, f"waited {PATIENCE:g} s for {what}"
+        assert time.monotonic() < deadline, f"waited {patience:g} s for {what}"
         await asyncio.sleep(0.05)
 
 
 def worker_settings(stack: Stack, **changes: Any) -> Settings:
     """What `Stack.worker_environment` would give a process, for a worker inside the test."""
-    environment = stack.worker_environment()
-    return Settings(
-        database_url=environment["DATABASE_URL"],
-        openai_api_key=environment["OPENAI_API_KEY"],
-        openai_base_url=environment["OPENAI_BASE_URL"],
-        supabase_url=environment["SUPABASE_URL"],
-        supabase_secret_key=environment["SUPABASE_SECRET_KEY"],
-        **changes,
-    )  # type: ignore[call-arg]
+    environment = {name.lower(): value for name, value in stack.worker_environment().items()}
+    return Settings(**{**environment, **changes})
 
 
 @contextlib.asynccontextmanager

@@ -72,6 +72,7 @@ declare
   v_waiting integer;
   v_logins text;
   v_problem text;
+  v_sample jsonb;
   v_ticked timestamptz := (select c.ticked_at from autotag.clock c);
 begin
   select * into v_provider from autotag.provider_limits;
@@ -102,6 +103,7 @@ begin
   begin
     perform from autotag.describe_assets(array['00000000-0000-0000-0000-000000000000']::uuid[]);
     perform autotag.is_member('00000000-0000-0000-0000-000000000000');
+    v_sample := autotag.sample_image();
     v_found := v_found || autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.');
   exception when others then
     v_found := v_found || autotag.finding('host adapter', 'error',
@@ -150,5 +152,5 @@ begin
         v_provider.account_error), 'Mend the account; the workers notice by themselves.')
     else autotag.finding('account', 'ok', 'The provider has no complaint about the account.') end;
   return jsonb_build_object('findings', v_found, 'now', extract(epoch from v_now),
-    'model', (select s.model from autotag.settings s), 'sample', autotag.sample_image());
+    'model', (select s.model from autotag.settings s), 'sample', v_sample);
 end $$;

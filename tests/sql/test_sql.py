@@ -95,17 +95,3 @@ def test_migrations_install_without_the_host_baseline(postgres: LocalPostgres) -
             "select public.enqueue_tagging(array[id]) ->> 'strategy' from public.assets limit 1"
         ).fetchone()
     assert told == ("realtime",)
-
-
-def test_cron_jobs_are_scheduled_once(postgres: LocalPostgres, machine_postgres: bool) -> None:
-    if not machine_postgres:
-        skip("pg_cron needs Debian's Postgres")
-    with psycopg.connect(postgres.url(), autocommit=True) as connection:
-        connection.execute("select autotag.schedule_cron()")
-        jobs = connection.execute("select jobname, schedule, command from cron.job order by jobname").fetchall()
-        for _, _, command in jobs:
-            connection.execute(command)
-    assert [(name, when) for name, when, _ in jobs] == [
-        ("autotag-housekeeping", "17 3 * * *"),
-        ("autotag-tick", "* * * * *"),
-    ]

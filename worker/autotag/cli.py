@@ -63,7 +63,7 @@ def worker(
     configure_logs(settings.log_level, settings.log_format)
     try:
         asyncio.run(run_worker(settings))
-    except psycopg_pool.PoolTimeout:
+    except (psycopg.OperationalError, psycopg_pool.PoolTimeout):
         raise _fail("the database did not answer; check DATABASE_URL, its password, and the network.") from None
     except psycopg.errors.InsufficientPrivilege as error:
         raise _fail(f"{error.diag.message_primary}; grant the login role autotag_worker.") from None

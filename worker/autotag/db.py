@@ -21,10 +21,11 @@ import structlog
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb, set_json_dumps
 from psycopg_pool import AsyncConnectionPool
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 RETRY_MOST = 5.0  # seconds between tries while the database is away
 POOL_SIZE = 4  # claim, settle, stages and the batch lane seldom meet
+CONNECT_MOST = 30.0  # seconds that the database may be out of reach when a worker starts
 LISTEN_PROOF = 5.0  # seconds that a notification of our own may take to arrive
 #: A peer that is gone without a word is noticed within a minute (milliseconds where libpq says so).
 KEEPALIVES: dict[str, Any] = {
@@ -250,8 +251,18 @@ async def can_listen(url: str) -> bool:
     server connection that both statements happened to share.
 
     Raises:
-        psycopg.OperationalError: the database cannot be reached.
+        psycopg.OperationalError: the database could not be reached for half a minute.
     """
+    async for attempt in AsyncRetrying(
+        retry=retry_if_exception_type(psycopg.OperationalError),
+        wait=wait_random_exponential(0.1, max=RETRY_MOST), stop=stop_after_delay(CONNECT_MOST), reraise=True,
+    ):  # fmt: skip
+        with attempt:
+            return await _prove_listening(url)
+    raise AssertionError("unreachable: it returns or raises")
+
+
+async def _prove_listening(url: str) -> bool:
     async with await _connect(url) as listener, await _connect(url) as other:
         await listener.execute(f"listen {CHANNEL}")
         proof = f"hello {uuid.uuid4()}"

@@ -38,7 +38,8 @@ async def run_worker(settings: Settings) -> None:
     """Works until SIGTERM or SIGINT, then finishes or gives back what is in hand.
 
     Raises:
-        psycopg_pool.PoolTimeout: the database cannot be reached at the start.
+        psycopg.OperationalError, psycopg_pool.PoolTimeout: the database cannot be reached at the start.
+        OSError: the address to serve on cannot be had.
     """
     wake = Wake()
     loop = asyncio.get_running_loop()
@@ -61,7 +62,7 @@ class Worker:
         """Until the worker is asked to stop.
 
         Raises:
-            psycopg_pool.PoolTimeout: the database cannot be reached.
+            psycopg.OperationalError, psycopg_pool.PoolTimeout: the database cannot be reached.
             OSError: the address to serve on cannot be had.
         """
         listening = await self._find_out_whether_listening()
@@ -75,11 +76,8 @@ class Worker:
             await self._db.close()
 
     async def _find_out_whether_listening(self) -> bool:
-        try:
-            if await can_listen(self._url):
-                return True
-        except psycopg.OperationalError:
-            return True  # out of reach: opening the pool says so, or waits for it
+        if await can_listen(self._url):
+            return True
         self._wake.poll_every = self._settings.poll_interval
         self._log.warning(
             "listen_impossible",

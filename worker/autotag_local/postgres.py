@@ -18,9 +18,9 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psycopg
@@ -39,6 +39,8 @@ class LocalPostgres:
     port: int
     password: str
     data: Path
+    #: stops the server as a crash or an upgrade would (connections are cut) and starts it again
+    restart: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def url(self, user: str = "postgres", database: str = "postgres") -> str:
         """A connection URL over TCP; every role of the baseline has the server's password."""
@@ -131,25 +133,41 @@ def local_postgres(
             **(settings or {}),
         }
         arguments = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
-        with log.open("wb") as out:
-            server = subprocess.Popen(
-                [bin_dir / "postgres", "-D", data, *arguments],
-                stdout=out, stderr=out, cwd=root, env=environment, start_new_session=True,
-                **run_as,  # type: ignore[call-overload]
-            )  # fmt: skip
+
+        def start() -> subprocess.Popen[bytes]:
+            with log.open("ab") as out:
+                process: subprocess.Popen[bytes] = subprocess.Popen(
+                    [bin_dir / "postgres", "-D", data, *arguments],
+                    stdout=out, stderr=out, cwd=root, env=environment, start_new_session=True,
+                    **run_as,  # type: ignore[call-overload]
+                )  # fmt: skip
+                return process
+
+        server = start()
+
+        def restart() -> None:
+            nonlocal server
+            _stop(server)
+            server = start()
+            _wait_until_ready(instance.url(superuser), server, log)
+
+        instance = LocalPostgres(port, password, data, restart)
         try:
-            instance = LocalPostgres(port, password, data)
             _wait_until_ready(instance.url(superuser), server, log)
             yield instance
         finally:
-            server.send_signal(signal.SIGINT)  # fast shutdown
-            try:
-                server.wait(10)
-            except subprocess.TimeoutExpired:
-                server.send_signal(signal.SIGQUIT)
-                server.wait()
+            _stop(server)
     finally:
         shutil.rmtree(root, ignore_errors=True)
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    server.send_signal(signal.SIGINT)  # fast shutdown
+    try:
+        server.wait(10)
+    except subprocess.TimeoutExpired:
+        server.send_signal(signal.SIGQUIT)
+        server.wait()
 
 
 def _wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -1,0 +1,158 @@
+"""`autotag doctor` finds what is wrong, says what mends it, and its exit code is the worst finding."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from typing import Any
+
+import psycopg
+import pytest
+
+from autotag import doctor
+from autotag.config import DoctorSettings
+from autotag_local.postgres import LocalPostgres
+from autotag_local.stack import WORKER_ROLE, Stack
+from support import Library, until, worker
+
+
+def settings(stack: Stack, **changes: Any) -> DoctorSettings:
+    environment = {name.lower(): value for name, value in stack.worker_environment().items()}
+    return DoctorSettings(**{**environment, **changes})
+
+
+async def examined(stack: Stack, **changes: Any) -> dict[str, doctor.Finding]:
+    return {finding.check: finding for finding in await doctor.examine(settings(stack, **changes))}
+
+
+async def test_all_is_well(library: Library) -> None:
+    """Everything but pg_cron, which lives in another database of this server."""
+    assets = await library.upload(1)
+    library.sql("select autotag.tick()")
+    async with worker(library.stack):
+        await library.finished(library.enqueue(assets))
+        found = await examined(library.stack)
+    wrong = {check: f for check, f in found.items() if f.level != "ok"}
+    assert set(wrong) <= {"pg_cron"}, wrong
+    assert "arrived after" in found["broadcast"].message
+    assert "newest image could be read" in found["storage"].message
+    assert "gpt-4.1-mini is known" in found["openai"].message
+    assert all(f.fix is None for f in found.values() if f.level == "ok")
+    assert all(f.fix for f in found.values() if f.level != "ok")
+
+
+@pytest.mark.parametrize(
+    ("damage", "check", "level", "says"),
+    [
+        ("drop function autotag.schema_version", "schema", "error", "not (completely) in this database"),
+        ("create or replace function autotag.schema_version() returns text language sql immutable parallel safe"
+         " set search_path = '' as 'select ''9.9.9''::text'", "schema", "warning", "is of version 9.9.9"),
+        ("alter table public.assets drop column storage_path cascade", "host adapter", "error", "storage_path"),
+        ("update autotag.settings set test_clock = true", "clock", "error", "bend autotag's time"),
+        ("update autotag.clock set ticked_at = now() - interval '1 h'", "clock", "error", "last ticked 01:00:00 ago"),
+        ("update autotag.settings set model = 'gpt-none'", "openai", "error", "gpt-none is not known"),
+        ("grant execute on function autotag.enqueue to anon", "grants", "error", "anon may call autotag.enqueue"),
+        ("revoke execute on function public.enqueue_tagging from authenticated", "grants", "error", "may not call"),
+        ("select autotag.stop_account('OpenAI refused the account: no credit')", "account", "error", "no credit"),
+        ("drop function realtime.send(jsonb, text, text, boolean)", "realtime.send", "warning", "no realtime.send"),
+        ("drop function realtime.send(jsonb, text, text, boolean);"
+         "insert into autotag.outbox (topic, event, payload, private, created_at)"
+         " values ('t', 'e', '{}', true, now() - interval '1 h')", "realtime.send", "error", "1 broadcasts wait"),
+    ],
+)  # fmt: skip
+async def test_damage_is_found_and_mended(
+    stack: Stack, damage: str, check: str, level: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "BROADCAST_TIMEOUT", 2.0)
+    as_owner(stack, damage)
+    found = (await examined(stack))[check]
+    assert (found.level, says in found.message) == (level, True), found
+    assert found.fix
+
+
+def as_owner(stack: Stack, statement: str) -> None:
+    with psycopg.connect(stack.database_url("supabase_admin"), autocommit=True) as connection:
+        connection.execute(statement.encode())
+
+
+async def test_no_worker_and_workers_that_poll_are_told(library: Library) -> None:
+    assert (await examined(library.stack))["workers"].level == "error"
+    library.sql("select autotag.register_worker(gen_random_uuid(), 'h', '0', false)")
+    assert "1 of 1 workers poll" in (await examined(library.stack))["workers"].message
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "level", "says"),
+    [
+        ({"database_url": "postgresql://tagger:wrong@127.0.0.1:{port}/postgres"}, "connection", "error", "password"),
+        ({"database_url": "postgresql://tagger:x@127.0.0.1:1/postgres"}, "connection", "error", "refused"),
+        ({"supabase_secret_key": "wrong"}, "storage", "error", "Storage refuses"),
+        ({"supabase_secret_key": "wrong"}, "broadcast", "error", "Realtime cannot be reached"),
+        ({"supabase_url": "http://127.0.0.1:1"}, "storage", "error", "cannot be reached"),
+        ({"supabase_url": "http://127.0.0.1:1"}, "broadcast", "error", "Realtime cannot be reached"),
+        ({"supabase_url": None}, "storage", "warning", "not set"),
+        ({"openai_api_key": "sk-wrong"}, "openai", "error", "not valid"),
+        ({"openai_api_key": None}, "openai", "error", "not set"),
+        ({"openai_base_url": "http://127.0.0.1:1/v1"}, "openai", "error", "could not be reached"),
+        ({"openai_webhook_secret": "nonsense"}, "webhook", "error", "whsec_"),
+        ({"openai_webhook_secret": "whsec_abc"}, "webhook", "warning", "does not serve"),
+        ({"openai_webhook_secret": "whsec_abc", "http": "0.0.0.0:80"}, "webhook", "ok", "serves"),
+    ],
+)  # fmt: skip
+async def test_a_wrong_setting_is_found(
+    stack: Stack, postgres: LocalPostgres, changes: dict[str, Any], check: str, level: str, says: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(doctor, "BROADCAST_TIMEOUT", 2.0)
+    if "database_url" in changes:
+        changes = {"database_url": changes["database_url"].format(port=postgres.port)}
+    found = (await examined(stack, **changes))[check]
+    assert (found.level, says in found.message) == (level, True), found
+    assert level == "ok" or found.fix
+
+
+async def test_a_broadcast_that_gets_lost_is_found(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """realtime.send never fails: only listening tells."""
+    monkeypatch.setattr(doctor, "BROADCAST_TIMEOUT", 2.0)
+    as_owner(stack, "drop trigger tell_edge on realtime.messages")
+    assert "did not arrive" in (await examined(stack))["broadcast"].message
+
+
+async def test_a_clock_that_is_wrong_is_found(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.time, "time", lambda: 1_000_000_000.0)
+    found = await examined(stack)
+    assert (found["clock skew"].level, "behind" in found["clock skew"].message) == ("error", True)
+
+
+async def test_a_login_without_the_role_is_told_what_to_grant(stack: Stack) -> None:
+    as_owner(stack, "revoke usage on schema autotag from autotag_worker")
+    found = await examined(stack)
+    assert "grant autotag_worker" in (found["schema"].fix or "")
+
+
+async def test_the_command_prints_and_its_exit_code_is_the_worst(library: Library) -> None:
+    async def run(*arguments: str, **changes: str) -> tuple[int, str, str]:
+        environment = {"PATH": os.environ["PATH"], **library.stack.worker_environment(), **changes}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "autotag", "doctor", *arguments, env=environment,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        out, err = await process.communicate()
+        return process.returncode or 0, out.decode(), err.decode()
+
+    code, out, _ = await run("--json")
+    told = json.loads(out)
+    assert (code, told["worst"]) == (2, "error")
+    assert {"check", "level", "message", "fix"} == set(told["findings"][0])
+    library.sql("select autotag.tick()")
+    async with worker(library.stack):
+        await until(lambda: library.sql("select 1 from autotag.workers") != [], "the worker")
+        code, out, _ = await run()
+    assert code == 1, out
+    assert "pg_cron" in out
+    assert "→" in out
+    code, _, err = await run(DATABASE_URL="")
+    assert (code, err.startswith("autotag: DATABASE_URL is wrong")) == (2, True)
+    assert WORKER_ROLE not in err

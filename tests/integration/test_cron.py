@@ -1,0 +1,114 @@
+"""pg_cron for real: the jobs are there once, they run, and housekeeping keeps every table bounded."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import psycopg
+from psycopg.rows import dict_row
+
+from autotag_local.postgres import LocalPostgres
+from conftest import skip
+from support import Library, until, worker
+
+MINUTE = 75.0  # seconds within which a job of every minute has run
+
+
+def rows(postgres: LocalPostgres, statement: str) -> list[dict[str, Any]]:
+    """In the server's own database, where pg_cron is."""
+    with psycopg.connect(postgres.url(), autocommit=True, row_factory=dict_row) as connection:
+        cursor = connection.execute(statement)  # type: ignore[arg-type]
+        return cursor.fetchall() if cursor.description else []
+
+
+def test_the_jobs_are_scheduled_once(postgres: LocalPostgres, machine_postgres: bool) -> None:
+    if not machine_postgres:
+        skip("pg_cron needs Debian's Postgres")
+    assert rows(postgres, "select autotag.schedule_cron() as done") == [{"done": True}]
+    jobs = rows(postgres, "select jobname, schedule, active, username from cron.job order by jobname")
+    assert [(job["jobname"], job["schedule"]) for job in jobs] == [
+        ("autotag-housekeeping", "17 3 * * *"), ("autotag-tick", "* * * * *"),
+    ]  # fmt: skip
+    assert {(job["active"], job["username"]) for job in jobs} == {(True, "postgres")}
+
+
+async def test_pg_cron_runs_the_tick(postgres: LocalPostgres, machine_postgres: bool) -> None:
+    """Not called by us: pg_cron itself takes back what a dead worker held, and its command for the day works."""
+    if not machine_postgres:
+        skip("pg_cron needs Debian's Postgres")
+    rows(postgres, "insert into autotag.workers values"
+         " (gen_random_uuid(), 'gone', '0', true, now(), now(), now() - interval '1 min')")  # fmt: skip
+
+    def taken_back() -> bool:
+        return rows(postgres, "select 1 from autotag.workers where host = 'gone'") == []
+
+    await until(taken_back, "pg_cron to tick", patience=MINUTE)
+    await until(
+        lambda: rows(postgres, "select 1 from cron.job_run_details where status = 'succeeded'") != [],
+        "the run to be recorded", patience=MINUTE,
+    )  # fmt: skip
+    assert rows(postgres, "select distinct return_message from cron.job_run_details where status = 'failed'") == []
+    [finding] = rows(postgres, "select autotag.diagnose_cron() as f")
+    assert finding["f"]["level"] == "ok", finding
+    [job] = rows(postgres, "select command from cron.job where jobname = 'autotag-housekeeping'")
+    rows(postgres, "insert into cron.job_run_details (jobid, runid, end_time, status)"
+         " values (1, 1000001, now() - interval '8 days', 'succeeded')")  # fmt: skip
+    rows(postgres, job["command"])
+    assert rows(postgres, "select 1 from cron.job_run_details where runid = 1000001") == []
+
+
+def test_housekeeping_keeps_every_table_bounded(library: Library) -> None:
+    """A year of work, and one night of housekeeping: only what is kept on purpose is left in any table."""
+    library.sql("""
+        insert into autotag.jobs (workspace_id, strategy, image_count, completed, created_at, finished_at)
+        select gen_random_uuid(), 'realtime', 1, 1, now() - i * interval '1 day', now() - i * interval '1 day'
+        from generate_series(1, 365) i;
+        insert into autotag.workspaces (workspace_id) select workspace_id from autotag.jobs;
+        insert into autotag.queues (job_id, workspace_id) select id, workspace_id from autotag.jobs;
+        insert into autotag.tasks (job_id, workspace_id, asset_id, lane, stage, finished_at)
+        select id, workspace_id, gen_random_uuid(), 'realtime', 'completed', finished_at from autotag.jobs;
+        insert into autotag.batches (job_id, workspace_id, ordinal, image_count, state, created_at)
+        select id, workspace_id, 1, 1, 'done', created_at from autotag.jobs;
+        insert into public.workspace_rate_limits (workspace_id, request_type, admitted_at, requests, units)
+        select workspace_id, 'realtime', array[created_at], '{1}', '{1}' from autotag.jobs;
+        insert into autotag.workers select gen_random_uuid(), 'h', '0', true, created_at, created_at, created_at from autotag.jobs;
+        insert into autotag.webhooks select 'wh_' || id, 'batch_1', created_at from autotag.jobs;
+        insert into autotag.outbox (topic, event, payload, private, created_at)
+        select 't', 'e', '{}', true, created_at from autotag.jobs;
+        insert into autotag.usage (workspace_id, day) select workspace_id, created_at::date - 600 from autotag.jobs""")
+    grown = sizes(library)
+    library.sql("select autotag.tick()")
+    library.sql("select autotag.housekeeping()")
+    left = sizes(library)
+    kept = {
+        "autotag.jobs": 29, "autotag.queues": 29, "autotag.tasks": 29, "autotag.batches": 29,  # keep_finished: 30 days
+        "autotag.webhooks": 3, "autotag.usage": 200,  # keep_usage: 800 days
+        "autotag.workspaces": 0, "autotag.workers": 0, "autotag.outbox": 0, "public.workspace_rate_limits": 0,
+        "autotag.uploads": 0, "autotag.arrivals": 0,
+        "autotag.settings": 1, "autotag.provider_limits": 1, "autotag.clock": 1,
+    }  # fmt: skip
+    assert set(left) == set(kept), "a new table needs a rule for what is kept of it"
+    for table, most in kept.items():
+        assert left[table] <= most, f"{table} had {grown[table]} rows and keeps {left[table]}"
+
+
+def sizes(library: Library) -> dict[str, int]:
+    names = library.sql("""select case when relnamespace = 'public'::regnamespace then 'public.' else '' end
+        || oid::regclass::text as name from pg_class where relkind = 'r' and (relnamespace = 'autotag'::regnamespace
+        or oid = 'public.workspace_rate_limits'::regclass)""")
+    return {row["name"]: library.sql(f"select count(*) as n from {row['name']}")[0]["n"] for row in names}
+
+
+async def test_without_pg_cron_the_workers_own_tick_does_the_same(library: Library) -> None:
+    """This database has no pg_cron: a worker takes back what a dead one held, and does the day's housekeeping."""
+    stack = library.stack
+    stack.configure(lease="1 s")
+    library.sql("insert into autotag.workers values"
+                " (gen_random_uuid(), 'gone', '0', true, now(), now(), now() - interval '1 min')")  # fmt: skip
+    library.sql("insert into autotag.webhooks values ('wh_old', 'batch_1', now() - interval '5 days')")
+    async with worker(stack), asyncio.timeout(60):
+        await until(lambda: library.sql("select 1 from autotag.workers where host = 'gone'") == [], "the tick")
+        await until(lambda: library.sql("select 1 from autotag.webhooks") == [], "housekeeping")
+    clock = library.sql("select ticked_at > now() - interval '1 min' as ticked from autotag.clock")
+    assert clock == [{"ticked": True}]

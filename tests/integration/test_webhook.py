@@ -1,0 +1,122 @@
+"""OpenAI's webhook: what is genuine makes the batch finish at once, everything else is refused or ignored."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from openai import AsyncOpenAI
+
+from autotag.http import serve
+from autotag.wake import Wake
+from autotag.webhook import BODY_MOST, make_app
+from autotag.worker import Worker
+from autotag_local.openai_sim.webhooks import batch_event, make_secret, sign
+from autotag_local.postgres import free_port
+from support import Library, worker, worker_settings
+
+SECRET = make_secret()
+
+
+@pytest.fixture
+async def received() -> AsyncIterator[tuple[httpx.AsyncClient, list[tuple[str, str, str]]]]:
+    """A client of the application, and what it handed to the database."""
+    deliveries: list[tuple[str, str, str]] = []
+
+    async def receive(webhook_id: str, kind: str, batch: str) -> str:
+        deliveries.append((webhook_id, kind, batch))
+        return "accepted"
+
+    app = make_app(AsyncOpenAI(api_key="none"), SECRET, receive)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
+        yield client, deliveries
+
+
+async def test_a_signed_delivery_is_taken(received: tuple[httpx.AsyncClient, list[tuple[str, str, str]]]) -> None:
+    client, deliveries = received
+    body = batch_event("completed", "batch_1")
+    answer = await client.post("/webhooks/openai", content=body, headers=sign(SECRET, body, webhook_id="wh_1"))
+    assert (answer.status_code, deliveries) == (204, [("wh_1", "batch.completed", "batch_1")])
+
+
+@pytest.mark.parametrize(
+    ("what", "status"),
+    [("forged", 400), ("changed", 400), ("late", 400), ("from the future", 400), ("unsigned", 400),
+     ("no id", 400), ("bad timestamp", 400), ("oversized", 413), ("signed rubbish", 400), ("signed list", 400),
+     ("not text", 400)],
+)  # fmt: skip
+async def test_what_is_not_genuine_never_reaches_the_database(
+    received: tuple[httpx.AsyncClient, list[tuple[str, str, str]]], what: str, status: int
+) -> None:
+    client, deliveries = received
+    body = batch_event("completed", "batch_1")
+    bodies = {
+        "oversized": b"x" * (BODY_MOST + 1),
+        "signed rubbish": b"{",
+        "signed list": b"[1]",
+        "not text": b"\xff\xfe",
+    }
+    body = bodies.get(what, body)
+    at = {"late": time.time() - 301, "from the future": time.time() + 301}.get(what)
+    headers = sign(make_secret() if what == "forged" else SECRET, body, at=at) if what != "not text" else {
+        **sign(SECRET, b"x"), "content-type": "application/json"}  # fmt: skip
+    if what == "changed":
+        body = body.replace(b"batch_1", b"batch_2")
+    if what == "unsigned":
+        headers = {}
+    if what == "no id":
+        del headers["webhook-id"]
+    if what == "bad timestamp":
+        headers["webhook-timestamp"] = "yesterday"
+    answer = await client.post("/webhooks/openai", content=body, headers=headers)
+    assert (answer.status_code, deliveries) == (status, [])
+    assert answer.json()["error"]["message"]
+
+
+async def test_other_methods_and_paths_are_not_there(
+    received: tuple[httpx.AsyncClient, list[tuple[str, str, str]]],
+) -> None:
+    client, _ = received
+    assert (await client.get("/webhooks/openai")).status_code == 405
+    assert (await client.post("/webhooks/stripe")).status_code == 404
+
+
+async def test_a_delivery_makes_the_batch_finish_at_once(library: Library) -> None:
+    """Polls are an hour apart: without the webhook the batch would not be noticed within this test."""
+    stack, plan = library.stack, library.stack.simulator.plan
+    port = free_port()
+    stack.configure(batch_poll_interval="1 h")
+    plan.webhook_url, plan.webhook_secret = f"http://127.0.0.1:{port}/webhooks/openai", SECRET
+    assets = await library.upload(60)
+    async with worker(stack, http=f"127.0.0.1:{port}", openai_webhook_secret=SECRET):
+        await library.finished(library.enqueue(assets))
+    library.check_tags()
+    assert library.sql("select count(*) as n from autotag.webhooks")[0]["n"] == 1
+
+
+async def test_a_delivery_that_comes_before_its_batch_is_known_is_not_lost(library: Library) -> None:
+    stack = library.stack
+    stack.configure(batch_poll_interval="1 h")
+    assets = await library.upload(60)
+    library.sql("select autotag.receive_webhook('wh_early', 'batch.completed', 'batch_early')")
+    library.enqueue(assets)
+    library.sql("update autotag.provider_limits set next_poll_at = now() + interval '1 h'")
+    name = "00000000-0000-4000-8000-000000000001"
+    library.sql("select autotag.register_worker(%s, 'test', '0', true)", name)
+    [batch] = library.sql("select batches from autotag.claim_batches(%s, 1)", name)[0]["batches"]
+    library.sql("select autotag.batch_submitted(%s, %s, %s, 'batch_early', 'validating', 'file-1')",
+                name, batch["batch"], batch["attempt"])  # fmt: skip
+    assert library.sql("select poll from autotag.claim_batches(%s, 1)", name)[0]["poll"] == ["batch_early"]
+
+
+async def test_an_address_that_is_taken_is_said(library: Library) -> None:
+    port = free_port()
+    app = make_app(AsyncOpenAI(api_key="none"), SECRET, lambda *_: asyncio.sleep(0, "accepted"))
+    async with serve(app, "127.0.0.1", port):
+        settings = worker_settings(library.stack, http=f"127.0.0.1:{port}", openai_webhook_secret=SECRET)
+        with pytest.raises(OSError, match="in use"):
+            await Worker(settings, Wake()).run()
