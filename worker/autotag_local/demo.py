@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +30,8 @@ from supabase import AsyncClient, AsyncClientOptions, acreate_client
 from autotag_local.openai_sim.app import Plan
 from autotag_local.pictures import Drawing, draw
 from autotag_local.postgres import install_autotag, local_postgres
-from autotag_local.stack import Member, Stack, local_stack, worker_process
+from autotag_local.project import ProjectError, project_variables
+from autotag_local.stack import Member, Stack, local_stack, supabase_stack, worker_process
 
 UPLOADS = (3, 30, 120, 300)  # one for each strategy
 STAGES = ("queued", "preparing", "submitted", "processing", "completing", "completed", "failed")
@@ -224,6 +225,7 @@ async def run(
     folder: Path | None,
     serve: bool,
     real_openai: bool,
+    project: Mapping[str, str] | None,
     workers: int,
     picture: Path | None,
     quiet: bool,
@@ -241,17 +243,21 @@ async def run(
             start += count
 
     async with contextlib.AsyncExitStack() as cleanup:
-        with console.status("Starting Postgres, the Supabase edge and the OpenAI simulator…"):
-            postgres = cleanup.enter_context(local_postgres())
-            await asyncio.to_thread(install_autotag, postgres)
-            stack = await cleanup.enter_async_context(local_stack(postgres, plan=Plan(batch_latency=(4, 8))))
+        plan = Plan(batch_latency=(4, 8))
+        if project:
+            stack = await cleanup.enter_async_context(supabase_stack(project, plan=plan))
+        else:
+            with console.status("Starting Postgres, the Supabase edge and the OpenAI simulator…"):
+                postgres = cleanup.enter_context(local_postgres())
+                await asyncio.to_thread(install_autotag, postgres)
+                stack = await cleanup.enter_async_context(local_stack(postgres, plan=plan))
         environment = stack.worker_environment()
         if real_openai:
             environment |= {"OPENAI_API_KEY": os.environ["OPENAI_API_KEY"]}
             environment["OPENAI_BASE_URL"] = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1")
         else:
             # The simulator's batches take seconds, not hours: look at them as often.
-            stack.configure(batch_poll_interval="1 s", batch_seconds=15)
+            cleanup.enter_context(stack.configured(batch_poll_interval="1 s", batch_seconds=15))
         # Workers share our stderr: what keeps them from working has to be seen.
         environment |= {"AUTOTAG_LOG_LEVEL": "error", "AUTOTAG_LOG_FORMAT": "console"}
         processes = [await cleanup.enter_async_context(worker_process(environment)) for _ in range(workers)]
@@ -342,6 +348,9 @@ def main(
     ] = False,
     serve: Annotated[bool, typer.Option(help="Keep everything up and print the URLs.")] = False,
     openai: Annotated[bool, typer.Option(help="Use the real API with OPENAI_API_KEY.")] = False,
+    supabase: Annotated[
+        bool, typer.Option(help="Use the stack of supabase start (or the variables of supabase status -o env).")
+    ] = False,
     workers: Annotated[int, typer.Option(min=1, max=16, help="Worker processes.")] = 1,
     picture: Annotated[Path | None, typer.Option(help="Also draw the terminal into this SVG file.")] = None,
 ) -> None:
@@ -350,9 +359,16 @@ def main(
         typer.secho("demo: --openai needs OPENAI_API_KEY in the environment.", err=True, fg=typer.colors.RED)
         raise typer.Exit(2)
     console = Console(stderr=json_)
-    summary = asyncio.run(
-        run(console, folder=images, serve=serve, real_openai=openai, workers=workers, picture=picture, quiet=json_)
-    )
+    try:
+        project = project_variables() if supabase else None
+    except ProjectError as error:
+        typer.secho(f"demo: {error}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(2) from None
+    job = run(
+        console, folder=images, serve=serve, real_openai=openai, project=project, workers=workers, picture=picture,
+        quiet=json_,
+    )  # fmt: skip
+    summary = asyncio.run(job)
     if json_:
         print(json.dumps(summary), flush=True)
     ended = all(u["completed"] + u["failed"] == u["images"] for u in summary["uploads"])

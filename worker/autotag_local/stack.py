@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -90,6 +90,18 @@ class Stack:
         with psycopg.connect(self.database_url(), autocommit=True) as connection:
             connection.execute(sql.SQL("update autotag.settings set {}").format(assignments), list(columns.values()))
 
+    @contextlib.contextmanager
+    def configured(self, **columns: Any) -> Iterator[None]:
+        """The same for as long as the context is open."""
+        names = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(name)) for name in columns)
+        with psycopg.connect(self.database_url(), autocommit=True) as connection:
+            before = connection.execute(sql.SQL("select {} from autotag.settings").format(names)).fetchone()
+        self.configure(**columns)
+        try:
+            yield
+        finally:
+            self.configure(**dict(zip(columns, before or (), strict=True)))
+
 
 @contextlib.asynccontextmanager
 async def local_stack(
@@ -162,12 +174,12 @@ async def project_stack(project: Mapping[str, str], *, plan: Plan | None) -> Asy
 
 
 def _make_worker_role(owner_url: str) -> None:
+    """A login that may do nothing but work."""
+    name, password = sql.Identifier(WORKER_ROLE), sql.Literal(urlsplit(owner_url).password or "")
     with psycopg.connect(owner_url, autocommit=True) as connection:
-        name, password = sql.Identifier(WORKER_ROLE), sql.Literal(urlsplit(owner_url).password or "")
-        with contextlib.suppress(psycopg.errors.DuplicateObject):
-            connection.execute(
-                sql.SQL("create role {} login password {} in role autotag_worker").format(name, password)
-            )
+        with contextlib.suppress(psycopg.errors.DuplicateObject):  # of an earlier stack on this server
+            connection.execute(sql.SQL("create role {} login in role autotag_worker").format(name))
+        connection.execute(sql.SQL("alter role {} password {}").format(name, password))
 
 
 @contextlib.asynccontextmanager
