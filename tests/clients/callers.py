@@ -28,7 +28,7 @@ LINE_MOST = 16_000_000  # bytes of one answer
 #: The arguments' types, for clients that speak SQL and have to say them.
 TYPES = {
     "asset_ids": "uuid[]", "job_id": "uuid", "image_count": "integer", "workspace_id": "uuid", "request_type": "text",
-    "since": "date", "until": "date",
+    "since": "date", "until": "date", "webhook_id": "text", "event_type": "text", "batch_id": "text",
 }  # fmt: skip
 
 

@@ -82,6 +82,16 @@ async def test_what_would_happen_and_what_is_allowed(client: Client) -> None:
     assert never == {"allowed": False, "retry_after": None}
 
 
+async def test_the_server_side_hands_a_webhook_over(client: Client) -> None:
+    delivery = {"webhook_id": "wh_1", "event_type": "batch.completed", "batch_id": "batch_1"}
+    for kind, result in (("batch.completed", "unknown"), ("batch.completed", "replayed"), ("response.done", "ignored")):
+        answer = await client.call(client.library.stack.secret_key, "openai_webhook", {**delivery, "event_type": kind})
+        assert answer.data == {"result": result}
+    bad = await client.call(client.library.stack.secret_key, "openai_webhook", {**delivery, "batch_id": ""})
+    assert bad.code == "bad_webhook"
+    assert (await client.rpc("openai_webhook", **delivery)).code == "42501"
+
+
 async def test_5000_images_in_one_call(client: Client) -> None:
     assets = client.library.insert([f"{i}.jpg" for i in range(5000)])
     told = (await client.rpc("enqueue_tagging", asset_ids=assets)).data

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -214,6 +218,22 @@ def test_what_cannot_be_seen_is_asked_for(postgres: LocalPostgres, bare: str, pr
     assert list((project / "supabase" / "migrations").glob("*autotag*")) == []
     told = run("init", str(project), "--database-url", url, "--yes", "--members-claim", "org_ids")
     assert told["host"]["members"] == "claim org_ids"
+
+
+def test_on_a_terminal_it_asks(postgres: LocalPostgres, bare: str, project: Path) -> None:
+    """A person is asked for just what cannot be seen, and the answer goes into the adapter."""
+    url = url_of(postgres, bare, "create table public.assets (id uuid primary key, workspace_id uuid, image_url text)")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "autotag", "init", str(project), "--database-url", url], stdin=theirs,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.write(ours, b"app_metadata.teams\n")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out.count("Which") == 1
+    adapter = next((project / "supabase" / "migrations").glob("*_autotag_host_adapter.sql")).read_text()
+    assert "'{app_metadata,teams}'" in adapter
 
 
 @pytest.mark.parametrize(
