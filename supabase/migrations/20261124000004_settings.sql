@@ -19,6 +19,12 @@ create table autotag.settings (
   batch_max_requests integer not null default 50000 check (batch_max_requests between 1 and 50000),
   batch_max_bytes bigint not null default 200000000 check (batch_max_bytes between 1 and 200000000),
 
+  -- single calls that would wait longer than this go by the Batch API instead
+  realtime_max_wait interval not null default '10 min' check (realtime_max_wait > '0'),
+  -- what may pass between the release of a call and its arrival at the provider: so much of the provider's
+  -- bucket is never used, because a bucket that was full meanwhile has not refilled
+  provider_margin interval not null default '0.25 s' check (provider_margin between '0' and '10 s'),
+
   -- windows of a workspace that has no limits of its own
   realtime_requests_per_minute integer not null default 30 check (realtime_requests_per_minute > 0),
   realtime_tokens_per_minute integer not null default 100000 check (realtime_tokens_per_minute > 0),
@@ -66,12 +72,32 @@ create table autotag.settings (
 insert into autotag.settings default values;
 alter table autotag.settings enable row level security;
 
+-- How much faster than the real one autotag's clock runs: 1, but in tests and benches that compress time
+-- (`alter database … set autotag.speed = 10`).
+create function autotag.speed() returns double precision
+language sql stable security definer set search_path = ''
+as $$
+  select case when s.test_clock
+    then coalesce(nullif(current_setting('autotag.speed', true), '')::double precision, 1) else 1 end
+  from autotag.settings s
+$$;
+
 -- The time, everywhere in autotag. It moves within a transaction, so that a lock waited for counts.
 create function autotag.now() returns timestamptz
 language sql volatile security definer set search_path = ''
 as $$
   select case when s.test_clock
-    then coalesce(nullif(current_setting('autotag.now', true), '')::timestamptz, clock_timestamp())
+    then coalesce(nullif(current_setting('autotag.now', true), '')::timestamptz,
+      timestamptz '2026-01-01' + (clock_timestamp() - timestamptz '2026-01-01') * autotag.speed())
     else clock_timestamp() end
   from autotag.settings s
 $$;
+
+-- Seconds that a worker has to wait for what is so far away on autotag's clock, and the other way round.
+create function autotag.real_seconds(p_interval interval) returns double precision
+language sql stable security definer set search_path = ''
+as $$ select extract(epoch from p_interval) / autotag.speed() $$;
+
+create function autotag.clock_interval(p_real_seconds double precision) returns interval
+language sql stable security definer set search_path = ''
+as $$ select make_interval(secs => p_real_seconds * autotag.speed()) $$;

@@ -30,14 +30,20 @@ create table autotag.provider_limits (
   requests_per_minute integer not null default 500 check (requests_per_minute > 0),
   tokens_per_minute integer not null default 200000 check (tokens_per_minute > 0),
   queued_batch_tokens bigint not null default 2000000 check (queued_batch_tokens > 0),
+  -- null: no cap known (OpenAI's tiers above 1)
+  requests_per_day integer default 10000 check (requests_per_day > 0),
   -- what one image is expected to cost, told by the workers (they know the model's arithmetic)
   tokens_per_image integer not null default 1000 check (tokens_per_image > 0),
   -- the bucket: what is left, as of `refilled_at`
   requests_left double precision not null default 500,
   tokens_left double precision not null default 200000,
+  day_left double precision not null default 10000,
   refilled_at timestamptz not null default '-infinity',
   -- nobody calls before this moment (retry-after)
   blocked_until timestamptz not null default '-infinity',
+  -- 429s keep coming since `limited_since`, the last at `limited_at`; a minute without one ends it
+  limited_since timestamptz,
+  limited_at timestamptz not null default '-infinity',
   -- the account's trouble (bad key, no quota, unknown model): the lanes stand still but for a probe
   account_error text,
   account_error_at timestamptz,
@@ -65,10 +71,11 @@ $$;
 
 -- Admits what fits of p_wanted requests of p_units_each units: all or nothing, or (p_partial) as many as
 -- fit. Says how many were admitted, and, where not all were, when the next fits: `retry_at` is exact, one
--- moment earlier is refused. Null there means that it never fits. Locks the window's row; nothing else.
+-- moment earlier is refused. Null there means that it never fits. Without p_take it only looks: nothing is
+-- counted and nothing locked. Locks the window's row; nothing else.
 create function autotag.admit(
   p_workspace_id uuid, p_request_type text, p_wanted integer, p_units_each integer, p_partial boolean,
-  out admitted integer, out retry_at timestamptz, out at timestamptz
+  out admitted integer, out retry_at timestamptz, out at timestamptz, p_take boolean default true
 )
 language plpgsql security definer set search_path = ''
 as $$
@@ -83,13 +90,21 @@ declare
   v_least integer;             -- the least that is worth waiting for
   i integer;
 begin
-  select * into v_row from public.workspace_rate_limits w
-  where w.workspace_id = p_workspace_id and w.request_type = p_request_type for update;
-  if not found then
-    insert into public.workspace_rate_limits (workspace_id, request_type) values (p_workspace_id, p_request_type)
-    on conflict do nothing;
+  if p_take then
     select * into v_row from public.workspace_rate_limits w
     where w.workspace_id = p_workspace_id and w.request_type = p_request_type for update;
+    if not found then
+      insert into public.workspace_rate_limits (workspace_id, request_type) values (p_workspace_id, p_request_type)
+      on conflict do nothing;
+      select * into v_row from public.workspace_rate_limits w
+      where w.workspace_id = p_workspace_id and w.request_type = p_request_type for update;
+    end if;
+  else
+    select * into v_row from public.workspace_rate_limits w
+    where w.workspace_id = p_workspace_id and w.request_type = p_request_type;
+    if not found then
+      v_row := row(p_workspace_id, p_request_type, null, null, '{}', '{}', '{}');
+    end if;
   end if;
   select * into v_limits from autotag.window_limits(v_row);
 
@@ -131,7 +146,7 @@ begin
     end if;
   end if;
 
-  if admitted > 0 then
+  if admitted > 0 and p_take then
     i := cardinality(v_row.admitted_at);
     if i > 0 and v_row.admitted_at[i] = at then
       v_row.requests[i] := v_row.requests[i] + admitted;
@@ -150,20 +165,24 @@ begin
 end $$;
 
 -- Corrects what was reserved by estimate to what was used. p_at is the moment that admit() returned; a
--- reservation that has left its window needs no correction.
-create function autotag.correct_window(p_workspace_id uuid, p_request_type text, p_at timestamptz, p_units_delta integer)
-returns void
+-- reservation that has left its window needs no correction. Real use may be more than the estimate: then the
+-- window is over its limit until enough has left it, and admits nothing meanwhile.
+create function autotag.correct_window(
+  p_workspace_id uuid, p_request_type text, p_at timestamptz, p_requests_delta integer, p_units_delta integer
+) returns void
 language sql security definer set search_path = ''
 as $$
   update public.workspace_rate_limits w
-  set units[array_position(w.admitted_at, p_at)] =
-    greatest(0, w.units[array_position(w.admitted_at, p_at)] + p_units_delta)
+  set requests[array_position(w.admitted_at, p_at)] =
+        greatest(0, w.requests[array_position(w.admitted_at, p_at)] + p_requests_delta),
+      units[array_position(w.admitted_at, p_at)] =
+        greatest(0, w.units[array_position(w.admitted_at, p_at)] + p_units_delta)
   where w.workspace_id = p_workspace_id and w.request_type = p_request_type
     and array_position(w.admitted_at, p_at) is not null
 $$;
 
 -- Fills the bucket up to now. Every caller of the provider passes through here first: the row's lock makes
--- admission serial.
+-- admission serial. A little of the bucket is kept unused (provider_margin).
 create function autotag.lock_provider() returns autotag.provider_limits
 language plpgsql security definer set search_path = ''
 as $$
@@ -171,38 +190,72 @@ declare
   v_provider autotag.provider_limits;
   v_now timestamptz;
   v_minutes double precision;
+  v_share double precision;    -- of a minute's worth that may be used at once
 begin
   select * into v_provider from autotag.provider_limits for update;
+  select 1 - extract(epoch from s.provider_margin) / 60 into v_share from autotag.settings s;
   v_now := autotag.now();
-  -- A bucket that was never used is full; so is one that has not been used for a minute.
-  v_minutes := case when v_provider.refilled_at > v_now - interval '1 min'
-    then greatest(0, extract(epoch from v_now - v_provider.refilled_at) / 60) else 1 end;
-  v_provider.requests_left := least(v_provider.requests_per_minute,
+  -- A bucket that was never used is full; so is one that has not been used for a day.
+  v_minutes := case when v_provider.refilled_at > v_now - interval '1 day'
+    then greatest(0, extract(epoch from v_now - v_provider.refilled_at) / 60) else 1440 end;
+  v_provider.requests_left := least(v_provider.requests_per_minute * v_share,
     v_provider.requests_left + v_minutes * v_provider.requests_per_minute);
-  v_provider.tokens_left := least(v_provider.tokens_per_minute,
+  v_provider.tokens_left := least(v_provider.tokens_per_minute * v_share,
     v_provider.tokens_left + v_minutes * v_provider.tokens_per_minute);
+  v_provider.day_left := case when v_provider.requests_per_day is null then 'infinity'
+    else least(v_provider.requests_per_day,
+      v_provider.day_left + v_minutes * v_provider.requests_per_day / 1440) end;
   v_provider.refilled_at := greatest(v_now, v_provider.refilled_at);
   return v_provider;
 end $$;
 
 -- What the provider's answers say about its bucket: {requests_limit, requests_left, tokens_limit,
--- tokens_left, retry_after}, each optional. A lower remaining than ours wins at once (another program may
--- use the same key); retry-after holds for everybody. Locks the provider row.
-create function autotag.observe_provider(p_seen jsonb) returns void
+-- tokens_left, age, retry_after}, each optional. `age` is how long ago the call was sent (seconds): by then
+-- the bucket held what the answer says, and it has refilled since. A lower remaining than ours wins at once
+-- (another program may use the same key), a changed limit is adopted, and retry-after holds for everybody.
+-- Returns what changed, as a sentence for the log, or null. Locks the provider row.
+create function autotag.observe_provider(p_seen jsonb) returns text
 language plpgsql security definer set search_path = ''
 as $$
 declare
   v_provider autotag.provider_limits := autotag.lock_provider();
+  v_requests integer := coalesce((p_seen ->> 'requests_limit')::integer, v_provider.requests_per_minute);
+  v_tokens integer := coalesce((p_seen ->> 'tokens_limit')::integer, v_provider.tokens_per_minute);
+  v_minutes double precision := extract(epoch from
+    autotag.clock_interval(coalesce((p_seen ->> 'age')::double precision, 0))) / 60;
 begin
   update autotag.provider_limits p
-  set requests_per_minute = coalesce((p_seen ->> 'requests_limit')::integer, p.requests_per_minute),
-      tokens_per_minute = coalesce((p_seen ->> 'tokens_limit')::integer, p.tokens_per_minute),
-      requests_left = least(v_provider.requests_left, (p_seen ->> 'requests_left')::double precision),
-      tokens_left = least(v_provider.tokens_left, (p_seen ->> 'tokens_left')::double precision),
+  set requests_per_minute = v_requests,
+      tokens_per_minute = v_tokens,
+      -- the daily cap is tier 1's; a higher limit a minute is a higher tier
+      requests_per_day = case when v_requests > p.requests_per_minute then null else p.requests_per_day end,
+      requests_left = least(v_provider.requests_left + greatest(v_requests - p.requests_per_minute, 0),
+        (p_seen ->> 'requests_left')::double precision + v_minutes * v_requests),
+      tokens_left = least(v_provider.tokens_left + greatest(v_tokens - p.tokens_per_minute, 0),
+        (p_seen ->> 'tokens_left')::double precision + v_minutes * v_tokens),
+      day_left = v_provider.day_left,
       refilled_at = v_provider.refilled_at,
       blocked_until = greatest(p.blocked_until,
-        v_provider.refilled_at + make_interval(secs => (p_seen ->> 'retry_after')::double precision));
+        v_provider.refilled_at + autotag.clock_interval((p_seen ->> 'retry_after')::double precision)),
+      limited_since = case
+        when p_seen ->> 'retry_after' is null then p.limited_since
+        when p.limited_since is not null and p.limited_at > v_provider.refilled_at - interval '1 min' then p.limited_since
+        else v_provider.refilled_at end,
+      limited_at = case when p_seen ->> 'retry_after' is null then p.limited_at else v_provider.refilled_at end;
+  return case when (v_requests, v_tokens) <> (v_provider.requests_per_minute, v_provider.tokens_per_minute)
+    then format('The provider''s limits are %s requests and %s tokens a minute now (they were %s and %s).',
+      v_requests, v_tokens, v_provider.requests_per_minute, v_provider.tokens_per_minute) end;
 end $$;
+
+-- Gives back to the bucket what calls did not take from the provider's. The caller holds the provider row.
+create function autotag.refund_provider(p_requests integer, p_tokens bigint) returns void
+language sql security definer set search_path = ''
+as $$
+  update autotag.provider_limits
+  set requests_left = requests_left + p_requests, day_left = day_left + p_requests,
+      tokens_left = tokens_left + p_tokens
+  where p_requests <> 0 or p_tokens <> 0
+$$;
 
 -- Stops both lanes until a probe succeeds; every task stays queued. Locks the provider row.
 create function autotag.stop_account(p_error text) returns void

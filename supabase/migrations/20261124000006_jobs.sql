@@ -24,6 +24,7 @@ create table autotag.jobs (
   created_at timestamptz not null,
   cancelled_at timestamptz,
   finished_at timestamptz,
+  fallback text,                        -- why images that would have been single calls go by batch
   eta timestamptz,
   progress integer not null default 0 check (progress between 0 and 100),
   told_at timestamptz not null default '-infinity',   -- when job-progress was broadcast last
@@ -125,6 +126,31 @@ as $$
         60 * ((p_images - 1) / s.realtime_requests_per_minute))
     else s.call_seconds end
   from autotag.settings s
+$$;
+
+-- How long the last of so many more single calls of a workspace would wait: for its own window, and for its
+-- fair share of the provider's bucket.
+create function autotag.predict_wait(p_workspace_id uuid, p_images integer) returns interval
+language sql stable security definer set search_path = ''
+as $$
+  with own as (
+    select coalesce(sum(w.queued), 0) + p_images as waiting from autotag.workspaces w where w.workspace_id = p_workspace_id
+  ), others as (
+    select count(*) as workspaces, coalesce(sum(w.queued), 0) as waiting
+    from autotag.workspaces w where w.queued > 0 and w.workspace_id <> p_workspace_id
+  ), ahead as (
+    -- a workspace waits for as many calls of each of the others as it makes itself
+    select o.waiting as own, o.waiting + least(x.waiting, o.waiting * x.workspaces) as everybody from own o, others x
+  )
+  select interval '1 min' * greatest(0,
+    (a.own - l.max_requests)::double precision / l.max_requests,
+    (a.own * p.tokens_per_image - l.max_units)::double precision / l.max_units,
+    (a.everybody - p.requests_left) / p.requests_per_minute,
+    (a.everybody * p.tokens_per_image - p.tokens_left) / p.tokens_per_minute)
+  from ahead a, autotag.provider_limits p
+  left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = 'realtime'
+  cross join lateral autotag.window_limits(
+    coalesce(w, row(p_workspace_id, 'realtime', null, null, '{}', '{}', '{}')::public.workspace_rate_limits)) l
 $$;
 
 -- Refuses a number of images that no upload can have.
@@ -290,6 +316,7 @@ declare
   v_express integer;
   v_first_task bigint;
   v_left record;
+  v_wait interval;
 begin
   select * into v_settings from autotag.settings;
 
@@ -311,15 +338,25 @@ begin
   perform autotag.check_live_room(p_workspace_id, v_count);
 
   v_job.strategy := autotag.choose_strategy(v_count);
+  if v_job.strategy in ('realtime', 'realtime-chunked') then
+    v_wait := autotag.predict_wait(p_workspace_id, v_count);
+    if v_wait > v_settings.realtime_max_wait then
+      v_job.strategy := 'batch';
+      v_job.fallback := format('Single calls would have waited about %s min for the limits, so these images go by batch.',
+        ceil(extract(epoch from v_wait) / 60));
+    end if;
+  end if;
   if v_job.strategy in ('batch', 'batch-parallel') then
     select * into v_left from autotag.batches_left(p_workspace_id);
     v_batches := autotag.plan_batches(v_count, v_left.batches, v_left.window_images);
   end if;
   -- The express images come out of the first batch, which keeps at least one line.
-  v_express := case when v_batches > 0 then least(v_settings.express_images, v_count / v_batches - 1) else v_count end;
+  v_express := case when v_batches = 0 then v_count
+    when v_job.fallback is not null then 0  -- single calls are what has to wait
+    else least(v_settings.express_images, v_count / v_batches - 1) end;
 
-  insert into autotag.jobs (workspace_id, user_id, strategy, image_count, created_at, eta)
-  values (p_workspace_id, p_user_id, v_job.strategy, v_count, v_now,
+  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, eta)
+  values (p_workspace_id, p_user_id, v_job.strategy, v_job.fallback, v_count, v_now,
     v_now + make_interval(secs => autotag.estimate_seconds(v_count, v_batches)))
   returning * into v_job;
 

@@ -35,7 +35,7 @@ as $$
     'model', s.model, 'image_detail', s.image_detail, 'max_tags', s.max_tags,
     'max_output_tokens', s.max_output_tokens, 'tag_language', s.tag_language,
     'batch_max_bytes', s.batch_max_bytes,
-    'lease_seconds', extract(epoch from s.lease))
+    'lease_seconds', autotag.real_seconds(s.lease))
   from autotag.settings s
 $$;
 
@@ -191,13 +191,19 @@ begin
     wait := 0;
     return;
   end if;
+  -- So does what has waited too long while 429s kept coming: it becomes a batch.
+  if v_provider.limited_since <= v_now - (select s.realtime_max_wait from autotag.settings s)
+     and v_provider.limited_at > v_now - interval '1 min' and autotag.fall_back(v_now) then
+    wait := 0;
+    return;
+  end if;
   perform autotag.unpark(v_now);
   update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at <= v_now;
 
   v_room := case
     when v_provider.blocked_until > v_now then 0
     when v_provider.account_error is not null then case when v_provider.probe_at <= v_now then 1 else 0 end
-    else least(p_slots, floor(v_provider.requests_left),
+    else least(p_slots, floor(v_provider.requests_left), floor(v_provider.day_left),
       floor(v_provider.tokens_left / v_provider.tokens_per_image))
   end;
 
@@ -225,6 +231,7 @@ begin
   update autotag.provider_limits p
   set requests_left = v_provider.requests_left - cardinality(v_ids),
       tokens_left = v_provider.tokens_left - cardinality(v_ids) * v_provider.tokens_per_image,
+      day_left = v_provider.day_left - cardinality(v_ids),
       refilled_at = v_provider.refilled_at,
       virtual_time = v_provider.virtual_time,
       probe_at = case when p.account_error is not null and cardinality(v_ids) > 0
@@ -245,6 +252,7 @@ begin
     select greatest(v_now, v_provider.blocked_until, case when v_provider.account_error is not null then v_provider.probe_at end,
       v_now + interval '1 min' * greatest(
         (cardinality(v_ids) + 1 - v_provider.requests_left) / v_provider.requests_per_minute,
+        (cardinality(v_ids) + 1 - v_provider.day_left) / (v_provider.requests_per_day / 1440.0),
         ((cardinality(v_ids) + 1) * v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute))
     where exists (select from autotag.workspaces w where w.ready and w.queued > 0)
     union all
@@ -256,7 +264,7 @@ begin
     union all
     select min(u.seal_at) from autotag.uploads u
   ) as moments (moment);
-  wait := extract(epoch from v_next - v_now);
+  wait := autotag.real_seconds(v_next - v_now);
 end $$;
 
 -- The next few images of one workspace: of its ready queue that got least so far, at most a chunk, and no

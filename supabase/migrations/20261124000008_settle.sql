@@ -126,12 +126,13 @@ begin
 end $$;
 
 -- settle: a worker reports what became of its single calls, in bulk.
--- p_reports: [{task, attempt, result | error, usage: {input, cached, output}}]; usage is there whenever the
--- provider answered, also when the answer was of no use. p_seen: the newest limits seen in answers' headers.
+-- p_reports: [{task, attempt, result | error, usage: {input, cached, output}, called}]; usage is there whenever
+-- the provider answered, also when the answer was of no use, and `called` when it was asked at all.
+-- p_seen: the newest limits seen in answers' headers (observe_provider).
 -- A report for a task that is not the worker's any more, or with an older attempt, is refused and changes
--- nothing. Returns how many were accepted.
+-- nothing. Returns {accepted, notice}: how many, and a sentence for the log when the provider's limits changed.
 -- Locks: provider (where it changes), workspaces (of errors), windows, jobs, tasks; each by id.
-create function autotag.settle(p_worker uuid, p_reports jsonb, p_seen jsonb default null) returns integer
+create function autotag.settle(p_worker uuid, p_reports jsonb, p_seen jsonb default null) returns jsonb
 language plpgsql security definer set search_path = ''
 as $$
 declare
@@ -140,9 +141,22 @@ declare
     where r.error ->> 'kind' = 'account' limit 1);
   v_accepted jsonb;
   v_window record;
+  v_notice text;
+  v_refund record;
+  v_output integer := (select s.max_output_tokens from autotag.settings s);
 begin
-  if p_seen is not null then
-    perform autotag.observe_provider(p_seen);
+  -- What the reservations were too much: nothing was asked, or a 429 took nothing; else the provider counts the
+  -- prompt and the most that the answer might have had.
+  select coalesce(sum(u.requests), 0)::integer as requests, coalesce(sum(u.tokens), 0)::bigint as tokens into v_refund
+  from jsonb_to_recordset(p_reports) r (task bigint, attempt integer, usage jsonb, error jsonb, called boolean)
+  join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = p_worker and t.reserved_tokens is not null
+  cross join lateral (
+    select case when not coalesce(r.called, true) or r.error ->> 'kind' = 'rate_limit' then 1 else 0 end as requests,
+      case when not coalesce(r.called, true) or r.error ->> 'kind' = 'rate_limit' then t.reserved_tokens
+        when r.usage is not null then t.reserved_tokens - (r.usage ->> 'input')::integer - v_output else 0 end as tokens) u;
+  if p_seen is not null or v_refund.requests <> 0 or v_refund.tokens <> 0 then
+    v_notice := autotag.observe_provider(coalesce(p_seen, '{}'));
+    perform autotag.refund_provider(v_refund.requests, v_refund.tokens);
   end if;
   if v_account_error is not null then
     perform autotag.stop_account(v_account_error);
@@ -158,16 +172,22 @@ begin
     join jsonb_to_recordset(p_reports) r (task bigint, error jsonb) on r.task = t.id and r.error is not null)
   order by w.workspace_id for update;
 
-  -- Reserved by estimate, corrected by what was used.
+  -- Reserved by estimate, corrected by what was used: nothing where nothing was asked; no tokens where the
+  -- provider refused or failed; the estimate where nobody knows (the connection broke before the answer).
   for v_window in
     select t.workspace_id, t.reserved_at,
-      sum((r.usage ->> 'input')::integer + (r.usage ->> 'output')::integer - t.reserved_tokens)::integer as delta
-    from jsonb_to_recordset(p_reports) r (task bigint, attempt integer, usage jsonb)
+      -count(*) filter (where not coalesce(r.called, true))::integer as requests,
+      sum(case when r.usage is not null
+            then (r.usage ->> 'input')::integer + (r.usage ->> 'output')::integer - t.reserved_tokens
+          when r.error ->> 'code' = 'provider_unreachable' then 0
+          else -t.reserved_tokens end)::integer as units
+    from jsonb_to_recordset(p_reports) r (task bigint, attempt integer, usage jsonb, error jsonb, called boolean)
     join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = p_worker
-    where r.usage is not null
+    where t.reserved_at is not null
     group by t.workspace_id, t.reserved_at order by t.workspace_id, t.reserved_at
   loop
-    perform autotag.correct_window(v_window.workspace_id, 'realtime', v_window.reserved_at, v_window.delta);
+    perform autotag.correct_window(
+      v_window.workspace_id, 'realtime', v_window.reserved_at, v_window.requests, v_window.units);
   end loop;
 
   perform from autotag.jobs j where j.id in (
@@ -185,5 +205,5 @@ begin
 
   perform autotag.add_usage(v_accepted, false);
   perform autotag.apply_answers(v_accepted);
-  return jsonb_array_length(v_accepted);
+  return jsonb_build_object('accepted', jsonb_array_length(v_accepted), 'notice', v_notice);
 end $$;

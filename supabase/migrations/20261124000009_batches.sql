@@ -91,7 +91,7 @@ begin
   batches := '[]';
   if v_provider.account_error is not null then
     if v_provider.probe_at > v_now then
-      wait := extract(epoch from v_provider.probe_at - v_now);
+      wait := autotag.real_seconds(v_provider.probe_at - v_now);
       return;
     end if;
     v_slots := least(v_slots, 1);
@@ -163,7 +163,7 @@ begin
     where b.worker_id is null and b.not_before > v_now and b.not_before < 'infinity'
       and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting')
   ) moments (moment);
-  wait := case when v_next is not null then extract(epoch from greatest(v_next, v_now) - v_now) end;
+  wait := autotag.real_seconds(greatest(v_next, v_now) - v_now);
 end $$;
 
 -- The batch if this worker holds it, locked together with its job; else a refusal that tells the worker to
@@ -438,4 +438,65 @@ begin
       'image_count', v_batch.image_count, 'status', v_batch.openai_status));
   end if;
   perform autotag.requeue_batch(p_batch, 1, 'no_answer', 'OpenAI gave no answer for this image.');
+end $$;
+
+-- 429s persist: what is left of one upload's single calls goes by the Batch API, because its images have waited
+-- long enough. False when there is none. One at a time, for the same reason as seal_upload(). Called by claim(),
+-- which holds the provider row. Locks: workspace, job, tasks by id.
+create function autotag.fall_back(p_now timestamptz) returns boolean
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_job autotag.jobs;
+  v_tasks bigint[];
+  v_count integer;
+  v_left record;
+  v_batches integer;
+begin
+  select j.* into v_job
+  from autotag.queues q join autotag.jobs j on j.id = q.job_id
+  where q.queued > 0 and j.cancelled_at is null
+    and j.created_at <= p_now - (select s.realtime_max_wait from autotag.settings s)
+  order by j.created_at limit 1;
+  if not found then
+    return false;
+  end if;
+  perform autotag.lock_workspace(v_job.workspace_id);
+  perform from autotag.jobs j where j.id = v_job.id for update;
+  with waiting as (
+    select t.id from autotag.tasks t
+    where t.job_id = v_job.id and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null
+      and t.finished_at is null order by t.id for update
+  )
+  select coalesce(array_agg(w.id order by w.id), '{}') into v_tasks from waiting w;
+  v_count := cardinality(v_tasks);
+
+  update autotag.workspaces w set queued = w.queued - q.queued
+  from autotag.queues q where q.job_id = v_job.id and w.workspace_id = v_job.workspace_id;
+  update autotag.queues q set queued = 0 where q.job_id = v_job.id;
+  if v_count = 0 then
+    return true;
+  end if;
+  select * into v_left from autotag.batches_left(v_job.workspace_id);
+  v_batches := autotag.plan_batches(v_count, v_left.batches, v_left.window_images);
+  with made as (
+    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, created_at)
+    select v_job.id, v_job.workspace_id,
+      (select coalesce(max(b.ordinal), 0) from autotag.batches b where b.job_id = v_job.id) + n,
+      (n::bigint * v_count / v_batches - (n - 1)::bigint * v_count / v_batches)::integer, p_now
+    from generate_series(1, v_batches) n
+    returning id, ordinal
+  ), numbered as (
+    select m.id, row_number() over (order by m.ordinal) as n from made m
+  )
+  update autotag.tasks t set lane = 'batch', batch_id = b.id
+  from unnest(v_tasks) with ordinality u (id, i)
+  join numbered b on u.i > (b.n - 1) * v_count / v_batches and u.i <= b.n * v_count / v_batches
+  where t.id = u.id;
+  update autotag.jobs j
+  set fallback = 'The AI service kept refusing single calls, so the rest of these images go by batch.',
+      eta = p_now + make_interval(secs => (select s.batch_seconds from autotag.settings s))
+  where j.id = v_job.id;
+  perform pg_notify('autotag', 'batch');
+  return true;
 end $$;

@@ -144,7 +144,7 @@ begin
     'job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', v_job.image_count,
     'stages', v_stages, 'completed', v_job.completed, 'failed', v_job.failed,
     'progress', case when v_job.finished_at is null then autotag.measure_progress(v_job) else 100 end,
-    'eta', v_job.eta, 'error', v_error,
+    'eta', v_job.eta, 'error', v_error, 'fallback', v_job.fallback,
     'batches', (
       select coalesce(jsonb_agg(jsonb_build_object(
         'batch_id', b.openai_batch_id, 'state', b.state, 'image_count', b.image_count) order by b.ordinal), '[]')

@@ -46,14 +46,17 @@ create function public.tagging_strategy(image_count integer) returns jsonb
 language sql stable security invoker set search_path = ''
 as $$ select autotag.describe_strategy(image_count) $$;
 
--- Takes the allowance for so many images, all or nothing. retry_after: seconds, 0 when allowed, null when the
--- limit can never allow that many at once.
+-- Whether so many images fit the workspace's window, all or nothing; with p_take they are counted. retry_after:
+-- seconds, exactly; 0 when allowed; null when the limit can never allow that many at once. reason: null,
+-- `window_full` (wait) or `exceeds_limit` (never).
 create function autotag.take_allowance(
-  p_workspace_id uuid, p_request_type text, p_images integer, out allowed boolean, out retry_after double precision
+  p_workspace_id uuid, p_request_type text, p_images integer, p_take boolean,
+  out allowed boolean, out retry_after double precision, out reason text
 )
 language plpgsql security definer set search_path = ''
 as $$
 declare
+  v_batch boolean := p_request_type = 'batch';
   v_tokens integer := (select p.tokens_per_image from autotag.provider_limits p);
   v_admitted record;
 begin
@@ -63,20 +66,27 @@ begin
       'Pass realtime or batch.');
   end if;
   perform autotag.check_image_count(p_images);
-  if p_request_type = 'realtime' then
-    select * into v_admitted from autotag.admit(p_workspace_id, 'realtime', p_images, v_tokens, false);
-  else
-    select * into v_admitted from autotag.admit(p_workspace_id, 'batch', 1, p_images, false);
-  end if;
+  select * into v_admitted from autotag.admit(p_workspace_id, p_request_type,
+    case when v_batch then 1 else p_images end, case when v_batch then p_images else v_tokens end, false, p_take);
   allowed := v_admitted.admitted > 0;
   retry_after := case when allowed then 0 else extract(epoch from v_admitted.retry_at - v_admitted.at) end;
+  reason := case when not allowed then case when retry_after is null then 'exceeds_limit' else 'window_full' end end;
 end $$;
 
 create function public.check_rate_limit(
-  workspace_id uuid, request_type text, image_count integer, out allowed boolean, out retry_after double precision
+  workspace_id uuid, request_type text, image_count integer,
+  out allowed boolean, out retry_after double precision, out reason text
 )
 language sql security invoker set search_path = ''
-as $$ select * from autotag.take_allowance(workspace_id, request_type, image_count) $$;
+as $$ select * from autotag.take_allowance(workspace_id, request_type, image_count, true) $$;
+
+-- The same without taking anything, for UIs.
+create function public.peek_rate_limit(
+  workspace_id uuid, request_type text, image_count integer,
+  out allowed boolean, out retry_after double precision, out reason text
+)
+language sql security invoker set search_path = ''
+as $$ select * from autotag.take_allowance(workspace_id, request_type, image_count, false) $$;
 
 create function public.tagging_usage(workspace_id uuid, since date default '-infinity', until date default 'infinity')
 returns table (user_id uuid, day date, images integer, requests integer, input_tokens bigint,
@@ -99,13 +109,14 @@ grant select on public.workspace_rate_limits to authenticated;
 grant all on public.workspace_rate_limits to service_role;
 revoke all on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
-  public.tagging_strategy, public.check_rate_limit, public.tagging_usage from public, anon;
+  public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage
+  from public, anon;
 revoke all on function public.openai_webhook from public, anon, authenticated;
 
 -- users: the RPCs, what stands right behind them, and what row level security asks
 grant execute on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
-  public.tagging_strategy, public.check_rate_limit, public.tagging_usage,
+  public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
   autotag.enqueue, autotag.cancel, autotag.retry, autotag.describe_job,
   autotag.describe_strategy, autotag.take_allowance, autotag.list_usage
   to authenticated, service_role;

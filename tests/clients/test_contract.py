@@ -74,12 +74,15 @@ async def test_what_would_happen_and_what_is_allowed(client: Client) -> None:
     assert (plan["type"], plan["batches"]) == ("batch-parallel", 3)
     workspace = client.library.member.workspace
     limit = {"workspace_id": workspace, "request_type": "realtime", "image_count": 30}
-    assert (await client.rpc("check_rate_limit", **limit)).data == {"allowed": True, "retry_after": 0}
-    refused = (await client.rpc("check_rate_limit", **limit)).data
-    assert refused["allowed"] is False
-    assert 0 < refused["retry_after"] <= 60
-    never = (await client.rpc("check_rate_limit", **{**limit, "image_count": 31})).data
-    assert never == {"allowed": False, "retry_after": None}
+    free = {"allowed": True, "retry_after": 0, "reason": None}
+    assert (await client.rpc("peek_rate_limit", **limit)).data == free
+    assert (await client.rpc("check_rate_limit", **limit)).data == free
+    for function in ("check_rate_limit", "peek_rate_limit"):
+        refused = (await client.rpc(function, **limit)).data
+        assert (refused["allowed"], refused["reason"]) == (False, "window_full")
+        assert 0 < refused["retry_after"] <= 60
+        never = (await client.rpc(function, **{**limit, "image_count": 31})).data
+        assert never == {"allowed": False, "retry_after": None, "reason": "exceeds_limit"}
 
 
 async def test_the_server_side_hands_a_webhook_over(client: Client) -> None:

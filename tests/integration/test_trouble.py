@@ -292,8 +292,9 @@ async def test_a_late_report_is_refused(library: Library, stack: Stack) -> None:
     assert (first["task"], first["attempt"] + 1) == (second["task"], second["attempt"])
     result = {"tags": [{"tag": "late", "confidence": 1}], "caption": "Late."}
     report = json.dumps([{"task": first["task"], "attempt": first["attempt"], "result": result}])
-    assert library.sql("select autotag.settle(%s, %s) as n", late, report)[0]["n"] == 0
-    assert library.sql("select autotag.settle(%s, %s) as n", current, report)[0]["n"] == 0
+    for name in (late, current):
+        told = library.sql("select autotag.settle(%s, %s) as told", name, report)[0]["told"]
+        assert told["accepted"] == 0
     assert library.assets()[assets[0]]["tags"] is None
     audit(stack)
 

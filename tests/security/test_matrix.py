@@ -124,6 +124,8 @@ RPCS: dict[str, tuple[Callable[[dict[str, str]], tuple[str, tuple[object, ...]]]
     "public.tagging_strategy": (lambda of: ("5", ()), {"member": "ok", "stranger": "ok", "service": "ok"}),
     "public.check_rate_limit": (lambda of: ("%s, 'realtime', 1", (of["workspace"],)),
                                 {"member": "ok", "stranger": "PT403", "service": "ok"}),
+    "public.peek_rate_limit": (lambda of: ("%s, 'realtime', 1", (of["workspace"],)),
+                               {"member": "ok", "stranger": "PT403", "service": "ok"}),
     "public.tagging_usage": (lambda of: ("%s", (of["workspace"],)),
                              {"member": "ok", "stranger": "PT403", "service": "ok"}),
     "public.openai_webhook": (lambda of: ("'wh_1', 'batch.completed', 'batch_1'", ()), {"service": "ok"}),

@@ -70,6 +70,14 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Settled:
+    """How many reports were accepted, and a sentence for the log when the provider's limits have changed."""
+
+    accepted: int
+    notice: str | None
+
+
+@dataclass(frozen=True)
 class Batch:
     """A batch in hand; ``state`` says where to go on (see the diagram in the batches migration)."""
 
@@ -177,12 +185,11 @@ class Database:
     async def report_stages(self, stages: list[dict[str, Any]]) -> None:
         await self._call("select autotag.report_stages(%s, %s)", self.worker, Jsonb(stages))
 
-    async def settle(self, reports: list[dict[str, Any]], seen: dict[str, Any] | None) -> int:
-        """How many reports were accepted."""
+    async def settle(self, reports: list[dict[str, Any]], seen: dict[str, Any] | None) -> Settled:
         row = await self._call(
-            "select autotag.settle(%s, %s, %s) as n", self.worker, Jsonb(reports), Jsonb(seen) if seen else None
+            "select autotag.settle(%s, %s, %s) as told", self.worker, Jsonb(reports), Jsonb(seen) if seen else None
         )
-        return int(row["n"])
+        return Settled(**row["told"])
 
     async def claim_batches(self, slots: int) -> BatchClaim:
         """Not tried again by itself: after an error call `release_unheld`."""

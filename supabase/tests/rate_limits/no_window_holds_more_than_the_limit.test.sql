@@ -27,7 +27,7 @@ select is(pg_temp.ask(10), 'true 0', 'a workspace''s own limits hold at once');
 select is(pg_temp.ask(1), 'false 10', 'the second dimension, tokens, binds now');
 
 -- Reserved by estimate, corrected by use: 10,000 reserved at second 60, 2,000 used.
-select autotag.correct_window('00000000-0000-4000-8000-000000000001', 'realtime', autotag.now(), -8000);
+select autotag.correct_window('00000000-0000-4000-8000-000000000001', 'realtime', autotag.now(), 0, -8000);
 select is(pg_temp.ask(8), 'true 0', 'tokens that were not used are free again');
 select * from finish();
 rollback;

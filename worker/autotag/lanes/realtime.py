@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -37,8 +38,8 @@ class Reports:
         self._db = db
         self._outcomes: list[dict[str, Any]] = []
         self._stages: dict[int, dict[str, Any]] = {}
-        self._told: set[int] = set()
         self._seen: dict[str, Any] = {}
+        self._seen_at = 0.0
         self._some = asyncio.Event()
         self._stage_due = asyncio.Event()
         self.idle = asyncio.Event()
@@ -49,10 +50,22 @@ class Reports:
         self._stages[image.task] = {"task": image.task, "attempt": image.attempt, "stage": stage}
         self._stage_due.set()
 
-    def limits(self, seen: dict[str, Any]) -> None:
-        """What an answer's headers say; the newest wins, a wait is kept at its longest."""
+    def limits(self, seen: dict[str, Any], sent: float) -> None:
+        """What an answer's headers say of the bucket when the call was sent (`time.monotonic`); that of the
+        newest call wins, a wait is kept at its longest."""
         wait = max(seen.get("retry_after") or 0, self._seen.get("retry_after") or 0)
-        self._seen = {**self._seen, **seen, **({"retry_after": wait} if wait else {})}
+        if sent >= self._seen_at:
+            self._seen, self._seen_at = {**self._seen, **seen}, sent
+        if wait:
+            self._seen["retry_after"] = wait
+
+    def _take_seen(self) -> dict[str, Any] | None:
+        """What has been seen since the last time, and how old it is."""
+        if not self._seen:
+            return None
+        seen = {**self._seen, "age": time.monotonic() - self._seen_at}
+        self._seen, self._seen_at = {}, 0.0
+        return seen
 
     def outcome(self, image: Image, report: dict[str, Any]) -> None:
         self._stages.pop(image.task, None)
@@ -66,10 +79,11 @@ class Reports:
             self._some.clear()
             while self._outcomes:
                 bulk, self._outcomes = self._outcomes[:SETTLE_MOST], self._outcomes[SETTLE_MOST:]
-                seen, self._seen = self._seen, {}
-                accepted = await self._db.settle(bulk, seen or None)
-                if accepted < len(bulk):
-                    log.warning("late_reports_refused", refused=len(bulk) - accepted)
+                settled = await self._db.settle(bulk, self._take_seen())
+                if settled.accepted < len(bulk):
+                    log.warning("late_reports_refused", refused=len(bulk) - settled.accepted)
+                if settled.notice:
+                    log.warning("provider_limits_changed", notice=settled.notice)
             self.idle.set()
 
     async def tell_stages_forever(self) -> None:
@@ -84,19 +98,22 @@ class Reports:
 
 async def tag(image: Image, images: Images, client: AsyncOpenAI, question: Question, reports: Reports) -> None:
     """Tags one image and reports what came of it; never raises but when cancelled."""
-    report: dict[str, Any] = {}
+    report: dict[str, Any] = {"called": False}
+    sent = 0.0
     try:
         reports.stage(image, "preparing")
         jpeg = await images.load(image, largest_side(question.image_detail))
         reports.stage(image, "processing")
-        completion, seen = await provider.complete(client, request_body(question, data_url(jpeg)))
-        reports.limits(seen)
+        body = request_body(question, data_url(jpeg))
+        sent, report["called"] = time.monotonic(), True
+        completion, seen = await provider.complete(client, body)
+        reports.limits(seen, sent)
         report["usage"] = read_usage(completion)
         report["result"] = read_completion(completion, question.max_tags)
     except TaggingError as error:
         report["error"] = error.as_json()
         if error.kind == "rate_limit":
-            reports.limits({"retry_after": error.retry_after})
+            reports.limits({"retry_after": error.retry_after}, sent)
         log_error(image, error)
     except Exception as error:
         # A defect of ours must not take the other images in flight with it: this one counts a failure and
