@@ -123,7 +123,9 @@ begin
   admitted := least(
     p_wanted,
     greatest(v_limits.max_requests - v_requests, 0),
-    case when p_units_each > 0 then greatest(v_limits.max_units - v_units, 0) / p_units_each else p_wanted end);
+    case when v_units > v_limits.max_units then 0  -- real use was more than the estimate
+      when p_units_each > 0 then (v_limits.max_units - v_units) / p_units_each
+      else p_wanted end);
   if not p_partial and admitted < p_wanted then
     admitted := 0;
   end if;
@@ -182,7 +184,9 @@ as $$
 $$;
 
 -- Fills the bucket up to now. Every caller of the provider passes through here first: the row's lock makes
--- admission serial. A little of the bucket is kept unused (provider_margin).
+-- admission serial. A little of the bucket is kept unused (provider_margin). And what was released but has not
+-- been sent yet (its image is still being fetched) is still in the provider's bucket: that one is full, and
+-- does not refill, when ours and the unsent together are.
 create function autotag.lock_provider() returns autotag.provider_limits
 language plpgsql security definer set search_path = ''
 as $$
@@ -191,6 +195,7 @@ declare
   v_now timestamptz;
   v_minutes double precision;
   v_share double precision;    -- of a minute's worth that may be used at once
+  v_unsent integer := (select coalesce(sum(w.unsent), 0) from autotag.workers w);
 begin
   select * into v_provider from autotag.provider_limits for update;
   select 1 - extract(epoch from s.provider_margin) / 60 into v_share from autotag.settings s;
@@ -198,15 +203,38 @@ begin
   -- A bucket that was never used is full; so is one that has not been used for a day.
   v_minutes := case when v_provider.refilled_at > v_now - interval '1 day'
     then greatest(0, extract(epoch from v_now - v_provider.refilled_at) / 60) else 1440 end;
-  v_provider.requests_left := least(v_provider.requests_per_minute * v_share,
+  v_provider.requests_left := least(v_provider.requests_per_minute * v_share - v_unsent,
     v_provider.requests_left + v_minutes * v_provider.requests_per_minute);
-  v_provider.tokens_left := least(v_provider.tokens_per_minute * v_share,
+  v_provider.tokens_left := least(v_provider.tokens_per_minute * v_share - v_unsent::bigint * v_provider.tokens_per_image,
     v_provider.tokens_left + v_minutes * v_provider.tokens_per_minute);
   v_provider.day_left := case when v_provider.requests_per_day is null then 'infinity'
     else least(v_provider.requests_per_day,
       v_provider.day_left + v_minutes * v_provider.requests_per_day / 1440) end;
   v_provider.refilled_at := greatest(v_now, v_provider.refilled_at);
   return v_provider;
+end $$;
+
+-- A worker has sent so many of the calls that were released to it (or will not send them at all), the first of
+-- them so many seconds ago. Had the bucket been full until then, it has refilled since. Locks the provider row.
+create function autotag.note_sent(p_worker uuid, p_calls integer, p_age double precision) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_provider autotag.provider_limits := autotag.lock_provider();
+  v_share double precision := (select 1 - extract(epoch from s.provider_margin) / 60 from autotag.settings s);
+  v_unsent integer := (select coalesce(sum(w.unsent), 0) from autotag.workers w);
+  v_minutes double precision := extract(epoch from autotag.clock_interval(p_age)) / 60;
+begin
+  update autotag.workers w set unsent = greatest(0, w.unsent - p_calls) where w.id = p_worker;
+  update autotag.provider_limits p
+  set requests_left = v_provider.requests_left + case
+        when v_provider.requests_left >= v_provider.requests_per_minute * v_share - v_unsent
+        then v_minutes * v_provider.requests_per_minute else 0 end,
+      tokens_left = v_provider.tokens_left + case
+        when v_provider.tokens_left >= v_provider.tokens_per_minute * v_share
+          - v_unsent::bigint * v_provider.tokens_per_image
+        then v_minutes * v_provider.tokens_per_minute else 0 end,
+      day_left = v_provider.day_left, refilled_at = v_provider.refilled_at;
 end $$;
 
 -- What the provider's answers say about its bucket: {requests_limit, requests_left, tokens_limit,
@@ -247,10 +275,11 @@ begin
       v_requests, v_tokens, v_provider.requests_per_minute, v_provider.tokens_per_minute) end;
 end $$;
 
--- Gives back to the bucket what calls did not take from the provider's. The caller holds the provider row.
+-- Gives back to the bucket what calls did not take from the provider's. Locks the provider row.
 create function autotag.refund_provider(p_requests integer, p_tokens bigint) returns void
 language sql security definer set search_path = ''
 as $$
+  select autotag.lock_provider();
   update autotag.provider_limits
   set requests_left = requests_left + p_requests, day_left = day_left + p_requests,
       tokens_left = tokens_left + p_tokens

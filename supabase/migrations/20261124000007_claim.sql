@@ -8,8 +8,9 @@ create table autotag.workers (
   listening boolean not null default true,   -- false: behind a transaction pooler, polls
   started_at timestamptz not null,
   seen_at timestamptz not null,
-  lease_until timestamptz not null
-);
+  lease_until timestamptz not null,
+  unsent integer not null default 0          -- calls released to it that it has not sent yet
+) with (fillfactor = 50);
 create index workers_lease_until_idx on autotag.workers (lease_until);
 alter table autotag.workers enable row level security;
 
@@ -23,7 +24,8 @@ declare
 begin
   insert into autotag.workers (id, host, version, listening, started_at, seen_at, lease_until)
   select p_worker, p_host, p_version, p_listening, v_now, v_now, v_now + s.lease from autotag.settings s
-  on conflict (id) do update set listening = excluded.listening, seen_at = excluded.seen_at, lease_until = excluded.lease_until;
+  on conflict (id) do update set listening = excluded.listening, seen_at = excluded.seen_at,
+    lease_until = excluded.lease_until, unsent = 0;
   return autotag.worker_settings();
 end $$;
 
@@ -109,6 +111,7 @@ end $$;
 create function autotag.release_unheld(p_worker uuid, p_tasks bigint[], p_batches uuid[]) returns integer
 language sql security definer set search_path = ''
 as $$
+  update autotag.workers w set unsent = 0 where w.id = p_worker and p_tasks is not null;
   select autotag.give_back(p_worker, p_tasks, p_batches, false)
 $$;
 
@@ -238,6 +241,7 @@ begin
         then v_now + (select s.account_probe_interval from autotag.settings s) else p.probe_at end;
 
   if cardinality(v_ids) > 0 then
+    update autotag.workers w set unsent = w.unsent + cardinality(v_ids) where w.id = p_worker;
     select jsonb_agg(jsonb_build_object('task', t.id, 'attempt', t.attempt, 'asset_id', t.asset_id,
              'bucket', d.bucket, 'path', d.path, 'url', d.url) order by t.id)
     into tasks

@@ -128,7 +128,7 @@ end $$;
 -- settle: a worker reports what became of its single calls, in bulk.
 -- p_reports: [{task, attempt, result | error, usage: {input, cached, output}, called}]; usage is there whenever
 -- the provider answered, also when the answer was of no use, and `called` when it was asked at all.
--- p_seen: the newest limits seen in answers' headers (observe_provider).
+-- p_seen: the newest limits seen in answers' headers (observe_provider), and {sent, sent_age} (note_sent).
 -- A report for a task that is not the worker's any more, or with an older attempt, is refused and changes
 -- nothing. Returns {accepted, notice}: how many, and a sentence for the log when the provider's limits changed.
 -- Locks: provider (where it changes), workspaces (of errors), windows, jobs, tasks; each by id.
@@ -154,9 +154,13 @@ begin
     select case when not coalesce(r.called, true) or r.error ->> 'kind' = 'rate_limit' then 1 else 0 end as requests,
       case when not coalesce(r.called, true) or r.error ->> 'kind' = 'rate_limit' then t.reserved_tokens
         when r.usage is not null then t.reserved_tokens - (r.usage ->> 'input')::integer - v_output else 0 end as tokens) u;
+  if p_seen ? 'sent' then
+    perform autotag.note_sent(p_worker, (p_seen ->> 'sent')::integer, (p_seen ->> 'sent_age')::double precision);
+  end if;
   if p_seen is not null or v_refund.requests <> 0 or v_refund.tokens <> 0 then
-    v_notice := autotag.observe_provider(coalesce(p_seen, '{}'));
+    -- In this order: what the headers say holds whatever is given back.
     perform autotag.refund_provider(v_refund.requests, v_refund.tokens);
+    v_notice := autotag.observe_provider(coalesce(p_seen, '{}'));
   end if;
   if v_account_error is not null then
     perform autotag.stop_account(v_account_error);

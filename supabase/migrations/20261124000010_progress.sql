@@ -37,14 +37,17 @@ as $$
 $$;
 
 -- A worker says where its single calls are: [{task, attempt, stage}]. Those that are not its own any more
--- are ignored. Locks: jobs (for the broadcast), tasks by id.
-create function autotag.report_stages(p_worker uuid, p_stages jsonb) returns void
+-- are ignored. p_sent: {sent, sent_age} as in note_sent. Locks: provider, jobs (for the broadcast), tasks by id.
+create function autotag.report_stages(p_worker uuid, p_stages jsonb, p_sent jsonb default null) returns void
 language plpgsql security definer set search_path = ''
 as $$
 declare
   v_stage text;
   v_job uuid;
 begin
+  if p_sent is not null then
+    perform autotag.note_sent(p_worker, (p_sent ->> 'sent')::integer, (p_sent ->> 'sent_age')::double precision);
+  end if;
   perform from autotag.jobs j where j.id in (
     select t.job_id from autotag.tasks t join jsonb_to_recordset(p_stages) r (task bigint) on r.task = t.id)
   order by j.id for update;

@@ -182,8 +182,10 @@ class Database:
         row = await self._once("select tasks, wait from autotag.claim(%s, %s)", self.worker, slots)
         return Claim([Image(**task) for task in row["tasks"]], row["wait"])
 
-    async def report_stages(self, stages: list[dict[str, Any]]) -> None:
-        await self._call("select autotag.report_stages(%s, %s)", self.worker, Jsonb(stages))
+    async def report_stages(self, stages: list[dict[str, Any]], sent: dict[str, Any] | None) -> None:
+        await self._call(
+            "select autotag.report_stages(%s, %s, %s)", self.worker, Jsonb(stages), Jsonb(sent) if sent else None
+        )
 
     async def settle(self, reports: list[dict[str, Any]], seen: dict[str, Any] | None) -> Settled:
         row = await self._call(

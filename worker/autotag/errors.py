@@ -20,17 +20,20 @@ class TaggingError(Exception):
         message: a sentence that the user who uploaded the image understands.
         retry: for ``image``: another try may help.
         retry_after: seconds, where the provider named them.
+        limits: what the answer's headers said of the provider's bucket (`provider.read_limits`).
     """
 
     def __init__(
-        self, kind: Kind, code: str, message: str, *, retry: bool = False, retry_after: float | None = None
-    ) -> None:
+        self, kind: Kind, code: str, message: str, *, retry: bool = False, retry_after: float | None = None,
+        limits: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(message)
         self.kind: Kind = kind
         self.code = code
         self.message = message
         self.retry = retry
         self.retry_after = retry_after
+        self.limits = limits or {}
 
     def as_json(self) -> dict[str, Any]:
         """The error as ``autotag.settle`` takes it."""

@@ -99,7 +99,9 @@ def classify_status(status: int, body: object, headers: Mapping[str, str]) -> Ta
         return TaggingError("account", code or f"http_{status}", f"OpenAI refused the account: {message or status}")
     if status == 429:
         wait = retry_after(headers) or DEFAULT_RETRY_AFTER
-        return TaggingError("rate_limit", "rate_limited", "The AI service is busy.", retry_after=wait)
+        return TaggingError(
+            "rate_limit", "rate_limited", "The AI service is busy.", retry_after=wait, limits=read_limits(headers)
+        )
     if status in (0, 408, 409) or status >= 500:
         return TaggingError(
             "moment", "provider_error", "The AI service had a problem.", retry_after=retry_after(headers)

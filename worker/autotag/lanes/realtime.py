@@ -40,6 +40,8 @@ class Reports:
         self._stages: dict[int, dict[str, Any]] = {}
         self._seen: dict[str, Any] = {}
         self._seen_at = 0.0
+        self._sent = 0
+        self._first_sent = 0.0
         self._some = asyncio.Event()
         self._stage_due = asyncio.Event()
         self.idle = asyncio.Event()
@@ -59,13 +61,26 @@ class Reports:
         if wait:
             self._seen["retry_after"] = wait
 
+    def sent(self) -> None:
+        """A released call is on its way now, or will never be made."""
+        self._first_sent = self._first_sent if self._sent else time.monotonic()
+        self._sent += 1
+
+    def _take_sent(self) -> dict[str, Any]:
+        """How many calls were sent since the last time, and seconds since the first of them."""
+        if not self._sent:
+            return {}
+        told = {"sent": self._sent, "sent_age": time.monotonic() - self._first_sent}
+        self._sent = 0
+        return told
+
     def _take_seen(self) -> dict[str, Any] | None:
         """What has been seen since the last time, and how old it is."""
-        if not self._seen:
-            return None
-        seen = {**self._seen, "age": time.monotonic() - self._seen_at}
-        self._seen, self._seen_at = {}, 0.0
-        return seen
+        seen = self._take_sent()
+        if self._seen:
+            seen |= {**self._seen, "age": time.monotonic() - self._seen_at}
+            self._seen, self._seen_at = {}, 0.0
+        return seen or None
 
     def outcome(self, image: Image, report: dict[str, Any]) -> None:
         self._stages.pop(image.task, None)
@@ -93,7 +108,7 @@ class Reports:
             await asyncio.sleep(STAGE_DELAY)
             if self._stages:
                 stages, self._stages = list(self._stages.values()), {}
-                await self._db.report_stages(stages)
+                await self._db.report_stages(stages, self._take_sent() or None)
 
 
 async def tag(image: Image, images: Images, client: AsyncOpenAI, question: Question, reports: Reports) -> None:
@@ -106,6 +121,7 @@ async def tag(image: Image, images: Images, client: AsyncOpenAI, question: Quest
         reports.stage(image, "processing")
         body = request_body(question, data_url(jpeg))
         sent, report["called"] = time.monotonic(), True
+        reports.sent()
         completion, seen = await provider.complete(client, body)
         reports.limits(seen, sent)
         report["usage"] = read_usage(completion)
@@ -113,13 +129,15 @@ async def tag(image: Image, images: Images, client: AsyncOpenAI, question: Quest
     except TaggingError as error:
         report["error"] = error.as_json()
         if error.kind == "rate_limit":
-            reports.limits({"retry_after": error.retry_after}, sent)
+            reports.limits({**error.limits, "retry_after": error.retry_after}, sent)
         log_error(image, error)
     except Exception as error:
         # A defect of ours must not take the other images in flight with it: this one counts a failure and
         # ends, after its tries, as failed.
         log.exception("unexpected_error", task=image.task)
         report["error"] = TaggingError("moment", "internal_error", f"Tagging failed: {type(error).__name__}.").as_json()
+    if not report["called"]:
+        reports.sent()
     reports.outcome(image, report)
 
 

@@ -22,8 +22,8 @@ from autotag.tokens import image_tokens
 from autotag_local.openai_sim.answers import TEXT_TOKENS, ApiError, complete, digest, read_json
 from autotag_local.openai_sim.batches import Batches
 from autotag_local.openai_sim.faults import Fault, Faults
-from autotag_local.openai_sim.limits import Bucket, Limits
-from autotag_local.openai_sim.vision import BadPicture, Picture, look
+from autotag_local.openai_sim.limits import Limits
+from autotag_local.openai_sim.vision import BadPicture, Picture, look, measure
 from autotag_local.openai_sim.webhooks import make_secret
 
 MODELS = ("gpt-4.1-mini", "gpt-4.1-nano", "gpt-4o-mini", "gpt-4o", "gpt-4.1")
@@ -36,10 +36,12 @@ class Plan:
     key: str = "sk-local"
     requests_per_minute: int = 500
     tokens_per_minute: int = 200_000
+    requests_per_day: int | None = 10_000
     queued_batch_tokens: int = 2_000_000
     latency: tuple[float, float] = (0.05, 0.3)  # seconds, uniform
     batch_latency: tuple[float, float] = (2.0, 4.0)  # seconds from creation to completion, uniform
     seed: int = 1
+    speed: float = 1.0  # how much faster than real the limits' minutes pass (latencies are as they are given)
     webhook_url: str | None = None  # who is told of the end of a batch …
     webhook_secret: str = field(default_factory=make_secret)  # … signed with this
 
@@ -50,14 +52,15 @@ class Simulator:
 
     plan: Plan
     faults: Faults = field(default_factory=Faults)
-    #: every request: {at, method, path, status, tokens, picture}
+    #: every request: {at, method, path, status, tokens, picture, tags, done}; moments in epoch seconds
     book: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     contents: dict[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.plan.seed)
-        self.limits = Limits(Bucket(self.plan.requests_per_minute), Bucket(self.plan.tokens_per_minute))
+        plan = self.plan
+        self.limits = Limits.of(plan.requests_per_minute, plan.tokens_per_minute, plan.requests_per_day, plan.speed)
         self.batches = Batches(self)
         self.in_flight = 0
         self.most_in_flight = 0
@@ -130,16 +133,21 @@ class Simulator:
 
     async def _chat(self, request: Request) -> Response:
         body = await read_json(request)
-        picture, tokens = await self.see(body)
+        tokens = self.count(body)
         entry = request.state.entry
-        entry["picture"] = digest(body)
-        fault = await self._meet_fault(request, picture.tags)
-        headers, wait, which = self.limits.take(tokens)
+        # What is over a limit is refused on arrival; a request that is refused for another reason has used it up.
+        headers, wait, which = self.limits.take(tokens) if not self.faults.waiting else ({}, 0.0, "")
         if wait:
+            entry["picture"] = digest(body)
             raise ApiError(
                 429, "rate_limit_exceeded",
-                f"Rate limit reached for {body['model']} on {which} per min. Please try again in {wait:.3f}s.", headers,
+                f"Rate limit reached for {body['model']} on {which}. Please try again in {wait:.3f}s.", headers,
             )  # fmt: skip
+        picture = await self.see(body)
+        entry |= {"picture": digest(body), "tags": picture.tags}
+        fault = await self._meet_fault(request, picture.tags)
+        if not headers:
+            headers = self.limits.take(tokens)[0]
         entry["tokens"] = tokens
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
@@ -147,10 +155,11 @@ class Simulator:
             await asyncio.sleep(self.random.uniform(*self.plan.latency))
         finally:
             self.in_flight -= 1
+            entry["done"] = time.time()
         return JSONResponse(complete(body, picture, fault.answer if fault else None), headers=headers)
 
-    async def see(self, body: dict[str, Any]) -> tuple[Picture, int]:
-        """Checks a request as the API does; what is in its picture, and the tokens it counts for.
+    def count(self, body: dict[str, Any]) -> int:
+        """Checks a request as the API does, but for its picture's content; the tokens it counts for.
 
         Raises:
             ApiError: 400 or 404.
@@ -161,16 +170,25 @@ class Simulator:
         if not schema.get("strict") or schema.get("schema", {}).get("additionalProperties") is not False:
             raise ApiError(400, "invalid_request_error", "response_format must be a strict JSON schema.")
         try:
-            parts = next(m["content"] for m in body["messages"] if m["role"] == "user")
-            image = next(p["image_url"] for p in parts if p["type"] == "image_url")
+            image = _image(body)
+            width, height = measure(image["url"])
             most = int(body["max_completion_tokens"])
-            picture = await asyncio.to_thread(look, image["url"])
         except BadPicture as error:
             raise ApiError(400, "invalid_image", str(error)) from None
         except (KeyError, StopIteration, TypeError, ValueError):
             raise ApiError(400, "invalid_request_error", "The request is malformed.") from None
-        seen = image_tokens(body["model"], image.get("detail", "high"), picture.width, picture.height)
-        return picture, seen + TEXT_TOKENS + most
+        return image_tokens(body["model"], image.get("detail", "high"), width, height) + TEXT_TOKENS + most
+
+    async def see(self, body: dict[str, Any]) -> Picture:
+        """What is in the picture of a request that `count` has checked.
+
+        Raises:
+            ApiError: 400 when the picture is broken after all.
+        """
+        try:
+            return await asyncio.to_thread(look, _image(body)["url"])
+        except BadPicture as error:
+            raise ApiError(400, "invalid_image", str(error)) from None
 
     # -- models and files
 
@@ -242,6 +260,13 @@ class Simulator:
 
     async def _show_book(self, _: Request) -> Response:
         return JSONResponse({"requests": self.book, "batches": self.batches.describe_all()})
+
+
+def _image(body: dict[str, Any]) -> dict[str, Any]:
+    """The picture that a request asks about."""
+    parts = next(m["content"] for m in body["messages"] if m["role"] == "user")
+    found: dict[str, Any] = next(p["image_url"] for p in parts if p["type"] == "image_url")
+    return found
 
 
 class _Cut(Exception):

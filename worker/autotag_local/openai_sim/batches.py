@@ -165,7 +165,8 @@ class Batches:
         self._sim.book.append(entry)
         request_id = secrets.token_hex(16)
         try:
-            picture, tokens = await self._sim.see(line["body"])
+            tokens = self._sim.count(line["body"])
+            picture = await self._sim.see(line["body"])
             fault = self._sim.faults.take("BATCH /v1/chat/completions", picture.tags)
             if fault and fault.status is not None:
                 raise ApiError(fault.status, fault.code, fault.message)

@@ -43,6 +43,11 @@ class Faults:
     def clear(self) -> None:
         self._open.clear()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether any order is open."""
+        return bool(self._open)
+
     def take(self, where: str, tags: tuple[str, ...] = ()) -> Fault | None:
         """The fault that this request meets, if any."""
         for fault in self._open:

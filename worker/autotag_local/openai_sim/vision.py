@@ -48,8 +48,8 @@ def brightness(luminance: float) -> str:
     return "dark" if luminance < 85 else "bright" if luminance > 170 else "medium"
 
 
-def look(url: str) -> Picture:
-    """Opens a data URL and names what is there.
+def _open(url: str) -> Image.Image:
+    """The picture of a data URL, its pixels not read yet.
 
     Raises:
         BadPicture: not a data URL, or not a PNG, JPEG, WEBP or still GIF.
@@ -58,11 +58,31 @@ def look(url: str) -> Picture:
     if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
         raise BadPicture("Invalid image URL.")
     try:
-        image: Image.Image = Image.open(
-            io.BytesIO(base64.b64decode(encoded, validate=True)), formats=("PNG", "JPEG", "WEBP", "GIF")
-        )
-        image.load()
+        data = io.BytesIO(base64.b64decode(encoded, validate=True))
+        return Image.open(data, formats=("PNG", "JPEG", "WEBP", "GIF"))
     except (binascii.Error, OSError, ValueError, SyntaxError):
+        raise BadPicture("You uploaded an unsupported image.") from None
+
+
+def measure(url: str) -> tuple[int, int]:
+    """Width and height.
+
+    Raises:
+        BadPicture: as in `look`.
+    """
+    return _open(url).size
+
+
+def look(url: str) -> Picture:
+    """Opens a data URL and names what is there.
+
+    Raises:
+        BadPicture: not a data URL, or not a PNG, JPEG, WEBP or still GIF.
+    """
+    image = _open(url)
+    try:
+        image.load()
+    except (OSError, ValueError, SyntaxError):
         raise BadPicture("You uploaded an unsupported image.") from None
     # Pixels only: like the real model, the simulator does not turn an image by its EXIF.
     image = image.convert("RGB")

@@ -1,0 +1,45 @@
+"""The command behind scripts/bench."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from autotag_local.bench import makespan
+from autotag_local.bench.report import Result
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measures autotag, as ratios in one run.")
+Json = Annotated[bool, typer.Option("--json", help="Print the result as the last line of stdout, as JSON.")]
+
+
+@app.callback()
+def main() -> None:
+    """Measures autotag, as ratios in one run."""
+
+
+def finish(result: Result, console: Console, as_json: bool) -> None:
+    """The exit code says that it ran, not whether a bar was met."""
+    result.show(console)
+    if as_json:
+        print(result.as_json(), flush=True)
+
+
+@app.command("makespan")
+def makespan_command(
+    as_json: Json = False,
+    scale: Annotated[float, typer.Option(min=1, help="How much faster limits, windows and latencies pass.")] = 2,
+    mix: Annotated[list[str] | None, typer.Option(help=f"Only this mix: {', '.join(makespan.MIXES)}.")] = None,
+    peers: Annotated[bool, typer.Option(help="Also run what people use instead.")] = True,
+) -> None:
+    """Time to finish mixes of uploads under tier-1 limits ÷ the theoretical minimum, and 429s; next to three peers."""
+    console = Console(stderr=True)
+    result = asyncio.run(makespan.measure(console, speed=scale, only=mix or (), without_peers=not peers))
+    makespan.show(console, result)
+    finish(result, console, as_json)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,261 @@
+"""How long mixes of uploads take under tier-1 limits, against the theoretical minimum and against peers.
+
+Everything is judged by the provider's book (and, for autotag, by the moment its rows were committed, which is
+later). Times are reported in the limits' own seconds: with ``speed`` 6 a minute of limits passes in ten seconds,
+for the provider, for autotag's clock, for latencies and for the peers alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from rich.console import Console
+
+from autotag.images import data_url, prepare
+from autotag.tags import Question, request_body
+from autotag_local.bench import bound, peers
+from autotag_local.bench.bound import Upload
+from autotag_local.bench.report import Figure, Result
+from autotag_local.openai_sim.app import Plan, Simulator
+from autotag_local.openai_sim.limits import Limits
+from autotag_local.pictures import Drawing, draw
+from autotag_local.postgres import install_autotag, local_postgres, machine_binaries
+from autotag_local.stack import Stack, local_stack, worker_process
+
+MODEL = "gpt-4o-mini"  # its 2,833 tokens an image are what makes tier 1 bind
+LATENCY = (2.0, 5.0)  # seconds
+WARM_UP = 12  # images
+SETTLE = 2.0  # real seconds between runs, for buckets and connections to come to rest
+MIXES: dict[str, list[Upload]] = {
+    "10 × 15": [Upload(w, 15) for w in range(10)],
+    "elephant and mice": [Upload(0, 45), *(Upload(w, 3) for w in range(1, 10))],
+    "100 × 3": [Upload(w, 3) for w in range(100)],
+    "10 × 15 over a minute": [Upload(w, 15, at=6.0 * w) for w in range(10)],
+}
+MICE = "elephant and mice"
+ALONE = [Upload(0, 3)]  # a mouse by itself
+
+
+@dataclass(frozen=True)
+class Run:
+    """One system with one mix; seconds of the limits' time."""
+
+    system: str
+    mix: str
+    seconds: float
+    ratio: float
+    http_429: int
+    mean: float  # completion per workspace, from its arrival
+    worst: float
+    jain: float  # of images a second per workspace: 1 is perfectly even
+    mice_slowdown: float | None  # the slowest of the small ones ÷ what it needs when it is alone
+    overhead: float  # of the workspace that was done last: what its slowest call does not explain
+
+
+async def measure(console: Console, *, speed: float, only: Sequence[str] = (), without_peers: bool = False) -> Result:
+    """All mixes with autotag and the peers."""
+    mixes = {name: mix for name, mix in MIXES.items() if not only or name in only}
+    drawings = list(draw(max(sum(u.images for u in mix) for mix in mixes.values()) + WARM_UP))
+    runs: list[Run] = []
+    with local_postgres(machine_binaries()) as postgres:
+        install_autotag(postgres)
+        async with local_stack(postgres, plan=_plan(speed)) as stack:
+            alone = await _autotag(stack, "alone", ALONE, drawings, speed, 0.0)
+        for name, mix in mixes.items():
+            console.print(f"{name}: autotag …")
+            async with local_stack(postgres, plan=_plan(speed)) as stack:
+                runs.append(await _autotag(stack, name, mix, drawings, speed, alone.overhead))
+            for peer in {} if without_peers else peers.PEERS:
+                console.print(f"{name}: {peer} …")
+                runs.append(await _peer(peer, name, mix, drawings, speed))
+    ours = [run for run in runs if run.system == "autotag"]
+    figures = {
+        "worst_ratio": Figure(max(run.ratio for run in ours), 1.05, "lower"),
+        "http_429": Figure(sum(run.http_429 for run in ours), 0, "lower"),
+    }
+    slowdowns = [run.mice_slowdown for run in ours if run.mice_slowdown is not None]
+    if slowdowns:
+        figures["mice_slowdown"] = Figure(max(slowdowns), 1.5, "lower")
+    return Result("makespan", figures, {"speed": speed, "runs": [_rounded(run) for run in runs]})
+
+
+def _rounded(run: Run) -> dict[str, Any]:
+    return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(run).items()}
+
+
+def _plan(speed: float) -> Plan:
+    return Plan(latency=(LATENCY[0] / speed, LATENCY[1] / speed), speed=speed)
+
+
+def _latencies(count: int, speed: float) -> list[float]:
+    """What the simulator draws for the k-th call it accepts."""
+    dice = Simulator(_plan(speed)).random
+    return [dice.uniform(*_plan(speed).latency) * speed for _ in range(count)]
+
+
+def _judge(
+    system: str, name: str, mix: Sequence[Upload], owners: dict[frozenset[str], int], simulator: Simulator,
+    started: float, speed: float, ends: dict[int, float] | None = None, alone: float = 0.0,
+) -> Run:  # fmt: skip
+    """Reads the provider's book."""
+    calls = [entry for entry in simulator.book if entry["path"].endswith("/completions")]
+    answered = [entry for entry in calls if entry["status"] == 200]
+    done: dict[int, float] = {}
+    slowest: dict[int, float] = {}
+    for entry in answered:
+        owner = owners[frozenset(entry["tags"])]
+        done[owner] = max(done.get(owner, 0.0), (entry["done"] - started) * speed)
+        slowest[owner] = max(slowest.get(owner, 0.0), (entry["done"] - entry["at"]) * speed)
+    images = sum(upload.images for upload in mix)
+    assert len(answered) == images, f"{system}, {name}: {len(answered)} of {images} images were answered"
+    ends = ends or done
+    took = {upload.workspace: ends[upload.workspace] - upload.at for upload in mix}
+    rates = [upload.images / took[upload.workspace] for upload in mix]
+    small = [u.workspace for u in mix if u.images == 3] if name == MICE else []
+    mice = [took[w] / (slowest[w] + alone) for w in small]
+    least = bound.minimum(mix, bound.Limits(), _latencies(images, speed))
+    return Run(
+        system, name, max(ends.values()), max(ends.values()) / least, sum(entry["status"] == 429 for entry in calls),
+        statistics.mean(took.values()), max(took.values()), sum(rates) ** 2 / (len(rates) * sum(r * r for r in rates)),
+        max(mice) if mice else None, max(took[w] - slowest[w] for w in took),
+    )  # fmt: skip
+
+
+def _shares(mix: Sequence[Upload], drawings: Sequence[Drawing]) -> list[Sequence[Drawing]]:
+    """Each upload's pictures; no picture is in two."""
+    shares, start = [], 0
+    for upload in mix:
+        shares.append(drawings[start : start + upload.images])
+        start += upload.images
+    return shares
+
+
+async def _autotag(stack: Stack, name: str, mix: Sequence[Upload], drawings: Sequence[Drawing], speed: float) -> Run:
+    shares = _shares(mix, drawings)
+    owners = {d.tags: u.workspace for u, share in zip(mix, shares, strict=True) for d in share}
+    database = stack.database_url()
+    with psycopg.connect(stack.database_url("supabase_admin"), autocommit=True) as owner:
+        owner.execute(
+            "truncate autotag.jobs, autotag.workspaces, autotag.workers, public.workspace_rate_limits cascade"
+        )
+        owner.execute(sql.SQL("alter database postgres set autotag.speed = {}").format(sql.Literal(str(speed))))
+        owner.execute("update autotag.provider_limits set refilled_at = '-infinity', blocked_until = '-infinity'")
+    # What a message takes from here to the provider is real time, which is not compressed; so the margin is not.
+    stack.configure(model=MODEL, test_clock=True, lease=f"{60 * speed} s", broadcast_interval=f"{speed} s",
+                    provider_margin=f"{0.25 * speed} s")  # fmt: skip
+    uploads = [await _store(stack, share) for share in shares]
+    log = open("/dev/null", "wb")  # noqa: ASYNC230, SIM115 (closed below)
+    environment = {**stack.worker_environment(), "AUTOTAG_SLOTS": "400", "AUTOTAG_LOG_LEVEL": "error"}
+    async with worker_process(environment, log):
+        await _warm_up(stack, database, drawings[-WARM_UP:])
+        stack.simulator.book.clear()
+        stack.simulator.random.seed(stack.simulator.plan.seed)
+        stack.simulator.limits = Limits.of(500, 200_000, 10_000, speed)
+        started = time.time()
+
+        async def enqueue(upload: Upload, assets: list[str]) -> tuple[int, str]:
+            await asyncio.sleep(max(0.0, started + upload.at / speed - time.time()))
+            return upload.workspace, await asyncio.to_thread(_enqueue, database, assets)
+
+        jobs = dict(await asyncio.gather(*(enqueue(u, a) for u, a in zip(mix, uploads, strict=True))))
+        ends = await _ends(database, jobs, started, speed)
+    log.close()
+    return _judge("autotag", name, mix, owners, stack.simulator, started, speed, ends, alone)
+
+
+async def _store(stack: Stack, share: Sequence[Drawing]) -> list[str]:
+    """Files and rows of one upload."""
+    from storage3 import AsyncStorageClient
+
+    member = stack.add_member()
+    headers = {"apikey": stack.secret_key, "Authorization": f"Bearer {stack.secret_key}"}
+    bucket = AsyncStorageClient(f"{stack.supabase_url}/storage/v1/", headers).from_("assets")
+    paths = []
+    for drawing in share:
+        paths.append(f"{member.workspace}/{uuid.uuid4()}-{drawing.name}")
+        await bucket.upload(paths[-1], drawing.data, {"content-type": drawing.content_type})
+    with psycopg.connect(stack.database_url(), autocommit=True) as owner:
+        rows = owner.execute(
+            "insert into public.assets (workspace_id, storage_path)"
+            " select %s, p from unnest(%s::text[]) p returning id::text",
+            (member.workspace, paths),
+        ).fetchall()
+    return [row[0] for row in rows]
+
+
+def _enqueue(database: str, assets: list[str]) -> str:
+    with psycopg.connect(database, autocommit=True) as connection:
+        row = connection.execute("select public.enqueue_tagging(%s::uuid[]) ->> 'job_id'", (assets,)).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+async def _warm_up(stack: Stack, database: str, drawings: Sequence[Drawing]) -> None:
+    """A small upload ahead of time, as a service that runs has had; then every bucket is full again."""
+    assets = await _store(stack, drawings)
+    job = await asyncio.to_thread(_enqueue, database, assets)
+    await _ends(database, {0: job}, 0.0, 1.0)
+    await asyncio.sleep(SETTLE)
+    with psycopg.connect(database, autocommit=True) as owner:
+        owner.execute("update autotag.provider_limits set refilled_at = '-infinity'")
+
+
+async def _ends(database: str, jobs: dict[int, str], started: float, speed: float) -> dict[int, float]:
+    """When each workspace's job was committed as finished, seconds of the limits' time after the start."""
+    statement = (
+        "select id::text, extract(epoch from timestamptz '2026-01-01' + (finished_at - timestamptz '2026-01-01') / %s)"
+        " from autotag.jobs where id = any (%s::uuid[]) and finished_at is not null"
+    )
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as connection:
+        while True:
+            rows = await (await connection.execute(statement, (speed, list(jobs.values())))).fetchall()
+            if len(rows) == len(jobs):
+                moments = {str(job): (float(at) - started) * speed for job, at in rows}
+                return {workspace: moments[job] for workspace, job in jobs.items()}
+            await asyncio.sleep(0.1)
+
+
+async def _peer(peer: str, name: str, mix: Sequence[Upload], drawings: Sequence[Drawing], speed: float) -> Run:
+    from autotag.http import serve
+    from autotag_local.postgres import free_port
+    from autotag_local.stack import HOST
+
+    question = Question(MODEL, "low", 10, 400, "English")
+    shares = _shares(mix, drawings)
+    owners = {d.tags: u.workspace for u, share in zip(mix, shares, strict=True) for d in share}
+    jobs = [
+        peers.Job(
+            upload.at,
+            [request_body(question, data_url(prepare(d.data, 512, 10**8))) for d in share],
+            int(bound.Limits().tokens_per_call),
+        )
+        for upload, share in zip(mix, shares, strict=True)
+    ]
+    simulator, port = Simulator(_plan(speed)), free_port()
+    async with serve(simulator.app(), HOST, port):
+        started = time.time()
+        await peers.PEERS[peer](f"http://{HOST}:{port}/v1", simulator.plan.key, jobs, speed)
+    first = min(entry["at"] for entry in simulator.book)
+    return _judge(peer, name, mix, owners, simulator, max(started, first), speed)
+
+
+def show(console: Console, result: Result) -> None:
+    """The runs as a table."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("mix", "system", "÷ minimum", "429s", "mean s", "worst s", "Jain", "mice ×"):
+        table.add_column(column, justify="left" if column in ("mix", "system") else "right")
+    for run in result.details["runs"]:
+        mice = "" if run["mice_slowdown"] is None else f"{run['mice_slowdown']:.2f}"
+        table.add_row(run["mix"], run["system"], f"{run['ratio']:.3f}", str(run["http_429"]), f"{run['mean']:.1f}",
+                      f"{run['worst']:.1f}", f"{run['jain']:.3f}", mice)  # fmt: skip
+    console.print(table)

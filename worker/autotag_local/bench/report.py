@@ -1,0 +1,48 @@
+"""What a bench prints: figures with their bars, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured value and the bar it is held against."""
+
+    value: float
+    bar: float
+    better: Literal["lower", "higher"]
+
+    @property
+    def ok(self) -> bool:
+        return self.value <= self.bar if self.better == "lower" else self.value >= self.bar
+
+
+@dataclass
+class Result:
+    """One bench: its figures by name, and whatever else was measured."""
+
+    bench: str
+    figures: dict[str, Figure]
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> str:
+        """One line: ``{bench, figures: {name: {value, bar, better, ok}}, details}``."""
+        figures = {
+            name: {"value": round(f.value, 4), "bar": f.bar, "better": f.better, "ok": f.ok}
+            for name, f in self.figures.items()
+        }
+        return json.dumps({"bench": self.bench, "figures": figures, "details": self.details})
+
+    def show(self, console: Console) -> None:
+        """A table of the figures."""
+        table = Table("figure", "value", "bar", "", box=None, padding=(0, 2, 0, 0))
+        for name, f in self.figures.items():
+            sign = "≤" if f.better == "lower" else "≥"
+            table.add_row(name, f"{f.value:.4g}", f"{sign} {f.bar:g}", "[green]ok[/]" if f.ok else "[red]missed[/]")
+        console.print(table)
