@@ -39,7 +39,7 @@ def postgres(machine_postgres: bool) -> Iterator[LocalPostgres]:
     """The server; its database ``postgres`` has autotag's schema, and pg_cron where there is one."""
     # Background workers need no login of their own, which a connection to localhost would.
     cron = {
-        "shared_preload_libraries": "pg_cron",
+        "shared_preload_libraries": "pg_cron,pg_stat_statements",
         "cron.database_name": "postgres",
         "cron.use_background_workers": "on",
     }
@@ -47,6 +47,8 @@ def postgres(machine_postgres: bool) -> Iterator[LocalPostgres]:
     with local_postgres(machine_binaries() if machine_postgres else None, settings) as server:
         install_autotag(server)
         with psycopg.connect(server.url("supabase_admin"), autocommit=True) as connection:
+            if machine_postgres:
+                connection.execute("create extension pg_stat_statements with schema extensions")
             connection.execute(sql.SQL("create database {}").format(sql.Identifier(TEMPLATE)))
         install_autotag(server, TEMPLATE)
         yield server

@@ -163,7 +163,7 @@ begin
     where b.worker_id is null and b.not_before > v_now and b.not_before < 'infinity'
       and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting')
   ) moments (moment);
-  wait := autotag.real_seconds(greatest(v_next, v_now) - v_now);
+  wait := case when v_next is not null then autotag.real_seconds(greatest(v_next, v_now) - v_now) end;
 end $$;
 
 -- The batch if this worker holds it, locked together with its job; else a refusal that tells the worker to

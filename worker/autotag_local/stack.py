@@ -90,6 +90,15 @@ class Stack:
         with psycopg.connect(self.database_url(), autocommit=True) as connection:
             connection.execute(sql.SQL("update autotag.settings set {}").format(assignments), list(columns.values()))
 
+    def compress(self, speed: float) -> None:
+        """Makes autotag's clock run so much faster, for whoever connects from now on; a lease lasts as long as ever."""
+        with psycopg.connect(self.database_url("supabase_admin"), autocommit=True) as connection:
+            name = sql.Identifier(connection.info.dbname)
+            connection.execute(
+                sql.SQL("alter database {} set autotag.speed = {}").format(name, sql.Literal(str(speed)))
+            )
+        self.configure(test_clock=True, lease=f"{60 * speed} s")
+
     @contextlib.contextmanager
     def configured(self, **columns: Any) -> Iterator[None]:
         """The same for as long as the context is open."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from autotag_local.bench import makespan
+from autotag_local.bench import growth, limiter, makespan
 from autotag_local.bench.report import Result
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measures autotag, as ratios in one run.")
@@ -38,6 +38,24 @@ def makespan_command(
     console = Console(stderr=True)
     result = asyncio.run(makespan.measure(console, speed=scale, only=mix or (), without_peers=not peers))
     makespan.show(console, result)
+    finish(result, console, as_json)
+
+
+@app.command("limiter")
+def limiter_command(as_json: Json = False) -> None:
+    """check_rate_limit ÷ a one-row UPDATE under pgbench, in four settings; next to limits and pyrate-limiter."""
+    console = Console(stderr=True)
+    result = limiter.measure(console)
+    console.print_json(data=result.details)
+    finish(result, console, as_json)
+
+
+@app.command("growth")
+def growth_command(as_json: Json = False) -> None:
+    """Latency of a claim with 1,000,000 tasks queued ÷ with 10,000."""
+    console = Console(stderr=True)
+    result = growth.measure(console)
+    console.print_json(data=result.details)
     finish(result, console, as_json)
 
 

@@ -70,3 +70,19 @@ def admissions(uploads: Sequence[Upload], limits: Limits) -> list[float]:
 def minimum(uploads: Sequence[Upload], limits: Limits, latencies: Sequence[float]) -> float:
     """Seconds in which no schedule can finish earlier; ``latencies[k]`` is that of the k-th accepted call."""
     return max(moment + latency for moment, latency in zip(admissions(uploads, limits), latencies, strict=True))
+
+
+def fair_finishes(uploads: Sequence[Upload], limits: Limits, latencies: Sequence[float]) -> dict[int, float]:
+    """When each workspace would be done if every admission, as early as possible, went to the one that had got
+    least: the fair share that nobody should fall behind."""
+    ready = {u.workspace: available(u, limits) for u in uploads}
+    served = dict.fromkeys(ready, 0)
+    done: dict[int, float] = {}
+    for moment, latency in zip(admissions(uploads, limits), latencies, strict=True):
+        waiting = [
+            w for w, moments in ready.items() if served[w] < len(moments) and moments[served[w]] <= moment + 1e-9
+        ]
+        workspace = min(waiting, key=lambda w: (served[w], w))
+        served[workspace] += 1
+        done[workspace] = max(done.get(workspace, 0.0), moment + latency)
+    return done

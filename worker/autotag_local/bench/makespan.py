@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import psycopg
-from psycopg import sql
 from rich.console import Console
 
 from autotag.images import data_url, prepare
@@ -55,7 +54,8 @@ class Run:
     http_429: int
     mean: float  # completion per workspace, from its arrival
     worst: float
-    jain: float  # of images a second per workspace: 1 is perfectly even
+    jain: float  # Jain's index of what each workspace got of its fair share; 1 is perfectly even
+    least_share: float  # the worst-off workspace's: fair finish ÷ finish, at most 1
     mice_slowdown: float | None  # the slowest of the small ones ÷ what it needs when it is alone
     overhead: float  # of the workspace that was done last: what its slowest call does not explain
 
@@ -118,13 +118,16 @@ def _judge(
     assert len(answered) == images, f"{system}, {name}: {len(answered)} of {images} images were answered"
     ends = ends or done
     took = {upload.workspace: ends[upload.workspace] - upload.at for upload in mix}
-    rates = [upload.images / took[upload.workspace] for upload in mix]
     small = [u.workspace for u in mix if u.images == 3] if name == MICE else []
     mice = [took[w] / (slowest[w] + alone) for w in small]
-    least = bound.minimum(mix, bound.Limits(), _latencies(images, speed))
+    latencies = _latencies(images, speed)
+    least = bound.minimum(mix, bound.Limits(), latencies)
+    fair = bound.fair_finishes(mix, bound.Limits(), latencies)
+    shares = [min(1.0, fair[w] / ends[w]) for w in ends]
     return Run(
         system, name, max(ends.values()), max(ends.values()) / least, sum(entry["status"] == 429 for entry in calls),
-        statistics.mean(took.values()), max(took.values()), sum(rates) ** 2 / (len(rates) * sum(r * r for r in rates)),
+        statistics.mean(took.values()), max(took.values()),
+        sum(shares) ** 2 / (len(shares) * sum(x * x for x in shares)), min(shares),
         max(mice) if mice else None, max(took[w] - slowest[w] for w in took),
     )  # fmt: skip
 
@@ -138,7 +141,9 @@ def _shares(mix: Sequence[Upload], drawings: Sequence[Drawing]) -> list[Sequence
     return shares
 
 
-async def _autotag(stack: Stack, name: str, mix: Sequence[Upload], drawings: Sequence[Drawing], speed: float) -> Run:
+async def _autotag(
+    stack: Stack, name: str, mix: Sequence[Upload], drawings: Sequence[Drawing], speed: float, alone: float
+) -> Run:
     shares = _shares(mix, drawings)
     owners = {d.tags: u.workspace for u, share in zip(mix, shares, strict=True) for d in share}
     database = stack.database_url()
@@ -146,11 +151,10 @@ async def _autotag(stack: Stack, name: str, mix: Sequence[Upload], drawings: Seq
         owner.execute(
             "truncate autotag.jobs, autotag.workspaces, autotag.workers, public.workspace_rate_limits cascade"
         )
-        owner.execute(sql.SQL("alter database postgres set autotag.speed = {}").format(sql.Literal(str(speed))))
         owner.execute("update autotag.provider_limits set refilled_at = '-infinity', blocked_until = '-infinity'")
     # What a message takes from here to the provider is real time, which is not compressed; so the margin is not.
-    stack.configure(model=MODEL, test_clock=True, lease=f"{60 * speed} s", broadcast_interval=f"{speed} s",
-                    provider_margin=f"{0.25 * speed} s")  # fmt: skip
+    stack.compress(speed)
+    stack.configure(model=MODEL, broadcast_interval=f"{speed} s", provider_margin=f"{0.25 * speed} s")
     uploads = [await _store(stack, share) for share in shares]
     log = open("/dev/null", "wb")  # noqa: ASYNC230, SIM115 (closed below)
     environment = {**stack.worker_environment(), "AUTOTAG_SLOTS": "400", "AUTOTAG_LOG_LEVEL": "error"}
@@ -252,10 +256,10 @@ def show(console: Console, result: Result) -> None:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("mix", "system", "÷ minimum", "429s", "mean s", "worst s", "Jain", "mice ×"):
+    for column in ("mix", "system", "÷ minimum", "429s", "mean s", "worst s", "Jain", "least share", "mice ×"):
         table.add_column(column, justify="left" if column in ("mix", "system") else "right")
     for run in result.details["runs"]:
         mice = "" if run["mice_slowdown"] is None else f"{run['mice_slowdown']:.2f}"
         table.add_row(run["mix"], run["system"], f"{run['ratio']:.3f}", str(run["http_429"]), f"{run['mean']:.1f}",
-                      f"{run['worst']:.1f}", f"{run['jain']:.3f}", mice)  # fmt: skip
+                      f"{run['worst']:.1f}", f"{run['jain']:.3f}", f"{run['least_share']:.2f}", mice)  # fmt: skip
     console.print(table)
