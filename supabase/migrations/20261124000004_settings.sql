@@ -73,31 +73,41 @@ insert into autotag.settings default values;
 alter table autotag.settings enable row level security;
 
 -- How much faster than the real one autotag's clock runs: 1, but in tests and benches that compress time
--- (`alter database … set autotag.speed = 10`).
+-- (`alter database … set autotag.speed = 10`). In plpgsql, as all that is called often: its plans are kept, while
+-- a function in SQL that cannot be inlined is planned with every call.
 create function autotag.speed() returns double precision
-language sql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = ''
 as $$
-  select case when s.test_clock
-    then coalesce(nullif(current_setting('autotag.speed', true), '')::double precision, 1) else 1 end
-  from autotag.settings s
-$$;
+begin
+  if not (select s.test_clock from autotag.settings s) then
+    return 1;
+  end if;
+  return coalesce(nullif(current_setting('autotag.speed', true), '')::double precision, 1);
+end $$;
 
 -- The time, everywhere in autotag. It moves within a transaction, so that a lock waited for counts.
 create function autotag.now() returns timestamptz
-language sql volatile security definer set search_path = ''
+language plpgsql volatile security definer set search_path = ''
 as $$
-  select case when s.test_clock
-    then coalesce(nullif(current_setting('autotag.now', true), '')::timestamptz,
-      timestamptz '2026-01-01' + (clock_timestamp() - timestamptz '2026-01-01') * autotag.speed())
-    else clock_timestamp() end
-  from autotag.settings s
-$$;
+begin
+  if not (select s.test_clock from autotag.settings s) then
+    return clock_timestamp();
+  end if;
+  return coalesce(nullif(current_setting('autotag.now', true), '')::timestamptz,
+    timestamptz '2026-01-01' + (clock_timestamp() - timestamptz '2026-01-01') * autotag.speed());
+end $$;
 
 -- Seconds that a worker has to wait for what is so far away on autotag's clock, and the other way round.
 create function autotag.real_seconds(p_interval interval) returns double precision
-language sql stable security definer set search_path = ''
-as $$ select extract(epoch from p_interval) / autotag.speed() $$;
+language plpgsql stable security definer set search_path = ''
+as $$
+begin
+  return extract(epoch from p_interval) / autotag.speed();
+end $$;
 
 create function autotag.clock_interval(p_real_seconds double precision) returns interval
-language sql stable security definer set search_path = ''
-as $$ select make_interval(secs => p_real_seconds * autotag.speed()) $$;
+language plpgsql stable security definer set search_path = ''
+as $$
+begin
+  return make_interval(secs => p_real_seconds * autotag.speed());
+end $$;

@@ -71,98 +71,112 @@ $$;
 
 -- Admits what fits of p_wanted requests of p_units_each units: all or nothing, or (p_partial) as many as
 -- fit. Says how many were admitted, and, where not all were, when the next fits: `retry_at` is exact, one
--- moment earlier is refused. Null there means that it never fits. Without p_take it only looks: nothing is
--- counted and nothing locked. Locks the window's row; nothing else.
+-- moment earlier is refused. Null there means that it never fits. p_units_each null: what one image is
+-- expected to cost. Without p_take it only looks.
+--
+-- It decides by what it reads without a lock, and writes only if that still stands: whoever was quicker makes it
+-- look again, and a refusal writes and locks nothing at all. Locks the window's row when it admits.
 create function autotag.admit(
   p_workspace_id uuid, p_request_type text, p_wanted integer, p_units_each integer, p_partial boolean,
   out admitted integer, out retry_at timestamptz, out at timestamptz, p_take boolean default true
 )
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
-  v_row public.workspace_rate_limits;
-  v_limits record;
-  v_old integer := 0;          -- elements that have left the window
-  v_requests bigint := 0;      -- used in the window
-  v_units bigint := 0;
+  v_there boolean;             -- whether the window has a row
+  v_test_clock boolean;
+  v_length interval := case p_request_type when 'realtime' then interval '1 min' else interval '1 h' end;
+  v_each integer;
+  v_max_requests integer;
+  v_max_units integer;
+  v_at timestamptz[];          -- the window as it was read …
+  v_requests integer[];
+  v_units integer[];
+  v_count integer;
+  v_old integer;               -- … elements of it that have left it
+  v_used_requests bigint;
+  v_used_units bigint;
   v_need_requests bigint;      -- what must leave the window before the next fits
   v_need_units bigint;
   v_least integer;             -- the least that is worth waiting for
-  i integer;
 begin
-  if p_take then
-    select * into v_row from public.workspace_rate_limits w
-    where w.workspace_id = p_workspace_id and w.request_type = p_request_type for update;
-    if not found then
+  loop
+    select w.workspace_id is not null, s.test_clock,
+      coalesce(w.max_requests, case p_request_type
+        when 'realtime' then s.realtime_requests_per_minute else s.batch_batches_per_hour end),
+      coalesce(w.max_units, case p_request_type
+        when 'realtime' then s.realtime_tokens_per_minute else s.batch_images_per_hour end),
+      coalesce(p_units_each, p.tokens_per_image),
+      coalesce(w.admitted_at, '{}'), coalesce(w.requests, '{}'), coalesce(w.units, '{}')
+    into v_there, v_test_clock, v_max_requests, v_max_units, v_each, v_at, v_requests, v_units
+    from autotag.settings s
+    cross join autotag.provider_limits p
+    left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = p_request_type;
+
+    -- Time never runs backwards within a row.
+    v_count := cardinality(v_at);
+    at := greatest(case when v_test_clock then autotag.now() else clock_timestamp() end, v_at[v_count]);
+    v_old := 0;
+    while v_old < v_count and v_at[v_old + 1] <= at - v_length loop
+      v_old := v_old + 1;
+    end loop;
+    v_used_requests := 0;
+    v_used_units := 0;
+    for i in v_old + 1 .. v_count loop
+      v_used_requests := v_used_requests + v_requests[i];
+      v_used_units := v_used_units + v_units[i];
+    end loop;
+
+    admitted := least(
+      p_wanted,
+      greatest(v_max_requests - v_used_requests, 0),
+      case when v_used_units > v_max_units then 0  -- real use was more than the estimate
+        when v_each > 0 then (v_max_units - v_used_units) / v_each
+        else p_wanted end);
+    if not p_partial and admitted < p_wanted then
+      admitted := 0;
+    end if;
+    exit when admitted = 0 or not p_take;
+
+    if not v_there then
       insert into public.workspace_rate_limits (workspace_id, request_type) values (p_workspace_id, p_request_type)
       on conflict do nothing;
-      select * into v_row from public.workspace_rate_limits w
-      where w.workspace_id = p_workspace_id and w.request_type = p_request_type for update;
+      continue;
     end if;
-  else
-    select * into v_row from public.workspace_rate_limits w
-    where w.workspace_id = p_workspace_id and w.request_type = p_request_type;
-    if not found then
-      v_row := row(p_workspace_id, p_request_type, null, null, '{}', '{}', '{}');
-    end if;
-  end if;
-  select * into v_limits from autotag.window_limits(v_row);
-
-  -- Time is read under the lock, and never runs backwards within a row.
-  at := greatest(autotag.now(), v_row.admitted_at[cardinality(v_row.admitted_at)]);
-
-  for i in 1 .. cardinality(v_row.admitted_at) loop
-    if v_row.admitted_at[i] <= at - v_limits.length then
-      v_old := i;
+    if v_count > 0 and v_at[v_count] = at then
+      update public.workspace_rate_limits w
+      set requests = v_requests[v_old + 1 : v_count - 1] || (v_requests[v_count] + admitted),
+          units = v_units[v_old + 1 : v_count - 1] || (v_units[v_count] + admitted * v_each),
+          admitted_at = v_at[v_old + 1 :]
+      where w.workspace_id = p_workspace_id and w.request_type = p_request_type
+        and w.admitted_at = v_at and w.units = v_units and w.requests = v_requests;
     else
-      v_requests := v_requests + v_row.requests[i];
-      v_units := v_units + v_row.units[i];
+      update public.workspace_rate_limits w
+      set requests = v_requests[v_old + 1 :] || admitted,
+          units = v_units[v_old + 1 :] || (admitted * v_each),
+          admitted_at = v_at[v_old + 1 :] || at
+      where w.workspace_id = p_workspace_id and w.request_type = p_request_type
+        and w.admitted_at = v_at and w.units = v_units and w.requests = v_requests;
     end if;
+    exit when found;
   end loop;
-
-  admitted := least(
-    p_wanted,
-    greatest(v_limits.max_requests - v_requests, 0),
-    case when v_units > v_limits.max_units then 0  -- real use was more than the estimate
-      when p_units_each > 0 then (v_limits.max_units - v_units) / p_units_each
-      else p_wanted end);
-  if not p_partial and admitted < p_wanted then
-    admitted := 0;
-  end if;
 
   if admitted < p_wanted then
     v_least := case when p_partial then 1 else p_wanted end;
-    if v_least <= v_limits.max_requests and v_least::bigint * p_units_each <= v_limits.max_units then
-      v_need_requests := v_requests + admitted + v_least - v_limits.max_requests;
-      v_need_units := v_units + (admitted + v_least)::bigint * p_units_each - v_limits.max_units;
-      for i in v_old + 1 .. cardinality(v_row.admitted_at) loop
+    if v_least <= v_max_requests and v_least::bigint * v_each <= v_max_units then
+      v_need_requests := v_used_requests + admitted + v_least - v_max_requests;
+      v_need_units := v_used_units + (admitted + v_least)::bigint * v_each - v_max_units;
+      for i in v_old + 1 .. v_count loop
         exit when v_need_requests <= 0 and v_need_units <= 0;
-        v_need_requests := v_need_requests - v_row.requests[i];
-        v_need_units := v_need_units - v_row.units[i];
-        retry_at := v_row.admitted_at[i] + v_limits.length;
+        v_need_requests := v_need_requests - v_requests[i];
+        v_need_units := v_need_units - v_units[i];
+        retry_at := v_at[i] + v_length;
       end loop;
       -- Only what is admitted now stands in the way (it will have left after one whole window).
       if v_need_requests > 0 or v_need_units > 0 then
-        retry_at := at + v_limits.length;
+        retry_at := at + v_length;
       end if;
     end if;
-  end if;
-
-  if admitted > 0 and p_take then
-    i := cardinality(v_row.admitted_at);
-    if i > 0 and v_row.admitted_at[i] = at then
-      v_row.requests[i] := v_row.requests[i] + admitted;
-      v_row.units[i] := v_row.units[i] + admitted * p_units_each;
-    else
-      v_row.admitted_at := v_row.admitted_at || at;
-      v_row.requests := v_row.requests || admitted;
-      v_row.units := v_row.units || (admitted * p_units_each);
-    end if;
-    update public.workspace_rate_limits w
-    set admitted_at = v_row.admitted_at[v_old + 1 :],
-        requests = v_row.requests[v_old + 1 :],
-        units = v_row.units[v_old + 1 :]
-    where w.workspace_id = p_workspace_id and w.request_type = p_request_type;
   end if;
 end $$;
 

@@ -173,12 +173,16 @@ end $$;
 -- Whether the caller is trusted with every workspace: the service role over HTTP, or a direct connection
 -- behind which stands no user (no JWT claims, and neither the API's login role nor a role it becomes).
 create function autotag.is_service() returns boolean
-language sql stable set search_path = ''
+language plpgsql stable set search_path = ''
 as $$
-  select coalesce(
-    nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'role' = 'service_role',
-    session_user <> 'authenticator' and current_setting('role') not in ('anon', 'authenticated'))
-$$;
+declare
+  v_claims text := nullif(current_setting('request.jwt.claims', true), '');
+begin
+  if v_claims is not null then
+    return coalesce(v_claims::jsonb ->> 'role' = 'service_role', false);
+  end if;
+  return session_user <> 'authenticator' and current_setting('role') not in ('anon', 'authenticated');
+end $$;
 
 create function autotag.check_member(p_workspace_id uuid) returns void
 language plpgsql stable security definer set search_path = ''

@@ -56,20 +56,27 @@ create function autotag.take_allowance(
 language plpgsql security definer set search_path = ''
 as $$
 declare
-  v_batch boolean := p_request_type = 'batch';
-  v_tokens integer := (select p.tokens_per_image from autotag.provider_limits p);
-  v_admitted record;
+  v_admission record;
 begin
-  perform autotag.check_member(p_workspace_id);
+  -- Asked before every call by those who ask at all: what can be said here in passing is not asked of another
+  -- function, and those are called for what they refuse.
+  if not autotag.is_service() or p_workspace_id is null then
+    perform autotag.check_member(p_workspace_id);
+  end if;
   if p_request_type is null or p_request_type not in ('realtime', 'batch') then
     perform autotag.refuse(400, 'unknown_request_type', format('%L is no request type.', p_request_type),
       'Pass realtime or batch.');
   end if;
-  perform autotag.check_image_count(p_images);
-  select * into v_admitted from autotag.admit(p_workspace_id, p_request_type,
-    case when v_batch then 1 else p_images end, case when v_batch then p_images else v_tokens end, false, p_take);
-  allowed := v_admitted.admitted > 0;
-  retry_after := case when allowed then 0 else extract(epoch from v_admitted.retry_at - v_admitted.at) end;
+  if p_images is null or p_images not between 1 and 50 then
+    perform autotag.check_image_count(p_images);
+  end if;
+  if p_request_type = 'realtime' then
+    v_admission := autotag.admit(p_workspace_id, 'realtime', p_images, null, false, p_take);
+  else
+    v_admission := autotag.admit(p_workspace_id, 'batch', 1, p_images, false, p_take);
+  end if;
+  allowed := v_admission.admitted > 0;
+  retry_after := case when allowed then 0 else extract(epoch from v_admission.retry_at - v_admission.at) end;
   reason := case when not allowed then case when retry_after is null then 'exceeds_limit' else 'window_full' end end;
 end $$;
 
@@ -77,16 +84,30 @@ create function public.check_rate_limit(
   workspace_id uuid, request_type text, image_count integer,
   out allowed boolean, out retry_after double precision, out reason text
 )
-language sql security invoker set search_path = ''
-as $$ select * from autotag.take_allowance(workspace_id, request_type, image_count, true) $$;
+language plpgsql security invoker set search_path = ''
+as $$
+declare
+  v_answer record := autotag.take_allowance(workspace_id, request_type, image_count, true);
+begin
+  allowed := v_answer.allowed;
+  retry_after := v_answer.retry_after;
+  reason := v_answer.reason;
+end $$;
 
 -- The same without taking anything, for UIs.
 create function public.peek_rate_limit(
   workspace_id uuid, request_type text, image_count integer,
   out allowed boolean, out retry_after double precision, out reason text
 )
-language sql security invoker set search_path = ''
-as $$ select * from autotag.take_allowance(workspace_id, request_type, image_count, false) $$;
+language plpgsql security invoker set search_path = ''
+as $$
+declare
+  v_answer record := autotag.take_allowance(workspace_id, request_type, image_count, false);
+begin
+  allowed := v_answer.allowed;
+  retry_after := v_answer.retry_after;
+  reason := v_answer.reason;
+end $$;
 
 create function public.tagging_usage(workspace_id uuid, since date default '-infinity', until date default 'infinity')
 returns table (user_id uuid, day date, images integer, requests integer, input_tokens bigint,

@@ -91,6 +91,9 @@ isOneToOne: false
 "openai_webhook":
 { Args: { "batch_id": string,"event_type": string,"webhook_id": string }; Returns: Json
                            },
+"peek_rate_limit":
+{ Args: { "image_count": number,"request_type": string,"workspace_id": string }; Returns: Record<string, unknown>
+                           },
 "retry_tagging":
 { Args: { "job_id": string }; Returns: Json
                            },

@@ -18,7 +18,7 @@ BIG = ("tasks", "queues", "workspaces", "jobs", "batches")
 
 @pytest.fixture
 def plans(postgres: LocalPostgres, database: str, machine_postgres: bool) -> list[dict[str, Any]]:
-    """Every plan that one claim of 64 ran, with 40,000 tasks of 4,000 workspaces queued."""
+    """Every plan that one claim of 64 ran, with 40,000 tasks of 20,000 workspaces queued."""
     if not machine_postgres:
         skip("auto_explain is not in the wheel")
     with psycopg.connect(postgres.url("supabase_admin", database), autocommit=True) as connection:
@@ -26,12 +26,12 @@ def plans(postgres: LocalPostgres, database: str, machine_postgres: bool) -> lis
             update autotag.settings set realtime_requests_per_minute = 1000000, realtime_tokens_per_minute = 1000000000;
             update autotag.provider_limits set requests_per_minute = 1000000, tokens_per_minute = 1000000000,
               requests_per_day = null, tokens_per_image = 1;
-            insert into autotag.workspaces (workspace_id, queued) select gen_random_uuid(), 10 from generate_series(1, 4000);
+            insert into autotag.workspaces (workspace_id, queued) select gen_random_uuid(), 2 from generate_series(1, 20000);
             insert into autotag.jobs (id, workspace_id, strategy, image_count, created_at)
-            select workspace_id, workspace_id, 'realtime', 10, now() from autotag.workspaces;
-            insert into autotag.queues (job_id, workspace_id, queued) select id, workspace_id, 10 from autotag.jobs;
+            select workspace_id, workspace_id, 'realtime', 2, now() from autotag.workspaces;
+            insert into autotag.queues (job_id, workspace_id, queued) select id, workspace_id, 2 from autotag.jobs;
             insert into autotag.tasks (job_id, workspace_id, asset_id, lane)
-            select j.id, j.workspace_id, gen_random_uuid(), 'realtime' from generate_series(1, 10) n, autotag.jobs j""")
+            select j.id, j.workspace_id, gen_random_uuid(), 'realtime' from generate_series(1, 2) n, autotag.jobs j""")
         connection.execute("vacuum analyze")
         connection.execute("select autotag.register_worker(%s, 'test', '0', true)", (WORKER,))
         connection.execute("select autotag.claim(%s, 1)", (WORKER,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,10 +34,12 @@ def makespan_command(
     scale: Annotated[float, typer.Option(min=1, help="How much faster limits, windows and latencies pass.")] = 2,
     mix: Annotated[list[str] | None, typer.Option(help=f"Only this mix: {', '.join(makespan.MIXES)}.")] = None,
     peers: Annotated[bool, typer.Option(help="Also run what people use instead.")] = True,
+    picture: Annotated[Path | None, typer.Option(help="Draw the first mix's admissions into this SVG file.")] = None,
 ) -> None:
     """Time to finish mixes of uploads under tier-1 limits ÷ the theoretical minimum, and 429s; next to three peers."""
     console = Console(stderr=True)
-    result = asyncio.run(makespan.measure(console, speed=scale, only=mix or (), without_peers=not peers))
+    work = makespan.measure(console, speed=scale, only=mix or (), without_peers=not peers, picture=picture)
+    result = asyncio.run(work)
     makespan.show(console, result)
     finish(result, console, as_json)
 

@@ -28,6 +28,9 @@ ROUNDS = 3  # pairs of runs; the median ratio counts
 WORKSPACES = 1000
 LIBRARY_SECONDS = 3.0
 THREADS = 8
+#: As Postgres comes: what is committed is on disk.
+SAFE = {"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"}
+
 CHECK = "select allowed from public.check_rate_limit({workspace}, 'realtime', 1);"
 UPDATE = "update public.plain set n = n + 1 where workspace_id = {workspace};"
 
@@ -37,7 +40,7 @@ def measure(console: Console) -> Result:
     pgbench = shutil.which("pgbench") or str((machine_binaries() or Path("/usr/bin")) / "pgbench")
     ratios: dict[str, float] = {}
     details: dict[str, Any] = {}
-    with local_postgres(machine_binaries()) as server:
+    with local_postgres(machine_binaries(), SAFE) as server:
         install_autotag(server)
         ids = _prepare(server)
         for clients in (1, 8):
@@ -105,6 +108,7 @@ def _libraries(server: LocalPostgres, ids: list[str]) -> dict[str, int]:
     result = {"autotag check_rate_limit": _rate(lambda: _autotag_caller(server), ids)}
     with _redis() as port:
         if port:
+            _limits_caller(port)  # the library loads its parts when it is used first, and not by several threads
             result["limits, Redis moving window"] = _rate(lambda: _limits_caller(port), ids)
     result["pyrate-limiter, Postgres"] = _rate(lambda: _pyrate_caller(server), ids)
     return result

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -58,10 +59,18 @@ class Run:
     least_share: float  # the worst-off workspace's: fair finish ÷ finish, at most 1
     mice_slowdown: float | None  # the slowest of the small ones ÷ what it needs when it is alone
     overhead: float  # of the workspace that was done last: what its slowest call does not explain
+    accepted: list[float]  # when the provider accepted each call
 
 
-async def measure(console: Console, *, speed: float, only: Sequence[str] = (), without_peers: bool = False) -> Result:
-    """All mixes with autotag and the peers."""
+async def measure(
+    console: Console,
+    *,
+    speed: float,
+    only: Sequence[str] = (),
+    without_peers: bool = False,
+    picture: Path | None = None,
+) -> Result:
+    """All mixes with autotag and the peers; ``picture`` gets a plot of the first mix."""
     mixes = {name: mix for name, mix in MIXES.items() if not only or name in only}
     drawings = list(draw(max(sum(u.images for u in mix) for mix in mixes.values()) + WARM_UP))
     runs: list[Run] = []
@@ -76,6 +85,8 @@ async def measure(console: Console, *, speed: float, only: Sequence[str] = (), w
             for peer in {} if without_peers else peers.PEERS:
                 console.print(f"{name}: {peer} …")
                 runs.append(await _peer(peer, name, mix, drawings, speed))
+    if picture:
+        draw_admissions(runs, picture)
     ours = [run for run in runs if run.system == "autotag"]
     figures = {
         "worst_ratio": Figure(max(run.ratio for run in ours), 1.05, "lower"),
@@ -88,7 +99,7 @@ async def measure(console: Console, *, speed: float, only: Sequence[str] = (), w
 
 
 def _rounded(run: Run) -> dict[str, Any]:
-    return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(run).items()}
+    return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(run).items() if k != "accepted"}
 
 
 def _plan(speed: float) -> Plan:
@@ -129,6 +140,7 @@ def _judge(
         statistics.mean(took.values()), max(took.values()),
         sum(shares) ** 2 / (len(shares) * sum(x * x for x in shares)), min(shares),
         max(mice) if mice else None, max(took[w] - slowest[w] for w in took),
+        sorted((entry["at"] - started) * speed for entry in answered),
     )  # fmt: skip
 
 
@@ -249,6 +261,32 @@ async def _peer(peer: str, name: str, mix: Sequence[Upload], drawings: Sequence[
         await peers.PEERS[peer](f"http://{HOST}:{port}/v1", simulator.plan.key, jobs, speed)
     first = min(entry["at"] for entry in simulator.book)
     return _judge(peer, name, mix, owners, simulator, max(started, first), speed)
+
+
+def draw_admissions(runs: Sequence[Run], picture: Path) -> None:
+    """Accepted calls over time of the first mix, next to the most that any schedule could have had accepted."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "autotag"
+    from matplotlib import pyplot as plt
+
+    name = runs[0].mix
+    best = bound.admissions(MIXES[name], bound.Limits())
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.fill_between(best, range(1, len(best) + 1), step="post", color="#d9d9d9", label="at most, by any schedule")
+    for run, colour in zip(
+        (r for r in runs if r.mix == name), ("#0a7d4b", "#c2410c", "#1d4ed8", "#7e22ce"), strict=False
+    ):
+        axes.step(run.accepted, range(1, len(run.accepted) + 1), where="post", color=colour, label=run.system)
+    axes.set_xlabel("seconds since the uploads")
+    axes.set_ylabel("calls accepted by the provider")
+    axes.set_title(f"{name} images at tier 1")
+    axes.set_xlim(0, 2 * best[-1])  # who is slower than that leaves the picture
+    axes.set_ylim(0)
+    axes.legend(loc="lower right", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(picture, metadata={"Date": None})
 
 
 def show(console: Console, result: Result) -> None:
