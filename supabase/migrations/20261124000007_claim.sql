@@ -242,13 +242,14 @@ begin
 
   if cardinality(v_ids) > 0 then
     update autotag.workers w set unsent = w.unsent + cardinality(v_ids) where w.id = p_worker;
-    select jsonb_agg(jsonb_build_object('task', t.id, 'attempt', t.attempt, 'asset_id', t.asset_id,
-             'bucket', d.bucket, 'path', d.path, 'url', d.url) order by t.id)
+    with released as materialized (
+      select t.id, t.attempt, t.asset_id from autotag.tasks t where t.id = any (v_ids)
+    )
+    select jsonb_agg(jsonb_build_object('task', r.id, 'attempt', r.attempt, 'asset_id', r.asset_id,
+             'bucket', d.bucket, 'path', d.path, 'url', d.url) order by r.id)
     into tasks
-    from autotag.tasks t
-    left join autotag.describe_assets(array(
-      select c.asset_id from autotag.tasks c where c.id = any (v_ids))) d on d.asset_id = t.asset_id
-    where t.id = any (v_ids);
+    from released r
+    left join autotag.describe_assets(array(select asset_id from released)) d on d.asset_id = r.asset_id;
   end if;
 
   -- When to come back: when the bucket holds one more, when a workspace may go on, when a parked task is due.

@@ -166,6 +166,7 @@ async def _autotag(
         owner.execute("update autotag.provider_limits set refilled_at = '-infinity', blocked_until = '-infinity'")
     # What a message takes from here to the provider is real time, which is not compressed; so the margin is not.
     stack.compress(speed)
+    stack.configure(realtime_requests_per_minute=10_000, realtime_tokens_per_minute=10**9)  # tier 1 is what binds
     stack.configure(model=MODEL, broadcast_interval=f"{speed} s", provider_margin=f"{0.25 * speed} s")
     uploads = [await _store(stack, share) for share in shares]
     log = open("/dev/null", "wb")  # noqa: ASYNC230, SIM115 (closed below)
