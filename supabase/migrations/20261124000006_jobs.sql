@@ -45,12 +45,16 @@ create table autotag.queues (
   queued integer not null default 0 check (queued >= 0),
   released integer not null default 0,  -- the job that got least goes first: small uploads pass large ones
   cursor bigint not null default 0,
+  reached bigint not null default 0,    -- the last task that was ever released: none behind it is held
   chunk integer,                        -- at most so many at a time (null: all at once) …
   ready_at timestamptz not null default '-infinity'   -- … and the next not before this moment
 ) with (fillfactor = 50);
 create index queues_turn_idx on autotag.queues (workspace_id, released, job_id) where queued > 0;
 alter table autotag.queues enable row level security;
 
+-- No index knows who holds a task, so that a claim's update stays on its page (HOT) and costs the same however
+-- many tasks there are; whose tasks are whose is found by way of the queues (held_tasks).
+--
 -- One image of one job. Its lane and who holds it decide what happens next; its stage is what users see.
 create table autotag.tasks (
   id bigint generated always as identity primary key,
@@ -77,8 +81,7 @@ create table autotag.tasks (
 create unique index tasks_live_asset_idx on autotag.tasks (asset_id) where finished_at is null;
 create index tasks_job_id_idx on autotag.tasks (job_id);
 create index tasks_queued_idx on autotag.tasks (job_id, id)
-  where lane = 'realtime' and worker_id is null and retry_at is null and finished_at is null;
-create index tasks_worker_idx on autotag.tasks (worker_id) where worker_id is not null;
+  where lane = 'realtime' and retry_at is null and finished_at is null;
 create index tasks_batch_idx on autotag.tasks (batch_id, id) where batch_id is not null;
 create index tasks_parked_idx on autotag.tasks (retry_at) where retry_at is not null;
 alter table autotag.tasks enable row level security;

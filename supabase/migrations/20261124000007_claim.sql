@@ -65,6 +65,17 @@ begin
   return v_alive;
 end $$;
 
+-- The tasks that a worker holds: among those that were released and are not finished, of uploads that are not.
+create function autotag.held_tasks(p_worker uuid) returns bigint[]
+language sql stable security definer set search_path = ''
+as $$
+  select coalesce(array_agg(t.id), '{}')
+  from autotag.queues q
+  join autotag.tasks t on t.job_id = q.job_id and t.id <= q.reached and t.lane = 'realtime'
+    and t.retry_at is null and t.finished_at is null
+  where q.reached > 0 and t.worker_id = p_worker
+$$;
+
 -- Gives back what a worker holds except what it names (p_lost: its lease has run out; then each image counts
 -- a failure, so that one that kills its worker does not do so for ever).
 -- Locks: workspaces, jobs, batches, tasks.
@@ -74,7 +85,7 @@ language plpgsql security definer set search_path = ''
 as $$
 declare
   v_tasks bigint[] := array(
-    select t.id from autotag.tasks t where t.worker_id = p_worker and t.id <> all (p_keep_tasks));
+    select t from unnest(autotag.held_tasks(p_worker)) t where t <> all (p_keep_tasks));
   v_batches uuid[] := array(
     select b.id from autotag.batches b where b.worker_id = p_worker and b.id <> all (p_keep_batches));
 begin
@@ -328,6 +339,7 @@ begin
   update autotag.queues q
   set queued = q.queued - v_gone, released = q.released + cardinality(v_ids),
       cursor = coalesce(v_ids[cardinality(v_ids)], q.cursor),
+      reached = greatest(q.reached, v_ids[cardinality(v_ids)]),
       ready_at = case when q.chunk is null then q.ready_at else p_now + v_settings.chunk_delay end
   where q.job_id = v_queue.job_id;
   update autotag.workspaces w
