@@ -230,6 +230,24 @@ async def test_a_cancelled_batch_is_cancelled_at_openai_and_harvested(library: L
     audit(stack)
 
 
+async def test_a_batch_that_cannot_be_cancelled_any_more_ends_all_the_same(library: Library) -> None:
+    stack = library.stack
+    stack.simulator.plan.batch_latency = (3.0, 3.0)
+    stack.simulator.faults.add(Fault(where="POST /v1/batches/", status=409, code="conflict", times=1000))
+    assets = await library.upload(60)
+    async with worker(stack):
+        told = library.enqueue(assets)
+        await until(lambda: stack.simulator.batches.describe_all() != [], "the batch at OpenAI")
+        await until(
+            lambda: library.sql("select 1 from autotag.batches where state = 'submitted'") != [], "the batch to be ours"
+        )
+        library.rpc("public.cancel_tagging", told["job_id"])
+        [job] = await library.finished(told)
+    assert job["completed"] + job["failed"] == 60
+    assert job["cancelled"]
+    audit(stack)
+
+
 def test_retrying_a_job_without_failures_is_refused(library: Library) -> None:
     told = library.enqueue(library.insert(["a.jpg"]))
     with pytest.raises(psycopg.Error) as caught:

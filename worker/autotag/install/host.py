@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from autotag.install.facts import Facts, Table
 
@@ -286,6 +286,3 @@ def quote(name: str) -> str:
 def literal(text: str) -> str:
     """A string as SQL writes it."""
     return "'" + text.replace("'", "''") + "'"
-
-
-__all__ = ["Choices", "Facts", "Host", "HostError", "Members", "describe", "propose", "render", "replace"]

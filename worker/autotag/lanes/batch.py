@@ -216,7 +216,7 @@ class BatchLane:
         """Looks at all batches in flight, with as few list calls as they need, and tells the database."""
         try:
             for batch_id in cancel:
-                await self._client.batches.cancel(batch_id)
+                await self._cancel(batch_id)
             missing = set(wanted)
             seen = []
             page = await self._client.batches.list(limit=100)
@@ -232,6 +232,13 @@ class BatchLane:
         except openai.APIError as error:
             trouble = provider.classify(error)
             log.warning("poll_failed", kind=trouble.kind, code=trouble.code, message=trouble.message)
+
+    async def _cancel(self, batch_id: str) -> None:
+        """Asks OpenAI to stop a batch; one that has just ended cannot be, and the look at it says so."""
+        try:
+            await self._client.batches.cancel(batch_id)
+        except openai.APIError as error:
+            log.warning("batch_not_cancelled", openai_batch=batch_id, error=type(error).__name__)
 
     # -- when OpenAI is done with it
 

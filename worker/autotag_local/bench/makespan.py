@@ -18,7 +18,10 @@ from typing import Any
 
 import psycopg
 from rich.console import Console
+from rich.table import Table
+from storage3 import AsyncStorageClient
 
+from autotag.http import serve
 from autotag.images import data_url, prepare
 from autotag.tags import Question, request_body
 from autotag_local.bench import bound, peers
@@ -27,8 +30,8 @@ from autotag_local.bench.report import Figure, Result
 from autotag_local.openai_sim.app import Plan, Simulator
 from autotag_local.openai_sim.limits import Limits
 from autotag_local.pictures import Drawing, draw
-from autotag_local.postgres import install_autotag, local_postgres, machine_binaries
-from autotag_local.stack import Stack, local_stack, worker_process
+from autotag_local.postgres import free_port, install_autotag, local_postgres, machine_binaries
+from autotag_local.stack import HOST, Stack, local_stack, worker_process
 
 MODEL = "gpt-4o-mini"  # its 2,833 tokens an image are what makes tier 1 bind
 LATENCY = (2.0, 5.0)  # seconds
@@ -190,8 +193,6 @@ async def _autotag(
 
 async def _store(stack: Stack, share: Sequence[Drawing]) -> list[str]:
     """Files and rows of one upload."""
-    from storage3 import AsyncStorageClient
-
     member = stack.add_member()
     headers = {"apikey": stack.secret_key, "Authorization": f"Bearer {stack.secret_key}"}
     bucket = AsyncStorageClient(f"{stack.supabase_url}/storage/v1/", headers).from_("assets")
@@ -241,10 +242,6 @@ async def _ends(database: str, jobs: dict[int, str], started: float, speed: floa
 
 
 async def _peer(peer: str, name: str, mix: Sequence[Upload], drawings: Sequence[Drawing], speed: float) -> Run:
-    from autotag.http import serve
-    from autotag_local.postgres import free_port
-    from autotag_local.stack import HOST
-
     question = Question(MODEL, "low", 10, 400, "English")
     shares = _shares(mix, drawings)
     owners = {d.tags: u.workspace for u, share in zip(mix, shares, strict=True) for d in share}
@@ -292,8 +289,6 @@ def draw_admissions(runs: Sequence[Run], picture: Path) -> None:
 
 def show(console: Console, result: Result) -> None:
     """The runs as a table."""
-    from rich.table import Table
-
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("mix", "system", "÷ minimum", "429s", "mean s", "worst s", "Jain", "least share", "mice ×"):
         table.add_column(column, justify="left" if column in ("mix", "system") else "right")
