@@ -297,7 +297,6 @@ as $$
   update autotag.provider_limits
   set requests_left = requests_left + p_requests, day_left = day_left + p_requests,
       tokens_left = tokens_left + p_tokens
-  where p_requests <> 0 or p_tokens <> 0
 $$;
 
 -- Stops both lanes until a probe succeeds; every task stays queued. Locks the provider row.

@@ -157,10 +157,12 @@ begin
   if p_seen ? 'sent' then
     perform autotag.note_sent(p_worker, (p_seen ->> 'sent')::integer, (p_seen ->> 'sent_age')::double precision);
   end if;
-  if p_seen is not null or v_refund.requests <> 0 or v_refund.tokens <> 0 then
-    -- In this order: what the headers say holds whatever is given back.
+  -- In this order: what the headers say holds whatever is given back.
+  if v_refund.requests <> 0 or v_refund.tokens <> 0 then
     perform autotag.refund_provider(v_refund.requests, v_refund.tokens);
-    v_notice := autotag.observe_provider(coalesce(p_seen, '{}'));
+  end if;
+  if p_seen is not null then
+    v_notice := autotag.observe_provider(p_seen);
   end if;
   if v_account_error is not null then
     perform autotag.stop_account(v_account_error);

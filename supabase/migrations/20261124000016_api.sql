@@ -58,8 +58,7 @@ as $$
 declare
   v_admission record;
 begin
-  -- Asked before every call by those who ask at all: what can be said here in passing is not asked of another
-  -- function, and those are called for what they refuse.
+  -- Asked before every call by those who ask at all, so check_member() is called for what it refuses only.
   if not autotag.is_service() or p_workspace_id is null then
     perform autotag.check_member(p_workspace_id);
   end if;
@@ -67,9 +66,7 @@ begin
     perform autotag.refuse(400, 'unknown_request_type', format('%L is no request type.', p_request_type),
       'Pass realtime or batch.');
   end if;
-  if p_images is null or p_images not between 1 and 50 then
-    perform autotag.check_image_count(p_images);
-  end if;
+  perform autotag.check_image_count(p_images);
   if p_request_type = 'realtime' then
     v_admission := autotag.admit(p_workspace_id, 'realtime', p_images, null, false, p_take);
   else

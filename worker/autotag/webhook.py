@@ -5,7 +5,6 @@ Whatever a delivery says about a batch is not believed: it only makes the next l
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable
 
 import openai
@@ -38,9 +37,8 @@ def make_app(client: AsyncOpenAI, secret: str, receive: Receive) -> Starlette:
             if len(body) > BODY_MOST:
                 return _refuse(413, "too_large", "The body is larger than any delivery of OpenAI's.")
         try:
-            client.webhooks.unwrap(bytes(body), request.headers, secret=secret)
-            event = json.loads(body)
-            kind, batch = str(event["type"]), str((event.get("data") or {}).get("id") or "")
+            event = client.webhooks.unwrap(bytes(body), request.headers, secret=secret)
+            kind, batch = str(event.type), str(getattr(event.data, "id", None) or "")
         except openai.InvalidWebhookSignatureError as error:
             log.warning("webhook_refused", reason=str(error))
             return _refuse(400, "bad_signature", str(error))
