@@ -17,8 +17,7 @@ create table public.workspace_rate_limits (
   admitted_at timestamptz[] not null default '{}',
   requests integer[] not null default '{}',
   units integer[] not null default '{}',
-  primary key (workspace_id, request_type),
-  check (cardinality(admitted_at) = cardinality(requests) and cardinality(requests) = cardinality(units))
+  primary key (workspace_id, request_type)
 ) with (fillfactor = 50);
 alter table public.workspace_rate_limits enable row level security;
 create policy "members see the limits of their workspaces" on public.workspace_rate_limits for select to authenticated
@@ -74,8 +73,9 @@ $$;
 -- moment earlier is refused. Null there means that it never fits. p_units_each null: what one image is
 -- expected to cost. Without p_take it only looks.
 --
--- It decides by what it reads without a lock, and writes only if that still stands: whoever was quicker makes it
--- look again, and a refusal writes and locks nothing at all. Locks the window's row when it admits.
+-- It decides by what it reads without a lock, and writes only if that version of the row still stands (no other
+-- row can have both its ctid and its xmin): whoever was quicker makes it look again, and a refusal writes and locks
+-- nothing at all. Locks the window's row when it admits.
 create function autotag.admit(
   p_workspace_id uuid, p_request_type text, p_wanted integer, p_units_each integer, p_partial boolean,
   out admitted integer, out retry_at timestamptz, out at timestamptz, p_take boolean default true
@@ -83,7 +83,8 @@ create function autotag.admit(
 language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
-  v_there boolean;             -- whether the window has a row
+  v_ctid tid;                  -- the version of the window's row that was read; null: it has none yet
+  v_xmin xid;
   v_test_clock boolean;
   v_length interval := case p_request_type when 'realtime' then interval '1 min' else interval '1 h' end;
   v_each integer;
@@ -101,14 +102,14 @@ declare
   v_least integer;             -- the least that is worth waiting for
 begin
   loop
-    select w.workspace_id is not null, s.test_clock,
+    select w.ctid, w.xmin, s.test_clock,
       coalesce(w.max_requests, case p_request_type
         when 'realtime' then s.realtime_requests_per_minute else s.batch_batches_per_hour end),
       coalesce(w.max_units, case p_request_type
         when 'realtime' then s.realtime_tokens_per_minute else s.batch_images_per_hour end),
       coalesce(p_units_each, p.tokens_per_image),
       coalesce(w.admitted_at, '{}'), coalesce(w.requests, '{}'), coalesce(w.units, '{}')
-    into v_there, v_test_clock, v_max_requests, v_max_units, v_each, v_at, v_requests, v_units
+    into v_ctid, v_xmin, v_test_clock, v_max_requests, v_max_units, v_each, v_at, v_requests, v_units
     from autotag.settings s
     cross join autotag.provider_limits p
     left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = p_request_type;
@@ -138,7 +139,7 @@ begin
     end if;
     exit when admitted = 0 or not p_take;
 
-    if not v_there then
+    if v_ctid is null then
       insert into public.workspace_rate_limits (workspace_id, request_type) values (p_workspace_id, p_request_type)
       on conflict do nothing;
       continue;
@@ -148,15 +149,13 @@ begin
       set requests = v_requests[v_old + 1 : v_count - 1] || (v_requests[v_count] + admitted),
           units = v_units[v_old + 1 : v_count - 1] || (v_units[v_count] + admitted * v_each),
           admitted_at = v_at[v_old + 1 :]
-      where w.workspace_id = p_workspace_id and w.request_type = p_request_type
-        and w.admitted_at = v_at and w.units = v_units and w.requests = v_requests;
+      where w.ctid = v_ctid and w.xmin = v_xmin;
     else
       update public.workspace_rate_limits w
       set requests = v_requests[v_old + 1 :] || admitted,
           units = v_units[v_old + 1 :] || (admitted * v_each),
           admitted_at = v_at[v_old + 1 :] || at
-      where w.workspace_id = p_workspace_id and w.request_type = p_request_type
-        and w.admitted_at = v_at and w.units = v_units and w.requests = v_requests;
+      where w.ctid = v_ctid and w.xmin = v_xmin;
     end if;
     exit when found;
   end loop;

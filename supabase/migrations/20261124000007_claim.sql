@@ -178,10 +178,11 @@ end $$;
 -- at a time; within it the job that got least). Says when to ask again if nothing else wakes the worker.
 --
 -- tasks: [{task, attempt, asset_id, bucket, path, url}]; wait: seconds, null when nothing is queued.
--- An asset that is gone has neither path nor url.
+-- An asset that is gone has neither path nor url. Its plans are made once: planning them for every release costs
+-- a third of the claim, and more the more is queued.
 -- Locks: provider, workspaces by id, windows by workspace, then queued tasks (nobody else holds those).
 create function autotag.claim(p_worker uuid, p_slots integer, out tasks jsonb, out wait double precision)
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
   v_provider autotag.provider_limits;
@@ -289,7 +290,7 @@ end $$;
 create function autotag.release_tasks(
   p_workspace autotag.workspaces, p_worker uuid, p_room integer, p_tokens integer, p_now timestamptz
 ) returns bigint[]
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
   v_settings autotag.settings;

@@ -94,7 +94,8 @@ class Simulator:
 
     def _answer(self, handler: Any) -> Any:
         async def answer(request: Request) -> Response:
-            entry: dict[str, Any] = {"at": time.time(), "method": request.method, "path": request.url.path}
+            path = request.url.path
+            entry: dict[str, Any] = {"at": time.time(), "method": request.method, "path": path, "status": None}
             request.state.entry = entry
             self.book.append(entry)
             try:

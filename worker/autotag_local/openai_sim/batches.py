@@ -161,7 +161,9 @@ class Batches:
 
     async def _answer(self, line: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
         """Whether a line succeeded, and its line in the output or error file."""
-        entry = {"at": time.time(), "method": "BATCH", "path": line["url"], "picture": digest(line["body"])}
+        entry = {
+            "at": time.time(), "method": "BATCH", "path": line["url"], "picture": digest(line["body"]), "status": None,
+        }  # fmt: skip
         self._sim.book.append(entry)
         request_id = secrets.token_hex(16)
         try:
