@@ -52,6 +52,14 @@ create table autotag.settings (
   retry_delay_max interval not null default '60 s' check (retry_delay_max >= retry_delay),
   account_probe_interval interval not null default '30 s' check (account_probe_interval > '0'),
   batch_poll_interval interval not null default '60 s' check (batch_poll_interval > '0'),
+  -- a create that seemed to fail may yet arrive: nobody tries again before
+  batch_create_grace interval not null default '10 s' check (batch_create_grace >= '0'),
+  -- looks in a row that do not find a batch at OpenAI before it is given up
+  batch_looks_in_vain integer not null default 3 check (batch_looks_in_vain > 0),
+  -- a batch without progress for so long, or so old (OpenAI's window is 24 h), is cancelled and its images go as
+  -- single calls, where the limits allow
+  batch_stuck_after interval not null default '6 h' check (batch_stuck_after > '0'),
+  batch_give_up_after interval not null default '23 h' check (batch_give_up_after > '0'),
   broadcast_interval interval not null default '1 s' check (broadcast_interval >= '0'),
   keep_finished interval not null default '30 days' check (keep_finished > '0'),
   keep_usage integer not null default 800 check (keep_usage > 0),   -- days
@@ -103,6 +111,14 @@ language plpgsql stable security definer set search_path = ''
 as $$
 begin
   return extract(epoch from p_interval) / autotag.speed();
+end $$;
+
+-- A moment of autotag's clock as others count it: epoch seconds.
+create function autotag.real_epoch(p_moment timestamptz) returns double precision
+language plpgsql stable security definer set search_path = ''
+as $$
+begin
+  return extract(epoch from clock_timestamp()) - autotag.real_seconds(autotag.now() - p_moment);
 end $$;
 
 create function autotag.clock_interval(p_real_seconds double precision) returns interval

@@ -95,7 +95,11 @@ begin
   perform from autotag.jobs j
   where j.id in (select t.job_id from autotag.tasks t where t.id = any (v_tasks)) order by j.id for update;
   perform from autotag.batches b where b.id = any (v_batches) order by b.id for update;
-  update autotag.batches b set worker_id = null where b.id = any (v_batches) and b.worker_id = p_worker;
+  -- What its last request may have created at OpenAI has to show before somebody else looks.
+  update autotag.batches b
+  set worker_id = null, not_before = case when b.state <> 'creating' then b.not_before
+    else autotag.now() + (select s.batch_create_grace from autotag.settings s) end
+  where b.id = any (v_batches) and b.worker_id = p_worker;
   perform from autotag.tasks t where t.id = any (v_tasks) order by t.id for update;
   perform autotag.requeue(jsonb_agg(jsonb_build_object(
     'task', t.id, 'failures', case when p_lost then 1 else 0 end,

@@ -3,10 +3,11 @@
 --   planned ─► preparing ─► uploading ─► creating ─► submitted ─► ended ─► harvesting ─► done
 --      ▲  (images fetched,   (input file  (about to   (OpenAI has  (OpenAI  (answers are
 --      │   file built)        uploaded)    create)     it)          is done) stored)
---      └── OpenAI's queue was full: again later                       cancelled: before OpenAI had it
+--      └── OpenAI's queue was full: again later (with the file)       cancelled: before OpenAI had it
 --
 -- A worker that takes over a row in `creating` looks at OpenAI first and adopts the batch that carries the
 -- row's id in its metadata. Whoever holds a row has its `attempt`; a call with an older one is refused.
+-- A file's id stays in the row until the file is deleted at OpenAI, so that whoever comes next can do it.
 
 create table autotag.batches (
   id uuid primary key default gen_random_uuid(),
@@ -30,7 +31,10 @@ create table autotag.batches (
   error_file_id text,
   request_total integer not null default 0,
   request_done integer not null default 0,    -- answered or failed, as OpenAI counts
+  progress_at timestamptz,                    -- when a look at it last saw something new
+  looks_in_vain integer not null default 0,   -- … and how many in a row did not find it at OpenAI
   cancel_requested boolean not null default false,
+  stuck boolean not null default false,       -- given up: what OpenAI has not done goes as single calls
   stored boolean not null default false,      -- all its rows are stored and batch-complete is sent
   error text,
   created_at timestamptz not null,
@@ -44,6 +48,8 @@ create index batches_turn_idx on autotag.batches (created_at, ordinal)
   where worker_id is null and state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting');
 create index batches_in_flight_idx on autotag.batches (openai_batch_id) where state = 'submitted';
 create index batches_worker_idx on autotag.batches (worker_id) where worker_id is not null;
+create index batches_leftover_files_idx on autotag.batches (id) where state in ('done', 'cancelled')
+  and (input_file_id is not null or output_file_id is not null or error_file_id is not null);
 create index batches_workspace_planned_idx on autotag.batches (workspace_id) where state = 'planned';
 alter table autotag.batches enable row level security;
 
@@ -63,14 +69,17 @@ as $$
 $$;
 
 -- claim_batches: hands out whole batches, and the poll when it is due.
---   batches: [{batch, attempt, state, image_count, openai_batch_id, input_file_id, output_file_id,
---     error_file_id, tokens_left}], in the order to work on them: what OpenAI has finished is stored first,
+--   batches: [{batch, attempt, state, image_count, since, cancelled, openai_batch_id, input_file_id,
+--     output_file_id, error_file_id}], in the order to work on them: what OpenAI has finished is stored first,
 --     then the first batches of uploads, then the others.
---   poll: ids of the batches in flight when they are to be looked at now, else null.
+--   poll: [{id, since (epoch seconds: it is not older at OpenAI)}] of the batches in flight when they are to be
+--     looked at now, else null; cancel: ids of those that are to be cancelled at OpenAI before.
+--   files: ids of files that nobody needs any more, to be deleted at OpenAI (files_deleted).
 --   wait: seconds until there may be more; null when only a notification can bring some.
 -- Locks: provider, windows by workspace, batches by id.
 create function autotag.claim_batches(
-  p_worker uuid, p_slots integer, out batches jsonb, out poll jsonb, out cancel jsonb, out wait double precision
+  p_worker uuid, p_slots integer,
+  out batches jsonb, out poll jsonb, out cancel jsonb, out files jsonb, out wait double precision
 )
 language plpgsql security definer set search_path = ''
 as $$
@@ -89,6 +98,7 @@ declare
 begin
   select * into v_settings from autotag.settings;
   batches := '[]';
+  files := '[]';
   if v_provider.account_error is not null then
     if v_provider.probe_at > v_now then
       wait := autotag.real_seconds(v_provider.probe_at - v_now);
@@ -134,30 +144,45 @@ begin
     end if;
     update autotag.batches b
     set worker_id = p_worker, attempt = b.attempt + 1,
-        state = case b.state when 'planned' then 'preparing' when 'ended' then 'harvesting' else b.state end
+        state = case
+          when b.state = 'planned' and b.input_file_id is null then 'preparing'
+          when b.state = 'planned' then 'creating'
+          when b.state = 'ended' then 'harvesting'
+          else b.state end
     where b.id = v_batch.id;
     v_taken := v_taken || v_batch.id;
   end loop;
   select coalesce(jsonb_agg(jsonb_build_object(
       'batch', b.id, 'attempt', b.attempt, 'state', b.state, 'image_count', b.image_count,
+      'since', autotag.real_epoch(b.created_at), 'cancelled', b.cancel_requested,
       'openai_batch_id', b.openai_batch_id, 'input_file_id', b.input_file_id,
       'output_file_id', b.output_file_id, 'error_file_id', b.error_file_id) order by t.i), '[]')
   into batches
   from unnest(v_taken) with ordinality t (id, i) join autotag.batches b on b.id = t.id;
 
   if v_provider.next_poll_at <= v_now then
-    select jsonb_agg(b.openai_batch_id order by b.ordinal, b.created_at),
+    select jsonb_agg(jsonb_build_object('id', b.openai_batch_id, 'since', autotag.real_epoch(b.created_at))
+             order by b.ordinal, b.created_at),
            jsonb_agg(b.openai_batch_id) filter (where b.cancel_requested)
     into poll, cancel
     from autotag.batches b where b.state = 'submitted';
-    v_provider.next_poll_at := case when poll is null then '-infinity' else v_now + v_settings.batch_poll_interval end;
+    select coalesce(jsonb_agg(f.id), '[]') into files
+    from (
+      select unnest(array[b.input_file_id, b.output_file_id, b.error_file_id]) as id
+      from autotag.batches b
+      where b.state in ('done', 'cancelled')
+        and (b.input_file_id is not null or b.output_file_id is not null or b.error_file_id is not null)
+      order by b.id limit 300) f
+    where f.id is not null;
+    v_provider.next_poll_at := case when poll is null and files = '[]' then '-infinity' else v_now + v_settings.batch_poll_interval end;
   end if;
   update autotag.provider_limits p
   set next_poll_at = v_provider.next_poll_at,
       probe_at = case when p.account_error is null then p.probe_at else v_now + v_settings.account_probe_interval end;
 
   select min(moment) into v_next from (
-    select v_provider.next_poll_at where exists (select from autotag.batches b where b.state = 'submitted')
+    select v_provider.next_poll_at
+    where files <> '[]' or exists (select from autotag.batches b where b.state = 'submitted')
     union all
     select min(b.not_before) from autotag.batches b
     where b.worker_id is null and b.not_before > v_now and b.not_before < 'infinity'
@@ -270,7 +295,8 @@ begin
   v_now := autotag.now();
   update autotag.batches b
   set state = 'submitted', worker_id = null, failures = 0, openai_batch_id = p_openai_batch_id,
-      openai_status = p_status, input_file_id = p_input_file_id, submitted_at = v_now
+      openai_status = p_status, input_file_id = p_input_file_id, submitted_at = v_now, progress_at = v_now,
+      looks_in_vain = 0
   where b.id = p_batch;
   perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'submitted');
   perform autotag.tell_progress(v_batch.job_id);
@@ -286,7 +312,8 @@ begin
 end $$;
 
 -- The worker could not go on: {kind, code, message, retry_after}. Of the account: both lanes stop. Of the
--- moment: another try later, by whoever comes first. A batch that OpenAI refuses as such falls apart into
+-- moment: another try later, by whoever comes first; in `creating` not before batch_create_grace has passed,
+-- because a request that seemed to fail may yet arrive. A batch that OpenAI refuses as such falls apart into
 -- single calls, whose answers say more.
 create function autotag.batch_trouble(p_worker uuid, p_batch uuid, p_attempt integer, p_error jsonb) returns void
 language plpgsql security definer set search_path = ''
@@ -294,56 +321,173 @@ as $$
 declare
   v_settings autotag.settings;
   v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
+  v_batch autotag.batches;
 begin
   select * into v_settings from autotag.settings;
   if p_error ->> 'kind' = 'account' then
     perform autotag.stop_account(p_error ->> 'message');
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
-  perform autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
   if p_error ->> 'kind' = 'image' then
-    update autotag.batches b
-    set state = 'done', worker_id = null, error = p_error ->> 'message', finished_at = autotag.now(),
-        reserved_tokens = 0, stored = true
-    where b.id = p_batch;
-    perform autotag.requeue_batch(p_batch, 0, p_error ->> 'code', p_error ->> 'message');
-  else
-    update autotag.batches b
-    set worker_id = null, failures = b.failures + 1, error = p_error ->> 'message',
-        not_before = autotag.now() + case when p_error ->> 'kind' = 'account' then interval '0'
+    perform autotag.end_batch(v_batch, p_error ->> 'message');
+    perform autotag.requeue_batch(v_batch, false, 0, p_error ->> 'code', p_error ->> 'message');
+    return;
+  end if;
+  -- A file that OpenAI keeps not knowing is gone: it is built again.
+  update autotag.batches b
+  set worker_id = null, failures = b.failures + 1, error = p_error ->> 'message',
+      state = case when v_lost.file then 'planned' else b.state end,
+      input_file_id = case when v_lost.file then null else b.input_file_id end,
+      reserved_tokens = case when v_lost.file then 0 else b.reserved_tokens end,
+      not_before = autotag.now() + greatest(
+        case when b.state = 'creating' and p_error ->> 'code' <> all ('{file_not_there_yet,rate_limited}')
+          then v_settings.batch_create_grace else interval '0' end,
+        case when p_error ->> 'kind' = 'account' then interval '0'
           else make_interval(secs => greatest((p_error ->> 'retry_after')::double precision,
             (0.5 + random() / 2) * least(extract(epoch from v_settings.retry_delay_max),
-              extract(epoch from v_settings.retry_delay) * power(2, least(b.failures, 20))))) end
-    where b.id = p_batch;
-  end if;
+              extract(epoch from v_settings.retry_delay) * power(2, least(b.failures, 20))))) end)
+  from (select p_error ->> 'code' = 'file_not_there_yet' and v_batch.state = 'creating' and v_batch.failures >= 3 as file) v_lost
+  where b.id = p_batch;
   perform pg_notify('autotag', 'batch');
 end $$;
 
--- Sends what is left of a batch back as single calls. The caller holds workspace, job and batch.
-create function autotag.requeue_batch(p_batch uuid, p_failures integer, p_code text, p_message text) returns void
+-- A look at OpenAI failed as a whole. Of the account: both lanes stop. Else the next look is the next try.
+create function autotag.poll_trouble(p_error jsonb) returns void
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  if p_error ->> 'kind' = 'account' then
+    perform autotag.stop_account(p_error ->> 'message');
+  end if;
+end $$;
+
+-- Files that are deleted at OpenAI need no deleting any more.
+create function autotag.files_deleted(p_files text[]) returns void
+language sql security definer set search_path = ''
+as $$
+  update autotag.batches b
+  set input_file_id = case when b.input_file_id = any (p_files) then null else b.input_file_id end,
+      output_file_id = case when b.output_file_id = any (p_files) then null else b.output_file_id end,
+      error_file_id = case when b.error_file_id = any (p_files) then null else b.error_file_id end
+  where b.id in (
+    select d.id from autotag.batches d
+    where d.state in ('done', 'cancelled')
+      and (d.input_file_id = any (p_files) or d.output_file_id = any (p_files) or d.error_file_id = any (p_files))
+    order by d.id for update)
+$$;
+
+-- The batch is over, whatever it brought: everybody is told, once, because this is the only place that sends
+-- batch-complete. What it leaves without an answer is for requeue_batch(). The caller holds it and its job.
+create function autotag.end_batch(p_batch autotag.batches, p_error text) returns void
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  update autotag.batches b
+  set state = 'done', worker_id = null, stored = true, finished_at = autotag.now(), reserved_tokens = 0,
+      error = coalesce(p_error, b.error)
+  where b.id = p_batch.id;
+  if p_batch.openai_batch_id is not null then
+    perform autotag.broadcast('batch-updates', 'batch-complete',
+      jsonb_build_object('batch_id', p_batch.openai_batch_id), false);
+    perform autotag.broadcast_to_workspace(p_batch.workspace_id, 'batch-complete', jsonb_build_object(
+      'batch_id', p_batch.openai_batch_id, 'job_id', p_batch.job_id,
+      'image_count', p_batch.image_count, 'status', p_batch.openai_status));
+  end if;
+end $$;
+
+-- Gives what a batch has left without an answer another try, in the cheapest way that is allowed: by batch again
+-- (p_by_batch) when there are more than go in chunks, else as single calls. Those that had their share of tries
+-- fail, with what stands at the task or with this message. The caller holds workspace, job and batch.
+create function autotag.requeue_batch(
+  p_batch autotag.batches, p_by_batch boolean, p_failures integer, p_code text, p_message text
+) returns void
 language plpgsql security definer set search_path = ''
 as $$
 declare
-  v_tasks bigint[] := autotag.lock_batch_tasks(p_batch);
+  v_settings autotag.settings;
+  v_tasks bigint[] := autotag.lock_batch_tasks(p_batch.id);
+  v_job autotag.jobs;
+  v_again bigint[] := array[]::bigint[];
 begin
+  select * into v_settings from autotag.settings;
+  select * into v_job from autotag.jobs j where j.id = p_batch.job_id;
+  if p_by_batch and not p_batch.stuck and v_job.cancelled_at is null
+     and cardinality(v_tasks) > v_settings.chunk_max_images then
+    with again as (
+      update autotag.tasks t set failures = t.failures + p_failures
+      where t.id = any (v_tasks) and t.failures + p_failures < v_settings.max_failures
+      returning t.id
+    )
+    select coalesce(array_agg(a.id order by a.id), '{}') into v_again from again a;
+  end if;
   perform autotag.requeue(jsonb_agg(jsonb_build_object(
-    'task', t, 'failures', p_failures, 'code', p_code, 'message', p_message)))
-  from unnest(v_tasks) t having count(*) > 0;
+    'task', t.id, 'failures', p_failures,
+    'code', coalesce(t.error_code, p_code), 'message', coalesce(t.error, p_message))))
+  from autotag.tasks t where t.id = any (v_tasks) and t.id <> all (v_again) having count(*) > 0;
+  perform autotag.place_in_batches(v_job, v_again);
   perform pg_notify('autotag', 'realtime');
 end $$;
 
+-- Puts tasks of a job (in order) into new batches of it, which wait their turn. The caller holds job and tasks.
+create function autotag.place_in_batches(p_job autotag.jobs, p_tasks bigint[]) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_count integer := cardinality(p_tasks);
+  v_left record;
+  v_batches integer;
+begin
+  if v_count = 0 then
+    return;
+  end if;
+  select * into v_left from autotag.batches_left(p_job.workspace_id);
+  v_batches := autotag.plan_batches(v_count, v_left.batches, v_left.window_images);
+  with made as (
+    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, created_at)
+    select p_job.id, p_job.workspace_id,
+      (select coalesce(max(b.ordinal), 0) from autotag.batches b where b.job_id = p_job.id) + n,
+      (n::bigint * v_count / v_batches - (n - 1)::bigint * v_count / v_batches)::integer, autotag.now()
+    from generate_series(1, v_batches) n
+    returning id, ordinal
+  ), numbered as (
+    select m.id, row_number() over (order by m.ordinal) as n from made m
+  )
+  update autotag.tasks t set lane = 'batch', batch_id = b.id
+  from unnest(p_tasks) with ordinality u (id, i)
+  join numbered b on u.i > (b.n - 1) * v_count / v_batches and u.i <= b.n * v_count / v_batches
+  where t.id = u.id;
+  update autotag.jobs j
+  set eta = autotag.now() + make_interval(secs => (select s.batch_seconds from autotag.settings s))
+  where j.id = p_job.id;
+  perform pg_notify('autotag', 'batch');
+end $$;
+
 -- What a poll (or a webhook) has seen: [{id, status, output_file_id, error_file_id, total, done, error_code,
--- error}]. A batch that ended waits for a worker to harvest it. OpenAI's queue being full is no failure:
--- the batch is planned again. Batches that are not in flight are ignored.
--- Locks: jobs by id, batches by id, tasks by id.
+-- error}], with status `gone` for one that OpenAI does not know (any more, or with this key). A batch that ended
+-- waits for a worker to harvest it. OpenAI's queue being full is no failure: the batch is planned again. One that
+-- stays gone is over. One that is stuck is cancelled, where the limits let its images go as single calls. Batches
+-- that are not in flight are ignored, and rows that do not change are not touched.
+-- Locks: provider (when the account was stopped), workspaces by id, jobs by id, batches by id, tasks by id.
 create function autotag.batches_seen(p_seen jsonb) returns void
 language plpgsql security definer set search_path = ''
 as $$
 declare
   v_now timestamptz := autotag.now();
+  v_settings autotag.settings;
+  v_batch autotag.batches;
   v_seen record;
   v_tasks bigint[];
 begin
+  if exists (select from autotag.provider_limits p where p.account_error is not null) then
+    perform autotag.resume_account();
+    perform pg_notify('autotag', 'realtime');
+  end if;
+  select * into v_settings from autotag.settings;
+  perform from autotag.workspaces w where w.workspace_id in (
+    select b.workspace_id from autotag.batches b
+    join jsonb_to_recordset(p_seen) s (id text, status text) on s.id = b.openai_batch_id and s.status = 'gone')
+  order by w.workspace_id for update;
   perform from autotag.jobs j where j.id in (
     select b.job_id from autotag.batches b
     join jsonb_to_recordset(p_seen) s (id text) on s.id = b.openai_batch_id where b.state = 'submitted')
@@ -352,51 +496,70 @@ begin
   where b.openai_batch_id in (select s.id from jsonb_to_recordset(p_seen) s (id text)) order by b.id for update;
 
   for v_seen in
-    select b.id, b.job_id, s.status, s.output_file_id, s.error_file_id, s.error_code, s.error,
-           greatest(b.request_done, s.done) as done, greatest(b.request_total, s.total) as total,
-           b.openai_status is distinct from s.status or b.request_done < s.done as changed
-    from jsonb_to_recordset(p_seen) s (id text, status text, output_file_id text, error_file_id text,
+    select s.* from jsonb_to_recordset(p_seen) s (id text, status text, output_file_id text, error_file_id text,
       total integer, done integer, error_code text, error text)
-    join autotag.batches b on b.openai_batch_id = s.id
-    where b.state = 'submitted'
+    join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
     order by b.id
   loop
-    continue when not v_seen.changed;
-    if v_seen.status = 'failed' and v_seen.error_code = 'token_limit_exceeded' then
+    select * into v_batch from autotag.batches b where b.openai_batch_id = v_seen.id and b.state = 'submitted';
+    if v_seen.status = 'gone' then
+      update autotag.batches b set looks_in_vain = b.looks_in_vain + 1 where b.id = v_batch.id;
+      if v_batch.looks_in_vain + 1 >= v_settings.batch_looks_in_vain then
+        perform autotag.end_batch(v_batch, 'OpenAI does not know this batch any more (or not with this key).');
+        perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
+      end if;
+    elsif v_seen.status = 'failed' and v_seen.error_code = 'token_limit_exceeded' then
       update autotag.batches b
-      set state = 'planned', openai_batch_id = null, openai_status = null, input_file_id = null,
-          reserved_tokens = 0, error = v_seen.error,
-          not_before = v_now + (select s.batch_poll_interval from autotag.settings s)
-      where b.id = v_seen.id;
-      continue;
+      set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_seen.error,
+          not_before = v_now + v_settings.batch_poll_interval
+      where b.id = v_batch.id;
+    elsif v_batch.openai_status is distinct from v_seen.status or v_batch.request_done < v_seen.done then
+      update autotag.batches b
+      set openai_status = v_seen.status, request_total = greatest(b.request_total, v_seen.total),
+          request_done = greatest(b.request_done, v_seen.done), progress_at = v_now, looks_in_vain = 0,
+          output_file_id = v_seen.output_file_id, error_file_id = v_seen.error_file_id, error = v_seen.error
+      where b.id = v_batch.id returning * into v_batch;
+      v_tasks := autotag.lock_batch_tasks(v_batch.id);
+      if v_seen.status in ('completed', 'failed', 'expired', 'cancelled') then
+        update autotag.batches b set state = 'ended', ended_at = v_now, reserved_tokens = 0 where b.id = v_batch.id;
+        perform autotag.advance(v_tasks, 'completing');
+        perform pg_notify('autotag', 'batch');
+      elsif v_seen.status in ('in_progress', 'finalizing', 'cancelling') then
+        perform autotag.advance(v_tasks, 'processing');
+        perform autotag.show_batch_progress(v_tasks, v_batch.request_done, v_batch.request_total);
+      end if;
+      perform autotag.tell_progress(v_batch.job_id);
+    elsif not v_batch.cancel_requested and v_seen.status in ('validating', 'in_progress', 'finalizing')
+      and (v_batch.progress_at <= v_now - v_settings.batch_stuck_after
+        or v_batch.submitted_at <= v_now - v_settings.batch_give_up_after)
+      and autotag.predict_wait(v_batch.workspace_id, v_batch.image_count - v_batch.express_count - v_batch.request_done)
+        <= v_settings.realtime_max_wait
+    then
+      update autotag.batches b set cancel_requested = true, stuck = true where b.id = v_batch.id;
+      update autotag.jobs j
+      set fallback = 'A batch made no progress, so the rest of its images go as single calls.'
+      where j.id = v_batch.job_id;
     end if;
-    update autotag.batches b
-    set openai_status = v_seen.status, request_total = v_seen.total, request_done = v_seen.done,
-        output_file_id = v_seen.output_file_id, error_file_id = v_seen.error_file_id, error = v_seen.error
-    where b.id = v_seen.id;
-    v_tasks := autotag.lock_batch_tasks(v_seen.id);
-    if v_seen.status in ('completed', 'failed', 'expired', 'cancelled') then
-      update autotag.batches b set state = 'ended', ended_at = v_now, reserved_tokens = 0 where b.id = v_seen.id;
-      perform autotag.advance(v_tasks, 'completing');
-      perform pg_notify('autotag', 'batch');
-    elsif v_seen.status in ('in_progress', 'finalizing', 'cancelling') then
-      perform autotag.advance(v_tasks, 'processing');
-      perform autotag.show_batch_progress(v_tasks, v_seen.done, v_seen.total);
-    end if;
-    perform autotag.tell_progress(v_seen.job_id);
   end loop;
 end $$;
 
 -- Answers of a batch's lines, or images that could not become lines: [{task, result | error, usage}]. A task
--- that is not this batch's any more, or has its answer, is ignored, so that harvesting twice changes nothing.
--- Returns how many were accepted. Locks: workspace, job, batch, tasks.
+-- that is not this batch's any more, or has its answer, is ignored, so that harvesting twice changes nothing. Lines
+-- that failed for no fault of their image are left to batch_finish(), which knows how many there are; why is noted.
+-- Returns how many were accepted. Locks: provider (of the account's errors), workspace, job, batch, tasks.
 create function autotag.batch_answers(p_worker uuid, p_batch uuid, p_attempt integer, p_answers jsonb) returns integer
 language plpgsql security definer set search_path = ''
 as $$
 declare
   v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
+  v_account_error text := (
+    select a.error ->> 'message' from jsonb_to_recordset(p_answers) a (error jsonb)
+    where a.error ->> 'kind' = 'account' limit 1);
   v_accepted jsonb;
 begin
+  if v_account_error is not null then
+    perform autotag.stop_account(v_account_error);
+  end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
   perform autotag.hold_batch(p_worker, p_batch, p_attempt);
   with waiting as (
@@ -411,13 +574,21 @@ begin
     order by w.id, a.i
   )
   select coalesce(jsonb_agg(answer), '[]') into v_accepted from first_answers;
+  update autotag.tasks t set error_code = a.error ->> 'code', error = a.error ->> 'message'
+  from jsonb_to_recordset(v_accepted) a (task bigint, error jsonb)
+  where t.id = a.task and a.error ->> 'kind' <> 'image';
+  if found then
+    v_accepted := (
+      select coalesce(jsonb_agg(a), '[]') from jsonb_array_elements(v_accepted) a
+      where coalesce(a -> 'error' ->> 'kind', 'image') = 'image');
+  end if;
   perform autotag.add_usage(v_accepted, true);
   perform autotag.apply_answers(v_accepted);
   return jsonb_array_length(v_accepted);
 end $$;
 
--- Every answer of the batch is stored. Images without one go back as single calls (cancelled ones end), and
--- everybody is told, once: this is the only place that sends batch-complete. Locks: workspace, job, batch, tasks.
+-- Every answer of the batch is stored. Images without one get another try (those of a cancelled job end).
+-- Locks: workspace, job, batch, tasks.
 create function autotag.batch_finish(p_worker uuid, p_batch uuid, p_attempt integer) returns void
 language plpgsql security definer set search_path = ''
 as $$
@@ -427,17 +598,9 @@ declare
 begin
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
   v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
-  update autotag.batches b
-  set state = 'done', worker_id = null, stored = true, finished_at = autotag.now(), reserved_tokens = 0
-  where b.id = p_batch;
-  if v_batch.openai_batch_id is not null then
-    perform autotag.broadcast('batch-updates', 'batch-complete',
-      jsonb_build_object('batch_id', v_batch.openai_batch_id), false);
-    perform autotag.broadcast_to_workspace(v_workspace, 'batch-complete', jsonb_build_object(
-      'batch_id', v_batch.openai_batch_id, 'job_id', v_batch.job_id,
-      'image_count', v_batch.image_count, 'status', v_batch.openai_status));
-  end if;
-  perform autotag.requeue_batch(p_batch, 1, 'no_answer', 'OpenAI gave no answer for this image.');
+  perform autotag.end_batch(v_batch, null);
+  perform autotag.requeue_batch(v_batch, v_batch.openai_status is distinct from 'failed', 1,
+    'no_answer', 'OpenAI gave no answer for this image.');
 end $$;
 
 -- 429s persist: what is left of one upload's single calls goes by the Batch API, because its images have waited
@@ -449,9 +612,6 @@ as $$
 declare
   v_job autotag.jobs;
   v_tasks bigint[];
-  v_count integer;
-  v_left record;
-  v_batches integer;
 begin
   select j.* into v_job
   from autotag.queues q join autotag.jobs j on j.id = q.job_id
@@ -469,34 +629,12 @@ begin
       and t.finished_at is null order by t.id for update
   )
   select coalesce(array_agg(w.id order by w.id), '{}') into v_tasks from waiting w;
-  v_count := cardinality(v_tasks);
-
   update autotag.workspaces w set queued = w.queued - q.queued
   from autotag.queues q where q.job_id = v_job.id and w.workspace_id = v_job.workspace_id;
   update autotag.queues q set queued = 0 where q.job_id = v_job.id;
-  if v_count = 0 then
-    return true;
-  end if;
-  select * into v_left from autotag.batches_left(v_job.workspace_id);
-  v_batches := autotag.plan_batches(v_count, v_left.batches, v_left.window_images);
-  with made as (
-    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, created_at)
-    select v_job.id, v_job.workspace_id,
-      (select coalesce(max(b.ordinal), 0) from autotag.batches b where b.job_id = v_job.id) + n,
-      (n::bigint * v_count / v_batches - (n - 1)::bigint * v_count / v_batches)::integer, p_now
-    from generate_series(1, v_batches) n
-    returning id, ordinal
-  ), numbered as (
-    select m.id, row_number() over (order by m.ordinal) as n from made m
-  )
-  update autotag.tasks t set lane = 'batch', batch_id = b.id
-  from unnest(v_tasks) with ordinality u (id, i)
-  join numbered b on u.i > (b.n - 1) * v_count / v_batches and u.i <= b.n * v_count / v_batches
-  where t.id = u.id;
+  perform autotag.place_in_batches(v_job, v_tasks);
   update autotag.jobs j
-  set fallback = 'The AI service kept refusing single calls, so the rest of these images go by batch.',
-      eta = p_now + make_interval(secs => (select s.batch_seconds from autotag.settings s))
+  set fallback = 'The AI service kept refusing single calls, so the rest of these images go by batch.'
   where j.id = v_job.id;
-  perform pg_notify('autotag', 'batch');
   return true;
 end $$;

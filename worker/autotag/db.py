@@ -85,6 +85,8 @@ class Batch:
     attempt: int
     state: str
     image_count: int
+    since: float  # epoch seconds; what belongs to it at OpenAI is not older
+    cancelled: bool
     openai_batch_id: str | None
     input_file_id: str | None
     output_file_id: str | None
@@ -93,12 +95,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchClaim:
-    """Batches to work on; OpenAI ids to look at and to cancel now; seconds until it is worth asking again."""
+    """Batches to work on, and seconds until it is worth asking again; what to do at OpenAI now.
+
+    ``poll`` are OpenAI ids to look at with the moment (epoch seconds) before which they were not created,
+    ``cancel`` those to cancel first, ``files`` the files nobody needs any more.
+    """
 
     batches: list[Batch]
     wait: float | None
-    poll: list[str] = field(default_factory=list)
+    poll: dict[str, float] = field(default_factory=dict)
     cancel: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
 
 
 class Database:
@@ -196,10 +203,14 @@ class Database:
     async def claim_batches(self, slots: int) -> BatchClaim:
         """Not tried again by itself: after an error call `release_unheld`."""
         row = await self._once(
-            "select batches, poll, cancel, wait from autotag.claim_batches(%s, %s)", self.worker, slots
+            "select batches, poll, cancel, files, wait from autotag.claim_batches(%s, %s)", self.worker, slots
         )
         return BatchClaim(
-            [Batch(**batch) for batch in row["batches"]], row["wait"], row["poll"] or [], row["cancel"] or []
+            batches=[Batch(**batch) for batch in row["batches"]],
+            wait=row["wait"],
+            poll={batch["id"]: batch["since"] for batch in row["poll"] or []},
+            cancel=row["cancel"] or [],
+            files=row["files"],
         )
 
     async def batch_images(self, batch: Batch, after: int, limit: int) -> list[Image]:
@@ -238,6 +249,12 @@ class Database:
             self.worker, batch.batch, batch.attempt, Jsonb(answers),
         )  # fmt: skip
         return int(row["n"])
+
+    async def poll_trouble(self, error: dict[str, Any]) -> None:
+        await self._call("select autotag.poll_trouble(%s)", Jsonb(error))
+
+    async def files_deleted(self, files: Sequence[str]) -> None:
+        await self._call("select autotag.files_deleted(%s::text[])", list(files))
 
     async def batch_finish(self, batch: Batch) -> None:
         await self._call("select autotag.batch_finish(%s, %s, %s)", self.worker, batch.batch, batch.attempt)

@@ -10,7 +10,7 @@ import asyncio
 import json
 import tempfile
 from collections.abc import AsyncIterator
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import openai
 import psycopg
@@ -19,7 +19,7 @@ from openai import AsyncOpenAI
 from openai.types import Batch as OpenAIBatch
 
 from autotag import provider
-from autotag.db import Batch, Database, Image, NotHeld
+from autotag.db import Batch, BatchClaim, Database, Image, NotHeld
 from autotag.errors import TaggingError
 from autotag.images import Images, data_url
 from autotag.tags import Question, batch_line, read_completion, read_usage, request_body
@@ -29,8 +29,12 @@ from autotag.wake import Wake
 PAGE = 100  # images looked up and fetched together
 ANSWERS = 500  # answers stored in one call
 SPOOL = 8_000_000  # bytes of an input file kept in memory before it goes to disk
-LIST_PAGES = 10  # pages of 100 batches looked through for one of ours
+LIST_PAGE = 100  # batches in one list call: the API's most
+CLOCK_SKEW = 600.0  # seconds that the provider's clock may be off ours when its lists are read back to a moment
 METADATA_KEY = "autotag_batch"
+#: How long OpenAI keeps our files if nobody deletes them (its most is 30 days): long enough for a batch to wait its
+#: turn, run its 24 hours and be harvested by whoever comes back after a weekend.
+KEEP_FILES: Literal[604_800] = 604_800
 CLAIM_RETRY = 1.0  # seconds after a claim that failed
 
 log = structlog.get_logger(__name__)
@@ -76,8 +80,8 @@ class BatchLane:
                 task = asyncio.create_task(self._work(batch))
                 self._hands[task] = batch
                 task.add_done_callback(self._free_hand)
-            if claim.poll and (polling is None or polling.done()):
-                polling = asyncio.create_task(self._poll(claim.poll, claim.cancel))
+            if (claim.poll or claim.files) and (polling is None or polling.done()):
+                polling = asyncio.create_task(self._look(claim))
             full = len(self._hands) >= self._slots
             await self._wake.wait("batch", None if full else claim.wait)
         if polling:
@@ -125,14 +129,19 @@ class BatchLane:
     # -- until OpenAI has it
 
     async def _submit(self, batch: Batch) -> None:
+        input_file_id = batch.input_file_id
         if batch.state == "creating":
             created = await self._find(batch)
             if created:
                 await self._db.batch_submitted(batch, created.id, created.status, created.input_file_id)
                 log.info("batch_adopted", batch=batch.batch, openai_batch=created.id)
                 return
-            input_file_id = batch.input_file_id
+            if batch.cancelled:
+                await self._db.batch_finish(batch)
+                return
         else:
+            if batch.state == "uploading":
+                await self._delete_uploads(batch)
             input_file_id = await self._build_and_upload(batch)
         if input_file_id is None:
             await self._db.batch_finish(batch)  # no image could be prepared: nothing to submit
@@ -147,19 +156,31 @@ class BatchLane:
             endpoint="/v1/chat/completions",
             completion_window="24h",
             metadata={METADATA_KEY: batch.batch},
+            output_expires_after={"anchor": "created_at", "seconds": KEEP_FILES},
         )
 
     async def _find(self, batch: Batch) -> OpenAIBatch | None:
         """The batch at OpenAI that carries this row's id, if it was created after all."""
-        page = await self._client.batches.list(limit=100)
-        for _ in range(LIST_PAGES):
-            for found in page.data:
-                if (found.metadata or {}).get(METADATA_KEY) == batch.batch and found.status != "failed":
-                    return found
-            if not page.has_next_page():
-                break
-            page = await page.get_next_page()
+        async for found in self._newest_batches(batch.since):
+            if (found.metadata or {}).get(METADATA_KEY) == batch.batch and found.status != "failed":
+                return found
         return None
+
+    async def _newest_batches(self, since: float) -> AsyncIterator[OpenAIBatch]:
+        """OpenAI's batches from the newest to the first that was created before ``since`` (epoch seconds)."""
+        async for batch in self._client.batches.list(limit=LIST_PAGE):
+            if batch.created_at < since - CLOCK_SKEW:
+                return
+            yield batch
+
+    async def _delete_uploads(self, batch: Batch) -> None:
+        """Deletes input files of this batch whose upload nobody lived to write down."""
+        async for file in self._client.files.list(purpose="batch"):
+            if file.created_at < batch.since - CLOCK_SKEW:
+                return
+            if file.filename == _file_name(batch):
+                await self._client.files.delete(file.id)
+                log.info("leftover_file_deleted", batch=batch.batch, file=file.id)
 
     async def _build_and_upload(self, batch: Batch) -> str | None:
         """The id of the uploaded input file; None when no image could be prepared."""
@@ -170,10 +191,15 @@ class BatchLane:
             await self._db.batch_step(batch, "uploading")
             file.seek(0)
             uploaded = await self._client.files.create(
-                file=(f"autotag-{batch.batch}.jsonl", file),
+                file=(_file_name(batch), file),
                 purpose="batch",
+                expires_after={"anchor": "created_at", "seconds": KEEP_FILES},
             )
-        await self._db.batch_step(batch, "creating", uploaded.id)
+        try:
+            await self._db.batch_step(batch, "creating", uploaded.id)
+        except NotHeld:
+            await self._delete(uploaded.id)  # cancelled meanwhile
+            raise
         return uploaded.id
 
     async def _build(self, batch: Batch, file: IO[bytes]) -> int:
@@ -212,26 +238,34 @@ class BatchLane:
 
     # -- while OpenAI has it
 
-    async def _poll(self, wanted: list[str], cancel: list[str]) -> None:
+    async def _look(self, claim: BatchClaim) -> None:
         """Looks at all batches in flight, with as few list calls as they need, and tells the database."""
         try:
-            for batch_id in cancel:
+            for batch_id in claim.cancel:
                 await self._cancel(batch_id)
-            missing = set(wanted)
-            seen = []
-            page = await self._client.batches.list(limit=100)
-            for _ in range(LIST_PAGES):
-                seen += [batch for batch in page.data if batch.id in missing]
-                missing -= {batch.id for batch in page.data}
-                if not missing or not page.has_next_page():
-                    break
-                page = await page.get_next_page()
-            for batch_id in missing:  # older than the pages we looked through
-                seen.append(await self._client.batches.retrieve(batch_id))
-            await self._db.batches_seen([describe(batch) for batch in seen])
+            if claim.poll:
+                await self._db.batches_seen(await self._see(claim.poll))
+            await self._delete_files(claim.files)
         except openai.APIError as error:
             trouble = provider.classify(error)
             log.warning("poll_failed", kind=trouble.kind, code=trouble.code, message=trouble.message)
+            await self._db.poll_trouble(trouble.as_json())
+
+    async def _see(self, wanted: dict[str, float]) -> list[dict[str, Any]]:
+        """What OpenAI says of batches (ids and the moments before which they were not created)."""
+        seen = {}
+        async for batch in self._newest_batches(min(wanted.values())):
+            if batch.id in wanted:
+                seen[batch.id] = describe(batch)
+                if len(seen) == len(wanted):
+                    break
+        for batch_id in wanted.keys() - seen.keys():  # not in the list: its clock is off, or the batch is gone
+            try:
+                seen[batch_id] = describe(await self._client.batches.retrieve(batch_id))
+            except (openai.NotFoundError, openai.PermissionDeniedError):
+                log.warning("batch_gone", openai_batch=batch_id)
+                seen[batch_id] = {"id": batch_id, "status": "gone"}
+        return list(seen.values())
 
     async def _cancel(self, batch_id: str) -> None:
         """Asks OpenAI to stop a batch; one that has just ended cannot be, and the look at it says so."""
@@ -247,9 +281,8 @@ class BatchLane:
             if file_id:
                 await self._store(batch, file_id)
         await self._db.batch_finish(batch)
-        for file_id in (batch.input_file_id, batch.output_file_id, batch.error_file_id):
-            if file_id:
-                await self._delete(file_id)
+        # Whoever looks at OpenAI next deletes what is left, should this process not live to do it.
+        await self._delete_files([f for f in (batch.input_file_id, batch.output_file_id, batch.error_file_id) if f])
 
     async def _store(self, batch: Batch, file_id: str) -> None:
         answers: list[dict[str, Any]] = []
@@ -266,11 +299,25 @@ class BatchLane:
         if answers:
             await self._db.batch_answers(batch, answers)
 
-    async def _delete(self, file_id: str) -> None:
+    async def _delete_files(self, file_ids: list[str]) -> None:
+        deleted = [file_id for file_id in file_ids if await self._delete(file_id)]
+        if deleted:
+            await self._db.files_deleted(deleted)
+
+    async def _delete(self, file_id: str) -> bool:
+        """Whether the file is gone now."""
         try:
             await self._client.files.delete(file_id)
+        except openai.NotFoundError:
+            return True
         except openai.APIError as error:
             log.warning("file_not_deleted", file=file_id, error=type(error).__name__)
+            return False
+        return True
+
+
+def _file_name(batch: Batch) -> str:
+    return f"autotag-{batch.batch}.jsonl"
 
 
 async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

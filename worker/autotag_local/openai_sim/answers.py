@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from autotag.tokens import image_tokens
 from autotag_local.openai_sim.vision import Picture
@@ -40,6 +41,30 @@ async def read_json(request: Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise ApiError(400, "invalid_request_error", "We could not parse the JSON body of your request.")
     return body
+
+
+def page(request: Request, newest_first: list[dict[str, Any]], most: int) -> JSONResponse:
+    """A page of a list, by ``limit`` (1 to ``most``) and ``after`` (the last id of the page before)."""
+    limit = max(1, min(int(request.query_params.get("limit", 20 if most == 100 else most)), most))
+    after = request.query_params.get("after")
+    if after:
+        ids = [item["id"] for item in newest_first]
+        newest_first = newest_first[ids.index(after) + 1 :] if after in ids else []
+    data = newest_first[:limit]
+    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+    return JSONResponse({"object": "list", "data": data, "has_more": len(newest_first) > limit, **ends})
+
+
+def check_expiry(anchor: object, seconds: object) -> None:
+    """Checks when a file is to expire, if that was asked.
+
+    Raises:
+        ApiError: 400 when it is not between an hour and 30 days after its creation.
+    """
+    if anchor is None and seconds is None:
+        return
+    if anchor != "created_at" or not str(seconds).isdigit() or not 3600 <= int(str(seconds)) <= 2_592_000:
+        raise ApiError(400, "invalid_request_error", "expires_after is wrong.")
 
 
 def digest(body: dict[str, Any]) -> str:

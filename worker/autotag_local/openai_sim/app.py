@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from autotag.tokens import image_tokens
-from autotag_local.openai_sim.answers import TEXT_TOKENS, ApiError, complete, digest, read_json
+from autotag_local.openai_sim.answers import TEXT_TOKENS, ApiError, check_expiry, complete, digest, page, read_json
 from autotag_local.openai_sim.batches import Batches
 from autotag_local.openai_sim.faults import Fault, Faults
 from autotag_local.openai_sim.limits import Limits
@@ -101,9 +101,14 @@ class Simulator:
             try:
                 if request.headers.get("authorization") != f"Bearer {self.plan.key}":
                     raise ApiError(401, "invalid_api_key", "Incorrect API key provided.")
+                fault = None
                 if not request.url.path.endswith("/completions"):
-                    await self._meet_fault(request)
+                    fault = await self._meet_fault(request)
                 response = cast("Response", await handler(request))
+                if fault and fault.after:
+                    raise _Cut
+                if fault and fault.slow:
+                    response = _Slow(response, fault.slow)
             except ApiError as error:
                 response = JSONResponse(error.body, error.status, error.headers)
             except _Cut:
@@ -121,7 +126,7 @@ class Simulator:
             return None
         if fault.delay:
             await asyncio.sleep(fault.delay)
-        if fault.cut:
+        if fault.cut and not fault.after:
             raise _Cut
         if fault.status is not None:
             error = ApiError(fault.status, fault.code, fault.message, fault.headers)
@@ -157,7 +162,11 @@ class Simulator:
         finally:
             self.in_flight -= 1
             entry["done"] = time.time()
-        return JSONResponse(complete(body, picture, fault.answer if fault else None), headers=headers)
+        answer = complete(body, picture, fault.answer if fault else None)
+        entry["usage"] = answer["usage"]
+        if fault and fault.after:
+            raise _Cut
+        return JSONResponse(answer, headers=headers)
 
     def count(self, body: dict[str, Any]) -> int:
         """Checks a request as the API does, but for its picture's content; the tokens it counts for.
@@ -208,6 +217,7 @@ class Simulator:
             upload, purpose = form.get("file"), form.get("purpose")
             if not isinstance(upload, UploadFile) or purpose != "batch":
                 raise ApiError(400, "invalid_request_error", "A file and the purpose 'batch' are needed.")
+            check_expiry(form.get("expires_after[anchor]"), form.get("expires_after[seconds]"))
             data = await upload.read()
             name = upload.filename or ""
         if len(data) > 200_000_000:
@@ -224,9 +234,9 @@ class Simulator:
         self.contents[described["id"]] = data
         return described
 
-    async def _list_files(self, _: Request) -> Response:
-        files = list(reversed(self.files.values()))
-        return JSONResponse({"object": "list", "data": files, "has_more": False})
+    async def _list_files(self, request: Request) -> Response:
+        purpose = request.query_params.get("purpose")
+        return page(request, [f for f in reversed(self.files.values()) if purpose in (None, f["purpose"])], 10_000)
 
     def _known_file(self, request: Request) -> str:
         name = str(request.path_params["file"])
@@ -281,6 +291,22 @@ class _CutConnection(Response):
         headers = [(b"content-type", b"application/json"), (b"content-length", b"1000")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"{", "more_body": False})
+
+
+class _Slow(Response):
+    """Spreads an answer's body over some seconds."""
+
+    def __init__(self, response: Response, seconds: float) -> None:
+        super().__init__(response.body, response.status_code, response.headers)
+        self._seconds = seconds
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        step = max(1, len(self.body) // 20)
+        for start in range(0, len(self.body), step):
+            await asyncio.sleep(self._seconds / 20)
+            await send({"type": "http.response.body", "body": self.body[start : start + step], "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _describe_model(name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from autotag_local.openai_sim.answers import ApiError, complete, digest, read_json
+from autotag_local.openai_sim.answers import ApiError, check_expiry, complete, digest, page, read_json
 from autotag_local.openai_sim.webhooks import batch_event, deliver
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ class Batches:
         self._sim = simulator
         self._batches: dict[str, dict[str, Any]] = {}
         self._queued_tokens: dict[str, int] = {}
+        #: batches that this key does not see any more
+        self.hidden: set[str] = set()
         self._running: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -47,6 +49,8 @@ class Batches:
                 400, "invalid_request_error",
                 f"Cannot find file {body.get('input_file_id')}, or project does not have access to it.",
             )  # fmt: skip
+        expiry = body.get("output_expires_after") or {}
+        check_expiry(expiry.get("anchor"), expiry.get("seconds"))
         metadata = body.get("metadata") or {}
         if len(metadata) > 16 or any(len(k) > 64 or len(str(v)) > 512 for k, v in metadata.items()):
             raise ApiError(400, "invalid_request_error", "metadata is too large.")
@@ -64,23 +68,11 @@ class Batches:
         return JSONResponse(batch)
 
     async def list_newest(self, request: Request) -> Response:
-        limit = min(int(request.query_params.get("limit", 20)), 100)
-        newest = list(reversed(self._batches.values()))
-        after = request.query_params.get("after")
-        if after:
-            ids = [batch["id"] for batch in newest]
-            newest = newest[ids.index(after) + 1 :] if after in ids else []
-        page = newest[:limit]
-        return JSONResponse(
-            {
-                "object": "list", "data": page, "has_more": len(newest) > limit,
-                "first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None,
-            }
-        )  # fmt: skip
+        return page(request, [b for b in reversed(self._batches.values()) if b["id"] not in self.hidden], 100)
 
     def _known(self, request: Request) -> dict[str, Any]:
         batch = self._batches.get(request.path_params["batch"])
-        if batch is None:
+        if batch is None or batch["id"] in self.hidden:
             raise ApiError(404, "not_found", f"No batch found with id '{request.path_params['batch']}'.")
         return batch
 
@@ -110,13 +102,15 @@ class Batches:
         batch["request_counts"]["total"] = len(lines)
         if batch["status"] == "validating":
             batch["status"] = "in_progress"
+        fault = self._sim.faults.take("RUN")
+        last = len(lines) if not fault or fault.expire_at is None else int(fault.expire_at * len(lines))
         started = time.monotonic()
         output: list[str] = []
         errors: list[str] = []
         for i, line in enumerate(lines):
-            if batch["status"] == "cancelling":
+            if batch["status"] == "cancelling" or i >= last:
                 break
-            good, answer = await self._answer(line)
+            good, answer = await self._answer(batch, line)
             (output if good else errors).append(json.dumps(answer))
             batch["request_counts"]["completed" if good else "failed"] += 1
             # Lines are spread over the batch's time, whatever they take to look at.
@@ -129,9 +123,10 @@ class Batches:
         self._sim.random.shuffle(output)
         for key, rows in (("output_file_id", output), ("error_file_id", errors)):
             if rows:
-                data = "\n".join(rows).encode() + b"\n"
+                mangled = self._sim.faults.take("OUTPUT") if key == "output_file_id" else None
+                data = mangle(rows, mangled.mangle if mangled else None)
                 batch[key] = self._sim.store_file(f"{batch['id']}_{key}.jsonl", data, "batch_output")["id"]
-        batch["status"] = "cancelled" if cancelled else "completed"
+        batch["status"] = "cancelled" if cancelled else "completed" if last == len(lines) else "expired"
         self._queued_tokens.pop(batch["id"], None)
 
     def _validate(self, batch: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -159,10 +154,11 @@ class Batches:
         self._queued_tokens[batch["id"]] = tokens
         return lines
 
-    async def _answer(self, line: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+    async def _answer(self, batch: dict[str, Any], line: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
         """Whether a line succeeded, and its line in the output or error file."""
         entry = {
             "at": time.time(), "method": "BATCH", "path": line["url"], "picture": digest(line["body"]), "status": None,
+            "batch": batch["id"], "custom_id": line["custom_id"],
         }  # fmt: skip
         self._sim.book.append(entry)
         request_id = secrets.token_hex(16)
@@ -173,7 +169,7 @@ class Batches:
             if fault and fault.status is not None:
                 raise ApiError(fault.status, fault.code, fault.message)
             status, body = 200, complete(line["body"], picture, fault.answer if fault else None)
-            entry["tokens"] = tokens
+            entry |= {"tokens": tokens, "usage": body["usage"]}
         except ApiError as error:
             status, body = error.status, error.body
         entry["status"] = status
@@ -182,3 +178,24 @@ class Batches:
             "response": {"status_code": status, "request_id": request_id, "body": body},
         }  # fmt: skip
         return status == 200, answer
+
+
+def mangle(rows: list[str], how: str | None) -> bytes:
+    """An output file of these lines, or one that is wrong in a way that has been seen."""
+    first = json.loads(rows[0])
+    match how:
+        case "duplicate":
+            rows = [*rows, *rows[:3]]
+        case "unknown":
+            rows = [json.dumps(first | {"custom_id": name}) for name in ("999999999999", "x", "-1", "")] + rows
+        case "missing":
+            rows = rows[2:]
+        case "status_0":
+            rows[0] = json.dumps(first | {"response": {"status_code": 0, "request_id": "", "body": None}})
+        case "error_only":
+            error = {"code": "batch_expired", "message": "This request could not be executed before it expired."}
+            rows[0] = json.dumps(first | {"response": None, "error": error})
+        case "garbage":
+            rows = ["{", "null", "[]", '"x"', "\u0000", *rows]
+    data = "\n".join(rows).encode() + b"\n"
+    return data[: len(data) * 2 // 3] if how == "truncate" else data

@@ -11,7 +11,11 @@ class Fault(BaseModel):
     """Hits the next ``times`` requests whose ``METHOD /path`` starts with ``where``.
 
     Either the request gets ``status`` with ``body`` (an OpenAI error object is made of ``code`` when there is
-    no body), or the connection is cut, or it is answered, but with a model answer that is of no use.
+    no body), or the connection is cut (``after``: when it has taken effect), or the body comes slowly, or it is
+    answered, but with a model answer that is of no use.
+
+    Two kinds of fault hit batches and not requests: ``where="RUN"`` the next batch that runs (it expires when a
+    share of its lines is done), ``where="OUTPUT"`` the next output file (its lines are mangled).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -26,6 +30,10 @@ class Fault(BaseModel):
     headers: dict[str, str] = Field(default_factory=dict)
     delay: float = Field(0, ge=0)
     cut: bool = False
+    after: bool = False
+    slow: float = Field(0, ge=0)  # seconds over which the body is spread
+    expire_at: float | None = Field(None, ge=0, le=1)
+    mangle: Literal["truncate", "duplicate", "unknown", "missing", "status_0", "error_only", "garbage"] | None = None
     answer: Literal["refusal", "length", "bad_schema", "no_json", "no_tags", "content_filter"] | None = None
     #: only requests whose picture has all these tags
     tags: list[str] = Field(default_factory=list)
