@@ -88,17 +88,18 @@ alter table autotag.tasks enable row level security;
 
 -- How many batches an upload is split into. Splitting never makes an upload slower: while the workspace may
 -- start enough batches they hold at most batch_split_images; when fewer are left in its window they get
--- larger instead of more; and one is never larger than a file, the provider's queue or the window can take.
+-- larger instead of more; one is never larger than a file, the provider's queue or the window can take; and no
+-- more are made than their size needs.
 create function autotag.plan_batches(p_images integer, p_batches_left integer, p_window_images integer)
 returns integer
 language sql stable security definer set search_path = ''
 as $$
-  select greatest(
+  select ceil(p_images / ceil(p_images::numeric / greatest(
     ceil(p_images::numeric / greatest(1, least(
       s.batch_max_requests, p_window_images, p.queued_batch_tokens / p.tokens_per_image))),
     case when p_images <= s.batch_max_images then 1
          else least(ceil(p_images::numeric / s.batch_split_images), greatest(p_batches_left, 1)) end
-  )::integer
+  )))::integer
   from autotag.settings s, autotag.provider_limits p
 $$;
 

@@ -1,0 +1,440 @@
+"""What OpenAI's Batch API is known to do, a test for each, named after it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from autotag.lanes.batch import METADATA_KEY
+from autotag_local.openai_sim.faults import Fault
+from autotag_local.pictures import Drawing
+from support import Library, answered_pictures, audit, until, worker
+
+FEW = {
+    "realtime_max_images": 0, "chunk_max_images": 4, "batch_max_images": 20, "batch_split_images": 10,
+    "express_images": 0, "batch_create_grace": "0.3 s",
+}  # fmt: skip
+
+
+@pytest.fixture
+def few(library: Library) -> Library:
+    """Uploads of more than 4 images go by batch, and of more than 20 by several of 10."""
+    library.stack.configure(**FEW)
+    library.stack.simulator.plan.batch_latency = (0.3, 0.6)
+    return library
+
+
+def batches(library: Library) -> list[dict[str, Any]]:
+    return library.stack.simulator.batches.describe_all()
+
+
+def lines(library: Library) -> list[dict[str, Any]]:
+    return [entry for entry in library.stack.simulator.book if entry["method"] == "BATCH"]
+
+
+def single_calls(library: Library) -> int:
+    return sum(
+        entry["path"].endswith("/completions") for entry in library.stack.simulator.book if "POST" in entry["method"]
+    )
+
+
+def completions(library: Library) -> list[dict[str, Any]]:
+    """Every batch-complete that was sent on the public topic."""
+    rows = library.sql(
+        "select payload from realtime.messages where event = 'batch-complete' and topic = 'batch-updates'"
+    )
+    return [row["payload"] for row in rows]
+
+
+def check_books(library: Library) -> None:
+    """Every image tagged with its own tags, every batch announced once, every token counted once."""
+    library.check_tags()
+    audit(library.stack)
+    announced = Counter(payload["batch_id"] for payload in completions(library))
+    known = {row["id"] for row in library.sql("select openai_batch_id as id from autotag.batches where state = 'done'")}
+    assert announced == Counter(known - {None}), "batch-complete once for every batch"
+    book = [entry["usage"] for entry in library.stack.simulator.book if entry.get("usage")]
+    billed = sum(usage["prompt_tokens"] + usage["completion_tokens"] for usage in book)
+    [usage] = library.sql("select coalesce(sum(input_tokens + output_tokens), 0) as n from autotag.usage")
+    assert int(usage["n"]) == billed, "tokens are counted as they were billed"
+
+
+async def run(library: Library, images: int) -> dict[str, Any]:
+    assets = await library.upload(images)
+    async with worker(library.stack):
+        [job] = await library.finished(library.enqueue(assets))
+        await until(lambda: leftover_files(library) == [], "the files to be deleted")
+    return job
+
+
+def leftover_files(library: Library) -> list[str]:
+    return list(library.stack.simulator.files)
+
+
+async def test_files_and_batches_carry_our_id_and_expire(few: Library) -> None:
+    """/v1/files (purpose batch) then /v1/batches (window 24h, metadata)."""
+    await run(few, 8)
+    [batch] = batches(few)
+    [row] = few.sql("select id::text from autotag.batches")
+    assert batch["metadata"] == {METADATA_KEY: row["id"]}
+    assert batch["completion_window"] == "24h"
+    check_books(few)
+
+
+async def test_a_file_holds_at_most_200_mb_so_the_rest_starts_the_next_batch(few: Library) -> None:
+    few.stack.configure(batch_max_bytes=40_000)
+    job = await run(few, 12)
+    assert job["completed"] == 12
+    assert len(batches(few)) > 1
+    assert sum(batch["request_counts"]["completed"] for batch in batches(few)) == 12
+    check_books(few)
+
+
+@pytest.mark.parametrize("status", [400, 500])
+async def test_both_files_may_be_missing_or_only_the_error_file_there(few: Library, status: int) -> None:
+    """`completed` although every line failed: there is no output file."""
+    code = "invalid_image" if status == 400 else "server_error"
+    few.stack.simulator.faults.add(Fault(where="BATCH", status=status, code=code, times=8))
+    job = await run(few, 8)
+    assert batches(few)[0]["output_file_id"] is None
+    assert batches(few)[0]["error_file_id"] is not None
+    assert (job["completed"], job["failed"]) == ((0, 8) if status == 400 else (8, 0))
+    if status == 500:
+        check_books(few)
+
+
+async def test_token_limit_exceeded_means_wait_and_the_file_is_used_again(few: Library) -> None:
+    few.stack.simulator.plan.queued_batch_tokens = 10
+    assets = await few.upload(8)
+    async with worker(few.stack):
+        told = few.enqueue(assets)
+        await until(lambda: any(b["status"] == "failed" for b in batches(few)), "the refusal")
+        few.stack.simulator.plan.queued_batch_tokens = 2_000_000
+        [job] = await few.finished(told)
+        await until(lambda: leftover_files(few) == [], "the files to be deleted")
+    assert job["completed"] == 8
+    assert len({batch["input_file_id"] for batch in batches(few)}) == 1
+    assert few.sql("select sum(failures) as n from autotag.tasks") == [{"n": 0}]
+    check_books(few)
+
+
+async def test_a_failed_batch_falls_apart_into_single_calls(few: Library) -> None:
+    """Any other reason of `failed`: single calls say more, and every image ends."""
+    few.stack.simulator.faults.add(Fault(where="POST /v1/batches", status=400, code="invalid_request", message="No."))
+    job = await run(few, 8)
+    assert job["completed"] == 8
+    assert single_calls(few) == 8
+    check_books(few)
+
+
+async def test_output_order_is_not_input_order(few: Library) -> None:
+    job = await run(few, 20)
+    [batch] = batches(few)
+    assert job["completed"] == 20
+    assert batch["request_counts"] == {"total": 20, "completed": 20, "failed": 0}
+    check_books(few)
+
+
+@pytest.mark.parametrize("how", ["status_0", "error_only", "missing", "truncate", "duplicate", "unknown", "garbage"])
+async def test_lines_of_a_completed_batch_may_be_wrong(few: Library, how: Any) -> None:
+    """Status 0, `error` alone, missing lines, half a file, `custom_id`s twice or unknown: what is there counts once."""
+    few.stack.simulator.faults.add(Fault(where="OUTPUT", mangle=how))
+    job = await run(few, 8)
+    assert (job["completed"], job["failed"]) == (8, 0)
+    few.check_tags()
+    audit(few.stack)
+    again = single_calls(few)
+    assert again == {"status_0": 1, "error_only": 1, "missing": 2, "duplicate": 0, "unknown": 0, "garbage": 0}.get(
+        how, again
+    )
+    if how == "truncate":
+        assert 0 < again < 8, "what could be read of half a file is kept"
+
+
+async def test_many_lines_without_an_answer_go_by_batch_again_and_few_as_single_calls(few: Library) -> None:
+    few.stack.simulator.faults.add(Fault(where="BATCH", status=500, times=6))
+    await run(few, 8)
+    assert (len(batches(few)), single_calls(few)) == (2, 0)
+    check_books(few)
+
+
+async def test_lines_that_fail_for_ever_end_with_their_own_reason(few: Library) -> None:
+    few.stack.configure(max_failures=2)
+    few.stack.simulator.faults.add(Fault(where="BATCH", status=503, times=1000))
+    job = await run(few, 8)
+    assert (job["failed"], job["error"]) == (8, "The AI service had a problem.")
+    audit(few.stack)
+
+
+async def test_downloading_content_sometimes_answers_502(few: Library) -> None:
+    few.stack.simulator.faults.add(Fault(where="GET /v1/files/", status=502, times=2))
+    job = await run(few, 8)
+    assert job["completed"] == 8
+    assert single_calls(few) == 0
+    check_books(few)
+
+
+async def test_a_download_that_breaks_off_is_harvested_again_and_changes_nothing(few: Library) -> None:
+    few.stack.simulator.faults.add(Fault(where="GET /v1/files/", cut=True, times=1))
+    few.stack.simulator.faults.add(Fault(where="GET /v1/files/", slow=1, times=1))
+    job = await run(few, 8)
+    assert job["completed"] == 8
+    check_books(few)
+
+
+async def test_harvesting_the_same_file_twice_changes_nothing(few: Library) -> None:
+    """Half of it and then all, or all of it twice: the second time finds nothing to do."""
+    assets = await few.upload(8)
+    few.enqueue(assets)
+    tasks = [row["id"] for row in few.sql("select id from autotag.tasks order by id")]
+    [batch] = few.sql("select id from autotag.batches")
+    name = "00000000-0000-4000-8000-000000000001"
+    few.sql("select autotag.register_worker(%s, 'test', '0', true)", name)
+    few.sql(
+        "update autotag.batches set state = 'harvesting', worker_id = %s, attempt = 1, openai_batch_id = 'batch_x'",
+        name,
+    )
+    answers = [
+        {"task": task, "result": {"tags": [{"tag": f"t{task}", "confidence": 1}], "caption": "A."},
+         "usage": {"input": 10, "cached": 0, "output": 5}}
+        for task in tasks
+    ]  # fmt: skip
+
+    def harvest(part: list[dict[str, Any]]) -> int:
+        row = few.sql("select autotag.batch_answers(%s, %s, 1, %s) as n", name, batch["id"], json.dumps(part))[0]
+        return int(row["n"])
+
+    assert [harvest(answers[:4]), harvest(answers), harvest(answers), harvest(answers[::-1] * 2)] == [4, 4, 0, 0]
+    assert few.sql("select images, requests, input_tokens, output_tokens from autotag.usage") == [
+        {"images": 8, "requests": 8, "input_tokens": 80, "output_tokens": 40}
+    ]
+    few.sql("select autotag.batch_finish(%s, %s, 1)", name, batch["id"])
+    assert len(completions(few)) == 1
+    audit(few.stack)
+
+
+async def test_a_batch_that_404s_later_ends_and_its_images_go_by_another(few: Library) -> None:
+    """Lost, or made under another project's key: after some looks in vain its images are asked anew."""
+    few.stack.simulator.plan.batch_latency = (60, 60)
+    assets = await few.upload(8)
+    async with worker(few.stack):
+        told = few.enqueue(assets)
+        await until(lambda: few.sql("select 1 from autotag.batches where state = 'submitted'") != [], "the batch")
+        few.stack.simulator.plan.batch_latency = (0.3, 0.6)
+        few.stack.simulator.batches.hidden.add(batches(few)[0]["id"])
+        [job] = await few.finished(told)
+    assert (job["completed"], job["failed"]) == (8, 0)
+    few.check_tags()
+    audit(few.stack)
+    assert len(batches(few)) == 2
+    states = few.sql("select state, error from autotag.batches order by ordinal")
+    assert [row["state"] for row in states] == ["done", "done"]
+    assert "does not know this batch" in states[0]["error"]
+
+
+async def test_a_single_look_in_vain_changes_nothing(few: Library) -> None:
+    few.stack.configure(batch_looks_in_vain=1000)
+    few.stack.simulator.plan.batch_latency = (1, 1)
+    assets = await few.upload(8)
+    async with worker(few.stack):
+        told = few.enqueue(assets)
+        await until(lambda: few.sql("select 1 from autotag.batches where state = 'submitted'") != [], "the batch")
+        few.stack.simulator.batches.hidden.add(batches(few)[0]["id"])
+        await until(lambda: few.sql("select 1 from autotag.batches where looks_in_vain > 0") != [], "a look in vain")
+        few.stack.simulator.batches.hidden.clear()
+        [job] = await few.finished(told)
+    assert job["completed"] == 8
+    assert len(batches(few)) == 1
+    check_books(few)
+
+
+async def test_right_after_an_upload_the_file_may_not_be_found(few: Library) -> None:
+    message = "Cannot find file file-1, or project proj does not have access to it."
+    few.stack.simulator.faults.add(
+        Fault(where="POST /v1/batches", status=400, code="invalid_request_error", message=message)
+    )
+    job = await run(few, 8)
+    assert job["completed"] == 8
+    assert len(batches(few)) == 1
+    check_books(few)
+
+
+async def test_an_input_file_that_stays_unknown_is_built_again(few: Library) -> None:
+    few.stack.configure(retry_delay="0.05 s")
+    message = "Cannot find file file-1, or project proj does not have access to it."
+    few.stack.simulator.faults.add(
+        Fault(where="POST /v1/batches", status=400, code="invalid_request_error", message=message, times=4)
+    )
+    assets = await few.upload(8)
+    async with worker(few.stack):
+        [job] = await few.finished(few.enqueue(assets))
+    assert job["completed"] == 8
+    uploads = [e for e in few.stack.simulator.book if (e["method"], e["path"]) == ("POST", "/v1/files")]
+    assert len(uploads) == 2
+    check_books(few)
+
+
+async def test_a_create_that_timed_out_but_happened_is_adopted(few: Library) -> None:
+    few.stack.simulator.faults.add(Fault(where="POST /v1/batches", after=True))
+    job = await run(few, 8)
+    assert job["completed"] == 8
+    assert len(batches(few)) == 1
+    check_books(few)
+
+
+async def test_an_upload_that_timed_out_but_happened_leaves_no_file(few: Library) -> None:
+    few.stack.simulator.faults.add(Fault(where="POST /v1/files", after=True))
+    job = await run(few, 8)
+    assert job["completed"] == 8
+    assert len(batches(few)) == 1
+    check_books(few)
+
+
+async def test_an_expired_batch_still_returns_and_bills_what_was_done(few: Library) -> None:
+    """Expiry at 40 %: those lines are kept and counted, the others asked again by batch."""
+    few.stack.simulator.faults.add(Fault(where="RUN", expire_at=0.4))
+    job = await run(few, 20)
+    assert job["completed"] == 20
+    assert [batch["status"] for batch in batches(few)] == ["expired", "completed"]
+    assert [batch["request_counts"]["completed"] for batch in batches(few)] == [8, 12]
+    assert set(Counter(answered_pictures(few.stack)).values()) == {1}, "nothing is paid twice"
+    check_books(few)
+
+
+async def test_a_cancelled_batch_still_returns_and_bills_what_was_done(few: Library) -> None:
+    few.stack.simulator.plan.batch_latency = (4, 4)
+    assets = await few.upload(20)
+    async with worker(few.stack):
+        told = few.enqueue(assets)
+        await until(lambda: any(b["request_counts"]["completed"] > 2 for b in batches(few)), "some lines")
+        few.rpc("public.cancel_tagging", told["job_id"])
+        [job] = await few.finished(told)
+        await until(lambda: leftover_files(few) == [], "the files to be deleted")
+    [batch] = batches(few)
+    assert batch["status"] == "cancelled"
+    assert job["completed"] == batch["request_counts"]["completed"]
+    assert job["completed"] + job["failed"] == 20
+    audit(few.stack)
+    assert len(completions(few)) == 1
+
+
+async def test_a_batch_cancelled_before_openai_has_it_leaves_nothing_there(few: Library) -> None:
+    few.stack.simulator.faults.add(Fault(where="POST /v1/files", delay=1))
+    assets = await few.upload(8)
+    async with worker(few.stack):
+        told = few.enqueue(assets)
+        await until(lambda: few.sql("select 1 from autotag.batches where state = 'uploading'") != [], "the upload")
+        few.rpc("public.cancel_tagging", told["job_id"])
+        [job] = await few.finished(told)
+        await until(lambda: few.stack.simulator.book[-1]["method"] == "DELETE", "the file to be deleted")
+    assert (job["failed"], batches(few), leftover_files(few)) == (8, [], [])
+
+
+async def test_a_stuck_batch_falls_back_to_single_calls(few: Library) -> None:
+    """No progress for batch_stuck_after: it is cancelled, and what it did not do is asked at once."""
+    few.stack.configure(batch_stuck_after="0.5 s")
+    few.stack.simulator.plan.batch_latency = (16, 16)  # a line every 1.6 seconds
+    job = await run(few, 8)
+    assert job["completed"] == 8
+    assert job["fallback"] == "A batch made no progress, so the rest of its images go as single calls."
+    assert batches(few)[0]["status"] == "cancelled"
+    assert single_calls(few) + len(lines(few)) == 8, "nothing is asked twice"
+    check_books(few)
+
+
+async def test_a_stuck_batch_stays_where_the_limits_allow_no_single_calls(few: Library) -> None:
+    few.stack.configure(batch_stuck_after="0.3 s", realtime_requests_per_minute=1, realtime_max_wait="1 min")
+    few.stack.simulator.plan.batch_latency = (3, 3)
+    job = await run(few, 8)
+    assert (job["completed"], job["fallback"], single_calls(few)) == (8, None, 0)
+
+
+async def test_a_batch_costs_half(few: Library) -> None:
+    await run(few, 8)
+    [row] = few.sql("select input_tokens, output_tokens, cost from autotag.usage")
+    full = (row["input_tokens"] * Decimal("0.40") + row["output_tokens"] * Decimal("1.60")) / 1_000_000
+    assert row["cost"] == full / 2
+
+
+async def test_a_key_that_stops_working_stops_the_look_and_it_goes_on_by_itself(few: Library) -> None:
+    few.stack.configure(account_probe_interval="0.3 s")
+    few.stack.simulator.plan.batch_latency = (1, 1)
+    assets = await few.upload(8)
+    async with worker(few.stack):
+        told = few.enqueue(assets)
+        await until(lambda: few.sql("select 1 from autotag.batches where state = 'submitted'") != [], "the batch")
+        few.stack.simulator.faults.add(Fault(where="GET /v1/batches", status=401, code="invalid_api_key", times=2))
+        await until(
+            lambda: few.sql("select 1 from autotag.provider_limits where account_error is not null") != [], "the stop"
+        )
+        [job] = await few.finished(told)
+    assert job["completed"] == 8
+    assert few.sql("select account_error from autotag.provider_limits") == [{"account_error": None}]
+    check_books(few)
+
+
+async def test_a_line_that_says_the_account_is_out_of_quota_stops_the_lanes(few: Library) -> None:
+    few.stack.configure(account_probe_interval="0.3 s")
+    few.stack.simulator.faults.add(Fault(where="BATCH", status=429, code="insufficient_quota", times=3))
+    job = await run(few, 8)
+    assert job["completed"] == 8
+    check_books(few)
+
+
+async def test_an_image_that_cannot_be_a_line_does_not_hold_up_the_others(few: Library) -> None:
+    assets = await few.upload(7)
+    bad = await few.upload_files([Drawing("x.jpg", "image/jpeg", b"no picture" * 9, frozenset())])
+    assets += few.insert([path for path, _ in bad])
+    async with worker(few.stack):
+        [job] = await few.finished(few.enqueue(assets))
+    assert (job["completed"], job["failed"]) == (7, 1)
+    assert len(lines(few)) == 7
+
+
+# -- the planner
+
+
+def best_plan(images: int, left: int, most: int, split: int, unsplit: int) -> int:
+    """The best number of batches, by looking at every one.
+
+    Batches of one upload run side by side, so those that start in this hour finish alike, whatever their number;
+    what starts in a later hour ends at least an hour later. So: the fewest late ones; then pieces as small as is
+    useful (`split`); then as few of them as make that. An upload of at most `unsplit` images is not split for speed.
+    """
+    goal = images if images <= unsplit else split
+
+    def worth(batches: int) -> tuple[int, int, int]:
+        largest = -(-images // batches)
+        return max(0, batches - max(left, 1)), max(largest, min(goal, most)), batches
+
+    return min((n for n in range(1, images + 1) if -(-images // n) <= most), key=worth)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    images=st.integers(1, 60), left=st.integers(-2, 12), window=st.integers(1, 30), requests=st.integers(1, 40),
+    queued=st.integers(1, 40), split=st.integers(1, 12), unsplit=st.integers(0, 20),
+)  # fmt: skip
+def test_the_plan_is_the_best_one(
+    planner: Library, images: int, left: int, window: int, requests: int, queued: int, split: int, unsplit: int
+) -> None:
+    planner.stack.configure(
+        realtime_max_images=0, chunk_max_images=0, batch_max_images=unsplit, batch_split_images=split,
+        batch_max_requests=requests,
+    )  # fmt: skip
+    planner.sql("update autotag.provider_limits set queued_batch_tokens = %s, tokens_per_image = 10", queued * 10)
+    [row] = planner.sql("select autotag.plan_batches(%s, %s, %s) as n", images, left, window)
+    most = min(window, requests, queued)
+    assert row["n"] == best_plan(images, left, most, split, unsplit)
+
+
+@pytest.fixture
+def planner(library: Library) -> Library:
+    """A library whose settings every example sets anew."""
+    return library
