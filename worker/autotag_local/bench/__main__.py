@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from autotag_local.bench import growth, limiter, makespan
+from autotag_local.bench import chaos, growth, limiter, makespan
 from autotag_local.bench.report import Result
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measures autotag, as ratios in one run.")
@@ -60,6 +60,18 @@ def growth_command(as_json: Json = False) -> None:
     result = growth.measure(console)
     console.print_json(data=result.details)
     finish(result, console, as_json)
+
+
+@app.command("chaos")
+def chaos_command(
+    as_json: Json = False,
+    minutes: Annotated[float, typer.Option(min=0, help="Go on for so long, and for at least 60 kills.")] = 5,
+    seed: Annotated[int, typer.Option(help="Which deaths and faults come when.")] = 1,
+    workers: Annotated[int, typer.Option(min=2, max=8, help="Workers dying at the same time.")] = 3,
+) -> None:
+    """Violations found by comparing three books while workers die, the provider fails and Postgres restarts."""
+    console = Console(stderr=True)
+    finish(asyncio.run(chaos.measure(console, minutes=minutes, seed=seed, workers=workers)), console, as_json)
 
 
 if __name__ == "__main__":

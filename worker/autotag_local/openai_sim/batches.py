@@ -125,9 +125,24 @@ class Batches:
             if rows:
                 mangled = self._sim.faults.take("OUTPUT") if key == "output_file_id" else None
                 data = mangle(rows, mangled.mangle if mangled else None)
+                self._note_delivered(batch["id"], data)
                 batch[key] = self._sim.store_file(f"{batch['id']}_{key}.jsonl", data, "batch_output")["id"]
         batch["status"] = "cancelled" if cancelled else "completed" if last == len(lines) else "expired"
         self._queued_tokens.pop(batch["id"], None)
+
+    def _note_delivered(self, batch_id: str, data: bytes) -> None:
+        """Marks the book's entries whose answers can be read in an output or error file."""
+        readable = set()
+        for line in data.splitlines():
+            try:
+                entry = json.loads(line)
+                if entry["response"]["status_code"] == 200:
+                    readable.add(entry["custom_id"])
+            except (ValueError, KeyError, TypeError):
+                continue
+        for entry in self._sim.book:
+            if entry.get("batch") == batch_id:
+                entry["delivered"] = entry.get("delivered", False) or entry["custom_id"] in readable
 
     def _validate(self, batch: dict[str, Any]) -> list[dict[str, Any]] | None:
         """The lines of the input file; None, and the batch's errors, when it is refused."""

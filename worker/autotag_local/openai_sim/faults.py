@@ -21,18 +21,18 @@ class Fault(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     where: str = "POST /v1/chat/completions"
-    times: int = Field(1, ge=1)
-    skip: int = Field(0, ge=0)
+    times: int = Field(default=1, ge=1)
+    skip: int = Field(default=0, ge=0)
     status: int | None = None
     code: str = "server_error"
     message: str = "The server had an error while processing your request."
     body: Any = None
     headers: dict[str, str] = Field(default_factory=dict)
-    delay: float = Field(0, ge=0)
+    delay: float = Field(default=0, ge=0)
     cut: bool = False
     after: bool = False
-    slow: float = Field(0, ge=0)  # seconds over which the body is spread
-    expire_at: float | None = Field(None, ge=0, le=1)
+    slow: float = Field(default=0, ge=0)  # seconds over which the body is spread
+    expire_at: float | None = Field(default=None, ge=0, le=1)
     mangle: Literal["truncate", "duplicate", "unknown", "missing", "status_0", "error_only", "garbage"] | None = None
     answer: Literal["refusal", "length", "bad_schema", "no_json", "no_tags", "content_filter"] | None = None
     #: only requests whose picture has all these tags

@@ -1,0 +1,30 @@
+"""Workers die at every step, the provider fails in every known way, Postgres restarts: the books agree."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from autotag_local.chaos.run import Chaos
+from autotag_local.postgres import LocalPostgres, install_autotag, local_postgres, machine_binaries
+from autotag_local.stack import Stack, local_stack
+
+KILLS = 60
+
+
+@pytest.fixture
+async def own_stack(machine_postgres: bool) -> AsyncIterator[tuple[Stack, LocalPostgres]]:
+    """A server that may be restarted without disturbing other tests."""
+    with local_postgres(machine_binaries() if machine_postgres else None) as server:
+        install_autotag(server)
+        async with local_stack(server) as stack:
+            yield stack, server
+
+
+async def test_whatever_dies_nothing_is_lost_and_nothing_paid_twice(own_stack: tuple[Stack, LocalPostgres]) -> None:
+    stack, server = own_stack
+    report = await Chaos(stack, server, seed=1).run(kills=KILLS)
+    assert report.violations == []
+    assert report.kills >= KILLS
+    assert report.restarts > 0
