@@ -144,6 +144,8 @@ def normalise_tags(tags: list[tuple[str, float]], max_tags: int) -> list[tuple[s
 
 def clean_text(text: str) -> str:
     """Text without control and invisible characters (Postgres stores no NUL), runs of white space as one."""
+    if text.isascii() and text.isprintable():
+        return re.sub(r" +", " ", text).strip()
     normal = unicodedata.normalize("NFKC", text)
     visible = "".join(" " if c.isspace() else c for c in normal if c.isspace() or unicodedata.category(c)[0] != "C")
     return re.sub(r" +", " ", visible).strip()

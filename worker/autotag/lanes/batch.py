@@ -285,19 +285,37 @@ class BatchLane:
         await self._delete_files([f for f in (batch.input_file_id, batch.output_file_id, batch.error_file_id) if f])
 
     async def _store(self, batch: Batch, file_id: str) -> None:
-        answers: list[dict[str, Any]] = []
+        """Stores a file's answers page by page; the database works on one page while the next is read."""
+        storing: asyncio.Task[int] | None = None
+        try:
+            async for page in self._answers(batch, file_id):
+                if storing:
+                    await storing
+                storing = asyncio.create_task(self._db.batch_answers(batch, page))
+            if storing:
+                await storing
+        finally:
+            if storing and not storing.done():
+                storing.cancel()
+
+    async def _answers(self, batch: Batch, file_id: str) -> AsyncIterator[list[dict[str, Any]]]:
+        """Pages of a file's answers, as ``autotag.batch_answers`` takes them; what is no answer is counted."""
+        page: list[dict[str, Any]] = []
+        unreadable = 0
         async with self._client.files.with_streaming_response.content(file_id) as response:
             async for line in _lines(response.iter_bytes()):
                 answer = read_line(line, self._question.max_tags)
                 if answer is None:
-                    log.warning("batch_line_unreadable", batch=batch.batch, file=file_id)
+                    unreadable += 1
                     continue
-                answers.append(answer)
-                if len(answers) >= ANSWERS:
-                    await self._db.batch_answers(batch, answers)
-                    answers = []
-        if answers:
-            await self._db.batch_answers(batch, answers)
+                page.append(answer)
+                if len(page) >= ANSWERS:
+                    yield page
+                    page = []
+        if page:
+            yield page
+        if unreadable:
+            log.warning("batch_lines_unreadable", batch=batch.batch, file=file_id, lines=unreadable)
 
     async def _delete_files(self, file_ids: list[str]) -> None:
         deleted = [file_id for file_id in file_ids if await self._delete(file_id)]

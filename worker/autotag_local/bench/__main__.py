@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from autotag_local.bench import chaos, growth, limiter, makespan
+from autotag_local.bench import batch, chaos, growth, limiter, makespan
 from autotag_local.bench.report import Result
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measures autotag, as ratios in one run.")
@@ -58,6 +58,15 @@ def growth_command(as_json: Json = False) -> None:
     """Latency of a claim with 1,000,000 tasks queued ÷ with 10,000."""
     console = Console(stderr=True)
     result = growth.measure(console)
+    console.print_json(data=result.details)
+    finish(result, console, as_json)
+
+
+@app.command("batch")
+def batch_command(as_json: Json = False) -> None:
+    """50,000 lines built, uploaded, downloaded and stored: memory, speed, linearity; next to the plain way."""
+    console = Console(stderr=True)
+    result = asyncio.run(batch.measure(console))
     console.print_json(data=result.details)
     finish(result, console, as_json)
 

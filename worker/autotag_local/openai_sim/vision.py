@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 from dataclasses import dataclass
+from functools import lru_cache
 
 from PIL import Image, ImageStat
 
@@ -73,6 +74,7 @@ def measure(url: str) -> tuple[int, int]:
     return _open(url).size
 
 
+@lru_cache(maxsize=64)
 def look(url: str) -> Picture:
     """Opens a data URL and names what is there.
 
