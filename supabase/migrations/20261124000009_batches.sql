@@ -91,6 +91,7 @@ declare
   v_candidates uuid[];
   v_batch autotag.batches;
   v_admitted record;
+  v_ahead integer;             -- batches of earlier uploads that count on a place in the window
   v_tokens bigint;
   v_queued bigint;
   v_taken uuid[] := array[]::uuid[];
@@ -131,6 +132,13 @@ begin
       -- A batch ahead of the provider's queue always goes: alone it must be small enough.
       continue when v_queued > 0 and v_queued + v_tokens > v_provider.queued_batch_tokens;
       if v_batch.admitted_at is null then
+        -- The first batch of an upload goes before the others of earlier ones, but not with the place in the window
+        -- that these were planned for.
+        select count(*) into v_ahead from autotag.batches b
+        where b.workspace_id = v_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
+          and b.created_at < v_batch.created_at;
+        continue when v_ahead > 0 and (select a.admitted = 0 from autotag.admit(
+          v_batch.workspace_id, 'batch', v_ahead + 1, 0, false, false) a);
         select * into v_admitted from autotag.admit(v_batch.workspace_id, 'batch', 1,
           v_batch.image_count - v_batch.express_count, false);
         if v_admitted.admitted = 0 then

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections import Counter
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -395,6 +398,45 @@ async def test_an_image_that_cannot_be_a_line_does_not_hold_up_the_others(few: L
         [job] = await few.finished(few.enqueue(assets))
     assert (job["completed"], job["failed"]) == (7, 1)
     assert len(lines(few)) == 7
+
+
+async def test_nothing_of_the_images_is_left_on_the_workers_disk(
+    few: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is built on disk, but under no name: it is gone with the process, however that ends."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("autotag.lanes.batch.SPOOL", 100)
+    few.stack.simulator.faults.add(Fault(where="POST /v1/files", delay=0.5))
+    assets = await few.upload(8)
+    async with worker(few.stack):
+        told = few.enqueue(assets)
+        await until(lambda: few.sql("select 1 from autotag.batches where state = 'uploading'") != [], "the upload")
+        assert os.listdir(tmp_path) == []
+        await few.finished(told)
+    assert os.listdir(tmp_path) == []
+
+
+async def test_a_full_window_makes_batches_larger_and_then_wait_their_turn(few: Library) -> None:
+    few.stack.configure(batch_batches_per_hour=2)
+    first, second = await few.upload(24), await few.upload(8, seed=2)
+    async with worker(few.stack):
+        told = few.enqueue(first)
+        waiting = few.enqueue(second)
+        await few.finished(told)
+        await until(
+            lambda: few.sql(
+                "select 1 from autotag.batches where job_id = %s and state = 'planned'"
+                " and not_before between now() + interval '50 min' and now() + interval '1 h'", waiting["job_id"],
+            ) != [],
+            "the second upload to know when its turn comes",
+        )  # fmt: skip
+    assert (told["batches"], len(batches(few))) == (2, 2), "2 × 12 and not 10 + 10 + 4"
+    assert lines_of(few, waiting["job_id"]) == 0
+
+
+def lines_of(library: Library, job_id: str) -> int:
+    tasks = {str(row["id"]) for row in library.sql("select id from autotag.tasks where job_id = %s", job_id)}
+    return sum(entry["custom_id"] in tasks for entry in lines(library))
 
 
 # -- the planner

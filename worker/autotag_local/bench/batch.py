@@ -13,7 +13,6 @@ import json
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -22,7 +21,7 @@ from psycopg.rows import dict_row
 from rich.console import Console
 from storage3 import AsyncStorageClient
 
-from autotag_local.bench.report import Figure, Result
+from autotag_local.bench.report import Figure, Result, memory
 from autotag_local.openai_sim.app import Plan
 from autotag_local.postgres import install_autotag, local_postgres, machine_binaries
 from autotag_local.stack import Member, Stack, local_stack, worker_process
@@ -61,7 +60,7 @@ async def measure(console: Console) -> Result:
             await _store_picture(stack, member)
             async with worker_process(stack.worker_environment()) as worker:
                 await asyncio.sleep(IDLE)
-                idle = _memory(worker.pid, "VmRSS")
+                idle = memory(worker.pid, "VmRSS")
                 runs = [await _run(console, stack, member, worker.pid, lines) for lines in (SMALL, LARGE)]
             console.print(f"the plain way, {LARGE:,} lines …")
             plain = await _plain(stack, member)
@@ -116,15 +115,7 @@ async def _run(console: Console, stack: Stack, member: Member, pid: int, lines: 
                 break
             await asyncio.sleep(0.2)
     assert row["completed"] == lines, f"{row['completed']} of {lines} images were tagged"
-    return Run(lines, row["submit"], row["store"], _memory(pid, "VmHWM"))
-
-
-def _memory(pid: int, which: str) -> float:
-    """Megabytes of a process: VmRSS (now) or VmHWM (at most so far)."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(which):
-            return int(line.split()[1]) / 1024
-    raise LookupError(which)
+    return Run(lines, row["submit"], row["store"], memory(pid, "VmHWM"))
 
 
 async def _plain(stack: Stack, member: Member) -> dict[str, Any]:

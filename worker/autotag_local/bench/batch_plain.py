@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import resource
 import sys
 import time
 
@@ -15,11 +14,12 @@ from PIL import Image
 
 from autotag.images import data_url
 from autotag.tags import Question, batch_line, request_body
+from autotag_local.bench.report import memory
 
 
 def main(lines: int, workspace: str) -> None:
     """Builds, uploads, waits, downloads, stores."""
-    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    idle = memory(os.getpid(), "VmRSS")
     out = io.BytesIO()
     Image.new("RGB", (48, 48), (200, 30, 30)).save(out, "JPEG")
     url = data_url(out.getvalue())
@@ -45,7 +45,7 @@ def main(lines: int, workspace: str) -> None:
                 ([tag["tag"] for tag in tags["tags"]], json.dumps(tags), answer["custom_id"]),
             )
         stored = time.monotonic() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = memory(os.getpid(), "VmHWM")
     print(json.dumps({
         "build and upload (pictures for free), s": round(built, 2), "download and store, s": round(stored, 2),
         "rows stored a second": round(lines / stored), "peak over idle, MB": round(peak - idle, 1),

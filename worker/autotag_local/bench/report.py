@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
@@ -46,3 +47,11 @@ class Result:
             sign = "≤" if f.better == "lower" else "≥"
             table.add_row(name, f"{f.value:.4g}", f"{sign} {f.bar:g}", "[green]ok[/]" if f.ok else "[red]missed[/]")
         console.print(table)
+
+
+def memory(pid: int, which: str) -> float:
+    """Megabytes of a process: VmRSS (now) or VmHWM (at most so far)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(which):
+            return int(line.split()[1]) / 1024
+    raise LookupError(which)
