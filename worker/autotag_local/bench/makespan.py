@@ -8,9 +8,11 @@ for the provider, for autotag's clock, for latencies and for the peers alike.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import statistics
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ from autotag_local.stack import HOST, Stack, local_stack, worker_process
 
 MODEL = "gpt-4o-mini"  # its 2,833 tokens an image are what makes tier 1 bind
 LATENCY = (2.0, 5.0)  # seconds
+PATIENCE = 4.0  # times the minimum: a peer that takes longer is stopped, and what it has not done counts as done then
 WARM_UP = 12  # images
 SETTLE = 2.0  # real seconds between runs, for buckets and connections to come to rest
 MIXES: dict[str, list[Upload]] = {
@@ -63,6 +66,7 @@ class Run:
     mice_slowdown: float | None  # the slowest of the small ones ÷ what it needs when it is alone
     overhead: float  # of the workspace that was done last: what its slowest call does not explain
     accepted: list[float]  # when the provider accepted each call
+    unfinished: int  # images that a peer had not done when it was stopped
 
 
 async def measure(
@@ -77,6 +81,8 @@ async def measure(
     mixes = {name: mix for name, mix in MIXES.items() if not only or name in only}
     drawings = list(draw(max(sum(u.images for u in mix) for mix in mixes.values()) + WARM_UP))
     runs: list[Run] = []
+    if not without_peers:
+        await asyncio.to_thread(peers.litellm_python)
     with local_postgres(machine_binaries()) as postgres:
         install_autotag(postgres)
         async with local_stack(postgres, plan=_plan(speed)) as stack:
@@ -117,7 +123,7 @@ def _latencies(count: int, speed: float) -> list[float]:
 
 def _judge(
     system: str, name: str, mix: Sequence[Upload], owners: dict[frozenset[str], int], simulator: Simulator,
-    started: float, speed: float, ends: dict[int, float] | None = None, alone: float = 0.0,
+    started: float, speed: float, ends: dict[int, float] | None = None, alone: float = 0.0, longest: float | None = None,
 ) -> Run:  # fmt: skip
     """Reads the provider's book."""
     calls = [entry for entry in simulator.book if entry["path"].endswith("/completions")]
@@ -129,11 +135,15 @@ def _judge(
         done[owner] = max(done.get(owner, 0.0), (entry["done"] - started) * speed)
         slowest[owner] = max(slowest.get(owner, 0.0), (entry["done"] - entry["at"]) * speed)
     images = sum(upload.images for upload in mix)
-    assert len(answered) == images, f"{system}, {name}: {len(answered)} of {images} images were answered"
+    unfinished = images - len(answered)
+    assert longest or not unfinished, f"{system}, {name}: {len(answered)} of {images} images were answered"
     ends = ends or done
+    if longest and unfinished:
+        counts = Counter(owners[frozenset(entry["tags"])] for entry in answered)
+        ends |= {u.workspace: longest for u in mix if counts[u.workspace] < u.images}
     took = {upload.workspace: ends[upload.workspace] - upload.at for upload in mix}
     small = [u.workspace for u in mix if u.images == 3] if name == MICE else []
-    mice = [took[w] / (slowest[w] + alone) for w in small]
+    mice = [took[w] / (slowest.get(w, LATENCY[1]) + alone) for w in small]
     latencies = _latencies(images, speed)
     least = bound.minimum(mix, bound.Limits(), latencies)
     fair = bound.fair_finishes(mix, bound.Limits(), latencies)
@@ -142,8 +152,8 @@ def _judge(
         system, name, max(ends.values()), max(ends.values()) / least, sum(entry["status"] == 429 for entry in calls),
         statistics.mean(took.values()), max(took.values()),
         sum(shares) ** 2 / (len(shares) * sum(x * x for x in shares)), min(shares),
-        max(mice) if mice else None, max(took[w] - slowest[w] for w in took),
-        sorted((entry["at"] - started) * speed for entry in answered),
+        max(mice) if mice else None, max(took[w] - slowest.get(w, 0.0) for w in took),
+        sorted((entry["at"] - started) * speed for entry in answered), unfinished,
     )  # fmt: skip
 
 
@@ -256,9 +266,12 @@ async def _peer(peer: str, name: str, mix: Sequence[Upload], drawings: Sequence[
     simulator, port = Simulator(_plan(speed)), free_port()
     async with serve(simulator.app(), HOST, port):
         started = time.time()
-        await peers.PEERS[peer](f"http://{HOST}:{port}/v1", simulator.plan.key, jobs, speed)
+        longest = PATIENCE * bound.minimum(mix, bound.Limits(), _latencies(sum(u.images for u in mix), speed))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(longest / speed):
+                await peers.PEERS[peer](f"http://{HOST}:{port}/v1", simulator.plan.key, jobs, speed)
     first = min(entry["at"] for entry in simulator.book)
-    return _judge(peer, name, mix, owners, simulator, max(started, first), speed)
+    return _judge(peer, name, mix, owners, simulator, max(started, first), speed, longest=longest)
 
 
 def draw_admissions(runs: Sequence[Run], picture: Path) -> None:
@@ -294,6 +307,7 @@ def show(console: Console, result: Result) -> None:
         table.add_column(column, justify="left" if column in ("mix", "system") else "right")
     for run in result.details["runs"]:
         mice = "" if run["mice_slowdown"] is None else f"{run['mice_slowdown']:.2f}"
-        table.add_row(run["mix"], run["system"], f"{run['ratio']:.3f}", str(run["http_429"]), f"{run['mean']:.1f}",
+        more = "≥ " if run["unfinished"] else ""
+        table.add_row(run["mix"], run["system"], f"{more}{run['ratio']:.3f}", str(run["http_429"]), f"{run['mean']:.1f}",
                       f"{run['worst']:.1f}", f"{run['jain']:.3f}", f"{run['least_share']:.2f}", mice)  # fmt: skip
     console.print(table)

@@ -104,7 +104,7 @@ async def throttle(url: str, key: str, jobs: Sequence[Job], speed: float) -> Non
 
 async def litellm(url: str, key: str, jobs: Sequence[Job], speed: float) -> None:
     """LiteLLM's Router with rpm and tpm set, in a Python environment of its own (its pins differ from ours)."""
-    python = await asyncio.to_thread(_litellm_python)
+    python = await asyncio.to_thread(litellm_python)
     script = Path(__file__).parent / "litellm_peer.py"
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump([{"at": job.at, "bodies": list(job.bodies)} for job in jobs], file)
@@ -113,12 +113,16 @@ async def litellm(url: str, key: str, jobs: Sequence[Job], speed: float) -> None
             str(python), str(script), url, key, file.name, str(speed), stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
-        _, said = await process.communicate()
+        try:
+            _, said = await process.communicate()
+        except asyncio.CancelledError:
+            process.kill()
+            raise
     if process.returncode != 0:
         raise RuntimeError(f"LiteLLM's peer failed:\n{said.decode()[-2000:]}")
 
 
-def _litellm_python() -> Path:
+def litellm_python() -> Path:
     """The environment beside this one's, made when it is needed first."""
     folder = Path(sys.prefix).parent / ".venv-litellm"
     python = folder / "bin" / "python"
