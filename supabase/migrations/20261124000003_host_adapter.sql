@@ -67,7 +67,8 @@ as $$
   update public.assets a
   set tagging_stage = p_stage,
       tagging_progress = case p_stage when 'queued' then p_progress else greatest(a.tagging_progress, p_progress) end,
-      tagging_eta = case p_stage when 'queued' then p_eta when 'failed' then null else a.tagging_eta end,
+      tagging_eta = case p_stage when 'queued' then p_eta when 'failed' then null
+        else coalesce(p_eta, a.tagging_eta) end,
       tagging_error = s.error
   from unnest(p_asset_ids, p_errors) as s (asset_id, error)
   where a.id = s.asset_id

@@ -67,6 +67,8 @@ create table autotag.settings (
   -- what an estimate starts from: seconds of one call, and of one OpenAI Batch before there is any history
   call_seconds double precision not null default 4 check (call_seconds > 0),
   batch_seconds double precision not null default 2700 check (batch_seconds > 0),
+  -- after so many days what a batch took counts half
+  eta_half_life_days double precision not null default 1 check (eta_half_life_days > 0),
 
   -- dollars per million tokens; a batch costs half (OpenAI's price page, gpt-4.1-mini)
   input_price numeric not null default 0.40 check (input_price >= 0),

@@ -25,7 +25,8 @@ create table autotag.jobs (
   cancelled_at timestamptz,
   finished_at timestamptz,
   fallback text,                        -- why images that would have been single calls go by batch
-  eta timestamptz,
+  eta timestamptz,                      -- the median of when it will be done …
+  eta_p90 timestamptz,                  -- … and what it will be done by in nine cases of ten
   progress integer not null default 0 check (progress between 0 and 100),
   told_at timestamptz not null default '-infinity',   -- when job-progress was broadcast last
   check (completed >= 0 and failed >= 0 and completed + failed <= image_count),
@@ -117,20 +118,23 @@ $$;
 
 -- Seconds that an upload is expected to take when its workspace is otherwise idle.
 create function autotag.estimate_seconds(p_images integer, p_batches integer) returns double precision
-language sql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = ''
 as $$
-  select case
+declare
+  v_now timestamptz := autotag.now();
+begin
+  return (select case
     when p_batches > 0 then
       -- batches beyond the window start an hour later each time it is full
-      s.batch_seconds + 3600 * greatest(
-        (p_batches - 1) / s.batch_batches_per_hour, (p_images - 1) / s.batch_images_per_hour)
+      (autotag.predict_batch(ceil(p_images::numeric / p_batches)::integer, v_now, v_now, null, 0, null)).p50
+      + 3600 * greatest((p_batches - 1) / s.batch_batches_per_hour, (p_images - 1) / s.batch_images_per_hour)
     when p_images > s.realtime_max_images then
       s.call_seconds + greatest(
         extract(epoch from s.chunk_delay) * ((p_images - 1) / s.chunk_size),
         60 * ((p_images - 1) / s.realtime_requests_per_minute))
     else s.call_seconds end
-  from autotag.settings s
-$$;
+  from autotag.settings s);
+end $$;
 
 -- How long the last of so many more single calls of a workspace would wait: for its own window, and for its
 -- fair share of the provider's bucket.
@@ -363,9 +367,8 @@ begin
     when v_job.fallback is not null then 0  -- single calls are what has to wait
     else least(v_settings.express_images, v_count / v_batches - 1) end;
 
-  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, eta)
-  values (p_workspace_id, p_user_id, v_job.strategy, v_job.fallback, v_count, v_now,
-    v_now + make_interval(secs => autotag.estimate_seconds(v_count, v_batches)))
+  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at)
+  values (p_workspace_id, p_user_id, v_job.strategy, v_job.fallback, v_count, v_now)
   returning * into v_job;
 
   -- The first batch is the priority one.
@@ -392,6 +395,7 @@ begin
   values (v_job.id, p_workspace_id, v_first_task - 1,
     case when v_job.strategy = 'realtime-chunked' then v_settings.chunk_size end);
   perform autotag.add_queued(p_workspace_id, v_job.id, v_express, v_first_task);
+  v_job.eta := autotag.refresh_eta(v_job.id);
   perform autotag.show_stage(v_new, 'queued', 0, v_job.eta);
 
   if v_express > 0 then

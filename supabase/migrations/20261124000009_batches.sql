@@ -31,6 +31,8 @@ create table autotag.batches (
   error_file_id text,
   request_total integer not null default 0,
   request_done integer not null default 0,    -- answered or failed, as OpenAI counts
+  running_at timestamptz,                     -- when OpenAI was first seen to work on it
+  predicted_seconds double precision,         -- what it was expected to take when OpenAI got it
   progress_at timestamptz,                    -- when a look at it last saw something new
   looks_in_vain integer not null default 0,   -- … and how many in a row did not find it at OpenAI
   cancel_requested boolean not null default false,
@@ -304,9 +306,12 @@ begin
   update autotag.batches b
   set state = 'submitted', worker_id = null, failures = 0, openai_batch_id = p_openai_batch_id,
       openai_status = p_status, input_file_id = p_input_file_id, submitted_at = v_now, progress_at = v_now,
-      looks_in_vain = 0
+      looks_in_vain = 0, running_at = null,
+      predicted_seconds = (autotag.predict_batch(b.image_count - b.express_count, v_now, v_now, null, 0, b.id)).p50
   where b.id = p_batch;
-  perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'submitted');
+  perform autotag.refresh_eta(v_batch.job_id);
+  perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'submitted',
+    (select e.p50 from autotag.batches b, autotag.batch_eta(b, v_now) e where b.id = p_batch));
   perform autotag.tell_progress(v_batch.job_id);
   perform autotag.resume_account();
   update autotag.provider_limits p
@@ -465,9 +470,7 @@ begin
   from unnest(p_tasks) with ordinality u (id, i)
   join numbered b on u.i > (b.n - 1) * v_count / v_batches and u.i <= b.n * v_count / v_batches
   where t.id = u.id;
-  update autotag.jobs j
-  set eta = autotag.now() + make_interval(secs => (select s.batch_seconds from autotag.settings s))
-  where j.id = p_job.id;
+  perform autotag.refresh_eta(p_job.id);
   perform pg_notify('autotag', 'batch');
 end $$;
 
@@ -486,6 +489,7 @@ declare
   v_batch autotag.batches;
   v_seen record;
   v_tasks bigint[];
+  v_eta timestamptz;
 begin
   if exists (select from autotag.provider_limits p where p.account_error is not null) then
     perform autotag.resume_account();
@@ -525,17 +529,23 @@ begin
       update autotag.batches b
       set openai_status = v_seen.status, request_total = greatest(b.request_total, v_seen.total),
           request_done = greatest(b.request_done, v_seen.done), progress_at = v_now, looks_in_vain = 0,
+          running_at = coalesce(b.running_at, case when v_seen.status = 'in_progress' then v_now end),
           output_file_id = v_seen.output_file_id, error_file_id = v_seen.error_file_id, error = v_seen.error
       where b.id = v_batch.id returning * into v_batch;
       v_tasks := autotag.lock_batch_tasks(v_batch.id);
       if v_seen.status in ('completed', 'failed', 'expired', 'cancelled') then
         update autotag.batches b set state = 'ended', ended_at = v_now, reserved_tokens = 0 where b.id = v_batch.id;
+        if v_seen.status = 'completed' then
+          perform autotag.note_duration(v_batch, v_now);
+        end if;
         perform autotag.advance(v_tasks, 'completing');
         perform pg_notify('autotag', 'batch');
       elsif v_seen.status in ('in_progress', 'finalizing', 'cancelling') then
-        perform autotag.advance(v_tasks, 'processing');
-        perform autotag.show_batch_progress(v_tasks, v_batch.request_done, v_batch.request_total);
+        v_eta := (autotag.batch_eta(v_batch, v_now)).p50;
+        perform autotag.advance(v_tasks, 'processing', v_eta);
+        perform autotag.show_batch_progress(v_tasks, v_batch.request_done, v_batch.request_total, v_eta);
       end if;
+      perform autotag.refresh_eta(v_batch.job_id);
       perform autotag.tell_progress(v_batch.job_id);
     elsif not v_batch.cancel_requested and v_seen.status in ('validating', 'in_progress', 'finalizing')
       and (v_batch.progress_at <= v_now - v_settings.batch_stuck_after

@@ -11,7 +11,7 @@ $$;
 
 -- Moves tasks (locked by the caller) forward to a stage, and their images with them. A task that is there
 -- already, or past it, is not touched: an image that goes back to the queue keeps the stage it showed.
-create function autotag.advance(p_tasks bigint[], p_stage text) returns void
+create function autotag.advance(p_tasks bigint[], p_stage text, p_eta timestamptz default null) returns void
 language plpgsql security definer set search_path = ''
 as $$
 declare
@@ -24,16 +24,18 @@ begin
     returning t.asset_id
   )
   select array_agg(m.asset_id) into v_assets from moved m;
-  perform autotag.show_stage(v_assets, p_stage, autotag.stage_progress(p_stage));
+  perform autotag.show_stage(v_assets, p_stage, autotag.stage_progress(p_stage), p_eta);
 end $$;
 
 -- The progress of a batch's images follows what OpenAI counts: from `processing` to just under `completing`.
-create function autotag.show_batch_progress(p_tasks bigint[], p_done integer, p_total integer) returns void
+create function autotag.show_batch_progress(
+  p_tasks bigint[], p_done integer, p_total integer, p_eta timestamptz
+) returns void
 language sql security definer set search_path = ''
 as $$
   select autotag.show_stage(
     array(select t.asset_id from autotag.tasks t where t.id = any (p_tasks) and t.stage = 'processing'),
-    'processing', 30 + (55 * least(p_done, p_total) / greatest(p_total, 1)))
+    'processing', 30 + (55 * least(p_done, p_total) / greatest(p_total, 1)), p_eta)
 $$;
 
 -- A worker says where its single calls are: [{task, attempt, stage}]. Those that are not its own any more
@@ -100,7 +102,7 @@ begin
     perform autotag.tell_progress(p_job_id);
     return;
   end if;
-  update autotag.jobs j set progress = 100, eta = null where j.id = p_job_id;
+  update autotag.jobs j set progress = 100, eta = null, eta_p90 = null where j.id = p_job_id;
   delete from autotag.queues q where q.job_id = p_job_id;
   perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-complete', jsonb_build_object(
     'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed, 'image_count', v_job.image_count));
@@ -121,6 +123,7 @@ begin
     and j.told_at <= v_now - (select s.broadcast_interval from autotag.settings s)
   returning * into v_job;
   if found then
+    v_job.eta := autotag.refresh_eta(p_job_id);
     perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-progress', jsonb_build_object(
       'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed,
       'image_count', v_job.image_count, 'progress', v_job.progress, 'eta', v_job.eta));
@@ -147,7 +150,7 @@ begin
     'job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', v_job.image_count,
     'stages', v_stages, 'completed', v_job.completed, 'failed', v_job.failed,
     'progress', case when v_job.finished_at is null then autotag.measure_progress(v_job) else 100 end,
-    'eta', v_job.eta, 'error', v_error, 'fallback', v_job.fallback,
+    'eta', v_job.eta, 'eta_p90', v_job.eta_p90, 'error', v_error, 'fallback', v_job.fallback,
     'batches', (
       select coalesce(jsonb_agg(jsonb_build_object(
         'batch_id', b.openai_batch_id, 'state', b.state, 'image_count', b.image_count) order by b.ordinal), '[]')

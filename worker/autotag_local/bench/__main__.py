@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from autotag_local.bench import batch, chaos, growth, limiter, makespan
+from autotag_local.bench import batch, chaos, eta, growth, limiter, makespan
 from autotag_local.bench.report import Result
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measures autotag, as ratios in one run.")
@@ -67,6 +67,21 @@ def batch_command(as_json: Json = False) -> None:
     """50,000 lines built, uploaded, downloaded and stored: memory, speed, linearity; next to the plain way."""
     console = Console(stderr=True)
     result = asyncio.run(batch.measure(console))
+    console.print_json(data=result.details)
+    finish(result, console, as_json)
+
+
+@app.command("eta")
+def eta_command(
+    as_json: Json = False,
+    recorded: Annotated[
+        Path | None,
+        typer.Option(help="Also replay these durations: CSV of autotag.durations with a header.", exists=True),
+    ] = None,
+) -> None:
+    """Predicted against real finish over replayed histories: how often p90 holds, and how far the median is off."""
+    console = Console(stderr=True)
+    result = eta.measure(console, recorded)
     console.print_json(data=result.details)
     finish(result, console, as_json)
 

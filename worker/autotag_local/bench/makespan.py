@@ -123,7 +123,8 @@ def _latencies(count: int, speed: float) -> list[float]:
 
 def _judge(
     system: str, name: str, mix: Sequence[Upload], owners: dict[frozenset[str], int], simulator: Simulator,
-    started: float, speed: float, ends: dict[int, float] | None = None, alone: float = 0.0, longest: float | None = None,
+    started: float, speed: float, ends: dict[int, float] | None = None, alone: float = 0.0,
+    longest: float | None = None,
 ) -> Run:  # fmt: skip
     """Reads the provider's book."""
     calls = [entry for entry in simulator.book if entry["path"].endswith("/completions")]
@@ -307,7 +308,7 @@ def show(console: Console, result: Result) -> None:
         table.add_column(column, justify="left" if column in ("mix", "system") else "right")
     for run in result.details["runs"]:
         mice = "" if run["mice_slowdown"] is None else f"{run['mice_slowdown']:.2f}"
-        more = "≥ " if run["unfinished"] else ""
-        table.add_row(run["mix"], run["system"], f"{more}{run['ratio']:.3f}", str(run["http_429"]), f"{run['mean']:.1f}",
+        ratio = f"{'≥ ' if run['unfinished'] else ''}{run['ratio']:.3f}"
+        table.add_row(run["mix"], run["system"], ratio, str(run["http_429"]), f"{run['mean']:.1f}",
                       f"{run['worst']:.1f}", f"{run['jain']:.3f}", f"{run['least_share']:.2f}", mice)  # fmt: skip
     console.print(table)

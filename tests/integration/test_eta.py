@@ -1,0 +1,137 @@
+"""When it will be done: what is shown, and that it can be believed (how far is measured by `scripts/bench eta`)."""
+
+from __future__ import annotations
+
+import csv
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from autotag_local.bench import eta
+from support import Library, until, worker
+
+NOON = datetime(2026, 3, 10, 12, tzinfo=UTC)
+
+
+def predict(library: Library, age: float = 0, running: float | None = None, share: float = 0) -> tuple[float, float]:
+    """The median and the 90th percentile of a batch of 100 images that began `age` seconds before noon."""
+    started = NOON - timedelta(seconds=age)
+    [row] = library.sql(
+        "select p50, p90 from autotag.predict_batch(100, %s, %s, %s, %s, null)",
+        started, NOON, None if running is None else started + timedelta(seconds=running), share,
+    )  # fmt: skip
+    return float(row["p50"]), float(row["p90"])
+
+
+def remember(library: Library, seconds: float, count: int = 20, images: int = 100, days_ago: float = 0.5) -> None:
+    library.sql(
+        "insert into autotag.durations (images, started_at, seconds)"
+        " select %s, %s::timestamptz + i * interval '1 min', %s from generate_series(1, %s) i",
+        images, NOON - timedelta(days=days_ago), seconds, count,
+    )  # fmt: skip
+
+
+def test_without_history_it_is_common_experience(library: Library) -> None:
+    """45 minutes, and at the worst 12 hours."""
+    assert predict(library) == (2700, 16 * 2700)
+
+
+def test_history_counts_and_the_newest_most(library: Library) -> None:
+    remember(library, 5000, days_ago=6)
+    assert predict(library)[0] == 5000
+    remember(library, 600, days_ago=0.5)
+    p50, p90 = predict(library)
+    assert p50 == 600
+    assert p90 >= 5000, "the slow ones of six days ago still count a little"
+
+
+def test_history_of_other_sizes_counts_less(library: Library) -> None:
+    remember(library, 9000, images=5000)
+    remember(library, 1000, images=110)
+    assert predict(library)[0] == 1000
+
+
+def test_what_has_lasted_longer_will_not_be_shorter(library: Library) -> None:
+    remember(library, 600)
+    for age in (0, 300, 601, 3000, 100_000):
+        p50, p90 = predict(library, age)
+        assert age <= p50 <= p90
+
+
+def test_a_batch_that_moves_is_predicted_by_its_own_pace(library: Library) -> None:
+    """Half done in 1,000 seconds after a wait of 500: another 1,000 to go."""
+    remember(library, 600)
+    p50, p90 = predict(library, 1500, running=500, share=0.5)
+    assert p50 == pytest.approx(2500)
+    assert 2500 < p90 < 3500
+    assert predict(library, 1500, running=500, share=1.0)[0] == pytest.approx(1500)
+
+
+def test_batches_in_flight_that_are_late_show_before_they_end(library: Library) -> None:
+    remember(library, 600, count=3)
+    before = predict(library)[0]
+    assets = library.insert([f"{i}.jpg" for i in range(60)])
+    library.enqueue(assets)
+    library.sql("update autotag.batches set state = 'submitted', submitted_at = %s, predicted_seconds = 600",
+                NOON - timedelta(hours=3))  # fmt: skip
+    assert predict(library)[1] > 15_000 > before
+
+
+async def test_a_batch_leaves_its_length_and_the_rows_show_the_time_left(library: Library) -> None:
+    stack = library.stack
+    stack.simulator.plan.batch_latency = (3, 3)
+    assets = await library.upload(60)
+    async with worker(stack):
+        told = library.enqueue(assets)
+        waiting = assets[-1]
+        first = library.assets()[waiting]["tagging_eta"]
+        assert (first - datetime.now(UTC)).total_seconds() == pytest.approx(2700, abs=60), "nothing is known yet"
+        await until(lambda: library.assets()[waiting]["tagging_progress"] > 50, "half of it")
+        seen = library.assets()[waiting]
+        assert seen["tagging_stage"] == "processing"
+        assert (seen["tagging_eta"] - datetime.now(UTC)).total_seconds() < 60, "its own pace says so"
+        job = library.job(told["job_id"])
+        assert job["eta"] < job["eta_p90"]
+        await library.finished(told)
+    [row] = library.sql("select images, seconds from autotag.durations")
+    assert row["images"] == 55  # five went express
+    assert 2 < row["seconds"] < 10
+    assert library.assets()[waiting]["tagging_eta"] is None
+    assert library.job(told["job_id"])["eta"] is None
+
+
+def test_single_calls_are_predicted_by_their_schedule(library: Library) -> None:
+    library.stack.configure(chunk_delay="2 s", call_seconds=4)
+
+    def seconds(images: int) -> float:
+        told = library.enqueue(library.insert([f"{images}-{i}.jpg" for i in range(images)]))
+        left = (datetime.fromisoformat(told["eta"]) - datetime.now(UTC)).total_seconds()
+        library.rpc("public.cancel_tagging", told["job_id"])
+        return left
+
+    assert seconds(3) == pytest.approx(4, abs=1)
+    assert seconds(20) == pytest.approx(4 + 3 * 2, abs=1), "four chunks, two seconds apart"
+    # 45 images and a window of 30 a minute: the last fifteen wait for half a minute's worth of it
+    assert seconds(45) == pytest.approx(4 + 30, abs=3)
+
+
+def test_histories_are_replayed_with_what_was_known_then(tmp_path: Path) -> None:
+    """The bench itself, on a recorded history; its figures follow from its guesses."""
+    file = tmp_path / "durations.csv"
+    with file.open("w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(["images", "started_at", "seconds"])
+        writer.writerows([100, (NOON + timedelta(hours=i)).isoformat(), 900] for i in range(30))
+    chosen: dict[str, list[Any]] = {}
+    original = eta.histories
+    try:
+        eta.histories = lambda: chosen  # type: ignore[assignment]
+        result = eta.measure(Console(quiet=True), file)
+    finally:
+        eta.histories = original
+    looks = result.details["recorded"]["by share done"]
+    assert looks["0.00"]["median error of the time left"] < 0.01, "after some batches of 15 minutes it says 15 minutes"
+    assert set(result.figures) == {"p90_coverage", "median_abs_error"}
