@@ -348,6 +348,7 @@ begin
       'skipped', v_asked, 'batches', 0, 'eta', v_job.eta);
   end if;
   perform autotag.check_live_room(p_workspace_id, v_count);
+  perform autotag.check_quotas(p_workspace_id, p_user_id, v_count);
 
   v_job.strategy := autotag.choose_strategy(v_count);
   if v_job.strategy in ('realtime', 'realtime-chunked') then

@@ -57,3 +57,100 @@ begin
     where u.workspace_id = p_workspace_id and u.day between p_since and p_until
     order by u.day, u.user_id;
 end $$;
+
+-- What may be used: images and dollars, a day or a month (UTC), by a workspace as a whole or by each of its users.
+--   insert into autotag.quotas (scope, period, max_images) values ('user', 'day', 500);          -- every user
+--   insert into autotag.quotas (workspace_id, scope, period, max_cost) values ('…', 'workspace', 'month', 20);
+-- Of several that fit, for each scope and period the one that names the user counts, else the one that names the
+-- workspace, else the general one. A null maximum is no limit, so that a special quota can also lift a general one.
+create table autotag.quotas (
+  id bigint generated always as identity primary key,
+  workspace_id uuid,                     -- null: every workspace
+  user_id uuid,                          -- null: every user (scope user)
+  scope text not null check (scope in ('workspace', 'user')),
+  period text not null check (period in ('day', 'month')),
+  max_images integer check (max_images >= 0),
+  max_cost numeric check (max_cost >= 0),
+  check (scope = 'user' or user_id is null)
+);
+create unique index quotas_key on autotag.quotas (scope, period, workspace_id, user_id) nulls not distinct;
+alter table autotag.quotas enable row level security;
+
+-- Dollars that one image is expected to cost as a single call.
+create function autotag.expected_cost() returns numeric
+language sql stable security definer set search_path = ''
+as $$
+  select (greatest(p.tokens_per_image - s.max_output_tokens, 0) * s.input_price + s.max_output_tokens * s.output_price)
+    / 1000000
+  from autotag.settings s, autotag.provider_limits p
+$$;
+
+-- What is left of each quota of a workspace and a user: what was used, and what is being tagged at the moment (which
+-- is reserved until it is done, so that uploads at the same time cannot overshoot), are taken off. images_left: how
+-- many more images that allows.
+create function autotag.quotas_left(p_workspace_id uuid, p_user_id uuid)
+returns table (scope text, period text, kind text, maximum numeric, available numeric, images_left integer, renews_at timestamptz)
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  v_today date := (autotag.now() at time zone 'utc')::date;
+  v_cost numeric;
+begin
+  if not exists (select from autotag.quotas) then
+    return;
+  end if;
+  v_cost := autotag.expected_cost();
+  return query
+    with chosen as (
+      select distinct on (q.scope, q.period) q.*,
+        date_trunc(q.period, v_today::timestamp)::date as first_day,
+        (date_trunc(q.period, v_today::timestamp) + ('1 ' || q.period)::interval) at time zone 'utc' as next_period
+      from autotag.quotas q
+      where (q.workspace_id is null or q.workspace_id = p_workspace_id)
+        and (q.scope = 'workspace' or (p_user_id is not null and (q.user_id is null or q.user_id = p_user_id)))
+      order by q.scope, q.period, q.user_id is null, q.workspace_id is null
+    ), measured as (
+      select c.*, u.images + l.images as images, u.cost + l.cost as cost
+      from chosen c
+      cross join lateral (
+        select coalesce(sum(u.images), 0) as images, coalesce(sum(u.cost), 0) as cost from autotag.usage u
+        where u.workspace_id = p_workspace_id and u.day >= c.first_day
+          and (c.scope = 'workspace' or u.user_id = p_user_id)) u
+      cross join lateral (
+        select coalesce(sum(n.images), 0) as images, coalesce(sum(n.images * n.price), 0) as cost
+        from (
+          select j.image_count - j.completed - j.failed as images,
+            v_cost * case when j.strategy like 'batch%' then s.batch_discount else 1 end as price
+          from autotag.jobs j, autotag.settings s
+          where j.workspace_id = p_workspace_id and j.finished_at is null
+            and (c.scope = 'workspace' or j.user_id = p_user_id)) n) l
+    )
+    select m.scope, m.period, k.kind, k.maximum, greatest(k.maximum - k.used, 0),
+      greatest(floor((k.maximum - k.used) / k.each), 0)::integer, m.next_period
+    from measured m
+    cross join lateral (values ('images', m.max_images::numeric, m.images::numeric, 1::numeric),
+      ('cost', m.max_cost, m.cost, greatest(v_cost, 0.0000001))) k (kind, maximum, used, each)
+    where k.maximum is not null;
+end $$;
+
+-- Refuses an upload that a quota does not allow. The caller holds the workspace, so that what is reserved holds.
+create function autotag.check_quotas(p_workspace_id uuid, p_user_id uuid, p_images integer) returns void
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  v_quota record;
+begin
+  select * into v_quota from autotag.quotas_left(p_workspace_id, p_user_id) q
+  where q.images_left < p_images order by q.renews_at desc, q.images_left limit 1;
+  if not found then
+    return;
+  end if;
+  perform autotag.refuse(429, 'quota_exceeded',
+    format('The %s quota of this %s allows %s more images%s.',
+      case v_quota.period when 'day' then 'daily' else 'monthly' end, v_quota.scope, v_quota.images_left,
+      case v_quota.period when 'day' then ' today' else ' this month' end),
+    format('Upload fewer images, or wait until %s UTC.', to_char(v_quota.renews_at at time zone 'utc', 'YYYY-MM-DD HH24:MI')),
+    jsonb_build_object('quota', v_quota.kind, 'scope', v_quota.scope, 'period', v_quota.period,
+      'maximum', v_quota.maximum, 'left', v_quota.available, 'images_left', v_quota.images_left,
+      'renews_at', v_quota.renews_at, 'retry_after', extract(epoch from v_quota.renews_at - autotag.now())));
+end $$;

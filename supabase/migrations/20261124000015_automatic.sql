@@ -64,7 +64,8 @@ exception when others then
 end $$;
 
 -- Makes a job of one upload that is complete by now; false when there is none. The upload stays as long as
--- it holds more images than one job may have, or than the workspace may have live at once. One at a time,
+-- it holds more images than one job may have, than the workspace may have live at once, or than its quotas allow
+-- (the rest waits until they renew). One at a time,
 -- because a job's locks come before those of the next workspace. Called by claim().
 -- Locks: the upload, its workspace.
 create function autotag.seal_upload(p_now timestamptz) returns boolean
@@ -81,7 +82,8 @@ begin
     return false;
   end if;
   perform autotag.lock_workspace(v_upload.workspace_id);
-  v_room := least(autotag.live_room(v_upload.workspace_id), (select s.job_max_images from autotag.settings s));
+  v_room := least(autotag.live_room(v_upload.workspace_id), (select s.job_max_images from autotag.settings s),
+    (select min(q.images_left) from autotag.quotas_left(v_upload.workspace_id, v_upload.user_id) q));
   if v_room < 1 then
     update autotag.uploads u set seal_at = p_now + interval '1 min' where u.id = v_upload.id;
     return true;

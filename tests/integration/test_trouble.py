@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import time
 from collections import Counter
 
 import psycopg
 import pytest
+from structlog.testing import capture_logs
 
 from autotag_local.openai_sim.faults import Fault
 from autotag_local.pictures import Drawing, draw
@@ -325,3 +327,20 @@ async def test_an_idle_worker_is_woken_by_the_upload(library: Library) -> None:
         assert asked == 0
         await library.finished(library.enqueue(assets))
     library.check_tags()
+
+
+async def test_a_claim_that_fails_is_not_asked_again_in_a_hurry(library: Library) -> None:
+    """A database that refuses: about one claim a second, however often somebody notifies."""
+    library.enqueue(library.insert(["a.jpg"]))
+    library.sql("""create function autotag.broken() returns trigger language plpgsql as $$
+        begin perform pg_notify('autotag', 'realtime'); raise 'broken'; end $$;
+        create trigger broken before update on autotag.queues for each row execute function autotag.broken()""")
+    with capture_logs() as logs:
+        async with worker(library.stack):
+            await until(lambda: sum(entry["event"] == "claim_failed" for entry in logs) >= 2, "two failures")
+            before = time.monotonic()
+            for _ in range(200):
+                library.sql("select pg_notify('autotag', 'realtime')")
+            seconds = time.monotonic() - before
+            library.sql("drop trigger broken on autotag.queues")
+    assert sum(entry["event"] == "claim_failed" for entry in logs) < 6 + 2 * seconds

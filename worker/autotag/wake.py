@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 
 class Wake:
@@ -27,6 +28,12 @@ class Wake:
     def request_stop(self) -> None:
         self.stop.set()
         self.notify("")
+
+    async def pause(self, seconds: float) -> None:
+        """Until the time is over or the worker stops, whatever is notified: what just failed is not hurried."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.stop.wait()
 
     async def wait(self, topic: str, seconds: float | None) -> None:
         """Until the topic is notified, the time is over, or the worker stops; then the topic is quiet again."""

@@ -73,7 +73,7 @@ class BatchLane:
                 claim = await self._db.claim_batches(self._slots - len(self._hands))
             except psycopg.Error as error:
                 log.error("claim_batches_failed", error=str(error).strip())
-                await self._wake.wait("batch", CLAIM_RETRY)
+                await self._wake.pause(CLAIM_RETRY)
                 await self._db.release_unheld(batches=[batch.batch for batch in self._hands.values()])
                 continue
             for batch in claim.batches:

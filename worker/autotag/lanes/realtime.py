@@ -175,7 +175,7 @@ async def run(
                 wait = claim.wait
             except psycopg.Error as error:
                 log.error("claim_failed", error=str(error).strip())
-                await wake.wait("realtime", CLAIM_RETRY)
+                await wake.pause(CLAIM_RETRY)
                 await db.release_unheld(tasks=[image.task for image in hands.values()])
                 continue
             for image in claim.images:

@@ -47,7 +47,7 @@ class Batch:
     def share_at(self, moment: datetime) -> float:
         """How much is done."""
         age = (moment - self.started).total_seconds() / self.seconds
-        return min(1.0, max(0.0, (age - self.wait) / (1 - self.wait))) ** self.bend
+        return float(min(1.0, max(0.0, (age - self.wait) / (1 - self.wait))) ** self.bend)
 
     def moment_of(self, share: float) -> datetime:
         return self.started + timedelta(seconds=self.seconds * (self.wait + (1 - self.wait) * share ** (1 / self.bend)))

@@ -1,0 +1,141 @@
+"""Who may use how much: images and money, a day and a month, by workspace and by user."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from typing import Any
+
+import psycopg
+import pytest
+
+from support import Library, until, worker
+
+
+def allow(library: Library, **quota: Any) -> None:
+    quota = {"scope": "workspace", "period": "day", **quota}
+    library.sql(
+        f"insert into autotag.quotas ({', '.join(quota)}) values ({', '.join(['%s'] * len(quota))})", *quota.values()
+    )
+
+
+def rows(library: Library, count: int) -> list[str]:
+    return library.insert([f"{count}-{i}-{library.sql('select random() as r')[0]['r']}.jpg" for i in range(count)])
+
+
+def refused(library: Library, images: int) -> dict[str, Any]:
+    with pytest.raises(psycopg.Error) as caught:
+        library.enqueue(rows(library, images))
+    assert caught.value.diag.sqlstate == "PT429"
+    detail: dict[str, Any] = json.loads(caught.value.diag.message_detail or "")
+    assert detail["code"] == "quota_exceeded"
+    assert detail["retry_after"] > 0
+    return detail | {"message": caught.value.diag.message_primary}
+
+
+def test_a_daily_quota_counts_what_is_in_flight(library: Library) -> None:
+    allow(library, max_images=10)
+    library.enqueue(rows(library, 6))
+    told = refused(library, 5)
+    assert (told["images_left"], told["left"], told["maximum"]) == (4, 4, 10)
+    assert told["message"] == "The daily quota of this workspace allows 4 more images today."
+    library.enqueue(rows(library, 4))
+    assert refused(library, 1)["images_left"] == 0
+    assert library.sql("select count(*) as n from autotag.jobs") == [{"n": 2}], "nothing is stored of what was refused"
+
+
+def test_uploads_at_the_same_time_cannot_overshoot(library: Library) -> None:
+    allow(library, max_images=20)
+    uploads = [rows(library, 3) for _ in range(12)]
+
+    def enqueue(assets: list[str]) -> bool:
+        try:
+            library.enqueue(assets)
+        except psycopg.Error as error:
+            if error.sqlstate != "PT429":
+                raise
+            return False
+        return True
+
+    with ThreadPoolExecutor(12) as pool:
+        accepted = sum(pool.map(enqueue, uploads))
+    assert accepted == 6, "6 × 3 fit into 20"
+
+
+async def test_what_fails_or_is_cancelled_is_free_again(library: Library) -> None:
+    allow(library, max_images=10)
+    told = library.enqueue(rows(library, 10))
+    assert refused(library, 1)["images_left"] == 0
+    library.rpc("public.cancel_tagging", told["job_id"])
+    assert library.enqueue(rows(library, 10))["image_count"] == 10
+
+
+async def test_what_was_used_counts_until_the_period_ends(library: Library) -> None:
+    allow(library, max_images=5)
+    allow(library, period="month", max_images=7)
+    assets = await library.upload(4)
+    async with worker(library.stack):
+        await library.finished(library.enqueue(assets))
+    assert refused(library, 2)["period"] == "day"
+    library.sql("update autotag.usage set day = day - 1 where extract(day from day) > 1")
+    today = library.sql("select extract(day from (now() at time zone 'utc'))::int as d")[0]["d"]
+    if today > 1:  # yesterday is of the same month
+        told = refused(library, 4)
+        assert (told["period"], told["images_left"]) == ("month", 3)
+        assert library.enqueue(rows(library, 3))["image_count"] == 3
+
+
+def test_the_quota_that_names_the_user_or_the_workspace_counts(library: Library) -> None:
+    other = Library(library.stack)
+    allow(library, max_images=2)  # every workspace
+    allow(library, max_images=6, workspace_id=library.member.workspace)
+    allow(library, max_images=3, scope="user")  # every user
+    assert refused(other, 3)["scope"] == "workspace"
+    assert refused(library, 4)["scope"] == "user"
+    allow(library, max_images=None, scope="user", user_id=library.member.user)
+    assert library.enqueue(rows(library, 6))["image_count"] == 6
+    assert refused(library, 1)["scope"] == "workspace"
+
+
+def test_one_users_quota_is_not_the_others(library: Library) -> None:
+    allow(library, max_images=3, scope="user")
+    second = Library(library.stack, library.stack.add_member(workspace=library.member.workspace))
+    library.enqueue(rows(library, 3))
+    refused(library, 1)
+    assert second.enqueue(rows(second, 3))["image_count"] == 3
+
+
+async def test_money_is_counted_as_the_provider_bills_it(library: Library) -> None:
+    """The estimate is reserved, the real cost remains."""
+    [each] = library.sql("select autotag.expected_cost() as c")
+    allow(library, max_cost=each["c"] * 4)
+    assets = await library.upload(4)
+    told = library.enqueue(assets)
+    assert refused(library, 1)["quota"] == "cost"
+    async with worker(library.stack):
+        await library.finished(told)
+    [used] = library.sql("select sum(cost) as c from autotag.usage")
+    [left] = library.sql("select available from autotag.quotas_left(%s, null)", library.member.workspace)
+    assert Decimal(left["available"]) == each["c"] * 4 - used["c"]
+    assert used["c"] < each["c"] * 4, "the estimate is on the safe side"
+
+
+def test_no_quota_no_limit_and_nonsense_is_refused(library: Library) -> None:
+    assert library.enqueue(rows(library, 50))["image_count"] == 50
+    for wrong in ({"max_images": -1}, {"scope": "planet"}, {"period": "hour"}, {"user_id": library.member.user}):
+        with pytest.raises(psycopg.errors.CheckViolation):
+            allow(library, **wrong)
+
+
+async def test_in_automatic_mode_the_rest_waits_until_the_quota_renews(library: Library) -> None:
+    library.stack.configure(upload_quiet="0.1 s")
+    library.sql("select autotag.set_automatic(true)")
+    allow(library, max_images=3)
+    files = await library.upload_files(5)
+    library.insert([path for path, _ in files])
+    async with worker(library.stack):
+        await until(lambda: sum(a["tagging_stage"] == "completed" for a in library.assets().values()) == 3, "three")
+        await until(lambda: library.sql("select 1 from autotag.uploads where seal_at > now() + interval '30 s'") != [],
+                    "the rest to wait")  # fmt: skip
+    assert library.sql("select count(*) as n from autotag.arrivals") == [{"n": 2}]
