@@ -43,6 +43,20 @@ as $$
   where a.id = any (p_asset_ids)
 $$;
 
+-- The next images of a workspace, by id after p_after, that are not being tagged; p_untagged: only those without tags.
+create function autotag.list_assets(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
+returns uuid[]
+language sql stable security definer set search_path = ''
+as $$
+  select coalesce(array_agg(x.id order by x.id), '{}')
+  from (
+    select a.id from public.assets a
+    where a.workspace_id = p_workspace_id and (p_after is null or a.id > p_after)
+      and (a.tagging_stage is null or a.tagging_stage in ('completed', 'failed'))
+      and (not p_untagged or a.tags is null)  -- host: untagged
+    order by a.id limit p_limit) x (id)
+$$;
+
 -- Stores tags and everything else about a finished image in one update of its row. p_results[i] belongs to
 -- p_asset_ids[i] and is {tags: [{tag, confidence}], caption, model}; its tags are already normalised.
 create function autotag.store_tags(p_asset_ids uuid[], p_results jsonb[]) returns void

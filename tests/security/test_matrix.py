@@ -22,6 +22,7 @@ from support import PATIENCE, Library, worker
 DECISIONS = tomllib.loads((Path(__file__).parent / "decisions.toml").read_text())
 ROLES = ("anon", "authenticated", "service_role", "autotag_worker")
 MAY_CALL = {
+    "everybody_signed_in": {"authenticated", "service_role", "autotag_worker"},
     "users_and_server": {"authenticated", "service_role"}, "users": {"authenticated"}, "server": {"service_role"},
     "server_and_workers": {"service_role", "autotag_worker"}, "workers": {"autotag_worker"}, "nobody": set(),
 }  # fmt: skip
@@ -58,7 +59,8 @@ def test_users_reach_autotag_only_by_the_wrappers(stack: Stack) -> None:
         assert not row["prosecdef"], "a security definer in an exposed schema"
         if row["users"]:
             wrapped |= set(re.findall(r"\bautotag\.\w+", row["prosrc"]))
-    allowed = {n for group in ("users_and_server", "users") for n in DECISIONS["functions"][group] if "autotag." in n}
+    groups = ("everybody_signed_in", "users_and_server", "users")
+    allowed = {n for group in groups for n in DECISIONS["functions"][group] if "autotag." in n}
     assert allowed == wrapped | set(DECISIONS["functions"]["users"])
 
 

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import psycopg
 import psycopg_pool
@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 import autotag
-from autotag.config import DoctorSettings, Settings, SettingsError, load_settings
+from autotag.config import DoctorSettings, Settings
+from autotag.console import Json, fail, plain, read_settings
 from autotag.doctor import examine, worst_level
 from autotag.install.facts import Facts, look
 from autotag.install.host import Choices, Host, HostError, describe, propose
 from autotag.install.migrations import apply_migrations, project_folder, write_migrations
 from autotag.logs import configure_logs
+from autotag.operate import app as operator_app
 from autotag.worker import run_worker
 
 LOCAL_DATABASE = "postgresql://postgres:postgres@127.0.0.1:54322/postgres"  # what `supabase start` serves
@@ -32,11 +34,6 @@ app = typer.Typer(
     help="Tags every image of a Supabase project with a vision model.",
     pretty_exceptions_show_locals=False,
 )
-
-
-def _fail(message: str, code: int = 1) -> typer.Exit:
-    typer.secho(f"autotag: {message}", err=True, fg=typer.colors.RED)
-    return typer.Exit(code)
 
 
 @app.callback(invoke_without_command=True)
@@ -59,28 +56,18 @@ def worker(
     Reads DATABASE_URL (or SUPABASE_DB_URL), OPENAI_API_KEY, OPENAI_BASE_URL, SUPABASE_URL and
     SUPABASE_SECRET_KEY from the environment or a .env file; AUTOTAG_* for the rest (README, "Settings").
     """
-    settings = _settings(Settings, {"http": http} if http else {})
+    settings = read_settings(Settings, {"http": http} if http else {})
     configure_logs(settings.log_level, settings.log_format)
     try:
         asyncio.run(run_worker(settings))
     except (psycopg.OperationalError, psycopg_pool.PoolTimeout):
-        raise _fail("the database did not answer; check DATABASE_URL, its password, and the network.") from None
+        raise fail("the database did not answer; check DATABASE_URL, its password, and the network.") from None
     except psycopg.errors.InsufficientPrivilege as error:
-        raise _fail(f"{error.diag.message_primary}; grant the login role autotag_worker.") from None
+        raise fail(f"{error.diag.message_primary}; grant the login role autotag_worker.") from None
     except (psycopg.errors.UndefinedFunction, psycopg.errors.InvalidSchemaName):
-        raise _fail("autotag's schema is not in this database; apply its migrations first (autotag migrate).") from None
+        raise fail("autotag's schema is not in this database; apply its migrations first (autotag migrate).") from None
     except OSError as error:
-        raise _fail(f"cannot serve on {settings.http}: {error.strerror or error}.") from None
-
-
-S = TypeVar("S", bound=Settings)
-
-
-def _settings(kind: type[S], changes: dict[str, Any]) -> S:
-    try:
-        return load_settings(kind, **changes)
-    except SettingsError as error:
-        raise _fail(str(error), 2) from None
+        raise fail(f"cannot serve on {settings.http}: {error.strerror or error}.") from None
 
 
 # -- installing
@@ -92,7 +79,6 @@ DatabaseUrl = Annotated[
         help="The project's database, as its owner (postgres). Default: the one of supabase start.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing; what cannot be seen has to be an option.")]
 TableOption = Annotated[str | None, typer.Option("--table", help="Table of the images, for example public.photos.")]
 IdOption = Annotated[str | None, typer.Option("--id-column", help="Its uuid key.")]
@@ -137,7 +123,7 @@ def init(
         facts, host = _look(database_url, choices, ask=not (yes or as_json))
         files = write_migrations(folder, host, facts.applied)
     except HostError as error:
-        raise _fail(str(error), 2) from None
+        raise fail(str(error), 2) from None
     found = describe(host, facts)
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), "host": found, "files": files}))
@@ -183,9 +169,9 @@ def migrate(
                 _show_host(describe(host, facts))
         applied = apply_migrations(database_url, host=host, with_host_baseline=stand_alone)
     except HostError as error:
-        raise _fail(str(error), 2) from None
+        raise fail(str(error), 2) from None
     except psycopg.Error as error:
-        raise _fail(f"the migrations did not apply: {str(error).strip()}") from None
+        raise fail(f"the migrations did not apply: {str(error).strip()}") from None
     if as_json:
         typer.echo(json.dumps({"applied": applied, "version": autotag.__version__}))
     else:
@@ -225,6 +211,8 @@ def _show_host(found: dict[str, str]) -> None:
 
 # -- looking after it
 
+app.add_typer(operator_app)
+
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
@@ -232,7 +220,7 @@ def doctor(as_json: Json = False) -> None:
 
     Reads the same environment as the worker. Exit code: 0 all well, 1 warnings, 2 errors.
     """
-    settings = _settings(DoctorSettings, {})
+    settings = read_settings(DoctorSettings, {})
     configure_logs("error", "console")
     findings = asyncio.run(examine(settings))
     worst = worst_level(findings)
@@ -244,15 +232,10 @@ def doctor(as_json: Json = False) -> None:
         for column in ("check", "", "finding"):
             shown.add_column(column, overflow="fold")
         for finding in findings:
-            mend = f"\n[bold]→ {_plain(finding.fix)}[/]" if finding.fix else ""
-            shown.add_row(finding.check, looks[finding.level], _plain(finding.message) + mend)
+            mend = f"\n[bold]→ {plain(finding.fix)}[/]" if finding.fix else ""
+            shown.add_row(finding.check, looks[finding.level], plain(finding.message) + mend)
         Console().print(shown)
     raise typer.Exit({"ok": 0, "warning": 1, "error": 2}[worst])
-
-
-def _plain(text: str) -> str:
-    """Text that rich does not read as markup."""
-    return text.replace("[", r"\[")
 
 
 if __name__ == "__main__":

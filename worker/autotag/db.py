@@ -14,6 +14,7 @@ import json
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any, cast
 
 import psycopg
@@ -47,6 +48,15 @@ def _log_retry(state: RetryCallState) -> None:
 
 class NotHeld(Exception):
     """The batch belongs to somebody else by now; the worker lets go of it."""
+
+
+class Refused(Exception):
+    """The database refuses; ``retry_after`` are seconds after which it may not (None: it always will)."""
+
+    def __init__(self, message: str, hint: str | None, retry_after: float | None) -> None:
+        super().__init__(message)
+        self.hint = hint
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True)
@@ -325,25 +335,29 @@ async def listen(url: str, on_wake: Callable[[str], None]) -> None:
             delay = min(delay * 2, 5.0)
 
 
-class Doctor:
-    """The calls of ``autotag doctor``, on one connection."""
+class Operator:
+    """The calls of the operator's commands (doctor, status, enqueue, usage), on one connection."""
 
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
         self._connection = connection
         self.server_version = connection.info.parameter_status("server_version")
 
     @classmethod
-    async def connect(cls, url: str, seconds: int) -> Doctor:
+    async def connect(cls, url: str, seconds: int = 10) -> Operator:
         """Raises:
         psycopg.OperationalError: no connection within so many seconds.
         """
         return cls(
             await psycopg.AsyncConnection.connect(
-                url, autocommit=True, application_name="autotag doctor", prepare_threshold=None, connect_timeout=seconds
+                url,
+                autocommit=True,
+                application_name="autotag operator",
+                prepare_threshold=None,
+                connect_timeout=seconds,
             )
         )
 
-    async def __aenter__(self) -> Doctor:
+    async def __aenter__(self) -> Operator:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -362,3 +376,33 @@ class Doctor:
 
     async def send_probe(self, nonce: str) -> None:
         await self._value("select autotag.send_probe(%s)", nonce)
+
+    async def status(self) -> dict[str, Any]:
+        """Everything that is going on; see ``autotag.status`` in the migrations."""
+        return cast("dict[str, Any]", await self._value("select autotag.status()"))
+
+    async def preview_backfill(self, workspace: str, untagged: bool, after: str | None, limit: int) -> dict[str, Any]:
+        """``{images, seconds, cost}`` of bringing in existing images."""
+        return cast("dict[str, Any]", await self._value(
+            "select autotag.preview_backfill(%s, %s, %s, %s)", workspace, untagged, after, limit))  # fmt: skip
+
+    async def backfill(self, workspace: str, untagged: bool, after: str | None, limit: int) -> dict[str, Any]:
+        """``{job_id, images, last}`` of the next slice; ``last`` None: there are no more.
+
+        Raises:
+            Refused: with what the database says, and when to try again.
+        """
+        try:
+            return cast("dict[str, Any]", await self._value(
+                "select autotag.backfill(%s, %s, %s, %s)", workspace, untagged, after, limit))  # fmt: skip
+        except psycopg.DatabaseError as error:
+            if not (error.sqlstate or "").startswith("PT"):
+                raise
+            detail = json.loads(error.diag.message_detail or "{}")
+            raise Refused(str(error.diag.message_primary), error.diag.message_hint, detail.get("retry_after")) from None
+
+    async def usage(self, workspace: str, since: date, until: date) -> list[dict[str, Any]]:
+        """Rows per user and day: user_id, day, images, requests, tokens, cost."""
+        async with self._connection.cursor(row_factory=dict_row) as cursor:
+            await cursor.execute("select * from autotag.list_usage(%s, %s, %s)", (workspace, since, until))
+            return await cursor.fetchall()

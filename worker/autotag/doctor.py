@@ -52,7 +52,7 @@ async def examine(settings: DoctorSettings) -> list[Finding]:
     """All findings, in the order a reader wants them; never raises for what it finds."""
     findings = []
     try:
-        owner = await db.Doctor.connect(str(settings.database_url), CONNECT_TIMEOUT)
+        owner = await db.Operator.connect(str(settings.database_url), CONNECT_TIMEOUT)
     except psycopg.OperationalError as error:
         reason = str(error).strip().splitlines()[0]
         return [
@@ -92,7 +92,7 @@ async def _pooler(settings: DoctorSettings) -> Finding:
     )  # fmt: skip
 
 
-async def _version(database: db.Doctor) -> Finding:
+async def _version(database: db.Operator) -> Finding:
     apply = "supabase db push   (or: autotag migrate --database-url …)"
     try:
         version = await database.schema_version()
@@ -118,7 +118,7 @@ def _skew(check: str, whose: str, their_time: float) -> Finding:
     )
 
 
-async def _broadcast(settings: DoctorSettings, database: db.Doctor) -> Finding:
+async def _broadcast(settings: DoctorSettings, database: db.Operator) -> Finding:
     """A message through the database that really arrives at a Realtime client."""
     check, key = "broadcast", settings.secret_key()
     if not settings.supabase_url or not key:

@@ -244,6 +244,7 @@ def _marked(name: str, host: Host) -> str:
         "url": lambda: f"         {f'a.{quote(host.url)}' if host.url else 'null'}",
         "tags": lambda: f"  set {quote(host.tags)} = {_tags_code(host.tags_type)},",
         "result": lambda: f"      {quote(host.result)} = r.result,",
+        "untagged": lambda: f"      and (not p_untagged or a.{quote(host.tags)} is null)",
     }
     return lines[name]()
 

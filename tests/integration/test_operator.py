@@ -1,0 +1,175 @@
+"""The operator's commands as processes: status, enqueue, usage, watch."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from autotag_local.openai_sim.faults import Fault
+from autotag_local.stack import Stack
+from support import Library, until, worker
+
+
+async def run(stack: Stack, *arguments: str, **more: str) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of one command."""
+    environment = {"PATH": os.environ["PATH"], "COLUMNS": "140", **stack.worker_environment(), **more}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "autotag", *arguments, env=environment, stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    out, error = await process.communicate()
+    return process.returncode or 0, out.decode(), error.decode()
+
+
+@asynccontextmanager
+async def running(stack: Stack, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "autotag", *arguments, env={"PATH": os.environ["PATH"], **stack.worker_environment()},
+        stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def status(stack: Stack) -> dict[str, Any]:
+    code, out, error = await run(stack, "status", "--json")
+    assert code == 0, error
+    answer: dict[str, Any] = json.loads(out)
+    return answer
+
+
+async def test_status_of_an_empty_system_says_that_no_worker_is_alive(library: Library) -> None:
+    assert (await status(library.stack))["queue"] == {"workspaces": 0, "queued": 0, "parked": 0, "live": 0}
+    code, out, _ = await run(library.stack, "status")
+    assert code == 0
+    assert "No worker is alive: start one with `autotag worker`." in out
+
+
+async def test_status_shows_uploads_batches_limits_workers_errors_and_cost(library: Library) -> None:
+    stack = library.stack
+    stack.simulator.plan.batch_latency = (20, 20)
+    stack.simulator.faults.add(Fault(answer="refusal"))
+    single, batch = await library.upload(2, seed=3), await library.upload(60)
+    async with worker(stack):
+        await library.finished(library.enqueue(single))
+        told = library.enqueue(batch)
+        await until(lambda: library.sql("select 1 from autotag.batches where request_done > 0") != [], "some lines")
+        seen = await status(stack)
+        code, shown, _ = await run(stack, "status")
+    [job] = seen["jobs"]
+    assert (job["job_id"], job["image_count"], job["strategy"]) == (told["job_id"], 60, "batch")
+    [one] = seen["batches"]
+    assert one["openai_batch_id"] == stack.simulator.batches.describe_all()[0]["id"]
+    assert 0 < one["done"] <= one["images"] == 55
+    assert one["eta"] < one["eta_p90"]
+    assert seen["limits"]["queued_batch_tokens_used"] > 0
+    assert 0 < seen["limits"]["requests_left"] <= seen["limits"]["requests_per_minute"] == 500
+    [who] = seen["workers"]
+    assert who["alive"]
+    assert [(e["code"], e["images"]) for e in seen["errors"]] == [("refused", 1)]
+    [used] = library.sql("select sum(cost) as cost, sum(images) as images from autotag.usage")
+    assert (seen["today"]["cost"], seen["today"]["images"]) == (float(used["cost"]), used["images"])
+    assert code == 0
+    for word in (
+        told["job_id"][:8],
+        one["openai_batch_id"],
+        "The AI declined to describe this image.",
+        "requests a minute",
+    ):
+        assert word in shown
+
+
+async def test_enqueue_brings_in_what_is_untagged_and_can_go_on_after_a_stop(library: Library) -> None:
+    stack = library.stack
+    done = await library.upload(2, seed=5)
+    async with worker(stack):
+        await library.finished(library.enqueue(done))
+    library.insert([f"old-{i}.jpg" for i in range(12)])
+    workspace = library.member.workspace
+    code, out, error = await run(stack, "enqueue", "--workspace", workspace, "--limit", "5", "--yes")
+    assert code == 0, error
+    assert out.startswith("5 images, about $0.00, about 4 s.")
+    assert "5 images in 1 uploads." in out
+    code, out, _ = await run(stack, "enqueue", "--workspace", workspace, "--json")
+    first = json.loads(out)
+    assert (code, first["images"], first["jobs"]) == (0, 7, 1)
+    assert json.loads((await run(stack, "enqueue", "--workspace", workspace, "--json"))[1])["images"] == 0
+    assert library.sql("select count(*) as n from autotag.tasks") == [{"n": 14}], "each once"
+    # all of them, the tagged ones too, after a given one
+    order = sorted(done)
+    code, out, _ = await run(stack, "enqueue", "--workspace", workspace, "--no-untagged", "--after", order[0], "--json")
+    assert json.loads(out)["images"] == 1
+
+
+async def test_enqueue_waits_while_there_is_no_room_and_says_what_it_cannot_do(library: Library) -> None:
+    stack = library.stack
+    stack.configure(live_images_max=4)
+    library.insert([f"old-{i}.jpg" for i in range(6)])
+    workspace = library.member.workspace
+    process = asyncio.create_task(run(stack, "enqueue", "--workspace", workspace, "--limit", "3", "--yes"))
+    await process
+    again = asyncio.create_task(run(stack, "enqueue", "--workspace", workspace, "--limit", "3", "--yes"))
+    await asyncio.sleep(2)
+    assert not again.done(), "it waits for room"
+    for job in library.sql("select id::text from autotag.jobs"):
+        library.rpc("public.cancel_tagging", job["id"])
+    code, out, error = await again
+    assert (code, "3 images in 1 uploads." in out) == (0, True), error
+    code, _, error = await run(stack, "enqueue", "--workspace", "nonsense", "--yes")
+    assert (code, "invalid input syntax" in error) == (2, True)
+    code, _, error = await run(stack, "enqueue", "--workspace", workspace, "--limit", "0")
+    assert code == 2
+
+
+@pytest.mark.parametrize("wrong", [{"DATABASE_URL": "postgresql://nobody@127.0.0.1:1/x"}])
+async def test_a_database_that_does_not_answer_is_one_sentence(library: Library, wrong: dict[str, str]) -> None:
+    for command in (["status"], ["usage", "--workspace", library.member.workspace]):
+        code, _, error = await run(library.stack, *command, **wrong)
+        assert (code, error.count("\n")) == (1, 1)
+        assert "check DATABASE_URL" in error
+
+
+async def test_usage_as_table_csv_and_json(library: Library) -> None:
+    stack = library.stack
+    assets = await library.upload(3)
+    async with worker(stack):
+        await library.finished(library.enqueue(assets))
+    workspace = library.member.workspace
+    [row] = csv.DictReader(io.StringIO((await run(stack, "usage", "--workspace", workspace, "--csv"))[1]))
+    [same] = json.loads((await run(stack, "usage", "--workspace", workspace, "--json"))[1])
+    [real] = library.sql("select * from autotag.usage")
+    assert (row["user_id"], int(row["images"]), row["cost"]) == (library.member.user, 3, str(real["cost"]))
+    assert (same["images"], same["input_tokens"]) == (3, real["input_tokens"])
+    assert library.member.user in (await run(stack, "usage", "--workspace", workspace))[1]
+    none = await run(stack, "usage", "--workspace", workspace, "--csv", "--until", "2020-01-01")
+    assert none[1].strip() == "user_id,day,images,requests,input_tokens,cached_tokens,output_tokens,cost"
+
+
+async def test_watch_follows_the_topics_as_browsers_do(library: Library) -> None:
+    stack = library.stack
+    stack.configure(realtime_max_images=0, chunk_max_images=4)
+    assets = await library.upload(8)
+    async with running(stack, "watch", "--workspace", library.member.workspace, "--json") as process, worker(stack):
+        await asyncio.sleep(3)  # the client joins; what is sent before is not for it
+        await library.finished(library.enqueue(assets))
+        heard: list[tuple[str, str]] = []
+        assert process.stdout is not None
+        async with asyncio.timeout(20):
+            while not {"batch-complete", "job-complete"} <= {event for _, event in heard}:
+                message = json.loads(await process.stdout.readline())
+                heard.append((message["topic"], message["event"]))
+    private = f"tagging:{library.member.workspace}"
+    assert ("batch-updates", "batch-complete") in heard
+    assert (private, "job-complete") in heard

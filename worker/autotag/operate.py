@@ -1,0 +1,183 @@
+"""The operator's commands: ``status``, ``enqueue``, ``usage``, ``watch``."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from datetime import datetime
+from typing import Annotated, Any, TypeVar
+
+import psycopg
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from autotag.backfill import Backfill, backfill
+from autotag.config import DoctorSettings
+from autotag.console import Json, fail, read_settings
+from autotag.db import Operator, Refused
+from autotag.follow import CannotFollow, follow
+from autotag.status import duration, render
+
+T = TypeVar("T")
+
+app = typer.Typer()
+
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Start without asking.")]
+Watch = Annotated[bool, typer.Option("--watch", "-w", help="Go on showing it until Ctrl-C.")]
+Workspace = Annotated[str, typer.Option("--workspace", help="The workspace's id.")]
+REFRESH = 2.0  # seconds between looks of --watch
+
+
+def _operate(work: Callable[[Operator], Awaitable[T]]) -> T:
+    """Runs an operator's command on one connection; what can be wrong with that is one sentence."""
+    settings = read_settings(DoctorSettings, {})
+
+    async def run() -> T:
+        async with await Operator.connect(str(settings.database_url)) as operator:
+            return await work(operator)
+
+    try:
+        return asyncio.run(run())
+    except psycopg.OperationalError:
+        raise fail("the database did not answer; check DATABASE_URL, its password, and the network.") from None
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise fail(f"{error.diag.message_primary}; grant the login role autotag_worker.") from None
+    except (psycopg.errors.UndefinedFunction, psycopg.errors.InvalidSchemaName):
+        raise fail("this database has no autotag of this version; apply its migrations (autotag migrate).") from None
+    except psycopg.errors.InvalidTextRepresentation as error:
+        raise fail(f"{error.diag.message_primary}.", 2) from None
+    except Refused as refused:
+        raise fail(f"{refused} {refused.hint or ''}".strip()) from None
+
+
+@app.command()
+def status(watch: Watch = False, as_json: Json = False) -> None:
+    """Show uploads, batches with their time left, limits and how full they are, workers, errors and cost today.
+
+    Reads DATABASE_URL. With --watch it goes on every two seconds; with --json it prints one object (with both, one
+    a line).
+    """
+
+    async def once(operator: Operator) -> dict[str, Any]:
+        return await operator.status()
+
+    async def forever(operator: Operator) -> None:
+        with Live(console=Console(), screen=not as_json, auto_refresh=False) as live:
+            while True:
+                seen = await operator.status()
+                if as_json:
+                    typer.echo(json.dumps(seen))
+                else:
+                    live.update(render(seen), refresh=True)
+                await asyncio.sleep(REFRESH)
+
+    if watch:
+        with suppress(KeyboardInterrupt):
+            _operate(forever)
+        return
+    seen = _operate(once)
+    if as_json:
+        typer.echo(json.dumps(seen))
+    else:
+        Console().print(render(seen))
+
+
+@app.command()
+def enqueue(
+    workspace: Workspace,
+    untagged: Annotated[bool, typer.Option(help="Leave out images that have tags.")] = True,
+    limit: Annotated[int, typer.Option(min=1, max=10_000_000, help="At most so many images.")] = 10_000_000,
+    after: Annotated[str | None, typer.Option(help="Go on after this image: an earlier run names it.")] = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Tag images that are there already; says what it will cost and how long it takes before it starts.
+
+    Run it again at any time: what is being tagged is left out, and with --untagged what has tags too.
+    """
+    preview = _operate(lambda operator: operator.preview_backfill(workspace, untagged, after, limit))
+    if not as_json:
+        typer.echo(
+            f"{preview['images']:,} images, about ${preview['cost']:,.2f}, about {duration(preview['seconds'])}."
+        )
+    if preview["images"] and not yes and not as_json:
+        typer.confirm("Start?", abort=True)
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                   console=Console(stderr=True), disable=as_json)  # fmt: skip
+    with bar:
+        task = bar.add_task("enqueued", total=preview["images"])
+
+        def told(done: Backfill, waiting: str | None) -> None:
+            bar.update(task, completed=done.images, description=f"waiting: {waiting}" if waiting else "enqueued")
+
+        done = _operate(
+            lambda operator: backfill(operator, workspace, untagged=untagged, after=after, limit=limit, told=told)
+        )
+    if as_json:
+        typer.echo(json.dumps({"images": done.images, "jobs": done.jobs, "last": done.last, "predicted": preview}))
+    else:
+        typer.echo(f"{done.images:,} images in {done.jobs} uploads. `autotag status --watch` shows them.")
+
+
+@app.command()
+def usage(
+    workspace: Workspace,
+    since: Annotated[datetime, typer.Option(formats=["%Y-%m-%d"], help="First day (UTC).")] = datetime(1970, 1, 1),
+    until: Annotated[datetime, typer.Option(formats=["%Y-%m-%d"], help="Last day (UTC).")] = datetime(9999, 12, 31),
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV with a header.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show who used how much of a workspace: images, answers, tokens and dollars, by user and day."""
+    rows = _operate(lambda operator: operator.usage(workspace, since.date(), until.date()))
+    shown = [{name: str(value) if value is not None else "" for name, value in row.items()} for row in rows]
+    columns = ["user_id", "day", "images", "requests", "input_tokens", "cached_tokens", "output_tokens", "cost"]
+    if as_json:
+        typer.echo(json.dumps(rows, default=str))
+    elif as_csv:
+        writer = csv.DictWriter(sys.stdout, columns)
+        writer.writeheader()
+        writer.writerows(shown)
+    else:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for column in columns:
+            table.add_column(column, justify="left" if column in ("user_id", "day") else "right")
+        for row in shown:
+            table.add_row(*(row[column] for column in columns))
+        Console().print(table)
+
+
+@app.command()
+def watch(
+    workspace: Annotated[str | None, typer.Option("--workspace", help="Follow its private topic as well.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Follow the Realtime topics that browsers follow; one line a message, until Ctrl-C.
+
+    Reads SUPABASE_URL and SUPABASE_SECRET_KEY.
+    """
+    settings = read_settings(DoctorSettings, {})
+    key = settings.secret_key()
+    if not settings.supabase_url or not key:
+        raise fail("SUPABASE_URL and SUPABASE_SECRET_KEY are not both set.", 2)
+
+    def told(topic: str, event: str, payload: dict[str, Any]) -> None:
+        if as_json:
+            typer.echo(json.dumps({"topic": topic, "event": event, "payload": payload}))
+        else:
+            shown = " ".join(f"{name}={value}" for name, value in payload.items() if value is not None)
+            typer.echo(f"{datetime.now():%H:%M:%S}  {topic:<45}  {event:<14}  {shown}")
+        sys.stdout.flush()
+
+    try:
+        asyncio.run(follow(settings.supabase_url, key, workspace, told))
+    except KeyboardInterrupt:
+        return
+    except CannotFollow as error:
+        raise fail(str(error)) from None

@@ -1,0 +1,151 @@
+"""The system as an operator sees it in one terminal screen (``autotag status``)."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from autotag.console import plain
+
+
+def render(status: dict[str, Any]) -> RenderableType:
+    """Tables of what ``autotag.status`` returns."""
+    now = datetime.fromisoformat(status["at"])
+    parts: list[RenderableType] = [_headline(status), _limits(status["limits"]), _workers(status["workers"], now)]
+    if status["jobs"]:
+        parts.append(_jobs(status["jobs"], now))
+    if status["batches"]:
+        parts.append(_batches(status["batches"], now))
+    if status["errors"]:
+        parts.append(_errors(status["errors"], now))
+    return Group(*(part for pair in ((part, Text()) for part in parts) for part in pair))
+
+
+def _headline(status: dict[str, Any]) -> RenderableType:
+    queue, today, limits = status["queue"], status["today"], status["limits"]
+    lines = [
+        Text.assemble(
+            (f"{queue['live']:,}", "bold"), " images being tagged, ", (f"{queue['queued']:,}", "bold"), " queued in ",
+            (f"{queue['workspaces']:,}", "bold"), " workspaces, ", (f"{queue['parked']:,}", "bold"), " to be retried",
+        ),
+        Text.assemble(
+            "today: ", (f"{today['images']:,}", "bold"), " images, ", (f"{today['requests']:,}", "bold"), " answers, ",
+            (f"{today['input_tokens'] + today['output_tokens']:,}", "bold"), " tokens, ",
+            (f"${today['cost']:,.4f}", "bold"),
+        ),
+    ]  # fmt: skip
+    if limits["account_error"]:
+        lines.append(Text(f"OpenAI refuses the account: {limits['account_error']}", "bold red"))
+    if limits["blocked_until"]:
+        lines.append(Text("OpenAI asked everybody to wait (429).", "yellow"))
+    if not any(worker["alive"] for worker in status["workers"]):
+        lines.append(Text("No worker is alive: start one with `autotag worker`.", "bold red"))
+    return Group(*lines)
+
+
+def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1),
+        header_style="dim",
+    )
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=column in right)
+    return table
+
+
+def _limits(limits: dict[str, Any]) -> Table:
+    table = _table("limits of the provider", "what", "full", "used", "of", right=("used", "of"))
+    rows = [
+        ("requests a minute", limits["requests_per_minute"], limits["requests_left"]),
+        ("tokens a minute", limits["tokens_per_minute"], limits["tokens_left"]),
+        ("queued batch tokens", limits["queued_batch_tokens"],
+         limits["queued_batch_tokens"] - limits["queued_batch_tokens_used"]),
+    ]  # fmt: skip
+    if limits["requests_per_day"] is not None:
+        rows.insert(2, ("requests a day", limits["requests_per_day"], limits["requests_left_today"]))
+    for what, most, left in rows:
+        used = min(max(most - left, 0), most)
+        table.add_row(what, ProgressBar(most, used, width=20), f"{used:,.0f}", f"{most:,.0f}")
+    return table
+
+
+def _workers(workers: list[dict[str, Any]], now: datetime) -> Table:
+    table = _table("workers", "worker", "host", "version", "in hand", "up", "seen", "", right=("in hand", "up", "seen"))
+    for worker in workers:
+        note = "" if worker["listening"] else "[yellow]polls[/]"
+        table.add_row(
+            worker["worker"][:8], plain(worker["host"]), plain(worker["version"]), str(worker["in_hand"]),
+            _ago(worker["started_at"], now), f"{_ago(worker['seen_at'], now)} ago",
+            note if worker["alive"] else "[red]lost[/]",
+        )  # fmt: skip
+    return table
+
+
+def _jobs(jobs: list[dict[str, Any]], now: datetime) -> Table:
+    table = _table("uploads", "job", "workspace", "strategy", "images", "failed", "progress", "age", "left (p90)",
+                   right=("images", "failed", "age", "left (p90)"))  # fmt: skip
+    for job in jobs:
+        table.add_row(
+            job["job_id"][:8], job["workspace_id"][:8], job["strategy"] + (" ↓" if job["fallback"] else ""),
+            f"{job['image_count']:,}", f"[red]{job['failed']}[/]" if job["failed"] else "0",
+            ProgressBar(100, job["progress"], width=16), _ago(job["created_at"], now),
+            _left(job["eta"], job["eta_p90"], now),
+        )  # fmt: skip
+    return table
+
+
+def _batches(batches: list[dict[str, Any]], now: datetime) -> Table:
+    table = _table("batches", "batch", "at OpenAI", "state", "images", "done", "age", "left (p90)",
+                   right=("images", "done", "age", "left (p90)"))  # fmt: skip
+    for batch in batches:
+        state = batch["state"] if not batch["openai_status"] else f"{batch['state']} ({batch['openai_status']})"
+        table.add_row(
+            batch["batch"][:8], batch["openai_batch_id"] or "", state, f"{batch['images']:,}", f"{batch['done']:,}",
+            _ago(batch["submitted_at"] or batch["created_at"], now), _left(batch["eta"], batch["eta_p90"], now),
+        )  # fmt: skip
+        if batch["error"]:
+            table.add_row("", f"[yellow]{plain(batch['error'])}[/]")
+    return table
+
+
+def _errors(errors: list[dict[str, Any]], now: datetime) -> Table:
+    table = _table("images that failed in the last 24 hours", "images", "code", "what users read", "last",
+                   right=("images", "last"))  # fmt: skip
+    for error in errors:
+        table.add_row(f"{error['images']:,}", error["code"] or "", plain(error["message"] or ""),
+                      f"{_ago(error['last_at'], now)} ago")  # fmt: skip
+    return table
+
+
+def _ago(moment: str, now: datetime) -> str:
+    return duration((now - datetime.fromisoformat(moment)).total_seconds())
+
+
+def _left(eta: str | None, p90: str | None, now: datetime) -> str:
+    if eta is None or p90 is None:
+        return ""
+    left, most = (max(0.0, (datetime.fromisoformat(e) - now).total_seconds()) for e in (eta, p90))
+    return f"{duration(left)} ({duration(most)})"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 45 s, 12 min, 3 h 5 min, 2 days."""
+    seconds = max(0.0, seconds)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 172_800:
+        return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
+    return f"{seconds / 86_400:.0f} days"
