@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from autotag_local.bench import batch, chaos, eta, growth, limiter, makespan
+from autotag_local.bench import batch, chaos, eta, growth, limiter, makespan, push
 from autotag_local.bench.report import Result
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measures autotag, as ratios in one run.")
@@ -82,6 +82,15 @@ def eta_command(
     """Predicted against real finish over replayed histories: how often p90 holds, and how far the median is off."""
     console = Console(stderr=True)
     result = eta.measure(console, recorded)
+    console.print_json(data=result.details)
+    finish(result, console, as_json)
+
+
+@app.command("push")
+def push_command(as_json: Json = False) -> None:
+    """Commit → callback in supabase-js under Node, and the provider's answer → tags committed."""
+    console = Console(stderr=True)
+    result = asyncio.run(push.measure(console))
     console.print_json(data=result.details)
     finish(result, console, as_json)
 
