@@ -7,7 +7,6 @@ Postgres's own word (track_commit_timestamp).
 from __future__ import annotations
 
 import asyncio
-
 import contextlib
 import json
 import os
