@@ -222,6 +222,28 @@ async def test_harvesting_the_same_file_twice_changes_nothing(few: Library) -> N
     audit(few.stack)
 
 
+async def test_one_list_call_covers_every_batch_in_flight_and_pages_follow_where_others_came_between(
+    few: Library,
+) -> None:
+    """Four batches of ours under 250 newer ones of somebody else's: three pages, and no batch is asked for alone."""
+    few.stack.simulator.plan.batch_latency = (3, 3)
+    assets = await few.upload(40)
+    async with worker(few.stack):
+        told = few.enqueue(assets)
+        await until(lambda: few.sql("select count(*) as n from autotag.batches where state = 'submitted'")[0]["n"] == 4,
+                    "the batches")  # fmt: skip
+        foreign = batches(few)[0]
+        for i in range(250):
+            name = f"batch_foreign_{i}"
+            few.stack.simulator.batches._batches[name] = foreign | {"id": name, "metadata": {}}
+        mark = len(few.stack.simulator.book)
+        [job] = await few.finished(told)
+    assert job["completed"] == 40
+    looks = [e for e in few.stack.simulator.book[mark:] if e["path"].startswith("/v1/batches") and e["method"] == "GET"]
+    assert looks
+    assert {e["path"] for e in looks} == {"/v1/batches"}, "none was retrieved by itself"
+
+
 async def test_a_batch_that_404s_later_ends_and_its_images_go_by_another(few: Library) -> None:
     """Lost, or made under another project's key: after some looks in vain its images are asked anew."""
     few.stack.simulator.plan.batch_latency = (60, 60)

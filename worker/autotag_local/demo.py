@@ -27,11 +27,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from supabase import AsyncClient, AsyncClientOptions, acreate_client
 
+from autotag.http import serve as serve_app
 from autotag_local.openai_sim.app import Plan
+from autotag_local.page import address, make_page
 from autotag_local.pictures import Drawing, draw
-from autotag_local.postgres import install_autotag, local_postgres
+from autotag_local.postgres import free_port, install_autotag, local_postgres
 from autotag_local.project import ProjectError, project_variables
-from autotag_local.stack import Member, Stack, local_stack, supabase_stack, worker_process
+from autotag_local.stack import HOST, Member, Stack, local_stack, supabase_stack, worker_process
 
 UPLOADS = (3, 30, 120, 300)  # one for each strategy
 STAGES = ("queued", "preparing", "submitted", "processing", "completing", "completed", "failed")
@@ -325,8 +327,9 @@ def report(console: Console, uploads: list[Upload], summary: dict[str, Any], hea
 
 
 async def keep_serving(console: Console, stack: Stack) -> None:
-    """Prints where everything is, and keeps it up until Ctrl-C."""
-    member = stack.add_member("yours")
+    """Prints where everything is, serves the gallery, and keeps it all up until Ctrl-C."""
+    member, other = stack.add_member("yours"), stack.add_member("somebody else's")
+    port = free_port()
     for name, value in (
         ("SUPABASE_URL", stack.supabase_url), ("SUPABASE_ANON_KEY", stack.anon_key),
         ("SUPABASE_SECRET_KEY", stack.secret_key), ("DATABASE_URL", stack.database_url()),
@@ -334,9 +337,14 @@ async def keep_serving(console: Console, stack: Stack) -> None:
         ("WORKSPACE_ID", member.workspace), ("MEMBER_TOKEN", member.token),
     ):  # fmt: skip
         console.print(f"export {name}={value}", soft_wrap=True, highlight=False)
-    console.print("Everything stays up until you press Ctrl-C.")
-    with contextlib.suppress(asyncio.CancelledError):
-        await asyncio.Event().wait()
+    page = f"http://{HOST}:{port}"
+    async with serve_app(make_page(stack), HOST, port):
+        console.print("The gallery, for you (open it twice: both windows follow) and for another workspace:")
+        for who in (member, other):
+            console.print(address(page, who), soft_wrap=True, highlight=False)
+        console.print("Everything stays up until you press Ctrl-C.")
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
 
 
 def main(
@@ -346,7 +354,7 @@ def main(
     json_: Annotated[
         bool, typer.Option("--json", help="Print the summary as the last line of stdout, as JSON.")
     ] = False,
-    serve: Annotated[bool, typer.Option(help="Keep everything up and print the URLs.")] = False,
+    serve: Annotated[bool, typer.Option(help="Keep everything up, with a gallery to try it in.")] = False,
     openai: Annotated[bool, typer.Option(help="Use the real API with OPENAI_API_KEY.")] = False,
     supabase: Annotated[
         bool, typer.Option(help="Use the stack of supabase start (or the variables of supabase status -o env).")

@@ -40,6 +40,7 @@ SLOTS = 4  # of each worker: so many answers can die with it
 KILLS_PER_ROUND = 12
 FAULTS_AT_ONCE = 4
 LIFE = 7.0  # seconds a worker has to reach its point before it is killed wherever it is
+HEARING = 10.0  # seconds that the last broadcast may take to the client
 ROUND_END = 90.0  # seconds that healthy workers may take to end a round
 TICK = 0.3  # seconds between ticks, in place of pg_cron's minute
 
@@ -58,6 +59,7 @@ FAULTS = (
     Fault(where="GET /v1/files/", cut=True),
     Fault(where="GET /v1/files/", slow=1),
     Fault(where="DELETE /v1/files", status=500),
+    Fault(where="VALIDATE", code="token_limit_exceeded", message="Enqueued token limit reached."),
     Fault(where="RUN", expire_at=0.4),
     Fault(where="BATCH", status=500, times=3),
     *(
@@ -143,10 +145,15 @@ class Chaos:
         await asyncio.gather(*hands)
         self._stack.simulator.faults.clear()
         await self._finish()
-        books = read_books(
-            self._stack, self._truth, self._heard, may_be_lost=self._may_be_lost(),
-            client_heard_all=not self.report.restarts,
-        )  # fmt: skip
+        deadline = time.monotonic() + HEARING
+        while True:
+            await asyncio.sleep(0.2)
+            books = read_books(
+                self._stack, self._truth, self._heard, may_be_lost=self._may_be_lost(),
+                client_heard_all=not self.report.restarts,
+            )  # fmt: skip
+            if self.report.restarts or len(books.received) >= len(books.sent) or time.monotonic() > deadline:
+                break
         self.report.images = len(self._truth)
         self.report.violations += audit(books)
 
@@ -199,7 +206,6 @@ class Chaos:
                 process.send_signal(signal.SIGTERM)
             for process in (one, two):
                 await process.wait()
-        await asyncio.sleep(0.5)  # the client hears of the last batch
 
     # -- uploads
 

@@ -163,6 +163,9 @@ class Batches:
             return refuse("invalid_request", "The input file holds no line, or more than 50,000.")
         if len(set(ids)) < len(ids):
             return refuse("duplicate_custom_id", "A custom_id stands twice in the input file.")
+        fault = self._sim.faults.take("VALIDATE")
+        if fault:
+            return refuse(fault.code, fault.message)
         tokens += 615 * len(lines)
         if sum(self._queued_tokens.values()) + tokens > self._sim.plan.queued_batch_tokens:
             return refuse("token_limit_exceeded", "Enqueued token limit reached. Please try again once batches end.")

@@ -14,8 +14,9 @@ class Fault(BaseModel):
     no body), or the connection is cut (``after``: when it has taken effect), or the body comes slowly, or it is
     answered, but with a model answer that is of no use.
 
-    Two kinds of fault hit batches and not requests: ``where="RUN"`` the next batch that runs (it expires when a
-    share of its lines is done), ``where="OUTPUT"`` the next output file (its lines are mangled).
+    Some faults hit batches and not requests: ``where="VALIDATE"`` the next batch that is looked through (it fails
+    with ``code``), ``where="RUN"`` the next that runs (it expires when a share of its lines is done),
+    ``where="OUTPUT"`` the next output file (its lines are mangled).
     """
 
     model_config = ConfigDict(extra="forbid")

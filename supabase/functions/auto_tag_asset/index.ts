@@ -1,0 +1,47 @@
+// For clients that still call an edge function for every image and cannot be changed at once: it enqueues what it is
+// given, in the caller's own name, and answers at once. Deploy: supabase functions deploy auto_tag_asset
+// Takes {asset_id} or {asset_ids} (assetId and assetIds as well); gives what enqueue_tagging gives.
+import { createClient } from '@supabase/supabase-js'
+
+const BODY_MOST = 2_000_000 // bytes: 50,000 ids
+const CORS = {
+  'access-control-allow-origin': '*',
+  'access-control-allow-headers': 'authorization, x-client-info, apikey, content-type',
+}
+
+const env = (name: string) => Deno.env.get(name) ?? ''
+// Newer projects hand the publishable key over as SUPABASE_PUBLISHABLE_KEYS, a JSON object by name.
+const keys = JSON.parse(env('SUPABASE_PUBLISHABLE_KEYS') || '{}') as Record<string, string>
+const key = keys.default ?? env('SUPABASE_ANON_KEY')
+
+const answer = (status: number, body: unknown) => Response.json(body, { status, headers: CORS })
+const refuse = (status: number, code: string, message: string) => answer(status, { error: { code, message } })
+
+/** The ids of a body, or null when it holds none. */
+function readIds(body: unknown): string[] | null {
+  if (typeof body !== 'object' || body === null) return null
+  const { asset_id, assetId, asset_ids, assetIds } = body as Record<string, unknown>
+  const ids = asset_ids ?? assetIds ?? [asset_id ?? assetId]
+  return Array.isArray(ids) && ids.length > 0 && ids.every((id) => typeof id === 'string') ? ids : null
+}
+
+export async function handle(request: Request): Promise<Response> {
+  if (request.method === 'OPTIONS') return new Response(null, { status: 204, headers: CORS })
+  if (request.method !== 'POST') return refuse(405, 'method_not_allowed', 'POST {"asset_id": "…"} here.')
+  const authorization = request.headers.get('authorization')
+  if (!authorization) return refuse(401, 'not_signed_in', 'Call this as a signed-in user.')
+  if (Number(request.headers.get('content-length') ?? 0) > BODY_MOST) {
+    return refuse(413, 'too_large', 'The body is larger than 50,000 ids.')
+  }
+  const ids = readIds(await request.json().catch(() => null))
+  if (!ids) return refuse(400, 'no_asset', 'The body has to be {"asset_id": "…"} or {"asset_ids": ["…"]}.')
+  const supabase = createClient(env('SUPABASE_URL'), key, {
+    global: { headers: { Authorization: authorization } },
+    auth: { persistSession: false },
+  })
+  const { data, error, status } = await supabase.rpc('enqueue_tagging', { asset_ids: ids })
+  if (error) return answer(status || 502, { error })
+  return answer(202, data)
+}
+
+if (import.meta.main) Deno.serve(handle)

@@ -1,0 +1,156 @@
+// Drives the gallery in headless Chromium and prints what was seen as JSON. Arguments: the scenario, and JSON with
+// {mine, other, files: [paths], shots: folder or null, chromium: path}.
+import { createRequire } from 'node:module'
+import { chromium } from 'playwright-core'
+
+const axe = createRequire(import.meta.url).resolve('axe-core/axe.min.js')
+const [scenario, given] = [process.argv[2], JSON.parse(process.argv[3])]
+const browser = await chromium.launch({ executablePath: given.chromium, args: ['--no-sandbox'] })
+
+/** A window of its own; what it asked the edge for is counted. */
+async function open(address, options = {}) {
+  const context = await browser.newContext({ viewport: { width: 1440, height: 900 }, ...options })
+  const page = await context.newPage()
+  page.asked = []
+  page.problems = []
+  page.on('request', (request) => page.asked.push(new URL(request.url()).pathname))
+  page.on('pageerror', (error) => page.problems.push(String(error)))
+  if (options.sockets) {
+    await page.routeWebSocket(/realtime/, (socket) => {
+      options.sockets.push(socket)
+      socket.connectToServer()
+    })
+  }
+  await page.goto(address)
+  await page.waitForFunction(() => document.getElementById('connection').textContent === 'Live')
+  return page
+}
+
+const stages = (page) => page.$$eval('.image', (items) => items.map((item) => item.dataset.stage))
+const all = (page, stage, count) => page.waitForFunction(
+  ([stage, count]) => document.querySelectorAll(`.image[data-stage=${stage}]`).length === count, [stage, count],
+  { timeout: 60_000 })
+const add = (page, files) => page.setInputFiles('#files', files)
+const shown = (page) => page.$$eval('.image', (items) => items.map((item) => ({
+  id: item.dataset.asset, stage: item.dataset.stage, text: item.querySelector('.badge').textContent,
+  tags: [...item.querySelectorAll('.tags li')].map((tag) => tag.textContent), alt: item.querySelector('img').alt,
+  picture: item.querySelector('img').naturalWidth > 0, error: item.querySelector('.error').textContent,
+})))
+
+async function shot(page, name) {
+  if (given.shots) await page.screenshot({ path: `${given.shots}/${name}.png` })
+}
+
+/** Violations that axe-core finds. */
+async function violations(page) {
+  await page.addScriptTag({ path: axe })
+  const found = await page.evaluate(() => window.axe.run())
+  return found.violations.map((violation) => `${violation.id}: ${violation.nodes[0].html}`)
+}
+
+const scenarios = {
+  /** A few images; a second window follows, a stranger's sees nothing, and nobody asks by the clock. */
+  async few() {
+    const [one, two, other] = [await open(given.mine), await open(given.mine), await open(given.other)]
+    await add(one, given.files)
+    await all(two, 'completed', given.files.length)
+    await all(one, 'completed', given.files.length)
+    await one.waitForTimeout(1000)
+    const before = two.asked.length
+    await two.waitForTimeout(3000)
+    await one.click('#usage summary')
+    return {
+      one: await shown(one), two: await shown(two), other: await shown(other), askedWhileIdle: two.asked.length - before,
+      usage: await one.$$eval('#usage tbody tr', (rows) => rows.map((row) => row.innerText)),
+      problems: [...one.problems, ...two.problems, ...other.problems],
+    }
+  },
+
+  /** Many images: each stage is seen on the way, and photographed. */
+  async many() {
+    const page = await open(given.mine)
+    const seen = {}
+    let over = false
+    const watching = (async () => {
+      while (!over) {
+        for (const item of await shown(page).catch(() => [])) {
+          if (seen[item.stage]) continue
+          seen[item.stage] = item.text
+          await shot(page, `stage-${item.stage}`)
+        }
+        await new Promise((resolve) => setTimeout(resolve, 20))
+      }
+    })()
+    await add(page, given.files)
+    await all(page, 'completed', given.files.length)
+    over = true
+    await watching
+    const assets = page.asked.filter((path) => path === '/rest/v1/assets').length
+    return { seen, problems: page.problems, assets, images: (await shown(page)).length }
+  },
+
+  /** The websocket breaks while images are tagged: the page says so, comes back, and shows what it missed. */
+  async lost() {
+    const sockets = []
+    const page = await open(given.mine, { sockets })
+    const other = await open(given.mine)
+    await sockets.at(-1).close({ code: 3001, reason: 'test' })
+    await add(other, given.files)
+    await all(page, 'completed', given.files.length)
+    return { sockets: sockets.length, connection: await page.textContent('#connection'), problems: page.problems }
+  },
+
+  /** One image fails, says why, and is tried again. */
+  async failed() {
+    const page = await open(given.mine)
+    await add(page, given.files)
+    await all(page, 'failed', 1)
+    await shot(page, 'stage-failed')
+    const before = await shown(page)
+    await page.focus('.image[data-stage=failed] .retry')
+    await page.keyboard.press('Enter')
+    await all(page, 'completed', given.files.length)
+    return { before, after: await shown(page), problems: page.problems }
+  },
+
+  async cancelled() {
+    const page = await open(given.mine)
+    await add(page, given.files)
+    await page.waitForFunction(() => document.querySelectorAll('.image[data-stage=completed]').length > 0)
+    await page.click('.job .cancel')
+    await page.waitForFunction((count) => [...document.querySelectorAll('.image')].every(
+      (item) => ['completed', 'failed'].includes(item.dataset.stage)), given.files.length)
+    return { stages: await stages(page), job: await page.textContent('.job'), problems: page.problems }
+  },
+
+  async refused() {
+    const page = await open(given.mine)
+    await add(page, given.files)
+    await page.waitForFunction(() => document.getElementById('notice').textContent !== '')
+    await shot(page, 'quota')
+    return { notice: await page.textContent('#notice'), problems: page.problems }
+  },
+
+  /** Narrow and wide, light and dark, with every kind of image: nothing for axe-core, nothing to scroll sideways. */
+  async looks() {
+    const results = []
+    for (const width of [360, 1440]) {
+      for (const colorScheme of ['light', 'dark']) {
+        const page = await open(given.mine, { viewport: { width, height: 900 }, colorScheme, reducedMotion: 'reduce' })
+        await page.waitForTimeout(500)
+        await page.click('#usage summary')
+        const sideways = await page.evaluate(() => document.documentElement.scrollWidth > window.innerWidth)
+        results.push({ width, colorScheme, sideways, violations: await violations(page) })
+        await page.click('#usage summary')
+        await shot(page, `page-${width}-${colorScheme}`)
+      }
+    }
+    return { results }
+  },
+}
+
+try {
+  console.log(JSON.stringify(await scenarios[scenario]()))
+} finally {
+  await browser.close()
+}

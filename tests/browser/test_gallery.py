@@ -1,0 +1,154 @@
+"""The demo's page in headless Chromium: what users see, live, and only theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autotag.http import serve
+from autotag_local.openai_sim.faults import Fault
+from autotag_local.page import address, make_page
+from autotag_local.pictures import draw
+from autotag_local.postgres import free_port
+from autotag_local.stack import HOST
+from conftest import skip
+from support import Library, audit, worker
+
+HERE = Path(__file__).parent
+#: Set to a folder (docs/screenshots) to keep what the tests photograph.
+SHOTS = os.environ.get("AUTOTAG_SCREENSHOTS")
+
+
+@dataclass
+class Gallery:
+    """The page of a library's member, and of a stranger."""
+
+    library: Library
+    mine: str
+    other: str
+    folder: Path
+
+    def files(self, count: int, seed: int = 1) -> list[str]:
+        paths = []
+        for drawing in draw(count, seed):
+            path = self.folder / drawing.name
+            path.write_bytes(drawing.data)
+            paths.append(str(path))
+        return paths
+
+    async def play(self, scenario: str, files: list[str]) -> dict[str, Any]:
+        """What the scenario saw; an error in the page fails the test."""
+        given = {"mine": self.mine, "other": self.other, "files": files, "shots": SHOTS, "chromium": CHROMIUM}
+        process = await asyncio.create_subprocess_exec(
+            "node", str(HERE / "gallery.mjs"), scenario, json.dumps(given),
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        async with asyncio.timeout(150):
+            out, error = await process.communicate()
+        assert process.returncode == 0, error.decode()[-2000:]
+        seen: dict[str, Any] = json.loads(out)
+        assert seen.pop("problems", []) == []
+        return seen
+
+
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture
+async def gallery(library: Library, tmp_path: Path) -> AsyncIterator[Gallery]:
+    if CHROMIUM is None:
+        skip("there is no chromium (Debian: apt-get install chromium)")
+    port = free_port()
+    url = f"http://{HOST}:{port}"
+    async with serve(make_page(library.stack), HOST, port):
+        yield Gallery(library, address(url, library.member), address(url, library.stack.add_member()), tmp_path)
+
+
+async def test_a_few_images_live_in_two_windows_and_in_no_strangers(gallery: Gallery) -> None:
+    files = gallery.files(8)
+    async with worker(gallery.library.stack):
+        seen = await gallery.play("few", files)
+    tags = {asset: row["tags"] for asset, row in gallery.library.assets().items()}
+    for window in (seen["one"], seen["two"]):
+        assert {item["id"]: item["tags"] for item in window} == tags
+        assert all(item["picture"] and item["alt"].startswith("A ") for item in window), (
+            "pictures, and captions as alt text"
+        )
+    assert sorted(map(frozenset, tags.values()), key=sorted) == sorted((d.tags for d in draw(8)), key=sorted)
+    assert seen["other"] == []
+    assert seen["askedWhileIdle"] == 0, "no polling"
+    [row] = seen["usage"]
+    assert row.split("\t")[1] == "8"
+    audit(gallery.library.stack)
+
+
+async def test_many_images_pass_through_every_stage(gallery: Gallery) -> None:
+    stack = gallery.library.stack
+    stack.configure(broadcast_interval="0.2 s", express_images=0)
+    stack.simulator.plan.batch_latency = (8, 8)
+    stack.simulator.faults.add(Fault(where="POST /v1/files", delay=1))  # `preparing` lasts …
+    stack.simulator.faults.add(Fault(where="GET /v1/files/", delay=1))  # … and so does `completing`
+    async with worker(stack):
+        seen = await gallery.play("many", gallery.files(60))
+    texts = seen["seen"]
+    assert {"queued", "preparing", "submitted", "processing", "completing", "completed"} - {"queued"} <= set(texts)
+    assert texts["preparing"] == "Preparing images…"
+    assert texts["submitted"] == "Submitted to AI"
+    assert texts["processing"].startswith("AI analyzing (")
+    assert texts["completing"] == "Saving tags…"
+    assert seen["images"] == 60
+    told = gallery.library.sql("select count(*) as n from realtime.messages where topic like 'tagging:%%'")[0]["n"]
+    assert seen["assets"] <= told + 5, "it fetches when it is told, and not by the clock"
+
+
+async def test_a_lost_websocket_is_made_up_for(gallery: Gallery) -> None:
+    async with worker(gallery.library.stack):
+        seen = await gallery.play("lost", gallery.files(3))
+    assert seen["sockets"] >= 2
+    assert seen["connection"] == "Live"
+
+
+async def test_a_failed_image_says_why_and_is_tried_again(gallery: Gallery) -> None:
+    gallery.library.stack.simulator.faults.add(Fault(answer="refusal"))
+    async with worker(gallery.library.stack):
+        seen = await gallery.play("failed", gallery.files(3))
+    [failed] = [item for item in seen["before"] if item["stage"] == "failed"]
+    assert failed["error"] == "The AI declined to describe this image."
+    assert all(item["tags"] for item in seen["after"])
+
+
+async def test_cancelling_keeps_what_is_done(gallery: Gallery) -> None:
+    gallery.library.stack.configure(chunk_delay="20 s")
+    async with worker(gallery.library.stack):
+        seen = await gallery.play("cancelled", gallery.files(12))
+    assert sorted(seen["stages"]) == ["completed"] * 5 + ["failed"] * 7
+    assert "7 not tagged" in seen["job"]
+
+
+async def test_a_quota_is_explained(gallery: Gallery) -> None:
+    gallery.library.sql("insert into autotag.quotas (scope, period, max_images) values ('workspace', 'day', 3)")
+    seen = await gallery.play("refused", gallery.files(5))
+    assert seen["notice"].startswith(
+        "The daily quota of this workspace allows 3 more images today. Upload fewer images"
+    )
+
+
+async def test_it_looks_right_narrow_and_wide_light_and_dark(gallery: Gallery) -> None:
+    stack = gallery.library.stack
+    stack.simulator.faults.add(Fault(answer="refusal"))
+    assets = await gallery.library.upload(8)
+    async with worker(stack):
+        await gallery.library.finished(gallery.library.enqueue(assets))
+    gallery.library.enqueue(await gallery.library.upload(3, seed=2))
+    seen = await gallery.play("looks", [])
+    for look in seen["results"]:
+        assert look["violations"] == [], look
+        assert not look["sideways"], look
