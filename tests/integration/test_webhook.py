@@ -110,7 +110,8 @@ async def test_a_delivery_that_comes_before_its_batch_is_known_is_not_lost(libra
     [batch] = library.sql("select batches from autotag.claim_batches(%s, 1)", name)[0]["batches"]
     library.sql("select autotag.batch_submitted(%s, %s, %s, 'batch_early', 'validating', 'file-1')",
                 name, batch["batch"], batch["attempt"])  # fmt: skip
-    assert library.sql("select poll from autotag.claim_batches(%s, 1)", name)[0]["poll"] == ["batch_early"]
+    [look] = library.sql("select poll from autotag.claim_batches(%s, 1)", name)[0]["poll"]
+    assert look["id"] == "batch_early"
 
 
 async def test_an_address_that_is_taken_is_said(library: Library) -> None:
