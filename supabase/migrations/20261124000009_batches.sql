@@ -92,7 +92,9 @@ declare
   v_slots integer := greatest(coalesce(p_slots, 0), 0);
   v_candidates uuid[];
   v_batch autotag.batches;
-  v_admitted record;
+  v_admitted integer;
+  v_admitted_at timestamptz;   -- its place in the workspace's window
+  v_retry_at timestamptz;
   v_ahead integer;             -- batches of earlier uploads that count on a place in the window
   v_tokens bigint;
   v_queued bigint;
@@ -133,7 +135,8 @@ begin
       where b.state in ('preparing', 'uploading', 'creating', 'submitted');
       -- A batch ahead of the provider's queue always goes: alone it must be small enough.
       continue when v_queued > 0 and v_queued + v_tokens > v_provider.queued_batch_tokens;
-      if v_batch.admitted_at is null then
+      v_admitted_at := v_batch.admitted_at;
+      if v_admitted_at is null then
         -- The first batch of an upload goes before the others of earlier ones, but not with the place in the window
         -- that these were planned for.
         select count(*) into v_ahead from autotag.batches b
@@ -141,15 +144,15 @@ begin
           and b.created_at < v_batch.created_at;
         continue when v_ahead > 0 and (select a.admitted = 0 from autotag.admit(
           v_batch.workspace_id, 'batch', v_ahead + 1, 0, false, false) a);
-        select * into v_admitted from autotag.admit(v_batch.workspace_id, 'batch', 1,
-          v_batch.image_count - v_batch.express_count, false);
-        if v_admitted.admitted = 0 then
-          update autotag.batches b set not_before = coalesce(v_admitted.retry_at, 'infinity') where b.id = v_batch.id;
+        select a.admitted, a.at, a.retry_at into v_admitted, v_admitted_at, v_retry_at
+        from autotag.admit(v_batch.workspace_id, 'batch', 1, v_batch.image_count - v_batch.express_count, false) a;
+        if v_admitted = 0 then
+          update autotag.batches b set not_before = coalesce(v_retry_at, 'infinity') where b.id = v_batch.id;
           continue;
         end if;
       end if;
       update autotag.batches b
-      set admitted_at = coalesce(b.admitted_at, v_admitted.at), reserved_tokens = v_tokens
+      set admitted_at = v_admitted_at, reserved_tokens = v_tokens
       where b.id = v_batch.id;
     end if;
     update autotag.batches b

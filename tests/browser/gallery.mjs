@@ -89,6 +89,20 @@ const scenarios = {
     return { seen, problems: page.problems, assets, images: (await shown(page)).length }
   },
 
+  /** Three hundred images: what the page asked the edge for from the upload to the last tag. */
+  async patient() {
+    const page = await open(given.mine)
+    await add(page, given.files)
+    await page.waitForFunction(() => document.querySelectorAll('.job').length === 1, null, { timeout: 90_000 })
+    const mark = page.asked.length
+    await all(page, 'completed', given.files.length)
+    const asked = {}
+    for (const path of page.asked.slice(mark)) {
+      if (!path.startsWith('/storage/v1/object/sign')) asked[path] = (asked[path] ?? 0) + 1
+    }
+    return { asked, problems: page.problems }
+  },
+
   /** The websocket breaks while images are tagged: the page says so, comes back, and shows what it missed. */
   async lost() {
     const sockets = []

@@ -109,6 +109,19 @@ async def test_many_images_pass_through_every_stage(gallery: Gallery) -> None:
     assert seen["assets"] <= told + 5, "it fetches when it is told, and not by the clock"
 
 
+async def test_while_three_hundred_images_are_tagged_nothing_is_polled(gallery: Gallery) -> None:
+    """Every request of the page answers a message; with messages a second apart there are few of them."""
+    stack = gallery.library.stack
+    stack.configure(broadcast_interval="1 s")
+    stack.simulator.plan.batch_latency = (6, 8)
+    async with worker(stack):
+        seen = await gallery.play("patient", gallery.files(300))
+    told = gallery.library.sql("select count(*) as n from realtime.messages where topic like 'tagging:%%'")[0]["n"]
+    assert set(seen["asked"]) <= {"/rest/v1/assets", "/rest/v1/rpc/tagging_usage"}
+    assert sum(seen["asked"].values()) <= told + 2, "what was told, the upload's own look, and the usage at the end"
+    assert len(gallery.library.sql("select 1 from autotag.batches")) == 3
+
+
 async def test_a_lost_websocket_is_made_up_for(gallery: Gallery) -> None:
     async with worker(gallery.library.stack):
         seen = await gallery.play("lost", gallery.files(3))

@@ -127,6 +127,20 @@ async def test_token_limit_exceeded_means_wait_and_the_file_is_used_again(few: L
     check_books(few)
 
 
+async def test_a_batch_that_waited_for_openais_queue_can_be_a_new_workers_first(few: Library) -> None:
+    """A worker that has just started finds nothing but a batch that has its place in the window already."""
+    few.stack.simulator.faults.add(Fault(where="VALIDATE", code="token_limit_exceeded"))
+    few.stack.configure(batch_poll_interval="0.5 s")
+    told = few.enqueue(await few.upload(8))
+    async with worker(few.stack):
+        await until(lambda: few.sql("select 1 from autotag.batches where error is not null") != [], "the refusal")
+    assert few.sql("select state from autotag.batches") == [{"state": "planned"}]
+    async with worker(few.stack):
+        [job] = await few.finished(told)
+    assert job["completed"] == 8
+    check_books(few)
+
+
 async def test_a_failed_batch_falls_apart_into_single_calls(few: Library) -> None:
     """Any other reason of `failed`: single calls say more, and every image ends."""
     few.stack.simulator.faults.add(Fault(where="POST /v1/batches", status=400, code="invalid_request", message="No."))

@@ -88,7 +88,7 @@ def eta_command(
 
 @app.command("push")
 def push_command(as_json: Json = False) -> None:
-    """Commit → callback in supabase-js under Node, and the provider's answer → tags committed."""
+    """Commit → callback in supabase-js under Node and in a page, and the provider's answer → tags committed."""
     console = Console(stderr=True)
     result = asyncio.run(push.measure(console))
     console.print_json(data=result.details)
