@@ -48,7 +48,7 @@ class Library:
                 await store_file(storage, "assets", path, drawing)
             return path, drawing
 
-        storage = owners_storage(self.stack)
+        storage = self.stack.storage()
         return list(await asyncio.gather(*(store(drawing) for drawing in chosen)))
 
     def insert(self, paths: Sequence[str]) -> list[str]:
@@ -98,12 +98,6 @@ class Library:
             assert row["tagging_stage"] == "completed", (row["tagging_stage"], row["tagging_error"])
             assert set(row["tags"]) == self.drawings[asset].tags, f"wrong tags on {self.drawings[asset].name}"
             assert row["tagging_result"]["caption"].endswith(".")
-
-
-def owners_storage(stack: Stack) -> AsyncStorageClient:
-    """Storage with the secret key."""
-    headers = {"apikey": stack.secret_key, "Authorization": f"Bearer {stack.secret_key}"}
-    return AsyncStorageClient(f"{stack.supabase_url}/storage/v1/", headers)
 
 
 async def store_file(storage: AsyncStorageClient, bucket: str, path: str, drawing: Drawing) -> None:

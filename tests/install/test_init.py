@@ -26,7 +26,7 @@ from autotag_local.pictures import Drawing, draw
 from autotag_local.postgres import LocalPostgres
 from autotag_local.stack import Stack, local_stack
 from cli_tools import supabase
-from support import owners_storage, rpc, store_file, until, worker
+from support import rpc, store_file, until, worker
 
 HOSTS = {
     "paths": """
@@ -161,7 +161,7 @@ def run_sql(url: str, statement: str, *arguments: object) -> list[dict[str, Any]
 
 
 async def store(stack: Stack, bucket: str, path: str, drawing: Drawing) -> None:
-    await store_file(owners_storage(stack), bucket, path, drawing)
+    await store_file(stack.storage(), bucket, path, drawing)
 
 
 async def tag(stack: Stack, user: str | dict[str, Any], ids: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from typing import Any
@@ -21,7 +22,7 @@ def allow(library: Library, **quota: Any) -> None:
 
 
 def rows(library: Library, count: int) -> list[str]:
-    return library.insert([f"{count}-{i}-{library.sql('select random() as r')[0]['r']}.jpg" for i in range(count)])
+    return library.insert([f"{uuid.uuid4()}.jpg" for _ in range(count)])
 
 
 def refused(library: Library, images: int) -> dict[str, Any]:

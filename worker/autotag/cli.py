@@ -13,11 +13,12 @@ import psycopg
 import psycopg_pool
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import autotag
 from autotag.config import DoctorSettings, Settings
-from autotag.console import Json, fail, plain, read_settings
+from autotag.console import Json, fail, read_settings
 from autotag.doctor import examine, worst_level
 from autotag.install.facts import Facts, look
 from autotag.install.host import Choices, Host, HostError, describe, propose
@@ -232,8 +233,8 @@ def doctor(as_json: Json = False) -> None:
         for column in ("check", "", "finding"):
             shown.add_column(column, overflow="fold")
         for finding in findings:
-            mend = f"\n[bold]→ {plain(finding.fix)}[/]" if finding.fix else ""
-            shown.add_row(finding.check, looks[finding.level], plain(finding.message) + mend)
+            mend = f"\n[bold]→ {escape(finding.fix)}[/]" if finding.fix else ""
+            shown.add_row(finding.check, looks[finding.level], escape(finding.message) + mend)
         Console().print(shown)
     raise typer.Exit({"ok": 0, "warning": 1, "error": 2}[worst])
 

@@ -26,8 +26,3 @@ def read_settings(kind: type[S], changes: dict[str, Any]) -> S:
         return load_settings(kind, **changes)
     except SettingsError as error:
         raise fail(str(error), 2) from None
-
-
-def plain(text: str) -> str:
-    """Text that rich does not read as markup."""
-    return text.replace("[", r"\[")

@@ -7,11 +7,10 @@ from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
-
-from autotag.console import plain
 
 
 def render(status: dict[str, Any]) -> RenderableType:
@@ -85,7 +84,7 @@ def _workers(workers: list[dict[str, Any]], now: datetime) -> Table:
     for worker in workers:
         note = "" if worker["listening"] else "[yellow]polls[/]"
         table.add_row(
-            worker["worker"][:8], plain(worker["host"]), plain(worker["version"]), str(worker["in_hand"]),
+            worker["worker"][:8], escape(worker["host"]), escape(worker["version"]), str(worker["in_hand"]),
             _ago(worker["started_at"], now), f"{_ago(worker['seen_at'], now)} ago",
             note if worker["alive"] else "[red]lost[/]",
         )  # fmt: skip
@@ -115,7 +114,7 @@ def _batches(batches: list[dict[str, Any]], now: datetime) -> Table:
             _ago(batch["submitted_at"] or batch["created_at"], now), _left(batch["eta"], batch["eta_p90"], now),
         )  # fmt: skip
         if batch["error"]:
-            table.add_row("", f"[yellow]{plain(batch['error'])}[/]")
+            table.add_row("", f"[yellow]{escape(batch['error'])}[/]")
     return table
 
 
@@ -123,7 +122,7 @@ def _errors(errors: list[dict[str, Any]], now: datetime) -> Table:
     table = _table("images that failed in the last 24 hours", "images", "code", "what users read", "last",
                    right=("images", "last"))  # fmt: skip
     for error in errors:
-        table.add_row(f"{error['images']:,}", error["code"] or "", plain(error["message"] or ""),
+        table.add_row(f"{error['images']:,}", error["code"] or "", escape(error["message"] or ""),
                       f"{_ago(error['last_at'], now)} ago")  # fmt: skip
     return table
 

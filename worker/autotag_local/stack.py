@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import psycopg
 from psycopg import sql
+from storage3 import AsyncStorageClient
 
 from autotag.http import serve
 from autotag_local.edge import tokens
@@ -69,6 +70,11 @@ class Stack:
     def token(self, user: str, lifetime: float = 3600, **claims: Any) -> str:
         """A signed-in user's token."""
         return tokens.sign(self.jwt_secret, "authenticated", subject=user, lifetime=lifetime, **claims)
+
+    def storage(self) -> AsyncStorageClient:
+        """Storage with the secret key."""
+        headers = {"apikey": self.secret_key, "Authorization": f"Bearer {self.secret_key}"}
+        return AsyncStorageClient(f"{self.supabase_url}/storage/v1/", headers)
 
     def add_member(self, name: str = "workspace", workspace: str | None = None) -> Member:
         """A new user in a new workspace (or in one that is there)."""

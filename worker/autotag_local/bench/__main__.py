@@ -21,8 +21,10 @@ def main() -> None:
     """Measures autotag, as ratios in one run."""
 
 
-def finish(result: Result, console: Console, as_json: bool) -> None:
-    """The exit code says that it ran, not whether a bar was met."""
+def finish(result: Result, console: Console, as_json: bool, *, details: bool = False) -> None:
+    """Shows the figures (and the details); the exit code says that it ran, not whether a bar was met."""
+    if details:
+        console.print_json(data=result.details)
     result.show(console)
     if as_json:
         print(result.as_json(), flush=True)
@@ -49,8 +51,7 @@ def limiter_command(as_json: Json = False) -> None:
     """check_rate_limit ÷ a one-row UPDATE under pgbench, in four settings; next to limits and pyrate-limiter."""
     console = Console(stderr=True)
     result = limiter.measure(console)
-    console.print_json(data=result.details)
-    finish(result, console, as_json)
+    finish(result, console, as_json, details=True)
 
 
 @app.command("growth")
@@ -58,8 +59,7 @@ def growth_command(as_json: Json = False) -> None:
     """Latency of a claim with 1,000,000 tasks queued ÷ with 10,000."""
     console = Console(stderr=True)
     result = growth.measure(console)
-    console.print_json(data=result.details)
-    finish(result, console, as_json)
+    finish(result, console, as_json, details=True)
 
 
 @app.command("batch")
@@ -67,8 +67,7 @@ def batch_command(as_json: Json = False) -> None:
     """50,000 lines built, uploaded, downloaded and stored: memory, speed, linearity; next to the plain way."""
     console = Console(stderr=True)
     result = asyncio.run(batch.measure(console))
-    console.print_json(data=result.details)
-    finish(result, console, as_json)
+    finish(result, console, as_json, details=True)
 
 
 @app.command("eta")
@@ -82,8 +81,7 @@ def eta_command(
     """Predicted against real finish over replayed histories: how often p90 holds, and how far the median is off."""
     console = Console(stderr=True)
     result = eta.measure(console, recorded)
-    console.print_json(data=result.details)
-    finish(result, console, as_json)
+    finish(result, console, as_json, details=True)
 
 
 @app.command("push")
@@ -91,8 +89,7 @@ def push_command(as_json: Json = False) -> None:
     """Commit → callback in supabase-js under Node and in a page, and the provider's answer → tags committed."""
     console = Console(stderr=True)
     result = asyncio.run(push.measure(console))
-    console.print_json(data=result.details)
-    finish(result, console, as_json)
+    finish(result, console, as_json, details=True)
 
 
 @app.command("chaos")

@@ -19,7 +19,6 @@ import psycopg
 from PIL import Image
 from psycopg.rows import dict_row
 from rich.console import Console
-from storage3 import AsyncStorageClient
 
 from autotag_local.bench.report import Figure, Result, memory
 from autotag_local.openai_sim.app import Plan
@@ -85,8 +84,7 @@ async def measure(console: Console) -> Result:
 async def _store_picture(stack: Stack, member: Member) -> None:
     out = io.BytesIO()
     Image.new("RGB", (SIDE, SIDE), (200, 30, 30)).save(out, "JPEG")
-    headers = {"apikey": stack.secret_key, "Authorization": f"Bearer {stack.secret_key}"}
-    bucket = AsyncStorageClient(f"{stack.supabase_url}/storage/v1/", headers).from_("assets")
+    bucket = stack.storage().from_("assets")
     await bucket.upload(f"{member.workspace}/small.jpg", out.getvalue(), {"content-type": "image/jpeg"})
 
 

@@ -21,7 +21,6 @@ from typing import Any
 import psycopg
 from rich.console import Console
 from rich.table import Table
-from storage3 import AsyncStorageClient
 
 from autotag.http import serve
 from autotag.images import data_url, prepare
@@ -205,8 +204,7 @@ async def _autotag(
 async def _store(stack: Stack, share: Sequence[Drawing]) -> list[str]:
     """Files and rows of one upload."""
     member = stack.add_member()
-    headers = {"apikey": stack.secret_key, "Authorization": f"Bearer {stack.secret_key}"}
-    bucket = AsyncStorageClient(f"{stack.supabase_url}/storage/v1/", headers).from_("assets")
+    bucket = stack.storage().from_("assets")
     paths = []
     for drawing in share:
         paths.append(f"{member.workspace}/{uuid.uuid4()}-{drawing.name}")

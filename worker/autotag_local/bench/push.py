@@ -19,7 +19,6 @@ from typing import Any
 
 import psycopg
 from rich.console import Console
-from storage3 import AsyncStorageClient
 
 from autotag_local.bench.report import Figure, Result
 from autotag_local.pictures import draw
@@ -143,8 +142,7 @@ async def _answers(stack: Stack) -> list[float]:
         realtime_requests_per_minute=10**6, realtime_tokens_per_minute=10**9,
     )  # fmt: skip
     member = stack.add_member()
-    headers = {"apikey": stack.secret_key, "Authorization": f"Bearer {stack.secret_key}"}
-    bucket = AsyncStorageClient(f"{stack.supabase_url}/storage/v1/", headers).from_("assets")
+    bucket = stack.storage().from_("assets")
     drawings = list(draw(IMAGES))
     gate = asyncio.Semaphore(8)
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import psycopg
 from realtime import AsyncRealtimeClient
-from storage3 import AsyncStorageClient
 
 from autotag_local.chaos.auditor import audit, read_books
 from autotag_local.chaos.doomed import POINTS
@@ -210,8 +209,7 @@ class Chaos:
     # -- uploads
 
     async def _store_pictures(self) -> None:
-        headers = {"apikey": self._stack.secret_key, "Authorization": f"Bearer {self._stack.secret_key}"}
-        bucket = AsyncStorageClient(f"{self._stack.supabase_url}/storage/v1/", headers).from_("assets")
+        bucket = self._stack.storage().from_("assets")
         for seed in (1, 2):
             member = self._stack.add_member()
             self._files[member] = []
