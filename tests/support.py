@@ -51,6 +51,22 @@ class Library:
         storage = self.stack.storage()
         return list(await asyncio.gather(*(store(drawing) for drawing in chosen)))
 
+    def watch_failures(self) -> None:
+        """From now on `failures` knows of the tasks that are gone, too."""
+        self.sql("""
+            create table public.tries (failures integer not null);
+            create function public.note_tries() returns trigger language plpgsql as $$
+            begin
+              insert into public.tries values (old.failures);
+              return null;
+            end $$;
+            create trigger note_tries after delete on autotag.tasks for each row execute function public.note_tries()""")
+
+    def failures(self) -> int:
+        """Failures counted at all images since `watch_failures`."""
+        rows = self.sql("select failures as n from autotag.tasks union all select failures from public.tries")
+        return sum(row["n"] for row in rows)
+
     def insert(self, paths: Sequence[str]) -> list[str]:
         """Rows of assets, whether or not there is a file."""
         rows = self.sql(
@@ -157,10 +173,9 @@ def audit(stack: Stack) -> None:
         wrong_jobs = rows("""
             select j.id, j.completed, j.failed, c.* from autotag.jobs j
             cross join lateral (
-              select count(*) filter (where t.stage = 'completed') as tasks_completed,
-                     count(*) filter (where t.stage = 'failed') as tasks_failed, count(*) as tasks
+              select count(*) filter (where t.stage = 'failed') as tasks_failed, count(*) as tasks
               from autotag.tasks t where t.job_id = j.id) c
-            where (j.completed, j.failed, j.image_count) is distinct from (c.tasks_completed, c.tasks_failed, c.tasks)""")
+            where (j.failed, j.image_count - j.completed) is distinct from (c.tasks_failed, c.tasks)""")
         assert wrong_jobs == [], "counts of jobs differ from their tasks"
         wrong_queues = rows("""
             select q.job_id, q.queued, c.n from autotag.queues q
@@ -179,6 +194,10 @@ def audit(stack: Stack) -> None:
             select t.asset_id, t.stage, a.tagging_stage from autotag.tasks t join public.assets a on a.id = t.asset_id
             where t.id in (select max(id) from autotag.tasks group by asset_id) and t.stage <> a.tagging_stage""")
         assert wrong_assets == [], "rows of assets show another stage than their tasks"
+        left = rows("""
+            select a.id, a.tagging_stage from public.assets a where a.tagging_stage not in ('completed', 'failed')
+            and not exists (select from autotag.tasks t where t.asset_id = a.id and t.finished_at is null)""")
+        assert left == [], "rows of assets show that they are being tagged, and they are not"
         usage = rows("select coalesce(sum(images), 0) as images, coalesce(sum(requests), 0) as n from autotag.usage")[0]
         completed = rows("select coalesce(sum(completed), 0) as n from autotag.jobs")[0]["n"]
         assert usage["images"] == completed, "usage counts other images than were tagged"

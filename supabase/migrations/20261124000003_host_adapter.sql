@@ -58,13 +58,14 @@ as $$
 $$;
 
 -- Stores tags and everything else about a finished image in one update of its row. p_results[i] belongs to
--- p_asset_ids[i] and is {tags: [{tag, confidence}], caption, model}; its tags are already normalised.
+-- p_asset_ids[i] and is {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}; its tags are normalised, the surest
+-- first.
 create function autotag.store_tags(p_asset_ids uuid[], p_results jsonb[]) returns void
 language sql security definer set search_path = ''
 as $$
   update public.assets a
-  set tags = array(select t ->> 'tag' from jsonb_array_elements(r.result -> 'tags') with ordinality x (t, i) order by i),  -- host: tags
-      tagging_result = r.result,  -- host: result
+  set tags = array(select jsonb_array_elements_text(r.result -> 'tags')),  -- host: tags
+      tagging_result = r.result - 'tags',  -- host: result
       tagging_stage = 'completed', tagging_progress = 100, tagging_eta = null, tagging_error = null
   from unnest(p_asset_ids, p_results) as r (asset_id, result)
   where a.id = r.asset_id

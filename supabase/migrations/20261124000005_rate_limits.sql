@@ -50,7 +50,11 @@ create table autotag.provider_limits (
   -- one list call covers every batch in flight
   next_poll_at timestamptz not null default '-infinity',
   -- start-time fair queueing: the clock of the workspace served last
-  virtual_time double precision not null default 0
+  virtual_time double precision not null default 0,
+  -- what waits for single calls, counted by claim() at most once a second
+  waiting_images bigint not null default 0,
+  waiting_workspaces bigint not null default 0,
+  waiting_at timestamptz not null default '-infinity'
 ) with (fillfactor = 50);
 insert into autotag.provider_limits default values;
 alter table autotag.provider_limits enable row level security;
@@ -196,35 +200,51 @@ as $$
     and array_position(w.admitted_at, p_at) is not null
 $$;
 
--- Fills the bucket up to now. Every caller of the provider passes through here first: the row's lock makes
--- admission serial. A little of the bucket is kept unused (provider_margin). And what was released but has not
--- been sent yet (its image is still being fetched) is still in the provider's bucket: that one is full, and
--- does not refill, when ours and the unsent together are.
+-- The mirror of the bucket, filled up to a moment. A little of the bucket is kept unused (provider_margin). And what
+-- was released but has not been sent yet (its image is still being fetched) is still in the provider's bucket: that
+-- one is full, and does not refill, when ours and the unsent together are.
+create function autotag.refill(p_provider autotag.provider_limits, p_now timestamptz) returns autotag.provider_limits
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  -- A bucket that was never used is full; so is one that has not been used for a day.
+  v_minutes double precision := case when p_provider.refilled_at > p_now - interval '1 day'
+    then greatest(0, extract(epoch from p_now - p_provider.refilled_at) / 60) else 1440 end;
+  -- Of a minute's worth, what may be used at once.
+  v_share double precision := (select 1 - extract(epoch from s.provider_margin) / 60 from autotag.settings s);
+  v_unsent integer := (select coalesce(sum(w.unsent), 0) from autotag.workers w);
+begin
+  p_provider.requests_left := least(p_provider.requests_per_minute * v_share - v_unsent,
+    p_provider.requests_left + v_minutes * p_provider.requests_per_minute);
+  p_provider.tokens_left := least(p_provider.tokens_per_minute * v_share - v_unsent::bigint * p_provider.tokens_per_image,
+    p_provider.tokens_left + v_minutes * p_provider.tokens_per_minute);
+  p_provider.day_left := case when p_provider.requests_per_day is null then 'infinity'
+    else least(p_provider.requests_per_day,
+      p_provider.day_left + v_minutes * p_provider.requests_per_day / 1440) end;
+  p_provider.refilled_at := greatest(p_now, p_provider.refilled_at);
+  return p_provider;
+end $$;
+
+-- The same of what the database holds, to look at.
+create function autotag.refilled_provider(p_now timestamptz) returns autotag.provider_limits
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  v_provider autotag.provider_limits;
+begin
+  select * into v_provider from autotag.provider_limits;
+  return autotag.refill(v_provider, p_now);
+end $$;
+
+-- And to decide by: every caller of the provider passes through here first, and the row's lock makes admission serial.
 create function autotag.lock_provider() returns autotag.provider_limits
 language plpgsql security definer set search_path = ''
 as $$
 declare
   v_provider autotag.provider_limits;
-  v_now timestamptz;
-  v_minutes double precision;
-  v_share double precision;    -- of a minute's worth that may be used at once
-  v_unsent integer := (select coalesce(sum(w.unsent), 0) from autotag.workers w);
 begin
   select * into v_provider from autotag.provider_limits for update;
-  select 1 - extract(epoch from s.provider_margin) / 60 into v_share from autotag.settings s;
-  v_now := autotag.now();
-  -- A bucket that was never used is full; so is one that has not been used for a day.
-  v_minutes := case when v_provider.refilled_at > v_now - interval '1 day'
-    then greatest(0, extract(epoch from v_now - v_provider.refilled_at) / 60) else 1440 end;
-  v_provider.requests_left := least(v_provider.requests_per_minute * v_share - v_unsent,
-    v_provider.requests_left + v_minutes * v_provider.requests_per_minute);
-  v_provider.tokens_left := least(v_provider.tokens_per_minute * v_share - v_unsent::bigint * v_provider.tokens_per_image,
-    v_provider.tokens_left + v_minutes * v_provider.tokens_per_minute);
-  v_provider.day_left := case when v_provider.requests_per_day is null then 'infinity'
-    else least(v_provider.requests_per_day,
-      v_provider.day_left + v_minutes * v_provider.requests_per_day / 1440) end;
-  v_provider.refilled_at := greatest(v_now, v_provider.refilled_at);
-  return v_provider;
+  return autotag.refill(v_provider, autotag.now());
 end $$;
 
 -- A worker has sent so many of the calls that were released to it (or will not send them at all), the first of

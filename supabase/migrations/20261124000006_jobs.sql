@@ -29,6 +29,7 @@ create table autotag.jobs (
   eta_p90 timestamptz,                  -- … and what it will be done by in nine cases of ten
   progress integer not null default 0 check (progress between 0 and 100),
   told_at timestamptz not null default '-infinity',   -- when job-progress was broadcast last
+  traceparent text,                     -- of the request that made it (W3C Trace Context), where it had one
   check (completed >= 0 and failed >= 0 and completed + failed <= image_count),
   check ((finished_at is not null) = (completed + failed = image_count))
 ) with (fillfactor = 50);
@@ -53,17 +54,19 @@ create table autotag.queues (
 create index queues_turn_idx on autotag.queues (workspace_id, released, job_id) where queued > 0;
 alter table autotag.queues enable row level security;
 
+-- One image of one job, for as long as there is something to do about it: with its tags stored it is gone, and the
+-- table stays as small as the work in hand, however many images there were. A failed one stays with its job, for
+-- retry_tagging(). Its lane and who holds it decide what happens next; its stage is what users see.
+--
 -- No index knows who holds a task, so that a claim's update stays on its page (HOT) and costs the same however
 -- many tasks there are; whose tasks are whose is found by way of the queues (held_tasks).
---
--- One image of one job. Its lane and who holds it decide what happens next; its stage is what users see.
 create table autotag.tasks (
   id bigint generated always as identity primary key,
   job_id uuid not null references autotag.jobs on delete cascade,
   workspace_id uuid not null,
   asset_id uuid not null,
   stage text not null default 'queued' check (stage in
-    ('queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed')),
+    ('queued', 'preparing', 'submitted', 'processing', 'completing', 'failed')),
   lane text not null check (lane in ('realtime', 'batch')),
   attempt integer not null default 0,   -- grows with every claim; a report with an older one is refused
   failures integer not null default 0,
@@ -75,14 +78,12 @@ create table autotag.tasks (
   error_code text,
   error text,
   finished_at timestamptz,
-  check ((finished_at is not null) = (stage in ('completed', 'failed'))),
+  check ((finished_at is not null) = (stage = 'failed')),
   check (worker_id is null or lane = 'realtime'),
   check (finished_at is null or worker_id is null)
-) with (fillfactor = 70);
+) with (fillfactor = 45);               -- room for the claim of every task on its page
 create unique index tasks_live_asset_idx on autotag.tasks (asset_id) where finished_at is null;
-create index tasks_job_id_idx on autotag.tasks (job_id);
-create index tasks_queued_idx on autotag.tasks (job_id, id)
-  where lane = 'realtime' and retry_at is null and finished_at is null;
+create index tasks_job_id_idx on autotag.tasks (job_id, id);
 create index tasks_batch_idx on autotag.tasks (batch_id, id) where batch_id is not null;
 create index tasks_parked_idx on autotag.tasks (retry_at) where retry_at is not null;
 alter table autotag.tasks enable row level security;
@@ -137,29 +138,40 @@ begin
 end $$;
 
 -- How long the last of so many more single calls of a workspace would wait: for its own window, and for its
--- fair share of the provider's bucket.
-create function autotag.predict_wait(p_workspace_id uuid, p_images integer) returns interval
-language sql stable security definer set search_path = ''
+-- fair share of the provider's bucket. p_counted: what waits in other workspaces may be as old as a second (counting
+-- it takes the longer, the more of them there are).
+create function autotag.predict_wait(p_workspace_id uuid, p_images integer, p_counted boolean default false)
+returns interval
+language plpgsql stable security definer set search_path = ''
 as $$
-  with own as (
-    select coalesce(sum(w.queued), 0) + p_images as waiting from autotag.workspaces w where w.workspace_id = p_workspace_id
-  ), others as (
-    select count(*) as workspaces, coalesce(sum(w.queued), 0) as waiting
-    from autotag.workspaces w where w.queued > 0 and w.workspace_id <> p_workspace_id
-  ), ahead as (
-    -- a workspace waits for as many calls of each of the others as it makes itself
-    select o.waiting as own, o.waiting + least(x.waiting, o.waiting * x.workspaces) as everybody from own o, others x
-  )
-  select interval '1 min' * greatest(0,
-    (a.own - l.max_requests)::double precision / l.max_requests,
-    (a.own * p.tokens_per_image - l.max_units)::double precision / l.max_units,
-    (a.everybody - p.requests_left) / p.requests_per_minute,
-    (a.everybody * p.tokens_per_image - p.tokens_left) / p.tokens_per_minute)
-  from ahead a, autotag.provider_limits p
-  left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = 'realtime'
-  cross join lateral autotag.window_limits(
-    coalesce(w, row(p_workspace_id, 'realtime', null, null, '{}', '{}', '{}')::public.workspace_rate_limits)) l
-$$;
+declare
+  v_now timestamptz := autotag.now();
+  v_provider autotag.provider_limits := autotag.refilled_provider(v_now);
+  v_settings autotag.settings;
+  v_max_requests integer;
+  v_max_units integer;
+  v_queued bigint := coalesce((select w.queued from autotag.workspaces w where w.workspace_id = p_workspace_id), 0);
+  v_own bigint := v_queued + p_images;
+  v_everybody bigint;
+begin
+  select * into v_settings from autotag.settings;
+  if not p_counted or v_provider.waiting_at < v_now - interval '2 s' then
+    select count(*), coalesce(sum(w.queued), 0) into v_provider.waiting_workspaces, v_provider.waiting_images
+    from autotag.workspaces w where w.queued > 0;
+  end if;
+  -- A workspace waits for as many calls of each of the others as it makes itself.
+  v_everybody := v_own + least(greatest(v_provider.waiting_images - v_queued, 0),
+    v_own * greatest(v_provider.waiting_workspaces - (v_queued > 0)::integer, 0));
+  select l.max_requests, l.max_units into v_max_requests, v_max_units
+  from public.workspace_rate_limits l where l.workspace_id = p_workspace_id and l.request_type = 'realtime';
+  v_max_requests := coalesce(v_max_requests, v_settings.realtime_requests_per_minute);
+  v_max_units := coalesce(v_max_units, v_settings.realtime_tokens_per_minute);
+  return interval '1 min' * greatest(0,
+    (v_own - v_max_requests)::double precision / v_max_requests,
+    (v_own * v_provider.tokens_per_image - v_max_units)::double precision / v_max_units,
+    (v_everybody - v_provider.requests_left) / v_provider.requests_per_minute,
+    (v_everybody * v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute);
+end $$;
 
 -- Refuses a number of images that no upload can have.
 create function autotag.check_image_count(p_images integer) returns void
@@ -237,13 +249,13 @@ end $$;
 
 -- How many more images of a workspace may be live at the same time.
 create function autotag.live_room(p_workspace_id uuid) returns integer
-language sql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = ''
 as $$
-  select s.live_images_max - coalesce(sum(j.image_count - j.completed - j.failed), 0)::integer
-  from autotag.settings s
-  left join autotag.jobs j on j.workspace_id = p_workspace_id and j.finished_at is null
-  group by s.live_images_max
-$$;
+begin
+  return (select s.live_images_max from autotag.settings s) - coalesce((
+    select sum(j.image_count - j.completed - j.failed)::integer
+    from autotag.jobs j where j.workspace_id = p_workspace_id and j.finished_at is null), 0);
+end $$;
 
 -- Refuses an upload that would make too many images of its workspace live at the same time; retry_after is
 -- when enough of them are expected to be done. The caller holds the workspace.
@@ -314,12 +326,13 @@ end $$;
 -- Makes a job of those of these images that are not live already. All of them are of this workspace, which the
 -- caller has locked. Locks: tasks and batches are new, assets.
 create function autotag.start_job(p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[]) returns jsonb
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = '' set random_page_cost = 1.1
 as $$
 declare
   v_settings autotag.settings;
   v_now timestamptz := autotag.now();
   v_asked integer := (select count(distinct id) from unnest(p_asset_ids) id);
+  v_live uuid[];               -- of these images, those that are being tagged already
   v_new uuid[];
   v_live_jobs uuid[];
   v_count integer;
@@ -333,15 +346,16 @@ begin
   select * into v_settings from autotag.settings;
 
   -- The new images, each once, in the order of the upload.
+  v_live := array(select t.asset_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null);
   select coalesce(array_agg(a.id order by a.i), '{}') into v_new
   from (select u.id, min(u.i) as i from unnest(p_asset_ids) with ordinality u (id, i) group by u.id) a
-  where not exists (select from autotag.tasks t where t.asset_id = a.id and t.finished_at is null);
+  where a.id <> all (v_live);
   v_count := cardinality(v_new);
 
   if v_count = 0 then
     -- The same call again, after its answer got lost: say where the images are.
     select array_agg(distinct t.job_id) into v_live_jobs
-    from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null;
+    from autotag.tasks t where t.asset_id = any (v_live) and t.finished_at is null;
     select * into v_job from autotag.jobs j
     where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
     return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
@@ -368,8 +382,8 @@ begin
     when v_job.fallback is not null then 0  -- single calls are what has to wait
     else least(v_settings.express_images, v_count / v_batches - 1) end;
 
-  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at)
-  values (p_workspace_id, p_user_id, v_job.strategy, v_job.fallback, v_count, v_now)
+  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent)
+  values (p_workspace_id, p_user_id, v_job.strategy, v_job.fallback, v_count, v_now, autotag.request_traceparent())
   returning * into v_job;
 
   -- The first batch is the priority one.
@@ -407,6 +421,21 @@ begin
   end if;
   return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', v_count,
     'skipped', v_asked - v_count, 'batches', v_batches, 'eta', v_job.eta);
+end $$;
+
+-- The traceparent header of the HTTP request behind this call, if it had one that is well-formed.
+create function autotag.request_traceparent() returns text
+language plpgsql stable set search_path = ''
+as $$
+declare
+  v_headers text := nullif(current_setting('request.headers', true), '');
+begin
+  if v_headers is null then
+    return null;
+  end if;
+  return substring(v_headers::jsonb ->> 'traceparent' from '^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$');
+exception when invalid_text_representation then
+  return null;
 end $$;
 
 -- The job, or the refusal that it does not exist or is not the caller's.

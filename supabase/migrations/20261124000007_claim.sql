@@ -14,6 +14,23 @@ create table autotag.workers (
 create index workers_lease_until_idx on autotag.workers (lease_until);
 alter table autotag.workers enable row level security;
 
+-- Refuses a worker of another version than the schema's: their first two numbers have to be the same.
+create function autotag.check_version(p_version text) returns void
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  v_worker integer[] := (regexp_match(p_version, '^(\d+)\.(\d+)'))::integer[];
+  v_schema integer[] := (regexp_match(autotag.schema_version(), '^(\d+)\.(\d+)'))::integer[];
+begin
+  if v_worker is distinct from v_schema then
+    perform autotag.refuse(426, 'versions_differ',
+      format('This worker is autotag %s, and the database''s schema is of autotag %s.', p_version, autotag.schema_version()),
+      case when v_worker > v_schema then 'Apply the new migrations: autotag migrate, or supabase db push.'
+        else format('Install the worker that belongs to it: pip install ''supabase-autotag==%s.%s.*''.',
+          v_schema[1], v_schema[2]) end);
+  end if;
+end $$;
+
 -- A worker introduces itself and learns what it needs to know.
 create function autotag.register_worker(p_worker uuid, p_host text, p_version text, p_listening boolean)
 returns jsonb
@@ -22,9 +39,10 @@ as $$
 declare
   v_now timestamptz := autotag.now();
 begin
+  perform autotag.check_version(p_version);
   insert into autotag.workers (id, host, version, listening, started_at, seen_at, lease_until)
   select p_worker, p_host, p_version, p_listening, v_now, v_now, v_now + s.lease from autotag.settings s
-  on conflict (id) do update set listening = excluded.listening, seen_at = excluded.seen_at,
+  on conflict (id) do update set version = excluded.version, listening = excluded.listening, seen_at = excluded.seen_at,
     lease_until = excluded.lease_until, unsent = 0;
   return autotag.worker_settings();
 end $$;
@@ -56,11 +74,15 @@ as $$
 declare
   v_now timestamptz := autotag.now();
   v_alive boolean;
+  v_version text;
 begin
   update autotag.workers w
   set seen_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s)
-  where w.id = p_worker;
+  where w.id = p_worker returning w.version into v_version;
   v_alive := found;
+  if v_alive then
+    perform autotag.check_version(v_version);
+  end if;
   perform autotag.tick_if_due();
   return v_alive;
 end $$;
@@ -181,17 +203,21 @@ end $$;
 -- workspace's window, in fair order (the workspace whose virtual clock is lowest goes first, a few images
 -- at a time; within it the job that got least). Says when to ask again if nothing else wakes the worker.
 --
--- tasks: [{task, attempt, asset_id, bucket, path, url}]; wait: seconds, null when nothing is queued.
+-- tasks: [{task, attempt, job, traceparent, waited (seconds since the upload), asset_id, bucket, path, url}]; wait:
+-- seconds, null when nothing is queued; bound: what kept it from releasing more (null: there is no more).
 -- An asset that is gone has neither path nor url. Its plans are made once: planning them for every release costs
 -- a third of the claim, and more the more is queued.
--- Locks: provider, workspaces by id, windows by workspace, then queued tasks (nobody else holds those).
-create function autotag.claim(p_worker uuid, p_slots integer, out tasks jsonb, out wait double precision)
-language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan'
+-- Locks: provider, workspaces by id, windows, then queued tasks (nobody else holds those).
+create function autotag.claim(
+  p_worker uuid, p_slots integer, out tasks jsonb, out wait double precision, out bound text
+)
+language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
 as $$
 declare
   v_provider autotag.provider_limits;
   v_now timestamptz;
   v_room integer;              -- images that may still be released
+  v_quantum integer;           -- images of one workspace before the next one's turn
   v_workspaces uuid[];
   v_workspace autotag.workspaces;
   v_next timestamptz;
@@ -227,13 +253,22 @@ begin
   end;
 
   if v_room > 0 then
+    -- A turn is a chunk, or what the provider takes in a twentieth of a second where that is more: nobody notices
+    -- who was first then.
+    v_quantum := (select s.chunk_size from autotag.settings s);
+    v_quantum := greatest(v_quantum, least(1000, v_provider.requests_per_minute / 1200,
+      v_provider.tokens_per_minute / v_provider.tokens_per_image / 1200));
+    -- As many workspaces as it takes to fill the room.
     v_workspaces := array(
-      select w.workspace_id from autotag.workspaces w where w.ready and w.queued > 0
-      order by w.virtual_time, w.workspace_id limit v_room);
+      select x.workspace_id from (
+        select w.workspace_id, sum(least(w.queued, v_quantum)) over turns - least(w.queued, v_quantum) as before
+        from (
+          select r.workspace_id, r.queued, r.virtual_time from autotag.workspaces r where r.ready and r.queued > 0
+          order by r.virtual_time, r.workspace_id limit v_room) w
+        window turns as (order by w.virtual_time, w.workspace_id)) x
+      where x.before < v_room);
     perform from autotag.workspaces w
     where w.workspace_id = any (v_workspaces) order by w.workspace_id for update;
-    perform from public.workspace_rate_limits l
-    where l.workspace_id = any (v_workspaces) and l.request_type = 'realtime' order by l.workspace_id for update;
   end if;
 
   while v_room > 0 loop
@@ -241,32 +276,52 @@ begin
     where w.ready and w.queued > 0 and w.workspace_id = any (v_workspaces)
     order by w.virtual_time, w.workspace_id limit 1;
     exit when not found;
-    v_got := autotag.release_tasks(v_workspace, p_worker, v_room, v_provider.tokens_per_image, v_now);
+    v_got := autotag.release_tasks(v_workspace, p_worker, v_room, v_quantum, v_provider.tokens_per_image, v_now);
     v_provider.virtual_time := greatest(v_provider.virtual_time, v_workspace.virtual_time);
     v_ids := v_ids || v_got;
     v_room := v_room - cardinality(v_got);
   end loop;
 
+  if v_provider.waiting_at < v_now - interval '1 s' then
+    select count(*), coalesce(sum(w.queued), 0), v_now
+    into v_provider.waiting_workspaces, v_provider.waiting_images, v_provider.waiting_at
+    from autotag.workspaces w where w.queued > 0;
+  end if;
   update autotag.provider_limits p
   set requests_left = v_provider.requests_left - cardinality(v_ids),
       tokens_left = v_provider.tokens_left - cardinality(v_ids) * v_provider.tokens_per_image,
       day_left = v_provider.day_left - cardinality(v_ids),
       refilled_at = v_provider.refilled_at,
       virtual_time = v_provider.virtual_time,
+      waiting_workspaces = v_provider.waiting_workspaces,
+      waiting_images = v_provider.waiting_images,
+      waiting_at = v_provider.waiting_at,
       probe_at = case when p.account_error is not null and cardinality(v_ids) > 0
         then v_now + (select s.account_probe_interval from autotag.settings s) else p.probe_at end;
 
   if cardinality(v_ids) > 0 then
     update autotag.workers w set unsent = w.unsent + cardinality(v_ids) where w.id = p_worker;
     with released as materialized (
-      select t.id, t.attempt, t.asset_id from autotag.tasks t where t.id = any (v_ids)
+      select t.id, t.attempt, t.asset_id, j.id as job, j.traceparent, v_now - j.created_at as waited
+      from autotag.tasks t join autotag.jobs j on j.id = t.job_id where t.id = any (v_ids)
     )
-    select jsonb_agg(jsonb_build_object('task', r.id, 'attempt', r.attempt, 'asset_id', r.asset_id,
+    select jsonb_agg(jsonb_build_object('task', r.id, 'attempt', r.attempt, 'job', r.job, 'traceparent', r.traceparent,
+             'waited', round(autotag.real_seconds(r.waited)::numeric, 3), 'asset_id', r.asset_id,
              'bucket', d.bucket, 'path', d.path, 'url', d.url) order by r.id)
     into tasks
     from released r
     left join autotag.describe_assets(array(select asset_id from released)) d on d.asset_id = r.asset_id;
   end if;
+
+  bound := case
+    when cardinality(v_ids) = p_slots then 'slots'
+    when not exists (select from autotag.workspaces w where w.queued > 0) then null
+    when v_provider.blocked_until > v_now then 'retry_after'
+    when v_provider.account_error is not null then 'account'
+    when not exists (select from autotag.workspaces w where w.ready and w.queued > 0) then 'workspaces'
+    when v_provider.tokens_left < (cardinality(v_ids) + 1) * v_provider.tokens_per_image then 'provider_tokens'
+    when v_provider.requests_left < cardinality(v_ids) + 1 then 'provider_requests'
+    else 'provider_day' end;
 
   -- When to come back: when the bucket holds one more, when a workspace may go on, when a parked task is due.
   select min(moment) into v_next from (
@@ -288,11 +343,11 @@ begin
   wait := autotag.real_seconds(v_next - v_now);
 end $$;
 
--- The next few images of one workspace: of its ready queue that got least so far, at most a chunk, and no
+-- The next few images of one workspace: of its ready queue that got least so far, at most a turn, and no
 -- more than its window admits. Nothing to release makes the workspace not ready until its next moment.
 -- Called by claim(), which holds the locks.
 create function autotag.release_tasks(
-  p_workspace autotag.workspaces, p_worker uuid, p_room integer, p_tokens integer, p_now timestamptz
+  p_workspace autotag.workspaces, p_worker uuid, p_room integer, p_turn integer, p_tokens integer, p_now timestamptz
 ) returns bigint[]
 language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan'
 as $$
@@ -317,7 +372,7 @@ begin
   end if;
 
   select * into v_admitted from autotag.admit(p_workspace.workspace_id, 'realtime',
-    least(p_room, v_queue.queued, v_settings.chunk_size), p_tokens, true);
+    least(p_room, v_queue.queued, p_turn, v_queue.chunk), p_tokens, true);
   if v_admitted.admitted = 0 then
     -- An image that can never fit its workspace's window waits until the limit is changed.
     update autotag.workspaces w set ready = false, ready_at = coalesce(v_admitted.retry_at, 'infinity')
@@ -329,7 +384,7 @@ begin
     select t.id from autotag.tasks t
     where t.job_id = v_queue.job_id and t.id > v_queue.cursor
       and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null and t.finished_at is null
-    order by t.id limit v_admitted.admitted for update
+    order by t.id limit v_admitted.admitted
   ), taken as (
     update autotag.tasks t
     set worker_id = p_worker, attempt = t.attempt + 1,

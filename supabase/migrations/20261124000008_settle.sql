@@ -1,5 +1,19 @@
 -- What becomes of an image after its call: tags, a failure, or another try.
 
+-- An answer about one image, or why there is none (error), with what is known of its task.
+create type autotag.answer as (
+  task bigint,
+  attempt integer,
+  job_id uuid,
+  workspace_id uuid,
+  reserved_at timestamptz,     -- single calls: what settle() needs to correct the reservation
+  reserved_tokens integer,
+  result jsonb,                -- {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}
+  error jsonb,
+  usage jsonb,                 -- {input, cached, output}, whenever the provider answered
+  called boolean               -- whether it was asked at all
+);
+
 -- Ends tasks as failed; the sentence is what the user reads. Arrays run in parallel.
 -- The caller holds the locks of jobs and tasks, and counts them with count_finished().
 create function autotag.fail_tasks(p_tasks bigint[], p_codes text[], p_messages text[]) returns void
@@ -61,20 +75,19 @@ begin
   end loop;
 end $$;
 
--- Applies answers to tasks that the caller has locked (with their workspaces where an error may requeue, and
--- their jobs): tags are stored, failures end or requeue their image, usage and counts follow.
--- p_answers: [{task, result | error}], where error is {kind, code, message, retry}:
+-- Applies answers to tasks whose jobs the caller has locked (and their workspaces where an error may requeue): tags
+-- are stored, failures end or requeue their image, counts follow. An answer has a result, or else an error, which is
+-- {kind, code, message, retry}:
 --   moment      it was nobody's fault: again after a growing, jittered delay; a failure counted
 --   rate_limit  again as soon as the provider's block is over; nothing counted
 --   account     again when the account works; nothing counted
 --   image       this image cannot be tagged; again at once where `retry` says that may help, but every such
 --               answer was paid for, so only max_bad_answers times
-create function autotag.apply_answers(p_answers jsonb) returns void
+create function autotag.apply_answers(p_answers autotag.answer[]) returns void
 language plpgsql security definer set search_path = ''
 as $$
 declare
   v_settings autotag.settings;
-  v_now timestamptz := autotag.now();
   v_done record;
   v_failed record;
   v_tries jsonb;
@@ -82,9 +95,7 @@ begin
   select * into v_settings from autotag.settings;
 
   with completed as (
-    update autotag.tasks t
-    set stage = 'completed', finished_at = v_now, worker_id = null, retry_at = null, error_code = null, error = null
-    from jsonb_to_recordset(p_answers) a (task bigint, result jsonb, error jsonb)
+    delete from autotag.tasks t using unnest(p_answers) a
     where t.id = a.task and a.error is null and t.finished_at is null
     returning t.asset_id, a.result, t.job_id
   )
@@ -96,10 +107,13 @@ begin
     from unnest(v_done.jobs) j (id) group by j.id order by j.id;
   end if;
 
+  if not exists (select from unnest(p_answers) a where a.error is not null) then
+    return;
+  end if;
   select coalesce(array_agg(t.id), '{}') as tasks, array_agg(a.error ->> 'code') as codes,
          array_agg(a.error ->> 'message') as messages
   into v_failed
-  from jsonb_to_recordset(p_answers) a (task bigint, error jsonb)
+  from unnest(p_answers) a
   join autotag.tasks t on t.id = a.task
   where a.error ->> 'kind' = 'image'
     and not (coalesce((a.error ->> 'retry')::boolean, false) and t.failures + 1 < v_settings.max_bad_answers);
@@ -116,7 +130,7 @@ begin
         (0.5 + random() / 2) * least(extract(epoch from v_settings.retry_delay_max),
           extract(epoch from v_settings.retry_delay) * power(2, t.failures)) end))
   into v_tries
-  from jsonb_to_recordset(p_answers) a (task bigint, error jsonb)
+  from unnest(p_answers) a
   join autotag.tasks t on t.id = a.task
   where a.error is not null and t.finished_at is null;
   if v_tries is not null then
@@ -133,27 +147,35 @@ end $$;
 -- nothing. Returns {accepted, notice}: how many, and a sentence for the log when the provider's limits changed.
 -- Locks: provider (where it changes), workspaces (of errors), windows, jobs, tasks; each by id.
 create function autotag.settle(p_worker uuid, p_reports jsonb, p_seen jsonb default null) returns jsonb
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
 as $$
 declare
-  v_account_error text := (
-    select r.error ->> 'message' from jsonb_to_recordset(p_reports) r (error jsonb)
-    where r.error ->> 'kind' = 'account' limit 1);
-  v_accepted jsonb;
+  v_answers autotag.answer[];
+  v_failed boolean;            -- whether any of them is an error
+  v_account_error text;
   v_window record;
   v_notice text;
   v_refund record;
   v_output integer := (select s.max_output_tokens from autotag.settings s);
 begin
+  perform from autotag.provider_limits for update;
+  v_answers := array(
+    select row(t.id, t.attempt, t.job_id, t.workspace_id, t.reserved_at, t.reserved_tokens,
+      r.result, r.error, r.usage, coalesce(r.called, true))::autotag.answer
+    from jsonb_to_recordset(p_reports) r
+      (task bigint, attempt integer, result jsonb, error jsonb, usage jsonb, called boolean)
+    join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = p_worker);
+  v_failed := exists (select from unnest(v_answers) a where a.error is not null);
+
   -- What the reservations were too much: nothing was asked, or a 429 took nothing; else the provider counts the
   -- prompt and the most that the answer might have had.
   select coalesce(sum(u.requests), 0)::integer as requests, coalesce(sum(u.tokens), 0)::bigint as tokens into v_refund
-  from jsonb_to_recordset(p_reports) r (task bigint, attempt integer, usage jsonb, error jsonb, called boolean)
-  join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = p_worker and t.reserved_tokens is not null
+  from unnest(v_answers) a
   cross join lateral (
-    select case when not coalesce(r.called, true) or r.error ->> 'kind' = 'rate_limit' then 1 else 0 end as requests,
-      case when not coalesce(r.called, true) or r.error ->> 'kind' = 'rate_limit' then t.reserved_tokens
-        when r.usage is not null then t.reserved_tokens - (r.usage ->> 'input')::integer - v_output else 0 end as tokens) u;
+    select case when not a.called or a.error ->> 'kind' = 'rate_limit' then 1 else 0 end as requests,
+      case when not a.called or a.error ->> 'kind' = 'rate_limit' then a.reserved_tokens
+        when a.usage is not null then a.reserved_tokens - (a.usage ->> 'input')::integer - v_output else 0 end as tokens) u
+  where a.reserved_tokens is not null;
   if p_seen ? 'sent' then
     perform autotag.note_sent(p_worker, (p_seen ->> 'sent')::integer, (p_seen ->> 'sent_age')::double precision);
   end if;
@@ -164,6 +186,10 @@ begin
   if p_seen is not null then
     v_notice := autotag.observe_provider(p_seen);
   end if;
+  -- What is no longer this worker's may still tell that the account is in trouble.
+  v_account_error := (
+    select r.error ->> 'message' from jsonb_to_recordset(p_reports) r (error jsonb)
+    where r.error ->> 'kind' = 'account' limit 1);
   if v_account_error is not null then
     perform autotag.stop_account(v_account_error);
   elsif exists (select from autotag.provider_limits p where p.account_error is not null)
@@ -173,43 +199,36 @@ begin
     perform pg_notify('autotag', 'batch');
   end if;
 
-  perform from autotag.workspaces w where w.workspace_id in (
-    select t.workspace_id from autotag.tasks t
-    join jsonb_to_recordset(p_reports) r (task bigint, error jsonb) on r.task = t.id and r.error is not null)
-  order by w.workspace_id for update;
+  if v_failed then
+    perform from autotag.workspaces w
+    where w.workspace_id in (select a.workspace_id from unnest(v_answers) a where a.error is not null)
+    order by w.workspace_id for update;
+  end if;
 
   -- Reserved by estimate, corrected by what was used: nothing where nothing was asked; no tokens where the
   -- provider refused or failed; the estimate where nobody knows (the connection broke before the answer).
   for v_window in
-    select t.workspace_id, t.reserved_at,
-      -count(*) filter (where not coalesce(r.called, true))::integer as requests,
-      sum(case when r.usage is not null
-            then (r.usage ->> 'input')::integer + (r.usage ->> 'output')::integer - t.reserved_tokens
-          when r.error ->> 'code' = 'provider_unreachable' then 0
-          else -t.reserved_tokens end)::integer as units
-    from jsonb_to_recordset(p_reports) r (task bigint, attempt integer, usage jsonb, error jsonb, called boolean)
-    join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = p_worker
-    where t.reserved_at is not null
-    group by t.workspace_id, t.reserved_at order by t.workspace_id, t.reserved_at
+    select a.workspace_id, a.reserved_at,
+      -count(*) filter (where not a.called)::integer as requests,
+      sum(case when a.usage is not null
+            then (a.usage ->> 'input')::integer + (a.usage ->> 'output')::integer - a.reserved_tokens
+          when a.error ->> 'code' = 'provider_unreachable' then 0
+          else -a.reserved_tokens end)::integer as units
+    from unnest(v_answers) a
+    where a.reserved_at is not null
+    group by a.workspace_id, a.reserved_at order by a.workspace_id, a.reserved_at
   loop
     perform autotag.correct_window(
       v_window.workspace_id, 'realtime', v_window.reserved_at, v_window.requests, v_window.units);
   end loop;
 
-  perform from autotag.jobs j where j.id in (
-    select t.job_id from autotag.tasks t join jsonb_to_recordset(p_reports) r (task bigint) on r.task = t.id)
-  order by j.id for update;
-  with held as (
-    select t.id, t.attempt from autotag.tasks t
-    where t.id in (select r.task from jsonb_to_recordset(p_reports) r (task bigint))
-      and t.worker_id = p_worker and t.finished_at is null
-    order by t.id for update
-  )
-  select coalesce(jsonb_agg(r.report), '[]') into v_accepted
-  from jsonb_array_elements(p_reports) r (report)
-  join held on held.id = (r.report ->> 'task')::bigint and held.attempt = (r.report ->> 'attempt')::integer;
+  perform from autotag.jobs j where j.id in (select a.job_id from unnest(v_answers) a) order by j.id for update;
+  -- With their jobs locked nobody else touches the tasks; what was taken away until then is not this worker's.
+  v_answers := array(
+    select a from unnest(v_answers) a
+    join autotag.tasks t on t.id = a.task and t.attempt = a.attempt and t.worker_id = p_worker);
 
-  perform autotag.add_usage(v_accepted, false);
-  perform autotag.apply_answers(v_accepted);
-  return jsonb_build_object('accepted', jsonb_array_length(v_accepted), 'notice', v_notice);
+  perform autotag.add_usage(v_answers, false);
+  perform autotag.apply_answers(v_answers);
+  return jsonb_build_object('accepted', cardinality(v_answers), 'notice', v_notice);
 end $$;

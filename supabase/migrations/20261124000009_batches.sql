@@ -569,43 +569,37 @@ end $$;
 -- that failed for no fault of their image are left to batch_finish(), which knows how many there are; why is noted.
 -- Returns how many were accepted. Locks: provider (of the account's errors), workspace, job, batch, tasks.
 create function autotag.batch_answers(p_worker uuid, p_batch uuid, p_attempt integer, p_answers jsonb) returns integer
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = '' set random_page_cost = 1.1
 as $$
 declare
   v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
   v_account_error text := (
     select a.error ->> 'message' from jsonb_to_recordset(p_answers) a (error jsonb)
     where a.error ->> 'kind' = 'account' limit 1);
-  v_accepted jsonb;
+  v_answers autotag.answer[];
 begin
   if v_account_error is not null then
     perform autotag.stop_account(v_account_error);
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
   perform autotag.hold_batch(p_worker, p_batch, p_attempt);
-  with waiting as (
-    select t.id from autotag.tasks t
-    where t.id in (select a.task from jsonb_to_recordset(p_answers) a (task bigint))
-      and t.batch_id = p_batch and t.finished_at is null
-    order by t.id for update
-  ), first_answers as (
-    select distinct on (w.id) a.answer
-    from jsonb_array_elements(p_answers) with ordinality a (answer, i)
-    join waiting w on w.id = (a.answer ->> 'task')::bigint
-    order by w.id, a.i
-  )
-  select coalesce(jsonb_agg(answer), '[]') into v_accepted from first_answers;
+  v_answers := array(
+    select distinct on (t.id) row(t.id, t.attempt, t.job_id, t.workspace_id, null, null,
+      a.result, a.error, a.usage, true)::autotag.answer
+    from rows from (jsonb_to_recordset(p_answers) as (task bigint, result jsonb, error jsonb, usage jsonb))
+      with ordinality a (task, result, error, usage, i)
+    join autotag.tasks t on t.id = a.task and t.batch_id = p_batch and t.finished_at is null
+    order by t.id, a.i);
   update autotag.tasks t set error_code = a.error ->> 'code', error = a.error ->> 'message'
-  from jsonb_to_recordset(v_accepted) a (task bigint, error jsonb)
+  from unnest(v_answers) a
   where t.id = a.task and a.error ->> 'kind' <> 'image';
   if found then
-    v_accepted := (
-      select coalesce(jsonb_agg(a), '[]') from jsonb_array_elements(v_accepted) a
-      where coalesce(a -> 'error' ->> 'kind', 'image') = 'image');
+    v_answers := array(
+      select a from unnest(v_answers) a where coalesce(a.error ->> 'kind', 'image') = 'image');
   end if;
-  perform autotag.add_usage(v_accepted, true);
-  perform autotag.apply_answers(v_accepted);
-  return jsonb_array_length(v_accepted);
+  perform autotag.add_usage(v_answers, true);
+  perform autotag.apply_answers(v_answers);
+  return cardinality(v_answers);
 end $$;
 
 -- Every answer of the batch is stored. Images without one get another try (those of a cancelled job end).

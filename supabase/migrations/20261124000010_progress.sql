@@ -139,7 +139,8 @@ declare
   v_stages jsonb;
   v_error text;
 begin
-  select jsonb_object_agg(s.stage, coalesce(c.images, 0)) into v_stages
+  select jsonb_object_agg(s.stage, case s.stage when 'completed' then v_job.completed else coalesce(c.images, 0) end)
+  into v_stages
   from unnest(array['queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed']) s (stage)
   left join (
     select t.stage, count(*) as images from autotag.tasks t where t.job_id = v_job.id group by t.stage) c using (stage);

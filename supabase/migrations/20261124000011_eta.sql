@@ -120,7 +120,7 @@ declare
 begin
   select * into v_settings from autotag.settings;
   v_single := make_interval(secs => v_settings.call_seconds) + coalesce((
-    select greatest(autotag.predict_wait(q.workspace_id, 0),
+    select greatest(autotag.predict_wait(q.workspace_id, 0, true),
       case when q.chunk is not null then greatest(q.ready_at, v_now) - v_now
         + v_settings.chunk_delay * ((q.queued - 1) / q.chunk) end)
     from autotag.queues q where q.job_id = p_job_id and q.queued > 0), interval '0');

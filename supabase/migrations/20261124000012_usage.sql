@@ -15,11 +15,11 @@ create table autotag.usage (
 create unique index usage_key on autotag.usage (workspace_id, day, user_id) nulls not distinct;
 alter table autotag.usage enable row level security;
 
--- Adds what these answers cost: [{task, result | error, usage: {input, cached, output}}]. input counts the
--- cached tokens too, as OpenAI's figures do.
-create function autotag.add_usage(p_answers jsonb, p_batch boolean) returns void
-language sql security definer set search_path = ''
+-- Adds what these answers cost. Their input counts the cached tokens too, as OpenAI's figures do.
+create function autotag.add_usage(p_answers autotag.answer[], p_batch boolean) returns void
+language plpgsql security definer set search_path = ''
 as $$
+begin
   insert into autotag.usage as u
     (workspace_id, user_id, day, images, requests, input_tokens, cached_tokens, output_tokens, cost)
   select j.workspace_id, j.user_id, (autotag.now() at time zone 'utc')::date,
@@ -29,9 +29,8 @@ as $$
       + (a.usage ->> 'cached')::bigint * s.cached_price
       + (a.usage ->> 'output')::bigint * s.output_price) / 1000000
       * case when p_batch then s.batch_discount else 1 end
-  from jsonb_to_recordset(p_answers) a (task bigint, error jsonb, usage jsonb)
-  join autotag.tasks t on t.id = a.task
-  join autotag.jobs j on j.id = t.job_id
+  from unnest(p_answers) a
+  join autotag.jobs j on j.id = a.job_id
   cross join autotag.settings s
   where a.usage is not null
   group by j.workspace_id, j.user_id, s.batch_discount
@@ -40,8 +39,8 @@ as $$
     images = u.images + excluded.images, requests = u.requests + excluded.requests,
     input_tokens = u.input_tokens + excluded.input_tokens,
     cached_tokens = u.cached_tokens + excluded.cached_tokens,
-    output_tokens = u.output_tokens + excluded.output_tokens, cost = u.cost + excluded.cost
-$$;
+    output_tokens = u.output_tokens + excluded.output_tokens, cost = u.cost + excluded.cost;
+end $$;
 
 -- tagging_usage: rows per user and day, for members of the workspace.
 create function autotag.list_usage(p_workspace_id uuid, p_since date, p_until date)

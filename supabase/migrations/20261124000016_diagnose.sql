@@ -42,13 +42,13 @@ begin
   return autotag.finding('pg_cron', 'ok', 'Both jobs are scheduled, and no last run failed.');
 end $$;
 
--- The newest image that lies in Storage, to see whether it can be read; null when there is none.
+-- An image of the newest upload's workspace that lies in Storage, to see whether it can be read; null: there is none.
 create function autotag.sample_image() returns jsonb
 language sql stable security definer set search_path = ''
 as $$
   select jsonb_build_object('bucket', d.bucket, 'path', d.path)
-  from autotag.describe_assets(array(
-    select t.asset_id from autotag.tasks t where t.stage = 'completed' order by t.id desc limit 20)) d
+  from (select j.workspace_id from autotag.jobs j order by j.created_at desc limit 1) j
+  cross join autotag.describe_assets(autotag.list_assets(j.workspace_id, false, null, 20)) d
   where d.bucket is not null and d.path is not null limit 1
 $$;
 

@@ -6,10 +6,8 @@ language plpgsql stable security definer set search_path = ''
 as $$
 declare
   v_now timestamptz := autotag.now();
-  v_minutes double precision;
+  v_provider autotag.provider_limits := autotag.refilled_provider(v_now);
 begin
-  select extract(epoch from v_now - greatest(p.refilled_at, v_now - interval '1 day')) / 60 into v_minutes
-  from autotag.provider_limits p;
   return jsonb_build_object(
     'at', v_now,
     'queue', (
@@ -31,21 +29,18 @@ begin
           e.p50 as eta, e.p90 as eta_p90, b.failures, b.error
         from autotag.batches b cross join lateral autotag.batch_eta(b, v_now) e
         where b.state not in ('done', 'cancelled') order by b.created_at, b.ordinal limit p_most) x),
-    'limits', (
-      select jsonb_build_object(
-        'requests_per_minute', p.requests_per_minute,
-        'requests_left', floor(least(p.requests_per_minute, p.requests_left + v_minutes * p.requests_per_minute)),
-        'tokens_per_minute', p.tokens_per_minute,
-        'tokens_left', floor(least(p.tokens_per_minute, p.tokens_left + v_minutes * p.tokens_per_minute)),
-        'requests_per_day', p.requests_per_day,
-        'requests_left_today', case when p.requests_per_day is not null
-          then floor(least(p.requests_per_day, p.day_left + v_minutes * p.requests_per_day / 1440)) end,
-        'queued_batch_tokens', p.queued_batch_tokens,
-        'queued_batch_tokens_used', (
-          select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.state not in ('done', 'cancelled')),
-        'blocked_until', case when p.blocked_until > v_now then p.blocked_until end,
-        'account_error', p.account_error, 'account_error_at', p.account_error_at)
-      from autotag.provider_limits p),
+    'limits', jsonb_build_object(
+      'requests_per_minute', v_provider.requests_per_minute,
+      'requests_left', floor(greatest(v_provider.requests_left, 0)),
+      'tokens_per_minute', v_provider.tokens_per_minute,
+      'tokens_left', floor(greatest(v_provider.tokens_left, 0)),
+      'requests_per_day', v_provider.requests_per_day,
+      'requests_left_today', case when v_provider.requests_per_day is not null then floor(v_provider.day_left) end,
+      'queued_batch_tokens', v_provider.queued_batch_tokens,
+      'queued_batch_tokens_used', (
+        select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.state not in ('done', 'cancelled')),
+      'blocked_until', case when v_provider.blocked_until > v_now then v_provider.blocked_until end,
+      'account_error', v_provider.account_error, 'account_error_at', v_provider.account_error_at),
     'workers', (
       select coalesce(jsonb_agg(jsonb_build_object('worker', w.id, 'host', w.host, 'version', w.version,
         'listening', w.listening, 'started_at', w.started_at, 'seen_at', w.seen_at, 'alive', w.lease_until > v_now,
@@ -63,6 +58,50 @@ begin
         'input_tokens', coalesce(sum(u.input_tokens), 0), 'output_tokens', coalesce(sum(u.output_tokens), 0),
         'cost', coalesce(sum(u.cost), 0))
       from autotag.usage u where u.day = (v_now at time zone 'utc')::date));
+end $$;
+
+-- What a monitoring system samples: counts, ages in seconds, and what is left of the provider's bucket. Each is one
+-- short look, and none grows with what was done before.
+create function autotag.metrics() returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_provider autotag.provider_limits := autotag.refilled_provider(v_now);
+begin
+  return (
+    select jsonb_build_object(
+      'queued', q.images, 'queued_workspaces', q.workspaces,
+      'oldest_queued', (
+        select extract(epoch from v_now - min(j.created_at)) from autotag.queues u join autotag.jobs j on j.id = u.job_id
+        where u.queued > 0),
+      'parked', k.parked, 'live', l.images,
+      'work', q.images + k.held + k.due + b.images,
+      'batches', b.states, 'oldest_batch', extract(epoch from v_now - b.oldest))
+    || jsonb_build_object(
+      'requests_left', floor(v_provider.requests_left), 'requests_per_minute', v_provider.requests_per_minute,
+      'tokens_left', floor(v_provider.tokens_left), 'tokens_per_minute', v_provider.tokens_per_minute,
+      'blocked_seconds', extract(epoch from greatest(v_provider.blocked_until, v_now) - v_now),
+      'account_error', (v_provider.account_error is not null)::integer,
+      'workers', (select count(*) from autotag.workers w where w.lease_until > v_now),
+      'outbox', o.messages, 'oldest_message', extract(epoch from v_now - o.oldest),
+      'images_today', u.images, 'cost_today', u.cost)
+    from (select count(*) as workspaces, coalesce(sum(w.queued), 0) as images
+          from autotag.workspaces w where w.queued > 0) q
+    cross join (select count(*) filter (where t.retry_at is not null) as parked,
+                  count(*) filter (where t.retry_at <= v_now) as due,
+                  count(*) filter (where t.worker_id is not null) as held
+                from autotag.tasks t where t.finished_at is null) k
+    cross join (select coalesce(sum(j.image_count - j.completed - j.failed), 0) as images
+                from autotag.jobs j where j.finished_at is null) l
+    cross join (select coalesce(jsonb_object_agg(s.state, s.batches), '{}') as states, min(s.oldest) as oldest,
+                  coalesce(sum(s.images) filter (where s.state not in ('submitted')), 0) as images
+                from (select b.state, count(*) as batches, min(b.created_at) as oldest,
+                        sum(b.image_count - b.express_count) filter (where b.not_before <= v_now) as images
+                      from autotag.batches b where b.state not in ('done', 'cancelled') group by b.state) s) b
+    cross join (select count(*) as messages, min(m.created_at) as oldest from autotag.outbox m) o
+    cross join (select coalesce(sum(x.images), 0) as images, coalesce(sum(x.cost), 0) as cost
+                from autotag.usage x where x.day = (v_now at time zone 'utc')::date) u);
 end $$;
 
 -- What bringing in existing images would mean: {images, seconds, cost}. p_untagged: only those without tags.

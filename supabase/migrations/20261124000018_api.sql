@@ -150,5 +150,5 @@ grant execute on function
   autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted,
   autotag.batch_trouble, autotag.poll_trouble, autotag.files_deleted, autotag.batches_seen, autotag.batch_answers, autotag.batch_finish,
   autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_probe,
-  autotag.status, autotag.preview_backfill, autotag.backfill, autotag.list_usage
+  autotag.status, autotag.metrics, autotag.preview_backfill, autotag.backfill, autotag.list_usage
   to autotag_worker;

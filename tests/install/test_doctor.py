@@ -79,7 +79,7 @@ def as_owner(stack: Stack, statement: str) -> None:
 
 async def test_no_worker_and_workers_that_poll_are_told(library: Library) -> None:
     assert (await examined(library.stack))["workers"].level == "error"
-    library.sql("select autotag.register_worker(gen_random_uuid(), 'h', '0', false)")
+    library.sql("select autotag.register_worker(gen_random_uuid(), 'h', autotag.schema_version(), false)")
     assert "1 of 1 workers poll" in (await examined(library.stack))["workers"].message
 
 

@@ -67,7 +67,7 @@ def test_housekeeping_keeps_every_table_bounded(library: Library) -> None:
         insert into autotag.workspaces (workspace_id) select workspace_id from autotag.jobs;
         insert into autotag.queues (job_id, workspace_id) select id, workspace_id from autotag.jobs;
         insert into autotag.tasks (job_id, workspace_id, asset_id, lane, stage, finished_at)
-        select id, workspace_id, gen_random_uuid(), 'realtime', 'completed', finished_at from autotag.jobs;
+        select id, workspace_id, gen_random_uuid(), 'realtime', 'failed', finished_at from autotag.jobs;
         insert into autotag.batches (job_id, workspace_id, ordinal, image_count, state, created_at)
         select id, workspace_id, 1, 1, 'done', created_at from autotag.jobs;
         insert into public.workspace_rate_limits (workspace_id, request_type, admitted_at, requests, units)

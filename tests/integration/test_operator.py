@@ -106,7 +106,7 @@ async def test_enqueue_brings_in_what_is_untagged_and_can_go_on_after_a_stop(lib
     first = json.loads(out)
     assert (code, first["images"], first["jobs"]) == (0, 7, 1)
     assert json.loads((await run(stack, "enqueue", "--workspace", workspace, "--json"))[1])["images"] == 0
-    assert library.sql("select count(*) as n from autotag.tasks") == [{"n": 14}], "each once"
+    assert library.sql("select sum(image_count) as n from autotag.jobs") == [{"n": 14}], "each once"
     # all of them, the tagged ones too, after a given one
     order = sorted(done)
     code, out, _ = await run(stack, "enqueue", "--workspace", workspace, "--no-untagged", "--after", order[0], "--json")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 
 import httpx
 import pytest
 from openai import AsyncOpenAI
+from starlette.applications import Starlette
 
 from autotag.http import serve
 from autotag.wake import Wake
-from autotag.webhook import BODY_MOST, make_app
+from autotag.webhook import BODY_MOST, make_route
 from autotag.worker import Worker
 from autotag_local.openai_sim.webhooks import batch_event, make_secret, sign
 from autotag_local.postgres import free_port
@@ -30,7 +30,7 @@ async def received() -> AsyncIterator[tuple[httpx.AsyncClient, list[tuple[str, s
         deliveries.append((webhook_id, kind, batch))
         return "accepted"
 
-    app = make_app(AsyncOpenAI(api_key="none"), SECRET, receive)
+    app = Starlette(routes=[make_route(AsyncOpenAI(api_key="none"), SECRET, receive)])
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
         yield client, deliveries
@@ -106,7 +106,7 @@ async def test_a_delivery_that_comes_before_its_batch_is_known_is_not_lost(libra
     library.enqueue(assets)
     library.sql("update autotag.provider_limits set next_poll_at = now() + interval '1 h'")
     name = "00000000-0000-4000-8000-000000000001"
-    library.sql("select autotag.register_worker(%s, 'test', '0', true)", name)
+    library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", name)
     [batch] = library.sql("select batches from autotag.claim_batches(%s, 1)", name)[0]["batches"]
     library.sql("select autotag.batch_submitted(%s, %s, %s, 'batch_early', 'validating', 'file-1')",
                 name, batch["batch"], batch["attempt"])  # fmt: skip
@@ -116,8 +116,7 @@ async def test_a_delivery_that_comes_before_its_batch_is_known_is_not_lost(libra
 
 async def test_an_address_that_is_taken_is_said(library: Library) -> None:
     port = free_port()
-    app = make_app(AsyncOpenAI(api_key="none"), SECRET, lambda *_: asyncio.sleep(0, "accepted"))
-    async with serve(app, "127.0.0.1", port):
+    async with serve(Starlette(), "127.0.0.1", port):
         settings = worker_settings(library.stack, http=f"127.0.0.1:{port}", openai_webhook_secret=SECRET)
         with pytest.raises(OSError, match="in use"):
             await Worker(settings, Wake()).run()

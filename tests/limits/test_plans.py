@@ -33,7 +33,7 @@ def plans(postgres: LocalPostgres, database: str, machine_postgres: bool) -> lis
             insert into autotag.tasks (job_id, workspace_id, asset_id, lane)
             select j.id, j.workspace_id, gen_random_uuid(), 'realtime' from generate_series(1, 2) n, autotag.jobs j""")
         connection.execute("vacuum analyze")
-        connection.execute("select autotag.register_worker(%s, 'test', '0', true)", (WORKER,))
+        connection.execute("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", (WORKER,))
         connection.execute("select autotag.claim(%s, 1)", (WORKER,))
         found: list[dict[str, Any]] = []
 
@@ -83,4 +83,4 @@ def test_a_claim_reads_as_many_tasks_as_it_releases(plans: list[dict[str, Any]])
 
 def test_the_queues_index_serves_the_cursor(plans: list[dict[str, Any]]) -> None:
     used = {node.get("Index Name") for plan in plans for node in nodes(plan["Plan"])}
-    assert {"tasks_queued_idx", "workspaces_turn_idx", "queues_turn_idx"} <= used
+    assert {"tasks_job_id_idx", "workspaces_turn_idx", "queues_turn_idx"} <= used

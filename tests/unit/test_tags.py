@@ -27,7 +27,7 @@ def answer(**changes: Any) -> str:
 
 def test_a_good_answer() -> None:
     assert read_completion(completion(answer()), 10) == {
-        "tags": [{"tag": "cat", "confidence": 0.9}], "caption": "A cat.", "model": "m",
+        "tags": ["cat"], "confidence": {"cat": 0.9}, "caption": "A cat.", "model": "m",
     }  # fmt: skip
 
 

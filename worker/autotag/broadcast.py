@@ -9,6 +9,7 @@ import httpx
 import structlog
 
 from autotag.db import Database
+from autotag.metrics import DELIVERED
 
 MESSAGES = 100  # Realtime refuses more in one request
 
@@ -28,6 +29,8 @@ async def deliver_outbox(db: Database, supabase_url: str | None, key: str | None
                     json={"messages": messages},
                 )
                 answer.raise_for_status()
+                DELIVERED.labels("delivered").inc(len(messages))
             except httpx.HTTPError as error:
+                DELIVERED.labels("lost").inc(len(messages))
                 log.error("broadcast_lost", messages=len(messages), error=str(error))
                 return

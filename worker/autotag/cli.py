@@ -19,12 +19,14 @@ from rich.table import Table
 import autotag
 from autotag.config import DoctorSettings, Settings
 from autotag.console import Json, fail, read_settings
+from autotag.db import VersionsDiffer
 from autotag.doctor import examine, worst_level
 from autotag.install.facts import Facts, look
 from autotag.install.host import Choices, Host, HostError, describe, propose
 from autotag.install.migrations import apply_migrations, project_folder, write_migrations
 from autotag.logs import configure_logs
 from autotag.operate import app as operator_app
+from autotag.traces import TracesError, configure_traces
 from autotag.worker import run_worker
 
 LOCAL_DATABASE = "postgresql://postgres:postgres@127.0.0.1:54322/postgres"  # what `supabase start` serves
@@ -49,7 +51,10 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def worker(
     http: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", help="Serve POST /webhooks/openai there (needs OPENAI_WEBHOOK_SECRET)."),
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Serve /healthz, /readyz and /metrics there, and POST /webhooks/openai with OPENAI_WEBHOOK_SECRET.",
+        ),
     ] = None,
 ) -> None:
     """Run one worker until SIGTERM or Ctrl-C; start as many as you like.
@@ -60,7 +65,12 @@ def worker(
     settings = read_settings(Settings, {"http": http} if http else {})
     configure_logs(settings.log_level, settings.log_format)
     try:
+        configure_traces()
         asyncio.run(run_worker(settings))
+    except VersionsDiffer as error:
+        raise fail(f"{str(error).rstrip('.')}. {error.hint}", 3) from None
+    except TracesError as error:
+        raise fail(str(error)) from None
     except (psycopg.OperationalError, psycopg_pool.PoolTimeout):
         raise fail("the database did not answer; check DATABASE_URL, its password, and the network.") from None
     except psycopg.errors.InsufficientPrivilege as error:

@@ -50,6 +50,14 @@ class NotHeld(Exception):
     """The batch belongs to somebody else by now; the worker lets go of it."""
 
 
+class VersionsDiffer(Exception):
+    """This worker and the database's schema are of different versions; ``hint`` says which of them to change."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
 class Refused(Exception):
     """The database refuses; ``retry_after`` are seconds after which it may not (None: it always will)."""
 
@@ -69,14 +77,19 @@ class Image:
     path: str | None
     url: str | None
     attempt: int = 0
+    job: str | None = None
+    traceparent: str | None = None  # of the request that made the job
+    waited: float = 0.0  # seconds from the upload to the claim
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Images for single calls, and seconds until it is worth asking again (None: when notified)."""
+    """Images for single calls, seconds until it is worth asking again (None: when notified), and what kept the
+    database from releasing more (None: there is no more)."""
 
     images: list[Image]
     wait: float | None
+    bound: str | None
 
 
 @dataclass(frozen=True)
@@ -171,10 +184,17 @@ class Database:
             except psycopg.DatabaseError as error:
                 if error.sqlstate == "PT409":
                     raise NotHeld(str(error)) from None
+                if error.sqlstate == "PT426":
+                    raise VersionsDiffer(str(error.diag.message_primary), str(error.diag.message_hint)) from None
                 raise
             return cast("dict[str, Any]", await cursor.fetchone())
 
     async def register(self, host: str, version: str, listening: bool) -> dict[str, Any]:
+        """What the worker needs of the settings.
+
+        Raises:
+            VersionsDiffer: worker and schema do not fit.
+        """
         row = await self._call(
             "select autotag.register_worker(%s, %s, %s, %s) as settings", self.worker, host, version, listening
         )
@@ -184,8 +204,12 @@ class Database:
         await self._call("select autotag.set_tokens_per_image(%s)", tokens)
 
     async def heartbeat(self) -> bool:
-        """False when the lease had run out: the worker has to register again."""
-        return bool((await self._call("select autotag.heartbeat(%s) as alive", self.worker))["alive"])
+        """False when the lease had run out: the worker has to register again. Not tried again by itself.
+
+        Raises:
+            VersionsDiffer: the schema has been upgraded.
+        """
+        return bool((await self._once("select autotag.heartbeat(%s) as alive", self.worker))["alive"])
 
     async def release(self) -> int:
         return int((await self._call("select autotag.release_worker(%s) as n", self.worker))["n"])
@@ -196,8 +220,8 @@ class Database:
 
     async def claim(self, slots: int) -> Claim:
         """Not tried again by itself: after an error call `release_unheld`."""
-        row = await self._once("select tasks, wait from autotag.claim(%s, %s)", self.worker, slots)
-        return Claim([Image(**task) for task in row["tasks"]], row["wait"])
+        row = await self._once("select tasks, wait, bound from autotag.claim(%s, %s)", self.worker, slots)
+        return Claim([Image(**task) for task in row["tasks"]], row["wait"], row["bound"])
 
     async def report_stages(self, stages: list[dict[str, Any]], sent: dict[str, Any] | None) -> None:
         await self._call(
@@ -275,6 +299,10 @@ class Database:
             "select autotag.receive_webhook(%s, %s, %s) as result", webhook_id, event_type, openai_batch_id
         )
         return str(row["result"])
+
+    async def metrics(self) -> dict[str, Any]:
+        """Counts and ages of the whole system; see ``autotag.metrics`` in the migrations. Not tried again."""
+        return cast("dict[str, Any]", (await self._once("select autotag.metrics() as m"))["m"])
 
     async def take_outbox(self, limit: int) -> list[dict[str, Any]]:
         return cast("list[dict[str, Any]]", (await self._call("select autotag.take_outbox(%s) as m", limit))["m"])

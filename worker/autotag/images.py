@@ -33,6 +33,7 @@ JPEG_QUALITY = 85  # 512 px at 85 is 30–60 KB; more is no more to see
 FETCH_TIMEOUT = 30.0  # seconds
 REDIRECTS = 3
 PREPARE_THREADS = 2
+FETCHES = 32  # files in memory at the same time, each of up to AUTOTAG_IMAGE_MAX_BYTES
 
 pillow_heif.register_heif_opener()
 Pillow.MAX_IMAGE_PIXELS = None  # prepare() checks by its own limit, before anything is decoded
@@ -163,6 +164,7 @@ class Images:
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
         self._threads = asyncio.Semaphore(PREPARE_THREADS)
+        self._fetches = asyncio.Semaphore(FETCHES)
         if transport is None:
             transport = httpx.AsyncHTTPTransport()
             transport._pool = httpcore.AsyncConnectionPool(
@@ -195,16 +197,17 @@ class Images:
         Raises:
             TaggingError: of the image or of the moment.
         """
-        if image.path is not None and image.bucket is not None:
-            data = await self._from_storage(image.bucket, image.path)
-        elif image.url is not None:
-            data = await self._from_url(image.url)
-        else:
-            raise image_error("asset_missing", "The image was deleted.")
-        if len(data) > self._max_bytes:
-            raise self._too_many_bytes()
-        async with self._threads:
-            return await asyncio.to_thread(prepare, data, largest_side, self._max_pixels)
+        async with self._fetches:
+            if image.path is not None and image.bucket is not None:
+                data = await self._from_storage(image.bucket, image.path)
+            elif image.url is not None:
+                data = await self._from_url(image.url)
+            else:
+                raise image_error("asset_missing", "The image was deleted.")
+            if len(data) > self._max_bytes:
+                raise self._too_many_bytes()
+            async with self._threads:
+                return await asyncio.to_thread(prepare, data, largest_side, self._max_pixels)
 
     def _too_many_bytes(self) -> TaggingError:
         return image_error(

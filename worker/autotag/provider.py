@@ -93,8 +93,8 @@ def classify_status(status: int, body: object, headers: Mapping[str, str]) -> Ta
     details = body if isinstance(body, dict) else {}
     inner = details.get("error")
     details = inner if isinstance(inner, dict) else details
-    code = str(details.get("code") or details.get("type") or "")
-    message = clean_text(str(details.get("message") or ""))[:300]
+    code = clean_text(str(details.get("code") or details.get("type") or "")[:100])
+    message = clean_text(str(details.get("message") or "")[:1000])[:300]
     if status in (401, 403) or code in ACCOUNT_CODES or (status == 404 and "model" in message.lower()):
         return TaggingError("account", code or f"http_{status}", f"OpenAI refused the account: {message or status}")
     if status == 429:

@@ -14,6 +14,9 @@ from autotag.errors import image_error
 
 TAG_LENGTH = 50  # characters; longer ones are sentences, not tags
 CAPTION_LENGTH = 300  # characters; screen readers read alt text in one go
+MODEL_LENGTH = 100  # characters of the model's name
+ANSWER_MOST = 200_000  # characters of an answer; max_output_tokens is 16,000 at most
+TOKENS_MOST = 10**9  # of one answer; more is no count of tokens
 
 
 @dataclass(frozen=True)
@@ -89,32 +92,37 @@ def request_body(question: Question, data_url: str) -> dict[str, Any]:
 
 
 def read_completion(completion: dict[str, Any], max_tags: int) -> dict[str, Any]:
-    """What is stored of a chat completion: ``{tags: [{tag, confidence}], caption, model}``.
+    """What is stored of a chat completion: ``{tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}``, the surest
+    tag first.
 
     Raises:
         TaggingError: of the image, when the model refused, ran out of tokens or broke the schema.
     """
-    try:
-        choice = completion["choices"][0]
-        message = choice["message"]
-        finish = choice.get("finish_reason")
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise image_error("bad_answer", "The AI's answer could not be read.", retry=True) from None
-    if message.get("refusal") or finish == "content_filter":
+    unreadable = image_error("bad_answer", "The AI's answer could not be read.", retry=True)
+    choices = completion.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict) or not isinstance(message, dict):
+        raise unreadable
+    if message.get("refusal") or choice.get("finish_reason") == "content_filter":
         raise image_error("refused", "The AI declined to describe this image.")
-    if finish == "length":
+    if choice.get("finish_reason") == "length":
         raise image_error("answer_too_long", "The AI's answer for this image was cut off.", retry=True)
+    content = message.get("content")
+    if not isinstance(content, str) or len(content) > ANSWER_MOST:
+        raise unreadable
     try:
-        answer = _Answer.model_validate_json(message["content"])
-    except (ValidationError, KeyError, TypeError):
-        raise image_error("bad_answer", "The AI's answer could not be read.", retry=True) from None
+        answer = _Answer.model_validate_json(content)
+    except ValidationError:
+        raise unreadable from None
     tags = normalise_tags([(tag.tag, tag.confidence) for tag in answer.tags], max_tags)
     if not tags:
         raise image_error("no_tags", "The AI found nothing to tag in this image.", retry=True)
     return {
-        "tags": [{"tag": tag, "confidence": confidence} for tag, confidence in tags],
+        "tags": [tag for tag, _ in tags],
+        "confidence": dict(tags),
         "caption": clean_text(answer.caption)[:CAPTION_LENGTH],
-        "model": str(completion.get("model", "")),
+        "model": clean_text(str(completion.get("model", ""))[:MODEL_LENGTH]),
     }
 
 
@@ -123,12 +131,18 @@ def read_usage(completion: dict[str, Any]) -> dict[str, int] | None:
     usage = completion.get("usage")
     if not isinstance(usage, dict):
         return None
-    details = usage.get("prompt_tokens_details") or {}
+    details = usage.get("prompt_tokens_details")
+    read = _tokens(usage.get("prompt_tokens"))
     return {
-        "input": int(usage.get("prompt_tokens") or 0),
-        "cached": int(details.get("cached_tokens") or 0),
-        "output": int(usage.get("completion_tokens") or 0),
+        "input": read,
+        "cached": min(read, _tokens(details.get("cached_tokens") if isinstance(details, dict) else None)),
+        "output": _tokens(usage.get("completion_tokens")),
     }
+
+
+def _tokens(value: object) -> int:
+    """A count of tokens; 0 for what is none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= TOKENS_MOST else 0
 
 
 def normalise_tags(tags: list[tuple[str, float]], max_tags: int) -> list[tuple[str, float]]:

@@ -35,6 +35,14 @@ class Wake:
             async with asyncio.timeout(seconds):
                 await self.stop.wait()
 
+    async def sleep(self, topic: str, seconds: float) -> None:
+        """Until the topic is notified (a stop notifies all) or the time is over."""
+        event = self.event(topic)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await event.wait()
+        event.clear()
+
     async def wait(self, topic: str, seconds: float | None) -> None:
         """Until the topic is notified, the time is over, or the worker stops; then the topic is quiet again."""
         if self.poll_every is not None:

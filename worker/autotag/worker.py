@@ -17,17 +17,20 @@ import autotag
 from autotag import provider
 from autotag.broadcast import deliver_outbox
 from autotag.config import Settings
-from autotag.db import Database, can_listen, listen
+from autotag.db import Database, VersionsDiffer, can_listen, listen
 from autotag.http import serve
 from autotag.images import Images
 from autotag.lanes import realtime
 from autotag.lanes.batch import BatchLane
+from autotag.metrics import SystemMetrics
 from autotag.tags import Question
 from autotag.tokens import tokens_per_image
 from autotag.wake import Wake
-from autotag.webhook import make_app
+from autotag.web import Health, make_app
+from autotag.webhook import make_route
 
 HEARTBEATS_PER_LEASE = 3  # two may get lost before a lease runs out
+HEARTBEAT_RETRY = 1.0  # seconds after one that failed
 HAND_OVER = 10.0  # seconds that the database may take for the last reports
 OUTBOX_RETRY = 60.0  # seconds between looks where nothing notifies
 
@@ -57,6 +60,7 @@ class Worker:
         self._id = uuid.uuid4()
         self._url = str(settings.database_url)
         self._log = log.bind(worker=str(self._id))
+        self._differs: VersionsDiffer | None = None
 
     async def run(self) -> None:
         """Until the worker is asked to stop.
@@ -64,6 +68,7 @@ class Worker:
         Raises:
             psycopg.OperationalError, psycopg_pool.PoolTimeout: the database cannot be reached.
             OSError: the address to serve on cannot be had.
+            VersionsDiffer: the schema is of another version, or has become so; what was in hand is handed back.
         """
         listening = await self._find_out_whether_listening()
         # What cannot LISTEN is a transaction pooler, and that cannot keep prepared statements either.
@@ -74,6 +79,8 @@ class Worker:
             await self._work(seconds)
         finally:
             await self._db.close()
+        if self._differs:
+            raise self._differs
 
     async def _find_out_whether_listening(self) -> bool:
         if await can_listen(self._url):
@@ -104,6 +111,7 @@ class Worker:
             settings.openai_api_key.get_secret_value(), settings.openai_base_url, settings.call_timeout
         )
         reports = realtime.Reports(self._db)
+        health = Health(lease / HEARTBEATS_PER_LEASE)
         async with (
             client,
             Images(
@@ -113,7 +121,7 @@ class Worker:
                 max_bytes=settings.image_max_bytes,
                 max_pixels=settings.image_max_pixels,
             ) as images,
-            self._webhooks(client),
+            self._web(client, health),
             asyncio.TaskGroup() as background,
         ):
             batches = BatchLane(
@@ -124,7 +132,7 @@ class Worker:
                 background.create_task(work)
                 for work in (
                     *([listen(self._url, wake.notify)] if wake.poll_every is None else []),
-                    self._heartbeat(lease / HEARTBEATS_PER_LEASE),
+                    self._heartbeat(lease / HEARTBEATS_PER_LEASE, health),
                     self._deliver(key),
                     reports.settle_forever(),
                     reports.tell_stages_forever(),
@@ -154,14 +162,14 @@ class Worker:
                 await reports.idle.wait()
                 given_back = await self._db.release()
                 self._log.info("handed_over", given_back=given_back)
-        except TimeoutError:
+        except (TimeoutError, psycopg.Error):
             self._log.error("hand_over_failed", hint="The database did not answer; what was in hand goes back later.")
 
     @contextlib.asynccontextmanager
-    async def _webhooks(self, client: AsyncOpenAI) -> AsyncIterator[None]:
-        """Serves OpenAI's webhook where an address is set."""
+    async def _web(self, client: AsyncOpenAI, health: Health) -> AsyncIterator[None]:
+        """Serves health, metrics and OpenAI's webhook where an address is set."""
         settings = self._settings
-        if not settings.http or not settings.openai_webhook_secret:
+        if not settings.http:
             yield
             return
 
@@ -171,21 +179,32 @@ class Worker:
             return result
 
         host, _, port = settings.http.rpartition(":")
-        app = make_app(client, settings.openai_webhook_secret.get_secret_value(), receive)
+        secret = settings.openai_webhook_secret
+        more = [make_route(client, secret.get_secret_value(), receive)] if secret else []
+        app = make_app(health, SystemMetrics(self._db.metrics), more)
         async with serve(app, host.strip("[]"), int(port)):
             self._log.info("serving", address=settings.http)
             yield
 
-    async def _heartbeat(self, seconds: float) -> None:
+    async def _heartbeat(self, seconds: float, health: Health) -> None:
+        pause = seconds
         while True:
-            await asyncio.sleep(seconds)
+            await self._wake.sleep("version", pause)  # at once when the schema has changed
+            pause = seconds
             try:
                 alive = await self._db.heartbeat()
                 if not alive:
                     self._log.error("lease_lost", hint="The database was out of reach for longer than the lease.")
                     await self._register()
+            except VersionsDiffer as error:
+                self._log.error("version_differs", error=str(error), hint=error.hint)
+                self._differs = error
+                self._wake.request_stop()
+                return
             except psycopg.Error as error:
                 self._log.error("heartbeat_failed", error=str(error).strip())
+                pause = HEARTBEAT_RETRY
+            health.beat()
 
     async def _deliver(self, key: str | None) -> None:
         while not self._wake.stop.is_set():

@@ -54,8 +54,7 @@ class Stack:
 
     def database_url(self, user: str = "postgres") -> str:
         """The database as another role; all of them have the owner's password here."""
-        parts = urlsplit(self.owner_url)
-        return parts._replace(netloc=f"{user}:{parts.password}@{parts.hostname}:{parts.port}").geturl()
+        return as_role(self.owner_url, user)
 
     def worker_environment(self) -> dict[str, str]:
         """What a worker reads; its login role is nothing but ``autotag_worker``."""
@@ -118,12 +117,18 @@ class Stack:
             self.configure(**dict(zip(columns, before or (), strict=True)))
 
 
+def as_role(url: str, role: str) -> str:
+    """A database URL for another role with the same password."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=f"{role}:{parts.password}@{parts.hostname}:{parts.port}").geturl()
+
+
 @contextlib.asynccontextmanager
 async def local_stack(
     postgres: LocalPostgres, database: str = "postgres", *, plan: Plan | None = None, penalty: float = 0.0
 ) -> AsyncIterator[Stack]:
     """The edge and the simulator around a database that has autotag's schema, and a login for workers."""
-    _make_worker_role(postgres.url(database=database))
+    make_worker_role(postgres.url(database=database))
     async with edge_stack(postgres, database, plan=plan, penalty=penalty) as stack:
         yield stack
 
@@ -167,7 +172,7 @@ async def supabase_stack(project: Mapping[str, str], *, plan: Plan | None = None
         KeyError: names the variable that is missing.
     """
     async with project_stack(project, plan=plan) as stack:
-        _make_worker_role(stack.owner_url)
+        make_worker_role(stack.owner_url)
         yield stack
 
 
@@ -188,7 +193,7 @@ async def project_stack(project: Mapping[str, str], *, plan: Plan | None) -> Asy
         )
 
 
-def _make_worker_role(owner_url: str) -> None:
+def make_worker_role(owner_url: str) -> None:
     """A login that may do nothing but work."""
     name, password = sql.Identifier(WORKER_ROLE), sql.Literal(urlsplit(owner_url).password or "")
     with psycopg.connect(owner_url, autocommit=True) as connection:

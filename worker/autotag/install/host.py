@@ -243,7 +243,7 @@ def _marked(name: str, host: Host) -> str:
         "path": lambda: f"         {f'a.{quote(host.path)}' if host.path else 'null'},",
         "url": lambda: f"         {f'a.{quote(host.url)}' if host.url else 'null'}",
         "tags": lambda: f"  set {quote(host.tags)} = {_tags_code(host.tags_type)},",
-        "result": lambda: f"      {quote(host.result)} = r.result,",
+        "result": lambda: f"      {quote(host.result)} = r.result - 'tags',",
         "untagged": lambda: f"      and (not p_untagged or a.{quote(host.tags)} is null)",
     }
     return lines[name]()
@@ -269,10 +269,7 @@ def _bucket_code(host: Host) -> str:
 
 
 def _tags_code(kind: str) -> str:
-    rows = "jsonb_array_elements(r.result -> 'tags') with ordinality x (t, i)"
-    if kind == "jsonb":
-        return f"(select coalesce(jsonb_agg(t -> 'tag' order by i), '[]') from {rows})"
-    return f"array(select t ->> 'tag' from {rows} order by i)"
+    return "r.result -> 'tags'" if kind == "jsonb" else "array(select jsonb_array_elements_text(r.result -> 'tags'))"
 
 
 def _table_name(name: str) -> str:

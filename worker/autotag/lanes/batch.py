@@ -22,6 +22,7 @@ from autotag import provider
 from autotag.db import Batch, BatchClaim, Database, Image, NotHeld
 from autotag.errors import TaggingError
 from autotag.images import Images, data_url
+from autotag.metrics import BATCH_SECONDS, IN_FLIGHT, count_answer, timed
 from autotag.tags import Question, batch_line, read_completion, read_usage, request_body
 from autotag.tokens import largest_side
 from autotag.wake import Wake
@@ -36,6 +37,7 @@ METADATA_KEY = "autotag_batch"
 #: turn, run its 24 hours and be harvested by whoever comes back after a weekend.
 KEEP_FILES: Literal[604_800] = 604_800
 CLAIM_RETRY = 1.0  # seconds after a claim that failed
+LINE_MOST = 1_000_000  # bytes of a line that are kept; an answer has a few thousand
 
 log = structlog.get_logger(__name__)
 
@@ -82,6 +84,7 @@ class BatchLane:
                 task.add_done_callback(self._free_hand)
             if (claim.poll or claim.files) and (polling is None or polling.done()):
                 polling = asyncio.create_task(self._look(claim))
+            IN_FLIGHT.labels("batch").set(len(self._hands))
             full = len(self._hands) >= self._slots
             await self._wake.wait("batch", None if full else claim.wait)
         if polling:
@@ -103,10 +106,12 @@ class BatchLane:
         try:
             try:
                 if batch.state == "harvesting":
-                    await self._harvest(batch)
+                    with timed(BATCH_SECONDS, "harvest"):
+                        await self._harvest(batch)
                     logger.info("batch_harvested")
                 else:
-                    await self._submit(batch)
+                    with timed(BATCH_SECONDS, "submit"):
+                        await self._submit(batch)
             except openai.APIError as error:
                 raise provider.classify(error) from error
         except NotHeld:
@@ -308,6 +313,7 @@ class BatchLane:
                 if answer is None:
                     unreadable += 1
                     continue
+                count_answer("batch", answer)
                 page.append(answer)
                 if len(page) >= ANSWERS:
                     yield page
@@ -339,12 +345,15 @@ def _file_name(batch: Batch) -> str:
 
 
 async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Lines that are not blank; one that is too long comes as what it began with, which is no answer."""
     rest = b""
     async for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             if line.strip():
                 yield line
+        if len(rest) > LINE_MOST:
+            rest = rest[:LINE_MOST]
     if rest.strip():
         yield rest
 
@@ -373,7 +382,7 @@ def read_line(line: bytes, max_tags: int) -> dict[str, Any] | None:
         task = int(entry["custom_id"])
         response = entry.get("response") or {}
         status, body = int(response.get("status_code") or 0), response.get("body")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     if not 0 < task < 2**63:
         return None

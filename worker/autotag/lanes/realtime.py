@@ -11,17 +11,19 @@ import psycopg
 import structlog
 from openai import AsyncOpenAI
 
-from autotag import provider
+from autotag import provider, traces
 from autotag.db import Database, Image
 from autotag.errors import TaggingError
 from autotag.images import Images, data_url
+from autotag.metrics import CLAIMED, CLAIMS, IN_FLIGHT, SECONDS, count_answer, timed
 from autotag.tags import Question, read_completion, read_usage, request_body
 from autotag.tokens import largest_side
 from autotag.wake import Wake
 
 STAGE_DELAY = 0.15  # seconds a stage must last to be worth a write; quick images skip it
 SETTLE_MOST = 500  # reports in one call
-RECLAIM_DELAY = 0.05  # seconds that freed hands gather before the next claim, when all were full
+RECLAIM_DELAY = 0.05  # seconds that freed hands gather before the next claim, when all were full …
+RECLAIM_SHARE = 4  # … unless one in so many of them is free earlier
 CLAIM_RETRY = 1.0  # seconds after a claim that failed
 
 log = structlog.get_logger(__name__)
@@ -37,6 +39,7 @@ class Reports:
     def __init__(self, db: Database) -> None:
         self._db = db
         self._outcomes: list[dict[str, Any]] = []
+        self._spans: list[Any] = []
         self._stages: dict[int, dict[str, Any]] = {}
         self._seen: dict[str, Any] = {}
         self._seen_at = 0.0
@@ -82,7 +85,10 @@ class Reports:
             self._seen, self._seen_at = {}, 0.0
         return seen or None
 
-    def outcome(self, image: Image, report: dict[str, Any]) -> None:
+    def outcome(self, image: Image, report: dict[str, Any], span: Any = None) -> None:
+        """What came of an image; ``span`` as in `traces.image_span`."""
+        count_answer("realtime", report)
+        self._spans.append(span)
         self._stages.pop(image.task, None)
         self._outcomes.append({"task": image.task, "attempt": image.attempt, **report})
         self.idle.clear()
@@ -94,7 +100,9 @@ class Reports:
             self._some.clear()
             while self._outcomes:
                 bulk, self._outcomes = self._outcomes[:SETTLE_MOST], self._outcomes[SETTLE_MOST:]
-                settled = await self._db.settle(bulk, self._take_seen())
+                spans, self._spans = self._spans[:SETTLE_MOST], self._spans[SETTLE_MOST:]
+                with timed(SECONDS, "settled"), traces.step("settle", spans):
+                    settled = await self._db.settle(bulk, self._take_seen())
                 if settled.accepted < len(bulk):
                     log.warning("late_reports_refused", refused=len(bulk) - settled.accepted)
                 if settled.notice:
@@ -113,16 +121,27 @@ class Reports:
 
 async def tag(image: Image, images: Images, client: AsyncOpenAI, question: Question, reports: Reports) -> None:
     """Tags one image and reports what came of it; never raises but when cancelled."""
+    with traces.image_span(image) as span:
+        report = await _tag(image, images, client, question, reports)
+    reports.outcome(image, report, span)
+
+
+async def _tag(
+    image: Image, images: Images, client: AsyncOpenAI, question: Question, reports: Reports
+) -> dict[str, Any]:
+    """The report about one image."""
     report: dict[str, Any] = {"called": False}
     sent = 0.0
     try:
         reports.stage(image, "preparing")
-        jpeg = await images.load(image, largest_side(question.image_detail))
+        with timed(SECONDS, "fetched"), traces.step("fetch"):
+            jpeg = await images.load(image, largest_side(question.image_detail))
         reports.stage(image, "processing")
         body = request_body(question, data_url(jpeg))
         sent, report["called"] = time.monotonic(), True
         reports.sent()
-        completion, seen = await provider.complete(client, body)
+        with timed(SECONDS, "called"), traces.step("call"):
+            completion, seen = await provider.complete(client, body)
         reports.limits(seen, sent)
         report["usage"] = read_usage(completion)
         report["result"] = read_completion(completion, question.max_tags)
@@ -138,7 +157,7 @@ async def tag(image: Image, images: Images, client: AsyncOpenAI, question: Quest
         report["error"] = TaggingError("moment", "internal_error", f"Tagging failed: {type(error).__name__}.").as_json()
     if not report["called"]:
         reports.sent()
-    reports.outcome(image, report)
+    return report
 
 
 def log_error(image: Image, error: TaggingError) -> None:
@@ -157,14 +176,18 @@ async def run(
     """The lane, until the worker stops; then at most ``deadline`` seconds more for what is in hand."""
     hands: dict[asyncio.Task[None], Image] = {}
     full = False
+    gathering: asyncio.TimerHandle | None = None
     loop = asyncio.get_running_loop()
 
     def free_hand(task: asyncio.Task[None]) -> None:
-        nonlocal full
+        nonlocal full, gathering
         hands.pop(task)
-        if full:
+        IN_FLIGHT.labels("realtime").dec()
+        if full and (slots - len(hands)) * RECLAIM_SHARE >= slots:
             full = False
-            loop.call_later(RECLAIM_DELAY, wake.notify, "realtime")
+            wake.notify("realtime")
+        elif full and gathering is None:
+            gathering = loop.call_later(RECLAIM_DELAY, wake.notify, "realtime")
 
     while not wake.stop.is_set():
         free = slots - len(hands)
@@ -173,17 +196,24 @@ async def run(
             try:
                 claim = await db.claim(free)
                 wait = claim.wait
+                CLAIMS.labels(claim.bound or "nothing").inc()
             except psycopg.Error as error:
                 log.error("claim_failed", error=str(error).strip())
                 await wake.pause(CLAIM_RETRY)
                 await db.release_unheld(tasks=[image.task for image in hands.values()])
                 continue
+            CLAIMED.inc(len(claim.images))
             for image in claim.images:
+                SECONDS.labels("waited").observe(image.waited)
                 task = asyncio.create_task(tag_image(image))
                 hands[task] = image
                 task.add_done_callback(free_hand)
+        IN_FLIGHT.labels("realtime").set(len(hands))
         full = len(hands) >= slots
         await wake.wait("realtime", None if full else wait)  # full: a free hand wakes us
+        if gathering:
+            gathering.cancel()
+            gathering = None
 
     if hands:
         log.info("finishing", images=len(hands), deadline=deadline)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from autotag_local.bench import batch, chaos, eta, growth, limiter, makespan, push
+from autotag_local.bench import batch, chaos, engine, eta, growth, limiter, makespan, push
 from autotag_local.bench.report import Result
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measures autotag, as ratios in one run.")
@@ -44,6 +44,13 @@ def makespan_command(
     result = asyncio.run(work)
     makespan.show(console, result)
     finish(result, console, as_json)
+
+
+@app.command("engine")
+def engine_command(as_json: Json = False) -> None:
+    """20,000 images through the engine ÷ 20,000 empty jobs through PgQueuer; pick-up; what one worker can do."""
+    console = Console(stderr=True)
+    finish(asyncio.run(engine.measure(console)), console, as_json, details=True)
 
 
 @app.command("limiter")

@@ -63,7 +63,7 @@ def _fill(server: LocalPostgres, size: int) -> psycopg.Connection[Any]:
         analyze autotag.tasks, autotag.jobs, autotag.queues, autotag.workspaces""".encode()
     )
     connection.execute("vacuum analyze autotag.tasks")
-    connection.execute("select autotag.register_worker(%s, 'bench', '0', true)", (WORKER,))
+    connection.execute("select autotag.register_worker(%s, 'bench', autotag.schema_version(), true)", (WORKER,))
     _claim(connection)
     return connection
 

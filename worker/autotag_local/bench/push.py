@@ -20,7 +20,7 @@ from typing import Any
 import psycopg
 from rich.console import Console
 
-from autotag_local.bench.report import Figure, Result
+from autotag_local.bench.report import Figure, Result, quantile
 from autotag_local.pictures import draw
 from autotag_local.postgres import install_autotag, local_postgres, machine_binaries
 from autotag_local.stack import Stack, local_stack, worker_process
@@ -49,23 +49,19 @@ async def measure(console: Console) -> Result:
             rows = await _answers(stack)
     figures = {
         "median_ms": Figure(max(map(statistics.median, heard.values())), 5, "lower"),
-        "answer_to_row_p99_ms": Figure(_quantile(rows, 0.99), 50, "lower"),
+        "answer_to_row_p99_ms": Figure(quantile(rows, 0.99), 50, "lower"),
     }
     details = {
         "commit to callback, ms": {
-            name: {"median": round(statistics.median(some), 2), "p99": round(_quantile(some, 0.99), 2)}
+            name: {"median": round(statistics.median(some), 2), "p99": round(quantile(some, 0.99), 2)}
             for name, some in heard.items()
         },
         "answer to row, ms": {
-            "median": round(statistics.median(rows), 2), "p90": round(_quantile(rows, 0.9), 2),
-            "p99": round(_quantile(rows, 0.99), 2), "calls in flight": IN_FLIGHT, "images": len(rows),
+            "median": round(statistics.median(rows), 2), "p90": round(quantile(rows, 0.9), 2),
+            "p99": round(quantile(rows, 0.99), 2), "calls in flight": IN_FLIGHT, "images": len(rows),
         },
     }  # fmt: skip
     return Result("push", figures, details)
-
-
-def _quantile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
 # -- commit → callback

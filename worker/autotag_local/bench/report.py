@@ -54,6 +54,11 @@ class Result:
         console.print(table)
 
 
+def quantile(values: list[float], share: float) -> float:
+    """The value that so large a share of them does not exceed."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
 def memory(pid: int, which: str) -> float:
     """Megabytes of a process: VmRSS (now) or VmHWM (at most so far)."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():

@@ -212,7 +212,7 @@ class Realtime:
         self, socket: Socket, claims: dict[str, Any], join_ref: str | None, ref: str | None, topic: str,
         payload: dict[str, Any],
     ) -> None:  # fmt: skip
-        config = payload.get("config") or {}
+        config = _object(payload.get("config"))
         private = bool(config.get("private"))
         refusal, listens, speaks = _unsupported(config), True, True
         if private and refusal is None:
@@ -237,7 +237,7 @@ class Realtime:
             await socket.send(join_ref, ref, topic, "phx_reply", {"status": "error", "response": {"reason": refusal}})
             return
         former = socket.joined.get(topic)
-        broadcast = config.get("broadcast") or {}
+        broadcast = _object(config.get("broadcast"))
         subscription = Subscription(
             socket, topic, join_ref, private, bool(broadcast.get("ack")), bool(broadcast.get("self")), speaks
         )
@@ -314,7 +314,7 @@ def _unsupported(config: dict[str, Any]) -> str | None:
     """Why a join is refused that the real server would take."""
     if config.get("postgres_changes"):
         return "The local edge does not support postgres_changes."
-    if (config.get("presence") or {}).get("enabled"):
+    if _object(config.get("presence")).get("enabled"):
         return "The local edge does not support presence."
     return None
 
@@ -335,11 +335,22 @@ def _parse(message: Any, version: str) -> tuple[str | None, str | None, str, str
     try:
         frame = json.loads(message["text"])
         if version == "1.0.0":
-            return frame.get("join_ref"), frame.get("ref"), frame["topic"], frame["event"], frame.get("payload")
+            frame = [frame.get(name) for name in ("join_ref", "ref", "topic", "event", "payload")]
         join_ref, ref, topic, event, payload = frame
-        return (join_ref, ref, topic, event, payload) if isinstance(topic, str) and isinstance(event, str) else None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
+    if not isinstance(topic, str) or not isinstance(event, str) or "\0" in topic:
+        return None
+    return _reference(join_ref), _reference(ref), topic, event, payload
+
+
+def _reference(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """A JSON object, or an empty one in place of what is none."""
+    return value if isinstance(value, dict) else {}
 
 
 def _parse_push(data: bytes) -> tuple[str | None, str | None, str, str, Any] | None:

@@ -160,7 +160,7 @@ class Rest:
                 raise _unsupported("RPC bodies that are not objects")
         else:
             arguments = {}
-        async with as_caller(self._pool, claims) as connection:
+        async with as_caller(self._pool, claims, request.headers) as connection:
             functions = await self._functions(connection)
             if request.method != "POST":
                 known = functions.get(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,13 +15,17 @@ ROLES = ("anon", "authenticated", "service_role")
 
 @asynccontextmanager
 async def as_caller(
-    pool: AsyncConnectionPool[AsyncConnection[Any]], claims: dict[str, Any]
+    pool: AsyncConnectionPool[AsyncConnection[Any]], claims: dict[str, Any], headers: Mapping[str, str] | None = None
 ) -> AsyncIterator[AsyncConnection[Any]]:
-    """A transaction under the role and claims of a verified token; an unknown role counts as anon."""
+    """A transaction under the role and claims of a verified token (an unknown role counts as anon), which also sees the
+    headers of its request."""
     role = claims.get("role") if claims.get("role") in ROLES else "anon"
     async with pool.connection() as connection, connection.transaction():
         await connection.execute(
-            sql.SQL("select set_config('request.jwt.claims', %s, true), set_config('role', %s, true)"),
-            (json.dumps(claims), role),
+            sql.SQL(
+                "select set_config('request.jwt.claims', %s, true), set_config('request.headers', %s, true),"
+                " set_config('role', %s, true)"
+            ),
+            (json.dumps(claims), json.dumps(dict(headers or {})), role),
         )
         yield connection

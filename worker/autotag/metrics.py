@@ -1,0 +1,135 @@
+"""What a worker tells Prometheus: what it does itself, and what the database knows of the whole.
+
+The worker's own metrics are added up over workers; those of the database (`_SYSTEM`) are the same whichever worker is
+asked, so a dashboard takes their maximum.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+SAMPLE_EVERY = 5.0  # seconds that an answer of the database serves every scrape
+READ_MOST = 5.0  # seconds that it may take
+
+REGISTRY = CollectorRegistry()
+ProcessCollector(registry=REGISTRY)
+
+CLAIMS = Counter(
+    "autotag_claims", "Claims of single calls, by what kept them from releasing more.", ["bound"], registry=REGISTRY
+)
+CLAIMED = Counter("autotag_images_claimed", "Images released to this worker.", registry=REGISTRY)
+ANSWERED = Counter(
+    "autotag_images_answered", "Images by what came of their call or batch line (tagged, or the kind of error).",
+    ["lane", "outcome"], registry=REGISTRY,
+)  # fmt: skip
+TOKENS = Counter("autotag_tokens", "Tokens that the provider billed.", ["lane", "type"], registry=REGISTRY)
+IN_FLIGHT = Gauge("autotag_in_flight", "Images (realtime) or batches in hand.", ["lane"], registry=REGISTRY)
+#: waited: from the upload to the claim; fetched: out of Storage and prepared; called: the provider's answer;
+#: settled: from there to the commit
+SECONDS = Histogram(
+    "autotag_stage_seconds", "Seconds that an image of a single call spent in each stage.", ["stage"],
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800), registry=REGISTRY,
+)  # fmt: skip
+BATCH_SECONDS = Histogram(
+    "autotag_batch_step_seconds", "Seconds that a batch was in this worker's hands.", ["step"],
+    buckets=(0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600), registry=REGISTRY,
+)  # fmt: skip
+DELIVERED = Counter(
+    "autotag_outbox_messages_delivered", "Broadcasts sent over HTTP, where realtime.send() does not exist.",
+    ["result"], registry=REGISTRY,
+)  # fmt: skip
+
+#: What ``autotag.metrics()`` says: its key, the metric's name and help.
+_SYSTEM = (
+    ("queued", "autotag_queue_images", "Images that wait for a single call."),
+    ("queued_workspaces", "autotag_queue_workspaces", "Workspaces that have images waiting."),
+    (
+        "oldest_queued",
+        "autotag_queue_oldest_seconds",
+        "Age of the oldest upload that has some.",
+    ),
+    ("parked", "autotag_queue_retry_images", "Images that wait for another try."),
+    ("live", "autotag_live_images", "Images being tagged, in either lane."),
+    ("work", "autotag_work_images", "Images a worker could do something for now; what KEDA scales by."),
+    ("oldest_batch", "autotag_batch_oldest_seconds", "Age of the oldest batch that has not ended."),
+    ("requests_left", "autotag_provider_requests_left", "Requests left in the mirror of the provider's bucket."),
+    ("requests_per_minute", "autotag_provider_requests_per_minute", "The provider's limit."),
+    ("tokens_left", "autotag_provider_tokens_left", "Tokens left in the mirror of the provider's bucket."),
+    ("tokens_per_minute", "autotag_provider_tokens_per_minute", "The provider's limit."),
+    ("blocked_seconds", "autotag_provider_blocked_seconds", "Seconds until the provider may be asked again (429)."),
+    ("account_error", "autotag_provider_account_error", "1 while the provider refuses the account."),
+    ("workers", "autotag_workers", "Workers whose lease holds."),
+    ("outbox", "autotag_outbox_messages", "Broadcasts that have not left the database."),
+    ("oldest_message", "autotag_outbox_oldest_seconds", "Age of the oldest of them: how far broadcasts lag."),
+    ("images_today", "autotag_images_today", "Images tagged since midnight UTC."),
+    ("cost_today", "autotag_cost_today_dollars", "What they cost, by the price table in settings."),
+)
+
+
+@contextmanager
+def timed(histogram: Histogram, label: str) -> Iterator[None]:
+    """Observes how long the block took, also when it fails."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        histogram.labels(label).observe(time.perf_counter() - started)
+
+
+def count_answer(lane: str, report: dict[str, Any]) -> None:
+    """Counts a report as `Database.settle` and `Database.batch_answers` take it."""
+    error = report.get("error")
+    ANSWERED.labels(lane, error["kind"] if error else "tagged").inc()
+    for kind, tokens in (report.get("usage") or {}).items():
+        TOKENS.labels(lane, kind).inc(tokens)
+
+
+class SystemMetrics(Collector):
+    """The database's part, read at most every few seconds however often it is asked."""
+
+    def __init__(self, read: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+        self._read = read
+        self._values: dict[str, Any] = {}
+        self._read_at = float("-inf")
+
+    async def account_error(self) -> bool:
+        """Whether the provider refuses the account.
+
+        Raises:
+            psycopg.Error, psycopg_pool.PoolTimeout, TimeoutError: the database did not answer.
+        """
+        await self._refresh()
+        return bool(self._values["account_error"])
+
+    async def _refresh(self) -> None:
+        if time.monotonic() - self._read_at >= SAMPLE_EVERY:
+            async with asyncio.timeout(READ_MOST):
+                self._values, self._read_at = await self._read(), time.monotonic()
+
+    async def scrape(self) -> bytes:
+        """Everything, in Prometheus' text format.
+
+        Raises:
+            psycopg.Error, psycopg_pool.PoolTimeout, TimeoutError: the database did not answer.
+        """
+        await self._refresh()
+        both = CollectorRegistry()
+        both.register(REGISTRY)
+        both.register(self)
+        return generate_latest(both)
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        for key, name, text in _SYSTEM:
+            yield GaugeMetricFamily(name, text, value=float(self._values.get(key) or 0))
+        batches = GaugeMetricFamily("autotag_batches", "Batches that have not ended, by state.", labels=["state"])
+        for state, count in self._values.get("batches", {}).items():
+            batches.add_metric([state], count)
+        yield batches

@@ -1,0 +1,66 @@
+"""What a worker serves over HTTP: health, metrics, and OpenAI's webhook where its secret is set.
+
+``/healthz`` is 503 when this process is stuck and only a restart helps; ``/readyz`` when the database is out of reach
+or the provider refuses the account, which a restart does not mend.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import psycopg
+import psycopg_pool
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from autotag.metrics import SystemMetrics
+
+MISSED_BEATS = 3  # heartbeats that do not even fail: then the process is stuck
+
+
+class Health:
+    """Whether the heart beats."""
+
+    def __init__(self, interval: float) -> None:
+        """``interval``: seconds between heartbeats."""
+        self._patience = interval * MISSED_BEATS
+        self._beat_at = time.monotonic()
+
+    def beat(self) -> None:
+        """A heartbeat has come back, whether it worked or not."""
+        self._beat_at = time.monotonic()
+
+    def trouble(self) -> str | None:
+        """Why the process has to be restarted, if it has to."""
+        silent = time.monotonic() - self._beat_at
+        return f"No heartbeat has come back for {silent:.0f} s." if silent > self._patience else None
+
+
+def make_app(health: Health, metrics: SystemMetrics, more: Sequence[BaseRoute] = ()) -> Starlette:
+    """The application: ``GET /healthz``, ``/readyz`` and ``/metrics``, and whatever else there is."""
+
+    async def healthz(_: Request) -> Response:
+        return _answer(health.trouble())
+
+    async def readyz(_: Request) -> Response:
+        try:
+            refused = await metrics.account_error()
+        except (psycopg.Error, psycopg_pool.PoolTimeout, TimeoutError) as error:
+            return _answer(f"The database did not answer: {type(error).__name__}.")
+        return _answer(health.trouble() or ("OpenAI refuses the account; see autotag status." if refused else None))
+
+    async def scrape(_: Request) -> Response:
+        try:
+            return Response(await metrics.scrape(), media_type=CONTENT_TYPE_LATEST)
+        except (psycopg.Error, psycopg_pool.PoolTimeout, TimeoutError) as error:
+            return _answer(f"The database did not answer: {type(error).__name__}.")
+
+    return Starlette(routes=[Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", scrape), *more])
+
+
+def _answer(trouble: str | None) -> Response:
+    return JSONResponse({"ok": trouble is None, "reason": trouble}, 503 if trouble else 200)
