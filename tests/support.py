@@ -192,7 +192,7 @@ def audit(stack: Stack) -> None:
         assert wrong_workspaces == [], "workspaces count what their queues do not hold"
         wrong_assets = rows("""
             select t.asset_id, t.stage, a.tagging_stage from autotag.tasks t join public.assets a on a.id = t.asset_id
-            where t.id in (select max(id) from autotag.tasks group by asset_id) and t.stage <> a.tagging_stage""")
+            where t.finished_at is null and t.stage <> a.tagging_stage""")
         assert wrong_assets == [], "rows of assets show another stage than their tasks"
         left = rows("""
             select a.id, a.tagging_stage from public.assets a where a.tagging_stage not in ('completed', 'failed')

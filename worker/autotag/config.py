@@ -128,7 +128,7 @@ def load_settings(kind: type[S] = Settings, **changes: Any) -> S:  # type: ignor
             raise SettingsError(f"{first['msg'].removeprefix('Value error, ')}.") from None
         location = str(first["loc"][0])
         for key, field in Settings.model_fields.items():
-            names = _environment_names(key, field)
+            names = environment_names(key, field)
             if location in (key, *names):
                 # The name that was used, or else the usual one, which stands last.
                 name = next((n for n in names if n in os.environ), names[-1])
@@ -141,7 +141,7 @@ def load_settings(kind: type[S] = Settings, **changes: Any) -> S:  # type: ignor
         raise SettingsError(f"{name} is wrong: {first['msg'].removeprefix('Value error, ')}{what}.") from None
 
 
-def _environment_names(key: str, field: FieldInfo) -> list[str]:
+def environment_names(key: str, field: FieldInfo) -> list[str]:
     """The environment variables that a field is read from."""
     alias = field.validation_alias
     return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [f"AUTOTAG_{key.upper()}"]

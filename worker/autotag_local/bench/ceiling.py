@@ -58,7 +58,7 @@ async def measure(console: Console) -> dict[int, dict[str, Any]]:
 
 
 def photograph(seed: int = 1) -> bytes:
-    """A JPEG with detail at every scale, as photographs have: about 400 KB."""
+    """A JPEG with detail at every scale, as photographs have: about 600 KB."""
     dice = random.Random(seed)
     image = Image.new("RGB", SIZE, (127, 127, 127))
     for side in (8, 32, 128, 512, 1632):

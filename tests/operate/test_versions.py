@@ -1,0 +1,114 @@
+"""Worker and schema of different versions say what they need and stop; work in flight goes on with the ones that fit."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+
+import psycopg
+import pytest
+
+import autotag
+from autotag.db import VersionsDiffer
+from autotag.wake import Wake
+from autotag.worker import Worker
+from autotag_local.stack import Stack, worker_process
+from support import Library, answered_pictures, audit, until, worker, worker_settings
+
+
+def upgrade(stack: Stack, version: str) -> None:
+    """What the last migration of a release does."""
+    with psycopg.connect(stack.database_url(), autocommit=True) as owner:
+        owner.execute(
+            "create or replace function autotag.schema_version() returns text language sql immutable parallel safe"
+            f" set search_path = '' as $$ select '{version}'::text $$".encode()
+        )
+        owner.execute("select pg_notify('autotag', 'version')")
+
+
+@pytest.mark.parametrize(
+    ("schema", "hint"),
+    [("9.0.0", r"pip install 'supabase-autotag==9\.0\.\*'"), ("0.0.9", "autotag migrate, or supabase db push")],
+)
+async def test_a_worker_that_does_not_fit_says_what_to_do(library: Library, schema: str, hint: str) -> None:
+    upgrade(library.stack, schema)
+    process = await asyncio.create_subprocess_exec(
+        "autotag", "worker", env={"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
+                                  **library.stack.worker_environment()},
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    _, error = await process.communicate()
+    assert process.returncode == 3
+    assert re.search(rf"This worker is autotag {autotag.__version__}.*{schema}.*{hint}", error.decode(), re.DOTALL)
+    assert library.sql("select 1 from autotag.workers") == []
+
+
+async def test_a_patch_release_fits(library: Library) -> None:
+    upgrade(library.stack, ".".join(autotag.__version__.split(".")[:2]) + ".99")
+    async with worker(library.stack):
+        await until(lambda: library.sql("select 1 from autotag.workers") != [], "the worker to register")
+
+
+async def test_an_upgrade_with_work_in_flight_loses_nothing(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old worker finishes what it has in hand and stops by itself; the new one does the rest."""
+    stack = library.stack
+    stack.configure(chunk_delay="0.5 s", realtime_requests_per_minute=1000, realtime_tokens_per_minute=10**8)
+    stack.simulator.plan.latency = (0.3, 0.5)
+    single, batch = await library.upload(30), await library.upload(60, seed=2)
+    jobs = [library.enqueue(single), library.enqueue(batch)]
+    old = asyncio.create_task(Worker(worker_settings(stack), Wake()).run())
+    await until(lambda: library.job(jobs[0]["job_id"])["completed"] >= 5, "the first tags")
+    upgrade(stack, "9.0.0")
+    with pytest.raises(VersionsDiffer, match=r"of autotag 9\.0\.0"):
+        async with asyncio.timeout(20):
+            await old
+    assert library.sql("select 1 from autotag.tasks where worker_id is not null") == [], "nothing is left in its hands"
+    monkeypatch.setattr(autotag, "__version__", "9.0.1")
+    async with worker(stack):
+        await library.finished(*jobs)
+    library.check_tags()
+    audit(stack)
+    assert len(answered_pictures(stack)) == len(set(answered_pictures(stack))), "nothing was asked twice"
+
+
+async def test_a_rolling_restart_under_load_loses_nothing_and_delays_nobody(library: Library) -> None:
+    """Three processes, each replaced by a new one while uploads come in: no image fails, none is asked twice, and none
+    waits for a lease to run out."""
+    stack = library.stack
+    stack.configure(realtime_requests_per_minute=10_000, realtime_tokens_per_minute=10**8, chunk_delay="0.1 s")
+    stack.simulator.plan.latency = (0.2, 0.5)
+    stack.simulator.limits.requests.left = stack.simulator.limits.tokens.left = 10**9
+    library.sql("update autotag.provider_limits set requests_per_minute = 10000, tokens_per_minute = 100000000")
+    uploads = [await library.upload(8, seed=seed) for seed in range(1, 13)]
+    jobs = []
+
+    async def enqueue_steadily() -> None:
+        for assets in uploads:
+            jobs.append(await asyncio.to_thread(library.enqueue, assets))
+            await asyncio.sleep(0.4)
+
+    environment = stack.worker_environment()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(enqueue_steadily())
+        old = worker_process(environment)
+        await old.__aenter__()
+        for _ in range(3):
+            new = worker_process(environment)
+            await new.__aenter__()
+            await asyncio.sleep(1.2)
+            await old.__aexit__(None, None, None)  # SIGTERM, and its end is waited for
+            old = new
+    try:
+        told = await library.finished(*jobs)
+    finally:
+        await old.__aexit__(None, None, None)
+    assert [(job["completed"], job["failed"]) for job in told] == [(8, 0)] * len(uploads)
+    library.check_tags()
+    audit(stack)
+    assert len(answered_pictures(stack)) == 96, "nothing was asked twice"
+    longest = library.sql("select max(extract(epoch from finished_at - created_at))::float as s from autotag.jobs")[0][
+        "s"
+    ]
+    assert longest < 30, "half a lease: nobody waited for one to run out"
