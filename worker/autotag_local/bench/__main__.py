@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from autotag_local.bench import batch, chaos, engine, eta, growth, limiter, makespan, push
+from autotag_local.bench import batch, chaos, engine, eta, growth, limiter, makespan, push, soak
 from autotag_local.bench.report import Result
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measures autotag, as ratios in one run.")
@@ -109,6 +109,17 @@ def chaos_command(
     """Violations found by comparing three books while workers die, the provider fails and Postgres restarts."""
     console = Console(stderr=True)
     finish(asyncio.run(chaos.measure(console, minutes=minutes, seed=seed, workers=workers)), console, as_json)
+
+
+@app.command("soak")
+def soak_command(
+    as_json: Json = False,
+    minutes: Annotated[float, typer.Option(min=0.5, help="How long.")] = 60,
+    seed: Annotated[int, typer.Option(help="Which faults come when.")] = 1,
+) -> None:
+    """Memory and tables over a long run with restarts and faults, and what was lost in it."""
+    console = Console(stderr=True)
+    finish(asyncio.run(soak.measure(console, minutes=minutes, seed=seed)), console, as_json, details=True)
 
 
 if __name__ == "__main__":
