@@ -62,7 +62,7 @@ async def measure(console: Console) -> Result:
             drains.append(await _drain(server, f"engine_{number}"))
             for name, empty in queue_peers.PEERS.items():
                 console.print(f"round {number + 1} of {ROUNDS}: {IMAGES:,} empty jobs through {name} …")
-                url = _database(server, f"queue_{number}_{len(queues)}_{uuid.uuid4().hex[:6]}")
+                url = _database(server, f"queue_{uuid.uuid4().hex}")
                 queues.setdefault(name, []).append(IMAGES / await empty(url, IMAGES))
     rates = sorted(IMAGES / drain.seconds for drain in drains)
     peers = {name: sorted(rates)[len(rates) // 2] for name, rates in queues.items()}
