@@ -70,16 +70,20 @@ const scenarios = {
   async many() {
     const page = await open(given.mine)
     const seen = {}
+    const look = async () => {
+      for (const item of await shown(page)) {
+        if (seen[item.stage]) continue
+        seen[item.stage] = item.text
+        await shot(page, `stage-${item.stage}`)
+      }
+    }
     let over = false
     const watching = (async () => {
       while (!over) {
-        for (const item of await shown(page).catch(() => [])) {
-          if (seen[item.stage]) continue
-          seen[item.stage] = item.text
-          await shot(page, `stage-${item.stage}`)
-        }
+        await look()
         await new Promise((resolve) => setTimeout(resolve, 20))
       }
+      await look() // the last stage, which ended the watch
     })()
     await add(page, given.files)
     await all(page, 'completed', given.files.length)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from autotag_local.bench import batch, chaos, engine, eta, growth, limiter, makespan, push, soak
+from autotag_local.bench import batch, chaos, day, engine, eta, growth, limiter, makespan, push, soak
 from autotag_local.bench.report import Result
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measures autotag, as ratios in one run.")
@@ -120,6 +120,22 @@ def soak_command(
     """Memory and tables over a long run with restarts and faults, and what was lost in it."""
     console = Console(stderr=True)
     finish(asyncio.run(soak.measure(console, minutes=minutes, seed=seed)), console, as_json, details=True)
+
+
+@app.command("day")
+def day_command(
+    as_json: Json = False,
+    images: Annotated[int, typer.Option(min=1000, help="Of all uploads together.")] = 1_000_000,
+    workspaces: Annotated[int, typer.Option(min=1)] = 10_000,
+    minutes: Annotated[float, typer.Option(min=0.5, help="How long the day takes.")] = 30,
+    workers: Annotated[int, typer.Option(min=1, max=20, help="Processes.")] = 3,
+) -> None:
+    """A day of uploads in compressed time: the database's costs, table sizes, and how long who waits."""
+    console = Console(stderr=True)
+    work = day.measure(console, images=images, workspaces=workspaces, minutes=minutes, workers=workers)
+    result = asyncio.run(work)
+    day.show(console, result)
+    finish(result, console, as_json, details=True)
 
 
 if __name__ == "__main__":

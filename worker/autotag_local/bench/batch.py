@@ -20,7 +20,8 @@ from PIL import Image
 from psycopg.rows import dict_row
 from rich.console import Console
 
-from autotag_local.bench.report import Figure, Result, memory
+from autotag_local.bench.report import Figure, Result
+from autotag_local.machine import memory
 from autotag_local.openai_sim.app import Plan
 from autotag_local.postgres import install_autotag, local_postgres, machine_binaries
 from autotag_local.stack import Member, Stack, local_stack, worker_process

@@ -14,7 +14,7 @@ from PIL import Image
 
 from autotag.images import data_url
 from autotag.tags import Question, batch_line, request_body
-from autotag_local.bench.report import memory
+from autotag_local.machine import memory
 
 
 def main(lines: int, workspace: str) -> None:

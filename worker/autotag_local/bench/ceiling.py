@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-import os
 import random
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from PIL import Image
 from rich.console import Console
 
 from autotag_local.bench.unlimited import UNLIMITED
+from autotag_local.machine import processor_seconds, server_processes
 from autotag_local.postgres import LocalPostgres, free_port, install_autotag, local_postgres, machine_binaries
 from autotag_local.stack import HOST, WORKER_ROLE, as_role, make_worker_role, worker_process
 
@@ -31,7 +31,6 @@ SIZE = (1632, 1224)  # pixels: two megapixels
 WORKERS = (1, 2, 4)
 IMAGES, UPLOAD = 1200, 50
 WARM_UP = 100
-TICKS = os.sysconf("SC_CLK_TCK")  # of processor time in a second
 
 
 @dataclass(frozen=True)
@@ -99,29 +98,19 @@ async def _run(server: LocalPostgres, servers: Servers, count: int) -> dict[str,
         async with await psycopg.AsyncConnection.connect(server.url(), autocommit=True) as owner:
             await owner.execute(UNLIMITED)
             await _upload(owner, WARM_UP)
-            spent = {name: _processor(pids) for name, pids in _who(server, servers, workers).items()}
+            before = _spent(server, servers, workers)
             took = await _upload(owner, IMAGES)
-            spent = {name: _processor(pids) - spent[name] for name, pids in _who(server, servers, workers).items()}
+            spent = {name: now - before[name] for name, now in _spent(server, servers, workers).items()}
     return {
         "images a second": round(IMAGES / took, 1),
         **{f"{name}, ms an image": round(seconds / IMAGES * 1000, 2) for name, seconds in spent.items()},
     }
 
 
-def _who(server: LocalPostgres, servers: Servers, workers: list[asyncio.subprocess.Process]) -> dict[str, list[int]]:
-    master = int((server.data / "postmaster.pid").read_text().split()[0])
-    backends = [int(p) for p in Path(f"/proc/{master}/task/{master}/children").read_text().split()]
-    return {"workers": [w.pid for w in workers], "Postgres": [master, *backends], "servers": [servers.pid]}
-
-
-def _processor(pids: list[int]) -> float:
-    """Seconds of processor time that these processes (and their ended children) have used."""
-    total = 0
-    for pid in pids:
-        with contextlib.suppress(FileNotFoundError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            total += sum(int(field) for field in fields[11:15])
-    return total / TICKS
+def _spent(server: LocalPostgres, servers: Servers, workers: list[asyncio.subprocess.Process]) -> dict[str, float]:
+    """Seconds of processor time so far, by who spent them."""
+    who = {"workers": [w.pid for w in workers], "Postgres": server_processes(server), "servers": [servers.pid]}
+    return {name: processor_seconds(pids) for name, pids in who.items()}
 
 
 async def _upload(owner: psycopg.AsyncConnection[Any], images: int) -> float:

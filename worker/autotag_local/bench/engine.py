@@ -33,12 +33,13 @@ IMAGES = 20_000
 UPLOAD = 50  # images of one call of enqueue_tagging, of a workspace of its own
 ROUNDS = 3  # drains of each in turn; the median counts
 SERVER = {"full_page_writes": "on", "max_wal_size": "8GB"}
-#: what the simulator answers about a picture: six tags and a caption
+PICTURE = Picture(512, 384, (
+    "top left red", "top right green", "bottom left blue", "bottom right white", "landscape", "bright"))  # fmt: skip
+#: what the simulator answers about it: six tags and a caption
 ANSWER = complete(
     {"model": "gpt-4.1-mini", "max_completion_tokens": 400,
      "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "", "detail": "low"}}]}]},
-    Picture(512, 384, (
-        "top left red", "top right green", "bottom left blue", "bottom right white", "landscape", "bright")),
+    PICTURE,
 )  # fmt: skip
 RESULT, USAGE = read_completion(ANSWER, max_tags=10), read_usage(ANSWER)
 

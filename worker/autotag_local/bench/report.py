@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
@@ -57,11 +56,3 @@ class Result:
 def quantile(values: list[float], share: float) -> float:
     """The value that so large a share of them does not exceed."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-
-def memory(pid: int, which: str) -> float:
-    """Megabytes of a process: VmRSS (now) or VmHWM (at most so far)."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(which):
-            return int(line.split()[1]) / 1024
-    raise LookupError(which)

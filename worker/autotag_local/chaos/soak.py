@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from autotag_local.bench.report import memory
 from autotag_local.chaos.run import SETTINGS, Chaos
+from autotag_local.machine import memory
 
 KEEP = "15 s"  # finished uploads are kept: a month's retention in a quarter of a minute
 HOUSEKEEPING = 5.0  # seconds: a day's
