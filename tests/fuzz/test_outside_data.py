@@ -150,6 +150,7 @@ def test_an_answer_of_ten_megabytes_is_refused_at_once(size: int) -> None:
 @given(st.integers(0, 999), anything, st.dictionaries(st.sampled_from(
     ["retry-after", "retry-after-ms", "x-ratelimit-limit-requests", "x-ratelimit-remaining-requests",
      "x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens"]), text | st.integers().map(str) | st.floats().map(str)))  # fmt: skip
+@example(429, None, {"x-ratelimit-limit-requests": "²", "x-ratelimit-limit-tokens": "9" * 5000})
 def test_an_error_of_the_provider_is_of_one_of_four_kinds(status: int, body: Any, headers: dict[str, str]) -> None:
     error = provider.classify_status(status, body, headers)
     can_be_stored(error.as_json())

@@ -1,14 +1,11 @@
-"""What Supabase's own tools, and squawk, say of the migrations: nothing."""
+"""What Supabase's own tools say of the migrations: nothing."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -73,27 +70,6 @@ def test_the_committed_types_are_those_of_the_schema(url: str) -> None:
         TYPES.parent.mkdir(exist_ok=True)
         TYPES.write_text(said)
     assert TYPES.read_text() == said, "run UPDATE_TYPES=1 scripts/test -k committed_types, and commit the file"
-
-
-def squawk(*arguments: str) -> list[dict[str, object]]:
-    binary = Path(sys.executable).parent / "squawk"
-    done = subprocess.run(
-        [binary, "--reporter", "json", *arguments], capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    found: list[dict[str, object]] = json.loads(done.stdout)
-    return found
-
-
-def test_squawk_finds_nothing() -> None:
-    """With its defaults but for the reasons in .squawk.toml; in full where the host's tables are touched."""
-    files = sorted(str(path) for path in (ROOT / "supabase" / "migrations").glob("*.sql"))
-    assert squawk(*files) == []
-    [adapter] = [path for path in files if path.endswith("_host_adapter.sql")]
-    timeouts = ("--include=require-lock-timeout", "--include=require-statement-timeout")
-    assert (
-        squawk("--config=/dev/null", "--assume-in-transaction", "--exclude=prefer-bigint-over-int", *timeouts, adapter)
-        == []
-    )
 
 
 def test_a_table_of_a_million_rows_is_neither_rewritten_nor_held(postgres: LocalPostgres, bare: str) -> None:

@@ -17,9 +17,11 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
+import aiohttp
 import httpcore
 import httpx
 import pillow_heif
+from httpx_aiohttp import HttpxAiohttpClient
 from PIL import Image as Pillow
 from PIL import ImageOps, UnidentifiedImageError
 from storage3 import AsyncStorageClient
@@ -177,7 +179,7 @@ class Images:
         self._storage: AsyncStorageClient | None = None
         if supabase_url and supabase_key:
             headers = {"apikey": supabase_key, "Authorization": f"Bearer {supabase_key}"}
-            self._storage_http = httpx.AsyncClient(
+            self._storage_http = HttpxAiohttpClient(
                 timeout=FETCH_TIMEOUT, limits=httpx.Limits(max_connections=100), headers=headers
             )
             self._storage = AsyncStorageClient(f"{supabase_url}/storage/v1/", headers, http_client=self._storage_http)
@@ -231,7 +233,8 @@ class Images:
             if str(error.status) in ("401", "403"):
                 raise TaggingError("account", "storage_refused", f"Storage refused the key: {error.message}") from None
             raise TaggingError("moment", "storage_error", "The image could not be fetched from storage.") from None
-        except (httpx.HTTPError, ValueError):  # ValueError: an error page that is not JSON
+        # ClientError: an answer that is no HTTP; ValueError: an error page that is not JSON.
+        except (httpx.HTTPError, aiohttp.ClientError, ValueError):
             raise TaggingError("moment", "storage_error", "The image could not be fetched from storage.") from None
 
     async def _from_url(self, url: str) -> bytes:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import httpx2
 import openai
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAioHttpClient
 
 from autotag.errors import TaggingError, image_error
 from autotag.tags import clean_text
@@ -25,10 +27,13 @@ IMAGE_CODES = frozenset({
     "image_content_policy_violation", "content_policy_violation", "invalid_image_url",
 })  # fmt: skip
 
+_COUNT = re.compile(r"[0-9]{1,10}")
+
 
 def make_client(api_key: str, base_url: str, timeout: float) -> AsyncOpenAI:
     """A client that does not retry by itself: when to try again is the database's decision."""
-    return AsyncOpenAI(api_key=api_key, base_url=base_url, timeout=timeout, max_retries=0)
+    http = DefaultAioHttpClient()  # its pool costs the same however many connections are in it; httpx's does not
+    return AsyncOpenAI(api_key=api_key, base_url=base_url, timeout=timeout, max_retries=0, http_client=http)
 
 
 async def complete(client: AsyncOpenAI, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -38,11 +43,12 @@ async def complete(client: AsyncOpenAI, body: dict[str, Any]) -> tuple[dict[str,
         TaggingError: whatever went wrong, sorted by kind.
     """
     try:
-        response = await client.chat.completions.with_raw_response.create(**body)
+        # As client.chat.completions.create() sends it, but for that one's search for keys to rename in the body.
+        response = await client.post("/chat/completions", cast_to=httpx2.Response, body=body)
     except openai.APIError as error:
         raise classify(error) from error
     try:
-        completion = response.http_response.json()
+        completion = response.json()
     except ValueError:
         raise TaggingError("moment", "bad_answer", "The AI's answer could not be read.") from None
     if not isinstance(completion, dict):
@@ -62,7 +68,7 @@ def read_limits(headers: Mapping[str, str]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for name, header in names.items():
         value = headers.get(header, "")
-        if value.isdigit() and (int(value) > 0 or name.endswith("left")) and int(value) < 2**31:
+        if _COUNT.fullmatch(value) and (int(value) > 0 or name.endswith("left")) and int(value) < 2**31:
             seen[name] = int(value)
     # A remaining without its limit is a stray: zeros were seen from servers that do not meter at all.
     return {k: v for k, v in seen.items() if k.endswith("limit") or k.replace("left", "limit") in seen}
