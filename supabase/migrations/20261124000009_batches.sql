@@ -312,10 +312,9 @@ begin
       looks_in_vain = 0, running_at = null,
       predicted_seconds = (autotag.predict_batch(b.image_count - b.express_count, v_now, v_now, null, 0, b.id)).p50
   where b.id = p_batch;
-  perform autotag.refresh_eta(v_batch.job_id);
   perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'submitted',
-    (select e.p50 from autotag.batches b, autotag.batch_eta(b, v_now) e where b.id = p_batch));
-  perform autotag.tell_progress(v_batch.job_id);
+    (select v_now + make_interval(secs => b.predicted_seconds) from autotag.batches b where b.id = p_batch));
+  perform autotag.tell_progress(v_batch.job_id, autotag.refresh_eta(v_batch.job_id));
   perform autotag.resume_account();
   update autotag.provider_limits p
   set next_poll_at = case
@@ -481,7 +480,8 @@ end $$;
 -- error}], with status `gone` for one that OpenAI does not know (any more, or with this key). A batch that ended
 -- waits for a worker to harvest it. OpenAI's queue being full is no failure: the batch is planned again. One that
 -- stays gone is over. One that is stuck is cancelled, where the limits let its images go as single calls. Batches
--- that are not in flight are ignored, and rows that do not change are not touched.
+-- that are not in flight are ignored, and rows that do not change are not touched. A worker that has seen many tells them a
+-- few at a time, because meanwhile nothing else happens to their uploads.
 -- Locks: provider (when the account was stopped), workspaces by id, jobs by id, batches by id, tasks by id.
 create function autotag.batches_seen(p_seen jsonb) returns void
 language plpgsql security definer set search_path = ''
@@ -489,10 +489,13 @@ as $$
 declare
   v_now timestamptz := autotag.now();
   v_settings autotag.settings;
+  v_before autotag.batches;
   v_batch autotag.batches;
   v_seen record;
-  v_tasks bigint[];
+  v_progress integer;
   v_eta timestamptz;
+  v_jobs uuid[] := array[]::uuid[];
+  v_job uuid;
 begin
   if exists (select from autotag.provider_limits p where p.account_error is not null) then
     perform autotag.resume_account();
@@ -516,7 +519,8 @@ begin
     join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
     order by b.id
   loop
-    select * into v_batch from autotag.batches b where b.openai_batch_id = v_seen.id and b.state = 'submitted';
+    select * into v_before from autotag.batches b where b.openai_batch_id = v_seen.id and b.state = 'submitted';
+    v_batch := v_before;
     if v_seen.status = 'gone' then
       update autotag.batches b set looks_in_vain = b.looks_in_vain + 1 where b.id = v_batch.id;
       if v_batch.looks_in_vain + 1 >= v_settings.batch_looks_in_vain then
@@ -534,22 +538,25 @@ begin
           request_done = greatest(b.request_done, v_seen.done), progress_at = v_now, looks_in_vain = 0,
           running_at = coalesce(b.running_at, case when v_seen.status = 'in_progress' then v_now end),
           output_file_id = v_seen.output_file_id, error_file_id = v_seen.error_file_id, error = v_seen.error
-      where b.id = v_batch.id returning * into v_batch;
-      v_tasks := autotag.lock_batch_tasks(v_batch.id);
+      where b.id = v_before.id returning * into v_batch;
+      v_progress := autotag.batch_progress(v_batch.request_done, v_batch.request_total);
+      v_jobs := array_append(v_jobs, v_batch.job_id);
       if v_seen.status in ('completed', 'failed', 'expired', 'cancelled') then
         update autotag.batches b set state = 'ended', ended_at = v_now, reserved_tokens = 0 where b.id = v_batch.id;
         if v_seen.status = 'completed' then
           perform autotag.note_duration(v_batch, v_now);
         end if;
-        perform autotag.advance(v_tasks, 'completing');
+        perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'completing');
         perform pg_notify('autotag', 'batch');
-      elsif v_seen.status in ('in_progress', 'finalizing', 'cancelling') then
+      elsif v_seen.status in ('in_progress', 'finalizing', 'cancelling')
+        and (v_before.openai_status is distinct from v_seen.status
+          or autotag.batch_progress(v_before.request_done, v_before.request_total) < v_progress) then
         v_eta := (autotag.batch_eta(v_batch, v_now)).p50;
-        perform autotag.advance(v_tasks, 'processing', v_eta);
-        perform autotag.show_batch_progress(v_tasks, v_batch.request_done, v_batch.request_total, v_eta);
+        if v_before.running_at is null then
+          perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'processing', v_eta);
+        end if;
+        perform autotag.show_batch_progress(v_batch.id, v_progress, v_eta);
       end if;
-      perform autotag.refresh_eta(v_batch.job_id);
-      perform autotag.tell_progress(v_batch.job_id);
     elsif not v_batch.cancel_requested and v_seen.status in ('validating', 'in_progress', 'finalizing')
       and (v_batch.progress_at <= v_now - v_settings.batch_stuck_after
         or v_batch.submitted_at <= v_now - v_settings.batch_give_up_after)
@@ -561,6 +568,10 @@ begin
       set fallback = 'A batch made no progress, so the rest of its images go as single calls.'
       where j.id = v_batch.job_id;
     end if;
+  end loop;
+  -- Once an upload, however many of its batches have moved.
+  for v_job in select distinct j from unnest(v_jobs) j order by j loop
+    perform autotag.tell_progress(v_job, autotag.refresh_eta(v_job));
   end loop;
 end $$;
 

@@ -27,15 +27,19 @@ begin
   perform autotag.show_stage(v_assets, p_stage, autotag.stage_progress(p_stage), p_eta);
 end $$;
 
--- The progress of a batch's images follows what OpenAI counts: from `processing` to just under `completing`.
-create function autotag.show_batch_progress(
-  p_tasks bigint[], p_done integer, p_total integer, p_eta timestamptz
-) returns void
+-- The progress of a batch's images follows what OpenAI counts: from `processing` to just under `completing`, in steps of
+-- five percent, because each step writes every row. The caller holds the batch's lock, which keeps its tasks as they are.
+create function autotag.batch_progress(p_done integer, p_total integer) returns integer
+language sql immutable parallel safe set search_path = ''
+as $$
+  select 30 + 5 * (11 * least(p_done, p_total) / greatest(p_total, 1))
+$$;
+create function autotag.show_batch_progress(p_batch uuid, p_progress integer, p_eta timestamptz) returns void
 language sql security definer set search_path = ''
 as $$
   select autotag.show_stage(
-    array(select t.asset_id from autotag.tasks t where t.id = any (p_tasks) and t.stage = 'processing'),
-    'processing', 30 + (55 * least(p_done, p_total) / greatest(p_total, 1)), p_eta)
+    array(select t.asset_id from autotag.tasks t where t.batch_id = p_batch and t.stage = 'processing'),
+    'processing', p_progress, p_eta)
 $$;
 
 -- A worker says where its single calls are: [{task, attempt, stage}]. Those that are not its own any more
@@ -109,8 +113,9 @@ begin
 end $$;
 
 -- Tells the members of the workspace how far a job is, at most once per broadcast_interval. The last word is
--- always job-complete, so that nothing is lost by leaving one out. The caller holds the job's lock.
-create function autotag.tell_progress(p_job_id uuid) returns void
+-- always job-complete, so that nothing is lost by leaving one out. p_eta is the job's, where it was just computed. The
+-- caller holds the job's lock.
+create function autotag.tell_progress(p_job_id uuid, p_eta timestamptz default null) returns void
 language plpgsql security definer set search_path = ''
 as $$
 declare
@@ -123,7 +128,7 @@ begin
     and j.told_at <= v_now - (select s.broadcast_interval from autotag.settings s)
   returning * into v_job;
   if found then
-    v_job.eta := autotag.refresh_eta(p_job_id);
+    v_job.eta := coalesce(p_eta, autotag.refresh_eta(p_job_id));
     perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-progress', jsonb_build_object(
       'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed,
       'image_count', v_job.image_count, 'progress', v_job.progress, 'eta', v_job.eta));

@@ -27,9 +27,9 @@ begin
   select * into v_settings from autotag.settings;
   return query
     select s.seconds,
-      power(0.5, extract(epoch from p_now - s.known_at) / 86400 / v_settings.eta_half_life_days)
+      power(0.5, date_part('epoch', p_now - s.known_at) / 86400 / v_settings.eta_half_life_days)
       * exp(-abs(ln(s.images::double precision / p_images)))
-      * (0.65 + 0.35 * cos(2 * pi() * extract(epoch from s.started_at - p_started) / 86400)) * s.boost
+      * (0.65 + 0.35 * cos(2 * pi() * date_part('epoch', s.started_at - p_started) / 86400)) * s.boost
     from (
       select d.seconds, d.images, d.started_at, d.started_at + make_interval(secs => d.seconds) as known_at, 1.0 as boost
       from (select * from autotag.durations order by started_at desc limit 300) d
@@ -39,7 +39,7 @@ begin
         select b.image_count - b.express_count as images, b.submitted_at,
           case when b.request_done > 0.1 * b.request_total and b.running_at is not null
             then autotag.heading(b.submitted_at, b.running_at, p_now, b.request_done::double precision / b.request_total)
-            else 2 * nullif(greatest(extract(epoch from p_now - b.submitted_at) - b.predicted_seconds, 0), 0)
+            else 2 * nullif(greatest(date_part('epoch', p_now - b.submitted_at) - b.predicted_seconds, 0), 0)
               + b.predicted_seconds end as heading
         from autotag.batches b where b.state = 'submitted' and b.id is distinct from p_except
         order by b.submitted_at desc limit 50) f
@@ -56,7 +56,7 @@ create function autotag.heading(
 ) returns double precision
 language sql immutable set search_path = ''
 as $$
-  select extract(epoch from p_running - p_started) + extract(epoch from p_now - p_running) / p_share
+  select date_part('epoch', p_running - p_started) + date_part('epoch', p_now - p_running) / p_share
 $$;
 
 -- How long a batch will have taken in all, in seconds: the median and the 90th percentile. p_running is when it
@@ -69,7 +69,7 @@ create function autotag.predict_batch(
 language plpgsql stable security definer set search_path = ''
 as $$
 declare
-  v_age double precision := greatest(extract(epoch from p_now - p_started), 0);
+  v_age double precision := greatest(date_part('epoch', p_now - p_started), 0);
   v_trust double precision := case when p_running is null then 0 else least(1, 3 * p_share) end;
   v_heading double precision;
   v_unsure double precision;    -- how far the history's p90 lies above its median, as far as that still counts
@@ -125,8 +125,11 @@ begin
         + v_settings.chunk_delay * ((q.queued - 1) / q.chunk) end)
     from autotag.queues q where q.job_id = p_job_id and q.queued > 0), interval '0');
   select max(e.p50) as p50, max(e.p90) as p90 into v_batches
-  from autotag.batches b cross join lateral autotag.batch_eta(b, v_now) e
-  where b.job_id = p_job_id and b.state not in ('done', 'cancelled');
+  from (
+    -- Those that wait for their turn are mostly alike: one speaks for all.
+    select distinct on (b.submitted_at, b.not_before, b.image_count - b.express_count) b as batch
+    from autotag.batches b where b.job_id = p_job_id and b.state not in ('done', 'cancelled')) d
+  cross join lateral autotag.batch_eta(d.batch, v_now) e;
   update autotag.jobs j
   set eta = greatest(v_now + v_single, v_batches.p50), eta_p90 = greatest(v_now + 2 * v_single, v_batches.p90)
   where j.id = p_job_id and j.finished_at is null
@@ -140,5 +143,5 @@ language sql security definer set search_path = ''
 as $$
   insert into autotag.durations (images, started_at, seconds)
   select p_batch.image_count - p_batch.express_count, p_batch.submitted_at,
-    greatest(extract(epoch from p_now - p_batch.submitted_at), 1)
+    greatest(date_part('epoch', p_now - p_batch.submitted_at), 1)
 $$;

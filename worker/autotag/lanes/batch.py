@@ -30,6 +30,7 @@ from autotag.wake import Wake
 PAGE = 100  # images looked up and fetched together
 ANSWERS = 500  # answers stored in one call
 SPOOL = 8_000_000  # bytes of an input file kept in memory before it goes to disk
+SEEN = 10  # batches told of in one call
 LIST_PAGE = 100  # batches in one list call: the API's most
 CLOCK_SKEW = 600.0  # seconds that the provider's clock may be off ours when its lists are read back to a moment
 METADATA_KEY = "autotag_batch"
@@ -249,7 +250,9 @@ class BatchLane:
             for batch_id in claim.cancel:
                 await self._cancel(batch_id)
             if claim.poll:
-                await self._db.batches_seen(await self._see(claim.poll))
+                seen = await self._see(claim.poll)
+                for first in range(0, len(seen), SEEN):
+                    await self._db.batches_seen(seen[first : first + SEEN])
             await self._delete_files(claim.files)
         except openai.APIError as error:
             trouble = provider.classify(error)
