@@ -127,7 +127,7 @@ begin
   select max(e.p50) as p50, max(e.p90) as p90 into v_batches
   from (
     -- Those that wait for their turn are mostly alike: one speaks for all.
-    select distinct on (b.submitted_at, b.not_before, b.image_count - b.express_count) b as batch
+    select distinct on (b.openai_batch_id, b.not_before, b.image_count - b.express_count) b as batch
     from autotag.batches b where b.job_id = p_job_id and b.state not in ('done', 'cancelled')) d
   cross join lateral autotag.batch_eta(d.batch, v_now) e;
   update autotag.jobs j

@@ -7,10 +7,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from rich.console import Console
 
 from autotag_local.bench import eta
+from autotag_local.postgres import LocalPostgres
+from autotag_local.stack import Stack
 from support import Library, until, worker
 
 NOON = datetime(2026, 3, 10, 12, tzinfo=UTC)
@@ -135,3 +138,34 @@ def test_histories_are_replayed_with_what_was_known_then(tmp_path: Path) -> None
     looks = result.details["recorded"]["by share done"]
     assert looks["0.00"]["median error of the time left"] < 0.01, "after some batches of 15 minutes it says 15 minutes"
     assert set(result.figures) == {"p90_coverage", "median_abs_error"}
+
+
+def test_a_look_at_many_batches_predicts_once_an_upload(stack: Stack, postgres: LocalPostgres, database: str) -> None:
+    """One prediction for each batch that moved, and one for each batch of the uploads concerned, however many moved."""
+    uploads, batches = 4, 10
+    with psycopg.connect(postgres.url("supabase_admin", database), autocommit=True) as connection:
+        connection.execute("set track_functions = 'pl'")
+        connection.execute(
+            "insert into autotag.jobs (workspace_id, strategy, image_count, created_at)"
+            " select gen_random_uuid(), 'batch-parallel', 1000, now() from generate_series(1, %s)",
+            (uploads,),
+        )
+        connection.execute(
+            "insert into autotag.batches (job_id, workspace_id, ordinal, image_count, created_at, state, openai_batch_id,"
+            "  openai_status, submitted_at, predicted_seconds)"
+            " select j.id, j.workspace_id, n, 100, now(), 'submitted', j.id || '-' || n, 'validating', now(), 2700"
+            " from autotag.jobs j, generate_series(1, %s) n",
+            (batches,),
+        )
+        look = """select autotag.batches_seen((select jsonb_agg(jsonb_build_object('id', b.openai_batch_id,
+          'status', 'in_progress', 'total', 100, 'done', %s)) from autotag.batches b))"""
+        predictions = []
+        for done in (10, 12):  # a step of five percent, and less than one
+            connection.execute("select pg_stat_reset()")
+            connection.execute(look, (done,))
+            connection.execute("select pg_stat_force_next_flush()")
+            row = connection.execute(
+                "select sum(calls)::int from pg_stat_user_functions where funcname = 'predict_batch'"
+            ).fetchone()
+            predictions.append(row[0] if row else None)
+    assert predictions == [2 * uploads * batches, uploads * batches]

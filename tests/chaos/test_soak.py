@@ -1,0 +1,18 @@
+"""Three minutes of what `./scripts/bench soak` does for an hour."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from autotag_local.bench import soak
+
+MINUTES = 3
+
+
+async def test_restarts_and_faults_leave_nothing_behind() -> None:
+    """Nothing lost; the worker that is never restarted, and the tables, as large at the end as after a while."""
+    result = await soak.measure(Console(stderr=True), minutes=MINUTES, seed=1)
+    assert {name: figure.value for name, figure in result.figures.items() if not figure.ok} == {}, result.details
+    assert result.details["restarts"] >= 10
+    assert result.details["faults"] >= 20
+    assert result.details["images"] >= 500
