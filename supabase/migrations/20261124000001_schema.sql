@@ -14,16 +14,21 @@
 --   host_adapter  everything that autotag believes about the host's tables
 --   settings      every number that can be changed, and the clock
 --   rate_limits   exact sliding windows per workspace; the mirror of the provider's bucket
---   jobs          workspaces, jobs, queues, tasks; the strategy table; enqueue and cancel
---   claim         workers, leases, and the release of single calls under all limits
+--   jobs          workspaces, jobs, queues, tasks; the strategy table
+--   enqueue       uploads begin, are cancelled, are tried again
+--   workers       who they are; their leases
+--   claim         the release of single calls under all limits
 --   settle        what a worker reports: tags, failures, what goes back to the queue
---   batches       plan, submit, poll and harvest of OpenAI Batches
+--   batches       OpenAI Batches until OpenAI has them
+--   harvest       and from then on
 --   progress      stage, progress and time left, in the rows and in tagging_job()
+--   eta           when it will be done
 --   usage         who used what
 --   broadcast     what is pushed to browsers, and who may listen
 --   webhooks      OpenAI says that a batch has ended
 --   automatic     new rows of the host's assets become uploads by themselves
 --   diagnose      what `autotag doctor` asks
+--   status        what an operator and a monitoring system see; existing images brought in
 --   api           the public RPCs, and who may call what
 --   cron          tick and housekeeping
 --

@@ -1,5 +1,48 @@
 -- What an operator sees of the whole system (`autotag status`), and existing images brought in (`autotag enqueue`).
 
+-- What a monitoring system samples: counts, ages in seconds, and what is left of the provider's bucket. Each is one
+-- short look, and none grows with what was done before.
+create function autotag.metrics() returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_provider autotag.provider_limits := autotag.refilled_provider(v_now);
+begin
+  return (
+    select jsonb_build_object(
+      'queued', q.images, 'queued_workspaces', q.workspaces,
+      'oldest_queued', (
+        select extract(epoch from v_now - min(j.created_at)) from autotag.queues u join autotag.jobs j on j.id = u.job_id
+        where u.queued > 0),
+      'parked', k.parked, 'live', l.images,
+      'work', q.images + k.held + k.due + b.images,
+      'batches', b.states, 'oldest_batch', extract(epoch from v_now - b.oldest))
+    || jsonb_build_object(
+      'requests_left', floor(v_provider.requests_left), 'requests_per_minute', v_provider.requests_per_minute,
+      'tokens_left', floor(v_provider.tokens_left), 'tokens_per_minute', v_provider.tokens_per_minute,
+      'blocked_seconds', extract(epoch from greatest(v_provider.blocked_until, v_now) - v_now),
+      'account_error', (v_provider.account_error is not null)::integer,
+      'workers', (select count(*) from autotag.workers w where w.lease_until > v_now),
+      'outbox', o.messages, 'oldest_message', extract(epoch from v_now - o.oldest),
+      'images_today', u.images, 'cost_today', u.cost)
+    from autotag.count_waiting() q
+    cross join (select count(*) filter (where t.retry_at is not null) as parked,
+                  count(*) filter (where t.retry_at <= v_now) as due,
+                  count(*) filter (where t.worker_id is not null) as held
+                from autotag.tasks t where t.finished_at is null) k
+    cross join (select coalesce(sum(j.image_count - j.completed - j.failed), 0) as images
+                from autotag.jobs j where j.finished_at is null) l
+    cross join (select coalesce(jsonb_object_agg(s.state, s.batches), '{}') as states, min(s.oldest) as oldest,
+                  coalesce(sum(s.images) filter (where s.state not in ('submitted')), 0) as images
+                from (select b.state, count(*) as batches, min(b.created_at) as oldest,
+                        sum(b.image_count - b.express_count) filter (where b.not_before <= v_now) as images
+                      from autotag.batches b where b.state not in ('done', 'cancelled') group by b.state) s) b
+    cross join (select count(*) as messages, min(m.created_at) as oldest from autotag.outbox m) o
+    cross join (select coalesce(sum(x.images), 0) as images, coalesce(sum(x.cost), 0) as cost
+                from autotag.usage x where x.day = (v_now at time zone 'utc')::date) u);
+end $$;
+
 -- Everything that is going on, as one JSON object; lists are cut to p_most. See the README for how it is shown.
 create function autotag.status(p_most integer default 20) returns jsonb
 language plpgsql stable security definer set search_path = ''
@@ -7,16 +50,12 @@ as $$
 declare
   v_now timestamptz := autotag.now();
   v_provider autotag.provider_limits := autotag.refilled_provider(v_now);
+  v_counts jsonb := autotag.metrics();
 begin
   return jsonb_build_object(
     'at', v_now,
-    'queue', (
-      select jsonb_build_object(
-        'workspaces', count(*) filter (where w.queued > 0), 'queued', coalesce(sum(w.queued), 0),
-        'parked', (select count(*) from autotag.tasks t where t.retry_at is not null),
-        'live', (select coalesce(sum(j.image_count - j.completed - j.failed), 0) from autotag.jobs j
-                 where j.finished_at is null))
-      from autotag.workspaces w),
+    'queue', jsonb_build_object('workspaces', v_counts -> 'queued_workspaces', 'queued', v_counts -> 'queued',
+      'parked', v_counts -> 'parked', 'live', v_counts -> 'live'),
     'jobs', (
       select coalesce(jsonb_agg(to_jsonb(x) order by x.created_at), '[]') from (
         select j.id as job_id, j.workspace_id, j.strategy, j.image_count, j.completed, j.failed,
@@ -58,50 +97,6 @@ begin
         'input_tokens', coalesce(sum(u.input_tokens), 0), 'output_tokens', coalesce(sum(u.output_tokens), 0),
         'cost', coalesce(sum(u.cost), 0))
       from autotag.usage u where u.day = (v_now at time zone 'utc')::date));
-end $$;
-
--- What a monitoring system samples: counts, ages in seconds, and what is left of the provider's bucket. Each is one
--- short look, and none grows with what was done before.
-create function autotag.metrics() returns jsonb
-language plpgsql stable security definer set search_path = ''
-as $$
-declare
-  v_now timestamptz := autotag.now();
-  v_provider autotag.provider_limits := autotag.refilled_provider(v_now);
-begin
-  return (
-    select jsonb_build_object(
-      'queued', q.images, 'queued_workspaces', q.workspaces,
-      'oldest_queued', (
-        select extract(epoch from v_now - min(j.created_at)) from autotag.queues u join autotag.jobs j on j.id = u.job_id
-        where u.queued > 0),
-      'parked', k.parked, 'live', l.images,
-      'work', q.images + k.held + k.due + b.images,
-      'batches', b.states, 'oldest_batch', extract(epoch from v_now - b.oldest))
-    || jsonb_build_object(
-      'requests_left', floor(v_provider.requests_left), 'requests_per_minute', v_provider.requests_per_minute,
-      'tokens_left', floor(v_provider.tokens_left), 'tokens_per_minute', v_provider.tokens_per_minute,
-      'blocked_seconds', extract(epoch from greatest(v_provider.blocked_until, v_now) - v_now),
-      'account_error', (v_provider.account_error is not null)::integer,
-      'workers', (select count(*) from autotag.workers w where w.lease_until > v_now),
-      'outbox', o.messages, 'oldest_message', extract(epoch from v_now - o.oldest),
-      'images_today', u.images, 'cost_today', u.cost)
-    from (select count(*) as workspaces, coalesce(sum(w.queued), 0) as images
-          from autotag.workspaces w where w.queued > 0) q
-    cross join (select count(*) filter (where t.retry_at is not null) as parked,
-                  count(*) filter (where t.retry_at <= v_now) as due,
-                  count(*) filter (where t.worker_id is not null) as held
-                from autotag.tasks t where t.finished_at is null) k
-    cross join (select coalesce(sum(j.image_count - j.completed - j.failed), 0) as images
-                from autotag.jobs j where j.finished_at is null) l
-    cross join (select coalesce(jsonb_object_agg(s.state, s.batches), '{}') as states, min(s.oldest) as oldest,
-                  coalesce(sum(s.images) filter (where s.state not in ('submitted')), 0) as images
-                from (select b.state, count(*) as batches, min(b.created_at) as oldest,
-                        sum(b.image_count - b.express_count) filter (where b.not_before <= v_now) as images
-                      from autotag.batches b where b.state not in ('done', 'cancelled') group by b.state) s) b
-    cross join (select count(*) as messages, min(m.created_at) as oldest from autotag.outbox m) o
-    cross join (select coalesce(sum(x.images), 0) as images, coalesce(sum(x.cost), 0) as cost
-                from autotag.usage x where x.day = (v_now at time zone 'utc')::date) u);
 end $$;
 
 -- What bringing in existing images would mean: {images, seconds, cost}. p_untagged: only those without tags.

@@ -1,0 +1,171 @@
+-- Workers and their leases: what a worker holds goes back when its heart stops.
+
+-- A worker's heartbeat is the lease of everything it holds: when it stops, all of that goes back.
+create table autotag.workers (
+  id uuid primary key,
+  host text not null,
+  version text not null,
+  listening boolean not null default true,   -- false: behind a transaction pooler, polls
+  started_at timestamptz not null,
+  seen_at timestamptz not null,
+  lease_until timestamptz not null,
+  unsent integer not null default 0          -- calls released to it that it has not sent yet
+) with (fillfactor = 50);
+create index workers_lease_until_idx on autotag.workers (lease_until);
+alter table autotag.workers enable row level security;
+
+-- Refuses a worker of another version than the schema's: their first two numbers have to be the same.
+create function autotag.check_version(p_version text) returns void
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  v_worker integer[] := (regexp_match(p_version, '^(\d+)\.(\d+)'))::integer[];
+  v_schema integer[] := (regexp_match(autotag.schema_version(), '^(\d+)\.(\d+)'))::integer[];
+begin
+  if v_worker is distinct from v_schema then
+    perform autotag.refuse(426, 'versions_differ',
+      format('This worker is autotag %s, and the database''s schema is of autotag %s.', p_version, autotag.schema_version()),
+      case when v_worker > v_schema then 'Apply the new migrations: autotag migrate, or supabase db push.'
+        else format('Install the worker that belongs to it: pip install ''supabase-autotag==%s.%s.*''.',
+          v_schema[1], v_schema[2]) end);
+  end if;
+end $$;
+
+-- A worker introduces itself and learns what it needs to know.
+create function autotag.register_worker(p_worker uuid, p_host text, p_version text, p_listening boolean)
+returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_now timestamptz := autotag.now();
+begin
+  perform autotag.check_version(p_version);
+  insert into autotag.workers (id, host, version, listening, started_at, seen_at, lease_until)
+  select p_worker, p_host, p_version, p_listening, v_now, v_now, v_now + s.lease from autotag.settings s
+  on conflict (id) do update set version = excluded.version, listening = excluded.listening, seen_at = excluded.seen_at,
+    lease_until = excluded.lease_until, unsent = 0;
+  return autotag.worker_settings();
+end $$;
+
+-- What a worker needs of the settings, as JSON; seconds where the name says so.
+create function autotag.worker_settings() returns jsonb
+language sql stable security definer set search_path = ''
+as $$
+  select jsonb_build_object(
+    'model', s.model, 'image_detail', s.image_detail, 'max_tags', s.max_tags,
+    'max_output_tokens', s.max_output_tokens, 'tag_language', s.tag_language,
+    'batch_max_bytes', s.batch_max_bytes,
+    'lease_seconds', autotag.real_seconds(s.lease))
+  from autotag.settings s
+$$;
+
+-- What an image costs by the model's arithmetic, told by a worker: the estimate that is reserved.
+create function autotag.set_tokens_per_image(p_tokens integer) returns void
+language sql security definer set search_path = ''
+as $$
+  update autotag.provider_limits set tokens_per_image = p_tokens where tokens_per_image <> p_tokens
+$$;
+
+-- Extends the worker's lease and runs tick() when nobody else has (no pg_cron). False: the lease had run
+-- out, what it held is somebody else's now, and it has to register again.
+create function autotag.heartbeat(p_worker uuid) returns boolean
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_alive boolean;
+  v_version text;
+begin
+  update autotag.workers w
+  set seen_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s)
+  where w.id = p_worker returning w.version into v_version;
+  v_alive := found;
+  if v_alive then
+    perform autotag.check_version(v_version);
+  end if;
+  perform autotag.tick_if_due();
+  return v_alive;
+end $$;
+
+-- The tasks that a worker holds: among those that were released and are not finished, of uploads that are not.
+create function autotag.held_tasks(p_worker uuid) returns bigint[]
+language sql stable security definer set search_path = ''
+as $$
+  select coalesce(array_agg(t.id), '{}')
+  from autotag.queues q
+  join autotag.tasks t on t.job_id = q.job_id and t.id <= q.reached and t.lane = 'realtime'
+    and t.retry_at is null and t.finished_at is null
+  where q.reached > 0 and t.worker_id = p_worker
+$$;
+
+-- Gives back what a worker holds except what it names (p_lost: its lease has run out; then each image counts
+-- a failure, so that one that kills its worker does not do so for ever).
+-- Locks: workspaces, jobs, batches, tasks.
+create function autotag.give_back(p_worker uuid, p_keep_tasks bigint[], p_keep_batches uuid[], p_lost boolean)
+returns integer
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_tasks bigint[] := array(
+    select t from unnest(autotag.held_tasks(p_worker)) t where t <> all (p_keep_tasks));
+  v_batches uuid[] := array(
+    select b.id from autotag.batches b where b.worker_id = p_worker and b.id <> all (p_keep_batches));
+begin
+  perform from autotag.workspaces w
+  where w.workspace_id in (select t.workspace_id from autotag.tasks t where t.id = any (v_tasks))
+  order by w.workspace_id for update;
+  perform from autotag.jobs j
+  where j.id in (select t.job_id from autotag.tasks t where t.id = any (v_tasks)) order by j.id for update;
+  perform from autotag.batches b where b.id = any (v_batches) order by b.id for update;
+  -- What its last request may have created at OpenAI has to show before somebody else looks.
+  update autotag.batches b
+  set worker_id = null, not_before = case when b.state <> 'creating' then b.not_before
+    else autotag.now() + (select s.batch_create_grace from autotag.settings s) end
+  where b.id = any (v_batches) and b.worker_id = p_worker;
+  perform from autotag.tasks t where t.id = any (v_tasks) order by t.id for update;
+  perform autotag.requeue(jsonb_agg(jsonb_build_object(
+    'task', t.id, 'failures', case when p_lost then 1 else 0 end,
+    'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.')))
+  from autotag.tasks t where t.id = any (v_tasks) and t.worker_id = p_worker;
+  perform pg_notify('autotag', 'realtime');
+  perform pg_notify('autotag', 'batch');
+  return cardinality(v_tasks) + cardinality(v_batches);
+end $$;
+
+-- A worker stops: everything it holds goes back at once.
+create function autotag.release_worker(p_worker uuid) returns integer
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_count integer := autotag.give_back(p_worker, '{}', '{}', false);
+begin
+  delete from autotag.workers w where w.id = p_worker;
+  return v_count;
+end $$;
+
+-- A worker that never saw the answer to a claim (the connection broke) names what it has in hand; null for
+-- the kind that is not in question.
+create function autotag.release_unheld(p_worker uuid, p_tasks bigint[], p_batches uuid[]) returns integer
+language sql security definer set search_path = ''
+as $$
+  update autotag.workers w set unsent = 0 where w.id = p_worker and p_tasks is not null;
+  select autotag.give_back(p_worker, p_tasks, p_batches, false)
+$$;
+
+-- Gives back what workers held whose lease has run out. Called by tick().
+create function autotag.expire_workers() returns integer
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_worker uuid;
+  v_count integer := 0;
+begin
+  for v_worker in
+    select w.id from autotag.workers w where w.lease_until < autotag.now() order by w.id for update skip locked
+  loop
+    perform autotag.give_back(v_worker, '{}', '{}', true);
+    delete from autotag.workers w where w.id = v_worker;
+    v_count := v_count + 1;
+  end loop;
+  return v_count;
+end $$;

@@ -1,0 +1,274 @@
+-- What becomes of a batch that OpenAI has: it moves, ends, is harvested; its images are tagged or tried again.
+
+-- The batch is over, whatever it brought: everybody is told, once, because this is the only place that sends
+-- batch-complete. What it leaves without an answer is for requeue_batch(). The caller holds it and its job.
+create function autotag.end_batch(p_batch autotag.batches, p_error text) returns void
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  update autotag.batches b
+  set state = 'done', worker_id = null, stored = true, finished_at = autotag.now(), reserved_tokens = 0,
+      error = coalesce(p_error, b.error)
+  where b.id = p_batch.id;
+  if p_batch.openai_batch_id is not null then
+    perform autotag.broadcast('batch-updates', 'batch-complete',
+      jsonb_build_object('batch_id', p_batch.openai_batch_id), false);
+    perform autotag.broadcast_to_workspace(p_batch.workspace_id, 'batch-complete', jsonb_build_object(
+      'batch_id', p_batch.openai_batch_id, 'job_id', p_batch.job_id,
+      'image_count', p_batch.image_count, 'status', p_batch.openai_status));
+  end if;
+end $$;
+
+-- Gives what a batch has left without an answer another try, in the cheapest way that is allowed: by batch again
+-- (p_by_batch) when there are more than go in chunks, else as single calls. Those that had their share of tries
+-- fail, with what stands at the task or with this message. The caller holds workspace, job and batch.
+create function autotag.requeue_batch(
+  p_batch autotag.batches, p_by_batch boolean, p_failures integer, p_code text, p_message text
+) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_settings autotag.settings;
+  v_tasks bigint[] := autotag.lock_batch_tasks(p_batch.id);
+  v_job autotag.jobs;
+  v_again bigint[] := array[]::bigint[];
+begin
+  select * into v_settings from autotag.settings;
+  select * into v_job from autotag.jobs j where j.id = p_batch.job_id;
+  if p_by_batch and not p_batch.stuck and v_job.cancelled_at is null
+     and cardinality(v_tasks) > v_settings.chunk_max_images then
+    with again as (
+      update autotag.tasks t set failures = t.failures + p_failures
+      where t.id = any (v_tasks) and t.failures + p_failures < v_settings.max_failures
+      returning t.id
+    )
+    select coalesce(array_agg(a.id order by a.id), '{}') into v_again from again a;
+  end if;
+  perform autotag.requeue(jsonb_agg(jsonb_build_object(
+    'task', t.id, 'failures', p_failures,
+    'code', coalesce(t.error_code, p_code), 'message', coalesce(t.error, p_message))))
+  from autotag.tasks t where t.id = any (v_tasks) and t.id <> all (v_again) having count(*) > 0;
+  perform autotag.place_in_batches(v_job, v_again);
+  perform pg_notify('autotag', 'realtime');
+end $$;
+
+-- Puts tasks of a job (in order) into new batches of it, which wait their turn. The caller holds job and tasks.
+create function autotag.place_in_batches(p_job autotag.jobs, p_tasks bigint[]) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_count integer := cardinality(p_tasks);
+  v_left record;
+  v_batches integer;
+begin
+  if v_count = 0 then
+    return;
+  end if;
+  select * into v_left from autotag.batches_left(p_job.workspace_id);
+  v_batches := autotag.plan_batches(v_count, v_left.batches, v_left.window_images);
+  with made as (
+    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, created_at)
+    select p_job.id, p_job.workspace_id,
+      (select coalesce(max(b.ordinal), 0) from autotag.batches b where b.job_id = p_job.id) + n,
+      (n::bigint * v_count / v_batches - (n - 1)::bigint * v_count / v_batches)::integer, autotag.now()
+    from generate_series(1, v_batches) n
+    returning id, ordinal
+  ), numbered as (
+    select m.id, row_number() over (order by m.ordinal) as n from made m
+  )
+  update autotag.tasks t set lane = 'batch', batch_id = b.id
+  from unnest(p_tasks) with ordinality u (id, i)
+  join numbered b on u.i > (b.n - 1) * v_count / v_batches and u.i <= b.n * v_count / v_batches
+  where t.id = u.id;
+  perform autotag.refresh_eta(p_job.id);
+  perform pg_notify('autotag', 'batch');
+end $$;
+
+-- What a poll (or a webhook) has seen: [{id, status, output_file_id, error_file_id, total, done, error_code,
+-- error}], with status `gone` for one that OpenAI does not know (any more, or with this key). A batch that ended
+-- waits for a worker to harvest it. OpenAI's queue being full is no failure: the batch is planned again. One that
+-- stays gone is over. One that is stuck is cancelled, where the limits let its images go as single calls. Batches
+-- that are not in flight are ignored, and rows that do not change are not touched. A worker that has seen many tells them a
+-- few at a time, because meanwhile nothing else happens to their uploads.
+-- Locks: provider (when the account was stopped), workspaces by id, jobs by id, batches by id, tasks by id.
+create function autotag.batches_seen(p_seen jsonb) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_settings autotag.settings;
+  v_before autotag.batches;
+  v_batch autotag.batches;
+  v_seen record;
+  v_progress integer;
+  v_eta timestamptz;
+  v_jobs uuid[] := array[]::uuid[];
+  v_job uuid;
+begin
+  if exists (select from autotag.provider_limits p where p.account_error is not null) then
+    perform autotag.resume_account();
+    perform pg_notify('autotag', 'realtime');
+  end if;
+  select * into v_settings from autotag.settings;
+  perform from autotag.workspaces w where w.workspace_id in (
+    select b.workspace_id from autotag.batches b
+    join jsonb_to_recordset(p_seen) s (id text, status text) on s.id = b.openai_batch_id and s.status = 'gone')
+  order by w.workspace_id for update;
+  perform from autotag.jobs j where j.id in (
+    select b.job_id from autotag.batches b
+    join jsonb_to_recordset(p_seen) s (id text) on s.id = b.openai_batch_id where b.state = 'submitted')
+  order by j.id for update;
+  perform from autotag.batches b
+  where b.openai_batch_id in (select s.id from jsonb_to_recordset(p_seen) s (id text)) order by b.id for update;
+
+  for v_seen in
+    select s.* from jsonb_to_recordset(p_seen) s (id text, status text, output_file_id text, error_file_id text,
+      total integer, done integer, error_code text, error text)
+    join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
+    order by b.id
+  loop
+    select * into v_before from autotag.batches b where b.openai_batch_id = v_seen.id and b.state = 'submitted';
+    v_batch := v_before;
+    if v_seen.status = 'gone' then
+      update autotag.batches b set looks_in_vain = b.looks_in_vain + 1 where b.id = v_batch.id;
+      if v_batch.looks_in_vain + 1 >= v_settings.batch_looks_in_vain then
+        perform autotag.end_batch(v_batch, 'OpenAI does not know this batch any more (or not with this key).');
+        perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
+      end if;
+    elsif v_seen.status = 'failed' and v_seen.error_code = 'token_limit_exceeded' then
+      update autotag.batches b
+      set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_seen.error,
+          not_before = v_now + v_settings.batch_poll_interval
+      where b.id = v_batch.id;
+    elsif v_batch.openai_status is distinct from v_seen.status or v_batch.request_done < v_seen.done then
+      update autotag.batches b
+      set openai_status = v_seen.status, request_total = greatest(b.request_total, v_seen.total),
+          request_done = greatest(b.request_done, v_seen.done), progress_at = v_now, looks_in_vain = 0,
+          running_at = coalesce(b.running_at, case when v_seen.status = 'in_progress' then v_now end),
+          output_file_id = v_seen.output_file_id, error_file_id = v_seen.error_file_id, error = v_seen.error
+      where b.id = v_before.id returning * into v_batch;
+      v_progress := autotag.batch_progress(v_batch.request_done, v_batch.request_total);
+      v_jobs := array_append(v_jobs, v_batch.job_id);
+      if v_seen.status in ('completed', 'failed', 'expired', 'cancelled') then
+        update autotag.batches b set state = 'ended', ended_at = v_now, reserved_tokens = 0 where b.id = v_batch.id;
+        if v_seen.status = 'completed' then
+          perform autotag.note_duration(v_batch, v_now);
+        end if;
+        perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'completing');
+        perform pg_notify('autotag', 'batch');
+      elsif v_seen.status in ('in_progress', 'finalizing', 'cancelling')
+        and (v_before.openai_status is distinct from v_seen.status
+          or autotag.batch_progress(v_before.request_done, v_before.request_total) < v_progress) then
+        v_eta := (autotag.batch_eta(v_batch, v_now)).p50;
+        if v_before.running_at is null then
+          perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'processing', v_eta);
+        end if;
+        perform autotag.show_batch_progress(v_batch.id, v_progress, v_eta);
+      end if;
+    elsif not v_batch.cancel_requested and v_seen.status in ('validating', 'in_progress', 'finalizing')
+      and (v_batch.progress_at <= v_now - v_settings.batch_stuck_after
+        or v_batch.submitted_at <= v_now - v_settings.batch_give_up_after)
+      and autotag.predict_wait(v_batch.workspace_id, v_batch.image_count - v_batch.express_count - v_batch.request_done)
+        <= v_settings.realtime_max_wait
+    then
+      update autotag.batches b set cancel_requested = true, stuck = true where b.id = v_batch.id;
+      update autotag.jobs j
+      set fallback = 'A batch made no progress, so the rest of its images go as single calls.'
+      where j.id = v_batch.job_id;
+    end if;
+  end loop;
+  -- Once an upload, however many of its batches have moved.
+  for v_job in select distinct j from unnest(v_jobs) j order by j loop
+    perform autotag.tell_progress(v_job, autotag.refresh_eta(v_job));
+  end loop;
+end $$;
+
+-- Answers of a batch's lines, or images that could not become lines: [{task, result | error, usage}]. A task
+-- that is not this batch's any more, or has its answer, is ignored, so that harvesting twice changes nothing. Lines
+-- that failed for no fault of their image are left to batch_finish(), which knows how many there are; why is noted.
+-- Returns how many were accepted. Locks: provider (of the account's errors), workspace, job, batch, tasks.
+create function autotag.batch_answers(p_worker uuid, p_batch uuid, p_attempt integer, p_answers jsonb) returns integer
+language plpgsql security definer set search_path = '' set random_page_cost = 1.1
+as $$
+declare
+  v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
+  v_account_error text := (
+    select a.error ->> 'message' from jsonb_to_recordset(p_answers) a (error jsonb)
+    where a.error ->> 'kind' = 'account' limit 1);
+  v_answers autotag.answer[];
+begin
+  if v_account_error is not null then
+    perform autotag.stop_account(v_account_error);
+  end if;
+  perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
+  perform autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_answers := array(
+    select distinct on (t.id) row(t.id, t.attempt, t.job_id, t.workspace_id, null, null,
+      a.result, a.error, a.usage, true)::autotag.answer
+    from rows from (jsonb_to_recordset(p_answers) as (task bigint, result jsonb, error jsonb, usage jsonb))
+      with ordinality a (task, result, error, usage, i)
+    join autotag.tasks t on t.id = a.task and t.batch_id = p_batch and t.finished_at is null
+    order by t.id, a.i);
+  update autotag.tasks t set error_code = a.error ->> 'code', error = a.error ->> 'message'
+  from unnest(v_answers) a
+  where t.id = a.task and a.error ->> 'kind' <> 'image';
+  if found then
+    v_answers := array(
+      select a from unnest(v_answers) a where coalesce(a.error ->> 'kind', 'image') = 'image');
+  end if;
+  perform autotag.add_usage(v_answers, true);
+  perform autotag.apply_answers(v_answers);
+  return cardinality(v_answers);
+end $$;
+
+-- Every answer of the batch is stored. Images without one get another try (those of a cancelled job end).
+-- Locks: workspace, job, batch, tasks.
+create function autotag.batch_finish(p_worker uuid, p_batch uuid, p_attempt integer) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
+  v_batch autotag.batches;
+begin
+  perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
+  v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  perform autotag.end_batch(v_batch, null);
+  perform autotag.requeue_batch(v_batch, v_batch.openai_status is distinct from 'failed', 1,
+    'no_answer', 'OpenAI gave no answer for this image.');
+end $$;
+
+-- 429s persist: what is left of one upload's single calls goes by the Batch API, because its images have waited
+-- long enough. False when there is none. One at a time, for the same reason as seal_upload(). Called by claim(),
+-- which holds the provider row. Locks: workspace, job, tasks by id.
+create function autotag.fall_back(p_now timestamptz) returns boolean
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_job autotag.jobs;
+  v_tasks bigint[];
+begin
+  select j.* into v_job
+  from autotag.queues q join autotag.jobs j on j.id = q.job_id
+  where q.queued > 0 and j.cancelled_at is null
+    and j.created_at <= p_now - (select s.realtime_max_wait from autotag.settings s)
+  order by j.created_at limit 1;
+  if not found then
+    return false;
+  end if;
+  perform autotag.lock_workspace(v_job.workspace_id);
+  perform from autotag.jobs j where j.id = v_job.id for update;
+  with waiting as (
+    select t.id from autotag.tasks t
+    where t.job_id = v_job.id and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null
+      and t.finished_at is null order by t.id for update
+  )
+  select coalesce(array_agg(w.id order by w.id), '{}') into v_tasks from waiting w;
+  update autotag.workspaces w set queued = w.queued - q.queued
+  from autotag.queues q where q.job_id = v_job.id and w.workspace_id = v_job.workspace_id;
+  update autotag.queues q set queued = 0 where q.job_id = v_job.id;
+  perform autotag.place_in_batches(v_job, v_tasks);
+  update autotag.jobs j
+  set fallback = 'The AI service kept refusing single calls, so the rest of these images go by batch.'
+  where j.id = v_job.id;
+  return true;
+end $$;
