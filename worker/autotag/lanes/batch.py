@@ -67,6 +67,7 @@ class BatchLane:
         self._fetches = asyncio.Semaphore(fetches)
         self._max_bytes = max_bytes
         self._hands: dict[asyncio.Task[None], Batch] = {}
+        IN_FLIGHT.labels("batch").set_function(lambda: len(self._hands))
 
     async def run(self, deadline: float) -> None:
         """Until the worker stops; then at most ``deadline`` seconds more for what is in hand."""
@@ -85,7 +86,6 @@ class BatchLane:
                 task.add_done_callback(self._free_hand)
             if (claim.poll or claim.files) and (polling is None or polling.done()):
                 polling = asyncio.create_task(self._look(claim))
-            IN_FLIGHT.labels("batch").set(len(self._hands))
             full = len(self._hands) >= self._slots
             await self._wake.wait("batch", None if full else claim.wait)
         if polling:

@@ -175,6 +175,7 @@ async def run(
 ) -> None:
     """The lane, until the worker stops; then at most ``deadline`` seconds more for what is in hand."""
     hands: dict[asyncio.Task[None], Image] = {}
+    IN_FLIGHT.labels("realtime").set_function(lambda: len(hands))
     full = False
     gathering: asyncio.TimerHandle | None = None
     loop = asyncio.get_running_loop()
@@ -182,7 +183,6 @@ async def run(
     def free_hand(task: asyncio.Task[None]) -> None:
         nonlocal full, gathering
         hands.pop(task)
-        IN_FLIGHT.labels("realtime").dec()
         if full and (slots - len(hands)) * RECLAIM_SHARE >= slots:
             full = False
             wake.notify("realtime")
@@ -208,7 +208,6 @@ async def run(
                 task = asyncio.create_task(tag_image(image))
                 hands[task] = image
                 task.add_done_callback(free_hand)
-        IN_FLIGHT.labels("realtime").set(len(hands))
         full = len(hands) >= slots
         await wake.wait("realtime", None if full else wait)  # full: a free hand wakes us
         if gathering:

@@ -32,7 +32,7 @@ SERVER = {
     "full_page_writes": "on", "shared_buffers": "1GB", "max_wal_size": "8GB",
     "shared_preload_libraries": "pg_stat_statements",
 }  # fmt: skip
-#: OpenAI's tier 4 for gpt-4.1-mini (its model page): requests and tokens a minute, tokens queued in batches
+#: a large account's: requests and tokens a minute, tokens queued in batches
 TIER = {"requests_per_minute": 10_000, "tokens_per_minute": 10_000_000, "queued_batch_tokens": 1_000_000_000}
 CLIENTS = 8  # connections that upload
 TICK = 60.0  # seconds of the day, as pg_cron does
@@ -192,14 +192,9 @@ async def _listen(url: str, watch: Watch) -> None:
 async def _tick(url: str, speed: float) -> None:
     """The scheduler's part."""
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
-        hour = 0
         while True:
             await asyncio.sleep(TICK / speed)
             await connection.execute("select autotag.tick()")
-            hour += 1
-            if hour * TICK >= DAY:
-                await connection.execute("select autotag.housekeeping()")
-                hour = 0
 
 
 async def _sample(console: Console, server: LocalPostgres, watch: Watch, started: float, speed: float) -> None:
