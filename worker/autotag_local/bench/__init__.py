@@ -1,4 +1,5 @@
 """`scripts/bench NAME`: each measures ratios in one run, because a machine's speed drifts and a ratio does not.
 
-`makespan`, `limiter`, `growth`; what they are compared with is in `peers`.
+A module for each name that `scripts/bench --help` lists. What they are compared with: `bound` (the fastest that limits
+allow), `peers` and `litellm_peer` (other limiters), `queue_peers` (other queues), `batch_plain` (a batch by hand).
 """
