@@ -95,12 +95,13 @@ begin
   select * into v_settings from autotag.settings;
 
   with completed as (
-    delete from autotag.tasks t using unnest(p_answers) a
-    where t.id = a.task and a.error is null and t.finished_at is null
-    returning t.asset_id, a.result, t.job_id
+    -- By an array, not a join: a plan made while the table was small then still goes by the key when it is large.
+    delete from autotag.tasks t
+    where t.id = any (array(select a.task from unnest(p_answers) a where a.error is null)) and t.finished_at is null
+    returning t.id, t.asset_id, t.job_id
   )
-  select coalesce(array_agg(c.asset_id), '{}') as assets, array_agg(c.result) as results, array_agg(c.job_id) as jobs
-  into v_done from completed c;
+  select coalesce(array_agg(c.asset_id), '{}') as assets, array_agg(a.result) as results, array_agg(c.job_id) as jobs
+  into v_done from completed c join unnest(p_answers) a on a.task = c.id;
   if cardinality(v_done.assets) > 0 then
     perform autotag.store_tags(v_done.assets, v_done.results);
     perform autotag.count_finished(j.id, count(*)::integer, 0)

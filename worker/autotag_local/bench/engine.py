@@ -18,7 +18,7 @@ from rich.console import Console
 
 import autotag
 from autotag.config import Settings
-from autotag.db import Database, Image
+from autotag.db import Database, Image, listen
 from autotag.lanes import realtime
 from autotag.tags import read_completion, read_usage
 from autotag.wake import Wake
@@ -49,7 +49,7 @@ class Drain:
     """One run of all images through the engine."""
 
     seconds: float  # from the first enqueue_tagging to the last image's commit
-    enqueue: float  # of these, before the first claim
+    enqueue: float  # of these, until the last upload was enqueued, with the worker at work
     transactions: int  # every statement of the engine is one
     wal: int  # bytes
 
@@ -108,11 +108,7 @@ async def _drain(server: LocalPostgres, name: str) -> Drain:
     await db.register("bench", autotag.__version__, True)
     before = await _counters(url)
     started = time.perf_counter()
-    with psycopg.connect(url, autocommit=True) as owner:
-        for assets in uploads:
-            owner.execute("select public.enqueue_tagging(%s)", (assets,))
-    enqueued = time.perf_counter() - started
-    await _work(db)
+    enqueued, _ = await asyncio.gather(_enqueue(url, uploads), _work(db, url))
     took = time.perf_counter() - started
     await db.close()
     after = await _counters(url)
@@ -122,7 +118,7 @@ async def _drain(server: LocalPostgres, name: str) -> Drain:
             " from public.assets where tagging_stage = 'completed' and cardinality(tags) = 6"
         ).fetchone()
     assert tagged == (IMAGES, IMAGES, IMAGES), f"of {IMAGES} images {tagged} were tagged, counted and billed"
-    return Drain(took, enqueued, after[0] - before[0], after[1] - before[1])
+    return Drain(took, enqueued - started, after[0] - before[0], after[1] - before[1])
 
 
 def _fill(url: str) -> list[list[uuid.UUID]]:
@@ -143,7 +139,15 @@ def _fill(url: str) -> list[list[uuid.UUID]]:
     return [row[0] for row in rows]
 
 
-async def _work(db: Database) -> None:
+async def _enqueue(url: str, uploads: list[list[uuid.UUID]]) -> float:
+    """The uploads, one after another as one client makes them; when the last was."""
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as owner:
+        for assets in uploads:
+            await owner.execute("select public.enqueue_tagging(%s)", (assets,))
+    return time.perf_counter()
+
+
+async def _work(db: Database, url: str) -> None:
     """The worker's loop for single calls, until every image has been settled."""
     wake, reports, done = Wake(), realtime.Reports(db), 0
 
@@ -156,7 +160,8 @@ async def _work(db: Database) -> None:
         if done == IMAGES:
             wake.request_stop()
 
-    helpers = [asyncio.create_task(work) for work in (reports.settle_forever(), reports.tell_stages_forever())]
+    helpers = [asyncio.create_task(work) for work in (
+        listen(url, wake.notify), reports.settle_forever(), reports.tell_stages_forever())]  # fmt: skip
     await realtime.run(db, wake, Settings.model_fields["slots"].default, answer, deadline=10)
     await reports.idle.wait()
     for helper in helpers:
