@@ -76,8 +76,8 @@ begin
 end $$;
 
 -- Applies answers to tasks whose jobs the caller has locked (and their workspaces where an error may requeue): tags
--- are stored, failures end or requeue their image, counts follow. An answer has a result, or else an error, which is
--- {kind, code, message, retry}:
+-- are stored, failures end or requeue their image, counts follow. Each task has one answer at most: a result, or else
+-- an error, which is {kind, code, message, retry}:
 --   moment      it was nobody's fault: again after a growing, jittered delay; a failure counted
 --   rate_limit  again as soon as the provider's block is over; nothing counted
 --   account     again when the account works; nothing counted
@@ -94,14 +94,17 @@ declare
 begin
   select * into v_settings from autotag.settings;
 
-  with completed as (
-    -- By an array, not a join: a plan made while the table was small then still goes by the key when it is large.
-    delete from autotag.tasks t
-    where t.id = any (array(select a.task from unnest(p_answers) a where a.error is null)) and t.finished_at is null
-    returning t.id, t.asset_id, t.job_id
-  )
-  select coalesce(array_agg(c.asset_id), '{}') as assets, array_agg(a.result) as results, array_agg(c.job_id) as jobs
-  into v_done from completed c join unnest(p_answers) a on a.task = c.id;
+  -- Planned every time, like the reading of reports in settle(): the table is empty at one moment and full at the next,
+  -- and a plan made for the one reads all of the other.
+  execute $q$
+    with completed as (
+      delete from autotag.tasks t using unnest($1) a
+      where t.id = a.task and a.error is null and t.finished_at is null
+      returning t.asset_id, a.result, t.job_id
+    )
+    select coalesce(array_agg(c.asset_id), '{}') as assets, array_agg(c.result) as results, array_agg(c.job_id) as jobs
+    from completed c $q$
+  into v_done using p_answers;
   if cardinality(v_done.assets) > 0 then
     perform autotag.store_tags(v_done.assets, v_done.results);
     perform autotag.count_finished(j.id, count(*)::integer, 0)
@@ -160,12 +163,14 @@ declare
   v_output integer := (select s.max_output_tokens from autotag.settings s);
 begin
   perform from autotag.provider_limits for update;
-  v_answers := array(
-    select row(t.id, t.attempt, t.job_id, t.workspace_id, t.reserved_at, t.reserved_tokens,
+  execute $q$ select array(
+    select distinct on (t.id) row(t.id, t.attempt, t.job_id, t.workspace_id, t.reserved_at, t.reserved_tokens,
       r.result, r.error, r.usage, coalesce(r.called, true))::autotag.answer
-    from jsonb_to_recordset(p_reports) r
+    from jsonb_to_recordset($1) r
       (task bigint, attempt integer, result jsonb, error jsonb, usage jsonb, called boolean)
-    join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = p_worker);
+    join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = $2
+    order by t.id) $q$
+  into v_answers using p_reports, p_worker;
   v_failed := exists (select from unnest(v_answers) a where a.error is not null);
 
   -- What the reservations were too much: nothing was asked, or a 429 took nothing; else the provider counts the

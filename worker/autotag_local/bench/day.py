@@ -239,7 +239,7 @@ def _report(
     figures = {
         "lost": Figure(lost["n"] + images - last.tagged, 0, "lower"),
         "database_cpu_ms_per_image": Figure((last.cpu - first.cpu) / images * 1000, 2, "lower"),
-        "wal_bytes_per_image": Figure((last.wal - first.wal) / images, 5000, "lower"),
+        "wal_bytes_per_image": Figure((last.wal - first.wal) / images, 4000, "lower"),
         "small_upload_p95_s": Figure(small["p95, s"], 120, "lower"),
     }
     hour = peak[1].at - peak[0].at

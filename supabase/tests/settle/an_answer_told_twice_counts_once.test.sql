@@ -1,0 +1,16 @@
+begin;
+\ir ../setup.psql
+select plan(4);
+select pg_temp.upload(3);
+create temporary table told as
+  select jsonb_agg(jsonb_build_object('task', x -> 'task', 'attempt', x -> 'attempt', 'result', jsonb_build_object(
+    'tags', jsonb_build_array(x ->> 'path'), 'confidence', '{}'::jsonb, 'caption', 'c', 'model', 'm'))) as reports
+  from autotag.claim(pg_temp.worker(), 2) c, jsonb_array_elements(c.tasks) x;
+select autotag.settle(pg_temp.worker(), reports || (reports -> 0)) from told;
+select is((select completed from autotag.jobs), 2, 'two images are done, not three');
+select is((select finished_at from autotag.jobs), null, 'so the upload is not');
+select results_eq('select tags from public.assets where tags is not null order by 1', $$values ('{p1}'::text[]), ('{p2}')$$,
+  'each has its own tags');
+select is((select sum(images)::integer from autotag.usage), 2, 'and two are billed');
+select * from finish();
+rollback;
