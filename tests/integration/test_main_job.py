@@ -108,7 +108,8 @@ async def test_members_hear_progress_and_the_end_of_their_jobs(library: Library)
     async with worker(library.stack):
         told = library.enqueue(assets)
         await library.finished(told)
-    messages = library.sql("select topic, event, payload from realtime.messages where private order by inserted_at")
+    # As they were written, which is under the job's lock; inserted_at is when a transaction began, before it waited for it.
+    messages = library.sql("select topic, event, payload from realtime.messages where private order by tableoid, ctid")
     assert {row["topic"] for row in messages} == {f"tagging:{library.member.workspace}"}
     progress = [row["payload"]["progress"] for row in messages if row["event"] == "job-progress"]
     assert progress
