@@ -55,7 +55,7 @@ create table autotag.settings (
 
   -- what is kept
   keep_finished interval not null default '30 days' check (keep_finished > '0'),  -- finished uploads
-  keep_usage integer not null default 800 check (keep_usage > 0),  -- days of usage
+  keep_usage integer not null default 800 check (keep_usage >= 31),  -- days of usage; a quota of a month asks for all of it
 
   -- what an estimate starts from, before there is any history
   call_seconds double precision not null default 4 check (call_seconds > 0),  -- of one call

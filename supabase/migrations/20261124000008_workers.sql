@@ -87,6 +87,16 @@ begin
   return v_alive;
 end $$;
 
+-- Whether a worker may be given something: not when its lease has run out, because what it got then nobody would take
+-- back should it never return. Nor can it run out before the caller's transaction ends. Locks the worker's row.
+create function autotag.hold_lease(p_worker uuid) returns boolean
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  perform from autotag.workers w where w.id = p_worker for key share skip locked;
+  return found;
+end $$;
+
 -- The tasks that a worker holds: among those that were released and are not finished, of uploads that are not.
 create function autotag.held_tasks(p_worker uuid) returns bigint[]
 language sql stable security definer set search_path = ''

@@ -60,6 +60,11 @@ begin
   end if;
   v_provider := autotag.lock_provider();
   v_now := v_provider.refilled_at;
+  if not autotag.hold_lease(p_worker) then
+    wait := 1;  -- its next heartbeat registers it again
+    bound := 'lease';
+    return;
+  end if;
   -- Automatic mode: an upload that is complete becomes a job, and the next claim releases from it. This one
   -- releases nothing, because the new job's workspace is locked out of turn.
   if autotag.seal_upload(v_now) then

@@ -104,6 +104,10 @@ begin
   select * into v_settings from autotag.settings;
   batches := '[]';
   files := '[]';
+  if not autotag.hold_lease(p_worker) then
+    wait := 1;  -- its next heartbeat registers it again
+    return;
+  end if;
   if v_provider.account_error is not null then
     if v_provider.probe_at > v_now then
       wait := autotag.real_seconds(v_provider.probe_at - v_now);

@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+#: What the database notifies; each has one sleeper.
+TOPICS = ("realtime", "batch", "outbox", "version")
+
 
 class Wake:
-    """Events by topic (``realtime``, ``batch``, ``outbox``), and ``stop``, which wakes everybody."""
+    """Events by topic, and ``stop``, which wakes everybody.
+
+    Every topic's event is there from the start: what is notified while a lane makes its first claim must not be
+    lost, because that claim may have looked a moment too early.
+    """
 
     def __init__(self) -> None:
-        self._events: dict[str, asyncio.Event] = {}
+        self._events = {topic: asyncio.Event() for topic in TOPICS}
         self.stop = asyncio.Event()
         self.poll_every: float | None = None  # seconds, where LISTEN is impossible
 
-    def event(self, topic: str) -> asyncio.Event:
-        return self._events.setdefault(topic, asyncio.Event())
-
     def notify(self, topic: str) -> None:
-        """Wakes one topic; the empty one wakes all."""
+        """Wakes one topic; the empty one wakes all. Topics that nobody here waits for are ignored."""
         if not topic:
             for event in self._events.values():
                 event.set()
@@ -37,7 +41,7 @@ class Wake:
 
     async def sleep(self, topic: str, seconds: float) -> None:
         """Until the topic is notified (a stop notifies all) or the time is over."""
-        event = self.event(topic)
+        event = self._events[topic]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await event.wait()
@@ -47,7 +51,7 @@ class Wake:
         """Until the topic is notified, the time is over, or the worker stops; then the topic is quiet again."""
         if self.poll_every is not None:
             seconds = self.poll_every if seconds is None else min(seconds, self.poll_every)
-        event = self.event(topic)
+        event = self._events[topic]
         if not self.stop.is_set():
             try:
                 async with asyncio.timeout(seconds):

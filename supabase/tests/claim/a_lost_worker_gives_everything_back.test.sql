@@ -1,6 +1,6 @@
 begin;
 \ir ../setup.psql
-select plan(8);
+select plan(12);
 select pg_temp.upload(5), pg_temp.upload(60, 2);
 select is(pg_temp.claimed(3), '1: 3', 'three images in its hands');
 select is((select jsonb_array_length(batches) from autotag.claim_batches(pg_temp.worker(), 2)), 1, 'and a batch');
@@ -13,7 +13,12 @@ select pg_temp.at(120);
 select autotag.tick();
 select is((select count(*)::int from autotag.tasks where worker_id is not null), 0, 'without one, its images go back');
 select is((select count(*)::int from autotag.batches where worker_id is not null), 0, 'and its batch');
+select is((select bound from autotag.claim(pg_temp.worker(), 3)), 'lease', 'nor does it get new ones, which nobody would take back');
+select is((select batches from autotag.claim_batches(pg_temp.worker(), 2)), '[]', 'nor a batch');
 select is((select sum(failures)::int from autotag.tasks), 3, 'each image counts a failure, in case it was the killer');
 select ok(not autotag.heartbeat(pg_temp.worker()), 'the worker is told when it comes back');
+select autotag.register_worker(pg_temp.worker(), 'test', autotag.schema_version(), true);
+select is(pg_temp.claimed(64), '1: 5, 2: 5', 'registered again, it goes on');
+select is((select jsonb_array_length(batches) from autotag.claim_batches(pg_temp.worker(), 2)), 1, 'with batches too');
 select * from finish();
 rollback;
