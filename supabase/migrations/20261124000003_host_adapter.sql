@@ -29,19 +29,24 @@ as $$
     where m.workspace_id = p_workspace_id and m.user_id = (select auth.uid()))
 $$;
 
+-- The functions by key below are called with every bulk, and their plans kept as long as a worker's connection: by the
+-- key's index, however small the table was then, which is what their `set enable_…` say.
+
 -- Whose these images are and where they lie: a Storage bucket and path, or an https URL. An id that is not
 -- in the answer is an image that does not exist (any more).
 create function autotag.describe_assets(p_asset_ids uuid[])
 returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url text)
-language sql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = '' set enable_seqscan = off
 as $$
-  select a.id, a.workspace_id,
-         case when a.storage_path is not null then coalesce(a.storage_bucket, 'assets') end,  -- host: bucket
-         a.storage_path,  -- host: path
-         a.image_url  -- host: url
-  from public.assets a
-  where a.id = any (p_asset_ids)
-$$;
+begin
+  return query
+    select a.id, a.workspace_id,
+           case when a.storage_path is not null then coalesce(a.storage_bucket, 'assets') end::text,  -- host: bucket
+           a.storage_path::text,  -- host: path
+           a.image_url::text  -- host: url
+    from public.assets a
+    where a.id = any (p_asset_ids);
+end $$;
 
 -- The next images of a workspace, by id after p_after, that are not being tagged; p_untagged: only those without tags.
 create function autotag.list_assets(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
@@ -61,15 +66,16 @@ $$;
 -- p_asset_ids[i] and is {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}; its tags are normalised, the surest
 -- first.
 create function autotag.store_tags(p_asset_ids uuid[], p_results jsonb[]) returns void
-language sql security definer set search_path = ''
+language plpgsql security definer set search_path = '' set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
+begin
   update public.assets a
   set tags = array(select jsonb_array_elements_text(r.result -> 'tags')),  -- host: tags
       tagging_result = r.result - 'tags',  -- host: result
       tagging_stage = 'completed', tagging_progress = 100, tagging_eta = null, tagging_error = null
   from unnest(p_asset_ids, p_results) as r (asset_id, result)
-  where a.id = r.asset_id
-$$;
+  where a.id = r.asset_id;
+end $$;
 
 -- Shows where images are. `queued` begins a new pass (whatever an earlier one left is gone) and `failed` ends
 -- one; in between progress never goes down, and rows that would not change are not written. p_errors[i]
@@ -77,8 +83,9 @@ $$;
 create function autotag.show_stage(
   p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz default null, p_errors text[] default null
 ) returns void
-language sql security definer set search_path = ''
+language plpgsql security definer set search_path = '' set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
+begin
   update public.assets a
   set tagging_stage = p_stage,
       tagging_progress = case p_stage when 'queued' then p_progress else greatest(a.tagging_progress, p_progress) end,
@@ -88,8 +95,8 @@ as $$
   from unnest(p_asset_ids, p_errors) as s (asset_id, error)
   where a.id = s.asset_id
     and (p_stage in ('queued', 'failed') or a.tagging_stage is distinct from p_stage
-      or coalesce(a.tagging_progress, 0) < p_progress)
-$$;
+      or coalesce(a.tagging_progress, 0) < p_progress);
+end $$;
 
 -- Automatic mode's half on the host's table: what one statement inserted is collected (`automatic`).
 create function autotag.collect_inserted() returns trigger

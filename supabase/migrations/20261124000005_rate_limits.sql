@@ -189,16 +189,17 @@ end $$;
 create function autotag.correct_window(
   p_workspace_id uuid, p_request_type text, p_at timestamptz, p_requests_delta integer, p_units_delta integer
 ) returns void
-language sql security definer set search_path = ''
+language plpgsql security definer set search_path = ''
 as $$
+begin
   update public.workspace_rate_limits w
   set requests[array_position(w.admitted_at, p_at)] =
         greatest(0, w.requests[array_position(w.admitted_at, p_at)] + p_requests_delta),
       units[array_position(w.admitted_at, p_at)] =
         greatest(0, w.units[array_position(w.admitted_at, p_at)] + p_units_delta)
   where w.workspace_id = p_workspace_id and w.request_type = p_request_type
-    and array_position(w.admitted_at, p_at) is not null
-$$;
+    and array_position(w.admitted_at, p_at) is not null;
+end $$;
 
 -- The mirror of the bucket, filled up to a moment. A little of the bucket is kept unused (provider_margin). And what
 -- was released but has not been sent yet (its image is still being fetched) is still in the provider's bucket: that
@@ -310,13 +311,13 @@ end $$;
 
 -- Gives back to the bucket what calls did not take from the provider's. Locks the provider row.
 create function autotag.refund_provider(p_requests integer, p_tokens bigint) returns void
-language sql security definer set search_path = ''
+language plpgsql security definer set search_path = ''
 as $$
-  select autotag.lock_provider();
+begin
   update autotag.provider_limits
   set requests_left = requests_left + p_requests, day_left = day_left + p_requests,
-      tokens_left = tokens_left + p_tokens
-$$;
+      tokens_left = tokens_left + p_tokens;
+end $$;
 
 -- Stops both lanes until a probe succeeds; every task stays queued. Locks the provider row.
 create function autotag.stop_account(p_error text) returns void

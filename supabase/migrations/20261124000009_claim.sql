@@ -39,7 +39,7 @@ end $$;
 -- a third of the claim, and more the more is queued.
 -- Locks: provider, workspaces by id, windows, then queued tasks (nobody else holds those).
 create function autotag.claim(
-  p_worker uuid, p_slots integer, out tasks jsonb, out wait double precision, out bound text
+  p_worker uuid, p_slots integer, out tasks json, out wait double precision, out bound text
 )
 language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
 as $$
@@ -137,15 +137,16 @@ begin
   if cardinality(v_ids) > 0 then
     update autotag.workers w set unsent = w.unsent + cardinality(v_ids) where w.id = p_worker;
     with released as materialized (
-      select t.id, t.attempt, t.asset_id, j.id as job, j.traceparent, v_now - j.created_at as waited
-      from autotag.tasks t join autotag.jobs j on j.id = t.job_id where t.id = any (v_ids)
+      select t.id, t.attempt, t.asset_id, t.job_id from autotag.tasks t where t.id = any (v_ids)
+    ), uploads as materialized (
+      select j.id, j.traceparent, round(autotag.real_seconds(v_now - j.created_at)::numeric, 3) as waited
+      from autotag.jobs j where j.id in (select r.job_id from released r)
     )
-    select jsonb_agg(jsonb_build_object('task', r.id, 'attempt', r.attempt, 'job', r.job, 'traceparent', r.traceparent,
-             'waited', round(autotag.real_seconds(r.waited)::numeric, 3), 'asset_id', r.asset_id,
-             'bucket', d.bucket, 'path', d.path, 'url', d.url) order by r.id)
-    into tasks
-    from released r
-    left join autotag.describe_assets(array(select asset_id from released)) d on d.asset_id = r.asset_id;
+    select json_agg(i order by i.task) into tasks
+    from (
+      select r.id as task, r.attempt, u.id as job, u.traceparent, u.waited, r.asset_id, d.bucket, d.path, d.url
+      from released r join uploads u on u.id = r.job_id
+      left join autotag.describe_assets(array(select asset_id from released)) d on d.asset_id = r.asset_id) i;
   end if;
 
   bound := case

@@ -193,9 +193,7 @@ begin
     v_notice := autotag.observe_provider(p_seen);
   end if;
   -- What is no longer this worker's may still tell that the account is in trouble.
-  v_account_error := (
-    select r.error ->> 'message' from jsonb_to_recordset(p_reports) r (error jsonb)
-    where r.error ->> 'kind' = 'account' limit 1);
+  v_account_error := jsonb_path_query_first(p_reports, '$[*].error ? (@.kind == "account").message') #>> '{}';
   if v_account_error is not null then
     perform autotag.stop_account(v_account_error);
   elsif exists (select from autotag.provider_limits p where p.account_error is not null)

@@ -94,19 +94,23 @@ language plpgsql security definer set search_path = ''
 as $$
 declare
   v_job autotag.jobs;
+  v_last boolean;
 begin
   if p_completed + p_failed = 0 then
     return;
   end if;
+  select j.completed + p_completed + j.failed + p_failed = j.image_count into v_last
+  from autotag.jobs j where j.id = p_job_id;
   update autotag.jobs j
   set completed = j.completed + p_completed, failed = j.failed + p_failed,
-      finished_at = case when j.completed + p_completed + j.failed + p_failed = j.image_count then autotag.now() end
+      finished_at = case when v_last then autotag.now() end,
+      progress = case when v_last then 100 else j.progress end,
+      eta = case when not v_last then j.eta end, eta_p90 = case when not v_last then j.eta_p90 end
   where j.id = p_job_id returning * into v_job;
-  if v_job.finished_at is null then
+  if not v_last then
     perform autotag.tell_progress(p_job_id);
     return;
   end if;
-  update autotag.jobs j set progress = 100, eta = null, eta_p90 = null where j.id = p_job_id;
   delete from autotag.queues q where q.job_id = p_job_id;
   perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-complete', jsonb_build_object(
     'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed, 'image_count', v_job.image_count));

@@ -27,10 +27,11 @@ begin
 end $$;
 
 create function autotag.broadcast_to_workspace(p_workspace_id uuid, p_event text, p_payload jsonb) returns void
-language sql security definer set search_path = ''
+language plpgsql security definer set search_path = ''
 as $$
-  select autotag.broadcast('tagging:' || p_workspace_id, p_event, p_payload, true)
-$$;
+begin
+  perform autotag.broadcast('tagging:' || p_workspace_id, p_event, p_payload, true);
+end $$;
 
 -- Takes waiting messages for delivery: [{topic, event, payload, private}]. What a worker has taken is gone,
 -- because Realtime delivers at most once and clients rely on never being told twice.

@@ -48,7 +48,7 @@ def plans(postgres: LocalPostgres, database: str, machine_postgres: bool) -> lis
                         "log_level = notice"):  # fmt: skip
             connection.execute(f"set auto_explain.{setting}".encode())
         row = connection.execute(
-            "select jsonb_array_length(tasks) from autotag.claim(%s, %s)", (WORKER, SLOTS)
+            "select json_array_length(tasks) from autotag.claim(%s, %s)", (WORKER, SLOTS)
         ).fetchone()
         assert row == (SLOTS,)
         return found

@@ -127,7 +127,7 @@ def test_requests_of_the_day_are_counted_too(library: Library, stack: Stack) -> 
     library.enqueue(library.insert([f"{i}.jpg" for i in range(5)]))
     name = "00000000-0000-4000-8000-000000000001"
     library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", name)
-    row = library.sql("select jsonb_array_length(tasks) as n, wait from autotag.claim(%s, 10)", name)[0]
+    row = library.sql("select json_array_length(tasks) as n, wait from autotag.claim(%s, 10)", name)[0]
     assert row["n"] == 3
     assert 50 < row["wait"] <= 60, "the next one of 1,440 a day is a minute away"
 

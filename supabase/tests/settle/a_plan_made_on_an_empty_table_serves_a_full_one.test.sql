@@ -10,7 +10,7 @@ create function pg_temp.work(images integer) returns jsonb language sql as $$
   select autotag.settle(pg_temp.worker(), (
     select jsonb_agg(jsonb_build_object('task', x -> 'task', 'attempt', x -> 'attempt',
       'result', '{"tags": ["a"], "confidence": {}, "caption": "c", "model": "m"}'::jsonb))
-    from c, jsonb_array_elements(c.tasks) x))
+    from c, json_array_elements(c.tasks) x))
 $$;
 create function pg_temp.rows_read() returns bigint language sql as $$
   select seq_tup_read + idx_tup_fetch from pg_stat_xact_user_tables where relid = 'autotag.tasks'::regclass
