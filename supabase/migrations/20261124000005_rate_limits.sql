@@ -211,10 +211,11 @@ declare
   -- A bucket that was never used is full; so is one that has not been used for a day.
   v_minutes double precision := case when p_provider.refilled_at > p_now - interval '1 day'
     then greatest(0, extract(epoch from p_now - p_provider.refilled_at) / 60) else 1440 end;
-  -- Of a minute's worth, what may be used at once.
-  v_share double precision := (select 1 - extract(epoch from s.provider_margin) / 60 from autotag.settings s);
-  v_unsent integer := (select coalesce(sum(w.unsent), 0) from autotag.workers w);
+  v_share double precision;    -- of a minute's worth, what may be used at once
+  v_unsent integer;
 begin
+  select 1 - extract(epoch from s.provider_margin) / 60, (select coalesce(sum(w.unsent), 0) from autotag.workers w)
+  into v_share, v_unsent from autotag.settings s;
   p_provider.requests_left := least(p_provider.requests_per_minute * v_share - v_unsent,
     p_provider.requests_left + v_minutes * p_provider.requests_per_minute);
   p_provider.tokens_left := least(p_provider.tokens_per_minute * v_share - v_unsent::bigint * p_provider.tokens_per_image,

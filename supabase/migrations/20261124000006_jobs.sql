@@ -107,15 +107,16 @@ $$;
 
 -- The strategy table: what happens with an upload of so many images.
 create function autotag.choose_strategy(p_images integer) returns text
-language sql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = ''
 as $$
-  select case
+begin
+  return (select case
     when p_images <= s.realtime_max_images then 'realtime'
     when p_images <= s.chunk_max_images then 'realtime-chunked'
     when p_images <= s.batch_max_images then 'batch'
     else 'batch-parallel' end
-  from autotag.settings s
-$$;
+  from autotag.settings s);
+end $$;
 
 -- Seconds that an upload is expected to take when its workspace is otherwise idle.
 create function autotag.estimate_seconds(p_images integer, p_batches integer) returns double precision
@@ -139,10 +140,11 @@ end $$;
 
 -- What waits for single calls.
 create function autotag.count_waiting(out workspaces bigint, out images bigint)
-language sql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = ''
 as $$
-  select count(*), coalesce(sum(w.queued), 0) from autotag.workspaces w where w.queued > 0
-$$;
+begin
+  select count(*), coalesce(sum(w.queued), 0) into workspaces, images from autotag.workspaces w where w.queued > 0;
+end $$;
 
 -- How long the last of so many more single calls of a workspace would wait: for its own window, and for its
 -- fair share of the provider's bucket. p_counted: what waits in other workspaces may be as old as a second (counting

@@ -214,11 +214,13 @@ begin
   returning * into v_job;
 
   -- The first batch is the priority one.
-  insert into autotag.batches (job_id, workspace_id, ordinal, image_count, express_count, created_at)
-  select v_job.id, p_workspace_id, b,
-    (b::bigint * v_count / v_batches - (b - 1)::bigint * v_count / v_batches)::integer,
-    case when b = 1 then v_express else 0 end, v_now
-  from generate_series(1, v_batches) b;
+  if v_batches > 0 then
+    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, express_count, created_at)
+    select v_job.id, p_workspace_id, b,
+      (b::bigint * v_count / v_batches - (b - 1)::bigint * v_count / v_batches)::integer,
+      case when b = 1 then v_express else 0 end, v_now
+    from generate_series(1, v_batches) b;
+  end if;
 
   with placed as (
     insert into autotag.tasks (job_id, workspace_id, asset_id, lane, batch_id)
@@ -237,7 +239,7 @@ begin
   values (v_job.id, p_workspace_id, v_first_task - 1,
     case when v_job.strategy = 'realtime-chunked' then v_settings.chunk_size end);
   perform autotag.add_queued(p_workspace_id, v_job.id, v_express, v_first_task);
-  v_job.eta := autotag.refresh_eta(v_job.id);
+  v_job.eta := autotag.refresh_eta(v_job.id, v_wait);
   perform autotag.show_stage(v_new, 'queued', 0, v_job.eta);
 
   if v_express > 0 then

@@ -107,8 +107,8 @@ begin
 end $$;
 
 -- When a job will be done, written to it: its last batch, or the last of its single calls, which wait for the limits
--- and for their chunks. The caller holds the job's lock.
-create function autotag.refresh_eta(p_job_id uuid) returns timestamptz
+-- and for their chunks. p_wait: for the limits, where that is known already. The caller holds the job's lock.
+create function autotag.refresh_eta(p_job_id uuid, p_wait interval default null) returns timestamptz
 language plpgsql security definer set search_path = ''
 as $$
 declare
@@ -120,7 +120,7 @@ declare
 begin
   select * into v_settings from autotag.settings;
   v_single := make_interval(secs => v_settings.call_seconds) + coalesce((
-    select greatest(autotag.predict_wait(q.workspace_id, 0, true),
+    select greatest(coalesce(p_wait, autotag.predict_wait(q.workspace_id, 0, true)),
       case when q.chunk is not null then greatest(q.ready_at, v_now) - v_now
         + v_settings.chunk_delay * ((q.queued - 1) / q.chunk) end)
     from autotag.queues q where q.job_id = p_job_id and q.queued > 0), interval '0');

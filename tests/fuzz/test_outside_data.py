@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 import httpx
+import orjson
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -69,6 +70,7 @@ def can_be_stored(value: Any) -> None:
     """Postgres takes it as jsonb: UTF-8, no NUL, no number that is none."""
     stored = json.dumps(value, ensure_ascii=False, allow_nan=False)
     stored.encode()
+    orjson.dumps(value)
     assert "\\u0000" not in stored
 
 

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, cast
 
+import orjson
 import psycopg
 import structlog
 from psycopg.rows import dict_row
-from psycopg.types.json import Jsonb, set_json_dumps
+from psycopg.types.json import Jsonb, set_json_dumps, set_json_loads
 from psycopg_pool import AsyncConnectionPool
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
@@ -38,7 +39,8 @@ log = structlog.get_logger(__name__)
 
 _TRANSIENT = (psycopg.OperationalError, psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 
-set_json_dumps(lambda value: json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+set_json_dumps(orjson.dumps)
+set_json_loads(orjson.loads)
 
 
 def _log_retry(state: RetryCallState) -> None:

@@ -22,7 +22,7 @@ from autotag import provider
 from autotag.db import Batch, BatchClaim, Database, Image, NotHeld
 from autotag.errors import TaggingError
 from autotag.images import Images, data_url
-from autotag.metrics import BATCH_SECONDS, IN_FLIGHT, count_answer, timed
+from autotag.metrics import BATCH_SECONDS, IN_FLIGHT, count_answers, timed
 from autotag.tags import Question, batch_line, read_completion, read_usage, request_body
 from autotag.tokens import largest_side
 from autotag.wake import Wake
@@ -297,6 +297,7 @@ class BatchLane:
         storing: asyncio.Task[int] | None = None
         try:
             async for page in self._answers(batch, file_id):
+                count_answers("batch", page)
                 if storing:
                     await storing
                 storing = asyncio.create_task(self._db.batch_answers(batch, page))
@@ -316,7 +317,6 @@ class BatchLane:
                 if answer is None:
                     unreadable += 1
                     continue
-                count_answer("batch", answer)
                 page.append(answer)
                 if len(page) >= ANSWERS:
                     yield page

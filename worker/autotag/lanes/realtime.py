@@ -15,7 +15,7 @@ from autotag import provider, traces
 from autotag.db import Database, Image
 from autotag.errors import TaggingError
 from autotag.images import Images, data_url
-from autotag.metrics import CLAIMED, CLAIMS, IN_FLIGHT, SECONDS, count_answer, timed
+from autotag.metrics import CLAIMED, CLAIMS, IN_FLIGHT, SECONDS, count_answers, series, timed
 from autotag.tags import Question, read_completion, read_usage, request_body
 from autotag.tokens import largest_side
 from autotag.wake import Wake
@@ -87,7 +87,6 @@ class Reports:
 
     def outcome(self, image: Image, report: dict[str, Any], span: Any = None) -> None:
         """What came of an image; ``span`` as in `traces.image_span`."""
-        count_answer("realtime", report)
         self._spans.append(span)
         self._stages.pop(image.task, None)
         self._outcomes.append({"task": image.task, "attempt": image.attempt, **report})
@@ -100,6 +99,7 @@ class Reports:
             self._some.clear()
             while self._outcomes:
                 bulk, self._outcomes = self._outcomes[:SETTLE_MOST], self._outcomes[SETTLE_MOST:]
+                count_answers("realtime", bulk)
                 spans, self._spans = self._spans[:SETTLE_MOST], self._spans[SETTLE_MOST:]
                 with timed(SECONDS, "settled"), traces.step("settle", spans):
                     settled = await self._db.settle(bulk, self._take_seen())
@@ -204,7 +204,7 @@ async def run(
                 continue
             CLAIMED.inc(len(claim.images))
             for image in claim.images:
-                SECONDS.labels("waited").observe(image.waited)
+                series(SECONDS, "waited").observe(image.waited)
                 task = asyncio.create_task(tag_image(image))
                 hands[task] = image
                 task.add_done_callback(free_hand)

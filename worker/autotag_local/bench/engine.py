@@ -108,7 +108,7 @@ async def _drain(server: LocalPostgres, name: str) -> Drain:
     await db.register("bench", autotag.__version__, True)
     before = await _counters(url)
     started = time.perf_counter()
-    enqueued, _ = await asyncio.gather(_enqueue(url, uploads), _work(db, url))
+    enqueued, _ = await asyncio.gather(asyncio.to_thread(_enqueue, url, uploads), _work(db, url))
     took = time.perf_counter() - started
     await db.close()
     after = await _counters(url)
@@ -139,11 +139,11 @@ def _fill(url: str) -> list[list[uuid.UUID]]:
     return [row[0] for row in rows]
 
 
-async def _enqueue(url: str, uploads: list[list[uuid.UUID]]) -> float:
+def _enqueue(url: str, uploads: list[list[uuid.UUID]]) -> float:
     """The uploads, one after another as one client makes them; when the last was."""
-    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as owner:
+    with psycopg.connect(url, autocommit=True) as owner:
         for assets in uploads:
-            await owner.execute("select public.enqueue_tagging(%s)", (assets,))
+            owner.execute("select public.enqueue_tagging(%s)", (assets,))
     return time.perf_counter()
 
 
