@@ -14,10 +14,14 @@ create type autotag.answer as (
   called boolean               -- whether it was asked at all
 );
 
+-- The table of tasks is empty at one moment and full at the next, and a plan kept from the one reads all of the other. So
+-- what joins with it is planned every time: by `execute` where a worker's every report passes, and here, where few do, by
+-- `plan_cache_mode`.
+
 -- Ends tasks as failed; the sentence is what the user reads. Arrays run in parallel.
 -- The caller holds the locks of jobs and tasks, and counts them with count_finished().
 create function autotag.fail_tasks(p_tasks bigint[], p_codes text[], p_messages text[]) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_failed record;
@@ -38,7 +42,7 @@ end $$;
 -- p_tries: [{task, failures (to add), delay (seconds; absent: at once), code, message}].
 -- The caller holds the locks of workspaces, jobs and tasks.
 create function autotag.requeue(p_tries jsonb) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_max integer := (select s.max_failures from autotag.settings s);
@@ -94,8 +98,7 @@ declare
 begin
   select * into v_settings from autotag.settings;
 
-  -- Planned every time, like the reading of reports in settle(): the table is empty at one moment and full at the next,
-  -- and a plan made for the one reads all of the other.
+  -- Planned every time, like the reading of reports in settle().
   execute $q$
     with completed as (
       delete from autotag.tasks t using unnest($1) a

@@ -12,7 +12,7 @@ $$;
 -- Moves tasks (locked by the caller) forward to a stage, and their images with them. A task that is there
 -- already, or past it, is not touched: an image that goes back to the queue keeps the stage it showed.
 create function autotag.advance(p_tasks bigint[], p_stage text, p_eta timestamptz default null) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_assets uuid[];
@@ -45,7 +45,7 @@ $$;
 -- A worker says where its single calls are: [{task, attempt, stage}]. Those that are not its own any more
 -- are ignored. p_sent: {sent, sent_age} as in note_sent. Locks: provider, jobs (for the broadcast), tasks by id.
 create function autotag.report_stages(p_worker uuid, p_stages jsonb, p_sent jsonb default null) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_stage text;
