@@ -29,14 +29,14 @@ as $$
     where m.workspace_id = p_workspace_id and m.user_id = (select auth.uid()))
 $$;
 
--- The functions by key below are called with every bulk, and their plans kept as long as a worker's connection: by the
--- key's index, however small the table was then, which is what their `set enable_…` say.
+-- The three functions that find images by key are planned with every bulk (`force_custom_plan`): a plan that a worker's
+-- connection keeps from when the table was small would read all of it later.
 
 -- Whose these images are and where they lie: a Storage bucket and path, or an https URL. An id that is not
 -- in the answer is an image that does not exist (any more).
 create function autotag.describe_assets(p_asset_ids uuid[])
 returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url text)
-language plpgsql stable security definer set search_path = '' set enable_seqscan = off
+language plpgsql stable security definer set search_path = '' set plan_cache_mode = 'force_custom_plan'
 as $$
 begin
   return query
@@ -66,7 +66,7 @@ $$;
 -- p_asset_ids[i] and is {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}; its tags are normalised, the surest
 -- first.
 create function autotag.store_tags(p_asset_ids uuid[], p_results jsonb[]) returns void
-language plpgsql security definer set search_path = '' set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_custom_plan'
 as $$
 begin
   update public.assets a
@@ -83,7 +83,7 @@ end $$;
 create function autotag.show_stage(
   p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz default null, p_errors text[] default null
 ) returns void
-language plpgsql security definer set search_path = '' set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_custom_plan'
 as $$
 begin
   update public.assets a

@@ -290,7 +290,7 @@ class _CutConnection(Response):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         headers = [(b"content-type", b"application/json"), (b"content-length", b"1000")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": b"{", "more_body": False})
+        await send({"type": "http.response.body", "body": b"{", "more_body": True})  # which never comes
 
 
 class _Slow(Response):
