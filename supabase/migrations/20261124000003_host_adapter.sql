@@ -30,13 +30,15 @@ as $$
 $$;
 
 -- The three functions that find images by key are planned with every bulk (`force_custom_plan`): a plan that a worker's
--- connection keeps from when the table was small would read all of it later.
+-- connection keeps from when the table was small would read all of it later. And whatever their callers forbid the planner,
+-- here everything is allowed, because triggers of yours may run inside.
 
 -- Whose these images are and where they lie: a Storage bucket and path, or an https URL. An id that is not
 -- in the answer is an image that does not exist (any more).
 create function autotag.describe_assets(p_asset_ids uuid[])
 returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url text)
 language plpgsql stable security definer set search_path = '' set plan_cache_mode = 'force_custom_plan'
+  set enable_seqscan = on
 as $$
 begin
   return query
@@ -67,6 +69,7 @@ $$;
 -- first.
 create function autotag.store_tags(p_asset_ids uuid[], p_results jsonb[]) returns void
 language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_custom_plan'
+  set enable_seqscan = on
 as $$
 begin
   update public.assets a
@@ -84,6 +87,7 @@ create function autotag.show_stage(
   p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz default null, p_errors text[] default null
 ) returns void
 language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_custom_plan'
+  set enable_seqscan = on
 as $$
 begin
   update public.assets a

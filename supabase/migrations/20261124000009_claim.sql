@@ -35,13 +35,17 @@ end $$;
 --
 -- tasks: [{task, attempt, job, traceparent, waited (seconds since the upload), asset_id, bucket, path, url}]; wait:
 -- seconds, null when nothing is queued; bound: what kept it from releasing more (null: there is no more).
--- An asset that is gone has neither path nor url. Its plans are made once: planning them for every release costs
--- a third of the claim, and more the more is queued.
+-- An asset that is gone has neither path nor url.
+--
+-- Its plans are made once, because planning them for every release costs a third of the claim, and by the indexes however
+-- small the tables were then: what is kept from an idle hour must serve a million images. (A scan of the one row of settings
+-- costs much on paper then; without jit it costs nothing else.)
 -- Locks: provider, workspaces by id, windows, then queued tasks (nobody else holds those).
 create function autotag.claim(
   p_worker uuid, p_slots integer, out tasks json, out wait double precision, out bound text
 )
 language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
+  set enable_seqscan = off set jit = off
 as $$
 declare
   v_provider autotag.provider_limits;
@@ -140,7 +144,7 @@ begin
       select t.id, t.attempt, t.asset_id, t.job_id from autotag.tasks t where t.id = any (v_ids)
     ), uploads as materialized (
       select j.id, j.traceparent, round(autotag.real_seconds(v_now - j.created_at)::numeric, 3) as waited
-      from autotag.jobs j where j.id in (select r.job_id from released r)
+      from autotag.jobs j where j.id = any (array(select r.job_id from released r))
     )
     select json_agg(i order by i.task) into tasks
     from (
@@ -216,16 +220,15 @@ begin
     return array[]::bigint[];
   end if;
 
-  with next as (
-    select t.id from autotag.tasks t
-    where t.job_id = v_queue.job_id and t.id > v_queue.cursor
-      and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null and t.finished_at is null
-    order by t.id limit v_admitted.admitted
-  ), taken as (
+  with taken as (
     update autotag.tasks t
     set worker_id = p_worker, attempt = t.attempt + 1,
         reserved_at = v_admitted.at, reserved_tokens = p_tokens
-    from next where t.id = next.id
+    where t.id = any (array(
+      select n.id from autotag.tasks n
+      where n.job_id = v_queue.job_id and n.id > v_queue.cursor
+        and n.lane = 'realtime' and n.worker_id is null and n.retry_at is null and n.finished_at is null
+      order by n.id limit v_admitted.admitted))
     returning t.id
   )
   select coalesce(array_agg(id order by id), '{}') into v_ids from taken;

@@ -15,7 +15,7 @@ create type autotag.answer as (
 );
 
 -- The table of tasks is empty at one moment and full at the next, and a plan kept from the one reads all of the other. So
--- what joins with it is planned every time: by `execute` where a worker's every report passes, and here, where few do, by
+-- what joins with it is planned every time: by `execute` where a worker's every report passes, and where few do by
 -- `plan_cache_mode`.
 
 -- Ends tasks as failed; the sentence is what the user reads. Arrays run in parallel.
@@ -229,11 +229,12 @@ begin
       v_window.workspace_id, 'realtime', v_window.reserved_at, v_window.requests, v_window.units);
   end loop;
 
-  perform from autotag.jobs j where j.id in (select a.job_id from unnest(v_answers) a) order by j.id for update;
+  perform from autotag.jobs j
+  where j.id = any (array(select a.job_id from unnest(v_answers) a)) order by j.id for update;
   -- With their jobs locked nobody else touches the tasks; what was taken away until then is not this worker's.
-  v_answers := array(
-    select a from unnest(v_answers) a
-    join autotag.tasks t on t.id = a.task and t.attempt = a.attempt and t.worker_id = p_worker);
+  execute $q$ select array(
+    select a from unnest($1) a join autotag.tasks t on t.id = a.task and t.attempt = a.attempt and t.worker_id = $2) $q$
+  into v_answers using v_answers, p_worker;
 
   perform autotag.add_usage(v_answers, false);
   perform autotag.apply_answers(v_answers);

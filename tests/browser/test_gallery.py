@@ -94,8 +94,8 @@ async def test_many_images_pass_through_every_stage(gallery: Gallery) -> None:
     stack = gallery.library.stack
     stack.configure(broadcast_interval="0.2 s", express_images=0)
     stack.simulator.plan.batch_latency = (8, 8)
-    stack.simulator.faults.add(Fault(where="POST /v1/files", delay=1))  # `preparing` lasts …
-    stack.simulator.faults.add(Fault(where="GET /v1/files/", delay=1))  # … and so does `completing`
+    stack.simulator.faults.add(Fault(where="POST /v1/files", delay=3))  # `preparing` lasts …
+    stack.simulator.faults.add(Fault(where="GET /v1/files/", delay=3))  # … and so does `completing`
     async with worker(stack):
         seen = await gallery.play("many", gallery.files(60))
     texts = seen["seen"]
