@@ -65,13 +65,17 @@ begin
   where w.workspace_id = p_workspace_id;
 end $$;
 
--- Takes the workspace's lock; its row is made when this is its first work.
+-- Takes the workspace's lock; its row is made when this is its first work, or again when housekeeping forgot it while we
+-- waited for its lock.
 create function autotag.lock_workspace(p_workspace_id uuid) returns void
 language plpgsql security definer set search_path = ''
 as $$
 begin
-  insert into autotag.workspaces (workspace_id) values (p_workspace_id) on conflict do nothing;
-  perform from autotag.workspaces w where w.workspace_id = p_workspace_id for update;
+  loop
+    insert into autotag.workspaces (workspace_id) values (p_workspace_id) on conflict do nothing;
+    perform from autotag.workspaces w where w.workspace_id = p_workspace_id for update;
+    exit when found;
+  end loop;
 end $$;
 
 -- How many more images of a workspace may be live at the same time.
