@@ -107,7 +107,7 @@ begin
       progress = case when v_last then 100 else j.progress end,
       eta = case when not v_last then j.eta end, eta_p90 = case when not v_last then j.eta_p90 end
   where j.id = p_job_id returning * into v_job;
-  if not v_last then
+  if v_job.finished_at is null then
     perform autotag.tell_progress(p_job_id);
     return;
   end if;

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import psycopg
+import pytest
 from psycopg.rows import dict_row
 
 from autotag_local.postgres import LocalPostgres
@@ -116,26 +117,23 @@ async def test_without_pg_cron_the_workers_own_tick_does_the_same(library: Libra
     assert clock == [{"ticked": True}]
 
 
-async def test_an_upload_that_waits_for_housekeeping_is_queued(library: Library) -> None:
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("select autotag.housekeeping()", "select"),  # the row is deleted when the upload comes …
+        ("select from autotag.workspaces for update", "delete from autotag.workspaces"),  # … or still there, locked
+    ],
+    ids=["deleted", "locked"],
+)
+async def test_an_upload_that_waits_for_housekeeping_is_queued(library: Library, first: str, then: str) -> None:
     """Housekeeping forgets a workspace that has no work, and an upload to it waits for that lock meanwhile."""
-    asset, another = library.insert(["a.jpg"]), library.insert(["b.jpg"])
-    library.enqueue(asset)
-    library.sql("delete from autotag.jobs")
-    library.sql("update autotag.workspaces set queued = 0")
+    library.sql("insert into autotag.workspaces (workspace_id) values (%s)", library.member.workspace)
+    assets = library.insert(["a.jpg"])
     with psycopg.connect(library.stack.database_url()) as housekeeping:
-        housekeeping.execute("select autotag.housekeeping()")
+        housekeeping.execute(first.encode())
         assert library.sql("select count(*) as n from autotag.workspaces") == [{"n": 1}], "not committed yet"
-        enqueueing = asyncio.create_task(asyncio.to_thread(library.enqueue, another))
+        enqueueing = asyncio.create_task(asyncio.to_thread(library.enqueue, assets))
         await until(lambda: library.sql("select 1 from pg_locks where not granted") != [], "the upload to wait")
-    await enqueueing
-    assert library.sql("select queued from autotag.workspaces") == [{"queued": 1}]
-    # and where housekeeping has the row but has not deleted it yet
-    library.sql("delete from autotag.jobs")
-    library.sql("update autotag.workspaces set queued = 0")
-    with psycopg.connect(library.stack.database_url()) as housekeeping:
-        housekeeping.execute("select from autotag.workspaces for update")
-        enqueueing = asyncio.create_task(asyncio.to_thread(library.enqueue, another))
-        await until(lambda: library.sql("select 1 from pg_locks where not granted") != [], "the upload to wait")
-        housekeeping.execute("delete from autotag.workspaces")
+        housekeeping.execute(then.encode())
     await enqueueing
     assert library.sql("select queued from autotag.workspaces") == [{"queued": 1}]

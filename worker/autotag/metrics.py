@@ -11,18 +11,14 @@ import time
 from collections import Counter as Counts
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
 SAMPLE_EVERY = 5.0  # seconds that an answer of the database serves every scrape
 READ_MOST = 5.0  # seconds that it may take
-
-M = TypeVar("M", bound=MetricWrapperBase)
 
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
@@ -79,12 +75,6 @@ _SYSTEM = (
 )
 
 
-@cache
-def series(metric: M, *labels: str) -> M:
-    """`metric.labels(…)`, looked up once: every image is observed in four of them."""
-    return metric.labels(*labels)
-
-
 @contextmanager
 def timed(histogram: Histogram, label: str) -> Iterator[None]:
     """Observes how long the block took, also when it fails."""
@@ -92,7 +82,7 @@ def timed(histogram: Histogram, label: str) -> Iterator[None]:
     try:
         yield
     finally:
-        series(histogram, label).observe(time.perf_counter() - started)
+        histogram.labels(label).observe(time.perf_counter() - started)
 
 
 def count_answers(lane: str, reports: Iterable[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from autotag import provider, traces
 from autotag.db import Database, Image
 from autotag.errors import TaggingError
 from autotag.images import Images, data_url
-from autotag.metrics import CLAIMED, CLAIMS, IN_FLIGHT, SECONDS, count_answers, series, timed
+from autotag.metrics import CLAIMED, CLAIMS, IN_FLIGHT, SECONDS, count_answers, timed
 from autotag.tags import Question, read_completion, read_usage, request_body
 from autotag.tokens import largest_side
 from autotag.wake import Wake
@@ -176,6 +176,7 @@ async def run(
     """The lane, until the worker stops; then at most ``deadline`` seconds more for what is in hand."""
     hands: dict[asyncio.Task[None], Image] = {}
     IN_FLIGHT.labels("realtime").set_function(lambda: len(hands))
+    waited = SECONDS.labels("waited")
     full = False
     gathering: asyncio.TimerHandle | None = None
     loop = asyncio.get_running_loop()
@@ -204,7 +205,7 @@ async def run(
                 continue
             CLAIMED.inc(len(claim.images))
             for image in claim.images:
-                series(SECONDS, "waited").observe(image.waited)
+                waited.observe(image.waited)
                 task = asyncio.create_task(tag_image(image))
                 hands[task] = image
                 task.add_done_callback(free_hand)
