@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import time
@@ -12,10 +13,11 @@ import psycopg
 import pytest
 from structlog.testing import capture_logs
 
+from autotag.db import Database
 from autotag_local.openai_sim.faults import Fault
 from autotag_local.pictures import Drawing, draw
 from autotag_local.stack import Stack, worker_process
-from support import Library, answered_pictures, audit, until, worker
+from support import PATIENCE, Library, answered_pictures, audit, until, worker
 
 ACCOUNT_FAULT = Fault(status=401, code="invalid_api_key", message="Incorrect API key provided.", times=1000)
 
@@ -300,6 +302,27 @@ async def test_sigterm_finishes_what_is_in_hand_and_gives_back_the_rest(library:
     async with worker(stack):
         await library.finished(told)
     assert set(Counter(answered_pictures(stack)).values()) == {1}
+
+
+async def test_a_worker_whose_heartbeat_loses_the_cancellation_stops_and_stays_away(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `asyncio.wait_for` does before Python 3.12: the heartbeat goes on, and finds that the worker has left."""
+    beating, lost = asyncio.Event(), asyncio.Event()
+
+    async def heartbeat(db: Database) -> bool:
+        beating.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        lost.set()
+        return False
+
+    monkeypatch.setattr(Database, "heartbeat", heartbeat)
+    async with worker(library.stack) as wake, asyncio.timeout(PATIENCE):
+        wake.notify("version")  # makes the heart beat at once
+        await beating.wait()
+    assert lost.is_set()
+    assert library.sql("select count(*) as n from autotag.workers")[0]["n"] == 0
 
 
 async def test_a_late_report_is_refused(library: Library, stack: Stack) -> None:

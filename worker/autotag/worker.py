@@ -7,7 +7,7 @@ import contextlib
 import signal
 import socket
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 
 import psycopg
 import structlog
@@ -33,6 +33,7 @@ HEARTBEATS_PER_LEASE = 3  # two may get lost before a lease runs out
 HEARTBEAT_RETRY = 1.0  # seconds after one that failed
 HAND_OVER = 10.0  # seconds that the database may take for the last reports
 OUTBOX_RETRY = 60.0  # seconds between looks where nothing notifies
+CANCEL_AGAIN = 1.0  # seconds after a cancellation that had no effect
 
 log = structlog.get_logger(__name__)
 
@@ -151,8 +152,7 @@ class Worker:
                 )
                 lanes.create_task(batches.run(settings.stop_deadline))
             await self._hand_over(reports)
-            for helper in helpers:
-                helper.cancel()
+            await _end(helpers)
         self._log.info("worker_stopped")
 
     async def _hand_over(self, reports: realtime.Reports) -> None:
@@ -193,7 +193,7 @@ class Worker:
             pause = seconds
             try:
                 alive = await self._db.heartbeat()
-                if not alive:
+                if not alive and not self._wake.stop.is_set():  # a worker that stops has handed over already
                     self._log.error("lease_lost", hint="The database was out of reach for longer than the lease.")
                     await self._register()
             except VersionsDiffer as error:
@@ -210,3 +210,13 @@ class Worker:
         while not self._wake.stop.is_set():
             await self._wake.wait("outbox", OUTBOX_RETRY if self._wake.poll_every else None)
             await deliver_outbox(self._db, self._settings.supabase_url, key)
+
+
+async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancels tasks until they have ended: `asyncio.wait_for`, by which the pool waits for a connection, loses a
+    cancellation that comes together with what it waits for (before Python 3.12)."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN)
