@@ -12,6 +12,7 @@ import psycopg
 import pytest
 from structlog.testing import capture_logs
 
+from autotag.images import Images
 from autotag_local.openai_sim.faults import Fault
 from autotag_local.openai_sim.limits import QUANTISED_ABOVE, Bucket, CoUser, Limits
 from autotag_local.postgres import LocalPostgres
@@ -26,19 +27,55 @@ def refusals(stack: Stack) -> int:
     return sum(entry["status"] == 429 for entry in stack.simulator.book)
 
 
-async def test_a_burst_against_a_narrow_provider_never_meets_a_429(library: Library) -> None:
-    """Sixty images and a bucket of twelve: judged by the provider's book."""
-    stack = library.stack
-    stack.configure(**WIDE)
-    stack.compress(60)  # a minute of limits is a second
-    stack.simulator.limits = Limits.of(120, 12_000, None, speed=60)
+def narrow(library: Library) -> None:
+    """A bucket of twelve images, whose minute is two seconds."""
+    library.stack.configure(**WIDE)
+    library.stack.compress(30)
+    library.stack.configure(provider_margin="7.5 s")  # a message takes real time: a quarter of a second, as ever
+    library.stack.simulator.limits = Limits.of(120, 12_000, None, speed=30)
     library.sql("update autotag.provider_limits set requests_per_minute = 120, tokens_per_minute = 12000,"
                 " requests_per_day = null")  # fmt: skip
+
+
+async def test_a_burst_against_a_narrow_provider_never_meets_a_429(library: Library) -> None:
+    """Forty images and a bucket of twelve: judged by the provider's book."""
+    stack = library.stack
+    narrow(library)
     assets = [await library.upload(20, seed=seed) for seed in (1, 2)]
     async with worker(stack):
         await library.finished(*[library.enqueue(some) for some in assets])
     assert refusals(stack) == 0
     assert set(Counter(answered_pictures(stack)).values()) == {1}
+    audit(stack)
+
+
+async def test_a_storage_that_stalls_does_not_make_the_bucket_run_over(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was released and is not sent yet is still in the provider's bucket, which is full and does not refill."""
+    stack = library.stack
+    narrow(library)
+    flows = asyncio.Event()
+    load = Images._from_storage
+
+    async def stall(self: Images, bucket: str, path: str) -> bytes:
+        await flows.wait()
+        return await load(self, bucket, path)
+
+    def released() -> int:
+        return int(library.sql("select count(*) as n from autotag.tasks where stage <> 'queued'")[0]["n"])
+
+    monkeypatch.setattr(Images, "_from_storage", stall)
+    assets = await library.upload(40)
+    async with worker(stack):
+        job = library.enqueue(assets)
+        await until(lambda: released() > 0, "the first images")
+        [row] = library.sql("select autotag.now() + interval '2 min' as later")
+        await until(lambda: library.sql("select autotag.now() > %s as so", row["later"])[0]["so"], "two minutes")
+        assert released() <= 12
+        flows.set()
+        await library.finished(job)
+    assert refusals(stack) == 0
     audit(stack)
 
 
