@@ -21,6 +21,12 @@ async function open(address, options = {}) {
       socket.connectToServer()
     })
   }
+  if (options.slow) {
+    await page.route(options.slow.url, async (route) => {
+      await options.slow.until
+      await route.continue()
+    })
+  }
   await page.goto(address)
   await page.waitForFunction(() => document.getElementById('connection').textContent === 'Live')
   return page
@@ -116,6 +122,17 @@ const scenarios = {
     await add(other, given.files)
     await all(page, 'completed', given.files.length)
     return { sockets: sockets.length, connection: await page.textContent('#connection'), problems: page.problems }
+  },
+
+  /** Files are chosen while the page still fetches what it shows. */
+  async early() {
+    let answer
+    const answered = new Promise((resolve) => { answer = resolve })
+    const page = await open(given.mine, { slow: { url: '**/rpc/tagging_usage', until: answered } })
+    await add(page, given.files)
+    await all(page, 'completed', given.files.length)
+    answer()
+    return { problems: page.problems }
   },
 
   /** One image fails, says why, and is tried again. */

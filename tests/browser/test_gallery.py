@@ -129,6 +129,11 @@ async def test_a_lost_websocket_is_made_up_for(gallery: Gallery) -> None:
     assert seen["connection"] == "Live"
 
 
+async def test_files_chosen_while_the_page_still_loads_are_taken(gallery: Gallery) -> None:
+    async with worker(gallery.library.stack):
+        await gallery.play("early", gallery.files(3))
+
+
 async def test_a_failed_image_says_why_and_is_tried_again(gallery: Gallery) -> None:
     gallery.library.stack.simulator.faults.add(Fault(answer="refusal"))
     async with worker(gallery.library.stack):

@@ -176,11 +176,20 @@ async function cancel(jobId) {
   await refresh()
 }
 
+// -- what is heard: before the rows are awaited, so that what is chosen early is not lost
+
+$('files').onchange = (event) => { upload(event.target.files).then(() => { event.target.value = '' }) }
+const drop = $('drop')
+for (const name of ['dragenter', 'dragover']) drop.addEventListener(name, (event) => { event.preventDefault(); drop.classList.add('over') })
+for (const name of ['dragleave', 'drop']) drop.addEventListener(name, () => drop.classList.remove('over'))
+drop.addEventListener('drop', (event) => { event.preventDefault(); upload(event.dataTransfer.files) })
+
 // -- who tells
 
 if (!workspace || !token) {
   complain({ message: 'This address names nobody.', hint: 'Open the one that ./scripts/demo --serve printed.' })
 } else {
+  $('files').disabled = false
   await supabase.realtime.setAuth(token)
   supabase.channel(`tagging:${workspace}`, { config: { private: true } })
     .on('broadcast', { event: 'job-progress' }, ({ payload }) => { showJob(payload); refresh() })
@@ -193,9 +202,3 @@ if (!workspace || !token) {
   await refresh()
   await refreshUsage()
 }
-
-$('files').onchange = (event) => { upload(event.target.files).then(() => { event.target.value = '' }) }
-const drop = $('drop')
-for (const name of ['dragenter', 'dragover']) drop.addEventListener(name, (event) => { event.preventDefault(); drop.classList.add('over') })
-for (const name of ['dragleave', 'drop']) drop.addEventListener(name, () => drop.classList.remove('over'))
-drop.addEventListener('drop', (event) => { event.preventDefault(); upload(event.dataTransfer.files) })
