@@ -28,11 +28,11 @@ begin
 end $$;
 
 -- The progress of a batch's images follows what OpenAI counts: from `processing` to just under `completing`, in steps of
--- five percent, because each step writes every row. The caller holds the batch's lock, which keeps its tasks as they are.
+-- ten percent, because each step writes every row. The caller holds the batch's lock, which keeps its tasks as they are.
 create function autotag.batch_progress(p_done integer, p_total integer) returns integer
 language sql immutable parallel safe set search_path = ''
 as $$
-  select 30 + 5 * (11 * least(p_done, p_total) / greatest(p_total, 1))
+  select 30 + 10 * (5 * least(p_done, p_total) / greatest(p_total, 1))
 $$;
 create function autotag.show_batch_progress(p_batch uuid, p_progress integer, p_eta timestamptz) returns void
 language sql security definer set search_path = ''

@@ -160,7 +160,7 @@ def test_a_look_at_many_batches_predicts_once_an_upload(stack: Stack, postgres: 
         look = """select autotag.batches_seen((select jsonb_agg(jsonb_build_object('id', b.openai_batch_id,
           'status', 'in_progress', 'total', 100, 'done', %s)) from autotag.batches b))"""
         predictions = []
-        for done in (10, 12):  # a step of five percent, and less than one
+        for done in (20, 24):  # a step of ten percent, and less than one
             connection.execute("select pg_stat_reset()")
             connection.execute(look, (done,))
             connection.execute("select pg_stat_force_next_flush()")
