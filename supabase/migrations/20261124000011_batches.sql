@@ -96,6 +96,7 @@ declare
   v_admitted_at timestamptz;   -- its place in the workspace's window
   v_retry_at timestamptz;
   v_ahead integer;             -- batches of earlier uploads that count on a place in the window
+  v_again boolean := false;    -- a candidate could not go: those behind it are for the next call, made at once
   v_tokens bigint;
   v_queued bigint;
   v_taken uuid[] := array[]::uuid[];
@@ -146,12 +147,18 @@ begin
         select count(*) into v_ahead from autotag.batches b
         where b.workspace_id = v_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
           and b.created_at < v_batch.created_at;
-        continue when v_ahead > 0 and (select a.admitted = 0 from autotag.admit(
-          v_batch.workspace_id, 'batch', v_ahead + 1, 0, false, false) a);
-        select a.admitted, a.at, a.retry_at into v_admitted, v_admitted_at, v_retry_at
-        from autotag.admit(v_batch.workspace_id, 'batch', 1, v_batch.image_count - v_batch.express_count, false) a;
-        if v_admitted = 0 then
+        v_admitted := 1;
+        if v_ahead > 0 then
+          select a.admitted, a.retry_at into v_admitted, v_retry_at
+          from autotag.admit(v_batch.workspace_id, 'batch', v_ahead + 1, 0, false, false) a;
+        end if;
+        if v_admitted > 0 then
+          select a.admitted, a.at, a.retry_at into v_admitted, v_admitted_at, v_retry_at
+          from autotag.admit(v_batch.workspace_id, 'batch', 1, v_batch.image_count - v_batch.express_count, false) a;
+        end if;
+        if v_admitted = 0 then  -- it leaves the head of the line: nobody else waits for its workspace's window
           update autotag.batches b set not_before = coalesce(v_retry_at, 'infinity') where b.id = v_batch.id;
+          v_again := true;
           continue;
         end if;
       end if;
@@ -205,7 +212,7 @@ begin
     where b.worker_id is null and b.not_before > v_now and b.not_before < 'infinity'
       and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting')
   ) moments (moment);
-  wait := case when v_next is not null then autotag.real_seconds(greatest(v_next, v_now) - v_now) end;
+  wait := case when v_again then 0 when v_next is not null then autotag.real_seconds(greatest(v_next, v_now) - v_now) end;
 end $$;
 
 -- The batch if this worker holds it, locked together with its job; else a refusal that tells the worker to

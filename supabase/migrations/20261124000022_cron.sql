@@ -18,7 +18,13 @@ begin
   perform autotag.expire_workers();
   -- An image too large for its workspace's window waits for a larger limit: see whether it came.
   update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at = 'infinity';
-  update autotag.batches b set not_before = v_now where b.state = 'planned' and b.not_before = 'infinity';
+  -- A batch waits until places leave the window: see whether it has some already (a larger limit, a cancelled upload).
+  update autotag.batches b set not_before = v_now
+  where b.id in (
+    select w.id from autotag.batches w
+    where w.state = 'planned' and w.admitted_at is null and w.not_before > v_now
+      and (select a.admitted > 0 from autotag.admit(w.workspace_id, 'batch', 1, 0, false, false) a)
+    for update skip locked);
   if exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at <= v_now))
      or exists (select from autotag.tasks t where t.retry_at <= v_now)
      or exists (select from autotag.uploads u where u.seal_at <= v_now) then
