@@ -73,7 +73,7 @@ $$;
 -- claim_batches: hands out whole batches, and the poll when it is due.
 --   batches: [{batch, attempt, state, image_count, since, cancelled, openai_batch_id, input_file_id,
 --     output_file_id, error_file_id}], in the order to work on them: what OpenAI has finished is stored first,
---     then the first batches of uploads, then the others.
+--     then what was begun goes on (it holds queued tokens), then come the first batches of uploads, then the others.
 --   poll: [{id, since (epoch seconds: it is not older at OpenAI)}] of the batches in flight when they are to be
 --     looked at now, else null; cancel: ids of those that are to be cancelled at OpenAI before.
 --   files: ids of files that nobody needs any more, to be deleted at OpenAI (files_deleted).
@@ -121,7 +121,7 @@ begin
     select b.id from autotag.batches b
     where b.worker_id is null and b.not_before <= v_now
       and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting')
-    order by b.state in ('ended', 'harvesting') desc, b.ordinal > 1, b.created_at, b.ordinal
+    order by b.state in ('ended', 'harvesting') desc, b.state = 'planned', b.ordinal > 1, b.created_at, b.ordinal
     limit v_slots);
   perform from public.workspace_rate_limits l
   where l.request_type = 'batch' and l.workspace_id in (

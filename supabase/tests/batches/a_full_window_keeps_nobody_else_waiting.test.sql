@@ -1,23 +1,6 @@
 begin;
 \ir ../setup.psql
 select plan(7);
--- What a worker is handed, which asks again at once where it is told to, as 'workspace/upload'.
-create function pg_temp.handed(slots integer) returns text language plpgsql as $$
-declare
-  v_batches jsonb;
-  v_wait double precision;
-begin
-  for i in 1 .. 10 loop
-    select c.batches, c.wait into v_batches, v_wait from autotag.claim_batches(pg_temp.worker(), slots) c;
-    exit when v_batches <> '[]' or v_wait is distinct from 0;
-  end loop;
-  return (
-    select coalesce(string_agg(right(j.workspace_id::text, 2)::integer || '/' || j.upload, ' ' order by x.i), 'nothing')
-    from jsonb_array_elements(v_batches) with ordinality x (batch, i)
-    join autotag.batches b on b.id = (x.batch ->> 'batch')::uuid
-    join (select j.id, j.workspace_id, rank() over (partition by j.workspace_id order by j.created_at) as upload
-          from autotag.jobs j) j on j.id = b.job_id);
-end $$;
 select pg_temp.upload(1000);
 select is((select count(*)::integer from autotag.batches), 10, 'ten batches, as many as the hour has');
 select is(pg_temp.handed(1), '1/1', 'the first of them is on its way');
