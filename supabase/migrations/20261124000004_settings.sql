@@ -47,6 +47,7 @@ create table autotag.settings (
   account_probe_interval interval not null default '30 s' check (account_probe_interval > '0'),  -- while the provider refuses the account, one image in so long tries
   batch_poll_interval interval not null default '60 s' check (batch_poll_interval > '0'),  -- between looks at the batches in flight
   batch_create_grace interval not null default '10 s' check (batch_create_grace >= '0'),  -- a create that seemed to fail may yet arrive: nobody tries again before
+  batch_patience interval not null default '30 min' check (batch_patience >= '0'),  -- while OpenAI's queue has no room for a batch smaller ones pass it, for so long
   batch_looks_in_vain integer not null default 3 check (batch_looks_in_vain > 0),  -- looks in a row that do not find a batch at OpenAI before it is given up
   -- A batch without progress for so long is cancelled, and its images go as single calls, where the limits allow.
   batch_stuck_after interval not null default '6 h' check (batch_stuck_after > '0'),

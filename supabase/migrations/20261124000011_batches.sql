@@ -23,7 +23,7 @@ create table autotag.batches (
   failures integer not null default 0,
   not_before timestamptz not null default '-infinity',
   admitted_at timestamptz,               -- its place in the workspace's window, taken once
-  reserved_tokens bigint not null default 0,  -- its share of the provider's queued-token limit
+  reserved_tokens bigint not null default 0,  -- its share of the provider's queued-token limit, from its claim to its end
   openai_batch_id text unique,
   openai_status text,
   input_file_id text,
@@ -52,6 +52,7 @@ create index batches_in_flight_idx on autotag.batches (openai_batch_id) where st
 create index batches_worker_idx on autotag.batches (worker_id) where worker_id is not null;
 create index batches_leftover_files_idx on autotag.batches (id) where state in ('done', 'cancelled')
   and (input_file_id is not null or output_file_id is not null or error_file_id is not null);
+create index batches_reserved_idx on autotag.batches (workspace_id) include (reserved_tokens) where reserved_tokens > 0;
 create index batches_workspace_planned_idx on autotag.batches (workspace_id) where state = 'planned';
 alter table autotag.batches enable row level security;
 
@@ -73,7 +74,9 @@ $$;
 -- claim_batches: hands out whole batches, and the poll when it is due.
 --   batches: [{batch, attempt, state, image_count, since, cancelled, openai_batch_id, input_file_id,
 --     output_file_id, error_file_id}], in the order to work on them: what OpenAI has finished is stored first,
---     then what was begun goes on (it holds queued tokens), then come the first batches of uploads, then the others.
+--     then what was begun goes on (it holds queued tokens), then come the first batches of uploads, then the others;
+--     among these, the workspace that has the fewest tokens queued is first. What the provider's queue has no room for is
+--     passed by smaller ones until it has waited for batch_patience; from then on nobody begins before it.
 --   poll: [{id, since (epoch seconds: it is not older at OpenAI)}] of the batches in flight when they are to be
 --     looked at now, else null; cancel: ids of those that are to be cancelled at OpenAI before.
 --   files: ids of files that nobody needs any more, to be deleted at OpenAI (files_deleted).
@@ -92,17 +95,19 @@ declare
   v_slots integer := greatest(coalesce(p_slots, 0), 0);
   v_candidates uuid[];
   v_batch autotag.batches;
-  v_admitted integer;
-  v_admitted_at timestamptz;   -- its place in the workspace's window
-  v_retry_at timestamptz;
+  v_images integer;
+  v_retry_at timestamptz;      -- when the workspace's window has a place; null: it has
   v_ahead integer;             -- batches of earlier uploads that count on a place in the window
   v_again boolean := false;    -- a candidate could not go: those behind it are for the next call, made at once
   v_tokens bigint;
-  v_queued bigint;
+  v_queued bigint;             -- tokens of what OpenAI has, or is about to
+  v_patient_since timestamptz;  -- what waits since then is not passed any more …
+  v_held boolean := false;     -- … because the room that there is, is held for it
   v_taken uuid[] := array[]::uuid[];
   v_next timestamptz;
 begin
   select * into v_settings from autotag.settings;
+  v_patient_since := v_now - v_settings.batch_patience;
   batches := '[]';
   files := '[]';
   if not autotag.hold_lease(p_worker) then
@@ -117,11 +122,31 @@ begin
     v_slots := least(v_slots, 1);
   end if;
 
+  v_queued := (select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.reserved_tokens > 0);
   v_candidates := array(
-    select b.id from autotag.batches b
-    where b.worker_id is null and b.not_before <= v_now
-      and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting')
-    order by b.state in ('ended', 'harvesting') desc, b.state = 'planned', b.ordinal > 1, b.created_at, b.ordinal
+    with ready as (
+      select b.id, b.workspace_id, b.state, b.ordinal, b.created_at, t.tokens, t.since,
+        b.ordinal > 1 and t.since > v_patient_since as later
+      from autotag.batches b
+      cross join lateral (
+        select (b.image_count - b.express_count)::bigint * v_provider.tokens_per_image as tokens,
+               greatest(b.created_at, b.not_before) as since) t
+      where b.worker_id is null and b.not_before <= v_now
+        and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting')
+        and (b.state <> 'planned' or t.since <= v_patient_since
+          or v_queued = 0 or v_queued + t.tokens <= v_provider.queued_batch_tokens)
+    )
+    select r.id
+    from ready r
+    left join (
+      select b.workspace_id, sum(b.reserved_tokens) as tokens
+      from autotag.batches b where b.reserved_tokens > 0 group by b.workspace_id
+    ) q on q.workspace_id = r.workspace_id and r.state = 'planned'
+    order by r.state in ('ended', 'harvesting') desc, r.state = 'planned', r.later,
+      -- what its workspace will have queued when its turn comes
+      coalesce(q.tokens, 0) - r.tokens + sum(r.tokens) over (
+        partition by r.workspace_id, r.state = 'planned' order by r.later, r.since, r.created_at, r.ordinal),
+      r.since, r.created_at, r.ordinal
     limit v_slots);
   perform from public.workspace_rate_limits l
   where l.request_type = 'batch' and l.workspace_id in (
@@ -135,35 +160,40 @@ begin
     where b.worker_id is null order by c.i
   loop
     if v_batch.state = 'planned' then
-      v_tokens := (v_batch.image_count - v_batch.express_count)::bigint * v_provider.tokens_per_image;
-      select coalesce(sum(b.reserved_tokens), 0) into v_queued from autotag.batches b
-      where b.state in ('preparing', 'uploading', 'creating', 'submitted');
-      -- A batch ahead of the provider's queue always goes: alone it must be small enough.
-      continue when v_queued > 0 and v_queued + v_tokens > v_provider.queued_batch_tokens;
-      v_admitted_at := v_batch.admitted_at;
-      if v_admitted_at is null then
+      v_images := v_batch.image_count - v_batch.express_count;
+      if v_batch.admitted_at is null then
         -- The first batch of an upload goes before the others of earlier ones, but not with the place in the window
         -- that these were planned for.
         select count(*) into v_ahead from autotag.batches b
         where b.workspace_id = v_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
           and b.created_at < v_batch.created_at;
-        v_admitted := 1;
-        if v_ahead > 0 then
-          select a.admitted, a.retry_at into v_admitted, v_retry_at
-          from autotag.admit(v_batch.workspace_id, 'batch', v_ahead + 1, 0, false, false) a;
-        end if;
-        if v_admitted > 0 then
-          select a.admitted, a.at, a.retry_at into v_admitted, v_admitted_at, v_retry_at
-          from autotag.admit(v_batch.workspace_id, 'batch', 1, v_batch.image_count - v_batch.express_count, false) a;
-        end if;
-        if v_admitted = 0 then  -- it leaves the head of the line: nobody else waits for its workspace's window
-          update autotag.batches b set not_before = coalesce(v_retry_at, 'infinity') where b.id = v_batch.id;
+        select max(coalesce(a.retry_at, 'infinity')) into v_retry_at
+        from (values (v_ahead + 1, 0), (1, v_images)) w (batches, images)
+        cross join lateral autotag.admit(v_batch.workspace_id, 'batch', w.batches, w.images, false, p_take => false) a
+        where a.admitted = 0;
+        if v_retry_at is not null then  -- it leaves the head of the line: nobody else waits for its workspace's window
+          update autotag.batches b set not_before = v_retry_at where b.id = v_batch.id;
           v_again := true;
           continue;
         end if;
       end if;
+      v_tokens := v_images::bigint * v_provider.tokens_per_image;
+      -- A batch ahead of the provider's queue always goes: alone it must be small enough.
+      if v_held or v_queued > 0 and v_queued + v_tokens > v_provider.queued_batch_tokens then
+        v_held := v_held or greatest(v_batch.created_at, v_batch.not_before) <= v_patient_since;
+        continue;
+      end if;
+      if v_batch.admitted_at is null then
+        select a.at into v_batch.admitted_at
+        from autotag.admit(v_batch.workspace_id, 'batch', 1, v_images, false) a where a.admitted > 0;
+        if not found then  -- somebody's check_rate_limit was quicker
+          v_again := true;
+          continue;
+        end if;
+      end if;
+      v_queued := v_queued + v_tokens;
       update autotag.batches b
-      set admitted_at = v_admitted_at, reserved_tokens = v_tokens
+      set admitted_at = v_batch.admitted_at, reserved_tokens = v_tokens
       where b.id = v_batch.id;
     end if;
     update autotag.batches b

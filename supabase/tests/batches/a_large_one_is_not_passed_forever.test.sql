@@ -1,0 +1,28 @@
+begin;
+\ir ../setup.psql
+select plan(7);
+update autotag.provider_limits p set queued_batch_tokens = 1000 * p.tokens_per_image;
+update autotag.settings set batch_batches_per_hour = 1;
+create function pg_temp.gone(n integer) returns void language sql as $$
+  select autotag.end_batch(b, 'gone') from autotag.batches b where b.workspace_id = pg_temp.workspace(n) and b.reserved_tokens > 0
+$$;
+select pg_temp.upload(150, 1), pg_temp.upload(150, 2), pg_temp.upload(150, 3);
+select is(pg_temp.handed(9), '1/1 2/1 3/1', 'OpenAI has three small batches');
+
+select pg_temp.at(1), pg_temp.upload(800, 1);
+select pg_temp.handed(9);
+select pg_temp.at(1900), pg_temp.upload(150, 4), pg_temp.gone(1);
+select is(pg_temp.handed(9), '4/1', 'a large one that its own hour has no place for keeps nobody waiting');
+
+select pg_temp.at(2000), pg_temp.upload(800, 5);
+select is(pg_temp.handed(9), 'nothing', 'another has its place, but OpenAI no room until two of the small ones are done');
+select pg_temp.at(2600), pg_temp.upload(150, 6), pg_temp.gone(2);
+select is(pg_temp.handed(1), '6/1', 'what came later and is small enough does not wait with it');
+select pg_temp.at(3900), pg_temp.upload(150, 7), pg_temp.gone(3);
+select is(pg_temp.handed(9), 'nothing', 'but after half an hour nothing passes it any more');
+select pg_temp.gone(4);
+select is(pg_temp.handed(9), '5/1', 'until it has its room');
+select pg_temp.gone(6);
+select is(pg_temp.handed(9), '7/1', 'and then the next');
+select * from finish();
+rollback;
