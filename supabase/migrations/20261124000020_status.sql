@@ -77,7 +77,7 @@ begin
       'requests_left_today', case when v_provider.requests_per_day is not null then floor(v_provider.day_left) end,
       'queued_batch_tokens', v_provider.queued_batch_tokens,
       'queued_batch_tokens_used', (
-        select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.state not in ('done', 'cancelled')),
+        select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.reserved_tokens > 0),
       'blocked_until', case when v_provider.blocked_until > v_now then v_provider.blocked_until end,
       'account_error', v_provider.account_error, 'account_error_at', v_provider.account_error_at),
     'workers', (
