@@ -46,9 +46,7 @@ create table autotag.batches (
   unique (job_id, ordinal),
   check (express_count < image_count)
 ) with (fillfactor = 50);
-create index batches_turn_idx on autotag.batches (created_at, ordinal)
-  where worker_id is null and state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting');
-create index batches_in_flight_idx on autotag.batches (openai_batch_id) where state = 'submitted';
+create index batches_live_idx on autotag.batches (state, created_at, ordinal) where state not in ('done', 'cancelled');
 create index batches_worker_idx on autotag.batches (worker_id) where worker_id is not null;
 create index batches_leftover_files_idx on autotag.batches (id) where state in ('done', 'cancelled')
   and (input_file_id is not null or output_file_id is not null or error_file_id is not null);

@@ -13,6 +13,7 @@ create table autotag.usage (
   cost numeric not null default 0        -- dollars, by the price table in settings
 ) with (fillfactor = 50);
 create unique index usage_key on autotag.usage (workspace_id, day, user_id) nulls not distinct;
+create index usage_day_idx on autotag.usage (day);
 alter table autotag.usage enable row level security;
 
 -- Adds what these answers cost. Their input counts the cached tokens too, as OpenAI's figures do.

@@ -14,7 +14,7 @@ begin
       'queued', q.images, 'queued_workspaces', q.workspaces,
       'oldest_queued', (
         select extract(epoch from v_now - min(j.created_at)) from autotag.queues u join autotag.jobs j on j.id = u.job_id
-        where u.queued > 0),
+        where u.queued > 0 and j.finished_at is null),
       'parked', k.parked, 'live', l.images,
       'work', q.images + k.held + k.due + b.images,
       'batches', b.states, 'oldest_batch', extract(epoch from v_now - b.oldest))
@@ -89,7 +89,7 @@ begin
       select coalesce(jsonb_agg(to_jsonb(x) order by x.images desc, x.code), '[]') from (
         select t.error_code as code, min(t.error) as message, count(*) as images, max(t.finished_at) as last_at
         from autotag.jobs j join autotag.tasks t on t.job_id = j.id
-        where coalesce(j.finished_at, v_now) > v_now - interval '1 day' and t.stage = 'failed'
+        where (j.finished_at is null or j.finished_at > v_now - interval '1 day') and t.stage = 'failed'
           and t.finished_at > v_now - interval '1 day'
         group by t.error_code order by count(*) desc limit p_most) x),
     'today', (

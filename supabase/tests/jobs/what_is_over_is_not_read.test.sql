@@ -1,0 +1,39 @@
+-- Finished uploads and usage are kept for long; what runs all the time may not become slower by them.
+begin;
+\ir ../setup.psql
+select plan(6);
+create function pg_temp.rows_read() returns numeric language sql as $$
+  select sum(seq_tup_read + idx_tup_fetch) from pg_stat_xact_user_tables where schemaname = 'autotag'
+$$;
+create temporary table before (n numeric);
+select pg_temp.workspace(n) from generate_series(1, 50) n;
+with old as (
+  insert into autotag.jobs (workspace_id, strategy, image_count, completed, created_at, finished_at)
+  select pg_temp.workspace(1 + n % 50), 'batch', 60, 60, autotag.now() - interval '9 days', autotag.now() - interval '9 days'
+  from generate_series(1, 5000) n returning id, workspace_id, created_at)
+insert into autotag.batches (job_id, workspace_id, ordinal, image_count, state, created_at)
+select o.id, o.workspace_id, 1, 60, 'done', o.created_at from old o;
+insert into autotag.usage (workspace_id, day, images)
+select pg_temp.workspace(w), '2029-12-01'::date - d, 60 from generate_series(1, 50) w, generate_series(1, 100) d;
+insert into autotag.durations (images, started_at, seconds)
+select 60, autotag.now() - n * interval '1 min', 1800 from generate_series(1, 5000) n;
+analyze autotag.jobs, autotag.batches, autotag.usage, autotag.durations;
+select pg_temp.upload(60, n) from generate_series(1, 5) n;
+create function pg_temp.claimed_batches(slots integer) returns integer language sql as $$
+  select jsonb_array_length(c.batches) from autotag.claim_batches(pg_temp.worker(), slots) c
+$$;
+
+insert into before select pg_temp.rows_read();
+select is(pg_temp.claimed_batches(2), 2, 'two batches of five that wait, next to five thousand that are done');
+select is(pg_temp.claimed_batches(9), 3, 'and the others');
+select cmp_ok(pg_temp.rows_read() - max(n), '<', 500::numeric, 'are claimed without reading all of them') from before;
+
+insert into before select pg_temp.rows_read();
+select is((autotag.metrics() ->> 'live')::integer, 300, 'a monitoring system looks');
+select cmp_ok(pg_temp.rows_read() - max(n), '<', 1000::numeric, 'and reads the live ones') from before;
+
+insert into before select pg_temp.rows_read();
+select autotag.tick();
+select cmp_ok(pg_temp.rows_read() - max(n), '<', 1000::numeric, 'as what happens every minute does') from before;
+select * from finish();
+rollback;
