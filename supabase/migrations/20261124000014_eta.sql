@@ -91,13 +91,38 @@ begin
   end if;
 end $$;
 
+-- When a batch may begin: one without a place in its workspace's window has to wait until there is one for those before
+-- it and for itself, and each full window of those before it is a window later.
+create function autotag.batch_turn(p_batch autotag.batches, p_now timestamptz) returns timestamptz
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  v_turn timestamptz := greatest(p_now, case when p_batch.not_before < 'infinity' then p_batch.not_before end);
+  v_before integer;
+  v_window record;
+begin
+  if p_batch.state <> 'planned' or p_batch.admitted_at is not null then
+    return v_turn;
+  end if;
+  select count(*) into v_before from autotag.batches b
+  where b.workspace_id = p_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
+    and (b.created_at, b.ordinal) < (p_batch.created_at, p_batch.ordinal);
+  select l.length, l.max_requests, a.retry_at into v_window
+  from (select 1) one
+  left join public.workspace_rate_limits w on w.workspace_id = p_batch.workspace_id and w.request_type = 'batch'
+  cross join lateral autotag.window_limits(
+    coalesce(w, row(p_batch.workspace_id, 'batch', null, null, '{}', '{}', '{}')::public.workspace_rate_limits)) l
+  cross join lateral autotag.admit(
+    p_batch.workspace_id, 'batch', v_before % l.max_requests + 1, 0, false, p_take => false) a;
+  return greatest(v_turn, coalesce(v_window.retry_at, p_now) + v_before / v_window.max_requests * v_window.length);
+end $$;
+
 -- The batch's own prediction, and when it will be done; one that has not started starts when its turn comes.
 create function autotag.batch_eta(p_batch autotag.batches, p_now timestamptz, out p50 timestamptz, out p90 timestamptz)
 language plpgsql stable security definer set search_path = ''
 as $$
 declare
-  v_started timestamptz := coalesce(p_batch.submitted_at,
-    greatest(p_now, case when p_batch.not_before < 'infinity' then p_batch.not_before end));
+  v_started timestamptz := coalesce(p_batch.submitted_at, autotag.batch_turn(p_batch, p_now));
   v_seconds record;
 begin
   v_seconds := autotag.predict_batch(p_batch.image_count - p_batch.express_count, v_started, greatest(p_now, v_started),
@@ -126,9 +151,10 @@ begin
     from autotag.queues q where q.job_id = p_job_id and q.queued > 0), interval '0');
   select max(e.p50) as p50, max(e.p90) as p90 into v_batches
   from (
-    -- Those that wait for their turn are mostly alike: one speaks for all.
+    -- Those that wait for their turn are mostly alike: the last one speaks for all.
     select distinct on (b.openai_batch_id, b.not_before, b.image_count - b.express_count) b as batch
-    from autotag.batches b where b.job_id = p_job_id and b.state not in ('done', 'cancelled')) d
+    from autotag.batches b where b.job_id = p_job_id and b.state not in ('done', 'cancelled')
+    order by b.openai_batch_id, b.not_before, b.image_count - b.express_count, b.ordinal desc) d
   cross join lateral autotag.batch_eta(d.batch, v_now) e;
   update autotag.jobs j
   set eta = greatest(v_now + v_single, v_batches.p50), eta_p90 = greatest(v_now + 2 * v_single, v_batches.p90)

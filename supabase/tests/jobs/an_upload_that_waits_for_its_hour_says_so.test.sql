@@ -1,0 +1,28 @@
+begin;
+\ir ../setup.psql
+select plan(5);
+create function pg_temp.upload_at(seconds bigint) returns text language plpgsql as $$
+begin
+  perform pg_temp.at(seconds);
+  return pg_temp.upload(60) ->> 'job_id';
+end $$;
+create temporary table uploads as select n, pg_temp.upload_at(n) as id from generate_series(1::bigint, 21) n;
+create function pg_temp.minutes(p_n bigint, out begins numeric, out done numeric) language sql as $$
+  select round(extract(epoch from autotag.batch_turn(b, autotag.now()) - '2030-01-01 12:00:00+00') / 60),
+         round(extract(epoch from j.eta - '2030-01-01 12:00:00+00') / 60)
+  from uploads u join autotag.jobs j on j.id = u.id::uuid join autotag.batches b on b.job_id = j.id where u.n = p_n
+$$;
+select results_eq('select begins from unnest(array[1, 10, 11, 20, 21]) n, pg_temp.minutes(n)', array[0, 0, 60, 60, 120]::numeric[],
+  'ten batches an hour: the eleventh begins in an hour, the twenty-first in two');
+select is((select array_agg(done order by n) from unnest(array[1, 10, 11, 21]) n, pg_temp.minutes(n)), '{45,45,105,165}'::numeric[],
+  'and each upload says so');
+select is(pg_temp.handed(30), '1/1 1/2 1/3 1/4 1/5 1/6 1/7 1/8 1/9 1/10', 'ten begin');
+select pg_temp.at(1200);
+select results_eq('select begins from unnest(array[11, 20, 21]) n, pg_temp.minutes(n)', array[60, 60, 120]::numeric[],
+  'twenty minutes later the others still begin when they were to');
+update autotag.settings set batch_batches_per_hour = 15;
+select autotag.tick();
+select results_eq('select begins from unnest(array[15, 16, 21]) n, pg_temp.minutes(n)', array[20, 60, 60]::numeric[],
+  'or earlier, by a larger limit');
+select * from finish();
+rollback;
