@@ -72,9 +72,10 @@ $$;
 -- claim_batches: hands out whole batches, and the poll when it is due.
 --   batches: [{batch, attempt, state, image_count, since, cancelled, openai_batch_id, input_file_id,
 --     output_file_id, error_file_id}], in the order to work on them: what OpenAI has finished is stored first,
---     then what was begun goes on (it holds queued tokens), then come the first batches of uploads, then the others;
---     among these, the workspace that has the fewest tokens queued is first. What the provider's queue has no room for is
---     passed by smaller ones until it has waited for batch_patience; from then on nobody begins before it.
+--     then what was begun goes on (it holds queued tokens), then come the first batches of uploads, then the others.
+--     Where the provider's queue is too short for all of them, the workspace that has the fewest tokens there is first.
+--     What there is no room for is passed by smaller ones until it has waited for batch_patience; from then on nobody
+--     begins before it.
 --   poll: [{id, since (epoch seconds: it is not older at OpenAI)}] of the batches in flight when they are to be
 --     looked at now, else null; cancel: ids of those that are to be cancelled at OpenAI before.
 --   files: ids of files that nobody needs any more, to be deleted at OpenAI (files_deleted).
@@ -99,13 +100,13 @@ declare
   v_again boolean := false;    -- a candidate could not go: those behind it are for the next call, made at once
   v_tokens bigint;
   v_queued bigint;             -- tokens of what OpenAI has, or is about to
-  v_patient_since timestamptz;  -- what waits since then is not passed any more …
+  v_short boolean;             -- not all that waits can be queued there at the same time
+  v_patient_since timestamptz;  -- if so, what waits since then is not passed any more …
   v_held boolean := false;     -- … because the room that there is, is held for it
   v_taken uuid[] := array[]::uuid[];
   v_next timestamptz;
 begin
   select * into v_settings from autotag.settings;
-  v_patient_since := v_now - v_settings.batch_patience;
   batches := '[]';
   files := '[]';
   if not autotag.hold_lease(p_worker) then
@@ -121,6 +122,10 @@ begin
   end if;
 
   v_queued := (select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.reserved_tokens > 0);
+  v_short := v_queued + v_provider.tokens_per_image * (
+    select coalesce(sum(b.image_count - b.express_count), 0) from autotag.batches b
+    where b.state = 'planned' and b.worker_id is null and b.not_before <= v_now) > v_provider.queued_batch_tokens;
+  v_patient_since := case when v_short then v_now - v_settings.batch_patience else '-infinity' end;
   v_candidates := array(
     with ready as (
       select b.id, b.workspace_id, b.state, b.ordinal, b.created_at, t.tokens, t.since,
@@ -142,8 +147,8 @@ begin
     ) q on q.workspace_id = r.workspace_id and r.state = 'planned'
     order by r.state in ('ended', 'harvesting') desc, r.state = 'planned', r.later,
       -- what its workspace will have queued when its turn comes
-      coalesce(q.tokens, 0) - r.tokens + sum(r.tokens) over (
-        partition by r.workspace_id, r.state = 'planned' order by r.later, r.since, r.created_at, r.ordinal),
+      case when v_short then coalesce(q.tokens, 0) - r.tokens + sum(r.tokens) over (
+        partition by r.workspace_id, r.state = 'planned' order by r.later, r.since, r.created_at, r.ordinal) end,
       r.since, r.created_at, r.ordinal
     limit v_slots);
   perform from public.workspace_rate_limits l
