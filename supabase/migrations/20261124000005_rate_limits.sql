@@ -60,16 +60,17 @@ insert into autotag.provider_limits default values;
 alter table autotag.provider_limits enable row level security;
 
 -- How long a window is, and what one workspace may do in it.
-create function autotag.window_limits(p_limits public.workspace_rate_limits)
+create function autotag.window_limits(p_workspace_id uuid, p_request_type text)
 returns table (length interval, max_requests integer, max_units integer)
 language sql stable set search_path = ''
 as $$
-  select case p_limits.request_type when 'realtime' then interval '1 min' else interval '1 h' end,
-         coalesce(p_limits.max_requests, case p_limits.request_type
+  select case p_request_type when 'realtime' then interval '1 min' else interval '1 h' end,
+         coalesce(w.max_requests, case p_request_type
            when 'realtime' then s.realtime_requests_per_minute else s.batch_batches_per_hour end),
-         coalesce(p_limits.max_units, case p_limits.request_type
+         coalesce(w.max_units, case p_request_type
            when 'realtime' then s.realtime_tokens_per_minute else s.batch_images_per_hour end)
   from autotag.settings s
+  left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = p_request_type
 $$;
 
 -- Admits what fits of p_wanted requests of p_units_each units: all or nothing, or (p_partial) as many as

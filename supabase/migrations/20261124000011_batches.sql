@@ -61,10 +61,8 @@ as $$
   select (l.max_requests - coalesce(sum(w.requests[i]) filter (where w.admitted_at[i] > autotag.now() - l.length), 0))::integer
            - (select count(*)::integer from autotag.batches b where b.workspace_id = p_workspace_id and b.state = 'planned'),
          l.max_units
-  from (select 1) one
+  from autotag.window_limits(p_workspace_id, 'batch') l
   left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = 'batch'
-  cross join lateral autotag.window_limits(
-    coalesce(w, row(p_workspace_id, 'batch', null, null, '{}', '{}', '{}')::public.workspace_rate_limits)) l
   left join lateral generate_subscripts(w.admitted_at, 1) i on true
   group by l.max_requests, l.max_units
 $$;
@@ -144,10 +142,10 @@ begin
     left join (
       select b.workspace_id, sum(b.reserved_tokens) as tokens
       from autotag.batches b where b.reserved_tokens > 0 group by b.workspace_id
-    ) q on q.workspace_id = r.workspace_id and r.state = 'planned'
+    ) q on q.workspace_id = r.workspace_id
     order by r.state in ('ended', 'harvesting') desc, r.state = 'planned', r.later,
       -- what its workspace will have queued when its turn comes
-      case when v_short then coalesce(q.tokens, 0) - r.tokens + sum(r.tokens) over (
+      case when v_short and r.state = 'planned' then coalesce(q.tokens, 0) - r.tokens + sum(r.tokens) over (
         partition by r.workspace_id, r.state = 'planned' order by r.later, r.since, r.created_at, r.ordinal) end,
       r.since, r.created_at, r.ordinal
     limit v_slots);
@@ -195,12 +193,11 @@ begin
         end if;
       end if;
       v_queued := v_queued + v_tokens;
-      update autotag.batches b
-      set admitted_at = v_batch.admitted_at, reserved_tokens = v_tokens
-      where b.id = v_batch.id;
+      v_batch.reserved_tokens := v_tokens;
     end if;
     update autotag.batches b
     set worker_id = p_worker, attempt = b.attempt + 1,
+        admitted_at = v_batch.admitted_at, reserved_tokens = v_batch.reserved_tokens,
         state = case
           when b.state = 'planned' and b.input_file_id is null then 'preparing'
           when b.state = 'planned' then 'creating'

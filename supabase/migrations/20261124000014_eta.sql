@@ -108,10 +108,7 @@ begin
   where b.workspace_id = p_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
     and (b.created_at, b.ordinal) < (p_batch.created_at, p_batch.ordinal);
   select l.length, l.max_requests, a.retry_at into v_window
-  from (select 1) one
-  left join public.workspace_rate_limits w on w.workspace_id = p_batch.workspace_id and w.request_type = 'batch'
-  cross join lateral autotag.window_limits(
-    coalesce(w, row(p_batch.workspace_id, 'batch', null, null, '{}', '{}', '{}')::public.workspace_rate_limits)) l
+  from autotag.window_limits(p_batch.workspace_id, 'batch') l
   cross join lateral autotag.admit(
     p_batch.workspace_id, 'batch', v_before % l.max_requests + 1, 0, false, p_take => false) a;
   return greatest(v_turn, coalesce(v_window.retry_at, p_now) + v_before / v_window.max_requests * v_window.length);

@@ -66,8 +66,9 @@ begin
         select b.id as batch, b.job_id, b.ordinal, b.openai_batch_id, b.state, b.openai_status,
           b.image_count - b.express_count as images, b.request_done as done, b.created_at, b.submitted_at,
           e.p50 as eta, e.p90 as eta_p90, b.failures, b.error
-        from autotag.batches b cross join lateral autotag.batch_eta(b, v_now) e
-        where b.state not in ('done', 'cancelled') order by b.created_at, b.ordinal limit p_most) x),
+        from (select * from autotag.batches l where l.state not in ('done', 'cancelled')
+              order by l.created_at, l.ordinal limit p_most) b
+        cross join lateral autotag.batch_eta(b::autotag.batches, v_now) e) x),
     'limits', jsonb_build_object(
       'requests_per_minute', v_provider.requests_per_minute,
       'requests_left', floor(greatest(v_provider.requests_left, 0)),

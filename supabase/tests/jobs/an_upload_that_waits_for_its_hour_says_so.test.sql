@@ -1,6 +1,6 @@
 begin;
 \ir ../setup.psql
-select plan(5);
+select plan(6);
 create function pg_temp.upload_at(seconds bigint) returns text language plpgsql as $$
 begin
   perform pg_temp.at(seconds);
@@ -24,5 +24,12 @@ update autotag.settings set batch_batches_per_hour = 15;
 select autotag.tick();
 select results_eq('select begins from unnest(array[15, 16, 21]) n, pg_temp.minutes(n)', array[20, 60, 60]::numeric[],
   'or earlier, by a larger limit');
+
+update autotag.settings set batch_batches_per_hour = 10;
+create temporary table large as select pg_temp.upload(300, 2) ->> 'job_id' as id;
+update autotag.settings set batch_batches_per_hour = 2;
+select autotag.refresh_eta(l.id::uuid) from large l;
+select is((select round(extract(epoch from j.eta - autotag.now()) / 60) from autotag.jobs j join large l on l.id::uuid = j.id), 105::numeric,
+  'an upload of three batches is done when the last of them is');
 select * from finish();
 rollback;
