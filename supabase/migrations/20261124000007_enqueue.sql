@@ -315,7 +315,7 @@ begin
 
     update autotag.queues set queued = 0 where job_id = p_job_id;
     update autotag.workspaces w set queued = w.queued - v_queued where w.workspace_id = v_job.workspace_id;
-    update autotag.batches b set state = 'cancelled', worker_id = null, finished_at = v_now
+    update autotag.batches b set state = 'cancelled', worker_id = null, reserved_tokens = 0, finished_at = v_now
     where b.job_id = p_job_id and b.state in ('planned', 'preparing', 'uploading');
     update autotag.batches b set cancel_requested = true
     where b.job_id = p_job_id and b.state in ('creating', 'submitted');

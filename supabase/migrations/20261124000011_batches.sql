@@ -23,7 +23,7 @@ create table autotag.batches (
   failures integer not null default 0,
   not_before timestamptz not null default '-infinity',
   admitted_at timestamptz,               -- its place in the workspace's window, taken once
-  reserved_tokens bigint not null default 0,  -- its share of the provider's queued-token limit, from its claim to its end
+  reserved_tokens bigint not null default 0,  -- its share of the provider's queued-token limit, until OpenAI is done with it
   openai_batch_id text unique,
   openai_status text,
   input_file_id text,
@@ -44,7 +44,8 @@ create table autotag.batches (
   ended_at timestamptz,
   finished_at timestamptz,
   unique (job_id, ordinal),
-  check (express_count < image_count)
+  check (express_count < image_count),
+  check (reserved_tokens = 0 or state in ('preparing', 'uploading', 'creating', 'submitted'))
 ) with (fillfactor = 50);
 create index batches_live_idx on autotag.batches (state, created_at, ordinal) where state not in ('done', 'cancelled');
 create index batches_worker_idx on autotag.batches (worker_id) where worker_id is not null;

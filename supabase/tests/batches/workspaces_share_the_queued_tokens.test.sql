@@ -1,6 +1,6 @@
 begin;
 \ir ../setup.psql
-select plan(4);
+select plan(5);
 select pg_temp.upload(1000);
 select pg_temp.at(1), pg_temp.upload(1000, 2);
 update autotag.provider_limits p set queued_batch_tokens = 4 * p.tokens_per_image * 100;
@@ -13,5 +13,9 @@ select is(pg_temp.handed(9), '2/1', 'and then the workspace that has the least t
 select pg_temp.at(1900), pg_temp.upload(60, 4);
 select autotag.end_batch(b, 'gone') from autotag.batches b where b.workspace_id = pg_temp.workspace(2) and b.reserved_tokens > 0;
 select is(pg_temp.handed(1), '2/1', 'what has waited for half an hour goes like a first batch');
+select pg_temp.handed(9);
+select pg_temp.at(1901), public.cancel_tagging(j.id) from autotag.jobs j where j.workspace_id in (pg_temp.workspace(1), pg_temp.workspace(2));
+select pg_temp.at(1902), pg_temp.upload(150, 5), pg_temp.upload(150, 6);
+select is(pg_temp.handed(9), '5/1 6/1', 'what is cancelled gives its tokens back');
 select * from finish();
 rollback;
