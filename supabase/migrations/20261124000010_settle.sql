@@ -82,7 +82,7 @@ end $$;
 -- Applies answers to tasks whose jobs the caller has locked (and their workspaces where an error may requeue): tags
 -- are stored, failures end or requeue their image, counts follow. Each task has one answer at most: a result, or else
 -- an error, which is {kind, code, message, retry}:
---   moment      it was nobody's fault: again after a growing, jittered delay; a failure counted
+--   transient   it was nobody's fault: again after a growing, jittered delay; a failure counted
 --   rate_limit  again as soon as the provider's block is over; nothing counted
 --   account     again when the account works; nothing counted
 --   image       this image cannot be tagged; again at once where `retry` says that may help, but every such
@@ -132,8 +132,8 @@ begin
 
   select jsonb_agg(jsonb_build_object(
       'task', a.task, 'code', a.error ->> 'code', 'message', a.error ->> 'message',
-      'failures', case when a.error ->> 'kind' in ('moment', 'image') then 1 else 0 end,
-      'delay', case when a.error ->> 'kind' = 'moment' then
+      'failures', case when a.error ->> 'kind' in ('transient', 'image') then 1 else 0 end,
+      'delay', case when a.error ->> 'kind' = 'transient' then
         (0.5 + random() / 2) * least(extract(epoch from v_settings.retry_delay_max),
           extract(epoch from v_settings.retry_delay) * power(2, t.failures)) end))
   into v_tries

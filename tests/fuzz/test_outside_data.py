@@ -156,7 +156,7 @@ def test_an_answer_of_ten_megabytes_is_refused_at_once(size: int) -> None:
 def test_an_error_of_the_provider_is_of_one_of_four_kinds(status: int, body: Any, headers: dict[str, str]) -> None:
     error = provider.classify_status(status, body, headers)
     can_be_stored(error.as_json())
-    assert error.kind in ("moment", "rate_limit", "account", "image")
+    assert error.kind in ("transient", "rate_limit", "account", "image")
     assert error.retry_after is None or 0 < error.retry_after <= provider.MOST_RETRY_AFTER
     assert all(isinstance(n, int) and 0 <= n < 2**31 for n in provider.read_limits(headers).values())
 

@@ -177,7 +177,7 @@ def test_what_was_not_used_is_given_back(library: Library, called: bool) -> None
     library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", name)
     [task] = library.sql("select tasks from autotag.claim(%s, 1)", name)[0]["tasks"]
     error = {
-        "kind": "moment" if called else "image",
+        "kind": "transient" if called else "image",
         "code": "provider_error" if called else "not_an_image",
         "message": "No.",
     }

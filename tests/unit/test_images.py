@@ -237,7 +237,7 @@ async def test_a_name_that_leads_into_a_private_network_is_refused(
     ("response", "kind", "code"),
     [
         (httpx.Response(404), "image", "file_missing"), (httpx.Response(403), "image", "file_missing"),
-        (httpx.Response(500), "moment", "fetch_failed"), (httpx.Response(429), "moment", "fetch_failed"),
+        (httpx.Response(500), "transient", "fetch_failed"), (httpx.Response(429), "transient", "fetch_failed"),
         (httpx.Response(200, content=b"x" * 100_001), "image", "file_too_large"),
         (httpx.Response(200, content=b""), "image", "empty_file"),
     ],
@@ -254,7 +254,7 @@ async def test_a_broken_connection_is_of_the_moment() -> None:
 
     with pytest.raises(TaggingError) as caught:
         await load("https://images.example.com/a.jpg", httpx.MockTransport(fail))
-    assert caught.value.kind == "moment"
+    assert caught.value.kind == "transient"
 
 
 async def test_storage_without_keys_is_the_accounts_trouble() -> None:

@@ -122,11 +122,11 @@ def test_lines_of_a_batchs_output() -> None:
     assert good is not None
     assert (good["task"], good["result"]["caption"]) == (17, "A cat.")
     for changes, kind in (
-        ({"response": {"status_code": 0, "body": None}}, "moment"),
-        ({"response": {"status_code": 500, "body": {"error": {"code": "server_error"}}}}, "moment"),
+        ({"response": {"status_code": 0, "body": None}}, "transient"),
+        ({"response": {"status_code": 500, "body": {"error": {"code": "server_error"}}}}, "transient"),
         ({"response": {"status_code": 429, "body": {"error": {"code": "rate_limit_exceeded"}}}}, "rate_limit"),
         ({"response": {"status_code": 400, "body": {"error": {"code": "invalid_image", "message": "bad"}}}}, "image"),
-        ({"response": None, "error": {"code": "batch_expired", "message": "expired"}}, "moment"),
+        ({"response": None, "error": {"code": "batch_expired", "message": "expired"}}, "transient"),
     ):
         failed = read_line(output_line(**changes), 10)
         assert failed is not None
@@ -140,4 +140,4 @@ def test_lines_of_a_batchs_output() -> None:
 )  # fmt: skip
 def test_rubbish_in_a_batchs_output_is_no_answer(line: bytes) -> None:
     answer_or_none = read_line(line, 10)
-    assert answer_or_none is None or answer_or_none["error"]["kind"] == "moment"
+    assert answer_or_none is None or answer_or_none["error"]["kind"] == "transient"

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-Kind = Literal["moment", "rate_limit", "account", "image"]
+Kind = Literal["transient", "rate_limit", "account", "image"]
 
 
 class TaggingError(Exception):
     """An image was not tagged this time.
 
     Args:
-        kind: ``moment`` (nobody's fault: again later), ``rate_limit`` (again when the provider says so),
+        kind: ``transient`` (nobody's fault: again later), ``rate_limit`` (again when the provider says so),
             ``account`` (key, quota or model: the lane stops until it works), ``image`` (this image only).
         code: stable, for programs.
         message: a sentence that the user who uploaded the image understands.

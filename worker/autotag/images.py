@@ -138,12 +138,12 @@ async def public_address(host: str, port: int) -> str:
 
     Raises:
         TaggingError: ``url_refused`` when the name leads (also) to a private, loopback, link-local or
-            otherwise special address; of the moment when it cannot be resolved now.
+            otherwise special address; transient when it cannot be resolved now.
     """
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:
-        raise TaggingError("moment", "host_not_found", f"The image's host {host} could not be found.") from None
+        raise TaggingError("transient", "host_not_found", f"The image's host {host} could not be found.") from None
     addresses = [ipaddress.ip_address(str(entry[4][0]).split("%")[0]) for entry in found]
     if not addresses or any(not a.is_global or a.is_multicast for a in addresses):
         raise image_error("url_refused", "The image's address leads into a private network.")
@@ -198,7 +198,7 @@ class Images:
         """The prepared JPEG of an image.
 
         Raises:
-            TaggingError: of the image or of the moment.
+            TaggingError: of the image, or transient.
         """
         async with self._fetches:
             if image.path is not None and image.bucket is not None:
@@ -232,10 +232,10 @@ class Images:
                 raise image_error("file_missing", "The image's file is not in storage.") from None
             if str(error.status) in ("401", "403"):
                 raise TaggingError("account", "storage_refused", f"Storage refused the key: {error.message}") from None
-            raise TaggingError("moment", "storage_error", "The image could not be fetched from storage.") from None
+            raise TaggingError("transient", "storage_error", "The image could not be fetched from storage.") from None
         # ClientError: an answer that is no HTTP; ValueError: an error page that is not JSON.
         except (httpx.HTTPError, aiohttp.ClientError, ValueError):
-            raise TaggingError("moment", "storage_error", "The image could not be fetched from storage.") from None
+            raise TaggingError("transient", "storage_error", "The image could not be fetched from storage.") from None
 
     async def _from_url(self, url: str) -> bytes:
         for _ in range(REDIRECTS + 1):
@@ -249,7 +249,7 @@ class Images:
             except httpx.InvalidURL:
                 raise image_error("url_refused", "The image's address is not a valid URL.") from None
             except httpx.HTTPError:
-                raise TaggingError("moment", "fetch_failed", "The image's host did not answer.") from None
+                raise TaggingError("transient", "fetch_failed", "The image's host did not answer.") from None
         raise image_error("fetch_failed", "The image's address redirects too often.")
 
     def check_url(self, url: str) -> None:
@@ -271,7 +271,7 @@ class Images:
     async def _read(self, response: httpx.Response) -> bytes:
         status = response.status_code
         if status in (408, 429) or status >= 500:
-            raise TaggingError("moment", "fetch_failed", f"The image's host answered with an error ({status}).")
+            raise TaggingError("transient", "fetch_failed", f"The image's host answered with an error ({status}).")
         if status != 200:
             raise image_error("file_missing", f"The image's address answered with status {status}.")
         data = bytearray()

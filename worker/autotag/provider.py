@@ -50,9 +50,9 @@ async def complete(client: AsyncOpenAI, body: dict[str, Any]) -> tuple[dict[str,
     try:
         completion = response.json()
     except ValueError:
-        raise TaggingError("moment", "bad_answer", "The AI's answer could not be read.") from None
+        raise TaggingError("transient", "bad_answer", "The AI's answer could not be read.") from None
     if not isinstance(completion, dict):
-        raise TaggingError("moment", "bad_answer", "The AI's answer could not be read.")
+        raise TaggingError("transient", "bad_answer", "The AI's answer could not be read.")
     return completion, read_limits(response.headers)
 
 
@@ -90,7 +90,7 @@ def classify(error: openai.APIError) -> TaggingError:
     """Sorts an error of the SDK into the kinds that the database knows."""
     if not isinstance(error, openai.APIStatusError):
         # Timeouts, resets, and answers that are no HTTP.
-        return TaggingError("moment", "provider_unreachable", "The AI service could not be reached.")
+        return TaggingError("transient", "provider_unreachable", "The AI service could not be reached.")
     return classify_status(error.status_code, error.body, error.response.headers)
 
 
@@ -110,11 +110,11 @@ def classify_status(status: int, body: object, headers: Mapping[str, str]) -> Ta
         )
     if status in (0, 408, 409) or status >= 500:
         return TaggingError(
-            "moment", "provider_error", "The AI service had a problem.", retry_after=retry_after(headers)
+            "transient", "provider_error", "The AI service had a problem.", retry_after=retry_after(headers)
         )
     if "cannot find file" in message.lower():
         # Said for a moment right after an upload, before every server knows the file.
-        return TaggingError("moment", "file_not_there_yet", "The AI service does not know the uploaded file yet.")
+        return TaggingError("transient", "file_not_there_yet", "The AI service does not know the uploaded file yet.")
     if code in IMAGE_CODES or "image" in message.lower():
         return image_error("image_refused", f"The AI service refused this image: {message or code}")
     return image_error("request_refused", f"The AI service refused the request: {message or code or status}")

@@ -6,7 +6,7 @@ select pg_temp.upload(1);
 
 create function pg_temp.fail_once() returns void language sql as $$
   select autotag.settle(pg_temp.worker(), jsonb_agg(jsonb_build_object('task', t.id, 'attempt', t.attempt,
-    'error', '{"kind": "moment", "code": "provider_error", "message": "The AI service had a problem."}'::jsonb)))
+    'error', '{"kind": "transient", "code": "provider_error", "message": "The AI service had a problem."}'::jsonb)))
   from autotag.tasks t where t.worker_id = pg_temp.worker()
 $$;
 select is(pg_temp.claimed(1), '1: 1', 'the first try');

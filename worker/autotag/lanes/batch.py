@@ -124,7 +124,7 @@ class BatchLane:
             # A defect of ours, or a disk that is full: the batch goes back and is tried again, with delays
             # that grow, instead of staying in a hand that will never move.
             logger.exception("batch_failed")
-            await self._report_trouble(batch, TaggingError("moment", "internal_error", type(error).__name__))
+            await self._report_trouble(batch, TaggingError("transient", "internal_error", type(error).__name__))
 
     async def _report_trouble(self, batch: Batch, error: TaggingError) -> None:
         try:

@@ -154,7 +154,7 @@ async def _tag(
         # A defect of ours must not take the other images in flight with it: this one counts a failure and
         # ends, after its tries, as failed.
         log.exception("unexpected_error", task=image.task)
-        report["error"] = TaggingError("moment", "internal_error", f"Tagging failed: {type(error).__name__}.").as_json()
+        report["error"] = TaggingError("transient", "internal_error", f"Tagging failed: {type(error).__name__}.").as_json()
     if not report["called"]:
         reports.sent()
     return report
