@@ -57,6 +57,24 @@ as $$
     when 'completing' then 5 when 'completed' then 6 when 'failed' then 6 end
 $$;
 
+-- The kinds of error, and what follows from each. Python has the same table (autotag/errors.py); a test compares them.
+-- A kind that is not here counts as transient, so that what nobody knows can neither fail an image at once nor be tried
+-- for ever.
+create table autotag.error_kinds (
+  kind text primary key,
+  counts boolean not null,               -- each one counts as a failure of its image, which ends after max_failures
+  delays boolean not null,               -- the image waits before its next try, longer each time (or as long as was asked)
+  pauses boolean not null,               -- nothing is tagged until one image that tries succeeds
+  ends boolean not null,                 -- the image ends as failed, unless the error says that another answer may help
+  meaning text not null
+);
+alter table autotag.error_kinds enable row level security;
+insert into autotag.error_kinds values
+  ('transient', true, true, false, false, 'nobody''s fault: a broken connection, an error of the service, or what nobody knows'),
+  ('rate_limit', false, false, false, false, 'the provider asks to wait: again when it says so'),
+  ('account', false, true, true, false, 'key, credit, model, address or an unsupported request: again when somebody has fixed it'),
+  ('image', true, false, false, true, 'this image, by the provider''s own word or by its file');
+
 -- The one way to refuse a call. PostgREST turns the sqlstate PTnnn into HTTP status nnn and hands message,
 -- detail and hint through; the detail is JSON with a stable `code` and whatever a program needs to react.
 create function autotag.refuse(

@@ -31,22 +31,27 @@ create table autotag.settings (
   upload_quiet interval not null default '2 s' check (upload_quiet > '0'),  -- nothing has come for so long
   upload_longest interval not null default '30 s' check (upload_longest >= upload_quiet),  -- or it began so long ago
 
-  -- what is asked of the model
-  model text not null default 'gpt-4.1-mini',  -- any that sees images and answers by a JSON schema
+  -- what is asked of the model (how it has to be asked, its reasoning effort and its prices are its row in autotag.models)
+  model text not null default 'gpt-6-luna' check (length(model) between 1 and 100),  -- any that sees images
   image_detail text not null default 'low' check (image_detail in ('low', 'high')),  -- low: 512 pixels a side; high: 2048
   max_tags integer not null default 10 check (max_tags between 1 and 50),  -- of an image
-  max_output_tokens integer not null default 400 check (max_output_tokens between 50 and 16000),  -- of an answer
   tag_language text not null default 'English',  -- as one would tell a person
+  service_tier text not null default 'auto' check (service_tier in ('auto', 'default', 'flex', 'priority')),  -- of single calls; auto: not sent; flex: the batch price, slower, sometimes refused
+  -- The cap of an answer (max_completion_tokens) follows what answers of this model were seen to need, within these bounds.
+  min_output_tokens integer not null default 100 check (min_output_tokens between 16 and 128000),  -- the lowest cap
+  max_output_tokens integer not null default 16000 check (max_output_tokens between 50 and 128000 and max_output_tokens >= min_output_tokens),  -- the highest: an answer that is cut off gets another try with four times its cap, up to this one
+  learning_memory integer not null default 500 check (learning_memory between 20 and 100000),  -- so many answers ago counts a third in what is reserved
 
   -- leases, retries, polling
   lease interval not null default '60 s' check (lease >= '1 s'),  -- a worker that is silent for so long has lost what it held
-  max_failures integer not null default 8 check (max_failures > 0),  -- failures of the moment before an image is given up: with the delays below some four minutes
+  max_failures integer not null default 8 check (max_failures > 0),  -- transient failures before an image is given up: with the delays below some four minutes
   max_bad_answers integer not null default 3 check (max_bad_answers > 0),  -- answers of no use (and paid for) before it is
   retry_delay interval not null default '2 s' check (retry_delay > '0'),  -- after the first failure; each doubles it …
   retry_delay_max interval not null default '60 s' check (retry_delay_max >= retry_delay),  -- … up to this
-  account_probe_interval interval not null default '30 s' check (account_probe_interval > '0'),  -- while the provider refuses the account, one image in so long tries
+  account_probe_interval interval not null default '10 s' check (account_probe_interval > '0'),  -- while nothing works (a wrong key, no credit, an unknown model), one image in so long tries
   batch_poll_interval interval not null default '60 s' check (batch_poll_interval > '0'),  -- between looks at the batches in flight
   batch_create_grace interval not null default '10 s' check (batch_create_grace >= '0'),  -- a create that seemed to fail may yet arrive: nobody tries again before
+  model_check_interval interval not null default '1 day' check (model_check_interval > '0'),  -- between questions to the provider about the model's end and what the provider can do
   batch_patience interval not null default '30 min' check (batch_patience >= '0'),  -- while OpenAI's queue has no room for a batch smaller ones pass it, for so long
   batch_looks_in_vain integer not null default 3 check (batch_looks_in_vain > 0),  -- looks in a row that do not find a batch at OpenAI before it is given up
   -- A batch without progress for so long is cancelled, and its images go as single calls, where the limits allow.
@@ -62,12 +67,6 @@ create table autotag.settings (
   call_seconds double precision not null default 4 check (call_seconds > 0),  -- of one call
   batch_seconds double precision not null default 2700 check (batch_seconds > 0),  -- of one OpenAI Batch
   eta_half_life_days double precision not null default 1 check (eta_half_life_days > 0),  -- after so many days what a batch took counts half
-
-  -- dollars per million tokens (OpenAI's price page, gpt-4.1-mini)
-  input_price numeric not null default 0.40 check (input_price >= 0),  -- of a prompt
-  cached_price numeric not null default 0.10 check (cached_price >= 0),  -- of its part that OpenAI had cached
-  output_price numeric not null default 1.60 check (output_price >= 0),  -- of an answer
-  batch_discount numeric not null default 0.5 check (batch_discount between 0 and 1),  -- what a batch costs of that
 
   -- for tests
   test_clock boolean not null default false  -- lets sessions set autotag.now and autotag.speed; nobody can bend time while this is off

@@ -25,6 +25,8 @@ from psycopg.types.json import Jsonb, set_json_dumps, set_json_loads
 from psycopg_pool import AsyncConnectionPool
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
+from autotag.tags import Question
+
 RETRY_MOST = 5.0  # seconds between tries while the database is away
 POOL_SIZE = 4  # claim, settle, stages and the batch lane seldom meet
 CONNECT_MOST = 30.0  # seconds that the database may be out of reach when a worker starts
@@ -78,6 +80,7 @@ class Image:
     bucket: str | None
     path: str | None
     url: str | None
+    cap: int = 0  # tokens that its answer may have
     attempt: int = 0
     job: str | None = None
     traceparent: str | None = None  # of the request that made the job
@@ -86,20 +89,21 @@ class Image:
 
 @dataclass(frozen=True)
 class Claim:
-    """Images for single calls, seconds until it is worth asking again (None: when notified), and what kept the
-    database from releasing more (None: there is no more)."""
+    """Images for single calls, seconds until it is worth asking again (None: when notified), what kept the
+    database from releasing more (None: there is no more), and what to ask about these images."""
 
     images: list[Image]
     wait: float | None
     bound: str | None
+    question: Question
 
 
 @dataclass(frozen=True)
 class Settled:
-    """How many reports were accepted, and a sentence for the log when the provider's limits have changed."""
+    """How many reports were accepted, and sentences for the operator's log."""
 
     accepted: int
-    notice: str | None
+    notices: list[str]
 
 
 @dataclass(frozen=True)
@@ -123,14 +127,19 @@ class BatchClaim:
     """Batches to work on, and seconds until it is worth asking again; what to do at OpenAI now.
 
     ``poll`` are OpenAI ids to look at with the moment (epoch seconds) before which they were not created,
-    ``cancel`` those to cancel first, ``files`` the files nobody needs any more.
+    ``cancel`` those to cancel first, ``files`` the files nobody needs any more. ``question`` is what to ask about these
+    batches; ``keep_files`` the seconds after which the provider is to delete our files (None: it takes no
+    expiry); ``look_up`` the model that the provider is to be asked about now.
     """
 
     batches: list[Batch]
     wait: float | None
+    question: Question
     poll: dict[str, float] = field(default_factory=dict)
     cancel: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    keep_files: int | None = None
+    look_up: str | None = None
 
 
 class Database:
@@ -143,6 +152,7 @@ class Database:
         prepare: use prepared statements (impossible behind a transaction pooler).
         """
         self.worker = worker
+        self._question: Question | None = None
         self._pool = AsyncConnectionPool(
             url,
             min_size=1,
@@ -156,6 +166,17 @@ class Database:
                 **KEEPALIVES,
             },
         )
+
+    @property
+    def _version(self) -> int | None:
+        return self._question.version if self._question else None
+
+    def _ask(self, changed: dict[str, Any] | None) -> Question:
+        """What to ask from now on, in both lanes: the database says so when it is not what this worker knows."""
+        if changed or self._question is None:
+            self._question = Question(**(changed or {}))
+            log.info("question_changed", **(changed or {}))
+        return self._question
 
     async def open(self) -> None:
         """Connects.
@@ -191,19 +212,19 @@ class Database:
                 raise
             return cast("dict[str, Any]", await cursor.fetchone())
 
-    async def register(self, host: str, version: str, listening: bool) -> dict[str, Any]:
-        """What the worker needs of the settings.
+    async def register(
+        self, host: str, version: str, listening: bool, base_url: str, fingerprint: str
+    ) -> dict[str, Any]:
+        """What the worker needs of the settings; ``base_url`` and ``fingerprint`` (`provider.fingerprint`) say whom it asks.
 
         Raises:
             VersionsDiffer: worker and schema do not fit.
         """
         row = await self._call(
-            "select autotag.register_worker(%s, %s, %s, %s) as settings", self.worker, host, version, listening
-        )
+            "select autotag.register_worker(%s, %s, %s, %s, %s, %s) as settings",
+            self.worker, host, version, listening, base_url, fingerprint,
+        )  # fmt: skip
         return cast("dict[str, Any]", row["settings"])
-
-    async def set_tokens_per_image(self, tokens: int) -> None:
-        await self._call("select autotag.set_tokens_per_image(%s)", tokens)
 
     async def heartbeat(self) -> bool:
         """False when the lease had run out: the worker has to register again. Not tried again by itself.
@@ -222,8 +243,10 @@ class Database:
 
     async def claim(self, slots: int) -> Claim:
         """Not tried again by itself: after an error call `release_unheld`."""
-        row = await self._once("select tasks, wait, bound from autotag.claim(%s, %s)", self.worker, slots)
-        return Claim([Image(**task) for task in row["tasks"]], row["wait"], row["bound"])
+        row = await self._once(
+            "select tasks, wait, bound, question from autotag.claim(%s, %s, %s)", self.worker, slots, self._version
+        )
+        return Claim([Image(**task) for task in row["tasks"]], row["wait"], row["bound"], self._ask(row["question"]))
 
     async def report_stages(self, stages: list[dict[str, Any]], sent: dict[str, Any] | None) -> None:
         await self._call(
@@ -239,14 +262,19 @@ class Database:
     async def claim_batches(self, slots: int) -> BatchClaim:
         """Not tried again by itself: after an error call `release_unheld`."""
         row = await self._once(
-            "select batches, poll, cancel, files, wait from autotag.claim_batches(%s, %s)", self.worker, slots
-        )
+            "select batches, poll, cancel, files, wait, question, keep_files, look_up"
+            " from autotag.claim_batches(%s, %s, %s)",
+            self.worker, slots, self._version,
+        )  # fmt: skip
         return BatchClaim(
             batches=[Batch(**batch) for batch in row["batches"]],
             wait=row["wait"],
             poll={batch["id"]: batch["since"] for batch in row["poll"] or []},
             cancel=row["cancel"] or [],
             files=row["files"],
+            question=self._ask(row["question"]),
+            keep_files=row["keep_files"],
+            look_up=row["look_up"],
         )
 
     async def batch_images(self, batch: Batch, after: int, limit: int) -> list[Image]:
@@ -278,13 +306,19 @@ class Database:
     async def batches_seen(self, seen: list[dict[str, Any]]) -> None:
         await self._call("select autotag.batches_seen(%s)", Jsonb(seen))
 
-    async def batch_answers(self, batch: Batch, answers: list[dict[str, Any]]) -> int:
-        """How many answers were accepted."""
+    async def batch_answers(self, batch: Batch, answers: list[dict[str, Any]]) -> Settled:
+        """How many images have ended by that; the others are noted or were known."""
         row = await self._call(
-            "select autotag.batch_answers(%s, %s, %s, %s) as n",
+            "select autotag.batch_answers(%s, %s, %s, %s) as told",
             self.worker, batch.batch, batch.attempt, Jsonb(answers),
         )  # fmt: skip
-        return int(row["n"])
+        return Settled(**row["told"])
+
+    async def provider_checked(self, facts: dict[str, Any]) -> str | None:
+        """Tells what the provider said of the model: ``{model, shutdown_date, batches}``, each optional; a sentence for the
+        log when the model's end is near."""
+        row = await self._call("select autotag.provider_checked(%s) as notice", Jsonb(facts))
+        return cast("str | None", row["notice"])
 
     async def poll_trouble(self, error: dict[str, Any]) -> None:
         await self._call("select autotag.poll_trouble(%s)", Jsonb(error))
@@ -412,7 +446,7 @@ class Operator:
         return cast("dict[str, Any]", await self._value("select autotag.status()"))
 
     async def preview_backfill(self, workspace: str, untagged: bool, after: str | None, limit: int) -> dict[str, Any]:
-        """``{images, seconds, cost}`` of bringing in existing images."""
+        """``{images, seconds, cost, model}`` of bringing in existing images; cost None: the model has no price."""
         return cast("dict[str, Any]", await self._value(
             "select autotag.preview_backfill(%s, %s, %s, %s)", workspace, untagged, after, limit))  # fmt: skip
 

@@ -1,13 +1,37 @@
 """What can go wrong with an image, and what follows from it.
 
-The database decides what happens (``autotag.apply_answers``); the worker only says of which kind an error is.
+The database decides what happens (``autotag.error_kinds``, ``autotag.apply_answers``); the worker only says of which kind
+an error is, and where it comes from.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Kind = Literal["transient", "rate_limit", "account", "image"]
+#: Who complained: the AI provider, Storage, the host of an image's URL, or this worker.
+Origin = Literal["provider", "storage", "host", "worker"]
+
+
+class Consequence(NamedTuple):
+    """What follows from an error of a kind; the same table as ``autotag.error_kinds`` (a test compares them).
+
+    counts: each one counts as a failure of its image. delays: the image waits before its next try. pauses: nothing is
+    tagged until one image that tries succeeds. ends: the image fails, unless ``retry`` is set.
+    """
+
+    counts: bool
+    delays: bool
+    pauses: bool
+    ends: bool
+
+
+KINDS: dict[Kind, Consequence] = {
+    "transient": Consequence(counts=True, delays=True, pauses=False, ends=False),
+    "rate_limit": Consequence(counts=False, delays=False, pauses=False, ends=False),
+    "account": Consequence(counts=False, delays=True, pauses=True, ends=False),
+    "image": Consequence(counts=True, delays=False, pauses=False, ends=True),
+}
 
 
 class TaggingError(Exception):
@@ -15,17 +39,21 @@ class TaggingError(Exception):
 
     Args:
         kind: ``transient`` (nobody's fault: again later), ``rate_limit`` (again when the provider says so),
-            ``account`` (key, quota or model: the lane stops until it works), ``image`` (this image only).
+            ``account`` (key, credit, model, address, unsupported request: the lanes pause until it works), ``image``
+            (this image only).
         code: stable, for programs.
-        message: a sentence that the user who uploaded the image understands.
-        retry: for ``image``: another try may help.
+        message: a sentence that the user who uploaded the image understands; of kind account, for the operator.
+        retry: for ``image``: another answer may help.
         retry_after: seconds, where the provider named them.
         limits: what the answer's headers said of the provider's bucket (`provider.read_limits`).
+        origin: who complained.
+        parameter: the part of our request that the provider does not take: ``token_cap``, ``reasoning_effort``,
+            ``response_format``, ``detail``, ``service_tier`` or ``expires_after``.
     """
 
     def __init__(
         self, kind: Kind, code: str, message: str, *, retry: bool = False, retry_after: float | None = None,
-        limits: dict[str, Any] | None = None,
+        limits: dict[str, Any] | None = None, origin: Origin = "worker", parameter: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(message)
         self.kind: Kind = kind
@@ -34,15 +62,17 @@ class TaggingError(Exception):
         self.retry = retry
         self.retry_after = retry_after
         self.limits = limits or {}
+        self.origin: Origin = origin
+        self.parameter = parameter
 
     def as_json(self) -> dict[str, Any]:
-        """The error as ``autotag.settle`` takes it."""
+        """The error as ``autotag.check_error`` takes it."""
         return {
-            "kind": self.kind, "code": self.code, "message": self.message,
-            "retry": self.retry, "retry_after": self.retry_after,
+            "kind": self.kind, "code": self.code, "message": self.message, "retry": self.retry,
+            "retry_after": self.retry_after, "origin": self.origin, "parameter": self.parameter,
         }  # fmt: skip
 
 
-def image_error(code: str, message: str, *, retry: bool = False) -> TaggingError:
+def image_error(code: str, message: str, *, retry: bool = False, parameter: str | None = None) -> TaggingError:
     """An error of this image alone."""
-    return TaggingError("image", code, message, retry=retry)
+    return TaggingError("image", code, message, retry=retry, parameter=parameter)

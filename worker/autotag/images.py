@@ -32,6 +32,8 @@ from autotag.errors import TaggingError, image_error
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 JPEG_QUALITY = 85  # 512 px at 85 is 30–60 KB; more is no more to see
+#: Pixels of an image's longer side beyond which the model sees no more, by detail (OpenAI's guide "Images and vision").
+LARGEST_SIDE = {"low": 512, "high": 2048}
 FETCH_TIMEOUT = 30.0  # seconds
 REDIRECTS = 3
 PREPARE_THREADS = 2

@@ -23,8 +23,6 @@ from autotag.images import Images
 from autotag.lanes import realtime
 from autotag.lanes.batch import BatchLane
 from autotag.metrics import SystemMetrics
-from autotag.tags import Question
-from autotag.tokens import tokens_per_image
 from autotag.wake import Wake
 from autotag.web import Health, make_app
 from autotag.webhook import make_route
@@ -96,14 +94,14 @@ class Worker:
         return False
 
     async def _register(self) -> float:
-        """Introduces the worker; keeps what it is to ask of the model; the lease in seconds."""
-        told = await self._db.register(socket.gethostname(), autotag.__version__, self._wake.poll_every is None)
-        self._question = Question(**{name: told[name] for name in Question.__dataclass_fields__})
-        self._batch_max_bytes = int(told["batch_max_bytes"])
-        await self._db.set_tokens_per_image(
-            tokens_per_image(self._question.model, self._question.image_detail, self._question.max_output_tokens)
+        """Introduces the worker; the lease in seconds. What to ask of the model comes with every claim."""
+        settings = self._settings
+        key = provider.fingerprint(settings.openai_api_key.get_secret_value(), settings.openai_base_url)
+        answer = await self._db.register(
+            socket.gethostname(), autotag.__version__, self._wake.poll_every is None, settings.openai_base_url, key
         )
-        return float(told["lease_seconds"])
+        self._batch_max_bytes = int(answer["batch_max_bytes"])
+        return float(answer["lease_seconds"])
 
     async def _work(self, lease: float) -> None:
         settings, wake = self._settings, self._wake
@@ -126,7 +124,7 @@ class Worker:
             asyncio.TaskGroup() as background,
         ):
             batches = BatchLane(
-                self._db, wake, images, client, self._question,
+                self._db, wake, images, client,
                 slots=settings.batch_slots, fetches=settings.fetches, max_bytes=self._batch_max_bytes,
             )  # fmt: skip
             helpers = [
@@ -139,14 +137,14 @@ class Worker:
                     reports.tell_stages_forever(),
                 )
             ]
-            self._log.info("worker_started", model=self._question.model, slots=settings.slots)
+            self._log.info("worker_started", slots=settings.slots)
             async with asyncio.TaskGroup() as lanes:
                 lanes.create_task(
                     realtime.run(
                         self._db,
                         wake,
                         settings.slots,
-                        lambda image: realtime.tag(image, images, client, self._question, reports),
+                        lambda image, question: realtime.tag(image, images, client, question, reports),
                         settings.stop_deadline,
                     )
                 )

@@ -10,8 +10,9 @@ import asyncio
 import json
 import tempfile
 from collections.abc import AsyncIterator
-from typing import IO, Any, Literal
+from typing import IO, Any
 
+import httpx2
 import openai
 import psycopg
 import structlog
@@ -19,12 +20,13 @@ from openai import AsyncOpenAI
 from openai.types import Batch as OpenAIBatch
 
 from autotag import provider
+from autotag.answers import read_completion, read_usage
+from autotag.classify import classify_status
 from autotag.db import Batch, BatchClaim, Database, Image, NotHeld
 from autotag.errors import TaggingError
-from autotag.images import Images, data_url
+from autotag.images import LARGEST_SIDE, Images, data_url
 from autotag.metrics import BATCH_SECONDS, IN_FLIGHT, count_answers, timed
-from autotag.tags import Question, batch_line, read_completion, read_usage, request_body
-from autotag.tokens import largest_side
+from autotag.tags import Question, batch_line, request_body
 from autotag.wake import Wake
 
 PAGE = 100  # images looked up and fetched together
@@ -34,9 +36,8 @@ SEEN = 10  # batches told of in one call
 LIST_PAGE = 100  # batches in one list call: the API's most
 CLOCK_SKEW = 600.0  # seconds that the provider's clock may be off ours when its lists are read back to a moment
 METADATA_KEY = "autotag_batch"
-#: How long OpenAI keeps our files if nobody deletes them (its most is 30 days): long enough for a batch to wait its
-#: turn, run its 24 hours and be harvested by whoever comes back after a weekend.
-KEEP_FILES: Literal[604_800] = 604_800
+#: What a server without files and batches answers when it is asked for them.
+NO_SUCH_ROUTE = (404, 405, 501)
 CLAIM_RETRY = 1.0  # seconds after a claim that failed
 LINE_MOST = 1_000_000  # bytes of a line that are kept; an answer has a few thousand
 
@@ -52,7 +53,6 @@ class BatchLane:
         wake: Wake,
         images: Images,
         client: AsyncOpenAI,
-        question: Question,
         *,
         slots: int,
         fetches: int,
@@ -62,7 +62,7 @@ class BatchLane:
         self._wake = wake
         self._images = images
         self._client = client
-        self._question = question
+        self._keep_files: int | None = None
         self._slots = slots
         self._fetches = asyncio.Semaphore(fetches)
         self._max_bytes = max_bytes
@@ -80,11 +80,12 @@ class BatchLane:
                 await self._wake.pause(CLAIM_RETRY)
                 await self._db.release_unheld(batches=[batch.batch for batch in self._hands.values()])
                 continue
+            self._keep_files = claim.keep_files
             for batch in claim.batches:
-                task = asyncio.create_task(self._work(batch))
+                task = asyncio.create_task(self._work(batch, claim.question))
                 self._hands[task] = batch
                 task.add_done_callback(self._free_hand)
-            if (claim.poll or claim.files) and (polling is None or polling.done()):
+            if (claim.poll or claim.files or claim.look_up) and (polling is None or polling.done()):
                 polling = asyncio.create_task(self._look(claim))
             full = len(self._hands) >= self._slots
             await self._wake.wait("batch", None if full else claim.wait)
@@ -101,20 +102,20 @@ class BatchLane:
         self._hands.pop(task)
         self._wake.notify("batch")
 
-    async def _work(self, batch: Batch) -> None:
+    async def _work(self, batch: Batch, question: Question) -> None:
         """Takes one batch as far as it goes now; trouble is reported to the database, which decides."""
         logger = log.bind(batch=batch.batch, openai_batch=batch.openai_batch_id)
         try:
             try:
                 if batch.state == "harvesting":
                     with timed(BATCH_SECONDS, "harvest"):
-                        await self._harvest(batch)
+                        await self._harvest(batch, question)
                     logger.info("batch_harvested")
                 else:
                     with timed(BATCH_SECONDS, "submit"):
-                        await self._submit(batch)
+                        await self._submit(batch, question)
             except openai.APIError as error:
-                raise provider.classify(error) from error
+                raise _classify(error) from error
         except NotHeld:
             logger.warning("batch_not_held")
         except TaggingError as error:
@@ -134,7 +135,7 @@ class BatchLane:
 
     # -- until OpenAI has it
 
-    async def _submit(self, batch: Batch) -> None:
+    async def _submit(self, batch: Batch, question: Question) -> None:
         input_file_id = batch.input_file_id
         if batch.state == "creating":
             created = await self._find(batch)
@@ -148,7 +149,7 @@ class BatchLane:
         else:
             if batch.state == "uploading":
                 await self._delete_uploads(batch)
-            input_file_id = await self._build_and_upload(batch)
+            input_file_id = await self._build_and_upload(batch, question)
         if input_file_id is None:
             await self._db.batch_finish(batch)  # no image could be prepared: nothing to submit
             return
@@ -162,8 +163,12 @@ class BatchLane:
             endpoint="/v1/chat/completions",
             completion_window="24h",
             metadata={METADATA_KEY: batch.batch},
-            output_expires_after={"anchor": "created_at", "seconds": KEEP_FILES},
+            output_expires_after=self._expiry(),
         )
+
+    def _expiry(self) -> Any:
+        """When the provider deletes a file that nobody has deleted before."""
+        return {"anchor": "created_at", "seconds": self._keep_files} if self._keep_files else openai.omit
 
     async def _find(self, batch: Batch) -> OpenAIBatch | None:
         """The batch at OpenAI that carries this row's id, if it was created after all."""
@@ -188,18 +193,18 @@ class BatchLane:
                 await self._client.files.delete(file.id)
                 log.info("leftover_file_deleted", batch=batch.batch, file=file.id)
 
-    async def _build_and_upload(self, batch: Batch) -> str | None:
+    async def _build_and_upload(self, batch: Batch, question: Question) -> str | None:
         """The id of the uploaded input file; None when no image could be prepared."""
         await self._db.batch_step(batch, "preparing")
         with tempfile.SpooledTemporaryFile(max_size=SPOOL) as file:
-            if not await self._build(batch, file):
+            if not await self._build(batch, question, file):
                 return None
             await self._db.batch_step(batch, "uploading")
             file.seek(0)
             uploaded = await self._client.files.create(
                 file=(_file_name(batch), file),
                 purpose="batch",
-                expires_after={"anchor": "created_at", "seconds": KEEP_FILES},
+                expires_after=self._expiry(),
             )
         try:
             await self._db.batch_step(batch, "creating", uploaded.id)
@@ -208,11 +213,11 @@ class BatchLane:
             raise
         return uploaded.id
 
-    async def _build(self, batch: Batch, file: IO[bytes]) -> int:
+    async def _build(self, batch: Batch, question: Question, file: IO[bytes]) -> int:
         """Writes a line per image, in order; how many. Images that fail are reported at once."""
         lines, last = 0, 0
         while page := await self._db.batch_images(batch, last, PAGE):
-            made = await asyncio.gather(*(self._line(image) for image in page))
+            made = await asyncio.gather(*(self._line(image, question) for image in page))
             failed = [
                 {"task": image.task, "error": line.as_json()}
                 for image, line in zip(page, made, strict=True)
@@ -232,15 +237,15 @@ class BatchLane:
             last = page[-1].task
         return lines
 
-    async def _line(self, image: Image) -> bytes | TaggingError:
+    async def _line(self, image: Image, question: Question) -> bytes | TaggingError:
         async with self._fetches:
             try:
-                jpeg = await self._images.load(image, largest_side(self._question.image_detail))
+                jpeg = await self._images.load(image, LARGEST_SIDE[question.image_detail])
             except TaggingError as error:
                 if error.kind == "account":
                     raise
                 return error
-            return batch_line(str(image.task), request_body(self._question, data_url(jpeg)))
+            return batch_line(str(image.task), request_body(question, data_url(jpeg), image.cap))
 
     # -- while OpenAI has it
 
@@ -254,6 +259,8 @@ class BatchLane:
                 for first in range(0, len(seen), SEEN):
                     await self._db.batches_seen(seen[first : first + SEEN])
             await self._delete_files(claim.files)
+            if claim.look_up:
+                await self._look_up(claim.look_up)
         except openai.APIError as error:
             trouble = provider.classify(error)
             log.warning("poll_failed", kind=trouble.kind, code=trouble.code, message=trouble.message)
@@ -262,11 +269,14 @@ class BatchLane:
     async def _see(self, wanted: dict[str, float]) -> list[dict[str, Any]]:
         """What OpenAI says of batches (ids and the moments before which they were not created)."""
         seen = {}
-        async for batch in self._newest_batches(min(wanted.values())):
-            if batch.id in wanted:
-                seen[batch.id] = describe(batch)
-                if len(seen) == len(wanted):
-                    break
+        try:
+            async for batch in self._newest_batches(min(wanted.values())):
+                if batch.id in wanted:
+                    seen[batch.id] = describe(batch)
+                    if len(seen) == len(wanted):
+                        break
+        except openai.NotFoundError:
+            log.warning("batches_not_listed", hint="The provider has no list of batches; each is asked for by itself.")
         for batch_id in wanted.keys() - seen.keys():  # not in the list: its clock is off, or the batch is gone
             try:
                 seen[batch_id] = describe(await self._client.batches.retrieve(batch_id))
@@ -274,6 +284,24 @@ class BatchLane:
                 log.warning("batch_gone", openai_batch=batch_id)
                 seen[batch_id] = {"id": batch_id, "status": "gone"}
         return list(seen.values())
+
+    async def _look_up(self, model: str) -> None:
+        """Asks the provider when the model shuts down, and whether there is a Batch API; what it does not say is left out."""
+        facts: dict[str, Any] = {"model": model}
+        try:
+            found = await self._client.models.retrieve(model)
+            facts["shutdown_date"] = getattr(found, "shutdown_date", None)
+        except openai.APIStatusError as error:
+            log.info("model_not_described", model=model, status=error.status_code)
+        try:
+            await self._client.get("/batches", cast_to=httpx2.Response, options={"params": {"limit": 1}})
+            facts["batches"] = True
+        except openai.APIStatusError as error:
+            if error.status_code in NO_SUCH_ROUTE:
+                facts["batches"] = False
+        notice = await self._db.provider_checked(facts)
+        if notice:
+            log.warning("model_shuts_down", message=notice)
 
     async def _cancel(self, batch_id: str) -> None:
         """Asks OpenAI to stop a batch; one that has just ended cannot be, and the look at it says so."""
@@ -284,36 +312,41 @@ class BatchLane:
 
     # -- when OpenAI is done with it
 
-    async def _harvest(self, batch: Batch) -> None:
+    async def _harvest(self, batch: Batch, question: Question) -> None:
         for file_id in (batch.output_file_id, batch.error_file_id):
             if file_id:
-                await self._store(batch, file_id)
+                await self._store(batch, question, file_id)
         await self._db.batch_finish(batch)
         # Whoever looks at OpenAI next deletes what is left, should this process not live to do it.
         await self._delete_files([f for f in (batch.input_file_id, batch.output_file_id, batch.error_file_id) if f])
 
-    async def _store(self, batch: Batch, file_id: str) -> None:
+    async def _store(self, batch: Batch, question: Question, file_id: str) -> None:
         """Stores a file's answers page by page; the database works on one page while the next is read."""
-        storing: asyncio.Task[int] | None = None
+        storing: asyncio.Task[None] | None = None
         try:
-            async for page in self._answers(batch, file_id):
+            async for page in self._answers(batch, question, file_id):
                 count_answers("batch", page)
                 if storing:
                     await storing
-                storing = asyncio.create_task(self._db.batch_answers(batch, page))
+                storing = asyncio.create_task(self._store_page(batch, page))
             if storing:
                 await storing
         finally:
             if storing and not storing.done():
                 storing.cancel()
 
-    async def _answers(self, batch: Batch, file_id: str) -> AsyncIterator[list[dict[str, Any]]]:
+    async def _store_page(self, batch: Batch, page: list[dict[str, Any]]) -> None:
+        stored = await self._db.batch_answers(batch, page)
+        for notice in stored.notices:
+            log.warning("notice", message=notice)
+
+    async def _answers(self, batch: Batch, question: Question, file_id: str) -> AsyncIterator[list[dict[str, Any]]]:
         """Pages of a file's answers, as ``autotag.batch_answers`` takes them; what is no answer is counted."""
         page: list[dict[str, Any]] = []
         unreadable = 0
         async with self._client.files.with_streaming_response.content(file_id) as response:
             async for line in _lines(response.iter_bytes()):
-                answer = read_line(line, self._question.max_tags)
+                answer = read_line(line, question.max_tags)
                 if answer is None:
                     unreadable += 1
                     continue
@@ -341,6 +374,18 @@ class BatchLane:
             log.warning("file_not_deleted", file=file_id, error=type(error).__name__)
             return False
         return True
+
+
+def _classify(error: openai.APIError) -> TaggingError:
+    """What an error of the files and batches means: like any other, but a route that is not there is a Batch API that is not
+    there (and a file or batch that is not there is told by its words)."""
+    found = provider.classify(error)
+    if (
+        isinstance(error, openai.APIStatusError) and error.status_code in NO_SUCH_ROUTE and found.kind == "account"
+        and not any(word in found.message.lower() for word in ("file-", "batch_"))
+    ):  # fmt: skip
+        return TaggingError("account", "no_batch_api", "The provider has no Batch API.", origin="provider")
+    return found
 
 
 def _file_name(batch: Batch) -> str:
@@ -375,6 +420,8 @@ def describe(batch: OpenAIBatch) -> dict[str, Any]:
         "done": counts.completed + counts.failed if counts else 0,
         "error_code": first.code if first else None,
         "error": first.message if first else None,
+        # no credit, for example, is nothing that the batch could help
+        "error_kind": classify_status(400, {"error": first.model_dump()}, {}).kind if first else None,
     }
 
 
@@ -393,7 +440,7 @@ def read_line(line: bytes, max_tags: int) -> dict[str, Any] | None:
     try:
         if status != 200 or not isinstance(body, dict):
             # Lines of "completed" batches have been seen with status 0 and 5xx, and with `error` alone.
-            raise provider.classify_status(status, body or entry.get("error"), {})
+            raise classify_status(status, body or entry.get("error"), {})
         report["usage"] = read_usage(body)
         report["result"] = read_completion(body, max_tags)
     except TaggingError as error:

@@ -12,12 +12,12 @@ import structlog
 from openai import AsyncOpenAI
 
 from autotag import provider, traces
+from autotag.answers import read_completion, read_usage
 from autotag.db import Database, Image
 from autotag.errors import TaggingError
-from autotag.images import Images, data_url
+from autotag.images import LARGEST_SIDE, Images, data_url
 from autotag.metrics import CLAIMED, CLAIMS, IN_FLIGHT, SECONDS, count_answers, timed
-from autotag.tags import Question, read_completion, read_usage, request_body
-from autotag.tokens import largest_side
+from autotag.tags import Question, request_body
 from autotag.wake import Wake
 
 STAGE_DELAY = 0.15  # seconds a stage must last to be worth a write; quick images skip it
@@ -105,8 +105,8 @@ class Reports:
                     settled = await self._db.settle(bulk, self._take_seen())
                 if settled.accepted < len(bulk):
                     log.warning("late_reports_refused", refused=len(bulk) - settled.accepted)
-                if settled.notice:
-                    log.warning("provider_limits_changed", notice=settled.notice)
+                for notice in settled.notices:
+                    log.warning("notice", message=notice)
             self.idle.set()
 
     async def tell_stages_forever(self) -> None:
@@ -135,9 +135,9 @@ async def _tag(
     try:
         reports.stage(image, "preparing")
         with timed(SECONDS, "fetched"), traces.step("fetch"):
-            jpeg = await images.load(image, largest_side(question.image_detail))
+            jpeg = await images.load(image, LARGEST_SIDE[question.image_detail])
         reports.stage(image, "processing")
-        body = request_body(question, data_url(jpeg))
+        body = request_body(question, data_url(jpeg), image.cap)
         sent, report["called"] = time.monotonic(), True
         reports.sent()
         with timed(SECONDS, "called"), traces.step("call"):
@@ -147,14 +147,16 @@ async def _tag(
         report["result"] = read_completion(completion, question.max_tags)
     except TaggingError as error:
         report["error"] = error.as_json()
-        if error.kind == "rate_limit":
+        if error.kind == "rate_limit" and error.origin == "provider":
             reports.limits({**error.limits, "retry_after": error.retry_after}, sent)
         log_error(image, error)
     except Exception as error:
         # A defect of ours must not take the other images in flight with it: this one counts a failure and
         # ends, after its tries, as failed.
         log.exception("unexpected_error", task=image.task)
-        report["error"] = TaggingError("transient", "internal_error", f"Tagging failed: {type(error).__name__}.").as_json()
+        report["error"] = TaggingError(
+            "transient", "internal_error", f"Tagging failed: {type(error).__name__}."
+        ).as_json()
     if not report["called"]:
         reports.sent()
     return report
@@ -170,7 +172,7 @@ async def run(
     db: Database,
     wake: Wake,
     slots: int,
-    tag_image: Callable[[Image], Coroutine[Any, Any, None]],
+    tag_image: Callable[[Image, Question], Coroutine[Any, Any, None]],
     deadline: float,
 ) -> None:
     """The lane, until the worker stops; then at most ``deadline`` seconds more for what is in hand."""
@@ -206,7 +208,7 @@ async def run(
             CLAIMED.inc(len(claim.images))
             for image in claim.images:
                 waited.observe(image.waited)
-                task = asyncio.create_task(tag_image(image))
+                task = asyncio.create_task(tag_image(image, claim.question))
                 hands[task] = image
                 task.add_done_callback(free_hand)
         full = len(hands) >= slots

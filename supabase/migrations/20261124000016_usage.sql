@@ -1,61 +1,93 @@
--- Who used what: one row per workspace, user and day (UTC), as the provider's own usage figures say.
+-- Who used what: one row per workspace, user, day (UTC), model and service tier, as the provider's own usage figures say.
 
 create table autotag.usage (
   id bigint generated always as identity primary key,
   workspace_id uuid not null,
   user_id uuid,
   day date not null,
+  model text not null,                   -- that answered, by its own word
+  service_tier text not null,            -- that it was billed in: default, flex, priority …, or batch
   images integer not null default 0,     -- images tagged
   requests integer not null default 0,   -- answers the provider billed
-  input_tokens bigint not null default 0,
+  input_tokens bigint not null default 0,         -- prompts, the cached tokens included
   cached_tokens bigint not null default 0,
-  output_tokens bigint not null default 0,
-  cost numeric not null default 0        -- dollars, by the price table in settings
+  cache_write_tokens bigint not null default 0,
+  output_tokens bigint not null default 0,        -- answers, the reasoning included
+  reasoning_tokens bigint not null default 0,
+  cost numeric                           -- dollars, by the prices of autotag.models then; null: the model has none
 ) with (fillfactor = 50);
-create unique index usage_key on autotag.usage (workspace_id, day, user_id) nulls not distinct;
+create unique index usage_key on autotag.usage (workspace_id, day, user_id, model, service_tier) nulls not distinct;
 create index usage_day_idx on autotag.usage (day);
+create index usage_unpriced_idx on autotag.usage (model) where cost is null;
 alter table autotag.usage enable row level security;
 
--- Adds what these answers cost. Their input counts the cached tokens too, as OpenAI's figures do.
+-- Adds what these answers cost, each by its own model and service tier; an answer that names no model had the one that was
+-- asked. What the provider gave no figures for has the tier `unknown` and no cost. A row that has no price yet gets one for all of it as soon as there is one.
 create function autotag.add_usage(p_answers autotag.answer[], p_batch boolean) returns void
 language plpgsql security definer set search_path = ''
 as $$
 begin
-  insert into autotag.usage as u
-    (workspace_id, user_id, day, images, requests, input_tokens, cached_tokens, output_tokens, cost)
-  select j.workspace_id, j.user_id, (autotag.now() at time zone 'utc')::date,
-    count(*) filter (where a.error is null), count(*),
-    sum((a.usage ->> 'input')::bigint), sum((a.usage ->> 'cached')::bigint), sum((a.usage ->> 'output')::bigint),
-    sum(((a.usage ->> 'input')::bigint - (a.usage ->> 'cached')::bigint) * s.input_price
-      + (a.usage ->> 'cached')::bigint * s.cached_price
-      + (a.usage ->> 'output')::bigint * s.output_price) / 1000000
-      * case when p_batch then s.batch_discount else 1 end
-  from unnest(p_answers) a
-  join autotag.jobs j on j.id = a.job_id
-  cross join autotag.settings s
-  where a.usage is not null
-  group by j.workspace_id, j.user_id, s.batch_discount
-  order by j.workspace_id, j.user_id
-  on conflict (workspace_id, day, user_id) do update set
+  insert into autotag.usage as u (workspace_id, user_id, day, model, service_tier, images, requests,
+    input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost)
+  select t.*, autotag.price_tokens(t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
+  from (
+    select j.workspace_id, j.user_id, (autotag.now() at time zone 'utc')::date as day, b.model, b.tier,
+      count(*) filter (where b.error is null) as images, count(*) as requests,
+      sum(b.input) as input, sum(b.cached) as cached, sum(b.cache_write) as cache_write,
+      sum(b.output) as output, sum(b.reasoning) as reasoning
+    from (
+      select a.job_id, a.error,
+        coalesce(nullif(left(a.usage ->> 'model', 100), ''), p.question ->> 'model') as model,
+        case when a.usage is null then 'unknown' when p_batch then 'batch' else coalesce(nullif(left(a.usage ->> 'tier', 20), ''), 'default') end as tier,
+        autotag.check_tokens(a.usage, 'input')::bigint as input,
+        least(autotag.check_tokens(a.usage, 'cached'), autotag.check_tokens(a.usage, 'input'))::bigint as cached,
+        autotag.check_tokens(a.usage, 'cache_write')::bigint as cache_write,
+        autotag.check_tokens(a.usage, 'output')::bigint as output,
+        autotag.check_tokens(a.usage, 'reasoning')::bigint as reasoning
+      from unnest(p_answers) a, autotag.provider_limits p
+      where a.usage is not null or a.error is null) b
+    join autotag.jobs j on j.id = b.job_id
+    group by j.workspace_id, j.user_id, b.model, b.tier
+    order by j.workspace_id, j.user_id, b.model, b.tier) t
+  on conflict (workspace_id, day, user_id, model, service_tier) do update set
     images = u.images + excluded.images, requests = u.requests + excluded.requests,
     input_tokens = u.input_tokens + excluded.input_tokens,
     cached_tokens = u.cached_tokens + excluded.cached_tokens,
-    output_tokens = u.output_tokens + excluded.output_tokens, cost = u.cost + excluded.cost;
+    cache_write_tokens = u.cache_write_tokens + excluded.cache_write_tokens,
+    output_tokens = u.output_tokens + excluded.output_tokens,
+    reasoning_tokens = u.reasoning_tokens + excluded.reasoning_tokens,
+    cost = excluded.cost + coalesce(u.cost, autotag.price_tokens(u.model, u.service_tier,
+      u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens));
 end $$;
 
--- tagging_usage: rows per user and day, for members of the workspace.
+-- A model has got a price: what was used of it before gets it too.
+create function autotag.price_usage() returns trigger
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  update autotag.usage u
+  set cost = autotag.price_tokens(u.model, u.service_tier, u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens)
+  where u.cost is null;
+  return null;
+end $$;
+create trigger autotag_price_usage after insert or update of input_price, output_price on autotag.models
+  for each statement execute function autotag.price_usage();
+
+-- tagging_usage: rows per user, day, model and service tier, for members of the workspace. cost: dollars; null: the model
+-- has no price in autotag.models.
 create function autotag.list_usage(p_workspace_id uuid, p_since date, p_until date)
-returns table (user_id uuid, day date, images integer, requests integer, input_tokens bigint,
-  cached_tokens bigint, output_tokens bigint, cost numeric)
+returns table (user_id uuid, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
+  cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
 language plpgsql stable security definer set search_path = ''
 as $$
 begin
   perform autotag.check_member(p_workspace_id);
   return query
-    select u.user_id, u.day, u.images, u.requests, u.input_tokens, u.cached_tokens, u.output_tokens, u.cost
+    select u.user_id, u.day, u.model, u.service_tier, u.images, u.requests, u.input_tokens,
+      u.cached_tokens, u.cache_write_tokens, u.output_tokens, u.reasoning_tokens, u.cost
     from autotag.usage u
     where u.workspace_id = p_workspace_id and u.day between p_since and p_until
-    order by u.day, u.user_id;
+    order by u.day, u.user_id, u.model, u.service_tier;
 end $$;
 
 -- What may be used: images and dollars, a day or a month (UTC), by a workspace as a whole or by each of its users.
@@ -76,12 +108,13 @@ create table autotag.quotas (
 create unique index quotas_key on autotag.quotas (scope, period, workspace_id, user_id) nulls not distinct;
 alter table autotag.quotas enable row level security;
 
--- Dollars that one image is expected to cost as a single call.
-create function autotag.expected_cost() returns numeric
+-- Dollars that one image is expected to cost (p_tier: a service tier, or batch), by what answers used so far; null: the
+-- model has no price in autotag.models.
+create function autotag.expected_cost(p_tier text default null) returns numeric
 language sql stable security definer set search_path = ''
 as $$
-  select (greatest(p.tokens_per_image - s.max_output_tokens, 0) * s.input_price + s.max_output_tokens * s.output_price)
-    / 1000000
+  select autotag.price_tokens(s.model, coalesce(p_tier, case s.service_tier when 'auto' then 'default' else s.service_tier end),
+    p.prompt_mean, 0, 0, p.output_mean)
   from autotag.settings s, autotag.provider_limits p
 $$;
 
@@ -95,11 +128,14 @@ as $$
 declare
   v_today date := (autotag.now() at time zone 'utc')::date;
   v_cost numeric;
+  v_batch_cost numeric;
 begin
   if not exists (select from autotag.quotas) then
     return;
   end if;
-  v_cost := autotag.expected_cost();
+  -- Without a price dollars cannot be reserved; autotag doctor says so.
+  v_cost := coalesce(autotag.expected_cost(), 0);
+  v_batch_cost := coalesce(autotag.expected_cost('batch'), 0);
   return query
     with chosen as (
       select distinct on (q.scope, q.period) q.*,
@@ -120,8 +156,8 @@ begin
         select coalesce(sum(n.images), 0) as images, coalesce(sum(n.images * n.price), 0) as cost
         from (
           select j.image_count - j.completed - j.failed as images,
-            v_cost * case when j.strategy like 'batch%' then s.batch_discount else 1 end as price
-          from autotag.jobs j, autotag.settings s
+            case when j.strategy like 'batch%' then v_batch_cost else v_cost end as price
+          from autotag.jobs j
           where j.workspace_id = p_workspace_id and j.finished_at is null
             and (c.scope = 'workspace' or j.user_id = p_user_id)) n) l
     )

@@ -39,6 +39,9 @@ begin
       when 'realtime-chunked' then ceil(p_images::numeric / v_settings.chunk_size) else 0 end,
     'delay_ms', case v_type when 'realtime-chunked' then (extract(epoch from v_settings.chunk_delay) * 1000)::integer else 0 end,
     'batches', v_batches,
+    -- why so many images do not go by batch
+    'note', case when v_type = 'realtime-chunked' and p_images > v_settings.chunk_max_images
+      then 'The AI provider has no Batch API, so these images go as single calls.' end,
     'estimate_seconds', autotag.estimate_seconds(p_images, v_batches));
 end $$;
 
@@ -107,8 +110,8 @@ begin
 end $$;
 
 create function public.tagging_usage(workspace_id uuid, since date default '-infinity', until date default 'infinity')
-returns table (user_id uuid, day date, images integer, requests integer, input_tokens bigint,
-  cached_tokens bigint, output_tokens bigint, cost numeric)
+returns table (user_id uuid, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
+  cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
 language sql stable security invoker set search_path = ''
 as $$ select * from autotag.list_usage(workspace_id, since, until) $$;
 
@@ -145,10 +148,10 @@ grant execute on function public.openai_webhook, autotag.receive_webhook to serv
 
 -- workers
 grant execute on function
-  autotag.register_worker, autotag.worker_settings, autotag.set_tokens_per_image, autotag.heartbeat,
+  autotag.register_worker, autotag.worker_settings, autotag.heartbeat,
   autotag.release_worker, autotag.release_unheld, autotag.claim, autotag.report_stages, autotag.settle,
   autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted,
-  autotag.batch_trouble, autotag.poll_trouble, autotag.files_deleted, autotag.batches_seen, autotag.batch_answers, autotag.batch_finish,
+  autotag.batch_trouble, autotag.poll_trouble, autotag.files_deleted, autotag.provider_checked, autotag.batches_seen, autotag.batch_answers, autotag.batch_finish,
   autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_probe,
   autotag.status, autotag.metrics, autotag.preview_backfill, autotag.backfill, autotag.list_usage
   to autotag_worker;

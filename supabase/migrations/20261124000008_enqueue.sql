@@ -198,7 +198,10 @@ begin
   v_job.strategy := autotag.choose_strategy(v_count);
   if v_job.strategy in ('realtime', 'realtime-chunked') then
     v_wait := autotag.predict_wait(p_workspace_id, v_count);
-    if v_wait > v_settings.realtime_max_wait then
+    if (select p.has_batches from autotag.provider_limits p) = false then
+      v_job.fallback := case when v_count > v_settings.chunk_max_images
+        then 'The AI provider has no Batch API, so these images go as single calls.' end;
+    elsif v_wait > v_settings.realtime_max_wait then
       v_job.strategy := 'batch';
       v_job.fallback := format('Single calls would have waited about %s min for the limits, so these images go by batch.',
         ceil(extract(epoch from v_wait) / 60));

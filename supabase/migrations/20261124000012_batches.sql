@@ -23,6 +23,9 @@ create table autotag.batches (
   failures integer not null default 0,
   not_before timestamptz not null default '-infinity',
   admitted_at timestamptz,               -- its place in the workspace's window, taken once
+  output_tokens integer,                 -- the cap of its answers, and when it was built with what was asked then
+  asked_at timestamptz,
+  extra_tokens bigint not null default 0,     -- what its images need more than others, after answers that were cut off
   reserved_tokens bigint not null default 0,  -- its share of the provider's queued-token limit, until OpenAI is done with it
   openai_batch_id text unique,
   openai_status text,
@@ -78,16 +81,20 @@ $$;
 --   poll: [{id, since (epoch seconds: it is not older at OpenAI)}] of the batches in flight when they are to be
 --     looked at now, else null; cancel: ids of those that are to be cancelled at OpenAI before.
 --   files: ids of files that nobody needs any more, to be deleted at OpenAI (files_deleted).
+--   question: as in claim(). keep_files: seconds after which the provider is to delete our files; null: it takes no expiry.
+--   look_up: the model, when the provider is to be asked about it now (provider_checked), else null.
+--   While nobody knows whether the question works, and single calls are there to try it, no batch is begun.
 --   wait: seconds until there may be more; null when only a notification can bring some.
 -- Locks: provider, windows by workspace, batches by id.
 create function autotag.claim_batches(
   p_worker uuid, p_slots integer,
-  out batches jsonb, out poll jsonb, out cancel jsonb, out files jsonb, out wait double precision
+  out batches jsonb, out poll jsonb, out cancel jsonb, out files jsonb, out wait double precision,
+  p_question bigint default null, out question jsonb, out keep_files integer, out look_up text
 )
 language plpgsql security definer set search_path = ''
 as $$
 declare
-  v_provider autotag.provider_limits := autotag.lock_provider();
+  v_provider autotag.provider_limits := autotag.sync_question(autotag.lock_provider());
   v_now timestamptz := v_provider.refilled_at;
   v_settings autotag.settings;
   v_slots integer := greatest(coalesce(p_slots, 0), 0);
@@ -104,20 +111,33 @@ declare
   v_held boolean := false;     -- … because the room that there is, is held for it
   v_taken uuid[] := array[]::uuid[];
   v_next timestamptz;
+  v_unproven boolean;          -- nothing is begun: single calls try the question first
 begin
   select * into v_settings from autotag.settings;
   batches := '[]';
   files := '[]';
+  keep_files := v_provider.keep_files;
+  if v_provider.question_version is distinct from p_question then
+    question := v_provider.question || jsonb_build_object('version', v_provider.question_version);
+  end if;
   if not autotag.hold_lease(p_worker) then
     wait := 1;  -- its next heartbeat registers it again
     return;
   end if;
+  v_unproven := v_provider.proven_at is null and exists (
+    select from autotag.queues q where q.queued > 0
+    union all select from autotag.tasks t where t.retry_at is not null);
   if v_provider.account_error is not null then
     if v_provider.probe_at > v_now then
       wait := autotag.real_seconds(v_provider.probe_at - v_now);
       return;
     end if;
     v_slots := least(v_slots, 1);
+  end if;
+  if v_provider.proven_at is not null and v_provider.checked_at <= v_now - v_settings.model_check_interval then
+    look_up := v_provider.question ->> 'model';
+    -- another worker asks in ten minutes, should this one not come to tell
+    update autotag.provider_limits p set checked_at = v_now - v_settings.model_check_interval + interval '10 min';
   end if;
 
   v_queued := (select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.reserved_tokens > 0);
@@ -131,10 +151,11 @@ begin
         b.ordinal > 1 and t.since > v_patient_since as later
       from autotag.batches b
       cross join lateral (
-        select (b.image_count - b.express_count)::bigint * v_provider.tokens_per_image as tokens,
+        select (b.image_count - b.express_count)::bigint * v_provider.tokens_per_image + b.extra_tokens as tokens,
                greatest(b.created_at, b.not_before) as since) t
       where b.worker_id is null and b.not_before <= v_now
-        and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting')
+        and (b.state in ('ended', 'harvesting', 'creating')
+          or b.state in ('planned', 'preparing', 'uploading') and not v_unproven and v_provider.has_batches is distinct from false)
         and (b.state <> 'planned' or t.since <= v_patient_since
           or v_queued = 0 or v_queued + t.tokens <= v_provider.queued_batch_tokens)
     )
@@ -179,7 +200,7 @@ begin
           continue;
         end if;
       end if;
-      v_tokens := v_images::bigint * v_provider.tokens_per_image;
+      v_tokens := v_images::bigint * v_provider.tokens_per_image + v_batch.extra_tokens;
       -- A batch ahead of the provider's queue always goes: alone it must be small enough.
       if v_held or v_queued > 0 and v_queued + v_tokens > v_provider.queued_batch_tokens then
         v_held := v_held or greatest(v_batch.created_at, v_batch.not_before) <= v_patient_since;
@@ -199,6 +220,8 @@ begin
     update autotag.batches b
     set worker_id = p_worker, attempt = b.attempt + 1,
         admitted_at = v_batch.admitted_at, reserved_tokens = v_batch.reserved_tokens,
+        output_tokens = case when b.input_file_id is null then v_provider.output_tokens else b.output_tokens end,
+        asked_at = case when b.input_file_id is null then v_now else b.asked_at end,
         state = case
           when b.state = 'planned' and b.input_file_id is null then 'preparing'
           when b.state = 'planned' then 'creating'
@@ -233,7 +256,8 @@ begin
   end if;
   update autotag.provider_limits p
   set next_poll_at = v_provider.next_poll_at,
-      probe_at = case when p.account_error is null then p.probe_at else v_now + v_settings.account_probe_interval end;
+      probe_at = case when p.account_error is null or v_taken = '{}' then p.probe_at
+        else v_now + v_settings.account_probe_interval end;
 
   select min(moment) into v_next from (
     select v_provider.next_poll_at
@@ -265,17 +289,18 @@ begin
   return v_batch;
 end $$;
 
--- The images of a batch that still need an answer, after a task id: [{task, asset_id, bucket, path, url}].
+-- The images of a batch that still need an answer, after a task id: [{task, asset_id, bucket, path, url, cap}].
 create function autotag.batch_images(p_batch uuid, p_after bigint, p_limit integer) returns jsonb
 language sql stable security definer set search_path = ''
 as $$
   with page as (
-    select t.id, t.asset_id from autotag.tasks t
+    select t.id, t.asset_id, greatest(t.min_output_tokens, b.output_tokens) as cap
+    from autotag.tasks t join autotag.batches b on b.id = t.batch_id
     where t.batch_id = p_batch and t.id > p_after and t.finished_at is null
     order by t.id limit p_limit
   )
   select coalesce(jsonb_agg(jsonb_build_object('task', p.id, 'asset_id', p.asset_id,
-    'bucket', d.bucket, 'path', d.path, 'url', d.url) order by p.id), '[]')
+    'bucket', d.bucket, 'path', d.path, 'url', d.url, 'cap', p.cap) order by p.id), '[]')
   from page p
   left join autotag.describe_assets(array(select asset_id from page)) d on d.asset_id = p.asset_id
 $$;
@@ -368,10 +393,11 @@ begin
   perform pg_notify('autotag', 'batch');
 end $$;
 
--- The worker could not go on: {kind, code, message, retry_after}. Of the account: both lanes stop. Of the
--- moment: another try later, by whoever comes first; in `creating` not before batch_create_grace has passed,
+-- The worker could not go on: {kind, code, message, retry_after, origin, parameter}. Of the account: both lanes stop.
+-- Transient: another try later, by whoever comes first; in `creating` not before batch_create_grace has passed,
 -- because a request that seemed to fail may yet arrive. A batch that OpenAI refuses as such falls apart into
--- single calls, whose answers say more.
+-- single calls, whose answers say more. A provider that knows no files or batches, while single calls work there, has no
+-- Batch API: claim() makes single calls of what was planned. One that refuses an expiry is asked for another.
 create function autotag.batch_trouble(p_worker uuid, p_batch uuid, p_attempt integer, p_error jsonb) returns void
 language plpgsql security definer set search_path = ''
 as $$
@@ -379,10 +405,21 @@ declare
   v_settings autotag.settings;
   v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
   v_batch autotag.batches;
+  v_provider autotag.provider_limits := autotag.lock_provider();
 begin
   select * into v_settings from autotag.settings;
-  if p_error ->> 'kind' = 'account' then
-    perform autotag.stop_account(p_error ->> 'message');
+  p_error := autotag.check_error(p_error);
+  if p_error ->> 'code' = 'no_batch_api' and v_provider.proven_at is not null then
+    update autotag.provider_limits set has_batches = false;
+    p_error := p_error || '{"kind": "rate_limit"}';
+  elsif p_error ->> 'parameter' = 'expires_after' and v_provider.keep_files is not null then
+    -- Azure keeps files for at least 14 days; others know no expiry at all
+    update autotag.provider_limits p set keep_files = case when p.keep_files < 1209600 then 1209600 end;
+    p_error := p_error || '{"kind": "rate_limit"}';
+  elsif p_error ->> 'kind' = 'account'
+    or v_provider.proven_at is null and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then
+    p_error := p_error || '{"kind": "account"}';
+    perform autotag.stop_account(autotag.explain_account(p_error), coalesce(p_error ->> 'origin', 'batch'));
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
   v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
@@ -393,30 +430,131 @@ begin
   end if;
   -- A file that OpenAI keeps not knowing is gone: it is built again.
   update autotag.batches b
-  set worker_id = null, failures = b.failures + 1, error = p_error ->> 'message',
+  set worker_id = null, error = p_error ->> 'message',
+      failures = b.failures + (select k.counts::integer from autotag.error_kinds k where k.kind = p_error ->> 'kind'),
       state = case when v_lost.file then 'planned' else b.state end,
       input_file_id = case when v_lost.file then null else b.input_file_id end,
       reserved_tokens = case when v_lost.file then 0 else b.reserved_tokens end,
       not_before = autotag.now() + greatest(
         case when b.state = 'creating' and p_error ->> 'code' <> all ('{file_not_there_yet,rate_limited}')
           then v_settings.batch_create_grace else interval '0' end,
-        case when p_error ->> 'kind' = 'account' then interval '0'
+        case when p_error ->> 'kind' = 'account' or p_error ->> 'code' = 'no_batch_api' or p_error ->> 'parameter' is not null
+            then interval '0'
           else make_interval(secs => greatest((p_error ->> 'retry_after')::double precision,
             (0.5 + random() / 2) * least(extract(epoch from v_settings.retry_delay_max),
               extract(epoch from v_settings.retry_delay) * power(2, least(b.failures, 20))))) end)
   from (select p_error ->> 'code' = 'file_not_there_yet' and v_batch.state = 'creating' and v_batch.failures >= 3 as file) v_lost
   where b.id = p_batch;
   perform pg_notify('autotag', 'batch');
+  perform pg_notify('autotag', 'realtime');
 end $$;
 
--- A look at OpenAI failed as a whole. Of the account: both lanes stop. Else the next look is the next try.
+-- A look at OpenAI failed as a whole. Of the account: both lanes stop. Else the next look is the next try, not before the
+-- provider said. Locks: provider.
 create function autotag.poll_trouble(p_error jsonb) returns void
 language plpgsql security definer set search_path = ''
 as $$
 begin
+  p_error := autotag.check_error(p_error);
   if p_error ->> 'kind' = 'account' then
-    perform autotag.stop_account(p_error ->> 'message');
+    perform autotag.stop_account(autotag.explain_account(p_error), 'poll');
   end if;
+  update autotag.provider_limits p
+  set next_poll_at = greatest(p.next_poll_at, autotag.now() + autotag.clock_interval((p_error ->> 'retry_after')::double precision))
+  where p_error ->> 'retry_after' is not null;
+end $$;
+
+-- A provider without a Batch API: what was planned as batches of one job goes as single calls. False when there is no
+-- such job. One at a time, for the same reason as seal_upload(). Called by claim(), which holds the provider row.
+-- Locks: workspace, job, batches, tasks by id.
+create function autotag.leave_batches(p_now timestamptz) returns boolean
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_job autotag.jobs;
+  v_batches uuid[];
+  v_tasks bigint[];
+begin
+  select j.* into v_job
+  from autotag.batches b join autotag.jobs j on j.id = b.job_id
+  where b.state in ('planned', 'preparing', 'uploading', 'creating') and b.worker_id is null
+  order by b.created_at limit 1;
+  if not found then
+    return false;
+  end if;
+  perform autotag.lock_workspace(v_job.workspace_id);
+  perform from autotag.jobs j where j.id = v_job.id for update;
+  v_batches := array(
+    select b.id from autotag.batches b
+    where b.job_id = v_job.id and b.worker_id is null and b.state in ('planned', 'preparing', 'uploading', 'creating')
+    order by b.id for update);
+  update autotag.batches b
+  set state = 'cancelled', reserved_tokens = 0, finished_at = p_now, input_file_id = null,
+      error = 'The provider has no Batch API.'
+  where b.id = any (v_batches);
+  v_tasks := array(
+    select t.id from autotag.tasks t where t.batch_id = any (v_batches) and t.finished_at is null order by t.id for update);
+  update autotag.queues q set chunk = s.chunk_size from autotag.settings s where q.job_id = v_job.id;
+  update autotag.jobs j
+  set strategy = 'realtime-chunked', fallback = 'The AI provider has no Batch API, so these images go as single calls.'
+  where j.id = v_job.id;
+  perform autotag.requeue(jsonb_agg(jsonb_build_object('task', t, 'failures', 0))) from unnest(v_tasks) t having count(*) > 0;
+  perform autotag.refresh_eta(v_job.id);
+  return true;
+end $$;
+
+-- What the provider says of the model and of itself, asked once a day (claim_batches: look_up): {model, shutdown_date,
+-- batches}, each optional; `batches`: whether it has a Batch API. Returns a sentence for the log when the model's end is
+-- near. Locks: provider.
+create function autotag.provider_checked(p_facts jsonb) returns text
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_model text := p_facts ->> 'model';
+  v_date date;
+begin
+  update autotag.provider_limits p
+  set checked_at = autotag.now(),
+      has_batches = case when jsonb_typeof(p_facts -> 'batches') = 'boolean' then (p_facts ->> 'batches')::boolean else p.has_batches end;
+  if p_facts ->> 'shutdown_date' ~ '^\d{4}-\d{2}-\d{2}$' then
+    begin
+      v_date := (p_facts ->> 'shutdown_date')::date;
+    exception when datetime_field_overflow then
+      v_date := null;
+    end;
+  end if;
+  if v_date is not null then
+    insert into autotag.models as m (name, shutdown_date) values (left(v_model, 100), v_date) on conflict (name) do nothing;
+    update autotag.models m set shutdown_date = v_date
+    where m.name = (autotag.find_model(v_model)).name and m.shutdown_date is distinct from v_date;
+  end if;
+  perform pg_notify('autotag', 'realtime');
+  return (autotag.describe_shutdown()) ->> 'message';
+end $$;
+
+-- The end of the model that is asked, once it is 90 days away or nearer: {level, message, days, date, successor}; else
+-- null. From 14 days before it is an error: what is not changed by then stops.
+create function autotag.describe_shutdown() returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  v_model text := (select s.model from autotag.settings s);
+  m autotag.models := autotag.find_model(v_model);
+  v_days integer := m.shutdown_date - (autotag.now() at time zone 'utc')::date;
+begin
+  if v_days is null or v_days > 90 then
+    return null;
+  end if;
+  return jsonb_build_object(
+    'level', case when v_days > 14 then 'warning' else 'error' end, 'days', v_days, 'date', m.shutdown_date,
+    'successor', m.successor,
+    'message', case
+      when v_days > 0 then format('%s shuts down on %s, in %s days%s', v_model, m.shutdown_date, v_days,
+        coalesce('; its successor is ' || m.successor, '') || '.')
+      else format('%s was shut down on %s%s', v_model, m.shutdown_date, coalesce('; its successor is ' || m.successor, '') || '.') end,
+    'fix', case when m.successor is not null then format(
+        'autotag compare --model %1$s --workspace …   then: update autotag.settings set model = ''%1$s'';', m.successor)
+      else 'Choose a model that stays: update autotag.settings set model = ''…'';' end);
 end $$;
 
 -- Files that are deleted at OpenAI need no deleting any more.

@@ -48,6 +48,7 @@ create table autotag.queues (
   released integer not null default 0,  -- the job that got least goes first: small uploads pass large ones
   cursor bigint not null default 0,
   reached bigint not null default 0,    -- the last task that was ever released: none behind it is held
+  output_tokens integer,                -- the least cap that one of them needs, where an answer was cut off
   chunk integer,                        -- at most so many at a time (null: all at once) …
   ready_at timestamptz not null default '-infinity'   -- … and the next not before this moment
 ) with (fillfactor = 50);
@@ -74,6 +75,8 @@ create table autotag.tasks (
   batch_id uuid,                        -- which batch it belongs to (batch lane)
   reserved_at timestamptz,              -- its place in the workspace's window, and what it reserved there
   reserved_tokens integer,
+  output_tokens integer,                -- the cap of the answer that was asked for
+  min_output_tokens integer,            -- the least cap of the next try: an answer was cut off
   retry_at timestamptz,                 -- parked until then
   error_code text,
   error text,
@@ -105,17 +108,17 @@ as $$
   from autotag.settings s, autotag.provider_limits p
 $$;
 
--- The strategy table: what happens with an upload of so many images.
+-- The strategy table: what happens with an upload of so many images. A provider without a Batch API gets single calls.
 create function autotag.choose_strategy(p_images integer) returns text
 language plpgsql stable security definer set search_path = ''
 as $$
 begin
   return (select case
     when p_images <= s.realtime_max_images then 'realtime'
-    when p_images <= s.chunk_max_images then 'realtime-chunked'
+    when p_images <= s.chunk_max_images or p.has_batches = false then 'realtime-chunked'
     when p_images <= s.batch_max_images then 'batch'
     else 'batch-parallel' end
-  from autotag.settings s);
+  from autotag.settings s, autotag.provider_limits p);
 end $$;
 
 -- Seconds that an upload is expected to take when its workspace is otherwise idle.

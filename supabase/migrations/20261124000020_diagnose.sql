@@ -57,6 +57,49 @@ create function autotag.send_probe(p_nonce uuid) returns void
 language sql security definer set search_path = ''
 as $$ select autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false) $$;
 
+-- The model and the provider: the model's end, its price, how it has to be asked, and what the provider cannot do.
+create function autotag.diagnose_model(p_provider autotag.provider_limits) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  v_model text := (select s.model from autotag.settings s);
+  m autotag.models := autotag.find_model(v_model);
+  v_end jsonb := autotag.describe_shutdown();
+  v_lacks text := concat_ws(', ',
+    case when p_provider.has_batches = false then 'a Batch API (everything goes as single calls)' end,
+    case when p_provider.has_rate_headers = false then 'rate-limit headers (autotag.provider_limits is what holds)' end,
+    case when p_provider.keep_files is null then 'expiring files' end);
+  v_forms text := concat_ws(', ',
+    case when m.cap_parameter = 'max_tokens' then 'max_tokens instead of max_completion_tokens'
+         when m.cap_parameter = 'none' then 'no cap of the answer' end,
+    case when m.answer_format = 'json_object' then 'json_object instead of json_schema'
+         when m.answer_format = 'text' then 'no response_format' end,
+    case when not m.sends_effort then 'no reasoning_effort' end,
+    case when not m.sends_detail then 'no detail' end,
+    case when not m.sends_tier then 'no service_tier' end);
+begin
+  return jsonb_build_array(
+    case when v_end is not null then autotag.finding('model', v_end ->> 'level', v_end ->> 'message', v_end ->> 'fix')
+      when m.shutdown_date is not null then autotag.finding('model', 'ok', format('%s shuts down on %s.', v_model, m.shutdown_date))
+      else autotag.finding('model', 'ok', format('%s%s; no end is announced.', v_model,
+        coalesce(' with reasoning effort ' || m.reasoning_effort, ''))) end,
+    case when m.input_price is not null and m.output_price is not null then autotag.finding('price', 'ok',
+        format('%s costs $%s and $%s per million tokens, about $%s for 1,000 images one by one.', v_model,
+          trim_scale(m.input_price), trim_scale(m.output_price), trim_scale(round(1000 * autotag.expected_cost(), 3))))
+      else autotag.finding('price',
+        case when exists (select from autotag.quotas q where q.max_cost is not null) then 'error' else 'warning' end,
+        format('What %s costs is not known, so costs are shown as unknown%s.', v_model,
+          case when exists (select from autotag.quotas q where q.max_cost is not null)
+            then ' and no quota in dollars is enforced' else '' end),
+        case when m.name is null
+          then format('insert into autotag.models (name, input_price, output_price) values (%L, …, …);   -- dollars per million tokens', v_model)
+          else format('update autotag.models set input_price = …, output_price = … where name = %L;   -- dollars per million tokens', m.name) end) end,
+    case when v_forms <> '' then autotag.finding('request', 'ok', format('%s is asked with %s.', v_model, v_forms))
+      else autotag.finding('request', 'ok', format('%s is asked as OpenAI documents it.', v_model)) end,
+    case when v_lacks <> '' then autotag.finding('provider', 'ok', format('This provider lacks %s.', v_lacks))
+      else autotag.finding('provider', 'ok', 'Nothing is known to be missing.') end);
+end $$;
+
 -- What the database can tell of the installation: {findings: [{check, level, message, fix}] in the order a
 -- reader wants them, now (epoch seconds), model, sample}.
 create function autotag.diagnose() returns jsonb
@@ -149,8 +192,8 @@ begin
   v_found := v_found || case
     when v_provider.account_error is not null then autotag.finding('account', 'error',
       format('Tagging stands still since %s: %s', to_char(v_provider.account_error_at, 'YYYY-MM-DD HH24:MI TZ'),
-        v_provider.account_error), 'Mend the account; the workers notice by themselves.')
+        v_provider.account_error), 'Fix what it says; the workers notice by themselves.')
     else autotag.finding('account', 'ok', 'The provider has no complaint about the account.') end;
-  return jsonb_build_object('findings', v_found, 'now', extract(epoch from v_now),
+  return jsonb_build_object('findings', v_found || autotag.diagnose_model(v_provider), 'now', extract(epoch from v_now),
     'model', (select s.model from autotag.settings s), 'sample', v_sample);
 end $$;

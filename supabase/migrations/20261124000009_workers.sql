@@ -31,15 +31,25 @@ begin
   end if;
 end $$;
 
--- A worker introduces itself and learns what it needs to know.
-create function autotag.register_worker(p_worker uuid, p_host text, p_version text, p_listening boolean)
-returns jsonb
+-- A worker introduces itself and learns what it needs to know. p_base_url is where it finds the provider, p_fingerprint
+-- stands for that address and the key: one that was not seen last has to prove itself, and another address may be a
+-- provider that can do other things. Locks: provider.
+create function autotag.register_worker(
+  p_worker uuid, p_host text, p_version text, p_listening boolean, p_base_url text default null, p_fingerprint text default null
+) returns jsonb
 language plpgsql security definer set search_path = ''
 as $$
 declare
   v_now timestamptz := autotag.now();
 begin
   perform autotag.check_version(p_version);
+  update autotag.provider_limits p
+  set base_url = left(p_base_url, 300), fingerprint = left(p_fingerprint, 100), proven_at = null, probe_at = null,
+      account_error = null, account_error_from = null, account_error_at = null, checked_at = '-infinity',
+      has_batches = case when p.base_url = left(p_base_url, 300) then p.has_batches end,
+      has_rate_headers = case when p.base_url = left(p_base_url, 300) then p.has_rate_headers end,
+      keep_files = case when p.base_url = left(p_base_url, 300) then p.keep_files else 604800 end
+  where p_fingerprint is not null and p.fingerprint is distinct from left(p_fingerprint, 100);
   insert into autotag.workers (id, host, version, listening, started_at, seen_at, lease_until)
   select p_worker, p_host, p_version, p_listening, v_now, v_now, v_now + s.lease from autotag.settings s
   on conflict (id) do update set version = excluded.version, listening = excluded.listening, seen_at = excluded.seen_at,
@@ -52,18 +62,8 @@ create function autotag.worker_settings() returns jsonb
 language sql stable security definer set search_path = ''
 as $$
   select jsonb_build_object(
-    'model', s.model, 'image_detail', s.image_detail, 'max_tags', s.max_tags,
-    'max_output_tokens', s.max_output_tokens, 'tag_language', s.tag_language,
-    'batch_max_bytes', s.batch_max_bytes,
-    'lease_seconds', autotag.real_seconds(s.lease))
+    'batch_max_bytes', s.batch_max_bytes, 'lease_seconds', autotag.real_seconds(s.lease))
   from autotag.settings s
-$$;
-
--- What an image costs by the model's arithmetic, told by a worker: the estimate that is reserved.
-create function autotag.set_tokens_per_image(p_tokens integer) returns void
-language sql security definer set search_path = ''
-as $$
-  update autotag.provider_limits set tokens_per_image = p_tokens where tokens_per_image <> p_tokens
 $$;
 
 -- Extends the worker's lease and runs tick() when nobody else has (no pg_cron). False: the lease had run

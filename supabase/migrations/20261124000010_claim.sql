@@ -33,16 +33,21 @@ end $$;
 -- workspace's window, in fair order (the workspace whose virtual clock is lowest goes first, a few images
 -- at a time; within it the job that got least). Says when to ask again if nothing else wakes the worker.
 --
--- tasks: [{task, attempt, job, traceparent, waited (seconds since the upload), asset_id, bucket, path, url}]; wait:
--- seconds, null when nothing is queued; bound: what kept it from releasing more (null: there is no more).
--- An asset that is gone has neither path nor url.
+-- tasks: [{task, attempt, job, traceparent, waited (seconds since the upload), asset_id, bucket, path, url, cap (of the
+-- answer, in tokens)}]; wait: seconds, null when nothing is queued; bound: what kept it from releasing more (null: there is
+-- no more). An asset that is gone has neither path nor url. question: what to ask about these images
+-- (describe_question, with its `version`), null where the worker has that version (p_question) already.
+--
+-- While nobody knows whether the question works (it is new, or the account is in trouble) one image tries, and another
+-- when that has shown nothing for account_probe_interval: a mistake in the configuration costs a call and no image.
 --
 -- Its plans are made once, because planning them for every release costs a third of the claim, and by the indexes however
 -- small the tables were then: what is kept from an idle hour must serve a million images. (A scan of the one row of settings
 -- costs much on paper then; without jit it costs nothing else.)
 -- Locks: provider, workspaces by id, windows, then queued tasks (nobody else holds those).
 create function autotag.claim(
-  p_worker uuid, p_slots integer, out tasks json, out wait double precision, out bound text
+  p_worker uuid, p_slots integer, out tasks json, out wait double precision, out bound text,
+  p_question bigint default null, out question jsonb
 )
 language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
   set enable_seqscan = off set jit = off
@@ -57,13 +62,17 @@ declare
   v_next timestamptz;
   v_ids bigint[] := array[]::bigint[];
   v_got bigint[];
+  v_tokens bigint := 0;        -- that they reserve
 begin
   tasks := '[]';
   if p_slots is null or p_slots < 1 then
     return;
   end if;
-  v_provider := autotag.lock_provider();
+  v_provider := autotag.sync_question(autotag.lock_provider());
   v_now := v_provider.refilled_at;
+  if v_provider.question_version is distinct from p_question then
+    question := v_provider.question || jsonb_build_object('version', v_provider.question_version);
+  end if;
   if not autotag.hold_lease(p_worker) then
     wait := 1;  -- its next heartbeat registers it again
     bound := 'lease';
@@ -77,7 +86,13 @@ begin
   end if;
   -- So does what has waited too long while 429s kept coming: it becomes a batch.
   if v_provider.limited_since <= v_now - (select s.realtime_max_wait from autotag.settings s)
-     and v_provider.limited_at > v_now - interval '1 min' and autotag.fall_back(v_now) then
+     and v_provider.limited_at > v_now - interval '1 min' and v_provider.has_batches is distinct from false
+     and autotag.fall_back(v_now) then
+    wait := 0;
+    return;
+  end if;
+  -- Nor does a provider without a Batch API get batches that were planned before that was known.
+  if v_provider.has_batches = false and autotag.leave_batches(v_now) then
     wait := 0;
     return;
   end if;
@@ -86,9 +101,9 @@ begin
 
   v_room := case
     when v_provider.blocked_until > v_now then 0
-    when v_provider.account_error is not null then case when v_provider.probe_at <= v_now then 1 else 0 end
-    else least(p_slots, floor(v_provider.requests_left), floor(v_provider.day_left),
-      floor(v_provider.tokens_left / v_provider.tokens_per_image))
+    when v_provider.proven_at is null and v_provider.probe_at > v_now then 0
+    else least(p_slots, case when v_provider.proven_at is null then 1 end, floor(v_provider.requests_left),
+      floor(v_provider.day_left), floor(v_provider.tokens_left / v_provider.tokens_per_image))
   end;
 
   if v_room > 0 then
@@ -115,10 +130,11 @@ begin
     where w.ready and w.queued > 0 and w.workspace_id = any (v_workspaces)
     order by w.virtual_time, w.workspace_id limit 1;
     exit when not found;
-    v_got := autotag.release_tasks(v_workspace, p_worker, v_room, v_quantum, v_provider.tokens_per_image, v_now);
+    select r.ids, v_tokens + r.tokens into v_got, v_tokens
+    from autotag.release_tasks(v_workspace, p_worker, v_room, v_quantum, v_provider, v_provider.tokens_left - v_tokens, v_now) r;
     v_provider.virtual_time := greatest(v_provider.virtual_time, v_workspace.virtual_time);
     v_ids := v_ids || v_got;
-    v_room := v_room - cardinality(v_got);
+    v_room := least(v_room - cardinality(v_got), floor((v_provider.tokens_left - v_tokens) / v_provider.tokens_per_image));
   end loop;
 
   if v_provider.waiting_at < v_now - interval '1 s' then
@@ -128,27 +144,28 @@ begin
   end if;
   update autotag.provider_limits p
   set requests_left = v_provider.requests_left - cardinality(v_ids),
-      tokens_left = v_provider.tokens_left - cardinality(v_ids) * v_provider.tokens_per_image,
+      tokens_left = v_provider.tokens_left - v_tokens,
       day_left = v_provider.day_left - cardinality(v_ids),
       refilled_at = v_provider.refilled_at,
       virtual_time = v_provider.virtual_time,
       waiting_workspaces = v_provider.waiting_workspaces,
       waiting_images = v_provider.waiting_images,
       waiting_at = v_provider.waiting_at,
-      probe_at = case when p.account_error is not null and cardinality(v_ids) > 0
+      probe_at = case when p.proven_at is null and cardinality(v_ids) > 0
         then v_now + (select s.account_probe_interval from autotag.settings s) else p.probe_at end;
 
   if cardinality(v_ids) > 0 then
     update autotag.workers w set unsent = w.unsent + cardinality(v_ids) where w.id = p_worker;
     with released as materialized (
-      select t.id, t.attempt, t.asset_id, t.job_id from autotag.tasks t where t.id = any (v_ids)
+      select t.id, t.attempt, t.asset_id, t.job_id, t.output_tokens from autotag.tasks t where t.id = any (v_ids)
     ), uploads as materialized (
       select j.id, j.traceparent, round(autotag.real_seconds(v_now - j.created_at)::numeric, 3) as waited
       from autotag.jobs j where j.id = any (array(select r.job_id from released r))
     )
     select json_agg(i order by i.task) into tasks
     from (
-      select r.id as task, r.attempt, u.id as job, u.traceparent, u.waited, r.asset_id, d.bucket, d.path, d.url
+      select r.id as task, r.attempt, u.id as job, u.traceparent, u.waited, r.asset_id, d.bucket, d.path, d.url,
+        r.output_tokens as cap
       from released r join uploads u on u.id = r.job_id
       left join autotag.describe_assets(array(select asset_id from released)) d on d.asset_id = r.asset_id) i;
   end if;
@@ -158,18 +175,21 @@ begin
     when not exists (select from autotag.workspaces w where w.queued > 0) then null
     when v_provider.blocked_until > v_now then 'retry_after'
     when v_provider.account_error is not null then 'account'
+    when v_provider.proven_at is null then 'unproven'
     when not exists (select from autotag.workspaces w where w.ready and w.queued > 0) then 'workspaces'
-    when v_provider.tokens_left < (cardinality(v_ids) + 1) * v_provider.tokens_per_image then 'provider_tokens'
+    when v_provider.tokens_left < v_tokens + v_provider.tokens_per_image then 'provider_tokens'
     when v_provider.requests_left < cardinality(v_ids) + 1 then 'provider_requests'
     else 'provider_day' end;
 
   -- When to come back: when the bucket holds one more, when a workspace may go on, when a parked task is due.
   select min(moment) into v_next from (
-    select greatest(v_now, v_provider.blocked_until, case when v_provider.account_error is not null then v_provider.probe_at end,
+    select greatest(v_now, v_provider.blocked_until, case when v_provider.proven_at is null then case
+        when cardinality(v_ids) > 0 then v_now + (select s.account_probe_interval from autotag.settings s)
+        else v_provider.probe_at end end,
       v_now + interval '1 min' * greatest(
         (cardinality(v_ids) + 1 - v_provider.requests_left) / v_provider.requests_per_minute,
         (cardinality(v_ids) + 1 - v_provider.day_left) / (v_provider.requests_per_day / 1440.0),
-        ((cardinality(v_ids) + 1) * v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute))
+        (v_tokens + v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute))
     where exists (select from autotag.workspaces w where w.ready and w.queued > 0)
     union all
     select greatest(v_provider.blocked_until, w.ready_at)
@@ -185,20 +205,25 @@ end $$;
 
 -- The next few images of one workspace: of its ready queue that got least so far, at most a turn, and no
 -- more than its window admits. Nothing to release makes the workspace not ready until its next moment.
--- Called by claim(), which holds the locks.
+-- Called by claim(), which holds the locks. Where an answer of its job was cut off, each reserves the larger cap that one
+-- needs: p_tokens_left is what the provider's bucket holds. tokens: what all of them reserve.
 create function autotag.release_tasks(
-  p_workspace autotag.workspaces, p_worker uuid, p_room integer, p_turn integer, p_tokens integer, p_now timestamptz
-) returns bigint[]
+  p_workspace autotag.workspaces, p_worker uuid, p_room integer, p_turn integer, p_provider autotag.provider_limits,
+  p_tokens_left double precision, p_now timestamptz, out ids bigint[], out tokens bigint
+)
 language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
   v_settings autotag.settings;
   v_queue autotag.queues;
   v_admitted record;
-  v_ids bigint[];
+  v_each integer;              -- tokens of one
+  v_room integer := p_room;
   v_gone integer;
   v_ready_at timestamptz;
 begin
+  ids := '{}';
+  tokens := 0;
   select * into v_settings from autotag.settings;
   select * into v_queue from autotag.queues q
   where q.workspace_id = p_workspace.workspace_id and q.queued > 0 and q.ready_at <= p_now
@@ -208,22 +233,37 @@ begin
     where q.workspace_id = p_workspace.workspace_id and q.queued > 0;
     update autotag.workspaces w set ready = false, ready_at = v_ready_at
     where w.workspace_id = p_workspace.workspace_id;
-    return array[]::bigint[];
+    return;
   end if;
 
+  v_each := p_provider.tokens_per_image;
+  if v_queue.output_tokens > p_provider.output_tokens then
+    v_each := v_each + v_queue.output_tokens - p_provider.output_tokens;
+    v_room := floor(p_tokens_left / v_each);
+    if v_room < 1 then  -- it waits until the bucket holds so many, or is as full as it gets
+      v_ready_at := p_now + interval '1 min' * (v_each - p_tokens_left) / p_provider.tokens_per_minute;
+      if v_each < 0.9 * p_provider.tokens_per_minute then
+        update autotag.workspaces w set ready = false, ready_at = v_ready_at
+        where w.workspace_id = p_workspace.workspace_id;
+        return;
+      end if;
+      v_room := 1;
+    end if;
+    v_room := least(v_room, p_room);
+  end if;
   select * into v_admitted from autotag.admit(p_workspace.workspace_id, 'realtime',
-    least(p_room, v_queue.queued, p_turn, v_queue.chunk), p_tokens, true);
+    least(v_room, v_queue.queued, p_turn, v_queue.chunk), v_each, true);
   if v_admitted.admitted = 0 then
     -- An image that can never fit its workspace's window waits until the limit is changed.
     update autotag.workspaces w set ready = false, ready_at = coalesce(v_admitted.retry_at, 'infinity')
     where w.workspace_id = p_workspace.workspace_id;
-    return array[]::bigint[];
+    return;
   end if;
 
   with taken as (
     update autotag.tasks t
-    set worker_id = p_worker, attempt = t.attempt + 1,
-        reserved_at = v_admitted.at, reserved_tokens = p_tokens
+    set worker_id = p_worker, attempt = t.attempt + 1, reserved_at = v_admitted.at, reserved_tokens = v_each,
+        output_tokens = greatest(t.min_output_tokens, p_provider.output_tokens)
     where t.id = any (array(
       select n.id from autotag.tasks n
       where n.job_id = v_queue.job_id and n.id > v_queue.cursor
@@ -231,18 +271,19 @@ begin
       order by n.id limit v_admitted.admitted))
     returning t.id
   )
-  select coalesce(array_agg(id order by id), '{}') into v_ids from taken;
+  select coalesce(array_agg(t.id order by t.id), '{}') into ids from taken t;
+  tokens := cardinality(ids)::bigint * v_each;
 
   -- Fewer than there should be: the count was wrong. It is put right rather than asked for again for ever.
-  v_gone := case when cardinality(v_ids) < v_admitted.admitted then v_queue.queued else cardinality(v_ids) end;
+  v_gone := case when cardinality(ids) < v_admitted.admitted then v_queue.queued else cardinality(ids) end;
   update autotag.queues q
-  set queued = q.queued - v_gone, released = q.released + cardinality(v_ids),
-      cursor = coalesce(v_ids[cardinality(v_ids)], q.cursor),
-      reached = greatest(q.reached, v_ids[cardinality(v_ids)]),
+  set queued = q.queued - v_gone, released = q.released + cardinality(ids),
+      cursor = coalesce(ids[cardinality(ids)], q.cursor),
+      reached = greatest(q.reached, ids[cardinality(ids)]),
+      output_tokens = case when q.queued > v_gone then q.output_tokens end,
       ready_at = case when q.chunk is null then q.ready_at else p_now + v_settings.chunk_delay end
   where q.job_id = v_queue.job_id;
   update autotag.workspaces w
-  set queued = w.queued - v_gone, virtual_time = w.virtual_time + cardinality(v_ids)
+  set queued = w.queued - v_gone, virtual_time = w.virtual_time + cardinality(ids)
   where w.workspace_id = p_workspace.workspace_id;
-  return v_ids;
 end $$;

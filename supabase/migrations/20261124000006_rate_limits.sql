@@ -31,8 +31,25 @@ create table autotag.provider_limits (
   queued_batch_tokens bigint not null default 2000000 check (queued_batch_tokens > 0),
   -- null: no cap known (OpenAI's tiers above 1)
   requests_per_day integer default 10000 check (requests_per_day > 0),
-  -- what one image is expected to cost, told by the workers (they know the model's arithmetic)
+  -- what one image reserves: the prompt that 99 of 100 do not exceed, and the cap of the answer, because the provider counts
+  -- the cap whatever the answer uses (sync_question and learn keep them; their means say what an image costs)
   tokens_per_image integer not null default 1000 check (tokens_per_image > 0),
+  output_tokens integer not null default 400 check (output_tokens > 0),
+  prompt_mean integer not null default 700,
+  output_mean integer not null default 200,
+  -- what is asked at present (describe_question), since when, and when an answer to it was first of use: null means that
+  -- nobody knows yet whether it works, and one image after the other tries
+  question jsonb not null default '{}',
+  question_version bigint not null default 0,
+  question_since timestamptz not null default '-infinity',
+  proven_at timestamptz default '-infinity',
+  -- what this provider can do, as its answers have shown; null: not known yet
+  base_url text,
+  fingerprint text,                      -- of its address and the key: another one has to prove itself
+  has_batches boolean,
+  has_rate_headers boolean,
+  keep_files integer default 604800,     -- seconds after which the provider deletes our files; null: it takes no expiry
+  checked_at timestamptz not null default '-infinity',   -- when it was asked about the model (check_provider)
   -- the bucket: what is left, as of `refilled_at`
   requests_left double precision not null default 500,
   tokens_left double precision not null default 200000,
@@ -43,8 +60,9 @@ create table autotag.provider_limits (
   -- 429s keep coming since `limited_since`, the last at `limited_at`; a minute without one ends it
   limited_since timestamptz,
   limited_at timestamptz not null default '-infinity',
-  -- the account's trouble (bad key, no quota, unknown model): the lanes stand still but for a probe
+  -- why nothing can be tagged (bad key, no credit, unknown model): the lanes stand still but for a probe
   account_error text,
+  account_error_from text,               -- call, poll, batch or storage: what has to work again
   account_error_at timestamptz,
   probe_at timestamptz,
   -- one list call covers every batch in flight
@@ -274,7 +292,7 @@ begin
 end $$;
 
 -- What the provider's answers say about its bucket: {requests_limit, requests_left, tokens_limit,
--- tokens_left, age, retry_after}, each optional. `age` is how long ago the call was sent (seconds): by then
+-- tokens_left, age, retry_after (at most an hour)}, each optional. `age` is how long ago the call was sent (seconds): by then
 -- the bucket held what the answer says, and it has refilled since. A lower remaining than ours wins at once
 -- (another program may use the same key), a changed limit is adopted, and retry-after holds for everybody.
 -- Returns what changed, as a sentence for the log, or null. Locks the provider row.
@@ -300,12 +318,13 @@ begin
       day_left = v_provider.day_left,
       refilled_at = v_provider.refilled_at,
       blocked_until = greatest(p.blocked_until,
-        v_provider.refilled_at + autotag.clock_interval((p_seen ->> 'retry_after')::double precision)),
+        v_provider.refilled_at + autotag.clock_interval(least((p_seen ->> 'retry_after')::double precision, 3600))),
       limited_since = case
         when p_seen ->> 'retry_after' is null then p.limited_since
         when p.limited_since is not null and p.limited_at > v_provider.refilled_at - interval '1 min' then p.limited_since
         else v_provider.refilled_at end,
-      limited_at = case when p_seen ->> 'retry_after' is null then p.limited_at else v_provider.refilled_at end;
+      limited_at = case when p_seen ->> 'retry_after' is null then p.limited_at else v_provider.refilled_at end,
+      has_rate_headers = case when p_seen ? 'tokens_limit' or p_seen ? 'requests_limit' then true else p.has_rate_headers end;
   return case when (v_requests, v_tokens) <> (v_provider.requests_per_minute, v_provider.tokens_per_minute)
     then format('The provider''s limits are %s requests and %s tokens a minute now (they were %s and %s).',
       v_requests, v_tokens, v_provider.requests_per_minute, v_provider.tokens_per_minute) end;
@@ -322,20 +341,129 @@ begin
 end $$;
 
 -- Stops both lanes until a probe succeeds; every task stays queued. Locks the provider row.
-create function autotag.stop_account(p_error text) returns void
+create function autotag.stop_account(p_error text, p_from text) returns void
 language sql security definer set search_path = ''
 as $$
   update autotag.provider_limits
-  set account_error = p_error,
-      account_error_at = coalesce(account_error_at, autotag.now()),
+  set account_error = left(p_error, 1000), account_error_from = p_from,
+      account_error_at = coalesce(account_error_at, autotag.now()), proven_at = null,
       probe_at = autotag.now() + (select s.account_probe_interval from autotag.settings s)
 $$;
 
--- A call has succeeded: the account works again.
-create function autotag.resume_account() returns void
+-- What was in trouble works again: everything does (p_from null: a call has succeeded), or the part that stopped the lanes.
+create function autotag.resume_account(p_from text default null) returns void
 language sql security definer set search_path = ''
 as $$
   update autotag.provider_limits
-  set account_error = null, account_error_at = null, probe_at = null
-  where account_error is not null
+  set account_error = null, account_error_from = null, account_error_at = null, probe_at = null,
+      proven_at = case when p_from is null then coalesce(proven_at, autotag.now()) else proven_at end
+  where (account_error is not null or p_from is null and proven_at is null)
+    and (p_from is null or account_error_from = p_from)
 $$;
+
+-- What one image reserves and what it costs on average, from what was learned about the present question; before there
+-- are enough answers, the first guess. A few answers are trusted with a margin (2 / answers): ten may not have shown the
+-- largest. The caller holds the provider row.
+create function autotag.estimate_tokens(p_provider autotag.provider_limits) returns autotag.provider_limits
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  v_settings autotag.settings;
+  v_learned autotag.learned;
+  v_question jsonb := p_provider.question;
+  v_prompt integer := autotag.guess_prompt(v_question);
+  v_output integer := autotag.guess_output(v_question);
+  v_margin double precision;
+begin
+  select * into v_settings from autotag.settings;
+  select * into v_learned from autotag.learned l
+  where l.model = v_question ->> 'model' and l.image_detail = v_question ->> 'image_detail'
+    and l.reasoning_effort = coalesce(v_question ->> 'reasoning_effort', '')
+    and l.max_tags = (v_question ->> 'max_tags')::integer and l.tag_language = v_question ->> 'tag_language';
+  p_provider.prompt_mean := v_prompt;
+  p_provider.output_mean := v_output / 3;
+  if v_learned.answers >= 10 then
+    v_margin := 1 + 2.0 / v_learned.answers;
+    v_prompt := ceil(autotag.quantile(v_learned.prompt, 0.99) * v_margin);
+    p_provider.prompt_mean := autotag.mean_size(v_learned.prompt);
+    p_provider.output_mean := autotag.mean_size(v_learned.output);
+    -- Half of a percent may be cut off: they cost another call, and a higher cap costs all of them their share of the limit.
+    v_output := ceil(autotag.quantile(v_learned.output, 0.995) * 1.05 * v_margin) + 8;
+    if v_learned.answers < 30 then
+      v_output := greatest(v_output, autotag.guess_output(v_question));
+    end if;
+  end if;
+  -- A cap that the limit a minute could never hold would stop everything.
+  v_output := least(greatest(v_output, v_settings.min_output_tokens), v_settings.max_output_tokens,
+    greatest((0.9 * p_provider.tokens_per_minute)::integer - v_prompt, v_settings.min_output_tokens));
+  p_provider.output_tokens := v_output;
+  p_provider.tokens_per_image := v_prompt + v_output;
+  return p_provider;
+end $$;
+
+-- Notices that something else is asked than before (settings or models were changed): it has to prove itself, unless only
+-- its words have changed, and what it costs is estimated anew. Every claim passes here. The caller holds the provider row.
+create function autotag.sync_question(p_provider autotag.provider_limits) returns autotag.provider_limits
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_question jsonb := autotag.describe_question();
+  v_words text[] := array['max_tags', 'tag_language'];
+begin
+  if v_question = p_provider.question then
+    return p_provider;
+  end if;
+  if v_question - v_words <> p_provider.question - v_words then
+    p_provider.proven_at := null;
+    p_provider.probe_at := null;
+    p_provider.checked_at := '-infinity';
+  end if;
+  p_provider.question := v_question;
+  p_provider.question_version := p_provider.question_version + 1;
+  p_provider.question_since := autotag.now();
+  p_provider := autotag.estimate_tokens(p_provider);
+  update autotag.provider_limits p
+  set question = p_provider.question, question_version = p_provider.question_version,
+      question_since = p_provider.question_since, proven_at = p_provider.proven_at, probe_at = p_provider.probe_at,
+      checked_at = p_provider.checked_at, tokens_per_image = p_provider.tokens_per_image,
+      output_tokens = p_provider.output_tokens, prompt_mean = p_provider.prompt_mean, output_mean = p_provider.output_mean;
+  return p_provider;
+end $$;
+
+-- Learns from what answers to the present question used: [{input, output}]. The caller holds the provider row.
+create function autotag.learn(p_inputs integer[], p_outputs integer[]) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_provider autotag.provider_limits;
+  v_memory integer := (select s.learning_memory from autotag.settings s);
+begin
+  if cardinality(p_inputs) = 0 then
+    return;
+  end if;
+  select * into v_provider from autotag.provider_limits;
+  insert into autotag.learned as l (model, image_detail, reasoning_effort, max_tags, tag_language, answers, prompt, output)
+  values (v_provider.question ->> 'model', v_provider.question ->> 'image_detail',
+    coalesce(v_provider.question ->> 'reasoning_effort', ''), (v_provider.question ->> 'max_tags')::integer,
+    v_provider.question ->> 'tag_language', cardinality(p_inputs),
+    autotag.blend('{}', p_inputs, v_memory), autotag.blend('{}', p_outputs, v_memory))
+  on conflict (model, image_detail, reasoning_effort, max_tags, tag_language) do update
+  set answers = l.answers + cardinality(p_inputs),
+      prompt = autotag.blend(l.prompt, p_inputs, v_memory), output = autotag.blend(l.output, p_outputs, v_memory);
+  v_provider := autotag.estimate_tokens(v_provider);
+  update autotag.provider_limits p
+  set tokens_per_image = v_provider.tokens_per_image, output_tokens = v_provider.output_tokens,
+      prompt_mean = v_provider.prompt_mean, output_mean = v_provider.output_mean
+  where (p.tokens_per_image, p.output_tokens, p.prompt_mean, p.output_mean) is distinct from
+    (v_provider.tokens_per_image, v_provider.output_tokens, v_provider.prompt_mean, v_provider.output_mean);
+end $$;
+
+-- A new installation asks what the settings' defaults say; the first worker that registers makes it prove itself.
+do $$
+declare
+  v_provider autotag.provider_limits;
+begin
+  select * into v_provider from autotag.provider_limits for update;
+  perform autotag.sync_question(v_provider);
+  update autotag.provider_limits p set proven_at = '-infinity' where p.proven_at is null;
+end $$;

@@ -20,8 +20,9 @@ begin
 end $$;
 
 -- Gives what a batch has left without an answer another try, in the cheapest way that is allowed: by batch again
--- (p_by_batch) when there are more than go in chunks, else as single calls. Those that had their share of tries
--- fail, with what stands at the task or with this message. The caller holds workspace, job and batch.
+-- (p_by_batch) when there are more than go in chunks, else as single calls. p_failures count for those of which nothing
+-- is noted (batch_answers). Those that had their share of tries fail, with what is noted at the task or with this message.
+-- The caller holds workspace, job and batch.
 create function autotag.requeue_batch(
   p_batch autotag.batches, p_by_batch boolean, p_failures integer, p_code text, p_message text
 ) returns void
@@ -36,16 +37,18 @@ begin
   select * into v_settings from autotag.settings;
   select * into v_job from autotag.jobs j where j.id = p_batch.job_id;
   if p_by_batch and not p_batch.stuck and v_job.cancelled_at is null
+     and (select p.has_batches from autotag.provider_limits p) is distinct from false
      and cardinality(v_tasks) > v_settings.chunk_max_images then
     with again as (
-      update autotag.tasks t set failures = t.failures + p_failures
-      where t.id = any (v_tasks) and t.failures + p_failures < v_settings.max_failures
+      update autotag.tasks t set failures = t.failures + case when t.error_code is null then p_failures else 0 end
+      where t.id = any (v_tasks)
+        and t.failures + case when t.error_code is null then p_failures else 0 end < v_settings.max_failures
       returning t.id
     )
     select coalesce(array_agg(a.id order by a.id), '{}') into v_again from again a;
   end if;
   perform autotag.requeue(jsonb_agg(jsonb_build_object(
-    'task', t.id, 'failures', p_failures,
+    'task', t.id, 'failures', case when t.error_code is null then p_failures else 0 end,
     'code', coalesce(t.error_code, p_code), 'message', coalesce(t.error, p_message))))
   from autotag.tasks t where t.id = any (v_tasks) and t.id <> all (v_again) having count(*) > 0;
   perform autotag.place_in_batches(v_job, v_again);
@@ -67,16 +70,19 @@ begin
   select * into v_left from autotag.batches_left(p_job.workspace_id);
   v_batches := autotag.plan_batches(v_count, v_left.batches, v_left.window_images);
   with made as (
-    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, created_at)
+    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, extra_tokens, created_at)
     select p_job.id, p_job.workspace_id,
       (select coalesce(max(b.ordinal), 0) from autotag.batches b where b.job_id = p_job.id) + n,
-      (n::bigint * v_count / v_batches - (n - 1)::bigint * v_count / v_batches)::integer, autotag.now()
+      (n::bigint * v_count / v_batches - (n - 1)::bigint * v_count / v_batches)::integer, (
+        select coalesce(sum(greatest(t.min_output_tokens - p.output_tokens, 0)), 0)
+        from autotag.provider_limits p, unnest(p_tasks) with ordinality u (id, i) join autotag.tasks t on t.id = u.id
+        where u.i > (n - 1) * v_count / v_batches and u.i <= n * v_count / v_batches), autotag.now()
     from generate_series(1, v_batches) n
     returning id, ordinal
   ), numbered as (
     select m.id, row_number() over (order by m.ordinal) as n from made m
   )
-  update autotag.tasks t set lane = 'batch', batch_id = b.id
+  update autotag.tasks t set lane = 'batch', batch_id = b.id, error_code = null, error = null
   from unnest(p_tasks) with ordinality u (id, i)
   join numbered b on u.i > (b.n - 1) * v_count / v_batches and u.i <= b.n * v_count / v_batches
   where t.id = u.id;
@@ -85,7 +91,7 @@ begin
 end $$;
 
 -- What a poll (or a webhook) has seen: [{id, status, output_file_id, error_file_id, total, done, error_code,
--- error}], with status `gone` for one that OpenAI does not know (any more, or with this key). A batch that ended
+-- error, error_kind}], with status `gone` for one that OpenAI does not know (any more, or with this key). A batch that ended
 -- waits for a worker to harvest it. OpenAI's queue being full is no failure: the batch is planned again. One that
 -- stays gone is over. One that is stuck is cancelled, where the limits let its images go as single calls. Batches
 -- that are not in flight are ignored, and rows that do not change are not touched. A worker that has seen many tells them a
@@ -100,14 +106,21 @@ declare
   v_before autotag.batches;
   v_batch autotag.batches;
   v_seen record;
+  v_trouble text;
   v_progress integer;
   v_eta timestamptz;
   v_jobs uuid[] := array[]::uuid[];
   v_job uuid;
 begin
-  if exists (select from autotag.provider_limits p where p.account_error is not null) then
-    perform autotag.resume_account();
+  if exists (select from autotag.provider_limits p where p.account_error_from = 'poll') then
+    perform autotag.resume_account('poll');
     perform pg_notify('autotag', 'realtime');
+  end if;
+  -- Of the account's trouble (no credit) the batch is no more guilty than a single call.
+  select s.error into v_trouble from jsonb_to_recordset(p_seen) s (status text, error text, error_kind text)
+  where s.status = 'failed' and s.error_kind = 'account' limit 1;
+  if found then
+    perform autotag.stop_account(v_trouble, 'batch');
   end if;
   select * into v_settings from autotag.settings;
   perform from autotag.workspaces w where w.workspace_id in (
@@ -123,7 +136,7 @@ begin
 
   for v_seen in
     select s.* from jsonb_to_recordset(p_seen) s (id text, status text, output_file_id text, error_file_id text,
-      total integer, done integer, error_code text, error text)
+      total integer, done integer, error_code text, error text, error_kind text)
     join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
     order by b.id
   loop
@@ -135,7 +148,7 @@ begin
         perform autotag.end_batch(v_batch, 'OpenAI does not know this batch any more (or not with this key).');
         perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
       end if;
-    elsif v_seen.status = 'failed' and v_seen.error_code = 'token_limit_exceeded' then
+    elsif v_seen.status = 'failed' and (v_seen.error_code = 'token_limit_exceeded' or v_seen.error_kind = 'account') then
       update autotag.batches b
       set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_seen.error,
           not_before = v_now + v_settings.batch_poll_interval
@@ -184,41 +197,67 @@ begin
 end $$;
 
 -- Answers of a batch's lines, or images that could not become lines: [{task, result | error, usage}]. A task
--- that is not this batch's any more, or has its answer, is ignored, so that harvesting twice changes nothing. Lines
--- that failed for no fault of their image are left to batch_finish(), which knows how many there are; why is noted.
--- Returns how many were accepted. Locks: provider (of the account's errors), workspace, job, batch, tasks.
-create function autotag.batch_answers(p_worker uuid, p_batch uuid, p_attempt integer, p_answers jsonb) returns integer
+-- that is not this batch's any more, or has its answer, is ignored, so that harvesting twice changes nothing. Images that
+-- may be tried again are left to batch_finish(), which knows how many there are: why is noted at the task, once, with what
+-- it counts. Returns {accepted, notices}: how many ended, and sentences for the log.
+-- Locks: provider (first where an error is about everybody; else last and only if it is free), workspace, job, batch, tasks.
+create function autotag.batch_answers(p_worker uuid, p_batch uuid, p_attempt integer, p_answers jsonb) returns jsonb
 language plpgsql security definer set search_path = '' set random_page_cost = 1.1
 as $$
 declare
   v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
-  v_account_error text := (
-    select a.error ->> 'message' from jsonb_to_recordset(p_answers) a (error jsonb)
-    where a.error ->> 'kind' = 'account' limit 1);
+  v_batch autotag.batches;
+  v_settings autotag.settings;
+  v_general boolean := jsonb_path_exists(p_answers, '$[*].error ? (@.kind == "account" || @.parameter != null)');
   v_answers autotag.answer[];
+  v_again autotag.answer[];    -- of these, those that are left to batch_finish
+  v_notices text[];
 begin
-  if v_account_error is not null then
-    perform autotag.stop_account(v_account_error);
+  select * into v_settings from autotag.settings;
+  if v_general then
+    perform autotag.lock_provider();
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
-  perform autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
   v_answers := array(
     select distinct on (t.id) row(t.id, t.attempt, t.job_id, t.workspace_id, null, null,
-      a.result, a.error, a.usage, true)::autotag.answer
+      greatest(t.min_output_tokens, v_batch.output_tokens),
+      a.result, autotag.check_error(a.error), a.usage, true)::autotag.answer
     from rows from (jsonb_to_recordset(p_answers) as (task bigint, result jsonb, error jsonb, usage jsonb))
       with ordinality a (task, result, error, usage, i)
-    join autotag.tasks t on t.id = a.task and t.batch_id = p_batch and t.finished_at is null
+    -- what is noted already was counted and is paid for
+    join autotag.tasks t on t.id = a.task and t.batch_id = p_batch and t.finished_at is null and t.error_code is null
     order by t.id, a.i);
-  update autotag.tasks t set error_code = a.error ->> 'code', error = a.error ->> 'message'
-  from unnest(v_answers) a
-  where t.id = a.task and a.error ->> 'kind' <> 'image';
-  if found then
-    v_answers := array(
-      select a from unnest(v_answers) a where coalesce(a.error ->> 'kind', 'image') = 'image');
+  if v_general then
+    v_answers := autotag.judge_errors(v_answers, v_batch.asked_at);
+    perform autotag.note_outcomes(v_answers,
+      (select jsonb_agg(a.error) from unnest(v_answers) a where a.error is not null), v_batch.asked_at);
   end if;
   perform autotag.add_usage(v_answers, true);
-  perform autotag.apply_answers(v_answers);
-  return cardinality(v_answers);
+
+  if exists (select from unnest(v_answers) a where a.error is not null) then
+    v_again := array(
+      select a from unnest(v_answers) a
+      join autotag.tasks t on t.id = a.task
+      join autotag.error_kinds k on k.kind = a.error ->> 'kind'
+      where not k.ends or (a.error ->> 'retry')::boolean
+        and case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens < v_settings.max_output_tokens
+          else t.failures + 1 < v_settings.max_bad_answers end);
+    update autotag.tasks t
+    set error_code = a.error ->> 'code', error = a.error ->> 'message', failures = t.failures + k.counts::integer,
+        min_output_tokens = coalesce(autotag.next_cap(a), t.min_output_tokens)
+    from unnest(v_again) a join autotag.error_kinds k on k.kind = a.error ->> 'kind'
+    where t.id = a.task;
+    v_answers := array(select a from unnest(v_answers) a where a.task <> all (array(select g.task from unnest(v_again) g)));
+  end if;
+  v_notices := autotag.apply_answers(v_answers);
+  if not v_general then
+    perform from autotag.provider_limits for update skip locked;
+    if found then
+      perform autotag.note_outcomes(v_answers || v_again, null, v_batch.asked_at);
+    end if;
+  end if;
+  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', to_jsonb(v_notices));
 end $$;
 
 -- Every answer of the batch is stored. Images without one get another try (those of a cancelled job end).

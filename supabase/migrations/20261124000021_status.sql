@@ -25,7 +25,8 @@ begin
       'account_error', (v_provider.account_error is not null)::integer,
       'workers', (select count(*) from autotag.workers w where w.lease_until > v_now),
       'outbox', o.messages, 'oldest_message', extract(epoch from v_now - o.oldest),
-      'images_today', u.images, 'cost_today', u.cost)
+      'images_today', u.images, 'cost_today', u.cost, 'unpriced_today', u.unpriced,
+      'shutdown_days', (select m.shutdown_date from autotag.settings s, autotag.find_model(s.model) m) - (v_now at time zone 'utc')::date)
     from autotag.count_waiting() q
     cross join (select count(*) filter (where t.retry_at is not null) as parked,
                   count(*) filter (where t.retry_at <= v_now) as due,
@@ -39,8 +40,25 @@ begin
                         sum(b.image_count - b.express_count) filter (where b.not_before <= v_now) as images
                       from autotag.batches b where b.state not in ('done', 'cancelled') group by b.state) s) b
     cross join (select count(*) as messages, min(m.created_at) as oldest from autotag.outbox m) o
-    cross join (select coalesce(sum(x.images), 0) as images, coalesce(sum(x.cost), 0) as cost
+    cross join (select coalesce(sum(x.images), 0) as images, coalesce(sum(x.cost), 0) as cost,
+                  coalesce(sum(x.requests) filter (where x.cost is null), 0) as unpriced
                 from autotag.usage x where x.day = (v_now at time zone 'utc')::date) u);
+end $$;
+
+-- The model that is asked and how, what it is known to use, its end, and what the provider can do: {name, reasoning_effort,
+-- service_tier, answer_format, cap_parameter, prompt_tokens, output_tokens (means), cap, reserved, priced, proven, shutdown
+-- (describe_shutdown), provider: {base_url, batches, rate_headers, keep_files}}; null in provider: not known yet.
+create function autotag.describe_model(p_provider autotag.provider_limits) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+begin
+  return (p_provider.question - 'model' - 'max_tags' - 'tag_language') || jsonb_build_object(
+    'name', p_provider.question ->> 'model', 'prompt_tokens', p_provider.prompt_mean, 'output_tokens', p_provider.output_mean,
+    'cap', p_provider.output_tokens, 'reserved', p_provider.tokens_per_image,
+    'priced', autotag.expected_cost() is not null, 'cost_per_1000', round(1000 * autotag.expected_cost(), 4),
+    'proven', p_provider.proven_at is not null, 'shutdown', autotag.describe_shutdown(),
+    'provider', jsonb_build_object('base_url', p_provider.base_url, 'batches', p_provider.has_batches,
+      'rate_headers', p_provider.has_rate_headers, 'keep_files', p_provider.keep_files));
 end $$;
 
 -- Everything that is going on, as one JSON object; lists are cut to p_most. See the README for how it is shown.
@@ -80,7 +98,9 @@ begin
       'queued_batch_tokens_used', (
         select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.reserved_tokens > 0),
       'blocked_until', case when v_provider.blocked_until > v_now then v_provider.blocked_until end,
-      'account_error', v_provider.account_error, 'account_error_at', v_provider.account_error_at),
+      'account_error', v_provider.account_error, 'account_error_from', v_provider.account_error_from,
+      'account_error_at', v_provider.account_error_at),
+    'model', autotag.describe_model(v_provider),
     'workers', (
       select coalesce(jsonb_agg(jsonb_build_object('worker', w.id, 'host', w.host, 'version', w.version,
         'listening', w.listening, 'started_at', w.started_at, 'seen_at', w.seen_at, 'alive', w.lease_until > v_now,
@@ -96,11 +116,14 @@ begin
     'today', (
       select jsonb_build_object('images', coalesce(sum(u.images), 0), 'requests', coalesce(sum(u.requests), 0),
         'input_tokens', coalesce(sum(u.input_tokens), 0), 'output_tokens', coalesce(sum(u.output_tokens), 0),
-        'cost', coalesce(sum(u.cost), 0))
+        'cost', coalesce(sum(u.cost), 0),
+        -- answers of models without a price: what they cost is not in there
+        'unpriced_requests', coalesce(sum(u.requests) filter (where u.cost is null), 0),
+        'unpriced_models', coalesce(jsonb_agg(distinct u.model) filter (where u.cost is null), '[]'))
       from autotag.usage u where u.day = (v_now at time zone 'utc')::date));
 end $$;
 
--- What bringing in existing images would mean: {images, seconds, cost}. p_untagged: only those without tags.
+-- What bringing in existing images would mean: {images, seconds, cost (null: unknown), model}. p_untagged: only those without tags.
 create function autotag.preview_backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
 returns jsonb
 language plpgsql stable security definer set search_path = ''
@@ -112,13 +135,13 @@ declare
 begin
   select * into v_settings from autotag.settings;
   if v_images = 0 then
-    return jsonb_build_object('images', 0, 'seconds', 0, 'cost', 0);
+    return jsonb_build_object('images', 0, 'seconds', 0, 'cost', 0, 'model', v_settings.model);
   end if;
-  if v_images > v_settings.chunk_max_images then
+  if autotag.choose_strategy(v_images) like 'batch%' then
     v_batches := autotag.plan_batches(v_images, v_settings.batch_batches_per_hour, v_settings.batch_images_per_hour);
   end if;
   return jsonb_build_object('images', v_images, 'seconds', autotag.estimate_seconds(v_images, v_batches),
-    'cost', v_images * autotag.expected_cost() * case when v_batches > 0 then v_settings.batch_discount else 1 end);
+    'cost', v_images * autotag.expected_cost(case when v_batches > 0 then 'batch' end), 'model', v_settings.model);
 end $$;
 
 -- Brings in the next p_limit existing images of a workspace as one upload: {job_id, images, last}; `last` is the

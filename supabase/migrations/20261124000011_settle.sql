@@ -1,0 +1,375 @@
+-- What becomes of an image after its call: tags, a failure, or another try.
+
+-- An answer about one image, or why there is none (error), with what is known of its task.
+create type autotag.answer as (
+  task bigint,
+  attempt integer,
+  job_id uuid,
+  workspace_id uuid,
+  reserved_at timestamptz,     -- single calls: what settle() needs to correct the reservation
+  reserved_tokens integer,
+  output_tokens integer,       -- the cap of the answer that was asked for
+  result jsonb,                -- {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}
+  error jsonb,                 -- {kind, code, message, retry, retry_after, origin, parameter}
+  usage jsonb,                 -- {input, cached, cache_write, output, reasoning, model, tier}, whenever the provider answered
+  called boolean               -- whether it was asked at all
+);
+
+-- An error as a worker reports it, made sure of: its kind is one of error_kinds, texts are short, waits make sense.
+create function autotag.check_error(p_error jsonb) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+begin
+  if p_error is null or jsonb_typeof(p_error) = 'null' then
+    return null;
+  end if;
+  return jsonb_build_object(
+    'kind', coalesce((select k.kind from autotag.error_kinds k where k.kind = p_error ->> 'kind'), 'transient'),
+    'code', coalesce(nullif(left(p_error ->> 'code', 100), ''), 'unknown'),
+    'message', coalesce(left(p_error ->> 'message', 1000), 'Tagging this image did not work.'),
+    'retry', coalesce(p_error ->> 'retry', '') = 'true',
+    'retry_after', case when jsonb_typeof(p_error -> 'retry_after') = 'number'
+      then least(greatest((p_error ->> 'retry_after')::double precision, 0), 3600) end,
+    'origin', p_error ->> 'origin', 'parameter', p_error ->> 'parameter');
+end $$;
+
+-- A count of tokens as a worker reports it: none is negative or beyond what one answer can have.
+create function autotag.check_tokens(p_usage jsonb, p_name text) returns integer
+language sql immutable parallel safe set search_path = ''
+as $$
+  select case when jsonb_typeof(p_usage -> p_name) = 'number'
+    then least(greatest((p_usage ->> p_name)::numeric, 0), 10000000)::integer else 0 end
+$$;
+
+-- The table of tasks is empty at one moment and full at the next, and a plan kept from the one reads all of the other. So
+-- what joins with it is planned every time: by `execute` where a worker's every report passes, and where few do by
+-- `plan_cache_mode`.
+
+-- Ends tasks as failed; the sentence is what the user reads. Arrays run in parallel.
+-- The caller holds the locks of jobs and tasks, and counts them with count_finished().
+create function autotag.fail_tasks(p_tasks bigint[], p_codes text[], p_messages text[]) returns void
+language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_failed record;
+begin
+  with failed as (
+    update autotag.tasks t
+    set stage = 'failed', error_code = f.code, error = f.message, finished_at = autotag.now(),
+        worker_id = null, retry_at = null
+    from unnest(p_tasks, p_codes, p_messages) f (id, code, message)
+    where t.id = f.id and t.finished_at is null
+    returning t.asset_id, t.error
+  )
+  select array_agg(f.asset_id) as assets, array_agg(f.error) as errors into v_failed from failed f;
+  perform autotag.show_stage(v_failed.assets, 'failed', 0, null, v_failed.errors);
+end $$;
+
+-- Gives tasks another try as single calls, or fails those that had enough, or whose job was cancelled.
+-- p_tries: [{task, failures (to add), delay (seconds; absent: at once), code, message, output_tokens (the least cap of the
+-- next answer; absent: as ever)}].
+-- The caller holds the locks of workspaces, jobs and tasks.
+create function autotag.requeue(p_tries jsonb) returns void
+language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_max integer := (select s.max_failures from autotag.settings s);
+  v_now timestamptz := autotag.now();
+  v_end record;
+  v_queue record;
+begin
+  select coalesce(array_agg(t.id), '{}') as ids,
+         array_agg(case when j.cancelled_at is null then r.code else 'cancelled' end) as codes,
+         array_agg(case when j.cancelled_at is null then r.message else 'Tagging was cancelled.' end) as messages
+  into v_end
+  from jsonb_to_recordset(p_tries) r (task bigint, failures integer, code text, message text)
+  join autotag.tasks t on t.id = r.task and t.finished_at is null
+  join autotag.jobs j on j.id = t.job_id
+  where j.cancelled_at is not null or t.failures + r.failures >= v_max;
+  perform autotag.fail_tasks(v_end.ids, v_end.codes, v_end.messages);
+  perform autotag.count_finished(t.job_id, 0, count(*)::integer)
+  from autotag.tasks t where t.id = any (v_end.ids) group by t.job_id order by t.job_id;
+
+  for v_queue in
+    with back as (
+      update autotag.tasks t
+      set lane = 'realtime', worker_id = null, batch_id = null,
+          failures = t.failures + r.failures,
+          min_output_tokens = coalesce(r.output_tokens, t.min_output_tokens),
+          retry_at = v_now + make_interval(secs => r.delay)
+      from jsonb_to_recordset(p_tries) r (task bigint, failures integer, delay double precision, output_tokens integer)
+      where t.id = r.task and t.finished_at is null
+      returning t.workspace_id, t.job_id, t.id, t.retry_at, t.min_output_tokens
+    )
+    select b.workspace_id, b.job_id, (count(*) filter (where b.retry_at is null))::integer as tasks,
+      min(b.id) filter (where b.retry_at is null) as first_task, max(b.min_output_tokens) as output_tokens
+    from back b group by b.workspace_id, b.job_id order by 1, 2
+  loop
+    update autotag.queues q set output_tokens = greatest(q.output_tokens, v_queue.output_tokens)
+    where q.job_id = v_queue.job_id and v_queue.output_tokens is not null;
+    perform autotag.add_queued(v_queue.workspace_id, v_queue.job_id, v_queue.tasks, v_queue.first_task);
+  end loop;
+end $$;
+
+-- Applies answers to tasks whose jobs the caller has locked (and their workspaces where an error may requeue): tags
+-- are stored, failures end or requeue their image, counts follow. Each task has one answer at most: a result, or else
+-- an error (check_error) whose kind decides (error_kinds). One of kind image ends its image, unless `retry` says that
+-- another answer may help: every such answer was paid for, so only max_bad_answers times. One that was cut off gets four
+-- times the cap, until max_output_tokens was not enough. Returns sentences for the operator's log.
+create function autotag.apply_answers(p_answers autotag.answer[]) returns text[]
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_settings autotag.settings;
+  v_done record;
+  v_failed record;
+  v_tries jsonb;
+  v_notices text[] := '{}';
+begin
+  select * into v_settings from autotag.settings;
+
+  -- Planned every time, like the reading of reports in settle().
+  execute $q$
+    with completed as (
+      delete from autotag.tasks t using unnest($1) a
+      where t.id = a.task and a.error is null and t.finished_at is null
+      returning t.asset_id, a.result, t.job_id
+    )
+    select coalesce(array_agg(c.asset_id), '{}') as assets, array_agg(c.result) as results, array_agg(c.job_id) as jobs
+    from completed c $q$
+  into v_done using p_answers;
+  if cardinality(v_done.assets) > 0 then
+    perform autotag.store_tags(v_done.assets, v_done.results);
+    perform autotag.count_finished(j.id, count(*)::integer, 0)
+    from unnest(v_done.jobs) j (id) group by j.id order by j.id;
+  end if;
+
+  if not exists (select from unnest(p_answers) a where a.error is not null) then
+    return v_notices;
+  end if;
+  select coalesce(array_agg(t.id), '{}') as tasks, array_agg(a.error ->> 'code') as codes,
+         array_agg(a.error ->> 'message') as messages,
+         coalesce(array_agg(format('The answer for image %s was cut off at %s tokens, the most that settings.max_output_tokens allows.',
+           t.asset_id, a.output_tokens)) filter (where a.error ->> 'code' = 'answer_too_long'), '{}') as notices
+  into v_failed
+  from unnest(p_answers) a
+  join autotag.tasks t on t.id = a.task
+  join autotag.error_kinds k on k.kind = a.error ->> 'kind' and k.ends
+  where not (a.error ->> 'retry')::boolean
+    or case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens >= v_settings.max_output_tokens
+       else t.failures + 1 >= v_settings.max_bad_answers end;
+  if cardinality(v_failed.tasks) > 0 then
+    v_notices := v_failed.notices;
+    perform autotag.fail_tasks(v_failed.tasks, v_failed.codes, v_failed.messages);
+    perform autotag.count_finished(t.job_id, 0, count(*)::integer)
+    from autotag.tasks t where t.id = any (v_failed.tasks) group by t.job_id order by t.job_id;
+  end if;
+
+  select jsonb_agg(jsonb_build_object(
+      'task', a.task, 'code', a.error ->> 'code', 'message', a.error ->> 'message',
+      'failures', k.counts::integer, 'output_tokens', autotag.next_cap(a),
+      'delay', case
+        -- after the probe: another image has to show whether the trouble is over, not the same again
+        when k.pauses then extract(epoch from v_settings.account_probe_interval) + 1
+        when k.delays then greatest((a.error ->> 'retry_after')::double precision,
+          (0.5 + random() / 2) * least(extract(epoch from v_settings.retry_delay_max),
+            extract(epoch from v_settings.retry_delay) * power(2, t.failures))) end))
+  into v_tries
+  from unnest(p_answers) a
+  join autotag.tasks t on t.id = a.task
+  join autotag.error_kinds k on k.kind = a.error ->> 'kind'
+  where a.error is not null and t.finished_at is null;
+  if v_tries is not null then
+    perform autotag.requeue(v_tries);
+    perform pg_notify('autotag', 'realtime');
+  end if;
+  return v_notices;
+end $$;
+
+-- The least cap of the next answer about an image: four times that of one that was cut off; null where none was.
+create function autotag.next_cap(p_answer autotag.answer) returns integer
+language sql stable security definer set search_path = ''
+as $$
+  select least(4 * p_answer.output_tokens, s.max_output_tokens)
+  from autotag.settings s where p_answer.error ->> 'code' = 'answer_too_long'
+$$;
+
+-- Errors that are about how everybody is asked, not about their image: the provider refused a parameter (the model's row
+-- takes the next form that is known, and the image goes again at once), or nothing has worked with this question yet, so
+-- that whatever the provider complains about is taken for a mistake in the configuration. Returns the answers with such
+-- errors made into what they mean. Locks: the provider row (which the caller holds), the model's row without waiting.
+create function autotag.judge_errors(p_answers autotag.answer[], p_asked_at timestamptz default null) returns autotag.answer[]
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_provider autotag.provider_limits;
+  v_answers autotag.answer[] := '{}';
+  v_answer autotag.answer;
+  v_asked_at timestamptz;
+  v_settled text[] := '{}';    -- parameters that have their next form since this call
+begin
+  select * into v_provider from autotag.provider_limits;
+  foreach v_answer in array p_answers loop
+    if v_answer.error is not null and (v_answer.error ->> 'kind' <> 'image'
+      -- words instead of JSON before anything has worked: the provider ignores the format that it was asked for
+      or v_answer.error ->> 'parameter' is not null and v_provider.proven_at is null) then
+      v_asked_at := coalesce(p_asked_at, v_answer.reserved_at);
+      if v_answer.error ->> 'parameter' is not null and (
+          v_asked_at < v_provider.question_since
+          or v_answer.error ->> 'parameter' = any (v_settled)
+          or autotag.degrade_model(v_provider.question ->> 'model', v_answer.error ->> 'parameter')) then
+        v_settled := v_settled || (v_answer.error ->> 'parameter');
+        v_answer.error := v_answer.error || '{"kind": "rate_limit", "code": "asked_differently"}';
+      elsif v_provider.proven_at is null and v_answer.error ->> 'kind' = 'transient'
+        and v_answer.error ->> 'origin' = 'provider' and v_asked_at >= v_provider.question_since then
+        v_answer.error := v_answer.error || '{"kind": "account"}';
+      end if;
+    end if;
+    v_answers := v_answers || v_answer;
+  end loop;
+  if cardinality(v_settled) > 0 then
+    -- The next form is tried at once.
+    update autotag.provider_limits p set probe_at = null where p.proven_at is null;
+  end if;
+  return v_answers;
+end $$;
+
+-- What answers say of the account, and of what to expect: an error of kind account stops the lanes, an answer of use
+-- starts them; what answers to the present question used is learned. The caller holds the provider row.
+create function autotag.note_outcomes(p_answers autotag.answer[], p_errors jsonb, p_asked_at timestamptz default null) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_provider autotag.provider_limits;
+  v_error jsonb := jsonb_path_query_first(p_errors, '$[*] ? (@.kind == "account")');
+  v_inputs integer[];
+  v_outputs integer[];
+  v_good boolean;
+begin
+  select * into v_provider from autotag.provider_limits;
+  select array_agg(autotag.check_tokens(a.usage, 'input')) filter (where autotag.check_tokens(a.usage, 'input') > 0),
+    -- what a cut-off answer would have needed nobody knows: at least what the next try may have
+    array_agg(case when a.error ->> 'code' = 'answer_too_long' then coalesce(autotag.next_cap(a), 1)
+      else greatest(autotag.check_tokens(a.usage, 'output'), 1) end) filter (where autotag.check_tokens(a.usage, 'input') > 0),
+    coalesce(bool_or(a.error is null), false)
+  into v_inputs, v_outputs, v_good
+  from unnest(p_answers) a
+  where coalesce(p_asked_at, a.reserved_at) >= v_provider.question_since and (a.usage is not null or a.error is null);
+  perform autotag.learn(coalesce(v_inputs, '{}'), coalesce(v_outputs, '{}'));
+  if v_good then
+    update autotag.provider_limits p set has_rate_headers = false where p.has_rate_headers is null;
+  end if;
+  if v_error is not null then
+    perform autotag.stop_account(autotag.explain_account(v_error), coalesce(v_error ->> 'origin', 'provider'));
+  elsif v_good and (v_provider.account_error is not null or v_provider.proven_at is null) then
+    perform autotag.resume_account();
+    perform pg_notify('autotag', 'realtime');
+    perform pg_notify('autotag', 'batch');
+  elsif v_provider.proven_at is null and exists (
+    select from unnest(p_answers) a where a.error ->> 'kind' = 'image' or not a.called) then
+    -- This image has shown nothing: the next one tries at once.
+    update autotag.provider_limits p set probe_at = null where p.account_error is null;
+    perform pg_notify('autotag', 'realtime');
+  end if;
+end $$;
+
+-- The sentence for the operator about an error of kind account; a model that has shut down is named with its successor.
+create function autotag.explain_account(p_error jsonb) returns text
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  v_model text := (select p.question ->> 'model' from autotag.provider_limits p);
+  m autotag.models := autotag.find_model(v_model);
+begin
+  return concat_ws(' ', p_error ->> 'message',
+    case when p_error ->> 'code' in ('model_not_found', 'DeploymentNotFound') and m.shutdown_date <= autotag.now()::date + 1 then
+      format('%s was shut down on %s%s', v_model, m.shutdown_date, case when m.successor is not null then format(
+        '; its successor is %1$s: update autotag.settings set model = ''%1$s'';', m.successor) else '.' end) end);
+end $$;
+
+-- settle: a worker reports what became of its single calls, in bulk.
+-- p_reports: [{task, attempt, result | error, usage: {input, cached, cache_write, output, reasoning, model, tier}, called}];
+-- usage is there whenever the provider answered, also when the answer was of no use, and `called` when it was asked at all.
+-- p_seen: the newest limits seen in answers' headers (observe_provider), and {sent, sent_age} (note_sent).
+-- A report for a task that is not the worker's any more, or with an older attempt, is refused and changes
+-- nothing. Returns {accepted, notices}: how many, and sentences for the log.
+-- Locks: provider (where it changes), workspaces (of errors), windows, jobs, tasks; each by id.
+create function autotag.settle(p_worker uuid, p_reports jsonb, p_seen jsonb default null) returns jsonb
+language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
+as $$
+declare
+  v_answers autotag.answer[];
+  v_failed boolean;            -- whether any of them is an error
+  v_window record;
+  v_notices text[];
+  v_refund record;
+begin
+  perform from autotag.provider_limits for update;
+  execute $q$ select array(
+    select distinct on (t.id) row(t.id, t.attempt, t.job_id, t.workspace_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
+      r.result, autotag.check_error(r.error), r.usage, coalesce(r.called, true))::autotag.answer
+    from jsonb_to_recordset($1) r
+      (task bigint, attempt integer, result jsonb, error jsonb, usage jsonb, called boolean)
+    join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = $2
+    order by t.id) $q$
+  into v_answers using p_reports, p_worker;
+  v_failed := exists (select from unnest(v_answers) a where a.error is not null);
+  if v_failed then
+    v_answers := autotag.judge_errors(v_answers);
+  end if;
+
+  -- Refund the over-reservation: everything if no call was made or it got a 429, otherwise all but the prompt and the cap.
+  select coalesce(sum(u.requests), 0)::integer as requests, coalesce(sum(u.tokens), 0)::bigint as tokens into v_refund
+  from unnest(v_answers) a
+  cross join lateral (
+    select case when not a.called or a.error ->> 'code' = 'rate_limited' then 1 else 0 end as requests,
+      case when not a.called or a.error ->> 'code' = 'rate_limited' then a.reserved_tokens
+        when a.usage is not null then a.reserved_tokens - autotag.check_tokens(a.usage, 'input') - a.output_tokens
+        else 0 end as tokens) u
+  where a.reserved_tokens is not null;
+  if p_seen ? 'sent' then
+    perform autotag.note_sent(p_worker, (p_seen ->> 'sent')::integer, (p_seen ->> 'sent_age')::double precision);
+  end if;
+  -- In this order: what the headers say holds whatever is given back.
+  if v_refund.requests <> 0 or v_refund.tokens <> 0 then
+    perform autotag.refund_provider(v_refund.requests, v_refund.tokens);
+  end if;
+  if p_seen is not null then
+    v_notices := array_remove(array[autotag.observe_provider(p_seen)], null);
+  end if;
+  perform autotag.note_outcomes(v_answers, (select jsonb_agg(a.error) from unnest(v_answers) a where a.error is not null));
+
+  if v_failed then
+    perform from autotag.workspaces w
+    where w.workspace_id in (select a.workspace_id from unnest(v_answers) a where a.error is not null)
+    order by w.workspace_id for update;
+  end if;
+
+  -- Reserved by estimate, corrected by what was used: nothing where nothing was asked; no tokens where the
+  -- provider refused or failed; the estimate where nobody knows (the connection broke before the answer).
+  for v_window in
+    select a.workspace_id, a.reserved_at,
+      -count(*) filter (where not a.called)::integer as requests,
+      sum(case when a.usage is not null
+            then autotag.check_tokens(a.usage, 'input') + autotag.check_tokens(a.usage, 'output') - a.reserved_tokens
+          when a.error ->> 'code' = 'provider_unreachable' then 0
+          else -a.reserved_tokens end)::integer as units
+    from unnest(v_answers) a
+    where a.reserved_at is not null
+    group by a.workspace_id, a.reserved_at order by a.workspace_id, a.reserved_at
+  loop
+    perform autotag.correct_window(
+      v_window.workspace_id, 'realtime', v_window.reserved_at, v_window.requests, v_window.units);
+  end loop;
+
+  perform from autotag.jobs j
+  where j.id = any (array(select a.job_id from unnest(v_answers) a)) order by j.id for update;
+  -- With their jobs locked nobody else touches the tasks; what was taken away until then is not this worker's.
+  execute $q$ select array(
+    select a from unnest($1) a join autotag.tasks t on t.id = a.task and t.attempt = a.attempt and t.worker_id = $2) $q$
+  into v_answers using v_answers, p_worker;
+
+  perform autotag.add_usage(v_answers, false);
+  v_notices := v_notices || autotag.apply_answers(v_answers);
+  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', to_jsonb(v_notices));
+end $$;

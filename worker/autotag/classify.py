@@ -1,0 +1,232 @@
+"""Whose fault an error of an OpenAI-compatible provider is: the one table of rules.
+
+Every provider has its own words for the same few troubles. The rules are tried from the top; what none of them knows
+is transient and counts as a failure, so that it can neither fail an image at once nor be tried for ever. Nothing is the
+image's fault unless the answer names the picture or what it shows. The words are those of the answers in
+tests/cases/provider-errors.jsonl, which says where each was seen.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autotag.errors import Kind, TaggingError
+from autotag.headers import read_limits, retry_after, wait_in_words
+from autotag.texts import clean_text
+
+DEFAULT_RETRY_AFTER = 1.0  # seconds, when a 429 does not say
+MESSAGE_LENGTH = 300  # characters of a provider's message that are kept
+
+#: Error codes that concern the account and not this call (OpenAI's guide "Error codes"; Azure's DeploymentNotFound).
+ACCOUNT_CODES = frozenset({
+    "insufficient_quota", "invalid_api_key", "account_deactivated", "billing_hard_limit_reached", "billing_not_active",
+    "model_not_found", "deploymentnotfound", "unsupported_country_region_territory", "access_terminated",
+})  # fmt: skip
+#: Error codes that concern the picture or what it shows.
+IMAGE_CODES = frozenset({
+    "image_parse_error", "invalid_image", "invalid_image_format", "invalid_base64_image", "image_too_large",
+    "image_too_small", "invalid_image_url", "unsupported_image_media_type", "image_file_too_large",
+})  # fmt: skip
+FILTER_CODES = frozenset({
+    "image_content_policy_violation", "content_policy_violation", "content_filter", "moderation_blocked",
+    "responsibleaipolicyviolation", "safety", "data_inspection_failed",
+})  # fmt: skip
+TRANSIENT_STATUSES = frozenset({0, 408, 409, 423, 424, 425, 498, 499})
+
+#: How providers say that they do not take a parameter.
+_UNSUPPORTED = re.compile(
+    r"unsupported|unrecogni[sz]ed|unknown|not supported|no support|unavailable|not available|not permitted|not allowed"
+    r"|does ?n[o']t support|do not support|unexpected|extra (inputs|fields)|invalid|deprecated|too (large|big|high)|at most"
+    r"|must be|cannot be|failed to deserialize|unable to", re.IGNORECASE,
+)  # fmt: skip
+#: The parameters that we send, by the names they have in messages.
+_PARAMETERS = (
+    ("expires_after", re.compile(r"expires_after|expires after|output_expires", re.IGNORECASE)),
+    ("reasoning_effort", re.compile(r"reasoning[_.\s]effort|\breasoning\b.{0,40}\beffort\b", re.IGNORECASE)),
+    ("service_tier", re.compile(r"service[_ ]tier", re.IGNORECASE)),
+    ("response_format", re.compile(r"response_format|json_schema|json_object|structured[ _]outputs?|json mode", re.IGNORECASE)),
+    ("detail", re.compile(r"image_url\.detail|['\"`]detail['\"`]|\bimage detail\b", re.IGNORECASE)),
+    ("token_cap", re.compile(r"max_(completion_|output_|new_)?tokens", re.IGNORECASE)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Complaint:
+    """What an error says: its HTTP status, code (or type), message and the parameter it names."""
+
+    status: int
+    code: str
+    message: str
+    parameter: str
+
+    @property
+    def words(self) -> str:
+        """All of it, to look for words in."""
+        return f"{self.code} {self.message} {self.parameter}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Words that tell whose fault an error is, and the code it gets."""
+
+    kind: Kind
+    code: str
+    pattern: re.Pattern[str]
+    statuses: frozenset[int] | None = None  # None: any
+
+
+def _rule(kind: Kind, code: str, pattern: str, statuses: set[int] | None = None) -> Rule:
+    return Rule(kind, code, re.compile(pattern, re.IGNORECASE | re.DOTALL), frozenset(statuses) if statuses else None)
+
+
+#: In this order: what tells more comes first. `image` needs words about this picture; words about pictures in general
+#: ("does not support images") are about the model.
+RULES = (
+    _rule("transient", "file_not_there_yet", r"cannot find file|no such file object"),
+    _rule("account", "no_vision",
+          r"(does|do|is|are|was)( not|n't) (currently )?(support|accept|allow|have|able|capable|enabled|compiled|include)"
+          r".{0,40}(image|vision|multi-?modal)"
+          r"|image_url.{0,20}(is )?only supported|support(s|ing)? (image|vision) input|(image|vision|multi-?modal)s? (input|inputs|content)?"
+          r" ?(is|are) (not|unsupported|only|disabled)|not a (multi-?modal|vision) model|image input is not|no endpoints found that support image"
+          r"|mmproj|missing .{0,30}(vision|image) (encoder|projector)|text[- ]only model|at most 0 image|content type.{0,20}image_url"
+          r"|unknown variant [`'\"]image_url|must be a string.{0,60}content|content.{0,40}(must be|should be) a (valid )?string"),
+    _rule("image", "image_refused",
+          r"(flagged|blocked|rejected|violat|prohibited|inappropriate).{0,80}(polic|safety|moderat|content|guideline|image)"
+          r"|content (management )?policy|content.?filter|requires moderation.{0,60}flagged|safety system|inspection"
+          r"|prohibited_content"),
+    _rule("account", "no_credit",
+          r"insufficient[_ ](quota|balance|credit|fund)|exceeded your current quota|(out of|no|not enough|more) credits?\b"
+          r"|billing|payment (is )?required|credit balance|balance is (too low|insufficient)|spend(ing)? limit|can only afford|arrears|overdue"),
+    _rule("account", "wrong_key",
+          r"api[- _]?key|invalid (authentication|token)|unauthori[sz]ed|permission[_ ]denied|authentication|access token|organization must be verified"
+          r"|country, region|not supported in your (country|region)|user location is not supported", {400, 401, 403, 404, 498}),
+    _rule("account", "unknown_model",
+          r"(model|deployment|engine).{0,120}(not found|does ?n[o']t exist|not exist|no access|do not have access|must be verified|is not supported"
+          r"|not available|unavailable for|decommissioned|deprecated|shut ?down|retired|not (a )?valid|unknown|is invalid|isn't available)"
+          r"|(unknown|invalid|no such|unsupported|not a valid) (model|deployment)|no (allowed )?(providers|endpoints)( are)? (available|found)"
+          r"|try pulling it first|no model", {400, 403, 404, 410, 422}),
+    _rule("image", "image_refused",
+          r"(invalid|corrupt\w*|damaged|broken|malformed|unreadable|unsupported|empty) (base64 )?(image|picture)\b(?!s? (input|content|url is only))"
+          r"|(could not|cannot|can't|unable to|failed to|error) (process\w*|decod\w*|read\w*|load\w*|open\w*|pars\w*|identify\w*|handl\w*)"
+          r" .{0,30}(image|picture|bitmap)"
+          r"|image (data|file|content|bytes|is|was|has|size|dimension\w*|format|exceeds|too)\b.{0,60}"
+          r"(too (large|big|small)|invalid|corrupt|not valid|not a valid|exceed|larger|smaller|unsupported|cannot|could not|damaged|empty|truncated)"
+          r"|image too (large|big|small)|(image|picture).{0,60}aspect ratio|aspect ratio.{0,60}(must|smaller|exceed|between)"
+          r"|uploaded an unsupported image|cannot identify image", {400, 413, 415, 422, 500}),
+)  # fmt: skip
+
+
+def read_complaint(status: int, body: object) -> Complaint:
+    """What an error body says, whatever its form: OpenAI's object, a list of them, FastAPI's ``detail``, a plain message,
+    HTML, text, or nothing."""
+    if isinstance(body, list):
+        body = body[0] if body else None
+    if isinstance(body, str):
+        try:
+            return read_complaint(status, json.loads(body)) if body[:1] in "{[" and body else _plain(status, body)
+        except (ValueError, RecursionError):
+            return _plain(status, body)
+    if not isinstance(body, dict):
+        return Complaint(status, "", "", "")
+    inner = body.get("error")
+    if isinstance(inner, str):
+        inner = {"message": inner, "code": body.get("code")}
+    details: dict[str, Any] = inner if isinstance(inner, dict) else body
+    message = details.get("message") or details.get("msg") or details.get("detail") or details.get("error_description")
+    parameter = details.get("param") or ""
+    if isinstance(message, list) and message and isinstance(message[0], dict):  # FastAPI: [{loc, msg, type}]
+        parameter = parameter or ".".join(str(part) for part in message[0].get("loc") or [])
+        message = message[0].get("msg")
+    metadata = details.get("metadata")  # OpenRouter: what the provider behind it said
+    if isinstance(metadata, dict):
+        message = " ".join(str(part) for part in (message, metadata.get("raw"), metadata.get("reasons")) if part)
+    codes = [details.get(name) for name in ("code", "type", "status")]
+    code = next((str(one) for one in codes if isinstance(one, str) and one and not one.isdigit()), "")
+    return Complaint(
+        status,
+        clean_text(code[:100]),
+        clean_text(str(message or "")[:2000])[:MESSAGE_LENGTH],
+        clean_text(str(parameter)[:200]),
+    )
+
+
+def _plain(status: int, text: str) -> Complaint:
+    """Of HTML only its words."""
+    words = re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", " ", text[:5000])
+    return Complaint(status, "", clean_text(words)[:MESSAGE_LENGTH], "")
+
+
+def error_in_answer(completion: Mapping[str, Any]) -> TaggingError | None:
+    """The error that an answer with status 200 carries instead of choices (OpenRouter does); None when it has none."""
+    error = completion.get("error")
+    if not error or completion.get("choices"):
+        return None
+    code = error.get("code") if isinstance(error, dict) else None
+    status = int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdigit()) else 500
+    return classify_status(status if 0 <= status < 1000 else 500, dict(completion), {})
+
+
+def classify_status(status: int, body: object, headers: Mapping[str, str]) -> TaggingError:
+    """Sorts a status and an error body, as they come in answers and in the lines of a batch."""
+    complaint = read_complaint(status, body)
+    code, lower, said = complaint.code, complaint.code.lower(), complaint.message or complaint.code or str(status)
+    wait = retry_after(headers) or wait_in_words(complaint.message)
+
+    def error(kind: Kind, its_code: str, message: str, **more: Any) -> TaggingError:
+        return TaggingError(kind, its_code, message, origin="provider", **{"retry_after": wait, **more})
+
+    if lower in FILTER_CODES and status != 429:
+        return error("image", "image_refused", f"The AI service refused this image: {said}")
+    if lower == "json_validate_failed":  # Groq: the model's answer did not fit the schema; billed like any answer
+        return error("image", "bad_answer", "The AI's answer could not be read.", retry=True)
+    if status in (400, 422) and (parameter := _unsupported(complaint)):
+        return error(
+            "account", "unsupported_parameter", f"The provider does not take this request: {said}", parameter=parameter
+        )
+    if lower in ACCOUNT_CODES:
+        return error("account", code, f"The provider refused the account: {said}")
+    if status == 429 and not _names_credit(complaint):
+        seen = {"retry_after": wait or DEFAULT_RETRY_AFTER, "limits": read_limits(headers)}
+        return error("rate_limit", "rate_limited", "The AI service is busy.", **seen)
+    if status == 413 and (lower == "rate_limit_exceeded" or "per minute" in complaint.message.lower()):
+        # One request asks for more than a minute allows: smaller answers are learned, so it may fit later.
+        return error("transient", "request_too_large", "The AI service's limit a minute is too small for this request.")
+    if lower in IMAGE_CODES:
+        return error("image", "image_refused", f"The AI service refused this image: {said}")
+    for rule in RULES:
+        if (rule.statuses is None or status in rule.statuses) and rule.pattern.search(complaint.words):
+            return _by_rule(rule, said, code, error)
+    if status in TRANSIENT_STATUSES or status >= 500:
+        return error("transient", "provider_error", "The AI service had a problem.")
+    if status in (401, 402, 403, 404, 405, 410, 501):
+        return error("account", code or f"http_{status}", f"The provider refused the request ({status}): {said}")
+    return error("transient", "request_refused", f"The AI service refused the request: {said}")
+
+
+def _by_rule(rule: Rule, said: str, code: str, error: Any) -> TaggingError:
+    made: TaggingError
+    if rule.kind == "image":
+        made = error("image", rule.code, f"The AI service refused this image: {said}")
+    elif rule.kind == "account":
+        made = error("account", code or rule.code, f"The provider refused the account: {said}")
+    else:
+        made = error("transient", rule.code, "The AI service does not know the uploaded file yet.")
+    return made
+
+
+def _names_credit(complaint: Complaint) -> bool:
+    return any(rule.code == "no_credit" and rule.pattern.search(complaint.words) for rule in RULES)
+
+
+def _unsupported(complaint: Complaint) -> str | None:
+    """The parameter of ours that a 400 or 422 complains about."""
+    if not _UNSUPPORTED.search(complaint.words):
+        return None
+    for name, pattern in _PARAMETERS:
+        if pattern.search(complaint.parameter) or pattern.search(complaint.message):
+            return name
+    return None
