@@ -26,6 +26,8 @@ from autotag_local.bench import ceiling, pickup, queue_peers
 from autotag_local.bench.report import Figure, Result
 from autotag_local.bench.unlimited import UNLIMITED
 from autotag_local.openai_sim.answers import complete
+from autotag_local.openai_sim.asked import Asked
+from autotag_local.openai_sim.models import MODELS
 from autotag_local.openai_sim.vision import Picture
 from autotag_local.postgres import LocalPostgres, install_autotag, local_postgres, machine_binaries
 
@@ -36,11 +38,7 @@ SERVER = {"full_page_writes": "on", "max_wal_size": "8GB"}
 PICTURE = Picture(512, 384, (
     "top left red", "top right green", "bottom left blue", "bottom right white", "landscape", "bright"))  # fmt: skip
 #: what the simulator answers about it: six tags and a caption
-ANSWER = complete(
-    {"model": "gpt-4.1-mini", "max_completion_tokens": 400,
-     "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "", "detail": "low"}}]}]},
-    PICTURE,
-)  # fmt: skip
+ANSWER = complete(Asked(MODELS["gpt-4.1-mini"], cap=400, text_tokens=200, image_tokens=312), PICTURE)
 RESULT, USAGE = read_completion(ANSWER, max_tags=10), read_usage(ANSWER)
 
 

@@ -1,116 +1,159 @@
-"""What the simulator answers: model answers about a picture, and errors in OpenAI's form."""
+"""What the simulator answers about a picture, and what it bills for it."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
+import random
 import secrets
 import time
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-
-from autotag.tokens import image_tokens
+from autotag_local.openai_sim.asked import Asked
+from autotag_local.openai_sim.faults import Answer
+from autotag_local.openai_sim.models import CHARACTERS_PER_TOKEN, dollars, text_tokens
+from autotag_local.openai_sim.plan import Plan
 from autotag_local.openai_sim.vision import Picture
 
-TEXT_TOKENS = 200  # what the instructions and the schema count as
+CACHED_FROM = 1024  # tokens of an identical prefix
+CACHED_STEP = 128  # tokens
 
 
-class ApiError(Exception):
-    """An error in OpenAI's form."""
+class PromptCache:
+    """Which beginnings of prompts were seen; nothing is forgotten."""
 
-    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = headers or {}
-        self.body = {"error": {"message": message, "type": code, "param": None, "code": code}}
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def use(self, asked: Asked) -> tuple[int, int]:
+        """Tokens of this prompt that are read from the cache, and that are written to it."""
+        if asked.prefix_tokens < CACHED_FROM:
+            return 0, 0
+        if asked.prefix in self._seen:
+            return asked.prefix_tokens // CACHED_STEP * CACHED_STEP, 0
+        self._seen.add(asked.prefix)
+        return 0, asked.prefix_tokens
 
 
-async def read_json(request: Request) -> dict[str, Any]:
-    """The body of a request.
+def think(effort: str | None, picture: str, plan: Plan) -> int:
+    """Tokens of thinking about a picture: the same for the same picture (a digest), effort and seed."""
+    fewest, most = plan.thinking.get(effort or "none", (0, 0))
+    return random.Random(f"{picture} {effort} {plan.seed}").randint(fewest, most)
 
-    Raises:
-        ApiError: 400 when it is no JSON object.
+
+def complete(
+    asked: Asked, picture: Picture | None, *, thought: int = 0, cache: PromptCache | None = None,
+    wrong: Answer | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """A chat completion.
+
+    Args:
+        asked: the request.
+        picture: what it shows.
+        thought: tokens of thinking.
+        cache: the account's prompt cache; without one nothing is cached.
+        wrong: a way to be of no use, or to have another form (see `Fault.answer`).
     """
-    try:
-        body = await request.json()
-    except ValueError:
-        body = None
-    if not isinstance(body, dict):
-        raise ApiError(400, "invalid_request_error", "We could not parse the JSON body of your request.")
-    return body
-
-
-def page(request: Request, newest_first: list[dict[str, Any]], most: int) -> JSONResponse:
-    """A page of a list, by ``limit`` (1 to ``most``) and ``after`` (the last id of the page before)."""
-    limit = max(1, min(int(request.query_params.get("limit", 20 if most == 100 else most)), most))
-    after = request.query_params.get("after")
-    if after:
-        ids = [item["id"] for item in newest_first]
-        newest_first = newest_first[ids.index(after) + 1 :] if after in ids else []
-    data = newest_first[:limit]
-    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return JSONResponse({"object": "list", "data": data, "has_more": len(newest_first) > limit, **ends})
-
-
-def check_expiry(anchor: object, seconds: object) -> None:
-    """Checks when a file is to expire, if that was asked.
-
-    Raises:
-        ApiError: 400 when it is not between an hour and 30 days after its creation.
-    """
-    if anchor is None and seconds is None:
-        return
-    if anchor != "created_at" or not str(seconds).isdigit() or not 3600 <= int(str(seconds)) <= 2_592_000:
-        raise ApiError(400, "invalid_request_error", "expires_after is wrong.")
-
-
-def digest(body: dict[str, Any]) -> str:
-    """A short name for the picture in a request, the same for the same bytes."""
-    for message in body.get("messages", []):
-        for part in message.get("content") if isinstance(message.get("content"), list) else []:
-            if part.get("type") == "image_url":
-                return hashlib.sha256(part["image_url"]["url"].encode()).hexdigest()[:16]
-    return ""
-
-
-def complete(body: dict[str, Any], picture: Picture, wrong: str | None = None) -> dict[str, Any]:
-    """A chat completion about a picture; ``wrong`` names a way to be of no use (see `Fault.answer`)."""
-    answer: Any = {
-        "caption": f"A {picture.tags[4]} picture, {', '.join(picture.tags[:4])}.",
-        "tags": [{"tag": tag.title(), "confidence": round(0.99 - 0.05 * i, 2)} for i, tag in enumerate(picture.tags)],
-    }
-    if wrong == "bad_schema":
-        answer = {"labels": list(picture.tags)}
-    elif wrong == "no_tags":
-        answer["tags"] = []
-    content: str | None = "I see a picture." if wrong == "no_json" else json.dumps(answer)
-    refusal, finish = None, "stop"
-    if wrong == "refusal":
-        content, refusal = None, "I'm sorry, I can't help with that."
-    elif wrong == "length":
-        content, finish = (content or "")[:20], "length"
-    elif wrong == "content_filter":
-        content, finish = None, "content_filter"
-    detail = next(
-        part["image_url"].get("detail", "high")
-        for message in body["messages"] if message["role"] == "user"
-        for part in message["content"] if part["type"] == "image_url"
-    )  # fmt: skip
-    prompt = TEXT_TOKENS + image_tokens(body["model"], detail, picture.width, picture.height)
-    output = min(math.ceil(len(content or refusal or "") / 4) + 1, int(body["max_completion_tokens"]))
+    if wrong == "error_in_200":
+        return {"id": None, "choices": None, "error": {"message": "Provider returned error", "code": 429}}
+    content, refusal, finish = _said(picture, wrong)
+    content, finish, output, thought = _within_cap(asked.cap, thought, content, refusal, finish)
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": refusal, "annotations": []}
+    choices: list[dict[str, Any]] = [{"index": 0, "finish_reason": finish, "logprobs": None, "message": message}]
+    if wrong == "empty_choices":
+        choices = []
+    elif wrong == "safety":
+        choices = [{"finish_reason": "content_filter: SAFETY", "index": 0}]
     return {
         "id": f"chatcmpl-{secrets.token_hex(12)}", "object": "chat.completion", "created": int(time.time()),
-        "model": f"{body['model']}-2025-04-14",
-        "choices": [{
-            "index": 0, "finish_reason": finish, "logprobs": None,
-            "message": {"role": "assistant", "content": content, "refusal": refusal, "annotations": []},
-        }],
-        "usage": {
-            "prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output,
-            "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
-            "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
+        "model": asked.model.dated, "service_tier": asked.tier, "choices": choices,
+        "usage": _usage(asked, output, thought, *(cache.use(asked) if cache else (0, 0))),
+    }  # fmt: skip
+
+
+def note(asked: Asked, answer: dict[str, Any], *, batch: bool = False) -> dict[str, Any]:
+    """What the book keeps of an answered request."""
+    usage = answer.get("usage")
+    cost = dollars(asked.model.name, usage, asked.tier, batch) if usage and asked.model.prices else None
+    return {
+        "model": asked.model.dated, "effort": asked.effort, "cap": asked.cap, "tier": asked.tier,
+        "format": asked.format, "tokens": asked.metered, "usage": usage, "dollars": None if cost is None else str(cost),
+    }  # fmt: skip
+
+
+def _said(picture: Picture | None, wrong: Answer | None) -> tuple[str | None, str | None, str]:
+    """Content, refusal and finish_reason of an answer without a cap."""
+    match wrong:
+        case "refusal":
+            return None, "I'm sorry, I can't help with that.", "stop"
+        case "content_filter":
+            return None, None, "content_filter"
+        case "null_content":
+            return None, None, "stop"
+        case "no_json":
+            return "I see a picture.", None, "stop"
+    content = json.dumps(_tagged(picture, wrong))
+    match wrong:
+        case "length":
+            return content[:20], None, "length"
+        case "fence":
+            content = f"```json\n{content}\n```"
+        case "words_around":
+            content = f"Here are the tags for your image:\n\n{content}\n\nLet me know if you need more."
+        case "bom":
+            content = f"\ufeff{content}"
+        case "thinking":
+            content = f'<think> maybe {{"tags": ["wrong"]}} … no, look again. </think>\n{content}'
+    return content, None, "stop"
+
+
+def _tagged(picture: Picture | None, wrong: Answer | None) -> dict[str, Any]:
+    """The object that a model answers with."""
+    tags = picture.tags if picture else ()
+    if wrong == "bad_schema":
+        return {"labels": list(tags)}
+    caption = f"A {tags[4]} picture, {', '.join(tags[:4])}." if tags else "There is no picture."
+    if wrong == "no_tags":
+        return {"caption": caption, "tags": []}
+    if wrong == "string_tags":
+        return {"caption": caption, "tags": [tag.title() for tag in tags]}
+    listed = [{"tag": tag.title(), "confidence": _confidence(i, wrong)} for i, tag in enumerate(tags)]
+    return {"caption": caption, "tags": listed, **({"mood": "calm"} if wrong == "extra_key" else {})}
+
+
+def _confidence(place: int, wrong: Answer | None) -> float | str:
+    """How sure the answer is of its tag at a place, the first being the surest."""
+    sure = round(0.99 - 0.05 * place, 2)
+    if wrong == "word_confidence":
+        return "high"
+    return round(100 * sure) if wrong == "percent" else sure
+
+
+def _within_cap(
+    cap: int | None, thought: int, content: str | None, refusal: str | None, finish: str
+) -> tuple[str | None, str, int, int]:
+    """Cuts an answer to its cap: content, finish_reason, completion tokens, and those of them that are thinking."""
+    visible = text_tokens(len(content or refusal or ""))
+    if cap is None or thought + visible <= cap:
+        output = thought + visible + 1  # the end of the answer is a token too
+        return content, finish, output if cap is None else min(output, cap), thought
+    left = max(0, cap - thought)
+    if content is not None:
+        content, finish = content[: left * CHARACTERS_PER_TOKEN], "length"
+    return content, finish, cap, min(thought, cap)
+
+
+def _usage(asked: Asked, output: int, thought: int, cached: int, written: int) -> dict[str, Any]:
+    """OpenAI's usage object."""
+    writes = {"cache_write_tokens": written} if asked.model.writes_cache else {}
+    return {
+        "prompt_tokens": asked.prompt_tokens, "completion_tokens": output,
+        "total_tokens": asked.prompt_tokens + output,
+        "prompt_tokens_details": {
+            "cached_tokens": cached, **writes, "image_tokens": asked.image_tokens, "text_tokens": asked.text_tokens,
+            "audio_tokens": 0,
+        },
+        "completion_tokens_details": {
+            "reasoning_tokens": thought, "audio_tokens": 0, "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
         },
     }  # fmt: skip

@@ -15,35 +15,22 @@ from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from autotag.tokens import image_tokens
-from autotag_local.openai_sim.answers import TEXT_TOKENS, ApiError, check_expiry, complete, digest, page, read_json
+from autotag_local.openai_sim.answers import PromptCache, complete, note, think
+from autotag_local.openai_sim.asked import Asked, digest, examine, find_model, first_image
 from autotag_local.openai_sim.batches import Batches
-from autotag_local.openai_sim.faults import Fault, Faults
+from autotag_local.openai_sim.faults import Answer, Fault, Faults
 from autotag_local.openai_sim.limits import Limits
-from autotag_local.openai_sim.vision import BadPicture, Picture, look, measure
-from autotag_local.openai_sim.webhooks import make_secret
+from autotag_local.openai_sim.models import MODELS, find
+from autotag_local.openai_sim.plan import Plan
+from autotag_local.openai_sim.protocol import ApiError, check_expiry, not_offered, page, read_json
+from autotag_local.openai_sim.vision import BadPicture, Picture, look
 
-MODELS = ("gpt-4.1-mini", "gpt-4.1-nano", "gpt-4o-mini", "gpt-4o", "gpt-4.1")
+__all__ = ["Plan", "Simulator"]
 
-
-@dataclass
-class Plan:
-    """How the simulator behaves; the defaults are tier 1 with quick answers."""
-
-    key: str = "sk-local"
-    requests_per_minute: int = 500
-    tokens_per_minute: int = 200_000
-    requests_per_day: int | None = 10_000
-    queued_batch_tokens: int = 2_000_000
-    latency: tuple[float, float] = (0.05, 0.3)  # seconds, uniform
-    batch_latency: tuple[float, float] = (2.0, 4.0)  # seconds from creation to completion, uniform
-    seed: int = 1
-    speed: float = 1.0  # how much faster than real the limits' minutes pass (latencies are as they are given)
-    webhook_url: str | None = None  # who is told of the end of a batch …
-    webhook_secret: str = field(default_factory=make_secret)  # … signed with this
+METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
 @dataclass
@@ -52,7 +39,8 @@ class Simulator:
 
     plan: Plan
     faults: Faults = field(default_factory=Faults)
-    #: every request: {at, method, path, status, tokens, picture, tags, done}; moments in epoch seconds
+    #: every request and every line of a batch: {at, method, path, status}, and for completions {model, effort, cap,
+    #: tier, format, picture, tags, tokens, usage, dollars, done}; {error} when it failed; moments in epoch seconds
     book: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     contents: dict[str, bytes] = field(default_factory=dict)
@@ -62,6 +50,7 @@ class Simulator:
         plan = self.plan
         self.limits = Limits.of(plan.requests_per_minute, plan.tokens_per_minute, plan.requests_per_day, plan.speed)
         self.batches = Batches(self)
+        self.prompt_cache = PromptCache()
         self.in_flight = 0
         self.most_in_flight = 0
 
@@ -76,7 +65,7 @@ class Simulator:
         routes = [
             Route("/v1/chat/completions", self._answer(self._chat), methods=["POST"]),
             Route("/v1/models", self._answer(self._models)),
-            Route("/v1/models/{model}", self._answer(self._model)),
+            Route("/v1/models/{model:path}", self._answer(self._model)),
             Route("/v1/files", self._answer(self._create_file), methods=["POST"]),
             Route("/v1/files", self._answer(self._list_files)),
             Route("/v1/files/{file}", self._answer(self._file)),
@@ -89,16 +78,16 @@ class Simulator:
             Route("/sim/faults", self._add_fault, methods=["POST"]),
             Route("/sim/faults", self._clear_faults, methods=["DELETE"]),
             Route("/sim/book", self._show_book),
+            Route("/{path:path}", self._nowhere, methods=METHODS),
         ]
         return Starlette(routes=routes, lifespan=lifespan)
 
     def _answer(self, handler: Any) -> Any:
         async def answer(request: Request) -> Response:
-            path = request.url.path
-            entry: dict[str, Any] = {"at": time.time(), "method": request.method, "path": path, "status": None}
-            request.state.entry = entry
-            self.book.append(entry)
+            entry = self._enter(request)
             try:
+                if not self._offers(request.url.path):
+                    raise not_offered()
                 if request.headers.get("authorization") != f"Bearer {self.plan.key}":
                     raise ApiError(401, "invalid_api_key", "Incorrect API key provided.")
                 fault = None
@@ -110,14 +99,39 @@ class Simulator:
                 if fault and fault.slow:
                     response = _Slow(response, fault.slow)
             except ApiError as error:
-                response = JSONResponse(error.body, error.status, error.headers)
+                response = error.response()
+                entry["error"] = error.summary()
             except _Cut:
                 entry["status"] = 0
                 return _CutConnection()
             entry["status"] = response.status_code
+            if not self.plan.rate_headers:
+                for name in [name for name in response.headers if name.startswith("x-ratelimit-")]:
+                    del response.headers[name]
             return response
 
         return answer
+
+    def _enter(self, request: Request) -> dict[str, Any]:
+        """Writes a request into the book."""
+        entry: dict[str, Any] = {
+            "at": time.time(), "method": request.method, "path": request.url.path, "status": None,
+        }  # fmt: skip
+        request.state.entry = entry
+        self.book.append(entry)
+        return entry
+
+    def _offers(self, path: str) -> bool:
+        """Whether this server has an endpoint."""
+        if path.startswith(("/v1/files", "/v1/batches")):
+            return self.plan.batch_api
+        return self.plan.models_endpoint or not path.startswith("/v1/models")
+
+    async def _nowhere(self, request: Request) -> Response:
+        """A path that no endpoint has, as when a base URL lacks its /v1."""
+        text = "404 page not found"
+        self._enter(request).update(status=404, error=text)
+        return PlainTextResponse(text, 404)
 
     async def _meet_fault(self, request: Request, tags: tuple[str, ...] = ()) -> Fault | None:
         """Applies the fault ordered for this request; returns it when the request is to be answered wrongly."""
@@ -128,10 +142,8 @@ class Simulator:
             await asyncio.sleep(fault.delay)
         if fault.cut and not fault.after:
             raise _Cut
-        if fault.status is not None:
-            error = ApiError(fault.status, fault.code, fault.message, fault.headers)
-            if fault.body is not None:
-                error.body = fault.body
+        error = fault.error()
+        if error:
             raise error
         return fault
 
@@ -139,22 +151,22 @@ class Simulator:
 
     async def _chat(self, request: Request) -> Response:
         body = await read_json(request)
-        tokens = self.count(body)
         entry = request.state.entry
+        entry |= {"model": body.get("model"), "picture": digest(body)}
+        asked = examine(body, self.plan)
         # What is over a limit is refused on arrival; a request that is refused for another reason has used it up.
-        headers, wait, which = self.limits.take(tokens) if not self.faults.waiting else ({}, 0.0, "")
+        headers, wait, which = self.limits.take(asked.metered) if not self.faults.waiting else ({}, 0.0, "")
         if wait:
-            entry["picture"] = digest(body)
             raise ApiError(
                 429, "rate_limit_exceeded",
                 f"Rate limit reached for {body['model']} on {which}. Please try again in {wait:.3f}s.", headers,
             )  # fmt: skip
         picture = await self.see(body)
-        entry |= {"picture": digest(body), "tags": picture.tags}
-        fault = await self._meet_fault(request, picture.tags)
+        tags = picture.tags if picture else ()
+        entry["tags"] = tags
+        fault = await self._meet_fault(request, tags)
         if not headers:
-            headers = self.limits.take(tokens)[0]
-        entry["tokens"] = tokens
+            headers = self.limits.take(asked.metered)[0]
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
@@ -162,53 +174,48 @@ class Simulator:
         finally:
             self.in_flight -= 1
             entry["done"] = time.time()
-        answer = complete(body, picture, fault.answer if fault else None)
-        entry["usage"] = answer["usage"]
+        answer = self.answer(asked, picture, entry["picture"], fault.answer if fault else None)
+        entry |= note(asked, answer)
         if fault and fault.after:
             raise _Cut
         return JSONResponse(answer, headers=headers)
 
-    def count(self, body: dict[str, Any]) -> int:
-        """Checks a request as the API does, but for its picture's content; the tokens it counts for.
+    def count(self, body: dict[str, Any], *, batch: bool = False) -> int:
+        """The tokens that a request counts for at admission.
 
         Raises:
-            ApiError: 400 or 404.
+            ApiError: it would be refused.
         """
-        if body.get("model") not in MODELS:
-            raise ApiError(404, "model_not_found", f"The model `{body.get('model')}` does not exist.")
-        schema = (body.get("response_format") or {}).get("json_schema") or {}
-        if not schema.get("strict") or schema.get("schema", {}).get("additionalProperties") is not False:
-            raise ApiError(400, "invalid_request_error", "response_format must be a strict JSON schema.")
-        try:
-            image = _image(body)
-            width, height = measure(image["url"])
-            most = int(body["max_completion_tokens"])
-        except BadPicture as error:
-            raise ApiError(400, "invalid_image", str(error)) from None
-        except (KeyError, StopIteration, TypeError, ValueError):
-            raise ApiError(400, "invalid_request_error", "The request is malformed.") from None
-        return image_tokens(body["model"], image.get("detail", "high"), width, height) + TEXT_TOKENS + most
+        return examine(body, self.plan, batch=batch).metered
 
-    async def see(self, body: dict[str, Any]) -> Picture:
-        """What is in the picture of a request that `count` has checked.
+    async def see(self, body: dict[str, Any]) -> Picture | None:
+        """What is in the picture of a request; None when it has no picture.
 
         Raises:
             ApiError: 400 when the picture is broken after all.
         """
+        url = first_image(body)
         try:
-            return await asyncio.to_thread(look, _image(body)["url"])
+            return await asyncio.to_thread(look, url) if url else None
         except BadPicture as error:
             raise ApiError(400, "invalid_image", str(error)) from None
+
+    def answer(self, asked: Asked, picture: Picture | None, name: str, wrong: Answer | None) -> dict[str, Any]:
+        """The completion that a checked request gets; ``name`` is its picture's digest."""
+        thought = think(asked.effort, name, self.plan)
+        return complete(asked, picture, thought=thought, cache=self.prompt_cache, wrong=wrong)
 
     # -- models and files
 
     async def _models(self, _: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [_describe_model(name) for name in MODELS]})
+        names = self.plan.models
+        if names is None:
+            names = frozenset(name for model in MODELS.values() for name in (model.name, model.dated))
+        return JSONResponse({"object": "list", "data": [_describe_model(name) for name in sorted(names)]})
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["model"]
-        if name not in MODELS:
-            raise ApiError(404, "model_not_found", f"The model '{name}' does not exist")
+        find_model(name, self.plan)
         return JSONResponse(_describe_model(name))
 
     async def _create_file(self, request: Request) -> Response:
@@ -217,7 +224,7 @@ class Simulator:
             upload, purpose = form.get("file"), form.get("purpose")
             if not isinstance(upload, UploadFile) or purpose != "batch":
                 raise ApiError(400, "invalid_request_error", "A file and the purpose 'batch' are needed.")
-            check_expiry(form.get("expires_after[anchor]"), form.get("expires_after[seconds]"))
+            check_expiry(form.get("expires_after[anchor]"), form.get("expires_after[seconds]"), self.plan.min_expires)
             data = await upload.read()
             name = upload.filename or ""
         if len(data) > 200_000_000:
@@ -273,13 +280,6 @@ class Simulator:
         return JSONResponse({"requests": self.book, "batches": self.batches.describe_all()})
 
 
-def _image(body: dict[str, Any]) -> dict[str, Any]:
-    """The picture that a request asks about."""
-    parts = next(m["content"] for m in body["messages"] if m["role"] == "user")
-    found: dict[str, Any] = next(p["image_url"] for p in parts if p["type"] == "image_url")
-    return found
-
-
 class _Cut(Exception):
     pass
 
@@ -310,4 +310,8 @@ class _Slow(Response):
 
 
 def _describe_model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 1_700_000_000, "owned_by": "system"}
+    known = find(name)
+    return {
+        "id": name, "object": "model", "created": 1_700_000_000, "owned_by": "system",
+        "shutdown_date": known.shutdown_date if known else None,
+    }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 import time
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from autotag_local.openai_sim.answers import ApiError, check_expiry, complete, digest, page, read_json
+from autotag_local.openai_sim.answers import note
+from autotag_local.openai_sim.asked import digest, examine, no_credit
+from autotag_local.openai_sim.protocol import ApiError, check_expiry, page, read_json
 from autotag_local.openai_sim.webhooks import batch_event, deliver
 
 if TYPE_CHECKING:
@@ -41,6 +44,8 @@ class Batches:
         return list(self._batches.values())
 
     async def create(self, request: Request) -> Response:
+        if not self._sim.plan.credit:
+            raise no_credit()
         body = await read_json(request)
         if body.get("endpoint") != "/v1/chat/completions" or body.get("completion_window") != "24h":
             raise ApiError(400, "invalid_request_error", "endpoint and completion_window are wrong.")
@@ -50,7 +55,7 @@ class Batches:
                 f"Cannot find file {body.get('input_file_id')}, or project does not have access to it.",
             )  # fmt: skip
         expiry = body.get("output_expires_after") or {}
-        check_expiry(expiry.get("anchor"), expiry.get("seconds"))
+        check_expiry(expiry.get("anchor"), expiry.get("seconds"), self._sim.plan.min_expires)
         metadata = body.get("metadata") or {}
         if len(metadata) > 16 or any(len(k) > 64 or len(str(v)) > 512 for k, v in metadata.items()):
             raise ApiError(400, "invalid_request_error", "metadata is too large.")
@@ -95,7 +100,7 @@ class Batches:
     async def _live(self, batch: dict[str, Any]) -> None:
         seconds = self._sim.random.uniform(*self._sim.plan.batch_latency)
         await asyncio.sleep(seconds * 0.1)
-        lines = self._validate(batch)
+        lines = await self._validate(batch)
         if lines is None:
             batch["status"] = "failed"
             return
@@ -144,7 +149,7 @@ class Batches:
             if entry.get("batch") == batch_id:
                 entry["delivered"] = entry.get("delivered", False) or entry["custom_id"] in readable
 
-    def _validate(self, batch: dict[str, Any]) -> list[dict[str, Any]] | None:
+    async def _validate(self, batch: dict[str, Any]) -> list[dict[str, Any]] | None:
         """The lines of the input file; None, and the batch's errors, when it is refused."""
 
         def refuse(code: str, message: str) -> list[dict[str, Any]] | None:
@@ -154,9 +159,9 @@ class Batches:
             return None
 
         try:
-            lines = [json.loads(line) for line in self._sim.contents[batch["input_file_id"]].splitlines() if line]
+            data = self._sim.contents[batch["input_file_id"]]
+            lines, tokens = await asyncio.to_thread(self._read, data)
             ids = [line["custom_id"] for line in lines]
-            tokens = sum(int(line["body"]["max_completion_tokens"]) for line in lines)
         except (ValueError, KeyError, TypeError):
             return refuse("invalid_json_line", "A line of the input file is not valid.")
         if not lines or len(lines) > MOST_LINES:
@@ -166,30 +171,47 @@ class Batches:
         fault = self._sim.faults.take("VALIDATE")
         if fault:
             return refuse(fault.code, fault.message)
-        tokens += 615 * len(lines)
         if sum(self._queued_tokens.values()) + tokens > self._sim.plan.queued_batch_tokens:
             return refuse("token_limit_exceeded", "Enqueued token limit reached. Please try again once batches end.")
         self._queued_tokens[batch["id"]] = tokens
         return lines
 
+    def _read(self, data: bytes) -> tuple[list[dict[str, Any]], int]:
+        """The lines of an input file, and the tokens that they queue; a line that will be refused queues none.
+
+        Raises:
+            KeyError, TypeError, ValueError: a line is no request.
+        """
+        lines, tokens = [], 0
+        for text in filter(None, data.splitlines()):
+            line = json.loads(text)
+            lines.append(line)
+            with contextlib.suppress(ApiError):
+                tokens += self._sim.count(dict(line["body"]), batch=True)
+        return lines, tokens
+
     async def _answer(self, batch: dict[str, Any], line: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
         """Whether a line succeeded, and its line in the output or error file."""
+        request, name = line["body"], digest(line["body"])
         entry = {
-            "at": time.time(), "method": "BATCH", "path": line["url"], "picture": digest(line["body"]), "status": None,
-            "batch": batch["id"], "custom_id": line["custom_id"],
+            "at": time.time(), "method": "BATCH", "path": line["url"], "picture": name, "status": None,
+            "model": request.get("model"), "batch": batch["id"], "custom_id": line["custom_id"],
         }  # fmt: skip
         self._sim.book.append(entry)
         request_id = secrets.token_hex(16)
         try:
-            tokens = self._sim.count(line["body"])
-            picture = await self._sim.see(line["body"])
-            fault = self._sim.faults.take("BATCH /v1/chat/completions", picture.tags)
-            if fault and fault.status is not None:
-                raise ApiError(fault.status, fault.code, fault.message)
-            status, body = 200, complete(line["body"], picture, fault.answer if fault else None)
-            entry |= {"tokens": tokens, "usage": body["usage"]}
+            asked = examine(request, self._sim.plan, batch=True)
+            picture = await self._sim.see(request)
+            entry["tags"] = picture.tags if picture else ()
+            fault = self._sim.faults.take("BATCH /v1/chat/completions", entry["tags"])
+            refusal = fault.error() if fault else None
+            if refusal:
+                raise refusal
+            status, body = 200, self._sim.answer(asked, picture, name, fault.answer if fault else None)
+            entry |= note(asked, body, batch=True)
         except ApiError as error:
             status, body = error.status, error.body
+            entry["error"] = error.summary()
         entry["status"] = status
         answer = {
             "id": f"batch_req_{request_id}", "custom_id": line["custom_id"], "error": None,

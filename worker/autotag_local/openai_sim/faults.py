@@ -6,13 +6,27 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from autotag_local.openai_sim.protocol import ApiError
+
+#: Ways in which a model's answer is of no use, or has another form than was asked for.
+Answer = Literal[
+    # of no use
+    "refusal", "length", "bad_schema", "no_json", "no_tags", "content_filter", "null_content", "empty_choices",
+    "safety",  # Gemini: a choice without a message
+    "error_in_200",  # OpenRouter: an error with status 200, which is not billed
+    # around the JSON
+    "fence", "words_around", "bom", "thinking",
+    # within the JSON
+    "extra_key", "word_confidence", "percent", "string_tags",
+]  # fmt: skip
+
 
 class Fault(BaseModel):
     """Hits the next ``times`` requests whose ``METHOD /path`` starts with ``where``.
 
-    Either the request gets ``status`` with ``body`` (an OpenAI error object is made of ``code`` when there is
-    no body), or the connection is cut (``after``: when it has taken effect), or the body comes slowly, or it is
-    answered, but with a model answer that is of no use.
+    Either the request gets ``status`` with ``body`` (a text is sent as HTML; an OpenAI error object is made of
+    ``code`` when there is no body), or the connection is cut (``after``: when it has taken effect), or the body
+    comes slowly, or the model answers in another way than it was asked to (``answer``).
 
     Some faults hit batches and not requests: ``where="VALIDATE"`` the next batch that is looked through (it fails
     with ``code``), ``where="RUN"`` the next that runs (it expires when a share of its lines is done),
@@ -35,9 +49,18 @@ class Fault(BaseModel):
     slow: float = Field(default=0, ge=0)  # seconds over which the body is spread
     expire_at: float | None = Field(default=None, ge=0, le=1)
     mangle: Literal["truncate", "duplicate", "unknown", "missing", "status_0", "error_only", "garbage"] | None = None
-    answer: Literal["refusal", "length", "bad_schema", "no_json", "no_tags", "content_filter"] | None = None
+    answer: Answer | None = None
     #: only requests whose picture has all these tags
     tags: list[str] = Field(default_factory=list)
+
+    def error(self) -> ApiError | None:
+        """The error that the request gets instead of an answer, if any."""
+        if self.status is None:
+            return None
+        error = ApiError(self.status, self.code, self.message, self.headers)
+        if self.body is not None:
+            error.body = self.body
+        return error
 
 
 class Faults:

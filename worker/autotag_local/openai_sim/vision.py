@@ -16,6 +16,7 @@ PALETTE = {
     "blue": (30, 50, 210), "magenta": (215, 40, 200), "white": (245, 245, 245), "black": (15, 15, 15),
     "gray": (128, 128, 128), "orange": (240, 135, 30), "brown": (110, 70, 40), "pink": (245, 170, 190),
 }  # fmt: skip
+HEADER = 8192  # characters of base64 (a multiple of 4) that hold most pictures' headers
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 
 
@@ -49,8 +50,8 @@ def brightness(luminance: float) -> str:
     return "dark" if luminance < 85 else "bright" if luminance > 170 else "medium"
 
 
-def _open(url: str) -> Image.Image:
-    """The picture of a data URL, its pixels not read yet.
+def _open(url: str, most: int | None = None) -> Image.Image:
+    """The picture of a data URL, its pixels not read yet; ``most``: of the first so many characters of its data.
 
     Raises:
         BadPicture: not a data URL, or not a PNG, JPEG, WEBP or still GIF.
@@ -59,19 +60,22 @@ def _open(url: str) -> Image.Image:
     if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
         raise BadPicture("Invalid image URL.")
     try:
-        data = io.BytesIO(base64.b64decode(encoded, validate=True))
+        data = io.BytesIO(base64.b64decode(encoded[:most], validate=True))
         return Image.open(data, formats=("PNG", "JPEG", "WEBP", "GIF"))
     except (binascii.Error, OSError, ValueError, SyntaxError):
         raise BadPicture("You uploaded an unsupported image.") from None
 
 
 def measure(url: str) -> tuple[int, int]:
-    """Width and height.
+    """Width and height, if possible from the beginning of the picture alone.
 
     Raises:
         BadPicture: as in `look`.
     """
-    return _open(url).size
+    try:
+        return _open(url, HEADER).size
+    except BadPicture:
+        return _open(url).size
 
 
 @lru_cache(maxsize=64)
