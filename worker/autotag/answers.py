@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from autotag.classify import error_in_answer
@@ -97,6 +98,11 @@ def _read_choice(completion: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
             return choice, message
         if choice.get("finish_reason"):
             return choice, {}
+    feedback = completion.get("promptFeedback")
+    if isinstance(feedback, dict) and feedback.get(
+        "blockReason"
+    ):  # Gemini: the picture was blocked before the model saw it
+        raise image_error("refused", "The AI declined to describe this image.")
     raise TaggingError("transient", "bad_response", "The AI service gave no answer.", origin="provider")
 
 
@@ -119,6 +125,10 @@ def _find_answer(content: str) -> tuple[str, list[tuple[str, float | None]]] | N
     """Caption and tags: of the text as a whole, or else of the last JSON object in it that has tags."""
     text = content.removeprefix("\ufeff").strip()
     whole = _parse(text)
+    if text[:1] == '"' and text[-1:] == '"':  # JSON as a string of JSON
+        with suppress(ValueError):
+            text = json.loads(text).strip()
+            whole = _parse(text)
     if whole is not None:
         return _read_answer(whole) or (_bare_list(whole) if isinstance(whole, list) else None)
     # What comes before the end of the thinking is not the answer.
@@ -174,7 +184,7 @@ def _read_answer(value: Any, depth: int = 0) -> tuple[str, list[tuple[str, float
     is taken out of it."""
     if isinstance(value, list) and len(value) == 1 and depth < 3:
         return _read_answer(value[0], depth + 1)
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or isinstance(value.get("properties"), dict):  # a copy of the schema is no answer
         return None
     keys = {str(key).lower().strip(): key for key in value}
     listed = next((value[keys[name]] for name in LIST_NAMES if name in keys), None)
@@ -194,9 +204,12 @@ def _bare_list(listed: list[Any]) -> tuple[str, list[tuple[str, float | None]]] 
 
 
 def _read_tags(listed: Any) -> list[tuple[str, float | None]] | None:
-    """(tag, confidence) of a list of objects or strings, or of an object from tag to confidence; None when it is neither."""
+    """(tag, confidence) of a list of objects or strings, of an object from tag to confidence, or of a string with commas; else
+    None."""
     if isinstance(listed, dict):
         pairs = list(listed.items())
+    elif isinstance(listed, str):
+        pairs = [(part, None) for part in re.split(r"[,;\n]", listed[: 20 * TAG_LENGTH]) if part.strip()]
     elif isinstance(listed, list):
         pairs = [pair for pair in (_read_tag(one) for one in listed[:1000]) if pair]
         if listed and not pairs:

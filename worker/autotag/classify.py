@@ -41,7 +41,7 @@ TRANSIENT_STATUSES = frozenset({0, 408, 409, 423, 424, 425, 498, 499})
 _UNSUPPORTED = re.compile(
     r"unsupported|unrecogni[sz]ed|unknown|not supported|no support|unavailable|not available|not permitted|not allowed"
     r"|does ?n[o']t support|do not support|unexpected|extra (inputs|fields)|invalid|deprecated|too (large|big|high)|at most"
-    r"|must be|cannot be|failed to deserialize|unable to", re.IGNORECASE,
+    r"|must be|cannot be|failed to deserialize|unable to|should be|validation error|constraint", re.IGNORECASE,
 )  # fmt: skip
 #: The parameters that we send, by the names they have in messages.
 _PARAMETERS = (
@@ -83,41 +83,91 @@ def _rule(kind: Kind, code: str, pattern: str, statuses: set[int] | None = None)
     return Rule(kind, code, re.compile(pattern, re.IGNORECASE | re.DOTALL), frozenset(statuses) if statuses else None)
 
 
-#: In this order: what tells more comes first. `image` needs words about this picture; words about pictures in general
-#: ("does not support images") are about the model.
+def _any(*patterns: str) -> str:
+    return "|".join(patterns)
+
+
+#: In this order: what tells more comes first. `image` needs words about this picture or what it shows; words about
+#: pictures in general ("does not support images") are about the model.
 RULES = (
     _rule("transient", "file_not_there_yet", r"cannot find file|no such file object"),
-    _rule("account", "no_vision",
-          r"(does|do|is|are|was)( not|n't) (currently )?(support|accept|allow|have|able|capable|enabled|compiled|include)"
-          r".{0,40}(image|vision|multi-?modal)"
-          r"|image_url.{0,20}(is )?only supported|support(s|ing)? (image|vision) input|(image|vision|multi-?modal)s? (input|inputs|content)?"
-          r" ?(is|are) (not|unsupported|only|disabled)|not a (multi-?modal|vision) model|image input is not|no endpoints found that support image"
-          r"|mmproj|missing .{0,30}(vision|image) (encoder|projector)|text[- ]only model|at most 0 image|content type.{0,20}image_url"
-          r"|unknown variant [`'\"]image_url|must be a string.{0,60}content|content.{0,40}(must be|should be) a (valid )?string"),
-    _rule("image", "image_refused",
-          r"(flagged|blocked|rejected|violat|prohibited|inappropriate).{0,80}(polic|safety|moderat|content|guideline|image)"
-          r"|content (management )?policy|content.?filter|requires moderation.{0,60}flagged|safety system|inspection"
-          r"|prohibited_content"),
-    _rule("account", "no_credit",
-          r"insufficient[_ ](quota|balance|credit|fund)|exceeded your current quota|(out of|no|not enough|more) credits?\b"
-          r"|billing|payment (is )?required|credit balance|balance is (too low|insufficient)|spend(ing)? limit|can only afford|arrears|overdue"),
-    _rule("account", "wrong_key",
-          r"api[- _]?key|invalid (authentication|token)|unauthori[sz]ed|permission[_ ]denied|authentication|access token|organization must be verified"
-          r"|country, region|not supported in your (country|region)|user location is not supported", {400, 401, 403, 404, 498}),
-    _rule("account", "unknown_model",
-          r"(model|deployment|engine).{0,120}(not found|does ?n[o']t exist|not exist|no access|do not have access|must be verified|is not supported"
-          r"|not available|unavailable for|decommissioned|deprecated|shut ?down|retired|not (a )?valid|unknown|is invalid|isn't available)"
-          r"|(unknown|invalid|no such|unsupported|not a valid) (model|deployment)|no (allowed )?(providers|endpoints)( are)? (available|found)"
-          r"|try pulling it first|no model", {400, 403, 404, 410, 422}),
-    _rule("image", "image_refused",
-          r"(invalid|corrupt\w*|damaged|broken|malformed|unreadable|unsupported|empty) (base64 )?(image|picture)\b(?!s? (input|content|url is only))"
-          r"|(could not|cannot|can't|unable to|failed to|error) (process\w*|decod\w*|read\w*|load\w*|open\w*|pars\w*|identify\w*|handl\w*)"
-          r" .{0,30}(image|picture|bitmap)"
-          r"|image (data|file|content|bytes|is|was|has|size|dimension\w*|format|exceeds|too)\b.{0,60}"
-          r"(too (large|big|small)|invalid|corrupt|not valid|not a valid|exceed|larger|smaller|unsupported|cannot|could not|damaged|empty|truncated)"
-          r"|image too (large|big|small)|(image|picture).{0,60}aspect ratio|aspect ratio.{0,60}(must|smaller|exceed|between)"
-          r"|uploaded an unsupported image|cannot identify image", {400, 413, 415, 422, 500}),
-)  # fmt: skip
+    _rule(
+        "account",
+        "no_vision",
+        _any(
+            r"(does|do|is|are|was)( not|n't) (currently )?(support|accept|allow|have|able|capable|enabled|compiled|include)"
+            r".{0,40}(image|vision|multi-?modal)",
+            r"image_url.{0,20}(is )?only supported|support(s|ing)? (image|vision) input|no endpoints found that support image",
+            r"(image|vision|multi-?modal)s?( inputs?| content)? ?(is|are) (not (supported|enabled|allowed|available)"
+            r"|unsupported|only|disabled)",
+            r"not a (multi-?modal|vision) model|text[- ]only model|image input is not (supported|enabled)|at most 0 image",
+            r"mmproj|missing .{0,30}(vision|image) (encoder|projector)",
+            # servers whose messages know no parts
+            r"content type.{0,20}image_url|content part type.{0,10}image_url|unknown variant [`'\"]image_url",
+            r"expected a string|must be a string|should be a valid string|unmarshal array into|item type in content",
+            r"images is incompatible",
+        ),
+    ),
+    _rule(
+        "image",
+        "image_refused",
+        _any(
+            r"(flagged|blocked|rejected|violat|prohibited|inappropriate).{0,80}(polic|safety|moderat|content|guideline|image)",
+            r"content (management )?policy|content.?filter|requires moderation.{0,60}flagged|safety system|inspection",
+            r"prohibited_content|content exists risk|敏感内容|违规|不安全",
+        ),
+    ),
+    _rule(
+        "account",
+        "no_credit",
+        _any(
+            r"insufficient[_ ](quota|balance|credit|fund)|exceeded your current quota|(out of|no|not enough|more) credits?\b",
+            r"billing|payment (is )?required|credit balance|balance is (too low|insufficient)|spend(ing)? limit",
+            r"can only afford|arrears|overdue|余额不足|充值|欠费",
+        ),
+    ),
+    _rule(
+        "account",
+        "wrong_key",
+        _any(
+            r"api[- _]?key|invalid (authentication|token)|unauthori[sz]ed|permission[_ ]denied|authentication|access token",
+            r"organization must be verified|country, region|not supported in your (country|region)",
+            r"user location is not supported",
+        ),
+        {400, 401, 403, 404, 498},
+    ),
+    _rule(
+        "account",
+        "unknown_model",
+        _any(
+            r"(model|deployment|engine).{0,120}(not found|does ?n[o']t exist|not exist|no access|do not have access"
+            r"|must be verified|is not supported|not available|unavailable for|decommissioned|deprecated|shut ?down|retired"
+            r"|not (a )?valid|unknown|is invalid|isn't available)",
+            r"(unknown|invalid|no such|unsupported|not a valid) (model|deployment)|try pulling it first|no model",
+            r"no (allowed )?(providers|endpoints)( are)? (available|found)|endpoint.{0,80}not running|unable to access.{0,30}model",
+        ),
+        {400, 403, 404, 410, 422},
+    ),
+    _rule(
+        "account", "context_too_small", r"context.{0,20}(length|size|window|overflow)|maximum context|exceed_context"
+    ),
+    _rule(
+        "image",
+        "image_refused",
+        _any(
+            r"(invalid|corrupt\w*|damaged|broken|malformed|unreadable|unsupported|empty) (base64 )?(image|picture)\b"
+            r"(?!s? (inputs|content|url is only))",
+            r"(could not|cannot|can't|unable to|failed to|error) (process\w*|decod\w*|read\w*|load\w*|open\w*|pars\w*|identify\w*"
+            r"|handl\w*) .{0,30}(image|picture|bitmap)",
+            r"image (data|file|content|bytes|is|was|has|size|dimension\w*|format|exceeds|item|too)\b.{0,60}"
+            r"(too (large|big|small)|invalid|corrupt|not valid|not a valid|exceed|larger|smaller|unsupported|cannot|could not"
+            r"|damaged|empty|truncated|maximum)",
+            r"image too (large|big|small)|(image|picture).{0,60}aspect ratio|aspect ratio.{0,60}(must|smaller|exceed|between)",
+            r"image length and width|uploaded an unsupported image",
+        ),
+        {400, 413, 415, 422, 500},
+    ),
+)
 
 
 def read_complaint(status: int, body: object) -> Complaint:
@@ -138,6 +188,8 @@ def read_complaint(status: int, body: object) -> Complaint:
     details: dict[str, Any] = inner if isinstance(inner, dict) else body
     message = details.get("message") or details.get("msg") or details.get("detail") or details.get("error_description")
     parameter = details.get("param") or ""
+    if isinstance(message, dict):  # Mistral: FastAPI's complaint inside
+        return read_complaint(status, message)
     if isinstance(message, list) and message and isinstance(message[0], dict):  # FastAPI: [{loc, msg, type}]
         parameter = parameter or ".".join(str(part) for part in message[0].get("loc") or [])
         message = message[0].get("msg")
@@ -189,7 +241,7 @@ def classify_status(status: int, body: object, headers: Mapping[str, str]) -> Ta
         )
     if lower in ACCOUNT_CODES:
         return error("account", code, f"The provider refused the account: {said}")
-    if status == 429 and not _names_credit(complaint):
+    if status == 429 and not _names_credit(complaint) or status == 402 and wait:
         seen = {"retry_after": wait or DEFAULT_RETRY_AFTER, "limits": read_limits(headers)}
         return error("rate_limit", "rate_limited", "The AI service is busy.", **seen)
     if status == 413 and (lower == "rate_limit_exceeded" or "per minute" in complaint.message.lower()):
@@ -202,7 +254,7 @@ def classify_status(status: int, body: object, headers: Mapping[str, str]) -> Ta
             return _by_rule(rule, said, code, error)
     if status in TRANSIENT_STATUSES or status >= 500:
         return error("transient", "provider_error", "The AI service had a problem.")
-    if status in (401, 402, 403, 404, 405, 410, 501):
+    if status in (401, 402, 403, 404, 405, 410, 413, 501):
         return error("account", code or f"http_{status}", f"The provider refused the request ({status}): {said}")
     return error("transient", "request_refused", f"The AI service refused the request: {said}")
 
@@ -219,6 +271,9 @@ def _by_rule(rule: Rule, said: str, code: str, error: Any) -> TaggingError:
 
 
 def _names_credit(complaint: Complaint) -> bool:
+    """Whether a 429 is about money. Gemini says "exceeded your current quota" of a limit a minute too."""
+    if complaint.code.upper() == "RESOURCE_EXHAUSTED":
+        return False
     return any(rule.code == "no_credit" and rule.pattern.search(complaint.words) for rule in RULES)
 
 
