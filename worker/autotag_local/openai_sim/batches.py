@@ -185,9 +185,11 @@ class Batches:
         lines, tokens = [], 0
         for text in filter(None, data.splitlines()):
             line = json.loads(text)
+            if not isinstance(line["body"], dict) or not isinstance(line["url"], str):
+                raise TypeError
             lines.append(line)
             with contextlib.suppress(ApiError):
-                tokens += self._sim.count(dict(line["body"]), batch=True)
+                tokens += self._sim.count(line["body"], batch=True)
         return lines, tokens
 
     async def _answer(self, batch: dict[str, Any], line: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
