@@ -172,7 +172,7 @@ begin
         -- after the probe: another image has to show whether the trouble is over, not the same again
         when k.pauses then extract(epoch from v_settings.account_probe_interval) + 1
         when k.delays then greatest((a.error ->> 'retry_after')::double precision,
-          (0.5 + random() / 2) * least(extract(epoch from v_settings.retry_delay_max),
+          (0.8 + random() / 5) * least(extract(epoch from v_settings.retry_delay_max),
             extract(epoch from v_settings.retry_delay) * power(2, t.failures))) end))
   into v_tries
   from unnest(p_answers) a

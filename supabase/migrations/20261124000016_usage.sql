@@ -108,13 +108,14 @@ create table autotag.quotas (
 create unique index quotas_key on autotag.quotas (scope, period, workspace_id, user_id) nulls not distinct;
 alter table autotag.quotas enable row level security;
 
--- Dollars that one image is expected to cost (p_tier: a service tier, or batch), by what answers used so far; null: the
--- model has no price in autotag.models.
-create function autotag.expected_cost(p_tier text default null) returns numeric
+-- Dollars that one image is expected to cost (p_tier: a service tier, or batch), by what answers used so far; p_most: that
+-- it reserves, which is on the safe side. null: the model has no price in autotag.models.
+create function autotag.expected_cost(p_tier text default null, p_most boolean default false) returns numeric
 language sql stable security definer set search_path = ''
 as $$
   select autotag.price_tokens(s.model, coalesce(p_tier, case s.service_tier when 'auto' then 'default' else s.service_tier end),
-    p.prompt_mean, 0, 0, p.output_mean)
+    case when p_most then p.tokens_per_image - p.output_tokens else p.prompt_mean end, 0, 0,
+    case when p_most then p.output_tokens else p.output_mean end)
   from autotag.settings s, autotag.provider_limits p
 $$;
 
@@ -134,8 +135,8 @@ begin
     return;
   end if;
   -- Without a price dollars cannot be reserved; autotag doctor says so.
-  v_cost := coalesce(autotag.expected_cost(), 0);
-  v_batch_cost := coalesce(autotag.expected_cost('batch'), 0);
+  v_cost := coalesce(autotag.expected_cost(null, true), 0);
+  v_batch_cost := coalesce(autotag.expected_cost('batch', true), 0);
   return query
     with chosen as (
       select distinct on (q.scope, q.period) q.*,

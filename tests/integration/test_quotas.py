@@ -109,7 +109,7 @@ def test_one_users_quota_is_not_the_others(library: Library) -> None:
 
 async def test_money_is_counted_as_the_provider_bills_it(library: Library) -> None:
     """The estimate is reserved, the real cost remains."""
-    [each] = library.sql("select autotag.expected_cost() as c")
+    [each] = library.sql("select autotag.expected_cost(null, true) as c")
     allow(library, max_cost=each["c"] * 4)
     assets = await library.upload(4)
     told = library.enqueue(assets)

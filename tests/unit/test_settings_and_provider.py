@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
 
-from autotag import provider
+from autotag.classify import classify_status
 from autotag.config import SettingsError, load_settings
-from autotag.tokens import image_tokens, tokens_per_image
+from autotag.headers import read_limits, retry_after
 
 GOOD = {"DATABASE_URL": "postgresql://u:p@localhost/db", "OPENAI_API_KEY": "sk-1"}
 
@@ -61,26 +63,27 @@ LIMITS = {
 
 
 def test_limits_in_headers() -> None:
-    assert provider.read_limits(LIMITS) == {
+    assert read_limits(LIMITS) == {
         "requests_limit": 500, "requests_left": 499, "tokens_limit": 200_000, "tokens_left": 0,
     }  # fmt: skip
-    assert provider.read_limits({}) == {}
-    assert provider.read_limits({**LIMITS, "x-ratelimit-limit-requests": "0"}) == {
+    assert read_limits({}) == {}
+    assert read_limits({**LIMITS, "x-ratelimit-limit-requests": "0"}) == {
         "tokens_limit": 200_000, "tokens_left": 0,
     }  # fmt: skip
-    assert provider.read_limits({"x-ratelimit-remaining-requests": "-1", "x-ratelimit-limit-tokens": "lots"}) == {}
+    assert read_limits({"x-ratelimit-remaining-requests": "-1", "x-ratelimit-limit-tokens": "lots"}) == {}
 
 
 @pytest.mark.parametrize(
-    ("headers", "seconds"),
+    ("given", "seconds"),
     [
         ({"retry-after": "7"}, 7.0), ({"retry-after-ms": "250", "retry-after": "1"}, 0.25), ({}, None),
         ({"retry-after": "0"}, None), ({"retry-after": "-3"}, None), ({"retry-after": "soon"}, None),
-        ({"retry-after": "nan"}, None), ({"retry-after": "inf"}, None), ({"retry-after": "86400"}, 120.0),
+        ({"retry-after": "nan"}, None), ({"retry-after": "inf"}, None), ({"retry-after": "300"}, 300.0),
+        ({"retry-after": "86400"}, 3600.0), ({"retry-after": "Mon, 01 Jan 1990 00:00:00 GMT"}, None),
     ],
 )  # fmt: skip
-def test_retry_after_is_believed_only_when_it_makes_sense(headers: dict[str, str], seconds: float | None) -> None:
-    assert provider.retry_after(headers) == seconds
+def test_retry_after_is_believed_only_when_it_makes_sense(given: dict[str, str], seconds: float | None) -> None:
+    assert retry_after(given) == seconds
 
 
 @pytest.mark.parametrize(
@@ -97,32 +100,18 @@ def test_retry_after_is_believed_only_when_it_makes_sense(headers: dict[str, str
         (400, {"error": {"code": "invalid_image", "message": "Bad."}}, "image", "image_refused"),
         (400, {"error": {"message": "You uploaded an unsupported image."}}, "image", "image_refused"),
         (400, {"code": "content_policy_violation", "message": "No."}, "image", "image_refused"),
-        (400, {"error": {"message": "Something else."}}, "image", "request_refused"),
+        (400, {"error": {"message": "Something else."}}, "transient", "request_refused"),
         (400, {"error": {"message": "Cannot find file file-1, or project p does not have access to it."}}, "transient",
          "file_not_there_yet"),
     ],
 )  # fmt: skip
 def test_errors_are_sorted_by_whose_they_are(status: int, body: object, kind: str, code: str) -> None:
-    error = provider.classify_status(status, body, {})
+    error = classify_status(status, body, {})
     assert (error.kind, error.code) == (kind, code)
 
 
-@pytest.mark.parametrize(
-    ("model", "detail", "size", "tokens"),
-    [
-        ("gpt-4o-mini", "low", (512, 512), 2833),
-        ("gpt-4o-mini", "high", (1024, 1024), 2833 + 4 * 5667),
-        ("gpt-4.1-mini", "low", (512, 512), 415),
-        ("gpt-4.1-mini-2025-04-14", "low", (512, 512), 415),
-        ("gpt-4.1-nano", "low", (512, 512), 630),
-        ("gpt-4.1", "low", (512, 512), 85),
-        ("gpt-4.1-mini", "high", (4096, 4096), 2489),
-        ("somebody-elses", "low", (512, 512), 2833),
-    ],
-)  # fmt: skip
-def test_image_tokens(model: str, detail: str, size: tuple[int, int], tokens: int) -> None:
-    assert image_tokens(model, detail, *size) == tokens  # type: ignore[arg-type]
-
-
-def test_the_reservation_covers_the_worst_case() -> None:
-    assert tokens_per_image("gpt-4.1-mini", "low", 400) >= 415 + 200 + 400
+def test_a_wait_may_be_a_date() -> None:
+    at = datetime.now(UTC) + timedelta(seconds=90)
+    wait = retry_after({"retry-after": format_datetime(at, usegmt=True)})
+    assert wait is not None
+    assert 85 < wait <= 90

@@ -103,7 +103,7 @@ def _read_choice(completion: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
         "blockReason"
     ):  # Gemini: the picture was blocked before the model saw it
         raise image_error("refused", "The AI declined to describe this image.")
-    raise TaggingError("transient", "bad_response", "The AI service gave no answer.", origin="provider")
+    raise TaggingError("transient", "provider_error", "The AI service gave no answer.", origin="provider")
 
 
 def _content(message: Mapping[str, Any]) -> str:

@@ -48,7 +48,10 @@ _PARAMETERS = (
     ("expires_after", re.compile(r"expires_after|expires after|output_expires", re.IGNORECASE)),
     ("reasoning_effort", re.compile(r"reasoning[_.\s]effort|\breasoning\b.{0,40}\beffort\b", re.IGNORECASE)),
     ("service_tier", re.compile(r"service[_ ]tier", re.IGNORECASE)),
-    ("response_format", re.compile(r"response_format|json_schema|json_object|structured[ _]outputs?|json mode", re.IGNORECASE)),
+    ("response_format", re.compile(
+            r"response_?format|json_schema|json_object|structured[ _]outputs?|json mode|specified schema|response_?schema",
+            re.IGNORECASE,
+        )),
     ("detail", re.compile(r"image_url\.detail|['\"`]detail['\"`]|\bimage detail\b", re.IGNORECASE)),
     ("token_cap", re.compile(r"max_(completion_|output_|new_)?tokens", re.IGNORECASE)),
 )  # fmt: skip
@@ -122,7 +125,7 @@ RULES = (
         "no_credit",
         _any(
             r"insufficient[_ ](quota|balance|credit|fund)|exceeded your current quota|(out of|no|not enough|more) credits?\b",
-            r"billing|payment (is )?required|credit balance|balance is (too low|insufficient)|spend(ing)? limit",
+            r"billing|payment (is )?required|credits are depleted|credit balance|balance is (too low|insufficient)|spend(ing)? limit",
             r"can only afford|arrears|overdue|余额不足|充值|欠费",
         ),
     ),
@@ -272,7 +275,7 @@ def _by_rule(rule: Rule, said: str, code: str, error: Any) -> TaggingError:
 
 def _names_credit(complaint: Complaint) -> bool:
     """Whether a 429 is about money. Gemini says "exceeded your current quota" of a limit a minute too."""
-    if complaint.code.upper() == "RESOURCE_EXHAUSTED":
+    if complaint.code.upper() == "RESOURCE_EXHAUSTED" and "credits" not in complaint.message:
         return False
     return any(rule.code == "no_credit" and rule.pattern.search(complaint.words) for rule in RULES)
 

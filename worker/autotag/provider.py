@@ -41,7 +41,7 @@ async def complete(client: AsyncOpenAI, body: dict[str, Any]) -> tuple[dict[str,
         response = await client.post("/chat/completions", cast_to=httpx2.Response, body=body, options=flex)
     except openai.APIError as error:
         raise classify(error) from error
-    unreadable = TaggingError("transient", "bad_response", "The AI service gave no answer.", origin="provider")
+    unreadable = TaggingError("transient", "provider_error", "The AI service gave no answer.", origin="provider")
     try:
         completion = response.json()
     except ValueError:

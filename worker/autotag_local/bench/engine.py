@@ -20,7 +20,7 @@ import autotag
 from autotag.config import Settings
 from autotag.db import Database, Image, listen
 from autotag.lanes import realtime
-from autotag.tags import read_completion, read_usage
+from autotag.answers import read_completion, read_usage
 from autotag.wake import Wake
 from autotag_local.bench import ceiling, pickup, queue_peers
 from autotag_local.bench.report import Figure, Result
