@@ -196,7 +196,7 @@ def _unreadable_sample(error: TaggingError, sample: dict[str, str], buckets: fro
         return Finding(
             check, "error",
             f"The key works, but the newest image names the bucket {bucket}, which does not exist (buckets: {names}).",
-            f"Create the bucket {bucket}, or correct autotag.describe_assets, which names it.",
+            f"Correct autotag.describe_assets, which names the bucket {bucket}, or create it.",
         )  # fmt: skip
     return Finding(
         check, "warning",

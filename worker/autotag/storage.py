@@ -168,7 +168,7 @@ class Storage:
     def _warn_of(self, bucket: str) -> None:
         if bucket not in self._warned_of and len(self._warned_of) < MOST_BUCKETS_WARNED_OF:
             self._warned_of.add(bucket)
-            log.warning("bucket_missing", bucket=bucket, hint="Create it, or correct the rows that name it.")
+            log.warning("bucket_missing", bucket=bucket, hint="Correct the rows that name it, or create it.")
 
 
 @dataclass(frozen=True)
