@@ -120,6 +120,26 @@ async def test_storage(stack: Stack) -> None:
                 token = found[0]
 
 
+async def test_storage_and_wrong_keys(stack: Stack) -> None:
+    """Without /authenticated, a token that is no good finds no bucket, and one that sees too little no file."""
+    storage = stack.storage()
+    await storage.create_bucket("assets", "assets", {"public": False})
+    await storage.from_("assets").upload(f"{WORKSPACE}/ten/004.jpg", b"\xff\xd8", {"content-type": "image/jpeg"})
+    who = {
+        **people(stack, WORKSPACE), "WORKSPACE": WORKSPACE, "GARBAGE": "garbage",
+        "BAD_SIGNATURE": tokens.sign("somebody else's secret of 32 bytes", "service_role"),
+    }  # fmt: skip
+    async with httpx.AsyncClient(base_url=stack.supabase_url) as client:
+        for exchange in lines("storage/wrong-keys.jsonl"):
+            request, expected = filled(exchange["request"], who), exchange["response"]
+            answer = await client.request(request["method"], request["path"], headers=request["headers"])
+            assert (answer.status_code, answer.text) == (expected["status"], expected["body"]), exchange
+            assert answer.headers["content-type"] == expected["headers"]["content-type"]
+        url = f"/storage/v1/object/authenticated/assets/{WORKSPACE}/ten/004.jpg"
+        read = await client.get(url, headers={"authorization": f"Bearer {stack.secret_key}"})
+        assert (read.status_code, read.content) == (200, b"\xff\xd8")
+
+
 def _body(request: dict[str, Any], about: str) -> dict[str, Any]:
     """The arguments for httpx; an upload gets a file of the recorded picture's size and kind."""
     headers, body = request["headers"], request.get("body")

@@ -10,10 +10,16 @@ from typing import Any
 
 import psycopg
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
 
 from autotag import doctor
 from autotag.config import DoctorSettings
-from autotag_local.postgres import LocalPostgres
+from autotag.http import serve
+from autotag_local.edge import tokens
+from autotag_local.postgres import LocalPostgres, free_port
 from autotag_local.stack import WORKER_ROLE, Stack
 from support import Library, until, worker
 
@@ -88,7 +94,8 @@ async def test_no_worker_and_workers_that_poll_are_told(library: Library) -> Non
     [
         ({"database_url": "postgresql://tagger:wrong@127.0.0.1:{port}/postgres"}, "connection", "error", "password"),
         ({"database_url": "postgresql://tagger:x@127.0.0.1:1/postgres"}, "connection", "error", "refused"),
-        ({"supabase_secret_key": "wrong"}, "storage", "error", "Storage refuses"),
+        ({"supabase_secret_key": "wrong"}, "storage", "error", "Storage refused the key: Invalid Compact JWS."),
+        ({"supabase_secret_key": "sb_publishable_x"}, "storage", "error", "Storage refused the key: it is not the secret"),
         ({"supabase_secret_key": "wrong"}, "broadcast", "error", "Realtime cannot be reached"),
         ({"supabase_url": "http://127.0.0.1:1"}, "storage", "error", "cannot be reached"),
         ({"supabase_url": "http://127.0.0.1:1"}, "broadcast", "error", "Realtime cannot be reached"),
@@ -111,6 +118,40 @@ async def test_a_wrong_setting_is_found(
     found = (await examined(stack, **changes))[check]
     assert (found.level, says in found.message) == (level, True), found
     assert level == "ok" or found.fix
+
+
+async def test_the_key_the_bucket_and_the_file_are_told_apart(library: Library) -> None:
+    stack = library.stack
+    wrong = {
+        "signature verification failed": tokens.sign("the secret that was rotated away", "service_role"),
+        '"exp" claim timestamp check failed': tokens.sign(stack.jwt_secret, "service_role", lifetime=-60),
+        "it is not the secret one": stack.anon_key,
+    }
+    async with worker(stack):
+        await library.finished(library.enqueue(library.insert([f"{library.member.workspace}/never-uploaded.jpg"])))
+    for says, key in wrong.items():
+        found = (await examined(stack, supabase_secret_key=key))["storage"]
+        assert (found.level, says in found.message) == ("error", True), found
+        assert "SUPABASE_SECRET_KEY" in (found.fix or "")
+    found = (await examined(stack))["storage"]
+    assert (found.level, "The key works" in found.message) == ("warning", True), found
+    assert "never-uploaded.jpg" in found.message
+    library.sql("update storage.buckets set id = 'other' where id = 'assets'")
+    found = (await examined(stack))["storage"]
+    assert (found.level, "the bucket assets, which does not exist (buckets: other)" in found.message) == ("error", True)
+
+
+@pytest.mark.parametrize(("status", "says"), [(503, "answered with an error (503)"), (200, "No Storage answers"),
+                                              (404, "No Storage answers")])  # fmt: skip
+async def test_a_page_instead_of_storage_is_not_printed(stack: Stack, status: int, says: str) -> None:
+    async def page(_: Request) -> Response:
+        return HTMLResponse("<html><body>Bad gateway</body></html>", status)
+
+    port = free_port()
+    async with serve(Starlette(routes=[Route("/{path:path}", page)]), "127.0.0.1", port):
+        found = await doctor._storage(settings(stack, supabase_url=f"http://127.0.0.1:{port}"), None)
+    assert (found.level, says in found.message, "<" in found.message) == ("error", True, False), found
+    assert found.fix
 
 
 async def test_a_broadcast_that_gets_lost_is_found(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ GOOD = {"DATABASE_URL": "postgresql://u:p@localhost/db", "OPENAI_API_KEY": "sk-1
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # no .env of the developer's
-    for name in ("DATABASE_URL", "SUPABASE_DB_URL", "OPENAI_API_KEY", "OPENAI_BASE_URL", "SUPABASE_URL"):
+    for name in ("DATABASE_URL", "SUPABASE_DB_URL", "OPENAI_API_KEY", "OPENAI_BASE_URL", "SUPABASE_URL",
+                 "SUPABASE_SECRET_KEY", "OPENAI_WEBHOOK_SECRET"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
 
 
@@ -54,6 +55,35 @@ def test_the_usual_names_and_a_list_of_hosts(monkeypatch: pytest.MonkeyPatch) ->
     assert settings.image_hosts == {"a.example.com", "b.example.com"}
     assert (settings.slots, settings.openai_base_url) == (7, "https://api.openai.com/v1")
     assert "sk-1" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    "wrapped", ['"{}"', "'{}'", "{}\n", "  {} ", '"{}"\r\n', "\ufeff{}", "\u201c{}\u201d", "\t'{}' "]
+)
+def test_keys_and_urls_may_be_pasted_with_quotes_and_line_ends(wrapped: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = {**GOOD, "SUPABASE_URL": "https://p.supabase.co/", "SUPABASE_SECRET_KEY": "sb_secret_1",
+             "OPENAI_BASE_URL": "https://o.example.com/v1", "OPENAI_WEBHOOK_SECRET": "whsec_1"}  # fmt: skip
+    for name, value in plain.items():
+        monkeypatch.setenv(name, wrapped.format(value))
+    settings = load_settings()
+    assert settings.openai_api_key.get_secret_value() == "sk-1"
+    assert settings.secret_key() == "sb_secret_1"
+    assert settings.openai_webhook_secret
+    assert settings.openai_webhook_secret.get_secret_value() == "whsec_1"
+    assert (settings.supabase_url, settings.openai_base_url) == ("https://p.supabase.co", "https://o.example.com/v1")
+    assert str(settings.database_url) == GOOD["DATABASE_URL"]
+
+
+@pytest.mark.parametrize("inside", ["\n", "\r\n", " ", "\t", "\x1b[0m", "\x7f", "\u200b", "ü", "…"])
+@pytest.mark.parametrize("name", ["OPENAI_API_KEY", "SUPABASE_SECRET_KEY", "OPENAI_WEBHOOK_SECRET", "SUPABASE_URL"])
+def test_a_key_or_url_in_two_pieces_is_one_sentence(name: str, inside: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = "https://topsecret" if name == "SUPABASE_URL" else "topsecret"
+    for variable, value in {**GOOD, name: f"{start}{inside}hidden"}.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert str(caught.value).startswith(f"{name} is wrong: has a blank, a line break or another character inside")
+    assert not any(part in str(caught.value) for part in ("topsecret", "hidden", "\n", "\x1b"))
 
 
 LIMITS = {

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import re
+import string
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AliasChoices, Field, PostgresDsn, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+#: What comes along when a key or URL is pasted: blanks, line ends, quotes, and marks that nobody sees.
+WRAPPING = string.whitespace + "\u00a0\u200b\ufeff" + "\"'`“”‘’"
 
 
 class Settings(BaseSettings):
@@ -69,6 +73,21 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
     log_format: Literal["json", "console"] = Field("json", description="json: an object a line")
 
+    @field_validator(
+        "database_url", "openai_base_url", "supabase_url", "openai_api_key", "supabase_secret_key",
+        "openai_webhook_secret", mode="before",
+    )  # fmt: skip
+    @classmethod
+    def _without_wrapping(cls, value: object) -> object:
+        return value.strip(WRAPPING) if isinstance(value, str) else value
+
+    @field_validator("openai_api_key", "supabase_secret_key", "openai_webhook_secret")
+    @classmethod
+    def _in_one_piece(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch(r"[!-~]*", value.get_secret_value()):
+            raise ValueError("has a blank, a line break or another character inside that no key has; paste it again")
+        return value
+
     @field_validator("image_hosts", mode="before")
     @classmethod
     def _split_hosts(cls, value: object) -> object:
@@ -81,6 +100,8 @@ class Settings(BaseSettings):
     def _http_url(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("http://", "https://")):
             raise ValueError("must start with https:// (or http://)")
+        if value is not None and not re.fullmatch(r"[!-~]*", value):
+            raise ValueError("has a blank, a line break or another character inside that no URL has; paste it again")
         return value.rstrip("/") if value else value
 
     @field_validator("http")

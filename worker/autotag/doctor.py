@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
-import httpx
 import openai
 import psycopg
 from realtime import AsyncRealtimeClient, BroadcastPayload, RealtimeSubscribeStates
-from storage3 import AsyncStorageClient
-from storage3.exceptions import StorageApiError
 
 import autotag
 from autotag import db, provider
 from autotag.config import DoctorSettings
+from autotag.errors import TaggingError
+from autotag.storage import Storage
 
 Level = Literal["ok", "warning", "error"]
 LEVELS: tuple[Level, ...] = ("ok", "warning", "error")
@@ -31,6 +30,12 @@ CONNECT_TIMEOUT = 10  # seconds
 BROADCAST_TIMEOUT = 10.0  # seconds; the first join after a quiet time can take a second
 SKEW_WARNING = 5.0  # seconds
 SKEW_ERROR = 240.0  # seconds; OpenAI's webhooks are refused when they look older than 300
+STORAGE_FIXES = {
+    "storage_refused": "Set SUPABASE_SECRET_KEY to the project's secret key (Project Settings, API Keys).",
+    "no_storage": "Set SUPABASE_URL to the project's URL (https://<ref>.supabase.co).",
+    "storage_no_bucket": "Set SUPABASE_URL to the project of this database, or create the bucket.",
+    "storage_error": "Check SUPABASE_URL and whether the project is paused, then run the doctor again.",
+}
 
 
 @dataclass(frozen=True)
@@ -170,21 +175,34 @@ async def _storage(settings: DoctorSettings, sample: dict[str, str] | None) -> F
             check, "warning", "Images in Storage are out of reach: SUPABASE_URL and SUPABASE_SECRET_KEY are not set.",
             "Set both (not needed when all images have URLs).",
         )  # fmt: skip
-    headers = {"apikey": key, "Authorization": f"Bearer {key}"}
     try:
-        async with httpx.AsyncClient(timeout=CONNECT_TIMEOUT, headers=headers) as http:
-            storage = AsyncStorageClient(f"{settings.supabase_url}/storage/v1/", headers, http_client=http)
-            buckets = await storage.list_buckets()
+        async with Storage(settings.supabase_url, key, settings.image_max_bytes, timeout=CONNECT_TIMEOUT) as storage:
+            buckets = await storage.buckets()
             if sample:
-                await storage.from_(sample["bucket"]).download(sample["path"])
-    except StorageApiError as error:
-        return Finding(
-            check, "error", f"Storage refuses: {error.message}", "Check SUPABASE_SECRET_KEY (the secret one)."
-        )
-    except (httpx.HTTPError, ValueError) as error:
-        return Finding(check, "error", f"Storage cannot be reached: {type(error).__name__}.", "Check SUPABASE_URL.")
-    names = ", ".join(bucket.name for bucket in buckets) or "none"
+                await storage.read(sample["bucket"], sample["path"])
+    except TaggingError as error:
+        if error.kind == "image" and sample:
+            return _unreadable_sample(error, sample, buckets)
+        return Finding(check, "error", error.message, STORAGE_FIXES[error.code])
+    names = ", ".join(sorted(buckets)) or "none"
     return Finding(check, "ok", f"Readable; buckets: {names}." + (" The newest image could be read." if sample else ""))
+
+
+def _unreadable_sample(error: TaggingError, sample: dict[str, str], buckets: frozenset[str]) -> Finding:
+    """The key works, and the newest image cannot be read: its bucket, or this one file."""
+    check, bucket = "storage", sample["bucket"]
+    if bucket not in buckets:
+        names = ", ".join(sorted(buckets)) or "none"
+        return Finding(
+            check, "error",
+            f"The key works, but the newest image names the bucket {bucket}, which does not exist (buckets: {names}).",
+            f"Correct autotag.describe_assets, which names the bucket {bucket}, or create it.",
+        )  # fmt: skip
+    return Finding(
+        check, "warning",
+        f"The key works, the bucket {bucket} is there, but not its newest image ({sample['path']}): {error.message}",
+        "Upload it again. If this holds for all images, correct the path in autotag.describe_assets.",
+    )  # fmt: skip
 
 
 async def _openai(settings: DoctorSettings, model: str | None) -> Finding:

@@ -17,18 +17,15 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-import aiohttp
 import httpcore
 import httpx
 import pillow_heif
-from httpx_aiohttp import HttpxAiohttpClient
 from PIL import Image as Pillow
 from PIL import ImageOps, UnidentifiedImageError
-from storage3 import AsyncStorageClient
-from storage3.exceptions import StorageApiError
 
 from autotag.db import Image
 from autotag.errors import TaggingError, image_error
+from autotag.storage import Storage, read_body
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 JPEG_QUALITY = 85  # 512 px at 85 is 30–60 KB; more is no more to see
@@ -178,13 +175,7 @@ class Images:
         self._http = httpx.AsyncClient(
             transport=transport, timeout=FETCH_TIMEOUT, follow_redirects=False, trust_env=False
         )
-        self._storage: AsyncStorageClient | None = None
-        if supabase_url and supabase_key:
-            headers = {"apikey": supabase_key, "Authorization": f"Bearer {supabase_key}"}
-            self._storage_http = HttpxAiohttpClient(
-                timeout=FETCH_TIMEOUT, limits=httpx.Limits(max_connections=100), headers=headers
-            )
-            self._storage = AsyncStorageClient(f"{supabase_url}/storage/v1/", headers, http_client=self._storage_http)
+        self._storage = Storage(supabase_url, supabase_key, max_bytes) if supabase_url and supabase_key else None
 
     async def __aenter__(self) -> Images:
         return self
@@ -194,13 +185,13 @@ class Images:
     ) -> None:
         await self._http.aclose()
         if self._storage is not None:
-            await self._storage_http.aclose()
+            await self._storage.__aexit__(kind, error, trace)
 
     async def load(self, image: Image, largest_side: int) -> bytes:
         """The prepared JPEG of an image.
 
         Raises:
-            TaggingError: of the image, or transient.
+            TaggingError: of the image, transient, or of the account (Storage's key or address is wrong).
         """
         async with self._fetches:
             if image.path is not None and image.bucket is not None:
@@ -209,35 +200,15 @@ class Images:
                 data = await self._from_url(image.url)
             else:
                 raise image_error("asset_missing", "The image was deleted.")
-            if len(data) > self._max_bytes:
-                raise self._too_many_bytes()
             async with self._threads:
                 return await asyncio.to_thread(prepare, data, largest_side, self._max_pixels)
-
-    def _too_many_bytes(self) -> TaggingError:
-        return image_error(
-            "file_too_large", f"The file is larger than {self._max_bytes / 1_000_000:g} MB, the most that is accepted."
-        )
 
     async def _from_storage(self, bucket: str, path: str) -> bytes:
         if self._storage is None:
             raise TaggingError(
                 "account", "no_storage", "SUPABASE_URL and SUPABASE_SECRET_KEY are not set, so Storage is out of reach."
             )
-        if any(part in ("", ".", "..") for part in path.split("/")):
-            raise image_error("file_missing", "The image's file is not in storage.")
-        try:
-            return await self._storage.from_(bucket).download(path)
-        except StorageApiError as error:
-            # Storage answers 400 with the real status in the body (and "404" for what the key may not see).
-            if str(error.status) in ("404", "400"):
-                raise image_error("file_missing", "The image's file is not in storage.") from None
-            if str(error.status) in ("401", "403"):
-                raise TaggingError("account", "storage_refused", f"Storage refused the key: {error.message}") from None
-            raise TaggingError("transient", "storage_error", "The image could not be fetched from storage.") from None
-        # ClientError: an answer that is no HTTP; ValueError: an error page that is not JSON.
-        except (httpx.HTTPError, aiohttp.ClientError, ValueError):
-            raise TaggingError("transient", "storage_error", "The image could not be fetched from storage.") from None
+        return await self._storage.read(bucket, path)
 
     async def _from_url(self, url: str) -> bytes:
         for _ in range(REDIRECTS + 1):
@@ -276,9 +247,4 @@ class Images:
             raise TaggingError("transient", "fetch_failed", f"The image's host answered with an error ({status}).")
         if status != 200:
             raise image_error("file_missing", f"The image's address answered with status {status}.")
-        data = bytearray()
-        async for chunk in response.aiter_bytes():
-            data += chunk
-            if len(data) > self._max_bytes:
-                raise self._too_many_bytes()
-        return bytes(data)
+        return await read_body(response, self._max_bytes)

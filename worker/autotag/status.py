@@ -40,7 +40,7 @@ def _headline(status: dict[str, Any]) -> RenderableType:
         ),
     ]  # fmt: skip
     if limits["account_error"]:
-        lines.append(Text(f"OpenAI refuses the account: {limits['account_error']}", "bold red"))
+        lines.append(Text(f"Tagging stands still: {limits['account_error']}", "bold red"))
     if limits["blocked_until"]:
         lines.append(Text("OpenAI asked everybody to wait (429).", "yellow"))
     if not any(worker["alive"] for worker in status["workers"]):
