@@ -90,6 +90,7 @@ async def stack(postgres: LocalPostgres, database: str) -> AsyncIterator[Stack]:
         running.simulator.plan.latency = (0.01, 0.05)
         running.simulator.plan.batch_latency = (0.5, 1.0)
         running.configure(batch_poll_interval="0.3 s", chunk_delay="0.1 s", retry_delay="0.1 s", broadcast_interval="0")
+        running.prove()
         yield running
 
 

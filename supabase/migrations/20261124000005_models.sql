@@ -83,7 +83,7 @@ end $$;
 -- Dollars that tokens of a model cost in a service tier (`batch` for a batch); null: unknown, because the model has no
 -- prices or nobody knows the tier. Input counts the cached and cache-written tokens too, as OpenAI's figures do.
 create function autotag.price_tokens(
-  p_model text, p_tier text, p_input bigint, p_cached bigint, p_cache_write bigint, p_output bigint
+  p_model text, p_tier text, p_input numeric, p_cached numeric, p_cache_write numeric, p_output numeric
 ) returns numeric
 language plpgsql stable security definer set search_path = ''
 as $$

@@ -318,7 +318,8 @@ begin
       day_left = v_provider.day_left,
       refilled_at = v_provider.refilled_at,
       blocked_until = greatest(p.blocked_until,
-        v_provider.refilled_at + autotag.clock_interval(least((p_seen ->> 'retry_after')::double precision, 3600))),
+        v_provider.refilled_at + autotag.clock_interval(case when (p_seen ->> 'retry_after')::double precision > 3600
+          then 3600 else (p_seen ->> 'retry_after')::double precision end)),
       limited_since = case
         when p_seen ->> 'retry_after' is null then p.limited_since
         when p.limited_since is not null and p.limited_at > v_provider.refilled_at - interval '1 min' then p.limited_since

@@ -115,7 +115,7 @@ as $$
 begin
   return (select case
     when p_images <= s.realtime_max_images then 'realtime'
-    when p_images <= s.chunk_max_images or p.has_batches = false then 'realtime-chunked'
+    when p_images <= s.chunk_max_images or p.has_batches is false then 'realtime-chunked'
     when p_images <= s.batch_max_images then 'batch'
     else 'batch-parallel' end
   from autotag.settings s, autotag.provider_limits p);

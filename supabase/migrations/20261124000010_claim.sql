@@ -92,7 +92,7 @@ begin
     return;
   end if;
   -- Nor does a provider without a Batch API get batches that were planned before that was known.
-  if v_provider.has_batches = false and autotag.leave_batches(v_now) then
+  if v_provider.has_batches is false and autotag.leave_batches(v_now) then
     wait := 0;
     return;
   end if;

@@ -115,8 +115,8 @@ end $$;
 -- are stored, failures end or requeue their image, counts follow. Each task has one answer at most: a result, or else
 -- an error (check_error) whose kind decides (error_kinds). One of kind image ends its image, unless `retry` says that
 -- another answer may help: every such answer was paid for, so only max_bad_answers times. One that was cut off gets four
--- times the cap, until max_output_tokens was not enough. Returns sentences for the operator's log.
-create function autotag.apply_answers(p_answers autotag.answer[]) returns text[]
+-- times the cap, until max_output_tokens was not enough. Returns sentences for the operator's log: [{event, notice}].
+create function autotag.apply_answers(p_answers autotag.answer[]) returns jsonb
 language plpgsql security definer set search_path = ''
 as $$
 declare
@@ -124,7 +124,7 @@ declare
   v_done record;
   v_failed record;
   v_tries jsonb;
-  v_notices text[] := '{}';
+  v_notices jsonb := '[]';
 begin
   select * into v_settings from autotag.settings;
 
@@ -149,8 +149,9 @@ begin
   end if;
   select coalesce(array_agg(t.id), '{}') as tasks, array_agg(a.error ->> 'code') as codes,
          array_agg(a.error ->> 'message') as messages,
-         coalesce(array_agg(format('The answer for image %s was cut off at %s tokens, the most that settings.max_output_tokens allows.',
-           t.asset_id, a.output_tokens)) filter (where a.error ->> 'code' = 'answer_too_long'), '{}') as notices
+         coalesce(jsonb_agg(jsonb_build_object('event', 'answer_cut_off', 'notice', format(
+             'The answer for image %s was cut off at %s tokens, the most that settings.max_output_tokens allows.',
+             t.asset_id, a.output_tokens))) filter (where a.error ->> 'code' = 'answer_too_long'), '[]') as notices
   into v_failed
   from unnest(p_answers) a
   join autotag.tasks t on t.id = a.task
@@ -203,10 +204,10 @@ language plpgsql security definer set search_path = ''
 as $$
 declare
   v_provider autotag.provider_limits;
-  v_answers autotag.answer[] := '{}';
+  v_answers autotag.answer[] := array[]::autotag.answer[];
   v_answer autotag.answer;
   v_asked_at timestamptz;
-  v_settled text[] := '{}';    -- parameters that have their next form since this call
+  v_settled text[] := array[]::text[];    -- parameters that have their next form since this call
 begin
   select * into v_provider from autotag.provider_limits;
   foreach v_answer in array p_answers loop
@@ -292,7 +293,7 @@ end $$;
 -- usage is there whenever the provider answered, also when the answer was of no use, and `called` when it was asked at all.
 -- p_seen: the newest limits seen in answers' headers (observe_provider), and {sent, sent_age} (note_sent).
 -- A report for a task that is not the worker's any more, or with an older attempt, is refused and changes
--- nothing. Returns {accepted, notices}: how many, and sentences for the log.
+-- nothing. Returns {accepted, notices: [{event, notice}]}: how many, and sentences for the log.
 -- Locks: provider (where it changes), workspaces (of errors), windows, jobs, tasks; each by id.
 create function autotag.settle(p_worker uuid, p_reports jsonb, p_seen jsonb default null) returns jsonb
 language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
@@ -301,7 +302,7 @@ declare
   v_answers autotag.answer[];
   v_failed boolean;            -- whether any of them is an error
   v_window record;
-  v_notices text[];
+  v_changed text;              -- the provider's limits have
   v_refund record;
 begin
   perform from autotag.provider_limits for update;
@@ -335,7 +336,7 @@ begin
     perform autotag.refund_provider(v_refund.requests, v_refund.tokens);
   end if;
   if p_seen is not null then
-    v_notices := array_remove(array[autotag.observe_provider(p_seen)], null);
+    v_changed := autotag.observe_provider(p_seen);
   end if;
   perform autotag.note_outcomes(v_answers, (select jsonb_agg(a.error) from unnest(v_answers) a where a.error is not null));
 
@@ -370,6 +371,7 @@ begin
   into v_answers using v_answers, p_worker;
 
   perform autotag.add_usage(v_answers, false);
-  v_notices := v_notices || autotag.apply_answers(v_answers);
-  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', to_jsonb(v_notices));
+  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', case when v_changed is null then '[]'::jsonb
+    else jsonb_build_array(jsonb_build_object('event', 'provider_limits_changed', 'notice', v_changed)) end
+    || autotag.apply_answers(v_answers));
 end $$;

@@ -211,7 +211,7 @@ declare
   v_general boolean := jsonb_path_exists(p_answers, '$[*].error ? (@.kind == "account" || @.parameter != null)');
   v_answers autotag.answer[];
   v_again autotag.answer[];    -- of these, those that are left to batch_finish
-  v_notices text[];
+  v_notices jsonb;
 begin
   select * into v_settings from autotag.settings;
   if v_general then
@@ -257,7 +257,7 @@ begin
       perform autotag.note_outcomes(v_answers || v_again, null, v_batch.asked_at);
     end if;
   end if;
-  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', to_jsonb(v_notices));
+  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices);
 end $$;
 
 -- Every answer of the batch is stored. Images without one get another try (those of a cancelled job end).

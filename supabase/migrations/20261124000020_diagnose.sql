@@ -66,8 +66,8 @@ declare
   m autotag.models := autotag.find_model(v_model);
   v_end jsonb := autotag.describe_shutdown();
   v_lacks text := concat_ws(', ',
-    case when p_provider.has_batches = false then 'a Batch API (everything goes as single calls)' end,
-    case when p_provider.has_rate_headers = false then 'rate-limit headers (autotag.provider_limits is what holds)' end,
+    case when p_provider.has_batches is false then 'a Batch API (everything goes as single calls)' end,
+    case when p_provider.has_rate_headers is false then 'rate-limit headers (autotag.provider_limits is what holds)' end,
     case when p_provider.keep_files is null then 'expiring files' end);
   v_forms text := concat_ws(', ',
     case when m.cap_parameter = 'max_tokens' then 'max_tokens instead of max_completion_tokens'

@@ -105,7 +105,7 @@ isOneToOne: false
                            },
 "tagging_usage":
 { Args: { "since"?: string,"until"?: string,"workspace_id": string }; Returns: {
-              "cached_tokens": number,"cost": number,"day": string,"images": number,"input_tokens": number,"output_tokens": number,"requests": number,"user_id": string
+              "cache_write_tokens": number,"cached_tokens": number,"cost": number,"day": string,"images": number,"input_tokens": number,"model": string,"output_tokens": number,"reasoning_tokens": number,"requests": number,"service_tier": string,"user_id": string
             }[]
                            }
           }

@@ -172,6 +172,7 @@ def test_requests_of_the_day_are_counted_too(library: Library, stack: Stack) -> 
 @pytest.mark.parametrize("called", [True, False])
 def test_what_was_not_used_is_given_back(library: Library, called: bool) -> None:
     """A call that was never made counts for nothing; one that failed counts as a request without tokens."""
+    library.sql("update autotag.provider_limits set tokens_per_image = 1000")
     library.enqueue(library.insert(["a.jpg"]))
     name = "00000000-0000-4000-8000-000000000001"
     library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", name)

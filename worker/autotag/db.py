@@ -103,7 +103,7 @@ class Settled:
     """How many reports were accepted, and sentences for the operator's log."""
 
     accepted: int
-    notices: list[str]
+    notices: list[dict[str, str]]  # {event, notice}
 
 
 @dataclass(frozen=True)

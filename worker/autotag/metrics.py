@@ -71,7 +71,8 @@ _SYSTEM = (
     ("outbox", "autotag_outbox_messages", "Broadcasts that have not left the database."),
     ("oldest_message", "autotag_outbox_oldest_seconds", "Age of the oldest of them: how far broadcasts lag."),
     ("images_today", "autotag_images_today", "Images tagged since midnight UTC."),
-    ("cost_today", "autotag_cost_today_dollars", "What they cost, by the price table in settings."),
+    ("cost_today", "autotag_cost_today_dollars", "What they cost, by the prices in autotag.models."),
+    ("unpriced_today", "autotag_unpriced_answers_today", "Answers of models without a price: their cost is unknown."),
 )
 
 
@@ -91,7 +92,7 @@ def count_answers(lane: str, reports: Iterable[dict[str, Any]]) -> None:
     for report in reports:
         error = report.get("error")
         outcomes[error["kind"] if error else "tagged"] += 1
-        tokens.update(report.get("usage") or {})
+        tokens.update({k: v for k, v in (report.get("usage") or {}).items() if isinstance(v, int)})
     for outcome, images in outcomes.items():
         ANSWERED.labels(lane, outcome).inc(images)
     for kind, billed in tokens.items():
@@ -135,6 +136,11 @@ class SystemMetrics(Collector):
     def collect(self) -> Iterable[GaugeMetricFamily]:
         for key, name, text in _SYSTEM:
             yield GaugeMetricFamily(name, text, value=float(self._values.get(key) or 0))
+        days = self._values.get("shutdown_days")
+        if days is not None:
+            yield GaugeMetricFamily(
+                "autotag_model_shutdown_days", "Days until the model shuts down; absent: no end is known.", value=days
+            )
         batches = GaugeMetricFamily("autotag_batches", "Batches that have not ended, by state.", labels=["state"])
         for state, count in self._values.get("batches", {}).items():
             batches.add_metric([state], count)

@@ -13,8 +13,8 @@ with old as (
   from generate_series(1, 5000) n returning id, workspace_id, created_at)
 insert into autotag.batches (job_id, workspace_id, ordinal, image_count, state, created_at)
 select o.id, o.workspace_id, 1, 60, 'done', o.created_at from old o;
-insert into autotag.usage (workspace_id, day, images)
-select pg_temp.workspace(w), '2029-12-01'::date - d, 60 from generate_series(1, 50) w, generate_series(1, 100) d;
+insert into autotag.usage (workspace_id, day, model, service_tier, images)
+select pg_temp.workspace(w), '2029-12-01'::date - d, 'gpt-6-luna', 'batch', 60 from generate_series(1, 50) w, generate_series(1, 100) d;
 insert into autotag.durations (images, started_at, seconds)
 select 60, autotag.now() - n * interval '1 min', 1800 from generate_series(1, 5000) n;
 analyze autotag.jobs, autotag.batches, autotag.usage, autotag.durations;

@@ -22,7 +22,6 @@ select is(pg_temp.ask(31), 'false never', 'more than the limit never fits');
 select is((select cardinality(admitted_at) from public.workspace_rate_limits), 2, 'what left the window left the row');
 
 update public.workspace_rate_limits set max_requests = 100, max_units = 40 * 1000;
-update autotag.provider_limits set tokens_per_image = 1000;
 select is(pg_temp.ask(10), 'true 0', 'a workspace''s own limits hold at once');
 select is(pg_temp.ask(1), 'false 10', 'the second dimension, tokens, binds now');
 

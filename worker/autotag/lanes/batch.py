@@ -338,7 +338,7 @@ class BatchLane:
     async def _store_page(self, batch: Batch, page: list[dict[str, Any]]) -> None:
         stored = await self._db.batch_answers(batch, page)
         for notice in stored.notices:
-            log.warning("notice", message=notice)
+            log.warning(notice["event"], notice=notice["notice"])
 
     async def _answers(self, batch: Batch, question: Question, file_id: str) -> AsyncIterator[list[dict[str, Any]]]:
         """Pages of a file's answers, as ``autotag.batch_answers`` takes them; what is no answer is counted."""

@@ -106,7 +106,7 @@ class Reports:
                 if settled.accepted < len(bulk):
                     log.warning("late_reports_refused", refused=len(bulk) - settled.accepted)
                 for notice in settled.notices:
-                    log.warning("notice", message=notice)
+                    log.warning(notice["event"], notice=notice["notice"])
             self.idle.set()
 
     async def tell_stages_forever(self) -> None:
