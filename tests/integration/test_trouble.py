@@ -348,8 +348,7 @@ async def test_an_idle_worker_is_woken_by_the_upload(library: Library) -> None:
     assets = await library.upload(1)
     async with worker(library.stack):
         await asyncio.sleep(0.5)  # the worker is asleep in LISTEN, nothing is queued
-        asked = len(library.stack.simulator.book)
-        assert asked == 0
+        assert answered_pictures(library.stack) == []
         await library.finished(library.enqueue(assets))
     library.check_tags()
 
