@@ -29,6 +29,7 @@
 --   automatic     new rows of the host's assets become uploads by themselves
 --   diagnose      what `autotag doctor` asks
 --   status        what an operator and a monitoring system see; existing images brought in
+--   compare       a second model asked about images that have their tags (`autotag compare`)
 --   api           the public RPCs, and who may call what
 --   cron          tick and housekeeping
 --

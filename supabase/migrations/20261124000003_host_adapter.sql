@@ -64,6 +64,26 @@ as $$
     order by a.id limit p_limit) x (id)
 $$;
 
+-- Images of a workspace that have tags, with what is stored about them: at most p_limit, spread evenly over all of them by
+-- id, the same ones every time. tags: a JSON array.
+create function autotag.tagged_assets(p_workspace_id uuid, p_limit integer)
+returns table (asset_id uuid, tags jsonb, result jsonb)
+language sql stable security definer set search_path = ''
+as $$
+  with tagged as (
+    select a.id as id, row_number() over (order by a.id) as place, count(*) over () as found
+    from public.assets a
+    where a.workspace_id = p_workspace_id
+      and jsonb_path_exists(to_jsonb(a.tags), 'strict $[*] ? (@.type() == "string")', '{}', true)  -- host: tagged
+  )
+  select a.id,
+         to_jsonb(a.tags),  -- host: stored tags
+         a.tagging_result  -- host: stored result
+  from tagged t join public.assets a on a.id = t.id
+  where t.place * p_limit / t.found > (t.place - 1) * p_limit / t.found
+  order by a.id
+$$;
+
 -- Stores tags and everything else about a finished image in one update of its row. p_results[i] belongs to
 -- p_asset_ids[i] and is {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}; its tags are normalised, the surest
 -- first.

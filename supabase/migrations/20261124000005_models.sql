@@ -102,25 +102,32 @@ begin
     when p_tier in ('priority', 'fast') then m.priority_factor end;
 end $$;
 
--- Everything that is asked of the model besides the picture, as workers get it. It is derived whenever somebody asks
--- (sync_question), so that one UPDATE of settings or models is all it takes to change it.
-create function autotag.describe_question() returns jsonb
+-- Everything that is asked of a model besides the picture, as workers get it. p_effort null: that of the model's row.
+create function autotag.question_for(p_model text, p_effort text default null) returns jsonb
 language plpgsql stable security definer set search_path = ''
 as $$
 declare
   v_settings autotag.settings;
-  m autotag.models;
+  m autotag.models := autotag.find_model(p_model);
 begin
   select * into v_settings from autotag.settings;
-  m := autotag.find_model(v_settings.model);
   return jsonb_build_object(
-    'model', v_settings.model, 'image_detail', v_settings.image_detail,
+    'model', p_model, 'image_detail', v_settings.image_detail,
     'max_tags', v_settings.max_tags, 'tag_language', v_settings.tag_language,
-    'reasoning_effort', case when coalesce(m.sends_effort, true) then m.reasoning_effort end,
+    'reasoning_effort', case when coalesce(m.sends_effort, true) then coalesce(p_effort, m.reasoning_effort) end,
     'service_tier', case when v_settings.service_tier <> 'auto' and coalesce(m.sends_tier, true) then v_settings.service_tier end,
     'cap_parameter', coalesce(m.cap_parameter, 'max_completion_tokens'),
     'answer_format', coalesce(m.answer_format, 'json_schema'),
     'sends_detail', coalesce(m.sends_detail, true));
+end $$;
+
+-- The same of the model in use. It is derived whenever somebody asks (sync_question), so that one UPDATE of settings or
+-- models is all it takes to change it.
+create function autotag.describe_question() returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+begin
+  return autotag.question_for((select s.model from autotag.settings s));
 end $$;
 
 -- Wakes the workers: their next claim notices what has changed.

@@ -431,22 +431,25 @@ begin
   return p_provider;
 end $$;
 
--- Learns from what answers to the present question used: [{input, output}]. The caller holds the provider row.
-create function autotag.learn(p_inputs integer[], p_outputs integer[]) returns void
+-- Learns from what answers to a question (null: the present one) used: their prompts' and answers' tokens, in parallel. The
+-- caller holds the provider row.
+create function autotag.learn(p_inputs integer[], p_outputs integer[], p_question jsonb default null) returns void
 language plpgsql security definer set search_path = ''
 as $$
 declare
   v_provider autotag.provider_limits;
+  v_question jsonb;
   v_memory integer := (select s.learning_memory from autotag.settings s);
 begin
   if cardinality(p_inputs) = 0 then
     return;
   end if;
   select * into v_provider from autotag.provider_limits;
+  v_question := coalesce(p_question, v_provider.question);
   insert into autotag.learned as l (model, image_detail, reasoning_effort, max_tags, tag_language, answers, prompt, output)
-  values (v_provider.question ->> 'model', v_provider.question ->> 'image_detail',
-    coalesce(v_provider.question ->> 'reasoning_effort', ''), (v_provider.question ->> 'max_tags')::integer,
-    v_provider.question ->> 'tag_language', cardinality(p_inputs),
+  values (v_question ->> 'model', v_question ->> 'image_detail',
+    coalesce(v_question ->> 'reasoning_effort', ''), (v_question ->> 'max_tags')::integer,
+    v_question ->> 'tag_language', cardinality(p_inputs),
     autotag.blend('{}', p_inputs, v_memory), autotag.blend('{}', p_outputs, v_memory))
   on conflict (model, image_detail, reasoning_effort, max_tags, tag_language) do update
   set answers = l.answers + cardinality(p_inputs),

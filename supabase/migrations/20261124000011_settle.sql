@@ -274,12 +274,13 @@ begin
   end if;
 end $$;
 
--- The sentence for the operator about an error of kind account; a model that has shut down is named with its successor.
-create function autotag.explain_account(p_error jsonb) returns text
+-- The sentence for the operator about an error of kind account that a model (null: the present one) met; one that has shut
+-- down is named with its successor.
+create function autotag.explain_account(p_error jsonb, p_model text default null) returns text
 language plpgsql stable security definer set search_path = ''
 as $$
 declare
-  v_model text := (select p.question ->> 'model' from autotag.provider_limits p);
+  v_model text := coalesce(p_model, (select p.question ->> 'model' from autotag.provider_limits p));
   m autotag.models := autotag.find_model(v_model);
 begin
   return concat_ws(' ', p_error ->> 'message',

@@ -22,8 +22,9 @@ create index usage_unpriced_idx on autotag.usage (model) where cost is null;
 alter table autotag.usage enable row level security;
 
 -- Adds what these answers cost, each by its own model and service tier; an answer that names no model had the one that was
--- asked. What the provider gave no figures for has the tier `unknown` and no cost. A row that has no price yet gets one for all of it as soon as there is one.
-create function autotag.add_usage(p_answers autotag.answer[], p_batch boolean) returns void
+-- asked (p_question; null: at present). What the provider gave no figures for has the tier `unknown` and no cost. A row that
+-- has no price yet gets one for all of it as soon as there is one. An answer without a job tags no image (a comparison).
+create function autotag.add_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb default null) returns void
 language plpgsql security definer set search_path = ''
 as $$
 begin
@@ -31,13 +32,13 @@ begin
     input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost)
   select t.*, autotag.price_tokens(t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
   from (
-    select j.workspace_id, j.user_id, (autotag.now() at time zone 'utc')::date as day, b.model, b.tier,
-      count(*) filter (where b.error is null) as images, count(*) as requests,
+    select b.workspace_id, j.user_id, (autotag.now() at time zone 'utc')::date as day, b.model, b.tier,
+      count(*) filter (where b.error is null and b.job_id is not null) as images, count(*) as requests,
       sum(b.input) as input, sum(b.cached) as cached, sum(b.cache_write) as cache_write,
       sum(b.output) as output, sum(b.reasoning) as reasoning
     from (
-      select a.job_id, a.error,
-        coalesce(nullif(left(a.usage ->> 'model', 100), ''), p.question ->> 'model') as model,
+      select a.job_id, a.workspace_id, a.error,
+        coalesce(nullif(left(a.usage ->> 'model', 100), ''), coalesce(p_question, p.question) ->> 'model') as model,
         case when a.usage is null then 'unknown' when p_batch then 'batch' else coalesce(nullif(left(a.usage ->> 'tier', 20), ''), 'default') end as tier,
         autotag.check_tokens(a.usage, 'input')::bigint as input,
         least(autotag.check_tokens(a.usage, 'cached'), autotag.check_tokens(a.usage, 'input'))::bigint as cached,
@@ -46,9 +47,9 @@ begin
         autotag.check_tokens(a.usage, 'reasoning')::bigint as reasoning
       from unnest(p_answers) a, autotag.provider_limits p
       where a.usage is not null or a.error is null) b
-    join autotag.jobs j on j.id = b.job_id
-    group by j.workspace_id, j.user_id, b.model, b.tier
-    order by j.workspace_id, j.user_id, b.model, b.tier) t
+    left join autotag.jobs j on j.id = b.job_id
+    group by b.workspace_id, j.user_id, b.model, b.tier
+    order by b.workspace_id, j.user_id, b.model, b.tier) t
   on conflict (workspace_id, day, user_id, model, service_tier) do update set
     images = u.images + excluded.images, requests = u.requests + excluded.requests,
     input_tokens = u.input_tokens + excluded.input_tokens,
@@ -121,8 +122,8 @@ $$;
 
 -- What is left of each quota of a workspace and a user: what was used, and what is being tagged at the moment (which
 -- is reserved until it is done, so that uploads at the same time cannot overshoot), are taken off. images_left: how
--- many more images that allows.
-create function autotag.quotas_left(p_workspace_id uuid, p_user_id uuid)
+-- many more images that allows, at p_each dollars (null: what the model in use reserves).
+create function autotag.quotas_left(p_workspace_id uuid, p_user_id uuid, p_each numeric default null)
 returns table (scope text, period text, kind text, maximum numeric, available numeric, images_left integer, renews_at timestamptz)
 language plpgsql stable security definer set search_path = ''
 as $$
@@ -166,18 +167,20 @@ begin
       greatest(floor((k.maximum - k.used) / k.each), 0)::integer, m.next_period
     from measured m
     cross join lateral (values ('images', m.max_images::numeric, m.images::numeric, 1::numeric),
-      ('cost', m.max_cost, m.cost, greatest(v_cost, 0.0000001))) k (kind, maximum, used, each)
+      ('cost', m.max_cost, m.cost, greatest(coalesce(p_each, v_cost), 0.0000001))) k (kind, maximum, used, each)
     where k.maximum is not null;
 end $$;
 
--- Refuses an upload that a quota does not allow. The caller holds the workspace, so that what is reserved holds.
-create function autotag.check_quotas(p_workspace_id uuid, p_user_id uuid, p_images integer) returns void
+-- Refuses so many images where a quota does not allow them: of an upload, for which the caller holds the workspace, so
+-- that what is reserved holds; or, at p_each dollars, of a comparison.
+create function autotag.check_quotas(p_workspace_id uuid, p_user_id uuid, p_images integer, p_each numeric default null)
+returns void
 language plpgsql stable security definer set search_path = ''
 as $$
 declare
   v_quota record;
 begin
-  select * into v_quota from autotag.quotas_left(p_workspace_id, p_user_id) q
+  select * into v_quota from autotag.quotas_left(p_workspace_id, p_user_id, p_each) q
   where q.images_left < p_images order by q.renews_at desc, q.images_left limit 1;
   if not found then
     return;
@@ -186,7 +189,8 @@ begin
     format('The %s quota of this %s allows %s more images%s.',
       case v_quota.period when 'day' then 'daily' else 'monthly' end, v_quota.scope, v_quota.images_left,
       case v_quota.period when 'day' then ' today' else ' this month' end),
-    format('Upload fewer images, or wait until %s UTC.', to_char(v_quota.renews_at at time zone 'utc', 'YYYY-MM-DD HH24:MI')),
+    format('%s fewer images, or wait until %s UTC.', case when p_each is null then 'Upload' else 'Compare' end,
+      to_char(v_quota.renews_at at time zone 'utc', 'YYYY-MM-DD HH24:MI')),
     jsonb_build_object('quota', v_quota.kind, 'scope', v_quota.scope, 'period', v_quota.period,
       'maximum', v_quota.maximum, 'left', v_quota.available, 'images_left', v_quota.images_left,
       'renews_at', v_quota.renews_at, 'retry_after', extract(epoch from v_quota.renews_at - autotag.now())));

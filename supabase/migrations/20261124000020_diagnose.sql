@@ -146,6 +146,7 @@ begin
   begin
     perform from autotag.describe_assets(array['00000000-0000-0000-0000-000000000000']::uuid[]);
     perform autotag.is_member('00000000-0000-0000-0000-000000000000');
+    perform from autotag.tagged_assets('00000000-0000-0000-0000-000000000000', 1);
     v_sample := autotag.sample_image();
     v_found := v_found || autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.');
   exception when others then

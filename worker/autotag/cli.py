@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import autotag
+from autotag.compare.command import compare
 from autotag.config import DoctorSettings, Settings
 from autotag.console import Json, fail, read_settings
 from autotag.db import VersionsDiffer
@@ -223,6 +224,7 @@ def _show_host(found: dict[str, str]) -> None:
 # -- looking after it
 
 app.add_typer(operator_app)
+app.command()(compare)
 
 
 @app.command()

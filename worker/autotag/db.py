@@ -400,7 +400,7 @@ async def listen(url: str, on_wake: Callable[[str], None]) -> None:
 
 
 class Operator:
-    """The calls of the operator's commands (doctor, status, enqueue, usage), on one connection."""
+    """The calls of the operator's commands (doctor, status, enqueue, usage, compare), on one connection."""
 
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
         self._connection = connection
@@ -428,7 +428,16 @@ class Operator:
         await self._connection.close()
 
     async def _value(self, statement: str, *arguments: object) -> Any:
-        row = await (await self._connection.execute(statement, arguments)).fetchone()
+        """Raises:
+        Refused: with what the database says, and when to try again.
+        """
+        try:
+            row = await (await self._connection.execute(statement, arguments)).fetchone()
+        except psycopg.DatabaseError as error:
+            if not (error.sqlstate or "").startswith("PT"):
+                raise
+            detail = json.loads(error.diag.message_detail or "{}")
+            raise Refused(str(error.diag.message_primary), error.diag.message_hint, detail.get("retry_after")) from None
         return row[0] if row else None
 
     async def schema_version(self) -> str:
@@ -456,14 +465,40 @@ class Operator:
         Raises:
             Refused: with what the database says, and when to try again.
         """
-        try:
-            return cast("dict[str, Any]", await self._value(
-                "select autotag.backfill(%s, %s, %s, %s)", workspace, untagged, after, limit))  # fmt: skip
-        except psycopg.DatabaseError as error:
-            if not (error.sqlstate or "").startswith("PT"):
-                raise
-            detail = json.loads(error.diag.message_detail or "{}")
-            raise Refused(str(error.diag.message_primary), error.diag.message_hint, detail.get("retry_after")) from None
+        return cast("dict[str, Any]", await self._value(
+            "select autotag.backfill(%s, %s, %s, %s)", workspace, untagged, after, limit))  # fmt: skip
+
+    async def preview_comparison(self, workspace: str, model: str, effort: str | None, sample: int) -> dict[str, Any]:
+        """What asking another model about tagged images would mean; see ``autotag.preview_comparison``.
+
+        Raises:
+            Refused: no such effort, no tagged image, or a quota does not allow it.
+        """
+        return cast("dict[str, Any]", await self._value(
+            "select autotag.preview_comparison(%s, %s, %s, %s)", workspace, model, effort, sample))  # fmt: skip
+
+    async def comparison_sample(self, workspace: str, sample: int) -> list[dict[str, Any]]:
+        """The images to compare: asset_id, bucket, path, url, and the stored tags, caption, confidence and model."""
+        return cast("list[dict[str, Any]]", await self._value(
+            "select autotag.comparison_sample(%s, %s)", workspace, sample))  # fmt: skip
+
+    async def admit_comparison(self, workspace: str, question: dict[str, Any], cap: int | None) -> dict[str, Any]:
+        """A place for one call under all limits, or how long to wait for it.
+
+        Raises:
+            Refused: a quota does not allow it any more, or no limit can ever hold it.
+        """
+        return cast("dict[str, Any]", await self._value(
+            "select autotag.admit_comparison(%s, %s, %s)", workspace, Jsonb(question), cap))  # fmt: skip
+
+    async def settle_comparison(
+        self, workspace: str, question: dict[str, Any], report: dict[str, Any], seen: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Reports what came of one call, and learns what to do next about its image."""
+        return cast("dict[str, Any]", await self._value(
+            "select autotag.settle_comparison(%s, %s, %s, %s)",
+            workspace, Jsonb(question), Jsonb(report), Jsonb(seen) if seen else None,
+        ))  # fmt: skip
 
     async def usage(self, workspace: str, since: date, until: date) -> list[dict[str, Any]]:
         """Rows per user and day: user_id, day, images, requests, tokens, cost."""

@@ -35,8 +35,12 @@ Workspace = Annotated[str, typer.Option("--workspace", help="The workspace's id.
 REFRESH = 2.0  # seconds between looks of --watch
 
 
-def _operate(work: Callable[[Operator], Awaitable[T]]) -> T:
-    """Runs an operator's command on one connection; what can be wrong with that is one sentence."""
+def operate(work: Callable[[Operator], Awaitable[T]]) -> T:
+    """Runs an operator's command on one connection; what can be wrong with that is one sentence.
+
+    Raises:
+        typer.Exit: it has been said.
+    """
     settings = read_settings(DoctorSettings, {})
 
     async def run() -> T:
@@ -80,9 +84,9 @@ def status(watch: Watch = False, as_json: Json = False) -> None:
 
     if watch:
         with suppress(KeyboardInterrupt):
-            _operate(forever)
+            operate(forever)
         return
-    seen = _operate(once)
+    seen = operate(once)
     if as_json:
         typer.echo(json.dumps(seen))
     else:
@@ -102,7 +106,7 @@ def enqueue(
 
     Run it again at any time: what is being tagged is left out, and with --untagged what has tags too.
     """
-    preview = _operate(lambda operator: operator.preview_backfill(workspace, untagged, after, limit))
+    preview = operate(lambda operator: operator.preview_backfill(workspace, untagged, after, limit))
     if not as_json:
         typer.echo(
             f"{preview['images']:,} images, about ${preview['cost']:,.2f}, about {duration(preview['seconds'])}."
@@ -117,7 +121,7 @@ def enqueue(
         def told(done: Backfill, waiting: str | None) -> None:
             bar.update(task, completed=done.images, description=f"waiting: {waiting}" if waiting else "enqueued")
 
-        done = _operate(
+        done = operate(
             lambda operator: backfill(operator, workspace, untagged=untagged, after=after, limit=limit, told=told)
         )
     if as_json:
@@ -135,7 +139,7 @@ def usage(
     as_json: Json = False,
 ) -> None:
     """Show who used how much of a workspace: images, answers, tokens and dollars, by user and day."""
-    rows = _operate(lambda operator: operator.usage(workspace, since.date(), until.date()))
+    rows = operate(lambda operator: operator.usage(workspace, since.date(), until.date()))
     shown = [{name: str(value) if value is not None else "" for name, value in row.items()} for row in rows]
     columns = ["user_id", "day", "images", "requests", "input_tokens", "cached_tokens", "output_tokens", "cost"]
     if as_json:

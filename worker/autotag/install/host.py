@@ -26,6 +26,9 @@ TEXT = ("text", "character varying")
 #: `auth.jwt() -> 'app_metadata' ->> 'org_id'` as Postgres prints it in a policy.
 CLAIM = re.compile(r"jwt\(\)(?: AS jwt\))?\s*((?:\)*\s*->>?\s*'[^']+'(?:::text)?\s*)+)")
 
+#: The JSON path of a string in an array.
+HAS_STRING = """'strict $[*] ? (@.type() == "string")'"""
+
 
 class HostError(Exception):
     """The project's tables cannot be used, or do not tell enough; the message says what to do."""
@@ -245,6 +248,9 @@ def _marked(name: str, host: Host) -> str:
         "tags": lambda: f"  set {quote(host.tags)} = {_tags_code(host.tags_type)},",
         "result": lambda: f"      {quote(host.result)} = r.result - 'tags',",
         "untagged": lambda: f"      and (not p_untagged or a.{quote(host.tags)} is null)",
+        "tagged": lambda: f"      and jsonb_path_exists(to_jsonb(a.{quote(host.tags)}), {HAS_STRING}, '{{}}', true)",
+        "stored tags": lambda: f"         to_jsonb(a.{quote(host.tags)}),",
+        "stored result": lambda: f"         a.{quote(host.result)}",
     }
     return lines[name]()
 

@@ -153,5 +153,6 @@ grant execute on function
   autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted,
   autotag.batch_trouble, autotag.poll_trouble, autotag.files_deleted, autotag.provider_checked, autotag.batches_seen, autotag.batch_answers, autotag.batch_finish,
   autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_probe,
-  autotag.status, autotag.metrics, autotag.preview_backfill, autotag.backfill, autotag.list_usage
+  autotag.status, autotag.metrics, autotag.preview_backfill, autotag.backfill, autotag.list_usage,
+  autotag.preview_comparison, autotag.comparison_sample, autotag.admit_comparison, autotag.settle_comparison
   to autotag_worker;

@@ -1,0 +1,180 @@
+"""What the answers of a comparison come to."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from autotag.compare.ask import Outcome
+
+MOST_SHOWN = 10  # of the tags that were added or are missing most often
+PER = 1000  # images that costs are given for
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The tags of one image: what both have and what only the stored ones have, in the order in which they were stored,
+    and what only the new answer has, in its order."""
+
+    both: list[str]
+    missing: list[str]
+    added: list[str]
+
+    @property
+    def jaccard(self) -> float:
+        """What both have as a share of what either has."""
+        return len(self.both) / max(1, len(self.both) + len(self.missing) + len(self.added))
+
+
+def compare_tags(outcome: Outcome) -> Difference | None:
+    """None where there is no new answer."""
+    if outcome.result is None:
+        return None
+    stored, new = outcome.sample.normal_tags, outcome.result["tags"]
+    return Difference(
+        [tag for tag in stored if tag in new], [tag for tag in stored if tag not in new],
+        [tag for tag in new if tag not in stored],
+    )  # fmt: skip
+
+
+def percentile(values: Sequence[float], share: float) -> float | None:
+    """The smallest value that so large a share does not exceed (nearest rank); None without any."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
+
+
+def summarise(
+    outcomes: Sequence[Outcome], preview: dict[str, Any], question: dict[str, Any], stopped: str | None
+) -> dict[str, Any]:
+    """All figures as one JSON object: see docs/models.md. ``preview``: ``autotag.preview_comparison``'s."""
+    differences = [difference for one in outcomes if (difference := compare_tags(one))]
+    seconds = [second for one in outcomes for second in one.seconds]
+    costs = [one.cost for one in outcomes if one.billed]
+    # Without a single bill a cost of zero would be a claim.
+    cost = sum(one for one in costs if one is not None) if costs and None not in costs else None
+    stored = sum(len(d.both) + len(d.missing) for d in differences)
+    failures = Counter((one.error.code, one.error.message) for one in outcomes if one.error and one.result is None)
+    return {
+        "model": question["model"], "reasoning_effort": question["reasoning_effort"],
+        "shutdown_date": preview["shutdown_date"],
+        "current_model": preview["current_model"], "current_reasoning_effort": preview["current_effort"],
+        "stored_models": dict(Counter(one.sample.model or "unknown" for one in outcomes).most_common()),
+        "sample": len(outcomes), "answered": len(differences), "failed": sum(failures.values()),
+        "not_asked": sum(one.result is None and one.error is None for one in outcomes),
+        "stopped": stopped,
+        "cut_off": sum(one.cut_off for one in outcomes), "calls_billed": sum(one.billed for one in outcomes),
+        "cost": cost, "cost_per_1000": PER * cost / len(differences) if cost is not None and differences else None,
+        "current_cost_per_1000": preview["current_cost_per_1000"], "current_answers": preview["current_answers"],
+        "seconds": {"p50": percentile(seconds, 0.5), "p95": percentile(seconds, 0.95)},
+        "agreement": {
+            "jaccard": sum(d.jaccard for d in differences) / len(differences) if differences else None,
+            "kept": sum(len(d.both) for d in differences) / stored if stored else None,
+        },
+        "added": _frequent(tag for d in differences for tag in d.added),
+        "missing": _frequent(tag for d in differences for tag in d.missing),
+        "failures": [{"code": c, "message": m, "images": n} for (c, m), n in failures.most_common()],
+        "images": [describe(one) for one in outcomes],
+    }  # fmt: skip
+
+
+def describe(outcome: Outcome) -> dict[str, Any]:
+    """One image as JSON."""
+    sample, difference = outcome.sample, compare_tags(outcome)
+    answer = {name: outcome.result[name] for name in ("tags", "confidence", "caption")} if outcome.result else None
+    error = outcome.error if outcome.result is None else None
+    return {
+        "asset_id": sample.asset_id,
+        "stored": {
+            "tags": sample.tags, "confidence": sample.confidence, "caption": sample.caption, "model": sample.model,
+        },
+        "answer": answer,
+        "error": {"kind": error.kind, "code": error.code, "message": error.message} if error else None,
+        "jaccard": round(difference.jaccard, 4) if difference else None,
+        "added": difference.added if difference else [], "missing": difference.missing if difference else [],
+        "cut_off": outcome.cut_off, "seconds": [round(second, 3) for second in outcome.seconds], "cost": outcome.cost,
+    }  # fmt: skip
+
+
+def _frequent(tags: Any) -> list[dict[str, Any]]:
+    return [{"tag": tag, "images": images} for tag, images in Counter(tags).most_common(MOST_SHOWN)]
+
+
+# -- in words, for the terminal and the page
+
+
+def dollars(amount: float | None) -> str:
+    """An amount, as precise as it needs to be."""
+    if amount is None:
+        return "unknown"
+    return f"${amount:,.2f}" if amount >= 10 else f"${amount:.4f}"
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def latency(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def model_name(model: str, effort: str | None) -> str:
+    """A model and how much it is asked to think."""
+    return f"{model} (effort {effort})" if effort else model
+
+
+def lines(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The figures of both models: what, of the new one, of the one in use ('': there is none)."""
+    answers = figures["current_answers"]
+    basis = f"from {answers:,} answers" if answers >= 10 else "a first guess"
+    current = figures["current_cost_per_1000"]
+    return [
+        ("cost of 1,000 images", dollars(figures["cost_per_1000"]),
+         f"{dollars(current)} ({basis})" if current is not None else "unknown"),
+        ("seconds for an answer, p50 / p95",
+         f"{latency(figures['seconds']['p50'])} / {latency(figures['seconds']['p95'])}", ""),
+        ("answers cut off", f"{figures['cut_off']} of {figures['sample']}", ""),
+        ("images without an answer", f"{figures['failed']} of {figures['sample']}", ""),
+        ("tags that agree (mean Jaccard)", share(figures["agreement"]["jaccard"]), ""),
+        ("stored tags that it gives too", share(figures["agreement"]["kept"]), ""),
+    ]  # fmt: skip
+
+
+def render(figures: dict[str, Any]) -> RenderableType:
+    """The figures for a terminal."""
+    new = model_name(figures["model"], figures["reasoning_effort"])
+    old = model_name(figures["current_model"], figures["current_reasoning_effort"])
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bold")
+    for column in ("", escape(new), escape(old)):
+        table.add_column(column)
+    for line in lines(figures):
+        table.add_row(*line)
+    parts: list[RenderableType] = [table]
+    for failure in figures["failures"]:
+        parts.append(Text(f"{failure['images']} × {failure['code']}: {failure['message']}", "yellow"))
+    if figures["added"] or figures["missing"]:
+        parts += [Text(), _tags(figures)]
+    if figures["shutdown_date"]:
+        parts += [Text(), Text(f"{figures['model']} shuts down on {figures['shutdown_date']}.", "yellow")]
+    return Group(*parts)
+
+
+def _tags(figures: dict[str, Any]) -> Table:
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bold")
+    for column in ("only the new answers have", "only the stored tags have"):
+        table.add_column(column)
+        table.add_column("images", justify="right")
+    added, missing = figures["added"], figures["missing"]
+    for place in range(max(len(added), len(missing))):
+        row: list[str] = []
+        for listed in (added, missing):
+            row += [escape(listed[place]["tag"]), str(listed[place]["images"])] if place < len(listed) else ["", ""]
+        table.add_row(*row)
+    return table

@@ -1,0 +1,208 @@
+"""The page of a comparison: one HTML file with every picture and both answers, without a script and without a request.
+
+Tags and captions are other people's words: all text goes through `text`, and the page forbids itself everything but its
+own style and inline pictures.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from autotag.compare.ask import Outcome
+from autotag.compare.figures import Difference, compare_tags, dollars, latency, lines, model_name, share
+from autotag.images import data_url
+
+STYLE = """
+:root { color-scheme: light dark; --ground: #f6f7f9; --card: #fff; --ink: #1a1f2b; --soft: #5b6475; --line: #dfe3ea;
+  --chip: #eef1f5; --more: #0b6b3a; --more-ground: #dcf5e6; --less: #a3231f; --less-ground: #fde6e4; --warn: #8a5a00;
+  --warn-ground: #fff3d6; }
+@media (prefers-color-scheme: dark) { :root { --ground: #12151b; --card: #1b2028; --ink: #e8ebf0; --soft: #9aa4b5;
+  --line: #2d3542; --chip: #28303c; --more: #7fe0a8; --more-ground: #123423; --less: #ff9e97; --less-ground: #3d1a1a;
+  --warn: #ffcf70; --warn-ground: #3a2c0c; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1180px; margin: 0 auto; padding: 32px 20px 64px; }
+h1 { font-size: 26px; line-height: 1.25; margin: 0 0 4px; letter-spacing: -.01em; }
+h2 { font-size: 18px; margin: 40px 0 12px; }
+h3 { font-size: 12px; font-weight: 600; margin: 0 0 6px; color: var(--soft); overflow-wrap: anywhere; }
+p { margin: 0; }
+.soft { color: var(--soft); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 12px; margin: 24px 0 0; }
+.tile, .card, .panel { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
+.tile { padding: 14px 16px; }
+.tile b { display: block; font-size: 23px; line-height: 1.3; font-weight: 650; font-variant-numeric: tabular-nums; }
+.tile span { display: block; color: var(--soft); font-size: 13px; }
+.warn { background: var(--warn-ground); color: var(--warn); border-radius: 8px; padding: 8px 12px; margin-top: 12px; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 12px; align-items: start; }
+.panel { padding: 14px 16px; overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 5px 12px 5px 0; vertical-align: top; border-top: 1px solid var(--line); }
+tr:first-child > * { border-top: 0; }
+th { font-weight: 600; color: var(--soft); font-size: 13px; }
+td.count { text-align: right; padding-right: 0; }
+.card { display: grid; grid-template-columns: 240px 1fr 1fr; gap: 20px; padding: 16px; margin-bottom: 12px; }
+.card figure { margin: 0; }
+.card img { display: block; width: 100%; max-height: 240px; object-fit: contain; border-radius: 8px;
+  background: var(--chip); }
+.none { display: grid; place-items: center; height: 150px; border-radius: 8px; background: var(--chip);
+  color: var(--soft); font-size: 13px; }
+figcaption { color: var(--soft); font-size: 12px; margin-top: 8px; overflow-wrap: anywhere; }
+.caption { margin-bottom: 10px; overflow-wrap: anywhere; }
+ul { list-style: none; display: flex; flex-wrap: wrap; gap: 6px; margin: 0; padding: 0; }
+li { background: var(--chip); border-radius: 99px; padding: 2px 11px; font-size: 14px; overflow-wrap: anywhere; }
+li small { color: var(--soft); font-size: 11px; margin-inline-start: 5px; font-variant-numeric: tabular-nums; }
+li.more { background: var(--more-ground); color: var(--more); }
+li.less { background: var(--less-ground); color: var(--less); }
+li.more small, li.less small { color: inherit; opacity: .75; }
+li.more::before { content: "+ "; font-weight: 700; }
+li.less::before { content: "− "; font-weight: 700; }
+.failed { background: var(--warn-ground); color: var(--warn); border-radius: 8px; padding: 8px 12px; }
+@media (max-width: 760px) { .card { grid-template-columns: 1fr; } .card img { max-height: 320px; } }
+@media print { .card { break-inside: avoid; } }
+"""
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def make_page(figures: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
+    """The page; ``figures`` as `figures.summarise` gives them. What differs most comes first, behind what failed."""
+    title = f"{figures['model']} beside what {_stored_by(figures)} gave"
+    cards = [_card(one, figures) for one in sorted(outcomes, key=_agreement) if one.result or one.error]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{text(title)}</h1>\n{_head(figures)}\n{_tiles(figures)}\n{_warnings(figures)}\n"
+        f"<h2>Figures</h2>\n{_tables(figures)}\n"
+        f"<h2>Picture by picture</h2>\n{_legend()}\n{''.join(cards)}</main>\n</body>\n</html>\n"
+    )
+
+
+def text(value: object) -> str:
+    """Anybody's words as HTML shows them."""
+    return html.escape(str(value), quote=True)
+
+
+def _stored_by(figures: Mapping[str, Any]) -> str:
+    """Who gave the tags that are stored."""
+    names = [name for name in figures["stored_models"] if name != "unknown"]
+    if not names:
+        return "is stored"
+    return names[0] if len(names) == 1 else f"{names[0]} and others"
+
+
+def _agreement(outcome: Outcome) -> tuple[bool, float, str]:
+    difference = compare_tags(outcome)
+    return difference is not None, difference.jaccard if difference else 0.0, outcome.sample.asset_id
+
+
+def _head(figures: Mapping[str, Any]) -> str:
+    new = model_name(figures["model"], figures["reasoning_effort"])
+    old = model_name(figures["current_model"], figures["current_reasoning_effort"])
+    return (
+        f'<p class="soft">{figures["answered"]} of {figures["sample"]} images answered by {text(new)}; '
+        f"the model in use is {text(old)}.</p>"
+    )
+
+
+def _tiles(figures: Mapping[str, Any]) -> str:
+    seconds, agreement = figures["seconds"], figures["agreement"]
+    tiles = [
+        (dollars(figures["cost_per_1000"]), "for 1,000 images, one by one"),
+        (dollars(figures["current_cost_per_1000"]), f"with {figures['current_model']}"),
+        (share(agreement["jaccard"]), "of all tags are the same (mean Jaccard)"),
+        (share(agreement["kept"]), "of the stored tags are in the new answers"),
+        (latency(seconds["p50"]), f"for an answer; 95 % within {latency(seconds['p95'])}"),
+        (figures["failed"], f"images without an answer; {figures['cut_off']} cut off"),
+    ]
+    inside = "".join(f'<div class="tile"><b>{text(value)}</b><span>{text(what)}</span></div>' for value, what in tiles)
+    return f'<div class="tiles">{inside}</div>'
+
+
+def _warnings(figures: Mapping[str, Any]) -> str:
+    said = [f"{figures['model']} shuts down on {figures['shutdown_date']}."] if figures["shutdown_date"] else []
+    said += [f"The comparison ended early: {figures['stopped']}"] if figures["stopped"] else []
+    said += [f"{failure['images']} × {failure['code']}: {failure['message']}" for failure in figures["failures"]]
+    return "".join(f'<p class="warn">{text(sentence)}</p>' for sentence in said)
+
+
+def _tables(figures: Mapping[str, Any]) -> str:
+    rows = [(text(what), text(new), text(old)) for what, new, old in lines(dict(figures))]
+    head = ("", text(figures["model"]), text(figures["current_model"]))
+    both = _table(head, rows, ["", "", ""])
+    tags = [
+        _table((title, "images"), [(f"<bdi>{text(one['tag'])}</bdi>", text(one["images"])) for one in figures[name]],
+               ["", "count"])
+        for name, title in (("added", "only the new answers have"), ("missing", "only the stored tags have"))
+        if figures[name]
+    ]  # fmt: skip
+    panels = "".join(f'<div class="panel">{table}</div>' for table in tags)
+    return f'<div class="panel">{both}</div><div class="panels" style="margin-top:12px">{panels}</div>'
+
+
+def _table(head: Iterable[str], rows: Iterable[Sequence[str]], classes: Sequence[str]) -> str:
+    """A table of cells that are HTML already."""
+    cells = "".join(f"<th>{cell}</th>" for cell in head)
+    body = "".join(
+        "<tr>" + "".join(f'<td class="{kind}">{cell}</td>' for kind, cell in zip(classes, row, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return f"<table><tr>{cells}</tr>{body}</table>"
+
+
+def _legend() -> str:
+    return (
+        '<ul style="margin-bottom:14px"><li>both have it</li><li class="more">only the new answer has it</li>'
+        '<li class="less">only the stored tags have it</li></ul>'
+    )
+
+
+def _card(outcome: Outcome, figures: Mapping[str, Any]) -> str:
+    sample, difference = outcome.sample, compare_tags(outcome)
+    picture = (
+        f'<img src="{data_url(outcome.thumbnail)}" alt="{text(sample.caption or "")}">'
+        if outcome.thumbnail
+        else '<div class="none">no picture</div>'
+    )
+    about = [share(difference.jaccard) + " the same" if difference else "no answer"]
+    about += [latency(outcome.seconds[-1])] if outcome.seconds else []
+    about += ["cut off once"] if outcome.cut_off and outcome.result else []
+    return (
+        f'<article class="card"><figure>{picture}<figcaption>{text(" · ".join(about))}<br>{text(sample.asset_id)}'
+        f"</figcaption></figure>\n{_stored(outcome, difference)}\n{_new(outcome, difference, figures)}</article>\n"
+    )
+
+
+def _stored(outcome: Outcome, difference: Difference | None) -> str:
+    sample = outcome.sample
+    marked = dict.fromkeys(difference.missing, "less") if difference else {}
+    return _answer(sample.model or "stored", sample.caption, _chips(sample.normal_tags, sample.confidence, marked))
+
+
+def _new(outcome: Outcome, difference: Difference | None, figures: Mapping[str, Any]) -> str:
+    if outcome.result is None or difference is None:
+        reason = outcome.error.message if outcome.error else ""
+        return _answer(figures["model"], None, f'<p class="failed">{text(reason)}</p>')
+    result = outcome.result
+    marked = dict.fromkeys(difference.added, "more")
+    return _answer(
+        result["model"] or figures["model"], result["caption"], _chips(result["tags"], result["confidence"], marked)
+    )
+
+
+def _answer(title: str, caption: str | None, inside: str) -> str:
+    said = f'<p class="caption" dir="auto">{text(caption)}</p>' if caption else ""
+    return f"<section><h3>{text(title)}</h3>{said}{inside}</section>"
+
+
+def _chips(tags: Iterable[str], confidence: object, marked: Mapping[str, str]) -> str:
+    """Tags with how sure the model was; the host's column may hold anything."""
+    known = confidence if isinstance(confidence, dict) else {}
+    chips = []
+    for tag in tags:
+        sure = known.get(tag)
+        number = f"<small>{100 * sure:.0f}</small>" if isinstance(sure, (int, float)) and 0 <= sure <= 1 else ""
+        chips.append(f'<li class="{marked.get(tag, "")}"><bdi>{text(tag)}</bdi>{number}</li>')
+    return f"<ul>{''.join(chips)}</ul>"
