@@ -192,7 +192,7 @@ declare
   v_question jsonb;
 begin
   if v_error is null then
-    return '{"next": "done"}';
+    return jsonb_build_object('next', 'done');
   end if;
   select * into v_settings from autotag.settings;
   -- Words instead of JSON are the provider's doing only as long as it has not shown that it can do better.
@@ -208,7 +208,7 @@ begin
   end if;
   case v_error ->> 'kind'
     when 'rate_limit' then
-      return '{"next": "again"}';  -- admit_comparison() knows when
+      return jsonb_build_object('next', 'again');  -- admit_comparison() knows when
     when 'account' then
       return jsonb_build_object('next', 'stop', 'message', autotag.explain_account(v_error, p_question ->> 'model'));
     when 'transient' then
@@ -221,7 +221,7 @@ begin
     else
       null;
   end case;
-  return '{"next": "failed"}';
+  return jsonb_build_object('next', 'failed');
 end $$;
 
 -- What came of one try: next_step(), and `cost` (dollars; null: unknown, or the provider billed nothing). p_report:
@@ -242,9 +242,9 @@ declare
   v_free boolean;              -- the call took nothing of the provider's bucket
 begin
   v_answer.workspace_id := p_workspace_id;
-  v_answer.reserved_at := p_report ->> 'reserved_at';
-  v_answer.reserved_tokens := p_report ->> 'reserved';
-  v_answer.output_tokens := p_report ->> 'cap';
+  v_answer.reserved_at := (p_report ->> 'reserved_at')::timestamptz;
+  v_answer.reserved_tokens := (p_report ->> 'reserved')::integer;
+  v_answer.output_tokens := (p_report ->> 'cap')::integer;
   v_answer.error := autotag.check_error(p_report -> 'error');
   v_answer.usage := case when jsonb_typeof(p_report -> 'usage') = 'object' then p_report -> 'usage' end;
   v_answer.called := coalesce((p_report ->> 'called')::boolean, true);

@@ -125,6 +125,10 @@ async def test_urls_and_organisations(
         [photo] = run_sql(url, "select labels, tagging_result, tagging_stage from public.photos")
         assert set(photo["labels"]) == drawing.tags
         assert photo["tagging_stage"] == "completed"
+        [told] = run_sql(url, "select autotag.comparison_sample(%s, 5) as sample", org["id"])
+        assert [(one["asset_id"], set(one["tags"]), one["url"]) for one in told["sample"]] == [
+            (row["id"], drawing.tags, "https://pictures.example.com/1.jpg")
+        ]
 
 
 async def test_membership_in_claims(postgres: LocalPostgres, bare: str, project: Path) -> None:

