@@ -225,8 +225,9 @@ begin
       a.result, autotag.check_error(a.error), a.usage, true)::autotag.answer
     from rows from (jsonb_to_recordset(p_answers) as (task bigint, result jsonb, error jsonb, usage jsonb))
       with ordinality a (task, result, error, usage, i)
-    -- what is noted already was counted and is paid for
-    join autotag.tasks t on t.id = a.task and t.batch_id = p_batch and t.finished_at is null and t.error_code is null
+    -- of one that is noted already the error was counted before
+    join autotag.tasks t on t.id = a.task and t.batch_id = p_batch and t.finished_at is null
+      and (t.error_code is null or a.result is not null)
     order by t.id, a.i);
   if v_general then
     v_answers := autotag.judge_errors(v_answers, v_batch.asked_at);
