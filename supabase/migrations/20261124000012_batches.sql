@@ -528,7 +528,9 @@ begin
     end;
   end if;
   if v_date is not null then
-    insert into autotag.models as m (name, shutdown_date) values (left(v_model, 100), v_date) on conflict (name) do nothing;
+    -- a row of its own only where no other stands for it: a snapshot's would hide its family's prices
+    insert into autotag.models (name, shutdown_date)
+    select left(v_model, 100), v_date where (autotag.find_model(v_model)).name is null on conflict (name) do nothing;
     update autotag.models m set shutdown_date = v_date
     where m.name = (autotag.find_model(v_model)).name and m.shutdown_date is distinct from v_date;
   end if;

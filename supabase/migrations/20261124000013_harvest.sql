@@ -222,7 +222,7 @@ begin
   v_answers := array(
     select distinct on (t.id) row(t.id, t.attempt, t.job_id, t.workspace_id, null, null,
       greatest(t.min_output_tokens, v_batch.output_tokens),
-      a.result, autotag.check_error(a.error), a.usage, true)::autotag.answer
+      a.result, autotag.check_error(a.error, a.result), a.usage, true)::autotag.answer
     from rows from (jsonb_to_recordset(p_answers) as (task bigint, result jsonb, error jsonb, usage jsonb))
       with ordinality a (task, result, error, usage, i)
     -- of one that is noted already the error was counted before
