@@ -105,7 +105,7 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
         name for panel in dashboard["panels"] for target in panel.get("targets", [])
         for name in re.findall(r"\bautotag_\w+", target["expr"])
     }  # fmt: skip
-    there = {name for _, name, _ in metrics._SYSTEM} | {"autotag_batches"}
+    there = {name for _, name, _ in metrics._SYSTEM} | {"autotag_batches", metrics.SHUTDOWN_DAYS}
     for family in metrics.REGISTRY.collect():
         there |= {
             family.name,
@@ -129,7 +129,7 @@ async def test_ready_means_the_database_answers_and_the_account_works(
         await until(lambda: library.sql("select 1 from autotag.workers") != [], "the worker to register")
         assert await status(f"{url}/readyz") == (200, None)
         library.sql("update autotag.provider_limits set account_error = 'no quota', probe_at = now() + interval '1 h'")
-        assert await status(f"{url}/readyz") == (503, "OpenAI refuses the account; see autotag status.")
+        assert await status(f"{url}/readyz") == (503, "Tagging stands still; see autotag status.")
         library.sql("update autotag.provider_limits set account_error = null, probe_at = null")
         monkeypatch.setattr(metrics, "READ_MOST", 0.3)
         with psycopg.connect(library.stack.database_url()) as blocker:
