@@ -77,7 +77,7 @@ def _model(model: dict[str, Any], stopped: bool) -> RenderableType:
     table = _table("model", "name", "effort", "tier", "tokens an image", "reserved", "cap", "1,000 images",
                    right=("tokens an image", "reserved", "cap", "1,000 images"))  # fmt: skip
     table.add_row(
-        escape(model["name"]), model["reasoning_effort"] or "its own", model["service_tier"] or "its own",
+        escape(model["name"]), model["reasoning_effort"] or "model's default", model["service_tier"] or "auto",
         f"{model['prompt_tokens'] + model['output_tokens']:,}", f"{model['reserved']:,}", f"{model['cap']:,}",
         dollars(model["cost_per_1000"]) if model["priced"] else "[yellow]cost unknown[/]",
     )  # fmt: skip
