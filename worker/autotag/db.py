@@ -261,11 +261,7 @@ class Database:
 
     async def claim_batches(self, slots: int) -> BatchClaim:
         """Not tried again by itself: after an error call `release_unheld`."""
-        row = await self._once(
-            "select batches, poll, cancel, files, wait, question, keep_files, look_up"
-            " from autotag.claim_batches(%s, %s, %s)",
-            self.worker, slots, self._version,
-        )  # fmt: skip
+        row = await self._once("select * from autotag.claim_batches(%s, %s, %s)", self.worker, slots, self._version)
         return BatchClaim(
             batches=[Batch(**batch) for batch in row["batches"]],
             wait=row["wait"],
