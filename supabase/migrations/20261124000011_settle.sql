@@ -287,7 +287,7 @@ declare
   m autotag.models := autotag.find_model(v_model);
 begin
   return concat_ws(' ', p_error ->> 'message',
-    case when p_error ->> 'code' in ('model_not_found', 'DeploymentNotFound') and m.shutdown_date <= autotag.now()::date + 1 then
+    case when p_error ->> 'origin' = 'provider' and m.shutdown_date <= (autotag.now() at time zone 'utc')::date then
       format('%s was shut down on %s%s', v_model, m.shutdown_date, case when m.successor is not null then format(
         '; its successor is %1$s: update autotag.settings set model = ''%1$s'';', m.successor) else '.' end) end);
 end $$;

@@ -519,7 +519,9 @@ declare
 begin
   update autotag.provider_limits p
   set checked_at = autotag.now(),
-      has_batches = case when jsonb_typeof(p_facts -> 'batches') = 'boolean' then (p_facts ->> 'batches')::boolean else p.has_batches end;
+      -- What an attempt has shown stands: a list of batches may be there without a way to make one.
+      has_batches = case when p.has_batches is false then false
+        when jsonb_typeof(p_facts -> 'batches') = 'boolean' then (p_facts ->> 'batches')::boolean else p.has_batches end;
   if p_facts ->> 'shutdown_date' ~ '^\d{4}-\d{2}-\d{2}$' then
     begin
       v_date := (p_facts ->> 'shutdown_date')::date;

@@ -107,6 +107,7 @@ declare
   v_batch autotag.batches;
   v_seen record;
   v_trouble text;
+  v_proven boolean := (select p.proven_at is not null from autotag.provider_limits p);  -- single calls work
   v_progress integer;
   v_eta timestamptz;
   v_jobs uuid[] := array[]::uuid[];
@@ -148,10 +149,13 @@ begin
         perform autotag.end_batch(v_batch, 'OpenAI does not know this batch any more (or not with this key).');
         perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
       end if;
-    elsif v_seen.status = 'failed' and (v_seen.error_code = 'token_limit_exceeded' or v_seen.error_kind = 'account') then
+    elsif v_seen.status = 'failed' and (v_seen.error_code = 'token_limit_exceeded'
+      -- … unless single calls work all the while: then batches are what this account or deployment cannot do
+      or v_seen.error_kind = 'account' and (not v_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
       update autotag.batches b
       set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_seen.error,
-          not_before = v_now + v_settings.batch_poll_interval
+          not_before = v_now + v_settings.batch_poll_interval,
+          failures = b.failures + (v_seen.error_kind = 'account' and v_proven)::integer
       where b.id = v_batch.id;
     elsif v_batch.openai_status is distinct from v_seen.status or v_batch.request_done < v_seen.done then
       update autotag.batches b

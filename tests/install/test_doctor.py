@@ -138,7 +138,9 @@ async def test_a_model_that_is_gone_is_told_with_its_successor(stack: Stack) -> 
     stack.configure(model="gpt-4.1-mini")
     as_owner(stack, "update autotag.models set shutdown_date = '2026-01-14' where name = 'gpt-4.1-mini'")
     found = (await examined(stack))["api"]
-    assert (found.level, found.fix) == ("error", "update autotag.settings set model = 'gpt-6-luna';")
+    assert (found.level, found.fix) == (
+        "error", "Ask for its successor: update autotag.settings set model = 'gpt-6-luna';"
+    )  # fmt: skip
     assert found.message == "gpt-4.1-mini is not known to this account. There are: gpt-6-luna, gpt-6.1-terra."
     stack.configure(model="my-model")
     found = (await examined(stack))["api"]

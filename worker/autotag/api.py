@@ -85,10 +85,10 @@ def _unknown(known: dict[str, Any], names: list[str], url: str) -> Finding:
     """The account has models, but not this one."""
     successor = (known["shutdown"] or {}).get("successor")
     there = f" There are: {', '.join(sorted(names))}." if 0 < len(names) <= LISTED else ""
-    # A statement to read, not to run from here.
-    fix = f"update autotag.settings set model = '{successor or '…'}';"  # noqa: S608
-    if not successor:
-        fix += f"   (one that {url} lists)"
+    if successor:  # statements to read; nobody runs them from here
+        fix = f"Ask for its successor: update autotag.settings set model = '{successor}';"  # noqa: S608
+    else:
+        fix = f"Choose one that {url} lists: update autotag.settings set model = '…';"  # noqa: S608
     return Finding(CHECK, "error", f"{known['name']} is not known to this account.{there}", fix)
 
 
