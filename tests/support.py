@@ -6,7 +6,10 @@ import asyncio
 import contextlib
 import json
 import time
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
+from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 import psycopg
@@ -16,6 +19,7 @@ from storage3 import AsyncStorageClient
 from autotag.config import Settings
 from autotag.wake import Wake
 from autotag.worker import Worker
+from autotag_local.openai_sim.limits import Limits
 from autotag_local.pictures import Drawing, draw
 from autotag_local.stack import Member, Stack
 
@@ -206,3 +210,61 @@ def audit(stack: Stack) -> None:
 def answered_pictures(stack: Stack) -> list[str]:
     """The pictures that the provider answered and billed, by its own book."""
     return [entry["picture"] for entry in stack.simulator.book if entry.get("picture") and entry["status"] == 200]
+
+
+@lru_cache(maxsize=4)
+def pictures(count: int) -> tuple[Drawing, ...]:
+    """So many different pictures, drawn once for all tests of a process."""
+    return tuple(draw(count))
+
+
+def widen(stack: Stack) -> None:
+    """Limits that nothing of a test's size meets, at the provider and here."""
+    stack.configure(
+        chunk_delay="0.01 s", realtime_requests_per_minute=1_000_000, realtime_tokens_per_minute=2_000_000_000
+    )
+    stack.simulator.limits = Limits.of(100_000, 500_000_000, None)
+    with psycopg.connect(stack.database_url(), autocommit=True) as connection:
+        connection.execute("""
+            update autotag.provider_limits set requests_per_minute = 100000, tokens_per_minute = 500000000,
+              queued_batch_tokens = 100000000, requests_per_day = null, requests_left = 100000, tokens_left = 500000000""")
+    stack.simulator.plan.queued_batch_tokens = 100_000_000
+
+
+def asked(stack: Stack) -> list[dict[str, Any]]:
+    """Every single call that reached the provider, by its book."""
+    return [entry for entry in stack.simulator.book if entry["path"].endswith("/completions") and entry["method"] == "POST"]
+
+
+def refused(stack: Stack) -> list[dict[str, Any]]:
+    """Single calls that the provider has refused."""
+    return [entry for entry in asked(stack) if (entry["status"] or 200) != 200]
+
+
+def paid(stack: Stack) -> list[dict[str, Any]]:
+    """Answers that the provider billed: single calls and lines of batches."""
+    return [entry for entry in stack.simulator.book if entry.get("usage")]
+
+
+def check_money(stack: Stack) -> None:
+    """What tagging_usage says per model and service tier is what the provider's book says, to the last digit."""
+    billed: dict[tuple[str, str], list[Decimal | int | None]] = defaultdict(lambda: [0, Decimal(0), 0, 0])
+    for entry in paid(stack):
+        row = billed[entry["model"], "batch" if entry["method"] == "BATCH" else entry["tier"]]
+        row[0] = (row[0] or 0) + 1
+        row[1] = None if row[1] is None or entry["dollars"] is None else row[1] + Decimal(entry["dollars"])
+        row[2] = (row[2] or 0) + entry["usage"]["prompt_tokens"]
+        row[3] = (row[3] or 0) + entry["usage"]["completion_tokens"]
+    with psycopg.connect(stack.database_url()) as connection:
+        rows = connection.execute("""
+            select u.model, u.service_tier, sum(u.requests)::integer,
+              case when bool_and(u.cost is not null) then sum(u.cost) end, sum(u.input_tokens)::bigint, sum(u.output_tokens)::bigint
+            from (select distinct workspace_id from autotag.usage) w
+            cross join lateral autotag.list_usage(w.workspace_id, '2000-01-01', '2100-01-01') u group by 1, 2""").fetchall()
+    assert {(model, tier): row for model, tier, *row in rows} == dict(billed), "usage differs from the provider's book"
+
+
+def check_asked_once(stack: Stack) -> None:
+    """No picture was paid for twice."""
+    twice = {picture: n for picture, n in Counter(entry["picture"] for entry in paid(stack)).items() if n > 1}
+    assert twice == {}, "pictures were paid for twice"

@@ -13,6 +13,7 @@
 --   host_baseline the host's tables for a stand-alone stack (left out of an existing project)
 --   host_adapter  everything that autotag believes about the host's tables
 --   settings      every number that can be changed, and the clock
+--   models        what a model costs, how it is asked, what its answers were like, when it shuts down
 --   rate_limits   exact sliding windows per workspace; the mirror of the provider's bucket
 --   jobs          workspaces, jobs, queues, tasks; the strategy table
 --   enqueue       uploads begin, are cancelled, are tried again

@@ -191,6 +191,7 @@ create table autotag.learned (
   answers bigint not null default 0,
   prompt jsonb not null default '{}',    -- {size: weight}
   output jsonb not null default '{}',
+  learned_at timestamptz not null default '-infinity',
   primary key (model, image_detail, reasoning_effort, max_tags, tag_language)
 ) with (fillfactor = 50);
 alter table autotag.learned enable row level security;

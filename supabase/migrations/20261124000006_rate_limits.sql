@@ -342,7 +342,7 @@ begin
 end $$;
 
 -- Stops both lanes until a probe succeeds; every task stays queued. Locks the provider row.
-create function autotag.stop_account(p_error text, p_from text) returns void
+create function autotag.stop_account(p_error text, p_from text default 'provider') returns void
 language sql security definer set search_path = ''
 as $$
   update autotag.provider_limits
@@ -446,13 +446,13 @@ begin
   end if;
   select * into v_provider from autotag.provider_limits;
   v_question := coalesce(p_question, v_provider.question);
-  insert into autotag.learned as l (model, image_detail, reasoning_effort, max_tags, tag_language, answers, prompt, output)
+  insert into autotag.learned as l (model, image_detail, reasoning_effort, max_tags, tag_language, answers, prompt, output, learned_at)
   values (v_question ->> 'model', v_question ->> 'image_detail',
     coalesce(v_question ->> 'reasoning_effort', ''), (v_question ->> 'max_tags')::integer,
     v_question ->> 'tag_language', cardinality(p_inputs),
-    autotag.blend('{}', p_inputs, v_memory), autotag.blend('{}', p_outputs, v_memory))
+    autotag.blend('{}', p_inputs, v_memory), autotag.blend('{}', p_outputs, v_memory), autotag.now())
   on conflict (model, image_detail, reasoning_effort, max_tags, tag_language) do update
-  set answers = l.answers + cardinality(p_inputs),
+  set answers = l.answers + cardinality(p_inputs), learned_at = excluded.learned_at,
       prompt = autotag.blend(l.prompt, p_inputs, v_memory), output = autotag.blend(l.output, p_outputs, v_memory);
   v_provider := autotag.estimate_tokens(v_provider);
   update autotag.provider_limits p

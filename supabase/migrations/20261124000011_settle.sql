@@ -15,13 +15,17 @@ create type autotag.answer as (
   called boolean               -- whether it was asked at all
 );
 
--- An error as a worker reports it, made sure of: its kind is one of error_kinds, texts are short, waits make sense.
-create function autotag.check_error(p_error jsonb) returns jsonb
+-- An error as a worker reports it, made sure of: its kind is one of error_kinds, texts are short, waits make sense. What
+-- has no error has to have a result that can be stored (p_result).
+create function autotag.check_error(p_error jsonb, p_result jsonb default '{"tags": []}') returns jsonb
 language plpgsql stable security definer set search_path = ''
 as $$
 begin
   if p_error is null or jsonb_typeof(p_error) = 'null' then
-    return null;
+    if jsonb_typeof(p_result) = 'object' and jsonb_typeof(p_result -> 'tags') = 'array' then
+      return null;
+    end if;
+    p_error := '{"kind": "transient", "code": "no_result"}';
   end if;
   return jsonb_build_object(
     'kind', coalesce((select k.kind from autotag.error_kinds k where k.kind = p_error ->> 'kind'), 'transient'),
@@ -29,7 +33,7 @@ begin
     'message', coalesce(left(p_error ->> 'message', 1000), 'Tagging this image did not work.'),
     'retry', coalesce(p_error ->> 'retry', '') = 'true',
     'retry_after', case when jsonb_typeof(p_error -> 'retry_after') = 'number'
-      then least(greatest((p_error ->> 'retry_after')::double precision, 0), 3600) end,
+      then least(greatest((p_error ->> 'retry_after')::numeric, 0), 3600) end,
     'origin', p_error ->> 'origin', 'parameter', p_error ->> 'parameter');
 end $$;
 
@@ -124,7 +128,7 @@ declare
   v_done record;
   v_failed record;
   v_tries jsonb;
-  v_notices jsonb := '[]';
+  v_notices jsonb := '[]'::jsonb;
 begin
   select * into v_settings from autotag.settings;
 
@@ -284,7 +288,7 @@ declare
   m autotag.models := autotag.find_model(v_model);
 begin
   return concat_ws(' ', p_error ->> 'message',
-    case when p_error ->> 'code' in ('model_not_found', 'DeploymentNotFound') and m.shutdown_date <= autotag.now()::date + 1 then
+    case when p_error ->> 'origin' = 'provider' and m.shutdown_date <= (autotag.now() at time zone 'utc')::date then
       format('%s was shut down on %s%s', v_model, m.shutdown_date, case when m.successor is not null then format(
         '; its successor is %1$s: update autotag.settings set model = ''%1$s'';', m.successor) else '.' end) end);
 end $$;
@@ -309,7 +313,7 @@ begin
   perform from autotag.provider_limits for update;
   execute $q$ select array(
     select distinct on (t.id) row(t.id, t.attempt, t.job_id, t.workspace_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
-      r.result, autotag.check_error(r.error), r.usage, coalesce(r.called, true))::autotag.answer
+      r.result, autotag.check_error(r.error, r.result), r.usage, coalesce(r.called, true))::autotag.answer
     from jsonb_to_recordset($1) r
       (task bigint, attempt integer, result jsonb, error jsonb, usage jsonb, called boolean)
     join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = $2

@@ -355,6 +355,8 @@ begin
   set state = p_state, input_file_id = coalesce(p_input_file_id, b.input_file_id)
   where b.id = p_batch;
   if p_state = 'preparing' then
+    -- What an earlier worker noted while it built the file holds no more: the image is prepared again.
+    update autotag.tasks t set error_code = null, error = null where t.batch_id = p_batch and t.error_code is not null;
     perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'preparing');
     perform autotag.tell_progress(v_batch.job_id);
   end if;
@@ -395,8 +397,8 @@ end $$;
 
 -- The worker could not go on: {kind, code, message, retry_after, origin, parameter}. Of the account: both lanes stop.
 -- Transient: another try later, by whoever comes first; in `creating` not before batch_create_grace has passed,
--- because a request that seemed to fail may yet arrive. A batch that OpenAI refuses as such falls apart into
--- single calls, whose answers say more. A provider that knows no files or batches, while single calls work there, has no
+-- because a request that seemed to fail may yet arrive. A batch that OpenAI refuses as such (max_bad_answers times, where
+-- it does not say why) falls apart into single calls, whose answers say more. A provider that knows no files or batches, while single calls work there, has no
 -- Batch API: claim() makes single calls of what was planned. One that refuses an expiry is asked for another.
 create function autotag.batch_trouble(p_worker uuid, p_batch uuid, p_attempt integer, p_error jsonb) returns void
 language plpgsql security definer set search_path = ''
@@ -423,7 +425,9 @@ begin
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
   v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
-  if p_error ->> 'kind' = 'image' then
+  -- A request that is refused again and again, for whatever reason, will not be accepted either.
+  if p_error ->> 'kind' = 'image'
+    or p_error ->> 'code' = 'request_refused' and v_batch.failures + 1 >= v_settings.max_bad_answers then
     perform autotag.end_batch(v_batch, p_error ->> 'message');
     perform autotag.requeue_batch(v_batch, false, 0, p_error ->> 'code', p_error ->> 'message');
     return;
@@ -515,7 +519,9 @@ declare
 begin
   update autotag.provider_limits p
   set checked_at = autotag.now(),
-      has_batches = case when jsonb_typeof(p_facts -> 'batches') = 'boolean' then (p_facts ->> 'batches')::boolean else p.has_batches end;
+      -- What an attempt has shown stands: a list of batches may be there without a way to make one.
+      has_batches = case when p.has_batches is false then false
+        when jsonb_typeof(p_facts -> 'batches') = 'boolean' then (p_facts ->> 'batches')::boolean else p.has_batches end;
   if p_facts ->> 'shutdown_date' ~ '^\d{4}-\d{2}-\d{2}$' then
     begin
       v_date := (p_facts ->> 'shutdown_date')::date;
@@ -524,7 +530,9 @@ begin
     end;
   end if;
   if v_date is not null then
-    insert into autotag.models as m (name, shutdown_date) values (left(v_model, 100), v_date) on conflict (name) do nothing;
+    -- a row of its own only where no other stands for it: a snapshot's would hide its family's prices
+    insert into autotag.models (name, shutdown_date)
+    select left(v_model, 100), v_date where (autotag.find_model(v_model)).name is null on conflict (name) do nothing;
     update autotag.models m set shutdown_date = v_date
     where m.name = (autotag.find_model(v_model)).name and m.shutdown_date is distinct from v_date;
   end if;

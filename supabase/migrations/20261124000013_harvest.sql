@@ -107,6 +107,7 @@ declare
   v_batch autotag.batches;
   v_seen record;
   v_trouble text;
+  v_proven boolean := (select p.proven_at is not null from autotag.provider_limits p);  -- single calls work
   v_progress integer;
   v_eta timestamptz;
   v_jobs uuid[] := array[]::uuid[];
@@ -148,10 +149,13 @@ begin
         perform autotag.end_batch(v_batch, 'OpenAI does not know this batch any more (or not with this key).');
         perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
       end if;
-    elsif v_seen.status = 'failed' and (v_seen.error_code = 'token_limit_exceeded' or v_seen.error_kind = 'account') then
+    elsif v_seen.status = 'failed' and (v_seen.error_code = 'token_limit_exceeded'
+      -- … unless single calls work all the while: then batches are what this account or deployment cannot do
+      or v_seen.error_kind = 'account' and (not v_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
       update autotag.batches b
       set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_seen.error,
-          not_before = v_now + v_settings.batch_poll_interval
+          not_before = v_now + v_settings.batch_poll_interval,
+          failures = b.failures + (v_seen.error_kind = 'account' and v_proven)::integer
       where b.id = v_batch.id;
     elsif v_batch.openai_status is distinct from v_seen.status or v_batch.request_done < v_seen.done then
       update autotag.batches b
@@ -222,11 +226,12 @@ begin
   v_answers := array(
     select distinct on (t.id) row(t.id, t.attempt, t.job_id, t.workspace_id, null, null,
       greatest(t.min_output_tokens, v_batch.output_tokens),
-      a.result, autotag.check_error(a.error), a.usage, true)::autotag.answer
+      a.result, autotag.check_error(a.error, a.result), a.usage, true)::autotag.answer
     from rows from (jsonb_to_recordset(p_answers) as (task bigint, result jsonb, error jsonb, usage jsonb))
       with ordinality a (task, result, error, usage, i)
-    -- what is noted already was counted and is paid for
-    join autotag.tasks t on t.id = a.task and t.batch_id = p_batch and t.finished_at is null and t.error_code is null
+    -- of one that is noted already the error was counted before
+    join autotag.tasks t on t.id = a.task and t.batch_id = p_batch and t.finished_at is null
+      and (t.error_code is null or a.result is not null)
     order by t.id, a.i);
   if v_general then
     v_answers := autotag.judge_errors(v_answers, v_batch.asked_at);

@@ -85,7 +85,7 @@ begin
         coalesce(' with reasoning effort ' || m.reasoning_effort, ''))) end,
     case when m.input_price is not null and m.output_price is not null then autotag.finding('price', 'ok',
         format('%s costs $%s and $%s per million tokens, about $%s for 1,000 images one by one.', v_model,
-          trim_scale(m.input_price), trim_scale(m.output_price), trim_scale(round(1000 * autotag.expected_cost(), 3))))
+          to_char(m.input_price, 'FM9990.00##'), to_char(m.output_price, 'FM9990.00##'), to_char(1000 * autotag.expected_cost(), 'FM9990.00#')))
       else autotag.finding('price',
         case when exists (select from autotag.quotas q where q.max_cost is not null) then 'error' else 'warning' end,
         format('What %s costs is not known, so costs are shown as unknown%s.', v_model,
@@ -194,7 +194,7 @@ begin
     when v_provider.account_error is not null then autotag.finding('account', 'error',
       format('Tagging stands still since %s: %s', to_char(v_provider.account_error_at, 'YYYY-MM-DD HH24:MI TZ'),
         v_provider.account_error), 'Fix what it says; the workers notice by themselves.')
-    else autotag.finding('account', 'ok', 'The provider has no complaint about the account.') end;
+    else autotag.finding('account', 'ok', 'Neither the provider nor Storage refuses to work.') end;
   return jsonb_build_object('findings', v_found || autotag.diagnose_model(v_provider), 'now', extract(epoch from v_now),
     'model', (select s.model from autotag.settings s), 'sample', v_sample);
 end $$;

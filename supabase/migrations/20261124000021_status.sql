@@ -52,11 +52,12 @@ create function autotag.describe_model(p_provider autotag.provider_limits) retur
 language plpgsql stable security definer set search_path = ''
 as $$
 begin
-  return (p_provider.question - 'model' - 'max_tags' - 'tag_language') || jsonb_build_object(
-    'name', p_provider.question ->> 'model', 'prompt_tokens', p_provider.prompt_mean, 'output_tokens', p_provider.output_mean,
+  -- What is asked from the next claim on, which may be another model than the last claim's.
+  return (autotag.describe_question() - 'model' - 'max_tags' - 'tag_language') || jsonb_build_object(
+    'name', (select s.model from autotag.settings s), 'prompt_tokens', p_provider.prompt_mean, 'output_tokens', p_provider.output_mean,
     'cap', p_provider.output_tokens, 'reserved', p_provider.tokens_per_image,
     'priced', autotag.expected_cost() is not null, 'cost_per_1000', round(1000 * autotag.expected_cost(), 4),
-    'proven', p_provider.proven_at is not null, 'shutdown', autotag.describe_shutdown(),
+    'proven', p_provider.proven_at is not null and p_provider.question = autotag.describe_question(), 'shutdown', autotag.describe_shutdown(),
     'provider', jsonb_build_object('base_url', p_provider.base_url, 'batches', p_provider.has_batches,
       'rate_headers', p_provider.has_rate_headers, 'keep_files', p_provider.keep_files));
 end $$;

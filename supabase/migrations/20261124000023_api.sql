@@ -39,10 +39,11 @@ begin
       when 'realtime-chunked' then ceil(p_images::numeric / v_settings.chunk_size) else 0 end,
     'delay_ms', case v_type when 'realtime-chunked' then (extract(epoch from v_settings.chunk_delay) * 1000)::integer else 0 end,
     'batches', v_batches,
+    'estimate_seconds', autotag.estimate_seconds(p_images, v_batches))
     -- why so many images do not go by batch
-    'note', case when v_type = 'realtime-chunked' and p_images > v_settings.chunk_max_images
-      then 'The AI provider has no Batch API, so these images go as single calls.' end,
-    'estimate_seconds', autotag.estimate_seconds(p_images, v_batches));
+    || case when v_type = 'realtime-chunked' and p_images > v_settings.chunk_max_images
+      then jsonb_build_object('note', 'The AI provider has no Batch API, so these images go as single calls.')
+      else '{}' end;
 end $$;
 
 create function public.tagging_strategy(image_count integer) returns jsonb

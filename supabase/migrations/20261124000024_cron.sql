@@ -65,6 +65,7 @@ begin
   delete from autotag.workers w where w.lease_until < v_now - interval '1 day';
   delete from autotag.webhooks w where w.received_at < v_now - interval '4 days';  -- OpenAI retries for three
   delete from autotag.durations d where d.started_at < v_now - interval '90 days';
+  delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- nobody asks so any more
   delete from autotag.outbox o where o.created_at < v_now - interval '1 day';
   delete from autotag.usage u
   where u.day < (v_now at time zone 'utc')::date - (select s.keep_usage from autotag.settings s);

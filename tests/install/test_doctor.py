@@ -23,6 +23,12 @@ from autotag_local.postgres import LocalPostgres, free_port
 from autotag_local.stack import WORKER_ROLE, Stack
 from support import Library, until, worker
 
+ENDS_IN = (
+    "update autotag.models set shutdown_date = (now() at time zone 'utc')::date + {}, successor = 'gpt-6.1-terra'"
+    " where name = 'gpt-6-luna'"
+)
+NO_PRICE = "update autotag.models set input_price = null, output_price = null where name = 'gpt-6-luna'"
+
 
 def settings(stack: Stack, **changes: Any) -> DoctorSettings:
     environment = {name.lower(): value for name, value in stack.worker_environment().items()}
@@ -44,7 +50,7 @@ async def test_all_is_well(library: Library) -> None:
     assert set(wrong) <= {"pg_cron"}, wrong
     assert "arrived after" in found["broadcast"].message
     assert "newest image could be read" in found["storage"].message
-    assert "gpt-4.1-mini is known" in found["openai"].message
+    assert "gpt-6-luna is known" in found["api"].message
     assert all(f.fix is None for f in found.values() if f.level == "ok")
     assert all(f.fix for f in found.values() if f.level != "ok")
 
@@ -58,10 +64,17 @@ async def test_all_is_well(library: Library) -> None:
         ("alter table public.assets drop column storage_path cascade", "host adapter", "error", "storage_path"),
         ("update autotag.settings set test_clock = true", "clock", "error", "bend autotag's time"),
         ("update autotag.clock set ticked_at = now() - interval '1 h'", "clock", "error", "last ticked 01:00:00 ago"),
-        ("update autotag.settings set model = 'gpt-none'", "openai", "error", "gpt-none is not known"),
+        ("update autotag.settings set model = 'gpt-none'", "api", "error", "gpt-none is not known"),
+        (ENDS_IN.format(80), "model", "warning", "gpt-6-luna shuts down on"),
+        (ENDS_IN.format(80), "model", "warning", "in 80 days; its successor is gpt-6.1-terra"),
+        (ENDS_IN.format(10), "model", "error", "in 10 days; its successor is gpt-6.1-terra"),
+        (ENDS_IN.format(-1), "model", "error", "gpt-6-luna was shut down on"),
+        (NO_PRICE, "price", "warning", "What gpt-6-luna costs is not known"),
+        (NO_PRICE + "; insert into autotag.quotas (scope, period, max_cost) values ('user', 'day', 1)",
+         "price", "error", "no quota in dollars is enforced"),
         ("grant execute on function autotag.enqueue to anon", "grants", "error", "anon may call autotag.enqueue"),
         ("revoke execute on function public.enqueue_tagging from authenticated", "grants", "error", "may not call"),
-        ("select autotag.stop_account('OpenAI refused the account: no credit')", "account", "error", "no credit"),
+        ("select autotag.stop_account('OpenAI refused the account: no credit', 'provider')", "account", "error", "no credit"),
         ("drop function realtime.send(jsonb, text, text, boolean)", "realtime.send", "warning", "no realtime.send"),
         ("drop function realtime.send(jsonb, text, text, boolean);"
          "insert into autotag.outbox (topic, event, payload, private, created_at)"
@@ -100,9 +113,9 @@ async def test_no_worker_and_workers_that_poll_are_told(library: Library) -> Non
         ({"supabase_url": "http://127.0.0.1:1"}, "storage", "error", "cannot be reached"),
         ({"supabase_url": "http://127.0.0.1:1"}, "broadcast", "error", "Realtime cannot be reached"),
         ({"supabase_url": None}, "storage", "warning", "not set"),
-        ({"openai_api_key": "sk-wrong"}, "openai", "error", "not valid"),
-        ({"openai_api_key": None}, "openai", "error", "not set"),
-        ({"openai_base_url": "http://127.0.0.1:1/v1"}, "openai", "error", "could not be reached"),
+        ({"openai_api_key": "sk-wrong"}, "api", "error", "not valid"),
+        ({"openai_api_key": None}, "api", "error", "not set"),
+        ({"openai_base_url": "http://127.0.0.1:1/v1"}, "api", "error", "could not be reached"),
         ({"openai_webhook_secret": "nonsense"}, "webhook", "error", "whsec_"),
         ({"openai_webhook_secret": "whsec_abc"}, "webhook", "warning", "does not serve"),
         ({"openai_webhook_secret": "whsec_abc", "http": "0.0.0.0:80"}, "webhook", "ok", "serves"),
@@ -118,6 +131,80 @@ async def test_a_wrong_setting_is_found(
     found = (await examined(stack, **changes))[check]
     assert (found.level, says in found.message) == (level, True), found
     assert level == "ok" or found.fix
+
+
+async def test_a_model_that_is_gone_is_told_with_its_successor(stack: Stack) -> None:
+    stack.simulator.plan.models = frozenset({"gpt-6-luna", "gpt-6.1-terra"})
+    stack.configure(model="gpt-4.1-mini")
+    as_owner(stack, "update autotag.models set shutdown_date = '2026-01-14' where name = 'gpt-4.1-mini'")
+    found = (await examined(stack))["api"]
+    assert (found.level, found.fix) == (
+        "error", "Ask for its successor: update autotag.settings set model = 'gpt-6-luna';"
+    )  # fmt: skip
+    assert found.message == "gpt-4.1-mini is not known to this account. There are: gpt-6-luna, gpt-6.1-terra."
+    stack.configure(model="my-model")
+    found = (await examined(stack))["api"]
+    assert (found.level, f"{stack.openai_url}/models" in (found.fix or "")) == ("error", True), found
+
+
+async def test_the_end_that_the_provider_names_is_told(stack: Stack) -> None:
+    stack.configure(model="gpt-4o-mini")
+    assert "gpt-4o-mini is known and shuts down on 2027-01-14" in (await examined(stack))["api"].message
+
+
+async def test_a_provider_that_lists_no_models_is_fine_when_calls_work(library: Library) -> None:
+    """A 404 says nothing of the key."""
+    stack = library.stack
+    stack.simulator.plan.models_endpoint = False
+    library.sql("update autotag.provider_limits set proven_at = null")
+    found = (await examined(stack))["api"]
+    assert (found.level, "has no list of models (404)" in found.message) == ("warning", True), found
+    assert "OPENAI_BASE_URL" in (found.fix or "")
+    async with worker(stack):
+        await library.finished(library.enqueue(await library.upload(1)))
+    found = (await examined(stack))["api"]
+    assert (found.level, "but calls work" in found.message) == ("ok", True), found
+    # another model has to show that it works
+    stack.configure(model="gpt-4o-mini")
+    assert (await examined(stack))["api"].level == "warning"
+
+
+async def test_a_model_that_is_not_listed_is_fine_when_calls_to_it_work(library: Library) -> None:
+    """Azure's deployments have names that its list does not."""
+    stack = library.stack
+    async with worker(stack):
+        await library.finished(library.enqueue(await library.upload(1)))
+    stack.simulator.plan.models = frozenset({"gpt-4o-mini"})
+    found = (await examined(stack))["api"]
+    assert (found.level, "does not list gpt-6-luna, but calls to it work" in found.message) == ("ok", True), found
+
+
+async def test_a_page_instead_of_the_api_is_found(stack: Stack) -> None:
+    async def page(_: Request) -> Response:
+        return HTMLResponse("<html><body>Welcome</body></html>")
+
+    port = free_port()
+    async with serve(Starlette(routes=[Route("/{path:path}", page)]), "127.0.0.1", port):
+        found = (await examined(stack, openai_base_url=f"http://127.0.0.1:{port}"))["api"]
+    assert (found.level, "is no such API" in found.message, "<" in found.message) == ("error", True, False), found
+    assert "/v1" in (found.fix or "")
+
+
+async def test_what_the_provider_lacks_is_shown(library: Library) -> None:
+    stack = library.stack
+    plan = stack.simulator.plan
+    plan.batch_api, plan.rate_headers = False, False
+    plan.token_parameters, plan.effort_parameter = frozenset({"max_tokens"}), False
+    async with worker(stack):
+        await library.finished(library.enqueue(await library.upload(2)))
+        await until(lambda: library.sql("select 1 from autotag.provider_limits where not has_batches") != [],
+                    "the worker to ask for a Batch API")  # fmt: skip
+    found = await examined(stack)
+    assert found["provider"].level == "ok"
+    for what in ("a Batch API", "rate-limit headers"):
+        assert what in found["provider"].message
+    assert "max_tokens instead of max_completion_tokens" in found["request"].message
+    assert "no reasoning_effort" in found["request"].message
 
 
 async def test_the_key_the_bucket_and_the_file_are_told_apart(library: Library) -> None:

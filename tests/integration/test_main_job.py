@@ -129,7 +129,9 @@ async def test_usage_is_what_the_provider_billed(library: Library) -> None:
     assert {str(r["user_id"]) for r in rows} == {library.member.user}
     book = [entry for entry in library.stack.simulator.book if entry.get("usage")]
     assert {r["model"] for r in rows} == {entry["model"] for entry in book}
-    assert sum(r["cost"] for r in rows) == sum(Decimal(entry["dollars"]) for entry in book), "by the provider's own prices"
+    assert sum(r["cost"] for r in rows) == sum(Decimal(entry["dollars"]) for entry in book), (
+        "by the provider's own prices"
+    )
 
 
 async def test_two_workers_share_an_upload_without_paying_twice(library: Library) -> None:

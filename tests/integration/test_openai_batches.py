@@ -143,8 +143,10 @@ async def test_a_batch_that_waited_for_openais_queue_can_be_a_new_workers_first(
 
 
 async def test_a_failed_batch_falls_apart_into_single_calls(few: Library) -> None:
-    """Any other reason of `failed`: single calls say more, and every image ends."""
-    few.stack.simulator.faults.add(Fault(where="POST /v1/batches", status=400, code="invalid_request", message="No."))
+    """A refusal that says nothing, three times: single calls say more, and every image ends."""
+    few.stack.simulator.faults.add(
+        Fault(where="POST /v1/batches", status=400, code="invalid_request", message="No.", times=3)
+    )
     job = await run(few, 8)
     assert job["completed"] == 8
     assert single_calls(few) == 8
@@ -226,7 +228,7 @@ async def test_harvesting_the_same_file_twice_changes_nothing(few: Library) -> N
 
     def harvest(part: list[dict[str, Any]]) -> int:
         row = few.sql("select autotag.batch_answers(%s, %s, 1, %s) as n", name, batch["id"], json.dumps(part))[0]
-        return int(row["n"])
+        return int(row["n"]["accepted"])
 
     assert [harvest(answers[:4]), harvest(answers), harvest(answers), harvest(answers[::-1] * 2)] == [4, 4, 0, 0]
     assert few.sql("select images, requests, input_tokens, output_tokens from autotag.usage") == [
@@ -398,7 +400,7 @@ async def test_a_stuck_batch_stays_where_the_limits_allow_no_single_calls(few: L
 async def test_a_batch_costs_half(few: Library) -> None:
     await run(few, 8)
     [row] = few.sql("select input_tokens, output_tokens, cost from autotag.usage")
-    full = (row["input_tokens"] * Decimal("0.40") + row["output_tokens"] * Decimal("1.60")) / 1_000_000
+    full = (row["input_tokens"] * Decimal("0.10") + row["output_tokens"] * Decimal("0.50")) / 1_000_000
     assert row["cost"] == full / 2
 
 

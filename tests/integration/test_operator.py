@@ -7,9 +7,11 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -100,7 +102,9 @@ async def test_enqueue_brings_in_what_is_untagged_and_can_go_on_after_a_stop(lib
     workspace = library.member.workspace
     code, out, error = await run(stack, "enqueue", "--workspace", workspace, "--limit", "5", "--yes")
     assert code == 0, error
-    assert out.startswith("5 images, about $0.00, about 4 s.")
+    cost = re.match(r"5 images, about \$(0\.00\d+), about 4 s\.", out)
+    assert cost, out
+    assert 0 < float(cost[1]) < 0.01
     assert "5 images in 1 uploads." in out
     code, out, _ = await run(stack, "enqueue", "--workspace", workspace, "--json")
     first = json.loads(out)
@@ -149,12 +153,62 @@ async def test_usage_as_table_csv_and_json(library: Library) -> None:
     workspace = library.member.workspace
     [row] = csv.DictReader(io.StringIO((await run(stack, "usage", "--workspace", workspace, "--csv"))[1]))
     [same] = json.loads((await run(stack, "usage", "--workspace", workspace, "--json"))[1])
-    [real] = library.sql("select * from autotag.usage")
-    assert (row["user_id"], int(row["images"]), row["cost"]) == (library.member.user, 3, str(real["cost"]))
+    [real] = library.sql("select *, round(cost, 8) as rounded from autotag.usage")
+    assert (row["user_id"], int(row["images"]), row["model"]) == (library.member.user, 3, real["model"])
+    assert (row["service_tier"], int(row["reasoning_tokens"])) == ("default", 0)
+    assert re.fullmatch(r"0\.\d{1,8}", row["cost"]), "no exponent, at most eight decimals"
+    assert Decimal(row["cost"]) == real["rounded"]
     assert (same["images"], same["input_tokens"]) == (3, real["input_tokens"])
-    assert library.member.user in (await run(stack, "usage", "--workspace", workspace))[1]
+    assert same["cost"] == float(real["rounded"])
+    shown = (await run(stack, "usage", "--workspace", workspace))[1]
+    assert library.member.user in shown
+    assert "unknown" not in shown.lower()
     none = await run(stack, "usage", "--workspace", workspace, "--csv", "--until", "2020-01-01")
-    assert none[1].strip() == "user_id,day,images,requests,input_tokens,cached_tokens,output_tokens,cost"
+    assert none[1].strip() == (
+        "user_id,day,model,service_tier,images,requests,input_tokens,cached_tokens,cache_write_tokens,output_tokens,"
+        "reasoning_tokens,cost"
+    )
+
+
+async def test_an_unknown_cost_is_said_and_never_shown_as_zero(library: Library) -> None:
+    stack, workspace = library.stack, library.member.workspace
+    stack.simulator.plan.models = frozenset({"my-model"})
+    stack.configure(model="my-model")
+    await library.upload(2)
+    out = (await run(stack, "enqueue", "--workspace", workspace, "--yes"))[1]
+    assert out.startswith("2 images, cost unknown (autotag.models has no price for my-model), about 4 s."), out
+    async with worker(stack):
+        await until(lambda: library.sql("select 1 from autotag.jobs where completed = 2") != [], "both images")
+        shown = (await run(stack, "status"))[1]
+    assert "2 answers of unknown cost (my-model)" in shown
+    assert "cost unknown" in shown, "in the model's own line"
+    assert "$" not in shown
+    [row] = csv.DictReader(io.StringIO((await run(stack, "usage", "--workspace", workspace, "--csv"))[1]))
+    assert (row["model"], row["cost"]) == ("my-model", "")
+    [same] = json.loads((await run(stack, "usage", "--workspace", workspace, "--json"))[1])
+    assert same["cost"] is None
+    shown = (await run(stack, "usage", "--workspace", workspace))[1]
+    assert "Unknown: autotag.models has no price for my-model" in shown
+    assert "$" not in shown
+
+
+async def test_status_shows_the_model_its_end_and_what_its_provider_lacks(library: Library) -> None:
+    stack = library.stack
+    library.sql(
+        "update autotag.models set shutdown_date = (now() at time zone 'utc')::date + 80, successor = 'gpt-6.1-terra'"
+        " where name = 'gpt-6-luna'"
+    )
+    library.sql("update autotag.provider_limits set proven_at = null, has_batches = false, has_rate_headers = false")
+    shown = (await run(stack, "status"))[1]
+    for words in (
+        "gpt-6-luna", "none", "not proven yet: one image at a time", "in 80 days; its successor is gpt-6.1-terra",
+        "the provider has no Batch API, no rate-limit headers",
+    ):  # fmt: skip
+        assert words in shown, shown
+    library.sql("select autotag.stop_account('no such bucket', 'storage')")
+    shown = (await run(stack, "status"))[1]
+    assert "Tagging stands still, because of Storage: no such bucket" in shown
+    assert "not proven yet" not in shown, "the reason is said already"
 
 
 async def test_watch_follows_the_topics_as_browsers_do(library: Library) -> None:

@@ -19,7 +19,7 @@ from autotag_local.edge import tokens
 from autotag_local.pictures import draw
 from autotag_local.postgres import free_port
 from autotag_local.stack import HOST, Stack
-from support import Library, audit, until, worker
+from support import Library, answered_pictures, audit, until, worker
 
 IMAGES = 12
 PROBES = 3  # after the lane has stopped
@@ -71,7 +71,7 @@ async def test_a_wrong_key_fails_no_image(probing: Library, kind: str) -> None:
     assert library.sql("select count(*) as n from autotag.tasks where finished_at is null")[0]["n"] == IMAGES
     assert library.job(told["job_id"])["failed"] == 0
     assert library.failures() == 0
-    assert stack.simulator.book == []
+    assert answered_pictures(stack) == []
 
     async with worker(stack):
         [job] = await library.finished(told)

@@ -105,7 +105,7 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
         name for panel in dashboard["panels"] for target in panel.get("targets", [])
         for name in re.findall(r"\bautotag_\w+", target["expr"])
     }  # fmt: skip
-    there = {name for _, name, _ in metrics._SYSTEM} | {"autotag_batches"}
+    there = {name for _, name, _ in metrics._SYSTEM} | {"autotag_batches", metrics.SHUTDOWN_DAYS}
     for family in metrics.REGISTRY.collect():
         there |= {
             family.name,
@@ -116,6 +116,7 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
         }
     assert asked <= there
     assert len(asked) >= 15
+    assert {metrics.SHUTDOWN_DAYS, "autotag_unpriced_answers_today"} <= asked
     assert {panel["datasource"]["uid"] for panel in dashboard["panels"] if "datasource" in panel} == {"${datasource}"}
 
 
@@ -129,7 +130,7 @@ async def test_ready_means_the_database_answers_and_the_account_works(
         await until(lambda: library.sql("select 1 from autotag.workers") != [], "the worker to register")
         assert await status(f"{url}/readyz") == (200, None)
         library.sql("update autotag.provider_limits set account_error = 'no quota', probe_at = now() + interval '1 h'")
-        assert await status(f"{url}/readyz") == (503, "OpenAI refuses the account; see autotag status.")
+        assert await status(f"{url}/readyz") == (503, "Tagging stands still; see autotag status.")
         library.sql("update autotag.provider_limits set account_error = null, probe_at = null")
         monkeypatch.setattr(metrics, "READ_MOST", 0.3)
         with psycopg.connect(library.stack.database_url()) as blocker:
@@ -138,6 +139,25 @@ async def test_ready_means_the_database_answers_and_the_account_works(
             assert (code, reason) == (503, "The database did not answer: TimeoutError.")
             assert await status(f"{url}/healthz") == (200, None), "a restart would not help"
         assert await status(f"{url}/readyz") == (200, None)
+
+
+async def test_the_end_of_the_model_and_answers_without_a_price_are_metrics(library: Library) -> None:
+    stack, port = library.stack, free_port()
+    url = f"http://127.0.0.1:{port}"
+    stack.simulator.plan.models = frozenset({"my-model"})
+    stack.configure(model="my-model")
+    async with worker(stack, http=f"127.0.0.1:{port}"):
+        await library.finished(library.enqueue(await library.upload(2)))
+        seen = await scrape(url)
+    assert (seen["autotag_unpriced_answers_today",], seen["autotag_cost_today_dollars",]) == (2, 0)
+    assert (metrics.SHUTDOWN_DAYS,) not in seen, "no end is known"
+    library.sql(
+        "insert into autotag.models (name, shutdown_date) values ('my-model', (now() at time zone 'utc')::date + 40)"
+        " on conflict (name) do update set shutdown_date = excluded.shutdown_date"
+    )
+    async with worker(stack, http=f"127.0.0.1:{port}"):
+        await until(lambda: library.sql("select 1 from autotag.workers where lease_until > now()") != [], "the worker")
+        assert (await scrape(url))[metrics.SHUTDOWN_DAYS,] == 40
 
 
 async def test_a_process_whose_heart_has_stopped_is_not_healthy() -> None:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autotag.answers import TAG_LENGTH, normalise_tags, read_completion, read_usage
 from autotag.errors import TaggingError
 from autotag.lanes.batch import read_line
-from autotag.answers import TAG_LENGTH, normalise_tags, read_completion, read_usage
 from autotag.tags import Question, batch_line, request_body
 
 QUESTION = Question(1, "gpt-6-luna", "low", 10, "English", reasoning_effort="none")

@@ -204,8 +204,8 @@ def _bare_list(listed: list[Any]) -> tuple[str, list[tuple[str, float | None]]] 
 
 
 def _read_tags(listed: Any) -> list[tuple[str, float | None]] | None:
-    """(tag, confidence) of a list of objects or strings, of an object from tag to confidence, or of a string with commas; else
-    None."""
+    """(tag, confidence) of a list of objects or strings, of an object from tag to confidence, or of a string with
+    commas; else None."""
     if isinstance(listed, dict):
         pairs = list(listed.items())
     elif isinstance(listed, str):
@@ -282,8 +282,8 @@ def normalise_tags(tags: list[tuple[str, float | None]], max_tags: int) -> list[
 
 
 def read_usage(completion: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The provider's own usage figures, ``{input, cached, cache_write, output, reasoning}`` tokens, with the ``model`` that
-    answered and the service ``tier`` it was billed in (each None when the answer does not say); None when there are none."""
+    """The provider's own usage figures, ``{input, cached, cache_write, output, reasoning}`` tokens, with the ``model``
+    that answered and the service ``tier`` it was billed in (None: it does not say). None: there are no figures."""
     usage = completion.get("usage")
     if not isinstance(usage, dict):
         return None

@@ -40,7 +40,8 @@ TRANSIENT_STATUSES = frozenset({0, 408, 409, 423, 424, 425, 498, 499})
 #: How providers say that they do not take a parameter.
 _UNSUPPORTED = re.compile(
     r"unsupported|unrecogni[sz]ed|unknown|not supported|no support|unavailable|not available|not permitted|not allowed"
-    r"|does ?n[o']t support|do not support|unexpected|extra (inputs|fields)|invalid|deprecated|too (large|big|high)|at most"
+    r"|does ?n[o']t support|do not support|unexpected|extra (inputs|fields)|invalid|deprecated|too (large|big|high)"
+    r"|at most"
     r"|must be|cannot be|failed to deserialize|unable to|should be|validation error|constraint", re.IGNORECASE,
 )  # fmt: skip
 #: The parameters that we send, by the names they have in messages.
@@ -49,7 +50,8 @@ _PARAMETERS = (
     ("reasoning_effort", re.compile(r"reasoning[_.\s]effort|\breasoning\b.{0,40}\beffort\b", re.IGNORECASE)),
     ("service_tier", re.compile(r"service[_ ]tier", re.IGNORECASE)),
     ("response_format", re.compile(
-            r"response_?format|json_schema|json_object|structured[ _]outputs?|json mode|specified schema|response_?schema",
+            r"response_?format|json_schema|json_object|structured[ _]outputs?|json mode"
+            r"|specified schema|response_?schema",
             re.IGNORECASE,
         )),
     ("detail", re.compile(r"image_url\.detail|['\"`]detail['\"`]|\bimage detail\b", re.IGNORECASE)),
@@ -98,12 +100,15 @@ RULES = (
         "account",
         "no_vision",
         _any(
-            r"(does|do|is|are|was)( not|n't) (currently )?(support|accept|allow|have|able|capable|enabled|compiled|include)"
+            r"(does|do|is|are|was)( not|n't) (currently )?"
+            r"(support|accept|allow|have|able|capable|enabled|compiled|include)"
             r".{0,40}(image|vision|multi-?modal)",
-            r"image_url.{0,20}(is )?only supported|support(s|ing)? (image|vision) input|no endpoints found that support image",
+            r"image_url.{0,20}(is )?only supported|support(s|ing)? (image|vision) input",
+            r"no endpoints found that support image",
             r"(image|vision|multi-?modal)s?( inputs?| content)? ?(is|are) (not (supported|enabled|allowed|available)"
             r"|unsupported|only|disabled)",
-            r"not a (multi-?modal|vision) model|text[- ]only model|image input is not (supported|enabled)|at most 0 image",
+            r"not a (multi-?modal|vision) model|text[- ]only model|at most 0 image",
+            r"image input is not (supported|enabled)",
             r"mmproj|missing .{0,30}(vision|image) (encoder|projector)",
             # servers whose messages know no parts
             r"content type.{0,20}image_url|content part type.{0,10}image_url|unknown variant [`'\"]image_url",
@@ -124,8 +129,9 @@ RULES = (
         "account",
         "no_credit",
         _any(
-            r"insufficient[_ ](quota|balance|credit|fund)|exceeded your current quota|(out of|no|not enough|more) credits?\b",
-            r"billing|payment (is )?required|credits are depleted|credit balance|balance is (too low|insufficient)|spend(ing)? limit",
+            r"insufficient[_ ](quota|balance|credit|fund)|exceeded your current quota",
+            r"(out of|no|not enough|more) credits?\b|credits are depleted|credit balance|spend(ing)? limit",
+            r"billing|payment (is )?required|balance is (too low|insufficient)",
             r"can only afford|arrears|overdue|余额不足|充值|欠费",
         ),
     ),
@@ -133,7 +139,8 @@ RULES = (
         "account",
         "wrong_key",
         _any(
-            r"api[- _]?key|invalid (authentication|token)|unauthori[sz]ed|permission[_ ]denied|authentication|access token",
+            r"api[- _]?key|invalid (authentication|token)|unauthori[sz]ed|permission[_ ]denied",
+            r"authentication|access token",
             r"organization must be verified|country, region|not supported in your (country|region)",
             r"user location is not supported",
         ),
@@ -144,10 +151,12 @@ RULES = (
         "unknown_model",
         _any(
             r"(model|deployment|engine).{0,120}(not found|does ?n[o']t exist|not exist|no access|do not have access"
-            r"|must be verified|is not supported|not available|unavailable for|decommissioned|deprecated|shut ?down|retired"
+            r"|must be verified|is not supported|not available|unavailable for|decommissioned|deprecated|shut ?down"
+            r"|retired"
             r"|not (a )?valid|unknown|is invalid|isn't available)",
             r"(unknown|invalid|no such|unsupported|not a valid) (model|deployment)|try pulling it first|no model",
-            r"no (allowed )?(providers|endpoints)( are)? (available|found)|endpoint.{0,80}not running|unable to access.{0,30}model",
+            r"no (allowed )?(providers|endpoints)( are)? (available|found)|endpoint.{0,80}not running",
+            r"unable to access.{0,30}model",
         ),
         {400, 403, 404, 410, 422},
     ),
@@ -160,12 +169,15 @@ RULES = (
         _any(
             r"(invalid|corrupt\w*|damaged|broken|malformed|unreadable|unsupported|empty) (base64 )?(image|picture)\b"
             r"(?!s? (inputs|content|url is only))",
-            r"(could not|cannot|can't|unable to|failed to|error) (process\w*|decod\w*|read\w*|load\w*|open\w*|pars\w*|identify\w*"
+            r"(could not|cannot|can't|unable to|failed to|error) "
+            r"(process\w*|decod\w*|read\w*|load\w*|open\w*|pars\w*|identify\w*"
             r"|handl\w*) .{0,30}(image|picture|bitmap)",
             r"image (data|file|content|bytes|is|was|has|size|dimension\w*|format|exceeds|item|too)\b.{0,60}"
-            r"(too (large|big|small)|invalid|corrupt|not valid|not a valid|exceed|larger|smaller|unsupported|cannot|could not"
+            r"(too (large|big|small)|invalid|corrupt|not valid|not a valid|exceed|larger|smaller|unsupported|cannot"
+            r"|could not"
             r"|damaged|empty|truncated|maximum)",
-            r"image too (large|big|small)|(image|picture).{0,60}aspect ratio|aspect ratio.{0,60}(must|smaller|exceed|between)",
+            r"image too (large|big|small)|(image|picture).{0,60}aspect ratio",
+            r"aspect ratio.{0,60}(must|smaller|exceed|between)",
             r"image length and width|uploaded an unsupported image",
         ),
         {400, 413, 415, 422, 500},
@@ -174,8 +186,8 @@ RULES = (
 
 
 def read_complaint(status: int, body: object) -> Complaint:
-    """What an error body says, whatever its form: OpenAI's object, a list of them, FastAPI's ``detail``, a plain message,
-    HTML, text, or nothing."""
+    """What an error body says, whatever its form: OpenAI's object, a list of them, FastAPI's ``detail``, a plain
+    message, HTML, text, or nothing."""
     if isinstance(body, list):
         body = body[0] if body else None
     if isinstance(body, str):
@@ -244,7 +256,7 @@ def classify_status(status: int, body: object, headers: Mapping[str, str]) -> Ta
         )
     if lower in ACCOUNT_CODES:
         return error("account", code, f"The provider refused the account: {said}")
-    if status == 429 and not _names_credit(complaint) or status == 402 and wait:
+    if (status == 429 and not _names_credit(complaint)) or (status == 402 and wait):
         seen = {"retry_after": wait or DEFAULT_RETRY_AFTER, "limits": read_limits(headers)}
         return error("rate_limit", "rate_limited", "The AI service is busy.", **seen)
     if status == 413 and (lower == "rate_limit_exceeded" or "per minute" in complaint.message.lower()):

@@ -21,7 +21,8 @@ from autotag.compare.command import compare
 from autotag.config import DoctorSettings, Settings
 from autotag.console import Json, fail, read_settings
 from autotag.db import VersionsDiffer
-from autotag.doctor import examine, worst_level
+from autotag.doctor import examine
+from autotag.findings import worst_level
 from autotag.install.facts import Facts, look
 from autotag.install.host import Choices, Host, HostError, describe, propose
 from autotag.install.migrations import apply_migrations, project_folder, write_migrations

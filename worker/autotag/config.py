@@ -67,7 +67,7 @@ class Settings(BaseSettings):
     )
     image_max_bytes: int = Field(25_000_000, ge=1000, description="largest image file, bytes")
     image_max_pixels: int = Field(100_000_000, ge=1000, description="largest image, pixels")
-    call_timeout: float = Field(60, gt=0, description="seconds one call of OpenAI may take")
+    call_timeout: float = Field(60, gt=0, description="seconds one call of the AI provider may take")
     stop_deadline: float = Field(25, ge=0, description="seconds that SIGTERM leaves to what is in hand")
     poll_interval: float = Field(5, gt=0, description="seconds between questions where LISTEN is impossible")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")

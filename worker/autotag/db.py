@@ -215,7 +215,8 @@ class Database:
     async def register(
         self, host: str, version: str, listening: bool, base_url: str, fingerprint: str
     ) -> dict[str, Any]:
-        """What the worker needs of the settings; ``base_url`` and ``fingerprint`` (`provider.fingerprint`) say whom it asks.
+        """What the worker needs of the settings; ``base_url`` and ``fingerprint`` (`provider.fingerprint`) say whom it
+        asks.
 
         Raises:
             VersionsDiffer: worker and schema do not fit.
@@ -261,11 +262,7 @@ class Database:
 
     async def claim_batches(self, slots: int) -> BatchClaim:
         """Not tried again by itself: after an error call `release_unheld`."""
-        row = await self._once(
-            "select batches, poll, cancel, files, wait, question, keep_files, look_up"
-            " from autotag.claim_batches(%s, %s, %s)",
-            self.worker, slots, self._version,
-        )  # fmt: skip
+        row = await self._once("select c.* from autotag.claim_batches(%s, %s, %s) c", self.worker, slots, self._version)
         return BatchClaim(
             batches=[Batch(**batch) for batch in row["batches"]],
             wait=row["wait"],
@@ -315,8 +312,8 @@ class Database:
         return Settled(**row["told"])
 
     async def provider_checked(self, facts: dict[str, Any]) -> str | None:
-        """Tells what the provider said of the model: ``{model, shutdown_date, batches}``, each optional; a sentence for the
-        log when the model's end is near."""
+        """Tells what the provider said of the model: ``{model, shutdown_date, batches}``, each optional; a sentence for
+        the log when the model's end is near."""
         row = await self._call("select autotag.provider_checked(%s) as notice", Jsonb(facts))
         return cast("str | None", row["notice"])
 

@@ -9,48 +9,26 @@ import asyncio
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from typing import Any, Literal
+from typing import Any
 
-import openai
 import psycopg
 from realtime import AsyncRealtimeClient, BroadcastPayload, RealtimeSubscribeStates
 
 import autotag
-from autotag import db, provider
+from autotag import api, db
 from autotag.config import DoctorSettings
 from autotag.errors import TaggingError
+from autotag.findings import Finding, compare_clocks
 from autotag.storage import Storage
-
-Level = Literal["ok", "warning", "error"]
-LEVELS: tuple[Level, ...] = ("ok", "warning", "error")
 
 CONNECT_TIMEOUT = 10  # seconds
 BROADCAST_TIMEOUT = 10.0  # seconds; the first join after a quiet time can take a second
-SKEW_WARNING = 5.0  # seconds
-SKEW_ERROR = 240.0  # seconds; OpenAI's webhooks are refused when they look older than 300
 STORAGE_FIXES = {
     "storage_refused": "Set SUPABASE_SECRET_KEY to the project's secret key (Project Settings, API Keys).",
     "no_storage": "Set SUPABASE_URL to the project's URL (https://<ref>.supabase.co).",
     "storage_no_bucket": "Set SUPABASE_URL to the project of this database, or create the bucket.",
     "storage_error": "Check SUPABASE_URL and whether the project is paused, then run the doctor again.",
 }
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check came to; ``fix`` is a command or a sentence, None when all is well."""
-
-    check: str
-    level: Level
-    message: str
-    fix: str | None = None
-
-
-def worst_level(findings: list[Finding]) -> Level:
-    """The level of the worst finding."""
-    return max((finding.level for finding in findings), key=LEVELS.index, default="ok")
 
 
 async def examine(settings: DoctorSettings) -> list[Finding]:
@@ -62,7 +40,7 @@ async def examine(settings: DoctorSettings) -> list[Finding]:
         reason = str(error).strip().splitlines()[0]
         return [
             Finding("connection", "error", f"The database cannot be reached: {reason}", "Correct DATABASE_URL."),
-            await _openai(settings, None),
+            await api.check(settings, None),
         ]
     async with owner as database:
         findings.append(Finding("connection", "ok", f"Postgres {database.server_version} answers."))
@@ -80,10 +58,10 @@ async def examine(settings: DoctorSettings) -> list[Finding]:
                 )  # fmt: skip
         findings += [Finding(**finding) for finding in told.get("findings", [])]
         if told:
-            findings.append(_skew("clock skew", "the database", told["now"]))
+            findings.append(compare_clocks("clock skew", "the database", told["now"]))
             findings.append(await _broadcast(settings, database))
             findings.append(await _storage(settings, told.get("sample")))
-        findings.append(await _openai(settings, told.get("model")))
+        findings.append(await api.check(settings, await _model(database, told)))
         findings.append(_webhook(settings))
     return findings
 
@@ -112,15 +90,16 @@ async def _version(database: db.Operator) -> Finding:
     return Finding("schema", "ok", f"Version {version}, the same as here.")
 
 
-def _skew(check: str, whose: str, their_time: float) -> Finding:
-    skew = time.time() - their_time
-    if abs(skew) < SKEW_WARNING:
-        return Finding(check, "ok", f"This machine's clock agrees with {whose}'s.")
-    level: Level = "error" if abs(skew) > SKEW_ERROR else "warning"
-    ahead = "ahead of" if skew > 0 else "behind"
-    return Finding(
-        check, level, f"This machine's clock is {abs(skew):.0f} s {ahead} {whose}'s.", "timedatectl set-ntp on"
-    )
+async def _model(database: db.Operator, told: dict[str, Any]) -> dict[str, Any] | None:
+    """What the database knows of the model that the settings name (``model`` of ``autotag.status``); None: nothing."""
+    if not told:
+        return None
+    try:
+        known: dict[str, Any] = (await database.status())["model"]
+    except psycopg.Error:  # whatever is wrong there, diagnose() has told of it
+        return None
+    # The settings may have changed since a worker last asked.
+    return known | {"name": told["model"], "proven": known["proven"] and known["name"] == told["model"]}
 
 
 async def _broadcast(settings: DoctorSettings, database: db.Operator) -> Finding:
@@ -203,31 +182,6 @@ def _unreadable_sample(error: TaggingError, sample: dict[str, str], buckets: fro
         f"The key works, the bucket {bucket} is there, but not its newest image ({sample['path']}): {error.message}",
         "Upload it again. If this holds for all images, correct the path in autotag.describe_assets.",
     )  # fmt: skip
-
-
-async def _openai(settings: DoctorSettings, model: str | None) -> Finding:
-    check = "openai"
-    if settings.openai_api_key is None:
-        return Finding(check, "error", "OPENAI_API_KEY is not set.", "export OPENAI_API_KEY=sk-…")
-    key = settings.openai_api_key.get_secret_value()
-    async with provider.make_client(key, settings.openai_base_url, CONNECT_TIMEOUT) as client:
-        try:
-            models = client.models.with_raw_response
-            headers = (await models.retrieve(model)).headers if model else (await models.list()).headers
-        except openai.AuthenticationError:
-            return Finding(check, "error", "The key is not valid.", "Make a key and set OPENAI_API_KEY.")
-        except (openai.NotFoundError, openai.PermissionDeniedError):
-            return Finding(
-                check, "error", f"The model {model} is not known to this account.",
-                "Choose one that is: update autotag.settings set model = 'gpt-4.1-mini';",
-            )  # fmt: skip
-        except openai.APIError as error:
-            return Finding(check, "error", provider.classify(error).message, "Check OPENAI_BASE_URL and the network.")
-    with suppress(ValueError, TypeError):
-        skew = _skew(check, "OpenAI", parsedate_to_datetime(headers.get("date", "")).timestamp())
-        if skew.level != "ok":
-            return skew
-    return Finding(check, "ok", "The key is valid" + (f", and {model} is known." if model else "."))
 
 
 def _webhook(settings: DoctorSettings) -> Finding:

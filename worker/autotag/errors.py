@@ -1,7 +1,7 @@
 """What can go wrong with an image, and what follows from it.
 
-The database decides what happens (``autotag.error_kinds``, ``autotag.apply_answers``); the worker only says of which kind
-an error is, and where it comes from.
+The database decides what happens (``autotag.error_kinds``, ``autotag.apply_answers``); the worker only says of which
+kind an error is, and where it comes from.
 """
 
 from __future__ import annotations

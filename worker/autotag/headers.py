@@ -32,8 +32,8 @@ def read_limits(headers: Mapping[str, str]) -> dict[str, Any]:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the provider asks to wait (``retry-after-ms``, or ``retry-after`` in seconds or as a date), if it says
-    so in a way that makes sense."""
+    """Seconds that the provider asks to wait (``retry-after-ms``, or ``retry-after`` in seconds or as a date), if it
+    says so in a way that makes sense."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(name, "")
         try:
@@ -49,8 +49,8 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def wait_in_words(message: str) -> float | None:
-    """Seconds out of "Please retry after 26 seconds" or "try again in 1m2.5s": Azure's and OpenAI's messages name the wait
-    also where the header is missing."""
+    """Seconds out of "Please retry after 26 seconds" or "try again in 1m2.5s": Azure's and OpenAI's messages name the
+    wait also where the header is missing."""
     found = re.search(
         r"(?:retry|try again) (?:after|in) (?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?) ?(ms|s\b|seconds?))?",
         message,

@@ -48,6 +48,7 @@ DELIVERED = Counter(
     ["result"], registry=REGISTRY,
 )  # fmt: skip
 
+SHUTDOWN_DAYS = "autotag_model_shutdown_days"
 #: What ``autotag.metrics()`` says: its key, the metric's name and help.
 _SYSTEM = (
     ("queued", "autotag_queue_images", "Images that wait for a single call."),
@@ -66,13 +67,17 @@ _SYSTEM = (
     ("tokens_left", "autotag_provider_tokens_left", "Tokens left in the mirror of the provider's bucket."),
     ("tokens_per_minute", "autotag_provider_tokens_per_minute", "The provider's limit."),
     ("blocked_seconds", "autotag_provider_blocked_seconds", "Seconds until the provider may be asked again (429)."),
-    ("account_error", "autotag_provider_account_error", "1 while the provider refuses the account."),
+    ("account_error", "autotag_provider_account_error", "1 while tagging stands still; see autotag status."),
     ("workers", "autotag_workers", "Workers whose lease holds."),
     ("outbox", "autotag_outbox_messages", "Broadcasts that have not left the database."),
     ("oldest_message", "autotag_outbox_oldest_seconds", "Age of the oldest of them: how far broadcasts lag."),
     ("images_today", "autotag_images_today", "Images tagged since midnight UTC."),
-    ("cost_today", "autotag_cost_today_dollars", "What they cost, by the prices in autotag.models."),
-    ("unpriced_today", "autotag_unpriced_answers_today", "Answers of models without a price: their cost is unknown."),
+    (
+        "cost_today",
+        "autotag_cost_today_dollars",
+        "What answers since midnight UTC cost, by the prices in autotag.models; see autotag_unpriced_answers_today.",
+    ),
+    ("unpriced_today", "autotag_unpriced_answers_today", "Answers since midnight UTC whose cost is unknown."),
 )
 
 
@@ -107,8 +112,8 @@ class SystemMetrics(Collector):
         self._values: dict[str, Any] = {}
         self._read_at = float("-inf")
 
-    async def account_error(self) -> bool:
-        """Whether the provider refuses the account.
+    async def stands_still(self) -> bool:
+        """Whether nothing is tagged, because the provider or Storage refuses everything.
 
         Raises:
             psycopg.Error, psycopg_pool.PoolTimeout, TimeoutError: the database did not answer.
@@ -139,7 +144,7 @@ class SystemMetrics(Collector):
         days = self._values.get("shutdown_days")
         if days is not None:
             yield GaugeMetricFamily(
-                "autotag_model_shutdown_days", "Days until the model shuts down; absent: no end is known.", value=days
+                SHUTDOWN_DAYS, "Days until the model shuts down; absent: no end is known.", value=days
             )
         batches = GaugeMetricFamily("autotag_batches", "Batches that have not ended, by state.", labels=["state"])
         for state, count in self._values.get("batches", {}).items():

@@ -15,6 +15,7 @@ import psycopg
 import typer
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -23,6 +24,7 @@ from autotag.config import DoctorSettings
 from autotag.console import Json, fail, read_settings
 from autotag.db import Operator, Refused
 from autotag.follow import CannotFollow, follow
+from autotag.money import dollars, plain, round_dollars
 from autotag.status import duration, render
 
 T = TypeVar("T")
@@ -33,6 +35,14 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Start without asking.")]
 Watch = Annotated[bool, typer.Option("--watch", "-w", help="Go on showing it until Ctrl-C.")]
 Workspace = Annotated[str, typer.Option("--workspace", help="The workspace's id.")]
 REFRESH = 2.0  # seconds between looks of --watch
+#: Columns of ``autotag usage`` and their headings in its table.
+USAGE = {
+    "user_id": "user", "day": "day", "model": "model", "service_tier": "tier", "images": "images",
+    "requests": "answers", "input_tokens": "input", "cached_tokens": "cached", "cache_write_tokens": "written",
+    "output_tokens": "output", "reasoning_tokens": "reasoning", "cost": "cost",
+}  # fmt: skip
+TEXTS = ("user_id", "day", "model", "service_tier")
+PRINTED_WIDTH = 180  # columns of a table that goes to a file or a pipe
 
 
 def operate(work: Callable[[Operator], Awaitable[T]]) -> T:
@@ -108,9 +118,7 @@ def enqueue(
     """
     preview = operate(lambda operator: operator.preview_backfill(workspace, untagged, after, limit))
     if not as_json:
-        typer.echo(
-            f"{preview['images']:,} images, about ${preview['cost']:,.2f}, about {duration(preview['seconds'])}."
-        )
+        typer.echo(f"{preview['images']:,} images, {_about(preview)}, about {duration(preview['seconds'])}.")
     if preview["images"] and not yes and not as_json:
         typer.confirm("Start?", abort=True)
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -130,6 +138,13 @@ def enqueue(
         typer.echo(f"{done.images:,} images in {done.jobs} uploads. `autotag status --watch` shows them.")
 
 
+def _about(preview: dict[str, Any]) -> str:
+    """What a preview says of the cost."""
+    if preview["cost"] is None:
+        return f"cost unknown (autotag.models has no price for {preview['model']})"
+    return f"about {dollars(preview['cost'])}"
+
+
 @app.command()
 def usage(
     workspace: Workspace,
@@ -138,23 +153,45 @@ def usage(
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV with a header.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show who used how much of a workspace: images, answers, tokens and dollars, by user and day."""
+    """Show who used how much of a workspace: images, answers, tokens and dollars, by user, day, model and service tier.
+
+    A cost is unknown when the model has no price in autotag.models: an empty cell in CSV, null in JSON.
+    """
     rows = operate(lambda operator: operator.usage(workspace, since.date(), until.date()))
-    shown = [{name: str(value) if value is not None else "" for name, value in row.items()} for row in rows]
-    columns = ["user_id", "day", "images", "requests", "input_tokens", "cached_tokens", "output_tokens", "cost"]
     if as_json:
-        typer.echo(json.dumps(rows, default=str))
+        typer.echo(json.dumps([_rounded(row) for row in rows], default=str))
     elif as_csv:
-        writer = csv.DictWriter(sys.stdout, columns)
+        writer = csv.DictWriter(sys.stdout, list(USAGE))
         writer.writeheader()
-        writer.writerows(shown)
+        # an unknown cost is an empty cell
+        writer.writerows({**row, "cost": None if row["cost"] is None else plain(row["cost"])} for row in rows)
     else:
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        for column in columns:
-            table.add_column(column, justify="left" if column in ("user_id", "day") else "right")
-        for row in shown:
-            table.add_row(*(row[column] for column in columns))
-        Console().print(table)
+        _print_usage(rows)
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose cost is a number of a sensible length, or None: unknown."""
+    return {**row, "cost": None if row["cost"] is None else float(round_dollars(row["cost"]))}
+
+
+def _print_usage(rows: list[dict[str, Any]]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column, heading in USAGE.items():
+        table.add_column(heading, justify="left" if column in TEXTS else "right", no_wrap=column != "model")
+    for row in rows:
+        cost = "unknown" if row["cost"] is None else dollars(row["cost"])
+        shown = {name: "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+                 for name, value in row.items()} | {"cost": cost}  # fmt: skip
+        table.add_row(*(escape(shown[column]) for column in USAGE))
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, PRINTED_WIDTH)
+    console.print(table)
+    unknown = sorted({str(row["model"]) for row in rows if row["cost"] is None})
+    if unknown:
+        console.print(
+            f"Unknown: autotag.models has no price for {escape(', '.join(unknown))}, or the provider named no tokens."
+        )
 
 
 @app.command()

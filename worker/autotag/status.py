@@ -12,11 +12,19 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from autotag.money import dollars, total
+
+#: Who has to work again before tagging goes on (``account_error_from``), as a reader knows it.
+ORIGINS = {"storage": "Storage", "host": "the host of an image", "worker": "the worker"}
+
 
 def render(status: dict[str, Any]) -> RenderableType:
     """Tables of what ``autotag.status`` returns."""
     now = datetime.fromisoformat(status["at"])
-    parts: list[RenderableType] = [_headline(status), _limits(status["limits"]), _workers(status["workers"], now)]
+    parts: list[RenderableType] = [
+        _headline(status), _model(status["model"], bool(status["limits"]["account_error"])), _limits(status["limits"]),
+        _workers(status["workers"], now),
+    ]  # fmt: skip
     if status["jobs"]:
         parts.append(_jobs(status["jobs"], now))
     if status["batches"]:
@@ -36,13 +44,14 @@ def _headline(status: dict[str, Any]) -> RenderableType:
         Text.assemble(
             "today: ", (f"{today['images']:,}", "bold"), " images, ", (f"{today['requests']:,}", "bold"), " answers, ",
             (f"{today['input_tokens'] + today['output_tokens']:,}", "bold"), " tokens, ",
-            (f"${today['cost']:,.4f}", "bold"),
+            (total(today["cost"], today["unpriced_requests"], today["unpriced_models"]), "bold"),
         ),
     ]  # fmt: skip
     if limits["account_error"]:
-        lines.append(Text(f"Tagging stands still: {limits['account_error']}", "bold red"))
+        whose = ORIGINS.get(limits["account_error_from"], "the AI provider")
+        lines.append(Text(f"Tagging stands still, because of {whose}: {limits['account_error']}", "bold red"))
     if limits["blocked_until"]:
-        lines.append(Text("OpenAI asked everybody to wait (429).", "yellow"))
+        lines.append(Text("The AI provider asked everybody to wait (429).", "yellow"))
     if not any(worker["alive"] for worker in status["workers"]):
         lines.append(Text("No worker is alive: start one with `autotag worker`.", "bold red"))
     return Group(*lines)
@@ -61,6 +70,38 @@ def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", no_wrap=column in right)
     return table
+
+
+def _model(model: dict[str, Any], stopped: bool) -> RenderableType:
+    """The model, what an image of it takes, and what is special about it or its provider."""
+    table = _table("model", "name", "effort", "tier", "tokens an image", "reserved", "cap", "1,000 images",
+                   right=("tokens an image", "reserved", "cap", "1,000 images"))  # fmt: skip
+    table.add_row(
+        escape(model["name"]), model["reasoning_effort"] or "model's default", model["service_tier"] or "auto",
+        f"{model['prompt_tokens'] + model['output_tokens']:,}", f"{model['reserved']:,}", f"{model['cap']:,}",
+        dollars(model["cost_per_1000"]) if model["priced"] else "[yellow]cost unknown[/]",
+    )  # fmt: skip
+    lines: list[RenderableType] = [table]
+    if not model["proven"] and not stopped:
+        lines.append(Text(" not proven yet: one image at a time", "yellow"))
+    if model["shutdown"]:
+        style = "bold red" if model["shutdown"]["level"] == "error" else "yellow"
+        lines.append(Text(f" {model['shutdown']['message']}", style))
+    lacks = lacking(model["provider"])
+    if lacks:
+        lines.append(Text(f" the provider has {', '.join(lacks)}", "dim"))
+    return Group(*lines)
+
+
+def lacking(provider: dict[str, Any]) -> list[str]:
+    """What a provider does not have, as its answers have shown."""
+    return [
+        what for what, missing in (
+            ("no Batch API", provider["batches"] is False),
+            ("no rate-limit headers", provider["rate_headers"] is False),
+            ("no expiring files", provider["keep_files"] is None and provider["batches"] is not False),
+        ) if missing
+    ]  # fmt: skip
 
 
 def _limits(limits: dict[str, Any]) -> Table:
@@ -105,7 +146,7 @@ def _jobs(jobs: list[dict[str, Any]], now: datetime) -> Table:
 
 
 def _batches(batches: list[dict[str, Any]], now: datetime) -> Table:
-    table = _table("batches", "batch", "at OpenAI", "state", "images", "done", "age", "left (p90)",
+    table = _table("batches", "batch", "at the provider", "state", "images", "done", "age", "left (p90)",
                    right=("images", "done", "age", "left (p90)"))  # fmt: skip
     for batch in batches:
         state = batch["state"] if not batch["openai_status"] else f"{batch['state']} ({batch['openai_status']})"

@@ -29,8 +29,8 @@ class Question:
 
 
 def answer_schema() -> dict[str, Any]:
-    """The JSON schema of an answer, strict as OpenAI wants it. How many tags there may be stands in the instructions: Gemini
-    refuses ``maxItems`` without saying so."""
+    """The JSON schema of an answer, strict as OpenAI wants it. The number of tags is in the instructions only: Gemini
+    refuses ``maxItems`` with a message that names nothing."""
     return {
         "type": "object",
         "properties": {

@@ -1,7 +1,7 @@
 """What a worker serves over HTTP: health, metrics, and OpenAI's webhook where its secret is set.
 
 ``/healthz`` is 503 when this process is stuck and only a restart helps; ``/readyz`` when the database is out of reach
-or the provider refuses the account, which a restart does not mend.
+or tagging stands still (the AI provider or Storage refuses everything), which a restart does not mend.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def make_app(health: Health, metrics: SystemMetrics, more: Sequence[BaseRoute] =
 
     async def readyz(_: Request) -> Response:
         try:
-            refused = await metrics.account_error()
+            stopped = await metrics.stands_still()
         except (psycopg.Error, psycopg_pool.PoolTimeout, TimeoutError) as error:
             return _answer(f"The database did not answer: {type(error).__name__}.")
-        return _answer(health.trouble() or ("OpenAI refuses the account; see autotag status." if refused else None))
+        return _answer(health.trouble() or ("Tagging stands still; see autotag status." if stopped else None))
 
     async def scrape(_: Request) -> Response:
         try:

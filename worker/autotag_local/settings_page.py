@@ -21,10 +21,11 @@ This page is made from the settings themselves (`python -m autotag_local.setting
 
 ## What is decided: columns of `autotag.settings`
 
-`update autotag.settings set chunk_delay = '1 s';` holds from the next decision on; what is asked of the model is read
-by workers when they start. What a workspace may do is `max_requests` and `max_units` in
-`public.workspace_rate_limits` (null: the defaults below), the organisation's OpenAI tier is in
-`autotag.provider_limits`, and what may be used by whom in `autotag.quotas`.
+`update autotag.settings set chunk_delay = '1 s';` holds from the next decision on. Workers notice what is asked of the model
+at their next claim; nothing has to be restarted. What a model costs and how it is asked is a row of `autotag.models`
+([models.md](models.md)). What a workspace may do is `max_requests` and `max_units` in `public.workspace_rate_limits` (null:
+the defaults below), the provider's limits are in `autotag.provider_limits` ([providers.md](providers.md)), and what may be
+used by whom is in `autotag.quotas`.
 """
 ENVIRONMENT = """
 ## What differs from worker to worker: its environment, or a `.env` file
@@ -62,7 +63,7 @@ def _columns() -> Iterator[str]:
             said = " ".join(comment)
             kind = "" if match["type"] in ("text", "boolean", "interval") else f"{match['type']} "
             must = (match["check"] or "").replace("|", "\\|")
-            note = "; ".join(part for part in (said, match["note"]) if part)
+            note = "; ".join(part for part in (said.rstrip(".") if match["note"] else said, match["note"]) if part)
             default, must = match["default"].strip("'"), f"`{must}`" if must else ""
             yield f"| `{match['name']}` | `{default}` | {kind}{must} | {note} |\n"
             comment = []

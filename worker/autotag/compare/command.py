@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from autotag import provider
 from autotag.compare.ask import Comparison, Sample
-from autotag.compare.figures import dollars, model_name, render, summarise
+from autotag.compare.figures import model_name, price, render, summarise
 from autotag.compare.page import make_page
 from autotag.config import Settings
 from autotag.console import Json, fail, read_settings
@@ -58,7 +58,7 @@ def compare(
     preview = operate(lambda operator: operator.preview_comparison(workspace, model, effort, sample))
     if not as_json:
         question = preview["question"]
-        cost = f"about {dollars(preview['cost'])}" if preview["cost"] is not None else "at an unknown cost"
+        cost = f"about {price(preview['cost'])}" if preview["cost"] is not None else "at an unknown cost"
         typer.echo(f"{preview['images']:,} images for {model_name(model, question['reasoning_effort'])}, {cost}.")
         if not yes:
             typer.confirm("Ask?", abort=True)

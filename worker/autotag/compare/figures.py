@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autotag.compare.ask import Outcome
+from autotag.money import dollars
 
 MOST_SHOWN = 10  # of the tags that were added or are missing most often
 LEARNED = 10  # answers that an estimate needs (``autotag.estimate_tokens``)
@@ -111,11 +112,8 @@ def _frequent(tags: Any) -> list[dict[str, Any]]:
 # -- in words, for the terminal and the page
 
 
-def dollars(amount: float | None) -> str:
-    """An amount, as precise as it needs to be."""
-    if amount is None:
-        return "unknown"
-    return f"${amount:,.2f}" if amount >= 10 else f"${amount:.4f}"
+def price(amount: float | None) -> str:
+    return "unknown" if amount is None else dollars(amount)
 
 
 def share(value: float | None) -> str:
@@ -141,7 +139,7 @@ def lines(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The figures of both models: what, of the new one, of the one in use ('': there is none)."""
     current = figures["current_cost_per_1000"]
     return [
-        ("cost of 1,000 images", dollars(figures["cost_per_1000"]),
+        ("cost of 1,000 images", price(figures["cost_per_1000"]),
          f"{dollars(current)} ({basis(figures)})" if current is not None else "unknown"),
         ("seconds for an answer, p50 / p95",
          f"{latency(figures['seconds']['p50'])} / {latency(figures['seconds']['p95'])}", ""),

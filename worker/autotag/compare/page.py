@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from autotag.compare.ask import Outcome
-from autotag.compare.figures import Difference, basis, compare_tags, dollars, latency, model_name, share
+from autotag.compare.figures import Difference, basis, compare_tags, latency, model_name, price, share
 from autotag.images import data_url
 
 STYLE = """
@@ -110,8 +110,8 @@ def _head(figures: Mapping[str, Any]) -> str:
 def _tiles(figures: Mapping[str, Any]) -> str:
     seconds, agreement = figures["seconds"], figures["agreement"]
     tiles = [
-        (dollars(figures["cost_per_1000"]), "for 1,000 images, one by one"),
-        (dollars(figures["current_cost_per_1000"]), f"with {figures['current_model']}, {basis(figures)}"),
+        (price(figures["cost_per_1000"]), "for 1,000 images, one by one"),
+        (price(figures["current_cost_per_1000"]), f"with {figures['current_model']}, {basis(figures)}"),
         (share(agreement["jaccard"]), "of all tags are the same (mean Jaccard)"),
         (share(agreement["kept"]), "of the stored tags are in the new answers"),
         (latency(seconds["p50"]), f"for an answer; 95 % within {latency(seconds['p95'])}"),

@@ -286,7 +286,7 @@ class BatchLane:
         return list(seen.values())
 
     async def _look_up(self, model: str) -> None:
-        """Asks the provider when the model shuts down, and whether there is a Batch API; what it does not say is left out."""
+        """Asks the provider when the model shuts down and whether it has a Batch API; what it leaves out we do too."""
         facts: dict[str, Any] = {"model": model}
         try:
             found = await self._client.models.retrieve(model)
@@ -377,8 +377,8 @@ class BatchLane:
 
 
 def _classify(error: openai.APIError) -> TaggingError:
-    """What an error of the files and batches means: like any other, but a route that is not there is a Batch API that is not
-    there (and a file or batch that is not there is told by its words)."""
+    """What an error of the files and batches means: like any other, but a route that is missing is a missing Batch API.
+    A file or batch that is missing is named in the message."""
     found = provider.classify(error)
     if (
         isinstance(error, openai.APIStatusError) and error.status_code in NO_SUCH_ROUTE and found.kind == "account"

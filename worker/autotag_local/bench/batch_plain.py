@@ -23,13 +23,13 @@ def main(lines: int, workspace: str) -> None:
     out = io.BytesIO()
     Image.new("RGB", (48, 48), (200, 30, 30)).save(out, "JPEG")
     url = data_url(out.getvalue())
-    question = Question("gpt-4.1-mini", "low", 10, 400, "English")
+    question = Question(0, "gpt-6-luna", "low", 10, "English", "none")
     client = OpenAI(api_key=os.environ["OPENAI_API_KEY"], base_url=os.environ["OPENAI_BASE_URL"])
     with psycopg.connect(os.environ["OWNER_URL"], autocommit=True) as owner:
         ids = [str(r[0]) for r in owner.execute(
             "select id from public.assets where workspace_id = %s limit %s", (workspace, lines))]  # fmt: skip
         started = time.monotonic()
-        content = b"".join([batch_line(asset, request_body(question, url)) for asset in ids])
+        content = b"".join([batch_line(asset, request_body(question, url, 400)) for asset in ids])
         file = client.files.create(file=("plain.jsonl", content), purpose="batch")
         batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
         built = time.monotonic() - started

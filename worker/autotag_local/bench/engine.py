@@ -17,10 +17,11 @@ import psycopg
 from rich.console import Console
 
 import autotag
+from autotag.answers import read_completion, read_usage
 from autotag.config import Settings
 from autotag.db import Database, Image, listen
 from autotag.lanes import realtime
-from autotag.answers import read_completion, read_usage
+from autotag.tags import Question
 from autotag.wake import Wake
 from autotag_local.bench import ceiling, pickup, queue_peers
 from autotag_local.bench.report import Figure, Result
@@ -103,7 +104,9 @@ async def _drain(server: LocalPostgres, name: str) -> Drain:
     uploads = _fill(url)
     db = Database(url, uuid.uuid4())
     await db.open()
-    await db.register("bench", autotag.__version__, True)
+    await db.register("bench", autotag.__version__, True, "http://bench", "bench")
+    with psycopg.connect(url, autocommit=True) as owner:
+        owner.execute("update autotag.provider_limits set proven_at = now()")
     before = await _counters(url)
     started = time.perf_counter()
     enqueued, _ = await asyncio.gather(asyncio.to_thread(_enqueue, url, uploads), _work(db, url))
@@ -149,7 +152,7 @@ async def _work(db: Database, url: str) -> None:
     """The worker's loop for single calls, until every image has been settled."""
     wake, reports, done = Wake(), realtime.Reports(db), 0
 
-    async def answer(image: Image) -> None:
+    async def answer(image: Image, _: Question) -> None:
         nonlocal done
         reports.stage(image, "processing")
         reports.sent()
