@@ -381,6 +381,30 @@ async def test_ctrl_c_ends_it_with_what_there_is(tagged: Library) -> None:
     assert len(answered_pictures(stack)) == 8
 
 
+async def test_a_second_ctrl_c_ends_it_at_once(tagged: Library) -> None:
+    stack = tagged.stack
+    stack.simulator.plan.latency = (30.0, 30.0)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "autotag", "compare", "--workspace", tagged.member.workspace, "--model", SECOND, "--json",
+        env={"PATH": os.environ["PATH"], **stack.worker_environment()}, stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        await until(lambda: stack.simulator.in_flight == 8, "eight calls in flight")
+        process.send_signal(signal.SIGINT)
+        await asyncio.sleep(0.5)  # so that the two do not become one
+        assert process.returncode is None, "the first lets the calls finish"
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(10):
+            out, error = await process.communicate()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+    assert (process.returncode, out) == (130, b"")
+    assert "stopped at once" in error.decode()
+    assert "Traceback" not in error.decode()
+
+
 async def test_it_asks_before_it_spends(tagged: Library, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     done = await asyncio.to_thread(
