@@ -376,7 +376,7 @@ begin
   v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
   v_now := autotag.now();
   update autotag.batches b
-  set state = 'submitted', worker_id = null, failures = 0, openai_batch_id = p_openai_batch_id,
+  set state = 'submitted', worker_id = null, openai_batch_id = p_openai_batch_id,
       openai_status = p_status, input_file_id = p_input_file_id, submitted_at = v_now, progress_at = v_now,
       looks_in_vain = 0, running_at = null,
       predicted_seconds = (autotag.predict_batch(b.image_count - b.express_count, v_now, v_now, null, 0, b.id)).p50

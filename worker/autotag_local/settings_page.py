@@ -21,11 +21,11 @@ This page is made from the settings themselves (`python -m autotag_local.setting
 
 ## What is decided: columns of `autotag.settings`
 
-`update autotag.settings set chunk_delay = '1 s';` holds from the next decision on. Workers notice what is asked of the model
-at their next claim; nothing has to be restarted. What a model costs and how it is asked is a row of `autotag.models`
-([models.md](models.md)). What a workspace may do is `max_requests` and `max_units` in `public.workspace_rate_limits` (null:
-the defaults below), the provider's limits are in `autotag.provider_limits` ([providers.md](providers.md)), and what may be
-used by whom is in `autotag.quotas`.
+`update autotag.settings set chunk_delay = '1 s';` holds from the next decision on. Workers notice what is asked of the
+model at their next claim; nothing has to be restarted. What a model costs and how it is asked is a row of
+`autotag.models` ([models.md](models.md)). What a workspace may do is `max_requests` and `max_units` in
+`public.workspace_rate_limits` (null: the defaults below), the provider's limits are in `autotag.provider_limits`
+([providers.md](providers.md)), and what may be used by whom is in `autotag.quotas`.
 """
 ENVIRONMENT = """
 ## What differs from worker to worker: its environment, or a `.env` file

@@ -34,6 +34,7 @@ from autotag_local.pictures import Drawing, draw
 from autotag_local.postgres import free_port, install_autotag, local_postgres, machine_binaries
 from autotag_local.stack import HOST, Stack, local_stack, worker_process
 
+DEFAULT_MODEL = "gpt-6-luna"  # of autotag.settings
 MODEL = "gpt-4o-mini"  # its 2,833 tokens an image are what makes tier 1 bind
 LATENCY = (2.0, 5.0)  # seconds
 PATIENCE = 4.0  # times the minimum: a peer that takes longer is stopped, and what it has not done counts as done then
@@ -122,32 +123,32 @@ async def _reservation(stack: Stack, speed: float) -> dict[str, float]:
     """
     stack.compress(speed)
     stack.configure(realtime_requests_per_minute=10_000, realtime_tokens_per_minute=10**9)
-    stack.configure(broadcast_interval=f"{speed} s", provider_margin=f"{0.25 * speed} s", chunk_delay="0.1 s")
+    stack.configure(broadcast_interval=f"{speed} s", provider_margin=f"{0.25 * speed} s")
     drawings = list(draw(LEARNED_AFTER + LEARNED_FROM, seed=7))
     database = stack.database_url()
     environment = {**stack.worker_environment(), "AUTOTAG_SLOTS": "400", "AUTOTAG_LOG_LEVEL": "error"}
-
-    async def tag(share: Sequence[Drawing]) -> None:
-        uploads = [await _store(stack, share[i : i + 5]) for i in range(0, len(share), 5)]
-        jobs = [await asyncio.to_thread(_enqueue, database, assets) for assets in uploads]
-        await _ends(database, dict(enumerate(jobs)), 0.0, 1.0)
-
-    with open("/dev/null", "wb") as log:  # noqa: ASYNC230
+    with open("/dev/null", "wb") as log, stack.configured(model=DEFAULT_MODEL):  # noqa: ASYNC230
         async with worker_process(environment, log):
-            await tag(drawings[:LEARNED_AFTER])
+            await _tag_in_fives(stack, drawings[:LEARNED_AFTER])
             with psycopg.connect(database, autocommit=True) as owner:
                 row = owner.execute("select tokens_per_image, output_tokens from autotag.provider_limits").fetchone()
-            await tag(drawings[LEARNED_AFTER:])
+            await _tag_in_fives(stack, drawings[LEARNED_AFTER:])
     assert row is not None
     calls = [entry for entry in stack.simulator.book if entry["path"].endswith("/completions")]
     judged = [entry for entry in calls if entry["status"] == 200][-LEARNED_FROM:]
     used = statistics.mean(entry["usage"]["total_tokens"] for entry in judged)
-    refused = sum(entry["status"] == 429 for entry in calls)
     return {
         "reserved": row[0], "used": round(used, 1), "cap": row[1],
         "metered": round(statistics.mean(entry["tokens"] for entry in judged), 1),
-        "ratio": round(row[0] / used, 3), "http_429": refused,
+        "ratio": round(row[0] / used, 3), "http_429": sum(entry["status"] == 429 for entry in calls),
     }  # fmt: skip
+
+
+async def _tag_in_fives(stack: Stack, drawings: Sequence[Drawing]) -> None:
+    """Uploads of five images, each of a workspace of its own, until all are tagged."""
+    uploads = [await _store(stack, drawings[i : i + 5]) for i in range(0, len(drawings), 5)]
+    jobs = [await asyncio.to_thread(_enqueue, stack.database_url(), assets) for assets in uploads]
+    await _ends(stack.database_url(), dict(enumerate(jobs)), 0.0, 1.0)
 
 
 def _rounded(run: Run) -> dict[str, Any]:
@@ -189,8 +190,10 @@ def _judge(
     small = [u.workspace for u in mix if u.images == 3] if name == MICE else []
     mice = [took[w] / (slowest.get(w, LATENCY[1]) + alone) for w in small]
     latencies = _latencies(images, speed)
-    least = bound.minimum(mix, bound.Limits(), latencies)
-    fair = bound.fair_finishes(mix, bound.Limits(), latencies)
+    sizes = [float(entry["tokens"]) for entry in sorted(answered, key=lambda entry: entry["at"])]
+    sizes += [bound.Limits().tokens_per_call] * (images - len(sizes))
+    least = bound.minimum(mix, bound.Limits(), latencies, sizes)
+    fair = bound.fair_finishes(mix, bound.Limits(), latencies, sizes)
     shares = [min(1.0, fair[w] / ends[w]) for w in ends]
     return Run(
         system, name, max(ends.values()), max(ends.values()) / least, sum(entry["status"] == 429 for entry in calls),
