@@ -67,6 +67,7 @@ create table autotag.provider_limits (
   probe_at timestamptz,
   -- one list call covers every batch in flight
   next_poll_at timestamptz not null default '-infinity',
+  ask_after timestamptz not null default '-infinity',    -- nor is anything else asked about batches, files and models before (retry-after)
   -- start-time fair queueing: the clock of the workspace served last
   virtual_time double precision not null default 0,
   -- what waits for single calls, counted by claim() at most once a second

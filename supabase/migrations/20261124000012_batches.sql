@@ -134,7 +134,7 @@ begin
     end if;
     v_slots := least(v_slots, 1);
   end if;
-  if v_provider.proven_at is not null and v_provider.checked_at <= v_now - v_settings.model_check_interval then
+  if v_provider.proven_at is not null and v_provider.checked_at <= v_now - v_settings.model_check_interval and v_provider.ask_after <= v_now then
     look_up := v_provider.question ->> 'model';
     -- another worker asks in ten minutes, should this one not come to tell
     update autotag.provider_limits p set checked_at = v_now - v_settings.model_check_interval + interval '10 min';
@@ -238,7 +238,7 @@ begin
   into batches
   from unnest(v_taken) with ordinality t (id, i) join autotag.batches b on b.id = t.id;
 
-  if v_provider.next_poll_at <= v_now then
+  if v_provider.next_poll_at <= v_now and v_provider.ask_after <= v_now then
     select jsonb_agg(jsonb_build_object('id', b.openai_batch_id, 'since', autotag.real_epoch(b.created_at))
              order by b.ordinal, b.created_at),
            jsonb_agg(b.openai_batch_id) filter (where b.cancel_requested)
@@ -260,7 +260,7 @@ begin
         else v_now + v_settings.account_probe_interval end;
 
   select min(moment) into v_next from (
-    select v_provider.next_poll_at
+    select greatest(v_provider.next_poll_at, v_provider.ask_after)
     where files <> '[]' or exists (select from autotag.batches b where b.state = 'submitted')
     union all
     select min(b.not_before) from autotag.batches b
@@ -450,7 +450,7 @@ begin
 end $$;
 
 -- A look at OpenAI failed as a whole. Of the account: both lanes stop. Else the next look is the next try, not before the
--- provider said. Locks: provider.
+-- provider said, whatever brings looks forward (another batch, a webhook). Locks: provider.
 create function autotag.poll_trouble(p_error jsonb) returns void
 language plpgsql security definer set search_path = ''
 as $$
@@ -460,7 +460,7 @@ begin
     perform autotag.stop_account(autotag.explain_account(p_error), 'poll');
   end if;
   update autotag.provider_limits p
-  set next_poll_at = greatest(p.next_poll_at, autotag.now() + autotag.clock_interval((p_error ->> 'retry_after')::double precision))
+  set ask_after = greatest(p.ask_after, autotag.now() + autotag.clock_interval((p_error ->> 'retry_after')::double precision))
   where p_error ->> 'retry_after' is not null;
 end $$;
 

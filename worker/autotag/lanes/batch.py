@@ -209,7 +209,7 @@ class BatchLane:
         try:
             await self._db.batch_step(batch, "creating", uploaded.id)
         except NotHeld:
-            await self._delete(uploaded.id)  # cancelled meanwhile
+            await self._delete_files([uploaded.id])  # cancelled meanwhile
             raise
         return uploaded.id
 
@@ -286,12 +286,18 @@ class BatchLane:
         return list(seen.values())
 
     async def _look_up(self, model: str) -> None:
-        """Asks the provider when the model shuts down, and whether there is a Batch API; what it does not say is left out."""
+        """Asks the provider when the model shuts down, and whether there is a Batch API; what it does not say is left out.
+
+        Raises:
+            openai.APIError: it has no answer at the moment: it is asked again in ten minutes.
+        """
         facts: dict[str, Any] = {"model": model}
         try:
             found = await self._client.models.retrieve(model)
             facts["shutdown_date"] = getattr(found, "shutdown_date", None)
         except openai.APIStatusError as error:
+            if provider.classify(error).kind in ("transient", "rate_limit"):
+                raise
             log.info("model_not_described", model=model, status=error.status_code)
         try:
             await self._client.get("/batches", cast_to=httpx2.Response, options={"params": {"limit": 1}})
@@ -304,10 +310,16 @@ class BatchLane:
             log.warning("model_shuts_down", message=notice)
 
     async def _cancel(self, batch_id: str) -> None:
-        """Asks OpenAI to stop a batch; one that has just ended cannot be, and the look at it says so."""
+        """Asks OpenAI to stop a batch; one that has just ended cannot be, and the look at it says so.
+
+        Raises:
+            openai.APIError: the provider asks to wait.
+        """
         try:
             await self._client.batches.cancel(batch_id)
         except openai.APIError as error:
+            if provider.classify(error).retry_after:
+                raise
             log.warning("batch_not_cancelled", openai_batch=batch_id, error=type(error).__name__)
 
     # -- when OpenAI is done with it
@@ -360,20 +372,23 @@ class BatchLane:
             log.warning("batch_lines_unreadable", batch=batch.batch, file=file_id, lines=unreadable)
 
     async def _delete_files(self, file_ids: list[str]) -> None:
-        deleted = [file_id for file_id in file_ids if await self._delete(file_id)]
+        deleted = []
+        for file_id in file_ids:
+            try:
+                await self._client.files.delete(file_id)
+            except openai.NotFoundError:
+                pass
+            except openai.APIError as error:
+                log.warning("file_not_deleted", file=file_id, error=type(error).__name__)
+                wait = provider.classify(error).retry_after
+                if not wait:
+                    continue
+                # The next look deletes the rest, not before the provider said.
+                await self._db.poll_trouble({"kind": "transient", "retry_after": wait})
+                break
+            deleted.append(file_id)
         if deleted:
             await self._db.files_deleted(deleted)
-
-    async def _delete(self, file_id: str) -> bool:
-        """Whether the file is gone now."""
-        try:
-            await self._client.files.delete(file_id)
-        except openai.NotFoundError:
-            return True
-        except openai.APIError as error:
-            log.warning("file_not_deleted", file=file_id, error=type(error).__name__)
-            return False
-        return True
 
 
 def _classify(error: openai.APIError) -> TaggingError:
