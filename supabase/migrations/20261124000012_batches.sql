@@ -25,6 +25,7 @@ create table autotag.batches (
   admitted_at timestamptz,               -- its place in the workspace's window, taken once
   output_tokens integer,                 -- the cap of its answers, and when it was built with what was asked then
   asked_at timestamptz,
+  keep_files integer,                    -- what its files are asked to be kept for (provider_limits.keep_files then)
   extra_tokens bigint not null default 0,     -- what its images need more than others, after answers that were cut off
   reserved_tokens bigint not null default 0,  -- its share of the provider's queued-token limit, until OpenAI is done with it
   openai_batch_id text unique,
@@ -73,7 +74,7 @@ $$;
 
 -- claim_batches: hands out whole batches, and the poll when it is due.
 --   batches: [{batch, attempt, state, image_count, since, cancelled, openai_batch_id, input_file_id,
---     output_file_id, error_file_id}], in the order to work on them: what OpenAI has finished is stored first,
+--     output_file_id, error_file_id, keep_files}], in the order to work on them: what OpenAI has finished is stored first,
 --     then what was begun goes on (it holds queued tokens), then come the first batches of uploads, then the others.
 --     Where the provider's queue is too short for all of them, the workspace that has the fewest tokens there is first.
 --     What there is no room for is passed by smaller ones until it has waited for batch_patience; from then on nobody
@@ -81,7 +82,7 @@ $$;
 --   poll: [{id, since (epoch seconds: it is not older at OpenAI)}] of the batches in flight when they are to be
 --     looked at now, else null; cancel: ids of those that are to be cancelled at OpenAI before.
 --   files: ids of files that nobody needs any more, to be deleted at OpenAI (files_deleted).
---   question: as in claim(). keep_files: seconds after which the provider is to delete our files; null: it takes no expiry.
+--   question: as in claim(). keep_files: seconds after which the provider is to delete a batch's files; null: it takes no expiry.
 --   look_up: the model, when the provider is to be asked about it now (provider_checked), else null.
 --   While nobody knows whether the question works, and single calls are there to try it, no batch is begun.
 --   wait: seconds until there may be more; null when only a notification can bring some.
@@ -89,7 +90,7 @@ $$;
 create function autotag.claim_batches(
   p_worker uuid, p_slots integer,
   out batches jsonb, out poll jsonb, out cancel jsonb, out files jsonb, out wait double precision,
-  p_question bigint default null, out question jsonb, out keep_files integer, out look_up text
+  p_question bigint default null, out question jsonb, out look_up text
 )
 language plpgsql security definer set search_path = ''
 as $$
@@ -116,7 +117,6 @@ begin
   select * into v_settings from autotag.settings;
   batches := '[]';
   files := '[]';
-  keep_files := v_provider.keep_files;
   if v_provider.question_version is distinct from p_question then
     question := v_provider.question || jsonb_build_object('version', v_provider.question_version);
   end if;
@@ -222,6 +222,7 @@ begin
         admitted_at = v_batch.admitted_at, reserved_tokens = v_batch.reserved_tokens,
         output_tokens = case when b.input_file_id is null then v_provider.output_tokens else b.output_tokens end,
         asked_at = case when b.input_file_id is null then v_now else b.asked_at end,
+        keep_files = v_provider.keep_files,
         state = case
           when b.state = 'planned' and b.input_file_id is null then 'preparing'
           when b.state = 'planned' then 'creating'
@@ -234,7 +235,7 @@ begin
       'batch', b.id, 'attempt', b.attempt, 'state', b.state, 'image_count', b.image_count,
       'since', autotag.real_epoch(b.created_at), 'cancelled', b.cancel_requested,
       'openai_batch_id', b.openai_batch_id, 'input_file_id', b.input_file_id,
-      'output_file_id', b.output_file_id, 'error_file_id', b.error_file_id) order by t.i), '[]')
+      'output_file_id', b.output_file_id, 'error_file_id', b.error_file_id, 'keep_files', b.keep_files) order by t.i), '[]')
   into batches
   from unnest(v_taken) with ordinality t (id, i) join autotag.batches b on b.id = t.id;
 
@@ -406,15 +407,16 @@ declare
   v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
   v_batch autotag.batches;
   v_provider autotag.provider_limits := autotag.lock_provider();
+  v_kept integer := (select b.keep_files from autotag.batches b where b.id = p_batch);
 begin
   select * into v_settings from autotag.settings;
   p_error := autotag.check_error(p_error);
   if p_error ->> 'code' = 'no_batch_api' and v_provider.proven_at is not null then
     update autotag.provider_limits set has_batches = false;
     p_error := p_error || '{"kind": "rate_limit"}';
-  elsif p_error ->> 'parameter' = 'expires_after' and v_provider.keep_files is not null then
-    -- Azure keeps files for at least 14 days; others know no expiry at all
-    update autotag.provider_limits p set keep_files = case when p.keep_files < 1209600 then 1209600 end;
+  elsif p_error ->> 'parameter' = 'expires_after' and v_kept is not null then
+    -- Azure keeps files for at least 14 days; others know no expiry at all. One step, however many batches have asked so.
+    update autotag.provider_limits p set keep_files = case when v_kept < 1209600 then 1209600 end where p.keep_files = v_kept;
     p_error := p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'kind' = 'account'
     or v_provider.proven_at is null and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then

@@ -62,7 +62,6 @@ class BatchLane:
         self._wake = wake
         self._images = images
         self._client = client
-        self._keep_files: int | None = None
         self._slots = slots
         self._fetches = asyncio.Semaphore(fetches)
         self._max_bytes = max_bytes
@@ -80,7 +79,6 @@ class BatchLane:
                 await self._wake.pause(CLAIM_RETRY)
                 await self._db.release_unheld(batches=[batch.batch for batch in self._hands.values()])
                 continue
-            self._keep_files = claim.keep_files
             for batch in claim.batches:
                 task = asyncio.create_task(self._work(batch, claim.question))
                 self._hands[task] = batch
@@ -163,12 +161,8 @@ class BatchLane:
             endpoint="/v1/chat/completions",
             completion_window="24h",
             metadata={METADATA_KEY: batch.batch},
-            output_expires_after=self._expiry(),
+            output_expires_after=_expiry(batch),
         )
-
-    def _expiry(self) -> Any:
-        """When the provider deletes a file that nobody has deleted before."""
-        return {"anchor": "created_at", "seconds": self._keep_files} if self._keep_files else openai.omit
 
     async def _find(self, batch: Batch) -> OpenAIBatch | None:
         """The batch at OpenAI that carries this row's id, if it was created after all."""
@@ -204,7 +198,7 @@ class BatchLane:
             uploaded = await self._client.files.create(
                 file=(_file_name(batch), file),
                 purpose="batch",
-                expires_after=self._expiry(),
+                expires_after=_expiry(batch),
             )
         try:
             await self._db.batch_step(batch, "creating", uploaded.id)
@@ -401,6 +395,11 @@ def _classify(error: openai.APIError) -> TaggingError:
     ):  # fmt: skip
         return TaggingError("account", "no_batch_api", "The provider has no Batch API.", origin="provider")
     return found
+
+
+def _expiry(batch: Batch) -> Any:
+    """When the provider deletes a file that nobody has deleted before."""
+    return {"anchor": "created_at", "seconds": batch.keep_files} if batch.keep_files else openai.omit
 
 
 def _file_name(batch: Batch) -> str:
