@@ -233,7 +233,9 @@ begin
     v_answers := v_answers || v_answer;
   end loop;
   if cardinality(v_settled) > 0 then
-    -- The next form is tried at once.
+    -- From now on this is another question: what is still under way in the old form is no word about the new one. The new
+    -- form is tried at once.
+    perform autotag.sync_question(v_provider);
     update autotag.provider_limits p set probe_at = null where p.proven_at is null;
   end if;
   return v_answers;
