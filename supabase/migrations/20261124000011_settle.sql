@@ -252,14 +252,17 @@ declare
   v_inputs integer[];
   v_outputs integer[];
   v_good boolean;
+  v_works boolean;             -- one of them shows that it works now: it was asked after what stopped the lanes, if anything did
 begin
   select * into v_provider from autotag.provider_limits;
   select array_agg(autotag.check_tokens(a.usage, 'input')) filter (where autotag.check_tokens(a.usage, 'input') > 0),
     -- what a cut-off answer would have needed nobody knows: at least what the next try may have
     array_agg(case when a.error ->> 'code' = 'answer_too_long' then coalesce(autotag.next_cap(a), 1)
       else greatest(autotag.check_tokens(a.usage, 'output'), 1) end) filter (where autotag.check_tokens(a.usage, 'input') > 0),
-    coalesce(bool_or(a.error is null), false)
-  into v_inputs, v_outputs, v_good
+    coalesce(bool_or(a.error is null), false),
+    coalesce(bool_or(a.error is null and coalesce(p_asked_at, a.reserved_at) >=
+      coalesce(v_provider.account_error_at, '-infinity')), false)
+  into v_inputs, v_outputs, v_good, v_works
   from unnest(p_answers) a
   where coalesce(p_asked_at, a.reserved_at) >= v_provider.question_since and (a.usage is not null or a.error is null);
   perform autotag.learn(coalesce(v_inputs, '{}'), coalesce(v_outputs, '{}'));
@@ -268,7 +271,7 @@ begin
   end if;
   if v_error is not null then
     perform autotag.stop_account(autotag.explain_account(v_error), coalesce(v_error ->> 'origin', 'provider'));
-  elsif v_good and (v_provider.account_error is not null or v_provider.proven_at is null) then
+  elsif v_works and (v_provider.account_error is not null or v_provider.proven_at is null) then
     perform autotag.resume_account();
     perform pg_notify('autotag', 'realtime');
     perform pg_notify('autotag', 'batch');
