@@ -262,7 +262,7 @@ begin
 
   select min(moment) into v_next from (
     select greatest(v_provider.next_poll_at, v_provider.ask_after)
-    where files <> '[]' or exists (select from autotag.batches b where b.state = 'submitted')
+    where files <> '[]' or v_provider.ask_after > v_now or exists (select from autotag.batches b where b.state = 'submitted')
     union all
     select min(b.not_before) from autotag.batches b
     where b.worker_id is null and b.not_before > v_now and b.not_before < 'infinity'

@@ -299,6 +299,8 @@ class BatchLane:
         except openai.APIStatusError as error:
             if error.status_code in NO_SUCH_ROUTE:
                 facts["batches"] = False
+            elif provider.classify(error).kind in ("transient", "rate_limit"):
+                raise
         notice = await self._db.provider_checked(facts)
         if notice:
             log.warning("model_shuts_down", message=notice)
