@@ -45,7 +45,8 @@ create table autotag.provider_limits (
   proven_at timestamptz default '-infinity',
   -- what this provider can do, as its answers have shown; null: not known yet
   base_url text,
-  fingerprint text,                      -- of its address and the key: another one has to prove itself
+  fingerprint text,                      -- of its address and the key: another one has to prove itself (is_outdone, pass_turn) …
+  fingerprint_since timestamptz not null default '-infinity',   -- … by answers to calls from then on
   has_batches boolean,
   has_rate_headers boolean,
   keep_files integer default 604800,     -- seconds after which the provider deletes our files; null: it takes no expiry

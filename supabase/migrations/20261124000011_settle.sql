@@ -252,7 +252,7 @@ declare
   v_inputs integer[];
   v_outputs integer[];
   v_good boolean;
-  v_works boolean;             -- one of them shows that it works now: it was asked after what stopped the lanes, if anything did
+  v_works boolean;             -- one of them shows that it works now: it was asked after whatever made us doubt it
 begin
   select * into v_provider from autotag.provider_limits;
   select array_agg(autotag.check_tokens(a.usage, 'input')) filter (where autotag.check_tokens(a.usage, 'input') > 0),
@@ -261,7 +261,7 @@ begin
       else greatest(autotag.check_tokens(a.usage, 'output'), 1) end) filter (where autotag.check_tokens(a.usage, 'input') > 0),
     coalesce(bool_or(a.error is null), false),
     coalesce(bool_or(a.error is null and coalesce(p_asked_at, a.reserved_at) >=
-      coalesce(v_provider.account_error_at, '-infinity')), false)
+      greatest(v_provider.account_error_at, v_provider.fingerprint_since)), false)
   into v_inputs, v_outputs, v_good, v_works
   from unnest(p_answers) a
   where coalesce(p_asked_at, a.reserved_at) >= v_provider.question_since and (a.usage is not null or a.error is null);
@@ -271,6 +271,8 @@ begin
   end if;
   if v_error is not null then
     perform autotag.stop_account(autotag.explain_account(v_error), coalesce(v_error ->> 'origin', 'provider'));
+    perform autotag.pass_turn(array(
+      select t.worker_id from unnest(p_answers) a join autotag.tasks t on t.id = a.task where a.error ->> 'kind' = 'account'));
   elsif v_works and (v_provider.account_error is not null or v_provider.proven_at is null) then
     perform autotag.resume_account();
     perform pg_notify('autotag', 'realtime');

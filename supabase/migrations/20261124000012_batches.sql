@@ -124,6 +124,10 @@ begin
     wait := 1;  -- its next heartbeat registers it again
     return;
   end if;
+  if autotag.is_outdone(p_worker, v_provider) then
+    wait := autotag.real_seconds(v_settings.account_probe_interval);
+    return;
+  end if;
   v_unproven := v_provider.proven_at is null and exists (
     select from autotag.queues q where q.queued > 0
     union all select from autotag.tasks t where t.retry_at is not null);
@@ -422,6 +426,7 @@ begin
     or v_provider.proven_at is null and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then
     p_error := p_error || '{"kind": "account"}';
     perform autotag.stop_account(autotag.explain_account(p_error), coalesce(p_error ->> 'origin', 'batch'));
+    perform autotag.pass_turn(array[p_worker]);
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
   v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
