@@ -110,7 +110,7 @@ def _tagged(picture: Picture | None, wrong: Answer | None) -> dict[str, Any]:
     """The object that a model answers with."""
     tags = picture.tags if picture else ()
     if wrong == "bad_schema":
-        return {"labels": list(tags)}
+        return {"seen": list(tags)}
     caption = f"A {tags[4]} picture, {', '.join(tags[:4])}." if tags else "There is no picture."
     if wrong == "no_tags":
         return {"caption": caption, "tags": []}
