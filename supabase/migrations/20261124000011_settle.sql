@@ -128,7 +128,7 @@ declare
   v_done record;
   v_failed record;
   v_tries jsonb;
-  v_notices jsonb := '[]';
+  v_notices jsonb := '[]'::jsonb;
 begin
   select * into v_settings from autotag.settings;
 
