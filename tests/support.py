@@ -233,7 +233,9 @@ def widen(stack: Stack) -> None:
 
 def asked(stack: Stack) -> list[dict[str, Any]]:
     """Every single call that reached the provider, by its book."""
-    return [entry for entry in stack.simulator.book if entry["path"].endswith("/completions") and entry["method"] == "POST"]
+    return [
+        entry for entry in stack.simulator.book if entry["path"].endswith("/completions") and entry["method"] == "POST"
+    ]
 
 
 def refused(stack: Stack) -> list[dict[str, Any]]:

@@ -45,7 +45,8 @@ create table autotag.provider_limits (
   proven_at timestamptz default '-infinity',
   -- what this provider can do, as its answers have shown; null: not known yet
   base_url text,
-  fingerprint text,                      -- of its address and the key: another one has to prove itself
+  fingerprint text,                      -- of its address and the key: another one has to prove itself (is_outdone, pass_turn) …
+  fingerprint_since timestamptz not null default '-infinity',   -- … by answers to calls from then on
   has_batches boolean,
   has_rate_headers boolean,
   keep_files integer default 604800,     -- seconds after which the provider deletes our files; null: it takes no expiry
@@ -67,6 +68,7 @@ create table autotag.provider_limits (
   probe_at timestamptz,
   -- one list call covers every batch in flight
   next_poll_at timestamptz not null default '-infinity',
+  ask_after timestamptz not null default '-infinity',    -- nor is anything else asked about batches, files and models before (retry-after)
   -- start-time fair queueing: the clock of the workspace served last
   virtual_time double precision not null default 0,
   -- what waits for single calls, counted by claim() at most once a second

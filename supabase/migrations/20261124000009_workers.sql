@@ -9,7 +9,9 @@ create table autotag.workers (
   started_at timestamptz not null,
   seen_at timestamptz not null,
   lease_until timestamptz not null,
-  unsent integer not null default 0          -- calls released to it that it has not sent yet
+  unsent integer not null default 0,         -- calls released to it that it has not sent yet
+  base_url text,                             -- of the provider that it asks …
+  fingerprint text                           -- … and what stands for that and its key
 ) with (fillfactor = 50);
 create index workers_lease_until_idx on autotag.workers (lease_until);
 alter table autotag.workers enable row level security;
@@ -44,16 +46,20 @@ declare
 begin
   perform autotag.check_version(p_version);
   update autotag.provider_limits p
-  set base_url = left(p_base_url, 300), fingerprint = left(p_fingerprint, 100), proven_at = null, probe_at = null,
+  set base_url = left(p_base_url, 300), fingerprint = left(p_fingerprint, 100), fingerprint_since = autotag.now(),
+      proven_at = null, probe_at = null,
       account_error = null, account_error_from = null, account_error_at = null, checked_at = '-infinity',
       has_batches = case when p.base_url = left(p_base_url, 300) then p.has_batches end,
       has_rate_headers = case when p.base_url = left(p_base_url, 300) then p.has_rate_headers end,
       keep_files = case when p.base_url = left(p_base_url, 300) then p.keep_files else 604800 end
   where p_fingerprint is not null and p.fingerprint is distinct from left(p_fingerprint, 100);
-  insert into autotag.workers (id, host, version, listening, started_at, seen_at, lease_until)
-  select p_worker, p_host, p_version, p_listening, v_now, v_now, v_now + s.lease from autotag.settings s
+  insert into autotag.workers (id, host, version, listening, started_at, seen_at, lease_until, base_url, fingerprint)
+  select p_worker, p_host, p_version, p_listening, v_now, v_now, v_now + s.lease,
+    left(p_base_url, 300), left(p_fingerprint, 100)
+  from autotag.settings s
   on conflict (id) do update set version = excluded.version, listening = excluded.listening, seen_at = excluded.seen_at,
-    lease_until = excluded.lease_until, unsent = 0;
+    lease_until = excluded.lease_until, unsent = 0, base_url = excluded.base_url,
+    fingerprint = excluded.fingerprint;
   return autotag.worker_settings();
 end $$;
 
@@ -95,6 +101,43 @@ as $$
 begin
   perform from autotag.workers w where w.id = p_worker for key share skip locked;
   return found;
+end $$;
+
+-- Workers may differ in the address and the key that they ask with (a deployment that is rolling, or one with a mistake).
+-- One way is asked at a time: that of the worker that came last, until it is in trouble and there is another. Whoever has
+-- another way gets nothing meanwhile, because a worker with a wrong address fails fast: it would take more images than all
+-- the others, and each of them would count a failure.
+create function autotag.is_outdone(p_worker uuid, p_provider autotag.provider_limits) returns boolean
+language plpgsql stable security definer set search_path = ''
+as $$
+begin
+  return exists (select from autotag.workers w where w.id = p_worker and w.fingerprint <> p_provider.fingerprint)
+    and exists (select from autotag.workers w where w.fingerprint = p_provider.fingerprint and w.lease_until > autotag.now());
+end $$;
+
+-- These workers have met trouble of the account: if it was they whose turn it is, the next probe is of those that ask in
+-- another way, if there are any. The caller holds the provider row.
+create function autotag.pass_turn(p_workers uuid[]) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  v_fingerprint text := (select p.fingerprint from autotag.provider_limits p);
+  v_next autotag.workers;
+begin
+  if not exists (select from autotag.workers w where w.id = any (p_workers) and w.fingerprint = v_fingerprint) then
+    return;
+  end if;
+  select * into v_next from autotag.workers w
+  where w.fingerprint <> v_fingerprint and w.lease_until > autotag.now()
+  order by w.fingerprint > v_fingerprint desc, w.fingerprint limit 1;
+  if found then
+    update autotag.provider_limits p
+    set fingerprint = v_next.fingerprint, base_url = v_next.base_url, fingerprint_since = autotag.now(), checked_at = '-infinity',
+        has_batches = case when p.base_url = v_next.base_url then p.has_batches end,
+        has_rate_headers = case when p.base_url = v_next.base_url then p.has_rate_headers end,
+        keep_files = case when p.base_url = v_next.base_url then p.keep_files else 604800 end
+    where p.fingerprint = v_fingerprint;
+  end if;
 end $$;
 
 -- The tasks that a worker holds: among those that were released and are not finished, of uploads that are not.

@@ -78,6 +78,11 @@ begin
     bound := 'lease';
     return;
   end if;
+  if autotag.is_outdone(p_worker, v_provider) then
+    wait := autotag.real_seconds((select s.account_probe_interval from autotag.settings s));
+    bound := 'outdone';
+    return;
+  end if;
   -- Automatic mode: an upload that is complete becomes a job, and the next claim releases from it. This one
   -- releases nothing, because the new job's workspace is locked out of turn.
   if autotag.seal_upload(v_now) then

@@ -233,7 +233,9 @@ begin
     v_answers := v_answers || v_answer;
   end loop;
   if cardinality(v_settled) > 0 then
-    -- The next form is tried at once.
+    -- From now on this is another question: what is still under way in the old form is no word about the new one. The new
+    -- form is tried at once.
+    perform autotag.sync_question(v_provider);
     update autotag.provider_limits p set probe_at = null where p.proven_at is null;
   end if;
   return v_answers;
@@ -250,14 +252,17 @@ declare
   v_inputs integer[];
   v_outputs integer[];
   v_good boolean;
+  v_works boolean;             -- one of them shows that it works now: it was asked after whatever made us doubt it
 begin
   select * into v_provider from autotag.provider_limits;
   select array_agg(autotag.check_tokens(a.usage, 'input')) filter (where autotag.check_tokens(a.usage, 'input') > 0),
     -- what a cut-off answer would have needed nobody knows: at least what the next try may have
     array_agg(case when a.error ->> 'code' = 'answer_too_long' then coalesce(autotag.next_cap(a), 1)
       else greatest(autotag.check_tokens(a.usage, 'output'), 1) end) filter (where autotag.check_tokens(a.usage, 'input') > 0),
-    coalesce(bool_or(a.error is null), false)
-  into v_inputs, v_outputs, v_good
+    coalesce(bool_or(a.error is null), false),
+    coalesce(bool_or(a.error is null and coalesce(p_asked_at, a.reserved_at) >=
+      greatest(v_provider.account_error_at, v_provider.fingerprint_since)), false)
+  into v_inputs, v_outputs, v_good, v_works
   from unnest(p_answers) a
   where coalesce(p_asked_at, a.reserved_at) >= v_provider.question_since and (a.usage is not null or a.error is null);
   perform autotag.learn(coalesce(v_inputs, '{}'), coalesce(v_outputs, '{}'));
@@ -266,7 +271,9 @@ begin
   end if;
   if v_error is not null then
     perform autotag.stop_account(autotag.explain_account(v_error), coalesce(v_error ->> 'origin', 'provider'));
-  elsif v_good and (v_provider.account_error is not null or v_provider.proven_at is null) then
+    perform autotag.pass_turn(array(
+      select t.worker_id from unnest(p_answers) a join autotag.tasks t on t.id = a.task where a.error ->> 'kind' = 'account'));
+  elsif v_works and (v_provider.account_error is not null or v_provider.proven_at is null) then
     perform autotag.resume_account();
     perform pg_notify('autotag', 'realtime');
     perform pg_notify('autotag', 'batch');

@@ -25,6 +25,7 @@ create table autotag.batches (
   admitted_at timestamptz,               -- its place in the workspace's window, taken once
   output_tokens integer,                 -- the cap of its answers, and when it was built with what was asked then
   asked_at timestamptz,
+  keep_files integer,                    -- what its files are asked to be kept for (provider_limits.keep_files then)
   extra_tokens bigint not null default 0,     -- what its images need more than others, after answers that were cut off
   reserved_tokens bigint not null default 0,  -- its share of the provider's queued-token limit, until OpenAI is done with it
   openai_batch_id text unique,
@@ -73,7 +74,7 @@ $$;
 
 -- claim_batches: hands out whole batches, and the poll when it is due.
 --   batches: [{batch, attempt, state, image_count, since, cancelled, openai_batch_id, input_file_id,
---     output_file_id, error_file_id}], in the order to work on them: what OpenAI has finished is stored first,
+--     output_file_id, error_file_id, keep_files}], in the order to work on them: what OpenAI has finished is stored first,
 --     then what was begun goes on (it holds queued tokens), then come the first batches of uploads, then the others.
 --     Where the provider's queue is too short for all of them, the workspace that has the fewest tokens there is first.
 --     What there is no room for is passed by smaller ones until it has waited for batch_patience; from then on nobody
@@ -81,7 +82,7 @@ $$;
 --   poll: [{id, since (epoch seconds: it is not older at OpenAI)}] of the batches in flight when they are to be
 --     looked at now, else null; cancel: ids of those that are to be cancelled at OpenAI before.
 --   files: ids of files that nobody needs any more, to be deleted at OpenAI (files_deleted).
---   question: as in claim(). keep_files: seconds after which the provider is to delete our files; null: it takes no expiry.
+--   question: as in claim(). keep_files: seconds after which the provider is to delete a batch's files; null: it takes no expiry.
 --   look_up: the model, when the provider is to be asked about it now (provider_checked), else null.
 --   While nobody knows whether the question works, and single calls are there to try it, no batch is begun.
 --   wait: seconds until there may be more; null when only a notification can bring some.
@@ -89,7 +90,7 @@ $$;
 create function autotag.claim_batches(
   p_worker uuid, p_slots integer,
   out batches jsonb, out poll jsonb, out cancel jsonb, out files jsonb, out wait double precision,
-  p_question bigint default null, out question jsonb, out keep_files integer, out look_up text
+  p_question bigint default null, out question jsonb, out look_up text
 )
 language plpgsql security definer set search_path = ''
 as $$
@@ -116,12 +117,15 @@ begin
   select * into v_settings from autotag.settings;
   batches := '[]';
   files := '[]';
-  keep_files := v_provider.keep_files;
   if v_provider.question_version is distinct from p_question then
     question := v_provider.question || jsonb_build_object('version', v_provider.question_version);
   end if;
   if not autotag.hold_lease(p_worker) then
     wait := 1;  -- its next heartbeat registers it again
+    return;
+  end if;
+  if autotag.is_outdone(p_worker, v_provider) then
+    wait := autotag.real_seconds(v_settings.account_probe_interval);
     return;
   end if;
   v_unproven := v_provider.proven_at is null and exists (
@@ -134,7 +138,7 @@ begin
     end if;
     v_slots := least(v_slots, 1);
   end if;
-  if v_provider.proven_at is not null and v_provider.checked_at <= v_now - v_settings.model_check_interval then
+  if v_provider.proven_at is not null and v_provider.checked_at <= v_now - v_settings.model_check_interval and v_provider.ask_after <= v_now then
     look_up := v_provider.question ->> 'model';
     -- another worker asks in ten minutes, should this one not come to tell
     update autotag.provider_limits p set checked_at = v_now - v_settings.model_check_interval + interval '10 min';
@@ -222,6 +226,7 @@ begin
         admitted_at = v_batch.admitted_at, reserved_tokens = v_batch.reserved_tokens,
         output_tokens = case when b.input_file_id is null then v_provider.output_tokens else b.output_tokens end,
         asked_at = case when b.input_file_id is null then v_now else b.asked_at end,
+        keep_files = v_provider.keep_files,
         state = case
           when b.state = 'planned' and b.input_file_id is null then 'preparing'
           when b.state = 'planned' then 'creating'
@@ -234,11 +239,11 @@ begin
       'batch', b.id, 'attempt', b.attempt, 'state', b.state, 'image_count', b.image_count,
       'since', autotag.real_epoch(b.created_at), 'cancelled', b.cancel_requested,
       'openai_batch_id', b.openai_batch_id, 'input_file_id', b.input_file_id,
-      'output_file_id', b.output_file_id, 'error_file_id', b.error_file_id) order by t.i), '[]')
+      'output_file_id', b.output_file_id, 'error_file_id', b.error_file_id, 'keep_files', b.keep_files) order by t.i), '[]')
   into batches
   from unnest(v_taken) with ordinality t (id, i) join autotag.batches b on b.id = t.id;
 
-  if v_provider.next_poll_at <= v_now then
+  if v_provider.next_poll_at <= v_now and v_provider.ask_after <= v_now then
     select jsonb_agg(jsonb_build_object('id', b.openai_batch_id, 'since', autotag.real_epoch(b.created_at))
              order by b.ordinal, b.created_at),
            jsonb_agg(b.openai_batch_id) filter (where b.cancel_requested)
@@ -260,8 +265,8 @@ begin
         else v_now + v_settings.account_probe_interval end;
 
   select min(moment) into v_next from (
-    select v_provider.next_poll_at
-    where files <> '[]' or exists (select from autotag.batches b where b.state = 'submitted')
+    select greatest(v_provider.next_poll_at, v_provider.ask_after)
+    where files <> '[]' or v_provider.ask_after > v_now or exists (select from autotag.batches b where b.state = 'submitted')
     union all
     select min(b.not_before) from autotag.batches b
     where b.worker_id is null and b.not_before > v_now and b.not_before < 'infinity'
@@ -408,20 +413,22 @@ declare
   v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
   v_batch autotag.batches;
   v_provider autotag.provider_limits := autotag.lock_provider();
+  v_kept integer := (select b.keep_files from autotag.batches b where b.id = p_batch);
 begin
   select * into v_settings from autotag.settings;
   p_error := autotag.check_error(p_error);
   if p_error ->> 'code' = 'no_batch_api' and v_provider.proven_at is not null then
     update autotag.provider_limits set has_batches = false;
     p_error := p_error || '{"kind": "rate_limit"}';
-  elsif p_error ->> 'parameter' = 'expires_after' and v_provider.keep_files is not null then
-    -- Azure keeps files for at least 14 days; others know no expiry at all
-    update autotag.provider_limits p set keep_files = case when p.keep_files < 1209600 then 1209600 end;
+  elsif p_error ->> 'parameter' = 'expires_after' and v_kept is not null then
+    -- Azure keeps files for at least 14 days; others know no expiry at all. One step, however many batches have asked so.
+    update autotag.provider_limits p set keep_files = case when v_kept < 1209600 then 1209600 end where p.keep_files = v_kept;
     p_error := p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'kind' = 'account'
     or v_provider.proven_at is null and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then
     p_error := p_error || '{"kind": "account"}';
     perform autotag.stop_account(autotag.explain_account(p_error), coalesce(p_error ->> 'origin', 'batch'));
+    perform autotag.pass_turn(array[p_worker]);
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
   v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
@@ -454,7 +461,7 @@ begin
 end $$;
 
 -- A look at OpenAI failed as a whole. Of the account: both lanes stop. Else the next look is the next try, not before the
--- provider said. Locks: provider.
+-- provider said, whatever brings looks forward (another batch, a webhook). Locks: provider.
 create function autotag.poll_trouble(p_error jsonb) returns void
 language plpgsql security definer set search_path = ''
 as $$
@@ -464,7 +471,7 @@ begin
     perform autotag.stop_account(autotag.explain_account(p_error), 'poll');
   end if;
   update autotag.provider_limits p
-  set next_poll_at = greatest(p.next_poll_at, autotag.now() + autotag.clock_interval((p_error ->> 'retry_after')::double precision))
+  set ask_after = greatest(p.ask_after, autotag.now() + autotag.clock_interval((p_error ->> 'retry_after')::double precision))
   where p_error ->> 'retry_after' is not null;
 end $$;
 

@@ -33,7 +33,7 @@ begin
   if exists (select from autotag.batches b where b.worker_id is null and b.not_before <= v_now
        and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting'))
      or exists (select from autotag.batches b, autotag.provider_limits p
-       where b.state = 'submitted' and p.next_poll_at <= v_now) then
+       where b.state = 'submitted' and greatest(p.next_poll_at, p.ask_after) <= v_now) then
     perform pg_notify('autotag', 'batch');
   end if;
   update autotag.clock set ticked_at = v_now;

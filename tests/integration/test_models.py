@@ -288,14 +288,17 @@ async def test_what_the_provider_says_of_a_models_end_is_kept(wide: Library, mod
     async with worker(stack):
         await wide.finished(wide.enqueue(assets))
         await until(
-            lambda: wide.sql("select checked_at > '-infinity' as so from autotag.provider_limits")[0]["so"]
-            and any(e["path"] == asked_for and e["status"] for e in stack.simulator.book),
+            lambda: (
+                wide.sql("select checked_at > '-infinity' as so from autotag.provider_limits")[0]["so"]
+                and any(e["path"] == asked_for and e["status"] for e in stack.simulator.book)
+            ),
             "the check",
         )
         end = MODELS[model].shutdown_date if model in MODELS else None
         await until(
-            lambda: str(wide.sql("select shutdown_date from autotag.find_model(%s)", model)[0]["shutdown_date"])
-            == str(end),
+            lambda: (
+                str(wide.sql("select shutdown_date from autotag.find_model(%s)", model)[0]["shutdown_date"]) == str(end)
+            ),
             "the date",
         )
         await asyncio.to_thread(wide.sql, "select pg_notify('autotag', 'batch')")
@@ -344,7 +347,9 @@ def garbage() -> st.SearchStrategy[Any]:
     leaves = st.none() | st.booleans() | texts | st.integers() | st.sampled_from(
         [0, -1, 2**31, 2**63, 10**400, -(10**400), 0.5, 1e300, -1e300, 1e-300, "9" * 500, "NaN", "Infinity", "-1", ""]
     )  # fmt: skip
-    return st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=6)
+    return st.recursive(
+        leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=6
+    )
 
 
 def errors() -> st.SearchStrategy[Any]:

@@ -120,6 +120,7 @@ class Batch:
     input_file_id: str | None
     output_file_id: str | None
     error_file_id: str | None
+    keep_files: int | None = None  # seconds after which the provider is to delete its files; None: it takes no expiry
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,7 @@ class BatchClaim:
 
     ``poll`` are OpenAI ids to look at with the moment (epoch seconds) before which they were not created,
     ``cancel`` those to cancel first, ``files`` the files nobody needs any more. ``question`` is what to ask about these
-    batches; ``keep_files`` the seconds after which the provider is to delete our files (None: it takes no
-    expiry); ``look_up`` the model that the provider is to be asked about now.
+    batches; ``look_up`` the model that the provider is to be asked about now.
     """
 
     batches: list[Batch]
@@ -138,7 +138,6 @@ class BatchClaim:
     poll: dict[str, float] = field(default_factory=dict)
     cancel: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
-    keep_files: int | None = None
     look_up: str | None = None
 
 
@@ -270,7 +269,6 @@ class Database:
             cancel=row["cancel"] or [],
             files=row["files"],
             question=self._ask(row["question"]),
-            keep_files=row["keep_files"],
             look_up=row["look_up"],
         )
 

@@ -62,7 +62,6 @@ class BatchLane:
         self._wake = wake
         self._images = images
         self._client = client
-        self._keep_files: int | None = None
         self._slots = slots
         self._fetches = asyncio.Semaphore(fetches)
         self._max_bytes = max_bytes
@@ -80,7 +79,6 @@ class BatchLane:
                 await self._wake.pause(CLAIM_RETRY)
                 await self._db.release_unheld(batches=[batch.batch for batch in self._hands.values()])
                 continue
-            self._keep_files = claim.keep_files
             for batch in claim.batches:
                 task = asyncio.create_task(self._work(batch, claim.question))
                 self._hands[task] = batch
@@ -163,12 +161,8 @@ class BatchLane:
             endpoint="/v1/chat/completions",
             completion_window="24h",
             metadata={METADATA_KEY: batch.batch},
-            output_expires_after=self._expiry(),
+            output_expires_after=_expiry(batch),
         )
-
-    def _expiry(self) -> Any:
-        """When the provider deletes a file that nobody has deleted before."""
-        return {"anchor": "created_at", "seconds": self._keep_files} if self._keep_files else openai.omit
 
     async def _find(self, batch: Batch) -> OpenAIBatch | None:
         """The batch at OpenAI that carries this row's id, if it was created after all."""
@@ -204,12 +198,12 @@ class BatchLane:
             uploaded = await self._client.files.create(
                 file=(_file_name(batch), file),
                 purpose="batch",
-                expires_after=self._expiry(),
+                expires_after=_expiry(batch),
             )
         try:
             await self._db.batch_step(batch, "creating", uploaded.id)
         except NotHeld:
-            await self._delete(uploaded.id)  # cancelled meanwhile
+            await self._delete_files([uploaded.id])  # cancelled meanwhile
             raise
         return uploaded.id
 
@@ -286,12 +280,18 @@ class BatchLane:
         return list(seen.values())
 
     async def _look_up(self, model: str) -> None:
-        """Asks the provider when the model shuts down and whether it has a Batch API; what it leaves out we do too."""
+        """Asks the provider when the model shuts down and whether it has a Batch API; what it leaves out we do too.
+
+        Raises:
+            openai.APIError: it has no answer at the moment: it is asked again in ten minutes.
+        """
         facts: dict[str, Any] = {"model": model}
         try:
             found = await self._client.models.retrieve(model)
             facts["shutdown_date"] = getattr(found, "shutdown_date", None)
         except openai.APIStatusError as error:
+            if provider.classify(error).kind in ("transient", "rate_limit"):
+                raise
             log.info("model_not_described", model=model, status=error.status_code)
         try:
             await self._client.get("/batches", cast_to=httpx2.Response, options={"params": {"limit": 1}})
@@ -299,15 +299,23 @@ class BatchLane:
         except openai.APIStatusError as error:
             if error.status_code in NO_SUCH_ROUTE:
                 facts["batches"] = False
+            elif provider.classify(error).kind in ("transient", "rate_limit"):
+                raise
         notice = await self._db.provider_checked(facts)
         if notice:
             log.warning("model_shuts_down", message=notice)
 
     async def _cancel(self, batch_id: str) -> None:
-        """Asks OpenAI to stop a batch; one that has just ended cannot be, and the look at it says so."""
+        """Asks OpenAI to stop a batch; one that has just ended cannot be, and the look at it says so.
+
+        Raises:
+            openai.APIError: the provider asks to wait.
+        """
         try:
             await self._client.batches.cancel(batch_id)
         except openai.APIError as error:
+            if provider.classify(error).retry_after:
+                raise
             log.warning("batch_not_cancelled", openai_batch=batch_id, error=type(error).__name__)
 
     # -- when OpenAI is done with it
@@ -360,20 +368,23 @@ class BatchLane:
             log.warning("batch_lines_unreadable", batch=batch.batch, file=file_id, lines=unreadable)
 
     async def _delete_files(self, file_ids: list[str]) -> None:
-        deleted = [file_id for file_id in file_ids if await self._delete(file_id)]
+        deleted = []
+        for file_id in file_ids:
+            try:
+                await self._client.files.delete(file_id)
+            except openai.NotFoundError:
+                pass
+            except openai.APIError as error:
+                log.warning("file_not_deleted", file=file_id, error=type(error).__name__)
+                wait = provider.classify(error).retry_after
+                if not wait:
+                    continue
+                # The next look deletes the rest, not before the provider said.
+                await self._db.poll_trouble({"kind": "transient", "retry_after": wait})
+                break
+            deleted.append(file_id)
         if deleted:
             await self._db.files_deleted(deleted)
-
-    async def _delete(self, file_id: str) -> bool:
-        """Whether the file is gone now."""
-        try:
-            await self._client.files.delete(file_id)
-        except openai.NotFoundError:
-            return True
-        except openai.APIError as error:
-            log.warning("file_not_deleted", file=file_id, error=type(error).__name__)
-            return False
-        return True
 
 
 def _classify(error: openai.APIError) -> TaggingError:
@@ -386,6 +397,11 @@ def _classify(error: openai.APIError) -> TaggingError:
     ):  # fmt: skip
         return TaggingError("account", "no_batch_api", "The provider has no Batch API.", origin="provider")
     return found
+
+
+def _expiry(batch: Batch) -> Any:
+    """When the provider deletes a file that nobody has deleted before."""
+    return {"anchor": "created_at", "seconds": batch.keep_files} if batch.keep_files else openai.omit
 
 
 def _file_name(batch: Batch) -> str:

@@ -180,6 +180,7 @@ async def run(
     IN_FLIGHT.labels("realtime").set_function(lambda: len(hands))
     waited = SECONDS.labels("waited")
     full = False
+    bound: str | None = None
     gathering: asyncio.TimerHandle | None = None
     loop = asyncio.get_running_loop()
 
@@ -200,6 +201,13 @@ async def run(
                 claim = await db.claim(free)
                 wait = claim.wait
                 CLAIMS.labels(claim.bound or "nothing").inc()
+                if claim.bound == "outdone" != bound:
+                    log.warning(
+                        "other_workers_are_asked",
+                        hint="Workers with another OPENAI_BASE_URL or OPENAI_API_KEY are there. This one gets nothing "
+                        "while they are and nothing is wrong with theirs.",
+                    )
+                bound = claim.bound
             except psycopg.Error as error:
                 log.error("claim_failed", error=str(error).strip())
                 await wake.pause(CLAIM_RETRY)
