@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections import defaultdict
 from decimal import Decimal
 from typing import Any
 
-import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from autotag.errors import KINDS
-from autotag_local.openai_sim.models import MODELS, dollars
+from autotag_local.openai_sim.models import MODELS
 from support import (
     Library,
-    answered_pictures,
     asked,
     audit,
     check_asked_once,
@@ -164,7 +163,7 @@ async def test_a_cut_off_answer_is_asked_again_with_more_room_and_its_neighbours
     assert any(len(tries) > 1 for tries in grown.values()), "no answer was cut off, so this shows nothing"
     assert any(e["method"] == "BATCH" and e["usage"]["completion_tokens"] == e["cap"] for e in paid(stack))
     for tries in grown.values():
-        assert all(a < b for a, b in zip(tries, tries[1:], strict=False)), tries
+        assert all(a < b for a, b in itertools.pairwise(tries)), tries
     check_money(stack)
     audit(stack)
 
@@ -198,7 +197,7 @@ async def test_an_answer_that_no_cap_is_enough_for_fails_with_a_sentence_and_the
     assert assets[-1] in notice["notice"]
     assert "2000 tokens, the most that settings.max_output_tokens allows" in notice["notice"]
     tries = next(tries for tries in caps(wide).values() if len(tries) > 1)
-    assert all(a < b for a, b in zip(tries, tries[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(tries))
     assert tries[-1] == 2000
     assert len(paid(stack)) == size - 1 + len(tries)
     check_money(stack)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +14,6 @@ from structlog.testing import capture_logs
 from autotag_local.openai_sim.app import Plan
 from autotag_local.openai_sim.faults import Fault
 from autotag_local.postgres import free_port
-from autotag_local.stack import Stack
 from support import Library, asked, audit, check_asked_once, check_money, paid, pictures, refused, until, widen, worker
 
 SPEED = 4  # of autotag's clock, where a test has to wait for the next probe

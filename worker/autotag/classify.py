@@ -267,7 +267,7 @@ def classify_status(status: int, body: object, headers: Mapping[str, str]) -> Ta
     for rule in RULES:
         if (rule.statuses is None or status in rule.statuses) and rule.pattern.search(complaint.words):
             return _by_rule(rule, said, code, error)
-    if status in TRANSIENT_STATUSES or status >= 500 and status != 501:
+    if status in TRANSIENT_STATUSES or (status >= 500 and status != 501):
         return error("transient", "provider_error", "The AI service had a problem.")
     if status in (401, 402, 403, 404, 405, 410, 413, 501):
         return error("account", code or f"http_{status}", f"The provider refused the request ({status}): {said}")
