@@ -19,6 +19,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ pytest.importorskip("llmock")
 RATES = {429: 0.15, 500: 0.10, 503: 0.10, 408: 0.03}
 # llmock draws its faults from Python's own generator and has no option for the seed.
 SEEDED = "import random; random.seed({seed}); from llmock.cli import app; app()"
-WORKSPACES, IMAGES = 4, 18  # an upload of 18 goes by single calls: llmock's batches have nothing to do with its faults
+WORKSPACES, IMAGES = 4, 12  # an upload of 12 goes by single calls: llmock's batches have nothing to do with its faults
 LLMOCK_TAG, LLMOCK_CAPTION = "mock-tag", "mock-caption"  # what it makes of our JSON schema
 
 
@@ -95,17 +96,20 @@ async def upload_everything(stack: Stack) -> list[tuple[Library, list[str], dict
     return uploads
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 async def test_a_stranger_finds_no_fault_with_how_calls_are_tried_again(
     stack: Stack, tmp_path: Path, seed: int
 ) -> None:
     """15 % 429, 10 % 500, 10 % 503 and 3 % 408: every image is tagged, and the strict verdict is clean."""
     stack.configure(
-        realtime_requests_per_minute=1000, realtime_tokens_per_minute=10_000_000, chunk_delay="0.1 s", retry_delay="0.1 s",
-        max_failures=20,
+        realtime_requests_per_minute=1000, realtime_tokens_per_minute=10_000_000, chunk_delay="0.1 s", retry_delay="4 s",
+        max_failures=20, min_output_tokens=400, max_output_tokens=400,  # learning would change the body of a second try
     )  # fmt: skip
     rates = [option for status, rate in RATES.items() for option in ("--error-rate", f"{status}={rate}")]
     async with llmock(seed, tmp_path / "llmock.log", *rates, "--latency-ms", "20") as url:
+        # As a provider that has answered before and was asked about the model today: llmock knows none.
+        replace(stack, openai_url=f"{url}/v1").prove()
+        Library(stack).sql("update autotag.provider_limits set checked_at = now()")
         async with worker(stack, openai_base_url=f"{url}/v1"):
             uploads = await upload_everything(stack)
             for library, _, told in uploads:
