@@ -37,6 +37,9 @@
 -- Locks are taken in one order everywhere: provider row, workspaces by id (a workspace's lock also covers
 -- its queues), windows by workspace, jobs by id, batches by id, tasks by id, assets.
 
+-- Every function fixes its search_path to pg_catalog, pg_temp (the adapter's to the host's schemas before pg_temp), and
+-- every name outside pg_catalog is written with its schema.
+
 create schema if not exists autotag;
 revoke all on schema autotag from public;
 
@@ -52,7 +55,7 @@ grant usage on schema autotag to authenticated, service_role, autotag_worker;
 
 -- The seven stages in order. A pass only moves forward through them; completed and failed end it.
 create function autotag.stage_rank(stage text) returns integer
-language sql immutable parallel safe set search_path = ''
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select case stage
     when 'queued' then 1 when 'preparing' then 2 when 'submitted' then 3 when 'processing' then 4
@@ -82,7 +85,7 @@ insert into autotag.error_kinds values
 create function autotag.refuse(
   p_status integer, p_code text, p_message text, p_hint text, p_detail jsonb default '{}'
 ) returns void
-language plpgsql set search_path = ''
+language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise exception using

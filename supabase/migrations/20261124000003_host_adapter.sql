@@ -20,9 +20,13 @@ alter table public.assets
     ('queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed')) not valid,
   add constraint assets_tagging_progress_check check (tagging_progress between 0 and 100) not valid;
 
+-- Functions that touch the host's tables search its schemas too (`public, extensions`), because triggers and policies of
+-- yours run inside. pg_temp comes last everywhere: where it is not named, Postgres looks there first for types, so that
+-- whoever calls a function could put a type of their own in the place of jsonb, and their code would run as its owner.
+
 -- Whether the caller may act for a workspace. Called by every RPC and by the policies of Realtime topics.
 create function autotag.is_member(p_workspace_id uuid) returns boolean
-language sql stable security definer set search_path = ''
+language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
   select exists (  -- host: members
     select from public.workspace_members m
@@ -37,7 +41,7 @@ $$;
 -- in the answer is an image that does not exist (any more).
 create function autotag.describe_assets(p_asset_ids uuid[])
 returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url text)
-language plpgsql stable security definer set search_path = '' set plan_cache_mode = 'force_custom_plan'
+language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_seqscan = on
 as $$
 begin
@@ -53,7 +57,7 @@ end $$;
 -- The next images of a workspace, by id after p_after, that are not being tagged; p_untagged: only those without tags.
 create function autotag.list_assets(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
 returns uuid[]
-language sql stable security definer set search_path = ''
+language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
   select coalesce(array_agg(x.id order by x.id), '{}')
   from (
@@ -68,7 +72,7 @@ $$;
 -- id, the same ones every time. tags: a JSON array.
 create function autotag.tagged_assets(p_workspace_id uuid, p_limit integer)
 returns table (asset_id uuid, tags jsonb, result jsonb)
-language sql stable security definer set search_path = ''
+language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
   with tagged as (
     select a.id as id, row_number() over (order by a.id) as place, count(*) over () as found
@@ -88,7 +92,7 @@ $$;
 -- p_asset_ids[i] and is {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}; its tags are normalised, the surest
 -- first.
 create function autotag.store_tags(p_asset_ids uuid[], p_results jsonb[]) returns void
-language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_custom_plan'
+language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_seqscan = on
 as $$
 begin
@@ -106,7 +110,7 @@ end $$;
 create function autotag.show_stage(
   p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz default null, p_errors text[] default null
 ) returns void
-language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_custom_plan'
+language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_seqscan = on
 as $$
 begin
@@ -124,7 +128,7 @@ end $$;
 
 -- Automatic mode's half on the host's table: what one statement inserted is collected (`automatic`).
 create function autotag.collect_inserted() returns trigger
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform autotag.collect(array(select a.id from added a));
@@ -134,7 +138,7 @@ end $$;
 -- Turns automatic mode on or off: the trigger is there only while it is on, so that off costs nothing.
 --   select autotag.set_automatic(true);
 create function autotag.set_automatic(p_on boolean) returns void
-language plpgsql set search_path = ''
+language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
   drop trigger if exists autotag_collect on public.assets;

@@ -23,6 +23,7 @@ create table autotag.settings (
   batch_batches_per_hour integer not null default 10 check (batch_batches_per_hour > 0),  -- batches that a workspace may start
   batch_images_per_hour integer not null default 5000 check (batch_images_per_hour > 0),  -- their images
   realtime_max_wait interval not null default '10 min' check (realtime_max_wait > '0'),  -- single calls that would wait longer go by the Batch API instead
+  members_may_take boolean not null default false,  -- whether members may call check_rate_limit, which takes; peek_rate_limit is theirs anyway
   -- What may pass between the release of a call and its arrival at the provider: so much of the provider's bucket is
   -- never used, because a bucket that was full meanwhile has not refilled.
   provider_margin interval not null default '0.25 s' check (provider_margin between '0' and '10 s'),
@@ -78,7 +79,7 @@ alter table autotag.settings enable row level security;
 -- (`alter database … set autotag.speed = 10`). In plpgsql, as all that is called often: its plans are kept, while
 -- a function in SQL that cannot be inlined is planned with every call.
 create function autotag.speed() returns double precision
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if not (select s.test_clock from autotag.settings s) then
@@ -89,7 +90,7 @@ end $$;
 
 -- The time, everywhere in autotag. It moves within a transaction, so that a lock waited for counts.
 create function autotag.now() returns timestamptz
-language plpgsql volatile security definer set search_path = ''
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if not (select s.test_clock from autotag.settings s) then
@@ -101,7 +102,7 @@ end $$;
 
 -- Seconds that a worker has to wait for what is so far away on autotag's clock, and the other way round.
 create function autotag.real_seconds(p_interval interval) returns double precision
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return extract(epoch from p_interval) / autotag.speed();
@@ -109,14 +110,14 @@ end $$;
 
 -- A moment of autotag's clock as others count it: epoch seconds.
 create function autotag.real_epoch(p_moment timestamptz) returns double precision
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return extract(epoch from clock_timestamp()) - autotag.real_seconds(autotag.now() - p_moment);
 end $$;
 
 create function autotag.clock_interval(p_real_seconds double precision) returns interval
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return make_interval(secs => p_real_seconds * autotag.speed());

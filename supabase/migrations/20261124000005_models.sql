@@ -58,7 +58,7 @@ insert into autotag.models (name, input_price, cached_price, output_price, reaso
 
 -- Whether a row of this name stands for a model.
 create function autotag.names_model(p_row text, p_model text) returns boolean
-language sql immutable parallel safe set search_path = ''
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select p_model = p_row
     or right(p_row, 1) = '*' and starts_with(p_model, left(p_row, -1))
@@ -67,7 +67,7 @@ $$;
 
 -- The row that stands for a model; all null when there is none.
 create function autotag.find_model(p_model text) returns autotag.models
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_row autotag.models;
@@ -85,7 +85,7 @@ end $$;
 create function autotag.price_tokens(
   p_model text, p_tier text, p_input numeric, p_cached numeric, p_cache_write numeric, p_output numeric
 ) returns numeric
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   m autotag.models := autotag.find_model(p_model);
@@ -104,7 +104,7 @@ end $$;
 
 -- Everything that is asked of a model besides the picture, as workers get it. p_effort null: that of the model's row.
 create function autotag.question_for(p_model text, p_effort text default null) returns jsonb
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
@@ -124,7 +124,7 @@ end $$;
 -- The same of the model in use. It is derived whenever somebody asks (sync_question), so that one UPDATE of settings or
 -- models is all it takes to change it.
 create function autotag.describe_question() returns jsonb
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return autotag.question_for((select s.model from autotag.settings s));
@@ -132,7 +132,7 @@ end $$;
 
 -- Wakes the workers: their next claim notices what has changed.
 create function autotag.announce_change() returns trigger
-language plpgsql set search_path = ''
+language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform pg_notify('autotag', 'realtime');
@@ -147,7 +147,7 @@ create trigger autotag_announce after insert or update or delete on autotag.mode
 -- The provider refused a parameter: the model's row takes the next form that is known. False: there is none, or somebody
 -- holds the row. A model without a row gets one (without prices).
 create function autotag.degrade_model(p_model text, p_parameter text) returns boolean
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   m autotag.models := autotag.find_model(p_model);
@@ -198,14 +198,14 @@ alter table autotag.learned enable row level security;
 
 -- The size a count of tokens is kept as: the next of those that are 2 % apart.
 create function autotag.token_size(p_tokens integer) returns integer
-language sql immutable parallel safe set search_path = ''
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select case when p_tokens <= 50 then greatest(p_tokens, 1) else ceil(power(1.02, ceil(ln(p_tokens) / ln(1.02) - 0.000001)))::integer end
 $$;
 
 -- The weights after new counts: each new one makes the old ones fade by its share of the memory (in answers).
 create function autotag.blend(p_old jsonb, p_counts integer[], p_memory integer) returns jsonb
-language sql immutable set search_path = ''
+language sql immutable set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(jsonb_object_agg(b.size, b.weight), '{}')
   from (
@@ -220,7 +220,7 @@ $$;
 
 -- The size that a share of the weights does not exceed; null without any.
 create function autotag.quantile(p_weights jsonb, p_share double precision) returns integer
-language sql immutable set search_path = ''
+language sql immutable set search_path = pg_catalog, pg_temp
 as $$
   select min(s.size) from (
     select w.key::integer as size, sum(w.value::double precision) over (order by w.key::integer) as upto,
@@ -230,7 +230,7 @@ as $$
 $$;
 
 create function autotag.mean_size(p_weights jsonb) returns integer
-language sql immutable set search_path = ''
+language sql immutable set search_path = pg_catalog, pg_temp
 as $$
   select round(sum(w.key::integer * w.value::double precision) / sum(w.value::double precision))::integer
   from jsonb_each_text(p_weights) w
@@ -240,7 +240,7 @@ $$;
 -- picture, which costs the most. The worker sends 512 pixels a side for detail low and 2,048 for high. A model without a
 -- row counts like the dearest (gpt-4o-mini).
 create function autotag.guess_prompt(p_question jsonb) returns integer
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   m autotag.models := autotag.find_model(p_question ->> 'model');
@@ -255,7 +255,7 @@ end $$;
 -- First guess of the tokens that an answer may need: some 30 a tag, and what thinking takes. OpenAI names no figures for
 -- the efforts; these are generous, because an answer that is cut off is paid for and of no use.
 create function autotag.guess_output(p_question jsonb) returns integer
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   m autotag.models := autotag.find_model(p_question ->> 'model');

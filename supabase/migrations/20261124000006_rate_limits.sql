@@ -82,7 +82,7 @@ alter table autotag.provider_limits enable row level security;
 -- How long a window is, and what one workspace may do in it.
 create function autotag.window_limits(p_workspace_id uuid, p_request_type text)
 returns table (length interval, max_requests integer, max_units integer)
-language sql stable set search_path = ''
+language sql stable set search_path = pg_catalog, pg_temp
 as $$
   select case p_request_type when 'realtime' then interval '1 min' else interval '1 h' end,
          coalesce(w.max_requests, case p_request_type
@@ -105,7 +105,7 @@ create function autotag.admit(
   p_workspace_id uuid, p_request_type text, p_wanted integer, p_units_each integer, p_partial boolean,
   out admitted integer, out retry_at timestamptz, out at timestamptz, p_take boolean default true
 )
-language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan'
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
   v_ctid tid;                  -- the version of the window's row that was read; null: it has none yet
@@ -210,7 +210,7 @@ end $$;
 create function autotag.correct_window(
   p_workspace_id uuid, p_request_type text, p_at timestamptz, p_requests_delta integer, p_units_delta integer
 ) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   update public.workspace_rate_limits w
@@ -226,7 +226,7 @@ end $$;
 -- was released but has not been sent yet (its image is still being fetched) is still in the provider's bucket: that
 -- one is full, and does not refill, when ours and the unsent together are.
 create function autotag.refill(p_provider autotag.provider_limits, p_now timestamptz) returns autotag.provider_limits
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   -- A bucket that was never used is full; so is one that has not been used for a day.
@@ -250,7 +250,7 @@ end $$;
 
 -- The same of what the database holds, to look at.
 create function autotag.refilled_provider(p_now timestamptz) returns autotag.provider_limits
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits;
@@ -261,7 +261,7 @@ end $$;
 
 -- And to decide by: every caller of the provider passes through here first, and the row's lock makes admission serial.
 create function autotag.lock_provider() returns autotag.provider_limits
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits;
@@ -270,18 +270,28 @@ begin
   return autotag.refill(v_provider, autotag.now());
 end $$;
 
+-- A number that a worker reports, made sure of: null for what is none, else within bounds that make sense.
+create function autotag.check_number(p_report jsonb, p_name text, p_least double precision, p_most double precision)
+returns double precision
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select case when jsonb_typeof(p_report -> p_name) = 'number'
+    then least(greatest((p_report ->> p_name)::numeric, p_least::numeric), p_most::numeric)::double precision end
+$$;
+
 -- A worker has sent so many of the calls that were released to it (or will not send them at all), the first of
 -- them so many seconds ago. Had the bucket been full until then, it has refilled since. Locks the provider row.
 create function autotag.note_sent(p_worker uuid, p_calls integer, p_age double precision) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.lock_provider();
   v_share double precision := (select 1 - extract(epoch from s.provider_margin) / 60 from autotag.settings s);
   v_unsent integer := (select coalesce(sum(w.unsent), 0) from autotag.workers w);
-  v_minutes double precision := extract(epoch from autotag.clock_interval(p_age)) / 60;
+  v_minutes double precision := extract(epoch from autotag.clock_interval(least(greatest(p_age, 0), 3600))) / 60;
 begin
-  update autotag.workers w set unsent = greatest(0, w.unsent - p_calls) where w.id = p_worker;
+  -- It cannot have sent more than it was given, nor before the last refill that could matter.
+  update autotag.workers w set unsent = greatest(0, w.unsent - greatest(p_calls, 0)) where w.id = p_worker;
   update autotag.provider_limits p
   set requests_left = v_provider.requests_left + case
         when v_provider.requests_left >= v_provider.requests_per_minute * v_share - v_unsent
@@ -299,14 +309,16 @@ end $$;
 -- (another program may use the same key), a changed limit is adopted, and retry-after holds for everybody.
 -- Returns what changed, as a sentence for the log, or null. Locks the provider row.
 create function autotag.observe_provider(p_seen jsonb) returns text
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.lock_provider();
-  v_requests integer := coalesce((p_seen ->> 'requests_limit')::integer, v_provider.requests_per_minute);
-  v_tokens integer := coalesce((p_seen ->> 'tokens_limit')::integer, v_provider.tokens_per_minute);
+  -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (its guide "Rate limits")
+  v_requests integer := coalesce(autotag.check_number(p_seen, 'requests_limit', 1, 1000000), v_provider.requests_per_minute);
+  v_tokens integer := coalesce(autotag.check_number(p_seen, 'tokens_limit', 1, 2000000000), v_provider.tokens_per_minute);
   v_minutes double precision := extract(epoch from
-    autotag.clock_interval(coalesce((p_seen ->> 'age')::double precision, 0))) / 60;
+    autotag.clock_interval(coalesce(autotag.check_number(p_seen, 'age', 0, 3600), 0))) / 60;
+  v_retry_after double precision := autotag.check_number(p_seen, 'retry_after', 0, 3600);
 begin
   update autotag.provider_limits p
   set requests_per_minute = v_requests,
@@ -314,19 +326,17 @@ begin
       -- the daily cap is tier 1's; a higher limit a minute is a higher tier
       requests_per_day = case when v_requests > p.requests_per_minute then null else p.requests_per_day end,
       requests_left = least(v_provider.requests_left + greatest(v_requests - p.requests_per_minute, 0),
-        (p_seen ->> 'requests_left')::double precision + v_minutes * v_requests),
+        autotag.check_number(p_seen, 'requests_left', 0, v_requests) + v_minutes * v_requests),
       tokens_left = least(v_provider.tokens_left + greatest(v_tokens - p.tokens_per_minute, 0),
-        (p_seen ->> 'tokens_left')::double precision + v_minutes * v_tokens),
+        autotag.check_number(p_seen, 'tokens_left', 0, v_tokens) + v_minutes * v_tokens),
       day_left = v_provider.day_left,
       refilled_at = v_provider.refilled_at,
-      blocked_until = greatest(p.blocked_until,
-        v_provider.refilled_at + autotag.clock_interval(case when (p_seen ->> 'retry_after')::double precision > 3600
-          then 3600 else (p_seen ->> 'retry_after')::double precision end)),
+      blocked_until = greatest(p.blocked_until, v_provider.refilled_at + autotag.clock_interval(v_retry_after)),
       limited_since = case
-        when p_seen ->> 'retry_after' is null then p.limited_since
+        when v_retry_after is null then p.limited_since
         when p.limited_since is not null and p.limited_at > v_provider.refilled_at - interval '1 min' then p.limited_since
         else v_provider.refilled_at end,
-      limited_at = case when p_seen ->> 'retry_after' is null then p.limited_at else v_provider.refilled_at end,
+      limited_at = case when v_retry_after is null then p.limited_at else v_provider.refilled_at end,
       has_rate_headers = case when p_seen ? 'tokens_limit' or p_seen ? 'requests_limit' then true else p.has_rate_headers end;
   return case when (v_requests, v_tokens) <> (v_provider.requests_per_minute, v_provider.tokens_per_minute)
     then format('The provider''s limits are %s requests and %s tokens a minute now (they were %s and %s).',
@@ -335,7 +345,7 @@ end $$;
 
 -- Gives back to the bucket what calls did not take from the provider's. Locks the provider row.
 create function autotag.refund_provider(p_requests integer, p_tokens bigint) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   update autotag.provider_limits
@@ -345,7 +355,7 @@ end $$;
 
 -- Stops both lanes until a probe succeeds; every task stays queued. Locks the provider row.
 create function autotag.stop_account(p_error text, p_from text default 'provider') returns void
-language sql security definer set search_path = ''
+language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   update autotag.provider_limits
   set account_error = left(p_error, 1000), account_error_from = p_from,
@@ -355,7 +365,7 @@ $$;
 
 -- What was in trouble works again: everything does (p_from null: a call has succeeded), or the part that stopped the lanes.
 create function autotag.resume_account(p_from text default null) returns void
-language sql security definer set search_path = ''
+language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   update autotag.provider_limits
   set account_error = null, account_error_from = null, account_error_at = null, probe_at = null,
@@ -368,7 +378,7 @@ $$;
 -- are enough answers, the first guess. A few answers are trusted with a margin (2 / answers): ten may not have shown the
 -- largest. The caller holds the provider row.
 create function autotag.estimate_tokens(p_provider autotag.provider_limits) returns autotag.provider_limits
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
@@ -407,7 +417,7 @@ end $$;
 -- Notices that something else is asked than before (settings or models were changed): it has to prove itself, unless only
 -- its words have changed, and what it costs is estimated anew. Every claim passes here. The caller holds the provider row.
 create function autotag.sync_question(p_provider autotag.provider_limits) returns autotag.provider_limits
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_question jsonb := autotag.describe_question();
@@ -436,7 +446,7 @@ end $$;
 -- Learns from what answers to a question (null: the present one) used: their prompts' and answers' tokens, in parallel. The
 -- caller holds the provider row.
 create function autotag.learn(p_inputs integer[], p_outputs integer[], p_question jsonb default null) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits;

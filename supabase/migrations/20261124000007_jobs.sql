@@ -36,6 +36,7 @@ create table autotag.jobs (
 create index jobs_workspace_id_idx on autotag.jobs (workspace_id, created_at);
 create index jobs_finished_at_idx on autotag.jobs (finished_at);
 create index jobs_live_idx on autotag.jobs (workspace_id) where finished_at is null;
+create index jobs_live_user_idx on autotag.jobs (user_id) where finished_at is null;
 alter table autotag.jobs enable row level security;
 
 -- The single calls of one job that wait to be released, in upload order behind a cursor: what lies at or
@@ -97,7 +98,7 @@ alter table autotag.tasks enable row level security;
 -- more are made than their size needs.
 create function autotag.plan_batches(p_images integer, p_batches_left integer, p_window_images integer)
 returns integer
-language sql stable security definer set search_path = ''
+language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select ceil(p_images / ceil(p_images::numeric / greatest(
     ceil(p_images::numeric / greatest(1, least(
@@ -110,7 +111,7 @@ $$;
 
 -- The strategy table: what happens with an upload of so many images. A provider without a Batch API gets single calls.
 create function autotag.choose_strategy(p_images integer) returns text
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (select case
@@ -123,7 +124,7 @@ end $$;
 
 -- Seconds that an upload is expected to take when its workspace is otherwise idle.
 create function autotag.estimate_seconds(p_images integer, p_batches integer) returns double precision
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
@@ -143,7 +144,7 @@ end $$;
 
 -- What waits for single calls.
 create function autotag.count_waiting(out workspaces bigint, out images bigint)
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   select count(*), coalesce(sum(w.queued), 0) into workspaces, images from autotag.workspaces w where w.queued > 0;
@@ -154,7 +155,7 @@ end $$;
 -- it takes the longer, the more of them there are).
 create function autotag.predict_wait(p_workspace_id uuid, p_images integer, p_counted boolean default false)
 returns interval
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();

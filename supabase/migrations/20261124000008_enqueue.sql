@@ -2,7 +2,7 @@
 
 -- Refuses a number of images that no upload can have.
 create function autotag.check_image_count(p_images integer) returns void
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_most integer := (select s.job_max_images from autotag.settings s);
@@ -20,7 +20,7 @@ end $$;
 -- Whether the caller is trusted with every workspace: the service role over HTTP, or a direct connection
 -- behind which stands no user (no JWT claims, and neither the API's login role nor a role it becomes).
 create function autotag.is_service() returns boolean
-language plpgsql stable set search_path = ''
+language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_claims text := nullif(current_setting('request.jwt.claims', true), '');
@@ -32,7 +32,7 @@ begin
 end $$;
 
 create function autotag.check_member(p_workspace_id uuid) returns void
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_workspace_id is null then
@@ -48,7 +48,7 @@ end $$;
 -- The caller holds the workspace's lock.
 create function autotag.add_queued(p_workspace_id uuid, p_job_id uuid, p_count integer, p_before_task bigint)
 returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_count = 0 then
@@ -68,7 +68,7 @@ end $$;
 -- Takes the workspace's lock; its row is made when this is its first work, or again when housekeeping forgot it while we
 -- waited for its lock.
 create function autotag.lock_workspace(p_workspace_id uuid) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   loop
@@ -80,7 +80,7 @@ end $$;
 
 -- How many more images of a workspace may be live at the same time.
 create function autotag.live_room(p_workspace_id uuid) returns integer
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (select s.live_images_max from autotag.settings s) - coalesce((
@@ -91,7 +91,7 @@ end $$;
 -- Refuses an upload that would make too many images of its workspace live at the same time; retry_after is
 -- when enough of them are expected to be done. The caller holds the workspace.
 create function autotag.check_live_room(p_workspace_id uuid, p_images integer) returns void
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_room integer := autotag.live_room(p_workspace_id);
@@ -115,14 +115,13 @@ end $$;
 -- enqueue_tagging: one upload becomes one job. Idempotent for images that are being tagged already: they are
 -- skipped. Locks the workspace (so that two calls for the same images follow each other), then writes.
 create function autotag.enqueue(p_asset_ids uuid[]) returns jsonb
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_found integer;
   v_asked integer;
   v_missing uuid[];
-  v_workspaces uuid[];
-  v_workspace uuid;
+  v_workspaces uuid[];         -- theirs that the caller may act for
 begin
   if array_ndims(p_asset_ids) > 1 or array_position(p_asset_ids, null) is not null then
     perform autotag.refuse(400, 'bad_asset_ids', 'asset_ids must be a plain list of ids.',
@@ -130,22 +129,21 @@ begin
   end if;
   perform autotag.check_image_count(cardinality(p_asset_ids));
 
-  select count(*), array_agg(distinct d.workspace_id)
-  into v_found, v_workspaces
-  from autotag.describe_assets(p_asset_ids) d;
+  -- Somebody else's image is as unknown as one that never was: what exists where is no secret worth telling.
+  select array_agg(w.id) into v_workspaces
+  from (select distinct d.workspace_id as id from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null) w
+  where autotag.is_service() or autotag.is_member(w.id);
+  select count(*) into v_found from autotag.describe_assets(p_asset_ids) d where d.workspace_id = any (v_workspaces);
   select count(distinct id) into v_asked from unnest(p_asset_ids) id;
   if v_found < v_asked then
     select array_agg(id) into v_missing from (
       select distinct id from unnest(p_asset_ids) id
-      except select d.asset_id from autotag.describe_assets(p_asset_ids) d
+      except select d.asset_id from autotag.describe_assets(p_asset_ids) d where d.workspace_id = any (v_workspaces)
       order by 1 limit 5) m;
     perform autotag.refuse(404, 'unknown_asset',
       format('%s of the %s images do not exist.', v_asked - v_found, v_asked),
       'Insert the assets before you enqueue them.', jsonb_build_object('asset_ids', v_missing));
   end if;
-  foreach v_workspace in array v_workspaces loop
-    perform autotag.check_member(v_workspace);
-  end loop;
   if cardinality(v_workspaces) > 1 then
     perform autotag.refuse(400, 'several_workspaces', 'The images belong to more than one workspace.',
       'Make one upload for each workspace.', jsonb_build_object('workspace_ids', v_workspaces));
@@ -157,7 +155,7 @@ end $$;
 -- Makes a job of those of these images that are not live already. All of them are of this workspace, which the
 -- caller has locked. Locks: tasks and batches are new, assets.
 create function autotag.start_job(p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[]) returns jsonb
-language plpgsql security definer set search_path = '' set random_page_cost = 1.1
+language plpgsql security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
 as $$
 declare
   v_settings autotag.settings;
@@ -261,7 +259,7 @@ end $$;
 
 -- The traceparent header of the HTTP request behind this call, if it had one that is well-formed.
 create function autotag.request_traceparent() returns text
-language plpgsql stable set search_path = ''
+language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_headers text := nullif(current_setting('request.headers', true), '');
@@ -276,7 +274,7 @@ end $$;
 
 -- The job, or the refusal that it does not exist or is not the caller's.
 create function autotag.visible_job(p_job_id uuid) returns autotag.jobs
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job autotag.jobs;
@@ -292,7 +290,7 @@ end $$;
 -- cancel_tagging: what has not gone to OpenAI fails with the code `cancelled`; what is there already (and
 -- paid for) is cancelled there by a worker, and its answers are still kept.
 create function autotag.cancel(p_job_id uuid) returns jsonb
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job autotag.jobs := autotag.visible_job(p_job_id);
@@ -332,7 +330,7 @@ end $$;
 
 -- retry_tagging: the images of a job that failed, again, as a new job.
 create function autotag.retry(p_job_id uuid) returns jsonb
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job autotag.jobs := autotag.visible_job(p_job_id);

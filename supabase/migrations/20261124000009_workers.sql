@@ -18,7 +18,7 @@ alter table autotag.workers enable row level security;
 
 -- Refuses a worker of another version than the schema's: their first two numbers have to be the same.
 create function autotag.check_version(p_version text) returns void
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_worker integer[] := (regexp_match(p_version, '^(\d+)\.(\d+)'))::integer[];
@@ -39,7 +39,7 @@ end $$;
 create function autotag.register_worker(
   p_worker uuid, p_host text, p_version text, p_listening boolean, p_base_url text default null, p_fingerprint text default null
 ) returns jsonb
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
@@ -65,7 +65,7 @@ end $$;
 
 -- What a worker needs of the settings, as JSON; seconds where the name says so.
 create function autotag.worker_settings() returns jsonb
-language sql stable security definer set search_path = ''
+language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(
     'batch_max_bytes', s.batch_max_bytes, 'lease_seconds', autotag.real_seconds(s.lease))
@@ -75,7 +75,7 @@ $$;
 -- Extends the worker's lease and runs tick() when nobody else has (no pg_cron). False: the lease had run
 -- out, what it held is somebody else's now, and it has to register again.
 create function autotag.heartbeat(p_worker uuid) returns boolean
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
@@ -96,7 +96,7 @@ end $$;
 -- Whether a worker may be given something: not when its lease has run out, because what it got then nobody would take
 -- back should it never return. Nor can it run out before the caller's transaction ends. Locks the worker's row.
 create function autotag.hold_lease(p_worker uuid) returns boolean
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform from autotag.workers w where w.id = p_worker for key share skip locked;
@@ -108,7 +108,7 @@ end $$;
 -- another way gets nothing meanwhile, because a worker with a wrong address fails fast: it would take more images than all
 -- the others, and each of them would count a failure.
 create function autotag.is_outdone(p_worker uuid, p_provider autotag.provider_limits) returns boolean
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return exists (select from autotag.workers w where w.id = p_worker and w.fingerprint <> p_provider.fingerprint)
@@ -118,7 +118,7 @@ end $$;
 -- These workers have met trouble of the account: if it was they whose turn it is, the next probe is of those that ask in
 -- another way, if there are any. The caller holds the provider row.
 create function autotag.pass_turn(p_workers uuid[]) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_fingerprint text := (select p.fingerprint from autotag.provider_limits p);
@@ -142,7 +142,7 @@ end $$;
 
 -- The tasks that a worker holds: among those that were released and are not finished, of uploads that are not.
 create function autotag.held_tasks(p_worker uuid) returns bigint[]
-language sql stable security definer set search_path = ''
+language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(array_agg(t.id), '{}')
   from autotag.queues q
@@ -156,7 +156,7 @@ $$;
 -- Locks: workspaces, jobs, batches, tasks.
 create function autotag.give_back(p_worker uuid, p_keep_tasks bigint[], p_keep_batches uuid[], p_lost boolean)
 returns integer
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_tasks bigint[] := array(
@@ -187,7 +187,7 @@ end $$;
 
 -- A worker stops: everything it holds goes back at once.
 create function autotag.release_worker(p_worker uuid) returns integer
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_count integer := autotag.give_back(p_worker, '{}', '{}', false);
@@ -199,7 +199,7 @@ end $$;
 -- A worker that never saw the answer to a claim (the connection broke) names what it has in hand; null for
 -- the kind that is not in question.
 create function autotag.release_unheld(p_worker uuid, p_tasks bigint[], p_batches uuid[]) returns integer
-language sql security definer set search_path = ''
+language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   update autotag.workers w set unsent = 0 where w.id = p_worker and p_tasks is not null;
   select autotag.give_back(p_worker, p_tasks, p_batches, false)
@@ -207,7 +207,7 @@ $$;
 
 -- Gives back what workers held whose lease has run out. Called by tick().
 create function autotag.expire_workers() returns integer
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_worker uuid;

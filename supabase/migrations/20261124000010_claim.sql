@@ -3,7 +3,7 @@
 -- Puts parked tasks whose time has come back into their queues. The caller holds the provider row.
 -- Locks: workspaces, tasks.
 create function autotag.unpark(p_now timestamptz) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_due bigint[] := array(select t.id from autotag.tasks t where t.retry_at <= p_now);
@@ -49,7 +49,7 @@ create function autotag.claim(
   p_worker uuid, p_slots integer, out tasks json, out wait double precision, out bound text,
   p_question bigint default null, out question jsonb
 )
-language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
   set enable_seqscan = off set jit = off
 as $$
 declare
@@ -216,7 +216,7 @@ create function autotag.release_tasks(
   p_workspace autotag.workspaces, p_worker uuid, p_room integer, p_turn integer, p_provider autotag.provider_limits,
   p_tokens_left double precision, p_now timestamptz, out ids bigint[], out tokens bigint
 )
-language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan'
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
   v_settings autotag.settings;

@@ -18,7 +18,7 @@ create type autotag.answer as (
 -- An error as a worker reports it, made sure of: its kind is one of error_kinds, texts are short, waits make sense. What
 -- has no error has to have a result that can be stored (p_result).
 create function autotag.check_error(p_error jsonb, p_result jsonb default '{"tags": []}') returns jsonb
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_error is null or jsonb_typeof(p_error) = 'null' then
@@ -39,7 +39,7 @@ end $$;
 
 -- A count of tokens as a worker reports it: none is negative or beyond what one answer can have.
 create function autotag.check_tokens(p_usage jsonb, p_name text) returns integer
-language sql immutable parallel safe set search_path = ''
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select case when jsonb_typeof(p_usage -> p_name) = 'number'
     then least(greatest((p_usage ->> p_name)::numeric, 0), 10000000)::integer else 0 end
@@ -52,7 +52,7 @@ $$;
 -- Ends tasks as failed; the sentence is what the user reads. Arrays run in parallel.
 -- The caller holds the locks of jobs and tasks, and counts them with count_finished().
 create function autotag.fail_tasks(p_tasks bigint[], p_codes text[], p_messages text[]) returns void
-language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_custom_plan'
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_failed record;
@@ -74,7 +74,7 @@ end $$;
 -- next answer; absent: as ever)}].
 -- The caller holds the locks of workspaces, jobs and tasks.
 create function autotag.requeue(p_tries jsonb) returns void
-language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_custom_plan'
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_max integer := (select s.max_failures from autotag.settings s);
@@ -121,7 +121,7 @@ end $$;
 -- another answer may help: every such answer was paid for, so only max_bad_answers times. One that was cut off gets four
 -- times the cap, until max_output_tokens was not enough. Returns sentences for the operator's log: [{event, notice}].
 create function autotag.apply_answers(p_answers autotag.answer[]) returns jsonb
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
@@ -193,7 +193,7 @@ end $$;
 
 -- The least cap of the next answer about an image: four times that of one that was cut off; null where none was.
 create function autotag.next_cap(p_answer autotag.answer) returns integer
-language sql stable security definer set search_path = ''
+language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select least(4 * p_answer.output_tokens, s.max_output_tokens)
   from autotag.settings s where p_answer.error ->> 'code' = 'answer_too_long'
@@ -204,7 +204,7 @@ $$;
 -- that whatever the provider complains about is taken for a mistake in the configuration. Returns the answers with such
 -- errors made into what they mean. Locks: the provider row (which the caller holds), the model's row without waiting.
 create function autotag.judge_errors(p_answers autotag.answer[], p_asked_at timestamptz default null) returns autotag.answer[]
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits;
@@ -244,7 +244,7 @@ end $$;
 -- What answers say of the account, and of what to expect: an error of kind account stops the lanes, an answer of use
 -- starts them; what answers to the present question used is learned. The caller holds the provider row.
 create function autotag.note_outcomes(p_answers autotag.answer[], p_errors jsonb, p_asked_at timestamptz default null) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits;
@@ -288,7 +288,7 @@ end $$;
 -- The sentence for the operator about an error of kind account that a model (null: the present one) met; one that has shut
 -- down is named with its successor.
 create function autotag.explain_account(p_error jsonb, p_model text default null) returns text
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_model text := coalesce(p_model, (select p.question ->> 'model' from autotag.provider_limits p));
@@ -308,7 +308,7 @@ end $$;
 -- nothing. Returns {accepted, notices: [{event, notice}]}: how many, and sentences for the log.
 -- Locks: provider (where it changes), workspaces (of errors), windows, jobs, tasks; each by id.
 create function autotag.settle(p_worker uuid, p_reports jsonb, p_seen jsonb default null) returns jsonb
-language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
 as $$
 declare
   v_answers autotag.answer[];
@@ -341,7 +341,8 @@ begin
         else 0 end as tokens) u
   where a.reserved_tokens is not null;
   if p_seen ? 'sent' then
-    perform autotag.note_sent(p_worker, (p_seen ->> 'sent')::integer, (p_seen ->> 'sent_age')::double precision);
+    perform autotag.note_sent(p_worker, autotag.check_number(p_seen, 'sent', 0, 100000)::integer,
+      coalesce(autotag.check_number(p_seen, 'sent_age', 0, 3600), 0));
   end if;
   -- In this order: what the headers say holds whatever is given back.
   if v_refund.requests <> 0 or v_refund.tokens <> 0 then

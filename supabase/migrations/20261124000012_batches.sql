@@ -61,7 +61,7 @@ alter table autotag.batches enable row level security;
 
 -- How many batches a workspace may still start in the current hour, and images likewise. Reads only.
 create function autotag.batches_left(p_workspace_id uuid, out batches integer, out window_images integer)
-language sql stable security definer set search_path = ''
+language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select (l.max_requests - coalesce(sum(w.requests[i]) filter (where w.admitted_at[i] > autotag.now() - l.length), 0))::integer
            - (select count(*)::integer from autotag.batches b where b.workspace_id = p_workspace_id and b.state = 'planned'),
@@ -92,7 +92,7 @@ create function autotag.claim_batches(
   out batches jsonb, out poll jsonb, out cancel jsonb, out files jsonb, out wait double precision,
   p_question bigint default null, out question jsonb, out look_up text
 )
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.sync_question(autotag.lock_provider());
@@ -278,7 +278,7 @@ end $$;
 -- The batch if this worker holds it, locked together with its job; else a refusal that tells the worker to
 -- let go of it.
 create function autotag.hold_batch(p_worker uuid, p_batch uuid, p_attempt integer) returns autotag.batches
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_batch autotag.batches;
@@ -296,7 +296,7 @@ end $$;
 
 -- The images of a batch that still need an answer, after a task id: [{task, asset_id, bucket, path, url, cap}].
 create function autotag.batch_images(p_batch uuid, p_after bigint, p_limit integer) returns jsonb
-language sql stable security definer set search_path = ''
+language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   with page as (
     select t.id, t.asset_id, greatest(t.min_output_tokens, b.output_tokens) as cap
@@ -313,7 +313,7 @@ $$;
 -- The input file is full: the images after p_last_task become a batch of their own, which waits
 -- its own turn under the limits. Locks: job, batches, tasks.
 create function autotag.batch_split(p_worker uuid, p_batch uuid, p_attempt integer, p_last_task bigint) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_batch autotag.batches := autotag.hold_batch(p_worker, p_batch, p_attempt);
@@ -335,7 +335,7 @@ end $$;
 
 -- Live tasks of a batch, locked in order.
 create function autotag.lock_batch_tasks(p_batch uuid) returns bigint[]
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_tasks bigint[];
@@ -351,7 +351,7 @@ end $$;
 create function autotag.batch_step(
   p_worker uuid, p_batch uuid, p_attempt integer, p_state text, p_input_file_id text default null
 ) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_batch autotag.batches := autotag.hold_batch(p_worker, p_batch, p_attempt);
@@ -371,7 +371,7 @@ end $$;
 create function autotag.batch_submitted(
   p_worker uuid, p_batch uuid, p_attempt integer, p_openai_batch_id text, p_status text, p_input_file_id text
 ) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz;
@@ -406,7 +406,7 @@ end $$;
 -- it does not say why) falls apart into single calls, whose answers say more. A provider that knows no files or batches, while single calls work there, has no
 -- Batch API: claim() makes single calls of what was planned. One that refuses an expiry is asked for another.
 create function autotag.batch_trouble(p_worker uuid, p_batch uuid, p_attempt integer, p_error jsonb) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
@@ -463,7 +463,7 @@ end $$;
 -- A look at OpenAI failed as a whole. Of the account: both lanes stop. Else the next look is the next try, not before the
 -- provider said, whatever brings looks forward (another batch, a webhook). Locks: provider.
 create function autotag.poll_trouble(p_error jsonb) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   p_error := autotag.check_error(p_error);
@@ -479,7 +479,7 @@ end $$;
 -- such job. One at a time, for the same reason as seal_upload(). Called by claim(), which holds the provider row.
 -- Locks: workspace, job, batches, tasks by id.
 create function autotag.leave_batches(p_now timestamptz) returns boolean
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job autotag.jobs;
@@ -518,7 +518,7 @@ end $$;
 -- batches}, each optional; `batches`: whether it has a Batch API. Returns a sentence for the log when the model's end is
 -- near. Locks: provider.
 create function autotag.provider_checked(p_facts jsonb) returns text
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_model text := p_facts ->> 'model';
@@ -550,7 +550,7 @@ end $$;
 -- The end of the model that is asked, once it is 90 days away or nearer: {level, message, days, date, successor}; else
 -- null. From 14 days before it is an error: what is not changed by then stops.
 create function autotag.describe_shutdown() returns jsonb
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_model text := (select s.model from autotag.settings s);
@@ -574,7 +574,7 @@ end $$;
 
 -- Files that are deleted at OpenAI need no deleting any more.
 create function autotag.files_deleted(p_files text[]) returns void
-language sql security definer set search_path = ''
+language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   update autotag.batches b
   set input_file_id = case when b.input_file_id = any (p_files) then null else b.input_file_id end,

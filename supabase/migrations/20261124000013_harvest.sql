@@ -3,7 +3,7 @@
 -- The batch is over, whatever it brought: everybody is told, once, because this is the only place that sends
 -- batch-complete. What it leaves without an answer is for requeue_batch(). The caller holds it and its job.
 create function autotag.end_batch(p_batch autotag.batches, p_error text) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   update autotag.batches b
@@ -26,7 +26,7 @@ end $$;
 create function autotag.requeue_batch(
   p_batch autotag.batches, p_by_batch boolean, p_failures integer, p_code text, p_message text
 ) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
@@ -57,7 +57,7 @@ end $$;
 
 -- Puts tasks of a job (in order) into new batches of it, which wait their turn. The caller holds job and tasks.
 create function autotag.place_in_batches(p_job autotag.jobs, p_tasks bigint[]) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_count integer := cardinality(p_tasks);
@@ -98,7 +98,7 @@ end $$;
 -- few at a time, because meanwhile nothing else happens to their uploads.
 -- Locks: provider (when the account was stopped), workspaces by id, jobs by id, batches by id, tasks by id.
 create function autotag.batches_seen(p_seen jsonb) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
@@ -206,7 +206,7 @@ end $$;
 -- it counts. Returns {accepted, notices}: how many ended, and sentences for the log.
 -- Locks: provider (first where an error is about everybody; else last and only if it is free), workspace, job, batch, tasks.
 create function autotag.batch_answers(p_worker uuid, p_batch uuid, p_attempt integer, p_answers jsonb) returns jsonb
-language plpgsql security definer set search_path = '' set random_page_cost = 1.1
+language plpgsql security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
 as $$
 declare
   v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
@@ -268,7 +268,7 @@ end $$;
 -- Every answer of the batch is stored. Images without one get another try (those of a cancelled job end).
 -- Locks: workspace, job, batch, tasks.
 create function autotag.batch_finish(p_worker uuid, p_batch uuid, p_attempt integer) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
@@ -285,7 +285,7 @@ end $$;
 -- long enough. False when there is none. One at a time, for the same reason as seal_upload(). Called by claim(),
 -- which holds the provider row. Locks: workspace, job, tasks by id.
 create function autotag.fall_back(p_now timestamptz) returns boolean
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job autotag.jobs;

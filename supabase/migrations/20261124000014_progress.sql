@@ -3,7 +3,7 @@
 
 -- The progress an image shows when it enters a stage.
 create function autotag.stage_progress(p_stage text) returns integer
-language sql immutable parallel safe set search_path = ''
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select case p_stage when 'queued' then 0 when 'preparing' then 10 when 'submitted' then 20
     when 'processing' then 30 when 'completing' then 90 when 'completed' then 100 end
@@ -12,7 +12,7 @@ $$;
 -- Moves tasks (locked by the caller) forward to a stage, and their images with them. A task that is there
 -- already, or past it, is not touched: an image that goes back to the queue keeps the stage it showed.
 create function autotag.advance(p_tasks bigint[], p_stage text, p_eta timestamptz default null) returns void
-language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_custom_plan'
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_assets uuid[];
@@ -30,12 +30,12 @@ end $$;
 -- The progress of a batch's images follows what OpenAI counts: from `processing` to just under `completing`, in steps of
 -- ten percent, because each step writes every row. The caller holds the batch's lock, which keeps its tasks as they are.
 create function autotag.batch_progress(p_done integer, p_total integer) returns integer
-language sql immutable parallel safe set search_path = ''
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select 30 + 10 * (5 * least(p_done, p_total) / greatest(p_total, 1))
 $$;
 create function autotag.show_batch_progress(p_batch uuid, p_progress integer, p_eta timestamptz) returns void
-language sql security definer set search_path = ''
+language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   select autotag.show_stage(
     array(select t.asset_id from autotag.tasks t where t.batch_id = p_batch and t.stage = 'processing'),
@@ -45,14 +45,15 @@ $$;
 -- A worker says where its single calls are: [{task, attempt, stage}]. Those that are not its own any more
 -- are ignored. p_sent: {sent, sent_age} as in note_sent. Locks: provider, jobs (for the broadcast), tasks by id.
 create function autotag.report_stages(p_worker uuid, p_stages jsonb, p_sent jsonb default null) returns void
-language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_custom_plan'
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_stage text;
   v_job uuid;
 begin
   if p_sent is not null then
-    perform autotag.note_sent(p_worker, (p_sent ->> 'sent')::integer, (p_sent ->> 'sent_age')::double precision);
+    perform autotag.note_sent(p_worker, autotag.check_number(p_sent, 'sent', 0, 100000)::integer,
+      coalesce(autotag.check_number(p_sent, 'sent_age', 0, 3600), 0));
   end if;
   perform from autotag.jobs j where j.id in (
     select t.job_id from autotag.tasks t join jsonb_to_recordset(p_stages) r (task bigint) on r.task = t.id)
@@ -78,7 +79,7 @@ end $$;
 
 -- How far a job is, in percent: what is finished counts whole, what OpenAI has done of its batches nearly so.
 create function autotag.measure_progress(p_job autotag.jobs) returns integer
-language sql stable security definer set search_path = ''
+language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select greatest(p_job.progress, least(99, floor(100 * (
     p_job.completed + p_job.failed
@@ -90,7 +91,7 @@ $$;
 
 -- Counts images of a job that have finished; the last one ends the job. The caller holds the job's lock.
 create function autotag.count_finished(p_job_id uuid, p_completed integer, p_failed integer) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job autotag.jobs;
@@ -120,7 +121,7 @@ end $$;
 -- always job-complete, so that nothing is lost by leaving one out. p_eta is the job's, where it was just computed. The
 -- caller holds the job's lock.
 create function autotag.tell_progress(p_job_id uuid, p_eta timestamptz default null) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job autotag.jobs;
@@ -141,7 +142,7 @@ end $$;
 
 -- tagging_job: one upload as the UI shows it. `stages` holds the seven stages and how many images are in each.
 create function autotag.describe_job(p_job_id uuid) returns jsonb
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job autotag.jobs := autotag.visible_job(p_job_id);

@@ -19,7 +19,7 @@ alter table autotag.durations enable row level security;
 -- as it is later than was foreseen. So a slow day shows before its first batch has ended.
 create function autotag.batch_lengths(p_images integer, p_started timestamptz, p_now timestamptz, p_except uuid)
 returns table (seconds double precision, weight double precision)
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
@@ -54,7 +54,7 @@ end $$;
 create function autotag.heading(
   p_started timestamptz, p_running timestamptz, p_now timestamptz, p_share double precision
 ) returns double precision
-language sql immutable set search_path = ''
+language sql immutable set search_path = pg_catalog, pg_temp
 as $$
   select date_part('epoch', p_running - p_started) + date_part('epoch', p_now - p_running) / p_share
 $$;
@@ -66,7 +66,7 @@ create function autotag.predict_batch(
   p_images integer, p_started timestamptz, p_now timestamptz, p_running timestamptz, p_share double precision,
   p_except uuid, out p50 double precision, out p90 double precision
 )
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_age double precision := greatest(date_part('epoch', p_now - p_started), 0);
@@ -94,7 +94,7 @@ end $$;
 -- When a batch may begin: one without a place in its workspace's window has to wait until there is one for those before
 -- it and for itself, and each full window of those before it is a window later.
 create function autotag.batch_turn(p_batch autotag.batches, p_now timestamptz) returns timestamptz
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_turn timestamptz := greatest(p_now, case when p_batch.not_before < 'infinity' then p_batch.not_before end);
@@ -116,7 +116,7 @@ end $$;
 
 -- The batch's own prediction, and when it will be done; one that has not started starts when its turn comes.
 create function autotag.batch_eta(p_batch autotag.batches, p_now timestamptz, out p50 timestamptz, out p90 timestamptz)
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_started timestamptz := coalesce(p_batch.submitted_at, autotag.batch_turn(p_batch, p_now));
@@ -131,7 +131,7 @@ end $$;
 -- When a job will be done, written to it: its last batch, or the last of its single calls, which wait for the limits
 -- and for their chunks. p_wait: for the limits, where that is known already. The caller holds the job's lock.
 create function autotag.refresh_eta(p_job_id uuid, p_wait interval default null) returns timestamptz
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
@@ -162,7 +162,7 @@ end $$;
 
 -- OpenAI completed a batch: that is one more duration.
 create function autotag.note_duration(p_batch autotag.batches, p_now timestamptz) returns void
-language sql security definer set search_path = ''
+language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   insert into autotag.durations (images, started_at, seconds)
   select p_batch.image_count - p_batch.express_count, p_batch.submitted_at,

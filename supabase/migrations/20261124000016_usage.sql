@@ -18,6 +18,7 @@ create table autotag.usage (
 ) with (fillfactor = 50);
 create unique index usage_key on autotag.usage (workspace_id, day, user_id, model, service_tier) nulls not distinct;
 create index usage_day_idx on autotag.usage (day);
+create index usage_user_idx on autotag.usage (user_id, day);
 create index usage_unpriced_idx on autotag.usage (model) where cost is null;
 alter table autotag.usage enable row level security;
 
@@ -25,7 +26,7 @@ alter table autotag.usage enable row level security;
 -- asked (p_question; null: at present). What the provider gave no figures for has the tier `unknown` and no cost. A row that
 -- has no price yet gets one for all of it as soon as there is one. An answer without a job tags no image (a comparison).
 create function autotag.add_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb default null) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into autotag.usage as u (workspace_id, user_id, day, model, service_tier, images, requests,
@@ -63,7 +64,7 @@ end $$;
 
 -- A model has got a price: what was used of it before gets it too.
 create function autotag.price_usage() returns trigger
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   update autotag.usage u
@@ -79,7 +80,7 @@ create trigger autotag_price_usage after insert or update of input_price, output
 create function autotag.list_usage(p_workspace_id uuid, p_since date, p_until date)
 returns table (user_id uuid, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
   cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform autotag.check_member(p_workspace_id);
@@ -112,7 +113,7 @@ alter table autotag.quotas enable row level security;
 -- Dollars that one image is expected to cost (p_tier: a service tier, or batch), by what answers used so far; p_most: that
 -- it reserves, which is on the safe side. null: the model has no price in autotag.models.
 create function autotag.expected_cost(p_tier text default null, p_most boolean default false) returns numeric
-language sql stable security definer set search_path = ''
+language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select autotag.price_tokens(s.model, coalesce(p_tier, case s.service_tier when 'auto' then 'default' else s.service_tier end),
     case when p_most then p.tokens_per_image - p.output_tokens else p.prompt_mean end, 0, 0,
@@ -122,10 +123,11 @@ $$;
 
 -- What is left of each quota of a workspace and a user: what was used, and what is being tagged at the moment (which
 -- is reserved until it is done, so that uploads at the same time cannot overshoot), are taken off. images_left: how
--- many more images that allows, at p_each dollars (null: what the model in use reserves).
+-- many more images that allows, at p_each dollars (null: what the model in use reserves). What was billed counts, failures
+-- included. A quota of a user that names no workspace counts what the user does in all of them.
 create function autotag.quotas_left(p_workspace_id uuid, p_user_id uuid, p_each numeric default null)
 returns table (scope text, period text, kind text, maximum numeric, available numeric, images_left integer, renews_at timestamptz)
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_today date := (autotag.now() at time zone 'utc')::date;
@@ -148,20 +150,22 @@ begin
         and (q.scope = 'workspace' or (p_user_id is not null and (q.user_id is null or q.user_id = p_user_id)))
       order by q.scope, q.period, q.user_id is null, q.workspace_id is null
     ), measured as (
-      select c.*, u.images + l.images as images, u.cost + l.cost as cost
+      select c.*, u.answers + l.images as images, u.cost + l.cost as cost
       from chosen c
       cross join lateral (
-        select coalesce(sum(u.images), 0) as images, coalesce(sum(u.cost), 0) as cost from autotag.usage u
-        where u.workspace_id = p_workspace_id and u.day >= c.first_day
-          and (c.scope = 'workspace' or u.user_id = p_user_id)) u
+        -- what was billed: an answer of no use costs as much as one that tags
+        select coalesce(sum(greatest(u.requests, u.images)), 0) as answers, coalesce(sum(u.cost), 0) as cost
+        from autotag.usage u
+        where u.day >= c.first_day and case when c.scope = 'workspace' then u.workspace_id = p_workspace_id
+          else u.user_id = p_user_id and (c.workspace_id is null or u.workspace_id = c.workspace_id) end) u
       cross join lateral (
         select coalesce(sum(n.images), 0) as images, coalesce(sum(n.images * n.price), 0) as cost
         from (
           select j.image_count - j.completed - j.failed as images,
             case when j.strategy like 'batch%' then v_batch_cost else v_cost end as price
           from autotag.jobs j
-          where j.workspace_id = p_workspace_id and j.finished_at is null
-            and (c.scope = 'workspace' or j.user_id = p_user_id)) n) l
+          where j.finished_at is null and case when c.scope = 'workspace' then j.workspace_id = p_workspace_id
+            else j.user_id = p_user_id and (c.workspace_id is null or j.workspace_id = c.workspace_id) end) n) l
     )
     select m.scope, m.period, k.kind, k.maximum, greatest(k.maximum - k.used, 0),
       greatest(floor((k.maximum - k.used) / k.each), 0)::integer, m.next_period
@@ -175,11 +179,15 @@ end $$;
 -- that what is reserved holds; or, at p_each dollars, of a comparison.
 create function autotag.check_quotas(p_workspace_id uuid, p_user_id uuid, p_images integer, p_each numeric default null)
 returns void
-language plpgsql stable security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_quota record;
 begin
+  -- Uploads of one user into several workspaces follow each other, like those into one do by its lock. It is taken last.
+  if p_user_id is not null and exists (select from autotag.quotas q where q.scope = 'user') then
+    perform pg_advisory_xact_lock(hashtextextended('autotag.user ' || p_user_id::text, 0));
+  end if;
   select * into v_quota from autotag.quotas_left(p_workspace_id, p_user_id, p_each) q
   where q.images_left < p_images order by q.renews_at desc, q.images_left limit 1;
   if not found then

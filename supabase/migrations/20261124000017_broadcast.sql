@@ -13,7 +13,7 @@ create table autotag.outbox (
 alter table autotag.outbox enable row level security;
 
 create function autotag.broadcast(p_topic text, p_event text, p_payload jsonb, p_private boolean) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if to_regprocedure('realtime.send(jsonb,text,text,boolean)') is not null then
@@ -27,7 +27,7 @@ begin
 end $$;
 
 create function autotag.broadcast_to_workspace(p_workspace_id uuid, p_event text, p_payload jsonb) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform autotag.broadcast('tagging:' || p_workspace_id, p_event, p_payload, true);
@@ -36,7 +36,7 @@ end $$;
 -- Takes waiting messages for delivery: [{topic, event, payload, private}]. What a worker has taken is gone,
 -- because Realtime delivers at most once and clients rely on never being told twice.
 create function autotag.take_outbox(p_limit integer) returns jsonb
-language sql security definer set search_path = ''
+language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   with taken as (
     delete from autotag.outbox o where o.id in (
@@ -50,7 +50,7 @@ $$;
 
 -- Whether the caller may listen to a private topic: tagging:<workspace_id> of a workspace of theirs.
 create function autotag.may_listen(p_topic text) returns boolean
-language sql stable security definer set search_path = ''
+language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select case
     when p_topic ~ '^tagging:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$'

@@ -15,7 +15,7 @@ alter table autotag.webhooks enable row level security;
 -- kind of event) or `unknown` (no batch of ours; one that is being created now is looked at when it is known).
 -- Locks: provider.
 create function autotag.receive_webhook(p_webhook_id text, p_event_type text, p_openai_batch_id text) returns text
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits;

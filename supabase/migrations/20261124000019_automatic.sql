@@ -29,7 +29,7 @@ alter table autotag.arrivals enable row level security;
 -- Whatever goes wrong here must not take the host's insert with it: it is a warning, and those images wait
 -- for enqueue_tagging. Locks: uploads by workspace.
 create function autotag.collect(p_asset_ids uuid[]) returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
@@ -69,7 +69,7 @@ end $$;
 -- because a job's locks come before those of the next workspace. Called by claim().
 -- Locks: the upload, its workspace.
 create function autotag.seal_upload(p_now timestamptz) returns boolean
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_upload autotag.uploads;

@@ -2,7 +2,7 @@
 
 -- One finding. level: ok, warning (works, but not as well as it should) or error (does not work).
 create function autotag.finding(p_check text, p_level text, p_message text, p_fix text default null) returns jsonb
-language sql immutable parallel safe set search_path = ''
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object('check', p_check, 'level', p_level, 'message', p_message,
     'fix', case when p_level <> 'ok' then p_fix end)
@@ -11,7 +11,7 @@ $$;
 -- Whether pg_cron runs a job, and how its last run went; null without pg_cron. Looked up by name at run time,
 -- because without the extension there is no such table to compile against.
 create function autotag.diagnose_cron() returns jsonb
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_jobs text[];
@@ -44,7 +44,7 @@ end $$;
 
 -- An image of the newest upload's workspace that lies in Storage, to see whether it can be read; null: there is none.
 create function autotag.sample_image() returns jsonb
-language sql stable security definer set search_path = ''
+language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object('bucket', d.bucket, 'path', d.path)
   from (select j.workspace_id from autotag.jobs j order by j.created_at desc limit 1) j
@@ -54,12 +54,12 @@ $$;
 
 -- A broadcast that means nothing, to see whether broadcasts arrive.
 create function autotag.send_probe(p_nonce uuid) returns void
-language sql security definer set search_path = ''
+language sql security definer set search_path = pg_catalog, pg_temp
 as $$ select autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false) $$;
 
 -- The model and the provider: the model's end, its price, how it has to be asked, and what the provider cannot do.
 create function autotag.diagnose_model(p_provider autotag.provider_limits) returns jsonb
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_model text := (select s.model from autotag.settings s);
@@ -103,7 +103,7 @@ end $$;
 -- What the database can tell of the installation: {findings: [{check, level, message, fix}] in the order a
 -- reader wants them, now (epoch seconds), model, sample}.
 create function autotag.diagnose() returns jsonb
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
@@ -195,6 +195,21 @@ begin
       format('Tagging stands still since %s: %s', to_char(v_provider.account_error_at, 'YYYY-MM-DD HH24:MI TZ'),
         v_provider.account_error), 'Fix what it says; the workers notice by themselves.')
     else autotag.finding('account', 'ok', 'Neither the provider nor Storage refuses to work.') end;
+  v_found := v_found || case
+    when exists (select from autotag.quotas q where q.max_cost is not null and q.scope = 'workspace' and q.workspace_id is null)
+      then autotag.finding('spending', 'ok', 'Every workspace has a limit in dollars.')
+    else autotag.finding('spending', 'warning', 'No quota limits what a workspace may spend.',
+      'insert into autotag.quotas (scope, period, max_cost) values (''workspace'', ''month'', 20);   -- dollars, every workspace') end
+  || case
+    when exists (
+      select from pg_catalog.pg_roles m
+      where m.rolcanlogin and not m.rolsuper and m.rolname <> 'postgres'
+        and pg_catalog.pg_has_role(m.oid, 'autotag_worker', 'member')
+        and has_database_privilege(m.oid, current_database(), 'temporary'))
+      then autotag.finding('temporary objects', 'warning',
+        'Workers'' logins may create temporary objects, which nothing of autotag needs.',
+        format('revoke temporary on database %I from public;   -- then grant it to the roles that need it', current_database()))
+    else autotag.finding('temporary objects', 'ok', 'Workers'' logins may create none.') end;
   return jsonb_build_object('findings', v_found || autotag.diagnose_model(v_provider), 'now', extract(epoch from v_now),
     'model', (select s.model from autotag.settings s), 'sample', v_sample);
 end $$;

@@ -3,7 +3,7 @@
 -- What a monitoring system samples: counts, ages in seconds, and what is left of the provider's bucket. Each is one
 -- short look, and none grows with what was done before.
 create function autotag.metrics() returns jsonb
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
@@ -49,7 +49,7 @@ end $$;
 -- service_tier, answer_format, cap_parameter, prompt_tokens, output_tokens (means), cap, reserved, priced, proven, shutdown
 -- (describe_shutdown), provider: {base_url, batches, rate_headers, keep_files}}; null in provider: not known yet.
 create function autotag.describe_model(p_provider autotag.provider_limits) returns jsonb
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   -- What is asked from the next claim on, which may be another model than the last claim's.
@@ -64,7 +64,7 @@ end $$;
 
 -- Everything that is going on, as one JSON object; lists are cut to p_most. See the README for how it is shown.
 create function autotag.status(p_most integer default 20) returns jsonb
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
@@ -127,7 +127,7 @@ end $$;
 -- What bringing in existing images would mean: {images, seconds, cost (null: unknown), model}. p_untagged: only those without tags.
 create function autotag.preview_backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
 returns jsonb
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_images integer := cardinality(autotag.list_assets(p_workspace_id, p_untagged, p_after, p_limit));
@@ -148,7 +148,7 @@ end $$;
 -- Brings in the next p_limit existing images of a workspace as one upload: {job_id, images, last}; `last` is the
 -- cursor for the next call, null at the end. Refuses as enqueue_tagging does. Locks: the workspace.
 create function autotag.backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer) returns jsonb
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_assets uuid[];

@@ -9,7 +9,7 @@
 -- The provider's row as it would be with another question: what an answer reserves, and what it uses on average.
 create function autotag.estimate_question(p_provider autotag.provider_limits, p_question jsonb)
 returns autotag.provider_limits
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   p_provider.question := p_question;
@@ -18,7 +18,7 @@ end $$;
 
 -- Dollars that an answer is expected to cost (p_most: that it reserves) by such a row; null: the model has no price.
 create function autotag.question_cost(p_provider autotag.provider_limits, p_most boolean) returns numeric
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return autotag.price_tokens(
@@ -34,7 +34,7 @@ end $$;
 -- what a quota does not allow.
 create function autotag.preview_comparison(p_workspace_id uuid, p_model text, p_effort text, p_sample integer)
 returns jsonb
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.refilled_provider(autotag.now());
@@ -75,7 +75,7 @@ end $$;
 
 -- The images of a comparison: [{asset_id, bucket, path, url, tags: [tag, …], caption, confidence: {tag: 0 to 1}, model}].
 create function autotag.comparison_sample(p_workspace_id uuid, p_sample integer) returns jsonb
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_assets uuid[];
@@ -100,7 +100,7 @@ end $$;
 -- Refuses what a quota does not allow (any more), and an image that no limit can ever hold.
 -- Locks: provider, window.
 create function autotag.admit_comparison(p_workspace_id uuid, p_question jsonb, p_cap integer default null) returns jsonb
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.estimate_question(autotag.refilled_provider(autotag.now()), p_question);
@@ -150,7 +150,7 @@ end $$;
 
 -- The answer of admit_comparison() while a call has to wait.
 create function autotag.put_off(p_reason text, p_now timestamptz, p_until timestamptz) returns jsonb
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return jsonb_build_object('admitted', false, 'reason', p_reason, 'wait', autotag.real_seconds(p_until - p_now));
@@ -159,7 +159,7 @@ end $$;
 -- The question after the provider has refused a parameter of p_question: the model's row has its next form, or had it
 -- already, because other calls met the same. Null: there is none. Locks: the model's row without waiting.
 create function autotag.ask_differently(p_question jsonb, p_parameter text) returns jsonb
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_model text := p_question ->> 'model';
@@ -182,7 +182,7 @@ end $$;
 -- What to do next about an image: {next: done | again | failed | stop}. again: with the `question`, the `cap` and after the
 -- `wait` (seconds) that it names; stop: no call can work, for the reason in `message`. p_report as in settle_comparison().
 create function autotag.next_step(p_question jsonb, p_report jsonb, p_answer autotag.answer) returns jsonb
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
@@ -234,7 +234,7 @@ end $$;
 create function autotag.settle_comparison(
   p_workspace_id uuid, p_question jsonb, p_report jsonb, p_seen jsonb default null
 ) returns jsonb
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_answer autotag.answer;

@@ -2,25 +2,25 @@
 -- Errors are documented where they are raised; all of them carry {code} in their detail.
 
 create function public.enqueue_tagging(asset_ids uuid[]) returns jsonb
-language sql security invoker set search_path = ''
+language sql security invoker set search_path = pg_catalog, pg_temp
 as $$ select autotag.enqueue(asset_ids) $$;
 
 create function public.cancel_tagging(job_id uuid) returns jsonb
-language sql security invoker set search_path = ''
+language sql security invoker set search_path = pg_catalog, pg_temp
 as $$ select autotag.cancel(job_id) $$;
 
 create function public.retry_tagging(job_id uuid) returns jsonb
-language sql security invoker set search_path = ''
+language sql security invoker set search_path = pg_catalog, pg_temp
 as $$ select autotag.retry(job_id) $$;
 
 create function public.tagging_job(job_id uuid) returns jsonb
-language sql stable security invoker set search_path = ''
+language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select autotag.describe_job(job_id) $$;
 
 -- What would happen with an upload of so many images, before it is made. chunks counts the releases of single
 -- calls (1 when all go at once, 0 for batches), delay_ms the pause between them.
 create function autotag.describe_strategy(p_images integer) returns jsonb
-language plpgsql stable security definer set search_path = ''
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
@@ -47,7 +47,7 @@ begin
 end $$;
 
 create function public.tagging_strategy(image_count integer) returns jsonb
-language sql stable security invoker set search_path = ''
+language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select autotag.describe_strategy(image_count) $$;
 
 -- Whether so many images fit the workspace's window, all or nothing; with p_take they are counted. retry_after:
@@ -57,7 +57,7 @@ create function autotag.take_allowance(
   p_workspace_id uuid, p_request_type text, p_images integer, p_take boolean,
   out allowed boolean, out retry_after double precision, out reason text
 )
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_admission record;
@@ -71,6 +71,11 @@ begin
       'Pass realtime or batch.');
   end if;
   perform autotag.check_image_count(p_images);
+  -- Ten calls of a member would use up the workspace's batches of an hour.
+  if p_take and not (autotag.is_service() or (select s.members_may_take from autotag.settings s)) then
+    perform autotag.refuse(403, 'service_only', 'Only your server may take from the limit.',
+      'Call peek_rate_limit, or check_rate_limit with the secret key.');
+  end if;
   if p_request_type = 'realtime' then
     v_admission := autotag.admit(p_workspace_id, 'realtime', p_images, null, false, p_take);
   else
@@ -85,7 +90,7 @@ create function public.check_rate_limit(
   workspace_id uuid, request_type text, image_count integer,
   out allowed boolean, out retry_after double precision, out reason text
 )
-language plpgsql security invoker set search_path = ''
+language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_answer record := autotag.take_allowance(workspace_id, request_type, image_count, true);
@@ -100,7 +105,7 @@ create function public.peek_rate_limit(
   workspace_id uuid, request_type text, image_count integer,
   out allowed boolean, out retry_after double precision, out reason text
 )
-language plpgsql security invoker set search_path = ''
+language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_answer record := autotag.take_allowance(workspace_id, request_type, image_count, false);
@@ -113,13 +118,13 @@ end $$;
 create function public.tagging_usage(workspace_id uuid, since date default '-infinity', until date default 'infinity')
 returns table (user_id uuid, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
   cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
-language sql stable security invoker set search_path = ''
+language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select * from autotag.list_usage(workspace_id, since, until) $$;
 
 -- For the edge function that stands in for a worker without a public address: a delivery of OpenAI's webhook
 -- that it has verified. Not for users.
 create function public.openai_webhook(webhook_id text, event_type text, batch_id text) returns jsonb
-language sql security invoker set search_path = ''
+language sql security invoker set search_path = pg_catalog, pg_temp
 as $$ select jsonb_build_object('result', autotag.receive_webhook(webhook_id, event_type, batch_id)) $$;
 
 -- Who may call what. Functions are executable by everybody when they are made (and by anon through the

@@ -10,7 +10,7 @@ alter table autotag.clock enable row level security;
 
 -- Once a minute: takes back what dead workers held and wakes the living for what has become due.
 create function autotag.tick() returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
@@ -41,7 +41,7 @@ end $$;
 
 -- Daily: drops what nobody needs any more.
 create function autotag.housekeeping() returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
@@ -74,7 +74,7 @@ end $$;
 
 -- Called with every heartbeat: does what the clock is late with. One at a time, nobody waits.
 create function autotag.tick_if_due() returns void
-language plpgsql security definer set search_path = ''
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_clock autotag.clock;
@@ -97,7 +97,7 @@ end $$;
 -- Schedules both jobs; by name, so that a second time changes nothing. False where pg_cron is not installed.
 -- The names of pg_cron's objects are looked up when it runs, because without the extension there are none.
 create function autotag.schedule_cron() returns boolean
-language plpgsql set search_path = ''
+language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
   if to_regclass('cron.job') is null then
@@ -127,7 +127,7 @@ end $$;
 -- The version of the schema, which is that of the worker it was released with. It stands last: only a complete
 -- installation has one.
 create function autotag.schema_version() returns text
-language sql immutable parallel safe set search_path = ''
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$ select '0.1.0'::text $$;
 
 revoke all on function autotag.tick, autotag.housekeeping, autotag.tick_if_due, autotag.schedule_cron,

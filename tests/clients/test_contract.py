@@ -76,6 +76,9 @@ async def test_what_would_happen_and_what_is_allowed(client: Client) -> None:
     limit = {"workspace_id": workspace, "request_type": "realtime", "image_count": 30}
     free = {"allowed": True, "retry_after": 0, "reason": None}
     assert (await client.rpc("peek_rate_limit", **limit)).data == free
+    server_only = await client.rpc("check_rate_limit", **limit)
+    assert (server_only.code, (server_only.error or {})["code"]) == ("service_only", "PT403")
+    client.library.stack.configure(members_may_take=True)
     assert (await client.rpc("check_rate_limit", **limit)).data == free
     for function in ("check_rate_limit", "peek_rate_limit"):
         refused = (await client.rpc(function, **limit)).data
@@ -133,7 +136,7 @@ async def test_every_refusal_has_status_code_message_and_hint(client: Client) ->
     busy = await client.rpc("enqueue_tagging", asset_ids=library.insert(["d.jpg", "e.jpg"]))
     assert busy.detail["retry_after"] >= 1
     theirs = await client.rpc("enqueue_tagging", member=stranger, asset_ids=[mine])
-    assert (theirs.code, (theirs.error or {})["code"]) == ("not_a_member", "PT403")
+    assert (theirs.code, (theirs.error or {})["code"]) == ("unknown_asset", "PT404")
 
 
 async def test_wrong_types_and_anon_are_refused_by_postgres_itself(client: Client) -> None:

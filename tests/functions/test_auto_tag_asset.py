@@ -45,6 +45,6 @@ async def test_what_is_somebody_elses_is_refused_as_the_rpc_refuses_it(library: 
     async with served("auto_tag_asset", library.stack) as url, httpx.AsyncClient(headers=headers) as client:
         answer = await client.post(url, json={"asset_ids": assets})
         wrong = await client.post(url, json={"asset_id": "no-uuid"})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "PT403")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "PT404")
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "22P02")
     assert library.sql("select * from autotag.jobs") == []

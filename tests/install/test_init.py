@@ -147,7 +147,7 @@ async def test_membership_in_claims(postgres: LocalPostgres, bare: str, project:
         stranger = {"sub": str(uuid.uuid4()), "app_metadata": {"tenant_id": str(uuid.uuid4())}}
         with pytest.raises(psycopg.Error) as refused:
             rpc(stack, stranger, "public.enqueue_tagging", [row["id"]])
-        assert refused.value.sqlstate == "PT403"
+        assert refused.value.sqlstate == "PT404"
         await tag(stack, {"sub": str(uuid.uuid4()), "app_metadata": {"tenant_id": tenant}}, [row["id"]])
         [asset] = run_sql(url, "select tags from public.assets")
         assert set(asset["tags"]) == drawing.tags

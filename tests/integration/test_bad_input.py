@@ -45,8 +45,11 @@ def test_an_unknown_asset_is_named(library: Library) -> None:
 def test_an_asset_of_another_workspace(library: Library, stack: Stack) -> None:
     other = Library(stack)
     [theirs] = other.insert(["x.jpg"])
-    status, code, _, detail = refused(library, [*library.insert(["a.jpg"]), theirs])
-    assert (status, code, detail["workspace_id"]) == ("PT403", "not_a_member", other.member.workspace)
+    [mine] = library.insert(["a.jpg"])
+    foreign = refused(library, [mine, theirs])
+    unknown = refused(library, [mine, never := str(uuid.uuid4())])
+    assert foreign[:3] == unknown[:3], "what exists in another workspace is as unknown as what never was"
+    assert (foreign[1], foreign[3]["asset_ids"], unknown[3]["asset_ids"]) == ("unknown_asset", [theirs], [never])
 
 
 def test_assets_of_two_workspaces_of_the_same_user(library: Library, stack: Stack) -> None:

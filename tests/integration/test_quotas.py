@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -140,3 +141,25 @@ async def test_in_automatic_mode_the_rest_waits_until_the_quota_renews(library: 
         await until(lambda: library.sql("select 1 from autotag.uploads where seal_at > now() + interval '30 s'") != [],
                     "the rest to wait")  # fmt: skip
     assert library.sql("select count(*) as n from autotag.arrivals") == [{"n": 2}]
+
+
+def test_what_was_billed_counts_whatever_came_of_it(library: Library) -> None:
+    """An answer of no use costs as much as one that tags: trying again does not go around the quota."""
+    allow(library, max_images=3)
+    library.sql(
+        "insert into autotag.usage (workspace_id, user_id, day, model, service_tier, images, requests, cost)"
+        " values (%s, %s, (now() at time zone 'utc')::date, 'm', 'default', 0, 3, 0)",
+        library.member.workspace, library.member.user,
+    )  # fmt: skip
+    assert refused(library, 1)["images_left"] == 0
+
+
+def test_a_users_quota_counts_what_they_do_in_all_workspaces(library: Library) -> None:
+    allow(library, max_images=3, scope="user")
+    other = library.stack.add_member()
+    library.sql("insert into public.workspace_members values (%s, %s)", other.workspace, library.member.user)
+    elsewhere = Library(library.stack, dataclasses.replace(library.member, workspace=other.workspace))
+    library.enqueue(rows(library, 2))
+    assert refused(elsewhere, 2)["images_left"] == 1
+    allow(library, max_images=5, scope="user", workspace_id=other.workspace)
+    assert elsewhere.enqueue(rows(elsewhere, 5))["image_count"] == 5, "its own quota counts its own workspace"
