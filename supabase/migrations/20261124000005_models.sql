@@ -62,6 +62,8 @@ language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select p_model = p_row
     or right(p_row, 1) = '*' and starts_with(p_model, left(p_row, -1))
+    -- asked for mistral-small-latest, mistral-small-2506 answers
+    or right(p_row, 7) = '-latest' and starts_with(p_model, left(p_row, -6))
     or starts_with(p_model, p_row) and substr(p_model, length(p_row) + 1) ~ '^[-@](latest|\d{4}-?\d{2}-?\d{2}|\d{4})$'
 $$;
 

@@ -48,6 +48,7 @@ create table autotag.provider_limits (
   fingerprint text,                      -- of its address and the key: another one has to prove itself (is_outdone, pass_turn) …
   fingerprint_since timestamptz not null default '-infinity',   -- … by answers to calls from then on
   has_batches boolean,
+  batches_refused boolean not null default false,   -- an attempt has shown that there are none; else only a look-up has
   has_rate_headers boolean,
   keep_files integer default 604800,     -- seconds after which the provider deletes our files; null: it takes no expiry
   checked_at timestamptz not null default '-infinity',   -- when it was asked about the model (check_provider)
@@ -63,7 +64,7 @@ create table autotag.provider_limits (
   limited_at timestamptz not null default '-infinity',
   -- why nothing can be tagged (bad key, no credit, unknown model): the lanes stand still but for a probe
   account_error text,
-  account_error_from text,               -- call, poll, batch or storage: what has to work again
+  account_error_from text,               -- provider, batch, poll, storage, host or worker: who complained
   account_error_at timestamptz,
   probe_at timestamptz,
   -- one list call covers every batch in flight
@@ -237,6 +238,8 @@ declare
 begin
   select 1 - extract(epoch from s.provider_margin) / 60, (select coalesce(sum(w.unsent), 0) from autotag.workers w)
   into v_share, v_unsent from autotag.settings s;
+  -- What a minute could never hold would stop everything: a guess may be too high for a small limit.
+  p_provider.tokens_per_image := least(p_provider.tokens_per_image, greatest((0.9 * p_provider.tokens_per_minute)::integer, 1));
   p_provider.requests_left := least(p_provider.requests_per_minute * v_share - v_unsent,
     p_provider.requests_left + v_minutes * p_provider.requests_per_minute);
   p_provider.tokens_left := least(p_provider.tokens_per_minute * v_share - v_unsent::bigint * p_provider.tokens_per_image,

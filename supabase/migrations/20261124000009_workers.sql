@@ -50,6 +50,7 @@ begin
       proven_at = null, probe_at = null,
       account_error = null, account_error_from = null, account_error_at = null, checked_at = '-infinity',
       has_batches = case when p.base_url = left(p_base_url, 300) then p.has_batches end,
+      batches_refused = p.base_url = left(p_base_url, 300) and p.batches_refused,
       has_rate_headers = case when p.base_url = left(p_base_url, 300) then p.has_rate_headers end,
       keep_files = case when p.base_url = left(p_base_url, 300) then p.keep_files else 604800 end
   where p_fingerprint is not null and p.fingerprint is distinct from left(p_fingerprint, 100);
@@ -103,10 +104,9 @@ begin
   return found;
 end $$;
 
--- Workers may differ in the address and the key that they ask with (a deployment that is rolling, or one with a mistake).
--- One way is asked at a time: that of the worker that came last, until it is in trouble and there is another. Whoever has
--- another way gets nothing meanwhile, because a worker with a wrong address fails fast: it would take more images than all
--- the others, and each of them would count a failure.
+-- Only one address and key is used at a time: those of the worker that registered last, until they fail and a worker with
+-- others is alive. Workers with others get nothing meanwhile; otherwise a wrong address, which fails fast, would take most
+-- images and count a failure on each.
 create function autotag.is_outdone(p_worker uuid, p_provider autotag.provider_limits) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -131,14 +131,23 @@ begin
   where w.fingerprint <> v_fingerprint and w.lease_until > autotag.now()
   order by w.fingerprint > v_fingerprint desc, w.fingerprint limit 1;
   if found then
-    update autotag.provider_limits p
-    set fingerprint = v_next.fingerprint, base_url = v_next.base_url, fingerprint_since = autotag.now(), checked_at = '-infinity',
-        has_batches = case when p.base_url = v_next.base_url then p.has_batches end,
-        has_rate_headers = case when p.base_url = v_next.base_url then p.has_rate_headers end,
-        keep_files = case when p.base_url = v_next.base_url then p.keep_files else 604800 end
-    where p.fingerprint = v_fingerprint;
+    perform autotag.turn_to(v_next);
   end if;
 end $$;
+
+-- From now on this worker's address and key are the ones that are asked; what is known of another address is forgotten. The
+-- caller holds the provider row.
+create function autotag.turn_to(p_worker autotag.workers) returns void
+language sql security definer set search_path = pg_catalog, pg_temp
+as $$
+  update autotag.provider_limits p
+  set fingerprint = p_worker.fingerprint, base_url = p_worker.base_url, fingerprint_since = autotag.now(), checked_at = '-infinity',
+      has_batches = case when p.base_url = p_worker.base_url then p.has_batches end,
+      batches_refused = p.base_url = p_worker.base_url and p.batches_refused,
+      has_rate_headers = case when p.base_url = p_worker.base_url then p.has_rate_headers end,
+      keep_files = case when p.base_url = p_worker.base_url then p.keep_files else 604800 end
+  where p.fingerprint is distinct from p_worker.fingerprint
+$$;
 
 -- The tasks that a worker holds: among those that were released and are not finished, of uploads that are not.
 create function autotag.held_tasks(p_worker uuid) returns bigint[]

@@ -101,6 +101,11 @@ begin
     wait := 0;
     return;
   end if;
+  -- Only batches wait, and nobody knows whether the question works: one of their images tries it as a single call.
+  if v_provider.proven_at is null and coalesce(v_provider.probe_at, v_now) <= v_now and autotag.send_ahead() then
+    wait := 0;
+    return;
+  end if;
   perform autotag.unpark(v_now);
   update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at <= v_now;
 

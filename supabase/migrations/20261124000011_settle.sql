@@ -154,14 +154,14 @@ begin
   select coalesce(array_agg(t.id), '{}') as tasks, array_agg(a.error ->> 'code') as codes,
          array_agg(a.error ->> 'message') as messages,
          coalesce(jsonb_agg(jsonb_build_object('event', 'answer_cut_off', 'notice', format(
-             'The answer for image %s was cut off at %s tokens, the most that settings.max_output_tokens allows.',
+             'The answer for image %s was cut off at %s tokens, the most that settings.max_output_tokens and the limits allow.',
              t.asset_id, a.output_tokens))) filter (where a.error ->> 'code' = 'answer_too_long'), '[]') as notices
   into v_failed
   from unnest(p_answers) a
   join autotag.tasks t on t.id = a.task
   join autotag.error_kinds k on k.kind = a.error ->> 'kind' and k.ends
   where not (a.error ->> 'retry')::boolean
-    or case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens >= v_settings.max_output_tokens
+    or case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens >= autotag.max_cap(a.workspace_id)
        else t.failures + 1 >= v_settings.max_bad_answers end;
   if cardinality(v_failed.tasks) > 0 then
     v_notices := v_failed.notices;
@@ -172,7 +172,7 @@ begin
 
   select jsonb_agg(jsonb_build_object(
       'task', a.task, 'code', a.error ->> 'code', 'message', a.error ->> 'message',
-      'failures', k.counts::integer, 'output_tokens', autotag.next_cap(a),
+      'failures', (k.counts or a.error ? 'counts')::integer, 'output_tokens', autotag.next_cap(a),
       'delay', case
         -- after the probe: another image has to show whether the trouble is over, not the same again
         when k.pauses then extract(epoch from v_settings.account_probe_interval) + 1
@@ -191,18 +191,30 @@ begin
   return v_notices;
 end $$;
 
--- The least cap of the next answer about an image: four times that of one that was cut off; null where none was.
-create function autotag.next_cap(p_answer autotag.answer) returns integer
+-- The highest cap that an answer of a workspace may have: what the settings say, and what fits into its window and into the
+-- provider's limit beside the prompt. An image that needs more would wait for ever.
+create function autotag.max_cap(p_workspace_id uuid) returns integer
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-  select least(4 * p_answer.output_tokens, s.max_output_tokens)
-  from autotag.settings s where p_answer.error ->> 'code' = 'answer_too_long'
+  select greatest(s.min_output_tokens, least(s.max_output_tokens,
+    l.max_units - (p.tokens_per_image - p.output_tokens),
+    (0.9 * p.tokens_per_minute)::integer - (p.tokens_per_image - p.output_tokens)))
+  from autotag.settings s, autotag.provider_limits p, autotag.window_limits(p_workspace_id, 'realtime') l
 $$;
 
--- Errors that are about how everybody is asked, not about their image: the provider refused a parameter (the model's row
--- takes the next form that is known, and the image goes again at once), or nothing has worked with this question yet, so
--- that whatever the provider complains about is taken for a mistake in the configuration. Returns the answers with such
--- errors made into what they mean. Locks: the provider row (which the caller holds), the model's row without waiting.
+-- The least cap of the next answer about an image: four times that of one that was cut off; null where none was.
+create function autotag.next_cap(p_answer autotag.answer) returns integer
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case when p_answer.error ->> 'code' = 'answer_too_long'
+    then least(4 * p_answer.output_tokens, autotag.max_cap(p_answer.workspace_id)) end;
+end $$;
+
+-- Two kinds of error are not the image's: a refused parameter (the model's row takes its next form, and the image is tried
+-- again at once), and any error of the provider, or answer that cannot be read, while nothing has worked with this question
+-- (treated as a mistake in the configuration). An error of kind account counts as a failure of its image where others have
+-- succeeded: one image alone must not stop everybody for ever. Returns the answers with their errors made into that. Locks: the provider row (which the caller holds), the model's row without waiting.
 create function autotag.judge_errors(p_answers autotag.answer[], p_asked_at timestamptz default null) returns autotag.answer[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -228,7 +240,12 @@ begin
       elsif v_provider.proven_at is null and v_answer.error ->> 'kind' = 'transient'
         and v_answer.error ->> 'origin' = 'provider' and v_asked_at >= v_provider.question_since then
         v_answer.error := v_answer.error || '{"kind": "account"}';
+      elsif v_provider.proven_at is not null and v_answer.error ->> 'kind' = 'account' then
+        v_answer.error := v_answer.error || '{"counts": true}';
       end if;
+    elsif v_provider.proven_at is null and v_answer.error ->> 'code' = 'bad_answer' then
+      -- a model that cannot answer would cost every image its tries: it stops the lanes, and its image counts
+      v_answer.error := v_answer.error || '{"kind": "account", "counts": true, "message": "The model''s answers cannot be read."}';
     end if;
     v_answers := v_answers || v_answer;
   end loop;
@@ -243,12 +260,12 @@ end $$;
 
 -- What answers say of the account, and of what to expect: an error of kind account stops the lanes, an answer of use
 -- starts them; what answers to the present question used is learned. The caller holds the provider row.
-create function autotag.note_outcomes(p_answers autotag.answer[], p_errors jsonb, p_asked_at timestamptz default null) returns void
+create function autotag.note_outcomes(p_answers autotag.answer[], p_asked_at timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits;
-  v_error jsonb := jsonb_path_query_first(p_errors, '$[*] ? (@.kind == "account")');
+  v_error jsonb;
   v_inputs integer[];
   v_outputs integer[];
   v_good boolean;
@@ -269,12 +286,23 @@ begin
   if v_good then
     update autotag.provider_limits p set has_rate_headers = false where p.has_rate_headers is null;
   end if;
-  if v_error is not null then
+  -- What was asked before the question or the address changed says nothing of the present one.
+  select a.error into v_error from unnest(p_answers) a
+  where a.error ->> 'kind' = 'account' and coalesce(p_asked_at, a.reserved_at) >=
+    greatest(v_provider.question_since, v_provider.fingerprint_since, case when p_asked_at is null then v_provider.proven_at end)
+  limit 1;
+  if found then
     perform autotag.stop_account(autotag.explain_account(v_error), coalesce(v_error ->> 'origin', 'provider'));
     perform autotag.pass_turn(array(
       select t.worker_id from unnest(p_answers) a join autotag.tasks t on t.id = a.task where a.error ->> 'kind' = 'account'));
   elsif v_works and (v_provider.account_error is not null or v_provider.proven_at is null) then
     perform autotag.resume_account();
+    -- Whoever has shown that it works is asked from now on.
+    perform autotag.turn_to(w)
+    from autotag.workers w
+    where w.fingerprint is not null and w.id = (
+      select t.worker_id from unnest(p_answers) a join autotag.tasks t on t.id = a.task
+      where a.error is null and t.worker_id is not null limit 1);
     perform pg_notify('autotag', 'realtime');
     perform pg_notify('autotag', 'batch');
   elsif v_provider.proven_at is null and exists (
@@ -351,7 +379,7 @@ begin
   if p_seen is not null then
     v_changed := autotag.observe_provider(p_seen);
   end if;
-  perform autotag.note_outcomes(v_answers, (select jsonb_agg(a.error) from unnest(v_answers) a where a.error is not null));
+  perform autotag.note_outcomes(v_answers);
 
   if v_failed then
     perform from autotag.workspaces w

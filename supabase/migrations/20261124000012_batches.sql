@@ -84,7 +84,8 @@ $$;
 --   files: ids of files that nobody needs any more, to be deleted at OpenAI (files_deleted).
 --   question: as in claim(). keep_files: seconds after which the provider is to delete a batch's files; null: it takes no expiry.
 --   look_up: the model, when the provider is to be asked about it now (provider_checked), else null.
---   While nobody knows whether the question works, and single calls are there to try it, no batch is begun.
+--   While nobody knows whether the question works no batch is begun: single calls try it, if need be one of a batch's own
+--   images (send_ahead).
 --   wait: seconds until there may be more; null when only a notification can bring some.
 -- Locks: provider, windows by workspace, batches by id.
 create function autotag.claim_batches(
@@ -128,9 +129,11 @@ begin
     wait := autotag.real_seconds(v_settings.account_probe_interval);
     return;
   end if;
+  v_now := greatest(v_now, v_provider.question_since);  -- what is claimed now is asked this question
   v_unproven := v_provider.proven_at is null and exists (
-    select from autotag.queues q where q.queued > 0
-    union all select from autotag.tasks t where t.retry_at is not null);
+    select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
+    union all select from autotag.tasks t where t.retry_at is not null or t.worker_id is not null
+    union all select from autotag.batches b where b.state = 'planned' and b.image_count - b.express_count > 1);
   if v_provider.account_error is not null then
     if v_provider.probe_at > v_now then
       wait := autotag.real_seconds(v_provider.probe_at - v_now);
@@ -224,10 +227,15 @@ begin
     update autotag.batches b
     set worker_id = p_worker, attempt = b.attempt + 1,
         admitted_at = v_batch.admitted_at, reserved_tokens = v_batch.reserved_tokens,
-        output_tokens = case when b.input_file_id is null then v_provider.output_tokens else b.output_tokens end,
-        asked_at = case when b.input_file_id is null then v_now else b.asked_at end,
+        output_tokens = case when b.input_file_id is null or b.state = 'planned' and b.asked_at < v_provider.question_since
+          then v_provider.output_tokens else b.output_tokens end,
+        asked_at = case when b.input_file_id is null or b.state = 'planned' and b.asked_at < v_provider.question_since
+          then v_now else b.asked_at end,
         keep_files = v_provider.keep_files,
+        -- a file that asks what was asked before is deleted by its name, and built anew
+        input_file_id = case when b.state = 'planned' and b.asked_at < v_provider.question_since then null else b.input_file_id end,
         state = case
+          when b.state = 'planned' and b.input_file_id is not null and b.asked_at < v_provider.question_since then 'uploading'
           when b.state = 'planned' and b.input_file_id is null then 'preparing'
           when b.state = 'planned' then 'creating'
           when b.state = 'ended' then 'harvesting'
@@ -389,7 +397,8 @@ begin
   perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'submitted',
     (select v_now + make_interval(secs => b.predicted_seconds) from autotag.batches b where b.id = p_batch));
   perform autotag.tell_progress(v_batch.job_id, autotag.refresh_eta(v_batch.job_id));
-  perform autotag.resume_account();
+  -- To have a batch proves nothing of the model: only an answer does.
+  perform autotag.resume_account('batch');
   update autotag.provider_limits p
   set next_poll_at = case
     -- its webhook came before its id was known here
@@ -402,9 +411,10 @@ end $$;
 
 -- The worker could not go on: {kind, code, message, retry_after, origin, parameter}. Of the account: both lanes stop.
 -- Transient: another try later, by whoever comes first; in `creating` not before batch_create_grace has passed,
--- because a request that seemed to fail may yet arrive. A batch that OpenAI refuses as such (max_bad_answers times, where
--- it does not say why) falls apart into single calls, whose answers say more. A provider that knows no files or batches, while single calls work there, has no
--- Batch API: claim() makes single calls of what was planned. One that refuses an expiry is asked for another.
+-- because a request that seemed to fail may yet arrive. A batch that the provider refuses as such is split into single calls,
+-- whose answers say more: at once where it says why, else after max_bad_answers refusals, or after three times max_failures
+-- troubles of any kind while single calls work. If the files or batches routes do not exist while single calls work, the
+-- provider has no Batch API, and claim() makes single calls of what was planned. One that refuses an expiry is asked for another.
 create function autotag.batch_trouble(p_worker uuid, p_batch uuid, p_attempt integer, p_error jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -414,11 +424,14 @@ declare
   v_batch autotag.batches;
   v_provider autotag.provider_limits := autotag.lock_provider();
   v_kept integer := (select b.keep_files from autotag.batches b where b.id = p_batch);
+  v_state text := (select b.state from autotag.batches b where b.id = p_batch);
 begin
   select * into v_settings from autotag.settings;
   p_error := autotag.check_error(p_error);
-  if p_error ->> 'code' = 'no_batch_api' and v_provider.proven_at is not null then
-    update autotag.provider_limits set has_batches = false;
+  if p_error ->> 'code' = 'no_batch_api' and v_state not in ('preparing', 'uploading', 'creating') then
+    p_error := p_error || '{"kind": "transient", "code": "provider_error"}';  -- a file that is gone is no missing API
+  elsif p_error ->> 'code' = 'no_batch_api' and v_provider.proven_at is not null then
+    update autotag.provider_limits set has_batches = false, batches_refused = true;
     p_error := p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'parameter' = 'expires_after' and v_kept is not null then
     -- Azure keeps files for at least 14 days; others know no expiry at all. One step, however many batches have asked so.
@@ -427,14 +440,16 @@ begin
   elsif p_error ->> 'kind' = 'account'
     or v_provider.proven_at is null and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then
     p_error := p_error || '{"kind": "account"}';
-    perform autotag.stop_account(autotag.explain_account(p_error), coalesce(p_error ->> 'origin', 'batch'));
+    perform autotag.stop_account(autotag.explain_account(p_error),
+      case p_error ->> 'origin' when 'storage' then 'storage' else 'batch' end);
     perform autotag.pass_turn(array[p_worker]);
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
   v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
   -- A request that is refused again and again, for whatever reason, will not be accepted either.
   if p_error ->> 'kind' = 'image'
-    or p_error ->> 'code' = 'request_refused' and v_batch.failures + 1 >= v_settings.max_bad_answers then
+    or p_error ->> 'code' = 'request_refused' and v_batch.failures + 1 >= v_settings.max_bad_answers
+    or v_state <> 'harvesting' and v_provider.proven_at is not null and v_batch.failures + 1 >= 3 * v_settings.max_failures then
     perform autotag.end_batch(v_batch, p_error ->> 'message');
     perform autotag.requeue_batch(v_batch, false, 0, p_error ->> 'code', p_error ->> 'message');
     return;
@@ -443,9 +458,9 @@ begin
   update autotag.batches b
   set worker_id = null, error = p_error ->> 'message',
       failures = b.failures + (select k.counts::integer from autotag.error_kinds k where k.kind = p_error ->> 'kind'),
-      state = case when v_lost.file then 'planned' else b.state end,
+      state = case when v_lost.file or p_error ->> 'code' = 'no_batch_api' then 'planned' else b.state end,
       input_file_id = case when v_lost.file then null else b.input_file_id end,
-      reserved_tokens = case when v_lost.file then 0 else b.reserved_tokens end,
+      reserved_tokens = case when v_lost.file or p_error ->> 'code' = 'no_batch_api' then 0 else b.reserved_tokens end,
       not_before = autotag.now() + greatest(
         case when b.state = 'creating' and p_error ->> 'code' <> all ('{file_not_there_yet,rate_limited}')
           then v_settings.batch_create_grace else interval '0' end,
@@ -475,6 +490,44 @@ begin
   where p_error ->> 'retry_after' is not null;
 end $$;
 
+-- Takes one image out of a planned batch and queues it as a single call, where there is no single call that could try a
+-- question that has not proven itself. False when there is one, or no batch that can spare an image. Called by claim(), which
+-- holds the provider row. Locks: workspace, job, batch, task.
+create function autotag.send_ahead() returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches;
+  v_task bigint;
+begin
+  if exists (
+    select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
+    union all select from autotag.tasks t where t.retry_at is not null or t.worker_id is not null) then
+    return false;
+  end if;
+  select * into v_batch from autotag.batches b
+  where b.state = 'planned' and b.worker_id is null and b.image_count - b.express_count > 1
+  order by b.created_at, b.ordinal limit 1;
+  if not found then
+    return false;
+  end if;
+  perform autotag.lock_workspace(v_batch.workspace_id);
+  perform from autotag.jobs j where j.id = v_batch.job_id for update;
+  perform from autotag.batches b where b.id = v_batch.id and b.state = 'planned' and b.worker_id is null for update;
+  if not found then
+    return false;
+  end if;
+  select t.id into v_task from autotag.tasks t
+  where t.batch_id = v_batch.id and t.finished_at is null order by t.id limit 1 for update;
+  if not found then
+    return false;
+  end if;
+  update autotag.batches b set express_count = b.express_count + 1 where b.id = v_batch.id;
+  update autotag.tasks t set lane = 'realtime', batch_id = null where t.id = v_task;
+  perform autotag.add_queued(v_batch.workspace_id, v_batch.job_id, 1, v_task);
+  return true;
+end $$;
+
 -- A provider without a Batch API: what was planned as batches of one job goes as single calls. False when there is no
 -- such job. One at a time, for the same reason as seal_upload(). Called by claim(), which holds the provider row.
 -- Locks: workspace, job, batches, tasks by id.
@@ -488,7 +541,7 @@ declare
 begin
   select j.* into v_job
   from autotag.batches b join autotag.jobs j on j.id = b.job_id
-  where b.state in ('planned', 'preparing', 'uploading', 'creating') and b.worker_id is null
+  where b.state in ('planned', 'preparing', 'uploading') and b.worker_id is null
   order by b.created_at limit 1;
   if not found then
     return false;
@@ -497,10 +550,10 @@ begin
   perform from autotag.jobs j where j.id = v_job.id for update;
   v_batches := array(
     select b.id from autotag.batches b
-    where b.job_id = v_job.id and b.worker_id is null and b.state in ('planned', 'preparing', 'uploading', 'creating')
+    where b.job_id = v_job.id and b.worker_id is null and b.state in ('planned', 'preparing', 'uploading')
     order by b.id for update);
   update autotag.batches b
-  set state = 'cancelled', reserved_tokens = 0, finished_at = p_now, input_file_id = null,
+  set state = 'cancelled', reserved_tokens = 0, finished_at = p_now,
       error = 'The provider has no Batch API.'
   where b.id = any (v_batches);
   v_tasks := array(
@@ -521,14 +574,10 @@ create function autotag.provider_checked(p_facts jsonb) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_model text := p_facts ->> 'model';
+  v_model text := left(p_facts ->> 'model', 100);
+  m autotag.models := autotag.find_model(v_model);
   v_date date;
 begin
-  update autotag.provider_limits p
-  set checked_at = autotag.now(),
-      -- What an attempt has shown stands: a list of batches may be there without a way to make one.
-      has_batches = case when p.has_batches is false then false
-        when jsonb_typeof(p_facts -> 'batches') = 'boolean' then (p_facts ->> 'batches')::boolean else p.has_batches end;
   if p_facts ->> 'shutdown_date' ~ '^\d{4}-\d{2}-\d{2}$' then
     begin
       v_date := (p_facts ->> 'shutdown_date')::date;
@@ -536,13 +585,27 @@ begin
       v_date := null;
     end;
   end if;
-  if v_date is not null then
-    -- a row of its own only where no other stands for it: a snapshot's would hide its family's prices
-    insert into autotag.models (name, shutdown_date)
-    select left(v_model, 100), v_date where (autotag.find_model(v_model)).name is null on conflict (name) do nothing;
-    update autotag.models m set shutdown_date = v_date
-    where m.name = (autotag.find_model(v_model)).name and m.shutdown_date is distinct from v_date;
+  if v_date is not null and v_model is not null then
+    -- First, so that nobody waits for the models' rows with the provider's in hand. A row of its own, like its family's: the
+    -- end of one snapshot is not that of the others.
+    m.name := v_model;
+    m.shutdown_date := v_date;
+    m.cap_parameter := coalesce(m.cap_parameter, 'max_completion_tokens');
+    m.answer_format := coalesce(m.answer_format, 'json_schema');
+    m.sends_effort := coalesce(m.sends_effort, true);
+    m.sends_detail := coalesce(m.sends_detail, true);
+    m.sends_tier := coalesce(m.sends_tier, true);
+    m.batch_discount := coalesce(m.batch_discount, 0.5);
+    m.flex_discount := coalesce(m.flex_discount, 0.5);
+    m.priority_factor := coalesce(m.priority_factor, 2);
+    insert into autotag.models as x values (m.*)
+    on conflict (name) do update set shutdown_date = v_date where x.shutdown_date is distinct from v_date;
   end if;
+  update autotag.provider_limits p
+  set checked_at = autotag.now(),
+      -- What an attempt has shown stands: a list of batches may be there without a way to make one.
+      has_batches = case when p.batches_refused then false
+        when jsonb_typeof(p_facts -> 'batches') = 'boolean' then (p_facts ->> 'batches')::boolean else p.has_batches end;
   perform pg_notify('autotag', 'realtime');
   return (autotag.describe_shutdown()) ->> 'message';
 end $$;

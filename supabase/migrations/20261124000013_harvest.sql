@@ -235,8 +235,7 @@ begin
     order by t.id, a.i);
   if v_general then
     v_answers := autotag.judge_errors(v_answers, v_batch.asked_at);
-    perform autotag.note_outcomes(v_answers,
-      (select jsonb_agg(a.error) from unnest(v_answers) a where a.error is not null), v_batch.asked_at);
+    perform autotag.note_outcomes(v_answers, v_batch.asked_at);
   end if;
   perform autotag.add_usage(v_answers, true);
 
@@ -246,10 +245,10 @@ begin
       join autotag.tasks t on t.id = a.task
       join autotag.error_kinds k on k.kind = a.error ->> 'kind'
       where not k.ends or (a.error ->> 'retry')::boolean
-        and case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens < v_settings.max_output_tokens
+        and case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens < autotag.max_cap(a.workspace_id)
           else t.failures + 1 < v_settings.max_bad_answers end);
     update autotag.tasks t
-    set error_code = a.error ->> 'code', error = a.error ->> 'message', failures = t.failures + k.counts::integer,
+    set error_code = a.error ->> 'code', error = a.error ->> 'message', failures = t.failures + (k.counts or a.error ? 'counts')::integer,
         min_output_tokens = coalesce(autotag.next_cap(a), t.min_output_tokens)
     from unnest(v_again) a join autotag.error_kinds k on k.kind = a.error ->> 'kind'
     where t.id = a.task;
@@ -259,7 +258,7 @@ begin
   if not v_general then
     perform from autotag.provider_limits for update skip locked;
     if found then
-      perform autotag.note_outcomes(v_answers || v_again, null, v_batch.asked_at);
+      perform autotag.note_outcomes(v_answers || v_again, v_batch.asked_at);
     end if;
   end if;
   return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices);

@@ -69,7 +69,8 @@ as $$
 begin
   update autotag.usage u
   set cost = autotag.price_tokens(u.model, u.service_tier, u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens)
-  where u.cost is null;
+  where u.cost is null
+    and autotag.price_tokens(u.model, u.service_tier, u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens) is not null;
   return null;
 end $$;
 create trigger autotag_price_usage after insert or update of input_price, output_price on autotag.models

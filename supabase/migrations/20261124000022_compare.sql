@@ -117,13 +117,16 @@ begin
   v_cap := greatest(v_provider.output_tokens, least(coalesce(p_cap, 0),
     (0.9 * v_provider.tokens_per_minute)::integer - (v_provider.tokens_per_image - v_provider.output_tokens)));
   v_reserved := v_provider.tokens_per_image - v_provider.output_tokens + v_cap;
-  if v_provider.account_error is not null then
+  -- Trouble of the model in use (it may have shut down) is the reason to compare; whatever else is wrong shows by itself.
+  if v_provider.account_error is not null
+    and (v_provider.account_error_from = 'storage' or p_question ->> 'model' = (select s.model from autotag.settings s)) then
     return autotag.put_off('account', v_now, v_now + (select s.account_probe_interval from autotag.settings s))
       || jsonb_build_object('message', v_provider.account_error);
   elsif v_provider.blocked_until > v_now then
     return autotag.put_off('retry_after', v_now, v_provider.blocked_until);
   -- An image that never fits its workspace's window (ready_at is infinite) keeps nobody else waiting.
-  elsif exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')) then
+  elsif v_provider.account_error is null
+    and exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')) then
     return autotag.put_off('live', v_now, v_now + autotag.clock_interval(1));
   end if;
   v_next := v_now + interval '1 min' * greatest(0,

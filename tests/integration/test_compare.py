@@ -194,9 +194,16 @@ async def test_live_work_the_account_and_a_429_hold_it_up(tagged: Library) -> No
     held = admit(tagged, **asked)
     assert (held["admitted"], held["reason"]) == (False, "retry_after")
     assert 6 < held["wait"] <= 7
-    tagged.sql("update autotag.provider_limits set blocked_until = '-infinity', account_error = 'No credit is left.'")
+    tagged.sql(
+        "update autotag.provider_limits set blocked_until = '-infinity', account_error = 'Storage refused the key.',"
+        " account_error_from = 'storage'"
+    )
     held = admit(tagged, **asked)
-    assert (held["reason"], held["message"]) == ("account", "No credit is left.")
+    assert (held["reason"], held["message"]) == ("account", "Storage refused the key.")
+    tagged.sql(
+        "update autotag.provider_limits set account_error = 'The model was shut down.', account_error_from = 'provider'"
+    )
+    assert admit(tagged, **asked)["admitted"], "the end of the model in use is the reason to compare"
     tagged.sql("update autotag.provider_limits set account_error = null")
     tagged.enqueue(tagged.insert(["live.jpg"]))
     held = admit(tagged, **asked)

@@ -13,9 +13,9 @@ import asyncio
 import json
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import date
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import orjson
 import psycopg
@@ -38,6 +38,8 @@ KEEPALIVES: dict[str, Any] = {
 CHANNEL = "autotag"
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 _TRANSIENT = (psycopg.OperationalError, psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 
@@ -166,16 +168,16 @@ class Database:
             },
         )
 
-    @property
-    def _version(self) -> int | None:
-        return self._question.version if self._question else None
-
-    def _ask(self, changed: dict[str, Any] | None) -> Question:
-        """What to ask from now on, in both lanes: the database says so when it is not what this worker knows."""
-        if changed or self._question is None:
-            self._question = Question(**(changed or {}))
-            log.info("question_changed", **(changed or {}))
-        return self._question
+    def _asked(self, known: Question | None, changed: dict[str, Any] | None) -> Question:
+        """What to ask about what a claim released: what the database says, or what was known when the claim was sent. The
+        other lane may have learned of a newer question meanwhile."""
+        if changed is None and known is not None:
+            return known
+        question = _make(Question, changed or {})
+        if self._question is None or self._question.version < question.version:
+            self._question = question
+            log.info("question_changed", **asdict(question))
+        return question
 
     async def open(self) -> None:
         """Connects.
@@ -243,10 +245,12 @@ class Database:
 
     async def claim(self, slots: int) -> Claim:
         """Not tried again by itself: after an error call `release_unheld`."""
+        known = self._question
         row = await self._once(
-            "select tasks, wait, bound, question from autotag.claim(%s, %s, %s)", self.worker, slots, self._version
+            "select tasks, wait, bound, question from autotag.claim(%s, %s, %s)", self.worker, slots, _version(known)
         )
-        return Claim([Image(**task) for task in row["tasks"]], row["wait"], row["bound"], self._ask(row["question"]))
+        images = [_make(Image, task) for task in row["tasks"]]
+        return Claim(images, row["wait"], row["bound"], self._asked(known, row["question"]))
 
     async def report_stages(self, stages: list[dict[str, Any]], sent: dict[str, Any] | None) -> None:
         await self._call(
@@ -261,20 +265,23 @@ class Database:
 
     async def claim_batches(self, slots: int) -> BatchClaim:
         """Not tried again by itself: after an error call `release_unheld`."""
-        row = await self._once("select c.* from autotag.claim_batches(%s, %s, %s) c", self.worker, slots, self._version)
+        known = self._question
+        row = await self._once(
+            "select c.* from autotag.claim_batches(%s, %s, %s) c", self.worker, slots, _version(known)
+        )
         return BatchClaim(
-            batches=[Batch(**batch) for batch in row["batches"]],
+            batches=[_make(Batch, batch) for batch in row["batches"]],
             wait=row["wait"],
             poll={batch["id"]: batch["since"] for batch in row["poll"] or []},
             cancel=row["cancel"] or [],
             files=row["files"],
-            question=self._ask(row["question"]),
+            question=self._asked(known, row["question"]),
             look_up=row["look_up"],
         )
 
     async def batch_images(self, batch: Batch, after: int, limit: int) -> list[Image]:
         row = await self._call("select autotag.batch_images(%s, %s, %s) as page", batch.batch, after, limit)
-        return [Image(**image) for image in row["page"]]
+        return [_make(Image, image) for image in row["page"]]
 
     async def batch_step(self, batch: Batch, state: str, input_file_id: str | None = None) -> None:
         await self._call(
@@ -337,6 +344,16 @@ class Database:
 
     async def take_outbox(self, limit: int) -> list[dict[str, Any]]:
         return cast("list[dict[str, Any]]", (await self._call("select autotag.take_outbox(%s) as m", limit))["m"])
+
+
+def _version(question: Question | None) -> int | None:
+    return question.version if question else None
+
+
+def _make(kind: type[T], described: dict[str, Any]) -> T:
+    """A message of the database. What a newer schema says besides is left out: a patch release fits."""
+    names = {field.name for field in fields(cast("Any", kind))}
+    return kind(**{name: value for name, value in described.items() if name in names})
 
 
 async def can_listen(url: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import ssl
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 import openai
@@ -15,6 +15,8 @@ from autotag.classify import classify_status
 from autotag.errors import TaggingError
 from autotag.headers import read_limits
 
+#: The slowest pace at which an answer may come, reasoning included: an answer with a large cap gets more time.
+TOKENS_PER_SECOND = 40.0
 FLEX_TIMEOUT = 900.0  # seconds: OpenAI's advice for service_tier flex, which answers when there is room
 
 
@@ -35,10 +37,12 @@ async def complete(client: AsyncOpenAI, body: dict[str, Any]) -> tuple[dict[str,
     Raises:
         TaggingError: whatever went wrong, sorted by kind.
     """
-    flex = make_request_options(timeout=FLEX_TIMEOUT) if body.get("service_tier") == "flex" else {}
+    cap = body.get("max_completion_tokens") or body.get("max_tokens") or 0
+    patience = FLEX_TIMEOUT if body.get("service_tier") == "flex" else float(cast("float", client.timeout))
+    options = make_request_options(timeout=patience + cap / TOKENS_PER_SECOND)
     try:
         # As client.chat.completions.create() sends it, but without the SDK's recursive key-renaming pass over the body.
-        response = await client.post("/chat/completions", cast_to=httpx2.Response, body=body, options=flex)
+        response = await client.post("/chat/completions", cast_to=httpx2.Response, body=body, options=options)
     except openai.APIError as error:
         raise classify(error) from error
     unreadable = TaggingError("transient", "provider_error", "The AI service gave no answer.", origin="provider")
@@ -58,7 +62,11 @@ def classify(error: openai.APIError) -> TaggingError:
     reason: BaseException | None = error
     while reason is not None and not isinstance(reason, ssl.SSLError):
         reason = reason.__cause__ or reason.__context__
-    # Timeouts, resets, answers that are no HTTP; a certificate nobody trusts will not be better in a minute.
+    if isinstance(error, openai.APITimeoutError):
+        return TaggingError(
+            "transient", "provider_unreachable", "The AI service did not answer in time.", origin="provider"
+        )
+    # Resets, answers that are no HTTP; a certificate nobody trusts will not be better in a minute.
     message = "The AI service's certificate cannot be trusted." if reason else "The AI service could not be reached."
     return TaggingError("account" if reason else "transient", "provider_unreachable", message, origin="provider")
 
