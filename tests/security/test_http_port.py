@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import resource
+import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from autotag.web import Health, make_app
 from autotag_local.openai_sim.webhooks import batch_event, make_secret, sign
 from autotag_local.postgres import free_port
 from autotag_local.stack import Stack, worker_process
+from support import PATIENCE
 
 HOST = "127.0.0.1"
 FILES = 1024
@@ -60,8 +62,18 @@ async def running(stack: Stack, tmp_path: Path) -> AsyncIterator[Running]:
     with here.log.open("wb") as log:
         async with worker_process(environment, log) as process:
             resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (FILES, FILES))
+            await _started(here.http)
             yield here
     assert "Traceback" not in here.log.read_text(), "an exception escaped"
+
+
+async def _started(port: int) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            with contextlib.suppress(OSError):
+                if b"200 OK" in await exchange(port, b"GET /healthz HTTP/1.0\r\n\r\n"):
+                    return
+            await asyncio.sleep(0.1)
 
 
 async def exchange(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
@@ -83,52 +95,18 @@ async def exchange(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
     return answer
 
 
-async def crawl(port: int) -> None:
-    """One slow connection after the other."""
-    while True:
-        with contextlib.suppress(OSError):
-            reader, writer = await asyncio.open_connection(HOST, port)
-            writer.write(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
-            try:
-                while not reader.at_eof():
-                    writer.write(b"a")
-                    await writer.drain()
-                    await asyncio.sleep(1)
-            finally:
-                writer.transport.abort()
-        await asyncio.sleep(1)
-
-
-async def litter(port: int) -> None:
-    """Requests of rubbish, evenly."""
-    kinds = (
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)) * 2, b"GET / HTTP/9.9\r\n\r\n",
-        b"GET /healthz HTTP/1.1\r\nHost: x\r\nno colon\r\n\r\n",
-        POST + b"Content-Length: 2\r\n\r\n{}", CHUNKED + b"not a size\r\n",
-        POST + b"Upgrade: websocket\r\nConnection: upgrade\r\nContent-Length: 0\r\n\r\n",
-    )  # fmt: skip
-    turn = 0
-    async with asyncio.TaskGroup() as group:
-        while True:
-            group.create_task(_throw(port, kinds[turn % len(kinds)]))
-            turn += 1
-            await asyncio.sleep(1 / RUBBISH)
-
-
-async def _throw(port: int, rubbish: bytes) -> None:
-    with contextlib.suppress(OSError):
-        await exchange(port, rubbish)
-
-
 @contextlib.asynccontextmanager
 async def load(port: int) -> AsyncIterator[None]:
-    tasks = [*(asyncio.create_task(crawl(port)) for _ in range(SLOW)), asyncio.create_task(litter(port))]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(Path(__file__).with_name("flood.py")), str(port), str(SLOW), str(RUBBISH)
+    )
     try:
         yield
+        assert process.returncode is None, "the load ended"
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
 
 
 @pytest.mark.parametrize("loaded", ["http", "webhook"])

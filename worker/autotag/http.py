@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from autotag.guard import HEADERS_MOST, KEEP_ALIVE_SECONDS, GuardedApp, GuardedProtocol
 
 QUEUE = 1024  # connections that may wait to be accepted
-ACCEPT_AT_ONCE = 64  # of them; asyncio accepts so many before any of them is looked at
+ACCEPT_AT_ONCE = 16  # of them; so many are accepted before any is read, and far fewer than may make each other go
 
 
 class _Server(uvicorn.Server):
