@@ -75,10 +75,10 @@ def test_the_usual_names_and_a_list_of_hosts(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_keys_and_urls_may_be_pasted_with_quotes_and_line_ends(wrapped: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = {**GOOD, "SUPABASE_URL": "https://p.supabase.co/", "SUPABASE_SECRET_KEY": "sb_secret_1",
-             "OPENAI_BASE_URL": "https://o.example.com/v1", "OPENAI_WEBHOOK_SECRET": WEBHOOK_SECRET,
-             "AUTOTAG_WEBHOOK": "0.0.0.0:80"}  # fmt: skip
+             "OPENAI_BASE_URL": "https://o.example.com/v1", "OPENAI_WEBHOOK_SECRET": WEBHOOK_SECRET}  # fmt: skip
     for name, value in plain.items():
         monkeypatch.setenv(name, wrapped.format(value))
+    monkeypatch.setenv("AUTOTAG_WEBHOOK", "0.0.0.0:80")
     settings = load_settings()
     assert settings.openai_api_key.get_secret_value() == "sk-1"
     assert settings.secret_key() == "sb_secret_1"

@@ -19,6 +19,7 @@ ANSWER_SECONDS = 30.0  # from there to the last byte of the answer
 LINGER_SECONDS = 2.0  # for the rest of a body that was refused, so that its client reads why
 KEEP_ALIVE_SECONDS = 5  # that an idle connection is kept open
 HEADERS_MOST = 16_384  # bytes
+LINES_MOST = 1000  # of a request: headers and chunks, of which a byte each would cost 0.3 s of processor for one body
 BODY_MOST = 65_536  # bytes; OpenAI's deliveries have a few hundred
 
 
@@ -27,6 +28,7 @@ class GuardedProtocol(H11Protocol):
 
     _deadline: asyncio.TimerHandle | None = None
     _waiting = True  # for a request, or for the rest of one
+    _lines = 0  # of this request
     _since = 0.0  # when that, or the answering, began; the loop's clock
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -35,11 +37,16 @@ class GuardedProtocol(H11Protocol):
         self._make_room()
 
     def data_received(self, data: bytes) -> None:
+        self._lines += data.count(b"\r\n")
+        if self._lines > LINES_MOST:
+            self.transport.abort()
+            return
         super().data_received(data)
         self._notice_whole_request()
 
     def on_response_complete(self) -> None:
         unread = self.conn.their_state is h11.SEND_BODY
+        self._lines = self._lines if unread else 0
         self._begin(waiting=True, seconds=LINGER_SECONDS if unread else REQUEST_SECONDS)
         super().on_response_complete()  # takes up what has been sent ahead
         self._notice_whole_request()
