@@ -18,6 +18,32 @@ FUNCTIONS = ROOT / "supabase" / "functions"
 DENO = ROOT / "node_modules" / ".bin" / "deno"
 
 
+async def endless(url: str, headers: dict[str, str], most: int) -> tuple[int, int]:
+    """Sends a chunked body for as long as it is read; the answer's status, and the bytes sent until it came.
+
+    Fails when more than ``most`` bytes go out without an answer.
+    """
+    address = httpx.URL(url)
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+    lines = [f"POST {address.path} HTTP/1.1", f"host: {address.host}", "transfer-encoding: chunked"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    writer.write("\r\n".join([*lines, "", ""]).encode())
+    answer, sent = asyncio.create_task(reader.readline()), 0
+    try:
+        async with asyncio.timeout(PATIENCE):
+            while not answer.done():
+                assert sent <= most, f"{sent:,} bytes were taken without an answer"
+                writer.write(b"4000\r\n" + b"x" * 0x4000 + b"\r\n")
+                sent += 0x4000
+                with contextlib.suppress(ConnectionError):
+                    await writer.drain()
+                await asyncio.sleep(0.005)
+            return int((await answer).split(b" ")[1]), sent
+    finally:
+        answer.cancel()
+        writer.transport.abort()
+
+
 @contextlib.asynccontextmanager
 async def served(name: str, stack: Stack, **environment: str) -> AsyncIterator[str]:
     """The function's address; npm packages come from node_modules, as they are locked."""

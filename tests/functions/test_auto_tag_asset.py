@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
-from deno import served
+from deno import endless, served
 
 from support import Library, worker
 
@@ -36,6 +36,14 @@ async def test_nonsense_is_refused(library: Library, body: Any) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "no_asset")
         assert (await client.post(url, json={"asset_id": "x"})).status_code == 401
         assert (await client.get(url, headers=headers)).status_code == 405
+
+
+async def test_a_body_that_is_too_large_is_not_read_to_its_end(library: Library) -> None:
+    headers = {"authorization": f"Bearer {library.member.token}"}
+    async with served("auto_tag_asset", library.stack) as url, httpx.AsyncClient() as client:
+        assert (await client.post(url, content=b" " * 2_000_001, headers=headers)).status_code == 413
+        status, _ = await endless(url, headers, 6_000_000)
+        assert status == 413
 
 
 async def test_what_is_somebody_elses_is_refused_as_the_rpc_refuses_it(library: Library) -> None:

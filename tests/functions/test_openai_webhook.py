@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import httpx
-from deno import served
+from deno import endless, served
 
 from autotag_local.openai_sim.webhooks import batch_event, make_secret, sign
 from support import Library, worker
@@ -39,6 +39,7 @@ async def test_what_is_not_genuine_does_not_reach_the_database(library: Library)
         assert await post(body, sign(SECRET, body, at=1_000_000_000)) == 400
         assert await post(body, {}) == 400
         assert await post(b"x" * 70_000, sign(SECRET, b"x")) == 413
+        assert (await endless(url, sign(SECRET, b"x"), 4_000_000))[0] == 413
         assert (await client.get(url)).status_code == 405
         assert library.sql("select * from autotag.webhooks") == []
         other = b'{"object": "event", "id": "evt_1", "type": "response.completed", "data": {"id": "resp_1"}}'

@@ -14,7 +14,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from openai import AsyncOpenAI
 from PIL import Image
-from starlette.applications import Starlette
 
 from autotag.answers import CAPTION_LENGTH, MAX_ANSWER, TAG_LENGTH, read_completion, read_usage
 from autotag.classify import classify_status
@@ -22,7 +21,7 @@ from autotag.errors import TaggingError
 from autotag.headers import MAX_RETRY_AFTER, read_limits
 from autotag.images import prepare
 from autotag.lanes.batch import LINE_MOST, _lines, read_line
-from autotag.webhook import make_route
+from autotag.webhook import make_app
 from autotag_local.openai_sim.webhooks import make_secret, sign
 
 text = st.text(max_size=60) | st.sampled_from(
@@ -215,7 +214,7 @@ async def test_a_webhook_is_taken_or_refused(body: bytes, signed: bool, headers:
         taken.append(delivery)  # type: ignore[arg-type]
         return "accepted"
 
-    app = Starlette(routes=[make_route(AsyncOpenAI(api_key="none"), SECRET, receive)])
+    app = make_app(AsyncOpenAI(api_key="none"), SECRET, receive)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://worker") as client:
         answer = await client.post("/webhooks/openai", content=body, headers=sign(SECRET, body) if signed else headers)
     assert answer.status_code in ((204, 400) if signed else (400,))

@@ -19,10 +19,12 @@ from autotag import doctor
 from autotag.config import DoctorSettings
 from autotag.http import serve
 from autotag_local.edge import tokens
+from autotag_local.openai_sim.webhooks import make_secret
 from autotag_local.postgres import LocalPostgres, free_port
 from autotag_local.stack import WORKER_ROLE, Stack
 from support import Library, until, worker
 
+WEBHOOK_SECRET = make_secret()
 ENDS_IN = (
     "update autotag.models set shutdown_date = (now() at time zone 'utc')::date + {}, successor = 'gpt-6.1-terra'"
     " where name = 'gpt-6-luna'"
@@ -117,8 +119,9 @@ async def test_no_worker_and_workers_that_poll_are_told(library: Library) -> Non
         ({"openai_api_key": None}, "api", "error", "not set"),
         ({"openai_base_url": "http://127.0.0.1:1/v1"}, "api", "error", "could not be reached"),
         ({"openai_webhook_secret": "nonsense"}, "webhook", "error", "whsec_"),
-        ({"openai_webhook_secret": "whsec_abc"}, "webhook", "warning", "does not serve"),
-        ({"openai_webhook_secret": "whsec_abc", "http": "0.0.0.0:80"}, "webhook", "ok", "serves"),
+        ({"openai_webhook_secret": WEBHOOK_SECRET}, "webhook", "error", "no address"),
+        ({"webhook": "0.0.0.0:80"}, "webhook", "error", "needs OPENAI_WEBHOOK_SECRET"),
+        ({"openai_webhook_secret": WEBHOOK_SECRET, "webhook": "0.0.0.0:80"}, "webhook", "ok", "serves"),
     ],
 )  # fmt: skip
 async def test_a_wrong_setting_is_found(

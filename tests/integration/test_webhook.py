@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 
 from autotag.http import serve
 from autotag.wake import Wake
-from autotag.webhook import BODY_MOST, make_route
+from autotag.webhook import make_app
 from autotag.worker import Worker
 from autotag_local.openai_sim.webhooks import batch_event, make_secret, sign
 from autotag_local.postgres import free_port
@@ -30,7 +30,7 @@ async def received() -> AsyncIterator[tuple[httpx.AsyncClient, list[tuple[str, s
         deliveries.append((webhook_id, kind, batch))
         return "accepted"
 
-    app = Starlette(routes=[make_route(AsyncOpenAI(api_key="none"), SECRET, receive)])
+    app = make_app(AsyncOpenAI(api_key="none"), SECRET, receive)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
         yield client, deliveries
@@ -44,18 +44,16 @@ async def test_a_signed_delivery_is_taken(received: tuple[httpx.AsyncClient, lis
 
 
 @pytest.mark.parametrize(
-    ("what", "status"),
-    [("forged", 400), ("changed", 400), ("late", 400), ("from the future", 400), ("unsigned", 400),
-     ("no id", 400), ("bad timestamp", 400), ("oversized", 413), ("signed rubbish", 400), ("signed list", 400),
-     ("not text", 400)],
+    "what",
+    ["forged", "changed", "late", "from the future", "unsigned", "no id", "bad timestamp", "signed rubbish",
+     "signed list", "not text"],
 )  # fmt: skip
 async def test_what_is_not_genuine_never_reaches_the_database(
-    received: tuple[httpx.AsyncClient, list[tuple[str, str, str]]], what: str, status: int
+    received: tuple[httpx.AsyncClient, list[tuple[str, str, str]]], what: str
 ) -> None:
     client, deliveries = received
     body = batch_event("completed", "batch_1")
     bodies = {
-        "oversized": b"x" * (BODY_MOST + 1),
         "signed rubbish": b"{",
         "signed list": b"[1]",
         "not text": b"\xff\xfe",
@@ -73,7 +71,7 @@ async def test_what_is_not_genuine_never_reaches_the_database(
     if what == "bad timestamp":
         headers["webhook-timestamp"] = "yesterday"
     answer = await client.post("/webhooks/openai", content=body, headers=headers)
-    assert (answer.status_code, deliveries) == (status, [])
+    assert (answer.status_code, deliveries) == (400, [])
     assert answer.json()["error"]["message"]
 
 
@@ -92,7 +90,7 @@ async def test_a_delivery_makes_the_batch_finish_at_once(library: Library) -> No
     stack.configure(batch_poll_interval="1 h")
     plan.webhook_url, plan.webhook_secret = f"http://127.0.0.1:{port}/webhooks/openai", SECRET
     assets = await library.upload(60)
-    async with worker(stack, http=f"127.0.0.1:{port}", openai_webhook_secret=SECRET):
+    async with worker(stack, webhook=f"127.0.0.1:{port}", openai_webhook_secret=SECRET):
         await library.finished(library.enqueue(assets))
     library.check_tags()
     assert library.sql("select count(*) as n from autotag.webhooks")[0]["n"] == 1
@@ -114,9 +112,11 @@ async def test_a_delivery_that_comes_before_its_batch_is_known_is_not_lost(libra
     assert look["id"] == "batch_early"
 
 
-async def test_an_address_that_is_taken_is_said(library: Library) -> None:
+@pytest.mark.parametrize("which", ["http", "webhook"])
+async def test_an_address_that_is_taken_is_said(library: Library, which: str) -> None:
     port = free_port()
     async with serve(Starlette(), "127.0.0.1", port):
-        settings = worker_settings(library.stack, http=f"127.0.0.1:{port}", openai_webhook_secret=SECRET)
-        with pytest.raises(OSError, match="in use"):
+        addresses = {"webhook": f"127.0.0.1:{free_port()}", which: f"127.0.0.1:{port}"}
+        settings = worker_settings(library.stack, openai_webhook_secret=SECRET, **addresses)
+        with pytest.raises(OSError, match=f"cannot serve on 127.0.0.1:{port}: Address already in use"):
             await Worker(settings, Wake()).run()

@@ -12,6 +12,7 @@ from autotag.classify import classify_status
 from autotag.config import SettingsError, load_settings
 from autotag.headers import read_limits, retry_after
 
+WEBHOOK_SECRET = "whsec_c2l4dGVlbiBieXRlcyBvciBtb3Jl"
 GOOD = {"DATABASE_URL": "postgresql://u:p@localhost/db", "OPENAI_API_KEY": "sk-1"}
 
 
@@ -19,7 +20,7 @@ GOOD = {"DATABASE_URL": "postgresql://u:p@localhost/db", "OPENAI_API_KEY": "sk-1
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # no .env of the developer's
     for name in ("DATABASE_URL", "SUPABASE_DB_URL", "OPENAI_API_KEY", "OPENAI_BASE_URL", "SUPABASE_URL",
-                 "SUPABASE_SECRET_KEY", "OPENAI_WEBHOOK_SECRET"):  # fmt: skip
+                 "SUPABASE_SECRET_KEY", "OPENAI_WEBHOOK_SECRET", "AUTOTAG_WEBHOOK", "AUTOTAG_HTTP"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
 
 
@@ -33,6 +34,18 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ({"SUPABASE_URL": "project.supabase.co"}, "SUPABASE_URL is wrong: must start with https://"),
         ({"AUTOTAG_SLOTS": "many"}, "AUTOTAG_SLOTS is wrong"),
         ({"AUTOTAG_SLOTS": "0"}, "AUTOTAG_SLOTS is wrong"),
+        ({"AUTOTAG_HTTP": "8080"}, "AUTOTAG_HTTP is wrong: must be HOST:PORT"),
+        ({"AUTOTAG_HTTP": "0.0.0.0:65536"}, "AUTOTAG_HTTP is wrong: must be HOST:PORT"),
+        ({"AUTOTAG_WEBHOOK": ":"}, "AUTOTAG_WEBHOOK is wrong: must be HOST:PORT"),
+        ({"AUTOTAG_WEBHOOK": "0.0.0.0:80"}, "--webhook (AUTOTAG_WEBHOOK) needs OPENAI_WEBHOOK_SECRET"),
+        ({"OPENAI_WEBHOOK_SECRET": WEBHOOK_SECRET}, "OPENAI_WEBHOOK_SECRET is set, but the webhook has no address"),
+        *[
+            (
+                {"AUTOTAG_WEBHOOK": "0.0.0.0:80", "OPENAI_WEBHOOK_SECRET": secret},
+                "OPENAI_WEBHOOK_SECRET does not look like one",
+            )
+            for secret in ("", "whsec_", "whsec_c2hvcnQ=", WEBHOOK_SECRET[6:], "whsec_" + "*" * 32, "whsec_abcde" * 5)
+        ],
     ],
 )
 def test_a_missing_or_wrong_setting_is_one_sentence(
@@ -62,14 +75,15 @@ def test_the_usual_names_and_a_list_of_hosts(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_keys_and_urls_may_be_pasted_with_quotes_and_line_ends(wrapped: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = {**GOOD, "SUPABASE_URL": "https://p.supabase.co/", "SUPABASE_SECRET_KEY": "sb_secret_1",
-             "OPENAI_BASE_URL": "https://o.example.com/v1", "OPENAI_WEBHOOK_SECRET": "whsec_1"}  # fmt: skip
+             "OPENAI_BASE_URL": "https://o.example.com/v1", "OPENAI_WEBHOOK_SECRET": WEBHOOK_SECRET}  # fmt: skip
     for name, value in plain.items():
         monkeypatch.setenv(name, wrapped.format(value))
+    monkeypatch.setenv("AUTOTAG_WEBHOOK", "0.0.0.0:80")
     settings = load_settings()
     assert settings.openai_api_key.get_secret_value() == "sk-1"
     assert settings.secret_key() == "sb_secret_1"
     assert settings.openai_webhook_secret
-    assert settings.openai_webhook_secret.get_secret_value() == "whsec_1"
+    assert settings.openai_webhook_secret.get_secret_value() == WEBHOOK_SECRET
     assert (settings.supabase_url, settings.openai_base_url) == ("https://p.supabase.co", "https://o.example.com/v1")
     assert str(settings.database_url) == GOOD["DATABASE_URL"]
 

@@ -55,7 +55,14 @@ def worker(
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help="Serve /healthz, /readyz and /metrics there, and POST /webhooks/openai with OPENAI_WEBHOOK_SECRET.",
+            help="Serve /healthz, /readyz and /metrics there.",
+        ),
+    ] = None,
+    webhook: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Serve POST /webhooks/openai there, for OpenAI; needs OPENAI_WEBHOOK_SECRET.",
         ),
     ] = None,
 ) -> None:
@@ -64,7 +71,7 @@ def worker(
     Reads DATABASE_URL (or SUPABASE_DB_URL), OPENAI_API_KEY, OPENAI_BASE_URL, SUPABASE_URL and
     SUPABASE_SECRET_KEY from the environment or a .env file; AUTOTAG_* for the rest (README, "Settings").
     """
-    settings = read_settings(Settings, {"http": http} if http else {})
+    settings = read_settings(Settings, {name: at for name, at in (("http", http), ("webhook", webhook)) if at})
     configure_logs(settings.log_level, settings.log_format)
     try:
         configure_traces()
@@ -80,7 +87,7 @@ def worker(
     except (psycopg.errors.UndefinedFunction, psycopg.errors.InvalidSchemaName):
         raise fail("autotag's schema is not in this database; apply its migrations first (autotag migrate).") from None
     except OSError as error:
-        raise fail(f"cannot serve on {settings.http}: {error.strerror or error}.") from None
+        raise fail(f"{error.strerror or error}.") from None
 
 
 # -- installing

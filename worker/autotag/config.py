@@ -6,17 +6,20 @@ here is only what differs from one worker process to the next.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import os
 import re
 import string
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AliasChoices, Field, PostgresDsn, SecretStr, ValidationError, field_validator
+from pydantic import AliasChoices, Field, PostgresDsn, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 #: What comes along when a key or URL is pasted: blanks, line ends, quotes, and marks that nobody sees.
 WRAPPING = string.whitespace + "\u00a0\u200b\ufeff" + "\"'`“”‘’"
+WEBHOOK_KEY_LEAST = 16  # bytes; OpenAI's have more
 
 
 class Settings(BaseSettings):
@@ -55,9 +58,9 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("AUTOTAG_OPENAI_WEBHOOK_SECRET", "OPENAI_WEBHOOK_SECRET"),
         description="signing secret of OpenAI's webhook (whsec_…)",
     )
-    http: str | None = Field(
-        None,
-        description="HOST:PORT to serve health, metrics and OpenAI's webhook on",
+    http: str | None = Field(None, description="HOST:PORT to serve health and metrics on")
+    webhook: str | None = Field(
+        None, description="HOST:PORT to serve OpenAI's webhook on, with its secret; a port of its own"
     )
     slots: int = Field(256, ge=1, le=1000, description="single calls in flight at most")
     batch_slots: int = Field(4, ge=1, le=50, description="batches built or harvested at the same time")
@@ -104,12 +107,21 @@ class Settings(BaseSettings):
             raise ValueError("has a blank, a line break or another character inside that no URL has; paste it again")
         return value.rstrip("/") if value else value
 
-    @field_validator("http")
+    @field_validator("http", "webhook")
     @classmethod
     def _host_and_port(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"(\S+):(\d{1,5})", value):
-            raise ValueError("must be HOST:PORT, for example 0.0.0.0:8080")
+        if value is not None:
+            match = re.fullmatch(r"\S+:(\d{1,5})", value, re.ASCII)
+            if not match or int(match[1]) > 65_535:
+                raise ValueError("must be HOST:PORT, for example 0.0.0.0:8080")
         return value
+
+    @model_validator(mode="after")
+    def _webhook_is_whole(self) -> Self:
+        trouble = webhook_trouble(self)
+        if trouble:
+            raise ValueError(trouble)
+        return self
 
     def secret_key(self) -> str | None:
         """The project's secret key in the clear."""
@@ -122,6 +134,39 @@ class DoctorSettings(Settings):
     openai_api_key: SecretStr | None = Field(  # type: ignore[assignment]
         None, validation_alias=AliasChoices("AUTOTAG_OPENAI_API_KEY", "OPENAI_API_KEY")
     )
+
+    @model_validator(mode="after")
+    def _webhook_is_whole(self) -> Self:
+        return self
+
+
+def webhook_trouble(settings: Settings) -> str | None:
+    """Why the webhook of these settings could not be trusted or reached, if so; one sentence without its full stop.
+
+    An empty secret signs as well as any other: whoever knows that it is empty would be believed.
+    """
+    secret = settings.openai_webhook_secret
+    if secret is not None and not _is_webhook_secret(secret.get_secret_value()):
+        return (
+            f"OPENAI_WEBHOOK_SECRET does not look like one (whsec_ and at least {WEBHOOK_KEY_LEAST} bytes in base64); "
+            "copy it from the webhook in OpenAI's settings, or leave it unset"
+        )
+    if secret is not None and settings.webhook is None:
+        return (
+            "OPENAI_WEBHOOK_SECRET is set, but the webhook has no address; say where to serve it with --webhook "
+            "HOST:PORT (AUTOTAG_WEBHOOK), or leave the secret unset"
+        )
+    if secret is None and settings.webhook is not None:
+        return "--webhook (AUTOTAG_WEBHOOK) needs OPENAI_WEBHOOK_SECRET, the signing secret from OpenAI's settings"
+    return None
+
+
+def _is_webhook_secret(text: str) -> bool:
+    key = text.removeprefix("whsec_")
+    try:
+        return key != text and len(base64.b64decode(key, validate=True)) >= WEBHOOK_KEY_LEAST
+    except binascii.Error:
+        return False
 
 
 class SettingsError(Exception):

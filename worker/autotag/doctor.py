@@ -16,7 +16,7 @@ from realtime import AsyncRealtimeClient, BroadcastPayload, RealtimeSubscribeSta
 
 import autotag
 from autotag import api, db
-from autotag.config import DoctorSettings
+from autotag.config import DoctorSettings, webhook_trouble
 from autotag.errors import TaggingError
 from autotag.findings import Finding, compare_clocks
 from autotag.storage import Storage
@@ -186,16 +186,13 @@ def _unreadable_sample(error: TaggingError, sample: dict[str, str], buckets: fro
 
 def _webhook(settings: DoctorSettings) -> Finding:
     check = "webhook"
+    trouble = webhook_trouble(settings)
+    if trouble:
+        return Finding(
+            check, "error", f"The worker will not start: {trouble}.",
+            "OPENAI_WEBHOOK_SECRET=whsec_… autotag worker --webhook 0.0.0.0:8081   "
+            "(or neither, and deploy the edge function openai-webhook)",
+        )  # fmt: skip
     if settings.openai_webhook_secret is None:
         return Finding(check, "ok", "No OPENAI_WEBHOOK_SECRET: the end of a batch is noticed within a minute.")
-    if not settings.openai_webhook_secret.get_secret_value().startswith("whsec_"):
-        return Finding(
-            check, "error", "OPENAI_WEBHOOK_SECRET does not look like one (whsec_…).",
-            "Copy the signing secret of the webhook from OpenAI's settings.",
-        )  # fmt: skip
-    if not settings.http:
-        return Finding(
-            check, "warning", "There is a webhook secret, but this worker does not serve /webhooks/openai.",
-            "autotag worker --http 0.0.0.0:8080   (or deploy the edge function openai-webhook)",
-        )  # fmt: skip
-    return Finding(check, "ok", "A secret is set, and the worker serves /webhooks/openai.")
+    return Finding(check, "ok", f"A secret is set, and the worker serves /webhooks/openai on {settings.webhook}.")

@@ -111,6 +111,7 @@ class SystemMetrics(Collector):
         self._read = read
         self._values: dict[str, Any] = {}
         self._read_at = float("-inf")
+        self._reading = asyncio.Lock()  # many that ask at once wait for one answer, and take one connection
 
     async def stands_still(self) -> bool:
         """Whether nothing is tagged, because the provider or Storage refuses everything.
@@ -122,8 +123,8 @@ class SystemMetrics(Collector):
         return bool(self._values["account_error"])
 
     async def _refresh(self) -> None:
-        if time.monotonic() - self._read_at >= SAMPLE_EVERY:
-            async with asyncio.timeout(READ_MOST):
+        async with asyncio.timeout(READ_MOST), self._reading:
+            if time.monotonic() - self._read_at >= SAMPLE_EVERY:
                 self._values, self._read_at = await self._read(), time.monotonic()
 
     async def scrape(self) -> bytes:

@@ -1,4 +1,4 @@
-"""What a worker serves over HTTP: health, metrics, and OpenAI's webhook where its secret is set.
+"""What a worker serves to those who run it: health and metrics.
 
 ``/healthz`` is 503 when this process is stuck and only a restart helps; ``/readyz`` when the database is out of reach
 or tagging stands still (the AI provider or Storage refuses everything), which a restart does not mend.
@@ -7,7 +7,6 @@ or tagging stands still (the AI provider or Storage refuses everything), which a
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 import psycopg
 import psycopg_pool
@@ -15,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from autotag.metrics import SystemMetrics
 
@@ -40,8 +39,8 @@ class Health:
         return f"No heartbeat has come back for {silent:.0f} s." if silent > self._patience else None
 
 
-def make_app(health: Health, metrics: SystemMetrics, more: Sequence[BaseRoute] = ()) -> Starlette:
-    """The application: ``GET /healthz``, ``/readyz`` and ``/metrics``, and whatever else there is."""
+def make_app(health: Health, metrics: SystemMetrics) -> Starlette:
+    """The application: ``GET /healthz``, ``/readyz`` and ``/metrics``."""
 
     async def healthz(_: Request) -> Response:
         return _answer(health.trouble())
@@ -59,7 +58,9 @@ def make_app(health: Health, metrics: SystemMetrics, more: Sequence[BaseRoute] =
         except (psycopg.Error, psycopg_pool.PoolTimeout, TimeoutError) as error:
             return _answer(f"The database did not answer: {type(error).__name__}.")
 
-    return Starlette(routes=[Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", scrape), *more])
+    app = Starlette(routes=[Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", scrape)])
+    app.router.redirect_slashes = False  # it builds a URL from the client's Host header, whatever that holds
+    return app
 
 
 def _answer(trouble: str | None) -> Response:

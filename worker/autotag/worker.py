@@ -14,7 +14,7 @@ import structlog
 from openai import AsyncOpenAI
 
 import autotag
-from autotag import provider
+from autotag import provider, web, webhook
 from autotag.broadcast import deliver_outbox
 from autotag.config import Settings
 from autotag.db import Database, VersionsDiffer, can_listen, listen
@@ -24,8 +24,7 @@ from autotag.lanes import realtime
 from autotag.lanes.batch import BatchLane
 from autotag.metrics import SystemMetrics
 from autotag.wake import Wake
-from autotag.web import Health, make_app
-from autotag.webhook import make_route
+from autotag.web import Health
 
 HEARTBEATS_PER_LEASE = 3  # two may get lost before a lease runs out
 HEARTBEAT_RETRY = 1.0  # seconds after one that failed
@@ -165,23 +164,28 @@ class Worker:
 
     @contextlib.asynccontextmanager
     async def _web(self, client: AsyncOpenAI, health: Health) -> AsyncIterator[None]:
-        """Serves health, metrics and OpenAI's webhook where an address is set."""
+        """Serves health and metrics, and OpenAI's webhook, each where an address is set.
+
+        The webhook has a port of its own: who can reach that must not be able to keep health checks waiting.
+        """
         settings = self._settings
-        if not settings.http:
-            yield
-            return
 
         async def receive(webhook_id: str, kind: str, batch: str) -> str:
             result = await self._db.receive_webhook(webhook_id, kind, batch)
             self._wake.notify("batch")  # also where no notification can come
             return result
 
-        host, _, port = settings.http.rpartition(":")
-        secret = settings.openai_webhook_secret
-        more = [make_route(client, secret.get_secret_value(), receive)] if secret else []
-        app = make_app(health, SystemMetrics(self._db.metrics), more)
-        async with serve(app, host.strip("[]"), int(port)):
-            self._log.info("serving", address=settings.http)
+        apps = []
+        if settings.http:
+            apps.append((settings.http, web.make_app(health, SystemMetrics(self._db.metrics))))
+        if settings.webhook and settings.openai_webhook_secret:
+            secret = settings.openai_webhook_secret.get_secret_value()
+            apps.append((settings.webhook, webhook.make_app(client, secret, receive)))
+        async with contextlib.AsyncExitStack() as open_ports:
+            for address, app in apps:
+                host, _, port = address.rpartition(":")
+                await open_ports.enter_async_context(serve(app, host.strip("[]"), int(port), guarded=True))
+                self._log.info("serving", address=address)
             yield
 
     async def _heartbeat(self, seconds: float, health: Health) -> None:

@@ -17,6 +17,28 @@ const key = keys.default ?? env('SUPABASE_ANON_KEY')
 const answer = (status: number, body: unknown) => Response.json(body, { status, headers: CORS })
 const refuse = (status: number, code: string, message: string) => answer(status, { error: { code, message } })
 
+/** The body as text, or null when it is too large, whatever its headers say. */
+async function read(request: Request): Promise<string | null> {
+  if (Number(request.headers.get('content-length') ?? 0) > BODY_MOST) return null
+  const chunks: Uint8Array[] = []
+  let size = 0
+  for await (const chunk of request.body ?? []) {
+    size += chunk.length
+    if (size > BODY_MOST) return null
+    chunks.push(chunk)
+  }
+  return new TextDecoder().decode(await new Blob(chunks as BlobPart[]).arrayBuffer())
+}
+
+/** What a text says, or null when it is no JSON. */
+function parse(text: string): unknown {
+  try {
+    return JSON.parse(text)
+  } catch {
+    return null
+  }
+}
+
 /** The ids of a body, or null when it holds none. */
 function readIds(body: unknown): string[] | null {
   if (typeof body !== 'object' || body === null) return null
@@ -30,10 +52,9 @@ export async function handle(request: Request): Promise<Response> {
   if (request.method !== 'POST') return refuse(405, 'method_not_allowed', 'POST {"asset_id": "…"} here.')
   const authorization = request.headers.get('authorization')
   if (!authorization) return refuse(401, 'not_signed_in', 'Call this as a signed-in user.')
-  if (Number(request.headers.get('content-length') ?? 0) > BODY_MOST) {
-    return refuse(413, 'too_large', 'The body is larger than 50,000 ids.')
-  }
-  const ids = readIds(await request.json().catch(() => null))
+  const body = await read(request)
+  if (body === null) return refuse(413, 'too_large', 'The body is larger than 50,000 ids.')
+  const ids = readIds(parse(body))
   if (!ids) return refuse(400, 'no_asset', 'The body has to be {"asset_id": "…"} or {"asset_ids": ["…"]}.')
   const supabase = createClient(env('SUPABASE_URL'), key, {
     global: { headers: { Authorization: authorization } },

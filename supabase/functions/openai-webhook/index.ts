@@ -18,8 +18,9 @@ const { webhooks } = new OpenAI({ apiKey: 'not used: nothing is asked of the API
 const refuse = (status: number, code: string, message: string) =>
   Response.json({ error: { code, message } }, { status })
 
-/** The body as text, or null when it is larger than any delivery. */
+/** The body as text, or null when it is larger than any delivery, whatever its headers say. */
 async function read(request: Request): Promise<string | null> {
+  if (Number(request.headers.get('content-length') ?? 0) > BODY_MOST) return null
   const chunks: Uint8Array[] = []
   let size = 0
   for await (const chunk of request.body ?? []) {
