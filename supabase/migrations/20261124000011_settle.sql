@@ -71,7 +71,7 @@ end $$;
 
 -- Gives tasks another try as single calls, or fails those that had enough, or whose job was cancelled.
 -- p_tries: [{task, failures (to add), delay (seconds; absent: at once), code, message, output_tokens (the least cap of the
--- next answer; absent: as ever)}].
+-- next answer; absent: as ever), suspect (it stopped the lanes: the code is noted, and a second time counts)}].
 -- The caller holds the locks of workspaces, jobs and tasks.
 create function autotag.requeue(p_tries jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -100,8 +100,10 @@ begin
       set lane = 'realtime', worker_id = null, batch_id = null,
           failures = t.failures + r.failures,
           min_output_tokens = coalesce(r.output_tokens, t.min_output_tokens),
+          error_code = case when r.suspect then r.code else t.error_code end,
           retry_at = v_now + make_interval(secs => r.delay)
-      from jsonb_to_recordset(p_tries) r (task bigint, failures integer, delay double precision, output_tokens integer)
+      from jsonb_to_recordset(p_tries)
+        r (task bigint, failures integer, delay double precision, output_tokens integer, suspect boolean, code text)
       where t.id = r.task and t.finished_at is null
       returning t.workspace_id, t.job_id, t.id, t.retry_at, t.min_output_tokens
     )
@@ -154,7 +156,7 @@ begin
   select coalesce(array_agg(t.id), '{}') as tasks, array_agg(a.error ->> 'code') as codes,
          array_agg(a.error ->> 'message') as messages,
          coalesce(jsonb_agg(jsonb_build_object('event', 'answer_cut_off', 'notice', format(
-             'The answer for image %s was cut off at %s tokens, the most that settings.max_output_tokens and the limits allow.',
+             'The answer for image %s was cut off at %s tokens, the most that settings.max_output_tokens allows within the limits.',
              t.asset_id, a.output_tokens))) filter (where a.error ->> 'code' = 'answer_too_long'), '[]') as notices
   into v_failed
   from unnest(p_answers) a
@@ -172,7 +174,7 @@ begin
 
   select jsonb_agg(jsonb_build_object(
       'task', a.task, 'code', a.error ->> 'code', 'message', a.error ->> 'message',
-      'failures', (k.counts or a.error ? 'counts')::integer, 'output_tokens', autotag.next_cap(a),
+      'failures', (k.counts or a.error ? 'counts')::integer, 'suspect', k.pauses, 'output_tokens', autotag.next_cap(a),
       'delay', case
         -- after the probe: another image has to show whether the trouble is over, not the same again
         when k.pauses then extract(epoch from v_settings.account_probe_interval) + 1
@@ -213,8 +215,8 @@ end $$;
 
 -- Two kinds of error are not the image's: a refused parameter (the model's row takes its next form, and the image is tried
 -- again at once), and any error of the provider, or answer that cannot be read, while nothing has worked with this question
--- (treated as a mistake in the configuration). An error of kind account counts as a failure of its image where others have
--- succeeded: one image alone must not stop everybody for ever. Returns the answers with their errors made into that. Locks: the provider row (which the caller holds), the model's row without waiting.
+-- (treated as a mistake in the configuration). The second error of kind account of one image counts as its failure
+-- where others have succeeded meanwhile: one image alone must not stop everybody for ever. Returns the answers with their errors made into that. Locks: the provider row (which the caller holds), the model's row without waiting.
 create function autotag.judge_errors(p_answers autotag.answer[], p_asked_at timestamptz default null) returns autotag.answer[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -240,7 +242,8 @@ begin
       elsif v_provider.proven_at is null and v_answer.error ->> 'kind' = 'transient'
         and v_answer.error ->> 'origin' = 'provider' and v_asked_at >= v_provider.question_since then
         v_answer.error := v_answer.error || '{"kind": "account"}';
-      elsif v_provider.proven_at is not null and v_answer.error ->> 'kind' = 'account' then
+      elsif v_provider.proven_at is not null and v_answer.error ->> 'kind' = 'account'
+        and exists (select from autotag.tasks t where t.id = v_answer.task and t.error_code is not null) then
         v_answer.error := v_answer.error || '{"counts": true}';
       end if;
     elsif v_provider.proven_at is null and v_answer.error ->> 'code' = 'bad_answer' then

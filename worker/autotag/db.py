@@ -169,8 +169,8 @@ class Database:
         )
 
     def _asked(self, known: Question | None, changed: dict[str, Any] | None) -> Question:
-        """What to ask about what a claim released: what the database says, or what was known when the claim was sent. The
-        other lane may have learned of a newer question meanwhile."""
+        """What to ask about what a claim released: what the database says, or what was known when the claim was sent.
+        The other lane may have learned of a newer question meanwhile."""
         if changed is None and known is not None:
             return known
         question = _make(Question, changed or {})
