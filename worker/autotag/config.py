@@ -127,7 +127,10 @@ class Settings(BaseSettings):
     @field_validator("database_url", mode="before")
     @classmethod
     def _from_a_file(cls, value: object) -> object:
-        return read_connection(value) if isinstance(value, str) and value.startswith("@") else value
+        if not isinstance(value, str):
+            return value
+        value = value.strip(WRAPPING)
+        return read_connection(value) if value.startswith("@") else value
 
     @field_validator("database_url")
     @classmethod

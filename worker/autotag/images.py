@@ -163,6 +163,8 @@ async def public_address(host: str, port: int) -> str:
         TaggingError: ``url_refused`` when the name leads (also) to a private, loopback, link-local or
             otherwise special address, or is no name; transient when it cannot be resolved now.
     """
+    if not host.isprintable():
+        raise _no_url()
     if host.rstrip(".").lower() in METADATA_HOSTS:
         raise _private()
     try:

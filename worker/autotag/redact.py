@@ -17,7 +17,7 @@ from urllib.parse import quote
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
 
-from autotag.texts import printable
+from autotag.texts import one_line, printable
 
 HIDDEN = "***"
 SHORTEST = 8  # characters; a shorter secret ("none", "test") is a word that messages contain anyway
@@ -80,7 +80,7 @@ def redact_event(_: object, __: str, event: MutableMapping[str, Any]) -> Mutable
     """
     for name, value in event.items():
         if name == "exception":
-            event[name] = "\n".join(printable(line, LOGGED) for line in redact(str(value))[:TRACE].split("\n"))
+            event[name] = "\n".join(one_line(line) for line in redact(str(value))[:TRACE].split("\n"))
         elif isinstance(value, str):
             event[name] = printable(redact(value), LOGGED)
         elif isinstance(value, (list, tuple, dict, BaseException)):
