@@ -69,7 +69,8 @@ class Settings(BaseSettings):
 
     database_url: PostgresDsn = Field(
         validation_alias=AliasChoices("AUTOTAG_DATABASE_URL", "SUPABASE_DB_URL", "DATABASE_URL"),
-        description="Postgres, as a role that was granted autotag_worker; a direct or session-mode connection",
+        description="Postgres, as a role that was granted autotag_worker; a direct or session-mode connection; or "
+        "@FILE, which holds the URL",
     )
     openai_api_key: SecretStr = Field(
         min_length=1,
