@@ -115,7 +115,7 @@ class BatchLane:
                     with timed(BATCH_SECONDS, "submit"):
                         await self._submit(batch, question)
             except openai.APIError as error:
-                raise _classify(error) from error
+                raise _classify(error) from None
         except NotHeld:
             logger.warning("batch_not_held")
         except TaggingError as error:
