@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -129,6 +130,14 @@ def test_what_looks_like_a_secret_is_one() -> None:
         ("https://images.example.com/a.jpg", "https://images.example.com/a.jpg"),
     ):  # fmt: skip
         assert redact.redact(text) == shown
+
+
+@pytest.mark.parametrize("text", ["://:", "://a:", "eyJ-", "password='", "password ", "sk-", "eyJaaaaaaaa.", "a:b@"])
+def test_no_text_takes_long(text: str) -> None:
+    redact.remember(KEY, PASSWORD)
+    started = time.process_time()
+    redact.redact(text * 1_000_000)
+    assert time.process_time() - started < 2
 
 
 def test_short_words_and_the_local_password_stay_words() -> None:

@@ -24,13 +24,16 @@ SHORTEST = 8  # characters; a shorter secret ("none", "test") is a word that mes
 PUBLIC = frozenset({"postgres"})  # the password of every local Supabase stack, and a word of every message about it
 LOGGED = 2000  # characters of a text in a log line …
 TRACE = 20_000  # … and of a traceback
+LONGEST = 100_000  # characters that are looked at; callers keep far less
 
-#: What is a secret by its form, whoever it belongs to.
+#: What is a secret by its form, whoever it belongs to. Repetitions are bounded, so that no text takes long.
 _SHAPES = (
-    re.compile(r"(?<=://)([^\s/:@'\"]*):[^\s'\"]*@"),  # a URL's user:password@, also with an unescaped @ or /
+    re.compile(
+        r"(?<=://)([^\s/:@'\"]{0,100}):[^\s'\"]{0,300}@"
+    ),  # a URL's user:password@, also with an unescaped @ or /
     re.compile(r"\b(password|passwd|pwd)\s*=\s*('[^']*'|\S+)", re.IGNORECASE),
     re.compile(r"\b(sk-|sb_secret_|whsec_)[\w./+=-]{12,}"),
-    re.compile(r"\b(eyJ)[\w-]{8,}\.[\w-]{8,}\.[\w-]*"),  # a JWT
+    re.compile(r"\b(eyJ)[\w-]{8,500}\.[\w-]{8,3000}\.[\w-]*"),  # a JWT
 )
 _SHOWN = (rf"\1:{HIDDEN}@", rf"\1={HIDDEN}", rf"\1{HIDDEN}", HIDDEN)
 
@@ -61,6 +64,7 @@ def remember_connection(url: str) -> None:
 
 def redact(text: str) -> str:
     """A text without the secrets of this process, and without what looks like anybody's."""
+    text = text[:LONGEST]
     if _pattern:
         text = _pattern.sub(HIDDEN, text)
     for shape, shown in zip(_SHAPES, _SHOWN, strict=True):
