@@ -242,8 +242,11 @@ begin
       elsif v_provider.proven_at is null and v_answer.error ->> 'kind' = 'transient'
         and v_answer.error ->> 'origin' = 'provider' and v_asked_at >= v_provider.question_since then
         v_answer.error := v_answer.error || '{"kind": "account"}';
-      elsif v_provider.proven_at is not null and v_answer.error ->> 'kind' = 'account'
-        and exists (select from autotag.tasks t where t.id = v_answer.task and t.error_code is not null) then
+      elsif v_answer.error ->> 'kind' = 'account' and (
+          -- too large for this provider: a smaller picture may pass, so it may well be this one
+          v_answer.error ->> 'code' in ('http_413', 'context_too_small')
+          or v_provider.proven_at is not null
+            and exists (select from autotag.tasks t where t.id = v_answer.task and t.error_code is not null)) then
         v_answer.error := v_answer.error || '{"counts": true}';
       end if;
     elsif v_provider.proven_at is null and v_answer.error ->> 'code' = 'bad_answer' then

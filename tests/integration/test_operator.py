@@ -10,10 +10,11 @@ import os
 import re
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from decimal import Decimal
 from typing import Any
 
+import httpx
 import pytest
 
 from autotag_local.openai_sim.faults import Fault
@@ -227,3 +228,54 @@ async def test_watch_follows_the_topics_as_browsers_do(library: Library) -> None
     private = f"tagging:{library.member.workspace}"
     assert ("batch-updates", "batch-complete") in heard
     assert (private, "job-complete") in heard
+
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\r\n\u202e\u2066[red][link=https://evil.example]\x1b]8;;https://evil.example\x1b\\x\0"
+
+
+def is_text(shown: str) -> bool:
+    """Without control characters but line ends, and without those that turn the direction."""
+    return not re.search(r"[^\n\x20-\x7e\xa0-\U0010ffff]|[\u200e\u200f\u2028-\u202e\u2066-\u2069]", shown)
+
+
+async def test_what_anybody_broadcasts_is_one_line_of_text_and_ends_nothing(library: Library) -> None:
+    stack = library.stack
+    payloads = [{"batch_id": HOSTILE, HOSTILE: "x" * 100_000}, {"batch_id": "the-last"}]
+    async with running(stack, "watch") as process, httpx.AsyncClient() as anybody:
+        assert process.stdout is not None
+        lines: list[str] = []
+        async with asyncio.timeout(20):
+            while not any("the-last" in line for line in lines):
+                for payload in payloads:  # again until the command has joined
+                    message = {"topic": "batch-updates", "event": "batch-complete", "payload": payload}
+                    await anybody.post(
+                        f"{stack.supabase_url}/realtime/v1/api/broadcast", headers={"apikey": stack.anon_key},
+                        json={"messages": [message]},
+                    )  # fmt: skip
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.5):
+                        while True:
+                            lines.append((await process.stdout.readline()).decode())
+    assert any("\\x1b[2J" in line for line in lines), "the attempt is seen"
+    for line in lines:
+        assert is_text(line), line
+        assert re.match(r"\d\d:\d\d:\d\d  batch-updates ", line), line
+        assert len(line) < 1000
+
+
+async def test_hostile_words_in_the_database_are_text_for_every_command(library: Library) -> None:
+    stack, workspace = library.stack, library.member.workspace
+    hostile = HOSTILE.replace("\0", "")  # Postgres stores none
+    stack.simulator.plan.models = frozenset({hostile})
+    stack.configure(model=hostile)
+    await library.upload(2)
+    library.sql("select autotag.stop_account(%s, 'provider')", hostile)
+    for command in (
+        ["status"], ["doctor"], ["enqueue", "--workspace", workspace, "--yes"], ["usage", "--workspace", workspace],
+        ["enqueue", "--workspace", hostile, "--yes"], ["compare", "--workspace", workspace, "--model", hostile, "--yes"],
+    ):  # fmt: skip
+        _, out, error = await run(stack, *command)
+        shown = out + error
+        assert shown, command
+        assert is_text(shown), (command, shown)
+        assert "Traceback" not in shown, (command, shown)

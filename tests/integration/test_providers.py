@@ -283,6 +283,50 @@ async def test_without_a_batch_api_everything_goes_as_single_calls_and_says_so(w
     assert later["strategy"] == "realtime-chunked"
 
 
+@pytest.mark.parametrize("batch_api", [True, False])
+async def test_where_only_batches_wait_one_of_their_images_tries_the_question(fresh: Library, batch_api: bool) -> None:
+    """Nothing is begun with a question that nobody has seen answered, and nothing waits for ever for an answer."""
+    stack = fresh.stack
+    stack.simulator.plan.batch_api = batch_api
+    stack.configure(express_images=0)
+    assets = await fresh.upload(pictures(60))
+    async with worker(stack):
+        [job] = await fresh.finished(fresh.enqueue(assets))
+    assert (job["completed"], job["failed"]) == (60, 0)
+    assert sum(entry["method"] == "POST" for entry in paid(stack)) == (1 if batch_api else 60)
+    assert provider(fresh)["has_batches"] is batch_api
+    fresh.check_tags()
+    check_asked_once(stack)
+    audit(stack)
+
+
+def test_to_have_a_batch_proves_nothing(fresh: Library) -> None:
+    name = "00000000-0000-4000-8000-000000000001"
+    fresh.enqueue(fresh.insert([f"{i}.jpg" for i in range(60)]))
+    fresh.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true, 'http://x', 'a key')", name)
+    [batch] = fresh.sql("update autotag.batches set state = 'creating', worker_id = %s, attempt = 1 returning id", name)
+    fresh.sql("select autotag.batch_submitted(%s, %s, 1, 'batch_x', 'validating', 'file-x')", name, batch["id"])
+    assert provider(fresh)["proven_at"] is None
+    [claim] = fresh.sql("select json_array_length(tasks) as n from autotag.claim(%s, 100)", name)
+    assert claim["n"] == 1, "one image tries, however many wait"
+
+
+async def test_one_image_that_draws_an_error_of_the_account_ends_and_stops_nobody_for_ever(wide: Library) -> None:
+    """A gateway with a small limit for bodies refuses this picture alone: 413, by a page that names nothing."""
+    stack = wide.stack
+    stack.configure(account_probe_interval="0.2 s", max_failures=3)
+    drawings = pictures(8)
+    page = "<html><head><title>413 Request Entity Too Large</title></head></html>"
+    stack.simulator.faults.add(Fault(status=413, body=page, times=100, tags=sorted(drawings[2].tags)))
+    assets = await wide.upload(drawings)
+    async with worker(stack):
+        [job] = await wide.finished(wide.enqueue(assets))
+    assert (job["completed"], job["failed"]) == (7, 1)
+    assert wide.assets()[assets[2]]["tagging_stage"] == "failed"
+    wide.check_tags([asset for asset in assets if asset != assets[2]])
+    audit(stack)
+
+
 @pytest.mark.parametrize(("least", "kept"), [(1_209_600, 1_209_600), (10**9, None)], ids=["azure", "no_expiry"])
 async def test_files_are_kept_as_long_as_the_provider_wants_after_one_refusal(
     wide: Library, least: int, kept: int | None

@@ -16,6 +16,7 @@ from typing import Any
 
 from autotag.errors import Kind, TaggingError
 from autotag.headers import read_limits, retry_after, wait_in_words
+from autotag.redact import redact
 from autotag.texts import clean_text
 
 DEFAULT_RETRY_AFTER = 1.0  # seconds, when a 429 does not say
@@ -206,7 +207,7 @@ def read_complaint(status: int, body: object) -> Complaint:
     if isinstance(message, dict):  # Mistral: FastAPI's complaint inside
         return read_complaint(status, message)
     if isinstance(message, list) and message and isinstance(message[0], dict):  # FastAPI: [{loc, msg, type}]
-        parameter = parameter or ".".join(str(part) for part in message[0].get("loc") or [])
+        parameter = parameter or ".".join(str(part) for part in _list(message[0].get("loc")))
         message = message[0].get("msg")
     metadata = details.get("metadata")  # OpenRouter: what the provider behind it said
     if isinstance(metadata, dict):
@@ -215,15 +216,19 @@ def read_complaint(status: int, body: object) -> Complaint:
     code = next((str(one) for one in codes if isinstance(one, str) and one and not one.isdigit()), "")
     return Complaint(
         status,
-        clean_text(code[:100]),
-        clean_text(str(message or "")[:2000])[:MESSAGE_LENGTH],
-        clean_text(str(parameter)[:200]),
+        clean_text(redact(code)[:100]),
+        clean_text(redact(str(message or ""))[:2000])[:MESSAGE_LENGTH],
+        clean_text(redact(str(parameter))[:200]),
     )
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
 
 
 def _plain(status: int, text: str) -> Complaint:
     """Of HTML only its words."""
-    words = re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", " ", text[:5000])
+    words = re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", " ", redact(text)[:5000])
     return Complaint(status, "", clean_text(words)[:MESSAGE_LENGTH], "")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,24 +12,26 @@ import psycopg
 import psycopg_pool
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 import autotag
 from autotag.compare.command import compare
-from autotag.config import DoctorSettings, Settings
-from autotag.console import Json, fail, read_settings
+from autotag.config import DoctorSettings, Settings, read_connection
+from autotag.console import Json, cell, fail, read_settings, say, say_json, tame_libraries
 from autotag.db import VersionsDiffer
 from autotag.doctor import examine
-from autotag.findings import worst_level
+from autotag.findings import Finding, worst_level
 from autotag.install.facts import Facts, look
 from autotag.install.host import Choices, Host, HostError, describe, propose
 from autotag.install.migrations import apply_migrations, project_folder, write_migrations
 from autotag.logs import configure_logs
 from autotag.operate import app as operator_app
+from autotag.redact import remember_connection, said
 from autotag.traces import TracesError, configure_traces
 from autotag.worker import run_worker
 
+FINDING_SHOWN = 1000  # characters of what ``doctor`` says of one check
 LOCAL_DATABASE = "postgresql://postgres:postgres@127.0.0.1:54322/postgres"  # what `supabase start` serves
 
 app = typer.Typer(
@@ -44,6 +45,7 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def main(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
     """Tags every image of a Supabase project with a vision model."""
+    tame_libraries()
     if version:
         typer.echo(autotag.__version__)
         raise typer.Exit
@@ -96,7 +98,8 @@ DatabaseUrl = Annotated[
     str,
     typer.Option(
         envvar=["DATABASE_URL", "SUPABASE_DB_URL"],
-        help="The project's database, as its owner (postgres). Default: the one of supabase start.",
+        help="The project's database, as its owner (postgres), or @FILE that holds its URL. Every process list shows "
+        "what stands here, so set DATABASE_URL for a URL with a password. Default: the one of supabase start.",
     ),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing; what cannot be seen has to be an option.")]
@@ -140,22 +143,23 @@ def init(
     )
     try:
         folder = project_folder(project)
+        database_url = _connection(database_url)
         facts, host = _look(database_url, choices, ask=not (yes or as_json))
         files = write_migrations(folder, host, facts.applied)
     except HostError as error:
         raise fail(str(error), 2) from None
     found = describe(host, facts)
     if as_json:
-        typer.echo(json.dumps({"folder": str(folder), "host": found, "files": files}))
+        say_json({"folder": str(folder), "host": found, "files": files})
         return
     _show_host(found)
     for name, state in files.items():
         note = {"there": "is there already", "differs": "is there, and differs from this version"}.get(state, "written")
-        typer.echo(f"  {name}  {note}")
+        say(f"  {name}  {note}")
     if "written" in files.values():
-        typer.echo(f"Next: read {next(n for n in files if n.endswith('host_adapter.sql'))}, then run: supabase db push")
+        say(f"Next: read {next(n for n in files if n.endswith('host_adapter.sql'))}, then run: supabase db push")
     else:
-        typer.echo("Nothing to write: all migrations are there.")
+        say("Nothing to write: all migrations are there.")
 
 
 @app.command()
@@ -181,6 +185,7 @@ def migrate(
         table, id_column, workspace_column, path_column, bucket, url_column, tags_column, members_table, members_claim
     )
     try:
+        database_url = _connection(database_url)
         if stand_alone:
             host = Host()
         else:
@@ -193,9 +198,20 @@ def migrate(
     except psycopg.Error as error:
         raise fail(f"the migrations did not apply: {str(error).strip()}") from None
     if as_json:
-        typer.echo(json.dumps({"applied": applied, "version": autotag.__version__}))
+        say_json({"applied": applied, "version": autotag.__version__})
     else:
-        typer.echo(f"applied: {', '.join(applied)}" if applied else "nothing to apply: the schema is up to date")
+        say(f"applied: {', '.join(applied)}" if applied else "nothing to apply: the schema is up to date")
+
+
+def _connection(value: str) -> str:
+    """The connection string that an option or the environment holds, or a file (``@path``); its password is kept out
+    of messages from now on."""
+    try:
+        url = read_connection(value)
+    except ValueError as error:
+        raise HostError(f"DATABASE_URL (or --database-url) {error}.") from None
+    remember_connection(url)
+    return url
 
 
 def _look(url: str, choices: Choices, *, ask: bool) -> tuple[Facts, Host]:
@@ -203,10 +219,7 @@ def _look(url: str, choices: Choices, *, ask: bool) -> tuple[Facts, Host]:
     try:
         facts = look(url)
     except psycopg.OperationalError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise HostError(
-            f"the database cannot be reached ({reason}); name it with --database-url or DATABASE_URL."
-        ) from None
+        raise HostError(f"the database cannot be reached ({said(error)}); name it with DATABASE_URL.") from None
     if "host_adapter" in facts.applied and choices == Choices():
         ask = False  # it stands; nobody has to answer again
     interactive = ask and sys.stdin.isatty()
@@ -218,7 +231,7 @@ def _asker(interactive: bool) -> Callable[[str, str, Sequence[str]], str]:
         if not interactive:
             among = f" (one of {', '.join(answers)})" if answers else ""
             raise HostError(f"{question} Say it with {option}{among}.")
-        typer.echo(f"{question}" + (f"  [{', '.join(answers)}]" if answers else ""))
+        say(f"{question}" + (f"  [{', '.join(answers)}]" if answers else ""))
         return str(typer.prompt(option.removeprefix("--")))
 
     return ask
@@ -226,7 +239,7 @@ def _asker(interactive: bool) -> Callable[[str, str, Sequence[str]], str]:
 
 def _show_host(found: dict[str, str]) -> None:
     for what, value in found.items():
-        typer.echo(f"{what + ':':<20} {value}")
+        say(f"{what + ':':<20} {value}")
 
 
 # -- looking after it
@@ -246,17 +259,23 @@ def doctor(as_json: Json = False) -> None:
     findings = asyncio.run(examine(settings))
     worst = worst_level(findings)
     if as_json:
-        typer.echo(json.dumps({"worst": worst, "findings": [f.__dict__ for f in findings]}))
+        say_json({"worst": worst, "findings": [f.__dict__ for f in findings]})
     else:
-        looks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
-        shown = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        for column in ("check", "", "finding"):
-            shown.add_column(column, overflow="fold")
-        for finding in findings:
-            mend = f"\n[bold]→ {escape(finding.fix)}[/]" if finding.fix else ""
-            shown.add_row(finding.check, looks[finding.level], escape(finding.message) + mend)
-        Console().print(shown)
+        Console().print(_findings(findings))
     raise typer.Exit({"ok": 0, "warning": 1, "error": 2}[worst])
+
+
+def _findings(findings: list[Finding]) -> Table:
+    looks = {"ok": "green", "warning": "yellow", "error": "red"}
+    shown = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("check", "", "finding"):
+        shown.add_column(column, overflow="fold")
+    for finding in findings:
+        told = cell(finding.message, length=FINDING_SHOWN)
+        if finding.fix:
+            told = Text.assemble(told, "\n", cell(f"→ {finding.fix}", "bold", FINDING_SHOWN))
+        shown.add_row(cell(finding.check), Text(finding.level, looks[finding.level]), told)
+    return shown
 
 
 if __name__ == "__main__":

@@ -13,13 +13,56 @@ import re
 import string
 from typing import Annotated, Any, Literal, Self, TypeVar
 
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
 from pydantic import AliasChoices, Field, PostgresDsn, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from autotag.redact import remember, remember_connection
+
 #: What comes along when a key or URL is pasted: blanks, line ends, quotes, and marks that nobody sees.
 WRAPPING = string.whitespace + "\u00a0\u200b\ufeff" + "\"'`“”‘’"
 WEBHOOK_KEY_LEAST = 16  # bytes; OpenAI's have more
+URL_FORM = (
+    "cannot be read as a connection string: postgresql://user:password@host:port/database, in which the characters"
+    " @ : / ? # % of a password are written as %40 %3A %2F %3F %23 %25"
+)
+
+
+def read_connection(value: str) -> str:
+    """A connection string as it was pasted, or from the file that ``@path`` names.
+
+    Raises:
+        ValueError: it cannot be parsed, or the file not be read; the message ends a sentence and has no part of it.
+    """
+    value = value.strip(WRAPPING)
+    if value.startswith("@"):
+        try:
+            with open(value[1:], encoding="utf-8") as file:
+                value = file.read().strip(WRAPPING)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise ValueError(f"names a file that cannot be read ({reason})") from None
+    check_connection(value)
+    return value
+
+
+def check_connection(value: str) -> None:
+    """Refuses a connection string whose parts are not where they seem to be: libpq would name them in its errors.
+
+    Raises:
+        ValueError: with nothing of it in the message.
+    """
+    try:
+        parts = conninfo_to_dict(value)
+    except (ProgrammingError, UnicodeError):
+        raise ValueError(URL_FORM) from None
+    port = str(parts.get("port") or "")
+    # An unescaped @ or / of a password ends up in the host, the port or the name of the database.
+    misplaced = any("@" in str(parts.get(name) or "") for name in ("host", "dbname"))
+    if misplaced or not re.fullmatch(r"[\d,]*", port):
+        raise ValueError(URL_FORM)
 
 
 class Settings(BaseSettings):
@@ -29,7 +72,8 @@ class Settings(BaseSettings):
 
     database_url: PostgresDsn = Field(
         validation_alias=AliasChoices("AUTOTAG_DATABASE_URL", "SUPABASE_DB_URL", "DATABASE_URL"),
-        description="Postgres, as a role that was granted autotag_worker; a direct or session-mode connection",
+        description="Postgres, as a role that was granted autotag_worker; a direct or session-mode connection; or "
+        "@FILE, which holds the URL",
     )
     openai_api_key: SecretStr = Field(
         min_length=1,
@@ -83,6 +127,26 @@ class Settings(BaseSettings):
     @classmethod
     def _without_wrapping(cls, value: object) -> object:
         return value.strip(WRAPPING) if isinstance(value, str) else value
+
+    @field_validator("database_url", mode="before")
+    @classmethod
+    def _from_a_file(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        value = value.strip(WRAPPING)
+        return read_connection(value) if value.startswith("@") else value
+
+    @field_validator("database_url")
+    @classmethod
+    def _readable(cls, value: PostgresDsn) -> PostgresDsn:
+        check_connection(str(value))
+        return value
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Has the secrets taken out of all messages from now on."""
+        secrets = (self.openai_api_key, self.supabase_secret_key, self.openai_webhook_secret)
+        remember(*(secret.get_secret_value() for secret in secrets if secret))
+        remember_connection(str(self.database_url))
 
     @field_validator("openai_api_key", "supabase_secret_key", "openai_webhook_secret")
     @classmethod

@@ -25,6 +25,7 @@ from psycopg.types.json import Jsonb, set_json_dumps, set_json_loads
 from psycopg_pool import AsyncConnectionPool
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
+from autotag.redact import said
 from autotag.tags import Question
 
 RETRY_MOST = 5.0  # seconds between tries while the database is away
@@ -49,7 +50,7 @@ set_json_loads(orjson.loads)
 
 def _log_retry(state: RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
-    log.warning("database_retry", attempt=state.attempt_number, error=str(error).strip())
+    log.warning("database_retry", attempt=state.attempt_number, error=said(error) if error else "")
 
 
 class NotHeld(Exception):
@@ -406,7 +407,7 @@ async def listen(url: str, on_wake: Callable[[str], None]) -> None:
                 async for note in connection.notifies():
                     on_wake(note.payload)
         except psycopg.OperationalError as error:
-            log.warning("listen_lost", error=str(error).strip(), retry_in=delay)
+            log.warning("listen_lost", error=said(error), retry_in=delay)
             await asyncio.sleep(delay)
             delay = min(delay * 2, 5.0)
 

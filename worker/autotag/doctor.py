@@ -19,6 +19,8 @@ from autotag import api, db
 from autotag.config import DoctorSettings, webhook_trouble
 from autotag.errors import TaggingError
 from autotag.findings import Finding, compare_clocks
+from autotag.follow import read_payload
+from autotag.redact import said
 from autotag.storage import Storage
 
 CONNECT_TIMEOUT = 10  # seconds
@@ -37,7 +39,7 @@ async def examine(settings: DoctorSettings) -> list[Finding]:
     try:
         owner = await db.Operator.connect(str(settings.database_url), CONNECT_TIMEOUT)
     except psycopg.OperationalError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = said(error)
         return [
             Finding("connection", "error", f"The database cannot be reached: {reason}", "Correct DATABASE_URL."),
             await api.check(settings, None),
@@ -76,7 +78,7 @@ async def _pooler(settings: DoctorSettings) -> Finding:
 
 
 async def _version(database: db.Operator) -> Finding:
-    apply = "supabase db push   (or: autotag migrate --database-url …)"
+    apply = "supabase db push   (or: autotag migrate)"
     try:
         version = await database.schema_version()
     except (psycopg.errors.InvalidSchemaName, psycopg.errors.UndefinedFunction):
@@ -111,7 +113,7 @@ async def _broadcast(settings: DoctorSettings, database: db.Operator) -> Finding
     nonce, arrived, joined = str(uuid.uuid4()), asyncio.Event(), asyncio.Event()
 
     def hear(message: BroadcastPayload) -> None:
-        if message["payload"].get("nonce") == nonce:
+        if read_payload(message).get("nonce") == nonce:
             arrived.set()
 
     def note(state: RealtimeSubscribeStates, error: Exception | None = None) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from realtime import AsyncRealtimeClient, RealtimeSubscribeStates
 
+from autotag.redact import said
+
 JOIN_TIMEOUT = 10.0  # seconds
 EVENTS = ("job-progress", "batch-complete", "job-complete")
 
@@ -40,8 +42,9 @@ async def follow(
                 await _join(client, topic, told, refused)
     except TimeoutError:
         raise CannotFollow("Realtime did not answer; check SUPABASE_URL and the key.") from None
-    except OSError as error:
-        raise CannotFollow(f"Realtime cannot be reached: {error}; check SUPABASE_URL.") from None
+    except Exception as error:  # noqa: BLE001
+        # The client raises whatever its websocket library does, some of it with the address, which has the key in it.
+        raise CannotFollow(f"Realtime cannot be reached: {said(error)}; check SUPABASE_URL.") from None
     try:
         if refused:
             raise CannotFollow(f"{refused[0]} cannot be joined with this key; pass the project's secret key.")
@@ -62,6 +65,12 @@ async def _join(
 
     channel = client.channel(topic, {"config": {"private": topic != "batch-updates"}})  # type: ignore[arg-type]
     for event in EVENTS:
-        channel.on_broadcast(event, lambda message, event=event: told(topic, event, dict(message["payload"])))  # type: ignore[misc]
+        channel.on_broadcast(event, lambda message, event=event: told(topic, event, read_payload(message)))  # type: ignore[misc]
     await channel.subscribe(note)
     await answered.wait()
+
+
+def read_payload(message: Any) -> dict[str, Any]:
+    """What a message carries. Anybody may send one of any form to a public topic, and none ends the command."""
+    payload = message.get("payload") if isinstance(message, dict) else message
+    return dict(payload) if isinstance(payload, dict) else {"payload": payload}

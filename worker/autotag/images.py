@@ -13,6 +13,7 @@ import io
 import ipaddress
 import socket
 from collections.abc import Iterable
+from http.cookiejar import DefaultCookiePolicy
 from types import TracebackType
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -35,6 +36,29 @@ FETCH_TIMEOUT = 30.0  # seconds
 REDIRECTS = 3
 PREPARE_THREADS = 2
 FETCHES = 32  # files in memory at the same time, each of up to AUTOTAG_IMAGE_MAX_BYTES
+
+#: Of IPv4, what Python's ``is_global`` lets through (IANA's "IPv4 Special-Purpose Address Registry"; the clouds'
+#: documentation of their metadata services).
+SPECIAL_IPV4 = tuple(map(ipaddress.IPv4Network, (
+    "0.0.0.0/8", "100.64.0.0/10",  # the latter has Alibaba's metadata, 100.100.100.200
+    "168.63.129.16/32",  # Azure's wire server
+    "169.254.0.0/16",  # 169.254.169.254
+    "192.0.0.0/24", "192.88.99.0/24",  # the latter: relays of 6to4
+    "198.18.0.0/15", "240.0.0.0/4",
+)))  # fmt: skip
+#: Of IPv6, what is handed out (RFC 4291). Everything else is refused: addresses that are mapped or compatible with
+#: IPv4, NAT64 (64:ff9b::/96, 64:ff9b:1::/48), private ones (fc00::/7 with fd00:ec2::254), link-local and site-local.
+GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+#: … and what is special inside it (IANA's "IPv6 Special-Purpose Address Registry").
+SPECIAL_IPV6 = tuple(map(ipaddress.IPv6Network, (
+    "2001::/23",  # protocols: Teredo (2001::/32), benchmarks, ORCHID
+    "2001:db8::/32", "3fff::/20",  # documentation
+    "2002::/16",  # 6to4
+)))  # fmt: skip
+ISATAP, ISATAP_MASK = 0x0000_5EFE, 0xFCFF_FFFF  # bits 32 to 63; the mask leaves out the bits "universal" and "group"
+METADATA_HOSTS = frozenset({
+    "metadata", "metadata.google.internal", "metadata.goog", "instance-data", "instance-data.ec2.internal",
+})  # fmt: skip
 
 pillow_heif.register_heif_opener()
 Pillow.MAX_IMAGE_PIXELS = None  # prepare() checks by its own limit, before anything is decoded
@@ -137,16 +161,45 @@ async def public_address(host: str, port: int) -> str:
 
     Raises:
         TaggingError: ``url_refused`` when the name leads (also) to a private, loopback, link-local or
-            otherwise special address; transient when it cannot be resolved now.
+            otherwise special address, or is no name; transient when it cannot be resolved now.
     """
+    if not host.isprintable():
+        raise _no_url()
+    if host.rstrip(".").lower() in METADATA_HOSTS:
+        raise _private()
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:
-        raise TaggingError("transient", "host_not_found", f"The image's host {host} could not be found.") from None
+        raise TaggingError(
+            "transient", "host_not_found", f"The image's host {host[:100]} could not be found."
+        ) from None
+    except (UnicodeError, ValueError):  # a label that is too long or empty, a NUL
+        raise _no_url() from None
     addresses = [ipaddress.ip_address(str(entry[4][0]).split("%")[0]) for entry in found]
-    if not addresses or any(not a.is_global or a.is_multicast for a in addresses):
-        raise image_error("url_refused", "The image's address leads into a private network.")
+    if not addresses or not all(is_public(address) for address in addresses):
+        raise _private()
     return str(addresses[0])
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address belongs to the Internet, and to nothing inside or beside a network.
+
+    Forms of IPv6 that contain an IPv4 address are refused whatever it is: a translator may stand behind them.
+    """
+    if isinstance(address, ipaddress.IPv4Address):
+        special = any(address in network for network in SPECIAL_IPV4)
+        return address.is_global and not address.is_multicast and not special
+    if address not in GLOBAL_UNICAST or any(address in network for network in SPECIAL_IPV6):
+        return False
+    return (int(address) >> 32) & ISATAP_MASK != ISATAP and address.is_global
+
+
+def _no_url() -> TaggingError:
+    return image_error("url_refused", "The image's address is not a valid URL.")
+
+
+def _private() -> TaggingError:
+    return image_error("url_refused", "The image's address leads into a private network.")
 
 
 class Images:
@@ -173,8 +226,11 @@ class Images:
                 ssl_context=httpx.create_ssl_context(), network_backend=_GuardedBackend(), max_connections=100
             )
         self._http = httpx.AsyncClient(
-            transport=transport, timeout=FETCH_TIMEOUT, follow_redirects=False, trust_env=False
-        )
+            transport=transport, timeout=FETCH_TIMEOUT, follow_redirects=False, trust_env=False,
+            headers={"Accept-Encoding": "identity"},
+        )  # fmt: skip
+        # A host that sets cookies for one image must not get them back with another workspace's.
+        self._http.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self._storage = Storage(supabase_url, supabase_key, max_bytes) if supabase_url and supabase_key else None
 
     async def __aenter__(self) -> Images:
@@ -219,9 +275,11 @@ class Images:
                         url = urljoin(url, response.headers["location"])
                         continue
                     return await self._read(response)
-            except httpx.InvalidURL:
-                raise image_error("url_refused", "The image's address is not a valid URL.") from None
-            except httpx.HTTPError:
+            except (httpx.InvalidURL, ValueError):  # whatever parses a URL or a redirect, and UnicodeError of IDNA
+                raise _no_url() from None
+            except httpx.HTTPError as error:
+                if isinstance(error.__context__, httpx.InvalidURL):  # httpx has looked at a redirect's location
+                    raise _no_url() from None
                 raise TaggingError("transient", "fetch_failed", "The image's host did not answer.") from None
         raise image_error("fetch_failed", "The image's address redirects too often.")
 
@@ -235,7 +293,7 @@ class Images:
             parts = urlsplit(url)
             host, port = (parts.hostname or "").lower(), parts.port
         except ValueError:
-            raise image_error("url_refused", "The image's address is not a valid URL.") from None
+            raise _no_url() from None
         if parts.scheme != "https" or port not in (None, 443) or parts.username or parts.password:
             raise image_error("url_refused", "The image's address is not a plain https URL.")
         if host not in self._hosts:

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import structlog
 
+from autotag.redact import redact_event
+
 NOISY_MOST = 5  # lines of a noisy event in each window
 WINDOW = 60.0  # seconds
 TEXT_MOST = 4_000  # characters of a foreign library's message, tracebacks included
@@ -87,6 +89,7 @@ def configure_logs(level: str, style: Literal["json", "console"]) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
+            redact_event,
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import json
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -15,17 +14,17 @@ import psycopg
 import typer
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from autotag.backfill import Backfill, backfill
 from autotag.config import DoctorSettings
-from autotag.console import Json, fail, read_settings
+from autotag.console import Json, cell, fail, read_settings, say, say_json
 from autotag.db import Operator, Refused
 from autotag.follow import CannotFollow, follow
 from autotag.money import dollars, plain, round_dollars
 from autotag.status import duration, render
+from autotag.texts import printable, spreadsheet_cell
 
 T = TypeVar("T")
 
@@ -42,6 +41,7 @@ USAGE = {
     "output_tokens": "output", "reasoning_tokens": "reasoning", "cost": "cost",
 }  # fmt: skip
 TEXTS = ("user_id", "day", "model", "service_tier")
+VALUES_SHOWN, VALUE_SHOWN = 20, 100  # values of a broadcast, and characters of each, that ``watch`` shows
 PRINTED_WIDTH = 180  # columns of a table that goes to a file or a pipe
 
 
@@ -87,7 +87,7 @@ def status(watch: Watch = False, as_json: Json = False) -> None:
             while True:
                 seen = await operator.status()
                 if as_json:
-                    typer.echo(json.dumps(seen))
+                    say_json(seen)
                 else:
                     live.update(render(seen), refresh=True)
                 await asyncio.sleep(REFRESH)
@@ -98,7 +98,7 @@ def status(watch: Watch = False, as_json: Json = False) -> None:
         return
     seen = operate(once)
     if as_json:
-        typer.echo(json.dumps(seen))
+        say_json(seen)
     else:
         Console().print(render(seen))
 
@@ -118,24 +118,25 @@ def enqueue(
     """
     preview = operate(lambda operator: operator.preview_backfill(workspace, untagged, after, limit))
     if not as_json:
-        typer.echo(f"{preview['images']:,} images, {_about(preview)}, about {duration(preview['seconds'])}.")
+        say(f"{preview['images']:,} images, {_about(preview)}, about {duration(preview['seconds'])}.")
     if preview["images"] and not yes and not as_json:
         typer.confirm("Start?", abort=True)
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                   console=Console(stderr=True), disable=as_json)  # fmt: skip
+    bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+                   TimeRemainingColumn(), console=Console(stderr=True), disable=as_json)  # fmt: skip
     with bar:
         task = bar.add_task("enqueued", total=preview["images"])
 
         def told(done: Backfill, waiting: str | None) -> None:
-            bar.update(task, completed=done.images, description=f"waiting: {waiting}" if waiting else "enqueued")
+            state = f"waiting: {printable(waiting)}" if waiting else "enqueued"
+            bar.update(task, completed=done.images, description=state)
 
         done = operate(
             lambda operator: backfill(operator, workspace, untagged=untagged, after=after, limit=limit, told=told)
         )
     if as_json:
-        typer.echo(json.dumps({"images": done.images, "jobs": done.jobs, "last": done.last, "predicted": preview}))
+        say_json({"images": done.images, "jobs": done.jobs, "last": done.last, "predicted": preview})
     else:
-        typer.echo(f"{done.images:,} images in {done.jobs} uploads. `autotag status --watch` shows them.")
+        say(f"{done.images:,} images in {done.jobs} uploads. `autotag status --watch` shows them.")
 
 
 def _about(preview: dict[str, Any]) -> str:
@@ -159,14 +160,19 @@ def usage(
     """
     rows = operate(lambda operator: operator.usage(workspace, since.date(), until.date()))
     if as_json:
-        typer.echo(json.dumps([_rounded(row) for row in rows], default=str))
+        say_json([_rounded(row) for row in rows])
     elif as_csv:
         writer = csv.DictWriter(sys.stdout, list(USAGE))
         writer.writeheader()
-        # an unknown cost is an empty cell
-        writer.writerows({**row, "cost": None if row["cost"] is None else plain(row["cost"])} for row in rows)
+        writer.writerows(csv_row(row) for row in rows)
     else:
         _print_usage(rows)
+
+
+def csv_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of usage as CSV has it: texts that no spreadsheet takes for formulas; an unknown cost is an empty cell."""
+    texts = {name: spreadsheet_cell(row[name]) for name in TEXTS if row.get(name) is not None}
+    return {**row, **texts, "cost": None if row["cost"] is None else plain(row["cost"])}
 
 
 def _rounded(row: dict[str, Any]) -> dict[str, Any]:
@@ -182,16 +188,24 @@ def _print_usage(rows: list[dict[str, Any]]) -> None:
         cost = "unknown" if row["cost"] is None else dollars(row["cost"])
         shown = {name: "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
                  for name, value in row.items()} | {"cost": cost}  # fmt: skip
-        table.add_row(*(escape(shown[column]) for column in USAGE))
+        table.add_row(*(cell(shown[column]) for column in USAGE))
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, PRINTED_WIDTH)
     console.print(table)
     unknown = sorted({str(row["model"]) for row in rows if row["cost"] is None})
     if unknown:
-        console.print(
-            f"Unknown: autotag.models has no price for {escape(', '.join(unknown))}, or the provider named no tokens."
-        )
+        console.print(cell(
+            f"Unknown: autotag.models has no price for {', '.join(unknown)}, or the provider named no tokens."
+        ))  # fmt: skip
+
+
+def describe_payload(payload: dict[str, Any]) -> str:
+    """What a broadcast carries; anybody with the publishable key may have sent it."""
+    return " ".join(
+        f"{printable(name, VALUE_SHOWN)}={printable(value, VALUE_SHOWN)}"
+        for name, value in list(payload.items())[:VALUES_SHOWN] if value is not None
+    )  # fmt: skip
 
 
 @app.command()
@@ -210,10 +224,9 @@ def watch(
 
     def told(topic: str, event: str, payload: dict[str, Any]) -> None:
         if as_json:
-            typer.echo(json.dumps({"topic": topic, "event": event, "payload": payload}))
+            say_json({"topic": topic, "event": event, "payload": payload})
         else:
-            shown = " ".join(f"{name}={value}" for name, value in payload.items() if value is not None)
-            typer.echo(f"{datetime.now():%H:%M:%S}  {topic:<45}  {event:<14}  {shown}")
+            say(f"{datetime.now():%H:%M:%S}  {topic:<45}  {event:<14}  {describe_payload(payload)}")
         sys.stdout.flush()
 
     try:

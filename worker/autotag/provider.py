@@ -44,7 +44,7 @@ async def complete(client: AsyncOpenAI, body: dict[str, Any]) -> tuple[dict[str,
         # As client.chat.completions.create() sends it, but without the SDK's recursive key-renaming pass over the body.
         response = await client.post("/chat/completions", cast_to=httpx2.Response, body=body, options=options)
     except openai.APIError as error:
-        raise classify(error) from error
+        raise classify(error) from None  # traces and logs need not repeat the provider's own words
     unreadable = TaggingError("transient", "provider_error", "The AI service gave no answer.", origin="provider")
     try:
         completion = response.json()

@@ -7,19 +7,21 @@ from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from autotag.console import cell
 from autotag.money import dollars, total
+from autotag.texts import printable_all
 
 #: Who has to work again before tagging goes on (``account_error_from``), as a reader knows it.
 ORIGINS = {"storage": "Storage", "host": "the host of an image", "worker": "the worker"}
 
 
 def render(status: dict[str, Any]) -> RenderableType:
-    """Tables of what ``autotag.status`` returns."""
+    """Tables of what ``autotag.status`` returns. Its texts come from hosts, providers and users of the project."""
+    status = printable_all(status)
     now = datetime.fromisoformat(status["at"])
     parts: list[RenderableType] = [
         _headline(status), _model(status["model"], bool(status["limits"]["account_error"])), _limits(status["limits"]),
@@ -77,7 +79,8 @@ def _model(model: dict[str, Any], stopped: bool) -> RenderableType:
     table = _table("model", "name", "effort", "tier", "tokens an image", "reserved", "cap", "1,000 images",
                    right=("tokens an image", "reserved", "cap", "1,000 images"))  # fmt: skip
     table.add_row(
-        escape(model["name"]), model["reasoning_effort"] or "model's default", model["service_tier"] or "auto",
+        cell(model["name"]), cell(model["reasoning_effort"] or "model's default"),
+        cell(model["service_tier"] or "auto"),
         f"{model['prompt_tokens'] + model['output_tokens']:,}", f"{model['reserved']:,}", f"{model['cap']:,}",
         dollars(model["cost_per_1000"]) if model["priced"] else "[yellow]cost unknown[/]",
     )  # fmt: skip
@@ -125,7 +128,7 @@ def _workers(workers: list[dict[str, Any]], now: datetime) -> Table:
     for worker in workers:
         note = "" if worker["listening"] else "[yellow]polls[/]"
         table.add_row(
-            worker["worker"][:8], escape(worker["host"]), escape(worker["version"]), str(worker["in_hand"]),
+            cell(worker["worker"][:8]), cell(worker["host"]), cell(worker["version"]), str(worker["in_hand"]),
             _ago(worker["started_at"], now), f"{_ago(worker['seen_at'], now)} ago",
             note if worker["alive"] else "[red]lost[/]",
         )  # fmt: skip
@@ -137,7 +140,8 @@ def _jobs(jobs: list[dict[str, Any]], now: datetime) -> Table:
                    right=("images", "failed", "age", "left (p90)"))  # fmt: skip
     for job in jobs:
         table.add_row(
-            job["job_id"][:8], job["workspace_id"][:8], job["strategy"] + (" ↓" if job["fallback"] else ""),
+            cell(job["job_id"][:8]), cell(job["workspace_id"][:8]),
+            cell(job["strategy"] + (" ↓" if job["fallback"] else "")),
             f"{job['image_count']:,}", f"[red]{job['failed']}[/]" if job["failed"] else "0",
             ProgressBar(100, job["progress"], width=16), _ago(job["created_at"], now),
             _left(job["eta"], job["eta_p90"], now),
@@ -151,11 +155,12 @@ def _batches(batches: list[dict[str, Any]], now: datetime) -> Table:
     for batch in batches:
         state = batch["state"] if not batch["openai_status"] else f"{batch['state']} ({batch['openai_status']})"
         table.add_row(
-            batch["batch"][:8], batch["openai_batch_id"] or "", state, f"{batch['images']:,}", f"{batch['done']:,}",
+            cell(batch["batch"][:8]), cell(batch["openai_batch_id"] or ""), cell(state),
+            f"{batch['images']:,}", f"{batch['done']:,}",
             _ago(batch["submitted_at"] or batch["created_at"], now), _left(batch["eta"], batch["eta_p90"], now),
         )  # fmt: skip
         if batch["error"]:
-            table.add_row("", f"[yellow]{escape(batch['error'])}[/]")
+            table.add_row("", cell(batch["error"], "yellow"))
     return table
 
 
@@ -163,7 +168,7 @@ def _errors(errors: list[dict[str, Any]], now: datetime) -> Table:
     table = _table("images that failed in the last 24 hours", "images", "code", "what users read", "last",
                    right=("images", "last"))  # fmt: skip
     for error in errors:
-        table.add_row(f"{error['images']:,}", error["code"] or "", escape(error["message"] or ""),
+        table.add_row(f"{error['images']:,}", cell(error["code"] or ""), cell(error["message"] or ""),
                       f"{_ago(error['last_at'], now)} ago")  # fmt: skip
     return table
 

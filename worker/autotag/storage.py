@@ -18,7 +18,8 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -30,6 +31,8 @@ import structlog
 from httpx_aiohttp import HttpxAiohttpClient
 
 from autotag.errors import TaggingError, image_error
+from autotag.redact import redact
+from autotag.texts import clean_text
 
 FETCH_TIMEOUT = 30.0  # seconds
 LOOK_KEPT = 10.0  # seconds for which one look at the key answers for every missing file
@@ -38,6 +41,8 @@ LONGEST_RETRY_AFTER = 120.0  # seconds; what Storage asks for beyond it is cut
 MOST_TOLD = 10_000_000  # bytes of an answer that is no file; a list of 1,000 buckets has 300,000
 MOST_BUCKETS_WARNED_OF = 100  # names come from rows, so there may be any number
 LONGEST_REASON = 200  # characters of Storage's own words in a message
+
+GZIP_OR_ZLIB = 47  # zlib's wbits: the largest window, and either header
 
 SECRET, PUBLISHABLE = "service_role", ("anon", "authenticated")  # roles: row level security holds for the latter
 PASSING = (408, 425, 429)  # statuses besides 5xx that are over when they are over
@@ -62,7 +67,7 @@ class Storage:
         self._url = f"{url}/storage/v1"
         self._role = key_role(key)
         self._max_bytes = max_bytes
-        headers = {"apikey": key, "Authorization": f"Bearer {key}"}
+        headers = {"apikey": key, "Authorization": f"Bearer {key}", "Accept-Encoding": "identity"}
         self._http = HttpxAiohttpClient(timeout=timeout, limits=httpx.Limits(max_connections=100), headers=headers)
         self._looking = asyncio.Lock()
         self._seen: frozenset[str] | TaggingError = frozenset()
@@ -202,7 +207,7 @@ def read_answer(response: httpx.Response, body: bytes) -> Answer:
     return Answer(
         int(inner) if by_storage else response.status_code,
         str(told.get("code") or told.get("error") or ""),
-        " ".join(str(told.get("message") or "").split())[:LONGEST_REASON].rstrip("."),
+        clean_text(redact(str(told.get("message") or "")))[:LONGEST_REASON].rstrip("."),
         by_storage,
         read_retry_after(response.headers),
     )
@@ -246,9 +251,37 @@ async def read_body(response: httpx.Response, max_bytes: int) -> bytes:
 
 
 async def _read_up_to(response: httpx.Response, most: int) -> bytes:
-    """A body, or a little more than its first ``most`` bytes."""
+    """A body, or a little more than its first ``most`` bytes; never is more than that decoded.
+
+    Raises:
+        TaggingError: of the image, when it is encoded in a way that was not asked for and is not understood.
+    """
+    encoding = response.headers.get("content-encoding", "").strip().lower()
+    if encoding in ("", "identity"):
+        return await _first(response.aiter_bytes(), most)
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise image_error("unsupported_format", "The image's host sends it in an encoding that is not accepted.")
+    return _decoded(await _first(response.aiter_raw(), most), most)
+
+
+def _decoded(data: bytes, most: int) -> bytes:
+    """The first ``most`` bytes of what is compressed, and one more. httpx would decode a chunk as a whole, and 64 kB of
+    gzip can become 64 MB."""
+    if len(data) > most:
+        return data  # too large even so
+    decoder = zlib.decompressobj(GZIP_OR_ZLIB)
+    try:
+        decoded = decoder.decompress(data, most + 1)
+    except zlib.error:
+        decoded = b""
+    if not decoder.eof and len(decoded) <= most:
+        raise image_error("damaged_image", "The image file is damaged or incomplete.")
+    return decoded
+
+
+async def _first(parts: AsyncIterator[bytes], most: int) -> bytes:
     chunks, size = [], 0
-    async for chunk in response.aiter_bytes():
+    async for chunk in parts:
         chunks.append(chunk)
         size += len(chunk)
         if size > most:

@@ -23,6 +23,7 @@ from autotag.images import Images
 from autotag.lanes import realtime
 from autotag.lanes.batch import BatchLane
 from autotag.metrics import SystemMetrics
+from autotag.redact import said
 from autotag.wake import Wake
 from autotag.web import Health
 
@@ -204,7 +205,7 @@ class Worker:
                 self._wake.request_stop()
                 return
             except psycopg.Error as error:
-                self._log.error("heartbeat_failed", error=str(error).strip())
+                self._log.error("heartbeat_failed", error=said(error))
                 pause = HEARTBEAT_RETRY
             health.beat()
 

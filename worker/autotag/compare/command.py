@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 from pathlib import Path
@@ -18,10 +17,11 @@ from autotag.compare.ask import Comparison, Sample
 from autotag.compare.figures import model_name, price, render, summarise
 from autotag.compare.page import make_page
 from autotag.config import Settings
-from autotag.console import Json, fail, read_settings
+from autotag.console import Json, fail, read_settings, say, say_json
 from autotag.db import Operator
 from autotag.images import Images
 from autotag.operate import Workspace, Yes, operate
+from autotag.texts import printable
 
 PAGE = Path("comparison.html")
 STOPPED = "stopped by Ctrl-C."
@@ -59,7 +59,7 @@ def compare(
     if not as_json:
         question = preview["question"]
         cost = f"about {price(preview['cost'])}" if preview["cost"] is not None else "at an unknown cost"
-        typer.echo(f"{preview['images']:,} images for {model_name(model, question['reasoning_effort'])}, {cost}.")
+        say(f"{preview['images']:,} images for {model_name(model, question['reasoning_effort'])}, {cost}.")
         if not yes:
             typer.confirm("Ask?", abort=True)
     try:
@@ -68,12 +68,12 @@ def compare(
         raise fail("stopped at once; calls that were in flight are not in the usage.", INTERRUPTED) from None
     figures = summarise(run.outcomes, preview, run.question, run.stopped)
     if as_json:
-        typer.echo(json.dumps(figures))
+        say_json(figures)
     else:
         Console().print(render(figures))
     if page:
         _write(page, make_page(figures, run.outcomes))
-        typer.echo(f"{page} shows every picture with both answers.", err=as_json)
+        say(f"{page} shows every picture with both answers.", err=as_json)
     if run.stopped:
         asked = figures["sample"] - figures["not_asked"]
         code = INTERRUPTED if run.stopped == STOPPED else 1
@@ -101,10 +101,10 @@ async def _run(
 
     def told(done: int, waits: str | None) -> None:
         nonlocal last
-        waits = WAITS.get(waits, waits) if waits else None
+        waits = printable(WAITS.get(waits, waits)) if waits else None
         bar.update(shown, completed=done, description=f"waiting: {waits}" if waits else "asking")
         if waits and waits != last and bar.disable:  # nobody sees the bar
-            typer.echo(f"waiting: {waits}", err=True)
+            say(f"waiting: {waits}", err=True)
         last = waits or last
 
     key, images = settings.openai_api_key.get_secret_value(), _images(settings)

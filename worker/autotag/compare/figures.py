@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from autotag.compare.ask import Outcome
+from autotag.console import cell
 from autotag.money import dollars
 
 MOST_SHOWN = 10  # of the tags that were added or are missing most often
@@ -155,17 +155,17 @@ def render(figures: dict[str, Any]) -> RenderableType:
     new = model_name(figures["model"], figures["reasoning_effort"])
     old = model_name(figures["current_model"], figures["current_reasoning_effort"])
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="bold")
-    for column in ("", escape(new), escape(old)):
+    for column in (cell(""), cell(new), cell(old)):
         table.add_column(column)
     for line in lines(figures):
-        table.add_row(*line)
+        table.add_row(*map(cell, line))
     parts: list[RenderableType] = [table]
     for failure in figures["failures"]:
-        parts.append(Text(f"{failure['images']} × {failure['code']}: {failure['message']}", "yellow"))
+        parts.append(cell(f"{failure['images']} × {failure['code']}: {failure['message']}", "yellow"))
     if figures["added"] or figures["missing"]:
         parts += [Text(), _tags(figures)]
     if figures["shutdown_date"]:
-        parts += [Text(), Text(f"{figures['model']} shuts down on {figures['shutdown_date']}.", "yellow")]
+        parts += [Text(), cell(f"{figures['model']} shuts down on {figures['shutdown_date']}.", "yellow")]
     return Group(*parts)
 
 
@@ -176,8 +176,9 @@ def _tags(figures: dict[str, Any]) -> Table:
         table.add_column("images", justify="right")
     added, missing = figures["added"], figures["missing"]
     for place in range(max(len(added), len(missing))):
-        row: list[str] = []
+        row: list[Text] = []
         for listed in (added, missing):
-            row += [escape(listed[place]["tag"]), str(listed[place]["images"])] if place < len(listed) else ["", ""]
+            there = place < len(listed)
+            row += [cell(listed[place]["tag"] if there else ""), cell(listed[place]["images"] if there else "")]
         table.add_row(*row)
     return table

@@ -21,12 +21,14 @@ from openai.types import Batch as OpenAIBatch
 
 from autotag import provider
 from autotag.answers import read_completion, read_usage
-from autotag.classify import classify_status
+from autotag.classify import MESSAGE_LENGTH, classify_status
 from autotag.db import Batch, BatchClaim, Database, Image, NotHeld
 from autotag.errors import TaggingError
 from autotag.images import LARGEST_SIDE, Images, data_url
 from autotag.metrics import BATCH_SECONDS, IN_FLIGHT, count_answers, timed
+from autotag.redact import redact, said
 from autotag.tags import Question, batch_line, request_body
+from autotag.texts import clean_text
 from autotag.wake import Wake
 
 PAGE = 100  # images looked up and fetched together
@@ -75,7 +77,7 @@ class BatchLane:
             try:
                 claim = await self._db.claim_batches(self._slots - len(self._hands))
             except psycopg.Error as error:
-                log.error("claim_batches_failed", error=str(error).strip())
+                log.error("claim_batches_failed", error=said(error))
                 await self._wake.pause(CLAIM_RETRY)
                 await self._db.release_unheld(batches=[batch.batch for batch in self._hands.values()])
                 continue
@@ -113,7 +115,7 @@ class BatchLane:
                     with timed(BATCH_SECONDS, "submit"):
                         await self._submit(batch, question)
             except openai.APIError as error:
-                raise _classify(error) from error
+                raise _classify(error) from None
         except NotHeld:
             logger.warning("batch_not_held")
         except TaggingError as error:
@@ -434,11 +436,16 @@ def describe(batch: OpenAIBatch) -> dict[str, Any]:
         "error_file_id": batch.error_file_id,
         "total": counts.total if counts else 0,
         "done": counts.completed + counts.failed if counts else 0,
-        "error_code": first.code if first else None,
-        "error": first.message if first else None,
+        "error_code": _words(first.code) if first else None,
+        "error": _words(first.message) if first else None,
         # no credit, for example, is nothing that the batch could help
         "error_kind": classify_status(400, {"error": first.model_dump()}, {}).kind if first else None,
     }
+
+
+def _words(text: str | None) -> str | None:
+    """The provider's words, fit to be stored."""
+    return clean_text(redact(text))[:MESSAGE_LENGTH] if isinstance(text, str) else None
 
 
 def read_line(line: bytes, max_tags: int) -> dict[str, Any] | None:

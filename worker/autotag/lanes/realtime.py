@@ -17,6 +17,7 @@ from autotag.db import Database, Image
 from autotag.errors import TaggingError
 from autotag.images import LARGEST_SIDE, Images, data_url
 from autotag.metrics import CLAIMED, CLAIMS, IN_FLIGHT, SECONDS, count_answers, timed
+from autotag.redact import said
 from autotag.tags import Question, request_body
 from autotag.wake import Wake
 
@@ -209,7 +210,7 @@ async def run(
                     )
                 bound = claim.bound
             except psycopg.Error as error:
-                log.error("claim_failed", error=str(error).strip())
+                log.error("claim_failed", error=said(error))
                 await wake.pause(CLAIM_RETRY)
                 await db.release_unheld(tasks=[image.task for image in hands.values()])
                 continue
