@@ -41,7 +41,7 @@ create table autotag.settings (
   -- The cap of an answer (max_completion_tokens) follows what answers of this model were seen to need, within these bounds.
   min_output_tokens integer not null default 100 check (min_output_tokens between 16 and 128000),  -- the lowest cap
   max_output_tokens integer not null default 16000 check (max_output_tokens between 50 and 128000 and max_output_tokens >= min_output_tokens),  -- the highest: an answer that is cut off gets another try with four times its cap, up to this one
-  learning_memory integer not null default 500 check (learning_memory between 20 and 100000),  -- so many answers ago counts a third in what is reserved
+  learning_memory integer not null default 500 check (learning_memory between 20 and 100000),  -- an answer this many answers ago weighs about a third of a new one in what is reserved
 
   -- leases, retries, polling
   lease interval not null default '60 s' check (lease >= '1 s'),  -- a worker that is silent for so long has lost what it held
@@ -49,11 +49,11 @@ create table autotag.settings (
   max_bad_answers integer not null default 3 check (max_bad_answers > 0),  -- answers of no use (and paid for) before it is
   retry_delay interval not null default '2 s' check (retry_delay > '0'),  -- after the first failure; each doubles it …
   retry_delay_max interval not null default '60 s' check (retry_delay_max >= retry_delay),  -- … up to this
-  account_probe_interval interval not null default '10 s' check (account_probe_interval > '0'),  -- while nothing works (a wrong key, no credit, an unknown model), one image in so long tries
+  account_probe_interval interval not null default '10 s' check (account_probe_interval > '0'),  -- while nothing works (wrong key, no credit, unknown model), one image is tried this often
   batch_poll_interval interval not null default '60 s' check (batch_poll_interval > '0'),  -- between looks at the batches in flight
   batch_create_grace interval not null default '10 s' check (batch_create_grace >= '0'),  -- a create that seemed to fail may yet arrive: nobody tries again before
   model_check_interval interval not null default '1 day' check (model_check_interval > '0'),  -- between questions to the provider about the model's end and what the provider can do
-  batch_patience interval not null default '30 min' check (batch_patience >= '0'),  -- while OpenAI's queue has no room for a batch smaller ones pass it, for so long
+  batch_patience interval not null default '30 min' check (batch_patience >= '0'),  -- how long smaller batches may overtake one that does not fit into OpenAI's queue
   batch_looks_in_vain integer not null default 3 check (batch_looks_in_vain > 0),  -- looks in a row that do not find a batch at OpenAI before it is given up
   -- A batch without progress for so long is cancelled, and its images go as single calls, where the limits allow.
   batch_stuck_after interval not null default '6 h' check (batch_stuck_after > '0'),

@@ -340,7 +340,7 @@ end $$;
 -- p_seen: the newest limits seen in answers' headers (observe_provider), and {sent, sent_age} (note_sent).
 -- A report for a task that is not the worker's any more, or with an older attempt, is refused and changes
 -- nothing. Returns {accepted, notices: [{event, notice}]}: how many, and sentences for the log.
--- Locks: provider (where it changes), workspaces (of errors), windows, jobs, tasks; each by id.
+-- Locks: provider, workspaces (of errors), windows, jobs, tasks; each by id.
 create function autotag.settle(p_worker uuid, p_reports jsonb, p_seen jsonb default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
 as $$

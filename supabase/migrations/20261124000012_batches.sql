@@ -82,7 +82,8 @@ $$;
 --   poll: [{id, since (epoch seconds: it is not older at OpenAI)}] of the batches in flight when they are to be
 --     looked at now, else null; cancel: ids of those that are to be cancelled at OpenAI before.
 --   files: ids of files that nobody needs any more, to be deleted at OpenAI (files_deleted).
---   question: as in claim(). keep_files: seconds after which the provider is to delete a batch's files; null: it takes no expiry.
+--   question: as in claim(). A batch's keep_files: seconds after which the provider is to delete its files; null: it takes
+--   no expiry.
 --   look_up: the model, when the provider is to be asked about it now (provider_checked), else null.
 --   While nobody knows whether the question works no batch is begun: single calls try it, if need be one of a batch's own
 --   images (send_ahead).
@@ -627,7 +628,7 @@ begin
     'level', case when v_days > 14 then 'warning' else 'error' end, 'days', v_days, 'date', m.shutdown_date,
     'successor', m.successor,
     'message', case
-      when v_days > 0 then format('%s shuts down on %s, in %s days%s', v_model, m.shutdown_date, v_days,
+      when v_days > 0 then format('%s shuts down on %s, in %s%s', v_model, m.shutdown_date, case v_days when 1 then '1 day' else v_days || ' days' end,
         coalesce('; its successor is ' || m.successor, '') || '.')
       else format('%s was shut down on %s%s', v_model, m.shutdown_date, coalesce('; its successor is ' || m.successor, '') || '.') end,
     'fix', case when m.successor is not null then format(

@@ -25,7 +25,7 @@ from autotag.lanes.batch import describe, read_line
 from autotag.redact import HIDDEN, redact_event, said
 from autotag.storage import read_answer
 
-KEY, STORAGE_KEY, WEBHOOK = "gateway-key-0123456789", "storage-key-abcdefgh", "hook secret/+=".replace(" ", "-")
+KEY, STORAGE_KEY, WEBHOOK = "gateway-key-0123456789", "storage-key-abcdefgh", "whsec_" + "aG9vayBzZWNyZXQvKz0taG9vaw=="
 PASSWORD = "p@ss:w/ord%1"
 DATABASE = f"postgresql://tagger:{quote(PASSWORD, safe='')}@db.example.com:5432/postgres"
 SECRETS = {"key": KEY, "Storage's key": STORAGE_KEY, "webhook": WEBHOOK, "password": PASSWORD,
@@ -46,7 +46,7 @@ def _forget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def process(_forget: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that has read its settings."""
     for name, value in {"DATABASE_URL": DATABASE, "OPENAI_API_KEY": KEY, "SUPABASE_SECRET_KEY": STORAGE_KEY,
-                        "OPENAI_WEBHOOK_SECRET": WEBHOOK}.items():  # fmt: skip
+                        "OPENAI_WEBHOOK_SECRET": WEBHOOK, "AUTOTAG_WEBHOOK": "127.0.0.1:8081"}.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     load_settings()
 

@@ -514,7 +514,7 @@ class Operator:
         ))  # fmt: skip
 
     async def usage(self, workspace: str, since: date, until: date) -> list[dict[str, Any]]:
-        """Rows per user and day: user_id, day, images, requests, tokens, cost."""
+        """Rows per user, day, model and service tier; cost None: the model has no price."""
         async with self._connection.cursor(row_factory=dict_row) as cursor:
             await cursor.execute("select * from autotag.list_usage(%s, %s, %s)", (workspace, since, until))
             return await cursor.fetchall()

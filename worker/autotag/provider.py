@@ -64,7 +64,7 @@ def classify(error: openai.APIError) -> TaggingError:
         reason = reason.__cause__ or reason.__context__
     if isinstance(error, openai.APITimeoutError):
         return TaggingError(
-            "transient", "provider_unreachable", "The AI service did not answer in time.", origin="provider"
+            "transient", "provider_unreachable", "The AI service could not be reached in time.", origin="provider"
         )
     # Resets, answers that are no HTTP; a certificate nobody trusts will not be better in a minute.
     message = "The AI service's certificate cannot be trusted." if reason else "The AI service could not be reached."
