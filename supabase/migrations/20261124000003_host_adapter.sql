@@ -37,21 +37,104 @@ $$;
 -- connection keeps from when the table was small would read all of it later. And whatever their callers forbid the planner,
 -- here everything is allowed, because triggers of yours may run inside.
 
+-- The rule that says which files a workspace's rows may name, in one word (docs/install.md, "Whose a file is").
+create function autotag.file_rule() returns text
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$
+  select 'workspace-folder'  -- host: file rule
+$$;
+
+-- Whether signed-in users see their files under row level security of storage.objects, so that it is asked about the files
+-- of what they enqueue.
+create function autotag.users_see_files() returns boolean
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$
+  select true  -- host: users see files
+$$;
+
 -- Whose these images are and where they lie: a Storage bucket and path, or an https URL. An id that is not
--- in the answer is an image that does not exist (any more).
+-- in the answer is an image that does not exist (any more). The worker reads Storage with a key that opens every file, so
+-- a row that names a file of somebody else says nothing of where it lies: foreign_file.
 create function autotag.describe_assets(p_asset_ids uuid[])
-returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url text)
+returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url text, foreign_file boolean)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_seqscan = on
 as $$
 begin
   return query
-    select a.id, a.workspace_id,
-           case when a.storage_path is not null then coalesce(a.storage_bucket, 'assets') end::text,  -- host: bucket
-           a.storage_path::text,  -- host: path
-           a.image_url::text  -- host: url
-    from public.assets a
-    where a.id = any (p_asset_ids);
+    select d.id, d.workspace, case when d.own then d.bucket end, case when d.own then d.path end,
+           case when d.own then d.url end, not d.own
+    from (
+      select a.id as id, a.workspace_id as workspace, f.bucket, f.path, f.url,
+             f.path is null or coalesce(
+               -- a bucket's name as Storage allows it, and a path that leads nowhere but into the bucket
+               f.bucket ~ '^[A-Za-z0-9_!.*''() &$@=;:+,?-]+$' and f.bucket !~ '^[.]{1,2}$'
+               and f.path !~ '(^|/)[.]{0,2}(/|$)' and f.path !~ '[\\[:cntrl:]]'
+               -- the rule
+               and f.bucket in ('assets') and starts_with(f.path, a.workspace_id::text || '/')  -- host: file
+             , false) as own
+      from public.assets a cross join lateral (
+        select case when a.storage_path is not null then coalesce(a.storage_bucket, 'assets') end::text as bucket,  -- host: bucket
+               a.storage_path::text as path,  -- host: path
+               a.image_url::text as url  -- host: url
+      ) f
+      where a.id = any (p_asset_ids)) d;
+end $$;
+
+-- What rows say of files, for the doctor. looked_at: how many rows were looked at; broken: how many of them name a file
+-- that is not their workspace's, with a few examples. may_write: why signed-in users can write such rows; null: they cannot.
+create function autotag.look_at_files(p_rows integer, out looked_at integer, out broken integer, out examples uuid[], out may_write text)
+language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
+as $$
+begin
+  select count(*), count(*) filter (where d.foreign_file), (array_agg(d.asset_id) filter (where d.foreign_file))[1:3]
+  into looked_at, broken, examples
+  from autotag.describe_assets(array(select a.id from public.assets a limit p_rows)) d;
+  select case
+    when not (has_any_column_privilege(r.oid, c.oid, 'insert') or has_any_column_privilege(r.oid, c.oid, 'update')) then null
+    when not c.relrowsecurity then 'row level security is off'
+    else (
+      select format('the policy “%s” says nothing of it', p.polname)
+      from pg_policy p
+      where p.polrelid = c.oid and p.polpermissive and p.polcmd in ('a', 'w', '*') and p.polroles && array[r.oid, 0]
+        and has_any_column_privilege(r.oid, c.oid, case p.polcmd when 'a' then 'insert' when 'w' then 'update' else 'insert, update' end)
+        and pg_get_expr(coalesce(p.polwithcheck, p.polqual), c.oid) !~ '\mstorage_path\M'  -- host: path in a policy
+      order by p.polname limit 1) end
+  into may_write
+  from pg_class c, pg_roles r
+  where c.oid = 'public.assets'::regclass and r.rolname = 'authenticated';
+end $$;
+
+-- The files of these images that are in Storage, not in a public bucket, and of workspaces that the signed-in caller may act
+-- for.
+create function autotag.private_files(p_asset_ids uuid[]) returns table (asset_id uuid, bucket text, path text)
+language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
+as $$
+begin
+  if autotag.is_service() or not autotag.users_see_files() then
+    return;
+  end if;
+  return query
+    with files as materialized (
+      select d.asset_id, d.workspace_id, d.bucket, d.path from autotag.describe_assets(p_asset_ids) d where d.path is not null
+    ), theirs as materialized (
+      select w.id from (select distinct f.workspace_id as id from files f) w where autotag.is_member(w.id)
+    )
+    select f.asset_id, f.bucket, f.path
+    from files f join storage.buckets b on b.id = f.bucket and b.public is not true
+    where f.workspace_id in (select t.id from theirs t)
+      and exists (select from storage.objects o where o.bucket_id = f.bucket and o.name = f.path);
+end $$;
+
+-- Of these images those whose file the caller may not see: it is in Storage, and row level security hides it from them. This
+-- runs as the caller. A file that is not there is none of these, so that nobody learns which files there are.
+create function autotag.hidden_files(p_asset_ids uuid[]) returns uuid[]
+language plpgsql stable set search_path = pg_catalog, public, extensions, pg_temp
+as $$
+begin
+  return array(
+    select f.asset_id from autotag.private_files(p_asset_ids) f
+    where not exists (select from storage.objects o where o.bucket_id = f.bucket and o.name = f.path));
 end $$;
 
 -- The next images of a workspace, by id after p_after, that are not being tagged; p_untagged: only those without tags.

@@ -114,13 +114,17 @@ end $$;
 
 -- enqueue_tagging: one upload becomes one job. Idempotent for images that are being tagged already: they are
 -- skipped. Locks the workspace (so that two calls for the same images follow each other), then writes.
-create function autotag.enqueue(p_asset_ids uuid[]) returns jsonb
+--
+-- p_hidden: those of them whose file the caller may not see (`hidden_files`). They become tasks like the others and end as if
+-- there were no such file.
+create function autotag.enqueue(p_asset_ids uuid[], p_hidden uuid[] default array[]::uuid[]) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_found integer;
   v_asked integer;
-  v_missing uuid[];
+  v_missing uuid[];            -- some of those that are not there
+  v_foreign uuid[];            -- some of those that name somebody else's file
   v_workspaces uuid[];         -- theirs that the caller may act for
 begin
   if array_ndims(p_asset_ids) > 1 or array_position(p_asset_ids, null) is not null then
@@ -130,16 +134,19 @@ begin
   perform autotag.check_image_count(cardinality(p_asset_ids));
 
   -- Somebody else's image is as unknown as one that never was: what exists where is no secret worth telling.
-  select array_agg(w.id) into v_workspaces
-  from (select distinct d.workspace_id as id from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null) w
-  where autotag.is_service() or autotag.is_member(w.id);
-  select count(*) into v_found from autotag.describe_assets(p_asset_ids) d where d.workspace_id = any (v_workspaces);
-  select count(distinct id) into v_asked from unnest(p_asset_ids) id;
+  with there as materialized (
+    select d.asset_id, d.workspace_id, d.foreign_file from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
+  ), theirs as materialized (
+    select w.id from (select distinct t.workspace_id as id from there t) w
+    where autotag.is_service() or autotag.is_member(w.id)
+  ), found as materialized (
+    select t.asset_id, t.foreign_file from there t where t.workspace_id in (select w.id from theirs w)
+  )
+  select (select array_agg(w.id) from theirs w), (select count(*) from found), (select count(distinct id) from unnest(p_asset_ids) id),
+    array(select distinct id from unnest(p_asset_ids) id except select f.asset_id from found f order by 1 limit 5),
+    array(select f.asset_id from found f where f.foreign_file order by 1 limit 5)
+  into v_workspaces, v_found, v_asked, v_missing, v_foreign;
   if v_found < v_asked then
-    select array_agg(id) into v_missing from (
-      select distinct id from unnest(p_asset_ids) id
-      except select d.asset_id from autotag.describe_assets(p_asset_ids) d where d.workspace_id = any (v_workspaces)
-      order by 1 limit 5) m;
     perform autotag.refuse(404, 'unknown_asset',
       format('%s of the %s images do not exist.', v_asked - v_found, v_asked),
       'Insert the assets before you enqueue them.', jsonb_build_object('asset_ids', v_missing));
@@ -148,13 +155,19 @@ begin
     perform autotag.refuse(400, 'several_workspaces', 'The images belong to more than one workspace.',
       'Make one upload for each workspace.', jsonb_build_object('workspace_ids', v_workspaces));
   end if;
+  if v_foreign <> '{}' then
+    perform autotag.refuse(403, 'foreign_file', 'An image names a file that does not belong to its workspace.',
+      format('Name a file of its own workspace (rule %s).', autotag.file_rule()), jsonb_build_object('asset_ids', v_foreign));
+  end if;
   perform autotag.lock_workspace(v_workspaces[1]);
-  return autotag.start_job(v_workspaces[1], (select auth.uid()), p_asset_ids);
+  return autotag.start_job(v_workspaces[1], (select auth.uid()), p_asset_ids, p_hidden);
 end $$;
 
 -- Makes a job of those of these images that are not live already. All of them are of this workspace, which the
--- caller has locked. Locks: tasks and batches are new, assets.
-create function autotag.start_job(p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[]) returns jsonb
+-- caller has locked. Those in p_hidden will not be read. Locks: tasks and batches are new, assets.
+create function autotag.start_job(
+  p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_hidden uuid[] default array[]::uuid[]
+) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
 as $$
 declare
@@ -228,8 +241,8 @@ begin
   end if;
 
   with placed as (
-    insert into autotag.tasks (job_id, workspace_id, asset_id, lane, batch_id)
-    select v_job.id, p_workspace_id, a.id,
+    insert into autotag.tasks (job_id, workspace_id, asset_id, hidden, lane, batch_id)
+    select v_job.id, p_workspace_id, a.id, a.id = any (p_hidden),
       case when a.i <= v_express then 'realtime' else 'batch' end,
       case when a.i > v_express then b.id end
     from unnest(v_new) with ordinality a (id, i)
@@ -328,22 +341,32 @@ begin
   return jsonb_build_object('job_id', p_job_id, 'cancelled', cardinality(v_tasks));
 end $$;
 
--- retry_tagging: the images of a job that failed, again, as a new job.
-create function autotag.retry(p_job_id uuid) returns jsonb
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+-- The images of a job that failed, that still are there, and that name a file of their workspace, in order.
+create function autotag.failed_assets(p_job_id uuid) returns uuid[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job autotag.jobs := autotag.visible_job(p_job_id);
-  v_assets uuid[];
 begin
-  select array_agg(d.asset_id order by t.id) into v_assets
-  from autotag.tasks t
-  join autotag.describe_assets(array(
-    select f.asset_id from autotag.tasks f where f.job_id = v_job.id and f.stage = 'failed')) d on d.asset_id = t.asset_id
-  where t.job_id = v_job.id and t.stage = 'failed';
-  if v_assets is null then
-    perform autotag.refuse(409, 'nothing_to_retry', 'No image of this upload has failed.',
+  return array(
+    select d.asset_id
+    from autotag.tasks t
+    join autotag.describe_assets(array(
+      select f.asset_id from autotag.tasks f where f.job_id = v_job.id and f.stage = 'failed')) d on d.asset_id = t.asset_id
+    where t.job_id = v_job.id and t.stage = 'failed' and not d.foreign_file
+    order by t.id);
+end $$;
+
+-- retry_tagging: the images of a job that failed, again, as a new job. p_hidden: as in enqueue.
+create function autotag.retry(p_job_id uuid, p_hidden uuid[] default array[]::uuid[]) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_assets uuid[] := autotag.failed_assets(p_job_id);
+begin
+  if v_assets = '{}' then
+    perform autotag.refuse(409, 'nothing_to_retry', 'No image of this upload has failed that could be tagged now.',
       'Look at tagging_job() before you retry.');
   end if;
-  return autotag.enqueue(v_assets);
+  return autotag.enqueue(v_assets, p_hidden);
 end $$;

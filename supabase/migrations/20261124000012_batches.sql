@@ -303,18 +303,20 @@ begin
   return v_batch;
 end $$;
 
--- The images of a batch that still need an answer, after a task id: [{task, asset_id, bucket, path, url, cap}].
+-- The images of a batch that still need an answer, after a task id: [{task, asset_id, bucket, path, url, refused, cap}].
 create function autotag.batch_images(p_batch uuid, p_after bigint, p_limit integer) returns jsonb
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   with page as (
-    select t.id, t.asset_id, greatest(t.min_output_tokens, b.output_tokens) as cap
+    select t.id, t.asset_id, t.hidden, greatest(t.min_output_tokens, b.output_tokens) as cap
     from autotag.tasks t join autotag.batches b on b.id = t.batch_id
     where t.batch_id = p_batch and t.id > p_after and t.finished_at is null
     order by t.id limit p_limit
   )
   select coalesce(jsonb_agg(jsonb_build_object('task', p.id, 'asset_id', p.asset_id,
-    'bucket', d.bucket, 'path', d.path, 'url', d.url, 'cap', p.cap) order by p.id), '[]')
+    'bucket', case when not p.hidden then d.bucket end, 'path', case when not p.hidden then d.path end, 'url', d.url,
+    'refused', case when d.foreign_file then 'foreign_file' when p.hidden then 'hidden_file' end,
+    'cap', p.cap) order by p.id), '[]')
   from page p
   left join autotag.describe_assets(array(select asset_id from page)) d on d.asset_id = p.asset_id
 $$;

@@ -57,6 +57,31 @@ create function autotag.send_probe(p_nonce uuid) returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$ select autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false) $$;
 
+-- Whether rows name files of their own workspace, and who could write others.
+create function autotag.diagnose_files() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rule text := autotag.file_rule();
+  v_look record := autotag.look_at_files(10000);
+  v_open text := case when v_look.may_write is not null
+    then format(' Signed-in users can write rows that name any file (%s).', v_look.may_write) else '' end;
+begin
+  if v_rule = 'any' then
+    return autotag.finding('files', 'warning',
+      'A row may name any file of the project (rule any), and its workspace gets that picture''s tags.' || v_open,
+      'Set a rule: autotag init --file-rule workspace-folder   (docs/install.md, "Whose a file is")');
+  elsif v_look.broken > 0 then
+    return autotag.finding('files', 'warning',
+      format('%s of %s rows looked at name a file that is not their workspace''s (rule %s) and are not tagged, for example %s.',
+        v_look.broken, v_look.looked_at, v_rule, array_to_string(v_look.examples, ', ')) || v_open,
+      'Correct these rows, or the rule in autotag.describe_assets.');
+  end if;
+  return autotag.finding('files', 'ok',
+    format('Rows name files of their own workspace (rule %s; %s rows looked at).', v_rule, v_look.looked_at)
+      || v_open || case when v_open <> '' then ' autotag does not tag them.' else '' end);
+end $$;
+
 -- The model and the provider: the model's end, its price, how it has to be asked, and what the provider cannot do.
 create function autotag.diagnose_model(p_provider autotag.provider_limits) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -148,7 +173,8 @@ begin
     perform autotag.is_member('00000000-0000-0000-0000-000000000000');
     perform from autotag.tagged_assets('00000000-0000-0000-0000-000000000000', 1);
     v_sample := autotag.sample_image();
-    v_found := v_found || autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.');
+    v_found := v_found || autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.')
+      || autotag.diagnose_files();
   exception when others then
     v_found := v_found || autotag.finding('host adapter', 'error',
       'The adapter does not fit the host''s tables: ' || sqlerrm,

@@ -90,7 +90,7 @@ begin
   return (
     select coalesce(jsonb_agg(jsonb_build_object('asset_id', d.asset_id, 'bucket', d.bucket, 'path', d.path, 'url', d.url)
       || (v_sample -> d.asset_id::text) order by d.asset_id), '[]')
-    from autotag.describe_assets(coalesce(v_assets, '{}')) d);
+    from autotag.describe_assets(coalesce(v_assets, '{}')) d where not d.foreign_file);
 end $$;
 
 -- Whether one call with this question may be made now: {admitted, reserved, reserved_at, cap (of the answer, in tokens)}, or

@@ -3,7 +3,7 @@
 
 create function public.enqueue_tagging(asset_ids uuid[]) returns jsonb
 language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.enqueue(asset_ids) $$;
+as $$ select autotag.enqueue(asset_ids, autotag.hidden_files(asset_ids)) $$;
 
 create function public.cancel_tagging(job_id uuid) returns jsonb
 language sql security invoker set search_path = pg_catalog, pg_temp
@@ -11,7 +11,7 @@ as $$ select autotag.cancel(job_id) $$;
 
 create function public.retry_tagging(job_id uuid) returns jsonb
 language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.retry(job_id) $$;
+as $$ select autotag.retry(job_id, autotag.hidden_files(autotag.failed_assets(job_id))) $$;
 
 create function public.tagging_job(job_id uuid) returns jsonb
 language sql stable security invoker set search_path = pg_catalog, pg_temp
@@ -144,7 +144,8 @@ revoke all on function public.openai_webhook from public, anon, authenticated;
 grant execute on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
-  autotag.enqueue, autotag.cancel, autotag.retry, autotag.describe_job,
+  autotag.enqueue, autotag.hidden_files, autotag.private_files, autotag.failed_assets, autotag.cancel, autotag.retry,
+  autotag.describe_job,
   autotag.describe_strategy, autotag.take_allowance, autotag.list_usage
   to authenticated, service_role;
 grant execute on function autotag.is_member, autotag.may_listen to authenticated;

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 
 from autotag.cli import app
 from autotag.install.facts import look
-from autotag.install.host import Choices, Host, HostError, propose
+from autotag.install.host import Choices, FileRule, Host, HostError, propose
 from autotag.install.migrations import migrations, write_migrations
 from autotag_local.pictures import Drawing, draw
 from autotag_local.postgres import LocalPostgres
@@ -141,9 +142,9 @@ async def test_membership_in_claims(postgres: LocalPostgres, bare: str, project:
         quicken(stack)
         tenant = str(uuid.uuid4())
         [drawing] = draw(1)
-        await store(stack, "b", "1.png", drawing)
-        [row] = run_sql(url, "insert into public.assets (tenant_id, bucket, file_path) values (%s, 'b', '1.png')"
-                        ' returning "assetId"::text as id', tenant)  # fmt: skip
+        await store(stack, "b", f"{tenant}/1.png", drawing)
+        [row] = run_sql(url, "insert into public.assets (tenant_id, bucket, file_path) values (%s, 'b', %s)"
+                        ' returning "assetId"::text as id', tenant, f"{tenant}/1.png")  # fmt: skip
         stranger = {"sub": str(uuid.uuid4()), "app_metadata": {"tenant_id": str(uuid.uuid4())}}
         with pytest.raises(psycopg.Error) as refused:
             rpc(stack, stranger, "public.enqueue_tagging", [row["id"]])
@@ -285,6 +286,7 @@ def test_hostile_names_stay_names(postgres: LocalPostgres, bare: str, tmp_path: 
         raise HostError(question)
 
     host = propose(look(url), Choices(path=nasty, bucket="it's"), nobody)
+    host = replace(host, files=FileRule("workspace-folder", ("it's",), "a'b/", 2))
     assert (host.path, host.bucket) == (nasty, "it's")
     write_migrations(tmp_path, host, {})
     adapter = next(tmp_path.glob("*host_adapter.sql")).read_text()
@@ -292,8 +294,11 @@ def test_hostile_names_stay_names(postgres: LocalPostgres, bare: str, tmp_path: 
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(schema.encode())
         connection.execute(adapter.encode())
-        connection.execute("insert into public.assets values (gen_random_uuid(), gen_random_uuid(), 'p')")
+        connection.execute(
+            "insert into public.assets select gen_random_uuid(), w, 'a''b/' || w || '/p' from gen_random_uuid() w"
+        )
         row = connection.execute(
             "select bucket, path from autotag.describe_assets(array(select id from public.assets))"
         ).fetchone()
-    assert row == ("it's", "p")
+    assert row is not None
+    assert (row[0], row[1][:4], row[1][-2:]) == ("it's", "a'b/", "/p")

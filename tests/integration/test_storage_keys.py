@@ -121,6 +121,7 @@ async def test_what_is_missing_fails_alone_and_the_operator_is_told_of_buckets_o
     tagged = await library.upload(3)
     missing = library.insert([f"{workspace}/never-uploaded.jpg"])
     elsewhere = library.insert([f"{workspace}/{number}.jpg" for number in range(3)])
+    library.allow_bucket("nonsense")
     library.sql("update public.assets set storage_bucket = 'nonsense' where id = any (%s::uuid[])", elsewhere)
     with capture_logs() as logs:
         async with worker(library.stack):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ from autotag.db import VersionsDiffer
 from autotag.doctor import examine
 from autotag.findings import Finding, worst_level
 from autotag.install.facts import Facts, look
+from autotag.install.files import find_rule, users_see_files
 from autotag.install.host import Choices, Host, HostError, describe, propose
 from autotag.install.migrations import apply_migrations, project_folder, write_migrations
 from autotag.logs import configure_logs
@@ -111,6 +113,14 @@ BucketOption = Annotated[str | None, typer.Option("--bucket", help="Storage buck
 UrlOption = Annotated[str | None, typer.Option("--url-column", help="Its column with an https URL.")]
 TagsOption = Annotated[str | None, typer.Option("--tags-column", help="Its text[] or jsonb column for the tags.")]
 MembersTableOption = Annotated[str | None, typer.Option("--members-table", help="Table that says who is a member.")]
+FileRuleOption = Annotated[
+    str | None,
+    typer.Option(
+        "--file-rule",
+        help="Which files in Storage a row may name: workspace-folder, workspace-bucket, uploader-folder, owner, any,"
+        " or a function (uuid, text, text) of yours that returns boolean.",
+    ),
+]
 MembersClaimOption = Annotated[
     str | None, typer.Option("--members-claim", help="Claim of the JWT that does, for example app_metadata.org_ids.")
 ]
@@ -129,6 +139,7 @@ def init(
     tags_column: TagsOption = None,
     members_table: MembersTableOption = None,
     members_claim: MembersClaimOption = None,
+    file_rule: FileRuleOption = None,
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
@@ -139,8 +150,9 @@ def init(
     that are there stay as they are.
     """
     choices = Choices(
-        table, id_column, workspace_column, path_column, bucket, url_column, tags_column, members_table, members_claim
-    )
+        table, id_column, workspace_column, path_column, bucket, url_column, tags_column, members_table, members_claim,
+        file_rule,
+    )  # fmt: skip
     try:
         folder = project_folder(project)
         database_url = _connection(database_url)
@@ -177,13 +189,15 @@ def migrate(
     tags_column: TagsOption = None,
     members_table: MembersTableOption = None,
     members_claim: MembersClaimOption = None,
+    file_rule: FileRuleOption = None,
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Apply autotag's migrations where there is no Supabase CLI; what is applied already is left alone."""
     choices = Choices(
-        table, id_column, workspace_column, path_column, bucket, url_column, tags_column, members_table, members_claim
-    )
+        table, id_column, workspace_column, path_column, bucket, url_column, tags_column, members_table, members_claim,
+        file_rule,
+    )  # fmt: skip
     try:
         database_url = _connection(database_url)
         if stand_alone:
@@ -223,7 +237,10 @@ def _look(url: str, choices: Choices, *, ask: bool) -> tuple[Facts, Host]:
     if "host_adapter" in facts.applied and choices == Choices():
         ask = False  # it stands; nobody has to answer again
     interactive = ask and sys.stdin.isatty()
-    return facts, propose(facts, choices, _asker(interactive))
+    host = propose(facts, choices, _asker(interactive))
+    wanted = choices.file_rule or facts.file_rule
+    rule = find_rule(url, facts, host, wanted, _asker(interactive), may_ask=interactive)
+    return facts, replace(host, files=rule, users_see_files=host.path is not None and users_see_files(facts))
 
 
 def _asker(interactive: bool) -> Callable[[str, str, Sequence[str]], str]:

@@ -76,7 +76,9 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Image:
-    """An image to tag and where it is: a Storage bucket and path, or a URL; neither when it is gone."""
+    """An image to tag and where it is: a Storage bucket and path, or a URL; neither when it is gone, or when it is
+    ``refused``: ``foreign_file`` (its row names a file of somebody else) or ``hidden_file`` (whoever asked may not see
+    it)."""
 
     task: int
     asset_id: str
@@ -88,6 +90,7 @@ class Image:
     job: str | None = None
     traceparent: str | None = None  # of the request that made the job
     waited: float = 0.0  # seconds from the upload to the claim
+    refused: str | None = None
 
 
 @dataclass(frozen=True)

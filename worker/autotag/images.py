@@ -26,7 +26,7 @@ from PIL import ImageOps, UnidentifiedImageError
 
 from autotag.db import Image
 from autotag.errors import TaggingError, image_error
-from autotag.storage import Storage, read_body
+from autotag.storage import Storage, file_missing, read_body
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 JPEG_QUALITY = 85  # 512 px at 85 is 30–60 KB; more is no more to see
@@ -250,6 +250,10 @@ class Images:
             TaggingError: of the image, transient, or of the account (Storage's key or address is wrong).
         """
         async with self._fetches:
+            if image.refused == "foreign_file":
+                raise image_error("foreign_file", "The image's row names a file that does not belong to its workspace.")
+            if image.refused is not None:  # said as if there were none: whether there is one is not theirs to know
+                raise file_missing()
             if image.path is not None and image.bucket is not None:
                 data = await self._from_storage(image.bucket, image.path)
             elif image.url is not None:

@@ -91,7 +91,7 @@ class Storage:
                 the key or the address is wrong; else transient.
         """
         if not _stays_inside(bucket, path):
-            raise _file_missing()
+            raise file_missing()
         where = f"/object/authenticated/{quote(bucket, safe='')}/{quote(path)}"
         answer = await self._get(where, self._max_bytes)
         if isinstance(answer, bytes):
@@ -129,7 +129,7 @@ class Storage:
             self._warn_of(bucket)
             return image_error("file_missing", f"The image's bucket “{bucket[:100]}” does not exist in storage.")
         if answer.by_storage and answer.code != "NoSuchBucket" and answer.status in (400, 404):
-            return _file_missing()
+            return file_missing()
         return _unreachable(answer)
 
     async def _look(self) -> frozenset[str] | TaggingError:
@@ -318,5 +318,6 @@ def _unreachable(answer: Answer) -> TaggingError:
     )
 
 
-def _file_missing() -> TaggingError:
+def file_missing() -> TaggingError:
+    """The error of an image whose file is not there."""
     return image_error("file_missing", "The image's file is not in storage.")

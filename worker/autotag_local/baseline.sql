@@ -151,6 +151,7 @@ create table if not exists storage.objects (
   bucket_id text references storage.buckets,
   name text,
   owner uuid,
+  owner_id text,
   version text,
   metadata jsonb,
   user_metadata jsonb,

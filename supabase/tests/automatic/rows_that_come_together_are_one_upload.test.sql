@@ -4,7 +4,7 @@ select plan(12);
 select pg_temp.workspace(1), pg_temp.workspace(2);
 create function pg_temp.arrive(images integer, workspace integer default 1) returns void language sql as $$
   insert into public.assets (workspace_id, storage_path)
-  select pg_temp.workspace(workspace), 'p' || i from generate_series(1, images) i
+  select w, w || '/p' || i from pg_temp.workspace(workspace) w, generate_series(1, images) i
 $$;
 create function pg_temp.jobs() returns text language sql as $$
   select coalesce(string_agg(j.strategy || ' ' || j.image_count, ', ' order by j.created_at, j.image_count), 'none') from autotag.jobs j

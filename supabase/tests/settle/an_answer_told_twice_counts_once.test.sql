@@ -5,7 +5,7 @@ select pg_temp.upload(3);
 create temporary table told as
   select jsonb_agg(jsonb_build_object('task', x -> 'task', 'attempt', x -> 'attempt',
     'usage', '{"input": 10, "cached": 0, "output": 5}'::jsonb, 'result', jsonb_build_object(
-    'tags', jsonb_build_array(x ->> 'path'), 'confidence', '{}'::jsonb, 'caption', 'c', 'model', 'm'))) as reports
+    'tags', jsonb_build_array(split_part(x ->> 'path', '/', 2)), 'confidence', '{}'::jsonb, 'caption', 'c', 'model', 'm'))) as reports
   from autotag.claim(pg_temp.worker(), 2) c, json_array_elements(c.tasks) x;
 select autotag.settle(pg_temp.worker(), reports || (reports -> 0)) from told;
 select is((select completed from autotag.jobs), 2, 'two images are done, not three');

@@ -23,13 +23,28 @@ class Table:
 
 
 @dataclass(frozen=True)
+class StoragePolicy:
+    """What a policy of ``storage.objects`` says for signed-in users; ``reads``: it lets them see files."""
+
+    text: str
+    reads: bool
+
+
+@dataclass(frozen=True)
 class Facts:
-    """A project's own tables by qualified name, its Storage buckets, and which of autotag's migrations it has."""
+    """A project's own tables by qualified name, its Storage, and which of autotag's migrations it has."""
 
     tables: dict[str, Table]
     buckets: list[str]
     #: name of a migration (without ``autotag_``) -> the version under which it was applied
     applied: dict[str, str] = field(default_factory=dict)
+    storage_policies: list[StoragePolicy] = field(default_factory=list)
+    #: whether signed-in users may select from storage.objects at all
+    users_read_objects: bool = False
+    #: functions (uuid, text, text) -> boolean of the project: they could say whose a file is
+    file_functions: list[str] = field(default_factory=list)
+    #: the rule that an adapter which is there has
+    file_rule: str | None = None
 
 
 def look(url: str) -> Facts:
@@ -61,7 +76,28 @@ def look(url: str) -> Facts:
             if columns
         }
         buckets = _column(connection, "storage.buckets", "select id from storage.buckets order by id")
-        return Facts(tables, buckets, applied_migrations(connection))
+        policies = [
+            StoragePolicy(text, reads)
+            for text, reads in connection.execute("""
+                select concat_ws(' ', qual, with_check), cmd in ('SELECT', 'ALL') from pg_policies
+                where schemaname = 'storage' and tablename = 'objects' and permissive = 'PERMISSIVE'
+                  and roles && '{public,authenticated}'""")
+        ]
+        readable = _column(
+            connection, "storage.objects",
+            "select 1 from pg_roles where rolname = 'authenticated' and has_schema_privilege(oid, 'storage', 'usage')"
+            " and has_table_privilege(oid, 'storage.objects', 'select')",
+        )  # fmt: skip
+        functions = connection.execute("""
+            select pronamespace::regnamespace::text || '.' || proname from pg_proc
+            where proargtypes = array['uuid'::regtype, 'text'::regtype, 'text'::regtype]::oidvector
+              and prorettype = 'boolean'::regtype and prokind = 'f'""")
+        rule = connection.execute("select to_regprocedure('autotag.file_rule()') is not null").fetchone()
+        stands = rule and rule[0] and connection.execute("select autotag.file_rule()").fetchone()
+        return Facts(
+            tables, buckets, applied_migrations(connection), policies, bool(readable),
+            [str(row[0]) for row in functions], stands[0] if stands else None,
+        )  # fmt: skip
 
 
 def _column(connection: Connection[tuple[str, ...]], table: str, statement: str) -> list[str]:

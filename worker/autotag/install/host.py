@@ -24,8 +24,10 @@ RESULTS = ("tagging_result", "ai_result", "tags_detail")
 USERS = ("user_id", "member_id", "profile_id", "auth_user_id")
 TEXT = ("text", "character varying")
 #: `auth.jwt() -> 'app_metadata' ->> 'org_id'` as Postgres prints it in a policy.
+BUCKET = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9_!.*'() &$@=;:+,?-]{1,100}")  # what Storage takes (its isValidBucketName)
 CLAIM = re.compile(r"jwt\(\)(?: AS jwt\))?\s*((?:\)*\s*->>?\s*'[^']+'(?:::text)?\s*)+)")
 
+WORD_BEGINS, WORD_ENDS = r"\m", r"\M"  # of Postgres's regular expressions
 #: The JSON path of a string in an array.
 HAS_STRING = """'strict $[*] ? (@.type() == "string")'"""
 
@@ -48,6 +50,25 @@ class Members:
 
 
 @dataclass(frozen=True)
+class FileRule:
+    """Which files a workspace's rows may name.
+
+    Attributes:
+        name: one of `files.RULES`, a function of the project, or ``none`` (rows name no files).
+        buckets: those that rows may name; empty: the rule does not say.
+        prefix: what every path begins with, before the folder (``images/``).
+        depth: the folder is this segment of the path, from 1.
+        uploader: the column that says who uploaded an image; None: any member's folder or object counts.
+    """
+
+    name: str = "workspace-folder"
+    buckets: tuple[str, ...] = ("assets",)
+    prefix: str = ""
+    depth: int = 1
+    uploader: str | None = None
+
+
+@dataclass(frozen=True)
 class Host:
     """A project's tables; the defaults are those of the stand-alone stack (``host_baseline``)."""
 
@@ -62,6 +83,8 @@ class Host:
     tags_type: str = "text[]"
     result: str = "tagging_result"
     members: Members = field(default_factory=lambda: Members("public.workspace_members", "workspace_id", "user_id"))
+    files: FileRule = field(default_factory=FileRule)
+    users_see_files: bool = True
 
 
 @dataclass(frozen=True)
@@ -77,6 +100,7 @@ class Choices:
     tags: str | None = None
     members_table: str | None = None
     members_claim: str | None = None
+    file_rule: str | None = None
 
 
 #: Asks a question with its possible answers (empty: anything); raises HostError where nobody can be asked.
@@ -150,6 +174,8 @@ def _optional(table: Table, option: str, wanted: str | None, likely: Sequence[st
 
 
 def _bucket(facts: Facts, wanted: str | None, column: str | None, ask: Ask) -> str | None:
+    if wanted and not BUCKET.fullmatch(wanted):
+        raise HostError(f"{wanted!r} is no name of a bucket (--bucket).")
     if wanted or (column and not facts.buckets):
         return wanted
     if len(facts.buckets) == 1:
@@ -208,7 +234,19 @@ def describe(host: Host, facts: Facts) -> dict[str, str]:
         "tags go to": f"{host.tags} ({host.tags_type}), {host.result}"
         + (f"; added: {', '.join(added)}" if added else ""),
         "members": str(host.members),
+        "whose a file is": _describe_files(host),
     }
+
+
+def _describe_files(host: Host) -> str:
+    rule = host.files
+    if rule.name == "none":
+        return "rows name no files in Storage"
+    folder = {"workspace-folder": "<workspace>", "uploader-folder": f"<{rule.uploader or 'member'}>"}.get(rule.name)
+    above = rule.prefix or "*/" * (rule.depth - 1)
+    said = f"{rule.name}" + (f": {above}{folder}/…" if folder else "")
+    said += f" in {', '.join(rule.buckets)}" if rule.buckets else ""
+    return said + ("" if host.users_see_files else "; row level security of storage.objects is not asked")
 
 
 def render(adapter: str, host: Host) -> str:
@@ -230,7 +268,7 @@ def render(adapter: str, host: Host) -> str:
             line = f"{code}{mark}{name}\n" if code else ""
         lines.append(line)
     text = "".join(lines)
-    for pattern, name in ((r"\bpublic\.assets\b", _table_name(host.table)), (r"\ba\.id\b", f"a.{quote(host.id)}"),
+    for pattern, name in ((r"\bpublic\.assets\b", table_name(host.table)), (r"\ba\.id\b", f"a.{quote(host.id)}"),
                           (r"\ba\.workspace_id\b", f"a.{quote(host.workspace)}")):  # fmt: skip
         text = re.sub(pattern, lambda _, name=name: name, text)  # type: ignore[misc]
     return text
@@ -242,9 +280,13 @@ def _marked(name: str, host: Host) -> str:
         "tags column": lambda: f"  add column if not exists {quote(host.tags)} {host.tags_type},",
         "result column": lambda: f"  add column if not exists {quote(host.result)} jsonb,",
         "members": lambda: _members_code(host.members),
-        "bucket": lambda: f"           {_bucket_code(host)}::text,",
-        "path": lambda: f"           {f'a.{quote(host.path)}' if host.path else 'null'}::text,",
-        "url": lambda: f"           {f'a.{quote(host.url)}' if host.url else 'null'}::text",
+        "file rule": lambda: f"  select {literal(host.files.name)}",
+        "users see files": lambda: f"  select {'true' if host.users_see_files else 'false'}",
+        "file": lambda: f"               and {file_code(host, host.files)}",
+        "bucket": lambda: f"        select {_bucket_code(host)}::text as bucket,",
+        "path": lambda: f"               {_path_code(host)}::text as path,",
+        "url": lambda: f"               {_url_code(host)}::text as url",
+        "path in a policy": lambda: f"        and {_unsaid_code(host)}",
         "tags": lambda: f"  set {quote(host.tags)} = {_tags_code(host.tags_type)},",
         "result": lambda: f"      {quote(host.result)} = r.result - 'tags',",
         "untagged": lambda: f"      and (not p_untagged or a.{quote(host.tags)} is null)",
@@ -260,9 +302,80 @@ def _members_code(members: Members) -> str:
         path = literal("{" + ",".join(members.claim) + "}")
         return f"  select coalesce((select auth.jwt()) #> {path} ? p_workspace_id::text, false)"
     return (
-        f"  select exists (select from {_table_name(members.table)} m where m.{quote(members.workspace)} ="
+        f"  select exists (select from {table_name(members.table)} m where m.{quote(members.workspace)} ="
         f" p_workspace_id and m.{quote(members.user)} = (select auth.uid()))"
     )
+
+
+def file_code(host: Host, rule: FileRule) -> str:
+    """The condition that a file (``f.bucket``, ``f.path``) is one that the row ``a`` may name."""
+    workspace = f"a.{quote(host.workspace)}"
+    if "." in rule.name:
+        return f"{table_name(rule.name)}({workspace}, f.bucket, f.path)"
+    if rule.name in ("any", "none"):
+        return "true"
+    if rule.name == "workspace-bucket":
+        return f"f.bucket = {workspace}::text"
+    conditions = [f"f.bucket in ({', '.join(map(literal, rule.buckets))})"] if rule.buckets else []
+    uploader = f"a.{quote(rule.uploader)}" if rule.uploader else ""
+    if rule.name == "workspace-folder":
+        conditions.append(_in_folder(rule, f"{workspace}::text"))
+    elif uploader:
+        conditions.append(
+            _in_folder(rule, f"{uploader}::text") if rule.name == "uploader-folder" else _owned(f"= {uploader}::text")
+        )
+    else:
+        conditions.append(f"starts_with(f.path, {literal(rule.prefix)})" if rule.prefix else "")
+        theirs = f"in (select m.{quote(host.members.user)}::text {_of_members(host.members, workspace)})"
+        folder = f"split_part(f.path, '/', {rule.depth})"
+        conditions.append(f"{folder} {theirs}" if rule.name == "uploader-folder" else _owned(theirs))
+    if rule.name != "workspace-folder" and uploader and not host.members.claim:
+        conditions.append(
+            f"exists (select {_of_members(host.members, workspace)} and m.{quote(host.members.user)} = {uploader})"
+        )
+    return " and ".join(filter(None, conditions))
+
+
+def _of_members(members: Members, workspace: str) -> str:
+    return f"from {table_name(members.table)} m where m.{quote(members.workspace)} = {workspace}"
+
+
+def _in_folder(rule: FileRule, folder: str) -> str:
+    if rule.prefix or rule.depth == 1:
+        before = f"{literal(rule.prefix)} || " if rule.prefix else ""
+        return f"starts_with(f.path, {before}{folder} || '/')"
+    return f"split_part(f.path, '/', {rule.depth}) = {folder}"
+
+
+def _owned(theirs: str) -> str:
+    """Whether the object's owner is one of these; older releases of Storage know `owner` only."""
+    owner = "coalesce(to_jsonb(o) ->> 'owner_id', to_jsonb(o) ->> 'owner')"
+    return (
+        f"exists (select from storage.objects o where o.bucket_id = f.bucket and o.name = f.path and {owner} {theirs})"
+    )
+
+
+def lateral_code(host: Host) -> str:
+    """Where the image of the row ``a`` lies."""
+    return f"{_bucket_code(host)}::text as bucket, {_path_code(host)}::text as path"
+
+
+def _path_code(host: Host) -> str:
+    return f"a.{quote(host.path)}" if host.path else "null"
+
+
+def _url_code(host: Host) -> str:
+    return f"a.{quote(host.url)}" if host.url else "null"
+
+
+def _unsaid_code(host: Host) -> str:
+    """The condition that a policy does not speak of the path."""
+    if not host.path:
+        return "false"
+    expression = "pg_get_expr(coalesce(p.polwithcheck, p.polqual), c.oid)"
+    if re.fullmatch(r"\w+", host.path):
+        return f"{expression} !~ {literal(WORD_BEGINS + host.path + WORD_ENDS)}"
+    return f"strpos({expression}, {literal(host.path)}) = 0"
 
 
 def _bucket_code(host: Host) -> str:
@@ -278,7 +391,7 @@ def _tags_code(kind: str) -> str:
     return "r.result -> 'tags'" if kind == "jsonb" else "array(select jsonb_array_elements_text(r.result -> 'tags'))"
 
 
-def _table_name(name: str) -> str:
+def table_name(name: str) -> str:
     return ".".join(quote(part) for part in name.split(".", 1))
 
 

@@ -167,12 +167,12 @@ class Storage:
         try:
             async with as_caller(self._pool, claims) as connection:
                 cursor = await connection.execute(
-                    "insert into storage.objects (bucket_id, name, owner, version, metadata)"
-                    " values (%s, %s, %s, %s, %s)"
+                    "insert into storage.objects (bucket_id, name, owner, owner_id, version, metadata)"
+                    " values (%s, %s, %s, %s, %s, %s)"
                     + (" on conflict (bucket_id, name) do update set version = excluded.version,"
                        " metadata = excluded.metadata, updated_at = now()" if upsert else "")
                     + " returning id::text",
-                    (bucket, path, claims.get("sub"), version, json.dumps(metadata)),
+                    (bucket, path, claims.get("sub"), claims.get("sub"), version, json.dumps(metadata)),
                 )  # fmt: skip
                 row = cast("tuple[str]", await cursor.fetchone())
         except psycopg.errors.UniqueViolation:

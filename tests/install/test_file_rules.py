@@ -1,0 +1,251 @@
+"""`autotag init` reads off a project which files a workspace's rows may name, and the adapter then holds to it."""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from dataclasses import dataclass, replace
+
+import psycopg
+import pytest
+from psycopg.rows import dict_row
+
+from autotag.install.facts import look
+from autotag.install.files import find_rule, users_see_files
+from autotag.install.host import Choices, Host, HostError, propose
+from autotag.install.migrations import apply_migrations
+from autotag_local.postgres import LocalPostgres
+
+W1, W2, U1, U2 = (str(uuid.uuid4()) for _ in range(4))
+IDS = {"w1": W1, "w2": W2, "u1": U1, "u2": U2}
+PLAIN = """
+    create table public.workspace_members (workspace_id uuid, user_id uuid);
+    insert into public.workspace_members values ('{w1}', '{u1}'), ('{w2}', '{u2}');
+    create table public.assets (id uuid primary key default gen_random_uuid(), workspace_id uuid not null, storage_path text);
+    insert into storage.buckets (id, name, public) values ('library', 'library', false);"""
+UPLOADERS = PLAIN.replace("storage_path text", "storage_path text, uploaded_by uuid")
+BUCKETS = (
+    PLAIN.replace("storage_path text", "bucket text, storage_path text")
+    + """
+    insert into storage.buckets (id, name, public) values ('{w1}', '{w1}', false), ('{w2}', '{w2}', false), ('b', 'b', false);"""
+)
+CLAIMS = """
+    create table public.assets (id uuid primary key default gen_random_uuid(), workspace_id uuid not null, storage_path text);
+    alter table public.assets enable row level security;
+    create policy "own tenant" on public.assets to authenticated
+      using (workspace_id = ((select auth.jwt()) -> 'app_metadata' ->> 'workspace_id')::uuid);
+    insert into storage.buckets (id, name, public) values ('library', 'library', false);"""
+PERSONAL = """
+    create table public.profiles (user_id uuid);
+    create table public.assets (id uuid primary key default gen_random_uuid(), account_id uuid not null, storage_path text);
+    create table public.account_members (account_id uuid, user_id uuid);
+    insert into storage.buckets (id, name, public) values ('library', 'library', false);"""
+OBJECTS = """
+    insert into storage.objects (bucket_id, name, owner, owner_id) values
+      ('library', 'a.jpg', '{u1}', '{u1}'), ('library', 'b.jpg', '{u2}', '{u2}'), ('library', 'c.jpg', null, null);"""
+FOLDER_OF_TENANT = """
+    create policy p on storage.objects for select to authenticated using (bucket_id = 'library' and
+      (storage.foldername(name))[1] in (select m.workspace_id::text from public.workspace_members m where m.user_id = auth.uid()));"""
+FOLDER_OF_USER = """
+    create policy p on storage.objects for all to authenticated using ((storage.foldername(name))[1] = (select auth.uid())::text);"""
+OWNER = "create policy p on storage.objects for select to authenticated using (owner_id = (select auth.uid())::text);"
+FOLDERNAME = """
+    create function storage.foldername(name text) returns text[] language sql immutable as
+    $$ select (string_to_array(name, '/'))[1:cardinality(string_to_array(name, '/')) - 1] $$;"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A project; the rule that is found; rows of the first workspace that may be tagged, and that may not."""
+
+    schema: str
+    rows: list[dict[str, str]]
+    rule: str
+    own: list[dict[str, str]]
+    foreign: list[dict[str, str]]
+    wanted: str | None = None
+
+
+CASES = {
+    "the folder of the workspace": Case(
+        PLAIN, [{"storage_path": "{w1}/a.jpg"}], "workspace-folder: <workspace>/… in library",
+        [{"storage_path": "{w1}/x/b.jpg"}], [{"storage_path": "{w2}/b.jpg"}, {"storage_path": "b.jpg"}],
+    ),
+    "below a word": Case(
+        PLAIN, [{"storage_path": "images/{w1}/a.jpg"}, {"storage_path": "images/{w1}/b.jpg"}],
+        "workspace-folder: images/<workspace>/… in library", [{"storage_path": "images/{w1}/c.jpg"}],
+        [{"storage_path": "images/{w2}/c.jpg"}, {"storage_path": "{w1}/c.jpg"}, {"storage_path": "other/{w1}/c.jpg"}],
+    ),
+    "below different folders": Case(
+        PLAIN, [{"storage_path": "raw/{w1}/a.jpg"}, {"storage_path": "small/{w1}/b.jpg"}],
+        "workspace-folder: */<workspace>/… in library", [{"storage_path": "large/{w1}/c.jpg"}],
+        [{"storage_path": "raw/{w2}/c.jpg"}, {"storage_path": "{w1}/raw/c.jpg"}],
+    ),
+    "nothing there yet": Case(
+        PLAIN, [], "workspace-folder: <workspace>/… in library", [{"storage_path": "{w1}/a.jpg"}], [{"storage_path": "a.jpg"}],
+    ),
+    "nothing there yet, but a policy": Case(
+        PLAIN + FOLDERNAME + FOLDER_OF_USER, [], "uploader-folder: <member>/… in library",
+        [{"storage_path": "{u1}/a.jpg"}], [{"storage_path": "{u2}/a.jpg"}, {"storage_path": "{w1}/a.jpg"}],
+    ),
+    "a policy of the tenant's folder": Case(
+        PLAIN + FOLDERNAME + FOLDER_OF_TENANT, [], "workspace-folder: <workspace>/… in library",
+        [{"storage_path": "{w1}/a.jpg"}], [{"storage_path": "{u1}/a.jpg"}],
+    ),
+    "folders of members": Case(
+        PLAIN, [{"storage_path": "{u1}/a.jpg"}], "uploader-folder: <member>/… in library",
+        [{"storage_path": "{u1}/b.jpg"}], [{"storage_path": "{u2}/b.jpg"}, {"storage_path": "{w1}/b.jpg"}],
+    ),
+    "folders of uploaders": Case(
+        UPLOADERS, [{"storage_path": "u/{u1}/a.jpg", "uploaded_by": "{u1}"}], "uploader-folder: u/<uploaded_by>/… in library",
+        [{"storage_path": "u/{u1}/b.jpg", "uploaded_by": "{u1}"}],
+        # the last one says that a member of another workspace uploaded it, into their folder
+        [{"storage_path": "u/{u2}/b.jpg", "uploaded_by": "{u1}"}, {"storage_path": "u/{u1}/b.jpg"},
+         {"storage_path": "u/{u2}/b.jpg", "uploaded_by": "{u2}"}],
+    ),
+    "owners of objects": Case(
+        PLAIN + OBJECTS, [{"storage_path": "a.jpg"}], "owner in library", [{"storage_path": "a.jpg"}],
+        [{"storage_path": "b.jpg"}, {"storage_path": "c.jpg"}, {"storage_path": "none.jpg"}],
+    ),
+    "owners by a policy": Case(
+        UPLOADERS + OBJECTS + OWNER, [], "owner in library", [{"storage_path": "a.jpg", "uploaded_by": "{u1}"}],
+        [{"storage_path": "b.jpg", "uploaded_by": "{u1}"}, {"storage_path": "b.jpg", "uploaded_by": "{u2}"}],
+    ),
+    "a bucket each": Case(
+        BUCKETS, [{"bucket": "{w1}", "storage_path": "a.jpg"}], "workspace-bucket", [{"bucket": "{w1}", "storage_path": "b.jpg"}],
+        [{"bucket": "{w2}", "storage_path": "b.jpg"}, {"bucket": "library", "storage_path": "{w1}/b.jpg"}],
+    ),
+    "buckets that rows name": Case(
+        BUCKETS, [{"bucket": "library", "storage_path": "{w1}/a.jpg"}, {"bucket": "b", "storage_path": "{w1}/a.jpg"}],
+        "workspace-folder: <workspace>/… in b, library", [{"bucket": "b", "storage_path": "{w1}/b.jpg"}],
+        [{"bucket": "{w2}", "storage_path": "{w1}/b.jpg"}, {"bucket": "b", "storage_path": "{w2}/b.jpg"}],
+    ),
+    "members by a claim": Case(
+        CLAIMS, [{"storage_path": "{w1}/a.jpg"}], "workspace-folder: <workspace>/… in library",
+        [{"storage_path": "{w1}/b.jpg"}], [{"storage_path": "{w2}/b.jpg"}],
+    ),
+    "anything, said explicitly": Case(
+        PLAIN, [{"storage_path": "a.jpg"}], "any", [{"storage_path": "{w2}/b.jpg"}], [{"storage_path": "{w1}/../b.jpg"}], "any",
+    ),
+    "a function of the project": Case(
+        PLAIN + """create function public.may_name(w uuid, bucket text, path text) returns boolean language sql as
+          $$ select bucket = 'library' and path = 'for-' || w || '.jpg' $$;""",
+        [], "public.may_name", [{"storage_path": "for-{w1}.jpg"}], [{"storage_path": "for-{w2}.jpg"}, {"storage_path": "x"}],
+        "public.may_name",
+    ),
+}  # fmt: skip
+
+
+def nobody(option: str, question: str, answers: object) -> str:
+    raise HostError(f"{question} Say it with {option}.")
+
+
+def find(url: str, wanted: str | None = None) -> Host:
+    facts = look(url)
+    host = propose(facts, Choices(file_rule=wanted), nobody)
+    rule = find_rule(url, facts, host, wanted, nobody, may_ask=False)
+    return replace(host, files=rule, users_see_files=users_see_files(facts))
+
+
+def prepare(postgres: LocalPostgres, database: str, schema: str) -> str:
+    with psycopg.connect(postgres.url("supabase_admin", database), autocommit=True) as connection:
+        for name, value in IDS.items():
+            schema = schema.replace(f"{{{name}}}", value)
+        connection.execute(schema.encode())
+        connection.execute("grant all on all tables in schema public to postgres")
+    return postgres.url("supabase_admin", database)
+
+
+def insert(url: str, rows: list[dict[str, str]]) -> list[str]:
+    made = []
+    with psycopg.connect(url, autocommit=True) as connection:
+        for row in rows:
+            values = {"workspace_id": W1, **{name: value.format(**IDS) for name, value in row.items()}}
+            places = ", ".join(["%s"] * len(values))
+            statement = f"insert into public.assets ({', '.join(values)}) values ({places}) returning id::text"
+            made += [row[0] for row in connection.execute(statement.encode(), list(values.values())).fetchall()]
+    return made
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_rule_is_found_and_holds(postgres: LocalPostgres, bare: str, name: str) -> None:
+    case = CASES[name]
+    url = prepare(postgres, bare, case.schema)
+    insert(url, case.rows)
+    host = find(url, case.wanted)
+    from autotag.install.host import describe
+
+    assert describe(host, look(url))["whose a file is"].split(";")[0] == case.rule
+    apply_migrations(url, host=host)
+    own, foreign = insert(url, case.own), insert(url, case.foreign)
+    with psycopg.connect(url, row_factory=dict_row) as connection:
+        told = connection.execute("select * from autotag.describe_assets(%s::uuid[])", (own + foreign,)).fetchall()
+    refused = {str(row["asset_id"]): row["foreign_file"] for row in told}
+    assert refused == {**dict.fromkeys(own, False), **dict.fromkeys(foreign, True)}
+    assert all((row["path"] is None) == row["foreign_file"] for row in told)
+
+
+def test_a_rule_that_does_not_fit_all_rows_is_not_taken(postgres: LocalPostgres, bare: str) -> None:
+    url = prepare(postgres, bare, PLAIN)
+    insert(url, [{"storage_path": "{w1}/a.jpg"}, {"storage_path": "flat.jpg"}])
+    with pytest.raises(HostError) as refused:
+        find(url)
+    assert "--file-rule" in str(refused.value)
+    assert "1 fit workspace-folder" in str(refused.value)
+    assert find(url, "workspace-folder").files.name == "workspace-folder"
+
+
+def test_a_person_is_asked_when_rows_and_policies_disagree(postgres: LocalPostgres, bare: str) -> None:
+    url = prepare(postgres, bare, PLAIN + FOLDERNAME + FOLDER_OF_USER)
+    insert(url, [{"storage_path": "{w1}/a.jpg"}])
+    asked: list[str] = []
+
+    def answer(option: str, question: str, answers: object) -> str:
+        asked.append(question)
+        return "workspace-folder"
+
+    facts = look(url)
+    host = propose(facts, Choices(), nobody)
+    assert find_rule(url, facts, host, None, answer, may_ask=True).name == "workspace-folder"
+    assert len(asked) == 1
+    assert find(url).files.name == "workspace-folder", "without a person: the strictest that fits"
+
+
+@pytest.mark.parametrize("wanted", ["nonsense", "public.nope", "autotag.file_rule"])
+def test_a_rule_that_there_is_not_is_one_sentence(postgres: LocalPostgres, bare: str, wanted: str) -> None:
+    url = prepare(postgres, bare, PLAIN)
+    with pytest.raises(HostError, match="--file-rule"):
+        find(url, wanted)
+
+
+def test_members_by_a_claim_know_no_owners(postgres: LocalPostgres, bare: str) -> None:
+    url = prepare(postgres, bare, CLAIMS)
+    with pytest.raises(HostError, match="who uploaded an image"):
+        find(url, "owner")
+
+
+@pytest.mark.parametrize("bucket", ["a/b", "..", ".", "", "a\nb", "b\\c", "x" * 101, "ä"])
+def test_what_is_no_bucket_is_refused(postgres: LocalPostgres, bare: str, bucket: str) -> None:
+    url = prepare(postgres, bare, PLAIN)
+    with pytest.raises(HostError, match="bucket"):
+        propose(look(url), Choices(bucket=bucket or " \t"), nobody)
+
+
+@pytest.mark.parametrize(
+    ("policies", "asked"),
+    [("", False), (OWNER, True), ("create policy p on storage.objects for insert to authenticated with check (true)", False),
+     ("create policy p on storage.objects for select to service_role using (true)", False),
+     ("create policy p on storage.objects for select to public using (true)", True)],
+)  # fmt: skip
+def test_row_level_security_is_asked_where_users_see_files_at_all(
+    postgres: LocalPostgres, bare: str, policies: str, asked: bool
+) -> None:
+    url = prepare(postgres, bare, PLAIN + policies)
+    assert find(url).users_see_files == asked
+
+
+def test_every_rule_has_its_case() -> None:
+    from autotag.install.files import RULES
+
+    assert {case.rule.split(":")[0].split(" ")[0] for case in CASES.values()} >= set(RULES)
+    assert len(list(itertools.chain.from_iterable(case.foreign for case in CASES.values()))) > 25
