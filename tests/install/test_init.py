@@ -233,12 +233,46 @@ def test_on_a_terminal_it_asks(postgres: LocalPostgres, bare: str, project: Path
         [sys.executable, "-m", "autotag", "init", str(project), "--database-url", url], stdin=theirs,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    os.write(ours, b"app_metadata.teams\n")
+    os.write(ours, b"app_metadata.teams\n12.5\n")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert out.count("Which") == 1
+    limit = next((project / "supabase" / "migrations").glob("*_autotag_spending_limit.sql")).read_text()
+    assert "values ('workspace', 'month', 12.50)" in limit
     adapter = next((project / "supabase" / "migrations").glob("*_autotag_host_adapter.sql")).read_text()
     assert "'{app_metadata,teams}'" in adapter
+
+
+def test_a_spending_limit_goes_in_behind_everything_else(postgres: LocalPostgres, bare: str, project: Path) -> None:
+    url = url_of(postgres, bare, HOSTS["paths"])
+    files = list(run("init", str(project), "--database-url", url, "--yes", "--spending-limit", "20")["files"])
+    assert files[-1] == max(files)
+    assert files[-1].endswith("_autotag_spending_limit.sql")
+    supabase("db", "push", f"--remote={url}", "--yes", "--workdir", str(project))
+    [quota] = run_sql(url, "select scope, period, max_cost, workspace_id from autotag.quotas")
+    assert quota == {"scope": "workspace", "period": "month", "max_cost": 20, "workspace_id": None}
+    # Again, with another number: what is there stays, in the folder and in the database.
+    assert set(
+        run("init", str(project), "--database-url", url, "--yes", "--spending-limit", "5")["files"].values()
+    ) == {"there"}
+    assert run("migrate", "--database-url", url, "--yes", "--spending-limit", "5")["applied"] == []
+    with psycopg.connect(url) as connection:
+        told = connection.execute("select autotag.diagnose() -> 'findings'").fetchone()
+    assert told is not None
+    assert next(f for f in told[0] if f["check"] == "spending")["level"] == "ok"
+
+
+def test_migrate_takes_a_spending_limit_too(postgres: LocalPostgres, bare: str) -> None:
+    url = url_of(postgres, bare, HOSTS["paths"])
+    assert run("migrate", "--database-url", url, "--yes", "--spending-limit", "7.5")["applied"][-1] == "spending_limit"
+    assert run_sql(url, "select max_cost from autotag.quotas") == [{"max_cost": 7.5}]
+    assert run("migrate", "--database-url", url, "--yes")["applied"] == []
+
+
+def test_no_negative_spending_limit(postgres: LocalPostgres, bare: str, project: Path) -> None:
+    url = url_of(postgres, bare, HOSTS["paths"])
+    done = CliRunner().invoke(app, ["init", str(project), "--database-url", url, "--yes", "--spending-limit", "-1"])
+    assert done.exit_code == 2
 
 
 @pytest.mark.parametrize(

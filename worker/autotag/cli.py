@@ -26,7 +26,14 @@ from autotag.findings import Finding, worst_level
 from autotag.install.facts import Facts, look
 from autotag.install.files import find_rule, users_see_files
 from autotag.install.host import Choices, Host, HostError, describe, propose
-from autotag.install.migrations import apply_migrations, project_folder, write_migrations
+from autotag.install.migrations import (
+    SPENDING_LIMIT,
+    Migration,
+    apply_migrations,
+    project_folder,
+    write_migrations,
+)
+from autotag.install.migrations import spending_limit as limit_spending
 from autotag.logs import configure_logs
 from autotag.operate import app as operator_app
 from autotag.redact import remember_connection, said
@@ -104,6 +111,14 @@ DatabaseUrl = Annotated[
         "what stands here, so set DATABASE_URL for a URL with a password. Default: the one of supabase start.",
     ),
 ]
+SPENDING = 20.0  # dollars that a workspace may spend a month, offered to whoever installs
+SpendingOption = Annotated[
+    float | None,
+    typer.Option(
+        "--spending-limit", metavar="DOLLARS", min=0,
+        help=f"What every workspace may spend a month; 0: no limit. Asked for, with {SPENDING:g}, on a terminal.",
+    ),
+]  # fmt: skip
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing; what cannot be seen has to be an option.")]
 TableOption = Annotated[str | None, typer.Option("--table", help="Table of the images, for example public.photos.")]
 IdOption = Annotated[str | None, typer.Option("--id-column", help="Its uuid key.")]
@@ -140,6 +155,7 @@ def init(
     members_table: MembersTableOption = None,
     members_claim: MembersClaimOption = None,
     file_rule: FileRuleOption = None,
+    spending_limit: SpendingOption = None,
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
@@ -157,7 +173,8 @@ def init(
         folder = project_folder(project)
         database_url = _connection(database_url)
         facts, host = _look(database_url, choices, ask=not (yes or as_json))
-        files = write_migrations(folder, host, facts.applied)
+        limit = _spending(spending_limit, facts, folder, ask=not (yes or as_json))
+        files = write_migrations(folder, host, facts.applied, extra=limit)
     except HostError as error:
         raise fail(str(error), 2) from None
     found = describe(host, facts)
@@ -168,6 +185,8 @@ def init(
     for name, state in files.items():
         note = {"there": "is there already", "differs": "is there, and differs from this version"}.get(state, "written")
         say(f"  {name}  {note}")
+    if not any(SPENDING_LIMIT in name for name in [*files, *facts.applied]):
+        say("No limit on spending: autotag init --spending-limit 20 gives every workspace one of $20 a month.")
     if "written" in files.values():
         say(f"Next: read {next(n for n in files if n.endswith('host_adapter.sql'))}, then run: supabase db push")
     else:
@@ -190,6 +209,7 @@ def migrate(
     members_table: MembersTableOption = None,
     members_claim: MembersClaimOption = None,
     file_rule: FileRuleOption = None,
+    spending_limit: SpendingOption = None,
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
@@ -200,13 +220,16 @@ def migrate(
     )  # fmt: skip
     try:
         database_url = _connection(database_url)
+        limit = []
         if stand_alone:
             host = Host()
+            limit = [limit_spending(spending_limit)] if spending_limit else []
         else:
             facts, host = _look(database_url, choices, ask=not (yes or as_json))
             if not as_json and "host_adapter" not in facts.applied:
                 _show_host(describe(host, facts))
-        applied = apply_migrations(database_url, host=host, with_host_baseline=stand_alone)
+            limit = _spending(spending_limit, facts, None, ask=not (yes or as_json))
+        applied = apply_migrations(database_url, host=host, with_host_baseline=stand_alone, extra=limit)
     except HostError as error:
         raise fail(str(error), 2) from None
     except psycopg.Error as error:
@@ -241,6 +264,18 @@ def _look(url: str, choices: Choices, *, ask: bool) -> tuple[Facts, Host]:
     wanted = choices.file_rule or facts.file_rule
     rule = find_rule(url, facts, host, wanted, _asker(interactive), may_ask=interactive)
     return facts, replace(host, files=rule, users_see_files=host.path is not None and users_see_files(facts))
+
+
+def _spending(wanted: float | None, facts: Facts, folder: Path | None, *, ask: bool) -> list[Migration]:
+    """The migration that limits spending, or nothing where one is there or none is wanted."""
+    if SPENDING_LIMIT in facts.applied or (folder and list(folder.glob(f"*_autotag_{SPENDING_LIMIT}.sql"))):
+        return []
+    if wanted is None and ask and sys.stdin.isatty() and "usage" not in facts.applied:
+        say("How many dollars may each workspace spend a month? 0: no limit. Change it at any time in autotag.quotas.")
+        wanted = typer.prompt("spending-limit", default=SPENDING, type=float)
+        if wanted < 0:
+            raise HostError("A spending limit is 0 (none) or more dollars.")
+    return [limit_spending(wanted)] if wanted else []
 
 
 def _asker(interactive: bool) -> Callable[[str, str, Sequence[str]], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,9 +16,17 @@ from autotag.install.host import Host, HostError, render
 
 HOST_BASELINE = "host_baseline"
 HOST_ADAPTER = "host_adapter"
+SPENDING_LIMIT = "spending_limit"
 #: In the checkout a link to supabase/migrations, in the installed package the files themselves.
 MIGRATIONS = Path(__file__).parent.parent / "migrations"
 LOCK_TRIES = 10  # the adapter gives up a lock on the host's table after a second instead of holding others up
+SPENDING_LIMIT_SQL = """\
+-- What a workspace may spend in a month, in dollars. To change it, or to give one workspace another limit:
+--   update autotag.quotas set max_cost = 50 where scope = 'workspace' and period = 'month' and workspace_id is null;
+--   insert into autotag.quotas (workspace_id, scope, period, max_cost) values ('…', 'workspace', 'month', 100);
+insert into autotag.quotas (scope, period, max_cost)
+values ('workspace', 'month', DOLLARS) on conflict do nothing;
+"""
 _FILE = re.compile(r"(?P<version>\d{14})_(?P<name>\w+)\.sql")
 _VERSION = "%Y%m%d%H%M%S"
 
@@ -29,9 +38,12 @@ class Migration:
     version: str
     name: str
     path: Path
+    made: str | None = None  #: the SQL of one that has no file
 
     def text(self, host: Host) -> str:
         """Its SQL, the adapter fitted to the host."""
+        if self.made is not None:
+            return self.made
         text = self.path.read_text()
         return render(text, host) if self.name == HOST_ADAPTER else text
 
@@ -46,13 +58,23 @@ def migrations(*, with_host_baseline: bool = False) -> list[Migration]:
     return [m for m in found if with_host_baseline or m.name != HOST_BASELINE]
 
 
-def apply_migrations(url: str, *, host: Host | None = None, with_host_baseline: bool = False) -> list[str]:
+def spending_limit(dollars: float) -> Migration:
+    """The migration that limits what every workspace may spend in a month; the newest of all."""
+    return Migration(
+        "20261124000099", SPENDING_LIMIT, MIGRATIONS, SPENDING_LIMIT_SQL.replace("DOLLARS", f"{dollars:.2f}")
+    )
+
+
+def apply_migrations(
+    url: str, *, host: Host | None = None, with_host_baseline: bool = False, extra: Sequence[Migration] = ()
+) -> list[str]:
     """Applies what is missing, each file in a transaction of its own, and records it as the Supabase CLI does.
 
     Args:
         url: connection URL of the database's owner.
         host: the project's tables (default: those of the stand-alone stack).
         with_host_baseline: also create the host's own tables.
+        extra: further ones, behind them.
 
     Returns:
         The names of the migrations that were applied now.
@@ -68,7 +90,7 @@ def apply_migrations(url: str, *, host: Host | None = None, with_host_baseline: 
             " (version text primary key, statements text[], name text)"
         )
         known = applied_migrations(connection)
-        for migration in migrations(with_host_baseline=with_host_baseline):
+        for migration in [*migrations(with_host_baseline=with_host_baseline), *extra]:
             if migration.name not in known:
                 _apply(connection, migration, host or Host())
                 applied.append(migration.name)
@@ -102,7 +124,9 @@ def project_folder(start: Path) -> Path:
     )
 
 
-def write_migrations(folder: Path, host: Host, applied: dict[str, str], now: datetime | None = None) -> dict[str, str]:
+def write_migrations(
+    folder: Path, host: Host, applied: dict[str, str], now: datetime | None = None, extra: Sequence[Migration] = ()
+) -> dict[str, str]:
     """Copies what is missing into a project's folder, with fresh versions behind the project's own.
 
     A file that is there stays as it is: it may have been applied, and the adapter may have been edited.
@@ -113,6 +137,7 @@ def write_migrations(folder: Path, host: Host, applied: dict[str, str], now: dat
         applied: what the database has already, name -> version; those keep their version, so that the Supabase
             CLI recognises them.
         now: the moment that fresh versions start from.
+        extra: further ones, behind autotag's own.
 
     Returns:
         File name -> ``written``, ``there`` or ``differs`` (there, but not as this version of autotag has it).
@@ -127,7 +152,7 @@ def write_migrations(folder: Path, host: Host, applied: dict[str, str], now: dat
         if match:
             newest = max(newest, _moment(match["version"]) + timedelta(seconds=1))
     result = {}
-    for number, migration in enumerate(migrations()):
+    for number, migration in enumerate([*migrations(), *extra]):
         text = migration.text(host)
         if there := present.get(migration.name):
             result[there.name] = "there" if there.read_text() == text else "differs"
