@@ -143,8 +143,12 @@ def test_images_are_named_by_their_digest() -> None:
 
 
 def test_the_image_is_built_from_pinned_packages_alone() -> None:
-    commands = [c for line in DOCKERFILE.splitlines() if line.startswith("RUN") for c in line[4:].split("&&") if "pip" in c]
-    installs = [shlex.split(c) for c in commands if "pip install" in c or "install" in c.split() or "wheel" in c.split()]
+    commands = [
+        c for line in DOCKERFILE.splitlines() if line.startswith("RUN") for c in line[4:].split("&&") if "pip" in c
+    ]
+    installs = [
+        shlex.split(c) for c in commands if "pip install" in c or "install" in c.split() or "wheel" in c.split()
+    ]
     assert len(installs) == 4
     for words in installs:
         pinned = "--require-hashes" in words and "requirements/" in words[words.index("--requirement") + 1]
@@ -295,28 +299,33 @@ exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs "$@"
 """
 
 
-async def test_a_worker_needs_nothing_writable_but_tmp(library: Library, tmp_path: Path) -> None:
-    view = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--user", "--map-root-user"])]
-    if subprocess.run([*view, "true"], capture_output=True, check=False).returncode:
+@pytest.fixture
+def view() -> list[str]:
+    """What runs a command in a view of the file systems of its own."""
+    unshare = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--user", "--map-root-user"])]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
         skip("no mount namespace can be made here")
+    return unshare
+
+
+async def test_a_worker_needs_nothing_writable_but_tmp(library: Library, tmp_path: Path, view: list[str]) -> None:
     secrets = tmp_path / "secrets"
     secrets.mkdir()
     environment = library.stack.worker_environment() | {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
     for name in set(SECRETS) & set(environment):
         (secrets / name).write_text(environment[name])
-        environment[name] = f"@/proc/self/fd/{os.open(secrets / name, os.O_RDONLY)}"  # /tmp of the test's is hidden below
-    kept = [int(value.rpartition("/")[2]) for value in environment.values() if value.startswith("@/proc")]
-    for fd in kept:
-        os.set_inheritable(fd, True)
+        environment[name] = f"@secrets/{name}"  # from where it starts: the test's own /tmp is hidden from it
     assets = await library.upload(60)
     job = library.enqueue(assets)
     assert job["strategy"] == "batch"
     process = await asyncio.create_subprocess_exec(
         *view, "sh", "-c", READ_ONLY, "sh", sys.executable, "-m", "autotag", "worker",
-        env=environment, cwd=tmp_path, pass_fds=kept, stderr=asyncio.subprocess.PIPE,
+        env=environment, cwd=tmp_path, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
-        await until(lambda: bool(library.job(job["job_id"])["finished_at"]) or process.returncode is not None, "the job")
+        await until(
+            lambda: bool(library.job(job["job_id"])["finished_at"]) or process.returncode is not None, "the job"
+        )
     finally:
         if process.returncode is None:
             process.terminate()

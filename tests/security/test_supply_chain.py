@@ -100,7 +100,9 @@ def test_setup_refuses_a_package_that_was_changed(
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "setup", tmp_path / "scripts")
     # A backend of its own that says that it was reached: everything before it was installed.
-    (tmp_path / "pyproject.toml").write_text('[build-system]\nrequires = []\nbuild-backend = "own"\nbackend-path = ["."]\n')
+    (tmp_path / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "own"\nbackend-path = ["."]\n'
+    )
     (tmp_path / "own.py").write_text('raise SystemExit("building it now")\n')
     (tmp_path / "requirements").mkdir()
     for name in SETS:
