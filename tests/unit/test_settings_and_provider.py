@@ -11,6 +11,7 @@ import pytest
 from autotag.classify import classify_status
 from autotag.config import SettingsError, load_settings
 from autotag.headers import read_limits, retry_after
+from autotag.redact import redact
 
 WEBHOOK_SECRET = "whsec_c2l4dGVlbiBieXRlcyBvciBtb3Jl"
 GOOD = {"DATABASE_URL": "postgresql://u:p@localhost/db", "OPENAI_API_KEY": "sk-1"}
@@ -86,6 +87,45 @@ def test_keys_and_urls_may_be_pasted_with_quotes_and_line_ends(wrapped: str, mon
     assert settings.openai_webhook_secret.get_secret_value() == WEBHOOK_SECRET
     assert (settings.supabase_url, settings.openai_base_url) == ("https://p.supabase.co", "https://o.example.com/v1")
     assert str(settings.database_url) == GOOD["DATABASE_URL"]
+
+
+SECRETS = {
+    "DATABASE_URL": GOOD["DATABASE_URL"], "OPENAI_API_KEY": "sk-from-a-file", "SUPABASE_SECRET_KEY": "sb_secret_file",
+    "OPENAI_WEBHOOK_SECRET": WEBHOOK_SECRET,
+}  # fmt: skip
+
+
+def test_every_secret_may_lie_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, secret in SECRETS.items():
+        (tmp_path / name).write_text(f"{secret}\n")
+        monkeypatch.setenv(name, f"@{tmp_path / name}")
+    monkeypatch.setenv("AUTOTAG_WEBHOOK", "0.0.0.0:80")
+    settings = load_settings()
+    assert settings.openai_webhook_secret
+    assert (
+        str(settings.database_url), settings.openai_api_key.get_secret_value(), settings.secret_key(),
+        settings.openai_webhook_secret.get_secret_value(),
+    ) == tuple(SECRETS.values())  # fmt: skip
+    assert redact("it was sk-from-a-file, and sb_secret_file") == "it was ***, and ***"
+
+
+@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "cannot be read (No such file or directory)"), (b"", "is empty"), (b" \n", "is empty"),
+     (b"hunter2\xff\xfe\x00", "cannot be read (it is no text)")],
+)  # fmt: skip
+def test_a_secrets_file_that_holds_none_is_one_sentence(
+    name: str, content: bytes | None, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for variable, value in {**GOOD, name: f"@{tmp_path / 'file'}"}.items():
+        monkeypatch.setenv(variable, value)
+    if content is not None:
+        (tmp_path / "file").write_bytes(content)
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert str(caught.value).startswith(f"{name} is wrong: names a file that {says} (")
+    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize("inside", ["\n", "\r\n", " ", "\t", "\x1b[0m", "\x7f", "\u200b", "ü", "…"])

@@ -30,11 +30,11 @@ URL_FORM = (
 )
 
 
-def read_connection(value: str) -> str:
-    """A connection string as it was pasted, or from the file that ``@path`` names.
+def read_secret(value: str) -> str:
+    """A secret as it was pasted, or what stands in the file that ``@path`` names.
 
     Raises:
-        ValueError: it cannot be parsed, or the file not be read; the message ends a sentence and has no part of it.
+        ValueError: the file cannot be read; the message ends a sentence and has no part of it.
     """
     value = value.strip(WRAPPING)
     if value.startswith("@"):
@@ -44,6 +44,18 @@ def read_connection(value: str) -> str:
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is no text"
             raise ValueError(f"names a file that cannot be read ({reason})") from None
+        if not value:
+            raise ValueError("names a file that is empty")
+    return value
+
+
+def read_connection(value: str) -> str:
+    """The same for a connection string.
+
+    Raises:
+        ValueError: also when it cannot be parsed.
+    """
+    value = read_secret(value)
     check_connection(value)
     return value
 
@@ -78,7 +90,7 @@ class Settings(BaseSettings):
     openai_api_key: SecretStr = Field(
         min_length=1,
         validation_alias=AliasChoices("AUTOTAG_OPENAI_API_KEY", "OPENAI_API_KEY"),
-        description="key of the OpenAI-compatible API",
+        description="key of the OpenAI-compatible API, or @FILE",
     )
     openai_base_url: str = Field(
         "https://api.openai.com/v1",
@@ -95,12 +107,12 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices(
             "AUTOTAG_SUPABASE_SECRET_KEY", "SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY"
         ),
-        description="the project's secret key; needed for images in Storage",
+        description="the project's secret key, or @FILE; needed for images in Storage",
     )
     openai_webhook_secret: SecretStr | None = Field(
         None,
         validation_alias=AliasChoices("AUTOTAG_OPENAI_WEBHOOK_SECRET", "OPENAI_WEBHOOK_SECRET"),
-        description="signing secret of OpenAI's webhook (whsec_…)",
+        description="signing secret of OpenAI's webhook (whsec_…), or @FILE",
     )
     http: str | None = Field(None, description="HOST:PORT to serve health and metrics on")
     webhook: str | None = Field(
@@ -120,21 +132,15 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
     log_format: Literal["json", "console"] = Field("json", description="json: an object a line")
 
-    @field_validator(
-        "database_url", "openai_base_url", "supabase_url", "openai_api_key", "supabase_secret_key",
-        "openai_webhook_secret", mode="before",
-    )  # fmt: skip
+    @field_validator("openai_base_url", "supabase_url", mode="before")
     @classmethod
     def _without_wrapping(cls, value: object) -> object:
         return value.strip(WRAPPING) if isinstance(value, str) else value
 
-    @field_validator("database_url", mode="before")
+    @field_validator("database_url", "openai_api_key", "supabase_secret_key", "openai_webhook_secret", mode="before")
     @classmethod
     def _from_a_file(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        value = value.strip(WRAPPING)
-        return read_connection(value) if value.startswith("@") else value
+        return read_secret(value) if isinstance(value, str) else value
 
     @field_validator("database_url")
     @classmethod

@@ -1,0 +1,138 @@
+"""What is installed is what was looked at: every package by its hash, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from conftest import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+#: Each file of requirements/, and what has to be in it.
+SETS = {
+    "build": [*PROJECT["build-system"]["requires"], *PROJECT["dependency-groups"]["build"]],
+    "worker": [*PROJECT["project"]["dependencies"], *EXTRAS["otel"]],
+    "local": [*PROJECT["project"]["dependencies"], *EXTRAS["local"]],
+    "dev": [*PROJECT["project"]["dependencies"], *EXTRAS["local"], *EXTRAS["dev"]],
+    "bench": [*PROJECT["project"]["dependencies"], *(r for extra in EXTRAS.values() for r in extra)],
+}
+
+
+def pins(name: str) -> list[Requirement]:
+    """What a file of requirements/ installs, with that of the file it begins with. Nothing but pins with hashes is in it."""
+    found = []
+    for entry in (ROOT / "requirements" / f"{name}.txt").read_text().replace("\\\n", " ").splitlines():
+        if base := re.fullmatch(r"-r (\w+)\.txt", entry):
+            found += pins(base[1])
+        elif not entry.startswith("#"):
+            what, *hashes = entry.split("--hash=")
+            assert hashes, f"{what} of {name}.txt has no hash"
+            assert all(re.fullmatch(r"sha256:[0-9a-f]{64}\s*", one) for one in hashes)
+            found.append(Requirement(what))
+            assert re.fullmatch(r"==[\w.]+", str(found[-1].specifier)), f"{what} of {name}.txt is not one version"
+            assert not found[-1].url
+    return found
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_dependency_is_pinned_with_its_hashes(name: str) -> None:
+    pinned = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in pins(name)}
+    for wanted in map(Requirement, SETS[name]):
+        assert wanted.specifier.contains(pinned[canonicalize_name(wanted.name)]), f"{wanted}: run scripts/lock"
+    assert len({(canonicalize_name(p.name), str(p.specifier)) for p in pins(name)}) == len(pinned), "two versions"
+
+
+def test_one_version_for_all_and_no_file_beside() -> None:
+    everywhere = {(canonicalize_name(p.name), str(p.specifier)) for name in SETS for p in pins(name)}
+    assert len(everywhere) == len({name for name, _ in everywhere})
+    assert {path.stem for path in (ROOT / "requirements").iterdir()} == set(SETS)
+
+
+def test_what_benches_need_is_installed_for_nothing_else() -> None:
+    others = {canonicalize_name(p.name) for name in ("worker", "local", "dev") for p in pins(name)}
+    assert not others & {canonicalize_name(Requirement(r).name) for r in EXTRAS["bench"]}
+
+
+def test_these_tests_run_with_the_pinned_packages() -> None:
+    for pin in pins("dev"):
+        if not pin.marker or pin.marker.evaluate():
+            assert version(pin.name) == str(pin.specifier)[2:], f"{pin.name}: run scripts/setup"
+
+
+def wheel(folder: Path, content: str) -> str:
+    """Makes a package tiny 1.0; its hash."""
+    path = folder / "tiny-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("tiny.py", content)
+        file.writestr("tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
+        file.writestr("tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr("tiny-1.0.dist-info/RECORD", "")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty virtual environment, to copy; making one takes seconds."""
+    path = tmp_path_factory.mktemp("environment") / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", path], check=True)
+    return path
+
+
+@pytest.mark.parametrize(("which", "tampered"), [("build", True), ("local", True), ("local", False)])
+def test_setup_refuses_a_package_that_was_changed(
+    tmp_path: Path, environment: Path, which: str, tampered: bool
+) -> None:
+    shutil.copytree(environment, tmp_path / ".venv", symlinks=True)
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "setup", tmp_path / "scripts")
+    # A backend of its own that says that it was reached: everything before it was installed.
+    (tmp_path / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "own"\nbackend-path = ["."]\n'
+    )
+    (tmp_path / "own.py").write_text('raise SystemExit("building it now")\n')
+    (tmp_path / "requirements").mkdir()
+    for name in SETS:
+        (tmp_path / "requirements" / f"{name}.txt").write_text("# nothing\n")
+    good = wheel(tmp_path, "print('good')")
+    (tmp_path / "requirements" / f"{which}.txt").write_text(f"tiny==1.0 \\\n    --hash=sha256:{good}\n")
+    if tampered:
+        wheel(tmp_path, "print('evil')")
+    done = subprocess.run(
+        [tmp_path / "scripts" / "setup", "local"], capture_output=True, text=True, check=False,
+        env={"PATH": os.environ["PATH"], "PYTHON": sys.executable, "HOME": str(tmp_path), "PIP_CONFIG_FILE": os.devnull,
+             "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)},
+    )  # fmt: skip
+    installed = [*(tmp_path / ".venv").glob("lib/*/site-packages/tiny.py")]
+    assert done.returncode
+    assert not (tmp_path / ".venv" / ".setup").exists(), "the next setup would believe that everything is there"
+    if tampered:
+        assert "DO NOT MATCH THE HASHES" in done.stderr
+        assert not installed
+    else:
+        assert "building it now" in done.stderr, done.stderr
+        assert installed
+
+
+def test_npm_packages_have_their_hashes() -> None:
+    lock = json.loads((ROOT / "package-lock.json").read_text())
+    packages = {path: about for path, about in lock["packages"].items() if path}
+    assert len(packages) > 20
+    for path, about in packages.items():
+        assert about["integrity"].startswith("sha512-"), path
+        assert about.get("resolved", "https://registry.npmjs.org/").startswith("https://registry.npmjs.org/"), path
+    wanted = json.loads((ROOT / "package.json").read_text())["devDependencies"]
+    assert {f"node_modules/{name}" for name in wanted} <= set(packages)
