@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from attacks import api, topics
+from attacks import api, member, topics
 from attacks.attempt import Attempt, run
 from attacks.scene import Scene, set_scene
 from autotag_local.stack import Stack
+from support import paid, until, worker
 
 LEAST = 60  # attempts of each role
 
@@ -38,5 +39,20 @@ async def test_outsiders(scene: Scene, caller: str) -> None:
     before = scene.snapshot(caller)
     async with scene.victim_listens():
         found = await run(scene, attempts)
-        print("\n".join(found))
     assert_nothing(found + await scene.findings(before, caller))
+
+
+async def test_a_member(scene: Scene) -> None:
+    """Who may use five images a day gets five, whatever they try, by the provider's book too."""
+    assets = await member.furnish(scene)
+    before = scene.snapshot("member")
+    attempts = [*member.tables(scene), *member.rpcs(scene), *member.limits(scene, assets)]
+    assert len(attempts) >= LEAST
+    async with scene.victim_listens():
+        found = await run(scene, attempts)
+    found += await scene.findings(before, "member") + member.cheating(scene)
+    assert_nothing(found)
+    async with worker(scene.stack):
+        await until(lambda: not scene.member.sql("select id from autotag.jobs where finished_at is null"), "every upload")
+    assert len(paid(scene.stack)) <= member.QUOTA + 1, "the victim's one image is paid for, too"
+    scene.victim.check_tags([scene.ids["live asset"]])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections.abc import Iterator
+from itertools import cycle
 from typing import Any
 
 import jwt
@@ -32,6 +34,27 @@ HOSTILE: dict[str, list[Any]] = {
 OPEN = {"tagging_strategy", "describe_strategy"}
 SCHEMAS = ("autotag", "storage", "auth", "realtime", "cron", "extensions", "pg_catalog", "information_schema",
            "supabase_migrations", "vault", "", "PUBLIC", "public,autotag", "\"autotag\"", "public\x00")  # fmt: skip
+
+
+WAYS_EACH = 12  # of those below, for each function
+
+
+def _ways() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Ways in which PostgREST can be asked, over and over."""
+    more = ("p_workspace_id", "role", "p_user_id", "__proto__", "request_type; drop")
+    selects = ("*", "*,workspaces(*)", "auth.users(*)", "tags", "cost::text", "(select 1)", "count()")
+    prefers = ("tx=rollback", "params=single-object", "count=exact", "return=representation", "resolution=merge-duplicates")
+    accepts = ("text/csv", "application/vnd.pgrst.plan+text", "application/vnd.pgrst.object+json", "application/octet-stream")
+    bodies = ("", "[]", "null", "7", "{", '{"a": }', "\x00", "[" * 400 + "]" * 400, '{"asset_ids": ' * 3000)
+    headers = ("x-forwarded-for", "traceparent", "request.jwt.claims", "x-client-info", "role", "cookie")
+    yield from cycle([
+        *((f"with {name} more", {"more": {name: str(uuid.UUID(int=3))}}) for name in more),
+        *((f"selecting {select}", {"query": f"select={select}"}) for select in selects),
+        *((f"preferring {prefer}", {"headers": {"prefer": prefer}}) for prefer in prefers),
+        *((f"accepting {accept}", {"headers": {"accept": accept}}) for accept in accepts),
+        *((f"with the body {content[:12]!r}", {"content": content}) for content in bodies),
+        *((f"with the header {name}", {"headers": {name: "00-" + "0" * 32 + "-x; role=service_role"}}) for name in headers),
+    ])  # fmt: skip
 
 
 def functions(scene: Scene, schema: str = "public") -> list[tuple[str, dict[str, str]]]:
@@ -66,9 +89,12 @@ def theirs(scene: Scene, name: str, kind: str) -> Any:
     return {"integer": 1, "text": "batch" if "batch" in name else "realtime", "date": "2026-01-01"}.get(kind)
 
 
-def rpcs(scene: Scene, caller: str) -> list[Attempt]:
-    """Every RPC × every argument × every hostile value, and the ways in which PostgREST can be asked."""
+def rpcs(scene: Scene, caller: str, *, own: bool = False) -> list[Attempt]:
+    """Every RPC × every argument × every hostile value, and the ways in which PostgREST can be asked; about what is the
+    victim's, or the caller's own. The ways are dealt out over the functions, each as many as there are bodies."""
     token, found = scene.token(caller), []
+    refused = ANY if own else REFUSED
+    ways = _ways()
 
     def add(name: str, how: str, expect: str, method: str = "POST", **request: Any) -> None:
         if name in OPEN and caller != "anon":
@@ -78,29 +104,26 @@ def rpcs(scene: Scene, caller: str) -> list[Attempt]:
 
     for name, types in functions(scene):
         base = {argument: theirs(scene, argument, kind) for argument, kind in types.items()}
-        add(name, "with what is the victim's", REFUSED, body=base)
+        if own:
+            base = {argument: _owned(scene, caller, argument, value) for argument, value in base.items()}
+        add(name, "as it is meant to be", refused, body=base)
         for argument, kind in types.items():
             for i, value in enumerate(HOSTILE.get(kind, [None, LONG])):
-                add(name, f"with hostile {argument} {i}", REFUSED, body={**base, argument: value})
+                add(name, f"with hostile {argument} {i}", refused, body={**base, argument: value})
             without = {key: value for key, value in base.items() if key != argument}
-            add(name, f"without {argument}", REFUSED, body=without)
-        for extra in ("p_workspace_id", "role", "p_user_id", "__proto__", "request_type; drop"):
-            add(name, f"with {extra} more", REFUSED, body={**base, extra: scene.ids["workspace"]})
-        for select in ("*", "*,workspaces(*)", "auth.users(*)", "tags", "cost::text", "(select 1)", "count()"):
-            add(name, f"selecting {select}", REFUSED, body=base, query=f"select={select}")
-        for prefer in ("tx=rollback", "params=single-object", "count=exact", "return=representation", "resolution=merge-duplicates"):
-            add(name, f"preferring {prefer}", REFUSED, body=base, headers={"prefer": prefer})
-        for accept in ("text/csv", "application/vnd.pgrst.plan+text", "application/vnd.pgrst.object+json", "application/octet-stream"):
-            add(name, f"accepting {accept}", REFUSED, body=base, headers={"accept": accept})
+            add(name, f"without {argument}", refused, body=without)
         plain = "&".join(f"{argument}={json.dumps(value).strip(chr(34))}" for argument, value in base.items())
         for method in ("GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"):
-            expect = REFUSED + r"|405 .*" + (r"|2\d\d .*" if method == "OPTIONS" else "")
+            expect = refused + r"|405 .*" + (r"|2\d\d .*" if method == "OPTIONS" else "")
             add(name, f"by {method}", expect, method, query=plain)
-        for content in ("", "[]", "null", "7", "{", '{"a": }', "\x00", "[" * 400 + "]" * 400, '{"asset_ids": ' * 3000):
-            add(name, f"with the body {content[:12]!r}", REFUSED, content=content)
-        for header in ("x-forwarded-for", "traceparent", "request.jwt.claims", "x-client-info", "role", "cookie"):
-            forged = {header: "00-" + "0" * 32 + "-x; role=service_role"}
-            add(name, f"with the header {header}", REFUSED, body=base, headers=forged)
+        for _ in range(WAYS_EACH):
+            how, change = next(ways)
+            request = {"body": base, **change}
+            if "more" in change:
+                request = {"body": {**base, **change["more"]}}
+            elif "content" in change:
+                request = change
+            add(name, how, refused, **request)
     for name in ("claim", "settle", "autotag.claim", "is_member", "pg_sleep", "set_config", "send", "jwt", "uid", "query",
                  "register_worker", "set_automatic", "dblink", "lo_export", "pg_read_file", "version", "../assets"):  # fmt: skip
         add(name, "which is not there", REFUSED + r"|200 \[\]", body={})
@@ -277,8 +300,9 @@ def statements(scene: Scene, caller: str) -> list[Attempt]:
         add(f'update {table} set "{column[0]["attname"]}" = default')
         if not table.startswith(("autotag.", "public.")):
             continue  # Supabase gives its roles more on its own tables than its API lets them do
+        add(f"grant all on {table} to public", ANY)  # without the right to it Postgres only warns
         for verb in ("truncate {}", "lock table {} in access exclusive mode", "copy (select * from {}) to '/tmp/x'", "alter table {} disable row level security",
-                     "drop table {}", "create policy p on {} using (true)", "grant all on {} to public",
+                     "drop table {}", "create policy p on {} using (true)", 
                      "create trigger t before insert on {} execute function pg_catalog.suppress_redundant_updates_trigger()"):  # fmt: skip
             add(verb.format(table), r"[0-9A-Z]{5}")
     for schema in ("autotag", "public"):
@@ -286,7 +310,7 @@ def statements(scene: Scene, caller: str) -> list[Attempt]:
             values = [theirs(scene, argument, kind) for argument, kind in types.items()]
             places = ", ".join(f"%s::{kind}" for kind in types.values())
             harmless = name in OPEN | {"is_member", "may_listen"} and caller != "anon"
-            add(f"select {schema}.{name}({places})", ANY if harmless else r"[0-9A-Z]{5}", *map(_adapt, values))
+            add(f"select {schema}.{name}({places})", ANY if harmless else r"[0-9A-Z]{5}", *values)
     for statement in (
         "create table public.x (a int)", "create function public.x() returns int language sql as 'select 1'",
         "create schema x", "create extension dblink", "alter role authenticated superuser", "create role x superuser login",
@@ -320,8 +344,12 @@ def statements(scene: Scene, caller: str) -> list[Attempt]:
     return found
 
 
-def _adapt(value: Any) -> Any:
-    return value
+def _owned(scene: Scene, caller: str, argument: str, value: Any) -> Any:
+    """The caller's own in the place of the victim's."""
+    assets = list(scene.of(caller).assets())
+    if isinstance(value, list):
+        return assets
+    return _own(scene, caller) if argument == "workspace_id" else value
 
 
 def _own(scene: Scene, caller: str) -> str:

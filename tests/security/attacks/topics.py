@@ -77,10 +77,12 @@ def private_topics(scene: Scene, caller: str) -> list[Attempt]:
         "batch-updates", f"TAGGING:{workspace}", f"tagging:{workspace}' or '1'='1", f"tagging::{workspace}", "phoenix", "x" * 250,
         f"tagging:{workspace}\u200b", "tagging:00000000-0000-0000-0000-000000000000",
     ]  # fmt: skip
-    for name in names:
-        for version in ("1.0.0", "2.0.0"):
+    for i, name in enumerate(names):
+        for version in ("1.0.0", "2.0.0")[i % 2 :][: 1 if i else 2]:
             found.append(Attempt(f"{caller} joins private {name[:60]!r} by {version}",
                                  join(token, name, private=True, version=version), r"403 refused|none"))  # fmt: skip
+        if i > 5:
+            continue
         found.append(Attempt(f"{caller} speaks on private {name[:60]!r}",
                              join(token, name, private=True, then=(forged(name), push(name, "job-complete", b'{"job_id": "forged"}'))), r"403 refused|none"))  # fmt: skip
         message = {"topic": name, "event": "job-complete", "payload": {"job_id": "forged"}, "private": True}
