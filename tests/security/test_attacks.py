@@ -3,14 +3,22 @@ break one defence each and are found."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from attacks import api, member, topics
+from attacks import api, broadcaster, member, port, topics
 from attacks.attempt import Attempt, run
 from attacks.scene import Scene, set_scene
-from autotag_local.stack import Stack
+from autotag.console import say, say_json
+from autotag.follow import follow
+from autotag.operate import describe_payload
+from autotag_local.postgres import free_port
+from autotag_local.stack import Stack, worker_process
 from support import paid, until, worker
 
 LEAST = 60  # attempts of each role
@@ -56,3 +64,81 @@ async def test_a_member(scene: Scene) -> None:
         await until(lambda: not scene.member.sql("select id from autotag.jobs where finished_at is null"), "every upload")
     assert len(paid(scene.stack)) <= member.QUOTA + 1, "the victim's one image is paid for, too"
     scene.victim.check_tags([scene.ids["live asset"]])
+
+
+@pytest.fixture
+async def served(scene: Scene, tmp_path: Path) -> AsyncIterator[port.Ports]:
+    """A worker process with both its ports, which has done what there was to do; its log is in `tmp_path`."""
+    ports = port.Ports(free_port(), free_port())
+    environment = scene.stack.worker_environment() | {
+        "AUTOTAG_HTTP": f"{port.HOST}:{ports.http}", "AUTOTAG_WEBHOOK": f"{port.HOST}:{ports.webhook}",
+        "OPENAI_WEBHOOK_SECRET": scene.stack.simulator.plan.webhook_secret,
+    }  # fmt: skip
+    with (tmp_path / "log").open("wb") as log:
+        async with worker_process(environment, log):
+            await idle(scene)
+            yield ports
+
+
+async def idle(scene: Scene) -> None:
+    await until(lambda: not scene.member.sql("select id from autotag.jobs where finished_at is null"), "every upload")
+    await asyncio.sleep(0.3)  # and the last reports
+
+
+def log_findings(log: Path, most: int) -> list[str]:
+    """What should not stand in a log."""
+    text = log.read_bytes()
+    found = [f"log: {len(text):,} bytes"] if len(text) > most else []
+    found += [f"log: {line[:300]!r}" for line in text.splitlines() if not _is_event(line)]
+    return found + [f"log: {line[:3000]!r}" for line in text.splitlines() if b"Traceback" in line or b"unexpected_error" in line]
+
+
+def _is_event(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict) and line.isascii() and line.decode().isprintable()
+    except ValueError:
+        return False
+
+
+async def test_the_ports(scene: Scene, served: port.Ports, tmp_path: Path) -> None:
+    secret = scene.stack.simulator.plan.webhook_secret
+    attempts = [*port.requests(served), *port.deliveries(served, secret)]
+    assert len(attempts) >= LEAST
+    before, asked_before = scene.snapshot(), len(scene.stack.simulator.book)
+    found = await run(scene, attempts) + await scene.findings(before)
+    found += [f"asked: {entry}" for entry in scene.stack.simulator.book[asked_before:]]
+    # With the secret: a look at OpenAI, and the deliveries' ids.
+    found += await run(scene, port.stolen(served, secret))
+    found += [line for line in await scene.findings(before) if "autotag.webhooks got" not in line]
+    found += [f"asked: {e}" for e in scene.stack.simulator.book[asked_before:] if (e["method"], e["path"]) != ("GET", "/v1/batches")]
+    assert_nothing(found + log_findings(tmp_path / "log", 100_000))
+    assert b"200 OK" in await port.exchange(served.http, b"GET /healthz HTTP/1.0\r\n\r\n")
+
+
+async def test_the_public_topic(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is said there reaches who listens there, as text, and nothing else."""
+    attempts, told = broadcaster.attempts(scene), []
+    assert len(attempts) >= LEAST
+    before = scene.snapshot()
+
+    def show(topic: str, event: str, payload: dict[str, Any]) -> None:
+        told.append(payload)
+        say(f"12:00:00  {topic:<45}  {event:<14}  {describe_payload(payload)}")
+        say_json({"topic": topic, "event": event, "payload": payload})
+
+    watching = asyncio.create_task(follow(scene.stack.supabase_url, scene.stack.secret_key, scene.victim.member.workspace, show))
+    try:
+        await asyncio.sleep(0.5)
+        async with scene.victim_listens():
+            found = await run(scene, attempts)
+        found += await scene.findings(before)
+        scene.victim.sql("""select realtime.send('{"batch_id": "real"}'::jsonb, 'batch-complete', 'batch-updates', false)""")
+        await until(lambda: any(p.get("batch_id") == "real" for p in told) or watching.done(), "the real message")
+        assert not watching.done(), watching.exception()
+    finally:
+        watching.cancel()
+    shown = capsys.readouterr().out
+    assert len(told) > 1000, "the forged ones arrive"
+    found += [f"shown: {line[:200]!r}" for line in shown.split("\n") if not (line.isprintable() and len(line) < 20_000 or line.startswith("{"))]
+    found += [f"shown: {line[:200]!r}" for line in shown.split("\n") if not line.startswith(("12:00:00  batch-updates", "12:00:00  tagging:", "{")) and line]
+    assert_nothing(found)

@@ -328,6 +328,7 @@ def _message_errors(message: Any) -> dict[str, list[str]]:
     if not isinstance(message, dict):
         return {"topic": ["can't be blank"]}
     errors = {name: ["can't be blank"] for name in ("topic", "event", "payload") if message.get(name) in (None, "")}
+    errors |= {name: ["is invalid"] for name in ("topic", "event") if not isinstance(message.get(name) or "", str)}
     if not errors and len(json.dumps(message["payload"])) > MOST_PAYLOAD:
         errors = {"payload": ["Payload size exceeds tenant limit"]}
     return errors
