@@ -4,22 +4,29 @@ break one defence each and are found."""
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import os
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
+from psycopg.rows import dict_row
+from rich.console import Console
 
-from attacks import api, broadcaster, member, port, topics
+from attacks import api, broadcaster, member, port, topics, uploader
 from attacks.attempt import Attempt, run
 from attacks.scene import Scene, set_scene
 from autotag.console import say, say_json
 from autotag.follow import follow
 from autotag.operate import describe_payload
+from autotag.status import render
 from autotag_local.postgres import free_port
 from autotag_local.stack import Stack, worker_process
-from support import paid, until, worker
+from support import paid, until, widen, worker
 
 LEAST = 60  # attempts of each role
 
@@ -142,3 +149,35 @@ async def test_the_public_topic(scene: Scene, capsys: pytest.CaptureFixture[str]
     found += [f"shown: {line[:200]!r}" for line in shown.split("\n") if not (line.isprintable() and len(line) < 20_000 or line.startswith("{"))]
     found += [f"shown: {line[:200]!r}" for line in shown.split("\n") if not line.startswith(("12:00:00  batch-updates", "12:00:00  tagging:", "{")) and line]
     assert_nothing(found)
+
+
+async def test_an_uploader(scene: Scene, tmp_path: Path) -> None:
+    """Each hostile upload ends with a sentence of its own, and everybody else's pictures get their tags meanwhile."""
+    uploads, stack = uploader.Uploads(), scene.stack
+    await uploads.insert(scene)
+    widen(stack)
+    stack.configure(batch_max_images=1000, chunk_max_images=900, chunk_size=200)
+    attempts = uploads.attempts()
+    assert len(attempts) >= LEAST
+    environment = stack.worker_environment() | {
+        "AUTOTAG_IMAGE_MAX_BYTES": str(uploader.BYTES_MOST), "AUTOTAG_IMAGE_MAX_PIXELS": str(uploader.PIXELS_MOST),
+        "AUTOTAG_IMAGE_HOSTS": uploader.HOSTS,
+    }  # fmt: skip
+    scene.member.enqueue([asset for asset, _ in uploads.assets.values()])
+    scene.victim.enqueue(uploads.good)
+    with (tmp_path / "log").open("wb") as log:
+        async with worker_process(environment, log) as process:
+            await idle(scene)
+            cpu = sum(os.times()[2:4]), process.pid
+    found = await run(scene, attempts) + uploader.stored(scene)
+    scene.victim.check_tags([*uploads.good, scene.ids["live asset"]])
+    asked = Counter(entry["picture"] for entry in paid(stack))
+    found += [f"asked: {entry}" for entry in stack.simulator.book if entry["status"] not in (200, 404)]
+    found += log_findings(tmp_path / "log", 200 * 400 + 20_000)
+    shown = io.StringIO()
+    with psycopg.connect(stack.database_url(), row_factory=dict_row) as connection:
+        row = connection.execute("select autotag.status() as s").fetchone()
+    Console(file=shown, width=250, force_terminal=True, color_system=None).print(render(row["s"]))
+    found += [f"shown: {line[:200]!r}" for line in shown.getvalue().split("\n") if not line.isprintable()]
+    assert_nothing(found)
+    assert asked, cpu
