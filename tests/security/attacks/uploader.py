@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import struct
 import zipfile
 import zlib
@@ -178,19 +179,24 @@ class Uploads:
         self.assets: dict[str, tuple[str, str]] = {}  # name: id, expected
         self.good: list[str] = []
 
-    async def insert(self, scene: Scene) -> None:
+    async def insert(self, scene: Scene, only: str = "") -> None:
+        """Stores files and rows; ``only``: those whose names match."""
         own, storage = scene.member, scene.stack.storage()
-        for i, (name, data, expect) in enumerate(files()):
+
+        def wanted(name: str) -> bool:
+            return re.search(only, name) is not None
+
+        for i, (name, data, expect) in enumerate(files() if wanted("uploads") else ()):
             path = f"{own.member.workspace}/hostile-{i}"
             await store_file(storage, "assets", path, Drawing(name, "image/png", data, frozenset()))
             self.assets[f"uploads {name}"] = (own.insert([path])[0], expect)
-        for name, row, expect in places(scene):
+        for name, row, expect in places(scene) if wanted("names") else ():
             [added] = own.sql(
                 "insert into public.assets (workspace_id, storage_bucket, storage_path, image_url) values (%s, %s, %s, %s) returning id::text",
                 own.member.workspace, row.get("storage_bucket"), row.get("storage_path"), row.get("image_url"),
             )  # fmt: skip
             self.assets[f"names {name}"] = (added["id"], expect)
-        said = list(answers())
+        said = [one for one in answers() if wanted(f"say {one[0]}")]
         for drawing, (name, message, expect) in zip(draw(len(said), seed=60), said, strict=True):
             path = f"{own.member.workspace}/said-{drawing.name}"
             await store_file(storage, "assets", path, drawing)
