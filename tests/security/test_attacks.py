@@ -13,13 +13,13 @@ from typing import Any
 
 import psycopg
 import pytest
+from attacks import api, broadcaster, member, port, topics, uploader, whose
+from attacks.attempt import Attempt, run
+from attacks.scene import Scene, set_scene
 from openai import AsyncOpenAI
 from psycopg.rows import dict_row
 from rich.console import Console
 
-from attacks import api, broadcaster, member, port, topics, uploader, whose
-from attacks.attempt import Attempt, run
-from attacks.scene import Scene, set_scene
 from autotag import answers, console, guard, operate, webhook
 from autotag.follow import follow
 from autotag.http import serve
@@ -69,7 +69,9 @@ async def test_a_member(scene: Scene) -> None:
     found += await scene.findings(before, "member") + member.cheating(scene)
     assert_nothing(found)
     async with worker(scene.stack):
-        await until(lambda: not scene.member.sql("select id from autotag.jobs where finished_at is null"), "every upload")
+        await until(
+            lambda: not scene.member.sql("select id from autotag.jobs where finished_at is null"), "every upload"
+        )
     assert len(paid(scene.stack)) <= member.QUOTA + 1, "the victim's one image is paid for, too"
     scene.victim.check_tags([scene.ids["live asset"]])
 
@@ -98,7 +100,9 @@ def log_findings(log: Path, most: int) -> list[str]:
     text = log.read_bytes()
     found = [f"log: {len(text):,} bytes"] if len(text) > most else []
     found += [f"log: {line[:300]!r}" for line in text.splitlines() if not _is_event(line)]
-    return found + [f"log: {line[:3000]!r}" for line in text.splitlines() if b"Traceback" in line or b"unexpected_error" in line]
+    return found + [
+        f"log: {line[:3000]!r}" for line in text.splitlines() if b"Traceback" in line or b"unexpected_error" in line
+    ]
 
 
 def _is_event(line: bytes) -> bool:
@@ -118,7 +122,11 @@ async def test_the_ports(scene: Scene, served: port.Ports, tmp_path: Path) -> No
     # With the secret: a look at OpenAI, and the deliveries' ids.
     found += await run(scene, port.stolen(served, secret))
     found += [line for line in await scene.findings(before) if "autotag.webhooks got" not in line]
-    found += [f"asked: {e}" for e in scene.stack.simulator.book[asked_before:] if (e["method"], e["path"]) != ("GET", "/v1/batches")]
+    found += [
+        f"asked: {e}"
+        for e in scene.stack.simulator.book[asked_before:]
+        if (e["method"], e["path"]) != ("GET", "/v1/batches")
+    ]
     assert_nothing(found + log_findings(tmp_path / "log", 100_000))
     assert b"200 OK" in await port.exchange(served.http, b"GET /healthz HTTP/1.0\r\n\r\n")
 
@@ -147,7 +155,9 @@ async def watched(scene: Scene, attempts: list[Attempt], capsys: pytest.CaptureF
         async with scene.victim_listens():
             found = await run(scene, attempts)
         found += await scene.findings(before)
-        scene.victim.sql("""select realtime.send('{"batch_id": "real"}'::jsonb, 'batch-complete', 'batch-updates', false)""")
+        scene.victim.sql(
+            """select realtime.send('{"batch_id": "real"}'::jsonb, 'batch-complete', 'batch-updates', false)"""
+        )
         await until(lambda: any(p.get("batch_id") == "real" for p in told) or watching.done(), "the real message")
         assert not watching.done(), watching.exception()
     finally:
@@ -213,14 +223,18 @@ async def test_a_row_that_names_anothers_file_later_is_not_tagged(scene: Scene) 
     assets = own.insert([f"{own.member.workspace}/{i}.jpg" for i in range(len(foreign))])
     own.enqueue(assets)
     for asset, way in zip(assets, foreign, strict=True):
-        own.sql("update public.assets set storage_path = %s, storage_bucket = %s where id = %s", way.path, way.bucket, asset)
+        own.sql(
+            "update public.assets set storage_path = %s, storage_bucket = %s where id = %s", way.path, way.bucket, asset
+        )
     assert_nothing(await stolen_tags(scene))
 
 
 async def test_odd_names_lead_to_nobody_elses_file(scene: Scene) -> None:
     """Whatever is thought of whose a file is: only its very name leads to it."""
     plain = ("itself", "in its own bucket")
-    scene.neighbour.enqueue(list(whose.insert(scene, [way for way in whose.ways(scene) if way.name not in plain]).values()))
+    scene.neighbour.enqueue(
+        list(whose.insert(scene, [way for way in whose.ways(scene) if way.name not in plain]).values())
+    )
     assert_nothing(await stolen_tags(scene))
 
 
@@ -256,7 +270,11 @@ async def test_a_grant_to_anon_is_found(scene: Scene) -> None:
 
 
 async def test_rows_that_anon_sees_are_found(scene: Scene) -> None:
-    broken(scene, "grant select on public.assets to anon", "create policy p on public.assets for select to anon using (true)")
+    broken(
+        scene,
+        "grant select on public.assets to anon",
+        "create policy p on public.assets for select to anon using (true)",
+    )
     found = await control(scene, "anon", api.rows(scene, "anon"), "GET assets")
     assert any("told the victim's tag" in line for line in found), found
 
@@ -266,12 +284,21 @@ async def test_a_membership_of_everybody_is_found(scene: Scene) -> None:
                   " security definer set search_path = pg_catalog, pg_temp as 'select true'")  # fmt: skip
     attempts = [*api.rpcs(scene, "nobody"), *topics.private_topics(scene, "nobody")]
     found = await control(scene, "nobody", attempts, "as it is meant to be|joins private")
-    for sign in ("calls cancel_tagging as", "calls tagging_usage as", "joins private 'tagging:", "changed: autotag.jobs"):
+    for sign in (
+        "calls cancel_tagging as",
+        "calls tagging_usage as",
+        "joins private 'tagging:",
+        "changed: autotag.jobs",
+    ):
         assert any(sign in line for line in found), (sign, found)
 
 
 async def test_a_dropped_policy_is_found(scene: Scene) -> None:
-    broken(scene, "alter table public.assets disable row level security", "alter table storage.objects disable row level security")
+    broken(
+        scene,
+        "alter table public.assets disable row level security",
+        "alter table storage.objects disable row level security",
+    )
     attempts = [*api.rows(scene, "neighbour"), *api.storage(scene, "neighbour")]
     found = await control(scene, "neighbour", attempts, "DELETE assets|GET assets|Storage (PUT|POST object/list)")
     for sign in ("told the victim's path", "changed: public.assets lost", "changed: the file"):
@@ -281,7 +308,9 @@ async def test_a_dropped_policy_is_found(scene: Scene) -> None:
 async def test_who_may_speak_on_a_private_topic_is_found(scene: Scene) -> None:
     broken(scene, "create policy p on realtime.messages for insert to anon with check (true)")
     attempts = [a for a in topics.private_topics(scene, "anon") if "over HTTP to private" in a.name]
-    assert any("heard by the victim" in line for line in await control(scene, "anon", attempts, "")), "nothing was heard"
+    assert any("heard by the victim" in line for line in await control(scene, "anon", attempts, "")), (
+        "nothing was heard"
+    )
 
 
 async def test_a_quota_that_counts_nothing_is_found(scene: Scene) -> None:

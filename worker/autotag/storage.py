@@ -129,7 +129,9 @@ class Storage:
             return TaggingError("account", "storage_no_bucket", f"The project has no bucket at all. {CHECK_URL}")
         if answer.code == "NoSuchBucket" and bucket not in buckets:
             self._warn_of(bucket)
-            return image_error("file_missing", f"The image's bucket “{printable(bucket, 100)}” does not exist in storage.")
+            return image_error(
+                "file_missing", f"The image's bucket “{printable(bucket, 100)}” does not exist in storage."
+            )
         if answer.by_storage and answer.code != "NoSuchBucket" and answer.status in (400, 404):
             return _file_missing()
         return _unreachable(answer)

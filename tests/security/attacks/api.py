@@ -14,7 +14,14 @@ import jwt
 from attacks.attempt import ANY, REFUSED, UNSEEN, Attempt, http, sql
 from attacks.scene import Scene
 
-INJECTIONS = ("'; drop table public.assets; --", "$$; select pg_sleep(9); --", '") or 1=1 --', "%00", "\u0000", "\x1b[2J\r\n")
+INJECTIONS = (
+    "'; drop table public.assets; --",
+    "$$; select pg_sleep(9); --",
+    '") or 1=1 --',
+    "%00",
+    "\u0000",
+    "\x1b[2J\r\n",
+)
 LONG = "x" * 200_000
 #: Values for an argument of a type: what no caller should get anything by.
 HOSTILE: dict[str, list[Any]] = {
@@ -43,8 +50,19 @@ def _ways() -> Iterator[tuple[str, dict[str, Any]]]:
     """Ways in which PostgREST can be asked, over and over."""
     more = ("p_workspace_id", "role", "p_user_id", "__proto__", "request_type; drop")
     selects = ("*", "*,workspaces(*)", "auth.users(*)", "tags", "cost::text", "(select 1)", "count()")
-    prefers = ("tx=rollback", "params=single-object", "count=exact", "return=representation", "resolution=merge-duplicates")
-    accepts = ("text/csv", "application/vnd.pgrst.plan+text", "application/vnd.pgrst.object+json", "application/octet-stream")
+    prefers = (
+        "tx=rollback",
+        "params=single-object",
+        "count=exact",
+        "return=representation",
+        "resolution=merge-duplicates",
+    )
+    accepts = (
+        "text/csv",
+        "application/vnd.pgrst.plan+text",
+        "application/vnd.pgrst.object+json",
+        "application/octet-stream",
+    )
     bodies = ("", "[]", "null", "7", "{", '{"a": }', "\x00", "[" * 400 + "]" * 400, '{"asset_ids": ' * 3000)
     headers = ("x-forwarded-for", "traceparent", "request.jwt.claims", "x-client-info", "role", "cookie")
     yield from cycle([
@@ -66,9 +84,7 @@ def functions(scene: Scene, schema: str = "public") -> list[tuple[str, dict[str,
            from pg_proc p where p.pronamespace = %s::regnamespace and p.prorettype <> 'trigger'::regtype order by 1""",
         schema,
     )
-    return [
-        (row["name"], dict(zip(row["names"] or map(str, range(9)), row["types"], strict=False))) for row in rows
-    ]
+    return [(row["name"], dict(zip(row["names"] or map(str, range(9)), row["types"], strict=False))) for row in rows]
 
 
 def tables(scene: Scene, *schemas: str) -> list[str]:
@@ -145,7 +161,14 @@ def rows(scene: Scene, caller: str) -> list[Attempt]:
         for query in (f"{key}=eq.{workspace}", f"{key}=eq.{workspace}&select={key}", f"{key}=in.({workspace})",
                       f"{key}=not.is.null&{key}=neq.{own}", f"{key}=gt.00000000-0000-0000-0000-000000000000&{key}=neq.{own}"):  # fmt: skip
             add(f"{name}?{query}", nothing + r"|206 \[\]", "GET", name, query=query)
-            add(f"{name}?{query} counted", nothing + r"|206 \[\]", "GET", name, query=query, headers={"prefer": "count=exact"})
+            add(
+                f"{name}?{query} counted",
+                nothing + r"|206 \[\]",
+                "GET",
+                name,
+                query=query,
+                headers={"prefer": "count=exact"},
+            )
         for query in ("select=*,workspaces(*)", "select=*,workspace_members(*)", "select=*,users(*)", "or=(id.not.is.null)",
                       "select=tags->>0", "select=(select 1)", "order=tags;drop", "limit=-1", "offset=x", "id=eq.' or 1=1",
                       "select=*&limit=1e9", "tags=cs.{x}", "id=fts.x", "select=pg_sleep(9)", "columns=tags",
@@ -160,20 +183,43 @@ def rows(scene: Scene, caller: str) -> list[Attempt]:
                     {key: own, "storage_path": f"{own}/x.jpg", "tagging_stage": "completed"}):  # fmt: skip
             add(f"{name} a row {json.dumps(row)[:60]}", REFUSED + r"|201 -", "POST", name, body=row)
             found[-1] = Attempt(found[-1].name, found[-1].do, REFUSED if row else ANY)
-        for prefer in ("resolution=merge-duplicates", "resolution=ignore-duplicates", "return=representation", "missing=default"):
+        for prefer in (
+            "resolution=merge-duplicates",
+            "resolution=ignore-duplicates",
+            "return=representation",
+            "missing=default",
+        ):
             add(f"{name} preferring {prefer}", REFUSED, "POST", name, body={key: workspace}, headers={"prefer": prefer},
                 query=f"on_conflict={key}")  # fmt: skip
         add(f"{name} put", REFUSED, "PUT", name, body={key: workspace}, query=f"{key}=eq.{workspace}")
         for change in ({"tags": ["x"]}, {key: own}, {"max_requests": 10**9}, {"tagging_stage": "completed"}, {"name": "x"},
                        {"user_id": scene.user(caller)}, {}, {"nonsense": 1}):  # fmt: skip
-            add(f"{name} to {json.dumps(change)[:60]}", REFUSED, "PATCH", name, body=change, query=f"{key}=eq.{workspace}")
+            add(
+                f"{name} to {json.dumps(change)[:60]}",
+                REFUSED,
+                "PATCH",
+                name,
+                body=change,
+                query=f"{key}=eq.{workspace}",
+            )
         for query in (f"{key}=eq.{workspace}", f"{key}=neq.{own}", f"id=eq.{asset}", f"or=({key}.neq.{own})"):
             for prefer in ("return=representation", "return=minimal"):
-                add(f"{name}?{query} {prefer}", nothing + "|204 -", "DELETE", name, query=query, headers={"prefer": prefer})
+                add(
+                    f"{name}?{query} {prefer}",
+                    nothing + "|204 -",
+                    "DELETE",
+                    name,
+                    query=query,
+                    headers={"prefer": prefer},
+                )
         for schema in SCHEMAS:
             if "\x00" not in schema and schema not in ("", "public"):
                 add(f"{name} of {schema}", r"406 PGRST106", "GET", name, headers={"accept-profile": schema})
-    for table in [*tables(scene, "autotag", "storage", "auth", "realtime"), "supabase_migrations.schema_migrations", "pg_catalog.pg_authid"]:
+    for table in [
+        *tables(scene, "autotag", "storage", "auth", "realtime"),
+        "supabase_migrations.schema_migrations",
+        "pg_catalog.pg_authid",
+    ]:
         schema, _, name = table.partition(".")
         for method in ("GET", "POST", "PATCH", "DELETE"):
             body = {"body": {"id": 1}} if method in ("POST", "PATCH") else {}
@@ -194,7 +240,9 @@ def storage(scene: Scene, caller: str) -> list[Attempt]:
 
     def add(method: str, where: str, expect: str = refused, **request: Any) -> None:
         do = http(token, method, f"/storage/v1/{where}", **request)
-        found.append(Attempt(f"{caller} Storage {method} {where[:90]} {json.dumps(request.get('body'))[:60]}", do, expect))
+        found.append(
+            Attempt(f"{caller} Storage {method} {where[:90]} {json.dumps(request.get('body'))[:60]}", do, expect)
+        )
 
     ways = [
         path, f"{own}/../{path}", f"{own}/%2e%2e/{path}", f"{own}%2f..%2f{path}", f"{own}/..%5c{path}", f"/{path}", f"//{path}",
@@ -227,7 +275,13 @@ def storage(scene: Scene, caller: str) -> list[Attempt]:
             body={"bucketId": "assets", "sourceKey": path, "destinationKey": f"{own}/stolen.jpg"})  # fmt: skip
     add("GET", "bucket", r"200 \[\]|4\d\d .*")
     forged = jwt.encode({"url": f"assets/{path}", "exp": time.time() + 60}, "guess" * 8, "HS256")
-    for guess in ("", forged, scene.token(caller) or scene.stack.anon_key, "a.b.c", _unsigned({"url": f"assets/{path}"})):
+    for guess in (
+        "",
+        forged,
+        scene.token(caller) or scene.stack.anon_key,
+        "a.b.c",
+        _unsigned({"url": f"assets/{path}"}),
+    ):
         add("GET", f"object/sign/assets/{path}", query=f"token={guess}")
     return found
 
@@ -259,6 +313,7 @@ def tokens(scene: Scene, caller: str) -> list[Attempt]:
                 {"topic": f"tagging:{scene.ids['workspace']}", "event": "job-complete", "payload": {}, "private": True}]})),
         ):  # fmt: skip
             found.append(Attempt(f"{caller} {what} with a token: {name}", do, REFUSED))
+
     # tokens that are real and say odd things
     def sign(subject: str, lifetime: float = 600, role: Any = "authenticated", **claims: Any) -> str:
         now = int(time.time())
@@ -288,7 +343,11 @@ def statements(scene: Scene, caller: str) -> list[Attempt]:
     denied = r"[0-9A-Z]{5}|rows 0"
 
     def add(statement: str, expect: str = denied, *arguments: object) -> None:
-        found.append(Attempt(f"{caller} SQL {statement[:110]} {arguments or ''}"[:200], sql(caller, statement, *arguments), expect))
+        found.append(
+            Attempt(
+                f"{caller} SQL {statement[:110]} {arguments or ''}"[:200], sql(caller, statement, *arguments), expect
+            )
+        )
 
     for table in tables(scene, "autotag", "public", "storage", "realtime", "auth", "cron"):
         mine = "" if caller in ("anon", "nobody") else f" t where strpos(to_jsonb(t)::text, '{own}') = 0"
@@ -296,13 +355,16 @@ def statements(scene: Scene, caller: str) -> list[Attempt]:
         add(f"insert into {table} default values")
         add(f"insert into {table} select * from {table}{mine}")
         add(f"delete from {table}{mine}")
-        column = scene.victim.sql("select attname from pg_attribute where attrelid = %s::regclass and attnum > 0 order by attnum desc limit 1", table)
+        column = scene.victim.sql(
+            "select attname from pg_attribute where attrelid = %s::regclass and attnum > 0 order by attnum desc limit 1",
+            table,
+        )
         add(f'update {table} set "{column[0]["attname"]}" = default')
         if not table.startswith(("autotag.", "public.")):
             continue  # Supabase gives its roles more on its own tables than its API lets them do
         add(f"grant all on {table} to public", ANY)  # without the right to it Postgres only warns
         for verb in ("truncate {}", "lock table {} in access exclusive mode", "copy (select * from {}) to '/tmp/x'", "alter table {} disable row level security",
-                     "drop table {}", "create policy p on {} using (true)", 
+                     "drop table {}", "create policy p on {} using (true)",
                      "create trigger t before insert on {} execute function pg_catalog.suppress_redundant_updates_trigger()"):  # fmt: skip
             add(verb.format(table), r"[0-9A-Z]{5}")
     for schema in ("autotag", "public"):
@@ -333,11 +395,22 @@ def statements(scene: Scene, caller: str) -> list[Attempt]:
     for topic in (f"tagging:{scene.ids['workspace']}", "batch-updates"):
         # The function of the real server turns a refusal into a warning.
         add("select realtime.send('{\"job_id\": \"forged\"}'::jsonb, 'job-complete', %s, true)", ANY, topic)
-        add("insert into realtime.messages (topic, extension, event, private, payload) values (%s, 'broadcast', 'x', true, '{}')", denied, topic)
+        add(
+            "insert into realtime.messages (topic, extension, event, private, payload) values (%s, 'broadcast', 'x', true, '{}')",
+            denied,
+            topic,
+        )
         add("update realtime.messages set topic = %s", denied, topic)
-    add("insert into storage.objects (bucket_id, name) values ('assets', %s)", denied, f"{scene.ids['workspace']}/x.jpg")
+    add(
+        "insert into storage.objects (bucket_id, name) values ('assets', %s)", denied, f"{scene.ids['workspace']}/x.jpg"
+    )
     add("update storage.objects set name = %s", denied, f"{own}/stolen.jpg")
-    add("insert into public.workspace_members values (%s, %s)", denied, scene.ids["workspace"], scene.user(caller) or str(uuid.uuid4()))
+    add(
+        "insert into public.workspace_members values (%s, %s)",
+        denied,
+        scene.ids["workspace"],
+        scene.user(caller) or str(uuid.uuid4()),
+    )
     add("insert into public.assets (workspace_id, storage_path) values (%s, 'x')", denied, scene.ids["workspace"])
     add("insert into public.assets (id, workspace_id, image_url) values (%s, %s, 'https://x') on conflict (id) do update set workspace_id = excluded.workspace_id",
         denied, scene.ids["asset"], own)  # fmt: skip

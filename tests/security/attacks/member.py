@@ -17,9 +17,20 @@ QUOTA = 5  # images a day
 async def furnish(scene: Scene) -> list[str]:
     """Ten images of the member's, and a quota of half of them."""
     own = scene.member
-    own.sql("insert into autotag.quotas (user_id, scope, period, max_images) values (%s, 'user', 'day', %s)", own.member.user, QUOTA)
-    own.sql("insert into autotag.quotas (workspace_id, scope, period, max_images) values (%s, 'workspace', 'month', %s)", own.member.workspace, QUOTA)
-    own.sql("insert into public.workspace_rate_limits (workspace_id, request_type, max_requests) values (%s, 'realtime', 50)", own.member.workspace)
+    own.sql(
+        "insert into autotag.quotas (user_id, scope, period, max_images) values (%s, 'user', 'day', %s)",
+        own.member.user,
+        QUOTA,
+    )
+    own.sql(
+        "insert into autotag.quotas (workspace_id, scope, period, max_images) values (%s, 'workspace', 'month', %s)",
+        own.member.workspace,
+        QUOTA,
+    )
+    own.sql(
+        "insert into public.workspace_rate_limits (workspace_id, request_type, max_requests) values (%s, 'realtime', 50)",
+        own.member.workspace,
+    )
     return await own.upload(list(draw(10, seed=30)), seed=30)
 
 
@@ -38,7 +49,11 @@ def tables(scene: Scene) -> list[Attempt]:
         key = "id" if table == "workspaces" else "workspace_id"
         add(f"changes {table}.{column}", "PATCH", table, body={column: None}, query=f"{key}=eq.{own}")
         if table != "assets" or column not in granted:
-            body = {key: own, "storage_path": f"{own}/x.jpg", column: None} if table == "assets" else {key: own, column: None}
+            body = (
+                {key: own, "storage_path": f"{own}/x.jpg", column: None}
+                if table == "assets"
+                else {key: own, column: None}
+            )
             add(f"adds a row with {table}.{column}", "POST", table, body=body)
     for table in ("workspaces", "workspace_members", "workspace_rate_limits"):
         key = "id" if table == "workspaces" else "workspace_id"
@@ -58,7 +73,13 @@ def tables(scene: Scene) -> list[Attempt]:
     add("takes an id that is there", "POST", "assets", r"409 23505",
         body={"id": scene.ids["asset"], "workspace_id": own, "storage_path": f"{own}/x.jpg"})  # fmt: skip
     for path in (f"{own}/%2e%2e/{theirs}", f"{own}/..%2f{theirs}", f"{own}//x.jpg"):
-        add(f"adds a row with the odd name {path!r}", "POST", "assets", r"201 -", body={"workspace_id": own, "storage_path": path})
+        add(
+            f"adds a row with the odd name {path!r}",
+            "POST",
+            "assets",
+            r"201 -",
+            body={"workspace_id": own, "storage_path": path},
+        )
     return found
 
 
@@ -84,23 +105,39 @@ def limits(scene: Scene, assets: list[str]) -> list[Attempt]:
 
     for kind in ("realtime", "batch"):
         for images in (1, 10, 50_000):
-            add(f"takes an allowance of {images} {kind}", _rpc("check_rate_limit", workspace_id=own, request_type=kind, image_count=images), r"403 PT403")
-            add(f"looks at an allowance of {images} {kind}", _rpc("peek_rate_limit", workspace_id=own, request_type=kind, image_count=images), r"200 json")
+            add(
+                f"takes an allowance of {images} {kind}",
+                _rpc("check_rate_limit", workspace_id=own, request_type=kind, image_count=images),
+                r"403 PT403",
+            )
+            add(
+                f"looks at an allowance of {images} {kind}",
+                _rpc("peek_rate_limit", workspace_id=own, request_type=kind, image_count=images),
+                r"200 json",
+            )
     add("uploads more than the quota", _rpc("enqueue_tagging", asset_ids=assets[: QUOTA + 1]), r"429 PT429")
-    add("uploads each image twice, and more than the quota", _rpc("enqueue_tagging", asset_ids=assets[: QUOTA + 1] * 2), r"429 PT429")
+    add(
+        "uploads each image twice, and more than the quota",
+        _rpc("enqueue_tagging", asset_ids=assets[: QUOTA + 1] * 2),
+        r"429 PT429",
+    )
 
     async def all_at_once(scene: Scene) -> Answer:
         calls = [_rpc("enqueue_tagging", asset_ids=[asset])(scene) for asset in assets] * 1
         answers = await asyncio.gather(*calls)
         taken = sum(answer.outcome.startswith("200") for answer in answers)
-        return Answer(f"{taken} taken", " ".join(answer.received for answer in answers), " ".join(a.sent for a in answers))
+        return Answer(
+            f"{taken} taken", " ".join(answer.received for answer in answers), " ".join(a.sent for a in answers)
+        )
 
     add("uploads ten at the same time", all_at_once, f"{QUOTA} taken")
     add("uploads one more", _rpc("enqueue_tagging", asset_ids=assets), r"429 PT429")
 
     async def cancel_and_again(scene: Scene) -> Answer:
         """Cancelling gives back only what was not sent."""
-        jobs = scene.member.sql("select id::text from autotag.jobs where workspace_id = %s and finished_at is null order by id", own)
+        jobs = scene.member.sql(
+            "select id::text from autotag.jobs where workspace_id = %s and finished_at is null order by id", own
+        )
         for job in jobs[:2]:
             await _rpc("cancel_tagging", job_id=job["id"])(scene)
             await _rpc("retry_tagging", job_id=job["id"])(scene)
@@ -115,7 +152,9 @@ def limits(scene: Scene, assets: list[str]) -> list[Attempt]:
     async def delete_and_insert(scene: Scene) -> Answer:
         """The same images under new rows, and other images under the same ids."""
         token = scene.token("member")
-        live = scene.member.sql("select asset_id::text as id from autotag.tasks where workspace_id = %s and finished_at is null", own)
+        live = scene.member.sql(
+            "select asset_id::text as id from autotag.tasks where workspace_id = %s and finished_at is null", own
+        )
         for row in live:
             await http(token, "DELETE", "/rest/v1/assets", query=f"id=eq.{row['id']}")(scene)
             body = {"id": row["id"], "workspace_id": own, "storage_path": f"{own}/{uuid.uuid4()}.jpg"}
@@ -137,8 +176,21 @@ def limits(scene: Scene, assets: list[str]) -> list[Attempt]:
 def _traces(scene: Scene) -> list[Attempt]:
     """Headers that are kept with an upload."""
     token, found = scene.token("member"), []
-    for value in ("00-" + "g" * 32 + "-" + "0" * 16 + "-01", "x" * 5000, "00-'; drop table x", "{}", "\\u0000", "00-" + "0" * 32 + "-" + "0" * 16 + "-01; x"):
-        do = http(token, "POST", "/rest/v1/rpc/enqueue_tagging", body={"asset_ids": [str(uuid.uuid4())]}, headers={"traceparent": value})
+    for value in (
+        "00-" + "g" * 32 + "-" + "0" * 16 + "-01",
+        "x" * 5000,
+        "00-'; drop table x",
+        "{}",
+        "\\u0000",
+        "00-" + "0" * 32 + "-" + "0" * 16 + "-01; x",
+    ):
+        do = http(
+            token,
+            "POST",
+            "/rest/v1/rpc/enqueue_tagging",
+            body={"asset_ids": [str(uuid.uuid4())]},
+            headers={"traceparent": value},
+        )
         found.append(Attempt(f"member sends the traceparent {value[:30]}", do, r"4\d\d .*"))
     return found
 
@@ -149,7 +201,10 @@ def cheating(scene: Scene) -> list[str]:
     found = [f"changed: an asset has {row}" for row in own.sql(
         "select id, tags, tagging_result, tagging_stage from public.assets where workspace_id = %s and (tags is not null"
         " or tagging_result is not null or coalesce(tagging_stage, 'queued') not in ('queued', 'failed'))", own.member.workspace)]  # fmt: skip
-    found += [f"changed: an odd trace {row}" for row in own.sql("select traceparent from autotag.jobs where traceparent is not null")]
+    found += [
+        f"changed: an odd trace {row}"
+        for row in own.sql("select traceparent from autotag.jobs where traceparent is not null")
+    ]
     return found
 
 

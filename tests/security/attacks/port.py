@@ -16,7 +16,20 @@ from attacks.scene import Scene
 
 HOST = "127.0.0.1"
 PATIENCE = 3.0  # seconds; what no answer comes to is over by then
-METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE", b"CONNECT", b"PROPFIND", b"get", b"X" * 50)
+METHODS = (
+    b"GET",
+    b"HEAD",
+    b"POST",
+    b"PUT",
+    b"PATCH",
+    b"DELETE",
+    b"OPTIONS",
+    b"TRACE",
+    b"CONNECT",
+    b"PROPFIND",
+    b"get",
+    b"X" * 50,
+)
 PATHS = (
     b"/", b"/healthz", b"/readyz", b"/metrics", b"/webhooks/openai", b"//healthz", b"/healthz/", b"/healthz/../metrics",
     b"/%2e%2e/etc/passwd", b"/healthz?a=%00", b"http://evil.example/healthz", b"*", b"/openapi.json", b"/webhooks/openai/",
@@ -70,9 +83,18 @@ def requests(ports: Ports) -> list[Attempt]:
     for name, port in (("health", ports.http), ("the webhook", ports.webhook)):
         for path in PATHS:
             # Every method at a few paths; at the others the two that matter most.
-            for method in METHODS if path in (b"/healthz", b"/metrics", b"/webhooks/openai", b"/") else (b"GET", b"POST"):
+            for method in (
+                METHODS if path in (b"/healthz", b"/metrics", b"/webhooks/openai", b"/") else (b"GET", b"POST")
+            ):
                 taken = port == ports.http and path in OPEN and method in (b"GET", b"HEAD")
-                found.append(raw(f"asks {name} {method[:9]!r} {path[:40]!r}", port, TAKEN if taken else REFUSED, _request(method, path)))
+                found.append(
+                    raw(
+                        f"asks {name} {method[:9]!r} {path[:40]!r}",
+                        port,
+                        TAKEN if taken else REFUSED,
+                        _request(method, path),
+                    )
+                )
     get, post = b"GET /healthz", b"POST /webhooks/openai"
     for what, expect, parts in (
         ("TLS", REFUSED, [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)) * 2 + b"\r\n\r\n"]),
@@ -120,33 +142,83 @@ def _sign(secret: str, body: bytes, webhook_id: str, moment: str) -> str:
 
 def _delivery(port: int, name: str, expect: str, headers: dict[str, str], body: bytes) -> Attempt:
     lines = [f"{key}: {value}".encode("latin-1", "replace") for key, value in headers.items()]
-    return raw(f"delivers {name}", port, expect, _request(b"POST", DELIVERY.encode(), *lines, f"Content-Length: {len(body)}".encode(), body=body))
+    return raw(
+        f"delivers {name}",
+        port,
+        expect,
+        _request(b"POST", DELIVERY.encode(), *lines, f"Content-Length: {len(body)}".encode(), body=body),
+    )
 
 
 def deliveries(ports: Ports, secret: str) -> list[Attempt]:
     """Deliveries that OpenAI has not signed; all of them are refused."""
     port, now = ports.webhook, str(int(time.time()))
-    body = json.dumps({"id": "evt", "type": "batch.completed", "data": {"id": "batch_forged"}, "object": "event", "created_at": 1}).encode()
-    good = {"webhook-id": "wh_forged", "webhook-timestamp": now, "webhook-signature": _sign(secret, body, "wh_forged", now)}
+    body = json.dumps(
+        {"id": "evt", "type": "batch.completed", "data": {"id": "batch_forged"}, "object": "event", "created_at": 1}
+    ).encode()
+    good = {
+        "webhook-id": "wh_forged",
+        "webhook-timestamp": now,
+        "webhook-signature": _sign(secret, body, "wh_forged", now),
+    }
     found = []
 
     def add(name: str, body: bytes = body, **changes: str | None) -> None:
-        headers = {key: value for key, value in (good | {k.replace("_", "-"): v for k, v in changes.items()}).items() if value is not None}
+        headers = {
+            key: value
+            for key, value in (good | {k.replace("_", "-"): v for k, v in changes.items()}).items()
+            if value is not None
+        }
         found.append(_delivery(port, name, r"400 answer", headers, body))
 
     for header in good:
         add(f"without {header}", **{header.replace("-", "_"): None})
         add(f"an empty {header}", **{header.replace("-", "_"): ""})
-    for guess in ("whsec_", "", "whsec_" + base64.b64encode(b"x" * 32).decode(), "secret", "whsec_AAAA", secret.upper(), secret[:-4]):
+    for guess in (
+        "whsec_",
+        "",
+        "whsec_" + base64.b64encode(b"x" * 32).decode(),
+        "secret",
+        "whsec_AAAA",
+        secret.upper(),
+        secret[:-4],
+    ):
         add(f"signed with {guess[:12]!r}", webhook_signature=_sign(guess, body, "wh_forged", now))
     signature = good["webhook-signature"]
     for odd in (signature.replace("v1,", "v1a,"), signature.replace("v1,", "v2,"), signature[:-4], signature.upper(), "v1,", "v1",
                 " ".join(["v1,AAAA"] * 1000), "v1," + "A" * 8000, "v1,\xff", "v1,é", ",", signature.replace("v1,", "v1,,"), "v1," + "=" * 44):  # fmt: skip
         add(f"signed {odd[:14]!r}", webhook_signature=odd)
-    for moment in ("0", "-1", "NaN", "Infinity", "1e9", "", " ", "9" * 400, str(int(now) - 400), str(int(now) + 400), f"{now}.5x", "٣", "0x10", "None"):
-        forged = _sign(secret if moment in (str(int(now) - 400), str(int(now) + 400)) else "whsec_AAAA", body, "wh_forged", moment)
+    for moment in (
+        "0",
+        "-1",
+        "NaN",
+        "Infinity",
+        "1e9",
+        "",
+        " ",
+        "9" * 400,
+        str(int(now) - 400),
+        str(int(now) + 400),
+        f"{now}.5x",
+        "٣",
+        "0x10",
+        "None",
+    ):
+        forged = _sign(
+            secret if moment in (str(int(now) - 400), str(int(now) + 400)) else "whsec_AAAA", body, "wh_forged", moment
+        )
         add(f"of the moment {moment[:14]!r}", webhook_timestamp=moment, webhook_signature=forged)
-    for other in (b"", b"{}", b"[]", b"null", b"\xff\xfe", body + b" ", body.replace(b"forged", b"others"), b"{" * 5000, b"\0" * 100):
+    for other in (
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        body + b" ",
+        body.replace(b"forged", b"others"),
+        b"{" * 5000,
+        b"\0" * 100,
+    ):
         add(f"another body {other[:12]!r}", body=other)
     add("under another id", webhook_id="wh_others")
     add("under an id of 2,000 characters", webhook_id="w" * 2000)
@@ -160,7 +232,11 @@ def stolen(ports: Ports, secret: str) -> list[Attempt]:
     def add(name: str, event: object, webhook_id: str = "", raw_body: bytes | None = None) -> None:
         body, now = raw_body if raw_body is not None else json.dumps(event).encode(), str(int(time.time()))
         webhook_id = webhook_id or f"wh_stolen_{len(found)}"
-        headers = {"webhook-id": webhook_id, "webhook-timestamp": now, "webhook-signature": _sign(secret, body, webhook_id, now)}
+        headers = {
+            "webhook-id": webhook_id,
+            "webhook-timestamp": now,
+            "webhook-signature": _sign(secret, body, webhook_id, now),
+        }
         found.append(_delivery(port, f"with the secret {name}", r"(204|400) answer", headers, body))
 
     def event(kind: object = "batch.completed", batch: object = "batch_1") -> dict[str, object]:
@@ -168,9 +244,34 @@ def stolen(ports: Ports, secret: str) -> list[Attempt]:
 
     add("a batch that is not there", event())
     add("the same again", event(), "wh_stolen_0")
-    for kind in ("batch.failed", "batch.cancelled", "response.completed", "", "x" * 5000, None, 7, [], {}, "batch.completed\n", "'; drop table x"):
+    for kind in (
+        "batch.failed",
+        "batch.cancelled",
+        "response.completed",
+        "",
+        "x" * 5000,
+        None,
+        7,
+        [],
+        {},
+        "batch.completed\n",
+        "'; drop table x",
+    ):
         add(f"the kind {str(kind)[:20]!r}", event(kind=kind))
-    for batch in ("", "x" * 500, "x" * 60_000, None, 7, [], {"a": 1}, "batch\0x", "\x1b[2J", "../../files", "'; drop table x", "batch_1\r\nX: y"):
+    for batch in (
+        "",
+        "x" * 500,
+        "x" * 60_000,
+        None,
+        7,
+        [],
+        {"a": 1},
+        "batch\0x",
+        "\x1b[2J",
+        "../../files",
+        "'; drop table x",
+        "batch_1\r\nX: y",
+    ):
         add(f"the batch {str(batch)[:20]!r}", event(batch=batch))
     for name, body in (("no JSON", b"{"), ("a list", b"[]"), ("a number", b"7"), ("nothing", b""), ("no text", b"\xff"), ("deep JSON", b"[" * 5000 + b"]" * 5000),
                        ("no data", b'{"type": "batch.completed"}'), ("data that is text", b'{"type": "batch.completed", "data": "x"}'),

@@ -131,9 +131,7 @@ class Scene:
 
     def leaks(self, answer: Answer) -> list[str]:
         """The secrets that an answer holds and its question did not."""
-        return [
-            name for name, value in self.secrets.items() if value in answer.received and value not in answer.sent
-        ]
+        return [name for name, value in self.secrets.items() if value in answer.received and value not in answer.sent]
 
     def snapshot(self, attacker: str = "") -> dict[str, Counter[str]]:
         """Every row of every table that is not the attacker's own, and who may do what."""
@@ -159,7 +157,9 @@ class Scene:
                          "select * from pg_policies", "select rolname, rolsuper, rolcanlogin, rolbypassrls from pg_roles",
                          "select tgname, tgrelid::regclass::text, tgenabled::text from pg_trigger",
                          "select setdatabase, setrole, setconfig::text from pg_db_role_setting"):  # fmt: skip
-                seen[what.split("from ")[1].split()[0]] = Counter(map(str, connection.execute(what.encode()).fetchall()))
+                seen[what.split("from ")[1].split()[0]] = Counter(
+                    map(str, connection.execute(what.encode()).fetchall())
+                )
         return seen
 
     async def findings(self, before: dict[str, Counter[str]], attacker: str = "") -> list[str]:
@@ -187,7 +187,9 @@ class Scene:
         assert json.loads(await socket.recv())[4]["status"] == "ok"
         yield
         end = secrets.token_hex(8)
-        self.victim.sql("select realtime.send(jsonb_build_object('end', %s::text), 'job-complete', %s, true)", end, topic)
+        self.victim.sql(
+            "select realtime.send(jsonb_build_object('end', %s::text), 'job-complete', %s, true)", end, topic
+        )
         async with asyncio.timeout(PATIENCE):
             while end not in (message := await _text(socket)):
                 self.heard.append(message)

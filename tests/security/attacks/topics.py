@@ -15,7 +15,9 @@ from attacks.scene import Scene, open_socket
 PATIENCE = 5.0  # seconds
 
 
-def join(token: str, topic: str, *, private: bool, version: str = "2.0.0", then: tuple[Any, ...] = (), inside: bool = True) -> Do:
+def join(
+    token: str, topic: str, *, private: bool, version: str = "2.0.0", then: tuple[Any, ...] = (), inside: bool = True
+) -> Do:
     """Joins a topic, sends frames, and reads until a heartbeat comes back."""
 
     async def do(scene: Scene) -> Answer:
@@ -26,7 +28,11 @@ def join(token: str, topic: str, *, private: bool, version: str = "2.0.0", then:
             return Answer("403 refused", str(error), sent)
         config = {"private": private, "broadcast": {"ack": True, "self": False}}
         payload = {"config": config, **({"access_token": token} if token and inside else {})}
-        frames: list[Any] = [["1", "1", f"realtime:{topic}", "phx_join", payload], *then, [None, "end", "phoenix", "heartbeat", {}]]
+        frames: list[Any] = [
+            ["1", "1", f"realtime:{topic}", "phx_join", payload],
+            *then,
+            [None, "end", "phoenix", "heartbeat", {}],
+        ]
         received, status = "", "none"
         async with asyncio.timeout(PATIENCE):
             for frame in frames:
@@ -64,7 +70,13 @@ def push(topic: str, event: str, payload: bytes, encoding: int = 1, kind: int = 
 
 def forged(topic: str, event: str = "job-complete", payload: Any = None) -> list[Any]:
     """A client's broadcast."""
-    return ["1", "2", f"realtime:{topic}", "broadcast", {"type": "broadcast", "event": event, "payload": payload or {"job_id": "forged"}}]
+    return [
+        "1",
+        "2",
+        f"realtime:{topic}",
+        "broadcast",
+        {"type": "broadcast", "event": event, "payload": payload or {"job_id": "forged"}},
+    ]
 
 
 def private_topics(scene: Scene, caller: str) -> list[Attempt]:
@@ -97,7 +109,13 @@ def private_topics(scene: Scene, caller: str) -> list[Attempt]:
                                  "topic": name, "event": "job-complete", "payload": {"job_id": "forged"}}]}), ANY))  # fmt: skip
     without_joining: tuple[Any, ...] = (forged(victim), ["1", "3", f"realtime:{victim}", "access_token", {"access_token": token}],
                                         ["1", "4", f"realtime:{victim}", "phx_leave", {}], ["1", "5", f"realtime:{victim}", "presence", {}])  # fmt: skip
-    found.append(Attempt(f"{caller} speaks without having joined", join(token, "elsewhere", private=False, then=without_joining), "joined"))
+    found.append(
+        Attempt(
+            f"{caller} speaks without having joined",
+            join(token, "elsewhere", private=False, then=without_joining),
+            "joined",
+        )
+    )
     for odd in ({"private": "yes"}, {"private": 1}, {"private": [True]}, {"private": {}}, {"private": "false"}):
         found.append(Attempt(f"{caller} joins with an odd config {odd}", join(token, victim, private=False, then=(
             ["1", "7", f"realtime:{victim}", "phx_join", {"config": odd}], forged(victim))), ANY))  # fmt: skip

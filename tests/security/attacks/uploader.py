@@ -45,7 +45,13 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 def _png(width: int, height: int, *extra: bytes, colour: int = 2, data: bytes = b"") -> bytes:
     head = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + b"".join(extra) + _chunk(b"IDAT", data or zlib.compress(b"\0" * 3000)) + _chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + head
+        + b"".join(extra)
+        + _chunk(b"IDAT", data or zlib.compress(b"\0" * 3000))
+        + _chunk(b"IEND", b"")
+    )
 
 
 def scan_bomb(scans: int, side: int = 4000) -> bytes:
@@ -66,7 +72,12 @@ def scan_bomb(scans: int, side: int = 4000) -> bytes:
 
     def scan(head: bytes, bits: str) -> bytes:
         bits += "1" * (-len(bits) % 8)
-        return b"\xff\xda" + struct.pack(">H", 8) + head + int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+        return (
+            b"\xff\xda"
+            + struct.pack(">H", 8)
+            + head
+            + int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+        )
 
     out += scan(b"\x01\x01\x00\x00\x00\x01", "0" * blocks)
     return bytes(out) + scan(b"\x01\x01\x00\x01\x3f\x00", ("0" + "1" * 14) * -(-blocks // 32767)) * scans + b"\xff\xd9"
@@ -156,7 +167,7 @@ def answers() -> Iterator[tuple[str, dict[str, Any], str]]:
         return {"tag": text, "confidence": sure}
 
     no = r"bad_answer|no_tags|refused|answer_too_long"
-    for name, message, expect in (
+    yield from (
         ("escape codes", said([tag(f"{ESCAPES}red")], ESCAPES), FOUND), ("a NUL", said([tag("a\0b")], "a\0b"), FOUND), ("surrogates", said([tag("a\ud800b")], "a\udc00"), FOUND),
         ("a script", said([tag("<script>alert(1)</script>")], "<img src=x onerror=alert(1)>"), FOUND), ("SQL", said([tag("'); drop table assets; --")]), FOUND),
         ("an array's end", said([tag('"},{"'), tag("a,b{}")], '{"'), FOUND), ("a thousand tags", said([tag(f"t{i}") for i in range(1000)]), FOUND),
@@ -168,8 +179,7 @@ def answers() -> Iterator[tuple[str, dict[str, Any], str]]:
         ("deep JSON", {"content": "[" * 50_000}, no), ("two megabytes of braces", {"content": "{" * 390_000}, no), ("a list", {"content": ["x", {"type": "text", "text": "y"}]}, no),
         ("a tool", {"content": None, "tool_calls": [{"function": {"name": "rm", "arguments": "x"}}]}, no), ("a refusal", {"content": None, "refusal": ESCAPES}, no),
         ("another one's key", said([tag("sk-proj-abcdefghijklmnop123456")]), FOUND),
-    ):  # fmt: skip
-        yield name, message, expect
+    )  # fmt: skip
 
 
 class Uploads:
@@ -212,8 +222,15 @@ class Uploads:
 
         def look(asset: str) -> Any:
             async def do(scene: Scene) -> Answer:
-                [row] = scene.member.sql("select a.*, a.id::text as id, t.error_code from public.assets a left join autotag.tasks t on t.asset_id = a.id where a.id = %s", asset)
-                return Answer(row["error_code"] or row["tagging_stage"], str({k: v for k, v in row.items() if k.startswith("tag")}), str(row))
+                [row] = scene.member.sql(
+                    "select a.*, a.id::text as id, t.error_code from public.assets a left join autotag.tasks t on t.asset_id = a.id where a.id = %s",
+                    asset,
+                )
+                return Answer(
+                    row["error_code"] or row["tagging_stage"],
+                    str({k: v for k, v in row.items() if k.startswith("tag")}),
+                    str(row),
+                )
 
             return do
 
@@ -226,7 +243,12 @@ def stored(scene: Scene) -> list[str]:
     for row in scene.member.sql("select * from public.assets where workspace_id = %s", scene.member.member.workspace):
         tags, result, error = row["tags"] or [], row["tagging_result"] or {}, row["tagging_error"] or ""
         texts = [*tags, result.get("caption", ""), result.get("model", "")]
-        if any(clean_text(text) != text for text in texts) or any(len(tag) > TAG_LENGTH for tag in tags) or len(tags) > 10 or len(texts[-2]) > CAPTION_LENGTH:
+        if (
+            any(clean_text(text) != text for text in texts)
+            or any(len(tag) > TAG_LENGTH for tag in tags)
+            or len(tags) > 10
+            or len(texts[-2]) > CAPTION_LENGTH
+        ):
             found.append(f"stored: {str(texts)[:300]}")
         if printable(error) != error or len(error) > 400:
             found.append(f"stored: {error[:300]!r}")

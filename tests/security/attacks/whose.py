@@ -37,7 +37,10 @@ def ways(scene: Scene) -> list[Way]:
     ]  # fmt: skip
     for route in ("authenticated", "public", "sign"):
         url = f"{storage}/{route}/assets/{theirs}"
-        found += [Way(f"by {scheme} of the project's own Storage, {route}", url=url.replace("http", scheme, 1), foreign=False) for scheme in ("http", "https")]
+        found += [
+            Way(f"by {scheme} of the project's own Storage, {route}", url=url.replace("http", scheme, 1), foreign=False)
+            for scheme in ("http", "https")
+        ]
     return found
 
 
