@@ -228,6 +228,22 @@ async def test_no_encoding_is_asked_for_and_an_honest_one_is_understood() -> Non
     assert seen == ["identity"]
 
 
+class Dripping(httpx.AsyncByteStream):
+    """A byte now and then, for ever."""
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            await asyncio.sleep(0.01)
+            yield b"x"
+
+
+async def test_a_host_that_drips_holds_no_place_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "FETCH_MOST", 0.1)
+    with pytest.raises(TaggingError) as caught:
+        await load(START, lambda _: httpx.Response(200, stream=Dripping()), ALLOWED)
+    assert (caught.value.kind, caught.value.code) == ("transient", "fetch_failed")
+
+
 async def test_cookies_of_a_host_do_not_come_back() -> None:
     seen: list[bool] = []
 

@@ -13,7 +13,7 @@ import io
 import ipaddress
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from http.cookiejar import DefaultCookiePolicy
 from types import TracebackType
 from typing import Any
@@ -37,7 +37,8 @@ LARGEST_SIDE = {"low": 512, "high": 2048}
 #: Scans of a progressive JPEG; encoders make about ten. Each goes over all pixels, and a hundred bytes make one.
 SCANS_MOST = 100
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
-FETCH_TIMEOUT = 30.0  # seconds
+FETCH_TIMEOUT = 30.0  # seconds that connecting, or a pause while reading, may take
+FETCH_MOST = 120.0  # seconds that an image behind a URL may take in all: a host that drips would hold a place for ever
 REDIRECTS = 3
 PREPARE_THREADS = 2
 FETCHES = 32  # files in memory at the same time, each of up to AUTOTAG_IMAGE_MAX_BYTES
@@ -274,11 +275,18 @@ class Images:
             if image.path is not None and image.bucket is not None:
                 data = await self._from_storage(image.bucket, image.path)
             elif image.url is not None:
-                data = await self._from_url(image.url)
+                data = await self._within_reason(self._from_url(image.url))
             else:
                 raise image_error("asset_missing", "The image was deleted.")
             async with self._threads:
                 return await asyncio.to_thread(prepare, data, largest_side, self._max_pixels)
+
+    async def _within_reason(self, fetching: Coroutine[Any, Any, bytes]) -> bytes:
+        try:
+            async with asyncio.timeout(FETCH_MOST):
+                return await fetching
+        except TimeoutError:
+            raise TaggingError("transient", "fetch_failed", "The image's host took too long.") from None
 
     async def _from_storage(self, bucket: str, path: str) -> bytes:
         if self._storage is None:

@@ -7,7 +7,7 @@ import uuid
 from typing import Any
 
 from attacks import api
-from attacks.attempt import ANY, Answer, Attempt, Do, http
+from attacks.attempt import Answer, Attempt, Do, http
 from attacks.scene import Scene
 from autotag_local.pictures import draw
 
@@ -123,7 +123,7 @@ def limits(scene: Scene, assets: list[str]) -> list[Attempt]:
     )
 
     async def all_at_once(scene: Scene) -> Answer:
-        calls = [_rpc("enqueue_tagging", asset_ids=[asset])(scene) for asset in assets] * 1
+        calls = [_rpc("enqueue_tagging", asset_ids=[asset])(scene) for asset in assets]
         answers = await asyncio.gather(*calls)
         taken = sum(answer.outcome.startswith("200") for answer in answers)
         return Answer(
@@ -206,6 +206,3 @@ def cheating(scene: Scene) -> list[str]:
         for row in own.sql("select traceparent from autotag.jobs where traceparent is not null")
     ]
     return found
-
-
-__all__ = ["ANY", "QUOTA", "cheating", "furnish", "limits", "rpcs", "tables"]

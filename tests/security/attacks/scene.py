@@ -19,10 +19,9 @@ from websockets.asyncio.client import ClientConnection, connect
 from attacks.attempt import Answer
 from autotag_local.pictures import draw
 from autotag_local.stack import Stack
-from support import PATIENCE, Library, rpc, until
+from support import PATIENCE, Library
 
 SCHEMAS = ("autotag", "public", "storage", "realtime", "auth", "cron")
-CALLERS = ("anon", "nobody", "neighbour", "member")
 #: Columns that change by themselves while a worker runs.
 VOLATILE = {
     "autotag.workers": ("seen_at",), "autotag.provider_limits": ("next_poll_at", "checked_at", "refilled_at"),
@@ -55,9 +54,10 @@ class Scene:
         return self.stack.token(self.nobody) if caller == "nobody" else self.of(caller).member.token
 
     def user(self, caller: str) -> str | None:
-        return {"anon": None, "nobody": self.nobody}.get(caller) or (
-            None if caller == "anon" else self.of(caller).member.user
-        )
+        """Who it is; None: nobody who is signed in."""
+        if caller in ("anon", "nobody"):
+            return self.nobody if caller == "nobody" else None
+        return self.of(caller).member.user
 
     def of(self, caller: str) -> Library:
         return {"neighbour": self.neighbour, "member": self.member, "victim": self.victim}[caller]
@@ -233,6 +233,3 @@ async def set_scene(stack: Stack) -> AsyncIterator[Scene]:
         await scene.furnish()
         async with scene.http:
             yield scene
-
-
-__all__ = ["Scene", "open_socket", "rpc", "set_scene", "until"]

@@ -15,9 +15,7 @@ from attacks.scene import Scene, open_socket
 PATIENCE = 5.0  # seconds
 
 
-def join(
-    token: str, topic: str, *, private: bool, version: str = "2.0.0", then: tuple[Any, ...] = (), inside: bool = True
-) -> Do:
+def join(token: str, topic: str, *, private: bool, version: str = "2.0.0", then: tuple[Any, ...] = ()) -> Do:
     """Joins a topic, sends frames, and reads until a heartbeat comes back."""
 
     async def do(scene: Scene) -> Answer:
@@ -27,7 +25,7 @@ def join(
         except WebSocketException as error:
             return Answer("403 refused", str(error), sent)
         config = {"private": private, "broadcast": {"ack": True, "self": False}}
-        payload = {"config": config, **({"access_token": token} if token and inside else {})}
+        payload = {"config": config, **({"access_token": token} if token else {})}
         frames: list[Any] = [
             ["1", "1", f"realtime:{topic}", "phx_join", payload],
             *then,
