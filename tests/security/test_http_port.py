@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import json
 import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -20,6 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 from openai import AsyncOpenAI
+from rich.console import Console
 from structlog.testing import capture_logs
 
 from autotag import guard, webhook
@@ -27,15 +27,14 @@ from autotag.http import serve
 from autotag.logs import NOISY_MOST, WINDOW, Throttle
 from autotag.metrics import SystemMetrics
 from autotag.web import Health, make_app
+from autotag_local.bench import flood
+from autotag_local.bench.flood import FILES, flooded
 from autotag_local.openai_sim.webhooks import batch_event, make_secret, sign
-from autotag_local.postgres import free_port
+from autotag_local.postgres import LocalPostgres, free_port
 from autotag_local.stack import Stack, worker_process
 from support import PATIENCE
 
 HOST = "127.0.0.1"
-FILES = 1024
-SLOW = 1000
-RUBBISH = 100  # a second
 SECONDS = 10  # of load
 LOG_MOST = 1_000_000 / 60 * SECONDS  # bytes
 SECRET = make_secret()
@@ -96,24 +95,10 @@ async def exchange(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
     return answer
 
 
-@contextlib.asynccontextmanager
-async def load(port: int) -> AsyncIterator[None]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, str(Path(__file__).with_name("flood.py")), str(port), str(SLOW), str(RUBBISH)
-    )
-    try:
-        yield
-        assert process.returncode is None, "the load ended"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-
-
 @pytest.mark.parametrize("loaded", ["http", "webhook"])
 async def test_slow_connections_and_rubbish_hold_up_nobody(running: Running, loaded: str) -> None:
     waits: list[float] = []
-    async with load(getattr(running, loaded)):
+    async with flooded(getattr(running, loaded)):
         for turn in range(SECONDS):
             await asyncio.sleep(1)
             body = batch_event("completed", f"batch_{turn}")
@@ -134,6 +119,17 @@ async def test_slow_connections_and_rubbish_hold_up_nobody(running: Running, loa
     kinds = Counter((event["event"], event.get("line")) for event in events if event["level"] != "info")
     assert max(kinds.values()) <= 2 * NOISY_MOST, kinds  # the seconds of load may touch two windows
     assert ("uvicorn.error" if loaded == "http" else "webhook_refused") in {event for event, _ in kinds}
+
+
+async def test_tagging_goes_on_beside_the_flood(postgres: LocalPostgres, database: str) -> None:
+    """A look at what `./scripts/bench flood` measures for minutes: the bounds are wide here, and the time is short."""
+    console = Console(stderr=True)
+    phases = await flood.phases_of(postgres, database, console, 4, (None, "health", "webhook"))
+    assert phases[0].images > flood.RATE * 0.5, "the provider's limit is what binds"
+    figures = flood.judge(phases).figures
+    assert figures["tagging_ratio"].value >= 0.6, phases
+    assert figures["healthz_worst_ms"].value <= 2000, phases
+    assert figures["log_bytes_per_minute"].ok, phases
 
 
 BIG = guard.BODY_MOST + 1

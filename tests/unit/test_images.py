@@ -271,3 +271,14 @@ async def test_a_path_cannot_leave_its_bucket(path: str) -> None:
         with pytest.raises(TaggingError) as caught:
             await source.load(db.Image(task=1, asset_id="", bucket="assets", path=path, url=None), 512)
     assert caught.value.code == "file_missing"
+
+
+def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each scan is a hundred bytes and goes over all pixels, and no thread can be stopped."""
+    progressive = encoded(quarters(), "JPEG", progressive=True)
+    assert images.prepare(progressive + b"\xff\xda\x00\x02" * 500, 512, PIXELS), "what follows its end does not count"
+    monkeypatch.setattr(images, "SCANS_MOST", 5)
+    with pytest.raises(TaggingError) as caught:
+        images.prepare(progressive, 512, PIXELS)
+    assert caught.value.code == "unsupported_format"
+    assert images.prepare(encoded(quarters(), "JPEG"), 512, PIXELS)

@@ -203,7 +203,7 @@ async def test_what_would_explode_is_refused_and_not_decoded(encoding: str) -> N
     ("data", "encoding", "code"),
     [
         (BOMB, "br", "unsupported_format"), (BOMB, "zstd", "unsupported_format"),
-        (gzip.compress(BOMB), "gzip, gzip", "unsupported_format"), (gzip.compress(b"a" * 99)[:-9], "gzip", "damaged_image"),
+        (gzip.compress(BOMB, mtime=0), "gzip, gzip", "unsupported_format"), (gzip.compress(b"a" * 99, mtime=0)[:-9], "gzip", "damaged_image"),
         (b"no gzip", "gzip", "damaged_image"), (b"", "gzip", "damaged_image"), (bytes(100_001), "gzip", "file_too_large"),
     ],
 )  # fmt: skip
@@ -226,6 +226,22 @@ async def test_no_encoding_is_asked_for_and_an_honest_one_is_understood() -> Non
 
     assert (await load(START, answer, ALLOWED)).startswith(b"\xff\xd8")
     assert seen == ["identity"]
+
+
+class Dripping(httpx.AsyncByteStream):
+    """A byte now and then, for ever."""
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            await asyncio.sleep(0.01)
+            yield b"x"
+
+
+async def test_a_host_that_drips_holds_no_place_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "FETCH_MOST", 0.1)
+    with pytest.raises(TaggingError) as caught:
+        await load(START, lambda _: httpx.Response(200, stream=Dripping()), ALLOWED)
+    assert (caught.value.kind, caught.value.code) == ("transient", "fetch_failed")
 
 
 async def test_cookies_of_a_host_do_not_come_back() -> None:

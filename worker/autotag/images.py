@@ -11,8 +11,9 @@ import asyncio
 import base64
 import io
 import ipaddress
+import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from http.cookiejar import DefaultCookiePolicy
 from types import TracebackType
 from typing import Any
@@ -27,12 +28,17 @@ from PIL import ImageOps, UnidentifiedImageError
 from autotag.db import Image
 from autotag.errors import TaggingError, image_error
 from autotag.storage import Storage, file_missing, read_body
+from autotag.texts import printable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 JPEG_QUALITY = 85  # 512 px at 85 is 30–60 KB; more is no more to see
 #: Pixels of an image's longer side beyond which the model sees no more, by detail (OpenAI's guide "Images and vision").
 LARGEST_SIDE = {"low": 512, "high": 2048}
-FETCH_TIMEOUT = 30.0  # seconds
+#: Scans of a progressive JPEG; encoders make about ten. Each goes over all pixels, and a hundred bytes make one.
+SCANS_MOST = 100
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+FETCH_TIMEOUT = 30.0  # seconds that connecting, or a pause while reading, may take
+FETCH_MOST = 120.0  # seconds that an image behind a URL may take in all: a host that drips would hold a place for ever
 REDIRECTS = 3
 PREPARE_THREADS = 2
 FETCHES = 32  # files in memory at the same time, each of up to AUTOTAG_IMAGE_MAX_BYTES
@@ -80,6 +86,10 @@ def prepare(data: bytes, largest_side: int, max_pixels: int) -> bytes:
                 "image_too_large",
                 f"The image has {width} × {height} pixels; at most {max_pixels // 1_000_000} million are accepted.",
             )
+        if image.info.get("progressive") and _has_too_many_scans(data):
+            raise image_error(
+                "unsupported_format", f"The JPEG has more than {SCANS_MOST} scans; save it again with another program."
+            )
         return _encode(image, largest_side)
     except UnidentifiedImageError:
         if _looks_like_svg(data):
@@ -117,6 +127,18 @@ def _encode(image: Pillow.Image, largest_side: int) -> bytes:
     image.info.clear()  # comments and the like would be written again
     image.save(out, "JPEG", quality=JPEG_QUALITY)
     return out.getvalue()
+
+
+def _has_too_many_scans(data: bytes) -> bool:
+    """Whether decoding a progressive JPEG could take minutes, which nothing could interrupt."""
+    scans, at = 0, 2
+    while scans <= SCANS_MOST and (found := _MARKER.search(data, at)):
+        marker, at = found[1], found.end()
+        if marker == b"\xd9":
+            break
+        scans += marker == b"\xda"
+        at += int.from_bytes(data[at : at + 2], "big")
+    return scans > SCANS_MOST
 
 
 def _looks_like_svg(data: bytes) -> bool:
@@ -171,7 +193,7 @@ async def public_address(host: str, port: int) -> str:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:
         raise TaggingError(
-            "transient", "host_not_found", f"The image's host {host[:100]} could not be found."
+            "transient", "host_not_found", f"The image's host {printable(host, 100)} could not be found."
         ) from None
     except (UnicodeError, ValueError):  # a label that is too long or empty, a NUL
         raise _no_url() from None
@@ -257,11 +279,18 @@ class Images:
             if image.path is not None and image.bucket is not None:
                 data = await self._from_storage(image.bucket, image.path)
             elif image.url is not None:
-                data = await self._from_url(image.url)
+                data = await self._within_reason(self._from_url(image.url))
             else:
                 raise image_error("asset_missing", "The image was deleted.")
             async with self._threads:
                 return await asyncio.to_thread(prepare, data, largest_side, self._max_pixels)
+
+    async def _within_reason(self, fetching: Coroutine[Any, Any, bytes]) -> bytes:
+        try:
+            async with asyncio.timeout(FETCH_MOST):
+                return await fetching
+        except TimeoutError:
+            raise TaggingError("transient", "fetch_failed", "The image's host took too long.") from None
 
     async def _from_storage(self, bucket: str, path: str) -> bytes:
         if self._storage is None:
@@ -300,8 +329,10 @@ class Images:
             raise _no_url() from None
         if parts.scheme != "https" or port not in (None, 443) or parts.username or parts.password:
             raise image_error("url_refused", "The image's address is not a plain https URL.")
+        if not host:
+            raise _no_url()
         if host not in self._hosts:
-            raise image_error("url_refused", f"Images from the host {host[:100]} are not allowed here.")
+            raise image_error("url_refused", f"Images from the host {printable(host, 100)} are not allowed here.")
 
     async def _read(self, response: httpx.Response) -> bytes:
         status = response.status_code

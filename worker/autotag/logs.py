@@ -18,8 +18,9 @@ NOISY_MOST = 5  # lines of a noisy event in each window
 WINDOW = 60.0  # seconds
 TEXT_MOST = 4_000  # characters of a foreign library's message, tracebacks included
 
-#: Libraries that log by themselves what a client's bytes, or too many clients, make them stumble over.
-FOREIGN = ("uvicorn.error", "asyncio")
+#: Libraries that log by themselves what a client's bytes, or too many clients, make them stumble over; the last one is
+#: Python's warnings, as Pillow has for odd files.
+FOREIGN = ("uvicorn.error", "asyncio", "py.warnings")
 
 
 class Throttle:
@@ -96,6 +97,7 @@ def configure_logs(level: str, style: Literal["json", "console"]) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+    logging.captureWarnings(True)
     for name in FOREIGN:
         logging.getLogger(name).handlers = [_Foreign()]
         logging.getLogger(name).propagate = False

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import time
 import zlib
 from collections.abc import AsyncIterator, Mapping
@@ -32,7 +33,7 @@ from httpx_aiohttp import HttpxAiohttpClient
 
 from autotag.errors import TaggingError, image_error
 from autotag.redact import redact
-from autotag.texts import clean_text
+from autotag.texts import clean_text, printable
 
 FETCH_TIMEOUT = 30.0  # seconds
 LOOK_KEPT = 10.0  # seconds for which one look at the key answers for every missing file
@@ -47,6 +48,7 @@ GZIP_OR_ZLIB = 47  # zlib's wbits: the largest window, and either header
 SECRET, PUBLISHABLE = "service_role", ("anon", "authenticated")  # roles: row level security holds for the latter
 PASSING = (408, 425, 429)  # statuses besides 5xx that are over when they are over
 REFUSALS = ("AccessDenied", "InvalidJWT", "Unauthorized", "Invalid JWT")  # the last two: of releases without codes
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 CHECK_KEY = "Check SUPABASE_SECRET_KEY (the project's secret key)."
 CHECK_URL = "Check SUPABASE_URL."
 
@@ -127,7 +129,9 @@ class Storage:
             return TaggingError("account", "storage_no_bucket", f"The project has no bucket at all. {CHECK_URL}")
         if answer.code == "NoSuchBucket" and bucket not in buckets:
             self._warn_of(bucket)
-            return image_error("file_missing", f"The image's bucket “{bucket[:100]}” does not exist in storage.")
+            return image_error(
+                "file_missing", f"The image's bucket “{printable(bucket, 100)}” does not exist in storage."
+            )
         if answer.by_storage and answer.code != "NoSuchBucket" and answer.status in (400, 404):
             return file_missing()
         return _unreachable(answer)
@@ -290,8 +294,13 @@ async def _first(parts: AsyncIterator[bytes], most: int) -> bytes:
 
 
 def _stays_inside(bucket: str, path: str) -> bool:
-    """Whether a path leads nowhere but into its bucket, and has the form of an object's name."""
-    return "/" not in bucket and not any(part in ("", ".", "..") for part in (bucket, *path.split("/")))
+    """Whether a path leads nowhere but into its bucket, and has the form of an object's name, which holds no control
+    characters."""
+    return (
+        "/" not in bucket
+        and not any(part in ("", ".", "..") for part in (bucket, *path.split("/")))
+        and not CONTROL.search(bucket + path)
+    )
 
 
 def _not_of_the_file(answer: Answer) -> TaggingError | None:

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 NAME = re.compile(r"[\w.-]{1,100}", re.ASCII)  # of an event's type, or a batch's id
+ID_MOST = 200  # characters of a delivery's id (autotag.webhooks)
 
 log = structlog.get_logger(__name__)
 
@@ -35,11 +36,12 @@ def make_app(client: AsyncOpenAI, secret: str, receive: Receive) -> Starlette:
         try:
             event = client.webhooks.unwrap(await request.body(), request.headers, secret=secret)
             kind, batch = _name(event.type), _name(getattr(event.data, "id", None))
+            _check(request.headers["webhook-id"], kind, batch)
         except openai.InvalidWebhookSignatureError as error:
             log.warning("webhook_refused", reason=str(error), noisy=True)
             return _refuse("bad_signature", str(error))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            # A header that is missing, a body that is no text, or signed text that is no event.
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            # A header that is missing or too long, a body that is no text, or signed text that is no event.
             log.warning("webhook_refused", reason="not a delivery of OpenAI's", noisy=True)
             return _refuse("bad_request", "This is no delivery of OpenAI's.")
         result = await receive(request.headers["webhook-id"], kind, batch)
@@ -49,6 +51,16 @@ def make_app(client: AsyncOpenAI, secret: str, receive: Receive) -> Starlette:
     app = Starlette(routes=[Route("/webhooks/openai", deliver, methods=["POST"])])
     app.router.redirect_slashes = False  # it builds a URL from the client's Host header, whatever that holds
     return app
+
+
+def _check(delivery: str, kind: str, batch: str) -> None:
+    """Whether the database would take a delivery.
+
+    Raises:
+        ValueError: its id is too long, or it is of a batch and names none.
+    """
+    if len(delivery) > ID_MOST or (kind.startswith("batch.") and not batch):
+        raise ValueError
 
 
 def _name(value: object) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from autotag_local.bench import batch, chaos, day, engine, eta, growth, limiter, makespan, push, soak
+from autotag_local.bench import batch, chaos, day, engine, eta, flood, growth, limiter, makespan, push, soak
 from autotag_local.bench.report import Result
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measures autotag, as ratios in one run.")
@@ -89,6 +89,18 @@ def eta_command(
     console = Console(stderr=True)
     result = eta.measure(console, recorded)
     finish(result, console, as_json, details=True)
+
+
+@app.command("flood")
+def flood_command(
+    as_json: Json = False,
+    seconds: Annotated[
+        float, typer.Option(min=3, help="Of each phase; there are two with the flood and two without.")
+    ] = 60,
+) -> None:
+    """A worker whose ports are flooded: its health check, its rate of tagging against the same without, and its log."""
+    console = Console(stderr=True)
+    finish(asyncio.run(flood.measure(console, seconds=seconds)), console, as_json, details=True)
 
 
 @app.command("push")

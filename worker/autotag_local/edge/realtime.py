@@ -106,6 +106,8 @@ class Realtime:
             await listener.execute("listen realtime_messages")
             ready.set()
             async for note in listener.notifies():
+                if not note.payload:  # a statement that inserted nothing
+                    continue
                 cursor = await reader.execute(
                     "select m.id::text, m.topic, m.event, m.payload::text, m.private from realtime.messages m"
                     " join unnest(%s::uuid[]) with ordinality i (id, n) on i.id = m.id order by i.n",
@@ -121,7 +123,7 @@ class Realtime:
         """``POST /realtime/v1/api/broadcast``."""
         token = bearer(request.headers.get("authorization")) or request.headers.get("apikey", "")
         try:
-            verify(self._secret, token)
+            claims = verify(self._secret, token)
         except TokenError:
             return JSONResponse({"message": "Unauthorized"}, 401)
         try:
@@ -136,10 +138,13 @@ class Realtime:
         errors = [_message_errors(message) for message in messages]
         if any(errors):
             return JSONResponse({"errors": {"messages": errors}}, 422)
+        speaks: dict[str, bool] = {}
         for message in messages:
-            await self._tell_all(
-                PREFIX + message["topic"], bool(message.get("private", False)), message["event"], message["payload"]
-            )
+            topic, private = message["topic"], bool(message.get("private", False))
+            if private and topic not in speaks:
+                _, speaks[topic] = await self._rights(claims, topic)
+            if not private or speaks[topic]:  # the real server does not say either what it has dropped
+                await self._tell_all(PREFIX + topic, private, message["event"], message["payload"])
         return Response(status_code=202)
 
     async def _tell_all(
@@ -323,6 +328,7 @@ def _message_errors(message: Any) -> dict[str, list[str]]:
     if not isinstance(message, dict):
         return {"topic": ["can't be blank"]}
     errors = {name: ["can't be blank"] for name in ("topic", "event", "payload") if message.get(name) in (None, "")}
+    errors |= {name: ["is invalid"] for name in ("topic", "event") if not isinstance(message.get(name) or "", str)}
     if not errors and len(json.dumps(message["payload"])) > MOST_PAYLOAD:
         errors = {"payload": ["Payload size exceeds tenant limit"]}
     return errors

@@ -154,7 +154,7 @@ class Rest:
         if request.method == "POST":
             try:
                 arguments = json.loads(await request.body() or b"{}")
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise RestError(400, "PGRST102", "Empty or invalid json") from None
             if not isinstance(arguments, dict):
                 raise _unsupported("RPC bodies that are not objects")
@@ -422,7 +422,7 @@ def _preferences(request: Request) -> dict[str, str]:
 async def _json(request: Request) -> Any:
     try:
         return await request.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         raise RestError(400, "PGRST102", "Empty or invalid json") from None
 
 

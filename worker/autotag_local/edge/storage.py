@@ -81,6 +81,10 @@ class Storage:
                 return _compact(
                     {"statusCode": "403", "error": "Unauthorized", "message": _why(error), "code": "AccessDenied"}, 400
                 )
+            except psycopg.DataError:  # a NUL in a name
+                return _compact(
+                    {"statusCode": "400", "error": "InvalidKey", "message": "Invalid key", "code": "InvalidKey"}, 400
+                )
             except psycopg.errors.InsufficientPrivilege:
                 return _compact(
                     {"statusCode": "403", "error": "Unauthorized", "code": "AccessDenied",

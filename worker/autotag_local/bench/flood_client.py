@@ -1,5 +1,5 @@
 """A program of its own, so that it takes nothing from who measures: slow connections and rubbish for a port until it is
-killed. Usage: flood.py PORT SLOW RUBBISH (connections; requests a second)."""
+killed. Usage: python -m autotag_local.bench.flood_client PORT SLOW RUBBISH (connections; requests a second)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,195 @@
+"""The SQL's source, ``supabase/schemas``, and the migrations that are made from it.
+
+The source says what the schema *is*: every object once, in reading order, functions as ``create or replace``. A migration
+says what has *changed* since the last release: functions are copied from the source, changes of tables are steps that
+somebody wrote (``supabase/schemas/changes.sql``). A released migration never changes again; its hash is on record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pglast import ast, parse_sql
+from pglast.parser import parse_sql_json, split
+from pglast.stream import RawStream
+
+ROOT = Path(__file__).parent.parent
+SUPABASE = ROOT / "supabase"
+SCHEMAS, MIGRATIONS, RELEASES = SUPABASE / "schemas", SUPABASE / "migrations", SUPABASE / "releases"
+CHANGES = SCHEMAS / "changes.sql"
+#: Files of the source that a migration holds whole, because they may run any number of times.
+REPEATED = ("grants.sql", "cron.sql")
+UNRELEASED = "unreleased"
+
+
+class ReleaseError(Exception):
+    """The source cannot become a migration; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One statement of the source with the comment above it.
+
+    Attributes:
+        key: what it makes, the same however it is written: ``function autotag.claim(uuid, integer)``.
+        hash: of what it says, without its comments and its layout; of a function with them.
+        returns: of a function: what it returns. Postgres replaces no function that returns something else.
+        path: the file, below ``supabase/schemas``.
+    """
+
+    key: str
+    hash: str
+    text: str
+    comment: str
+    returns: str
+    path: str
+
+    @property
+    def is_function(self) -> bool:
+        return self.key.startswith("function ")
+
+
+def schema_files() -> list[Path]:
+    """The files of the source in the order of ``config.toml`` (``[db.migrations] schema_paths``)."""
+    config = tomllib.loads((SUPABASE / "config.toml").read_text())
+    return [SUPABASE / path for path in config["db"]["migrations"]["schema_paths"]]
+
+
+def source(*, host: bool) -> str:
+    """The whole schema in one script.
+
+    Args:
+        host: with the host's own tables and the adapter for them, as the stand-alone stack has it.
+    """
+    files = [path for path in schema_files() if host or path.parent.name != "host"]
+    return "\n".join(path.read_text() for path in files)
+
+
+def statements(path: Path) -> Iterator[Statement]:
+    """The statements of a file."""
+    text = path.read_text()
+    end = 0
+    for part in split(text, only_slices=True):
+        yield _statement(text[part], text[end : part.start], str(path.relative_to(SCHEMAS)))
+        end = text.find(";", part.stop) + 1 or part.stop
+
+
+def _statement(text: str, before: str, path: str) -> Statement:
+    node = parse_sql(text)[0].stmt
+    comment = "\n".join(line for line in before.strip().split("\n\n")[-1].splitlines() if line.startswith("--"))
+    if isinstance(node, ast.CreateFunctionStmt):
+        returns = RawStream()(node.returnType) if node.returnType else ""
+        outs = [RawStream()(p) for p in node.parameters or () if p.mode.value in "obt"]
+        inputs = [RawStream()(p.argType) for p in node.parameters or () if p.mode.value in "idvb"]
+        name = ".".join(part.sval for part in node.funcname)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return Statement(f"function {name}({', '.join(inputs)})", digest, text, comment, f"{returns} {outs}", path)
+    meaning = json.dumps(_without_places(json.loads(parse_sql_json(text))), sort_keys=True)
+    digest = hashlib.sha256(meaning.encode()).hexdigest()
+    return Statement(f"{type(node).__name__} {digest[:16]}", digest, text, comment, "", path)
+
+
+def _without_places(node: Any) -> Any:
+    """A syntax tree without where its parts stood."""
+    if isinstance(node, dict):
+        return {k: _without_places(v) for k, v in node.items() if not k.endswith(("location", "_len"))}
+    return [_without_places(part) for part in node] if isinstance(node, list) else node
+
+
+def engine() -> list[Statement]:
+    """All statements of the source but the host's."""
+    return [s for path in schema_files() if path.parent.name != "host" for s in statements(path)]
+
+
+# -- releases
+
+
+@dataclass(frozen=True)
+class Release:
+    """A released version: its migration's file and hash, and what the source said then (key -> hash)."""
+
+    version: str
+    file: str
+    sha256: str
+    statements: dict[str, str]
+    returns: dict[str, str]
+
+
+@cache
+def releases() -> list[Release]:
+    """All of them, the oldest first."""
+    found = [Release(**json.loads(path.read_text())) for path in RELEASES.glob("*.json")]
+    return sorted(found, key=lambda release: release.file)
+
+
+def changed_files() -> list[str]:
+    """Released migrations that are no longer what was released."""
+    return [
+        release.file
+        for release in releases()
+        if not (MIGRATIONS / release.file).exists() or sha256((MIGRATIONS / release.file).read_text()) != release.sha256
+    ]
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def next_migration(version: str) -> str:
+    """The migration from the last release to the source; empty when nothing has changed.
+
+    Raises:
+        ReleaseError: tables have changed and nobody has written how to get there.
+    """
+    now = engine()
+    last = releases()[-1] if releases() else None
+    if last is None:
+        return f"{HEADER.format(version=version)}\n{source(host=False)}"
+    before = last.statements
+    steps = CHANGES.read_text() if CHANGES.exists() else ""
+    new = [s for s in now if before.get(s.key) != s.hash]
+    gone = sorted(set(before) - {s.key for s in now})
+    tables = [s for s in new if not s.is_function and s.path not in REPEATED]
+    lost = [key for key in gone if not key.startswith("function ")]
+    functions = [s for s in new if s.is_function]
+    if not (functions or gone or tables or any(s.path in REPEATED for s in new)):
+        return ""
+    if tables and not _says_something(steps):
+        changed = "\n".join(f"  {s.path}: {re.sub(r'\s+', ' ', s.text)[:100]}" for s in tables)
+        raise ReleaseError(
+            f"Tables changed since {last.version}. Write the statements that change an existing schema into"
+            f" supabase/schemas/changes.sql:\n{changed}"
+        )
+    del lost
+    drops = [key for key in gone if key.startswith("function ")]
+    drops += [s.key for s in functions if s.key in before and last.returns.get(s.key, s.returns) != s.returns]
+    parts = [HEADER.format(version=version)]
+    parts += [steps.strip()] if _says_something(steps) else []
+    parts += [f"drop {key};" for key in sorted(drops)]
+    parts += [f"{s.comment}\n{s.text};".strip() for s in functions]
+    parts += [path.read_text().strip() for path in schema_files() if path.name in REPEATED]
+    return "\n\n".join(parts) + "\n"
+
+
+HEADER = "-- autotag {version}. Made by scripts/release from supabase/schemas; what is released never changes."
+
+
+def _says_something(text: str) -> bool:
+    return any(line.strip() and not line.strip().startswith("--") for line in text.splitlines())
+
+
+def record(version: str, file: str) -> Release:
+    """What there is to remember of a release."""
+    now = engine()
+    return Release(
+        version, file, sha256((MIGRATIONS / file).read_text()),
+        {s.key: s.hash for s in now}, {s.key: s.returns for s in now if s.is_function},
+    )  # fmt: skip
