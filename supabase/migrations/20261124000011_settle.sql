@@ -274,9 +274,10 @@ begin
 end $$;
 
 -- The highest cap that an answer of a workspace may have: what the settings say, and what fits into its window and into the
--- provider's limit beside the prompt. An image that needs more would wait for ever.
+-- provider's limit beside the prompt. An image that needs more would wait for ever. (Nobody has told the planner that its
+-- tables have one row: for a product of them it would compile.)
 create function autotag.max_cap(p_workspace_id uuid) returns integer
-language sql stable security definer set search_path = pg_catalog, pg_temp
+language sql stable security definer set search_path = pg_catalog, pg_temp set jit = off
 as $$
   select greatest(s.min_output_tokens, least(s.max_output_tokens,
     l.max_units - (p.tokens_per_image - p.output_tokens),
@@ -431,7 +432,7 @@ declare
 begin
   perform autotag.check_list(p_reports);
   if not autotag.is_own_worker(p_worker) then
-    return '{"accepted": 0, "notices": []}';
+    return jsonb_build_object('accepted', 0, 'notices', '[]'::jsonb);
   end if;
   perform from autotag.provider_limits for update;
   execute $q$ select array(
