@@ -338,14 +338,15 @@ begin
       v_requests, v_tokens, v_provider.requests_per_minute, v_provider.tokens_per_minute) end;
 end $$;
 
--- Gives back to the bucket what calls did not take from the provider's. Locks the provider row.
+-- Gives back to the bucket what calls did not take from the provider's. It is never more than a minute's worth short by what
+-- they took besides: whatever is reported, tagging goes on. Locks the provider row.
 create function autotag.refund_provider(p_requests integer, p_tokens bigint) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   update autotag.provider_limits
   set requests_left = requests_left + p_requests, day_left = day_left + p_requests,
-      tokens_left = tokens_left + p_tokens;
+      tokens_left = greatest(tokens_left + p_tokens, least(tokens_left, -tokens_per_minute));
 end $$;
 
 -- Stops both lanes until a probe succeeds; every task stays queued. Locks the provider row.

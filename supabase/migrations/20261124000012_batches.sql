@@ -471,7 +471,7 @@ declare
   v_state text := (select b.state from autotag.batches b where b.id = p_batch);
 begin
   select * into v_settings from autotag.settings;
-  p_error := autotag.check_error(p_error);
+  p_error := autotag.check_error(p_error, null);
   if p_error ->> 'code' = 'no_batch_api' and v_state not in ('preparing', 'uploading', 'creating') then
     p_error := p_error || '{"kind": "transient", "code": "provider_error"}';  -- a file that is gone is no missing API
   elsif p_error ->> 'code' = 'no_batch_api' and v_provider.proven_at is not null then
@@ -528,7 +528,7 @@ begin
   if not autotag.is_own_worker(p_worker) then
     return;
   end if;
-  p_error := autotag.check_error(p_error);
+  p_error := autotag.check_error(p_error, null);
   if p_error ->> 'kind' = 'account' and autotag.was_handed_look(p_worker) is not null then
     perform autotag.stop_account(autotag.explain_account(p_error), 'poll');
   end if;

@@ -56,11 +56,11 @@ DECISIONS = {
 }
 
 HOSTILE = "\x1b[31m\x07\x7f\x85\x9b\u061c\u200b\u200e\u200f\u2028\u2029\u202a\u202e\u2066\u2069\ufeff\U000e0041\r\n\tend"
-LONG = "x" * 100_000
-MANY = 20_000
+LONG = "x" * 20_000
+MANY = 10_001  # more than any list of a worker
 DEEP = "[" * 1000 + "]" * 1000
-HUGE = (10**400, -(10**400), 1e308, -1e308, 2**63, 2**31, -1, -0.5, 1e-300)
-START = "2026-11-28 12:00:00+00"
+HUGE = (10**400, -1e308, 2**63, -1, 0.5)
+START = "2040-01-01 12:00:00+00"  # after the installation
 
 
 @dataclass
@@ -117,7 +117,7 @@ def scene(postgres: LocalPostgres, database: str) -> Iterator[Scene]:
 def set_the_scene(scene: Scene) -> Scene:
     rows, value = scene.rows, scene.value
     rows("""update autotag.settings set test_clock = true, realtime_max_images = 10, chunk_max_images = 10, express_images = 0,
-      batch_poll_interval = '1 h', lease = '10 min'""")
+      batch_poll_interval = '1 min', lease = '150 s'""")
     rows("select set_config('autotag.now', %s, false)", START)
     scene.workspaces = [str(row["id"]) for row in rows(
         "insert into public.workspaces (name) select 'w' || n from generate_series(1, 5) n returning id")]  # fmt: skip
@@ -159,8 +159,8 @@ def results() -> list[Any]:
     tag = "blue"
     return [
         None, 5, "x", [], {}, {"tags": None}, {"tags": "blue"}, {"tags": [1, None, ["blue"], {"tag": "blue"}, True]},
-        {"tags": [tag] * MANY, "confidence": {tag: 1}, "caption": "c"},
-        {"tags": [f"tag {n}" for n in range(MANY)], "confidence": {f"tag {n}": 1 for n in range(MANY)}, "caption": "c"},
+        {"tags": [tag] * 2000, "confidence": {tag: 1}, "caption": "c"},
+        {"tags": [f"tag {n}" for n in range(500)], "confidence": {f"tag {n}": 1 for n in range(500)}, "caption": "c"},
         {"tags": [HOSTILE, "x" * 51, LONG, "", " ", "a\nb", tag, "a\\u001bb"], "confidence": {HOSTILE: 1, tag: 1}, "caption": HOSTILE,
          "model": HOSTILE},
         {"tags": [tag, 'a", "b'], "confidence": {tag: 1}, "caption": LONG, "model": LONG},
@@ -493,7 +493,7 @@ def test_every_function_of_a_worker_has_a_decision(scene: Scene) -> None:
 
 def test_a_stolen_login_wastes_nothing_but_its_own(scene: Scene) -> None:
     found, count = find(scene)
-    assert found == []
+    assert found == [], "\n".join(found)
     assert count >= 300
 
 
