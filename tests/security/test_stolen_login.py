@@ -8,6 +8,7 @@ read from the catalogue: a new one fails until it has a decision here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import uuid
@@ -55,7 +56,9 @@ DECISIONS = {
     "worker_settings": "two numbers",
 }
 
-HOSTILE = "\x1b[31m\x07\x7f\x85\x9b\u061c\u200b\u200e\u200f\u2028\u2029\u202a\u202e\u2066\u2069\ufeff\U000e0041\r\n\tend"
+HOSTILE = (
+    "\x1b[31m\x07\x7f\x85\x9b\u061c\u200b\u200e\u200f\u2028\u2029\u202a\u202e\u2066\u2069\ufeff\U000e0041\r\n\tend"
+)
 LONG = "x" * 20_000
 MANY = 10_001  # more than any list of a worker
 DEEP = "[" * 1000 + "]" * 1000
@@ -98,19 +101,15 @@ class Scene:
         return next(iter(found[0].values())) if found else None
 
     def advance(self, seconds: float) -> None:
-        self.rows(
-            "select set_config('autotag.now', (autotag.now() + make_interval(secs => %s))::text, false)", seconds
-        )
+        self.rows("select set_config('autotag.now', (autotag.now() + make_interval(secs => %s))::text, false)", seconds)
 
 
 @pytest.fixture
 def scene(postgres: LocalPostgres, database: str) -> Iterator[Scene]:
     with psycopg.connect(postgres.url("supabase_admin", database), autocommit=True, row_factory=dict_row) as connection:
         for role in (WORKER_ROLE, THIEF_ROLE):
-            try:
+            with contextlib.suppress(psycopg.errors.DuplicateObject):
                 connection.execute(sql.SQL("create role {} login in role autotag_worker").format(sql.Identifier(role)))
-            except psycopg.errors.DuplicateObject:
-                pass
         yield set_the_scene(Scene(connection))
 
 
@@ -131,7 +130,7 @@ def set_the_scene(scene: Scene) -> Scene:
         scene.as_(
             login, "select autotag.register_worker(%s, 'host', autotag.schema_version(), true, 'http://p', 'k')", worker
         )
-    rows("update autotag.provider_limits set proven_at = autotag.now(), next_poll_at = autotag.now() + interval '1 h',"
+    rows("update autotag.provider_limits set proven_at = autotag.now(), next_poll_at = autotag.now() + interval '1 min',"
          " checked_at = autotag.now()")  # fmt: skip
     for worker, login, images in ((scene.good, WORKER_ROLE, 3), (scene.thief, THIEF_ROLE, 12)):
         claimed = scene.as_(login, "select tasks from autotag.claim(%s, %s)", worker, images)
@@ -339,7 +338,9 @@ def wrong(scene: Scene, before: dict[str, Any], columns: list[tuple[str, str, st
         shown = name if kind == "text" else f"replace({name}::text, '\\\\', '')"
         escape = "" if kind == "text" else f" or {shown} ~ '\\\\[bfnrtu]'"
         most = 1000 if kind == "text" else 30_000
-        if scene.value(f"select count(*) from {table} where {printable_not(shown)}{escape} or length({name}::text) > {most}"):
+        if scene.value(
+            f"select count(*) from {table} where {printable_not(shown)}{escape} or length({name}::text) > {most}"
+        ):
             return f"{table}.{column} holds what cannot be shown, or too much"
     [provider] = scene.rows("""
       select requests_per_minute, tokens_per_minute, tokens_per_image, requests_left, tokens_left,
@@ -353,11 +354,16 @@ def wrong(scene: Scene, before: dict[str, Any], columns: list[tuple[str, str, st
     for name in ("requests_left", "tokens_left"):
         if not -1e10 <= provider[name] <= 1e10:
             return f"{name} is {provider[name]}"
-    if scene.rows("select 1 from public.workspace_rate_limits w, unnest(w.units) u where u not between 0 and 1000000000"):
+    if scene.rows(
+        "select 1 from public.workspace_rate_limits w, unnest(w.units) u where u not between 0 and 1000000000"
+    ):
         return "a window is out of bounds"
-    if scene.rows("""select 1 from autotag.usage where not (input_tokens between 0 and 10000000 * requests::bigint and
+    if scene.rows(
+        """select 1 from autotag.usage where not (input_tokens between 0 and 10000000 * requests::bigint and
       output_tokens between 0 and 10000000 * requests::bigint and images <= requests and coalesce(cost, 0) between 0 and 1000 * requests)
-      or requests > 40 or workspace_id <> all (%s::uuid[])""", scene.workspaces):
+      or requests > 40 or workspace_id <> all (%s::uuid[])""",
+        scene.workspaces,
+    ):
         return "usage is out of bounds"
     if scene.value("select count(*) from autotag.workers") > 3:
         return "there are workers that nobody registered"
@@ -384,7 +390,15 @@ def told_too_much(scene: Scene, answer: str, function: str) -> bool:
 def drain(scene: Scene) -> str | None:
     """Lets the good worker do everything that there is; what is left, if it cannot."""
     good = {"tags": ["good"], "confidence": {"good": 1}, "caption": "c", "model": "m"}
-    usage = {"input": 700, "cached": 0, "cache_write": 0, "output": 100, "reasoning": 0, "model": "gpt-6-luna", "tier": "default"}
+    usage = {
+        "input": 700,
+        "cached": 0,
+        "cache_write": 0,
+        "output": 100,
+        "reasoning": 0,
+        "model": "gpt-6-luna",
+        "tier": "default",
+    }
     own = [*scene.tasks[scene.good]]
     for _ in range(200):
         told = json.dumps([{**task, "result": good, "usage": usage} for task in own])
@@ -406,7 +420,9 @@ def drain(scene: Scene) -> str | None:
         [look] = scene.rows("select poll from autotag.claim_batches(%s, 50)", scene.good)
         scene.become(None)
         if look["poll"]:
-            ended = json.dumps([{"id": one["id"], "status": "completed", "total": 11, "done": 11} for one in look["poll"]])
+            ended = json.dumps(
+                [{"id": one["id"], "status": "completed", "total": 11, "done": 11} for one in look["poll"]]
+            )
             scene.as_(WORKER_ROLE, "select autotag.batches_seen(%s, %s)", scene.good, ended)
     left = scene.rows("select lane, stage, count(*) as n from autotag.tasks where finished_at is null group by 1, 2")
     return f"images are never tagged: {left}"
@@ -460,7 +476,10 @@ def fingerprint(scene: Scene) -> str:
     """Of all that is stored."""
     tables = scene.rows("select oid::regclass::text as name from pg_class where relkind = 'r' and (relnamespace = 'autotag'::regnamespace"
                         " or oid in ('public.assets'::regclass, 'public.workspace_rate_limits'::regclass)) order by 1")  # fmt: skip
-    parts = ", ".join(f"(select md5(coalesce(string_agg(t::text, ' ' order by t::text), '')) from {table['name']} t)" for table in tables)
+    parts = ", ".join(
+        f"(select md5(coalesce(string_agg(t::text, ' ' order by t::text), '')) from {table['name']} t)"
+        for table in tables
+    )
     return str(scene.value(f"select concat({parts})"))
 
 
@@ -469,7 +488,9 @@ def call(scene: Scene, attempt: Attempt) -> tuple[str, str | None]:
     try:
         with scene.connection.transaction():
             scene.become(THIEF_ROLE)
-            found = scene.rows(f"select to_jsonb(f)::text as f from autotag.{attempt.function}({attempt.places}) f", *attempt.arguments)
+            found = scene.rows(
+                f"select to_jsonb(f)::text as f from autotag.{attempt.function}({attempt.places}) f", *attempt.arguments
+            )
             return " ".join(str(row["f"]) for row in found), None
     except psycopg.Error as error:
         state = error.sqlstate or ""

@@ -17,8 +17,8 @@ class Consequence(NamedTuple):
     """What follows from an error of a kind; the same table as ``autotag.error_kinds`` (a test compares them).
 
     counts: each one counts as a failure of its image. delays: the image waits before its next try. pauses: nothing is
-    tagged until one image that tries succeeds. ends: the image fails, unless ``retry`` is set. suspects: codes with which
-    it may be the image's after all, so that these count, too.
+    tagged until one image that tries succeeds. ends: the image fails, unless ``retry`` is set. suspects: codes with
+    which it may be the image's after all, so that these count, too.
     """
 
     counts: bool
