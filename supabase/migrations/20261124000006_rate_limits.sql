@@ -308,9 +308,10 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.lock_provider();
-  -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (its guide "Rate limits")
-  v_requests integer := coalesce(autotag.check_number(p_seen, 'requests_limit', 1, 1000000), v_provider.requests_per_minute);
-  v_tokens integer := coalesce(autotag.check_number(p_seen, 'tokens_limit', 1, 2000000000), v_provider.tokens_per_minute);
+  -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (its guide "Rate limits"). A bucket of less than
+  -- the least here would never hold a call, and no answer would ever say better.
+  v_requests integer := coalesce(autotag.check_number(p_seen, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
+  v_tokens integer := coalesce(autotag.check_number(p_seen, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
   v_minutes double precision := extract(epoch from
     autotag.clock_interval(coalesce(autotag.check_number(p_seen, 'age', 0, 3600), 0))) / 60;
   v_retry_after double precision := autotag.check_number(p_seen, 'retry_after', 0, 3600);
