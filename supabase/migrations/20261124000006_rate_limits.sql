@@ -218,7 +218,7 @@ begin
   set requests[array_position(w.admitted_at, p_at)] =
         greatest(0, w.requests[array_position(w.admitted_at, p_at)] + p_requests_delta),
       units[array_position(w.admitted_at, p_at)] =
-        greatest(0, w.units[array_position(w.admitted_at, p_at)] + p_units_delta)
+        least(greatest(0, w.units[array_position(w.admitted_at, p_at)]::bigint + p_units_delta), 1000000000)
   where w.workspace_id = p_workspace_id and w.request_type = p_request_type
     and array_position(w.admitted_at, p_at) is not null;
 end $$;
@@ -273,15 +273,6 @@ begin
   return autotag.refill(v_provider, autotag.now());
 end $$;
 
--- A number that a worker reports, made sure of: null for what is none, else within bounds that make sense.
-create function autotag.check_number(p_report jsonb, p_name text, p_least double precision, p_most double precision)
-returns double precision
-language sql immutable parallel safe set search_path = pg_catalog, pg_temp
-as $$
-  select case when jsonb_typeof(p_report -> p_name) = 'number'
-    then least(greatest((p_report ->> p_name)::numeric, p_least::numeric), p_most::numeric)::double precision end
-$$;
-
 -- A worker has sent so many of the calls that were released to it (or will not send them at all), the first of
 -- them so many seconds ago. Had the bucket been full until then, it has refilled since. Locks the provider row.
 create function autotag.note_sent(p_worker uuid, p_calls integer, p_age double precision) returns void
@@ -294,7 +285,8 @@ declare
   v_minutes double precision := extract(epoch from autotag.clock_interval(least(greatest(p_age, 0), 3600))) / 60;
 begin
   -- It cannot have sent more than it was given, nor before the last refill that could matter.
-  update autotag.workers w set unsent = greatest(0, w.unsent - greatest(p_calls, 0)) where w.id = p_worker;
+  update autotag.workers w set unsent = greatest(0, w.unsent - greatest(p_calls, 0))
+  where w.id = p_worker and w.login = session_user;
   update autotag.provider_limits p
   set requests_left = v_provider.requests_left + case
         when v_provider.requests_left >= v_provider.requests_per_minute * v_share - v_unsent
@@ -316,9 +308,10 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.lock_provider();
-  -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (its guide "Rate limits")
-  v_requests integer := coalesce(autotag.check_number(p_seen, 'requests_limit', 1, 1000000), v_provider.requests_per_minute);
-  v_tokens integer := coalesce(autotag.check_number(p_seen, 'tokens_limit', 1, 2000000000), v_provider.tokens_per_minute);
+  -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (its guide "Rate limits"). A bucket of less than
+  -- the least here would never hold a call, and no answer would ever say better.
+  v_requests integer := coalesce(autotag.check_number(p_seen, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
+  v_tokens integer := coalesce(autotag.check_number(p_seen, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
   v_minutes double precision := extract(epoch from
     autotag.clock_interval(coalesce(autotag.check_number(p_seen, 'age', 0, 3600), 0))) / 60;
   v_retry_after double precision := autotag.check_number(p_seen, 'retry_after', 0, 3600);
@@ -346,14 +339,15 @@ begin
       v_requests, v_tokens, v_provider.requests_per_minute, v_provider.tokens_per_minute) end;
 end $$;
 
--- Gives back to the bucket what calls did not take from the provider's. Locks the provider row.
+-- Gives back to the bucket what calls did not take from the provider's. It is never more than a minute's worth short by what
+-- they took besides: whatever is reported, tagging goes on. Locks the provider row.
 create function autotag.refund_provider(p_requests integer, p_tokens bigint) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   update autotag.provider_limits
   set requests_left = requests_left + p_requests, day_left = day_left + p_requests,
-      tokens_left = tokens_left + p_tokens;
+      tokens_left = greatest(tokens_left + p_tokens, least(tokens_left, -tokens_per_minute));
 end $$;
 
 -- Stops both lanes until a probe succeeds; every task stays queued. Locks the provider row.
@@ -412,6 +406,9 @@ begin
   -- A cap that the limit a minute could never hold would stop everything.
   v_output := least(greatest(v_output, v_settings.min_output_tokens), v_settings.max_output_tokens,
     greatest((0.9 * p_provider.tokens_per_minute)::integer - v_prompt, v_settings.min_output_tokens));
+  -- Whatever was learned, a workspace's minute holds two images, or what the first guess lets it hold: tagging may become
+  -- slower by it, and never stands still. (Real use corrects the windows.)
+  v_prompt := least(v_prompt, greatest(v_settings.realtime_tokens_per_minute / 2 - v_output, autotag.guess_prompt(v_question)));
   p_provider.output_tokens := v_output;
   p_provider.tokens_per_image := v_prompt + v_output;
   return p_provider;
@@ -446,8 +443,8 @@ begin
   return p_provider;
 end $$;
 
--- Learns from what answers to a question (null: the present one) used: their prompts' and answers' tokens, in parallel. The
--- caller holds the provider row.
+-- Learns from what answers to a question (null: the present one) used: their prompts' and answers' tokens, in parallel. No
+-- prompt is believed to be more than twenty times the first guess. The caller holds the provider row.
 create function autotag.learn(p_inputs integer[], p_outputs integer[], p_question jsonb default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -455,12 +452,15 @@ declare
   v_provider autotag.provider_limits;
   v_question jsonb;
   v_memory integer := (select s.learning_memory from autotag.settings s);
+  v_most integer;
 begin
   if cardinality(p_inputs) = 0 then
     return;
   end if;
   select * into v_provider from autotag.provider_limits;
   v_question := coalesce(p_question, v_provider.question);
+  v_most := 20 * autotag.guess_prompt(v_question);
+  p_inputs := array(select least(i, v_most) from unnest(p_inputs) i);
   insert into autotag.learned as l (model, image_detail, reasoning_effort, max_tags, tag_language, answers, prompt, output, learned_at)
   values (v_question ->> 'model', v_question ->> 'image_detail',
     coalesce(v_question ->> 'reasoning_effort', ''), (v_question ->> 'max_tags')::integer,

@@ -11,22 +11,34 @@ create table autotag.workers (
   lease_until timestamptz not null,
   unsent integer not null default 0,         -- calls released to it that it has not sent yet
   base_url text,                             -- of the provider that it asks …
-  fingerprint text                           -- … and what stands for that and its key
+  fingerprint text,                          -- … and what stands for that and its key
+  look_at timestamptz,                       -- when it was handed a look at the provider last (claim_batches)
+  login name not null default session_user   -- whose it is: nobody else acts for it
 ) with (fillfactor = 50);
 create index workers_lease_until_idx on autotag.workers (lease_until);
+create index workers_login_idx on autotag.workers (login);
 alter table autotag.workers enable row level security;
+
+-- Whether a worker is of the login that calls. A worker that is not known (its lease has run out) is nobody's.
+create function autotag.is_own_worker(p_worker uuid) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (select from autotag.workers w where w.id = p_worker and w.login = session_user);
+end $$;
 
 -- Refuses a worker of another version than the schema's: their first two numbers have to be the same.
 create function autotag.check_version(p_version text) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_worker integer[] := (regexp_match(p_version, '^(\d+)\.(\d+)'))::integer[];
+  v_worker integer[] := (regexp_match(p_version, '^(\d{1,6})\.(\d{1,6})(?!\d)'))::integer[];
   v_schema integer[] := (regexp_match(autotag.schema_version(), '^(\d+)\.(\d+)'))::integer[];
 begin
   if v_worker is distinct from v_schema then
     perform autotag.refuse(426, 'versions_differ',
-      format('This worker is autotag %s, and the database''s schema is of autotag %s.', p_version, autotag.schema_version()),
+      format('This worker is autotag %s, and the database''s schema is of autotag %s.',
+        coalesce(autotag.printable(p_version, 50), 'of no version'), autotag.schema_version()),
       case when v_worker > v_schema then 'Apply the new migrations: autotag migrate, or supabase db push.'
         else format('Install the worker that belongs to it: pip install ''supabase-autotag==%s.%s.*''.',
           v_schema[1], v_schema[2]) end);
@@ -35,7 +47,8 @@ end $$;
 
 -- A worker introduces itself and learns what it needs to know. p_base_url is where it finds the provider, p_fingerprint
 -- stands for that address and the key: one that was not seen last has to prove itself, and another address may be a
--- provider that can do other things. Locks: provider.
+-- provider that can do other things. Refuses an id that is of another login, and more workers of one login than anybody
+-- has. Locks: provider.
 create function autotag.register_worker(
   p_worker uuid, p_host text, p_version text, p_listening boolean, p_base_url text default null, p_fingerprint text default null
 ) returns jsonb
@@ -43,24 +56,38 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
+  v_login name;
 begin
   perform autotag.check_version(p_version);
+  if p_worker is null then
+    perform autotag.refuse(400, 'no_worker', 'A worker needs an id.', 'Pass a uuid of its own.');
+  end if;
+  v_login := (select w.login from autotag.workers w where w.id = p_worker);
+  if v_login <> session_user then
+    perform autotag.refuse(403, 'not_your_worker', 'This worker is of another login.', 'Register with an id of its own.');
+  elsif v_login is null and (select count(*) from autotag.workers w where w.login = session_user) >= 1000 then
+    perform autotag.refuse(429, 'too_many_workers', 'This login has 1,000 workers already.',
+      'Wait until the leases of those that are gone run out.', jsonb_build_object('retry_after', 60));
+  end if;
+  p_base_url := autotag.printable(p_base_url, 300);
+  p_fingerprint := autotag.printable(p_fingerprint, 100);
   update autotag.provider_limits p
-  set base_url = left(p_base_url, 300), fingerprint = left(p_fingerprint, 100), fingerprint_since = autotag.now(),
+  set base_url = p_base_url, fingerprint = p_fingerprint, fingerprint_since = autotag.now(),
       proven_at = null, probe_at = null,
       account_error = null, account_error_from = null, account_error_at = null, checked_at = '-infinity',
-      has_batches = case when p.base_url = left(p_base_url, 300) then p.has_batches end,
-      batches_refused = p.base_url = left(p_base_url, 300) and p.batches_refused,
-      has_rate_headers = case when p.base_url = left(p_base_url, 300) then p.has_rate_headers end,
-      keep_files = case when p.base_url = left(p_base_url, 300) then p.keep_files else 604800 end
-  where p_fingerprint is not null and p.fingerprint is distinct from left(p_fingerprint, 100);
+      has_batches = case when p.base_url = p_base_url then p.has_batches end,
+      batches_refused = coalesce(p.base_url = p_base_url, false) and p.batches_refused,
+      has_rate_headers = case when p.base_url = p_base_url then p.has_rate_headers end,
+      keep_files = case when p.base_url = p_base_url then p.keep_files else 604800 end
+  where p_fingerprint is not null and p.fingerprint is distinct from p_fingerprint;
   insert into autotag.workers (id, host, version, listening, started_at, seen_at, lease_until, base_url, fingerprint)
-  select p_worker, p_host, p_version, p_listening, v_now, v_now, v_now + s.lease,
-    left(p_base_url, 300), left(p_fingerprint, 100)
+  select p_worker, coalesce(autotag.printable(p_host, 100), ''), autotag.printable(p_version, 50), coalesce(p_listening, false),
+    v_now, v_now, v_now + s.lease, p_base_url, p_fingerprint
   from autotag.settings s
   on conflict (id) do update set version = excluded.version, listening = excluded.listening, seen_at = excluded.seen_at,
     lease_until = excluded.lease_until, unsent = 0, base_url = excluded.base_url,
-    fingerprint = excluded.fingerprint;
+    fingerprint = excluded.fingerprint
+  where autotag.workers.login = session_user;
   return autotag.worker_settings();
 end $$;
 
@@ -85,7 +112,7 @@ declare
 begin
   update autotag.workers w
   set seen_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s)
-  where w.id = p_worker returning w.version into v_version;
+  where w.id = p_worker and w.login = session_user returning w.version into v_version;
   v_alive := found;
   if v_alive then
     perform autotag.check_version(v_version);
@@ -94,13 +121,13 @@ begin
   return v_alive;
 end $$;
 
--- Whether a worker may be given something: not when its lease has run out, because what it got then nobody would take
+-- Whether a worker may be given something: not when it is another login's, or its lease has run out, because what it got then nobody would take
 -- back should it never return. Nor can it run out before the caller's transaction ends. Locks the worker's row.
 create function autotag.hold_lease(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform from autotag.workers w where w.id = p_worker for key share skip locked;
+  perform from autotag.workers w where w.id = p_worker and w.login = session_user for key share skip locked;
   return found;
 end $$;
 
@@ -199,8 +226,12 @@ create function autotag.release_worker(p_worker uuid) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_count integer := autotag.give_back(p_worker, '{}', '{}', false);
+  v_count integer;
 begin
+  if not autotag.is_own_worker(p_worker) then
+    return 0;
+  end if;
+  v_count := autotag.give_back(p_worker, '{}', '{}', false);
   delete from autotag.workers w where w.id = p_worker;
   return v_count;
 end $$;
@@ -208,11 +239,16 @@ end $$;
 -- A worker that never saw the answer to a claim (the connection broke) names what it has in hand; null for
 -- the kind that is not in question.
 create function autotag.release_unheld(p_worker uuid, p_tasks bigint[], p_batches uuid[]) returns integer
-language sql security definer set search_path = pg_catalog, pg_temp
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
+begin
+  perform autotag.check_ids(greatest(cardinality(p_tasks), cardinality(p_batches)));
+  if not autotag.is_own_worker(p_worker) then
+    return 0;
+  end if;
   update autotag.workers w set unsent = 0 where w.id = p_worker and p_tasks is not null;
-  select autotag.give_back(p_worker, p_tasks, p_batches, false)
-$$;
+  return autotag.give_back(p_worker, p_tasks, p_batches, false);
+end $$;
 
 -- Gives back what workers held whose lease has run out. Called by tick().
 create function autotag.expire_workers() returns integer

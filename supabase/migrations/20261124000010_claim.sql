@@ -65,6 +65,7 @@ declare
   v_tokens bigint := 0;        -- that they reserve
 begin
   tasks := '[]';
+  p_slots := least(p_slots, 10000);
   if p_slots is null or p_slots < 1 then
     return;
   end if;

@@ -11,39 +11,119 @@ create type autotag.answer as (
   output_tokens integer,       -- the cap of the answer that was asked for
   result jsonb,                -- {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}
   error jsonb,                 -- {kind, code, message, retry, retry_after, origin, parameter}
-  usage jsonb,                 -- {input, cached, cache_write, output, reasoning, model, tier}, whenever the provider answered
+  usage jsonb,                 -- as check_usage() makes it, whenever the provider answered
   called boolean               -- whether it was asked at all
 );
 
--- An error as a worker reports it, made sure of: its kind is one of error_kinds, texts are short, waits make sense. What
--- has no error has to have a result that can be stored (p_result).
+-- A result as a worker reports it, made sure of: {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model} and nothing else,
+-- at most 50 tags of 50 characters, a caption of 300. Tags that are none (empty, no text, a sentence) are left out, like
+-- confidences of none of them. Null: there is no list of tags, or none of it is a tag.
+create function autotag.check_result(p_result jsonb) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tags jsonb := p_result -> 'tags';
+  v_kept text[];
+  v_sure jsonb;
+begin
+  if v_tags is null or jsonb_typeof(p_result) <> 'object' or jsonb_typeof(v_tags) <> 'array' then
+    return null;
+  end if;
+  -- Nearly every result is as it should be, and is only looked at.
+  if autotag.is_tidy(p_result) then
+    return p_result;
+  end if;
+  v_kept := array(
+    select k.tag from (
+      select distinct on (x.tag) x.tag, x.i from (
+        select autotag.printable(e #>> '{}', 51) as tag, i from jsonb_array_elements(v_tags) with ordinality u (e, i)
+        where jsonb_typeof(e) = 'string' limit 1000) x
+      where length(x.tag) between 1 and 50 order by x.tag, x.i) k
+    order by k.i limit 50);
+  if v_kept = '{}' and v_tags <> '[]' then
+    return null;
+  end if;
+  if jsonb_typeof(p_result -> 'confidence') = 'object' then
+    select jsonb_object_agg(t, autotag.check_number(p_result -> 'confidence', t, 0, 1)) into v_sure
+    from unnest(v_kept) t where jsonb_typeof(p_result -> 'confidence' -> t) = 'number';
+  end if;
+  return jsonb_build_object('tags', to_jsonb(v_kept), 'confidence', coalesce(v_sure, '{}'),
+    'caption', coalesce(autotag.printable(case when jsonb_typeof(p_result -> 'caption') = 'string' then p_result ->> 'caption' end, 300), ''),
+    'model', coalesce(autotag.printable(case when jsonb_typeof(p_result -> 'model') = 'string' then p_result ->> 'model' end, 100), ''));
+end $$;
+
+-- Whether nothing of a result (an object with a list of tags) has to be made sure of. It is looked at as text, which costs
+-- a fifth of taking it apart.
+create function autotag.is_tidy(p_result jsonb) returns boolean
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tags text := p_result -> 'tags';
+  v_sure text := p_result -> 'confidence';
+  v_caption text := p_result ->> 'caption';
+  v_model text := coalesce(p_result ->> 'model', '');
+begin
+  return pg_column_size(p_result) < 8000 and jsonb_array_length(p_result -> 'tags') <= 50
+    and p_result - '{tags,confidence,caption,model}'::text[] = '{}'
+    and jsonb_typeof(p_result -> 'caption') = 'string' and length(v_caption) <= 300 and length(v_model) <= 100
+    and jsonb_typeof(p_result -> 'confidence') = 'object' and coalesce(jsonb_typeof(p_result -> 'model') = 'string', true)
+    and autotag.is_plain(v_tags || v_sure || v_caption || v_model) and strpos(v_tags || v_sure, '\') = 0
+    -- an element that is no text, a tag or label that is too long or empty, a number that is none from 0 to 1
+    and v_tags !~ '\[[^"\]]|, [^"]|[^"]{51}|""' and v_sure !~ ': (1[^,}]|0[^.,}]|[^01])|[^"]{51}|""';
+end $$;
+
+-- An error as a worker reports it, made sure of: its kind is one of error_kinds, texts are short and printable, waits make
+-- sense. What has no error has to have a result that can be stored (p_result, as check_result() makes it).
 create function autotag.check_error(p_error jsonb, p_result jsonb default '{"tags": []}') returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_error is null or jsonb_typeof(p_error) = 'null' then
-    if jsonb_typeof(p_result) = 'object' and jsonb_typeof(p_result -> 'tags') = 'array' then
+    if p_result is not null then
       return null;
     end if;
     p_error := '{"kind": "transient", "code": "no_result"}';
   end if;
   return jsonb_build_object(
     'kind', coalesce((select k.kind from autotag.error_kinds k where k.kind = p_error ->> 'kind'), 'transient'),
-    'code', coalesce(nullif(left(p_error ->> 'code', 100), ''), 'unknown'),
-    'message', coalesce(left(p_error ->> 'message', 1000), 'Tagging this image did not work.'),
+    'code', coalesce(nullif(autotag.printable(p_error ->> 'code', 100), ''), 'unknown'),
+    'message', coalesce(nullif(autotag.printable(p_error ->> 'message', 1000), ''), 'Tagging this image did not work.'),
     'retry', coalesce(p_error ->> 'retry', '') = 'true',
-    'retry_after', case when jsonb_typeof(p_error -> 'retry_after') = 'number'
-      then least(greatest((p_error ->> 'retry_after')::numeric, 0), 3600) end,
-    'origin', p_error ->> 'origin', 'parameter', p_error ->> 'parameter');
+    'retry_after', autotag.check_number(p_error, 'retry_after', 0, 3600),
+    'origin', case when p_error ->> 'origin' in ('provider', 'storage', 'host', 'worker') then p_error ->> 'origin' end,
+    'parameter', case when p_error ->> 'parameter' in
+      ('token_cap', 'reasoning_effort', 'response_format', 'detail', 'service_tier', 'expires_after')
+      then p_error ->> 'parameter' end);
 end $$;
 
--- A count of tokens as a worker reports it: none is negative or beyond what one answer can have.
-create function autotag.check_tokens(p_usage jsonb, p_name text) returns integer
-language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+-- Figures of usage as a worker reports them, made sure of: {input, cached, cache_write, output, reasoning} tokens, none
+-- negative or beyond what one answer can have, the model that answered and the service tier (null: it does not say). Null:
+-- the provider gave no figures.
+create function autotag.check_usage(p_usage jsonb) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-  select case when jsonb_typeof(p_usage -> p_name) = 'number'
-    then least(greatest((p_usage ->> p_name)::numeric, 0), 10000000)::integer else 0 end
-$$;
+declare
+  v_model text := p_usage ->> 'model';
+  v_tier text := p_usage ->> 'tier';
+begin
+  if p_usage is null or jsonb_typeof(p_usage) <> 'object' then
+    return null;
+  end if;
+  -- Nearly all are as they should be, and are only looked at. (In jsonb's order nothing but numbers lies between two.)
+  if p_usage -> 'input' between '0' and '10000000' and p_usage -> 'output' between '0' and '10000000'
+    and p_usage -> 'cached' between '0' and '10000000' and p_usage -> 'cache_write' between '0' and '10000000'
+    and p_usage -> 'reasoning' between '0' and '10000000'
+    and length(v_model) between 1 and 100 and length(v_tier) between 1 and 20 and autotag.is_plain(v_model || v_tier) then
+    return p_usage;
+  end if;
+  return jsonb_build_object(
+    'input', coalesce(autotag.check_number(p_usage, 'input', 0, 10000000), 0)::integer,
+    'cached', coalesce(autotag.check_number(p_usage, 'cached', 0, 10000000), 0)::integer,
+    'cache_write', coalesce(autotag.check_number(p_usage, 'cache_write', 0, 10000000), 0)::integer,
+    'output', coalesce(autotag.check_number(p_usage, 'output', 0, 10000000), 0)::integer,
+    'reasoning', coalesce(autotag.check_number(p_usage, 'reasoning', 0, 10000000), 0)::integer,
+    'model', nullif(autotag.printable(v_model, 100), ''), 'tier', nullif(autotag.printable(v_tier, 20), ''));
+end $$;
 
 -- The table of tasks is empty at one moment and full at the next, and a plan kept from the one reads all of the other. So
 -- what joins with it is planned every time: by `execute` where a worker's every report passes, and where few do by
@@ -194,9 +274,10 @@ begin
 end $$;
 
 -- The highest cap that an answer of a workspace may have: what the settings say, and what fits into its window and into the
--- provider's limit beside the prompt. An image that needs more would wait for ever.
+-- provider's limit beside the prompt. An image that needs more would wait for ever. (Nobody has told the planner that its
+-- tables have one row: for a product of them it would compile.)
 create function autotag.max_cap(p_workspace_id uuid) returns integer
-language sql stable security definer set search_path = pg_catalog, pg_temp
+language sql stable security definer set search_path = pg_catalog, pg_temp set jit = off
 as $$
   select greatest(s.min_output_tokens, least(s.max_output_tokens,
     l.max_units - (p.tokens_per_image - p.output_tokens),
@@ -226,6 +307,7 @@ declare
   v_answer autotag.answer;
   v_asked_at timestamptz;
   v_settled text[] := array[]::text[];    -- parameters that have their next form since this call
+  v_suspects text[] := (select k.suspects from autotag.error_kinds k where k.kind = 'account');
 begin
   select * into v_provider from autotag.provider_limits;
   foreach v_answer in array p_answers loop
@@ -244,7 +326,7 @@ begin
         v_answer.error := v_answer.error || '{"kind": "account"}';
       elsif v_answer.error ->> 'kind' = 'account' and (
           -- too large for this provider: a smaller picture may pass, so it may well be this one
-          v_answer.error ->> 'code' in ('http_413', 'context_too_small')
+          v_answer.error ->> 'code' = any (v_suspects)
           or v_provider.proven_at is not null
             and exists (select from autotag.tasks t where t.id = v_answer.task and t.error_code is not null)) then
         v_answer.error := v_answer.error || '{"counts": true}';
@@ -278,10 +360,10 @@ declare
   v_works boolean;             -- one of them shows that it works now: it was asked after whatever made us doubt it
 begin
   select * into v_provider from autotag.provider_limits;
-  select array_agg(autotag.check_tokens(a.usage, 'input')) filter (where autotag.check_tokens(a.usage, 'input') > 0),
+  select array_agg((a.usage -> 'input')::integer) filter (where (a.usage -> 'input')::integer > 0),
     -- what a cut-off answer would have needed nobody knows: at least what the next try may have
     array_agg(case when a.error ->> 'code' = 'answer_too_long' then coalesce(autotag.next_cap(a), 1)
-      else greatest(autotag.check_tokens(a.usage, 'output'), 1) end) filter (where autotag.check_tokens(a.usage, 'input') > 0),
+      else greatest((a.usage -> 'output')::integer, 1) end) filter (where (a.usage -> 'input')::integer > 0),
     coalesce(bool_or(a.error is null), false),
     coalesce(bool_or(a.error is null and coalesce(p_asked_at, a.reserved_at) >=
       greatest(v_provider.account_error_at, v_provider.fingerprint_since)), false)
@@ -325,13 +407,10 @@ create function autotag.explain_account(p_error jsonb, p_model text default null
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_model text := coalesce(p_model, (select p.question ->> 'model' from autotag.provider_limits p));
-  m autotag.models := autotag.find_model(v_model);
+  v_end jsonb := autotag.describe_shutdown(coalesce(p_model, (select p.question ->> 'model' from autotag.provider_limits p)));
 begin
-  return concat_ws(' ', p_error ->> 'message',
-    case when p_error ->> 'origin' = 'provider' and m.shutdown_date <= (autotag.now() at time zone 'utc')::date then
-      format('%s was shut down on %s%s', v_model, m.shutdown_date, case when m.successor is not null then format(
-        '; its successor is %1$s: update autotag.settings set model = ''%1$s'';', m.successor) else '.' end) end);
+  return concat_ws(' ', p_error ->> 'message', case when p_error ->> 'origin' = 'provider' and (v_end ->> 'days')::integer <= 0 then
+    concat_ws(' ', v_end ->> 'message', 'update autotag.settings set model = ' || quote_literal(v_end ->> 'successor') || ';') end);
 end $$;
 
 -- settle: a worker reports what became of its single calls, in bulk.
@@ -339,7 +418,7 @@ end $$;
 -- usage is there whenever the provider answered, also when the answer was of no use, and `called` when it was asked at all.
 -- p_seen: the newest limits seen in answers' headers (observe_provider), and {sent, sent_age} (note_sent).
 -- A report for a task that is not the worker's any more, or with an older attempt, is refused and changes
--- nothing. Returns {accepted, notices: [{event, notice}]}: how many, and sentences for the log.
+-- nothing; so is what another login says of a worker. Returns {accepted, notices: [{event, notice}]}: how many, and sentences for the log.
 -- Locks: provider, workspaces (of errors), windows, jobs, tasks; each by id.
 create function autotag.settle(p_worker uuid, p_reports jsonb, p_seen jsonb default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
@@ -351,14 +430,25 @@ declare
   v_changed text;              -- the provider's limits have
   v_refund record;
 begin
+  perform autotag.check_list(p_reports);
+  if not autotag.is_own_worker(p_worker) then
+    return jsonb_build_object('accepted', 0, 'notices', '[]'::jsonb);
+  end if;
   perform from autotag.provider_limits for update;
   execute $q$ select array(
-    select distinct on (t.id) row(t.id, t.attempt, t.job_id, t.workspace_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
-      r.result, autotag.check_error(r.error, r.result), r.usage, coalesce(r.called, true))::autotag.answer
-    from jsonb_to_recordset($1) r
-      (task bigint, attempt integer, result jsonb, error jsonb, usage jsonb, called boolean)
-    join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = $2
-    order by t.id) $q$
+    select row(x.id, x.attempt, x.job_id, x.workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens,
+      x.result, autotag.check_error(x.error, x.result), autotag.check_usage(x.usage), x.called)::autotag.answer
+    from (
+      select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
+        autotag.check_result(r.result) as result, r.error, r.usage, r.called
+      from (
+        select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
+          case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end as attempt,
+          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage,
+          e -> 'called' is distinct from 'false' as called
+        from jsonb_array_elements($1) e) r
+      join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = $2
+      order by t.id) x) $q$
   into v_answers using p_reports, p_worker;
   v_failed := exists (select from unnest(v_answers) a where a.error is not null);
   if v_failed then
@@ -371,7 +461,7 @@ begin
   cross join lateral (
     select case when not a.called or a.error ->> 'code' = 'rate_limited' then 1 else 0 end as requests,
       case when not a.called or a.error ->> 'code' = 'rate_limited' then a.reserved_tokens
-        when a.usage is not null then a.reserved_tokens - autotag.check_tokens(a.usage, 'input') - a.output_tokens
+        when a.usage is not null then a.reserved_tokens - (a.usage -> 'input')::integer - a.output_tokens
         else 0 end as tokens) u
   where a.reserved_tokens is not null;
   if p_seen ? 'sent' then
@@ -398,10 +488,10 @@ begin
   for v_window in
     select a.workspace_id, a.reserved_at,
       -count(*) filter (where not a.called)::integer as requests,
-      sum(case when a.usage is not null
-            then autotag.check_tokens(a.usage, 'input') + autotag.check_tokens(a.usage, 'output') - a.reserved_tokens
+      least(sum(case when a.usage is not null
+            then (a.usage -> 'input')::integer + (a.usage -> 'output')::integer - a.reserved_tokens
           when a.error ->> 'code' = 'provider_unreachable' then 0
-          else -a.reserved_tokens end)::integer as units
+          else -a.reserved_tokens end), 1000000000)::integer as units
     from unnest(v_answers) a
     where a.reserved_at is not null
     group by a.workspace_id, a.reserved_at order by a.workspace_id, a.reserved_at

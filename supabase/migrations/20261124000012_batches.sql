@@ -38,7 +38,8 @@ create table autotag.batches (
   running_at timestamptz,                     -- when OpenAI was first seen to work on it
   predicted_seconds double precision,         -- what it was expected to take when OpenAI got it
   progress_at timestamptz,                    -- when a look at it last saw something new
-  looks_in_vain integer not null default 0,   -- … and how many in a row did not find it at OpenAI
+  looks_in_vain integer not null default 0,   -- … and how many in a row did not find it at OpenAI …
+  vain_look_at timestamptz,                   -- … of which this was the last (workers.look_at): each counts once
   cancel_requested boolean not null default false,
   stuck boolean not null default false,       -- given up: what OpenAI has not done goes as single calls
   stored boolean not null default false,      -- all its rows are stored and batch-complete is sent
@@ -100,7 +101,7 @@ declare
   v_provider autotag.provider_limits := autotag.sync_question(autotag.lock_provider());
   v_now timestamptz := v_provider.refilled_at;
   v_settings autotag.settings;
-  v_slots integer := greatest(coalesce(p_slots, 0), 0);
+  v_slots integer := least(greatest(coalesce(p_slots, 0), 0), 1000);
   v_candidates uuid[];
   v_batch autotag.batches;
   v_images integer;
@@ -115,6 +116,7 @@ declare
   v_taken uuid[] := array[]::uuid[];
   v_next timestamptz;
   v_unproven boolean;          -- nothing is begun: single calls try the question first
+  v_stale boolean;             -- the batch's file asks what was asked before
 begin
   select * into v_settings from autotag.settings;
   batches := '[]';
@@ -225,19 +227,18 @@ begin
       v_queued := v_queued + v_tokens;
       v_batch.reserved_tokens := v_tokens;
     end if;
+    -- a file that asks what was asked before is deleted by its name, and built anew
+    v_stale := v_batch.state = 'planned' and coalesce(v_batch.asked_at < v_provider.question_since, false);
     update autotag.batches b
     set worker_id = p_worker, attempt = b.attempt + 1,
         admitted_at = v_batch.admitted_at, reserved_tokens = v_batch.reserved_tokens,
-        output_tokens = case when b.input_file_id is null or b.state = 'planned' and b.asked_at < v_provider.question_since
-          then v_provider.output_tokens else b.output_tokens end,
-        asked_at = case when b.input_file_id is null or b.state = 'planned' and b.asked_at < v_provider.question_since
-          then v_now else b.asked_at end,
+        output_tokens = case when b.input_file_id is null or v_stale then v_provider.output_tokens else b.output_tokens end,
+        asked_at = case when b.input_file_id is null or v_stale then v_now else b.asked_at end,
         keep_files = v_provider.keep_files,
-        -- a file that asks what was asked before is deleted by its name, and built anew
-        input_file_id = case when b.state = 'planned' and b.asked_at < v_provider.question_since then null else b.input_file_id end,
+        input_file_id = case when v_stale then null else b.input_file_id end,
         state = case
-          when b.state = 'planned' and b.input_file_id is not null and b.asked_at < v_provider.question_since then 'uploading'
           when b.state = 'planned' and b.input_file_id is null then 'preparing'
+          when b.state = 'planned' and v_stale then 'uploading'
           when b.state = 'planned' then 'creating'
           when b.state = 'ended' then 'harvesting'
           else b.state end
@@ -268,6 +269,10 @@ begin
     where f.id is not null;
     v_provider.next_poll_at := case when poll is null and files = '[]' then '-infinity' else v_now + v_settings.batch_poll_interval end;
   end if;
+  if poll is not null or files <> '[]' or look_up is not null then
+    -- what it then says of the provider is listened to (batches_seen, poll_trouble, provider_checked)
+    update autotag.workers w set look_at = v_now where w.id = p_worker;
+  end if;
   update autotag.provider_limits p
   set next_poll_at = v_provider.next_poll_at,
       probe_at = case when p.account_error is null or v_taken = '{}' then p.probe_at
@@ -284,8 +289,8 @@ begin
   wait := case when v_again then 0 when v_next is not null then autotag.real_seconds(greatest(v_next, v_now) - v_now) end;
 end $$;
 
--- The batch if this worker holds it, locked together with its job; else a refusal that tells the worker to
--- let go of it.
+-- The batch if this worker (of the login that calls) holds it, locked together with its job; else a refusal that tells the
+-- worker to let go of it.
 create function autotag.hold_batch(p_worker uuid, p_batch uuid, p_attempt integer) returns autotag.batches
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -293,25 +298,29 @@ declare
   v_batch autotag.batches;
 begin
   perform from autotag.jobs j
-  where j.id = (select b.job_id from autotag.batches b where b.id = p_batch) for update;
+  where j.id = (select b.job_id from autotag.batches b where b.id = p_batch and b.worker_id = p_worker) for update;
   select * into v_batch from autotag.batches b
   where b.id = p_batch and b.worker_id = p_worker and b.attempt = p_attempt for update;
-  if not found then
+  if not found or not autotag.is_own_worker(p_worker) then
     perform autotag.refuse(409, 'batch_not_held', 'This batch is not held by this worker any more.',
       'Let go of it: another worker has it, or it was cancelled.', jsonb_build_object('batch', p_batch));
   end if;
   return v_batch;
 end $$;
 
--- The images of a batch that still need an answer, after a task id: [{task, asset_id, bucket, path, url, refused, cap}].
-create function autotag.batch_images(p_batch uuid, p_after bigint, p_limit integer) returns jsonb
+-- The images of a batch that still need an answer, after a task id, at most 1,000: [{task, asset_id, bucket, path, url,
+-- refused, cap}]. None of a batch that the worker does not hold.
+create function autotag.batch_images(
+  p_worker uuid, p_batch uuid, p_attempt integer, p_after bigint, p_limit integer
+) returns jsonb
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   with page as (
     select t.id, t.asset_id, t.hidden, greatest(t.min_output_tokens, b.output_tokens) as cap
     from autotag.tasks t join autotag.batches b on b.id = t.batch_id
     where t.batch_id = p_batch and t.id > p_after and t.finished_at is null
-    order by t.id limit p_limit
+      and b.worker_id = p_worker and b.attempt = p_attempt and autotag.is_own_worker(p_worker)
+    order by t.id limit greatest(least(p_limit, 1000), 0)
   )
   select coalesce(jsonb_agg(jsonb_build_object('task', p.id, 'asset_id', p.asset_id,
     'bucket', case when not p.hidden then d.bucket end, 'path', case when not p.hidden then d.path end, 'url', d.url,
@@ -321,8 +330,8 @@ as $$
   left join autotag.describe_assets(array(select asset_id from page)) d on d.asset_id = p.asset_id
 $$;
 
--- The input file is full: the images after p_last_task become a batch of their own, which waits
--- its own turn under the limits. Locks: job, batches, tasks.
+-- The input file is full: the images after p_last_task become a batch of their own, which waits its own turn under the
+-- limits. Nothing happens when none would be left, or when the file is not being built. Locks: job, batches, tasks.
 create function autotag.batch_split(p_worker uuid, p_batch uuid, p_attempt integer, p_last_task bigint) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -332,7 +341,7 @@ declare
   v_new uuid;
 begin
   v_rest := array(select t from unnest(autotag.lock_batch_tasks(p_batch)) t where t > p_last_task);
-  if v_rest = '{}' then
+  if v_rest = '{}' or v_batch.state <> 'preparing' or cardinality(v_rest) >= v_batch.image_count - v_batch.express_count then
     return;
   end if;
   insert into autotag.batches (job_id, workspace_id, ordinal, image_count, created_at)
@@ -342,6 +351,23 @@ begin
   update autotag.batches b set image_count = b.image_count - cardinality(v_rest) where b.id = p_batch;
   update autotag.tasks t set batch_id = v_new where t.id = any (v_rest);
   perform pg_notify('autotag', 'batch');
+end $$;
+
+-- A batch's status as the provider says it, made sure of: null for what is none. `gone`: it does not know the batch.
+create function autotag.check_status(p_status text) returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select case when p_status in
+    ('validating', 'failed', 'in_progress', 'finalizing', 'completed', 'expired', 'cancelling', 'cancelled', 'gone')
+    then p_status end
+$$;
+
+-- When a worker (of the login that calls) was handed a look at the provider last; null: never.
+create function autotag.was_handed_look(p_worker uuid) returns timestamptz
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (select w.look_at from autotag.workers w where w.id = p_worker and w.login = session_user);
 end $$;
 
 -- Live tasks of a batch, locked in order.
@@ -358,7 +384,8 @@ begin
   return v_tasks;
 end $$;
 
--- The worker that holds a batch says what it does next: preparing, uploading, creating.
+-- The worker that holds a batch says what it does next: preparing (from the beginning, or again while nothing of it is
+-- created), uploading, then creating, with its file.
 create function autotag.batch_step(
   p_worker uuid, p_batch uuid, p_attempt integer, p_state text, p_input_file_id text default null
 ) returns void
@@ -367,6 +394,15 @@ as $$
 declare
   v_batch autotag.batches := autotag.hold_batch(p_worker, p_batch, p_attempt);
 begin
+  p_input_file_id := autotag.check_id(p_input_file_id);
+  if not coalesce(case p_state
+      when 'preparing' then v_batch.state in ('preparing', 'uploading')
+      when 'uploading' then v_batch.state in ('preparing', 'uploading')
+      when 'creating' then v_batch.state in ('uploading', 'creating') and p_input_file_id is not null end, false) then
+    perform autotag.refuse(400, 'step_out_of_order',
+      format('A batch that is %s cannot be %s next.', v_batch.state, coalesce(autotag.printable(p_state, 20), 'nothing')),
+      'Prepare, upload, create; creating needs the id of the file.', jsonb_build_object('batch', p_batch));
+  end if;
   update autotag.batches b
   set state = p_state, input_file_id = coalesce(p_input_file_id, b.input_file_id)
   where b.id = p_batch;
@@ -378,7 +414,7 @@ begin
   end if;
 end $$;
 
--- OpenAI has the batch. The worker lets go of it; the next poll looks at it.
+-- OpenAI has the batch, which was being created. The worker lets go of it; the next poll looks at it.
 create function autotag.batch_submitted(
   p_worker uuid, p_batch uuid, p_attempt integer, p_openai_batch_id text, p_status text, p_input_file_id text
 ) returns void
@@ -391,9 +427,16 @@ begin
   perform autotag.lock_provider();
   v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
   v_now := autotag.now();
+  p_openai_batch_id := autotag.check_id(p_openai_batch_id);
+  if v_batch.state <> 'creating' or p_openai_batch_id is null
+    or exists (select from autotag.batches b where b.openai_batch_id = p_openai_batch_id) then
+    perform autotag.refuse(400, 'step_out_of_order', 'This is no batch that was being created.',
+      'Create it first, and pass the id that the provider gave it.', jsonb_build_object('batch', p_batch));
+  end if;
   update autotag.batches b
   set state = 'submitted', worker_id = null, openai_batch_id = p_openai_batch_id,
-      openai_status = p_status, input_file_id = p_input_file_id, submitted_at = v_now, progress_at = v_now,
+      openai_status = coalesce(autotag.check_status(p_status), 'validating'),
+      input_file_id = coalesce(autotag.check_id(p_input_file_id), b.input_file_id), submitted_at = v_now, progress_at = v_now,
       looks_in_vain = 0, running_at = null,
       predicted_seconds = (autotag.predict_batch(b.image_count - b.express_count, v_now, v_now, null, 0, b.id)).p50
   where b.id = p_batch;
@@ -430,7 +473,7 @@ declare
   v_state text := (select b.state from autotag.batches b where b.id = p_batch);
 begin
   select * into v_settings from autotag.settings;
-  p_error := autotag.check_error(p_error);
+  p_error := autotag.check_error(p_error, null);
   if p_error ->> 'code' = 'no_batch_api' and v_state not in ('preparing', 'uploading', 'creating') then
     p_error := p_error || '{"kind": "transient", "code": "provider_error"}';  -- a file that is gone is no missing API
   elsif p_error ->> 'code' = 'no_batch_api' and v_provider.proven_at is not null then
@@ -478,14 +521,17 @@ begin
   perform pg_notify('autotag', 'realtime');
 end $$;
 
--- A look at OpenAI failed as a whole. Of the account: both lanes stop. Else the next look is the next try, not before the
--- provider said, whatever brings looks forward (another batch, a webhook). Locks: provider.
-create function autotag.poll_trouble(p_error jsonb) returns void
+-- A look at OpenAI failed as a whole. Of the account: both lanes stop, if the worker was handed a look. Else the next look is
+-- the next try, not before the provider said, whatever brings looks forward (another batch, a webhook). Locks: provider.
+create function autotag.poll_trouble(p_worker uuid, p_error jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  p_error := autotag.check_error(p_error);
-  if p_error ->> 'kind' = 'account' then
+  if not autotag.is_own_worker(p_worker) then
+    return;
+  end if;
+  p_error := autotag.check_error(p_error, null);
+  if p_error ->> 'kind' = 'account' and autotag.was_handed_look(p_worker) is not null then
     perform autotag.stop_account(autotag.explain_account(p_error), 'poll');
   end if;
   update autotag.provider_limits p
@@ -570,18 +616,21 @@ begin
   return true;
 end $$;
 
--- What the provider says of the model and of itself, asked once a day (claim_batches: look_up): {model, shutdown_date,
--- batches}, each optional; `batches`: whether it has a Batch API. Returns a sentence for the log when the model's end is
--- near. Locks: provider.
-create function autotag.provider_checked(p_facts jsonb) returns text
+-- What the provider says of the model and of itself, asked once a day (claim_batches: look_up) of the worker that was handed
+-- the question: {model, shutdown_date, batches}, each optional; `batches`: whether it has a Batch API. Of another model than
+-- the one that is asked nothing is kept. Returns a sentence for the log when the model's end is near. Locks: provider.
+create function autotag.provider_checked(p_worker uuid, p_facts jsonb) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_model text := left(p_facts ->> 'model', 100);
+  v_model text := (select p.question ->> 'model' from autotag.provider_limits p where p.question ->> 'model' = p_facts ->> 'model');
   m autotag.models := autotag.find_model(v_model);
   v_date date;
 begin
-  if p_facts ->> 'shutdown_date' ~ '^\d{4}-\d{2}-\d{2}$' then
+  if autotag.was_handed_look(p_worker) is null then
+    return null;
+  end if;
+  if p_facts ->> 'shutdown_date' ~ '^20\d{2}-\d{2}-\d{2}$' then
     begin
       v_date := (p_facts ->> 'shutdown_date')::date;
     exception when datetime_field_overflow then
@@ -614,12 +663,12 @@ begin
 end $$;
 
 -- The end of the model that is asked, once it is 90 days away or nearer: {level, message, days, date, successor}; else
--- null. From 14 days before it is an error: what is not changed by then stops.
-create function autotag.describe_shutdown() returns jsonb
+-- null. From 14 days before it is an error: what is not changed by then stops. p_model null: the model of the settings.
+create function autotag.describe_shutdown(p_model text default null) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_model text := (select s.model from autotag.settings s);
+  v_model text := coalesce(p_model, (select s.model from autotag.settings s));
   m autotag.models := autotag.find_model(v_model);
   v_days integer := m.shutdown_date - (autotag.now() at time zone 'utc')::date;
 begin
@@ -638,10 +687,16 @@ begin
       else 'Choose a model that stays: update autotag.settings set model = ''…'';' end);
 end $$;
 
--- Files that are deleted at OpenAI need no deleting any more.
-create function autotag.files_deleted(p_files text[]) returns void
-language sql security definer set search_path = pg_catalog, pg_temp
+-- Files that are deleted at OpenAI need no deleting any more. (Of a batch that is over: nothing else comes of a lie than that
+-- the provider keeps them until they expire.)
+create function autotag.files_deleted(p_worker uuid, p_files text[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
+begin
+  perform autotag.check_ids(cardinality(p_files));
+  if not autotag.is_own_worker(p_worker) then
+    return;
+  end if;
   update autotag.batches b
   set input_file_id = case when b.input_file_id = any (p_files) then null else b.input_file_id end,
       output_file_id = case when b.output_file_id = any (p_files) then null else b.output_file_id end,
@@ -650,5 +705,5 @@ as $$
     select d.id from autotag.batches d
     where d.state in ('done', 'cancelled')
       and (d.input_file_id = any (p_files) or d.output_file_id = any (p_files) or d.error_file_id = any (p_files))
-    order by d.id for update)
-$$;
+    order by d.id for update);
+end $$;

@@ -90,18 +90,20 @@ begin
   perform pg_notify('autotag', 'batch');
 end $$;
 
--- What a poll (or a webhook) has seen: [{id, status, output_file_id, error_file_id, total, done, error_code,
+-- What a worker that was handed a look has seen: [{id, status, output_file_id, error_file_id, total, done, error_code,
 -- error, error_kind}], with status `gone` for one that OpenAI does not know (any more, or with this key). A batch that ended
 -- waits for a worker to harvest it. OpenAI's queue being full is no failure: the batch is planned again. One that
 -- stays gone is over. One that is stuck is cancelled, where the limits let its images go as single calls. Batches
 -- that are not in flight are ignored, and rows that do not change are not touched. A worker that has seen many tells them a
--- few at a time, because meanwhile nothing else happens to their uploads.
+-- few at a time, because meanwhile nothing else happens to their uploads. What the provider's words are worth is looked at
+-- one by one: one that makes no sense is left out, like what another worker says.
 -- Locks: provider (when the account was stopped), workspaces by id, jobs by id, batches by id, tasks by id.
-create function autotag.batches_seen(p_seen jsonb) returns void
+create function autotag.batches_seen(p_worker uuid, p_seen jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
+  v_look timestamptz := autotag.was_handed_look(p_worker);
   v_settings autotag.settings;
   v_before autotag.batches;
   v_batch autotag.batches;
@@ -113,12 +115,29 @@ declare
   v_jobs uuid[] := array[]::uuid[];
   v_job uuid;
 begin
+  perform autotag.check_list(p_seen);
+  if v_look is null then
+    return;
+  end if;
+  -- Numbers of lines: a file has 50,000 at most.
+  select coalesce(jsonb_agg(jsonb_build_object(
+    'id', i.id, 'status', i.status, 'output_file_id', autotag.check_id(s ->> 'output_file_id'),
+    'error_file_id', autotag.check_id(s ->> 'error_file_id'),
+    'total', coalesce(autotag.check_number(s, 'total', 0, 50000), 0)::integer,
+    'done', coalesce(autotag.check_number(s, 'done', 0, 50000), 0)::integer,
+    'error_code', autotag.printable(s ->> 'error_code', 100), 'error', autotag.printable(s ->> 'error', 1000),
+    'error_kind', autotag.printable(s ->> 'error_kind', 20))), '[]')
+  into p_seen
+  from jsonb_array_elements(p_seen) s
+  cross join lateral (select autotag.check_id(s ->> 'id') as id, autotag.check_status(s ->> 'status') as status) i
+  where i.id is not null and i.status is not null;
   if exists (select from autotag.provider_limits p where p.account_error_from = 'poll') then
     perform autotag.resume_account('poll');
     perform pg_notify('autotag', 'realtime');
   end if;
   -- Of the account's trouble (no credit) the batch is no more guilty than a single call.
-  select s.error into v_trouble from jsonb_to_recordset(p_seen) s (status text, error text, error_kind text)
+  select s.error into v_trouble from jsonb_to_recordset(p_seen) s (id text, status text, error text, error_kind text)
+  join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
   where s.status = 'failed' and s.error_kind = 'account' limit 1;
   if found then
     perform autotag.stop_account(v_trouble, 'batch');
@@ -144,7 +163,8 @@ begin
     select * into v_before from autotag.batches b where b.openai_batch_id = v_seen.id and b.state = 'submitted';
     v_batch := v_before;
     if v_seen.status = 'gone' then
-      update autotag.batches b set looks_in_vain = b.looks_in_vain + 1 where b.id = v_batch.id;
+      continue when v_batch.vain_look_at = v_look;
+      update autotag.batches b set looks_in_vain = b.looks_in_vain + 1, vain_look_at = v_look where b.id = v_batch.id;
       if v_batch.looks_in_vain + 1 >= v_settings.batch_looks_in_vain then
         perform autotag.end_batch(v_batch, 'OpenAI does not know this batch any more (or not with this key).');
         perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
@@ -157,7 +177,7 @@ begin
           not_before = v_now + v_settings.batch_poll_interval,
           failures = b.failures + (v_seen.error_kind = 'account' and v_proven)::integer
       where b.id = v_batch.id;
-    elsif v_batch.openai_status is distinct from v_seen.status or v_batch.request_done < v_seen.done then
+    elsif v_batch.openai_status is distinct from v_seen.status or v_batch.request_done < v_seen.done or v_batch.looks_in_vain > 0 then
       update autotag.batches b
       set openai_status = v_seen.status, request_total = greatest(b.request_total, v_seen.total),
           request_done = greatest(b.request_done, v_seen.done), progress_at = v_now, looks_in_vain = 0,
@@ -217,6 +237,7 @@ declare
   v_again autotag.answer[];    -- of these, those that are left to batch_finish
   v_notices jsonb;
 begin
+  perform autotag.check_list(p_answers);
   select * into v_settings from autotag.settings;
   if v_general then
     perform autotag.lock_provider();
@@ -224,15 +245,20 @@ begin
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
   v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
   v_answers := array(
-    select distinct on (t.id) row(t.id, t.attempt, t.job_id, t.workspace_id, null, null,
-      greatest(t.min_output_tokens, v_batch.output_tokens),
-      a.result, autotag.check_error(a.error, a.result), a.usage, true)::autotag.answer
-    from rows from (jsonb_to_recordset(p_answers) as (task bigint, result jsonb, error jsonb, usage jsonb))
-      with ordinality a (task, result, error, usage, i)
-    -- of one that is noted already the error was counted before
-    join autotag.tasks t on t.id = a.task and t.batch_id = p_batch and t.finished_at is null
-      and (t.error_code is null or a.result is not null)
-    order by t.id, a.i);
+    select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
+      x.result, autotag.check_error(x.error, x.result), autotag.check_usage(x.usage), true)::autotag.answer
+    from (
+      select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
+        greatest(t.min_output_tokens, v_batch.output_tokens) as output_tokens,
+        autotag.check_result(a.result) as result, a.error, a.usage
+      from (
+        select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
+          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage, i
+        from jsonb_array_elements(p_answers) with ordinality u (e, i)) a
+      -- of one that is noted already the error was counted before
+      join autotag.tasks t on t.id = a.task and t.batch_id = p_batch and t.finished_at is null
+        and (t.error_code is null or jsonb_typeof(a.result) = 'object')
+      order by t.id, a.i) x);
   if v_general then
     v_answers := autotag.judge_errors(v_answers, v_batch.asked_at);
     perform autotag.note_outcomes(v_answers, v_batch.asked_at);

@@ -42,37 +42,43 @@ as $$
     'processing', p_progress, p_eta)
 $$;
 
--- A worker says where its single calls are: [{task, attempt, stage}]. Those that are not its own any more
--- are ignored. p_sent: {sent, sent_age} as in note_sent. Locks: provider, jobs (for the broadcast), tasks by id.
+-- A worker says where its single calls are: [{task, attempt, stage}], a stage between `queued` and `completed`. Those that
+-- are not its own (any more) are ignored, and so is what another login says of a worker. p_sent: {sent, sent_age} as in note_sent. Locks: provider, jobs (for the broadcast), tasks by id.
 create function autotag.report_stages(p_worker uuid, p_stages jsonb, p_sent jsonb default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
+  v_held record;
   v_stage text;
   v_job uuid;
 begin
+  perform autotag.check_list(p_stages);
+  if not autotag.is_own_worker(p_worker) then
+    return;
+  end if;
   if p_sent is not null then
     perform autotag.note_sent(p_worker, autotag.check_number(p_sent, 'sent', 0, 100000)::integer,
       coalesce(autotag.check_number(p_sent, 'sent_age', 0, 3600), 0));
   end if;
-  perform from autotag.jobs j where j.id in (
-    select t.job_id from autotag.tasks t join jsonb_to_recordset(p_stages) r (task bigint) on r.task = t.id)
-  order by j.id for update;
-  perform from autotag.tasks t
-  where t.id in (select r.task from jsonb_to_recordset(p_stages) r (task bigint)) order by t.id for update;
-  for v_stage in
-    select r.stage from jsonb_to_recordset(p_stages) r (stage text)
-    group by r.stage order by autotag.stage_rank(r.stage)
-  loop
+  select coalesce(array_agg(t.id), '{}') as tasks, array_agg(t.attempt) as attempts, array_agg(r.stage) as stages,
+    array_agg(distinct t.job_id) as jobs
+  into v_held
+  from (
+    select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
+      case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end as attempt,
+      e ->> 'stage' as stage
+    from jsonb_array_elements(p_stages) e) r
+  join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = p_worker
+  where r.stage in ('preparing', 'submitted', 'processing', 'completing');
+  perform from autotag.jobs j where j.id = any (v_held.jobs) order by j.id for update;
+  perform from autotag.tasks t where t.id = any (v_held.tasks) order by t.id for update;
+  for v_stage in select u.stage from unnest(v_held.stages) u (stage) group by 1 order by autotag.stage_rank(u.stage) loop
     perform autotag.advance(array(
-      select t.id from jsonb_to_recordset(p_stages) r (task bigint, attempt integer, stage text)
+      select t.id from unnest(v_held.tasks, v_held.attempts, v_held.stages) r (task, attempt, stage)
       join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = p_worker
       where r.stage = v_stage), v_stage);
   end loop;
-  for v_job in
-    select distinct t.job_id from autotag.tasks t
-    join jsonb_to_recordset(p_stages) r (task bigint) on r.task = t.id order by 1
-  loop
+  for v_job in select u.job from unnest(v_held.jobs) u (job) order by 1 loop
     perform autotag.tell_progress(v_job);
   end loop;
 end $$;

@@ -39,13 +39,13 @@ begin
       sum(b.output) as output, sum(b.reasoning) as reasoning
     from (
       select a.job_id, a.workspace_id, a.error,
-        coalesce(nullif(left(a.usage ->> 'model', 100), ''), coalesce(p_question, p.question) ->> 'model') as model,
-        case when a.usage is null then 'unknown' when p_batch then 'batch' else coalesce(nullif(left(a.usage ->> 'tier', 20), ''), 'default') end as tier,
-        autotag.check_tokens(a.usage, 'input')::bigint as input,
-        least(autotag.check_tokens(a.usage, 'cached'), autotag.check_tokens(a.usage, 'input'))::bigint as cached,
-        autotag.check_tokens(a.usage, 'cache_write')::bigint as cache_write,
-        autotag.check_tokens(a.usage, 'output')::bigint as output,
-        autotag.check_tokens(a.usage, 'reasoning')::bigint as reasoning
+        coalesce(a.usage ->> 'model', coalesce(p_question, p.question) ->> 'model') as model,
+        case when a.usage is null then 'unknown' when p_batch then 'batch' else coalesce(a.usage ->> 'tier', 'default') end as tier,
+        coalesce((a.usage -> 'input')::bigint, 0) as input,
+        coalesce(least((a.usage -> 'cached')::bigint, (a.usage -> 'input')::bigint), 0) as cached,
+        coalesce((a.usage -> 'cache_write')::bigint, 0) as cache_write,
+        coalesce((a.usage -> 'output')::bigint, 0) as output,
+        coalesce((a.usage -> 'reasoning')::bigint, 0) as reasoning
       from unnest(p_answers) a, autotag.provider_limits p
       where a.usage is not null or a.error is null) b
     left join autotag.jobs j on j.id = b.job_id
@@ -111,16 +111,31 @@ create table autotag.quotas (
 create unique index quotas_key on autotag.quotas (scope, period, workspace_id, user_id) nulls not distinct;
 alter table autotag.quotas enable row level security;
 
--- Dollars that one image is expected to cost (p_tier: a service tier, or batch), by what answers used so far; p_most: that
--- it reserves, which is on the safe side. null: the model has no price in autotag.models.
-create function autotag.expected_cost(p_tier text default null, p_most boolean default false) returns numeric
-language sql stable security definer set search_path = pg_catalog, pg_temp
+-- Dollars that an answer is expected to cost (p_most: that it reserves, which is on the safe side) by what the provider's row
+-- says of its question; null: the model has no price in autotag.models. p_tier: a service tier, or batch; null: the one that
+-- is asked for, if the model takes one.
+create function autotag.question_cost(p_provider autotag.provider_limits, p_most boolean, p_tier text default null)
+returns numeric
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-  select autotag.price_tokens(s.model, coalesce(p_tier, case s.service_tier when 'auto' then 'default' else s.service_tier end),
-    case when p_most then p.tokens_per_image - p.output_tokens else p.prompt_mean end, 0, 0,
-    case when p_most then p.output_tokens else p.output_mean end)
-  from autotag.settings s, autotag.provider_limits p
-$$;
+begin
+  return autotag.price_tokens(
+    p_provider.question ->> 'model', coalesce(p_tier, p_provider.question ->> 'service_tier', 'default'),
+    case when p_most then p_provider.tokens_per_image - p_provider.output_tokens else p_provider.prompt_mean end, 0, 0,
+    case when p_most then p_provider.output_tokens else p_provider.output_mean end);
+end $$;
+
+-- The same of one image with what is asked at present, by what answers used so far.
+create function autotag.expected_cost(p_tier text default null, p_most boolean default false) returns numeric
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits;
+begin
+  select * into v_provider from autotag.provider_limits;
+  v_provider.question := autotag.describe_question();
+  return autotag.question_cost(v_provider, p_most, p_tier);
+end $$;
 
 -- What is left of each quota of a workspace and a user: what was used, and what is being tagged at the moment (which
 -- is reserved until it is done, so that uploads at the same time cannot overshoot), are taken off. images_left: how

@@ -40,7 +40,7 @@ language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   with taken as (
     delete from autotag.outbox o where o.id in (
-      select w.id from autotag.outbox w order by w.id limit p_limit for update skip locked)
+      select w.id from autotag.outbox w order by w.id limit greatest(least(p_limit, 1000), 0) for update skip locked)
     returning o.*
   )
   select coalesce(jsonb_agg(jsonb_build_object(

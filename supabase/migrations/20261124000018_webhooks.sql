@@ -24,8 +24,7 @@ begin
     ('batch.completed', 'batch.failed', 'batch.expired', 'batch.cancelled') then
     return 'ignored';
   end if;
-  if coalesce(length(p_webhook_id), 0) not between 1 and 200
-     or coalesce(length(p_openai_batch_id), 0) not between 1 and 200 then
+  if coalesce(p_webhook_id !~ '^[!-~]{1,200}$', true) or autotag.check_id(p_openai_batch_id) is null then
     perform autotag.refuse(400, 'bad_webhook', 'A delivery has an id and names a batch.',
       'Pass the header webhook-id and the event''s data.id.');
   end if;

@@ -126,7 +126,8 @@ begin
 end $$;
 
 -- What the database can tell of the installation: {findings: [{check, level, message, fix}] in the order a
--- reader wants them, now (epoch seconds), model, sample}.
+-- reader wants them, now (epoch seconds), model, sample}. sample is the one image that anybody is told of who has not
+-- claimed it: bucket and path, without which the doctor could not try to read a file.
 create function autotag.diagnose() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

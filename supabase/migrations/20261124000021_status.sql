@@ -62,7 +62,8 @@ begin
       'rate_headers', p_provider.has_rate_headers, 'keep_files', p_provider.keep_files));
 end $$;
 
--- Everything that is going on, as one JSON object; lists are cut to p_most. See the README for how it is shown.
+-- Everything that is going on, as one JSON object; lists are cut to p_most (200 at most). See the README for how it is shown.
+-- It names workspaces, uploads, batches and workers by their ids, and no image; who learns an id may do nothing with it.
 create function autotag.status(p_most integer default 20) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -71,6 +72,7 @@ declare
   v_provider autotag.provider_limits := autotag.refilled_provider(v_now);
   v_counts jsonb := autotag.metrics();
 begin
+  p_most := least(greatest(coalesce(p_most, 20), 0), 200);
   return jsonb_build_object(
     'at', v_now,
     'queue', jsonb_build_object('workspaces', v_counts -> 'queued_workspaces', 'queued', v_counts -> 'queued',

@@ -16,17 +16,6 @@ begin
   return autotag.estimate_tokens(p_provider);
 end $$;
 
--- Dollars that an answer is expected to cost (p_most: that it reserves) by such a row; null: the model has no price.
-create function autotag.question_cost(p_provider autotag.provider_limits, p_most boolean) returns numeric
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return autotag.price_tokens(
-    p_provider.question ->> 'model', coalesce(p_provider.question ->> 'service_tier', 'default'),
-    case when p_most then p_provider.tokens_per_image - p_provider.output_tokens else p_provider.prompt_mean end, 0, 0,
-    case when p_most then p_provider.output_tokens else p_provider.output_mean end);
-end $$;
-
 -- What asking p_model about p_sample tagged images of a workspace would mean: {images (there may be fewer), cost (null:
 -- unknown), reserved (tokens of one image), question, shutdown_date, current_model, current_effort, current_cost_per_1000
 -- (of the model in use, one by one; null: unknown), current_answers (that this figure was learned from)}. p_effort null:
@@ -249,9 +238,9 @@ begin
   v_answer.reserved_tokens := (p_report ->> 'reserved')::integer;
   v_answer.output_tokens := (p_report ->> 'cap')::integer;
   v_answer.error := autotag.check_error(p_report -> 'error');
-  v_answer.usage := case when jsonb_typeof(p_report -> 'usage') = 'object' then p_report -> 'usage' end;
-  v_answer.called := coalesce((p_report ->> 'called')::boolean, true);
-  v_used := case when v_answer.usage is not null then autotag.check_tokens(v_answer.usage, 'input') end;
+  v_answer.usage := autotag.check_usage(p_report -> 'usage');
+  v_answer.called := p_report -> 'called' is distinct from 'false';
+  v_used := (v_answer.usage -> 'input')::integer;
   v_free := not v_answer.called or coalesce(v_answer.error ->> 'code' = 'rate_limited', false);
 
   perform from autotag.provider_limits for update;
@@ -265,13 +254,13 @@ begin
   if v_used > 0 then
     -- what a cut-off answer would have needed nobody knows: at least what the next try may have
     perform autotag.learn(array[v_used], array[case when v_answer.error ->> 'code' = 'answer_too_long'
-      then coalesce(autotag.next_cap(v_answer), 1) else greatest(autotag.check_tokens(v_answer.usage, 'output'), 1) end],
+      then coalesce(autotag.next_cap(v_answer), 1) else greatest((v_answer.usage -> 'output')::integer, 1) end],
       p_question);
   end if;
   if v_answer.reserved_at is not null then
     perform autotag.correct_window(p_workspace_id, 'realtime', v_answer.reserved_at,
       case when v_answer.called then 0 else -1 end,
-      case when v_used is not null then v_used + autotag.check_tokens(v_answer.usage, 'output') - v_answer.reserved_tokens
+      case when v_used is not null then v_used + (v_answer.usage -> 'output')::integer - v_answer.reserved_tokens
         when v_answer.error ->> 'code' = 'provider_unreachable' then 0
         else -v_answer.reserved_tokens end);
   end if;
@@ -279,8 +268,7 @@ begin
     perform autotag.add_usage(array[v_answer], false, p_question);
   end if;
   return autotag.next_step(p_question, p_report, v_answer) || jsonb_build_object('cost', autotag.price_tokens(
-    coalesce(nullif(left(v_answer.usage ->> 'model', 100), ''), p_question ->> 'model'),
-    coalesce(nullif(left(v_answer.usage ->> 'tier', 20), ''), 'default'), v_used,
-    least(autotag.check_tokens(v_answer.usage, 'cached'), v_used), autotag.check_tokens(v_answer.usage, 'cache_write'),
-    autotag.check_tokens(v_answer.usage, 'output')));
+    coalesce(v_answer.usage ->> 'model', p_question ->> 'model'), coalesce(v_answer.usage ->> 'tier', 'default'), v_used,
+    least((v_answer.usage -> 'cached')::integer, v_used), (v_answer.usage -> 'cache_write')::integer,
+    (v_answer.usage -> 'output')::integer));
 end $$;

@@ -153,13 +153,18 @@ grant execute on function autotag.is_member, autotag.may_listen to authenticated
 -- the project's own server side
 grant execute on function public.openai_webhook, autotag.receive_webhook to service_role;
 
--- workers
+-- workers: everything they report is made sure of, and they act only on what they hold (schema)
 grant execute on function
   autotag.register_worker, autotag.worker_settings, autotag.heartbeat,
   autotag.release_worker, autotag.release_unheld, autotag.claim, autotag.report_stages, autotag.settle,
   autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted,
   autotag.batch_trouble, autotag.poll_trouble, autotag.files_deleted, autotag.provider_checked, autotag.batches_seen, autotag.batch_answers, autotag.batch_finish,
-  autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_probe,
-  autotag.status, autotag.metrics, autotag.preview_backfill, autotag.backfill, autotag.list_usage,
-  autotag.preview_comparison, autotag.comparison_sample, autotag.admit_comparison, autotag.settle_comparison
+  autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_probe, autotag.status, autotag.metrics
   to autotag_worker;
+
+-- operators: what a worker has no need of. They see the images, the tags and the usage of every workspace.
+grant execute on function
+  autotag.diagnose, autotag.send_probe, autotag.status, autotag.metrics,
+  autotag.preview_backfill, autotag.backfill, autotag.list_usage,
+  autotag.preview_comparison, autotag.comparison_sample, autotag.admit_comparison, autotag.settle_comparison
+  to autotag_operator;

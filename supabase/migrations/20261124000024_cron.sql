@@ -132,6 +132,6 @@ as $$ select '0.1.0'::text $$;
 
 revoke all on function autotag.tick, autotag.housekeeping, autotag.tick_if_due, autotag.schedule_cron,
   autotag.schema_version from public, anon, authenticated;
-grant execute on function autotag.schema_version to autotag_worker, service_role;
+grant execute on function autotag.schema_version to autotag_worker, autotag_operator, service_role;
 select pg_notify('autotag', 'version');  -- workers that run see whether they still fit
 revoke all on autotag.clock from public, anon, authenticated, service_role;

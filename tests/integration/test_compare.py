@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from autotag.cli import app
 from autotag_local.openai_sim.faults import Fault
-from autotag_local.stack import WORKER_ROLE, Stack
+from autotag_local.stack import OPERATOR_ROLE, Stack
 from support import Library, answered_pictures, audit, until, worker
 
 CURRENT, SECOND = "gpt-4.1-mini", "gpt-6-luna"
@@ -40,7 +40,7 @@ async def tagged(library: Library) -> Library:
 async def compare(library: Library, *arguments: str, model: str = SECOND, **more: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of the command."""
     stack = library.stack
-    environment = {"PATH": os.environ["PATH"], "COLUMNS": "140", **stack.worker_environment(), **more}
+    environment = {"PATH": os.environ["PATH"], "COLUMNS": "140", **stack.operator_environment(), **more}
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "autotag", "compare", "--workspace", library.member.workspace, "--model", model, *arguments,
         env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -168,8 +168,8 @@ async def test_the_providers_bucket_makes_it_wait_and_there_is_no_429(tagged: Li
 
 
 def admit(library: Library, **question: Any) -> dict[str, Any]:
-    """One call of admit_comparison as the worker's role, with a window that is looked at and not taken."""
-    with psycopg.connect(library.stack.database_url(WORKER_ROLE)) as connection:
+    """One call of admit_comparison as the operator's role, with a window that is looked at and not taken."""
+    with psycopg.connect(library.stack.database_url(OPERATOR_ROLE)) as connection:
         row = connection.execute(
             "select autotag.admit_comparison(%s, %s::jsonb)", (library.member.workspace, json.dumps(question))
         ).fetchone()
@@ -370,7 +370,7 @@ async def test_ctrl_c_ends_it_with_what_there_is(tagged: Library) -> None:
     stack.simulator.plan.latency = (1.0, 1.5)
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "autotag", "compare", "--workspace", tagged.member.workspace, "--model", SECOND, "--json",
-        env={"PATH": os.environ["PATH"], **stack.worker_environment()}, stdin=asyncio.subprocess.DEVNULL,
+        env={"PATH": os.environ["PATH"], **stack.operator_environment()}, stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -393,7 +393,7 @@ async def test_a_second_ctrl_c_ends_it_at_once(tagged: Library) -> None:
     stack.simulator.plan.latency = (30.0, 30.0)
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "autotag", "compare", "--workspace", tagged.member.workspace, "--model", SECOND, "--json",
-        env={"PATH": os.environ["PATH"], **stack.worker_environment()}, stdin=asyncio.subprocess.DEVNULL,
+        env={"PATH": os.environ["PATH"], **stack.operator_environment()}, stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -416,7 +416,7 @@ async def test_it_asks_before_it_spends(tagged: Library, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     done = await asyncio.to_thread(
         CliRunner().invoke, app, ["compare", "--workspace", tagged.member.workspace, "--model", SECOND],
-        input="n\n", env=tagged.stack.worker_environment(),
+        input="n\n", env=tagged.stack.operator_environment(),
     )  # fmt: skip
     assert done.exit_code == 1
     assert f"12 images for {SECOND} (effort none), about $0.00" in done.output

@@ -308,8 +308,10 @@ async def test_what_the_provider_says_of_a_models_end_is_kept(wide: Library, mod
 
 
 def test_python_and_the_database_agree_on_what_follows_from_an_error(library: Library) -> None:
-    rows = library.sql("select kind, counts, delays, pauses, ends from autotag.error_kinds")
-    assert {row.pop("kind"): row for row in rows} == {kind: what._asdict() for kind, what in KINDS.items()}
+    rows = library.sql("select kind, counts, delays, pauses, ends, suspects from autotag.error_kinds")
+    assert {row.pop("kind"): {**row, "suspects": tuple(row["suspects"])} for row in rows} == {
+        kind: what._asdict() for kind, what in KINDS.items()
+    }
 
 
 def test_an_unknown_kind_of_error_counts_as_passing_and_ends_after_its_tries(library: Library) -> None:

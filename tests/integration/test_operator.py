@@ -24,7 +24,7 @@ from support import Library, until, worker
 
 async def run(stack: Stack, *arguments: str, **more: str) -> tuple[int, str, str]:
     """Exit code, stdout, stderr of one command."""
-    environment = {"PATH": os.environ["PATH"], "COLUMNS": "140", **stack.worker_environment(), **more}
+    environment = {"PATH": os.environ["PATH"], "COLUMNS": "140", **stack.operator_environment(), **more}
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "autotag", *arguments, env=environment, stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -36,7 +36,7 @@ async def run(stack: Stack, *arguments: str, **more: str) -> tuple[int, str, str
 @asynccontextmanager
 async def running(stack: Stack, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "autotag", *arguments, env={"PATH": os.environ["PATH"], **stack.worker_environment()},
+        sys.executable, "-m", "autotag", *arguments, env={"PATH": os.environ["PATH"], **stack.operator_environment()},
         stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:

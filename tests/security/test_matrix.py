@@ -20,11 +20,13 @@ from autotag_local.stack import WORKER_ROLE, Stack
 from support import PATIENCE, Library, worker
 
 DECISIONS = tomllib.loads((Path(__file__).parent / "decisions.toml").read_text())
-ROLES = ("anon", "authenticated", "service_role", "autotag_worker")
+ROLES = ("anon", "authenticated", "service_role", "autotag_worker", "autotag_operator")
 MAY_CALL = {
-    "everybody_signed_in": {"authenticated", "service_role", "autotag_worker"},
+    "users_server_and_operators": {"authenticated", "service_role", "autotag_operator"},
     "users_and_server": {"authenticated", "service_role"}, "users": {"authenticated"}, "server": {"service_role"},
-    "server_and_workers": {"service_role", "autotag_worker"}, "workers": {"autotag_worker"}, "nobody": set(),
+    "server_and_workers": {"service_role", "autotag_worker"}, "workers": {"autotag_worker"}, "operators": {"autotag_operator"},
+    "server_workers_and_operators": {"service_role", "autotag_worker", "autotag_operator"},
+    "workers_and_operators": {"autotag_worker", "autotag_operator"}, "nobody": set(),
 }  # fmt: skip
 CALLERS = ("anon", "member", "stranger", "service", "worker")
 
@@ -42,7 +44,8 @@ def test_functions(stack: Stack) -> None:
           case when has_function_privilege('anon', p.oid, 'execute') then 'anon' end,
           case when has_function_privilege('authenticated', p.oid, 'execute') then 'authenticated' end,
           case when has_function_privilege('service_role', p.oid, 'execute') then 'service_role' end,
-          case when has_function_privilege('autotag_worker', p.oid, 'execute') then 'autotag_worker' end], null) as may
+          case when has_function_privilege('autotag_worker', p.oid, 'execute') then 'autotag_worker' end,
+          case when has_function_privilege('autotag_operator', p.oid, 'execute') then 'autotag_operator' end], null) as may
         from pg_proc p join pg_namespace n on n.oid = p.pronamespace
         where n.nspname in ('autotag', 'public')"""):  # fmt: skip
         found.setdefault(row["name"], set()).update(row["may"])
@@ -64,7 +67,7 @@ def test_users_reach_autotag_only_by_the_wrappers(stack: Stack) -> None:
                               where p.pronamespace = 'autotag'::regnamespace and not p.prosecdef"""):  # fmt: skip
         if row["name"] in wrapped:
             wrapped |= set(re.findall(r"\bautotag\.\w+", row["prosrc"]))
-    groups = ("everybody_signed_in", "users_and_server", "users")
+    groups = ("users_server_and_operators", "users_and_server", "users")
     allowed = {n for group in groups for n in DECISIONS["functions"][group] if "autotag." in n}
     assert allowed == wrapped | set(DECISIONS["functions"]["users"])
 
@@ -75,7 +78,7 @@ def test_tables_and_sequences(stack: Stack) -> None:
           coalesce((select jsonb_object_agg(x.role, x.rights) from (
             select r.rolname as role, array_agg(distinct lower(a.privilege_type)) as rights
             from aclexplode(c.relacl) a join pg_roles r on r.oid = a.grantee
-            where r.rolname = any (array['anon', 'authenticated', 'service_role', 'autotag_worker']) group by 1) x), '{}') as may,
+            where r.rolname = any (array['anon', 'authenticated', 'service_role', 'autotag_worker', 'autotag_operator']) group by 1) x), '{}') as may,
           (select count(*) from aclexplode(c.relacl) a where a.grantee = 0) as to_public
         from pg_class c join pg_namespace n on n.oid = c.relnamespace
         where n.nspname in ('autotag', 'public') and c.relkind in ('r', 'p', 'v', 'm', 'S', 'f')""")  # fmt: skip

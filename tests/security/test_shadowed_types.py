@@ -16,13 +16,13 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from autotag_local.stack import WORKER_ROLE
+from autotag_local.stack import OPERATOR_ROLE, WORKER_ROLE
 from support import Library
 
 SPY = "ran as another"
 #: How each role comes in: the login, and the role that it becomes.
 ROLES = {
-    "a worker's login": (WORKER_ROLE, None), "anon": ("authenticator", "anon"),
+    "a worker's login": (WORKER_ROLE, None), "an operator's login": (OPERATOR_ROLE, None), "anon": ("authenticator", "anon"),
     "a signed-in user": ("authenticator", "authenticated"), "the service role": ("authenticator", "service_role"),
 }  # fmt: skip
 #: Types that cannot be the base of a domain or stand for nothing in particular.
@@ -123,8 +123,9 @@ def spied(library: Library, login: str, role: str | None) -> tuple[list[str], in
     library.stack.prove()
     [asset] = library.insert([f"{library.member.workspace}/a.jpg"])
     library.enqueue([asset])
-    library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)
-    [task] = library.sql("select tasks from autotag.claim(%s, 1)", WORKER)[0]["tasks"]
+    with psycopg.connect(library.stack.database_url(WORKER_ROLE)) as connection:
+        connection.execute("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", (WORKER,))
+        [[[task]]] = connection.execute("select tasks from autotag.claim(%s, 1)", (WORKER,)).fetchall()
     seen: list[str] = []
     with caller(library, login, role) as connection:
         connection.add_notice_handler(lambda notice: seen.append(notice.message_primary or ""))

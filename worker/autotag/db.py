@@ -284,7 +284,10 @@ class Database:
         )
 
     async def batch_images(self, batch: Batch, after: int, limit: int) -> list[Image]:
-        row = await self._call("select autotag.batch_images(%s, %s, %s) as page", batch.batch, after, limit)
+        row = await self._call(
+            "select autotag.batch_images(%s, %s, %s, %s, %s) as page",
+            self.worker, batch.batch, batch.attempt, after, limit,
+        )  # fmt: skip
         return [_make(Image, image) for image in row["page"]]
 
     async def batch_step(self, batch: Batch, state: str, input_file_id: str | None = None) -> None:
@@ -310,7 +313,7 @@ class Database:
         )
 
     async def batches_seen(self, seen: list[dict[str, Any]]) -> None:
-        await self._call("select autotag.batches_seen(%s)", Jsonb(seen))
+        await self._call("select autotag.batches_seen(%s, %s)", self.worker, Jsonb(seen))
 
     async def batch_answers(self, batch: Batch, answers: list[dict[str, Any]]) -> Settled:
         """How many images have ended by that; the others are noted or were known."""
@@ -323,14 +326,14 @@ class Database:
     async def provider_checked(self, facts: dict[str, Any]) -> str | None:
         """Tells what the provider said of the model: ``{model, shutdown_date, batches}``, each optional; a sentence for
         the log when the model's end is near."""
-        row = await self._call("select autotag.provider_checked(%s) as notice", Jsonb(facts))
+        row = await self._call("select autotag.provider_checked(%s, %s) as notice", self.worker, Jsonb(facts))
         return cast("str | None", row["notice"])
 
     async def poll_trouble(self, error: dict[str, Any]) -> None:
-        await self._call("select autotag.poll_trouble(%s)", Jsonb(error))
+        await self._call("select autotag.poll_trouble(%s, %s)", self.worker, Jsonb(error))
 
     async def files_deleted(self, files: Sequence[str]) -> None:
-        await self._call("select autotag.files_deleted(%s::text[])", list(files))
+        await self._call("select autotag.files_deleted(%s, %s::text[])", self.worker, list(files))
 
     async def batch_finish(self, batch: Batch) -> None:
         await self._call("select autotag.batch_finish(%s, %s, %s)", self.worker, batch.batch, batch.attempt)

@@ -17,19 +17,23 @@ class Consequence(NamedTuple):
     """What follows from an error of a kind; the same table as ``autotag.error_kinds`` (a test compares them).
 
     counts: each one counts as a failure of its image. delays: the image waits before its next try. pauses: nothing is
-    tagged until one image that tries succeeds. ends: the image fails, unless ``retry`` is set.
+    tagged until one image that tries succeeds. ends: the image fails, unless ``retry`` is set. suspects: codes with
+    which it may be the image's after all, so that these count, too.
     """
 
     counts: bool
     delays: bool
     pauses: bool
     ends: bool
+    suspects: tuple[str, ...] = ()
 
 
 KINDS: dict[Kind, Consequence] = {
     "transient": Consequence(counts=True, delays=True, pauses=False, ends=False),
     "rate_limit": Consequence(counts=False, delays=False, pauses=False, ends=False),
-    "account": Consequence(counts=False, delays=True, pauses=True, ends=False),
+    "account": Consequence(
+        counts=False, delays=True, pauses=True, ends=False, suspects=("http_413", "context_too_small")
+    ),
     "image": Consequence(counts=True, delays=False, pauses=False, ends=True),
 }
 

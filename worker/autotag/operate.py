@@ -62,7 +62,7 @@ def operate(work: Callable[[Operator], Awaitable[T]]) -> T:
     except psycopg.OperationalError:
         raise fail("the database did not answer; check DATABASE_URL, its password, and the network.") from None
     except psycopg.errors.InsufficientPrivilege as error:
-        raise fail(f"{error.diag.message_primary}; grant the login role autotag_worker.") from None
+        raise fail(f"{error.diag.message_primary}; grant the login role autotag_operator.") from None
     except (psycopg.errors.UndefinedFunction, psycopg.errors.InvalidSchemaName):
         raise fail("this database has no autotag of this version; apply its migrations (autotag migrate).") from None
     except psycopg.errors.InvalidTextRepresentation as error:

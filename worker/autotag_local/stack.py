@@ -28,6 +28,7 @@ from autotag_local.openai_sim.app import Plan, Simulator
 from autotag_local.postgres import LocalPostgres, free_port
 
 WORKER_ROLE = "tagger"
+OPERATOR_ROLE = "overseer"
 HOST = "127.0.0.1"
 
 
@@ -66,6 +67,10 @@ class Stack:
             "OPENAI_BASE_URL": self.openai_url,
             "OPENAI_API_KEY": self.openai_key,
         }
+
+    def operator_environment(self) -> dict[str, str]:
+        """The same for an operator's commands; their login role is nothing but ``autotag_operator``."""
+        return {**self.worker_environment(), "DATABASE_URL": self.database_url(OPERATOR_ROLE)}
 
     def token(self, user: str, lifetime: float = 3600, **claims: Any) -> str:
         """A signed-in user's token."""
@@ -203,12 +208,14 @@ async def project_stack(project: Mapping[str, str], *, plan: Plan | None) -> Asy
 
 
 def make_worker_role(owner_url: str) -> None:
-    """A login that may do nothing but work."""
-    name, password = sql.Identifier(WORKER_ROLE), sql.Literal(urlsplit(owner_url).password or "")
+    """A login that may do nothing but work, and one that may do nothing but look after it."""
+    password = sql.Literal(urlsplit(owner_url).password or "")
     with psycopg.connect(owner_url, autocommit=True) as connection:
-        with contextlib.suppress(psycopg.errors.DuplicateObject):  # of an earlier stack on this server
-            connection.execute(sql.SQL("create role {} login in role autotag_worker").format(name))
-        connection.execute(sql.SQL("alter role {} password {}").format(name, password))
+        for login, role in ((WORKER_ROLE, "autotag_worker"), (OPERATOR_ROLE, "autotag_operator")):
+            name = sql.Identifier(login)
+            with contextlib.suppress(psycopg.errors.DuplicateObject):  # of an earlier stack on this server
+                connection.execute(sql.SQL("create role {} login in role {}").format(name, sql.Identifier(role)))
+            connection.execute(sql.SQL("alter role {} password {}").format(name, password))
 
 
 @contextlib.asynccontextmanager

@@ -1,0 +1,543 @@
+"""Whoever has stolen a worker's login can waste what that login's worker holds, and nothing else.
+
+Each function that ``autotag_worker`` may call is called with hostile values for each of its arguments, by a login that has a
+worker of its own beside another login's. After each call nothing of the other's has changed, what is stored is bounded and
+printable, nothing was told that is none of its business, and the other worker can still do all the work. Functions are
+read from the catalogue: a new one fails until it has a decision here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.rows import dict_row
+
+from autotag_local.postgres import LocalPostgres
+from autotag_local.stack import WORKER_ROLE
+
+THIEF_ROLE = "thief"
+#: What becomes of a stolen login's calls of each function.
+DECISIONS = {
+    "batch_answers": "tags or fails the images of a batch that it holds",
+    "batch_finish": "ends a batch that it holds: what is left of it is tried again",
+    "batch_images": "describes the images of a batch that it holds",
+    "batch_split": "makes two of a batch that it holds and builds, none of them empty",
+    "batch_step": "moves a batch that it holds, in the one order that there is",
+    "batch_submitted": "lets go of a batch that it holds and creates",
+    "batch_trouble": "puts off a batch that it holds; trouble of the account stops everybody until somebody's probe works",
+    "batches_seen": "says what the provider says of batches in flight, when it was handed the look at them",
+    "claim": "gets what waits, within all limits",
+    "claim_batches": "gets batches that wait, and the look at the provider when it is due",
+    "diagnose": "counts, names of logins, and one image that is not its own",
+    "files_deleted": "leaves files of batches that are over to expire at the provider",
+    "heartbeat": "keeps its own worker alive",
+    "metrics": "counts",
+    "poll_trouble": "puts off the looks at the provider, an hour at most",
+    "provider_checked": "says the end of the model that is asked, and whether there is a Batch API, when it was asked for that",
+    "receive_webhook": "lets workers look at the provider sooner, or not sooner",
+    "register_worker": "a worker of its own; its address and key are asked from then on, until they fail or it is gone",
+    "release_unheld": "gives back what it holds",
+    "release_worker": "gives back what it holds",
+    "report_stages": "moves its images forward, never to an end",
+    "schema_version": "the version",
+    "send_probe": "a broadcast that means nothing",
+    "settle": "tags or fails the images that it holds; waits of an hour at most, limits within bounds",
+    "status": "counts and ids, no image",
+    "take_outbox": "messages that wait for a worker to deliver them, where there is no realtime.send",
+    "worker_settings": "two numbers",
+}
+
+HOSTILE = (
+    "\x1b[31m\x07\x7f\x85\x9b\u061c\u200b\u200e\u200f\u2028\u2029\u202a\u202e\u2066\u2069\ufeff\U000e0041\r\n\tend"
+)
+LONG = "x" * 20_000
+MANY = 10_001  # more than any list of a worker
+DEEP = "[" * 1000 + "]" * 1000
+HUGE = (10**400, -1e308, 2**63, -1, 0.5)
+START = "2040-01-01 12:00:00+00"  # after the installation
+
+
+@dataclass
+class Scene:
+    """Two workers, of two logins, and what each holds."""
+
+    connection: psycopg.Connection[dict[str, Any]]
+    good: str = "00000000-0000-4000-8000-00000000000a"
+    thief: str = "00000000-0000-4000-8000-00000000000b"
+    tasks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # worker -> single calls in hand
+    batch: dict[str, str] = field(default_factory=dict)
+    batch_tasks: dict[str, list[int]] = field(default_factory=dict)
+    workspaces: list[str] = field(default_factory=list)
+    theirs: list[int] = field(default_factory=list)  # tasks that the good worker holds, or the provider has
+    their_assets: list[str] = field(default_factory=list)
+
+    def rows(self, statement: str, *arguments: object) -> list[dict[str, Any]]:
+        cursor = self.connection.execute(statement.encode(), arguments)
+        return cursor.fetchall() if cursor.description else []
+
+    def value(self, statement: str, *arguments: object) -> Any:
+        return next(iter(self.rows(statement, *arguments)[0].values()))
+
+    def become(self, login: str | None) -> None:
+        """The login that the session was opened by, as security definers see it."""
+        name = sql.SQL("reset session authorization")
+        self.connection.execute(
+            name if login is None else sql.SQL("set session authorization {}").format(sql.Identifier(login))
+        )
+
+    def as_(self, login: str, statement: str, *arguments: object) -> Any:
+        self.become(login)
+        found = self.rows(statement, *arguments)
+        self.become(None)
+        return next(iter(found[0].values())) if found else None
+
+    def advance(self, seconds: float) -> None:
+        self.rows("select set_config('autotag.now', (autotag.now() + make_interval(secs => %s))::text, false)", seconds)
+
+
+@pytest.fixture
+def scene(postgres: LocalPostgres, database: str) -> Iterator[Scene]:
+    with psycopg.connect(postgres.url("supabase_admin", database), autocommit=True, row_factory=dict_row) as connection:
+        for role in (WORKER_ROLE, THIEF_ROLE):
+            with contextlib.suppress(psycopg.errors.DuplicateObject):
+                connection.execute(sql.SQL("create role {} login in role autotag_worker").format(sql.Identifier(role)))
+        yield set_the_scene(Scene(connection))
+
+
+def set_the_scene(scene: Scene) -> Scene:
+    rows, value = scene.rows, scene.value
+    rows("""update autotag.settings set test_clock = true, realtime_max_images = 10, chunk_max_images = 10, express_images = 0,
+      batch_poll_interval = '1 min', lease = '150 s'""")
+    rows("select set_config('autotag.now', %s, false)", START)
+    scene.workspaces = [str(row["id"]) for row in rows(
+        "insert into public.workspaces (name) select 'w' || n from generate_series(1, 5) n returning id")]  # fmt: skip
+    for number, workspace in enumerate(scene.workspaces):
+        assets = [str(row["id"]) for row in rows(
+            """insert into public.assets (workspace_id, storage_path)
+            select %s, 'secret-' || gen_random_uuid() from generate_series(1, %s) returning id""",
+            workspace, 10 if number < 2 else 11)]  # fmt: skip
+        rows("select autotag.lock_workspace(%s), autotag.start_job(%s, null, %s::uuid[])", workspace, workspace, assets)
+    for worker, login in ((scene.good, WORKER_ROLE), (scene.thief, THIEF_ROLE)):
+        scene.as_(
+            login, "select autotag.register_worker(%s, 'host', autotag.schema_version(), true, 'http://p', 'k')", worker
+        )
+    rows("update autotag.provider_limits set proven_at = autotag.now(), next_poll_at = autotag.now() + interval '1 min',"
+         " checked_at = autotag.now()")  # fmt: skip
+    for worker, login, images in ((scene.good, WORKER_ROLE, 3), (scene.thief, THIEF_ROLE, 12)):
+        claimed = scene.as_(login, "select tasks from autotag.claim(%s, %s)", worker, images)
+        scene.tasks[worker] = [{"task": task["task"], "attempt": task["attempt"]} for task in claimed]
+        [batch] = scene.as_(login, "select batches from autotag.claim_batches(%s, 1)", worker)
+        scene.batch[worker] = batch["batch"]
+        scene.batch_tasks[worker] = [row["id"] for row in rows(
+            "select id from autotag.tasks where batch_id = %s order by id", batch["batch"])]  # fmt: skip
+    assert [len(scene.tasks[worker]) for worker in (scene.good, scene.thief)] == [3, 12]
+    # … and one that the provider has
+    rows("""update autotag.batches set state = 'submitted', openai_batch_id = 'batch_good', openai_status = 'in_progress',
+      submitted_at = autotag.now(), running_at = autotag.now(), progress_at = autotag.now(), request_total = 11, predicted_seconds = 60,
+      admitted_at = autotag.now(), asked_at = autotag.now(), output_tokens = 400, attempt = 1 where state = 'planned'""")
+    assert value("select count(*) from autotag.batches where state = 'submitted'") == 1
+    theirs = rows("select id, asset_id::text as asset from autotag.tasks where worker_id = %s or batch_id <> %s",
+                  scene.good, scene.batch[scene.thief])  # fmt: skip
+    scene.theirs, scene.their_assets = [row["id"] for row in theirs], [row["asset"] for row in theirs]
+    return scene
+
+
+# -- what is tried
+
+
+def results() -> list[Any]:
+    tag = "blue"
+    return [
+        None, 5, "x", [], {}, {"tags": None}, {"tags": "blue"}, {"tags": [1, None, ["blue"], {"tag": "blue"}, True]},
+        {"tags": [tag] * 2000, "confidence": {tag: 1}, "caption": "c"},
+        {"tags": [f"tag {n}" for n in range(500)], "confidence": {f"tag {n}": 1 for n in range(500)}, "caption": "c"},
+        {"tags": [HOSTILE, "x" * 51, LONG, "", " ", "a\nb", tag, "a\\u001bb"], "confidence": {HOSTILE: 1, tag: 1}, "caption": HOSTILE,
+         "model": HOSTILE},
+        {"tags": [tag, 'a", "b'], "confidence": {tag: 1}, "caption": LONG, "model": LONG},
+        *({"tags": [tag], "confidence": {tag: number}, "caption": "c"} for number in HUGE),
+        {"tags": [tag], "confidence": {tag: HOSTILE, "other": 1, LONG: 1}, "caption": {"a": HOSTILE}, "model": [HOSTILE]},
+        {"tags": [tag], "confidence": [HOSTILE], "caption": "c", HOSTILE: HOSTILE, "more": {"a": LONG}},
+        {"tags": [tag], "confidence": {tag: "0.5"}, "caption": "c", "model": "m"},
+    ]  # fmt: skip
+
+
+def errors() -> list[Any]:
+    return [
+        5, "x", [HOSTILE], {}, {"kind": HOSTILE, "code": HOSTILE, "message": HOSTILE, "origin": HOSTILE, "parameter": HOSTILE},
+        {"kind": {"a": 1}, "code": [HOSTILE], "message": {"a": HOSTILE}, "retry": "perhaps", "retry_after": "soon"},
+        {"kind": "image", "code": LONG, "message": LONG, "retry": [True]},
+        *({"kind": kind, "code": "rate_limited", "message": "m", "retry_after": number, "origin": "provider"}
+          for number in HUGE for kind in ("rate_limit", "transient")),
+        *({"kind": "account", "code": code, "message": HOSTILE, "origin": "provider"} for code in ("no_batch_api", "http_413", "x")),
+        {"kind": "image", "code": "answer_too_long", "message": "m", "retry": True},
+        *({"kind": "account", "code": "x", "message": "m", "parameter": parameter, "origin": "provider"}
+          for parameter in ("token_cap", "response_format", "reasoning_effort", "detail", "service_tier", "expires_after")),
+    ]  # fmt: skip
+
+
+def usages() -> list[Any]:
+    names = ("input", "cached", "cache_write", "output", "reasoning")
+    return [
+        5, "x", [HOSTILE], {}, *({**dict.fromkeys(names, number), "model": "m", "tier": "t"} for number in HUGE),
+        dict.fromkeys((*names, "model", "tier"), HOSTILE), dict.fromkeys((*names, "model", "tier"), LONG),
+        {**dict.fromkeys(names, "NaN"), "model": {"a": HOSTILE}, "tier": [HOSTILE]},
+        {**dict.fromkeys(names, 10_000_000), "model": "gpt-5.6-sol", "tier": "priority"},
+    ]  # fmt: skip
+
+
+def reports(scene: Scene, worker: str) -> list[Any]:
+    """Reports about everything that a worker holds, each hostile in one way."""
+    held = [*scene.tasks[worker], *({"task": task, "attempt": 1} for task in scene.batch_tasks[worker])]
+    fine = {"result": {"tags": ["stolen"], "confidence": {"stolen": 1}, "caption": "c", "model": "m"}}
+    said: list[dict[str, Any]] = [
+        fine, *({"result": result} for result in results()), *({"error": error} for error in errors()),
+        *({**fine, "usage": usage} for usage in usages()), {**fine, "called": "perhaps"}, {"called": False, "error": {"kind": "image"}},
+        *({"stage": stage} for stage in ("queued", "preparing", "completing", "completed", "failed", HOSTILE, 5, None)),
+    ]  # fmt: skip
+    lists = [[{**task, **report} for task in held] for report in said]
+    strange: list[Any] = [
+        *({"task": number, "attempt": number} for number in HUGE), {"task": "1", "attempt": "1"}, {"task": HOSTILE},
+        {"task": None}, {"task": [1]}, None, 5, HOSTILE, [], [[]],
+    ]  # fmt: skip
+    return [*lists, [*strange, {**held[0], **fine}]]
+
+
+def seen(scene: Scene) -> list[Any]:
+    """What headers and looks at the provider may say."""
+    names = ("requests_limit", "requests_left", "tokens_limit", "tokens_left", "age", "retry_after", "sent", "sent_age")
+    batches = [
+        {"id": "batch_good", "status": status, "output_file_id": HOSTILE, "error_file_id": LONG, "total": number,
+         "done": number, "error_code": HOSTILE, "error": LONG + HOSTILE, "error_kind": "account"}
+        for status in ("gone", "completed", "failed", "in_progress", HOSTILE) for number in HUGE[:4]
+    ]  # fmt: skip
+    return [
+        *(dict.fromkeys(names, value) for value in (*HUGE, 0, 1, "NaN", HOSTILE, None, [1])),
+        {"model": HOSTILE, "shutdown_date": "2026-13-99", "batches": False},
+        {"model": "gpt-6-luna", "shutdown_date": "2000-01-01", "batches": False},
+        {"model": "g*", "shutdown_date": "2026-01-01", "batches": "no"}, *([batch] for batch in batches), batches,
+        [{"id": HOSTILE, "status": "completed"}, {"id": ["batch_good"], "status": "gone"}, 5, None],
+        [{"id": scene.batch[scene.good], "status": "gone"}],
+    ]  # fmt: skip
+
+
+def values(scene: Scene, kind: str, name: str) -> list[Any]:
+    """Hostile values of a type; the first is what the thief would honestly say."""
+    own = {"p_worker": scene.thief, "p_batch": scene.batch[scene.thief]}.get(name)
+    ids = [own or scene.workspaces[0], None, scene.good, scene.thief, *scene.batch.values(), scene.workspaces[1], str(uuid.uuid4()),
+           "00000000-0000-0000-0000-000000000000"]  # fmt: skip
+    texts = ["creating", None, "", LONG, HOSTILE, "preparing", "uploading", "planned", "submitted", "ended", "done", "cancelled",
+             "queued", "completed", "batch_good", "file-1", "batch.completed", "0.1.0", "99999999999999.1", "0.1.0" + HOSTILE]  # fmt: skip
+    if name == "p_version":
+        texts.insert(0, "0.1.0")
+    if name == "p_event_type":
+        texts.insert(0, "batch.completed")
+    hostile: dict[str, list[Any]] = {
+        "uuid": ids, "integer": [1, None, 0, -1, 2**31 - 1, -(2**31)], "bigint": [1, None, 0, -1, 2**63 - 1, -(2**63)],
+        "boolean": [True, None, False], "text": texts, "double precision": [1.0, None, float("nan"), float("inf"), -1.0, 1e308],
+        "uuid[]": [None, [], [None], [scene.batch[scene.good]], [str(uuid.UUID(int=n)) for n in range(MANY)], [[scene.good]]],
+        "bigint[]": [None, [], [None], [task["task"] for task in scene.tasks[scene.good]], list(range(MANY)), [[1, 2]]],
+        "text[]": [[], None, [None], [HOSTILE], [LONG], ["file-1"] * MANY, [["a"]]],
+        "jsonb": [],
+    }  # fmt: skip
+    assert kind in hostile, f"{name} is a {kind}: what is hostile there?"
+    if kind == "jsonb":
+        plain = ["null", "5", '"x"', "{}", "[]", "[null]", "[[]]", DEEP, '{"a":' * 1000 + "1" + "}" * 1000,
+                 json.dumps([{}] * MANY), json.dumps({"kind": "x", "message": LONG}), json.dumps([HOSTILE])]  # fmt: skip
+        made = [*reports(scene, scene.thief), *reports(scene, scene.good)[:3], *errors(), *seen(scene)]
+        return [json.dumps(made[0]), None, *plain, *(json.dumps(one) for one in made[1:])]
+    return hostile[kind]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    function: str
+    places: str
+    arguments: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return f"{self.function}({', '.join(repr(a)[:200] for a in self.arguments)})"
+
+
+def granted(scene: Scene) -> list[tuple[str, list[str], list[str]]]:
+    """Each function that the role may call: its name, and its arguments' names and types."""
+    found = scene.rows("""
+      select p.proname::text as name,
+        array(select format_type(t, null) from unnest(p.proargtypes) with ordinality u (t, i) order by i) as kinds,
+        coalesce(array(select n from unnest(p.proargnames, p.proargmodes) u (n, m) where coalesce(m, 'i') in ('i', 'b')), '{}') as names
+      from pg_proc p where p.pronamespace = 'autotag'::regnamespace and has_function_privilege('autotag_worker', p.oid, 'execute')
+      order by 1""")
+    return [(row["name"], list(row["names"]), list(row["kinds"])) for row in found]
+
+
+def attempts(scene: Scene) -> Iterator[Attempt]:
+    """Each hostile value of each argument beside what is right for the others, and the same in the other worker's name."""
+    for function, names, kinds in granted(scene):
+        choices = [values(scene, kind, name) for name, kind in zip(names, kinds, strict=True)]
+        places = ", ".join(f"%s::{kind}" for kind in kinds)
+        honest = [choice[0] for choice in choices]
+        yield Attempt(function, places, tuple(honest))
+        for at, choice in enumerate(choices):
+            for value in choice[1:]:
+                yield Attempt(function, places, (*honest[:at], value, *honest[at + 1 :]))
+        if "p_worker" in names:
+            other = {"p_worker": scene.good, "p_batch": scene.batch[scene.good]}
+            theirs = [other.get(name, value) for name, value in zip(names, honest, strict=True)]
+            for told in [*reports(scene, scene.good)[:2], *seen(scene), *errors()] if "jsonb" in kinds else [None]:
+                told = json.dumps(told)
+                yield Attempt(
+                    function, places, tuple(told if k == "jsonb" else v for k, v in zip(kinds, theirs, strict=True))
+                )
+
+
+# -- what must hold afterwards
+
+
+def of_others(scene: Scene) -> dict[str, Any]:
+    """All that is not the thief's, as it is."""
+    mine = scene.batch[scene.thief]
+    return {
+        "tasks": scene.rows("select to_jsonb(t) as row from autotag.tasks t where id = any (%s) order by id", scene.theirs),
+        "batches": scene.rows("select to_jsonb(b) as row from autotag.batches b where id <> %s and job_id not in"
+                              " (select job_id from autotag.batches where id = %s) order by id", mine, mine),
+        "worker": scene.rows("select to_jsonb(w) as row from autotag.workers w where id = %s", scene.good),
+        "settings": scene.rows("select to_jsonb(s) as row from autotag.settings s"),
+        "kinds": scene.rows("select to_jsonb(k) as row from autotag.error_kinds k order by kind"),
+        "quotas": scene.rows("select to_jsonb(q) as row from autotag.quotas q"),
+        "models": scene.rows("select name, input_price, output_price, shutdown_date from autotag.models order by name"),
+        "assets": scene.rows("select to_jsonb(a) as row from public.assets a where id = any (%s::uuid[]) order by id", scene.their_assets),
+    }  # fmt: skip
+
+
+def texts(scene: Scene) -> list[tuple[str, str, str]]:
+    """Columns in which something is stored that people see: table, column, type."""
+    return [(row["table"], row["column"], row["type"]) for row in scene.rows("""
+      select a.attrelid::regclass::text as table, a.attname::text as column, format_type(a.atttypid, null) as type
+      from pg_attribute a join pg_class c on c.oid = a.attrelid
+      where c.relkind = 'r' and a.attnum > 0 and not a.attisdropped and format_type(a.atttypid, null) in ('text', 'jsonb', 'text[]')
+        and (c.relnamespace = 'autotag'::regnamespace and c.relname not in ('settings', 'error_kinds')
+          or c.oid = 'public.assets'::regclass and a.attname not in ('storage_path', 'storage_bucket', 'image_url'))""")]  # fmt: skip
+
+
+def wrong(scene: Scene, before: dict[str, Any], columns: list[tuple[str, str, str]]) -> str | None:
+    """What does not hold; None: everything does."""
+    after = of_others(scene)
+    for what, rows in after.items():
+        if rows != before[what]:
+            return f"{what} that are not the thief's have changed"
+    for table, column, kind in columns:
+        name = f'"{column}"'
+        shown = name if kind == "text" else f"replace({name}::text, '\\\\', '')"
+        escape = "" if kind == "text" else f" or {shown} ~ '\\\\[bfnrtu]'"
+        most = 1000 if kind == "text" else 30_000
+        if scene.value(
+            f"select count(*) from {table} where {printable_not(shown)}{escape} or length({name}::text) > {most}"
+        ):
+            return f"{table}.{column} holds what cannot be shown, or too much"
+    [provider] = scene.rows("""
+      select requests_per_minute, tokens_per_minute, tokens_per_image, requests_left, tokens_left,
+        extract(epoch from greatest(blocked_until, ask_after, autotag.now()) - autotag.now()) as block
+      from autotag.provider_limits""")
+    if not provider["block"] <= 3600:
+        return "the provider is blocked for more than an hour"
+    for name, most in (("requests_per_minute", 10**6), ("tokens_per_minute", 2 * 10**9), ("tokens_per_image", 10**6)):
+        if not 1 <= provider[name] <= most:
+            return f"{name} is {provider[name]}"
+    for name in ("requests_left", "tokens_left"):
+        if not -1e10 <= provider[name] <= 1e10:
+            return f"{name} is {provider[name]}"
+    if scene.rows(
+        "select 1 from public.workspace_rate_limits w, unnest(w.units) u where u not between 0 and 1000000000"
+    ):
+        return "a window is out of bounds"
+    if scene.rows(
+        """select 1 from autotag.usage where not (input_tokens between 0 and 10000000 * requests::bigint and
+      output_tokens between 0 and 10000000 * requests::bigint and images <= requests and coalesce(cost, 0) between 0 and 1000 * requests)
+      or requests > 40 or workspace_id <> all (%s::uuid[])""",
+        scene.workspaces,
+    ):
+        return "usage is out of bounds"
+    if scene.value("select count(*) from autotag.workers") > 3:
+        return "there are workers that nobody registered"
+    return None
+
+
+def printable_not(column: str) -> str:
+    """SQL for a text that has something odd in it, without asking what is tested here."""
+    odd = r"[\u0001-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]"
+    return f"{column} ~ '{odd}'"
+
+
+def told_too_much(scene: Scene, answer: str, function: str) -> bool:
+    """Whether an answer names an image that the thief does not hold (the doctor's sample is one)."""
+    if function == "diagnose":
+        return answer.count("secret-") > 1
+    held = {row["storage_path"] for row in scene.rows(
+        """select a.storage_path from public.assets a join autotag.tasks t on t.asset_id = a.id
+        left join autotag.batches b on b.id = t.batch_id where t.worker_id = %s or b.worker_id = %s""",
+        scene.thief, scene.thief)}  # fmt: skip
+    return any(part[:43] not in held for part in answer.replace("secret-", "\0secret-").split("\0")[1:])
+
+
+def drain(scene: Scene) -> str | None:
+    """Lets the good worker do everything that there is; what is left, if it cannot."""
+    good = {"tags": ["good"], "confidence": {"good": 1}, "caption": "c", "model": "m"}
+    usage = {
+        "input": 700,
+        "cached": 0,
+        "cache_write": 0,
+        "output": 100,
+        "reasoning": 0,
+        "model": "gpt-6-luna",
+        "tier": "default",
+    }
+    own = [*scene.tasks[scene.good]]
+    for _ in range(200):
+        told = json.dumps([{**task, "result": good, "usage": usage} for task in own])
+        sent = json.dumps({"sent": len(own), "sent_age": 0})
+        scene.as_(WORKER_ROLE, "select autotag.settle(%s, %s, %s)", scene.good, told, sent)
+        for batch in scene.rows("select id, attempt, state from autotag.batches where worker_id = %s", scene.good):
+            lines = scene.rows("select id from autotag.tasks where batch_id = %s", batch["id"])
+            answers = json.dumps([{"task": line["id"], "result": good, "usage": usage} for line in lines])
+            held = (scene.good, batch["id"], batch["attempt"])
+            scene.as_(WORKER_ROLE, "select autotag.batch_answers(%s, %s, %s, %s)", *held, answers)
+            scene.as_(WORKER_ROLE, "select autotag.batch_finish(%s, %s, %s)", *held)
+        if not scene.value("select count(*) from autotag.tasks where finished_at is null"):
+            return None
+        scene.advance(60)
+        scene.as_(WORKER_ROLE, "select autotag.heartbeat(%s)", scene.good)
+        claimed = scene.as_(WORKER_ROLE, "select tasks from autotag.claim(%s, 1000)", scene.good)
+        own = [{"task": task["task"], "attempt": task["attempt"]} for task in claimed or []]
+        scene.become(WORKER_ROLE)
+        [look] = scene.rows("select poll from autotag.claim_batches(%s, 50)", scene.good)
+        scene.become(None)
+        if look["poll"]:
+            ended = json.dumps(
+                [{"id": one["id"], "status": "completed", "total": 11, "done": 11} for one in look["poll"]]
+            )
+            scene.as_(WORKER_ROLE, "select autotag.batches_seen(%s, %s)", scene.good, ended)
+    left = scene.rows("select lane, stage, count(*) as n from autotag.tasks where finished_at is null group by 1, 2")
+    return f"images are never tagged: {left}"
+
+
+def find(scene: Scene, only: str | None = None) -> tuple[list[str], int]:
+    """What the attempts bring about that they should not (it stops at five), and how many there were."""
+    before, columns = of_others(scene) | {"everything": fingerprint(scene)}, texts(scene)
+    found: list[str] = []
+    count = 0
+    for attempt in attempts(scene):
+        if only and attempt.function not in only.split():
+            continue
+        count += 1
+        problem = try_out(scene, attempt, before, columns)
+        if problem:
+            found.append(f"{problem}: {attempt}")
+            if len(found) == 5:
+                break
+    return found, count
+
+
+class Over(Exception):
+    """The attempt is over; nothing of it stays."""
+
+
+def try_out(scene: Scene, attempt: Attempt, before: dict[str, Any], columns: list[tuple[str, str, str]]) -> str | None:
+    problem: str | None = None
+    try:
+        with scene.connection.transaction():
+            begun = time.monotonic()
+            answer, refused = call(scene, attempt)
+            took = time.monotonic() - begun
+            scene.become(None)
+            if refused is not None:
+                problem = refused or None
+            elif took > 5:
+                problem = f"it took {took:.1f} s"
+            elif told_too_much(scene, answer, attempt.function):
+                problem = "it told of images that the thief does not hold"
+            elif fingerprint(scene) != before["everything"]:
+                problem = wrong(scene, before, columns) or drain(scene) or wrong_at_the_end(scene)
+            raise Over
+    except Over:
+        scene.become(None)
+        scene.rows("select set_config('autotag.now', %s, false)", START)
+    return problem
+
+
+def fingerprint(scene: Scene) -> str:
+    """Of all that is stored."""
+    tables = scene.rows("select oid::regclass::text as name from pg_class where relkind = 'r' and (relnamespace = 'autotag'::regnamespace"
+                        " or oid in ('public.assets'::regclass, 'public.workspace_rate_limits'::regclass)) order by 1")  # fmt: skip
+    parts = ", ".join(
+        f"(select md5(coalesce(string_agg(t::text, ' ' order by t::text), '')) from {table['name']} t)"
+        for table in tables
+    )
+    return str(scene.value(f"select concat({parts})"))
+
+
+def call(scene: Scene, attempt: Attempt) -> tuple[str, str | None]:
+    """What it answers; if it is refused, what is wrong with how ("": nothing): only an error of its own says what to do."""
+    try:
+        with scene.connection.transaction():
+            scene.become(THIEF_ROLE)
+            found = scene.rows(
+                f"select to_jsonb(f)::text as f from autotag.{attempt.function}({attempt.places}) f", *attempt.arguments
+            )
+            return " ".join(str(row["f"]) for row in found), None
+    except psycopg.Error as error:
+        state = error.sqlstate or ""
+        # What is no number or no list of ids does not reach the function.
+        fine = state.startswith("PT4") or (state.startswith("22") and not error.diag.context) or state == "54001"
+        return "", "" if fine else f"{state} {error.diag.message_primary} ({(error.diag.context or '')[:150]})"
+
+
+def wrong_at_the_end(scene: Scene) -> str | None:
+    held = [task["task"] for task in scene.tasks[scene.good]]
+    if scene.rows("select 1 from autotag.tasks where id = any (%s)", held):
+        return "what the good worker held has failed"
+    if scene.value("select count(*) from public.assets where tags = '{good}'") < 3:
+        return "the good worker's tags are not stored"
+    return None
+
+
+def test_every_function_of_a_worker_has_a_decision(scene: Scene) -> None:
+    assert {name for name, _, _ in granted(scene)} == set(DECISIONS)
+
+
+def test_a_stolen_login_wastes_nothing_but_its_own(scene: Scene) -> None:
+    found, count = find(scene)
+    assert found == [], "\n".join(found)
+    assert count >= 300
+
+
+#: Defences, each broken on purpose: what replaces it, and the functions whose attempts have to show it.
+BROKEN = {
+    "logins are not told apart": ("""
+      create or replace function autotag.is_own_worker(p_worker uuid) returns boolean language sql as 'select true'""", "settle batch_images release_worker"),
+    "any text is printable": ("""
+      create or replace function autotag.printable(p_text text, p_length integer) returns text language sql strict
+      as 'select left(p_text, p_length)'""", "register_worker settle"),
+    "no number is clamped": ("""
+      create or replace function autotag.check_number(p_report jsonb, p_name text, p_least double precision, p_most double precision)
+      returns double precision language sql as $$ select case when jsonb_typeof(p_report -> p_name) = 'number'
+        and abs((p_report ->> p_name)::numeric) < 1e300 then (p_report ->> p_name)::double precision end $$""", "settle poll_trouble"),
+    "results are stored as they come": ("""
+      create or replace function autotag.check_result(p_result jsonb) returns jsonb language sql as 'select p_result'""", "settle batch_answers"),
+    "whatever was learned is believed": ("""
+      create or replace function autotag.guess_prompt(p_question jsonb) returns integer language sql as 'select 100000000'""", "settle"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("defence", BROKEN)
+def test_a_broken_defence_is_noticed(scene: Scene, defence: str) -> None:
+    statement, functions = BROKEN[defence]
+    scene.rows(statement)
+    assert find(scene, functions)[0] != []
