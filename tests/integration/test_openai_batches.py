@@ -507,13 +507,22 @@ def best_plan(images: int, left: int, most: int, split: int, unsplit: int) -> in
     queued=st.integers(1, 40), split=st.integers(1, 12), unsplit=st.integers(0, 20),
 )  # fmt: skip
 def test_the_plan_is_the_best_one(
-    planner: psycopg.Connection[Any], images: int, left: int, window: int, requests: int, queued: int, split: int, unsplit: int
+    planner: psycopg.Connection[Any],
+    images: int,
+    left: int,
+    window: int,
+    requests: int,
+    queued: int,
+    split: int,
+    unsplit: int,
 ) -> None:
     planner.execute(
         "update autotag.settings set batch_max_images = %s, batch_split_images = %s, batch_max_requests = %s",
         (unsplit, split, requests),
     )
-    planner.execute("update autotag.provider_limits set queued_batch_tokens = %s, tokens_per_image = 10", (queued * 10,))
+    planner.execute(
+        "update autotag.provider_limits set queued_batch_tokens = %s, tokens_per_image = 10", (queued * 10,)
+    )
     row = planner.execute("select autotag.plan_batches(%s, %s, %s)", (images, left, window)).fetchone()
     most = min(window, requests, queued)
     assert row == (best_plan(images, left, most, split, unsplit),)
