@@ -147,7 +147,7 @@ async def test_a_worker_with_a_wrong_address_costs_no_image_and_is_in_nobodys_wa
 async def test_a_wrong_key_that_is_rolled_out_beside_the_right_one_costs_a_call_and_no_image(wide: Library) -> None:
     stack = wide.stack
     stack.compress(SPEED)
-    stack.simulator.plan.latency = (0.2, 0.4)
+    stack.simulator.plan.latency = (0.1, 0.2)
     assets = await wide.upload(pictures(80))
     wide.watch_failures()
     async with worker(stack, slots=4):
@@ -233,18 +233,19 @@ async def test_credit_that_runs_out_in_the_middle_of_a_run_fails_no_image(wide: 
     stack.compress(SPEED)
     stack.configure(realtime_max_images=40)
     stack.simulator.plan.latency = (1.0, 1.5)
-    stack.simulator.plan.batch_latency = (5.0, 5.0)
+    stack.simulator.plan.batch_latency = (8.0, 8.0)
     assets = await wide.upload(pictures(180))
     wide.watch_failures()
+
+    def under_way() -> bool:
+        return any(batch["status"] == "in_progress" for batch in stack.simulator.batches.describe_all())
+
     async with worker(stack, slots=40):
-        told = [wide.enqueue(assets[i : i + 40]) for i in (0, 40, 80)] + [wide.enqueue(assets[120:])]
-        await until(
-            lambda: (
-                stack.simulator.in_flight >= 30
-                and any(batch["status"] == "in_progress" for batch in stack.simulator.batches.describe_all())
-            ),
-            "calls in flight and a batch under way",
-        )
+        told = [wide.enqueue(assets[120:])]
+        await until(under_way, "a batch under way")
+        told += [wide.enqueue(assets[i : i + 40]) for i in (0, 40, 80)]
+        await until(lambda: stack.simulator.in_flight >= 30, "calls in flight")
+        assert under_way()
         stack.simulator.plan.credit = False
         await until(lambda: provider(wide)["account_error"] is not None, "the account's trouble")
         started = clock(wide)
