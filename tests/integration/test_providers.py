@@ -253,7 +253,7 @@ async def test_credit_that_runs_out_in_the_middle_of_a_run_fails_no_image(wide: 
         assert len(refused(stack)) <= 40 + 5, "what was in hand, and the probes"
         assert failed(wide) == 0
         mended = clock(wide)
-        stack.simulator.plan.batch_latency = (0.5, 0.5)
+        stack.simulator.plan.latency, stack.simulator.plan.batch_latency = (0.1, 0.2), (0.5, 0.5)
         stack.simulator.plan.credit = True
         await check_mended(wide, told, mended)
 
