@@ -60,7 +60,7 @@ def empty_database(postgres: LocalPostgres, template: str = "template1") -> Iter
     name = f"test_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(postgres.url("supabase_admin"), autocommit=True) as connection:
         connection.execute(
-            sql.SQL("create database {} template {} owner postgres").format(
+            sql.SQL("create database {} template {} owner postgres strategy file_copy").format(
                 sql.Identifier(name), sql.Identifier(template)
             )
         )

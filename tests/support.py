@@ -7,7 +7,8 @@ import contextlib
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextvars import ContextVar
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
@@ -24,6 +25,9 @@ from autotag_local.pictures import Drawing, draw
 from autotag_local.stack import Member, Stack
 
 PATIENCE = 60.0  # seconds; only a broken promise takes so long
+
+#: The connections of a wait, by URL: who looks twenty times a second does not connect as often.
+_kept: ContextVar[dict[str, psycopg.Connection[Any]] | None] = ContextVar("kept", default=None)
 
 
 class Library:
@@ -90,8 +94,8 @@ class Library:
 
     def sql(self, statement: str, *arguments: object) -> list[dict[str, Any]]:
         """Runs a statement as the project's owner."""
-        with psycopg.connect(self.stack.database_url(), autocommit=True, row_factory=dict_row) as connection:
-            cursor = connection.execute(statement, arguments)
+        with connected(self.stack.database_url()) as connection:
+            cursor = connection.cursor(row_factory=dict_row).execute(statement, arguments)  # type: ignore[arg-type]
             return cursor.fetchall() if cursor.description else []
 
     def rpc(self, function: str, *arguments: object) -> Any:
@@ -135,7 +139,7 @@ def rpc(stack: Stack, user: str | dict[str, Any] | None, function: str, *argumen
     """Calls a function under the role and claims of a signed-in user (an id, or all claims; None: anon)."""
     own = {"sub": user} if isinstance(user, str) else user or {}
     claims = json.dumps({"role": "authenticated" if user else "anon", **own})
-    with psycopg.connect(stack.database_url("authenticator")) as connection:
+    with connected(stack.database_url("authenticator")) as connection, connection.transaction():
         connection.execute(
             "select set_config('request.jwt.claims', %s, true), set_config('role', %s, true)",
             (claims, "authenticated" if user else "anon"),
@@ -147,12 +151,32 @@ def rpc(stack: Stack, user: str | dict[str, Any] | None, function: str, *argumen
         return row[0]
 
 
+@contextlib.contextmanager
+def connected(url: str) -> Iterator[psycopg.Connection[Any]]:
+    """A connection that commits by itself; inside a wait, the wait's own."""
+    kept = _kept.get()
+    if kept is None:
+        with psycopg.connect(url, autocommit=True) as connection:
+            yield connection
+        return
+    if url not in kept or kept[url].closed:
+        kept[url] = psycopg.connect(url, autocommit=True)
+    yield kept[url]
+
+
 async def until(condition: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
     """Waits for something that other processes bring about."""
     deadline = time.monotonic() + patience
-    while not await asyncio.to_thread(condition):
-        assert time.monotonic() < deadline, f"waited {patience:g} s for {what}"
-        await asyncio.sleep(0.05)
+    kept: dict[str, psycopg.Connection[Any]] = {}
+    token = _kept.set(kept)
+    try:
+        while not await asyncio.to_thread(condition):
+            assert time.monotonic() < deadline, f"waited {patience:g} s for {what}"
+            await asyncio.sleep(0.05)
+    finally:
+        _kept.reset(token)
+        for connection in kept.values():
+            connection.close()
 
 
 def worker_settings(stack: Stack, **changes: Any) -> Settings:

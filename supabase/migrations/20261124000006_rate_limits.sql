@@ -82,7 +82,7 @@ alter table autotag.provider_limits enable row level security;
 
 -- How long a window is, and what one workspace may do in it.
 create function autotag.window_limits(p_workspace_id uuid, p_request_type text)
-returns table (length interval, max_requests integer, max_units integer)
+returns table (length interval, max_requests integer, max_units integer) rows 1
 language sql stable set search_path = pg_catalog, pg_temp
 as $$
   select case p_request_type when 'realtime' then interval '1 min' else interval '1 h' end,

@@ -27,8 +27,8 @@ CURRENT, SECOND = "gpt-4.1-mini", "gpt-6-luna"
 
 @pytest.fixture
 async def tagged(library: Library) -> Library:
-    """A workspace with twelve images that the model in use has tagged."""
-    library.stack.configure(model=CURRENT)
+    """A workspace with twelve images that the model in use has tagged; its window holds many comparisons."""
+    library.stack.configure(model=CURRENT, realtime_requests_per_minute=1000, realtime_tokens_per_minute=10_000_000)
     library.sql("update autotag.provider_limits set proven_at = now(), question = autotag.describe_question()")
     assets = await library.upload(12)
     async with worker(library.stack):

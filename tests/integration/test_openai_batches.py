@@ -6,10 +6,12 @@ import json
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from autotag.lanes.batch import METADATA_KEY
 from autotag_local.openai_sim.faults import Fault
 from autotag_local.pictures import Drawing
+from autotag_local.stack import Stack
 from support import Library, answered_pictures, audit, until, worker
 
 FEW = {
@@ -504,19 +507,30 @@ def best_plan(images: int, left: int, most: int, split: int, unsplit: int) -> in
     queued=st.integers(1, 40), split=st.integers(1, 12), unsplit=st.integers(0, 20),
 )  # fmt: skip
 def test_the_plan_is_the_best_one(
-    planner: Library, images: int, left: int, window: int, requests: int, queued: int, split: int, unsplit: int
+    planner: psycopg.Connection[Any],
+    images: int,
+    left: int,
+    window: int,
+    requests: int,
+    queued: int,
+    split: int,
+    unsplit: int,
 ) -> None:
-    planner.stack.configure(
-        realtime_max_images=0, chunk_max_images=0, batch_max_images=unsplit, batch_split_images=split,
-        batch_max_requests=requests,
-    )  # fmt: skip
-    planner.sql("update autotag.provider_limits set queued_batch_tokens = %s, tokens_per_image = 10", queued * 10)
-    [row] = planner.sql("select autotag.plan_batches(%s, %s, %s) as n", images, left, window)
+    planner.execute(
+        "update autotag.settings set batch_max_images = %s, batch_split_images = %s, batch_max_requests = %s",
+        (unsplit, split, requests),
+    )
+    planner.execute(
+        "update autotag.provider_limits set queued_batch_tokens = %s, tokens_per_image = 10", (queued * 10,)
+    )
+    row = planner.execute("select autotag.plan_batches(%s, %s, %s)", (images, left, window)).fetchone()
     most = min(window, requests, queued)
-    assert row["n"] == best_plan(images, left, most, split, unsplit)
+    assert row == (best_plan(images, left, most, split, unsplit),)
 
 
 @pytest.fixture
-def planner(library: Library) -> Library:
-    """A library whose settings every example sets anew."""
-    return library
+def planner(stack: Stack) -> Iterator[psycopg.Connection[Any]]:
+    """A connection for all examples, each of which sets the settings anew."""
+    stack.configure(realtime_max_images=0, chunk_max_images=0)
+    with psycopg.connect(stack.database_url(), autocommit=True) as connection:
+        yield connection

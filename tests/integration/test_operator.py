@@ -70,6 +70,7 @@ async def test_status_shows_uploads_batches_limits_workers_errors_and_cost(libra
         told = library.enqueue(batch)
         await until(lambda: library.sql("select 1 from autotag.batches where request_done > 0") != [], "some lines")
         seen = await status(stack)
+        [used] = library.sql("select sum(cost) as cost, sum(images) as images from autotag.usage")
         code, shown, _ = await run(stack, "status")
     [job] = seen["jobs"]
     assert (job["job_id"], job["image_count"], job["strategy"]) == (told["job_id"], 60, "batch")
@@ -82,7 +83,6 @@ async def test_status_shows_uploads_batches_limits_workers_errors_and_cost(libra
     [who] = seen["workers"]
     assert who["alive"]
     assert [(e["code"], e["images"]) for e in seen["errors"]] == [("refused", 1)]
-    [used] = library.sql("select sum(cost) as cost, sum(images) as images from autotag.usage")
     assert (seen["today"]["cost"], seen["today"]["images"]) == (float(used["cost"]), used["images"])
     assert code == 0
     for word in (

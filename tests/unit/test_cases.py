@@ -96,7 +96,7 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(st.integers(0, 599), JSON)
 def test_no_error_that_does_not_name_the_picture_is_its_fault(status: int, body: Any) -> None:
     """A body that nobody has seen neither fails an image at once nor is tried for ever without being counted."""
@@ -106,7 +106,7 @@ def test_no_error_that_does_not_name_the_picture_is_its_fault(status: int, body:
         assert status in (402, 429), "only who asks to wait is waited for without counting"
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(st.dictionaries(st.sampled_from(["choices", "error", "usage", "model", "id", "object", "detail"]), JSON | st.lists(
     st.fixed_dictionaries({}, optional={
         "message": JSON | st.fixed_dictionaries({"content": JSON | st.text(max_size=40)}),

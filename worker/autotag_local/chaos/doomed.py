@@ -14,10 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from openai import AsyncOpenAI
-
-from autotag.cli import app
-from autotag.db import Database
+from autotag.__main__ import load
 
 FUNCTIONS = (
     "register_worker", "claim", "report_stages", "settle", "claim_batches", "batch_step", "batch_images",
@@ -59,6 +56,10 @@ class Doom:
 
 def doom(point: str) -> None:
     """Puts the point into this process's database calls and its requests to OpenAI."""
+    from openai import AsyncOpenAI
+
+    from autotag.db import Database
+
     end = Doom(point)
     once, request = Database._once, AsyncOpenAI.request
 
@@ -76,5 +77,6 @@ def doom(point: str) -> None:
 
 
 if __name__ == "__main__":
+    worker = load()
     doom(sys.argv[1])
-    app(["worker"])
+    worker(["worker"])
