@@ -1,15 +1,15 @@
 """The SQL's source, ``supabase/schemas``, and the migrations that are made from it.
 
-The source says what the schema *is*: every object once, in reading order, functions as ``create or replace``. A migration
-says what has *changed* since the last release: functions are copied from the source, changes of tables are steps that
-somebody wrote (``supabase/schemas/changes.sql``). A released migration never changes again; its hash is on record.
+The source says what the schema *is*: every object once, in reading order, functions as ``create or replace``.
+A migration says what has *changed* since the last release: functions are copied from the source, changes of tables
+are steps that somebody wrote (``supabase/schemas/changes.sql``). A released migration never changes again; its hash is
+on record.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,8 +26,12 @@ SUPABASE = ROOT / "supabase"
 SCHEMAS, MIGRATIONS, RELEASES = SUPABASE / "schemas", SUPABASE / "migrations", SUPABASE / "releases"
 CHANGES = SCHEMAS / "changes.sql"
 #: Files of the source that a migration holds whole, because they may run any number of times.
-REPEATED = ("grants.sql", "cron.sql")
+REPEATED = ("seed.sql", "grants.sql", "version.sql")
 UNRELEASED = "unreleased"
+NO_CHANGES = """\
+-- Steps that change the tables of an existing installation to what supabase/schemas/tables says, since the last
+-- release. They run before the functions of the new release are there. A release takes them over and empties this file.
+"""
 
 
 class ReleaseError(Exception):
@@ -89,7 +93,7 @@ def _statement(text: str, before: str, path: str) -> Statement:
         returns = RawStream()(node.returnType) if node.returnType else ""
         outs = [RawStream()(p) for p in node.parameters or () if p.mode.value in "obt"]
         inputs = [RawStream()(p.argType) for p in node.parameters or () if p.mode.value in "idvb"]
-        name = ".".join(part.sval for part in node.funcname)
+        name = ".".join(part.sval for part in node.funcname or ())
         digest = hashlib.sha256(text.encode()).hexdigest()
         return Statement(f"function {name}({', '.join(inputs)})", digest, text, comment, f"{returns} {outs}", path)
     meaning = json.dumps(_without_places(json.loads(parse_sql_json(text))), sort_keys=True)
@@ -152,26 +156,24 @@ def next_migration(version: str) -> str:
     now = engine()
     last = releases()[-1] if releases() else None
     if last is None:
-        return f"{HEADER.format(version=version)}\n{source(host=False)}"
+        return f"{HEADER.format(version=version)}\n{LATE}\n{source(host=False)}"
     before = last.statements
     steps = CHANGES.read_text() if CHANGES.exists() else ""
     new = [s for s in now if before.get(s.key) != s.hash]
     gone = sorted(set(before) - {s.key for s in now})
     tables = [s for s in new if not s.is_function and s.path not in REPEATED]
-    lost = [key for key in gone if not key.startswith("function ")]
     functions = [s for s in new if s.is_function]
     if not (functions or gone or tables or any(s.path in REPEATED for s in new)):
         return ""
     if tables and not _says_something(steps):
-        changed = "\n".join(f"  {s.path}: {re.sub(r'\s+', ' ', s.text)[:100]}" for s in tables)
+        changed = "\n".join(f"  {s.path}: {' '.join(s.text.split())[:100]}" for s in tables)
         raise ReleaseError(
             f"Tables changed since {last.version}. Write the statements that change an existing schema into"
             f" supabase/schemas/changes.sql:\n{changed}"
         )
-    del lost
     drops = [key for key in gone if key.startswith("function ")]
     drops += [s.key for s in functions if s.key in before and last.returns.get(s.key, s.returns) != s.returns]
-    parts = [HEADER.format(version=version)]
+    parts = [HEADER.format(version=version), LATE]
     parts += [steps.strip()] if _says_something(steps) else []
     parts += [f"drop {key};" for key in sorted(drops)]
     parts += [f"{s.comment}\n{s.text};".strip() for s in functions]
@@ -179,6 +181,7 @@ def next_migration(version: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+LATE = "set local check_function_bodies = off;  -- a function may stand before what it calls"
 HEADER = "-- autotag {version}. Made by scripts/release from supabase/schemas; what is released never changes."
 
 

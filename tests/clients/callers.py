@@ -18,9 +18,9 @@ import psycopg
 from postgrest import AsyncPostgrestClient
 from postgrest.exceptions import APIError
 from psycopg.rows import tuple_row
-from supabase import AsyncClientOptions, acreate_client
 
 from autotag_local.stack import Stack
+from supabase import AsyncClientOptions, acreate_client
 
 HERE = Path(__file__).parent
 LINE_MOST = 16_000_000  # bytes of one answer

@@ -164,7 +164,7 @@ async def test_over_http_the_status_is_the_one_in_the_code(library: Library, sta
 
 
 def test_every_code_that_can_be_raised_is_documented() -> None:
-    migrations = "".join(path.read_text() for path in (ROOT / "supabase" / "migrations").glob("*.sql"))
+    migrations = "".join(path.read_text() for path in (ROOT / "supabase" / "schemas").rglob("*.sql"))
     raised = set(re.findall(r"refuse\(\s*(\d{3}), '(\w+)'", migrations))
     assert len(raised) > 10
     documented = (ROOT / "docs" / "sql-api.md").read_text()

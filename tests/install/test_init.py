@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from autotag.cli import app
 from autotag.install.facts import look
-from autotag.install.host import Choices, FileRule, Host, HostError, propose
+from autotag.install.host import Choices, FileRule, HostError, propose
 from autotag.install.migrations import migrations, write_migrations
 from autotag_local.pictures import Drawing, draw
 from autotag_local.postgres import LocalPostgres
@@ -72,11 +72,6 @@ def run(*arguments: str) -> dict[str, Any]:
     assert done.exit_code == 0, done.output
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
-
-
-def test_the_adapter_of_the_stand_alone_stack_is_the_migration_itself() -> None:
-    adapter = next(m for m in migrations() if m.name == "host_adapter")
-    assert adapter.text(Host()) == adapter.path.read_text()
 
 
 async def test_paths_a_bucket_and_a_table_of_members(postgres: LocalPostgres, bare: str, project: Path) -> None:
@@ -324,9 +319,7 @@ def test_hostile_names_stay_names(postgres: LocalPostgres, bare: str, tmp_path: 
     assert (host.path, host.bucket) == (nasty, "it's")
     write_migrations(tmp_path, host, {})
     adapter = next(tmp_path.glob("*host_adapter.sql")).read_text()
-    schema = next(tmp_path.glob("*schema.sql")).read_text()
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(schema.encode())
         connection.execute(adapter.encode())
         connection.execute(
             "insert into public.assets select gen_random_uuid(), w, 'a''b/' || w || '/p' from gen_random_uuid() w"

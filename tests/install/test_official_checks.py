@@ -10,6 +10,7 @@ import time
 import psycopg
 import pytest
 
+from autotag.install.host import Host
 from autotag.install.migrations import apply_migrations, migrations
 from autotag_local.postgres import LocalPostgres
 from cli_tools import supabase
@@ -123,7 +124,5 @@ def test_the_adapter_gives_up_a_lock_that_is_not_to_be_had(postgres: LocalPostgr
                            "create table public.assets (id uuid primary key, workspace_id uuid, storage_path text)")  # fmt: skip
         long.execute("select from public.assets")
         adapter = next(m for m in migrations() if m.name == "host_adapter")
-        schema = next(m for m in migrations() if m.name == "schema")
-        connection.execute(schema.path.read_bytes())
         with pytest.raises(psycopg.errors.LockNotAvailable), connection.transaction():
-            connection.execute(adapter.path.read_bytes())
+            connection.execute(adapter.text(Host()).encode())

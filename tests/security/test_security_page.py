@@ -89,7 +89,7 @@ def test_the_table_of_broadcasts_is_what_the_migrations_send() -> None:
         (event, frozenset(re.findall(r"`(\w+)`", payload)))
         for event, payload in re.findall(r"^\|[^|]*\| `(\w+-\w+)` \| ([^|]*) \|$", PAGE, re.MULTILINE)
     }
-    source = "\n".join(path.read_text() for path in sorted((ROOT / "supabase" / "migrations").glob("*.sql")))
+    source = "\n".join(path.read_text() for path in sorted((ROOT / "supabase" / "schemas").rglob("*.sql")))
     sent = {
         (event, frozenset(re.findall(r"'(\w+)',", payload)))
         for event, payload in re.findall(

@@ -174,7 +174,7 @@ def init(
         database_url = _connection(database_url)
         facts, host = _look(database_url, choices, ask=not (yes or as_json))
         limit = _spending(spending_limit, facts, folder, ask=not (yes or as_json))
-        files = write_migrations(folder, host, facts.applied, extra=limit)
+        files = write_migrations(folder, host, facts.applied, adapter=facts.adapter, extra=limit)
     except HostError as error:
         raise fail(str(error), 2) from None
     found = describe(host, facts)
@@ -270,7 +270,7 @@ def _spending(wanted: float | None, facts: Facts, folder: Path | None, *, ask: b
     """The migration that limits spending, or nothing where one is there or none is wanted."""
     if SPENDING_LIMIT in facts.applied or (folder and list(folder.glob(f"*_autotag_{SPENDING_LIMIT}.sql"))):
         return []
-    if wanted is None and ask and sys.stdin.isatty() and "usage" not in facts.applied:
+    if wanted is None and ask and sys.stdin.isatty() and facts.adapter is None:
         say("How many dollars may each workspace spend a month? 0: no limit. Change it at any time in autotag.quotas.")
         wanted = typer.prompt("spending-limit", default=SPENDING, type=float)
         if wanted < 0:

@@ -25,7 +25,6 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
-from supabase import AsyncClient, AsyncClientOptions, acreate_client
 
 from autotag.http import serve as serve_app
 from autotag_local.openai_sim.app import Plan
@@ -34,6 +33,7 @@ from autotag_local.pictures import Drawing, draw
 from autotag_local.postgres import free_port, install_autotag, local_postgres
 from autotag_local.project import ProjectError, project_variables
 from autotag_local.stack import HOST, Member, Stack, local_stack, supabase_stack, worker_process
+from supabase import AsyncClient, AsyncClientOptions, acreate_client
 
 UPLOADS = (3, 30, 120, 300)  # one for each strategy
 STAGES = ("queued", "preparing", "submitted", "processing", "completing", "completed", "failed")

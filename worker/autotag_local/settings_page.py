@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
 from autotag.config import Settings, environment_names
-from autotag.install.migrations import MIGRATIONS
+from lab.schema import SCHEMAS
 
 COLUMN = re.compile(
     r"^  (?P<name>\w+) (?P<type>double precision|\w+) not null default (?P<default>'[^']*'|\S+?)"
@@ -46,9 +45,13 @@ def main() -> str:
 
 
 def _columns() -> Iterator[str]:
-    """The table's columns in groups, as the migration has them: a blank line and a comment begin a group."""
-    [path] = MIGRATIONS.glob("*_settings.sql")
-    body = Path(path).read_text().split("create table autotag.settings (", 1)[1].split("\n);", 1)[0]
+    """The table's columns in groups, as the source has them: a blank line and a comment begin a group."""
+    body = (
+        (SCHEMAS / "tables" / "settings.sql")
+        .read_text()
+        .split("create table autotag.settings (", 1)[1]
+        .split("\n);", 1)[0]
+    )
     comment: list[str] = []
     begins = False
     for line in body.splitlines()[1:]:

@@ -45,6 +45,7 @@ class Facts:
     file_functions: list[str] = field(default_factory=list)
     #: the rule that an adapter which is there has
     file_rule: str | None = None
+    adapter: int | None = None  #: and its version
 
 
 def look(url: str) -> Facts:
@@ -96,7 +97,7 @@ def look(url: str) -> Facts:
         stands = rule and rule[0] and connection.execute("select autotag.file_rule()").fetchone()
         return Facts(
             tables, buckets, applied_migrations(connection), policies, bool(readable),
-            [str(row[0]) for row in functions], stands[0] if stands else None,
+            [str(row[0]) for row in functions], stands[0] if stands else None, adapter_version(connection),
         )  # fmt: skip
 
 
@@ -108,7 +109,6 @@ def _column(connection: Connection[tuple[str, ...]], table: str, statement: str)
 
 def applied_migrations(connection: Connection[tuple[str, ...]]) -> dict[str, str]:
     """Which of autotag's migrations a database has, and under which version; whoever applied them."""
-    # In a project their names begin with autotag_; in autotag's own checkout the CLI records the bare name.
     recorded = _column(
         connection, "supabase_migrations.schema_migrations",
         "select version || '_' || coalesce(name, '') from supabase_migrations.schema_migrations order by version",
@@ -118,9 +118,11 @@ def applied_migrations(connection: Connection[tuple[str, ...]]) -> dict[str, str
         version, _, name = entry.partition("_")
         if name.startswith("autotag_"):
             found[name.removeprefix("autotag_")] = version
-        elif version.startswith(OWN_VERSIONS):
-            found[name] = version
     return found
 
 
-OWN_VERSIONS = "202611240000"  # what the versions of autotag's own files begin with
+def adapter_version(connection: Connection[tuple[str, ...]]) -> int | None:
+    """The version of the adapter in a database; None: there is none."""
+    row = connection.execute("select to_regprocedure('autotag.adapter_version()') is not null").fetchone()
+    found = connection.execute("select autotag.adapter_version()").fetchone() if row and row[0] else None
+    return int(found[0]) if found else None

@@ -1,13 +1,13 @@
 """What autotag has to know of a project's tables, and the host adapter that says it in SQL.
 
-`propose` reads it off the project's schema as far as it can be seen; `render` writes the adapter: the
-migration ``host_adapter`` as it stands, with other names and with other lines where one is marked ``-- host:``.
+`propose` reads it off the project's schema as far as it can be seen; `render` fills it into the template
+``host_adapter.sql``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from autotag.install.facts import Facts, Table
@@ -28,8 +28,6 @@ BUCKET = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9_!.*'() &$@=;:+,?-]{1,100}")  # what
 CLAIM = re.compile(r"jwt\(\)(?: AS jwt\))?\s*((?:\)*\s*->>?\s*'[^']+'(?:::text)?\s*)+)")
 
 WORD_BEGINS, WORD_ENDS = r"\m", r"\M"  # of Postgres's regular expressions
-#: The JSON path of a string in an array.
-HAS_STRING = """'strict $[*] ? (@.type() == "string")'"""
 
 
 class HostError(Exception):
@@ -249,60 +247,25 @@ def _describe_files(host: Host) -> str:
     return said + ("" if host.users_see_files else "; row level security of storage.objects is not asked")
 
 
-def render(adapter: str, host: Host) -> str:
-    """The adapter migration for a host.
-
-    Args:
-        adapter: the text of the migration ``host_adapter``.
-        host: its default reproduces the text exactly.
-    """
-    lines, skip = [], False
-    for line in adapter.splitlines(keepends=True):
-        if skip:  # the rest of the expression that a mark replaced
-            skip = not line.startswith("$$")
-            if skip:
-                continue
-        code, mark, name = line.rstrip("\n").partition("  -- host: ")
-        if mark and host != Host():
-            code, skip = _marked(name, host), name == "members"
-            line = f"{code}{mark}{name}\n" if code else ""
-        lines.append(line)
-    text = "".join(lines)
-    for pattern, name in ((r"\bpublic\.assets\b", table_name(host.table)), (r"\ba\.id\b", f"a.{quote(host.id)}"),
-                          (r"\ba\.workspace_id\b", f"a.{quote(host.workspace)}")):  # fmt: skip
-        text = re.sub(pattern, lambda _, name=name: name, text)  # type: ignore[misc]
-    return text
-
-
-def _marked(name: str, host: Host) -> str:
-    """The code of a marked line."""
-    lines: Mapping[str, Callable[[], str]] = {
-        "tags column": lambda: f"  add column if not exists {quote(host.tags)} {host.tags_type},",
-        "result column": lambda: f"  add column if not exists {quote(host.result)} jsonb,",
-        "members": lambda: _members_code(host.members),
-        "file rule": lambda: f"  select {literal(host.files.name)}",
-        "users see files": lambda: f"  select {'true' if host.users_see_files else 'false'}",
-        "file": lambda: f"               and {file_code(host, host.files)}",
-        "bucket": lambda: f"        select {_bucket_code(host)}::text as bucket,",
-        "path": lambda: f"               {_path_code(host)}::text as path,",
-        "url": lambda: f"               {_url_code(host)}::text as url",
-        "path in a policy": lambda: f"        and {_unsaid_code(host)}",
-        "tags": lambda: f"  set {quote(host.tags)} = {_tags_code(host.tags_type)},",
-        "result": lambda: f"      {quote(host.result)} = r.result - 'tags',",
-        "untagged": lambda: f"      and (not p_untagged or a.{quote(host.tags)} is null)",
-        "tagged": lambda: f"      and jsonb_path_exists(to_jsonb(a.{quote(host.tags)}), {HAS_STRING}, '{{}}', true)",
-        "stored tags": lambda: f"         to_jsonb(a.{quote(host.tags)}),",
-        "stored result": lambda: f"         a.{quote(host.result)}",
-    }
-    return lines[name]()
+def render(template: str, host: Host) -> str:
+    """A template with its ``{{ names }}`` filled in for a host."""
+    values: dict[str, str] = {
+        "table": table_name(host.table), "id": quote(host.id), "workspace": quote(host.workspace),
+        "bucket": _bucket_code(host), "path": _path_code(host), "url": _url_code(host),
+        "tags": quote(host.tags), "tags_type": host.tags_type, "tags_value": _tags_code(host.tags_type),
+        "result": quote(host.result), "members": _members_code(host.members),
+        "file_rule": literal(host.files.name), "own_file": file_code(host, host.files),
+        "users_see_files": "true" if host.users_see_files else "false", "policy_is_silent": _unsaid_code(host),
+    }  # fmt: skip
+    return re.sub(r"\{\{ (\w+) \}\}", lambda match: values[match[1]], template)
 
 
 def _members_code(members: Members) -> str:
     if members.claim:
         path = literal("{" + ",".join(members.claim) + "}")
-        return f"  select coalesce((select auth.jwt()) #> {path} ? p_workspace_id::text, false)"
+        return f"select coalesce((select auth.jwt()) #> {path} ? p_workspace_id::text, false)"
     return (
-        f"  select exists (select from {table_name(members.table)} m where m.{quote(members.workspace)} ="
+        f"select exists (select from {table_name(members.table)} m where m.{quote(members.workspace)} ="
         f" p_workspace_id and m.{quote(members.user)} = (select auth.uid()))"
     )
 

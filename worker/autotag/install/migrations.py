@@ -11,14 +11,19 @@ from pathlib import Path
 import psycopg
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from autotag.install.facts import applied_migrations
+from autotag.install.facts import adapter_version, applied_migrations
 from autotag.install.host import Host, HostError, render
 
 HOST_BASELINE = "host_baseline"
 HOST_ADAPTER = "host_adapter"
 SPENDING_LIMIT = "spending_limit"
-#: In the checkout a link to supabase/migrations, in the installed package the files themselves.
-MIGRATIONS = Path(__file__).parent.parent / "migrations"
+TEMPLATE = Path(__file__).parent / "host_adapter.sql"
+#: What newer adapters have that older ones lack: version -> the template of what to add. A project's adapter is the
+#: project's, so it is never written again.
+ADAPTER_STEPS: dict[int, str] = {}
+_PACKAGED = Path(__file__).parent.parent / "migrations"
+#: In the installed package, or in a checkout.
+MIGRATIONS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "supabase" / "migrations"
 LOCK_TRIES = 10  # the adapter gives up a lock on the host's table after a second instead of holding others up
 SPENDING_LIMIT_SQL = """\
 -- What a workspace may spend in a month, in dollars. To change it, or to give one workspace another limit:
@@ -29,40 +34,55 @@ values ('workspace', 'month', DOLLARS) on conflict do nothing;
 """
 _FILE = re.compile(r"(?P<version>\d{14})_(?P<name>\w+)\.sql")
 _VERSION = "%Y%m%d%H%M%S"
+_ADAPTER_VERSION = re.compile(r"autotag\.adapter_version\(\).*?select (\d+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Migration:
-    """One file; ``version`` is its place in the order."""
+    """One step; ``version`` is its place in the order, ``sql`` with ``{{ names }}`` of the host."""
 
     version: str
     name: str
-    path: Path
-    made: str | None = None  #: the SQL of one that has no file
+    sql: str
 
     def text(self, host: Host) -> str:
-        """Its SQL, the adapter fitted to the host."""
-        if self.made is not None:
-            return self.made
-        text = self.path.read_text()
-        return render(text, host) if self.name == HOST_ADAPTER else text
+        """Its SQL for a host."""
+        return render(self.sql, host) if self.name.startswith(HOST_ADAPTER) else self.sql
 
 
 def migrations(*, with_host_baseline: bool = False) -> list[Migration]:
     """All of them in the order to apply them; the host's own tables only for a stand-alone stack."""
-    found = [
-        Migration(match["version"], match["name"], path)
-        for path in sorted(MIGRATIONS.iterdir())
-        if (match := _FILE.fullmatch(path.name))
+    found = []
+    for path in sorted(MIGRATIONS.glob("*.sql")):
+        match = _FILE.fullmatch(path.name)
+        if match is None:
+            continue
+        name = match["name"].removeprefix("autotag_")
+        if name == HOST_ADAPTER:
+            found.append(Migration(match["version"], name, TEMPLATE.read_text()))
+        elif with_host_baseline or name != HOST_BASELINE:
+            found.append(Migration(match["version"], name, path.read_text()))
+    return found
+
+
+def _planned(adapter: int | None, extra: Sequence[Migration], *, with_host_baseline: bool = False) -> list[Migration]:
+    """All migrations for a project whose adapter has this version (None: it has none yet, and the template has it all).
+
+    What the adapter lacks comes before the engine's migrations, which may need it.
+    """
+    planned = migrations(with_host_baseline=with_host_baseline)
+    behind = next((i for i, m in enumerate(planned) if m.name == HOST_ADAPTER), -1) + 1
+    steps = [
+        Migration(f"202611280001{version:02}", f"{HOST_ADAPTER}_{version}", sql)
+        for version, sql in sorted(ADAPTER_STEPS.items())
+        if adapter is not None and version > adapter
     ]
-    return [m for m in found if with_host_baseline or m.name != HOST_BASELINE]
+    return [*planned[:behind], *steps, *planned[behind:], *extra]
 
 
 def spending_limit(dollars: float) -> Migration:
     """The migration that limits what every workspace may spend in a month; the newest of all."""
-    return Migration(
-        "20261124000099", SPENDING_LIMIT, MIGRATIONS, SPENDING_LIMIT_SQL.replace("DOLLARS", f"{dollars:.2f}")
-    )
+    return Migration("20261128999999", SPENDING_LIMIT, SPENDING_LIMIT_SQL.replace("DOLLARS", f"{dollars:.2f}"))
 
 
 def apply_migrations(
@@ -89,8 +109,8 @@ def apply_migrations(
             "create table if not exists supabase_migrations.schema_migrations"
             " (version text primary key, statements text[], name text)"
         )
-        known = applied_migrations(connection)
-        for migration in [*migrations(with_host_baseline=with_host_baseline), *extra]:
+        known, adapter = applied_migrations(connection), adapter_version(connection)
+        for migration in _planned(adapter, extra, with_host_baseline=with_host_baseline):
             if migration.name not in known:
                 _apply(connection, migration, host or Host())
                 applied.append(migration.name)
@@ -125,8 +145,9 @@ def project_folder(start: Path) -> Path:
 
 
 def write_migrations(
-    folder: Path, host: Host, applied: dict[str, str], now: datetime | None = None, extra: Sequence[Migration] = ()
-) -> dict[str, str]:
+    folder: Path, host: Host, applied: dict[str, str], *, adapter: int | None = None, now: datetime | None = None,
+    extra: Sequence[Migration] = (),
+) -> dict[str, str]:  # fmt: skip
     """Copies what is missing into a project's folder, with fresh versions behind the project's own.
 
     A file that is there stays as it is: it may have been applied, and the adapter may have been edited.
@@ -136,6 +157,7 @@ def write_migrations(
         host: the project's tables.
         applied: what the database has already, name -> version; those keep their version, so that the Supabase
             CLI recognises them.
+        adapter: the version of the adapter in the database; None: there is none.
         now: the moment that fresh versions start from.
         extra: further ones, behind autotag's own.
 
@@ -152,7 +174,10 @@ def write_migrations(
         if match:
             newest = max(newest, _moment(match["version"]) + timedelta(seconds=1))
     result = {}
-    for number, migration in enumerate([*migrations(), *extra]):
+    if there := present.get(HOST_ADAPTER):
+        match = _ADAPTER_VERSION.search(there.read_text())
+        adapter = int(match[1]) if match else 0
+    for number, migration in enumerate(_planned(adapter, extra)):
         text = migration.text(host)
         if there := present.get(migration.name):
             result[there.name] = "there" if there.read_text() == text else "differs"

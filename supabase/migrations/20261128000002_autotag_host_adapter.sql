@@ -1,0 +1,236 @@
+-- The host adapter: everything that autotag believes about the host's tables stands in this file.
+-- `autotag init` writes it for a project's own tables, and from then on it is the project's: change it where the project differs.
+
+create schema if not exists autotag;
+
+-- A lock that is not to be had at once is given up, so that nobody queues behind it: run it again then.
+set local lock_timeout = '1s';
+set local statement_timeout = '30s';
+
+-- What the host app reads to show where an image is. Adding a nullable column does not rewrite the table;
+-- the checks go in NOT VALID because every existing row satisfies them by being null.
+alter table public.assets
+  add column if not exists tags text[],
+  add column if not exists tagging_result jsonb,
+  add column if not exists tagging_stage text,
+  add column if not exists tagging_progress integer,
+  add column if not exists tagging_eta timestamptz,
+  add column if not exists tagging_error text;
+alter table public.assets
+  add constraint assets_tagging_stage_check check (tagging_stage in
+    ('queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed')) not valid,
+  add constraint assets_tagging_progress_check check (tagging_progress between 0 and 100) not valid;
+
+-- Functions that touch the host's tables search its schemas too (`public, extensions`), because triggers and policies of
+-- yours run inside. pg_temp comes last everywhere: where it is not named, Postgres looks there first for types, so that
+-- whoever calls a function could put a type of their own in the place of jsonb, and their code would run as its owner.
+
+-- Whether the caller may act for a workspace. Called by every RPC and by the policies of Realtime topics.
+create or replace function autotag.is_member(p_workspace_id uuid) returns boolean
+language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
+as $$
+  select exists (select from public.workspace_members m where m.workspace_id = p_workspace_id and m.user_id = (select auth.uid()))
+$$;
+
+-- The three functions that find images by key are planned with every bulk (`force_custom_plan`): a plan that a worker's
+-- connection keeps from when the table was small would read all of it later. And whatever their callers forbid the planner,
+-- here everything is allowed, because triggers of yours may run inside.
+
+-- The rule that says which files a workspace's rows may name, in one word (docs/install.md, "Whose a file is").
+create or replace function autotag.file_rule() returns text
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$
+  select 'workspace-folder'
+$$;
+
+-- Whether signed-in users see their files under row level security of storage.objects, so that it is asked about the files
+-- of what they enqueue.
+create or replace function autotag.users_see_files() returns boolean
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$
+  select true
+$$;
+
+-- Whose these images are and where they lie: a Storage bucket and path, or an https URL. An id that is not
+-- in the answer is an image that does not exist (any more). The worker reads Storage with a key that opens every file, so
+-- a row that names a file of somebody else says nothing of where it lies: foreign_file.
+create or replace function autotag.describe_assets(p_asset_ids uuid[])
+returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url text, foreign_file boolean)
+language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
+  set enable_seqscan = on
+as $$
+begin
+  return query
+    select d.id, d.workspace, case when d.own then d.bucket end, case when d.own then d.path end,
+           case when d.own then d.url end, not d.own
+    from (
+      select a.id as id, a.workspace_id as workspace, f.bucket, f.path, f.url,
+             f.path is null or coalesce(
+               -- a bucket's name as Storage allows it, and a path that leads nowhere but into the bucket
+               f.bucket ~ '^[A-Za-z0-9_!.*''() &$@=;:+,?-]+$' and f.bucket !~ '^[.]{1,2}$'
+               and f.path !~ '(^|/)[.]{0,2}(/|$)' and f.path !~ '[\\[:cntrl:]]'
+               -- the rule
+               and f.bucket in ('assets') and starts_with(f.path, a.workspace_id::text || '/')
+             , false) as own
+      from public.assets a cross join lateral (
+        select case when a.storage_path is not null then coalesce(a.storage_bucket, 'assets') end::text as bucket,
+               a.storage_path::text as path,
+               a.image_url::text as url
+      ) f
+      where a.id = any (p_asset_ids)) d;
+end $$;
+
+-- What rows say of files, for the doctor. looked_at: how many rows were looked at; broken: how many of them name a file
+-- that is not their workspace's, with a few examples. may_write: why signed-in users can write such rows; null: they cannot.
+create or replace function autotag.look_at_files(p_rows integer, out looked_at integer, out broken integer, out examples uuid[], out may_write text)
+language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
+as $$
+begin
+  select count(*), count(*) filter (where d.foreign_file), (array_agg(d.asset_id) filter (where d.foreign_file))[1:3]
+  into looked_at, broken, examples
+  from autotag.describe_assets(array(select a.id from public.assets a limit p_rows)) d;
+  select case
+    when not (has_any_column_privilege(r.oid, c.oid, 'insert') or has_any_column_privilege(r.oid, c.oid, 'update')) then null
+    when not c.relrowsecurity then 'row level security is off'
+    else (
+      select format('the policy “%s” says nothing of it', p.polname)
+      from pg_policy p
+      where p.polrelid = c.oid and p.polpermissive and p.polcmd in ('a', 'w', '*') and p.polroles && array[r.oid, 0]
+        and has_any_column_privilege(r.oid, c.oid, case p.polcmd when 'a' then 'insert' when 'w' then 'update' else 'insert, update' end)
+        and pg_get_expr(coalesce(p.polwithcheck, p.polqual), c.oid) !~ '\mstorage_path\M'
+      order by p.polname limit 1) end
+  into may_write
+  from pg_class c, pg_roles r
+  where c.oid = 'public.assets'::regclass and r.rolname = 'authenticated';
+end $$;
+
+-- The files of these images that are in Storage, not in a public bucket, and of workspaces that the signed-in caller may act
+-- for.
+create or replace function autotag.private_files(p_asset_ids uuid[]) returns table (asset_id uuid, bucket text, path text)
+language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
+as $$
+begin
+  if autotag.is_service() or not autotag.users_see_files() then
+    return;
+  end if;
+  return query
+    with files as materialized (
+      select d.asset_id, d.workspace_id, d.bucket, d.path from autotag.describe_assets(p_asset_ids) d where d.path is not null
+    ), theirs as materialized (
+      select w.id from (select distinct f.workspace_id as id from files f) w where autotag.is_member(w.id)
+    )
+    select f.asset_id, f.bucket, f.path
+    from files f join storage.buckets b on b.id = f.bucket and b.public is not true
+    where f.workspace_id in (select t.id from theirs t)
+      and exists (select from storage.objects o where o.bucket_id = f.bucket and o.name = f.path);
+end $$;
+
+-- Of these images those whose file the caller may not see: it is in Storage, and row level security hides it from them. This
+-- runs as the caller. A file that is not there is none of these, so that nobody learns which files there are.
+create or replace function autotag.hidden_files(p_asset_ids uuid[]) returns uuid[]
+language plpgsql stable set search_path = pg_catalog, public, extensions, pg_temp
+as $$
+begin
+  return array(
+    select f.asset_id from autotag.private_files(p_asset_ids) f
+    where not exists (select from storage.objects o where o.bucket_id = f.bucket and o.name = f.path));
+end $$;
+
+-- The next images of a workspace, by id after p_after, that are not being tagged; p_untagged: only those without tags.
+create or replace function autotag.list_assets(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
+returns uuid[]
+language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
+as $$
+  select coalesce(array_agg(x.id order by x.id), '{}')
+  from (
+    select a.id from public.assets a
+    where a.workspace_id = p_workspace_id and (p_after is null or a.id > p_after)
+      and (a.tagging_stage is null or a.tagging_stage in ('completed', 'failed'))
+      and (not p_untagged or a.tags is null)
+    order by a.id limit p_limit) x (id)
+$$;
+
+-- Images of a workspace that have tags, with what is stored about them: at most p_limit, spread evenly over all of them by
+-- id, the same ones every time. tags: a JSON array.
+create or replace function autotag.tagged_assets(p_workspace_id uuid, p_limit integer)
+returns table (asset_id uuid, tags jsonb, result jsonb)
+language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
+as $$
+  with tagged as (
+    select a.id as id, row_number() over (order by a.id) as place, count(*) over () as found
+    from public.assets a
+    where a.workspace_id = p_workspace_id
+      and jsonb_path_exists(to_jsonb(a.tags), 'strict $[*] ? (@.type() == "string")', '{}', true)
+  )
+  select a.id,
+         to_jsonb(a.tags),
+         a.tagging_result
+  from tagged t join public.assets a on a.id = t.id
+  where t.place * p_limit / t.found > (t.place - 1) * p_limit / t.found
+  order by a.id
+$$;
+
+-- Stores tags and everything else about a finished image in one update of its row. p_results[i] belongs to
+-- p_asset_ids[i] and is {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}; its tags are normalised, the surest
+-- first.
+create or replace function autotag.store_tags(p_asset_ids uuid[], p_results jsonb[]) returns void
+language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
+  set enable_seqscan = on
+as $$
+begin
+  update public.assets a
+  set tags = array(select jsonb_array_elements_text(r.result -> 'tags')),
+      tagging_result = r.result - 'tags',
+      tagging_stage = 'completed', tagging_progress = 100, tagging_eta = null, tagging_error = null
+  from unnest(p_asset_ids, p_results) as r (asset_id, result)
+  where a.id = r.asset_id;
+end $$;
+
+-- Shows where images are. `queued` begins a new pass (whatever an earlier one left is gone) and `failed` ends
+-- one; in between progress never goes down, and rows that would not change are not written. p_errors[i]
+-- belongs to p_asset_ids[i].
+create or replace function autotag.show_stage(
+  p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz default null, p_errors text[] default null
+) returns void
+language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
+  set enable_seqscan = on
+as $$
+begin
+  update public.assets a
+  set tagging_stage = p_stage,
+      tagging_progress = case p_stage when 'queued' then p_progress else greatest(a.tagging_progress, p_progress) end,
+      tagging_eta = case p_stage when 'queued' then p_eta when 'failed' then null
+        else coalesce(p_eta, a.tagging_eta) end,
+      tagging_error = s.error
+  from unnest(p_asset_ids, p_errors) as s (asset_id, error)
+  where a.id = s.asset_id
+    and (p_stage in ('queued', 'failed') or a.tagging_stage is distinct from p_stage
+      or coalesce(a.tagging_progress, 0) < p_progress);
+end $$;
+
+-- Automatic mode's half on the host's table: what one statement inserted is collected (`automatic`).
+create or replace function autotag.collect_inserted() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.collect(array(select a.id from added a));
+  return null;
+end $$;
+
+-- Turns automatic mode on or off: the trigger is there only while it is on, so that off costs nothing.
+--   select autotag.set_automatic(true);
+create or replace function autotag.set_automatic(p_on boolean) returns void
+language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+begin
+  drop trigger if exists autotag_collect on public.assets;
+  if p_on then
+    create trigger autotag_collect after insert on public.assets
+      referencing new table as added for each statement execute function autotag.collect_inserted();
+  end if;
+end $$;
+
+-- Which version of the adapter this is; `autotag init` of a newer release adds what is missing.
+create or replace function autotag.adapter_version() returns integer
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$ select 1 $$;

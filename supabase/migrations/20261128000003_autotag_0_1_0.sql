@@ -1,0 +1,5592 @@
+-- autotag 0.1.0. Made by scripts/release from supabase/schemas; what is released never changes.
+set local check_function_bodies = off;  -- a function may stand before what it calls
+-- autotag: every image of public.assets gets its tags.
+--
+-- One upload is a *job*; each of its images is a *task*. A task goes one of two ways (its *lane*):
+--
+--   realtime   claim() hands it to a worker under the limits; the worker calls OpenAI once and settle()s.
+--   batch      it belongs to a *batch*, one OpenAI Batch: claim_batches() hands the whole batch to a worker,
+--              which builds and uploads the input file, and, when OpenAI is done, harvests the answers.
+--
+-- Workers hold no state. They ask (claim, claim_batches), do the I/O, and report (report_stages, settle,
+-- batch_*). Everything that is decided is decided here, in one of these files, read in this order:
+--
+--   schema        this page, roles, stages, errors
+--   host_baseline the host's tables for a stand-alone stack (left out of an existing project)
+--   host_adapter  everything that autotag believes about the host's tables
+--   settings      every number that can be changed, and the clock
+--   models        what a model costs, how it is asked, what its answers were like, when it shuts down
+--   rate_limits   exact sliding windows per workspace; the mirror of the provider's bucket
+--   jobs          workspaces, jobs, queues, tasks; the strategy table
+--   enqueue       uploads begin, are cancelled, are tried again
+--   workers       who they are; their leases
+--   claim         the release of single calls under all limits
+--   settle        what a worker reports: tags, failures, what goes back to the queue
+--   batches       OpenAI Batches until OpenAI has them
+--   harvest       and from then on
+--   progress      stage, progress and time left, in the rows and in tagging_job()
+--   eta           when it will be done
+--   usage         who used what
+--   broadcast     what is pushed to browsers, and who may listen
+--   webhooks      OpenAI says that a batch has ended
+--   automatic     new rows of the host's assets become uploads by themselves
+--   diagnose      what `autotag doctor` asks
+--   status        what an operator and a monitoring system see; existing images brought in
+--   compare       a second model asked about images that have their tags (`autotag compare`)
+--   api           the public RPCs, and who may call what
+--   cron          tick and housekeeping
+--
+-- Locks are taken in one order everywhere: provider row, workspaces by id (a workspace's lock also covers
+-- its queues), windows by workspace, jobs by id, batches by id, tasks by id, assets.
+
+-- Every function fixes its search_path to pg_catalog, pg_temp (the adapter's to the host's schemas before pg_temp), and
+-- every name outside pg_catalog is written with its schema.
+create schema if not exists autotag;
+
+-- The login role that a worker uses is granted this role and needs nothing else:
+--   create role tagger login password '…' in role autotag_worker;
+-- Whoever looks after autotag without being its owner is granted autotag_operator: it sees every workspace's images and
+-- usage, and may have them tagged, which a worker may not.
+do $$
+begin
+  if not exists (select from pg_catalog.pg_roles where rolname = 'autotag_worker') then
+    create role autotag_worker nologin;
+  end if;
+  if not exists (select from pg_catalog.pg_roles where rolname = 'autotag_operator') then
+    create role autotag_operator nologin;
+  end if;
+end $$;
+
+-- The kinds of error, and what follows from each. Python has the same table (autotag/errors.py); a test compares them.
+-- A kind that is not here counts as transient, so that what nobody knows can neither fail an image at once nor be tried
+-- for ever.
+create table autotag.error_kinds (
+  kind text primary key,
+  counts boolean not null,               -- each one counts as a failure of its image, which ends after max_failures
+  delays boolean not null,               -- the image waits before its next try, longer each time (or as long as was asked)
+  pauses boolean not null,               -- nothing is tagged until one image that tries succeeds
+  ends boolean not null,                 -- the image ends as failed, unless the error says that another answer may help
+  meaning text not null,
+  -- codes with which it may be the image's after all (it is too large, and a smaller one would pass): these count, too
+  suspects text[] not null default '{}'
+);
+alter table autotag.error_kinds enable row level security;
+
+-- Every number that can be changed, in one row of typed columns:
+--   update autotag.settings set chunk_delay = '1 s';
+create table autotag.settings (
+  id boolean primary key default true check (id),
+
+  -- how an upload goes, by its number of images
+  realtime_max_images integer not null default 5 check (realtime_max_images >= 0),  -- so many go as single calls, all at once
+  chunk_max_images integer not null default 50 check (chunk_max_images >= realtime_max_images),  -- so many as single calls in chunks
+  batch_max_images integer not null default 200 check (batch_max_images >= chunk_max_images),  -- so many as one batch, more as several
+  job_max_images integer not null default 50000 check (job_max_images >= batch_max_images),  -- more are refused
+  chunk_size integer not null default 5 check (chunk_size > 0),  -- images of a chunk
+  chunk_delay interval not null default '2 s' check (chunk_delay >= '0'),  -- from one chunk to the next
+  express_images integer not null default 5 check (express_images >= 0),  -- of an upload by batch, so many go ahead as single calls
+  batch_split_images integer not null default 100 check (batch_split_images > 0),  -- of each of several batches, while the window has enough of them
+  batch_max_requests integer not null default 50000 check (batch_max_requests between 1 and 50000),  -- lines of a batch's file; OpenAI's most
+  batch_max_bytes bigint not null default 200000000 check (batch_max_bytes between 1 and 200000000),  -- its bytes; OpenAI's most
+  live_images_max integer not null default 200000 check (live_images_max > 0),  -- of one workspace at the same time; more are refused until some are done
+
+  -- limits
+  realtime_requests_per_minute integer not null default 30 check (realtime_requests_per_minute > 0),  -- single calls of a workspace
+  realtime_tokens_per_minute integer not null default 100000 check (realtime_tokens_per_minute > 0),  -- their tokens
+  batch_batches_per_hour integer not null default 10 check (batch_batches_per_hour > 0),  -- batches that a workspace may start
+  batch_images_per_hour integer not null default 5000 check (batch_images_per_hour > 0),  -- their images
+  realtime_max_wait interval not null default '10 min' check (realtime_max_wait > '0'),  -- single calls that would wait longer go by the Batch API instead
+  members_may_take boolean not null default false,  -- whether members may call check_rate_limit, which takes; peek_rate_limit is theirs anyway
+  -- What may pass between the release of a call and its arrival at the provider: so much of the provider's bucket is
+  -- never used, because a bucket that was full meanwhile has not refilled.
+  provider_margin interval not null default '0.25 s' check (provider_margin between '0' and '10 s'),
+
+  -- automatic mode: when what comes in is a complete upload
+  upload_quiet interval not null default '2 s' check (upload_quiet > '0'),  -- nothing has come for so long
+  upload_longest interval not null default '30 s' check (upload_longest >= upload_quiet),  -- or it began so long ago
+
+  -- what is asked of the model (how it has to be asked, its reasoning effort and its prices are its row in autotag.models)
+  model text not null default 'gpt-6-luna' check (length(model) between 1 and 100),  -- any that sees images
+  image_detail text not null default 'low' check (image_detail in ('low', 'high')),  -- low: 512 pixels a side; high: 2048
+  max_tags integer not null default 10 check (max_tags between 1 and 50),  -- of an image
+  tag_language text not null default 'English',  -- as one would tell a person
+  service_tier text not null default 'auto' check (service_tier in ('auto', 'default', 'flex', 'priority')),  -- of single calls; auto: not sent; flex: the batch price, slower, sometimes refused
+  -- The cap of an answer (max_completion_tokens) follows what answers of this model were seen to need, within these bounds.
+  min_output_tokens integer not null default 100 check (min_output_tokens between 16 and 128000),  -- the lowest cap
+  max_output_tokens integer not null default 16000 check (max_output_tokens between 50 and 128000 and max_output_tokens >= min_output_tokens),  -- the highest: an answer that is cut off gets another try with four times its cap, up to this one
+  learning_memory integer not null default 500 check (learning_memory between 20 and 100000),  -- an answer this many answers ago weighs about a third of a new one in what is reserved
+
+  -- leases, retries, polling
+  lease interval not null default '60 s' check (lease >= '1 s'),  -- a worker that is silent for so long has lost what it held
+  max_failures integer not null default 8 check (max_failures > 0),  -- transient failures before an image is given up: with the delays below some four minutes
+  max_bad_answers integer not null default 3 check (max_bad_answers > 0),  -- answers of no use (and paid for) before it is
+  retry_delay interval not null default '2 s' check (retry_delay > '0'),  -- after the first failure; each doubles it …
+  retry_delay_max interval not null default '60 s' check (retry_delay_max >= retry_delay),  -- … up to this
+  account_probe_interval interval not null default '10 s' check (account_probe_interval > '0'),  -- while nothing works (wrong key, no credit, unknown model), one image is tried this often
+  batch_poll_interval interval not null default '60 s' check (batch_poll_interval > '0'),  -- between looks at the batches in flight
+  batch_create_grace interval not null default '10 s' check (batch_create_grace >= '0'),  -- a create that seemed to fail may yet arrive: nobody tries again before
+  model_check_interval interval not null default '1 day' check (model_check_interval > '0'),  -- between questions to the provider about the model's end and what the provider can do
+  batch_patience interval not null default '30 min' check (batch_patience >= '0'),  -- how long smaller batches may overtake one that does not fit into OpenAI's queue
+  batch_looks_in_vain integer not null default 3 check (batch_looks_in_vain > 0),  -- looks in a row that do not find a batch at OpenAI before it is given up
+  -- A batch without progress for so long is cancelled, and its images go as single calls, where the limits allow.
+  batch_stuck_after interval not null default '6 h' check (batch_stuck_after > '0'),
+  batch_give_up_after interval not null default '23 h' check (batch_give_up_after > '0'),  -- the same for one that is so old (OpenAI's window is 24 h)
+  broadcast_interval interval not null default '1 s' check (broadcast_interval >= '0'),  -- between two job-progress of one upload, at least
+
+  -- what is kept
+  keep_finished interval not null default '30 days' check (keep_finished > '0'),  -- finished uploads
+  keep_usage integer not null default 800 check (keep_usage >= 31),  -- days of usage; a quota of a month asks for all of it
+
+  -- what an estimate starts from, before there is any history
+  call_seconds double precision not null default 4 check (call_seconds > 0),  -- of one call
+  batch_seconds double precision not null default 2700 check (batch_seconds > 0),  -- of one OpenAI Batch
+  eta_half_life_days double precision not null default 1 check (eta_half_life_days > 0),  -- after so many days what a batch took counts half
+
+  -- for tests
+  test_clock boolean not null default false  -- lets sessions set autotag.now and autotag.speed; nobody can bend time while this is off
+);
+alter table autotag.settings enable row level security;
+
+-- What happens by the clock. pg_cron calls these where it is installed; elsewhere a worker's heartbeat does.
+create table autotag.clock (
+  id boolean primary key default true check (id),
+  ticked_at timestamptz not null default '-infinity',
+  housekept_at timestamptz not null default '-infinity'
+) with (fillfactor = 50);
+alter table autotag.clock enable row level security;
+
+-- Models: what each costs, how it is asked, what its answers were like, and when it shuts down.
+
+-- A row is one model, or one family: `gpt-6-luna` also stands for its dated snapshots (gpt-6-luna-2026-10-01), and a
+-- name that ends with a star (`gemini-2.5-flash*`) for every name that begins so. Of several rows that fit, the longest
+-- name counts. A model without a row works like any other; what it costs is unknown then, and said to be.
+--   insert into autotag.models (name, input_price, output_price) values ('my-model', 0.10, 0.40);
+create table autotag.models (
+  name text primary key check (length(name) between 1 and 100),
+  -- dollars per million tokens; null: unknown. Without a price of their own cached tokens and cache writes cost input_price
+  input_price numeric check (input_price >= 0),
+  cached_price numeric check (cached_price >= 0),
+  cache_write_price numeric check (cache_write_price >= 0),
+  output_price numeric check (output_price >= 0),
+  batch_discount numeric not null default 0.5 check (batch_discount between 0 and 1),   -- the share taken off in a batch
+  flex_discount numeric not null default 0.5 check (flex_discount between 0 and 1),     -- … and with service_tier flex
+  priority_factor numeric not null default 2 check (priority_factor >= 0),              -- what priority and fast cost of the price
+  reasons boolean,                       -- whether it can think before it answers; null: not known
+  -- asked for with every request; null: not sent, so that the model's own default holds
+  reasoning_effort text check (reasoning_effort in ('none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max')),
+  -- First guess of an image's tokens, until answers tell: so many per 32-pixel patch; or a base and so many per 512-pixel tile
+  patch_tokens numeric check (patch_tokens > 0),
+  base_tokens integer check (base_tokens >= 0),
+  tile_tokens integer check (tile_tokens >= 0),
+  -- How it has to be asked: set by itself when the provider refuses a form, one step at a time
+  cap_parameter text not null default 'max_completion_tokens'
+    check (cap_parameter in ('max_completion_tokens', 'max_tokens', 'none')),
+  answer_format text not null default 'json_schema' check (answer_format in ('json_schema', 'json_object', 'text')),
+  sends_effort boolean not null default true,
+  sends_detail boolean not null default true,
+  sends_tier boolean not null default true,
+  -- End of life: the API's own word, asked once a day, or what was known when this row was written
+  shutdown_date date,
+  successor text
+);
+alter table autotag.models enable row level security;
+
+-- What answers were like: how many tokens prompts and answers had, as weights by size (sizes 2 % apart, the newest
+-- counting most), one row for everything that changes them. There is no history: old weights fade.
+create table autotag.learned (
+  model text not null,
+  image_detail text not null,
+  reasoning_effort text not null,        -- '': not sent
+  max_tags integer not null,
+  tag_language text not null,
+  answers bigint not null default 0,
+  prompt jsonb not null default '{}',    -- {size: weight}
+  output jsonb not null default '{}',
+  learned_at timestamptz not null default '-infinity',
+  primary key (model, image_detail, reasoning_effort, max_tags, tag_language)
+) with (fillfactor = 50);
+alter table autotag.learned enable row level security;
+
+-- Two kinds of limit, and every call passes both.
+--
+-- A workspace's limit is an exact sliding window: in no window of that length, wherever it starts, is more
+-- admitted than the limit. Each admission is an element of three arrays in the workspace's row, oldest
+-- first; admissions of the same moment share one element. It costs one narrow row update per admission,
+-- and what leaves the window leaves the row with the next admission.
+--
+-- The provider's limit is a bucket that refills continuously, because that is how the provider meters.
+create table public.workspace_rate_limits (
+  workspace_id uuid not null,
+  request_type text not null check (request_type in ('realtime', 'batch')),
+  -- a workspace's own limits; null means the defaults of autotag.settings
+  max_requests integer check (max_requests > 0),
+  max_units integer check (max_units > 0),
+  -- requests are calls (realtime) or batches (batch); units are tokens (realtime) or images (batch)
+  admitted_at timestamptz[] not null default '{}',
+  requests integer[] not null default '{}',
+  units integer[] not null default '{}',
+  primary key (workspace_id, request_type)
+) with (fillfactor = 50);
+alter table public.workspace_rate_limits enable row level security;
+
+create table autotag.provider_limits (
+  id boolean primary key default true check (id),
+  -- the organisation's limits; the defaults are OpenAI's tier 1
+  requests_per_minute integer not null default 500 check (requests_per_minute > 0),
+  tokens_per_minute integer not null default 200000 check (tokens_per_minute > 0),
+  queued_batch_tokens bigint not null default 2000000 check (queued_batch_tokens > 0),
+  -- null: no cap known (OpenAI's tiers above 1)
+  requests_per_day integer default 10000 check (requests_per_day > 0),
+  -- what one image reserves: the prompt that 99 of 100 do not exceed, and the cap of the answer, because the provider counts
+  -- the cap whatever the answer uses (sync_question and learn keep them; their means say what an image costs)
+  tokens_per_image integer not null default 1000 check (tokens_per_image > 0),
+  output_tokens integer not null default 400 check (output_tokens > 0),
+  prompt_mean integer not null default 700,
+  output_mean integer not null default 200,
+  -- what is asked at present (describe_question), since when, and when an answer to it was first of use: null means that
+  -- nobody knows yet whether it works, and one image after the other tries
+  question jsonb not null default '{}',
+  question_version bigint not null default 0,
+  question_since timestamptz not null default '-infinity',
+  proven_at timestamptz default '-infinity',
+  -- what this provider can do, as its answers have shown; null: not known yet
+  base_url text,
+  fingerprint text,                      -- of its address and the key: another one has to prove itself (is_outdone, pass_turn) …
+  fingerprint_since timestamptz not null default '-infinity',   -- … by answers to calls from then on
+  has_batches boolean,
+  batches_refused boolean not null default false,   -- an attempt has shown that there are none; else only a look-up has
+  has_rate_headers boolean,
+  keep_files integer default 604800,     -- seconds after which the provider deletes our files; null: it takes no expiry
+  checked_at timestamptz not null default '-infinity',   -- when it was asked about the model (check_provider)
+  -- the bucket: what is left, as of `refilled_at`
+  requests_left double precision not null default 500,
+  tokens_left double precision not null default 200000,
+  day_left double precision not null default 10000,
+  refilled_at timestamptz not null default '-infinity',
+  -- nobody calls before this moment (retry-after)
+  blocked_until timestamptz not null default '-infinity',
+  -- 429s keep coming since `limited_since`, the last at `limited_at`; a minute without one ends it
+  limited_since timestamptz,
+  limited_at timestamptz not null default '-infinity',
+  -- why nothing can be tagged (bad key, no credit, unknown model): the lanes stand still but for a probe
+  account_error text,
+  account_error_from text,               -- provider, batch, poll, storage, host or worker: who complained
+  account_error_at timestamptz,
+  probe_at timestamptz,
+  -- one list call covers every batch in flight
+  next_poll_at timestamptz not null default '-infinity',
+  ask_after timestamptz not null default '-infinity',    -- nor is anything else asked about batches, files and models before (retry-after)
+  -- start-time fair queueing: the clock of the workspace served last
+  virtual_time double precision not null default 0,
+  -- what waits for single calls, counted by claim() at most once a second
+  waiting_images bigint not null default 0,
+  waiting_workspaces bigint not null default 0,
+  waiting_at timestamptz not null default '-infinity'
+) with (fillfactor = 50);
+alter table autotag.provider_limits enable row level security;
+
+-- Uploads and their images; which way an upload goes, and how long that takes.
+
+-- A workspace with work that waits for single calls: its place in the fair order. Its lock covers its queues.
+create table autotag.workspaces (
+  workspace_id uuid primary key,
+  queued integer not null default 0 check (queued >= 0),
+  virtual_time double precision not null default 0,
+  -- not ready: nothing may be released before ready_at (its window is full, or its chunks are paced)
+  ready boolean not null default true,
+  ready_at timestamptz not null default '-infinity'
+) with (fillfactor = 50);
+create index workspaces_turn_idx on autotag.workspaces (virtual_time, workspace_id) where ready and queued > 0;
+create index workspaces_wake_idx on autotag.workspaces (ready_at) where not ready and queued > 0;
+alter table autotag.workspaces enable row level security;
+
+create table autotag.jobs (
+  id uuid primary key default gen_random_uuid(),
+  workspace_id uuid not null,
+  user_id uuid,                         -- who uploaded; null for the service role
+  strategy text not null check (strategy in ('realtime', 'realtime-chunked', 'batch', 'batch-parallel')),
+  image_count integer not null check (image_count > 0),
+  completed integer not null default 0,
+  failed integer not null default 0,
+  created_at timestamptz not null,
+  cancelled_at timestamptz,
+  finished_at timestamptz,
+  fallback text,                        -- why images that would have been single calls go by batch
+  eta timestamptz,                      -- the median of when it will be done …
+  eta_p90 timestamptz,                  -- … and what it will be done by in nine cases of ten
+  progress integer not null default 0 check (progress between 0 and 100),
+  told_at timestamptz not null default '-infinity',   -- when job-progress was broadcast last
+  traceparent text,                     -- of the request that made it (W3C Trace Context), where it had one
+  check (completed >= 0 and failed >= 0 and completed + failed <= image_count),
+  check ((finished_at is not null) = (completed + failed = image_count))
+) with (fillfactor = 50);
+create index jobs_workspace_id_idx on autotag.jobs (workspace_id, created_at);
+create index jobs_finished_at_idx on autotag.jobs (finished_at);
+create index jobs_live_idx on autotag.jobs (workspace_id) where finished_at is null;
+create index jobs_live_user_idx on autotag.jobs (user_id) where finished_at is null;
+alter table autotag.jobs enable row level security;
+
+-- The single calls of one job that wait to be released, in upload order behind a cursor: what lies at or
+-- before it was released already, so that a claim never crawls through dead index entries. A row lives as
+-- long as its job.
+create table autotag.queues (
+  job_id uuid primary key references autotag.jobs on delete cascade,
+  workspace_id uuid not null,
+  queued integer not null default 0 check (queued >= 0),
+  released integer not null default 0,  -- the job that got least goes first: small uploads pass large ones
+  cursor bigint not null default 0,
+  reached bigint not null default 0,    -- the last task that was ever released: none behind it is held
+  output_tokens integer,                -- the least cap that one of them needs, where an answer was cut off
+  chunk integer,                        -- at most so many at a time (null: all at once) …
+  ready_at timestamptz not null default '-infinity'   -- … and the next not before this moment
+) with (fillfactor = 50);
+create index queues_turn_idx on autotag.queues (workspace_id, released, job_id) where queued > 0;
+alter table autotag.queues enable row level security;
+
+-- One image of one job, for as long as there is something to do about it: with its tags stored it is gone, and the
+-- table stays as small as the work in hand, however many images there were. A failed one stays with its job, for
+-- retry_tagging(). Its lane and who holds it decide what happens next; its stage is what users see.
+--
+-- No index knows who holds a task, so that a claim's update stays on its page (HOT) and costs the same however
+-- many tasks there are; whose tasks are whose is found by way of the queues (held_tasks).
+create table autotag.tasks (
+  id bigint generated always as identity primary key,
+  job_id uuid not null references autotag.jobs on delete cascade,
+  workspace_id uuid not null,
+  asset_id uuid not null,
+  hidden boolean not null default false,  -- whoever asked for its tags may not see its file
+  stage text not null default 'queued' check (stage in
+    ('queued', 'preparing', 'submitted', 'processing', 'completing', 'failed')),
+  lane text not null check (lane in ('realtime', 'batch')),
+  attempt integer not null default 0,   -- grows with every claim; a report with an older one is refused
+  failures integer not null default 0,
+  worker_id uuid,                       -- who holds it (realtime lane)
+  batch_id uuid,                        -- which batch it belongs to (batch lane)
+  reserved_at timestamptz,              -- its place in the workspace's window, and what it reserved there
+  reserved_tokens integer,
+  output_tokens integer,                -- the cap of the answer that was asked for
+  min_output_tokens integer,            -- the least cap of the next try: an answer was cut off
+  retry_at timestamptz,                 -- parked until then
+  error_code text,
+  error text,
+  finished_at timestamptz,
+  check ((finished_at is not null) = (stage = 'failed')),
+  check (worker_id is null or lane = 'realtime'),
+  check (finished_at is null or worker_id is null)
+) with (fillfactor = 45);  -- room for the claim of every task on its page
+
+create unique index tasks_live_asset_idx on autotag.tasks (asset_id) where finished_at is null;
+create index tasks_job_id_idx on autotag.tasks (job_id, id);
+create index tasks_batch_idx on autotag.tasks (batch_id, id) where batch_id is not null;
+create index tasks_parked_idx on autotag.tasks (retry_at) where retry_at is not null;
+alter table autotag.tasks enable row level security;
+
+-- OpenAI Batches: one row is one batch at OpenAI, whatever dies when.
+--
+--   planned ─► preparing ─► uploading ─► creating ─► submitted ─► ended ─► harvesting ─► done
+--      ▲  (images fetched,   (input file  (about to   (OpenAI has  (OpenAI  (answers are
+--      │   file built)        uploaded)    create)     it)          is done) stored)
+--      └── OpenAI's queue was full: again later (with the file)       cancelled: before OpenAI had it
+--
+-- A worker that takes over a row in `creating` looks at OpenAI first and adopts the batch that carries the
+-- row's id in its metadata. Whoever holds a row has its `attempt`; a call with an older one is refused.
+-- A file's id stays in the row until the file is deleted at OpenAI, so that whoever comes next can do it.
+create table autotag.batches (
+  id uuid primary key default gen_random_uuid(),
+  job_id uuid not null references autotag.jobs on delete cascade,
+  workspace_id uuid not null,
+  ordinal integer not null,              -- 1 is the priority batch of its job
+  image_count integer not null check (image_count > 0),   -- its share of the upload …
+  express_count integer not null default 0,               -- … of which so many went as single calls
+  state text not null default 'planned' check (state in ('planned', 'preparing', 'uploading', 'creating',
+    'submitted', 'ended', 'harvesting', 'done', 'cancelled')),
+  worker_id uuid,
+  attempt integer not null default 0,
+  failures integer not null default 0,
+  not_before timestamptz not null default '-infinity',
+  admitted_at timestamptz,               -- its place in the workspace's window, taken once
+  output_tokens integer,                 -- the cap of its answers, and when it was built with what was asked then
+  asked_at timestamptz,
+  keep_files integer,                    -- what its files are asked to be kept for (provider_limits.keep_files then)
+  extra_tokens bigint not null default 0,     -- what its images need more than others, after answers that were cut off
+  reserved_tokens bigint not null default 0,  -- its share of the provider's queued-token limit, until OpenAI is done with it
+  openai_batch_id text unique,
+  openai_status text,
+  input_file_id text,
+  output_file_id text,
+  error_file_id text,
+  request_total integer not null default 0,
+  request_done integer not null default 0,    -- answered or failed, as OpenAI counts
+  running_at timestamptz,                     -- when OpenAI was first seen to work on it
+  predicted_seconds double precision,         -- what it was expected to take when OpenAI got it
+  progress_at timestamptz,                    -- when a look at it last saw something new
+  looks_in_vain integer not null default 0,   -- … and how many in a row did not find it at OpenAI …
+  vain_look_at timestamptz,                   -- … of which this was the last (workers.look_at): each counts once
+  cancel_requested boolean not null default false,
+  stuck boolean not null default false,       -- given up: what OpenAI has not done goes as single calls
+  stored boolean not null default false,      -- all its rows are stored and batch-complete is sent
+  error text,
+  created_at timestamptz not null,
+  submitted_at timestamptz,
+  ended_at timestamptz,
+  finished_at timestamptz,
+  unique (job_id, ordinal),
+  check (express_count < image_count),
+  check (reserved_tokens = 0 or state in ('preparing', 'uploading', 'creating', 'submitted'))
+) with (fillfactor = 50);
+create index batches_live_idx on autotag.batches (state, created_at, ordinal) where state not in ('done', 'cancelled');
+create index batches_worker_idx on autotag.batches (worker_id) where worker_id is not null;
+create index batches_leftover_files_idx on autotag.batches (id) where state in ('done', 'cancelled')
+  and (input_file_id is not null or output_file_id is not null or error_file_id is not null);
+create index batches_reserved_idx on autotag.batches (workspace_id) include (reserved_tokens) where reserved_tokens > 0;
+create index batches_workspace_planned_idx on autotag.batches (workspace_id) where state = 'planned';
+alter table autotag.batches enable row level security;
+
+-- Workers and their leases: what a worker holds goes back when its heart stops.
+
+-- A worker's heartbeat is the lease of everything it holds: when it stops, all of that goes back.
+create table autotag.workers (
+  id uuid primary key,
+  host text not null,
+  version text not null,
+  listening boolean not null default true,   -- false: behind a transaction pooler, polls
+  started_at timestamptz not null,
+  seen_at timestamptz not null,
+  lease_until timestamptz not null,
+  unsent integer not null default 0,         -- calls released to it that it has not sent yet
+  base_url text,                             -- of the provider that it asks …
+  fingerprint text,                          -- … and what stands for that and its key
+  look_at timestamptz,                       -- when it was handed a look at the provider last (claim_batches)
+  login name not null default session_user   -- whose it is: nobody else acts for it
+) with (fillfactor = 50);
+create index workers_lease_until_idx on autotag.workers (lease_until);
+create index workers_login_idx on autotag.workers (login);
+alter table autotag.workers enable row level security;
+
+-- When it will be done. Single calls: by computing their schedule under the limits and queues of the moment. Batches:
+-- by what this deployment has seen, told apart by size and hour, the newest counting most; and once a batch moves, by
+-- how fast it moves. The median is shown, the 90th percentile is there to ask for.
+
+-- Who used what: one row per workspace, user, day (UTC), model and service tier, as the provider's own usage figures say.
+create table autotag.usage (
+  id bigint generated always as identity primary key,
+  workspace_id uuid not null,
+  user_id uuid,
+  day date not null,
+  model text not null,                   -- that answered, by its own word
+  service_tier text not null,            -- that it was billed in: default, flex, priority …, or batch
+  images integer not null default 0,     -- images tagged
+  requests integer not null default 0,   -- answers the provider billed
+  input_tokens bigint not null default 0,         -- prompts, the cached tokens included
+  cached_tokens bigint not null default 0,
+  cache_write_tokens bigint not null default 0,
+  output_tokens bigint not null default 0,        -- answers, the reasoning included
+  reasoning_tokens bigint not null default 0,
+  cost numeric                           -- dollars, by the prices of autotag.models then; null: the model has none
+) with (fillfactor = 50);
+create unique index usage_key on autotag.usage (workspace_id, day, user_id, model, service_tier) nulls not distinct;
+create index usage_day_idx on autotag.usage (day);
+create index usage_user_idx on autotag.usage (user_id, day);
+create index usage_unpriced_idx on autotag.usage (model) where cost is null;
+alter table autotag.usage enable row level security;
+
+-- What may be used: images and dollars, a day or a month (UTC), by a workspace as a whole or by each of its users.
+--   insert into autotag.quotas (scope, period, max_images) values ('user', 'day', 500);          -- every user
+--   insert into autotag.quotas (workspace_id, scope, period, max_cost) values ('…', 'workspace', 'month', 20);
+-- Of several that fit, for each scope and period the one that names the user counts, else the one that names the
+-- workspace, else the general one. A null maximum is no limit, so that a special quota can also lift a general one.
+create table autotag.quotas (
+  id bigint generated always as identity primary key,
+  workspace_id uuid,                     -- null: every workspace
+  user_id uuid,                          -- null: every user (scope user)
+  scope text not null check (scope in ('workspace', 'user')),
+  period text not null check (period in ('day', 'month')),
+  max_images integer check (max_images >= 0),
+  max_cost numeric check (max_cost >= 0),
+  check (scope = 'user' or user_id is null)
+);
+create unique index quotas_key on autotag.quotas (scope, period, workspace_id, user_id) nulls not distinct;
+alter table autotag.quotas enable row level security;
+
+-- How long OpenAI took for the batches that it completed.
+create table autotag.durations (
+  id bigint generated always as identity primary key,
+  images integer not null check (images > 0),
+  started_at timestamptz not null,       -- when OpenAI got the batch
+  seconds double precision not null check (seconds > 0)
+);
+create index durations_started_at_idx on autotag.durations (started_at);
+alter table autotag.durations enable row level security;
+
+-- Automatic mode: nobody has to call enqueue_tagging. New rows of the host's assets are collected per
+-- workspace and uploader, and sealed into one job when nothing has come for a while, so that a client that
+-- inserts 300 rows one by one still gets one `batch-parallel` upload.
+--
+--   insert ─► autotag_collect (adapter) ─► collect(): uploads + arrivals ─► claim() ─► seal_upload() ─► a job
+
+-- An upload that is still coming in.
+create table autotag.uploads (
+  id bigint generated always as identity primary key,
+  workspace_id uuid not null,
+  user_id uuid,                          -- who uploads; null for the service role
+  first_at timestamptz not null,
+  seal_at timestamptz not null
+);
+create unique index uploads_key on autotag.uploads (workspace_id, user_id) nulls not distinct;
+create index uploads_seal_at_idx on autotag.uploads (seal_at);
+alter table autotag.uploads enable row level security;
+
+create table autotag.arrivals (
+  id bigint generated always as identity primary key,
+  upload_id bigint not null references autotag.uploads on delete cascade,
+  asset_id uuid not null
+);
+create index arrivals_upload_id_idx on autotag.arrivals (upload_id, id);
+alter table autotag.arrivals enable row level security;
+
+-- What is pushed, in the same transaction that makes it true, and who may listen.
+
+-- OpenAI says by webhook that a batch has ended. The word is taken for a hint and not for the truth: it makes
+-- the workers look at OpenAI now instead of within a minute, and what they see there counts.
+
+-- Where realtime.send() does not exist (older self-hosted stacks) messages wait here, and a worker delivers
+-- them through Realtime's HTTP broadcast endpoint.
+create table autotag.outbox (
+  id bigint generated always as identity primary key,
+  topic text not null,
+  event text not null,
+  payload jsonb not null,
+  private boolean not null,
+  created_at timestamptz not null
+);
+alter table autotag.outbox enable row level security;
+
+-- Deliveries by their id, so that one that comes again (OpenAI retries for up to 72 hours) does nothing.
+create table autotag.webhooks (
+  id text primary key check (length(id) between 1 and 200),
+  openai_batch_id text not null check (length(openai_batch_id) between 1 and 200),
+  received_at timestamptz not null
+);
+create index webhooks_batch_idx on autotag.webhooks (openai_batch_id);
+create index webhooks_received_at_idx on autotag.webhooks (received_at);
+alter table autotag.webhooks enable row level security;
+
+-- What becomes of an image after its call: tags, a failure, or another try.
+
+-- An answer about one image, or why there is none (error), with what is known of its task.
+create type autotag.answer as (
+  task bigint,
+  attempt integer,
+  job_id uuid,
+  workspace_id uuid,
+  reserved_at timestamptz,     -- single calls: what settle() needs to correct the reservation
+  reserved_tokens integer,
+  output_tokens integer,       -- the cap of the answer that was asked for
+  result jsonb,                -- {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}
+  error jsonb,                 -- {kind, code, message, retry, retry_after, origin, parameter}
+  usage jsonb,                 -- as check_usage() makes it, whenever the provider answered
+  called boolean               -- whether it was asked at all
+);
+
+-- How much faster than the real one autotag's clock runs: 1, but in tests and benches that compress time
+-- (`alter database … set autotag.speed = 10`). In plpgsql, as all that is called often: its plans are kept, while
+-- a function in SQL that cannot be inlined is planned with every call.
+create or replace function autotag.speed() returns double precision
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not (select s.test_clock from autotag.settings s) then
+    return 1;
+  end if;
+  return coalesce(nullif(current_setting('autotag.speed', true), '')::double precision, 1);
+end $$;
+
+-- The time, everywhere in autotag. It moves within a transaction, so that a lock waited for counts.
+create or replace function autotag.now() returns timestamptz
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not (select s.test_clock from autotag.settings s) then
+    return clock_timestamp();
+  end if;
+  return coalesce(nullif(current_setting('autotag.now', true), '')::timestamptz,
+    timestamptz '2026-01-01' + (clock_timestamp() - timestamptz '2026-01-01') * autotag.speed());
+end $$;
+
+-- Seconds that a worker has to wait for what is so far away on autotag's clock, and the other way round.
+create or replace function autotag.real_seconds(p_interval interval) returns double precision
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return extract(epoch from p_interval) / autotag.speed();
+end $$;
+
+-- A moment of autotag's clock as others count it: epoch seconds.
+create or replace function autotag.real_epoch(p_moment timestamptz) returns double precision
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return extract(epoch from clock_timestamp()) - autotag.real_seconds(autotag.now() - p_moment);
+end $$;
+
+create or replace function autotag.clock_interval(p_real_seconds double precision) returns interval
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return make_interval(secs => p_real_seconds * autotag.speed());
+end $$;
+
+-- Uploads begin, are asked about, cancelled and tried again.
+
+-- The one way to refuse a call. PostgREST turns the sqlstate PTnnn into HTTP status nnn and hands message,
+-- detail and hint through; the detail is JSON with a stable `code` and whatever a program needs to react.
+create or replace function autotag.refuse(
+  p_status integer, p_code text, p_message text, p_hint text, p_detail jsonb default '{}'
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception using
+    errcode = 'PT' || p_status, message = p_message, hint = p_hint,
+    detail = (jsonb_build_object('code', p_code) || p_detail)::text;
+end $$;
+
+-- Whether a text has nothing in it that controls, turns the direction of writing or is invisible, and no white space but
+-- blanks. (Two that join letters are as good as letters: U+200C and U+200D.)
+create or replace function autotag.is_plain(p_text text) returns boolean
+language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return p_text !~ '[\u0001-\u001f\u007f-\u00a0\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u1680\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f\u3000\ue000-\uf8ff\ufdd0-\ufdef\ufeff\ufff0-\ufffb\ufffe\uffff\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U00040000-\U000e00ff\U000e01f0-\U000e0fff\U000f0000-\U0010ffff]';
+end $$;
+
+-- Anybody's text as it is stored and shown: one line of at most p_length characters that moves no cursor, hides nothing and
+-- forges nothing. White space, line ends included, becomes one blank; what controls, turns the direction of writing or is
+-- invisible is spelled out (\x1b, \u202e), so that whoever reads it sees the attempt; what is cut ends in “…”. The worker does
+-- the same (autotag/texts.py); a test compares them.
+create or replace function autotag.printable(p_text text, p_length integer) returns text
+language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_text text := left(p_text, 4 * p_length);   -- what is cut off is never looked at
+begin
+  if not autotag.is_plain(v_text) then
+    v_text := regexp_replace(v_text,
+      '[\u0009-\u000d\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+', ' ', 'g');
+    select string_agg(case
+        when autotag.is_plain(c) then c
+        when ascii(c) < 256 then '\x' || lpad(to_hex(ascii(c)), 2, '0')
+        when ascii(c) < 65536 then '\u' || lpad(to_hex(ascii(c)), 4, '0')
+        else '\U' || lpad(to_hex(ascii(c)), 8, '0') end, '' order by i)
+    into v_text from unnest(string_to_array(btrim(v_text), null)) with ordinality u (c, i);
+  elsif v_text like '%  %' then
+    v_text := regexp_replace(v_text, ' +', ' ', 'g');
+  end if;
+  v_text := coalesce(btrim(v_text), '');
+  if length(v_text) > p_length or length(p_text) > 4 * p_length then
+    return left(v_text, p_length - 1) || '…';
+  end if;
+  return v_text;
+end $$;
+
+-- An id of something at the provider (batch_…, file-…), made sure of: null for what can be none.
+create or replace function autotag.check_id(p_id text) returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$ select case when p_id ~ '^[A-Za-z0-9][A-Za-z0-9_.:/=-]{0,199}$' then p_id end $$;
+
+-- A number that a worker reports, made sure of: null for what is none, else within bounds that make sense.
+create or replace function autotag.check_number(p_report jsonb, p_name text, p_least double precision, p_most double precision)
+returns double precision
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case when jsonb_typeof(p_report -> p_name) = 'number'
+    then least(greatest((p_report -> p_name)::numeric, p_least::numeric), p_most::numeric)::double precision end;
+end $$;
+
+-- Refuses what is no list of reports, or is more than a worker can have to say at once.
+create or replace function autotag.check_list(p_list jsonb) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_list is null or jsonb_typeof(p_list) <> 'array' then
+    perform autotag.refuse(400, 'bad_report', 'A report has to be a list.', 'Pass a JSON array of objects.');
+  elsif jsonb_array_length(p_list) > 10000 or pg_column_size(p_list) > 50000000 then
+    perform autotag.refuse(413, 'report_too_large', 'This report is larger than a worker''s can be.',
+      'Report at most 10,000 things and 50 MB at a time.');
+  end if;
+end $$;
+
+-- The same of a list of ids.
+create or replace function autotag.check_ids(p_count integer) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_count > 10000 then
+    perform autotag.refuse(413, 'report_too_large', 'This report is larger than a worker''s can be.',
+      'Name at most 10,000 ids at a time.');
+  end if;
+end $$;
+
+-- A batch's status as the provider says it, made sure of: null for what is none. `gone`: it does not know the batch.
+create or replace function autotag.check_status(p_status text) returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select case when p_status in
+    ('validating', 'failed', 'in_progress', 'finalizing', 'completed', 'expired', 'cancelling', 'cancelled', 'gone')
+    then p_status end
+$$;
+
+-- Refuses a worker of another version than the schema's: their first two numbers have to be the same.
+create or replace function autotag.check_version(p_version text) returns void
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_worker integer[] := (regexp_match(p_version, '^(\d{1,6})\.(\d{1,6})(?!\d)'))::integer[];
+  v_schema integer[] := (regexp_match(autotag.schema_version(), '^(\d+)\.(\d+)'))::integer[];
+begin
+  if v_worker is distinct from v_schema then
+    perform autotag.refuse(426, 'versions_differ',
+      format('This worker is autotag %s, and the database''s schema is of autotag %s.',
+        coalesce(autotag.printable(p_version, 50), 'of no version'), autotag.schema_version()),
+      case when v_worker > v_schema then 'Apply the new migrations: autotag migrate, or supabase db push.'
+        else format('Install the worker that belongs to it: pip install ''supabase-autotag==%s.%s.*''.',
+          v_schema[1], v_schema[2]) end);
+  end if;
+end $$;
+
+-- Refuses a number of images that no upload can have.
+create or replace function autotag.check_image_count(p_images integer) returns void
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_most integer := (select s.job_max_images from autotag.settings s);
+begin
+  if p_images is null or p_images < 1 then
+    perform autotag.refuse(400, 'no_images', 'There is no image to tag.', 'Pass at least one image.');
+  elsif p_images > v_most then
+    perform autotag.refuse(413, 'too_many_images',
+      format('%s images are too many for one upload.', p_images),
+      format('Split it into uploads of at most %s images.', v_most),
+      jsonb_build_object('max_images', v_most));
+  end if;
+end $$;
+
+-- Whether the caller is trusted with every workspace: the service role over HTTP, or a direct connection
+-- behind which stands no user (no JWT claims, and neither the API's login role nor a role it becomes).
+create or replace function autotag.is_service() returns boolean
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_claims text := nullif(current_setting('request.jwt.claims', true), '');
+begin
+  if v_claims is not null then
+    return coalesce(v_claims::jsonb ->> 'role' = 'service_role', false);
+  end if;
+  return session_user <> 'authenticator' and current_setting('role') not in ('anon', 'authenticated');
+end $$;
+
+create or replace function autotag.check_member(p_workspace_id uuid) returns void
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_workspace_id is null then
+    perform autotag.refuse(400, 'no_workspace', 'There is no workspace.', 'Pass the id of a workspace.');
+  elsif not autotag.is_service() and not autotag.is_member(p_workspace_id) then
+    perform autotag.refuse(403, 'not_a_member', 'This workspace is not yours.',
+      'Sign in as one of its members.', jsonb_build_object('workspace_id', p_workspace_id));
+  end if;
+end $$;
+
+-- The job, or the refusal that it does not exist or is not the caller's.
+create or replace function autotag.visible_job(p_job_id uuid) returns autotag.jobs
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job autotag.jobs;
+begin
+  select * into v_job from autotag.jobs j where j.id = p_job_id;
+  -- Somebody else's job is as unknown as one that never was: ids of jobs are no secret worth telling.
+  if not found or not (autotag.is_service() or autotag.is_member(v_job.workspace_id)) then
+    perform autotag.refuse(404, 'unknown_job', 'There is no such upload.', 'Pass the job_id that enqueue_tagging returned.');
+  end if;
+  return v_job;
+end $$;
+
+-- The traceparent header of the HTTP request behind this call, if it had one that is well-formed.
+create or replace function autotag.request_traceparent() returns text
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_headers text := nullif(current_setting('request.headers', true), '');
+begin
+  if v_headers is null then
+    return null;
+  end if;
+  return substring(v_headers::jsonb ->> 'traceparent' from '^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$');
+exception when invalid_text_representation then
+  return null;
+end $$;
+
+-- Whether a worker is of the login that calls. A worker that is not known (its lease has run out) is nobody's.
+create or replace function autotag.is_own_worker(p_worker uuid) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (select from autotag.workers w where w.id = p_worker and w.login = session_user);
+end $$;
+
+-- Whether a row of this name stands for a model.
+create or replace function autotag.names_model(p_row text, p_model text) returns boolean
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select p_model = p_row
+    or right(p_row, 1) = '*' and starts_with(p_model, left(p_row, -1))
+    -- asked for mistral-small-latest, mistral-small-2506 answers
+    or right(p_row, 7) = '-latest' and starts_with(p_model, left(p_row, -6))
+    or starts_with(p_model, p_row) and substr(p_model, length(p_row) + 1) ~ '^[-@](latest|\d{4}-?\d{2}-?\d{2}|\d{4})$'
+$$;
+
+-- The row that stands for a model; all null when there is none.
+create or replace function autotag.find_model(p_model text) returns autotag.models
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_row autotag.models;
+begin
+  select * into v_row from autotag.models m where m.name = p_model;
+  if not found then
+    select * into v_row from autotag.models m
+    where autotag.names_model(m.name, p_model) order by length(m.name) desc limit 1;
+  end if;
+  return v_row;
+end $$;
+
+-- Dollars that tokens of a model cost in a service tier (`batch` for a batch); null: unknown, because the model has no
+-- prices or nobody knows the tier. Input counts the cached and cache-written tokens too, as OpenAI's figures do.
+create or replace function autotag.price_tokens(
+  p_model text, p_tier text, p_input numeric, p_cached numeric, p_cache_write numeric, p_output numeric
+) returns numeric
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  m autotag.models := autotag.find_model(p_model);
+begin
+  return (
+    greatest(p_input - p_cached - p_cache_write, 0) * m.input_price
+    + p_cached * coalesce(m.cached_price, m.input_price)
+    + p_cache_write * coalesce(m.cache_write_price, m.input_price)
+    + p_output * m.output_price
+  ) / 1000000 * case
+    when p_tier in ('default', 'auto', 'standard', 'on_demand') then 1
+    when p_tier = 'batch' then 1 - m.batch_discount
+    when p_tier = 'flex' then 1 - m.flex_discount
+    when p_tier in ('priority', 'fast') then m.priority_factor end;
+end $$;
+
+-- Everything that is asked of a model besides the picture, as workers get it. p_effort null: that of the model's row.
+create or replace function autotag.question_for(p_model text, p_effort text default null) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  m autotag.models := autotag.find_model(p_model);
+begin
+  select * into v_settings from autotag.settings;
+  return jsonb_build_object(
+    'model', p_model, 'image_detail', v_settings.image_detail,
+    'max_tags', v_settings.max_tags, 'tag_language', v_settings.tag_language,
+    'reasoning_effort', case when coalesce(m.sends_effort, true) then coalesce(p_effort, m.reasoning_effort) end,
+    'service_tier', case when v_settings.service_tier <> 'auto' and coalesce(m.sends_tier, true) then v_settings.service_tier end,
+    'cap_parameter', coalesce(m.cap_parameter, 'max_completion_tokens'),
+    'answer_format', coalesce(m.answer_format, 'json_schema'),
+    'sends_detail', coalesce(m.sends_detail, true));
+end $$;
+
+-- The same of the model in use. It is derived whenever somebody asks (sync_question), so that one UPDATE of settings or
+-- models is all it takes to change it.
+create or replace function autotag.describe_question() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return autotag.question_for((select s.model from autotag.settings s));
+end $$;
+
+-- Wakes the workers: their next claim notices what has changed.
+create or replace function autotag.announce_change() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pg_notify('autotag', 'realtime');
+  perform pg_notify('autotag', 'batch');
+  return null;
+end $$;
+
+create or replace trigger autotag_announce after update on autotag.settings
+  for each statement execute function autotag.announce_change();
+
+create or replace trigger autotag_announce after insert or update or delete on autotag.models
+  for each statement execute function autotag.announce_change();
+
+-- The provider refused a parameter: the model's row takes the next form that is known. False: there is none, or somebody
+-- holds the row. A model without a row gets one (without prices).
+create or replace function autotag.degrade_model(p_model text, p_parameter text) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  m autotag.models := autotag.find_model(p_model);
+begin
+  if m.name is null then
+    insert into autotag.models (name) values (p_model) on conflict do nothing;
+    m.name := p_model;
+  end if;
+  select * into m from autotag.models x where x.name = m.name for update skip locked;
+  if not found then
+    return false;
+  end if;
+  case p_parameter
+    when 'token_cap' then
+      update autotag.models x set cap_parameter = case x.cap_parameter when 'max_completion_tokens' then 'max_tokens' else 'none' end
+      where x.name = m.name and x.cap_parameter <> 'none';
+    when 'response_format' then
+      update autotag.models x set answer_format = case x.answer_format when 'json_schema' then 'json_object' else 'text' end
+      where x.name = m.name and x.answer_format <> 'text';
+    when 'reasoning_effort' then
+      update autotag.models x set sends_effort = false
+      where x.name = m.name and x.sends_effort and x.reasoning_effort is not null;
+    when 'detail' then
+      update autotag.models x set sends_detail = false where x.name = m.name and x.sends_detail;
+    when 'service_tier' then
+      update autotag.models x set sends_tier = false where x.name = m.name and x.sends_tier;
+    else
+      return false;
+  end case;
+  return found;
+end $$;
+
+-- The end of the model that is asked, once it is 90 days away or nearer: {level, message, days, date, successor}; else
+-- null. From 14 days before it is an error: what is not changed by then stops. p_model null: the model of the settings.
+create or replace function autotag.describe_shutdown(p_model text default null) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_model text := coalesce(p_model, (select s.model from autotag.settings s));
+  m autotag.models := autotag.find_model(v_model);
+  v_days integer := m.shutdown_date - (autotag.now() at time zone 'utc')::date;
+begin
+  if v_days is null or v_days > 90 then
+    return null;
+  end if;
+  return jsonb_build_object(
+    'level', case when v_days > 14 then 'warning' else 'error' end, 'days', v_days, 'date', m.shutdown_date,
+    'successor', m.successor,
+    'message', case
+      when v_days > 0 then format('%s shuts down on %s, in %s%s', v_model, m.shutdown_date, case v_days when 1 then '1 day' else v_days || ' days' end,
+        coalesce('; its successor is ' || m.successor, '') || '.')
+      else format('%s was shut down on %s%s', v_model, m.shutdown_date, coalesce('; its successor is ' || m.successor, '') || '.') end,
+    'fix', case when m.successor is not null then format(
+        'autotag compare --model %1$s --workspace …   then: update autotag.settings set model = ''%1$s'';', m.successor)
+      else 'Choose a model that stays: update autotag.settings set model = ''…'';' end);
+end $$;
+
+-- The size a count of tokens is kept as: the next of those that are 2 % apart.
+create or replace function autotag.token_size(p_tokens integer) returns integer
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select case when p_tokens <= 50 then greatest(p_tokens, 1) else ceil(power(1.02, ceil(ln(p_tokens) / ln(1.02) - 0.000001)))::integer end
+$$;
+
+-- The weights after new counts: each new one makes the old ones fade by its share of the memory (in answers).
+create or replace function autotag.blend(p_old jsonb, p_counts integer[], p_memory integer) returns jsonb
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$
+  select coalesce(jsonb_object_agg(b.size, b.weight), '{}')
+  from (
+    select x.size, round(sum(x.weight)::numeric, 3) as weight
+    from (
+      select o.key as size, o.value::double precision * power(1 - 1.0 / p_memory, cardinality(p_counts)) as weight
+      from jsonb_each_text(p_old) o
+      union all
+      select autotag.token_size(c)::text, 1 from unnest(p_counts) c) x
+    group by x.size having sum(x.weight) > 0.01) b
+$$;
+
+-- The size that a share of the weights does not exceed; null without any.
+create or replace function autotag.quantile(p_weights jsonb, p_share double precision) returns integer
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$
+  select min(s.size) from (
+    select w.key::integer as size, sum(w.value::double precision) over (order by w.key::integer) as upto,
+      sum(w.value::double precision) over () as total
+    from jsonb_each_text(p_weights) w) s
+  where s.upto >= p_share * s.total - 0.000001
+$$;
+
+create or replace function autotag.mean_size(p_weights jsonb) returns integer
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$
+  select round(sum(w.key::integer * w.value::double precision) / sum(w.value::double precision))::integer
+  from jsonb_each_text(p_weights) w
+$$;
+
+-- First guess of a prompt's tokens: the instructions and the schema (measured with o200k and rounded up), and a square
+-- picture, which costs the most. The worker sends 512 pixels a side for detail low and 2,048 for high. A model without a
+-- row counts like the dearest (gpt-4o-mini).
+create or replace function autotag.guess_prompt(p_question jsonb) returns integer
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  m autotag.models := autotag.find_model(p_question ->> 'model');
+  v_low boolean := p_question ->> 'image_detail' = 'low';
+begin
+  return 300 + case
+    when m.patch_tokens is not null then ceil(least(case when v_low then 256 else 4096 end, 1536) * m.patch_tokens)
+    -- a square is scaled to 768 pixels a side: four tiles of 512
+    else coalesce(m.base_tokens, 2833) + case when v_low then 0 else 4 * coalesce(m.tile_tokens, 5667) end end;
+end $$;
+
+-- First guess of the tokens that an answer may need: some 30 a tag, and what thinking takes. OpenAI names no figures for
+-- the efforts; these are generous, because an answer that is cut off is paid for and of no use.
+create or replace function autotag.guess_output(p_question jsonb) returns integer
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  m autotag.models := autotag.find_model(p_question ->> 'model');
+  v_effort text := p_question ->> 'reasoning_effort';
+begin
+  return 100 + 30 * (p_question ->> 'max_tags')::integer + case
+    when v_effort = 'none' or m.reasons = false then 0
+    when v_effort is null and m.reasons is null then 1000
+    when v_effort = 'minimal' then 500
+    when v_effort = 'low' then 1500
+    when v_effort = 'high' then 10000
+    when v_effort in ('xhigh', 'max') then 25000
+    else 4000 end;  -- medium, and the model's own default
+end $$;
+
+-- What one image reserves and what it costs on average, from what was learned about the present question; before there
+-- are enough answers, the first guess. A few answers are trusted with a margin (2 / answers): ten may not have shown the
+-- largest. The caller holds the provider row.
+create or replace function autotag.estimate_tokens(p_provider autotag.provider_limits) returns autotag.provider_limits
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_learned autotag.learned;
+  v_question jsonb := p_provider.question;
+  v_prompt integer := autotag.guess_prompt(v_question);
+  v_output integer := autotag.guess_output(v_question);
+  v_margin double precision;
+begin
+  select * into v_settings from autotag.settings;
+  select * into v_learned from autotag.learned l
+  where l.model = v_question ->> 'model' and l.image_detail = v_question ->> 'image_detail'
+    and l.reasoning_effort = coalesce(v_question ->> 'reasoning_effort', '')
+    and l.max_tags = (v_question ->> 'max_tags')::integer and l.tag_language = v_question ->> 'tag_language';
+  p_provider.prompt_mean := v_prompt;
+  p_provider.output_mean := v_output / 3;
+  if v_learned.answers >= 10 then
+    v_margin := 1 + 2.0 / v_learned.answers;
+    v_prompt := ceil(autotag.quantile(v_learned.prompt, 0.99) * v_margin);
+    p_provider.prompt_mean := autotag.mean_size(v_learned.prompt);
+    p_provider.output_mean := autotag.mean_size(v_learned.output);
+    -- Half of a percent may be cut off: they cost another call, and a higher cap costs all of them their share of the limit.
+    v_output := ceil(autotag.quantile(v_learned.output, 0.995) * 1.05 * v_margin) + 8;
+    if v_learned.answers < 30 then
+      v_output := greatest(v_output, autotag.guess_output(v_question));
+    end if;
+  end if;
+  -- A cap that the limit a minute could never hold would stop everything.
+  v_output := least(greatest(v_output, v_settings.min_output_tokens), v_settings.max_output_tokens,
+    greatest((0.9 * p_provider.tokens_per_minute)::integer - v_prompt, v_settings.min_output_tokens));
+  -- Whatever was learned, a workspace's minute holds two images, or what the first guess lets it hold: tagging may become
+  -- slower by it, and never stands still. (Real use corrects the windows.)
+  v_prompt := least(v_prompt, greatest(v_settings.realtime_tokens_per_minute / 2 - v_output, autotag.guess_prompt(v_question)));
+  p_provider.output_tokens := v_output;
+  p_provider.tokens_per_image := v_prompt + v_output;
+  return p_provider;
+end $$;
+
+-- Notices that something else is asked than before (settings or models were changed): it has to prove itself, unless only
+-- its words have changed, and what it costs is estimated anew. Every claim passes here. The caller holds the provider row.
+create or replace function autotag.sync_question(p_provider autotag.provider_limits) returns autotag.provider_limits
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_question jsonb := autotag.describe_question();
+  v_words text[] := array['max_tags', 'tag_language'];
+begin
+  if v_question = p_provider.question then
+    return p_provider;
+  end if;
+  if v_question - v_words <> p_provider.question - v_words then
+    p_provider.proven_at := null;
+    p_provider.probe_at := null;
+    p_provider.checked_at := '-infinity';
+  end if;
+  p_provider.question := v_question;
+  p_provider.question_version := p_provider.question_version + 1;
+  p_provider.question_since := autotag.now();
+  p_provider := autotag.estimate_tokens(p_provider);
+  update autotag.provider_limits p
+  set question = p_provider.question, question_version = p_provider.question_version,
+      question_since = p_provider.question_since, proven_at = p_provider.proven_at, probe_at = p_provider.probe_at,
+      checked_at = p_provider.checked_at, tokens_per_image = p_provider.tokens_per_image,
+      output_tokens = p_provider.output_tokens, prompt_mean = p_provider.prompt_mean, output_mean = p_provider.output_mean;
+  return p_provider;
+end $$;
+
+-- Learns from what answers to a question (null: the present one) used: their prompts' and answers' tokens, in parallel. No
+-- prompt is believed to be more than twenty times the first guess. The caller holds the provider row.
+create or replace function autotag.learn(p_inputs integer[], p_outputs integer[], p_question jsonb default null) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits;
+  v_question jsonb;
+  v_memory integer := (select s.learning_memory from autotag.settings s);
+  v_most integer;
+begin
+  if cardinality(p_inputs) = 0 then
+    return;
+  end if;
+  select * into v_provider from autotag.provider_limits;
+  v_question := coalesce(p_question, v_provider.question);
+  v_most := 20 * autotag.guess_prompt(v_question);
+  p_inputs := array(select least(i, v_most) from unnest(p_inputs) i);
+  insert into autotag.learned as l (model, image_detail, reasoning_effort, max_tags, tag_language, answers, prompt, output, learned_at)
+  values (v_question ->> 'model', v_question ->> 'image_detail',
+    coalesce(v_question ->> 'reasoning_effort', ''), (v_question ->> 'max_tags')::integer,
+    v_question ->> 'tag_language', cardinality(p_inputs),
+    autotag.blend('{}', p_inputs, v_memory), autotag.blend('{}', p_outputs, v_memory), autotag.now())
+  on conflict (model, image_detail, reasoning_effort, max_tags, tag_language) do update
+  set answers = l.answers + cardinality(p_inputs), learned_at = excluded.learned_at,
+      prompt = autotag.blend(l.prompt, p_inputs, v_memory), output = autotag.blend(l.output, p_outputs, v_memory);
+  v_provider := autotag.estimate_tokens(v_provider);
+  update autotag.provider_limits p
+  set tokens_per_image = v_provider.tokens_per_image, output_tokens = v_provider.output_tokens,
+      prompt_mean = v_provider.prompt_mean, output_mean = v_provider.output_mean
+  where (p.tokens_per_image, p.output_tokens, p.prompt_mean, p.output_mean) is distinct from
+    (v_provider.tokens_per_image, v_provider.output_tokens, v_provider.prompt_mean, v_provider.output_mean);
+end $$;
+
+-- What another model would say about images that have their tags (`autotag compare`). It is asked within every limit and
+-- quota, and behind live uploads; what it used is recorded. Nothing of the host is written, and there is no job and no task.
+--
+--   preview_comparison   what it would cost, and whether the quotas allow it
+--   comparison_sample    the images, with what is stored about them
+--   admit_comparison     whether one call may be made now, or when to ask again
+--   settle_comparison    what came of it, and what to do next about that image
+
+-- The provider's row as it would be with another question: what an answer reserves, and what it uses on average.
+create or replace function autotag.estimate_question(p_provider autotag.provider_limits, p_question jsonb)
+returns autotag.provider_limits
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  p_provider.question := p_question;
+  return autotag.estimate_tokens(p_provider);
+end $$;
+
+-- What asking p_model about p_sample tagged images of a workspace would mean: {images (there may be fewer), cost (null:
+-- unknown), reserved (tokens of one image), question, shutdown_date, current_model, current_effort, current_cost_per_1000
+-- (of the model in use, one by one; null: unknown), current_answers (that this figure was learned from)}. p_effort null:
+-- that of the model's row. Refuses a model or an effort that cannot be asked for, a workspace without tagged images, and
+-- what a quota does not allow.
+create or replace function autotag.preview_comparison(p_workspace_id uuid, p_model text, p_effort text, p_sample integer)
+returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits := autotag.refilled_provider(autotag.now());
+  v_current autotag.provider_limits := autotag.estimate_question(v_provider, autotag.describe_question());
+  v_question jsonb := autotag.question_for(p_model, p_effort);
+  v_images integer;
+begin
+  if coalesce(length(p_model), 0) not between 1 and 100 then
+    perform autotag.refuse(400, 'unknown_model', 'This is no name of a model.', 'Pass the name that the provider has for it.');
+  elsif p_effort not in ('none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max') then
+    perform autotag.refuse(400, 'unknown_effort', format('%L is no reasoning effort.', p_effort),
+      'Pass none, minimal, low, medium, high, xhigh or max.');
+  elsif p_effort is not null and v_question ->> 'reasoning_effort' is null then
+    perform autotag.refuse(400, 'unknown_effort', format('%s takes no reasoning effort.', p_model),
+      'Leave it out (autotag.models.sends_effort is false for this model).');
+  end if;
+  v_images := (select count(*) from autotag.tagged_assets(p_workspace_id, greatest(p_sample, 0)));
+  if v_images = 0 then
+    perform autotag.refuse(404, 'no_tagged_images', 'This workspace has no image with tags.',
+      'Tag some first: autotag enqueue.');
+  end if;
+  v_provider := autotag.estimate_question(v_provider, v_question);
+  -- As for uploads, dollars cannot be reserved without a price.
+  perform autotag.check_quotas(p_workspace_id, null, v_images, coalesce(autotag.question_cost(v_provider, true), 0));
+  return jsonb_build_object(
+    'images', v_images, 'cost', v_images * autotag.question_cost(v_provider, false),
+    'reserved', v_provider.tokens_per_image, 'question', v_question,
+    'shutdown_date', (autotag.find_model(p_model)).shutdown_date,
+    'current_model', v_current.question -> 'model', 'current_effort', v_current.question -> 'reasoning_effort',
+    'current_cost_per_1000', round(1000 * autotag.question_cost(v_current, false), 4),
+    'current_answers', coalesce((
+      select l.answers from autotag.learned l
+      where l.model = v_current.question ->> 'model' and l.image_detail = v_current.question ->> 'image_detail'
+        and l.reasoning_effort = coalesce(v_current.question ->> 'reasoning_effort', '')
+        and l.max_tags = (v_current.question ->> 'max_tags')::integer
+        and l.tag_language = v_current.question ->> 'tag_language'), 0));
+end $$;
+
+-- The images of a comparison: [{asset_id, bucket, path, url, tags: [tag, …], caption, confidence: {tag: 0 to 1}, model}].
+create or replace function autotag.comparison_sample(p_workspace_id uuid, p_sample integer) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_assets uuid[];
+  v_sample jsonb;
+begin
+  select array_agg(t.asset_id),
+    jsonb_object_agg(t.asset_id, jsonb_build_object(
+      'tags', jsonb_path_query_array(t.tags, 'strict $[*] ? (@.type() == "string")'),
+      'caption', t.result ->> 'caption', 'confidence', t.result -> 'confidence', 'model', t.result ->> 'model'))
+  into v_assets, v_sample
+  from autotag.tagged_assets(p_workspace_id, greatest(p_sample, 0)) t;
+  return (
+    select coalesce(jsonb_agg(jsonb_build_object('asset_id', d.asset_id, 'bucket', d.bucket, 'path', d.path, 'url', d.url)
+      || (v_sample -> d.asset_id::text) order by d.asset_id), '[]')
+    from autotag.describe_assets(coalesce(v_assets, '{}')) d where not d.foreign_file);
+end $$;
+
+-- Whether one call with this question may be made now: {admitted, reserved, reserved_at, cap (of the answer, in tokens)}, or
+-- else {admitted: false, wait (seconds), reason}. p_cap: the least cap, where an answer was cut off. It takes its place in
+-- the provider's bucket and in the workspace's window like any single call, but only while no live image waits for one.
+-- reason: `account` (with its sentence as `message`), `retry_after`, `live`, `provider` or `window`.
+-- Refuses what a quota does not allow (any more), and an image that no limit can ever hold.
+-- Locks: provider, window.
+create or replace function autotag.admit_comparison(p_workspace_id uuid, p_question jsonb, p_cap integer default null) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits := autotag.estimate_question(autotag.refilled_provider(autotag.now()), p_question);
+  v_now timestamptz;
+  v_cap integer;
+  v_reserved integer;
+  v_next timestamptz;
+  v_window record;
+begin
+  perform autotag.check_quotas(p_workspace_id, null, 1, coalesce(autotag.question_cost(v_provider, true), 0));
+  v_provider := autotag.estimate_question(autotag.lock_provider(), p_question);
+  v_now := v_provider.refilled_at;
+  -- A cap that the limit a minute could never hold would wait for ever.
+  v_cap := greatest(v_provider.output_tokens, least(coalesce(p_cap, 0),
+    (0.9 * v_provider.tokens_per_minute)::integer - (v_provider.tokens_per_image - v_provider.output_tokens)));
+  v_reserved := v_provider.tokens_per_image - v_provider.output_tokens + v_cap;
+  -- Trouble of the model in use (it may have shut down) is the reason to compare; whatever else is wrong shows by itself.
+  if v_provider.account_error is not null
+    and (v_provider.account_error_from = 'storage' or p_question ->> 'model' = (select s.model from autotag.settings s)) then
+    return autotag.put_off('account', v_now, v_now + (select s.account_probe_interval from autotag.settings s))
+      || jsonb_build_object('message', v_provider.account_error);
+  elsif v_provider.blocked_until > v_now then
+    return autotag.put_off('retry_after', v_now, v_provider.blocked_until);
+  -- An image that never fits its workspace's window (ready_at is infinite) keeps nobody else waiting.
+  elsif v_provider.account_error is null
+    and exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')) then
+    return autotag.put_off('live', v_now, v_now + autotag.clock_interval(1));
+  end if;
+  v_next := v_now + interval '1 min' * greatest(0,
+    (1 - v_provider.requests_left) / v_provider.requests_per_minute,
+    (1 - v_provider.day_left) / (v_provider.requests_per_day / 1440.0),
+    (v_reserved - v_provider.tokens_left) / v_provider.tokens_per_minute);
+  if v_next > v_now then
+    return autotag.put_off('provider', v_now, v_next);
+  end if;
+  v_window := autotag.admit(p_workspace_id, 'realtime', 1, v_reserved, false);
+  if v_window.admitted = 0 and v_window.retry_at is null then
+    perform autotag.refuse(429, 'exceeds_limit',
+      format('One image of %s reserves %s tokens, more than this workspace may use in a minute.',
+        p_question ->> 'model', v_reserved),
+      'Raise its limit (max_units in public.workspace_rate_limits), or choose a lower effort.');
+  elsif v_window.admitted = 0 then
+    return autotag.put_off('window', v_window.at, v_window.retry_at);
+  end if;
+  update autotag.provider_limits
+  set requests_left = v_provider.requests_left - 1, tokens_left = v_provider.tokens_left - v_reserved,
+      day_left = v_provider.day_left - 1, refilled_at = v_now;
+  return jsonb_build_object('admitted', true, 'reserved', v_reserved, 'reserved_at', v_window.at, 'cap', v_cap);
+end $$;
+
+-- The answer of admit_comparison() while a call has to wait.
+create or replace function autotag.put_off(p_reason text, p_now timestamptz, p_until timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return jsonb_build_object('admitted', false, 'reason', p_reason, 'wait', autotag.real_seconds(p_until - p_now));
+end $$;
+
+-- The question after the provider has refused a parameter of p_question: the model's row has its next form, or had it
+-- already, because other calls met the same. Null: there is none. Locks: the model's row without waiting.
+create or replace function autotag.ask_differently(p_question jsonb, p_parameter text) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_model text := p_question ->> 'model';
+  v_effort text := p_question ->> 'reasoning_effort';
+  v_question jsonb := autotag.question_for(v_model, v_effort);
+begin
+  if v_question <> p_question then
+    return v_question;
+  end if;
+  -- That the model does not take an effort which was tried out here says nothing about the one in its row.
+  if p_parameter = 'reasoning_effort' and v_effort is distinct from (autotag.find_model(v_model)).reasoning_effort then
+    return null;
+  end if;
+  if autotag.degrade_model(v_model, p_parameter) then
+    v_question := autotag.question_for(v_model, v_effort);
+  end if;
+  return case when v_question <> p_question then v_question end;
+end $$;
+
+-- What to do next about an image: {next: done | again | failed | stop}. again: with the `question`, the `cap` and after the
+-- `wait` (seconds) that it names; stop: no call can work, for the reason in `message`. p_report as in settle_comparison().
+create or replace function autotag.next_step(p_question jsonb, p_report jsonb, p_answer autotag.answer) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_error jsonb := p_answer.error;
+  v_failures integer := coalesce((p_report ->> 'failures')::integer, 0) + 1;
+  v_proven boolean := coalesce((p_report ->> 'proven')::boolean, false);
+  v_question jsonb;
+begin
+  if v_error is null then
+    return jsonb_build_object('next', 'done');
+  end if;
+  select * into v_settings from autotag.settings;
+  -- Words instead of JSON are the provider's doing only as long as it has not shown that it can do better.
+  if v_error ->> 'parameter' is not null and (v_error ->> 'kind' <> 'image' or not v_proven) then
+    v_question := autotag.ask_differently(p_question, v_error ->> 'parameter');
+    if v_question is not null then
+      return jsonb_build_object('next', 'again', 'question', v_question);
+    end if;
+  end if;
+  if v_error ->> 'code' = 'answer_too_long' and p_answer.output_tokens < v_settings.max_output_tokens
+     and not coalesce((p_report ->> 'cut_off')::boolean, false) then
+    return jsonb_build_object('next', 'again', 'cap', autotag.next_cap(p_answer));
+  end if;
+  case v_error ->> 'kind'
+    when 'rate_limit' then
+      return jsonb_build_object('next', 'again');  -- admit_comparison() knows when
+    when 'account' then
+      return jsonb_build_object('next', 'stop', 'message', autotag.explain_account(v_error, p_question ->> 'model'));
+    when 'transient' then
+      if v_failures < v_settings.max_bad_answers then
+        return jsonb_build_object('next', 'again', 'wait', greatest((v_error ->> 'retry_after')::double precision,
+          autotag.real_seconds(v_settings.retry_delay * power(2, v_failures - 1))));
+      elsif not v_proven then
+        return jsonb_build_object('next', 'stop', 'message', v_error ->> 'message');
+      end if;
+    else
+      null;
+  end case;
+  return jsonb_build_object('next', 'failed');
+end $$;
+
+-- What came of one try: next_step(), and `cost` (dollars; null: unknown, or the provider billed nothing). p_report:
+-- {reserved, reserved_at, cap (as admit_comparison gave them; absent where nothing was admitted), called, usage, error (as in
+-- settle()), failures (transient ones of this image so far), cut_off (an answer about it was cut off already), proven (an
+-- answer of this comparison was of use)}. p_seen: what the answer's headers say (observe_provider). Corrects the bucket and
+-- the window as settle() does, records the usage, and learns what answers to this question use. An error of the account is
+-- this comparison's alone: the live lanes find out by themselves.
+-- Locks: provider, window.
+create or replace function autotag.settle_comparison(
+  p_workspace_id uuid, p_question jsonb, p_report jsonb, p_seen jsonb default null
+) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_answer autotag.answer;
+  v_used integer;              -- tokens of the prompt; null: the provider gave no figures
+  v_free boolean;              -- the call took nothing of the provider's bucket
+begin
+  v_answer.workspace_id := p_workspace_id;
+  v_answer.reserved_at := (p_report ->> 'reserved_at')::timestamptz;
+  v_answer.reserved_tokens := (p_report ->> 'reserved')::integer;
+  v_answer.output_tokens := (p_report ->> 'cap')::integer;
+  v_answer.error := autotag.check_error(p_report -> 'error');
+  v_answer.usage := autotag.check_usage(p_report -> 'usage');
+  v_answer.called := p_report -> 'called' is distinct from 'false';
+  v_used := (v_answer.usage -> 'input')::integer;
+  v_free := not v_answer.called or coalesce(v_answer.error ->> 'code' = 'rate_limited', false);
+
+  perform from autotag.provider_limits for update;
+  if v_answer.reserved_tokens is not null then
+    perform autotag.refund_provider(v_free::integer, case when v_free then v_answer.reserved_tokens
+      else coalesce(v_answer.reserved_tokens - v_used - v_answer.output_tokens, 0) end);
+  end if;
+  if p_seen is not null then
+    perform autotag.observe_provider(p_seen);
+  end if;
+  if v_used > 0 then
+    -- what a cut-off answer would have needed nobody knows: at least what the next try may have
+    perform autotag.learn(array[v_used], array[case when v_answer.error ->> 'code' = 'answer_too_long'
+      then coalesce(autotag.next_cap(v_answer), 1) else greatest((v_answer.usage -> 'output')::integer, 1) end],
+      p_question);
+  end if;
+  if v_answer.reserved_at is not null then
+    perform autotag.correct_window(p_workspace_id, 'realtime', v_answer.reserved_at,
+      case when v_answer.called then 0 else -1 end,
+      case when v_used is not null then v_used + (v_answer.usage -> 'output')::integer - v_answer.reserved_tokens
+        when v_answer.error ->> 'code' = 'provider_unreachable' then 0
+        else -v_answer.reserved_tokens end);
+  end if;
+  if v_answer.called then
+    perform autotag.add_usage(array[v_answer], false, p_question);
+  end if;
+  return autotag.next_step(p_question, p_report, v_answer) || jsonb_build_object('cost', autotag.price_tokens(
+    coalesce(v_answer.usage ->> 'model', p_question ->> 'model'), coalesce(v_answer.usage ->> 'tier', 'default'), v_used,
+    least((v_answer.usage -> 'cached')::integer, v_used), (v_answer.usage -> 'cache_write')::integer,
+    (v_answer.usage -> 'output')::integer));
+end $$;
+
+-- How many batches an upload is split into. Splitting never makes an upload slower: while the workspace may
+-- start enough batches they hold at most batch_split_images; when fewer are left in its window they get
+-- larger instead of more; one is never larger than a file, the provider's queue or the window can take; and no
+-- more are made than their size needs.
+create or replace function autotag.plan_batches(p_images integer, p_batches_left integer, p_window_images integer)
+returns integer
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select ceil(p_images / ceil(p_images::numeric / greatest(
+    ceil(p_images::numeric / greatest(1, least(
+      s.batch_max_requests, p_window_images, p.queued_batch_tokens / p.tokens_per_image))),
+    case when p_images <= s.batch_max_images then 1
+         else least(ceil(p_images::numeric / s.batch_split_images), greatest(p_batches_left, 1)) end
+  )))::integer
+  from autotag.settings s, autotag.provider_limits p
+$$;
+
+-- The strategy table: what happens with an upload of so many images. A provider without a Batch API gets single calls.
+create or replace function autotag.choose_strategy(p_images integer) returns text
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (select case
+    when p_images <= s.realtime_max_images then 'realtime'
+    when p_images <= s.chunk_max_images or p.has_batches is false then 'realtime-chunked'
+    when p_images <= s.batch_max_images then 'batch'
+    else 'batch-parallel' end
+  from autotag.settings s, autotag.provider_limits p);
+end $$;
+
+-- Seconds that an upload is expected to take when its workspace is otherwise idle.
+create or replace function autotag.estimate_seconds(p_images integer, p_batches integer) returns double precision
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+begin
+  return (select case
+    when p_batches > 0 then
+      -- batches beyond the window start an hour later each time it is full
+      (autotag.predict_batch(ceil(p_images::numeric / p_batches)::integer, v_now, v_now, null, 0, null)).p50
+      + 3600 * greatest((p_batches - 1) / s.batch_batches_per_hour, (p_images - 1) / s.batch_images_per_hour)
+    when p_images > s.realtime_max_images then
+      s.call_seconds + greatest(
+        extract(epoch from s.chunk_delay) * ((p_images - 1) / s.chunk_size),
+        60 * ((p_images - 1) / s.realtime_requests_per_minute))
+    else s.call_seconds end
+  from autotag.settings s);
+end $$;
+
+-- What waits for single calls.
+create or replace function autotag.count_waiting(out workspaces bigint, out images bigint)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  select count(*), coalesce(sum(w.queued), 0) into workspaces, images from autotag.workspaces w where w.queued > 0;
+end $$;
+
+-- How long the last of so many more single calls of a workspace would wait: for its own window, and for its
+-- fair share of the provider's bucket. p_counted: what waits in other workspaces may be as old as a second (counting
+-- it takes the longer, the more of them there are).
+create or replace function autotag.predict_wait(p_workspace_id uuid, p_images integer, p_counted boolean default false)
+returns interval
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_provider autotag.provider_limits := autotag.refilled_provider(v_now);
+  v_settings autotag.settings;
+  v_max_requests integer;
+  v_max_units integer;
+  v_queued bigint := coalesce((select w.queued from autotag.workspaces w where w.workspace_id = p_workspace_id), 0);
+  v_own bigint := v_queued + p_images;
+  v_everybody bigint;
+begin
+  select * into v_settings from autotag.settings;
+  if not p_counted or v_provider.waiting_at < v_now - interval '2 s' then
+    select c.workspaces, c.images into v_provider.waiting_workspaces, v_provider.waiting_images
+    from autotag.count_waiting() c;
+  end if;
+  -- A workspace waits for as many calls of each of the others as it makes itself.
+  v_everybody := v_own + least(greatest(v_provider.waiting_images - v_queued, 0),
+    v_own * greatest(v_provider.waiting_workspaces - (v_queued > 0)::integer, 0));
+  select l.max_requests, l.max_units into v_max_requests, v_max_units
+  from public.workspace_rate_limits l where l.workspace_id = p_workspace_id and l.request_type = 'realtime';
+  v_max_requests := coalesce(v_max_requests, v_settings.realtime_requests_per_minute);
+  v_max_units := coalesce(v_max_units, v_settings.realtime_tokens_per_minute);
+  return interval '1 min' * greatest(0,
+    (v_own - v_max_requests)::double precision / v_max_requests,
+    (v_own * v_provider.tokens_per_image - v_max_units)::double precision / v_max_units,
+    (v_everybody - v_provider.requests_left) / v_provider.requests_per_minute,
+    (v_everybody * v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute);
+end $$;
+
+-- Adds to what waits for single calls in one queue, and wakes the workspace. A workspace that had nothing
+-- queued starts at the clock of the one served last: it neither waits for the others nor banks credit.
+-- The caller holds the workspace's lock.
+create or replace function autotag.add_queued(p_workspace_id uuid, p_job_id uuid, p_count integer, p_before_task bigint)
+returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_count = 0 then
+    return;
+  end if;
+  update autotag.queues q
+  set queued = q.queued + p_count, cursor = least(q.cursor, p_before_task - 1)
+  where q.job_id = p_job_id;
+  update autotag.workspaces w
+  set queued = w.queued + p_count,
+      virtual_time = case when w.queued > 0 then w.virtual_time
+        else greatest(w.virtual_time, (select p.virtual_time from autotag.provider_limits p)) end,
+      ready = true
+  where w.workspace_id = p_workspace_id;
+end $$;
+
+-- Takes the workspace's lock; its row is made when this is its first work, or again when housekeeping forgot it while we
+-- waited for its lock.
+create or replace function autotag.lock_workspace(p_workspace_id uuid) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  loop
+    insert into autotag.workspaces (workspace_id) values (p_workspace_id) on conflict do nothing;
+    perform from autotag.workspaces w where w.workspace_id = p_workspace_id for update;
+    exit when found;
+  end loop;
+end $$;
+
+-- How many more images of a workspace may be live at the same time.
+create or replace function autotag.live_room(p_workspace_id uuid) returns integer
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (select s.live_images_max from autotag.settings s) - coalesce((
+    select sum(j.image_count - j.completed - j.failed)::integer
+    from autotag.jobs j where j.workspace_id = p_workspace_id and j.finished_at is null), 0);
+end $$;
+
+-- Refuses an upload that would make too many images of its workspace live at the same time; retry_after is
+-- when enough of them are expected to be done. The caller holds the workspace.
+create or replace function autotag.check_live_room(p_workspace_id uuid, p_images integer) returns void
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_room integer := autotag.live_room(p_workspace_id);
+  v_most integer := (select s.live_images_max from autotag.settings s);
+  v_free_at timestamptz;
+begin
+  if p_images <= v_room then
+    return;
+  end if;
+  select min(d.eta) into v_free_at from (
+    select j.eta, sum(j.image_count - j.completed - j.failed) over (order by j.eta, j.id) as freed
+    from autotag.jobs j where j.workspace_id = p_workspace_id and j.finished_at is null) d
+  where v_room + d.freed >= p_images;
+  perform autotag.refuse(429, 'too_many_live_images',
+    format('Only %s more images of this workspace can be tagged at the moment.', greatest(v_room, 0)),
+    'Wait until earlier uploads are done, or make the upload smaller.',
+    jsonb_build_object('max_images', v_most, 'images_left', greatest(v_room, 0), 'retry_after',
+      case when p_images <= v_most then greatest(extract(epoch from v_free_at - autotag.now()), 1) end));
+end $$;
+
+-- enqueue_tagging: one upload becomes one job. Idempotent for images that are being tagged already: they are
+-- skipped. Locks the workspace (so that two calls for the same images follow each other), then writes.
+--
+-- p_hidden: those of them whose file the caller may not see (`hidden_files`). They become tasks like the others and end as if
+-- there were no such file.
+create or replace function autotag.enqueue(p_asset_ids uuid[], p_hidden uuid[] default array[]::uuid[]) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_found integer;
+  v_asked integer;
+  v_missing uuid[];            -- some of those that are not there
+  v_foreign uuid[];            -- some of those that name somebody else's file
+  v_workspaces uuid[];         -- theirs that the caller may act for
+begin
+  if array_ndims(p_asset_ids) > 1 or array_position(p_asset_ids, null) is not null then
+    perform autotag.refuse(400, 'bad_asset_ids', 'asset_ids must be a plain list of ids.',
+      'Pass an array of uuids without nulls.');
+  end if;
+  perform autotag.check_image_count(cardinality(p_asset_ids));
+
+  -- Somebody else's image is as unknown as one that never was: what exists where is no secret worth telling.
+  with there as materialized (
+    select d.asset_id, d.workspace_id, d.foreign_file from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
+  ), theirs as materialized (
+    select w.id from (select distinct t.workspace_id as id from there t) w
+    where autotag.is_service() or autotag.is_member(w.id)
+  ), found as materialized (
+    select t.asset_id, t.foreign_file from there t where t.workspace_id in (select w.id from theirs w)
+  )
+  select (select array_agg(w.id) from theirs w), (select count(*) from found), (select count(distinct id) from unnest(p_asset_ids) id),
+    array(select distinct id from unnest(p_asset_ids) id except select f.asset_id from found f order by 1 limit 5),
+    array(select f.asset_id from found f where f.foreign_file order by 1 limit 5)
+  into v_workspaces, v_found, v_asked, v_missing, v_foreign;
+  if v_found < v_asked then
+    perform autotag.refuse(404, 'unknown_asset',
+      format('%s of the %s images do not exist.', v_asked - v_found, v_asked),
+      'Insert the assets before you enqueue them.', jsonb_build_object('asset_ids', v_missing));
+  end if;
+  if cardinality(v_workspaces) > 1 then
+    perform autotag.refuse(400, 'several_workspaces', 'The images belong to more than one workspace.',
+      'Make one upload for each workspace.', jsonb_build_object('workspace_ids', v_workspaces));
+  end if;
+  if v_foreign <> '{}' then
+    perform autotag.refuse(403, 'foreign_file', 'An image names a file that does not belong to its workspace.',
+      format('Name a file of its own workspace (rule %s).', autotag.file_rule()), jsonb_build_object('asset_ids', v_foreign));
+  end if;
+  perform autotag.lock_workspace(v_workspaces[1]);
+  return autotag.start_job(v_workspaces[1], (select auth.uid()), p_asset_ids, p_hidden);
+end $$;
+
+-- Makes a job of those of these images that are not live already. All of them are of this workspace, which the
+-- caller has locked. Those in p_hidden will not be read. Locks: tasks and batches are new, assets.
+create or replace function autotag.start_job(
+  p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_hidden uuid[] default array[]::uuid[]
+) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
+as $$
+declare
+  v_settings autotag.settings;
+  v_now timestamptz := autotag.now();
+  v_asked integer := (select count(distinct id) from unnest(p_asset_ids) id);
+  v_live uuid[];               -- of these images, those that are being tagged already
+  v_new uuid[];
+  v_live_jobs uuid[];
+  v_count integer;
+  v_job autotag.jobs;
+  v_batches integer := 0;
+  v_express integer;
+  v_first_task bigint;
+  v_left record;
+  v_wait interval;
+begin
+  select * into v_settings from autotag.settings;
+
+  -- The new images, each once, in the order of the upload.
+  v_live := array(select t.asset_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null);
+  select coalesce(array_agg(a.id order by a.i), '{}') into v_new
+  from (select u.id, min(u.i) as i from unnest(p_asset_ids) with ordinality u (id, i) group by u.id) a
+  where a.id <> all (v_live);
+  v_count := cardinality(v_new);
+
+  if v_count = 0 then
+    -- The same call again, after its answer got lost: say where the images are.
+    select array_agg(distinct t.job_id) into v_live_jobs
+    from autotag.tasks t where t.asset_id = any (v_live) and t.finished_at is null;
+    select * into v_job from autotag.jobs j
+    where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
+    return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
+      'skipped', v_asked, 'batches', 0, 'eta', v_job.eta);
+  end if;
+  perform autotag.check_live_room(p_workspace_id, v_count);
+  perform autotag.check_quotas(p_workspace_id, p_user_id, v_count);
+
+  v_job.strategy := autotag.choose_strategy(v_count);
+  if v_job.strategy in ('realtime', 'realtime-chunked') then
+    v_wait := autotag.predict_wait(p_workspace_id, v_count);
+    if (select p.has_batches from autotag.provider_limits p) = false then
+      v_job.fallback := case when v_count > v_settings.chunk_max_images
+        then 'The AI provider has no Batch API, so these images go as single calls.' end;
+    elsif v_wait > v_settings.realtime_max_wait then
+      v_job.strategy := 'batch';
+      v_job.fallback := format('Single calls would have waited about %s min for the limits, so these images go by batch.',
+        ceil(extract(epoch from v_wait) / 60));
+    end if;
+  end if;
+  if v_job.strategy in ('batch', 'batch-parallel') then
+    select * into v_left from autotag.batches_left(p_workspace_id);
+    v_batches := autotag.plan_batches(v_count, v_left.batches, v_left.window_images);
+  end if;
+  -- The express images come out of the first batch, which keeps at least one line.
+  v_express := case when v_batches = 0 then v_count
+    when v_job.fallback is not null then 0  -- single calls are what has to wait
+    else least(v_settings.express_images, v_count / v_batches - 1) end;
+
+  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent)
+  values (p_workspace_id, p_user_id, v_job.strategy, v_job.fallback, v_count, v_now, autotag.request_traceparent())
+  returning * into v_job;
+
+  -- The first batch is the priority one.
+  if v_batches > 0 then
+    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, express_count, created_at)
+    select v_job.id, p_workspace_id, b,
+      (b::bigint * v_count / v_batches - (b - 1)::bigint * v_count / v_batches)::integer,
+      case when b = 1 then v_express else 0 end, v_now
+    from generate_series(1, v_batches) b;
+  end if;
+
+  with placed as (
+    insert into autotag.tasks (job_id, workspace_id, asset_id, hidden, lane, batch_id)
+    select v_job.id, p_workspace_id, a.id, a.id = any (p_hidden),
+      case when a.i <= v_express then 'realtime' else 'batch' end,
+      case when a.i > v_express then b.id end
+    from unnest(v_new) with ordinality a (id, i)
+    left join autotag.batches b on b.job_id = v_job.id
+      and a.i > (b.ordinal - 1)::bigint * v_count / v_batches and a.i <= b.ordinal::bigint * v_count / v_batches
+    order by a.i
+    returning id
+  )
+  select min(id) into v_first_task from placed;
+
+  insert into autotag.queues (job_id, workspace_id, cursor, chunk)
+  values (v_job.id, p_workspace_id, v_first_task - 1,
+    case when v_job.strategy = 'realtime-chunked' then v_settings.chunk_size end);
+  perform autotag.add_queued(p_workspace_id, v_job.id, v_express, v_first_task);
+  v_job.eta := autotag.refresh_eta(v_job.id, v_wait);
+  perform autotag.show_stage(v_new, 'queued', 0, v_job.eta);
+
+  if v_express > 0 then
+    perform pg_notify('autotag', 'realtime');
+  end if;
+  if v_batches > 0 then
+    perform pg_notify('autotag', 'batch');
+  end if;
+  return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', v_count,
+    'skipped', v_asked - v_count, 'batches', v_batches, 'eta', v_job.eta);
+end $$;
+
+-- cancel_tagging: what has not gone to OpenAI fails with the code `cancelled`; what is there already (and
+-- paid for) is cancelled there by a worker, and its answers are still kept.
+create or replace function autotag.cancel(p_job_id uuid) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job autotag.jobs := autotag.visible_job(p_job_id);
+  v_now timestamptz;
+  v_tasks bigint[] := array[]::bigint[];
+  v_queued integer;
+begin
+  perform from autotag.workspaces w where w.workspace_id = v_job.workspace_id for update;
+  select * into v_job from autotag.jobs j where j.id = p_job_id for update;
+  v_now := autotag.now();
+  if v_job.finished_at is null and v_job.cancelled_at is null then
+    update autotag.jobs set cancelled_at = v_now where id = p_job_id;
+    perform from autotag.batches b where b.job_id = p_job_id order by b.id for update;
+    perform from autotag.tasks t where t.job_id = p_job_id and t.finished_at is null order by t.id for update;
+
+    select coalesce(array_agg(t.id order by t.id), '{}'),
+           count(*) filter (where t.lane = 'realtime' and t.retry_at is null)
+    into v_tasks, v_queued
+    from autotag.tasks t
+    left join autotag.batches b on b.id = t.batch_id
+    where t.job_id = p_job_id and t.finished_at is null
+      and t.worker_id is null and (b.id is null or b.state in ('planned', 'preparing', 'uploading'));
+
+    update autotag.queues set queued = 0 where job_id = p_job_id;
+    update autotag.workspaces w set queued = w.queued - v_queued where w.workspace_id = v_job.workspace_id;
+    update autotag.batches b set state = 'cancelled', worker_id = null, reserved_tokens = 0, finished_at = v_now
+    where b.job_id = p_job_id and b.state in ('planned', 'preparing', 'uploading');
+    update autotag.batches b set cancel_requested = true
+    where b.job_id = p_job_id and b.state in ('creating', 'submitted');
+    perform autotag.fail_tasks(v_tasks, array_fill('cancelled'::text, array[cardinality(v_tasks)]),
+      array_fill('Tagging was cancelled.'::text, array[cardinality(v_tasks)]));
+    perform autotag.count_finished(p_job_id, 0, cardinality(v_tasks));
+    perform pg_notify('autotag', 'batch');
+  end if;
+  return jsonb_build_object('job_id', p_job_id, 'cancelled', cardinality(v_tasks));
+end $$;
+
+-- The images of a job that failed, that still are there, and that name a file of their workspace, in order.
+create or replace function autotag.failed_assets(p_job_id uuid) returns uuid[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job autotag.jobs := autotag.visible_job(p_job_id);
+begin
+  return array(
+    select d.asset_id
+    from autotag.tasks t
+    join autotag.describe_assets(array(
+      select f.asset_id from autotag.tasks f where f.job_id = v_job.id and f.stage = 'failed')) d on d.asset_id = t.asset_id
+    where t.job_id = v_job.id and t.stage = 'failed' and not d.foreign_file
+    order by t.id);
+end $$;
+
+-- retry_tagging: the images of a job that failed, again, as a new job. p_hidden: as in enqueue.
+create or replace function autotag.retry(p_job_id uuid, p_hidden uuid[] default array[]::uuid[]) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_assets uuid[] := autotag.failed_assets(p_job_id);
+begin
+  if v_assets = '{}' then
+    perform autotag.refuse(409, 'nothing_to_retry', 'No image of this upload has failed that could be tagged now.',
+      'Look at tagging_job() before you retry.');
+  end if;
+  return autotag.enqueue(v_assets, p_hidden);
+end $$;
+
+-- Takes in what one statement inserted. Wakes a worker only when an upload begins: later rows only move its
+-- sealing, and the worker that wakes for that learns the new moment. An image without a place is left alone.
+-- Whatever goes wrong here must not take the host's insert with it: it is a warning, and those images wait
+-- for enqueue_tagging. Locks: uploads by workspace.
+create or replace function autotag.collect(p_asset_ids uuid[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_user uuid := (select auth.uid());
+  v_now timestamptz := autotag.now();
+  v_begun boolean;
+begin
+  select * into v_settings from autotag.settings;
+  with found as (
+    select d.asset_id, d.workspace_id from autotag.describe_assets(p_asset_ids) d
+    where d.workspace_id is not null and (d.path is not null or d.url is not null or d.foreign_file)  -- the last end as failed
+  ), upload as (
+    insert into autotag.uploads as u (workspace_id, user_id, first_at, seal_at)
+    select distinct f.workspace_id, v_user, v_now, v_now + v_settings.upload_quiet from found f order by 1
+    on conflict (workspace_id, user_id) do update
+      set seal_at = least(v_now + v_settings.upload_quiet, u.first_at + v_settings.upload_longest)
+    returning u.id, u.workspace_id, u.first_at
+  ), arrived as (
+    insert into autotag.arrivals (upload_id, asset_id)
+    select u.id, f.asset_id
+    from unnest(p_asset_ids) with ordinality p (id, i)
+    join found f on f.asset_id = p.id
+    join upload u on u.workspace_id = f.workspace_id
+    order by p.i
+  )
+  select coalesce(bool_or(u.first_at = v_now), false) into v_begun from upload u;
+  if v_begun then
+    perform pg_notify('autotag', 'realtime');
+  end if;
+exception when others then
+  raise warning 'autotag could not collect % new images: %', cardinality(p_asset_ids), sqlerrm;
+end $$;
+
+-- Makes a job of one upload that is complete by now; false when there is none. The upload stays as long as
+-- it holds more images than one job may have, than the workspace may have live at once, or than its quotas allow
+-- (the rest waits until they renew). One at a time,
+-- because a job's locks come before those of the next workspace. Called by claim().
+-- Locks: the upload, its workspace.
+create or replace function autotag.seal_upload(p_now timestamptz) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_upload autotag.uploads;
+  v_assets uuid[];
+  v_room integer;
+begin
+  select * into v_upload from autotag.uploads u
+  where u.seal_at <= p_now order by u.seal_at limit 1 for update skip locked;
+  if not found then
+    return false;
+  end if;
+  perform autotag.lock_workspace(v_upload.workspace_id);
+  v_room := least(autotag.live_room(v_upload.workspace_id), (select s.job_max_images from autotag.settings s),
+    (select min(q.images_left) from autotag.quotas_left(v_upload.workspace_id, v_upload.user_id) q));
+  if v_room < 1 then
+    update autotag.uploads u set seal_at = p_now + interval '1 min' where u.id = v_upload.id;
+    return true;
+  end if;
+
+  with taken as (
+    delete from autotag.arrivals r
+    where r.id in (select a.id from autotag.arrivals a where a.upload_id = v_upload.id order by a.id limit v_room)
+    returning r.id, r.asset_id
+  )
+  select array_agg(d.asset_id order by t.id) into v_assets
+  from taken t join autotag.describe_assets(array(select asset_id from taken)) d on d.asset_id = t.asset_id
+  where d.workspace_id = v_upload.workspace_id;
+  delete from autotag.uploads u
+  where u.id = v_upload.id and not exists (select from autotag.arrivals a where a.upload_id = u.id);
+  if v_assets is not null then
+    perform autotag.start_job(v_upload.workspace_id, v_upload.user_id, v_assets);
+  end if;
+  return true;
+end $$;
+
+-- What bringing in existing images would mean: {images, seconds, cost (null: unknown), model}. p_untagged: only those without tags.
+create or replace function autotag.preview_backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
+returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_images integer := cardinality(autotag.list_assets(p_workspace_id, p_untagged, p_after, p_limit));
+  v_settings autotag.settings;
+  v_batches integer := 0;
+begin
+  select * into v_settings from autotag.settings;
+  if v_images = 0 then
+    return jsonb_build_object('images', 0, 'seconds', 0, 'cost', 0, 'model', v_settings.model);
+  end if;
+  if autotag.choose_strategy(v_images) like 'batch%' then
+    v_batches := autotag.plan_batches(v_images, v_settings.batch_batches_per_hour, v_settings.batch_images_per_hour);
+  end if;
+  return jsonb_build_object('images', v_images, 'seconds', autotag.estimate_seconds(v_images, v_batches),
+    'cost', v_images * autotag.expected_cost(case when v_batches > 0 then 'batch' end), 'model', v_settings.model);
+end $$;
+
+-- Brings in the next p_limit existing images of a workspace as one upload: {job_id, images, last}; `last` is the
+-- cursor for the next call, null at the end. Refuses as enqueue_tagging does. Locks: the workspace.
+create or replace function autotag.backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_assets uuid[];
+  v_job jsonb;
+begin
+  perform autotag.check_image_count(p_limit);
+  perform autotag.lock_workspace(p_workspace_id);
+  v_assets := autotag.list_assets(p_workspace_id, p_untagged, p_after, p_limit);
+  if v_assets = '{}' then
+    return jsonb_build_object('job_id', null, 'images', 0, 'last', null);
+  end if;
+  v_job := autotag.start_job(p_workspace_id, null, v_assets);
+  return jsonb_build_object('job_id', v_job -> 'job_id', 'images', v_job -> 'image_count',
+    'last', v_assets[cardinality(v_assets)]);
+end $$;
+
+-- Dollars that an answer is expected to cost (p_most: that it reserves, which is on the safe side) by what the provider's row
+-- says of its question; null: the model has no price in autotag.models. p_tier: a service tier, or batch; null: the one that
+-- is asked for, if the model takes one.
+create or replace function autotag.question_cost(p_provider autotag.provider_limits, p_most boolean, p_tier text default null)
+returns numeric
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return autotag.price_tokens(
+    p_provider.question ->> 'model', coalesce(p_tier, p_provider.question ->> 'service_tier', 'default'),
+    case when p_most then p_provider.tokens_per_image - p_provider.output_tokens else p_provider.prompt_mean end, 0, 0,
+    case when p_most then p_provider.output_tokens else p_provider.output_mean end);
+end $$;
+
+-- The same of one image with what is asked at present, by what answers used so far.
+create or replace function autotag.expected_cost(p_tier text default null, p_most boolean default false) returns numeric
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits;
+begin
+  select * into v_provider from autotag.provider_limits;
+  v_provider.question := autotag.describe_question();
+  return autotag.question_cost(v_provider, p_most, p_tier);
+end $$;
+
+-- What is left of each quota of a workspace and a user: what was used, and what is being tagged at the moment (which
+-- is reserved until it is done, so that uploads at the same time cannot overshoot), are taken off. images_left: how
+-- many more images that allows, at p_each dollars (null: what the model in use reserves). What was billed counts, failures
+-- included. A quota of a user that names no workspace counts what the user does in all of them.
+create or replace function autotag.quotas_left(p_workspace_id uuid, p_user_id uuid, p_each numeric default null)
+returns table (scope text, period text, kind text, maximum numeric, available numeric, images_left integer, renews_at timestamptz)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_today date := (autotag.now() at time zone 'utc')::date;
+  v_cost numeric;
+  v_batch_cost numeric;
+begin
+  if not exists (select from autotag.quotas) then
+    return;
+  end if;
+  -- Without a price dollars cannot be reserved; autotag doctor says so.
+  v_cost := coalesce(autotag.expected_cost(null, true), 0);
+  v_batch_cost := coalesce(autotag.expected_cost('batch', true), 0);
+  return query
+    with chosen as (
+      select distinct on (q.scope, q.period) q.*,
+        date_trunc(q.period, v_today::timestamp)::date as first_day,
+        (date_trunc(q.period, v_today::timestamp) + ('1 ' || q.period)::interval) at time zone 'utc' as next_period
+      from autotag.quotas q
+      where (q.workspace_id is null or q.workspace_id = p_workspace_id)
+        and (q.scope = 'workspace' or (p_user_id is not null and (q.user_id is null or q.user_id = p_user_id)))
+      order by q.scope, q.period, q.user_id is null, q.workspace_id is null
+    ), measured as (
+      select c.*, u.answers + l.images as images, u.cost + l.cost as cost
+      from chosen c
+      cross join lateral (
+        -- what was billed: an answer of no use costs as much as one that tags
+        select coalesce(sum(greatest(u.requests, u.images)), 0) as answers, coalesce(sum(u.cost), 0) as cost
+        from autotag.usage u
+        where u.day >= c.first_day and case when c.scope = 'workspace' then u.workspace_id = p_workspace_id
+          else u.user_id = p_user_id and (c.workspace_id is null or u.workspace_id = c.workspace_id) end) u
+      cross join lateral (
+        select coalesce(sum(n.images), 0) as images, coalesce(sum(n.images * n.price), 0) as cost
+        from (
+          select j.image_count - j.completed - j.failed as images,
+            case when j.strategy like 'batch%' then v_batch_cost else v_cost end as price
+          from autotag.jobs j
+          where j.finished_at is null and case when c.scope = 'workspace' then j.workspace_id = p_workspace_id
+            else j.user_id = p_user_id and (c.workspace_id is null or j.workspace_id = c.workspace_id) end) n) l
+    )
+    select m.scope, m.period, k.kind, k.maximum, greatest(k.maximum - k.used, 0),
+      greatest(floor((k.maximum - k.used) / k.each), 0)::integer, m.next_period
+    from measured m
+    cross join lateral (values ('images', m.max_images::numeric, m.images::numeric, 1::numeric),
+      ('cost', m.max_cost, m.cost, greatest(coalesce(p_each, v_cost), 0.0000001))) k (kind, maximum, used, each)
+    where k.maximum is not null;
+end $$;
+
+-- Refuses so many images where a quota does not allow them: of an upload, for which the caller holds the workspace, so
+-- that what is reserved holds; or, at p_each dollars, of a comparison.
+create or replace function autotag.check_quotas(p_workspace_id uuid, p_user_id uuid, p_images integer, p_each numeric default null)
+returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_quota record;
+begin
+  -- Uploads of one user into several workspaces follow each other, like those into one do by its lock. It is taken last.
+  if p_user_id is not null and exists (select from autotag.quotas q where q.scope = 'user') then
+    perform pg_advisory_xact_lock(hashtextextended('autotag.user ' || p_user_id::text, 0));
+  end if;
+  select * into v_quota from autotag.quotas_left(p_workspace_id, p_user_id, p_each) q
+  where q.images_left < p_images order by q.renews_at desc, q.images_left limit 1;
+  if not found then
+    return;
+  end if;
+  perform autotag.refuse(429, 'quota_exceeded',
+    format('The %s quota of this %s allows %s more images%s.',
+      case v_quota.period when 'day' then 'daily' else 'monthly' end, v_quota.scope, v_quota.images_left,
+      case v_quota.period when 'day' then ' today' else ' this month' end),
+    format('%s fewer images, or wait until %s UTC.', case when p_each is null then 'Upload' else 'Compare' end,
+      to_char(v_quota.renews_at at time zone 'utc', 'YYYY-MM-DD HH24:MI')),
+    jsonb_build_object('quota', v_quota.kind, 'scope', v_quota.scope, 'period', v_quota.period,
+      'maximum', v_quota.maximum, 'left', v_quota.available, 'images_left', v_quota.images_left,
+      'renews_at', v_quota.renews_at, 'retry_after', extract(epoch from v_quota.renews_at - autotag.now())));
+end $$;
+
+-- How long a window is, and what one workspace may do in it.
+create or replace function autotag.window_limits(p_workspace_id uuid, p_request_type text)
+returns table (length interval, max_requests integer, max_units integer) rows 1
+language sql stable set search_path = pg_catalog, pg_temp
+as $$
+  select case p_request_type when 'realtime' then interval '1 min' else interval '1 h' end,
+         coalesce(w.max_requests, case p_request_type
+           when 'realtime' then s.realtime_requests_per_minute else s.batch_batches_per_hour end),
+         coalesce(w.max_units, case p_request_type
+           when 'realtime' then s.realtime_tokens_per_minute else s.batch_images_per_hour end)
+  from autotag.settings s
+  left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = p_request_type
+$$;
+
+-- Admits what fits of p_wanted requests of p_units_each units: all or nothing, or (p_partial) as many as
+-- fit. Says how many were admitted, and, where not all were, when the next fits: `retry_at` is exact, one
+-- moment earlier is refused. Null there means that it never fits. p_units_each null: what one image is
+-- expected to cost. Without p_take it only looks.
+--
+-- It decides by what it reads without a lock, and writes only if that version of the row still stands (no other
+-- row can have both its ctid and its xmin): whoever was quicker makes it look again, and a refusal writes and locks
+-- nothing at all. Locks the window's row when it admits.
+create or replace function autotag.admit(
+  p_workspace_id uuid, p_request_type text, p_wanted integer, p_units_each integer, p_partial boolean,
+  out admitted integer, out retry_at timestamptz, out at timestamptz, p_take boolean default true
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+as $$
+declare
+  v_ctid tid;                  -- the version of the window's row that was read; null: it has none yet
+  v_xmin xid;
+  v_test_clock boolean;
+  v_length interval := case p_request_type when 'realtime' then interval '1 min' else interval '1 h' end;
+  v_each integer;
+  v_max_requests integer;
+  v_max_units integer;
+  v_at timestamptz[];          -- the window as it was read …
+  v_requests integer[];
+  v_units integer[];
+  v_count integer;
+  v_old integer;               -- … elements of it that have left it
+  v_used_requests bigint;
+  v_used_units bigint;
+  v_need_requests bigint;      -- what must leave the window before the next fits
+  v_need_units bigint;
+  v_least integer;             -- the least that is worth waiting for
+begin
+  loop
+    select w.ctid, w.xmin, s.test_clock,
+      coalesce(w.max_requests, case p_request_type
+        when 'realtime' then s.realtime_requests_per_minute else s.batch_batches_per_hour end),
+      coalesce(w.max_units, case p_request_type
+        when 'realtime' then s.realtime_tokens_per_minute else s.batch_images_per_hour end),
+      coalesce(p_units_each, p.tokens_per_image),
+      coalesce(w.admitted_at, '{}'), coalesce(w.requests, '{}'), coalesce(w.units, '{}')
+    into v_ctid, v_xmin, v_test_clock, v_max_requests, v_max_units, v_each, v_at, v_requests, v_units
+    from autotag.settings s
+    cross join autotag.provider_limits p
+    left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = p_request_type;
+
+    -- Time never runs backwards within a row.
+    v_count := cardinality(v_at);
+    at := greatest(case when v_test_clock then autotag.now() else clock_timestamp() end, v_at[v_count]);
+    v_old := 0;
+    while v_old < v_count and v_at[v_old + 1] <= at - v_length loop
+      v_old := v_old + 1;
+    end loop;
+    v_used_requests := 0;
+    v_used_units := 0;
+    for i in v_old + 1 .. v_count loop
+      v_used_requests := v_used_requests + v_requests[i];
+      v_used_units := v_used_units + v_units[i];
+    end loop;
+
+    admitted := least(
+      p_wanted,
+      greatest(v_max_requests - v_used_requests, 0),
+      case when v_used_units > v_max_units then 0  -- real use was more than the estimate
+        when v_each > 0 then (v_max_units - v_used_units) / v_each
+        else p_wanted end);
+    if not p_partial and admitted < p_wanted then
+      admitted := 0;
+    end if;
+    exit when admitted = 0 or not p_take;
+
+    if v_ctid is null then
+      insert into public.workspace_rate_limits (workspace_id, request_type) values (p_workspace_id, p_request_type)
+      on conflict do nothing;
+      continue;
+    end if;
+    if v_count > 0 and v_at[v_count] = at then
+      update public.workspace_rate_limits w
+      set requests = v_requests[v_old + 1 : v_count - 1] || (v_requests[v_count] + admitted),
+          units = v_units[v_old + 1 : v_count - 1] || (v_units[v_count] + admitted * v_each),
+          admitted_at = v_at[v_old + 1 :]
+      where w.ctid = v_ctid and w.xmin = v_xmin;
+    else
+      update public.workspace_rate_limits w
+      set requests = v_requests[v_old + 1 :] || admitted,
+          units = v_units[v_old + 1 :] || (admitted * v_each),
+          admitted_at = v_at[v_old + 1 :] || at
+      where w.ctid = v_ctid and w.xmin = v_xmin;
+    end if;
+    exit when found;
+  end loop;
+
+  if admitted < p_wanted then
+    v_least := case when p_partial then 1 else p_wanted end;
+    if v_least <= v_max_requests and v_least::bigint * v_each <= v_max_units then
+      v_need_requests := v_used_requests + admitted + v_least - v_max_requests;
+      v_need_units := v_used_units + (admitted + v_least)::bigint * v_each - v_max_units;
+      for i in v_old + 1 .. v_count loop
+        exit when v_need_requests <= 0 and v_need_units <= 0;
+        v_need_requests := v_need_requests - v_requests[i];
+        v_need_units := v_need_units - v_units[i];
+        retry_at := v_at[i] + v_length;
+      end loop;
+      -- Only what is admitted now stands in the way (it will have left after one whole window).
+      if v_need_requests > 0 or v_need_units > 0 then
+        retry_at := at + v_length;
+      end if;
+    end if;
+  end if;
+end $$;
+
+-- Corrects what was reserved by estimate to what was used. p_at is the moment that admit() returned; a
+-- reservation that has left its window needs no correction. Real use may be more than the estimate: then the
+-- window is over its limit until enough has left it, and admits nothing meanwhile.
+create or replace function autotag.correct_window(
+  p_workspace_id uuid, p_request_type text, p_at timestamptz, p_requests_delta integer, p_units_delta integer
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update public.workspace_rate_limits w
+  set requests[array_position(w.admitted_at, p_at)] =
+        greatest(0, w.requests[array_position(w.admitted_at, p_at)] + p_requests_delta),
+      units[array_position(w.admitted_at, p_at)] =
+        least(greatest(0, w.units[array_position(w.admitted_at, p_at)]::bigint + p_units_delta), 1000000000)
+  where w.workspace_id = p_workspace_id and w.request_type = p_request_type
+    and array_position(w.admitted_at, p_at) is not null;
+end $$;
+
+-- Whether so many images fit the workspace's window, all or nothing; with p_take they are counted. retry_after:
+-- seconds, exactly; 0 when allowed; null when the limit can never allow that many at once. reason: null,
+-- `window_full` (wait) or `exceeds_limit` (never).
+create or replace function autotag.take_allowance(
+  p_workspace_id uuid, p_request_type text, p_images integer, p_take boolean,
+  out allowed boolean, out retry_after double precision, out reason text
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_admission record;
+begin
+  -- Asked before every call by those who ask at all, so check_member() is called for what it refuses only.
+  if not autotag.is_service() or p_workspace_id is null then
+    perform autotag.check_member(p_workspace_id);
+  end if;
+  if p_request_type is null or p_request_type not in ('realtime', 'batch') then
+    perform autotag.refuse(400, 'unknown_request_type', format('%L is no request type.', p_request_type),
+      'Pass realtime or batch.');
+  end if;
+  perform autotag.check_image_count(p_images);
+  -- Ten calls of a member would use up the workspace's batches of an hour.
+  if p_take and not (autotag.is_service() or (select s.members_may_take from autotag.settings s)) then
+    perform autotag.refuse(403, 'service_only', 'Only your server may take from the limit.',
+      'Call peek_rate_limit, or check_rate_limit with the secret key.');
+  end if;
+  if p_request_type = 'realtime' then
+    v_admission := autotag.admit(p_workspace_id, 'realtime', p_images, null, false, p_take);
+  else
+    v_admission := autotag.admit(p_workspace_id, 'batch', 1, p_images, false, p_take);
+  end if;
+  allowed := v_admission.admitted > 0;
+  retry_after := case when allowed then 0 else extract(epoch from v_admission.retry_at - v_admission.at) end;
+  reason := case when not allowed then case when retry_after is null then 'exceeds_limit' else 'window_full' end end;
+end $$;
+
+-- The mirror of the bucket, filled up to a moment. A little of the bucket is kept unused (provider_margin). And what
+-- was released but has not been sent yet (its image is still being fetched) is still in the provider's bucket: that
+-- one is full, and does not refill, when ours and the unsent together are.
+create or replace function autotag.refill(p_provider autotag.provider_limits, p_now timestamptz) returns autotag.provider_limits
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  -- A bucket that was never used is full; so is one that has not been used for a day.
+  v_minutes double precision := case when p_provider.refilled_at > p_now - interval '1 day'
+    then greatest(0, extract(epoch from p_now - p_provider.refilled_at) / 60) else 1440 end;
+  v_share double precision;    -- of a minute's worth, what may be used at once
+  v_unsent integer;
+begin
+  select 1 - extract(epoch from s.provider_margin) / 60, (select coalesce(sum(w.unsent), 0) from autotag.workers w)
+  into v_share, v_unsent from autotag.settings s;
+  -- What a minute could never hold would stop everything: a guess may be too high for a small limit.
+  p_provider.tokens_per_image := least(p_provider.tokens_per_image, greatest((0.9 * p_provider.tokens_per_minute)::integer, 1));
+  p_provider.requests_left := least(p_provider.requests_per_minute * v_share - v_unsent,
+    p_provider.requests_left + v_minutes * p_provider.requests_per_minute);
+  p_provider.tokens_left := least(p_provider.tokens_per_minute * v_share - v_unsent::bigint * p_provider.tokens_per_image,
+    p_provider.tokens_left + v_minutes * p_provider.tokens_per_minute);
+  p_provider.day_left := case when p_provider.requests_per_day is null then 'infinity'
+    else least(p_provider.requests_per_day,
+      p_provider.day_left + v_minutes * p_provider.requests_per_day / 1440) end;
+  p_provider.refilled_at := greatest(p_now, p_provider.refilled_at);
+  return p_provider;
+end $$;
+
+-- The same of what the database holds, to look at.
+create or replace function autotag.refilled_provider(p_now timestamptz) returns autotag.provider_limits
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits;
+begin
+  select * into v_provider from autotag.provider_limits;
+  return autotag.refill(v_provider, p_now);
+end $$;
+
+-- And to decide by: every caller of the provider passes through here first, and the row's lock makes admission serial.
+create or replace function autotag.lock_provider() returns autotag.provider_limits
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits;
+begin
+  select * into v_provider from autotag.provider_limits for update;
+  return autotag.refill(v_provider, autotag.now());
+end $$;
+
+-- A worker has sent so many of the calls that were released to it (or will not send them at all), the first of
+-- them so many seconds ago. Had the bucket been full until then, it has refilled since. Locks the provider row.
+create or replace function autotag.note_sent(p_worker uuid, p_calls integer, p_age double precision) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits := autotag.lock_provider();
+  v_share double precision := (select 1 - extract(epoch from s.provider_margin) / 60 from autotag.settings s);
+  v_unsent integer := (select coalesce(sum(w.unsent), 0) from autotag.workers w);
+  v_minutes double precision := extract(epoch from autotag.clock_interval(least(greatest(p_age, 0), 3600))) / 60;
+begin
+  -- It cannot have sent more than it was given, nor before the last refill that could matter.
+  update autotag.workers w set unsent = greatest(0, w.unsent - greatest(p_calls, 0))
+  where w.id = p_worker and w.login = session_user;
+  update autotag.provider_limits p
+  set requests_left = v_provider.requests_left + case
+        when v_provider.requests_left >= v_provider.requests_per_minute * v_share - v_unsent
+        then v_minutes * v_provider.requests_per_minute else 0 end,
+      tokens_left = v_provider.tokens_left + case
+        when v_provider.tokens_left >= v_provider.tokens_per_minute * v_share
+          - v_unsent::bigint * v_provider.tokens_per_image
+        then v_minutes * v_provider.tokens_per_minute else 0 end,
+      day_left = v_provider.day_left, refilled_at = v_provider.refilled_at;
+end $$;
+
+-- What the provider's answers say about its bucket: {requests_limit, requests_left, tokens_limit,
+-- tokens_left, age, retry_after (at most an hour)}, each optional. `age` is how long ago the call was sent (seconds): by then
+-- the bucket held what the answer says, and it has refilled since. A lower remaining than ours wins at once
+-- (another program may use the same key), a changed limit is adopted, and retry-after holds for everybody.
+-- Returns what changed, as a sentence for the log, or null. Locks the provider row.
+create or replace function autotag.observe_provider(p_seen jsonb) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits := autotag.lock_provider();
+  -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (its guide "Rate limits"). A bucket of less than
+  -- the least here would never hold a call, and no answer would ever say better.
+  v_requests integer := coalesce(autotag.check_number(p_seen, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
+  v_tokens integer := coalesce(autotag.check_number(p_seen, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
+  v_minutes double precision := extract(epoch from
+    autotag.clock_interval(coalesce(autotag.check_number(p_seen, 'age', 0, 3600), 0))) / 60;
+  v_retry_after double precision := autotag.check_number(p_seen, 'retry_after', 0, 3600);
+begin
+  update autotag.provider_limits p
+  set requests_per_minute = v_requests,
+      tokens_per_minute = v_tokens,
+      -- the daily cap is tier 1's; a higher limit a minute is a higher tier
+      requests_per_day = case when v_requests > p.requests_per_minute then null else p.requests_per_day end,
+      requests_left = least(v_provider.requests_left + greatest(v_requests - p.requests_per_minute, 0),
+        autotag.check_number(p_seen, 'requests_left', 0, v_requests) + v_minutes * v_requests),
+      tokens_left = least(v_provider.tokens_left + greatest(v_tokens - p.tokens_per_minute, 0),
+        autotag.check_number(p_seen, 'tokens_left', 0, v_tokens) + v_minutes * v_tokens),
+      day_left = v_provider.day_left,
+      refilled_at = v_provider.refilled_at,
+      blocked_until = greatest(p.blocked_until, v_provider.refilled_at + autotag.clock_interval(v_retry_after)),
+      limited_since = case
+        when v_retry_after is null then p.limited_since
+        when p.limited_since is not null and p.limited_at > v_provider.refilled_at - interval '1 min' then p.limited_since
+        else v_provider.refilled_at end,
+      limited_at = case when v_retry_after is null then p.limited_at else v_provider.refilled_at end,
+      has_rate_headers = case when p_seen ? 'tokens_limit' or p_seen ? 'requests_limit' then true else p.has_rate_headers end;
+  return case when (v_requests, v_tokens) <> (v_provider.requests_per_minute, v_provider.tokens_per_minute)
+    then format('The provider''s limits are %s requests and %s tokens a minute now (they were %s and %s).',
+      v_requests, v_tokens, v_provider.requests_per_minute, v_provider.tokens_per_minute) end;
+end $$;
+
+-- Gives back to the bucket what calls did not take from the provider's. It is never more than a minute's worth short by what
+-- they took besides: whatever is reported, tagging goes on. Locks the provider row.
+create or replace function autotag.refund_provider(p_requests integer, p_tokens bigint) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update autotag.provider_limits
+  set requests_left = requests_left + p_requests, day_left = day_left + p_requests,
+      tokens_left = greatest(tokens_left + p_tokens, least(tokens_left, -tokens_per_minute));
+end $$;
+
+-- Stops both lanes until a probe succeeds; every task stays queued. Locks the provider row.
+create or replace function autotag.stop_account(p_error text, p_from text default 'provider') returns void
+language sql security definer set search_path = pg_catalog, pg_temp
+as $$
+  update autotag.provider_limits
+  set account_error = left(p_error, 1000), account_error_from = p_from,
+      account_error_at = coalesce(account_error_at, autotag.now()), proven_at = null,
+      probe_at = autotag.now() + (select s.account_probe_interval from autotag.settings s)
+$$;
+
+-- What was in trouble works again: everything does (p_from null: a call has succeeded), or the part that stopped the lanes.
+create or replace function autotag.resume_account(p_from text default null) returns void
+language sql security definer set search_path = pg_catalog, pg_temp
+as $$
+  update autotag.provider_limits
+  set account_error = null, account_error_from = null, account_error_at = null, probe_at = null,
+      proven_at = case when p_from is null then coalesce(proven_at, autotag.now()) else proven_at end
+  where (account_error is not null or p_from is null and proven_at is null)
+    and (p_from is null or account_error_from = p_from)
+$$;
+
+-- A worker introduces itself and learns what it needs to know. p_base_url is where it finds the provider, p_fingerprint
+-- stands for that address and the key: one that was not seen last has to prove itself, and another address may be a
+-- provider that can do other things. Refuses an id that is of another login, and more workers of one login than anybody
+-- has. Locks: provider.
+create or replace function autotag.register_worker(
+  p_worker uuid, p_host text, p_version text, p_listening boolean, p_base_url text default null, p_fingerprint text default null
+) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_login name;
+begin
+  perform autotag.check_version(p_version);
+  if p_worker is null then
+    perform autotag.refuse(400, 'no_worker', 'A worker needs an id.', 'Pass a uuid of its own.');
+  end if;
+  v_login := (select w.login from autotag.workers w where w.id = p_worker);
+  if v_login <> session_user then
+    perform autotag.refuse(403, 'not_your_worker', 'This worker is of another login.', 'Register with an id of its own.');
+  elsif v_login is null and (select count(*) from autotag.workers w where w.login = session_user) >= 1000 then
+    perform autotag.refuse(429, 'too_many_workers', 'This login has 1,000 workers already.',
+      'Wait until the leases of those that are gone run out.', jsonb_build_object('retry_after', 60));
+  end if;
+  p_base_url := autotag.printable(p_base_url, 300);
+  p_fingerprint := autotag.printable(p_fingerprint, 100);
+  update autotag.provider_limits p
+  set base_url = p_base_url, fingerprint = p_fingerprint, fingerprint_since = autotag.now(),
+      proven_at = null, probe_at = null,
+      account_error = null, account_error_from = null, account_error_at = null, checked_at = '-infinity',
+      has_batches = case when p.base_url = p_base_url then p.has_batches end,
+      batches_refused = coalesce(p.base_url = p_base_url, false) and p.batches_refused,
+      has_rate_headers = case when p.base_url = p_base_url then p.has_rate_headers end,
+      keep_files = case when p.base_url = p_base_url then p.keep_files else 604800 end
+  where p_fingerprint is not null and p.fingerprint is distinct from p_fingerprint;
+  insert into autotag.workers (id, host, version, listening, started_at, seen_at, lease_until, base_url, fingerprint)
+  select p_worker, coalesce(autotag.printable(p_host, 100), ''), autotag.printable(p_version, 50), coalesce(p_listening, false),
+    v_now, v_now, v_now + s.lease, p_base_url, p_fingerprint
+  from autotag.settings s
+  on conflict (id) do update set version = excluded.version, listening = excluded.listening, seen_at = excluded.seen_at,
+    lease_until = excluded.lease_until, unsent = 0, base_url = excluded.base_url,
+    fingerprint = excluded.fingerprint
+  where autotag.workers.login = session_user;
+  return autotag.worker_settings();
+end $$;
+
+-- What a worker needs of the settings, as JSON; seconds where the name says so.
+create or replace function autotag.worker_settings() returns jsonb
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select jsonb_build_object(
+    'batch_max_bytes', s.batch_max_bytes, 'lease_seconds', autotag.real_seconds(s.lease))
+  from autotag.settings s
+$$;
+
+-- Extends the worker's lease and runs tick() when nobody else has (no pg_cron). False: the lease had run
+-- out, what it held is somebody else's now, and it has to register again.
+create or replace function autotag.heartbeat(p_worker uuid) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_alive boolean;
+  v_version text;
+begin
+  update autotag.workers w
+  set seen_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s)
+  where w.id = p_worker and w.login = session_user returning w.version into v_version;
+  v_alive := found;
+  if v_alive then
+    perform autotag.check_version(v_version);
+  end if;
+  perform autotag.tick_if_due();
+  return v_alive;
+end $$;
+
+-- Whether a worker may be given something: not when it is another login's, or its lease has run out, because what it got then nobody would take
+-- back should it never return. Nor can it run out before the caller's transaction ends. Locks the worker's row.
+create or replace function autotag.hold_lease(p_worker uuid) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform from autotag.workers w where w.id = p_worker and w.login = session_user for key share skip locked;
+  return found;
+end $$;
+
+-- Only one address and key is used at a time: those of the worker that registered last, until they fail and a worker with
+-- others is alive. Workers with others get nothing meanwhile; otherwise a wrong address, which fails fast, would take most
+-- images and count a failure on each.
+create or replace function autotag.is_outdone(p_worker uuid, p_provider autotag.provider_limits) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (select from autotag.workers w where w.id = p_worker and w.fingerprint <> p_provider.fingerprint)
+    and exists (select from autotag.workers w where w.fingerprint = p_provider.fingerprint and w.lease_until > autotag.now());
+end $$;
+
+-- These workers have met trouble of the account: if it was they whose turn it is, the next probe is of those that ask in
+-- another way, if there are any. The caller holds the provider row.
+create or replace function autotag.pass_turn(p_workers uuid[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_fingerprint text := (select p.fingerprint from autotag.provider_limits p);
+  v_next autotag.workers;
+begin
+  if not exists (select from autotag.workers w where w.id = any (p_workers) and w.fingerprint = v_fingerprint) then
+    return;
+  end if;
+  select * into v_next from autotag.workers w
+  where w.fingerprint <> v_fingerprint and w.lease_until > autotag.now()
+  order by w.fingerprint > v_fingerprint desc, w.fingerprint limit 1;
+  if found then
+    perform autotag.turn_to(v_next);
+  end if;
+end $$;
+
+-- From now on this worker's address and key are the ones that are asked; what is known of another address is forgotten. The
+-- caller holds the provider row.
+create or replace function autotag.turn_to(p_worker autotag.workers) returns void
+language sql security definer set search_path = pg_catalog, pg_temp
+as $$
+  update autotag.provider_limits p
+  set fingerprint = p_worker.fingerprint, base_url = p_worker.base_url, fingerprint_since = autotag.now(), checked_at = '-infinity',
+      has_batches = case when p.base_url = p_worker.base_url then p.has_batches end,
+      batches_refused = p.base_url = p_worker.base_url and p.batches_refused,
+      has_rate_headers = case when p.base_url = p_worker.base_url then p.has_rate_headers end,
+      keep_files = case when p.base_url = p_worker.base_url then p.keep_files else 604800 end
+  where p.fingerprint is distinct from p_worker.fingerprint
+$$;
+
+-- The tasks that a worker holds: among those that were released and are not finished, of uploads that are not.
+create or replace function autotag.held_tasks(p_worker uuid) returns bigint[]
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select coalesce(array_agg(t.id), '{}')
+  from autotag.queues q
+  join autotag.tasks t on t.job_id = q.job_id and t.id <= q.reached and t.lane = 'realtime'
+    and t.retry_at is null and t.finished_at is null
+  where q.reached > 0 and t.worker_id = p_worker
+$$;
+
+-- Gives back what a worker holds except what it names (p_lost: its lease has run out; then each image counts
+-- a failure, so that one that kills its worker does not do so for ever).
+-- Locks: workspaces, jobs, batches, tasks.
+create or replace function autotag.give_back(p_worker uuid, p_keep_tasks bigint[], p_keep_batches uuid[], p_lost boolean)
+returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tasks bigint[] := array(
+    select t from unnest(autotag.held_tasks(p_worker)) t where t <> all (p_keep_tasks));
+  v_batches uuid[] := array(
+    select b.id from autotag.batches b where b.worker_id = p_worker and b.id <> all (p_keep_batches));
+begin
+  perform from autotag.workspaces w
+  where w.workspace_id in (select t.workspace_id from autotag.tasks t where t.id = any (v_tasks))
+  order by w.workspace_id for update;
+  perform from autotag.jobs j
+  where j.id in (select t.job_id from autotag.tasks t where t.id = any (v_tasks)) order by j.id for update;
+  perform from autotag.batches b where b.id = any (v_batches) order by b.id for update;
+  -- What its last request may have created at OpenAI has to show before somebody else looks.
+  update autotag.batches b
+  set worker_id = null, not_before = case when b.state <> 'creating' then b.not_before
+    else autotag.now() + (select s.batch_create_grace from autotag.settings s) end
+  where b.id = any (v_batches) and b.worker_id = p_worker;
+  perform from autotag.tasks t where t.id = any (v_tasks) order by t.id for update;
+  perform autotag.requeue(jsonb_agg(jsonb_build_object(
+    'task', t.id, 'failures', case when p_lost then 1 else 0 end,
+    'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.')))
+  from autotag.tasks t where t.id = any (v_tasks) and t.worker_id = p_worker;
+  perform pg_notify('autotag', 'realtime');
+  perform pg_notify('autotag', 'batch');
+  return cardinality(v_tasks) + cardinality(v_batches);
+end $$;
+
+-- A worker stops: everything it holds goes back at once.
+create or replace function autotag.release_worker(p_worker uuid) returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_count integer;
+begin
+  if not autotag.is_own_worker(p_worker) then
+    return 0;
+  end if;
+  v_count := autotag.give_back(p_worker, '{}', '{}', false);
+  delete from autotag.workers w where w.id = p_worker;
+  return v_count;
+end $$;
+
+-- A worker that never saw the answer to a claim (the connection broke) names what it has in hand; null for
+-- the kind that is not in question.
+create or replace function autotag.release_unheld(p_worker uuid, p_tasks bigint[], p_batches uuid[]) returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.check_ids(greatest(cardinality(p_tasks), cardinality(p_batches)));
+  if not autotag.is_own_worker(p_worker) then
+    return 0;
+  end if;
+  update autotag.workers w set unsent = 0 where w.id = p_worker and p_tasks is not null;
+  return autotag.give_back(p_worker, p_tasks, p_batches, false);
+end $$;
+
+-- Gives back what workers held whose lease has run out. Called by tick().
+create or replace function autotag.expire_workers() returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_worker uuid;
+  v_count integer := 0;
+begin
+  for v_worker in
+    select w.id from autotag.workers w where w.lease_until < autotag.now() order by w.id for update skip locked
+  loop
+    perform autotag.give_back(v_worker, '{}', '{}', true);
+    delete from autotag.workers w where w.id = v_worker;
+    v_count := v_count + 1;
+  end loop;
+  return v_count;
+end $$;
+
+-- The one function that releases single calls, within every limit and in fair order.
+
+-- Puts parked tasks whose time has come back into their queues. The caller holds the provider row.
+-- Locks: workspaces, tasks.
+create or replace function autotag.unpark(p_now timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_due bigint[] := array(select t.id from autotag.tasks t where t.retry_at <= p_now);
+  v_queue record;
+begin
+  if v_due = '{}' then
+    return;
+  end if;
+  perform from autotag.workspaces w
+  where w.workspace_id in (select t.workspace_id from autotag.tasks t where t.id = any (v_due))
+  order by w.workspace_id for update;
+  for v_queue in
+    with due as (
+      select t.id from autotag.tasks t where t.id = any (v_due) and t.retry_at is not null order by t.id for update
+    ), freed as (
+      update autotag.tasks t set retry_at = null from due where t.id = due.id
+      returning t.workspace_id, t.job_id, t.id
+    )
+    select f.workspace_id, f.job_id, count(*)::integer as tasks, min(f.id) as first_task
+    from freed f group by f.workspace_id, f.job_id
+  loop
+    perform autotag.add_queued(v_queue.workspace_id, v_queue.job_id, v_queue.tasks, v_queue.first_task);
+  end loop;
+end $$;
+
+-- claim: up to p_slots images for single calls, of all workspaces, under the provider's bucket and every
+-- workspace's window, in fair order (the workspace whose virtual clock is lowest goes first, a few images
+-- at a time; within it the job that got least). Says when to ask again if nothing else wakes the worker.
+--
+-- tasks: [{task, attempt, job, traceparent, waited (seconds since the upload), asset_id, bucket, path, url, cap (of the
+-- answer, in tokens)}]; wait: seconds, null when nothing is queued; bound: what kept it from releasing more (null: there is
+-- no more). An asset that is gone has neither path nor url. question: what to ask about these images
+-- (describe_question, with its `version`), null where the worker has that version (p_question) already.
+--
+-- While nobody knows whether the question works (it is new, or the account is in trouble) one image tries, and another
+-- when that has shown nothing for account_probe_interval: a mistake in the configuration costs a call and no image.
+--
+-- Its plans are made once, because planning them for every release costs a third of the claim, and by the indexes however
+-- small the tables were then: what is kept from an idle hour must serve a million images. (A scan of the one row of settings
+-- costs much on paper then; without jit it costs nothing else.)
+-- Locks: provider, workspaces by id, windows, then queued tasks (nobody else holds those).
+create or replace function autotag.claim(
+  p_worker uuid, p_slots integer, out tasks json, out wait double precision, out bound text,
+  p_question bigint default null, out question jsonb
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
+  set enable_seqscan = off set jit = off
+as $$
+declare
+  v_provider autotag.provider_limits;
+  v_now timestamptz;
+  v_room integer;              -- images that may still be released
+  v_quantum integer;           -- images of one workspace before the next one's turn
+  v_workspaces uuid[];
+  v_workspace autotag.workspaces;
+  v_next timestamptz;
+  v_ids bigint[] := array[]::bigint[];
+  v_got bigint[];
+  v_tokens bigint := 0;        -- that they reserve
+begin
+  tasks := '[]';
+  p_slots := least(p_slots, 10000);
+  if p_slots is null or p_slots < 1 then
+    return;
+  end if;
+  v_provider := autotag.sync_question(autotag.lock_provider());
+  v_now := v_provider.refilled_at;
+  if v_provider.question_version is distinct from p_question then
+    question := v_provider.question || jsonb_build_object('version', v_provider.question_version);
+  end if;
+  if not autotag.hold_lease(p_worker) then
+    wait := 1;  -- its next heartbeat registers it again
+    bound := 'lease';
+    return;
+  end if;
+  if autotag.is_outdone(p_worker, v_provider) then
+    wait := autotag.real_seconds((select s.account_probe_interval from autotag.settings s));
+    bound := 'outdone';
+    return;
+  end if;
+  -- Automatic mode: an upload that is complete becomes a job, and the next claim releases from it. This one
+  -- releases nothing, because the new job's workspace is locked out of turn.
+  if autotag.seal_upload(v_now) then
+    wait := 0;
+    return;
+  end if;
+  -- So does what has waited too long while 429s kept coming: it becomes a batch.
+  if v_provider.limited_since <= v_now - (select s.realtime_max_wait from autotag.settings s)
+     and v_provider.limited_at > v_now - interval '1 min' and v_provider.has_batches is distinct from false
+     and autotag.fall_back(v_now) then
+    wait := 0;
+    return;
+  end if;
+  -- Nor does a provider without a Batch API get batches that were planned before that was known.
+  if v_provider.has_batches is false and autotag.leave_batches(v_now) then
+    wait := 0;
+    return;
+  end if;
+  -- Only batches wait, and nobody knows whether the question works: one of their images tries it as a single call.
+  if v_provider.proven_at is null and coalesce(v_provider.probe_at, v_now) <= v_now and autotag.send_ahead() then
+    wait := 0;
+    return;
+  end if;
+  perform autotag.unpark(v_now);
+  update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at <= v_now;
+
+  v_room := case
+    when v_provider.blocked_until > v_now then 0
+    when v_provider.proven_at is null and v_provider.probe_at > v_now then 0
+    else least(p_slots, case when v_provider.proven_at is null then 1 end, floor(v_provider.requests_left),
+      floor(v_provider.day_left), floor(v_provider.tokens_left / v_provider.tokens_per_image))
+  end;
+
+  if v_room > 0 then
+    -- A turn is a chunk, or what the provider takes in a twentieth of a second where that is more: nobody notices
+    -- who was first then.
+    v_quantum := (select s.chunk_size from autotag.settings s);
+    v_quantum := greatest(v_quantum, least(1000, v_provider.requests_per_minute / 1200,
+      v_provider.tokens_per_minute / v_provider.tokens_per_image / 1200));
+    -- As many workspaces as it takes to fill the room.
+    v_workspaces := array(
+      select x.workspace_id from (
+        select w.workspace_id, sum(least(w.queued, v_quantum)) over turns - least(w.queued, v_quantum) as before
+        from (
+          select r.workspace_id, r.queued, r.virtual_time from autotag.workspaces r where r.ready and r.queued > 0
+          order by r.virtual_time, r.workspace_id limit v_room) w
+        window turns as (order by w.virtual_time, w.workspace_id)) x
+      where x.before < v_room);
+    perform from autotag.workspaces w
+    where w.workspace_id = any (v_workspaces) order by w.workspace_id for update;
+  end if;
+
+  while v_room > 0 loop
+    select * into v_workspace from autotag.workspaces w
+    where w.ready and w.queued > 0 and w.workspace_id = any (v_workspaces)
+    order by w.virtual_time, w.workspace_id limit 1;
+    exit when not found;
+    select r.ids, v_tokens + r.tokens into v_got, v_tokens
+    from autotag.release_tasks(v_workspace, p_worker, v_room, v_quantum, v_provider, v_provider.tokens_left - v_tokens, v_now) r;
+    v_provider.virtual_time := greatest(v_provider.virtual_time, v_workspace.virtual_time);
+    v_ids := v_ids || v_got;
+    v_room := least(v_room - cardinality(v_got), floor((v_provider.tokens_left - v_tokens) / v_provider.tokens_per_image));
+  end loop;
+
+  if v_provider.waiting_at < v_now - interval '1 s' then
+    select c.workspaces, c.images, v_now
+    into v_provider.waiting_workspaces, v_provider.waiting_images, v_provider.waiting_at
+    from autotag.count_waiting() c;
+  end if;
+  update autotag.provider_limits p
+  set requests_left = v_provider.requests_left - cardinality(v_ids),
+      tokens_left = v_provider.tokens_left - v_tokens,
+      day_left = v_provider.day_left - cardinality(v_ids),
+      refilled_at = v_provider.refilled_at,
+      virtual_time = v_provider.virtual_time,
+      waiting_workspaces = v_provider.waiting_workspaces,
+      waiting_images = v_provider.waiting_images,
+      waiting_at = v_provider.waiting_at,
+      probe_at = case when p.proven_at is null and cardinality(v_ids) > 0
+        then v_now + (select s.account_probe_interval from autotag.settings s) else p.probe_at end;
+
+  if cardinality(v_ids) > 0 then
+    update autotag.workers w set unsent = w.unsent + cardinality(v_ids) where w.id = p_worker;
+    with released as materialized (
+      select t.id, t.attempt, t.asset_id, t.hidden, t.job_id, t.output_tokens from autotag.tasks t where t.id = any (v_ids)
+    ), uploads as materialized (
+      select j.id, j.traceparent, round(autotag.real_seconds(v_now - j.created_at)::numeric, 3) as waited
+      from autotag.jobs j where j.id = any (array(select r.job_id from released r))
+    )
+    select json_agg(i order by i.task) into tasks
+    from (
+      select r.id as task, r.attempt, u.id as job, u.traceparent, u.waited, r.asset_id, r.output_tokens as cap,
+        case when not r.hidden then d.bucket end as bucket, case when not r.hidden then d.path end as path, d.url,
+        case when d.foreign_file then 'foreign_file' when r.hidden then 'hidden_file' end as refused
+      from released r join uploads u on u.id = r.job_id
+      left join autotag.describe_assets(array(select asset_id from released)) d on d.asset_id = r.asset_id) i;
+  end if;
+
+  bound := case
+    when cardinality(v_ids) = p_slots then 'slots'
+    when not exists (select from autotag.workspaces w where w.queued > 0) then null
+    when v_provider.blocked_until > v_now then 'retry_after'
+    when v_provider.account_error is not null then 'account'
+    when v_provider.proven_at is null then 'unproven'
+    when not exists (select from autotag.workspaces w where w.ready and w.queued > 0) then 'workspaces'
+    when v_provider.tokens_left < v_tokens + v_provider.tokens_per_image then 'provider_tokens'
+    when v_provider.requests_left < cardinality(v_ids) + 1 then 'provider_requests'
+    else 'provider_day' end;
+
+  -- When to come back: when the bucket holds one more, when a workspace may go on, when a parked task is due.
+  select min(moment) into v_next from (
+    select greatest(v_now, v_provider.blocked_until, case when v_provider.proven_at is null then case
+        when cardinality(v_ids) > 0 then v_now + (select s.account_probe_interval from autotag.settings s)
+        else v_provider.probe_at end end,
+      v_now + interval '1 min' * greatest(
+        (cardinality(v_ids) + 1 - v_provider.requests_left) / v_provider.requests_per_minute,
+        (cardinality(v_ids) + 1 - v_provider.day_left) / (v_provider.requests_per_day / 1440.0),
+        (v_tokens + v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute))
+    where exists (select from autotag.workspaces w where w.ready and w.queued > 0)
+    union all
+    select greatest(v_provider.blocked_until, w.ready_at)
+    from (select n.ready_at from autotag.workspaces n where not n.ready and n.queued > 0 order by n.ready_at limit 1) w
+    where w.ready_at < 'infinity'
+    union all
+    select min(t.retry_at) from autotag.tasks t where t.retry_at is not null
+    union all
+    select min(u.seal_at) from autotag.uploads u
+  ) as moments (moment);
+  wait := autotag.real_seconds(v_next - v_now);
+end $$;
+
+-- The next few images of one workspace: of its ready queue that got least so far, at most a turn, and no
+-- more than its window admits. Nothing to release makes the workspace not ready until its next moment.
+-- Called by claim(), which holds the locks. Where an answer of its job was cut off, each reserves the larger cap that one
+-- needs: p_tokens_left is what the provider's bucket holds. tokens: what all of them reserve.
+create or replace function autotag.release_tasks(
+  p_workspace autotag.workspaces, p_worker uuid, p_room integer, p_turn integer, p_provider autotag.provider_limits,
+  p_tokens_left double precision, p_now timestamptz, out ids bigint[], out tokens bigint
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+as $$
+declare
+  v_settings autotag.settings;
+  v_queue autotag.queues;
+  v_admitted record;
+  v_each integer;              -- tokens of one
+  v_room integer := p_room;
+  v_gone integer;
+  v_ready_at timestamptz;
+begin
+  ids := '{}';
+  tokens := 0;
+  select * into v_settings from autotag.settings;
+  select * into v_queue from autotag.queues q
+  where q.workspace_id = p_workspace.workspace_id and q.queued > 0 and q.ready_at <= p_now
+  order by q.released, q.job_id limit 1;
+  if not found then
+    select min(q.ready_at) into v_ready_at from autotag.queues q
+    where q.workspace_id = p_workspace.workspace_id and q.queued > 0;
+    update autotag.workspaces w set ready = false, ready_at = v_ready_at
+    where w.workspace_id = p_workspace.workspace_id;
+    return;
+  end if;
+
+  v_each := p_provider.tokens_per_image;
+  if v_queue.output_tokens > p_provider.output_tokens then
+    v_each := v_each + v_queue.output_tokens - p_provider.output_tokens;
+    v_room := floor(p_tokens_left / v_each);
+    if v_room < 1 then  -- it waits until the bucket holds so many, or is as full as it gets
+      v_ready_at := p_now + interval '1 min' * (v_each - p_tokens_left) / p_provider.tokens_per_minute;
+      if v_each < 0.9 * p_provider.tokens_per_minute then
+        update autotag.workspaces w set ready = false, ready_at = v_ready_at
+        where w.workspace_id = p_workspace.workspace_id;
+        return;
+      end if;
+      v_room := 1;
+    end if;
+    v_room := least(v_room, p_room);
+  end if;
+  select * into v_admitted from autotag.admit(p_workspace.workspace_id, 'realtime',
+    least(v_room, v_queue.queued, p_turn, v_queue.chunk), v_each, true);
+  if v_admitted.admitted = 0 then
+    -- An image that can never fit its workspace's window waits until the limit is changed.
+    update autotag.workspaces w set ready = false, ready_at = coalesce(v_admitted.retry_at, 'infinity')
+    where w.workspace_id = p_workspace.workspace_id;
+    return;
+  end if;
+
+  with taken as (
+    update autotag.tasks t
+    set worker_id = p_worker, attempt = t.attempt + 1, reserved_at = v_admitted.at, reserved_tokens = v_each,
+        output_tokens = greatest(t.min_output_tokens, p_provider.output_tokens)
+    where t.id = any (array(
+      select n.id from autotag.tasks n
+      where n.job_id = v_queue.job_id and n.id > v_queue.cursor
+        and n.lane = 'realtime' and n.worker_id is null and n.retry_at is null and n.finished_at is null
+      order by n.id limit v_admitted.admitted))
+    returning t.id
+  )
+  select coalesce(array_agg(t.id order by t.id), '{}') into ids from taken t;
+  tokens := cardinality(ids)::bigint * v_each;
+
+  -- Fewer than there should be: the count was wrong. It is put right rather than asked for again for ever.
+  v_gone := case when cardinality(ids) < v_admitted.admitted then v_queue.queued else cardinality(ids) end;
+  update autotag.queues q
+  set queued = q.queued - v_gone, released = q.released + cardinality(ids),
+      cursor = coalesce(ids[cardinality(ids)], q.cursor),
+      reached = greatest(q.reached, ids[cardinality(ids)]),
+      output_tokens = case when q.queued > v_gone then q.output_tokens end,
+      ready_at = case when q.chunk is null then q.ready_at else p_now + v_settings.chunk_delay end
+  where q.job_id = v_queue.job_id;
+  update autotag.workspaces w
+  set queued = w.queued - v_gone, virtual_time = w.virtual_time + cardinality(ids)
+  where w.workspace_id = p_workspace.workspace_id;
+end $$;
+
+-- How many batches a workspace may still start in the current hour, and images likewise. Reads only.
+create or replace function autotag.batches_left(p_workspace_id uuid, out batches integer, out window_images integer)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select (l.max_requests - coalesce(sum(w.requests[i]) filter (where w.admitted_at[i] > autotag.now() - l.length), 0))::integer
+           - (select count(*)::integer from autotag.batches b where b.workspace_id = p_workspace_id and b.state = 'planned'),
+         l.max_units
+  from autotag.window_limits(p_workspace_id, 'batch') l
+  left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = 'batch'
+  left join lateral generate_subscripts(w.admitted_at, 1) i on true
+  group by l.max_requests, l.max_units
+$$;
+
+-- claim_batches: hands out whole batches, and the poll when it is due.
+--   batches: [{batch, attempt, state, image_count, since, cancelled, openai_batch_id, input_file_id,
+--     output_file_id, error_file_id, keep_files}], in the order to work on them: what OpenAI has finished is stored first,
+--     then what was begun goes on (it holds queued tokens), then come the first batches of uploads, then the others.
+--     Where the provider's queue is too short for all of them, the workspace that has the fewest tokens there is first.
+--     What there is no room for is passed by smaller ones until it has waited for batch_patience; from then on nobody
+--     begins before it.
+--   poll: [{id, since (epoch seconds: it is not older at OpenAI)}] of the batches in flight when they are to be
+--     looked at now, else null; cancel: ids of those that are to be cancelled at OpenAI before.
+--   files: ids of files that nobody needs any more, to be deleted at OpenAI (files_deleted).
+--   question: as in claim(). A batch's keep_files: seconds after which the provider is to delete its files; null: it takes
+--   no expiry.
+--   look_up: the model, when the provider is to be asked about it now (provider_checked), else null.
+--   While nobody knows whether the question works no batch is begun: single calls try it, if need be one of a batch's own
+--   images (send_ahead).
+--   wait: seconds until there may be more; null when only a notification can bring some.
+-- Locks: provider, windows by workspace, batches by id.
+create or replace function autotag.claim_batches(
+  p_worker uuid, p_slots integer,
+  out batches jsonb, out poll jsonb, out cancel jsonb, out files jsonb, out wait double precision,
+  p_question bigint default null, out question jsonb, out look_up text
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits := autotag.sync_question(autotag.lock_provider());
+  v_now timestamptz := v_provider.refilled_at;
+  v_settings autotag.settings;
+  v_slots integer := least(greatest(coalesce(p_slots, 0), 0), 1000);
+  v_candidates uuid[];
+  v_batch autotag.batches;
+  v_images integer;
+  v_retry_at timestamptz;      -- when the workspace's window has a place; null: it has
+  v_ahead integer;             -- batches of earlier uploads that count on a place in the window
+  v_again boolean := false;    -- a candidate could not go: those behind it are for the next call, made at once
+  v_tokens bigint;
+  v_queued bigint;             -- tokens of what OpenAI has, or is about to
+  v_short boolean;             -- not all that waits can be queued there at the same time
+  v_patient_since timestamptz;  -- if so, what waits since then is not passed any more …
+  v_held boolean := false;     -- … because the room that there is, is held for it
+  v_taken uuid[] := array[]::uuid[];
+  v_next timestamptz;
+  v_unproven boolean;          -- nothing is begun: single calls try the question first
+  v_stale boolean;             -- the batch's file asks what was asked before
+begin
+  select * into v_settings from autotag.settings;
+  batches := '[]';
+  files := '[]';
+  if v_provider.question_version is distinct from p_question then
+    question := v_provider.question || jsonb_build_object('version', v_provider.question_version);
+  end if;
+  if not autotag.hold_lease(p_worker) then
+    wait := 1;  -- its next heartbeat registers it again
+    return;
+  end if;
+  if autotag.is_outdone(p_worker, v_provider) then
+    wait := autotag.real_seconds(v_settings.account_probe_interval);
+    return;
+  end if;
+  v_now := greatest(v_now, v_provider.question_since);  -- what is claimed now is asked this question
+  v_unproven := v_provider.proven_at is null and exists (
+    select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
+    union all select from autotag.tasks t where t.retry_at is not null or t.worker_id is not null
+    union all select from autotag.batches b where b.state = 'planned' and b.image_count - b.express_count > 1);
+  if v_provider.account_error is not null then
+    if v_provider.probe_at > v_now then
+      wait := autotag.real_seconds(v_provider.probe_at - v_now);
+      return;
+    end if;
+    v_slots := least(v_slots, 1);
+  end if;
+  if v_provider.proven_at is not null and v_provider.checked_at <= v_now - v_settings.model_check_interval and v_provider.ask_after <= v_now then
+    look_up := v_provider.question ->> 'model';
+    -- another worker asks in ten minutes, should this one not come to tell
+    update autotag.provider_limits p set checked_at = v_now - v_settings.model_check_interval + interval '10 min';
+  end if;
+
+  v_queued := (select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.reserved_tokens > 0);
+  v_short := v_queued + v_provider.tokens_per_image * (
+    select coalesce(sum(b.image_count - b.express_count), 0) from autotag.batches b
+    where b.state = 'planned' and b.worker_id is null and b.not_before <= v_now) > v_provider.queued_batch_tokens;
+  v_patient_since := case when v_short then v_now - v_settings.batch_patience else '-infinity' end;
+  v_candidates := array(
+    with ready as (
+      select b.id, b.workspace_id, b.state, b.ordinal, b.created_at, t.tokens, t.since,
+        b.ordinal > 1 and t.since > v_patient_since as later
+      from autotag.batches b
+      cross join lateral (
+        select (b.image_count - b.express_count)::bigint * v_provider.tokens_per_image + b.extra_tokens as tokens,
+               greatest(b.created_at, b.not_before) as since) t
+      where b.worker_id is null and b.not_before <= v_now
+        and (b.state in ('ended', 'harvesting', 'creating')
+          or b.state in ('planned', 'preparing', 'uploading') and not v_unproven and v_provider.has_batches is distinct from false)
+        and (b.state <> 'planned' or t.since <= v_patient_since
+          or v_queued = 0 or v_queued + t.tokens <= v_provider.queued_batch_tokens)
+    )
+    select r.id
+    from ready r
+    left join (
+      select b.workspace_id, sum(b.reserved_tokens) as tokens
+      from autotag.batches b where b.reserved_tokens > 0 group by b.workspace_id
+    ) q on q.workspace_id = r.workspace_id
+    order by r.state in ('ended', 'harvesting') desc, r.state = 'planned', r.later,
+      -- what its workspace will have queued when its turn comes
+      case when v_short and r.state = 'planned' then coalesce(q.tokens, 0) - r.tokens + sum(r.tokens) over (
+        partition by r.workspace_id, r.state = 'planned' order by r.later, r.since, r.created_at, r.ordinal) end,
+      r.since, r.created_at, r.ordinal
+    limit v_slots);
+  perform from public.workspace_rate_limits l
+  where l.request_type = 'batch' and l.workspace_id in (
+    select b.workspace_id from autotag.batches b where b.id = any (v_candidates))
+  order by l.workspace_id for update;
+  perform from autotag.batches b where b.id = any (v_candidates) order by b.id for update;
+
+  for v_batch in
+    select b.* from unnest(v_candidates) with ordinality c (id, i)
+    join autotag.batches b on b.id = c.id
+    where b.worker_id is null order by c.i
+  loop
+    if v_batch.state = 'planned' then
+      v_images := v_batch.image_count - v_batch.express_count;
+      if v_batch.admitted_at is null then
+        -- The first batch of an upload goes before the others of earlier ones, but not with the place in the window
+        -- that these were planned for.
+        select count(*) into v_ahead from autotag.batches b
+        where b.workspace_id = v_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
+          and b.created_at < v_batch.created_at;
+        select max(coalesce(a.retry_at, 'infinity')) into v_retry_at
+        from (values (v_ahead + 1, 0), (1, v_images)) w (batches, images)
+        cross join lateral autotag.admit(v_batch.workspace_id, 'batch', w.batches, w.images, false, p_take => false) a
+        where a.admitted = 0;
+        if v_retry_at is not null then  -- it leaves the head of the line: nobody else waits for its workspace's window
+          update autotag.batches b set not_before = v_retry_at where b.id = v_batch.id;
+          v_again := true;
+          continue;
+        end if;
+      end if;
+      v_tokens := v_images::bigint * v_provider.tokens_per_image + v_batch.extra_tokens;
+      -- A batch ahead of the provider's queue always goes: alone it must be small enough.
+      if v_held or v_queued > 0 and v_queued + v_tokens > v_provider.queued_batch_tokens then
+        v_held := v_held or greatest(v_batch.created_at, v_batch.not_before) <= v_patient_since;
+        continue;
+      end if;
+      if v_batch.admitted_at is null then
+        select a.at into v_batch.admitted_at
+        from autotag.admit(v_batch.workspace_id, 'batch', 1, v_images, false) a where a.admitted > 0;
+        if not found then  -- somebody's check_rate_limit was quicker
+          v_again := true;
+          continue;
+        end if;
+      end if;
+      v_queued := v_queued + v_tokens;
+      v_batch.reserved_tokens := v_tokens;
+    end if;
+    -- a file that asks what was asked before is deleted by its name, and built anew
+    v_stale := v_batch.state = 'planned' and coalesce(v_batch.asked_at < v_provider.question_since, false);
+    update autotag.batches b
+    set worker_id = p_worker, attempt = b.attempt + 1,
+        admitted_at = v_batch.admitted_at, reserved_tokens = v_batch.reserved_tokens,
+        output_tokens = case when b.input_file_id is null or v_stale then v_provider.output_tokens else b.output_tokens end,
+        asked_at = case when b.input_file_id is null or v_stale then v_now else b.asked_at end,
+        keep_files = v_provider.keep_files,
+        input_file_id = case when v_stale then null else b.input_file_id end,
+        state = case
+          when b.state = 'planned' and b.input_file_id is null then 'preparing'
+          when b.state = 'planned' and v_stale then 'uploading'
+          when b.state = 'planned' then 'creating'
+          when b.state = 'ended' then 'harvesting'
+          else b.state end
+    where b.id = v_batch.id;
+    v_taken := v_taken || v_batch.id;
+  end loop;
+  select coalesce(jsonb_agg(jsonb_build_object(
+      'batch', b.id, 'attempt', b.attempt, 'state', b.state, 'image_count', b.image_count,
+      'since', autotag.real_epoch(b.created_at), 'cancelled', b.cancel_requested,
+      'openai_batch_id', b.openai_batch_id, 'input_file_id', b.input_file_id,
+      'output_file_id', b.output_file_id, 'error_file_id', b.error_file_id, 'keep_files', b.keep_files) order by t.i), '[]')
+  into batches
+  from unnest(v_taken) with ordinality t (id, i) join autotag.batches b on b.id = t.id;
+
+  if v_provider.next_poll_at <= v_now and v_provider.ask_after <= v_now then
+    select jsonb_agg(jsonb_build_object('id', b.openai_batch_id, 'since', autotag.real_epoch(b.created_at))
+             order by b.ordinal, b.created_at),
+           jsonb_agg(b.openai_batch_id) filter (where b.cancel_requested)
+    into poll, cancel
+    from autotag.batches b where b.state = 'submitted';
+    select coalesce(jsonb_agg(f.id), '[]') into files
+    from (
+      select unnest(array[b.input_file_id, b.output_file_id, b.error_file_id]) as id
+      from autotag.batches b
+      where b.state in ('done', 'cancelled')
+        and (b.input_file_id is not null or b.output_file_id is not null or b.error_file_id is not null)
+      order by b.id limit 300) f
+    where f.id is not null;
+    v_provider.next_poll_at := case when poll is null and files = '[]' then '-infinity' else v_now + v_settings.batch_poll_interval end;
+  end if;
+  if poll is not null or files <> '[]' or look_up is not null then
+    -- what it then says of the provider is listened to (batches_seen, poll_trouble, provider_checked)
+    update autotag.workers w set look_at = v_now where w.id = p_worker;
+  end if;
+  update autotag.provider_limits p
+  set next_poll_at = v_provider.next_poll_at,
+      probe_at = case when p.account_error is null or v_taken = '{}' then p.probe_at
+        else v_now + v_settings.account_probe_interval end;
+
+  select min(moment) into v_next from (
+    select greatest(v_provider.next_poll_at, v_provider.ask_after)
+    where files <> '[]' or v_provider.ask_after > v_now or exists (select from autotag.batches b where b.state = 'submitted')
+    union all
+    select min(b.not_before) from autotag.batches b
+    where b.worker_id is null and b.not_before > v_now and b.not_before < 'infinity'
+      and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting')
+  ) moments (moment);
+  wait := case when v_again then 0 when v_next is not null then autotag.real_seconds(greatest(v_next, v_now) - v_now) end;
+end $$;
+
+-- The batch if this worker (of the login that calls) holds it, locked together with its job; else a refusal that tells the
+-- worker to let go of it.
+create or replace function autotag.hold_batch(p_worker uuid, p_batch uuid, p_attempt integer) returns autotag.batches
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches;
+begin
+  perform from autotag.jobs j
+  where j.id = (select b.job_id from autotag.batches b where b.id = p_batch and b.worker_id = p_worker) for update;
+  select * into v_batch from autotag.batches b
+  where b.id = p_batch and b.worker_id = p_worker and b.attempt = p_attempt for update;
+  if not found or not autotag.is_own_worker(p_worker) then
+    perform autotag.refuse(409, 'batch_not_held', 'This batch is not held by this worker any more.',
+      'Let go of it: another worker has it, or it was cancelled.', jsonb_build_object('batch', p_batch));
+  end if;
+  return v_batch;
+end $$;
+
+-- The images of a batch that still need an answer, after a task id, at most 1,000: [{task, asset_id, bucket, path, url,
+-- refused, cap}]. None of a batch that the worker does not hold.
+create or replace function autotag.batch_images(
+  p_worker uuid, p_batch uuid, p_attempt integer, p_after bigint, p_limit integer
+) returns jsonb
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  with page as (
+    select t.id, t.asset_id, t.hidden, greatest(t.min_output_tokens, b.output_tokens) as cap
+    from autotag.tasks t join autotag.batches b on b.id = t.batch_id
+    where t.batch_id = p_batch and t.id > p_after and t.finished_at is null
+      and b.worker_id = p_worker and b.attempt = p_attempt and autotag.is_own_worker(p_worker)
+    order by t.id limit greatest(least(p_limit, 1000), 0)
+  )
+  select coalesce(jsonb_agg(jsonb_build_object('task', p.id, 'asset_id', p.asset_id,
+    'bucket', case when not p.hidden then d.bucket end, 'path', case when not p.hidden then d.path end, 'url', d.url,
+    'refused', case when d.foreign_file then 'foreign_file' when p.hidden then 'hidden_file' end,
+    'cap', p.cap) order by p.id), '[]')
+  from page p
+  left join autotag.describe_assets(array(select asset_id from page)) d on d.asset_id = p.asset_id
+$$;
+
+-- The input file is full: the images after p_last_task become a batch of their own, which waits its own turn under the
+-- limits. Nothing happens when none would be left, or when the file is not being built. Locks: job, batches, tasks.
+create or replace function autotag.batch_split(p_worker uuid, p_batch uuid, p_attempt integer, p_last_task bigint) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_rest bigint[];
+  v_new uuid;
+begin
+  v_rest := array(select t from unnest(autotag.lock_batch_tasks(p_batch)) t where t > p_last_task);
+  if v_rest = '{}' or v_batch.state <> 'preparing' or cardinality(v_rest) >= v_batch.image_count - v_batch.express_count then
+    return;
+  end if;
+  insert into autotag.batches (job_id, workspace_id, ordinal, image_count, created_at)
+  select v_batch.job_id, v_batch.workspace_id, max(b.ordinal) + 1, cardinality(v_rest), v_batch.created_at
+  from autotag.batches b where b.job_id = v_batch.job_id
+  returning id into v_new;
+  update autotag.batches b set image_count = b.image_count - cardinality(v_rest) where b.id = p_batch;
+  update autotag.tasks t set batch_id = v_new where t.id = any (v_rest);
+  perform pg_notify('autotag', 'batch');
+end $$;
+
+-- Live tasks of a batch, locked in order.
+create or replace function autotag.lock_batch_tasks(p_batch uuid) returns bigint[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tasks bigint[];
+begin
+  with live as (
+    select t.id from autotag.tasks t where t.batch_id = p_batch and t.finished_at is null order by t.id for update
+  )
+  select coalesce(array_agg(id), '{}') into v_tasks from live;
+  return v_tasks;
+end $$;
+
+-- The worker that holds a batch says what it does next: preparing (from the beginning, or again while nothing of it is
+-- created), uploading, then creating, with its file.
+create or replace function autotag.batch_step(
+  p_worker uuid, p_batch uuid, p_attempt integer, p_state text, p_input_file_id text default null
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches := autotag.hold_batch(p_worker, p_batch, p_attempt);
+begin
+  p_input_file_id := autotag.check_id(p_input_file_id);
+  if not coalesce(case p_state
+      when 'preparing' then v_batch.state in ('preparing', 'uploading')
+      when 'uploading' then v_batch.state in ('preparing', 'uploading')
+      when 'creating' then v_batch.state in ('uploading', 'creating') and p_input_file_id is not null end, false) then
+    perform autotag.refuse(400, 'step_out_of_order',
+      format('A batch that is %s cannot be %s next.', v_batch.state, coalesce(autotag.printable(p_state, 20), 'nothing')),
+      'Prepare, upload, create; creating needs the id of the file.', jsonb_build_object('batch', p_batch));
+  end if;
+  update autotag.batches b
+  set state = p_state, input_file_id = coalesce(p_input_file_id, b.input_file_id)
+  where b.id = p_batch;
+  if p_state = 'preparing' then
+    -- What an earlier worker noted while it built the file holds no more: the image is prepared again.
+    update autotag.tasks t set error_code = null, error = null where t.batch_id = p_batch and t.error_code is not null;
+    perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'preparing');
+    perform autotag.tell_progress(v_batch.job_id);
+  end if;
+end $$;
+
+-- OpenAI has the batch, which was being created. The worker lets go of it; the next poll looks at it.
+create or replace function autotag.batch_submitted(
+  p_worker uuid, p_batch uuid, p_attempt integer, p_openai_batch_id text, p_status text, p_input_file_id text
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz;
+  v_batch autotag.batches;
+begin
+  perform autotag.lock_provider();
+  v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_now := autotag.now();
+  p_openai_batch_id := autotag.check_id(p_openai_batch_id);
+  if v_batch.state <> 'creating' or p_openai_batch_id is null
+    or exists (select from autotag.batches b where b.openai_batch_id = p_openai_batch_id) then
+    perform autotag.refuse(400, 'step_out_of_order', 'This is no batch that was being created.',
+      'Create it first, and pass the id that the provider gave it.', jsonb_build_object('batch', p_batch));
+  end if;
+  update autotag.batches b
+  set state = 'submitted', worker_id = null, openai_batch_id = p_openai_batch_id,
+      openai_status = coalesce(autotag.check_status(p_status), 'validating'),
+      input_file_id = coalesce(autotag.check_id(p_input_file_id), b.input_file_id), submitted_at = v_now, progress_at = v_now,
+      looks_in_vain = 0, running_at = null,
+      predicted_seconds = (autotag.predict_batch(b.image_count - b.express_count, v_now, v_now, null, 0, b.id)).p50
+  where b.id = p_batch;
+  perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'submitted',
+    (select v_now + make_interval(secs => b.predicted_seconds) from autotag.batches b where b.id = p_batch));
+  perform autotag.tell_progress(v_batch.job_id, autotag.refresh_eta(v_batch.job_id));
+  -- To have a batch proves nothing of the model: only an answer does.
+  perform autotag.resume_account('batch');
+  update autotag.provider_limits p
+  set next_poll_at = case
+    -- its webhook came before its id was known here
+    when exists (select from autotag.webhooks w where w.openai_batch_id = p_openai_batch_id) then '-infinity'
+    when p.next_poll_at < v_now then v_now + s.batch_poll_interval
+    else least(p.next_poll_at, v_now + s.batch_poll_interval) end
+  from autotag.settings s;
+  perform pg_notify('autotag', 'batch');
+end $$;
+
+-- The worker could not go on: {kind, code, message, retry_after, origin, parameter}. Of the account: both lanes stop.
+-- Transient: another try later, by whoever comes first; in `creating` not before batch_create_grace has passed,
+-- because a request that seemed to fail may yet arrive. A batch that the provider refuses as such is split into single calls,
+-- whose answers say more: at once where it says why, else after max_bad_answers refusals, or after three times max_failures
+-- troubles of any kind while single calls work. If the files or batches routes do not exist while single calls work, the
+-- provider has no Batch API, and claim() makes single calls of what was planned. One that refuses an expiry is asked for another.
+create or replace function autotag.batch_trouble(p_worker uuid, p_batch uuid, p_attempt integer, p_error jsonb) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
+  v_batch autotag.batches;
+  v_provider autotag.provider_limits := autotag.lock_provider();
+  v_kept integer := (select b.keep_files from autotag.batches b where b.id = p_batch);
+  v_state text := (select b.state from autotag.batches b where b.id = p_batch);
+begin
+  select * into v_settings from autotag.settings;
+  p_error := autotag.check_error(p_error, null);
+  if p_error ->> 'code' = 'no_batch_api' and v_state not in ('preparing', 'uploading', 'creating') then
+    p_error := p_error || '{"kind": "transient", "code": "provider_error"}';  -- a file that is gone is no missing API
+  elsif p_error ->> 'code' = 'no_batch_api' and v_provider.proven_at is not null then
+    update autotag.provider_limits set has_batches = false, batches_refused = true;
+    p_error := p_error || '{"kind": "rate_limit"}';
+  elsif p_error ->> 'parameter' = 'expires_after' and v_kept is not null then
+    -- Azure keeps files for at least 14 days; others know no expiry at all. One step, however many batches have asked so.
+    update autotag.provider_limits p set keep_files = case when v_kept < 1209600 then 1209600 end where p.keep_files = v_kept;
+    p_error := p_error || '{"kind": "rate_limit"}';
+  elsif p_error ->> 'kind' = 'account'
+    or v_provider.proven_at is null and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then
+    p_error := p_error || '{"kind": "account"}';
+    perform autotag.stop_account(autotag.explain_account(p_error),
+      case p_error ->> 'origin' when 'storage' then 'storage' else 'batch' end);
+    perform autotag.pass_turn(array[p_worker]);
+  end if;
+  perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
+  v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  -- A request that is refused again and again, for whatever reason, will not be accepted either.
+  if p_error ->> 'kind' = 'image'
+    or p_error ->> 'code' = 'request_refused' and v_batch.failures + 1 >= v_settings.max_bad_answers
+    or v_state <> 'harvesting' and v_provider.proven_at is not null and v_batch.failures + 1 >= 3 * v_settings.max_failures then
+    perform autotag.end_batch(v_batch, p_error ->> 'message');
+    perform autotag.requeue_batch(v_batch, false, 0, p_error ->> 'code', p_error ->> 'message');
+    return;
+  end if;
+  -- A file that OpenAI keeps not knowing is gone: it is built again.
+  update autotag.batches b
+  set worker_id = null, error = p_error ->> 'message',
+      failures = b.failures + (select k.counts::integer from autotag.error_kinds k where k.kind = p_error ->> 'kind'),
+      state = case when v_lost.file or p_error ->> 'code' = 'no_batch_api' then 'planned' else b.state end,
+      input_file_id = case when v_lost.file then null else b.input_file_id end,
+      reserved_tokens = case when v_lost.file or p_error ->> 'code' = 'no_batch_api' then 0 else b.reserved_tokens end,
+      not_before = autotag.now() + greatest(
+        case when b.state = 'creating' and p_error ->> 'code' <> all ('{file_not_there_yet,rate_limited}')
+          then v_settings.batch_create_grace else interval '0' end,
+        case when p_error ->> 'kind' = 'account' or p_error ->> 'code' = 'no_batch_api' or p_error ->> 'parameter' is not null
+            then interval '0'
+          else make_interval(secs => greatest((p_error ->> 'retry_after')::double precision,
+            (0.5 + random() / 2) * least(extract(epoch from v_settings.retry_delay_max),
+              extract(epoch from v_settings.retry_delay) * power(2, least(b.failures, 20))))) end)
+  from (select p_error ->> 'code' = 'file_not_there_yet' and v_batch.state = 'creating' and v_batch.failures >= 3 as file) v_lost
+  where b.id = p_batch;
+  perform pg_notify('autotag', 'batch');
+  perform pg_notify('autotag', 'realtime');
+end $$;
+
+-- A look at OpenAI failed as a whole. Of the account: both lanes stop, if the worker was handed a look. Else the next look is
+-- the next try, not before the provider said, whatever brings looks forward (another batch, a webhook). Locks: provider.
+create or replace function autotag.poll_trouble(p_worker uuid, p_error jsonb) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not autotag.is_own_worker(p_worker) then
+    return;
+  end if;
+  p_error := autotag.check_error(p_error, null);
+  if p_error ->> 'kind' = 'account' and autotag.was_handed_look(p_worker) is not null then
+    perform autotag.stop_account(autotag.explain_account(p_error), 'poll');
+  end if;
+  update autotag.provider_limits p
+  set ask_after = greatest(p.ask_after, autotag.now() + autotag.clock_interval((p_error ->> 'retry_after')::double precision))
+  where p_error ->> 'retry_after' is not null;
+end $$;
+
+-- Takes one image out of a planned batch and queues it as a single call, where there is no single call that could try a
+-- question that has not proven itself. False when there is one, or no batch that can spare an image. Called by claim(), which
+-- holds the provider row. Locks: workspace, job, batch, task.
+create or replace function autotag.send_ahead() returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches;
+  v_task bigint;
+begin
+  if exists (
+    select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
+    union all select from autotag.tasks t where t.retry_at is not null or t.worker_id is not null) then
+    return false;
+  end if;
+  select * into v_batch from autotag.batches b
+  where b.state = 'planned' and b.worker_id is null and b.image_count - b.express_count > 1
+  order by b.created_at, b.ordinal limit 1;
+  if not found then
+    return false;
+  end if;
+  perform autotag.lock_workspace(v_batch.workspace_id);
+  perform from autotag.jobs j where j.id = v_batch.job_id for update;
+  perform from autotag.batches b where b.id = v_batch.id and b.state = 'planned' and b.worker_id is null for update;
+  if not found then
+    return false;
+  end if;
+  select t.id into v_task from autotag.tasks t
+  where t.batch_id = v_batch.id and t.finished_at is null order by t.id limit 1 for update;
+  if not found then
+    return false;
+  end if;
+  update autotag.batches b set express_count = b.express_count + 1 where b.id = v_batch.id;
+  update autotag.tasks t set lane = 'realtime', batch_id = null where t.id = v_task;
+  perform autotag.add_queued(v_batch.workspace_id, v_batch.job_id, 1, v_task);
+  return true;
+end $$;
+
+-- A provider without a Batch API: what was planned as batches of one job goes as single calls. False when there is no
+-- such job. One at a time, for the same reason as seal_upload(). Called by claim(), which holds the provider row.
+-- Locks: workspace, job, batches, tasks by id.
+create or replace function autotag.leave_batches(p_now timestamptz) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job autotag.jobs;
+  v_batches uuid[];
+  v_tasks bigint[];
+begin
+  select j.* into v_job
+  from autotag.batches b join autotag.jobs j on j.id = b.job_id
+  where b.state in ('planned', 'preparing', 'uploading') and b.worker_id is null
+  order by b.created_at limit 1;
+  if not found then
+    return false;
+  end if;
+  perform autotag.lock_workspace(v_job.workspace_id);
+  perform from autotag.jobs j where j.id = v_job.id for update;
+  v_batches := array(
+    select b.id from autotag.batches b
+    where b.job_id = v_job.id and b.worker_id is null and b.state in ('planned', 'preparing', 'uploading')
+    order by b.id for update);
+  update autotag.batches b
+  set state = 'cancelled', reserved_tokens = 0, finished_at = p_now,
+      error = 'The provider has no Batch API.'
+  where b.id = any (v_batches);
+  v_tasks := array(
+    select t.id from autotag.tasks t where t.batch_id = any (v_batches) and t.finished_at is null order by t.id for update);
+  update autotag.queues q set chunk = s.chunk_size from autotag.settings s where q.job_id = v_job.id;
+  update autotag.jobs j
+  set strategy = 'realtime-chunked', fallback = 'The AI provider has no Batch API, so these images go as single calls.'
+  where j.id = v_job.id;
+  perform autotag.requeue(jsonb_agg(jsonb_build_object('task', t, 'failures', 0))) from unnest(v_tasks) t having count(*) > 0;
+  perform autotag.refresh_eta(v_job.id);
+  return true;
+end $$;
+
+-- Gives what a batch has left without an answer another try, in the cheapest way that is allowed: by batch again
+-- (p_by_batch) when there are more than go in chunks, else as single calls. p_failures count for those of which nothing
+-- is noted (batch_answers). Those that had their share of tries fail, with what is noted at the task or with this message.
+-- The caller holds workspace, job and batch.
+create or replace function autotag.requeue_batch(
+  p_batch autotag.batches, p_by_batch boolean, p_failures integer, p_code text, p_message text
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_tasks bigint[] := autotag.lock_batch_tasks(p_batch.id);
+  v_job autotag.jobs;
+  v_again bigint[] := array[]::bigint[];
+begin
+  select * into v_settings from autotag.settings;
+  select * into v_job from autotag.jobs j where j.id = p_batch.job_id;
+  if p_by_batch and not p_batch.stuck and v_job.cancelled_at is null
+     and (select p.has_batches from autotag.provider_limits p) is distinct from false
+     and cardinality(v_tasks) > v_settings.chunk_max_images then
+    with again as (
+      update autotag.tasks t set failures = t.failures + case when t.error_code is null then p_failures else 0 end
+      where t.id = any (v_tasks)
+        and t.failures + case when t.error_code is null then p_failures else 0 end < v_settings.max_failures
+      returning t.id
+    )
+    select coalesce(array_agg(a.id order by a.id), '{}') into v_again from again a;
+  end if;
+  perform autotag.requeue(jsonb_agg(jsonb_build_object(
+    'task', t.id, 'failures', case when t.error_code is null then p_failures else 0 end,
+    'code', coalesce(t.error_code, p_code), 'message', coalesce(t.error, p_message))))
+  from autotag.tasks t where t.id = any (v_tasks) and t.id <> all (v_again) having count(*) > 0;
+  perform autotag.place_in_batches(v_job, v_again);
+  perform pg_notify('autotag', 'realtime');
+end $$;
+
+-- 429s persist: what is left of one upload's single calls goes by the Batch API, because its images have waited
+-- long enough. False when there is none. One at a time, for the same reason as seal_upload(). Called by claim(),
+-- which holds the provider row. Locks: workspace, job, tasks by id.
+create or replace function autotag.fall_back(p_now timestamptz) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job autotag.jobs;
+  v_tasks bigint[];
+begin
+  select j.* into v_job
+  from autotag.queues q join autotag.jobs j on j.id = q.job_id
+  where q.queued > 0 and j.cancelled_at is null
+    and j.created_at <= p_now - (select s.realtime_max_wait from autotag.settings s)
+  order by j.created_at limit 1;
+  if not found then
+    return false;
+  end if;
+  perform autotag.lock_workspace(v_job.workspace_id);
+  perform from autotag.jobs j where j.id = v_job.id for update;
+  with waiting as (
+    select t.id from autotag.tasks t
+    where t.job_id = v_job.id and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null
+      and t.finished_at is null order by t.id for update
+  )
+  select coalesce(array_agg(w.id order by w.id), '{}') into v_tasks from waiting w;
+  update autotag.workspaces w set queued = w.queued - q.queued
+  from autotag.queues q where q.job_id = v_job.id and w.workspace_id = v_job.workspace_id;
+  update autotag.queues q set queued = 0 where q.job_id = v_job.id;
+  perform autotag.place_in_batches(v_job, v_tasks);
+  update autotag.jobs j
+  set fallback = 'The AI service kept refusing single calls, so the rest of these images go by batch.'
+  where j.id = v_job.id;
+  return true;
+end $$;
+
+-- When a worker (of the login that calls) was handed a look at the provider last; null: never.
+create or replace function autotag.was_handed_look(p_worker uuid) returns timestamptz
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (select w.look_at from autotag.workers w where w.id = p_worker and w.login = session_user);
+end $$;
+
+-- What the provider says of the model and of itself, asked once a day (claim_batches: look_up) of the worker that was handed
+-- the question: {model, shutdown_date, batches}, each optional; `batches`: whether it has a Batch API. Of another model than
+-- the one that is asked nothing is kept. Returns a sentence for the log when the model's end is near. Locks: provider.
+create or replace function autotag.provider_checked(p_worker uuid, p_facts jsonb) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_model text := (select p.question ->> 'model' from autotag.provider_limits p where p.question ->> 'model' = p_facts ->> 'model');
+  m autotag.models := autotag.find_model(v_model);
+  v_date date;
+begin
+  if autotag.was_handed_look(p_worker) is null then
+    return null;
+  end if;
+  if p_facts ->> 'shutdown_date' ~ '^20\d{2}-\d{2}-\d{2}$' then
+    begin
+      v_date := (p_facts ->> 'shutdown_date')::date;
+    exception when datetime_field_overflow then
+      v_date := null;
+    end;
+  end if;
+  if v_date is not null and v_model is not null then
+    -- First, so that nobody waits for the models' rows with the provider's in hand. A row of its own, like its family's: the
+    -- end of one snapshot is not that of the others.
+    m.name := v_model;
+    m.shutdown_date := v_date;
+    m.cap_parameter := coalesce(m.cap_parameter, 'max_completion_tokens');
+    m.answer_format := coalesce(m.answer_format, 'json_schema');
+    m.sends_effort := coalesce(m.sends_effort, true);
+    m.sends_detail := coalesce(m.sends_detail, true);
+    m.sends_tier := coalesce(m.sends_tier, true);
+    m.batch_discount := coalesce(m.batch_discount, 0.5);
+    m.flex_discount := coalesce(m.flex_discount, 0.5);
+    m.priority_factor := coalesce(m.priority_factor, 2);
+    insert into autotag.models as x values (m.*)
+    on conflict (name) do update set shutdown_date = v_date where x.shutdown_date is distinct from v_date;
+  end if;
+  update autotag.provider_limits p
+  set checked_at = autotag.now(),
+      -- What an attempt has shown stands: a list of batches may be there without a way to make one.
+      has_batches = case when p.batches_refused then false
+        when jsonb_typeof(p_facts -> 'batches') = 'boolean' then (p_facts ->> 'batches')::boolean else p.has_batches end;
+  perform pg_notify('autotag', 'realtime');
+  return (autotag.describe_shutdown()) ->> 'message';
+end $$;
+
+-- Files that are deleted at OpenAI need no deleting any more. (Of a batch that is over: nothing else comes of a lie than that
+-- the provider keeps them until they expire.)
+create or replace function autotag.files_deleted(p_worker uuid, p_files text[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.check_ids(cardinality(p_files));
+  if not autotag.is_own_worker(p_worker) then
+    return;
+  end if;
+  update autotag.batches b
+  set input_file_id = case when b.input_file_id = any (p_files) then null else b.input_file_id end,
+      output_file_id = case when b.output_file_id = any (p_files) then null else b.output_file_id end,
+      error_file_id = case when b.error_file_id = any (p_files) then null else b.error_file_id end
+  where b.id in (
+    select d.id from autotag.batches d
+    where d.state in ('done', 'cancelled')
+      and (d.input_file_id = any (p_files) or d.output_file_id = any (p_files) or d.error_file_id = any (p_files))
+    order by d.id for update);
+end $$;
+
+-- A verified delivery. Returns what came of it: `accepted`, `replayed` (had it before), `ignored` (another
+-- kind of event) or `unknown` (no batch of ours; one that is being created now is looked at when it is known).
+-- Locks: provider.
+create or replace function autotag.receive_webhook(p_webhook_id text, p_event_type text, p_openai_batch_id text) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits;
+begin
+  if p_event_type is null or p_event_type not in
+    ('batch.completed', 'batch.failed', 'batch.expired', 'batch.cancelled') then
+    return 'ignored';
+  end if;
+  if coalesce(p_webhook_id !~ '^[!-~]{1,200}$', true) or autotag.check_id(p_openai_batch_id) is null then
+    perform autotag.refuse(400, 'bad_webhook', 'A delivery has an id and names a batch.',
+      'Pass the header webhook-id and the event''s data.id.');
+  end if;
+  v_provider := autotag.lock_provider();
+  insert into autotag.webhooks (id, openai_batch_id, received_at)
+  values (p_webhook_id, p_openai_batch_id, v_provider.refilled_at) on conflict do nothing;
+  if not found then
+    return 'replayed';
+  end if;
+  if not exists (
+    select from autotag.batches b where b.openai_batch_id = p_openai_batch_id and b.state = 'submitted') then
+    return 'unknown';
+  end if;
+  update autotag.provider_limits set next_poll_at = '-infinity';
+  perform pg_notify('autotag', 'batch');
+  return 'accepted';
+end $$;
+
+-- What becomes of a batch that OpenAI has: it moves, ends, is harvested; its images are tagged or tried again.
+
+-- The batch is over, whatever it brought: everybody is told, once, because this is the only place that sends
+-- batch-complete. What it leaves without an answer is for requeue_batch(). The caller holds it and its job.
+create or replace function autotag.end_batch(p_batch autotag.batches, p_error text) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update autotag.batches b
+  set state = 'done', worker_id = null, stored = true, finished_at = autotag.now(), reserved_tokens = 0,
+      error = coalesce(p_error, b.error)
+  where b.id = p_batch.id;
+  if p_batch.openai_batch_id is not null then
+    perform autotag.broadcast('batch-updates', 'batch-complete',
+      jsonb_build_object('batch_id', p_batch.openai_batch_id), false);
+    perform autotag.broadcast_to_workspace(p_batch.workspace_id, 'batch-complete', jsonb_build_object(
+      'batch_id', p_batch.openai_batch_id, 'job_id', p_batch.job_id,
+      'image_count', p_batch.image_count, 'status', p_batch.openai_status));
+  end if;
+end $$;
+
+-- Puts tasks of a job (in order) into new batches of it, which wait their turn. The caller holds job and tasks.
+create or replace function autotag.place_in_batches(p_job autotag.jobs, p_tasks bigint[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_count integer := cardinality(p_tasks);
+  v_left record;
+  v_batches integer;
+begin
+  if v_count = 0 then
+    return;
+  end if;
+  select * into v_left from autotag.batches_left(p_job.workspace_id);
+  v_batches := autotag.plan_batches(v_count, v_left.batches, v_left.window_images);
+  with made as (
+    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, extra_tokens, created_at)
+    select p_job.id, p_job.workspace_id,
+      (select coalesce(max(b.ordinal), 0) from autotag.batches b where b.job_id = p_job.id) + n,
+      (n::bigint * v_count / v_batches - (n - 1)::bigint * v_count / v_batches)::integer, (
+        select coalesce(sum(greatest(t.min_output_tokens - p.output_tokens, 0)), 0)
+        from autotag.provider_limits p, unnest(p_tasks) with ordinality u (id, i) join autotag.tasks t on t.id = u.id
+        where u.i > (n - 1) * v_count / v_batches and u.i <= n * v_count / v_batches), autotag.now()
+    from generate_series(1, v_batches) n
+    returning id, ordinal
+  ), numbered as (
+    select m.id, row_number() over (order by m.ordinal) as n from made m
+  )
+  update autotag.tasks t set lane = 'batch', batch_id = b.id, error_code = null, error = null
+  from unnest(p_tasks) with ordinality u (id, i)
+  join numbered b on u.i > (b.n - 1) * v_count / v_batches and u.i <= b.n * v_count / v_batches
+  where t.id = u.id;
+  perform autotag.refresh_eta(p_job.id);
+  perform pg_notify('autotag', 'batch');
+end $$;
+
+-- What a worker that was handed a look has seen: [{id, status, output_file_id, error_file_id, total, done, error_code,
+-- error, error_kind}], with status `gone` for one that OpenAI does not know (any more, or with this key). A batch that ended
+-- waits for a worker to harvest it. OpenAI's queue being full is no failure: the batch is planned again. One that
+-- stays gone is over. One that is stuck is cancelled, where the limits let its images go as single calls. Batches
+-- that are not in flight are ignored, and rows that do not change are not touched. A worker that has seen many tells them a
+-- few at a time, because meanwhile nothing else happens to their uploads. What the provider's words are worth is looked at
+-- one by one: one that makes no sense is left out, like what another worker says.
+-- Locks: provider (when the account was stopped), workspaces by id, jobs by id, batches by id, tasks by id.
+create or replace function autotag.batches_seen(p_worker uuid, p_seen jsonb) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_look timestamptz := autotag.was_handed_look(p_worker);
+  v_settings autotag.settings;
+  v_before autotag.batches;
+  v_batch autotag.batches;
+  v_seen record;
+  v_trouble text;
+  v_proven boolean := (select p.proven_at is not null from autotag.provider_limits p);  -- single calls work
+  v_progress integer;
+  v_eta timestamptz;
+  v_jobs uuid[] := array[]::uuid[];
+  v_job uuid;
+begin
+  perform autotag.check_list(p_seen);
+  if v_look is null then
+    return;
+  end if;
+  -- Numbers of lines: a file has 50,000 at most.
+  select coalesce(jsonb_agg(jsonb_build_object(
+    'id', i.id, 'status', i.status, 'output_file_id', autotag.check_id(s ->> 'output_file_id'),
+    'error_file_id', autotag.check_id(s ->> 'error_file_id'),
+    'total', coalesce(autotag.check_number(s, 'total', 0, 50000), 0)::integer,
+    'done', coalesce(autotag.check_number(s, 'done', 0, 50000), 0)::integer,
+    'error_code', autotag.printable(s ->> 'error_code', 100), 'error', autotag.printable(s ->> 'error', 1000),
+    'error_kind', autotag.printable(s ->> 'error_kind', 20))), '[]')
+  into p_seen
+  from jsonb_array_elements(p_seen) s
+  cross join lateral (select autotag.check_id(s ->> 'id') as id, autotag.check_status(s ->> 'status') as status) i
+  where i.id is not null and i.status is not null;
+  if exists (select from autotag.provider_limits p where p.account_error_from = 'poll') then
+    perform autotag.resume_account('poll');
+    perform pg_notify('autotag', 'realtime');
+  end if;
+  -- Of the account's trouble (no credit) the batch is no more guilty than a single call.
+  select s.error into v_trouble from jsonb_to_recordset(p_seen) s (id text, status text, error text, error_kind text)
+  join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
+  where s.status = 'failed' and s.error_kind = 'account' limit 1;
+  if found then
+    perform autotag.stop_account(v_trouble, 'batch');
+  end if;
+  select * into v_settings from autotag.settings;
+  perform from autotag.workspaces w where w.workspace_id in (
+    select b.workspace_id from autotag.batches b
+    join jsonb_to_recordset(p_seen) s (id text, status text) on s.id = b.openai_batch_id and s.status = 'gone')
+  order by w.workspace_id for update;
+  perform from autotag.jobs j where j.id in (
+    select b.job_id from autotag.batches b
+    join jsonb_to_recordset(p_seen) s (id text) on s.id = b.openai_batch_id where b.state = 'submitted')
+  order by j.id for update;
+  perform from autotag.batches b
+  where b.openai_batch_id in (select s.id from jsonb_to_recordset(p_seen) s (id text)) order by b.id for update;
+
+  for v_seen in
+    select s.* from jsonb_to_recordset(p_seen) s (id text, status text, output_file_id text, error_file_id text,
+      total integer, done integer, error_code text, error text, error_kind text)
+    join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
+    order by b.id
+  loop
+    select * into v_before from autotag.batches b where b.openai_batch_id = v_seen.id and b.state = 'submitted';
+    v_batch := v_before;
+    if v_seen.status = 'gone' then
+      continue when v_batch.vain_look_at = v_look;
+      update autotag.batches b set looks_in_vain = b.looks_in_vain + 1, vain_look_at = v_look where b.id = v_batch.id;
+      if v_batch.looks_in_vain + 1 >= v_settings.batch_looks_in_vain then
+        perform autotag.end_batch(v_batch, 'OpenAI does not know this batch any more (or not with this key).');
+        perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
+      end if;
+    elsif v_seen.status = 'failed' and (v_seen.error_code = 'token_limit_exceeded'
+      -- … unless single calls work all the while: then batches are what this account or deployment cannot do
+      or v_seen.error_kind = 'account' and (not v_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
+      update autotag.batches b
+      set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_seen.error,
+          not_before = v_now + v_settings.batch_poll_interval,
+          failures = b.failures + (v_seen.error_kind = 'account' and v_proven)::integer
+      where b.id = v_batch.id;
+    elsif v_batch.openai_status is distinct from v_seen.status or v_batch.request_done < v_seen.done or v_batch.looks_in_vain > 0 then
+      update autotag.batches b
+      set openai_status = v_seen.status, request_total = greatest(b.request_total, v_seen.total),
+          request_done = greatest(b.request_done, v_seen.done), progress_at = v_now, looks_in_vain = 0,
+          running_at = coalesce(b.running_at, case when v_seen.status = 'in_progress' then v_now end),
+          output_file_id = v_seen.output_file_id, error_file_id = v_seen.error_file_id, error = v_seen.error
+      where b.id = v_before.id returning * into v_batch;
+      v_progress := autotag.batch_progress(v_batch.request_done, v_batch.request_total);
+      v_jobs := array_append(v_jobs, v_batch.job_id);
+      if v_seen.status in ('completed', 'failed', 'expired', 'cancelled') then
+        update autotag.batches b set state = 'ended', ended_at = v_now, reserved_tokens = 0 where b.id = v_batch.id;
+        if v_seen.status = 'completed' then
+          perform autotag.note_duration(v_batch, v_now);
+        end if;
+        perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'completing');
+        perform pg_notify('autotag', 'batch');
+      elsif v_seen.status in ('in_progress', 'finalizing', 'cancelling')
+        and (v_before.openai_status is distinct from v_seen.status
+          or autotag.batch_progress(v_before.request_done, v_before.request_total) < v_progress) then
+        v_eta := (autotag.batch_eta(v_batch, v_now)).p50;
+        if v_before.running_at is null then
+          perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'processing', v_eta);
+        end if;
+        perform autotag.show_batch_progress(v_batch.id, v_progress, v_eta);
+      end if;
+    elsif not v_batch.cancel_requested and v_seen.status in ('validating', 'in_progress', 'finalizing')
+      and (v_batch.progress_at <= v_now - v_settings.batch_stuck_after
+        or v_batch.submitted_at <= v_now - v_settings.batch_give_up_after)
+      and autotag.predict_wait(v_batch.workspace_id, v_batch.image_count - v_batch.express_count - v_batch.request_done)
+        <= v_settings.realtime_max_wait
+    then
+      update autotag.batches b set cancel_requested = true, stuck = true where b.id = v_batch.id;
+      update autotag.jobs j
+      set fallback = 'A batch made no progress, so the rest of its images go as single calls.'
+      where j.id = v_batch.job_id;
+    end if;
+  end loop;
+  -- Once an upload, however many of its batches have moved.
+  for v_job in select distinct j from unnest(v_jobs) j order by j loop
+    perform autotag.tell_progress(v_job, autotag.refresh_eta(v_job));
+  end loop;
+end $$;
+
+-- Answers of a batch's lines, or images that could not become lines: [{task, result | error, usage}]. A task
+-- that is not this batch's any more, or has its answer, is ignored, so that harvesting twice changes nothing. Images that
+-- may be tried again are left to batch_finish(), which knows how many there are: why is noted at the task, once, with what
+-- it counts. Returns {accepted, notices}: how many ended, and sentences for the log.
+-- Locks: provider (first where an error is about everybody; else last and only if it is free), workspace, job, batch, tasks.
+create or replace function autotag.batch_answers(p_worker uuid, p_batch uuid, p_attempt integer, p_answers jsonb) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
+as $$
+declare
+  v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
+  v_batch autotag.batches;
+  v_settings autotag.settings;
+  v_general boolean := jsonb_path_exists(p_answers, '$[*].error ? (@.kind == "account" || @.parameter != null)');
+  v_answers autotag.answer[];
+  v_again autotag.answer[];    -- of these, those that are left to batch_finish
+  v_notices jsonb;
+begin
+  perform autotag.check_list(p_answers);
+  select * into v_settings from autotag.settings;
+  if v_general then
+    perform autotag.lock_provider();
+  end if;
+  perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
+  v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_answers := array(
+    select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
+      x.result, autotag.check_error(x.error, x.result), autotag.check_usage(x.usage), true)::autotag.answer
+    from (
+      select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
+        greatest(t.min_output_tokens, v_batch.output_tokens) as output_tokens,
+        autotag.check_result(a.result) as result, a.error, a.usage
+      from (
+        select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
+          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage, i
+        from jsonb_array_elements(p_answers) with ordinality u (e, i)) a
+      -- of one that is noted already the error was counted before
+      join autotag.tasks t on t.id = a.task and t.batch_id = p_batch and t.finished_at is null
+        and (t.error_code is null or jsonb_typeof(a.result) = 'object')
+      order by t.id, a.i) x);
+  if v_general then
+    v_answers := autotag.judge_errors(v_answers, v_batch.asked_at);
+    perform autotag.note_outcomes(v_answers, v_batch.asked_at);
+  end if;
+  perform autotag.add_usage(v_answers, true);
+
+  if exists (select from unnest(v_answers) a where a.error is not null) then
+    v_again := array(
+      select a from unnest(v_answers) a
+      join autotag.tasks t on t.id = a.task
+      join autotag.error_kinds k on k.kind = a.error ->> 'kind'
+      where not k.ends or (a.error ->> 'retry')::boolean
+        and case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens < autotag.max_cap(a.workspace_id)
+          else t.failures + 1 < v_settings.max_bad_answers end);
+    update autotag.tasks t
+    set error_code = a.error ->> 'code', error = a.error ->> 'message', failures = t.failures + (k.counts or a.error ? 'counts')::integer,
+        min_output_tokens = coalesce(autotag.next_cap(a), t.min_output_tokens)
+    from unnest(v_again) a join autotag.error_kinds k on k.kind = a.error ->> 'kind'
+    where t.id = a.task;
+    v_answers := array(select a from unnest(v_answers) a where a.task <> all (array(select g.task from unnest(v_again) g)));
+  end if;
+  v_notices := autotag.apply_answers(v_answers);
+  if not v_general then
+    perform from autotag.provider_limits for update skip locked;
+    if found then
+      perform autotag.note_outcomes(v_answers || v_again, v_batch.asked_at);
+    end if;
+  end if;
+  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices);
+end $$;
+
+-- Every answer of the batch is stored. Images without one get another try (those of a cancelled job end).
+-- Locks: workspace, job, batch, tasks.
+create or replace function autotag.batch_finish(p_worker uuid, p_batch uuid, p_attempt integer) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
+  v_batch autotag.batches;
+begin
+  perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
+  v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  perform autotag.end_batch(v_batch, null);
+  perform autotag.requeue_batch(v_batch, v_batch.openai_status is distinct from 'failed', 1,
+    'no_answer', 'OpenAI gave no answer for this image.');
+end $$;
+
+-- A result as a worker reports it, made sure of: {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model} and nothing else,
+-- at most 50 tags of 50 characters, a caption of 300. Tags that are none (empty, no text, a sentence) are left out, like
+-- confidences of none of them. Null: there is no list of tags, or none of it is a tag.
+create or replace function autotag.check_result(p_result jsonb) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tags jsonb := p_result -> 'tags';
+  v_kept text[];
+  v_sure jsonb;
+begin
+  if v_tags is null or jsonb_typeof(p_result) <> 'object' or jsonb_typeof(v_tags) <> 'array' then
+    return null;
+  end if;
+  -- Nearly every result is as it should be, and is only looked at.
+  if autotag.is_tidy(p_result) then
+    return p_result;
+  end if;
+  v_kept := array(
+    select k.tag from (
+      select distinct on (x.tag) x.tag, x.i from (
+        select autotag.printable(e #>> '{}', 51) as tag, i from jsonb_array_elements(v_tags) with ordinality u (e, i)
+        where jsonb_typeof(e) = 'string' limit 1000) x
+      where length(x.tag) between 1 and 50 order by x.tag, x.i) k
+    order by k.i limit 50);
+  if v_kept = '{}' and v_tags <> '[]' then
+    return null;
+  end if;
+  if jsonb_typeof(p_result -> 'confidence') = 'object' then
+    select jsonb_object_agg(t, autotag.check_number(p_result -> 'confidence', t, 0, 1)) into v_sure
+    from unnest(v_kept) t where jsonb_typeof(p_result -> 'confidence' -> t) = 'number';
+  end if;
+  return jsonb_build_object('tags', to_jsonb(v_kept), 'confidence', coalesce(v_sure, '{}'),
+    'caption', coalesce(autotag.printable(case when jsonb_typeof(p_result -> 'caption') = 'string' then p_result ->> 'caption' end, 300), ''),
+    'model', coalesce(autotag.printable(case when jsonb_typeof(p_result -> 'model') = 'string' then p_result ->> 'model' end, 100), ''));
+end $$;
+
+-- Whether nothing of a result (an object with a list of tags) has to be made sure of. It is looked at as text, which costs
+-- a fifth of taking it apart.
+create or replace function autotag.is_tidy(p_result jsonb) returns boolean
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tags text := p_result -> 'tags';
+  v_sure text := p_result -> 'confidence';
+  v_caption text := p_result ->> 'caption';
+  v_model text := coalesce(p_result ->> 'model', '');
+begin
+  return pg_column_size(p_result) < 8000 and jsonb_array_length(p_result -> 'tags') <= 50
+    and p_result - '{tags,confidence,caption,model}'::text[] = '{}'
+    and jsonb_typeof(p_result -> 'caption') = 'string' and length(v_caption) <= 300 and length(v_model) <= 100
+    and jsonb_typeof(p_result -> 'confidence') = 'object' and coalesce(jsonb_typeof(p_result -> 'model') = 'string', true)
+    and autotag.is_plain(v_tags || v_sure || v_caption || v_model) and strpos(v_tags || v_sure, '\') = 0
+    -- an element that is no text, a tag or label that is too long or empty, a number that is none from 0 to 1
+    and v_tags !~ '\[[^"\]]|, [^"]|[^"]{51}|""' and v_sure !~ ': (1[^,}]|0[^.,}]|[^01])|[^"]{51}|""';
+end $$;
+
+-- An error as a worker reports it, made sure of: its kind is one of error_kinds, texts are short and printable, waits make
+-- sense. What has no error has to have a result that can be stored (p_result, as check_result() makes it).
+create or replace function autotag.check_error(p_error jsonb, p_result jsonb default '{"tags": []}') returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_error is null or jsonb_typeof(p_error) = 'null' then
+    if p_result is not null then
+      return null;
+    end if;
+    p_error := '{"kind": "transient", "code": "no_result"}';
+  end if;
+  return jsonb_build_object(
+    'kind', coalesce((select k.kind from autotag.error_kinds k where k.kind = p_error ->> 'kind'), 'transient'),
+    'code', coalesce(nullif(autotag.printable(p_error ->> 'code', 100), ''), 'unknown'),
+    'message', coalesce(nullif(autotag.printable(p_error ->> 'message', 1000), ''), 'Tagging this image did not work.'),
+    'retry', coalesce(p_error ->> 'retry', '') = 'true',
+    'retry_after', autotag.check_number(p_error, 'retry_after', 0, 3600),
+    'origin', case when p_error ->> 'origin' in ('provider', 'storage', 'host', 'worker') then p_error ->> 'origin' end,
+    'parameter', case when p_error ->> 'parameter' in
+      ('token_cap', 'reasoning_effort', 'response_format', 'detail', 'service_tier', 'expires_after')
+      then p_error ->> 'parameter' end);
+end $$;
+
+-- Figures of usage as a worker reports them, made sure of: {input, cached, cache_write, output, reasoning} tokens, none
+-- negative or beyond what one answer can have, the model that answered and the service tier (null: it does not say). Null:
+-- the provider gave no figures.
+create or replace function autotag.check_usage(p_usage jsonb) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_model text := p_usage ->> 'model';
+  v_tier text := p_usage ->> 'tier';
+begin
+  if p_usage is null or jsonb_typeof(p_usage) <> 'object' then
+    return null;
+  end if;
+  -- Nearly all are as they should be, and are only looked at. (In jsonb's order nothing but numbers lies between two.)
+  if p_usage -> 'input' between '0' and '10000000' and p_usage -> 'output' between '0' and '10000000'
+    and p_usage -> 'cached' between '0' and '10000000' and p_usage -> 'cache_write' between '0' and '10000000'
+    and p_usage -> 'reasoning' between '0' and '10000000'
+    and length(v_model) between 1 and 100 and length(v_tier) between 1 and 20 and autotag.is_plain(v_model || v_tier) then
+    return p_usage;
+  end if;
+  return jsonb_build_object(
+    'input', coalesce(autotag.check_number(p_usage, 'input', 0, 10000000), 0)::integer,
+    'cached', coalesce(autotag.check_number(p_usage, 'cached', 0, 10000000), 0)::integer,
+    'cache_write', coalesce(autotag.check_number(p_usage, 'cache_write', 0, 10000000), 0)::integer,
+    'output', coalesce(autotag.check_number(p_usage, 'output', 0, 10000000), 0)::integer,
+    'reasoning', coalesce(autotag.check_number(p_usage, 'reasoning', 0, 10000000), 0)::integer,
+    'model', nullif(autotag.printable(v_model, 100), ''), 'tier', nullif(autotag.printable(v_tier, 20), ''));
+end $$;
+
+-- A worker says where its single calls are: [{task, attempt, stage}], a stage between `queued` and `completed`. Those that
+-- are not its own (any more) are ignored, and so is what another login says of a worker. p_sent: {sent, sent_age} as in note_sent. Locks: provider, jobs (for the broadcast), tasks by id.
+create or replace function autotag.report_stages(p_worker uuid, p_stages jsonb, p_sent jsonb default null) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_held record;
+  v_stage text;
+  v_job uuid;
+begin
+  perform autotag.check_list(p_stages);
+  if not autotag.is_own_worker(p_worker) then
+    return;
+  end if;
+  if p_sent is not null then
+    perform autotag.note_sent(p_worker, autotag.check_number(p_sent, 'sent', 0, 100000)::integer,
+      coalesce(autotag.check_number(p_sent, 'sent_age', 0, 3600), 0));
+  end if;
+  select coalesce(array_agg(t.id), '{}') as tasks, array_agg(t.attempt) as attempts, array_agg(r.stage) as stages,
+    array_agg(distinct t.job_id) as jobs
+  into v_held
+  from (
+    select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
+      case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end as attempt,
+      e ->> 'stage' as stage
+    from jsonb_array_elements(p_stages) e) r
+  join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = p_worker
+  where r.stage in ('preparing', 'submitted', 'processing', 'completing');
+  perform from autotag.jobs j where j.id = any (v_held.jobs) order by j.id for update;
+  perform from autotag.tasks t where t.id = any (v_held.tasks) order by t.id for update;
+  for v_stage in select u.stage from unnest(v_held.stages) u (stage) group by 1 order by autotag.stage_rank(u.stage) loop
+    perform autotag.advance(array(
+      select t.id from unnest(v_held.tasks, v_held.attempts, v_held.stages) r (task, attempt, stage)
+      join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = p_worker
+      where r.stage = v_stage), v_stage);
+  end loop;
+  for v_job in select u.job from unnest(v_held.jobs) u (job) order by 1 loop
+    perform autotag.tell_progress(v_job);
+  end loop;
+end $$;
+
+-- The table of tasks is empty at one moment and full at the next, and a plan kept from the one reads all of the other. So
+-- what joins with it is planned every time: by `execute` where a worker's every report passes, and where few do by
+-- `plan_cache_mode`.
+
+-- Ends tasks as failed; the sentence is what the user reads. Arrays run in parallel.
+-- The caller holds the locks of jobs and tasks, and counts them with count_finished().
+create or replace function autotag.fail_tasks(p_tasks bigint[], p_codes text[], p_messages text[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_failed record;
+begin
+  with failed as (
+    update autotag.tasks t
+    set stage = 'failed', error_code = f.code, error = f.message, finished_at = autotag.now(),
+        worker_id = null, retry_at = null
+    from unnest(p_tasks, p_codes, p_messages) f (id, code, message)
+    where t.id = f.id and t.finished_at is null
+    returning t.asset_id, t.error
+  )
+  select array_agg(f.asset_id) as assets, array_agg(f.error) as errors into v_failed from failed f;
+  perform autotag.show_stage(v_failed.assets, 'failed', 0, null, v_failed.errors);
+end $$;
+
+-- Gives tasks another try as single calls, or fails those that had enough, or whose job was cancelled.
+-- p_tries: [{task, failures (to add), delay (seconds; absent: at once), code, message, output_tokens (the least cap of the
+-- next answer; absent: as ever), suspect (it stopped the lanes: the code is noted, and a second time counts)}].
+-- The caller holds the locks of workspaces, jobs and tasks.
+create or replace function autotag.requeue(p_tries jsonb) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_max integer := (select s.max_failures from autotag.settings s);
+  v_now timestamptz := autotag.now();
+  v_end record;
+  v_queue record;
+begin
+  select coalesce(array_agg(t.id), '{}') as ids,
+         array_agg(case when j.cancelled_at is null then r.code else 'cancelled' end) as codes,
+         array_agg(case when j.cancelled_at is null then r.message else 'Tagging was cancelled.' end) as messages
+  into v_end
+  from jsonb_to_recordset(p_tries) r (task bigint, failures integer, code text, message text)
+  join autotag.tasks t on t.id = r.task and t.finished_at is null
+  join autotag.jobs j on j.id = t.job_id
+  where j.cancelled_at is not null or t.failures + r.failures >= v_max;
+  perform autotag.fail_tasks(v_end.ids, v_end.codes, v_end.messages);
+  perform autotag.count_finished(t.job_id, 0, count(*)::integer)
+  from autotag.tasks t where t.id = any (v_end.ids) group by t.job_id order by t.job_id;
+
+  for v_queue in
+    with back as (
+      update autotag.tasks t
+      set lane = 'realtime', worker_id = null, batch_id = null,
+          failures = t.failures + r.failures,
+          min_output_tokens = coalesce(r.output_tokens, t.min_output_tokens),
+          error_code = case when r.suspect then r.code else t.error_code end,
+          retry_at = v_now + make_interval(secs => r.delay)
+      from jsonb_to_recordset(p_tries)
+        r (task bigint, failures integer, delay double precision, output_tokens integer, suspect boolean, code text)
+      where t.id = r.task and t.finished_at is null
+      returning t.workspace_id, t.job_id, t.id, t.retry_at, t.min_output_tokens
+    )
+    select b.workspace_id, b.job_id, (count(*) filter (where b.retry_at is null))::integer as tasks,
+      min(b.id) filter (where b.retry_at is null) as first_task, max(b.min_output_tokens) as output_tokens
+    from back b group by b.workspace_id, b.job_id order by 1, 2
+  loop
+    update autotag.queues q set output_tokens = greatest(q.output_tokens, v_queue.output_tokens)
+    where q.job_id = v_queue.job_id and v_queue.output_tokens is not null;
+    perform autotag.add_queued(v_queue.workspace_id, v_queue.job_id, v_queue.tasks, v_queue.first_task);
+  end loop;
+end $$;
+
+-- Applies answers to tasks whose jobs the caller has locked (and their workspaces where an error may requeue): tags
+-- are stored, failures end or requeue their image, counts follow. Each task has one answer at most: a result, or else
+-- an error (check_error) whose kind decides (error_kinds). One of kind image ends its image, unless `retry` says that
+-- another answer may help: every such answer was paid for, so only max_bad_answers times. One that was cut off gets four
+-- times the cap, until max_output_tokens was not enough. Returns sentences for the operator's log: [{event, notice}].
+create or replace function autotag.apply_answers(p_answers autotag.answer[]) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_done record;
+  v_failed record;
+  v_tries jsonb;
+  v_notices jsonb := '[]'::jsonb;
+begin
+  select * into v_settings from autotag.settings;
+
+  -- Planned every time, like the reading of reports in settle().
+  execute $q$
+    with completed as (
+      delete from autotag.tasks t using unnest($1) a
+      where t.id = a.task and a.error is null and t.finished_at is null
+      returning t.asset_id, a.result, t.job_id
+    )
+    select coalesce(array_agg(c.asset_id), '{}') as assets, array_agg(c.result) as results, array_agg(c.job_id) as jobs
+    from completed c $q$
+  into v_done using p_answers;
+  if cardinality(v_done.assets) > 0 then
+    perform autotag.store_tags(v_done.assets, v_done.results);
+    perform autotag.count_finished(j.id, count(*)::integer, 0)
+    from unnest(v_done.jobs) j (id) group by j.id order by j.id;
+  end if;
+
+  if not exists (select from unnest(p_answers) a where a.error is not null) then
+    return v_notices;
+  end if;
+  select coalesce(array_agg(t.id), '{}') as tasks, array_agg(a.error ->> 'code') as codes,
+         array_agg(a.error ->> 'message') as messages,
+         coalesce(jsonb_agg(jsonb_build_object('event', 'answer_cut_off', 'notice', format(
+             'The answer for image %s was cut off at %s tokens, the most that settings.max_output_tokens allows within the limits.',
+             t.asset_id, a.output_tokens))) filter (where a.error ->> 'code' = 'answer_too_long'), '[]') as notices
+  into v_failed
+  from unnest(p_answers) a
+  join autotag.tasks t on t.id = a.task
+  join autotag.error_kinds k on k.kind = a.error ->> 'kind' and k.ends
+  where not (a.error ->> 'retry')::boolean
+    or case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens >= autotag.max_cap(a.workspace_id)
+       else t.failures + 1 >= v_settings.max_bad_answers end;
+  if cardinality(v_failed.tasks) > 0 then
+    v_notices := v_failed.notices;
+    perform autotag.fail_tasks(v_failed.tasks, v_failed.codes, v_failed.messages);
+    perform autotag.count_finished(t.job_id, 0, count(*)::integer)
+    from autotag.tasks t where t.id = any (v_failed.tasks) group by t.job_id order by t.job_id;
+  end if;
+
+  select jsonb_agg(jsonb_build_object(
+      'task', a.task, 'code', a.error ->> 'code', 'message', a.error ->> 'message',
+      'failures', (k.counts or a.error ? 'counts')::integer, 'suspect', k.pauses, 'output_tokens', autotag.next_cap(a),
+      'delay', case
+        -- after the probe: another image has to show whether the trouble is over, not the same again
+        when k.pauses then extract(epoch from v_settings.account_probe_interval) + 1
+        when k.delays then greatest((a.error ->> 'retry_after')::double precision,
+          (0.8 + random() / 5) * least(extract(epoch from v_settings.retry_delay_max),
+            extract(epoch from v_settings.retry_delay) * power(2, t.failures))) end))
+  into v_tries
+  from unnest(p_answers) a
+  join autotag.tasks t on t.id = a.task
+  join autotag.error_kinds k on k.kind = a.error ->> 'kind'
+  where a.error is not null and t.finished_at is null;
+  if v_tries is not null then
+    perform autotag.requeue(v_tries);
+    perform pg_notify('autotag', 'realtime');
+  end if;
+  return v_notices;
+end $$;
+
+-- The highest cap that an answer of a workspace may have: what the settings say, and what fits into its window and into the
+-- provider's limit beside the prompt. An image that needs more would wait for ever. (Nobody has told the planner that its
+-- tables have one row: for a product of them it would compile.)
+create or replace function autotag.max_cap(p_workspace_id uuid) returns integer
+language sql stable security definer set search_path = pg_catalog, pg_temp set jit = off
+as $$
+  select greatest(s.min_output_tokens, least(s.max_output_tokens,
+    l.max_units - (p.tokens_per_image - p.output_tokens),
+    (0.9 * p.tokens_per_minute)::integer - (p.tokens_per_image - p.output_tokens)))
+  from autotag.settings s, autotag.provider_limits p, autotag.window_limits(p_workspace_id, 'realtime') l
+$$;
+
+-- The least cap of the next answer about an image: four times that of one that was cut off; null where none was.
+create or replace function autotag.next_cap(p_answer autotag.answer) returns integer
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case when p_answer.error ->> 'code' = 'answer_too_long'
+    then least(4 * p_answer.output_tokens, autotag.max_cap(p_answer.workspace_id)) end;
+end $$;
+
+-- Two kinds of error are not the image's: a refused parameter (the model's row takes its next form, and the image is tried
+-- again at once), and any error of the provider, or answer that cannot be read, while nothing has worked with this question
+-- (treated as a mistake in the configuration). The second error of kind account of one image counts as its failure
+-- where others have succeeded meanwhile: one image alone must not stop everybody for ever. Returns the answers with their errors made into that. Locks: the provider row (which the caller holds), the model's row without waiting.
+create or replace function autotag.judge_errors(p_answers autotag.answer[], p_asked_at timestamptz default null) returns autotag.answer[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits;
+  v_answers autotag.answer[] := array[]::autotag.answer[];
+  v_answer autotag.answer;
+  v_asked_at timestamptz;
+  v_settled text[] := array[]::text[];    -- parameters that have their next form since this call
+  v_suspects text[] := (select k.suspects from autotag.error_kinds k where k.kind = 'account');
+begin
+  select * into v_provider from autotag.provider_limits;
+  foreach v_answer in array p_answers loop
+    if v_answer.error is not null and (v_answer.error ->> 'kind' <> 'image'
+      -- words instead of JSON before anything has worked: the provider ignores the format that it was asked for
+      or v_answer.error ->> 'parameter' is not null and v_provider.proven_at is null) then
+      v_asked_at := coalesce(p_asked_at, v_answer.reserved_at);
+      if v_answer.error ->> 'parameter' is not null and (
+          v_asked_at < v_provider.question_since
+          or v_answer.error ->> 'parameter' = any (v_settled)
+          or autotag.degrade_model(v_provider.question ->> 'model', v_answer.error ->> 'parameter')) then
+        v_settled := v_settled || (v_answer.error ->> 'parameter');
+        v_answer.error := v_answer.error || '{"kind": "rate_limit", "code": "asked_differently"}';
+      elsif v_provider.proven_at is null and v_answer.error ->> 'kind' = 'transient'
+        and v_answer.error ->> 'origin' = 'provider' and v_asked_at >= v_provider.question_since then
+        v_answer.error := v_answer.error || '{"kind": "account"}';
+      elsif v_answer.error ->> 'kind' = 'account' and (
+          -- too large for this provider: a smaller picture may pass, so it may well be this one
+          v_answer.error ->> 'code' = any (v_suspects)
+          or v_provider.proven_at is not null
+            and exists (select from autotag.tasks t where t.id = v_answer.task and t.error_code is not null)) then
+        v_answer.error := v_answer.error || '{"counts": true}';
+      end if;
+    elsif v_provider.proven_at is null and v_answer.error ->> 'code' = 'bad_answer' then
+      -- a model that cannot answer would cost every image its tries: it stops the lanes, and its image counts
+      v_answer.error := v_answer.error || '{"kind": "account", "counts": true, "message": "The model''s answers cannot be read."}';
+    end if;
+    v_answers := v_answers || v_answer;
+  end loop;
+  if cardinality(v_settled) > 0 then
+    -- From now on this is another question: what is still under way in the old form is no word about the new one. The new
+    -- form is tried at once.
+    perform autotag.sync_question(v_provider);
+    update autotag.provider_limits p set probe_at = null where p.proven_at is null;
+  end if;
+  return v_answers;
+end $$;
+
+-- What answers say of the account, and of what to expect: an error of kind account stops the lanes, an answer of use
+-- starts them; what answers to the present question used is learned. The caller holds the provider row.
+create or replace function autotag.note_outcomes(p_answers autotag.answer[], p_asked_at timestamptz default null) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits;
+  v_error jsonb;
+  v_inputs integer[];
+  v_outputs integer[];
+  v_good boolean;
+  v_works boolean;             -- one of them shows that it works now: it was asked after whatever made us doubt it
+begin
+  select * into v_provider from autotag.provider_limits;
+  select array_agg((a.usage -> 'input')::integer) filter (where (a.usage -> 'input')::integer > 0),
+    -- what a cut-off answer would have needed nobody knows: at least what the next try may have
+    array_agg(case when a.error ->> 'code' = 'answer_too_long' then coalesce(autotag.next_cap(a), 1)
+      else greatest((a.usage -> 'output')::integer, 1) end) filter (where (a.usage -> 'input')::integer > 0),
+    coalesce(bool_or(a.error is null), false),
+    coalesce(bool_or(a.error is null and coalesce(p_asked_at, a.reserved_at) >=
+      greatest(v_provider.account_error_at, v_provider.fingerprint_since)), false)
+  into v_inputs, v_outputs, v_good, v_works
+  from unnest(p_answers) a
+  where coalesce(p_asked_at, a.reserved_at) >= v_provider.question_since and (a.usage is not null or a.error is null);
+  perform autotag.learn(coalesce(v_inputs, '{}'), coalesce(v_outputs, '{}'));
+  if v_good then
+    update autotag.provider_limits p set has_rate_headers = false where p.has_rate_headers is null;
+  end if;
+  -- What was asked before the question or the address changed says nothing of the present one.
+  select a.error into v_error from unnest(p_answers) a
+  where a.error ->> 'kind' = 'account' and coalesce(p_asked_at, a.reserved_at) >=
+    greatest(v_provider.question_since, v_provider.fingerprint_since, case when p_asked_at is null then v_provider.proven_at end)
+  limit 1;
+  if found then
+    perform autotag.stop_account(autotag.explain_account(v_error), coalesce(v_error ->> 'origin', 'provider'));
+    perform autotag.pass_turn(array(
+      select t.worker_id from unnest(p_answers) a join autotag.tasks t on t.id = a.task where a.error ->> 'kind' = 'account'));
+  elsif v_works and (v_provider.account_error is not null or v_provider.proven_at is null) then
+    perform autotag.resume_account();
+    -- Whoever has shown that it works is asked from now on.
+    perform autotag.turn_to(w)
+    from autotag.workers w
+    where w.fingerprint is not null and w.id = (
+      select t.worker_id from unnest(p_answers) a join autotag.tasks t on t.id = a.task
+      where a.error is null and t.worker_id is not null limit 1);
+    perform pg_notify('autotag', 'realtime');
+    perform pg_notify('autotag', 'batch');
+  elsif v_provider.proven_at is null and exists (
+    select from unnest(p_answers) a where a.error ->> 'kind' = 'image' or not a.called) then
+    -- This image has shown nothing: the next one tries at once.
+    update autotag.provider_limits p set probe_at = null where p.account_error is null;
+    perform pg_notify('autotag', 'realtime');
+  end if;
+end $$;
+
+-- The sentence for the operator about an error of kind account that a model (null: the present one) met; one that has shut
+-- down is named with its successor.
+create or replace function autotag.explain_account(p_error jsonb, p_model text default null) returns text
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_end jsonb := autotag.describe_shutdown(coalesce(p_model, (select p.question ->> 'model' from autotag.provider_limits p)));
+begin
+  return concat_ws(' ', p_error ->> 'message', case when p_error ->> 'origin' = 'provider' and (v_end ->> 'days')::integer <= 0 then
+    concat_ws(' ', v_end ->> 'message', 'update autotag.settings set model = ' || quote_literal(v_end ->> 'successor') || ';') end);
+end $$;
+
+-- settle: a worker reports what became of its single calls, in bulk.
+-- p_reports: [{task, attempt, result | error, usage: {input, cached, cache_write, output, reasoning, model, tier}, called}];
+-- usage is there whenever the provider answered, also when the answer was of no use, and `called` when it was asked at all.
+-- p_seen: the newest limits seen in answers' headers (observe_provider), and {sent, sent_age} (note_sent).
+-- A report for a task that is not the worker's any more, or with an older attempt, is refused and changes
+-- nothing; so is what another login says of a worker. Returns {accepted, notices: [{event, notice}]}: how many, and sentences for the log.
+-- Locks: provider, workspaces (of errors), windows, jobs, tasks; each by id.
+create or replace function autotag.settle(p_worker uuid, p_reports jsonb, p_seen jsonb default null) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
+as $$
+declare
+  v_answers autotag.answer[];
+  v_failed boolean;            -- whether any of them is an error
+  v_window record;
+  v_changed text;              -- the provider's limits have
+  v_refund record;
+begin
+  perform autotag.check_list(p_reports);
+  if not autotag.is_own_worker(p_worker) then
+    return jsonb_build_object('accepted', 0, 'notices', '[]'::jsonb);
+  end if;
+  perform from autotag.provider_limits for update;
+  execute $q$ select array(
+    select row(x.id, x.attempt, x.job_id, x.workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens,
+      x.result, autotag.check_error(x.error, x.result), autotag.check_usage(x.usage), x.called)::autotag.answer
+    from (
+      select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
+        autotag.check_result(r.result) as result, r.error, r.usage, r.called
+      from (
+        select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
+          case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end as attempt,
+          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage,
+          e -> 'called' is distinct from 'false' as called
+        from jsonb_array_elements($1) e) r
+      join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = $2
+      order by t.id) x) $q$
+  into v_answers using p_reports, p_worker;
+  v_failed := exists (select from unnest(v_answers) a where a.error is not null);
+  if v_failed then
+    v_answers := autotag.judge_errors(v_answers);
+  end if;
+
+  -- Refund the over-reservation: everything if no call was made or it got a 429, otherwise all but the prompt and the cap.
+  select coalesce(sum(u.requests), 0)::integer as requests, coalesce(sum(u.tokens), 0)::bigint as tokens into v_refund
+  from unnest(v_answers) a
+  cross join lateral (
+    select case when not a.called or a.error ->> 'code' = 'rate_limited' then 1 else 0 end as requests,
+      case when not a.called or a.error ->> 'code' = 'rate_limited' then a.reserved_tokens
+        when a.usage is not null then a.reserved_tokens - (a.usage -> 'input')::integer - a.output_tokens
+        else 0 end as tokens) u
+  where a.reserved_tokens is not null;
+  if p_seen ? 'sent' then
+    perform autotag.note_sent(p_worker, autotag.check_number(p_seen, 'sent', 0, 100000)::integer,
+      coalesce(autotag.check_number(p_seen, 'sent_age', 0, 3600), 0));
+  end if;
+  -- In this order: what the headers say holds whatever is given back.
+  if v_refund.requests <> 0 or v_refund.tokens <> 0 then
+    perform autotag.refund_provider(v_refund.requests, v_refund.tokens);
+  end if;
+  if p_seen is not null then
+    v_changed := autotag.observe_provider(p_seen);
+  end if;
+  perform autotag.note_outcomes(v_answers);
+
+  if v_failed then
+    perform from autotag.workspaces w
+    where w.workspace_id in (select a.workspace_id from unnest(v_answers) a where a.error is not null)
+    order by w.workspace_id for update;
+  end if;
+
+  -- Reserved by estimate, corrected by what was used: nothing where nothing was asked; no tokens where the
+  -- provider refused or failed; the estimate where nobody knows (the connection broke before the answer).
+  for v_window in
+    select a.workspace_id, a.reserved_at,
+      -count(*) filter (where not a.called)::integer as requests,
+      least(sum(case when a.usage is not null
+            then (a.usage -> 'input')::integer + (a.usage -> 'output')::integer - a.reserved_tokens
+          when a.error ->> 'code' = 'provider_unreachable' then 0
+          else -a.reserved_tokens end), 1000000000)::integer as units
+    from unnest(v_answers) a
+    where a.reserved_at is not null
+    group by a.workspace_id, a.reserved_at order by a.workspace_id, a.reserved_at
+  loop
+    perform autotag.correct_window(
+      v_window.workspace_id, 'realtime', v_window.reserved_at, v_window.requests, v_window.units);
+  end loop;
+
+  perform from autotag.jobs j
+  where j.id = any (array(select a.job_id from unnest(v_answers) a)) order by j.id for update;
+  -- With their jobs locked nobody else touches the tasks; what was taken away until then is not this worker's.
+  execute $q$ select array(
+    select a from unnest($1) a join autotag.tasks t on t.id = a.task and t.attempt = a.attempt and t.worker_id = $2) $q$
+  into v_answers using v_answers, p_worker;
+
+  perform autotag.add_usage(v_answers, false);
+  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', case when v_changed is null then '[]'::jsonb
+    else jsonb_build_array(jsonb_build_object('event', 'provider_limits_changed', 'notice', v_changed)) end
+    || autotag.apply_answers(v_answers));
+end $$;
+
+-- Adds what these answers cost, each by its own model and service tier; an answer that names no model had the one that was
+-- asked (p_question; null: at present). What the provider gave no figures for has the tier `unknown` and no cost. A row that
+-- has no price yet gets one for all of it as soon as there is one. An answer without a job tags no image (a comparison).
+create or replace function autotag.add_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb default null) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  insert into autotag.usage as u (workspace_id, user_id, day, model, service_tier, images, requests,
+    input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost)
+  select t.*, autotag.price_tokens(t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
+  from (
+    select b.workspace_id, j.user_id, (autotag.now() at time zone 'utc')::date as day, b.model, b.tier,
+      count(*) filter (where b.error is null and b.job_id is not null) as images, count(*) as requests,
+      sum(b.input) as input, sum(b.cached) as cached, sum(b.cache_write) as cache_write,
+      sum(b.output) as output, sum(b.reasoning) as reasoning
+    from (
+      select a.job_id, a.workspace_id, a.error,
+        coalesce(a.usage ->> 'model', coalesce(p_question, p.question) ->> 'model') as model,
+        case when a.usage is null then 'unknown' when p_batch then 'batch' else coalesce(a.usage ->> 'tier', 'default') end as tier,
+        coalesce((a.usage -> 'input')::bigint, 0) as input,
+        coalesce(least((a.usage -> 'cached')::bigint, (a.usage -> 'input')::bigint), 0) as cached,
+        coalesce((a.usage -> 'cache_write')::bigint, 0) as cache_write,
+        coalesce((a.usage -> 'output')::bigint, 0) as output,
+        coalesce((a.usage -> 'reasoning')::bigint, 0) as reasoning
+      from unnest(p_answers) a, autotag.provider_limits p
+      where a.usage is not null or a.error is null) b
+    left join autotag.jobs j on j.id = b.job_id
+    group by b.workspace_id, j.user_id, b.model, b.tier
+    order by b.workspace_id, j.user_id, b.model, b.tier) t
+  on conflict (workspace_id, day, user_id, model, service_tier) do update set
+    images = u.images + excluded.images, requests = u.requests + excluded.requests,
+    input_tokens = u.input_tokens + excluded.input_tokens,
+    cached_tokens = u.cached_tokens + excluded.cached_tokens,
+    cache_write_tokens = u.cache_write_tokens + excluded.cache_write_tokens,
+    output_tokens = u.output_tokens + excluded.output_tokens,
+    reasoning_tokens = u.reasoning_tokens + excluded.reasoning_tokens,
+    cost = excluded.cost + coalesce(u.cost, autotag.price_tokens(u.model, u.service_tier,
+      u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens));
+end $$;
+
+-- A model has got a price: what was used of it before gets it too.
+create or replace function autotag.price_usage() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update autotag.usage u
+  set cost = autotag.price_tokens(u.model, u.service_tier, u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens)
+  where u.cost is null
+    and autotag.price_tokens(u.model, u.service_tier, u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens) is not null;
+  return null;
+end $$;
+
+create or replace trigger autotag_price_usage after insert or update of input_price, output_price on autotag.models
+  for each statement execute function autotag.price_usage();
+
+-- tagging_usage: rows per user, day, model and service tier, for members of the workspace. cost: dollars; null: the model
+-- has no price in autotag.models.
+create or replace function autotag.list_usage(p_workspace_id uuid, p_since date, p_until date)
+returns table (user_id uuid, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
+  cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.check_member(p_workspace_id);
+  return query
+    select u.user_id, u.day, u.model, u.service_tier, u.images, u.requests, u.input_tokens,
+      u.cached_tokens, u.cache_write_tokens, u.output_tokens, u.reasoning_tokens, u.cost
+    from autotag.usage u
+    where u.workspace_id = p_workspace_id and u.day between p_since and p_until
+    order by u.day, u.user_id, u.model, u.service_tier;
+end $$;
+
+create or replace function autotag.broadcast(p_topic text, p_event text, p_payload jsonb, p_private boolean) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if to_regprocedure('realtime.send(jsonb,text,text,boolean)') is not null then
+    -- The cast picks the overload: newer servers have one for bytea too.
+    perform realtime.send(p_payload::jsonb, p_event, p_topic, p_private);
+  else
+    insert into autotag.outbox (topic, event, payload, private, created_at)
+    values (p_topic, p_event, p_payload, p_private, autotag.now());
+    perform pg_notify('autotag', 'outbox');
+  end if;
+end $$;
+
+create or replace function autotag.broadcast_to_workspace(p_workspace_id uuid, p_event text, p_payload jsonb) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.broadcast('tagging:' || p_workspace_id, p_event, p_payload, true);
+end $$;
+
+-- Takes waiting messages for delivery: [{topic, event, payload, private}]. What a worker has taken is gone,
+-- because Realtime delivers at most once and clients rely on never being told twice.
+create or replace function autotag.take_outbox(p_limit integer) returns jsonb
+language sql security definer set search_path = pg_catalog, pg_temp
+as $$
+  with taken as (
+    delete from autotag.outbox o where o.id in (
+      select w.id from autotag.outbox w order by w.id limit greatest(least(p_limit, 1000), 0) for update skip locked)
+    returning o.*
+  )
+  select coalesce(jsonb_agg(jsonb_build_object(
+    'topic', t.topic, 'event', t.event, 'payload', t.payload, 'private', t.private) order by t.id), '[]')
+  from taken t
+$$;
+
+-- Whether the caller may listen to a private topic: tagging:<workspace_id> of a workspace of theirs.
+create or replace function autotag.may_listen(p_topic text) returns boolean
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select case
+    when p_topic ~ '^tagging:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$'
+      then autotag.is_member(split_part(p_topic, ':', 2)::uuid)
+    else false end
+$$;
+
+-- The worker is not trusted either. Whoever has stolen a worker's login can call what is granted to it, with anything, and
+-- can so slow down and waste what that login's workers may hold; what follows is nobody else's:
+--   * A worker's id is its login's (session_user, which poolers keep): nobody acts for the workers of another login,
+--     whatever ids they have learned from status(). Workers of one login are one.
+--   * It acts on what its worker holds: tasks with their attempt, batches with theirs, and the look at the provider that it
+--     was handed (claim_batches). Images are described only to the worker that holds them.
+--   * What is reported is data: counts, waits and sizes are clamped (check_number, check_usage), shapes are made sure of
+--     (check_result, check_error), texts are made printable; what is no list of reports, or more than a worker can have, is
+--     refused before any work is done (check_list). One bad report of many is that image's trouble, and not the others'.
+--   * What a worker says of the provider (waits, limits, its form, its Batch API) and of the account holds for all, because
+--     nobody but workers sees the provider. So it can pause tagging (each time for an hour at most), slow it and make it
+--     dearer. And it can claim whatever waits, and say anything of that: it is its worker. When the login is taken away,
+--     what it held goes back with the lease.
+--   * It reads what it claims, and besides that what status(), metrics() and diagnose() tell: counts, ids, and one path.
+
+-- What people see: the stage, progress and time left of each image, and the counts of each upload.
+-- The rows themselves are written by the adapter (show_stage, store_tags).
+
+-- The seven stages in order. A pass only moves forward through them; completed and failed end it.
+create or replace function autotag.stage_rank(stage text) returns integer
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select case stage
+    when 'queued' then 1 when 'preparing' then 2 when 'submitted' then 3 when 'processing' then 4
+    when 'completing' then 5 when 'completed' then 6 when 'failed' then 6 end
+$$;
+
+-- The progress an image shows when it enters a stage.
+create or replace function autotag.stage_progress(p_stage text) returns integer
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select case p_stage when 'queued' then 0 when 'preparing' then 10 when 'submitted' then 20
+    when 'processing' then 30 when 'completing' then 90 when 'completed' then 100 end
+$$;
+
+-- Moves tasks (locked by the caller) forward to a stage, and their images with them. A task that is there
+-- already, or past it, is not touched: an image that goes back to the queue keeps the stage it showed.
+create or replace function autotag.advance(p_tasks bigint[], p_stage text, p_eta timestamptz default null) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_assets uuid[];
+begin
+  with moved as (
+    update autotag.tasks t set stage = p_stage
+    where t.id = any (p_tasks) and t.finished_at is null
+      and autotag.stage_rank(t.stage) < autotag.stage_rank(p_stage)
+    returning t.asset_id
+  )
+  select array_agg(m.asset_id) into v_assets from moved m;
+  perform autotag.show_stage(v_assets, p_stage, autotag.stage_progress(p_stage), p_eta);
+end $$;
+
+-- The progress of a batch's images follows what OpenAI counts: from `processing` to just under `completing`, in steps of
+-- ten percent, because each step writes every row. The caller holds the batch's lock, which keeps its tasks as they are.
+create or replace function autotag.batch_progress(p_done integer, p_total integer) returns integer
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select 30 + 10 * (5 * least(p_done, p_total) / greatest(p_total, 1))
+$$;
+
+create or replace function autotag.show_batch_progress(p_batch uuid, p_progress integer, p_eta timestamptz) returns void
+language sql security definer set search_path = pg_catalog, pg_temp
+as $$
+  select autotag.show_stage(
+    array(select t.asset_id from autotag.tasks t where t.batch_id = p_batch and t.stage = 'processing'),
+    'processing', p_progress, p_eta)
+$$;
+
+-- How far a job is, in percent: what is finished counts whole, what OpenAI has done of its batches nearly so.
+create or replace function autotag.measure_progress(p_job autotag.jobs) returns integer
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select greatest(p_job.progress, least(99, floor(100 * (
+    p_job.completed + p_job.failed
+    + 0.9 * coalesce((
+        select sum(least(b.request_done, b.image_count - b.express_count)) from autotag.batches b
+        where b.job_id = p_job.id and b.state in ('submitted', 'ended', 'harvesting') and not b.stored), 0)
+  ) / p_job.image_count)::integer))
+$$;
+
+-- Counts images of a job that have finished; the last one ends the job. The caller holds the job's lock.
+create or replace function autotag.count_finished(p_job_id uuid, p_completed integer, p_failed integer) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job autotag.jobs;
+  v_last boolean;
+begin
+  if p_completed + p_failed = 0 then
+    return;
+  end if;
+  select j.completed + p_completed + j.failed + p_failed = j.image_count into v_last
+  from autotag.jobs j where j.id = p_job_id;
+  update autotag.jobs j
+  set completed = j.completed + p_completed, failed = j.failed + p_failed,
+      finished_at = case when v_last then autotag.now() end,
+      progress = case when v_last then 100 else j.progress end,
+      eta = case when not v_last then j.eta end, eta_p90 = case when not v_last then j.eta_p90 end
+  where j.id = p_job_id returning * into v_job;
+  if v_job.finished_at is null then
+    perform autotag.tell_progress(p_job_id);
+    return;
+  end if;
+  delete from autotag.queues q where q.job_id = p_job_id;
+  perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-complete', jsonb_build_object(
+    'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed, 'image_count', v_job.image_count));
+end $$;
+
+-- Tells the members of the workspace how far a job is, at most once per broadcast_interval. The last word is
+-- always job-complete, so that nothing is lost by leaving one out. p_eta is the job's, where it was just computed. The
+-- caller holds the job's lock.
+create or replace function autotag.tell_progress(p_job_id uuid, p_eta timestamptz default null) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job autotag.jobs;
+  v_now timestamptz := autotag.now();
+begin
+  update autotag.jobs j
+  set told_at = v_now, progress = autotag.measure_progress(j)
+  where j.id = p_job_id and j.finished_at is null
+    and j.told_at <= v_now - (select s.broadcast_interval from autotag.settings s)
+  returning * into v_job;
+  if found then
+    v_job.eta := coalesce(p_eta, autotag.refresh_eta(p_job_id));
+    perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-progress', jsonb_build_object(
+      'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed,
+      'image_count', v_job.image_count, 'progress', v_job.progress, 'eta', v_job.eta));
+  end if;
+end $$;
+
+-- tagging_job: one upload as the UI shows it. `stages` holds the seven stages and how many images are in each.
+create or replace function autotag.describe_job(p_job_id uuid) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job autotag.jobs := autotag.visible_job(p_job_id);
+  v_stages jsonb;
+  v_error text;
+begin
+  select jsonb_object_agg(s.stage, case s.stage when 'completed' then v_job.completed else coalesce(c.images, 0) end)
+  into v_stages
+  from unnest(array['queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed']) s (stage)
+  left join (
+    select t.stage, count(*) as images from autotag.tasks t where t.job_id = v_job.id group by t.stage) c using (stage);
+  -- The sentence that stands for the most failures.
+  select t.error into v_error from autotag.tasks t
+  where t.job_id = v_job.id and t.stage = 'failed' group by t.error order by count(*) desc, t.error limit 1;
+  return jsonb_build_object(
+    'job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', v_job.image_count,
+    'stages', v_stages, 'completed', v_job.completed, 'failed', v_job.failed,
+    'progress', case when v_job.finished_at is null then autotag.measure_progress(v_job) else 100 end,
+    'eta', v_job.eta, 'eta_p90', v_job.eta_p90, 'error', v_error, 'fallback', v_job.fallback,
+    'batches', (
+      select coalesce(jsonb_agg(jsonb_build_object(
+        'batch_id', b.openai_batch_id, 'state', b.state, 'image_count', b.image_count) order by b.ordinal), '[]')
+      from autotag.batches b where b.job_id = v_job.id),
+    'created_at', v_job.created_at, 'finished_at', v_job.finished_at,
+    'cancelled', v_job.cancelled_at is not null);
+end $$;
+
+-- What the batches of late tell about the length of one of p_images images that starts at p_started: seconds, with
+-- the weight that each deserves. Before there is any history, OpenAI's own word (within 24 h) and common experience:
+-- a median of settings.batch_seconds (45 min), from a third (15 min) to sixteen times of it (12 h). A batch in
+-- flight counts as what it is heading for: by its pace when it moves, and when it does not, as twice its age as soon
+-- as it is later than was foreseen. So a slow day shows before its first batch has ended.
+create or replace function autotag.batch_lengths(p_images integer, p_started timestamptz, p_now timestamptz, p_except uuid)
+returns table (seconds double precision, weight double precision)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+begin
+  select * into v_settings from autotag.settings;
+  return query
+    select s.seconds,
+      power(0.5, date_part('epoch', p_now - s.known_at) / 86400 / v_settings.eta_half_life_days)
+      * exp(-abs(ln(s.images::double precision / p_images)))
+      * (0.65 + 0.35 * cos(2 * pi() * date_part('epoch', s.started_at - p_started) / 86400)) * s.boost
+    from (
+      select d.seconds, d.images, d.started_at, d.started_at + make_interval(secs => d.seconds) as known_at, 1.0 as boost
+      from (select * from autotag.durations order by started_at desc limit 300) d
+      union all
+      select f.heading, f.images, f.submitted_at, p_now, 2.0
+      from (
+        select b.image_count - b.express_count as images, b.submitted_at,
+          case when b.request_done > 0.1 * b.request_total and b.running_at is not null
+            then autotag.heading(b.submitted_at, b.running_at, p_now, b.request_done::double precision / b.request_total)
+            else 2 * nullif(greatest(date_part('epoch', p_now - b.submitted_at) - b.predicted_seconds, 0), 0)
+              + b.predicted_seconds end as heading
+        from autotag.batches b where b.state = 'submitted' and b.id is distinct from p_except
+        order by b.submitted_at desc limit 50) f
+      where f.heading is not null
+    ) s
+    union all
+    select v_settings.batch_seconds * x, 0.3
+    from unnest(array[0.33, 0.5, 0.75, 1, 2, 5, 16]::double precision[]) x;
+end $$;
+
+-- The length that a batch is heading for when the share p_share of it is done: it waited, then it went evenly.
+create or replace function autotag.heading(
+  p_started timestamptz, p_running timestamptz, p_now timestamptz, p_share double precision
+) returns double precision
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$
+  select date_part('epoch', p_running - p_started) + date_part('epoch', p_now - p_running) / p_share
+$$;
+
+-- How long a batch will have taken in all, in seconds: the median and the 90th percentile. p_running is when it
+-- began to be worked on (null: not yet), p_share how much of it is done. What has lasted so long already is not
+-- going to be shorter; and from a third on only its own pace counts.
+create or replace function autotag.predict_batch(
+  p_images integer, p_started timestamptz, p_now timestamptz, p_running timestamptz, p_share double precision,
+  p_except uuid, out p50 double precision, out p90 double precision
+)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_age double precision := greatest(date_part('epoch', p_now - p_started), 0);
+  v_trust double precision := case when p_running is null then 0 else least(1, 3 * p_share) end;
+  v_heading double precision;
+  v_unsure double precision;    -- how far the history's p90 lies above its median, as far as that still counts
+begin
+  select min(l.seconds) filter (where l.upto >= 0.5 * l.total), min(l.seconds) filter (where l.upto >= 0.9 * l.total)
+  into p50, p90
+  from (
+    select b.seconds, sum(b.weight) over (order by b.seconds) as upto, sum(b.weight) over () as total
+    from autotag.batch_lengths(p_images, p_started, p_now, p_except) b
+    where b.seconds > v_age) l;
+  p50 := coalesce(p50, 1.5 * v_age);
+  p90 := greatest(coalesce(p90, 3 * v_age), 1.1 * p50);
+  if v_trust > 0 then
+    v_heading := greatest(autotag.heading(p_started, p_running, p_now, p_share), v_age);
+    v_unsure := (1 - v_trust) * ln(p90 / p50);
+    p50 := greatest(v_age, exp((1 - v_trust) * ln(p50) + v_trust * ln(greatest(v_heading, 1))));
+    -- The pace of what is left is a third slower than the pace so far in one case of ten.
+    p90 := exp(v_unsure) * (p50 + v_trust * (p50 - v_age) / 3);
+  end if;
+end $$;
+
+-- When a batch may begin: one without a place in its workspace's window has to wait until there is one for those before
+-- it and for itself, and each full window of those before it is a window later.
+create or replace function autotag.batch_turn(p_batch autotag.batches, p_now timestamptz) returns timestamptz
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_turn timestamptz := greatest(p_now, case when p_batch.not_before < 'infinity' then p_batch.not_before end);
+  v_before integer;
+  v_window record;
+begin
+  if p_batch.state <> 'planned' or p_batch.admitted_at is not null then
+    return v_turn;
+  end if;
+  select count(*) into v_before from autotag.batches b
+  where b.workspace_id = p_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
+    and (b.created_at, b.ordinal) < (p_batch.created_at, p_batch.ordinal);
+  select l.length, l.max_requests, a.retry_at into v_window
+  from autotag.window_limits(p_batch.workspace_id, 'batch') l
+  cross join lateral autotag.admit(
+    p_batch.workspace_id, 'batch', v_before % l.max_requests + 1, 0, false, p_take => false) a;
+  return greatest(v_turn, coalesce(v_window.retry_at, p_now) + v_before / v_window.max_requests * v_window.length);
+end $$;
+
+-- The batch's own prediction, and when it will be done; one that has not started starts when its turn comes.
+create or replace function autotag.batch_eta(p_batch autotag.batches, p_now timestamptz, out p50 timestamptz, out p90 timestamptz)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_started timestamptz := coalesce(p_batch.submitted_at, autotag.batch_turn(p_batch, p_now));
+  v_seconds record;
+begin
+  v_seconds := autotag.predict_batch(p_batch.image_count - p_batch.express_count, v_started, greatest(p_now, v_started),
+    p_batch.running_at, p_batch.request_done::double precision / greatest(p_batch.request_total, 1), p_batch.id);
+  p50 := v_started + make_interval(secs => v_seconds.p50);
+  p90 := v_started + make_interval(secs => v_seconds.p90);
+end $$;
+
+-- When a job will be done, written to it: its last batch, or the last of its single calls, which wait for the limits
+-- and for their chunks. p_wait: for the limits, where that is known already. The caller holds the job's lock.
+create or replace function autotag.refresh_eta(p_job_id uuid, p_wait interval default null) returns timestamptz
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_settings autotag.settings;
+  v_single interval;
+  v_batches record;
+  v_eta timestamptz;
+begin
+  select * into v_settings from autotag.settings;
+  v_single := make_interval(secs => v_settings.call_seconds) + coalesce((
+    select greatest(coalesce(p_wait, autotag.predict_wait(q.workspace_id, 0, true)),
+      case when q.chunk is not null then greatest(q.ready_at, v_now) - v_now
+        + v_settings.chunk_delay * ((q.queued - 1) / q.chunk) end)
+    from autotag.queues q where q.job_id = p_job_id and q.queued > 0), interval '0');
+  select max(e.p50) as p50, max(e.p90) as p90 into v_batches
+  from (
+    -- Those that wait for their turn are mostly alike: the last one speaks for all.
+    select distinct on (b.openai_batch_id, b.not_before, b.image_count - b.express_count) b as batch
+    from autotag.batches b where b.job_id = p_job_id and b.state not in ('done', 'cancelled')
+    order by b.openai_batch_id, b.not_before, b.image_count - b.express_count, b.ordinal desc) d
+  cross join lateral autotag.batch_eta(d.batch, v_now) e;
+  update autotag.jobs j
+  set eta = greatest(v_now + v_single, v_batches.p50), eta_p90 = greatest(v_now + 2 * v_single, v_batches.p90)
+  where j.id = p_job_id and j.finished_at is null
+  returning j.eta into v_eta;
+  return v_eta;
+end $$;
+
+-- OpenAI completed a batch: that is one more duration.
+create or replace function autotag.note_duration(p_batch autotag.batches, p_now timestamptz) returns void
+language sql security definer set search_path = pg_catalog, pg_temp
+as $$
+  insert into autotag.durations (images, started_at, seconds)
+  select p_batch.image_count - p_batch.express_count, p_batch.submitted_at,
+    greatest(date_part('epoch', p_now - p_batch.submitted_at), 1)
+$$;
+
+-- The model that is asked and how, what it is known to use, its end, and what the provider can do: {name, reasoning_effort,
+-- service_tier, answer_format, cap_parameter, prompt_tokens, output_tokens (means), cap, reserved, priced, proven, shutdown
+-- (describe_shutdown), provider: {base_url, batches, rate_headers, keep_files}}; null in provider: not known yet.
+create or replace function autotag.describe_model(p_provider autotag.provider_limits) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  -- What is asked from the next claim on, which may be another model than the last claim's.
+  return (autotag.describe_question() - 'model' - 'max_tags' - 'tag_language') || jsonb_build_object(
+    'name', (select s.model from autotag.settings s), 'prompt_tokens', p_provider.prompt_mean, 'output_tokens', p_provider.output_mean,
+    'cap', p_provider.output_tokens, 'reserved', p_provider.tokens_per_image,
+    'priced', autotag.expected_cost() is not null, 'cost_per_1000', round(1000 * autotag.expected_cost(), 4),
+    'proven', p_provider.proven_at is not null and p_provider.question = autotag.describe_question(), 'shutdown', autotag.describe_shutdown(),
+    'provider', jsonb_build_object('base_url', p_provider.base_url, 'batches', p_provider.has_batches,
+      'rate_headers', p_provider.has_rate_headers, 'keep_files', p_provider.keep_files));
+end $$;
+
+-- Everything that is going on, as one JSON object; lists are cut to p_most (200 at most). See the README for how it is shown.
+-- It names workspaces, uploads, batches and workers by their ids, and no image; who learns an id may do nothing with it.
+create or replace function autotag.status(p_most integer default 20) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_provider autotag.provider_limits := autotag.refilled_provider(v_now);
+  v_counts jsonb := autotag.metrics();
+begin
+  p_most := least(greatest(coalesce(p_most, 20), 0), 200);
+  return jsonb_build_object(
+    'at', v_now,
+    'queue', jsonb_build_object('workspaces', v_counts -> 'queued_workspaces', 'queued', v_counts -> 'queued',
+      'parked', v_counts -> 'parked', 'live', v_counts -> 'live'),
+    'jobs', (
+      select coalesce(jsonb_agg(to_jsonb(x) order by x.created_at), '[]') from (
+        select j.id as job_id, j.workspace_id, j.strategy, j.image_count, j.completed, j.failed,
+          autotag.measure_progress(j) as progress, j.created_at, j.eta, j.eta_p90, j.fallback
+        from autotag.jobs j where j.finished_at is null order by j.created_at limit p_most) x),
+    'batches', (
+      select coalesce(jsonb_agg(to_jsonb(x) order by x.created_at, x.ordinal), '[]') from (
+        select b.id as batch, b.job_id, b.ordinal, b.openai_batch_id, b.state, b.openai_status,
+          b.image_count - b.express_count as images, b.request_done as done, b.created_at, b.submitted_at,
+          e.p50 as eta, e.p90 as eta_p90, b.failures, b.error
+        from (select * from autotag.batches l where l.state not in ('done', 'cancelled')
+              order by l.created_at, l.ordinal limit p_most) b
+        cross join lateral autotag.batch_eta(b::autotag.batches, v_now) e) x),
+    'limits', jsonb_build_object(
+      'requests_per_minute', v_provider.requests_per_minute,
+      'requests_left', floor(greatest(v_provider.requests_left, 0)),
+      'tokens_per_minute', v_provider.tokens_per_minute,
+      'tokens_left', floor(greatest(v_provider.tokens_left, 0)),
+      'requests_per_day', v_provider.requests_per_day,
+      'requests_left_today', case when v_provider.requests_per_day is not null then floor(v_provider.day_left) end,
+      'queued_batch_tokens', v_provider.queued_batch_tokens,
+      'queued_batch_tokens_used', (
+        select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.reserved_tokens > 0),
+      'blocked_until', case when v_provider.blocked_until > v_now then v_provider.blocked_until end,
+      'account_error', v_provider.account_error, 'account_error_from', v_provider.account_error_from,
+      'account_error_at', v_provider.account_error_at),
+    'model', autotag.describe_model(v_provider),
+    'workers', (
+      select coalesce(jsonb_agg(jsonb_build_object('worker', w.id, 'host', w.host, 'version', w.version,
+        'listening', w.listening, 'started_at', w.started_at, 'seen_at', w.seen_at, 'alive', w.lease_until > v_now,
+        'in_hand', cardinality(autotag.held_tasks(w.id))) order by w.started_at), '[]')
+      from autotag.workers w),
+    'errors', (
+      select coalesce(jsonb_agg(to_jsonb(x) order by x.images desc, x.code), '[]') from (
+        select t.error_code as code, min(t.error) as message, count(*) as images, max(t.finished_at) as last_at
+        from autotag.jobs j join autotag.tasks t on t.job_id = j.id
+        where (j.finished_at is null or j.finished_at > v_now - interval '1 day') and t.stage = 'failed'
+          and t.finished_at > v_now - interval '1 day'
+        group by t.error_code order by count(*) desc limit p_most) x),
+    'today', (
+      select jsonb_build_object('images', coalesce(sum(u.images), 0), 'requests', coalesce(sum(u.requests), 0),
+        'input_tokens', coalesce(sum(u.input_tokens), 0), 'output_tokens', coalesce(sum(u.output_tokens), 0),
+        'cost', coalesce(sum(u.cost), 0),
+        -- answers of models without a price: what they cost is not in there
+        'unpriced_requests', coalesce(sum(u.requests) filter (where u.cost is null), 0),
+        'unpriced_models', coalesce(jsonb_agg(distinct u.model) filter (where u.cost is null), '[]'))
+      from autotag.usage u where u.day = (v_now at time zone 'utc')::date));
+end $$;
+
+-- What an operator sees of the whole system (`autotag status`), and existing images brought in (`autotag enqueue`).
+
+-- What a monitoring system samples: counts, ages in seconds, and what is left of the provider's bucket. Each is one
+-- short look, and none grows with what was done before.
+create or replace function autotag.metrics() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_provider autotag.provider_limits := autotag.refilled_provider(v_now);
+begin
+  return (
+    select jsonb_build_object(
+      'queued', q.images, 'queued_workspaces', q.workspaces,
+      'oldest_queued', (
+        select extract(epoch from v_now - min(j.created_at)) from autotag.queues u join autotag.jobs j on j.id = u.job_id
+        where u.queued > 0 and j.finished_at is null),
+      'parked', k.parked, 'live', l.images,
+      'work', q.images + k.held + k.due + b.images,
+      'batches', b.states, 'oldest_batch', extract(epoch from v_now - b.oldest))
+    || jsonb_build_object(
+      'requests_left', floor(v_provider.requests_left), 'requests_per_minute', v_provider.requests_per_minute,
+      'tokens_left', floor(v_provider.tokens_left), 'tokens_per_minute', v_provider.tokens_per_minute,
+      'blocked_seconds', extract(epoch from greatest(v_provider.blocked_until, v_now) - v_now),
+      'account_error', (v_provider.account_error is not null)::integer,
+      'workers', (select count(*) from autotag.workers w where w.lease_until > v_now),
+      'outbox', o.messages, 'oldest_message', extract(epoch from v_now - o.oldest),
+      'images_today', u.images, 'cost_today', u.cost, 'unpriced_today', u.unpriced,
+      'shutdown_days', (select m.shutdown_date from autotag.settings s, autotag.find_model(s.model) m) - (v_now at time zone 'utc')::date)
+    from autotag.count_waiting() q
+    cross join (select count(*) filter (where t.retry_at is not null) as parked,
+                  count(*) filter (where t.retry_at <= v_now) as due,
+                  count(*) filter (where t.worker_id is not null) as held
+                from autotag.tasks t where t.finished_at is null) k
+    cross join (select coalesce(sum(j.image_count - j.completed - j.failed), 0) as images
+                from autotag.jobs j where j.finished_at is null) l
+    cross join (select coalesce(jsonb_object_agg(s.state, s.batches), '{}') as states, min(s.oldest) as oldest,
+                  coalesce(sum(s.images) filter (where s.state not in ('submitted')), 0) as images
+                from (select b.state, count(*) as batches, min(b.created_at) as oldest,
+                        sum(b.image_count - b.express_count) filter (where b.not_before <= v_now) as images
+                      from autotag.batches b where b.state not in ('done', 'cancelled') group by b.state) s) b
+    cross join (select count(*) as messages, min(m.created_at) as oldest from autotag.outbox m) o
+    cross join (select coalesce(sum(x.images), 0) as images, coalesce(sum(x.cost), 0) as cost,
+                  coalesce(sum(x.requests) filter (where x.cost is null), 0) as unpriced
+                from autotag.usage x where x.day = (v_now at time zone 'utc')::date) u);
+end $$;
+
+-- What `autotag doctor` asks the database: everything that can be told from inside, each with what mends it.
+
+-- One finding. level: ok, warning (works, but not as well as it should) or error (does not work).
+create or replace function autotag.finding(p_check text, p_level text, p_message text, p_fix text default null) returns jsonb
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select jsonb_build_object('check', p_check, 'level', p_level, 'message', p_message,
+    'fix', case when p_level <> 'ok' then p_fix end)
+$$;
+
+-- Whether pg_cron runs a job, and how its last run went; null without pg_cron. Looked up by name at run time,
+-- because without the extension there is no such table to compile against.
+create or replace function autotag.diagnose_cron() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_jobs text[];
+  v_failed text;
+begin
+  if to_regclass('cron.job') is null then
+    return autotag.finding('pg_cron', 'warning', 'pg_cron is not installed; a worker does its work while one runs.',
+      'Enable pg_cron in the dashboard (Integrations), then: select autotag.schedule_cron();');
+  end if;
+  execute format('select array_agg(j.jobname::text order by j.jobname) from %I.job j
+    where j.active and j.jobname like ''autotag-%%'' and j.database = current_database()', 'cron') into v_jobs;
+  if v_jobs is distinct from array['autotag-housekeeping', 'autotag-tick'] then
+    return autotag.finding('pg_cron', 'error',
+      format('The jobs autotag-tick and autotag-housekeeping should be scheduled; there are: %s.',
+        coalesce(array_to_string(v_jobs, ', '), 'none')),
+      'select autotag.schedule_cron();');
+  end if;
+  execute format('select concat(x.jobname, '': '', x.return_message) from (
+      select distinct on (j.jobid) j.jobname, d.status, d.return_message
+      from %1$I.job j join %1$I.job_run_details d on d.jobid = j.jobid
+      where j.jobname like ''autotag-%%'' and d.status in (''succeeded'', ''failed'')
+      order by j.jobid, d.runid desc) x
+    where x.status = ''failed'' limit 1', 'cron') into v_failed;
+  if v_failed is not null then
+    return autotag.finding('pg_cron', 'error', 'The last run of a job failed: ' || v_failed,
+      'select * from cron.job_run_details order by runid desc limit 5;');
+  end if;
+  return autotag.finding('pg_cron', 'ok', 'Both jobs are scheduled, and no last run failed.');
+end $$;
+
+-- An image of the newest upload's workspace that lies in Storage, to see whether it can be read; null: there is none.
+create or replace function autotag.sample_image() returns jsonb
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select jsonb_build_object('bucket', d.bucket, 'path', d.path)
+  from (select j.workspace_id from autotag.jobs j order by j.created_at desc limit 1) j
+  cross join autotag.describe_assets(autotag.list_assets(j.workspace_id, false, null, 20)) d
+  where d.bucket is not null and d.path is not null limit 1
+$$;
+
+-- A broadcast that means nothing, to see whether broadcasts arrive.
+create or replace function autotag.send_probe(p_nonce uuid) returns void
+language sql security definer set search_path = pg_catalog, pg_temp
+as $$ select autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false) $$;
+
+-- Whether rows name files of their own workspace, and who could write others.
+create or replace function autotag.diagnose_files() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rule text := autotag.file_rule();
+  v_look record := autotag.look_at_files(10000);
+  v_open text := case when v_look.may_write is not null
+    then format(' Signed-in users can write rows that name any file (%s).', v_look.may_write) else '' end;
+begin
+  if v_rule = 'any' then
+    return autotag.finding('files', 'warning',
+      'A row may name any file of the project (rule any), and its workspace gets that picture''s tags.' || v_open,
+      'Set a rule: autotag init --file-rule workspace-folder   (docs/install.md, "Whose a file is")');
+  elsif v_look.broken > 0 then
+    return autotag.finding('files', 'warning',
+      format('%s of %s rows looked at name a file that is not their workspace''s (rule %s) and are not tagged, for example %s.',
+        v_look.broken, v_look.looked_at, v_rule, array_to_string(v_look.examples, ', ')) || v_open,
+      'Correct these rows, or the rule in autotag.describe_assets.');
+  end if;
+  return autotag.finding('files', 'ok',
+    format('Rows name files of their own workspace (rule %s; %s rows looked at).', v_rule, v_look.looked_at)
+      || v_open || case when v_open <> '' then ' autotag does not tag them.' else '' end);
+end $$;
+
+-- The model and the provider: the model's end, its price, how it has to be asked, and what the provider cannot do.
+create or replace function autotag.diagnose_model(p_provider autotag.provider_limits) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_model text := (select s.model from autotag.settings s);
+  m autotag.models := autotag.find_model(v_model);
+  v_end jsonb := autotag.describe_shutdown();
+  v_lacks text := concat_ws(', ',
+    case when p_provider.has_batches is false then 'a Batch API (everything goes as single calls)' end,
+    case when p_provider.has_rate_headers is false then 'rate-limit headers (autotag.provider_limits is what holds)' end,
+    case when p_provider.keep_files is null then 'expiring files' end);
+  v_forms text := concat_ws(', ',
+    case when m.cap_parameter = 'max_tokens' then 'max_tokens instead of max_completion_tokens'
+         when m.cap_parameter = 'none' then 'no cap of the answer' end,
+    case when m.answer_format = 'json_object' then 'json_object instead of json_schema'
+         when m.answer_format = 'text' then 'no response_format' end,
+    case when not m.sends_effort then 'no reasoning_effort' end,
+    case when not m.sends_detail then 'no detail' end,
+    case when not m.sends_tier then 'no service_tier' end);
+begin
+  return jsonb_build_array(
+    case when v_end is not null then autotag.finding('model', v_end ->> 'level', v_end ->> 'message', v_end ->> 'fix')
+      when m.shutdown_date is not null then autotag.finding('model', 'ok', format('%s shuts down on %s.', v_model, m.shutdown_date))
+      else autotag.finding('model', 'ok', format('%s%s; no end is announced.', v_model,
+        coalesce(' with reasoning effort ' || m.reasoning_effort, ''))) end,
+    case when m.input_price is not null and m.output_price is not null then autotag.finding('price', 'ok',
+        format('%s costs $%s and $%s per million tokens, about $%s for 1,000 images one by one.', v_model,
+          to_char(m.input_price, 'FM9990.00##'), to_char(m.output_price, 'FM9990.00##'), to_char(1000 * autotag.expected_cost(), 'FM9990.00#')))
+      else autotag.finding('price',
+        case when exists (select from autotag.quotas q where q.max_cost is not null) then 'error' else 'warning' end,
+        format('What %s costs is not known, so costs are shown as unknown%s.', v_model,
+          case when exists (select from autotag.quotas q where q.max_cost is not null)
+            then ' and no quota in dollars is enforced' else '' end),
+        case when m.name is null
+          then format('insert into autotag.models (name, input_price, output_price) values (%L, …, …);   -- dollars per million tokens', v_model)
+          else format('update autotag.models set input_price = …, output_price = … where name = %L;   -- dollars per million tokens', m.name) end) end,
+    case when v_forms <> '' then autotag.finding('request', 'ok', format('%s is asked with %s.', v_model, v_forms))
+      else autotag.finding('request', 'ok', format('%s is asked as OpenAI documents it.', v_model)) end,
+    case when v_lacks <> '' then autotag.finding('provider', 'ok', format('This provider lacks %s.', v_lacks))
+      else autotag.finding('provider', 'ok', 'Nothing is known to be missing.') end);
+end $$;
+
+-- What the database can tell of the installation: {findings: [{check, level, message, fix}] in the order a
+-- reader wants them, now (epoch seconds), model, sample}. sample is the one image that anybody is told of who has not
+-- claimed it: bucket and path, without which the doctor could not try to read a file.
+create or replace function autotag.diagnose() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_found jsonb := '[]'::jsonb;
+  v_provider autotag.provider_limits;
+  v_workers integer;
+  v_polling integer;
+  v_versions text;
+  v_waiting integer;
+  v_logins text;
+  v_problem text;
+  v_sample jsonb;
+  v_ticked timestamptz := (select c.ticked_at from autotag.clock c);
+begin
+  select * into v_provider from autotag.provider_limits;
+
+  -- roles and grants
+  select string_agg(m.rolname, ', ' order by m.rolname) into v_logins
+  from pg_catalog.pg_roles m
+  where m.rolcanlogin and not m.rolsuper and pg_catalog.pg_has_role(m.oid, 'autotag_worker', 'member')
+    and m.rolname <> 'postgres';
+  v_found := v_found || case
+    when v_logins is null then autotag.finding('roles', 'warning',
+      'No login of its own is granted autotag_worker; the worker then has to run as the owner, who may do everything.',
+      'create role tagger login password ''…'' in role autotag_worker;')
+    else autotag.finding('roles', 'ok', format('Workers may log in as %s.', v_logins)) end;
+
+  select string_agg(p.oid::regprocedure::text, ', ') into v_problem
+  from pg_catalog.pg_proc p
+  where p.pronamespace in ('autotag'::regnamespace) and has_function_privilege('anon', p.oid, 'execute');
+  v_found := v_found || case
+    when v_problem is not null then autotag.finding('grants', 'error', 'anon may call ' || v_problem || '.',
+      'revoke execute on all functions in schema autotag from public, anon;')
+    when not has_function_privilege('authenticated', 'public.enqueue_tagging(uuid[])', 'execute')
+      then autotag.finding('grants', 'error', 'Signed-in users may not call enqueue_tagging.',
+        'grant execute on function public.enqueue_tagging to authenticated;')
+    else autotag.finding('grants', 'ok', 'Signed-in users may call the RPCs, anon may call nothing.') end;
+
+  -- the host's tables
+  begin
+    perform from autotag.describe_assets(array['00000000-0000-0000-0000-000000000000']::uuid[]);
+    perform autotag.is_member('00000000-0000-0000-0000-000000000000');
+    perform from autotag.tagged_assets('00000000-0000-0000-0000-000000000000', 1);
+    v_sample := autotag.sample_image();
+    v_found := v_found || autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.')
+      || autotag.diagnose_files();
+  exception when others then
+    v_found := v_found || autotag.finding('host adapter', 'error',
+      'The adapter does not fit the host''s tables: ' || sqlerrm,
+      'Correct autotag.is_member, autotag.describe_assets, autotag.store_tags and autotag.show_stage.');
+  end;
+
+  -- the clock
+  v_found := v_found || autotag.diagnose_cron();
+  v_found := v_found || case
+    when (select s.test_clock from autotag.settings s) then autotag.finding('clock', 'error',
+      'settings.test_clock is on: any session can bend autotag''s time.', 'update autotag.settings set test_clock = false;')
+    when v_ticked = '-infinity' then autotag.finding('clock', 'warning',
+      'autotag has never ticked.', 'autotag worker   (or wait a minute for pg_cron)')
+    when v_ticked < v_now - interval '5 min' then autotag.finding('clock', 'error',
+      format('autotag last ticked %s ago; neither pg_cron nor a worker is running.',
+        date_trunc('second', v_now - v_ticked)), 'autotag worker')
+    else autotag.finding('clock', 'ok', 'autotag ticks.') end;
+
+  -- broadcasts
+  select count(*)::integer into v_waiting from autotag.outbox o where o.created_at < v_now - interval '1 min';
+  v_found := v_found || case
+    when to_regprocedure('realtime.send(jsonb,text,text,boolean)') is not null then
+      autotag.finding('realtime.send', 'ok', 'Broadcasts leave with the transaction.')
+    when v_waiting > 0 then autotag.finding('realtime.send', 'error',
+      format('This stack has no realtime.send, and %s broadcasts wait for a worker.', v_waiting),
+      'autotag worker   (with SUPABASE_URL and SUPABASE_SECRET_KEY set)')
+    else autotag.finding('realtime.send', 'warning',
+      'This stack has no realtime.send; workers deliver broadcasts over HTTP.', 'Upgrade Realtime.') end;
+
+  -- workers
+  select count(*)::integer, count(*) filter (where not w.listening)::integer, string_agg(distinct w.version, ', ')
+  into v_workers, v_polling, v_versions
+  from autotag.workers w where w.lease_until > v_now;
+  v_found := v_found || case
+    when v_workers = 0 then autotag.finding('workers', 'error', 'No worker is alive, so nothing is tagged.', 'autotag worker')
+    when v_polling > 0 then autotag.finding('workers', 'warning',
+      format('%s of %s workers poll, because their connection cannot LISTEN.', v_polling, v_workers),
+      'Give them a direct or session-mode DATABASE_URL (port 5432).')
+    else autotag.finding('workers', 'ok', format('%s alive, version %s.', v_workers, v_versions)) end;
+
+  -- the provider's account
+  v_found := v_found || case
+    when v_provider.account_error is not null then autotag.finding('account', 'error',
+      format('Tagging stands still since %s: %s', to_char(v_provider.account_error_at, 'YYYY-MM-DD HH24:MI TZ'),
+        v_provider.account_error), 'Fix what it says; the workers notice by themselves.')
+    else autotag.finding('account', 'ok', 'Neither the provider nor Storage refuses to work.') end;
+  v_found := v_found || case
+    when exists (select from autotag.quotas q where q.max_cost is not null and q.scope = 'workspace' and q.workspace_id is null)
+      then autotag.finding('spending', 'ok', 'Every workspace has a limit in dollars.')
+    else autotag.finding('spending', 'warning', 'No quota limits what a workspace may spend.',
+      'insert into autotag.quotas (scope, period, max_cost) values (''workspace'', ''month'', 20);   -- dollars, every workspace') end
+  || case
+    when exists (
+      select from pg_catalog.pg_roles m
+      where m.rolcanlogin and not m.rolsuper and m.rolname <> 'postgres'
+        and pg_catalog.pg_has_role(m.oid, 'autotag_worker', 'member')
+        and has_database_privilege(m.oid, current_database(), 'temporary'))
+      then autotag.finding('temporary objects', 'warning',
+        'Workers'' logins may create temporary objects, which nothing of autotag needs.',
+        format('revoke temporary on database %I from public;   -- then grant it to the roles that need it', current_database()))
+    else autotag.finding('temporary objects', 'ok', 'Workers'' logins may create none.') end;
+  return jsonb_build_object('findings', v_found || autotag.diagnose_model(v_provider), 'now', extract(epoch from v_now),
+    'model', (select s.model from autotag.settings s), 'sample', v_sample);
+end $$;
+
+-- What every installation begins with. It may run again: what is there stays, and kinds of error are as this version has them.
+
+insert into autotag.settings default values on conflict do nothing;
+
+-- Prices: OpenAI's pages, autumn 2026. Cache writes of the 5.6 and 6 families cost 1.25 times the input. Shutdowns: OpenAI's
+-- page of deprecations on 2026-11-28. Where reasoning is a choice, tagging needs none: OpenAI's own advice for the move from
+-- the 4.1 family. OpenAI publishes no figure for the images of the newer models; 1.62 tokens a patch is that of gpt-4.1-mini.
+insert into autotag.models (name, input_price, cached_price, cache_write_price, output_price, reasons, reasoning_effort, patch_tokens) values
+  ('gpt-6-luna', 0.10, 0.01, 0.125, 0.50, true, 'none', 1.62),
+  ('gpt-6.1-terra', 1.00, 0.05, 1.25, 5.00, true, 'none', 1.62),
+  ('gpt-5.6-luna', 0.20, 0.02, 0.25, 1.20, true, 'none', 1.62),
+  ('gpt-5.6-terra', 2.00, 0.20, 2.50, 12.00, true, 'none', 1.62),
+  ('gpt-5.6-sol', 4.00, 0.40, 5.00, 20.00, true, 'none', 1.62),
+  ('gpt-5.4-mini', 0.75, 0.075, null, 4.50, true, 'none', 1.62)
+on conflict do nothing;
+
+insert into autotag.models (name, input_price, cached_price, output_price, reasons, patch_tokens, base_tokens, tile_tokens, shutdown_date, successor) values
+  ('gpt-4.1-mini', 0.40, 0.10, 1.60, false, 1.62, null, null, '2027-01-14', 'gpt-6-luna'),
+  ('gpt-4o-mini', 0.15, 0.075, 0.60, false, null, 2833, 5667, '2027-01-14', 'gpt-6-luna'),
+  -- known to shut down; their prices are not kept here
+  ('gpt-4.1', null, null, null, false, null, 85, 170, '2027-01-14', 'gpt-6-luna'),
+  ('gpt-4o', null, null, null, false, null, 85, 170, '2027-01-14', 'gpt-6-luna'),
+  ('gpt-4.1-nano', null, null, null, false, 2.46, null, null, '2026-10-23', null),
+  ('o4-mini', null, null, null, true, 1.72, null, null, '2026-10-23', null),
+  ('gpt-5', null, null, null, true, null, 70, 140, '2026-12-11', null),
+  ('gpt-5-mini', null, null, null, true, 1.62, null, null, '2026-12-11', null),
+  ('gpt-5-nano', null, null, null, true, 2.46, null, null, '2026-12-11', null)
+on conflict do nothing;
+
+insert into autotag.provider_limits default values on conflict do nothing;
+
+-- A new installation asks what the settings' defaults say; the first worker that registers makes it prove itself.
+do $$
+declare
+  v_provider autotag.provider_limits;
+begin
+  select * into v_provider from autotag.provider_limits p where p.question = '{}' for update;
+  if not found then
+    return;
+  end if;
+  perform autotag.sync_question(v_provider);
+  update autotag.provider_limits p set proven_at = '-infinity' where p.proven_at is null;
+end $$;
+
+insert into autotag.clock default values on conflict do nothing;
+
+insert into autotag.error_kinds values
+  ('transient', true, true, false, false, 'nobody''s fault: a broken connection, an error of the service, or what nobody knows', '{}'),
+  ('rate_limit', false, false, false, false, 'the provider asks to wait: again when it says so', '{}'),
+  ('account', false, true, true, false, 'key, credit, model, address or an unsupported request: again when somebody has fixed it',
+    '{http_413,context_too_small}'),
+  ('image', true, false, false, true, 'this image, by the provider''s own word or by its file', '{}')
+on conflict (kind) do update set counts = excluded.counts, delays = excluded.delays, pauses = excluded.pauses,
+  ends = excluded.ends, meaning = excluded.meaning, suspects = excluded.suspects;
+
+-- The public RPCs: thin wrappers with clean names, and the one list of who may call what.
+-- Errors are documented where they are raised; all of them carry {code} in their detail.
+create or replace function public.enqueue_tagging(asset_ids uuid[]) returns jsonb
+language sql security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.enqueue(asset_ids, autotag.hidden_files(asset_ids)) $$;
+
+create or replace function public.cancel_tagging(job_id uuid) returns jsonb
+language sql security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.cancel(job_id) $$;
+
+create or replace function public.retry_tagging(job_id uuid) returns jsonb
+language sql security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.retry(job_id, autotag.hidden_files(autotag.failed_assets(job_id))) $$;
+
+create or replace function public.tagging_job(job_id uuid) returns jsonb
+language sql stable security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.describe_job(job_id) $$;
+
+-- What would happen with an upload of so many images, before it is made. chunks counts the releases of single
+-- calls (1 when all go at once, 0 for batches), delay_ms the pause between them.
+create or replace function autotag.describe_strategy(p_images integer) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_type text;
+  v_batches integer := 0;
+begin
+  perform autotag.check_image_count(p_images);
+  select * into v_settings from autotag.settings;
+  v_type := autotag.choose_strategy(p_images);
+  if v_type in ('batch', 'batch-parallel') then
+    v_batches := autotag.plan_batches(p_images, v_settings.batch_batches_per_hour, v_settings.batch_images_per_hour);
+  end if;
+  return jsonb_build_object(
+    'type', v_type,
+    'chunks', case v_type when 'realtime' then 1
+      when 'realtime-chunked' then ceil(p_images::numeric / v_settings.chunk_size) else 0 end,
+    'delay_ms', case v_type when 'realtime-chunked' then (extract(epoch from v_settings.chunk_delay) * 1000)::integer else 0 end,
+    'batches', v_batches,
+    'estimate_seconds', autotag.estimate_seconds(p_images, v_batches))
+    -- why so many images do not go by batch
+    || case when v_type = 'realtime-chunked' and p_images > v_settings.chunk_max_images
+      then jsonb_build_object('note', 'The AI provider has no Batch API, so these images go as single calls.')
+      else '{}' end;
+end $$;
+
+create or replace function public.tagging_strategy(image_count integer) returns jsonb
+language sql stable security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.describe_strategy(image_count) $$;
+
+create or replace function public.check_rate_limit(
+  workspace_id uuid, request_type text, image_count integer,
+  out allowed boolean, out retry_after double precision, out reason text
+)
+language plpgsql security invoker set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_answer record := autotag.take_allowance(workspace_id, request_type, image_count, true);
+begin
+  allowed := v_answer.allowed;
+  retry_after := v_answer.retry_after;
+  reason := v_answer.reason;
+end $$;
+
+-- The same without taking anything, for UIs.
+create or replace function public.peek_rate_limit(
+  workspace_id uuid, request_type text, image_count integer,
+  out allowed boolean, out retry_after double precision, out reason text
+)
+language plpgsql security invoker set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_answer record := autotag.take_allowance(workspace_id, request_type, image_count, false);
+begin
+  allowed := v_answer.allowed;
+  retry_after := v_answer.retry_after;
+  reason := v_answer.reason;
+end $$;
+
+create or replace function public.tagging_usage(workspace_id uuid, since date default '-infinity', until date default 'infinity')
+returns table (user_id uuid, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
+  cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
+language sql stable security invoker set search_path = pg_catalog, pg_temp
+as $$ select * from autotag.list_usage(workspace_id, since, until) $$;
+
+-- For the edge function that stands in for a worker without a public address: a delivery of OpenAI's webhook
+-- that it has verified. Not for users.
+create or replace function public.openai_webhook(webhook_id text, event_type text, batch_id text) returns jsonb
+language sql security invoker set search_path = pg_catalog, pg_temp
+as $$ select jsonb_build_object('result', autotag.receive_webhook(webhook_id, event_type, batch_id)) $$;
+
+-- Once a minute: takes back what dead workers held and wakes the living for what has become due.
+create or replace function autotag.tick() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+begin
+  perform autotag.expire_workers();
+  -- An image too large for its workspace's window waits for a larger limit: see whether it came.
+  update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at = 'infinity';
+  -- A batch waits until places leave the window: see whether it has some already (a larger limit, a cancelled upload).
+  update autotag.batches b set not_before = v_now
+  where b.id in (
+    select w.id from autotag.batches w
+    where w.state = 'planned' and w.admitted_at is null and w.not_before > v_now
+      and (select a.admitted > 0 from autotag.admit(w.workspace_id, 'batch', 1, 0, false, false) a)
+    for update skip locked);
+  if exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at <= v_now))
+     or exists (select from autotag.tasks t where t.retry_at <= v_now)
+     or exists (select from autotag.uploads u where u.seal_at <= v_now) then
+    perform pg_notify('autotag', 'realtime');
+  end if;
+  if exists (select from autotag.batches b where b.worker_id is null and b.not_before <= v_now
+       and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting'))
+     or exists (select from autotag.batches b, autotag.provider_limits p
+       where b.state = 'submitted' and greatest(p.next_poll_at, p.ask_after) <= v_now) then
+    perform pg_notify('autotag', 'batch');
+  end if;
+  update autotag.clock set ticked_at = v_now;
+end $$;
+
+-- Daily: drops what nobody needs any more.
+create or replace function autotag.housekeeping() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_workspace uuid;
+begin
+  delete from autotag.jobs j
+  where j.finished_at < v_now - (select s.keep_finished from autotag.settings s);
+  -- A workspace without work is forgotten. Under its lock, and looked at again there, because an upload may
+  -- just have come; one that is locked is in use.
+  for v_workspace in select w.workspace_id from autotag.workspaces w where w.queued = 0 loop
+    perform from autotag.workspaces w where w.workspace_id = v_workspace for update skip locked;
+    if found then
+      delete from autotag.workspaces w
+      where w.workspace_id = v_workspace and w.queued = 0 and not exists (
+        select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
+    end if;
+  end loop;
+  delete from public.workspace_rate_limits w
+  where w.max_requests is null and w.max_units is null
+    and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h';
+  delete from autotag.workers w where w.lease_until < v_now - interval '1 day';
+  delete from autotag.webhooks w where w.received_at < v_now - interval '4 days';  -- OpenAI retries for three
+  delete from autotag.durations d where d.started_at < v_now - interval '90 days';
+  delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- nobody asks so any more
+  delete from autotag.outbox o where o.created_at < v_now - interval '1 day';
+  delete from autotag.usage u
+  where u.day < (v_now at time zone 'utc')::date - (select s.keep_usage from autotag.settings s);
+  update autotag.clock set housekept_at = v_now;
+end $$;
+
+-- Called with every heartbeat: does what the clock is late with. One at a time, nobody waits.
+create or replace function autotag.tick_if_due() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_clock autotag.clock;
+  v_now timestamptz := autotag.now();
+begin
+  select * into v_clock from autotag.clock;
+  if v_clock.ticked_at > v_now - interval '59 s'
+     and not exists (select from autotag.workers w where w.lease_until < v_now) then
+    return;
+  end if;
+  if not pg_try_advisory_xact_lock(hashtext('autotag.tick')) then
+    return;
+  end if;
+  perform autotag.tick();
+  if v_clock.housekept_at < v_now - interval '25 h' then
+    perform autotag.housekeeping();
+  end if;
+end $$;
+
+-- Schedules both jobs; by name, so that a second time changes nothing. False where pg_cron is not installed.
+-- The names of pg_cron's objects are looked up when it runs, because without the extension there are none.
+create or replace function autotag.schedule_cron() returns boolean
+language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if to_regclass('cron.job') is null then
+    return false;
+  end if;
+  execute format('select %I.schedule($1, $2, $3)', 'cron')
+    using 'autotag-tick', '* * * * *', 'select autotag.tick()';
+  -- pg_cron keeps a row of every run for ever, so its own history is cleaned along.
+  execute format('select %I.schedule($1, $2, $3)', 'cron')
+    using 'autotag-housekeeping', '17 3 * * *', $run$select autotag.housekeeping();
+      delete from cron.job_run_details where end_time < now() - interval '7 days'$run$;
+  return true;
+end $$;
+
+do $$
+begin
+  if exists (select from pg_catalog.pg_available_extensions where name = 'pg_cron') then
+    begin
+      create extension if not exists pg_cron with schema pg_catalog;
+    exception when others then
+      raise notice 'pg_cron is installed but cannot be created here (%); a worker will tick instead', sqlerrm;
+    end;
+  end if;
+  perform autotag.schedule_cron();
+end $$;
+
+-- The version of the schema, which is that of the worker it was released with.
+create or replace function autotag.schema_version() returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$ select '0.1.0'::text $$;
+
+select pg_notify('autotag', 'version');  -- workers that run see whether they still fit
+
+-- Who may do what: all rights and all policies of row level security are in this file, and it may run again at any time.
+--
+-- Functions are executable by everybody when they are made (and by anon through the default privileges of Supabase projects), so
+-- everything is taken back first.
+revoke all on schema autotag from public;
+grant usage on schema autotag to authenticated, service_role, autotag_worker, autotag_operator;
+revoke all on all functions in schema autotag from public, anon, authenticated, service_role;
+revoke all on all tables in schema autotag from public, anon, authenticated, service_role;
+revoke all on public.workspace_rate_limits from anon, authenticated;
+grant select on public.workspace_rate_limits to authenticated;
+grant all on public.workspace_rate_limits to service_role;
+revoke all on function
+  public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
+  public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage
+  from public, anon;
+revoke all on function public.openai_webhook from public, anon, authenticated;
+
+-- users: the RPCs, what stands right behind them, and what row level security asks
+grant execute on function
+  public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
+  public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
+  autotag.enqueue, autotag.hidden_files, autotag.private_files, autotag.failed_assets, autotag.cancel, autotag.retry,
+  autotag.describe_job,
+  autotag.describe_strategy, autotag.take_allowance, autotag.list_usage
+  to authenticated, service_role;
+grant execute on function autotag.is_member, autotag.may_listen to authenticated;
+
+-- the project's own server side
+grant execute on function public.openai_webhook, autotag.receive_webhook to service_role;
+
+-- workers: everything they report is made sure of, and they act only on what they hold (schema)
+grant execute on function
+  autotag.register_worker, autotag.worker_settings, autotag.heartbeat,
+  autotag.release_worker, autotag.release_unheld, autotag.claim, autotag.report_stages, autotag.settle,
+  autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted,
+  autotag.batch_trouble, autotag.poll_trouble, autotag.files_deleted, autotag.provider_checked, autotag.batches_seen, autotag.batch_answers, autotag.batch_finish,
+  autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_probe, autotag.status, autotag.metrics
+  to autotag_worker;
+
+-- operators: what a worker has no need of. They see the images, the tags and the usage of every workspace.
+grant execute on function
+  autotag.diagnose, autotag.send_probe, autotag.status, autotag.metrics,
+  autotag.preview_backfill, autotag.backfill, autotag.list_usage,
+  autotag.preview_comparison, autotag.comparison_sample, autotag.admit_comparison, autotag.settle_comparison
+  to autotag_operator;
+
+-- everybody who has to know whether versions fit
+grant execute on function autotag.schema_version to autotag_worker, autotag_operator, service_role;
+
+-- row level security
+drop policy if exists "members see the limits of their workspaces" on public.workspace_rate_limits;
+create policy "members see the limits of their workspaces" on public.workspace_rate_limits for select to authenticated
+  using ((select autotag.is_member(workspace_id)));
+
+do $$
+begin
+  if to_regclass('realtime.messages') is not null then
+    drop policy if exists "autotag: members listen to their workspaces" on realtime.messages;
+    create policy "autotag: members listen to their workspaces" on realtime.messages
+      for select to authenticated
+      using ((select autotag.may_listen((select realtime.topic()))));
+  end if;
+end $$;

@@ -1,0 +1,91 @@
+-- The public RPCs: thin wrappers with clean names, and the one list of who may call what.
+-- Errors are documented where they are raised; all of them carry {code} in their detail.
+create or replace function public.enqueue_tagging(asset_ids uuid[]) returns jsonb
+language sql security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.enqueue(asset_ids, autotag.hidden_files(asset_ids)) $$;
+
+create or replace function public.cancel_tagging(job_id uuid) returns jsonb
+language sql security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.cancel(job_id) $$;
+
+create or replace function public.retry_tagging(job_id uuid) returns jsonb
+language sql security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.retry(job_id, autotag.hidden_files(autotag.failed_assets(job_id))) $$;
+
+create or replace function public.tagging_job(job_id uuid) returns jsonb
+language sql stable security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.describe_job(job_id) $$;
+
+-- What would happen with an upload of so many images, before it is made. chunks counts the releases of single
+-- calls (1 when all go at once, 0 for batches), delay_ms the pause between them.
+create or replace function autotag.describe_strategy(p_images integer) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_type text;
+  v_batches integer := 0;
+begin
+  perform autotag.check_image_count(p_images);
+  select * into v_settings from autotag.settings;
+  v_type := autotag.choose_strategy(p_images);
+  if v_type in ('batch', 'batch-parallel') then
+    v_batches := autotag.plan_batches(p_images, v_settings.batch_batches_per_hour, v_settings.batch_images_per_hour);
+  end if;
+  return jsonb_build_object(
+    'type', v_type,
+    'chunks', case v_type when 'realtime' then 1
+      when 'realtime-chunked' then ceil(p_images::numeric / v_settings.chunk_size) else 0 end,
+    'delay_ms', case v_type when 'realtime-chunked' then (extract(epoch from v_settings.chunk_delay) * 1000)::integer else 0 end,
+    'batches', v_batches,
+    'estimate_seconds', autotag.estimate_seconds(p_images, v_batches))
+    -- why so many images do not go by batch
+    || case when v_type = 'realtime-chunked' and p_images > v_settings.chunk_max_images
+      then jsonb_build_object('note', 'The AI provider has no Batch API, so these images go as single calls.')
+      else '{}' end;
+end $$;
+
+create or replace function public.tagging_strategy(image_count integer) returns jsonb
+language sql stable security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.describe_strategy(image_count) $$;
+
+create or replace function public.check_rate_limit(
+  workspace_id uuid, request_type text, image_count integer,
+  out allowed boolean, out retry_after double precision, out reason text
+)
+language plpgsql security invoker set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_answer record := autotag.take_allowance(workspace_id, request_type, image_count, true);
+begin
+  allowed := v_answer.allowed;
+  retry_after := v_answer.retry_after;
+  reason := v_answer.reason;
+end $$;
+
+-- The same without taking anything, for UIs.
+create or replace function public.peek_rate_limit(
+  workspace_id uuid, request_type text, image_count integer,
+  out allowed boolean, out retry_after double precision, out reason text
+)
+language plpgsql security invoker set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_answer record := autotag.take_allowance(workspace_id, request_type, image_count, false);
+begin
+  allowed := v_answer.allowed;
+  retry_after := v_answer.retry_after;
+  reason := v_answer.reason;
+end $$;
+
+create or replace function public.tagging_usage(workspace_id uuid, since date default '-infinity', until date default 'infinity')
+returns table (user_id uuid, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
+  cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
+language sql stable security invoker set search_path = pg_catalog, pg_temp
+as $$ select * from autotag.list_usage(workspace_id, since, until) $$;
+
+-- For the edge function that stands in for a worker without a public address: a delivery of OpenAI's webhook
+-- that it has verified. Not for users.
+create or replace function public.openai_webhook(webhook_id text, event_type text, batch_id text) returns jsonb
+language sql security invoker set search_path = pg_catalog, pg_temp
+as $$ select jsonb_build_object('result', autotag.receive_webhook(webhook_id, event_type, batch_id)) $$;

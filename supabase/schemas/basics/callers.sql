@@ -1,0 +1,63 @@
+-- Whether the caller is trusted with every workspace: the service role over HTTP, or a direct connection
+-- behind which stands no user (no JWT claims, and neither the API's login role nor a role it becomes).
+create or replace function autotag.is_service() returns boolean
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_claims text := nullif(current_setting('request.jwt.claims', true), '');
+begin
+  if v_claims is not null then
+    return coalesce(v_claims::jsonb ->> 'role' = 'service_role', false);
+  end if;
+  return session_user <> 'authenticator' and current_setting('role') not in ('anon', 'authenticated');
+end $$;
+
+create or replace function autotag.check_member(p_workspace_id uuid) returns void
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_workspace_id is null then
+    perform autotag.refuse(400, 'no_workspace', 'There is no workspace.', 'Pass the id of a workspace.');
+  elsif not autotag.is_service() and not autotag.is_member(p_workspace_id) then
+    perform autotag.refuse(403, 'not_a_member', 'This workspace is not yours.',
+      'Sign in as one of its members.', jsonb_build_object('workspace_id', p_workspace_id));
+  end if;
+end $$;
+
+-- The job, or the refusal that it does not exist or is not the caller's.
+create or replace function autotag.visible_job(p_job_id uuid) returns autotag.jobs
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job autotag.jobs;
+begin
+  select * into v_job from autotag.jobs j where j.id = p_job_id;
+  -- Somebody else's job is as unknown as one that never was: ids of jobs are no secret worth telling.
+  if not found or not (autotag.is_service() or autotag.is_member(v_job.workspace_id)) then
+    perform autotag.refuse(404, 'unknown_job', 'There is no such upload.', 'Pass the job_id that enqueue_tagging returned.');
+  end if;
+  return v_job;
+end $$;
+
+-- The traceparent header of the HTTP request behind this call, if it had one that is well-formed.
+create or replace function autotag.request_traceparent() returns text
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_headers text := nullif(current_setting('request.headers', true), '');
+begin
+  if v_headers is null then
+    return null;
+  end if;
+  return substring(v_headers::jsonb ->> 'traceparent' from '^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$');
+exception when invalid_text_representation then
+  return null;
+end $$;
+
+-- Whether a worker is of the login that calls. A worker that is not known (its lease has run out) is nobody's.
+create or replace function autotag.is_own_worker(p_worker uuid) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (select from autotag.workers w where w.id = p_worker and w.login = session_user);
+end $$;

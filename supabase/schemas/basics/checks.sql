@@ -1,0 +1,135 @@
+-- Uploads begin, are asked about, cancelled and tried again.
+
+-- The one way to refuse a call. PostgREST turns the sqlstate PTnnn into HTTP status nnn and hands message,
+-- detail and hint through; the detail is JSON with a stable `code` and whatever a program needs to react.
+create or replace function autotag.refuse(
+  p_status integer, p_code text, p_message text, p_hint text, p_detail jsonb default '{}'
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception using
+    errcode = 'PT' || p_status, message = p_message, hint = p_hint,
+    detail = (jsonb_build_object('code', p_code) || p_detail)::text;
+end $$;
+
+-- Whether a text has nothing in it that controls, turns the direction of writing or is invisible, and no white space but
+-- blanks. (Two that join letters are as good as letters: U+200C and U+200D.)
+create or replace function autotag.is_plain(p_text text) returns boolean
+language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return p_text !~ '[\u0001-\u001f\u007f-\u00a0\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u1680\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f\u3000\ue000-\uf8ff\ufdd0-\ufdef\ufeff\ufff0-\ufffb\ufffe\uffff\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U00040000-\U000e00ff\U000e01f0-\U000e0fff\U000f0000-\U0010ffff]';
+end $$;
+
+-- Anybody's text as it is stored and shown: one line of at most p_length characters that moves no cursor, hides nothing and
+-- forges nothing. White space, line ends included, becomes one blank; what controls, turns the direction of writing or is
+-- invisible is spelled out (\x1b, \u202e), so that whoever reads it sees the attempt; what is cut ends in “…”. The worker does
+-- the same (autotag/texts.py); a test compares them.
+create or replace function autotag.printable(p_text text, p_length integer) returns text
+language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_text text := left(p_text, 4 * p_length);   -- what is cut off is never looked at
+begin
+  if not autotag.is_plain(v_text) then
+    v_text := regexp_replace(v_text,
+      '[\u0009-\u000d\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+', ' ', 'g');
+    select string_agg(case
+        when autotag.is_plain(c) then c
+        when ascii(c) < 256 then '\x' || lpad(to_hex(ascii(c)), 2, '0')
+        when ascii(c) < 65536 then '\u' || lpad(to_hex(ascii(c)), 4, '0')
+        else '\U' || lpad(to_hex(ascii(c)), 8, '0') end, '' order by i)
+    into v_text from unnest(string_to_array(btrim(v_text), null)) with ordinality u (c, i);
+  elsif v_text like '%  %' then
+    v_text := regexp_replace(v_text, ' +', ' ', 'g');
+  end if;
+  v_text := coalesce(btrim(v_text), '');
+  if length(v_text) > p_length or length(p_text) > 4 * p_length then
+    return left(v_text, p_length - 1) || '…';
+  end if;
+  return v_text;
+end $$;
+
+-- An id of something at the provider (batch_…, file-…), made sure of: null for what can be none.
+create or replace function autotag.check_id(p_id text) returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$ select case when p_id ~ '^[A-Za-z0-9][A-Za-z0-9_.:/=-]{0,199}$' then p_id end $$;
+
+-- A number that a worker reports, made sure of: null for what is none, else within bounds that make sense.
+create or replace function autotag.check_number(p_report jsonb, p_name text, p_least double precision, p_most double precision)
+returns double precision
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case when jsonb_typeof(p_report -> p_name) = 'number'
+    then least(greatest((p_report -> p_name)::numeric, p_least::numeric), p_most::numeric)::double precision end;
+end $$;
+
+-- Refuses what is no list of reports, or is more than a worker can have to say at once.
+create or replace function autotag.check_list(p_list jsonb) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_list is null or jsonb_typeof(p_list) <> 'array' then
+    perform autotag.refuse(400, 'bad_report', 'A report has to be a list.', 'Pass a JSON array of objects.');
+  elsif jsonb_array_length(p_list) > 10000 or pg_column_size(p_list) > 50000000 then
+    perform autotag.refuse(413, 'report_too_large', 'This report is larger than a worker''s can be.',
+      'Report at most 10,000 things and 50 MB at a time.');
+  end if;
+end $$;
+
+-- The same of a list of ids.
+create or replace function autotag.check_ids(p_count integer) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_count > 10000 then
+    perform autotag.refuse(413, 'report_too_large', 'This report is larger than a worker''s can be.',
+      'Name at most 10,000 ids at a time.');
+  end if;
+end $$;
+
+-- A batch's status as the provider says it, made sure of: null for what is none. `gone`: it does not know the batch.
+create or replace function autotag.check_status(p_status text) returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select case when p_status in
+    ('validating', 'failed', 'in_progress', 'finalizing', 'completed', 'expired', 'cancelling', 'cancelled', 'gone')
+    then p_status end
+$$;
+
+-- Refuses a worker of another version than the schema's: their first two numbers have to be the same.
+create or replace function autotag.check_version(p_version text) returns void
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_worker integer[] := (regexp_match(p_version, '^(\d{1,6})\.(\d{1,6})(?!\d)'))::integer[];
+  v_schema integer[] := (regexp_match(autotag.schema_version(), '^(\d+)\.(\d+)'))::integer[];
+begin
+  if v_worker is distinct from v_schema then
+    perform autotag.refuse(426, 'versions_differ',
+      format('This worker is autotag %s, and the database''s schema is of autotag %s.',
+        coalesce(autotag.printable(p_version, 50), 'of no version'), autotag.schema_version()),
+      case when v_worker > v_schema then 'Apply the new migrations: autotag migrate, or supabase db push.'
+        else format('Install the worker that belongs to it: pip install ''supabase-autotag==%s.%s.*''.',
+          v_schema[1], v_schema[2]) end);
+  end if;
+end $$;
+
+-- Refuses a number of images that no upload can have.
+create or replace function autotag.check_image_count(p_images integer) returns void
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_most integer := (select s.job_max_images from autotag.settings s);
+begin
+  if p_images is null or p_images < 1 then
+    perform autotag.refuse(400, 'no_images', 'There is no image to tag.', 'Pass at least one image.');
+  elsif p_images > v_most then
+    perform autotag.refuse(413, 'too_many_images',
+      format('%s images are too many for one upload.', p_images),
+      format('Split it into uploads of at most %s images.', v_most),
+      jsonb_build_object('max_images', v_most));
+  end if;
+end $$;

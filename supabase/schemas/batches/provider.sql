@@ -1,0 +1,106 @@
+-- When a worker (of the login that calls) was handed a look at the provider last; null: never.
+create or replace function autotag.was_handed_look(p_worker uuid) returns timestamptz
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (select w.look_at from autotag.workers w where w.id = p_worker and w.login = session_user);
+end $$;
+
+-- What the provider says of the model and of itself, asked once a day (claim_batches: look_up) of the worker that was handed
+-- the question: {model, shutdown_date, batches}, each optional; `batches`: whether it has a Batch API. Of another model than
+-- the one that is asked nothing is kept. Returns a sentence for the log when the model's end is near. Locks: provider.
+create or replace function autotag.provider_checked(p_worker uuid, p_facts jsonb) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_model text := (select p.question ->> 'model' from autotag.provider_limits p where p.question ->> 'model' = p_facts ->> 'model');
+  m autotag.models := autotag.find_model(v_model);
+  v_date date;
+begin
+  if autotag.was_handed_look(p_worker) is null then
+    return null;
+  end if;
+  if p_facts ->> 'shutdown_date' ~ '^20\d{2}-\d{2}-\d{2}$' then
+    begin
+      v_date := (p_facts ->> 'shutdown_date')::date;
+    exception when datetime_field_overflow then
+      v_date := null;
+    end;
+  end if;
+  if v_date is not null and v_model is not null then
+    -- First, so that nobody waits for the models' rows with the provider's in hand. A row of its own, like its family's: the
+    -- end of one snapshot is not that of the others.
+    m.name := v_model;
+    m.shutdown_date := v_date;
+    m.cap_parameter := coalesce(m.cap_parameter, 'max_completion_tokens');
+    m.answer_format := coalesce(m.answer_format, 'json_schema');
+    m.sends_effort := coalesce(m.sends_effort, true);
+    m.sends_detail := coalesce(m.sends_detail, true);
+    m.sends_tier := coalesce(m.sends_tier, true);
+    m.batch_discount := coalesce(m.batch_discount, 0.5);
+    m.flex_discount := coalesce(m.flex_discount, 0.5);
+    m.priority_factor := coalesce(m.priority_factor, 2);
+    insert into autotag.models as x values (m.*)
+    on conflict (name) do update set shutdown_date = v_date where x.shutdown_date is distinct from v_date;
+  end if;
+  update autotag.provider_limits p
+  set checked_at = autotag.now(),
+      -- What an attempt has shown stands: a list of batches may be there without a way to make one.
+      has_batches = case when p.batches_refused then false
+        when jsonb_typeof(p_facts -> 'batches') = 'boolean' then (p_facts ->> 'batches')::boolean else p.has_batches end;
+  perform pg_notify('autotag', 'realtime');
+  return (autotag.describe_shutdown()) ->> 'message';
+end $$;
+
+-- Files that are deleted at OpenAI need no deleting any more. (Of a batch that is over: nothing else comes of a lie than that
+-- the provider keeps them until they expire.)
+create or replace function autotag.files_deleted(p_worker uuid, p_files text[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.check_ids(cardinality(p_files));
+  if not autotag.is_own_worker(p_worker) then
+    return;
+  end if;
+  update autotag.batches b
+  set input_file_id = case when b.input_file_id = any (p_files) then null else b.input_file_id end,
+      output_file_id = case when b.output_file_id = any (p_files) then null else b.output_file_id end,
+      error_file_id = case when b.error_file_id = any (p_files) then null else b.error_file_id end
+  where b.id in (
+    select d.id from autotag.batches d
+    where d.state in ('done', 'cancelled')
+      and (d.input_file_id = any (p_files) or d.output_file_id = any (p_files) or d.error_file_id = any (p_files))
+    order by d.id for update);
+end $$;
+
+-- A verified delivery. Returns what came of it: `accepted`, `replayed` (had it before), `ignored` (another
+-- kind of event) or `unknown` (no batch of ours; one that is being created now is looked at when it is known).
+-- Locks: provider.
+create or replace function autotag.receive_webhook(p_webhook_id text, p_event_type text, p_openai_batch_id text) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits;
+begin
+  if p_event_type is null or p_event_type not in
+    ('batch.completed', 'batch.failed', 'batch.expired', 'batch.cancelled') then
+    return 'ignored';
+  end if;
+  if coalesce(p_webhook_id !~ '^[!-~]{1,200}$', true) or autotag.check_id(p_openai_batch_id) is null then
+    perform autotag.refuse(400, 'bad_webhook', 'A delivery has an id and names a batch.',
+      'Pass the header webhook-id and the event''s data.id.');
+  end if;
+  v_provider := autotag.lock_provider();
+  insert into autotag.webhooks (id, openai_batch_id, received_at)
+  values (p_webhook_id, p_openai_batch_id, v_provider.refilled_at) on conflict do nothing;
+  if not found then
+    return 'replayed';
+  end if;
+  if not exists (
+    select from autotag.batches b where b.openai_batch_id = p_openai_batch_id and b.state = 'submitted') then
+    return 'unknown';
+  end if;
+  update autotag.provider_limits set next_poll_at = '-infinity';
+  perform pg_notify('autotag', 'batch');
+  return 'accepted';
+end $$;

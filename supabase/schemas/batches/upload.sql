@@ -1,0 +1,129 @@
+-- The images of a batch that still need an answer, after a task id, at most 1,000: [{task, asset_id, bucket, path, url,
+-- refused, cap}]. None of a batch that the worker does not hold.
+create or replace function autotag.batch_images(
+  p_worker uuid, p_batch uuid, p_attempt integer, p_after bigint, p_limit integer
+) returns jsonb
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  with page as (
+    select t.id, t.asset_id, t.hidden, greatest(t.min_output_tokens, b.output_tokens) as cap
+    from autotag.tasks t join autotag.batches b on b.id = t.batch_id
+    where t.batch_id = p_batch and t.id > p_after and t.finished_at is null
+      and b.worker_id = p_worker and b.attempt = p_attempt and autotag.is_own_worker(p_worker)
+    order by t.id limit greatest(least(p_limit, 1000), 0)
+  )
+  select coalesce(jsonb_agg(jsonb_build_object('task', p.id, 'asset_id', p.asset_id,
+    'bucket', case when not p.hidden then d.bucket end, 'path', case when not p.hidden then d.path end, 'url', d.url,
+    'refused', case when d.foreign_file then 'foreign_file' when p.hidden then 'hidden_file' end,
+    'cap', p.cap) order by p.id), '[]')
+  from page p
+  left join autotag.describe_assets(array(select asset_id from page)) d on d.asset_id = p.asset_id
+$$;
+
+-- The input file is full: the images after p_last_task become a batch of their own, which waits its own turn under the
+-- limits. Nothing happens when none would be left, or when the file is not being built. Locks: job, batches, tasks.
+create or replace function autotag.batch_split(p_worker uuid, p_batch uuid, p_attempt integer, p_last_task bigint) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_rest bigint[];
+  v_new uuid;
+begin
+  v_rest := array(select t from unnest(autotag.lock_batch_tasks(p_batch)) t where t > p_last_task);
+  if v_rest = '{}' or v_batch.state <> 'preparing' or cardinality(v_rest) >= v_batch.image_count - v_batch.express_count then
+    return;
+  end if;
+  insert into autotag.batches (job_id, workspace_id, ordinal, image_count, created_at)
+  select v_batch.job_id, v_batch.workspace_id, max(b.ordinal) + 1, cardinality(v_rest), v_batch.created_at
+  from autotag.batches b where b.job_id = v_batch.job_id
+  returning id into v_new;
+  update autotag.batches b set image_count = b.image_count - cardinality(v_rest) where b.id = p_batch;
+  update autotag.tasks t set batch_id = v_new where t.id = any (v_rest);
+  perform pg_notify('autotag', 'batch');
+end $$;
+
+-- Live tasks of a batch, locked in order.
+create or replace function autotag.lock_batch_tasks(p_batch uuid) returns bigint[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tasks bigint[];
+begin
+  with live as (
+    select t.id from autotag.tasks t where t.batch_id = p_batch and t.finished_at is null order by t.id for update
+  )
+  select coalesce(array_agg(id), '{}') into v_tasks from live;
+  return v_tasks;
+end $$;
+
+-- The worker that holds a batch says what it does next: preparing (from the beginning, or again while nothing of it is
+-- created), uploading, then creating, with its file.
+create or replace function autotag.batch_step(
+  p_worker uuid, p_batch uuid, p_attempt integer, p_state text, p_input_file_id text default null
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches := autotag.hold_batch(p_worker, p_batch, p_attempt);
+begin
+  p_input_file_id := autotag.check_id(p_input_file_id);
+  if not coalesce(case p_state
+      when 'preparing' then v_batch.state in ('preparing', 'uploading')
+      when 'uploading' then v_batch.state in ('preparing', 'uploading')
+      when 'creating' then v_batch.state in ('uploading', 'creating') and p_input_file_id is not null end, false) then
+    perform autotag.refuse(400, 'step_out_of_order',
+      format('A batch that is %s cannot be %s next.', v_batch.state, coalesce(autotag.printable(p_state, 20), 'nothing')),
+      'Prepare, upload, create; creating needs the id of the file.', jsonb_build_object('batch', p_batch));
+  end if;
+  update autotag.batches b
+  set state = p_state, input_file_id = coalesce(p_input_file_id, b.input_file_id)
+  where b.id = p_batch;
+  if p_state = 'preparing' then
+    -- What an earlier worker noted while it built the file holds no more: the image is prepared again.
+    update autotag.tasks t set error_code = null, error = null where t.batch_id = p_batch and t.error_code is not null;
+    perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'preparing');
+    perform autotag.tell_progress(v_batch.job_id);
+  end if;
+end $$;
+
+-- OpenAI has the batch, which was being created. The worker lets go of it; the next poll looks at it.
+create or replace function autotag.batch_submitted(
+  p_worker uuid, p_batch uuid, p_attempt integer, p_openai_batch_id text, p_status text, p_input_file_id text
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz;
+  v_batch autotag.batches;
+begin
+  perform autotag.lock_provider();
+  v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_now := autotag.now();
+  p_openai_batch_id := autotag.check_id(p_openai_batch_id);
+  if v_batch.state <> 'creating' or p_openai_batch_id is null
+    or exists (select from autotag.batches b where b.openai_batch_id = p_openai_batch_id) then
+    perform autotag.refuse(400, 'step_out_of_order', 'This is no batch that was being created.',
+      'Create it first, and pass the id that the provider gave it.', jsonb_build_object('batch', p_batch));
+  end if;
+  update autotag.batches b
+  set state = 'submitted', worker_id = null, openai_batch_id = p_openai_batch_id,
+      openai_status = coalesce(autotag.check_status(p_status), 'validating'),
+      input_file_id = coalesce(autotag.check_id(p_input_file_id), b.input_file_id), submitted_at = v_now, progress_at = v_now,
+      looks_in_vain = 0, running_at = null,
+      predicted_seconds = (autotag.predict_batch(b.image_count - b.express_count, v_now, v_now, null, 0, b.id)).p50
+  where b.id = p_batch;
+  perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'submitted',
+    (select v_now + make_interval(secs => b.predicted_seconds) from autotag.batches b where b.id = p_batch));
+  perform autotag.tell_progress(v_batch.job_id, autotag.refresh_eta(v_batch.job_id));
+  -- To have a batch proves nothing of the model: only an answer does.
+  perform autotag.resume_account('batch');
+  update autotag.provider_limits p
+  set next_poll_at = case
+    -- its webhook came before its id was known here
+    when exists (select from autotag.webhooks w where w.openai_batch_id = p_openai_batch_id) then '-infinity'
+    when p.next_poll_at < v_now then v_now + s.batch_poll_interval
+    else least(p.next_poll_at, v_now + s.batch_poll_interval) end
+  from autotag.settings s;
+  perform pg_notify('autotag', 'batch');
+end $$;

@@ -1,0 +1,2 @@
+-- Steps that change the tables of an existing installation to what supabase/schemas/tables says, since the last
+-- release. They run before the functions of the new release are there. A release takes them over and empties this file.

@@ -1,0 +1,115 @@
+-- Once a minute: takes back what dead workers held and wakes the living for what has become due.
+create or replace function autotag.tick() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+begin
+  perform autotag.expire_workers();
+  -- An image too large for its workspace's window waits for a larger limit: see whether it came.
+  update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at = 'infinity';
+  -- A batch waits until places leave the window: see whether it has some already (a larger limit, a cancelled upload).
+  update autotag.batches b set not_before = v_now
+  where b.id in (
+    select w.id from autotag.batches w
+    where w.state = 'planned' and w.admitted_at is null and w.not_before > v_now
+      and (select a.admitted > 0 from autotag.admit(w.workspace_id, 'batch', 1, 0, false, false) a)
+    for update skip locked);
+  if exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at <= v_now))
+     or exists (select from autotag.tasks t where t.retry_at <= v_now)
+     or exists (select from autotag.uploads u where u.seal_at <= v_now) then
+    perform pg_notify('autotag', 'realtime');
+  end if;
+  if exists (select from autotag.batches b where b.worker_id is null and b.not_before <= v_now
+       and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting'))
+     or exists (select from autotag.batches b, autotag.provider_limits p
+       where b.state = 'submitted' and greatest(p.next_poll_at, p.ask_after) <= v_now) then
+    perform pg_notify('autotag', 'batch');
+  end if;
+  update autotag.clock set ticked_at = v_now;
+end $$;
+
+-- Daily: drops what nobody needs any more.
+create or replace function autotag.housekeeping() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_workspace uuid;
+begin
+  delete from autotag.jobs j
+  where j.finished_at < v_now - (select s.keep_finished from autotag.settings s);
+  -- A workspace without work is forgotten. Under its lock, and looked at again there, because an upload may
+  -- just have come; one that is locked is in use.
+  for v_workspace in select w.workspace_id from autotag.workspaces w where w.queued = 0 loop
+    perform from autotag.workspaces w where w.workspace_id = v_workspace for update skip locked;
+    if found then
+      delete from autotag.workspaces w
+      where w.workspace_id = v_workspace and w.queued = 0 and not exists (
+        select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
+    end if;
+  end loop;
+  delete from public.workspace_rate_limits w
+  where w.max_requests is null and w.max_units is null
+    and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h';
+  delete from autotag.workers w where w.lease_until < v_now - interval '1 day';
+  delete from autotag.webhooks w where w.received_at < v_now - interval '4 days';  -- OpenAI retries for three
+  delete from autotag.durations d where d.started_at < v_now - interval '90 days';
+  delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- nobody asks so any more
+  delete from autotag.outbox o where o.created_at < v_now - interval '1 day';
+  delete from autotag.usage u
+  where u.day < (v_now at time zone 'utc')::date - (select s.keep_usage from autotag.settings s);
+  update autotag.clock set housekept_at = v_now;
+end $$;
+
+-- Called with every heartbeat: does what the clock is late with. One at a time, nobody waits.
+create or replace function autotag.tick_if_due() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_clock autotag.clock;
+  v_now timestamptz := autotag.now();
+begin
+  select * into v_clock from autotag.clock;
+  if v_clock.ticked_at > v_now - interval '59 s'
+     and not exists (select from autotag.workers w where w.lease_until < v_now) then
+    return;
+  end if;
+  if not pg_try_advisory_xact_lock(hashtext('autotag.tick')) then
+    return;
+  end if;
+  perform autotag.tick();
+  if v_clock.housekept_at < v_now - interval '25 h' then
+    perform autotag.housekeeping();
+  end if;
+end $$;
+
+-- Schedules both jobs; by name, so that a second time changes nothing. False where pg_cron is not installed.
+-- The names of pg_cron's objects are looked up when it runs, because without the extension there are none.
+create or replace function autotag.schedule_cron() returns boolean
+language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if to_regclass('cron.job') is null then
+    return false;
+  end if;
+  execute format('select %I.schedule($1, $2, $3)', 'cron')
+    using 'autotag-tick', '* * * * *', 'select autotag.tick()';
+  -- pg_cron keeps a row of every run for ever, so its own history is cleaned along.
+  execute format('select %I.schedule($1, $2, $3)', 'cron')
+    using 'autotag-housekeeping', '17 3 * * *', $run$select autotag.housekeeping();
+      delete from cron.job_run_details where end_time < now() - interval '7 days'$run$;
+  return true;
+end $$;
+
+do $$
+begin
+  if exists (select from pg_catalog.pg_available_extensions where name = 'pg_cron') then
+    begin
+      create extension if not exists pg_cron with schema pg_catalog;
+    exception when others then
+      raise notice 'pg_cron is installed but cannot be created here (%); a worker will tick instead', sqlerrm;
+    end;
+  end if;
+  perform autotag.schedule_cron();
+end $$;

@@ -1,0 +1,63 @@
+-- Who may do what: all rights and all policies of row level security are in this file, and it may run again at any time.
+--
+-- Functions are executable by everybody when they are made (and by anon through the default privileges of Supabase projects), so
+-- everything is taken back first.
+revoke all on schema autotag from public;
+grant usage on schema autotag to authenticated, service_role, autotag_worker, autotag_operator;
+revoke all on all functions in schema autotag from public, anon, authenticated, service_role;
+revoke all on all tables in schema autotag from public, anon, authenticated, service_role;
+revoke all on public.workspace_rate_limits from anon, authenticated;
+grant select on public.workspace_rate_limits to authenticated;
+grant all on public.workspace_rate_limits to service_role;
+revoke all on function
+  public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
+  public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage
+  from public, anon;
+revoke all on function public.openai_webhook from public, anon, authenticated;
+
+-- users: the RPCs, what stands right behind them, and what row level security asks
+grant execute on function
+  public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
+  public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
+  autotag.enqueue, autotag.hidden_files, autotag.private_files, autotag.failed_assets, autotag.cancel, autotag.retry,
+  autotag.describe_job,
+  autotag.describe_strategy, autotag.take_allowance, autotag.list_usage
+  to authenticated, service_role;
+grant execute on function autotag.is_member, autotag.may_listen to authenticated;
+
+-- the project's own server side
+grant execute on function public.openai_webhook, autotag.receive_webhook to service_role;
+
+-- workers: everything they report is made sure of, and they act only on what they hold (schema)
+grant execute on function
+  autotag.register_worker, autotag.worker_settings, autotag.heartbeat,
+  autotag.release_worker, autotag.release_unheld, autotag.claim, autotag.report_stages, autotag.settle,
+  autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted,
+  autotag.batch_trouble, autotag.poll_trouble, autotag.files_deleted, autotag.provider_checked, autotag.batches_seen, autotag.batch_answers, autotag.batch_finish,
+  autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_probe, autotag.status, autotag.metrics
+  to autotag_worker;
+
+-- operators: what a worker has no need of. They see the images, the tags and the usage of every workspace.
+grant execute on function
+  autotag.diagnose, autotag.send_probe, autotag.status, autotag.metrics,
+  autotag.preview_backfill, autotag.backfill, autotag.list_usage,
+  autotag.preview_comparison, autotag.comparison_sample, autotag.admit_comparison, autotag.settle_comparison
+  to autotag_operator;
+
+-- everybody who has to know whether versions fit
+grant execute on function autotag.schema_version to autotag_worker, autotag_operator, service_role;
+
+-- row level security
+drop policy if exists "members see the limits of their workspaces" on public.workspace_rate_limits;
+create policy "members see the limits of their workspaces" on public.workspace_rate_limits for select to authenticated
+  using ((select autotag.is_member(workspace_id)));
+
+do $$
+begin
+  if to_regclass('realtime.messages') is not null then
+    drop policy if exists "autotag: members listen to their workspaces" on realtime.messages;
+    create policy "autotag: members listen to their workspaces" on realtime.messages
+      for select to authenticated
+      using ((select autotag.may_listen((select realtime.topic()))));
+  end if;
+end $$;

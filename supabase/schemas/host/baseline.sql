@@ -1,0 +1,66 @@
+-- The host's tables for a stand-alone stack: what a Supabase project with an image library has anyway.
+-- Left out when autotag is installed into an existing project.
+
+create table public.workspaces (
+  id uuid primary key default gen_random_uuid(),
+  name text not null,
+  created_at timestamptz not null default now()
+);
+
+create table public.workspace_members (
+  workspace_id uuid not null references public.workspaces on delete cascade,
+  user_id uuid not null references auth.users on delete cascade,
+  primary key (workspace_id, user_id)
+);
+create index workspace_members_user_id_idx on public.workspace_members (user_id);
+
+-- An image lies in Storage (bucket and path) or behind an https URL. fillfactor leaves room for the four
+-- updates that an image sees while it is tagged to stay on its page.
+create table public.assets (
+  id uuid primary key default gen_random_uuid(),
+  workspace_id uuid not null references public.workspaces on delete cascade,
+  storage_bucket text,
+  storage_path text,
+  image_url text,
+  tags text[],
+  tagging_result jsonb,
+  created_at timestamptz not null default now(),
+  check (num_nonnulls(storage_path, image_url) >= 1)
+) with (fillfactor = 12);   -- with its tags a row is several times as large: it stays on its page, and no index is written
+create index assets_workspace_id_idx on public.assets (workspace_id);
+
+alter table public.workspaces enable row level security;
+alter table public.workspace_members enable row level security;
+alter table public.assets enable row level security;
+
+create policy "members see their workspaces" on public.workspaces for select to authenticated
+  using (id in (select m.workspace_id from public.workspace_members m where m.user_id = (select auth.uid())));
+create policy "users see their memberships" on public.workspace_members for select to authenticated
+  using (user_id = (select auth.uid()));
+create policy "members see the assets of their workspaces" on public.assets for select to authenticated
+  using (workspace_id in (select m.workspace_id from public.workspace_members m where m.user_id = (select auth.uid())));
+-- The worker reads Storage with the secret key, so a row may only name files of its own workspace's folder.
+create policy "members add assets to their workspaces" on public.assets for insert to authenticated
+  with check (
+    workspace_id in (select m.workspace_id from public.workspace_members m where m.user_id = (select auth.uid()))
+    and (storage_path is null or (coalesce(storage_bucket, 'assets') = 'assets'
+      and split_part(storage_path, '/', 1) = workspace_id::text and storage_path !~ '(^|/)\.\.?(/|$)')));
+create policy "members delete assets of their workspaces" on public.assets for delete to authenticated
+  using (workspace_id in (select m.workspace_id from public.workspace_members m where m.user_id = (select auth.uid())));
+
+-- A new table's rights differ between Supabase projects (their default privileges), so they are spelled out.
+revoke all on public.workspaces, public.workspace_members, public.assets from anon, authenticated;
+grant select on public.workspaces, public.workspace_members to authenticated;
+grant select, delete on public.assets to authenticated;
+grant insert (id, workspace_id, storage_bucket, storage_path, image_url) on public.assets to authenticated;
+grant all on public.workspaces, public.workspace_members, public.assets to service_role;
+
+-- The private bucket the images lie in, a folder per workspace: assets/<workspace_id>/<file>.
+insert into storage.buckets (id, name, public) values ('assets', 'assets', false) on conflict (id) do nothing;
+
+create policy "members read the images of their workspaces" on storage.objects for select to authenticated
+  using (bucket_id = 'assets' and split_part(name, '/', 1) in (
+    select m.workspace_id::text from public.workspace_members m where m.user_id = (select auth.uid())));
+create policy "members upload images to their workspaces" on storage.objects for insert to authenticated
+  with check (bucket_id = 'assets' and split_part(name, '/', 1) in (
+    select m.workspace_id::text from public.workspace_members m where m.user_id = (select auth.uid())));

@@ -1,0 +1,180 @@
+-- The size a count of tokens is kept as: the next of those that are 2 % apart.
+create or replace function autotag.token_size(p_tokens integer) returns integer
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select case when p_tokens <= 50 then greatest(p_tokens, 1) else ceil(power(1.02, ceil(ln(p_tokens) / ln(1.02) - 0.000001)))::integer end
+$$;
+
+-- The weights after new counts: each new one makes the old ones fade by its share of the memory (in answers).
+create or replace function autotag.blend(p_old jsonb, p_counts integer[], p_memory integer) returns jsonb
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$
+  select coalesce(jsonb_object_agg(b.size, b.weight), '{}')
+  from (
+    select x.size, round(sum(x.weight)::numeric, 3) as weight
+    from (
+      select o.key as size, o.value::double precision * power(1 - 1.0 / p_memory, cardinality(p_counts)) as weight
+      from jsonb_each_text(p_old) o
+      union all
+      select autotag.token_size(c)::text, 1 from unnest(p_counts) c) x
+    group by x.size having sum(x.weight) > 0.01) b
+$$;
+
+-- The size that a share of the weights does not exceed; null without any.
+create or replace function autotag.quantile(p_weights jsonb, p_share double precision) returns integer
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$
+  select min(s.size) from (
+    select w.key::integer as size, sum(w.value::double precision) over (order by w.key::integer) as upto,
+      sum(w.value::double precision) over () as total
+    from jsonb_each_text(p_weights) w) s
+  where s.upto >= p_share * s.total - 0.000001
+$$;
+
+create or replace function autotag.mean_size(p_weights jsonb) returns integer
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$
+  select round(sum(w.key::integer * w.value::double precision) / sum(w.value::double precision))::integer
+  from jsonb_each_text(p_weights) w
+$$;
+
+-- First guess of a prompt's tokens: the instructions and the schema (measured with o200k and rounded up), and a square
+-- picture, which costs the most. The worker sends 512 pixels a side for detail low and 2,048 for high. A model without a
+-- row counts like the dearest (gpt-4o-mini).
+create or replace function autotag.guess_prompt(p_question jsonb) returns integer
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  m autotag.models := autotag.find_model(p_question ->> 'model');
+  v_low boolean := p_question ->> 'image_detail' = 'low';
+begin
+  return 300 + case
+    when m.patch_tokens is not null then ceil(least(case when v_low then 256 else 4096 end, 1536) * m.patch_tokens)
+    -- a square is scaled to 768 pixels a side: four tiles of 512
+    else coalesce(m.base_tokens, 2833) + case when v_low then 0 else 4 * coalesce(m.tile_tokens, 5667) end end;
+end $$;
+
+-- First guess of the tokens that an answer may need: some 30 a tag, and what thinking takes. OpenAI names no figures for
+-- the efforts; these are generous, because an answer that is cut off is paid for and of no use.
+create or replace function autotag.guess_output(p_question jsonb) returns integer
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  m autotag.models := autotag.find_model(p_question ->> 'model');
+  v_effort text := p_question ->> 'reasoning_effort';
+begin
+  return 100 + 30 * (p_question ->> 'max_tags')::integer + case
+    when v_effort = 'none' or m.reasons = false then 0
+    when v_effort is null and m.reasons is null then 1000
+    when v_effort = 'minimal' then 500
+    when v_effort = 'low' then 1500
+    when v_effort = 'high' then 10000
+    when v_effort in ('xhigh', 'max') then 25000
+    else 4000 end;  -- medium, and the model's own default
+end $$;
+
+-- What one image reserves and what it costs on average, from what was learned about the present question; before there
+-- are enough answers, the first guess. A few answers are trusted with a margin (2 / answers): ten may not have shown the
+-- largest. The caller holds the provider row.
+create or replace function autotag.estimate_tokens(p_provider autotag.provider_limits) returns autotag.provider_limits
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_learned autotag.learned;
+  v_question jsonb := p_provider.question;
+  v_prompt integer := autotag.guess_prompt(v_question);
+  v_output integer := autotag.guess_output(v_question);
+  v_margin double precision;
+begin
+  select * into v_settings from autotag.settings;
+  select * into v_learned from autotag.learned l
+  where l.model = v_question ->> 'model' and l.image_detail = v_question ->> 'image_detail'
+    and l.reasoning_effort = coalesce(v_question ->> 'reasoning_effort', '')
+    and l.max_tags = (v_question ->> 'max_tags')::integer and l.tag_language = v_question ->> 'tag_language';
+  p_provider.prompt_mean := v_prompt;
+  p_provider.output_mean := v_output / 3;
+  if v_learned.answers >= 10 then
+    v_margin := 1 + 2.0 / v_learned.answers;
+    v_prompt := ceil(autotag.quantile(v_learned.prompt, 0.99) * v_margin);
+    p_provider.prompt_mean := autotag.mean_size(v_learned.prompt);
+    p_provider.output_mean := autotag.mean_size(v_learned.output);
+    -- Half of a percent may be cut off: they cost another call, and a higher cap costs all of them their share of the limit.
+    v_output := ceil(autotag.quantile(v_learned.output, 0.995) * 1.05 * v_margin) + 8;
+    if v_learned.answers < 30 then
+      v_output := greatest(v_output, autotag.guess_output(v_question));
+    end if;
+  end if;
+  -- A cap that the limit a minute could never hold would stop everything.
+  v_output := least(greatest(v_output, v_settings.min_output_tokens), v_settings.max_output_tokens,
+    greatest((0.9 * p_provider.tokens_per_minute)::integer - v_prompt, v_settings.min_output_tokens));
+  -- Whatever was learned, a workspace's minute holds two images, or what the first guess lets it hold: tagging may become
+  -- slower by it, and never stands still. (Real use corrects the windows.)
+  v_prompt := least(v_prompt, greatest(v_settings.realtime_tokens_per_minute / 2 - v_output, autotag.guess_prompt(v_question)));
+  p_provider.output_tokens := v_output;
+  p_provider.tokens_per_image := v_prompt + v_output;
+  return p_provider;
+end $$;
+
+-- Notices that something else is asked than before (settings or models were changed): it has to prove itself, unless only
+-- its words have changed, and what it costs is estimated anew. Every claim passes here. The caller holds the provider row.
+create or replace function autotag.sync_question(p_provider autotag.provider_limits) returns autotag.provider_limits
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_question jsonb := autotag.describe_question();
+  v_words text[] := array['max_tags', 'tag_language'];
+begin
+  if v_question = p_provider.question then
+    return p_provider;
+  end if;
+  if v_question - v_words <> p_provider.question - v_words then
+    p_provider.proven_at := null;
+    p_provider.probe_at := null;
+    p_provider.checked_at := '-infinity';
+  end if;
+  p_provider.question := v_question;
+  p_provider.question_version := p_provider.question_version + 1;
+  p_provider.question_since := autotag.now();
+  p_provider := autotag.estimate_tokens(p_provider);
+  update autotag.provider_limits p
+  set question = p_provider.question, question_version = p_provider.question_version,
+      question_since = p_provider.question_since, proven_at = p_provider.proven_at, probe_at = p_provider.probe_at,
+      checked_at = p_provider.checked_at, tokens_per_image = p_provider.tokens_per_image,
+      output_tokens = p_provider.output_tokens, prompt_mean = p_provider.prompt_mean, output_mean = p_provider.output_mean;
+  return p_provider;
+end $$;
+
+-- Learns from what answers to a question (null: the present one) used: their prompts' and answers' tokens, in parallel. No
+-- prompt is believed to be more than twenty times the first guess. The caller holds the provider row.
+create or replace function autotag.learn(p_inputs integer[], p_outputs integer[], p_question jsonb default null) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits;
+  v_question jsonb;
+  v_memory integer := (select s.learning_memory from autotag.settings s);
+  v_most integer;
+begin
+  if cardinality(p_inputs) = 0 then
+    return;
+  end if;
+  select * into v_provider from autotag.provider_limits;
+  v_question := coalesce(p_question, v_provider.question);
+  v_most := 20 * autotag.guess_prompt(v_question);
+  p_inputs := array(select least(i, v_most) from unnest(p_inputs) i);
+  insert into autotag.learned as l (model, image_detail, reasoning_effort, max_tags, tag_language, answers, prompt, output, learned_at)
+  values (v_question ->> 'model', v_question ->> 'image_detail',
+    coalesce(v_question ->> 'reasoning_effort', ''), (v_question ->> 'max_tags')::integer,
+    v_question ->> 'tag_language', cardinality(p_inputs),
+    autotag.blend('{}', p_inputs, v_memory), autotag.blend('{}', p_outputs, v_memory), autotag.now())
+  on conflict (model, image_detail, reasoning_effort, max_tags, tag_language) do update
+  set answers = l.answers + cardinality(p_inputs), learned_at = excluded.learned_at,
+      prompt = autotag.blend(l.prompt, p_inputs, v_memory), output = autotag.blend(l.output, p_outputs, v_memory);
+  v_provider := autotag.estimate_tokens(v_provider);
+  update autotag.provider_limits p
+  set tokens_per_image = v_provider.tokens_per_image, output_tokens = v_provider.output_tokens,
+      prompt_mean = v_provider.prompt_mean, output_mean = v_provider.output_mean
+  where (p.tokens_per_image, p.output_tokens, p.prompt_mean, p.output_mean) is distinct from
+    (v_provider.tokens_per_image, v_provider.output_tokens, v_provider.prompt_mean, v_provider.output_mean);
+end $$;

@@ -1,0 +1,152 @@
+-- Whether a row of this name stands for a model.
+create or replace function autotag.names_model(p_row text, p_model text) returns boolean
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select p_model = p_row
+    or right(p_row, 1) = '*' and starts_with(p_model, left(p_row, -1))
+    -- asked for mistral-small-latest, mistral-small-2506 answers
+    or right(p_row, 7) = '-latest' and starts_with(p_model, left(p_row, -6))
+    or starts_with(p_model, p_row) and substr(p_model, length(p_row) + 1) ~ '^[-@](latest|\d{4}-?\d{2}-?\d{2}|\d{4})$'
+$$;
+
+-- The row that stands for a model; all null when there is none.
+create or replace function autotag.find_model(p_model text) returns autotag.models
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_row autotag.models;
+begin
+  select * into v_row from autotag.models m where m.name = p_model;
+  if not found then
+    select * into v_row from autotag.models m
+    where autotag.names_model(m.name, p_model) order by length(m.name) desc limit 1;
+  end if;
+  return v_row;
+end $$;
+
+-- Dollars that tokens of a model cost in a service tier (`batch` for a batch); null: unknown, because the model has no
+-- prices or nobody knows the tier. Input counts the cached and cache-written tokens too, as OpenAI's figures do.
+create or replace function autotag.price_tokens(
+  p_model text, p_tier text, p_input numeric, p_cached numeric, p_cache_write numeric, p_output numeric
+) returns numeric
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  m autotag.models := autotag.find_model(p_model);
+begin
+  return (
+    greatest(p_input - p_cached - p_cache_write, 0) * m.input_price
+    + p_cached * coalesce(m.cached_price, m.input_price)
+    + p_cache_write * coalesce(m.cache_write_price, m.input_price)
+    + p_output * m.output_price
+  ) / 1000000 * case
+    when p_tier in ('default', 'auto', 'standard', 'on_demand') then 1
+    when p_tier = 'batch' then 1 - m.batch_discount
+    when p_tier = 'flex' then 1 - m.flex_discount
+    when p_tier in ('priority', 'fast') then m.priority_factor end;
+end $$;
+
+-- Everything that is asked of a model besides the picture, as workers get it. p_effort null: that of the model's row.
+create or replace function autotag.question_for(p_model text, p_effort text default null) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  m autotag.models := autotag.find_model(p_model);
+begin
+  select * into v_settings from autotag.settings;
+  return jsonb_build_object(
+    'model', p_model, 'image_detail', v_settings.image_detail,
+    'max_tags', v_settings.max_tags, 'tag_language', v_settings.tag_language,
+    'reasoning_effort', case when coalesce(m.sends_effort, true) then coalesce(p_effort, m.reasoning_effort) end,
+    'service_tier', case when v_settings.service_tier <> 'auto' and coalesce(m.sends_tier, true) then v_settings.service_tier end,
+    'cap_parameter', coalesce(m.cap_parameter, 'max_completion_tokens'),
+    'answer_format', coalesce(m.answer_format, 'json_schema'),
+    'sends_detail', coalesce(m.sends_detail, true));
+end $$;
+
+-- The same of the model in use. It is derived whenever somebody asks (sync_question), so that one UPDATE of settings or
+-- models is all it takes to change it.
+create or replace function autotag.describe_question() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return autotag.question_for((select s.model from autotag.settings s));
+end $$;
+
+-- Wakes the workers: their next claim notices what has changed.
+create or replace function autotag.announce_change() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pg_notify('autotag', 'realtime');
+  perform pg_notify('autotag', 'batch');
+  return null;
+end $$;
+
+create or replace trigger autotag_announce after update on autotag.settings
+  for each statement execute function autotag.announce_change();
+
+create or replace trigger autotag_announce after insert or update or delete on autotag.models
+  for each statement execute function autotag.announce_change();
+
+-- The provider refused a parameter: the model's row takes the next form that is known. False: there is none, or somebody
+-- holds the row. A model without a row gets one (without prices).
+create or replace function autotag.degrade_model(p_model text, p_parameter text) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  m autotag.models := autotag.find_model(p_model);
+begin
+  if m.name is null then
+    insert into autotag.models (name) values (p_model) on conflict do nothing;
+    m.name := p_model;
+  end if;
+  select * into m from autotag.models x where x.name = m.name for update skip locked;
+  if not found then
+    return false;
+  end if;
+  case p_parameter
+    when 'token_cap' then
+      update autotag.models x set cap_parameter = case x.cap_parameter when 'max_completion_tokens' then 'max_tokens' else 'none' end
+      where x.name = m.name and x.cap_parameter <> 'none';
+    when 'response_format' then
+      update autotag.models x set answer_format = case x.answer_format when 'json_schema' then 'json_object' else 'text' end
+      where x.name = m.name and x.answer_format <> 'text';
+    when 'reasoning_effort' then
+      update autotag.models x set sends_effort = false
+      where x.name = m.name and x.sends_effort and x.reasoning_effort is not null;
+    when 'detail' then
+      update autotag.models x set sends_detail = false where x.name = m.name and x.sends_detail;
+    when 'service_tier' then
+      update autotag.models x set sends_tier = false where x.name = m.name and x.sends_tier;
+    else
+      return false;
+  end case;
+  return found;
+end $$;
+
+-- The end of the model that is asked, once it is 90 days away or nearer: {level, message, days, date, successor}; else
+-- null. From 14 days before it is an error: what is not changed by then stops. p_model null: the model of the settings.
+create or replace function autotag.describe_shutdown(p_model text default null) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_model text := coalesce(p_model, (select s.model from autotag.settings s));
+  m autotag.models := autotag.find_model(v_model);
+  v_days integer := m.shutdown_date - (autotag.now() at time zone 'utc')::date;
+begin
+  if v_days is null or v_days > 90 then
+    return null;
+  end if;
+  return jsonb_build_object(
+    'level', case when v_days > 14 then 'warning' else 'error' end, 'days', v_days, 'date', m.shutdown_date,
+    'successor', m.successor,
+    'message', case
+      when v_days > 0 then format('%s shuts down on %s, in %s%s', v_model, m.shutdown_date, case v_days when 1 then '1 day' else v_days || ' days' end,
+        coalesce('; its successor is ' || m.successor, '') || '.')
+      else format('%s was shut down on %s%s', v_model, m.shutdown_date, coalesce('; its successor is ' || m.successor, '') || '.') end,
+    'fix', case when m.successor is not null then format(
+        'autotag compare --model %1$s --workspace …   then: update autotag.settings set model = ''%1$s'';', m.successor)
+      else 'Choose a model that stays: update autotag.settings set model = ''…'';' end);
+end $$;

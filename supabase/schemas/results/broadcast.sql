@@ -1,0 +1,45 @@
+create or replace function autotag.broadcast(p_topic text, p_event text, p_payload jsonb, p_private boolean) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if to_regprocedure('realtime.send(jsonb,text,text,boolean)') is not null then
+    -- The cast picks the overload: newer servers have one for bytea too.
+    perform realtime.send(p_payload::jsonb, p_event, p_topic, p_private);
+  else
+    insert into autotag.outbox (topic, event, payload, private, created_at)
+    values (p_topic, p_event, p_payload, p_private, autotag.now());
+    perform pg_notify('autotag', 'outbox');
+  end if;
+end $$;
+
+create or replace function autotag.broadcast_to_workspace(p_workspace_id uuid, p_event text, p_payload jsonb) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.broadcast('tagging:' || p_workspace_id, p_event, p_payload, true);
+end $$;
+
+-- Takes waiting messages for delivery: [{topic, event, payload, private}]. What a worker has taken is gone,
+-- because Realtime delivers at most once and clients rely on never being told twice.
+create or replace function autotag.take_outbox(p_limit integer) returns jsonb
+language sql security definer set search_path = pg_catalog, pg_temp
+as $$
+  with taken as (
+    delete from autotag.outbox o where o.id in (
+      select w.id from autotag.outbox w order by w.id limit greatest(least(p_limit, 1000), 0) for update skip locked)
+    returning o.*
+  )
+  select coalesce(jsonb_agg(jsonb_build_object(
+    'topic', t.topic, 'event', t.event, 'payload', t.payload, 'private', t.private) order by t.id), '[]')
+  from taken t
+$$;
+
+-- Whether the caller may listen to a private topic: tagging:<workspace_id> of a workspace of theirs.
+create or replace function autotag.may_listen(p_topic text) returns boolean
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select case
+    when p_topic ~ '^tagging:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$'
+      then autotag.is_member(split_part(p_topic, ':', 2)::uuid)
+    else false end
+$$;

@@ -1,0 +1,99 @@
+-- settle: a worker reports what became of its single calls, in bulk.
+-- p_reports: [{task, attempt, result | error, usage: {input, cached, cache_write, output, reasoning, model, tier}, called}];
+-- usage is there whenever the provider answered, also when the answer was of no use, and `called` when it was asked at all.
+-- p_seen: the newest limits seen in answers' headers (observe_provider), and {sent, sent_age} (note_sent).
+-- A report for a task that is not the worker's any more, or with an older attempt, is refused and changes
+-- nothing; so is what another login says of a worker. Returns {accepted, notices: [{event, notice}]}: how many, and sentences for the log.
+-- Locks: provider, workspaces (of errors), windows, jobs, tasks; each by id.
+create or replace function autotag.settle(p_worker uuid, p_reports jsonb, p_seen jsonb default null) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
+as $$
+declare
+  v_answers autotag.answer[];
+  v_failed boolean;            -- whether any of them is an error
+  v_window record;
+  v_changed text;              -- the provider's limits have
+  v_refund record;
+begin
+  perform autotag.check_list(p_reports);
+  if not autotag.is_own_worker(p_worker) then
+    return jsonb_build_object('accepted', 0, 'notices', '[]'::jsonb);
+  end if;
+  perform from autotag.provider_limits for update;
+  execute $q$ select array(
+    select row(x.id, x.attempt, x.job_id, x.workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens,
+      x.result, autotag.check_error(x.error, x.result), autotag.check_usage(x.usage), x.called)::autotag.answer
+    from (
+      select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
+        autotag.check_result(r.result) as result, r.error, r.usage, r.called
+      from (
+        select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
+          case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end as attempt,
+          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage,
+          e -> 'called' is distinct from 'false' as called
+        from jsonb_array_elements($1) e) r
+      join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = $2
+      order by t.id) x) $q$
+  into v_answers using p_reports, p_worker;
+  v_failed := exists (select from unnest(v_answers) a where a.error is not null);
+  if v_failed then
+    v_answers := autotag.judge_errors(v_answers);
+  end if;
+
+  -- Refund the over-reservation: everything if no call was made or it got a 429, otherwise all but the prompt and the cap.
+  select coalesce(sum(u.requests), 0)::integer as requests, coalesce(sum(u.tokens), 0)::bigint as tokens into v_refund
+  from unnest(v_answers) a
+  cross join lateral (
+    select case when not a.called or a.error ->> 'code' = 'rate_limited' then 1 else 0 end as requests,
+      case when not a.called or a.error ->> 'code' = 'rate_limited' then a.reserved_tokens
+        when a.usage is not null then a.reserved_tokens - (a.usage -> 'input')::integer - a.output_tokens
+        else 0 end as tokens) u
+  where a.reserved_tokens is not null;
+  if p_seen ? 'sent' then
+    perform autotag.note_sent(p_worker, autotag.check_number(p_seen, 'sent', 0, 100000)::integer,
+      coalesce(autotag.check_number(p_seen, 'sent_age', 0, 3600), 0));
+  end if;
+  -- In this order: what the headers say holds whatever is given back.
+  if v_refund.requests <> 0 or v_refund.tokens <> 0 then
+    perform autotag.refund_provider(v_refund.requests, v_refund.tokens);
+  end if;
+  if p_seen is not null then
+    v_changed := autotag.observe_provider(p_seen);
+  end if;
+  perform autotag.note_outcomes(v_answers);
+
+  if v_failed then
+    perform from autotag.workspaces w
+    where w.workspace_id in (select a.workspace_id from unnest(v_answers) a where a.error is not null)
+    order by w.workspace_id for update;
+  end if;
+
+  -- Reserved by estimate, corrected by what was used: nothing where nothing was asked; no tokens where the
+  -- provider refused or failed; the estimate where nobody knows (the connection broke before the answer).
+  for v_window in
+    select a.workspace_id, a.reserved_at,
+      -count(*) filter (where not a.called)::integer as requests,
+      least(sum(case when a.usage is not null
+            then (a.usage -> 'input')::integer + (a.usage -> 'output')::integer - a.reserved_tokens
+          when a.error ->> 'code' = 'provider_unreachable' then 0
+          else -a.reserved_tokens end), 1000000000)::integer as units
+    from unnest(v_answers) a
+    where a.reserved_at is not null
+    group by a.workspace_id, a.reserved_at order by a.workspace_id, a.reserved_at
+  loop
+    perform autotag.correct_window(
+      v_window.workspace_id, 'realtime', v_window.reserved_at, v_window.requests, v_window.units);
+  end loop;
+
+  perform from autotag.jobs j
+  where j.id = any (array(select a.job_id from unnest(v_answers) a)) order by j.id for update;
+  -- With their jobs locked nobody else touches the tasks; what was taken away until then is not this worker's.
+  execute $q$ select array(
+    select a from unnest($1) a join autotag.tasks t on t.id = a.task and t.attempt = a.attempt and t.worker_id = $2) $q$
+  into v_answers using v_answers, p_worker;
+
+  perform autotag.add_usage(v_answers, false);
+  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', case when v_changed is null then '[]'::jsonb
+    else jsonb_build_array(jsonb_build_object('event', 'provider_limits_changed', 'notice', v_changed)) end
+    || autotag.apply_answers(v_answers));
+end $$;

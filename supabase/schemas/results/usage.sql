@@ -1,0 +1,71 @@
+-- Adds what these answers cost, each by its own model and service tier; an answer that names no model had the one that was
+-- asked (p_question; null: at present). What the provider gave no figures for has the tier `unknown` and no cost. A row that
+-- has no price yet gets one for all of it as soon as there is one. An answer without a job tags no image (a comparison).
+create or replace function autotag.add_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb default null) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  insert into autotag.usage as u (workspace_id, user_id, day, model, service_tier, images, requests,
+    input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost)
+  select t.*, autotag.price_tokens(t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
+  from (
+    select b.workspace_id, j.user_id, (autotag.now() at time zone 'utc')::date as day, b.model, b.tier,
+      count(*) filter (where b.error is null and b.job_id is not null) as images, count(*) as requests,
+      sum(b.input) as input, sum(b.cached) as cached, sum(b.cache_write) as cache_write,
+      sum(b.output) as output, sum(b.reasoning) as reasoning
+    from (
+      select a.job_id, a.workspace_id, a.error,
+        coalesce(a.usage ->> 'model', coalesce(p_question, p.question) ->> 'model') as model,
+        case when a.usage is null then 'unknown' when p_batch then 'batch' else coalesce(a.usage ->> 'tier', 'default') end as tier,
+        coalesce((a.usage -> 'input')::bigint, 0) as input,
+        coalesce(least((a.usage -> 'cached')::bigint, (a.usage -> 'input')::bigint), 0) as cached,
+        coalesce((a.usage -> 'cache_write')::bigint, 0) as cache_write,
+        coalesce((a.usage -> 'output')::bigint, 0) as output,
+        coalesce((a.usage -> 'reasoning')::bigint, 0) as reasoning
+      from unnest(p_answers) a, autotag.provider_limits p
+      where a.usage is not null or a.error is null) b
+    left join autotag.jobs j on j.id = b.job_id
+    group by b.workspace_id, j.user_id, b.model, b.tier
+    order by b.workspace_id, j.user_id, b.model, b.tier) t
+  on conflict (workspace_id, day, user_id, model, service_tier) do update set
+    images = u.images + excluded.images, requests = u.requests + excluded.requests,
+    input_tokens = u.input_tokens + excluded.input_tokens,
+    cached_tokens = u.cached_tokens + excluded.cached_tokens,
+    cache_write_tokens = u.cache_write_tokens + excluded.cache_write_tokens,
+    output_tokens = u.output_tokens + excluded.output_tokens,
+    reasoning_tokens = u.reasoning_tokens + excluded.reasoning_tokens,
+    cost = excluded.cost + coalesce(u.cost, autotag.price_tokens(u.model, u.service_tier,
+      u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens));
+end $$;
+
+-- A model has got a price: what was used of it before gets it too.
+create or replace function autotag.price_usage() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update autotag.usage u
+  set cost = autotag.price_tokens(u.model, u.service_tier, u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens)
+  where u.cost is null
+    and autotag.price_tokens(u.model, u.service_tier, u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens) is not null;
+  return null;
+end $$;
+
+create or replace trigger autotag_price_usage after insert or update of input_price, output_price on autotag.models
+  for each statement execute function autotag.price_usage();
+
+-- tagging_usage: rows per user, day, model and service tier, for members of the workspace. cost: dollars; null: the model
+-- has no price in autotag.models.
+create or replace function autotag.list_usage(p_workspace_id uuid, p_since date, p_until date)
+returns table (user_id uuid, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
+  cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.check_member(p_workspace_id);
+  return query
+    select u.user_id, u.day, u.model, u.service_tier, u.images, u.requests, u.input_tokens,
+      u.cached_tokens, u.cache_write_tokens, u.output_tokens, u.reasoning_tokens, u.cost
+    from autotag.usage u
+    where u.workspace_id = p_workspace_id and u.day between p_since and p_until
+    order by u.day, u.user_id, u.model, u.service_tier;
+end $$;

@@ -1,0 +1,147 @@
+-- The mirror of the bucket, filled up to a moment. A little of the bucket is kept unused (provider_margin). And what
+-- was released but has not been sent yet (its image is still being fetched) is still in the provider's bucket: that
+-- one is full, and does not refill, when ours and the unsent together are.
+create or replace function autotag.refill(p_provider autotag.provider_limits, p_now timestamptz) returns autotag.provider_limits
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  -- A bucket that was never used is full; so is one that has not been used for a day.
+  v_minutes double precision := case when p_provider.refilled_at > p_now - interval '1 day'
+    then greatest(0, extract(epoch from p_now - p_provider.refilled_at) / 60) else 1440 end;
+  v_share double precision;    -- of a minute's worth, what may be used at once
+  v_unsent integer;
+begin
+  select 1 - extract(epoch from s.provider_margin) / 60, (select coalesce(sum(w.unsent), 0) from autotag.workers w)
+  into v_share, v_unsent from autotag.settings s;
+  -- What a minute could never hold would stop everything: a guess may be too high for a small limit.
+  p_provider.tokens_per_image := least(p_provider.tokens_per_image, greatest((0.9 * p_provider.tokens_per_minute)::integer, 1));
+  p_provider.requests_left := least(p_provider.requests_per_minute * v_share - v_unsent,
+    p_provider.requests_left + v_minutes * p_provider.requests_per_minute);
+  p_provider.tokens_left := least(p_provider.tokens_per_minute * v_share - v_unsent::bigint * p_provider.tokens_per_image,
+    p_provider.tokens_left + v_minutes * p_provider.tokens_per_minute);
+  p_provider.day_left := case when p_provider.requests_per_day is null then 'infinity'
+    else least(p_provider.requests_per_day,
+      p_provider.day_left + v_minutes * p_provider.requests_per_day / 1440) end;
+  p_provider.refilled_at := greatest(p_now, p_provider.refilled_at);
+  return p_provider;
+end $$;
+
+-- The same of what the database holds, to look at.
+create or replace function autotag.refilled_provider(p_now timestamptz) returns autotag.provider_limits
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits;
+begin
+  select * into v_provider from autotag.provider_limits;
+  return autotag.refill(v_provider, p_now);
+end $$;
+
+-- And to decide by: every caller of the provider passes through here first, and the row's lock makes admission serial.
+create or replace function autotag.lock_provider() returns autotag.provider_limits
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits;
+begin
+  select * into v_provider from autotag.provider_limits for update;
+  return autotag.refill(v_provider, autotag.now());
+end $$;
+
+-- A worker has sent so many of the calls that were released to it (or will not send them at all), the first of
+-- them so many seconds ago. Had the bucket been full until then, it has refilled since. Locks the provider row.
+create or replace function autotag.note_sent(p_worker uuid, p_calls integer, p_age double precision) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits := autotag.lock_provider();
+  v_share double precision := (select 1 - extract(epoch from s.provider_margin) / 60 from autotag.settings s);
+  v_unsent integer := (select coalesce(sum(w.unsent), 0) from autotag.workers w);
+  v_minutes double precision := extract(epoch from autotag.clock_interval(least(greatest(p_age, 0), 3600))) / 60;
+begin
+  -- It cannot have sent more than it was given, nor before the last refill that could matter.
+  update autotag.workers w set unsent = greatest(0, w.unsent - greatest(p_calls, 0))
+  where w.id = p_worker and w.login = session_user;
+  update autotag.provider_limits p
+  set requests_left = v_provider.requests_left + case
+        when v_provider.requests_left >= v_provider.requests_per_minute * v_share - v_unsent
+        then v_minutes * v_provider.requests_per_minute else 0 end,
+      tokens_left = v_provider.tokens_left + case
+        when v_provider.tokens_left >= v_provider.tokens_per_minute * v_share
+          - v_unsent::bigint * v_provider.tokens_per_image
+        then v_minutes * v_provider.tokens_per_minute else 0 end,
+      day_left = v_provider.day_left, refilled_at = v_provider.refilled_at;
+end $$;
+
+-- What the provider's answers say about its bucket: {requests_limit, requests_left, tokens_limit,
+-- tokens_left, age, retry_after (at most an hour)}, each optional. `age` is how long ago the call was sent (seconds): by then
+-- the bucket held what the answer says, and it has refilled since. A lower remaining than ours wins at once
+-- (another program may use the same key), a changed limit is adopted, and retry-after holds for everybody.
+-- Returns what changed, as a sentence for the log, or null. Locks the provider row.
+create or replace function autotag.observe_provider(p_seen jsonb) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits := autotag.lock_provider();
+  -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (its guide "Rate limits"). A bucket of less than
+  -- the least here would never hold a call, and no answer would ever say better.
+  v_requests integer := coalesce(autotag.check_number(p_seen, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
+  v_tokens integer := coalesce(autotag.check_number(p_seen, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
+  v_minutes double precision := extract(epoch from
+    autotag.clock_interval(coalesce(autotag.check_number(p_seen, 'age', 0, 3600), 0))) / 60;
+  v_retry_after double precision := autotag.check_number(p_seen, 'retry_after', 0, 3600);
+begin
+  update autotag.provider_limits p
+  set requests_per_minute = v_requests,
+      tokens_per_minute = v_tokens,
+      -- the daily cap is tier 1's; a higher limit a minute is a higher tier
+      requests_per_day = case when v_requests > p.requests_per_minute then null else p.requests_per_day end,
+      requests_left = least(v_provider.requests_left + greatest(v_requests - p.requests_per_minute, 0),
+        autotag.check_number(p_seen, 'requests_left', 0, v_requests) + v_minutes * v_requests),
+      tokens_left = least(v_provider.tokens_left + greatest(v_tokens - p.tokens_per_minute, 0),
+        autotag.check_number(p_seen, 'tokens_left', 0, v_tokens) + v_minutes * v_tokens),
+      day_left = v_provider.day_left,
+      refilled_at = v_provider.refilled_at,
+      blocked_until = greatest(p.blocked_until, v_provider.refilled_at + autotag.clock_interval(v_retry_after)),
+      limited_since = case
+        when v_retry_after is null then p.limited_since
+        when p.limited_since is not null and p.limited_at > v_provider.refilled_at - interval '1 min' then p.limited_since
+        else v_provider.refilled_at end,
+      limited_at = case when v_retry_after is null then p.limited_at else v_provider.refilled_at end,
+      has_rate_headers = case when p_seen ? 'tokens_limit' or p_seen ? 'requests_limit' then true else p.has_rate_headers end;
+  return case when (v_requests, v_tokens) <> (v_provider.requests_per_minute, v_provider.tokens_per_minute)
+    then format('The provider''s limits are %s requests and %s tokens a minute now (they were %s and %s).',
+      v_requests, v_tokens, v_provider.requests_per_minute, v_provider.tokens_per_minute) end;
+end $$;
+
+-- Gives back to the bucket what calls did not take from the provider's. It is never more than a minute's worth short by what
+-- they took besides: whatever is reported, tagging goes on. Locks the provider row.
+create or replace function autotag.refund_provider(p_requests integer, p_tokens bigint) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update autotag.provider_limits
+  set requests_left = requests_left + p_requests, day_left = day_left + p_requests,
+      tokens_left = greatest(tokens_left + p_tokens, least(tokens_left, -tokens_per_minute));
+end $$;
+
+-- Stops both lanes until a probe succeeds; every task stays queued. Locks the provider row.
+create or replace function autotag.stop_account(p_error text, p_from text default 'provider') returns void
+language sql security definer set search_path = pg_catalog, pg_temp
+as $$
+  update autotag.provider_limits
+  set account_error = left(p_error, 1000), account_error_from = p_from,
+      account_error_at = coalesce(account_error_at, autotag.now()), proven_at = null,
+      probe_at = autotag.now() + (select s.account_probe_interval from autotag.settings s)
+$$;
+
+-- What was in trouble works again: everything does (p_from null: a call has succeeded), or the part that stopped the lanes.
+create or replace function autotag.resume_account(p_from text default null) returns void
+language sql security definer set search_path = pg_catalog, pg_temp
+as $$
+  update autotag.provider_limits
+  set account_error = null, account_error_from = null, account_error_at = null, probe_at = null,
+      proven_at = case when p_from is null then coalesce(proven_at, autotag.now()) else proven_at end
+  where (account_error is not null or p_from is null and proven_at is null)
+    and (p_from is null or account_error_from = p_from)
+$$;

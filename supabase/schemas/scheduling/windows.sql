@@ -1,0 +1,178 @@
+-- How long a window is, and what one workspace may do in it.
+create or replace function autotag.window_limits(p_workspace_id uuid, p_request_type text)
+returns table (length interval, max_requests integer, max_units integer) rows 1
+language sql stable set search_path = pg_catalog, pg_temp
+as $$
+  select case p_request_type when 'realtime' then interval '1 min' else interval '1 h' end,
+         coalesce(w.max_requests, case p_request_type
+           when 'realtime' then s.realtime_requests_per_minute else s.batch_batches_per_hour end),
+         coalesce(w.max_units, case p_request_type
+           when 'realtime' then s.realtime_tokens_per_minute else s.batch_images_per_hour end)
+  from autotag.settings s
+  left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = p_request_type
+$$;
+
+-- Admits what fits of p_wanted requests of p_units_each units: all or nothing, or (p_partial) as many as
+-- fit. Says how many were admitted, and, where not all were, when the next fits: `retry_at` is exact, one
+-- moment earlier is refused. Null there means that it never fits. p_units_each null: what one image is
+-- expected to cost. Without p_take it only looks.
+--
+-- It decides by what it reads without a lock, and writes only if that version of the row still stands (no other
+-- row can have both its ctid and its xmin): whoever was quicker makes it look again, and a refusal writes and locks
+-- nothing at all. Locks the window's row when it admits.
+create or replace function autotag.admit(
+  p_workspace_id uuid, p_request_type text, p_wanted integer, p_units_each integer, p_partial boolean,
+  out admitted integer, out retry_at timestamptz, out at timestamptz, p_take boolean default true
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+as $$
+declare
+  v_ctid tid;                  -- the version of the window's row that was read; null: it has none yet
+  v_xmin xid;
+  v_test_clock boolean;
+  v_length interval := case p_request_type when 'realtime' then interval '1 min' else interval '1 h' end;
+  v_each integer;
+  v_max_requests integer;
+  v_max_units integer;
+  v_at timestamptz[];          -- the window as it was read …
+  v_requests integer[];
+  v_units integer[];
+  v_count integer;
+  v_old integer;               -- … elements of it that have left it
+  v_used_requests bigint;
+  v_used_units bigint;
+  v_need_requests bigint;      -- what must leave the window before the next fits
+  v_need_units bigint;
+  v_least integer;             -- the least that is worth waiting for
+begin
+  loop
+    select w.ctid, w.xmin, s.test_clock,
+      coalesce(w.max_requests, case p_request_type
+        when 'realtime' then s.realtime_requests_per_minute else s.batch_batches_per_hour end),
+      coalesce(w.max_units, case p_request_type
+        when 'realtime' then s.realtime_tokens_per_minute else s.batch_images_per_hour end),
+      coalesce(p_units_each, p.tokens_per_image),
+      coalesce(w.admitted_at, '{}'), coalesce(w.requests, '{}'), coalesce(w.units, '{}')
+    into v_ctid, v_xmin, v_test_clock, v_max_requests, v_max_units, v_each, v_at, v_requests, v_units
+    from autotag.settings s
+    cross join autotag.provider_limits p
+    left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = p_request_type;
+
+    -- Time never runs backwards within a row.
+    v_count := cardinality(v_at);
+    at := greatest(case when v_test_clock then autotag.now() else clock_timestamp() end, v_at[v_count]);
+    v_old := 0;
+    while v_old < v_count and v_at[v_old + 1] <= at - v_length loop
+      v_old := v_old + 1;
+    end loop;
+    v_used_requests := 0;
+    v_used_units := 0;
+    for i in v_old + 1 .. v_count loop
+      v_used_requests := v_used_requests + v_requests[i];
+      v_used_units := v_used_units + v_units[i];
+    end loop;
+
+    admitted := least(
+      p_wanted,
+      greatest(v_max_requests - v_used_requests, 0),
+      case when v_used_units > v_max_units then 0  -- real use was more than the estimate
+        when v_each > 0 then (v_max_units - v_used_units) / v_each
+        else p_wanted end);
+    if not p_partial and admitted < p_wanted then
+      admitted := 0;
+    end if;
+    exit when admitted = 0 or not p_take;
+
+    if v_ctid is null then
+      insert into public.workspace_rate_limits (workspace_id, request_type) values (p_workspace_id, p_request_type)
+      on conflict do nothing;
+      continue;
+    end if;
+    if v_count > 0 and v_at[v_count] = at then
+      update public.workspace_rate_limits w
+      set requests = v_requests[v_old + 1 : v_count - 1] || (v_requests[v_count] + admitted),
+          units = v_units[v_old + 1 : v_count - 1] || (v_units[v_count] + admitted * v_each),
+          admitted_at = v_at[v_old + 1 :]
+      where w.ctid = v_ctid and w.xmin = v_xmin;
+    else
+      update public.workspace_rate_limits w
+      set requests = v_requests[v_old + 1 :] || admitted,
+          units = v_units[v_old + 1 :] || (admitted * v_each),
+          admitted_at = v_at[v_old + 1 :] || at
+      where w.ctid = v_ctid and w.xmin = v_xmin;
+    end if;
+    exit when found;
+  end loop;
+
+  if admitted < p_wanted then
+    v_least := case when p_partial then 1 else p_wanted end;
+    if v_least <= v_max_requests and v_least::bigint * v_each <= v_max_units then
+      v_need_requests := v_used_requests + admitted + v_least - v_max_requests;
+      v_need_units := v_used_units + (admitted + v_least)::bigint * v_each - v_max_units;
+      for i in v_old + 1 .. v_count loop
+        exit when v_need_requests <= 0 and v_need_units <= 0;
+        v_need_requests := v_need_requests - v_requests[i];
+        v_need_units := v_need_units - v_units[i];
+        retry_at := v_at[i] + v_length;
+      end loop;
+      -- Only what is admitted now stands in the way (it will have left after one whole window).
+      if v_need_requests > 0 or v_need_units > 0 then
+        retry_at := at + v_length;
+      end if;
+    end if;
+  end if;
+end $$;
+
+-- Corrects what was reserved by estimate to what was used. p_at is the moment that admit() returned; a
+-- reservation that has left its window needs no correction. Real use may be more than the estimate: then the
+-- window is over its limit until enough has left it, and admits nothing meanwhile.
+create or replace function autotag.correct_window(
+  p_workspace_id uuid, p_request_type text, p_at timestamptz, p_requests_delta integer, p_units_delta integer
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update public.workspace_rate_limits w
+  set requests[array_position(w.admitted_at, p_at)] =
+        greatest(0, w.requests[array_position(w.admitted_at, p_at)] + p_requests_delta),
+      units[array_position(w.admitted_at, p_at)] =
+        least(greatest(0, w.units[array_position(w.admitted_at, p_at)]::bigint + p_units_delta), 1000000000)
+  where w.workspace_id = p_workspace_id and w.request_type = p_request_type
+    and array_position(w.admitted_at, p_at) is not null;
+end $$;
+
+-- Whether so many images fit the workspace's window, all or nothing; with p_take they are counted. retry_after:
+-- seconds, exactly; 0 when allowed; null when the limit can never allow that many at once. reason: null,
+-- `window_full` (wait) or `exceeds_limit` (never).
+create or replace function autotag.take_allowance(
+  p_workspace_id uuid, p_request_type text, p_images integer, p_take boolean,
+  out allowed boolean, out retry_after double precision, out reason text
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_admission record;
+begin
+  -- Asked before every call by those who ask at all, so check_member() is called for what it refuses only.
+  if not autotag.is_service() or p_workspace_id is null then
+    perform autotag.check_member(p_workspace_id);
+  end if;
+  if p_request_type is null or p_request_type not in ('realtime', 'batch') then
+    perform autotag.refuse(400, 'unknown_request_type', format('%L is no request type.', p_request_type),
+      'Pass realtime or batch.');
+  end if;
+  perform autotag.check_image_count(p_images);
+  -- Ten calls of a member would use up the workspace's batches of an hour.
+  if p_take and not (autotag.is_service() or (select s.members_may_take from autotag.settings s)) then
+    perform autotag.refuse(403, 'service_only', 'Only your server may take from the limit.',
+      'Call peek_rate_limit, or check_rate_limit with the secret key.');
+  end if;
+  if p_request_type = 'realtime' then
+    v_admission := autotag.admit(p_workspace_id, 'realtime', p_images, null, false, p_take);
+  else
+    v_admission := autotag.admit(p_workspace_id, 'batch', 1, p_images, false, p_take);
+  end if;
+  allowed := v_admission.admitted > 0;
+  retry_after := case when allowed then 0 else extract(epoch from v_admission.retry_at - v_admission.at) end;
+  reason := case when not allowed then case when retry_after is null then 'exceeds_limit' else 'window_full' end end;
+end $$;

@@ -1,0 +1,222 @@
+-- A worker introduces itself and learns what it needs to know. p_base_url is where it finds the provider, p_fingerprint
+-- stands for that address and the key: one that was not seen last has to prove itself, and another address may be a
+-- provider that can do other things. Refuses an id that is of another login, and more workers of one login than anybody
+-- has. Locks: provider.
+create or replace function autotag.register_worker(
+  p_worker uuid, p_host text, p_version text, p_listening boolean, p_base_url text default null, p_fingerprint text default null
+) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_login name;
+begin
+  perform autotag.check_version(p_version);
+  if p_worker is null then
+    perform autotag.refuse(400, 'no_worker', 'A worker needs an id.', 'Pass a uuid of its own.');
+  end if;
+  v_login := (select w.login from autotag.workers w where w.id = p_worker);
+  if v_login <> session_user then
+    perform autotag.refuse(403, 'not_your_worker', 'This worker is of another login.', 'Register with an id of its own.');
+  elsif v_login is null and (select count(*) from autotag.workers w where w.login = session_user) >= 1000 then
+    perform autotag.refuse(429, 'too_many_workers', 'This login has 1,000 workers already.',
+      'Wait until the leases of those that are gone run out.', jsonb_build_object('retry_after', 60));
+  end if;
+  p_base_url := autotag.printable(p_base_url, 300);
+  p_fingerprint := autotag.printable(p_fingerprint, 100);
+  update autotag.provider_limits p
+  set base_url = p_base_url, fingerprint = p_fingerprint, fingerprint_since = autotag.now(),
+      proven_at = null, probe_at = null,
+      account_error = null, account_error_from = null, account_error_at = null, checked_at = '-infinity',
+      has_batches = case when p.base_url = p_base_url then p.has_batches end,
+      batches_refused = coalesce(p.base_url = p_base_url, false) and p.batches_refused,
+      has_rate_headers = case when p.base_url = p_base_url then p.has_rate_headers end,
+      keep_files = case when p.base_url = p_base_url then p.keep_files else 604800 end
+  where p_fingerprint is not null and p.fingerprint is distinct from p_fingerprint;
+  insert into autotag.workers (id, host, version, listening, started_at, seen_at, lease_until, base_url, fingerprint)
+  select p_worker, coalesce(autotag.printable(p_host, 100), ''), autotag.printable(p_version, 50), coalesce(p_listening, false),
+    v_now, v_now, v_now + s.lease, p_base_url, p_fingerprint
+  from autotag.settings s
+  on conflict (id) do update set version = excluded.version, listening = excluded.listening, seen_at = excluded.seen_at,
+    lease_until = excluded.lease_until, unsent = 0, base_url = excluded.base_url,
+    fingerprint = excluded.fingerprint
+  where autotag.workers.login = session_user;
+  return autotag.worker_settings();
+end $$;
+
+-- What a worker needs of the settings, as JSON; seconds where the name says so.
+create or replace function autotag.worker_settings() returns jsonb
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select jsonb_build_object(
+    'batch_max_bytes', s.batch_max_bytes, 'lease_seconds', autotag.real_seconds(s.lease))
+  from autotag.settings s
+$$;
+
+-- Extends the worker's lease and runs tick() when nobody else has (no pg_cron). False: the lease had run
+-- out, what it held is somebody else's now, and it has to register again.
+create or replace function autotag.heartbeat(p_worker uuid) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_alive boolean;
+  v_version text;
+begin
+  update autotag.workers w
+  set seen_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s)
+  where w.id = p_worker and w.login = session_user returning w.version into v_version;
+  v_alive := found;
+  if v_alive then
+    perform autotag.check_version(v_version);
+  end if;
+  perform autotag.tick_if_due();
+  return v_alive;
+end $$;
+
+-- Whether a worker may be given something: not when it is another login's, or its lease has run out, because what it got then nobody would take
+-- back should it never return. Nor can it run out before the caller's transaction ends. Locks the worker's row.
+create or replace function autotag.hold_lease(p_worker uuid) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform from autotag.workers w where w.id = p_worker and w.login = session_user for key share skip locked;
+  return found;
+end $$;
+
+-- Only one address and key is used at a time: those of the worker that registered last, until they fail and a worker with
+-- others is alive. Workers with others get nothing meanwhile; otherwise a wrong address, which fails fast, would take most
+-- images and count a failure on each.
+create or replace function autotag.is_outdone(p_worker uuid, p_provider autotag.provider_limits) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (select from autotag.workers w where w.id = p_worker and w.fingerprint <> p_provider.fingerprint)
+    and exists (select from autotag.workers w where w.fingerprint = p_provider.fingerprint and w.lease_until > autotag.now());
+end $$;
+
+-- These workers have met trouble of the account: if it was they whose turn it is, the next probe is of those that ask in
+-- another way, if there are any. The caller holds the provider row.
+create or replace function autotag.pass_turn(p_workers uuid[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_fingerprint text := (select p.fingerprint from autotag.provider_limits p);
+  v_next autotag.workers;
+begin
+  if not exists (select from autotag.workers w where w.id = any (p_workers) and w.fingerprint = v_fingerprint) then
+    return;
+  end if;
+  select * into v_next from autotag.workers w
+  where w.fingerprint <> v_fingerprint and w.lease_until > autotag.now()
+  order by w.fingerprint > v_fingerprint desc, w.fingerprint limit 1;
+  if found then
+    perform autotag.turn_to(v_next);
+  end if;
+end $$;
+
+-- From now on this worker's address and key are the ones that are asked; what is known of another address is forgotten. The
+-- caller holds the provider row.
+create or replace function autotag.turn_to(p_worker autotag.workers) returns void
+language sql security definer set search_path = pg_catalog, pg_temp
+as $$
+  update autotag.provider_limits p
+  set fingerprint = p_worker.fingerprint, base_url = p_worker.base_url, fingerprint_since = autotag.now(), checked_at = '-infinity',
+      has_batches = case when p.base_url = p_worker.base_url then p.has_batches end,
+      batches_refused = p.base_url = p_worker.base_url and p.batches_refused,
+      has_rate_headers = case when p.base_url = p_worker.base_url then p.has_rate_headers end,
+      keep_files = case when p.base_url = p_worker.base_url then p.keep_files else 604800 end
+  where p.fingerprint is distinct from p_worker.fingerprint
+$$;
+
+-- The tasks that a worker holds: among those that were released and are not finished, of uploads that are not.
+create or replace function autotag.held_tasks(p_worker uuid) returns bigint[]
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select coalesce(array_agg(t.id), '{}')
+  from autotag.queues q
+  join autotag.tasks t on t.job_id = q.job_id and t.id <= q.reached and t.lane = 'realtime'
+    and t.retry_at is null and t.finished_at is null
+  where q.reached > 0 and t.worker_id = p_worker
+$$;
+
+-- Gives back what a worker holds except what it names (p_lost: its lease has run out; then each image counts
+-- a failure, so that one that kills its worker does not do so for ever).
+-- Locks: workspaces, jobs, batches, tasks.
+create or replace function autotag.give_back(p_worker uuid, p_keep_tasks bigint[], p_keep_batches uuid[], p_lost boolean)
+returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tasks bigint[] := array(
+    select t from unnest(autotag.held_tasks(p_worker)) t where t <> all (p_keep_tasks));
+  v_batches uuid[] := array(
+    select b.id from autotag.batches b where b.worker_id = p_worker and b.id <> all (p_keep_batches));
+begin
+  perform from autotag.workspaces w
+  where w.workspace_id in (select t.workspace_id from autotag.tasks t where t.id = any (v_tasks))
+  order by w.workspace_id for update;
+  perform from autotag.jobs j
+  where j.id in (select t.job_id from autotag.tasks t where t.id = any (v_tasks)) order by j.id for update;
+  perform from autotag.batches b where b.id = any (v_batches) order by b.id for update;
+  -- What its last request may have created at OpenAI has to show before somebody else looks.
+  update autotag.batches b
+  set worker_id = null, not_before = case when b.state <> 'creating' then b.not_before
+    else autotag.now() + (select s.batch_create_grace from autotag.settings s) end
+  where b.id = any (v_batches) and b.worker_id = p_worker;
+  perform from autotag.tasks t where t.id = any (v_tasks) order by t.id for update;
+  perform autotag.requeue(jsonb_agg(jsonb_build_object(
+    'task', t.id, 'failures', case when p_lost then 1 else 0 end,
+    'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.')))
+  from autotag.tasks t where t.id = any (v_tasks) and t.worker_id = p_worker;
+  perform pg_notify('autotag', 'realtime');
+  perform pg_notify('autotag', 'batch');
+  return cardinality(v_tasks) + cardinality(v_batches);
+end $$;
+
+-- A worker stops: everything it holds goes back at once.
+create or replace function autotag.release_worker(p_worker uuid) returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_count integer;
+begin
+  if not autotag.is_own_worker(p_worker) then
+    return 0;
+  end if;
+  v_count := autotag.give_back(p_worker, '{}', '{}', false);
+  delete from autotag.workers w where w.id = p_worker;
+  return v_count;
+end $$;
+
+-- A worker that never saw the answer to a claim (the connection broke) names what it has in hand; null for
+-- the kind that is not in question.
+create or replace function autotag.release_unheld(p_worker uuid, p_tasks bigint[], p_batches uuid[]) returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.check_ids(greatest(cardinality(p_tasks), cardinality(p_batches)));
+  if not autotag.is_own_worker(p_worker) then
+    return 0;
+  end if;
+  update autotag.workers w set unsent = 0 where w.id = p_worker and p_tasks is not null;
+  return autotag.give_back(p_worker, p_tasks, p_batches, false);
+end $$;
+
+-- Gives back what workers held whose lease has run out. Called by tick().
+create or replace function autotag.expire_workers() returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_worker uuid;
+  v_count integer := 0;
+begin
+  for v_worker in
+    select w.id from autotag.workers w where w.lease_until < autotag.now() order by w.id for update skip locked
+  loop
+    perform autotag.give_back(v_worker, '{}', '{}', true);
+    delete from autotag.workers w where w.id = v_worker;
+    v_count := v_count + 1;
+  end loop;
+  return v_count;
+end $$;

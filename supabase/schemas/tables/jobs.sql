@@ -1,0 +1,95 @@
+-- Uploads and their images; which way an upload goes, and how long that takes.
+
+-- A workspace with work that waits for single calls: its place in the fair order. Its lock covers its queues.
+create table autotag.workspaces (
+  workspace_id uuid primary key,
+  queued integer not null default 0 check (queued >= 0),
+  virtual_time double precision not null default 0,
+  -- not ready: nothing may be released before ready_at (its window is full, or its chunks are paced)
+  ready boolean not null default true,
+  ready_at timestamptz not null default '-infinity'
+) with (fillfactor = 50);
+create index workspaces_turn_idx on autotag.workspaces (virtual_time, workspace_id) where ready and queued > 0;
+create index workspaces_wake_idx on autotag.workspaces (ready_at) where not ready and queued > 0;
+alter table autotag.workspaces enable row level security;
+
+create table autotag.jobs (
+  id uuid primary key default gen_random_uuid(),
+  workspace_id uuid not null,
+  user_id uuid,                         -- who uploaded; null for the service role
+  strategy text not null check (strategy in ('realtime', 'realtime-chunked', 'batch', 'batch-parallel')),
+  image_count integer not null check (image_count > 0),
+  completed integer not null default 0,
+  failed integer not null default 0,
+  created_at timestamptz not null,
+  cancelled_at timestamptz,
+  finished_at timestamptz,
+  fallback text,                        -- why images that would have been single calls go by batch
+  eta timestamptz,                      -- the median of when it will be done …
+  eta_p90 timestamptz,                  -- … and what it will be done by in nine cases of ten
+  progress integer not null default 0 check (progress between 0 and 100),
+  told_at timestamptz not null default '-infinity',   -- when job-progress was broadcast last
+  traceparent text,                     -- of the request that made it (W3C Trace Context), where it had one
+  check (completed >= 0 and failed >= 0 and completed + failed <= image_count),
+  check ((finished_at is not null) = (completed + failed = image_count))
+) with (fillfactor = 50);
+create index jobs_workspace_id_idx on autotag.jobs (workspace_id, created_at);
+create index jobs_finished_at_idx on autotag.jobs (finished_at);
+create index jobs_live_idx on autotag.jobs (workspace_id) where finished_at is null;
+create index jobs_live_user_idx on autotag.jobs (user_id) where finished_at is null;
+alter table autotag.jobs enable row level security;
+
+-- The single calls of one job that wait to be released, in upload order behind a cursor: what lies at or
+-- before it was released already, so that a claim never crawls through dead index entries. A row lives as
+-- long as its job.
+create table autotag.queues (
+  job_id uuid primary key references autotag.jobs on delete cascade,
+  workspace_id uuid not null,
+  queued integer not null default 0 check (queued >= 0),
+  released integer not null default 0,  -- the job that got least goes first: small uploads pass large ones
+  cursor bigint not null default 0,
+  reached bigint not null default 0,    -- the last task that was ever released: none behind it is held
+  output_tokens integer,                -- the least cap that one of them needs, where an answer was cut off
+  chunk integer,                        -- at most so many at a time (null: all at once) …
+  ready_at timestamptz not null default '-infinity'   -- … and the next not before this moment
+) with (fillfactor = 50);
+create index queues_turn_idx on autotag.queues (workspace_id, released, job_id) where queued > 0;
+alter table autotag.queues enable row level security;
+
+-- One image of one job, for as long as there is something to do about it: with its tags stored it is gone, and the
+-- table stays as small as the work in hand, however many images there were. A failed one stays with its job, for
+-- retry_tagging(). Its lane and who holds it decide what happens next; its stage is what users see.
+--
+-- No index knows who holds a task, so that a claim's update stays on its page (HOT) and costs the same however
+-- many tasks there are; whose tasks are whose is found by way of the queues (held_tasks).
+create table autotag.tasks (
+  id bigint generated always as identity primary key,
+  job_id uuid not null references autotag.jobs on delete cascade,
+  workspace_id uuid not null,
+  asset_id uuid not null,
+  hidden boolean not null default false,  -- whoever asked for its tags may not see its file
+  stage text not null default 'queued' check (stage in
+    ('queued', 'preparing', 'submitted', 'processing', 'completing', 'failed')),
+  lane text not null check (lane in ('realtime', 'batch')),
+  attempt integer not null default 0,   -- grows with every claim; a report with an older one is refused
+  failures integer not null default 0,
+  worker_id uuid,                       -- who holds it (realtime lane)
+  batch_id uuid,                        -- which batch it belongs to (batch lane)
+  reserved_at timestamptz,              -- its place in the workspace's window, and what it reserved there
+  reserved_tokens integer,
+  output_tokens integer,                -- the cap of the answer that was asked for
+  min_output_tokens integer,            -- the least cap of the next try: an answer was cut off
+  retry_at timestamptz,                 -- parked until then
+  error_code text,
+  error text,
+  finished_at timestamptz,
+  check ((finished_at is not null) = (stage = 'failed')),
+  check (worker_id is null or lane = 'realtime'),
+  check (finished_at is null or worker_id is null)
+) with (fillfactor = 45);  -- room for the claim of every task on its page
+
+create unique index tasks_live_asset_idx on autotag.tasks (asset_id) where finished_at is null;
+create index tasks_job_id_idx on autotag.tasks (job_id, id);
+create index tasks_batch_idx on autotag.tasks (batch_id, id) where batch_id is not null;
+create index tasks_parked_idx on autotag.tasks (retry_at) where retry_at is not null;
+alter table autotag.tasks enable row level security;

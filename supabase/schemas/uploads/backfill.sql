@@ -1,0 +1,40 @@
+-- What bringing in existing images would mean: {images, seconds, cost (null: unknown), model}. p_untagged: only those without tags.
+create or replace function autotag.preview_backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
+returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_images integer := cardinality(autotag.list_assets(p_workspace_id, p_untagged, p_after, p_limit));
+  v_settings autotag.settings;
+  v_batches integer := 0;
+begin
+  select * into v_settings from autotag.settings;
+  if v_images = 0 then
+    return jsonb_build_object('images', 0, 'seconds', 0, 'cost', 0, 'model', v_settings.model);
+  end if;
+  if autotag.choose_strategy(v_images) like 'batch%' then
+    v_batches := autotag.plan_batches(v_images, v_settings.batch_batches_per_hour, v_settings.batch_images_per_hour);
+  end if;
+  return jsonb_build_object('images', v_images, 'seconds', autotag.estimate_seconds(v_images, v_batches),
+    'cost', v_images * autotag.expected_cost(case when v_batches > 0 then 'batch' end), 'model', v_settings.model);
+end $$;
+
+-- Brings in the next p_limit existing images of a workspace as one upload: {job_id, images, last}; `last` is the
+-- cursor for the next call, null at the end. Refuses as enqueue_tagging does. Locks: the workspace.
+create or replace function autotag.backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_assets uuid[];
+  v_job jsonb;
+begin
+  perform autotag.check_image_count(p_limit);
+  perform autotag.lock_workspace(p_workspace_id);
+  v_assets := autotag.list_assets(p_workspace_id, p_untagged, p_after, p_limit);
+  if v_assets = '{}' then
+    return jsonb_build_object('job_id', null, 'images', 0, 'last', null);
+  end if;
+  v_job := autotag.start_job(p_workspace_id, null, v_assets);
+  return jsonb_build_object('job_id', v_job -> 'job_id', 'images', v_job -> 'image_count',
+    'last', v_assets[cardinality(v_assets)]);
+end $$;

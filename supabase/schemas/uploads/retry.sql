@@ -1,0 +1,29 @@
+-- The images of a job that failed, that still are there, and that name a file of their workspace, in order.
+create or replace function autotag.failed_assets(p_job_id uuid) returns uuid[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job autotag.jobs := autotag.visible_job(p_job_id);
+begin
+  return array(
+    select d.asset_id
+    from autotag.tasks t
+    join autotag.describe_assets(array(
+      select f.asset_id from autotag.tasks f where f.job_id = v_job.id and f.stage = 'failed')) d on d.asset_id = t.asset_id
+    where t.job_id = v_job.id and t.stage = 'failed' and not d.foreign_file
+    order by t.id);
+end $$;
+
+-- retry_tagging: the images of a job that failed, again, as a new job. p_hidden: as in enqueue.
+create or replace function autotag.retry(p_job_id uuid, p_hidden uuid[] default array[]::uuid[]) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_assets uuid[] := autotag.failed_assets(p_job_id);
+begin
+  if v_assets = '{}' then
+    perform autotag.refuse(409, 'nothing_to_retry', 'No image of this upload has failed that could be tagged now.',
+      'Look at tagging_job() before you retry.');
+  end if;
+  return autotag.enqueue(v_assets, p_hidden);
+end $$;

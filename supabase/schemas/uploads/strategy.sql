@@ -1,0 +1,93 @@
+-- How many batches an upload is split into. Splitting never makes an upload slower: while the workspace may
+-- start enough batches they hold at most batch_split_images; when fewer are left in its window they get
+-- larger instead of more; one is never larger than a file, the provider's queue or the window can take; and no
+-- more are made than their size needs.
+create or replace function autotag.plan_batches(p_images integer, p_batches_left integer, p_window_images integer)
+returns integer
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select ceil(p_images / ceil(p_images::numeric / greatest(
+    ceil(p_images::numeric / greatest(1, least(
+      s.batch_max_requests, p_window_images, p.queued_batch_tokens / p.tokens_per_image))),
+    case when p_images <= s.batch_max_images then 1
+         else least(ceil(p_images::numeric / s.batch_split_images), greatest(p_batches_left, 1)) end
+  )))::integer
+  from autotag.settings s, autotag.provider_limits p
+$$;
+
+-- The strategy table: what happens with an upload of so many images. A provider without a Batch API gets single calls.
+create or replace function autotag.choose_strategy(p_images integer) returns text
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (select case
+    when p_images <= s.realtime_max_images then 'realtime'
+    when p_images <= s.chunk_max_images or p.has_batches is false then 'realtime-chunked'
+    when p_images <= s.batch_max_images then 'batch'
+    else 'batch-parallel' end
+  from autotag.settings s, autotag.provider_limits p);
+end $$;
+
+-- Seconds that an upload is expected to take when its workspace is otherwise idle.
+create or replace function autotag.estimate_seconds(p_images integer, p_batches integer) returns double precision
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+begin
+  return (select case
+    when p_batches > 0 then
+      -- batches beyond the window start an hour later each time it is full
+      (autotag.predict_batch(ceil(p_images::numeric / p_batches)::integer, v_now, v_now, null, 0, null)).p50
+      + 3600 * greatest((p_batches - 1) / s.batch_batches_per_hour, (p_images - 1) / s.batch_images_per_hour)
+    when p_images > s.realtime_max_images then
+      s.call_seconds + greatest(
+        extract(epoch from s.chunk_delay) * ((p_images - 1) / s.chunk_size),
+        60 * ((p_images - 1) / s.realtime_requests_per_minute))
+    else s.call_seconds end
+  from autotag.settings s);
+end $$;
+
+-- What waits for single calls.
+create or replace function autotag.count_waiting(out workspaces bigint, out images bigint)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  select count(*), coalesce(sum(w.queued), 0) into workspaces, images from autotag.workspaces w where w.queued > 0;
+end $$;
+
+-- How long the last of so many more single calls of a workspace would wait: for its own window, and for its
+-- fair share of the provider's bucket. p_counted: what waits in other workspaces may be as old as a second (counting
+-- it takes the longer, the more of them there are).
+create or replace function autotag.predict_wait(p_workspace_id uuid, p_images integer, p_counted boolean default false)
+returns interval
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_provider autotag.provider_limits := autotag.refilled_provider(v_now);
+  v_settings autotag.settings;
+  v_max_requests integer;
+  v_max_units integer;
+  v_queued bigint := coalesce((select w.queued from autotag.workspaces w where w.workspace_id = p_workspace_id), 0);
+  v_own bigint := v_queued + p_images;
+  v_everybody bigint;
+begin
+  select * into v_settings from autotag.settings;
+  if not p_counted or v_provider.waiting_at < v_now - interval '2 s' then
+    select c.workspaces, c.images into v_provider.waiting_workspaces, v_provider.waiting_images
+    from autotag.count_waiting() c;
+  end if;
+  -- A workspace waits for as many calls of each of the others as it makes itself.
+  v_everybody := v_own + least(greatest(v_provider.waiting_images - v_queued, 0),
+    v_own * greatest(v_provider.waiting_workspaces - (v_queued > 0)::integer, 0));
+  select l.max_requests, l.max_units into v_max_requests, v_max_units
+  from public.workspace_rate_limits l where l.workspace_id = p_workspace_id and l.request_type = 'realtime';
+  v_max_requests := coalesce(v_max_requests, v_settings.realtime_requests_per_minute);
+  v_max_units := coalesce(v_max_units, v_settings.realtime_tokens_per_minute);
+  return interval '1 min' * greatest(0,
+    (v_own - v_max_requests)::double precision / v_max_requests,
+    (v_own * v_provider.tokens_per_image - v_max_units)::double precision / v_max_units,
+    (v_everybody - v_provider.requests_left) / v_provider.requests_per_minute,
+    (v_everybody * v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute);
+end $$;

@@ -1,0 +1,156 @@
+-- What the batches of late tell about the length of one of p_images images that starts at p_started: seconds, with
+-- the weight that each deserves. Before there is any history, OpenAI's own word (within 24 h) and common experience:
+-- a median of settings.batch_seconds (45 min), from a third (15 min) to sixteen times of it (12 h). A batch in
+-- flight counts as what it is heading for: by its pace when it moves, and when it does not, as twice its age as soon
+-- as it is later than was foreseen. So a slow day shows before its first batch has ended.
+create or replace function autotag.batch_lengths(p_images integer, p_started timestamptz, p_now timestamptz, p_except uuid)
+returns table (seconds double precision, weight double precision)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+begin
+  select * into v_settings from autotag.settings;
+  return query
+    select s.seconds,
+      power(0.5, date_part('epoch', p_now - s.known_at) / 86400 / v_settings.eta_half_life_days)
+      * exp(-abs(ln(s.images::double precision / p_images)))
+      * (0.65 + 0.35 * cos(2 * pi() * date_part('epoch', s.started_at - p_started) / 86400)) * s.boost
+    from (
+      select d.seconds, d.images, d.started_at, d.started_at + make_interval(secs => d.seconds) as known_at, 1.0 as boost
+      from (select * from autotag.durations order by started_at desc limit 300) d
+      union all
+      select f.heading, f.images, f.submitted_at, p_now, 2.0
+      from (
+        select b.image_count - b.express_count as images, b.submitted_at,
+          case when b.request_done > 0.1 * b.request_total and b.running_at is not null
+            then autotag.heading(b.submitted_at, b.running_at, p_now, b.request_done::double precision / b.request_total)
+            else 2 * nullif(greatest(date_part('epoch', p_now - b.submitted_at) - b.predicted_seconds, 0), 0)
+              + b.predicted_seconds end as heading
+        from autotag.batches b where b.state = 'submitted' and b.id is distinct from p_except
+        order by b.submitted_at desc limit 50) f
+      where f.heading is not null
+    ) s
+    union all
+    select v_settings.batch_seconds * x, 0.3
+    from unnest(array[0.33, 0.5, 0.75, 1, 2, 5, 16]::double precision[]) x;
+end $$;
+
+-- The length that a batch is heading for when the share p_share of it is done: it waited, then it went evenly.
+create or replace function autotag.heading(
+  p_started timestamptz, p_running timestamptz, p_now timestamptz, p_share double precision
+) returns double precision
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$
+  select date_part('epoch', p_running - p_started) + date_part('epoch', p_now - p_running) / p_share
+$$;
+
+-- How long a batch will have taken in all, in seconds: the median and the 90th percentile. p_running is when it
+-- began to be worked on (null: not yet), p_share how much of it is done. What has lasted so long already is not
+-- going to be shorter; and from a third on only its own pace counts.
+create or replace function autotag.predict_batch(
+  p_images integer, p_started timestamptz, p_now timestamptz, p_running timestamptz, p_share double precision,
+  p_except uuid, out p50 double precision, out p90 double precision
+)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_age double precision := greatest(date_part('epoch', p_now - p_started), 0);
+  v_trust double precision := case when p_running is null then 0 else least(1, 3 * p_share) end;
+  v_heading double precision;
+  v_unsure double precision;    -- how far the history's p90 lies above its median, as far as that still counts
+begin
+  select min(l.seconds) filter (where l.upto >= 0.5 * l.total), min(l.seconds) filter (where l.upto >= 0.9 * l.total)
+  into p50, p90
+  from (
+    select b.seconds, sum(b.weight) over (order by b.seconds) as upto, sum(b.weight) over () as total
+    from autotag.batch_lengths(p_images, p_started, p_now, p_except) b
+    where b.seconds > v_age) l;
+  p50 := coalesce(p50, 1.5 * v_age);
+  p90 := greatest(coalesce(p90, 3 * v_age), 1.1 * p50);
+  if v_trust > 0 then
+    v_heading := greatest(autotag.heading(p_started, p_running, p_now, p_share), v_age);
+    v_unsure := (1 - v_trust) * ln(p90 / p50);
+    p50 := greatest(v_age, exp((1 - v_trust) * ln(p50) + v_trust * ln(greatest(v_heading, 1))));
+    -- The pace of what is left is a third slower than the pace so far in one case of ten.
+    p90 := exp(v_unsure) * (p50 + v_trust * (p50 - v_age) / 3);
+  end if;
+end $$;
+
+-- When a batch may begin: one without a place in its workspace's window has to wait until there is one for those before
+-- it and for itself, and each full window of those before it is a window later.
+create or replace function autotag.batch_turn(p_batch autotag.batches, p_now timestamptz) returns timestamptz
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_turn timestamptz := greatest(p_now, case when p_batch.not_before < 'infinity' then p_batch.not_before end);
+  v_before integer;
+  v_window record;
+begin
+  if p_batch.state <> 'planned' or p_batch.admitted_at is not null then
+    return v_turn;
+  end if;
+  select count(*) into v_before from autotag.batches b
+  where b.workspace_id = p_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
+    and (b.created_at, b.ordinal) < (p_batch.created_at, p_batch.ordinal);
+  select l.length, l.max_requests, a.retry_at into v_window
+  from autotag.window_limits(p_batch.workspace_id, 'batch') l
+  cross join lateral autotag.admit(
+    p_batch.workspace_id, 'batch', v_before % l.max_requests + 1, 0, false, p_take => false) a;
+  return greatest(v_turn, coalesce(v_window.retry_at, p_now) + v_before / v_window.max_requests * v_window.length);
+end $$;
+
+-- The batch's own prediction, and when it will be done; one that has not started starts when its turn comes.
+create or replace function autotag.batch_eta(p_batch autotag.batches, p_now timestamptz, out p50 timestamptz, out p90 timestamptz)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_started timestamptz := coalesce(p_batch.submitted_at, autotag.batch_turn(p_batch, p_now));
+  v_seconds record;
+begin
+  v_seconds := autotag.predict_batch(p_batch.image_count - p_batch.express_count, v_started, greatest(p_now, v_started),
+    p_batch.running_at, p_batch.request_done::double precision / greatest(p_batch.request_total, 1), p_batch.id);
+  p50 := v_started + make_interval(secs => v_seconds.p50);
+  p90 := v_started + make_interval(secs => v_seconds.p90);
+end $$;
+
+-- When a job will be done, written to it: its last batch, or the last of its single calls, which wait for the limits
+-- and for their chunks. p_wait: for the limits, where that is known already. The caller holds the job's lock.
+create or replace function autotag.refresh_eta(p_job_id uuid, p_wait interval default null) returns timestamptz
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_settings autotag.settings;
+  v_single interval;
+  v_batches record;
+  v_eta timestamptz;
+begin
+  select * into v_settings from autotag.settings;
+  v_single := make_interval(secs => v_settings.call_seconds) + coalesce((
+    select greatest(coalesce(p_wait, autotag.predict_wait(q.workspace_id, 0, true)),
+      case when q.chunk is not null then greatest(q.ready_at, v_now) - v_now
+        + v_settings.chunk_delay * ((q.queued - 1) / q.chunk) end)
+    from autotag.queues q where q.job_id = p_job_id and q.queued > 0), interval '0');
+  select max(e.p50) as p50, max(e.p90) as p90 into v_batches
+  from (
+    -- Those that wait for their turn are mostly alike: the last one speaks for all.
+    select distinct on (b.openai_batch_id, b.not_before, b.image_count - b.express_count) b as batch
+    from autotag.batches b where b.job_id = p_job_id and b.state not in ('done', 'cancelled')
+    order by b.openai_batch_id, b.not_before, b.image_count - b.express_count, b.ordinal desc) d
+  cross join lateral autotag.batch_eta(d.batch, v_now) e;
+  update autotag.jobs j
+  set eta = greatest(v_now + v_single, v_batches.p50), eta_p90 = greatest(v_now + 2 * v_single, v_batches.p90)
+  where j.id = p_job_id and j.finished_at is null
+  returning j.eta into v_eta;
+  return v_eta;
+end $$;
+
+-- OpenAI completed a batch: that is one more duration.
+create or replace function autotag.note_duration(p_batch autotag.batches, p_now timestamptz) returns void
+language sql security definer set search_path = pg_catalog, pg_temp
+as $$
+  insert into autotag.durations (images, started_at, seconds)
+  select p_batch.image_count - p_batch.express_count, p_batch.submitted_at,
+    greatest(date_part('epoch', p_now - p_batch.submitted_at), 1)
+$$;

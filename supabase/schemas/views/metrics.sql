@@ -1,0 +1,46 @@
+-- What an operator sees of the whole system (`autotag status`), and existing images brought in (`autotag enqueue`).
+
+-- What a monitoring system samples: counts, ages in seconds, and what is left of the provider's bucket. Each is one
+-- short look, and none grows with what was done before.
+create or replace function autotag.metrics() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_provider autotag.provider_limits := autotag.refilled_provider(v_now);
+begin
+  return (
+    select jsonb_build_object(
+      'queued', q.images, 'queued_workspaces', q.workspaces,
+      'oldest_queued', (
+        select extract(epoch from v_now - min(j.created_at)) from autotag.queues u join autotag.jobs j on j.id = u.job_id
+        where u.queued > 0 and j.finished_at is null),
+      'parked', k.parked, 'live', l.images,
+      'work', q.images + k.held + k.due + b.images,
+      'batches', b.states, 'oldest_batch', extract(epoch from v_now - b.oldest))
+    || jsonb_build_object(
+      'requests_left', floor(v_provider.requests_left), 'requests_per_minute', v_provider.requests_per_minute,
+      'tokens_left', floor(v_provider.tokens_left), 'tokens_per_minute', v_provider.tokens_per_minute,
+      'blocked_seconds', extract(epoch from greatest(v_provider.blocked_until, v_now) - v_now),
+      'account_error', (v_provider.account_error is not null)::integer,
+      'workers', (select count(*) from autotag.workers w where w.lease_until > v_now),
+      'outbox', o.messages, 'oldest_message', extract(epoch from v_now - o.oldest),
+      'images_today', u.images, 'cost_today', u.cost, 'unpriced_today', u.unpriced,
+      'shutdown_days', (select m.shutdown_date from autotag.settings s, autotag.find_model(s.model) m) - (v_now at time zone 'utc')::date)
+    from autotag.count_waiting() q
+    cross join (select count(*) filter (where t.retry_at is not null) as parked,
+                  count(*) filter (where t.retry_at <= v_now) as due,
+                  count(*) filter (where t.worker_id is not null) as held
+                from autotag.tasks t where t.finished_at is null) k
+    cross join (select coalesce(sum(j.image_count - j.completed - j.failed), 0) as images
+                from autotag.jobs j where j.finished_at is null) l
+    cross join (select coalesce(jsonb_object_agg(s.state, s.batches), '{}') as states, min(s.oldest) as oldest,
+                  coalesce(sum(s.images) filter (where s.state not in ('submitted')), 0) as images
+                from (select b.state, count(*) as batches, min(b.created_at) as oldest,
+                        sum(b.image_count - b.express_count) filter (where b.not_before <= v_now) as images
+                      from autotag.batches b where b.state not in ('done', 'cancelled') group by b.state) s) b
+    cross join (select count(*) as messages, min(m.created_at) as oldest from autotag.outbox m) o
+    cross join (select coalesce(sum(x.images), 0) as images, coalesce(sum(x.cost), 0) as cost,
+                  coalesce(sum(x.requests) filter (where x.cost is null), 0) as unpriced
+                from autotag.usage x where x.day = (v_now at time zone 'utc')::date) u);
+end $$;

@@ -1,0 +1,161 @@
+-- The worker is not trusted either. Whoever has stolen a worker's login can call what is granted to it, with anything, and
+-- can so slow down and waste what that login's workers may hold; what follows is nobody else's:
+--   * A worker's id is its login's (session_user, which poolers keep): nobody acts for the workers of another login,
+--     whatever ids they have learned from status(). Workers of one login are one.
+--   * It acts on what its worker holds: tasks with their attempt, batches with theirs, and the look at the provider that it
+--     was handed (claim_batches). Images are described only to the worker that holds them.
+--   * What is reported is data: counts, waits and sizes are clamped (check_number, check_usage), shapes are made sure of
+--     (check_result, check_error), texts are made printable; what is no list of reports, or more than a worker can have, is
+--     refused before any work is done (check_list). One bad report of many is that image's trouble, and not the others'.
+--   * What a worker says of the provider (waits, limits, its form, its Batch API) and of the account holds for all, because
+--     nobody but workers sees the provider. So it can pause tagging (each time for an hour at most), slow it and make it
+--     dearer. And it can claim whatever waits, and say anything of that: it is its worker. When the login is taken away,
+--     what it held goes back with the lease.
+--   * It reads what it claims, and besides that what status(), metrics() and diagnose() tell: counts, ids, and one path.
+
+-- What people see: the stage, progress and time left of each image, and the counts of each upload.
+-- The rows themselves are written by the adapter (show_stage, store_tags).
+
+-- The seven stages in order. A pass only moves forward through them; completed and failed end it.
+create or replace function autotag.stage_rank(stage text) returns integer
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select case stage
+    when 'queued' then 1 when 'preparing' then 2 when 'submitted' then 3 when 'processing' then 4
+    when 'completing' then 5 when 'completed' then 6 when 'failed' then 6 end
+$$;
+
+-- The progress an image shows when it enters a stage.
+create or replace function autotag.stage_progress(p_stage text) returns integer
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select case p_stage when 'queued' then 0 when 'preparing' then 10 when 'submitted' then 20
+    when 'processing' then 30 when 'completing' then 90 when 'completed' then 100 end
+$$;
+
+-- Moves tasks (locked by the caller) forward to a stage, and their images with them. A task that is there
+-- already, or past it, is not touched: an image that goes back to the queue keeps the stage it showed.
+create or replace function autotag.advance(p_tasks bigint[], p_stage text, p_eta timestamptz default null) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_assets uuid[];
+begin
+  with moved as (
+    update autotag.tasks t set stage = p_stage
+    where t.id = any (p_tasks) and t.finished_at is null
+      and autotag.stage_rank(t.stage) < autotag.stage_rank(p_stage)
+    returning t.asset_id
+  )
+  select array_agg(m.asset_id) into v_assets from moved m;
+  perform autotag.show_stage(v_assets, p_stage, autotag.stage_progress(p_stage), p_eta);
+end $$;
+
+-- The progress of a batch's images follows what OpenAI counts: from `processing` to just under `completing`, in steps of
+-- ten percent, because each step writes every row. The caller holds the batch's lock, which keeps its tasks as they are.
+create or replace function autotag.batch_progress(p_done integer, p_total integer) returns integer
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select 30 + 10 * (5 * least(p_done, p_total) / greatest(p_total, 1))
+$$;
+
+create or replace function autotag.show_batch_progress(p_batch uuid, p_progress integer, p_eta timestamptz) returns void
+language sql security definer set search_path = pg_catalog, pg_temp
+as $$
+  select autotag.show_stage(
+    array(select t.asset_id from autotag.tasks t where t.batch_id = p_batch and t.stage = 'processing'),
+    'processing', p_progress, p_eta)
+$$;
+
+-- How far a job is, in percent: what is finished counts whole, what OpenAI has done of its batches nearly so.
+create or replace function autotag.measure_progress(p_job autotag.jobs) returns integer
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select greatest(p_job.progress, least(99, floor(100 * (
+    p_job.completed + p_job.failed
+    + 0.9 * coalesce((
+        select sum(least(b.request_done, b.image_count - b.express_count)) from autotag.batches b
+        where b.job_id = p_job.id and b.state in ('submitted', 'ended', 'harvesting') and not b.stored), 0)
+  ) / p_job.image_count)::integer))
+$$;
+
+-- Counts images of a job that have finished; the last one ends the job. The caller holds the job's lock.
+create or replace function autotag.count_finished(p_job_id uuid, p_completed integer, p_failed integer) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job autotag.jobs;
+  v_last boolean;
+begin
+  if p_completed + p_failed = 0 then
+    return;
+  end if;
+  select j.completed + p_completed + j.failed + p_failed = j.image_count into v_last
+  from autotag.jobs j where j.id = p_job_id;
+  update autotag.jobs j
+  set completed = j.completed + p_completed, failed = j.failed + p_failed,
+      finished_at = case when v_last then autotag.now() end,
+      progress = case when v_last then 100 else j.progress end,
+      eta = case when not v_last then j.eta end, eta_p90 = case when not v_last then j.eta_p90 end
+  where j.id = p_job_id returning * into v_job;
+  if v_job.finished_at is null then
+    perform autotag.tell_progress(p_job_id);
+    return;
+  end if;
+  delete from autotag.queues q where q.job_id = p_job_id;
+  perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-complete', jsonb_build_object(
+    'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed, 'image_count', v_job.image_count));
+end $$;
+
+-- Tells the members of the workspace how far a job is, at most once per broadcast_interval. The last word is
+-- always job-complete, so that nothing is lost by leaving one out. p_eta is the job's, where it was just computed. The
+-- caller holds the job's lock.
+create or replace function autotag.tell_progress(p_job_id uuid, p_eta timestamptz default null) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job autotag.jobs;
+  v_now timestamptz := autotag.now();
+begin
+  update autotag.jobs j
+  set told_at = v_now, progress = autotag.measure_progress(j)
+  where j.id = p_job_id and j.finished_at is null
+    and j.told_at <= v_now - (select s.broadcast_interval from autotag.settings s)
+  returning * into v_job;
+  if found then
+    v_job.eta := coalesce(p_eta, autotag.refresh_eta(p_job_id));
+    perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-progress', jsonb_build_object(
+      'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed,
+      'image_count', v_job.image_count, 'progress', v_job.progress, 'eta', v_job.eta));
+  end if;
+end $$;
+
+-- tagging_job: one upload as the UI shows it. `stages` holds the seven stages and how many images are in each.
+create or replace function autotag.describe_job(p_job_id uuid) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job autotag.jobs := autotag.visible_job(p_job_id);
+  v_stages jsonb;
+  v_error text;
+begin
+  select jsonb_object_agg(s.stage, case s.stage when 'completed' then v_job.completed else coalesce(c.images, 0) end)
+  into v_stages
+  from unnest(array['queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed']) s (stage)
+  left join (
+    select t.stage, count(*) as images from autotag.tasks t where t.job_id = v_job.id group by t.stage) c using (stage);
+  -- The sentence that stands for the most failures.
+  select t.error into v_error from autotag.tasks t
+  where t.job_id = v_job.id and t.stage = 'failed' group by t.error order by count(*) desc, t.error limit 1;
+  return jsonb_build_object(
+    'job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', v_job.image_count,
+    'stages', v_stages, 'completed', v_job.completed, 'failed', v_job.failed,
+    'progress', case when v_job.finished_at is null then autotag.measure_progress(v_job) else 100 end,
+    'eta', v_job.eta, 'eta_p90', v_job.eta_p90, 'error', v_error, 'fallback', v_job.fallback,
+    'batches', (
+      select coalesce(jsonb_agg(jsonb_build_object(
+        'batch_id', b.openai_batch_id, 'state', b.state, 'image_count', b.image_count) order by b.ordinal), '[]')
+      from autotag.batches b where b.job_id = v_job.id),
+    'created_at', v_job.created_at, 'finished_at', v_job.finished_at,
+    'cancelled', v_job.cancelled_at is not null);
+end $$;

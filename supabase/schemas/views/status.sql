@@ -1,0 +1,80 @@
+-- The model that is asked and how, what it is known to use, its end, and what the provider can do: {name, reasoning_effort,
+-- service_tier, answer_format, cap_parameter, prompt_tokens, output_tokens (means), cap, reserved, priced, proven, shutdown
+-- (describe_shutdown), provider: {base_url, batches, rate_headers, keep_files}}; null in provider: not known yet.
+create or replace function autotag.describe_model(p_provider autotag.provider_limits) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  -- What is asked from the next claim on, which may be another model than the last claim's.
+  return (autotag.describe_question() - 'model' - 'max_tags' - 'tag_language') || jsonb_build_object(
+    'name', (select s.model from autotag.settings s), 'prompt_tokens', p_provider.prompt_mean, 'output_tokens', p_provider.output_mean,
+    'cap', p_provider.output_tokens, 'reserved', p_provider.tokens_per_image,
+    'priced', autotag.expected_cost() is not null, 'cost_per_1000', round(1000 * autotag.expected_cost(), 4),
+    'proven', p_provider.proven_at is not null and p_provider.question = autotag.describe_question(), 'shutdown', autotag.describe_shutdown(),
+    'provider', jsonb_build_object('base_url', p_provider.base_url, 'batches', p_provider.has_batches,
+      'rate_headers', p_provider.has_rate_headers, 'keep_files', p_provider.keep_files));
+end $$;
+
+-- Everything that is going on, as one JSON object; lists are cut to p_most (200 at most). See the README for how it is shown.
+-- It names workspaces, uploads, batches and workers by their ids, and no image; who learns an id may do nothing with it.
+create or replace function autotag.status(p_most integer default 20) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_provider autotag.provider_limits := autotag.refilled_provider(v_now);
+  v_counts jsonb := autotag.metrics();
+begin
+  p_most := least(greatest(coalesce(p_most, 20), 0), 200);
+  return jsonb_build_object(
+    'at', v_now,
+    'queue', jsonb_build_object('workspaces', v_counts -> 'queued_workspaces', 'queued', v_counts -> 'queued',
+      'parked', v_counts -> 'parked', 'live', v_counts -> 'live'),
+    'jobs', (
+      select coalesce(jsonb_agg(to_jsonb(x) order by x.created_at), '[]') from (
+        select j.id as job_id, j.workspace_id, j.strategy, j.image_count, j.completed, j.failed,
+          autotag.measure_progress(j) as progress, j.created_at, j.eta, j.eta_p90, j.fallback
+        from autotag.jobs j where j.finished_at is null order by j.created_at limit p_most) x),
+    'batches', (
+      select coalesce(jsonb_agg(to_jsonb(x) order by x.created_at, x.ordinal), '[]') from (
+        select b.id as batch, b.job_id, b.ordinal, b.openai_batch_id, b.state, b.openai_status,
+          b.image_count - b.express_count as images, b.request_done as done, b.created_at, b.submitted_at,
+          e.p50 as eta, e.p90 as eta_p90, b.failures, b.error
+        from (select * from autotag.batches l where l.state not in ('done', 'cancelled')
+              order by l.created_at, l.ordinal limit p_most) b
+        cross join lateral autotag.batch_eta(b::autotag.batches, v_now) e) x),
+    'limits', jsonb_build_object(
+      'requests_per_minute', v_provider.requests_per_minute,
+      'requests_left', floor(greatest(v_provider.requests_left, 0)),
+      'tokens_per_minute', v_provider.tokens_per_minute,
+      'tokens_left', floor(greatest(v_provider.tokens_left, 0)),
+      'requests_per_day', v_provider.requests_per_day,
+      'requests_left_today', case when v_provider.requests_per_day is not null then floor(v_provider.day_left) end,
+      'queued_batch_tokens', v_provider.queued_batch_tokens,
+      'queued_batch_tokens_used', (
+        select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.reserved_tokens > 0),
+      'blocked_until', case when v_provider.blocked_until > v_now then v_provider.blocked_until end,
+      'account_error', v_provider.account_error, 'account_error_from', v_provider.account_error_from,
+      'account_error_at', v_provider.account_error_at),
+    'model', autotag.describe_model(v_provider),
+    'workers', (
+      select coalesce(jsonb_agg(jsonb_build_object('worker', w.id, 'host', w.host, 'version', w.version,
+        'listening', w.listening, 'started_at', w.started_at, 'seen_at', w.seen_at, 'alive', w.lease_until > v_now,
+        'in_hand', cardinality(autotag.held_tasks(w.id))) order by w.started_at), '[]')
+      from autotag.workers w),
+    'errors', (
+      select coalesce(jsonb_agg(to_jsonb(x) order by x.images desc, x.code), '[]') from (
+        select t.error_code as code, min(t.error) as message, count(*) as images, max(t.finished_at) as last_at
+        from autotag.jobs j join autotag.tasks t on t.job_id = j.id
+        where (j.finished_at is null or j.finished_at > v_now - interval '1 day') and t.stage = 'failed'
+          and t.finished_at > v_now - interval '1 day'
+        group by t.error_code order by count(*) desc limit p_most) x),
+    'today', (
+      select jsonb_build_object('images', coalesce(sum(u.images), 0), 'requests', coalesce(sum(u.requests), 0),
+        'input_tokens', coalesce(sum(u.input_tokens), 0), 'output_tokens', coalesce(sum(u.output_tokens), 0),
+        'cost', coalesce(sum(u.cost), 0),
+        -- answers of models without a price: what they cost is not in there
+        'unpriced_requests', coalesce(sum(u.requests) filter (where u.cost is null), 0),
+        'unpriced_models', coalesce(jsonb_agg(distinct u.model) filter (where u.cost is null), '[]'))
+      from autotag.usage u where u.day = (v_now at time zone 'utc')::date));
+end $$;

@@ -1,0 +1,217 @@
+"""``supabase/schemas`` is the only source: the migrations are made from it, and a released one never changes."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+
+import autotag
+from autotag.db import VersionsDiffer
+from autotag.wake import Wake
+from autotag.worker import Worker
+from autotag_local.postgres import LocalPostgres
+from lab import release, schema
+from lab.catalog import catalog
+from support import Library, answered_pictures, audit, until, worker, worker_settings
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the source and its migrations, which may be changed."""
+    shutil.copytree(schema.SUPABASE, tmp_path / "supabase", ignore=shutil.ignore_patterns("node_modules", "seed"))
+    package = tmp_path / "worker" / "autotag"
+    package.mkdir(parents=True)
+    shutil.copy(schema.ROOT / "worker" / "autotag" / "__init__.py", package)
+    supabase = tmp_path / "supabase"
+    for name, value in {
+        "ROOT": tmp_path, "SUPABASE": supabase, "SCHEMAS": supabase / "schemas", "MIGRATIONS": supabase / "migrations",
+        "RELEASES": supabase / "releases", "CHANGES": supabase / "schemas" / "changes.sql",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(schema, name, value)
+    schema.releases.cache_clear()
+    yield supabase
+    schema.releases.cache_clear()
+
+
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {path.name}"
+    path.write_text(text.replace(old, new))
+
+
+def catalog_of(url: str) -> dict[str, str]:
+    with psycopg.connect(url) as connection:
+        return catalog(connection)
+
+
+def build(url: str, script: str) -> dict[str, str]:
+    """The catalog of a database in which a script has run."""
+    with psycopg.connect(url) as connection:
+        connection.execute("set check_function_bodies = off")
+        connection.execute(script.encode())
+    return catalog_of(url)
+
+
+def differing(one: dict[str, str], other: dict[str, str]) -> list[str]:
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
+def test_the_migrations_are_what_the_source_says() -> None:
+    assert release.differences() == []
+
+
+def test_source_and_migrations_make_the_same_database(postgres: LocalPostgres, bare: str, database: str) -> None:
+    source = build(postgres.url(database=bare), schema.source(host=True))
+    assert len(source) > 600
+    assert differing(source, catalog_of(postgres.url(database=database))) == []
+
+
+def test_what_is_changed_in_one_place_only_is_found(
+    postgres: LocalPostgres, bare: str, database: str, tree: Path
+) -> None:
+    change(
+        tree / "schemas" / "scheduling" / "claim.sql",
+        "-- The one function that releases",
+        "-- The function that releases",
+    )
+    change(tree / "schemas" / "basics" / "clock.sql", "create or replace function autotag.speed()",
+           "create or replace function autotag.speed(p_more integer default 1)")  # fmt: skip
+    assert any("run scripts/release" in told for told in release.differences())
+    source = build(postgres.url(database=bare), schema.source(host=True))
+    assert differing(source, catalog_of(postgres.url(database=database))) == [
+        "functions: autotag.speed()", "functions: autotag.speed(integer)",
+    ]  # fmt: skip
+
+
+def test_the_source_may_run_again_where_it_runs_already(postgres: LocalPostgres, database: str) -> None:
+    """Functions, grants, seed: whatever a release repeats changes nothing."""
+    url = postgres.url(database=database)
+    before = catalog_of(url)
+    parts = [f"{s.text};" for s in schema.engine() if s.is_function]
+    parts += [path.read_text() for path in schema.schema_files() if path.name in schema.REPEATED]
+    assert differing(before, build(url, "\n".join(parts))) == []
+
+
+# -- releases
+
+
+def test_a_released_migration_never_changes(tree: Path) -> None:
+    [released] = schema.releases()
+    path = tree / "migrations" / released.file
+    path.write_text(path.read_text() + " ")
+    assert release.differences() == [f"{released.file} was released and has changed: restore it."]
+    with pytest.raises(schema.ReleaseError, match="Restore"):
+        release.release("9.0.0")
+    path.unlink()
+    assert release.differences()[0].startswith(released.file)
+
+
+@pytest.mark.parametrize(
+    ("version", "said"), [("0.0.1", "later"), ("1.0", "no version"), ("0.1.0", "later"), ("1.0.0rc1", "no version")]
+)
+def test_no_version_but_a_later_one(tree: Path, version: str, said: str) -> None:
+    with pytest.raises(schema.ReleaseError, match=said):
+        release.release(version)
+
+
+def test_a_changed_table_needs_a_step(tree: Path) -> None:
+    change(
+        tree / "schemas" / "tables" / "errors.sql",
+        "  meaning text not null,",
+        "  meaning text not null,\n  more integer,",
+    )
+    with pytest.raises(schema.ReleaseError, match=r"(?s)changes\.sql.*errors\.sql: create table autotag\.error_kinds"):
+        release.write()
+
+
+def test_only_what_has_changed_is_in_a_migration(tree: Path) -> None:
+    change(
+        tree / "schemas" / "scheduling" / "claim.sql",
+        "-- Called by claim(), which holds the locks.",
+        "-- claim() calls it, which holds the locks.",
+    )
+    release.write()
+    assert list(tree.glob("migrations/*unreleased*")) == [], "a comment beside a function is no change of the schema"
+    change(
+        tree / "schemas" / "uploads" / "retry.sql",
+        "No image of this upload has failed that could be tagged now.",
+        "None.",
+    )
+    release.write()
+    [path] = tree.glob("migrations/*unreleased*")
+    assert path.read_text().count("create or replace function") == 2, "the function, and the version"
+    assert release.differences() == []
+    change(
+        tree / "schemas" / "uploads" / "retry.sql",
+        "None.",
+        "No image of this upload has failed that could be tagged now.",
+    )
+    release.write()
+    assert not path.exists(), "and nothing, when it is as before"
+
+
+@contextmanager
+def next_release(tree: Path, version: str = "9.0.0") -> Iterator[str]:
+    """The tree as a later version has it: a new column, a function that returns something else, one more, one less."""
+    change(tree / "schemas" / "tables" / "settings.sql", "create table autotag.settings (",
+           "create table autotag.settings (\n  new_one integer not null default 7,")  # fmt: skip
+    change(tree / "schemas" / "basics" / "clock.sql", "create or replace function autotag.real_epoch(p_moment timestamptz) returns double precision",
+           "create or replace function autotag.real_epoch(p_moment timestamptz) returns numeric")  # fmt: skip
+    path = tree / "schemas" / "basics" / "checks.sql"
+    path.write_text(
+        path.read_text()
+        + """
+-- New.
+create or replace function autotag.is_new(p_number integer) returns boolean
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$ select p_number > (select s.new_one from autotag.settings s) $$;
+"""
+    )
+    (tree / "schemas" / "changes.sql").write_text(
+        "alter table autotag.settings add column if not exists new_one integer not null default 7;\n"
+    )
+    yield release.release(version).read_text()
+
+
+def test_a_release_brings_an_installation_to_what_the_source_says(
+    postgres: LocalPostgres, bare: str, database: str, tree: Path
+) -> None:
+    with next_release(tree) as script:
+        assert "drop function autotag.real_epoch(timestamptz);" in script
+        upgraded = build(postgres.url(database=database), script)
+        source = build(postgres.url(database=bare), schema.source(host=True))
+    assert differing(upgraded, source) == []
+    assert release.differences() == []
+    assert not schema._says_something((tree / "schemas" / "changes.sql").read_text()), "the steps are used up"
+    assert '__version__ = "9.0.0"' in (tree.parent / "worker" / "autotag" / "__init__.py").read_text()
+
+
+async def test_an_upgrade_from_the_last_release_with_work_in_flight(
+    library: Library, postgres: LocalPostgres, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loaded database goes to the next release: the old worker ends what it holds and stops, the new one does the rest."""
+    stack = library.stack
+    [last] = schema.releases()
+    stack.configure(chunk_delay="0.5 s", realtime_requests_per_minute=1000, realtime_tokens_per_minute=10**8)
+    stack.simulator.plan.latency = (0.2, 0.4)
+    jobs = [library.enqueue(await library.upload(30)), library.enqueue(await library.upload(60, seed=2))]
+    old = asyncio.create_task(Worker(worker_settings(stack), Wake()).run())
+    await until(lambda: library.job(jobs[0]["job_id"])["completed"] >= 5, "the first tags")
+    with next_release(tree) as script, psycopg.connect(stack.database_url()) as owner:
+        owner.execute(script.encode())
+    with pytest.raises(VersionsDiffer, match=r"of autotag 9\.0\.0"):
+        async with asyncio.timeout(30):
+            await old
+    monkeypatch.setattr(autotag, "__version__", "9.0.0")
+    async with worker(stack):
+        await library.finished(*jobs)
+    library.check_tags()
+    audit(stack)
+    assert len(answered_pictures(stack)) == len(set(answered_pictures(stack))) == 90, "nothing was asked twice"
+    assert last.version != "9.0.0"
