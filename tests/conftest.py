@@ -12,8 +12,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from autotag_local.postgres import LocalPostgres, install_autotag, install_baseline, local_postgres, machine_binaries
-from autotag_local.stack import Stack, local_stack
+from lab.postgres import LocalPostgres, install_autotag, install_baseline, local_postgres, machine_binaries
+from lab.stack import Stack, local_stack
 from support import Library
 
 ROOT = Path(__file__).parent.parent

@@ -20,9 +20,9 @@ from storage3 import AsyncStorageClient
 from autotag.config import Settings
 from autotag.wake import Wake
 from autotag.worker import Worker
-from autotag_local.openai_sim.limits import Limits
-from autotag_local.pictures import Drawing, draw
-from autotag_local.stack import Member, Stack
+from lab.openai_sim.limits import Limits
+from lab.pictures import Drawing, draw
+from lab.stack import Member, Stack
 
 PATIENCE = 60.0  # seconds; only a broken promise takes so long
 

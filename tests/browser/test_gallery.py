@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from autotag.http import serve
-from autotag_local.openai_sim.faults import Fault
-from autotag_local.page import address, make_page
-from autotag_local.pictures import draw
-from autotag_local.postgres import free_port
-from autotag_local.stack import HOST
 from conftest import skip
+from lab.openai_sim.faults import Fault
+from lab.page import address, make_page
+from lab.pictures import draw
+from lab.postgres import free_port
+from lab.stack import HOST
 from support import Library, audit, worker
 
 HERE = Path(__file__).parent

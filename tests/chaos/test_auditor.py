@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from autotag_local.chaos.auditor import Books, audit
-from autotag_local.chaos.doomed import POINTS
+from lab.chaos.auditor import Books, audit
+from lab.chaos.doomed import POINTS
 
 
 def line(task: int, **more: Any) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from autotag_local.chaos.run import Chaos
-from autotag_local.postgres import LocalPostgres, install_autotag, local_postgres, machine_binaries
-from autotag_local.stack import Stack, local_stack
+from lab.chaos.run import Chaos
+from lab.postgres import LocalPostgres, install_autotag, local_postgres, machine_binaries
+from lab.stack import Stack, local_stack
 
 KILLS = 60
 

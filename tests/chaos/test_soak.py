@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from autotag_local.bench import soak
+from benchmarks import soak
 
 MINUTES = 1.5
 

@@ -19,7 +19,7 @@ from postgrest import AsyncPostgrestClient
 from postgrest.exceptions import APIError
 from psycopg.rows import tuple_row
 
-from autotag_local.stack import Stack
+from lab.stack import Stack
 from supabase import AsyncClientOptions, acreate_client
 
 HERE = Path(__file__).parent

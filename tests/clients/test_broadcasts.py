@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from autotag_local.demo import batch_updates
-from autotag_local.pictures import draw
-from autotag_local.stack import Stack
+from lab.demo import batch_updates
+from lab.pictures import draw
+from lab.stack import Stack
 from support import PATIENCE, Library, until, worker
 
 HERE = Path(__file__).parent

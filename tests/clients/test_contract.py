@@ -12,8 +12,8 @@ import httpx
 import pytest
 from callers import CALLERS, Answer, Call
 
-from autotag_local.stack import Member, Stack
 from conftest import ROOT
+from lab.stack import Member, Stack
 from support import Library, worker
 
 UNKNOWN = str(uuid.UUID(int=0))

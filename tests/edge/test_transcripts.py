@@ -17,9 +17,9 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus
 
-from autotag_local.edge import tokens
-from autotag_local.postgres import LocalPostgres
-from autotag_local.stack import Stack, edge_stack
+from lab.edge import tokens
+from lab.postgres import LocalPostgres
+from lab.stack import Stack, edge_stack
 
 TRANSCRIPTS = Path(__file__).parent / "transcripts"
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")

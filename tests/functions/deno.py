@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 
 import httpx
 
-from autotag_local.postgres import free_port
-from autotag_local.stack import Stack
 from conftest import ROOT
+from lab.postgres import free_port
+from lab.stack import Stack
 from support import PATIENCE
 
 FUNCTIONS = ROOT / "supabase" / "functions"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 from deno import endless, served
 
-from autotag_local.openai_sim.webhooks import batch_event, make_secret, sign
+from lab.openai_sim.webhooks import batch_event, make_secret, sign
 from support import Library, worker
 
 SECRET = make_secret()

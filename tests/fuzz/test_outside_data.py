@@ -22,7 +22,7 @@ from autotag.headers import MAX_RETRY_AFTER, read_limits
 from autotag.images import prepare
 from autotag.lanes.batch import LINE_MOST, _lines, read_line
 from autotag.webhook import make_app
-from autotag_local.openai_sim.webhooks import make_secret, sign
+from lab.openai_sim.webhooks import make_secret, sign
 
 text = st.text(max_size=60) | st.sampled_from(
     [

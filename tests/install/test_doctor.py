@@ -18,10 +18,10 @@ from starlette.routing import Route
 from autotag import doctor
 from autotag.config import DoctorSettings
 from autotag.http import serve
-from autotag_local.edge import tokens
-from autotag_local.openai_sim.webhooks import make_secret
-from autotag_local.postgres import LocalPostgres, free_port
-from autotag_local.stack import WORKER_ROLE, Stack
+from lab.edge import tokens
+from lab.openai_sim.webhooks import make_secret
+from lab.postgres import LocalPostgres, free_port
+from lab.stack import WORKER_ROLE, Stack
 from support import Library, until, worker
 
 WEBHOOK_SECRET = make_secret()

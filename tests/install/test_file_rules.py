@@ -14,7 +14,7 @@ from autotag.install.facts import look
 from autotag.install.files import find_rule, users_see_files
 from autotag.install.host import Choices, Host, HostError, propose
 from autotag.install.migrations import apply_migrations
-from autotag_local.postgres import LocalPostgres
+from lab.postgres import LocalPostgres
 
 W1, W2, U1, U2 = (str(uuid.uuid4()) for _ in range(4))
 IDS = {"w1": W1, "w2": W2, "u1": U1, "u2": U2}

@@ -23,10 +23,10 @@ from autotag.cli import app
 from autotag.install.facts import look
 from autotag.install.host import Choices, FileRule, HostError, propose
 from autotag.install.migrations import migrations, write_migrations
-from autotag_local.pictures import Drawing, draw
-from autotag_local.postgres import LocalPostgres
-from autotag_local.stack import Stack, local_stack
 from cli_tools import supabase
+from lab.pictures import Drawing, draw
+from lab.postgres import LocalPostgres
+from lab.stack import Stack, local_stack
 from support import rpc, store_file, until, worker
 
 HOSTS = {

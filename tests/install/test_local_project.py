@@ -15,11 +15,11 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from autotag_local.postgres import LocalPostgres
-from autotag_local.project import parse_env
-from autotag_local.stack import edge_stack
 from cli_tools import BINARY, supabase
 from conftest import ROOT
+from lab.postgres import LocalPostgres
+from lab.project import parse_env
+from lab.stack import edge_stack
 from support import rpc
 
 ALICE, HERS = "aaaaaaaa-0000-4000-8000-000000000001", "11111111-0000-4000-8000-000000000001"
@@ -83,7 +83,7 @@ async def test_the_demo_runs_against_the_variables_of_supabase_status(postgres: 
 
 async def demo(*arguments: str, **environment: str) -> tuple[int, str, str]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "autotag_local.demo", *arguments,
+        sys.executable, "-m", "lab.demo", *arguments,
         env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/tmp"), **environment},
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip

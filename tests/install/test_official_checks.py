@@ -12,9 +12,9 @@ import pytest
 
 from autotag.install.host import Host
 from autotag.install.migrations import apply_migrations, migrations
-from autotag_local.postgres import LocalPostgres
 from cli_tools import supabase
 from conftest import ROOT, skip
+from lab.postgres import LocalPostgres
 
 TYPES = ROOT / "supabase" / "types" / "database.ts"
 ROWS = 1_000_000

@@ -5,8 +5,8 @@ from __future__ import annotations
 import psycopg
 
 from autotag.install.migrations import apply_migrations
-from autotag_local.postgres import LocalPostgres
 from conftest import ROOT
+from lab.postgres import LocalPostgres
 
 
 def test_nothing_of_autotag_is_left_and_the_host_is_intact(postgres: LocalPostgres, bare: str) -> None:

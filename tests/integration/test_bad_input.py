@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from autotag_local.stack import Stack
+from lab.stack import Stack
 from support import Library, rpc
 
 

@@ -18,8 +18,8 @@ import pytest
 from typer.testing import CliRunner
 
 from autotag.cli import app
-from autotag_local.openai_sim.faults import Fault
-from autotag_local.stack import OPERATOR_ROLE, Stack
+from lab.openai_sim.faults import Fault
+from lab.stack import OPERATOR_ROLE, Stack
 from support import Library, answered_pictures, audit, until, worker
 
 CURRENT, SECOND = "gpt-4.1-mini", "gpt-6-luna"

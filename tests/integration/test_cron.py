@@ -9,8 +9,8 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
-from autotag_local.postgres import LocalPostgres
 from conftest import skip
+from lab.postgres import LocalPostgres
 from support import Library, until, worker
 
 MINUTE = 75.0  # seconds within which a job of every minute has run

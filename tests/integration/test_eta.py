@@ -11,9 +11,9 @@ import psycopg
 import pytest
 from rich.console import Console
 
-from autotag_local.bench import eta
-from autotag_local.postgres import LocalPostgres
-from autotag_local.stack import Stack
+from benchmarks import eta
+from lab.postgres import LocalPostgres
+from lab.stack import Stack
 from support import Library, until, worker
 
 NOON = datetime(2026, 3, 10, 12, tzinfo=UTC)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from autotag.errors import KINDS
-from autotag_local.openai_sim.models import MODELS
+from lab.openai_sim.models import MODELS
 from support import (
     Library,
     asked,

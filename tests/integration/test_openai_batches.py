@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autotag.lanes.batch import METADATA_KEY
-from autotag_local.openai_sim.faults import Fault
-from autotag_local.pictures import Drawing
-from autotag_local.stack import Stack
+from lab.openai_sim.faults import Fault
+from lab.pictures import Drawing
+from lab.stack import Stack
 from support import Library, answered_pictures, audit, until, worker
 
 FEW = {

@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
-from autotag_local.openai_sim.faults import Fault
-from autotag_local.stack import Stack
+from lab.openai_sim.faults import Fault
+from lab.stack import Stack
 from support import Library, until, worker
 
 

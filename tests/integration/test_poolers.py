@@ -18,9 +18,9 @@ import psycopg
 import pytest
 from structlog.testing import capture_logs
 
-from autotag_local.postgres import LocalPostgres, free_port, install_autotag, local_postgres, machine_binaries
-from autotag_local.stack import WORKER_ROLE, Stack, local_stack
 from conftest import skip
+from lab.postgres import LocalPostgres, free_port, install_autotag, local_postgres, machine_binaries
+from lab.stack import WORKER_ROLE, Stack, local_stack
 from support import Library, audit, until, worker
 
 ONCE = {"chunk_delay": "0.05 s", "retry_delay": "0.1 s", "realtime_requests_per_minute": 1000,

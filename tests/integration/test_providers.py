@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from autotag_local.openai_sim.app import Plan
-from autotag_local.openai_sim.faults import Fault
-from autotag_local.postgres import free_port
+from lab.openai_sim.app import Plan
+from lab.openai_sim.faults import Fault
+from lab.postgres import free_port
 from support import Library, asked, audit, check_asked_once, check_money, paid, pictures, refused, until, widen, worker
 
 SPEED = 4  # of autotag's clock, where a test has to wait for the next probe

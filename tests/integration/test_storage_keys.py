@@ -15,10 +15,10 @@ from structlog.testing import capture_logs
 from autotag.errors import TaggingError
 from autotag.http import serve
 from autotag.storage import Storage
-from autotag_local.edge import tokens
-from autotag_local.pictures import draw
-from autotag_local.postgres import free_port
-from autotag_local.stack import HOST, Stack
+from lab.edge import tokens
+from lab.pictures import draw
+from lab.postgres import free_port
+from lab.stack import HOST, Stack
 from support import Library, answered_pictures, audit, until, worker
 
 IMAGES = 12

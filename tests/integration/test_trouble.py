@@ -14,9 +14,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from autotag.db import Database
-from autotag_local.openai_sim.faults import Fault
-from autotag_local.pictures import Drawing, draw
-from autotag_local.stack import Stack, worker_process
+from lab.openai_sim.faults import Fault
+from lab.pictures import Drawing, draw
+from lab.stack import Stack, worker_process
 from support import PATIENCE, Library, answered_pictures, audit, until, worker
 
 ACCOUNT_FAULT = Fault(status=401, code="invalid_api_key", message="Incorrect API key provided.", times=1000)

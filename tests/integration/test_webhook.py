@@ -14,8 +14,8 @@ from autotag.http import serve
 from autotag.wake import Wake
 from autotag.webhook import make_app
 from autotag.worker import Worker
-from autotag_local.openai_sim.webhooks import batch_event, make_secret, sign
-from autotag_local.postgres import free_port
+from lab.openai_sim.webhooks import batch_event, make_secret, sign
+from lab.postgres import free_port
 from support import Library, worker, worker_settings
 
 SECRET = make_secret()

@@ -8,8 +8,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from autotag_local.postgres import LocalPostgres
 from conftest import skip
+from lab.postgres import LocalPostgres
 
 WORKER = "99999999-0000-4000-8000-000000000001"
 SLOTS = 64

@@ -13,10 +13,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from autotag.images import Images
-from autotag_local.openai_sim.faults import Fault
-from autotag_local.openai_sim.limits import QUANTISED_ABOVE, Bucket, CoUser, Limits
-from autotag_local.postgres import LocalPostgres
-from autotag_local.stack import WORKER_ROLE, Stack
+from lab.openai_sim.faults import Fault
+from lab.openai_sim.limits import QUANTISED_ABOVE, Bucket, CoUser, Limits
+from lab.postgres import LocalPostgres
+from lab.stack import WORKER_ROLE, Stack
 from support import Library, answered_pictures, audit, until, worker
 
 WIDE = {"chunk_delay": "0", "realtime_requests_per_minute": 100_000, "realtime_tokens_per_minute": 2_000_000_000,
@@ -279,7 +279,7 @@ async def test_an_idle_worker_asks_at_most_four_times_a_minute(
 
 def test_the_simulator_refills_continuously_and_above_a_rate_by_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("autotag_local.openai_sim.limits.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("lab.openai_sim.limits.time.monotonic", lambda: now[0])
     limits = Limits.of(60, 6000, 3)
     assert [limits.take(10)[1] for _ in range(3)] == [0, 0, 0]
     headers, wait, which = limits.take(10)

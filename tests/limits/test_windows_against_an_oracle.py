@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from autotag_local.postgres import LocalPostgres
-from autotag_local.stack import Stack
+from lab.postgres import LocalPostgres
+from lab.stack import Stack
 from support import Library
 
 EXAMPLES = int(os.environ.get("AUTOTAG_EXAMPLES", "2000"))

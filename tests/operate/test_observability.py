@@ -18,10 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from autotag import metrics, traces
 from autotag.web import Health
-from autotag_local.openai_sim.faults import Fault
-from autotag_local.postgres import free_port
-from autotag_local.stack import worker_process
 from conftest import ROOT
+from lab.openai_sim.faults import Fault
+from lab.postgres import free_port
+from lab.stack import worker_process
 from support import Library, answered_pictures, until, worker
 
 DASHBOARD = ROOT / "deploy" / "grafana-dashboard.json"

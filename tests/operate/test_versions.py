@@ -14,7 +14,7 @@ import autotag
 from autotag.db import VersionsDiffer
 from autotag.wake import Wake
 from autotag.worker import Worker
-from autotag_local.stack import Stack, worker_process
+from lab.stack import Stack, worker_process
 from support import Library, answered_pictures, audit, until, worker, worker_settings
 
 

@@ -26,9 +26,9 @@ from typing import Any
 import httpx
 import pytest
 
-from autotag_local.pictures import draw
-from autotag_local.postgres import free_port
-from autotag_local.stack import Stack
+from lab.pictures import draw
+from lab.postgres import free_port
+from lab.stack import Stack
 from support import PATIENCE, Library, audit, until, worker
 
 pytest.importorskip("llmock")

@@ -25,8 +25,8 @@ from autotag import answers, console, guard, operate, webhook
 from autotag.follow import follow
 from autotag.http import serve
 from autotag.status import render
-from autotag_local.postgres import free_port
-from autotag_local.stack import Stack, worker_process
+from lab.postgres import free_port
+from lab.stack import Stack, worker_process
 from support import paid, until, widen, worker
 
 LEAST = 60  # attempts of each role

@@ -27,11 +27,11 @@ from autotag.http import serve
 from autotag.logs import NOISY_MOST, WINDOW, Throttle
 from autotag.metrics import SystemMetrics
 from autotag.web import Health, make_app
-from autotag_local.bench import flood
-from autotag_local.bench.flood import FILES, flooded
-from autotag_local.openai_sim.webhooks import batch_event, make_secret, sign
-from autotag_local.postgres import LocalPostgres, free_port
-from autotag_local.stack import Stack, worker_process
+from benchmarks import flood
+from benchmarks.flood import FILES, flooded
+from lab.openai_sim.webhooks import batch_event, make_secret, sign
+from lab.postgres import LocalPostgres, free_port
+from lab.stack import Stack, worker_process
 from support import PATIENCE
 
 HOST = "127.0.0.1"

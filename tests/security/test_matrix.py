@@ -16,7 +16,7 @@ import pytest
 from psycopg.rows import dict_row
 from websockets.asyncio.client import connect
 
-from autotag_local.stack import WORKER_ROLE, Stack
+from lab.stack import WORKER_ROLE, Stack
 from support import PATIENCE, Library, worker
 
 DECISIONS = tomllib.loads((Path(__file__).parent / "decisions.toml").read_text())

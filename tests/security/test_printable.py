@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autotag.texts import printable
-from autotag_local.postgres import LocalPostgres
+from lab.postgres import LocalPostgres
 
 
 def test_every_character_is_printed_as_the_worker_prints_it(postgres: LocalPostgres) -> None:

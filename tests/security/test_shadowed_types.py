@@ -16,7 +16,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from autotag_local.stack import OPERATOR_ROLE, WORKER_ROLE
+from lab.stack import OPERATOR_ROLE, WORKER_ROLE
 from support import Library
 
 SPY = "ran as another"

@@ -21,8 +21,8 @@ import pytest
 from psycopg import sql
 from psycopg.rows import dict_row
 
-from autotag_local.postgres import LocalPostgres
-from autotag_local.stack import WORKER_ROLE
+from lab.postgres import LocalPostgres
+from lab.stack import WORKER_ROLE
 
 THIEF_ROLE = "thief"
 #: What becomes of a stolen login's calls of each function.

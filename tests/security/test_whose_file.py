@@ -11,8 +11,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from autotag_local.pictures import draw
-from autotag_local.stack import Stack
+from lab.pictures import draw
+from lab.stack import Stack
 from support import Library, rpc, store_file, worker
 
 #: Files that a row of the workspace {own} must not name; {theirs} is another one.

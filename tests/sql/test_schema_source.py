@@ -15,9 +15,9 @@ import autotag
 from autotag.db import VersionsDiffer
 from autotag.wake import Wake
 from autotag.worker import Worker
-from autotag_local.postgres import LocalPostgres
 from lab import release, schema
 from lab.catalog import catalog
+from lab.postgres import LocalPostgres
 from support import Library, answered_pictures, audit, until, worker, worker_settings
 
 

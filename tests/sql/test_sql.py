@@ -9,8 +9,8 @@ import subprocess
 import psycopg
 
 from autotag.install.migrations import apply_migrations
-from autotag_local.postgres import LocalPostgres, install_baseline
 from conftest import ROOT, skip
+from lab.postgres import LocalPostgres, install_baseline
 
 PGTAP = ROOT / "supabase" / "tests"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from autotag_local.bench.day_traffic import HOURS, PEAK, SIZES, draw_day
+from benchmarks.day_traffic import HOURS, PEAK, SIZES, draw_day
 
 IMAGES, WORKSPACES = 200_000, 2_000
 

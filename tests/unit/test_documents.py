@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from autotag_local import settings_page
 from conftest import ROOT
+from lab import settings_page
 
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 LINK = re.compile(r"\]\((?!https?://|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
@@ -16,9 +16,7 @@ LINK = re.compile(r"\]\((?!https?://|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
 
 def test_the_settings_page_is_made_from_the_settings() -> None:
     page = settings_page.main()
-    assert (ROOT / "docs" / "settings.md").read_text() == page, (
-        "python -m autotag_local.settings_page > docs/settings.md"
-    )
+    assert (ROOT / "docs" / "settings.md").read_text() == page, "python -m lab.settings_page > docs/settings.md"
     assert page.count("\n| `") > 60
     assert " |  |\n" not in page.split("## What differs")[0], "every column says what it is for"
 

@@ -15,7 +15,7 @@ from PIL import ImageDraw
 
 from autotag import db, images
 from autotag.errors import TaggingError
-from autotag_local.openai_sim.vision import look
+from lab.openai_sim.vision import look
 
 PIXELS = 100_000_000
 

@@ -15,10 +15,10 @@ import httpx
 import pytest
 from PIL import Image
 
-from autotag_local.openai_sim.app import Plan, Simulator
-from autotag_local.openai_sim.faults import Answer, Fault
-from autotag_local.openai_sim.models import EFFORTS, MODELS, dollars
-from autotag_local.openai_sim.plan import THINKING
+from lab.openai_sim.app import Plan, Simulator
+from lab.openai_sim.faults import Answer, Fault
+from lab.openai_sim.models import EFFORTS, MODELS, dollars
+from lab.openai_sim.plan import THINKING
 
 SCHEMA = {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
 STRICT = {"type": "json_schema", "json_schema": {"name": "tags", "strict": True, "schema": SCHEMA}}

@@ -17,8 +17,8 @@ from autotag import storage
 from autotag.errors import TaggingError
 from autotag.http import serve
 from autotag.storage import Storage, key_role
-from autotag_local.edge import tokens
-from autotag_local.postgres import free_port
+from lab.edge import tokens
+from lab.postgres import free_port
 
 SECRET = "sb_secret_abc"
 HOST = "127.0.0.1"

@@ -9,7 +9,7 @@ from typing import Any
 from attacks import api
 from attacks.attempt import Answer, Attempt, Do, http
 from attacks.scene import Scene
-from autotag_local.pictures import draw
+from lab.pictures import draw
 
 QUOTA = 5  # images a day
 

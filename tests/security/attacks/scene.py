@@ -17,8 +17,8 @@ from psycopg import sql
 from websockets.asyncio.client import ClientConnection, connect
 
 from attacks.attempt import Answer
-from autotag_local.pictures import draw
-from autotag_local.stack import Stack
+from lab.pictures import draw
+from lab.stack import Stack
 from support import PATIENCE, Library
 
 SCHEMAS = ("autotag", "public", "storage", "realtime", "auth", "cron")

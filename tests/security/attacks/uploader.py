@@ -18,8 +18,8 @@ from attacks.attempt import Answer, Attempt
 from attacks.scene import Scene
 from autotag.answers import CAPTION_LENGTH, TAG_LENGTH
 from autotag.texts import clean_text, printable
-from autotag_local.openai_sim.faults import Fault
-from autotag_local.pictures import Drawing, draw
+from lab.openai_sim.faults import Fault
+from lab.pictures import Drawing, draw
 from support import store_file
 
 BYTES_MOST, PIXELS_MOST = 2_000_000, 20_000_000  # of the worker that meets these

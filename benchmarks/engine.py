@@ -1,0 +1,183 @@
+"""How fast the engine is, against general queues; how soon an upload is picked up; what one worker can do.
+
+The engine's part runs the worker's own loop (claim, report, settle) against a provider that answers at once and inside
+the process, with everything else as in production: limits, fairness, stages, tags, usage, progress, broadcasts. What
+the queues drain are jobs that do nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from rich.console import Console
+
+import autotag
+from autotag.answers import read_completion, read_usage
+from autotag.config import Settings
+from autotag.db import Database, Image, listen
+from autotag.lanes import realtime
+from autotag.tags import Question
+from autotag.wake import Wake
+from benchmarks import ceiling, pickup, queue_peers
+from benchmarks.report import Figure, Result
+from benchmarks.unlimited import UNLIMITED
+from lab.openai_sim.answers import complete
+from lab.openai_sim.asked import Asked
+from lab.openai_sim.models import MODELS
+from lab.openai_sim.vision import Picture
+from lab.postgres import LocalPostgres, install_autotag, local_postgres, machine_binaries
+
+IMAGES = 20_000
+UPLOAD = 50  # images of one call of enqueue_tagging, of a workspace of its own
+ROUNDS = 3  # drains of each in turn; the median counts
+SERVER = {"full_page_writes": "on", "max_wal_size": "8GB"}
+PICTURE = Picture(512, 384, (
+    "top left red", "top right green", "bottom left blue", "bottom right white", "landscape", "bright"))  # fmt: skip
+#: what the simulator answers about it: six tags and a caption
+ANSWER = complete(Asked(MODELS["gpt-4.1-mini"], cap=400, text_tokens=200, image_tokens=312), PICTURE)
+RESULT, USAGE = read_completion(ANSWER, max_tags=10), read_usage(ANSWER)
+
+
+@dataclass(frozen=True)
+class Drain:
+    """One run of all images through the engine."""
+
+    seconds: float  # from the first enqueue_tagging to the last image's commit
+    enqueue: float  # of these, until the last upload was enqueued, with the worker at work
+    transactions: int  # every statement of the engine is one
+    wal: int  # bytes
+
+
+async def measure(console: Console) -> Result:
+    """The drains in turn, then pick-up, then the ceiling."""
+    drains, queues = [], dict[str, list[float]]()
+    with local_postgres(machine_binaries(), SERVER) as server:
+        for number in range(ROUNDS):
+            console.print(f"round {number + 1} of {ROUNDS}: {IMAGES:,} images through the engine …")
+            drains.append(await _drain(server, f"engine_{number}"))
+            for name, empty in queue_peers.PEERS.items():
+                console.print(f"round {number + 1} of {ROUNDS}: {IMAGES:,} empty jobs through {name} …")
+                url = _database(server, f"queue_{uuid.uuid4().hex}")
+                queues.setdefault(name, []).append(IMAGES / await empty(url, IMAGES))
+    rates = sorted(IMAGES / drain.seconds for drain in drains)
+    peers = {name: sorted(rates)[len(rates) // 2] for name, rates in queues.items()}
+    drain = sorted(drains, key=lambda d: d.seconds)[ROUNDS // 2]
+    picked_up = await pickup.measure(console)
+    ceilings = await ceiling.measure(console)
+    figures = {
+        "vs_pgqueuer": Figure(
+            rates[ROUNDS // 2] / max(rate for name, rate in peers.items() if "PgQueuer" in name), 3, "higher"
+        ),
+        "statements_per_image": Figure(drain.transactions / IMAGES, 0.2, "lower"),
+        "wal_bytes_per_image": Figure(drain.wal / IMAGES, 1500, "lower"),
+        "pickup_p99_ms": Figure(max(p99 for _, p99 in picked_up.values()), 100, "lower"),
+        "worker_images_per_s": Figure(ceilings[1]["images a second"], 100, "higher"),
+    }
+    details: dict[str, Any] = {
+        "images a second, enqueue and all": [round(rate) for rate in rates],
+        "of it enqueue, ms an image": round(drain.enqueue / IMAGES * 1000, 3),
+        "empty jobs a second": {name: round(rate) for name, rate in peers.items()},
+        "commit to request, ms": {
+            name: {"median": round(median, 1), "p99": round(p99, 1)} for name, (median, p99) in picked_up.items()
+        },
+        "workers": ceilings,
+    }
+    return Result("engine", figures, details)
+
+
+def _database(server: LocalPostgres, name: str) -> str:
+    with psycopg.connect(server.url("supabase_admin"), autocommit=True) as admin:
+        admin.execute(f"create database {name} owner postgres".encode())
+    return server.url(database=name)
+
+
+async def _drain(server: LocalPostgres, name: str) -> Drain:
+    with psycopg.connect(server.url("supabase_admin"), autocommit=True) as admin:
+        admin.execute(f"create database {name}".encode())
+    install_autotag(server, name)
+    url = server.url(database=name)
+    uploads = _fill(url)
+    db = Database(url, uuid.uuid4())
+    await db.open()
+    await db.register("bench", autotag.__version__, True, "http://bench", "bench")
+    with psycopg.connect(url, autocommit=True) as owner:
+        owner.execute("update autotag.provider_limits set proven_at = now()")
+    before = await _counters(url)
+    started = time.perf_counter()
+    enqueued, _ = await asyncio.gather(asyncio.to_thread(_enqueue, url, uploads), _work(db, url))
+    took = time.perf_counter() - started
+    await db.close()
+    after = await _counters(url)
+    with psycopg.connect(url) as owner:
+        tagged = owner.execute(
+            "select count(*), (select sum(completed) from autotag.jobs), (select sum(images) from autotag.usage)"
+            " from public.assets where tagging_stage = 'completed' and cardinality(tags) = 6"
+        ).fetchone()
+    assert tagged == (IMAGES, IMAGES, IMAGES), f"of {IMAGES} images {tagged} were tagged, counted and billed"
+    return Drain(took, enqueued - started, after[0] - before[0], after[1] - before[1])
+
+
+def _fill(url: str) -> list[list[uuid.UUID]]:
+    """Rows as uploads leave them, side by side; the ids of each upload."""
+    with psycopg.connect(url, autocommit=True) as owner:
+        owner.execute(UNLIMITED)
+        owner.execute(
+            "insert into public.workspaces (name) select 'w' || n from generate_series(1, %s) n", (IMAGES // UPLOAD,)
+        )
+        owner.execute(
+            "insert into public.assets (workspace_id, storage_path)"
+            " select w.id, w.id || '/' || n || '.jpg' from public.workspaces w, generate_series(1, %s) n"
+            " order by w.id, n",
+            (UPLOAD,),
+        )
+        owner.execute("vacuum analyze public.assets")
+        rows = owner.execute("select array_agg(id order by ctid) from public.assets group by workspace_id").fetchall()
+    return [row[0] for row in rows]
+
+
+def _enqueue(url: str, uploads: list[list[uuid.UUID]]) -> float:
+    """The uploads, one after another as one client makes them; when the last was."""
+    with psycopg.connect(url, autocommit=True) as owner:
+        for assets in uploads:
+            owner.execute("select public.enqueue_tagging(%s)", (assets,))
+    return time.perf_counter()
+
+
+async def _work(db: Database, url: str) -> None:
+    """The worker's loop for single calls, until every image has been settled."""
+    wake, reports, done = Wake(), realtime.Reports(db), 0
+
+    async def answer(image: Image, _: Question) -> None:
+        nonlocal done
+        reports.stage(image, "processing")
+        reports.sent()
+        reports.outcome(image, {"called": True, "usage": USAGE, "result": RESULT})
+        done += 1
+        if done == IMAGES:
+            wake.request_stop()
+
+    helpers = [asyncio.create_task(work) for work in (
+        listen(url, wake.notify), reports.settle_forever(), reports.tell_stages_forever())]  # fmt: skip
+    await realtime.run(db, wake, Settings.model_fields["slots"].default, answer, deadline=10)
+    await reports.idle.wait()
+    for helper in helpers:
+        helper.cancel()
+
+
+async def _counters(url: str) -> tuple[int, int]:
+    """Transactions committed in the database so far, and the WAL's length; both as of all that has ended."""
+    await asyncio.sleep(1.1)  # a session that is idle tells its counts within a second
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as owner:
+        row = await (
+            await owner.execute(
+                "select d.xact_commit, pg_current_wal_insert_lsn() - '0/0' from pg_stat_database d"
+                " where d.datname = current_database()"
+            )
+        ).fetchone()
+    assert row is not None
+    return int(row[0]), int(row[1])

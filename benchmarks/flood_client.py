@@ -1,0 +1,61 @@
+"""A program of its own, so that it takes nothing from who measures: slow connections and rubbish for a port until it is
+killed. Usage: python -m benchmarks.flood_client PORT SLOW RUBBISH (connections; requests a second)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+
+HOST = "127.0.0.1"
+POST = b"POST /webhooks/openai HTTP/1.1\r\nHost: x\r\n"
+RUBBISH = (
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)) * 2,
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\nHost: x\r\nno colon\r\n\r\n",
+    POST + b"Content-Length: 2\r\n\r\n{}",
+    POST + b"Transfer-Encoding: chunked\r\n\r\nnot a size\r\n",
+    POST + b"Upgrade: websocket\r\nConnection: upgrade\r\nContent-Length: 0\r\n\r\n",
+)
+
+
+async def crawl(port: int) -> None:
+    """One slow connection after the other: a byte a second, and again when it was closed."""
+    while True:
+        with contextlib.suppress(OSError):
+            reader, writer = await asyncio.open_connection(HOST, port)
+            writer.write(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
+            try:
+                while not reader.at_eof():
+                    writer.write(b"a")
+                    await writer.drain()
+                    await asyncio.sleep(1)
+            finally:
+                writer.transport.abort()
+        await asyncio.sleep(1)
+
+
+async def throw(port: int, rubbish: bytes) -> None:
+    """One request of rubbish."""
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(2):
+            reader, writer = await asyncio.open_connection(HOST, port)
+            writer.write(rubbish)
+            await reader.read(1000)
+            writer.transport.abort()
+
+
+async def main(port: int, slow: int, rate: int) -> None:
+    """Until it is killed."""
+    async with asyncio.TaskGroup() as group:
+        for _ in range(slow):
+            group.create_task(crawl(port))
+        turn = 0
+        while True:
+            group.create_task(throw(port, RUBBISH[turn % len(RUBBISH)]))
+            turn += 1
+            await asyncio.sleep(1 / rate)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*(int(argument) for argument in sys.argv[1:4])))

@@ -1,0 +1,305 @@
+"""Rounds of uploads under workers that die, a provider that fails and a database that restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from realtime import AsyncRealtimeClient
+
+from lab.chaos.auditor import audit, read_books
+from lab.chaos.doomed import POINTS
+from lab.openai_sim.faults import Fault
+from lab.pictures import draw
+from lab.postgres import LocalPostgres
+from lab.stack import Member, Stack
+
+#: Small uploads take every way: single calls, chunks, one batch, several batches.
+UPLOADS = (2, 4, 9, 24)
+SETTINGS = {
+    "realtime_max_images": 2, "chunk_max_images": 5, "batch_max_images": 12, "batch_split_images": 12,
+    "express_images": 1, "chunk_delay": "0.1 s", "retry_delay": "0.05 s", "retry_delay_max": "1 s",
+    "batch_poll_interval": "0.3 s", "batch_create_grace": "0.5 s", "lease": "2 s", "account_probe_interval": "0.3 s",
+    "realtime_requests_per_minute": 100_000, "realtime_tokens_per_minute": 2_000_000_000, "max_failures": 1000,
+    "batch_batches_per_hour": 100_000, "batch_images_per_hour": 10_000_000, "broadcast_interval": "0.2 s",
+}  # fmt: skip
+SLOTS = 4  # of each worker: so many answers can die with it
+KILLS_PER_ROUND = 12
+FAULTS_AT_ONCE = 4
+LIFE = 7.0  # seconds a worker has to reach its point before it is killed wherever it is
+HEARING = 10.0  # seconds that the last broadcast may take to the client
+ROUND_END = 90.0  # seconds that healthy workers may take to end a round
+TICK = 0.3  # seconds between ticks, in place of pg_cron's minute
+
+FAULTS = (
+    Fault(cut=True, times=2),
+    Fault(status=500, times=2),
+    Fault(status=429, code="rate_limit_exceeded", headers={"retry-after": "0.3"}),
+    Fault(where="POST /v1/files", status=500),
+    Fault(where="POST /v1/files", after=True),
+    Fault(where="POST /v1/batches", after=True),
+    Fault(where="POST /v1/batches", status=503),
+    Fault(where="POST /v1/batches", status=400, message="Cannot find file x, or project has no access to it."),
+    Fault(where="GET /v1/batches", cut=True),
+    Fault(where="GET /v1/batches", status=401, code="invalid_api_key"),
+    Fault(where="GET /v1/files/", status=502),
+    Fault(where="GET /v1/files/", cut=True),
+    Fault(where="GET /v1/files/", slow=1),
+    Fault(where="DELETE /v1/files", status=500),
+    Fault(where="VALIDATE", code="token_limit_exceeded", message="Enqueued token limit reached."),
+    Fault(where="RUN", expire_at=0.4),
+    Fault(where="BATCH", status=500, times=3),
+    *(
+        Fault.model_validate({"where": "OUTPUT", "mangle": how})
+        for how in ("truncate", "duplicate", "unknown", "missing", "status_0", "error_only", "garbage")
+    ),
+)
+
+
+@dataclass
+class Report:
+    """What happened."""
+
+    rounds: int = 0
+    kills: int = 0
+    points: set[str] = field(default_factory=set)
+    restarts: int = 0
+    faults: int = 0
+    images: int = 0
+    violations: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rounds} rounds, {self.kills} kills ({len(self.points)} of {len(POINTS)} points), "
+            f"{self.restarts} restarts, {self.faults} faults, {self.images} images: {len(self.violations)} violations"
+        )
+
+
+class Chaos:
+    """One stack under attack."""
+
+    def __init__(self, stack: Stack, server: LocalPostgres, *, seed: int, workers: int = 3) -> None:
+        self.report = Report()
+        self._stack = stack
+        self._server = server
+        self._random = random.Random(seed)
+        self._workers = workers
+        self._dooms = self._endless_dooms()
+        self._truth: dict[str, frozenset[str]] = {}
+        self._heard: list[str] = []
+        self._files: dict[Member, list[tuple[str, frozenset[str]]]] = {}
+        self._log = Path(tempfile.mkdtemp(prefix="autotag-chaos-")) / "workers.log"
+
+    def _endless_dooms(self) -> Iterator[str | None]:
+        """Every point in a random order, with deaths at any time in between, again and again."""
+        while True:
+            points: list[str | None] = [*POINTS]
+            points += [None] * (len(POINTS) // 4)
+            self._random.shuffle(points)
+            yield from points
+
+    async def run(self, *, kills: int, until: float | None = None, told: Callable[[str], None] = print) -> Report:
+        """Rounds until so many workers have died (and until a moment of `time.monotonic`)."""
+        self._stack.configure(**SETTINGS)
+        plan = self._stack.simulator.plan
+        plan.latency, plan.batch_latency = (0.01, 0.1), (0.3, 0.8)
+        await self._store_pictures()
+        async with self._client(), self._ticks():
+            while self.report.kills < kills or (until is not None and time.monotonic() < until):
+                await self._round()
+                told(str(self.report))
+                if self.report.violations:
+                    told(f"the workers' log: {self._log}")
+                    break
+        return self.report
+
+    async def _round(self) -> None:
+        """Uploads under doomed workers, then healthy ones to the end, then the auditor."""
+        self.report.rounds += 1
+        restart_after = self._random.randrange(KILLS_PER_ROUND) if self.report.rounds % 2 == 0 else None
+        last = self.report.kills + KILLS_PER_ROUND
+        hands = [asyncio.create_task(self._die_often(last)) for _ in range(self._workers)]
+        began = self.report.kills
+        while not all(hand.done() for hand in hands):
+            if not await self._live():
+                await asyncio.to_thread(self._upload)
+                self._add_faults()
+            if restart_after is not None and self.report.kills - began >= restart_after:
+                restart_after = None
+                await asyncio.to_thread(self._server.restart)
+                self.report.restarts += 1
+            await asyncio.sleep(0.1)
+        await asyncio.gather(*hands)
+        self._stack.simulator.faults.clear()
+        await self._finish()
+        deadline = time.monotonic() + HEARING
+        while True:
+            await asyncio.sleep(0.2)
+            books = read_books(
+                self._stack, self._truth, self._heard, may_be_lost=self._may_be_lost(),
+                client_heard_all=not self.report.restarts,
+            )  # fmt: skip
+            if self.report.restarts or len(books.received) >= len(books.sent) or time.monotonic() > deadline:
+                break
+        self.report.images = len(self._truth)
+        self.report.violations += audit(books)
+
+    def _may_be_lost(self) -> int:
+        """Single answers that can have died unreported: a worker's slots for each death, and what was cut off."""
+        return SLOTS * self.report.kills + 2 * self.report.faults
+
+    # -- workers
+
+    @contextlib.asynccontextmanager
+    async def _process(self, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+        environment = {**self._stack.worker_environment(), "AUTOTAG_SLOTS": str(SLOTS), "AUTOTAG_STOP_DEADLINE": "5"}
+        with self._log.open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", *arguments, env={"PATH": os.environ.get("PATH", ""), **environment},
+                stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+    async def _die_often(self, last: int) -> None:
+        """One worker after the other, each with its own end."""
+        while self.report.kills < last:
+            point = next(self._dooms)
+            life = LIFE if point else self._random.uniform(1, LIFE)
+            async with self._process("lab.chaos.doomed", point or "never:never:1") as process:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(life):
+                        await process.wait()
+                if process.returncode == -signal.SIGKILL and point:
+                    self.report.points.add(point)
+                elif process.returncode is not None:
+                    # It fell over without being pushed: that is for the log, and the auditor.
+                    continue
+                self.report.kills += 1
+
+    async def _finish(self) -> None:
+        """Two healthy workers until everything has ended and no file is left."""
+        async with self._process("autotag", "worker") as one, self._process("autotag", "worker") as two:
+            deadline = time.monotonic() + ROUND_END
+            while await self._live() or self._stack.simulator.files:
+                await asyncio.sleep(0.1)
+                if time.monotonic() > deadline:
+                    break  # the auditor says what is missing
+            for process in (one, two):
+                process.send_signal(signal.SIGTERM)
+            for process in (one, two):
+                await process.wait()
+
+    # -- uploads
+
+    async def _store_pictures(self) -> None:
+        bucket = self._stack.storage().from_("assets")
+        for seed in (1, 2):
+            member = self._stack.add_member()
+            self._files[member] = []
+            for drawing in draw(max(UPLOADS), seed):
+                path = f"{member.workspace}/{drawing.name}"
+                await bucket.upload(path, drawing.data, {"content-type": drawing.content_type})
+                self._files[member].append((path, drawing.tags))
+
+    def _upload(self) -> None:
+        """One upload of each size, by two workspaces in turn; tried again while the database is away."""
+        for number, size in enumerate(UPLOADS):
+            member, files = list(self._files.items())[number % 2]
+            chosen = self._random.sample(files, size)
+            with self._connect() as owner:
+                ids = [
+                    str(row[0])
+                    for path, _ in chosen
+                    for row in owner.execute(
+                        "insert into public.assets (workspace_id, storage_path) values (%s, %s) returning id",
+                        (member.workspace, path),
+                    )
+                ]
+                owner.execute("select set_config('request.jwt.claims', %s, true)", (json.dumps(
+                    {"role": "authenticated", "sub": member.user}),))  # fmt: skip
+                owner.execute("select public.enqueue_tagging(%s::uuid[])", (ids,))
+            self._truth |= {asset: tags for asset, (_, tags) in zip(ids, chosen, strict=True)}
+
+    def _add_faults(self) -> None:
+        for fault in self._random.sample(FAULTS, FAULTS_AT_ONCE):
+            self._stack.simulator.faults.add(fault.model_copy())
+            self.report.faults += 1
+
+    # -- around it
+
+    def _connect(self) -> psycopg.Connection[Any]:
+        """A connection as the owner, however long the server takes to come back."""
+        while True:
+            try:
+                return psycopg.connect(self._stack.database_url(), connect_timeout=2)
+            except psycopg.OperationalError:
+                time.sleep(0.1)
+
+    async def _live(self) -> bool:
+        """Whether any upload has not ended."""
+
+        def ask() -> bool:
+            try:
+                with self._connect() as owner:
+                    row = owner.execute(
+                        "select exists (select from autotag.jobs where finished_at is null)"
+                        " or exists (select from autotag.batches where state not in ('done', 'cancelled'))"
+                    ).fetchone()
+                    return bool(row and row[0])
+            except psycopg.OperationalError:
+                return True  # the server went away in between
+
+        return await asyncio.to_thread(ask)
+
+    @contextlib.asynccontextmanager
+    async def _ticks(self) -> AsyncIterator[None]:
+        """The scheduler's part, more often than it would."""
+
+        def tick() -> None:
+            with contextlib.suppress(psycopg.OperationalError), self._connect() as owner:
+                owner.execute("select autotag.tick()")
+
+        async def forever() -> None:
+            while True:
+                await asyncio.to_thread(tick)
+                await asyncio.sleep(TICK)
+
+        task = asyncio.create_task(forever())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    @contextlib.asynccontextmanager
+    async def _client(self) -> AsyncIterator[None]:
+        """A Realtime client that listens all the time, as existing web clients do."""
+        client = AsyncRealtimeClient(f"{self._stack.supabase_url}/realtime/v1", self._stack.anon_key)
+        await client.connect()
+        channel = client.channel("batch-updates")
+        channel.on_broadcast("batch-complete", lambda message: self._heard.append(message["payload"]["batch_id"]))
+        joined = asyncio.Event()
+        await channel.subscribe(lambda state, _: joined.set() if state.value == "SUBSCRIBED" else None)
+        async with asyncio.timeout(10):
+            await joined.wait()
+        try:
+            yield
+        finally:
+            await client.close()

@@ -1,0 +1,67 @@
+"""The edge as one application, the paths as behind Supabase's gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from psycopg import AsyncConnection
+from psycopg_pool import AsyncConnectionPool
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount, Route, WebSocketRoute
+
+from lab.edge.realtime import Realtime
+from lab.edge.rest import Rest
+from lab.edge.storage import Storage
+
+
+def make_edge(authenticator_url: str, owner_url: str, secret: str, files: Path, *, penalty: float = 0.0) -> Starlette:
+    """The application.
+
+    Args:
+        authenticator_url: database URL of the role that becomes the caller's.
+        owner_url: database URL of a role that reads ``realtime.messages``.
+        secret: of the project's JWTs.
+        files: folder for stored objects.
+        penalty: share of the real Realtime's delays before refusals, 0 to 1.
+    """
+    pool: AsyncConnectionPool[AsyncConnection[Any]] = AsyncConnectionPool(
+        authenticator_url, open=False, min_size=1, max_size=10
+    )
+    realtime = Realtime(pool, owner_url, secret, penalty=penalty)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await pool.open(wait=True)
+        ready = asyncio.Event()
+        follower = asyncio.create_task(realtime.follow_messages(ready))
+        await ready.wait()
+        yield
+        follower.cancel()
+        await asyncio.gather(follower, return_exceptions=True)
+        await pool.close()
+
+    async def unsupported(request: Request) -> Response:
+        what = f"{request.method} {request.url.path}"
+        return JSONResponse({"message": f"The local edge does not support {what}.", "code": "LOCAL501"}, 501)
+
+    rest = Route("/{path:path}", unsupported, methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"])
+
+    return Starlette(
+        lifespan=lifespan,
+        routes=[
+            Mount("/rest/v1", routes=[*Rest(pool, secret).routes(), rest]),
+            Mount("/storage/v1", routes=[*Storage(pool, secret, files).routes(), rest]),
+            Route("/realtime/v1/api/broadcast", realtime.http_broadcast, methods=["POST"]),
+            WebSocketRoute("/realtime/v1/websocket", realtime.websocket),
+            rest,
+        ],
+        middleware=[Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])],
+    )

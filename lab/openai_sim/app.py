@@ -1,0 +1,317 @@
+"""The simulator's HTTP interface: chat completions, models, files; batches are in `batches`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from lab.openai_sim.answers import PromptCache, complete, note, think
+from lab.openai_sim.asked import Asked, digest, examine, find_model, first_image
+from lab.openai_sim.batches import Batches
+from lab.openai_sim.faults import Answer, Fault, Faults
+from lab.openai_sim.limits import Limits
+from lab.openai_sim.models import MODELS, find
+from lab.openai_sim.plan import Plan
+from lab.openai_sim.protocol import ApiError, check_expiry, not_offered, page, read_json
+from lab.openai_sim.vision import BadPicture, Picture, look
+
+__all__ = ["Plan", "Simulator"]
+
+METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+
+
+@dataclass
+class Simulator:
+    """One provider with its book."""
+
+    plan: Plan
+    faults: Faults = field(default_factory=Faults)
+    #: every request and every line of a batch: {at, method, path, status}, and for completions {model, effort, cap,
+    #: tier, format, picture, tags, tokens, usage, dollars, done}; {error} when it failed; moments in epoch seconds
+    book: list[dict[str, Any]] = field(default_factory=list)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    contents: dict[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.plan.seed)
+        plan = self.plan
+        self.limits = Limits.of(plan.requests_per_minute, plan.tokens_per_minute, plan.requests_per_day, plan.speed)
+        self.batches = Batches(self)
+        self.prompt_cache = PromptCache()
+        self.in_flight = 0
+        self.most_in_flight = 0
+
+    def app(self) -> Starlette:
+        """The application."""
+
+        @contextlib.asynccontextmanager
+        async def lifespan(_: Starlette) -> AsyncIterator[None]:
+            yield
+            await self.batches.close()
+
+        routes = [
+            Route("/v1/chat/completions", self._answer(self._chat), methods=["POST"]),
+            Route("/v1/models", self._answer(self._models)),
+            Route("/v1/models/{model:path}", self._answer(self._model)),
+            Route("/v1/files", self._answer(self._create_file), methods=["POST"]),
+            Route("/v1/files", self._answer(self._list_files)),
+            Route("/v1/files/{file}", self._answer(self._file)),
+            Route("/v1/files/{file}", self._answer(self._delete_file), methods=["DELETE"]),
+            Route("/v1/files/{file}/content", self._answer(self._content)),
+            Route("/v1/batches", self._answer(self.batches.create), methods=["POST"]),
+            Route("/v1/batches", self._answer(self.batches.list_newest)),
+            Route("/v1/batches/{batch}", self._answer(self.batches.retrieve)),
+            Route("/v1/batches/{batch}/cancel", self._answer(self.batches.cancel), methods=["POST"]),
+            Route("/sim/faults", self._add_fault, methods=["POST"]),
+            Route("/sim/faults", self._clear_faults, methods=["DELETE"]),
+            Route("/sim/book", self._show_book),
+            Route("/{path:path}", self._nowhere, methods=METHODS),
+        ]
+        return Starlette(routes=routes, lifespan=lifespan)
+
+    def _answer(self, handler: Any) -> Any:
+        async def answer(request: Request) -> Response:
+            entry = self._enter(request)
+            try:
+                if not self._offers(request.url.path):
+                    raise not_offered()
+                if request.headers.get("authorization") != f"Bearer {self.plan.key}":
+                    raise ApiError(401, "invalid_api_key", "Incorrect API key provided.")
+                fault = None
+                if not request.url.path.endswith("/completions"):
+                    fault = await self._meet_fault(request)
+                response = cast("Response", await handler(request))
+                if fault and fault.after:
+                    raise _Cut
+                if fault and fault.slow:
+                    response = _Slow(response, fault.slow)
+            except ApiError as error:
+                response = error.response()
+                entry["error"] = error.summary()
+            except _Cut:
+                entry["status"] = 0
+                return _CutConnection()
+            entry["status"] = response.status_code
+            if not self.plan.rate_headers:
+                for name in [name for name in response.headers if name.startswith("x-ratelimit-")]:
+                    del response.headers[name]
+            return response
+
+        return answer
+
+    def _enter(self, request: Request) -> dict[str, Any]:
+        """Writes a request into the book."""
+        entry: dict[str, Any] = {
+            "at": time.time(), "method": request.method, "path": request.url.path, "status": None,
+        }  # fmt: skip
+        request.state.entry = entry
+        self.book.append(entry)
+        return entry
+
+    def _offers(self, path: str) -> bool:
+        """Whether this server has an endpoint."""
+        if path.startswith(("/v1/files", "/v1/batches")):
+            return self.plan.batch_api
+        return self.plan.models_endpoint or not path.startswith("/v1/models")
+
+    async def _nowhere(self, request: Request) -> Response:
+        """A path that no endpoint has, as when a base URL lacks its /v1."""
+        text = "404 page not found"
+        self._enter(request).update(status=404, error=text)
+        return PlainTextResponse(text, 404)
+
+    async def _meet_fault(self, request: Request, tags: tuple[str, ...] = ()) -> Fault | None:
+        """Applies the fault ordered for this request; returns it when the request is to be answered wrongly."""
+        fault = self.faults.take(f"{request.method} {request.url.path}", tags)
+        if fault is None:
+            return None
+        if fault.delay:
+            await asyncio.sleep(fault.delay)
+        if fault.cut and not fault.after:
+            raise _Cut
+        error = fault.error()
+        if error:
+            raise error
+        return fault
+
+    # -- chat completions
+
+    async def _chat(self, request: Request) -> Response:
+        body = await read_json(request)
+        entry = request.state.entry
+        entry |= {"model": body.get("model"), "picture": digest(body)}
+        asked = examine(body, self.plan)
+        # What is over a limit is refused on arrival; a request that is refused for another reason has used it up.
+        headers, wait, which = self.limits.take(asked.metered) if not self.faults.waiting else ({}, 0.0, "")
+        if wait:
+            raise ApiError(
+                429, "rate_limit_exceeded",
+                f"Rate limit reached for {body['model']} on {which}. Please try again in {wait:.3f}s.", headers,
+            )  # fmt: skip
+        picture = await self.see(body)
+        tags = picture.tags if picture else ()
+        entry["tags"] = tags
+        fault = await self._meet_fault(request, tags)
+        if not headers:
+            headers = self.limits.take(asked.metered)[0]
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            await asyncio.sleep(self.random.uniform(*self.plan.latency))
+        finally:
+            self.in_flight -= 1
+            entry["done"] = time.time()
+        answer = self.answer(asked, picture, entry["picture"], fault.answer if fault else None)
+        entry |= note(asked, answer)
+        if fault and fault.after:
+            raise _Cut
+        return JSONResponse(answer, headers=headers)
+
+    def count(self, body: dict[str, Any], *, batch: bool = False) -> int:
+        """The tokens that a request counts for at admission.
+
+        Raises:
+            ApiError: it would be refused.
+        """
+        return examine(body, self.plan, batch=batch).metered
+
+    async def see(self, body: dict[str, Any]) -> Picture | None:
+        """What is in the picture of a request; None when it has no picture.
+
+        Raises:
+            ApiError: 400 when the picture is broken after all.
+        """
+        url = first_image(body)
+        try:
+            return await asyncio.to_thread(look, url) if url else None
+        except BadPicture as error:
+            raise ApiError(400, "invalid_image", str(error)) from None
+
+    def answer(self, asked: Asked, picture: Picture | None, name: str, wrong: Answer | None) -> dict[str, Any]:
+        """The completion that a checked request gets; ``name`` is its picture's digest."""
+        thought = think(asked.effort, name, self.plan)
+        return complete(asked, picture, thought=thought, cache=self.prompt_cache, wrong=wrong)
+
+    # -- models and files
+
+    async def _models(self, _: Request) -> Response:
+        names = self.plan.models
+        if names is None:
+            names = frozenset(name for model in MODELS.values() for name in (model.name, model.dated))
+        return JSONResponse({"object": "list", "data": [_describe_model(name) for name in sorted(names)]})
+
+    async def _model(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        find_model(name, self.plan)
+        return JSONResponse(_describe_model(name))
+
+    async def _create_file(self, request: Request) -> Response:
+        name, data = "", b""
+        async with request.form(max_part_size=250_000_000) as form:
+            upload, purpose = form.get("file"), form.get("purpose")
+            if not isinstance(upload, UploadFile) or purpose != "batch":
+                raise ApiError(400, "invalid_request_error", "A file and the purpose 'batch' are needed.")
+            check_expiry(form.get("expires_after[anchor]"), form.get("expires_after[seconds]"), self.plan.min_expires)
+            data = await upload.read()
+            name = upload.filename or ""
+        if len(data) > 200_000_000:
+            raise ApiError(413, "file_too_large", "Files of purpose batch hold at most 200 MB.")
+        return JSONResponse(self.store_file(name, data, "batch"))
+
+    def store_file(self, name: str, data: bytes, purpose: str) -> dict[str, Any]:
+        """Keeps a file; its description."""
+        described: dict[str, Any] = {
+            "id": f"file-{secrets.token_hex(12)}", "object": "file", "bytes": len(data), "purpose": purpose,
+            "created_at": int(time.time()), "filename": name, "status": "processed",
+        }  # fmt: skip
+        self.files[described["id"]] = described
+        self.contents[described["id"]] = data
+        return described
+
+    async def _list_files(self, request: Request) -> Response:
+        purpose = request.query_params.get("purpose")
+        return page(request, [f for f in reversed(self.files.values()) if purpose in (None, f["purpose"])], 10_000)
+
+    def _known_file(self, request: Request) -> str:
+        name = str(request.path_params["file"])
+        if name not in self.files:
+            raise ApiError(404, "not_found", f"No such File object: {name}")
+        return name
+
+    async def _file(self, request: Request) -> Response:
+        return JSONResponse(self.files[self._known_file(request)])
+
+    async def _delete_file(self, request: Request) -> Response:
+        name = self._known_file(request)
+        del self.files[name]
+        del self.contents[name]
+        return JSONResponse({"id": name, "object": "file", "deleted": True})
+
+    async def _content(self, request: Request) -> Response:
+        return Response(self.contents[self._known_file(request)], media_type="application/octet-stream")
+
+    # -- for tests in other processes
+
+    async def _add_fault(self, request: Request) -> Response:
+        try:
+            self.faults.add(Fault.model_validate(await request.json()))
+        except (ValidationError, ValueError) as error:
+            return JSONResponse({"error": str(error)}, 400)
+        return JSONResponse({})
+
+    async def _clear_faults(self, _: Request) -> Response:
+        self.faults.clear()
+        return JSONResponse({})
+
+    async def _show_book(self, _: Request) -> Response:
+        return JSONResponse({"requests": self.book, "batches": self.batches.describe_all()})
+
+
+class _Cut(Exception):
+    pass
+
+
+class _CutConnection(Response):
+    """Ends the connection in the middle of an answer."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"1000")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"{", "more_body": True})  # which never comes
+
+
+class _Slow(Response):
+    """Spreads an answer's body over some seconds."""
+
+    def __init__(self, response: Response, seconds: float) -> None:
+        super().__init__(response.body, response.status_code, response.headers)
+        self._seconds = seconds
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        step = max(1, len(self.body) // 20)
+        for start in range(0, len(self.body), step):
+            await asyncio.sleep(self._seconds / 20)
+            await send({"type": "http.response.body", "body": self.body[start : start + step], "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _describe_model(name: str) -> dict[str, Any]:
+    known = find(name)
+    return {
+        "id": name, "object": "model", "created": 1_700_000_000, "owned_by": "system",
+        "shutdown_date": known.shutdown_date if known else None,
+    }  # fmt: skip

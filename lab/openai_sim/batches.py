@@ -1,0 +1,243 @@
+"""OpenAI Batches: validating → in_progress → finalizing → completed, or failed, expired, cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+import time
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from lab.openai_sim.answers import note
+from lab.openai_sim.asked import digest, examine, no_credit
+from lab.openai_sim.protocol import ApiError, check_expiry, page, read_json
+from lab.openai_sim.webhooks import batch_event, deliver
+
+if TYPE_CHECKING:
+    from lab.openai_sim.app import Simulator
+
+MOST_LINES = 50_000
+DAY = 86_400  # seconds: the completion window
+
+
+class Batches:
+    """The batches of one organisation, newest last."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        self._sim = simulator
+        self._batches: dict[str, dict[str, Any]] = {}
+        self._queued_tokens: dict[str, int] = {}
+        #: batches that this key does not see any more
+        self.hidden: set[str] = set()
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    def describe_all(self) -> list[dict[str, Any]]:
+        return list(self._batches.values())
+
+    async def create(self, request: Request) -> Response:
+        if not self._sim.plan.credit:
+            raise no_credit()
+        body = await read_json(request)
+        if body.get("endpoint") != "/v1/chat/completions" or body.get("completion_window") != "24h":
+            raise ApiError(400, "invalid_request_error", "endpoint and completion_window are wrong.")
+        if body.get("input_file_id") not in self._sim.files:
+            raise ApiError(
+                400, "invalid_request_error",
+                f"Cannot find file {body.get('input_file_id')}, or project does not have access to it.",
+            )  # fmt: skip
+        expiry = body.get("output_expires_after") or {}
+        check_expiry(expiry.get("anchor"), expiry.get("seconds"), self._sim.plan.min_expires)
+        metadata = body.get("metadata") or {}
+        if len(metadata) > 16 or any(len(k) > 64 or len(str(v)) > 512 for k, v in metadata.items()):
+            raise ApiError(400, "invalid_request_error", "metadata is too large.")
+        batch: dict[str, Any] = {
+            "id": f"batch_{secrets.token_hex(12)}", "object": "batch", "endpoint": body["endpoint"], "errors": None,
+            "input_file_id": body["input_file_id"], "completion_window": "24h", "status": "validating",
+            "output_file_id": None, "error_file_id": None, "created_at": int(time.time()),
+            "expires_at": int(time.time()) + DAY, "request_counts": {"total": 0, "completed": 0, "failed": 0},
+            "metadata": metadata,
+        }  # fmt: skip
+        self._batches[batch["id"]] = batch
+        task = asyncio.create_task(self._run(batch))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return JSONResponse(batch)
+
+    async def list_newest(self, request: Request) -> Response:
+        return page(request, [b for b in reversed(self._batches.values()) if b["id"] not in self.hidden], 100)
+
+    def _known(self, request: Request) -> dict[str, Any]:
+        batch = self._batches.get(request.path_params["batch"])
+        if batch is None or batch["id"] in self.hidden:
+            raise ApiError(404, "not_found", f"No batch found with id '{request.path_params['batch']}'.")
+        return batch
+
+    async def retrieve(self, request: Request) -> Response:
+        return JSONResponse(self._known(request))
+
+    async def cancel(self, request: Request) -> Response:
+        batch = self._known(request)
+        if batch["status"] in ("validating", "in_progress", "finalizing"):
+            batch["status"] = "cancelling"
+        return JSONResponse(batch)
+
+    async def _run(self, batch: dict[str, Any]) -> None:
+        """A batch's life, and the webhook about its end."""
+        await self._live(batch)
+        plan = self._sim.plan
+        if plan.webhook_url:
+            await deliver(plan.webhook_url, plan.webhook_secret, batch_event(batch["status"], batch["id"]))
+
+    async def _live(self, batch: dict[str, Any]) -> None:
+        seconds = self._sim.random.uniform(*self._sim.plan.batch_latency)
+        await asyncio.sleep(seconds * 0.1)
+        lines = await self._validate(batch)
+        if lines is None:
+            batch["status"] = "failed"
+            return
+        batch["request_counts"]["total"] = len(lines)
+        if batch["status"] == "validating":
+            batch["status"] = "in_progress"
+        fault = self._sim.faults.take("RUN")
+        last = len(lines) if not fault or fault.expire_at is None else int(fault.expire_at * len(lines))
+        started = time.monotonic()
+        output: list[str] = []
+        errors: list[str] = []
+        for i, line in enumerate(lines):
+            if batch["status"] == "cancelling" or i >= last:
+                break
+            good, answer = await self._answer(batch, line)
+            (output if good else errors).append(json.dumps(answer))
+            batch["request_counts"]["completed" if good else "failed"] += 1
+            # Lines are spread over the batch's time, whatever they take to look at.
+            await asyncio.sleep(max(0.0, started + seconds * 0.8 * (i + 1) / len(lines) - time.monotonic()))
+        cancelled = batch["status"] == "cancelling"
+        if not cancelled:
+            batch["status"] = "finalizing"
+            await asyncio.sleep(seconds * 0.1)
+        # Output order is not input order.
+        self._sim.random.shuffle(output)
+        for key, rows in (("output_file_id", output), ("error_file_id", errors)):
+            if rows:
+                mangled = self._sim.faults.take("OUTPUT") if key == "output_file_id" else None
+                data = mangle(rows, mangled.mangle if mangled else None)
+                self._note_delivered(batch["id"], data)
+                batch[key] = self._sim.store_file(f"{batch['id']}_{key}.jsonl", data, "batch_output")["id"]
+        batch["status"] = "cancelled" if cancelled else "completed" if last == len(lines) else "expired"
+        self._queued_tokens.pop(batch["id"], None)
+
+    def _note_delivered(self, batch_id: str, data: bytes) -> None:
+        """Marks the book's entries whose answers can be read in an output or error file."""
+        readable = set()
+        for line in data.splitlines():
+            try:
+                entry = json.loads(line)
+                if entry["response"]["status_code"] == 200:
+                    readable.add(entry["custom_id"])
+            except (ValueError, KeyError, TypeError):
+                continue
+        for entry in self._sim.book:
+            if entry.get("batch") == batch_id:
+                entry["delivered"] = entry.get("delivered", False) or entry["custom_id"] in readable
+
+    async def _validate(self, batch: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """The lines of the input file; None, and the batch's errors, when it is refused."""
+
+        def refuse(code: str, message: str) -> list[dict[str, Any]] | None:
+            batch["errors"] = {
+                "object": "list", "data": [{"code": code, "message": message, "param": None, "line": None}]
+            }  # fmt: skip
+            return None
+
+        try:
+            data = self._sim.contents[batch["input_file_id"]]
+            lines, tokens = await asyncio.to_thread(self._read, data)
+            ids = [line["custom_id"] for line in lines]
+        except (ValueError, KeyError, TypeError):
+            return refuse("invalid_json_line", "A line of the input file is not valid.")
+        if not lines or len(lines) > MOST_LINES:
+            return refuse("invalid_request", "The input file holds no line, or more than 50,000.")
+        if len(set(ids)) < len(ids):
+            return refuse("duplicate_custom_id", "A custom_id stands twice in the input file.")
+        fault = self._sim.faults.take("VALIDATE")
+        if fault:
+            return refuse(fault.code, fault.message)
+        if sum(self._queued_tokens.values()) + tokens > self._sim.plan.queued_batch_tokens:
+            return refuse("token_limit_exceeded", "Enqueued token limit reached. Please try again once batches end.")
+        self._queued_tokens[batch["id"]] = tokens
+        return lines
+
+    def _read(self, data: bytes) -> tuple[list[dict[str, Any]], int]:
+        """The lines of an input file, and the tokens that they queue; a line that will be refused queues none.
+
+        Raises:
+            KeyError, TypeError, ValueError: a line is no request.
+        """
+        lines, tokens = [], 0
+        for text in filter(None, data.splitlines()):
+            line = json.loads(text)
+            if not isinstance(line["body"], dict) or not isinstance(line["url"], str):
+                raise TypeError
+            lines.append(line)
+            with contextlib.suppress(ApiError):
+                tokens += self._sim.count(line["body"], batch=True)
+        return lines, tokens
+
+    async def _answer(self, batch: dict[str, Any], line: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+        """Whether a line succeeded, and its line in the output or error file."""
+        request, name = line["body"], digest(line["body"])
+        entry = {
+            "at": time.time(), "method": "BATCH", "path": line["url"], "picture": name, "status": None,
+            "model": request.get("model"), "batch": batch["id"], "custom_id": line["custom_id"],
+        }  # fmt: skip
+        self._sim.book.append(entry)
+        request_id = secrets.token_hex(16)
+        try:
+            asked = examine(request, self._sim.plan, batch=True)
+            picture = await self._sim.see(request)
+            entry["tags"] = picture.tags if picture else ()
+            fault = self._sim.faults.take("BATCH /v1/chat/completions", entry["tags"])
+            refusal = fault.error() if fault else None
+            if refusal:
+                raise refusal
+            status, body = 200, self._sim.answer(asked, picture, name, fault.answer if fault else None)
+            entry |= note(asked, body, batch=True)
+        except ApiError as error:
+            status, body = error.status, error.body
+            entry["error"] = error.summary()
+        entry["status"] = status
+        answer = {
+            "id": f"batch_req_{request_id}", "custom_id": line["custom_id"], "error": None,
+            "response": {"status_code": status, "request_id": request_id, "body": body},
+        }  # fmt: skip
+        return status == 200, answer
+
+
+def mangle(rows: list[str], how: str | None) -> bytes:
+    """An output file of these lines, or one that is wrong in a way that has been seen."""
+    first = json.loads(rows[0])
+    match how:
+        case "duplicate":
+            rows = [*rows, *rows[:3]]
+        case "unknown":
+            rows = [json.dumps(first | {"custom_id": name}) for name in ("999999999999", "x", "-1", "")] + rows
+        case "missing":
+            rows = rows[2:]
+        case "status_0":
+            rows[0] = json.dumps(first | {"response": {"status_code": 0, "request_id": "", "body": None}})
+        case "error_only":
+            error = {"code": "batch_expired", "message": "This request could not be executed before it expired."}
+            rows[0] = json.dumps(first | {"response": None, "error": error})
+        case "garbage":
+            rows = ["{", "null", "[]", '"x"', "\u0000", *rows]
+    data = "\n".join(rows).encode() + b"\n"
+    return data[: len(data) * 2 // 3] if how == "truncate" else data

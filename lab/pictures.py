@@ -1,0 +1,78 @@
+"""Pictures whose tags are knowable: four coloured quarters in a landscape, portrait or square frame.
+
+The tags follow from the plan of a picture, not from its file, so that whoever finds them in a row knows that
+this very picture was seen, the right way up and with the right colours.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice, product
+
+from PIL import Image, ImageDraw
+
+from lab.openai_sim.vision import PALETTE, QUARTERS, brightness
+
+COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta", "white", "black")
+#: Larger than what the model sees (512 pixels), so that each is scaled down, and no more than that.
+SIZES = {"landscape": (576, 384), "portrait": (384, 576), "square": (540, 540)}
+FORMATS = ("JPEG", "PNG", "WEBP")
+SIDEWAYS_EVERY = 7  # so often a JPEG lies on its side and says so in its EXIF
+DOUBT = 10  # luminance this near to a limit of brightness() is not drawn
+ORIENTATION_TAG, TURNED_LEFT = 0x0112, 6
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture file and the tags that whoever looks at it must find."""
+
+    name: str
+    content_type: str
+    data: bytes
+    tags: frozenset[str]
+
+
+def draw(count: int, seed: int = 1) -> Iterator[Drawing]:
+    """So many different pictures (up to about 10,000)."""
+    plans = list(product(SIZES, product(COLOURS, repeat=4)))
+    random.Random(seed).shuffle(plans)
+    clear = (plan for plan in plans if _is_clear(plan[1]))
+    for number, (shape, colours) in enumerate(islice(clear, count)):
+        yield _draw(number, shape, colours)
+
+
+def _luminance(colours: tuple[str, ...]) -> float:
+    """Mean luminance of four equal quarters (ITU-R 601, as Pillow's mode L)."""
+    weights = (0.299, 0.587, 0.114)
+    return sum(sum(w * c for w, c in zip(weights, PALETTE[colour], strict=True)) for colour in colours) / 4
+
+
+def _is_clear(colours: tuple[str, ...]) -> bool:
+    return all(abs(_luminance(colours) - limit) > DOUBT for limit in (85, 170))
+
+
+@lru_cache(maxsize=2000)
+def _draw(number: int, shape: str, colours: tuple[str, ...]) -> Drawing:
+    width, height = SIZES[shape]
+    image = Image.new("RGB", (width, height))
+    pen = ImageDraw.Draw(image)
+    for i, colour in enumerate(colours):
+        left, top = (i % 2) * width // 2, (i // 2) * height // 2
+        pen.rectangle((left, top, left + width // 2 - 1, top + height // 2 - 1), fill=PALETTE[colour])
+    kind = FORMATS[number % len(FORMATS)]
+    out = io.BytesIO()
+    if kind == "JPEG" and number % SIDEWAYS_EVERY == 0:
+        exif = Image.Exif()
+        exif[ORIENTATION_TAG] = TURNED_LEFT
+        image.transpose(Image.Transpose.ROTATE_90).save(out, kind, quality=90, exif=exif)
+    else:
+        image.save(out, kind, quality=90, method=0)  # of WebP: the fastest
+    tags = {f"{quarter} {colour}" for quarter, colour in zip(QUARTERS, colours, strict=True)}
+    return Drawing(
+        f"picture-{number:04}.{kind.lower()}", f"image/{kind.lower()}", out.getvalue(),
+        frozenset(tags | {shape, brightness(_luminance(colours))}),
+    )  # fmt: skip

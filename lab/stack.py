@@ -1,0 +1,235 @@
+"""Everything that production gets from Supabase and OpenAI, started together on free ports of this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+import psycopg
+from psycopg import sql
+from storage3 import AsyncStorageClient
+
+from autotag.http import serve
+from autotag.provider import fingerprint
+from lab.edge import tokens
+from lab.edge.app import make_edge
+from lab.openai_sim.app import Plan, Simulator
+from lab.postgres import LocalPostgres, free_port
+
+WORKER_ROLE = "tagger"
+OPERATOR_ROLE = "overseer"
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A user of one workspace and their token."""
+
+    user: str
+    workspace: str
+    token: str
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The addresses and keys of a running stack, named as a Supabase project names them."""
+
+    owner_url: str  # of the database, as ``postgres``
+    supabase_url: str
+    anon_key: str
+    secret_key: str
+    jwt_secret: str
+    openai_url: str
+    openai_key: str
+    simulator: Simulator
+
+    def database_url(self, user: str = "postgres") -> str:
+        """The database as another role; all of them have the owner's password here."""
+        return as_role(self.owner_url, user)
+
+    def worker_environment(self) -> dict[str, str]:
+        """What a worker reads; its login role is nothing but ``autotag_worker``."""
+        return {
+            "DATABASE_URL": self.database_url(WORKER_ROLE),
+            "SUPABASE_URL": self.supabase_url,
+            "SUPABASE_SECRET_KEY": self.secret_key,
+            "OPENAI_BASE_URL": self.openai_url,
+            "OPENAI_API_KEY": self.openai_key,
+        }
+
+    def operator_environment(self) -> dict[str, str]:
+        """The same for an operator's commands; their login role is nothing but ``autotag_operator``."""
+        return {**self.worker_environment(), "DATABASE_URL": self.database_url(OPERATOR_ROLE)}
+
+    def token(self, user: str, lifetime: float = 3600, **claims: Any) -> str:
+        """A signed-in user's token."""
+        return tokens.sign(self.jwt_secret, "authenticated", subject=user, lifetime=lifetime, **claims)
+
+    def storage(self) -> AsyncStorageClient:
+        """Storage with the secret key."""
+        headers = {"apikey": self.secret_key, "Authorization": f"Bearer {self.secret_key}"}
+        return AsyncStorageClient(f"{self.supabase_url}/storage/v1/", headers)
+
+    def add_member(self, name: str = "workspace", workspace: str | None = None) -> Member:
+        """A new user in a new workspace (or in one that is there)."""
+        user = str(uuid.uuid4())
+        with psycopg.connect(self.database_url(), autocommit=True) as connection:
+            connection.execute("insert into auth.users (id, email) values (%s, %s)", (user, f"{user}@example.org"))
+            if workspace is None:
+                row = connection.execute(
+                    "insert into public.workspaces (name) values (%s) returning id::text", (name,)
+                ).fetchone()
+                assert row is not None
+                workspace = str(row[0])
+            connection.execute("insert into public.workspace_members values (%s, %s)", (workspace, user))
+        return Member(user, workspace, self.token(user))
+
+    def configure(self, **columns: Any) -> None:
+        """Changes columns of ``autotag.settings``."""
+        assignments = sql.SQL(", ").join(sql.SQL("{} = %s").format(sql.Identifier(name)) for name in columns)
+        with psycopg.connect(self.database_url(), autocommit=True) as connection:
+            connection.execute(sql.SQL("update autotag.settings set {}").format(assignments), list(columns.values()))
+
+    def prove(self) -> None:
+        """Makes autotag take this provider for one that has answered before: nothing has to be tried out first."""
+        with psycopg.connect(self.database_url(), autocommit=True) as connection:
+            connection.execute(
+                "update autotag.provider_limits set base_url = %s, fingerprint = %s, proven_at = now()",
+                (self.openai_url, fingerprint(self.openai_key, self.openai_url)),
+            )
+
+    def compress(self, speed: float) -> None:
+        """Makes autotag's clock run so much faster, for whoever connects from now on; a lease lasts as long as ever."""
+        with psycopg.connect(self.database_url("supabase_admin"), autocommit=True) as connection:
+            name = sql.Identifier(connection.info.dbname)
+            connection.execute(
+                sql.SQL("alter database {} set autotag.speed = {}").format(name, sql.Literal(str(speed)))
+            )
+        self.configure(test_clock=True, lease=f"{60 * speed} s")
+
+    @contextlib.contextmanager
+    def configured(self, **columns: Any) -> Iterator[None]:
+        """The same for as long as the context is open."""
+        names = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(name)) for name in columns)
+        with psycopg.connect(self.database_url(), autocommit=True) as connection:
+            before = connection.execute(sql.SQL("select {} from autotag.settings").format(names)).fetchone()
+        self.configure(**columns)
+        try:
+            yield
+        finally:
+            self.configure(**dict(zip(columns, before or (), strict=True)))
+
+
+def as_role(url: str, role: str) -> str:
+    """A database URL for another role with the same password."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=f"{role}:{parts.password}@{parts.hostname}:{parts.port}").geturl()
+
+
+@contextlib.asynccontextmanager
+async def local_stack(
+    postgres: LocalPostgres, database: str = "postgres", *, plan: Plan | None = None, penalty: float = 0.0
+) -> AsyncIterator[Stack]:
+    """The edge and the simulator around a database that has autotag's schema, and a login for workers."""
+    make_worker_role(postgres.url(database=database))
+    async with edge_stack(postgres, database, plan=plan, penalty=penalty) as stack:
+        yield stack
+
+
+@contextlib.asynccontextmanager
+async def edge_stack(
+    postgres: LocalPostgres, database: str, *, plan: Plan | None = None, penalty: float = 0.0
+) -> AsyncIterator[Stack]:
+    """The edge and the simulator around a database with a Supabase project's baseline, whatever else is in it.
+
+    Args:
+        postgres: the server.
+        database: its database.
+        plan: how the simulator behaves.
+        penalty: share of the real Realtime's delays before refusals, 0 to 1.
+    """
+    secret, port = secrets.token_hex(32), free_port()
+    with tempfile.TemporaryDirectory(prefix="autotag-files-") as files:
+        edge = make_edge(
+            postgres.url("authenticator", database), postgres.url("postgres", database), secret, Path(files),
+            penalty=penalty,
+        )  # fmt: skip
+        async with serve(edge, HOST, port):
+            project = {
+                "API_URL": f"http://{HOST}:{port}", "DB_URL": postgres.url("postgres", database), "JWT_SECRET": secret,
+                "ANON_KEY": tokens.sign(secret, "anon"), "SERVICE_ROLE_KEY": tokens.sign(secret, "service_role"),
+            }  # fmt: skip
+            async with project_stack(project, plan=plan) as stack:
+                yield stack
+
+
+@contextlib.asynccontextmanager
+async def supabase_stack(project: Mapping[str, str], *, plan: Plan | None = None) -> AsyncIterator[Stack]:
+    """The stack of `supabase start` (or one like it) with autotag's schema, and the simulator.
+
+    Args:
+        project: the variables of ``supabase status -o env``.
+        plan: how the simulator behaves.
+
+    Raises:
+        KeyError: names the variable that is missing.
+    """
+    async with project_stack(project, plan=plan) as stack:
+        make_worker_role(stack.owner_url)
+        yield stack
+
+
+@contextlib.asynccontextmanager
+async def project_stack(project: Mapping[str, str], *, plan: Plan | None) -> AsyncIterator[Stack]:
+    """A project and the simulator."""
+    simulator, port = Simulator(plan or Plan()), free_port()
+    async with serve(simulator.app(), HOST, port):
+        yield Stack(
+            owner_url=project["DB_URL"],
+            supabase_url=project["API_URL"].rstrip("/"),
+            anon_key=project["ANON_KEY"],
+            secret_key=project["SERVICE_ROLE_KEY"],
+            jwt_secret=project["JWT_SECRET"],
+            openai_url=f"http://{HOST}:{port}/v1",
+            openai_key=simulator.plan.key,
+            simulator=simulator,
+        )
+
+
+def make_worker_role(owner_url: str) -> None:
+    """A login that may do nothing but work, and one that may do nothing but look after it."""
+    password = sql.Literal(urlsplit(owner_url).password or "")
+    with psycopg.connect(owner_url, autocommit=True) as connection:
+        for login, role in ((WORKER_ROLE, "autotag_worker"), (OPERATOR_ROLE, "autotag_operator")):
+            name = sql.Identifier(login)
+            with contextlib.suppress(psycopg.errors.DuplicateObject):  # of an earlier stack on this server
+                connection.execute(sql.SQL("create role {} login in role {}").format(name, sql.Identifier(role)))
+            connection.execute(sql.SQL("alter role {} password {}").format(name, password))
+
+
+@contextlib.asynccontextmanager
+async def worker_process(
+    environment: dict[str, str], log: IO[bytes] | None = None
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A real ``autotag worker``, stopped with SIGTERM at the end."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "autotag", "worker",
+        env={"PATH": os.environ.get("PATH", ""), **environment}, stderr=log, stdin=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+            await process.wait()
