@@ -104,36 +104,48 @@ begin
   where c.oid = 'public.assets'::regclass and r.rolname = 'authenticated';
 end $$;
 
--- The files of these images that are in Storage, not in a public bucket, and of workspaces that the signed-in caller may act
--- for.
-create or replace function autotag.private_files(p_asset_ids uuid[]) returns table (asset_id uuid, bucket text, path text)
+-- What stands for a file: the same file has the same mark, another one another. An image that lies behind a URL has one, too.
+create or replace function autotag.file_mark(p_bucket text, p_path text) returns uuid
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$ select md5(coalesce(p_bucket || '/' || p_path, ''))::uuid $$;
+
+-- The files of these images, of workspaces that the signed-in caller may act for. private: the file is in Storage and not in a
+-- public bucket, so that row level security says whether the caller may see it. Nothing where nobody has to be asked.
+create or replace function autotag.files_to_see(p_asset_ids uuid[])
+returns table (asset_id uuid, bucket text, path text, private boolean)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
 begin
-  if autotag.is_service() or not autotag.users_see_files() then
+  if autotag.is_service() or not autotag.users_see_files() or cardinality(p_asset_ids) > 100000 then
     return;
   end if;
   return query
     with files as materialized (
-      select d.asset_id, d.workspace_id, d.bucket, d.path from autotag.describe_assets(p_asset_ids) d where d.path is not null
+      select d.asset_id, d.workspace_id, d.bucket, d.path from autotag.describe_assets(p_asset_ids) d where not d.foreign_file
     ), theirs as materialized (
       select w.id from (select distinct f.workspace_id as id from files f) w where autotag.is_member(w.id)
     )
-    select f.asset_id, f.bucket, f.path
-    from files f join storage.buckets b on b.id = f.bucket and b.public is not true
-    where f.workspace_id in (select t.id from theirs t)
-      and exists (select from storage.objects o where o.bucket_id = f.bucket and o.name = f.path);
+    select f.asset_id, f.bucket, f.path,
+      exists (select from storage.objects o where o.bucket_id = f.bucket and o.name = f.path)
+        and not exists (select from storage.buckets b where b.id = f.bucket and b.public)
+    from files f where f.workspace_id in (select t.id from theirs t);
 end $$;
 
--- Of these images those whose file the caller may not see: it is in Storage, and row level security hides it from them. This
--- runs as the caller. A file that is not there is none of these, so that nobody learns which files there are.
-create or replace function autotag.hidden_files(p_asset_ids uuid[]) returns uuid[]
+-- For each of these images the mark of its file, if the caller may see that file: this runs as the caller, under row level
+-- security. A mark that no file has: they may not. null: they are not asked about. A file that is not there (yet) has
+-- its mark, so that nobody learns which files there are.
+create or replace function autotag.seen_files(p_asset_ids uuid[]) returns uuid[]
 language plpgsql stable set search_path = pg_catalog, public, extensions, pg_temp
 as $$
 begin
   return array(
-    select f.asset_id from autotag.private_files(p_asset_ids) f
-    where not exists (select from storage.objects o where o.bucket_id = f.bucket and o.name = f.path));
+    select case
+      when f.asset_id is null then null
+      when f.private and not exists (select from storage.objects o where o.bucket_id = f.bucket and o.name = f.path)
+        then '00000000-0000-0000-0000-000000000000'::uuid
+      else md5(coalesce(f.bucket || '/' || f.path, ''))::uuid end
+    from unnest(p_asset_ids) with ordinality a (id, i) left join autotag.files_to_see(p_asset_ids) f on f.asset_id = a.id
+    order by a.i);
 end $$;
 
 -- The next images of a workspace, by id after p_after, that are not being tagged; p_untagged: only those without tags.

@@ -354,7 +354,7 @@ create table autotag.tasks (
   job_id uuid not null references autotag.jobs on delete cascade,
   workspace_id uuid not null,
   asset_id uuid not null,
-  hidden boolean not null default false,  -- whoever asked for its tags may not see its file
+  seen uuid,                            -- md5 of the file that whoever asked may see; null: they were not asked about
   stage text not null default 'queued' check (stage in
     ('queued', 'preparing', 'submitted', 'processing', 'completing', 'failed')),
   lane text not null check (lane in ('realtime', 'batch')),
@@ -1611,9 +1611,9 @@ end $$;
 -- enqueue_tagging: one upload becomes one job. Idempotent for images that are being tagged already: they are
 -- skipped. Locks the workspace (so that two calls for the same images follow each other), then writes.
 --
--- p_hidden: those of them whose file the caller may not see (`hidden_files`). They become tasks like the others and end as if
--- there were no such file.
-create or replace function autotag.enqueue(p_asset_ids uuid[], p_hidden uuid[] default array[]::uuid[]) returns jsonb
+-- p_seen[i]: what the caller may see of p_asset_ids[i] (`seen_files`); null: whoever calls sees everything. An image whose file is
+-- another one when a worker asks, or which they do not see, ends as if there were no such file.
+create or replace function autotag.enqueue(p_asset_ids uuid[], p_seen uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -1656,13 +1656,13 @@ begin
       format('Name a file of its own workspace (rule %s).', autotag.file_rule()), jsonb_build_object('asset_ids', v_foreign));
   end if;
   perform autotag.lock_workspace(v_workspaces[1]);
-  return autotag.start_job(v_workspaces[1], (select auth.uid()), p_asset_ids, p_hidden);
+  return autotag.start_job(v_workspaces[1], (select auth.uid()), p_asset_ids, p_seen);
 end $$;
 
 -- Makes a job of those of these images that are not live already. All of them are of this workspace, which the
--- caller has locked. Those in p_hidden will not be read. Locks: tasks and batches are new, assets.
+-- caller has locked. p_seen: as in enqueue. Locks: tasks and batches are new, assets.
 create or replace function autotag.start_job(
-  p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_hidden uuid[] default array[]::uuid[]
+  p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_seen uuid[] default null
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
 as $$
@@ -1737,11 +1737,12 @@ begin
   end if;
 
   with placed as (
-    insert into autotag.tasks (job_id, workspace_id, asset_id, hidden, lane, batch_id)
-    select v_job.id, p_workspace_id, a.id, a.id = any (p_hidden),
+    insert into autotag.tasks (job_id, workspace_id, asset_id, seen, lane, batch_id)
+    select v_job.id, p_workspace_id, a.id, s.seen,
       case when a.i <= v_express then 'realtime' else 'batch' end,
       case when a.i > v_express then b.id end
     from unnest(v_new) with ordinality a (id, i)
+    left join (select distinct on (u.id) u.id, u.seen from unnest(p_asset_ids, p_seen) u (id, seen)) s on s.id = a.id
     left join autotag.batches b on b.job_id = v_job.id
       and a.i > (b.ordinal - 1)::bigint * v_count / v_batches and a.i <= b.ordinal::bigint * v_count / v_batches
     order by a.i
@@ -1823,8 +1824,8 @@ begin
     order by t.id);
 end $$;
 
--- retry_tagging: the images of a job that failed, again, as a new job. p_hidden: as in enqueue.
-create or replace function autotag.retry(p_job_id uuid, p_hidden uuid[] default array[]::uuid[]) returns jsonb
+-- retry_tagging: the images of a job that failed, again, as a new job. p_seen: as in enqueue, for failed_assets().
+create or replace function autotag.retry(p_job_id uuid, p_seen uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -1834,7 +1835,7 @@ begin
     perform autotag.refuse(409, 'nothing_to_retry', 'No image of this upload has failed that could be tagged now.',
       'Look at tagging_job() before you retry.');
   end if;
-  return autotag.enqueue(v_assets, p_hidden);
+  return autotag.enqueue(v_assets, p_seen);
 end $$;
 
 -- Takes in what one statement inserted. Wakes a worker only when an upload begins: later rows only move its
@@ -2618,6 +2619,22 @@ begin
   return v_count;
 end $$;
 
+-- Where the images are that a worker is about to read: what describe_assets() says, for images whose file is still the one
+-- that whoever asked may see. refused: `foreign_file` (the row names a file that is not its workspace's) or `hidden_file`.
+-- p_seen[i]: tasks.seen of p_asset_ids[i].
+create or replace function autotag.locate(p_asset_ids uuid[], p_seen uuid[])
+returns table (asset_id uuid, bucket text, path text, url text, refused text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select d.asset_id, case when r.refused is null then d.bucket end, case when r.refused is null then d.path end,
+    case when r.refused is null then d.url end, r.refused
+  from unnest(p_asset_ids, p_seen) t (asset_id, seen)
+  join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id
+  cross join lateral (select case
+    when d.foreign_file then 'foreign_file'
+    when t.seen <> autotag.file_mark(d.bucket, d.path) then 'hidden_file' end as refused) r
+$$;
+
 -- The one function that releases single calls, within every limit and in fair order.
 
 -- Puts parked tasks whose time has come back into their queues. The caller holds the provider row.
@@ -2788,7 +2805,7 @@ begin
   if cardinality(v_ids) > 0 then
     update autotag.workers w set unsent = w.unsent + cardinality(v_ids) where w.id = p_worker;
     with released as materialized (
-      select t.id, t.attempt, t.asset_id, t.hidden, t.job_id, t.output_tokens from autotag.tasks t where t.id = any (v_ids)
+      select t.id, t.attempt, t.asset_id, t.seen, t.job_id, t.output_tokens from autotag.tasks t where t.id = any (v_ids)
     ), uploads as materialized (
       select j.id, j.traceparent, round(autotag.real_seconds(v_now - j.created_at)::numeric, 3) as waited
       from autotag.jobs j where j.id = any (array(select r.job_id from released r))
@@ -2796,10 +2813,10 @@ begin
     select json_agg(i order by i.task) into tasks
     from (
       select r.id as task, r.attempt, u.id as job, u.traceparent, u.waited, r.asset_id, r.output_tokens as cap,
-        case when not r.hidden then d.bucket end as bucket, case when not r.hidden then d.path end as path, d.url,
-        case when d.foreign_file then 'foreign_file' when r.hidden then 'hidden_file' end as refused
+        d.bucket, d.path, d.url, d.refused
       from released r join uploads u on u.id = r.job_id
-      left join autotag.describe_assets(array(select asset_id from released)) d on d.asset_id = r.asset_id) i;
+      left join autotag.locate(array(select asset_id from released order by id), array(select seen from released order by id)) d
+        on d.asset_id = r.asset_id) i;
   end if;
 
   bound := case
@@ -3176,18 +3193,17 @@ create or replace function autotag.batch_images(
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   with page as (
-    select t.id, t.asset_id, t.hidden, greatest(t.min_output_tokens, b.output_tokens) as cap
+    select t.id, t.asset_id, t.seen, greatest(t.min_output_tokens, b.output_tokens) as cap
     from autotag.tasks t join autotag.batches b on b.id = t.batch_id
     where t.batch_id = p_batch and t.id > p_after and t.finished_at is null
       and b.worker_id = p_worker and b.attempt = p_attempt and autotag.is_own_worker(p_worker)
     order by t.id limit greatest(least(p_limit, 1000), 0)
   )
   select coalesce(jsonb_agg(jsonb_build_object('task', p.id, 'asset_id', p.asset_id,
-    'bucket', case when not p.hidden then d.bucket end, 'path', case when not p.hidden then d.path end, 'url', d.url,
-    'refused', case when d.foreign_file then 'foreign_file' when p.hidden then 'hidden_file' end,
-    'cap', p.cap) order by p.id), '[]')
+    'bucket', d.bucket, 'path', d.path, 'url', d.url, 'refused', d.refused, 'cap', p.cap) order by p.id), '[]')
   from page p
-  left join autotag.describe_assets(array(select asset_id from page)) d on d.asset_id = p.asset_id
+  left join autotag.locate(array(select asset_id from page order by id), array(select seen from page order by id)) d
+    on d.asset_id = p.asset_id
 $$;
 
 -- The input file is full: the images after p_last_task become a batch of their own, which waits its own turn under the
@@ -5093,9 +5109,18 @@ begin
         v_look.broken, v_look.looked_at, v_rule, array_to_string(v_look.examples, ', ')) || v_open,
       'Correct these rows, or the rule in autotag.describe_assets.');
   end if;
-  return autotag.finding('files', 'ok',
-    format('Rows name files of their own workspace (rule %s; %s rows looked at).', v_rule, v_look.looked_at)
-      || v_open || case when v_open <> '' then ' autotag does not tag them.' else '' end);
+  return autotag.finding('files', case when v_open <> '' and v_rule in ('uploader-folder', 'owner') then 'warning' else 'ok' end,
+    format('Rows name files of %s (rule %s; %s rows looked at).',
+        case when v_rule in ('uploader-folder', 'owner') then 'members of their workspace' else 'their own workspace' end,
+        v_rule, v_look.looked_at)
+      || case when not autotag.users_see_files() and v_rule <> 'none'
+        then ' Row level security of storage.objects is not asked (autotag.users_see_files).' else '' end
+      || v_open || case
+        when v_open = '' then ''
+        when v_rule in ('uploader-folder', 'owner') then ' They get the tags of any file of a colleague, whatever its workspace.'
+        else ' autotag does not tag them.' end,
+    case when v_open <> '' and v_rule in ('uploader-folder', 'owner')
+      then 'Let a policy of the table say that whoever inserts a row uploaded it (… = (select auth.uid())).' end);
 end $$;
 
 -- The model and the provider: the model's end, its price, how it has to be asked, and what the provider cannot do.
@@ -5316,7 +5341,7 @@ on conflict (kind) do update set counts = excluded.counts, delays = excluded.del
 -- Errors are documented where they are raised; all of them carry {code} in their detail.
 create or replace function public.enqueue_tagging(asset_ids uuid[]) returns jsonb
 language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.enqueue(asset_ids, autotag.hidden_files(asset_ids)) $$;
+as $$ select autotag.enqueue(asset_ids, autotag.seen_files(asset_ids)) $$;
 
 create or replace function public.cancel_tagging(job_id uuid) returns jsonb
 language sql security invoker set search_path = pg_catalog, pg_temp
@@ -5324,7 +5349,7 @@ as $$ select autotag.cancel(job_id) $$;
 
 create or replace function public.retry_tagging(job_id uuid) returns jsonb
 language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.retry(job_id, autotag.hidden_files(autotag.failed_assets(job_id))) $$;
+as $$ select autotag.retry(job_id, autotag.seen_files(autotag.failed_assets(job_id))) $$;
 
 create or replace function public.tagging_job(job_id uuid) returns jsonb
 language sql stable security invoker set search_path = pg_catalog, pg_temp
@@ -5548,7 +5573,7 @@ revoke all on function public.openai_webhook from public, anon, authenticated;
 grant execute on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
-  autotag.enqueue, autotag.hidden_files, autotag.private_files, autotag.failed_assets, autotag.cancel, autotag.retry,
+  autotag.enqueue, autotag.seen_files, autotag.files_to_see, autotag.failed_assets, autotag.cancel, autotag.retry,
   autotag.describe_job,
   autotag.describe_strategy, autotag.take_allowance, autotag.list_usage
   to authenticated, service_role;

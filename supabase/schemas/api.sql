@@ -2,7 +2,7 @@
 -- Errors are documented where they are raised; all of them carry {code} in their detail.
 create or replace function public.enqueue_tagging(asset_ids uuid[]) returns jsonb
 language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.enqueue(asset_ids, autotag.hidden_files(asset_ids)) $$;
+as $$ select autotag.enqueue(asset_ids, autotag.seen_files(asset_ids)) $$;
 
 create or replace function public.cancel_tagging(job_id uuid) returns jsonb
 language sql security invoker set search_path = pg_catalog, pg_temp
@@ -10,7 +10,7 @@ as $$ select autotag.cancel(job_id) $$;
 
 create or replace function public.retry_tagging(job_id uuid) returns jsonb
 language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.retry(job_id, autotag.hidden_files(autotag.failed_assets(job_id))) $$;
+as $$ select autotag.retry(job_id, autotag.seen_files(autotag.failed_assets(job_id))) $$;
 
 create or replace function public.tagging_job(job_id uuid) returns jsonb
 language sql stable security invoker set search_path = pg_catalog, pg_temp

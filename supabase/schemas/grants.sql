@@ -19,7 +19,7 @@ revoke all on function public.openai_webhook from public, anon, authenticated;
 grant execute on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
-  autotag.enqueue, autotag.hidden_files, autotag.private_files, autotag.failed_assets, autotag.cancel, autotag.retry,
+  autotag.enqueue, autotag.seen_files, autotag.files_to_see, autotag.failed_assets, autotag.cancel, autotag.retry,
   autotag.describe_job,
   autotag.describe_strategy, autotag.take_allowance, autotag.list_usage
   to authenticated, service_role;

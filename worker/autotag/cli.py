@@ -263,7 +263,7 @@ def _look(url: str, choices: Choices, *, ask: bool) -> tuple[Facts, Host]:
     host = propose(facts, choices, _asker(interactive))
     wanted = choices.file_rule or facts.file_rule
     rule = find_rule(url, facts, host, wanted, _asker(interactive), may_ask=interactive)
-    return facts, replace(host, files=rule, users_see_files=host.path is not None and users_see_files(facts))
+    return facts, replace(host, files=rule, users_see_files=host.path is not None and users_see_files(facts, rule))
 
 
 def _spending(wanted: float | None, facts: Facts, folder: Path | None, *, ask: bool) -> list[Migration]:

@@ -339,10 +339,19 @@ class Database:
         await self._call("select autotag.batch_finish(%s, %s, %s)", self.worker, batch.batch, batch.attempt)
 
     async def receive_webhook(self, webhook_id: str, event_type: str, openai_batch_id: str) -> str:
-        """``accepted``, ``replayed``, ``unknown`` or ``ignored``."""
-        row = await self._call(
-            "select autotag.receive_webhook(%s, %s, %s) as result", webhook_id, event_type, openai_batch_id
-        )
+        """``accepted``, ``replayed``, ``unknown`` or ``ignored``.
+
+        Raises:
+            Refused: an id that no delivery or no batch has.
+        """
+        try:
+            row = await self._call(
+                "select autotag.receive_webhook(%s, %s, %s) as result", webhook_id, event_type, openai_batch_id
+            )
+        except psycopg.DatabaseError as error:
+            if error.sqlstate != "PT400":
+                raise
+            raise Refused(str(error.diag.message_primary), error.diag.message_hint, None) from None
         return str(row["result"])
 
     async def metrics(self) -> dict[str, Any]:

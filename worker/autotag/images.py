@@ -115,9 +115,9 @@ def _encode(image: Pillow.Image, largest_side: int) -> bytes:
         low, high = image.getextrema()
         span = (float(high) - float(low)) or 1.0  # type: ignore[arg-type]
         image = image.convert("F").point(lambda v: (v - float(low)) * (255 / span)).convert("L")  # type: ignore[arg-type]
-    image = ImageOps.exif_transpose(image)
     # Hamming costs 40 % less than bicubic, and a model sees no difference.
     image.thumbnail((largest_side, largest_side), Pillow.Resampling.HAMMING, reducing_gap=2.0)
+    image = ImageOps.exif_transpose(image)  # behind it, because it copies whatever it is given
     if image.has_transparency_data:
         upper = image.convert("RGBA")
         image = Pillow.new("RGB", image.size, "white")

@@ -16,7 +16,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from autotag.db import Refused
+
 NAME = re.compile(r"[\w.-]{1,100}", re.ASCII)  # of an event's type, or a batch's id
+
 ID_MOST = 200  # characters of a delivery's id (autotag.webhooks)
 
 log = structlog.get_logger(__name__)
@@ -44,7 +47,11 @@ def make_app(client: AsyncOpenAI, secret: str, receive: Receive) -> Starlette:
             # A header that is missing or too long, a body that is no text, or signed text that is no event.
             log.warning("webhook_refused", reason="not a delivery of OpenAI's", noisy=True)
             return _refuse("bad_request", "This is no delivery of OpenAI's.")
-        result = await receive(request.headers["webhook-id"], kind, batch)
+        try:
+            result = await receive(request.headers["webhook-id"], kind, batch)
+        except Refused as refused:
+            log.warning("webhook_refused", reason=str(refused), noisy=True)
+            return _refuse("bad_request", str(refused))
         log.info("webhook", event_type=kind, openai_batch=batch, result=result)
         return Response(status_code=204)
 

@@ -6,18 +6,17 @@ create or replace function autotag.batch_images(
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   with page as (
-    select t.id, t.asset_id, t.hidden, greatest(t.min_output_tokens, b.output_tokens) as cap
+    select t.id, t.asset_id, t.seen, greatest(t.min_output_tokens, b.output_tokens) as cap
     from autotag.tasks t join autotag.batches b on b.id = t.batch_id
     where t.batch_id = p_batch and t.id > p_after and t.finished_at is null
       and b.worker_id = p_worker and b.attempt = p_attempt and autotag.is_own_worker(p_worker)
     order by t.id limit greatest(least(p_limit, 1000), 0)
   )
   select coalesce(jsonb_agg(jsonb_build_object('task', p.id, 'asset_id', p.asset_id,
-    'bucket', case when not p.hidden then d.bucket end, 'path', case when not p.hidden then d.path end, 'url', d.url,
-    'refused', case when d.foreign_file then 'foreign_file' when p.hidden then 'hidden_file' end,
-    'cap', p.cap) order by p.id), '[]')
+    'bucket', d.bucket, 'path', d.path, 'url', d.url, 'refused', d.refused, 'cap', p.cap) order by p.id), '[]')
   from page p
-  left join autotag.describe_assets(array(select asset_id from page)) d on d.asset_id = p.asset_id
+  left join autotag.locate(array(select asset_id from page order by id), array(select seen from page order by id)) d
+    on d.asset_id = p.asset_id
 $$;
 
 -- The input file is full: the images after p_last_task become a batch of their own, which waits its own turn under the

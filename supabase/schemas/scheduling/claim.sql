@@ -168,7 +168,7 @@ begin
   if cardinality(v_ids) > 0 then
     update autotag.workers w set unsent = w.unsent + cardinality(v_ids) where w.id = p_worker;
     with released as materialized (
-      select t.id, t.attempt, t.asset_id, t.hidden, t.job_id, t.output_tokens from autotag.tasks t where t.id = any (v_ids)
+      select t.id, t.attempt, t.asset_id, t.seen, t.job_id, t.output_tokens from autotag.tasks t where t.id = any (v_ids)
     ), uploads as materialized (
       select j.id, j.traceparent, round(autotag.real_seconds(v_now - j.created_at)::numeric, 3) as waited
       from autotag.jobs j where j.id = any (array(select r.job_id from released r))
@@ -176,10 +176,10 @@ begin
     select json_agg(i order by i.task) into tasks
     from (
       select r.id as task, r.attempt, u.id as job, u.traceparent, u.waited, r.asset_id, r.output_tokens as cap,
-        case when not r.hidden then d.bucket end as bucket, case when not r.hidden then d.path end as path, d.url,
-        case when d.foreign_file then 'foreign_file' when r.hidden then 'hidden_file' end as refused
+        d.bucket, d.path, d.url, d.refused
       from released r join uploads u on u.id = r.job_id
-      left join autotag.describe_assets(array(select asset_id from released)) d on d.asset_id = r.asset_id) i;
+      left join autotag.locate(array(select asset_id from released order by id), array(select seen from released order by id)) d
+        on d.asset_id = r.asset_id) i;
   end if;
 
   bound := case

@@ -67,7 +67,7 @@ create table autotag.tasks (
   job_id uuid not null references autotag.jobs on delete cascade,
   workspace_id uuid not null,
   asset_id uuid not null,
-  hidden boolean not null default false,  -- whoever asked for its tags may not see its file
+  seen uuid,                            -- md5 of the file that whoever asked may see; null: they were not asked about
   stage text not null default 'queued' check (stage in
     ('queued', 'preparing', 'submitted', 'processing', 'completing', 'failed')),
   lane text not null check (lane in ('realtime', 'batch')),

@@ -70,9 +70,9 @@ end $$;
 -- enqueue_tagging: one upload becomes one job. Idempotent for images that are being tagged already: they are
 -- skipped. Locks the workspace (so that two calls for the same images follow each other), then writes.
 --
--- p_hidden: those of them whose file the caller may not see (`hidden_files`). They become tasks like the others and end as if
--- there were no such file.
-create or replace function autotag.enqueue(p_asset_ids uuid[], p_hidden uuid[] default array[]::uuid[]) returns jsonb
+-- p_seen[i]: what the caller may see of p_asset_ids[i] (`seen_files`); null: whoever calls sees everything. An image whose file is
+-- another one when a worker asks, or which they do not see, ends as if there were no such file.
+create or replace function autotag.enqueue(p_asset_ids uuid[], p_seen uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -115,13 +115,13 @@ begin
       format('Name a file of its own workspace (rule %s).', autotag.file_rule()), jsonb_build_object('asset_ids', v_foreign));
   end if;
   perform autotag.lock_workspace(v_workspaces[1]);
-  return autotag.start_job(v_workspaces[1], (select auth.uid()), p_asset_ids, p_hidden);
+  return autotag.start_job(v_workspaces[1], (select auth.uid()), p_asset_ids, p_seen);
 end $$;
 
 -- Makes a job of those of these images that are not live already. All of them are of this workspace, which the
--- caller has locked. Those in p_hidden will not be read. Locks: tasks and batches are new, assets.
+-- caller has locked. p_seen: as in enqueue. Locks: tasks and batches are new, assets.
 create or replace function autotag.start_job(
-  p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_hidden uuid[] default array[]::uuid[]
+  p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_seen uuid[] default null
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
 as $$
@@ -196,11 +196,12 @@ begin
   end if;
 
   with placed as (
-    insert into autotag.tasks (job_id, workspace_id, asset_id, hidden, lane, batch_id)
-    select v_job.id, p_workspace_id, a.id, a.id = any (p_hidden),
+    insert into autotag.tasks (job_id, workspace_id, asset_id, seen, lane, batch_id)
+    select v_job.id, p_workspace_id, a.id, s.seen,
       case when a.i <= v_express then 'realtime' else 'batch' end,
       case when a.i > v_express then b.id end
     from unnest(v_new) with ordinality a (id, i)
+    left join (select distinct on (u.id) u.id, u.seen from unnest(p_asset_ids, p_seen) u (id, seen)) s on s.id = a.id
     left join autotag.batches b on b.job_id = v_job.id
       and a.i > (b.ordinal - 1)::bigint * v_count / v_batches and a.i <= b.ordinal::bigint * v_count / v_batches
     order by a.i

@@ -14,8 +14,8 @@ begin
     order by t.id);
 end $$;
 
--- retry_tagging: the images of a job that failed, again, as a new job. p_hidden: as in enqueue.
-create or replace function autotag.retry(p_job_id uuid, p_hidden uuid[] default array[]::uuid[]) returns jsonb
+-- retry_tagging: the images of a job that failed, again, as a new job. p_seen: as in enqueue, for failed_assets().
+create or replace function autotag.retry(p_job_id uuid, p_seen uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -25,5 +25,5 @@ begin
     perform autotag.refuse(409, 'nothing_to_retry', 'No image of this upload has failed that could be tagged now.',
       'Look at tagging_job() before you retry.');
   end if;
-  return autotag.enqueue(v_assets, p_hidden);
+  return autotag.enqueue(v_assets, p_seen);
 end $$;

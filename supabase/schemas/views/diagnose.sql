@@ -77,9 +77,18 @@ begin
         v_look.broken, v_look.looked_at, v_rule, array_to_string(v_look.examples, ', ')) || v_open,
       'Correct these rows, or the rule in autotag.describe_assets.');
   end if;
-  return autotag.finding('files', 'ok',
-    format('Rows name files of their own workspace (rule %s; %s rows looked at).', v_rule, v_look.looked_at)
-      || v_open || case when v_open <> '' then ' autotag does not tag them.' else '' end);
+  return autotag.finding('files', case when v_open <> '' and v_rule in ('uploader-folder', 'owner') then 'warning' else 'ok' end,
+    format('Rows name files of %s (rule %s; %s rows looked at).',
+        case when v_rule in ('uploader-folder', 'owner') then 'members of their workspace' else 'their own workspace' end,
+        v_rule, v_look.looked_at)
+      || case when not autotag.users_see_files() and v_rule <> 'none'
+        then ' Row level security of storage.objects is not asked (autotag.users_see_files).' else '' end
+      || v_open || case
+        when v_open = '' then ''
+        when v_rule in ('uploader-folder', 'owner') then ' They get the tags of any file of a colleague, whatever its workspace.'
+        else ' autotag does not tag them.' end,
+    case when v_open <> '' and v_rule in ('uploader-folder', 'owner')
+      then 'Let a policy of the table say that whoever inserts a row uploaded it (… = (select auth.uid())).' end);
 end $$;
 
 -- The model and the provider: the model's end, its price, how it has to be asked, and what the provider cannot do.

@@ -105,8 +105,8 @@ def _wanted(wanted: str, facts: Facts, host: Host, rows: Rows) -> FileRule:
     found = next((fit.rule for fit in rows.fits if fit.rule.name == wanted), None)
     if found is None:
         raise HostError(
-            f"The rule {wanted} needs to know who a workspace's members are, or a column of {host.table} that names"
-            f" who uploaded an image ({', '.join(UPLOADERS)}); choose another --file-rule."
+            f"The rule {wanted} needs a table that says who a workspace's members are; choose another --file-rule, or"
+            " write a function (uuid, text, text) that returns boolean."
         )
     return found
 
@@ -126,9 +126,19 @@ def _hints(policies: Iterable[StoragePolicy], host: Host) -> set[str]:
     return hints
 
 
-def users_see_files(facts: Facts) -> bool:
-    """Whether a policy lets signed-in users see files, so that row level security can be asked about them."""
-    return facts.users_read_objects and any(policy.reads for policy in facts.storage_policies)
+def users_see_files(facts: Facts, rule: FileRule) -> bool:
+    """Whether a policy lets signed-in users see files of a rule's buckets, so that row level security can be asked."""
+    return facts.users_read_objects and any(
+        policy.reads and _speaks_of(policy.text, rule.buckets) for policy in facts.storage_policies
+    )
+
+
+def _speaks_of(policy: str, buckets: Sequence[str]) -> bool:
+    """Whether a policy may hold for one of these buckets: it names one of them, or none at all."""
+    named = (
+        set(re.findall(r"'((?:[^']|'')*)'::text", policy.split("bucket_id", 1)[1])) if "bucket_id" in policy else set()
+    )
+    return not named or not buckets or any(bucket.replace("'", "''") in named for bucket in buckets)
 
 
 def _look_at_rows(url: str, facts: Facts, host: Host) -> Rows:
@@ -167,15 +177,20 @@ def _listed(named: Sequence[str], facts: Facts, host: Host) -> tuple[str, ...]:
     """The buckets that a rule allows: those that rows name already, else the project's."""
     found = named or ([host.bucket] if host.bucket else facts.buckets)
     allowed = {*found, *([host.bucket] if host.bucket else [])}
-    return tuple(sorted(allowed)) if len(allowed) <= MOST_BUCKETS else ()
+    if len(allowed) > MOST_BUCKETS:
+        raise HostError(
+            f"Rows name more than {MOST_BUCKETS} buckets. Say which files they may name: --file-rule workspace-bucket (a"
+            " bucket for each workspace), any, or a function (uuid, text, text) that returns boolean."
+        )
+    return tuple(sorted(allowed))
 
 
 def _person(members: Members, uploader: str | None, host: Host) -> str:
     """The condition that a folder ({}) is that of somebody who may put files there; empty: nobody can tell."""
+    if members.claim:  # a token says where its own user belongs, and nothing of the user whom a row names
+        return ""
     if uploader:
         return f"{{}} = a.{quote(uploader)}::text"
-    if members.claim:
-        return ""
     return (
         f"exists (select from {table_name(members.table)} m where m.{quote(members.workspace)} ="
         f" a.{quote(host.workspace)} and m.{quote(members.user)}::text = {{}})"

@@ -23,8 +23,8 @@ TAGS = ("tags", "ai_tags", "labels", "keywords")
 RESULTS = ("tagging_result", "ai_result", "tags_detail")
 USERS = ("user_id", "member_id", "profile_id", "auth_user_id")
 TEXT = ("text", "character varying")
-#: `auth.jwt() -> 'app_metadata' ->> 'org_id'` as Postgres prints it in a policy.
 BUCKET = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9_!.*'() &$@=;:+,?-]{1,100}")  # what Storage takes (its isValidBucketName)
+#: `auth.jwt() -> 'app_metadata' ->> 'org_id'` as Postgres prints it in a policy.
 CLAIM = re.compile(r"jwt\(\)(?: AS jwt\))?\s*((?:\)*\s*->>?\s*'[^']+'(?:::text)?\s*)+)")
 
 WORD_BEGINS, WORD_ENDS = r"\m", r"\M"  # of Postgres's regular expressions
@@ -292,7 +292,7 @@ def file_code(host: Host, rule: FileRule) -> str:
         theirs = f"in (select m.{quote(host.members.user)}::text {_of_members(host.members, workspace)})"
         folder = f"split_part(f.path, '/', {rule.depth})"
         conditions.append(f"{folder} {theirs}" if rule.name == "uploader-folder" else _owned(theirs))
-    if rule.name != "workspace-folder" and uploader and not host.members.claim:
+    if rule.name != "workspace-folder" and uploader:
         conditions.append(
             f"exists (select {_of_members(host.members, workspace)} and m.{quote(host.members.user)} = {uploader})"
         )
@@ -332,13 +332,18 @@ def _url_code(host: Host) -> str:
 
 
 def _unsaid_code(host: Host) -> str:
-    """The condition that a policy does not speak of the path."""
+    """The condition that a policy leaves open which file a row names (or who uploaded it, where the rule goes by that)."""
     if not host.path:
         return "false"
+    unsaid = [_not_in_policy(name) for name in (host.path, host.files.uploader) if name]
+    return unsaid[0] if len(unsaid) == 1 else f"({' or '.join(unsaid)})"
+
+
+def _not_in_policy(column: str) -> str:
     expression = "pg_get_expr(coalesce(p.polwithcheck, p.polqual), c.oid)"
-    if re.fullmatch(r"\w+", host.path):
-        return f"{expression} !~ {literal(WORD_BEGINS + host.path + WORD_ENDS)}"
-    return f"strpos({expression}, {literal(host.path)}) = 0"
+    if re.fullmatch(r"\w+", column):
+        return f"{expression} !~ {literal(WORD_BEGINS + column + WORD_ENDS)}"
+    return f"strpos({expression}, {literal(column)}) = 0"
 
 
 def _bucket_code(host: Host) -> str:
