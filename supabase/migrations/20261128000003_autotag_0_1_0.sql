@@ -5204,6 +5204,10 @@ begin
   v_found := v_found || case
     when v_problem is not null then autotag.finding('grants', 'error', 'anon may call ' || v_problem || '.',
       'revoke execute on all functions in schema autotag from public, anon;')
+    when exists (select from pg_catalog.pg_db_role_setting s cross join unnest(s.setconfig) c
+        where c ~ '^pgrst[.]db_schemas=(.*[, ])?"?autotag"?([, ]|$)')
+      then autotag.finding('grants', 'error', 'The API exposes the schema autotag; only its functions in public are for users.',
+        'Take autotag out of the exposed schemas (Project Settings, Data API), or: alter role authenticator set pgrst.db_schemas = ''public'';')
     when not has_function_privilege('authenticated', 'public.enqueue_tagging(uuid[])', 'execute')
       then autotag.finding('grants', 'error', 'Signed-in users may not call enqueue_tagging.',
         'grant execute on function public.enqueue_tagging to authenticated;')

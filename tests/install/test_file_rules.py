@@ -144,7 +144,7 @@ def find(url: str, wanted: str | None = None) -> Host:
     facts = look(url)
     host = propose(facts, Choices(file_rule=wanted), nobody)
     rule = find_rule(url, facts, host, wanted, nobody, may_ask=False)
-    return replace(host, files=rule, users_see_files=users_see_files(facts))
+    return replace(host, files=rule, users_see_files=users_see_files(facts, rule))
 
 
 def prepare(postgres: LocalPostgres, database: str, schema: str) -> str:
@@ -218,10 +218,61 @@ def test_a_rule_that_there_is_not_is_one_sentence(postgres: LocalPostgres, bare:
         find(url, wanted)
 
 
-def test_members_by_a_claim_know_no_owners(postgres: LocalPostgres, bare: str) -> None:
-    url = prepare(postgres, bare, CLAIMS)
-    with pytest.raises(HostError, match="who uploaded an image"):
-        find(url, "owner")
+@pytest.mark.parametrize("rule", ["owner", "uploader-folder"])
+@pytest.mark.parametrize("column", ["", ", uploaded_by uuid"])
+def test_members_by_a_claim_know_no_owners(postgres: LocalPostgres, bare: str, rule: str, column: str) -> None:
+    """A token says where its own user belongs: nobody can tell whether the uploader whom a row names is a member."""
+    url = prepare(postgres, bare, CLAIMS.replace("storage_path text", f"storage_path text{column}"))
+    with pytest.raises(HostError, match="who a workspace's members are"):
+        find(url, rule)
+    if column:
+        insert(url, [{"storage_path": "{u1}/a.jpg", "uploaded_by": "{u1}"}])
+        with pytest.raises(HostError, match="--file-rule"):
+            find(url)
+
+
+def test_more_buckets_than_a_rule_lists_are_no_free_choice(postgres: LocalPostgres, bare: str) -> None:
+    url = prepare(
+        postgres,
+        bare,
+        BUCKETS + "insert into storage.buckets (id, name) select 'b' || i, 'b' || i from generate_series(1, 60) i;",
+    )
+    insert(url, [{"bucket": f"b{i}", "storage_path": "{w1}/a.jpg"} for i in range(1, 61)])
+    with pytest.raises(HostError, match="more than 50 buckets"):
+        find(url)
+    assert find(url, "any").files.name == "any"
+
+
+def test_colleagues_are_said_where_a_rule_is_about_persons(postgres: LocalPostgres, bare: str) -> None:
+    """Somebody in two workspaces: with this rule a colleague of one can name their files of the other, and the doctor says so."""
+    url = prepare(
+        postgres,
+        bare,
+        UPLOADERS
+        + """
+        alter table public.assets enable row level security;
+        grant insert on public.assets to authenticated;
+        create policy p on public.assets for insert to authenticated with check (storage_path is not null);""",
+    )
+    insert(url, [{"storage_path": "{u1}/a.jpg", "uploaded_by": "{u1}"}])
+    apply_migrations(url, host=find(url))
+
+    def said() -> tuple[str, str]:
+        with psycopg.connect(url) as connection:
+            row = connection.execute(
+                "select f ->> 'level', f ->> 'message' from jsonb_array_elements(autotag.diagnose() -> 'findings') f where f ->> 'check' = 'files'"
+            ).fetchone()
+        assert row is not None
+        return str(row[0]), str(row[1])
+
+    assert said()[0] == "warning"
+    assert "members of their workspace" in said()[1]
+    assert "any file of a colleague" in said()[1]
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(
+            "alter policy p on public.assets with check (storage_path is not null and uploaded_by = (select auth.uid()))"
+        )
+    assert said()[0] == "ok"
 
 
 @pytest.mark.parametrize("bucket", ["a/b", "..", ".", "", "a\nb", "b\\c", "x" * 101, "ä"])
@@ -235,7 +286,10 @@ def test_what_is_no_bucket_is_refused(postgres: LocalPostgres, bare: str, bucket
     ("policies", "asked"),
     [("", False), (OWNER, True), ("create policy p on storage.objects for insert to authenticated with check (true)", False),
      ("create policy p on storage.objects for select to service_role using (true)", False),
-     ("create policy p on storage.objects for select to public using (true)", True)],
+     ("create policy p on storage.objects for select to public using (true)", True),
+     ("create policy p on storage.objects for select to public using (bucket_id = 'avatars')", False),
+     ("create policy p on storage.objects for select to public using (bucket_id in ('avatars', 'library'))", True),
+     ("create policy p on storage.objects for select to public using (bucket_id = any (array['a', 'library']))", True)],
 )  # fmt: skip
 def test_row_level_security_is_asked_where_users_see_files_at_all(
     postgres: LocalPostgres, bare: str, policies: str, asked: bool

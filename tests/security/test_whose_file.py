@@ -172,6 +172,21 @@ async def test_a_file_that_the_caller_may_not_see_is_no_file_to_them(strict: Lib
     strict.check_tags(assets)
 
 
+@pytest.mark.parametrize("images", [1, 60], ids=["a single call", "a batch"])
+async def test_what_was_asked_about_is_the_file_that_is_read(strict: Library, images: int) -> None:
+    """A row that names a file of one's own when tags are asked for, and a colleague's hidden one when a worker reads."""
+    [hidden] = await strict.upload_files([list(draw(90, 9))[89]])
+    assets = await strict.upload(images)
+    strict.sql("update storage.objects set owner_id = %s where name <> %s", strict.member.user, hidden[0])
+    job = strict.enqueue(assets)
+    point_at(strict, assets[:1], hidden[0])
+    async with worker(strict.stack):
+        [ended] = await strict.finished(job)
+    assert (ended["completed"], ended["failed"]) == (images - 1, 1)
+    row = strict.assets()[assets[0]]
+    assert (row["tags"], row["tagging_error"]) == (None, "The image's file is not in storage.")
+
+
 async def test_a_retry_asks_again_as_whoever_retries(strict: Library) -> None:
     assets = await strict.upload(2)
     job = strict.enqueue(assets)
@@ -254,3 +269,23 @@ async def test_buckets_are_files_of_their_own(library: Library) -> None:
     path = f"{library.member.workspace}/x.png"
     await store_file(library.stack.storage(), "private", path, drawing)
     assert "foreign_file" in (refusal(library, library.member.user, row(library, "private", path)) or "")
+
+
+def test_the_doctor_says_when_the_api_exposes_the_schema(library: Library) -> None:
+    def grants() -> dict[str, Any]:
+        [told] = library.sql("select autotag.diagnose() -> 'findings' as findings")
+        return next(f for f in told["findings"] if f["check"] == "grants")
+
+    with psycopg.connect(library.stack.database_url("supabase_admin"), autocommit=True) as connection:
+        name = connection.info.dbname
+        for schemas, level in (
+            ("public, graphql_public", "ok"),
+            ("public,autotag", "error"),
+            ("autotag_x, public", "ok"),
+            ("autotag", "error"),
+        ):
+            connection.execute(
+                f"alter role authenticator in database \"{name}\" set pgrst.db_schemas = '{schemas}'".encode()
+            )
+            assert grants()["level"] == level, schemas
+        connection.execute(f'alter role authenticator in database "{name}" reset pgrst.db_schemas'.encode())

@@ -72,7 +72,20 @@ def find_rule(url: str, facts: Facts, host: Host, wanted: str | None, ask: Ask, 
     """
     if host.path is None:
         return FileRule("none")
-    rows = _look_at_rows(url, facts, host)
+    return _bounded(_find(_look_at_rows(url, facts, host), facts, host, wanted, ask, may_ask=may_ask))
+
+
+def _bounded(rule: FileRule) -> FileRule:
+    """A rule that lists its buckets, where it is one that has to."""
+    if rule.name in ("workspace-folder", "uploader-folder", "owner") and not rule.buckets:
+        raise HostError(
+            f"Rows name more than {MOST_BUCKETS} buckets. Say which files they may name: --file-rule workspace-bucket"
+            " (a bucket for each workspace), any, or a function (uuid, text, text) that returns boolean."
+        )
+    return rule
+
+
+def _find(rows: Rows, facts: Facts, host: Host, wanted: str | None, ask: Ask, *, may_ask: bool) -> FileRule:
     if wanted and wanted != "none":
         return _wanted(wanted, facts, host, rows)
     fitting = [fit.rule for fit in rows.fits if fit.rows == rows.count]
@@ -177,12 +190,7 @@ def _listed(named: Sequence[str], facts: Facts, host: Host) -> tuple[str, ...]:
     """The buckets that a rule allows: those that rows name already, else the project's."""
     found = named or ([host.bucket] if host.bucket else facts.buckets)
     allowed = {*found, *([host.bucket] if host.bucket else [])}
-    if len(allowed) > MOST_BUCKETS:
-        raise HostError(
-            f"Rows name more than {MOST_BUCKETS} buckets. Say which files they may name: --file-rule workspace-bucket (a"
-            " bucket for each workspace), any, or a function (uuid, text, text) that returns boolean."
-        )
-    return tuple(sorted(allowed))
+    return tuple(sorted(allowed)) if len(allowed) <= MOST_BUCKETS else ()
 
 
 def _person(members: Members, uploader: str | None, host: Host) -> str:

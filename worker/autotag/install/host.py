@@ -332,7 +332,7 @@ def _url_code(host: Host) -> str:
 
 
 def _unsaid_code(host: Host) -> str:
-    """The condition that a policy leaves open which file a row names (or who uploaded it, where the rule goes by that)."""
+    """The condition that a policy leaves open which file a row names, or who uploaded it where the rule needs that."""
     if not host.path:
         return "false"
     unsaid = [_not_in_policy(name) for name in (host.path, host.files.uploader) if name]
