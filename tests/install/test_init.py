@@ -329,3 +329,60 @@ def test_hostile_names_stay_names(postgres: LocalPostgres, bare: str, tmp_path: 
         ).fetchone()
     assert row is not None
     assert (row[0], row[1][:4], row[1][-2:]) == ("it's", "a'b/", "/p")
+
+
+# -- a newer release on a project that has an adapter
+
+
+STEP = """-- What version 2 of the adapter needs.
+create or replace function autotag.new_question() returns text language sql stable
+set search_path = pg_catalog, pg_temp as $$ select '{{ table }}'::text $$;
+create or replace function autotag.adapter_version() returns integer
+language sql immutable set search_path = pg_catalog, pg_temp as $$ select 2 $$;
+"""
+
+
+def test_a_newer_adapter_is_a_step_beside_the_projects_own(
+    postgres: LocalPostgres, bare: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The project's adapter, edited, stays as it is; what the new version needs comes as a migration of its own."""
+    url = url_of(postgres, bare, HOSTS["urls and organisations"])
+    run("init", str(project), "--database-url", url, "--yes")
+    folder = project / "supabase" / "migrations"
+    [adapter] = folder.glob("*_autotag_host_adapter.sql")
+    adapter.write_text(adapter.read_text() + "-- the project's own words\n")
+    supabase("db", "push", f"--remote={url}", "--yes", "--workdir", str(project))
+
+    monkeypatch.setattr("autotag.install.migrations.ADAPTER_STEPS", {2: STEP})
+    files = run("init", str(project), "--database-url", url, "--yes")["files"]
+    [step] = folder.glob("*_autotag_host_adapter_2.sql")
+    assert [name for name, state in files.items() if state == "written"] == [step.name]
+    assert adapter.read_text().endswith("-- the project's own words\n")
+    assert "'public.photos'" in step.read_text()
+    assert step.name == max(path.name for path in folder.glob("*.sql"))
+    supabase("db", "push", f"--remote={url}", "--yes", "--workdir", str(project))
+    assert run_sql(url, "select autotag.adapter_version() as v, autotag.new_question() as q") == [
+        {"v": 2, "q": "public.photos"}
+    ]
+    assert "written" not in run("init", str(project), "--database-url", url, "--yes")["files"].values()
+    assert run("migrate", "--database-url", url, "--yes")["applied"] == []
+
+
+def test_a_new_project_gets_the_newest_adapter_alone(
+    postgres: LocalPostgres, bare: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autotag.install.migrations.ADAPTER_STEPS", {2: STEP})
+    url = url_of(postgres, bare, HOSTS["paths"])
+    assert not any(
+        "host_adapter_2" in name for name in run("init", str(project), "--database-url", url, "--yes")["files"]
+    )
+
+
+def test_migrate_brings_the_step_before_what_needs_it(
+    postgres: LocalPostgres, bare: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = url_of(postgres, bare, HOSTS["paths"])
+    run("migrate", "--database-url", url, "--yes")
+    monkeypatch.setattr("autotag.install.migrations.ADAPTER_STEPS", {2: STEP})
+    assert run("migrate", "--database-url", url, "--yes")["applied"] == ["host_adapter_2"]
+    assert run_sql(url, "select autotag.adapter_version() as v") == [{"v": 2}]
