@@ -2033,7 +2033,7 @@ begin
             else j.user_id = p_user_id and (c.workspace_id is null or j.workspace_id = c.workspace_id) end) n) l
     )
     select m.scope, m.period, k.kind, k.maximum, greatest(k.maximum - k.used, 0),
-      greatest(floor((k.maximum - k.used) / k.each), 0)::integer, m.next_period
+      least(greatest(floor((k.maximum - k.used) / k.each), 0), 2147483647)::integer, m.next_period
     from measured m
     cross join lateral (values ('images', m.max_images::numeric, m.images::numeric, 1::numeric),
       ('cost', m.max_cost, m.cost, greatest(coalesce(p_each, v_cost), 0.0000001))) k (kind, maximum, used, each)
@@ -2621,15 +2621,16 @@ end $$;
 
 -- Where the images are that a worker is about to read: what describe_assets() says, for images whose file is still the one
 -- that whoever asked may see. refused: `foreign_file` (the row names a file that is not its workspace's) or `hidden_file`.
--- p_seen[i]: tasks.seen of p_asset_ids[i].
-create or replace function autotag.locate(p_asset_ids uuid[], p_seen uuid[])
+-- A row that belongs to another workspace by now is not in the answer, like one that is gone.
+-- p_workspace_ids[i], p_seen[i]: tasks.workspace_id and tasks.seen of p_asset_ids[i].
+create or replace function autotag.locate(p_asset_ids uuid[], p_workspace_ids uuid[], p_seen uuid[])
 returns table (asset_id uuid, bucket text, path text, url text, refused text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select d.asset_id, case when r.refused is null then d.bucket end, case when r.refused is null then d.path end,
     case when r.refused is null then d.url end, r.refused
-  from unnest(p_asset_ids, p_seen) t (asset_id, seen)
-  join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id
+  from unnest(p_asset_ids, p_workspace_ids, p_seen) t (asset_id, workspace_id, seen)
+  join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
   cross join lateral (select case
     when d.foreign_file then 'foreign_file'
     when t.seen <> autotag.file_mark(d.bucket, d.path) then 'hidden_file' end as refused) r
@@ -2805,7 +2806,7 @@ begin
   if cardinality(v_ids) > 0 then
     update autotag.workers w set unsent = w.unsent + cardinality(v_ids) where w.id = p_worker;
     with released as materialized (
-      select t.id, t.attempt, t.asset_id, t.seen, t.job_id, t.output_tokens from autotag.tasks t where t.id = any (v_ids)
+      select t.id, t.attempt, t.asset_id, t.workspace_id, t.seen, t.job_id, t.output_tokens from autotag.tasks t where t.id = any (v_ids)
     ), uploads as materialized (
       select j.id, j.traceparent, round(autotag.real_seconds(v_now - j.created_at)::numeric, 3) as waited
       from autotag.jobs j where j.id = any (array(select r.job_id from released r))
@@ -2815,7 +2816,8 @@ begin
       select r.id as task, r.attempt, u.id as job, u.traceparent, u.waited, r.asset_id, r.output_tokens as cap,
         d.bucket, d.path, d.url, d.refused
       from released r join uploads u on u.id = r.job_id
-      left join autotag.locate(array(select asset_id from released order by id), array(select seen from released order by id)) d
+      left join autotag.locate(array(select asset_id from released order by id),
+        array(select workspace_id from released order by id), array(select seen from released order by id)) d
         on d.asset_id = r.asset_id) i;
   end if;
 
@@ -3193,7 +3195,7 @@ create or replace function autotag.batch_images(
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   with page as (
-    select t.id, t.asset_id, t.seen, greatest(t.min_output_tokens, b.output_tokens) as cap
+    select t.id, t.asset_id, t.workspace_id, t.seen, greatest(t.min_output_tokens, b.output_tokens) as cap
     from autotag.tasks t join autotag.batches b on b.id = t.batch_id
     where t.batch_id = p_batch and t.id > p_after and t.finished_at is null
       and b.worker_id = p_worker and b.attempt = p_attempt and autotag.is_own_worker(p_worker)
@@ -3202,7 +3204,8 @@ as $$
   select coalesce(jsonb_agg(jsonb_build_object('task', p.id, 'asset_id', p.asset_id,
     'bucket', d.bucket, 'path', d.path, 'url', d.url, 'refused', d.refused, 'cap', p.cap) order by p.id), '[]')
   from page p
-  left join autotag.locate(array(select asset_id from page order by id), array(select seen from page order by id)) d
+  left join autotag.locate(array(select asset_id from page order by id),
+    array(select workspace_id from page order by id), array(select seen from page order by id)) d
     on d.asset_id = p.asset_id
 $$;
 
@@ -4171,13 +4174,14 @@ begin
     with completed as (
       delete from autotag.tasks t using unnest($1) a
       where t.id = a.task and a.error is null and t.finished_at is null
-      returning t.asset_id, a.result, t.job_id
+      returning t.asset_id, t.workspace_id, a.result, t.job_id
     )
-    select coalesce(array_agg(c.asset_id), '{}') as assets, array_agg(c.result) as results, array_agg(c.job_id) as jobs
+    select coalesce(array_agg(c.asset_id), '{}') as assets, array_agg(c.workspace_id) as workspaces,
+      array_agg(c.result) as results, array_agg(c.job_id) as jobs
     from completed c $q$
   into v_done using p_answers;
   if cardinality(v_done.assets) > 0 then
-    perform autotag.store_tags(v_done.assets, v_done.results);
+    perform autotag.store_tags(v_done.assets, v_done.workspaces, v_done.results);
     perform autotag.count_finished(j.id, count(*)::integer, 0)
     from unnest(v_done.jobs) j (id) group by j.id order by j.id;
   end if;

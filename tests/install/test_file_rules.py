@@ -19,7 +19,7 @@ from lab.postgres import LocalPostgres
 W1, W2, U1, U2 = (str(uuid.uuid4()) for _ in range(4))
 IDS = {"w1": W1, "w2": W2, "u1": U1, "u2": U2}
 PLAIN = """
-    create table public.workspace_members (workspace_id uuid, user_id uuid);
+    create table public.workspace_members (workspace_id uuid, user_id uuid, primary key (workspace_id, user_id));
     insert into public.workspace_members values ('{w1}', '{u1}'), ('{w2}', '{u2}');
     create table public.assets (id uuid primary key default gen_random_uuid(), workspace_id uuid not null, storage_path text);
     insert into storage.buckets (id, name, public) values ('library', 'library', false);"""
@@ -303,3 +303,75 @@ def test_every_rule_has_its_case() -> None:
 
     assert {case.rule.split(":")[0].split(" ")[0] for case in CASES.values()} >= set(RULES)
     assert len(list(itertools.chain.from_iterable(case.foreign for case in CASES.values()))) > 25
+
+
+# -- whoever writes rows does not write SQL
+
+
+INJECTION = "x$$ set check_function_bodies = off; create role owned_by_tenant login; select $$"
+
+
+@pytest.mark.parametrize("how", ["a row's bucket", "a bucket", "a path", "a folder"])
+def test_what_rows_and_buckets_are_called_is_no_sql(postgres: LocalPostgres, bare: str, how: str) -> None:
+    """init writes into the adapter what rows name, and rows are written by tenants."""
+    url = prepare(postgres, bare, BUCKETS)
+    row = {"bucket": "library", "storage_path": "{w1}/a.jpg"}
+    if how in ("a row's bucket", "a bucket"):
+        row["bucket"] = INJECTION
+    if how == "a bucket":
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("insert into storage.buckets (id, name) values (%s, %s)", (INJECTION, INJECTION))
+    if how in ("a path", "a folder"):
+        row["storage_path"] = f"{INJECTION}/{{w1}}/a.jpg" if how == "a folder" else f"{{w1}}/{INJECTION}"
+    insert(url, [{"bucket": "library", "storage_path": "{w1}/b.jpg"}, row] if how != "a folder" else [row])
+    # A row that names what is no bucket fits no rule, so init asks.
+    host = find(url, "workspace-folder" if how == "a row's bucket" else None)
+    if how == "a bucket":
+        assert INJECTION in host.files.buckets
+    else:
+        assert INJECTION not in str(host.files)
+    apply_migrations(url, host=host)
+    with psycopg.connect(url) as connection:
+        assert connection.execute("select 1 from pg_roles where rolname = 'owned_by_tenant'").fetchone() is None
+
+
+@pytest.mark.parametrize(
+    "name", ["a'b", "a$b", "a$$b", "$$", "a\\b", "\\044$", "'$'", "$a$", "public.assets", "{{ table }}", "a.id"]
+)
+def test_a_string_stays_the_string_it_was(postgres: LocalPostgres, name: str) -> None:
+    from autotag.install.host import literal
+
+    text = f"do $$ begin perform set_config('my.text', {literal(name)}, true); end $$"
+    with psycopg.connect(postgres.url()) as connection:
+        connection.execute(text.encode())
+        assert connection.execute("select current_setting('my.text')").fetchone() == (name,)
+
+
+def test_a_name_that_would_end_a_function_is_refused(postgres: LocalPostgres, bare: str) -> None:
+    url = prepare(postgres, bare, PLAIN.replace("storage_path text", '"storage_path" text, "a$$b" text'))
+    facts = look(url)
+    host = propose(facts, Choices(path="a$$b"), nobody)
+    with pytest.raises(HostError, match=r"\$\$"):
+        apply_migrations(url, host=host)
+
+
+def test_one_row_does_not_push_a_rule_below_what_the_policies_say(postgres: LocalPostgres, bare: str) -> None:
+    url = prepare(postgres, bare, PLAIN + FOLDERNAME + FOLDER_OF_TENANT + OBJECTS)
+    insert(url, [{"storage_path": "{w1}/a.jpg"}, {"storage_path": "a.jpg"}])
+    with pytest.raises(HostError, match="--file-rule"):
+        find(url)
+
+
+def test_a_policy_of_another_bucket_says_nothing(postgres: LocalPostgres, bare: str) -> None:
+    url = prepare(
+        postgres,
+        bare,
+        PLAIN
+        + """
+        create table public.w (owner_id uuid);
+        create policy p on storage.objects for select to authenticated
+          using (bucket_id = 'logos' and exists (select from public.w where w.owner_id = auth.uid()));
+        create policy q on storage.objects for select to authenticated
+          using (exists (select from public.w where w.owner_id = auth.uid()));""",
+    )
+    assert find(url).files.name == "workspace-folder"

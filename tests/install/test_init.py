@@ -307,7 +307,7 @@ def test_hostile_names_stay_names(postgres: LocalPostgres, bare: str, tmp_path: 
     with psycopg.connect(postgres.url(database=bare), autocommit=True) as connection:
         connection.execute(
             sql.SQL("create table public.assets (id uuid primary key, workspace_id uuid, {} text, tags text[]);"
-                    "create table public.members (workspace_id uuid, user_id uuid)").format(sql.Identifier(nasty))
+                    "create table public.members (workspace_id uuid, user_id uuid, primary key (workspace_id, user_id))").format(sql.Identifier(nasty))
         )  # fmt: skip
     url = postgres.url(database=bare)
 
@@ -386,3 +386,32 @@ def test_migrate_brings_the_step_before_what_needs_it(
     monkeypatch.setattr("autotag.install.migrations.ADAPTER_STEPS", {2: STEP})
     assert run("migrate", "--database-url", url, "--yes")["applied"] == ["host_adapter_2"]
     assert run_sql(url, "select autotag.adapter_version() as v") == [{"v": 2}]
+
+
+# -- who is a member is not guessed
+
+
+MEMBERS = {
+    "requests to join": "create table public.join_requests (workspace_id uuid, user_id uuid, id uuid primary key);",
+    "invitations": "create table public.member_invitations (workspace_id uuid, user_id uuid, id bigint primary key);",
+    "a status": "create table public.workspace_members (workspace_id uuid, user_id uuid, status text, primary key (workspace_id, user_id));",
+    "a moment of leaving": "create table public.workspace_members (workspace_id uuid, user_id uuid, deleted_at timestamptz, primary key (workspace_id, user_id));",
+    "no key": "create table public.workspace_members (workspace_id uuid, user_id uuid);",
+    "two of them": """create table public.workspace_members (workspace_id uuid, user_id uuid, primary key (workspace_id, user_id));
+        create table public.team_members (workspace_id uuid, user_id uuid, primary key (workspace_id, user_id));""",
+    "what users write themselves": """alter table public.assets enable row level security;
+        create policy p on public.assets using (workspace_id = ((auth.jwt() -> 'user_metadata' ->> 'workspace'))::uuid);""",
+    "a policy that only takes away": """alter table public.assets enable row level security;
+        create policy p on public.assets as restrictive using (workspace_id = ((auth.jwt() -> 'app_metadata' ->> 'workspace'))::uuid);""",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_who_is_a_member_is_not_guessed(postgres: LocalPostgres, bare: str, project: Path, name: str) -> None:
+    url = url_of(
+        postgres, bare, "create table public.assets (id uuid primary key, workspace_id uuid, image_url text);" + MEMBERS[name]
+    )  # fmt: skip
+    done = CliRunner().invoke(app, ["init", str(project), "--database-url", url, "--yes"])
+    assert done.exit_code == 2
+    assert "--members-" in done.output
+    assert list((project / "supabase" / "migrations").glob("*autotag*")) == []

@@ -25,7 +25,7 @@ from autotag.doctor import examine
 from autotag.findings import Finding, worst_level
 from autotag.install.facts import Facts, look
 from autotag.install.files import find_rule, users_see_files
-from autotag.install.host import Choices, Host, HostError, describe, propose
+from autotag.install.host import Choices, FileRule, Host, HostError, describe, propose
 from autotag.install.migrations import (
     SPENDING_LIMIT,
     Migration,
@@ -258,7 +258,9 @@ def _look(url: str, choices: Choices, *, ask: bool) -> tuple[Facts, Host]:
     except psycopg.OperationalError as error:
         raise HostError(f"the database cannot be reached ({said(error)}); name it with DATABASE_URL.") from None
     if "host_adapter" in facts.applied and choices == Choices():
-        ask = False  # it stands; nobody has to answer again
+        # The adapter stands and is not written again, so nobody has to answer again.
+        host = propose(facts, choices, lambda _, __, answers: answers[0] if answers else "unknown")
+        return facts, replace(host, files=FileRule(facts.file_rule or "none"))
     interactive = ask and sys.stdin.isatty()
     host = propose(facts, choices, _asker(interactive))
     wanted = choices.file_rule or facts.file_rule

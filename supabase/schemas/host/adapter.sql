@@ -109,10 +109,10 @@ create or replace function autotag.file_mark(p_bucket text, p_path text) returns
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$ select md5(coalesce(p_bucket || '/' || p_path, ''))::uuid $$;
 
--- The files of these images, of workspaces that the signed-in caller may act for. private: the file is in Storage and not in a
--- public bucket, so that row level security says whether the caller may see it. Nothing where nobody has to be asked.
+-- The files of these images, of workspaces that the signed-in caller may act for. everybody: the bucket is public, or there is
+-- no file. Nothing where nobody has to be asked.
 create or replace function autotag.files_to_see(p_asset_ids uuid[])
-returns table (asset_id uuid, bucket text, path text, private boolean)
+returns table (asset_id uuid, bucket text, path text, everybody boolean)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
 begin
@@ -126,14 +126,12 @@ begin
       select w.id from (select distinct f.workspace_id as id from files f) w where autotag.is_member(w.id)
     )
     select f.asset_id, f.bucket, f.path,
-      exists (select from storage.objects o where o.bucket_id = f.bucket and o.name = f.path)
-        and not exists (select from storage.buckets b where b.id = f.bucket and b.public)
+      f.path is null or exists (select from storage.buckets b where b.id = f.bucket and b.public)
     from files f where f.workspace_id in (select t.id from theirs t);
 end $$;
 
 -- For each of these images the mark of its file, if the caller may see that file: this runs as the caller, under row level
--- security. A mark that no file has: they may not. null: they are not asked about. A file that is not there (yet) has
--- its mark, so that nobody learns which files there are.
+-- security. A mark that no file has: they may not, or it is not there (yet), which looks the same. null: they are not asked about.
 create or replace function autotag.seen_files(p_asset_ids uuid[]) returns uuid[]
 language plpgsql stable set search_path = pg_catalog, public, extensions, pg_temp
 as $$
@@ -141,9 +139,9 @@ begin
   return array(
     select case
       when f.asset_id is null then null
-      when f.private and not exists (select from storage.objects o where o.bucket_id = f.bucket and o.name = f.path)
-        then '00000000-0000-0000-0000-000000000000'::uuid
-      else md5(coalesce(f.bucket || '/' || f.path, ''))::uuid end
+      when f.everybody or exists (select from storage.objects o where o.bucket_id = f.bucket and o.name = f.path)
+        then md5(coalesce(f.bucket || '/' || f.path, ''))::uuid
+      else '00000000-0000-0000-0000-000000000000'::uuid end
     from unnest(p_asset_ids) with ordinality a (id, i) left join autotag.files_to_see(p_asset_ids) f on f.asset_id = a.id
     order by a.i);
 end $$;
@@ -182,10 +180,10 @@ as $$
   order by a.id
 $$;
 
--- Stores tags and everything else about a finished image in one update of its row. p_results[i] belongs to
--- p_asset_ids[i] and is {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}; its tags are normalised, the surest
+-- Stores tags and everything else about a finished image in one update of its row. A row that belongs to another workspace by
+-- now gets nothing: it may be another picture. p_results[i] belongs to p_asset_ids[i] and is {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}; its tags are normalised, the surest
 -- first.
-create or replace function autotag.store_tags(p_asset_ids uuid[], p_results jsonb[]) returns void
+create or replace function autotag.store_tags(p_asset_ids uuid[], p_workspace_ids uuid[], p_results jsonb[]) returns void
 language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_seqscan = on
 as $$
@@ -194,8 +192,8 @@ begin
   set tags = array(select jsonb_array_elements_text(r.result -> 'tags')),
       tagging_result = r.result - 'tags',
       tagging_stage = 'completed', tagging_progress = 100, tagging_eta = null, tagging_error = null
-  from unnest(p_asset_ids, p_results) as r (asset_id, result)
-  where a.id = r.asset_id;
+  from unnest(p_asset_ids, p_workspace_ids, p_results) as r (asset_id, workspace_id, result)
+  where a.id = r.asset_id and a.workspace_id = r.workspace_id;
 end $$;
 
 -- Shows where images are. `queued` begins a new pass (whatever an earlier one left is gone) and `failed` ends

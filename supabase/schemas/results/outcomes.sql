@@ -92,13 +92,14 @@ begin
     with completed as (
       delete from autotag.tasks t using unnest($1) a
       where t.id = a.task and a.error is null and t.finished_at is null
-      returning t.asset_id, a.result, t.job_id
+      returning t.asset_id, t.workspace_id, a.result, t.job_id
     )
-    select coalesce(array_agg(c.asset_id), '{}') as assets, array_agg(c.result) as results, array_agg(c.job_id) as jobs
+    select coalesce(array_agg(c.asset_id), '{}') as assets, array_agg(c.workspace_id) as workspaces,
+      array_agg(c.result) as results, array_agg(c.job_id) as jobs
     from completed c $q$
   into v_done using p_answers;
   if cardinality(v_done.assets) > 0 then
-    perform autotag.store_tags(v_done.assets, v_done.results);
+    perform autotag.store_tags(v_done.assets, v_done.workspaces, v_done.results);
     perform autotag.count_finished(j.id, count(*)::integer, 0)
     from unnest(v_done.jobs) j (id) group by j.id order by j.id;
   end if;

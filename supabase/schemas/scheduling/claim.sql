@@ -168,7 +168,7 @@ begin
   if cardinality(v_ids) > 0 then
     update autotag.workers w set unsent = w.unsent + cardinality(v_ids) where w.id = p_worker;
     with released as materialized (
-      select t.id, t.attempt, t.asset_id, t.seen, t.job_id, t.output_tokens from autotag.tasks t where t.id = any (v_ids)
+      select t.id, t.attempt, t.asset_id, t.workspace_id, t.seen, t.job_id, t.output_tokens from autotag.tasks t where t.id = any (v_ids)
     ), uploads as materialized (
       select j.id, j.traceparent, round(autotag.real_seconds(v_now - j.created_at)::numeric, 3) as waited
       from autotag.jobs j where j.id = any (array(select r.job_id from released r))
@@ -178,7 +178,8 @@ begin
       select r.id as task, r.attempt, u.id as job, u.traceparent, u.waited, r.asset_id, r.output_tokens as cap,
         d.bucket, d.path, d.url, d.refused
       from released r join uploads u on u.id = r.job_id
-      left join autotag.locate(array(select asset_id from released order by id), array(select seen from released order by id)) d
+      left join autotag.locate(array(select asset_id from released order by id),
+        array(select workspace_id from released order by id), array(select seen from released order by id)) d
         on d.asset_id = r.asset_id) i;
   end if;
 

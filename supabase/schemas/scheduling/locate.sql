@@ -1,14 +1,15 @@
 -- Where the images are that a worker is about to read: what describe_assets() says, for images whose file is still the one
 -- that whoever asked may see. refused: `foreign_file` (the row names a file that is not its workspace's) or `hidden_file`.
--- p_seen[i]: tasks.seen of p_asset_ids[i].
-create or replace function autotag.locate(p_asset_ids uuid[], p_seen uuid[])
+-- A row that belongs to another workspace by now is not in the answer, like one that is gone.
+-- p_workspace_ids[i], p_seen[i]: tasks.workspace_id and tasks.seen of p_asset_ids[i].
+create or replace function autotag.locate(p_asset_ids uuid[], p_workspace_ids uuid[], p_seen uuid[])
 returns table (asset_id uuid, bucket text, path text, url text, refused text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select d.asset_id, case when r.refused is null then d.bucket end, case when r.refused is null then d.path end,
     case when r.refused is null then d.url end, r.refused
-  from unnest(p_asset_ids, p_seen) t (asset_id, seen)
-  join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id
+  from unnest(p_asset_ids, p_workspace_ids, p_seen) t (asset_id, workspace_id, seen)
+  join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
   cross join lateral (select case
     when d.foreign_file then 'foreign_file'
     when t.seen <> autotag.file_mark(d.bucket, d.path) then 'hidden_file' end as refused) r

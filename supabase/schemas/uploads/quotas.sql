@@ -71,7 +71,7 @@ begin
             else j.user_id = p_user_id and (c.workspace_id is null or j.workspace_id = c.workspace_id) end) n) l
     )
     select m.scope, m.period, k.kind, k.maximum, greatest(k.maximum - k.used, 0),
-      greatest(floor((k.maximum - k.used) / k.each), 0)::integer, m.next_period
+      least(greatest(floor((k.maximum - k.used) / k.each), 0), 2147483647)::integer, m.next_period
     from measured m
     cross join lateral (values ('images', m.max_images::numeric, m.images::numeric, 1::numeric),
       ('cost', m.max_cost, m.cost, greatest(coalesce(p_each, v_cost), 0.0000001))) k (kind, maximum, used, each)

@@ -68,7 +68,7 @@ def look(url: str) -> Facts:
                    join pg_attribute a on a.attrelid = c.oid and a.attnum = any (i.indkey)
                    where i.indrelid = c.oid and i.indisprimary),
                   (select array_agg(coalesce(p.qual, p.with_check)) from pg_policies p
-                   where p.schemaname = n.nspname and p.tablename = c.relname)
+                   where p.schemaname = n.nspname and p.tablename = c.relname and p.permissive = 'PERMISSIVE')
                 from pg_class c join pg_namespace n on n.oid = c.relnamespace
                 where c.relkind in ('r', 'p') and n.nspname not in ('autotag', 'auth', 'storage', 'realtime',
                   'extensions', 'supabase_migrations', 'vault', 'cron', 'net', 'graphql', 'graphql_public', 'pgsodium',

@@ -89,9 +89,12 @@ def _find(rows: Rows, facts: Facts, host: Host, wanted: str | None, ask: Ask, *,
     if wanted and wanted != "none":
         return _wanted(wanted, facts, host, rows)
     fitting = [fit.rule for fit in rows.fits if fit.rows == rows.count]
-    hints = _hints(facts.storage_policies, host)
+    hints = _hints(facts.storage_policies, host, rows.buckets or [host.bucket] if host.bucket else rows.buckets)
     if rows.count:
         certain = bool(fitting) and (not hints or fitting[0].name in hints)
+        # One row that fits no other rule must not lead to a rule that is weaker than what the policies say.
+        if fitting and any(list(RULES).index(hint) < list(RULES).index(fitting[0].name) for hint in hints):
+            fitting = []
     else:
         certain, fitting = len(hints) == 1, [f for f in fitting if f.name in hints] or fitting
     if fitting and (certain or not may_ask):
@@ -124,17 +127,19 @@ def _wanted(wanted: str, facts: Facts, host: Host, rows: Rows) -> FileRule:
     return found
 
 
-def _hints(policies: Iterable[StoragePolicy], host: Host) -> set[str]:
-    """The rules that the policies of storage.objects speak of."""
+def _hints(policies: Iterable[StoragePolicy], host: Host, buckets: Sequence[str]) -> set[str]:
+    """The rules that the policies of storage.objects speak of, those of other buckets aside."""
     hints = set()
     members = host.members.table.rpartition(".")[2]
     for policy in policies:
+        if not _speaks_of(policy.text, buckets):
+            continue
         text = re.sub(r"\s+", " ", policy.text)
         uid = "uid()" in text
         if FOLDER.search(text):
             tenants = host.workspace in text or "jwt()" in text or bool(members and members in text)
             hints.add("workspace-folder" if tenants or not uid else "uploader-folder")
-        elif uid and re.search(r"\bowner(_id)?\b", text):
+        elif uid and re.search(r"(?<![\w.])(objects\.)?owner(_id)?\b", text):
             hints.add("owner")
     return hints
 
@@ -188,7 +193,8 @@ def _runner(connection: psycopg.Connection[Any]) -> Run:
 
 def _listed(named: Sequence[str], facts: Facts, host: Host) -> tuple[str, ...]:
     """The buckets that a rule allows: those that rows name already, else the project's."""
-    found = named or ([host.bucket] if host.bucket else facts.buckets)
+    # Whoever writes a row chooses what it names, so only what is a bucket counts.
+    found = set(named) & set(facts.buckets) or ([host.bucket] if host.bucket else facts.buckets)
     allowed = {*found, *([host.bucket] if host.bucket else [])}
     return tuple(sorted(allowed)) if len(allowed) <= MOST_BUCKETS else ()
 

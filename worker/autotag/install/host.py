@@ -27,6 +27,10 @@ BUCKET = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9_!.*'() &$@=;:+,?-]{1,100}")  # what
 #: `auth.jwt() -> 'app_metadata' ->> 'org_id'` as Postgres prints it in a policy.
 CLAIM = re.compile(r"jwt\(\)(?: AS jwt\))?\s*((?:\)*\s*->>?\s*'[^']+'(?:::text)?\s*)+)")
 
+#: Columns by which a row of a table of members may say that somebody is none (yet, or any more).
+NOT_EVERY_ROW = re.compile(
+    r"status|state|deleted|removed|revoked|left_at|accepted|approved|active|pending|invit|expire"
+)
 WORD_BEGINS, WORD_ENDS = r"\m", r"\M"  # of Postgres's regular expressions
 
 
@@ -186,19 +190,21 @@ def _bucket(facts: Facts, wanted: str | None, column: str | None, ask: Ask) -> s
 def _members(facts: Facts, table: Table, workspace: str, choices: Choices, ask: Ask) -> Members:
     if choices.members_claim:
         return Members(claim=tuple(choices.members_claim.split(".")))
-    found = {}
+    found, doubts = {}, {}
     for other in facts.tables.values():
         user = next((n for n in USERS if other.columns.get(n) == "uuid"), None)
         if user and other.name != table.name and other.columns.get(workspace) == "uuid":
             found[other.name] = Members(other.name, workspace, user)
+            doubts[other.name] = _doubts(other, workspace, user)
     if choices.members_table:
         name = choices.members_table if "." in choices.members_table else f"public.{choices.members_table}"
         if name not in found:
             raise HostError(f"{name} needs the uuid columns {workspace} and one of {', '.join(USERS)} to tell members.")
         return found[name]
     likely = [name for name in found if "member" in name] or list(found)
-    if len(likely) == 1:
-        return found[likely[0]]
+    sure = [name for name in likely if not doubts[name]]
+    if len(sure) == 1 == len(likely):
+        return found[sure[0]]
     if not likely:
         claim = _claim_in(table.policies)
         if claim:
@@ -208,14 +214,24 @@ def _members(facts: Facts, table: Table, workspace: str, choices: Choices, ask: 
             "Which claim of the JWT names the workspaces of a user (for example app_metadata.org_ids)?", (),
         )  # fmt: skip
         return Members(claim=tuple(answer.split(".")))
-    return found[ask("--members-table", "Which table says who belongs to a workspace?", sorted(likely))]
+    said = "; ".join(f"{name} {doubts[name]}" for name in sorted(likely) if doubts[name])
+    question = "Which table says who belongs to a workspace? Whoever has a row in it may act for that workspace"
+    return found[ask("--members-table", f"{question}{f' ({said})' if said else ''}.", sorted(likely))]
+
+
+def _doubts(table: Table, workspace: str, user: str) -> str:
+    """Why a row of a table may be no membership; empty: it is one."""
+    if set(table.primary_key) != {workspace, user}:
+        return f"has another key than {workspace} and {user}"
+    stated = [name for name in table.columns if NOT_EVERY_ROW.search(name)]
+    return f"has the column {stated[0]}, so that not every row may count" if stated else ""
 
 
 def _claim_in(policies: Sequence[str]) -> tuple[str, ...]:
     """The claim that the table's own policies compare with."""
     for policy in policies:
         match = CLAIM.search(policy)
-        if match:
+        if match and "user_metadata" not in match[1]:  # which users write themselves
             return tuple(re.findall(r"'([^']+)'", match[1]))
     return ()
 
@@ -250,13 +266,17 @@ def _describe_files(host: Host) -> str:
 def render(template: str, host: Host) -> str:
     """A template with its ``{{ names }}`` filled in for a host."""
     values: dict[str, str] = {
-        "table": table_name(host.table), "id": quote(host.id), "workspace": quote(host.workspace),
+        "table": table_name(host.table), "table_literal": literal(table_name(host.table)),
+        "id": quote(host.id), "workspace": quote(host.workspace),
         "bucket": _bucket_code(host), "path": _path_code(host), "url": _url_code(host),
         "tags": quote(host.tags), "tags_type": host.tags_type, "tags_value": _tags_code(host.tags_type),
         "result": quote(host.result), "members": _members_code(host.members),
         "file_rule": literal(host.files.name), "own_file": file_code(host, host.files),
         "users_see_files": "true" if host.users_see_files else "false", "policy_is_silent": _unsaid_code(host),
     }  # fmt: skip
+    for name, value in values.items():
+        if "$$" in value:  # it would end the function that it stands in
+            raise HostError(f"A name with $$ cannot be used here ({name}: {value[:100]}); rename it.")
     return re.sub(r"\{\{ (\w+) \}\}", lambda match: values[match[1]], template)
 
 
@@ -369,5 +389,7 @@ def quote(name: str) -> str:
 
 
 def literal(text: str) -> str:
-    """A string as SQL writes it."""
-    return "'" + text.replace("'", "''") + "'"
+    """A string as SQL writes it, also inside a function's ``$$`` body: no ``$`` is left in it."""
+    if "$" not in text:
+        return "'" + text.replace("'", "''") + "'"
+    return "E'" + text.replace("\\", "\\\\").replace("'", "''").replace("$", "\\044") + "'"
