@@ -175,6 +175,8 @@ def init(
         facts, host = _look(database_url, choices, ask=not (yes or as_json))
         limit = _spending(spending_limit, facts, folder, ask=not (yes or as_json))
         files = write_migrations(folder, host, facts.applied, adapter=facts.adapter, extra=limit)
+        if "host_adapter" in facts.applied and choices == Choices():  # what it would be was not asked
+            files = {name: "there" if name.endswith("host_adapter.sql") else state for name, state in files.items()}
     except HostError as error:
         raise fail(str(error), 2) from None
     found = describe(host, facts)
