@@ -526,11 +526,11 @@ BROKEN = {
       create or replace function autotag.printable(p_text text, p_length integer) returns text language sql strict
       as 'select left(p_text, p_length)'""", "register_worker settle"),
     "no number is clamped": ("""
-      create or replace function autotag.check_number(p_report jsonb, p_name text, p_least double precision, p_most double precision)
+      create or replace function autotag.clean_number(p_report jsonb, p_name text, p_least double precision, p_most double precision)
       returns double precision language sql as $$ select case when jsonb_typeof(p_report -> p_name) = 'number'
         and abs((p_report ->> p_name)::numeric) < 1e300 then (p_report ->> p_name)::double precision end $$""", "settle poll_trouble"),
     "results are stored as they come": ("""
-      create or replace function autotag.check_result(p_result jsonb) returns jsonb language sql as 'select p_result'""", "settle batch_answers"),
+      create or replace function autotag.clean_result(p_result jsonb) returns jsonb language sql as 'select p_result'""", "settle batch_answers"),
     "whatever was learned is believed": ("""
       create or replace function autotag.guess_prompt(p_question jsonb) returns integer language sql as 'select 100000000'""", "settle"),
 }  # fmt: skip
