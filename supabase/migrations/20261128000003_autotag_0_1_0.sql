@@ -44,7 +44,7 @@ set local check_function_bodies = off;  -- a function may stand before what it c
 create schema if not exists autotag;
 
 -- The login role that a worker uses is granted this role and needs nothing else:
---   create role tagger login password '…' in role autotag_worker;
+--   create role tagger login in role autotag_worker;   -- then its password with psql's \password tagger
 -- Whoever looks after autotag without being its owner is granted autotag_operator: it sees every workspace's images and
 -- usage, and may have them tagged, which a worker may not.
 do $$
@@ -251,7 +251,7 @@ create table autotag.provider_limits (
   proven_at timestamptz default '-infinity',
   -- what this provider can do, as its answers have shown; null: not known yet
   base_url text,
-  fingerprint text,                      -- of its address and the key: another one has to prove itself (is_outdone, pass_turn) …
+  fingerprint text,                      -- of its address and the key: another one has to prove itself (is_outdone, offer_switch) …
   fingerprint_since timestamptz not null default '-infinity',   -- … by answers to calls from then on
   has_batches boolean,
   batches_refused boolean not null default false,   -- an attempt has shown that there are none; else only a look-up has
@@ -584,7 +584,7 @@ create type autotag.answer as (
   output_tokens integer,       -- the cap of the answer that was asked for
   result jsonb,                -- {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}
   error jsonb,                 -- {kind, code, message, retry, retry_after, origin, parameter}
-  usage jsonb,                 -- as check_usage() makes it, whenever the provider answered
+  usage jsonb,                 -- as clean_usage() makes it, whenever the provider answered
   called boolean               -- whether it was asked at all
 );
 
@@ -689,13 +689,13 @@ begin
   return v_text;
 end $$;
 
--- An id of something at the provider (batch_…, file-…), made sure of: null for what can be none.
+-- Validates an id of something at the provider (batch_…, file-…): null for what can be none.
 create or replace function autotag.check_id(p_id text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$ select case when p_id ~ '^[A-Za-z0-9][A-Za-z0-9_.:/=-]{0,199}$' then p_id end $$;
 
--- A number that a worker reports, made sure of: null for what is none, else within bounds that make sense.
-create or replace function autotag.check_number(p_report jsonb, p_name text, p_least double precision, p_most double precision)
+-- Validates a number that a worker reports and cuts it to bounds that make sense: null for what is none.
+create or replace function autotag.clean_number(p_report jsonb, p_name text, p_least double precision, p_most double precision)
 returns double precision
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -728,7 +728,7 @@ begin
   end if;
 end $$;
 
--- A batch's status as the provider says it, made sure of: null for what is none. `gone`: it does not know the batch.
+-- Validates a batch's status as the provider says it: null for what is none. `gone`: it does not know the batch.
 create or replace function autotag.check_status(p_status text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -1409,8 +1409,8 @@ begin
   v_answer.reserved_at := (p_report ->> 'reserved_at')::timestamptz;
   v_answer.reserved_tokens := (p_report ->> 'reserved')::integer;
   v_answer.output_tokens := (p_report ->> 'cap')::integer;
-  v_answer.error := autotag.check_error(p_report -> 'error');
-  v_answer.usage := autotag.check_usage(p_report -> 'usage');
+  v_answer.error := autotag.clean_error(p_report -> 'error');
+  v_answer.usage := autotag.clean_usage(p_report -> 'usage');
   v_answer.called := p_report -> 'called' is distinct from 'false';
   v_used := (v_answer.usage -> 'input')::integer;
   v_free := not v_answer.called or coalesce(v_answer.error ->> 'code' = 'rate_limited', false);
@@ -2335,11 +2335,11 @@ declare
   v_provider autotag.provider_limits := autotag.lock_provider();
   -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (its guide "Rate limits"). A bucket of less than
   -- the least here would never hold a call, and no answer would ever say better.
-  v_requests integer := coalesce(autotag.check_number(p_seen, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
-  v_tokens integer := coalesce(autotag.check_number(p_seen, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
+  v_requests integer := coalesce(autotag.clean_number(p_seen, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
+  v_tokens integer := coalesce(autotag.clean_number(p_seen, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
   v_minutes double precision := extract(epoch from
-    autotag.clock_interval(coalesce(autotag.check_number(p_seen, 'age', 0, 3600), 0))) / 60;
-  v_retry_after double precision := autotag.check_number(p_seen, 'retry_after', 0, 3600);
+    autotag.clock_interval(coalesce(autotag.clean_number(p_seen, 'age', 0, 3600), 0))) / 60;
+  v_retry_after double precision := autotag.clean_number(p_seen, 'retry_after', 0, 3600);
 begin
   update autotag.provider_limits p
   set requests_per_minute = v_requests,
@@ -2347,9 +2347,9 @@ begin
       -- the daily cap is tier 1's; a higher limit a minute is a higher tier
       requests_per_day = case when v_requests > p.requests_per_minute then null else p.requests_per_day end,
       requests_left = least(v_provider.requests_left + greatest(v_requests - p.requests_per_minute, 0),
-        autotag.check_number(p_seen, 'requests_left', 0, v_requests) + v_minutes * v_requests),
+        autotag.clean_number(p_seen, 'requests_left', 0, v_requests) + v_minutes * v_requests),
       tokens_left = least(v_provider.tokens_left + greatest(v_tokens - p.tokens_per_minute, 0),
-        autotag.check_number(p_seen, 'tokens_left', 0, v_tokens) + v_minutes * v_tokens),
+        autotag.clean_number(p_seen, 'tokens_left', 0, v_tokens) + v_minutes * v_tokens),
       day_left = v_provider.day_left,
       refilled_at = v_provider.refilled_at,
       blocked_until = greatest(p.blocked_until, v_provider.refilled_at + autotag.clock_interval(v_retry_after)),
@@ -2422,15 +2422,10 @@ begin
   end if;
   p_base_url := autotag.printable(p_base_url, 300);
   p_fingerprint := autotag.printable(p_fingerprint, 100);
-  update autotag.provider_limits p
-  set base_url = p_base_url, fingerprint = p_fingerprint, fingerprint_since = autotag.now(),
-      proven_at = null, probe_at = null,
-      account_error = null, account_error_from = null, account_error_at = null, checked_at = '-infinity',
-      has_batches = case when p.base_url = p_base_url then p.has_batches end,
-      batches_refused = coalesce(p.base_url = p_base_url, false) and p.batches_refused,
-      has_rate_headers = case when p.base_url = p_base_url then p.has_rate_headers end,
-      keep_files = case when p.base_url = p_base_url then p.keep_files else 604800 end
-  where p_fingerprint is not null and p.fingerprint is distinct from p_fingerprint;
+  if autotag.switch_provider(p_base_url, p_fingerprint) then
+    update autotag.provider_limits
+    set proven_at = null, probe_at = null, account_error = null, account_error_from = null, account_error_at = null;
+  end if;
   insert into autotag.workers (id, host, version, listening, started_at, seen_at, lease_until, base_url, fingerprint)
   select p_worker, coalesce(autotag.printable(p_host, 100), ''), autotag.printable(p_version, 50), coalesce(p_listening, false),
     v_now, v_now, v_now + s.lease, p_base_url, p_fingerprint
@@ -2472,8 +2467,9 @@ begin
   return v_alive;
 end $$;
 
--- Whether a worker may be given something: not when it is another login's, or its lease has run out, because what it got then nobody would take
--- back should it never return. Nor can it run out before the caller's transaction ends. Locks the worker's row.
+-- Whether a worker is the caller's own and may be given something. A worker whose lease has ended gets nothing, because nobody
+-- would take it back. The row lock keeps the lease from being expired until this transaction ends. Only expire_workers ends a
+-- lease.
 create or replace function autotag.hold_lease(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2495,7 +2491,7 @@ end $$;
 
 -- These workers have met trouble of the account: if it was they whose turn it is, the next probe is of those that ask in
 -- another way, if there are any. The caller holds the provider row.
-create or replace function autotag.pass_turn(p_workers uuid[]) returns void
+create or replace function autotag.offer_switch(p_workers uuid[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -2509,23 +2505,25 @@ begin
   where w.fingerprint <> v_fingerprint and w.lease_until > autotag.now()
   order by w.fingerprint > v_fingerprint desc, w.fingerprint limit 1;
   if found then
-    perform autotag.turn_to(v_next);
+    perform autotag.switch_provider(v_next.base_url, v_next.fingerprint);
   end if;
 end $$;
 
--- From now on this worker's address and key are the ones that are asked; what is known of another address is forgotten. The
--- caller holds the provider row.
-create or replace function autotag.turn_to(p_worker autotag.workers) returns void
-language sql security definer set search_path = pg_catalog, pg_temp
+-- From now on this address and key are the ones that are asked; what is known of another address is forgotten. False: they
+-- were asked already, or there is no fingerprint. Locks the provider row.
+create or replace function autotag.switch_provider(p_base_url text, p_fingerprint text) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
+begin
   update autotag.provider_limits p
-  set fingerprint = p_worker.fingerprint, base_url = p_worker.base_url, fingerprint_since = autotag.now(), checked_at = '-infinity',
-      has_batches = case when p.base_url = p_worker.base_url then p.has_batches end,
-      batches_refused = p.base_url = p_worker.base_url and p.batches_refused,
-      has_rate_headers = case when p.base_url = p_worker.base_url then p.has_rate_headers end,
-      keep_files = case when p.base_url = p_worker.base_url then p.keep_files else 604800 end
-  where p.fingerprint is distinct from p_worker.fingerprint
-$$;
+  set fingerprint = p_fingerprint, base_url = p_base_url, fingerprint_since = autotag.now(), checked_at = '-infinity',
+      has_batches = case when p.base_url = p_base_url then p.has_batches end,
+      batches_refused = coalesce(p.base_url = p_base_url, false) and p.batches_refused,
+      has_rate_headers = case when p.base_url = p_base_url then p.has_rate_headers end,
+      keep_files = case when p.base_url = p_base_url then p.keep_files else 604800 end
+  where p_fingerprint is not null and p.fingerprint is distinct from p_fingerprint;
+  return found;
+end $$;
 
 -- The tasks that a worker holds: among those that were released and are not finished, of uploads that are not.
 create or replace function autotag.held_tasks(p_worker uuid) returns bigint[]
@@ -3335,7 +3333,7 @@ declare
   v_state text := (select b.state from autotag.batches b where b.id = p_batch);
 begin
   select * into v_settings from autotag.settings;
-  p_error := autotag.check_error(p_error, null);
+  p_error := autotag.clean_error(p_error, null);
   if p_error ->> 'code' = 'no_batch_api' and v_state not in ('preparing', 'uploading', 'creating') then
     p_error := p_error || '{"kind": "transient", "code": "provider_error"}';  -- a file that is gone is no missing API
   elsif p_error ->> 'code' = 'no_batch_api' and v_provider.proven_at is not null then
@@ -3350,7 +3348,7 @@ begin
     p_error := p_error || '{"kind": "account"}';
     perform autotag.stop_account(autotag.explain_account(p_error),
       case p_error ->> 'origin' when 'storage' then 'storage' else 'batch' end);
-    perform autotag.pass_turn(array[p_worker]);
+    perform autotag.offer_switch(array[p_worker]);
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
   v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
@@ -3392,7 +3390,7 @@ begin
   if not autotag.is_own_worker(p_worker) then
     return;
   end if;
-  p_error := autotag.check_error(p_error, null);
+  p_error := autotag.clean_error(p_error, null);
   if p_error ->> 'kind' = 'account' and autotag.was_handed_look(p_worker) is not null then
     perform autotag.stop_account(autotag.explain_account(p_error), 'poll');
   end if;
@@ -3746,8 +3744,8 @@ begin
   select coalesce(jsonb_agg(jsonb_build_object(
     'id', i.id, 'status', i.status, 'output_file_id', autotag.check_id(s ->> 'output_file_id'),
     'error_file_id', autotag.check_id(s ->> 'error_file_id'),
-    'total', coalesce(autotag.check_number(s, 'total', 0, 50000), 0)::integer,
-    'done', coalesce(autotag.check_number(s, 'done', 0, 50000), 0)::integer,
+    'total', coalesce(autotag.clean_number(s, 'total', 0, 50000), 0)::integer,
+    'done', coalesce(autotag.clean_number(s, 'done', 0, 50000), 0)::integer,
     'error_code', autotag.printable(s ->> 'error_code', 100), 'error', autotag.printable(s ->> 'error', 1000),
     'error_kind', autotag.printable(s ->> 'error_kind', 20))), '[]')
   into p_seen
@@ -3855,12 +3853,13 @@ declare
   v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
   v_batch autotag.batches;
   v_settings autotag.settings;
-  v_general boolean := jsonb_path_exists(p_answers, '$[*].error ? (@.kind == "account" || @.parameter != null)');
+  v_general boolean;           -- an answer is about more than its own image
   v_answers autotag.answer[];
   v_again autotag.answer[];    -- of these, those that are left to batch_finish
   v_notices jsonb;
 begin
   perform autotag.check_list(p_answers);
+  v_general := jsonb_path_exists(p_answers, '$[*].error ? (@.kind == "account" || @.parameter != null)');
   select * into v_settings from autotag.settings;
   if v_general then
     perform autotag.lock_provider();
@@ -3869,11 +3868,11 @@ begin
   v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
   v_answers := array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
-      x.result, autotag.check_error(x.error, x.result), autotag.check_usage(x.usage), true)::autotag.answer
+      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), true)::autotag.answer
     from (
       select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
         greatest(t.min_output_tokens, v_batch.output_tokens) as output_tokens,
-        autotag.check_result(a.result) as result, a.error, a.usage
+        autotag.clean_result(a.result) as result, a.error, a.usage
       from (
         select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
           e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage, i
@@ -3929,10 +3928,10 @@ begin
     'no_answer', 'OpenAI gave no answer for this image.');
 end $$;
 
--- A result as a worker reports it, made sure of: {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model} and nothing else,
--- at most 50 tags of 50 characters, a caption of 300. Tags that are none (empty, no text, a sentence) are left out, like
+-- Validates a worker's result and cuts it to its bounds: {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model} and
+-- nothing else, at most 50 tags of 50 characters, each once, a caption of 300. Tags that are none (empty, no text, a sentence) are left out, like
 -- confidences of none of them. Null: there is no list of tags, or none of it is a tag.
-create or replace function autotag.check_result(p_result jsonb) returns jsonb
+create or replace function autotag.clean_result(p_result jsonb) returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -3958,7 +3957,7 @@ begin
     return null;
   end if;
   if jsonb_typeof(p_result -> 'confidence') = 'object' then
-    select jsonb_object_agg(t, autotag.check_number(p_result -> 'confidence', t, 0, 1)) into v_sure
+    select jsonb_object_agg(t, autotag.clean_number(p_result -> 'confidence', t, 0, 1)) into v_sure
     from unnest(v_kept) t where jsonb_typeof(p_result -> 'confidence' -> t) = 'number';
   end if;
   return jsonb_build_object('tags', to_jsonb(v_kept), 'confidence', coalesce(v_sure, '{}'),
@@ -3966,8 +3965,8 @@ begin
     'model', coalesce(autotag.printable(case when jsonb_typeof(p_result -> 'model') = 'string' then p_result ->> 'model' end, 100), ''));
 end $$;
 
--- Whether nothing of a result (an object with a list of tags) has to be made sure of. It is looked at as text, which costs
--- a fifth of taking it apart.
+-- Whether clean_result() would change nothing of a result (an object with a list of tags). It is looked at as text, which
+-- costs a fifth of taking it apart. A result whose tags do not have a confidence each is taken apart.
 create or replace function autotag.is_tidy(p_result jsonb) returns boolean
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -3975,20 +3974,31 @@ declare
   v_tags text := p_result -> 'tags';
   v_sure text := p_result -> 'confidence';
   v_caption text := p_result ->> 'caption';
-  v_model text := coalesce(p_result ->> 'model', '');
+  v_model text := p_result ->> 'model';
+  v_list text[];               -- the tags
 begin
-  return pg_column_size(p_result) < 8000 and jsonb_array_length(p_result -> 'tags') <= 50
+  if pg_column_size(p_result) < 8000 and jsonb_array_length(p_result -> 'tags') <= 50
     and p_result - '{tags,confidence,caption,model}'::text[] = '{}'
-    and jsonb_typeof(p_result -> 'caption') = 'string' and length(v_caption) <= 300 and length(v_model) <= 100
-    and jsonb_typeof(p_result -> 'confidence') = 'object' and coalesce(jsonb_typeof(p_result -> 'model') = 'string', true)
+    and jsonb_typeof(p_result -> 'caption') = 'string' and length(v_caption) <= 300
+    and jsonb_typeof(p_result -> 'model') = 'string' and length(v_model) <= 100
+    and jsonb_typeof(p_result -> 'confidence') = 'object'
     and autotag.is_plain(v_tags || v_sure || v_caption || v_model) and strpos(v_tags || v_sure, '\') = 0
-    -- an element that is no text, a tag or label that is too long or empty, a number that is none from 0 to 1
-    and v_tags !~ '\[[^"\]]|, [^"]|[^"]{51}|""' and v_sure !~ ': (1[^,}]|0[^.,}]|[^01])|[^"]{51}|""';
+    -- blanks that printable() takes away
+    and strpos(v_tags || v_caption || v_model, '  ') = 0 and v_caption = btrim(v_caption) and v_model = btrim(v_model)
+    -- an element that is no text, a tag or label that is too long or empty or begins or ends with a blank, a number that is
+    -- none from 0 to 1
+    and v_tags !~ '\[[^"\]]|, [^"]|[^"]{51}|""|" |[^,] "|, "[],]' and v_sure !~ ': (1[^,}]|0[^.,}]|[^01])|[^"]{51}|""' then
+    -- The tags are as many as there are confidences, and there is none of anything else: so no tag is there twice.
+    v_list := ('{' || substr(v_tags, 2, length(v_tags) - 2) || '}')::text[];
+    return (p_result -> 'confidence') - v_list = '{}'
+      and 3 * cardinality(v_list) = length(v_sure) - length(replace(v_sure, '": ', ''));
+  end if;
+  return false;
 end $$;
 
--- An error as a worker reports it, made sure of: its kind is one of error_kinds, texts are short and printable, waits make
--- sense. What has no error has to have a result that can be stored (p_result, as check_result() makes it).
-create or replace function autotag.check_error(p_error jsonb, p_result jsonb default '{"tags": []}') returns jsonb
+-- Validates a worker's error and cuts it to its bounds: its kind is one of error_kinds, texts are short and printable, waits make
+-- sense. What has no error has to have a result that can be stored (p_result, as clean_result() makes it).
+create or replace function autotag.clean_error(p_error jsonb, p_result jsonb default '{"tags": []}') returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -4003,17 +4013,17 @@ begin
     'code', coalesce(nullif(autotag.printable(p_error ->> 'code', 100), ''), 'unknown'),
     'message', coalesce(nullif(autotag.printable(p_error ->> 'message', 1000), ''), 'Tagging this image did not work.'),
     'retry', coalesce(p_error ->> 'retry', '') = 'true',
-    'retry_after', autotag.check_number(p_error, 'retry_after', 0, 3600),
+    'retry_after', autotag.clean_number(p_error, 'retry_after', 0, 3600),
     'origin', case when p_error ->> 'origin' in ('provider', 'storage', 'host', 'worker') then p_error ->> 'origin' end,
     'parameter', case when p_error ->> 'parameter' in
       ('token_cap', 'reasoning_effort', 'response_format', 'detail', 'service_tier', 'expires_after')
       then p_error ->> 'parameter' end);
 end $$;
 
--- Figures of usage as a worker reports them, made sure of: {input, cached, cache_write, output, reasoning} tokens, none
+-- Validates a worker's figures of usage and cuts them to bounds: {input, cached, cache_write, output, reasoning} tokens, none
 -- negative or beyond what one answer can have, the model that answered and the service tier (null: it does not say). Null:
 -- the provider gave no figures.
-create or replace function autotag.check_usage(p_usage jsonb) returns jsonb
+create or replace function autotag.clean_usage(p_usage jsonb) returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -4031,11 +4041,11 @@ begin
     return p_usage;
   end if;
   return jsonb_build_object(
-    'input', coalesce(autotag.check_number(p_usage, 'input', 0, 10000000), 0)::integer,
-    'cached', coalesce(autotag.check_number(p_usage, 'cached', 0, 10000000), 0)::integer,
-    'cache_write', coalesce(autotag.check_number(p_usage, 'cache_write', 0, 10000000), 0)::integer,
-    'output', coalesce(autotag.check_number(p_usage, 'output', 0, 10000000), 0)::integer,
-    'reasoning', coalesce(autotag.check_number(p_usage, 'reasoning', 0, 10000000), 0)::integer,
+    'input', coalesce(autotag.clean_number(p_usage, 'input', 0, 10000000), 0)::integer,
+    'cached', coalesce(autotag.clean_number(p_usage, 'cached', 0, 10000000), 0)::integer,
+    'cache_write', coalesce(autotag.clean_number(p_usage, 'cache_write', 0, 10000000), 0)::integer,
+    'output', coalesce(autotag.clean_number(p_usage, 'output', 0, 10000000), 0)::integer,
+    'reasoning', coalesce(autotag.clean_number(p_usage, 'reasoning', 0, 10000000), 0)::integer,
     'model', nullif(autotag.printable(v_model, 100), ''), 'tier', nullif(autotag.printable(v_tier, 20), ''));
 end $$;
 
@@ -4054,8 +4064,8 @@ begin
     return;
   end if;
   if p_sent is not null then
-    perform autotag.note_sent(p_worker, autotag.check_number(p_sent, 'sent', 0, 100000)::integer,
-      coalesce(autotag.check_number(p_sent, 'sent_age', 0, 3600), 0));
+    perform autotag.note_sent(p_worker, autotag.clean_number(p_sent, 'sent', 0, 100000)::integer,
+      coalesce(autotag.clean_number(p_sent, 'sent_age', 0, 3600), 0));
   end if;
   select coalesce(array_agg(t.id), '{}') as tasks, array_agg(t.attempt) as attempts, array_agg(r.stage) as stages,
     array_agg(distinct t.job_id) as jobs
@@ -4154,7 +4164,7 @@ end $$;
 
 -- Applies answers to tasks whose jobs the caller has locked (and their workspaces where an error may requeue): tags
 -- are stored, failures end or requeue their image, counts follow. Each task has one answer at most: a result, or else
--- an error (check_error) whose kind decides (error_kinds). One of kind image ends its image, unless `retry` says that
+-- an error (clean_error) whose kind decides (error_kinds). One of kind image ends its image, unless `retry` says that
 -- another answer may help: every such answer was paid for, so only max_bad_answers times. One that was cut off gets four
 -- times the cap, until max_output_tokens was not enough. Returns sentences for the operator's log: [{event, notice}].
 create or replace function autotag.apply_answers(p_answers autotag.answer[]) returns jsonb
@@ -4337,12 +4347,12 @@ begin
   limit 1;
   if found then
     perform autotag.stop_account(autotag.explain_account(v_error), coalesce(v_error ->> 'origin', 'provider'));
-    perform autotag.pass_turn(array(
+    perform autotag.offer_switch(array(
       select t.worker_id from unnest(p_answers) a join autotag.tasks t on t.id = a.task where a.error ->> 'kind' = 'account'));
   elsif v_works and (v_provider.account_error is not null or v_provider.proven_at is null) then
     perform autotag.resume_account();
     -- Whoever has shown that it works is asked from now on.
-    perform autotag.turn_to(w)
+    perform autotag.switch_provider(w.base_url, w.fingerprint)
     from autotag.workers w
     where w.fingerprint is not null and w.id = (
       select t.worker_id from unnest(p_answers) a join autotag.tasks t on t.id = a.task
@@ -4393,10 +4403,10 @@ begin
   perform from autotag.provider_limits for update;
   execute $q$ select array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens,
-      x.result, autotag.check_error(x.error, x.result), autotag.check_usage(x.usage), x.called)::autotag.answer
+      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), x.called)::autotag.answer
     from (
       select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
-        autotag.check_result(r.result) as result, r.error, r.usage, r.called
+        autotag.clean_result(r.result) as result, r.error, r.usage, r.called
       from (
         select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
           case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end as attempt,
@@ -4421,8 +4431,8 @@ begin
         else 0 end as tokens) u
   where a.reserved_tokens is not null;
   if p_seen ? 'sent' then
-    perform autotag.note_sent(p_worker, autotag.check_number(p_seen, 'sent', 0, 100000)::integer,
-      coalesce(autotag.check_number(p_seen, 'sent_age', 0, 3600), 0));
+    perform autotag.note_sent(p_worker, autotag.clean_number(p_seen, 'sent', 0, 100000)::integer,
+      coalesce(autotag.clean_number(p_seen, 'sent_age', 0, 3600), 0));
   end if;
   -- In this order: what the headers say holds whatever is given back.
   if v_refund.requests <> 0 or v_refund.tokens <> 0 then
@@ -4593,8 +4603,8 @@ $$;
 --     whatever ids they have learned from status(). Workers of one login are one.
 --   * It acts on what its worker holds: tasks with their attempt, batches with theirs, and the look at the provider that it
 --     was handed (claim_batches). Images are described only to the worker that holds them.
---   * What is reported is data: counts, waits and sizes are clamped (check_number, check_usage), shapes are made sure of
---     (check_result, check_error), texts are made printable; what is no list of reports, or more than a worker can have, is
+--   * What is reported is data: counts, waits and sizes are cut to bounds (clean_number, clean_usage), shapes are validated
+--     (clean_result, clean_error), texts are made printable; what is no list of reports, or more than a worker can have, is
 --     refused before any work is done (check_list). One bad report of many is that image's trouble, and not the others'.
 --   * What a worker says of the provider (waits, limits, its form, its Batch API) and of the account holds for all, because
 --     nobody but workers sees the provider. So it can pause tagging (each time for an hour at most), slow it and make it
@@ -5170,6 +5180,28 @@ begin
       else autotag.finding('provider', 'ok', 'Nothing is known to be missing.') end);
 end $$;
 
+-- Whether a login may do everything here: it is a superuser, or a member of the owner of autotag's schema or of the database.
+create or replace function autotag.is_owner(p_login name) returns boolean
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select exists (
+    select from pg_roles m
+    where m.rolname = p_login and (m.rolsuper
+      or pg_has_role(m.oid, (select n.nspowner from pg_namespace n where n.nspname = 'autotag'), 'member')
+      or pg_has_role(m.oid, (select d.datdba from pg_database d where d.datname = current_database()), 'member')))
+$$;
+
+-- The logins that may work, but for superusers and the owner's own (a hosted project's cli_login_postgres is one), who may do
+-- everything anyway.
+create or replace function autotag.worker_logins() returns name[]
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select array(
+    select m.rolname from pg_roles m
+    where m.rolcanlogin and pg_has_role(m.oid, 'autotag_worker', 'member') and not autotag.is_owner(m.rolname)
+    order by m.rolname)
+$$;
+
 -- What the database can tell of the installation: {findings: [{check, level, message, fix}] in the order a
 -- reader wants them, now (epoch seconds), model, sample}. sample is the one image that anybody is told of who has not
 -- claimed it: bucket and path, without which the doctor could not try to read a file.
@@ -5184,7 +5216,8 @@ declare
   v_polling integer;
   v_versions text;
   v_waiting integer;
-  v_logins text;
+  v_logins name[] := autotag.worker_logins();
+  v_owners text;               -- logins of live workers that may do everything
   v_problem text;
   v_sample jsonb;
   v_ticked timestamptz := (select c.ticked_at from autotag.clock c);
@@ -5192,15 +5225,16 @@ begin
   select * into v_provider from autotag.provider_limits;
 
   -- roles and grants
-  select string_agg(m.rolname, ', ' order by m.rolname) into v_logins
-  from pg_catalog.pg_roles m
-  where m.rolcanlogin and not m.rolsuper and pg_catalog.pg_has_role(m.oid, 'autotag_worker', 'member')
-    and m.rolname <> 'postgres';
+  select string_agg(distinct w.login::text, ', ') into v_owners
+  from autotag.workers w where w.lease_until > v_now and autotag.is_owner(w.login);
   v_found := v_found || case
-    when v_logins is null then autotag.finding('roles', 'warning',
+    when v_logins = '{}' then autotag.finding('roles', 'warning',
       'No login of its own is granted autotag_worker; the worker then has to run as the owner, who may do everything.',
-      'create role tagger login password ''…'' in role autotag_worker;')
-    else autotag.finding('roles', 'ok', format('Workers may log in as %s.', v_logins)) end;
+      'create role tagger login in role autotag_worker;   -- then its password with psql''s \password tagger')
+    when v_owners is not null then autotag.finding('roles', 'warning',
+      format('A worker is logged in as %s, who may do everything.', v_owners),
+      format('Put a login that may only work (%s) into its DATABASE_URL and restart it.', array_to_string(v_logins, ', ')))
+    else autotag.finding('roles', 'ok', format('Workers may log in as %s.', array_to_string(v_logins, ', '))) end;
 
   select string_agg(p.oid::regprocedure::text, ', ') into v_problem
   from pg_catalog.pg_proc p
@@ -5278,10 +5312,7 @@ begin
       'insert into autotag.quotas (scope, period, max_cost) values (''workspace'', ''month'', 20);   -- dollars, every workspace') end
   || case
     when exists (
-      select from pg_catalog.pg_roles m
-      where m.rolcanlogin and not m.rolsuper and m.rolname <> 'postgres'
-        and pg_catalog.pg_has_role(m.oid, 'autotag_worker', 'member')
-        and has_database_privilege(m.oid, current_database(), 'temporary'))
+      select from unnest(v_logins) login where has_database_privilege(login, current_database(), 'temporary'))
       then autotag.finding('temporary objects', 'warning',
         'Workers'' logins may create temporary objects, which nothing of autotag needs.',
         format('revoke temporary on database %I from public;   -- then grant it to the roles that need it', current_database()))
@@ -5348,16 +5379,26 @@ on conflict (kind) do update set counts = excluded.counts, delays = excluded.del
 -- The public RPCs: thin wrappers with clean names, and the one list of who may call what.
 -- Errors are documented where they are raised; all of them carry {code} in their detail.
 create or replace function public.enqueue_tagging(asset_ids uuid[]) returns jsonb
-language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.enqueue(asset_ids, autotag.seen_files(asset_ids)) $$;
+language plpgsql security invoker set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.check_image_count(cardinality(asset_ids));   -- before anything looks at that many
+  return autotag.enqueue(asset_ids, autotag.seen_files(asset_ids));
+end $$;
 
 create or replace function public.cancel_tagging(job_id uuid) returns jsonb
 language sql security invoker set search_path = pg_catalog, pg_temp
 as $$ select autotag.cancel(job_id) $$;
 
 create or replace function public.retry_tagging(job_id uuid) returns jsonb
-language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.retry(job_id, autotag.seen_files(autotag.failed_assets(job_id))) $$;
+language plpgsql security invoker set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_assets uuid[] := autotag.failed_assets(job_id);
+begin
+  perform autotag.check_image_count(greatest(cardinality(v_assets), 1));   -- that there is none retry() says
+  return autotag.retry(job_id, autotag.seen_files(v_assets));
+end $$;
 
 create or replace function public.tagging_job(job_id uuid) returns jsonb
 language sql stable security invoker set search_path = pg_catalog, pg_temp
@@ -5581,7 +5622,8 @@ revoke all on function public.openai_webhook from public, anon, authenticated;
 grant execute on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
-  autotag.enqueue, autotag.seen_files, autotag.files_to_see, autotag.failed_assets, autotag.cancel, autotag.retry,
+  autotag.check_image_count, autotag.enqueue, autotag.seen_files, autotag.files_to_see, autotag.failed_assets,
+  autotag.cancel, autotag.retry,
   autotag.describe_job,
   autotag.describe_strategy, autotag.take_allowance, autotag.list_usage
   to authenticated, service_role;
@@ -5590,7 +5632,7 @@ grant execute on function autotag.is_member, autotag.may_listen to authenticated
 -- the project's own server side
 grant execute on function public.openai_webhook, autotag.receive_webhook to service_role;
 
--- workers: everything they report is made sure of, and they act only on what they hold (schema)
+-- workers: everything they report is validated and cut to bounds, and they act only on what they hold (views/progress.sql)
 grant execute on function
   autotag.register_worker, autotag.worker_settings, autotag.heartbeat,
   autotag.release_worker, autotag.release_unheld, autotag.claim, autotag.report_stages, autotag.settle,

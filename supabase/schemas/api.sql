@@ -1,16 +1,26 @@
 -- The public RPCs: thin wrappers with clean names, and the one list of who may call what.
 -- Errors are documented where they are raised; all of them carry {code} in their detail.
 create or replace function public.enqueue_tagging(asset_ids uuid[]) returns jsonb
-language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.enqueue(asset_ids, autotag.seen_files(asset_ids)) $$;
+language plpgsql security invoker set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.check_image_count(cardinality(asset_ids));   -- before anything looks at that many
+  return autotag.enqueue(asset_ids, autotag.seen_files(asset_ids));
+end $$;
 
 create or replace function public.cancel_tagging(job_id uuid) returns jsonb
 language sql security invoker set search_path = pg_catalog, pg_temp
 as $$ select autotag.cancel(job_id) $$;
 
 create or replace function public.retry_tagging(job_id uuid) returns jsonb
-language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.retry(job_id, autotag.seen_files(autotag.failed_assets(job_id))) $$;
+language plpgsql security invoker set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_assets uuid[] := autotag.failed_assets(job_id);
+begin
+  perform autotag.check_image_count(greatest(cardinality(v_assets), 1));   -- that there is none retry() says
+  return autotag.retry(job_id, autotag.seen_files(v_assets));
+end $$;
 
 create or replace function public.tagging_job(job_id uuid) returns jsonb
 language sql stable security invoker set search_path = pg_catalog, pg_temp

@@ -19,7 +19,8 @@ revoke all on function public.openai_webhook from public, anon, authenticated;
 grant execute on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
-  autotag.enqueue, autotag.seen_files, autotag.files_to_see, autotag.failed_assets, autotag.cancel, autotag.retry,
+  autotag.check_image_count, autotag.enqueue, autotag.seen_files, autotag.files_to_see, autotag.failed_assets,
+  autotag.cancel, autotag.retry,
   autotag.describe_job,
   autotag.describe_strategy, autotag.take_allowance, autotag.list_usage
   to authenticated, service_role;
@@ -28,7 +29,7 @@ grant execute on function autotag.is_member, autotag.may_listen to authenticated
 -- the project's own server side
 grant execute on function public.openai_webhook, autotag.receive_webhook to service_role;
 
--- workers: everything they report is made sure of, and they act only on what they hold (schema)
+-- workers: everything they report is validated and cut to bounds, and they act only on what they hold (views/progress.sql)
 grant execute on function
   autotag.register_worker, autotag.worker_settings, autotag.heartbeat,
   autotag.release_worker, autotag.release_unheld, autotag.claim, autotag.report_stages, autotag.settle,

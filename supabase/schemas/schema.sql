@@ -42,7 +42,7 @@
 create schema if not exists autotag;
 
 -- The login role that a worker uses is granted this role and needs nothing else:
---   create role tagger login password '…' in role autotag_worker;
+--   create role tagger login in role autotag_worker;   -- then its password with psql's \password tagger
 -- Whoever looks after autotag without being its owner is granted autotag_operator: it sees every workspace's images and
 -- usage, and may have them tagged, which a worker may not.
 do $$

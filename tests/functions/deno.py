@@ -49,7 +49,7 @@ async def served(name: str, stack: Stack, **environment: str) -> AsyncIterator[s
     """The function's address; npm packages come from node_modules, as they are locked."""
     folder, port = FUNCTIONS / name, free_port()
     process = await asyncio.create_subprocess_exec(
-        str(DENO), "run", "--allow-net", "--allow-env", "--allow-read", "--node-modules-dir=manual", "--no-remote",
+        str(DENO), "run", "--allow-net", "--allow-env", "--allow-read", "--node-modules-dir=manual", "--no-remote", "--frozen",
         "--config", str(folder / "deno.json"), str(folder / "index.ts"),
         env={
             "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/tmp"), "NO_COLOR": "1",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+
 import httpx
+import pytest
 from deno import endless, served
 
+from autotag.config import _is_webhook_secret
 from lab.openai_sim.webhooks import batch_event, make_secret, sign
 from support import Library, worker
 
@@ -52,8 +56,19 @@ async def test_what_is_not_genuine_does_not_reach_the_database(library: Library)
         ]
 
 
-async def test_without_its_secret_it_says_so(library: Library) -> None:
+@pytest.mark.parametrize(
+    ("secret", "code"),
+    [("", "no_secret"), ("whsec_", "bad_secret"), ("x", "bad_secret"), (SECRET.removeprefix("whsec_"), "bad_secret"),
+     ("whsec_" + base64.b64encode(b"x" * 15).decode(), "bad_secret"), ("whsec_***", "bad_secret")],
+)  # fmt: skip
+async def test_without_a_secret_that_nobody_guesses_it_says_so(library: Library, secret: str, code: str) -> None:
+    """The worker refuses the same ones."""
+    assert not _is_webhook_secret(secret)
     body = batch_event("completed", "batch_1")
-    async with served("openai-webhook", library.stack) as url, httpx.AsyncClient() as client:
+    async with (
+        served("openai-webhook", library.stack, OPENAI_WEBHOOK_SECRET=secret) as url,
+        httpx.AsyncClient() as client,
+    ):
         answer = await client.post(url, content=body, headers=sign(SECRET, body))
-    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "no_secret")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, code)
+    assert library.sql("select * from autotag.webhooks") == []

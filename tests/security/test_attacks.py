@@ -211,11 +211,35 @@ def enqueue_all(scene: Scene, assets: list[str]) -> None:
     scene.member.sql("select autotag.start_job(%s, %s, %s::uuid[])", member.workspace, member.user, assets)
 
 
+async def test_a_user_calls_by_sql_what_stands_behind_the_rpcs(scene: Scene) -> None:
+    """Over the API nobody reaches the schema autotag. Whoever did would be told whose an image is all the same."""
+    foreign = whose.insert(scene, foreign_ways(scene)[:6])
+    attempts = api.behind(scene, "neighbour", list(foreign.values()))
+    before = scene.snapshot("neighbour")
+    async with scene.victim_listens():
+        found = await run(scene, attempts)
+    assert_nothing(found + await scene.findings(before, "neighbour"))
+    async with worker(scene.stack):
+        await idle(scene)
+    rows = {asset: row["tags"] for asset, row in scene.neighbour.assets().items()}
+    assert any(rows.values()), "their own are tagged"
+    assert not [asset for asset in foreign.values() if rows[asset]]
+
+
 # -- whose a file is
 
 
+def foreign_ways(scene: Scene) -> list[whose.Way]:
+    return [way for way in whose.ways(scene) if way.foreign]
+
+
+def odd_ways(scene: Scene) -> list[whose.Way]:
+    """Those whose names are not just the file's."""
+    return [way for way in whose.ways(scene) if way.name not in ("itself", "in its own bucket")]
+
+
 async def test_a_row_that_names_anothers_file_is_refused(scene: Scene) -> None:
-    foreign = [way for way in whose.ways(scene) if way.foreign]
+    foreign = foreign_ways(scene)
     before = scene.snapshot("neighbour")
     found = await run(scene, whose.attempts(scene, foreign))
     assert_nothing(found + await scene.findings(before, "neighbour"))
@@ -223,7 +247,7 @@ async def test_a_row_that_names_anothers_file_is_refused(scene: Scene) -> None:
 
 async def test_a_row_that_names_anothers_file_later_is_not_tagged(scene: Scene) -> None:
     """It names its own when it is enqueued, and another's when the worker asks where the image is."""
-    foreign = [way for way in whose.ways(scene) if way.foreign]
+    foreign = foreign_ways(scene)
     own = scene.neighbour
     assets = own.insert([f"{own.member.workspace}/{i}.jpg" for i in range(len(foreign))])
     own.enqueue(assets)
@@ -236,12 +260,11 @@ async def test_a_row_that_names_anothers_file_later_is_not_tagged(scene: Scene) 
 
 async def test_odd_names_lead_to_nobody_elses_file(scene: Scene) -> None:
     """Whatever the rule of whose a file is, here none: only its very name leads to it."""
-    plain = ("itself", "in its own bucket")
     [told] = scene.neighbour.sql("select pg_get_functiondef('autotag.describe_assets'::regproc) as code")
     rule = "f.bucket in ('assets') and starts_with(f.path, a.workspace_id::text || '/')"
     assert rule in told["code"]
     broken(scene, told["code"].replace(rule, "true"))
-    for asset in whose.insert(scene, [way for way in whose.ways(scene) if way.name not in plain]).values():
+    for asset in whose.insert(scene, odd_ways(scene)).values():
         with suppress(psycopg.ProgrammingError):  # refused, whatever the rule
             scene.neighbour.enqueue([asset])
     assert scene.neighbour.sql("select 1 from autotag.tasks"), "some are taken, and then looked for"
@@ -380,6 +403,6 @@ async def test_every_role_makes_enough_attempts(scene: Scene) -> None:
         [*uploader.places(scene), *uploader.answers()]
     )  # and the files, which take seconds to make
     counts["broadcaster"] = len(broadcaster.attempts(scene))
-    counts["whose a file is"] = len(whose.ways(scene)) + LEAST  # a part of the neighbour's and the uploader's
+    counts["whose a file is"] = 2 * len(foreign_ways(scene)) + len(odd_ways(scene))  # at once and later; without a rule
     print(counts)
     assert min(counts.values()) >= LEAST, counts

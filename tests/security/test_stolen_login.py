@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -64,6 +65,7 @@ MANY = 10_001  # more than any list of a worker
 DEEP = "[" * 1000 + "]" * 1000
 HUGE = (10**400, -1e308, 2**63, -1, 0.5)
 START = "2040-01-01 12:00:00+00"  # after the installation
+SECRET = re.compile(r"[0-9a-f-]{36}/secret-[0-9a-f-]{36}")  # where an image of the scene lies
 
 
 @dataclass
@@ -123,8 +125,8 @@ def set_the_scene(scene: Scene) -> Scene:
     for number, workspace in enumerate(scene.workspaces):
         assets = [str(row["id"]) for row in rows(
             """insert into public.assets (workspace_id, storage_path)
-            select %s, 'secret-' || gen_random_uuid() from generate_series(1, %s) returning id""",
-            workspace, 10 if number < 2 else 11)]  # fmt: skip
+            select %s, %s || '/secret-' || gen_random_uuid() from generate_series(1, %s) returning id""",
+            workspace, workspace, 10 if number < 2 else 11)]  # fmt: skip
         rows("select autotag.lock_workspace(%s), autotag.start_job(%s, null, %s::uuid[])", workspace, workspace, assets)
     for worker, login in ((scene.good, WORKER_ROLE), (scene.thief, THIEF_ROLE)):
         scene.as_(
@@ -289,9 +291,16 @@ def attempts(scene: Scene) -> Iterator[Attempt]:
             for value in choice[1:]:
                 yield Attempt(function, places, (*honest[:at], value, *honest[at + 1 :]))
         if "p_worker" in names:
-            other = {"p_worker": scene.good, "p_batch": scene.batch[scene.good]}
-            theirs = [other.get(name, value) for name, value in zip(names, honest, strict=True)]
-            for told in [*reports(scene, scene.good)[:2], *seen(scene), *errors()] if "jsonb" in kinds else [None]:
+            other = {"p_worker": scene.good, "p_batch": scene.batch[scene.good], "p_state": "uploading"}
+            # what would do most: half of a batch is split off, all that is held is given back
+            most = {"bigint": scene.batch_tasks[scene.good][4], "bigint[]": [], "uuid[]": []}
+            theirs = [
+                other.get(name, most.get(kind, value)) for name, kind, value in zip(names, kinds, honest, strict=True)
+            ]
+            stages = [{**task, "stage": "completing"} for task in scene.tasks[scene.good]]
+            for told in (
+                [*reports(scene, scene.good)[:2], stages, *seen(scene), *errors()] if "jsonb" in kinds else [None]
+            ):
                 told = json.dumps(told)
                 yield Attempt(
                     function, places, tuple(told if k == "jsonb" else v for k, v in zip(kinds, theirs, strict=True))
@@ -378,13 +387,14 @@ def printable_not(column: str) -> str:
 
 def told_too_much(scene: Scene, answer: str, function: str) -> bool:
     """Whether an answer names an image that the thief does not hold (the doctor's sample is one)."""
+    told = set(SECRET.findall(answer))
     if function == "diagnose":
-        return answer.count("secret-") > 1
+        return len(told) > 1
     held = {row["storage_path"] for row in scene.rows(
         """select a.storage_path from public.assets a join autotag.tasks t on t.asset_id = a.id
         left join autotag.batches b on b.id = t.batch_id where t.worker_id = %s or b.worker_id = %s""",
         scene.thief, scene.thief)}  # fmt: skip
-    return any(part[:43] not in held for part in answer.replace("secret-", "\0secret-").split("\0")[1:])
+    return not told <= held
 
 
 def drain(scene: Scene) -> str | None:
@@ -518,6 +528,24 @@ def test_a_stolen_login_wastes_nothing_but_its_own(scene: Scene) -> None:
     assert count >= 300
 
 
+def test_an_honest_call_is_told_where_its_images_lie(scene: Scene) -> None:
+    """So there is something to leak: what is not told to others is told to whoever holds it."""
+    mine, theirs = (scene.batch[worker] for worker in (scene.thief, scene.good))
+    images = scene.as_(THIEF_ROLE, "select autotag.batch_images(%s, %s, 1, 0, 1000)", scene.thief, mine)
+    paths = {image["path"] for image in images}
+    assert len(paths) == len(scene.batch_tasks[scene.thief])
+    assert all(SECRET.fullmatch(path) for path in paths)
+    assert not told_too_much(scene, json.dumps(images), "batch_images")
+    images = scene.as_(WORKER_ROLE, "select autotag.batch_images(%s, %s, 1, 0, 1000)", scene.good, theirs)
+    assert told_too_much(scene, json.dumps(images), "batch_images")
+    scene.advance(60)
+    scene.as_(WORKER_ROLE, "select autotag.release_worker(%s)", scene.good)
+    claimed = scene.as_(THIEF_ROLE, "select tasks from autotag.claim(%s, 100)", scene.thief)
+    assert claimed
+    assert all(SECRET.fullmatch(task["path"]) for task in claimed)
+    assert not told_too_much(scene, json.dumps(claimed), "claim")
+
+
 #: Defences, each broken on purpose: what replaces it, and the functions whose attempts have to show it.
 BROKEN = {
     "logins are not told apart": ("""
@@ -526,14 +554,33 @@ BROKEN = {
       create or replace function autotag.printable(p_text text, p_length integer) returns text language sql strict
       as 'select left(p_text, p_length)'""", "register_worker settle"),
     "no number is clamped": ("""
-      create or replace function autotag.check_number(p_report jsonb, p_name text, p_least double precision, p_most double precision)
+      create or replace function autotag.clean_number(p_report jsonb, p_name text, p_least double precision, p_most double precision)
       returns double precision language sql as $$ select case when jsonb_typeof(p_report -> p_name) = 'number'
         and abs((p_report ->> p_name)::numeric) < 1e300 then (p_report ->> p_name)::double precision end $$""", "settle poll_trouble"),
     "results are stored as they come": ("""
-      create or replace function autotag.check_result(p_result jsonb) returns jsonb language sql as 'select p_result'""", "settle batch_answers"),
+      create or replace function autotag.clean_result(p_result jsonb) returns jsonb language sql as 'select p_result'""", "settle batch_answers"),
     "whatever was learned is believed": ("""
       create or replace function autotag.guess_prompt(p_question jsonb) returns integer language sql as 'select 100000000'""", "settle"),
 }  # fmt: skip
+
+
+OWN = "create or replace function autotag.is_own_worker(p_worker uuid) returns boolean language sql as 'select true'"
+LEASE = "create or replace function autotag.hold_lease(p_worker uuid) returns boolean language sql as 'select true'"
+LOOK = "create or replace function autotag.was_handed_look(p_worker uuid) returns timestamptz language sql as 'select autotag.now()'"
+#: What tells logins apart, replaced, and the functions that stand behind it: each alone has to be noticed. (Of the scene's
+#: there is nothing that files_deleted, poll_trouble, batch_submitted and claim_batches could do in the other's name.)
+TOLD_APART = {
+    "batch_images": OWN, "settle": OWN, "report_stages": OWN, "release_worker": OWN, "release_unheld": OWN, "batch_answers": OWN,
+    "batch_finish": OWN, "batch_split": OWN, "batch_trouble": OWN, "batch_step": OWN, "claim": LEASE, "batches_seen": LOOK,
+    "provider_checked": LOOK,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", TOLD_APART)
+def test_each_group_of_functions_tells_logins_apart(scene: Scene, function: str) -> None:
+    scene.rows(TOLD_APART[function])
+    found, _ = find(scene, function)
+    assert found != []
 
 
 @pytest.mark.parametrize("defence", BROKEN)

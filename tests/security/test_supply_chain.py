@@ -22,13 +22,18 @@ from conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
+GROUPS = PROJECT["dependency-groups"]
 #: Each file of requirements/, and what has to be in it.
 SETS = {
-    "build": [*PROJECT["build-system"]["requires"], *PROJECT["dependency-groups"]["build"]],
+    "build": [*PROJECT["build-system"]["requires"], *GROUPS["build"]],
     "worker": [*PROJECT["project"]["dependencies"], *EXTRAS["otel"]],
-    "local": [*PROJECT["project"]["dependencies"], *EXTRAS["local"]],
-    "dev": [*PROJECT["project"]["dependencies"], *EXTRAS["local"], *EXTRAS["dev"]],
-    "bench": [*PROJECT["project"]["dependencies"], *(r for extra in EXTRAS.values() for r in extra)],
+    "local": [*PROJECT["project"]["dependencies"], *GROUPS["local"]],
+    "dev": [*PROJECT["project"]["dependencies"], *GROUPS["local"], *GROUPS["dev"]],
+    "bench": [
+        *PROJECT["project"]["dependencies"],
+        *EXTRAS["otel"],
+        *(r for name in ("local", "dev", "bench") for r in GROUPS[name]),
+    ],
 }
 
 
@@ -64,7 +69,7 @@ def test_one_version_for_all_and_no_file_beside() -> None:
 
 def test_what_benches_need_is_installed_for_nothing_else() -> None:
     others = {canonicalize_name(p.name) for name in ("worker", "local", "dev") for p in pins(name)}
-    assert not others & {canonicalize_name(Requirement(r).name) for r in EXTRAS["bench"]}
+    assert not others & {canonicalize_name(Requirement(r).name) for r in GROUPS["bench"]}
 
 
 def test_these_tests_run_with_the_pinned_packages() -> None:
@@ -125,6 +130,36 @@ def test_setup_refuses_a_package_that_was_changed(
     else:
         assert "building it now" in done.stderr, done.stderr
         assert installed
+
+
+@pytest.mark.parametrize("function", ["auto_tag_asset", "openai-webhook"])
+def test_an_edge_function_runs_one_version_of_each_package(function: str) -> None:
+    """It runs with a key of the project: what it imports is pinned, and so is what that needs, by hash."""
+    folder = ROOT / "supabase" / "functions" / function
+    imports = json.loads((folder / "deno.json").read_text())["imports"]
+    for name, what in imports.items():
+        assert re.fullmatch(rf"npm:{re.escape(name)}@\d+\.\d+\.\d+", what), f"{what} is not one version"
+    lock = json.loads((folder / "deno.lock").read_text())
+    # Supabase's edge runtime of before March 2026 reads no newer format (supabase/edge-runtime, issue 615).
+    assert lock["version"] == "4"
+    assert {*lock["specifiers"]} == {*lock["workspace"]["dependencies"]} == {*imports.values()}
+    for package, about in lock["npm"].items():
+        assert about["integrity"].startswith("sha512-"), package
+        for needed in about.get("dependencies", []):
+            assert any(one.startswith(f"{needed}@") for one in lock["npm"]), f"{needed} of {package} is not in the lock"
+    # The tests run the same ones, out of node_modules.
+    tested = json.loads((ROOT / "package-lock.json").read_text())["packages"]
+    for package, about in lock["npm"].items():
+        name, _, number = package.rpartition("@")
+        there = tested[f"node_modules/{name}"]
+        assert (there["version"], there["integrity"]) == (number, about["integrity"]), f"{package}: run scripts/lock"
+    source = (folder / "index.ts").read_text()
+    assert {*re.findall(r"^import .* from '(.*)'$", source, re.MULTILINE)} == {*imports}
+
+
+def test_every_edge_function_is_looked_at() -> None:
+    names = {path.parent.name for path in (ROOT / "supabase" / "functions").glob("*/index.ts")}
+    assert names == {"auto_tag_asset", "openai-webhook"}
 
 
 def test_npm_packages_have_their_hashes() -> None:

@@ -70,7 +70,7 @@ class TaggingError(Exception):
         self.parameter = parameter
 
     def as_json(self) -> dict[str, Any]:
-        """The error as ``autotag.check_error`` takes it."""
+        """The error as ``autotag.clean_error`` takes it."""
         return {
             "kind": self.kind, "code": self.code, "message": self.message, "retry": self.retry,
             "retry_after": self.retry_after, "origin": self.origin, "parameter": self.parameter,

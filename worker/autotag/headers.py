@@ -8,7 +8,7 @@ from email.utils import parsedate_to_datetime
 from time import time
 from typing import Any
 
-MAX_RETRY_AFTER = 3600.0  # seconds; the database allows no more either (autotag.check_error)
+MAX_RETRY_AFTER = 3600.0  # seconds; the database allows no more either (autotag.clean_error)
 
 _COUNT = re.compile(r"[0-9]{1,10}")
 

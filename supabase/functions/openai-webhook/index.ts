@@ -8,6 +8,7 @@ const BODY_MOST = 65_536 // bytes; OpenAI's deliveries have a few hundred
 
 const env = (name: string) => Deno.env.get(name) ?? ''
 const secret = env('OPENAI_WEBHOOK_SECRET')
+const KEY_LEAST = 16 // bytes, as the worker requires: whoever guesses the secret is believed
 // Newer projects hand the secret key over as SUPABASE_SECRET_KEYS, a JSON object by name.
 const keys = JSON.parse(env('SUPABASE_SECRET_KEYS') || '{}') as Record<string, string>
 const supabase = createClient(env('SUPABASE_URL'), keys.default ?? env('SUPABASE_SERVICE_ROLE_KEY'), {
@@ -17,6 +18,15 @@ const { webhooks } = new OpenAI({ apiKey: 'not used: nothing is asked of the API
 
 const refuse = (status: number, code: string, message: string) =>
   Response.json({ error: { code, message } }, { status })
+
+/** Whether a text is such a secret as OpenAI makes: whsec_ and a key in base64. */
+function isSecret(text: string): boolean {
+  try {
+    return text.startsWith('whsec_') && atob(text.slice(6)).length >= KEY_LEAST
+  } catch {
+    return false
+  }
+}
 
 /** The body as text, or null when it is larger than any delivery, whatever its headers say. */
 async function read(request: Request): Promise<string | null> {
@@ -34,6 +44,9 @@ async function read(request: Request): Promise<string | null> {
 export async function handle(request: Request): Promise<Response> {
   if (request.method !== 'POST') return refuse(405, 'method_not_allowed', 'POST a delivery of OpenAI here.')
   if (!secret) return refuse(500, 'no_secret', 'OPENAI_WEBHOOK_SECRET is not set.')
+  if (!isSecret(secret)) {
+    return refuse(500, 'bad_secret', "OPENAI_WEBHOOK_SECRET is not what OpenAI's settings show (whsec_…).")
+  }
   const body = await read(request)
   if (body === null) return refuse(413, 'too_large', "The body is larger than any delivery of OpenAI's.")
   let event: { type: string; data?: { id?: string } }

@@ -51,13 +51,13 @@ begin
   return v_text;
 end $$;
 
--- An id of something at the provider (batch_…, file-…), made sure of: null for what can be none.
+-- Validates an id of something at the provider (batch_…, file-…): null for what can be none.
 create or replace function autotag.check_id(p_id text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$ select case when p_id ~ '^[A-Za-z0-9][A-Za-z0-9_.:/=-]{0,199}$' then p_id end $$;
 
--- A number that a worker reports, made sure of: null for what is none, else within bounds that make sense.
-create or replace function autotag.check_number(p_report jsonb, p_name text, p_least double precision, p_most double precision)
+-- Validates a number that a worker reports and cuts it to bounds that make sense: null for what is none.
+create or replace function autotag.clean_number(p_report jsonb, p_name text, p_least double precision, p_most double precision)
 returns double precision
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -90,7 +90,7 @@ begin
   end if;
 end $$;
 
--- A batch's status as the provider says it, made sure of: null for what is none. `gone`: it does not know the batch.
+-- Validates a batch's status as the provider says it: null for what is none. `gone`: it does not know the batch.
 create or replace function autotag.check_status(p_status text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$

@@ -87,8 +87,8 @@ begin
   select coalesce(jsonb_agg(jsonb_build_object(
     'id', i.id, 'status', i.status, 'output_file_id', autotag.check_id(s ->> 'output_file_id'),
     'error_file_id', autotag.check_id(s ->> 'error_file_id'),
-    'total', coalesce(autotag.check_number(s, 'total', 0, 50000), 0)::integer,
-    'done', coalesce(autotag.check_number(s, 'done', 0, 50000), 0)::integer,
+    'total', coalesce(autotag.clean_number(s, 'total', 0, 50000), 0)::integer,
+    'done', coalesce(autotag.clean_number(s, 'done', 0, 50000), 0)::integer,
     'error_code', autotag.printable(s ->> 'error_code', 100), 'error', autotag.printable(s ->> 'error', 1000),
     'error_kind', autotag.printable(s ->> 'error_kind', 20))), '[]')
   into p_seen
@@ -196,12 +196,13 @@ declare
   v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
   v_batch autotag.batches;
   v_settings autotag.settings;
-  v_general boolean := jsonb_path_exists(p_answers, '$[*].error ? (@.kind == "account" || @.parameter != null)');
+  v_general boolean;           -- an answer is about more than its own image
   v_answers autotag.answer[];
   v_again autotag.answer[];    -- of these, those that are left to batch_finish
   v_notices jsonb;
 begin
   perform autotag.check_list(p_answers);
+  v_general := jsonb_path_exists(p_answers, '$[*].error ? (@.kind == "account" || @.parameter != null)');
   select * into v_settings from autotag.settings;
   if v_general then
     perform autotag.lock_provider();
@@ -210,11 +211,11 @@ begin
   v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
   v_answers := array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
-      x.result, autotag.check_error(x.error, x.result), autotag.check_usage(x.usage), true)::autotag.answer
+      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), true)::autotag.answer
     from (
       select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
         greatest(t.min_output_tokens, v_batch.output_tokens) as output_tokens,
-        autotag.check_result(a.result) as result, a.error, a.usage
+        autotag.clean_result(a.result) as result, a.error, a.usage
       from (
         select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
           e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage, i

@@ -16,7 +16,7 @@ declare
   v_state text := (select b.state from autotag.batches b where b.id = p_batch);
 begin
   select * into v_settings from autotag.settings;
-  p_error := autotag.check_error(p_error, null);
+  p_error := autotag.clean_error(p_error, null);
   if p_error ->> 'code' = 'no_batch_api' and v_state not in ('preparing', 'uploading', 'creating') then
     p_error := p_error || '{"kind": "transient", "code": "provider_error"}';  -- a file that is gone is no missing API
   elsif p_error ->> 'code' = 'no_batch_api' and v_provider.proven_at is not null then
@@ -31,7 +31,7 @@ begin
     p_error := p_error || '{"kind": "account"}';
     perform autotag.stop_account(autotag.explain_account(p_error),
       case p_error ->> 'origin' when 'storage' then 'storage' else 'batch' end);
-    perform autotag.pass_turn(array[p_worker]);
+    perform autotag.offer_switch(array[p_worker]);
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
   v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
@@ -73,7 +73,7 @@ begin
   if not autotag.is_own_worker(p_worker) then
     return;
   end if;
-  p_error := autotag.check_error(p_error, null);
+  p_error := autotag.clean_error(p_error, null);
   if p_error ->> 'kind' = 'account' and autotag.was_handed_look(p_worker) is not null then
     perform autotag.stop_account(autotag.explain_account(p_error), 'poll');
   end if;

@@ -237,8 +237,8 @@ begin
   v_answer.reserved_at := (p_report ->> 'reserved_at')::timestamptz;
   v_answer.reserved_tokens := (p_report ->> 'reserved')::integer;
   v_answer.output_tokens := (p_report ->> 'cap')::integer;
-  v_answer.error := autotag.check_error(p_report -> 'error');
-  v_answer.usage := autotag.check_usage(p_report -> 'usage');
+  v_answer.error := autotag.clean_error(p_report -> 'error');
+  v_answer.usage := autotag.clean_usage(p_report -> 'usage');
   v_answer.called := p_report -> 'called' is distinct from 'false';
   v_used := (v_answer.usage -> 'input')::integer;
   v_free := not v_answer.called or coalesce(v_answer.error ->> 'code' = 'rate_limited', false);

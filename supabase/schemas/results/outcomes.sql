@@ -72,7 +72,7 @@ end $$;
 
 -- Applies answers to tasks whose jobs the caller has locked (and their workspaces where an error may requeue): tags
 -- are stored, failures end or requeue their image, counts follow. Each task has one answer at most: a result, or else
--- an error (check_error) whose kind decides (error_kinds). One of kind image ends its image, unless `retry` says that
+-- an error (clean_error) whose kind decides (error_kinds). One of kind image ends its image, unless `retry` says that
 -- another answer may help: every such answer was paid for, so only max_bad_answers times. One that was cut off gets four
 -- times the cap, until max_output_tokens was not enough. Returns sentences for the operator's log: [{event, notice}].
 create or replace function autotag.apply_answers(p_answers autotag.answer[]) returns jsonb
@@ -255,12 +255,12 @@ begin
   limit 1;
   if found then
     perform autotag.stop_account(autotag.explain_account(v_error), coalesce(v_error ->> 'origin', 'provider'));
-    perform autotag.pass_turn(array(
+    perform autotag.offer_switch(array(
       select t.worker_id from unnest(p_answers) a join autotag.tasks t on t.id = a.task where a.error ->> 'kind' = 'account'));
   elsif v_works and (v_provider.account_error is not null or v_provider.proven_at is null) then
     perform autotag.resume_account();
     -- Whoever has shown that it works is asked from now on.
-    perform autotag.turn_to(w)
+    perform autotag.switch_provider(w.base_url, w.fingerprint)
     from autotag.workers w
     where w.fingerprint is not null and w.id = (
       select t.worker_id from unnest(p_answers) a join autotag.tasks t on t.id = a.task

@@ -1,7 +1,7 @@
--- A result as a worker reports it, made sure of: {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model} and nothing else,
--- at most 50 tags of 50 characters, a caption of 300. Tags that are none (empty, no text, a sentence) are left out, like
+-- Validates a worker's result and cuts it to its bounds: {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model} and
+-- nothing else, at most 50 tags of 50 characters, each once, a caption of 300. Tags that are none (empty, no text, a sentence) are left out, like
 -- confidences of none of them. Null: there is no list of tags, or none of it is a tag.
-create or replace function autotag.check_result(p_result jsonb) returns jsonb
+create or replace function autotag.clean_result(p_result jsonb) returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -27,7 +27,7 @@ begin
     return null;
   end if;
   if jsonb_typeof(p_result -> 'confidence') = 'object' then
-    select jsonb_object_agg(t, autotag.check_number(p_result -> 'confidence', t, 0, 1)) into v_sure
+    select jsonb_object_agg(t, autotag.clean_number(p_result -> 'confidence', t, 0, 1)) into v_sure
     from unnest(v_kept) t where jsonb_typeof(p_result -> 'confidence' -> t) = 'number';
   end if;
   return jsonb_build_object('tags', to_jsonb(v_kept), 'confidence', coalesce(v_sure, '{}'),
@@ -35,8 +35,8 @@ begin
     'model', coalesce(autotag.printable(case when jsonb_typeof(p_result -> 'model') = 'string' then p_result ->> 'model' end, 100), ''));
 end $$;
 
--- Whether nothing of a result (an object with a list of tags) has to be made sure of. It is looked at as text, which costs
--- a fifth of taking it apart.
+-- Whether clean_result() would change nothing of a result (an object with a list of tags). It is looked at as text, which
+-- costs a fifth of taking it apart. A result whose tags do not have a confidence each is taken apart.
 create or replace function autotag.is_tidy(p_result jsonb) returns boolean
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -44,20 +44,31 @@ declare
   v_tags text := p_result -> 'tags';
   v_sure text := p_result -> 'confidence';
   v_caption text := p_result ->> 'caption';
-  v_model text := coalesce(p_result ->> 'model', '');
+  v_model text := p_result ->> 'model';
+  v_list text[];               -- the tags
 begin
-  return pg_column_size(p_result) < 8000 and jsonb_array_length(p_result -> 'tags') <= 50
+  if pg_column_size(p_result) < 8000 and jsonb_array_length(p_result -> 'tags') <= 50
     and p_result - '{tags,confidence,caption,model}'::text[] = '{}'
-    and jsonb_typeof(p_result -> 'caption') = 'string' and length(v_caption) <= 300 and length(v_model) <= 100
-    and jsonb_typeof(p_result -> 'confidence') = 'object' and coalesce(jsonb_typeof(p_result -> 'model') = 'string', true)
+    and jsonb_typeof(p_result -> 'caption') = 'string' and length(v_caption) <= 300
+    and jsonb_typeof(p_result -> 'model') = 'string' and length(v_model) <= 100
+    and jsonb_typeof(p_result -> 'confidence') = 'object'
     and autotag.is_plain(v_tags || v_sure || v_caption || v_model) and strpos(v_tags || v_sure, '\') = 0
-    -- an element that is no text, a tag or label that is too long or empty, a number that is none from 0 to 1
-    and v_tags !~ '\[[^"\]]|, [^"]|[^"]{51}|""' and v_sure !~ ': (1[^,}]|0[^.,}]|[^01])|[^"]{51}|""';
+    -- blanks that printable() takes away
+    and strpos(v_tags || v_caption || v_model, '  ') = 0 and v_caption = btrim(v_caption) and v_model = btrim(v_model)
+    -- an element that is no text, a tag or label that is too long or empty or begins or ends with a blank, a number that is
+    -- none from 0 to 1
+    and v_tags !~ '\[[^"\]]|, [^"]|[^"]{51}|""|" |[^,] "|, "[],]' and v_sure !~ ': (1[^,}]|0[^.,}]|[^01])|[^"]{51}|""' then
+    -- The tags are as many as there are confidences, and there is none of anything else: so no tag is there twice.
+    v_list := ('{' || substr(v_tags, 2, length(v_tags) - 2) || '}')::text[];
+    return (p_result -> 'confidence') - v_list = '{}'
+      and 3 * cardinality(v_list) = length(v_sure) - length(replace(v_sure, '": ', ''));
+  end if;
+  return false;
 end $$;
 
--- An error as a worker reports it, made sure of: its kind is one of error_kinds, texts are short and printable, waits make
--- sense. What has no error has to have a result that can be stored (p_result, as check_result() makes it).
-create or replace function autotag.check_error(p_error jsonb, p_result jsonb default '{"tags": []}') returns jsonb
+-- Validates a worker's error and cuts it to its bounds: its kind is one of error_kinds, texts are short and printable, waits make
+-- sense. What has no error has to have a result that can be stored (p_result, as clean_result() makes it).
+create or replace function autotag.clean_error(p_error jsonb, p_result jsonb default '{"tags": []}') returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -72,17 +83,17 @@ begin
     'code', coalesce(nullif(autotag.printable(p_error ->> 'code', 100), ''), 'unknown'),
     'message', coalesce(nullif(autotag.printable(p_error ->> 'message', 1000), ''), 'Tagging this image did not work.'),
     'retry', coalesce(p_error ->> 'retry', '') = 'true',
-    'retry_after', autotag.check_number(p_error, 'retry_after', 0, 3600),
+    'retry_after', autotag.clean_number(p_error, 'retry_after', 0, 3600),
     'origin', case when p_error ->> 'origin' in ('provider', 'storage', 'host', 'worker') then p_error ->> 'origin' end,
     'parameter', case when p_error ->> 'parameter' in
       ('token_cap', 'reasoning_effort', 'response_format', 'detail', 'service_tier', 'expires_after')
       then p_error ->> 'parameter' end);
 end $$;
 
--- Figures of usage as a worker reports them, made sure of: {input, cached, cache_write, output, reasoning} tokens, none
+-- Validates a worker's figures of usage and cuts them to bounds: {input, cached, cache_write, output, reasoning} tokens, none
 -- negative or beyond what one answer can have, the model that answered and the service tier (null: it does not say). Null:
 -- the provider gave no figures.
-create or replace function autotag.check_usage(p_usage jsonb) returns jsonb
+create or replace function autotag.clean_usage(p_usage jsonb) returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -100,11 +111,11 @@ begin
     return p_usage;
   end if;
   return jsonb_build_object(
-    'input', coalesce(autotag.check_number(p_usage, 'input', 0, 10000000), 0)::integer,
-    'cached', coalesce(autotag.check_number(p_usage, 'cached', 0, 10000000), 0)::integer,
-    'cache_write', coalesce(autotag.check_number(p_usage, 'cache_write', 0, 10000000), 0)::integer,
-    'output', coalesce(autotag.check_number(p_usage, 'output', 0, 10000000), 0)::integer,
-    'reasoning', coalesce(autotag.check_number(p_usage, 'reasoning', 0, 10000000), 0)::integer,
+    'input', coalesce(autotag.clean_number(p_usage, 'input', 0, 10000000), 0)::integer,
+    'cached', coalesce(autotag.clean_number(p_usage, 'cached', 0, 10000000), 0)::integer,
+    'cache_write', coalesce(autotag.clean_number(p_usage, 'cache_write', 0, 10000000), 0)::integer,
+    'output', coalesce(autotag.clean_number(p_usage, 'output', 0, 10000000), 0)::integer,
+    'reasoning', coalesce(autotag.clean_number(p_usage, 'reasoning', 0, 10000000), 0)::integer,
     'model', nullif(autotag.printable(v_model, 100), ''), 'tier', nullif(autotag.printable(v_tier, 20), ''));
 end $$;
 
@@ -123,8 +134,8 @@ begin
     return;
   end if;
   if p_sent is not null then
-    perform autotag.note_sent(p_worker, autotag.check_number(p_sent, 'sent', 0, 100000)::integer,
-      coalesce(autotag.check_number(p_sent, 'sent_age', 0, 3600), 0));
+    perform autotag.note_sent(p_worker, autotag.clean_number(p_sent, 'sent', 0, 100000)::integer,
+      coalesce(autotag.clean_number(p_sent, 'sent_age', 0, 3600), 0));
   end if;
   select coalesce(array_agg(t.id), '{}') as tasks, array_agg(t.attempt) as attempts, array_agg(r.stage) as stages,
     array_agg(distinct t.job_id) as jobs

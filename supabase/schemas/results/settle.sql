@@ -22,10 +22,10 @@ begin
   perform from autotag.provider_limits for update;
   execute $q$ select array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens,
-      x.result, autotag.check_error(x.error, x.result), autotag.check_usage(x.usage), x.called)::autotag.answer
+      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), x.called)::autotag.answer
     from (
       select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
-        autotag.check_result(r.result) as result, r.error, r.usage, r.called
+        autotag.clean_result(r.result) as result, r.error, r.usage, r.called
       from (
         select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
           case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end as attempt,
@@ -50,8 +50,8 @@ begin
         else 0 end as tokens) u
   where a.reserved_tokens is not null;
   if p_seen ? 'sent' then
-    perform autotag.note_sent(p_worker, autotag.check_number(p_seen, 'sent', 0, 100000)::integer,
-      coalesce(autotag.check_number(p_seen, 'sent_age', 0, 3600), 0));
+    perform autotag.note_sent(p_worker, autotag.clean_number(p_seen, 'sent', 0, 100000)::integer,
+      coalesce(autotag.clean_number(p_seen, 'sent_age', 0, 3600), 0));
   end if;
   -- In this order: what the headers say holds whatever is given back.
   if v_refund.requests <> 0 or v_refund.tokens <> 0 then

@@ -85,11 +85,11 @@ declare
   v_provider autotag.provider_limits := autotag.lock_provider();
   -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (its guide "Rate limits"). A bucket of less than
   -- the least here would never hold a call, and no answer would ever say better.
-  v_requests integer := coalesce(autotag.check_number(p_seen, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
-  v_tokens integer := coalesce(autotag.check_number(p_seen, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
+  v_requests integer := coalesce(autotag.clean_number(p_seen, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
+  v_tokens integer := coalesce(autotag.clean_number(p_seen, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
   v_minutes double precision := extract(epoch from
-    autotag.clock_interval(coalesce(autotag.check_number(p_seen, 'age', 0, 3600), 0))) / 60;
-  v_retry_after double precision := autotag.check_number(p_seen, 'retry_after', 0, 3600);
+    autotag.clock_interval(coalesce(autotag.clean_number(p_seen, 'age', 0, 3600), 0))) / 60;
+  v_retry_after double precision := autotag.clean_number(p_seen, 'retry_after', 0, 3600);
 begin
   update autotag.provider_limits p
   set requests_per_minute = v_requests,
@@ -97,9 +97,9 @@ begin
       -- the daily cap is tier 1's; a higher limit a minute is a higher tier
       requests_per_day = case when v_requests > p.requests_per_minute then null else p.requests_per_day end,
       requests_left = least(v_provider.requests_left + greatest(v_requests - p.requests_per_minute, 0),
-        autotag.check_number(p_seen, 'requests_left', 0, v_requests) + v_minutes * v_requests),
+        autotag.clean_number(p_seen, 'requests_left', 0, v_requests) + v_minutes * v_requests),
       tokens_left = least(v_provider.tokens_left + greatest(v_tokens - p.tokens_per_minute, 0),
-        autotag.check_number(p_seen, 'tokens_left', 0, v_tokens) + v_minutes * v_tokens),
+        autotag.clean_number(p_seen, 'tokens_left', 0, v_tokens) + v_minutes * v_tokens),
       day_left = v_provider.day_left,
       refilled_at = v_provider.refilled_at,
       blocked_until = greatest(p.blocked_until, v_provider.refilled_at + autotag.clock_interval(v_retry_after)),

@@ -24,15 +24,10 @@ begin
   end if;
   p_base_url := autotag.printable(p_base_url, 300);
   p_fingerprint := autotag.printable(p_fingerprint, 100);
-  update autotag.provider_limits p
-  set base_url = p_base_url, fingerprint = p_fingerprint, fingerprint_since = autotag.now(),
-      proven_at = null, probe_at = null,
-      account_error = null, account_error_from = null, account_error_at = null, checked_at = '-infinity',
-      has_batches = case when p.base_url = p_base_url then p.has_batches end,
-      batches_refused = coalesce(p.base_url = p_base_url, false) and p.batches_refused,
-      has_rate_headers = case when p.base_url = p_base_url then p.has_rate_headers end,
-      keep_files = case when p.base_url = p_base_url then p.keep_files else 604800 end
-  where p_fingerprint is not null and p.fingerprint is distinct from p_fingerprint;
+  if autotag.switch_provider(p_base_url, p_fingerprint) then
+    update autotag.provider_limits
+    set proven_at = null, probe_at = null, account_error = null, account_error_from = null, account_error_at = null;
+  end if;
   insert into autotag.workers (id, host, version, listening, started_at, seen_at, lease_until, base_url, fingerprint)
   select p_worker, coalesce(autotag.printable(p_host, 100), ''), autotag.printable(p_version, 50), coalesce(p_listening, false),
     v_now, v_now, v_now + s.lease, p_base_url, p_fingerprint
@@ -74,8 +69,9 @@ begin
   return v_alive;
 end $$;
 
--- Whether a worker may be given something: not when it is another login's, or its lease has run out, because what it got then nobody would take
--- back should it never return. Nor can it run out before the caller's transaction ends. Locks the worker's row.
+-- Whether a worker is the caller's own and may be given something. A worker whose lease has ended gets nothing, because nobody
+-- would take it back. The row lock keeps the lease from being expired until this transaction ends. Only expire_workers ends a
+-- lease.
 create or replace function autotag.hold_lease(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -97,7 +93,7 @@ end $$;
 
 -- These workers have met trouble of the account: if it was they whose turn it is, the next probe is of those that ask in
 -- another way, if there are any. The caller holds the provider row.
-create or replace function autotag.pass_turn(p_workers uuid[]) returns void
+create or replace function autotag.offer_switch(p_workers uuid[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -111,23 +107,25 @@ begin
   where w.fingerprint <> v_fingerprint and w.lease_until > autotag.now()
   order by w.fingerprint > v_fingerprint desc, w.fingerprint limit 1;
   if found then
-    perform autotag.turn_to(v_next);
+    perform autotag.switch_provider(v_next.base_url, v_next.fingerprint);
   end if;
 end $$;
 
--- From now on this worker's address and key are the ones that are asked; what is known of another address is forgotten. The
--- caller holds the provider row.
-create or replace function autotag.turn_to(p_worker autotag.workers) returns void
-language sql security definer set search_path = pg_catalog, pg_temp
+-- From now on this address and key are the ones that are asked; what is known of another address is forgotten. False: they
+-- were asked already, or there is no fingerprint. Locks the provider row.
+create or replace function autotag.switch_provider(p_base_url text, p_fingerprint text) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
+begin
   update autotag.provider_limits p
-  set fingerprint = p_worker.fingerprint, base_url = p_worker.base_url, fingerprint_since = autotag.now(), checked_at = '-infinity',
-      has_batches = case when p.base_url = p_worker.base_url then p.has_batches end,
-      batches_refused = p.base_url = p_worker.base_url and p.batches_refused,
-      has_rate_headers = case when p.base_url = p_worker.base_url then p.has_rate_headers end,
-      keep_files = case when p.base_url = p_worker.base_url then p.keep_files else 604800 end
-  where p.fingerprint is distinct from p_worker.fingerprint
-$$;
+  set fingerprint = p_fingerprint, base_url = p_base_url, fingerprint_since = autotag.now(), checked_at = '-infinity',
+      has_batches = case when p.base_url = p_base_url then p.has_batches end,
+      batches_refused = coalesce(p.base_url = p_base_url, false) and p.batches_refused,
+      has_rate_headers = case when p.base_url = p_base_url then p.has_rate_headers end,
+      keep_files = case when p.base_url = p_base_url then p.keep_files else 604800 end
+  where p_fingerprint is not null and p.fingerprint is distinct from p_fingerprint;
+  return found;
+end $$;
 
 -- The tasks that a worker holds: among those that were released and are not finished, of uploads that are not.
 create or replace function autotag.held_tasks(p_worker uuid) returns bigint[]

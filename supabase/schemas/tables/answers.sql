@@ -11,6 +11,6 @@ create type autotag.answer as (
   output_tokens integer,       -- the cap of the answer that was asked for
   result jsonb,                -- {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}
   error jsonb,                 -- {kind, code, message, retry, retry_after, origin, parameter}
-  usage jsonb,                 -- as check_usage() makes it, whenever the provider answered
+  usage jsonb,                 -- as clean_usage() makes it, whenever the provider answered
   called boolean               -- whether it was asked at all
 );

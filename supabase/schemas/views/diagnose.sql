@@ -134,6 +134,28 @@ begin
       else autotag.finding('provider', 'ok', 'Nothing is known to be missing.') end);
 end $$;
 
+-- Whether a login may do everything here: it is a superuser, or a member of the owner of autotag's schema or of the database.
+create or replace function autotag.is_owner(p_login name) returns boolean
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select exists (
+    select from pg_roles m
+    where m.rolname = p_login and (m.rolsuper
+      or pg_has_role(m.oid, (select n.nspowner from pg_namespace n where n.nspname = 'autotag'), 'member')
+      or pg_has_role(m.oid, (select d.datdba from pg_database d where d.datname = current_database()), 'member')))
+$$;
+
+-- The logins that may work, but for superusers and the owner's own (a hosted project's cli_login_postgres is one), who may do
+-- everything anyway.
+create or replace function autotag.worker_logins() returns name[]
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select array(
+    select m.rolname from pg_roles m
+    where m.rolcanlogin and pg_has_role(m.oid, 'autotag_worker', 'member') and not autotag.is_owner(m.rolname)
+    order by m.rolname)
+$$;
+
 -- What the database can tell of the installation: {findings: [{check, level, message, fix}] in the order a
 -- reader wants them, now (epoch seconds), model, sample}. sample is the one image that anybody is told of who has not
 -- claimed it: bucket and path, without which the doctor could not try to read a file.
@@ -148,7 +170,8 @@ declare
   v_polling integer;
   v_versions text;
   v_waiting integer;
-  v_logins text;
+  v_logins name[] := autotag.worker_logins();
+  v_owners text;               -- logins of live workers that may do everything
   v_problem text;
   v_sample jsonb;
   v_ticked timestamptz := (select c.ticked_at from autotag.clock c);
@@ -156,15 +179,16 @@ begin
   select * into v_provider from autotag.provider_limits;
 
   -- roles and grants
-  select string_agg(m.rolname, ', ' order by m.rolname) into v_logins
-  from pg_catalog.pg_roles m
-  where m.rolcanlogin and not m.rolsuper and pg_catalog.pg_has_role(m.oid, 'autotag_worker', 'member')
-    and m.rolname <> 'postgres';
+  select string_agg(distinct w.login::text, ', ') into v_owners
+  from autotag.workers w where w.lease_until > v_now and autotag.is_owner(w.login);
   v_found := v_found || case
-    when v_logins is null then autotag.finding('roles', 'warning',
+    when v_logins = '{}' then autotag.finding('roles', 'warning',
       'No login of its own is granted autotag_worker; the worker then has to run as the owner, who may do everything.',
-      'create role tagger login password ''…'' in role autotag_worker;')
-    else autotag.finding('roles', 'ok', format('Workers may log in as %s.', v_logins)) end;
+      'create role tagger login in role autotag_worker;   -- then its password with psql''s \password tagger')
+    when v_owners is not null then autotag.finding('roles', 'warning',
+      format('A worker is logged in as %s, who may do everything.', v_owners),
+      format('Put a login that may only work (%s) into its DATABASE_URL and restart it.', array_to_string(v_logins, ', ')))
+    else autotag.finding('roles', 'ok', format('Workers may log in as %s.', array_to_string(v_logins, ', '))) end;
 
   select string_agg(p.oid::regprocedure::text, ', ') into v_problem
   from pg_catalog.pg_proc p
@@ -242,10 +266,7 @@ begin
       'insert into autotag.quotas (scope, period, max_cost) values (''workspace'', ''month'', 20);   -- dollars, every workspace') end
   || case
     when exists (
-      select from pg_catalog.pg_roles m
-      where m.rolcanlogin and not m.rolsuper and m.rolname <> 'postgres'
-        and pg_catalog.pg_has_role(m.oid, 'autotag_worker', 'member')
-        and has_database_privilege(m.oid, current_database(), 'temporary'))
+      select from unnest(v_logins) login where has_database_privilege(login, current_database(), 'temporary'))
       then autotag.finding('temporary objects', 'warning',
         'Workers'' logins may create temporary objects, which nothing of autotag needs.',
         format('revoke temporary on database %I from public;   -- then grant it to the roles that need it', current_database()))

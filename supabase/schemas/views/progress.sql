@@ -4,8 +4,8 @@
 --     whatever ids they have learned from status(). Workers of one login are one.
 --   * It acts on what its worker holds: tasks with their attempt, batches with theirs, and the look at the provider that it
 --     was handed (claim_batches). Images are described only to the worker that holds them.
---   * What is reported is data: counts, waits and sizes are clamped (check_number, check_usage), shapes are made sure of
---     (check_result, check_error), texts are made printable; what is no list of reports, or more than a worker can have, is
+--   * What is reported is data: counts, waits and sizes are cut to bounds (clean_number, clean_usage), shapes are validated
+--     (clean_result, clean_error), texts are made printable; what is no list of reports, or more than a worker can have, is
 --     refused before any work is done (check_list). One bad report of many is that image's trouble, and not the others'.
 --   * What a worker says of the provider (waits, limits, its form, its Batch API) and of the account holds for all, because
 --     nobody but workers sees the provider. So it can pause tagging (each time for an hour at most), slow it and make it

@@ -11,7 +11,7 @@ from typing import Any
 
 import jwt
 
-from attacks.attempt import ANY, REFUSED, UNSEEN, Attempt, http, sql
+from attacks.attempt import ANY, DENIED, MEANT, REFUSED, UNSEEN, Attempt, http, sql
 from attacks.scene import Scene
 
 INJECTIONS = (
@@ -38,7 +38,7 @@ HOSTILE: dict[str, list[Any]] = {
              "2026-02-30", 7, [], LONG, *INJECTIONS],
 }  # fmt: skip
 #: RPCs that tell everybody who is signed in the same, and name nobody.
-OPEN = {"tagging_strategy", "describe_strategy"}
+OPEN = {"tagging_strategy", "describe_strategy", "check_image_count"}
 SCHEMAS = ("autotag", "storage", "auth", "realtime", "cron", "extensions", "pg_catalog", "information_schema",
            "supabase_migrations", "vault", "", "PUBLIC", "public,autotag", "\"autotag\"", "public\x00")  # fmt: skip
 
@@ -122,7 +122,7 @@ def rpcs(scene: Scene, caller: str, *, own: bool = False) -> list[Attempt]:
         base = {argument: theirs(scene, argument, kind) for argument, kind in types.items()}
         if own:
             base = {argument: _owned(scene, caller, argument, value) for argument, value in base.items()}
-        add(name, "as it is meant to be", refused, body=base)
+        add(name, "as it is meant to be", refused if own else MEANT, body=base)
         for argument, kind in types.items():
             for i, value in enumerate(HOSTILE.get(kind, [None, LONG])):
                 add(name, f"with hostile {argument} {i}", refused, body={**base, argument: value})
@@ -340,7 +340,7 @@ def tokens(scene: Scene, caller: str) -> list[Attempt]:
 def statements(scene: Scene, caller: str) -> list[Attempt]:
     """SQL in the caller's role: every table × every verb, every function, and what only owners do."""
     found, own = [], _own(scene, caller)
-    denied = r"[0-9A-Z]{5}|rows 0"
+    denied = DENIED + "|rows 0"
 
     def add(statement: str, expect: str = denied, *arguments: object) -> None:
         found.append(
@@ -353,7 +353,7 @@ def statements(scene: Scene, caller: str) -> list[Attempt]:
         mine = "" if caller in ("anon", "nobody") else f" t where strpos(to_jsonb(t)::text, '{own}') = 0"
         add(f"select * from {table}{mine}")
         add(f"insert into {table} default values")
-        add(f"insert into {table} select * from {table}{mine}")
+        add(f"insert into {table} overriding user value select * from {table}{mine}")
         add(f"delete from {table}{mine}")
         column = scene.victim.sql(
             "select attname from pg_attribute where attrelid = %s::regclass and attnum > 0 order by attnum desc limit 1",
@@ -363,16 +363,18 @@ def statements(scene: Scene, caller: str) -> list[Attempt]:
         if not table.startswith(("autotag.", "public.")):
             continue  # Supabase gives its roles more on its own tables than its API lets them do
         add(f"grant all on {table} to public", ANY)  # without the right to it Postgres only warns
-        for verb in ("truncate {}", "lock table {} in access exclusive mode", "copy (select * from {}) to '/tmp/x'", "alter table {} disable row level security",
+        for verb in ("truncate {}", "do $$ begin lock table {} in access exclusive mode; end $$", "copy (select * from {}) to '/tmp/x'", "alter table {} disable row level security",
                      "drop table {}", "create policy p on {} using (true)",
                      "create trigger t before insert on {} execute function pg_catalog.suppress_redundant_updates_trigger()"):  # fmt: skip
-            add(verb.format(table), r"[0-9A-Z]{5}")
+            # Postgres lets whoever may delete rows lock their table, for as long as their statement runs.
+            may_lock = verb.startswith("do $$ begin lock") and table == "public.assets" and caller != "anon"
+            add(verb.format(table), ANY if may_lock else DENIED)
     for schema in ("autotag", "public"):
         for name, types in functions(scene, schema):
             values = [theirs(scene, argument, kind) for argument, kind in types.items()]
             places = ", ".join(f"%s::{kind}" for kind in types.values())
             harmless = name in OPEN | {"is_member", "may_listen", "seen_files", "files_to_see"} and caller != "anon"
-            add(f"select {schema}.{name}({places})", ANY if harmless else r"[0-9A-Z]{5}", *values)
+            add(f"select {schema}.{name}({places})", ANY if harmless else DENIED, *values)
     for statement in (
         "create table public.x (a int)", "create function public.x() returns int language sql as 'select 1'",
         "create schema x", "create extension dblink", "alter role authenticated superuser", "create role x superuser login",
@@ -385,10 +387,10 @@ def statements(scene: Scene, caller: str) -> list[Attempt]:
         "grant autotag_worker to authenticated", "grant execute on all functions in schema autotag to authenticated",
         "reassign owned by postgres to anon",
         "create publication p for all tables", "select lo_export(1, '/tmp/x')",
-        "create event trigger e on ddl_command_start execute function x()", "select query from pg_stat_statements",
+        "create event trigger e on ddl_command_start execute function x()",
         "select set_config('row_security', 'off', false), count(*) from autotag.tasks",
     ):  # fmt: skip
-        add(statement, r"[0-9A-Z]{5}")
+        add(statement, DENIED)
     for statement in ("vacuum public.assets", "alter default privileges grant all on functions to public",
                       "select pg_notify('autotag', 'realtime')", "listen autotag"):  # fmt: skip
         add(statement, ANY)  # Postgres lets everybody; it changes nothing
@@ -414,6 +416,32 @@ def statements(scene: Scene, caller: str) -> list[Attempt]:
     add("insert into public.assets (workspace_id, storage_path) values (%s, 'x')", denied, scene.ids["workspace"])
     add("insert into public.assets (id, workspace_id, image_url) values (%s, %s, 'https://x') on conflict (id) do update set workspace_id = excluded.workspace_id",
         denied, scene.ids["asset"], own)  # fmt: skip
+    return found
+
+
+def behind(scene: Scene, caller: str, foreign: list[str]) -> list[Attempt]:
+    """By SQL, what stands right behind the RPCs, where the caller says which files they may not see; `foreign`: images of
+    theirs that name somebody else's file."""
+    own, found = scene.of(caller), []
+    assets, theirs = list(own.assets()), [scene.ids["asset"], scene.ids["live asset"], scene.ids["fileless asset"]]
+    assets = [asset for asset in assets if asset not in foreign]
+    canceled = own.enqueue(assets[:1])["job_id"]
+    own.rpc("public.cancel_tagging", canceled)
+
+    def add(name: str, expect: str, statement: str, *arguments: object) -> None:
+        found.append(Attempt(f"{caller} by SQL {name}", sql(caller, statement, *arguments), expect))
+
+    for hidden in ([], None, assets, theirs, [None]):
+        said = f"and hides {hidden}"
+        enqueue, retry = "select autotag.enqueue(%s::uuid[], %s::uuid[])", "select autotag.retry(%s, %s::uuid[])"
+        add(f"enqueues another's {said}", "PT404", enqueue, theirs, hidden)
+        add(f"enqueues their own with another's {said}", "PT404", enqueue, [*assets, theirs[0]], hidden)
+        for asset in foreign:
+            add(f"enqueues {asset}, which names another's file, {said}", "PT403", enqueue, [asset], hidden)
+        for job in (scene.ids["job"], scene.ids["cancelled job"]):
+            add(f"retries another's {job} {said}", "PT404", retry, job, hidden)
+        add(f"enqueues their own {said}", "rows 1", enqueue, assets[1:], hidden)
+        add(f"retries their own {said}", "rows 1", retry, canceled, hidden)
     return found
 
 

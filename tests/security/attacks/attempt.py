@@ -16,9 +16,11 @@ import psycopg
 if TYPE_CHECKING:
     from attacks.scene import Scene
 
-#: What a refusal looks like: HTTP's 4xx, an sqlstate, or what the local edge does not even have.
-REFUSED = r"4\d\d .*|501 LOCAL501|[0-9A-Z]{5}"
+#: What a refusal over HTTP looks like: a 4xx, or what the local edge does not even have.
+REFUSED = r"4\d\d .*|501 LOCAL501"
 UNSEEN = REFUSED + r"|2\d\d \[\]|2\d\d -|rows 0"  # refused, or as if nothing were there
+DENIED = r"42501|PT4\d\d"  # SQL: the right is missing, or autotag refuses; with any other sqlstate nothing was tried
+MEANT = r"4\d\d (42501|PT4\d\d)"  # the same over HTTP, of a call that is well-formed
 ANY = r".*"  # nothing else is asked of the answer than of all: no 500, no secret, no effect
 ERROR = re.compile(r"5(?!01 LOCAL501)\d\d .*|XX000|crashed .*")
 
