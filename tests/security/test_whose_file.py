@@ -6,14 +6,15 @@ name it, at enqueue and again when a worker asks.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import psycopg
 import pytest
 
 from lab.pictures import draw
-from lab.stack import Stack
-from support import Library, rpc, store_file, worker
+from lab.stack import WORKER_ROLE, Stack
+from support import Library, rpc, store_file, until, worker
 
 #: Files that a row of the workspace {own} must not name; {theirs} is another one.
 FOREIGN = [
@@ -125,8 +126,6 @@ async def test_automatic_mode_shows_them_as_failed(library: Library) -> None:
 
 
 async def begun(library: Library, jobs: int) -> list[dict[str, Any]]:
-    from support import until
-
     await until(lambda: len(library.sql("select id from autotag.jobs")) == jobs, "the upload to be sealed")
     return [{"job_id": str(found["id"])} for found in library.sql("select id from autotag.jobs")]
 
@@ -289,3 +288,52 @@ def test_the_doctor_says_when_the_api_exposes_the_schema(library: Library) -> No
             )
             assert grants()["level"] == level, schemas
         connection.execute(f'alter role authenticator in database "{name}" reset pgrst.db_schemas'.encode())
+
+
+@pytest.mark.parametrize("moment", ["before it is read", "while it is asked about"])
+async def test_an_image_of_another_workspace_by_now_gets_nothing(library: Library, moment: str) -> None:
+    """The row is deleted, and another workspace inserts one with its id: neither picture's tags go where they do not belong."""
+    stack = library.stack
+    other = Library(stack, stack.add_member("other"))
+    [asset] = await library.upload(1)
+    [(theirs, _)] = await other.upload_files(1, seed=5)
+    job = library.enqueue([asset])
+
+    def take_over() -> None:
+        library.sql("delete from public.assets where id = %s", asset)
+        library.sql("insert into public.assets (id, workspace_id, storage_path) values (%s, %s, %s)",
+                    asset, other.member.workspace, theirs)  # fmt: skip
+
+    if moment == "before it is read":
+        take_over()
+    else:
+        stack.simulator.plan.latency = (1.0, 1.0)
+    async with worker(stack):
+        if moment == "while it is asked about":
+            await until(lambda: library.sql("select 1 from autotag.tasks where stage = 'processing'") != [], "the call")
+            take_over()
+        await library.finished(job)
+    row = other.assets()[asset]
+    assert (row["tags"], row["tagging_result"]) == (None, None)
+
+
+async def test_a_workers_login_speaks_in_nobodys_name(library: Library) -> None:
+    """Triggers of the host's table that ask auth.uid() see nobody, whatever a worker's session says it is."""
+    library.sql("create table public.seen (who uuid)")
+    library.sql("""create function public.note() returns trigger language plpgsql as $$
+        begin insert into public.seen values (auth.uid()); return new; end $$""")
+    library.sql("create trigger note after update on public.assets for each row execute function public.note()")
+    library.sql("grant insert on public.seen to public")
+    library.enqueue(library.insert(["a.jpg"]))
+    library.sql("delete from public.seen")
+    worker_id = "99999999-0000-4000-8000-000000000001"
+    with psycopg.connect(library.stack.database_url(WORKER_ROLE), autocommit=True) as login:
+        login.execute("select set_config('request.jwt.claims', %s, false)", (json.dumps({"sub": library.member.user}),))
+        login.execute("select autotag.register_worker(%s, 'x', autotag.schema_version(), true)", (worker_id,))
+        row = login.execute("select tasks from autotag.claim(%s, 1)", (worker_id,)).fetchone()
+        assert row is not None
+        task = {key: row[0][0][key] for key in ("task", "attempt")}
+        report = {**task, "called": True, "result": {"tags": ["x"], "confidence": {}, "caption": "c", "model": "m"},
+                  "usage": {"input": 1, "cached": 0, "output": 1}}  # fmt: skip
+        login.execute("select autotag.settle(%s, %s)", (worker_id, json.dumps([report])))
+    assert {seen["who"] for seen in library.sql("select who from public.seen")} == {None}
