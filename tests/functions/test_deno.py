@@ -9,7 +9,9 @@ from deno import DENO, FUNCTIONS
 
 
 @pytest.mark.parametrize(
-    "command", [["fmt", "--check"], ["lint"], ["check", "--node-modules-dir=manual", "--frozen", "index.ts"]], ids=lambda c: c[0]
+    "command",
+    [["fmt", "--check"], ["lint"], ["check", "--node-modules-dir=manual", "--frozen", "index.ts"]],
+    ids=lambda c: c[0],
 )
 @pytest.mark.parametrize("function", ["openai-webhook", "auto_tag_asset"])
 def test_deno_finds_nothing(function: str, command: list[str]) -> None:

@@ -298,7 +298,9 @@ def attempts(scene: Scene) -> Iterator[Attempt]:
                 other.get(name, most.get(kind, value)) for name, kind, value in zip(names, kinds, honest, strict=True)
             ]
             stages = [{**task, "stage": "completing"} for task in scene.tasks[scene.good]]
-            for told in [*reports(scene, scene.good)[:2], stages, *seen(scene), *errors()] if "jsonb" in kinds else [None]:
+            for told in (
+                [*reports(scene, scene.good)[:2], stages, *seen(scene), *errors()] if "jsonb" in kinds else [None]
+            ):
                 told = json.dumps(told)
                 yield Attempt(
                     function, places, tuple(told if k == "jsonb" else v for k, v in zip(kinds, theirs, strict=True))

@@ -29,8 +29,11 @@ SETS = {
     "worker": [*PROJECT["project"]["dependencies"], *EXTRAS["otel"]],
     "local": [*PROJECT["project"]["dependencies"], *GROUPS["local"]],
     "dev": [*PROJECT["project"]["dependencies"], *GROUPS["local"], *GROUPS["dev"]],
-    "bench": [*PROJECT["project"]["dependencies"], *EXTRAS["otel"],
-              *(r for name in ("local", "dev", "bench") for r in GROUPS[name])],
+    "bench": [
+        *PROJECT["project"]["dependencies"],
+        *EXTRAS["otel"],
+        *(r for name in ("local", "dev", "bench") for r in GROUPS[name]),
+    ],
 }
 
 

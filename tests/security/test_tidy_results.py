@@ -40,7 +40,9 @@ def some(random_: random.Random) -> dict[str, Any]:
     tags = [random_.choice(WORDS) for _ in range(random_.randrange(4))]
     if random_.random() < 0.5:  # mostly right
         tags = [word for word in tags if isinstance(word, str) and word == word.strip()]
-    sure = {tag: random_.choice(NUMBERS[:4] if random_.random() < 0.8 else NUMBERS) for tag in tags if isinstance(tag, str)}
+    sure = {
+        tag: random_.choice(NUMBERS[:4] if random_.random() < 0.8 else NUMBERS) for tag in tags if isinstance(tag, str)
+    }
     if random_.random() < 0.2:
         sure[str(random_.choice(WORDS))] = 0.5
     result: dict[str, Any] = {"tags": tags, "confidence": sure}
