@@ -58,7 +58,7 @@ async def test_what_is_not_genuine_does_not_reach_the_database(library: Library)
 
 @pytest.mark.parametrize(
     ("secret", "code"),
-    [("", "no_secret"), ("whsec_", "bad_secret"), ("x", "bad_secret"), (SECRET.removeprefix("whsec_"), "bad_secret"),
+    [("", "no_secret"), ("whsec_", "bad_secret"), ("x", "bad_secret"), (base64.b64encode(b"x" * 32).decode(), "bad_secret"),
      ("whsec_" + base64.b64encode(b"x" * 15).decode(), "bad_secret"), ("whsec_***", "bad_secret")],
 )  # fmt: skip
 async def test_without_a_secret_that_nobody_guesses_it_says_so(library: Library, secret: str, code: str) -> None:

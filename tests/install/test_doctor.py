@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import sys
 from typing import Any
 
@@ -18,6 +19,7 @@ from starlette.routing import Route
 from autotag import doctor
 from autotag.config import DoctorSettings
 from autotag.http import serve
+from conftest import ROOT
 from lab.edge import tokens
 from lab.openai_sim.webhooks import make_secret
 from lab.postgres import LocalPostgres, free_port
@@ -256,6 +258,60 @@ async def test_a_clock_that_is_wrong_is_found(stack: Stack, monkeypatch: pytest.
     monkeypatch.setattr(doctor.time, "time", lambda: 1_000_000_000.0)
     found = await examined(stack)
     assert (found["clock skew"].level, "behind" in found["clock skew"].message) == ("error", True)
+
+
+async def test_a_worker_that_may_do_everything_is_told(library: Library) -> None:
+    """A login of the owner's is no worker's login, whatever its name (hosted projects have cli_login_postgres)."""
+    stack = library.stack
+    as_owner(stack, "create role cli_login_owner login in role postgres")
+    try:
+        found = (await examined(stack))["roles"]
+        assert (found.level, found.message) == ("ok", f"Workers may log in as {WORKER_ROLE}.")
+        library.sql("select autotag.register_worker(gen_random_uuid(), 'h', autotag.schema_version(), true)")
+        found = (await examined(stack))["roles"]
+        assert (found.level, "logged in as postgres, who may do everything" in found.message) == ("warning", True), (
+            found
+        )
+        assert WORKER_ROLE in (found.fix or "")
+        as_owner(stack, "update autotag.workers set login = 'cli_login_owner'")
+        assert "as cli_login_owner" in (await examined(stack))["roles"].message
+        as_owner(stack, f"update autotag.workers set login = '{WORKER_ROLE}'")
+        assert (await examined(stack))["roles"].level == "ok"
+    finally:
+        as_owner(stack, "drop role cli_login_owner")
+
+
+async def test_without_a_workers_login_it_says_how_to_make_one(stack: Stack) -> None:
+    as_owner(stack, f"revoke autotag_worker from {WORKER_ROLE}")
+    try:
+        found = (await examined(stack, database_url=stack.database_url()))["roles"]
+    finally:
+        as_owner(stack, f"grant autotag_worker to {WORKER_ROLE}")
+    assert found.level == "warning"
+    assert "password '" not in (found.fix or ""), "it would stand in the server's log"
+
+
+async def test_the_page_shows_what_is_checked(stack: Stack) -> None:
+    """docs/install.md: the same checks in the same order, and the same words where they say what is fine."""
+    page = (ROOT / "docs" / "install.md").read_text()
+    sample = page.split("check                       finding\n")[1].split("```")[0].splitlines()
+    shown = [row for line in sample if (row := re.fullmatch(r"(\S.*?)\s+(ok|warning|error)\s+(\S.*)", line))]
+    found = await examined(stack)
+    assert [row[1] for row in shown] == list(found)
+    always = (
+        "grants",
+        "host adapter",
+        "realtime.send",
+        "account",
+        "request",
+        "provider",
+        "clock skew",
+        "pooler",
+        "price",
+    )
+    for row in shown:
+        if row[1] in always:
+            assert row[3] == found[row[1]].message
 
 
 async def test_a_login_without_the_role_is_told_what_to_grant(stack: Stack) -> None:

@@ -278,3 +278,23 @@ async def test_the_main_job_works_with_the_workers_login_alone(library: Library)
     async with worker(library.stack):
         await library.finished(library.enqueue(assets))
     library.check_tags()
+
+
+@pytest.mark.parametrize("caller", ["member", "service"])
+def test_too_many_images_are_refused_before_anything_looks_at_them(library: Library, caller: str) -> None:
+    stack = library.stack
+    job = library.enqueue(library.insert([f"{library.member.workspace}/{n}.jpg" for n in range(3)]))["job_id"]
+    library.rpc("public.cancel_tagging", job)
+    stack.configure(
+        realtime_max_images=1, chunk_max_images=1, chunk_size=1, express_images=0, batch_max_images=2, job_max_images=2
+    )
+    with psycopg.connect(stack.database_url("supabase_admin"), autocommit=True) as owner:
+        owner.execute("""create or replace function autotag.hidden_files(p_asset_ids uuid[]) returns uuid[] language plpgsql
+                         set search_path = pg_catalog, pg_temp as 'begin raise exception ''looked at''; end'""")
+    ids = [str(uuid.uuid4()) for _ in range(3)]
+    for statement, value in (("public.enqueue_tagging(%s::uuid[])", ids), ("public.retry_tagging(%s)", job)):
+        with act_as(stack, caller, library.member.user, str(uuid.uuid4())) as connection:
+            with pytest.raises(psycopg.Error) as refused:
+                connection.execute(f"select {statement}", (value,))  # type: ignore[arg-type]
+            connection.rollback()
+        assert refused.value.sqlstate == "PT413"

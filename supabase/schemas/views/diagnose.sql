@@ -119,7 +119,7 @@ begin
         coalesce(' with reasoning effort ' || m.reasoning_effort, ''))) end,
     case when m.input_price is not null and m.output_price is not null then autotag.finding('price', 'ok',
         format('%s costs $%s and $%s per million tokens, about $%s for 1,000 images one by one.', v_model,
-          to_char(m.input_price, 'FM9990.00##'), to_char(m.output_price, 'FM9990.00##'), to_char(1000 * autotag.expected_cost(), 'FM9990.00#')))
+          to_char(m.input_price, 'FM9990.0099'), to_char(m.output_price, 'FM9990.0099'), to_char(1000 * autotag.expected_cost(), 'FM9990.009')))
       else autotag.finding('price',
         case when exists (select from autotag.quotas q where q.max_cost is not null) then 'error' else 'warning' end,
         format('What %s costs is not known, so costs are shown as unknown%s.', v_model,
