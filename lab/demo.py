@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import itertools
 import json
 import mimetypes
 import os
@@ -12,7 +13,7 @@ import re
 import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +28,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from autotag.http import serve as serve_app
+from lab import ending
 from lab.openai_sim.app import Plan
 from lab.page import address, make_page
 from lab.pictures import Drawing, draw
@@ -233,26 +235,9 @@ async def run(
     quiet: bool,
 ) -> dict[str, Any]:
     """The whole demo; its summary."""
-    groups = [files_of(folder)] if folder else []
-    if folder and not groups[0]:
-        raise typer.BadParameter(f"{folder} holds no files.")
-    if not folder:
-        with console.status("Drawing 453 pictures…"):
-            drawings = list(draw(sum(UPLOADS)))
-        start = 0
-        for count in UPLOADS:
-            groups.append(drawings[start : start + count])
-            start += count
-
+    groups = list(groups_of(console, folder))
     async with contextlib.AsyncExitStack() as cleanup:
-        plan = Plan(batch_latency=(4, 8))
-        if project:
-            stack = await cleanup.enter_async_context(supabase_stack(project, plan=plan))
-        else:
-            with console.status("Starting Postgres, the Supabase edge and the OpenAI simulator…"):
-                postgres = cleanup.enter_context(local_postgres())
-                await asyncio.to_thread(install_autotag, postgres)
-                stack = await cleanup.enter_async_context(local_stack(postgres, plan=plan))
+        stack = await started(console, cleanup, project)
         environment = stack.worker_environment()
         if real_openai:
             environment |= {"OPENAI_API_KEY": os.environ["OPENAI_API_KEY"]}
@@ -280,16 +265,48 @@ async def run(
         }
         report(console, uploads, summary, heard)
         if picture:
-            paper = Console(record=True, width=PICTURE_WIDTH, file=io.StringIO())
-            paper.print("[bold green]$[/] ./scripts/demo", highlight=False)
-            paper.print(liveliest)
-            paper.print("[dim]a few seconds later[/]")
-            paper.print(table(uploads))
-            report(paper, uploads, summary, heard)
-            paper.save_svg(str(picture), title="autotag")
+            paint(picture, liveliest, uploads, summary, heard)
         if serve:
             await keep_serving(console, stack)
     return summary
+
+
+def groups_of(console: Console, folder: Path | None) -> Iterator[Sequence[Drawing]]:
+    """The files of each upload."""
+    if folder:
+        files = files_of(folder)
+        if not files:
+            raise typer.BadParameter(f"{folder} holds no files.")
+        yield files
+        return
+    with console.status("Drawing 453 pictures…"):
+        drawings = iter(list(draw(sum(UPLOADS))))
+    for count in UPLOADS:
+        yield list(itertools.islice(drawings, count))
+
+
+async def started(console: Console, cleanup: contextlib.AsyncExitStack, project: Mapping[str, str] | None) -> Stack:
+    """The stack: a project's, or one of our own."""
+    plan = Plan(batch_latency=(4, 8))
+    if project:
+        return await cleanup.enter_async_context(supabase_stack(project, plan=plan))
+    with console.status("Starting Postgres, the Supabase edge and the OpenAI simulator…"):
+        postgres = cleanup.enter_context(local_postgres())
+        await asyncio.to_thread(install_autotag, postgres)
+        return await cleanup.enter_async_context(local_stack(postgres, plan=plan))
+
+
+def paint(
+    picture: Path, liveliest: RenderableType, uploads: list[Upload], summary: dict[str, Any], heard: list[str]
+) -> None:
+    """Draws what the terminal has shown."""
+    paper = Console(record=True, width=PICTURE_WIDTH, file=io.StringIO())
+    paper.print("[bold green]$[/] ./scripts/demo", highlight=False)
+    paper.print(liveliest)
+    paper.print("[dim]a few seconds later[/]")
+    paper.print(table(uploads))
+    report(paper, uploads, summary, heard)
+    paper.save_svg(str(picture), title="autotag")
 
 
 async def count_events(stack: Stack, uploads: list[Upload], heard: list[str]) -> None:
@@ -327,7 +344,7 @@ def report(console: Console, uploads: list[Upload], summary: dict[str, Any], hea
 
 
 async def keep_serving(console: Console, stack: Stack) -> None:
-    """Prints where everything is, serves the gallery, and keeps it all up until Ctrl-C."""
+    """Prints where everything is, serves the gallery, and keeps it all up until Ctrl-C (or SIGTERM, or SIGHUP)."""
     member, other = stack.add_member("yours"), stack.add_member("somebody else's")
     port = free_port()
     for name, value in (
@@ -376,7 +393,7 @@ def main(
         console, folder=images, serve=serve, real_openai=openai, project=project, workers=workers, picture=picture,
         quiet=json_,
     )  # fmt: skip
-    summary = asyncio.run(job)
+    summary = ending.run(job)
     if json_:
         print(json.dumps(summary), flush=True)
     ended = all(u["completed"] + u["failed"] == u["images"] for u in summary["uploads"])
