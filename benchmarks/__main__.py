@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ from rich.console import Console
 
 from benchmarks import batch, chaos, day, engine, eta, flood, growth, limiter, makespan, push, soak
 from benchmarks.report import Result
+from lab.ending import run, tidy_signals
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measures autotag, as ratios in one run.")
 Json = Annotated[bool, typer.Option("--json", help="Print the result as the last line of stdout, as JSON.")]
@@ -19,6 +19,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as the last
 @app.callback()
 def main() -> None:
     """Measures autotag, as ratios in one run."""
+    tidy_signals()
 
 
 def finish(result: Result, console: Console, as_json: bool, *, details: bool = False) -> None:
@@ -41,7 +42,7 @@ def makespan_command(
     """Time to finish mixes of uploads under tier-1 limits ÷ the theoretical minimum, and 429s; next to three peers."""
     console = Console(stderr=True)
     work = makespan.measure(console, speed=scale, only=mix or (), without_peers=not peers, picture=picture)
-    result = asyncio.run(work)
+    result = run(work)
     makespan.show(console, result)
     finish(result, console, as_json)
 
@@ -50,7 +51,7 @@ def makespan_command(
 def engine_command(as_json: Json = False) -> None:
     """20,000 images through the engine ÷ 20,000 empty jobs through PgQueuer; pick-up; what one worker can do."""
     console = Console(stderr=True)
-    finish(asyncio.run(engine.measure(console)), console, as_json, details=True)
+    finish(run(engine.measure(console)), console, as_json, details=True)
 
 
 @app.command("limiter")
@@ -73,7 +74,7 @@ def growth_command(as_json: Json = False) -> None:
 def batch_command(as_json: Json = False) -> None:
     """50,000 lines built, uploaded, downloaded and stored: memory, speed, linearity; next to the plain way."""
     console = Console(stderr=True)
-    result = asyncio.run(batch.measure(console))
+    result = run(batch.measure(console))
     finish(result, console, as_json, details=True)
 
 
@@ -100,14 +101,14 @@ def flood_command(
 ) -> None:
     """A worker whose ports are flooded: its health check, its rate of tagging against the same without, and its log."""
     console = Console(stderr=True)
-    finish(asyncio.run(flood.measure(console, seconds=seconds)), console, as_json, details=True)
+    finish(run(flood.measure(console, seconds=seconds)), console, as_json, details=True)
 
 
 @app.command("push")
 def push_command(as_json: Json = False) -> None:
     """Commit → callback in supabase-js under Node and in a page, and the provider's answer → tags committed."""
     console = Console(stderr=True)
-    result = asyncio.run(push.measure(console))
+    result = run(push.measure(console))
     finish(result, console, as_json, details=True)
 
 
@@ -120,7 +121,7 @@ def chaos_command(
 ) -> None:
     """Violations found by comparing three books while workers die, the provider fails and Postgres restarts."""
     console = Console(stderr=True)
-    finish(asyncio.run(chaos.measure(console, minutes=minutes, seed=seed, workers=workers)), console, as_json)
+    finish(run(chaos.measure(console, minutes=minutes, seed=seed, workers=workers)), console, as_json)
 
 
 @app.command("soak")
@@ -131,7 +132,7 @@ def soak_command(
 ) -> None:
     """Memory and tables over a long run with restarts and faults, and what was lost in it."""
     console = Console(stderr=True)
-    finish(asyncio.run(soak.measure(console, minutes=minutes, seed=seed)), console, as_json, details=True)
+    finish(run(soak.measure(console, minutes=minutes, seed=seed)), console, as_json, details=True)
 
 
 @app.command("day")
@@ -145,7 +146,7 @@ def day_command(
     """A day of uploads in compressed time: the database's costs, table sizes, and how long who waits."""
     console = Console(stderr=True)
     work = day.measure(console, images=images, workspaces=workspaces, minutes=minutes, workers=workers)
-    result = asyncio.run(work)
+    result = run(work)
     day.show(console, result)
     finish(result, console, as_json, details=True)
 

@@ -21,6 +21,7 @@ from psycopg.rows import dict_row
 from rich.console import Console
 
 from benchmarks.report import Figure, Result
+from lab.ending import group
 from lab.machine import memory
 from lab.openai_sim.app import Plan
 from lab.postgres import install_autotag, local_postgres, machine_binaries
@@ -122,7 +123,7 @@ async def _plain(stack: Stack, member: Member) -> dict[str, Any]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "benchmarks.batch_plain", str(LARGE), member.workspace,
         env={"PATH": os.environ.get("PATH", ""), "OWNER_URL": stack.database_url(), **stack.worker_environment()},
-        stdout=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE, process_group=group(),
     )  # fmt: skip
     out, _ = await process.communicate()
     result: dict[str, Any] = json.loads(out)

@@ -11,7 +11,6 @@ import contextlib
 import io
 import random
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks.unlimited import UNLIMITED
+from lab.ending import group, temporary_folder
 from lab.machine import processor_seconds, server_processes
 from lab.postgres import LocalPostgres, free_port, install_autotag, local_postgres, machine_binaries
 from lab.stack import HOST, WORKER_ROLE, as_role, make_worker_role, worker_process
@@ -44,10 +44,10 @@ class Servers:
 async def measure(console: Console) -> dict[int, dict[str, Any]]:
     """By number of workers: images a second, and milliseconds of processor time an image, by who spent them."""
     found = {}
-    with local_postgres(machine_binaries()) as server, tempfile.TemporaryDirectory(prefix="autotag-photo-") as folder:
+    with local_postgres(machine_binaries()) as server, temporary_folder("autotag-photo-") as folder:
         install_autotag(server)
         make_worker_role(server.url())
-        photo = Path(folder) / "photo.jpg"
+        photo = folder / "photo.jpg"
         photo.write_bytes(photograph())
         async with _servers(photo) as servers:
             for count in WORKERS:
@@ -72,7 +72,7 @@ def photograph(seed: int = 1) -> bytes:
 async def _servers(photo: Path) -> AsyncIterator[Servers]:
     port = free_port()
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "benchmarks.ceiling_servers", str(port), str(photo)
+        sys.executable, "-m", "benchmarks.ceiling_servers", str(port), str(photo), process_group=group()
     )
     try:
         async with asyncio.timeout(20):

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from benchmarks.day_traffic import DAY, HOURS, PEAK, Upload, draw_day
 from benchmarks.report import Figure, Result
+from lab.ending import group
 from lab.machine import processor_seconds, server_processes
 from lab.postgres import LocalPostgres, free_port, install_autotag, local_postgres, machine_binaries
 from lab.stack import HOST, Stack, project_stack
@@ -119,7 +120,7 @@ async def _processes(stack: Stack, speed: float, workers: int) -> AsyncIterator[
     commands = [["provider", str(port)], *[["worker"]] * workers]
     running = [
         await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "benchmarks.day_processes", *command, env=environment
+            sys.executable, "-m", "benchmarks.day_processes", *command, env=environment, process_group=group()
         )
         for command in commands
     ]

@@ -17,7 +17,6 @@ import contextlib
 import os
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ import psycopg
 from rich.console import Console
 
 from benchmarks.report import Figure, Result, quantile
+from lab.ending import group, temporary_folder
 from lab.machine import processor_seconds
 from lab.openai_sim.app import Plan, Simulator
 from lab.openai_sim.limits import Limits
@@ -99,8 +99,8 @@ async def phases_of(
     plan = Plan(latency=(0.2, 0.4), requests_per_day=None)
     ports = {"health": free_port(), "webhook": free_port()}
     phases = []
-    with tempfile.TemporaryDirectory(prefix="autotag-flood-") as folder:
-        path = Path(folder) / "log"
+    with temporary_folder("autotag-flood-") as folder:
+        path = folder / "log"
         async with local_stack(server, database, plan=plan) as stack:
             await _fill(stack, images=int(RATE * 4 * (seconds + SETTLE) * 1.5) + 100)
             environment = stack.worker_environment() | {
@@ -153,7 +153,13 @@ async def _ask_health(port: int) -> float:
 async def flooded(port: int) -> AsyncIterator[None]:
     """The flood, for as long as the context is open."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "benchmarks.flood_client", str(port), str(SLOW), str(RUBBISH)
+        sys.executable,
+        "-m",
+        "benchmarks.flood_client",
+        str(port),
+        str(SLOW),
+        str(RUBBISH),
+        process_group=group(),
     )
     try:
         yield

@@ -25,6 +25,7 @@ import psycopg
 from rich.console import Console
 
 from benchmarks.report import Figure, Result
+from lab.ending import group
 from lab.postgres import LocalPostgres, free_port, install_autotag, local_postgres, machine_binaries
 
 SECONDS = 5  # of one pgbench run
@@ -198,7 +199,9 @@ def _redis() -> Iterator[int | None]:
         return
     port = free_port()
     process = subprocess.Popen(
-        [binary, "--port", str(port), "--save", "", "--bind", "127.0.0.1"], stdout=subprocess.DEVNULL
+        [binary, "--port", str(port), "--save", "", "--bind", "127.0.0.1"],
+        stdout=subprocess.DEVNULL,
+        process_group=group(),
     )
     try:
         time.sleep(1)  # redis-server says nothing when it is ready, and is within milliseconds

@@ -19,6 +19,8 @@ from typing import Any
 
 import httpx
 
+from lab.ending import group
+
 LITELLM = "litellm==1.110.2"
 FIRST_BACKOFF = 1.0  # seconds; doubled, with jitter, as the usual examples have it
 MOST_BACKOFF = 60.0
@@ -111,7 +113,7 @@ async def litellm(url: str, key: str, jobs: Sequence[Job], speed: float) -> None
         file.flush()
         process = await asyncio.create_subprocess_exec(
             str(python), str(script), url, key, file.name, str(speed), stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE, process_group=group(),
         )  # fmt: skip
         try:
             _, said = await process.communicate()

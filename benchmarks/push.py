@@ -21,6 +21,7 @@ import psycopg
 from rich.console import Console
 
 from benchmarks.report import Figure, Result, quantile
+from lab.ending import group
 from lab.pictures import draw
 from lab.postgres import install_autotag, local_postgres, machine_binaries
 from lab.stack import Stack, local_stack, worker_process
@@ -72,7 +73,7 @@ async def _listener(stack: Stack, where: str) -> AsyncIterator[asyncio.StreamRea
     """supabase-js under Node or in a page, joined."""
     script = Path(__file__).with_name("push.mjs" if where == "Node" else "push_page.mjs")
     process = await asyncio.create_subprocess_exec(
-        "node", "--no-warnings", str(script), stdout=asyncio.subprocess.PIPE,
+        "node", "--no-warnings", str(script), stdout=asyncio.subprocess.PIPE, process_group=group(),
         env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/tmp"), "TOPIC": TOPIC,
              "SUPABASE_URL": stack.supabase_url, "SUPABASE_ANON_KEY": stack.anon_key, "CHROMIUM": CHROMIUM or ""},
     )  # fmt: skip

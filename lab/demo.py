@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import itertools
 import json
-import mimetypes
 import os
-import re
 import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,106 +25,21 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from autotag.http import serve as serve_app
+from lab import ending
 from lab.openai_sim.app import Plan
 from lab.page import address, make_page
 from lab.pictures import Drawing, draw
 from lab.postgres import free_port, install_autotag, local_postgres
 from lab.project import ProjectError, project_variables
-from lab.stack import HOST, Member, Stack, local_stack, supabase_stack, worker_process
-from supabase import AsyncClient, AsyncClientOptions, acreate_client
+from lab.stack import HOST, Stack, local_stack, supabase_stack, worker_process
+from lab.uploads import Upload, enqueue, files_of, upload, verify
 
 UPLOADS = (3, 30, 120, 300)  # one for each strategy
 STAGES = ("queued", "preparing", "submitted", "processing", "completing", "completed", "failed")
-UPLOADS_AT_ONCE = 16
 LOOK_EVERY = 0.25  # seconds between looks at the jobs
 EVENTS_WAIT = 5.0  # seconds that the last broadcast may take after the last job
 PICTURE_WIDTH = 100  # columns
 GIVE_UP = 24 * 3600.0  # seconds; with --openai a batch may take its day
-
-
-@dataclass
-class Upload:
-    """One upload on its way."""
-
-    member: Member
-    drawings: Sequence[Drawing]
-    client: AsyncClient
-    assets: list[str] = field(default_factory=list)
-    job_id: str = ""
-    state: dict[str, Any] = field(default_factory=dict)
-    batches: int = 0
-    strategy: str = ""
-    started: float = 0.0
-    first_result: float | None = None
-    seconds: float | None = None
-    verified: int | None = None
-    failures: list[tuple[str, str]] = field(default_factory=list)
-    events: int = 0
-
-    def observe(self, state: dict[str, Any]) -> None:
-        """Takes in what tagging_job() says."""
-        self.state = state
-        now = time.monotonic() - self.started
-        if self.first_result is None and state["completed"] > 0:
-            self.first_result = now
-        if self.seconds is None and state["finished_at"]:
-            self.seconds = now
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "images": len(self.assets), "strategy": self.strategy, "batches": self.batches,
-            "completed": self.state["completed"], "failed": self.state["failed"], "verified": self.verified,
-            "first_result_s": round(self.first_result, 2) if self.first_result is not None else None,
-            "seconds": round(self.seconds or 0, 2), "batch_complete_events": self.events,
-        }  # fmt: skip
-
-
-def files_of(folder: Path) -> list[Drawing]:
-    """Every file of a folder, whatever it is; its name made safe for Storage."""
-    found = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    return [
-        Drawing(
-            f"{number:05}-{re.sub(r'[^A-Za-z0-9._-]+', '_', path.name)}",
-            mimetypes.guess_type(path.name)[0] or "application/octet-stream",
-            path.read_bytes(),
-            frozenset(),
-        )
-        for number, path in enumerate(found)
-    ]
-
-
-async def sign_in(stack: Stack, token: str) -> AsyncClient:
-    """A client as a browser of this user has it."""
-    return await acreate_client(
-        stack.supabase_url, stack.anon_key, AsyncClientOptions(headers={"Authorization": f"Bearer {token}"})
-    )
-
-
-async def upload(stack: Stack, drawings: Sequence[Drawing], number: int) -> Upload:
-    """Stores the files and inserts the rows, as the member's own client does."""
-    member = stack.add_member(f"workspace {number}")
-    one = Upload(member, drawings, await sign_in(stack, member.token))
-    bucket, gate = one.client.storage.from_("assets"), asyncio.Semaphore(UPLOADS_AT_ONCE)
-
-    async def store(drawing: Drawing) -> str:
-        path = f"{member.workspace}/{drawing.name}"
-        async with gate:
-            await bucket.upload(path, drawing.data, {"content-type": drawing.content_type})
-        return path
-
-    paths = await asyncio.gather(*(store(drawing) for drawing in drawings))
-    rows = [{"workspace_id": member.workspace, "storage_path": path} for path in paths]
-    answer = await one.client.table("assets").insert(rows).execute()
-    ids = {row["storage_path"]: row["id"] for row in answer.data}  # type: ignore[index, call-overload]
-    one.assets = [str(ids[path]) for path in paths]
-    return one
-
-
-async def enqueue(one: Upload) -> None:
-    one.started = time.monotonic()
-    answer = await one.client.rpc("enqueue_tagging", {"asset_ids": one.assets}).execute()
-    told: Any = answer.data
-    one.job_id, one.strategy, one.batches = told["job_id"], told["strategy"], told["batches"]
 
 
 async def watch(uploads: list[Upload], workers: list[Process], live: Live | None) -> RenderableType:
@@ -184,25 +97,6 @@ def time_left(eta: str | None) -> str:
     return f"~{seconds:.0f} s" if seconds < 90 else f"~{seconds / 60:.0f} min"
 
 
-async def verify(one: Upload, knowable: bool) -> None:
-    """Compares what is stored with what every picture must have; collects the failures' sentences."""
-    rows: dict[str, dict[str, Any]] = {}
-    for start in range(0, len(one.assets), 100):
-        answer = await (
-            one.client.table("assets").select("id,tags,tagging_stage,tagging_error")
-            .in_("id", one.assets[start : start + 100]).execute()
-        )  # fmt: skip
-        rows |= {row["id"]: row for row in answer.data}  # type: ignore[index, call-overload, misc]
-    for asset, drawing in zip(one.assets, one.drawings, strict=True):
-        if rows[asset]["tagging_stage"] == "failed":
-            one.failures.append((drawing.name, rows[asset]["tagging_error"]))
-    if knowable:
-        one.verified = sum(
-            rows[asset]["tagging_stage"] == "completed" and set(rows[asset]["tags"]) == drawing.tags
-            for asset, drawing in zip(one.assets, one.drawings, strict=True)
-        )
-
-
 @contextlib.asynccontextmanager
 async def batch_updates(stack: Stack) -> AsyncIterator[list[str]]:
     """The OpenAI batch ids that an anonymous Realtime client hears of on ``batch-updates``."""
@@ -233,26 +127,9 @@ async def run(
     quiet: bool,
 ) -> dict[str, Any]:
     """The whole demo; its summary."""
-    groups = [files_of(folder)] if folder else []
-    if folder and not groups[0]:
-        raise typer.BadParameter(f"{folder} holds no files.")
-    if not folder:
-        with console.status("Drawing 453 pictures…"):
-            drawings = list(draw(sum(UPLOADS)))
-        start = 0
-        for count in UPLOADS:
-            groups.append(drawings[start : start + count])
-            start += count
-
+    groups = list(groups_of(console, folder))
     async with contextlib.AsyncExitStack() as cleanup:
-        plan = Plan(batch_latency=(4, 8))
-        if project:
-            stack = await cleanup.enter_async_context(supabase_stack(project, plan=plan))
-        else:
-            with console.status("Starting Postgres, the Supabase edge and the OpenAI simulator…"):
-                postgres = cleanup.enter_context(local_postgres())
-                await asyncio.to_thread(install_autotag, postgres)
-                stack = await cleanup.enter_async_context(local_stack(postgres, plan=plan))
+        stack = await started(console, cleanup, project)
         environment = stack.worker_environment()
         if real_openai:
             environment |= {"OPENAI_API_KEY": os.environ["OPENAI_API_KEY"]}
@@ -280,16 +157,48 @@ async def run(
         }
         report(console, uploads, summary, heard)
         if picture:
-            paper = Console(record=True, width=PICTURE_WIDTH, file=io.StringIO())
-            paper.print("[bold green]$[/] ./scripts/demo", highlight=False)
-            paper.print(liveliest)
-            paper.print("[dim]a few seconds later[/]")
-            paper.print(table(uploads))
-            report(paper, uploads, summary, heard)
-            paper.save_svg(str(picture), title="autotag")
+            paint(picture, liveliest, uploads, summary, heard)
         if serve:
             await keep_serving(console, stack)
     return summary
+
+
+def groups_of(console: Console, folder: Path | None) -> Iterator[Sequence[Drawing]]:
+    """The files of each upload."""
+    if folder:
+        files = files_of(folder)
+        if not files:
+            raise typer.BadParameter(f"{folder} holds no files.")
+        yield files
+        return
+    with console.status("Drawing 453 pictures…"):
+        drawings = iter(list(draw(sum(UPLOADS))))
+    for count in UPLOADS:
+        yield list(itertools.islice(drawings, count))
+
+
+async def started(console: Console, cleanup: contextlib.AsyncExitStack, project: Mapping[str, str] | None) -> Stack:
+    """The stack: a project's, or one of our own."""
+    plan = Plan(batch_latency=(4, 8))
+    if project:
+        return await cleanup.enter_async_context(supabase_stack(project, plan=plan))
+    with console.status("Starting Postgres, the Supabase edge and the OpenAI simulator…"):
+        postgres = cleanup.enter_context(local_postgres())
+        await asyncio.to_thread(install_autotag, postgres)
+        return await cleanup.enter_async_context(local_stack(postgres, plan=plan))
+
+
+def paint(
+    picture: Path, liveliest: RenderableType, uploads: list[Upload], summary: dict[str, Any], heard: list[str]
+) -> None:
+    """Draws what the terminal has shown."""
+    paper = Console(record=True, width=PICTURE_WIDTH, file=io.StringIO())
+    paper.print("[bold green]$[/] ./scripts/demo", highlight=False)
+    paper.print(liveliest)
+    paper.print("[dim]a few seconds later[/]")
+    paper.print(table(uploads))
+    report(paper, uploads, summary, heard)
+    paper.save_svg(str(picture), title="autotag")
 
 
 async def count_events(stack: Stack, uploads: list[Upload], heard: list[str]) -> None:
@@ -327,7 +236,7 @@ def report(console: Console, uploads: list[Upload], summary: dict[str, Any], hea
 
 
 async def keep_serving(console: Console, stack: Stack) -> None:
-    """Prints where everything is, serves the gallery, and keeps it all up until Ctrl-C."""
+    """Prints where everything is, serves the gallery, and keeps it all up until Ctrl-C (or SIGTERM, or SIGHUP)."""
     member, other = stack.add_member("yours"), stack.add_member("somebody else's")
     port = free_port()
     for name, value in (
@@ -376,7 +285,7 @@ def main(
         console, folder=images, serve=serve, real_openai=openai, project=project, workers=workers, picture=picture,
         quiet=json_,
     )  # fmt: skip
-    summary = asyncio.run(job)
+    summary = ending.run(job)
     if json_:
         print(json.dumps(summary), flush=True)
     ended = all(u["completed"] + u["failed"] == u["images"] for u in summary["uploads"])

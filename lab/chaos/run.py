@@ -21,6 +21,7 @@ from realtime import AsyncRealtimeClient
 
 from lab.chaos.auditor import audit, read_books
 from lab.chaos.doomed import POINTS
+from lab.ending import group
 from lab.openai_sim.faults import Fault
 from lab.pictures import draw
 from lab.postgres import LocalPostgres
@@ -168,7 +169,7 @@ class Chaos:
         with self._log.open("ab") as log:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", *arguments, env={"PATH": os.environ.get("PATH", ""), **environment},
-                stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
+                stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, process_group=group(),
             )  # fmt: skip
         try:
             yield process

@@ -5,29 +5,49 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import secrets
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from lab.openai_sim.answers import note
-from lab.openai_sim.asked import digest, examine, no_credit
+from lab.openai_sim.asked import Asked, digest, examine, no_credit
+from lab.openai_sim.faults import Answer, Faults
+from lab.openai_sim.plan import Plan
 from lab.openai_sim.protocol import ApiError, check_expiry, page, read_json
+from lab.openai_sim.vision import Picture
 from lab.openai_sim.webhooks import batch_event, deliver
-
-if TYPE_CHECKING:
-    from lab.openai_sim.app import Simulator
 
 MOST_LINES = 50_000
 DAY = 86_400  # seconds: the completion window
 
 
+class Provider(Protocol):
+    """What batches need of the simulator they belong to."""
+
+    plan: Plan
+    faults: Faults
+    random: random.Random
+    book: list[dict[str, Any]]
+    files: dict[str, dict[str, Any]]
+    contents: dict[str, bytes]
+
+    def count(self, body: dict[str, Any], *, batch: bool = False) -> int: ...
+
+    async def see(self, body: dict[str, Any]) -> Picture | None: ...
+
+    def answer(self, asked: Asked, picture: Picture | None, name: str, wrong: Answer | None) -> dict[str, Any]: ...
+
+    def store_file(self, name: str, data: bytes, purpose: str) -> dict[str, Any]: ...
+
+
 class Batches:
     """The batches of one organisation, newest last."""
 
-    def __init__(self, simulator: Simulator) -> None:
+    def __init__(self, simulator: Provider) -> None:
         self._sim = simulator
         self._batches: dict[str, dict[str, Any]] = {}
         self._queued_tokens: dict[str, int] = {}

@@ -20,7 +20,7 @@ from autotag.classify import classify_status
 from autotag.errors import TaggingError
 from autotag.headers import MAX_RETRY_AFTER, read_limits
 from autotag.images import prepare
-from autotag.lanes.batch import LINE_MOST, _lines, read_line
+from autotag.lanes.output import LINE_MOST, read_line, read_lines
 from autotag.webhook import make_app
 from lab.openai_sim.webhooks import make_secret, sign
 
@@ -131,7 +131,7 @@ async def test_a_line_without_end_is_cut_and_the_next_is_read() -> None:
             yield b"x" * 65_536  # 10 MB
         yield b'x\n{"custom_id": "7"}\n'
 
-    lines = [line async for line in _lines(chunks())]
+    lines = [line async for line in read_lines(chunks())]
     assert len(lines) == 2
     assert len(lines[0]) <= LINE_MOST + 65_536
     assert read_line(lines[0], 10) is None

@@ -1,20 +1,33 @@
-"""The one rule: the database decides. SQL lives in the migrations and in db.py, nowhere else in the product."""
+"""The one rule: the database decides. SQL lives in the migrations and in db/, nowhere else in the product. And the rules
+that keep the Python readable: who may import whom, and how long a function and a module may be."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent.parent / "worker" / "autotag"
+from conftest import ROOT
+
+PACKAGE = ROOT / "worker" / "autotag"
 # install/ works before there is any function to call: it looks at the project and applies the migrations.
-ALLOWED = {"db.py", "facts.py", "files.py", "host.py", "migrations.py"}
+ALLOWED = {f"install/{name}.py" for name in ("facts", "files", "host", "migrations")}
+#: Every module of ours that is no test, by its name.
+MODULES = {
+    ".".join(path.relative_to(top).with_suffix("").parts).removesuffix(".__init__"): path
+    for top, package in ((ROOT / "worker", "autotag"), (ROOT, "lab"), (ROOT, "benchmarks"))
+    for path in sorted((top / package).rglob("*.py"))
+}
+FUNCTION_MOST, MODULE_MOST = 50, 400  # lines
 
 
 def sources() -> list[Path]:
-    return [path for path in PACKAGE.rglob("*.py") if path.name not in ALLOWED]
+    names = {str(path.relative_to(PACKAGE)): path for path in PACKAGE.rglob("*.py")}
+    return [path for name, path in names.items() if name not in ALLOWED and not name.startswith("db/")]
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -37,7 +50,77 @@ def test_no_sql_outside_db(path: Path) -> None:
 
 
 def test_db_calls_functions_only() -> None:
-    source = (PACKAGE / "db.py").read_text()
-    for statement in re.findall(r'"(select [^"]+)"', source):
+    statements = [
+        found for path in (PACKAGE / "db").glob("*.py") for found in re.findall(r'"(select [^"]+)"', path.read_text())
+    ]
+    assert len(statements) > 30
+    for statement in statements:
         assert re.search(r"\b(autotag\.\w+|pg_notify)\(", statement), statement
         assert not re.search(r"\bfrom (?!autotag\.\w+\()", statement), statement
+
+
+def imports(module: str) -> Iterator[tuple[str, bool]]:
+    """What a module imports, and whether it does so as soon as it is imported itself."""
+    path = MODULES[module]
+    todo: list[tuple[ast.AST, bool]] = [(ast.parse(path.read_text()), True)]
+    while todo:
+        node, at_once = todo.pop()
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, at_once) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")[: len(module.split(".")) - node.level + (path.name == "__init__.py")]
+            base = ".".join([*(parents if node.level else []), *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                yield inner if inner in MODULES else base, at_once
+        within = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        todo += [(child, at_once and not within) for child in ast.iter_child_nodes(node)]
+
+
+@pytest.mark.parametrize(
+    ("package", "knows"),
+    [("autotag", {"autotag"}), ("lab", {"autotag", "lab"}), ("benchmarks", {"autotag", "lab", "benchmarks"})],
+)
+def test_nobody_imports_what_stands_further_out(package: str, knows: set[str]) -> None:
+    ours = {"autotag", "lab", "benchmarks", "tests"} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
+    wrong = {
+        f"{module} imports {name}"
+        for module in MODULES if module.split(".")[0] == package
+        for name, _ in imports(module) if name.split(".")[0] in ours - knows
+    }  # fmt: skip
+    assert wrong == set()
+
+
+def test_no_modules_import_each_other() -> None:
+    graph = {module: {name for name, at_once in imports(module) if at_once and name in MODULES} for module in MODULES}
+    assert sum(map(len, graph.values())) > 200, "imports are found at all"
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"a cycle of imports: {' ← '.join(error.args[1])}")
+
+
+def reason(lines: list[str], number: int) -> bool:
+    """Whether the comment directly above a line (from 1) begins with "# Long:"."""
+    above = number - 2
+    while above > 0 and lines[above].strip().startswith("#") and lines[above - 1].strip().startswith("#"):
+        above -= 1
+    return above >= 0 and re.match(r"\s*# Long: \w", lines[above]) is not None
+
+
+def test_nothing_is_longer_than_one_can_take_in() -> None:
+    """A docstring does not count. A comment "# Long: why" directly above (of a module: its first line) excuses."""
+    too_long = []
+    for module, path in MODULES.items():
+        lines = path.read_text().splitlines()
+        if len(lines) > MODULE_MOST and not lines[0].startswith("# Long: "):
+            too_long.append(f"{module}: {len(lines)} lines")
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
+                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+                length = node.end_lineno - first + 1
+                if ast.get_docstring(node, clean=False) is not None:
+                    length -= (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
+                if length > FUNCTION_MOST and not reason(lines, first):
+                    too_long.append(f"{module}.{node.name}: {length} lines")
+    assert too_long == []

@@ -17,11 +17,12 @@ import structlog
 from openai.types import Batch
 from typer.testing import CliRunner
 
-from autotag import cli, db, redact
+from autotag import cli, redact
 from autotag.classify import classify_status
 from autotag.config import DoctorSettings, SettingsError, load_settings, read_connection
 from autotag.console import fail
-from autotag.lanes.batch import describe, read_line
+from autotag.db import calls
+from autotag.lanes.output import describe, read_line
 from autotag.redact import HIDDEN, redact_event, said
 from autotag.storage import read_answer
 
@@ -101,7 +102,7 @@ def test_what_a_driver_says(secret: str, capsys: pytest.CaptureFixture[str]) -> 
     assert secret not in capsys.readouterr().err
     with structlog.testing.capture_logs() as lines:
         state = SimpleNamespace(outcome=SimpleNamespace(exception=lambda: error), attempt_number=1)
-        db._log_retry(state)  # type: ignore[arg-type]
+        calls._log_retry(state)  # type: ignore[arg-type]
     assert secret not in str(lines)
 
 

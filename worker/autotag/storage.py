@@ -23,13 +23,13 @@ import zlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import aiohttp
-import httpx
+import httpx2
 import structlog
-from httpx_aiohttp import HttpxAiohttpClient
+from openai import DefaultAioHttpClient
 
 from autotag.errors import TaggingError, image_error
 from autotag.redact import redact
@@ -55,6 +55,20 @@ CHECK_URL = "Check SUPABASE_URL."
 log = structlog.get_logger(__name__)
 
 
+class Response(Protocol):
+    """An HTTP answer, of httpx or of httpx2."""
+
+    @property
+    def status_code(self) -> int: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+    def aiter_bytes(self) -> AsyncIterator[bytes]: ...
+
+    def aiter_raw(self) -> AsyncIterator[bytes]: ...
+
+
 class Storage:
     """Reads files of one project with one key."""
 
@@ -70,7 +84,10 @@ class Storage:
         self._role = key_role(key)
         self._max_bytes = max_bytes
         headers = {"apikey": key, "Authorization": f"Bearer {key}", "Accept-Encoding": "identity"}
-        self._http = HttpxAiohttpClient(timeout=timeout, limits=httpx.Limits(max_connections=100), headers=headers)
+        # As for the API: aiohttp underneath, whose pool costs the same however many connections are in it.
+        self._http = DefaultAioHttpClient(
+            timeout=timeout, limits=httpx2.Limits(max_connections=100), headers=headers, follow_redirects=False
+        )
         self._looking = asyncio.Lock()
         self._seen: frozenset[str] | TaggingError = frozenset()
         self._seen_until = 0.0  # of time.monotonic()
@@ -168,10 +185,10 @@ class Storage:
                 if response.status_code == 200:
                     return await read_body(response, most)
                 return read_answer(response, await _read_up_to(response, MOST_TOLD))
-        except httpx.InvalidURL:  # longer than any URL may be, or SUPABASE_URL is none
+        except httpx2.InvalidURL:  # longer than any URL may be, or SUPABASE_URL is none
             return Answer(414, "", "", False, None)
         # ClientError: an answer that is no HTTP.
-        except (httpx.HTTPError, aiohttp.ClientError):
+        except (httpx2.HTTPError, aiohttp.ClientError):
             raise TaggingError("transient", "storage_error", "Storage cannot be reached.") from None
 
     def _warn_of(self, bucket: str) -> None:
@@ -199,7 +216,7 @@ class Answer:
     retry_after: float | None
 
 
-def read_answer(response: httpx.Response, body: bytes) -> Answer:
+def read_answer(response: Response, body: bytes) -> Answer:
     """Sorts out an answer that is not 200."""
     try:
         told = json.loads(body)
@@ -240,7 +257,7 @@ def key_role(key: str) -> str | None:
     return role if isinstance(role, str) else None
 
 
-async def read_body(response: httpx.Response, max_bytes: int) -> bytes:
+async def read_body(response: Response, max_bytes: int) -> bytes:
     """The body of an image's file.
 
     Raises:
@@ -254,7 +271,7 @@ async def read_body(response: httpx.Response, max_bytes: int) -> bytes:
     return data
 
 
-async def _read_up_to(response: httpx.Response, most: int) -> bytes:
+async def _read_up_to(response: Response, most: int) -> bytes:
     """A body, or a little more than its first ``most`` bytes; never is more than that decoded.
 
     Raises:

@@ -7,7 +7,6 @@ row that a poll looks at. Every step is written down before the next, so that an
 from __future__ import annotations
 
 import asyncio
-import json
 import tempfile
 from collections.abc import AsyncIterator
 from typing import IO, Any
@@ -20,15 +19,14 @@ from openai import AsyncOpenAI
 from openai.types import Batch as OpenAIBatch
 
 from autotag import provider
-from autotag.answers import read_completion, read_usage
-from autotag.classify import MESSAGE_LENGTH, classify_status
 from autotag.db import Batch, BatchClaim, Database, Image, NotHeld
 from autotag.errors import TaggingError
 from autotag.images import LARGEST_SIDE, Images, data_url
+from autotag.lanes.files import CLOCK_SKEW, Files, expiry
+from autotag.lanes.output import describe, read_line, read_lines
 from autotag.metrics import BATCH_SECONDS, IN_FLIGHT, count_answers, timed
-from autotag.redact import redact, said
+from autotag.redact import said
 from autotag.tags import Question, batch_line, request_body
-from autotag.texts import clean_text
 from autotag.wake import Wake
 
 PAGE = 100  # images looked up and fetched together
@@ -36,12 +34,10 @@ ANSWERS = 500  # answers stored in one call
 SPOOL = 8_000_000  # bytes of an input file kept in memory before it goes to disk
 SEEN = 10  # batches told of in one call
 LIST_PAGE = 100  # batches in one list call: the API's most
-CLOCK_SKEW = 600.0  # seconds that the provider's clock may be off ours when its lists are read back to a moment
 METADATA_KEY = "autotag_batch"
 #: What a server without files and batches answers when it is asked for them.
 NO_SUCH_ROUTE = (404, 405, 501)
 CLAIM_RETRY = 1.0  # seconds after a claim that failed
-LINE_MOST = 1_000_000  # bytes of a line that are kept; an answer has a few thousand
 
 log = structlog.get_logger(__name__)
 
@@ -64,6 +60,7 @@ class BatchLane:
         self._wake = wake
         self._images = images
         self._client = client
+        self._files = Files(db, client)
         self._slots = slots
         self._fetches = asyncio.Semaphore(fetches)
         self._max_bytes = max_bytes
@@ -148,7 +145,7 @@ class BatchLane:
                 return
         else:
             if batch.state == "uploading":
-                await self._delete_uploads(batch)
+                await self._files.delete_leftovers(batch)
             input_file_id = await self._build_and_upload(batch, question)
         if input_file_id is None:
             await self._db.batch_finish(batch)  # no image could be prepared: nothing to submit
@@ -163,7 +160,7 @@ class BatchLane:
             endpoint="/v1/chat/completions",
             completion_window="24h",
             metadata={METADATA_KEY: batch.batch},
-            output_expires_after=_expiry(batch),
+            output_expires_after=expiry(batch),
         )
 
     async def _find(self, batch: Batch) -> OpenAIBatch | None:
@@ -180,15 +177,6 @@ class BatchLane:
                 return
             yield batch
 
-    async def _delete_uploads(self, batch: Batch) -> None:
-        """Deletes input files of this batch whose upload nobody lived to write down."""
-        async for file in self._client.files.list(purpose="batch"):
-            if file.created_at < batch.since - CLOCK_SKEW:
-                return
-            if file.filename == _file_name(batch):
-                await self._client.files.delete(file.id)
-                log.info("leftover_file_deleted", batch=batch.batch, file=file.id)
-
     async def _build_and_upload(self, batch: Batch, question: Question) -> str | None:
         """The id of the uploaded input file; None when no image could be prepared."""
         await self._db.batch_step(batch, "preparing")
@@ -197,17 +185,13 @@ class BatchLane:
                 return None
             await self._db.batch_step(batch, "uploading")
             file.seek(0)
-            uploaded = await self._client.files.create(
-                file=(_file_name(batch), file),
-                purpose="batch",
-                expires_after=_expiry(batch),
-            )
+            uploaded = await self._files.upload(batch, file)
         try:
-            await self._db.batch_step(batch, "creating", uploaded.id)
+            await self._db.batch_step(batch, "creating", uploaded)
         except NotHeld:
-            await self._delete_files([uploaded.id])  # cancelled meanwhile
+            await self._files.delete([uploaded])  # cancelled meanwhile
             raise
-        return uploaded.id
+        return uploaded
 
     async def _build(self, batch: Batch, question: Question, file: IO[bytes]) -> int:
         """Writes a line per image, in order; how many. Images that fail are reported at once."""
@@ -254,7 +238,7 @@ class BatchLane:
                 seen = await self._see(claim.poll)
                 for first in range(0, len(seen), SEEN):
                     await self._db.batches_seen(seen[first : first + SEEN])
-            await self._delete_files(claim.files)
+            await self._files.delete(claim.files)
             if claim.look_up:
                 await self._look_up(claim.look_up)
         except openai.APIError as error:
@@ -328,7 +312,7 @@ class BatchLane:
                 await self._store(batch, question, file_id)
         await self._db.batch_finish(batch)
         # Whoever looks at OpenAI next deletes what is left, should this process not live to do it.
-        await self._delete_files([f for f in (batch.input_file_id, batch.output_file_id, batch.error_file_id) if f])
+        await self._files.delete([f for f in (batch.input_file_id, batch.output_file_id, batch.error_file_id) if f])
 
     async def _store(self, batch: Batch, question: Question, file_id: str) -> None:
         """Stores a file's answers page by page; the database works on one page while the next is read."""
@@ -355,7 +339,7 @@ class BatchLane:
         page: list[dict[str, Any]] = []
         unreadable = 0
         async with self._client.files.with_streaming_response.content(file_id) as response:
-            async for line in _lines(response.iter_bytes()):
+            async for line in read_lines(response.iter_bytes()):
                 answer = read_line(line, question.max_tags)
                 if answer is None:
                     unreadable += 1
@@ -369,25 +353,6 @@ class BatchLane:
         if unreadable:
             log.warning("batch_lines_unreadable", batch=batch.batch, file=file_id, lines=unreadable)
 
-    async def _delete_files(self, file_ids: list[str]) -> None:
-        deleted = []
-        for file_id in file_ids:
-            try:
-                await self._client.files.delete(file_id)
-            except openai.NotFoundError:
-                pass
-            except openai.APIError as error:
-                log.warning("file_not_deleted", file=file_id, error=type(error).__name__)
-                wait = provider.classify(error).retry_after
-                if not wait:
-                    continue
-                # The next look deletes the rest, not before the provider said.
-                await self._db.poll_trouble({"kind": "transient", "retry_after": wait})
-                break
-            deleted.append(file_id)
-        if deleted:
-            await self._db.files_deleted(deleted)
-
 
 def _classify(error: openai.APIError) -> TaggingError:
     """What an error of the files and batches means: like any other, but a route that is missing is a missing Batch API.
@@ -399,73 +364,3 @@ def _classify(error: openai.APIError) -> TaggingError:
     ):  # fmt: skip
         return TaggingError("account", "no_batch_api", "The provider has no Batch API.", origin="provider")
     return found
-
-
-def _expiry(batch: Batch) -> Any:
-    """When the provider deletes a file that nobody has deleted before."""
-    return {"anchor": "created_at", "seconds": batch.keep_files} if batch.keep_files else openai.omit
-
-
-def _file_name(batch: Batch) -> str:
-    return f"autotag-{batch.batch}.jsonl"
-
-
-async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Lines that are not blank; one that is too long comes as what it began with, which is no answer."""
-    rest = b""
-    async for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            if line.strip():
-                yield line
-        if len(rest) > LINE_MOST:
-            rest = rest[:LINE_MOST]
-    if rest.strip():
-        yield rest
-
-
-def describe(batch: OpenAIBatch) -> dict[str, Any]:
-    """An OpenAI Batch as ``autotag.batches_seen`` takes it."""
-    counts = batch.request_counts
-    errors = (batch.errors.data or []) if batch.errors else []
-    first = errors[0] if errors else None
-    return {
-        "id": batch.id,
-        "status": batch.status,
-        "output_file_id": batch.output_file_id,
-        "error_file_id": batch.error_file_id,
-        "total": counts.total if counts else 0,
-        "done": counts.completed + counts.failed if counts else 0,
-        "error_code": _words(first.code) if first else None,
-        "error": _words(first.message) if first else None,
-        # no credit, for example, is nothing that the batch could help
-        "error_kind": classify_status(400, {"error": first.model_dump()}, {}).kind if first else None,
-    }
-
-
-def _words(text: str | None) -> str | None:
-    """The provider's words, fit to be stored."""
-    return clean_text(redact(text))[:MESSAGE_LENGTH] if isinstance(text, str) else None
-
-
-def read_line(line: bytes, max_tags: int) -> dict[str, Any] | None:
-    """One line of an output or error file as ``autotag.batch_answers`` takes it; None when it is no answer."""
-    try:
-        entry = json.loads(line)
-        task = int(entry["custom_id"])
-        response = entry.get("response") or {}
-        status, body = int(response.get("status_code") or 0), response.get("body")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return None
-    if not 0 < task < 2**63:
-        return None
-    report: dict[str, Any] = {"task": task}
-    try:
-        if status != 200 or not isinstance(body, dict):
-            # Lines of "completed" batches have been seen with status 0 and 5xx, and with `error` alone.
-            raise classify_status(status, body or entry.get("error"), {})
-        report["usage"] = read_usage(body)
-        report["result"] = read_completion(body, max_tags)
-    except TaggingError as error:
-        report["error"] = error.as_json()
-    return report

@@ -177,25 +177,10 @@ async def run(
     deadline: float,
 ) -> None:
     """The lane, until the worker stops; then at most ``deadline`` seconds more for what is in hand."""
-    hands: dict[asyncio.Task[None], Image] = {}
-    IN_FLIGHT.labels("realtime").set_function(lambda: len(hands))
-    waited = SECONDS.labels("waited")
-    full = False
+    hands = Hands(wake, slots)
     bound: str | None = None
-    gathering: asyncio.TimerHandle | None = None
-    loop = asyncio.get_running_loop()
-
-    def free_hand(task: asyncio.Task[None]) -> None:
-        nonlocal full, gathering
-        hands.pop(task)
-        if full and (slots - len(hands)) * RECLAIM_SHARE >= slots:
-            full = False
-            wake.notify("realtime")
-        elif full and gathering is None:
-            gathering = loop.call_later(RECLAIM_DELAY, wake.notify, "realtime")
-
     while not wake.stop.is_set():
-        free = slots - len(hands)
+        free = slots - len(hands.busy)
         wait: float | None = None
         if free > 0:
             try:
@@ -212,24 +197,55 @@ async def run(
             except psycopg.Error as error:
                 log.error("claim_failed", error=said(error))
                 await wake.pause(CLAIM_RETRY)
-                await db.release_unheld(tasks=[image.task for image in hands.values()])
+                await db.release_unheld(tasks=[image.task for image in hands.busy.values()])
                 continue
             CLAIMED.inc(len(claim.images))
             for image in claim.images:
-                waited.observe(image.waited)
-                task = asyncio.create_task(tag_image(image, claim.question))
-                hands[task] = image
-                task.add_done_callback(free_hand)
-        full = len(hands) >= slots
-        await wake.wait("realtime", None if full else wait)  # full: a free hand wakes us
-        if gathering:
-            gathering.cancel()
-            gathering = None
+                hands.take(image, tag_image(image, claim.question))
+        await hands.wait(wait)
+    await hands.finish(deadline)
 
-    if hands:
-        log.info("finishing", images=len(hands), deadline=deadline)
-        await asyncio.wait(hands, timeout=deadline)
-        rest = list(hands)
+
+class Hands:
+    """What a worker tags at the moment; so many images at most."""
+
+    def __init__(self, wake: Wake, slots: int) -> None:
+        self.busy: dict[asyncio.Task[None], Image] = {}
+        self._wake, self._slots = wake, slots
+        self._full = False
+        self._gathering: asyncio.TimerHandle | None = None
+        self._waited = SECONDS.labels("waited")
+        IN_FLIGHT.labels("realtime").set_function(lambda: len(self.busy))
+
+    def take(self, image: Image, tagging: Coroutine[Any, Any, None]) -> None:
+        self._waited.observe(image.waited)
+        task = asyncio.create_task(tagging)
+        self.busy[task] = image
+        task.add_done_callback(self._free)
+
+    def _free(self, task: asyncio.Task[None]) -> None:
+        self.busy.pop(task)
+        if self._full and (self._slots - len(self.busy)) * RECLAIM_SHARE >= self._slots:
+            self._full = False
+            self._wake.notify("realtime")
+        elif self._full and self._gathering is None:
+            loop = asyncio.get_running_loop()
+            self._gathering = loop.call_later(RECLAIM_DELAY, self._wake.notify, "realtime")
+
+    async def wait(self, seconds: float | None) -> None:
+        """Until it is worth claiming again; when all hands are full, until some are free."""
+        self._full = len(self.busy) >= self._slots
+        await self._wake.wait("realtime", None if self._full else seconds)  # full: a free hand wakes us
+        if self._gathering:
+            self._gathering.cancel()
+            self._gathering = None
+
+    async def finish(self, deadline: float) -> None:
+        if not self.busy:
+            return
+        log.info("finishing", images=len(self.busy), deadline=deadline)
+        await asyncio.wait(self.busy, timeout=deadline)
+        rest = list(self.busy)
         for task in rest:
             task.cancel()
         await asyncio.gather(*rest, return_exceptions=True)

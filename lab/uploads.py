@@ -1,0 +1,122 @@
+"""One upload of the demo: stored and inserted as the member's own client does it, and verified at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import mimetypes
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lab.pictures import Drawing
+from lab.stack import Member, Stack
+from supabase import AsyncClient, AsyncClientOptions, acreate_client
+
+UPLOADS_AT_ONCE = 16
+
+
+@dataclass
+class Upload:
+    """One upload on its way."""
+
+    member: Member
+    drawings: Sequence[Drawing]
+    client: AsyncClient
+    assets: list[str] = field(default_factory=list)
+    job_id: str = ""
+    state: dict[str, Any] = field(default_factory=dict)
+    batches: int = 0
+    strategy: str = ""
+    started: float = 0.0
+    first_result: float | None = None
+    seconds: float | None = None
+    verified: int | None = None
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    events: int = 0
+
+    def observe(self, state: dict[str, Any]) -> None:
+        """Takes in what tagging_job() says."""
+        self.state = state
+        now = time.monotonic() - self.started
+        if self.first_result is None and state["completed"] > 0:
+            self.first_result = now
+        if self.seconds is None and state["finished_at"]:
+            self.seconds = now
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "images": len(self.assets), "strategy": self.strategy, "batches": self.batches,
+            "completed": self.state["completed"], "failed": self.state["failed"], "verified": self.verified,
+            "first_result_s": round(self.first_result, 2) if self.first_result is not None else None,
+            "seconds": round(self.seconds or 0, 2), "batch_complete_events": self.events,
+        }  # fmt: skip
+
+
+def files_of(folder: Path) -> list[Drawing]:
+    """Every file of a folder, whatever it is; its name made safe for Storage."""
+    found = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return [
+        Drawing(
+            f"{number:05}-{re.sub(r'[^A-Za-z0-9._-]+', '_', path.name)}",
+            mimetypes.guess_type(path.name)[0] or "application/octet-stream",
+            path.read_bytes(),
+            frozenset(),
+        )
+        for number, path in enumerate(found)
+    ]
+
+
+async def sign_in(stack: Stack, token: str) -> AsyncClient:
+    """A client as a browser of this user has it."""
+    return await acreate_client(
+        stack.supabase_url, stack.anon_key, AsyncClientOptions(headers={"Authorization": f"Bearer {token}"})
+    )
+
+
+async def upload(stack: Stack, drawings: Sequence[Drawing], number: int) -> Upload:
+    """Stores the files and inserts the rows, as the member's own client does."""
+    member = stack.add_member(f"workspace {number}")
+    one = Upload(member, drawings, await sign_in(stack, member.token))
+    bucket, gate = one.client.storage.from_("assets"), asyncio.Semaphore(UPLOADS_AT_ONCE)
+
+    async def store(drawing: Drawing) -> str:
+        path = f"{member.workspace}/{drawing.name}"
+        async with gate:
+            await bucket.upload(path, drawing.data, {"content-type": drawing.content_type})
+        return path
+
+    paths = await asyncio.gather(*(store(drawing) for drawing in drawings))
+    rows = [{"workspace_id": member.workspace, "storage_path": path} for path in paths]
+    answer = await one.client.table("assets").insert(rows).execute()
+    ids = {row["storage_path"]: row["id"] for row in answer.data}  # type: ignore[index, call-overload]
+    one.assets = [str(ids[path]) for path in paths]
+    return one
+
+
+async def enqueue(one: Upload) -> None:
+    one.started = time.monotonic()
+    answer = await one.client.rpc("enqueue_tagging", {"asset_ids": one.assets}).execute()
+    told: Any = answer.data
+    one.job_id, one.strategy, one.batches = told["job_id"], told["strategy"], told["batches"]
+
+
+async def verify(one: Upload, knowable: bool) -> None:
+    """Compares what is stored with what every picture must have; collects the failures' sentences."""
+    rows: dict[str, dict[str, Any]] = {}
+    for start in range(0, len(one.assets), 100):
+        answer = await (
+            one.client.table("assets").select("id,tags,tagging_stage,tagging_error")
+            .in_("id", one.assets[start : start + 100]).execute()
+        )  # fmt: skip
+        rows |= {row["id"]: row for row in answer.data}  # type: ignore[index, call-overload, misc]
+    for asset, drawing in zip(one.assets, one.drawings, strict=True):
+        if rows[asset]["tagging_stage"] == "failed":
+            one.failures.append((drawing.name, rows[asset]["tagging_error"]))
+    if knowable:
+        one.verified = sum(
+            rows[asset]["tagging_stage"] == "completed" and set(rows[asset]["tags"]) == drawing.tags
+            for asset, drawing in zip(one.assets, one.drawings, strict=True)
+        )

@@ -1,0 +1,78 @@
+"""What OpenAI says of a batch, and the lines of its output and error files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from openai.types import Batch as OpenAIBatch
+
+from autotag.answers import read_completion, read_usage
+from autotag.classify import MESSAGE_LENGTH, classify_status
+from autotag.errors import TaggingError
+from autotag.redact import redact
+from autotag.texts import clean_text
+
+LINE_MOST = 1_000_000  # bytes of a line that are kept; an answer has a few thousand
+
+
+async def read_lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Lines that are not blank; one that is too long comes as what it began with, which is no answer."""
+    rest = b""
+    async for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line.strip():
+                yield line
+        if len(rest) > LINE_MOST:
+            rest = rest[:LINE_MOST]
+    if rest.strip():
+        yield rest
+
+
+def describe(batch: OpenAIBatch) -> dict[str, Any]:
+    """An OpenAI Batch as ``autotag.batches_seen`` takes it."""
+    counts = batch.request_counts
+    errors = (batch.errors.data or []) if batch.errors else []
+    first = errors[0] if errors else None
+    return {
+        "id": batch.id,
+        "status": batch.status,
+        "output_file_id": batch.output_file_id,
+        "error_file_id": batch.error_file_id,
+        "total": counts.total if counts else 0,
+        "done": counts.completed + counts.failed if counts else 0,
+        "error_code": _words(first.code) if first else None,
+        "error": _words(first.message) if first else None,
+        # no credit, for example, is nothing that the batch could help
+        "error_kind": classify_status(400, {"error": first.model_dump()}, {}).kind if first else None,
+    }
+
+
+def _words(text: str | None) -> str | None:
+    """The provider's words, fit to be stored."""
+    return clean_text(redact(text))[:MESSAGE_LENGTH] if isinstance(text, str) else None
+
+
+def read_line(line: bytes, max_tags: int) -> dict[str, Any] | None:
+    """One line of an output or error file as ``autotag.batch_answers`` takes it; None when it is no answer."""
+    try:
+        entry = json.loads(line)
+        task = int(entry["custom_id"])
+        response = entry.get("response") or {}
+        status, body = int(response.get("status_code") or 0), response.get("body")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
+    if not 0 < task < 2**63:
+        return None
+    report: dict[str, Any] = {"task": task}
+    try:
+        if status != 200 or not isinstance(body, dict):
+            # Lines of "completed" batches have been seen with status 0 and 5xx, and with `error` alone.
+            raise classify_status(status, body or entry.get("error"), {})
+        report["usage"] = read_usage(body)
+        report["result"] = read_completion(body, max_tags)
+    except TaggingError as error:
+        report["error"] = error.as_json()
+    return report
