@@ -35,6 +35,8 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     }.items():  # fmt: skip
         monkeypatch.setattr(schema, name, value)
     schema.releases.cache_clear()
+    if schema.next_migration(schema.UNRELEASED):  # what is not released yet is, in the copy
+        release.release("8.0.0")
     yield supabase
     schema.releases.cache_clear()
 
@@ -84,7 +86,9 @@ def test_what_is_changed_in_one_place_only_is_found(
            "create or replace function autotag.speed(p_more integer default 1)")  # fmt: skip
     assert any("run scripts/release" in told for told in release.differences())
     source = build(postgres.url(database=bare), schema.source(host=True))
-    assert differing(source, catalog_of(postgres.url(database=database))) == [
+    found = differing(source, catalog_of(postgres.url(database=database)))
+    # The copy's version may be another one (see tree).
+    assert [name for name in found if name != "functions: autotag.schema_version()"] == [
         "functions: autotag.speed()", "functions: autotag.speed(integer)",
     ]  # fmt: skip
 
@@ -102,7 +106,7 @@ def test_the_source_may_run_again_where_it_runs_already(postgres: LocalPostgres,
 
 
 def test_a_released_migration_never_changes(tree: Path) -> None:
-    [released] = schema.releases()
+    released = schema.releases()[-1]
     path = tree / "migrations" / released.file
     path.write_text(path.read_text() + " ")
     assert release.differences() == [f"{released.file} was released and has changed: restore it."]
@@ -197,7 +201,7 @@ async def test_an_upgrade_from_the_last_release_with_work_in_flight(
 ) -> None:
     """A loaded database goes to the next release: the old worker ends what it holds and stops, the new one does the rest."""
     stack = library.stack
-    [last] = schema.releases()
+    last = schema.releases()[-1]
     stack.configure(chunk_delay="0.5 s", realtime_requests_per_minute=1000, realtime_tokens_per_minute=10**8)
     stack.simulator.plan.latency = (0.2, 0.4)
     jobs = [library.enqueue(await library.upload(30)), library.enqueue(await library.upload(60, seed=2))]
