@@ -9,32 +9,19 @@ set local check_function_bodies = off;  -- a function may stand before what it c
 --              which builds and uploads the input file, and, when OpenAI is done, harvests the answers.
 --
 -- Workers hold no state. They ask (claim, claim_batches), do the I/O, and report (report_stages, settle,
--- batch_*). Everything that is decided is decided here, in one of these files, read in this order:
+-- batch_*). Everything that is decided is decided here, in this order (supabase/config.toml):
 --
---   schema        this page, roles, stages, errors
---   host_baseline the host's tables for a stand-alone stack (left out of an existing project)
---   host_adapter  everything that autotag believes about the host's tables
---   settings      every number that can be changed, and the clock
---   models        what a model costs, how it is asked, what its answers were like, when it shuts down
---   rate_limits   exact sliding windows per workspace; the mirror of the provider's bucket
---   jobs          workspaces, jobs, queues, tasks; the strategy table
---   enqueue       uploads begin, are cancelled, are tried again
---   workers       who they are; their leases
---   claim         the release of single calls under all limits
---   settle        what a worker reports: tags, failures, what goes back to the queue
---   batches       OpenAI Batches until OpenAI has them
---   harvest       and from then on
---   progress      stage, progress and time left, in the rows and in tagging_job()
---   eta           when it will be done
---   usage         who used what
---   broadcast     what is pushed to browsers, and who may listen
---   webhooks      OpenAI says that a batch has ended
---   automatic     new rows of the host's assets become uploads by themselves
---   diagnose      what `autotag doctor` asks
---   status        what an operator and a monitoring system see; existing images brought in
---   compare       a second model asked about images that have their tags (`autotag compare`)
---   api           the public RPCs, and who may call what
---   cron          tick and housekeeping
+--   tables/       everything that is stored; settings has every number that can be changed
+--   host/         the host's tables for a stand-alone stack, and the adapter: everything autotag believes of a host's tables
+--   basics/       the clock, checks of what comes from outside, who calls
+--   models/       what a model costs, how it is asked, what its answers were like; a second model asked (autotag compare)
+--   uploads/      which way an upload goes; it begins, is cancelled, is tried again; quotas
+--   scheduling/   exact windows per workspace, the mirror of the provider's bucket, leases, the release of single calls
+--   batches/      OpenAI Batches: planned, uploaded, looked at, harvested
+--   results/      what a worker reports: tags, failures, what goes back to the queue; usage; what is pushed to browsers
+--   views/        stage, progress and time left; status, metrics, what the doctor asks
+--   seed          what every installation begins with
+--   api, cron, version, grants    the public RPCs, tick and housekeeping, who may do what
 --
 -- Locks are taken in one order everywhere: provider row, workspaces by id (a workspace's lock also covers
 -- its queues), windows by workspace, jobs by id, batches by id, tasks by id, assets.
@@ -56,6 +43,21 @@ begin
     create role autotag_operator nologin;
   end if;
 end $$;
+
+-- The worker is not trusted either. Whoever has stolen a worker's login can call what is granted to it, with anything, and
+-- can so slow down and waste what that login's workers may hold; what follows is nobody else's:
+--   * A worker's id is its login's (session_user, which poolers keep): nobody acts for the workers of another login,
+--     whatever ids they have learned from status(). Workers of one login are one.
+--   * It acts on what its worker holds: tasks with their attempt, batches with theirs, and the look at the provider that it
+--     was handed (claim_batches). Images are described only to the worker that holds them.
+--   * What is reported is data: counts, waits and sizes are cut to bounds (clean_number, clean_usage), shapes are validated
+--     (clean_result, clean_error), texts are made printable; what is no list of reports, or more than a worker can have, is
+--     refused before any work is done (check_list). One bad report of many is that image's trouble, and not the others'.
+--   * What a worker says of the provider (waits, limits, its form, its Batch API) and of the account holds for all, because
+--     nobody but workers sees the provider. So it can pause tagging (each time for an hour at most), slow it and make it
+--     dearer. And it can claim whatever waits, and say anything of that: it is its worker. When the login is taken away,
+--     what it held goes back with the lease.
+--   * It reads what it claims, and besides that what status(), metrics() and diagnose() tell: counts, ids, and one path.
 
 -- The kinds of error, and what follows from each. Python has the same table (autotag/errors.py); a test compares them.
 -- A kind that is not here counts as transient, so that what nobody knows can neither fail an image at once nor be tried
@@ -251,7 +253,7 @@ create table autotag.provider_limits (
   proven_at timestamptz default '-infinity',
   -- what this provider can do, as its answers have shown; null: not known yet
   base_url text,
-  fingerprint text,                      -- of its address and the key: another one has to prove itself (is_outdone, offer_switch) …
+  fingerprint text,                      -- of its address and the key: another one has to prove itself (asks_another_provider, offer_switch) …
   fingerprint_since timestamptz not null default '-infinity',   -- … by answers to calls from then on
   has_batches boolean,
   batches_refused boolean not null default false,   -- an attempt has shown that there are none; else only a look-up has
@@ -690,7 +692,7 @@ begin
 end $$;
 
 -- Validates an id of something at the provider (batch_…, file-…): null for what can be none.
-create or replace function autotag.check_id(p_id text) returns text
+create or replace function autotag.clean_id(p_id text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$ select case when p_id ~ '^[A-Za-z0-9][A-Za-z0-9_.:/=-]{0,199}$' then p_id end $$;
 
@@ -729,7 +731,7 @@ begin
 end $$;
 
 -- Validates a batch's status as the provider says it: null for what is none. `gone`: it does not know the batch.
-create or replace function autotag.check_status(p_status text) returns text
+create or replace function autotag.clean_status(p_status text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select case when p_status in
@@ -2481,7 +2483,7 @@ end $$;
 -- Only one address and key is used at a time: those of the worker that registered last, until they fail and a worker with
 -- others is alive. Workers with others get nothing meanwhile; otherwise a wrong address, which fails fast, would take most
 -- images and count a failure on each.
-create or replace function autotag.is_outdone(p_worker uuid, p_provider autotag.provider_limits) returns boolean
+create or replace function autotag.asks_another_provider(p_worker uuid, p_provider autotag.provider_limits) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -2716,7 +2718,7 @@ begin
     bound := 'lease';
     return;
   end if;
-  if autotag.is_outdone(p_worker, v_provider) then
+  if autotag.asks_another_provider(p_worker, v_provider) then
     wait := autotag.real_seconds((select s.account_probe_interval from autotag.settings s));
     bound := 'outdone';
     return;
@@ -3006,7 +3008,7 @@ begin
     wait := 1;  -- its next heartbeat registers it again
     return;
   end if;
-  if autotag.is_outdone(p_worker, v_provider) then
+  if autotag.asks_another_provider(p_worker, v_provider) then
     wait := autotag.real_seconds(v_settings.account_probe_interval);
     return;
   end if;
@@ -3255,7 +3257,7 @@ as $$
 declare
   v_batch autotag.batches := autotag.hold_batch(p_worker, p_batch, p_attempt);
 begin
-  p_input_file_id := autotag.check_id(p_input_file_id);
+  p_input_file_id := autotag.clean_id(p_input_file_id);
   if not coalesce(case p_state
       when 'preparing' then v_batch.state in ('preparing', 'uploading')
       when 'uploading' then v_batch.state in ('preparing', 'uploading')
@@ -3288,7 +3290,7 @@ begin
   perform autotag.lock_provider();
   v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
   v_now := autotag.now();
-  p_openai_batch_id := autotag.check_id(p_openai_batch_id);
+  p_openai_batch_id := autotag.clean_id(p_openai_batch_id);
   if v_batch.state <> 'creating' or p_openai_batch_id is null
     or exists (select from autotag.batches b where b.openai_batch_id = p_openai_batch_id) then
     perform autotag.refuse(400, 'step_out_of_order', 'This is no batch that was being created.',
@@ -3296,8 +3298,8 @@ begin
   end if;
   update autotag.batches b
   set state = 'submitted', worker_id = null, openai_batch_id = p_openai_batch_id,
-      openai_status = coalesce(autotag.check_status(p_status), 'validating'),
-      input_file_id = coalesce(autotag.check_id(p_input_file_id), b.input_file_id), submitted_at = v_now, progress_at = v_now,
+      openai_status = coalesce(autotag.clean_status(p_status), 'validating'),
+      input_file_id = coalesce(autotag.clean_id(p_input_file_id), b.input_file_id), submitted_at = v_now, progress_at = v_now,
       looks_in_vain = 0, running_at = null,
       predicted_seconds = (autotag.predict_batch(b.image_count - b.express_count, v_now, v_now, null, 0, b.id)).p50
   where b.id = p_batch;
@@ -3637,7 +3639,7 @@ begin
     ('batch.completed', 'batch.failed', 'batch.expired', 'batch.cancelled') then
     return 'ignored';
   end if;
-  if coalesce(p_webhook_id !~ '^[!-~]{1,200}$', true) or autotag.check_id(p_openai_batch_id) is null then
+  if coalesce(p_webhook_id !~ '^[!-~]{1,200}$', true) or autotag.clean_id(p_openai_batch_id) is null then
     perform autotag.refuse(400, 'bad_webhook', 'A delivery has an id and names a batch.',
       'Pass the header webhook-id and the event''s data.id.');
   end if;
@@ -3743,15 +3745,15 @@ begin
   end if;
   -- Numbers of lines: a file has 50,000 at most.
   select coalesce(jsonb_agg(jsonb_build_object(
-    'id', i.id, 'status', i.status, 'output_file_id', autotag.check_id(s ->> 'output_file_id'),
-    'error_file_id', autotag.check_id(s ->> 'error_file_id'),
+    'id', i.id, 'status', i.status, 'output_file_id', autotag.clean_id(s ->> 'output_file_id'),
+    'error_file_id', autotag.clean_id(s ->> 'error_file_id'),
     'total', coalesce(autotag.clean_number(s, 'total', 0, 50000), 0)::integer,
     'done', coalesce(autotag.clean_number(s, 'done', 0, 50000), 0)::integer,
     'error_code', autotag.printable(s ->> 'error_code', 100), 'error', autotag.printable(s ->> 'error', 1000),
     'error_kind', autotag.printable(s ->> 'error_kind', 20))), '[]')
   into p_seen
   from jsonb_array_elements(p_seen) s
-  cross join lateral (select autotag.check_id(s ->> 'id') as id, autotag.check_status(s ->> 'status') as status) i
+  cross join lateral (select autotag.clean_id(s ->> 'id') as id, autotag.clean_status(s ->> 'status') as status) i
   where i.id is not null and i.status is not null;
   if exists (select from autotag.provider_limits p where p.account_error_from = 'poll') then
     perform autotag.resume_account('poll');
@@ -4600,21 +4602,6 @@ as $$
       then autotag.is_member(split_part(p_topic, ':', 2)::uuid)
     else false end
 $$;
-
--- The worker is not trusted either. Whoever has stolen a worker's login can call what is granted to it, with anything, and
--- can so slow down and waste what that login's workers may hold; what follows is nobody else's:
---   * A worker's id is its login's (session_user, which poolers keep): nobody acts for the workers of another login,
---     whatever ids they have learned from status(). Workers of one login are one.
---   * It acts on what its worker holds: tasks with their attempt, batches with theirs, and the look at the provider that it
---     was handed (claim_batches). Images are described only to the worker that holds them.
---   * What is reported is data: counts, waits and sizes are cut to bounds (clean_number, clean_usage), shapes are validated
---     (clean_result, clean_error), texts are made printable; what is no list of reports, or more than a worker can have, is
---     refused before any work is done (check_list). One bad report of many is that image's trouble, and not the others'.
---   * What a worker says of the provider (waits, limits, its form, its Batch API) and of the account holds for all, because
---     nobody but workers sees the provider. So it can pause tagging (each time for an hour at most), slow it and make it
---     dearer. And it can claim whatever waits, and say anything of that: it is its worker. When the login is taken away,
---     what it held goes back with the lease.
---   * It reads what it claims, and besides that what status(), metrics() and diagnose() tell: counts, ids, and one path.
 
 -- What people see: the stage, progress and time left of each image, and the counts of each upload.
 -- The rows themselves are written by the adapter (show_stage, store_tags).

@@ -7,32 +7,19 @@
 --              which builds and uploads the input file, and, when OpenAI is done, harvests the answers.
 --
 -- Workers hold no state. They ask (claim, claim_batches), do the I/O, and report (report_stages, settle,
--- batch_*). Everything that is decided is decided here, in one of these files, read in this order:
+-- batch_*). Everything that is decided is decided here, in this order (supabase/config.toml):
 --
---   schema        this page, roles, stages, errors
---   host_baseline the host's tables for a stand-alone stack (left out of an existing project)
---   host_adapter  everything that autotag believes about the host's tables
---   settings      every number that can be changed, and the clock
---   models        what a model costs, how it is asked, what its answers were like, when it shuts down
---   rate_limits   exact sliding windows per workspace; the mirror of the provider's bucket
---   jobs          workspaces, jobs, queues, tasks; the strategy table
---   enqueue       uploads begin, are cancelled, are tried again
---   workers       who they are; their leases
---   claim         the release of single calls under all limits
---   settle        what a worker reports: tags, failures, what goes back to the queue
---   batches       OpenAI Batches until OpenAI has them
---   harvest       and from then on
---   progress      stage, progress and time left, in the rows and in tagging_job()
---   eta           when it will be done
---   usage         who used what
---   broadcast     what is pushed to browsers, and who may listen
---   webhooks      OpenAI says that a batch has ended
---   automatic     new rows of the host's assets become uploads by themselves
---   diagnose      what `autotag doctor` asks
---   status        what an operator and a monitoring system see; existing images brought in
---   compare       a second model asked about images that have their tags (`autotag compare`)
---   api           the public RPCs, and who may call what
---   cron          tick and housekeeping
+--   tables/       everything that is stored; settings has every number that can be changed
+--   host/         the host's tables for a stand-alone stack, and the adapter: everything autotag believes of a host's tables
+--   basics/       the clock, checks of what comes from outside, who calls
+--   models/       what a model costs, how it is asked, what its answers were like; a second model asked (autotag compare)
+--   uploads/      which way an upload goes; it begins, is cancelled, is tried again; quotas
+--   scheduling/   exact windows per workspace, the mirror of the provider's bucket, leases, the release of single calls
+--   batches/      OpenAI Batches: planned, uploaded, looked at, harvested
+--   results/      what a worker reports: tags, failures, what goes back to the queue; usage; what is pushed to browsers
+--   views/        stage, progress and time left; status, metrics, what the doctor asks
+--   seed          what every installation begins with
+--   api, cron, version, grants    the public RPCs, tick and housekeeping, who may do what
 --
 -- Locks are taken in one order everywhere: provider row, workspaces by id (a workspace's lock also covers
 -- its queues), windows by workspace, jobs by id, batches by id, tasks by id, assets.
@@ -54,3 +41,18 @@ begin
     create role autotag_operator nologin;
   end if;
 end $$;
+
+-- The worker is not trusted either. Whoever has stolen a worker's login can call what is granted to it, with anything, and
+-- can so slow down and waste what that login's workers may hold; what follows is nobody else's:
+--   * A worker's id is its login's (session_user, which poolers keep): nobody acts for the workers of another login,
+--     whatever ids they have learned from status(). Workers of one login are one.
+--   * It acts on what its worker holds: tasks with their attempt, batches with theirs, and the look at the provider that it
+--     was handed (claim_batches). Images are described only to the worker that holds them.
+--   * What is reported is data: counts, waits and sizes are cut to bounds (clean_number, clean_usage), shapes are validated
+--     (clean_result, clean_error), texts are made printable; what is no list of reports, or more than a worker can have, is
+--     refused before any work is done (check_list). One bad report of many is that image's trouble, and not the others'.
+--   * What a worker says of the provider (waits, limits, its form, its Batch API) and of the account holds for all, because
+--     nobody but workers sees the provider. So it can pause tagging (each time for an hour at most), slow it and make it
+--     dearer. And it can claim whatever waits, and say anything of that: it is its worker. When the login is taken away,
+--     what it held goes back with the lease.
+--   * It reads what it claims, and besides that what status(), metrics() and diagnose() tell: counts, ids, and one path.

@@ -52,7 +52,7 @@ begin
 end $$;
 
 -- Validates an id of something at the provider (batch_…, file-…): null for what can be none.
-create or replace function autotag.check_id(p_id text) returns text
+create or replace function autotag.clean_id(p_id text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$ select case when p_id ~ '^[A-Za-z0-9][A-Za-z0-9_.:/=-]{0,199}$' then p_id end $$;
 
@@ -91,7 +91,7 @@ begin
 end $$;
 
 -- Validates a batch's status as the provider says it: null for what is none. `gone`: it does not know the batch.
-create or replace function autotag.check_status(p_status text) returns text
+create or replace function autotag.clean_status(p_status text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select case when p_status in

@@ -66,7 +66,7 @@ begin
     wait := 1;  -- its next heartbeat registers it again
     return;
   end if;
-  if autotag.is_outdone(p_worker, v_provider) then
+  if autotag.asks_another_provider(p_worker, v_provider) then
     wait := autotag.real_seconds(v_settings.account_probe_interval);
     return;
   end if;

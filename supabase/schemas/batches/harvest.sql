@@ -85,15 +85,15 @@ begin
   end if;
   -- Numbers of lines: a file has 50,000 at most.
   select coalesce(jsonb_agg(jsonb_build_object(
-    'id', i.id, 'status', i.status, 'output_file_id', autotag.check_id(s ->> 'output_file_id'),
-    'error_file_id', autotag.check_id(s ->> 'error_file_id'),
+    'id', i.id, 'status', i.status, 'output_file_id', autotag.clean_id(s ->> 'output_file_id'),
+    'error_file_id', autotag.clean_id(s ->> 'error_file_id'),
     'total', coalesce(autotag.clean_number(s, 'total', 0, 50000), 0)::integer,
     'done', coalesce(autotag.clean_number(s, 'done', 0, 50000), 0)::integer,
     'error_code', autotag.printable(s ->> 'error_code', 100), 'error', autotag.printable(s ->> 'error', 1000),
     'error_kind', autotag.printable(s ->> 'error_kind', 20))), '[]')
   into p_seen
   from jsonb_array_elements(p_seen) s
-  cross join lateral (select autotag.check_id(s ->> 'id') as id, autotag.check_status(s ->> 'status') as status) i
+  cross join lateral (select autotag.clean_id(s ->> 'id') as id, autotag.clean_status(s ->> 'status') as status) i
   where i.id is not null and i.status is not null;
   if exists (select from autotag.provider_limits p where p.account_error_from = 'poll') then
     perform autotag.resume_account('poll');

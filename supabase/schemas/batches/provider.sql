@@ -86,7 +86,7 @@ begin
     ('batch.completed', 'batch.failed', 'batch.expired', 'batch.cancelled') then
     return 'ignored';
   end if;
-  if coalesce(p_webhook_id !~ '^[!-~]{1,200}$', true) or autotag.check_id(p_openai_batch_id) is null then
+  if coalesce(p_webhook_id !~ '^[!-~]{1,200}$', true) or autotag.clean_id(p_openai_batch_id) is null then
     perform autotag.refuse(400, 'bad_webhook', 'A delivery has an id and names a batch.',
       'Pass the header webhook-id and the event''s data.id.');
   end if;

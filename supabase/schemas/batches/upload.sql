@@ -67,7 +67,7 @@ as $$
 declare
   v_batch autotag.batches := autotag.hold_batch(p_worker, p_batch, p_attempt);
 begin
-  p_input_file_id := autotag.check_id(p_input_file_id);
+  p_input_file_id := autotag.clean_id(p_input_file_id);
   if not coalesce(case p_state
       when 'preparing' then v_batch.state in ('preparing', 'uploading')
       when 'uploading' then v_batch.state in ('preparing', 'uploading')
@@ -100,7 +100,7 @@ begin
   perform autotag.lock_provider();
   v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
   v_now := autotag.now();
-  p_openai_batch_id := autotag.check_id(p_openai_batch_id);
+  p_openai_batch_id := autotag.clean_id(p_openai_batch_id);
   if v_batch.state <> 'creating' or p_openai_batch_id is null
     or exists (select from autotag.batches b where b.openai_batch_id = p_openai_batch_id) then
     perform autotag.refuse(400, 'step_out_of_order', 'This is no batch that was being created.',
@@ -108,8 +108,8 @@ begin
   end if;
   update autotag.batches b
   set state = 'submitted', worker_id = null, openai_batch_id = p_openai_batch_id,
-      openai_status = coalesce(autotag.check_status(p_status), 'validating'),
-      input_file_id = coalesce(autotag.check_id(p_input_file_id), b.input_file_id), submitted_at = v_now, progress_at = v_now,
+      openai_status = coalesce(autotag.clean_status(p_status), 'validating'),
+      input_file_id = coalesce(autotag.clean_id(p_input_file_id), b.input_file_id), submitted_at = v_now, progress_at = v_now,
       looks_in_vain = 0, running_at = null,
       predicted_seconds = (autotag.predict_batch(b.image_count - b.express_count, v_now, v_now, null, 0, b.id)).p50
   where b.id = p_batch;

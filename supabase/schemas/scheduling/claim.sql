@@ -80,7 +80,7 @@ begin
     bound := 'lease';
     return;
   end if;
-  if autotag.is_outdone(p_worker, v_provider) then
+  if autotag.asks_another_provider(p_worker, v_provider) then
     wait := autotag.real_seconds((select s.account_probe_interval from autotag.settings s));
     bound := 'outdone';
     return;

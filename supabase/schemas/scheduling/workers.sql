@@ -83,7 +83,7 @@ end $$;
 -- Only one address and key is used at a time: those of the worker that registered last, until they fail and a worker with
 -- others is alive. Workers with others get nothing meanwhile; otherwise a wrong address, which fails fast, would take most
 -- images and count a failure on each.
-create or replace function autotag.is_outdone(p_worker uuid, p_provider autotag.provider_limits) returns boolean
+create or replace function autotag.asks_another_provider(p_worker uuid, p_provider autotag.provider_limits) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin

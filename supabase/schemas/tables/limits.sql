@@ -42,7 +42,7 @@ create table autotag.provider_limits (
   proven_at timestamptz default '-infinity',
   -- what this provider can do, as its answers have shown; null: not known yet
   base_url text,
-  fingerprint text,                      -- of its address and the key: another one has to prove itself (is_outdone, offer_switch) …
+  fingerprint text,                      -- of its address and the key: another one has to prove itself (asks_another_provider, offer_switch) …
   fingerprint_since timestamptz not null default '-infinity',   -- … by answers to calls from then on
   has_batches boolean,
   batches_refused boolean not null default false,   -- an attempt has shown that there are none; else only a look-up has

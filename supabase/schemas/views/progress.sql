@@ -1,18 +1,3 @@
--- The worker is not trusted either. Whoever has stolen a worker's login can call what is granted to it, with anything, and
--- can so slow down and waste what that login's workers may hold; what follows is nobody else's:
---   * A worker's id is its login's (session_user, which poolers keep): nobody acts for the workers of another login,
---     whatever ids they have learned from status(). Workers of one login are one.
---   * It acts on what its worker holds: tasks with their attempt, batches with theirs, and the look at the provider that it
---     was handed (claim_batches). Images are described only to the worker that holds them.
---   * What is reported is data: counts, waits and sizes are cut to bounds (clean_number, clean_usage), shapes are validated
---     (clean_result, clean_error), texts are made printable; what is no list of reports, or more than a worker can have, is
---     refused before any work is done (check_list). One bad report of many is that image's trouble, and not the others'.
---   * What a worker says of the provider (waits, limits, its form, its Batch API) and of the account holds for all, because
---     nobody but workers sees the provider. So it can pause tagging (each time for an hour at most), slow it and make it
---     dearer. And it can claim whatever waits, and say anything of that: it is its worker. When the login is taken away,
---     what it held goes back with the lease.
---   * It reads what it claims, and besides that what status(), metrics() and diagnose() tell: counts, ids, and one path.
-
 -- What people see: the stage, progress and time left of each image, and the counts of each upload.
 -- The rows themselves are written by the adapter (show_stage, store_tags).
 
