@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ import psycopg
 from rich.console import Console
 
 from benchmarks.report import Figure, Result
-from lab.ending import group
+from lab.ending import group, temporary_folder
 from lab.postgres import LocalPostgres, free_port, install_autotag, local_postgres, machine_binaries
 
 SECONDS = 5  # of one pgbench run
@@ -110,13 +109,13 @@ def _pgbench(binary: str, server: LocalPostgres, statement: str, clients: int, h
     script = f"\\set w {number}\n" + statement.format(
         workspace="('00000000-0000-4000-8000-' || lpad(:w::text, 12, '0'))::uuid"
     )
-    with tempfile.NamedTemporaryFile("w", suffix=".sql") as file:
-        file.write(script)
-        file.flush()
+    with temporary_folder("autotag-pgbench-") as folder:
+        file = folder / "script.sql"
+        file.write_text(script)
         done = subprocess.run(
             [binary, "-n", "-M", "prepared", "-c", str(clients), "-j", str(min(clients, 2)), "-T", str(SECONDS),
-             "-f", file.name, server.url()],
-            capture_output=True, text=True, check=True,
+             "-f", file, server.url()],
+            capture_output=True, text=True, check=True, process_group=group(),
         )  # fmt: skip
     match = re.search(r"tps = ([\d.]+)", done.stdout)
     assert match, done.stdout

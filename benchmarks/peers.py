@@ -11,7 +11,6 @@ import json
 import random
 import subprocess
 import sys
-import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import httpx
 
-from lab.ending import group
+from lab.ending import group, temporary_folder
 
 LITELLM = "litellm==1.110.2"
 FIRST_BACKOFF = 1.0  # seconds; doubled, with jitter, as the usual examples have it
@@ -108,11 +107,11 @@ async def litellm(url: str, key: str, jobs: Sequence[Job], speed: float) -> None
     """LiteLLM's Router with rpm and tpm set, in a Python environment of its own (its pins differ from ours)."""
     python = await asyncio.to_thread(litellm_python)
     script = Path(__file__).parent / "litellm_peer.py"
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump([{"at": job.at, "bodies": list(job.bodies)} for job in jobs], file)
-        file.flush()
+    with temporary_folder("autotag-peers-") as folder:
+        file = folder / "jobs.json"
+        file.write_text(json.dumps([{"at": job.at, "bodies": list(job.bodies)} for job in jobs]))
         process = await asyncio.create_subprocess_exec(
-            str(python), str(script), url, key, file.name, str(speed), stdout=asyncio.subprocess.DEVNULL,
+            str(python), str(script), url, key, str(file), str(speed), stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE, process_group=group(),
         )  # fmt: skip
         try:
