@@ -1,11 +1,11 @@
 -- The host adapter: everything that autotag believes about the host's tables stands in this file.
 -- `autotag init` writes it for a project's own tables, and from then on it is the project's: change it where the project differs.
 
-create schema if not exists autotag;
-
 -- A lock that is not to be had at once is given up, so that nobody queues behind it: run it again then.
 set local lock_timeout = '1s';
 set local statement_timeout = '30s';
+
+create schema if not exists autotag;
 
 -- What the host app reads to show where an image is. Adding a nullable column does not rewrite the table;
 -- the checks go in NOT VALID because every existing row satisfies them by being null.
