@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from lab import settings_page
 
-DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 LINK = re.compile(r"\]\((?!https?://|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
 
 
@@ -34,3 +34,29 @@ def anchors(path: Path) -> set[str]:
     """Headings as GitHub names them."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "contributing").glob("*.md")), ids=lambda path: path.stem)
+def test_the_files_that_a_page_for_contributors_names_are_there(page: Path) -> None:
+    named = set(re.findall(r"`((?:\./)?[\w.*…-]+(?:/[\w.*…-]+)+(?:\.\w+)?)`", page.read_text()))
+    assert named
+    for name in named - {"docs/"}:
+        places = (ROOT, ROOT / "supabase" / "schemas", ROOT / "worker" / "autotag" / "install", ROOT / "tests")
+        pattern = name.removeprefix("./").replace("…", "*").replace("X.Y.Z", "*").removesuffix("/")
+        assert any(True for place in places for _ in place.glob(pattern)) or "unreleased" in name, (
+            f"{page.name}: {name}"
+        )
+
+
+def test_what_the_glossary_names_is_there() -> None:
+    source = [*(ROOT / "supabase" / "schemas").rglob("*.sql"), *(ROOT / "worker").rglob("*.py")]
+    words = set(re.findall(r"\w+", " ".join(path.read_text() for path in source)))
+    rows = [line for line in (ROOT / "docs" / "glossary.md").read_text().splitlines() if line.startswith("| **")]
+    assert len(rows) > 60
+    for row in rows:
+        for name in re.findall(r"`([^`]+)`", row.rsplit("|", 2)[1]):
+            if "/" in name or name.endswith((".py", ".sql")):
+                places = (ROOT, ROOT / "worker" / "autotag", ROOT / "supabase" / "schemas")
+                assert any((place / name).exists() for place in places), name
+            else:
+                assert name.split(".")[-1] in words, name
