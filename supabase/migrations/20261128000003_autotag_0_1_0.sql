@@ -465,9 +465,7 @@ create index workers_lease_until_idx on autotag.workers (lease_until);
 create index workers_login_idx on autotag.workers (login);
 alter table autotag.workers enable row level security;
 
--- When it will be done. Single calls: by computing their schedule under the limits and queues of the moment. Batches:
--- by what this deployment has seen, told apart by size and hour, the newest counting most; and once a batch moves, by
--- how fast it moves. The median is shown, the 90th percentile is there to ask for.
+-- What was used (usage), what may be used (quotas), and how long batches took (durations).
 
 -- Who used what: one row per workspace, user, day (UTC), model and service tier, as the provider's own usage figures say.
 create table autotag.usage (
@@ -546,7 +544,7 @@ create table autotag.arrivals (
 create index arrivals_upload_id_idx on autotag.arrivals (upload_id, id);
 alter table autotag.arrivals enable row level security;
 
--- What is pushed, in the same transaction that makes it true, and who may listen.
+-- Messages on their way out (outbox) and deliveries that have arrived (webhooks).
 
 -- OpenAI says by webhook that a batch has ended. The word is taken for a hint and not for the truth: it makes
 -- the workers look at OpenAI now instead of within a minute, and what they see there counts.
@@ -573,7 +571,7 @@ create index webhooks_batch_idx on autotag.webhooks (openai_batch_id);
 create index webhooks_received_at_idx on autotag.webhooks (received_at);
 alter table autotag.webhooks enable row level security;
 
--- What becomes of an image after its call: tags, a failure, or another try.
+-- The type in which outcomes travel between functions.
 
 -- An answer about one image, or why there is none (error), with what is known of its task.
 create type autotag.answer as (
@@ -589,6 +587,8 @@ create type autotag.answer as (
   usage jsonb,                 -- as clean_usage() makes it, whenever the provider answered
   called boolean               -- whether it was asked at all
 );
+
+-- autotag's own clock. Tests may bend it; everything else reads the time here.
 
 -- How much faster than the real one autotag's clock runs: 1, but in tests and benches that compress time
 -- (`alter database … set autotag.speed = 10`). In plpgsql, as all that is called often: its plans are kept, while
@@ -638,7 +638,8 @@ begin
   return make_interval(secs => p_real_seconds * autotag.speed());
 end $$;
 
--- Uploads begin, are asked about, cancelled and tried again.
+-- How a call is refused, and what every function does with values from outside. `check_…` refuses, `clean_…` returns a value
+-- within its bounds.
 
 -- The one way to refuse a call. PostgREST turns the sqlstate PTnnn into HTTP status nnn and hands message,
 -- detail and hint through; the detail is JSON with a stable `code` and whatever a program needs to react.
@@ -774,6 +775,8 @@ begin
   end if;
 end $$;
 
+-- Who calls: a service, a member of a workspace, a worker's login.
+
 -- Whether the caller is trusted with every workspace: the service role over HTTP, or a direct connection
 -- behind which stands no user (no JWT claims, and neither the API's login role nor a role it becomes).
 create or replace function autotag.is_service() returns boolean
@@ -837,6 +840,8 @@ as $$
 begin
   return exists (select from autotag.workers w where w.id = p_worker and w.login = session_user);
 end $$;
+
+-- Models as rows of autotag.models: which row a name means, what an answer costs, how a model is asked, when it shuts down.
 
 -- Whether a row of this name stands for a model.
 create or replace function autotag.names_model(p_row text, p_model text) returns boolean
@@ -990,6 +995,8 @@ begin
         'autotag compare --model %1$s --workspace …   then: update autotag.settings set model = ''%1$s'';', m.successor)
       else 'Choose a model that stays: update autotag.settings set model = ''…'';' end);
 end $$;
+
+-- What answers of a model use: histograms of prompt and answer tokens that forget, and the reservations that follow from them.
 
 -- The size a count of tokens is kept as: the next of those that are 2 % apart.
 create or replace function autotag.token_size(p_tokens integer) returns integer
@@ -1447,6 +1454,8 @@ begin
     (v_answer.usage -> 'output')::integer));
 end $$;
 
+-- Which way an upload goes (the strategy table), into how many batches it is split, and how long it will wait.
+
 -- How many batches an upload is split into. Splitting never makes an upload slower: while the workspace may
 -- start enough batches they hold at most batch_split_images; when fewer are left in its window they get
 -- larger instead of more; one is never larger than a file, the provider's queue or the window can take; and no
@@ -1540,6 +1549,8 @@ begin
     (v_everybody - v_provider.requests_left) / v_provider.requests_per_minute,
     (v_everybody * v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute);
 end $$;
+
+-- An upload begins: its images become tasks of one job.
 
 -- Adds to what waits for single calls in one queue, and wakes the workspace. A workspace that had nothing
 -- queued starts at the clock of the one served last: it neither waits for the others nor banks credit.
@@ -1769,6 +1780,8 @@ begin
     'skipped', v_asked - v_count, 'batches', v_batches, 'eta', v_job.eta);
 end $$;
 
+-- An upload is cancelled.
+
 -- cancel_tagging: what has not gone to OpenAI fails with the code `cancelled`; what is there already (and
 -- paid for) is cancelled there by a worker, and its answers are still kept.
 create or replace function autotag.cancel(p_job_id uuid) returns jsonb
@@ -1810,6 +1823,8 @@ begin
   return jsonb_build_object('job_id', p_job_id, 'cancelled', cardinality(v_tasks));
 end $$;
 
+-- The failed images of an upload are tried again.
+
 -- The images of a job that failed, that still are there, and that name a file of their workspace, in order.
 create or replace function autotag.failed_assets(p_job_id uuid) returns uuid[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -1839,6 +1854,8 @@ begin
   end if;
   return autotag.enqueue(v_assets, p_seen);
 end $$;
+
+-- Automatic mode: new rows become uploads by themselves (tables/uploads.sql has the picture).
 
 -- Takes in what one statement inserted. Wakes a worker only when an upload begins: later rows only move its
 -- sealing, and the worker that wakes for that learns the new moment. An image without a place is left alone.
@@ -1921,6 +1938,8 @@ begin
   return true;
 end $$;
 
+-- Existing images brought in (`autotag enqueue`).
+
 -- What bringing in existing images would mean: {images, seconds, cost (null: unknown), model}. p_untagged: only those without tags.
 create or replace function autotag.preview_backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
 returns jsonb
@@ -1961,6 +1980,8 @@ begin
   return jsonb_build_object('job_id', v_job -> 'job_id', 'images', v_job -> 'image_count',
     'last', v_assets[cardinality(v_assets)]);
 end $$;
+
+-- What a workspace or a user may use in a day or a month.
 
 -- Dollars that an answer is expected to cost (p_most: that it reserves, which is on the safe side) by what the provider's row
 -- says of its question; null: the model has no price in autotag.models. p_tier: a service tier, or batch; null: the one that
@@ -2070,6 +2091,8 @@ begin
       'maximum', v_quota.maximum, 'left', v_quota.available, 'images_left', v_quota.images_left,
       'renews_at', v_quota.renews_at, 'retry_after', extract(epoch from v_quota.renews_at - autotag.now())));
 end $$;
+
+-- The exact sliding windows of workspaces.
 
 -- How long a window is, and what one workspace may do in it.
 create or replace function autotag.window_limits(p_workspace_id uuid, p_request_type text)
@@ -2250,6 +2273,8 @@ begin
   reason := case when not allowed then case when retry_after is null then 'exceeds_limit' else 'window_full' end end;
 end $$;
 
+-- The mirror of the provider's bucket: requests and tokens a minute and a day, corrected by its headers.
+
 -- The mirror of the bucket, filled up to a moment. A little of the bucket is kept unused (provider_margin). And what
 -- was released but has not been sent yet (its image is still being fetched) is still in the provider's bucket: that
 -- one is full, and does not refill, when ours and the unsent together are.
@@ -2397,6 +2422,8 @@ as $$
   where (account_error is not null or p_from is null and proven_at is null)
     and (p_from is null or account_error_from = p_from)
 $$;
+
+-- Workers: registration, heartbeats and leases. When a worker stops, what it held goes back.
 
 -- A worker introduces itself and learns what it needs to know. p_base_url is where it finds the provider, p_fingerprint
 -- stands for that address and the key: one that was not seen last has to prove itself, and another address may be a
@@ -2618,6 +2645,8 @@ begin
   end loop;
   return v_count;
 end $$;
+
+-- Where images are, for the worker that is about to read them.
 
 -- Where the images are that a worker is about to read: what describe_assets() says, for images whose file is still the one
 -- that whoever asked may see. refused: `foreign_file` (the row names a file that is not its workspace's) or `hidden_file`.
@@ -2940,6 +2969,8 @@ begin
   where w.workspace_id = p_workspace.workspace_id;
 end $$;
 
+-- Which batches a worker gets to build, watch or harvest, under the limits of the hour and of the provider's queue.
+
 -- How many batches a workspace may still start in the current hour, and images likewise. Reads only.
 create or replace function autotag.batches_left(p_workspace_id uuid, out batches integer, out window_images integer)
 language sql stable security definer set search_path = pg_catalog, pg_temp
@@ -3188,6 +3219,8 @@ begin
   return v_batch;
 end $$;
 
+-- From a planned batch to a batch at OpenAI.
+
 -- The images of a batch that still need an answer, after a task id, at most 1,000: [{task, asset_id, bucket, path, url,
 -- refused, cap}]. None of a batch that the worker does not hold.
 create or replace function autotag.batch_images(
@@ -3317,6 +3350,8 @@ begin
   from autotag.settings s;
   perform pg_notify('autotag', 'batch');
 end $$;
+
+-- What becomes of a batch that cannot go on: another try, smaller batches, or single calls.
 
 -- The worker could not go on: {kind, code, message, retry_after, origin, parameter}. Of the account: both lanes stop.
 -- Transient: another try later, by whoever comes first; in `creating` not before batch_create_grace has passed,
@@ -3550,6 +3585,8 @@ begin
   where j.id = v_job.id;
   return true;
 end $$;
+
+-- What workers learn of the provider beside batches: files to delete, models, webhooks.
 
 -- When a worker (of the login that calls) was handed a look at the provider last; null: never.
 create or replace function autotag.was_handed_look(p_worker uuid) returns timestamptz
@@ -3932,6 +3969,8 @@ begin
     'no_answer', 'OpenAI gave no answer for this image.');
 end $$;
 
+-- Validates what a worker reports before anything else reads it.
+
 -- Validates a worker's result and cuts it to its bounds: {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model} and
 -- nothing else, at most 50 tags of 50 characters, each once, a caption of 300. Tags that are none (empty, no text, a sentence) are left out, like
 -- confidences of none of them. Null: there is no list of tags, or none of it is a tag.
@@ -4094,6 +4133,8 @@ begin
     perform autotag.tell_progress(v_job);
   end loop;
 end $$;
+
+-- What becomes of an image after its call: tags, a failure, or another try.
 
 -- The table of tasks is empty at one moment and full at the next, and a plan kept from the one reads all of the other. So
 -- what joins with it is planned every time: by `execute` where a worker's every report passes, and where few do by
@@ -4384,6 +4425,8 @@ begin
     concat_ws(' ', v_end ->> 'message', 'update autotag.settings set model = ' || quote_literal(v_end ->> 'successor') || ';') end);
 end $$;
 
+-- Single calls: a worker reports their outcomes in bulk.
+
 -- settle: a worker reports what became of its single calls, in bulk.
 -- p_reports: [{task, attempt, result | error, usage: {input, cached, cache_write, output, reasoning, model, tier}, called}];
 -- usage is there whenever the provider answered, also when the answer was of no use, and `called` when it was asked at all.
@@ -4485,6 +4528,8 @@ begin
     || autotag.apply_answers(v_answers));
 end $$;
 
+-- Who used what, and what it cost.
+
 -- Adds what these answers cost, each by its own model and service tier; an answer that names no model had the one that was
 -- asked (p_question; null: at present). What the provider gave no figures for has the tier `unknown` and no cost. A row that
 -- has no price yet gets one for all of it as soon as there is one. An answer without a job tags no image (a comparison).
@@ -4556,6 +4601,8 @@ begin
     where u.workspace_id = p_workspace_id and u.day between p_since and p_until
     order by u.day, u.user_id, u.model, u.service_tier;
 end $$;
+
+-- What is pushed to browsers, in the transaction that makes it true, and who may listen.
 
 create or replace function autotag.broadcast(p_topic text, p_event text, p_payload jsonb, p_private boolean) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -4750,6 +4797,10 @@ begin
     'cancelled', v_job.cancelled_at is not null);
 end $$;
 
+-- When it will be done. Single calls: by computing their schedule under the limits and queues of the moment. Batches:
+-- by what this deployment has seen, told apart by size and hour, the newest counting most; and once a batch moves, by
+-- how fast it moves. The median is shown, the 90th percentile is there to ask for.
+
 -- What the batches of late tell about the length of one of p_images images that starts at p_started: seconds, with
 -- the weight that each deserves. Before there is any history, OpenAI's own word (within 24 h) and common experience:
 -- a median of settings.batch_seconds (45 min), from a third (15 min) to sixteen times of it (12 h). A batch in
@@ -4907,6 +4958,8 @@ as $$
     greatest(date_part('epoch', p_now - p_batch.submitted_at), 1)
 $$;
 
+-- What an operator sees of the whole system (`autotag status`).
+
 -- The model that is asked and how, what it is known to use, its end, and what the provider can do: {name, reasoning_effort,
 -- service_tier, answer_format, cap_parameter, prompt_tokens, output_tokens (means), cap, reserved, priced, proven, shutdown
 -- (describe_shutdown), provider: {base_url, batches, rate_headers, keep_files}}; null in provider: not known yet.
@@ -4988,7 +5041,7 @@ begin
       from autotag.usage u where u.day = (v_now at time zone 'utc')::date));
 end $$;
 
--- What an operator sees of the whole system (`autotag status`), and existing images brought in (`autotag enqueue`).
+-- What a monitoring system samples.
 
 -- What a monitoring system samples: counts, ages in seconds, and what is left of the provider's bucket. Each is one
 -- short look, and none grows with what was done before.

@@ -1,3 +1,5 @@
+-- Who calls: a service, a member of a workspace, a worker's login.
+
 -- Whether the caller is trusted with every workspace: the service role over HTTP, or a direct connection
 -- behind which stands no user (no JWT claims, and neither the API's login role nor a role it becomes).
 create or replace function autotag.is_service() returns boolean

@@ -1,4 +1,5 @@
--- Uploads begin, are asked about, cancelled and tried again.
+-- How a call is refused, and what every function does with values from outside. `check_…` refuses, `clean_…` returns a value
+-- within its bounds.
 
 -- The one way to refuse a call. PostgREST turns the sqlstate PTnnn into HTTP status nnn and hands message,
 -- detail and hint through; the detail is JSON with a stable `code` and whatever a program needs to react.

@@ -1,3 +1,5 @@
+-- autotag's own clock. Tests may bend it; everything else reads the time here.
+
 -- How much faster than the real one autotag's clock runs: 1, but in tests and benches that compress time
 -- (`alter database … set autotag.speed = 10`). In plpgsql, as all that is called often: its plans are kept, while
 -- a function in SQL that cannot be inlined is planned with every call.

@@ -1,3 +1,5 @@
+-- Which batches a worker gets to build, watch or harvest, under the limits of the hour and of the provider's queue.
+
 -- How many batches a workspace may still start in the current hour, and images likewise. Reads only.
 create or replace function autotag.batches_left(p_workspace_id uuid, out batches integer, out window_images integer)
 language sql stable security definer set search_path = pg_catalog, pg_temp

@@ -1,3 +1,5 @@
+-- What workers learn of the provider beside batches: files to delete, models, webhooks.
+
 -- When a worker (of the login that calls) was handed a look at the provider last; null: never.
 create or replace function autotag.was_handed_look(p_worker uuid) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp

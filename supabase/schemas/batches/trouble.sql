@@ -1,3 +1,5 @@
+-- What becomes of a batch that cannot go on: another try, smaller batches, or single calls.
+
 -- The worker could not go on: {kind, code, message, retry_after, origin, parameter}. Of the account: both lanes stop.
 -- Transient: another try later, by whoever comes first; in `creating` not before batch_create_grace has passed,
 -- because a request that seemed to fail may yet arrive. A batch that the provider refuses as such is split into single calls,

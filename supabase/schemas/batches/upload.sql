@@ -1,3 +1,5 @@
+-- From a planned batch to a batch at OpenAI.
+
 -- The images of a batch that still need an answer, after a task id, at most 1,000: [{task, asset_id, bucket, path, url,
 -- refused, cap}]. None of a batch that the worker does not hold.
 create or replace function autotag.batch_images(

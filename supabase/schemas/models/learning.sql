@@ -1,3 +1,5 @@
+-- What answers of a model use: histograms of prompt and answer tokens that forget, and the reservations that follow from them.
+
 -- The size a count of tokens is kept as: the next of those that are 2 % apart.
 create or replace function autotag.token_size(p_tokens integer) returns integer
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp

@@ -1,3 +1,5 @@
+-- Models as rows of autotag.models: which row a name means, what an answer costs, how a model is asked, when it shuts down.
+
 -- Whether a row of this name stands for a model.
 create or replace function autotag.names_model(p_row text, p_model text) returns boolean
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp

@@ -1,3 +1,5 @@
+-- What is pushed to browsers, in the transaction that makes it true, and who may listen.
+
 create or replace function autotag.broadcast(p_topic text, p_event text, p_payload jsonb, p_private boolean) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$

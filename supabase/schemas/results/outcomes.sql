@@ -1,3 +1,5 @@
+-- What becomes of an image after its call: tags, a failure, or another try.
+
 -- The table of tasks is empty at one moment and full at the next, and a plan kept from the one reads all of the other. So
 -- what joins with it is planned every time: by `execute` where a worker's every report passes, and where few do by
 -- `plan_cache_mode`.

@@ -1,3 +1,5 @@
+-- Validates what a worker reports before anything else reads it.
+
 -- Validates a worker's result and cuts it to its bounds: {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model} and
 -- nothing else, at most 50 tags of 50 characters, each once, a caption of 300. Tags that are none (empty, no text, a sentence) are left out, like
 -- confidences of none of them. Null: there is no list of tags, or none of it is a tag.

@@ -1,3 +1,5 @@
+-- Single calls: a worker reports their outcomes in bulk.
+
 -- settle: a worker reports what became of its single calls, in bulk.
 -- p_reports: [{task, attempt, result | error, usage: {input, cached, cache_write, output, reasoning, model, tier}, called}];
 -- usage is there whenever the provider answered, also when the answer was of no use, and `called` when it was asked at all.

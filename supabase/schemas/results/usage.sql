@@ -1,3 +1,5 @@
+-- Who used what, and what it cost.
+
 -- Adds what these answers cost, each by its own model and service tier; an answer that names no model had the one that was
 -- asked (p_question; null: at present). What the provider gave no figures for has the tier `unknown` and no cost. A row that
 -- has no price yet gets one for all of it as soon as there is one. An answer without a job tags no image (a comparison).

@@ -1,3 +1,5 @@
+-- Where images are, for the worker that is about to read them.
+
 -- Where the images are that a worker is about to read: what describe_assets() says, for images whose file is still the one
 -- that whoever asked may see. refused: `foreign_file` (the row names a file that is not its workspace's) or `hidden_file`.
 -- A row that belongs to another workspace by now is not in the answer, like one that is gone.

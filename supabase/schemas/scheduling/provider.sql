@@ -1,3 +1,5 @@
+-- The mirror of the provider's bucket: requests and tokens a minute and a day, corrected by its headers.
+
 -- The mirror of the bucket, filled up to a moment. A little of the bucket is kept unused (provider_margin). And what
 -- was released but has not been sent yet (its image is still being fetched) is still in the provider's bucket: that
 -- one is full, and does not refill, when ours and the unsent together are.

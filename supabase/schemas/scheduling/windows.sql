@@ -1,3 +1,5 @@
+-- The exact sliding windows of workspaces.
+
 -- How long a window is, and what one workspace may do in it.
 create or replace function autotag.window_limits(p_workspace_id uuid, p_request_type text)
 returns table (length interval, max_requests integer, max_units integer) rows 1

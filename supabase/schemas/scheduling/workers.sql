@@ -1,3 +1,5 @@
+-- Workers: registration, heartbeats and leases. When a worker stops, what it held goes back.
+
 -- A worker introduces itself and learns what it needs to know. p_base_url is where it finds the provider, p_fingerprint
 -- stands for that address and the key: one that was not seen last has to prove itself, and another address may be a
 -- provider that can do other things. Refuses an id that is of another login, and more workers of one login than anybody

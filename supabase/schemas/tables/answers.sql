@@ -1,4 +1,4 @@
--- What becomes of an image after its call: tags, a failure, or another try.
+-- The type in which outcomes travel between functions.
 
 -- An answer about one image, or why there is none (error), with what is known of its task.
 create type autotag.answer as (

@@ -1,4 +1,4 @@
--- What is pushed, in the same transaction that makes it true, and who may listen.
+-- Messages on their way out (outbox) and deliveries that have arrived (webhooks).
 
 -- OpenAI says by webhook that a batch has ended. The word is taken for a hint and not for the truth: it makes
 -- the workers look at OpenAI now instead of within a minute, and what they see there counts.

@@ -1,6 +1,4 @@
--- When it will be done. Single calls: by computing their schedule under the limits and queues of the moment. Batches:
--- by what this deployment has seen, told apart by size and hour, the newest counting most; and once a batch moves, by
--- how fast it moves. The median is shown, the 90th percentile is there to ask for.
+-- What was used (usage), what may be used (quotas), and how long batches took (durations).
 
 -- Who used what: one row per workspace, user, day (UTC), model and service tier, as the provider's own usage figures say.
 create table autotag.usage (

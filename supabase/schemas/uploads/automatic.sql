@@ -1,3 +1,5 @@
+-- Automatic mode: new rows become uploads by themselves (tables/uploads.sql has the picture).
+
 -- Takes in what one statement inserted. Wakes a worker only when an upload begins: later rows only move its
 -- sealing, and the worker that wakes for that learns the new moment. An image without a place is left alone.
 -- Whatever goes wrong here must not take the host's insert with it: it is a warning, and those images wait

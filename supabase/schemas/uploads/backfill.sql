@@ -1,3 +1,5 @@
+-- Existing images brought in (`autotag enqueue`).
+
 -- What bringing in existing images would mean: {images, seconds, cost (null: unknown), model}. p_untagged: only those without tags.
 create or replace function autotag.preview_backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
 returns jsonb

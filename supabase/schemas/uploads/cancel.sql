@@ -1,3 +1,5 @@
+-- An upload is cancelled.
+
 -- cancel_tagging: what has not gone to OpenAI fails with the code `cancelled`; what is there already (and
 -- paid for) is cancelled there by a worker, and its answers are still kept.
 create or replace function autotag.cancel(p_job_id uuid) returns jsonb

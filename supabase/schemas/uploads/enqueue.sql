@@ -1,3 +1,5 @@
+-- An upload begins: its images become tasks of one job.
+
 -- Adds to what waits for single calls in one queue, and wakes the workspace. A workspace that had nothing
 -- queued starts at the clock of the one served last: it neither waits for the others nor banks credit.
 -- The caller holds the workspace's lock.

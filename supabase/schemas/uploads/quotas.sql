@@ -1,3 +1,5 @@
+-- What a workspace or a user may use in a day or a month.
+
 -- Dollars that an answer is expected to cost (p_most: that it reserves, which is on the safe side) by what the provider's row
 -- says of its question; null: the model has no price in autotag.models. p_tier: a service tier, or batch; null: the one that
 -- is asked for, if the model takes one.

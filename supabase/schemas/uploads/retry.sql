@@ -1,3 +1,5 @@
+-- The failed images of an upload are tried again.
+
 -- The images of a job that failed, that still are there, and that name a file of their workspace, in order.
 create or replace function autotag.failed_assets(p_job_id uuid) returns uuid[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp

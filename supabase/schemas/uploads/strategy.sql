@@ -1,3 +1,5 @@
+-- Which way an upload goes (the strategy table), into how many batches it is split, and how long it will wait.
+
 -- How many batches an upload is split into. Splitting never makes an upload slower: while the workspace may
 -- start enough batches they hold at most batch_split_images; when fewer are left in its window they get
 -- larger instead of more; one is never larger than a file, the provider's queue or the window can take; and no

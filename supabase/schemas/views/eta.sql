@@ -1,3 +1,7 @@
+-- When it will be done. Single calls: by computing their schedule under the limits and queues of the moment. Batches:
+-- by what this deployment has seen, told apart by size and hour, the newest counting most; and once a batch moves, by
+-- how fast it moves. The median is shown, the 90th percentile is there to ask for.
+
 -- What the batches of late tell about the length of one of p_images images that starts at p_started: seconds, with
 -- the weight that each deserves. Before there is any history, OpenAI's own word (within 24 h) and common experience:
 -- a median of settings.batch_seconds (45 min), from a third (15 min) to sixteen times of it (12 h). A batch in

@@ -1,4 +1,4 @@
--- What an operator sees of the whole system (`autotag status`), and existing images brought in (`autotag enqueue`).
+-- What a monitoring system samples.
 
 -- What a monitoring system samples: counts, ages in seconds, and what is left of the provider's bucket. Each is one
 -- short look, and none grows with what was done before.

@@ -1,3 +1,5 @@
+-- What an operator sees of the whole system (`autotag status`).
+
 -- The model that is asked and how, what it is known to use, its end, and what the provider can do: {name, reasoning_effort,
 -- service_tier, answer_format, cap_parameter, prompt_tokens, output_tokens (means), cap, reserved, priced, proven, shutdown
 -- (describe_shutdown), provider: {base_url, batches, rate_headers, keep_files}}; null in provider: not known yet.
