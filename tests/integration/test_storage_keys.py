@@ -125,7 +125,7 @@ async def test_what_is_missing_fails_alone_and_the_operator_is_told_of_buckets_o
     library.sql("update public.assets set storage_bucket = 'nonsense' where id = any (%s::uuid[])", elsewhere)
     with capture_logs() as logs:
         async with worker(library.stack):
-            [job] = await library.finished(library.enqueue(tagged + missing + elsewhere))
+            [job] = await library.finished(library.enqueue_as_server(tagged + missing + elsewhere))
     assert (job["completed"], job["failed"]) == (3, 4)
     assert account_error(library) is None
     assert error_codes(library) == {"file_missing"}
@@ -157,7 +157,7 @@ async def test_a_storage_that_is_busy_is_asked_again(library: Library) -> None:
             serve(Starlette(routes=[Route("/{path:path}", answer)]), HOST, port),
             worker(library.stack, supabase_url=f"http://{HOST}:{port}"),
         ):
-            [job] = await library.finished(library.enqueue([asset]))
+            [job] = await library.finished(library.enqueue_as_server([asset]))
     assert (job["completed"], job["failed"]) == (1, 0)
     told = [(e["kind"], e["code"], e["message"]) for e in logs if e["event"] == "image_not_tagged"]
     assert told == [("transient", "storage_error", "Storage answered with an error (503).")] * 2
