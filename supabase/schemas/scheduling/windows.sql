@@ -153,10 +153,11 @@ create or replace function autotag.take_allowance(
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_service boolean := autotag.is_service();
   v_admission record;
 begin
-  -- Asked before every call by those who ask at all, so check_member() is called for what it refuses only.
-  if not autotag.is_service() or p_workspace_id is null then
+  -- Called before every call by those who ask at all: is_service() once, and check_member() for what it refuses only.
+  if not v_service or p_workspace_id is null then
     perform autotag.check_member(p_workspace_id);
   end if;
   if p_request_type is null or p_request_type not in ('realtime', 'batch') then
@@ -165,7 +166,7 @@ begin
   end if;
   perform autotag.check_image_count(p_images);
   -- Ten calls of a member would use up the workspace's batches of an hour.
-  if p_take and not (autotag.is_service() or (select s.members_may_take from autotag.settings s)) then
+  if p_take and not v_service and not (select s.members_may_take from autotag.settings s) then
     perform autotag.refuse(403, 'service_only', 'Only your server may take from the limit.',
       'Call peek_rate_limit, or check_rate_limit with the secret key.');
   end if;
