@@ -175,7 +175,7 @@ def init(
         facts, host = _look(database_url, choices, ask=not (yes or as_json))
         limit = _spending(spending_limit, facts, folder, ask=not (yes or as_json))
         files = write_migrations(folder, host, facts.applied, adapter=facts.adapter, extra=limit)
-        if "host_adapter" in facts.applied and choices == Choices():  # what it would be was not asked
+        if _stands(facts, choices):  # what it would be was not asked
             files = {name: "there" if name.endswith("host_adapter.sql") else state for name, state in files.items()}
     except HostError as error:
         raise fail(str(error), 2) from None
@@ -253,13 +253,18 @@ def _connection(value: str) -> str:
     return url
 
 
+def _stands(facts: Facts, choices: Choices) -> bool:
+    """Whether the database has its adapter, and nobody asks for another one."""
+    return "host_adapter" in facts.applied and choices == Choices()
+
+
 def _look(url: str, choices: Choices, *, ask: bool) -> tuple[Facts, Host]:
     """What the database says, and what follows; asks on the terminal what it does not say."""
     try:
         facts = look(url)
     except psycopg.OperationalError as error:
         raise HostError(f"the database cannot be reached ({said(error)}); name it with DATABASE_URL.") from None
-    if "host_adapter" in facts.applied and choices == Choices():
+    if _stands(facts, choices):
         # The adapter stands and is not written again, so nobody has to answer again.
         host = propose(facts, choices, lambda _, __, answers: answers[0] if answers else "unknown")
         return facts, replace(host, files=FileRule(facts.file_rule or "none"))

@@ -14,7 +14,18 @@ from typing import Any
 import psycopg
 
 from autotag.install.facts import Facts, StoragePolicy
-from autotag.install.host import Ask, FileRule, Host, HostError, Members, file_code, lateral_code, quote, table_name
+from autotag.install.host import (
+    Ask,
+    FileRule,
+    Host,
+    HostError,
+    Members,
+    file_code,
+    lateral_code,
+    of_members,
+    quote,
+    table_name,
+)
 
 ROWS = 100_000  # rows that are looked at; of more, a part of the table's beginning
 DEEPEST = 4  # the folder is looked for in so many segments of a path
@@ -205,10 +216,8 @@ def _person(members: Members, uploader: str | None, host: Host) -> str:
         return ""
     if uploader:
         return f"{{}} = a.{quote(uploader)}::text"
-    return (
-        f"exists (select from {table_name(members.table)} m where m.{quote(members.workspace)} ="
-        f" a.{quote(host.workspace)} and m.{quote(members.user)}::text = {{}})"
-    )
+    rows = of_members(members, f"a.{quote(host.workspace)}")
+    return f"exists (select {rows} and m.{quote(members.user)}::text = {{}})"
 
 
 def _folder(

@@ -309,17 +309,18 @@ def file_code(host: Host, rule: FileRule) -> str:
         )
     else:
         conditions.append(f"starts_with(f.path, {literal(rule.prefix)})" if rule.prefix else "")
-        theirs = f"in (select m.{quote(host.members.user)}::text {_of_members(host.members, workspace)})"
+        theirs = f"in (select m.{quote(host.members.user)}::text {of_members(host.members, workspace)})"
         folder = f"split_part(f.path, '/', {rule.depth})"
         conditions.append(f"{folder} {theirs}" if rule.name == "uploader-folder" else _owned(theirs))
     if rule.name != "workspace-folder" and uploader:
         conditions.append(
-            f"exists (select {_of_members(host.members, workspace)} and m.{quote(host.members.user)} = {uploader})"
+            f"exists (select {of_members(host.members, workspace)} and m.{quote(host.members.user)} = {uploader})"
         )
     return " and ".join(filter(None, conditions))
 
 
-def _of_members(members: Members, workspace: str) -> str:
+def of_members(members: Members, workspace: str) -> str:
+    """The rows ``m`` of the members of a workspace, from ``from`` on."""
     return f"from {table_name(members.table)} m where m.{quote(members.workspace)} = {workspace}"
 
 

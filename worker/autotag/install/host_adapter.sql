@@ -112,7 +112,7 @@ as $$ select md5(coalesce(p_bucket || '/' || p_path, ''))::uuid $$;
 -- The files of these images, of workspaces that the signed-in caller may act for. everybody: the bucket is public, or there is
 -- no file. Nothing where nobody has to be asked.
 create or replace function autotag.files_to_see(p_asset_ids uuid[])
-returns table (asset_id uuid, bucket text, path text, everybody boolean)
+returns table (asset_id uuid, bucket text, path text, mark uuid, everybody boolean)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
 begin
@@ -125,7 +125,7 @@ begin
     ), theirs as materialized (
       select w.id from (select distinct f.workspace_id as id from files f) w where autotag.is_member(w.id)
     )
-    select f.asset_id, f.bucket, f.path,
+    select f.asset_id, f.bucket, f.path, autotag.file_mark(f.bucket, f.path),
       f.path is null or exists (select from storage.buckets b where b.id = f.bucket and b.public)
     from files f where f.workspace_id in (select t.id from theirs t);
 end $$;
@@ -140,7 +140,7 @@ begin
     select case
       when f.asset_id is null then null
       when f.everybody or exists (select from storage.objects o where o.bucket_id = f.bucket and o.name = f.path)
-        then md5(coalesce(f.bucket || '/' || f.path, ''))::uuid
+        then f.mark
       else '00000000-0000-0000-0000-000000000000'::uuid end
     from unnest(p_asset_ids) with ordinality a (id, i) left join autotag.files_to_see(p_asset_ids) f on f.asset_id = a.id
     order by a.i);
