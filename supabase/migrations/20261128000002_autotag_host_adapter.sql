@@ -77,7 +77,9 @@ begin
                a.storage_path::text as path,
                a.image_url::text as url
       ) f
-      where a.id = any (p_asset_ids)) d;
+      where a.id = any (p_asset_ids)
+      offset 0  -- so that `own` is worked out once for each row, not once for each use
+    ) d;
 end $$;
 
 -- What rows say of files, for the doctor. looked_at: how many rows were looked at; broken: how many of them name a file
@@ -123,7 +125,8 @@ begin
     with files as materialized (
       select d.asset_id, d.workspace_id, d.bucket, d.path from autotag.describe_assets(p_asset_ids) d where not d.foreign_file
     ), theirs as materialized (
-      select w.id from (select distinct f.workspace_id as id from files f) w where autotag.is_member(w.id)
+      -- offset 0: is_member is asked once for each workspace, not for each image
+      select w.id from (select distinct f.workspace_id as id from files f offset 0) w where autotag.is_member(w.id)
     )
     select f.asset_id, f.bucket, f.path, autotag.file_mark(f.bucket, f.path),
       f.path is null or exists (select from storage.buckets b where b.id = f.bucket and b.public)

@@ -14,5 +14,7 @@ as $$
   join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
   cross join lateral (select case
     when d.foreign_file then 'foreign_file'
-    when t.seen <> autotag.file_mark(d.bucket, d.path) then 'hidden_file' end as refused) r
+    when t.seen is not null and t.seen <> autotag.file_mark(d.bucket, d.path) then 'hidden_file' end as refused
+    offset 0  -- so that it is worked out once for each image, not once for each use
+  ) r
 $$;

@@ -94,7 +94,8 @@ begin
   with there as materialized (
     select d.asset_id, d.workspace_id, d.foreign_file from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
   ), theirs as materialized (
-    select w.id from (select distinct t.workspace_id as id from there t) w
+    -- offset 0: is_member is asked once for each workspace, not for each image
+    select w.id from (select distinct t.workspace_id as id from there t offset 0) w
     where autotag.is_service() or autotag.is_member(w.id)
   ), found as materialized (
     select t.asset_id, t.foreign_file from there t where t.workspace_id in (select w.id from theirs w)
@@ -133,6 +134,7 @@ declare
   v_asked integer := (select count(distinct id) from unnest(p_asset_ids) id);
   v_live uuid[];               -- of these images, those that are being tagged already
   v_new uuid[];
+  v_new_seen uuid[];           -- p_seen of each of them
   v_live_jobs uuid[];
   v_count integer;
   v_job autotag.jobs;
@@ -146,8 +148,8 @@ begin
 
   -- The new images, each once, in the order of the upload.
   v_live := array(select t.asset_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null);
-  select coalesce(array_agg(a.id order by a.i), '{}') into v_new
-  from (select u.id, min(u.i) as i from unnest(p_asset_ids) with ordinality u (id, i) group by u.id) a
+  select coalesce(array_agg(a.id order by a.i), '{}'), array_agg(a.seen order by a.i) into v_new, v_new_seen
+  from (select distinct on (u.id) u.* from unnest(p_asset_ids, p_seen) with ordinality u (id, seen, i) order by u.id, u.i) a
   where a.id <> all (v_live);
   v_count := cardinality(v_new);
 
@@ -199,11 +201,10 @@ begin
 
   with placed as (
     insert into autotag.tasks (job_id, workspace_id, asset_id, seen, lane, batch_id)
-    select v_job.id, p_workspace_id, a.id, s.seen,
+    select v_job.id, p_workspace_id, a.id, a.seen,
       case when a.i <= v_express then 'realtime' else 'batch' end,
       case when a.i > v_express then b.id end
-    from unnest(v_new) with ordinality a (id, i)
-    left join (select distinct on (u.id) u.id, u.seen from unnest(p_asset_ids, p_seen) u (id, seen)) s on s.id = a.id
+    from unnest(v_new, v_new_seen) with ordinality a (id, seen, i)
     left join autotag.batches b on b.job_id = v_job.id
       and a.i > (b.ordinal - 1)::bigint * v_count / v_batches and a.i <= b.ordinal::bigint * v_count / v_batches
     order by a.i
