@@ -1,0 +1,29 @@
+-- Whether a caller is a member may be a query over large tables of the host: enqueue asks it once for each workspace, not for
+-- each image.
+begin;
+\ir ../setup.psql
+select plan(3);
+create sequence pg_temp.asked;
+grant usage on sequence pg_temp.asked to public;
+create or replace function autotag.is_member(p_workspace_id uuid) returns boolean language plpgsql stable security definer as $$
+begin
+  perform nextval('pg_temp.asked');
+  return true;
+end $$;
+with added as (
+  insert into public.assets (workspace_id, image_url)
+  select w, 'https://example.com/' || i || '.jpg' from pg_temp.workspace(1) w, generate_series(1, 50) i returning id)
+select set_config('test.ids', array_agg(id)::text, true) from added;
+grant usage on schema public to authenticated;
+set local request.jwt.claims = '{"role": "authenticated", "sub": "00000000-0000-4000-8000-000000000001"}';
+set local role authenticated;
+select is(count(*), 50::bigint, 'the files of fifty images')
+from autotag.files_to_see(current_setting('test.ids')::uuid[]);
+reset role;
+select is((select last_value from pg_temp.asked), 1::bigint, 'are asked of one workspace');
+set local role authenticated;
+select public.enqueue_tagging(current_setting('test.ids')::uuid[]);
+reset role;
+select cmp_ok((select last_value from pg_temp.asked), '<=', 4::bigint, 'and enqueuing them asks thrice');
+select * from finish();
+rollback;
