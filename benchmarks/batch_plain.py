@@ -12,8 +12,8 @@ import psycopg
 from openai import OpenAI
 from PIL import Image
 
-from autotag.images import data_url
-from autotag.tags import Question, batch_line, request_body
+from autotag.images.prepare import data_url
+from autotag.openai.prompt import Question, batch_line, request_body
 from lab.machine import memory
 
 

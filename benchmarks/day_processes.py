@@ -18,9 +18,9 @@ from PIL import Image as Pillow
 
 from autotag.config import Settings, load_settings
 from autotag.db import Image
-from autotag.images import Images
-from autotag.logs import configure_logs
-from autotag.worker import run_worker
+from autotag.images.prepare import Images
+from autotag.observability.logs import configure_logs
+from autotag.worker.run import run_worker
 from benchmarks.engine import ANSWER, PICTURE
 from lab.openai_sim.app import Plan, Simulator
 from lab.openai_sim.vision import Picture

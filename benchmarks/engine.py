@@ -17,12 +17,12 @@ import psycopg
 from rich.console import Console
 
 import autotag
-from autotag.answers import read_completion, read_usage
 from autotag.config import Settings
 from autotag.db import Database, Image, listen
-from autotag.lanes import realtime
-from autotag.tags import Question
-from autotag.wake import Wake
+from autotag.openai.answers import read_completion, read_usage
+from autotag.openai.prompt import Question
+from autotag.worker import realtime
+from autotag.worker.wake import Wake
 from benchmarks import ceiling, pickup, queue_peers
 from benchmarks.report import Figure, Result
 from benchmarks.unlimited import UNLIMITED

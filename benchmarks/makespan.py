@@ -22,9 +22,9 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from autotag.http import serve
-from autotag.images import data_url, prepare
-from autotag.tags import Question, request_body
+from autotag.http.serve import serve
+from autotag.images.prepare import data_url, prepare
+from autotag.openai.prompt import Question, request_body
 from benchmarks import bound, peers
 from benchmarks.bound import Upload
 from benchmarks.report import Figure, Result

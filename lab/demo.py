@@ -24,7 +24,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from autotag.http import serve as serve_app
+from autotag.http.serve import serve as serve_app
 from lab import ending
 from lab.openai_sim.app import Plan
 from lab.page import address, make_page

@@ -18,8 +18,8 @@ import psycopg
 from psycopg import sql
 from storage3 import AsyncStorageClient
 
-from autotag.http import serve
-from autotag.provider import fingerprint
+from autotag.http.serve import serve
+from autotag.openai.provider import fingerprint
 from lab.edge import tokens
 from lab.edge.app import make_edge
 from lab.ending import group, temporary_folder

@@ -18,8 +18,8 @@ from psycopg.rows import dict_row
 from storage3 import AsyncStorageClient
 
 from autotag.config import Settings
-from autotag.wake import Wake
-from autotag.worker import Worker
+from autotag.worker.run import Worker
+from autotag.worker.wake import Wake
 from lab.openai_sim.limits import Limits
 from lab.pictures import Drawing, draw
 from lab.stack import Member, Stack

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from autotag.http import serve
+from autotag.http.serve import serve
 from conftest import skip
 from lab.openai_sim.faults import Fault
 from lab.page import address, make_page

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from openai import AsyncOpenAI
 from PIL import Image
 
-from autotag.answers import CAPTION_LENGTH, MAX_ANSWER, TAG_LENGTH, read_completion, read_usage
-from autotag.classify import classify_status
 from autotag.errors import TaggingError
-from autotag.headers import MAX_RETRY_AFTER, read_limits
-from autotag.images import prepare
-from autotag.lanes.output import LINE_MOST, read_line, read_lines
-from autotag.webhook import make_app
+from autotag.http.webhook import make_app
+from autotag.images.prepare import prepare
+from autotag.openai.answers import CAPTION_LENGTH, MAX_ANSWER, TAG_LENGTH, read_completion, read_usage
+from autotag.openai.classify import classify_status
+from autotag.openai.headers import MAX_RETRY_AFTER, read_limits
+from autotag.openai.output import LINE_MOST, read_line, read_lines
 from lab.openai_sim.webhooks import make_secret, sign
 
 text = st.text(max_size=60) | st.sampled_from(

@@ -16,9 +16,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from autotag import doctor
 from autotag.config import DoctorSettings
-from autotag.http import serve
+from autotag.doctor import examine as doctor
+from autotag.http.serve import serve
 from conftest import ROOT
 from lab.edge import tokens
 from lab.openai_sim.webhooks import make_secret

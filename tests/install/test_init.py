@@ -19,7 +19,7 @@ from psycopg import sql
 from psycopg.rows import dict_row
 from typer.testing import CliRunner
 
-from autotag.cli import app
+from autotag.cli.app import app
 from autotag.install.facts import look
 from autotag.install.host import Choices, FileRule, HostError, propose
 from autotag.install.migrations import migrations, write_migrations
@@ -116,7 +116,7 @@ async def test_urls_and_organisations(
             assert address == "https://pictures.example.com/1.jpg"
             return drawing.data
 
-        monkeypatch.setattr("autotag.images.Images._from_url", fetch)
+        monkeypatch.setattr("autotag.images.prepare.Images._from_url", fetch)
         await tag(stack, user, [row["id"]])
         [photo] = run_sql(url, "select labels, tagging_result, tagging_stage from public.photos")
         assert set(photo["labels"]) == drawing.tags

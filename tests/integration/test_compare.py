@@ -17,7 +17,7 @@ import psycopg
 import pytest
 from typer.testing import CliRunner
 
-from autotag.cli import app
+from autotag.cli.app import app
 from lab.openai_sim.faults import Fault
 from lab.stack import OPERATOR_ROLE, Stack
 from support import Library, answered_pictures, audit, until, worker

@@ -13,8 +13,8 @@ from starlette.routing import Route
 from structlog.testing import capture_logs
 
 from autotag.errors import TaggingError
-from autotag.http import serve
-from autotag.storage import Storage
+from autotag.http.serve import serve
+from autotag.images.storage import Storage
 from lab.edge import tokens
 from lab.pictures import draw
 from lab.postgres import free_port

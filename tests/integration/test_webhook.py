@@ -10,10 +10,10 @@ import pytest
 from openai import AsyncOpenAI
 from starlette.applications import Starlette
 
-from autotag.http import serve
-from autotag.wake import Wake
-from autotag.webhook import make_app
-from autotag.worker import Worker
+from autotag.http.serve import serve
+from autotag.http.webhook import make_app
+from autotag.worker.run import Worker
+from autotag.worker.wake import Wake
 from lab.openai_sim.webhooks import batch_event, make_secret, sign
 from lab.postgres import free_port
 from support import Library, worker, worker_settings

@@ -24,7 +24,7 @@ import yaml
 
 from autotag.config import Settings, environment_names
 from autotag.install.migrations import migrations
-from autotag.worker import HAND_OVER
+from autotag.worker.run import HAND_OVER
 from conftest import ROOT, skip
 from support import Library, until
 
@@ -47,7 +47,7 @@ def test_what_the_image_is_built_from_makes_a_worker_that_starts(tmp_path: Path)
         cwd=source, check=True,
     )  # fmt: skip
     told = subprocess.run(
-        [sys.executable, "-c", "import autotag.cli, autotag.install.migrations as m;"
+        [sys.executable, "-c", "import autotag.cli.app, autotag.install.migrations as m;"
          "print(autotag.cli.__file__, *(each.name for each in m.migrations(with_host_baseline=True)))"],
         cwd=tmp_path, env={"PYTHONPATH": str(site)}, check=True, capture_output=True, text=True,
     ).stdout.split()  # fmt: skip

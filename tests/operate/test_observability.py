@@ -16,8 +16,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.parser import text_string_to_metric_families
 
-from autotag import metrics, traces
-from autotag.web import Health
+from autotag.http.health import Health
+from autotag.observability import metrics, traces
 from conftest import ROOT
 from lab.openai_sim.faults import Fault
 from lab.postgres import free_port

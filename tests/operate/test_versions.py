@@ -12,8 +12,8 @@ import pytest
 
 import autotag
 from autotag.db import VersionsDiffer
-from autotag.wake import Wake
-from autotag.worker import Worker
+from autotag.worker.run import Worker
+from autotag.worker.wake import Wake
 from lab.stack import Stack, worker_process
 from support import Library, answered_pictures, audit, until, worker, worker_settings
 

@@ -21,10 +21,12 @@ from openai import AsyncOpenAI
 from psycopg.rows import dict_row
 from rich.console import Console
 
-from autotag import answers, console, guard, operate, webhook
-from autotag.follow import follow
-from autotag.http import serve
-from autotag.status import render
+from autotag.cli import console, operate
+from autotag.cli.follow import follow
+from autotag.cli.screen import render
+from autotag.http import guard, webhook
+from autotag.http.serve import serve
+from autotag.openai import answers
 from lab.postgres import free_port
 from lab.stack import Stack, worker_process
 from support import paid, until, widen, worker

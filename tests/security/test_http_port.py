@@ -22,11 +22,11 @@ from openai import AsyncOpenAI
 from rich.console import Console
 from structlog.testing import capture_logs
 
-from autotag import guard, webhook
-from autotag.http import serve
-from autotag.logs import NOISY_MOST, WINDOW, Throttle
-from autotag.metrics import SystemMetrics
-from autotag.web import Health, make_app
+from autotag.http import guard, webhook
+from autotag.http.health import Health, make_app
+from autotag.http.serve import serve
+from autotag.observability.logs import NOISY_MOST, WINDOW, Throttle
+from autotag.observability.metrics import SystemMetrics
 from benchmarks import flood
 from benchmarks.flood import FILES, flooded
 from lab.openai_sim.webhooks import batch_event, make_secret, sign
@@ -259,7 +259,7 @@ async def test_a_noisy_event_is_written_a_few_times_a_minute_and_the_rest_is_cou
 
 
 async def test_what_was_left_out_is_said_when_the_noise_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autotag.logs.WINDOW", 0.1)
+    monkeypatch.setattr("autotag.observability.logs.WINDOW", 0.1)
     told = []
     throttle = Throttle(lambda *what: told.append(what))
     for _ in range(NOISY_MOST + 2):

@@ -13,8 +13,8 @@ import pytest
 
 import autotag
 from autotag.db import VersionsDiffer
-from autotag.wake import Wake
-from autotag.worker import Worker
+from autotag.worker.run import Worker
+from autotag.worker.wake import Wake
 from lab import release, schema
 from lab.catalog import catalog
 from lab.postgres import LocalPostgres

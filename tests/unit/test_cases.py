@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autotag.answers import read_completion
-from autotag.classify import classify_status
 from autotag.errors import TaggingError
+from autotag.openai.answers import read_completion
+from autotag.openai.classify import classify_status
 
 CASES = Path(__file__).parents[1] / "cases"
 

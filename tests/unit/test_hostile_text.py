@@ -18,12 +18,13 @@ from rich.console import Console
 from rich.text import Text
 from typer.testing import CliRunner
 
-from autotag import cli, operate
+from autotag.cli import app as cli
+from autotag.cli import operate
+from autotag.cli.console import cell, fail, say, say_json, tame_libraries
+from autotag.cli.follow import read_payload
+from autotag.cli.screen import render
 from autotag.compare import figures
-from autotag.console import cell, fail, say, say_json, tame_libraries
-from autotag.findings import Finding
-from autotag.follow import read_payload
-from autotag.status import render
+from autotag.doctor.findings import Finding
 from autotag.texts import one_line, printable, spreadsheet_cell
 
 HOSTILE = {

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image as Pillow
 from PIL import ImageDraw
 
-from autotag import db, images
+from autotag import db
 from autotag.errors import TaggingError
+from autotag.images import prepare as images
 from lab.openai_sim.vision import look
 
 PIXELS = 100_000_000

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotag import db, images
+from autotag import db
 from autotag.errors import TaggingError
-from autotag.images import Images, is_public, public_address
+from autotag.images import prepare as images
+from autotag.images.prepare import Images, is_public, public_address
 
 REFUSED = [
     "0.0.0.0", "0.1.2.3", "10.0.0.1", "100.64.0.1", "100.100.100.200", "127.0.0.1", "127.255.255.254",

@@ -17,14 +17,15 @@ import structlog
 from openai.types import Batch
 from typer.testing import CliRunner
 
-from autotag import cli, redact
-from autotag.classify import classify_status
+from autotag import redact
+from autotag.cli import app as cli
+from autotag.cli.console import fail
 from autotag.config import DoctorSettings, SettingsError, load_settings, read_connection
-from autotag.console import fail
 from autotag.db import calls
-from autotag.lanes.output import describe, read_line
+from autotag.images.storage import read_answer
+from autotag.openai.classify import classify_status
+from autotag.openai.output import describe, read_line
 from autotag.redact import HIDDEN, redact_event, said
-from autotag.storage import read_answer
 
 KEY, STORAGE_KEY, WEBHOOK = "gateway-key-0123456789", "storage-key-abcdefgh", "whsec_" + "aG9vayBzZWNyZXQvKz0taG9vaw=="
 PASSWORD = "p@ss:w/ord%1"

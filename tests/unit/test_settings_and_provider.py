@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from autotag.classify import classify_status
 from autotag.config import SettingsError, load_settings
-from autotag.headers import read_limits, retry_after
+from autotag.openai.classify import classify_status
+from autotag.openai.headers import read_limits, retry_after
 from autotag.redact import redact
 
 WEBHOOK_SECRET = "whsec_c2l4dGVlbiBieXRlcyBvciBtb3Jl"

@@ -13,10 +13,10 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from autotag import storage
 from autotag.errors import TaggingError
-from autotag.http import serve
-from autotag.storage import Storage, key_role
+from autotag.http.serve import serve
+from autotag.images import storage
+from autotag.images.storage import Storage, key_role
 from lab.edge import tokens
 from lab.postgres import free_port
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from autotag.wake import TOPICS, Wake
+from autotag.worker.wake import TOPICS, Wake
 
 PATIENCE = 6.0  # seconds that a wake may take on a slow machine
 

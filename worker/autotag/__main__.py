@@ -10,7 +10,7 @@ import typer
 def load() -> typer.Typer:
     """The command's application, imported without collecting garbage meanwhile: that was a third of every start."""
     gc.disable()
-    from autotag.cli import app
+    from autotag.cli.app import app
 
     gc.freeze()  # what was imported stays
     gc.enable()

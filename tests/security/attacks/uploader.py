@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 
 from attacks.attempt import Answer, Attempt
 from attacks.scene import Scene
-from autotag.answers import CAPTION_LENGTH, TAG_LENGTH
+from autotag.openai.answers import CAPTION_LENGTH, TAG_LENGTH
 from autotag.texts import clean_text, printable
 from lab.openai_sim.faults import Fault
 from lab.pictures import Drawing, draw

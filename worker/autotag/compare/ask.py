@@ -14,12 +14,12 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
-from autotag import provider
-from autotag.answers import normalise_tags, read_completion, read_usage
 from autotag.db import Image, Operator, Refused
 from autotag.errors import TaggingError
-from autotag.images import LARGEST_SIDE, Images, data_url, prepare
-from autotag.tags import Question, request_body
+from autotag.images.prepare import LARGEST_SIDE, Images, data_url, prepare
+from autotag.openai import provider
+from autotag.openai.answers import normalise_tags, read_completion, read_usage
+from autotag.openai.prompt import Question, request_body
 from autotag.texts import clean_text
 
 HANDS = 8  # calls at the same time

@@ -12,15 +12,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from autotag import provider
+from autotag.cli.console import Json, fail, read_settings, say, say_json
+from autotag.cli.operate import Workspace, Yes, operate
 from autotag.compare.ask import Comparison, Sample
 from autotag.compare.figures import model_name, price, render, summarise
 from autotag.compare.page import make_page
 from autotag.config import Settings
-from autotag.console import Json, fail, read_settings, say, say_json
 from autotag.db import Operator
-from autotag.images import Images
-from autotag.operate import Workspace, Yes, operate
+from autotag.images.prepare import Images
+from autotag.openai import provider
 from autotag.texts import printable
 
 PAGE = Path("comparison.html")

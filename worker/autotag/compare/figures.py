@@ -12,9 +12,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from autotag.cli.console import cell
+from autotag.cli.money import dollars
 from autotag.compare.ask import Outcome
-from autotag.console import cell
-from autotag.money import dollars
 
 MOST_SHOWN = 10  # of the tags that were added or are missing most often
 LEARNED = 10  # answers that an estimate needs (``autotag.estimate_tokens``)

@@ -24,8 +24,8 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from autotag.db.listening import KEEPALIVES, RETRY_MOST
 from autotag.db.messages import Batch, BatchClaim, Claim, Image, NotHeld, Refused, Settled, VersionsDiffer, make
+from autotag.openai.prompt import Question
 from autotag.redact import said
-from autotag.tags import Question
 
 POOL_SIZE = 4  # claim, settle, stages and the batch lane seldom meet
 

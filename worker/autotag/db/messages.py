@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, cast
 
-from autotag.tags import Question
+from autotag.openai.prompt import Question
 
 T = TypeVar("T")
 

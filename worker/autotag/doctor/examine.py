@@ -15,13 +15,14 @@ import psycopg
 from realtime import AsyncRealtimeClient, BroadcastPayload, RealtimeSubscribeStates
 
 import autotag
-from autotag import api, db
+from autotag import db
+from autotag.cli.follow import read_payload
 from autotag.config import DoctorSettings, webhook_trouble
+from autotag.doctor import provider
+from autotag.doctor.findings import Finding, compare_clocks
 from autotag.errors import TaggingError
-from autotag.findings import Finding, compare_clocks
-from autotag.follow import read_payload
+from autotag.images.storage import Storage
 from autotag.redact import said
-from autotag.storage import Storage
 
 CONNECT_TIMEOUT = 10  # seconds
 BROADCAST_TIMEOUT = 10.0  # seconds; the first join after a quiet time can take a second
@@ -42,7 +43,7 @@ async def examine(settings: DoctorSettings) -> list[Finding]:
         reason = said(error)
         return [
             Finding("connection", "error", f"The database cannot be reached: {reason}", "Correct DATABASE_URL."),
-            await api.check(settings, None),
+            await provider.check(settings, None),
         ]
     async with owner as database:
         findings.append(Finding("connection", "ok", f"Postgres {database.server_version} answers."))
@@ -63,7 +64,7 @@ async def examine(settings: DoctorSettings) -> list[Finding]:
             findings.append(compare_clocks("clock skew", "the database", told["now"]))
             findings.append(await _broadcast(settings, database))
             findings.append(await _storage(settings, told.get("sample")))
-        findings.append(await api.check(settings, await _model(database, told)))
+        findings.append(await provider.check(settings, await _model(database, told)))
         findings.append(_webhook(settings))
     return findings
 

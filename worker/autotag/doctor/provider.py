@@ -14,9 +14,9 @@ import openai
 from openai import AsyncOpenAI
 from openai.types import Model
 
-from autotag import provider
 from autotag.config import DoctorSettings
-from autotag.findings import Finding, compare_clocks
+from autotag.doctor.findings import Finding, compare_clocks
+from autotag.openai import provider
 
 CHECK = "api"
 TIMEOUT = 10.0  # seconds

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 import uvicorn
 from starlette.applications import Starlette
 
-from autotag.guard import HEADERS_MOST, KEEP_ALIVE_SECONDS, GuardedApp, GuardedProtocol
+from autotag.http.guard import HEADERS_MOST, KEEP_ALIVE_SECONDS, GuardedApp, GuardedProtocol
 
 QUEUE = 1024  # connections that may wait to be accepted
 ACCEPT_AT_ONCE = 16  # of them; so many are accepted before any is read, and far fewer than may make each other go

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autotag.errors import Kind, TaggingError
-from autotag.headers import read_limits, retry_after, wait_in_words
+from autotag.openai.headers import read_limits, retry_after, wait_in_words
 from autotag.redact import redact
 from autotag.texts import clean_text
 

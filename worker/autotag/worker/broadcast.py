@@ -9,7 +9,7 @@ import httpx
 import structlog
 
 from autotag.db import Database
-from autotag.metrics import DELIVERED
+from autotag.observability.metrics import DELIVERED
 from autotag.redact import said
 
 MESSAGES = 100  # Realtime refuses more in one request

@@ -8,9 +8,9 @@ from typing import Any
 
 from openai.types import Batch as OpenAIBatch
 
-from autotag.answers import read_completion, read_usage
-from autotag.classify import MESSAGE_LENGTH, classify_status
 from autotag.errors import TaggingError
+from autotag.openai.answers import read_completion, read_usage
+from autotag.openai.classify import MESSAGE_LENGTH, classify_status
 from autotag.redact import redact
 from autotag.texts import clean_text
 

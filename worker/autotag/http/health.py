@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from autotag.metrics import SystemMetrics
+from autotag.observability.metrics import SystemMetrics
 
 MISSED_BEATS = 3  # heartbeats that do not even fail: then the process is stuck
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from autotag.classify import error_in_answer
 from autotag.errors import TaggingError, image_error
+from autotag.openai.classify import error_in_answer
 from autotag.texts import clean_text
 
 TAG_LENGTH = 50  # characters; longer ones are sentences, not tags

@@ -8,8 +8,8 @@ import openai
 import structlog
 from openai import AsyncOpenAI
 
-from autotag import provider
 from autotag.db import Batch, Database
+from autotag.openai import provider
 
 CLOCK_SKEW = 600.0  # seconds that the provider's clock may be off ours when its lists are read back to a moment
 

@@ -18,16 +18,16 @@ import structlog
 from openai import AsyncOpenAI
 from openai.types import Batch as OpenAIBatch
 
-from autotag import provider
 from autotag.db import Batch, BatchClaim, Database, Image, NotHeld
 from autotag.errors import TaggingError
-from autotag.images import LARGEST_SIDE, Images, data_url
-from autotag.lanes.files import CLOCK_SKEW, Files, expiry
-from autotag.lanes.output import describe, read_line, read_lines
-from autotag.metrics import BATCH_SECONDS, IN_FLIGHT, count_answers, timed
+from autotag.images.prepare import LARGEST_SIDE, Images, data_url
+from autotag.observability.metrics import BATCH_SECONDS, IN_FLIGHT, count_answers, timed
+from autotag.openai import provider
+from autotag.openai.files import CLOCK_SKEW, Files, expiry
+from autotag.openai.output import describe, read_line, read_lines
+from autotag.openai.prompt import Question, batch_line, request_body
 from autotag.redact import said
-from autotag.tags import Question, batch_line, request_body
-from autotag.wake import Wake
+from autotag.worker.wake import Wake
 
 PAGE = 100  # images looked up and fetched together
 ANSWERS = 500  # answers stored in one call

@@ -14,18 +14,19 @@ import structlog
 from openai import AsyncOpenAI
 
 import autotag
-from autotag import provider, web, webhook
-from autotag.broadcast import deliver_outbox
 from autotag.config import Settings
 from autotag.db import Database, VersionsDiffer, can_listen, listen
-from autotag.http import serve
-from autotag.images import Images
-from autotag.lanes import realtime
-from autotag.lanes.batch import BatchLane
-from autotag.metrics import SystemMetrics
+from autotag.http import webhook
+from autotag.http.health import Health, make_app
+from autotag.http.serve import serve
+from autotag.images.prepare import Images
+from autotag.observability.metrics import SystemMetrics
+from autotag.openai import provider
 from autotag.redact import said
-from autotag.wake import Wake
-from autotag.web import Health
+from autotag.worker import realtime
+from autotag.worker.batch import BatchLane
+from autotag.worker.broadcast import deliver_outbox
+from autotag.worker.wake import Wake
 
 HEARTBEATS_PER_LEASE = 3  # two may get lost before a lease runs out
 HEARTBEAT_RETRY = 1.0  # seconds after one that failed
@@ -178,7 +179,7 @@ class Worker:
 
         apps = []
         if settings.http:
-            apps.append((settings.http, web.make_app(health, SystemMetrics(self._db.metrics))))
+            apps.append((settings.http, make_app(health, SystemMetrics(self._db.metrics))))
         if settings.webhook and settings.openai_webhook_secret:
             secret = settings.openai_webhook_secret.get_secret_value()
             apps.append((settings.webhook, webhook.make_app(client, secret, receive)))

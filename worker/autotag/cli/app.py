@@ -17,12 +17,13 @@ from rich.table import Table
 from rich.text import Text
 
 import autotag
+from autotag.cli.console import Json, cell, fail, read_settings, say, say_json, tame_libraries
+from autotag.cli.operate import app as operator_app
 from autotag.compare.command import compare
 from autotag.config import DoctorSettings, Settings, read_connection
-from autotag.console import Json, cell, fail, read_settings, say, say_json, tame_libraries
 from autotag.db import VersionsDiffer
-from autotag.doctor import examine
-from autotag.findings import Finding, worst_level
+from autotag.doctor.examine import examine
+from autotag.doctor.findings import Finding, worst_level
 from autotag.install.facts import Facts, look
 from autotag.install.files import find_rule, users_see_files
 from autotag.install.host import Choices, FileRule, Host, HostError, describe, propose
@@ -34,11 +35,10 @@ from autotag.install.migrations import (
     write_migrations,
 )
 from autotag.install.migrations import spending_limit as limit_spending
-from autotag.logs import configure_logs
-from autotag.operate import app as operator_app
+from autotag.observability.logs import configure_logs
+from autotag.observability.traces import TracesError, configure_traces
 from autotag.redact import remember_connection, said
-from autotag.traces import TracesError, configure_traces
-from autotag.worker import run_worker
+from autotag.worker.run import run_worker
 
 FINDING_SHOWN = 1000  # characters of what ``doctor`` says of one check
 LOCAL_DATABASE = "postgresql://postgres:postgres@127.0.0.1:54322/postgres"  # what `supabase start` serves

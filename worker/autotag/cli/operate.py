@@ -17,13 +17,13 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from autotag.backfill import Backfill, backfill
+from autotag.cli.backfill import Backfill, backfill
+from autotag.cli.console import Json, cell, fail, read_settings, say, say_json
+from autotag.cli.follow import CannotFollow, follow
+from autotag.cli.money import dollars, plain, round_dollars
+from autotag.cli.screen import duration, render
 from autotag.config import DoctorSettings
-from autotag.console import Json, cell, fail, read_settings, say, say_json
 from autotag.db import Operator, Refused
-from autotag.follow import CannotFollow, follow
-from autotag.money import dollars, plain, round_dollars
-from autotag.status import duration, render
 from autotag.texts import printable, spreadsheet_cell
 
 T = TypeVar("T")

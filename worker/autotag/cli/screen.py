@@ -11,8 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from autotag.console import cell
-from autotag.money import dollars, total
+from autotag.cli.console import cell
+from autotag.cli.money import dollars, total
 from autotag.texts import printable_all
 
 #: Who has to work again before tagging goes on (``account_error_from``), as a reader knows it.

@@ -11,15 +11,16 @@ import psycopg
 import structlog
 from openai import AsyncOpenAI
 
-from autotag import provider, traces
-from autotag.answers import read_completion, read_usage
 from autotag.db import Database, Image
 from autotag.errors import TaggingError
-from autotag.images import LARGEST_SIDE, Images, data_url
-from autotag.metrics import CLAIMED, CLAIMS, IN_FLIGHT, SECONDS, count_answers, timed
+from autotag.images.prepare import LARGEST_SIDE, Images, data_url
+from autotag.observability import traces
+from autotag.observability.metrics import CLAIMED, CLAIMS, IN_FLIGHT, SECONDS, count_answers, timed
+from autotag.openai import provider
+from autotag.openai.answers import read_completion, read_usage
+from autotag.openai.prompt import Question, request_body
 from autotag.redact import said
-from autotag.tags import Question, request_body
-from autotag.wake import Wake
+from autotag.worker.wake import Wake
 
 STAGE_DELAY = 0.15  # seconds a stage must last to be worth a write; quick images skip it
 SETTLE_MOST = 500  # reports in one call

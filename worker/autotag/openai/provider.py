@@ -11,9 +11,9 @@ import openai
 from openai import AsyncOpenAI, DefaultAioHttpClient
 from openai._base_client import make_request_options
 
-from autotag.classify import classify_status
 from autotag.errors import TaggingError
-from autotag.headers import read_limits
+from autotag.openai.classify import classify_status
+from autotag.openai.headers import read_limits
 
 #: The slowest pace at which an answer may come, reasoning included: an answer with a large cap gets more time.
 TOKENS_PER_SECOND = 40.0

@@ -27,7 +27,7 @@ from PIL import ImageOps, UnidentifiedImageError
 
 from autotag.db import Image
 from autotag.errors import TaggingError, image_error
-from autotag.storage import Storage, file_missing, read_body
+from autotag.images.storage import Storage, file_missing, read_body
 from autotag.texts import printable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")

@@ -1,0 +1,1 @@
+"""The command ``autotag``: one file for each of its commands."""

@@ -1,0 +1,1 @@
+"""``autotag doctor``: checks every part of an installation."""

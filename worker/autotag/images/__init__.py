@@ -1,0 +1,1 @@
+"""From where an image is stored to the pixels that the model sees."""

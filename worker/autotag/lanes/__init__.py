@@ -1,1 +1,0 @@
-"""The two ways to a tag: single calls (`realtime`) and OpenAI Batches (`batch`)."""

@@ -1,0 +1,1 @@
+"""One worker process: single calls, batches, and what wakes both."""
