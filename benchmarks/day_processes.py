@@ -65,7 +65,10 @@ def work(speed: float) -> None:
 
     settings = load_settings(Settings)
     configure_logs(settings.log_level, settings.log_format)
-    with mock.patch("autotag.worker.Images", PicturesAtHand), mock.patch("autotag.provider.complete", complete):
+    with (
+        mock.patch("autotag.worker.run.Images", PicturesAtHand),
+        mock.patch("autotag.openai.provider.complete", complete),
+    ):
         asyncio.run(run_worker(settings))
 
 

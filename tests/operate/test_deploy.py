@@ -51,7 +51,10 @@ def test_what_the_image_is_built_from_makes_a_worker_that_starts(tmp_path: Path)
          "print(autotag.cli.__file__, *(each.name for each in m.migrations(with_host_baseline=True)))"],
         cwd=tmp_path, env={"PYTHONPATH": str(site)}, check=True, capture_output=True, text=True,
     ).stdout.split()  # fmt: skip
-    assert told == [str(site / "autotag" / "cli.py"), *(m.name for m in migrations(with_host_baseline=True))]
+    assert told == [
+        str(site / "autotag" / "cli" / "__init__.py"),
+        *(m.name for m in migrations(with_host_baseline=True)),
+    ]
 
 
 def _copy(source: Path, target: Path) -> None:
