@@ -13,7 +13,7 @@ create table autotag.models (
   output_price numeric check (output_price >= 0),
   batch_discount numeric not null default 0.5 check (batch_discount between 0 and 1),   -- discount in a batch …
   flex_discount numeric not null default 0.5 check (flex_discount between 0 and 1),     -- … and with service_tier flex
-  priority_factor numeric not null default 2 check (priority_factor >= 0),              -- of the price, in tiers priority and fast
+  priority_factor numeric not null default 2 check (priority_factor >= 0),              -- of the price, for priority and fast
   reasons boolean,                       -- whether it can reason before it answers; null: unknown
   -- sent with every request; null: not sent, so the model's own default applies
   reasoning_effort text check (reasoning_effort in ('none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max')),
