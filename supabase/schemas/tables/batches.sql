@@ -23,7 +23,7 @@ create table autotag.batches (
   not_before timestamptz not null default '-infinity',
   admitted_at timestamptz,               -- when it was admitted to the workspace's window; it is admitted once
   output_tokens integer,                 -- the cap of its answers
-  asked_at timestamptz,                  -- when its file was built, and so with which question
+  asked_at timestamptz,                  -- when its file was built; shows which question it asks
   keep_files integer,                    -- seconds after which OpenAI deletes its files (provider_limits.keep_files then)
   extra_tokens bigint not null default 0,     -- tokens to reserve beyond the usual: some of its images had answers cut off
   reserved_tokens bigint not null default 0,  -- what it takes of the provider's queued-token limit, until OpenAI is done with it
