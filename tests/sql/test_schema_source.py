@@ -144,7 +144,7 @@ def test_only_what_has_changed_is_in_a_migration(tree: Path) -> None:
     assert list(tree.glob("migrations/*unreleased*")) == [], "a comment beside a function is no change of the schema"
     change(
         tree / "schemas" / "uploads" / "retry.sql",
-        "No image of this upload has failed that could be tagged now.",
+        "This upload has no failed image that can be tagged now.",
         "None.",
     )
     release.write()
@@ -154,7 +154,7 @@ def test_only_what_has_changed_is_in_a_migration(tree: Path) -> None:
     change(
         tree / "schemas" / "uploads" / "retry.sql",
         "None.",
-        "No image of this upload has failed that could be tagged now.",
+        "This upload has no failed image that can be tagged now.",
     )
     release.write()
     assert not path.exists(), "and nothing, when it is as before"

@@ -1,16 +1,16 @@
--- The type in which outcomes travel between functions.
+-- The type that carries results and errors between functions.
 
--- An answer about one image, or why there is none (error), with what is known of its task.
+-- The answer about one image, or the error instead of one, with what the other functions need of its task.
 create type autotag.answer as (
   task bigint,
   attempt integer,
   job_id uuid,
   workspace_id uuid,
-  reserved_at timestamptz,     -- single calls: what settle() needs to correct the reservation
+  reserved_at timestamptz,     -- single calls: settle() needs these two to correct the reservation
   reserved_tokens integer,
-  output_tokens integer,       -- the cap of the answer that was asked for
+  output_tokens integer,       -- the cap of the answer, as it was requested
   result jsonb,                -- {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}
   error jsonb,                 -- {kind, code, message, retry, retry_after, origin, parameter}
-  usage jsonb,                 -- as clean_usage() makes it, whenever the provider answered
-  called boolean               -- whether it was asked at all
+  usage jsonb,                 -- as clean_usage() returns it; null: the provider gave no figures
+  called boolean               -- whether the call was sent
 );
