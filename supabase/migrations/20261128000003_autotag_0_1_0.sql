@@ -444,6 +444,13 @@ create index batches_reserved_idx on autotag.batches (workspace_id) include (res
 create index batches_workspace_planned_idx on autotag.batches (workspace_id) where state = 'planned';
 alter table autotag.batches enable row level security;
 
+-- The provider's queue of batch tokens, and whether there is room in it for all that waits.
+create type autotag.batch_queue as (
+  tokens bigint,               -- of what the provider has, or is about to have
+  short boolean,               -- not all that waits can be queued there at the same time
+  patient_since timestamptz    -- if so, what waits since then is not passed any more
+);
+
 -- Workers and their leases: what a worker holds goes back when its heart stops.
 
 -- A worker's heartbeat is the lease of everything it holds: when it stops, all of that goes back.
@@ -571,7 +578,7 @@ create index webhooks_batch_idx on autotag.webhooks (openai_batch_id);
 create index webhooks_received_at_idx on autotag.webhooks (received_at);
 alter table autotag.webhooks enable row level security;
 
--- The type in which outcomes travel between functions.
+-- The types in which what workers report travels between functions.
 
 -- An answer about one image, or why there is none (error), with what is known of its task.
 create type autotag.answer as (
@@ -586,6 +593,19 @@ create type autotag.answer as (
   error jsonb,                 -- {kind, code, message, retry, retry_after, origin, parameter}
   usage jsonb,                 -- as clean_usage() makes it, whenever the provider answered
   called boolean               -- whether it was asked at all
+);
+
+-- What a look at OpenAI has shown of one batch.
+create type autotag.batch_look as (
+  id text,                     -- OpenAI's
+  status text,
+  output_file_id text,
+  error_file_id text,
+  total integer,               -- lines …
+  done integer,                -- … of which so many are answered or failed
+  error_code text,
+  error text,
+  error_kind text
 );
 
 -- autotag's own clock. Tests may bend it; everything else reads the time here.
@@ -3056,6 +3076,180 @@ begin
   ) as moments (moment));
 end $$;
 
+-- Whose turn it is: which batches go on next, and which of them there is room for.
+
+-- How full the provider's queue of batch tokens is, and whether all that waits for it fits into it.
+create or replace function autotag.measure_batch_queue(p_provider autotag.provider_limits, p_now timestamptz) returns autotag.batch_queue
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_queue autotag.batch_queue;
+begin
+  v_queue.tokens := (select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.reserved_tokens > 0);
+  v_queue.short := v_queue.tokens + p_provider.tokens_per_image * (
+    select coalesce(sum(b.image_count - b.express_count), 0) from autotag.batches b
+    where b.state = 'planned' and b.worker_id is null and b.not_before <= p_now) > p_provider.queued_batch_tokens;
+  v_queue.patient_since := case when v_queue.short
+    then p_now - (select s.batch_patience from autotag.settings s) else '-infinity' end;
+  return v_queue;
+end $$;
+
+-- Whether nothing may be begun: nobody knows whether the question works, and there are single calls that can try it.
+create or replace function autotag.must_prove_first(p_provider autotag.provider_limits) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return p_provider.proven_at is null and exists (
+    select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
+    union all select from autotag.tasks t where t.retry_at is not null or t.worker_id is not null
+    union all select from autotag.batches b where b.state = 'planned' and b.image_count - b.express_count > 1);
+end $$;
+
+-- The next batches to work on, at most p_slots, in their order (claim_batches says which).
+create or replace function autotag.rank_batches(
+  p_slots integer, p_provider autotag.provider_limits, p_queue autotag.batch_queue, p_now timestamptz
+) returns uuid[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_unproven boolean := autotag.must_prove_first(p_provider);
+begin
+  return array(
+    with ready as (
+      select b.id, b.workspace_id, b.state, b.ordinal, b.created_at, t.tokens, t.since,
+        b.ordinal > 1 and t.since > p_queue.patient_since as later
+      from autotag.batches b
+      cross join lateral (
+        select (b.image_count - b.express_count)::bigint * p_provider.tokens_per_image + b.extra_tokens as tokens,
+               greatest(b.created_at, b.not_before) as since) t
+      where b.worker_id is null and b.not_before <= p_now
+        and (b.state in ('ended', 'harvesting', 'creating')
+          or b.state in ('planned', 'preparing', 'uploading') and not v_unproven and p_provider.has_batches is distinct from false)
+        and (b.state <> 'planned' or t.since <= p_queue.patient_since
+          or p_queue.tokens = 0 or p_queue.tokens + t.tokens <= p_provider.queued_batch_tokens)
+    )
+    select r.id
+    from ready r
+    left join (
+      select b.workspace_id, sum(b.reserved_tokens) as tokens
+      from autotag.batches b where b.reserved_tokens > 0 group by b.workspace_id
+    ) q on q.workspace_id = r.workspace_id
+    order by r.state in ('ended', 'harvesting') desc, r.state = 'planned', r.later,
+      -- what its workspace will have queued when its turn comes
+      case when p_queue.short and r.state = 'planned' then coalesce(q.tokens, 0) - r.tokens + sum(r.tokens) over (
+        partition by r.workspace_id, r.state = 'planned' order by r.later, r.since, r.created_at, r.ordinal) end,
+      r.since, r.created_at, r.ordinal
+    limit p_slots);
+end $$;
+
+-- Gives a worker those of the candidates that may go now, in their order: what was begun before goes on, and a planned one is
+-- begun when its workspace's window and the provider's queue have room. again: one could not go, and those behind it are for
+-- the next call, to be made at once. Called by claim_batches(), which holds the provider row. Locks: windows by workspace,
+-- batches by id.
+create or replace function autotag.take_batches(
+  p_worker uuid, p_candidates uuid[], p_provider autotag.provider_limits, p_queue autotag.batch_queue, p_now timestamptz,
+  out ids uuid[], out again boolean
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches;
+  v_images integer;
+  v_tokens bigint;
+  v_opens_at timestamptz;      -- when the workspace's window has a place; null: it has
+  v_held boolean := false;     -- the room in the provider's queue is held for one that is not passed any more
+begin
+  ids := array[]::uuid[];
+  again := false;
+  perform from public.workspace_rate_limits l
+  where l.request_type = 'batch' and l.workspace_id in (
+    select b.workspace_id from autotag.batches b where b.id = any (p_candidates))
+  order by l.workspace_id for update;
+  perform from autotag.batches b where b.id = any (p_candidates) order by b.id for update;
+
+  for v_batch in
+    select b.* from unnest(p_candidates) with ordinality c (id, i)
+    join autotag.batches b on b.id = c.id
+    where b.worker_id is null order by c.i
+  loop
+    if v_batch.state = 'planned' then
+      v_images := v_batch.image_count - v_batch.express_count;
+      if v_batch.admitted_at is null then
+        v_opens_at := autotag.window_opens_at(v_batch);
+        if v_opens_at is not null then  -- it leaves the head of the line: nobody else waits for its workspace's window
+          update autotag.batches b set not_before = v_opens_at where b.id = v_batch.id;
+          again := true;
+          continue;
+        end if;
+      end if;
+      v_tokens := v_images::bigint * p_provider.tokens_per_image + v_batch.extra_tokens;
+      -- A batch ahead of the provider's queue always goes: alone it must be small enough.
+      if v_held or p_queue.tokens > 0 and p_queue.tokens + v_tokens > p_provider.queued_batch_tokens then
+        v_held := v_held or greatest(v_batch.created_at, v_batch.not_before) <= p_queue.patient_since;
+        continue;
+      end if;
+      if v_batch.admitted_at is null then
+        select a.at into v_batch.admitted_at
+        from autotag.admit(v_batch.workspace_id, 'batch', 1, v_images, false) a where a.admitted > 0;
+        if not found then  -- somebody's check_rate_limit was quicker
+          again := true;
+          continue;
+        end if;
+      end if;
+      p_queue.tokens := p_queue.tokens + v_tokens;
+      v_batch.reserved_tokens := v_tokens;
+    end if;
+    perform autotag.hand_batch(v_batch, p_worker, p_provider, p_now);
+    ids := ids || v_batch.id;
+  end loop;
+end $$;
+
+-- When the window of a planned batch's workspace has a place for it; null: now.
+create or replace function autotag.window_opens_at(p_batch autotag.batches) returns timestamptz
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ahead integer;             -- batches of earlier uploads that count on a place in the window
+begin
+  -- The first batch of an upload goes before the others of earlier ones, but not with the place in the window
+  -- that these were planned for.
+  select count(*) into v_ahead from autotag.batches b
+  where b.workspace_id = p_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
+    and b.created_at < p_batch.created_at;
+  return (
+    select max(coalesce(a.retry_at, 'infinity'))
+    from (values (v_ahead + 1, 0), (1, p_batch.image_count - p_batch.express_count)) w (batches, images)
+    cross join lateral autotag.admit(p_batch.workspace_id, 'batch', w.batches, w.images, false, p_take => false) a
+    where a.admitted = 0);
+end $$;
+
+-- The batch is this worker's now, and in the state that it goes on from. p_batch: with its place in the window and what it
+-- reserves. The caller holds its row.
+create or replace function autotag.hand_batch(
+  p_batch autotag.batches, p_worker uuid, p_provider autotag.provider_limits, p_now timestamptz
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  -- A file that asks what was asked before is deleted by its name, and built anew.
+  v_stale boolean := p_batch.state = 'planned' and coalesce(p_batch.asked_at < p_provider.question_since, false);
+begin
+  update autotag.batches b
+  set worker_id = p_worker, attempt = b.attempt + 1,
+      admitted_at = p_batch.admitted_at, reserved_tokens = p_batch.reserved_tokens,
+      output_tokens = case when b.input_file_id is null or v_stale then p_provider.output_tokens else b.output_tokens end,
+      asked_at = case when b.input_file_id is null or v_stale then p_now else b.asked_at end,
+      keep_files = p_provider.keep_files,
+      input_file_id = case when v_stale then null else b.input_file_id end,
+      state = case
+        when b.state = 'planned' and b.input_file_id is null then 'preparing'
+        when b.state = 'planned' and v_stale then 'uploading'
+        when b.state = 'planned' then 'creating'
+        when b.state = 'ended' then 'harvesting'
+        else b.state end
+  where b.id = p_batch.id;
+end $$;
+
 -- Which batches a worker gets to build, watch or harvest, under the limits of the hour and of the provider's queue.
 
 -- How many batches a workspace may still start in the current hour, and images likewise. Reads only.
@@ -3097,24 +3291,11 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.sync_question(autotag.lock_provider());
-  v_now timestamptz := v_provider.refilled_at;
+  v_now timestamptz := greatest(v_provider.refilled_at, v_provider.question_since);  -- what is claimed now is asked this question
   v_settings autotag.settings;
   v_slots integer := least(greatest(coalesce(p_slots, 0), 0), 1000);
-  v_candidates uuid[];
-  v_batch autotag.batches;
-  v_images integer;
-  v_retry_at timestamptz;      -- when the workspace's window has a place; null: it has
-  v_ahead integer;             -- batches of earlier uploads that count on a place in the window
-  v_again boolean := false;    -- a candidate could not go: those behind it are for the next call, made at once
-  v_tokens bigint;
-  v_queued bigint;             -- tokens of what OpenAI has, or is about to
-  v_short boolean;             -- not all that waits can be queued there at the same time
-  v_patient_since timestamptz;  -- if so, what waits since then is not passed any more …
-  v_held boolean := false;     -- … because the room that there is, is held for it
-  v_taken uuid[] := array[]::uuid[];
-  v_next timestamptz;
-  v_unproven boolean;          -- nothing is begun: single calls try the question first
-  v_stale boolean;             -- the batch's file asks what was asked before
+  v_queue autotag.batch_queue;
+  v_taken record;
 begin
   select * into v_settings from autotag.settings;
   batches := '[]';
@@ -3130,11 +3311,6 @@ begin
     wait := autotag.real_seconds(v_settings.account_probe_interval);
     return;
   end if;
-  v_now := greatest(v_now, v_provider.question_since);  -- what is claimed now is asked this question
-  v_unproven := v_provider.proven_at is null and exists (
-    select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
-    union all select from autotag.tasks t where t.retry_at is not null or t.worker_id is not null
-    union all select from autotag.batches b where b.state = 'planned' and b.image_count - b.express_count > 1);
   if v_provider.account_error is not null then
     if v_provider.probe_at > v_now then
       wait := autotag.real_seconds(v_provider.probe_at - v_now);
@@ -3142,130 +3318,16 @@ begin
     end if;
     v_slots := least(v_slots, 1);
   end if;
+
+  v_queue := autotag.measure_batch_queue(v_provider, v_now);
+  v_taken := autotag.take_batches(p_worker, autotag.rank_batches(v_slots, v_provider, v_queue, v_now), v_provider, v_queue, v_now);
+  batches := autotag.describe_batches(v_taken.ids);
+  if v_provider.next_poll_at <= v_now and v_provider.ask_after <= v_now then
+    select l.poll, l.cancel, l.files into poll, cancel, files from autotag.list_looks() l;
+    v_provider.next_poll_at := case when poll is null and files = '[]' then '-infinity' else v_now + v_settings.batch_poll_interval end;
+  end if;
   if v_provider.proven_at is not null and v_provider.checked_at <= v_now - v_settings.model_check_interval and v_provider.ask_after <= v_now then
     look_up := v_provider.question ->> 'model';
-    -- another worker asks in ten minutes, should this one not come to tell
-    update autotag.provider_limits p set checked_at = v_now - v_settings.model_check_interval + interval '10 min';
-  end if;
-
-  v_queued := (select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.reserved_tokens > 0);
-  v_short := v_queued + v_provider.tokens_per_image * (
-    select coalesce(sum(b.image_count - b.express_count), 0) from autotag.batches b
-    where b.state = 'planned' and b.worker_id is null and b.not_before <= v_now) > v_provider.queued_batch_tokens;
-  v_patient_since := case when v_short then v_now - v_settings.batch_patience else '-infinity' end;
-  v_candidates := array(
-    with ready as (
-      select b.id, b.workspace_id, b.state, b.ordinal, b.created_at, t.tokens, t.since,
-        b.ordinal > 1 and t.since > v_patient_since as later
-      from autotag.batches b
-      cross join lateral (
-        select (b.image_count - b.express_count)::bigint * v_provider.tokens_per_image + b.extra_tokens as tokens,
-               greatest(b.created_at, b.not_before) as since) t
-      where b.worker_id is null and b.not_before <= v_now
-        and (b.state in ('ended', 'harvesting', 'creating')
-          or b.state in ('planned', 'preparing', 'uploading') and not v_unproven and v_provider.has_batches is distinct from false)
-        and (b.state <> 'planned' or t.since <= v_patient_since
-          or v_queued = 0 or v_queued + t.tokens <= v_provider.queued_batch_tokens)
-    )
-    select r.id
-    from ready r
-    left join (
-      select b.workspace_id, sum(b.reserved_tokens) as tokens
-      from autotag.batches b where b.reserved_tokens > 0 group by b.workspace_id
-    ) q on q.workspace_id = r.workspace_id
-    order by r.state in ('ended', 'harvesting') desc, r.state = 'planned', r.later,
-      -- what its workspace will have queued when its turn comes
-      case when v_short and r.state = 'planned' then coalesce(q.tokens, 0) - r.tokens + sum(r.tokens) over (
-        partition by r.workspace_id, r.state = 'planned' order by r.later, r.since, r.created_at, r.ordinal) end,
-      r.since, r.created_at, r.ordinal
-    limit v_slots);
-  perform from public.workspace_rate_limits l
-  where l.request_type = 'batch' and l.workspace_id in (
-    select b.workspace_id from autotag.batches b where b.id = any (v_candidates))
-  order by l.workspace_id for update;
-  perform from autotag.batches b where b.id = any (v_candidates) order by b.id for update;
-
-  for v_batch in
-    select b.* from unnest(v_candidates) with ordinality c (id, i)
-    join autotag.batches b on b.id = c.id
-    where b.worker_id is null order by c.i
-  loop
-    if v_batch.state = 'planned' then
-      v_images := v_batch.image_count - v_batch.express_count;
-      if v_batch.admitted_at is null then
-        -- The first batch of an upload goes before the others of earlier ones, but not with the place in the window
-        -- that these were planned for.
-        select count(*) into v_ahead from autotag.batches b
-        where b.workspace_id = v_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
-          and b.created_at < v_batch.created_at;
-        select max(coalesce(a.retry_at, 'infinity')) into v_retry_at
-        from (values (v_ahead + 1, 0), (1, v_images)) w (batches, images)
-        cross join lateral autotag.admit(v_batch.workspace_id, 'batch', w.batches, w.images, false, p_take => false) a
-        where a.admitted = 0;
-        if v_retry_at is not null then  -- it leaves the head of the line: nobody else waits for its workspace's window
-          update autotag.batches b set not_before = v_retry_at where b.id = v_batch.id;
-          v_again := true;
-          continue;
-        end if;
-      end if;
-      v_tokens := v_images::bigint * v_provider.tokens_per_image + v_batch.extra_tokens;
-      -- A batch ahead of the provider's queue always goes: alone it must be small enough.
-      if v_held or v_queued > 0 and v_queued + v_tokens > v_provider.queued_batch_tokens then
-        v_held := v_held or greatest(v_batch.created_at, v_batch.not_before) <= v_patient_since;
-        continue;
-      end if;
-      if v_batch.admitted_at is null then
-        select a.at into v_batch.admitted_at
-        from autotag.admit(v_batch.workspace_id, 'batch', 1, v_images, false) a where a.admitted > 0;
-        if not found then  -- somebody's check_rate_limit was quicker
-          v_again := true;
-          continue;
-        end if;
-      end if;
-      v_queued := v_queued + v_tokens;
-      v_batch.reserved_tokens := v_tokens;
-    end if;
-    -- a file that asks what was asked before is deleted by its name, and built anew
-    v_stale := v_batch.state = 'planned' and coalesce(v_batch.asked_at < v_provider.question_since, false);
-    update autotag.batches b
-    set worker_id = p_worker, attempt = b.attempt + 1,
-        admitted_at = v_batch.admitted_at, reserved_tokens = v_batch.reserved_tokens,
-        output_tokens = case when b.input_file_id is null or v_stale then v_provider.output_tokens else b.output_tokens end,
-        asked_at = case when b.input_file_id is null or v_stale then v_now else b.asked_at end,
-        keep_files = v_provider.keep_files,
-        input_file_id = case when v_stale then null else b.input_file_id end,
-        state = case
-          when b.state = 'planned' and b.input_file_id is null then 'preparing'
-          when b.state = 'planned' and v_stale then 'uploading'
-          when b.state = 'planned' then 'creating'
-          when b.state = 'ended' then 'harvesting'
-          else b.state end
-    where b.id = v_batch.id;
-    v_taken := v_taken || v_batch.id;
-  end loop;
-  select coalesce(jsonb_agg(jsonb_build_object(
-      'batch', b.id, 'attempt', b.attempt, 'state', b.state, 'image_count', b.image_count,
-      'since', autotag.real_epoch(b.created_at), 'cancelled', b.cancel_requested,
-      'openai_batch_id', b.openai_batch_id, 'input_file_id', b.input_file_id,
-      'output_file_id', b.output_file_id, 'error_file_id', b.error_file_id, 'keep_files', b.keep_files) order by t.i), '[]')
-  into batches
-  from unnest(v_taken) with ordinality t (id, i) join autotag.batches b on b.id = t.id;
-
-  if v_provider.next_poll_at <= v_now and v_provider.ask_after <= v_now then
-    select jsonb_agg(jsonb_build_object('id', b.openai_batch_id, 'since', autotag.real_epoch(b.created_at))
-             order by b.ordinal, b.created_at),
-           jsonb_agg(b.openai_batch_id) filter (where b.cancel_requested)
-    into poll, cancel
-    from autotag.batches b where b.state = 'submitted';
-    select coalesce(jsonb_agg(f.id), '[]') into files
-    from (
-      select unnest(array[b.input_file_id, b.output_file_id, b.error_file_id]) as id
-      from autotag.batches b
-      where b.state in ('done', 'cancelled')
-        and (b.input_file_id is not null or b.output_file_id is not null or b.error_file_id is not null)
-      order by b.id limit 300) f
-    where f.id is not null;
-    v_provider.next_poll_at := case when poll is null and files = '[]' then '-infinity' else v_now + v_settings.batch_poll_interval end;
   end if;
   if poll is not null or files <> '[]' or look_up is not null then
     -- what it then says of the provider is listened to (batches_seen, poll_trouble, provider_checked)
@@ -3273,18 +3335,63 @@ begin
   end if;
   update autotag.provider_limits p
   set next_poll_at = v_provider.next_poll_at,
-      probe_at = case when p.account_error is null or v_taken = '{}' then p.probe_at
-        else v_now + v_settings.account_probe_interval end;
+      probe_at = case when p.account_error is null or v_taken.ids = '{}' then p.probe_at
+        else v_now + v_settings.account_probe_interval end,
+      -- another worker asks about the model in ten minutes, should this one not come to tell
+      checked_at = case when look_up is null then p.checked_at else v_now - v_settings.model_check_interval + interval '10 min' end;
+  wait := case when v_taken.again then 0
+    else autotag.real_seconds(autotag.next_batch_claim(v_provider, files <> '[]', v_now) - v_now) end;
+end $$;
 
-  select min(moment) into v_next from (
-    select greatest(v_provider.next_poll_at, v_provider.ask_after)
-    where files <> '[]' or v_provider.ask_after > v_now or exists (select from autotag.batches b where b.state = 'submitted')
+-- The batches that a worker has got, in the order to work on them (claim_batches: batches).
+create or replace function autotag.describe_batches(p_ids uuid[]) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select coalesce(jsonb_agg(jsonb_build_object(
+      'batch', b.id, 'attempt', b.attempt, 'state', b.state, 'image_count', b.image_count,
+      'since', autotag.real_epoch(b.created_at), 'cancelled', b.cancel_requested,
+      'openai_batch_id', b.openai_batch_id, 'input_file_id', b.input_file_id,
+      'output_file_id', b.output_file_id, 'error_file_id', b.error_file_id, 'keep_files', b.keep_files) order by t.i), '[]')
+    from unnest(p_ids) with ordinality t (id, i) join autotag.batches b on b.id = t.id);
+end $$;
+
+-- What is to be looked at, cancelled and deleted at OpenAI (claim_batches: poll, cancel, files).
+create or replace function autotag.list_looks(out poll jsonb, out cancel jsonb, out files jsonb)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  select jsonb_agg(jsonb_build_object('id', b.openai_batch_id, 'since', autotag.real_epoch(b.created_at))
+           order by b.ordinal, b.created_at),
+         jsonb_agg(b.openai_batch_id) filter (where b.cancel_requested)
+  into poll, cancel
+  from autotag.batches b where b.state = 'submitted';
+  select coalesce(jsonb_agg(f.id), '[]') into files
+  from (
+    select unnest(array[b.input_file_id, b.output_file_id, b.error_file_id]) as id
+    from autotag.batches b
+    where b.state in ('done', 'cancelled')
+      and (b.input_file_id is not null or b.output_file_id is not null or b.error_file_id is not null)
+    order by b.id limit 300) f
+  where f.id is not null;
+end $$;
+
+-- When a worker has to ask for batches again: for the next look at OpenAI, or when a batch that waits may go on; null: only a
+-- notification can bring some. p_more_files: there may be more files to delete.
+create or replace function autotag.next_batch_claim(p_provider autotag.provider_limits, p_more_files boolean, p_now timestamptz)
+returns timestamptz
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (select min(moment) from (
+    select greatest(p_now, p_provider.next_poll_at, p_provider.ask_after)
+    where p_more_files or p_provider.ask_after > p_now or exists (select from autotag.batches b where b.state = 'submitted')
     union all
     select min(b.not_before) from autotag.batches b
-    where b.worker_id is null and b.not_before > v_now and b.not_before < 'infinity'
+    where b.worker_id is null and b.not_before > p_now and b.not_before < 'infinity'
       and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting')
-  ) moments (moment);
-  wait := case when v_again then 0 when v_next is not null then autotag.real_seconds(greatest(v_next, v_now) - v_now) end;
+  ) moments (moment));
 end $$;
 
 -- The batch if this worker (of the login that calls) holds it, locked together with its job; else a refusal that tells the
@@ -3782,6 +3889,186 @@ begin
   return 'accepted';
 end $$;
 
+-- A worker has looked at the batches that OpenAI has: they move, end, get lost or stuck.
+
+-- What a worker that was handed a look has seen: [{id, status, output_file_id, error_file_id, total, done, error_code,
+-- error, error_kind}], with status `gone` for one that OpenAI does not know (any more, or with this key). A batch that ended
+-- waits for a worker to harvest it. OpenAI's queue being full is no failure: the batch is planned again. One that
+-- stays gone is over. One that is stuck is cancelled, where the limits let its images go as single calls. Batches
+-- that are not in flight are ignored, and rows that do not change are not touched. A worker that has seen many tells them a
+-- few at a time, because meanwhile nothing else happens to their uploads. What the provider's words are worth is looked at
+-- one by one: one that makes no sense is left out, like what another worker says.
+-- Locks: provider (when the account was stopped), workspaces by id, jobs by id, batches by id, tasks by id.
+create or replace function autotag.batches_seen(p_worker uuid, p_seen jsonb) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_look timestamptz := autotag.was_handed_look(p_worker);
+  v_proven boolean := (select p.proven_at is not null from autotag.provider_limits p);  -- single calls work
+  v_seen autotag.batch_look[];
+  v_jobs uuid[];
+  v_job uuid;
+begin
+  perform autotag.check_list(p_seen);
+  if v_look is null then
+    return;
+  end if;
+  v_seen := autotag.clean_looks(p_seen);
+  perform autotag.judge_looks(v_seen);
+  perform from autotag.workspaces w where w.workspace_id in (
+    select b.workspace_id from autotag.batches b
+    join unnest(v_seen) s on s.id = b.openai_batch_id and s.status = 'gone')
+  order by w.workspace_id for update;
+  perform from autotag.jobs j where j.id in (
+    select b.job_id from autotag.batches b
+    join unnest(v_seen) s on s.id = b.openai_batch_id where b.state = 'submitted')
+  order by j.id for update;
+  perform from autotag.batches b
+  where b.openai_batch_id in (select s.id from unnest(v_seen) s) order by b.id for update;
+  v_jobs := autotag.apply_looks(v_seen, v_look, v_proven, v_now);
+  -- Once an upload, however many of its batches have moved.
+  for v_job in select distinct j from unnest(v_jobs) j order by j loop
+    perform autotag.tell_progress(v_job, autotag.refresh_eta(v_job));
+  end loop;
+end $$;
+
+-- Validates what a worker says it has seen, and cuts it to its bounds. What names no batch or no status is left out.
+create or replace function autotag.clean_looks(p_seen jsonb) returns autotag.batch_look[]
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  -- Numbers of lines: a file has 50,000 at most.
+  return array(
+    select row(i.id, i.status, autotag.clean_id(s ->> 'output_file_id'), autotag.clean_id(s ->> 'error_file_id'),
+      coalesce(autotag.clean_number(s, 'total', 0, 50000), 0)::integer,
+      coalesce(autotag.clean_number(s, 'done', 0, 50000), 0)::integer,
+      autotag.printable(s ->> 'error_code', 100), autotag.printable(s ->> 'error', 1000),
+      autotag.printable(s ->> 'error_kind', 20))::autotag.batch_look
+    from jsonb_array_elements(p_seen) s
+    cross join lateral (select autotag.clean_id(s ->> 'id') as id, autotag.clean_status(s ->> 'status') as status) i
+    where i.id is not null and i.status is not null);
+end $$;
+
+-- What a look says of the account: that it worked ends a trouble with looks, and a batch that failed of the account's trouble (no
+-- credit) stops the lanes. Locks: provider, if one of these is so.
+create or replace function autotag.judge_looks(p_seen autotag.batch_look[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_trouble text;
+begin
+  if exists (select from autotag.provider_limits p where p.account_error_from = 'poll') then
+    perform autotag.resume_account('poll');
+    perform pg_notify('autotag', 'realtime');
+  end if;
+  -- Of the account's trouble the batch is no more guilty than a single call.
+  select s.error into v_trouble from unnest(p_seen) s
+  join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
+  where s.status = 'failed' and s.error_kind = 'account' limit 1;
+  if found then
+    perform autotag.stop_account(v_trouble, 'batch');
+  end if;
+end $$;
+
+-- Changes each batch as it was seen, and returns the jobs of those that have moved. p_look: when the worker was handed this
+-- look; p_proven: single calls work. The caller holds workspaces, jobs and batches.
+create or replace function autotag.apply_looks(
+  p_seen autotag.batch_look[], p_look timestamptz, p_proven boolean, p_now timestamptz
+) returns uuid[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_seen autotag.batch_look;
+  v_batch autotag.batches;
+  v_jobs uuid[] := array[]::uuid[];
+begin
+  select * into v_settings from autotag.settings;
+  for v_seen in
+    select s.* from unnest(p_seen) s
+    join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
+    order by b.id
+  loop
+    select * into v_batch from autotag.batches b where b.openai_batch_id = v_seen.id and b.state = 'submitted';
+    if v_seen.status = 'gone' then
+      perform autotag.look_in_vain(v_batch, p_look);
+    elsif v_seen.status = 'failed' and (v_seen.error_code = 'token_limit_exceeded'
+      -- … unless single calls work all the while: then batches are what this account or deployment cannot do
+      or v_seen.error_kind = 'account' and (not p_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
+      update autotag.batches b
+      set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_seen.error,
+          not_before = p_now + v_settings.batch_poll_interval,
+          failures = b.failures + (v_seen.error_kind = 'account' and p_proven)::integer
+      where b.id = v_batch.id;
+    elsif v_batch.openai_status is distinct from v_seen.status or v_batch.request_done < v_seen.done or v_batch.looks_in_vain > 0 then
+      perform autotag.move_batch(v_batch, v_seen, p_now);
+      v_jobs := array_append(v_jobs, v_batch.job_id);
+    elsif not v_batch.cancel_requested and v_seen.status in ('validating', 'in_progress', 'finalizing')
+      and (v_batch.progress_at <= p_now - v_settings.batch_stuck_after
+        or v_batch.submitted_at <= p_now - v_settings.batch_give_up_after)
+      and autotag.predict_wait(v_batch.workspace_id, v_batch.image_count - v_batch.express_count - v_batch.request_done)
+        <= v_settings.realtime_max_wait
+    then
+      update autotag.batches b set cancel_requested = true, stuck = true where b.id = v_batch.id;
+      update autotag.jobs j
+      set fallback = 'A batch made no progress, so the rest of its images go as single calls.'
+      where j.id = v_batch.job_id;
+    end if;
+  end loop;
+  return v_jobs;
+end $$;
+
+-- OpenAI does not know the batch: it is over after batch_looks_in_vain looks in a row. The caller holds workspace, job and batch.
+create or replace function autotag.look_in_vain(p_batch autotag.batches, p_look timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_batch.vain_look_at = p_look then  -- each look counts once
+    return;
+  end if;
+  update autotag.batches b set looks_in_vain = b.looks_in_vain + 1, vain_look_at = p_look where b.id = p_batch.id;
+  if p_batch.looks_in_vain + 1 >= (select s.batch_looks_in_vain from autotag.settings s) then
+    perform autotag.end_batch(p_batch, 'OpenAI does not know this batch any more (or not with this key).');
+    perform autotag.requeue_batch(p_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
+  end if;
+end $$;
+
+-- The batch has another status or more answers than before: its row says so, and its images where it can be seen. One that has
+-- ended waits to be harvested. The caller holds job and batch. Locks: tasks by id.
+create or replace function autotag.move_batch(p_before autotag.batches, p_seen autotag.batch_look, p_now timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches;
+  v_progress integer;
+  v_eta timestamptz;
+begin
+  update autotag.batches b
+  set openai_status = p_seen.status, request_total = greatest(b.request_total, p_seen.total),
+      request_done = greatest(b.request_done, p_seen.done), progress_at = p_now, looks_in_vain = 0,
+      running_at = coalesce(b.running_at, case when p_seen.status = 'in_progress' then p_now end),
+      output_file_id = p_seen.output_file_id, error_file_id = p_seen.error_file_id, error = p_seen.error
+  where b.id = p_before.id returning * into v_batch;
+  v_progress := autotag.batch_progress(v_batch.request_done, v_batch.request_total);
+  if p_seen.status in ('completed', 'failed', 'expired', 'cancelled') then
+    update autotag.batches b set state = 'ended', ended_at = p_now, reserved_tokens = 0 where b.id = v_batch.id;
+    if p_seen.status = 'completed' then
+      perform autotag.note_duration(v_batch, p_now);
+    end if;
+    perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'completing');
+    perform pg_notify('autotag', 'batch');
+  elsif p_seen.status in ('in_progress', 'finalizing', 'cancelling')
+    and (p_before.openai_status is distinct from p_seen.status
+      or autotag.batch_progress(p_before.request_done, p_before.request_total) < v_progress) then
+    v_eta := (autotag.batch_eta(v_batch, p_now)).p50;
+    if p_before.running_at is null then
+      perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'processing', v_eta);
+    end if;
+    perform autotag.show_batch_progress(v_batch.id, v_progress, v_eta);
+  end if;
+end $$;
+
 -- What becomes of a batch that OpenAI has: it moves, ends, is harvested; its images are tagged or tried again.
 
 -- The batch is over, whatever it brought: everybody is told, once, because this is the only place that sends
@@ -3838,136 +4125,6 @@ begin
   perform pg_notify('autotag', 'batch');
 end $$;
 
--- What a worker that was handed a look has seen: [{id, status, output_file_id, error_file_id, total, done, error_code,
--- error, error_kind}], with status `gone` for one that OpenAI does not know (any more, or with this key). A batch that ended
--- waits for a worker to harvest it. OpenAI's queue being full is no failure: the batch is planned again. One that
--- stays gone is over. One that is stuck is cancelled, where the limits let its images go as single calls. Batches
--- that are not in flight are ignored, and rows that do not change are not touched. A worker that has seen many tells them a
--- few at a time, because meanwhile nothing else happens to their uploads. What the provider's words are worth is looked at
--- one by one: one that makes no sense is left out, like what another worker says.
--- Locks: provider (when the account was stopped), workspaces by id, jobs by id, batches by id, tasks by id.
-create or replace function autotag.batches_seen(p_worker uuid, p_seen jsonb) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_now timestamptz := autotag.now();
-  v_look timestamptz := autotag.was_handed_look(p_worker);
-  v_settings autotag.settings;
-  v_before autotag.batches;
-  v_batch autotag.batches;
-  v_seen record;
-  v_trouble text;
-  v_proven boolean := (select p.proven_at is not null from autotag.provider_limits p);  -- single calls work
-  v_progress integer;
-  v_eta timestamptz;
-  v_jobs uuid[] := array[]::uuid[];
-  v_job uuid;
-begin
-  perform autotag.check_list(p_seen);
-  if v_look is null then
-    return;
-  end if;
-  -- Numbers of lines: a file has 50,000 at most.
-  select coalesce(jsonb_agg(jsonb_build_object(
-    'id', i.id, 'status', i.status, 'output_file_id', autotag.clean_id(s ->> 'output_file_id'),
-    'error_file_id', autotag.clean_id(s ->> 'error_file_id'),
-    'total', coalesce(autotag.clean_number(s, 'total', 0, 50000), 0)::integer,
-    'done', coalesce(autotag.clean_number(s, 'done', 0, 50000), 0)::integer,
-    'error_code', autotag.printable(s ->> 'error_code', 100), 'error', autotag.printable(s ->> 'error', 1000),
-    'error_kind', autotag.printable(s ->> 'error_kind', 20))), '[]')
-  into p_seen
-  from jsonb_array_elements(p_seen) s
-  cross join lateral (select autotag.clean_id(s ->> 'id') as id, autotag.clean_status(s ->> 'status') as status) i
-  where i.id is not null and i.status is not null;
-  if exists (select from autotag.provider_limits p where p.account_error_from = 'poll') then
-    perform autotag.resume_account('poll');
-    perform pg_notify('autotag', 'realtime');
-  end if;
-  -- Of the account's trouble (no credit) the batch is no more guilty than a single call.
-  select s.error into v_trouble from jsonb_to_recordset(p_seen) s (id text, status text, error text, error_kind text)
-  join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
-  where s.status = 'failed' and s.error_kind = 'account' limit 1;
-  if found then
-    perform autotag.stop_account(v_trouble, 'batch');
-  end if;
-  select * into v_settings from autotag.settings;
-  perform from autotag.workspaces w where w.workspace_id in (
-    select b.workspace_id from autotag.batches b
-    join jsonb_to_recordset(p_seen) s (id text, status text) on s.id = b.openai_batch_id and s.status = 'gone')
-  order by w.workspace_id for update;
-  perform from autotag.jobs j where j.id in (
-    select b.job_id from autotag.batches b
-    join jsonb_to_recordset(p_seen) s (id text) on s.id = b.openai_batch_id where b.state = 'submitted')
-  order by j.id for update;
-  perform from autotag.batches b
-  where b.openai_batch_id in (select s.id from jsonb_to_recordset(p_seen) s (id text)) order by b.id for update;
-
-  for v_seen in
-    select s.* from jsonb_to_recordset(p_seen) s (id text, status text, output_file_id text, error_file_id text,
-      total integer, done integer, error_code text, error text, error_kind text)
-    join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
-    order by b.id
-  loop
-    select * into v_before from autotag.batches b where b.openai_batch_id = v_seen.id and b.state = 'submitted';
-    v_batch := v_before;
-    if v_seen.status = 'gone' then
-      continue when v_batch.vain_look_at = v_look;
-      update autotag.batches b set looks_in_vain = b.looks_in_vain + 1, vain_look_at = v_look where b.id = v_batch.id;
-      if v_batch.looks_in_vain + 1 >= v_settings.batch_looks_in_vain then
-        perform autotag.end_batch(v_batch, 'OpenAI does not know this batch any more (or not with this key).');
-        perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
-      end if;
-    elsif v_seen.status = 'failed' and (v_seen.error_code = 'token_limit_exceeded'
-      -- … unless single calls work all the while: then batches are what this account or deployment cannot do
-      or v_seen.error_kind = 'account' and (not v_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
-      update autotag.batches b
-      set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_seen.error,
-          not_before = v_now + v_settings.batch_poll_interval,
-          failures = b.failures + (v_seen.error_kind = 'account' and v_proven)::integer
-      where b.id = v_batch.id;
-    elsif v_batch.openai_status is distinct from v_seen.status or v_batch.request_done < v_seen.done or v_batch.looks_in_vain > 0 then
-      update autotag.batches b
-      set openai_status = v_seen.status, request_total = greatest(b.request_total, v_seen.total),
-          request_done = greatest(b.request_done, v_seen.done), progress_at = v_now, looks_in_vain = 0,
-          running_at = coalesce(b.running_at, case when v_seen.status = 'in_progress' then v_now end),
-          output_file_id = v_seen.output_file_id, error_file_id = v_seen.error_file_id, error = v_seen.error
-      where b.id = v_before.id returning * into v_batch;
-      v_progress := autotag.batch_progress(v_batch.request_done, v_batch.request_total);
-      v_jobs := array_append(v_jobs, v_batch.job_id);
-      if v_seen.status in ('completed', 'failed', 'expired', 'cancelled') then
-        update autotag.batches b set state = 'ended', ended_at = v_now, reserved_tokens = 0 where b.id = v_batch.id;
-        if v_seen.status = 'completed' then
-          perform autotag.note_duration(v_batch, v_now);
-        end if;
-        perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'completing');
-        perform pg_notify('autotag', 'batch');
-      elsif v_seen.status in ('in_progress', 'finalizing', 'cancelling')
-        and (v_before.openai_status is distinct from v_seen.status
-          or autotag.batch_progress(v_before.request_done, v_before.request_total) < v_progress) then
-        v_eta := (autotag.batch_eta(v_batch, v_now)).p50;
-        if v_before.running_at is null then
-          perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'processing', v_eta);
-        end if;
-        perform autotag.show_batch_progress(v_batch.id, v_progress, v_eta);
-      end if;
-    elsif not v_batch.cancel_requested and v_seen.status in ('validating', 'in_progress', 'finalizing')
-      and (v_batch.progress_at <= v_now - v_settings.batch_stuck_after
-        or v_batch.submitted_at <= v_now - v_settings.batch_give_up_after)
-      and autotag.predict_wait(v_batch.workspace_id, v_batch.image_count - v_batch.express_count - v_batch.request_done)
-        <= v_settings.realtime_max_wait
-    then
-      update autotag.batches b set cancel_requested = true, stuck = true where b.id = v_batch.id;
-      update autotag.jobs j
-      set fallback = 'A batch made no progress, so the rest of its images go as single calls.'
-      where j.id = v_batch.job_id;
-    end if;
-  end loop;
-  -- Once an upload, however many of its batches have moved.
-  for v_job in select distinct j from unnest(v_jobs) j order by j loop
-    perform autotag.tell_progress(v_job, autotag.refresh_eta(v_job));
-  end loop;
-end $$;
-
 -- Answers of a batch's lines, or images that could not become lines: [{task, result | error, usage}]. A task
 -- that is not this batch's any more, or has its answer, is ignored, so that harvesting twice changes nothing. Images that
 -- may be tried again are left to batch_finish(), which knows how many there are: why is noted at the task, once, with what
@@ -3979,7 +4136,6 @@ as $$
 declare
   v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
   v_batch autotag.batches;
-  v_settings autotag.settings;
   v_general boolean;           -- an answer is about more than its own image
   v_answers autotag.answer[];
   v_again autotag.answer[];    -- of these, those that are left to batch_finish
@@ -3988,27 +4144,12 @@ begin
   perform set_config('request.jwt.claims', '', true);   -- triggers of the host's tables believe what stands there
   perform autotag.check_list(p_answers);
   v_general := jsonb_path_exists(p_answers, '$[*].error ? (@.kind == "account" || @.parameter != null)');
-  select * into v_settings from autotag.settings;
   if v_general then
     perform autotag.lock_provider();
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
   v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
-  v_answers := array(
-    select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), true)::autotag.answer
-    from (
-      select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
-        greatest(t.min_output_tokens, v_batch.output_tokens) as output_tokens,
-        autotag.clean_result(a.result) as result, a.error, a.usage
-      from (
-        select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
-          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage, i
-        from jsonb_array_elements(p_answers) with ordinality u (e, i)) a
-      -- of one that is noted already the error was counted before
-      join autotag.tasks t on t.id = a.task and t.batch_id = p_batch and t.finished_at is null
-        and (t.error_code is null or jsonb_typeof(a.result) = 'object')
-      order by t.id, a.i) x);
+  v_answers := autotag.read_batch_answers(v_batch, p_answers);
   if v_general then
     v_answers := autotag.judge_errors(v_answers, v_batch.asked_at);
     perform autotag.note_outcomes(v_answers, v_batch.asked_at);
@@ -4016,18 +4157,7 @@ begin
   perform autotag.add_usage(v_answers, true);
 
   if exists (select from unnest(v_answers) a where a.error is not null) then
-    v_again := array(
-      select a from unnest(v_answers) a
-      join autotag.tasks t on t.id = a.task
-      join autotag.error_kinds k on k.kind = a.error ->> 'kind'
-      where not k.ends or (a.error ->> 'retry')::boolean
-        and case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens < autotag.max_cap(a.workspace_id)
-          else t.failures + 1 < v_settings.max_bad_answers end);
-    update autotag.tasks t
-    set error_code = a.error ->> 'code', error = a.error ->> 'message', failures = t.failures + (k.counts or a.error ? 'counts')::integer,
-        min_output_tokens = coalesce(autotag.next_cap(a), t.min_output_tokens)
-    from unnest(v_again) a join autotag.error_kinds k on k.kind = a.error ->> 'kind'
-    where t.id = a.task;
+    v_again := autotag.leave_to_finish(v_answers);
     v_answers := array(select a from unnest(v_answers) a where a.task <> all (array(select g.task from unnest(v_again) g)));
   end if;
   v_notices := autotag.apply_answers(v_answers);
@@ -4038,6 +4168,53 @@ begin
     end if;
   end if;
   return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices);
+end $$;
+
+-- The answers about images of this batch that still need one: validated, one for each image.
+create or replace function autotag.read_batch_answers(p_batch autotag.batches, p_answers jsonb) returns autotag.answer[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return array(
+    select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
+      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), true)::autotag.answer
+    from (
+      select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
+        greatest(t.min_output_tokens, p_batch.output_tokens) as output_tokens,
+        autotag.clean_result(a.result) as result, a.error, a.usage
+      from (
+        select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
+          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage, i
+        from jsonb_array_elements(p_answers) with ordinality u (e, i)) a
+      -- of one that is noted already the error was counted before
+      join autotag.tasks t on t.id = a.task and t.batch_id = p_batch.id and t.finished_at is null
+        and (t.error_code is null or jsonb_typeof(a.result) = 'object')
+      order by t.id, a.i) x);
+end $$;
+
+-- Notes at their tasks the errors of images that may be tried again, and returns those answers: batch_finish() gives all of the
+-- batch's images without an answer another try together. The caller holds the batch and its job. Locks: tasks.
+create or replace function autotag.leave_to_finish(p_answers autotag.answer[]) returns autotag.answer[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_again autotag.answer[];
+begin
+  select * into v_settings from autotag.settings;
+  v_again := array(
+    select a from unnest(p_answers) a
+    join autotag.tasks t on t.id = a.task
+    join autotag.error_kinds k on k.kind = a.error ->> 'kind'
+    where not k.ends or (a.error ->> 'retry')::boolean
+      and case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens < autotag.max_cap(a.workspace_id)
+        else t.failures + 1 < v_settings.max_bad_answers end);
+  update autotag.tasks t
+  set error_code = a.error ->> 'code', error = a.error ->> 'message', failures = t.failures + (k.counts or a.error ? 'counts')::integer,
+      min_output_tokens = coalesce(autotag.next_cap(a), t.min_output_tokens)
+  from unnest(v_again) a join autotag.error_kinds k on k.kind = a.error ->> 'kind'
+  where t.id = a.task;
+  return v_again;
 end $$;
 
 -- Every answer of the batch is stored. Images without one get another try (those of a cancelled job end).

@@ -1,4 +1,4 @@
--- The type in which outcomes travel between functions.
+-- The types in which what workers report travels between functions.
 
 -- An answer about one image, or why there is none (error), with what is known of its task.
 create type autotag.answer as (
@@ -13,4 +13,17 @@ create type autotag.answer as (
   error jsonb,                 -- {kind, code, message, retry, retry_after, origin, parameter}
   usage jsonb,                 -- as clean_usage() makes it, whenever the provider answered
   called boolean               -- whether it was asked at all
+);
+
+-- What a look at OpenAI has shown of one batch.
+create type autotag.batch_look as (
+  id text,                     -- OpenAI's
+  status text,
+  output_file_id text,
+  error_file_id text,
+  total integer,               -- lines …
+  done integer,                -- … of which so many are answered or failed
+  error_code text,
+  error text,
+  error_kind text
 );
