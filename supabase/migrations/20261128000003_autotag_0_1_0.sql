@@ -383,6 +383,16 @@ create index tasks_batch_idx on autotag.tasks (batch_id, id) where batch_id is n
 create index tasks_parked_idx on autotag.tasks (retry_at) where retry_at is not null;
 alter table autotag.tasks enable row level security;
 
+-- Which way an upload goes.
+create type autotag.upload_plan as (
+  strategy text,
+  fallback text,               -- why it is another than its size says
+  wait interval,               -- what single calls are expected to wait for the limits
+  batches integer,
+  express integer,             -- images that go as single calls
+  chunk integer                -- of which at most so many at a time; null: all at once
+);
+
 -- OpenAI Batches: one row is one batch at OpenAI, whatever dies when.
 --
 --   planned ─► preparing ─► uploading ─► creating ─► submitted ─► ended ─► harvesting ─► done
@@ -1693,6 +1703,8 @@ begin
   return autotag.start_job(v_workspaces[1], (select auth.uid()), p_asset_ids, p_seen);
 end $$;
 
+-- An upload becomes a job: which way it goes, its batches, its tasks.
+
 -- Makes a job of those of these images that are not live already. All of them are of this workspace, which the
 -- caller has locked. p_seen: as in enqueue. Locks: tasks and batches are new, assets.
 create or replace function autotag.start_job(
@@ -1701,104 +1713,132 @@ create or replace function autotag.start_job(
 language plpgsql security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
 as $$
 declare
-  v_settings autotag.settings;
   v_now timestamptz := autotag.now();
   v_asked integer := (select count(distinct id) from unnest(p_asset_ids) id);
   v_live uuid[];               -- of these images, those that are being tagged already
   v_new uuid[];
   v_new_seen uuid[];           -- p_seen of each of them
-  v_live_jobs uuid[];
   v_count integer;
+  v_plan autotag.upload_plan;
   v_job autotag.jobs;
-  v_batches integer := 0;
-  v_express integer;
   v_first_task bigint;
-  v_left record;
-  v_wait interval;
 begin
-  select * into v_settings from autotag.settings;
-
   -- The new images, each once, in the order of the upload.
   v_live := array(select t.asset_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null);
   select coalesce(array_agg(a.id order by a.i), '{}'), array_agg(a.seen order by a.i) into v_new, v_new_seen
   from (select distinct on (u.id) u.* from unnest(p_asset_ids, p_seen) with ordinality u (id, seen, i) order by u.id, u.i) a
   where a.id <> all (v_live);
   v_count := cardinality(v_new);
-
   if v_count = 0 then
-    -- The same call again, after its answer got lost: say where the images are.
-    select array_agg(distinct t.job_id) into v_live_jobs
-    from autotag.tasks t where t.asset_id = any (v_live) and t.finished_at is null;
-    select * into v_job from autotag.jobs j
-    where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
-    return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
-      'skipped', v_asked, 'batches', 0, 'eta', v_job.eta);
+    return autotag.describe_live(v_live, v_asked);
   end if;
   perform autotag.check_live_room(p_workspace_id, v_count);
   perform autotag.check_quotas(p_workspace_id, p_user_id, v_count);
 
-  v_job.strategy := autotag.choose_strategy(v_count);
-  if v_job.strategy in ('realtime', 'realtime-chunked') then
-    v_wait := autotag.predict_wait(p_workspace_id, v_count);
+  v_plan := autotag.plan_upload(p_workspace_id, v_count);
+  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent)
+  values (p_workspace_id, p_user_id, v_plan.strategy, v_plan.fallback, v_count, v_now, autotag.request_traceparent())
+  returning * into v_job;
+  v_first_task := autotag.add_tasks(v_job, v_plan, v_new, v_new_seen);
+  insert into autotag.queues (job_id, workspace_id, cursor, chunk)
+  values (v_job.id, p_workspace_id, v_first_task - 1, v_plan.chunk);
+  perform autotag.add_queued(p_workspace_id, v_job.id, v_plan.express, v_first_task);
+  v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
+  perform autotag.show_stage(v_new, 'queued', 0, v_job.eta);
+
+  if v_plan.express > 0 then
+    perform pg_notify('autotag', 'realtime');
+  end if;
+  if v_plan.batches > 0 then
+    perform pg_notify('autotag', 'batch');
+  end if;
+  return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', v_count,
+    'skipped', v_asked - v_count, 'batches', v_plan.batches, 'eta', v_job.eta);
+end $$;
+
+-- The answer to an upload of which every image is live already: where these are.
+create or replace function autotag.describe_live(p_live uuid[], p_asked integer) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_live_jobs uuid[];
+  v_job autotag.jobs;
+begin
+  -- The same call again, after its answer got lost: say where the images are.
+  select array_agg(distinct t.job_id) into v_live_jobs
+  from autotag.tasks t where t.asset_id = any (p_live) and t.finished_at is null;
+  select * into v_job from autotag.jobs j
+  where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
+  return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
+    'skipped', p_asked, 'batches', 0, 'eta', v_job.eta);
+end $$;
+
+-- Which way so many images of a workspace go at present.
+create or replace function autotag.plan_upload(p_workspace_id uuid, p_images integer) returns autotag.upload_plan
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_plan autotag.upload_plan;
+  v_left record;
+begin
+  select * into v_settings from autotag.settings;
+  v_plan.strategy := autotag.choose_strategy(p_images);
+  if v_plan.strategy in ('realtime', 'realtime-chunked') then
+    v_plan.wait := autotag.predict_wait(p_workspace_id, p_images);
     if (select p.has_batches from autotag.provider_limits p) = false then
-      v_job.fallback := case when v_count > v_settings.chunk_max_images
+      v_plan.fallback := case when p_images > v_settings.chunk_max_images
         then 'The AI provider has no Batch API, so these images go as single calls.' end;
-    elsif v_wait > v_settings.realtime_max_wait then
-      v_job.strategy := 'batch';
-      v_job.fallback := format('Single calls would have waited about %s min for the limits, so these images go by batch.',
-        ceil(extract(epoch from v_wait) / 60));
+    elsif v_plan.wait > v_settings.realtime_max_wait then
+      v_plan.strategy := 'batch';
+      v_plan.fallback := format('Single calls would have waited about %s min for the limits, so these images go by batch.',
+        ceil(extract(epoch from v_plan.wait) / 60));
     end if;
   end if;
-  if v_job.strategy in ('batch', 'batch-parallel') then
+  v_plan.batches := 0;
+  if v_plan.strategy in ('batch', 'batch-parallel') then
     select * into v_left from autotag.batches_left(p_workspace_id);
-    v_batches := autotag.plan_batches(v_count, v_left.batches, v_left.window_images);
+    v_plan.batches := autotag.plan_batches(p_images, v_left.batches, v_left.window_images);
   end if;
   -- The express images come out of the first batch, which keeps at least one line.
-  v_express := case when v_batches = 0 then v_count
-    when v_job.fallback is not null then 0  -- single calls are what has to wait
-    else least(v_settings.express_images, v_count / v_batches - 1) end;
+  v_plan.express := case when v_plan.batches = 0 then p_images
+    when v_plan.fallback is not null then 0  -- single calls are what has to wait
+    else least(v_settings.express_images, p_images / v_plan.batches - 1) end;
+  v_plan.chunk := case when v_plan.strategy = 'realtime-chunked' then v_settings.chunk_size end;
+  return v_plan;
+end $$;
 
-  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent)
-  values (p_workspace_id, p_user_id, v_job.strategy, v_job.fallback, v_count, v_now, autotag.request_traceparent())
-  returning * into v_job;
-
+-- Makes a job's batches and tasks, in the order of the upload, and returns the first task.
+create or replace function autotag.add_tasks(p_job autotag.jobs, p_plan autotag.upload_plan, p_asset_ids uuid[], p_seen uuid[])
+returns bigint
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_first_task bigint;
+begin
   -- The first batch is the priority one.
-  if v_batches > 0 then
+  if p_plan.batches > 0 then
     insert into autotag.batches (job_id, workspace_id, ordinal, image_count, express_count, created_at)
-    select v_job.id, p_workspace_id, b,
-      (b::bigint * v_count / v_batches - (b - 1)::bigint * v_count / v_batches)::integer,
-      case when b = 1 then v_express else 0 end, v_now
-    from generate_series(1, v_batches) b;
+    select p_job.id, p_job.workspace_id, b,
+      (b::bigint * p_job.image_count / p_plan.batches - (b - 1)::bigint * p_job.image_count / p_plan.batches)::integer,
+      case when b = 1 then p_plan.express else 0 end, p_job.created_at
+    from generate_series(1, p_plan.batches) b;
   end if;
 
   with placed as (
     insert into autotag.tasks (job_id, workspace_id, asset_id, seen, lane, batch_id)
-    select v_job.id, p_workspace_id, a.id, a.seen,
-      case when a.i <= v_express then 'realtime' else 'batch' end,
-      case when a.i > v_express then b.id end
-    from unnest(v_new, v_new_seen) with ordinality a (id, seen, i)
-    left join autotag.batches b on b.job_id = v_job.id
-      and a.i > (b.ordinal - 1)::bigint * v_count / v_batches and a.i <= b.ordinal::bigint * v_count / v_batches
+    select p_job.id, p_job.workspace_id, a.id, a.seen,
+      case when a.i <= p_plan.express then 'realtime' else 'batch' end,
+      case when a.i > p_plan.express then b.id end
+    from unnest(p_asset_ids, p_seen) with ordinality a (id, seen, i)
+    left join autotag.batches b on b.job_id = p_job.id
+      and a.i > (b.ordinal - 1)::bigint * p_job.image_count / p_plan.batches
+      and a.i <= b.ordinal::bigint * p_job.image_count / p_plan.batches
     order by a.i
     returning id
   )
   select min(id) into v_first_task from placed;
-
-  insert into autotag.queues (job_id, workspace_id, cursor, chunk)
-  values (v_job.id, p_workspace_id, v_first_task - 1,
-    case when v_job.strategy = 'realtime-chunked' then v_settings.chunk_size end);
-  perform autotag.add_queued(p_workspace_id, v_job.id, v_express, v_first_task);
-  v_job.eta := autotag.refresh_eta(v_job.id, v_wait);
-  perform autotag.show_stage(v_new, 'queued', 0, v_job.eta);
-
-  if v_express > 0 then
-    perform pg_notify('autotag', 'realtime');
-  end if;
-  if v_batches > 0 then
-    perform pg_notify('autotag', 'batch');
-  end if;
-  return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', v_count,
-    'skipped', v_asked - v_count, 'batches', v_batches, 'eta', v_job.eta);
+  return v_first_task;
 end $$;
 
 -- An upload is cancelled.
@@ -2137,6 +2177,8 @@ $$;
 -- It decides by what it reads without a lock, and writes only if that version of the row still stands (no other
 -- row can have both its ctid and its xmin): whoever was quicker makes it look again, and a refusal writes and locks
 -- nothing at all. Locks the window's row when it admits.
+-- Long: every check_rate_limit passes here, before every call of the API. It takes 22 µs in all, and each function that is called
+-- with a search_path of its own would add 2.5 µs.
 create or replace function autotag.admit(
   p_workspace_id uuid, p_request_type text, p_wanted integer, p_units_each integer, p_partial boolean,
   out admitted integer, out retry_at timestamptz, out at timestamptz, p_take boolean default true
@@ -4482,14 +4524,26 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
-  v_done record;
-  v_failed record;
-  v_tries jsonb;
-  v_notices jsonb := '[]'::jsonb;
+  v_notices jsonb;
 begin
+  perform autotag.store_results(p_answers);
+  if not exists (select from unnest(p_answers) a where a.error is not null) then
+    return '[]';
+  end if;
   select * into v_settings from autotag.settings;
+  v_notices := autotag.end_failed(p_answers, v_settings.max_bad_answers);
+  perform autotag.try_again(p_answers, v_settings);
+  return v_notices;
+end $$;
 
-  -- Planned every time, like the reading of reports in settle().
+-- Stores the tags of answers without an error, ends their tasks and counts them. The caller: as in apply_answers.
+create or replace function autotag.store_results(p_answers autotag.answer[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_done record;
+begin
+  -- Planned every time, like the reading of reports (read_reports).
   execute $q$
     with completed as (
       delete from autotag.tasks t using unnest($1) a
@@ -4505,10 +4559,16 @@ begin
     perform autotag.count_finished(j.id, count(*)::integer, 0)
     from unnest(v_done.jobs) j (id) group by j.id order by j.id;
   end if;
+end $$;
 
-  if not exists (select from unnest(p_answers) a where a.error is not null) then
-    return v_notices;
-  end if;
+-- Ends images whose error no other try can mend, and counts them. Returns sentences for the operator's log. The caller: as in
+-- apply_answers.
+create or replace function autotag.end_failed(p_answers autotag.answer[], p_max_bad_answers integer) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_failed record;
+begin
   select coalesce(array_agg(t.id), '{}') as tasks, array_agg(a.error ->> 'code') as codes,
          array_agg(a.error ->> 'message') as messages,
          coalesce(jsonb_agg(jsonb_build_object('event', 'answer_cut_off', 'notice', format(
@@ -4520,23 +4580,31 @@ begin
   join autotag.error_kinds k on k.kind = a.error ->> 'kind' and k.ends
   where not (a.error ->> 'retry')::boolean
     or case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens >= autotag.max_cap(a.workspace_id)
-       else t.failures + 1 >= v_settings.max_bad_answers end;
+       else t.failures + 1 >= p_max_bad_answers end;
   if cardinality(v_failed.tasks) > 0 then
-    v_notices := v_failed.notices;
     perform autotag.fail_tasks(v_failed.tasks, v_failed.codes, v_failed.messages);
     perform autotag.count_finished(t.job_id, 0, count(*)::integer)
     from autotag.tasks t where t.id = any (v_failed.tasks) group by t.job_id order by t.job_id;
   end if;
+  return v_failed.notices;
+end $$;
 
+-- Gives the other images with an error another try, each after the delay of its kind. The caller: as in apply_answers.
+create or replace function autotag.try_again(p_answers autotag.answer[], p_settings autotag.settings) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tries jsonb;
+begin
   select jsonb_agg(jsonb_build_object(
       'task', a.task, 'code', a.error ->> 'code', 'message', a.error ->> 'message',
       'failures', (k.counts or a.error ? 'counts')::integer, 'suspect', k.pauses, 'output_tokens', autotag.next_cap(a),
       'delay', case
         -- after the probe: another image has to show whether the trouble is over, not the same again
-        when k.pauses then extract(epoch from v_settings.account_probe_interval) + 1
+        when k.pauses then extract(epoch from p_settings.account_probe_interval) + 1
         when k.delays then greatest((a.error ->> 'retry_after')::double precision,
-          (0.8 + random() / 5) * least(extract(epoch from v_settings.retry_delay_max),
-            extract(epoch from v_settings.retry_delay) * power(2, t.failures))) end))
+          (0.8 + random() / 5) * least(extract(epoch from p_settings.retry_delay_max),
+            extract(epoch from p_settings.retry_delay) * power(2, t.failures))) end))
   into v_tries
   from unnest(p_answers) a
   join autotag.tasks t on t.id = a.task
@@ -4546,7 +4614,6 @@ begin
     perform autotag.requeue(v_tries);
     perform pg_notify('autotag', 'realtime');
   end if;
-  return v_notices;
 end $$;
 
 -- The highest cap that an answer of a workspace may have: what the settings say, and what fits into its window and into the
@@ -4704,9 +4771,7 @@ as $$
 declare
   v_answers autotag.answer[];
   v_failed boolean;            -- whether any of them is an error
-  v_window record;
   v_changed text;              -- the provider's limits have
-  v_refund record;
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers of the host's tables believe what stands there
   perform autotag.check_list(p_reports);
@@ -4714,6 +4779,42 @@ begin
     return jsonb_build_object('accepted', 0, 'notices', '[]'::jsonb);
   end if;
   perform from autotag.provider_limits for update;
+  v_answers := autotag.read_reports(p_worker, p_reports);
+  v_failed := exists (select from unnest(v_answers) a where a.error is not null);
+  if v_failed then
+    v_answers := autotag.judge_errors(v_answers);
+  end if;
+
+  v_changed := autotag.correct_bucket(p_worker, v_answers, p_seen);
+  perform autotag.note_outcomes(v_answers);
+
+  if v_failed then
+    perform from autotag.workspaces w
+    where w.workspace_id in (select a.workspace_id from unnest(v_answers) a where a.error is not null)
+    order by w.workspace_id for update;
+  end if;
+
+  perform autotag.correct_windows(v_answers);
+  perform from autotag.jobs j
+  where j.id = any (array(select a.job_id from unnest(v_answers) a)) order by j.id for update;
+  -- With their jobs locked nobody else touches the tasks; what was taken away until then is not this worker's.
+  execute $q$ select array(
+    select a from unnest($1) a join autotag.tasks t on t.id = a.task and t.attempt = a.attempt and t.worker_id = $2) $q$
+  into v_answers using v_answers, p_worker;
+
+  perform autotag.add_usage(v_answers, false);
+  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', case when v_changed is null then '[]'::jsonb
+    else jsonb_build_array(jsonb_build_object('event', 'provider_limits_changed', 'notice', v_changed)) end
+    || autotag.apply_answers(v_answers));
+end $$;
+
+-- The reports about tasks that the worker holds: validated, one for each task.
+create or replace function autotag.read_reports(p_worker uuid, p_reports jsonb) returns autotag.answer[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_answers autotag.answer[];
+begin
   execute $q$ select array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens,
       x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), x.called)::autotag.answer
@@ -4729,14 +4830,20 @@ begin
       join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = $2
       order by t.id) x) $q$
   into v_answers using p_reports, p_worker;
-  v_failed := exists (select from unnest(v_answers) a where a.error is not null);
-  if v_failed then
-    v_answers := autotag.judge_errors(v_answers);
-  end if;
+  return v_answers;
+end $$;
 
+-- Corrects the mirror of the provider's bucket by what these calls have used, and by what their answers' headers say (p_seen, as
+-- in settle). Returns a sentence for the log where the provider's limits have changed. The caller holds the provider row.
+create or replace function autotag.correct_bucket(p_worker uuid, p_answers autotag.answer[], p_seen jsonb) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_refund record;
+begin
   -- Refund the over-reservation: everything if no call was made or it got a 429, otherwise all but the prompt and the cap.
   select coalesce(sum(u.requests), 0)::integer as requests, coalesce(sum(u.tokens), 0)::bigint as tokens into v_refund
-  from unnest(v_answers) a
+  from unnest(p_answers) a
   cross join lateral (
     select case when not a.called or a.error ->> 'code' = 'rate_limited' then 1 else 0 end as requests,
       case when not a.called or a.error ->> 'code' = 'rate_limited' then a.reserved_tokens
@@ -4752,16 +4859,18 @@ begin
     perform autotag.refund_provider(v_refund.requests, v_refund.tokens);
   end if;
   if p_seen is not null then
-    v_changed := autotag.observe_provider(p_seen);
+    return autotag.observe_provider(p_seen);
   end if;
-  perform autotag.note_outcomes(v_answers);
+  return null;
+end $$;
 
-  if v_failed then
-    perform from autotag.workspaces w
-    where w.workspace_id in (select a.workspace_id from unnest(v_answers) a where a.error is not null)
-    order by w.workspace_id for update;
-  end if;
-
+-- Corrects the windows of these answers' workspaces by what their calls have used. Locks: windows by workspace.
+create or replace function autotag.correct_windows(p_answers autotag.answer[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_window record;
+begin
   -- Reserved by estimate, corrected by what was used: nothing where nothing was asked; no tokens where the
   -- provider refused or failed; the estimate where nobody knows (the connection broke before the answer).
   for v_window in
@@ -4771,25 +4880,13 @@ begin
             then (a.usage -> 'input')::integer + (a.usage -> 'output')::integer - a.reserved_tokens
           when a.error ->> 'code' = 'provider_unreachable' then 0
           else -a.reserved_tokens end), 1000000000)::integer as units
-    from unnest(v_answers) a
+    from unnest(p_answers) a
     where a.reserved_at is not null
     group by a.workspace_id, a.reserved_at order by a.workspace_id, a.reserved_at
   loop
     perform autotag.correct_window(
       v_window.workspace_id, 'realtime', v_window.reserved_at, v_window.requests, v_window.units);
   end loop;
-
-  perform from autotag.jobs j
-  where j.id = any (array(select a.job_id from unnest(v_answers) a)) order by j.id for update;
-  -- With their jobs locked nobody else touches the tasks; what was taken away until then is not this worker's.
-  execute $q$ select array(
-    select a from unnest($1) a join autotag.tasks t on t.id = a.task and t.attempt = a.attempt and t.worker_id = $2) $q$
-  into v_answers using v_answers, p_worker;
-
-  perform autotag.add_usage(v_answers, false);
-  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', case when v_changed is null then '[]'::jsonb
-    else jsonb_build_array(jsonb_build_object('event', 'provider_limits_changed', 'notice', v_changed)) end
-    || autotag.apply_answers(v_answers));
 end $$;
 
 -- Who used what, and what it cost.
@@ -5241,6 +5338,20 @@ begin
       'rate_headers', p_provider.has_rate_headers, 'keep_files', p_provider.keep_files));
 end $$;
 
+-- Why images have failed in the last day, the most frequent first.
+create or replace function autotag.recent_errors(p_most integer, p_now timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select coalesce(jsonb_agg(to_jsonb(x) order by x.images desc, x.code), '[]') from (
+      select t.error_code as code, min(t.error) as message, count(*) as images, max(t.finished_at) as last_at
+      from autotag.jobs j join autotag.tasks t on t.job_id = j.id
+      where (j.finished_at is null or j.finished_at > p_now - interval '1 day') and t.stage = 'failed'
+        and t.finished_at > p_now - interval '1 day'
+      group by t.error_code order by count(*) desc limit p_most) x);
+end $$;
+
 -- Everything that is going on, as one JSON object; lists are cut to p_most (200 at most). See the README for how it is shown.
 -- It names workspaces, uploads, batches and workers by their ids, and no image; who learns an id may do nothing with it.
 create or replace function autotag.status(p_most integer default 20) returns jsonb
@@ -5288,13 +5399,7 @@ begin
         'listening', w.listening, 'started_at', w.started_at, 'seen_at', w.seen_at, 'alive', w.lease_until > v_now,
         'in_hand', cardinality(autotag.held_tasks(w.id))) order by w.started_at), '[]')
       from autotag.workers w),
-    'errors', (
-      select coalesce(jsonb_agg(to_jsonb(x) order by x.images desc, x.code), '[]') from (
-        select t.error_code as code, min(t.error) as message, count(*) as images, max(t.finished_at) as last_at
-        from autotag.jobs j join autotag.tasks t on t.job_id = j.id
-        where (j.finished_at is null or j.finished_at > v_now - interval '1 day') and t.stage = 'failed'
-          and t.finished_at > v_now - interval '1 day'
-        group by t.error_code order by count(*) desc limit p_most) x),
+    'errors', autotag.recent_errors(p_most, v_now),
     'today', (
       select jsonb_build_object('images', coalesce(sum(u.images), 0), 'requests', coalesce(sum(u.requests), 0),
         'input_tokens', coalesce(sum(u.input_tokens), 0), 'output_tokens', coalesce(sum(u.output_tokens), 0),
@@ -5362,6 +5467,173 @@ as $$
     'fix', case when p_level <> 'ok' then p_fix end)
 $$;
 
+-- What the database can tell of the installation: {findings: [{check, level, message, fix}] in the order a
+-- reader wants them, now (epoch seconds), model, sample}. sample is the one image that anybody is told of who has not
+-- claimed it: bucket and path, without which the doctor could not try to read a file.
+create or replace function autotag.diagnose() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits;
+  v_logins name[] := autotag.worker_logins();
+  v_host record;
+begin
+  select * into v_provider from autotag.provider_limits;
+  v_host := autotag.diagnose_host();
+  return jsonb_build_object(
+    'findings', jsonb_build_array(autotag.diagnose_roles(v_logins), autotag.diagnose_grants()) || v_host.findings
+      || jsonb_build_array(autotag.diagnose_cron(), autotag.diagnose_clock(), autotag.diagnose_broadcasts(), autotag.diagnose_workers(),
+        autotag.diagnose_account(v_provider), autotag.diagnose_spending(), autotag.diagnose_temporary(v_logins))
+      || autotag.diagnose_model(v_provider),
+    'now', extract(epoch from autotag.now()), 'model', (select s.model from autotag.settings s), 'sample', v_host.sample);
+end $$;
+
+-- What the doctor asks about rights: who may do what here.
+
+-- Whether a login may do everything here: it is a superuser, or a member of the owner of autotag's schema or of the database.
+create or replace function autotag.is_owner(p_login name) returns boolean
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select exists (
+    select from pg_roles m
+    where m.rolname = p_login and (m.rolsuper
+      or pg_has_role(m.oid, (select n.nspowner from pg_namespace n where n.nspname = 'autotag'), 'member')
+      or pg_has_role(m.oid, (select d.datdba from pg_database d where d.datname = current_database()), 'member')))
+$$;
+
+-- The logins that may work, but for superusers and the owner's own (a hosted project's cli_login_postgres is one), who may do
+-- everything anyway.
+create or replace function autotag.worker_logins() returns name[]
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select array(
+    select m.rolname from pg_roles m
+    where m.rolcanlogin and pg_has_role(m.oid, 'autotag_worker', 'member') and not autotag.is_owner(m.rolname)
+    order by m.rolname)
+$$;
+
+-- Whether workers have logins of their own (p_logins: worker_logins).
+create or replace function autotag.diagnose_roles(p_logins name[]) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_owners text;               -- logins of live workers that may do everything
+begin
+  select string_agg(distinct w.login::text, ', ') into v_owners
+  from autotag.workers w where w.lease_until > v_now and autotag.is_owner(w.login);
+  return case
+    when p_logins = '{}' then autotag.finding('roles', 'warning',
+      'No login of its own is granted autotag_worker; the worker then has to run as the owner, who may do everything.',
+      'create role tagger login in role autotag_worker;   -- then its password with psql''s \password tagger')
+    when v_owners is not null then autotag.finding('roles', 'warning',
+      format('A worker is logged in as %s, who may do everything.', v_owners),
+      format('Put a login that may only work (%s) into its DATABASE_URL and restart it.', array_to_string(p_logins, ', ')))
+    else autotag.finding('roles', 'ok', format('Workers may log in as %s.', array_to_string(p_logins, ', '))) end;
+end $$;
+
+-- Whether users may call just the RPCs.
+create or replace function autotag.diagnose_grants() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_problem text;
+begin
+  select string_agg(p.oid::regprocedure::text, ', ') into v_problem
+  from pg_catalog.pg_proc p
+  where p.pronamespace in ('autotag'::regnamespace) and has_function_privilege('anon', p.oid, 'execute');
+  return case
+    when v_problem is not null then autotag.finding('grants', 'error', 'anon may call ' || v_problem || '.',
+      'revoke execute on all functions in schema autotag from public, anon;')
+    when exists (select from pg_catalog.pg_db_role_setting s cross join unnest(s.setconfig) c
+        where c ~ '^pgrst[.]db_schemas=(.*[, ])?"?autotag"?([, ]|$)')
+      then autotag.finding('grants', 'error', 'The API exposes the schema autotag; only its functions in public are for users.',
+        'Take autotag out of the exposed schemas (Project Settings, Data API), or: alter role authenticator set pgrst.db_schemas = ''public'';')
+    when not has_function_privilege('authenticated', 'public.enqueue_tagging(uuid[])', 'execute')
+      then autotag.finding('grants', 'error', 'Signed-in users may not call enqueue_tagging.',
+        'grant execute on function public.enqueue_tagging to authenticated;')
+    else autotag.finding('grants', 'ok', 'Signed-in users may call the RPCs, anon may call nothing.') end;
+end $$;
+
+-- Whether workers' logins may create temporary objects.
+create or replace function autotag.diagnose_temporary(p_logins name[]) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case
+    when exists (
+      select from unnest(p_logins) login where has_database_privilege(login, current_database(), 'temporary'))
+      then autotag.finding('temporary objects', 'warning',
+        'Workers'' logins may create temporary objects, which nothing of autotag needs.',
+        format('revoke temporary on database %I from public;   -- then grant it to the roles that need it', current_database()))
+    else autotag.finding('temporary objects', 'ok', 'Workers'' logins may create none.') end;
+end $$;
+
+-- What the doctor asks about the host's tables.
+
+-- An image of the newest upload's workspace that lies in Storage, to see whether it can be read; null: there is none.
+create or replace function autotag.sample_image() returns jsonb
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select jsonb_build_object('bucket', d.bucket, 'path', d.path)
+  from (select j.workspace_id from autotag.jobs j order by j.created_at desc limit 1) j
+  cross join autotag.describe_assets(autotag.list_assets(j.workspace_id, false, null, 20)) d
+  where d.bucket is not null and d.path is not null limit 1
+$$;
+
+-- Whether rows name files of their own workspace, and who could write others.
+create or replace function autotag.diagnose_files() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rule text := autotag.file_rule();
+  v_look record := autotag.look_at_files(10000);
+  v_open text := case when v_look.may_write is not null
+    then format(' Signed-in users can write rows that name any file (%s).', v_look.may_write) else '' end;
+begin
+  if v_rule = 'any' then
+    return autotag.finding('files', 'warning',
+      'A row may name any file of the project (rule any), and its workspace gets that picture''s tags.' || v_open,
+      'Set a rule: autotag init --file-rule workspace-folder   (docs/install.md, "Whose a file is")');
+  elsif v_look.broken > 0 then
+    return autotag.finding('files', 'warning',
+      format('%s of %s rows looked at name a file that is not their workspace''s (rule %s) and are not tagged, for example %s.',
+        v_look.broken, v_look.looked_at, v_rule, array_to_string(v_look.examples, ', ')) || v_open,
+      'Correct these rows, or the rule in autotag.describe_assets.');
+  end if;
+  return autotag.finding('files', case when v_open <> '' and v_rule in ('uploader-folder', 'owner') then 'warning' else 'ok' end,
+    format('Rows name files of %s (rule %s; %s rows looked at).',
+        case when v_rule in ('uploader-folder', 'owner') then 'members of their workspace' else 'their own workspace' end,
+        v_rule, v_look.looked_at)
+      || case when not autotag.users_see_files() and v_rule <> 'none'
+        then ' Row level security of storage.objects is not asked (autotag.users_see_files).' else '' end
+      || v_open || case
+        when v_open = '' then ''
+        when v_rule in ('uploader-folder', 'owner') then ' They get the tags of any file of a colleague, whatever its workspace.'
+        else ' autotag does not tag them.' end,
+    case when v_open <> '' and v_rule in ('uploader-folder', 'owner')
+      then 'Let a policy of the table say that whoever inserts a row uploaded it (… = (select auth.uid())).' end);
+end $$;
+
+-- Whether the adapter's functions fit the host's tables, and what rows say of files. sample: an image to try to read.
+create or replace function autotag.diagnose_host(out findings jsonb, out sample jsonb)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform from autotag.describe_assets(array['00000000-0000-0000-0000-000000000000']::uuid[]);
+  perform autotag.is_member('00000000-0000-0000-0000-000000000000');
+  perform from autotag.tagged_assets('00000000-0000-0000-0000-000000000000', 1);
+  sample := autotag.sample_image();
+  findings := jsonb_build_array(
+    autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.'), autotag.diagnose_files());
+exception when others then
+  findings := jsonb_build_array(autotag.finding('host adapter', 'error',
+    'The adapter does not fit the host''s tables: ' || sqlerrm,
+    'Correct autotag.is_member, autotag.describe_assets, autotag.store_tags and autotag.show_stage.'));
+end $$;
+
+-- What the doctor asks about what runs: the clock, broadcasts, workers.
+
 -- Whether pg_cron runs a job, and how its last run went; null without pg_cron. Looked up by name at run time,
 -- because without the extension there is no such table to compile against.
 create or replace function autotag.diagnose_cron() returns jsonb
@@ -5396,53 +5668,94 @@ begin
   return autotag.finding('pg_cron', 'ok', 'Both jobs are scheduled, and no last run failed.');
 end $$;
 
--- An image of the newest upload's workspace that lies in Storage, to see whether it can be read; null: there is none.
-create or replace function autotag.sample_image() returns jsonb
-language sql stable security definer set search_path = pg_catalog, pg_temp
+-- Whether autotag's time passes.
+create or replace function autotag.diagnose_clock() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-  select jsonb_build_object('bucket', d.bucket, 'path', d.path)
-  from (select j.workspace_id from autotag.jobs j order by j.created_at desc limit 1) j
-  cross join autotag.describe_assets(autotag.list_assets(j.workspace_id, false, null, 20)) d
-  where d.bucket is not null and d.path is not null limit 1
-$$;
+declare
+  v_now timestamptz := autotag.now();
+  v_ticked timestamptz := (select c.ticked_at from autotag.clock c);
+begin
+  return case
+    when (select s.test_clock from autotag.settings s) then autotag.finding('clock', 'error',
+      'settings.test_clock is on: any session can bend autotag''s time.', 'update autotag.settings set test_clock = false;')
+    when v_ticked = '-infinity' then autotag.finding('clock', 'warning',
+      'autotag has never ticked.', 'autotag worker   (or wait a minute for pg_cron)')
+    when v_ticked < v_now - interval '5 min' then autotag.finding('clock', 'error',
+      format('autotag last ticked %s ago; neither pg_cron nor a worker is running.',
+        date_trunc('second', v_now - v_ticked)), 'autotag worker')
+    else autotag.finding('clock', 'ok', 'autotag ticks.') end;
+end $$;
 
 -- A broadcast that means nothing, to see whether broadcasts arrive.
 create or replace function autotag.send_probe(p_nonce uuid) returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$ select autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false) $$;
 
--- Whether rows name files of their own workspace, and who could write others.
-create or replace function autotag.diagnose_files() returns jsonb
+-- Whether broadcasts leave.
+create or replace function autotag.diagnose_broadcasts() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_rule text := autotag.file_rule();
-  v_look record := autotag.look_at_files(10000);
-  v_open text := case when v_look.may_write is not null
-    then format(' Signed-in users can write rows that name any file (%s).', v_look.may_write) else '' end;
+  v_now timestamptz := autotag.now();
+  v_waiting integer;
 begin
-  if v_rule = 'any' then
-    return autotag.finding('files', 'warning',
-      'A row may name any file of the project (rule any), and its workspace gets that picture''s tags.' || v_open,
-      'Set a rule: autotag init --file-rule workspace-folder   (docs/install.md, "Whose a file is")');
-  elsif v_look.broken > 0 then
-    return autotag.finding('files', 'warning',
-      format('%s of %s rows looked at name a file that is not their workspace''s (rule %s) and are not tagged, for example %s.',
-        v_look.broken, v_look.looked_at, v_rule, array_to_string(v_look.examples, ', ')) || v_open,
-      'Correct these rows, or the rule in autotag.describe_assets.');
-  end if;
-  return autotag.finding('files', case when v_open <> '' and v_rule in ('uploader-folder', 'owner') then 'warning' else 'ok' end,
-    format('Rows name files of %s (rule %s; %s rows looked at).',
-        case when v_rule in ('uploader-folder', 'owner') then 'members of their workspace' else 'their own workspace' end,
-        v_rule, v_look.looked_at)
-      || case when not autotag.users_see_files() and v_rule <> 'none'
-        then ' Row level security of storage.objects is not asked (autotag.users_see_files).' else '' end
-      || v_open || case
-        when v_open = '' then ''
-        when v_rule in ('uploader-folder', 'owner') then ' They get the tags of any file of a colleague, whatever its workspace.'
-        else ' autotag does not tag them.' end,
-    case when v_open <> '' and v_rule in ('uploader-folder', 'owner')
-      then 'Let a policy of the table say that whoever inserts a row uploaded it (… = (select auth.uid())).' end);
+  select count(*)::integer into v_waiting from autotag.outbox o where o.created_at < v_now - interval '1 min';
+  return case
+    when to_regprocedure('realtime.send(jsonb,text,text,boolean)') is not null then
+      autotag.finding('realtime.send', 'ok', 'Broadcasts leave with the transaction.')
+    when v_waiting > 0 then autotag.finding('realtime.send', 'error',
+      format('This stack has no realtime.send, and %s broadcasts wait for a worker.', v_waiting),
+      'autotag worker   (with SUPABASE_URL and SUPABASE_SECRET_KEY set)')
+    else autotag.finding('realtime.send', 'warning',
+      'This stack has no realtime.send; workers deliver broadcasts over HTTP.', 'Upgrade Realtime.') end;
+end $$;
+
+-- Whether workers are alive, and can be notified.
+create or replace function autotag.diagnose_workers() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_workers integer;
+  v_polling integer;
+  v_versions text;
+begin
+  select count(*)::integer, count(*) filter (where not w.listening)::integer, string_agg(distinct w.version, ', ')
+  into v_workers, v_polling, v_versions
+  from autotag.workers w where w.lease_until > v_now;
+  return case
+    when v_workers = 0 then autotag.finding('workers', 'error', 'No worker is alive, so nothing is tagged.', 'autotag worker')
+    when v_polling > 0 then autotag.finding('workers', 'warning',
+      format('%s of %s workers poll, because their connection cannot LISTEN.', v_polling, v_workers),
+      'Give them a direct or session-mode DATABASE_URL (port 5432).')
+    else autotag.finding('workers', 'ok', format('%s alive, version %s.', v_workers, v_versions)) end;
+end $$;
+
+-- What the doctor asks about the provider: the account, what may be spent, the model.
+
+-- Whether the provider and Storage let tagging go on.
+create or replace function autotag.diagnose_account(p_provider autotag.provider_limits) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case
+    when p_provider.account_error is not null then autotag.finding('account', 'error',
+      format('Tagging stands still since %s: %s', to_char(p_provider.account_error_at, 'YYYY-MM-DD HH24:MI TZ'),
+        p_provider.account_error), 'Fix what it says; the workers notice by themselves.')
+    else autotag.finding('account', 'ok', 'Neither the provider nor Storage refuses to work.') end;
+end $$;
+
+-- Whether a quota limits what every workspace may spend.
+create or replace function autotag.diagnose_spending() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case
+    when exists (select from autotag.quotas q where q.max_cost is not null and q.scope = 'workspace' and q.workspace_id is null)
+      then autotag.finding('spending', 'ok', 'Every workspace has a limit in dollars.')
+    else autotag.finding('spending', 'warning', 'No quota limits what a workspace may spend.',
+      'insert into autotag.quotas (scope, period, max_cost) values (''workspace'', ''month'', 20);   -- dollars, every workspace') end;
 end $$;
 
 -- The model and the provider: the model's end, its price, how it has to be asked, and what the provider cannot do.
@@ -5486,147 +5799,6 @@ begin
       else autotag.finding('request', 'ok', format('%s is asked as OpenAI documents it.', v_model)) end,
     case when v_lacks <> '' then autotag.finding('provider', 'ok', format('This provider lacks %s.', v_lacks))
       else autotag.finding('provider', 'ok', 'Nothing is known to be missing.') end);
-end $$;
-
--- Whether a login may do everything here: it is a superuser, or a member of the owner of autotag's schema or of the database.
-create or replace function autotag.is_owner(p_login name) returns boolean
-language sql stable security definer set search_path = pg_catalog, pg_temp
-as $$
-  select exists (
-    select from pg_roles m
-    where m.rolname = p_login and (m.rolsuper
-      or pg_has_role(m.oid, (select n.nspowner from pg_namespace n where n.nspname = 'autotag'), 'member')
-      or pg_has_role(m.oid, (select d.datdba from pg_database d where d.datname = current_database()), 'member')))
-$$;
-
--- The logins that may work, but for superusers and the owner's own (a hosted project's cli_login_postgres is one), who may do
--- everything anyway.
-create or replace function autotag.worker_logins() returns name[]
-language sql stable security definer set search_path = pg_catalog, pg_temp
-as $$
-  select array(
-    select m.rolname from pg_roles m
-    where m.rolcanlogin and pg_has_role(m.oid, 'autotag_worker', 'member') and not autotag.is_owner(m.rolname)
-    order by m.rolname)
-$$;
-
--- What the database can tell of the installation: {findings: [{check, level, message, fix}] in the order a
--- reader wants them, now (epoch seconds), model, sample}. sample is the one image that anybody is told of who has not
--- claimed it: bucket and path, without which the doctor could not try to read a file.
-create or replace function autotag.diagnose() returns jsonb
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_now timestamptz := autotag.now();
-  v_found jsonb := '[]'::jsonb;
-  v_provider autotag.provider_limits;
-  v_workers integer;
-  v_polling integer;
-  v_versions text;
-  v_waiting integer;
-  v_logins name[] := autotag.worker_logins();
-  v_owners text;               -- logins of live workers that may do everything
-  v_problem text;
-  v_sample jsonb;
-  v_ticked timestamptz := (select c.ticked_at from autotag.clock c);
-begin
-  select * into v_provider from autotag.provider_limits;
-
-  -- roles and grants
-  select string_agg(distinct w.login::text, ', ') into v_owners
-  from autotag.workers w where w.lease_until > v_now and autotag.is_owner(w.login);
-  v_found := v_found || case
-    when v_logins = '{}' then autotag.finding('roles', 'warning',
-      'No login of its own is granted autotag_worker; the worker then has to run as the owner, who may do everything.',
-      'create role tagger login in role autotag_worker;   -- then its password with psql''s \password tagger')
-    when v_owners is not null then autotag.finding('roles', 'warning',
-      format('A worker is logged in as %s, who may do everything.', v_owners),
-      format('Put a login that may only work (%s) into its DATABASE_URL and restart it.', array_to_string(v_logins, ', ')))
-    else autotag.finding('roles', 'ok', format('Workers may log in as %s.', array_to_string(v_logins, ', '))) end;
-
-  select string_agg(p.oid::regprocedure::text, ', ') into v_problem
-  from pg_catalog.pg_proc p
-  where p.pronamespace in ('autotag'::regnamespace) and has_function_privilege('anon', p.oid, 'execute');
-  v_found := v_found || case
-    when v_problem is not null then autotag.finding('grants', 'error', 'anon may call ' || v_problem || '.',
-      'revoke execute on all functions in schema autotag from public, anon;')
-    when exists (select from pg_catalog.pg_db_role_setting s cross join unnest(s.setconfig) c
-        where c ~ '^pgrst[.]db_schemas=(.*[, ])?"?autotag"?([, ]|$)')
-      then autotag.finding('grants', 'error', 'The API exposes the schema autotag; only its functions in public are for users.',
-        'Take autotag out of the exposed schemas (Project Settings, Data API), or: alter role authenticator set pgrst.db_schemas = ''public'';')
-    when not has_function_privilege('authenticated', 'public.enqueue_tagging(uuid[])', 'execute')
-      then autotag.finding('grants', 'error', 'Signed-in users may not call enqueue_tagging.',
-        'grant execute on function public.enqueue_tagging to authenticated;')
-    else autotag.finding('grants', 'ok', 'Signed-in users may call the RPCs, anon may call nothing.') end;
-
-  -- the host's tables
-  begin
-    perform from autotag.describe_assets(array['00000000-0000-0000-0000-000000000000']::uuid[]);
-    perform autotag.is_member('00000000-0000-0000-0000-000000000000');
-    perform from autotag.tagged_assets('00000000-0000-0000-0000-000000000000', 1);
-    v_sample := autotag.sample_image();
-    v_found := v_found || autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.')
-      || autotag.diagnose_files();
-  exception when others then
-    v_found := v_found || autotag.finding('host adapter', 'error',
-      'The adapter does not fit the host''s tables: ' || sqlerrm,
-      'Correct autotag.is_member, autotag.describe_assets, autotag.store_tags and autotag.show_stage.');
-  end;
-
-  -- the clock
-  v_found := v_found || autotag.diagnose_cron();
-  v_found := v_found || case
-    when (select s.test_clock from autotag.settings s) then autotag.finding('clock', 'error',
-      'settings.test_clock is on: any session can bend autotag''s time.', 'update autotag.settings set test_clock = false;')
-    when v_ticked = '-infinity' then autotag.finding('clock', 'warning',
-      'autotag has never ticked.', 'autotag worker   (or wait a minute for pg_cron)')
-    when v_ticked < v_now - interval '5 min' then autotag.finding('clock', 'error',
-      format('autotag last ticked %s ago; neither pg_cron nor a worker is running.',
-        date_trunc('second', v_now - v_ticked)), 'autotag worker')
-    else autotag.finding('clock', 'ok', 'autotag ticks.') end;
-
-  -- broadcasts
-  select count(*)::integer into v_waiting from autotag.outbox o where o.created_at < v_now - interval '1 min';
-  v_found := v_found || case
-    when to_regprocedure('realtime.send(jsonb,text,text,boolean)') is not null then
-      autotag.finding('realtime.send', 'ok', 'Broadcasts leave with the transaction.')
-    when v_waiting > 0 then autotag.finding('realtime.send', 'error',
-      format('This stack has no realtime.send, and %s broadcasts wait for a worker.', v_waiting),
-      'autotag worker   (with SUPABASE_URL and SUPABASE_SECRET_KEY set)')
-    else autotag.finding('realtime.send', 'warning',
-      'This stack has no realtime.send; workers deliver broadcasts over HTTP.', 'Upgrade Realtime.') end;
-
-  -- workers
-  select count(*)::integer, count(*) filter (where not w.listening)::integer, string_agg(distinct w.version, ', ')
-  into v_workers, v_polling, v_versions
-  from autotag.workers w where w.lease_until > v_now;
-  v_found := v_found || case
-    when v_workers = 0 then autotag.finding('workers', 'error', 'No worker is alive, so nothing is tagged.', 'autotag worker')
-    when v_polling > 0 then autotag.finding('workers', 'warning',
-      format('%s of %s workers poll, because their connection cannot LISTEN.', v_polling, v_workers),
-      'Give them a direct or session-mode DATABASE_URL (port 5432).')
-    else autotag.finding('workers', 'ok', format('%s alive, version %s.', v_workers, v_versions)) end;
-
-  -- the provider's account
-  v_found := v_found || case
-    when v_provider.account_error is not null then autotag.finding('account', 'error',
-      format('Tagging stands still since %s: %s', to_char(v_provider.account_error_at, 'YYYY-MM-DD HH24:MI TZ'),
-        v_provider.account_error), 'Fix what it says; the workers notice by themselves.')
-    else autotag.finding('account', 'ok', 'Neither the provider nor Storage refuses to work.') end;
-  v_found := v_found || case
-    when exists (select from autotag.quotas q where q.max_cost is not null and q.scope = 'workspace' and q.workspace_id is null)
-      then autotag.finding('spending', 'ok', 'Every workspace has a limit in dollars.')
-    else autotag.finding('spending', 'warning', 'No quota limits what a workspace may spend.',
-      'insert into autotag.quotas (scope, period, max_cost) values (''workspace'', ''month'', 20);   -- dollars, every workspace') end
-  || case
-    when exists (
-      select from unnest(v_logins) login where has_database_privilege(login, current_database(), 'temporary'))
-      then autotag.finding('temporary objects', 'warning',
-        'Workers'' logins may create temporary objects, which nothing of autotag needs.',
-        format('revoke temporary on database %I from public;   -- then grant it to the roles that need it', current_database()))
-    else autotag.finding('temporary objects', 'ok', 'Workers'' logins may create none.') end;
-  return jsonb_build_object('findings', v_found || autotag.diagnose_model(v_provider), 'now', extract(epoch from v_now),
-    'model', (select s.model from autotag.settings s), 'sample', v_sample);
 end $$;
 
 -- What every installation begins with. It may run again: what is there stays, and kinds of error are as this version has them.
