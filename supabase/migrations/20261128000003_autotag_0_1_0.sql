@@ -4528,7 +4528,7 @@ declare
 begin
   perform autotag.store_results(p_answers);
   if not exists (select from unnest(p_answers) a where a.error is not null) then
-    return '[]';
+    return '[]'::jsonb;
   end if;
   select * into v_settings from autotag.settings;
   v_notices := autotag.end_failed(p_answers, v_settings.max_bad_answers);
