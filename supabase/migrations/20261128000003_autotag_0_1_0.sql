@@ -1756,7 +1756,7 @@ begin
     'skipped', v_asked - v_count, 'batches', v_plan.batches, 'eta', v_job.eta);
 end $$;
 
--- The answer to an upload of which every image is live already: where these are.
+-- The answer to an upload whose images are all live already: the job that they belong to.
 create or replace function autotag.describe_live(p_live uuid[], p_asked integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1773,7 +1773,7 @@ begin
     'skipped', p_asked, 'batches', 0, 'eta', v_job.eta);
 end $$;
 
--- Which way so many images of a workspace go at present.
+-- Decides which way an upload of so many images goes. Reads only.
 create or replace function autotag.plan_upload(p_workspace_id uuid, p_images integer) returns autotag.upload_plan
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3265,8 +3265,8 @@ begin
     where a.admitted = 0);
 end $$;
 
--- The batch is this worker's now, and in the state that it goes on from. p_batch: with its place in the window and what it
--- reserves. The caller holds its row.
+-- Hands a batch to a worker, in the state from which it goes on. p_batch has its place in the window and what it reserves. The
+-- caller holds its row.
 create or replace function autotag.hand_batch(
   p_batch autotag.batches, p_worker uuid, p_provider autotag.provider_limits, p_now timestamptz
 ) returns void
@@ -3992,8 +3992,8 @@ begin
     where i.id is not null and i.status is not null);
 end $$;
 
--- What a look says of the account: that it worked ends a trouble with looks, and a batch that failed of the account's trouble (no
--- credit) stops the lanes. Locks: provider, if one of these is so.
+-- What a look says of the account. A look that works ends the trouble of earlier looks. A batch that failed because of the account
+-- (no credit) stops the lanes. Locks: provider, in both cases.
 create or replace function autotag.judge_looks(p_seen autotag.batch_look[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4076,8 +4076,8 @@ begin
   end if;
 end $$;
 
--- The batch has another status or more answers than before: its row says so, and its images where it can be seen. One that has
--- ended waits to be harvested. The caller holds job and batch. Locks: tasks by id.
+-- Moves a batch whose status or count of answers has changed: its row is updated, and its images where users can see a difference. A
+-- batch that has ended waits to be harvested. The caller holds job and batch. Locks: tasks by id.
 create or replace function autotag.move_batch(p_before autotag.batches, p_seen autotag.batch_look, p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -59,8 +59,8 @@ begin
     where i.id is not null and i.status is not null);
 end $$;
 
--- What a look says of the account: that it worked ends a trouble with looks, and a batch that failed of the account's trouble (no
--- credit) stops the lanes. Locks: provider, if one of these is so.
+-- What a look says of the account. A look that works ends the trouble of earlier looks. A batch that failed because of the account
+-- (no credit) stops the lanes. Locks: provider, in both cases.
 create or replace function autotag.judge_looks(p_seen autotag.batch_look[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -143,8 +143,8 @@ begin
   end if;
 end $$;
 
--- The batch has another status or more answers than before: its row says so, and its images where it can be seen. One that has
--- ended waits to be harvested. The caller holds job and batch. Locks: tasks by id.
+-- Moves a batch whose status or count of answers has changed: its row is updated, and its images where users can see a difference. A
+-- batch that has ended waits to be harvested. The caller holds job and batch. Locks: tasks by id.
 create or replace function autotag.move_batch(p_before autotag.batches, p_seen autotag.batch_look, p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -145,8 +145,8 @@ begin
     where a.admitted = 0);
 end $$;
 
--- The batch is this worker's now, and in the state that it goes on from. p_batch: with its place in the window and what it
--- reserves. The caller holds its row.
+-- Hands a batch to a worker, in the state from which it goes on. p_batch has its place in the window and what it reserves. The
+-- caller holds its row.
 create or replace function autotag.hand_batch(
   p_batch autotag.batches, p_worker uuid, p_provider autotag.provider_limits, p_now timestamptz
 ) returns void

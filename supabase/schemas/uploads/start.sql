@@ -51,7 +51,7 @@ begin
     'skipped', v_asked - v_count, 'batches', v_plan.batches, 'eta', v_job.eta);
 end $$;
 
--- The answer to an upload of which every image is live already: where these are.
+-- The answer to an upload whose images are all live already: the job that they belong to.
 create or replace function autotag.describe_live(p_live uuid[], p_asked integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -68,7 +68,7 @@ begin
     'skipped', p_asked, 'batches', 0, 'eta', v_job.eta);
 end $$;
 
--- Which way so many images of a workspace go at present.
+-- Decides which way an upload of so many images goes. Reads only.
 create or replace function autotag.plan_upload(p_workspace_id uuid, p_images integer) returns autotag.upload_plan
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
