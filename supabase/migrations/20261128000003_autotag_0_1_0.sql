@@ -417,6 +417,16 @@ create index tasks_batch_idx on autotag.tasks (batch_id, id) where batch_id is n
 create index tasks_parked_idx on autotag.tasks (retry_at) where retry_at is not null;
 alter table autotag.tasks enable row level security;
 
+-- Which way an upload goes.
+create type autotag.upload_plan as (
+  strategy text,
+  fallback text,               -- why it is another than its size says
+  wait interval,               -- what single calls are expected to wait for the limits
+  batches integer,
+  express integer,             -- images that go as single calls
+  chunk integer                -- of which at most so many at a time; null: all at once
+);
+
 -- OpenAI Batches: one row is one batch at OpenAI, whichever worker dies at whichever step.
 --
 --   planned ─► preparing ─► uploading ─► creating ─► submitted ─► ended ─► harvesting ─► done
@@ -477,6 +487,13 @@ create index batches_leftover_files_idx on autotag.batches (id) where state in (
 create index batches_reserved_idx on autotag.batches (workspace_id) include (reserved_tokens) where reserved_tokens > 0;
 create index batches_workspace_planned_idx on autotag.batches (workspace_id) where state = 'planned';
 alter table autotag.batches enable row level security;
+
+-- The provider's queue of batch tokens, and whether there is room in it for all that waits.
+create type autotag.batch_queue as (
+  tokens bigint,               -- of what the provider has, or is about to have
+  short boolean,               -- not all that waits can be queued there at the same time
+  patient_since timestamptz    -- if so, what waits since then is not passed any more
+);
 
 -- Workers and their leases. One heartbeat extends the lease on everything that the worker holds; when the lease ends, all
 -- of it is released.
@@ -603,7 +620,7 @@ create index webhooks_batch_idx on autotag.webhooks (openai_batch_id);
 create index webhooks_received_at_idx on autotag.webhooks (received_at);
 alter table autotag.webhooks enable row level security;
 
--- The type that carries results and errors between functions.
+-- The types that carry results and errors between functions.
 
 -- The answer about one image, or the error instead of one, with what the other functions need of its task.
 create type autotag.answer as (
@@ -618,6 +635,19 @@ create type autotag.answer as (
   error jsonb,                 -- {kind, code, message, retry, retry_after, origin, parameter}
   usage jsonb,                 -- as clean_usage() returns it; null: the provider gave no figures
   called boolean               -- whether the call was sent
+);
+
+-- The state of one batch, as a poll of OpenAI showed it.
+create type autotag.batch_look as (
+  id text,                     -- OpenAI's
+  status text,
+  output_file_id text,
+  error_file_id text,
+  total integer,               -- lines of the batch
+  done integer,                -- lines that are answered or have failed
+  error_code text,
+  error text,
+  error_kind text
 );
 
 -- autotag's clock. Tests can change it; all other code reads the time here.
@@ -1704,6 +1734,8 @@ begin
   return autotag.start_job(v_workspaces[1], (select auth.uid()), p_asset_ids, p_seen);
 end $$;
 
+-- An upload becomes a job: which way it goes, its batches, its tasks.
+
 -- Makes a job of those of these images that are not live already. All of them are of this workspace, which the
 -- caller has locked. p_seen: as in enqueue. Locks: tasks and batches are new, assets.
 create or replace function autotag.start_job(
@@ -1712,104 +1744,132 @@ create or replace function autotag.start_job(
 language plpgsql security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
 as $$
 declare
-  v_settings autotag.settings;
   v_now timestamptz := autotag.now();
   v_asked integer := (select count(distinct id) from unnest(p_asset_ids) id);
   v_live uuid[];               -- of these images, those that are being tagged already
   v_new uuid[];
   v_new_seen uuid[];           -- p_seen of each of them
-  v_live_jobs uuid[];
   v_count integer;
+  v_plan autotag.upload_plan;
   v_job autotag.jobs;
-  v_batches integer := 0;
-  v_express integer;
   v_first_task bigint;
-  v_left record;
-  v_wait interval;
 begin
-  select * into v_settings from autotag.settings;
-
   -- The new images, each once, in the order of the upload.
   v_live := array(select t.asset_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null);
   select coalesce(array_agg(a.id order by a.i), '{}'), array_agg(a.seen order by a.i) into v_new, v_new_seen
   from (select distinct on (u.id) u.* from unnest(p_asset_ids, p_seen) with ordinality u (id, seen, i) order by u.id, u.i) a
   where a.id <> all (v_live);
   v_count := cardinality(v_new);
-
   if v_count = 0 then
-    -- The same call again, after its answer got lost: say where the images are.
-    select array_agg(distinct t.job_id) into v_live_jobs
-    from autotag.tasks t where t.asset_id = any (v_live) and t.finished_at is null;
-    select * into v_job from autotag.jobs j
-    where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
-    return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
-      'skipped', v_asked, 'batches', 0, 'eta', v_job.eta);
+    return autotag.describe_live(v_live, v_asked);
   end if;
   perform autotag.check_live_room(p_workspace_id, v_count);
   perform autotag.check_quotas(p_workspace_id, p_user_id, v_count);
 
-  v_job.strategy := autotag.choose_strategy(v_count);
-  if v_job.strategy in ('realtime', 'realtime-chunked') then
-    v_wait := autotag.predict_wait(p_workspace_id, v_count);
+  v_plan := autotag.plan_upload(p_workspace_id, v_count);
+  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent)
+  values (p_workspace_id, p_user_id, v_plan.strategy, v_plan.fallback, v_count, v_now, autotag.request_traceparent())
+  returning * into v_job;
+  v_first_task := autotag.add_tasks(v_job, v_plan, v_new, v_new_seen);
+  insert into autotag.queues (job_id, workspace_id, cursor, chunk)
+  values (v_job.id, p_workspace_id, v_first_task - 1, v_plan.chunk);
+  perform autotag.add_queued(p_workspace_id, v_job.id, v_plan.express, v_first_task);
+  v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
+  perform autotag.show_stage(v_new, 'queued', 0, v_job.eta);
+
+  if v_plan.express > 0 then
+    perform pg_notify('autotag', 'realtime');
+  end if;
+  if v_plan.batches > 0 then
+    perform pg_notify('autotag', 'batch');
+  end if;
+  return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', v_count,
+    'skipped', v_asked - v_count, 'batches', v_plan.batches, 'eta', v_job.eta);
+end $$;
+
+-- The answer to an upload whose images are all live already: the job that they belong to.
+create or replace function autotag.describe_live(p_live uuid[], p_asked integer) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_live_jobs uuid[];
+  v_job autotag.jobs;
+begin
+  -- The same call again, after its answer got lost: say where the images are.
+  select array_agg(distinct t.job_id) into v_live_jobs
+  from autotag.tasks t where t.asset_id = any (p_live) and t.finished_at is null;
+  select * into v_job from autotag.jobs j
+  where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
+  return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
+    'skipped', p_asked, 'batches', 0, 'eta', v_job.eta);
+end $$;
+
+-- Decides which way an upload of so many images goes. Reads only.
+create or replace function autotag.plan_upload(p_workspace_id uuid, p_images integer) returns autotag.upload_plan
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_plan autotag.upload_plan;
+  v_left record;
+begin
+  select * into v_settings from autotag.settings;
+  v_plan.strategy := autotag.choose_strategy(p_images);
+  if v_plan.strategy in ('realtime', 'realtime-chunked') then
+    v_plan.wait := autotag.predict_wait(p_workspace_id, p_images);
     if (select p.has_batches from autotag.provider_limits p) = false then
-      v_job.fallback := case when v_count > v_settings.chunk_max_images
+      v_plan.fallback := case when p_images > v_settings.chunk_max_images
         then 'The AI provider has no Batch API, so these images go as single calls.' end;
-    elsif v_wait > v_settings.realtime_max_wait then
-      v_job.strategy := 'batch';
-      v_job.fallback := format('Single calls would have waited about %s min for the limits, so these images go by batch.',
-        ceil(extract(epoch from v_wait) / 60));
+    elsif v_plan.wait > v_settings.realtime_max_wait then
+      v_plan.strategy := 'batch';
+      v_plan.fallback := format('Single calls would have waited about %s min for the limits, so these images go by batch.',
+        ceil(extract(epoch from v_plan.wait) / 60));
     end if;
   end if;
-  if v_job.strategy in ('batch', 'batch-parallel') then
+  v_plan.batches := 0;
+  if v_plan.strategy in ('batch', 'batch-parallel') then
     select * into v_left from autotag.batches_left(p_workspace_id);
-    v_batches := autotag.plan_batches(v_count, v_left.batches, v_left.window_images);
+    v_plan.batches := autotag.plan_batches(p_images, v_left.batches, v_left.window_images);
   end if;
   -- The express images come out of the first batch, which keeps at least one line.
-  v_express := case when v_batches = 0 then v_count
-    when v_job.fallback is not null then 0  -- single calls are what has to wait
-    else least(v_settings.express_images, v_count / v_batches - 1) end;
+  v_plan.express := case when v_plan.batches = 0 then p_images
+    when v_plan.fallback is not null then 0  -- single calls are what has to wait
+    else least(v_settings.express_images, p_images / v_plan.batches - 1) end;
+  v_plan.chunk := case when v_plan.strategy = 'realtime-chunked' then v_settings.chunk_size end;
+  return v_plan;
+end $$;
 
-  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent)
-  values (p_workspace_id, p_user_id, v_job.strategy, v_job.fallback, v_count, v_now, autotag.request_traceparent())
-  returning * into v_job;
-
+-- Makes a job's batches and tasks, in the order of the upload, and returns the first task.
+create or replace function autotag.add_tasks(p_job autotag.jobs, p_plan autotag.upload_plan, p_asset_ids uuid[], p_seen uuid[])
+returns bigint
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_first_task bigint;
+begin
   -- The first batch is the priority one.
-  if v_batches > 0 then
+  if p_plan.batches > 0 then
     insert into autotag.batches (job_id, workspace_id, ordinal, image_count, express_count, created_at)
-    select v_job.id, p_workspace_id, b,
-      (b::bigint * v_count / v_batches - (b - 1)::bigint * v_count / v_batches)::integer,
-      case when b = 1 then v_express else 0 end, v_now
-    from generate_series(1, v_batches) b;
+    select p_job.id, p_job.workspace_id, b,
+      (b::bigint * p_job.image_count / p_plan.batches - (b - 1)::bigint * p_job.image_count / p_plan.batches)::integer,
+      case when b = 1 then p_plan.express else 0 end, p_job.created_at
+    from generate_series(1, p_plan.batches) b;
   end if;
 
   with placed as (
     insert into autotag.tasks (job_id, workspace_id, asset_id, seen, lane, batch_id)
-    select v_job.id, p_workspace_id, a.id, a.seen,
-      case when a.i <= v_express then 'realtime' else 'batch' end,
-      case when a.i > v_express then b.id end
-    from unnest(v_new, v_new_seen) with ordinality a (id, seen, i)
-    left join autotag.batches b on b.job_id = v_job.id
-      and a.i > (b.ordinal - 1)::bigint * v_count / v_batches and a.i <= b.ordinal::bigint * v_count / v_batches
+    select p_job.id, p_job.workspace_id, a.id, a.seen,
+      case when a.i <= p_plan.express then 'realtime' else 'batch' end,
+      case when a.i > p_plan.express then b.id end
+    from unnest(p_asset_ids, p_seen) with ordinality a (id, seen, i)
+    left join autotag.batches b on b.job_id = p_job.id
+      and a.i > (b.ordinal - 1)::bigint * p_job.image_count / p_plan.batches
+      and a.i <= b.ordinal::bigint * p_job.image_count / p_plan.batches
     order by a.i
     returning id
   )
   select min(id) into v_first_task from placed;
-
-  insert into autotag.queues (job_id, workspace_id, cursor, chunk)
-  values (v_job.id, p_workspace_id, v_first_task - 1,
-    case when v_job.strategy = 'realtime-chunked' then v_settings.chunk_size end);
-  perform autotag.add_queued(p_workspace_id, v_job.id, v_express, v_first_task);
-  v_job.eta := autotag.refresh_eta(v_job.id, v_wait);
-  perform autotag.show_stage(v_new, 'queued', 0, v_job.eta);
-
-  if v_express > 0 then
-    perform pg_notify('autotag', 'realtime');
-  end if;
-  if v_batches > 0 then
-    perform pg_notify('autotag', 'batch');
-  end if;
-  return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', v_count,
-    'skipped', v_asked - v_count, 'batches', v_batches, 'eta', v_job.eta);
+  return v_first_task;
 end $$;
 
 -- Cancelling an upload.
@@ -2146,6 +2206,8 @@ $$;
 --
 -- It decides by an unlocked read and writes only if that row version is still current (ctid and xmin together identify it);
 -- otherwise it reads again. So a refusal writes and locks nothing. Locks the window's row when it admits.
+-- Long: check_rate_limit calls this before every API call. It takes 22 µs, and each function with a search_path of its own would
+-- add 2.5 µs.
 create or replace function autotag.admit(
   p_workspace_id uuid, p_request_type text, p_wanted integer, p_units_each integer, p_partial boolean,
   out admitted integer, out retry_at timestamptz, out at timestamptz, p_take boolean default true
@@ -2699,7 +2761,7 @@ as $$
   ) r
 $$;
 
--- The one function that releases single calls, within every limit and in fair order.
+-- Which images are released next: fair among workspaces, and within each of them.
 
 -- Puts parked tasks whose time has come back into their queues. The caller holds the provider row.
 -- Locks: workspaces, tasks.
@@ -2730,6 +2792,166 @@ begin
   end loop;
 end $$;
 
+-- Releases up to p_slots images in fair order, while the provider's bucket has room: the workspace whose virtual clock is lowest
+-- goes first, one turn at a time. tokens: what the images reserve; virtual_time: the clock of the workspace served last.
+-- Called by claim(), which holds the provider row. Locks: workspaces by id, windows, queued tasks.
+create or replace function autotag.release_in_turn(
+  p_worker uuid, p_slots integer, p_provider autotag.provider_limits,
+  out ids bigint[], out tokens bigint, out virtual_time double precision
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := p_provider.refilled_at;
+  v_room integer := autotag.room_left(p_provider, p_slots);   -- images that may still be released
+  v_turn integer;              -- images of one workspace before the next one's turn
+  v_workspaces uuid[];
+  v_workspace autotag.workspaces;
+  v_released record;
+begin
+  ids := array[]::bigint[];
+  tokens := 0;
+  virtual_time := p_provider.virtual_time;
+  if v_room < 1 then
+    return;
+  end if;
+  -- A turn is a chunk, or what the provider takes in a twentieth of a second where that is more: nobody notices
+  -- who was first then.
+  v_turn := (select s.chunk_size from autotag.settings s);
+  v_turn := greatest(v_turn, least(1000, p_provider.requests_per_minute / 1200,
+    p_provider.tokens_per_minute / p_provider.tokens_per_image / 1200));
+  -- As many workspaces as it takes to fill the room.
+  v_workspaces := array(
+    select x.workspace_id from (
+      select w.workspace_id, sum(least(w.queued, v_turn)) over turns - least(w.queued, v_turn) as before
+      from (
+        select r.workspace_id, r.queued, r.virtual_time from autotag.workspaces r where r.ready and r.queued > 0
+        order by r.virtual_time, r.workspace_id limit v_room) w
+      window turns as (order by w.virtual_time, w.workspace_id)) x
+    where x.before < v_room);
+  perform from autotag.workspaces w
+  where w.workspace_id = any (v_workspaces) order by w.workspace_id for update;
+
+  while v_room > 0 loop
+    select * into v_workspace from autotag.workspaces w
+    where w.ready and w.queued > 0 and w.workspace_id = any (v_workspaces)
+    order by w.virtual_time, w.workspace_id limit 1;
+    exit when not found;
+    v_released := autotag.release_tasks(v_workspace, p_worker, v_room, v_turn, p_provider, p_provider.tokens_left - tokens, v_now);
+    ids := ids || v_released.ids;
+    tokens := tokens + v_released.tokens;
+    virtual_time := greatest(virtual_time, v_workspace.virtual_time);
+    v_room := least(v_room - cardinality(v_released.ids), floor((p_provider.tokens_left - tokens) / p_provider.tokens_per_image));
+  end loop;
+end $$;
+
+-- How many images the provider's bucket has room for, at most p_slots; one at a time while nobody knows whether the question
+-- works.
+create or replace function autotag.room_left(p_provider autotag.provider_limits, p_slots integer) returns integer
+language plpgsql immutable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case
+    when p_provider.blocked_until > p_provider.refilled_at then 0
+    when p_provider.proven_at is null and p_provider.probe_at > p_provider.refilled_at then 0
+    else least(p_slots, case when p_provider.proven_at is null then 1 end, floor(p_provider.requests_left),
+      floor(p_provider.day_left), floor(p_provider.tokens_left / p_provider.tokens_per_image)) end;
+end $$;
+
+-- The next few images of one workspace: of its ready queue that got least so far, at most a turn, and no
+-- more than its window admits. Nothing to release makes the workspace not ready until its next moment.
+-- Called by release_in_turn(), which holds the locks. Where an answer of its job was cut off, each reserves the larger cap that
+-- one needs: p_tokens_left is what the provider's bucket holds. tokens: what all of them reserve.
+create or replace function autotag.release_tasks(
+  p_workspace autotag.workspaces, p_worker uuid, p_room integer, p_turn integer, p_provider autotag.provider_limits,
+  p_tokens_left double precision, p_now timestamptz, out ids bigint[], out tokens bigint
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+as $$
+declare
+  v_queue autotag.queues;
+  v_admitted record;
+  v_each integer := p_provider.tokens_per_image;
+  v_ready_at timestamptz;      -- when the workspace may go on; null: it may now
+begin
+  ids := '{}';
+  tokens := 0;
+  select * into v_queue from autotag.queues q
+  where q.workspace_id = p_workspace.workspace_id and q.queued > 0 and q.ready_at <= p_now
+  order by q.released, q.job_id limit 1;
+  if not found then
+    v_ready_at := (
+      select min(q.ready_at) from autotag.queues q where q.workspace_id = p_workspace.workspace_id and q.queued > 0);
+  else
+    if v_queue.output_tokens > p_provider.output_tokens then
+      v_each := v_each + v_queue.output_tokens - p_provider.output_tokens;
+      -- It waits until the bucket holds so many. What is more than the bucket ever holds does not wait.
+      if floor(p_tokens_left / v_each) < 1 and v_each < 0.9 * p_provider.tokens_per_minute then
+        v_ready_at := p_now + interval '1 min' * (v_each - p_tokens_left) / p_provider.tokens_per_minute;
+      end if;
+      p_room := least(p_room, greatest(floor(p_tokens_left / v_each), 1));
+    end if;
+    if v_ready_at is null then
+      v_admitted := autotag.admit(p_workspace.workspace_id, 'realtime',
+        least(p_room, v_queue.queued, p_turn, v_queue.chunk), v_each, true);
+      if v_admitted.admitted = 0 then
+        -- An image that can never fit its workspace's window waits until the limit is changed.
+        v_ready_at := coalesce(v_admitted.retry_at, 'infinity');
+      end if;
+    end if;
+  end if;
+  if v_queue.job_id is null or v_ready_at is not null then
+    update autotag.workspaces w set ready = false, ready_at = v_ready_at
+    where w.workspace_id = p_workspace.workspace_id;
+    return;
+  end if;
+
+  ids := autotag.take_tasks(v_queue, p_worker, v_admitted.admitted, v_admitted.at, v_each, p_provider.output_tokens, p_now);
+  tokens := cardinality(ids)::bigint * v_each;
+end $$;
+
+-- Hands the next p_count images of a queue to a worker, in the order of the upload, and counts them. p_at, p_tokens: their place in
+-- the workspace's window, and what each reserves there; p_output_tokens: the cap of their answers. Called by release_tasks().
+-- Locks: tasks.
+create or replace function autotag.take_tasks(
+  p_queue autotag.queues, p_worker uuid, p_count integer, p_at timestamptz, p_tokens integer, p_output_tokens integer, p_now timestamptz
+) returns bigint[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ids bigint[];
+  v_gone integer;
+begin
+  with taken as (
+    update autotag.tasks t
+    set worker_id = p_worker, attempt = t.attempt + 1, reserved_at = p_at, reserved_tokens = p_tokens,
+        output_tokens = greatest(t.min_output_tokens, p_output_tokens)
+    where t.id = any (array(
+      select n.id from autotag.tasks n
+      where n.job_id = p_queue.job_id and n.id > p_queue.cursor
+        and n.lane = 'realtime' and n.worker_id is null and n.retry_at is null and n.finished_at is null
+      order by n.id limit p_count))
+    returning t.id
+  )
+  select coalesce(array_agg(t.id order by t.id), '{}') into v_ids from taken t;
+
+  -- Fewer than there should be: the count was wrong. It is put right rather than asked for again for ever.
+  v_gone := case when cardinality(v_ids) < p_count then p_queue.queued else cardinality(v_ids) end;
+  update autotag.queues q
+  set queued = q.queued - v_gone, released = q.released + cardinality(v_ids),
+      cursor = coalesce(v_ids[cardinality(v_ids)], q.cursor),
+      reached = greatest(q.reached, v_ids[cardinality(v_ids)]),
+      output_tokens = case when q.queued > v_gone then q.output_tokens end,
+      ready_at = case when q.chunk is null then q.ready_at else p_now + (select s.chunk_delay from autotag.settings s) end
+  where q.job_id = p_queue.job_id;
+  update autotag.workspaces w
+  set queued = w.queued - v_gone, virtual_time = w.virtual_time + cardinality(v_ids)
+  where w.workspace_id = p_queue.workspace_id;
+  return v_ids;
+end $$;
+
+-- The one function that releases single calls, within every limit and in fair order.
+
 -- claim: up to p_slots images for single calls, of all workspaces, under the provider's bucket and every
 -- workspace's window, in fair order (the workspace whose virtual clock is lowest goes first, a few images
 -- at a time; within it the job that got least). Says when to ask again if nothing else wakes the worker.
@@ -2756,14 +2978,7 @@ as $$
 declare
   v_provider autotag.provider_limits;
   v_now timestamptz;
-  v_room integer;              -- images that may still be released
-  v_quantum integer;           -- images of one workspace before the next one's turn
-  v_workspaces uuid[];
-  v_workspace autotag.workspaces;
-  v_next timestamptz;
-  v_ids bigint[] := array[]::bigint[];
-  v_got bigint[];
-  v_tokens bigint := 0;        -- that they reserve
+  v_released record;
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers of the host's tables believe what stands there
   tasks := '[]';
@@ -2786,221 +3001,320 @@ begin
     bound := 'outdone';
     return;
   end if;
-  -- Automatic mode: an upload that is complete becomes a job, and the next claim releases from it. This one
-  -- releases nothing, because the new job's workspace is locked out of turn.
-  if autotag.seal_upload(v_now) then
+  if autotag.reroute_upload(v_provider) then
     wait := 0;
     return;
   end if;
-  -- So does what has waited too long while 429s kept coming: it becomes a batch.
-  if v_provider.limited_since <= v_now - (select s.realtime_max_wait from autotag.settings s)
-     and v_provider.limited_at > v_now - interval '1 min' and v_provider.has_batches is distinct from false
-     and autotag.fall_back(v_now) then
-    wait := 0;
-    return;
-  end if;
-  -- Nor does a provider without a Batch API get batches that were planned before that was known.
-  if v_provider.has_batches is false and autotag.leave_batches(v_now) then
-    wait := 0;
-    return;
-  end if;
-  -- Only batches wait, and nobody knows whether the question works: one of their images tries it as a single call.
-  if v_provider.proven_at is null and coalesce(v_provider.probe_at, v_now) <= v_now and autotag.send_ahead() then
-    wait := 0;
-    return;
-  end if;
+
   perform autotag.unpark(v_now);
   update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at <= v_now;
-
-  v_room := case
-    when v_provider.blocked_until > v_now then 0
-    when v_provider.proven_at is null and v_provider.probe_at > v_now then 0
-    else least(p_slots, case when v_provider.proven_at is null then 1 end, floor(v_provider.requests_left),
-      floor(v_provider.day_left), floor(v_provider.tokens_left / v_provider.tokens_per_image))
-  end;
-
-  if v_room > 0 then
-    -- A turn is a chunk, or what the provider takes in a twentieth of a second where that is more: nobody notices
-    -- who was first then.
-    v_quantum := (select s.chunk_size from autotag.settings s);
-    v_quantum := greatest(v_quantum, least(1000, v_provider.requests_per_minute / 1200,
-      v_provider.tokens_per_minute / v_provider.tokens_per_image / 1200));
-    -- As many workspaces as it takes to fill the room.
-    v_workspaces := array(
-      select x.workspace_id from (
-        select w.workspace_id, sum(least(w.queued, v_quantum)) over turns - least(w.queued, v_quantum) as before
-        from (
-          select r.workspace_id, r.queued, r.virtual_time from autotag.workspaces r where r.ready and r.queued > 0
-          order by r.virtual_time, r.workspace_id limit v_room) w
-        window turns as (order by w.virtual_time, w.workspace_id)) x
-      where x.before < v_room);
-    perform from autotag.workspaces w
-    where w.workspace_id = any (v_workspaces) order by w.workspace_id for update;
+  v_released := autotag.release_in_turn(p_worker, p_slots, v_provider);
+  v_provider.virtual_time := v_released.virtual_time;
+  v_provider := autotag.take_from_bucket(v_provider, cardinality(v_released.ids), v_released.tokens);
+  if v_released.ids <> '{}' then
+    update autotag.workers w set unsent = w.unsent + cardinality(v_released.ids) where w.id = p_worker;
+    tasks := autotag.describe_released(v_released.ids, v_now);
   end if;
+  if cardinality(v_released.ids) = p_slots then
+    bound := 'slots';
+  else
+    bound := autotag.name_bound(v_provider);
+  end if;
+  wait := autotag.real_seconds(autotag.next_release(v_provider) - v_now);
+end $$;
 
-  while v_room > 0 loop
-    select * into v_workspace from autotag.workspaces w
-    where w.ready and w.queued > 0 and w.workspace_id = any (v_workspaces)
-    order by w.virtual_time, w.workspace_id limit 1;
-    exit when not found;
-    select r.ids, v_tokens + r.tokens into v_got, v_tokens
-    from autotag.release_tasks(v_workspace, p_worker, v_room, v_quantum, v_provider, v_provider.tokens_left - v_tokens, v_now) r;
-    v_provider.virtual_time := greatest(v_provider.virtual_time, v_workspace.virtual_time);
-    v_ids := v_ids || v_got;
-    v_room := least(v_room - cardinality(v_got), floor((v_provider.tokens_left - v_tokens) / v_provider.tokens_per_image));
-  end loop;
+-- Changes how one upload goes, or begins one, where that is due; then the claim releases nothing and is called again at
+-- once, because the upload's workspace is locked out of turn. False: nothing is due. Called by claim(), which holds the
+-- provider row. Locks: one upload's workspace, job, batches, tasks.
+create or replace function autotag.reroute_upload(p_provider autotag.provider_limits) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := p_provider.refilled_at;
+begin
+  -- Automatic mode: an upload that is complete becomes a job.
+  if autotag.seal_upload(v_now) then
+    return true;
+  end if;
+  -- What has waited too long while 429s kept coming becomes a batch.
+  if p_provider.limited_since <= v_now - (select s.realtime_max_wait from autotag.settings s)
+     and p_provider.limited_at > v_now - interval '1 min' and p_provider.has_batches is distinct from false
+     and autotag.fall_back(v_now) then
+    return true;
+  end if;
+  -- A provider without a Batch API gets no batches that were planned before that was known.
+  if p_provider.has_batches is false and autotag.leave_batches(v_now) then
+    return true;
+  end if;
+  -- Only batches wait, and nobody knows whether the question works: one of their images tries it as a single call.
+  return p_provider.proven_at is null and coalesce(p_provider.probe_at, v_now) <= v_now and autotag.send_ahead();
+end $$;
 
-  if v_provider.waiting_at < v_now - interval '1 s' then
-    select c.workspaces, c.images, v_now
-    into v_provider.waiting_workspaces, v_provider.waiting_images, v_provider.waiting_at
+-- Takes what was released from the mirror of the provider's bucket, and returns the provider as it is then. Once a second it
+-- also counts what waits, for predictions of the time left. Called by claim(), which holds the provider row.
+create or replace function autotag.take_from_bucket(p_provider autotag.provider_limits, p_images integer, p_tokens bigint)
+returns autotag.provider_limits
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  p_provider.requests_left := p_provider.requests_left - p_images;
+  p_provider.tokens_left := p_provider.tokens_left - p_tokens;
+  p_provider.day_left := p_provider.day_left - p_images;
+  if p_provider.proven_at is null and p_images > 0 then
+    p_provider.probe_at := p_provider.refilled_at + (select s.account_probe_interval from autotag.settings s);
+  end if;
+  if p_provider.waiting_at < p_provider.refilled_at - interval '1 s' then
+    select c.workspaces, c.images, p_provider.refilled_at
+    into p_provider.waiting_workspaces, p_provider.waiting_images, p_provider.waiting_at
     from autotag.count_waiting() c;
   end if;
   update autotag.provider_limits p
-  set requests_left = v_provider.requests_left - cardinality(v_ids),
-      tokens_left = v_provider.tokens_left - v_tokens,
-      day_left = v_provider.day_left - cardinality(v_ids),
-      refilled_at = v_provider.refilled_at,
-      virtual_time = v_provider.virtual_time,
-      waiting_workspaces = v_provider.waiting_workspaces,
-      waiting_images = v_provider.waiting_images,
-      waiting_at = v_provider.waiting_at,
-      probe_at = case when p.proven_at is null and cardinality(v_ids) > 0
-        then v_now + (select s.account_probe_interval from autotag.settings s) else p.probe_at end;
+  set requests_left = p_provider.requests_left,
+      tokens_left = p_provider.tokens_left,
+      day_left = p_provider.day_left,
+      refilled_at = p_provider.refilled_at,
+      virtual_time = p_provider.virtual_time,
+      waiting_workspaces = p_provider.waiting_workspaces,
+      waiting_images = p_provider.waiting_images,
+      waiting_at = p_provider.waiting_at,
+      probe_at = p_provider.probe_at;
+  return p_provider;
+end $$;
 
-  if cardinality(v_ids) > 0 then
-    update autotag.workers w set unsent = w.unsent + cardinality(v_ids) where w.id = p_worker;
+-- What a worker has to know of each task that was released to it, in order (claim: tasks).
+create or replace function autotag.describe_released(p_ids bigint[], p_now timestamptz) returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
     with released as materialized (
-      select t.id, t.attempt, t.asset_id, t.workspace_id, t.seen, t.job_id, t.output_tokens from autotag.tasks t where t.id = any (v_ids)
+      select t.id, t.attempt, t.asset_id, t.workspace_id, t.seen, t.job_id, t.output_tokens from autotag.tasks t where t.id = any (p_ids)
     ), uploads as materialized (
-      select j.id, j.traceparent, round(autotag.real_seconds(v_now - j.created_at)::numeric, 3) as waited
+      select j.id, j.traceparent, round(autotag.real_seconds(p_now - j.created_at)::numeric, 3) as waited
       from autotag.jobs j where j.id = any (array(select r.job_id from released r))
     )
-    select json_agg(i order by i.task) into tasks
+    select json_agg(i order by i.task)
     from (
       select r.id as task, r.attempt, u.id as job, u.traceparent, u.waited, r.asset_id, r.output_tokens as cap,
         d.bucket, d.path, d.url, d.refused
       from released r join uploads u on u.id = r.job_id
       left join autotag.locate(array(select asset_id from released order by id),
         array(select workspace_id from released order by id), array(select seen from released order by id)) d
-        on d.asset_id = r.asset_id) i;
-  end if;
+        on d.asset_id = r.asset_id) i);
+end $$;
 
-  bound := case
-    when cardinality(v_ids) = p_slots then 'slots'
+-- What keeps a claim that has room for more from releasing more; null: nothing is queued. p_provider: as it is after the claim.
+create or replace function autotag.name_bound(p_provider autotag.provider_limits) returns text
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case
     when not exists (select from autotag.workspaces w where w.queued > 0) then null
-    when v_provider.blocked_until > v_now then 'retry_after'
-    when v_provider.account_error is not null then 'account'
-    when v_provider.proven_at is null then 'unproven'
+    when p_provider.blocked_until > p_provider.refilled_at then 'retry_after'
+    when p_provider.account_error is not null then 'account'
+    when p_provider.proven_at is null then 'unproven'
     when not exists (select from autotag.workspaces w where w.ready and w.queued > 0) then 'workspaces'
-    when v_provider.tokens_left < v_tokens + v_provider.tokens_per_image then 'provider_tokens'
-    when v_provider.requests_left < cardinality(v_ids) + 1 then 'provider_requests'
+    when p_provider.tokens_left < p_provider.tokens_per_image then 'provider_tokens'
+    when p_provider.requests_left < 1 then 'provider_requests'
     else 'provider_day' end;
+end $$;
 
-  -- When to come back: when the bucket holds one more, when a workspace may go on, when a parked task is due.
-  select min(moment) into v_next from (
-    select greatest(v_now, v_provider.blocked_until, case when v_provider.proven_at is null then case
-        when cardinality(v_ids) > 0 then v_now + (select s.account_probe_interval from autotag.settings s)
-        else v_provider.probe_at end end,
-      v_now + interval '1 min' * greatest(
-        (cardinality(v_ids) + 1 - v_provider.requests_left) / v_provider.requests_per_minute,
-        (cardinality(v_ids) + 1 - v_provider.day_left) / (v_provider.requests_per_day / 1440.0),
-        (v_tokens + v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute))
+-- When the next image can be released: when the bucket holds one more, when a workspace may go on, when a parked task is due,
+-- when an upload is complete; null: only what is queued anew can be. p_provider: as it is after the claim.
+create or replace function autotag.next_release(p_provider autotag.provider_limits) returns timestamptz
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (select min(moment) from (
+    select greatest(p_provider.refilled_at, p_provider.blocked_until, case when p_provider.proven_at is null then p_provider.probe_at end,
+      p_provider.refilled_at + interval '1 min' * greatest(
+        (1 - p_provider.requests_left) / p_provider.requests_per_minute,
+        (1 - p_provider.day_left) / (p_provider.requests_per_day / 1440.0),
+        (p_provider.tokens_per_image - p_provider.tokens_left) / p_provider.tokens_per_minute))
     where exists (select from autotag.workspaces w where w.ready and w.queued > 0)
     union all
-    select greatest(v_provider.blocked_until, w.ready_at)
+    select greatest(p_provider.blocked_until, w.ready_at)
     from (select n.ready_at from autotag.workspaces n where not n.ready and n.queued > 0 order by n.ready_at limit 1) w
     where w.ready_at < 'infinity'
     union all
     select min(t.retry_at) from autotag.tasks t where t.retry_at is not null
     union all
     select min(u.seal_at) from autotag.uploads u
-  ) as moments (moment);
-  wait := autotag.real_seconds(v_next - v_now);
+  ) as moments (moment));
 end $$;
 
--- The next few images of one workspace: of its ready queue that got least so far, at most a turn, and no
--- more than its window admits. Nothing to release makes the workspace not ready until its next moment.
--- Called by claim(), which holds the locks. Where an answer of its job was cut off, each reserves the larger cap that one
--- needs: p_tokens_left is what the provider's bucket holds. tokens: what all of them reserve.
-create or replace function autotag.release_tasks(
-  p_workspace autotag.workspaces, p_worker uuid, p_room integer, p_turn integer, p_provider autotag.provider_limits,
-  p_tokens_left double precision, p_now timestamptz, out ids bigint[], out tokens bigint
-)
-language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+-- Whose turn it is: which batches go on next, and which of them there is room for.
+
+-- How full the provider's queue of batch tokens is, and whether all that waits for it fits into it.
+create or replace function autotag.measure_batch_queue(p_provider autotag.provider_limits, p_now timestamptz) returns autotag.batch_queue
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_settings autotag.settings;
-  v_queue autotag.queues;
-  v_admitted record;
-  v_each integer;              -- tokens of one
-  v_room integer := p_room;
-  v_gone integer;
-  v_ready_at timestamptz;
+  v_queue autotag.batch_queue;
 begin
-  ids := '{}';
-  tokens := 0;
-  select * into v_settings from autotag.settings;
-  select * into v_queue from autotag.queues q
-  where q.workspace_id = p_workspace.workspace_id and q.queued > 0 and q.ready_at <= p_now
-  order by q.released, q.job_id limit 1;
-  if not found then
-    select min(q.ready_at) into v_ready_at from autotag.queues q
-    where q.workspace_id = p_workspace.workspace_id and q.queued > 0;
-    update autotag.workspaces w set ready = false, ready_at = v_ready_at
-    where w.workspace_id = p_workspace.workspace_id;
-    return;
-  end if;
+  v_queue.tokens := (select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.reserved_tokens > 0);
+  v_queue.short := v_queue.tokens + p_provider.tokens_per_image * (
+    select coalesce(sum(b.image_count - b.express_count), 0) from autotag.batches b
+    where b.state = 'planned' and b.worker_id is null and b.not_before <= p_now) > p_provider.queued_batch_tokens;
+  v_queue.patient_since := case when v_queue.short
+    then p_now - (select s.batch_patience from autotag.settings s) else '-infinity' end;
+  return v_queue;
+end $$;
 
-  v_each := p_provider.tokens_per_image;
-  if v_queue.output_tokens > p_provider.output_tokens then
-    v_each := v_each + v_queue.output_tokens - p_provider.output_tokens;
-    v_room := floor(p_tokens_left / v_each);
-    if v_room < 1 then  -- it waits until the bucket holds so many, or is as full as it gets
-      v_ready_at := p_now + interval '1 min' * (v_each - p_tokens_left) / p_provider.tokens_per_minute;
-      if v_each < 0.9 * p_provider.tokens_per_minute then
-        update autotag.workspaces w set ready = false, ready_at = v_ready_at
-        where w.workspace_id = p_workspace.workspace_id;
-        return;
+-- Whether nothing may be begun: nobody knows whether the question works, and there are single calls that can try it.
+create or replace function autotag.must_prove_first(p_provider autotag.provider_limits) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return p_provider.proven_at is null and exists (
+    select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
+    union all select from autotag.tasks t where t.retry_at is not null or t.worker_id is not null
+    union all select from autotag.batches b where b.state = 'planned' and b.image_count - b.express_count > 1);
+end $$;
+
+-- The next batches to work on, at most p_slots, in their order (claim_batches says which).
+create or replace function autotag.rank_batches(
+  p_slots integer, p_provider autotag.provider_limits, p_queue autotag.batch_queue, p_now timestamptz
+) returns uuid[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_unproven boolean := autotag.must_prove_first(p_provider);
+begin
+  return array(
+    with ready as (
+      select b.id, b.workspace_id, b.state, b.ordinal, b.created_at, t.tokens, t.since,
+        b.ordinal > 1 and t.since > p_queue.patient_since as later
+      from autotag.batches b
+      cross join lateral (
+        select (b.image_count - b.express_count)::bigint * p_provider.tokens_per_image + b.extra_tokens as tokens,
+               greatest(b.created_at, b.not_before) as since) t
+      where b.worker_id is null and b.not_before <= p_now
+        and (b.state in ('ended', 'harvesting', 'creating')
+          or b.state in ('planned', 'preparing', 'uploading') and not v_unproven and p_provider.has_batches is distinct from false)
+        and (b.state <> 'planned' or t.since <= p_queue.patient_since
+          or p_queue.tokens = 0 or p_queue.tokens + t.tokens <= p_provider.queued_batch_tokens)
+    )
+    select r.id
+    from ready r
+    left join (
+      select b.workspace_id, sum(b.reserved_tokens) as tokens
+      from autotag.batches b where b.reserved_tokens > 0 group by b.workspace_id
+    ) q on q.workspace_id = r.workspace_id
+    order by r.state in ('ended', 'harvesting') desc, r.state = 'planned', r.later,
+      -- what its workspace will have queued when its turn comes
+      case when p_queue.short and r.state = 'planned' then coalesce(q.tokens, 0) - r.tokens + sum(r.tokens) over (
+        partition by r.workspace_id, r.state = 'planned' order by r.later, r.since, r.created_at, r.ordinal) end,
+      r.since, r.created_at, r.ordinal
+    limit p_slots);
+end $$;
+
+-- Gives a worker those of the candidates that may go now, in their order: what was begun before goes on, and a planned one is
+-- begun when its workspace's window and the provider's queue have room. again: one could not go, and those behind it are for
+-- the next call, to be made at once. Called by claim_batches(), which holds the provider row. Locks: windows by workspace,
+-- batches by id.
+create or replace function autotag.take_batches(
+  p_worker uuid, p_candidates uuid[], p_provider autotag.provider_limits, p_queue autotag.batch_queue, p_now timestamptz,
+  out ids uuid[], out again boolean
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches;
+  v_images integer;
+  v_tokens bigint;
+  v_opens_at timestamptz;      -- when the workspace's window has a place; null: it has
+  v_held boolean := false;     -- the room in the provider's queue is held for one that is not passed any more
+begin
+  ids := array[]::uuid[];
+  again := false;
+  perform from public.workspace_rate_limits l
+  where l.request_type = 'batch' and l.workspace_id in (
+    select b.workspace_id from autotag.batches b where b.id = any (p_candidates))
+  order by l.workspace_id for update;
+  perform from autotag.batches b where b.id = any (p_candidates) order by b.id for update;
+
+  for v_batch in
+    select b.* from unnest(p_candidates) with ordinality c (id, i)
+    join autotag.batches b on b.id = c.id
+    where b.worker_id is null order by c.i
+  loop
+    if v_batch.state = 'planned' then
+      v_images := v_batch.image_count - v_batch.express_count;
+      if v_batch.admitted_at is null then
+        v_opens_at := autotag.window_opens_at(v_batch);
+        if v_opens_at is not null then  -- it leaves the head of the line: nobody else waits for its workspace's window
+          update autotag.batches b set not_before = v_opens_at where b.id = v_batch.id;
+          again := true;
+          continue;
+        end if;
       end if;
-      v_room := 1;
+      v_tokens := v_images::bigint * p_provider.tokens_per_image + v_batch.extra_tokens;
+      -- A batch ahead of the provider's queue always goes: alone it must be small enough.
+      if v_held or p_queue.tokens > 0 and p_queue.tokens + v_tokens > p_provider.queued_batch_tokens then
+        v_held := v_held or greatest(v_batch.created_at, v_batch.not_before) <= p_queue.patient_since;
+        continue;
+      end if;
+      if v_batch.admitted_at is null then
+        select a.at into v_batch.admitted_at
+        from autotag.admit(v_batch.workspace_id, 'batch', 1, v_images, false) a where a.admitted > 0;
+        if not found then  -- somebody's check_rate_limit was quicker
+          again := true;
+          continue;
+        end if;
+      end if;
+      p_queue.tokens := p_queue.tokens + v_tokens;
+      v_batch.reserved_tokens := v_tokens;
     end if;
-    v_room := least(v_room, p_room);
-  end if;
-  select * into v_admitted from autotag.admit(p_workspace.workspace_id, 'realtime',
-    least(v_room, v_queue.queued, p_turn, v_queue.chunk), v_each, true);
-  if v_admitted.admitted = 0 then
-    -- An image that can never fit its workspace's window waits until the limit is changed.
-    update autotag.workspaces w set ready = false, ready_at = coalesce(v_admitted.retry_at, 'infinity')
-    where w.workspace_id = p_workspace.workspace_id;
-    return;
-  end if;
+    perform autotag.hand_batch(v_batch, p_worker, p_provider, p_now);
+    ids := ids || v_batch.id;
+  end loop;
+end $$;
 
-  with taken as (
-    update autotag.tasks t
-    set worker_id = p_worker, attempt = t.attempt + 1, reserved_at = v_admitted.at, reserved_tokens = v_each,
-        output_tokens = greatest(t.min_output_tokens, p_provider.output_tokens)
-    where t.id = any (array(
-      select n.id from autotag.tasks n
-      where n.job_id = v_queue.job_id and n.id > v_queue.cursor
-        and n.lane = 'realtime' and n.worker_id is null and n.retry_at is null and n.finished_at is null
-      order by n.id limit v_admitted.admitted))
-    returning t.id
-  )
-  select coalesce(array_agg(t.id order by t.id), '{}') into ids from taken t;
-  tokens := cardinality(ids)::bigint * v_each;
+-- When the window of a planned batch's workspace has a place for it; null: now.
+create or replace function autotag.window_opens_at(p_batch autotag.batches) returns timestamptz
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ahead integer;             -- batches of earlier uploads that count on a place in the window
+begin
+  -- The first batch of an upload goes before the others of earlier ones, but not with the place in the window
+  -- that these were planned for.
+  select count(*) into v_ahead from autotag.batches b
+  where b.workspace_id = p_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
+    and b.created_at < p_batch.created_at;
+  return (
+    select max(coalesce(a.retry_at, 'infinity'))
+    from (values (v_ahead + 1, 0), (1, p_batch.image_count - p_batch.express_count)) w (batches, images)
+    cross join lateral autotag.admit(p_batch.workspace_id, 'batch', w.batches, w.images, false, p_take => false) a
+    where a.admitted = 0);
+end $$;
 
-  -- Fewer than there should be: the count was wrong. It is put right rather than asked for again for ever.
-  v_gone := case when cardinality(ids) < v_admitted.admitted then v_queue.queued else cardinality(ids) end;
-  update autotag.queues q
-  set queued = q.queued - v_gone, released = q.released + cardinality(ids),
-      cursor = coalesce(ids[cardinality(ids)], q.cursor),
-      reached = greatest(q.reached, ids[cardinality(ids)]),
-      output_tokens = case when q.queued > v_gone then q.output_tokens end,
-      ready_at = case when q.chunk is null then q.ready_at else p_now + v_settings.chunk_delay end
-  where q.job_id = v_queue.job_id;
-  update autotag.workspaces w
-  set queued = w.queued - v_gone, virtual_time = w.virtual_time + cardinality(ids)
-  where w.workspace_id = p_workspace.workspace_id;
+-- Hands a batch to a worker, in the state from which it goes on. p_batch has its place in the window and what it reserves. The
+-- caller holds its row.
+create or replace function autotag.hand_batch(
+  p_batch autotag.batches, p_worker uuid, p_provider autotag.provider_limits, p_now timestamptz
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  -- A file that asks what was asked before is deleted by its name, and built anew.
+  v_stale boolean := p_batch.state = 'planned' and coalesce(p_batch.asked_at < p_provider.question_since, false);
+begin
+  update autotag.batches b
+  set worker_id = p_worker, attempt = b.attempt + 1,
+      admitted_at = p_batch.admitted_at, reserved_tokens = p_batch.reserved_tokens,
+      output_tokens = case when b.input_file_id is null or v_stale then p_provider.output_tokens else b.output_tokens end,
+      asked_at = case when b.input_file_id is null or v_stale then p_now else b.asked_at end,
+      keep_files = p_provider.keep_files,
+      input_file_id = case when v_stale then null else b.input_file_id end,
+      state = case
+        when b.state = 'planned' and b.input_file_id is null then 'preparing'
+        when b.state = 'planned' and v_stale then 'uploading'
+        when b.state = 'planned' then 'creating'
+        when b.state = 'ended' then 'harvesting'
+        else b.state end
+  where b.id = p_batch.id;
 end $$;
 
 -- Which batches a worker gets to build, watch or harvest, under the limits of the hour and of the provider's queue.
@@ -3044,24 +3358,11 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.sync_question(autotag.lock_provider());
-  v_now timestamptz := v_provider.refilled_at;
+  v_now timestamptz := greatest(v_provider.refilled_at, v_provider.question_since);  -- what is claimed now is asked this question
   v_settings autotag.settings;
   v_slots integer := least(greatest(coalesce(p_slots, 0), 0), 1000);
-  v_candidates uuid[];
-  v_batch autotag.batches;
-  v_images integer;
-  v_retry_at timestamptz;      -- when the workspace's window has a place; null: it has
-  v_ahead integer;             -- batches of earlier uploads that count on a place in the window
-  v_again boolean := false;    -- a candidate could not go: those behind it are for the next call, made at once
-  v_tokens bigint;
-  v_queued bigint;             -- tokens of what OpenAI has, or is about to
-  v_short boolean;             -- not all that waits can be queued there at the same time
-  v_patient_since timestamptz;  -- if so, what waits since then is not passed any more …
-  v_held boolean := false;     -- … because the room that there is, is held for it
-  v_taken uuid[] := array[]::uuid[];
-  v_next timestamptz;
-  v_unproven boolean;          -- nothing is begun: single calls try the question first
-  v_stale boolean;             -- the batch's file asks what was asked before
+  v_queue autotag.batch_queue;
+  v_taken record;
 begin
   select * into v_settings from autotag.settings;
   batches := '[]';
@@ -3077,11 +3378,6 @@ begin
     wait := autotag.real_seconds(v_settings.account_probe_interval);
     return;
   end if;
-  v_now := greatest(v_now, v_provider.question_since);  -- what is claimed now is asked this question
-  v_unproven := v_provider.proven_at is null and exists (
-    select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
-    union all select from autotag.tasks t where t.retry_at is not null or t.worker_id is not null
-    union all select from autotag.batches b where b.state = 'planned' and b.image_count - b.express_count > 1);
   if v_provider.account_error is not null then
     if v_provider.probe_at > v_now then
       wait := autotag.real_seconds(v_provider.probe_at - v_now);
@@ -3089,130 +3385,16 @@ begin
     end if;
     v_slots := least(v_slots, 1);
   end if;
+
+  v_queue := autotag.measure_batch_queue(v_provider, v_now);
+  v_taken := autotag.take_batches(p_worker, autotag.rank_batches(v_slots, v_provider, v_queue, v_now), v_provider, v_queue, v_now);
+  batches := autotag.describe_batches(v_taken.ids);
+  if v_provider.next_poll_at <= v_now and v_provider.ask_after <= v_now then
+    select l.poll, l.cancel, l.files into poll, cancel, files from autotag.list_looks() l;
+    v_provider.next_poll_at := case when poll is null and files = '[]' then '-infinity' else v_now + v_settings.batch_poll_interval end;
+  end if;
   if v_provider.proven_at is not null and v_provider.checked_at <= v_now - v_settings.model_check_interval and v_provider.ask_after <= v_now then
     look_up := v_provider.question ->> 'model';
-    -- another worker asks in ten minutes, should this one not come to tell
-    update autotag.provider_limits p set checked_at = v_now - v_settings.model_check_interval + interval '10 min';
-  end if;
-
-  v_queued := (select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.reserved_tokens > 0);
-  v_short := v_queued + v_provider.tokens_per_image * (
-    select coalesce(sum(b.image_count - b.express_count), 0) from autotag.batches b
-    where b.state = 'planned' and b.worker_id is null and b.not_before <= v_now) > v_provider.queued_batch_tokens;
-  v_patient_since := case when v_short then v_now - v_settings.batch_patience else '-infinity' end;
-  v_candidates := array(
-    with ready as (
-      select b.id, b.workspace_id, b.state, b.ordinal, b.created_at, t.tokens, t.since,
-        b.ordinal > 1 and t.since > v_patient_since as later
-      from autotag.batches b
-      cross join lateral (
-        select (b.image_count - b.express_count)::bigint * v_provider.tokens_per_image + b.extra_tokens as tokens,
-               greatest(b.created_at, b.not_before) as since) t
-      where b.worker_id is null and b.not_before <= v_now
-        and (b.state in ('ended', 'harvesting', 'creating')
-          or b.state in ('planned', 'preparing', 'uploading') and not v_unproven and v_provider.has_batches is distinct from false)
-        and (b.state <> 'planned' or t.since <= v_patient_since
-          or v_queued = 0 or v_queued + t.tokens <= v_provider.queued_batch_tokens)
-    )
-    select r.id
-    from ready r
-    left join (
-      select b.workspace_id, sum(b.reserved_tokens) as tokens
-      from autotag.batches b where b.reserved_tokens > 0 group by b.workspace_id
-    ) q on q.workspace_id = r.workspace_id
-    order by r.state in ('ended', 'harvesting') desc, r.state = 'planned', r.later,
-      -- what its workspace will have queued when its turn comes
-      case when v_short and r.state = 'planned' then coalesce(q.tokens, 0) - r.tokens + sum(r.tokens) over (
-        partition by r.workspace_id, r.state = 'planned' order by r.later, r.since, r.created_at, r.ordinal) end,
-      r.since, r.created_at, r.ordinal
-    limit v_slots);
-  perform from public.workspace_rate_limits l
-  where l.request_type = 'batch' and l.workspace_id in (
-    select b.workspace_id from autotag.batches b where b.id = any (v_candidates))
-  order by l.workspace_id for update;
-  perform from autotag.batches b where b.id = any (v_candidates) order by b.id for update;
-
-  for v_batch in
-    select b.* from unnest(v_candidates) with ordinality c (id, i)
-    join autotag.batches b on b.id = c.id
-    where b.worker_id is null order by c.i
-  loop
-    if v_batch.state = 'planned' then
-      v_images := v_batch.image_count - v_batch.express_count;
-      if v_batch.admitted_at is null then
-        -- The first batch of an upload goes before the others of earlier ones, but not with the place in the window
-        -- that these were planned for.
-        select count(*) into v_ahead from autotag.batches b
-        where b.workspace_id = v_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
-          and b.created_at < v_batch.created_at;
-        select max(coalesce(a.retry_at, 'infinity')) into v_retry_at
-        from (values (v_ahead + 1, 0), (1, v_images)) w (batches, images)
-        cross join lateral autotag.admit(v_batch.workspace_id, 'batch', w.batches, w.images, false, p_take => false) a
-        where a.admitted = 0;
-        if v_retry_at is not null then  -- it leaves the head of the line: nobody else waits for its workspace's window
-          update autotag.batches b set not_before = v_retry_at where b.id = v_batch.id;
-          v_again := true;
-          continue;
-        end if;
-      end if;
-      v_tokens := v_images::bigint * v_provider.tokens_per_image + v_batch.extra_tokens;
-      -- A batch ahead of the provider's queue always goes: alone it must be small enough.
-      if v_held or v_queued > 0 and v_queued + v_tokens > v_provider.queued_batch_tokens then
-        v_held := v_held or greatest(v_batch.created_at, v_batch.not_before) <= v_patient_since;
-        continue;
-      end if;
-      if v_batch.admitted_at is null then
-        select a.at into v_batch.admitted_at
-        from autotag.admit(v_batch.workspace_id, 'batch', 1, v_images, false) a where a.admitted > 0;
-        if not found then  -- somebody's check_rate_limit was quicker
-          v_again := true;
-          continue;
-        end if;
-      end if;
-      v_queued := v_queued + v_tokens;
-      v_batch.reserved_tokens := v_tokens;
-    end if;
-    -- a file that asks what was asked before is deleted by its name, and built anew
-    v_stale := v_batch.state = 'planned' and coalesce(v_batch.asked_at < v_provider.question_since, false);
-    update autotag.batches b
-    set worker_id = p_worker, attempt = b.attempt + 1,
-        admitted_at = v_batch.admitted_at, reserved_tokens = v_batch.reserved_tokens,
-        output_tokens = case when b.input_file_id is null or v_stale then v_provider.output_tokens else b.output_tokens end,
-        asked_at = case when b.input_file_id is null or v_stale then v_now else b.asked_at end,
-        keep_files = v_provider.keep_files,
-        input_file_id = case when v_stale then null else b.input_file_id end,
-        state = case
-          when b.state = 'planned' and b.input_file_id is null then 'preparing'
-          when b.state = 'planned' and v_stale then 'uploading'
-          when b.state = 'planned' then 'creating'
-          when b.state = 'ended' then 'harvesting'
-          else b.state end
-    where b.id = v_batch.id;
-    v_taken := v_taken || v_batch.id;
-  end loop;
-  select coalesce(jsonb_agg(jsonb_build_object(
-      'batch', b.id, 'attempt', b.attempt, 'state', b.state, 'image_count', b.image_count,
-      'since', autotag.real_epoch(b.created_at), 'cancelled', b.cancel_requested,
-      'openai_batch_id', b.openai_batch_id, 'input_file_id', b.input_file_id,
-      'output_file_id', b.output_file_id, 'error_file_id', b.error_file_id, 'keep_files', b.keep_files) order by t.i), '[]')
-  into batches
-  from unnest(v_taken) with ordinality t (id, i) join autotag.batches b on b.id = t.id;
-
-  if v_provider.next_poll_at <= v_now and v_provider.ask_after <= v_now then
-    select jsonb_agg(jsonb_build_object('id', b.openai_batch_id, 'since', autotag.real_epoch(b.created_at))
-             order by b.ordinal, b.created_at),
-           jsonb_agg(b.openai_batch_id) filter (where b.cancel_requested)
-    into poll, cancel
-    from autotag.batches b where b.state = 'submitted';
-    select coalesce(jsonb_agg(f.id), '[]') into files
-    from (
-      select unnest(array[b.input_file_id, b.output_file_id, b.error_file_id]) as id
-      from autotag.batches b
-      where b.state in ('done', 'cancelled')
-        and (b.input_file_id is not null or b.output_file_id is not null or b.error_file_id is not null)
-      order by b.id limit 300) f
-    where f.id is not null;
-    v_provider.next_poll_at := case when poll is null and files = '[]' then '-infinity' else v_now + v_settings.batch_poll_interval end;
   end if;
   if poll is not null or files <> '[]' or look_up is not null then
     -- what it then says of the provider is listened to (batches_seen, poll_trouble, provider_checked)
@@ -3220,18 +3402,63 @@ begin
   end if;
   update autotag.provider_limits p
   set next_poll_at = v_provider.next_poll_at,
-      probe_at = case when p.account_error is null or v_taken = '{}' then p.probe_at
-        else v_now + v_settings.account_probe_interval end;
+      probe_at = case when p.account_error is null or v_taken.ids = '{}' then p.probe_at
+        else v_now + v_settings.account_probe_interval end,
+      -- another worker asks about the model in ten minutes, should this one not come to tell
+      checked_at = case when look_up is null then p.checked_at else v_now - v_settings.model_check_interval + interval '10 min' end;
+  wait := case when v_taken.again then 0
+    else autotag.real_seconds(autotag.next_batch_claim(v_provider, files <> '[]', v_now) - v_now) end;
+end $$;
 
-  select min(moment) into v_next from (
-    select greatest(v_provider.next_poll_at, v_provider.ask_after)
-    where files <> '[]' or v_provider.ask_after > v_now or exists (select from autotag.batches b where b.state = 'submitted')
+-- The batches that a worker has got, in the order to work on them (claim_batches: batches).
+create or replace function autotag.describe_batches(p_ids uuid[]) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select coalesce(jsonb_agg(jsonb_build_object(
+      'batch', b.id, 'attempt', b.attempt, 'state', b.state, 'image_count', b.image_count,
+      'since', autotag.real_epoch(b.created_at), 'cancelled', b.cancel_requested,
+      'openai_batch_id', b.openai_batch_id, 'input_file_id', b.input_file_id,
+      'output_file_id', b.output_file_id, 'error_file_id', b.error_file_id, 'keep_files', b.keep_files) order by t.i), '[]')
+    from unnest(p_ids) with ordinality t (id, i) join autotag.batches b on b.id = t.id);
+end $$;
+
+-- What is to be looked at, cancelled and deleted at OpenAI (claim_batches: poll, cancel, files).
+create or replace function autotag.list_looks(out poll jsonb, out cancel jsonb, out files jsonb)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  select jsonb_agg(jsonb_build_object('id', b.openai_batch_id, 'since', autotag.real_epoch(b.created_at))
+           order by b.ordinal, b.created_at),
+         jsonb_agg(b.openai_batch_id) filter (where b.cancel_requested)
+  into poll, cancel
+  from autotag.batches b where b.state = 'submitted';
+  select coalesce(jsonb_agg(f.id), '[]') into files
+  from (
+    select unnest(array[b.input_file_id, b.output_file_id, b.error_file_id]) as id
+    from autotag.batches b
+    where b.state in ('done', 'cancelled')
+      and (b.input_file_id is not null or b.output_file_id is not null or b.error_file_id is not null)
+    order by b.id limit 300) f
+  where f.id is not null;
+end $$;
+
+-- When a worker has to ask for batches again: for the next look at OpenAI, or when a batch that waits may go on; null: only a
+-- notification can bring some. p_more_files: there may be more files to delete.
+create or replace function autotag.next_batch_claim(p_provider autotag.provider_limits, p_more_files boolean, p_now timestamptz)
+returns timestamptz
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (select min(moment) from (
+    select greatest(p_now, p_provider.next_poll_at, p_provider.ask_after)
+    where p_more_files or p_provider.ask_after > p_now or exists (select from autotag.batches b where b.state = 'submitted')
     union all
     select min(b.not_before) from autotag.batches b
-    where b.worker_id is null and b.not_before > v_now and b.not_before < 'infinity'
+    where b.worker_id is null and b.not_before > p_now and b.not_before < 'infinity'
       and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting')
-  ) moments (moment);
-  wait := case when v_again then 0 when v_next is not null then autotag.real_seconds(greatest(v_next, v_now) - v_now) end;
+  ) moments (moment));
 end $$;
 
 -- The batch if this worker (of the login that calls) holds it, locked together with its job; else a refusal that tells the
@@ -3729,6 +3956,186 @@ begin
   return 'accepted';
 end $$;
 
+-- A worker has looked at the batches that OpenAI has: they move, end, get lost or stuck.
+
+-- What a worker that was handed a look has seen: [{id, status, output_file_id, error_file_id, total, done, error_code,
+-- error, error_kind}], with status `gone` for one that OpenAI does not know (any more, or with this key). A batch that ended
+-- waits for a worker to harvest it. OpenAI's queue being full is no failure: the batch is planned again. One that
+-- stays gone is over. One that is stuck is cancelled, where the limits let its images go as single calls. Batches
+-- that are not in flight are ignored, and rows that do not change are not touched. A worker that has seen many tells them a
+-- few at a time, because meanwhile nothing else happens to their uploads. What the provider's words are worth is looked at
+-- one by one: one that makes no sense is left out, like what another worker says.
+-- Locks: provider (when the account was stopped), workspaces by id, jobs by id, batches by id, tasks by id.
+create or replace function autotag.batches_seen(p_worker uuid, p_seen jsonb) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_look timestamptz := autotag.was_handed_look(p_worker);
+  v_proven boolean := (select p.proven_at is not null from autotag.provider_limits p);  -- single calls work
+  v_seen autotag.batch_look[];
+  v_jobs uuid[];
+  v_job uuid;
+begin
+  perform autotag.check_list(p_seen);
+  if v_look is null then
+    return;
+  end if;
+  v_seen := autotag.clean_looks(p_seen);
+  perform autotag.judge_looks(v_seen);
+  perform from autotag.workspaces w where w.workspace_id in (
+    select b.workspace_id from autotag.batches b
+    join unnest(v_seen) s on s.id = b.openai_batch_id and s.status = 'gone')
+  order by w.workspace_id for update;
+  perform from autotag.jobs j where j.id in (
+    select b.job_id from autotag.batches b
+    join unnest(v_seen) s on s.id = b.openai_batch_id where b.state = 'submitted')
+  order by j.id for update;
+  perform from autotag.batches b
+  where b.openai_batch_id in (select s.id from unnest(v_seen) s) order by b.id for update;
+  v_jobs := autotag.apply_looks(v_seen, v_look, v_proven, v_now);
+  -- Once an upload, however many of its batches have moved.
+  for v_job in select distinct j from unnest(v_jobs) j order by j loop
+    perform autotag.tell_progress(v_job, autotag.refresh_eta(v_job));
+  end loop;
+end $$;
+
+-- Validates what a worker says it has seen, and cuts it to its bounds. What names no batch or no status is left out.
+create or replace function autotag.clean_looks(p_seen jsonb) returns autotag.batch_look[]
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  -- Numbers of lines: a file has 50,000 at most.
+  return array(
+    select row(i.id, i.status, autotag.clean_id(s ->> 'output_file_id'), autotag.clean_id(s ->> 'error_file_id'),
+      coalesce(autotag.clean_number(s, 'total', 0, 50000), 0)::integer,
+      coalesce(autotag.clean_number(s, 'done', 0, 50000), 0)::integer,
+      autotag.printable(s ->> 'error_code', 100), autotag.printable(s ->> 'error', 1000),
+      autotag.printable(s ->> 'error_kind', 20))::autotag.batch_look
+    from jsonb_array_elements(p_seen) s
+    cross join lateral (select autotag.clean_id(s ->> 'id') as id, autotag.clean_status(s ->> 'status') as status) i
+    where i.id is not null and i.status is not null);
+end $$;
+
+-- What a look says of the account. A look that works ends the trouble of earlier looks. A batch that failed because of the account
+-- (no credit) stops the lanes. Locks: provider, in both cases.
+create or replace function autotag.judge_looks(p_seen autotag.batch_look[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_trouble text;
+begin
+  if exists (select from autotag.provider_limits p where p.account_error_from = 'poll') then
+    perform autotag.resume_account('poll');
+    perform pg_notify('autotag', 'realtime');
+  end if;
+  -- Of the account's trouble the batch is no more guilty than a single call.
+  select s.error into v_trouble from unnest(p_seen) s
+  join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
+  where s.status = 'failed' and s.error_kind = 'account' limit 1;
+  if found then
+    perform autotag.stop_account(v_trouble, 'batch');
+  end if;
+end $$;
+
+-- Changes each batch as it was seen, and returns the jobs of those that have moved. p_look: when the worker was handed this
+-- look; p_proven: single calls work. The caller holds workspaces, jobs and batches.
+create or replace function autotag.apply_looks(
+  p_seen autotag.batch_look[], p_look timestamptz, p_proven boolean, p_now timestamptz
+) returns uuid[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_seen autotag.batch_look;
+  v_batch autotag.batches;
+  v_jobs uuid[] := array[]::uuid[];
+begin
+  select * into v_settings from autotag.settings;
+  for v_seen in
+    select s.* from unnest(p_seen) s
+    join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
+    order by b.id
+  loop
+    select * into v_batch from autotag.batches b where b.openai_batch_id = v_seen.id and b.state = 'submitted';
+    if v_seen.status = 'gone' then
+      perform autotag.look_in_vain(v_batch, p_look);
+    elsif v_seen.status = 'failed' and (v_seen.error_code = 'token_limit_exceeded'
+      -- … unless single calls work all the while: then batches are what this account or deployment cannot do
+      or v_seen.error_kind = 'account' and (not p_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
+      update autotag.batches b
+      set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_seen.error,
+          not_before = p_now + v_settings.batch_poll_interval,
+          failures = b.failures + (v_seen.error_kind = 'account' and p_proven)::integer
+      where b.id = v_batch.id;
+    elsif v_batch.openai_status is distinct from v_seen.status or v_batch.request_done < v_seen.done or v_batch.looks_in_vain > 0 then
+      perform autotag.move_batch(v_batch, v_seen, p_now);
+      v_jobs := array_append(v_jobs, v_batch.job_id);
+    elsif not v_batch.cancel_requested and v_seen.status in ('validating', 'in_progress', 'finalizing')
+      and (v_batch.progress_at <= p_now - v_settings.batch_stuck_after
+        or v_batch.submitted_at <= p_now - v_settings.batch_give_up_after)
+      and autotag.predict_wait(v_batch.workspace_id, v_batch.image_count - v_batch.express_count - v_batch.request_done)
+        <= v_settings.realtime_max_wait
+    then
+      update autotag.batches b set cancel_requested = true, stuck = true where b.id = v_batch.id;
+      update autotag.jobs j
+      set fallback = 'A batch made no progress, so the rest of its images go as single calls.'
+      where j.id = v_batch.job_id;
+    end if;
+  end loop;
+  return v_jobs;
+end $$;
+
+-- OpenAI does not know the batch: it is over after batch_looks_in_vain looks in a row. The caller holds workspace, job and batch.
+create or replace function autotag.look_in_vain(p_batch autotag.batches, p_look timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_batch.vain_look_at = p_look then  -- each look counts once
+    return;
+  end if;
+  update autotag.batches b set looks_in_vain = b.looks_in_vain + 1, vain_look_at = p_look where b.id = p_batch.id;
+  if p_batch.looks_in_vain + 1 >= (select s.batch_looks_in_vain from autotag.settings s) then
+    perform autotag.end_batch(p_batch, 'OpenAI does not know this batch any more (or not with this key).');
+    perform autotag.requeue_batch(p_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
+  end if;
+end $$;
+
+-- Moves a batch whose status or count of answers has changed: its row is updated, and its images where users can see a difference. A
+-- batch that has ended waits to be harvested. The caller holds job and batch. Locks: tasks by id.
+create or replace function autotag.move_batch(p_before autotag.batches, p_seen autotag.batch_look, p_now timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches;
+  v_progress integer;
+  v_eta timestamptz;
+begin
+  update autotag.batches b
+  set openai_status = p_seen.status, request_total = greatest(b.request_total, p_seen.total),
+      request_done = greatest(b.request_done, p_seen.done), progress_at = p_now, looks_in_vain = 0,
+      running_at = coalesce(b.running_at, case when p_seen.status = 'in_progress' then p_now end),
+      output_file_id = p_seen.output_file_id, error_file_id = p_seen.error_file_id, error = p_seen.error
+  where b.id = p_before.id returning * into v_batch;
+  v_progress := autotag.batch_progress(v_batch.request_done, v_batch.request_total);
+  if p_seen.status in ('completed', 'failed', 'expired', 'cancelled') then
+    update autotag.batches b set state = 'ended', ended_at = p_now, reserved_tokens = 0 where b.id = v_batch.id;
+    if p_seen.status = 'completed' then
+      perform autotag.note_duration(v_batch, p_now);
+    end if;
+    perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'completing');
+    perform pg_notify('autotag', 'batch');
+  elsif p_seen.status in ('in_progress', 'finalizing', 'cancelling')
+    and (p_before.openai_status is distinct from p_seen.status
+      or autotag.batch_progress(p_before.request_done, p_before.request_total) < v_progress) then
+    v_eta := (autotag.batch_eta(v_batch, p_now)).p50;
+    if p_before.running_at is null then
+      perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'processing', v_eta);
+    end if;
+    perform autotag.show_batch_progress(v_batch.id, v_progress, v_eta);
+  end if;
+end $$;
+
 -- What becomes of a batch that OpenAI has: it moves, ends, is harvested; its images are tagged or tried again.
 
 -- The batch is over, whatever it brought: everybody is told, once, because this is the only place that sends
@@ -3785,136 +4192,6 @@ begin
   perform pg_notify('autotag', 'batch');
 end $$;
 
--- What a worker that was handed a look has seen: [{id, status, output_file_id, error_file_id, total, done, error_code,
--- error, error_kind}], with status `gone` for one that OpenAI does not know (any more, or with this key). A batch that ended
--- waits for a worker to harvest it. OpenAI's queue being full is no failure: the batch is planned again. One that
--- stays gone is over. One that is stuck is cancelled, where the limits let its images go as single calls. Batches
--- that are not in flight are ignored, and rows that do not change are not touched. A worker that has seen many tells them a
--- few at a time, because meanwhile nothing else happens to their uploads. What the provider's words are worth is looked at
--- one by one: one that makes no sense is left out, like what another worker says.
--- Locks: provider (when the account was stopped), workspaces by id, jobs by id, batches by id, tasks by id.
-create or replace function autotag.batches_seen(p_worker uuid, p_seen jsonb) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_now timestamptz := autotag.now();
-  v_look timestamptz := autotag.was_handed_look(p_worker);
-  v_settings autotag.settings;
-  v_before autotag.batches;
-  v_batch autotag.batches;
-  v_seen record;
-  v_trouble text;
-  v_proven boolean := (select p.proven_at is not null from autotag.provider_limits p);  -- single calls work
-  v_progress integer;
-  v_eta timestamptz;
-  v_jobs uuid[] := array[]::uuid[];
-  v_job uuid;
-begin
-  perform autotag.check_list(p_seen);
-  if v_look is null then
-    return;
-  end if;
-  -- Numbers of lines: a file has 50,000 at most.
-  select coalesce(jsonb_agg(jsonb_build_object(
-    'id', i.id, 'status', i.status, 'output_file_id', autotag.clean_id(s ->> 'output_file_id'),
-    'error_file_id', autotag.clean_id(s ->> 'error_file_id'),
-    'total', coalesce(autotag.clean_number(s, 'total', 0, 50000), 0)::integer,
-    'done', coalesce(autotag.clean_number(s, 'done', 0, 50000), 0)::integer,
-    'error_code', autotag.printable(s ->> 'error_code', 100), 'error', autotag.printable(s ->> 'error', 1000),
-    'error_kind', autotag.printable(s ->> 'error_kind', 20))), '[]')
-  into p_seen
-  from jsonb_array_elements(p_seen) s
-  cross join lateral (select autotag.clean_id(s ->> 'id') as id, autotag.clean_status(s ->> 'status') as status) i
-  where i.id is not null and i.status is not null;
-  if exists (select from autotag.provider_limits p where p.account_error_from = 'poll') then
-    perform autotag.resume_account('poll');
-    perform pg_notify('autotag', 'realtime');
-  end if;
-  -- Of the account's trouble (no credit) the batch is no more guilty than a single call.
-  select s.error into v_trouble from jsonb_to_recordset(p_seen) s (id text, status text, error text, error_kind text)
-  join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
-  where s.status = 'failed' and s.error_kind = 'account' limit 1;
-  if found then
-    perform autotag.stop_account(v_trouble, 'batch');
-  end if;
-  select * into v_settings from autotag.settings;
-  perform from autotag.workspaces w where w.workspace_id in (
-    select b.workspace_id from autotag.batches b
-    join jsonb_to_recordset(p_seen) s (id text, status text) on s.id = b.openai_batch_id and s.status = 'gone')
-  order by w.workspace_id for update;
-  perform from autotag.jobs j where j.id in (
-    select b.job_id from autotag.batches b
-    join jsonb_to_recordset(p_seen) s (id text) on s.id = b.openai_batch_id where b.state = 'submitted')
-  order by j.id for update;
-  perform from autotag.batches b
-  where b.openai_batch_id in (select s.id from jsonb_to_recordset(p_seen) s (id text)) order by b.id for update;
-
-  for v_seen in
-    select s.* from jsonb_to_recordset(p_seen) s (id text, status text, output_file_id text, error_file_id text,
-      total integer, done integer, error_code text, error text, error_kind text)
-    join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
-    order by b.id
-  loop
-    select * into v_before from autotag.batches b where b.openai_batch_id = v_seen.id and b.state = 'submitted';
-    v_batch := v_before;
-    if v_seen.status = 'gone' then
-      continue when v_batch.vain_look_at = v_look;
-      update autotag.batches b set looks_in_vain = b.looks_in_vain + 1, vain_look_at = v_look where b.id = v_batch.id;
-      if v_batch.looks_in_vain + 1 >= v_settings.batch_looks_in_vain then
-        perform autotag.end_batch(v_batch, 'OpenAI does not know this batch any more (or not with this key).');
-        perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
-      end if;
-    elsif v_seen.status = 'failed' and (v_seen.error_code = 'token_limit_exceeded'
-      -- … unless single calls work all the while: then batches are what this account or deployment cannot do
-      or v_seen.error_kind = 'account' and (not v_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
-      update autotag.batches b
-      set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_seen.error,
-          not_before = v_now + v_settings.batch_poll_interval,
-          failures = b.failures + (v_seen.error_kind = 'account' and v_proven)::integer
-      where b.id = v_batch.id;
-    elsif v_batch.openai_status is distinct from v_seen.status or v_batch.request_done < v_seen.done or v_batch.looks_in_vain > 0 then
-      update autotag.batches b
-      set openai_status = v_seen.status, request_total = greatest(b.request_total, v_seen.total),
-          request_done = greatest(b.request_done, v_seen.done), progress_at = v_now, looks_in_vain = 0,
-          running_at = coalesce(b.running_at, case when v_seen.status = 'in_progress' then v_now end),
-          output_file_id = v_seen.output_file_id, error_file_id = v_seen.error_file_id, error = v_seen.error
-      where b.id = v_before.id returning * into v_batch;
-      v_progress := autotag.batch_progress(v_batch.request_done, v_batch.request_total);
-      v_jobs := array_append(v_jobs, v_batch.job_id);
-      if v_seen.status in ('completed', 'failed', 'expired', 'cancelled') then
-        update autotag.batches b set state = 'ended', ended_at = v_now, reserved_tokens = 0 where b.id = v_batch.id;
-        if v_seen.status = 'completed' then
-          perform autotag.note_duration(v_batch, v_now);
-        end if;
-        perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'completing');
-        perform pg_notify('autotag', 'batch');
-      elsif v_seen.status in ('in_progress', 'finalizing', 'cancelling')
-        and (v_before.openai_status is distinct from v_seen.status
-          or autotag.batch_progress(v_before.request_done, v_before.request_total) < v_progress) then
-        v_eta := (autotag.batch_eta(v_batch, v_now)).p50;
-        if v_before.running_at is null then
-          perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'processing', v_eta);
-        end if;
-        perform autotag.show_batch_progress(v_batch.id, v_progress, v_eta);
-      end if;
-    elsif not v_batch.cancel_requested and v_seen.status in ('validating', 'in_progress', 'finalizing')
-      and (v_batch.progress_at <= v_now - v_settings.batch_stuck_after
-        or v_batch.submitted_at <= v_now - v_settings.batch_give_up_after)
-      and autotag.predict_wait(v_batch.workspace_id, v_batch.image_count - v_batch.express_count - v_batch.request_done)
-        <= v_settings.realtime_max_wait
-    then
-      update autotag.batches b set cancel_requested = true, stuck = true where b.id = v_batch.id;
-      update autotag.jobs j
-      set fallback = 'A batch made no progress, so the rest of its images go as single calls.'
-      where j.id = v_batch.job_id;
-    end if;
-  end loop;
-  -- Once an upload, however many of its batches have moved.
-  for v_job in select distinct j from unnest(v_jobs) j order by j loop
-    perform autotag.tell_progress(v_job, autotag.refresh_eta(v_job));
-  end loop;
-end $$;
-
 -- Answers of a batch's lines, or images that could not become lines: [{task, result | error, usage}]. A task
 -- that is not this batch's any more, or has its answer, is ignored, so that harvesting twice changes nothing. Images that
 -- may be tried again are left to batch_finish(), which knows how many there are: why is noted at the task, once, with what
@@ -3926,7 +4203,6 @@ as $$
 declare
   v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
   v_batch autotag.batches;
-  v_settings autotag.settings;
   v_general boolean;           -- an answer is about more than its own image
   v_answers autotag.answer[];
   v_again autotag.answer[];    -- of these, those that are left to batch_finish
@@ -3935,27 +4211,12 @@ begin
   perform set_config('request.jwt.claims', '', true);   -- triggers of the host's tables believe what stands there
   perform autotag.check_list(p_answers);
   v_general := jsonb_path_exists(p_answers, '$[*].error ? (@.kind == "account" || @.parameter != null)');
-  select * into v_settings from autotag.settings;
   if v_general then
     perform autotag.lock_provider();
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
   v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
-  v_answers := array(
-    select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), true)::autotag.answer
-    from (
-      select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
-        greatest(t.min_output_tokens, v_batch.output_tokens) as output_tokens,
-        autotag.clean_result(a.result) as result, a.error, a.usage
-      from (
-        select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
-          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage, i
-        from jsonb_array_elements(p_answers) with ordinality u (e, i)) a
-      -- of one that is noted already the error was counted before
-      join autotag.tasks t on t.id = a.task and t.batch_id = p_batch and t.finished_at is null
-        and (t.error_code is null or jsonb_typeof(a.result) = 'object')
-      order by t.id, a.i) x);
+  v_answers := autotag.read_batch_answers(v_batch, p_answers);
   if v_general then
     v_answers := autotag.judge_errors(v_answers, v_batch.asked_at);
     perform autotag.note_outcomes(v_answers, v_batch.asked_at);
@@ -3963,18 +4224,7 @@ begin
   perform autotag.add_usage(v_answers, true);
 
   if exists (select from unnest(v_answers) a where a.error is not null) then
-    v_again := array(
-      select a from unnest(v_answers) a
-      join autotag.tasks t on t.id = a.task
-      join autotag.error_kinds k on k.kind = a.error ->> 'kind'
-      where not k.ends or (a.error ->> 'retry')::boolean
-        and case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens < autotag.max_cap(a.workspace_id)
-          else t.failures + 1 < v_settings.max_bad_answers end);
-    update autotag.tasks t
-    set error_code = a.error ->> 'code', error = a.error ->> 'message', failures = t.failures + (k.counts or a.error ? 'counts')::integer,
-        min_output_tokens = coalesce(autotag.next_cap(a), t.min_output_tokens)
-    from unnest(v_again) a join autotag.error_kinds k on k.kind = a.error ->> 'kind'
-    where t.id = a.task;
+    v_again := autotag.leave_to_finish(v_answers);
     v_answers := array(select a from unnest(v_answers) a where a.task <> all (array(select g.task from unnest(v_again) g)));
   end if;
   v_notices := autotag.apply_answers(v_answers);
@@ -3985,6 +4235,53 @@ begin
     end if;
   end if;
   return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices);
+end $$;
+
+-- The answers about images of this batch that still need one: validated, one for each image.
+create or replace function autotag.read_batch_answers(p_batch autotag.batches, p_answers jsonb) returns autotag.answer[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return array(
+    select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
+      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), true)::autotag.answer
+    from (
+      select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
+        greatest(t.min_output_tokens, p_batch.output_tokens) as output_tokens,
+        autotag.clean_result(a.result) as result, a.error, a.usage
+      from (
+        select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
+          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage, i
+        from jsonb_array_elements(p_answers) with ordinality u (e, i)) a
+      -- of one that is noted already the error was counted before
+      join autotag.tasks t on t.id = a.task and t.batch_id = p_batch.id and t.finished_at is null
+        and (t.error_code is null or jsonb_typeof(a.result) = 'object')
+      order by t.id, a.i) x);
+end $$;
+
+-- Notes at their tasks the errors of images that may be tried again, and returns those answers: batch_finish() gives all of the
+-- batch's images without an answer another try together. The caller holds the batch and its job. Locks: tasks.
+create or replace function autotag.leave_to_finish(p_answers autotag.answer[]) returns autotag.answer[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_again autotag.answer[];
+begin
+  select * into v_settings from autotag.settings;
+  v_again := array(
+    select a from unnest(p_answers) a
+    join autotag.tasks t on t.id = a.task
+    join autotag.error_kinds k on k.kind = a.error ->> 'kind'
+    where not k.ends or (a.error ->> 'retry')::boolean
+      and case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens < autotag.max_cap(a.workspace_id)
+        else t.failures + 1 < v_settings.max_bad_answers end);
+  update autotag.tasks t
+  set error_code = a.error ->> 'code', error = a.error ->> 'message', failures = t.failures + (k.counts or a.error ? 'counts')::integer,
+      min_output_tokens = coalesce(autotag.next_cap(a), t.min_output_tokens)
+  from unnest(v_again) a join autotag.error_kinds k on k.kind = a.error ->> 'kind'
+  where t.id = a.task;
+  return v_again;
 end $$;
 
 -- Every answer of the batch is stored. Images without one get another try (those of a cancelled job end).
@@ -4253,14 +4550,26 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
-  v_done record;
-  v_failed record;
-  v_tries jsonb;
-  v_notices jsonb := '[]'::jsonb;
+  v_notices jsonb;
 begin
+  perform autotag.store_results(p_answers);
+  if not exists (select from unnest(p_answers) a where a.error is not null) then
+    return '[]'::jsonb;
+  end if;
   select * into v_settings from autotag.settings;
+  v_notices := autotag.end_failed(p_answers, v_settings.max_bad_answers);
+  perform autotag.try_again(p_answers, v_settings);
+  return v_notices;
+end $$;
 
-  -- Planned every time, like the reading of reports in settle().
+-- Stores the tags of answers without an error, ends their tasks and counts them. The caller: as in apply_answers.
+create or replace function autotag.store_results(p_answers autotag.answer[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_done record;
+begin
+  -- Planned every time, like the reading of reports (read_reports).
   execute $q$
     with completed as (
       delete from autotag.tasks t using unnest($1) a
@@ -4276,10 +4585,16 @@ begin
     perform autotag.count_finished(j.id, count(*)::integer, 0)
     from unnest(v_done.jobs) j (id) group by j.id order by j.id;
   end if;
+end $$;
 
-  if not exists (select from unnest(p_answers) a where a.error is not null) then
-    return v_notices;
-  end if;
+-- Ends images whose error no other try can mend, and counts them. Returns sentences for the operator's log. The caller: as in
+-- apply_answers.
+create or replace function autotag.end_failed(p_answers autotag.answer[], p_max_bad_answers integer) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_failed record;
+begin
   select coalesce(array_agg(t.id), '{}') as tasks, array_agg(a.error ->> 'code') as codes,
          array_agg(a.error ->> 'message') as messages,
          coalesce(jsonb_agg(jsonb_build_object('event', 'answer_cut_off', 'notice', format(
@@ -4291,23 +4606,31 @@ begin
   join autotag.error_kinds k on k.kind = a.error ->> 'kind' and k.ends
   where not (a.error ->> 'retry')::boolean
     or case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens >= autotag.max_cap(a.workspace_id)
-       else t.failures + 1 >= v_settings.max_bad_answers end;
+       else t.failures + 1 >= p_max_bad_answers end;
   if cardinality(v_failed.tasks) > 0 then
-    v_notices := v_failed.notices;
     perform autotag.fail_tasks(v_failed.tasks, v_failed.codes, v_failed.messages);
     perform autotag.count_finished(t.job_id, 0, count(*)::integer)
     from autotag.tasks t where t.id = any (v_failed.tasks) group by t.job_id order by t.job_id;
   end if;
+  return v_failed.notices;
+end $$;
 
+-- Gives the other images with an error another try, each after the delay of its kind. The caller: as in apply_answers.
+create or replace function autotag.try_again(p_answers autotag.answer[], p_settings autotag.settings) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tries jsonb;
+begin
   select jsonb_agg(jsonb_build_object(
       'task', a.task, 'code', a.error ->> 'code', 'message', a.error ->> 'message',
       'failures', (k.counts or a.error ? 'counts')::integer, 'suspect', k.pauses, 'output_tokens', autotag.next_cap(a),
       'delay', case
         -- after the probe: another image has to show whether the trouble is over, not the same again
-        when k.pauses then extract(epoch from v_settings.account_probe_interval) + 1
+        when k.pauses then extract(epoch from p_settings.account_probe_interval) + 1
         when k.delays then greatest((a.error ->> 'retry_after')::double precision,
-          (0.8 + random() / 5) * least(extract(epoch from v_settings.retry_delay_max),
-            extract(epoch from v_settings.retry_delay) * power(2, t.failures))) end))
+          (0.8 + random() / 5) * least(extract(epoch from p_settings.retry_delay_max),
+            extract(epoch from p_settings.retry_delay) * power(2, t.failures))) end))
   into v_tries
   from unnest(p_answers) a
   join autotag.tasks t on t.id = a.task
@@ -4317,7 +4640,6 @@ begin
     perform autotag.requeue(v_tries);
     perform pg_notify('autotag', 'realtime');
   end if;
-  return v_notices;
 end $$;
 
 -- The highest cap that an answer of a workspace may have: what the settings say, and what fits into its window and into the
@@ -4475,9 +4797,7 @@ as $$
 declare
   v_answers autotag.answer[];
   v_failed boolean;            -- whether any of them is an error
-  v_window record;
   v_changed text;              -- the provider's limits have
-  v_refund record;
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers of the host's tables believe what stands there
   perform autotag.check_list(p_reports);
@@ -4485,6 +4805,42 @@ begin
     return jsonb_build_object('accepted', 0, 'notices', '[]'::jsonb);
   end if;
   perform from autotag.provider_limits for update;
+  v_answers := autotag.read_reports(p_worker, p_reports);
+  v_failed := exists (select from unnest(v_answers) a where a.error is not null);
+  if v_failed then
+    v_answers := autotag.judge_errors(v_answers);
+  end if;
+
+  v_changed := autotag.correct_bucket(p_worker, v_answers, p_seen);
+  perform autotag.note_outcomes(v_answers);
+
+  if v_failed then
+    perform from autotag.workspaces w
+    where w.workspace_id in (select a.workspace_id from unnest(v_answers) a where a.error is not null)
+    order by w.workspace_id for update;
+  end if;
+
+  perform autotag.correct_windows(v_answers);
+  perform from autotag.jobs j
+  where j.id = any (array(select a.job_id from unnest(v_answers) a)) order by j.id for update;
+  -- With their jobs locked nobody else touches the tasks; what was taken away until then is not this worker's.
+  execute $q$ select array(
+    select a from unnest($1) a join autotag.tasks t on t.id = a.task and t.attempt = a.attempt and t.worker_id = $2) $q$
+  into v_answers using v_answers, p_worker;
+
+  perform autotag.add_usage(v_answers, false);
+  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', case when v_changed is null then '[]'::jsonb
+    else jsonb_build_array(jsonb_build_object('event', 'provider_limits_changed', 'notice', v_changed)) end
+    || autotag.apply_answers(v_answers));
+end $$;
+
+-- The reports about tasks that the worker holds: validated, one for each task.
+create or replace function autotag.read_reports(p_worker uuid, p_reports jsonb) returns autotag.answer[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_answers autotag.answer[];
+begin
   execute $q$ select array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens,
       x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), x.called)::autotag.answer
@@ -4500,14 +4856,20 @@ begin
       join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = $2
       order by t.id) x) $q$
   into v_answers using p_reports, p_worker;
-  v_failed := exists (select from unnest(v_answers) a where a.error is not null);
-  if v_failed then
-    v_answers := autotag.judge_errors(v_answers);
-  end if;
+  return v_answers;
+end $$;
 
+-- Corrects the mirror of the provider's bucket by what these calls have used, and by what their answers' headers say (p_seen, as
+-- in settle). Returns a sentence for the log where the provider's limits have changed. The caller holds the provider row.
+create or replace function autotag.correct_bucket(p_worker uuid, p_answers autotag.answer[], p_seen jsonb) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_refund record;
+begin
   -- Refund the over-reservation: everything if no call was made or it got a 429, otherwise all but the prompt and the cap.
   select coalesce(sum(u.requests), 0)::integer as requests, coalesce(sum(u.tokens), 0)::bigint as tokens into v_refund
-  from unnest(v_answers) a
+  from unnest(p_answers) a
   cross join lateral (
     select case when not a.called or a.error ->> 'code' = 'rate_limited' then 1 else 0 end as requests,
       case when not a.called or a.error ->> 'code' = 'rate_limited' then a.reserved_tokens
@@ -4523,16 +4885,18 @@ begin
     perform autotag.refund_provider(v_refund.requests, v_refund.tokens);
   end if;
   if p_seen is not null then
-    v_changed := autotag.observe_provider(p_seen);
+    return autotag.observe_provider(p_seen);
   end if;
-  perform autotag.note_outcomes(v_answers);
+  return null;
+end $$;
 
-  if v_failed then
-    perform from autotag.workspaces w
-    where w.workspace_id in (select a.workspace_id from unnest(v_answers) a where a.error is not null)
-    order by w.workspace_id for update;
-  end if;
-
+-- Corrects the windows of these answers' workspaces by what their calls have used. Locks: windows by workspace.
+create or replace function autotag.correct_windows(p_answers autotag.answer[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_window record;
+begin
   -- Reserved by estimate, corrected by what was used: nothing where nothing was asked; no tokens where the
   -- provider refused or failed; the estimate where nobody knows (the connection broke before the answer).
   for v_window in
@@ -4542,25 +4906,13 @@ begin
             then (a.usage -> 'input')::integer + (a.usage -> 'output')::integer - a.reserved_tokens
           when a.error ->> 'code' = 'provider_unreachable' then 0
           else -a.reserved_tokens end), 1000000000)::integer as units
-    from unnest(v_answers) a
+    from unnest(p_answers) a
     where a.reserved_at is not null
     group by a.workspace_id, a.reserved_at order by a.workspace_id, a.reserved_at
   loop
     perform autotag.correct_window(
       v_window.workspace_id, 'realtime', v_window.reserved_at, v_window.requests, v_window.units);
   end loop;
-
-  perform from autotag.jobs j
-  where j.id = any (array(select a.job_id from unnest(v_answers) a)) order by j.id for update;
-  -- With their jobs locked nobody else touches the tasks; what was taken away until then is not this worker's.
-  execute $q$ select array(
-    select a from unnest($1) a join autotag.tasks t on t.id = a.task and t.attempt = a.attempt and t.worker_id = $2) $q$
-  into v_answers using v_answers, p_worker;
-
-  perform autotag.add_usage(v_answers, false);
-  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', case when v_changed is null then '[]'::jsonb
-    else jsonb_build_array(jsonb_build_object('event', 'provider_limits_changed', 'notice', v_changed)) end
-    || autotag.apply_answers(v_answers));
 end $$;
 
 -- Usage per workspace and user, and its cost.
@@ -5010,6 +5362,20 @@ begin
       'rate_headers', p_provider.has_rate_headers, 'keep_files', p_provider.keep_files));
 end $$;
 
+-- Why images have failed in the last day, the most frequent first.
+create or replace function autotag.recent_errors(p_most integer, p_now timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select coalesce(jsonb_agg(to_jsonb(x) order by x.images desc, x.code), '[]') from (
+      select t.error_code as code, min(t.error) as message, count(*) as images, max(t.finished_at) as last_at
+      from autotag.jobs j join autotag.tasks t on t.job_id = j.id
+      where (j.finished_at is null or j.finished_at > p_now - interval '1 day') and t.stage = 'failed'
+        and t.finished_at > p_now - interval '1 day'
+      group by t.error_code order by count(*) desc limit p_most) x);
+end $$;
+
 -- Everything that is going on, as one JSON object; lists are cut to p_most (200 at most). See the README for how it is shown.
 -- It names workspaces, uploads, batches and workers by their ids, and no image; who learns an id may do nothing with it.
 create or replace function autotag.status(p_most integer default 20) returns jsonb
@@ -5057,13 +5423,7 @@ begin
         'listening', w.listening, 'started_at', w.started_at, 'seen_at', w.seen_at, 'alive', w.lease_until > v_now,
         'in_hand', cardinality(autotag.held_tasks(w.id))) order by w.started_at), '[]')
       from autotag.workers w),
-    'errors', (
-      select coalesce(jsonb_agg(to_jsonb(x) order by x.images desc, x.code), '[]') from (
-        select t.error_code as code, min(t.error) as message, count(*) as images, max(t.finished_at) as last_at
-        from autotag.jobs j join autotag.tasks t on t.job_id = j.id
-        where (j.finished_at is null or j.finished_at > v_now - interval '1 day') and t.stage = 'failed'
-          and t.finished_at > v_now - interval '1 day'
-        group by t.error_code order by count(*) desc limit p_most) x),
+    'errors', autotag.recent_errors(p_most, v_now),
     'today', (
       select jsonb_build_object('images', coalesce(sum(u.images), 0), 'requests', coalesce(sum(u.requests), 0),
         'input_tokens', coalesce(sum(u.input_tokens), 0), 'output_tokens', coalesce(sum(u.output_tokens), 0),
@@ -5131,6 +5491,173 @@ as $$
     'fix', case when p_level <> 'ok' then p_fix end)
 $$;
 
+-- What the database can tell of the installation: {findings: [{check, level, message, fix}] in the order a
+-- reader wants them, now (epoch seconds), model, sample}. sample is the one image that anybody is told of who has not
+-- claimed it: bucket and path, without which the doctor could not try to read a file.
+create or replace function autotag.diagnose() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits;
+  v_logins name[] := autotag.worker_logins();
+  v_host record;
+begin
+  select * into v_provider from autotag.provider_limits;
+  v_host := autotag.diagnose_host();
+  return jsonb_build_object(
+    'findings', jsonb_build_array(autotag.diagnose_roles(v_logins), autotag.diagnose_grants()) || v_host.findings
+      || jsonb_build_array(autotag.diagnose_cron(), autotag.diagnose_clock(), autotag.diagnose_broadcasts(), autotag.diagnose_workers(),
+        autotag.diagnose_account(v_provider), autotag.diagnose_spending(), autotag.diagnose_temporary(v_logins))
+      || autotag.diagnose_model(v_provider),
+    'now', extract(epoch from autotag.now()), 'model', (select s.model from autotag.settings s), 'sample', v_host.sample);
+end $$;
+
+-- What the doctor asks about rights: who may do what here.
+
+-- Whether a login may do everything here: it is a superuser, or a member of the owner of autotag's schema or of the database.
+create or replace function autotag.is_owner(p_login name) returns boolean
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select exists (
+    select from pg_roles m
+    where m.rolname = p_login and (m.rolsuper
+      or pg_has_role(m.oid, (select n.nspowner from pg_namespace n where n.nspname = 'autotag'), 'member')
+      or pg_has_role(m.oid, (select d.datdba from pg_database d where d.datname = current_database()), 'member')))
+$$;
+
+-- The logins that may work, but for superusers and the owner's own (a hosted project's cli_login_postgres is one), who may do
+-- everything anyway.
+create or replace function autotag.worker_logins() returns name[]
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select array(
+    select m.rolname from pg_roles m
+    where m.rolcanlogin and pg_has_role(m.oid, 'autotag_worker', 'member') and not autotag.is_owner(m.rolname)
+    order by m.rolname)
+$$;
+
+-- Whether workers have logins of their own (p_logins: worker_logins).
+create or replace function autotag.diagnose_roles(p_logins name[]) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_owners text;               -- logins of live workers that may do everything
+begin
+  select string_agg(distinct w.login::text, ', ') into v_owners
+  from autotag.workers w where w.lease_until > v_now and autotag.is_owner(w.login);
+  return case
+    when p_logins = '{}' then autotag.finding('roles', 'warning',
+      'No login of its own is granted autotag_worker; the worker then has to run as the owner, who may do everything.',
+      'create role tagger login in role autotag_worker;   -- then its password with psql''s \password tagger')
+    when v_owners is not null then autotag.finding('roles', 'warning',
+      format('A worker is logged in as %s, who may do everything.', v_owners),
+      format('Put a login that may only work (%s) into its DATABASE_URL and restart it.', array_to_string(p_logins, ', ')))
+    else autotag.finding('roles', 'ok', format('Workers may log in as %s.', array_to_string(p_logins, ', '))) end;
+end $$;
+
+-- Whether users may call just the RPCs.
+create or replace function autotag.diagnose_grants() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_problem text;
+begin
+  select string_agg(p.oid::regprocedure::text, ', ') into v_problem
+  from pg_catalog.pg_proc p
+  where p.pronamespace in ('autotag'::regnamespace) and has_function_privilege('anon', p.oid, 'execute');
+  return case
+    when v_problem is not null then autotag.finding('grants', 'error', 'anon may call ' || v_problem || '.',
+      'revoke execute on all functions in schema autotag from public, anon;')
+    when exists (select from pg_catalog.pg_db_role_setting s cross join unnest(s.setconfig) c
+        where c ~ '^pgrst[.]db_schemas=(.*[, ])?"?autotag"?([, ]|$)')
+      then autotag.finding('grants', 'error', 'The API exposes the schema autotag; only its functions in public are for users.',
+        'Take autotag out of the exposed schemas (Project Settings, Data API), or: alter role authenticator set pgrst.db_schemas = ''public'';')
+    when not has_function_privilege('authenticated', 'public.enqueue_tagging(uuid[])', 'execute')
+      then autotag.finding('grants', 'error', 'Signed-in users may not call enqueue_tagging.',
+        'grant execute on function public.enqueue_tagging to authenticated;')
+    else autotag.finding('grants', 'ok', 'Signed-in users may call the RPCs, anon may call nothing.') end;
+end $$;
+
+-- Whether workers' logins may create temporary objects.
+create or replace function autotag.diagnose_temporary(p_logins name[]) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case
+    when exists (
+      select from unnest(p_logins) login where has_database_privilege(login, current_database(), 'temporary'))
+      then autotag.finding('temporary objects', 'warning',
+        'Workers'' logins may create temporary objects, which nothing of autotag needs.',
+        format('revoke temporary on database %I from public;   -- then grant it to the roles that need it', current_database()))
+    else autotag.finding('temporary objects', 'ok', 'Workers'' logins may create none.') end;
+end $$;
+
+-- What the doctor asks about the host's tables.
+
+-- An image of the newest upload's workspace that lies in Storage, to see whether it can be read; null: there is none.
+create or replace function autotag.sample_image() returns jsonb
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select jsonb_build_object('bucket', d.bucket, 'path', d.path)
+  from (select j.workspace_id from autotag.jobs j order by j.created_at desc limit 1) j
+  cross join autotag.describe_assets(autotag.list_assets(j.workspace_id, false, null, 20)) d
+  where d.bucket is not null and d.path is not null limit 1
+$$;
+
+-- Whether rows name files of their own workspace, and who could write others.
+create or replace function autotag.diagnose_files() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rule text := autotag.file_rule();
+  v_look record := autotag.look_at_files(10000);
+  v_open text := case when v_look.may_write is not null
+    then format(' Signed-in users can write rows that name any file (%s).', v_look.may_write) else '' end;
+begin
+  if v_rule = 'any' then
+    return autotag.finding('files', 'warning',
+      'A row may name any file of the project (rule any), and its workspace gets that picture''s tags.' || v_open,
+      'Set a rule: autotag init --file-rule workspace-folder   (docs/install.md, "Whose a file is")');
+  elsif v_look.broken > 0 then
+    return autotag.finding('files', 'warning',
+      format('%s of %s rows looked at name a file that is not their workspace''s (rule %s) and are not tagged, for example %s.',
+        v_look.broken, v_look.looked_at, v_rule, array_to_string(v_look.examples, ', ')) || v_open,
+      'Correct these rows, or the rule in autotag.describe_assets.');
+  end if;
+  return autotag.finding('files', case when v_open <> '' and v_rule in ('uploader-folder', 'owner') then 'warning' else 'ok' end,
+    format('Rows name files of %s (rule %s; %s rows looked at).',
+        case when v_rule in ('uploader-folder', 'owner') then 'members of their workspace' else 'their own workspace' end,
+        v_rule, v_look.looked_at)
+      || case when not autotag.users_see_files() and v_rule <> 'none'
+        then ' Row level security of storage.objects is not asked (autotag.users_see_files).' else '' end
+      || v_open || case
+        when v_open = '' then ''
+        when v_rule in ('uploader-folder', 'owner') then ' They get the tags of any file of a colleague, whatever its workspace.'
+        else ' autotag does not tag them.' end,
+    case when v_open <> '' and v_rule in ('uploader-folder', 'owner')
+      then 'Let a policy of the table say that whoever inserts a row uploaded it (… = (select auth.uid())).' end);
+end $$;
+
+-- Whether the adapter's functions fit the host's tables, and what rows say of files. sample: an image to try to read.
+create or replace function autotag.diagnose_host(out findings jsonb, out sample jsonb)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform from autotag.describe_assets(array['00000000-0000-0000-0000-000000000000']::uuid[]);
+  perform autotag.is_member('00000000-0000-0000-0000-000000000000');
+  perform from autotag.tagged_assets('00000000-0000-0000-0000-000000000000', 1);
+  sample := autotag.sample_image();
+  findings := jsonb_build_array(
+    autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.'), autotag.diagnose_files());
+exception when others then
+  findings := jsonb_build_array(autotag.finding('host adapter', 'error',
+    'The adapter does not fit the host''s tables: ' || sqlerrm,
+    'Correct autotag.is_member, autotag.describe_assets, autotag.store_tags and autotag.show_stage.'));
+end $$;
+
+-- What the doctor asks about what runs: the clock, broadcasts, workers.
+
 -- Whether pg_cron runs a job, and how its last run went; null without pg_cron. Looked up by name at run time,
 -- because without the extension there is no such table to compile against.
 create or replace function autotag.diagnose_cron() returns jsonb
@@ -5165,53 +5692,94 @@ begin
   return autotag.finding('pg_cron', 'ok', 'Both jobs are scheduled, and no last run failed.');
 end $$;
 
--- An image of the newest upload's workspace that lies in Storage, to see whether it can be read; null: there is none.
-create or replace function autotag.sample_image() returns jsonb
-language sql stable security definer set search_path = pg_catalog, pg_temp
+-- Whether autotag's time passes.
+create or replace function autotag.diagnose_clock() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-  select jsonb_build_object('bucket', d.bucket, 'path', d.path)
-  from (select j.workspace_id from autotag.jobs j order by j.created_at desc limit 1) j
-  cross join autotag.describe_assets(autotag.list_assets(j.workspace_id, false, null, 20)) d
-  where d.bucket is not null and d.path is not null limit 1
-$$;
+declare
+  v_now timestamptz := autotag.now();
+  v_ticked timestamptz := (select c.ticked_at from autotag.clock c);
+begin
+  return case
+    when (select s.test_clock from autotag.settings s) then autotag.finding('clock', 'error',
+      'settings.test_clock is on: any session can bend autotag''s time.', 'update autotag.settings set test_clock = false;')
+    when v_ticked = '-infinity' then autotag.finding('clock', 'warning',
+      'autotag has never ticked.', 'autotag worker   (or wait a minute for pg_cron)')
+    when v_ticked < v_now - interval '5 min' then autotag.finding('clock', 'error',
+      format('autotag last ticked %s ago; neither pg_cron nor a worker is running.',
+        date_trunc('second', v_now - v_ticked)), 'autotag worker')
+    else autotag.finding('clock', 'ok', 'autotag ticks.') end;
+end $$;
 
 -- A broadcast that means nothing, to see whether broadcasts arrive.
 create or replace function autotag.send_probe(p_nonce uuid) returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$ select autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false) $$;
 
--- Whether rows name files of their own workspace, and who could write others.
-create or replace function autotag.diagnose_files() returns jsonb
+-- Whether broadcasts leave.
+create or replace function autotag.diagnose_broadcasts() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_rule text := autotag.file_rule();
-  v_look record := autotag.look_at_files(10000);
-  v_open text := case when v_look.may_write is not null
-    then format(' Signed-in users can write rows that name any file (%s).', v_look.may_write) else '' end;
+  v_now timestamptz := autotag.now();
+  v_waiting integer;
 begin
-  if v_rule = 'any' then
-    return autotag.finding('files', 'warning',
-      'A row may name any file of the project (rule any), and its workspace gets that picture''s tags.' || v_open,
-      'Set a rule: autotag init --file-rule workspace-folder   (docs/install.md, "Whose a file is")');
-  elsif v_look.broken > 0 then
-    return autotag.finding('files', 'warning',
-      format('%s of %s rows looked at name a file that is not their workspace''s (rule %s) and are not tagged, for example %s.',
-        v_look.broken, v_look.looked_at, v_rule, array_to_string(v_look.examples, ', ')) || v_open,
-      'Correct these rows, or the rule in autotag.describe_assets.');
-  end if;
-  return autotag.finding('files', case when v_open <> '' and v_rule in ('uploader-folder', 'owner') then 'warning' else 'ok' end,
-    format('Rows name files of %s (rule %s; %s rows looked at).',
-        case when v_rule in ('uploader-folder', 'owner') then 'members of their workspace' else 'their own workspace' end,
-        v_rule, v_look.looked_at)
-      || case when not autotag.users_see_files() and v_rule <> 'none'
-        then ' Row level security of storage.objects is not asked (autotag.users_see_files).' else '' end
-      || v_open || case
-        when v_open = '' then ''
-        when v_rule in ('uploader-folder', 'owner') then ' They get the tags of any file of a colleague, whatever its workspace.'
-        else ' autotag does not tag them.' end,
-    case when v_open <> '' and v_rule in ('uploader-folder', 'owner')
-      then 'Let a policy of the table say that whoever inserts a row uploaded it (… = (select auth.uid())).' end);
+  select count(*)::integer into v_waiting from autotag.outbox o where o.created_at < v_now - interval '1 min';
+  return case
+    when to_regprocedure('realtime.send(jsonb,text,text,boolean)') is not null then
+      autotag.finding('realtime.send', 'ok', 'Broadcasts leave with the transaction.')
+    when v_waiting > 0 then autotag.finding('realtime.send', 'error',
+      format('This stack has no realtime.send, and %s broadcasts wait for a worker.', v_waiting),
+      'autotag worker   (with SUPABASE_URL and SUPABASE_SECRET_KEY set)')
+    else autotag.finding('realtime.send', 'warning',
+      'This stack has no realtime.send; workers deliver broadcasts over HTTP.', 'Upgrade Realtime.') end;
+end $$;
+
+-- Whether workers are alive, and can be notified.
+create or replace function autotag.diagnose_workers() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_workers integer;
+  v_polling integer;
+  v_versions text;
+begin
+  select count(*)::integer, count(*) filter (where not w.listening)::integer, string_agg(distinct w.version, ', ')
+  into v_workers, v_polling, v_versions
+  from autotag.workers w where w.lease_until > v_now;
+  return case
+    when v_workers = 0 then autotag.finding('workers', 'error', 'No worker is alive, so nothing is tagged.', 'autotag worker')
+    when v_polling > 0 then autotag.finding('workers', 'warning',
+      format('%s of %s workers poll, because their connection cannot LISTEN.', v_polling, v_workers),
+      'Give them a direct or session-mode DATABASE_URL (port 5432).')
+    else autotag.finding('workers', 'ok', format('%s alive, version %s.', v_workers, v_versions)) end;
+end $$;
+
+-- What the doctor asks about the provider: the account, what may be spent, the model.
+
+-- Whether the provider and Storage let tagging go on.
+create or replace function autotag.diagnose_account(p_provider autotag.provider_limits) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case
+    when p_provider.account_error is not null then autotag.finding('account', 'error',
+      format('Tagging stands still since %s: %s', to_char(p_provider.account_error_at, 'YYYY-MM-DD HH24:MI TZ'),
+        p_provider.account_error), 'Fix what it says; the workers notice by themselves.')
+    else autotag.finding('account', 'ok', 'Neither the provider nor Storage refuses to work.') end;
+end $$;
+
+-- Whether a quota limits what every workspace may spend.
+create or replace function autotag.diagnose_spending() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case
+    when exists (select from autotag.quotas q where q.max_cost is not null and q.scope = 'workspace' and q.workspace_id is null)
+      then autotag.finding('spending', 'ok', 'Every workspace has a limit in dollars.')
+    else autotag.finding('spending', 'warning', 'No quota limits what a workspace may spend.',
+      'insert into autotag.quotas (scope, period, max_cost) values (''workspace'', ''month'', 20);   -- dollars, every workspace') end;
 end $$;
 
 -- The model and the provider: the model's end, its price, how it has to be asked, and what the provider cannot do.
@@ -5255,147 +5823,6 @@ begin
       else autotag.finding('request', 'ok', format('%s is asked as OpenAI documents it.', v_model)) end,
     case when v_lacks <> '' then autotag.finding('provider', 'ok', format('This provider lacks %s.', v_lacks))
       else autotag.finding('provider', 'ok', 'Nothing is known to be missing.') end);
-end $$;
-
--- Whether a login may do everything here: it is a superuser, or a member of the owner of autotag's schema or of the database.
-create or replace function autotag.is_owner(p_login name) returns boolean
-language sql stable security definer set search_path = pg_catalog, pg_temp
-as $$
-  select exists (
-    select from pg_roles m
-    where m.rolname = p_login and (m.rolsuper
-      or pg_has_role(m.oid, (select n.nspowner from pg_namespace n where n.nspname = 'autotag'), 'member')
-      or pg_has_role(m.oid, (select d.datdba from pg_database d where d.datname = current_database()), 'member')))
-$$;
-
--- The logins that may work, but for superusers and the owner's own (a hosted project's cli_login_postgres is one), who may do
--- everything anyway.
-create or replace function autotag.worker_logins() returns name[]
-language sql stable security definer set search_path = pg_catalog, pg_temp
-as $$
-  select array(
-    select m.rolname from pg_roles m
-    where m.rolcanlogin and pg_has_role(m.oid, 'autotag_worker', 'member') and not autotag.is_owner(m.rolname)
-    order by m.rolname)
-$$;
-
--- What the database can tell of the installation: {findings: [{check, level, message, fix}] in the order a
--- reader wants them, now (epoch seconds), model, sample}. sample is the one image that anybody is told of who has not
--- claimed it: bucket and path, without which the doctor could not try to read a file.
-create or replace function autotag.diagnose() returns jsonb
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_now timestamptz := autotag.now();
-  v_found jsonb := '[]'::jsonb;
-  v_provider autotag.provider_limits;
-  v_workers integer;
-  v_polling integer;
-  v_versions text;
-  v_waiting integer;
-  v_logins name[] := autotag.worker_logins();
-  v_owners text;               -- logins of live workers that may do everything
-  v_problem text;
-  v_sample jsonb;
-  v_ticked timestamptz := (select c.ticked_at from autotag.clock c);
-begin
-  select * into v_provider from autotag.provider_limits;
-
-  -- roles and grants
-  select string_agg(distinct w.login::text, ', ') into v_owners
-  from autotag.workers w where w.lease_until > v_now and autotag.is_owner(w.login);
-  v_found := v_found || case
-    when v_logins = '{}' then autotag.finding('roles', 'warning',
-      'No login of its own is granted autotag_worker; the worker then has to run as the owner, who may do everything.',
-      'create role tagger login in role autotag_worker;   -- then its password with psql''s \password tagger')
-    when v_owners is not null then autotag.finding('roles', 'warning',
-      format('A worker is logged in as %s, who may do everything.', v_owners),
-      format('Put a login that may only work (%s) into its DATABASE_URL and restart it.', array_to_string(v_logins, ', ')))
-    else autotag.finding('roles', 'ok', format('Workers may log in as %s.', array_to_string(v_logins, ', '))) end;
-
-  select string_agg(p.oid::regprocedure::text, ', ') into v_problem
-  from pg_catalog.pg_proc p
-  where p.pronamespace in ('autotag'::regnamespace) and has_function_privilege('anon', p.oid, 'execute');
-  v_found := v_found || case
-    when v_problem is not null then autotag.finding('grants', 'error', 'anon may call ' || v_problem || '.',
-      'revoke execute on all functions in schema autotag from public, anon;')
-    when exists (select from pg_catalog.pg_db_role_setting s cross join unnest(s.setconfig) c
-        where c ~ '^pgrst[.]db_schemas=(.*[, ])?"?autotag"?([, ]|$)')
-      then autotag.finding('grants', 'error', 'The API exposes the schema autotag; only its functions in public are for users.',
-        'Take autotag out of the exposed schemas (Project Settings, Data API), or: alter role authenticator set pgrst.db_schemas = ''public'';')
-    when not has_function_privilege('authenticated', 'public.enqueue_tagging(uuid[])', 'execute')
-      then autotag.finding('grants', 'error', 'Signed-in users may not call enqueue_tagging.',
-        'grant execute on function public.enqueue_tagging to authenticated;')
-    else autotag.finding('grants', 'ok', 'Signed-in users may call the RPCs, anon may call nothing.') end;
-
-  -- the host's tables
-  begin
-    perform from autotag.describe_assets(array['00000000-0000-0000-0000-000000000000']::uuid[]);
-    perform autotag.is_member('00000000-0000-0000-0000-000000000000');
-    perform from autotag.tagged_assets('00000000-0000-0000-0000-000000000000', 1);
-    v_sample := autotag.sample_image();
-    v_found := v_found || autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.')
-      || autotag.diagnose_files();
-  exception when others then
-    v_found := v_found || autotag.finding('host adapter', 'error',
-      'The adapter does not fit the host''s tables: ' || sqlerrm,
-      'Correct autotag.is_member, autotag.describe_assets, autotag.store_tags and autotag.show_stage.');
-  end;
-
-  -- the clock
-  v_found := v_found || autotag.diagnose_cron();
-  v_found := v_found || case
-    when (select s.test_clock from autotag.settings s) then autotag.finding('clock', 'error',
-      'settings.test_clock is on: any session can bend autotag''s time.', 'update autotag.settings set test_clock = false;')
-    when v_ticked = '-infinity' then autotag.finding('clock', 'warning',
-      'autotag has never ticked.', 'autotag worker   (or wait a minute for pg_cron)')
-    when v_ticked < v_now - interval '5 min' then autotag.finding('clock', 'error',
-      format('autotag last ticked %s ago; neither pg_cron nor a worker is running.',
-        date_trunc('second', v_now - v_ticked)), 'autotag worker')
-    else autotag.finding('clock', 'ok', 'autotag ticks.') end;
-
-  -- broadcasts
-  select count(*)::integer into v_waiting from autotag.outbox o where o.created_at < v_now - interval '1 min';
-  v_found := v_found || case
-    when to_regprocedure('realtime.send(jsonb,text,text,boolean)') is not null then
-      autotag.finding('realtime.send', 'ok', 'Broadcasts leave with the transaction.')
-    when v_waiting > 0 then autotag.finding('realtime.send', 'error',
-      format('This stack has no realtime.send, and %s broadcasts wait for a worker.', v_waiting),
-      'autotag worker   (with SUPABASE_URL and SUPABASE_SECRET_KEY set)')
-    else autotag.finding('realtime.send', 'warning',
-      'This stack has no realtime.send; workers deliver broadcasts over HTTP.', 'Upgrade Realtime.') end;
-
-  -- workers
-  select count(*)::integer, count(*) filter (where not w.listening)::integer, string_agg(distinct w.version, ', ')
-  into v_workers, v_polling, v_versions
-  from autotag.workers w where w.lease_until > v_now;
-  v_found := v_found || case
-    when v_workers = 0 then autotag.finding('workers', 'error', 'No worker is alive, so nothing is tagged.', 'autotag worker')
-    when v_polling > 0 then autotag.finding('workers', 'warning',
-      format('%s of %s workers poll, because their connection cannot LISTEN.', v_polling, v_workers),
-      'Give them a direct or session-mode DATABASE_URL (port 5432).')
-    else autotag.finding('workers', 'ok', format('%s alive, version %s.', v_workers, v_versions)) end;
-
-  -- the provider's account
-  v_found := v_found || case
-    when v_provider.account_error is not null then autotag.finding('account', 'error',
-      format('Tagging stands still since %s: %s', to_char(v_provider.account_error_at, 'YYYY-MM-DD HH24:MI TZ'),
-        v_provider.account_error), 'Fix what it says; the workers notice by themselves.')
-    else autotag.finding('account', 'ok', 'Neither the provider nor Storage refuses to work.') end;
-  v_found := v_found || case
-    when exists (select from autotag.quotas q where q.max_cost is not null and q.scope = 'workspace' and q.workspace_id is null)
-      then autotag.finding('spending', 'ok', 'Every workspace has a limit in dollars.')
-    else autotag.finding('spending', 'warning', 'No quota limits what a workspace may spend.',
-      'insert into autotag.quotas (scope, period, max_cost) values (''workspace'', ''month'', 20);   -- dollars, every workspace') end
-  || case
-    when exists (
-      select from unnest(v_logins) login where has_database_privilege(login, current_database(), 'temporary'))
-      then autotag.finding('temporary objects', 'warning',
-        'Workers'' logins may create temporary objects, which nothing of autotag needs.',
-        format('revoke temporary on database %I from public;   -- then grant it to the roles that need it', current_database()))
-    else autotag.finding('temporary objects', 'ok', 'Workers'' logins may create none.') end;
-  return jsonb_build_object('findings', v_found || autotag.diagnose_model(v_provider), 'now', extract(epoch from v_now),
-    'model', (select s.model from autotag.settings s), 'sample', v_sample);
 end $$;
 
 -- Initial rows of every installation. It may run again: existing rows stay, and error kinds get this version's values.

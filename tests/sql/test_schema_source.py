@@ -136,9 +136,9 @@ def test_a_changed_table_needs_a_step(tree: Path) -> None:
 
 def test_only_what_has_changed_is_in_a_migration(tree: Path) -> None:
     change(
-        tree / "schemas" / "scheduling" / "claim.sql",
-        "-- Called by claim(), which holds the locks.",
-        "-- claim() calls it, which holds the locks.",
+        tree / "schemas" / "scheduling" / "release.sql",
+        "-- Called by release_in_turn(), which holds the locks.",
+        "-- release_in_turn() calls it, which holds the locks.",
     )
     release.write()
     assert list(tree.glob("migrations/*unreleased*")) == [], "a comment beside a function is no change of the schema"

@@ -1,4 +1,4 @@
--- The type that carries results and errors between functions.
+-- The types that carry results and errors between functions.
 
 -- The answer about one image, or the error instead of one, with what the other functions need of its task.
 create type autotag.answer as (
@@ -13,4 +13,17 @@ create type autotag.answer as (
   error jsonb,                 -- {kind, code, message, retry, retry_after, origin, parameter}
   usage jsonb,                 -- as clean_usage() returns it; null: the provider gave no figures
   called boolean               -- whether the call was sent
+);
+
+-- The state of one batch, as a poll of OpenAI showed it.
+create type autotag.batch_look as (
+  id text,                     -- OpenAI's
+  status text,
+  output_file_id text,
+  error_file_id text,
+  total integer,               -- lines of the batch
+  done integer,                -- lines that are answered or have failed
+  error_code text,
+  error text,
+  error_kind text
 );

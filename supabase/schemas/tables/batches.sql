@@ -58,3 +58,10 @@ create index batches_leftover_files_idx on autotag.batches (id) where state in (
 create index batches_reserved_idx on autotag.batches (workspace_id) include (reserved_tokens) where reserved_tokens > 0;
 create index batches_workspace_planned_idx on autotag.batches (workspace_id) where state = 'planned';
 alter table autotag.batches enable row level security;
+
+-- The provider's queue of batch tokens, and whether there is room in it for all that waits.
+create type autotag.batch_queue as (
+  tokens bigint,               -- of what the provider has, or is about to have
+  short boolean,               -- not all that waits can be queued there at the same time
+  patient_since timestamptz    -- if so, what waits since then is not passed any more
+);
