@@ -52,8 +52,8 @@ def enqueue(
     preview = run_as_operator(lambda operator: operator.preview_backfill(workspace, untagged, after, limit))
     if not as_json:
         if not preview["images"]:
-            say("No image to enqueue: all have tags or are being tagged." if untagged else
-                "No image to enqueue: there is none, or all are being tagged.")  # fmt: skip
+            say("This workspace has no image to enqueue: all have tags or are being tagged." if untagged else
+                "This workspace has no image to enqueue: there is none, or all are being tagged.")  # fmt: skip
             return
         say(f"{count(preview['images'], 'image')}, {cost_of(preview)}, about {duration(preview['seconds'])}.")
         if not yes:

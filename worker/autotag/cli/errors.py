@@ -22,6 +22,8 @@ WRONG_USAGE = 2  # of options, of settings, or of a project's tables
 VERSIONS_DIFFER = 3
 INTERRUPTED = 130  # what shells expect after Ctrl-C
 
+LOCAL_DATABASE = "postgresql://postgres:postgres@127.0.0.1:54322/postgres"  # what `supabase start` serves
+
 MAX_REASON = 300  # characters of a driver's message
 NO_SCHEMA = (
     "The database lacks autotag's schema, or has an older one than this command; apply the migrations (autotag migrate,"
@@ -29,10 +31,15 @@ NO_SCHEMA = (
 )
 
 
-def unreachable(error: BaseException) -> str:
-    """The message when the database does not answer."""
+def unreachable(error: BaseException, *, local: bool = False) -> str:
+    """The message when the database does not answer; ``local``: no one named a database, so it is the local stack's."""
     reason = printable(said(error), MAX_REASON).rstrip(".")
-    return f"The database cannot be reached ({reason}); check DATABASE_URL, its password and the network."
+    fix = (
+        "start it with supabase start, or set DATABASE_URL"
+        if local
+        else "check DATABASE_URL, its password and the network"
+    )
+    return f"The database cannot be reached ({reason}); {fix}."
 
 
 def not_permitted(error: psycopg.Error, role: str) -> str:
@@ -68,8 +75,11 @@ def explain_errors(role: str) -> Iterator[None]:
 
 
 @contextmanager
-def explain_install_errors() -> Iterator[None]:
+def explain_install_errors(url: str) -> Iterator[None]:
     """The same for the commands that install the schema, as the database's owner.
+
+    Args:
+        url: the connection URL.
 
     Raises:
         typer.Exit: with the exit code of the error. The message has been printed.
@@ -88,8 +98,14 @@ def explain_install_errors() -> Iterator[None]:
             f"The login may not do this ({error.diag.message_primary}); connect as the database's owner (postgres).",
             FAILED,
         ) from None
+    except psycopg.errors.InvalidSchemaName as error:
+        raise fail(
+            f"The migrations were not applied ({error.diag.message_primary}); the database must be that of a Supabase"
+            " project.",
+            FAILED,
+        ) from None
     except psycopg.OperationalError as error:
-        raise fail(unreachable(error), FAILED) from None
+        raise fail(unreachable(error, local=url == LOCAL_DATABASE), FAILED) from None
     except psycopg.Error as error:
         raise fail(f"The migrations were not applied: {said(error)}", FAILED) from None
     except OSError as error:

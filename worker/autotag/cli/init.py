@@ -10,7 +10,7 @@ import typer
 
 from autotag.cli import options
 from autotag.cli.console import say, say_json
-from autotag.cli.errors import explain_install_errors
+from autotag.cli.errors import LOCAL_DATABASE, explain_install_errors
 from autotag.cli.questions import answerer, ask_spending_limit, on_terminal, show_host
 from autotag.install.host import Choices, describe
 from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, project_folder, write_migrations
@@ -31,7 +31,7 @@ Project = Annotated[Path, typer.Argument(help="The Supabase project's folder.", 
 
 def init(
     project: Project = Path(),
-    database_url: options.DatabaseUrl = options.LOCAL_DATABASE,
+    database_url: options.DatabaseUrl = LOCAL_DATABASE,
     table: options.Table = None,
     id_column: options.IdColumn = None,
     workspace_column: options.WorkspaceColumn = None,
@@ -60,9 +60,10 @@ def init(
         file_rule,
     )  # fmt: skip
     interactive = on_terminal() and not (yes or as_json)
-    with explain_install_errors():
+    url = options.read_database_url(database_url)
+    with explain_install_errors(url):
         folder = project_folder(project)
-        found = survey(options.read_database_url(database_url), choices, answerer(interactive), may_ask=interactive)
+        found = survey(url, choices, answerer(interactive), may_ask=interactive)
         ask_limit = ask_spending_limit if interactive else None
         limit = plan_spending_limit(spending_limit, found.facts, folder, ask_limit)
         files = write_migrations(folder, found.host, found.facts.applied, adapter=found.facts.adapter, extra=limit)
@@ -72,7 +73,10 @@ def init(
     if as_json:
         say_json({"folder": str(folder), "host": host, "files": files})
     else:
-        show_host(host)
+        if found.keeps_adapter:
+            say(f"The database has its host adapter (file rule {found.host.files.name}); it stays as it is.")
+        else:
+            show_host(host)
         _show_files(files, found.facts.applied)
 
 

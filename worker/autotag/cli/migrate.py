@@ -9,7 +9,7 @@ import typer
 import autotag
 from autotag.cli import options
 from autotag.cli.console import say, say_json
-from autotag.cli.errors import explain_install_errors
+from autotag.cli.errors import LOCAL_DATABASE, explain_install_errors
 from autotag.cli.questions import answerer, ask_spending_limit, on_terminal, show_host
 from autotag.install import migrations
 from autotag.install.host import Choices, Host, describe
@@ -26,7 +26,7 @@ StandAlone = Annotated[
 
 
 def migrate(
-    database_url: options.DatabaseUrl = options.LOCAL_DATABASE,
+    database_url: options.DatabaseUrl = LOCAL_DATABASE,
     stand_alone: StandAlone = False,
     table: options.Table = None,
     id_column: options.IdColumn = None,
@@ -54,7 +54,7 @@ def migrate(
     )  # fmt: skip
     url = options.read_database_url(database_url)
     interactive = on_terminal() and not (yes or as_json)
-    with explain_install_errors():
+    with explain_install_errors(url):
         if stand_alone:
             host = Host()
             limit = [migrations.spending_limit(spending_limit)] if spending_limit else []
@@ -71,4 +71,4 @@ def migrate(
         return
     say(f"Applied: {', '.join(applied)}." if applied else "Nothing to apply: the schema is up to date.")
     if applied:
-        say("Next: start a worker with autotag worker, and check everything with autotag doctor.")
+        say("Next: run autotag doctor, which says what is still missing.")

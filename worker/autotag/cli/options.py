@@ -15,7 +15,6 @@ from autotag.redact import remember_connection
 
 S = TypeVar("S", bound=Settings)
 
-LOCAL_DATABASE = "postgresql://postgres:postgres@127.0.0.1:54322/postgres"  # what `supabase start` serves
 OFFERED_SPENDING_LIMIT = 20.0  # dollars a month
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from autotag.cli.console import cell, say_json
+from autotag.cli.console import cell, say, say_json
 from autotag.cli.database import run_as_operator
 from autotag.cli.options import OPERATOR_URL, Json, Workspace, help_end
 from autotag.money import dollars, plain, round_dollars
@@ -62,6 +62,8 @@ def usage(
         writer = csv.DictWriter(sys.stdout, list(COLUMNS))
         writer.writeheader()
         writer.writerows(csv_row(row) for row in rows)
+    elif not rows:
+        say("This workspace has no usage on these days.")
     else:
         _print_table(rows)
 

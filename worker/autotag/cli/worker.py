@@ -48,5 +48,6 @@ def worker(http: Http = None, webhook: Webhook = None) -> None:
             asyncio.run(run_worker(settings))
         except TracesError as error:
             raise fail(str(error), FAILED) from None
-        except OSError as error:  # a port that is taken
-            raise fail(f"{error.strerror or error}.", FAILED) from None
+        except OSError as error:  # a port is taken, for example
+            reason = error.strerror or str(error)
+            raise fail(f"The worker cannot start: {reason}; check --http and --webhook.", FAILED) from None

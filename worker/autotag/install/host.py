@@ -151,6 +151,10 @@ def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
 
 
 def _table(facts: Facts, wanted: str | None, ask: Ask) -> Table:
+    if not facts.tables:
+        raise HostError(
+            "The database has no table of images yet; create it first, or let autotag migrate --stand-alone create one."
+        )
     if wanted is None:
         found = [f"public.{name}" for name in TABLES if f"public.{name}" in facts.tables]
         # `assets` is the usual name. A table of another name is taken only if it is the only candidate.

@@ -45,9 +45,9 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool) -> Survey:
     """
     facts = look(url)
     if HOST_ADAPTER in facts.applied and choices == Choices():
-        # The adapter is not written again, so no answer matters.
+        # The adapter is not written again, so no answer matters. It alone knows the buckets of its rule.
         host = propose(facts, choices, _first_answer)
-        return Survey(facts, replace(host, files=FileRule(facts.file_rule or "none")), keeps_adapter=True)
+        return Survey(facts, replace(host, files=FileRule(facts.file_rule or "none", ())), keeps_adapter=True)
     host = propose(facts, choices, ask)
     rule = find_rule(url, facts, host, choices.file_rule or facts.file_rule, ask, may_ask=may_ask)
     visible = host.path is not None and users_see_files(facts, rule)
