@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from autotag.worker.batch import METADATA_KEY
+from autotag.worker.submit import METADATA_KEY
 from lab.openai_sim.faults import Fault
 from lab.pictures import Drawing
 from lab.stack import Stack

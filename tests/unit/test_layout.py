@@ -91,6 +91,16 @@ def test_nobody_imports_what_stands_further_out(package: str, knows: set[str]) -
     assert wrong == set()
 
 
+def test_one_package_talks_to_the_openai_sdk() -> None:
+    wrong = {
+        module
+        for module in MODULES if module.startswith("autotag.") and not module.startswith("autotag.openai.")
+        for name, _ in imports(module) if name.split(".")[0] == "openai"
+    }  # fmt: skip
+    assert wrong == set(), "call autotag.openai.provider.Provider instead"
+    assert any(name == "openai" for name, _ in imports("autotag.openai.provider")), "imports are found at all"
+
+
 def test_no_modules_import_each_other() -> None:
     graph = {module: {name for name, at_once in imports(module) if at_once and name in MODULES} for module in MODULES}
     assert sum(map(len, graph.values())) > 200, "imports are found at all"

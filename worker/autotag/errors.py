@@ -49,15 +49,17 @@ class TaggingError(Exception):
         message: a sentence that the user who uploaded the image understands; of kind account, for the operator.
         retry: for ``image``: another answer may help.
         retry_after: seconds, where the provider named them.
-        limits: what the answer's headers said of the provider's bucket (`provider.read_limits`).
+        limits: what the answer's headers said of the provider's bucket (`headers.read_limits`).
         origin: who complained.
         parameter: the part of our request that the provider does not take: ``token_cap``, ``reasoning_effort``,
             ``response_format``, ``detail``, ``service_tier`` or ``expires_after``.
+        status: of HTTP, where the provider answered.
     """
 
     def __init__(
         self, kind: Kind, code: str, message: str, *, retry: bool = False, retry_after: float | None = None,
         limits: dict[str, Any] | None = None, origin: Origin = "worker", parameter: str | None = None,
+        status: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(message)
         self.kind: Kind = kind
@@ -68,6 +70,7 @@ class TaggingError(Exception):
         self.limits = limits or {}
         self.origin: Origin = origin
         self.parameter = parameter
+        self.status = status
 
     def as_json(self) -> dict[str, Any]:
         """The error as ``autotag.clean_error`` takes it."""

@@ -12,14 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from openai import AsyncOpenAI
-
 from autotag.db import Image, Operator, Refused
 from autotag.errors import TaggingError
 from autotag.images.prepare import LARGEST_SIDE, Images, data_url, prepare
-from autotag.openai import provider
 from autotag.openai.answers import normalise_tags, read_completion, read_usage
 from autotag.openai.prompt import Question, request_body
+from autotag.openai.provider import Provider
 from autotag.texts import clean_text
 
 HANDS = 8  # calls at the same time
@@ -78,13 +76,13 @@ class Comparison:
     """One run over a sample; `outcomes` grow while it lasts, and stay when it stops early."""
 
     def __init__(
-        self, operator: Operator, client: AsyncOpenAI, images: Images, workspace: str, question: dict[str, Any],
+        self, operator: Operator, provider: Provider, images: Images, workspace: str, question: dict[str, Any],
         told: Callable[[int, str | None], None], *, thumbnails: bool,
     ) -> None:  # fmt: skip
         """
         Args:
             operator: the database.
-            client: the provider.
+            provider: who is asked.
             images: where pictures come from.
             workspace: its id.
             question: what to ask (``autotag.question_for``).
@@ -92,7 +90,7 @@ class Comparison:
             thumbnails: keep the pictures.
         """
         self._operator = operator
-        self._client = client
+        self._provider = provider
         self._images = images
         self._workspace = workspace
         self._told = told
@@ -189,16 +187,16 @@ class Comparison:
         asked = Question(version=0, **question)
         body = request_body(asked, data_url(jpeg), report["cap"])
         outcome.sent, report["called"] = time.monotonic(), True
-        completion, seen = await provider.complete(self._client, body)
+        completion = await self._provider.complete(body)
         outcome.seconds.append(time.monotonic() - outcome.sent)
-        report["usage"] = read_usage(completion)
+        report["usage"] = read_usage(completion.body)
         try:
-            outcome.result = read_completion(completion, asked.max_tags)
+            outcome.result = read_completion(completion.body, asked.max_tags)
         except TaggingError as error:
-            error.limits = error.limits or seen
+            error.limits = error.limits or completion.limits
             raise
         self._proven = True
-        return seen
+        return completion.limits
 
     async def _settle(
         self, question: dict[str, Any], outcome: Outcome, report: dict[str, Any], seen: dict[str, Any]

@@ -20,7 +20,7 @@ from autotag.compare.page import make_page
 from autotag.config import Settings
 from autotag.db import Operator
 from autotag.images.prepare import Images
-from autotag.openai import provider
+from autotag.openai.provider import Provider
 from autotag.texts import printable
 
 PAGE = Path("comparison.html")
@@ -109,8 +109,8 @@ async def _run(
 
     key, images = settings.openai_api_key.get_secret_value(), _images(settings)
     loop = asyncio.get_running_loop()
-    async with provider.make_client(key, settings.openai_base_url, settings.call_timeout) as client, images:
-        comparison = Comparison(operator, client, images, workspace, preview["question"], told, thumbnails=thumbnails)
+    async with Provider(key, settings.openai_base_url, settings.call_timeout) as provider, images:
+        comparison = Comparison(operator, provider, images, workspace, preview["question"], told, thumbnails=thumbnails)
 
         def interrupt() -> None:
             loop.remove_signal_handler(signal.SIGINT)

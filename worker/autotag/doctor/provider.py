@@ -6,22 +6,18 @@ not list what they answer to (Azure's deployments); there, calls that have worke
 
 from __future__ import annotations
 
-from contextlib import suppress
-from email.utils import parsedate_to_datetime
 from typing import Any
-
-import openai
-from openai import AsyncOpenAI
-from openai.types import Model
 
 from autotag.config import DoctorSettings
 from autotag.doctor.findings import Finding, compare_clocks
-from autotag.openai import provider
+from autotag.errors import TaggingError
+from autotag.openai.errors import NO_SUCH_ROUTE
+from autotag.openai.provider import Provider
 
 CHECK = "api"
 TIMEOUT = 10.0  # seconds
-NO_SUCH_ROUTE = (404, 405, 501)
 LISTED = 8  # models that a provider has at most for a finding to name them
+UNKNOWN_MODEL = (400, 403, 404)  # what providers answer that do not know a model, or do not tell
 KEY_CODES = frozenset({"wrong_key", "invalid_api_key"})
 
 
@@ -38,44 +34,44 @@ async def check(settings: DoctorSettings, known: dict[str, Any] | None) -> Findi
     key, url = settings.openai_api_key.get_secret_value(), settings.openai_base_url
     # Calls have worked with this model, at this address.
     works = bool(known and known["proven"] and known["provider"]["base_url"] == url)
-    async with provider.make_client(key, url, TIMEOUT) as client:
+    async with Provider(key, url, TIMEOUT) as provider:
         try:
             if known is None:
-                return _answered((await client.models.with_raw_response.list()).headers, "The key is valid.")
-            return await _ask(client, known, works)
-        except openai.APIError as error:
+                return _answered((await provider.list_models()).date, "The key is valid.")
+            return await _ask(provider, known, works)
+        except TaggingError as error:
             return _refused(error, url, works)
 
 
-async def _ask(client: AsyncOpenAI, known: dict[str, Any], works: bool) -> Finding:
+async def _ask(provider: Provider, known: dict[str, Any], works: bool) -> Finding:
     """Asks for the model; where that says nothing, for the list of models.
 
     Raises:
-        openai.APIError: the list was refused too, or the model for another reason than that it is not known.
+        TaggingError: the list was refused too, or the model for another reason than that it is not known.
     """
     name = known["name"]
     try:
-        raw = await client.models.with_raw_response.retrieve(name)
-        model: object = raw.parse()
-    except (openai.NotFoundError, openai.PermissionDeniedError, openai.BadRequestError):
-        raw_list = await client.models.with_raw_response.list()
-        names = [one.id for one in getattr(raw_list.parse(), "data", None) or []]
-        if name in names or f"models/{name}" in names:  # Gemini lists its names with a prefix
-            return _answered(raw_list.headers, f"The key is valid, and {name} is known.")
+        model = await provider.retrieve_model(name)
+    except TaggingError as error:
+        if error.status not in UNKNOWN_MODEL:
+            raise
+        listed = await provider.list_models()
+        if name in listed.names or f"models/{name}" in listed.names:  # Gemini lists its names with a prefix
+            return _answered(listed.date, f"The key is valid, and {name} is known.")
         if works:
             return Finding(CHECK, "ok", f"The provider does not list {name}, but calls to it work.")
-        return _unknown(known, names, f"{client.base_url}models")
-    if not isinstance(model, Model):
-        return Finding(CHECK, "error", f"What answers at {client.base_url} is no such API.", _address_fix())
-    ends = getattr(model, "shutdown_date", None)
-    end = f" and shuts down on {ends}" if isinstance(ends, str) and len(ends) == len("2027-01-14") else ""
-    return _answered(raw.headers, f"The key is valid, and {name} is known{end}.")
+        return _unknown(known, listed.names, f"{provider.base_url}models")
+    if model is None:
+        return Finding(CHECK, "error", f"What answers at {provider.base_url} is no such API.", _address_fix())
+    ends = model.shutdown_date
+    end = f" and shuts down on {ends}" if ends and len(ends) == len("2027-01-14") else ""
+    return _answered(model.date, f"The key is valid, and {name} is known{end}.")
 
 
-def _answered(headers: Any, message: str) -> Finding:
-    """All is well, unless the clocks differ."""
-    with suppress(ValueError, TypeError):
-        skew = compare_clocks(CHECK, "the provider", parsedate_to_datetime(headers.get("date", "")).timestamp())
+def _answered(date: float | None, message: str) -> Finding:
+    """All is well, unless the clocks differ. date: when the provider answered, by its own clock (epoch seconds)."""
+    if date is not None:
+        skew = compare_clocks(CHECK, "the provider", date)
         if skew.level != "ok":
             return skew
     return Finding(CHECK, "ok", message)
@@ -92,12 +88,11 @@ def _unknown(known: dict[str, Any], names: list[str], url: str) -> Finding:
     return Finding(CHECK, "error", f"{known['name']} is not known to this account.{there}", fix)
 
 
-def _refused(error: openai.APIError, url: str, works: bool) -> Finding:
+def _refused(error: TaggingError, url: str, works: bool) -> Finding:
     """The provider did not answer, or not to this question."""
-    status = error.status_code if isinstance(error, openai.APIStatusError) else None
-    trouble = provider.classify(error)
-    if status == 401 or trouble.code in KEY_CODES:
-        return Finding(CHECK, "error", f"The key is not valid: {trouble.message}", "Make a key and set OPENAI_API_KEY.")
+    status = error.status
+    if status == 401 or error.code in KEY_CODES:
+        return Finding(CHECK, "error", f"The key is not valid: {error.message}", "Make a key and set OPENAI_API_KEY.")
     if works and (status in NO_SUCH_ROUTE or status == 403):
         return Finding(CHECK, "ok", f"The provider has no list of models for us ({status}), but calls work.")
     if status in NO_SUCH_ROUTE:
@@ -110,9 +105,9 @@ def _refused(error: openai.APIError, url: str, works: bool) -> Finding:
             CHECK, "warning", "The key may not list models (403); the first image shows whether it may make calls.",
             "Give the key the right to list models, or leave it.",
         )  # fmt: skip
-    if trouble.kind == "account":
-        return Finding(CHECK, "error", trouble.message, "Fix what it says.")
-    return Finding(CHECK, "error", trouble.message, "Check OPENAI_BASE_URL and the network.")
+    if error.kind == "account":
+        return Finding(CHECK, "error", error.message, "Fix what it says.")
+    return Finding(CHECK, "error", error.message, "Check OPENAI_BASE_URL and the network.")
 
 
 def _address_fix() -> str:

@@ -26,12 +26,11 @@ from types import TracebackType
 from typing import Any, Protocol
 from urllib.parse import quote
 
-import aiohttp
 import httpx2
 import structlog
-from openai import DefaultAioHttpClient
 
 from autotag.errors import TaggingError, image_error
+from autotag.openai.http import HTTP_ERRORS, make_http
 from autotag.redact import redact
 from autotag.texts import clean_text, printable
 
@@ -84,8 +83,7 @@ class Storage:
         self._role = key_role(key)
         self._max_bytes = max_bytes
         headers = {"apikey": key, "Authorization": f"Bearer {key}", "Accept-Encoding": "identity"}
-        # As for the API: aiohttp underneath, whose pool costs the same however many connections are in it.
-        self._http = DefaultAioHttpClient(
+        self._http = make_http(
             timeout=timeout, limits=httpx2.Limits(max_connections=100), headers=headers, follow_redirects=False
         )
         self._looking = asyncio.Lock()
@@ -187,8 +185,7 @@ class Storage:
                 return read_answer(response, await _read_up_to(response, MOST_TOLD))
         except httpx2.InvalidURL:  # longer than any URL may be, or SUPABASE_URL is none
             return Answer(414, "", "", False, None)
-        # ClientError: an answer that is no HTTP.
-        except (httpx2.HTTPError, aiohttp.ClientError):
+        except HTTP_ERRORS:
             raise TaggingError("transient", "storage_error", "Storage cannot be reached.") from None
 
     def _warn_of(self, bucket: str) -> None:

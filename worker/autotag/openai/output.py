@@ -1,4 +1,4 @@
-"""What OpenAI says of a batch, and the lines of its output and error files."""
+"""The lines of a batch's output and error files."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from openai.types import Batch as OpenAIBatch
-
 from autotag.errors import TaggingError
 from autotag.openai.answers import read_completion, read_usage
-from autotag.openai.classify import MESSAGE_LENGTH, classify_status
-from autotag.redact import redact
-from autotag.texts import clean_text
+from autotag.openai.classify import classify_status
 
 LINE_MOST = 1_000_000  # bytes of a line that are kept; an answer has a few thousand
 
@@ -29,30 +25,6 @@ async def read_lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             rest = rest[:LINE_MOST]
     if rest.strip():
         yield rest
-
-
-def describe(batch: OpenAIBatch) -> dict[str, Any]:
-    """An OpenAI Batch as ``autotag.batches_seen`` takes it."""
-    counts = batch.request_counts
-    errors = (batch.errors.data or []) if batch.errors else []
-    first = errors[0] if errors else None
-    return {
-        "id": batch.id,
-        "status": batch.status,
-        "output_file_id": batch.output_file_id,
-        "error_file_id": batch.error_file_id,
-        "total": counts.total if counts else 0,
-        "done": counts.completed + counts.failed if counts else 0,
-        "error_code": _words(first.code) if first else None,
-        "error": _words(first.message) if first else None,
-        # no credit, for example, is nothing that the batch could help
-        "error_kind": classify_status(400, {"error": first.model_dump()}, {}).kind if first else None,
-    }
-
-
-def _words(text: str | None) -> str | None:
-    """The provider's words, fit to be stored."""
-    return clean_text(redact(text))[:MESSAGE_LENGTH] if isinstance(text, str) else None
 
 
 def read_line(line: bytes, max_tags: int) -> dict[str, Any] | None:

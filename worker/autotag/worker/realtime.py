@@ -9,16 +9,15 @@ from typing import Any
 
 import psycopg
 import structlog
-from openai import AsyncOpenAI
 
 from autotag.db import Database, Image
 from autotag.errors import TaggingError
 from autotag.images.prepare import LARGEST_SIDE, Images, data_url
 from autotag.observability import traces
 from autotag.observability.metrics import CLAIMED, CLAIMS, IN_FLIGHT, SECONDS, count_answers, timed
-from autotag.openai import provider
 from autotag.openai.answers import read_completion, read_usage
 from autotag.openai.prompt import Question, request_body
+from autotag.openai.provider import Provider
 from autotag.redact import said
 from autotag.worker.wake import Wake
 
@@ -121,15 +120,15 @@ class Reports:
                 await self._db.report_stages(stages, self._take_sent() or None)
 
 
-async def tag(image: Image, images: Images, client: AsyncOpenAI, question: Question, reports: Reports) -> None:
+async def tag(image: Image, images: Images, provider: Provider, question: Question, reports: Reports) -> None:
     """Tags one image and reports what came of it; never raises but when cancelled."""
     with traces.image_span(image) as span:
-        report = await _tag(image, images, client, question, reports)
+        report = await _tag(image, images, provider, question, reports)
     reports.outcome(image, report, span)
 
 
 async def _tag(
-    image: Image, images: Images, client: AsyncOpenAI, question: Question, reports: Reports
+    image: Image, images: Images, provider: Provider, question: Question, reports: Reports
 ) -> dict[str, Any]:
     """The report about one image."""
     report: dict[str, Any] = {"called": False}
@@ -143,10 +142,10 @@ async def _tag(
         sent, report["called"] = time.monotonic(), True
         reports.sent()
         with timed(SECONDS, "called"), traces.step("call"):
-            completion, seen = await provider.complete(client, body)
-        reports.limits(seen, sent)
-        report["usage"] = read_usage(completion)
-        report["result"] = read_completion(completion, question.max_tags)
+            completion = await provider.complete(body)
+        reports.limits(completion.limits, sent)
+        report["usage"] = read_usage(completion.body)
+        report["result"] = read_completion(completion.body, question.max_tags)
     except TaggingError as error:
         report["error"] = error.as_json()
         if error.kind == "rate_limit" and error.origin == "provider":

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Iterable
 
 import psycopg
 import structlog
-from openai import AsyncOpenAI
 
 import autotag
 from autotag.config import Settings
@@ -21,7 +20,7 @@ from autotag.http.health import Health, make_app
 from autotag.http.serve import serve
 from autotag.images.prepare import Images
 from autotag.observability.metrics import SystemMetrics
-from autotag.openai import provider
+from autotag.openai.provider import Provider, fingerprint
 from autotag.redact import said
 from autotag.worker import realtime
 from autotag.worker.batch import BatchLane
@@ -97,7 +96,7 @@ class Worker:
     async def _register(self) -> float:
         """Introduces the worker; the lease in seconds. What to ask of the model comes with every claim."""
         settings = self._settings
-        key = provider.fingerprint(settings.openai_api_key.get_secret_value(), settings.openai_base_url)
+        key = fingerprint(settings.openai_api_key.get_secret_value(), settings.openai_base_url)
         answer = await self._db.register(
             socket.gethostname(), autotag.__version__, self._wake.poll_every is None, settings.openai_base_url, key
         )
@@ -107,13 +106,11 @@ class Worker:
     async def _work(self, lease: float) -> None:
         settings, wake = self._settings, self._wake
         key = settings.secret_key()
-        client = provider.make_client(
-            settings.openai_api_key.get_secret_value(), settings.openai_base_url, settings.call_timeout
-        )
+        provider = Provider(settings.openai_api_key.get_secret_value(), settings.openai_base_url, settings.call_timeout)
         reports = realtime.Reports(self._db)
         health = Health(lease / HEARTBEATS_PER_LEASE)
         async with (
-            client,
+            provider,
             Images(
                 supabase_url=settings.supabase_url,
                 supabase_key=key,
@@ -121,11 +118,11 @@ class Worker:
                 max_bytes=settings.image_max_bytes,
                 max_pixels=settings.image_max_pixels,
             ) as images,
-            self._web(client, health),
+            self._web(provider, health),
             asyncio.TaskGroup() as background,
         ):
             batches = BatchLane(
-                self._db, wake, images, client,
+                self._db, wake, images, provider,
                 slots=settings.batch_slots, fetches=settings.fetches, max_bytes=self._batch_max_bytes,
             )  # fmt: skip
             helpers = [
@@ -145,7 +142,7 @@ class Worker:
                         self._db,
                         wake,
                         settings.slots,
-                        lambda image, question: realtime.tag(image, images, client, question, reports),
+                        lambda image, question: realtime.tag(image, images, provider, question, reports),
                         settings.stop_deadline,
                     )
                 )
@@ -165,7 +162,7 @@ class Worker:
             self._log.error("hand_over_failed", hint="The database did not answer; what was in hand goes back later.")
 
     @contextlib.asynccontextmanager
-    async def _web(self, client: AsyncOpenAI, health: Health) -> AsyncIterator[None]:
+    async def _web(self, provider: Provider, health: Health) -> AsyncIterator[None]:
         """Serves health and metrics, and OpenAI's webhook, each where an address is set.
 
         The webhook has a port of its own: who can reach that must not be able to keep health checks waiting.
@@ -182,7 +179,7 @@ class Worker:
             apps.append((settings.http, make_app(health, SystemMetrics(self._db.metrics))))
         if settings.webhook and settings.openai_webhook_secret:
             secret = settings.openai_webhook_secret.get_secret_value()
-            apps.append((settings.webhook, webhook.make_app(client, secret, receive)))
+            apps.append((settings.webhook, webhook.make_app(provider, secret, receive)))
         async with contextlib.AsyncExitStack() as open_ports:
             for address, app in apps:
                 host, _, port = address.rpartition(":")
