@@ -6,11 +6,9 @@ kind an error is, and where it comes from.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
-Kind = Literal["transient", "rate_limit", "account", "image"]
-#: Who complained: the AI provider, Storage, the host of an image's URL, or this worker.
-Origin = Literal["provider", "storage", "host", "worker"]
+from autotag.db.messages import ErrorReport, Kind, Limits, Origin
 
 
 class Consequence(NamedTuple):
@@ -58,7 +56,7 @@ class TaggingError(Exception):
 
     def __init__(
         self, kind: Kind, code: str, message: str, *, retry: bool = False, retry_after: float | None = None,
-        limits: dict[str, Any] | None = None, origin: Origin = "worker", parameter: str | None = None,
+        limits: Limits | None = None, origin: Origin = "worker", parameter: str | None = None,
         status: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(message)
@@ -67,13 +65,13 @@ class TaggingError(Exception):
         self.message = message
         self.retry = retry
         self.retry_after = retry_after
-        self.limits = limits or {}
+        self.limits: Limits = limits or {}
         self.origin: Origin = origin
         self.parameter = parameter
         self.status = status
 
-    def as_json(self) -> dict[str, Any]:
-        """The error as ``autotag.clean_error`` takes it."""
+    def as_json(self) -> ErrorReport:
+        """The error as the database takes it."""
         return {
             "kind": self.kind, "code": self.code, "message": self.message, "retry": self.retry,
             "retry_after": self.retry_after, "origin": self.origin, "parameter": self.parameter,

@@ -10,13 +10,15 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
-from autotag.db import Image, Operator, Refused
+from autotag.db import Image, Operator, Question, Refused
+from autotag.db.messages import Limits, Seen, TagResult
+from autotag.db.operator_messages import Admission, ComparisonReport, ModelQuestion
 from autotag.errors import TaggingError
 from autotag.images.prepare import LARGEST_SIDE, Images, data_url, prepare
 from autotag.openai.answers import normalise_tags, read_completion, read_usage
-from autotag.openai.prompt import Question, request_body
+from autotag.openai.prompt import request_body
 from autotag.openai.provider import Provider
 from autotag.texts import clean_text
 
@@ -60,7 +62,7 @@ class Outcome:
     """
 
     sample: Sample
-    result: dict[str, Any] | None = None
+    result: TagResult | None = None
     error: TaggingError | None = None
     seconds: list[float] = field(default_factory=list)
     billed: int = 0  # answers with figures of usage
@@ -76,7 +78,7 @@ class Comparison:
     """One run over a sample; `outcomes` grow while it lasts, and stay when it stops early."""
 
     def __init__(
-        self, operator: Operator, provider: Provider, images: Images, workspace: str, question: dict[str, Any],
+        self, operator: Operator, provider: Provider, images: Images, workspace: str, question: ModelQuestion,
         told: Callable[[int, str | None], None], *, thumbnails: bool,
     ) -> None:  # fmt: skip
         """
@@ -136,19 +138,21 @@ class Comparison:
         jpeg: bytes | None = None
         while not self._stop.is_set():
             question = self.question
-            report: dict[str, Any] = {
+            report: ComparisonReport = {
                 "called": False, "failures": outcome.failures, "cut_off": outcome.cut_off,
                 "proven": self._proven,
             }  # fmt: skip
-            seen: dict[str, Any] = {}
+            seen: Seen = {}
             outcome.error, outcome.sent = None, 0.0
             try:
                 jpeg = jpeg or await self._load(outcome)
                 admitted = await self._admitted(question, outcome.cap)
                 if admitted is None:
                     return
-                report |= {name: admitted[name] for name in ("reserved", "reserved_at", "cap")}
-                seen = await self._call(question, jpeg, outcome, report)
+                report |= {
+                    "reserved": admitted["reserved"], "reserved_at": admitted["reserved_at"], "cap": admitted["cap"],
+                }  # fmt: skip
+                seen = cast("Seen", await self._call(question, jpeg, outcome, report))
             except TaggingError as error:
                 outcome.error, seen = error, _limits(error, seen)
                 report["error"] = error.as_json()
@@ -163,7 +167,7 @@ class Comparison:
             outcome.thumbnail = await asyncio.to_thread(prepare, jpeg, THUMBNAIL, PIXELS)
         return jpeg
 
-    async def _admitted(self, question: dict[str, Any], cap: int | None) -> dict[str, Any] | None:
+    async def _admitted(self, question: ModelQuestion, cap: int | None) -> Admission | None:
         """The place of one call under the limits; None: the comparison stops. One hand after the other asks, so that
         the rest do not ask in vain."""
         async with self._gate:
@@ -176,9 +180,7 @@ class Comparison:
                 await self._pause(answer["wait"])
         return None
 
-    async def _call(
-        self, question: dict[str, Any], jpeg: bytes, outcome: Outcome, report: dict[str, Any]
-    ) -> dict[str, Any]:
+    async def _call(self, question: ModelQuestion, jpeg: bytes, outcome: Outcome, report: ComparisonReport) -> Limits:
         """Fills the outcome; what the headers say.
 
         Raises:
@@ -198,9 +200,7 @@ class Comparison:
         self._proven = True
         return completion.limits
 
-    async def _settle(
-        self, question: dict[str, Any], outcome: Outcome, report: dict[str, Any], seen: dict[str, Any]
-    ) -> bool:
+    async def _settle(self, question: ModelQuestion, outcome: Outcome, report: ComparisonReport, seen: Seen) -> bool:
         """Whether the image is done."""
         step = await self._operator.settle_comparison(self._workspace, question, report, seen or None)
         if report.get("usage"):
@@ -229,7 +229,7 @@ class Comparison:
             return
 
 
-def _limits(error: TaggingError, seen: dict[str, Any]) -> dict[str, Any]:
+def _limits(error: TaggingError, seen: Seen) -> Seen:
     """What an error's headers say of the provider's bucket."""
     seen = {**seen, **error.limits}
     if error.kind == "rate_limit" and error.origin == "provider":

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -19,6 +19,7 @@ from autotag.compare.figures import model_name, price, render, summarise
 from autotag.compare.page import make_page
 from autotag.config import Settings
 from autotag.db import Operator
+from autotag.db.operator_messages import ComparisonPreview
 from autotag.images.prepare import Images
 from autotag.openai.provider import Provider
 from autotag.texts import printable
@@ -88,7 +89,7 @@ def _write(page: Path, text: str) -> None:
 
 
 async def _run(
-    operator: Operator, settings: Settings, workspace: str, preview: dict[str, Any], sample: int, thumbnails: bool,
+    operator: Operator, settings: Settings, workspace: str, preview: ComparisonPreview, sample: int, thumbnails: bool,
     quiet: bool,
 ) -> Comparison:  # fmt: skip
     """Asks; the first Ctrl-C lets what is in flight finish, the second does not."""

@@ -15,6 +15,7 @@ from rich.text import Text
 from autotag.cli.console import cell
 from autotag.cli.money import dollars
 from autotag.compare.ask import Outcome
+from autotag.db.operator_messages import ComparisonPreview, ModelQuestion
 
 MOST_SHOWN = 10  # of the tags that were added or are missing most often
 LEARNED = 10  # answers that an estimate needs (``autotag.estimate_tokens``)
@@ -54,9 +55,9 @@ def percentile(values: Sequence[float], share: float) -> float | None:
 
 
 def summarise(
-    outcomes: Sequence[Outcome], preview: dict[str, Any], question: dict[str, Any], stopped: str | None
+    outcomes: Sequence[Outcome], preview: ComparisonPreview, question: ModelQuestion, stopped: str | None
 ) -> dict[str, Any]:
-    """All figures as one JSON object: see docs/models.md. ``preview``: ``autotag.preview_comparison``'s."""
+    """All figures as one JSON object: see docs/models.md."""
     differences = [difference for one in outcomes if (difference := compare_tags(one))]
     seconds = [second for one in outcomes for second in one.seconds]
     costs = [one.cost for one in outcomes if one.billed]

@@ -9,7 +9,6 @@ import asyncio
 import time
 import uuid
 from contextlib import suppress
-from typing import Any
 
 import psycopg
 from realtime import AsyncRealtimeClient, BroadcastPayload, RealtimeSubscribeStates
@@ -50,7 +49,7 @@ async def examine(settings: DoctorSettings) -> list[Finding]:
         findings.append(await _pooler(settings))
         version = await _version(database)
         findings.append(version)
-        told: dict[str, Any] = {}
+        told: db.Diagnosis | None = None
         if version.level != "error":
             try:
                 told = await database.diagnose()
@@ -59,11 +58,11 @@ async def examine(settings: DoctorSettings) -> list[Finding]:
                     Finding("roles", "error", "The login may not call autotag's worker functions.",
                             f"grant autotag_worker to {settings.database_url.hosts()[0]['username'] or 'tagger'};")
                 )  # fmt: skip
-        findings += [Finding(**finding) for finding in told.get("findings", [])]
         if told:
+            findings += [Finding(**finding) for finding in told["findings"]]
             findings.append(compare_clocks("clock skew", "the database", told["now"]))
             findings.append(await _broadcast(settings, database))
-            findings.append(await _storage(settings, told.get("sample")))
+            findings.append(await _storage(settings, told["sample"]))
         findings.append(await provider.check(settings, await _model(database, told)))
         findings.append(_webhook(settings))
     return findings
@@ -93,16 +92,17 @@ async def _version(database: db.Operator) -> Finding:
     return Finding("schema", "ok", f"Version {version}, the same as here.")
 
 
-async def _model(database: db.Operator, told: dict[str, Any]) -> dict[str, Any] | None:
+async def _model(database: db.Operator, told: db.Diagnosis | None) -> db.ModelStatus | None:
     """What the database knows of the model that the settings name (``model`` of ``autotag.status``); None: nothing."""
     if not told:
         return None
     try:
-        known: dict[str, Any] = (await database.status())["model"]
+        known: db.ModelStatus = (await database.status())["model"]
     except psycopg.Error:  # whatever is wrong there, diagnose() has told of it
         return None
     # The settings may have changed since a worker last asked.
-    return known | {"name": told["model"], "proven": known["proven"] and known["name"] == told["model"]}
+    proven = known["proven"] and known["name"] == told["model"]
+    return {**known, "name": told["model"], "proven": proven}
 
 
 async def _broadcast(settings: DoctorSettings, database: db.Operator) -> Finding:
@@ -149,7 +149,7 @@ async def _broadcast(settings: DoctorSettings, database: db.Operator) -> Finding
     return Finding(check, "ok", f"A broadcast from the database arrived after {took * 1000:.0f} ms.")
 
 
-async def _storage(settings: DoctorSettings, sample: dict[str, str] | None) -> Finding:
+async def _storage(settings: DoctorSettings, sample: db.StoredFile | None) -> Finding:
     """The key reads Storage; and the newest image, if it lies there."""
     check, key = "storage", settings.secret_key()
     if not settings.supabase_url or not key:
@@ -170,7 +170,7 @@ async def _storage(settings: DoctorSettings, sample: dict[str, str] | None) -> F
     return Finding(check, "ok", f"Readable; buckets: {names}." + (" The newest image could be read." if sample else ""))
 
 
-def _unreadable_sample(error: TaggingError, sample: dict[str, str], buckets: frozenset[str]) -> Finding:
+def _unreadable_sample(error: TaggingError, sample: db.StoredFile, buckets: frozenset[str]) -> Finding:
     """The key works, and the newest image cannot be read: its bucket, or this one file."""
     check, bucket = "storage", sample["bucket"]
     if bucket not in buckets:

@@ -6,9 +6,8 @@ not list what they answer to (Azure's deployments); there, calls that have worke
 
 from __future__ import annotations
 
-from typing import Any
-
 from autotag.config import DoctorSettings
+from autotag.db import ModelStatus
 from autotag.doctor.findings import Finding, compare_clocks
 from autotag.errors import TaggingError
 from autotag.openai.errors import NO_SUCH_ROUTE
@@ -21,7 +20,7 @@ UNKNOWN_MODEL = (400, 403, 404)  # what providers answer that do not know a mode
 KEY_CODES = frozenset({"wrong_key", "invalid_api_key"})
 
 
-async def check(settings: DoctorSettings, known: dict[str, Any] | None) -> Finding:
+async def check(settings: DoctorSettings, known: ModelStatus | None) -> Finding:
     """Whether the provider answers, takes the key and knows the model.
 
     Args:
@@ -43,7 +42,7 @@ async def check(settings: DoctorSettings, known: dict[str, Any] | None) -> Findi
             return _refused(error, url, works)
 
 
-async def _ask(provider: Provider, known: dict[str, Any], works: bool) -> Finding:
+async def _ask(provider: Provider, known: ModelStatus, works: bool) -> Finding:
     """Asks for the model; where that says nothing, for the list of models.
 
     Raises:
@@ -77,9 +76,9 @@ def _answered(date: float | None, message: str) -> Finding:
     return Finding(CHECK, "ok", message)
 
 
-def _unknown(known: dict[str, Any], names: list[str], url: str) -> Finding:
+def _unknown(known: ModelStatus, names: list[str], url: str) -> Finding:
     """The account has models, but not this one."""
-    successor = (known["shutdown"] or {}).get("successor")
+    successor = known["shutdown"]["successor"] if known["shutdown"] else None
     there = f" There are: {', '.join(sorted(names))}." if 0 < len(names) <= LISTED else ""
     if successor:  # statements to read; nobody runs them from here
         fix = f"Ask for its successor: update autotag.settings set model = '{successor}';"  # noqa: S608

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autotag.errors import Kind, TaggingError
+from autotag.db.messages import Kind
+from autotag.errors import TaggingError
 from autotag.openai.headers import read_limits, retry_after, wait_in_words
 from autotag.redact import redact
 from autotag.texts import clean_text

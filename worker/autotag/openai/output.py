@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from typing import Any
 
+from autotag.db.messages import BatchAnswer
 from autotag.errors import TaggingError
 from autotag.openai.answers import read_completion, read_usage
 from autotag.openai.classify import classify_status
@@ -27,8 +27,8 @@ async def read_lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         yield rest
 
 
-def read_line(line: bytes, max_tags: int) -> dict[str, Any] | None:
-    """One line of an output or error file as ``autotag.batch_answers`` takes it; None when it is no answer."""
+def read_line(line: bytes, max_tags: int) -> BatchAnswer | None:
+    """One line of an output or error file; None when it is no answer."""
     try:
         entry = json.loads(line)
         task = int(entry["custom_id"])
@@ -38,7 +38,7 @@ def read_line(line: bytes, max_tags: int) -> dict[str, Any] | None:
         return None
     if not 0 < task < 2**63:
         return None
-    report: dict[str, Any] = {"task": task}
+    report: BatchAnswer = {"task": task}
     try:
         if status != 200 or not isinstance(body, dict):
             # Lines of "completed" batches have been seen with status 0 and 5xx, and with `error` alone.

@@ -11,7 +11,7 @@ from typing import Any
 
 from openai.types import Batch
 
-from autotag.errors import Kind
+from autotag.db.messages import Kind, Limits
 from autotag.openai.classify import MESSAGE_LENGTH, classify_status
 from autotag.redact import redact
 from autotag.texts import clean_text
@@ -24,7 +24,7 @@ class Completion:
     """An answer to a single call. limits: what its headers say of the provider's bucket (`headers.read_limits`)."""
 
     body: dict[str, Any]
-    limits: dict[str, Any]
+    limits: Limits
 
 
 @dataclass(frozen=True)

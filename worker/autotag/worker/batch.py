@@ -11,12 +11,11 @@ import asyncio
 import psycopg
 import structlog
 
-from autotag.db import Batch, Database, NotHeld
+from autotag.db import Batch, Database, DatabaseSettings, NotHeld
 from autotag.errors import TaggingError
 from autotag.images.prepare import Images
 from autotag.observability.metrics import BATCH_SECONDS, IN_FLIGHT, timed
 from autotag.openai.errors import without_batch_api
-from autotag.openai.prompt import Question
 from autotag.openai.provider import Provider
 from autotag.redact import said
 from autotag.worker.files import Files
@@ -42,7 +41,6 @@ class BatchLane:
         *,
         slots: int,
         fetches: int,
-        max_bytes: int,
     ) -> None:
         """
         Args:
@@ -52,12 +50,11 @@ class BatchLane:
             provider: who gets the batches.
             slots: batches in hand at the same time.
             fetches: images that are fetched at the same time.
-            max_bytes: of an input file.
         """
         self._db = db
         self._wake = wake
         files = Files(db, provider)
-        self._submitter = Submitter(db, images, provider, files, fetches=fetches, max_bytes=max_bytes)
+        self._submitter = Submitter(db, images, provider, files, fetches=fetches)
         self._poller = Poller(db, provider, files)
         self._harvester = Harvester(db, provider, files)
         self._slots = slots
@@ -76,7 +73,7 @@ class BatchLane:
                 await self._db.release_unheld(batches=[batch.batch for batch in self._hands.values()])
                 continue
             for batch in claim.batches:
-                task = asyncio.create_task(self._work(batch, claim.question))
+                task = asyncio.create_task(self._work(batch, claim.settings))
                 self._hands[task] = batch
                 task.add_done_callback(self._free_hand)
             if (claim.poll or claim.files or claim.look_up) and (polling is None or polling.done()):
@@ -96,17 +93,17 @@ class BatchLane:
         self._hands.pop(task)
         self._wake.notify("batch")
 
-    async def _work(self, batch: Batch, question: Question) -> None:
+    async def _work(self, batch: Batch, settings: DatabaseSettings) -> None:
         """Takes one batch as far as it goes now; trouble is reported to the database, which decides."""
         logger = log.bind(batch=batch.batch, openai_batch=batch.openai_batch_id)
         try:
             if batch.state == "harvesting":
                 with timed(BATCH_SECONDS, "harvest"):
-                    await self._harvester.harvest(batch, question)
+                    await self._harvester.harvest(batch, settings)
                 logger.info("batch_harvested")
             else:
                 with timed(BATCH_SECONDS, "submit"):
-                    await self._submitter.submit(batch, question)
+                    await self._submitter.submit(batch, settings)
         except NotHeld:
             logger.warning("batch_not_held")
         except TaggingError as error:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import structlog
 
 from autotag.db import BatchClaim, Database
+from autotag.db.messages import BatchSeen, ProviderFacts, Submitted
 from autotag.errors import TaggingError
 from autotag.openai.provider import Provider
 from autotag.openai.records import ProviderBatch
@@ -42,20 +42,21 @@ class Poller:
             log.warning("poll_failed", kind=error.kind, code=error.code, message=error.message)
             await self._db.poll_trouble(error.as_json())
 
-    async def _see(self, wanted: Mapping[str, float]) -> list[dict[str, Any]]:
-        """What the provider says of batches (ids and the moments before which they were not created)."""
-        seen = {}
+    async def _see(self, wanted: Sequence[Submitted]) -> list[BatchSeen]:
+        """What the provider says of batches."""
+        seen: dict[str, BatchSeen] = {}
+        ids = {batch.id for batch in wanted}
         try:
-            async for batch in self._provider.batches_since(min(wanted.values())):
-                if batch.id in wanted:
+            async for batch in self._provider.batches_since(min(batch.since for batch in wanted)):
+                if batch.id in ids:
                     seen[batch.id] = batch_seen(batch)
-                    if len(seen) == len(wanted):
+                    if len(seen) == len(ids):
                         break
         except TaggingError as error:
             if error.status != 404:
                 raise
             log.warning("batches_not_listed", hint="The provider has no list of batches; each is asked for by itself.")
-        for batch_id in wanted.keys() - seen.keys():  # not in the list: its clock is off, or the batch is gone
+        for batch_id in ids - seen.keys():  # not in the list: its clock is off, or the batch is gone
             try:
                 seen[batch_id] = batch_seen(await self._provider.retrieve_batch(batch_id))
             except TaggingError as error:
@@ -71,7 +72,7 @@ class Poller:
         Raises:
             TaggingError: it has no answer at the moment: it is asked again in ten minutes.
         """
-        facts: dict[str, Any] = {"model": model}
+        facts: ProviderFacts = {"model": model}
         try:
             found = await self._provider.retrieve_model(model)
             facts["shutdown_date"] = found.shutdown_date if found else None
@@ -100,7 +101,7 @@ class Poller:
             log.warning("batch_not_cancelled", openai_batch=batch_id, error=error.code)
 
 
-def batch_seen(batch: ProviderBatch) -> dict[str, Any]:
+def batch_seen(batch: ProviderBatch) -> BatchSeen:
     """A batch at the provider as ``autotag.batches_seen`` takes it."""
     fault = batch.fault
     return {

@@ -9,10 +9,11 @@ from typing import IO
 
 import structlog
 
-from autotag.db import Batch, Database, Image, NotHeld
+from autotag.db import Batch, Database, DatabaseSettings, Image, NotHeld, Question
+from autotag.db.messages import BatchAnswer
 from autotag.errors import TaggingError
 from autotag.images.prepare import LARGEST_SIDE, Images, data_url
-from autotag.openai.prompt import Question, batch_line, request_body
+from autotag.openai.prompt import batch_line, request_body
 from autotag.openai.provider import Provider
 from autotag.openai.records import ProviderBatch
 from autotag.worker.files import Files, name_of
@@ -27,9 +28,7 @@ log = structlog.get_logger(__name__)
 class Submitter:
     """Submits batches."""
 
-    def __init__(
-        self, db: Database, images: Images, provider: Provider, files: Files, *, fetches: int, max_bytes: int
-    ) -> None:
+    def __init__(self, db: Database, images: Images, provider: Provider, files: Files, *, fetches: int) -> None:
         """
         Args:
             db: the database.
@@ -37,16 +36,14 @@ class Submitter:
             provider: who gets the batches.
             files: its files.
             fetches: images that are fetched at the same time, of all batches.
-            max_bytes: of an input file; what does not fit becomes a batch of its own.
         """
         self._db = db
         self._images = images
         self._provider = provider
         self._files = files
         self._fetches = asyncio.Semaphore(fetches)
-        self._max_bytes = max_bytes
 
-    async def submit(self, batch: Batch, question: Question) -> None:
+    async def submit(self, batch: Batch, settings: DatabaseSettings) -> None:
         """Takes a batch from wherever it is until the provider has it.
 
         Raises:
@@ -66,7 +63,7 @@ class Submitter:
         else:
             if batch.state == "uploading":
                 await self._files.delete_leftovers(batch)
-            input_file_id = await self._build_and_upload(batch, question)
+            input_file_id = await self._build_and_upload(batch, settings)
         if input_file_id is None:
             await self._db.batch_finish(batch)  # no image could be prepared: nothing to submit
             return
@@ -81,11 +78,11 @@ class Submitter:
                 return found
         return None
 
-    async def _build_and_upload(self, batch: Batch, question: Question) -> str | None:
+    async def _build_and_upload(self, batch: Batch, settings: DatabaseSettings) -> str | None:
         """The id of the uploaded input file; None when no image could be prepared."""
         await self._db.batch_step(batch, "preparing")
         with tempfile.SpooledTemporaryFile(max_size=SPOOL) as file:
-            if not await self._build(batch, question, file):
+            if not await self._build(batch, settings, file):
                 return None
             await self._db.batch_step(batch, "uploading")
             file.seek(0)
@@ -97,12 +94,13 @@ class Submitter:
             raise
         return uploaded
 
-    async def _build(self, batch: Batch, question: Question, file: IO[bytes]) -> int:
-        """Writes a line per image, in order; how many. Images that fail are reported at once."""
+    async def _build(self, batch: Batch, settings: DatabaseSettings, file: IO[bytes]) -> int:
+        """Writes a line per image, in order; how many. Images that fail are reported at once; what does not fit into a
+        file becomes a batch of its own."""
         lines, last = 0, 0
         while page := await self._db.batch_images(batch, last, PAGE):
-            made = await asyncio.gather(*(self._line(image, question) for image in page))
-            failed = [
+            made = await asyncio.gather(*(self._line(image, settings.question) for image in page))
+            failed: list[BatchAnswer] = [
                 {"task": image.task, "error": line.as_json()}
                 for image, line in zip(page, made, strict=True)
                 if isinstance(line, TaggingError)
@@ -112,7 +110,7 @@ class Submitter:
             for image, line in zip(page, made, strict=True):
                 if isinstance(line, TaggingError):
                     continue
-                if lines and file.tell() + len(line) > self._max_bytes:
+                if lines and file.tell() + len(line) > settings.batch_max_bytes:
                     await self._db.batch_split(batch, last)
                     return lines
                 file.write(line)
