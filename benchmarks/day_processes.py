@@ -18,7 +18,7 @@ from PIL import Image as Pillow
 
 from autotag.config import Settings, load_settings
 from autotag.db import Image
-from autotag.images.prepare import Images
+from autotag.images.load import Images
 from autotag.observability.logs import configure_logs
 from autotag.openai.records import Completion
 from autotag.worker.run import run_worker

@@ -16,7 +16,8 @@ from autotag.db import Image, Operator, Question, Refused
 from autotag.db.messages import Limits, Seen, TagResult
 from autotag.db.operator_messages import Admission, ComparisonReport, ModelQuestion
 from autotag.errors import TaggingError
-from autotag.images.prepare import LARGEST_SIDE, Images, data_url, prepare
+from autotag.images.load import Images
+from autotag.images.prepare import LARGEST_SIDE, data_url, prepare
 from autotag.openai.answers import normalise_tags, read_completion, read_usage
 from autotag.openai.prompt import request_body
 from autotag.openai.provider import Provider

@@ -20,7 +20,7 @@ from autotag.compare.page import make_page
 from autotag.config import Settings
 from autotag.db import Operator
 from autotag.db.operator_messages import ComparisonPreview
-from autotag.images.prepare import Images
+from autotag.images.load import Images
 from autotag.openai.provider import Provider
 from autotag.texts import printable
 

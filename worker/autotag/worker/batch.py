@@ -13,7 +13,7 @@ import structlog
 
 from autotag.db import Batch, Database, DatabaseSettings, NotHeld
 from autotag.errors import TaggingError
-from autotag.images.prepare import Images
+from autotag.images.load import Images
 from autotag.observability.metrics import BATCH_SECONDS, IN_FLIGHT, timed
 from autotag.openai.errors import without_batch_api
 from autotag.openai.provider import Provider

@@ -18,7 +18,7 @@ from autotag.db import Database, Registered, VersionsDiffer, can_listen, listen
 from autotag.http import webhook
 from autotag.http.health import Health, make_app
 from autotag.http.serve import serve
-from autotag.images.prepare import Images
+from autotag.images.load import Images
 from autotag.observability.metrics import SystemMetrics
 from autotag.openai.provider import Provider, fingerprint
 from autotag.redact import said

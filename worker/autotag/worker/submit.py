@@ -12,7 +12,8 @@ import structlog
 from autotag.db import Batch, Database, DatabaseSettings, Image, NotHeld, Question
 from autotag.db.messages import BatchAnswer
 from autotag.errors import TaggingError
-from autotag.images.prepare import LARGEST_SIDE, Images, data_url
+from autotag.images.load import Images
+from autotag.images.prepare import LARGEST_SIDE, data_url
 from autotag.openai.prompt import batch_line, request_body
 from autotag.openai.provider import Provider
 from autotag.openai.records import ProviderBatch

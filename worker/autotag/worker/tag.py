@@ -9,7 +9,8 @@ import structlog
 from autotag.db import DatabaseSettings, Image
 from autotag.db.messages import Outcome
 from autotag.errors import TaggingError
-from autotag.images.prepare import LARGEST_SIDE, Images, data_url
+from autotag.images.load import Images
+from autotag.images.prepare import LARGEST_SIDE, data_url
 from autotag.observability import traces
 from autotag.observability.metrics import SECONDS, timed
 from autotag.openai.answers import read_completion, read_usage
