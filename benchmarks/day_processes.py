@@ -18,8 +18,9 @@ from PIL import Image as Pillow
 
 from autotag.config import Settings, load_settings
 from autotag.db import Image
-from autotag.images.prepare import Images
+from autotag.images.load import Images
 from autotag.observability.logs import configure_logs
+from autotag.openai.records import Completion
 from autotag.worker.run import run_worker
 from benchmarks.engine import ANSWER, PICTURE
 from lab.openai_sim.app import Plan, Simulator
@@ -59,15 +60,15 @@ class Provider(Simulator):
 def work(speed: float) -> None:
     """A worker whose provider's seconds pass so much faster."""
 
-    async def complete(*_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    async def complete(*_: Any) -> Completion:
         await asyncio.sleep(random.uniform(*CALL) / speed)
-        return ANSWER, {}
+        return Completion(ANSWER, {})
 
     settings = load_settings(Settings)
     configure_logs(settings.log_level, settings.log_format)
     with (
         mock.patch("autotag.worker.run.Images", PicturesAtHand),
-        mock.patch("autotag.openai.provider.complete", complete),
+        mock.patch("autotag.openai.provider.Provider.complete", complete),
     ):
         asyncio.run(run_worker(settings))
 

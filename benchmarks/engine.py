@@ -18,10 +18,12 @@ from rich.console import Console
 
 import autotag
 from autotag.config import Settings
-from autotag.db import Database, Image, listen
+from autotag.db import Database, DatabaseSettings, Image, listen
 from autotag.openai.answers import read_completion, read_usage
-from autotag.openai.prompt import Question
 from autotag.worker import realtime
+from autotag.worker.observations import Observations
+from autotag.worker.outcomes import Outcomes
+from autotag.worker.stages import Stages
 from autotag.worker.wake import Wake
 from benchmarks import ceiling, pickup, queue_peers
 from benchmarks.report import Figure, Result
@@ -150,21 +152,23 @@ def _enqueue(url: str, uploads: list[list[uuid.UUID]]) -> float:
 
 async def _work(db: Database, url: str) -> None:
     """The worker's loop for single calls, until every image has been settled."""
-    wake, reports, done = Wake(), realtime.Reports(db), 0
+    wake, observations, done = Wake(), Observations(), 0
+    stages = Stages(db, observations)
+    outcomes = Outcomes(db, stages, observations)
 
-    async def answer(image: Image, _: Question) -> None:
+    async def answer(image: Image, _: DatabaseSettings) -> None:
         nonlocal done
-        reports.stage(image, "processing")
-        reports.sent()
-        reports.outcome(image, {"called": True, "usage": USAGE, "result": RESULT})
+        stages.reach(image, "processing")
+        observations.sent()
+        outcomes.add(image, {"called": True, "usage": USAGE, "result": RESULT})
         done += 1
         if done == IMAGES:
             wake.request_stop()
 
     helpers = [asyncio.create_task(work) for work in (
-        listen(url, wake.notify), reports.settle_forever(), reports.tell_stages_forever())]  # fmt: skip
+        listen(url, wake.notify), outcomes.settle_forever(), stages.tell_forever())]  # fmt: skip
     await realtime.run(db, wake, Settings.model_fields["slots"].default, answer, deadline=10)
-    await reports.idle.wait()
+    await outcomes.idle.wait()
     for helper in helpers:
         helper.cancel()
 

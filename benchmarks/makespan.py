@@ -22,9 +22,10 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
+from autotag.db import Question
 from autotag.http.serve import serve
 from autotag.images.prepare import data_url, prepare
-from autotag.openai.prompt import Question, request_body
+from autotag.openai.prompt import request_body
 from benchmarks import bound, peers
 from benchmarks.bound import Upload
 from benchmarks.report import Figure, Result

@@ -12,7 +12,6 @@ import orjson
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from openai import AsyncOpenAI
 from PIL import Image
 
 from autotag.errors import TaggingError
@@ -22,6 +21,7 @@ from autotag.openai.answers import CAPTION_LENGTH, MAX_ANSWER, TAG_LENGTH, read_
 from autotag.openai.classify import classify_status
 from autotag.openai.headers import MAX_RETRY_AFTER, read_limits
 from autotag.openai.output import LINE_MOST, read_line, read_lines
+from autotag.openai.provider import Provider
 from lab.openai_sim.webhooks import make_secret, sign
 
 text = st.text(max_size=60) | st.sampled_from(
@@ -95,7 +95,7 @@ def check_error(error: TaggingError, kind: str) -> None:
 @settings(max_examples=150)
 @given(mostly(completions), st.integers(1, 12))
 def test_a_completion_is_tags_or_a_sentence(completion: Any, max_tags: int) -> None:
-    if isinstance(completion, dict):  # `provider.complete` refuses what is not
+    if isinstance(completion, dict):  # `Provider.complete` refuses what is not
         counts = read_usage(completion)
         assert counts is None or all(0 <= n <= 10**9 for n in counts.values() if isinstance(n, int))
         try:
@@ -214,7 +214,7 @@ async def test_a_webhook_is_taken_or_refused(body: bytes, signed: bool, headers:
         taken.append(delivery)  # type: ignore[arg-type]
         return "accepted"
 
-    app = make_app(AsyncOpenAI(api_key="none"), SECRET, receive)
+    app = make_app(Provider("none", "http://none.invalid/v1", 1), SECRET, receive)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://worker") as client:
         answer = await client.post("/webhooks/openai", content=body, headers=sign(SECRET, body) if signed else headers)
     assert answer.status_code in ((204, 400) if signed else (400,))

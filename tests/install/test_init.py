@@ -116,7 +116,7 @@ async def test_urls_and_organisations(
             assert address == "https://pictures.example.com/1.jpg"
             return drawing.data
 
-        monkeypatch.setattr("autotag.images.prepare.Images._from_url", fetch)
+        monkeypatch.setattr("autotag.images.urls.Urls.fetch", fetch)
         await tag(stack, user, [row["id"]])
         [photo] = run_sql(url, "select labels, tagging_result, tagging_stage from public.photos")
         assert set(photo["labels"]) == drawing.tags

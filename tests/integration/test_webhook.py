@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from openai import AsyncOpenAI
 from starlette.applications import Starlette
 
 from autotag.http.serve import serve
 from autotag.http.webhook import make_app
+from autotag.openai.provider import Provider
 from autotag.worker.run import Worker
 from autotag.worker.wake import Wake
 from lab.openai_sim.webhooks import batch_event, make_secret, sign
@@ -30,7 +30,7 @@ async def received() -> AsyncIterator[tuple[httpx.AsyncClient, list[tuple[str, s
         deliveries.append((webhook_id, kind, batch))
         return "accepted"
 
-    app = make_app(AsyncOpenAI(api_key="none"), SECRET, receive)
+    app = make_app(Provider("none", "http://none.invalid/v1", 1), SECRET, receive)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
         yield client, deliveries

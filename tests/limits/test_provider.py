@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from structlog.testing import capture_logs
 
-from autotag.images.prepare import Images
+from autotag.images.load import Images
 from lab.openai_sim.faults import Fault
 from lab.openai_sim.limits import QUANTISED_ABOVE, Bucket, CoUser, Limits
 from lab.postgres import LocalPostgres

@@ -17,7 +17,6 @@ import pytest
 from attacks import api, broadcaster, member, port, topics, uploader, whose
 from attacks.attempt import Attempt, run
 from attacks.scene import Scene, set_scene
-from openai import AsyncOpenAI
 from psycopg.rows import dict_row
 from rich.console import Console
 
@@ -26,6 +25,7 @@ from autotag.cli.screen import render
 from autotag.http import guard, webhook
 from autotag.http.serve import serve
 from autotag.openai import answers
+from autotag.openai.provider import Provider
 from autotag.operate.follow import follow
 from lab.postgres import free_port
 from lab.stack import Stack, worker_process
@@ -359,15 +359,15 @@ async def test_a_quota_that_counts_nothing_is_found(scene: Scene) -> None:
 
 
 async def test_a_port_without_limits_or_signatures_is_found(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    client, secret = AsyncOpenAI(api_key="none"), scene.stack.simulator.plan.webhook_secret
+    provider, secret = Provider("none", "http://none.invalid/v1", 1), scene.stack.simulator.plan.webhook_secret
     monkeypatch.setattr(guard, "BODY_MOST", 10**9)
-    monkeypatch.setattr(client.webhooks, "verify_signature", lambda *_, **__: None)
+    monkeypatch.setattr(provider._client.webhooks, "verify_signature", lambda *_, **__: None)
 
     async def receive(*_: str) -> str:
         return "accepted"
 
     here = port.Ports(free_port(), free_port())
-    async with serve(webhook.make_app(client, secret, receive), port.HOST, here.webhook, guarded=True):
+    async with serve(webhook.make_app(provider, secret, receive), port.HOST, here.webhook, guarded=True):
         attempts = [a for a in port.requests(here) if "100 KB" in a.name] + port.deliveries(here, secret)
         found = await run(scene, attempts)
     assert any("100 KB: 400" in line for line in found), found

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from openai import AsyncOpenAI
 from rich.console import Console
 from structlog.testing import capture_logs
 
@@ -27,6 +26,7 @@ from autotag.http.health import Health, make_app
 from autotag.http.serve import serve
 from autotag.observability.logs import NOISY_MOST, WINDOW, Throttle
 from autotag.observability.metrics import SystemMetrics
+from autotag.openai.provider import Provider
 from benchmarks import flood
 from benchmarks.flood import FILES, flooded
 from lab.openai_sim.webhooks import batch_event, make_secret, sign
@@ -185,7 +185,10 @@ async def _served() -> AsyncIterator[tuple[int, int]]:
         return await asyncio.Future()
 
     http, hook = free_port(), free_port()
-    apps = make_app(Health(60), SystemMetrics(never)), webhook.make_app(AsyncOpenAI(api_key="none"), SECRET, receive)
+    apps = (
+        make_app(Health(60), SystemMetrics(never)),
+        webhook.make_app(Provider("none", "http://none.invalid/v1", 1), SECRET, receive),
+    )
     async with serve(apps[0], HOST, http, guarded=True), serve(apps[1], HOST, hook, guarded=True):
         yield http, hook
 

@@ -16,6 +16,7 @@ from PIL import ImageDraw
 from autotag import db
 from autotag.errors import TaggingError
 from autotag.images import prepare as images
+from autotag.images.load import Images
 from lab.openai_sim.vision import look
 
 PIXELS = 100_000_000
@@ -162,12 +163,12 @@ def test_what_is_no_good_fails_with_a_code_and_a_sentence(data: bytes, code: str
 # -- where images come from
 
 
-def loader(handler: httpx.MockTransport | None = None, **changes: object) -> images.Images:
+def loader(handler: httpx.MockTransport | None = None, **changes: object) -> Images:
     settings = {
         "supabase_url": None, "supabase_key": None, "hosts": frozenset({"images.example.com"}),
         "max_bytes": 100_000, "max_pixels": PIXELS, "transport": handler, **changes,
     }  # fmt: skip
-    return images.Images(**settings)  # type: ignore[arg-type]
+    return Images(**settings)  # type: ignore[arg-type]
 
 
 async def load(url: str, handler: httpx.MockTransport | None = None, **changes: object) -> bytes:

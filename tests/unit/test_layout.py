@@ -91,6 +91,16 @@ def test_nobody_imports_what_stands_further_out(package: str, knows: set[str]) -
     assert wrong == set()
 
 
+def test_one_package_talks_to_the_openai_sdk() -> None:
+    wrong = {
+        module
+        for module in MODULES if module.startswith("autotag.") and not module.startswith("autotag.openai.")
+        for name, _ in imports(module) if name.split(".")[0] == "openai"
+    }  # fmt: skip
+    assert wrong == set(), "call autotag.openai.provider.Provider instead"
+    assert any(name == "openai" for name, _ in imports("autotag.openai.provider")), "imports are found at all"
+
+
 def test_no_modules_import_each_other() -> None:
     graph = {module: {name for name, at_once in imports(module) if at_once and name in MODULES} for module in MODULES}
     assert sum(map(len, graph.values())) > 200, "imports are found at all"
@@ -98,6 +108,38 @@ def test_no_modules_import_each_other() -> None:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         pytest.fail(f"a cycle of imports: {' ← '.join(error.args[1])}")
+
+
+def assigned(method: ast.AST) -> set[str]:
+    """The attributes of ``self`` that a method assigns."""
+    return {
+        node.attr
+        for node in ast.walk(method)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name) and node.value.id == "self"
+    }  # fmt: skip
+
+
+def test_objects_are_whole_when_they_are_made() -> None:
+    """Every attribute is a field, or is assigned by the constructor (a dataclass's has ``__post_init__``)."""
+    late, classes = [], 0
+    for module, path in MODULES.items():
+        for kind in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)):
+            classes += 1
+            names = [node.target for node in kind.body if isinstance(node, ast.AnnAssign)]
+            names += [name for node in kind.body if isinstance(node, ast.Assign) for name in node.targets]
+            fields = {name.id for name in names if isinstance(name, ast.Name)}
+            methods = [node for node in kind.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+            made = fields.union(
+                *(assigned(method) for method in methods if method.name in ("__init__", "__post_init__"))
+            )
+            late += [
+                f"{module}.{kind.name}.{method.name}: {name}"
+                for method in methods
+                for name in sorted(assigned(method) - made)
+            ]
+    assert classes > 100
+    assert late == []
 
 
 def reason(lines: list[str], number: int) -> bool:

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from autotag import db
 from autotag.errors import TaggingError
-from autotag.images import prepare as images
-from autotag.images.prepare import Images, is_public, public_address
+from autotag.images import urls
+from autotag.images.addresses import is_public, public_address
+from autotag.images.load import Images
 
 REFUSED = [
     "0.0.0.0", "0.1.2.3", "10.0.0.1", "100.64.0.1", "100.100.100.200", "127.0.0.1", "127.255.255.254",
@@ -239,7 +240,7 @@ class Dripping(httpx.AsyncByteStream):
 
 
 async def test_a_host_that_drips_holds_no_place_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "FETCH_MOST", 0.1)
+    monkeypatch.setattr(urls, "FETCH_MOST", 0.1)
     with pytest.raises(TaggingError) as caught:
         await load(START, lambda _: httpx.Response(200, stream=Dripping()), ALLOWED)
     assert (caught.value.kind, caught.value.code) == ("transient", "fetch_failed")
@@ -254,4 +255,4 @@ async def test_cookies_of_a_host_do_not_come_back() -> None:
 
     with pytest.raises(TaggingError):
         await load(START, answer, ALLOWED)
-    assert seen == [False] * (images.REDIRECTS + 1)
+    assert seen == [False] * (urls.REDIRECTS + 1)

@@ -24,8 +24,10 @@ from autotag.config import DoctorSettings, SettingsError, load_settings, read_co
 from autotag.db import calls
 from autotag.images.storage import read_answer
 from autotag.openai.classify import classify_status
-from autotag.openai.output import describe, read_line
+from autotag.openai.output import read_line
+from autotag.openai.records import read_batch
 from autotag.redact import HIDDEN, redact_event, said
+from autotag.worker.poll import batch_seen
 
 KEY, STORAGE_KEY, WEBHOOK = "gateway-key-0123456789", "storage-key-abcdefgh", "whsec_" + "aG9vayBzZWNyZXQvKz0taG9vaw=="
 PASSWORD = "p@ss:w/ord%1"
@@ -78,7 +80,7 @@ def test_what_a_batch_says_back(secret: str) -> None:
         "input_file_id": "file-1", "object": "batch", "status": "failed",
         "errors": {"data": [{"code": f"c {secret}", "message": f"not allowed\x1b[2J with {secret}"}]},
     })  # fmt: skip
-    told = json.dumps(describe(batch), ensure_ascii=False)
+    told = json.dumps(batch_seen(read_batch(batch)), ensure_ascii=False)
     assert secret not in told
     assert "\\u001b" not in told
 

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autotag.db import Question
 from autotag.errors import TaggingError
 from autotag.openai.answers import TAG_LENGTH, normalise_tags, read_completion, read_usage
 from autotag.openai.output import read_line
-from autotag.openai.prompt import Question, batch_line, request_body
+from autotag.openai.prompt import batch_line, request_body
 
 QUESTION = Question(1, "gpt-6-luna", "low", 10, "English", reasoning_effort="none")
 

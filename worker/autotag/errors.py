@@ -6,11 +6,9 @@ kind an error is, and where it comes from.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
-Kind = Literal["transient", "rate_limit", "account", "image"]
-#: Who complained: the AI provider, Storage, the host of an image's URL, or this worker.
-Origin = Literal["provider", "storage", "host", "worker"]
+from autotag.db.messages import ErrorReport, Kind, Limits, Origin
 
 
 class Consequence(NamedTuple):
@@ -49,15 +47,17 @@ class TaggingError(Exception):
         message: a sentence that the user who uploaded the image understands; of kind account, for the operator.
         retry: for ``image``: another answer may help.
         retry_after: seconds, where the provider named them.
-        limits: what the answer's headers said of the provider's bucket (`provider.read_limits`).
+        limits: what the answer's headers said of the provider's bucket (`headers.read_limits`).
         origin: who complained.
         parameter: the part of our request that the provider does not take: ``token_cap``, ``reasoning_effort``,
             ``response_format``, ``detail``, ``service_tier`` or ``expires_after``.
+        status: of HTTP, where the provider answered.
     """
 
     def __init__(
         self, kind: Kind, code: str, message: str, *, retry: bool = False, retry_after: float | None = None,
-        limits: dict[str, Any] | None = None, origin: Origin = "worker", parameter: str | None = None,
+        limits: Limits | None = None, origin: Origin = "worker", parameter: str | None = None,
+        status: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(message)
         self.kind: Kind = kind
@@ -65,12 +65,13 @@ class TaggingError(Exception):
         self.message = message
         self.retry = retry
         self.retry_after = retry_after
-        self.limits = limits or {}
+        self.limits: Limits = limits or {}
         self.origin: Origin = origin
         self.parameter = parameter
+        self.status = status
 
-    def as_json(self) -> dict[str, Any]:
-        """The error as ``autotag.clean_error`` takes it."""
+    def as_json(self) -> ErrorReport:
+        """The error as the database takes it."""
         return {
             "kind": self.kind, "code": self.code, "message": self.message, "retry": self.retry,
             "retry_after": self.retry_after, "origin": self.origin, "parameter": self.parameter,

@@ -33,6 +33,7 @@ from autotag.compare.figures import lines, model_name, price, summarise
 from autotag.compare.page import make_page
 from autotag.config import Settings
 from autotag.db import Operator
+from autotag.db.operator_messages import ComparisonPreview
 from autotag.texts import printable
 
 DEFAULT_PAGE = Path("comparison.html")
@@ -113,7 +114,7 @@ def compare(
         raise fail(f"Ended after {asked} of {figures['sample']} images: {comparison.stopped}", code)
 
 
-def _announce(model: str, preview: dict[str, Any], *, ask: bool) -> None:
+def _announce(model: str, preview: ComparisonPreview, *, ask: bool) -> None:
     """Prints what a comparison will cost, and asks whether to start.
 
     Raises:
@@ -134,7 +135,7 @@ def _write(page: Path, text: str) -> None:
 
 
 async def _ask(
-    operator: Operator, settings: Settings, workspace: str, preview: dict[str, Any], sample: int, thumbnails: bool,
+    operator: Operator, settings: Settings, workspace: str, preview: ComparisonPreview, sample: int, thumbnails: bool,
     quiet: bool,
 ) -> Comparison:  # fmt: skip
     """Asks about a sample, with a progress bar. The first Ctrl-C lets the calls in flight finish, the second does not.

@@ -12,17 +12,18 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
-
-from openai import AsyncOpenAI
+from typing import cast
 
 from autotag.config import Settings
-from autotag.db import Image, Operator, Refused
+from autotag.db import Image, Operator, Question, Refused
+from autotag.db.messages import Limits, Seen, TagResult
+from autotag.db.operator_messages import Admission, ComparisonReport, ModelQuestion
 from autotag.errors import TaggingError
-from autotag.images.prepare import LARGEST_SIDE, Images, data_url, prepare
-from autotag.openai import provider
+from autotag.images.load import Images
+from autotag.images.prepare import LARGEST_SIDE, data_url, prepare
 from autotag.openai.answers import normalise_tags, read_completion, read_usage
-from autotag.openai.prompt import Question, request_body
+from autotag.openai.prompt import request_body
+from autotag.openai.provider import Provider
 from autotag.texts import clean_text
 
 CONCURRENT_CALLS = 8
@@ -84,7 +85,7 @@ class Outcome:
     """
 
     sample: Sample
-    result: dict[str, Any] | None = None
+    result: TagResult | None = None
     error: TaggingError | None = None
     seconds: list[float] = field(default_factory=list)
     billed: int = 0
@@ -106,13 +107,13 @@ class Comparison:
     """
 
     def __init__(
-        self, operator: Operator, client: AsyncOpenAI, images: Images, workspace: str, question: dict[str, Any],
+        self, operator: Operator, provider: Provider, images: Images, workspace: str, question: ModelQuestion,
         on_progress: OnProgress, *, thumbnails: bool,
     ) -> None:  # fmt: skip
         """
         Args:
             operator: the database.
-            client: the provider.
+            provider: makes the calls.
             images: reads the pictures.
             workspace: the workspace's id.
             question: what to ask (``autotag.question_for``).
@@ -120,7 +121,7 @@ class Comparison:
             thumbnails: keep the pictures.
         """
         self._operator = operator
-        self._client = client
+        self._provider = provider
         self._images = images
         self._workspace = workspace
         self._on_progress = on_progress
@@ -166,25 +167,27 @@ class Comparison:
         jpeg: bytes | None = None
         while not self._stop.is_set():
             question = self.question
-            report: dict[str, Any] = {
+            report: ComparisonReport = {
                 "called": False, "failures": outcome.failures, "cut_off": outcome.cut_off,
                 "proven": self._proven,
             }  # fmt: skip
-            limits: dict[str, Any] = {}
+            seen: Seen = {}
             outcome.error, outcome.sent = None, 0.0
             try:
                 jpeg = jpeg or await self._load(outcome)
                 admitted = await self._admit(question, outcome.cap)
                 if admitted is None:
                     return
-                report |= {name: admitted[name] for name in ("reserved", "reserved_at", "cap")}
-                limits = await self._call(question, jpeg, outcome, report)
+                report |= {
+                    "reserved": admitted["reserved"], "reserved_at": admitted["reserved_at"], "cap": admitted["cap"],
+                }  # fmt: skip
+                seen = cast("Seen", await self._call(question, jpeg, outcome, report))
             except TaggingError as error:
-                outcome.error, limits = error, _limits_of(error)
+                outcome.error, seen = error, _limits_of(error, seen)
                 report["error"] = error.as_json()
-            if limits:
-                limits["age"] = time.monotonic() - outcome.sent
-            if await self._settle(question, outcome, report, limits):
+            if seen:
+                seen["age"] = time.monotonic() - outcome.sent
+            if await self._settle(question, outcome, report, seen):
                 return
 
     async def _load(self, outcome: Outcome) -> bytes:
@@ -193,7 +196,7 @@ class Comparison:
             outcome.thumbnail = await asyncio.to_thread(prepare, jpeg, THUMBNAIL, MAX_PIXELS)
         return jpeg
 
-    async def _admit(self, question: dict[str, Any], cap: int | None) -> dict[str, Any] | None:
+    async def _admit(self, question: ModelQuestion, cap: int | None) -> Admission | None:
         """Waits until the limits admit one call; None: the comparison stops.
 
         Only one caller asks at a time, because the others would get the same refusal.
@@ -208,9 +211,7 @@ class Comparison:
                 await self._pause(answer["wait"])
         return None
 
-    async def _call(
-        self, question: dict[str, Any], jpeg: bytes, outcome: Outcome, report: dict[str, Any]
-    ) -> dict[str, Any]:
+    async def _call(self, question: ModelQuestion, jpeg: bytes, outcome: Outcome, report: ComparisonReport) -> Limits:
         """Makes one call, and fills ``outcome`` and ``report``; returns the provider's limits from the headers.
 
         Raises:
@@ -219,22 +220,20 @@ class Comparison:
         asked = Question(version=0, **question)
         body = request_body(asked, data_url(jpeg), report["cap"])
         outcome.sent, report["called"] = time.monotonic(), True
-        completion, limits = await provider.complete(self._client, body)
+        completion = await self._provider.complete(body)
         outcome.seconds.append(time.monotonic() - outcome.sent)
-        report["usage"] = read_usage(completion)
+        report["usage"] = read_usage(completion.body)
         try:
-            outcome.result = read_completion(completion, asked.max_tags)
+            outcome.result = read_completion(completion.body, asked.max_tags)
         except TaggingError as error:
-            error.limits = error.limits or limits
+            error.limits = error.limits or completion.limits
             raise
         self._proven = True
-        return limits
+        return completion.limits
 
-    async def _settle(
-        self, question: dict[str, Any], outcome: Outcome, report: dict[str, Any], limits: dict[str, Any]
-    ) -> bool:
+    async def _settle(self, question: ModelQuestion, outcome: Outcome, report: ComparisonReport, seen: Seen) -> bool:
         """Reports one call to the database; returns whether the image is done."""
-        step = await self._operator.settle_comparison(self._workspace, question, report, limits or None)
+        step = await self._operator.settle_comparison(self._workspace, question, report, seen or None)
         if report.get("usage"):
             outcome.billed += 1
             outcome.cost = None if outcome.cost is None or step["cost"] is None else outcome.cost + step["cost"]
@@ -263,7 +262,7 @@ class Comparison:
 
 @asynccontextmanager
 async def open_comparison(
-    operator: Operator, settings: Settings, workspace: str, question: dict[str, Any], on_progress: OnProgress, *,
+    operator: Operator, settings: Settings, workspace: str, question: ModelQuestion, on_progress: OnProgress, *,
     thumbnails: bool,
 ) -> AsyncIterator[Comparison]:  # fmt: skip
     """A comparison with the provider of the settings; the other arguments are those of `Comparison`."""
@@ -272,13 +271,13 @@ async def open_comparison(
         max_bytes=settings.image_max_bytes, max_pixels=settings.image_max_pixels,
     )  # fmt: skip
     key = settings.openai_api_key.get_secret_value()
-    async with provider.make_client(key, settings.openai_base_url, settings.call_timeout) as client, images:
-        yield Comparison(operator, client, images, workspace, question, on_progress, thumbnails=thumbnails)
+    async with Provider(key, settings.openai_base_url, settings.call_timeout) as provider, images:
+        yield Comparison(operator, provider, images, workspace, question, on_progress, thumbnails=thumbnails)
 
 
-def _limits_of(error: TaggingError) -> dict[str, Any]:
+def _limits_of(error: TaggingError, seen: Seen) -> Seen:
     """The provider's limits from the headers of an error."""
-    limits = dict(error.limits)
+    seen = {**seen, **error.limits}
     if error.kind == "rate_limit" and error.origin == "provider":
-        limits["retry_after"] = error.retry_after
-    return limits
+        seen["retry_after"] = error.retry_after
+    return seen

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autotag.compare.ask import Outcome
+from autotag.db.operator_messages import ComparisonPreview, ModelQuestion
 from autotag.money import dollars
 
 MAX_SHOWN_TAGS = 10  # of the tags that were added or are missing most often
@@ -54,7 +55,7 @@ def percentile(values: Sequence[float], share: float) -> float | None:
 
 
 def summarise(
-    outcomes: Sequence[Outcome], preview: dict[str, Any], question: dict[str, Any], stopped: str | None
+    outcomes: Sequence[Outcome], preview: ComparisonPreview, question: ModelQuestion, stopped: str | None
 ) -> dict[str, Any]:
     """All figures as one JSON object (docs/models.md).
 

@@ -2,10 +2,23 @@
 
 from autotag.db.calls import Database
 from autotag.db.listening import can_listen, listen
-from autotag.db.messages import Batch, BatchClaim, Claim, Image, NotHeld, Refused, Settled, VersionsDiffer
+from autotag.db.messages import (
+    Batch,
+    BatchClaim,
+    Claim,
+    DatabaseSettings,
+    Image,
+    NotHeld,
+    Question,
+    Refused,
+    Registered,
+    Settled,
+    VersionsDiffer,
+)  # fmt: skip
 from autotag.db.operator import Operator
+from autotag.db.operator_messages import Diagnosis, ModelStatus, StoredFile
 
 __all__ = [
-    "Batch", "BatchClaim", "Claim", "Database", "Image", "NotHeld", "Operator", "Refused", "Settled", "VersionsDiffer",
-    "can_listen", "listen",
+    "Batch", "BatchClaim", "Claim", "Database", "DatabaseSettings", "Diagnosis", "Image", "ModelStatus", "NotHeld",
+    "Operator", "Question", "Refused", "Registered", "Settled", "StoredFile", "VersionsDiffer", "can_listen", "listen",
 ]  # fmt: skip

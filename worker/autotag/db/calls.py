@@ -23,8 +23,31 @@ from psycopg_pool import AsyncConnectionPool
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from autotag.db.listening import KEEPALIVES, RETRY_MOST
-from autotag.db.messages import Batch, BatchClaim, Claim, Image, NotHeld, Refused, Settled, VersionsDiffer, make
-from autotag.openai.prompt import Question
+from autotag.db.messages import (
+    Batch,
+    BatchAnswer,
+    BatchClaim,
+    BatchSeen,
+    Broadcast,
+    Claim,
+    DatabaseSettings,
+    ErrorReport,
+    Image,
+    Metrics,
+    NotHeld,
+    ProviderFacts,
+    Question,
+    Refused,
+    Registered,
+    Report,
+    Seen,
+    Sent,
+    Settled,
+    StageReport,
+    Submitted,
+    VersionsDiffer,
+    make,
+)  # fmt: skip
 from autotag.redact import said
 
 POOL_SIZE = 4  # claim, settle, stages and the batch lane seldom meet
@@ -52,6 +75,7 @@ class Database:
         prepare: use prepared statements (impossible behind a transaction pooler).
         """
         self.worker = worker
+        self._registered: Registered | None = None
         self._question: Question | None = None
         self._pool = AsyncConnectionPool(
             url,
@@ -65,6 +89,14 @@ class Database:
                 "prepare_threshold": 5 if prepare else None,
                 **KEEPALIVES,
             },
+        )
+
+    def _settings(self, known: Question | None, changed: dict[str, Any] | None) -> DatabaseSettings:
+        """The settings for what a claim released; see `_asked`."""
+        if self._registered is None:
+            raise RuntimeError("A worker registers before it claims.")
+        return DatabaseSettings(
+            self._asked(known, changed), self._registered.lease_seconds, self._registered.batch_max_bytes
         )
 
     def _asked(self, known: Question | None, changed: dict[str, Any] | None) -> Question:
@@ -112,11 +144,15 @@ class Database:
                 raise
             return cast("dict[str, Any]", await cursor.fetchone())
 
-    async def register(
-        self, host: str, version: str, listening: bool, base_url: str, fingerprint: str
-    ) -> dict[str, Any]:
-        """What the worker needs of the settings; ``base_url`` and ``fingerprint`` (`provider.fingerprint`) say whom it
-        asks.
+    async def register(self, host: str, version: str, listening: bool, base_url: str, fingerprint: str) -> Registered:
+        """Introduces the worker, at the start and after its lease has run out. Claims come after it.
+
+        Args:
+            host: the machine's name, for people.
+            version: of this package.
+            listening: whether notifications reach it.
+            base_url: whom it asks.
+            fingerprint: with which key (`provider.fingerprint`).
 
         Raises:
             VersionsDiffer: worker and schema do not fit.
@@ -125,7 +161,8 @@ class Database:
             "select autotag.register_worker(%s, %s, %s, %s, %s, %s) as settings",
             self.worker, host, version, listening, base_url, fingerprint,
         )  # fmt: skip
-        return cast("dict[str, Any]", row["settings"])
+        self._registered = make(Registered, row["settings"])
+        return self._registered
 
     async def heartbeat(self) -> bool:
         """False when the lease had run out: the worker has to register again. Not tried again by itself.
@@ -149,18 +186,18 @@ class Database:
             "select tasks, wait, bound, question from autotag.claim(%s, %s, %s)", self.worker, slots, _version(known)
         )
         images = [make(Image, task) for task in row["tasks"]]
-        return Claim(images, row["wait"], row["bound"], self._asked(known, row["question"]))
+        return Claim(images, row["wait"], row["bound"], self._settings(known, row["question"]))
 
-    async def report_stages(self, stages: list[dict[str, Any]], sent: dict[str, Any] | None) -> None:
+    async def report_stages(self, stages: list[StageReport], sent: Sent | None) -> None:
         await self._call(
             "select autotag.report_stages(%s, %s, %s)", self.worker, Jsonb(stages), Jsonb(sent) if sent else None
         )
 
-    async def settle(self, reports: list[dict[str, Any]], seen: dict[str, Any] | None) -> Settled:
+    async def settle(self, reports: list[Report], seen: Seen | None) -> Settled:
         row = await self._call(
             "select autotag.settle(%s, %s, %s) as told", self.worker, Jsonb(reports), Jsonb(seen) if seen else None
         )
-        return Settled(**row["told"])
+        return make(Settled, row["told"])
 
     async def claim_batches(self, slots: int) -> BatchClaim:
         """Not tried again by itself: after an error call `release_unheld`."""
@@ -171,10 +208,10 @@ class Database:
         return BatchClaim(
             batches=[make(Batch, batch) for batch in row["batches"]],
             wait=row["wait"],
-            poll={batch["id"]: batch["since"] for batch in row["poll"] or []},
+            poll=[make(Submitted, batch) for batch in row["poll"] or []],
             cancel=row["cancel"] or [],
             files=row["files"],
-            question=self._asked(known, row["question"]),
+            settings=self._settings(known, row["question"]),
             look_up=row["look_up"],
         )
 
@@ -202,29 +239,28 @@ class Database:
             self.worker, batch.batch, batch.attempt, openai_batch_id, status, input_file_id,
         )  # fmt: skip
 
-    async def batch_trouble(self, batch: Batch, error: dict[str, Any]) -> None:
+    async def batch_trouble(self, batch: Batch, error: ErrorReport) -> None:
         await self._call(
             "select autotag.batch_trouble(%s, %s, %s, %s)", self.worker, batch.batch, batch.attempt, Jsonb(error)
         )
 
-    async def batches_seen(self, seen: list[dict[str, Any]]) -> None:
+    async def batches_seen(self, seen: list[BatchSeen]) -> None:
         await self._call("select autotag.batches_seen(%s, %s)", self.worker, Jsonb(seen))
 
-    async def batch_answers(self, batch: Batch, answers: list[dict[str, Any]]) -> Settled:
+    async def batch_answers(self, batch: Batch, answers: list[BatchAnswer]) -> Settled:
         """How many images have ended by that; the others are noted or were known."""
         row = await self._call(
             "select autotag.batch_answers(%s, %s, %s, %s) as told",
             self.worker, batch.batch, batch.attempt, Jsonb(answers),
         )  # fmt: skip
-        return Settled(**row["told"])
+        return make(Settled, row["told"])
 
-    async def provider_checked(self, facts: dict[str, Any]) -> str | None:
-        """Tells what the provider said of the model: ``{model, shutdown_date, batches}``, each optional; a sentence for
-        the log when the model's end is near."""
+    async def provider_checked(self, facts: ProviderFacts) -> str | None:
+        """Tells what the provider said of the model; a sentence for the log when the model's end is near."""
         row = await self._call("select autotag.provider_checked(%s, %s) as notice", self.worker, Jsonb(facts))
         return cast("str | None", row["notice"])
 
-    async def poll_trouble(self, error: dict[str, Any]) -> None:
+    async def poll_trouble(self, error: ErrorReport) -> None:
         await self._call("select autotag.poll_trouble(%s, %s)", self.worker, Jsonb(error))
 
     async def files_deleted(self, files: Sequence[str]) -> None:
@@ -249,12 +285,12 @@ class Database:
             raise Refused(str(error.diag.message_primary), error.diag.message_hint, None) from None
         return str(row["result"])
 
-    async def metrics(self) -> dict[str, Any]:
-        """Counts and ages of the whole system; see ``autotag.metrics`` in the migrations. Not tried again."""
-        return cast("dict[str, Any]", (await self._once("select autotag.metrics() as m"))["m"])
+    async def metrics(self) -> Metrics:
+        """Counts and ages of the whole system. Not tried again."""
+        return cast("Metrics", (await self._once("select autotag.metrics() as m"))["m"])
 
-    async def take_outbox(self, limit: int) -> list[dict[str, Any]]:
-        return cast("list[dict[str, Any]]", (await self._call("select autotag.take_outbox(%s) as m", limit))["m"])
+    async def take_outbox(self, limit: int) -> list[Broadcast]:
+        return cast("list[Broadcast]", (await self._call("select autotag.take_outbox(%s) as m", limit))["m"])
 
 
 def _version(question: Question | None) -> int | None:

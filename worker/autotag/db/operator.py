@@ -10,7 +10,17 @@ import psycopg
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from autotag.db.messages import Refused
+from autotag.db.messages import Refused, Seen
+from autotag.db.operator_messages import (
+    Admission,
+    BackfillPart,
+    ComparedImage,
+    ComparisonPreview,
+    ComparisonReport,
+    ComparisonStep,
+    Diagnosis,
+    ModelQuestion,
+)  # fmt: skip
 
 
 class Operator:
@@ -57,9 +67,9 @@ class Operator:
     async def schema_version(self) -> str:
         return str(await self._value("select autotag.schema_version()"))
 
-    async def diagnose(self) -> dict[str, Any]:
-        """``{findings: [{check, level, message, fix}], now (epoch seconds), model, sample: {bucket, path}}``."""
-        return cast("dict[str, Any]", await self._value("select autotag.diagnose()"))
+    async def diagnose(self) -> Diagnosis:
+        """What the database can tell of itself."""
+        return cast("Diagnosis", await self._value("select autotag.diagnose()"))
 
     async def send_probe(self, nonce: str) -> None:
         await self._value("select autotag.send_probe(%s)", nonce)
@@ -73,43 +83,45 @@ class Operator:
         return cast("dict[str, Any]", await self._value(
             "select autotag.preview_backfill(%s, %s, %s, %s)", workspace, untagged, after, limit))  # fmt: skip
 
-    async def backfill(self, workspace: str, untagged: bool, after: str | None, limit: int) -> dict[str, Any]:
-        """``{job_id, images, last}`` of the next slice; ``last`` None: there are no more.
+    async def backfill(self, workspace: str, untagged: bool, after: str | None, limit: int) -> BackfillPart:
+        """Brings in the next slice.
 
         Raises:
             Refused: with what the database says, and when to try again.
         """
-        return cast("dict[str, Any]", await self._value(
+        return cast("BackfillPart", await self._value(
             "select autotag.backfill(%s, %s, %s, %s)", workspace, untagged, after, limit))  # fmt: skip
 
-    async def preview_comparison(self, workspace: str, model: str, effort: str | None, sample: int) -> dict[str, Any]:
-        """What asking another model about tagged images would mean; see ``autotag.preview_comparison``.
+    async def preview_comparison(
+        self, workspace: str, model: str, effort: str | None, sample: int
+    ) -> ComparisonPreview:
+        """What asking another model about tagged images would mean.
 
         Raises:
             Refused: no such effort, no tagged image, or a quota does not allow it.
         """
-        return cast("dict[str, Any]", await self._value(
+        return cast("ComparisonPreview", await self._value(
             "select autotag.preview_comparison(%s, %s, %s, %s)", workspace, model, effort, sample))  # fmt: skip
 
-    async def comparison_sample(self, workspace: str, sample: int) -> list[dict[str, Any]]:
-        """The images to compare: asset_id, bucket, path, url, and the stored tags, caption, confidence and model."""
-        return cast("list[dict[str, Any]]", await self._value(
+    async def comparison_sample(self, workspace: str, sample: int) -> list[ComparedImage]:
+        """The images to compare."""
+        return cast("list[ComparedImage]", await self._value(
             "select autotag.comparison_sample(%s, %s)", workspace, sample))  # fmt: skip
 
-    async def admit_comparison(self, workspace: str, question: dict[str, Any], cap: int | None) -> dict[str, Any]:
+    async def admit_comparison(self, workspace: str, question: ModelQuestion, cap: int | None) -> Admission:
         """A place for one call under all limits, or how long to wait for it.
 
         Raises:
             Refused: a quota does not allow it any more, or no limit can ever hold it.
         """
-        return cast("dict[str, Any]", await self._value(
+        return cast("Admission", await self._value(
             "select autotag.admit_comparison(%s, %s, %s)", workspace, Jsonb(question), cap))  # fmt: skip
 
     async def settle_comparison(
-        self, workspace: str, question: dict[str, Any], report: dict[str, Any], seen: dict[str, Any] | None
-    ) -> dict[str, Any]:
+        self, workspace: str, question: ModelQuestion, report: ComparisonReport, seen: Seen | None
+    ) -> ComparisonStep:
         """Reports what came of one call, and learns what to do next about its image."""
-        return cast("dict[str, Any]", await self._value(
+        return cast("ComparisonStep", await self._value(
             "select autotag.settle_comparison(%s, %s, %s, %s)",
             workspace, Jsonb(question), Jsonb(report), Jsonb(seen) if seen else None,
         ))  # fmt: skip

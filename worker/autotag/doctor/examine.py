@@ -10,7 +10,6 @@ import asyncio
 import time
 import uuid
 from contextlib import suppress
-from typing import Any
 
 import psycopg
 from realtime import AsyncRealtimeClient, BroadcastPayload, RealtimeSubscribeStates
@@ -54,7 +53,7 @@ async def examine(settings: DoctorSettings) -> list[Finding]:
         findings.append(await _pooler(settings))
         version = await _version(database)
         findings.append(version)
-        diagnosis: dict[str, Any] = {}
+        diagnosis: db.Diagnosis | None = None
         if version.level != "error":
             try:
                 diagnosis = await database.diagnose()
@@ -63,11 +62,11 @@ async def examine(settings: DoctorSettings) -> list[Finding]:
                     Finding("roles", "error", "The login may not call autotag's worker functions.",
                             f"grant autotag_worker to {settings.database_url.hosts()[0]['username'] or 'tagger'};")
                 )  # fmt: skip
-        findings += [Finding(**finding) for finding in diagnosis.get("findings", [])]
         if diagnosis:
+            findings += [Finding(**finding) for finding in diagnosis["findings"]]
             findings.append(compare_clocks("clock skew", "the database", diagnosis["now"]))
             findings.append(await _broadcast(settings, database))
-            findings.append(await _storage(settings, diagnosis.get("sample")))
+            findings.append(await _storage(settings, diagnosis["sample"]))
         findings.append(await provider.check(settings, await _model(database, diagnosis)))
         findings.append(_webhook(settings))
     return findings
@@ -97,16 +96,17 @@ async def _version(database: db.Operator) -> Finding:
     return Finding("schema", "ok", f"Version {version}, the same as here.")
 
 
-async def _model(database: db.Operator, diagnosis: dict[str, Any]) -> dict[str, Any] | None:
+async def _model(database: db.Operator, diagnosis: db.Diagnosis | None) -> db.ModelStatus | None:
     """The model that the settings name, as the database knows it (``model`` of ``autotag.status``); None: unknown."""
     if not diagnosis:
         return None
     try:
-        model: dict[str, Any] = (await database.status())["model"]
+        model: db.ModelStatus = (await database.status())["model"]
     except psycopg.Error:  # diagnose() has already reported what is wrong
         return None
     # Workers may not have asked since the settings changed.
-    return model | {"name": diagnosis["model"], "proven": model["proven"] and model["name"] == diagnosis["model"]}
+    proven = model["proven"] and model["name"] == diagnosis["model"]
+    return {**model, "name": diagnosis["model"], "proven": proven}
 
 
 async def _broadcast(settings: DoctorSettings, database: db.Operator) -> Finding:
@@ -153,7 +153,7 @@ async def _broadcast(settings: DoctorSettings, database: db.Operator) -> Finding
     return Finding(check, "ok", f"A broadcast from the database arrived after {took * 1000:.0f} ms.")
 
 
-async def _storage(settings: DoctorSettings, sample: dict[str, str] | None) -> Finding:
+async def _storage(settings: DoctorSettings, sample: db.StoredFile | None) -> Finding:
     """Whether the key reads Storage, and the newest image (``sample``, with ``bucket`` and ``path``) if it is there."""
     check, key = "storage", settings.secret_key()
     if not settings.supabase_url or not key:
@@ -174,7 +174,7 @@ async def _storage(settings: DoctorSettings, sample: dict[str, str] | None) -> F
     return Finding(check, "ok", f"Readable; buckets: {names}." + (" The newest image could be read." if sample else ""))
 
 
-def _unreadable_sample(error: TaggingError, sample: dict[str, str], buckets: frozenset[str]) -> Finding:
+def _unreadable_sample(error: TaggingError, sample: db.StoredFile, buckets: frozenset[str]) -> Finding:
     """The key works, but the newest image cannot be read, because of its bucket or of this one file."""
     check, bucket = "storage", sample["bucket"]
     if bucket not in buckets:

@@ -19,19 +19,18 @@ import base64
 import json
 import re
 import time
-import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import quote
 
-import aiohttp
 import httpx2
 import structlog
-from openai import DefaultAioHttpClient
 
 from autotag.errors import TaggingError, image_error
+from autotag.images.body import Response, read_body, read_up_to
+from autotag.openai.http import HTTP_ERRORS, make_http
 from autotag.redact import redact
 from autotag.texts import clean_text, printable
 
@@ -43,8 +42,6 @@ MOST_TOLD = 10_000_000  # bytes of an answer that is no file; a list of 1,000 bu
 MOST_BUCKETS_WARNED_OF = 100  # names come from rows, so there may be any number
 LONGEST_REASON = 200  # characters of Storage's own words in a message
 
-GZIP_OR_ZLIB = 47  # zlib's wbits: the largest window, and either header
-
 SECRET, PUBLISHABLE = "service_role", ("anon", "authenticated")  # roles: row level security holds for the latter
 PASSING = (408, 425, 429)  # statuses besides 5xx that are over when they are over
 REFUSALS = ("AccessDenied", "InvalidJWT", "Unauthorized", "Invalid JWT")  # the last two: of releases without codes
@@ -53,20 +50,6 @@ CHECK_KEY = "Check SUPABASE_SECRET_KEY (the project's secret key)."
 CHECK_URL = "Check SUPABASE_URL."
 
 log = structlog.get_logger(__name__)
-
-
-class Response(Protocol):
-    """An HTTP answer, of httpx or of httpx2."""
-
-    @property
-    def status_code(self) -> int: ...
-
-    @property
-    def headers(self) -> Mapping[str, str]: ...
-
-    def aiter_bytes(self) -> AsyncIterator[bytes]: ...
-
-    def aiter_raw(self) -> AsyncIterator[bytes]: ...
 
 
 class Storage:
@@ -84,8 +67,7 @@ class Storage:
         self._role = key_role(key)
         self._max_bytes = max_bytes
         headers = {"apikey": key, "Authorization": f"Bearer {key}", "Accept-Encoding": "identity"}
-        # As for the API: aiohttp underneath, whose pool costs the same however many connections are in it.
-        self._http = DefaultAioHttpClient(
+        self._http = make_http(
             timeout=timeout, limits=httpx2.Limits(max_connections=100), headers=headers, follow_redirects=False
         )
         self._looking = asyncio.Lock()
@@ -184,11 +166,10 @@ class Storage:
             async with self._http.stream("GET", self._url + where) as response:
                 if response.status_code == 200:
                     return await read_body(response, most)
-                return read_answer(response, await _read_up_to(response, MOST_TOLD))
+                return read_answer(response, await read_up_to(response, MOST_TOLD))
         except httpx2.InvalidURL:  # longer than any URL may be, or SUPABASE_URL is none
             return Answer(414, "", "", False, None)
-        # ClientError: an answer that is no HTTP.
-        except (httpx2.HTTPError, aiohttp.ClientError):
+        except HTTP_ERRORS:
             raise TaggingError("transient", "storage_error", "Storage cannot be reached.") from None
 
     def _warn_of(self, bucket: str) -> None:
@@ -255,59 +236,6 @@ def key_role(key: str) -> str | None:
     except (ValueError, TypeError, KeyError):
         return None
     return role if isinstance(role, str) else None
-
-
-async def read_body(response: Response, max_bytes: int) -> bytes:
-    """The body of an image's file.
-
-    Raises:
-        TaggingError: it is larger than ``max_bytes``.
-    """
-    data = await _read_up_to(response, max_bytes)
-    if len(data) > max_bytes:
-        raise image_error(
-            "file_too_large", f"The file is larger than {max_bytes / 1_000_000:g} MB, the most that is accepted."
-        )
-    return data
-
-
-async def _read_up_to(response: Response, most: int) -> bytes:
-    """A body, or a little more than its first ``most`` bytes; never is more than that decoded.
-
-    Raises:
-        TaggingError: of the image, when it is encoded in a way that was not asked for and is not understood.
-    """
-    encoding = response.headers.get("content-encoding", "").strip().lower()
-    if encoding in ("", "identity"):
-        return await _first(response.aiter_bytes(), most)
-    if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise image_error("unsupported_format", "The image's host sends it in an encoding that is not accepted.")
-    return _decoded(await _first(response.aiter_raw(), most), most)
-
-
-def _decoded(data: bytes, most: int) -> bytes:
-    """The first ``most`` bytes of what is compressed, and one more. httpx would decode a chunk as a whole, and 64 kB of
-    gzip can become 64 MB."""
-    if len(data) > most:
-        return data  # too large even so
-    decoder = zlib.decompressobj(GZIP_OR_ZLIB)
-    try:
-        decoded = decoder.decompress(data, most + 1)
-    except zlib.error:
-        decoded = b""
-    if not decoder.eof and len(decoded) <= most:
-        raise image_error("damaged_image", "The image file is damaged or incomplete.")
-    return decoded
-
-
-async def _first(parts: AsyncIterator[bytes], most: int) -> bytes:
-    chunks, size = [], 0
-    async for chunk in parts:
-        chunks.append(chunk)
-        size += len(chunk)
-        if size > most:
-            break
-    return b"".join(chunks)
 
 
 def _stays_inside(bucket: str, path: str) -> bool:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter as Counts
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
+
+from autotag.db.messages import BatchAnswer, Metrics, Report
 
 SAMPLE_EVERY = 5.0  # seconds that an answer of the database serves every scrape
 READ_MOST = 5.0  # seconds that it may take
@@ -91,7 +93,7 @@ def timed(histogram: Histogram, label: str) -> Iterator[None]:
         histogram.labels(label).observe(time.perf_counter() - started)
 
 
-def count_answers(lane: str, reports: Iterable[dict[str, Any]]) -> None:
+def count_answers(lane: str, reports: Iterable[Report] | Iterable[BatchAnswer]) -> None:
     """Counts reports as `Database.settle` and `Database.batch_answers` take them, a bulk at a time."""
     outcomes, tokens = Counts[str](), Counts[str]()
     for report in reports:
@@ -107,9 +109,9 @@ def count_answers(lane: str, reports: Iterable[dict[str, Any]]) -> None:
 class SystemMetrics(Collector):
     """The database's part, read at most every few seconds however often it is asked."""
 
-    def __init__(self, read: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+    def __init__(self, read: Callable[[], Awaitable[Metrics]]) -> None:
         self._read = read
-        self._values: dict[str, Any] = {}
+        self._values: Mapping[str, Any] = {}
         self._read_at = float("-inf")
         self._reading = asyncio.Lock()  # many that ask at once wait for one answer, and take one connection
 

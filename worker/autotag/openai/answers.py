@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
+from autotag.db.messages import TagResult, Usage
 from autotag.errors import TaggingError, image_error
 from autotag.openai.classify import error_in_answer
 from autotag.texts import clean_text
@@ -44,9 +45,8 @@ _FENCE = re.compile(r"```[a-zA-Z]*\s*(.*?)```", re.DOTALL)
 _NUMBER = re.compile(r"\s*(-?\d+(?:[.,]\d+)?)\s*(%)?\s*")
 
 
-def read_completion(completion: dict[str, Any], max_tags: int) -> dict[str, Any]:
-    """What is stored of a chat completion: ``{tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}``, the surest
-    tag first. A tag whose confidence the model did not give has none.
+def read_completion(completion: dict[str, Any], max_tags: int) -> TagResult:
+    """What is stored of a chat completion. A tag whose confidence the model did not give has none.
 
     Raises:
         TaggingError: of the image, when the model refused, ran out of tokens or gave nothing that can be read; else of
@@ -281,9 +281,8 @@ def normalise_tags(tags: list[tuple[str, float | None]], max_tags: int) -> list[
     return sorted(best.items(), key=lambda item: -(item[1] if item[1] is not None else 0.5))[:max_tags]
 
 
-def read_usage(completion: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The provider's own usage figures, ``{input, cached, cache_write, output, reasoning}`` tokens, with the ``model``
-    that answered and the service ``tier`` it was billed in (None: it does not say). None: there are no figures."""
+def read_usage(completion: Mapping[str, Any]) -> Usage | None:
+    """The provider's own figures of usage; None: there are none."""
     usage = completion.get("usage")
     if not isinstance(usage, dict):
         return None

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autotag.errors import Kind, TaggingError
+from autotag.db.messages import Kind
+from autotag.errors import TaggingError
 from autotag.openai.headers import read_limits, retry_after, wait_in_words
 from autotag.redact import redact
 from autotag.texts import clean_text
@@ -249,7 +250,7 @@ def classify_status(status: int, body: object, headers: Mapping[str, str]) -> Ta
     wait = retry_after(headers) or wait_in_words(complaint.message)
 
     def error(kind: Kind, its_code: str, message: str, **more: Any) -> TaggingError:
-        return TaggingError(kind, its_code, message, origin="provider", **{"retry_after": wait, **more})
+        return TaggingError(kind, its_code, message, origin="provider", status=status, **{"retry_after": wait, **more})
 
     if lower in FILTER_CODES and status != 429:
         return error("image", "image_refused", f"The AI service refused this image: {said}")

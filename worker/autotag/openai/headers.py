@@ -6,15 +6,17 @@ import re
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from time import time
-from typing import Any
+from typing import cast
+
+from autotag.db.messages import Limits
 
 MAX_RETRY_AFTER = 3600.0  # seconds; the database allows no more either (autotag.clean_error)
 
 _COUNT = re.compile(r"[0-9]{1,10}")
 
 
-def read_limits(headers: Mapping[str, str]) -> dict[str, Any]:
-    """What answers say about the provider's bucket, as ``autotag.observe_provider`` takes it.
+def read_limits(headers: Mapping[str, str]) -> Limits:
+    """What answers say about the provider's bucket.
 
     Compatible servers leave headers out or send zeros and words: only sensible numbers are passed on.
     """
@@ -22,13 +24,14 @@ def read_limits(headers: Mapping[str, str]) -> dict[str, Any]:
         "requests_limit": "x-ratelimit-limit-requests", "requests_left": "x-ratelimit-remaining-requests",
         "tokens_limit": "x-ratelimit-limit-tokens", "tokens_left": "x-ratelimit-remaining-tokens",
     }  # fmt: skip
-    seen: dict[str, Any] = {}
+    seen: dict[str, int] = {}
     for name, header in names.items():
         value = headers.get(header, "")
         if _COUNT.fullmatch(value) and (int(value) > 0 or name.endswith("left")) and int(value) < 2**31:
             seen[name] = int(value)
     # A remaining without its limit is a stray: zeros were seen from servers that do not meter at all.
-    return {k: v for k, v in seen.items() if k.endswith("limit") or k.replace("left", "limit") in seen}
+    told = {k: v for k, v in seen.items() if k.endswith("limit") or k.replace("left", "limit") in seen}
+    return cast("Limits", told)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

@@ -1,18 +1,14 @@
-"""What OpenAI says of a batch, and the lines of its output and error files."""
+"""The lines of a batch's output and error files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from typing import Any
 
-from openai.types import Batch as OpenAIBatch
-
+from autotag.db.messages import BatchAnswer
 from autotag.errors import TaggingError
 from autotag.openai.answers import read_completion, read_usage
-from autotag.openai.classify import MESSAGE_LENGTH, classify_status
-from autotag.redact import redact
-from autotag.texts import clean_text
+from autotag.openai.classify import classify_status
 
 LINE_MOST = 1_000_000  # bytes of a line that are kept; an answer has a few thousand
 
@@ -31,32 +27,8 @@ async def read_lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         yield rest
 
 
-def describe(batch: OpenAIBatch) -> dict[str, Any]:
-    """An OpenAI Batch as ``autotag.batches_seen`` takes it."""
-    counts = batch.request_counts
-    errors = (batch.errors.data or []) if batch.errors else []
-    first = errors[0] if errors else None
-    return {
-        "id": batch.id,
-        "status": batch.status,
-        "output_file_id": batch.output_file_id,
-        "error_file_id": batch.error_file_id,
-        "total": counts.total if counts else 0,
-        "done": counts.completed + counts.failed if counts else 0,
-        "error_code": _words(first.code) if first else None,
-        "error": _words(first.message) if first else None,
-        # no credit, for example, is nothing that the batch could help
-        "error_kind": classify_status(400, {"error": first.model_dump()}, {}).kind if first else None,
-    }
-
-
-def _words(text: str | None) -> str | None:
-    """The provider's words, fit to be stored."""
-    return clean_text(redact(text))[:MESSAGE_LENGTH] if isinstance(text, str) else None
-
-
-def read_line(line: bytes, max_tags: int) -> dict[str, Any] | None:
-    """One line of an output or error file as ``autotag.batch_answers`` takes it; None when it is no answer."""
+def read_line(line: bytes, max_tags: int) -> BatchAnswer | None:
+    """One line of an output or error file; None when it is no answer."""
     try:
         entry = json.loads(line)
         task = int(entry["custom_id"])
@@ -66,7 +38,7 @@ def read_line(line: bytes, max_tags: int) -> dict[str, Any] | None:
         return None
     if not 0 < task < 2**63:
         return None
-    report: dict[str, Any] = {"task": task}
+    report: BatchAnswer = {"task": task}
     try:
         if status != 200 or not isinstance(body, dict):
             # Lines of "completed" batches have been seen with status 0 and 5xx, and with `error` alone.

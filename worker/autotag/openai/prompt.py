@@ -3,29 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-
-@dataclass(frozen=True)
-class Question:
-    """What the database wants asked of the model (``autotag.describe_question``), the same for all images of a claim.
-
-    version: changes with anything else. reasoning_effort, service_tier: None: not sent. cap_parameter: the name that
-    the provider has for the cap of an answer. answer_format: how it is told of the schema; without ``json_schema`` the
-    schema stands in the instructions. sends_detail: whether it takes ``detail``.
-    """
-
-    version: int
-    model: str
-    image_detail: Literal["low", "high"]
-    max_tags: int
-    tag_language: str
-    reasoning_effort: str | None = None
-    service_tier: str | None = None
-    cap_parameter: Literal["max_completion_tokens", "max_tokens", "none"] = "max_completion_tokens"
-    answer_format: Literal["json_schema", "json_object", "text"] = "json_schema"
-    sends_detail: bool = True
+from autotag.db.messages import Question
 
 
 def answer_schema() -> dict[str, Any]:

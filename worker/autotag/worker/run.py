@@ -11,21 +11,24 @@ from collections.abc import AsyncIterator, Iterable
 
 import psycopg
 import structlog
-from openai import AsyncOpenAI
 
 import autotag
 from autotag.config import Settings
-from autotag.db import Database, VersionsDiffer, can_listen, listen
+from autotag.db import Database, Registered, VersionsDiffer, can_listen, listen
 from autotag.http import webhook
 from autotag.http.health import Health, make_app
 from autotag.http.serve import serve
-from autotag.images.prepare import Images
+from autotag.images.load import Images
 from autotag.observability.metrics import SystemMetrics
-from autotag.openai import provider
+from autotag.openai.provider import Provider, fingerprint
 from autotag.redact import said
 from autotag.worker import realtime
 from autotag.worker.batch import BatchLane
 from autotag.worker.broadcast import deliver_outbox
+from autotag.worker.observations import Observations
+from autotag.worker.outcomes import Outcomes
+from autotag.worker.stages import Stages
+from autotag.worker.tag import Tagger
 from autotag.worker.wake import Wake
 
 HEARTBEATS_PER_LEASE = 3  # two may get lost before a lease runs out
@@ -52,15 +55,13 @@ async def run_worker(settings: Settings) -> None:
 
 
 class Worker:
-    """The parts of one worker, made from its settings."""
+    """One worker, made from its settings."""
 
     def __init__(self, settings: Settings, wake: Wake) -> None:
         self._settings = settings
         self._wake = wake
         self._id = uuid.uuid4()
         self._url = str(settings.database_url)
-        self._log = log.bind(worker=str(self._id))
-        self._differs: VersionsDiffer | None = None
 
     async def run(self) -> None:
         """Until the worker is asked to stop.
@@ -72,100 +73,105 @@ class Worker:
         """
         listening = await self._find_out_whether_listening()
         # What cannot LISTEN is a transaction pooler, and that cannot keep prepared statements either.
-        self._db = Database(self._url, self._id, prepare=listening)
-        await self._db.open()
+        db = Database(self._url, self._id, prepare=listening)
+        await db.open()
         try:
-            seconds = await self._register()
-            await self._work(seconds)
+            await _Shift(self._settings, self._wake, db).run()
         finally:
-            await self._db.close()
-        if self._differs:
-            raise self._differs
+            await db.close()
 
     async def _find_out_whether_listening(self) -> bool:
         if await can_listen(self._url):
             return True
         self._wake.poll_every = self._settings.poll_interval
-        self._log.warning(
+        log.warning(
             "listen_impossible",
+            worker=str(self._id),
             hint="This looks like a transaction pooler (port 6543). The worker polls instead; use a direct or "
             "session-mode connection (port 5432) to be woken at once.",
             poll_interval=self._settings.poll_interval,
         )
         return False
 
-    async def _register(self) -> float:
-        """Introduces the worker; the lease in seconds. What to ask of the model comes with every claim."""
+
+class _Shift:
+    """What a worker does while it is connected: registers, keeps its lease, runs both lanes, and hands over."""
+
+    def __init__(self, settings: Settings, wake: Wake, db: Database) -> None:
+        self._settings = settings
+        self._wake = wake
+        self._db = db
+        self._log = log.bind(worker=str(db.worker))
+        self._differs: VersionsDiffer | None = None
+
+    async def run(self) -> None:
+        """As `Worker.run`."""
+        registered = await self._register()
+        await self._work(registered.lease_seconds / HEARTBEATS_PER_LEASE)
+        if self._differs:
+            raise self._differs
+
+    async def _register(self) -> Registered:
+        """Introduces the worker. What to ask of the model comes with every claim."""
         settings = self._settings
-        key = provider.fingerprint(settings.openai_api_key.get_secret_value(), settings.openai_base_url)
-        answer = await self._db.register(
+        key = fingerprint(settings.openai_api_key.get_secret_value(), settings.openai_base_url)
+        return await self._db.register(
             socket.gethostname(), autotag.__version__, self._wake.poll_every is None, settings.openai_base_url, key
         )
-        self._batch_max_bytes = int(answer["batch_max_bytes"])
-        return float(answer["lease_seconds"])
 
-    async def _work(self, lease: float) -> None:
-        settings, wake = self._settings, self._wake
-        key = settings.secret_key()
-        client = provider.make_client(
-            settings.openai_api_key.get_secret_value(), settings.openai_base_url, settings.call_timeout
-        )
-        reports = realtime.Reports(self._db)
-        health = Health(lease / HEARTBEATS_PER_LEASE)
+    async def _work(self, beat: float) -> None:
+        """Both lanes and what helps them; ``beat`` seconds are between heartbeats."""
+        settings, wake, db = self._settings, self._wake, self._db
+        observations = Observations()
+        stages = Stages(db, observations)
+        outcomes = Outcomes(db, stages, observations)
+        health = Health(beat)
         async with (
-            client,
+            Provider(
+                settings.openai_api_key.get_secret_value(), settings.openai_base_url, settings.call_timeout
+            ) as provider,
             Images(
                 supabase_url=settings.supabase_url,
-                supabase_key=key,
+                supabase_key=settings.secret_key(),
                 hosts=settings.image_hosts,
                 max_bytes=settings.image_max_bytes,
                 max_pixels=settings.image_max_pixels,
             ) as images,
-            self._web(client, health),
+            self._web(provider, health),
             asyncio.TaskGroup() as background,
         ):
-            batches = BatchLane(
-                self._db, wake, images, client,
-                slots=settings.batch_slots, fetches=settings.fetches, max_bytes=self._batch_max_bytes,
-            )  # fmt: skip
+            tagger = Tagger(images, provider, outcomes, stages, observations)
+            batches = BatchLane(db, wake, images, provider, slots=settings.batch_slots, fetches=settings.fetches)
             helpers = [
                 background.create_task(work)
                 for work in (
-                    *([listen(self._url, wake.notify)] if wake.poll_every is None else []),
-                    self._heartbeat(lease / HEARTBEATS_PER_LEASE, health),
-                    self._deliver(key),
-                    reports.settle_forever(),
-                    reports.tell_stages_forever(),
+                    *([listen(str(settings.database_url), wake.notify)] if wake.poll_every is None else []),
+                    self._heartbeat(beat, health),
+                    self._deliver(settings.secret_key()),
+                    outcomes.settle_forever(),
+                    stages.tell_forever(),
                 )
             ]
             self._log.info("worker_started", slots=settings.slots)
             async with asyncio.TaskGroup() as lanes:
-                lanes.create_task(
-                    realtime.run(
-                        self._db,
-                        wake,
-                        settings.slots,
-                        lambda image, question: realtime.tag(image, images, client, question, reports),
-                        settings.stop_deadline,
-                    )
-                )
+                lanes.create_task(realtime.run(db, wake, settings.slots, tagger.tag, settings.stop_deadline))
                 lanes.create_task(batches.run(settings.stop_deadline))
-            await self._hand_over(reports)
+            await self._hand_over(outcomes)
             await _end(helpers)
         self._log.info("worker_stopped")
 
-    async def _hand_over(self, reports: realtime.Reports) -> None:
+    async def _hand_over(self, outcomes: Outcomes) -> None:
         """Settles what is done and gives back the rest; without a database the lease does the latter."""
         try:
             async with asyncio.timeout(HAND_OVER):
-                await reports.idle.wait()
+                await outcomes.idle.wait()
                 given_back = await self._db.release()
                 self._log.info("handed_over", given_back=given_back)
         except (TimeoutError, psycopg.Error):
             self._log.error("hand_over_failed", hint="The database did not answer; what was in hand goes back later.")
 
     @contextlib.asynccontextmanager
-    async def _web(self, client: AsyncOpenAI, health: Health) -> AsyncIterator[None]:
+    async def _web(self, provider: Provider, health: Health) -> AsyncIterator[None]:
         """Serves health and metrics, and OpenAI's webhook, each where an address is set.
 
         The webhook has a port of its own: who can reach that must not be able to keep health checks waiting.
@@ -182,7 +188,7 @@ class Worker:
             apps.append((settings.http, make_app(health, SystemMetrics(self._db.metrics))))
         if settings.webhook and settings.openai_webhook_secret:
             secret = settings.openai_webhook_secret.get_secret_value()
-            apps.append((settings.webhook, webhook.make_app(client, secret, receive)))
+            apps.append((settings.webhook, webhook.make_app(provider, secret, receive)))
         async with contextlib.AsyncExitStack() as open_ports:
             for address, app in apps:
                 host, _, port = address.rpartition(":")

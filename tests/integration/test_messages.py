@@ -1,0 +1,179 @@
+"""Worker and database mean the same by their messages: what the SQL reads of each, and what it answers with."""
+
+from __future__ import annotations
+
+import re
+import typing
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import pytest
+from psycopg.types.json import Jsonb
+
+from autotag.db import messages as m
+from autotag.db import operator_messages as o
+from support import Library
+
+WORKER = "00000000-0000-4000-8000-000000000001"
+
+#: Each message that goes in, and the functions with the names by which they read it.
+READ: dict[type, list[tuple[str, str]]] = {
+    m.ErrorReport: [("clean_error", "p_error")],
+    m.Usage: [("clean_usage", "p_usage")],
+    m.TagResult: [("clean_result", "p_result"), ("is_tidy", "p_result")],
+    m.Report: [("settle", "e")],
+    m.BatchAnswer: [("batch_answers", "e")],
+    m.StageReport: [("report_stages", "e")],
+    m.Sent: [("report_stages", "p_sent")],
+    m.Seen: [("settle", "p_seen"), ("observe_provider", "p_seen")],
+    m.BatchSeen: [("batches_seen", "s")],
+    m.ProviderFacts: [("provider_checked", "p_facts")],
+    o.ComparisonReport: [("settle_comparison", "p_report"), ("next_step", "p_report")],
+}
+
+
+def keys(message: Any) -> set[str]:
+    return {field.name for field in fields(message)} if is_dataclass(message) else set(typing.get_type_hints(message))
+
+
+def required(message: Any) -> set[str]:
+    """The keys that a TypedDict has to have."""
+    hints = typing.get_type_hints(message, include_extras=True)
+    return {name for name, hint in hints.items() if typing.get_origin(hint) is not typing.NotRequired}
+
+
+@pytest.mark.parametrize("message", READ, ids=lambda message: message.__name__)
+def test_the_database_reads_the_keys_that_a_message_has(library: Library, message: type) -> None:
+    read: set[str] = set()
+    for function, name in READ[message]:
+        [row] = library.sql("select prosrc from pg_proc where proname = %s and pronamespace = 'autotag'::regnamespace",
+                            function)  # fmt: skip
+        body = re.sub(r"--.*", "", row["prosrc"])
+        read |= set(re.findall(rf"(?<![\w.]){name} (?:->>?|\?) '(\w+)'", body))
+        read |= set(re.findall(rf"clean_number\({name}, '(\w+)'", body))
+    assert read == keys(message), f"{', '.join(function for function, _ in READ[message])} and {message.__name__}"
+
+
+def check(message: Any, answer: dict[str, Any] | None, *, every: bool = True) -> None:
+    """An answer has the keys of its message: all of them, or at least those that it must have."""
+    assert answer is not None
+    assert set(answer) <= keys(message), f"{message.__name__} lacks what the database says"
+    assert (keys(message) if every else required(message)) <= set(answer), (
+        f"the database leaves out of {message.__name__}"
+    )
+
+
+def test_single_calls(library: Library) -> None:
+    check(m.Registered, register(library))
+    assets = library.insert(["a.jpg", "b.jpg"])
+    library.enqueue(assets)
+    [claim] = library.sql("select * from autotag.claim(%s, 10)", WORKER)
+    assert set(claim) == {"tasks", "wait", "bound", "question"}
+    check(m.Question, claim["question"])
+    for image in claim["tasks"]:
+        check(m.Image, image)
+    reports = [{"task": image["task"], "attempt": image["attempt"], "called": False,
+                "error": {"kind": "image", "code": "answer_too_long"}} for image in claim["tasks"]]  # fmt: skip
+    settled = value(library, "autotag.settle(%s, %s)", WORKER, reports)
+    check(m.Settled, settled)
+    for notice in settled["notices"]:
+        check(m.Notice, notice)
+    assert settled["notices"]
+
+
+def test_batches(library: Library) -> None:
+    register(library)
+    library.enqueue(library.insert([f"{number}.jpg" for number in range(60)]))
+    [claim] = library.sql("select * from autotag.claim_batches(%s, 1)", WORKER)
+    assert set(claim) == {"batches", "wait", "question", "poll", "cancel", "files", "look_up"}
+    check(m.Question, claim["question"])
+    [batch] = claim["batches"]
+    check(m.Batch, batch)
+    held = (WORKER, batch["batch"], batch["attempt"])
+    images = value(library, "autotag.batch_images(%s, %s, %s, 0, 100)", *held)
+    assert len(images) > 50
+    for image in images:  # what is said of a single call besides has a default
+        assert set(image) == keys(m.Image) - {"attempt", "job", "traceparent", "waited"}
+    library.sql("update autotag.batches set state = 'creating'")
+    library.sql("select autotag.batch_submitted(%s, %s, %s, 'batch_1', 'validating', 'file-1')", *held)
+    library.sql("update autotag.provider_limits set next_poll_at = '-infinity'")
+    [claim] = library.sql("select * from autotag.claim_batches(%s, 1)", WORKER)
+    [submitted] = claim["poll"]
+    check(m.Submitted, submitted)
+
+
+def test_what_waits_for_realtime(library: Library) -> None:
+    library.sql("insert into autotag.outbox (topic, event, payload, private, created_at)"
+                " values ('t', 'e', '{}', true, now())")  # fmt: skip
+    [message] = value(library, "autotag.take_outbox(10)")
+    check(m.Broadcast, message)
+
+
+def test_operators(library: Library) -> None:
+    check(m.Metrics, value(library, "autotag.metrics()"))
+    library.insert(["a.jpg"])
+    diagnosis = value(library, "autotag.diagnose()")
+    check(o.Diagnosis, diagnosis)
+    for finding in diagnosis["findings"]:
+        check(o.FindingRow, finding)
+    library.enqueue(library.insert(["b.jpg"]))
+    check(o.StoredFile, value(library, "autotag.diagnose()")["sample"])
+    library.sql(
+        "update autotag.models set shutdown_date = current_date + 3 where name = (select model from autotag.settings)"
+    )
+    model = value(library, "autotag.status()")["model"]
+    check(o.ModelStatus, model)
+    check(o.Shutdown, model["shutdown"])
+    check(o.ProviderStatus, model["provider"])
+    workspace = library.member.workspace
+    check(o.BackfillPreview, value(library, "autotag.preview_backfill(%s, true, null, 10)", workspace))
+    check(o.BackfillPart, value(library, "autotag.backfill(%s, true, null, 10)", workspace))
+    check(o.BackfillPart, value(library, "autotag.backfill(%s, true, null, 10)", workspace))
+
+
+def test_comparisons(library: Library) -> None:
+    library.insert(["a.jpg"])
+    library.sql("update public.assets set tags = '{red}', tagging_stage = 'completed'")
+    workspace = library.member.workspace
+    preview = value(library, "autotag.preview_comparison(%s, 'gpt-5-mini', null, 1)", workspace)
+    check(o.ComparisonPreview, preview)
+    question = preview["question"]
+    check(o.ModelQuestion, question)
+    [image] = value(library, "autotag.comparison_sample(%s, 1)", workspace)
+    check(o.ComparedImage, image)
+    admission = value(library, "autotag.admit_comparison(%s, %s)", workspace, question)
+    check(o.Admission, admission, every=False)
+    library.sql("update autotag.provider_limits set blocked_until = now() + interval '1 h'")
+    put_off = value(library, "autotag.admit_comparison(%s, %s)", workspace, question)
+    check(o.Admission, put_off, every=False)
+    library.sql("select autotag.stop_account('no credit', 'storage')")
+    stopped = value(library, "autotag.admit_comparison(%s, %s)", workspace, question)
+    check(o.Admission, stopped, every=False)
+    assert {*admission, *put_off, *stopped} == keys(o.Admission)
+    said: set[str] = set()
+    for code, error in {
+        "done": None, "answer_too_long": {"kind": "image"}, "no_credit": {"kind": "account"},
+        "provider_error": {"kind": "transient"}, "x": {"kind": "account", "parameter": "detail"},
+    }.items():  # fmt: skip
+        report: o.ComparisonReport = {"called": True, "failures": 0, "cut_off": False, "proven": False, "reserved": 100,
+                                      "reserved_at": admission["reserved_at"], "cap": 100}  # fmt: skip
+        if error:
+            report["error"] = {**error, "code": code}  # type: ignore[typeddict-item]
+        step = value(library, "autotag.settle_comparison(%s, %s, %s)", workspace, question, report)
+        check(o.ComparisonStep, step, every=False)
+        said |= set(step)
+    assert said == keys(o.ComparisonStep)
+
+
+def register(library: Library) -> dict[str, Any]:
+    library.sql("update autotag.provider_limits set proven_at = now()")
+    answer: dict[str, Any] = value(
+        library, "autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER
+    )
+    return answer
+
+
+def value(library: Library, call: str, *arguments: Any) -> Any:
+    """What one call of a function answers."""
+    placed = [Jsonb(one) if isinstance(one, dict | list) else one for one in arguments]
+    return library.sql(f"select {call} as told", *placed)[0]["told"]

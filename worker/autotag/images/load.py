@@ -1,0 +1,86 @@
+"""From where an image lies to the JPEG that is sent.
+
+It is sent inline: the provider's own download of image URLs times out too often to rely on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+
+import httpx
+
+from autotag.db import Image
+from autotag.errors import TaggingError, image_error
+from autotag.images.prepare import prepare
+from autotag.images.storage import Storage, file_missing
+from autotag.images.urls import Urls
+
+PREPARE_THREADS = 2
+FETCHES = 32  # files in memory at the same time, each of up to AUTOTAG_IMAGE_MAX_BYTES
+
+
+class Images:
+    """Fetches images from Storage and from allowed hosts, and prepares them."""
+
+    def __init__(
+        self,
+        *,
+        supabase_url: str | None,
+        supabase_key: str | None,
+        hosts: frozenset[str],
+        max_bytes: int,
+        max_pixels: int,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """
+        Args:
+            supabase_url: of the project; without it, or without a key, Storage is out of reach.
+            supabase_key: the project's secret key.
+            hosts: that images with URLs may come from.
+            max_bytes: of a file.
+            max_pixels: of an image, before it is scaled down.
+            transport: instead of the network behind URLs, in tests.
+        """
+        self._max_pixels = max_pixels
+        self._threads = asyncio.Semaphore(PREPARE_THREADS)
+        self._fetches = asyncio.Semaphore(FETCHES)
+        self._urls = Urls(hosts, max_bytes, transport)
+        self._storage = Storage(supabase_url, supabase_key, max_bytes) if supabase_url and supabase_key else None
+
+    async def __aenter__(self) -> Images:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._urls.__aexit__(kind, error, trace)
+        if self._storage is not None:
+            await self._storage.__aexit__(kind, error, trace)
+
+    async def load(self, image: Image, largest_side: int) -> bytes:
+        """The prepared JPEG of an image.
+
+        Raises:
+            TaggingError: of the image, transient, or of the account (Storage's key or address is wrong).
+        """
+        async with self._fetches:
+            if image.refused == "foreign_file":
+                raise image_error("foreign_file", "The image's row names a file that does not belong to its workspace.")
+            if image.refused is not None:  # said as if there were none: whether there is one is not theirs to know
+                raise file_missing()
+            if image.path is not None and image.bucket is not None:
+                data = await self._from_storage(image.bucket, image.path)
+            elif image.url is not None:
+                data = await self._urls.fetch(image.url)
+            else:
+                raise image_error("asset_missing", "The image was deleted.")
+            async with self._threads:
+                return await asyncio.to_thread(prepare, data, largest_side, self._max_pixels)
+
+    async def _from_storage(self, bucket: str, path: str) -> bytes:
+        if self._storage is None:
+            raise TaggingError(
+                "account", "no_storage", "SUPABASE_URL and SUPABASE_SECRET_KEY are not set, so Storage is out of reach."
+            )
+        return await self._storage.read(bucket, path)

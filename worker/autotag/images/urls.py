@@ -1,0 +1,110 @@
+"""Images behind URLs: fetched from allowed hosts only, at public addresses only, with few redirects."""
+
+from __future__ import annotations
+
+import asyncio
+from http.cookiejar import DefaultCookiePolicy
+from types import TracebackType
+from urllib.parse import urljoin, urlsplit
+
+import httpcore
+import httpx
+
+from autotag.errors import TaggingError, image_error
+from autotag.images.addresses import GuardedBackend, no_url
+from autotag.images.body import read_body
+from autotag.texts import printable
+
+FETCH_TIMEOUT = 30.0  # seconds that connecting, or a pause while reading, may take
+FETCH_MOST = 120.0  # seconds that an image may take in all: a host that drips would hold a place for ever
+REDIRECTS = 3
+
+
+class Urls:
+    """Fetches images by their URLs."""
+
+    def __init__(
+        self, hosts: frozenset[str], max_bytes: int, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
+        """
+        Args:
+            hosts: that images may come from.
+            max_bytes: of an image; reading stops there.
+            transport: instead of the network, in tests.
+        """
+        self._hosts = hosts
+        self._max_bytes = max_bytes
+        if transport is None:
+            transport = httpx.AsyncHTTPTransport()
+            transport._pool = httpcore.AsyncConnectionPool(
+                ssl_context=httpx.create_ssl_context(), network_backend=GuardedBackend(), max_connections=100
+            )
+        self._http = httpx.AsyncClient(
+            transport=transport, timeout=FETCH_TIMEOUT, follow_redirects=False, trust_env=False,
+            headers={"Accept-Encoding": "identity"},
+        )  # fmt: skip
+        # A host that sets cookies for one image must not get them back with another workspace's.
+        self._http.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+
+    async def __aenter__(self) -> Urls:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._http.aclose()
+
+    async def fetch(self, url: str) -> bytes:
+        """The bytes of an image.
+
+        Raises:
+            TaggingError: of the image when the address is refused or there is nothing; else transient.
+        """
+        try:
+            async with asyncio.timeout(FETCH_MOST):
+                return await self._follow(url)
+        except TimeoutError:
+            raise TaggingError("transient", "fetch_failed", "The image's host took too long.") from None
+
+    async def _follow(self, url: str) -> bytes:
+        for _ in range(REDIRECTS + 1):
+            self._check(url)
+            try:
+                async with self._http.stream("GET", url) as response:
+                    if response.is_redirect and "location" in response.headers:
+                        url = urljoin(url, response.headers["location"])
+                        continue
+                    return await self._read(response)
+            except (httpx.InvalidURL, ValueError):  # whatever parses a URL or a redirect, and UnicodeError of IDNA
+                raise no_url() from None
+            except httpx.HTTPError as error:
+                if isinstance(error.__context__, httpx.InvalidURL):  # httpx has looked at a redirect's location
+                    raise no_url() from None
+                raise TaggingError("transient", "fetch_failed", "The image's host did not answer.") from None
+        raise image_error("fetch_failed", "The image's address redirects too often.")
+
+    def _check(self, url: str) -> None:
+        """Refuses what is not an https URL of an allowed host.
+
+        Raises:
+            TaggingError: ``url_refused``.
+        """
+        try:
+            parts = urlsplit(url)
+            host, port = (parts.hostname or "").lower(), parts.port
+        except ValueError:
+            raise no_url() from None
+        if parts.scheme != "https" or port not in (None, 443) or parts.username or parts.password:
+            raise image_error("url_refused", "The image's address is not a plain https URL.")
+        if not host:
+            raise no_url()
+        if host not in self._hosts:
+            raise image_error("url_refused", f"Images from the host {printable(host, 100)} are not allowed here.")
+
+    async def _read(self, response: httpx.Response) -> bytes:
+        status = response.status_code
+        if status in (408, 429) or status >= 500:
+            raise TaggingError("transient", "fetch_failed", f"The image's host answered with an error ({status}).")
+        if status != 200:
+            raise image_error("file_missing", f"The image's address answered with status {status}.")
+        return await read_body(response, self._max_bytes)

@@ -1,0 +1,85 @@
+"""A batch when the provider is done with it: its answers are stored, and its files deleted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import structlog
+
+from autotag.db import Batch, Database, DatabaseSettings
+from autotag.db.messages import BatchAnswer
+from autotag.observability.metrics import count_answers
+from autotag.openai.output import read_line
+from autotag.openai.provider import Provider
+from autotag.worker.files import Files
+
+ANSWERS = 500  # answers stored in one call
+
+log = structlog.get_logger(__name__)
+
+
+class Harvester:
+    """Stores the answers of batches that have ended."""
+
+    def __init__(self, db: Database, provider: Provider, files: Files) -> None:
+        self._db = db
+        self._provider = provider
+        self._files = files
+
+    async def harvest(self, batch: Batch, settings: DatabaseSettings) -> None:
+        """Stores everything that a batch has, and ends it.
+
+        Raises:
+            TaggingError: a file cannot be read now.
+            NotHeld: the batch is somebody else's by now.
+        """
+        for file_id in (batch.output_file_id, batch.error_file_id):
+            if file_id:
+                await self._store(batch, settings, file_id)
+        await self._db.batch_finish(batch)
+        # Whoever looks at the provider next deletes what is left, should this process not live to do it.
+        await self._files.delete([f for f in (batch.input_file_id, batch.output_file_id, batch.error_file_id) if f])
+
+    async def _store(self, batch: Batch, settings: DatabaseSettings, file_id: str) -> None:
+        """Stores a file's answers page by page; the database works on one page while the next is read."""
+        storing: asyncio.Task[None] | None = None
+        try:
+            async with aclosing(self._answers(batch, settings, file_id)) as pages:
+                async for page in pages:
+                    count_answers("batch", page)
+                    if storing:
+                        await storing
+                    storing = asyncio.create_task(self._store_page(batch, page))
+            if storing:
+                await storing
+        finally:
+            if storing and not storing.done():
+                storing.cancel()
+
+    async def _store_page(self, batch: Batch, page: list[BatchAnswer]) -> None:
+        stored = await self._db.batch_answers(batch, page)
+        for notice in stored.notices:
+            log.warning(notice["event"], notice=notice["notice"])
+
+    async def _answers(
+        self, batch: Batch, settings: DatabaseSettings, file_id: str
+    ) -> AsyncGenerator[list[BatchAnswer], None]:
+        """Pages of a file's answers, as ``autotag.batch_answers`` takes them; what is no answer is counted."""
+        page: list[BatchAnswer] = []
+        unreadable = 0
+        async with aclosing(self._provider.read_file(file_id)) as lines:
+            async for line in lines:
+                answer = read_line(line, settings.question.max_tags)
+                if answer is None:
+                    unreadable += 1
+                    continue
+                page.append(answer)
+                if len(page) >= ANSWERS:
+                    yield page
+                    page = []
+        if page:
+            yield page
+        if unreadable:
+            log.warning("batch_lines_unreadable", batch=batch.batch, file=file_id, lines=unreadable)

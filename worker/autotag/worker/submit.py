@@ -1,0 +1,131 @@
+"""A batch until the provider has it: build the input file, upload it, create the batch. Every step is written down
+before the next, so that another worker can go on."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from typing import IO
+
+import structlog
+
+from autotag.db import Batch, Database, DatabaseSettings, Image, NotHeld, Question
+from autotag.db.messages import BatchAnswer
+from autotag.errors import TaggingError
+from autotag.images.load import Images
+from autotag.images.prepare import LARGEST_SIDE, data_url
+from autotag.openai.prompt import batch_line, request_body
+from autotag.openai.provider import Provider
+from autotag.openai.records import ProviderBatch
+from autotag.worker.files import Files, name_of
+
+PAGE = 100  # images looked up and fetched together
+SPOOL = 8_000_000  # bytes of an input file kept in memory before it goes to disk
+METADATA_KEY = "autotag_batch"
+
+log = structlog.get_logger(__name__)
+
+
+class Submitter:
+    """Submits batches."""
+
+    def __init__(self, db: Database, images: Images, provider: Provider, files: Files, *, fetches: int) -> None:
+        """
+        Args:
+            db: the database.
+            images: where pictures come from.
+            provider: who gets the batches.
+            files: its files.
+            fetches: images that are fetched at the same time, of all batches.
+        """
+        self._db = db
+        self._images = images
+        self._provider = provider
+        self._files = files
+        self._fetches = asyncio.Semaphore(fetches)
+
+    async def submit(self, batch: Batch, settings: DatabaseSettings) -> None:
+        """Takes a batch from wherever it is until the provider has it.
+
+        Raises:
+            TaggingError: the provider or Storage did not let us.
+            NotHeld: the batch is somebody else's by now.
+        """
+        input_file_id = batch.input_file_id
+        if batch.state == "creating":
+            created = await self._find(batch)
+            if created:
+                await self._db.batch_submitted(batch, created.id, created.status, created.input_file_id)
+                log.info("batch_adopted", batch=batch.batch, openai_batch=created.id)
+                return
+            if batch.cancelled:
+                await self._db.batch_finish(batch)
+                return
+        else:
+            if batch.state == "uploading":
+                await self._files.delete_leftovers(batch)
+            input_file_id = await self._build_and_upload(batch, settings)
+        if input_file_id is None:
+            await self._db.batch_finish(batch)  # no image could be prepared: nothing to submit
+            return
+        created = await self._provider.create_batch(input_file_id, {METADATA_KEY: batch.batch}, batch.keep_files)
+        await self._db.batch_submitted(batch, created.id, created.status, input_file_id)
+        log.info("batch_submitted", batch=batch.batch, openai_batch=created.id, images=batch.image_count)
+
+    async def _find(self, batch: Batch) -> ProviderBatch | None:
+        """The provider's batch that carries this row's id, if it was created after all."""
+        async for found in self._provider.batches_since(batch.since):
+            if found.metadata.get(METADATA_KEY) == batch.batch and found.status != "failed":
+                return found
+        return None
+
+    async def _build_and_upload(self, batch: Batch, settings: DatabaseSettings) -> str | None:
+        """The id of the uploaded input file; None when no image could be prepared."""
+        await self._db.batch_step(batch, "preparing")
+        with tempfile.SpooledTemporaryFile(max_size=SPOOL) as file:
+            if not await self._build(batch, settings, file):
+                return None
+            await self._db.batch_step(batch, "uploading")
+            file.seek(0)
+            uploaded = await self._provider.upload_file(name_of(batch), file, batch.keep_files)
+        try:
+            await self._db.batch_step(batch, "creating", uploaded)
+        except NotHeld:
+            await self._files.delete([uploaded])  # cancelled meanwhile
+            raise
+        return uploaded
+
+    async def _build(self, batch: Batch, settings: DatabaseSettings, file: IO[bytes]) -> int:
+        """Writes a line per image, in order; how many. Images that fail are reported at once; what does not fit into a
+        file becomes a batch of its own."""
+        lines, last = 0, 0
+        while page := await self._db.batch_images(batch, last, PAGE):
+            made = await asyncio.gather(*(self._line(image, settings.question) for image in page))
+            failed: list[BatchAnswer] = [
+                {"task": image.task, "error": line.as_json()}
+                for image, line in zip(page, made, strict=True)
+                if isinstance(line, TaggingError)
+            ]
+            if failed:
+                await self._db.batch_answers(batch, failed)
+            for image, line in zip(page, made, strict=True):
+                if isinstance(line, TaggingError):
+                    continue
+                if lines and file.tell() + len(line) > settings.batch_max_bytes:
+                    await self._db.batch_split(batch, last)
+                    return lines
+                file.write(line)
+                lines += 1
+                last = image.task
+            last = page[-1].task
+        return lines
+
+    async def _line(self, image: Image, question: Question) -> bytes | TaggingError:
+        async with self._fetches:
+            try:
+                jpeg = await self._images.load(image, LARGEST_SIDE[question.image_detail])
+            except TaggingError as error:
+                if error.kind == "account":
+                    raise
+                return error
+            return batch_line(str(image.task), request_body(question, data_url(jpeg), image.cap))

@@ -1,0 +1,90 @@
+"""One single call: fetches and prepares an image, asks the model, and reports what came of it."""
+
+from __future__ import annotations
+
+import time
+
+import structlog
+
+from autotag.db import DatabaseSettings, Image
+from autotag.db.messages import Outcome
+from autotag.errors import TaggingError
+from autotag.images.load import Images
+from autotag.images.prepare import LARGEST_SIDE, data_url
+from autotag.observability import traces
+from autotag.observability.metrics import SECONDS, timed
+from autotag.openai.answers import read_completion, read_usage
+from autotag.openai.prompt import request_body
+from autotag.openai.provider import Provider
+from autotag.worker.observations import Observations
+from autotag.worker.outcomes import Outcomes
+from autotag.worker.stages import Stages
+
+log = structlog.get_logger(__name__)
+
+
+class Tagger:
+    """Tags images, each with one call."""
+
+    def __init__(
+        self, images: Images, provider: Provider, outcomes: Outcomes, stages: Stages, observations: Observations
+    ) -> None:
+        """
+        Args:
+            images: where pictures come from.
+            provider: who is asked.
+            outcomes: gets what came of each image.
+            stages: hears where each image is.
+            observations: hears what the provider says of its limits.
+        """
+        self._images = images
+        self._provider = provider
+        self._outcomes = outcomes
+        self._stages = stages
+        self._observations = observations
+
+    async def tag(self, image: Image, settings: DatabaseSettings) -> None:
+        """Tags one image and reports what came of it; never raises but when cancelled."""
+        with traces.image_span(image) as span:
+            outcome = await self._tag(image, settings)
+        self._outcomes.add(image, outcome, span)
+
+    async def _tag(self, image: Image, settings: DatabaseSettings) -> Outcome:
+        outcome: Outcome = {"called": False}
+        sent = 0.0
+        question = settings.question
+        try:
+            self._stages.reach(image, "preparing")
+            with timed(SECONDS, "fetched"), traces.step("fetch"):
+                jpeg = await self._images.load(image, LARGEST_SIDE[question.image_detail])
+            self._stages.reach(image, "processing")
+            body = request_body(question, data_url(jpeg), image.cap)
+            sent, outcome["called"] = time.monotonic(), True
+            self._observations.sent()
+            with timed(SECONDS, "called"), traces.step("call"):
+                completion = await self._provider.complete(body)
+            self._observations.limits(completion.limits, sent)
+            outcome["usage"] = read_usage(completion.body)
+            outcome["result"] = read_completion(completion.body, question.max_tags)
+        except TaggingError as error:
+            outcome["error"] = error.as_json()
+            if error.kind == "rate_limit" and error.origin == "provider":
+                self._observations.limits({**error.limits, "retry_after": error.retry_after}, sent)
+            log_error(image, error)
+        except Exception as error:
+            # A defect of ours must not take the other images in flight with it: this one counts a failure and
+            # ends, after its tries, as failed.
+            log.exception("unexpected_error", task=image.task)
+            outcome["error"] = TaggingError(
+                "transient", "internal_error", f"Tagging failed: {type(error).__name__}."
+            ).as_json()
+        if not outcome["called"]:
+            self._observations.sent()
+        return outcome
+
+
+def log_error(image: Image, error: TaggingError) -> None:
+    """One line about an image that was not tagged this time; its level says who should read it."""
+    level = log.error if error.kind == "account" else log.info if error.kind == "image" else log.warning
+    level("image_not_tagged", task=image.task, asset=image.asset_id, kind=error.kind, code=error.code,
+          message=error.message)  # fmt: skip
