@@ -49,9 +49,9 @@ class Provider(Simulator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.book = collections.deque(maxlen=0)  # type: ignore[assignment]  # nobody reads a million entries
+        self.request_log = collections.deque(maxlen=0)  # type: ignore[assignment]  # nobody reads a million entries
 
-    async def see(self, body: dict[str, Any]) -> Picture:
+    async def read_picture(self, body: dict[str, Any]) -> Picture:
         del body
         return PICTURE
 

@@ -27,7 +27,7 @@ from benchmarks import ceiling, pickup, queue_peers
 from benchmarks.report import Figure, Result
 from benchmarks.unlimited import UNLIMITED
 from lab.openai_sim.answers import complete
-from lab.openai_sim.asked import Asked
+from lab.openai_sim.completion_request import CompletionRequest
 from lab.openai_sim.models import MODELS
 from lab.openai_sim.vision import Picture
 from lab.postgres import LocalPostgres, install_autotag, local_postgres, machine_binaries
@@ -39,7 +39,7 @@ SERVER = {"full_page_writes": "on", "max_wal_size": "8GB"}
 PICTURE = Picture(512, 384, (
     "top left red", "top right green", "bottom left blue", "bottom right white", "landscape", "bright"))  # fmt: skip
 #: what the simulator answers about it: six tags and a caption
-ANSWER = complete(Asked(MODELS["gpt-4.1-mini"], cap=400, text_tokens=200, image_tokens=312), PICTURE)
+ANSWER = complete(CompletionRequest(MODELS["gpt-4.1-mini"], cap=400, text_tokens=200, image_tokens=312), PICTURE)
 RESULT, USAGE = read_completion(ANSWER, max_tags=10), read_usage(ANSWER)
 
 

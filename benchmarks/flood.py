@@ -132,7 +132,9 @@ async def _phase(stack: Stack, pid: int, log: Path, port: int, flooded_port: str
         waits.append(await _ask_health(port))
         await asyncio.sleep(PROBE)
     ended = time.time()
-    images = sum(started <= entry.get("done", 0) < ended and entry["status"] == 200 for entry in stack.simulator.book)
+    images = sum(
+        started <= entry.get("done", 0) < ended and entry["status"] == 200 for entry in stack.simulator.request_log
+    )
     return Phase(
         flooded_port, images / (ended - started), waits, (os.stat(log).st_size - logged) / (ended - began) * 60,
         (processor_seconds([pid]) - used) * 1000 / max(images, 1),
@@ -201,7 +203,7 @@ async def _fill(stack: Stack, images: int) -> None:
 async def _begun(simulator: Simulator) -> None:
     """Waits for the first answer."""
     for _ in range(600):
-        if any(entry.get("done") for entry in simulator.book):
+        if any(entry.get("done") for entry in simulator.request_log):
             return
         await asyncio.sleep(0.1)
     raise TimeoutError("No image was tagged within a minute.")

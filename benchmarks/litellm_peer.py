@@ -19,7 +19,7 @@ import litellm
 from litellm import Router
 from litellm.router_strategy import lowest_tpm_rpm_v2
 
-MOST_TRIES = 200  # it gives up after its own retries; whoever uses it has to try again
+MAX_TRIES = 200  # it gives up after its own retries; whoever uses it has to try again
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
 
     async def call(body: dict[str, Any]) -> None:
         arguments = {k: v for k, v in body.items() if k != "model"}
-        for _ in range(MOST_TRIES):
+        for _ in range(MAX_TRIES):
             try:
                 await router.acompletion(model="tagger", **arguments)
                 return

@@ -134,7 +134,7 @@ async def _reservation(stack: Stack, speed: float) -> dict[str, float]:
                 row = owner.execute("select tokens_per_image, output_tokens from autotag.provider_limits").fetchone()
             await _tag_in_fives(stack, drawings[LEARNED_AFTER:])
     assert row is not None
-    calls = [entry for entry in stack.simulator.book if entry["path"].endswith("/completions")]
+    calls = [entry for entry in stack.simulator.request_log if entry["path"].endswith("/completions")]
     judged = [entry for entry in calls if entry["status"] == 200][-LEARNED_FROM:]
     used = statistics.mean(entry["usage"]["total_tokens"] for entry in judged)
     return {
@@ -171,7 +171,7 @@ def _judge(
     longest: float | None = None,
 ) -> Run:  # fmt: skip
     """Reads the provider's book."""
-    calls = [entry for entry in simulator.book if entry["path"].endswith("/completions")]
+    calls = [entry for entry in simulator.request_log if entry["path"].endswith("/completions")]
     answered = [entry for entry in calls if entry["status"] == 200]
     done: dict[int, float] = {}
     slowest: dict[int, float] = {}
@@ -233,7 +233,7 @@ async def _autotag(
     environment = {**stack.worker_environment(), "AUTOTAG_SLOTS": "400", "AUTOTAG_LOG_LEVEL": "error"}
     async with worker_process(environment, log):
         await _warm_up(stack, database, drawings[-WARM_UP:])
-        stack.simulator.book.clear()
+        stack.simulator.request_log.clear()
         stack.simulator.random.seed(stack.simulator.plan.seed)
         stack.simulator.limits = Limits.of(500, 200_000, 10_000, speed)
         started = time.time()
@@ -316,7 +316,7 @@ async def _peer(peer: str, name: str, mix: Sequence[Upload], drawings: Sequence[
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(longest / speed):
                 await peers.PEERS[peer](f"http://{HOST}:{port}/v1", simulator.plan.key, jobs, speed)
-    first = min(entry["at"] for entry in simulator.book)
+    first = min(entry["at"] for entry in simulator.request_log)
     return _judge(peer, name, mix, owners, simulator, max(started, first), speed, longest=longest)
 
 

@@ -22,7 +22,7 @@ from lab.ending import group, temporary_folder
 
 LITELLM = "litellm==1.110.2"
 FIRST_BACKOFF = 1.0  # seconds; doubled, with jitter, as the usual examples have it
-MOST_BACKOFF = 60.0
+MAX_BACKOFF = 60.0
 COOKBOOK_PAUSE = 15.0  # seconds after a 429 (OpenAI's cookbook, api_request_parallel_processor.py)
 
 
@@ -59,7 +59,7 @@ async def burst(url: str, key: str, jobs: Sequence[Job], speed: float) -> None:
         delay = FIRST_BACKOFF
         while await _post(client, body) == 429:
             await asyncio.sleep(delay * (0.5 + dice.random()) / speed)
-            delay = min(delay * 2, MOST_BACKOFF)
+            delay = min(delay * 2, MAX_BACKOFF)
 
     async def upload(client: httpx.AsyncClient, job: Job) -> None:
         await asyncio.sleep(job.at / speed)

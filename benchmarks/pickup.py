@@ -41,7 +41,7 @@ async def measure(console: Console) -> dict[str, tuple[float, float]]:
                 console.print(f"{BUSY} uploads, {IN_FLIGHT} calls in flight …")
                 uploads = await _store(stack, member, drawings, WARM_UP + BUSY)
                 busy = (await _run(stack, uploads, pause=LATENCY / IN_FLIGHT))[WARM_UP:]
-                flying = stack.simulator.most_in_flight
+                flying = stack.simulator.max_in_flight
     assert flying >= IN_FLIGHT * 0.9, f"only {flying} calls were in flight"
     return {
         name: (statistics.median(some), quantile(some, 0.99))
@@ -80,5 +80,5 @@ async def _run(stack: Stack, uploads: list[tuple[Drawing, str]], *, pause: float
     async with asyncio.timeout(60):
         while not committed.keys() <= requests.keys():
             await asyncio.sleep(0.1)
-            requests = {frozenset(e["tags"]): e["at"] for e in stack.simulator.book if e.get("tags")}
+            requests = {frozenset(e["tags"]): e["at"] for e in stack.simulator.request_log if e.get("tags")}
     return [(requests[tags] - moment) * 1000 for tags, moment in committed.items()]

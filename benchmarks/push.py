@@ -170,5 +170,7 @@ async def _answers(stack: Stack) -> list[float]:
                 "select tags, extract(epoch from pg_xact_commit_timestamp(xmin))::float from public.assets"
                 " where workspace_id = %s", (member.workspace,),
             ).fetchall()  # fmt: skip
-    answered = {frozenset(e["tags"]): e["done"] for e in stack.simulator.book if e["status"] == 200 and e.get("tags")}
+    answered = {
+        frozenset(e["tags"]): e["done"] for e in stack.simulator.request_log if e["status"] == 200 and e.get("tags")
+    }
     return [(committed - answered[frozenset(tags)]) * 1000 for tags, committed in rows]

@@ -153,7 +153,7 @@ async def run(
             await verify(one, knowable=not folder and not real_openai)
         summary = {
             "uploads": [one.summary() for one in uploads],
-            "http_429": sum(entry.get("status") == 429 for entry in stack.simulator.book),
+            "http_429": sum(entry.get("status") == 429 for entry in stack.simulator.request_log),
         }
         report(console, uploads, summary, heard)
         if picture:

@@ -25,8 +25,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from lab.edge.tokens import TokenError, bearer, verify
 
 PREFIX = "realtime:"
-MOST_MESSAGES = 100  # in one HTTP request
-MOST_PAYLOAD = 3_000_000  # bytes, a tenant's default
+MAX_MESSAGES = 100  # in one HTTP request
+MAX_PAYLOAD = 3_000_000  # bytes, a tenant's default
 JSON_ENCODING = 1
 PUSH, BROADCAST = 3, 4  # kinds of binary frames
 
@@ -133,7 +133,7 @@ class Realtime:
         messages = body.get("messages") if isinstance(body, dict) else None
         if not messages or not isinstance(messages, list):
             return JSONResponse({"errors": {"messages": ["can't be blank"]}}, 422)
-        if len(messages) > MOST_MESSAGES:
+        if len(messages) > MAX_MESSAGES:
             return JSONResponse({"message": "Too many messages to broadcast, please reduce the batch size"}, 429)
         errors = [_message_errors(message) for message in messages]
         if any(errors):
@@ -329,7 +329,7 @@ def _message_errors(message: Any) -> dict[str, list[str]]:
         return {"topic": ["can't be blank"]}
     errors = {name: ["can't be blank"] for name in ("topic", "event", "payload") if message.get(name) in (None, "")}
     errors |= {name: ["is invalid"] for name in ("topic", "event") if not isinstance(message.get(name) or "", str)}
-    if not errors and len(json.dumps(message["payload"])) > MOST_PAYLOAD:
+    if not errors and len(json.dumps(message["payload"])) > MAX_PAYLOAD:
         errors = {"payload": ["Payload size exceeds tenant limit"]}
     return errors
 
