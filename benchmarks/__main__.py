@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks import batch, chaos, day, engine, eta, flood, growth, limiter, makespan, push, soak
 from benchmarks.report import Result
-from lab.ending import run, tidy_signals
+from lab.ending import exit_on_signals, run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measures autotag, as ratios in one run.")
 Json = Annotated[bool, typer.Option("--json", help="Print the result as the last line of stdout, as JSON.")]
@@ -19,7 +19,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as the last
 @app.callback()
 def main() -> None:
     """Measures autotag, as ratios in one run."""
-    tidy_signals()
+    exit_on_signals()
 
 
 def finish(result: Result, console: Console, as_json: bool, *, details: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""One upload of the demo: stored and inserted as the member's own client does it, and verified at the end."""
+"""One upload of the demo: stored and inserted by the member's client, and verified at the end."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lab.pictures import Drawing
 from lab.stack import Member, Stack
 from supabase import AsyncClient, AsyncClientOptions, acreate_client
 
-UPLOADS_AT_ONCE = 16
+MAX_PARALLEL_UPLOADS = 16  # files
 
 
 @dataclass
 class Upload:
-    """One upload on its way."""
+    """One upload and its progress."""
 
     member: Member
     drawings: Sequence[Drawing]
@@ -38,7 +38,7 @@ class Upload:
     events: int = 0
 
     def observe(self, state: dict[str, Any]) -> None:
-        """Takes in what tagging_job() says."""
+        """Updates the progress from an answer of tagging_job()."""
         self.state = state
         now = time.monotonic() - self.started
         if self.first_result is None and state["completed"] > 0:
@@ -56,7 +56,7 @@ class Upload:
 
 
 def files_of(folder: Path) -> list[Drawing]:
-    """Every file of a folder, whatever it is; its name made safe for Storage."""
+    """Every file of a folder, images or not, with a name that Storage accepts."""
     found = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     return [
         Drawing(
@@ -70,7 +70,7 @@ def files_of(folder: Path) -> list[Drawing]:
 
 
 async def sign_in(stack: Stack, token: str) -> AsyncClient:
-    """A client as a browser of this user has it."""
+    """A client with the rights of this user's browser."""
     return await acreate_client(
         stack.supabase_url, stack.anon_key, AsyncClientOptions(headers={"Authorization": f"Bearer {token}"})
     )
@@ -80,7 +80,7 @@ async def upload(stack: Stack, drawings: Sequence[Drawing], number: int) -> Uplo
     """Stores the files and inserts the rows, as the member's own client does."""
     member = stack.add_member(f"workspace {number}")
     one = Upload(member, drawings, await sign_in(stack, member.token))
-    bucket, gate = one.client.storage.from_("assets"), asyncio.Semaphore(UPLOADS_AT_ONCE)
+    bucket, gate = one.client.storage.from_("assets"), asyncio.Semaphore(MAX_PARALLEL_UPLOADS)
 
     async def store(drawing: Drawing) -> str:
         path = f"{member.workspace}/{drawing.name}"
@@ -99,12 +99,12 @@ async def upload(stack: Stack, drawings: Sequence[Drawing], number: int) -> Uplo
 async def enqueue(one: Upload) -> None:
     one.started = time.monotonic()
     answer = await one.client.rpc("enqueue_tagging", {"asset_ids": one.assets}).execute()
-    told: Any = answer.data
-    one.job_id, one.strategy, one.batches = told["job_id"], told["strategy"], told["batches"]
+    reply: Any = answer.data
+    one.job_id, one.strategy, one.batches = reply["job_id"], reply["strategy"], reply["batches"]
 
 
-async def verify(one: Upload, knowable: bool) -> None:
-    """Compares what is stored with what every picture must have; collects the failures' sentences."""
+async def verify(one: Upload, check_tags: bool) -> None:
+    """Collects the messages of failed images and, with ``check_tags``, counts the images with the correct tags."""
     rows: dict[str, dict[str, Any]] = {}
     for start in range(0, len(one.assets), 100):
         answer = await (
@@ -115,7 +115,7 @@ async def verify(one: Upload, knowable: bool) -> None:
     for asset, drawing in zip(one.assets, one.drawings, strict=True):
         if rows[asset]["tagging_stage"] == "failed":
             one.failures.append((drawing.name, rows[asset]["tagging_error"]))
-    if knowable:
+    if check_tags:
         one.verified = sum(
             rows[asset]["tagging_stage"] == "completed" and set(rows[asset]["tags"]) == drawing.tags
             for asset, drawing in zip(one.assets, one.drawings, strict=True)

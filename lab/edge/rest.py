@@ -1,7 +1,7 @@
-"""PostgREST: RPC calls and rows of tables in ``public``, under the caller's role and claims.
+"""PostgREST: RPC calls and table rows in ``public``, with the caller's role and claims.
 
-Supported: select (columns), filters eq neq gt gte lt lte like ilike is in, order, limit, offset, ranges,
-counts, single objects, insert, update, delete; RPC by POST and GET. Anything else is refused with 501.
+Supported: select (columns), the filters eq neq gt gte lt lte like ilike is in, order, limit, offset, ranges, counts,
+single objects, insert, update, delete, and RPC by POST and GET. Anything else gets a 501.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lab.edge.tokens import TokenError, bearer, verify
 SCHEMAS = ("public", "graphql_public")
 OBJECT = "application/vnd.pgrst.object+json"
 
-#: HTTP status by the beginning of an sqlstate (PostgREST's reference, "Errors").
+#: HTTP status by sqlstate or its first two characters (PostgREST's reference, "Errors").
 STATUSES = {
     "08": 503, "09": 500, "0L": 403, "0P": 403, "23503": 409, "23505": 409, "25006": 405, "25": 500, "28": 403,
     "2D": 500, "38": 500, "39": 500, "3B": 500, "40": 500, "53400": 500, "53": 503, "54": 500, "55": 500,
@@ -36,7 +36,7 @@ STATUSES = {
 
 @dataclass(frozen=True)
 class Function:
-    """A function of ``public`` as RPC sees it."""
+    """A function in ``public`` that RPC can call."""
 
     name: str
     arguments: dict[str, str]
@@ -117,8 +117,8 @@ class Rest:
         async with as_caller(self._pool, claims, request.headers) as connection:
             functions = await self._functions(connection)
             if request.method != "POST":
-                known = functions.get(name)
-                arguments = {key: query.pop(key) for key in list(query) if known and key in known.arguments}
+                target = functions.get(name)
+                arguments = {key: query.pop(key) for key in list(query) if target and key in target.arguments}
             function = self._pick(functions, name, arguments, request.method)
             return await self._call(connection, request, function, arguments, parse_query(list(query.items())))
 
@@ -147,11 +147,11 @@ class Rest:
         given = ", ".join(sorted(arguments))
         called = f"public.{name}({given})" if given else f"public.{name}"
         if len(arguments) > 1:
-            what = f"with parameters {given}"
+            shape = f"with parameters {given}"
         elif arguments:
-            what = f"with parameter {given}"
+            shape = f"with parameter {given}"
         else:
-            what = "without parameters"
+            shape = "without parameters"
         extra = " or with a single unnamed json/jsonb parameter" if method == "POST" else ""
         if function:
             hint = f"Perhaps you meant to call the function public.{name}({', '.join(sorted(function.arguments))})"
@@ -163,7 +163,7 @@ class Rest:
         )
         raise RestError(
             404, "PGRST202", message,
-            f"Searched for the function public.{name} {what}{extra}, but no matches were found in the schema cache.",
+            f"Searched for the function public.{name} {shape}{extra}, but no matches were found in the schema cache.",
             hint or None,
         )  # fmt: skip
 
@@ -272,7 +272,7 @@ class Rest:
         self, connection: AsyncConnection[Any], request: Request, statement: sql.Composed, values: list[Any],
         status: int, table: str | None = None,
     ) -> Response:  # fmt: skip
-        """Runs a write; with ``Prefer: return=representation`` its rows come back."""
+        """Runs a write; with ``Prefer: return=representation``, responds with its rows."""
         preferences = _preferences(request)
         unknown = "*/*"
         if preferences.get("return") != "representation":
@@ -291,7 +291,7 @@ class Rest:
         return _respond(request, 201 if status == 201 else 200, body, shown, preferences, count)
 
 
-#: The rows of `r` as PostgREST prints them.
+#: The rows of `r` as JSON, in PostgREST's format.
 _AGGREGATE = "coalesce(json_agg(r), '[]')::text"
 
 
