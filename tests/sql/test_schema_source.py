@@ -117,7 +117,8 @@ def test_a_released_migration_never_changes(tree: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "said"), [("0.0.1", "later"), ("1.0", "not a version"), ("0.1.0", "later"), ("1.0.0rc1", "no version")]
+    ("version", "said"),
+    [("0.0.1", "later"), ("1.0", "not a version"), ("0.1.0", "later"), ("1.0.0rc1", "not a version")],
 )
 def test_no_version_but_a_later_one(tree: Path, version: str, said: str) -> None:
     with pytest.raises(schema.ReleaseError, match=said):
