@@ -99,10 +99,10 @@ async def _run(server: LocalPostgres, servers: Servers, count: int) -> dict[str,
             await owner.execute(UNLIMITED)
             await _upload(owner, WARM_UP)
             before = _spent(server, servers, workers)
-            took = await _upload(owner, IMAGES)
+            elapsed = await _upload(owner, IMAGES)
             cpu = {name: now - before[name] for name, now in _spent(server, servers, workers).items()}
     return {
-        "images per second": round(IMAGES / took, 1),
+        "images per second": round(IMAGES / elapsed, 1),
         **{f"{name}, ms per image": round(seconds / IMAGES * 1000, 2) for name, seconds in cpu.items()},
     }
 
@@ -133,7 +133,7 @@ async def _upload(owner: psycopg.AsyncConnection[Any], images: int) -> float:
         if await cursor.fetchone() is None:
             break
         await asyncio.sleep(0.02)
-    took = time.perf_counter() - started
+    elapsed = time.perf_counter() - started
     cursor = await owner.execute("select sum(failed) from autotag.jobs")
     assert await cursor.fetchone() == (0,), "some images failed"
-    return took
+    return elapsed

@@ -25,7 +25,7 @@ class Upload:
 
 
 def draw_day(images: int, workspaces: int, seed: int = 1) -> list[Upload]:
-    """Uploads of ``images`` images in total, in order of time. Each workspace has at least one if the images suffice."""
+    """Uploads with ``images`` images in total, ordered by time. Each workspace has one if there are enough images."""
     rng = random.Random(seed)
     busy = list(itertools.accumulate((rank + 1) ** -SKEW for rank in range(workspaces)))
     hours = list(itertools.accumulate(HOURS))

@@ -110,7 +110,7 @@ async def _drain(server: LocalPostgres, name: str) -> Drain:
     before = await _counters(url)
     started = time.perf_counter()
     enqueued, _ = await asyncio.gather(asyncio.to_thread(_enqueue, url, uploads), _work(db, url))
-    took = time.perf_counter() - started
+    elapsed = time.perf_counter() - started
     await db.close()
     after = await _counters(url)
     with psycopg.connect(url) as owner:
@@ -119,7 +119,7 @@ async def _drain(server: LocalPostgres, name: str) -> Drain:
             " from public.assets where tagging_stage = 'completed' and cardinality(tags) = 6"
         ).fetchone()
     assert counts == (IMAGES, IMAGES, IMAGES), f"of {IMAGES} images, {counts} were tagged, counted and billed"
-    return Drain(took, enqueued - started, after[0] - before[0], after[1] - before[1])
+    return Drain(elapsed, enqueued - started, after[0] - before[0], after[1] - before[1])
 
 
 def _fill(url: str) -> list[list[uuid.UUID]]:

@@ -143,9 +143,9 @@ async def _ask_health(port: int) -> float:
     async with httpx.AsyncClient(timeout=10) as client:
         started = time.monotonic()
         answer = await client.get(f"http://{HOST}:{port}/healthz")
-        took = time.monotonic() - started
+        elapsed = time.monotonic() - started
     assert answer.status_code == 200, answer.text
-    return took
+    return elapsed
 
 
 @contextlib.asynccontextmanager

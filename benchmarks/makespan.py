@@ -199,9 +199,9 @@ def _evaluate(
     if max_seconds and unfinished:
         counts = Counter(owners[frozenset(entry["tags"])] for entry in answered)
         ends |= {u.workspace: max_seconds for u in mix if counts[u.workspace] < u.images}
-    took = {upload.workspace: ends[upload.workspace] - upload.at for upload in mix}
+    durations = {upload.workspace: ends[upload.workspace] - upload.at for upload in mix}
     small = [u.workspace for u in mix if u.images == 3] if name == MIXED_SIZES else []
-    slowdowns = [took[w] / (slowest.get(w, LATENCY[1]) + alone) for w in small]
+    slowdowns = [durations[w] / (slowest.get(w, LATENCY[1]) + alone) for w in small]
     latencies = _latencies(images, speed)
     sizes = [float(entry["tokens"]) for entry in sorted(answered, key=lambda entry: entry["at"])]
     sizes += [bound.Limits().tokens_per_call] * (images - len(sizes))
@@ -210,9 +210,9 @@ def _evaluate(
     shares = [min(1.0, fair[w] / ends[w]) for w in ends]
     return Run(
         system, name, max(ends.values()), max(ends.values()) / minimum, sum(entry["status"] == 429 for entry in calls),
-        statistics.mean(took.values()), max(took.values()),
+        statistics.mean(durations.values()), max(durations.values()),
         sum(shares) ** 2 / (len(shares) * sum(x * x for x in shares)), min(shares),
-        max(slowdowns) if slowdowns else None, max(took[w] - slowest.get(w, 0.0) for w in took),
+        max(slowdowns) if slowdowns else None, max(durations[w] - slowest.get(w, 0.0) for w in durations),
         sorted((entry["at"] - started) * speed for entry in answered), unfinished,
     )  # fmt: skip
 

@@ -96,8 +96,8 @@ async def throttle(url: str, key: str, jobs: Sequence[Job], speed: float) -> Non
                 in_flight.add(task)
                 task.add_done_callback(in_flight.discard)
             await asyncio.sleep(0.001)
-            if paused and (rest := COOKBOOK_PAUSE / speed - (loop.time() - paused)) > 0:
-                await asyncio.sleep(rest)
+            if paused and (pause := COOKBOOK_PAUSE / speed - (loop.time() - paused)) > 0:
+                await asyncio.sleep(pause)
 
     async with _client(url, key) as client:
         await asyncio.gather(*(upload(client, job) for job in jobs))

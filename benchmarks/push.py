@@ -90,7 +90,7 @@ async def _listener(stack: Stack, runtime: str) -> AsyncIterator[asyncio.StreamR
 
 async def _callbacks(stack: Stack, runtime: str, *, noisy: bool) -> list[float]:
     """Milliseconds from each commit to its callback."""
-    took = []
+    latencies = []
     async with (
         await psycopg.AsyncConnection.connect(stack.database_url(), autocommit=True) as owner,
         _listener(stack, runtime) as output,
@@ -103,9 +103,9 @@ async def _callbacks(stack: Stack, runtime: str, *, noisy: bool) -> list[float]:
             async with asyncio.timeout(20):
                 line = json.loads(await output.readline())
             assert line["n"] == n, f"received message {line['n']} instead of {n}"
-            took.append((int(line["at"]) / 1e6 if runtime == "Node" else line["at"]) - committed)
+            latencies.append((int(line["at"]) / 1e6 if runtime == "Node" else line["at"]) - committed)
             await asyncio.sleep(0.01)
-    return took
+    return latencies
 
 
 @contextlib.asynccontextmanager
@@ -170,7 +170,7 @@ async def _answers(stack: Stack) -> list[float]:
                 "select tags, extract(epoch from pg_xact_commit_timestamp(xmin))::float from public.assets"
                 " where workspace_id = %s", (member.workspace,),
             ).fetchall()  # fmt: skip
-    answered = {
+    answer_times = {
         frozenset(e["tags"]): e["done"] for e in stack.simulator.request_log if e["status"] == 200 and e.get("tags")
     }
-    return [(committed - answered[frozenset(tags)]) * 1000 for tags, committed in rows]
+    return [(committed - answer_times[frozenset(tags)]) * 1000 for tags, committed in rows]

@@ -37,9 +37,9 @@ async def pgqueuer(url: str, jobs: int, batch_size: int) -> float:
 
         started = time.perf_counter()
         await queue.qm.run(batch_size=batch_size, mode=QueueExecutionMode.drain)
-        took = time.perf_counter() - started
+        elapsed = time.perf_counter() - started
     assert done == jobs, f"PgQueuer ran {done} of {jobs} jobs"
-    return took
+    return elapsed
 
 
 async def procrastinate(url: str, jobs: int) -> float:
@@ -60,9 +60,9 @@ async def procrastinate(url: str, jobs: int) -> float:
         await app.run_worker_async(
             wait=False, concurrency=PROCRASTINATE_CONCURRENCY, install_signal_handlers=False, delete_jobs="always"
         )
-        took = time.perf_counter() - started
+        elapsed = time.perf_counter() - started
     assert done == jobs, f"procrastinate ran {done} of {jobs} jobs"
-    return took
+    return elapsed
 
 
 PEERS: dict[str, Callable[[str, int], Awaitable[float]]] = {

@@ -32,7 +32,7 @@ from lab.pictures import Drawing, draw
 from lab.postgres import free_port, install_autotag, local_postgres
 from lab.project import ProjectError, project_variables
 from lab.stack import HOST, Stack, local_stack, supabase_stack, worker_process
-from lab.uploads import Upload, enqueue, files_of, upload, verify
+from lab.uploads import Upload, enqueue, files_of, make_upload, verify
 
 UPLOADS = (3, 30, 120, 300)  # images; one upload for each strategy
 STAGES = ("queued", "preparing", "submitted", "processing", "completing", "completed", "failed")
@@ -46,45 +46,45 @@ async def watch(uploads: list[Upload], workers: list[Process], live: Live | None
     """Polls the jobs until all have finished. Returns the table as it was when the most stages had images."""
     busiest, max_active = table(uploads), 0
     deadline = time.monotonic() + TIMEOUT
-    while not all(one.seconds is not None for one in uploads):
+    while not all(upload.seconds is not None for upload in uploads):
         if time.monotonic() > deadline:
             raise TimeoutError("The uploads did not finish within a day.")
         if all(worker.returncode is not None for worker in workers):
             raise RuntimeError("Every worker has ended. Their error messages are above.")
-        for one in uploads:
-            if one.seconds is None:
-                answer = await one.client.rpc("tagging_job", {"job_id": one.job_id}).execute()
-                one.observe(answer.data)  # type: ignore[arg-type]
-        shown = table(uploads)
-        active_stages = sum(bool(count) for one in uploads for count in one.state["stages"].values())
+        for upload in uploads:
+            if upload.seconds is None:
+                answer = await upload.client.rpc("tagging_job", {"job_id": upload.job_id}).execute()
+                upload.observe(answer.data)  # type: ignore[arg-type]
+        rendered = table(uploads)
+        active_stages = sum(bool(count) for upload in uploads for count in upload.state["stages"].values())
         if active_stages > max_active:
-            busiest, max_active = shown, active_stages
+            busiest, max_active = rendered, active_stages
         if live:
-            live.update(shown, refresh=True)
+            live.update(rendered, refresh=True)
         await asyncio.sleep(POLL_INTERVAL)
     return busiest
 
 
 def table(uploads: list[Upload]) -> RenderableType:
     """The uploads as a live table."""
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    rendered = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, justify in (("images", "right"), ("strategy", "left"), ("progress", "left"), ("", "right")):
-        shown.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    shown.add_column("stages", min_width=12)
-    shown.add_column("time left", justify="right", no_wrap=True)
+        rendered.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    rendered.add_column("stages", min_width=12)
+    rendered.add_column("time left", justify="right", no_wrap=True)
     colours = {"completed": "green", "failed": "red", "processing": "cyan", "completing": "cyan"}
-    for one in uploads:
-        counts = one.state.get("stages", {})
+    for upload in uploads:
+        counts = upload.state.get("stages", {})
         stages = "  ".join(
             f"[{colours.get(stage, 'default')}]{counts[stage]}\N{NO-BREAK SPACE}{stage}[/]"
             for stage in STAGES
             if counts.get(stage)
         )
-        progress = int(one.state.get("progress", 0))
-        left = time_left(one.state.get("eta")) if one.seconds is None else f"done in {one.seconds:.1f} s"
+        progress = int(upload.state.get("progress", 0))
+        remaining = time_left(upload.state.get("eta")) if upload.seconds is None else f"done in {upload.seconds:.1f} s"
         bar = ProgressBar(100, progress, width=10)
-        shown.add_row(str(len(one.assets)), one.strategy, bar, f"{progress}%", stages, left)
-    return shown
+        rendered.add_row(str(len(upload.assets)), upload.strategy, bar, f"{progress}%", stages, remaining)
+    return rendered
 
 
 def time_left(eta: str | None) -> str:
@@ -143,16 +143,16 @@ async def run(
         batch_ids = await cleanup.enter_async_context(batch_updates(stack))
 
         with console.status(f"Uploading {sum(map(len, groups))} images…"):
-            uploads = [await upload(stack, group, i + 1) for i, group in enumerate(groups)]
-        await asyncio.gather(*(enqueue(one) for one in uploads))
+            uploads = [await make_upload(stack, group, i + 1) for i, group in enumerate(groups)]
+        await asyncio.gather(*(enqueue(upload) for upload in uploads))
         live = Live(table(uploads), console=console, auto_refresh=False) if not quiet else None
         with live or contextlib.nullcontext():
             busiest = await watch(uploads, processes, live)
         await count_events(stack, uploads, batch_ids)
-        for one in uploads:
-            await verify(one, check_tags=not folder and not real_openai)
+        for upload in uploads:
+            await verify(upload, check_tags=not folder and not real_openai)
         summary = {
-            "uploads": [one.summary() for one in uploads],
+            "uploads": [upload.summary() for upload in uploads],
             "http_429": sum(entry.get("status") == 429 for entry in stack.simulator.request_log),
         }
         report(console, uploads, summary, batch_ids)
@@ -203,27 +203,27 @@ def draw_terminal(
 
 async def count_events(stack: Stack, uploads: list[Upload], batch_ids: list[str]) -> None:
     """Waits for the last broadcasts and counts those of each upload."""
-    expected = sum(one.batches for one in uploads)
+    expected = sum(upload.batches for upload in uploads)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(MAX_EVENT_WAIT):
             while len(batch_ids) < expected:  # noqa: ASYNC110 (the list is filled by a callback)
                 await asyncio.sleep(0.05)
-    for one in uploads:
-        answer = await one.client.rpc("tagging_job", {"job_id": one.job_id}).execute()
-        one.observe(answer.data)  # type: ignore[arg-type]
-        mine = {batch["batch_id"] for batch in one.state["batches"]}
-        one.events = sum(batch_id in mine for batch_id in batch_ids)
+    for upload in uploads:
+        answer = await upload.client.rpc("tagging_job", {"job_id": upload.job_id}).execute()
+        upload.observe(answer.data)  # type: ignore[arg-type]
+        own_batches = {batch["batch_id"] for batch in upload.state["batches"]}
+        upload.events = sum(batch_id in own_batches for batch_id in batch_ids)
 
 
 def report(console: Console, uploads: list[Upload], summary: dict[str, Any], batch_ids: list[str]) -> None:
     """Prints the result for people."""
-    for one in uploads:
-        for name, sentence in one.failures:
+    for upload in uploads:
+        for name, sentence in upload.failures:
             console.print(f"[red]✗[/] {name.split('-', 1)[-1]}: {sentence}")
-    images = sum(len(one.assets) for one in uploads)
-    done = sum(one.state["completed"] for one in uploads)
-    verified = [one.verified for one in uploads if one.verified is not None]
-    firsts = [one.first_result for one in uploads if one.first_result is not None]
+    images = sum(len(upload.assets) for upload in uploads)
+    done = sum(upload.state["completed"] for upload in uploads)
+    verified = [upload.verified for upload in uploads if upload.verified is not None]
+    firsts = [upload.first_result for upload in uploads if upload.first_result is not None]
     lines = [f"[bold]{done}[/] of {images} images tagged"]
     if verified:
         lines[0] += f", [bold]{sum(verified)}[/] with the correct tags"

@@ -58,8 +58,8 @@ def free_port() -> int:
 
 def machine_binaries() -> Path | None:
     """The binaries of the newest Postgres from a Debian or Ubuntu package, if any."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3]))
-    return found[-1].parent if found else None
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3]))
+    return installed[-1].parent if installed else None
 
 
 def wheel_binaries() -> Path:

@@ -150,13 +150,13 @@ async def local_stack(
 async def edge_stack(
     postgres: LocalPostgres, database: str, *, plan: Plan | None = None, penalty: float = 0.0
 ) -> AsyncIterator[Stack]:
-    """The edge and the simulator around a database with a Supabase project's baseline, whatever else is in it.
+    """The edge and the simulator for a database with a Supabase project's baseline, with or without autotag.
 
     Args:
         postgres: the server.
         database: its database.
         plan: how the simulator behaves.
-        penalty: share of the real Realtime's delays before refusals, 0 to 1.
+        penalty: share of the real Realtime's delays before it refuses, 0 to 1.
     """
     secret, port = secrets.token_hex(32), free_port()
     with temporary_folder("autotag-files-") as files:
@@ -175,14 +175,14 @@ async def edge_stack(
 
 @contextlib.asynccontextmanager
 async def supabase_stack(project: Mapping[str, str], *, plan: Plan | None = None) -> AsyncIterator[Stack]:
-    """The stack of `supabase start` (or one like it) with autotag's schema, and the simulator.
+    """The stack of `supabase start` (or a compatible one) with autotag's schema, and the simulator.
 
     Args:
         project: the variables of ``supabase status -o env``.
         plan: how the simulator behaves.
 
     Raises:
-        KeyError: names the variable that is missing.
+        KeyError: a variable is missing; the key is its name.
     """
     async with project_stack(project, plan=plan) as stack:
         make_worker_role(stack.owner_url)

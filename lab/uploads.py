@@ -57,7 +57,7 @@ class Upload:
 
 def files_of(folder: Path) -> list[Drawing]:
     """Every file of a folder, images or not, with a name that Storage accepts."""
-    found = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     return [
         Drawing(
             f"{number:05}-{re.sub(r'[^A-Za-z0-9._-]+', '_', path.name)}",
@@ -65,7 +65,7 @@ def files_of(folder: Path) -> list[Drawing]:
             path.read_bytes(),
             frozenset(),
         )
-        for number, path in enumerate(found)
+        for number, path in enumerate(files)
     ]
 
 
@@ -76,11 +76,11 @@ async def sign_in(stack: Stack, token: str) -> AsyncClient:
     )
 
 
-async def upload(stack: Stack, drawings: Sequence[Drawing], number: int) -> Upload:
+async def make_upload(stack: Stack, drawings: Sequence[Drawing], number: int) -> Upload:
     """Stores the files and inserts the rows, as the member's own client does."""
     member = stack.add_member(f"workspace {number}")
-    one = Upload(member, drawings, await sign_in(stack, member.token))
-    bucket, gate = one.client.storage.from_("assets"), asyncio.Semaphore(MAX_PARALLEL_UPLOADS)
+    upload = Upload(member, drawings, await sign_in(stack, member.token))
+    bucket, gate = upload.client.storage.from_("assets"), asyncio.Semaphore(MAX_PARALLEL_UPLOADS)
 
     async def store(drawing: Drawing) -> str:
         path = f"{member.workspace}/{drawing.name}"
@@ -90,33 +90,33 @@ async def upload(stack: Stack, drawings: Sequence[Drawing], number: int) -> Uplo
 
     paths = await asyncio.gather(*(store(drawing) for drawing in drawings))
     rows = [{"workspace_id": member.workspace, "storage_path": path} for path in paths]
-    answer = await one.client.table("assets").insert(rows).execute()
+    answer = await upload.client.table("assets").insert(rows).execute()
     ids = {row["storage_path"]: row["id"] for row in answer.data}  # type: ignore[index, call-overload]
-    one.assets = [str(ids[path]) for path in paths]
-    return one
+    upload.assets = [str(ids[path]) for path in paths]
+    return upload
 
 
-async def enqueue(one: Upload) -> None:
-    one.started = time.monotonic()
-    answer = await one.client.rpc("enqueue_tagging", {"asset_ids": one.assets}).execute()
+async def enqueue(upload: Upload) -> None:
+    upload.started = time.monotonic()
+    answer = await upload.client.rpc("enqueue_tagging", {"asset_ids": upload.assets}).execute()
     reply: Any = answer.data
-    one.job_id, one.strategy, one.batches = reply["job_id"], reply["strategy"], reply["batches"]
+    upload.job_id, upload.strategy, upload.batches = reply["job_id"], reply["strategy"], reply["batches"]
 
 
-async def verify(one: Upload, check_tags: bool) -> None:
+async def verify(upload: Upload, check_tags: bool) -> None:
     """Collects the messages of failed images and, with ``check_tags``, counts the images with the correct tags."""
     rows: dict[str, dict[str, Any]] = {}
-    for start in range(0, len(one.assets), 100):
+    for start in range(0, len(upload.assets), 100):
         answer = await (
-            one.client.table("assets").select("id,tags,tagging_stage,tagging_error")
-            .in_("id", one.assets[start : start + 100]).execute()
+            upload.client.table("assets").select("id,tags,tagging_stage,tagging_error")
+            .in_("id", upload.assets[start : start + 100]).execute()
         )  # fmt: skip
         rows |= {row["id"]: row for row in answer.data}  # type: ignore[index, call-overload, misc]
-    for asset, drawing in zip(one.assets, one.drawings, strict=True):
+    for asset, drawing in zip(upload.assets, upload.drawings, strict=True):
         if rows[asset]["tagging_stage"] == "failed":
-            one.failures.append((drawing.name, rows[asset]["tagging_error"]))
+            upload.failures.append((drawing.name, rows[asset]["tagging_error"]))
     if check_tags:
-        one.verified = sum(
+        upload.verified = sum(
             rows[asset]["tagging_stage"] == "completed" and set(rows[asset]["tags"]) == drawing.tags
-            for asset, drawing in zip(one.assets, one.drawings, strict=True)
+            for asset, drawing in zip(upload.assets, upload.drawings, strict=True)
         )

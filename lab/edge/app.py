@@ -52,16 +52,16 @@ def make_edge(authenticator_url: str, owner_url: str, secret: str, files: Path, 
         feature = f"{request.method} {request.url.path}"
         return JSONResponse({"message": f"The local edge does not support {feature}.", "code": "LOCAL501"}, 501)
 
-    rest = Route("/{path:path}", unsupported, methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"])
+    fallback = Route("/{path:path}", unsupported, methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"])
 
     return Starlette(
         lifespan=lifespan,
         routes=[
-            Mount("/rest/v1", routes=[*Rest(pool, secret).routes(), rest]),
-            Mount("/storage/v1", routes=[*Storage(pool, secret, files).routes(), rest]),
+            Mount("/rest/v1", routes=[*Rest(pool, secret).routes(), fallback]),
+            Mount("/storage/v1", routes=[*Storage(pool, secret, files).routes(), fallback]),
             Route("/realtime/v1/api/broadcast", realtime.http_broadcast, methods=["POST"]),
             WebSocketRoute("/realtime/v1/websocket", realtime.websocket),
-            rest,
+            fallback,
         ],
         middleware=[Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])],
     )

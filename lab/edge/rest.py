@@ -144,12 +144,12 @@ class Rest:
             required = list(function.arguments)[: len(function.arguments) - function.optional]
             if all(r in arguments for r in required) and all(a in function.arguments for a in arguments):
                 return function
-        given = ", ".join(sorted(arguments))
-        called = f"public.{name}({given})" if given else f"public.{name}"
+        names = ", ".join(sorted(arguments))
+        called = f"public.{name}({names})" if names else f"public.{name}"
         if len(arguments) > 1:
-            shape = f"with parameters {given}"
+            shape = f"with parameters {names}"
         elif arguments:
-            shape = f"with parameter {given}"
+            shape = f"with parameter {names}"
         else:
             shape = "without parameters"
         extra = " or with a single unnamed json/jsonb parameter" if method == "POST" else ""
@@ -159,7 +159,7 @@ class Rest:
             near = difflib.get_close_matches(name, functions, 1, 0.5)
             hint = f"Perhaps you meant to call the function public.{near[0]}" if near else ""
         message = (
-            f"Could not find the function {called}{' without parameters' if not given else ''} in the schema cache"
+            f"Could not find the function {called}{' without parameters' if not names else ''} in the schema cache"
         )
         raise RestError(
             404, "PGRST202", message,
@@ -185,8 +185,8 @@ class Rest:
         else:
             inner = sql.SQL("(select f.* from {}{} as f) as f").format(source, call)
             rows = sql.SQL("select {} from {}{}").format(query.columns(), inner, query.clauses())
-            one = "coalesce((json_agg(r) -> 0)::text, 'null')" if not function.returns_set else _AGGREGATE
-            statement = sql.SQL("select " + one + ", count(*)::int from ({}) r").format(rows)
+            body_expression = "coalesce((json_agg(r) -> 0)::text, 'null')" if not function.returns_set else _AGGREGATE
+            statement = sql.SQL("select " + body_expression + ", count(*)::int from ({}) r").format(rows)
             values += query.values
         cursor = await connection.execute(statement, values)
         body, count = cast("tuple[str, int]", await cursor.fetchone())
@@ -225,9 +225,9 @@ class Rest:
             body, count = cast("tuple[str, int]", await cursor.fetchone())
             total = None
             if preferences.get("count") == "exact":
-                everything = Query(where=query.where, values=query.values)
+                unpaged = Query(where=query.where, values=query.values)
                 cursor = await connection.execute(
-                    sql.SQL("select count(*)::int from {}{}").format(table, everything.clauses()), query.values
+                    sql.SQL("select count(*)::int from {}{}").format(table, unpaged.clauses()), query.values
                 )
                 total = cast("tuple[int]", await cursor.fetchone())[0]
         status = 206 if total is not None and count < total else 200
@@ -296,12 +296,12 @@ _AGGREGATE = "coalesce(json_agg(r), '[]')::text"
 
 
 def _preferences(request: Request) -> dict[str, str]:
-    found = {}
+    preferences = {}
     for part in request.headers.get("prefer", "").split(","):
         key, _, value = part.strip().partition("=")
         if key:
-            found[key] = value
-    return found
+            preferences[key] = value
+    return preferences
 
 
 async def _json(request: Request) -> Any:

@@ -197,10 +197,10 @@ class Storage:
     def _file(self, version: str) -> Path:
         return self._folder / version
 
-    def _send(self, found: dict[str, Any], cache: str | None) -> Response:
-        metadata = found["metadata"]
+    def _send(self, stored: dict[str, Any], cache: str | None) -> Response:
+        metadata = stored["metadata"]
         headers = {"etag": metadata["eTag"], **({"cache-control": cache} if cache else {})}
-        return FileResponse(self._file(found["version"]), media_type=metadata["mimetype"], headers=headers)
+        return FileResponse(self._file(stored["version"]), media_type=metadata["mimetype"], headers=headers)
 
     async def _get(self, request: Request) -> Response:
         """Without a valid token, serves only public buckets; other buckets then seem not to exist."""
@@ -218,26 +218,26 @@ class Storage:
         bucket, path = request.path_params["bucket"], request.path_params["path"]
         if (await self._bucket(bucket))["public"]:
             claims = {"role": "service_role"}
-        found = await self._object(claims, bucket, path)
-        return self._send(found, found["metadata"]["cacheControl"])
+        stored = await self._object(claims, bucket, path)
+        return self._send(stored, stored["metadata"]["cacheControl"])
 
     async def _get_public(self, request: Request) -> Response:
         bucket, path = request.path_params["bucket"], request.path_params["path"]
         if not (await self._bucket(bucket))["public"]:
             raise _no_bucket()
-        found = await self._object({"role": "service_role"}, bucket, path)
-        return self._send(found, found["metadata"]["cacheControl"])
+        stored = await self._object({"role": "service_role"}, bucket, path)
+        return self._send(stored, stored["metadata"]["cacheControl"])
 
     async def _info(self, request: Request) -> Response:
         bucket, path = request.path_params["bucket"], request.path_params["path"]
-        found = await self._object(self._claims(request), bucket, path)
-        metadata = found["metadata"]
+        stored = await self._object(self._claims(request), bucket, path)
+        metadata = stored["metadata"]
         described = _compact(
             {
-                "id": found["id"], "name": path, "version": found["version"], "bucket_id": bucket,
+                "id": stored["id"], "name": path, "version": stored["version"], "bucket_id": bucket,
                 "size": metadata["size"], "content_type": metadata["mimetype"],
                 "cache_control": metadata["cacheControl"], "etag": metadata["eTag"], "metadata": {},
-                "last_modified": _timestamp(found["updated_at"]), "created_at": _timestamp(found["created_at"]),
+                "last_modified": _timestamp(stored["updated_at"]), "created_at": _timestamp(stored["created_at"]),
             }
         )  # fmt: skip
         described.headers.update({"etag": metadata["eTag"], "cache-control": metadata["cacheControl"]})

@@ -137,9 +137,9 @@ class Batches:
         for i, line in enumerate(lines):
             if batch["status"] == "cancelling" or i >= last:
                 break
-            good, answer = await self._answer(batch, line)
-            (output if good else errors).append(json.dumps(answer))
-            batch["request_counts"]["completed" if good else "failed"] += 1
+            succeeded, answer = await self._answer(batch, line)
+            (output if succeeded else errors).append(json.dumps(answer))
+            batch["request_counts"]["completed" if succeeded else "failed"] += 1
             # Spread the lines evenly over the batch's duration, however long each one takes to process.
             await asyncio.sleep(max(0.0, started + seconds * 0.8 * (i + 1) / len(lines) - time.monotonic()))
         cancelled = batch["status"] == "cancelling"
