@@ -37,7 +37,8 @@ SERVER = {
 TIER = {"requests_per_minute": 10_000, "tokens_per_minute": 10_000_000, "queued_batch_tokens": 1_000_000_000}
 CLIENTS = 8  # connections that upload
 TICK = 60.0  # seconds of the day between calls of autotag.tick(), as with pg_cron
-SAMPLE_INTERVAL = 2.0  # real seconds
+SAMPLE_INTERVAL = 2.0  # real seconds …
+MAX_SAMPLE_GAP = 600.0  # … and at most this many of the day, so that the peak hour has several samples
 SIZE_CLASSES = ((1, 5), (6, 50), (51, 300), (301, 1000))  # images of an upload
 STATEMENTS = 8  # most expensive statements in the report
 
@@ -229,7 +230,7 @@ async def _sample(
                 console.print(
                     f"{reported_hour % 24:02}:00  {tagged:,} images tagged, {waiting:,} queued for single calls"
                 )
-            await asyncio.sleep(SAMPLE_INTERVAL)
+            await asyncio.sleep(min(SAMPLE_INTERVAL, MAX_SAMPLE_GAP / speed))
 
 
 def _report(

@@ -161,7 +161,7 @@ def _plan(speed: float) -> Plan:
 
 def _latencies(count: int, speed: float) -> list[float]:
     """The latencies that the simulator draws, in the order of accepted calls."""
-    rng = Simulator(_plan(speed)).random
+    rng = Simulator(_plan(speed)).rng
     return [rng.uniform(*_plan(speed).latency) * speed for _ in range(count)]
 
 
@@ -247,7 +247,7 @@ async def _autotag(
     async with worker_process(environment, log):
         await _warm_up(stack, database, drawings[-WARM_UP:])
         stack.simulator.request_log.clear()
-        stack.simulator.random.seed(stack.simulator.plan.seed)
+        stack.simulator.rng.seed(stack.simulator.plan.seed)
         stack.simulator.limits = Limits.of(500, 200_000, 10_000, speed)
         started = time.time()
 

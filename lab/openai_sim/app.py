@@ -45,14 +45,18 @@ class Simulator:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     contents: dict[str, bytes] = field(default_factory=dict)
 
+    rng: random.Random = field(init=False)
+    limits: Limits = field(init=False)
+    batches: Batches = field(init=False)
+    prompt_cache: PromptCache = field(default_factory=PromptCache, init=False)
+    in_flight: int = field(default=0, init=False)  # single calls
+    max_in_flight: int = field(default=0, init=False)
+
     def __post_init__(self) -> None:
-        self.random = random.Random(self.plan.seed)
         plan = self.plan
+        self.rng = random.Random(plan.seed)
         self.limits = Limits.of(plan.requests_per_minute, plan.tokens_per_minute, plan.requests_per_day, plan.speed)
         self.batches = Batches(self)
-        self.prompt_cache = PromptCache()
-        self.in_flight = 0
-        self.max_in_flight = 0
 
     def app(self) -> Starlette:
         """The application."""
@@ -172,7 +176,7 @@ class Simulator:
         self.in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
         try:
-            await asyncio.sleep(self.random.uniform(*self.plan.latency))
+            await asyncio.sleep(self.rng.uniform(*self.plan.latency))
         finally:
             self.in_flight -= 1
             entry["done"] = time.time()

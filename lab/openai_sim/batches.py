@@ -30,7 +30,7 @@ class Provider(Protocol):
 
     plan: Plan
     faults: Faults
-    random: random.Random
+    rng: random.Random
     request_log: list[dict[str, Any]]
     files: dict[str, dict[str, Any]]
     contents: dict[str, bytes]
@@ -120,7 +120,7 @@ class Batches:
             await deliver(plan.webhook_url, plan.webhook_secret, batch_event(batch["status"], batch["id"]))
 
     async def _process(self, batch: dict[str, Any]) -> None:
-        seconds = self._sim.random.uniform(*self._sim.plan.batch_latency)
+        seconds = self._sim.rng.uniform(*self._sim.plan.batch_latency)
         await asyncio.sleep(seconds * 0.1)
         lines = await self._validate(batch)
         if lines is None:
@@ -147,7 +147,7 @@ class Batches:
             batch["status"] = "finalizing"
             await asyncio.sleep(seconds * 0.1)
         # OpenAI does not keep the order of the input.
-        self._sim.random.shuffle(output)
+        self._sim.rng.shuffle(output)
         for key, rows in (("output_file_id", output), ("error_file_id", errors)):
             if rows:
                 mangled = self._sim.faults.take("OUTPUT") if key == "output_file_id" else None
