@@ -61,6 +61,7 @@ async def measure(console: Console) -> Result:
         install_autotag(server)
         async with local_stack(server, plan=plan) as stack:
             stack.configure(**SETTINGS)
+            stack.prove()  # otherwise one image of the first batch would be sent ahead as a probe
             with psycopg.connect(stack.database_url(), autocommit=True) as owner:
                 owner.execute("update autotag.provider_limits set queued_batch_tokens = 1000000000000")
             member = stack.add_member()
