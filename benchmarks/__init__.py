@@ -1,5 +1,6 @@
-"""`scripts/bench NAME`: each measures ratios in one run, because a machine's speed drifts and a ratio does not.
+"""Benchmarks: one module for each command of `scripts/bench`.
 
-A module for each name that `scripts/bench --help` lists. What they are compared with: `bound` (the fastest that limits
-allow), `peers` and `litellm_peer` (other limiters), `queue_peers` (other queues), `batch_plain` (a batch by hand).
+Most figures are ratios of two measurements in the same run, because the speed of a machine drifts. The baselines are
+`bound` (the theoretical minimum under the limits), `peers` and `litellm_peer` (other rate limiters), `queue_peers`
+(other queues) and `batch_plain` (a plain script for a batch).
 """

@@ -10,20 +10,20 @@ from rich.console import Console
 
 from benchmarks import batch, chaos, day, engine, eta, flood, growth, limiter, makespan, push, soak
 from benchmarks.report import Result
-from lab.ending import run, tidy_signals
+from lab.ending import exit_on_signals, run
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measures autotag, as ratios in one run.")
-Json = Annotated[bool, typer.Option("--json", help="Print the result as the last line of stdout, as JSON.")]
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON in the last line of stdout.")]
 
 
 @app.callback()
 def main() -> None:
-    """Measures autotag, as ratios in one run."""
-    tidy_signals()
+    """Benchmarks of autotag. Most figures are ratios of two measurements in the same run."""
+    exit_on_signals()
 
 
-def finish(result: Result, console: Console, as_json: bool, *, details: bool = False) -> None:
-    """Shows the figures (and the details); the exit code says that it ran, not whether a bar was met."""
+def show_result(result: Result, console: Console, as_json: bool, *, details: bool = False) -> None:
+    """Prints the figures and, if wanted, the details. The exit code does not depend on whether the targets were met."""
     if details:
         console.print_json(data=result.details)
     result.show(console)
@@ -34,48 +34,50 @@ def finish(result: Result, console: Console, as_json: bool, *, details: bool = F
 @app.command("makespan")
 def makespan_command(
     as_json: Json = False,
-    scale: Annotated[float, typer.Option(min=1, help="How much faster limits, windows and latencies pass.")] = 2,
-    mix: Annotated[list[str] | None, typer.Option(help=f"Only this mix: {', '.join(makespan.MIXES)}.")] = None,
-    peers: Annotated[bool, typer.Option(help="Also run what people use instead.")] = True,
-    picture: Annotated[Path | None, typer.Option(help="Draw the first mix's admissions into this SVG file.")] = None,
+    scale: Annotated[float, typer.Option(min=1, help="Factor by which limits and latencies are sped up.")] = 2,
+    mix: Annotated[
+        list[str] | None, typer.Option(help=f"Run only this mix; may be repeated. Mixes: {', '.join(makespan.MIXES)}.")
+    ] = None,
+    peers: Annotated[bool, typer.Option(help="Also run three other rate limiters for comparison.")] = True,
+    picture: Annotated[Path | None, typer.Option(help="Save a plot of the first mix as this SVG file.")] = None,
 ) -> None:
-    """Time to finish mixes of uploads under tier-1 limits ÷ the theoretical minimum, and 429s; next to three peers."""
+    """Time to finish mixes of uploads under tier-1 limits, relative to the theoretical minimum, and the 429s."""
     console = Console(stderr=True)
     work = makespan.measure(console, speed=scale, only=mix or (), without_peers=not peers, picture=picture)
     result = run(work)
     makespan.show(console, result)
-    finish(result, console, as_json)
+    show_result(result, console, as_json)
 
 
 @app.command("engine")
 def engine_command(as_json: Json = False) -> None:
-    """20,000 images through the engine ÷ 20,000 empty jobs through PgQueuer; pick-up; what one worker can do."""
+    """Throughput of the engine relative to empty jobs of PgQueuer, pick-up latency, and throughput of workers."""
     console = Console(stderr=True)
-    finish(run(engine.measure(console)), console, as_json, details=True)
+    show_result(run(engine.measure(console)), console, as_json, details=True)
 
 
 @app.command("limiter")
 def limiter_command(as_json: Json = False) -> None:
-    """check_rate_limit ÷ a one-row UPDATE under pgbench, in four settings; next to limits and pyrate-limiter."""
+    """Throughput of check_rate_limit relative to a one-row UPDATE, and of the libraries limits and pyrate-limiter."""
     console = Console(stderr=True)
     result = limiter.measure(console)
-    finish(result, console, as_json, details=True)
+    show_result(result, console, as_json, details=True)
 
 
 @app.command("growth")
 def growth_command(as_json: Json = False) -> None:
-    """Latency of a claim with 1,000,000 tasks queued ÷ with 10,000."""
+    """Latency of a claim with 1,000,000 queued tasks relative to 10,000."""
     console = Console(stderr=True)
     result = growth.measure(console)
-    finish(result, console, as_json, details=True)
+    show_result(result, console, as_json, details=True)
 
 
 @app.command("batch")
 def batch_command(as_json: Json = False) -> None:
-    """50,000 lines built, uploaded, downloaded and stored: memory, speed, linearity; next to the plain way."""
+    """Memory and speed of a batch of 50,000 images, its linearity, and a plain script for comparison."""
     console = Console(stderr=True)
     result = run(batch.measure(console))
-    finish(result, console, as_json, details=True)
+    show_result(result, console, as_json, details=True)
 
 
 @app.command("eta")
@@ -83,73 +85,73 @@ def eta_command(
     as_json: Json = False,
     recorded: Annotated[
         Path | None,
-        typer.Option(help="Also replay these durations: CSV of autotag.durations with a header.", exists=True),
+        typer.Option(help="Also replay recorded batches: a CSV of autotag.durations with a header.", exists=True),
     ] = None,
 ) -> None:
-    """Predicted against real finish over replayed histories: how often p90 holds, and how far the median is off."""
+    """Accuracy of predicted finish times over replayed histories: coverage of the p90, error of the median."""
     console = Console(stderr=True)
     result = eta.measure(console, recorded)
-    finish(result, console, as_json, details=True)
+    show_result(result, console, as_json, details=True)
 
 
 @app.command("flood")
 def flood_command(
     as_json: Json = False,
     seconds: Annotated[
-        float, typer.Option(min=3, help="Of each phase; there are two with the flood and two without.")
+        float, typer.Option(min=3, help="Seconds of each phase; two phases have the flood and two do not.")
     ] = 60,
 ) -> None:
-    """A worker whose ports are flooded: its health check, its rate of tagging against the same without, and its log."""
+    """Health check latency, tagging rate and log volume of a worker while its ports are flooded."""
     console = Console(stderr=True)
-    finish(run(flood.measure(console, seconds=seconds)), console, as_json, details=True)
+    show_result(run(flood.measure(console, seconds=seconds)), console, as_json, details=True)
 
 
 @app.command("push")
 def push_command(as_json: Json = False) -> None:
-    """Commit → callback in supabase-js under Node and in a page, and the provider's answer → tags committed."""
+    """Latency from commit to the callback in supabase-js, and from the provider's answer to the committed tags."""
     console = Console(stderr=True)
     result = run(push.measure(console))
-    finish(result, console, as_json, details=True)
+    show_result(result, console, as_json, details=True)
 
 
 @app.command("chaos")
 def chaos_command(
     as_json: Json = False,
-    minutes: Annotated[float, typer.Option(min=0, help="Go on for so long, and for at least 60 kills.")] = 5,
-    seed: Annotated[int, typer.Option(help="Which deaths and faults come when.")] = 1,
-    workers: Annotated[int, typer.Option(min=2, max=8, help="Workers dying at the same time.")] = 3,
+    minutes: Annotated[float, typer.Option(min=0, help="Minimum duration; the run also needs at least 60 kills.")] = 5,
+    seed: Annotated[int, typer.Option(help="Random seed for the kills and faults.")] = 1,
+    workers: Annotated[int, typer.Option(min=2, max=8, help="Number of workers that are killed in parallel.")] = 3,
 ) -> None:
-    """Violations found by comparing three books while workers die, the provider fails and Postgres restarts."""
+    """Violations of autotag's promises while workers are killed, the provider fails and Postgres restarts."""
     console = Console(stderr=True)
-    finish(run(chaos.measure(console, minutes=minutes, seed=seed, workers=workers)), console, as_json)
+    show_result(run(chaos.measure(console, minutes=minutes, seed=seed, workers=workers)), console, as_json)
 
 
 @app.command("soak")
 def soak_command(
     as_json: Json = False,
-    minutes: Annotated[float, typer.Option(min=0.5, help="How long.")] = 60,
-    seed: Annotated[int, typer.Option(help="Which faults come when.")] = 1,
+    minutes: Annotated[float, typer.Option(min=0.5, help="Duration in minutes.")] = 60,
+    seed: Annotated[int, typer.Option(help="Random seed for the faults.")] = 1,
 ) -> None:
-    """Memory and tables over a long run with restarts and faults, and what was lost in it."""
+    """Growth of memory and tables, and lost images, over a long run with restarts and faults."""
     console = Console(stderr=True)
-    finish(run(soak.measure(console, minutes=minutes, seed=seed)), console, as_json, details=True)
+    show_result(run(soak.measure(console, minutes=minutes, seed=seed)), console, as_json, details=True)
 
 
 @app.command("day")
 def day_command(
     as_json: Json = False,
-    images: Annotated[int, typer.Option(min=1000, help="Of all uploads together.")] = 1_000_000,
-    workspaces: Annotated[int, typer.Option(min=1)] = 10_000,
-    minutes: Annotated[float, typer.Option(min=0.5, help="How long the day takes.")] = 30,
-    workers: Annotated[int, typer.Option(min=1, max=20, help="Processes.")] = 3,
+    images: Annotated[int, typer.Option(min=1000, help="Total number of images.")] = 1_000_000,
+    workspaces: Annotated[int, typer.Option(min=1, help="Number of workspaces.")] = 10_000,
+    minutes: Annotated[float, typer.Option(min=0.5, help="Real minutes that the day takes.")] = 30,
+    workers: Annotated[int, typer.Option(min=1, max=20, help="Number of worker processes.")] = 3,
 ) -> None:
-    """A day of uploads in compressed time: the database's costs, table sizes, and how long who waits."""
+    """A day of uploads in compressed time: database cost per image, table sizes, and waiting times."""
     console = Console(stderr=True)
     work = day.measure(console, images=images, workspaces=workspaces, minutes=minutes, workers=workers)
     result = run(work)
     day.show(console, result)
-    finish(result, console, as_json, details=True)
+    show_result(result, console, as_json, details=True)
 
 
 if __name__ == "__main__":
-    app()
+    app(prog_name="scripts/bench")

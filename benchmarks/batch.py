@@ -1,8 +1,8 @@
-"""A batch of 50,000 lines through a real worker: built, uploaded, downloaded and stored, next to the plain way.
+"""Runs a batch of 50,000 images through a real worker and compares it with a plain script (`batch_plain`).
 
-Every image is fetched from storage and encoded by the worker, as always; all of them are the same small picture, so
-that one file (of at most 200 MB) holds them. The plain way gets its lines for free, holds whole files in memory and
-stores row by row.
+The worker fetches every image from Storage and encodes it, as in production. All images are the same small picture, so
+that their requests fit into one file of at most 200 MB. The plain script encodes the picture once, holds whole files in
+memory and stores row by row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lab.stack import Member, Stack, local_stack, worker_process
 
 SMALL, LARGE = 5_000, 50_000
 SIDE = 48  # pixels of the picture
-IDLE = 3.0  # seconds until a worker that has just started is at rest
+STARTUP = 3.0  # seconds until a new worker is idle
 SETTINGS = {
     "job_max_images": LARGE, "batch_max_images": LARGE, "express_images": 0, "batch_images_per_hour": 10 * LARGE,
     "batch_poll_interval": "0.5 s",
@@ -38,7 +38,13 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One upload: seconds from the upload to OpenAI's having it, and from OpenAI's being done to the last row."""
+    """One upload.
+
+    Attributes:
+        submit: seconds from the creation of the batch to its submission to OpenAI.
+        store: seconds from the batch's end at OpenAI to the last stored row.
+        peak_mb: the worker's peak memory in megabytes.
+    """
 
     lines: int
     submit: float
@@ -47,7 +53,7 @@ class Run:
 
 
 async def measure(console: Console) -> Result:
-    """A worker with a small and a large batch, then the plain way with the large one."""
+    """Runs a small and a large batch in one worker, then the large one in the plain script."""
     plan = Plan(
         batch_latency=(0.0, 0.0), queued_batch_tokens=10**12, requests_per_minute=10**6, tokens_per_minute=10**9
     )
@@ -55,15 +61,16 @@ async def measure(console: Console) -> Result:
         install_autotag(server)
         async with local_stack(server, plan=plan) as stack:
             stack.configure(**SETTINGS)
+            stack.prove()  # otherwise one image of the first batch would be sent ahead as a probe
             with psycopg.connect(stack.database_url(), autocommit=True) as owner:
                 owner.execute("update autotag.provider_limits set queued_batch_tokens = 1000000000000")
             member = stack.add_member()
             await _store_picture(stack, member)
             async with worker_process(stack.worker_environment()) as worker:
-                await asyncio.sleep(IDLE)
+                await asyncio.sleep(STARTUP)
                 idle = memory(worker.pid, "VmRSS")
                 runs = [await _run(console, stack, member, worker.pid, lines) for lines in (SMALL, LARGE)]
-            console.print(f"the plain way, {LARGE:,} lines …")
+            console.print(f"plain script: {LARGE:,} images …")
             plain = await _plain(stack, member)
     small, large = runs
     per_line = [(run.submit + run.store) / run.lines for run in runs]
@@ -73,12 +80,12 @@ async def measure(console: Console) -> Result:
         "time_linearity": Figure(per_line[1] / per_line[0], 1.15, "lower"),
     }
     details = {
-        "idle, MB": round(idle, 1),
-        **{f"{run.lines} lines": {
+        "idle memory, MB": round(idle, 1),
+        **{f"{run.lines} images": {
             "build and upload, s": round(run.submit, 2), "download and store, s": round(run.store, 2),
-            "rows stored a second": round(run.lines / run.store), "peak over idle, MB": round(run.peak_mb - idle, 1),
+            "rows stored per second": round(run.lines / run.store), "peak above idle, MB": round(run.peak_mb - idle, 1),
         } for run in (small, large)},
-        "the plain way": plain,
+        "plain script": plain,
     }  # fmt: skip
     return Result("batch", figures, details)
 
@@ -91,7 +98,7 @@ async def _store_picture(stack: Stack, member: Member) -> None:
 
 
 async def _run(console: Console, stack: Stack, member: Member, pid: int, lines: int) -> Run:
-    console.print(f"{lines:,} lines …")
+    console.print(f"autotag: {lines:,} images …")
     with psycopg.connect(stack.database_url(), autocommit=True, row_factory=dict_row) as owner:
         owner.execute(
             "insert into public.assets (workspace_id, storage_path)"
@@ -119,7 +126,7 @@ async def _run(console: Console, stack: Stack, member: Member, pid: int, lines: 
 
 
 async def _plain(stack: Stack, member: Member) -> dict[str, Any]:
-    """The plain way in a process of its own."""
+    """Runs the plain script in a separate process, so that its memory can be measured."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "benchmarks.batch_plain", str(LARGE), member.workspace,
         env={"PATH": os.environ.get("PATH", ""), "OWNER_URL": stack.database_url(), **stack.worker_environment()},

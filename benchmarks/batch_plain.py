@@ -1,4 +1,4 @@
-"""The plain way of a batch: every file whole in memory, every row an UPDATE of its own. Prints what it took as JSON."""
+"""A plain script for a batch: whole files in memory and one UPDATE per row. Prints its times and memory as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lab.machine import memory
 
 
 def main(lines: int, workspace: str) -> None:
-    """Builds, uploads, waits, downloads, stores."""
+    """Builds and uploads the batch, waits for it, downloads the answers and stores them."""
     idle = memory(os.getpid(), "VmRSS")
     out = io.BytesIO()
     Image.new("RGB", (48, 48), (200, 30, 30)).save(out, "JPEG")
@@ -48,8 +48,8 @@ def main(lines: int, workspace: str) -> None:
         stored = time.monotonic() - started
     peak = memory(os.getpid(), "VmHWM")
     print(json.dumps({
-        "build and upload (pictures for free), s": round(built, 2), "download and store, s": round(stored, 2),
-        "rows stored a second": round(lines / stored), "peak over idle, MB": round(peak - idle, 1),
+        "build and upload (one picture, encoded once), s": round(built, 2), "download and store, s": round(stored, 2),
+        "rows stored per second": round(lines / stored), "peak above idle, MB": round(peak - idle, 1),
     }))  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""The theoretical minimum of a mix of uploads: the derivation is in docs/scheduling.md.
+"""The theoretical minimum time for a mix of uploads; docs/scheduling.md has the derivation.
 
-Whoever admits as early as every limit allows admits the k-th call at the earliest moment at which any schedule can that
-sends calls of these sizes; and no call is over before its own latency has passed. A call's size is what the provider
-counted for it at admission: the prompt and the cap of the answer.
+A schedule that admits every call as early as the limits allow admits the k-th call no later than any other schedule
+with calls of the same sizes. A call ends no earlier than its latency after its admission. The size of a call is what
+the provider counts at admission: the tokens of the prompt and the cap.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Upload:
-    """So many images of one workspace, arriving at a moment (seconds)."""
+    """An upload of one workspace, and the second at which it arrives."""
 
     workspace: int
     images: int
@@ -22,40 +22,45 @@ class Upload:
 
 @dataclass(frozen=True)
 class Limits:
-    """What binds; times in seconds."""
+    """The limits that apply; times in seconds."""
 
     requests_per_minute: float = 500
     tokens_per_minute: float = 200_000
-    tokens_per_call: float = 3397  # what the provider counts: 2,833 of the image, 164 of text, 400 of the answer's cap
-    window_requests: int = 10_000  # of one workspace, in any minute; wide, because the peers have none
-    chunk: int = 5
+    tokens_per_call: float = 3397  # counted at admission: 2,833 for the image, 164 for the text, 400 for the cap
+    window_requests: int = 10_000  # per workspace and minute; not binding, because the peers have no such limit
+    chunk: int = 5  # images
     chunk_delay: float = 2.0
-    all_at_once: int = 5  # images up to which nothing is paced
+    unpaced_images: int = 5  # uploads of up to this many images are not paced
 
 
 def available(upload: Upload, limits: Limits) -> list[float]:
-    """When each image of an upload may be released at the earliest: chunks, and the workspace's window."""
-    paced = limits.chunk_delay if upload.images > limits.all_at_once else 0.0
-    moments: list[float] = []
+    """The earliest release of each image of an upload under its pacing and the workspace's window."""
+    paced = limits.chunk_delay if upload.images > limits.unpaced_images else 0.0
+    times: list[float] = []
     for i in range(upload.images):
-        moment = upload.at
+        time = upload.at
         if i >= limits.chunk:
-            moment = max(moment, moments[i - limits.chunk] + paced)
+            time = max(time, times[i - limits.chunk] + paced)
         if i >= limits.window_requests:
-            moment = max(moment, moments[i - limits.window_requests] + 60.0)
-        moments.append(moment)
-    return moments
+            time = max(time, times[i - limits.window_requests] + 60.0)
+        times.append(time)
+    return times
 
 
 def admissions(uploads: Sequence[Upload], limits: Limits, sizes: Sequence[float] = ()) -> list[float]:
-    """The earliest moment of the k-th admission, for every k; ``sizes[k]`` are the tokens of the k-th accepted call
-    (none: each has ``tokens_per_call``)."""
-    ready = sorted(moment for upload in uploads for moment in available(upload, limits))
+    """The earliest time of the k-th admission, for every k.
+
+    Args:
+        uploads: the mix.
+        limits: the limits that apply.
+        sizes: tokens of the k-th accepted call; empty: ``tokens_per_call`` for each.
+    """
+    ready = sorted(time for upload in uploads for time in available(upload, limits))
     requests, tokens, now = limits.requests_per_minute, limits.tokens_per_minute, 0.0
     result = []
-    for k, moment in enumerate(ready):
+    for k, time in enumerate(ready):
         size = sizes[k] if sizes else limits.tokens_per_call
-        elapsed = max(moment - now, 0.0)
+        elapsed = max(time - now, 0.0)
         now += elapsed
         requests = min(limits.requests_per_minute, requests + elapsed * limits.requests_per_minute / 60)
         tokens = min(limits.tokens_per_minute, tokens + elapsed * limits.tokens_per_minute / 60)
@@ -73,25 +78,22 @@ def admissions(uploads: Sequence[Upload], limits: Limits, sizes: Sequence[float]
 def minimum(
     uploads: Sequence[Upload], limits: Limits, latencies: Sequence[float], sizes: Sequence[float] = ()
 ) -> float:
-    """Seconds in which no schedule can finish earlier; ``latencies[k]`` and ``sizes[k]`` are those of the k-th accepted
-    call."""
+    """Seconds that every schedule needs; ``latencies[k]`` and ``sizes[k]`` belong to the k-th accepted call."""
     earliest = admissions(uploads, limits, sizes)
-    return max(moment + latency for moment, latency in zip(earliest, latencies, strict=True))
+    return max(time + latency for time, latency in zip(earliest, latencies, strict=True))
 
 
 def fair_finishes(
     uploads: Sequence[Upload], limits: Limits, latencies: Sequence[float], sizes: Sequence[float] = ()
 ) -> dict[int, float]:
-    """When each workspace would be done if every admission, as early as possible, went to the one that had got
-    least: the fair share that nobody should fall behind."""
+    """The finish of each workspace under fair sharing: each admission is as early as possible and goes to the waiting
+    workspace with the fewest so far."""
     ready = {u.workspace: available(u, limits) for u in uploads}
     served = dict.fromkeys(ready, 0)
     done: dict[int, float] = {}
-    for moment, latency in zip(admissions(uploads, limits, sizes), latencies, strict=True):
-        waiting = [
-            w for w, moments in ready.items() if served[w] < len(moments) and moments[served[w]] <= moment + 1e-9
-        ]
+    for time, latency in zip(admissions(uploads, limits, sizes), latencies, strict=True):
+        waiting = [w for w, times in ready.items() if served[w] < len(times) and times[served[w]] <= time + 1e-9]
         workspace = min(waiting, key=lambda w: (served[w], w))
         served[workspace] += 1
-        done[workspace] = max(done.get(workspace, 0.0), moment + latency)
+        done[workspace] = max(done.get(workspace, 0.0), time + latency)
     return done

@@ -1,7 +1,7 @@
-"""What the worker itself can do: full images a second with a provider and a Storage that answer at once over HTTP.
+"""The throughput of workers with a provider and a Storage that answer immediately over HTTP.
 
-Everything a worker does is in it: claim, fetch a 2-megapixel JPEG, decode, scale, encode, the call, settle. The
-servers around it are the cheapest there are (see `ceiling_servers`), because they share this machine's processors.
+A worker does everything that it does in production: claim, fetch a 2-megapixel JPEG, decode, scale, encode, call and
+settle. The servers are as cheap as possible (`ceiling_servers`), because they share this machine's processors.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from lab.stack import HOST, WORKER_ROLE, as_role, make_worker_role, worker_proce
 
 SIZE = (1632, 1224)  # pixels: two megapixels
 WORKERS = (1, 2, 4)
-IMAGES, UPLOAD = 1200, 50
-WARM_UP = 100
+IMAGES, UPLOAD = 1200, 50  # images in total, and of one upload
+WARM_UP = 100  # images
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Servers:
 
 
 async def measure(console: Console) -> dict[int, dict[str, Any]]:
-    """By number of workers: images a second, and milliseconds of processor time an image, by who spent them."""
-    found = {}
+    """By number of workers: images per second, and milliseconds of processor time per image by process group."""
+    results = {}
     with local_postgres(machine_binaries()) as server, temporary_folder("autotag-photo-") as folder:
         install_autotag(server)
         make_worker_role(server.url())
@@ -52,16 +52,16 @@ async def measure(console: Console) -> dict[int, dict[str, Any]]:
         async with _servers(photo) as servers:
             for count in WORKERS:
                 console.print(f"{IMAGES} photographs of two megapixels, {count} worker{'s' * (count > 1)} …")
-                found[count] = await _run(server, servers, count)
-    return found
+                results[count] = await _run(server, servers, count)
+    return results
 
 
 def photograph(seed: int = 1) -> bytes:
-    """A JPEG with detail at every scale, as photographs have: about 600 KB."""
-    dice = random.Random(seed)
+    """A JPEG of about 600 KB with detail at every scale, like a photograph."""
+    rng = random.Random(seed)
     image = Image.new("RGB", SIZE, (127, 127, 127))
     for side in (8, 32, 128, 512, 1632):
-        noise = Image.frombytes("RGB", (side, side * 3 // 4), dice.randbytes(side * (side * 3 // 4) * 3))
+        noise = Image.frombytes("RGB", (side, side * 3 // 4), rng.randbytes(side * (side * 3 // 4) * 3))
         image = Image.blend(image, noise.resize(SIZE, Image.Resampling.BICUBIC), 0.25 if side < 1000 else 0.08)
     out = io.BytesIO()
     image.save(out, "JPEG", quality=88)
@@ -99,22 +99,22 @@ async def _run(server: LocalPostgres, servers: Servers, count: int) -> dict[str,
             await owner.execute(UNLIMITED)
             await _upload(owner, WARM_UP)
             before = _spent(server, servers, workers)
-            took = await _upload(owner, IMAGES)
-            spent = {name: now - before[name] for name, now in _spent(server, servers, workers).items()}
+            elapsed = await _upload(owner, IMAGES)
+            cpu = {name: now - before[name] for name, now in _spent(server, servers, workers).items()}
     return {
-        "images a second": round(IMAGES / took, 1),
-        **{f"{name}, ms an image": round(seconds / IMAGES * 1000, 2) for name, seconds in spent.items()},
+        "images per second": round(IMAGES / elapsed, 1),
+        **{f"{name}, ms per image": round(seconds / IMAGES * 1000, 2) for name, seconds in cpu.items()},
     }
 
 
 def _spent(server: LocalPostgres, servers: Servers, workers: list[asyncio.subprocess.Process]) -> dict[str, float]:
-    """Seconds of processor time so far, by who spent them."""
-    who = {"workers": [w.pid for w in workers], "Postgres": server_processes(server), "servers": [servers.pid]}
-    return {name: processor_seconds(pids) for name, pids in who.items()}
+    """Seconds of processor time so far, by process group."""
+    pids_by_name = {"workers": [w.pid for w in workers], "Postgres": server_processes(server), "servers": [servers.pid]}
+    return {name: processor_seconds(pids) for name, pids in pids_by_name.items()}
 
 
 async def _upload(owner: psycopg.AsyncConnection[Any], images: int) -> float:
-    """Uploads of one workspace each; seconds until the last image of all of them has its tags."""
+    """Tags uploads of one workspace each; returns the seconds until the last image has its tags."""
     cursor = await owner.execute(
         "insert into public.workspaces (name) select 'w' from generate_series(1, %s) returning id", (images // UPLOAD,)
     )
@@ -133,7 +133,7 @@ async def _upload(owner: psycopg.AsyncConnection[Any], images: int) -> float:
         if await cursor.fetchone() is None:
             break
         await asyncio.sleep(0.02)
-    took = time.perf_counter() - started
+    elapsed = time.perf_counter() - started
     cursor = await owner.execute("select sum(failed) from autotag.jobs")
-    assert await cursor.fetchone() == (0,), "every image was tagged"
-    return took
+    assert await cursor.fetchone() == (0,), "some images failed"
+    return elapsed

@@ -1,5 +1,5 @@
-"""A provider and a Storage that answer at once, and as cheaply as Python can: every file is the same photograph, every
-completion the same answer."""
+"""A provider and a Storage that answer immediately and use as little processor time as possible: every file is the same
+photograph, and every completion is the same answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounds of kills, faults and restarts; how many violations the auditor found (see `lab.chaos`)."""
+"""Rounds of kills, faults and restarts, and the violations that the auditor finds (see `lab.chaos`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KILLS = 60
 
 
 async def measure(console: Console, *, minutes: float, seed: int, workers: int) -> Result:
-    """Goes on for so many minutes and at least `KILLS` kills; stops at the first round with a violation."""
+    """Runs for ``minutes`` and at least `KILLS` kills, or until the first round with a violation."""
     with local_postgres(machine_binaries()) as server:
         install_autotag(server)
         async with local_stack(server) as stack:

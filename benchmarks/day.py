@@ -1,8 +1,8 @@
-"""A day of many workspaces in compressed time: what the database spends on it, and how long who waits.
+"""A day of many workspaces in compressed time: the database's cost per image, and how long uploads take.
 
-Everything of autotag's clock (windows, delays, polls) runs faster by the same factor; what the machine takes for its
-work does not, so a wait of the day holds each millisecond of overhead so many times. Costs are per image and hold
-for a day of any length.
+autotag's clock (windows, delays, polls) runs faster by a factor, but the machine does not. So a millisecond of overhead
+counts as that many milliseconds of the day, and the waiting times are upper bounds. Costs are per image and do not
+depend on the factor.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ SERVER = {
     "full_page_writes": "on", "shared_buffers": "1GB", "max_wal_size": "8GB",
     "shared_preload_libraries": "pg_stat_statements",
 }  # fmt: skip
-#: a large account's: requests and tokens a minute, tokens queued in batches
+#: limits of a large account: requests and tokens per minute, tokens queued in batches
 TIER = {"requests_per_minute": 10_000, "tokens_per_minute": 10_000_000, "queued_batch_tokens": 1_000_000_000}
 CLIENTS = 8  # connections that upload
-TICK = 60.0  # seconds of the day, as pg_cron does
-SAMPLE = 2.0  # real seconds
-CLASSES = ((1, 5), (6, 50), (51, 300), (301, 1000))  # images of an upload
-STATEMENTS = 8  # the dearest, reported
+TICK = 60.0  # seconds of the day between calls of autotag.tick(), as with pg_cron
+SAMPLE_INTERVAL = 2.0  # real seconds …
+MAX_SAMPLE_GAP = 600.0  # … and at most this many of the day, so that the peak hour has several samples
+SIZE_CLASSES = ((1, 5), (6, 50), (51, 300), (301, 1000))  # images of an upload
+STATEMENTS = 8  # most expensive statements in the report
 
 
 @dataclass
 class Sample:
-    """Counters at one moment; all but connections and waiting only grow."""
+    """Counters at one time. All of them only grow, except connections and waiting."""
 
     at: float  # seconds of the day
     cpu: float  # seconds
@@ -58,24 +59,24 @@ class Sample:
 
 
 @dataclass
-class Watch:
-    """What was seen while the day went by."""
+class Observations:
+    """What was measured during the day."""
 
     samples: list[Sample] = field(default_factory=list)
     notifications: int = 0
-    latest: float = 0.0  # seconds of the day that an upload came later than it should, at most: the bench's own fault
+    max_delay: float = 0.0  # seconds of the day by which the bench started an upload late, at most
 
     def over(self, start: float, end: float) -> tuple[Sample, Sample]:
-        """The samples around a part of the day."""
+        """The first and the last sample in a part of the day."""
         inside = [sample for sample in self.samples if start <= sample.at <= end]
         return inside[0], inside[-1]
 
 
 async def measure(console: Console, *, images: int, workspaces: int, minutes: float, workers: int) -> Result:
-    """The whole day in so many minutes."""
+    """Runs the whole day in ``minutes`` of real time."""
     speed = DAY / 60 / minutes
-    day = draw_day(images, workspaces)
-    console.print(f"{len(day):,} uploads of {images:,} images; a second is {speed:.0f} of the day")
+    uploads = draw_day(images, workspaces)
+    console.print(f"{len(uploads):,} uploads of {images:,} images; time runs {speed:.0f} times faster")
     with local_postgres(machine_binaries(), SERVER) as server:
         install_autotag(server)
         _prepare(server)
@@ -87,11 +88,11 @@ async def measure(console: Console, *, images: int, workspaces: int, minutes: fl
             with psycopg.connect(owner, autocommit=True) as connection:
                 _set_up(connection, workspaces)
             async with _processes(stack, speed, workers):
-                watch = await _live(console, server, day, speed, images)
+                observed = await _run_day(console, server, uploads, speed, images)
         with psycopg.connect(owner, autocommit=True, row_factory=dict_row) as connection:
-            return _report(connection, watch, images, speed, {
-                "uploads": len(day), "images": images, "workspaces": workspaces, "workers": workers,
-                "seconds of the day in one": round(speed, 1),
+            return _report(connection, observed, images, speed, {
+                "uploads": len(uploads), "images": images, "workspaces": workspaces, "workers": workers,
+                "speed": round(speed, 1),
             })  # fmt: skip
 
 
@@ -111,7 +112,7 @@ def _set_up(connection: psycopg.Connection[Any], workspaces: int) -> None:
 
 @contextlib.asynccontextmanager
 async def _processes(stack: Stack, speed: float, workers: int) -> AsyncIterator[None]:
-    """The provider and the workers."""
+    """Runs the provider and the workers."""
     port = free_port()
     environment = {
         "PATH": os.environ.get("PATH", ""), **stack.worker_environment(), "DATABASE_URL": stack.owner_url,
@@ -133,74 +134,80 @@ async def _processes(stack: Stack, speed: float, workers: int) -> AsyncIterator[
                 await process.wait()
 
 
-async def _live(console: Console, server: LocalPostgres, day: Sequence[Upload], speed: float, images: int) -> Watch:
-    """Uploads by the clock, until the last image is done."""
-    watch = Watch()
+async def _run_day(
+    console: Console, server: LocalPostgres, uploads: Sequence[Upload], speed: float, images: int
+) -> Observations:
+    """Makes the uploads at their times and waits for the last image."""
+    observed = Observations()
     started = time.monotonic()
-    around = [
+    helpers = [
         asyncio.create_task(work)
         for work in (
-            _sample(console, server, watch, started, speed),
-            _listen(server.url(), watch),
+            _sample(console, server, observed, started, speed),
+            _listen(server.url(), observed),
             _tick(server.url(), speed),
         )
     ]
     try:
-        await _upload_all(server.url(), day, started, speed, watch)
-        while watch.samples[-1].tagged < images:
-            for task in around:
+        await _upload_all(server.url(), uploads, started, speed, observed)
+        while observed.samples[-1].tagged < images:
+            for task in helpers:
                 if task.done():
                     task.result()
-            await asyncio.sleep(SAMPLE)
+            await asyncio.sleep(SAMPLE_INTERVAL)
     finally:
-        for task in around:
+        for task in helpers:
             task.cancel()
-        await asyncio.gather(*around, return_exceptions=True)
-    return watch
+        await asyncio.gather(*helpers, return_exceptions=True)
+    return observed
 
 
-async def _upload_all(url: str, day: Sequence[Upload], started: float, speed: float, watch: Watch) -> None:
+async def _upload_all(
+    url: str, uploads: Sequence[Upload], started: float, speed: float, observed: Observations
+) -> None:
     async with AsyncConnectionPool(url, min_size=CLIENTS, max_size=CLIENTS, kwargs={"autocommit": True}) as pool:
         async with pool.connection() as connection:
             cursor = await connection.execute("select id from public.workspaces")
             workspaces = [row[0] for row in await cursor.fetchall()]
 
-        async def upload(which: Upload) -> None:
+        async def upload(item: Upload) -> None:
             async with pool.connection() as connection:
-                watch.latest = max(watch.latest, (time.monotonic() - started) * speed - which.at)
+                observed.max_delay = max(observed.max_delay, (time.monotonic() - started) * speed - item.at)
                 cursor = await connection.execute(
                     "insert into public.assets (workspace_id, storage_path)"
                     " select %(w)s, %(w)s || '/' || gen_random_uuid() || '.jpg' from generate_series(1, %(n)s)"
                     " returning id",
-                    {"w": workspaces[which.workspace], "n": which.images},
+                    {"w": workspaces[item.workspace], "n": item.images},
                 )
                 assets = [row[0] for row in await cursor.fetchall()]
                 await connection.execute("select public.enqueue_tagging(%s)", (assets,))
 
-        async with asyncio.TaskGroup() as uploads:
-            for which in day:
-                await asyncio.sleep(max(0.0, started + which.at / speed - time.monotonic()))
-                uploads.create_task(upload(which))
+        async with asyncio.TaskGroup() as tasks:
+            for item in uploads:
+                await asyncio.sleep(max(0.0, started + item.at / speed - time.monotonic()))
+                tasks.create_task(upload(item))
 
 
-async def _listen(url: str, watch: Watch) -> None:
+async def _listen(url: str, observed: Observations) -> None:
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         await connection.execute("listen autotag")
         async for _ in connection.notifies():
-            watch.notifications += 1
+            observed.notifications += 1
 
 
 async def _tick(url: str, speed: float) -> None:
-    """The scheduler's part."""
+    """Calls autotag.tick(), as the scheduler (pg_cron) does."""
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         while True:
             await asyncio.sleep(TICK / speed)
             await connection.execute("select autotag.tick()")
 
 
-async def _sample(console: Console, server: LocalPostgres, watch: Watch, started: float, speed: float) -> None:
+async def _sample(
+    console: Console, server: LocalPostgres, observed: Observations, started: float, speed: float
+) -> None:
     async with await psycopg.AsyncConnection.connect(server.url(), autocommit=True) as connection:
-        told = 0
+        reported_hour = 0
         while True:
             cursor = await connection.execute(
                 """select pg_current_wal_insert_lsn() - '0/0', d.xact_commit,
@@ -215,28 +222,34 @@ async def _sample(console: Console, server: LocalPostgres, watch: Watch, started
             wal, transactions, messages, tagged, connections, waiting = (int(value) for value in row)
             at = (time.monotonic() - started) * speed
             cpu = processor_seconds(server_processes(server))
-            watch.samples.append(
-                Sample(at, cpu, wal, transactions, messages, watch.notifications, tagged, connections, waiting)
+            observed.samples.append(
+                Sample(at, cpu, wal, transactions, messages, observed.notifications, tagged, connections, waiting)
             )
-            if at // 3600 > told:
-                told = int(at // 3600)
-                console.print(f"{told % 24:02}:00  {tagged:,} images tagged, {waiting:,} waiting for single calls")
-            await asyncio.sleep(SAMPLE)
+            if at // 3600 > reported_hour:
+                reported_hour = int(at // 3600)
+                console.print(
+                    f"{reported_hour % 24:02}:00  {tagged:,} images tagged, {waiting:,} queued for single calls"
+                )
+            await asyncio.sleep(min(SAMPLE_INTERVAL, MAX_SAMPLE_GAP / speed))
 
 
 def _report(
-    connection: psycopg.Connection[dict[str, Any]], watch: Watch, images: int, speed: float, given: dict[str, Any]
+    connection: psycopg.Connection[dict[str, Any]],
+    observed: Observations,
+    images: int,
+    speed: float,
+    parameters: dict[str, Any],
 ) -> Result:
-    first, last = watch.samples[0], watch.samples[-1]
-    peak = watch.over(PEAK * 3600, (PEAK + 1) * 3600)
+    first, last = observed.samples[0], observed.samples[-1]
+    peak = observed.over(PEAK * 3600, (PEAK + 1) * 3600)
     lost = connection.execute(
         "select count(*) as n from public.assets where tagging_stage is distinct from 'completed'"
         " or cardinality(tags) <> 6"
     ).fetchone()
     assert lost is not None
     waits = _waits(connection)
-    small = waits[_name(CLASSES[0])]
-    cores = (peak[1].cpu - peak[0].cpu) / (peak[1].at - peak[0].at)  # a day's second needs what it needs at any speed
+    small = waits[_name(SIZE_CLASSES[0])]
+    cores = (peak[1].cpu - peak[0].cpu) / (peak[1].at - peak[0].at)  # per second of the day
     figures = {
         "lost": Figure(lost["n"] + images - last.tagged, 0, "lower"),
         "database_cpu_ms_per_image": Figure((last.cpu - first.cpu) / images * 1000, 2, "lower"),
@@ -244,25 +257,25 @@ def _report(
         "small_upload_p95_s": Figure(small["p95, s"], 120, "lower"),
     }
     hour = peak[1].at - peak[0].at
-    details = given | {
-        "the bench's own delay of an upload, s of the day": round(watch.latest, 1),
+    details = parameters | {
+        "largest delay of an upload by the bench itself, s of the day": round(observed.max_delay, 1),
         "peak hour of a real day": {
             "share of the day": round(max(HOURS) / sum(HOURS), 3),
-            "images a second": round((peak[1].tagged - peak[0].tagged) / hour, 1),
-            "cores of the database": round(cores, 3),
+            "images per second": round((peak[1].tagged - peak[0].tagged) / hour, 1),
+            "cores used by the database": round(cores, 3),
             "WAL, KB/s": round((peak[1].wal - peak[0].wal) / hour / 1000, 1),
-            "transactions a second": round((peak[1].transactions - peak[0].transactions) / hour, 2),
-            "broadcasts a second": round((peak[1].messages - peak[0].messages) / hour, 2),
-            "notifications a second": round((peak[1].notifications - peak[0].notifications) / hour, 2),
+            "transactions per second": round((peak[1].transactions - peak[0].transactions) / hour, 2),
+            "broadcasts per second": round((peak[1].messages - peak[0].messages) / hour, 2),
+            "notifications per second": round((peak[1].notifications - peak[0].notifications) / hour, 2),
         },
-        "cores used at the bench's own speed in that hour": round(cores * speed, 2),
-        "connections, at most": max(sample.connections for sample in watch.samples),
-        "waiting for single calls, images at most": max(sample.waiting for sample in watch.samples),
+        "cores used by the database in that hour of the bench": round(cores * speed, 2),
+        "connections, at most": max(sample.connections for sample in observed.samples),
+        "images queued for single calls, at most": max(sample.waiting for sample in observed.samples),
         "broadcasts per image": round((last.messages - first.messages) / images, 3),
         "transactions per image": round((last.transactions - first.transactions) / images, 3),
-        "until done": waits,
+        "time to finish": waits,
         "tables": _tables(connection),
-        "dearest statements": _statements(connection, images),
+        "most expensive statements": _statements(connection, images),
     }
     return Result("day", figures, details)
 
@@ -272,9 +285,9 @@ def _name(sizes: tuple[int, int]) -> str:
 
 
 def _waits(connection: psycopg.Connection[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """From the upload to its last tag, seconds of the day, by the upload's size."""
-    found = {}
-    for low, high in CLASSES:
+    """Seconds of the day from an upload to its last tag, by size of the upload."""
+    waits = {}
+    for low, high in SIZE_CLASSES:
         row = connection.execute(
             "select count(*)::int as uploads, percentile_cont(array[0.5, 0.95, 0.99, 1]) within group"
             " (order by extract(epoch from finished_at - created_at)) as seconds"
@@ -284,10 +297,10 @@ def _waits(connection: psycopg.Connection[dict[str, Any]]) -> dict[str, dict[str
         assert row is not None
         names = ("median, s", "p95, s", "p99, s", "longest, s")
         seconds = row["seconds"] or [0.0] * len(names)
-        found[_name((low, high))] = {
+        waits[_name((low, high))] = {
             "uploads": row["uploads"], **{name: round(float(s), 1) for name, s in zip(names, seconds, strict=True)}
         }  # fmt: skip
-    return found
+    return waits
 
 
 def _tables(connection: psycopg.Connection[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -314,16 +327,16 @@ def _statements(connection: psycopg.Connection[dict[str, Any]], images: int) -> 
     ).fetchall()
     return {
         row["query"]: {
-            "calls": row["calls"], "ms a call": round(row["ms"] / row["calls"], 2),
-            "ms an image": round(row["ms"] / images, 4),
+            "calls": row["calls"], "ms per call": round(row["ms"] / row["calls"], 2),
+            "ms per image": round(row["ms"] / images, 4),
         }
         for row in rows
     }  # fmt: skip
 
 
 def show(console: Console, result: Result) -> None:
-    """How long who waited, as a table."""
-    waits = result.details["until done"]
+    """Prints the times to finish as a table."""
+    waits = result.details["time to finish"]
     table = Table("upload", *next(iter(waits.values())), box=None, padding=(0, 2, 0, 0))
     for name, row in waits.items():
         table.add_row(name, *(f"{value:,}" for value in row.values()))

@@ -1,6 +1,9 @@
-"""The processes of the day bench: `worker` is the real worker, but pictures are at hand and single calls are answered
-inside the process (what fetching, scaling and HTTP cost is measured by `ceiling`); `provider` is the simulator, for
-the batches, which it answers without looking at the pictures."""
+"""The processes of the day bench.
+
+`worker` is the real worker, except that pictures are local and single calls are answered inside the process; `ceiling`
+measures what fetching, scaling and HTTP cost. `provider` is the simulator for the batches, which does not decode the
+pictures.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +30,15 @@ from lab.openai_sim.app import Plan, Simulator
 from lab.openai_sim.vision import Picture
 from lab.stack import HOST
 
-CALL = (2.0, 5.0)  # seconds of the day that a call takes
-BATCH = (600.0, 3600.0)  # seconds of the day that an OpenAI Batch takes
+CALL = (2.0, 5.0)  # seconds of simulated time for a call
+BATCH = (600.0, 3600.0)  # seconds of simulated time for an OpenAI Batch
 
 
-class PicturesAtHand(Images):
+class LocalPictures(Images):
     """Every image is the same small JPEG."""
 
-    def __init__(self, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         out = io.BytesIO()
         Pillow.new("RGB", (48, 48), (200, 30, 30)).save(out, "JPEG")
         self._jpeg = out.getvalue()
@@ -46,19 +49,19 @@ class PicturesAtHand(Images):
 
 
 class Provider(Simulator):
-    """Answers of which only the count matters."""
+    """A simulator that gives every picture the same tags."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.book = collections.deque(maxlen=0)  # type: ignore[assignment]  # nobody reads a million entries
+        self.request_log = collections.deque(maxlen=0)  # type: ignore[assignment]  # a million entries would need too much memory
 
-    async def see(self, body: dict[str, Any]) -> Picture:
+    async def read_picture(self, body: dict[str, Any]) -> Picture:
         del body
         return PICTURE
 
 
 def work(speed: float) -> None:
-    """A worker whose provider's seconds pass so much faster."""
+    """Runs a worker whose single calls are ``speed`` times faster."""
 
     async def complete(*_: Any) -> Completion:
         await asyncio.sleep(random.uniform(*CALL) / speed)
@@ -67,14 +70,14 @@ def work(speed: float) -> None:
     settings = load_settings(Settings)
     configure_logs(settings.log_level, settings.log_format)
     with (
-        mock.patch("autotag.worker.run.Images", PicturesAtHand),
+        mock.patch("autotag.worker.run.Images", LocalPictures),
         mock.patch("autotag.openai.provider.Provider.complete", complete),
     ):
         asyncio.run(run_worker(settings))
 
 
 def provide(speed: float, port: int) -> None:
-    """The provider's batches."""
+    """Runs the provider, whose batches are ``speed`` times faster."""
     low, high = BATCH
     plan = Plan(batch_latency=(low / speed, high / speed), speed=speed, queued_batch_tokens=10**12)
     uvicorn.run(Provider(plan).app(), host=HOST, port=port, log_level="warning", access_log=False)

@@ -1,8 +1,8 @@
-"""How fast the engine is, against general queues; how soon an upload is picked up; what one worker can do.
+"""The engine's throughput compared with general job queues, the pick-up latency, and the throughput of workers.
 
-The engine's part runs the worker's own loop (claim, report, settle) against a provider that answers at once and inside
-the process, with everything else as in production: limits, fairness, stages, tags, usage, progress, broadcasts. What
-the queues drain are jobs that do nothing.
+The engine's part runs the worker's loop (claim, report, settle) with a provider that answers immediately inside the
+process. Everything else is as in production: limits, fairness, stages, tags, usage, progress and broadcasts. The jobs
+of the other queues do nothing.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from benchmarks import ceiling, pickup, queue_peers
 from benchmarks.report import Figure, Result
 from benchmarks.unlimited import UNLIMITED
 from lab.openai_sim.answers import complete
-from lab.openai_sim.asked import Asked
+from lab.openai_sim.completion_request import CompletionRequest
 from lab.openai_sim.models import MODELS
 from lab.openai_sim.vision import Picture
 from lab.postgres import LocalPostgres, install_autotag, local_postgres, machine_binaries
 
 IMAGES = 20_000
-UPLOAD = 50  # images of one call of enqueue_tagging, of a workspace of its own
-ROUNDS = 3  # drains of each in turn; the median counts
+UPLOAD = 50  # images of one call of enqueue_tagging; each upload has its own workspace
+ROUNDS = 3  # each system drains once per round; the median counts
 SERVER = {"full_page_writes": "on", "max_wal_size": "8GB"}
 PICTURE = Picture(512, 384, (
     "top left red", "top right green", "bottom left blue", "bottom right white", "landscape", "bright"))  # fmt: skip
-#: what the simulator answers about it: six tags and a caption
-ANSWER = complete(Asked(MODELS["gpt-4.1-mini"], cap=400, text_tokens=200, image_tokens=312), PICTURE)
+#: the simulator's answer for PICTURE: six tags and a caption
+ANSWER = complete(CompletionRequest(MODELS["gpt-4.1-mini"], cap=400, text_tokens=200, image_tokens=312), PICTURE)
 RESULT, USAGE = read_completion(ANSWER, max_tags=10), read_usage(ANSWER)
 
 
@@ -50,13 +50,13 @@ class Drain:
     """One run of all images through the engine."""
 
     seconds: float  # from the first enqueue_tagging to the last image's commit
-    enqueue: float  # of these, until the last upload was enqueued, with the worker at work
-    transactions: int  # every statement of the engine is one
+    enqueue: float  # seconds until the last upload was enqueued, with the worker running
+    transactions: int  # each statement of the engine is one transaction
     wal: int  # bytes
 
 
 async def measure(console: Console) -> Result:
-    """The drains in turn, then pick-up, then the ceiling."""
+    """Measures the drains, then the pick-up, then the workers."""
     drains, queues = [], dict[str, list[float]]()
     with local_postgres(machine_binaries(), SERVER) as server:
         for number in range(ROUNDS):
@@ -69,7 +69,7 @@ async def measure(console: Console) -> Result:
     rates = sorted(IMAGES / drain.seconds for drain in drains)
     peers = {name: sorted(rates)[len(rates) // 2] for name, rates in queues.items()}
     drain = sorted(drains, key=lambda d: d.seconds)[ROUNDS // 2]
-    picked_up = await pickup.measure(console)
+    pickups = await pickup.measure(console)
     ceilings = await ceiling.measure(console)
     figures = {
         "vs_pgqueuer": Figure(
@@ -77,15 +77,15 @@ async def measure(console: Console) -> Result:
         ),
         "statements_per_image": Figure(drain.transactions / IMAGES, 0.2, "lower"),
         "wal_bytes_per_image": Figure(drain.wal / IMAGES, 1500, "lower"),
-        "pickup_p99_ms": Figure(max(p99 for _, p99 in picked_up.values()), 100, "lower"),
-        "worker_images_per_s": Figure(ceilings[1]["images a second"], 100, "higher"),
+        "pickup_p99_ms": Figure(max(p99 for _, p99 in pickups.values()), 100, "lower"),
+        "worker_images_per_s": Figure(ceilings[1]["images per second"], 100, "higher"),
     }
     details: dict[str, Any] = {
-        "images a second, enqueue and all": [round(rate) for rate in rates],
-        "of it enqueue, ms an image": round(drain.enqueue / IMAGES * 1000, 3),
-        "empty jobs a second": {name: round(rate) for name, rate in peers.items()},
+        "images per second, including enqueue": [round(rate) for rate in rates],
+        "enqueue, ms per image": round(drain.enqueue / IMAGES * 1000, 3),
+        "empty jobs per second": {name: round(rate) for name, rate in peers.items()},
         "commit to request, ms": {
-            name: {"median": round(median, 1), "p99": round(p99, 1)} for name, (median, p99) in picked_up.items()
+            name: {"median": round(median, 1), "p99": round(p99, 1)} for name, (median, p99) in pickups.items()
         },
         "workers": ceilings,
     }
@@ -112,20 +112,20 @@ async def _drain(server: LocalPostgres, name: str) -> Drain:
     before = await _counters(url)
     started = time.perf_counter()
     enqueued, _ = await asyncio.gather(asyncio.to_thread(_enqueue, url, uploads), _work(db, url))
-    took = time.perf_counter() - started
+    elapsed = time.perf_counter() - started
     await db.close()
     after = await _counters(url)
     with psycopg.connect(url) as owner:
-        tagged = owner.execute(
+        counts = owner.execute(
             "select count(*), (select sum(completed) from autotag.jobs), (select sum(images) from autotag.usage)"
             " from public.assets where tagging_stage = 'completed' and cardinality(tags) = 6"
         ).fetchone()
-    assert tagged == (IMAGES, IMAGES, IMAGES), f"of {IMAGES} images {tagged} were tagged, counted and billed"
-    return Drain(took, enqueued - started, after[0] - before[0], after[1] - before[1])
+    assert counts == (IMAGES, IMAGES, IMAGES), f"of {IMAGES} images, {counts} were tagged, counted and billed"
+    return Drain(elapsed, enqueued - started, after[0] - before[0], after[1] - before[1])
 
 
 def _fill(url: str) -> list[list[uuid.UUID]]:
-    """Rows as uploads leave them, side by side; the ids of each upload."""
+    """Inserts the rows, those of one upload next to each other; returns the ids of each upload."""
     with psycopg.connect(url, autocommit=True) as owner:
         owner.execute(UNLIMITED)
         owner.execute(
@@ -143,7 +143,7 @@ def _fill(url: str) -> list[list[uuid.UUID]]:
 
 
 def _enqueue(url: str, uploads: list[list[uuid.UUID]]) -> float:
-    """The uploads, one after another as one client makes them; when the last was."""
+    """Enqueues the uploads one after another; returns the time after the last one."""
     with psycopg.connect(url, autocommit=True) as owner:
         for assets in uploads:
             owner.execute("select public.enqueue_tagging(%s)", (assets,))
@@ -151,7 +151,7 @@ def _enqueue(url: str, uploads: list[list[uuid.UUID]]) -> float:
 
 
 async def _work(db: Database, url: str) -> None:
-    """The worker's loop for single calls, until every image has been settled."""
+    """Runs the worker's loop for single calls until every image is settled."""
     wake, observations, done = Wake(), Observations(), 0
     stages = Stages(db, observations)
     outcomes = Outcomes(db, stages, observations)
@@ -174,8 +174,8 @@ async def _work(db: Database, url: str) -> None:
 
 
 async def _counters(url: str) -> tuple[int, int]:
-    """Transactions committed in the database so far, and the WAL's length; both as of all that has ended."""
-    await asyncio.sleep(1.1)  # a session that is idle tells its counts within a second
+    """Committed transactions and bytes of WAL so far."""
+    await asyncio.sleep(1.1)  # idle sessions report their counts within a second
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as owner:
         row = await (
             await owner.execute(

@@ -1,13 +1,12 @@
-"""A worker whose ports are flooded: how long its health check takes, how fast it goes on tagging, what it logs.
+"""A worker whose ports are flooded: the latency of its health check, its tagging rate and the volume of its log.
 
-The flood is 1,000 connections that send a byte a second, each opened again when it is closed, beside 100 requests of
-rubbish a second, first at the port for health and then at the webhook's. It comes from a process of its own, but from
-the same machine: that process, Postgres and the stand-ins for Storage and the provider take their share of the same
-processors, which no attacker elsewhere would. A worker that tags as fast as it can would therefore be slower beside the
-flood even if it ignored it. So what is compared is a rate that the provider's limits set and not the processor: `RATE`
-images a second, somewhat more than OpenAI's tier 1 allows, for which a worker needs a fifth of a core. It keeps that
-rate exactly as long as the flood holds up neither its claims, nor its calls, nor its reports. What the flood costs the
-worker in processor time is in the details.
+The flood consists of 1,000 connections that send one byte per second and reconnect when they are closed, and of 100
+invalid requests per second, first to the health port and then to the webhook port.
+
+The flood, Postgres, Storage and the provider run on the same machine as the worker and share its processors, so a
+worker at full speed would slow down even if it ignored the flood. Therefore the provider limits the rate to `RATE`
+images per second, somewhat more than OpenAI's tier 1 allows, for which a worker needs a fifth of a core. The worker
+keeps this rate unless the flood delays its claims, calls or reports. The details have the processor time.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ from lab.pictures import draw
 from lab.postgres import LocalPostgres, free_port, install_autotag, local_postgres, machine_binaries
 from lab.stack import HOST, Stack, local_stack, worker_process
 
-RATE = 10  # images a second that the provider's limits allow
-SLOW, RUBBISH = 1000, 100  # connections; requests a second
-FILES = 1024  # that the worker may have open, as processes usually may
-SETTLE = 3.0  # seconds at the beginning of a phase that do not count: connections are made, the bucket is empty
+RATE = 10  # images per second that the provider's limits allow
+SLOW, GARBAGE = 1000, 100  # slow connections; invalid requests per second
+MAX_FILES = 1024  # open files of the worker: the usual limit of a process
+SETTLE = 3.0  # seconds at the start of a phase that do not count: connections open, and the bucket is empty
 PROBE = 0.25  # seconds between health checks
 PICTURES = 20
 ORDER = (None, "health", "webhook", None)
-#: Settings by which one upload of any size goes as single calls that wait for the provider's limits alone.
+#: Settings with which an upload of any size becomes single calls that only the provider's limits delay.
 UNPACED = {
     "realtime_requests_per_minute": 10**6, "realtime_tokens_per_minute": 10**9, "realtime_max_wait": "1 day",
     "realtime_max_images": 40_000, "chunk_max_images": 40_000, "batch_max_images": 40_000,
@@ -52,37 +51,37 @@ UNPACED = {
 
 @dataclass(frozen=True)
 class Phase:
-    """What was measured while one port was flooded, or none."""
+    """The measurements while one port, or none, was flooded."""
 
     flooded: str | None
-    images: float  # a second
-    healthz: list[float]  # seconds
-    log: float  # bytes a minute
-    processor: float  # milliseconds of the worker's an image, whatever else it did
+    images: float  # per second
+    healthz: list[float]  # seconds of each health check
+    log: float  # bytes per minute
+    processor: float  # milliseconds of the worker's processor time per image, including the flood's cost
 
     def as_json(self) -> dict[str, Any]:
         """For the details."""
         median, worst = (round(seconds * 1000, 1) for seconds in (quantile(self.healthz, 0.5), max(self.healthz)))
         return {
-            "flooded": self.flooded, "images a second": round(self.images, 2),
-            "worker's processor ms an image": round(self.processor, 1),
-            "healthz ms": {"median": median, "worst": worst},
-            "log bytes a minute": round(self.log),
+            "flooded": self.flooded, "images per second": round(self.images, 2),
+            "worker's processor time per image, ms": round(self.processor, 1),
+            "healthz, ms": {"median": median, "worst": worst},
+            "log bytes per minute": round(self.log),
         }  # fmt: skip
 
 
 async def measure(console: Console, *, seconds: float = 60) -> Result:
-    """Quiet, flooded at one port, flooded at the other, quiet again; so many seconds each."""
+    """Runs four phases of ``seconds``: quiet, health port flooded, webhook port flooded, quiet."""
     with local_postgres(machine_binaries()) as server:
         install_autotag(server)
         phases = await phases_of(server, "postgres", console, seconds)
-    return judge(phases)
+    return evaluate(phases)
 
 
-def judge(phases: list[Phase]) -> Result:
-    """The figures: the worst of the flooded phases against the mean of the quiet ones."""
+def evaluate(phases: list[Phase]) -> Result:
+    """The figures: the worst flooded phase compared with the mean of the quiet phases."""
     flooded = [phase for phase in phases if phase.flooded]
-    # What piled up beside the flood is caught up with afterwards, faster than the limits' rate.
+    # After a flood the worker catches up faster than RATE, so cap the quiet phases at RATE.
     quiet = [min(phase.images, RATE) for phase in phases if not phase.flooded]
     figures = {
         "healthz_worst_ms": Figure(max(max(phase.healthz) for phase in flooded) * 1000, 1000, "lower"),
@@ -95,7 +94,7 @@ def judge(phases: list[Phase]) -> Result:
 async def phases_of(
     server: LocalPostgres, database: str, console: Console, seconds: float, order: tuple[str | None, ...] = ORDER
 ) -> list[Phase]:
-    """One worker, and which of its ports is flooded in each phase."""
+    """Runs one worker through the phases; ``order`` has the flooded port of each."""
     plan = Plan(latency=(0.2, 0.4), requests_per_day=None)
     ports = {"health": free_port(), "webhook": free_port()}
     phases = []
@@ -109,12 +108,10 @@ async def phases_of(
             }  # fmt: skip
             with path.open("wb") as log:
                 async with worker_process(environment, log) as process:
-                    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (FILES, FILES))
-                    await _begun(stack.simulator)
+                    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (MAX_FILES, MAX_FILES))
+                    await _wait_for_first_answer(stack.simulator)
                     for flooded_port in order:
-                        console.print(
-                            f"{seconds:g} s, {f'the port for {flooded_port} flooded' if flooded_port else 'quiet'} …"
-                        )
+                        console.print(f"{seconds:g} s, {f'{flooded_port} port flooded' if flooded_port else 'quiet'} …")
                         async with flooded(ports[flooded_port]) if flooded_port else contextlib.nullcontext():
                             phases.append(
                                 await _phase(stack, process.pid, path, ports["health"], flooded_port, seconds)
@@ -123,47 +120,49 @@ async def phases_of(
 
 
 async def _phase(stack: Stack, pid: int, log: Path, port: int, flooded_port: str | None, seconds: float) -> Phase:
-    logged = os.stat(log).st_size  # what the flood's first seconds write counts
-    began = time.time()
+    logged = os.stat(log).st_size  # before SETTLE, because the log of the flood's first seconds counts
+    phase_start = time.time()
     await asyncio.sleep(SETTLE)
-    started, used = time.time(), processor_seconds([pid])
+    started, cpu_before = time.time(), processor_seconds([pid])
     waits: list[float] = []
     while time.time() < started + seconds:
         waits.append(await _ask_health(port))
         await asyncio.sleep(PROBE)
     ended = time.time()
-    images = sum(started <= entry.get("done", 0) < ended and entry["status"] == 200 for entry in stack.simulator.book)
+    images = sum(
+        started <= entry.get("done", 0) < ended and entry["status"] == 200 for entry in stack.simulator.request_log
+    )
     return Phase(
-        flooded_port, images / (ended - started), waits, (os.stat(log).st_size - logged) / (ended - began) * 60,
-        (processor_seconds([pid]) - used) * 1000 / max(images, 1),
+        flooded_port, images / (ended - started), waits, (os.stat(log).st_size - logged) / (ended - phase_start) * 60,
+        (processor_seconds([pid]) - cpu_before) * 1000 / max(images, 1),
     )  # fmt: skip
 
 
 async def _ask_health(port: int) -> float:
-    """Seconds of one health check, over a connection of its own as a probe's is."""
+    """Seconds of one health check over a new connection, as probes make it."""
     async with httpx.AsyncClient(timeout=10) as client:
-        began = time.monotonic()
+        started = time.monotonic()
         answer = await client.get(f"http://{HOST}:{port}/healthz")
-        took = time.monotonic() - began
+        elapsed = time.monotonic() - started
     assert answer.status_code == 200, answer.text
-    return took
+    return elapsed
 
 
 @contextlib.asynccontextmanager
 async def flooded(port: int) -> AsyncIterator[None]:
-    """The flood, for as long as the context is open."""
+    """Floods a port while the context is open."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "benchmarks.flood_client",
         str(port),
         str(SLOW),
-        str(RUBBISH),
+        str(GARBAGE),
         process_group=group(),
     )
     try:
         yield
-        assert process.returncode is None, "the flood ended"
+        assert process.returncode is None, "the flood ended early"
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
@@ -171,7 +170,7 @@ async def flooded(port: int) -> AsyncIterator[None]:
 
 
 async def _fill(stack: Stack, images: int) -> None:
-    """One upload that lasts for all phases, and buckets whose burst is over."""
+    """Enqueues one upload that lasts for all phases, and empties the buckets, so that there is no initial burst."""
     member, bucket = stack.add_member(), stack.storage().from_("assets")
     paths = []
     for drawing in draw(PICTURES):
@@ -198,10 +197,10 @@ async def _fill(stack: Stack, images: int) -> None:
         )
 
 
-async def _begun(simulator: Simulator) -> None:
-    """Waits for the first answer."""
+async def _wait_for_first_answer(simulator: Simulator) -> None:
+    """Waits for the provider's first answer."""
     for _ in range(600):
-        if any(entry.get("done") for entry in simulator.book):
+        if any(entry.get("done") for entry in simulator.request_log):
             return
         await asyncio.sleep(0.1)
     raise TimeoutError("No image was tagged within a minute.")

@@ -1,5 +1,8 @@
-"""A program of its own, so that it takes nothing from who measures: slow connections and rubbish for a port until it is
-killed. Usage: python -m benchmarks.flood_client PORT SLOW RUBBISH (connections; requests a second)."""
+"""Floods a port with slow connections and invalid requests until it is killed.
+
+Usage: python -m benchmarks.flood_client PORT CONNECTIONS REQUESTS_PER_SECOND. A separate program, so that it does not
+slow down the process that measures.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import sys
 
 HOST = "127.0.0.1"
 POST = b"POST /webhooks/openai HTTP/1.1\r\nHost: x\r\n"
-RUBBISH = (
+INVALID_REQUESTS = (
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)) * 2,
     b"GET / HTTP/9.9\r\n\r\n",
     b"GET /healthz HTTP/1.1\r\nHost: x\r\nno colon\r\n\r\n",
@@ -19,8 +22,8 @@ RUBBISH = (
 )
 
 
-async def crawl(port: int) -> None:
-    """One slow connection after the other: a byte a second, and again when it was closed."""
+async def send_slowly(port: int) -> None:
+    """Sends a header one byte per second; reconnects when the connection is closed."""
     while True:
         with contextlib.suppress(OSError):
             reader, writer = await asyncio.open_connection(HOST, port)
@@ -35,25 +38,25 @@ async def crawl(port: int) -> None:
         await asyncio.sleep(1)
 
 
-async def throw(port: int, rubbish: bytes) -> None:
-    """One request of rubbish."""
+async def send_invalid(port: int, data: bytes) -> None:
+    """Sends one invalid request."""
     with contextlib.suppress(OSError, TimeoutError):
         async with asyncio.timeout(2):
             reader, writer = await asyncio.open_connection(HOST, port)
-            writer.write(rubbish)
+            writer.write(data)
             await reader.read(1000)
             writer.transport.abort()
 
 
 async def main(port: int, slow: int, rate: int) -> None:
-    """Until it is killed."""
+    """Runs until the process is killed."""
     async with asyncio.TaskGroup() as group:
         for _ in range(slow):
-            group.create_task(crawl(port))
-        turn = 0
+            group.create_task(send_slowly(port))
+        number = 0
         while True:
-            group.create_task(throw(port, RUBBISH[turn % len(RUBBISH)]))
-            turn += 1
+            group.create_task(send_invalid(port, INVALID_REQUESTS[number % len(INVALID_REQUESTS)]))
+            number += 1
             await asyncio.sleep(1 / rate)
 
 

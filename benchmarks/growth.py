@@ -1,4 +1,4 @@
-"""Whether a claim takes longer the more is queued: its latency with 1,000,000 tasks ÷ with 10,000."""
+"""The latency of a claim with 1,000,000 queued tasks, relative to 10,000."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ WORKER = "99999999-0000-4000-8000-000000000001"
 SMALL, LARGE = 10_000, 1_000_000  # tasks queued
 WORKSPACES = 1000
 SLOTS = 64
-CLAIMS = 20  # measured in each round, after a warm-up; all of them together release less than SMALL
-ROUNDS = 5  # small and large in turn; the median of the ratios counts
+CLAIMS = 20  # per round; all rounds and the warm-up together release fewer than SMALL tasks
+ROUNDS = 5  # each measures both sizes; the median ratio counts
 
 
 def measure(console: Console) -> Result:
-    """Two databases of one server, one with each size of queue; claims in turn."""
+    """Fills two databases of one server and measures claims in them alternately."""
     with local_postgres(machine_binaries(), {"autovacuum": "off", "shared_buffers": "512MB"}) as server:
         connections = {}
         for size in (SMALL, LARGE):
@@ -33,13 +33,13 @@ def measure(console: Console) -> Result:
             rounds.append((times[LARGE] / times[SMALL], times))
         ratio, times = sorted(rounds, key=lambda r: r[0])[ROUNDS // 2]
     details: dict[str, Any] = {
-        f"claim of {SLOTS} with {size:,} queued, ms": round(seconds * 1000, 2) for size, seconds in times.items()
+        f"claim of {SLOTS} images with {size:,} queued, ms": round(seconds * 1000, 2) for size, seconds in times.items()
     }
     return Result("growth", {"claim_ratio": Figure(ratio, 1.2, "lower")}, details)
 
 
 def _fill(server: LocalPostgres, size: int) -> psycopg.Connection[Any]:
-    """A database with so many single calls queued, spread over jobs and workspaces, and without binding limits."""
+    """Creates a database with ``size`` queued single calls, one job per workspace, and limits that do not apply."""
     name = f"growth_{size}"
     with psycopg.connect(server.url("supabase_admin"), autocommit=True) as admin:
         admin.execute(f"create database {name}".encode())
@@ -69,7 +69,7 @@ def _fill(server: LocalPostgres, size: int) -> psycopg.Connection[Any]:
 
 
 def _claim(connection: psycopg.Connection[Any]) -> float:
-    """Median seconds of a claim that releases all its slots."""
+    """Median seconds of a claim that fills all slots."""
     times = []
     for _ in range(CLAIMS):
         started = time.perf_counter()

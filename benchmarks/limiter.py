@@ -1,11 +1,11 @@
-"""What an exact sliding window costs: `check_rate_limit` next to a one-row UPDATE, and next to two libraries.
+"""The cost of an exact sliding window: `check_rate_limit` compared with a one-row UPDATE and with two libraries.
 
-Two states of a window differ much, so both are measured. In the steady state a window is full: what leaves it by
-and by is admitted again, and most calls are refused (they write nothing). With windows that were empty, every call
-is admitted (each writes a row whose arrays grow).
+A window is measured in two states, because their costs differ. A full window, the steady state, refuses most calls,
+which write nothing, and admits a call whenever an older one leaves it. An empty window admits every call, and each call
+writes a row whose arrays grow.
 
-pgbench runs the two SQL statements in turn on the same server, so that the ratio holds when the machine's speed
-drifts. The libraries are called from Python with 8 threads, and so is `check_rate_limit` beside them.
+pgbench runs the two statements alternately on the same server, so that drift of the machine's speed does not change the
+ratio. The libraries, and `check_rate_limit` for comparison, are called from Python with 8 threads.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from benchmarks.report import Figure, Result
 from lab.ending import group, temporary_folder
 from lab.postgres import LocalPostgres, free_port, install_autotag, local_postgres, machine_binaries
 
-SECONDS = 5  # of one pgbench run
+SECONDS = 5  # seconds of one pgbench run
 ROUNDS = 3  # pairs of runs; the median ratio counts
 WORKSPACES = 1000
 LIBRARY_SECONDS = 3.0
 THREADS = 8
-#: As Postgres comes: what is committed is on disk.
+#: Postgres's defaults: commits are durable.
 SAFE = {"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"}
 
 CHECK = "select allowed from public.check_rate_limit({workspace}, 'realtime', 1);"
@@ -40,7 +40,7 @@ UPDATE = "update public.plain set n = n + 1 where workspace_id = {workspace};"
 
 
 def measure(console: Console) -> Result:
-    """Both statements, with 1 and 8 clients, on one hot workspace and on 1,000; then the libraries."""
+    """Measures both statements with 1 and 8 clients, on one hot workspace and on 1,000, then the libraries."""
     pgbench = shutil.which("pgbench") or str((machine_binaries() or Path("/usr/bin")) / "pgbench")
     ratios: dict[str, float] = {}
     admitting: dict[str, float] = {}
@@ -53,11 +53,11 @@ def measure(console: Console) -> Result:
                 key = f"{clients} clients, {name}" if clients > 1 else f"1 client, {name}"
                 for state, fill in (("full", True), ("admitting", False)):
                     if hot and not fill:
-                        continue  # one window is full within milliseconds
+                        continue  # the window of one hot workspace is full within milliseconds
                     console.print(f"{key}, {state} …")
                     pairs = []
                     for _ in range(ROUNDS):
-                        _forget(server, fill=fill)
+                        _reset_windows(server, fill=fill)
                         check = _pgbench(pgbench, server, CHECK, clients, hot)
                         plain = _pgbench(pgbench, server, UPDATE, clients, hot)
                         pairs.append((check / plain, check, plain))
@@ -67,7 +67,7 @@ def measure(console: Console) -> Result:
                         "ratio": round(ratio, 3), "check_per_s": round(check), "update_per_s": round(plain),
                     }  # fmt: skip
         console.print("libraries …")
-        details["from Python, 8 threads, calls a second"] = _libraries(server, ids)
+        details["from Python, 8 threads, calls per second"] = _libraries(server, ids)
     figures = {
         "min_ratio": Figure(min(ratios.values()), 0.75, "higher"),
         "admitting_ratio": Figure(min(admitting.values()), 0.75, "higher"),
@@ -87,8 +87,8 @@ def _prepare(server: LocalPostgres) -> list[str]:
         return [str(row[0]) for row in owner.execute("select workspace_id from public.plain order by 1")]
 
 
-def _forget(server: LocalPostgres, *, fill: bool = False) -> None:
-    """Every window empty, or full for a minute evenly used; and the tables as after a vacuum."""
+def _reset_windows(server: LocalPostgres, *, fill: bool = False) -> None:
+    """Empties every window, or fills each with a minute of evenly spread calls; vacuums the tables."""
     with psycopg.connect(server.url(), autocommit=True) as owner:
         owner.execute("truncate public.workspace_rate_limits")
         if fill:
@@ -104,7 +104,7 @@ def _forget(server: LocalPostgres, *, fill: bool = False) -> None:
 
 
 def _pgbench(binary: str, server: LocalPostgres, statement: str, clients: int, hot: bool) -> float:
-    """Transactions a second."""
+    """Transactions per second."""
     number = "1" if hot else f"random(1, {WORKSPACES})"
     script = f"\\set w {number}\n" + statement.format(
         workspace="('00000000-0000-4000-8000-' || lpad(:w::text, 12, '0'))::uuid"
@@ -112,13 +112,13 @@ def _pgbench(binary: str, server: LocalPostgres, statement: str, clients: int, h
     with temporary_folder("autotag-pgbench-") as folder:
         file = folder / "script.sql"
         file.write_text(script)
-        done = subprocess.run(
+        stop = subprocess.run(
             [binary, "-n", "-M", "prepared", "-c", str(clients), "-j", str(min(clients, 2)), "-T", str(SECONDS),
              "-f", file, server.url()],
             capture_output=True, text=True, check=True, process_group=group(),
         )  # fmt: skip
-    match = re.search(r"tps = ([\d.]+)", done.stdout)
-    assert match, done.stdout
+    match = re.search(r"tps = ([\d.]+)", stop.stdout)
+    assert match, stop.stdout
     return float(match[1])
 
 
@@ -126,26 +126,26 @@ def _pgbench(binary: str, server: LocalPostgres, statement: str, clients: int, h
 
 
 def _libraries(server: LocalPostgres, ids: list[str]) -> dict[str, int]:
-    """Calls a second on 1,000 keys, from Python."""
-    _forget(server)
+    """Calls per second from Python on 1,000 keys."""
+    _reset_windows(server)
     result = {"autotag check_rate_limit": _rate(lambda: _autotag_caller(server), ids)}
     with _redis() as port:
         if port:
-            _limits_caller(port)  # the library loads its parts when it is used first, and not by several threads
+            _limits_caller(port)  # the first use imports modules, which is not thread-safe
             result["limits, Redis moving window"] = _rate(lambda: _limits_caller(port), ids)
     result["pyrate-limiter, Postgres"] = _rate(lambda: _pyrate_caller(server), ids)
     return result
 
 
 def _rate(make: Callable[[], Callable[[str], object]], ids: list[str]) -> int:
-    """How often `THREADS` threads get through, each with a caller of its own."""
+    """Calls per second of `THREADS` threads, each with its own caller."""
     counts = [0] * THREADS
-    done = threading.Event()
+    stop = threading.Event()
 
     def run(number: int) -> None:
         call = make()
         i = number
-        while not done.is_set():
+        while not stop.is_set():
             call(ids[i % len(ids)])
             counts[number] += 1
             i += THREADS
@@ -154,8 +154,8 @@ def _rate(make: Callable[[], Callable[[str], object]], ids: list[str]) -> int:
     started = time.monotonic()
     for thread in threads:
         thread.start()
-    done.wait(LIBRARY_SECONDS)
-    done.set()
+    stop.wait(LIBRARY_SECONDS)
+    stop.set()
     for thread in threads:
         thread.join()
     return round(sum(counts) / (time.monotonic() - started))
@@ -180,7 +180,7 @@ def _limits_caller(port: int) -> Callable[[str], object]:
 
 
 def _pyrate_caller(server: LocalPostgres) -> Callable[[str], object]:
-    """One bucket (a table) for all keys, as the library has it: its Postgres backend knows no keys."""
+    """One bucket (a table) for all keys, because the library's Postgres backend does not support keys."""
     from psycopg_pool import ConnectionPool
     from pyrate_limiter import Duration, Limiter, PostgresBucket, Rate
 
@@ -191,7 +191,7 @@ def _pyrate_caller(server: LocalPostgres) -> Callable[[str], object]:
 
 @contextmanager
 def _redis() -> Iterator[int | None]:
-    """Debian's redis-server on a free port; None where there is none."""
+    """Runs redis-server on a free port; yields None if it is not installed."""
     binary = shutil.which("redis-server")
     if binary is None:
         yield None
@@ -203,7 +203,7 @@ def _redis() -> Iterator[int | None]:
         process_group=group(),
     )
     try:
-        time.sleep(1)  # redis-server says nothing when it is ready, and is within milliseconds
+        time.sleep(1)  # redis-server is ready within milliseconds, but does not announce it
         yield port
     finally:
         process.terminate()

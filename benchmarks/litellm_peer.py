@@ -1,7 +1,7 @@
-"""LiteLLM's Router with rpm and tpm set, sending the requests in a file. Runs in an environment of its own.
+"""Sends the requests in a file with LiteLLM's Router, with rpm and tpm set. Runs in a separate environment.
 
-Arguments: base URL, key, file of [{at, bodies}], speed. The Router counts by the minute of the clock; with time
-compressed, its minutes are the simulator's.
+Arguments: base URL, key, file of [{at, bodies}], speed. The Router counts per minute of the clock, so its clock is sped
+up like the simulator's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import litellm
 from litellm import Router
 from litellm.router_strategy import lowest_tpm_rpm_v2
 
-MOST_TRIES = 200  # it gives up after its own retries; whoever uses it has to try again
+MAX_TRIES = 200  # the Router raises after its own retries, and then its user has to try again
 
 
 def main() -> None:
@@ -46,13 +46,13 @@ def main() -> None:
 
     async def call(body: dict[str, Any]) -> None:
         arguments = {k: v for k, v in body.items() if k != "model"}
-        for _ in range(MOST_TRIES):
+        for _ in range(MAX_TRIES):
             try:
                 await router.acompletion(model="tagger", **arguments)
                 return
-            except Exception:  # noqa: BLE001 (whatever it raises: try again, as its users do)
+            except Exception:  # noqa: BLE001 (retry after any error, as the Router's users do)
                 await asyncio.sleep(1 / speed)
-        raise RuntimeError("LiteLLM never got through")
+        raise RuntimeError(f"A call failed {MAX_TRIES} times")
 
     async def upload(job: dict[str, Any]) -> None:
         await asyncio.sleep(job["at"] / speed)

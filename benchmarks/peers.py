@@ -1,7 +1,7 @@
-"""What people use instead, on the same simulator: bursts with backoff, a throttle per process, LiteLLM's Router.
+"""Common alternatives on the same simulator: bursts with backoff, a throttle per process, and LiteLLM's Router.
 
-Each gets the prepared requests of every upload and sends them as that design does; what came of it is read
-from the provider's book. Times are divided by ``speed``, as the provider's minutes are.
+Each gets the prepared requests of every upload. The results come from the simulator's request log. Times are divided by
+``speed``, like the provider's minutes.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import httpx
 from lab.ending import group, temporary_folder
 
 LITELLM = "litellm==1.110.2"
-FIRST_BACKOFF = 1.0  # seconds; doubled, with jitter, as the usual examples have it
-MOST_BACKOFF = 60.0
+MIN_BACKOFF = 1.0  # seconds; doubled after each 429, with jitter, as in the usual examples
+MAX_BACKOFF = 60.0  # seconds
 COOKBOOK_PAUSE = 15.0  # seconds after a 429 (OpenAI's cookbook, api_request_parallel_processor.py)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One upload as a peer gets it: when, and the bodies of its requests."""
+    """One upload for a peer: its time and the bodies of its requests."""
 
     at: float
     bodies: Sequence[dict[str, Any]]
-    tokens: int  # that one request counts for
+    tokens: int  # of one request
 
 
 Peer = Callable[[str, str, Sequence[Job], float], Awaitable[None]]
@@ -52,14 +52,14 @@ def _client(url: str, key: str) -> httpx.AsyncClient:
 
 
 async def burst(url: str, key: str, jobs: Sequence[Job], speed: float) -> None:
-    """Every image of an upload at once; whoever meets a 429 backs off exponentially and tries again."""
-    dice = random.Random(1)
+    """Sends every image of an upload immediately; a 429 is retried with exponential backoff."""
+    rng = random.Random(1)
 
     async def call(client: httpx.AsyncClient, body: dict[str, Any]) -> None:
-        delay = FIRST_BACKOFF
+        delay = MIN_BACKOFF
         while await _post(client, body) == 429:
-            await asyncio.sleep(delay * (0.5 + dice.random()) / speed)
-            delay = min(delay * 2, MOST_BACKOFF)
+            await asyncio.sleep(delay * (0.5 + rng.random()) / speed)
+            delay = min(delay * 2, MAX_BACKOFF)
 
     async def upload(client: httpx.AsyncClient, job: Job) -> None:
         await asyncio.sleep(job.at / speed)
@@ -70,14 +70,14 @@ async def burst(url: str, key: str, jobs: Sequence[Job], speed: float) -> None:
 
 
 async def throttle(url: str, key: str, jobs: Sequence[Job], speed: float) -> None:
-    """The cookbook's parallel processor, one for each upload: a bucket of the whole limit in every process."""
+    """One parallel processor of OpenAI's cookbook per upload, each with a bucket for the whole limit."""
 
     async def upload(client: httpx.AsyncClient, job: Job) -> None:
         await asyncio.sleep(job.at / speed)
         loop = asyncio.get_running_loop()
         requests, tokens, at, paused = 500.0, 200_000.0, loop.time(), 0.0
         waiting = list(job.bodies)
-        flying: set[asyncio.Task[None]] = set()
+        in_flight: set[asyncio.Task[None]] = set()
 
         async def call(body: dict[str, Any]) -> None:
             nonlocal paused
@@ -85,7 +85,7 @@ async def throttle(url: str, key: str, jobs: Sequence[Job], speed: float) -> Non
                 paused = loop.time()
                 waiting.append(body)
 
-        while waiting or flying:
+        while waiting or in_flight:
             now = loop.time()
             requests = min(500.0, requests + 500 * (now - at) * speed / 60)
             tokens = min(200_000.0, tokens + 200_000 * (now - at) * speed / 60)
@@ -93,18 +93,18 @@ async def throttle(url: str, key: str, jobs: Sequence[Job], speed: float) -> Non
             if waiting and requests >= 1 and tokens >= job.tokens:
                 requests, tokens = requests - 1, tokens - job.tokens
                 task = asyncio.create_task(call(waiting.pop(0)))
-                flying.add(task)
-                task.add_done_callback(flying.discard)
+                in_flight.add(task)
+                task.add_done_callback(in_flight.discard)
             await asyncio.sleep(0.001)
-            if paused and (rest := COOKBOOK_PAUSE / speed - (loop.time() - paused)) > 0:
-                await asyncio.sleep(rest)
+            if paused and (pause := COOKBOOK_PAUSE / speed - (loop.time() - paused)) > 0:
+                await asyncio.sleep(pause)
 
     async with _client(url, key) as client:
         await asyncio.gather(*(upload(client, job) for job in jobs))
 
 
 async def litellm(url: str, key: str, jobs: Sequence[Job], speed: float) -> None:
-    """LiteLLM's Router with rpm and tpm set, in a Python environment of its own (its pins differ from ours)."""
+    """LiteLLM's Router with rpm and tpm set, in a separate Python environment, because it needs other versions."""
     python = await asyncio.to_thread(litellm_python)
     script = Path(__file__).parent / "litellm_peer.py"
     with temporary_folder("autotag-peers-") as folder:
@@ -115,16 +115,16 @@ async def litellm(url: str, key: str, jobs: Sequence[Job], speed: float) -> None
             stderr=asyncio.subprocess.PIPE, process_group=group(),
         )  # fmt: skip
         try:
-            _, said = await process.communicate()
+            _, stderr = await process.communicate()
         except asyncio.CancelledError:
             process.kill()
             raise
     if process.returncode != 0:
-        raise RuntimeError(f"LiteLLM's peer failed:\n{said.decode()[-2000:]}")
+        raise RuntimeError(f"The LiteLLM peer failed:\n{stderr.decode()[-2000:]}")
 
 
 def litellm_python() -> Path:
-    """The environment beside this one's, made when it is needed first."""
+    """The Python of LiteLLM's environment, which the first call creates next to this one."""
     folder = Path(sys.prefix).parent / ".venv-litellm"
     python = folder / "bin" / "python"
     if not (folder / ".ready").exists():

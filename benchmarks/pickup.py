@@ -1,6 +1,6 @@
-"""How soon an upload is picked up: from its commit to the request at the provider, idle and with 64 calls in flight.
+"""The pick-up latency: from an upload's commit to the request at the provider, idle and with 64 calls in flight.
 
-In between lie the notification, the claim, the image's way out of Storage, and its preparation.
+It includes the notification, the claim, the download from Storage, and the preparation of the image.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lab.stack import Member, Stack, local_stack, worker_process
 
 ALONE, BUSY = 150, 400  # uploads of one image
 IN_FLIGHT, LATENCY = 64, 3.5  # calls, and seconds of each
-WARM_UP = 80  # uploads until as many calls are in flight
+WARM_UP = 80  # uploads until IN_FLIGHT calls are in flight
 
 
 async def measure(console: Console) -> dict[str, tuple[float, float]]:
-    """Median and 99th percentile, in milliseconds."""
+    """Median and 99th percentile in milliseconds, idle and busy."""
     drawings = draw(ALONE + BUSY + WARM_UP)
     with local_postgres(machine_binaries()) as server:
         install_autotag(server)
@@ -41,16 +41,16 @@ async def measure(console: Console) -> dict[str, tuple[float, float]]:
                 console.print(f"{BUSY} uploads, {IN_FLIGHT} calls in flight …")
                 uploads = await _store(stack, member, drawings, WARM_UP + BUSY)
                 busy = (await _run(stack, uploads, pause=LATENCY / IN_FLIGHT))[WARM_UP:]
-                flying = stack.simulator.most_in_flight
-    assert flying >= IN_FLIGHT * 0.9, f"only {flying} calls were in flight"
+                max_in_flight = stack.simulator.max_in_flight
+    assert max_in_flight >= IN_FLIGHT * 0.9, f"only {max_in_flight} calls were in flight"
     return {
-        name: (statistics.median(some), quantile(some, 0.99))
-        for name, some in (("idle", alone), (f"{IN_FLIGHT} calls in flight", busy))
+        name: (statistics.median(latencies), quantile(latencies, 0.99))
+        for name, latencies in (("idle", alone), (f"{IN_FLIGHT} calls in flight", busy))
     }
 
 
 async def _store(stack: Stack, member: Member, drawings: Iterator[Drawing], count: int) -> list[tuple[Drawing, str]]:
-    """Pictures in Storage, and the ids of their rows."""
+    """Stores ``count`` pictures; returns them with the ids of their rows."""
     bucket, stored = stack.storage().from_("assets"), []
     async with await psycopg.AsyncConnection.connect(stack.database_url(), autocommit=True) as owner:
         for _ in range(count):
@@ -68,17 +68,17 @@ async def _store(stack: Stack, member: Member, drawings: Iterator[Drawing], coun
 
 
 async def _run(stack: Stack, uploads: list[tuple[Drawing, str]], *, pause: float) -> list[float]:
-    """Milliseconds from each commit to the request; one upload every ``pause`` seconds."""
+    """Makes one upload every ``pause`` seconds; returns the milliseconds from each commit to the request."""
     committed = {}
     async with await psycopg.AsyncConnection.connect(stack.database_url(), autocommit=True) as owner:
         for drawing, asset in uploads:
             async with owner.transaction():
                 await owner.execute("select public.enqueue_tagging(array[%s::uuid])", (asset,))
-                committed[drawing.tags] = time.time()  # the commit follows, so this is never late
+                committed[drawing.tags] = time.time()  # just before the commit, so the latency is never understated
             await asyncio.sleep(pause)
     requests: dict[frozenset[str], float] = {}
     async with asyncio.timeout(60):
         while not committed.keys() <= requests.keys():
             await asyncio.sleep(0.1)
-            requests = {frozenset(e["tags"]): e["at"] for e in stack.simulator.book if e.get("tags")}
-    return [(requests[tags] - moment) * 1000 for tags, moment in committed.items()]
+            requests = {frozenset(e["tags"]): e["at"] for e in stack.simulator.request_log if e.get("tags")}
+    return [(requests[tags] - commit_time) * 1000 for tags, commit_time in committed.items()]

@@ -1,7 +1,7 @@
-"""How soon people see it: commit → callback in supabase-js, and the provider's answer → tags committed.
+"""Two latencies: from a commit to the callback in supabase-js, and from the provider's answer to the committed tags.
 
-The callback is timed where it runs, under Node and in a page of headless Chromium, with the machine's clocks that
-Python reads too. What is committed when is Postgres's own word (track_commit_timestamp).
+The callback runs under Node and in a page of headless Chromium, and takes its time from the clocks that Python reads
+too. Commit times of rows come from Postgres (track_commit_timestamp).
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from lab.stack import Stack, local_stack, worker_process
 ROUNDS = 200
 TOPIC = "push-bench"
 CHROMIUM = shutil.which("chromium")
-NOISE_PER_SECOND = 20  # job-progress messages meanwhile
+NOISE_PER_SECOND = 20  # job-progress messages sent in parallel
 IN_FLIGHT, IMAGES = 64, 384
-LATENCY = (2.0, 5.0)  # seconds of a call, as in the other benches
+LATENCY = (2.0, 5.0)  # seconds of a call, as in makespan
 SEND = "select realtime.send(jsonb_build_object('n', %s::int), %s, %s, false)"
 
 
 async def measure(console: Console) -> Result:
-    """Both, on one stack."""
+    """Measures both latencies on one stack."""
     with local_postgres(machine_binaries(), {"track_commit_timestamp": "on"}) as server:
         install_autotag(server)
         async with local_stack(server) as stack:
-            heard: dict[str, list[float]] = {}
-            for where in ("Node", "page") if CHROMIUM else ("Node",):
+            latencies: dict[str, list[float]] = {}
+            for runtime in ("Node", "page") if CHROMIUM else ("Node",):
                 for noisy in (False, True):
-                    name = f"{where}, {f'among {NOISE_PER_SECOND} messages a second' if noisy else 'idle'}"
+                    name = f"{runtime}, {f'{NOISE_PER_SECOND} other messages per second' if noisy else 'idle'}"
                     console.print(f"{ROUNDS} messages, {name} …")
-                    heard[name] = await _callbacks(stack, where, noisy=noisy)
+                    latencies[name] = await _callbacks(stack, runtime, noisy=noisy)
             console.print(f"{IMAGES} images, {IN_FLIGHT} calls in flight …")
             rows = await _answers(stack)
     figures = {
-        "median_ms": Figure(max(map(statistics.median, heard.values())), 5, "lower"),
+        "median_ms": Figure(max(map(statistics.median, latencies.values())), 5, "lower"),
         "answer_to_row_p99_ms": Figure(quantile(rows, 0.99), 50, "lower"),
     }
     details = {
         "commit to callback, ms": {
-            name: {"median": round(statistics.median(some), 2), "p99": round(quantile(some, 0.99), 2)}
-            for name, some in heard.items()
+            name: {"median": round(statistics.median(values), 2), "p99": round(quantile(values, 0.99), 2)}
+            for name, values in latencies.items()
         },
         "answer to row, ms": {
             "median": round(statistics.median(rows), 2), "p90": round(quantile(rows, 0.9), 2),
@@ -69,9 +69,9 @@ async def measure(console: Console) -> Result:
 
 
 @contextlib.asynccontextmanager
-async def _listener(stack: Stack, where: str) -> AsyncIterator[asyncio.StreamReader]:
-    """supabase-js under Node or in a page, joined."""
-    script = Path(__file__).with_name("push.mjs" if where == "Node" else "push_page.mjs")
+async def _listener(stack: Stack, runtime: str) -> AsyncIterator[asyncio.StreamReader]:
+    """Runs supabase-js under Node or in a page; yields its output once it has subscribed."""
+    script = Path(__file__).with_name("push.mjs" if runtime == "Node" else "push_page.mjs")
     process = await asyncio.create_subprocess_exec(
         "node", "--no-warnings", str(script), stdout=asyncio.subprocess.PIPE, process_group=group(),
         env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/tmp"), "TOPIC": TOPIC,
@@ -84,41 +84,41 @@ async def _listener(stack: Stack, where: str) -> AsyncIterator[asyncio.StreamRea
                 pass
         yield process.stdout
     finally:
-        process.terminate()  # playwright-core takes its browser along
+        process.terminate()  # playwright-core ends its browser too
         await process.wait()
 
 
-async def _callbacks(stack: Stack, where: str, *, noisy: bool) -> list[float]:
+async def _callbacks(stack: Stack, runtime: str, *, noisy: bool) -> list[float]:
     """Milliseconds from each commit to its callback."""
-    took = []
+    latencies = []
     async with (
         await psycopg.AsyncConnection.connect(stack.database_url(), autocommit=True) as owner,
-        _listener(stack, where) as heard,
+        _listener(stack, runtime) as output,
         _noise(stack, noisy),
     ):
         for n in range(ROUNDS):
             async with owner.transaction():
                 await owner.execute(SEND, (n, "ping", TOPIC))
-            committed = time.monotonic_ns() / 1e6 if where == "Node" else time.time() * 1000
+            committed = time.monotonic_ns() / 1e6 if runtime == "Node" else time.time() * 1000
             async with asyncio.timeout(20):
-                line = json.loads(await heard.readline())
-            assert line["n"] == n, f"message {line['n']} came instead of {n}"
-            took.append((int(line["at"]) / 1e6 if where == "Node" else line["at"]) - committed)
+                line = json.loads(await output.readline())
+            assert line["n"] == n, f"received message {line['n']} instead of {n}"
+            latencies.append((int(line["at"]) / 1e6 if runtime == "Node" else line["at"]) - committed)
             await asyncio.sleep(0.01)
-    return took
+    return latencies
 
 
 @contextlib.asynccontextmanager
 async def _noise(stack: Stack, on: bool) -> AsyncIterator[None]:
-    """Progress of other uploads on the same topic."""
+    """Sends progress of other uploads on the same topic while the context is open."""
 
-    async def forever() -> None:
+    async def send_forever() -> None:
         async with await psycopg.AsyncConnection.connect(stack.database_url(), autocommit=True) as owner:
             while True:
                 await owner.execute(SEND, (0, "job-progress", TOPIC))
                 await asyncio.sleep(1 / NOISE_PER_SECOND)
 
-    task = asyncio.create_task(forever()) if on else None
+    task = asyncio.create_task(send_forever()) if on else None
     try:
         yield
     finally:
@@ -141,10 +141,10 @@ async def _answers(stack: Stack) -> list[float]:
     member = stack.add_member()
     bucket = stack.storage().from_("assets")
     drawings = list(draw(IMAGES))
-    gate = asyncio.Semaphore(8)
+    semaphore = asyncio.Semaphore(8)
 
     async def store(number: int) -> None:
-        async with gate:
+        async with semaphore:
             await bucket.upload(f"{member.workspace}/{number}.jpg", drawings[number].data,
                                 {"content-type": drawings[number].content_type})  # fmt: skip
 
@@ -170,5 +170,7 @@ async def _answers(stack: Stack) -> list[float]:
                 "select tags, extract(epoch from pg_xact_commit_timestamp(xmin))::float from public.assets"
                 " where workspace_id = %s", (member.workspace,),
             ).fetchall()  # fmt: skip
-    answered = {frozenset(e["tags"]): e["done"] for e in stack.simulator.book if e["status"] == 200 and e.get("tags")}
-    return [(committed - answered[frozenset(tags)]) * 1000 for tags, committed in rows]
+    answer_times = {
+        frozenset(e["tags"]): e["done"] for e in stack.simulator.request_log if e["status"] == 200 and e.get("tags")
+    }
+    return [(committed - answer_times[frozenset(tags)]) * 1000 for tags, committed in rows]

@@ -1,4 +1,4 @@
-"""Two general queues on Postgres, draining jobs that do nothing: PgQueuer and procrastinate, as their manuals say."""
+"""Two general job queues on Postgres, PgQueuer and procrastinate, set up as in their manuals; their jobs do nothing."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from pgqueuer.queries import Queries
 from pgqueuer.types import QueueExecutionMode
 from procrastinate import App, PsycopgConnector
 
-PGQUEUER_BATCHES = (10, 100, 1000)  # jobs in one dequeue: its default, and larger ones; the quickest counts
-PROCRASTINATE_HANDS = 64  # jobs at the same time
-ENQUEUE = 1000  # jobs in one statement
+PGQUEUER_BATCHES = (10, 100, 1000)  # jobs of one dequeue: the default and larger values; the fastest counts
+PROCRASTINATE_CONCURRENCY = 64  # jobs
+ENQUEUE_BATCH = 1000  # jobs of one statement
 
 
 async def pgqueuer(url: str, jobs: int, batch_size: int) -> float:
-    """Seconds that PgQueuer with its psycopg driver takes to drain so many jobs."""
+    """Seconds that PgQueuer with its psycopg driver takes to drain ``jobs`` jobs."""
     done = 0
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         queries = Queries(PsycopgDriver(connection))
         await queries.install()
-        for _ in range(jobs // ENQUEUE):
-            await queries.enqueue(["nothing"] * ENQUEUE, [None] * ENQUEUE, [0] * ENQUEUE)
+        for _ in range(jobs // ENQUEUE_BATCH):
+            await queries.enqueue(["nothing"] * ENQUEUE_BATCH, [None] * ENQUEUE_BATCH, [0] * ENQUEUE_BATCH)
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         queue = PgQueuer(PsycopgDriver(connection))
 
@@ -37,13 +37,13 @@ async def pgqueuer(url: str, jobs: int, batch_size: int) -> float:
 
         started = time.perf_counter()
         await queue.qm.run(batch_size=batch_size, mode=QueueExecutionMode.drain)
-        took = time.perf_counter() - started
+        elapsed = time.perf_counter() - started
     assert done == jobs, f"PgQueuer ran {done} of {jobs} jobs"
-    return took
+    return elapsed
 
 
 async def procrastinate(url: str, jobs: int) -> float:
-    """Seconds that procrastinate takes to drain so many jobs."""
+    """Seconds that procrastinate takes to drain ``jobs`` jobs."""
     done = 0
     app = App(connector=PsycopgConnector(conninfo=url, max_size=10))
 
@@ -54,15 +54,15 @@ async def procrastinate(url: str, jobs: int) -> float:
 
     async with app.open_async():
         await app.schema_manager.apply_schema_async()
-        for _ in range(jobs // ENQUEUE):
-            await nothing.batch_defer_async(*({} for _ in range(ENQUEUE)))
+        for _ in range(jobs // ENQUEUE_BATCH):
+            await nothing.batch_defer_async(*({} for _ in range(ENQUEUE_BATCH)))
         started = time.perf_counter()
         await app.run_worker_async(
-            wait=False, concurrency=PROCRASTINATE_HANDS, install_signal_handlers=False, delete_jobs="always"
+            wait=False, concurrency=PROCRASTINATE_CONCURRENCY, install_signal_handlers=False, delete_jobs="always"
         )
-        took = time.perf_counter() - started
+        elapsed = time.perf_counter() - started
     assert done == jobs, f"procrastinate ran {done} of {jobs} jobs"
-    return took
+    return elapsed
 
 
 PEERS: dict[str, Callable[[str, int], Awaitable[float]]] = {

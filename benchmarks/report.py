@@ -1,4 +1,4 @@
-"""What a bench prints: figures with their bars, for people and for programs."""
+"""The output of a benchmark: figures with their targets, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured value and the bar it is held against; ``most`` where a value can also be too good to be honest."""
+    """A measured value and its target (``bar``); ``maximum`` for a value that can also be too high."""
 
     value: float
     bar: float
     better: Literal["lower", "higher"]
-    most: float | None = None
+    maximum: float | None = None
 
     @property
     def ok(self) -> bool:
-        if self.most is not None and self.value > self.most:
+        if self.maximum is not None and self.value > self.maximum:
             return False
         return self.value <= self.bar if self.better == "lower" else self.value >= self.bar
 
 
 @dataclass
 class Result:
-    """One bench: its figures by name, and whatever else was measured."""
+    """The result of one benchmark: figures by name, and other measurements (``details``)."""
 
     bench: str
     figures: dict[str, Figure]
@@ -38,21 +38,21 @@ class Result:
         """One line: ``{bench, figures: {name: {value, bar, better, ok}}, details}``."""
         figures = {
             name: {"value": round(f.value, 4), "bar": f.bar, "better": f.better, "ok": f.ok}
-            | ({} if f.most is None else {"most": f.most})
+            | ({} if f.maximum is None else {"maximum": f.maximum})
             for name, f in self.figures.items()
         }
         return json.dumps({"bench": self.bench, "figures": figures, "details": self.details})
 
     def show(self, console: Console) -> None:
-        """A table of the figures."""
-        table = Table("figure", "value", "bar", "", box=None, padding=(0, 2, 0, 0))
+        """Prints the figures as a table."""
+        table = Table("figure", "value", "target", "", box=None, padding=(0, 2, 0, 0))
         for name, f in self.figures.items():
             sign = "≤" if f.better == "lower" else "≥"
-            bar = f"{sign} {f.bar:g}" + ("" if f.most is None else f", ≤ {f.most:g}")
+            bar = f"{sign} {f.bar:g}" + ("" if f.maximum is None else f", ≤ {f.maximum:g}")
             table.add_row(name, f"{f.value:.4g}", bar, "[green]ok[/]" if f.ok else "[red]missed[/]")
         console.print(table)
 
 
 def quantile(values: list[float], share: float) -> float:
-    """The value that so large a share of them does not exceed."""
+    """The value that the given share of the values does not exceed."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]

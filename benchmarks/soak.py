@@ -1,4 +1,4 @@
-"""A long run with restarts and faults: whether memory and tables stay flat, and nothing is lost (see `chaos.soak`)."""
+"""A long run with restarts and faults: growth of memory and tables, and lost images (see `lab.chaos.soak`)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from lab.stack import local_stack
 
 
 async def measure(console: Console, *, minutes: float, seed: int) -> Result:
-    """So many minutes of it."""
-    # Autovacuum looks as often as it would at a month's speed of everything else.
+    """Runs for ``minutes``."""
+    # Rows are created and deleted far faster than in production, so autovacuum runs more often too.
     with local_postgres(machine_binaries(), {"autovacuum_naptime": "2s"}) as server:
         install_autotag(server)
         async with local_stack(server) as stack:
-            lived = await Soak(stack, server, seed=seed).live(60 * minutes, console.print)
+            soak = await Soak(stack, server, seed=seed).live(60 * minutes, console.print)
     figures = {
-        "lost": Figure(len(lived.lost), 0, "lower"),
-        "memory_growth": Figure(growth(lived.memory), 1.1, "lower"),
-        "table_growth": Figure(growth(lived.tables), 1.25, "lower"),
+        "lost": Figure(len(soak.lost), 0, "lower"),
+        "memory_growth": Figure(growth(soak.memory), 1.1, "lower"),
+        "table_growth": Figure(growth(soak.tables), 1.25, "lower"),
     }
     details = {
-        "minutes": minutes, "images": lived.images, "restarts": lived.restarts, "faults": lived.faults,
-        "worker, MB": [round(lived.memory[0]), round(lived.memory[-1])],
-        "tables, MB": [round(lived.tables[0], 1), round(lived.tables[-1], 1)], "lost": lived.lost[:20],
+        "minutes": minutes, "images": soak.images, "restarts": soak.restarts, "faults": soak.faults,
+        "worker, MB": [round(soak.memory[0]), round(soak.memory[-1])],
+        "tables, MB": [round(soak.tables[0], 1), round(soak.tables[-1], 1)], "lost": soak.lost[:20],
     }  # fmt: skip
     return Result("soak", figures, details)

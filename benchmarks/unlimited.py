@@ -1,4 +1,4 @@
-"""Limits that a bench does not reach, but that are checked with every call all the same."""
+"""SQL that sets limits which a benchmark cannot reach; autotag still checks them for every call."""
 
 UNLIMITED = b"""
     update autotag.settings set realtime_max_images = 50, realtime_requests_per_minute = 1000000,

@@ -1,6 +1,6 @@
-"""What stands in on a machine that has neither Supabase nor an OpenAI key.
+"""A local stack that replaces Supabase and OpenAI for the demo and the tests. No wheel contains it.
 
-For development and tests only, and never shipped: an embedded Postgres (`postgres`), the parts of Supabase's HTTP and
-websocket edge that autotag and its clients use (`edge`), an OpenAI simulator (`openai_sim`), pictures whose tags are
-knowable (`pictures`), and the stack that starts them together (`stack`). `schema` and `release` make the migrations.
+`postgres` runs a temporary Postgres server, `edge` implements the parts of Supabase's HTTP and WebSocket interface that
+autotag and its clients use, `openai_sim` simulates OpenAI, `pictures` draws pictures whose correct tags are known, and
+`stack` starts all of them. `schema` and `release` generate the migrations.
 """

@@ -1,5 +1,5 @@
--- What a Supabase project's database has before any migration runs, as far as autotag and its clients use it.
--- Run by the bootstrap superuser; runs twice without harm (roles belong to the server, not the database).
+-- The parts of a new Supabase project's database that autotag and its clients use.
+-- Run as the bootstrap superuser. May run again, because roles belong to the server and not to one database.
 
 do $$
 declare
@@ -24,7 +24,7 @@ begin
 end $$;
 alter schema public owner to postgres;
 grant usage on schema public to anon, authenticated, service_role;
--- A new table or function of postgres in public is open to the API roles until a migration says otherwise.
+-- As in Supabase, the API roles get all rights on new tables and functions in public.
 alter default privileges for role postgres in schema public grant all on tables to anon, authenticated, service_role;
 alter default privileges for role postgres in schema public grant all on functions to anon, authenticated, service_role;
 alter default privileges for role postgres in schema public grant all on sequences to anon, authenticated, service_role;
@@ -123,15 +123,15 @@ begin
     raise warning 'ErrorSendingBroadcastMessage: %', sqlerrm;
   end;
 end $$;
--- The real server reads the table by logical replication; the local edge is told which rows are new.
-create or replace function realtime.tell_edge() returns trigger language plpgsql security definer as $$
+-- The real server reads the table by logical replication; the local edge gets the ids of new rows by NOTIFY.
+create or replace function realtime.notify_edge() returns trigger language plpgsql security definer as $$
 begin
   perform pg_notify('realtime_messages', (select string_agg(id::text, ',') from (select id from added limit 150) a));
   return null;
 end $$;
-drop trigger if exists tell_edge on realtime.messages;
-create trigger tell_edge after insert on realtime.messages referencing new table as added
-  for each statement execute function realtime.tell_edge();
+drop trigger if exists notify_edge on realtime.messages;
+create trigger notify_edge after insert on realtime.messages referencing new table as added
+  for each statement execute function realtime.notify_edge();
 
 -- storage
 create schema if not exists storage;

@@ -1,4 +1,4 @@
-"""What is in a database of autotag's, in a form that two databases can be compared by."""
+"""Lists the objects of an autotag database in a form in which two databases can be compared."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import psycopg
 
-#: Each gives a name and what there is to know under it.
+#: Each query returns an object's name and its definition.
 PARTS = {
     "columns": """
         select c.oid::regclass || '.' || a.attname, concat_ws(' ', format_type(a.atttypid, a.atttypmod), a.attnotnull,
@@ -47,7 +47,7 @@ OURS = "(c.relnamespace = 'autotag'::regnamespace or c.oid = to_regclass('public
 
 
 def catalog(connection: psycopg.Connection[Any]) -> dict[str, str]:
-    """Everything by name. Columns do not say in which order they are."""
+    """Every object by name. The order of columns is left out, because migrations append columns."""
     connection.execute("set search_path = pg_catalog")
     return {
         f"{part}: {name}": value or ""

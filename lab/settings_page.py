@@ -1,4 +1,4 @@
-"""Writes docs/settings.md from the settings themselves: python -m lab.settings_page > docs/settings.md"""
+"""Generates docs/settings.md from the settings: python -m lab.settings_page > docs/settings.md"""
 
 from __future__ import annotations
 
@@ -16,36 +16,39 @@ COLUMN = re.compile(
 )
 HEAD = """# Settings
 
-This page is made from the settings themselves (`python -m lab.settings_page`); a test keeps it so.
+This page is generated from the settings (`python -m lab.settings_page`); a test checks that it is up to date.
 
-## What is decided: columns of `autotag.settings`
+## Columns of `autotag.settings`
 
-`update autotag.settings set chunk_delay = '1 s';` holds from the next decision on. Workers notice what is asked of the
-model at their next claim; nothing has to be restarted. What a model costs and how it is asked is a row of
-`autotag.models` ([models.md](models.md)). What a workspace may do is `max_requests` and `max_units` in
-`public.workspace_rate_limits` (null: the defaults below), the provider's limits are in `autotag.provider_limits`
-([providers.md](providers.md)), and what may be used by whom is in `autotag.quotas`.
+A change takes effect with the next decision, for example `update autotag.settings set chunk_delay = '1 s';`. Workers
+read the settings of the question (model, effort, language and so on) with their next claim. No restart is needed.
+
+Other tables have the rest: `autotag.models` the prices and request forms of models ([models.md](models.md)),
+`autotag.provider_limits` the provider's limits ([providers.md](providers.md)), `public.workspace_rate_limits` the
+limits of one workspace (`max_requests` and `max_units`; null: the defaults below), and `autotag.quotas` the quotas.
 """
 ENVIRONMENT = """
-## What differs from worker to worker: its environment, or a `.env` file
+## Environment variables of a worker
 
-| variable | default | what |
+A worker also reads them from a `.env` file.
+
+| variable | default | meaning |
 |---|---|---|
 """
 OTHER = """
-Traces are configured as everywhere with OpenTelemetry: `OTEL_EXPORTER_OTLP_ENDPOINT` turns them on
-(`pip install 'supabase-autotag[otel]'`), `OTEL_SERVICE_NAME` names them.
+Traces use OpenTelemetry's standard variables: `OTEL_EXPORTER_OTLP_ENDPOINT` turns them on (they need
+`pip install 'supabase-autotag[otel]'`), and `OTEL_SERVICE_NAME` names the service.
 """
 
 
 def main() -> str:
-    """The page."""
+    """The text of the page."""
     rows = "\n".join(f"| {' | '.join(_environment(name, field))} |" for name, field in Settings.model_fields.items())
     return HEAD + "".join(_columns()) + ENVIRONMENT + rows + "\n" + OTHER
 
 
 def _columns() -> Iterator[str]:
-    """The table's columns in groups, as the source has them: a blank line and a comment begin a group."""
+    """The table's columns in the source's groups. A blank line followed by a comment starts a group."""
     body = (
         (SCHEMAS / "tables" / "settings.sql")
         .read_text()
@@ -53,27 +56,29 @@ def _columns() -> Iterator[str]:
         .split("\n);", 1)[0]
     )
     comment: list[str] = []
-    begins = False
+    starts_group = False
     for line in body.splitlines()[1:]:
         if not line.strip():
-            begins = True
-        elif line.startswith("  -- ") and begins:
-            title, begins = line.removeprefix("  -- "), False
+            starts_group = True
+        elif line.startswith("  -- ") and starts_group:
+            title, starts_group = line.removeprefix("  -- "), False
             yield f"\n**{title[0].upper()}{title[1:]}**\n\n| column | default | must be | |\n|---|---|---|---|\n"
         elif line.startswith("  -- "):
             comment.append(line.removeprefix("  -- "))
         elif (match := COLUMN.match(line)) and match["name"] != "id":
-            said = " ".join(comment)
+            comment_text = " ".join(comment)
             kind = "" if match["type"] in ("text", "boolean", "interval") else f"{match['type']} "
-            must = (match["check"] or "").replace("|", "\\|")
-            note = "; ".join(part for part in (said.rstrip(".") if match["note"] else said, match["note"]) if part)
-            default, must = match["default"].strip("'"), f"`{must}`" if must else ""
-            yield f"| `{match['name']}` | `{default}` | {kind}{must} | {note} |\n"
+            condition = (match["check"] or "").replace("|", "\\|")
+            note = "; ".join(
+                part for part in (comment_text.rstrip(".") if match["note"] else comment_text, match["note"]) if part
+            )
+            default, condition = match["default"].strip("'"), f"`{condition}`" if condition else ""
+            yield f"| `{match['name']}` | `{default}` | {kind}{condition} | {note} |\n"
             comment = []
 
 
 def _environment(name: str, field: FieldInfo) -> tuple[str, str, str]:
-    names = " or ".join(f"`{one}`" for one in environment_names(name, field))
+    names = " or ".join(f"`{variable}`" for variable in environment_names(name, field))
     default = field.default
     if field.is_required():
         shown = "required"

@@ -1,4 +1,4 @@
-"""Everything that production gets from Supabase and OpenAI, started together on free ports of this machine."""
+"""Starts what production gets from Supabase and OpenAI, on free ports of this machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HOST = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Member:
-    """A user of one workspace and their token."""
+    """A user of one workspace and the user's token."""
 
     user: str
     workspace: str
@@ -42,7 +42,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Stack:
-    """The addresses and keys of a running stack, named as a Supabase project names them."""
+    """The addresses and keys of a running stack, with a Supabase project's names."""
 
     owner_url: str  # of the database, as ``postgres``
     supabase_url: str
@@ -54,11 +54,11 @@ class Stack:
     simulator: Simulator
 
     def database_url(self, user: str = "postgres") -> str:
-        """The database as another role; all of them have the owner's password here."""
+        """The database as a different role; in this stack every role has the owner's password."""
         return as_role(self.owner_url, user)
 
     def worker_environment(self) -> dict[str, str]:
-        """What a worker reads; its login role is nothing but ``autotag_worker``."""
+        """A worker's environment. Its login is a member of ``autotag_worker`` only."""
         return {
             "DATABASE_URL": self.database_url(WORKER_ROLE),
             "SUPABASE_URL": self.supabase_url,
@@ -68,20 +68,20 @@ class Stack:
         }
 
     def operator_environment(self) -> dict[str, str]:
-        """The same for an operator's commands; their login role is nothing but ``autotag_operator``."""
+        """The environment for an operator's commands. Their login is a member of ``autotag_operator`` only."""
         return {**self.worker_environment(), "DATABASE_URL": self.database_url(OPERATOR_ROLE)}
 
     def token(self, user: str, lifetime: float = 3600, **claims: Any) -> str:
-        """A signed-in user's token."""
+        """A token for a signed-in user."""
         return tokens.sign(self.jwt_secret, "authenticated", subject=user, lifetime=lifetime, **claims)
 
     def storage(self) -> AsyncStorageClient:
-        """Storage with the secret key."""
+        """A Storage client with the secret key."""
         headers = {"apikey": self.secret_key, "Authorization": f"Bearer {self.secret_key}"}
         return AsyncStorageClient(f"{self.supabase_url}/storage/v1/", headers)
 
     def add_member(self, name: str = "workspace", workspace: str | None = None) -> Member:
-        """A new user in a new workspace (or in one that is there)."""
+        """A new user in an existing workspace (``workspace``) or a new one."""
         user = str(uuid.uuid4())
         with psycopg.connect(self.database_url(), autocommit=True) as connection:
             connection.execute("insert into auth.users (id, email) values (%s, %s)", (user, f"{user}@example.org"))
@@ -95,13 +95,13 @@ class Stack:
         return Member(user, workspace, self.token(user))
 
     def configure(self, **columns: Any) -> None:
-        """Changes columns of ``autotag.settings``."""
+        """Updates columns of ``autotag.settings``."""
         assignments = sql.SQL(", ").join(sql.SQL("{} = %s").format(sql.Identifier(name)) for name in columns)
         with psycopg.connect(self.database_url(), autocommit=True) as connection:
             connection.execute(sql.SQL("update autotag.settings set {}").format(assignments), list(columns.values()))
 
     def prove(self) -> None:
-        """Makes autotag take this provider for one that has answered before: nothing has to be tried out first."""
+        """Marks this provider as proven, so that autotag sends no probe first."""
         with psycopg.connect(self.database_url(), autocommit=True) as connection:
             connection.execute(
                 "update autotag.provider_limits set base_url = %s, fingerprint = %s, proven_at = now()",
@@ -109,7 +109,7 @@ class Stack:
             )
 
     def compress(self, speed: float) -> None:
-        """Makes autotag's clock run so much faster, for whoever connects from now on; a lease lasts as long as ever."""
+        """Speeds up autotag's clock by a factor for new connections. A lease still lasts 60 seconds of real time."""
         with psycopg.connect(self.database_url("supabase_admin"), autocommit=True) as connection:
             name = sql.Identifier(connection.info.dbname)
             connection.execute(
@@ -119,7 +119,7 @@ class Stack:
 
     @contextlib.contextmanager
     def configured(self, **columns: Any) -> Iterator[None]:
-        """The same for as long as the context is open."""
+        """Updates columns of ``autotag.settings`` while the context is open."""
         names = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(name)) for name in columns)
         with psycopg.connect(self.database_url(), autocommit=True) as connection:
             before = connection.execute(sql.SQL("select {} from autotag.settings").format(names)).fetchone()
@@ -131,7 +131,7 @@ class Stack:
 
 
 def as_role(url: str, role: str) -> str:
-    """A database URL for another role with the same password."""
+    """A database URL for a different role with the same password."""
     parts = urlsplit(url)
     return parts._replace(netloc=f"{role}:{parts.password}@{parts.hostname}:{parts.port}").geturl()
 
@@ -140,7 +140,7 @@ def as_role(url: str, role: str) -> str:
 async def local_stack(
     postgres: LocalPostgres, database: str = "postgres", *, plan: Plan | None = None, penalty: float = 0.0
 ) -> AsyncIterator[Stack]:
-    """The edge and the simulator around a database that has autotag's schema, and a login for workers."""
+    """The edge and the simulator for a database with autotag's schema, and logins for workers and operators."""
     make_worker_role(postgres.url(database=database))
     async with edge_stack(postgres, database, plan=plan, penalty=penalty) as stack:
         yield stack
@@ -150,13 +150,13 @@ async def local_stack(
 async def edge_stack(
     postgres: LocalPostgres, database: str, *, plan: Plan | None = None, penalty: float = 0.0
 ) -> AsyncIterator[Stack]:
-    """The edge and the simulator around a database with a Supabase project's baseline, whatever else is in it.
+    """The edge and the simulator for a database with a Supabase project's baseline, with or without autotag.
 
     Args:
         postgres: the server.
         database: its database.
         plan: how the simulator behaves.
-        penalty: share of the real Realtime's delays before refusals, 0 to 1.
+        penalty: share of the real Realtime's delays before it refuses, 0 to 1.
     """
     secret, port = secrets.token_hex(32), free_port()
     with temporary_folder("autotag-files-") as files:
@@ -175,14 +175,14 @@ async def edge_stack(
 
 @contextlib.asynccontextmanager
 async def supabase_stack(project: Mapping[str, str], *, plan: Plan | None = None) -> AsyncIterator[Stack]:
-    """The stack of `supabase start` (or one like it) with autotag's schema, and the simulator.
+    """The stack of `supabase start` (or a compatible one) with autotag's schema, and the simulator.
 
     Args:
         project: the variables of ``supabase status -o env``.
         plan: how the simulator behaves.
 
     Raises:
-        KeyError: names the variable that is missing.
+        KeyError: a variable is missing; the key is its name.
     """
     async with project_stack(project, plan=plan) as stack:
         make_worker_role(stack.owner_url)
@@ -191,7 +191,7 @@ async def supabase_stack(project: Mapping[str, str], *, plan: Plan | None = None
 
 @contextlib.asynccontextmanager
 async def project_stack(project: Mapping[str, str], *, plan: Plan | None) -> AsyncIterator[Stack]:
-    """A project and the simulator."""
+    """A Supabase project's addresses and the simulator."""
     simulator, port = Simulator(plan or Plan()), free_port()
     async with serve(simulator.app(), HOST, port):
         yield Stack(
@@ -207,12 +207,12 @@ async def project_stack(project: Mapping[str, str], *, plan: Plan | None) -> Asy
 
 
 def make_worker_role(owner_url: str) -> None:
-    """A login that may do nothing but work, and one that may do nothing but look after it."""
+    """Creates a login with only the worker's rights and one with only the operator's."""
     password = sql.Literal(urlsplit(owner_url).password or "")
     with psycopg.connect(owner_url, autocommit=True) as connection:
         for login, role in ((WORKER_ROLE, "autotag_worker"), (OPERATOR_ROLE, "autotag_operator")):
             name = sql.Identifier(login)
-            with contextlib.suppress(psycopg.errors.DuplicateObject):  # of an earlier stack on this server
+            with contextlib.suppress(psycopg.errors.DuplicateObject):  # an earlier stack on this server created it
                 connection.execute(sql.SQL("create role {} login in role {}").format(name, sql.Identifier(role)))
             connection.execute(sql.SQL("alter role {} password {}").format(name, password))
 
@@ -221,7 +221,7 @@ def make_worker_role(owner_url: str) -> None:
 async def worker_process(
     environment: dict[str, str], log: IO[bytes] | None = None
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A real ``autotag worker``, stopped with SIGTERM at the end."""
+    """An ``autotag worker`` process, stopped with SIGTERM at the end."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "autotag", "worker",
         env={"PATH": os.environ.get("PATH", ""), **environment}, stderr=log, stdin=asyncio.subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""One upload of the demo: stored and inserted as the member's own client does it, and verified at the end."""
+"""One upload of the demo: stored and inserted by the member's client, and verified at the end."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lab.pictures import Drawing
 from lab.stack import Member, Stack
 from supabase import AsyncClient, AsyncClientOptions, acreate_client
 
-UPLOADS_AT_ONCE = 16
+MAX_PARALLEL_UPLOADS = 16  # files
 
 
 @dataclass
 class Upload:
-    """One upload on its way."""
+    """One upload and its progress."""
 
     member: Member
     drawings: Sequence[Drawing]
@@ -38,7 +38,7 @@ class Upload:
     events: int = 0
 
     def observe(self, state: dict[str, Any]) -> None:
-        """Takes in what tagging_job() says."""
+        """Updates the progress from an answer of tagging_job()."""
         self.state = state
         now = time.monotonic() - self.started
         if self.first_result is None and state["completed"] > 0:
@@ -56,8 +56,8 @@ class Upload:
 
 
 def files_of(folder: Path) -> list[Drawing]:
-    """Every file of a folder, whatever it is; its name made safe for Storage."""
-    found = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    """Every file of a folder, images or not, with a name that Storage accepts."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     return [
         Drawing(
             f"{number:05}-{re.sub(r'[^A-Za-z0-9._-]+', '_', path.name)}",
@@ -65,22 +65,22 @@ def files_of(folder: Path) -> list[Drawing]:
             path.read_bytes(),
             frozenset(),
         )
-        for number, path in enumerate(found)
+        for number, path in enumerate(files)
     ]
 
 
 async def sign_in(stack: Stack, token: str) -> AsyncClient:
-    """A client as a browser of this user has it."""
+    """A client with the rights of this user's browser."""
     return await acreate_client(
         stack.supabase_url, stack.anon_key, AsyncClientOptions(headers={"Authorization": f"Bearer {token}"})
     )
 
 
-async def upload(stack: Stack, drawings: Sequence[Drawing], number: int) -> Upload:
+async def make_upload(stack: Stack, drawings: Sequence[Drawing], number: int) -> Upload:
     """Stores the files and inserts the rows, as the member's own client does."""
     member = stack.add_member(f"workspace {number}")
-    one = Upload(member, drawings, await sign_in(stack, member.token))
-    bucket, gate = one.client.storage.from_("assets"), asyncio.Semaphore(UPLOADS_AT_ONCE)
+    upload = Upload(member, drawings, await sign_in(stack, member.token))
+    bucket, gate = upload.client.storage.from_("assets"), asyncio.Semaphore(MAX_PARALLEL_UPLOADS)
 
     async def store(drawing: Drawing) -> str:
         path = f"{member.workspace}/{drawing.name}"
@@ -90,33 +90,33 @@ async def upload(stack: Stack, drawings: Sequence[Drawing], number: int) -> Uplo
 
     paths = await asyncio.gather(*(store(drawing) for drawing in drawings))
     rows = [{"workspace_id": member.workspace, "storage_path": path} for path in paths]
-    answer = await one.client.table("assets").insert(rows).execute()
+    answer = await upload.client.table("assets").insert(rows).execute()
     ids = {row["storage_path"]: row["id"] for row in answer.data}  # type: ignore[index, call-overload]
-    one.assets = [str(ids[path]) for path in paths]
-    return one
+    upload.assets = [str(ids[path]) for path in paths]
+    return upload
 
 
-async def enqueue(one: Upload) -> None:
-    one.started = time.monotonic()
-    answer = await one.client.rpc("enqueue_tagging", {"asset_ids": one.assets}).execute()
-    told: Any = answer.data
-    one.job_id, one.strategy, one.batches = told["job_id"], told["strategy"], told["batches"]
+async def enqueue(upload: Upload) -> None:
+    upload.started = time.monotonic()
+    answer = await upload.client.rpc("enqueue_tagging", {"asset_ids": upload.assets}).execute()
+    reply: Any = answer.data
+    upload.job_id, upload.strategy, upload.batches = reply["job_id"], reply["strategy"], reply["batches"]
 
 
-async def verify(one: Upload, knowable: bool) -> None:
-    """Compares what is stored with what every picture must have; collects the failures' sentences."""
+async def verify(upload: Upload, check_tags: bool) -> None:
+    """Collects the messages of failed images and, with ``check_tags``, counts the images with the correct tags."""
     rows: dict[str, dict[str, Any]] = {}
-    for start in range(0, len(one.assets), 100):
+    for start in range(0, len(upload.assets), 100):
         answer = await (
-            one.client.table("assets").select("id,tags,tagging_stage,tagging_error")
-            .in_("id", one.assets[start : start + 100]).execute()
+            upload.client.table("assets").select("id,tags,tagging_stage,tagging_error")
+            .in_("id", upload.assets[start : start + 100]).execute()
         )  # fmt: skip
         rows |= {row["id"]: row for row in answer.data}  # type: ignore[index, call-overload, misc]
-    for asset, drawing in zip(one.assets, one.drawings, strict=True):
+    for asset, drawing in zip(upload.assets, upload.drawings, strict=True):
         if rows[asset]["tagging_stage"] == "failed":
-            one.failures.append((drawing.name, rows[asset]["tagging_error"]))
-    if knowable:
-        one.verified = sum(
+            upload.failures.append((drawing.name, rows[asset]["tagging_error"]))
+    if check_tags:
+        upload.verified = sum(
             rows[asset]["tagging_stage"] == "completed" and set(rows[asset]["tags"]) == drawing.tags
-            for asset, drawing in zip(one.assets, one.drawings, strict=True)
+            for asset, drawing in zip(upload.assets, upload.drawings, strict=True)
         )

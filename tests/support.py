@@ -246,7 +246,9 @@ def audit(stack: Stack) -> None:
 
 def answered_pictures(stack: Stack) -> list[str]:
     """The pictures that the provider answered and billed, by its own book."""
-    return [entry["picture"] for entry in stack.simulator.book if entry.get("picture") and entry["status"] == 200]
+    return [
+        entry["picture"] for entry in stack.simulator.request_log if entry.get("picture") and entry["status"] == 200
+    ]
 
 
 @lru_cache(maxsize=4)
@@ -271,7 +273,9 @@ def widen(stack: Stack) -> None:
 def asked(stack: Stack) -> list[dict[str, Any]]:
     """Every single call that reached the provider, by its book."""
     return [
-        entry for entry in stack.simulator.book if entry["path"].endswith("/completions") and entry["method"] == "POST"
+        entry
+        for entry in stack.simulator.request_log
+        if entry["path"].endswith("/completions") and entry["method"] == "POST"
     ]
 
 
@@ -282,7 +286,7 @@ def refused(stack: Stack) -> list[dict[str, Any]]:
 
 def paid(stack: Stack) -> list[dict[str, Any]]:
     """Answers that the provider billed: single calls and lines of batches."""
-    return [entry for entry in stack.simulator.book if entry.get("usage")]
+    return [entry for entry in stack.simulator.request_log if entry.get("usage")]
 
 
 def check_money(stack: Stack) -> None:

@@ -18,7 +18,7 @@ METADATA_KEY = "autotag_batch"
 class Books:
     """What each of the three says when everything has ended."""
 
-    #: the simulator's requests (`Simulator.book`), its batches and the ids of the files it still has
+    #: the simulator's requests (`Simulator.request_log`), its batches and the ids of the files it still has
     requests: list[dict[str, Any]]
     openai_batches: list[dict[str, Any]]
     openai_files: list[str]
@@ -135,7 +135,7 @@ def read_books(
             return connection.execute(statement.encode()).fetchall()
 
         return Books(
-            requests=stack.simulator.book,
+            requests=stack.simulator.request_log,
             openai_batches=stack.simulator.batches.describe_all(),
             openai_files=list(stack.simulator.files),
             assets=rows("select id::text, tagging_stage as stage, tags, tagging_error as error from public.assets"),

@@ -1,4 +1,4 @@
-"""The HTTP edge of Supabase, as far as autotag and its clients use it.
+"""The parts of Supabase's HTTP and WebSocket interface that autotag and its clients use.
 
-True to recordings of the real servers; what is not supported is refused with 501 and the feature's name.
+Responses match recordings of the real servers. Anything else gets a 501 that names the unsupported feature.
 """

@@ -1,4 +1,4 @@
-"""The edge as one application, the paths as behind Supabase's gateway."""
+"""The edge as one application, with the paths of Supabase's gateway."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def make_edge(authenticator_url: str, owner_url: str, secret: str, files: Path, 
     """The application.
 
     Args:
-        authenticator_url: database URL of the role that becomes the caller's.
+        authenticator_url: database URL of ``authenticator``, which switches to the caller's role.
         owner_url: database URL of a role that reads ``realtime.messages``.
-        secret: of the project's JWTs.
+        secret: signs the project's JWTs.
         files: folder for stored objects.
-        penalty: share of the real Realtime's delays before refusals, 0 to 1.
+        penalty: share of the real Realtime's delays before it refuses, 0 to 1.
     """
     pool: AsyncConnectionPool[AsyncConnection[Any]] = AsyncConnectionPool(
         authenticator_url, open=False, min_size=1, max_size=10
@@ -49,19 +49,19 @@ def make_edge(authenticator_url: str, owner_url: str, secret: str, files: Path, 
         await pool.close()
 
     async def unsupported(request: Request) -> Response:
-        what = f"{request.method} {request.url.path}"
-        return JSONResponse({"message": f"The local edge does not support {what}.", "code": "LOCAL501"}, 501)
+        feature = f"{request.method} {request.url.path}"
+        return JSONResponse({"message": f"The local edge does not support {feature}.", "code": "LOCAL501"}, 501)
 
-    rest = Route("/{path:path}", unsupported, methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"])
+    fallback = Route("/{path:path}", unsupported, methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"])
 
     return Starlette(
         lifespan=lifespan,
         routes=[
-            Mount("/rest/v1", routes=[*Rest(pool, secret).routes(), rest]),
-            Mount("/storage/v1", routes=[*Storage(pool, secret, files).routes(), rest]),
+            Mount("/rest/v1", routes=[*Rest(pool, secret).routes(), fallback]),
+            Mount("/storage/v1", routes=[*Storage(pool, secret, files).routes(), fallback]),
             Route("/realtime/v1/api/broadcast", realtime.http_broadcast, methods=["POST"]),
             WebSocketRoute("/realtime/v1/websocket", realtime.websocket),
-            rest,
+            fallback,
         ],
         middleware=[Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])],
     )

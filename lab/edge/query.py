@@ -1,4 +1,4 @@
-"""The query string of PostgREST, and its errors; what is not supported is refused with 501."""
+"""PostgREST's query strings and errors. Unsupported features get a 501."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IDENTIFIER = re.compile(r"\w+", re.ASCII)
 
 
 class RestError(Exception):
-    """An answer that is an error: status, and the four fields that every client knows."""
+    """An error response: the status and PostgREST's four fields."""
 
     def __init__(
         self, status: int, code: str, message: str, details: str | None = None, hint: str | None = None
@@ -31,7 +31,7 @@ def unsupported(feature: str) -> RestError:
 
 @dataclass
 class Query:
-    """What stands in the query string."""
+    """A parsed query string."""
 
     select: list[sql.Composable] = field(default_factory=list)
     where: list[sql.Composable] = field(default_factory=list)
@@ -57,10 +57,10 @@ class Query:
 
 
 def parse_query(items: list[tuple[str, str]], table: str | None = None) -> Query:
-    """The query string of a read; columns are named with their table where one is given.
+    """Parses a query string. With ``table``, column names are qualified by it.
 
     Raises:
-        RestError: 501 for what is not supported, 400 for what cannot be parsed.
+        RestError: 501 for unsupported features, 400 for what cannot be parsed.
     """
     query = Query()
     for name, value in items:
@@ -94,11 +94,11 @@ def _column(term: str, table: str | None) -> sql.Composable:
 
 
 def _order(term: str, table: str | None) -> sql.Composable:
-    name, *words = term.split(".")
+    name, *modifiers = term.split(".")
     allowed = {"asc": "asc", "desc": "desc", "nullsfirst": "nulls first", "nullslast": "nulls last"}
-    if any(word not in allowed for word in words):
+    if any(modifier not in allowed for modifier in modifiers):
         raise RestError(400, "PGRST100", f'"failed to parse order ({term})"')
-    return sql.SQL("{} " + " ".join(allowed[word] for word in words)).format(_identifier(name, table))
+    return sql.SQL("{} " + " ".join(allowed[modifier] for modifier in modifiers)).format(_identifier(name, table))
 
 
 def _filter(query: Query, name: str, value: str, table: str | None) -> None:

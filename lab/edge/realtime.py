@@ -1,7 +1,7 @@
-"""Supabase Realtime: the Phoenix websocket protocol (1.0.0 and 2.0.0) and the HTTP broadcast endpoint.
+"""Supabase Realtime: the Phoenix WebSocket protocol (1.0.0 and 2.0.0) and the HTTP broadcast endpoint.
 
-Broadcasts come from ``realtime.messages``, from HTTP, and from clients. A public and a private subscription of
-one topic are two different channels. Presence and postgres_changes are not supported.
+Broadcasts come from ``realtime.messages``, from HTTP and from clients. The public and the private subscriptions to a
+topic are separate channels. Presence and postgres_changes are not supported.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from lab.edge.tokens import TokenError, bearer, verify
 
 PREFIX = "realtime:"
-MOST_MESSAGES = 100  # in one HTTP request
-MOST_PAYLOAD = 3_000_000  # bytes, a tenant's default
+MAX_MESSAGES = 100  # in one HTTP request
+MAX_PAYLOAD = 3_000_000  # bytes; the default of a Realtime tenant
 JSON_ENCODING = 1
-PUSH, BROADCAST = 3, 4  # kinds of binary frames
+PUSH, BROADCAST = 3, 4  # types of binary frames
 
 
 @dataclass(eq=False)
 class Subscription:
-    """One joined topic of one socket."""
+    """One socket's subscription to a topic."""
 
     socket: Socket
     topic: str
@@ -41,13 +41,13 @@ class Subscription:
     private: bool
     ack: bool = False
     own: bool = False
-    speaks: bool = True  # may send (on a private topic: by the policies of realtime.messages)
+    can_send: bool = True  # on a private topic, the policies of realtime.messages decide
     expiry: asyncio.Task[None] | None = None
 
 
 @dataclass(eq=False)
 class Socket:
-    """One websocket and what it has joined."""
+    """One WebSocket and its subscriptions."""
 
     websocket: WebSocket
     version: str
@@ -62,7 +62,7 @@ class Socket:
         await self._send({"text": json.dumps(message)})
 
     async def send_stored(self, topic: str, event: str, message_id: str, payload: str) -> None:
-        """A broadcast that came from the database; ``payload`` is JSON as Postgres prints it."""
+        """Sends a broadcast from the database; ``payload`` is JSON text from Postgres."""
         if self.version == "1.0.0":
             inner = {"event": event, "meta": {"id": message_id}, "payload": json.loads(payload), "type": "broadcast"}
             await self.send(None, None, topic, "broadcast", inner)
@@ -73,7 +73,7 @@ class Socket:
 
     async def _send(self, message: dict[str, Any]) -> None:
         async with self.sending:
-            # A client that has gone is noticed by its reader; what was on the way to it is lost, as at most once is.
+            # If the client has disconnected, the message is lost (delivery is at most once); `websocket` notices it.
             with contextlib.suppress(WebSocketDisconnect, RuntimeError):
                 await self.websocket.send({"type": "websocket.send", **message})
 
@@ -86,9 +86,9 @@ class Realtime:
     ) -> None:
         """Args:
         pool: connections as ``authenticator``.
-        database_url: as a role that sees ``realtime.messages``.
-        secret: of the project's JWTs.
-        penalty: the share of the real server's delays before refusals (it makes the guilty wait 2 to 5 s).
+        database_url: database URL of a role that reads ``realtime.messages``.
+        secret: signs the project's JWTs.
+        penalty: share of the real server's delay before it refuses (2 s for a connection, 5 s for a join).
         """
         self._pool = pool
         self._url = database_url
@@ -99,19 +99,19 @@ class Realtime:
     # -- from the database
 
     async def follow_messages(self, ready: asyncio.Event) -> None:
-        """Sends what is inserted into ``realtime.messages`` to its subscribers, until cancelled."""
+        """Sends each row inserted into ``realtime.messages`` to the topic's subscribers, until cancelled."""
         listener = await AsyncConnection.connect(self._url, autocommit=True)
         reader = await AsyncConnection.connect(self._url, autocommit=True)
         async with listener, reader:
             await listener.execute("listen realtime_messages")
             ready.set()
-            async for note in listener.notifies():
-                if not note.payload:  # a statement that inserted nothing
+            async for notification in listener.notifies():
+                if not notification.payload:  # a statement that inserted nothing
                     continue
                 cursor = await reader.execute(
                     "select m.id::text, m.topic, m.event, m.payload::text, m.private from realtime.messages m"
                     " join unnest(%s::uuid[]) with ordinality i (id, n) on i.id = m.id order by i.n",
-                    (note.payload.split(","),),
+                    (notification.payload.split(","),),
                 )
                 for message_id, topic, event, payload, private in await cursor.fetchall():
                     for subscription in list(self._channels.get((PREFIX + topic, private), ())):
@@ -133,21 +133,21 @@ class Realtime:
         messages = body.get("messages") if isinstance(body, dict) else None
         if not messages or not isinstance(messages, list):
             return JSONResponse({"errors": {"messages": ["can't be blank"]}}, 422)
-        if len(messages) > MOST_MESSAGES:
+        if len(messages) > MAX_MESSAGES:
             return JSONResponse({"message": "Too many messages to broadcast, please reduce the batch size"}, 429)
         errors = [_message_errors(message) for message in messages]
         if any(errors):
             return JSONResponse({"errors": {"messages": errors}}, 422)
-        speaks: dict[str, bool] = {}
+        can_send: dict[str, bool] = {}
         for message in messages:
             topic, private = message["topic"], bool(message.get("private", False))
-            if private and topic not in speaks:
-                _, speaks[topic] = await self._rights(claims, topic)
-            if not private or speaks[topic]:  # the real server does not say either what it has dropped
-                await self._tell_all(PREFIX + topic, private, message["event"], message["payload"])
+            if private and topic not in can_send:
+                _, can_send[topic] = await self._permissions(claims, topic)
+            if not private or can_send[topic]:  # like the real server, drops the rest silently
+                await self._broadcast_all(PREFIX + topic, private, message["event"], message["payload"])
         return Response(status_code=202)
 
-    async def _tell_all(
+    async def _broadcast_all(
         self, topic: str, private: bool, event: str, payload: Any, sender: Subscription | None = None
     ) -> None:
         inner = {"event": event, "payload": payload, "type": "broadcast"}
@@ -203,11 +203,11 @@ class Realtime:
             await socket.send(join_ref, ref, topic, "phx_reply", {"status": "ok", "response": {}})
             await self._close(subscription)
         elif event == "broadcast" and isinstance(payload, dict):
-            if subscription.speaks:
-                await self._tell_all(
+            if subscription.can_send:
+                await self._broadcast_all(
                     topic, subscription.private, payload.get("event", ""), payload.get("payload"), subscription
                 )
-            if subscription.ack and subscription.speaks:
+            if subscription.ack and subscription.can_send:
                 await socket.send(join_ref, ref, topic, "phx_reply", {"status": "ok", "response": {}})
         elif event == "access_token" and isinstance(payload, dict):
             with contextlib.suppress(TokenError):
@@ -217,9 +217,9 @@ class Realtime:
         self, socket: Socket, claims: dict[str, Any], join_ref: str | None, ref: str | None, topic: str,
         payload: dict[str, Any],
     ) -> None:  # fmt: skip
-        config = _object(payload.get("config"))
+        config = _as_object(payload.get("config"))
         private = bool(config.get("private"))
-        refusal, listens, speaks = _unsupported(config), True, True
+        refusal, can_receive, can_send = _unsupported(config), True, True
         if private and refusal is None:
             if payload.get("access_token"):
                 try:
@@ -231,8 +231,8 @@ class Realtime:
                         else "MalformedJWT: The token provided is not a valid JWT"
                     )
             if refusal is None:
-                listens, speaks = await self._rights(claims, topic.removeprefix(PREFIX))
-            if refusal is None and not listens:
+                can_receive, can_send = await self._permissions(claims, topic.removeprefix(PREFIX))
+            if refusal is None and not can_receive:
                 refusal = (
                     "Unauthorized: You do not have permissions to read from this Channel topic: "
                     + topic.removeprefix(PREFIX)
@@ -241,24 +241,27 @@ class Realtime:
             await asyncio.sleep(5 * self._penalty)
             await socket.send(join_ref, ref, topic, "phx_reply", {"status": "error", "response": {"reason": refusal}})
             return
-        former = socket.joined.get(topic)
-        broadcast = _object(config.get("broadcast"))
+        previous = socket.joined.get(topic)
+        broadcast = _as_object(config.get("broadcast"))
         subscription = Subscription(
-            socket, topic, join_ref, private, bool(broadcast.get("ack")), bool(broadcast.get("self")), speaks
+            socket, topic, join_ref, private, bool(broadcast.get("ack")), bool(broadcast.get("self")), can_send
         )
-        if former:
-            self._drop(former)
+        if previous:
+            self._drop(previous)
         socket.joined[topic] = subscription
         self._channels[topic, private].add(subscription)
         if private:
             self._watch_expiry(subscription, claims)
         await socket.send(join_ref, ref, topic, "phx_reply", {"status": "ok", "response": {"postgres_changes": []}})
-        if former:
-            await socket.send(former.join_ref, former.join_ref, topic, "phx_close", {})
+        if previous:
+            await socket.send(previous.join_ref, previous.join_ref, topic, "phx_close", {})
 
-    async def _rights(self, claims: dict[str, Any], topic: str) -> tuple[bool, bool]:
-        """Asks row level security of ``realtime.messages``, as the real server does: may the caller see a message
-        of this topic, and may they insert one?"""
+    async def _permissions(self, claims: dict[str, Any], topic: str) -> tuple[bool, bool]:
+        """Whether row level security of ``realtime.messages`` lets the caller read and insert messages of a topic.
+
+        Like the real server, inserts a message, tries to read it as the caller, tries to insert one as the caller, and
+        rolls back.
+        """
         message = (
             "insert into realtime.messages (topic, extension, event, private) values (%s, 'broadcast', '', true)"
             " returning id, inserted_at"
@@ -271,19 +274,19 @@ class Realtime:
                 " set_config('role', %s, true)",
                 (topic, json.dumps(claims), claims.get("role", "anon")),
             )
-            listens = speaks = False
+            can_receive = can_send = False
             with contextlib.suppress(psycopg.DatabaseError):
                 async with connection.transaction():
                     cursor = await connection.execute(
                         "select 1 from realtime.messages where (id, inserted_at) = (%s, %s)", row
                     )
-                    listens = await cursor.fetchone() is not None
+                    can_receive = await cursor.fetchone() is not None
             with contextlib.suppress(psycopg.DatabaseError):
                 async with connection.transaction():
                     await connection.execute(message.split(" returning")[0].encode(), (topic,))
-                    speaks = True
+                    can_send = True
             await connection.rollback()
-            return listens, speaks
+            return can_receive, can_send
 
     def _watch_expiry(self, subscription: Subscription, claims: dict[str, Any]) -> None:
         if subscription.expiry:
@@ -316,10 +319,10 @@ class Realtime:
 
 
 def _unsupported(config: dict[str, Any]) -> str | None:
-    """Why a join is refused that the real server would take."""
+    """The reason to refuse a join that the real server accepts."""
     if config.get("postgres_changes"):
         return "The local edge does not support postgres_changes."
-    if _object(config.get("presence")).get("enabled"):
+    if _as_object(config.get("presence")).get("enabled"):
         return "The local edge does not support presence."
     return None
 
@@ -329,13 +332,13 @@ def _message_errors(message: Any) -> dict[str, list[str]]:
         return {"topic": ["can't be blank"]}
     errors = {name: ["can't be blank"] for name in ("topic", "event", "payload") if message.get(name) in (None, "")}
     errors |= {name: ["is invalid"] for name in ("topic", "event") if not isinstance(message.get(name) or "", str)}
-    if not errors and len(json.dumps(message["payload"])) > MOST_PAYLOAD:
+    if not errors and len(json.dumps(message["payload"])) > MAX_PAYLOAD:
         errors = {"payload": ["Payload size exceeds tenant limit"]}
     return errors
 
 
 def _parse(message: Any, version: str) -> tuple[str | None, str | None, str, str, Any] | None:
-    """join_ref, ref, topic, event and payload of a frame; None for what the real server silently ignores."""
+    """join_ref, ref, topic, event and payload of a frame; None for frames that the real server silently ignores."""
     if message.get("bytes") is not None:
         return _parse_push(message["bytes"])
     try:
@@ -354,13 +357,13 @@ def _reference(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _object(value: Any) -> dict[str, Any]:
-    """A JSON object, or an empty one in place of what is none."""
+def _as_object(value: Any) -> dict[str, Any]:
+    """The value if it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
 def _parse_push(data: bytes) -> tuple[str | None, str | None, str, str, Any] | None:
-    """A broadcast that supabase-js sends as a binary frame."""
+    """Parses a broadcast that supabase-js sends as a binary frame."""
     try:
         kind, *lengths, encoding = struct.unpack("BBBBBBB", data[:7])
         if kind != PUSH or encoding != JSON_ENCODING:

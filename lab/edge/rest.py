@@ -1,7 +1,7 @@
-"""PostgREST: RPC calls and rows of tables in ``public``, under the caller's role and claims.
+"""PostgREST: RPC calls and table rows in ``public``, with the caller's role and claims.
 
-Supported: select (columns), filters eq neq gt gte lt lte like ilike is in, order, limit, offset, ranges,
-counts, single objects, insert, update, delete; RPC by POST and GET. Anything else is refused with 501.
+Supported: select (columns), the filters eq neq gt gte lt lte like ilike is in, order, limit, offset, ranges, counts,
+single objects, insert, update, delete, and RPC by POST and GET. Anything else gets a 501.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lab.edge.tokens import TokenError, bearer, verify
 SCHEMAS = ("public", "graphql_public")
 OBJECT = "application/vnd.pgrst.object+json"
 
-#: HTTP status by the beginning of an sqlstate (PostgREST's reference, "Errors").
+#: HTTP status by sqlstate or its first two characters (PostgREST's reference, "Errors").
 STATUSES = {
     "08": 503, "09": 500, "0L": 403, "0P": 403, "23503": 409, "23505": 409, "25006": 405, "25": 500, "28": 403,
     "2D": 500, "38": 500, "39": 500, "3B": 500, "40": 500, "53400": 500, "53": 503, "54": 500, "55": 500,
@@ -36,7 +36,7 @@ STATUSES = {
 
 @dataclass(frozen=True)
 class Function:
-    """A function of ``public`` as RPC sees it."""
+    """A function in ``public`` that RPC can call."""
 
     name: str
     arguments: dict[str, str]
@@ -117,8 +117,8 @@ class Rest:
         async with as_caller(self._pool, claims, request.headers) as connection:
             functions = await self._functions(connection)
             if request.method != "POST":
-                known = functions.get(name)
-                arguments = {key: query.pop(key) for key in list(query) if known and key in known.arguments}
+                target = functions.get(name)
+                arguments = {key: query.pop(key) for key in list(query) if target and key in target.arguments}
             function = self._pick(functions, name, arguments, request.method)
             return await self._call(connection, request, function, arguments, parse_query(list(query.items())))
 
@@ -144,14 +144,14 @@ class Rest:
             required = list(function.arguments)[: len(function.arguments) - function.optional]
             if all(r in arguments for r in required) and all(a in function.arguments for a in arguments):
                 return function
-        given = ", ".join(sorted(arguments))
-        called = f"public.{name}({given})" if given else f"public.{name}"
+        names = ", ".join(sorted(arguments))
+        called = f"public.{name}({names})" if names else f"public.{name}"
         if len(arguments) > 1:
-            what = f"with parameters {given}"
+            shape = f"with parameters {names}"
         elif arguments:
-            what = f"with parameter {given}"
+            shape = f"with parameter {names}"
         else:
-            what = "without parameters"
+            shape = "without parameters"
         extra = " or with a single unnamed json/jsonb parameter" if method == "POST" else ""
         if function:
             hint = f"Perhaps you meant to call the function public.{name}({', '.join(sorted(function.arguments))})"
@@ -159,11 +159,11 @@ class Rest:
             near = difflib.get_close_matches(name, functions, 1, 0.5)
             hint = f"Perhaps you meant to call the function public.{near[0]}" if near else ""
         message = (
-            f"Could not find the function {called}{' without parameters' if not given else ''} in the schema cache"
+            f"Could not find the function {called}{' without parameters' if not names else ''} in the schema cache"
         )
         raise RestError(
             404, "PGRST202", message,
-            f"Searched for the function public.{name} {what}{extra}, but no matches were found in the schema cache.",
+            f"Searched for the function public.{name} {shape}{extra}, but no matches were found in the schema cache.",
             hint or None,
         )  # fmt: skip
 
@@ -185,8 +185,8 @@ class Rest:
         else:
             inner = sql.SQL("(select f.* from {}{} as f) as f").format(source, call)
             rows = sql.SQL("select {} from {}{}").format(query.columns(), inner, query.clauses())
-            one = "coalesce((json_agg(r) -> 0)::text, 'null')" if not function.returns_set else _AGGREGATE
-            statement = sql.SQL("select " + one + ", count(*)::int from ({}) r").format(rows)
+            body_expression = "coalesce((json_agg(r) -> 0)::text, 'null')" if not function.returns_set else _AGGREGATE
+            statement = sql.SQL("select " + body_expression + ", count(*)::int from ({}) r").format(rows)
             values += query.values
         cursor = await connection.execute(statement, values)
         body, count = cast("tuple[str, int]", await cursor.fetchone())
@@ -225,9 +225,9 @@ class Rest:
             body, count = cast("tuple[str, int]", await cursor.fetchone())
             total = None
             if preferences.get("count") == "exact":
-                everything = Query(where=query.where, values=query.values)
+                unpaged = Query(where=query.where, values=query.values)
                 cursor = await connection.execute(
-                    sql.SQL("select count(*)::int from {}{}").format(table, everything.clauses()), query.values
+                    sql.SQL("select count(*)::int from {}{}").format(table, unpaged.clauses()), query.values
                 )
                 total = cast("tuple[int]", await cursor.fetchone())[0]
         status = 206 if total is not None and count < total else 200
@@ -272,7 +272,7 @@ class Rest:
         self, connection: AsyncConnection[Any], request: Request, statement: sql.Composed, values: list[Any],
         status: int, table: str | None = None,
     ) -> Response:  # fmt: skip
-        """Runs a write; with ``Prefer: return=representation`` its rows come back."""
+        """Runs a write; with ``Prefer: return=representation``, responds with its rows."""
         preferences = _preferences(request)
         unknown = "*/*"
         if preferences.get("return") != "representation":
@@ -291,17 +291,17 @@ class Rest:
         return _respond(request, 201 if status == 201 else 200, body, shown, preferences, count)
 
 
-#: The rows of `r` as PostgREST prints them.
+#: The rows of `r` as JSON, in PostgREST's format.
 _AGGREGATE = "coalesce(json_agg(r), '[]')::text"
 
 
 def _preferences(request: Request) -> dict[str, str]:
-    found = {}
+    preferences = {}
     for part in request.headers.get("prefer", "").split(","):
         key, _, value = part.strip().partition("=")
         if key:
-            found[key] = value
-    return found
+            preferences[key] = value
+    return preferences
 
 
 async def _json(request: Request) -> Any:

@@ -1,4 +1,4 @@
-"""Runs SQL as a caller: their role and JWT claims, in a transaction of their own."""
+"""Runs SQL with a caller's role and JWT claims, in a separate transaction."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ROLES = ("anon", "authenticated", "service_role")
 async def as_caller(
     pool: AsyncConnectionPool[AsyncConnection[Any]], claims: dict[str, Any], headers: Mapping[str, str] | None = None
 ) -> AsyncIterator[AsyncConnection[Any]]:
-    """A transaction under the role and claims of a verified token (an unknown role counts as anon), which also sees the
-    headers of its request."""
+    """A transaction with the role and claims of a verified token and the headers of the request. An unknown role
+    becomes anon."""
     role = claims.get("role") if claims.get("role") in ROLES else "anon"
     async with pool.connection() as connection, connection.transaction():
         await connection.execute(

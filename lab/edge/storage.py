@@ -1,6 +1,6 @@
-"""Supabase Storage: private and public buckets, upload, download, signed URLs, list, remove.
+"""Supabase Storage: private and public buckets, upload, download, signed URLs, list and remove.
 
-Rows live in ``storage.objects`` under row level security, files in a folder.
+The rows are in ``storage.objects`` under row level security; the files are in a folder.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from starlette.routing import Route
 from lab.edge.session import as_caller
 from lab.edge.tokens import TokenError, bearer, sign, verify
 
-#: Characters that object names may hold (the real server's set).
+#: Object names that the real server accepts.
 KEY = re.compile(r"[\w/!.*'() &$=;:+,?@-]+", re.ASCII)
 
 
 class StorageError(Exception):
-    """An error as Storage sends it: HTTP 400 with the real status inside."""
+    """An error response of Storage: HTTP 400, with the actual status in the body."""
 
     def __init__(self, status: str, error: str, message: str, code: str) -> None:
         self.body = {"statusCode": status, "error": error, "message": message, "code": code}
@@ -79,7 +79,13 @@ class Storage:
                 return _compact(error.body, 400)
             except TokenError as error:
                 return _compact(
-                    {"statusCode": "403", "error": "Unauthorized", "message": _why(error), "code": "AccessDenied"}, 400
+                    {
+                        "statusCode": "403",
+                        "error": "Unauthorized",
+                        "message": _token_message(error),
+                        "code": "AccessDenied",
+                    },
+                    400,
                 )
             except psycopg.DataError:  # a NUL in a name
                 return _compact(
@@ -106,7 +112,11 @@ class Storage:
         return {"public": row[0], "limit": row[1], "types": row[2]}
 
     async def _object(self, claims: dict[str, Any], bucket: str, path: str) -> dict[str, Any]:
-        """The row of an object that the caller may see; its bucket has to exist."""
+        """The row of an object, if the caller may see it.
+
+        Raises:
+            StorageError: the bucket or the object does not exist for the caller.
+        """
         await self._bucket(bucket)
         async with as_caller(self._pool, claims) as connection:
             cursor = await connection.execute(
@@ -187,13 +197,13 @@ class Storage:
     def _file(self, version: str) -> Path:
         return self._folder / version
 
-    def _send(self, found: dict[str, Any], cache: str | None) -> Response:
-        metadata = found["metadata"]
+    def _send(self, stored: dict[str, Any], cache: str | None) -> Response:
+        metadata = stored["metadata"]
         headers = {"etag": metadata["eTag"], **({"cache-control": cache} if cache else {})}
-        return FileResponse(self._file(found["version"]), media_type=metadata["mimetype"], headers=headers)
+        return FileResponse(self._file(stored["version"]), media_type=metadata["mimetype"], headers=headers)
 
     async def _get(self, request: Request) -> Response:
-        """Without a token that is good, as for a stranger: files of public buckets, and no other bucket exists."""
+        """Without a valid token, serves only public buckets; other buckets then seem not to exist."""
         try:
             claims = self._claims(request)
         except TokenError:
@@ -201,33 +211,33 @@ class Storage:
         return await self._send_to(claims, request)
 
     async def _get_authenticated(self, request: Request) -> Response:
-        """The same, but a token that is not good is refused."""
+        """Like `_get`, but refuses an invalid token."""
         return await self._send_to(self._claims(request), request)
 
     async def _send_to(self, claims: dict[str, Any], request: Request) -> Response:
         bucket, path = request.path_params["bucket"], request.path_params["path"]
         if (await self._bucket(bucket))["public"]:
             claims = {"role": "service_role"}
-        found = await self._object(claims, bucket, path)
-        return self._send(found, found["metadata"]["cacheControl"])
+        stored = await self._object(claims, bucket, path)
+        return self._send(stored, stored["metadata"]["cacheControl"])
 
     async def _get_public(self, request: Request) -> Response:
         bucket, path = request.path_params["bucket"], request.path_params["path"]
         if not (await self._bucket(bucket))["public"]:
             raise _no_bucket()
-        found = await self._object({"role": "service_role"}, bucket, path)
-        return self._send(found, found["metadata"]["cacheControl"])
+        stored = await self._object({"role": "service_role"}, bucket, path)
+        return self._send(stored, stored["metadata"]["cacheControl"])
 
     async def _info(self, request: Request) -> Response:
         bucket, path = request.path_params["bucket"], request.path_params["path"]
-        found = await self._object(self._claims(request), bucket, path)
-        metadata = found["metadata"]
+        stored = await self._object(self._claims(request), bucket, path)
+        metadata = stored["metadata"]
         described = _compact(
             {
-                "id": found["id"], "name": path, "version": found["version"], "bucket_id": bucket,
+                "id": stored["id"], "name": path, "version": stored["version"], "bucket_id": bucket,
                 "size": metadata["size"], "content_type": metadata["mimetype"],
                 "cache_control": metadata["cacheControl"], "etag": metadata["eTag"], "metadata": {},
-                "last_modified": _timestamp(found["updated_at"]), "created_at": _timestamp(found["created_at"]),
+                "last_modified": _timestamp(stored["updated_at"]), "created_at": _timestamp(stored["created_at"]),
             }
         )  # fmt: skip
         described.headers.update({"etag": metadata["eTag"], "cache-control": metadata["cacheControl"]})
@@ -260,7 +270,7 @@ class Storage:
         try:
             claims = verify(self._secret, request.query_params.get("token", ""))
         except TokenError as error:
-            raise StorageError("400", "InvalidJWT", _why(error), "InvalidJWT") from None
+            raise StorageError("400", "InvalidJWT", _token_message(error), "InvalidJWT") from None
         if claims.get("url") != f"{bucket}/{path}":
             raise StorageError("400", "InvalidSignature", "The url do not match the signature", "InvalidSignature")
         return self._send(await self._object({"role": "service_role"}, bucket, path), None)
@@ -298,15 +308,15 @@ class Storage:
         return _compact([{"name": name, "bucket_id": bucket} for name, _ in rows])
 
 
-def _why(error: TokenError) -> str:
-    """What is wrong with a token, in the words of the library that the real server checks it with."""
+def _token_message(error: TokenError) -> str:
+    """The message for an invalid token, as the real server's JWT library phrases it."""
     if error.reason == "expired":
         return '"exp" claim timestamp check failed'
     return "Invalid Compact JWS" if str(error) == "Not enough segments" else "signature verification failed"
 
 
 async def _body(request: Request) -> tuple[bytes, str]:
-    """The bytes and the type of an upload: a form with one file, or the file itself."""
+    """The bytes and the content type of an upload, which is a form with one file or the file itself."""
     kind = request.headers.get("content-type", "application/octet-stream")
     if kind.startswith("multipart/form-data"):
         async with request.form() as form:
@@ -319,8 +329,8 @@ async def _body(request: Request) -> tuple[bytes, str]:
     return await request.body(), header.get_content_type()
 
 
-def _timestamp(moment: datetime) -> str:
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def _timestamp(time: datetime) -> str:
+    return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _compact(body: Any, status: int = 200) -> Response:

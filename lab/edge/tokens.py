@@ -1,4 +1,4 @@
-"""API keys and user tokens: JWTs signed with one secret, as a Supabase project has them."""
+"""API keys and user tokens: JWTs signed with the project's secret."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jwt
 
 
 class TokenError(Exception):
-    """A token is not acceptable; ``reason`` is ``expired`` or ``malformed``."""
+    """A token is invalid; ``reason`` is ``expired`` or ``malformed``."""
 
     def __init__(self, reason: str, message: str, expired_for: int = 0) -> None:
         super().__init__(message)
@@ -18,7 +18,7 @@ class TokenError(Exception):
 
 
 def sign(secret: str, role: str, *, subject: str | None = None, lifetime: float = 3600 * 24, **claims: Any) -> str:
-    """A token of a role (``anon``, ``authenticated``, ``service_role``), valid for so many seconds."""
+    """A token for a role (``anon``, ``authenticated``, ``service_role``), valid for ``lifetime`` seconds."""
     now = time.time()
     payload: dict[str, Any] = {"role": role, "iss": "supabase-local", "iat": int(now), "exp": int(now + lifetime)}
     if subject:
@@ -30,7 +30,7 @@ def verify(secret: str, token: str) -> dict[str, Any]:
     """The claims of a token.
 
     Raises:
-        TokenError: it has expired, or it is none of ours.
+        TokenError: the token has expired, is malformed, or has a different signature.
     """
     try:
         return dict(jwt.decode(token, secret, algorithms=["HS256"], options={"verify_aud": False}))

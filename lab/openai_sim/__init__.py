@@ -1,7 +1,7 @@
-"""An OpenAI-shaped server: chat completions, files, batches; limits, latencies and failures as configured.
+"""A simulator of OpenAI's API: chat completions, files and batches, with configurable limits, latencies and failures.
 
-It opens the picture it is sent and derives tags from its pixels (`vision`), so that a test can prove that the
-right picture's tags reached the right row, and it records every request (`book`), so that tests judge by the
-provider's book and not by our own. Tokens and prices are its own too (`models`). A `plan` says how the account and
-the server differ from OpenAI's tier 1; a test may change it while the server runs.
+It decodes each picture and derives the tags from its pixels (`vision`), so a test can prove that a picture's tags
+reached the right row. It records every request (`Simulator.request_log`), so tests check the product against the
+provider's record. It computes tokens and prices independently of the product (`models`). A `plan` says how the account
+and the server differ from OpenAI's tier 1; a test may change it while the server runs.
 """

@@ -1,4 +1,4 @@
-"""What the simulator answers about a picture, and what it bills for it."""
+"""Builds the simulator's completions and their usage."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import secrets
 import time
 from typing import Any
 
-from lab.openai_sim.asked import Asked
-from lab.openai_sim.faults import Answer
+from lab.openai_sim.completion_request import CompletionRequest
+from lab.openai_sim.faults import AnswerVariant
 from lab.openai_sim.models import CHARACTERS_PER_TOKEN, dollars, text_tokens
 from lab.openai_sim.plan import Plan
 from lab.openai_sim.vision import Picture
@@ -19,70 +19,71 @@ CACHED_STEP = 128  # tokens
 
 
 class PromptCache:
-    """Which beginnings of prompts were seen; nothing is forgotten."""
+    """The prompt prefixes seen so far. Entries never expire."""
 
     def __init__(self) -> None:
         self._seen: set[str] = set()
 
-    def use(self, asked: Asked) -> tuple[int, int]:
-        """Tokens of this prompt that are read from the cache, and that are written to it."""
-        if asked.prefix_tokens < CACHED_FROM:
+    def use(self, request: CompletionRequest) -> tuple[int, int]:
+        """Tokens of this prompt that are read from the cache and written to the cache."""
+        if request.prefix_tokens < CACHED_FROM:
             return 0, 0
-        if asked.prefix in self._seen:
-            return asked.prefix_tokens // CACHED_STEP * CACHED_STEP, 0
-        self._seen.add(asked.prefix)
-        return 0, asked.prefix_tokens
+        if request.prefix in self._seen:
+            return request.prefix_tokens // CACHED_STEP * CACHED_STEP, 0
+        self._seen.add(request.prefix)
+        return 0, request.prefix_tokens
 
 
-def think(effort: str | None, picture: str, plan: Plan) -> int:
-    """Tokens of thinking about a picture: the same for the same picture (a digest), effort and seed."""
-    fewest, most = plan.thinking.get(effort or "none", (0, 0))
-    return random.Random(f"{picture} {effort} {plan.seed}").randint(fewest, most)
+def draw_reasoning_tokens(effort: str | None, picture: str, plan: Plan) -> int:
+    """Reasoning tokens for a picture (given by its digest); the same picture, effort and seed give the same number."""
+    low, high = plan.reasoning_tokens.get(effort or "none", (0, 0))
+    return random.Random(f"{picture} {effort} {plan.seed}").randint(low, high)
 
 
 def complete(
-    asked: Asked, picture: Picture | None, *, thought: int = 0, cache: PromptCache | None = None,
-    wrong: Answer | None = None,
+    request: CompletionRequest, picture: Picture | None, *, reasoning: int = 0, cache: PromptCache | None = None,
+    variant: AnswerVariant | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """A chat completion.
 
     Args:
-        asked: the request.
-        picture: what it shows.
-        thought: tokens of thinking.
-        cache: the account's prompt cache; without one nothing is cached.
-        wrong: a way to be of no use, or to have another form (see `Fault.answer`).
+        request: the checked request.
+        picture: what the simulator recognised in its picture.
+        reasoning: reasoning tokens.
+        cache: the account's prompt cache; None: nothing is cached.
+        variant: how the answer differs from a good one (see `Fault.answer`).
     """
-    if wrong == "error_in_200":
+    if variant == "error_in_200":
         return {"id": None, "choices": None, "error": {"message": "Provider returned error", "code": 429}}
-    content, refusal, finish = _said(picture, wrong)
-    content, finish, output, thought = _within_cap(asked.cap, thought, content, refusal, finish)
+    content, refusal, finish = _content(picture, variant)
+    content, finish, output, reasoning = _within_cap(request.cap, reasoning, content, refusal, finish)
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": refusal, "annotations": []}
     choices: list[dict[str, Any]] = [{"index": 0, "finish_reason": finish, "logprobs": None, "message": message}]
-    if wrong == "empty_choices":
+    if variant == "empty_choices":
         choices = []
-    elif wrong == "safety":
+    elif variant == "safety":
         choices = [{"finish_reason": "content_filter: SAFETY", "index": 0}]
     return {
         "id": f"chatcmpl-{secrets.token_hex(12)}", "object": "chat.completion", "created": int(time.time()),
-        "model": asked.model.dated, "service_tier": asked.tier, "choices": choices,
-        "usage": _usage(asked, output, thought, *(cache.use(asked) if cache else (0, 0))),
+        "model": request.model.dated, "service_tier": request.tier, "choices": choices,
+        "usage": _usage(request, output, reasoning, *(cache.use(request) if cache else (0, 0))),
     }  # fmt: skip
 
 
-def note(asked: Asked, answer: dict[str, Any], *, batch: bool = False) -> dict[str, Any]:
-    """What the book keeps of an answered request."""
+def log_fields(request: CompletionRequest, answer: dict[str, Any], *, batch: bool = False) -> dict[str, Any]:
+    """The fields that an answered request adds to its entry in the request log."""
     usage = answer.get("usage")
-    cost = dollars(asked.model.name, usage, asked.tier, batch) if usage and asked.model.prices else None
+    cost = dollars(request.model.name, usage, request.tier, batch) if usage and request.model.prices else None
     return {
-        "model": asked.model.dated, "effort": asked.effort, "cap": asked.cap, "tier": asked.tier,
-        "format": asked.format, "tokens": asked.metered, "usage": usage, "dollars": None if cost is None else str(cost),
+        "model": request.model.dated, "effort": request.effort, "cap": request.cap, "tier": request.tier,
+        "format": request.format, "tokens": request.metered, "usage": usage,
+        "dollars": None if cost is None else str(cost),
     }  # fmt: skip
 
 
-def _said(picture: Picture | None, wrong: Answer | None) -> tuple[str | None, str | None, str]:
-    """Content, refusal and finish_reason of an answer without a cap."""
-    match wrong:
+def _content(picture: Picture | None, variant: AnswerVariant | None) -> tuple[str | None, str | None, str]:
+    """Content, refusal and finish_reason of an answer before the cap is applied."""
+    match variant:
         case "refusal":
             return None, "I'm sorry, I can't help with that.", "stop"
         case "content_filter":
@@ -91,13 +92,13 @@ def _said(picture: Picture | None, wrong: Answer | None) -> tuple[str | None, st
             return None, None, "stop"
         case "no_json":
             return "I see a picture.", None, "stop"
-    content = json.dumps(_tagged(picture, wrong))
-    match wrong:
+    content = json.dumps(_tagging(picture, variant))
+    match variant:
         case "length":
             return content[:20], None, "length"
         case "fence":
             content = f"```json\n{content}\n```"
-        case "words_around":
+        case "text_around":
             content = f"Here are the tags for your image:\n\n{content}\n\nLet me know if you need more."
         case "bom":
             content = f"\ufeff{content}"
@@ -106,54 +107,54 @@ def _said(picture: Picture | None, wrong: Answer | None) -> tuple[str | None, st
     return content, None, "stop"
 
 
-def _tagged(picture: Picture | None, wrong: Answer | None) -> dict[str, Any]:
-    """The object that a model answers with."""
+def _tagging(picture: Picture | None, variant: AnswerVariant | None) -> dict[str, Any]:
+    """The JSON object in a model's answer."""
     tags = picture.tags if picture else ()
-    if wrong == "bad_schema":
+    if variant == "bad_schema":
         return {"seen": list(tags)}
     caption = f"A {tags[4]} picture, {', '.join(tags[:4])}." if tags else "There is no picture."
-    if wrong == "no_tags":
+    if variant == "no_tags":
         return {"caption": caption, "tags": []}
-    if wrong == "string_tags":
+    if variant == "string_tags":
         return {"caption": caption, "tags": [tag.title() for tag in tags]}
-    listed = [{"tag": tag.title(), "confidence": _confidence(i, wrong)} for i, tag in enumerate(tags)]
-    return {"caption": caption, "tags": listed, **({"mood": "calm"} if wrong == "extra_key" else {})}
+    listed = [{"tag": tag.title(), "confidence": _confidence(i, variant)} for i, tag in enumerate(tags)]
+    return {"caption": caption, "tags": listed, **({"mood": "calm"} if variant == "extra_key" else {})}
 
 
-def _confidence(place: int, wrong: Answer | None) -> float | str:
-    """How sure the answer is of its tag at a place, the first being the surest."""
-    sure = round(0.99 - 0.05 * place, 2)
-    if wrong == "word_confidence":
+def _confidence(position: int, variant: AnswerVariant | None) -> float | str:
+    """The confidence of the tag at a position; the first tag has the highest."""
+    confidence = round(0.99 - 0.05 * position, 2)
+    if variant == "word_confidence":
         return "high"
-    return round(100 * sure) if wrong == "percent" else sure
+    return round(100 * confidence) if variant == "percent" else confidence
 
 
 def _within_cap(
-    cap: int | None, thought: int, content: str | None, refusal: str | None, finish: str
+    cap: int | None, reasoning: int, content: str | None, refusal: str | None, finish: str
 ) -> tuple[str | None, str, int, int]:
-    """Cuts an answer to its cap: content, finish_reason, completion tokens, and those of them that are thinking."""
+    """Cuts an answer to its cap. Returns content, finish_reason, completion tokens, and their reasoning tokens."""
     visible = text_tokens(len(content or refusal or ""))
-    if cap is None or thought + visible <= cap:
-        output = thought + visible + 1  # the end of the answer is a token too
-        return content, finish, output if cap is None else min(output, cap), thought
-    left = max(0, cap - thought)
+    if cap is None or reasoning + visible <= cap:
+        output = reasoning + visible + 1  # the end-of-answer token
+        return content, finish, output if cap is None else min(output, cap), reasoning
+    left = max(0, cap - reasoning)
     if content is not None:
         content, finish = content[: left * CHARACTERS_PER_TOKEN], "length"
-    return content, finish, cap, min(thought, cap)
+    return content, finish, cap, min(reasoning, cap)
 
 
-def _usage(asked: Asked, output: int, thought: int, cached: int, written: int) -> dict[str, Any]:
+def _usage(request: CompletionRequest, output: int, reasoning: int, cached: int, written: int) -> dict[str, Any]:
     """OpenAI's usage object."""
-    writes = {"cache_write_tokens": written} if asked.model.writes_cache else {}
+    writes = {"cache_write_tokens": written} if request.model.writes_cache else {}
     return {
-        "prompt_tokens": asked.prompt_tokens, "completion_tokens": output,
-        "total_tokens": asked.prompt_tokens + output,
+        "prompt_tokens": request.prompt_tokens, "completion_tokens": output,
+        "total_tokens": request.prompt_tokens + output,
         "prompt_tokens_details": {
-            "cached_tokens": cached, **writes, "image_tokens": asked.image_tokens, "text_tokens": asked.text_tokens,
+            "cached_tokens": cached, **writes, "image_tokens": request.image_tokens, "text_tokens": request.text_tokens,
             "audio_tokens": 0,
         },
         "completion_tokens_details": {
-            "reasoning_tokens": thought, "audio_tokens": 0, "accepted_prediction_tokens": 0,
+            "reasoning_tokens": reasoning, "audio_tokens": 0, "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,
         },
     }  # fmt: skip

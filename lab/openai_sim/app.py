@@ -1,4 +1,4 @@
-"""The simulator's HTTP interface: chat completions, models, files; batches are in `batches`."""
+"""The simulator's HTTP interface: chat completions, models and files. `batches` has the batches."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from lab.openai_sim.answers import PromptCache, complete, note, think
-from lab.openai_sim.asked import Asked, digest, examine, find_model, first_image
+from lab.openai_sim.answers import PromptCache, complete, draw_reasoning_tokens, log_fields
 from lab.openai_sim.batches import Batches
-from lab.openai_sim.faults import Answer, Fault, Faults
+from lab.openai_sim.completion_request import CompletionRequest, digest, find_model, first_image, parse_request
+from lab.openai_sim.faults import AnswerVariant, Fault, Faults
 from lab.openai_sim.limits import Limits
 from lab.openai_sim.models import MODELS, find
 from lab.openai_sim.plan import Plan
-from lab.openai_sim.protocol import ApiError, check_expiry, not_offered, page, read_json
-from lab.openai_sim.vision import BadPicture, Picture, look
+from lab.openai_sim.protocol import ApiError, check_expiry, missing_endpoint, page, read_json
+from lab.openai_sim.vision import BadPicture, Picture, recognise
 
 __all__ = ["Plan", "Simulator"]
 
@@ -35,24 +34,29 @@ METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 @dataclass
 class Simulator:
-    """One provider with its book."""
+    """One simulated provider and its request log."""
 
     plan: Plan
     faults: Faults = field(default_factory=Faults)
-    #: every request and every line of a batch: {at, method, path, status}, and for completions {model, effort, cap,
-    #: tier, format, picture, tags, tokens, usage, dollars, done}; {error} when it failed; moments in epoch seconds
-    book: list[dict[str, Any]] = field(default_factory=list)
+    #: One entry for each request and each line of a batch: {at, method, path, status}; completions also have {model,
+    #: effort, cap, tier, format, picture, tags, tokens, usage, dollars, done}, failures {error}. `at` and `done` are
+    #: epoch seconds.
+    request_log: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     contents: dict[str, bytes] = field(default_factory=dict)
 
+    rng: random.Random = field(init=False)
+    limits: Limits = field(init=False)
+    batches: Batches = field(init=False)
+    prompt_cache: PromptCache = field(default_factory=PromptCache, init=False)
+    in_flight: int = field(default=0, init=False)  # single calls
+    max_in_flight: int = field(default=0, init=False)
+
     def __post_init__(self) -> None:
-        self.random = random.Random(self.plan.seed)
         plan = self.plan
+        self.rng = random.Random(plan.seed)
         self.limits = Limits.of(plan.requests_per_minute, plan.tokens_per_minute, plan.requests_per_day, plan.speed)
         self.batches = Batches(self)
-        self.prompt_cache = PromptCache()
-        self.in_flight = 0
-        self.most_in_flight = 0
 
     def app(self) -> Starlette:
         """The application."""
@@ -75,35 +79,32 @@ class Simulator:
             Route("/v1/batches", self._answer(self.batches.list_newest)),
             Route("/v1/batches/{batch}", self._answer(self.batches.retrieve)),
             Route("/v1/batches/{batch}/cancel", self._answer(self.batches.cancel), methods=["POST"]),
-            Route("/sim/faults", self._add_fault, methods=["POST"]),
-            Route("/sim/faults", self._clear_faults, methods=["DELETE"]),
-            Route("/sim/book", self._show_book),
-            Route("/{path:path}", self._nowhere, methods=METHODS),
+            Route("/{path:path}", self._unknown_path, methods=METHODS),
         ]
         return Starlette(routes=routes, lifespan=lifespan)
 
     def _answer(self, handler: Any) -> Any:
         async def answer(request: Request) -> Response:
-            entry = self._enter(request)
+            entry = self._log_request(request)
             try:
-                if not self._offers(request.url.path):
-                    raise not_offered()
+                if not self._has_endpoint(request.url.path):
+                    raise missing_endpoint()
                 if request.headers.get("authorization") != f"Bearer {self.plan.key}":
                     raise ApiError(401, "invalid_api_key", "Incorrect API key provided.")
                 fault = None
                 if not request.url.path.endswith("/completions"):
-                    fault = await self._meet_fault(request)
+                    fault = await self._apply_fault(request)
                 response = cast("Response", await handler(request))
                 if fault and fault.after:
-                    raise _Cut
+                    raise _ConnectionCut
                 if fault and fault.slow:
-                    response = _Slow(response, fault.slow)
+                    response = _SlowResponse(response, fault.slow)
             except ApiError as error:
                 response = error.response()
                 entry["error"] = error.summary()
-            except _Cut:
+            except _ConnectionCut:
                 entry["status"] = 0
-                return _CutConnection()
+                return _CutResponse()
             entry["status"] = response.status_code
             if not self.plan.rate_headers:
                 for name in [name for name in response.headers if name.startswith("x-ratelimit-")]:
@@ -112,36 +113,41 @@ class Simulator:
 
         return answer
 
-    def _enter(self, request: Request) -> dict[str, Any]:
-        """Writes a request into the book."""
+    def _log_request(self, request: Request) -> dict[str, Any]:
+        """Adds a request to the request log."""
         entry: dict[str, Any] = {
             "at": time.time(), "method": request.method, "path": request.url.path, "status": None,
         }  # fmt: skip
         request.state.entry = entry
-        self.book.append(entry)
+        self.request_log.append(entry)
         return entry
 
-    def _offers(self, path: str) -> bool:
-        """Whether this server has an endpoint."""
+    def _has_endpoint(self, path: str) -> bool:
+        """Whether the simulated server has this endpoint."""
         if path.startswith(("/v1/files", "/v1/batches")):
             return self.plan.batch_api
         return self.plan.models_endpoint or not path.startswith("/v1/models")
 
-    async def _nowhere(self, request: Request) -> Response:
-        """A path that no endpoint has, as when a base URL lacks its /v1."""
+    async def _unknown_path(self, request: Request) -> Response:
+        """Answers a path without an endpoint, which a base URL without /v1 leads to."""
         text = "404 page not found"
-        self._enter(request).update(status=404, error=text)
+        self._log_request(request).update(status=404, error=text)
         return PlainTextResponse(text, 404)
 
-    async def _meet_fault(self, request: Request, tags: tuple[str, ...] = ()) -> Fault | None:
-        """Applies the fault ordered for this request; returns it when the request is to be answered wrongly."""
+    async def _apply_fault(self, request: Request, tags: tuple[str, ...] = ()) -> Fault | None:
+        """Applies the configured fault, if any, and returns it when the answer itself has to differ.
+
+        Raises:
+            ApiError: the fault is an error status.
+            _ConnectionCut: the fault cuts the connection before the request takes effect.
+        """
         fault = self.faults.take(f"{request.method} {request.url.path}", tags)
         if fault is None:
             return None
         if fault.delay:
             await asyncio.sleep(fault.delay)
         if fault.cut and not fault.after:
-            raise _Cut
+            raise _ConnectionCut
         error = fault.error()
         if error:
             raise error
@@ -153,57 +159,59 @@ class Simulator:
         body = await read_json(request)
         entry = request.state.entry
         entry |= {"model": body.get("model"), "picture": digest(body)}
-        asked = examine(body, self.plan)
-        # What is over a limit is refused on arrival; a request that is refused for another reason has used it up.
-        headers, wait, which = self.limits.take(asked.metered) if not self.faults.waiting else ({}, 0.0, "")
+        parsed = parse_request(body, self.plan)
+        # Like OpenAI, check the limits before anything else: a request refused for another reason still counts.
+        headers, wait, limit = self.limits.take(parsed.metered) if not self.faults.waiting else ({}, 0.0, "")
         if wait:
             raise ApiError(
                 429, "rate_limit_exceeded",
-                f"Rate limit reached for {body['model']} on {which}. Please try again in {wait:.3f}s.", headers,
+                f"Rate limit reached for {body['model']} on {limit}. Please try again in {wait:.3f}s.", headers,
             )  # fmt: skip
-        picture = await self.see(body)
+        picture = await self.read_picture(body)
         tags = picture.tags if picture else ()
         entry["tags"] = tags
-        fault = await self._meet_fault(request, tags)
+        fault = await self._apply_fault(request, tags)
         if not headers:
-            headers = self.limits.take(asked.metered)[0]
+            headers = self.limits.take(parsed.metered)[0]
         self.in_flight += 1
-        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        self.max_in_flight = max(self.max_in_flight, self.in_flight)
         try:
-            await asyncio.sleep(self.random.uniform(*self.plan.latency))
+            await asyncio.sleep(self.rng.uniform(*self.plan.latency))
         finally:
             self.in_flight -= 1
             entry["done"] = time.time()
-        answer = self.answer(asked, picture, entry["picture"], fault.answer if fault else None)
-        entry |= note(asked, answer)
+        answer = self.answer(parsed, picture, entry["picture"], fault.answer if fault else None)
+        entry |= log_fields(parsed, answer)
         if fault and fault.after:
-            raise _Cut
+            raise _ConnectionCut
         return JSONResponse(answer, headers=headers)
 
-    def count(self, body: dict[str, Any], *, batch: bool = False) -> int:
-        """The tokens that a request counts for at admission.
+    def count_tokens(self, body: dict[str, Any], *, batch: bool = False) -> int:
+        """The tokens that the limits count for a request at admission.
 
         Raises:
-            ApiError: it would be refused.
+            ApiError: the API would refuse the request.
         """
-        return examine(body, self.plan, batch=batch).metered
+        return parse_request(body, self.plan, batch=batch).metered
 
-    async def see(self, body: dict[str, Any]) -> Picture | None:
-        """What is in the picture of a request; None when it has no picture.
+    async def read_picture(self, body: dict[str, Any]) -> Picture | None:
+        """The content of a request's picture; None when the request has no picture.
 
         Raises:
-            ApiError: 400 when the picture is broken after all.
+            ApiError: 400 when the picture cannot be decoded.
         """
         url = first_image(body)
         try:
-            return await asyncio.to_thread(look, url) if url else None
+            return await asyncio.to_thread(recognise, url) if url else None
         except BadPicture as error:
             raise ApiError(400, "invalid_image", str(error)) from None
 
-    def answer(self, asked: Asked, picture: Picture | None, name: str, wrong: Answer | None) -> dict[str, Any]:
-        """The completion that a checked request gets; ``name`` is its picture's digest."""
-        thought = think(asked.effort, name, self.plan)
-        return complete(asked, picture, thought=thought, cache=self.prompt_cache, wrong=wrong)
+    def answer(
+        self, request: CompletionRequest, picture: Picture | None, picture_digest: str, variant: AnswerVariant | None
+    ) -> dict[str, Any]:
+        """The completion for a checked request."""
+        reasoning = draw_reasoning_tokens(request.effort, picture_digest, self.plan)
+        return complete(request, picture, reasoning=reasoning, cache=self.prompt_cache, variant=variant)
 
     # -- models and files
 
@@ -223,16 +231,16 @@ class Simulator:
         async with request.form(max_part_size=250_000_000) as form:
             upload, purpose = form.get("file"), form.get("purpose")
             if not isinstance(upload, UploadFile) or purpose != "batch":
-                raise ApiError(400, "invalid_request_error", "A file and the purpose 'batch' are needed.")
+                raise ApiError(400, "invalid_request_error", "A file and the purpose 'batch' are required.")
             check_expiry(form.get("expires_after[anchor]"), form.get("expires_after[seconds]"), self.plan.min_expires)
             data = await upload.read()
             name = upload.filename or ""
         if len(data) > 200_000_000:
-            raise ApiError(413, "file_too_large", "Files of purpose batch hold at most 200 MB.")
+            raise ApiError(413, "file_too_large", "Files with the purpose 'batch' can have at most 200 MB.")
         return JSONResponse(self.store_file(name, data, "batch"))
 
     def store_file(self, name: str, data: bytes, purpose: str) -> dict[str, Any]:
-        """Keeps a file; its description."""
+        """Stores a file and returns OpenAI's description of it."""
         described: dict[str, Any] = {
             "id": f"file-{secrets.token_hex(12)}", "object": "file", "bytes": len(data), "purpose": purpose,
             "created_at": int(time.time()), "filename": name, "status": "processed",
@@ -245,56 +253,40 @@ class Simulator:
         purpose = request.query_params.get("purpose")
         return page(request, [f for f in reversed(self.files.values()) if purpose in (None, f["purpose"])], 10_000)
 
-    def _known_file(self, request: Request) -> str:
+    def _find_file(self, request: Request) -> str:
         name = str(request.path_params["file"])
         if name not in self.files:
             raise ApiError(404, "not_found", f"No such File object: {name}")
         return name
 
     async def _file(self, request: Request) -> Response:
-        return JSONResponse(self.files[self._known_file(request)])
+        return JSONResponse(self.files[self._find_file(request)])
 
     async def _delete_file(self, request: Request) -> Response:
-        name = self._known_file(request)
+        name = self._find_file(request)
         del self.files[name]
         del self.contents[name]
         return JSONResponse({"id": name, "object": "file", "deleted": True})
 
     async def _content(self, request: Request) -> Response:
-        return Response(self.contents[self._known_file(request)], media_type="application/octet-stream")
-
-    # -- for tests in other processes
-
-    async def _add_fault(self, request: Request) -> Response:
-        try:
-            self.faults.add(Fault.model_validate(await request.json()))
-        except (ValidationError, ValueError) as error:
-            return JSONResponse({"error": str(error)}, 400)
-        return JSONResponse({})
-
-    async def _clear_faults(self, _: Request) -> Response:
-        self.faults.clear()
-        return JSONResponse({})
-
-    async def _show_book(self, _: Request) -> Response:
-        return JSONResponse({"requests": self.book, "batches": self.batches.describe_all()})
+        return Response(self.contents[self._find_file(request)], media_type="application/octet-stream")
 
 
-class _Cut(Exception):
-    pass
+class _ConnectionCut(Exception):
+    """A fault cuts the connection."""
 
 
-class _CutConnection(Response):
-    """Ends the connection in the middle of an answer."""
+class _CutResponse(Response):
+    """Breaks the connection off in the middle of the body."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         headers = [(b"content-type", b"application/json"), (b"content-length", b"1000")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": b"{", "more_body": True})  # which never comes
+        await send({"type": "http.response.body", "body": b"{", "more_body": True})  # the rest is never sent
 
 
-class _Slow(Response):
-    """Spreads an answer's body over some seconds."""
+class _SlowResponse(Response):
+    """Sends a response body in 20 parts over a number of seconds."""
 
     def __init__(self, response: Response, seconds: float) -> None:
         super().__init__(response.body, response.status_code, response.headers)
@@ -310,8 +302,8 @@ class _Slow(Response):
 
 
 def _describe_model(name: str) -> dict[str, Any]:
-    known = find(name)
+    model = find(name)
     return {
         "id": name, "object": "model", "created": 1_700_000_000, "owned_by": "system",
-        "shutdown_date": known.shutdown_date if known else None,
+        "shutdown_date": model.shutdown_date if model else None,
     }  # fmt: skip

@@ -13,45 +13,47 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from lab.openai_sim.answers import note
-from lab.openai_sim.asked import Asked, digest, examine, no_credit
-from lab.openai_sim.faults import Answer, Faults
+from lab.openai_sim.answers import log_fields
+from lab.openai_sim.completion_request import CompletionRequest, digest, no_credit, parse_request
+from lab.openai_sim.faults import AnswerVariant, Faults
 from lab.openai_sim.plan import Plan
 from lab.openai_sim.protocol import ApiError, check_expiry, page, read_json
 from lab.openai_sim.vision import Picture
 from lab.openai_sim.webhooks import batch_event, deliver
 
-MOST_LINES = 50_000
+MAX_LINES = 50_000
 DAY = 86_400  # seconds: the completion window
 
 
 class Provider(Protocol):
-    """What batches need of the simulator they belong to."""
+    """The parts of the simulator that the batches use."""
 
     plan: Plan
     faults: Faults
-    random: random.Random
-    book: list[dict[str, Any]]
+    rng: random.Random
+    request_log: list[dict[str, Any]]
     files: dict[str, dict[str, Any]]
     contents: dict[str, bytes]
 
-    def count(self, body: dict[str, Any], *, batch: bool = False) -> int: ...
+    def count_tokens(self, body: dict[str, Any], *, batch: bool = False) -> int: ...
 
-    async def see(self, body: dict[str, Any]) -> Picture | None: ...
+    async def read_picture(self, body: dict[str, Any]) -> Picture | None: ...
 
-    def answer(self, asked: Asked, picture: Picture | None, name: str, wrong: Answer | None) -> dict[str, Any]: ...
+    def answer(
+        self, request: CompletionRequest, picture: Picture | None, picture_digest: str, variant: AnswerVariant | None
+    ) -> dict[str, Any]: ...
 
     def store_file(self, name: str, data: bytes, purpose: str) -> dict[str, Any]: ...
 
 
 class Batches:
-    """The batches of one organisation, newest last."""
+    """The batches of one organisation, oldest first."""
 
     def __init__(self, simulator: Provider) -> None:
         self._sim = simulator
         self._batches: dict[str, dict[str, Any]] = {}
         self._queued_tokens: dict[str, int] = {}
-        #: batches that this key does not see any more
+        #: ids of batches that the key can no longer see
         self.hidden: set[str] = set()
         self._running: set[asyncio.Task[None]] = set()
 
@@ -68,7 +70,7 @@ class Batches:
             raise no_credit()
         body = await read_json(request)
         if body.get("endpoint") != "/v1/chat/completions" or body.get("completion_window") != "24h":
-            raise ApiError(400, "invalid_request_error", "endpoint and completion_window are wrong.")
+            raise ApiError(400, "invalid_request_error", "Invalid endpoint or completion_window.")
         if body.get("input_file_id") not in self._sim.files:
             raise ApiError(
                 400, "invalid_request_error",
@@ -95,30 +97,30 @@ class Batches:
     async def list_newest(self, request: Request) -> Response:
         return page(request, [b for b in reversed(self._batches.values()) if b["id"] not in self.hidden], 100)
 
-    def _known(self, request: Request) -> dict[str, Any]:
+    def _find(self, request: Request) -> dict[str, Any]:
         batch = self._batches.get(request.path_params["batch"])
         if batch is None or batch["id"] in self.hidden:
             raise ApiError(404, "not_found", f"No batch found with id '{request.path_params['batch']}'.")
         return batch
 
     async def retrieve(self, request: Request) -> Response:
-        return JSONResponse(self._known(request))
+        return JSONResponse(self._find(request))
 
     async def cancel(self, request: Request) -> Response:
-        batch = self._known(request)
+        batch = self._find(request)
         if batch["status"] in ("validating", "in_progress", "finalizing"):
             batch["status"] = "cancelling"
         return JSONResponse(batch)
 
     async def _run(self, batch: dict[str, Any]) -> None:
-        """A batch's life, and the webhook about its end."""
-        await self._live(batch)
+        """Processes a batch, then sends the webhook."""
+        await self._process(batch)
         plan = self._sim.plan
         if plan.webhook_url:
             await deliver(plan.webhook_url, plan.webhook_secret, batch_event(batch["status"], batch["id"]))
 
-    async def _live(self, batch: dict[str, Any]) -> None:
-        seconds = self._sim.random.uniform(*self._sim.plan.batch_latency)
+    async def _process(self, batch: dict[str, Any]) -> None:
+        seconds = self._sim.rng.uniform(*self._sim.plan.batch_latency)
         await asyncio.sleep(seconds * 0.1)
         lines = await self._validate(batch)
         if lines is None:
@@ -135,28 +137,28 @@ class Batches:
         for i, line in enumerate(lines):
             if batch["status"] == "cancelling" or i >= last:
                 break
-            good, answer = await self._answer(batch, line)
-            (output if good else errors).append(json.dumps(answer))
-            batch["request_counts"]["completed" if good else "failed"] += 1
-            # Lines are spread over the batch's time, whatever they take to look at.
+            succeeded, answer = await self._answer(batch, line)
+            (output if succeeded else errors).append(json.dumps(answer))
+            batch["request_counts"]["completed" if succeeded else "failed"] += 1
+            # Spread the lines evenly over the batch's duration, however long each one takes to process.
             await asyncio.sleep(max(0.0, started + seconds * 0.8 * (i + 1) / len(lines) - time.monotonic()))
         cancelled = batch["status"] == "cancelling"
         if not cancelled:
             batch["status"] = "finalizing"
             await asyncio.sleep(seconds * 0.1)
-        # Output order is not input order.
-        self._sim.random.shuffle(output)
+        # OpenAI does not keep the order of the input.
+        self._sim.rng.shuffle(output)
         for key, rows in (("output_file_id", output), ("error_file_id", errors)):
             if rows:
                 mangled = self._sim.faults.take("OUTPUT") if key == "output_file_id" else None
                 data = mangle(rows, mangled.mangle if mangled else None)
-                self._note_delivered(batch["id"], data)
+                self._mark_delivered(batch["id"], data)
                 batch[key] = self._sim.store_file(f"{batch['id']}_{key}.jsonl", data, "batch_output")["id"]
         batch["status"] = "cancelled" if cancelled else "completed" if last == len(lines) else "expired"
         self._queued_tokens.pop(batch["id"], None)
 
-    def _note_delivered(self, batch_id: str, data: bytes) -> None:
-        """Marks the book's entries whose answers can be read in an output or error file."""
+    def _mark_delivered(self, batch_id: str, data: bytes) -> None:
+        """Marks the log entries whose answers can be read from an output or error file."""
         readable = set()
         for line in data.splitlines():
             try:
@@ -165,12 +167,12 @@ class Batches:
                     readable.add(entry["custom_id"])
             except (ValueError, KeyError, TypeError):
                 continue
-        for entry in self._sim.book:
+        for entry in self._sim.request_log:
             if entry.get("batch") == batch_id:
                 entry["delivered"] = entry.get("delivered", False) or entry["custom_id"] in readable
 
     async def _validate(self, batch: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """The lines of the input file; None, and the batch's errors, when it is refused."""
+        """The lines of the input file. When the file is invalid, sets the batch's errors and returns None."""
 
         def refuse(code: str, message: str) -> list[dict[str, Any]] | None:
             batch["errors"] = {
@@ -184,10 +186,10 @@ class Batches:
             ids = [line["custom_id"] for line in lines]
         except (ValueError, KeyError, TypeError):
             return refuse("invalid_json_line", "A line of the input file is not valid.")
-        if not lines or len(lines) > MOST_LINES:
-            return refuse("invalid_request", "The input file holds no line, or more than 50,000.")
+        if not lines or len(lines) > MAX_LINES:
+            return refuse("invalid_request", "The input file must contain between 1 and 50,000 requests.")
         if len(set(ids)) < len(ids):
-            return refuse("duplicate_custom_id", "A custom_id stands twice in the input file.")
+            return refuse("duplicate_custom_id", "The input file contains a custom_id more than once.")
         fault = self._sim.faults.take("VALIDATE")
         if fault:
             return refuse(fault.code, fault.message)
@@ -197,10 +199,10 @@ class Batches:
         return lines
 
     def _read(self, data: bytes) -> tuple[list[dict[str, Any]], int]:
-        """The lines of an input file, and the tokens that they queue; a line that will be refused queues none.
+        """The lines of an input file and the tokens that they queue. Lines that will be refused queue none.
 
         Raises:
-            KeyError, TypeError, ValueError: a line is no request.
+            KeyError, TypeError, ValueError: a line is not a request.
         """
         lines, tokens = [], 0
         for text in filter(None, data.splitlines()):
@@ -209,28 +211,28 @@ class Batches:
                 raise TypeError
             lines.append(line)
             with contextlib.suppress(ApiError):
-                tokens += self._sim.count(line["body"], batch=True)
+                tokens += self._sim.count_tokens(line["body"], batch=True)
         return lines, tokens
 
     async def _answer(self, batch: dict[str, Any], line: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
         """Whether a line succeeded, and its line in the output or error file."""
-        request, name = line["body"], digest(line["body"])
+        request, picture_digest = line["body"], digest(line["body"])
         entry = {
-            "at": time.time(), "method": "BATCH", "path": line["url"], "picture": name, "status": None,
+            "at": time.time(), "method": "BATCH", "path": line["url"], "picture": picture_digest, "status": None,
             "model": request.get("model"), "batch": batch["id"], "custom_id": line["custom_id"],
         }  # fmt: skip
-        self._sim.book.append(entry)
+        self._sim.request_log.append(entry)
         request_id = secrets.token_hex(16)
         try:
-            asked = examine(request, self._sim.plan, batch=True)
-            picture = await self._sim.see(request)
+            parsed = parse_request(request, self._sim.plan, batch=True)
+            picture = await self._sim.read_picture(request)
             entry["tags"] = picture.tags if picture else ()
             fault = self._sim.faults.take("BATCH /v1/chat/completions", entry["tags"])
             refusal = fault.error() if fault else None
             if refusal:
                 raise refusal
-            status, body = 200, self._sim.answer(asked, picture, name, fault.answer if fault else None)
-            entry |= note(asked, body, batch=True)
+            status, body = 200, self._sim.answer(parsed, picture, picture_digest, fault.answer if fault else None)
+            entry |= log_fields(parsed, body, batch=True)
         except ApiError as error:
             status, body = error.status, error.body
             entry["error"] = error.summary()
@@ -242,10 +244,10 @@ class Batches:
         return status == 200, answer
 
 
-def mangle(rows: list[str], how: str | None) -> bytes:
-    """An output file of these lines, or one that is wrong in a way that has been seen."""
+def mangle(rows: list[str], kind: str | None) -> bytes:
+    """An output file of these lines; ``kind`` breaks it in a way that real providers have broken theirs."""
     first = json.loads(rows[0])
-    match how:
+    match kind:
         case "duplicate":
             rows = [*rows, *rows[:3]]
         case "unknown":
@@ -260,4 +262,4 @@ def mangle(rows: list[str], how: str | None) -> bytes:
         case "garbage":
             rows = ["{", "null", "[]", '"x"', "\u0000", *rows]
     data = "\n".join(rows).encode() + b"\n"
-    return data[: len(data) * 2 // 3] if how == "truncate" else data
+    return data[: len(data) * 2 // 3] if kind == "truncate" else data

@@ -1,4 +1,4 @@
-"""Failures to order: what the next requests meet instead of an answer."""
+"""Faults that a test orders: the next matching requests fail, or get a different answer."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lab.openai_sim.protocol import ApiError
 
-#: Ways in which a model's answer is of no use, or has another form than was asked for.
-Answer = Literal[
-    # of no use
+#: How a model's answer can differ: unusable, or in a form that the request did not specify.
+AnswerVariant = Literal[
+    # unusable
     "refusal", "length", "bad_schema", "no_json", "no_tags", "content_filter", "null_content", "empty_choices",
     "safety",  # Gemini: a choice without a message
     "error_in_200",  # OpenRouter: an error with status 200, which is not billed
-    # around the JSON
-    "fence", "words_around", "bom", "thinking",
-    # within the JSON
+    # extra text around the JSON
+    "fence", "text_around", "bom", "thinking",
+    # a different form of the JSON
     "extra_key", "word_confidence", "percent", "string_tags",
 ]  # fmt: skip
 
 
 class Fault(BaseModel):
-    """Hits the next ``times`` requests whose ``METHOD /path`` starts with ``where``.
+    """Applies to the next ``times`` requests whose ``METHOD /path`` starts with ``where``, after ``skip`` others.
 
-    Either the request gets ``status`` with ``body`` (a text is sent as HTML; an OpenAI error object is made of
-    ``code`` when there is no body), or the connection is cut (``after``: when it has taken effect), or the body
-    comes slowly, or the model answers in another way than it was asked to (``answer``).
+    The request gets one of these: an error ``status`` with ``body`` (text is sent as HTML; without a body the error
+    object is built from ``code`` and ``message``); a cut connection (``cut``; with ``after``, once the request has
+    taken effect); a body sent over ``slow`` seconds; or a different answer from the model (``answer``). ``delay``
+    seconds pass first.
 
-    Some faults hit batches and not requests: ``where="VALIDATE"`` the next batch that is looked through (it fails
-    with ``code``), ``where="RUN"`` the next that runs (it expires when a share of its lines is done),
-    ``where="OUTPUT"`` the next output file (its lines are mangled).
+    Three values of ``where`` apply to batches: ``VALIDATE`` makes the next batch fail validation with ``code``,
+    ``RUN`` makes the next batch expire after the share ``expire_at`` of its lines, and ``OUTPUT`` mangles the next
+    output file (``mangle``).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -49,8 +50,8 @@ class Fault(BaseModel):
     slow: float = Field(default=0, ge=0)  # seconds over which the body is spread
     expire_at: float | None = Field(default=None, ge=0, le=1)
     mangle: Literal["truncate", "duplicate", "unknown", "missing", "status_0", "error_only", "garbage"] | None = None
-    answer: Answer | None = None
-    #: only requests whose picture has all these tags
+    answer: AnswerVariant | None = None
+    #: applies only to requests whose picture has all these tags
     tags: list[str] = Field(default_factory=list)
 
     def error(self) -> ApiError | None:
@@ -64,7 +65,7 @@ class Fault(BaseModel):
 
 
 class Faults:
-    """The orders still open, in the order they were given."""
+    """The faults that are still open, in the order in which they were added."""
 
     def __init__(self) -> None:
         self._open: list[Fault] = []
@@ -77,11 +78,11 @@ class Faults:
 
     @property
     def waiting(self) -> bool:
-        """Whether any order is open."""
+        """Whether any fault is open."""
         return bool(self._open)
 
     def take(self, where: str, tags: tuple[str, ...] = ()) -> Fault | None:
-        """The fault that this request meets, if any."""
+        """The fault that applies to this request, if any; counts it as used."""
         for fault in self._open:
             if not where.startswith(fault.where) or not set(fault.tags) <= set(tags):
                 continue

@@ -1,7 +1,7 @@
-"""The organisation's limits as the provider meters them: buckets with continuous refill.
+"""The organisation's limits as the provider meters them: buckets that refill continuously.
 
-Above a rate the provider meters by the second: what a second brings comes at its end (OpenAI's guide "Rate
-limits": 60,000 requests a minute may be enforced as 1,000 a second).
+From `QUANTISED_ABOVE` requests a minute on, the provider refills once a second, at the end of the second (OpenAI's
+guide "Rate limits": 60,000 requests a minute may be enforced as 1,000 a second).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ DAY = 86_400.0  # seconds
 
 @dataclass
 class Bucket:
-    """So many units in a period; a full bucket holds a period's worth."""
+    """A limit of ``units`` per ``period``; a full bucket holds one period's units."""
 
     units: int
     period: float = 60.0  # seconds
-    quantum: float = 0.0  # seconds; 0: refilled continuously
+    quantum: float = 0.0  # seconds between refills; 0: continuous
     left: float = field(init=False)
     at: float = field(init=False)
 
@@ -35,13 +35,13 @@ class Bucket:
         self.at = max(self.at, now)
 
     def seconds_until(self, units: float) -> float:
-        """Seconds until so many are there; 0 when they are."""
+        """Seconds until the bucket holds this many units; 0 when it does now."""
         return max(0.0, (units - self.left) * self.period / self.units)
 
 
 @dataclass
-class CoUser:
-    """Another program with the same key, which nobody told us about."""
+class SharedKeyClient:
+    """A different program that uses the same key, unknown to autotag."""
 
     requests_per_second: float
     tokens_each: int
@@ -49,7 +49,7 @@ class CoUser:
     owed: float = 0.0
 
     def use(self, requests: Bucket, tokens: Bucket) -> None:
-        """Takes what it has taken since the last time; it is limited like everybody."""
+        """Takes what this client has used since the last call, as far as the buckets allow."""
         now = time.monotonic()
         self.owed += (now - self.at) * self.requests_per_second
         self.at = now
@@ -62,16 +62,16 @@ class CoUser:
 
 @dataclass
 class Limits:
-    """Requests and tokens a minute, and requests a day."""
+    """Requests per minute, tokens per minute and requests per day."""
 
     requests: Bucket
     tokens: Bucket
     day: Bucket | None = None
-    co_user: CoUser | None = None
+    shared_key_client: SharedKeyClient | None = None
 
     @classmethod
     def of(cls, requests: int, tokens: int, per_day: int | None, speed: float = 1.0) -> Limits:
-        """Full buckets; ``speed`` compresses time: a minute passes in ``60 / speed`` seconds."""
+        """Limits with full buckets. ``speed`` compresses time: a minute passes in ``60 / speed`` seconds."""
         quantum = 1.0 / speed if requests >= QUANTISED_ABOVE else 0.0
         return cls(
             Bucket(requests, 60.0 / speed, quantum), Bucket(tokens, 60.0 / speed, quantum),
@@ -79,15 +79,15 @@ class Limits:
         )  # fmt: skip
 
     def take(self, tokens: int) -> tuple[dict[str, str], float, str]:
-        """Takes one request of so many tokens if all limits hold it.
+        """Takes one request of ``tokens`` tokens if every limit allows it.
 
         Returns:
-            The rate-limit headers, the seconds to wait (0 when taken), and which limit refused.
+            The rate-limit headers, the seconds to wait (0 when taken), and the name of the limit that refused.
         """
         self.requests.refill()
         self.tokens.refill()
-        if self.co_user:
-            self.co_user.use(self.requests, self.tokens)
+        if self.shared_key_client:
+            self.shared_key_client.use(self.requests, self.tokens)
         waits = [
             (self.requests.seconds_until(1), "requests per min (RPM)"),
             (self.tokens.seconds_until(tokens), "tokens per min (TPM)"),
@@ -95,7 +95,7 @@ class Limits:
         if self.day:
             self.day.refill()
             waits.append((self.day.seconds_until(1), "requests per day (RPD)"))
-        wait, which = max(waits)
+        wait, limit = max(waits)
         if wait == 0:
             self.requests.left -= 1
             self.tokens.left -= tokens
@@ -109,4 +109,4 @@ class Limits:
         if wait:
             headers["retry-after"] = str(math.ceil(wait))
             headers["retry-after-ms"] = str(math.ceil(wait * 1000))
-        return headers, wait, which
+        return headers, wait, limit

@@ -1,8 +1,8 @@
-"""The models that the simulator offers: what they accept, what they count, and what they cost.
+"""The models of the simulator: their parameters, token counts and prices.
 
-The arithmetic and the prices are the simulator's own, so that a test can compare the product's figures with them.
-Where OpenAI publishes no figure (an image on gpt-6-luna, for one) the figure here is deliberately not the guess that
-the product starts with: the product has to learn it from ``usage``.
+The arithmetic and the prices are independent of the product, so that a test can compare the two. Where OpenAI publishes
+no figure (for example the tokens of an image on gpt-6-luna), the figure here deliberately differs from the product's
+initial guess, because the product has to learn it from ``usage``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 PATCH_SIDE = 32  # pixels
-MOST_PATCHES = 1536  # of one image
+MAX_PATCHES = 1536  # of one image
 CHARACTERS_PER_TOKEN = 4  # of text: the rule of thumb of OpenAI's guide "What are tokens"
 EFFORTS = ("none", "low", "medium", "high", "xhigh", "max")
 FASTER = frozenset({"priority", "fast"})  # service tiers at twice the price
@@ -28,7 +28,7 @@ class Prices:
     input: Decimal
     cached: Decimal
     output: Decimal
-    cache_write: Decimal | None = None  # None: writing to the cache costs what any input costs
+    cache_write: Decimal | None = None  # None: writing to the cache costs the same as other input
 
 
 @dataclass(frozen=True)
@@ -36,36 +36,36 @@ class Model:
     """One model as OpenAI offers it."""
 
     name: str
-    snapshot: str = ""  # what follows the name in the name of the dated snapshot
-    efforts: tuple[str, ...] = ()  # of reasoning; empty: the model does not reason
-    default_effort: str | None = None  # what a request without an effort gets
+    snapshot: str = ""  # suffix of the dated snapshot's name
+    efforts: tuple[str, ...] = ()  # reasoning efforts; empty: the model does not reason
+    default_effort: str | None = None  # the effort of a request that sets none
     vision: bool = True
-    patch: Decimal | None = Decimal(1)  # tokens of a 32-pixel patch of an image …
-    tile: tuple[int, int] | None = None  # … or tokens of any image, and of each 512-pixel tile
+    patch: Decimal | None = Decimal(1)  # tokens per 32-pixel patch of an image …
+    tile: tuple[int, int] | None = None  # … or tokens per image and per 512-pixel tile
     prices: Prices | None = None
     shutdown_date: str | None = None  # YYYY-MM-DD
     tiers: frozenset[str] = frozenset()  # service tiers besides "default"
 
     @property
     def reasons(self) -> bool:
-        """Whether the model thinks before it answers."""
+        """Whether the model is a reasoning model."""
         return bool(self.efforts)
 
     @property
     def dated(self) -> str:
-        """The name of the snapshot, which answers carry."""
+        """The name of the dated snapshot, which answers name as their model."""
         return self.name + self.snapshot
 
     @property
     def writes_cache(self) -> bool:
-        """Whether ``usage`` says what was written to the prompt cache."""
+        """Whether ``usage`` counts the tokens written to the prompt cache."""
         return self.prices is not None and self.prices.cache_write is not None
 
     def image_tokens(self, detail: str, width: int, height: int) -> int:
-        """Input tokens of one image of so many pixels; ``detail`` matters only to models that count tiles."""
+        """Input tokens of one image; sizes in pixels. Only models that count tiles use ``detail``."""
         if self.tile is None:
             patches = math.ceil(width / PATCH_SIDE) * math.ceil(height / PATCH_SIDE)
-            return math.ceil(min(patches, MOST_PATCHES) * (self.patch or 0))
+            return math.ceil(min(patches, MAX_PATCHES) * (self.patch or 0))
         base, per_tile = self.tile
         if detail == "low":
             return base
@@ -74,18 +74,18 @@ class Model:
         return base + per_tile * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
 
 
-def _prices(given: str, cached: str, output: str, *, writes: bool = False) -> Prices:
-    """``writes``: of the families that charge 1.25 times the input's price for what they write to the cache."""
+def _prices(uncached: str, cached: str, output: str, *, writes: bool = False) -> Prices:
+    """``writes``: the model charges 1.25 times the input price for tokens that it writes to the cache."""
     return Prices(
-        Decimal(given), Decimal(cached), Decimal(output), Decimal(given) * Decimal("1.25") if writes else None
+        Decimal(uncached), Decimal(cached), Decimal(output), Decimal(uncached) * Decimal("1.25") if writes else None
     )
 
 
-_SHUTDOWN = "2027-01-14"  # of gpt-4o, gpt-4o-mini, gpt-4.1 and gpt-4.1-mini
+_SHUTDOWN = "2027-01-14"  # gpt-4o, gpt-4o-mini, gpt-4.1 and gpt-4.1-mini
 _ALL_TIERS = frozenset({"flex", "priority", "fast"})
 _PRIORITY = frozenset({"priority"})
 
-# Prices: OpenAI's pages, autumn 2026. Image tokens: what people measured where OpenAI's guide says something else.
+# Prices are from OpenAI's pages, autumn 2026. Image tokens are users' measurements where OpenAI's guide differs.
 MODELS: dict[str, Model] = {model.name: model for model in (
     Model("gpt-6-luna", "-2026-10-06", EFFORTS, "medium", patch=Decimal("1.2"), tiers=_ALL_TIERS,
           prices=_prices("0.10", "0.01", "0.50", writes=True)),
@@ -121,7 +121,7 @@ def find(name: object) -> Model | None:
 
 
 def text_tokens(characters: int) -> int:
-    """Tokens of a text of so many characters."""
+    """Tokens of a text with this many characters."""
     return math.ceil(characters / CHARACTERS_PER_TOKEN)
 
 
@@ -129,26 +129,26 @@ def dollars(model: str, usage: Mapping[str, Any], tier: str = "default", batch: 
     """What OpenAI charges for one answer.
 
     Args:
-        model: a model's name, or its dated snapshot's.
+        model: name of the model or of its dated snapshot.
         usage: the answer's usage object.
-        tier: the service tier that it was billed in: flex costs half, priority and fast cost twice.
-        batch: whether it came by the Batch API, which costs half.
+        tier: the service tier that is billed: flex costs half, priority and fast cost double.
+        batch: whether the answer is from the Batch API, which costs half.
 
     Raises:
-        KeyError: no price is known for this model.
+        KeyError: the simulator has no price for this model.
     """
-    known = find(model)
-    if known is None or known.prices is None:
+    found = find(model)
+    if found is None or found.prices is None:
         raise KeyError(model)
-    prices = known.prices
+    prices = found.prices
     details = usage.get("prompt_tokens_details") or {}
     cached, written = int(details.get("cached_tokens") or 0), int(details.get("cache_write_tokens") or 0)
-    at_once = (
+    standard = (
         (int(usage["prompt_tokens"]) - cached - written) * prices.input
         + cached * prices.cached
         + written * (prices.input if prices.cache_write is None else prices.cache_write)
         + int(usage["completion_tokens"]) * prices.output
     ) / MILLION
     if batch or tier == "flex":
-        return at_once / 2
-    return at_once * 2 if tier in FASTER else at_once
+        return standard / 2
+    return standard * 2 if tier in FASTER else standard

@@ -1,4 +1,4 @@
-"""How the simulator behaves: OpenAI's tier 1 unless a test says otherwise."""
+"""How the simulator behaves: as OpenAI's tier 1, unless a test changes it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from lab.openai_sim.webhooks import make_secret
 
 HOUR = 3600  # seconds
-#: Tokens that a model thinks at each effort before it answers: the fewest and the most.
-THINKING = {
+#: Reasoning tokens of an answer by effort: minimum and maximum.
+REASONING_TOKENS = {
     "none": (0, 0), "low": (60, 250), "medium": (200, 900), "high": (800, 3000), "xhigh": (2000, 8000),
     "max": (4000, 16_000),
 }  # fmt: skip
@@ -16,10 +16,10 @@ THINKING = {
 
 @dataclass
 class Plan:
-    """The provider to be; the defaults are OpenAI's tier 1 with quick answers.
+    """The provider to simulate; the defaults are OpenAI's tier 1 with short latencies.
 
-    Every field is looked up when a request arrives, so that a test may change it at any time. Only the limits are
-    fixed when the simulator is made: to change those, replace `Simulator.limits`.
+    The simulator reads every field when a request arrives, so a test may change a field at any time. Only the limits
+    are fixed when the simulator is created: to change them, replace `Simulator.limits`.
     """
 
     key: str = "sk-local"
@@ -30,24 +30,24 @@ class Plan:
     latency: tuple[float, float] = (0.05, 0.3)  # seconds, uniform
     batch_latency: tuple[float, float] = (2.0, 4.0)  # seconds from creation to completion, uniform
     seed: int = 1
-    speed: float = 1.0  # how much faster than real the limits' minutes pass (latencies are as they are given)
-    webhook_url: str | None = None  # who is told of the end of a batch …
-    webhook_secret: str = field(default_factory=make_secret)  # … signed with this
-    #: tokens of thinking by effort, at least and at most; drawn from the picture, the effort and the seed
-    thinking: dict[str, tuple[int, int]] = field(default_factory=THINKING.copy)
+    speed: float = 1.0  # how much faster than real time the limits refill (latencies are not scaled)
+    webhook_url: str | None = None  # receives an event when a batch ends
+    webhook_secret: str = field(default_factory=make_secret)  # signs the event
+    #: reasoning tokens by effort, minimum and maximum; picture, effort and seed determine the number
+    reasoning_tokens: dict[str, tuple[int, int]] = field(default_factory=REASONING_TOKENS.copy)
 
     # -- the account
     credit: bool = True  # False: 429 insufficient_quota
-    models: frozenset[str] | None = None  # None: all that are known; a name that is not known is a model without prices
-    flex_available: bool = True  # False: the tier flex answers 429 resource_unavailable
+    models: frozenset[str] | None = None  # None: all in `models`; a name that is not there gets a model without prices
+    flex_available: bool = True  # False: requests for the tier flex get 429 resource_unavailable
 
-    # -- what other OpenAI-compatible servers lack
+    # -- what some OpenAI-compatible servers lack
     models_endpoint: bool = True
     batch_api: bool = True  # False: /v1/files and /v1/batches answer 404
-    min_expires: int = HOUR  # seconds: the least that files may be kept (Azure: 1,209,600)
+    min_expires: int = HOUR  # seconds: the shortest expiry of a file (Azure: 1,209,600)
     rate_headers: bool = True  # False: no x-ratelimit headers
     response_formats: frozenset[str] = frozenset({"json_schema", "json_object", "text"})
-    token_parameters: frozenset[str] | None = None  # of max_completion_tokens and max_tokens; None: by the model
-    effort_parameter: bool | None = None  # whether reasoning_effort is known; None: by the model
-    detail_parameter: bool = True  # whether image_url.detail is known
-    vision: bool = True  # False: no model takes images, and the answer says so as LM Studio does
+    token_parameters: frozenset[str] | None = None  # of max_completion_tokens and max_tokens; None: as the model does
+    effort_parameter: bool | None = None  # whether reasoning_effort is supported; None: as the model does
+    detail_parameter: bool = True  # whether image_url.detail is supported
+    vision: bool = True  # False: no model accepts images; the error is LM Studio's

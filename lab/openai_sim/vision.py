@@ -1,4 +1,4 @@
-"""Tags that can be read off an image's pixels: colours by quarter, brightness, orientation, size."""
+"""Derives tags from an image's pixels: the colour of each quarter, the orientation and the brightness."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from functools import lru_cache
 
 from PIL import Image, ImageStat
 
-#: Names of colours by where they lie in RGB.
+#: The RGB values that the names stand for.
 PALETTE = {
     "red": (220, 30, 30), "yellow": (235, 220, 40), "green": (30, 160, 50), "cyan": (40, 210, 220),
     "blue": (30, 50, 210), "magenta": (215, 40, 200), "white": (245, 245, 245), "black": (15, 15, 15),
     "gray": (128, 128, 128), "orange": (240, 135, 30), "brown": (110, 70, 40), "pink": (245, 170, 190),
 }  # fmt: skip
-HEADER = 8192  # characters of base64 (a multiple of 4) that hold most pictures' headers
+HEADER = 8192  # characters of base64 (a multiple of 4): enough for most pictures' headers
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 
 
 class BadPicture(ValueError):
-    """What was sent is no picture that the API accepts."""
+    """The data is not a picture that the API accepts."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What the simulator sees."""
+    """What the simulator recognised in a picture."""
 
     width: int
     height: int
@@ -34,7 +34,7 @@ class Picture:
 
 
 def nearest_colour(rgb: tuple[float, ...]) -> str:
-    """The palette's name for a colour."""
+    """The name of the palette's nearest colour."""
     return min(PALETTE, key=lambda name: sum((a - b) ** 2 for a, b in zip(rgb, PALETTE[name], strict=False)))
 
 
@@ -50,8 +50,8 @@ def brightness(luminance: float) -> str:
     return "dark" if luminance < 85 else "bright" if luminance > 170 else "medium"
 
 
-def _open(url: str, most: int | None = None) -> Image.Image:
-    """The picture of a data URL, its pixels not read yet; ``most``: of the first so many characters of its data.
+def _open(url: str, max_characters: int | None = None) -> Image.Image:
+    """Opens the picture of a data URL, or of the first ``max_characters`` of its data, without reading its pixels.
 
     Raises:
         BadPicture: not a data URL, or not a PNG, JPEG, WEBP or still GIF.
@@ -60,17 +60,17 @@ def _open(url: str, most: int | None = None) -> Image.Image:
     if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
         raise BadPicture("Invalid image URL.")
     try:
-        data = io.BytesIO(base64.b64decode(encoded[:most], validate=True))
+        data = io.BytesIO(base64.b64decode(encoded[:max_characters], validate=True))
         return Image.open(data, formats=("PNG", "JPEG", "WEBP", "GIF"))
     except (binascii.Error, OSError, ValueError, SyntaxError):
         raise BadPicture("You uploaded an unsupported image.") from None
 
 
 def measure(url: str) -> tuple[int, int]:
-    """Width and height, if possible from the beginning of the picture alone.
+    """Width and height of a picture. Decodes only the beginning of the data if that is enough.
 
     Raises:
-        BadPicture: as in `look`.
+        BadPicture: as in `recognise`.
     """
     try:
         return _open(url, HEADER).size
@@ -79,8 +79,8 @@ def measure(url: str) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=64)
-def look(url: str) -> Picture:
-    """Opens a data URL and names what is there.
+def recognise(url: str) -> Picture:
+    """Decodes the picture of a data URL and derives its tags.
 
     Raises:
         BadPicture: not a data URL, or not a PNG, JPEG, WEBP or still GIF.
@@ -90,12 +90,12 @@ def look(url: str) -> Picture:
         image.load()
     except (OSError, ValueError, SyntaxError):
         raise BadPicture("You uploaded an unsupported image.") from None
-    # Pixels only: like the real model, the simulator does not turn an image by its EXIF.
+    # Like the real model, the simulator ignores EXIF and does not rotate the image.
     image = image.convert("RGB")
     width, height = image.size
     tags = []
     for i, quarter in enumerate(QUARTERS):
-        # The middle of the quarter: what lies on its edges is compression's.
+        # Only the middle of the quarter: JPEG compression blurs the edges.
         left, top = (i % 2) * width / 2 + width / 8, (i // 2) * height / 2 + height / 8
         part = image.crop((int(left), int(top), int(left + width / 4) or 1, int(top + height / 4) or 1))
         tags.append(f"{quarter} {nearest_colour(tuple(ImageStat.Stat(part).mean))}")

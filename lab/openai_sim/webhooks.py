@@ -1,4 +1,4 @@
-"""The simulator's webhooks: signed as Standard Webhooks are, and repeated when nobody takes them."""
+"""The simulator's webhooks: signed as in Standard Webhooks, and sent again until the receiver accepts them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import time
 
 import httpx
 
-TRIES = 3
-TRY_AGAIN = 0.2  # seconds; the real provider goes on for up to 72 hours
+MAX_TRIES = 3
+RETRY_DELAY = 0.2  # seconds; OpenAI retries for up to 72 hours
 
 
 def make_secret() -> str:
@@ -22,7 +22,7 @@ def make_secret() -> str:
 
 
 def batch_event(status: str, batch_id: str) -> bytes:
-    """The body that says that a batch has ended."""
+    """The body of the event for a batch that has ended."""
     event = {
         "object": "event", "id": f"evt_{secrets.token_hex(12)}", "type": f"batch.{status}",
         "created_at": int(time.time()), "data": {"id": batch_id},
@@ -31,7 +31,7 @@ def batch_event(status: str, batch_id: str) -> bytes:
 
 
 def sign(secret: str, body: bytes, *, webhook_id: str | None = None, at: float | None = None) -> dict[str, str]:
-    """The headers of a delivery; ``at`` is when it claims to be sent (epoch seconds, default now)."""
+    """The headers of a delivery; ``at`` is the timestamp that they claim (epoch seconds, default now)."""
     webhook_id = webhook_id or f"wh_{secrets.token_hex(12)}"
     timestamp = str(int(time.time() if at is None else at))
     key = base64.b64decode(secret.removeprefix("whsec_"))
@@ -43,13 +43,13 @@ def sign(secret: str, body: bytes, *, webhook_id: str | None = None, at: float |
 
 
 async def deliver(url: str, secret: str, body: bytes) -> None:
-    """Sends one delivery until it is taken or the tries are used up."""
+    """Sends an event until the receiver accepts it or `MAX_TRIES` is reached."""
     headers = sign(secret, body)
     async with httpx.AsyncClient(timeout=5) as client:
-        for _ in range(TRIES):
+        for _ in range(MAX_TRIES):
             try:
                 if (await client.post(url, content=body, headers=headers)).is_success:
                     return
             except httpx.HTTPError:
-                pass  # nobody there: the next try may find somebody
-            await asyncio.sleep(TRY_AGAIN)
+                pass  # the receiver is not reachable; try again
+            await asyncio.sleep(RETRY_DELAY)

@@ -1,4 +1,4 @@
-"""The demo's page: a gallery in plain HTML, CSS and one module, with the unmodified supabase-js."""
+"""The demo's page: a gallery in plain HTML and CSS with one JavaScript module and the unmodified supabase-js."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from starlette.staticfiles import StaticFiles
 from lab.stack import Member, Stack
 
 HERE = Path(__file__).parent
-#: Where npm puts it in a checkout; without it the page takes it from a CDN.
+#: npm's copy; if it does not exist, the page loads supabase-js from the CDN.
 SUPABASE_JS = HERE.parents[1] / "node_modules/@supabase/supabase-js/dist/umd/supabase.js"
 CDN = "https://cdn.jsdelivr.net/npm/@supabase/supabase-js@2/dist/umd/supabase.js"
 
 
 def make_page(stack: Stack) -> Starlette:
-    """The page and the two things it has to know."""
+    """The page, its configuration (the project's URL and anon key) and supabase-js."""
 
     async def config(_: Request) -> Response:
         return JSONResponse({"url": stack.supabase_url, "anonKey": stack.anon_key})
@@ -39,5 +39,5 @@ def make_page(stack: Stack) -> Starlette:
 
 
 def address(page_url: str, member: Member) -> str:
-    """The page as a member sees it."""
+    """The page's address for a member."""
     return f"{page_url}/#workspace={member.workspace}&token={member.token}"

@@ -1,21 +1,21 @@
-// A gallery whose images are tagged. The twenty lines that matter are in docs/frontend.md: enqueue, listen, refetch.
-// The page's address says who looks: #workspace=…&token=… (a member's JWT); /config.json names the project.
+// A gallery of tagged images. docs/frontend.md explains the essential twenty lines: enqueue, listen, refetch.
+// The address has the workspace and the member's JWT: #workspace=…&token=…. /config.json has the project's URL and key.
 
 const config = await (await fetch('config.json')).json()
-const who = new URLSearchParams(location.hash.slice(1))
-const workspace = who.get('workspace')
-const token = who.get('token')
+const parameters = new URLSearchParams(location.hash.slice(1))
+const workspace = parameters.get('workspace')
+const token = parameters.get('token')
 const supabase = window.supabase.createClient(config.url, config.anonKey, { accessToken: async () => token })
 
 const COLUMNS = 'id, storage_path, tagging_stage, tagging_progress, tagging_eta, tagging_error, tags, tagging_result'
-const SHOWN = 500 // newest images on the page
+const MAX_SHOWN = 500 // images; the newest ones
 const $ = (id) => document.getElementById(id)
-const jobs = new Map() // uploads of this window, and those it heard of, by job id
+const jobs = new Map() // uploads of this window and those announced by broadcasts, by job id
 const assets = new Map() // rows by id
 
-// -- what is shown
+// -- rendering
 
-/** The text of a stage, and whether a bar goes with it. */
+/** The text of a stage, and the value of its progress bar if it has one. */
 function describe(asset) {
   switch (asset.tagging_stage) {
     case 'queued': return { text: 'Queued for tagging' }
@@ -65,8 +65,8 @@ function show(asset) {
 }
 
 function showJob(job) {
-  const known = { ...jobs.get(job.job_id), ...job }
-  jobs.set(job.job_id, known)
+  const current = { ...jobs.get(job.job_id), ...job }
+  jobs.set(job.job_id, current)
   let item = document.querySelector(`[data-job="${job.job_id}"]`)
   if (!item) {
     item = $('job').content.firstElementChild.cloneNode(true)
@@ -74,31 +74,31 @@ function showJob(job) {
     item.querySelector('.cancel').onclick = () => cancel(job.job_id)
     $('jobs').append(item)
   }
-  const done = (known.completed ?? 0) + (known.failed ?? 0)
-  item.querySelector('.name').textContent = `${done} of ${known.image_count} images`
+  const done = (current.completed ?? 0) + (current.failed ?? 0)
+  item.querySelector('.name').textContent = `${done} of ${current.image_count} images`
   const progress = item.querySelector('progress')
-  progress.value = known.progress ?? 0
-  progress.setAttribute('aria-label', `Progress of an upload of ${known.image_count} images`)
-  const over = done === known.image_count
-  item.querySelector('.left').textContent = over
-    ? known.failed ? `done, ${known.failed} not tagged` : 'done'
-    : timeLeft(known.eta).trim().replace(/^\(|\)$/g, '')
-  item.querySelector('.cancel').hidden = over
-  if (over) progress.value = 100
+  progress.value = current.progress ?? 0
+  progress.setAttribute('aria-label', `Progress of an upload of ${current.image_count} images`)
+  const finished = done === current.image_count
+  item.querySelector('.left').textContent = finished
+    ? current.failed ? `done, ${current.failed} not tagged` : 'done'
+    : timeLeft(current.eta).trim().replace(/^\(|\)$/g, '')
+  item.querySelector('.cancel').hidden = finished
+  if (finished) progress.value = 100
   $('jobs-section').hidden = false
 }
 
-/** What went wrong, with what to do: every refusal has a message and a hint. */
-function complain(error) {
+/** Shows an error. Every error of the SQL API has a message and a hint that says what to do. */
+function showError(error) {
   $('notice').textContent = error ? [error.message, error.hint].filter(Boolean).join(' ') : ''
 }
 
-// -- what is fetched: when something was told, and when the channel is joined (again), never by the clock
+// -- fetching: after each broadcast and each (re)subscription, never by polling
 
 async function refetch() {
   const { data, error } = await supabase.from('assets').select(COLUMNS)
-    .eq('workspace_id', workspace).order('created_at', { ascending: false }).limit(SHOWN)
-  if (error) return complain(error)
+    .eq('workspace_id', workspace).order('created_at', { ascending: false }).limit(MAX_SHOWN)
+  if (error) return showError(error)
   const missing = data.filter((asset) => !assets.has(asset.id) && asset.storage_path)
   data.forEach(show)
   await showPictures(missing)
@@ -115,7 +115,7 @@ async function showPictures(rows) {
 
 let fetching = null
 let again = false
-/** One fetch at a time; what is told meanwhile makes one more. */
+/** Runs one fetch at a time. Calls during a fetch cause one more fetch after it. */
 function refresh() {
   if (fetching) { again = true; return fetching }
   fetching = refetch().finally(() => {
@@ -127,7 +127,7 @@ function refresh() {
 
 async function refreshUsage() {
   const { data } = await supabase.rpc('tagging_usage', { workspace_id: workspace })
-  const days = new Map()
+  const days = new Map() // totals by day
   for (const row of data ?? []) {
     const day = days.get(row.day) ?? { images: 0, tokens: 0, cost: 0 }
     day.images += row.images
@@ -144,39 +144,39 @@ async function refreshUsage() {
   }))
 }
 
-// -- what is done
+// -- actions
 
 async function upload(files) {
-  complain(null)
+  showError(null)
   const chosen = [...files]
   const stored = []
   for (const file of chosen) {
     const path = `${workspace}/${crypto.randomUUID()}${file.name.match(/\.\w{1,5}$/)?.[0] ?? ''}`
     const { error } = await supabase.storage.from('assets').upload(path, file, { contentType: file.type })
-    if (error) complain(error)
+    if (error) showError(error)
     else stored.push({ id: crypto.randomUUID(), workspace_id: workspace, storage_path: path })
   }
   if (!stored.length) return
   const { error } = await supabase.from('assets').insert(stored)
-  if (error) return complain(error)
+  if (error) return showError(error)
   await enqueue(stored.map((row) => row.id))
 }
 
 async function enqueue(ids) {
-  complain(null)
+  showError(null)
   const { data, error } = await supabase.rpc('enqueue_tagging', { asset_ids: ids })
-  if (error) complain(error)
+  if (error) showError(error)
   else showJob(data)
   await refresh()
 }
 
 async function cancel(jobId) {
   const { error } = await supabase.rpc('cancel_tagging', { job_id: jobId })
-  if (error) complain(error)
+  if (error) showError(error)
   await refresh()
 }
 
-// -- what is heard: before the rows are awaited, so that what is chosen early is not lost
+// -- file input: registered before the first fetch, so that files chosen while the page loads are not lost
 
 $('files').onchange = (event) => { upload(event.target.files).then(() => { event.target.value = '' }) }
 const drop = $('drop')
@@ -184,10 +184,10 @@ for (const name of ['dragenter', 'dragover']) drop.addEventListener(name, (event
 for (const name of ['dragleave', 'drop']) drop.addEventListener(name, () => drop.classList.remove('over'))
 drop.addEventListener('drop', (event) => { event.preventDefault(); upload(event.dataTransfer.files) })
 
-// -- who tells
+// -- broadcasts
 
 if (!workspace || !token) {
-  complain({ message: 'This address names nobody.', hint: 'Open the one that ./scripts/demo --serve printed.' })
+  showError({ message: 'This address has no workspace or token.', hint: 'Open an address that ./scripts/demo --serve printed.' })
 } else {
   $('files').disabled = false
   await supabase.realtime.setAuth(token)
@@ -196,8 +196,8 @@ if (!workspace || !token) {
     .on('broadcast', { event: 'batch-complete' }, refresh)
     .on('broadcast', { event: 'job-complete' }, ({ payload }) => { showJob(payload); refresh(); refreshUsage() })
     .subscribe((status) => {
-      $('connection').textContent = status === 'SUBSCRIBED' ? 'Live' : 'Not connected; trying again…'
-      if (status === 'SUBSCRIBED') refresh() // what was told while nobody listened is in the rows
+      $('connection').textContent = status === 'SUBSCRIBED' ? 'Live' : 'Disconnected. Reconnecting…'
+      if (status === 'SUBSCRIBED') refresh() // broadcasts may have been missed, but the rows have every change
     })
   await refresh()
   await refreshUsage()

@@ -67,7 +67,7 @@ async def test_nothing_outlives_the_demo(place: Path, tmp_path: Path, number: si
     assert process.stderr
     try:
         async with asyncio.timeout(START):
-            while b"Everything stays up" not in (line := await process.stdout.readline()):
+            while b"Everything keeps running" not in (line := await process.stdout.readline()):
                 assert line, (await process.stderr.read()).decode()
         members = family(process.pid)
         commands = "\n".join(members.values())

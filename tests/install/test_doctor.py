@@ -254,7 +254,7 @@ async def test_a_page_instead_of_storage_is_not_printed(stack: Stack, status: in
 async def test_a_broadcast_that_gets_lost_is_found(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """realtime.send never fails: only listening tells."""
     monkeypatch.setattr(doctor, "BROADCAST_TIMEOUT", 2.0)
-    as_owner(stack, "drop trigger tell_edge on realtime.messages")
+    as_owner(stack, "drop trigger notify_edge on realtime.messages")
     assert "did not arrive" in (await examined(stack))["broadcast"].message
 
 

@@ -33,7 +33,7 @@ async def tagged(library: Library) -> Library:
     assets = await library.upload(12)
     async with worker(library.stack):
         await library.finished(library.enqueue(assets))
-    library.stack.simulator.book.clear()
+    library.stack.simulator.request_log.clear()
     return library
 
 
@@ -68,7 +68,9 @@ def traces(library: Library) -> dict[str, Any]:
 
 def calls(library: Library, status: int = 200) -> list[dict[str, Any]]:
     """What the provider's book has of completions."""
-    return [e for e in library.stack.simulator.book if e["path"].endswith("/completions") and e["status"] == status]
+    return [
+        e for e in library.stack.simulator.request_log if e["path"].endswith("/completions") and e["status"] == status
+    ]
 
 
 def billed(library: Library) -> Decimal:

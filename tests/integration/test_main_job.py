@@ -53,7 +53,7 @@ async def test_300_images_are_three_batches_of_100_with_an_express_lane(library:
     assert {batch["metadata"]["autotag_batch"] for batch in at_openai} == {str(batch["id"]) for batch in batches}
     library.check_tags()
     # The express images are single calls, answered before any batch was done.
-    first = stack.simulator.book
+    first = stack.simulator.request_log
     calls = [entry for entry in first if entry["method"] == "POST" and entry["path"] == "/v1/chat/completions"]
     assert len(calls) == 5
     assert len(answered_pictures(stack)) == 300
@@ -127,7 +127,7 @@ async def test_usage_is_what_the_provider_billed(library: Library) -> None:
     # 5 express images at the full price, 55 lines of a batch at half of it
     assert {(r["service_tier"], r["images"], r["requests"]) for r in rows} == {("default", 5, 5), ("batch", 55, 55)}
     assert {str(r["user_id"]) for r in rows} == {library.member.user}
-    book = [entry for entry in library.stack.simulator.book if entry.get("usage")]
+    book = [entry for entry in library.stack.simulator.request_log if entry.get("usage")]
     assert {r["model"] for r in rows} == {entry["model"] for entry in book}
     assert sum(r["cost"] for r in rows) == sum(Decimal(entry["dollars"]) for entry in book), (
         "by the provider's own prices"

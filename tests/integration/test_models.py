@@ -153,7 +153,7 @@ async def test_a_cut_off_answer_is_asked_again_with_more_room_and_its_neighbours
 ) -> None:
     """Pictures that need 600 to 900 tokens of thinking among those that need none, at a cap for those without."""
     stack = wide.stack
-    stack.simulator.plan.thinking["none"] = (600, 900)
+    stack.simulator.plan.reasoning_tokens["none"] = (600, 900)
     assets = await wide.upload(pictures(70))
     async with worker(stack):
         jobs = await wide.finished(wide.enqueue(assets[:10]), wide.enqueue(assets[10:]))
@@ -183,7 +183,7 @@ async def test_an_answer_that_no_cap_is_enough_for_fails_with_a_sentence_and_the
 
     def think_without_end(asked: Any, picture: Any, name: str, wrong: Any) -> Any:
         it = picture is not None and set(picture.tags) == endless.tags
-        stack.simulator.plan.thinking["none"] = (10**6, 10**6) if it else (0, 0)
+        stack.simulator.plan.reasoning_tokens["none"] = (10**6, 10**6) if it else (0, 0)
         return answer(asked, picture, name, wrong)
 
     stack.simulator.answer = think_without_end  # type: ignore[method-assign]
@@ -220,7 +220,7 @@ async def test_the_model_is_switched_under_load_and_back_without_losing_or_repea
     before: list[list[dict[str, Any]]] = []
 
     def in_flight(model: str) -> bool:
-        lanes = {entry["method"] for entry in stack.simulator.book if model in (entry.get("model") or "")}
+        lanes = {entry["method"] for entry in stack.simulator.request_log if model in (entry.get("model") or "")}
         return lanes == {"POST", "BATCH"} and stack.simulator.in_flight > 0
 
     async with worker(stack, slots=12):
@@ -228,7 +228,7 @@ async def test_the_model_is_switched_under_load_and_back_without_losing_or_repea
             if told:
                 last = models[number - 1]
                 await until(lambda last=last: in_flight(last), "calls and lines in flight")  # type: ignore[misc]
-                before.append(list(stack.simulator.book))
+                before.append(list(stack.simulator.request_log))
                 stack.configure(model=models[number])
             told += [wide.enqueue(some[:10]), wide.enqueue(some[10:])]
         jobs = await wide.finished(*told)
@@ -289,7 +289,7 @@ async def test_what_the_provider_says_of_a_models_end_is_kept(wide: Library, mod
         await until(
             lambda: (
                 wide.sql("select checked_at > '-infinity' as so from autotag.provider_limits")[0]["so"]
-                and any(e["path"] == asked_for and e["status"] for e in stack.simulator.book)
+                and any(e["path"] == asked_for and e["status"] for e in stack.simulator.request_log)
             ),
             "the check",
         )
@@ -301,7 +301,7 @@ async def test_what_the_provider_says_of_a_models_end_is_kept(wide: Library, mod
             "the date",
         )
         await asyncio.to_thread(wide.sql, "select pg_notify('autotag', 'batch')")
-    assert sum(entry["path"] == asked_for for entry in stack.simulator.book) == 1, "once a day"
+    assert sum(entry["path"] == asked_for for entry in stack.simulator.request_log) == 1, "once a day"
 
 
 # -- errors

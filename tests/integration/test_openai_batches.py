@@ -41,12 +41,14 @@ def batches(library: Library) -> list[dict[str, Any]]:
 
 
 def lines(library: Library) -> list[dict[str, Any]]:
-    return [entry for entry in library.stack.simulator.book if entry["method"] == "BATCH"]
+    return [entry for entry in library.stack.simulator.request_log if entry["method"] == "BATCH"]
 
 
 def single_calls(library: Library) -> int:
     return sum(
-        entry["path"].endswith("/completions") for entry in library.stack.simulator.book if "POST" in entry["method"]
+        entry["path"].endswith("/completions")
+        for entry in library.stack.simulator.request_log
+        if "POST" in entry["method"]
     )
 
 
@@ -65,7 +67,7 @@ def check_books(library: Library) -> None:
     announced = Counter(payload["batch_id"] for payload in completions(library))
     known = {row["id"] for row in library.sql("select openai_batch_id as id from autotag.batches where state = 'done'")}
     assert announced == Counter(known - {None}), "batch-complete once for every batch"
-    book = [entry["usage"] for entry in library.stack.simulator.book if entry.get("usage")]
+    book = [entry["usage"] for entry in library.stack.simulator.request_log if entry.get("usage")]
     billed = sum(usage["prompt_tokens"] + usage["completion_tokens"] for usage in book)
     [usage] = library.sql("select coalesce(sum(input_tokens + output_tokens), 0) as n from autotag.usage")
     assert int(usage["n"]) == billed, "tokens are counted as they were billed"
@@ -256,10 +258,14 @@ async def test_one_list_call_covers_every_batch_in_flight_and_pages_follow_where
         for i in range(250):
             name = f"batch_foreign_{i}"
             few.stack.simulator.batches._batches[name] = foreign | {"id": name, "metadata": {}}
-        mark = len(few.stack.simulator.book)
+        mark = len(few.stack.simulator.request_log)
         [job] = await few.finished(told)
     assert job["completed"] == 40
-    looks = [e for e in few.stack.simulator.book[mark:] if e["path"].startswith("/v1/batches") and e["method"] == "GET"]
+    looks = [
+        e
+        for e in few.stack.simulator.request_log[mark:]
+        if e["path"].startswith("/v1/batches") and e["method"] == "GET"
+    ]
     assert looks
     assert {e["path"] for e in looks} == {"/v1/batches"}, "none was retrieved by itself"
 
@@ -320,7 +326,7 @@ async def test_an_input_file_that_stays_unknown_is_built_again(few: Library) -> 
     async with worker(few.stack):
         [job] = await few.finished(few.enqueue(assets))
     assert job["completed"] == 8
-    uploads = [e for e in few.stack.simulator.book if (e["method"], e["path"]) == ("POST", "/v1/files")]
+    uploads = [e for e in few.stack.simulator.request_log if (e["method"], e["path"]) == ("POST", "/v1/files")]
     assert len(uploads) == 2
     check_books(few)
 
@@ -377,7 +383,7 @@ async def test_a_batch_cancelled_before_openai_has_it_leaves_nothing_there(few: 
         await until(lambda: few.sql("select 1 from autotag.batches where state = 'uploading'") != [], "the upload")
         few.rpc("public.cancel_tagging", told["job_id"])
         [job] = await few.finished(told)
-        await until(lambda: few.stack.simulator.book[-1]["method"] == "DELETE", "the file to be deleted")
+        await until(lambda: few.stack.simulator.request_log[-1]["method"] == "DELETE", "the file to be deleted")
     assert (job["failed"], batches(few), leftover_files(few)) == (8, [], [])
 
 

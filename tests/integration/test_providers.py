@@ -92,7 +92,7 @@ async def mistaken(library: Library, uploads: list[int], **changes: Any) -> Asyn
         calls = [entry for entry in asked(stack) if (entry["status"] or 200) != 200]
         assert len(calls) <= 3, f"{len(calls)} calls were refused in ten seconds"
         assert failed(library) == 0
-        assert not [entry for entry in stack.simulator.book if entry["method"] == "BATCH"], "a batch was begun"
+        assert not [entry for entry in stack.simulator.request_log if entry["method"] == "BATCH"], "a batch was begun"
         yield told
 
 
@@ -195,7 +195,9 @@ async def test_what_a_server_does_not_know_is_left_out_after_one_refusal_for_eve
     async with worker(stack):
         await check_mended(fresh, told, clock(fresh))
         assert len(refused(stack)) == refusals
-        assert [entry for entry in stack.simulator.book if entry["method"] == "BATCH" and entry["status"] != 200] == []
+        assert [
+            entry for entry in stack.simulator.request_log if entry["method"] == "BATCH" and entry["status"] != 200
+        ] == []
         check_form(fresh, form)
     more = await fresh.upload(drawings[:5], seed=2)
     async with worker(stack):
@@ -341,7 +343,7 @@ async def test_files_are_kept_as_long_as_the_provider_wants_after_one_refusal(
     assets = await wide.upload(pictures(80))
     async with worker(stack):
         [job] = await wide.finished(wide.enqueue(assets))
-        files = [e for e in stack.simulator.book if (e["method"], e["path"]) == ("POST", "/v1/files")]
+        files = [e for e in stack.simulator.request_log if (e["method"], e["path"]) == ("POST", "/v1/files")]
         assert provider(wide)["keep_files"] == kept
         assert provider(wide)["account_error"] is None
         steps = 1 if kept else 2  # our week, and Azure's two
@@ -349,7 +351,7 @@ async def test_files_are_kept_as_long_as_the_provider_wants_after_one_refusal(
         refusals = sum(e["status"] == 400 for e in files)
         more = await wide.upload(pictures(80)[:60], seed=2)
         [again] = await wide.finished(wide.enqueue(more))
-        files = [e for e in stack.simulator.book if (e["method"], e["path"]) == ("POST", "/v1/files")]
+        files = [e for e in stack.simulator.request_log if (e["method"], e["path"]) == ("POST", "/v1/files")]
         assert sum(e["status"] == 400 for e in files) == refusals, "it was asked in the old form again"
     assert (job["failed"], again["failed"]) == (0, 0)
     assert len([e for e in paid(stack) if e["method"] == "BATCH"]) == 79 + 59
@@ -435,7 +437,7 @@ async def test_the_batch_lane_keeps_to_retry_after_too(wide: Library, request_li
     assets = await wide.upload(drawings)
 
     def those() -> list[dict[str, Any]]:
-        return [e for e in stack.simulator.book if e["method"] == method and e["path"].startswith(path)]
+        return [e for e in stack.simulator.request_log if e["method"] == method and e["path"].startswith(path)]
 
     async with worker(stack):
         told = [wide.enqueue(assets[:3])]

@@ -100,7 +100,7 @@ async def test_a_bad_key_stops_the_lane_and_it_goes_on_by_itself(library: Librar
             "the lane to stop",
         )
         library.watch_failures()
-        calls = len(stack.simulator.book)
+        calls = len(stack.simulator.request_log)
         assert library.job(told["job_id"])["failed"] == 0
         assert calls <= 5, "a stopped lane keeps calling"
         stack.simulator.faults.clear()
@@ -156,7 +156,7 @@ async def test_failed_lines_and_missing_lines_of_a_batch_are_tried_again_alone(l
     async with worker(stack):
         await library.finished(library.enqueue(assets))
     library.check_tags()
-    batch = [e for e in stack.simulator.book if e["method"] == "BATCH"]
+    batch = [e for e in stack.simulator.request_log if e["method"] == "BATCH"]
     assert Counter(e["status"] for e in batch) == {200: 53, 500: 2}
     audit(stack)
 

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from autotag.images.load import Images
 from lab.openai_sim.faults import Fault
-from lab.openai_sim.limits import QUANTISED_ABOVE, Bucket, CoUser, Limits
+from lab.openai_sim.limits import QUANTISED_ABOVE, Bucket, Limits, SharedKeyClient
 from lab.postgres import LocalPostgres
 from lab.stack import WORKER_ROLE, Stack
 from support import Library, answered_pictures, audit, until, worker
@@ -24,7 +24,7 @@ WIDE = {"chunk_delay": "0", "realtime_requests_per_minute": 100_000, "realtime_t
 
 
 def refusals(stack: Stack) -> int:
-    return sum(entry["status"] == 429 for entry in stack.simulator.book)
+    return sum(entry["status"] == 429 for entry in stack.simulator.request_log)
 
 
 def narrow(library: Library) -> None:
@@ -85,7 +85,7 @@ async def test_another_program_with_the_same_key_makes_us_slow_down_and_not_fail
     stack.configure(**WIDE)
     stack.compress(20)
     stack.simulator.limits = Limits.of(600, 10_000_000, None, speed=20)  # 200 requests a second
-    stack.simulator.limits.co_user = CoUser(requests_per_second=130, tokens_each=1)
+    stack.simulator.limits.shared_key_client = SharedKeyClient(requests_per_second=130, tokens_each=1)
     stack.simulator.limits.requests.left = 0
     library.sql("update autotag.provider_limits set requests_per_minute = 600, tokens_per_minute = 10000000,"
                 " requests_left = 0, refilled_at = autotag.now(), requests_per_day = null")  # fmt: skip
@@ -109,7 +109,7 @@ async def test_retry_after_holds_for_everybody(library: Library) -> None:
     async with worker(stack):
         told = library.enqueue(first)
         await until(lambda: refusals(stack) == 1, "the 429")
-        refused_at = next(entry["at"] for entry in stack.simulator.book if entry["status"] == 429)
+        refused_at = next(entry["at"] for entry in stack.simulator.request_log if entry["status"] == 429)
         await until(
             lambda: library.sql("select blocked_until > clock_timestamp() as b from autotag.provider_limits")[0]["b"],
             "the block",
@@ -117,7 +117,9 @@ async def test_retry_after_holds_for_everybody(library: Library) -> None:
         theirs = other.enqueue(late)
         await library.finished(told)
         await other.finished(theirs)
-    after = [e["at"] for e in stack.simulator.book if e["path"].endswith("/completions") and e["at"] > refused_at]
+    after = [
+        e["at"] for e in stack.simulator.request_log if e["path"].endswith("/completions") and e["at"] > refused_at
+    ]
     assert min(after) - refused_at >= 1.0
     assert len(after) == 6
 

@@ -83,7 +83,7 @@ async def test_a_run_says_everything_and_gives_nothing_away(library: Library, tm
     )
     assert tagged == 12 + 60 - 1
     assert seen["autotag_images_answered_total", "realtime", "transient"] == 2
-    usage = [entry["usage"] for entry in stack.simulator.book if entry.get("usage") and entry["status"] == 200]
+    usage = [entry["usage"] for entry in stack.simulator.request_log if entry.get("usage") and entry["status"] == 200]
     counted = {
         kind: sum(seen.get(("autotag_tokens_total", lane, kind), 0) for lane in ("realtime", "batch"))
         for kind in ("input", "output")

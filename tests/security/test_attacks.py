@@ -58,7 +58,7 @@ async def test_outsiders(scene: Scene, caller: str) -> None:
     before = scene.snapshot(caller)
     async with scene.victim_listens():
         found = await run(scene, attempts)
-    found += [f"asked: {entry}" for entry in scene.stack.simulator.book]
+    found += [f"asked: {entry}" for entry in scene.stack.simulator.request_log]
     assert_nothing(found + await scene.findings(before, caller))
 
 
@@ -120,15 +120,15 @@ async def test_the_ports(scene: Scene, served: port.Ports, tmp_path: Path) -> No
     secret = scene.stack.simulator.plan.webhook_secret
     attempts = [*port.requests(served), *port.deliveries(served, secret)]
     assert len(attempts) >= LEAST
-    before, asked_before = scene.snapshot(), len(scene.stack.simulator.book)
+    before, asked_before = scene.snapshot(), len(scene.stack.simulator.request_log)
     found = await run(scene, attempts) + await scene.findings(before)
-    found += [f"asked: {entry}" for entry in scene.stack.simulator.book[asked_before:]]
+    found += [f"asked: {entry}" for entry in scene.stack.simulator.request_log[asked_before:]]
     # With the secret: a look at OpenAI, and the deliveries' ids.
     found += await run(scene, port.stolen(served, secret))
     found += [line for line in await scene.findings(before) if "autotag.webhooks got" not in line]
     found += [
         f"asked: {e}"
-        for e in scene.stack.simulator.book[asked_before:]
+        for e in scene.stack.simulator.request_log[asked_before:]
         if (e["method"], e["path"]) != ("GET", "/v1/batches")
     ]
     assert_nothing(found + log_findings(tmp_path / "log", 100_000))
@@ -196,7 +196,7 @@ async def test_an_uploader(scene: Scene, tmp_path: Path) -> None:
     victims = [drawing.tags for drawing in scene.victim.drawings.values()]
     times = Counter(frozenset(entry["tags"]) for entry in paid(stack) if frozenset(entry["tags"]) in victims)
     found += [f"asked: a picture of the victim's {n} times" for n in times.values() if n > 1]
-    found += [f"asked: {entry}" for entry in stack.simulator.book if entry["status"] not in (200, 404)]
+    found += [f"asked: {entry}" for entry in stack.simulator.request_log if entry["status"] not in (200, 404)]
     found += log_findings(tmp_path / "log", 400 * len(attempts) + 20_000)
     shown = io.StringIO()
     with psycopg.connect(stack.database_url(), row_factory=dict_row) as connection:

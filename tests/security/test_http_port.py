@@ -28,7 +28,7 @@ from autotag.observability.logs import NOISY_MOST, WINDOW, Throttle
 from autotag.observability.metrics import SystemMetrics
 from autotag.openai.provider import Provider
 from benchmarks import flood
-from benchmarks.flood import FILES, flooded
+from benchmarks.flood import MAX_FILES, flooded
 from lab.openai_sim.webhooks import batch_event, make_secret, sign
 from lab.postgres import LocalPostgres, free_port
 from lab.stack import Stack, worker_process
@@ -61,7 +61,7 @@ async def running(stack: Stack, tmp_path: Path) -> AsyncIterator[Running]:
     }  # fmt: skip
     with here.log.open("wb") as log:
         async with worker_process(environment, log) as process:
-            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (FILES, FILES))
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (MAX_FILES, MAX_FILES))
             await _started(here.http)
             yield here
     assert "Traceback" not in here.log.read_text(), "an exception escaped"
@@ -126,7 +126,7 @@ async def test_tagging_goes_on_beside_the_flood(postgres: LocalPostgres, databas
     console = Console(stderr=True)
     phases = await flood.phases_of(postgres, database, console, 4, (None, "health", "webhook"))
     assert phases[0].images > flood.RATE * 0.5, "the provider's limit is what binds"
-    figures = flood.judge(phases).figures
+    figures = flood.evaluate(phases).figures
     assert figures["tagging_ratio"].value >= 0.6, phases
     assert figures["healthz_worst_ms"].value <= 2000, phases
     assert figures["log_bytes_per_minute"].ok, phases

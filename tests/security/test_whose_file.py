@@ -102,7 +102,7 @@ async def test_rows_changed_after_the_upload_tell_nothing(library: Library, imag
     }
     assert all(rows[asset]["tags"] is None for asset in assets[-2:])
     # By the provider's own record, nobody asked about it.
-    asked = sum(entry.get("status") == 200 for entry in stack.simulator.book if "chat" in entry["path"])
+    asked = sum(entry.get("status") == 200 for entry in stack.simulator.request_log if "chat" in entry["path"])
     assert asked <= images - 2
 
     # A retry leaves them out, and says so when there is nothing else.

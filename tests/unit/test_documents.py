@@ -18,7 +18,7 @@ def test_the_settings_page_is_made_from_the_settings() -> None:
     page = settings_page.main()
     assert (ROOT / "docs" / "settings.md").read_text() == page, "python -m lab.settings_page > docs/settings.md"
     assert page.count("\n| `") > 60
-    assert " |  |\n" not in page.split("## What differs")[0], "every column says what it is for"
+    assert " |  |\n" not in page.split("## Environment")[0], "every column says what it is for"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

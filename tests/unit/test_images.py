@@ -17,7 +17,7 @@ from autotag import db
 from autotag.errors import TaggingError
 from autotag.images import prepare as images
 from autotag.images.load import Images
-from lab.openai_sim.vision import look
+from lab.openai_sim.vision import recognise
 
 PIXELS = 100_000_000
 
@@ -48,7 +48,7 @@ def seen(data: bytes, side: int = 512) -> tuple[str, ...]:
         assert image.format == "JPEG"
         assert max(image.size) <= side
         assert not image.getexif()
-    return look(images.data_url(jpeg)).tags
+    return recognise(images.data_url(jpeg)).tags
 
 
 UPRIGHT = ("top left red", "top right green", "bottom left blue", "bottom right yellow", "landscape")
@@ -183,7 +183,7 @@ def answering(*responses: httpx.Response) -> httpx.MockTransport:
 
 async def test_an_allowed_url_is_fetched() -> None:
     jpeg = await load("https://images.example.com/a.jpg", answering(httpx.Response(200, content=JPEG)))
-    assert look(images.data_url(jpeg)).tags[:5] == UPRIGHT
+    assert recognise(images.data_url(jpeg)).tags[:5] == UPRIGHT
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from lab.openai_sim.app import Plan, Simulator
-from lab.openai_sim.faults import Answer, Fault
+from lab.openai_sim.faults import AnswerVariant, Fault
 from lab.openai_sim.models import EFFORTS, MODELS, dollars
-from lab.openai_sim.plan import THINKING
+from lab.openai_sim.plan import REASONING_TOKENS
 
 SCHEMA = {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
 STRICT = {"type": "json_schema", "json_schema": {"name": "tags", "strict": True, "schema": SCHEMA}}
@@ -182,15 +182,15 @@ async def test_text_counts_by_its_length_and_the_limits_meter_prompt_and_cap(api
     text = math.ceil(len("You tag." + ASKED) / 4) + math.ceil(len(json.dumps(SCHEMA, separators=(",", ":"))) / 4)
     assert answer["usage"]["prompt_tokens_details"]["text_tokens"] == text
     assert answer["usage"]["prompt_tokens"] == text + 5  # 4 patches × 1.2
-    assert api.sim.count(body) == text + 5 + 777
-    assert api.sim.book[-1]["tokens"] == text + 5 + 777
+    assert api.sim.count_tokens(body) == text + 5 + 777
+    assert api.sim.request_log[-1]["tokens"] == text + 5 + 777
     plain = await api.answer(response_format=None)
     assert plain["usage"]["prompt_tokens_details"]["text_tokens"] == math.ceil(len("You tag." + ASKED) / 4)
 
 
 async def test_a_batch_queues_what_its_lines_count_for(api: Api) -> None:
     body = request()
-    api.plan.queued_batch_tokens = 2 * api.sim.count(body)
+    api.plan.queued_batch_tokens = 2 * api.sim.count_tokens(body)
     assert (await api.batch(body, body))["status"] == "completed"
     api.plan.queued_batch_tokens -= 1
     refused = await api.batch(body, body)
@@ -204,11 +204,11 @@ async def test_a_batch_queues_what_its_lines_count_for(api: Api) -> None:
 async def test_thinking_is_billed_by_effort_and_is_the_same_each_time(api: Api, effort: str) -> None:
     first, again = [await api.answer(reasoning_effort=effort, max_completion_tokens=None) for _ in "12"]
     thought = first["usage"]["completion_tokens_details"]["reasoning_tokens"]
-    fewest, most = THINKING[effort]
+    fewest, most = REASONING_TOKENS[effort]
     assert fewest <= thought <= most
     assert first["usage"] == again["usage"]
     assert first["usage"]["completion_tokens"] == thought + math.ceil(len(visible(first)) / 4) + 1
-    assert api.sim.book[-1]["effort"] == effort
+    assert api.sim.request_log[-1]["effort"] == effort
 
 
 async def test_a_reasoning_model_thinks_at_medium_unless_it_is_told(api: Api) -> None:
@@ -220,7 +220,7 @@ async def test_a_reasoning_model_thinks_at_medium_unless_it_is_told(api: Api) ->
 
 
 async def test_thinking_that_eats_the_cap_leaves_an_empty_answer_that_is_billed(api: Api) -> None:
-    api.plan.thinking["low"] = (100, 100)
+    api.plan.reasoning_tokens["low"] = (100, 100)
     for _ in "12":  # the same again
         answer = await api.answer(reasoning_effort="low", max_completion_tokens=80)
         assert (visible(answer), answer["choices"][0]["finish_reason"]) == ("", "length")
@@ -229,7 +229,7 @@ async def test_thinking_that_eats_the_cap_leaves_an_empty_answer_that_is_billed(
 
 
 async def test_an_answer_that_does_not_fit_beside_the_thinking_is_cut(api: Api) -> None:
-    api.plan.thinking["low"] = (100, 100)
+    api.plan.reasoning_tokens["low"] = (100, 100)
     whole = await api.answer(reasoning_effort="low")
     cut = await api.answer(reasoning_effort="low", max_completion_tokens=110)
     assert cut["choices"][0]["finish_reason"] == "length"
@@ -279,7 +279,7 @@ async def test_what_a_model_does_not_support_is_refused_in_openais_words(
     error = await api.refusal(model, **changes)
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
     assert message in error["message"]
-    assert api.sim.book[-1]["error"] == (code or error["message"])
+    assert api.sim.request_log[-1]["error"] == (code or error["message"])
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ async def test_a_long_prefix_is_written_to_the_cache_once_and_read_from_then_on(
     assert [(u["cached_tokens"], u["cache_write_tokens"]) for u in used] == [
         (0, prefix), (prefix // 128 * 128, 0), (prefix // 128 * 128, 0)
     ]  # fmt: skip
-    assert Decimal(api.sim.book[0]["dollars"]) > Decimal(api.sim.book[1]["dollars"])
+    assert Decimal(api.sim.request_log[0]["dollars"]) > Decimal(api.sim.request_log[1]["dollars"])
 
 
 @pytest.mark.parametrize("other", [{"model": "gpt-5.6-luna"}, {"system": LONG + "y"}, {"response_format": None}])
@@ -336,15 +336,15 @@ async def test_a_short_prefix_is_not_cached(api: Api) -> None:
 )  # fmt: skip
 async def test_an_answer_says_in_which_tier_it_was_billed(api: Api, model: str, asked: str | None, billed: str) -> None:
     answer = await api.answer(model, service_tier=asked)
-    assert answer["service_tier"] == api.sim.book[-1]["tier"] == billed
-    assert api.sim.book[-1]["dollars"] == str(dollars(model, answer["usage"], billed))
+    assert answer["service_tier"] == api.sim.request_log[-1]["tier"] == billed
+    assert api.sim.request_log[-1]["dollars"] == str(dollars(model, answer["usage"], billed))
 
 
 async def test_flex_may_have_no_resources_while_other_tiers_go_on(api: Api) -> None:
     api.plan.flex_available = False
     response = await api.complete(service_tier="flex")
     assert (response.status_code, response.json()["error"]["code"]) == (429, "resource_unavailable")
-    assert "usage" not in api.sim.book[-1]
+    assert "usage" not in api.sim.request_log[-1]
     await api.answer()
 
 
@@ -374,7 +374,7 @@ async def test_what_a_server_lacks_is_looked_up_at_each_request(
     for name, value in plan.items():
         setattr(api.plan, name, value)
     response = await api.complete(**changes)
-    assert (response.status_code, api.sim.book[-1]["error"]) == (status, error)
+    assert (response.status_code, api.sim.request_log[-1]["error"]) == (status, error)
     for name, value in before.items():
         setattr(api.plan, name, value)
     await api.answer(**changes)
@@ -451,15 +451,17 @@ async def test_a_wrong_path_answers_plain_text_and_stands_in_the_book(api: Api) 
     response = await api.http.post("/chat/completions", json=request())
     assert (response.status_code, response.text) == (404, "404 page not found")
     assert response.headers["content-type"].startswith("text/plain")
-    [entry] = api.sim.book
+    [entry] = api.sim.request_log
     assert (entry["method"], entry["path"], entry["status"]) == ("POST", "/chat/completions", 404)
 
 
 # -- other models' ways to answer
 
 
-@pytest.mark.parametrize("way", get_args(Answer))
-async def test_every_ordered_way_to_answer_differs_from_the_right_one_and_hits_once(api: Api, way: Answer) -> None:
+@pytest.mark.parametrize("way", get_args(AnswerVariant))
+async def test_every_ordered_way_to_answer_differs_from_the_right_one_and_hits_once(
+    api: Api, way: AnswerVariant
+) -> None:
     right = (await api.answer())["choices"]
     api.sim.faults.add(Fault(answer=way))
     assert (await api.answer())["choices"] != right
@@ -469,11 +471,11 @@ async def test_every_ordered_way_to_answer_differs_from_the_right_one_and_hits_o
 @pytest.mark.parametrize(
     ("way", "start", "end"),
     [
-        ("fence", "```json\n{", "}\n```"), ("words_around", "Here are", "more."), ("bom", "\ufeff{", "}"),
+        ("fence", "```json\n{", "}\n```"), ("text_around", "Here are", "more."), ("bom", "\ufeff{", "}"),
         ("thinking", '<think> maybe {"tags": ["wrong"]} …', "}"),
     ],
 )  # fmt: skip
-async def test_text_around_the_json(api: Api, way: Answer, start: str, end: str) -> None:
+async def test_text_around_the_json(api: Api, way: AnswerVariant, start: str, end: str) -> None:
     right = visible(await api.answer())
     api.sim.faults.add(Fault(answer=way))
     content = visible(await api.answer())
@@ -483,7 +485,7 @@ async def test_text_around_the_json(api: Api, way: Answer, start: str, end: str)
 
 
 async def test_other_forms_of_the_tags(api: Api) -> None:
-    ways: list[Answer] = ["extra_key", "word_confidence", "percent", "string_tags"]
+    ways: list[AnswerVariant] = ["extra_key", "word_confidence", "percent", "string_tags"]
     said = {}
     for way in ways:
         api.sim.faults.add(Fault(answer=way))
@@ -495,7 +497,7 @@ async def test_other_forms_of_the_tags(api: Api) -> None:
 
 
 async def test_answers_without_a_message(api: Api) -> None:
-    ways: list[Answer] = ["null_content", "empty_choices", "error_in_200", "safety"]
+    ways: list[AnswerVariant] = ["null_content", "empty_choices", "error_in_200", "safety"]
     said = []
     for way in ways:
         api.sim.faults.add(Fault(answer=way))
@@ -504,8 +506,8 @@ async def test_answers_without_a_message(api: Api) -> None:
     assert said[1]["choices"] == []
     assert said[2] == {"id": None, "choices": None, "error": {"message": "Provider returned error", "code": 429}}
     assert said[3]["choices"] == [{"finish_reason": "content_filter: SAFETY", "index": 0}]
-    assert [entry["usage"] is None for entry in api.sim.book] == [False, False, True, False]
-    assert api.sim.book[2]["dollars"] is None
+    assert [entry["usage"] is None for entry in api.sim.request_log] == [False, False, True, False]
+    assert api.sim.request_log[2]["dollars"] is None
 
 
 @pytest.mark.parametrize(
@@ -521,7 +523,7 @@ async def test_an_errors_body_is_sent_as_it_was_ordered(api: Api, body: Any, kin
     response = await api.complete()
     assert (response.status_code, response.headers["content-type"].split(";")[0]) == (502, kind)
     assert response.text == body if isinstance(body, str) else response.json() == body
-    assert api.sim.book[-1]["error"] == error
+    assert api.sim.request_log[-1]["error"] == error
 
 
 # -- the book
@@ -530,8 +532,8 @@ async def test_an_errors_body_is_sent_as_it_was_ordered(api: Api, body: Any, kin
 async def test_the_book_says_what_was_asked_and_billed_singly_and_by_batch(api: Api) -> None:
     answer = await api.answer(reasoning_effort="low", service_tier="flex")
     await api.batch(request("gpt-4.1-mini", service_tier="flex"))
-    single = api.sim.book[0]
-    [line] = [entry for entry in api.sim.book if entry["method"] == "BATCH"]
+    single = api.sim.request_log[0]
+    [line] = [entry for entry in api.sim.request_log if entry["method"] == "BATCH"]
     told = ("model", "effort", "cap", "tier", "format")
     assert [single[name] for name in told] == ["gpt-6-luna-2026-10-06", "low", 2000, "flex", "json_schema"]
     assert [line[name] for name in told] == ["gpt-4.1-mini-2025-04-14", None, 2000, "default", "json_schema"]
@@ -543,7 +545,7 @@ async def test_a_line_that_is_refused_says_why_and_a_model_without_prices_has_no
     api.plan.models = frozenset({"llava", "gpt-6-luna"})
     ended = await api.batch(request("llava"), request(reasoning_effort="minimal"))
     assert ended["request_counts"] == {"total": 2, "completed": 1, "failed": 1}
-    priced = {entry["model"]: entry for entry in api.sim.book if entry["method"] == "BATCH"}
+    priced = {entry["model"]: entry for entry in api.sim.request_log if entry["method"] == "BATCH"}
     assert (priced["llava"]["status"], priced["llava"]["dollars"]) == (200, None)
     assert (priced["gpt-6-luna"]["status"], priced["gpt-6-luna"]["error"]) == (400, "unsupported_value")
 

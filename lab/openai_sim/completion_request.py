@@ -1,4 +1,4 @@
-"""What a request for a completion asks, and whether OpenAI (or the server that the plan describes) takes it."""
+"""Parses a request for a completion and refuses what OpenAI, or the server that the plan describes, refuses."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from lab.openai_sim.protocol import ApiError, invalid
 from lab.openai_sim.vision import BadPicture, measure
 
 TOKEN_PARAMETERS = ("max_completion_tokens", "max_tokens")
-SAMPLING = ("temperature", "top_p", "logprobs", "top_logprobs")  # refused while a model thinks
+SAMPLING = ("temperature", "top_p", "logprobs", "top_logprobs")  # refused when the model reasons
 DETAILS = ("auto", "low", "high", "original")
 FORMATS = ("json_object", "json_schema", "text")
 TIERS = ("auto", "default", "flex", "priority", "fast")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request that was taken."""
+class CompletionRequest:
+    """An accepted request."""
 
     model: Model
-    effort: str | None = None  # at which the model thinks; None: it does not reason
-    cap: int | None = None  # of the answer's tokens, thinking included
-    tier: str = "default"  # in which it is billed
-    format: str | None = None  # the type of its response_format
+    effort: str | None = None  # reasoning effort; None: the model does not reason
+    cap: int | None = None  # most output tokens, reasoning included
+    tier: str = "default"  # the service tier that is billed
+    format: str | None = None  # the type of response_format
     text_tokens: int = 0
     image_tokens: int = 0
-    prefix: str = ""  # names the model and all text before the first image
+    prefix: str = ""  # hash of the model and all text before the first image
     prefix_tokens: int = 0
 
     @property
@@ -41,26 +41,26 @@ class Asked:
 
     @property
     def metered(self) -> int:
-        """What the limits on tokens count at admission: the prompt and the cap, whatever the answer uses."""
+        """The tokens that the limits count at admission: the prompt and the cap, not what the answer uses."""
         return self.prompt_tokens + (self.cap or 0)
 
 
 @dataclass(frozen=True)
 class _Image:
-    """An image part and where it stands."""
+    """An image part and its position in the request."""
 
     message: int
     part: int
     spec: dict[str, Any]  # its image_url
 
 
-def examine(body: dict[str, Any], plan: Plan, *, batch: bool = False) -> Asked:
-    """Checks a request as the API does, but for the pixels of its picture.
+def parse_request(body: dict[str, Any], plan: Plan, *, batch: bool = False) -> CompletionRequest:
+    """Checks a request as the API does, except for the pixels of its picture.
 
     Args:
-        body: of ``/v1/chat/completions``.
-        plan: which server answers.
-        batch: whether it is a line of a batch, to which no service tier applies.
+        body: the body of a request to ``/v1/chat/completions``.
+        plan: the server to simulate.
+        batch: whether the request is a line of a batch, which has no service tier.
 
     Raises:
         ApiError: 400, 404, 422 or 429.
@@ -83,7 +83,7 @@ def examine(body: dict[str, Any], plan: Plan, *, batch: bool = False) -> Asked:
         _check_image(image, model, plan)
     first = next((i for i, part in enumerate(messages) if isinstance(part, _Image)), len(messages))
     before = [str(part) for part in messages[:first]]
-    return Asked(
+    return CompletionRequest(
         model, effort, cap, tier, form,
         text_tokens=_text_tokens(texts, schema),
         image_tokens=sum(_image_tokens(image, model) for image in images),
@@ -93,7 +93,7 @@ def examine(body: dict[str, Any], plan: Plan, *, batch: bool = False) -> Asked:
 
 
 def first_image(body: dict[str, Any]) -> str | None:
-    """The URL of the first image in a request; None when there is none, or none that can be found."""
+    """The URL of the first image in a request; None when there is no image or the request is malformed."""
     try:
         parts = _texts_and_images(body["messages"])
         return next((str(part.spec["url"]) for part in parts if isinstance(part, _Image)), None)
@@ -102,7 +102,7 @@ def first_image(body: dict[str, Any]) -> str | None:
 
 
 def digest(body: dict[str, Any]) -> str:
-    """A short name for the picture in a request, the same for the same bytes; empty without a picture."""
+    """A short hash of the picture in a request; empty when the request has no picture."""
     url = first_image(body)
     return hashlib.sha256(url.encode()).hexdigest()[:16] if url else ""
 
@@ -111,30 +111,30 @@ def find_model(name: object, plan: Plan) -> Model:
     """The model of a request.
 
     Raises:
-        ApiError: 404 when this account does not have it.
+        ApiError: 404 when this account does not have the model.
     """
-    known = find(name)
-    if plan.models is not None and name not in plan.models and (known is None or known.name not in plan.models):
-        known = None
-    elif known is None and plan.models is not None:
-        known = Model(str(name))
-    if known is None:
+    model = find(name)
+    if plan.models is not None and name not in plan.models and (model is None or model.name not in plan.models):
+        model = None
+    elif model is None and plan.models is not None:
+        model = Model(str(name))
+    if model is None:
         raise ApiError(
             404, "model_not_found", f"The model `{name}` does not exist or you do not have access to it.",
             kind="invalid_request_error",
         )  # fmt: skip
-    return known
+    return model
 
 
 def no_credit() -> ApiError:
-    """What an account without money gets."""
+    """The error for an account without credit."""
     return ApiError(
         429, "insufficient_quota", "You exceeded your current quota, please check your plan and billing details."
     )
 
 
 def _texts_and_images(messages: list[dict[str, Any]]) -> Iterator[str | _Image]:
-    """All texts and images of a request, in their order."""
+    """All texts and images of a request, in order."""
     for i, message in enumerate(messages):
         content = message["content"]
         if isinstance(content, str):
@@ -145,13 +145,13 @@ def _texts_and_images(messages: list[dict[str, Any]]) -> Iterator[str | _Image]:
 
 
 def _text_tokens(texts: list[str], schema: str) -> int:
-    """Tokens of messages and of the schema that the answer must have."""
+    """Tokens of the messages and of the answer's JSON schema."""
     return text_tokens(sum(map(len, texts))) + text_tokens(len(schema))
 
 
 def _effort(body: dict[str, Any], model: Model, plan: Plan) -> str | None:
-    asked = body.get("reasoning_effort")
-    if asked is None:
+    effort = body.get("reasoning_effort")
+    if effort is None:
         return model.default_effort
     if plan.effort_parameter is False:
         raise invalid("unknown_parameter", "reasoning_effort", "Unknown parameter: 'reasoning_effort'")
@@ -159,14 +159,14 @@ def _effort(body: dict[str, Any], model: Model, plan: Plan) -> str | None:
         if plan.effort_parameter:
             return None
         raise _unrecognized("reasoning_effort")
-    if asked not in model.efforts:
-        supported = ", ".join(f"'{effort}'" for effort in model.efforts)
+    if effort not in model.efforts:
+        supported = ", ".join(f"'{supported_effort}'" for supported_effort in model.efforts)
         raise invalid(
             "unsupported_value", "reasoning_effort",
-            f"Unsupported value: 'reasoning_effort' does not support '{asked}' with this model."
+            f"Unsupported value: 'reasoning_effort' does not support '{effort}' with this model."
             f" Supported values are: {supported}.",
         )  # fmt: skip
-    return str(asked)
+    return str(effort)
 
 
 def _check_sampling(body: dict[str, Any], model: Model, effort: str | None) -> None:
@@ -176,7 +176,7 @@ def _check_sampling(body: dict[str, Any], model: Model, effort: str | None) -> N
 
 
 def _cap(body: dict[str, Any], model: Model, plan: Plan) -> int | None:
-    """The most tokens that the answer may have; None when the request does not say."""
+    """The most tokens that the answer may have; None when the request does not limit them."""
     sent = [name for name in TOKEN_PARAMETERS if body.get(name) is not None]
     for name in sent:
         if plan.token_parameters is not None and name not in plan.token_parameters:
@@ -195,11 +195,11 @@ def _cap(body: dict[str, Any], model: Model, plan: Plan) -> int | None:
 
 
 def _tier(body: dict[str, Any], model: Model, plan: Plan, batch: bool) -> str:
-    """The service tier that a request is billed in: "default" where the model does not offer what was asked."""
-    asked = body.get("service_tier") or "auto"
-    if asked not in TIERS:
-        raise invalid("invalid_value", "service_tier", f"Invalid value: '{asked}'.")
-    tier = str(asked) if asked in model.tiers and not batch else "default"
+    """The service tier that is billed: "default" where the model does not offer the requested one."""
+    requested = body.get("service_tier") or "auto"
+    if requested not in TIERS:
+        raise invalid("invalid_value", "service_tier", f"Invalid value: '{requested}'.")
+    tier = str(requested) if requested in model.tiers and not batch else "default"
     if tier == "flex" and not plan.flex_available:
         raise ApiError(
             429, "resource_unavailable", "Flex processing has no resources for this request right now. Try again later."
@@ -208,11 +208,11 @@ def _tier(body: dict[str, Any], model: Model, plan: Plan, batch: bool) -> str:
 
 
 def _format(body: dict[str, Any], texts: list[str], plan: Plan) -> tuple[str | None, str]:
-    """The type of the response_format, and its schema's JSON ("" without one)."""
-    asked = body.get("response_format")
-    if asked is None:
+    """The type of the response_format, and its schema as JSON ("" without a schema)."""
+    response_format = body.get("response_format")
+    if response_format is None:
         return None, ""
-    form = asked.get("type") if isinstance(asked, dict) else None
+    form = response_format.get("type") if isinstance(response_format, dict) else None
     if form not in FORMATS:
         raise invalid("invalid_value", "response_format.type", f"Invalid value: '{form}'.")
     if form not in plan.response_formats:
@@ -227,8 +227,8 @@ def _format(body: dict[str, Any], texts: list[str], plan: Plan) -> tuple[str | N
         )  # fmt: skip
     if form != "json_schema":
         return form, ""
-    told = asked.get("json_schema")
-    schema = told.get("schema") if isinstance(told, dict) and told.get("strict") else None
+    json_schema = response_format.get("json_schema")
+    schema = json_schema.get("schema") if isinstance(json_schema, dict) and json_schema.get("strict") else None
     if not isinstance(schema, dict) or schema.get("additionalProperties") is not False:
         raise invalid("invalid_request_error", "response_format", "response_format must be a strict JSON schema.")
     return form, json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
@@ -244,11 +244,11 @@ def _check_image(image: _Image, model: Model, plan: Plan) -> None:
             "invalid_value", f"messages.[{image.message}].content.[{image.part}].type",
             "Invalid content type. image_url is only supported by certain models.",
         )  # fmt: skip
-    where, detail = f"messages[{image.message}].content[{image.part}].image_url.detail", image.spec.get("detail")
+    param, detail = f"messages[{image.message}].content[{image.part}].image_url.detail", image.spec.get("detail")
     if detail is not None and not plan.detail_parameter:
-        raise invalid("unknown_parameter", where, f"Unknown parameter: '{where}'.")
+        raise invalid("unknown_parameter", param, f"Unknown parameter: '{param}'.")
     if detail is not None and detail not in DETAILS:
-        raise invalid("invalid_value", where, f"Invalid value: '{detail}'.")
+        raise invalid("invalid_value", param, f"Invalid value: '{detail}'.")
 
 
 def _image_tokens(image: _Image, model: Model) -> int:
@@ -265,5 +265,5 @@ def _unsupported(name: str, advice: str = "") -> ApiError:
 
 
 def _unrecognized(name: str) -> ApiError:
-    """OpenAI's answer to an argument that its model does not know carries neither a code nor a param."""
+    """OpenAI's error for an argument that the model does not support has neither code nor param."""
     return invalid(None, None, f"Unrecognized request argument supplied: {name}")
