@@ -35,9 +35,8 @@ def upgrade(stack: Stack, version: str) -> None:
 async def test_a_worker_that_does_not_fit_says_what_to_do(library: Library, schema: str, hint: str) -> None:
     upgrade(library.stack, schema)
     process = await asyncio.create_subprocess_exec(
-        "autotag", "worker", env={"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
-                                  **library.stack.worker_environment()},
-        stderr=asyncio.subprocess.PIPE,
+        sys.executable, "-m", "autotag", "worker", stderr=asyncio.subprocess.PIPE,
+        env={"PATH": os.environ["PATH"], **library.stack.worker_environment()},
     )  # fmt: skip
     _, error = await process.communicate()
     assert process.returncode == 3

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from autotag.cli import errors
 from autotag.cli.app import COMMANDS, app
 from autotag.db import Refused, VersionsDiffer
-from autotag.install.facts import Facts
+from autotag.install.facts import Facts, Table
 from autotag.install.host import Choices, HostError, propose
 from autotag.install.survey import plan_spending_limit, refuse_to_ask
 from autotag.operate import backfill as work
@@ -147,6 +147,19 @@ def test_without_a_person_a_question_names_its_option() -> None:
         refuse_to_ask("--table", "Which table?", ["a", "b"])
     with pytest.raises(HostError, match="has no table of images yet"):
         propose(Facts({}, []), Choices(), refuse_to_ask)
+
+
+def test_a_person_who_names_no_table_of_members_learns_what_it_needs() -> None:
+    columns = {"workspace_id": "uuid", "user_id": "uuid"}
+    tables = [
+        Table("public.assets", {"id": "uuid", "workspace_id": "uuid", "image_url": "text"}, ["id"]),
+        Table("public.members", columns, ["workspace_id", "user_id"]),
+        Table("public.team_members", columns, ["workspace_id", "user_id"]),
+    ]
+    facts = Facts({table.name: table for table in tables}, [])
+    assert propose(facts, Choices(), lambda *_: "members").members.table == "public.members"
+    with pytest.raises(HostError, match=r"public\.memebrs needs the uuid columns workspace_id and one of user_id"):
+        propose(facts, Choices(), lambda *_: "memebrs")
 
 
 def test_a_spending_limit_is_asked_for_once(tmp_path: Path) -> None:

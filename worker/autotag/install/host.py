@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autotag.install.facts import Facts, Table
@@ -210,19 +210,15 @@ def _bucket(facts: Facts, wanted: str | None, column: str | None, ask: Ask) -> s
 def _members(facts: Facts, table: Table, workspace: str, choices: Choices, ask: Ask) -> Members:
     if choices.members_claim:
         return Members(claim=tuple(choices.members_claim.split(".")))
-    found, doubts = {}, {}
+    found: dict[str, Members] = {}
+    doubts: dict[str, str] = {}
     for other in facts.tables.values():
         user = next((n for n in USERS if other.columns.get(n) == "uuid"), None)
         if user and other.name != table.name and other.columns.get(workspace) == "uuid":
             found[other.name] = Members(other.name, workspace, user)
             doubts[other.name] = _doubts(other, workspace, user)
     if choices.members_table:
-        name = choices.members_table if "." in choices.members_table else f"public.{choices.members_table}"
-        if name not in found:
-            raise HostError(
-                f"{name} needs the uuid columns {workspace} and one of {', '.join(USERS)} (--members-table)."
-            )
-        return found[name]
+        return _chosen_members(choices.members_table, found, workspace)
     likely = [name for name in found if "member" in name] or list(found)
     if len(likely) == 1 and not doubts[likely[0]]:
         return found[likely[0]]
@@ -237,7 +233,15 @@ def _members(facts: Facts, table: Table, workspace: str, choices: Choices, ask: 
         return Members(claim=tuple(answer.split(".")))
     reasons = "; ".join(f"{name} {doubts[name]}" for name in sorted(likely) if doubts[name])
     question = "Which table lists the members of a workspace? Every user with a row in it may act for that workspace"
-    return found[ask("--members-table", f"{question}{f' ({reasons})' if reasons else ''}.", sorted(likely))]
+    answer = ask("--members-table", f"{question}{f' ({reasons})' if reasons else ''}.", sorted(likely))
+    return _chosen_members(answer, found, workspace)
+
+
+def _chosen_members(chosen: str, found: Mapping[str, Members], workspace: str) -> Members:
+    name = chosen if "." in chosen else f"public.{chosen}"
+    if name not in found:
+        raise HostError(f"{name} needs the uuid columns {workspace} and one of {', '.join(USERS)} (--members-table).")
+    return found[name]
 
 
 def _doubts(table: Table, workspace: str, user: str) -> str:
