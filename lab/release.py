@@ -8,7 +8,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from autotag.install.host import Host, render
+from autotag.install.adapter import render
+from autotag.install.host import Host
 from autotag.install.migrations import TEMPLATE
 from lab import schema
 

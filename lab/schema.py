@@ -29,8 +29,9 @@ CHANGES = SCHEMAS / "changes.sql"
 REPEATED = ("seed.sql", "grants.sql", "version.sql")
 UNRELEASED = "unreleased"
 NO_CHANGES = """\
--- Steps that change the tables of an existing installation to what supabase/schemas/tables says, since the last
--- release. They run before the functions of the new release are there. A release takes them over and empties this file.
+-- Changes to existing tables since the last release, as statements for an installation that has that release. They
+-- run before the new release's functions are created. scripts/release moves them into the migration and empties this
+-- file.
 """
 
 

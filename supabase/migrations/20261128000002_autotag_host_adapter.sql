@@ -1,14 +1,14 @@
--- The host adapter: everything that autotag believes about the host's tables stands in this file.
--- `autotag init` writes it for a project's own tables, and from then on it is the project's: change it where the project differs.
+-- The host adapter: everything that autotag assumes about the host's tables is in this file. `autotag init` writes it for a
+-- project's tables. From then on it belongs to the project: change it where the project differs.
 
--- A lock that is not to be had at once is given up, so that nobody queues behind it: run it again then.
+-- Give up if a lock is not free within a second, so that no query of yours waits behind it. Run the file again then.
 set local lock_timeout = '1s';
 set local statement_timeout = '30s';
 
 create schema if not exists autotag;
 
--- What the host app reads to show where an image is. Adding a nullable column does not rewrite the table;
--- the checks go in NOT VALID because every existing row satisfies them by being null.
+-- What your app reads to show the state of an image. Adding nullable columns does not rewrite the table, and the checks are
+-- NOT VALID because existing rows satisfy them by being null.
 alter table public.assets
   add column if not exists tags text[],
   add column if not exists tagging_result jsonb,
@@ -21,39 +21,39 @@ alter table public.assets
     ('queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed')) not valid,
   add constraint assets_tagging_progress_check check (tagging_progress between 0 and 100) not valid;
 
--- Functions that touch the host's tables search its schemas too (`public, extensions`), because triggers and policies of
--- yours run inside. pg_temp comes last everywhere: where it is not named, Postgres looks there first for types, so that
--- whoever calls a function could put a type of their own in the place of jsonb, and their code would run as its owner.
+-- Functions that use the host's tables have its schemas in their search_path (`public, extensions`), because your triggers and
+-- policies run inside them. pg_temp is last everywhere: if it is not listed, Postgres looks there first for types, and a caller
+-- could replace jsonb by a type of their own whose code would run as the function's owner.
 
--- Whether the caller may act for a workspace. Called by every RPC and by the policies of Realtime topics.
+-- Whether the caller may act for a workspace. Called by every RPC and by the policy of Realtime topics.
 create or replace function autotag.is_member(p_workspace_id uuid) returns boolean
 language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
   select exists (select from public.workspace_members m where m.workspace_id = p_workspace_id and m.user_id = (select auth.uid()))
 $$;
 
--- The three functions that find images by key are planned with every bulk (`force_custom_plan`): a plan that a worker's
--- connection keeps from when the table was small would read all of it later. And whatever their callers forbid the planner,
--- here everything is allowed, because triggers of yours may run inside.
-
--- The rule that says which files a workspace's rows may name, in one word (docs/install.md, "Whose a file is").
+-- Name of the rule for the files that a workspace's rows may name (docs/install.md, "Whose a file is").
 create or replace function autotag.file_rule() returns text
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$
   select 'workspace-folder'
 $$;
 
--- Whether signed-in users see their files under row level security of storage.objects, so that it is asked about the files
--- of what they enqueue.
+-- Whether row level security of storage.objects lets signed-in users see their files. If so, it is checked for the files that
+-- they enqueue.
 create or replace function autotag.users_see_files() returns boolean
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$
   select true
 $$;
 
--- Whose these images are and where they lie: a Storage bucket and path, or an https URL. An id that is not
--- in the answer is an image that does not exist (any more). The worker reads Storage with a key that opens every file, so
--- a row that names a file of somebody else says nothing of where it lies: foreign_file.
+-- describe_assets, store_tags and show_stage find images by key. They are planned at every call (`force_custom_plan`), because
+-- a connection would keep a plan from when the table was small and read all of it later. They also allow every kind of plan
+-- again (`enable_seqscan`) that their callers forbid, because your triggers may run inside.
+
+-- Workspace and location of images: a Storage bucket and path, or an https URL. Images that do not exist (any more) are missing
+-- from the result. The worker reads Storage with a key that opens every file, so a row that names a file of another workspace
+-- gets no location, only foreign_file.
 create or replace function autotag.describe_assets(p_asset_ids uuid[])
 returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url text, foreign_file boolean)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -66,10 +66,10 @@ begin
     from (
       select a.id as id, a.workspace_id as workspace, f.bucket, f.path, f.url,
              f.path is null or coalesce(
-               -- a bucket's name as Storage allows it, and a path that leads nowhere but into the bucket
+               -- a bucket name that Storage allows, and a path that cannot leave the bucket
                f.bucket ~ '^[A-Za-z0-9_!.*''() &$@=;:+,?-]+$' and f.bucket !~ '^[.]{1,2}$'
                and f.path !~ '(^|/)[.]{0,2}(/|$)' and f.path !~ '[\\[:cntrl:]]'
-               -- the rule
+               -- the file rule
                and f.bucket in ('assets') and starts_with(f.path, a.workspace_id::text || '/')
              , false) as own
       from public.assets a cross join lateral (
@@ -78,12 +78,12 @@ begin
                a.image_url::text as url
       ) f
       where a.id = any (p_asset_ids)
-      offset 0  -- so that `own` is worked out once for each row, not once for each use
+      offset 0  -- evaluate `own` once per row, not once per use
     ) d;
 end $$;
 
--- What rows say of files, for the doctor. looked_at: how many rows were looked at; broken: how many of them name a file
--- that is not their workspace's, with a few examples. may_write: why signed-in users can write such rows; null: they cannot.
+-- For `autotag doctor`: checks the files that rows name. looked_at: rows checked; broken: how many of them name a file of
+-- another workspace, with up to three examples. may_write: why signed-in users can write such rows; null: they cannot.
 create or replace function autotag.look_at_files(p_rows integer, out looked_at integer, out broken integer, out examples uuid[], out may_write text)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
@@ -95,7 +95,7 @@ begin
     when not (has_any_column_privilege(r.oid, c.oid, 'insert') or has_any_column_privilege(r.oid, c.oid, 'update')) then null
     when not c.relrowsecurity then 'row level security is off'
     else (
-      select format('the policy “%s” says nothing of it', p.polname)
+      select format('the policy “%s” does not check the file', p.polname)
       from pg_policy p
       where p.polrelid = c.oid and p.polpermissive and p.polcmd in ('a', 'w', '*') and p.polroles && array[r.oid, 0]
         and has_any_column_privilege(r.oid, c.oid, case p.polcmd when 'a' then 'insert' when 'w' then 'update' else 'insert, update' end)
@@ -106,13 +106,13 @@ begin
   where c.oid = 'public.assets'::regclass and r.rolname = 'authenticated';
 end $$;
 
--- What stands for a file: the same file has the same mark, another one another. An image that lies behind a URL has one, too.
+-- The mark of a file: a hash of bucket and path. An image at a URL has one, too.
 create or replace function autotag.file_mark(p_bucket text, p_path text) returns uuid
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$ select md5(coalesce(p_bucket || '/' || p_path, ''))::uuid $$;
 
--- The files of these images, of workspaces that the signed-in caller may act for. everybody: the bucket is public, or there is
--- no file. Nothing where nobody has to be asked.
+-- The files of these images that seen_files() has to check: those in workspaces of the signed-in caller. everybody: the bucket
+-- is public, or there is no file. No rows if no check is needed.
 create or replace function autotag.files_to_see(p_asset_ids uuid[])
 returns table (asset_id uuid, bucket text, path text, mark uuid, everybody boolean)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
@@ -125,7 +125,7 @@ begin
     with files as materialized (
       select d.asset_id, d.workspace_id, d.bucket, d.path from autotag.describe_assets(p_asset_ids) d where not d.foreign_file
     ), theirs as materialized (
-      -- offset 0: is_member is asked once for each workspace, not for each image
+      -- offset 0: call is_member once per workspace, not once per image
       select w.id from (select distinct f.workspace_id as id from files f offset 0) w where autotag.is_member(w.id)
     )
     select f.asset_id, f.bucket, f.path, autotag.file_mark(f.bucket, f.path),
@@ -133,8 +133,8 @@ begin
     from files f where f.workspace_id in (select t.id from theirs t);
 end $$;
 
--- For each of these images the mark of its file, if the caller may see that file: this runs as the caller, under row level
--- security. A mark that no file has: they may not, or it is not there (yet), which looks the same. null: they are not asked about.
+-- For each image the mark of its file, if the caller may see that file; this runs as the caller, under row level security. A
+-- zero mark: they may not, or the file does not exist (yet), which looks the same. Null: not checked.
 create or replace function autotag.seen_files(p_asset_ids uuid[]) returns uuid[]
 language plpgsql stable set search_path = pg_catalog, public, extensions, pg_temp
 as $$
@@ -149,7 +149,7 @@ begin
     order by a.i);
 end $$;
 
--- The next images of a workspace, by id after p_after, that are not being tagged; p_untagged: only those without tags.
+-- The next images of a workspace that are not being tagged, by id after p_after. p_untagged: only those without tags.
 create or replace function autotag.list_assets(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
 returns uuid[]
 language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
@@ -163,8 +163,8 @@ as $$
     order by a.id limit p_limit) x (id)
 $$;
 
--- Images of a workspace that have tags, with what is stored about them: at most p_limit, spread evenly over all of them by
--- id, the same ones every time. tags: a JSON array.
+-- At most p_limit images of a workspace that have tags, with what is stored about them; spread evenly by id, and the same at
+-- every call. tags: a JSON array.
 create or replace function autotag.tagged_assets(p_workspace_id uuid, p_limit integer)
 returns table (asset_id uuid, tags jsonb, result jsonb)
 language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
@@ -183,9 +183,9 @@ as $$
   order by a.id
 $$;
 
--- Stores tags and everything else about a finished image in one update of its row. A row that belongs to another workspace by
--- now gets nothing: it may be another picture. p_results[i] belongs to p_asset_ids[i] and is {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}; its tags are normalised, the surest
--- first.
+-- Stores the tags and everything else about finished images, in one update per row. A row that has moved to another workspace
+-- gets nothing, because it may be another image. p_results[i] belongs to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0 to
+-- 1}, caption, model}, with normalized tags, the most confident first.
 create or replace function autotag.store_tags(p_asset_ids uuid[], p_workspace_ids uuid[], p_results jsonb[]) returns void
 language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_seqscan = on
@@ -199,9 +199,8 @@ begin
   where a.id = r.asset_id and a.workspace_id = r.workspace_id;
 end $$;
 
--- Shows where images are. `queued` begins a new pass (whatever an earlier one left is gone) and `failed` ends
--- one; in between progress never goes down, and rows that would not change are not written. p_errors[i]
--- belongs to p_asset_ids[i].
+-- Writes the stage of images. `queued` begins a new pass and clears what an earlier one left, `failed` ends one; in between
+-- progress never decreases, and rows that would not change are not written. p_errors[i] belongs to p_asset_ids[i].
 create or replace function autotag.show_stage(
   p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz default null, p_errors text[] default null
 ) returns void
@@ -221,7 +220,7 @@ begin
       or coalesce(a.tagging_progress, 0) < p_progress);
 end $$;
 
--- Automatic mode's half on the host's table: what one statement inserted is collected (`automatic`).
+-- The trigger of automatic mode on the host's table: collects the rows that one statement inserted.
 create or replace function autotag.collect_inserted() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -230,7 +229,7 @@ begin
   return null;
 end $$;
 
--- Turns automatic mode on or off: the trigger is there only while it is on, so that off costs nothing.
+-- Turns automatic mode on or off. The trigger exists only while it is on, so that off costs nothing.
 --   select autotag.set_automatic(true);
 create or replace function autotag.set_automatic(p_on boolean) returns void
 language plpgsql set search_path = pg_catalog, pg_temp
@@ -243,7 +242,7 @@ begin
   end if;
 end $$;
 
--- Which version of the adapter this is; `autotag init` of a newer release adds what is missing.
+-- Version of the adapter; `autotag init` of a newer release adds what is missing.
 create or replace function autotag.adapter_version() returns integer
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$ select 1 $$;

@@ -1,39 +1,39 @@
 -- autotag 0.1.0. Made by scripts/release from supabase/schemas; what is released never changes.
 set local check_function_bodies = off;  -- a function may stand before what it calls
--- autotag: every image of public.assets gets its tags.
+-- autotag: every image of public.assets gets tags.
 --
--- One upload is a *job*; each of its images is a *task*. A task goes one of two ways (its *lane*):
+-- One upload is a *job*; each of its images is a *task*. A task is tagged in one of two ways (its *lane*):
 --
---   realtime   claim() hands it to a worker under the limits; the worker calls OpenAI once and settle()s.
---   batch      it belongs to a *batch*, one OpenAI Batch: claim_batches() hands the whole batch to a worker,
---              which builds and uploads the input file, and, when OpenAI is done, harvests the answers.
+--   realtime   claim() gives it to a worker within the limits. The worker calls OpenAI once and reports with settle().
+--   batch      It belongs to a *batch*, which is one OpenAI Batch. claim_batches() gives the whole batch to a worker, which
+--              builds and uploads the input file. When OpenAI has finished, a worker harvests the answers.
 --
--- Workers hold no state. They ask (claim, claim_batches), do the I/O, and report (report_stages, settle,
--- batch_*). Everything that is decided is decided here, in this order (supabase/config.toml):
+-- Workers hold no state. They ask (claim, claim_batches), do the I/O, and report (report_stages, settle, batch_*). This schema
+-- makes every decision. The files, in the order of supabase/config.toml:
 --
 --   tables/       everything that is stored; settings has every number that can be changed
---   host/         the host's tables for a stand-alone stack, and the adapter: everything autotag believes of a host's tables
---   basics/       the clock, checks of what comes from outside, who calls
---   models/       what a model costs, how it is asked, what its answers were like; a second model asked (autotag compare)
---   uploads/      which way an upload goes; it begins, is cancelled, is tried again; quotas
+--   host/         the host's tables for a stand-alone stack, and the adapter: everything that autotag knows of a host's tables
+--   basics/       the clock, checks of values from outside, who calls
+--   models/       what a model costs, how it is asked, what its answers were like; another model asked (autotag compare)
+--   uploads/      the strategy of an upload; enqueue, cancel, retry; quotas
 --   scheduling/   exact windows per workspace, the mirror of the provider's bucket, leases, the release of single calls
---   batches/      OpenAI Batches: planned, uploaded, looked at, harvested
---   results/      what a worker reports: tags, failures, what goes back to the queue; usage; what is pushed to browsers
---   views/        stage, progress and time left; status, metrics, what the doctor asks
---   seed          what every installation begins with
---   api, cron, version, grants    the public RPCs, tick and housekeeping, who may do what
+--   batches/      OpenAI Batches: planned, uploaded, polled, harvested
+--   results/      what a worker reports: tags, failures, requeued images; usage; broadcasts
+--   views/        stage, progress and ETA; status, metrics, what autotag doctor asks
+--   seed          the first rows of every installation
+--   api, cron, version, grants    the public RPCs, tick and housekeeping, all rights
 --
--- Locks are taken in one order everywhere: provider row, workspaces by id (a workspace's lock also covers
--- its queues), windows by workspace, jobs by id, batches by id, tasks by id, assets.
+-- Every function takes locks in one order: provider row, workspaces by id (a workspace's lock also covers its queues), windows
+-- by workspace, jobs by id, batches by id, tasks by id, assets.
 
--- Every function fixes its search_path to pg_catalog, pg_temp (the adapter's to the host's schemas before pg_temp), and
--- every name outside pg_catalog is written with its schema.
+-- Every function sets its search_path to pg_catalog, pg_temp (the adapter's functions have the host's schemas before pg_temp),
+-- and every name outside pg_catalog has its schema.
 create schema if not exists autotag;
 
--- The login role that a worker uses is granted this role and needs nothing else:
---   create role tagger login in role autotag_worker;   -- then its password with psql's \password tagger
--- Whoever looks after autotag without being its owner is granted autotag_operator: it sees every workspace's images and
--- usage, and may have them tagged, which a worker may not.
+-- A worker's login needs this role and nothing else:
+--   create role tagger login in role autotag_worker;   -- then set its password with psql's \password tagger
+-- A person who operates autotag without being its owner needs autotag_operator. It sees every workspace's images and usage and
+-- may enqueue images, which a worker may not.
 do $$
 begin
   if not exists (select from pg_catalog.pg_roles where rolname = 'autotag_worker') then
@@ -44,112 +44,147 @@ begin
   end if;
 end $$;
 
--- The worker is not trusted either. Whoever has stolen a worker's login can call what is granted to it, with anything, and
--- can so slow down and waste what that login's workers may hold; what follows is nobody else's:
---   * A worker's id is its login's (session_user, which poolers keep): nobody acts for the workers of another login,
---     whatever ids they have learned from status(). Workers of one login are one.
---   * It acts on what its worker holds: tasks with their attempt, batches with theirs, and the look at the provider that it
---     was handed (claim_batches). Images are described only to the worker that holds them.
---   * What is reported is data: counts, waits and sizes are cut to bounds (clean_number, clean_usage), shapes are validated
---     (clean_result, clean_error), texts are made printable; what is no list of reports, or more than a worker can have, is
---     refused before any work is done (check_list). One bad report of many is that image's trouble, and not the others'.
---   * What a worker says of the provider (waits, limits, its form, its Batch API) and of the account holds for all, because
---     nobody but workers sees the provider. So it can pause tagging (each time for an hour at most), slow it and make it
---     dearer. And it can claim whatever waits, and say anything of that: it is its worker. When the login is taken away,
---     what it held goes back with the lease.
---   * It reads what it claims, and besides that what status(), metrics() and diagnose() tell: counts, ids, and one path.
+-- The database does not trust a worker. A stolen worker's login can call every function that is granted to it, with any
+-- arguments. It can slow down and waste what its workers hold, and nothing else:
+--   * A worker's id belongs to its login (session_user, which poolers keep). No login acts for the workers of another one, even
+--     if it learns their ids from status(). Workers of one login count as one.
+--   * A worker acts only on what it holds: tasks with their attempt, batches with theirs, and the poll of the provider that
+--     claim_batches assigned to it. Only the worker that holds an image learns where it is stored.
+--   * Reports are data. Counts, waits and sizes are cut to bounds (clean_number, clean_usage), shapes are validated
+--     (clean_result, clean_error), and texts are made printable. check_list refuses a report that is not a list or too long
+--     before any work is done. One bad report of many affects its own image only.
+--   * What a worker reports of the provider (waits, limits, request form, Batch API) and of the account holds for every
+--     workspace, because only workers see the provider. So a stolen login can pause tagging (an hour at most each time), slow it
+--     down and make it dearer. It can also claim queued images and report anything about them. When the login is revoked, its
+--     images are requeued as its leases run out.
+--   * It reads what it claims, and what status(), metrics() and diagnose() return: counts, ids, and one path.
 
--- The kinds of error, and what follows from each. Python has the same table (autotag/errors.py); a test compares them.
--- A kind that is not here counts as transient, so that what nobody knows can neither fail an image at once nor be tried
--- for ever.
+-- The kinds of error and their consequences. Python has the same table (autotag/errors.py); a test compares them.
+-- A kind that is not in this table is treated as transient: an unknown error neither fails an image at once nor makes it
+-- retry forever.
 create table autotag.error_kinds (
   kind text primary key,
-  counts boolean not null,               -- each one counts as a failure of its image, which ends after max_failures
-  delays boolean not null,               -- the image waits before its next try, longer each time (or as long as was asked)
-  pauses boolean not null,               -- nothing is tagged until one image that tries succeeds
-  ends boolean not null,                 -- the image ends as failed, unless the error says that another answer may help
+  counts boolean not null,               -- counts as a failure of its image, which fails for good after max_failures
+  delays boolean not null,               -- the image waits before its next try: longer each time, or as long as the error asks
+  pauses boolean not null,               -- tagging pauses until one image (the probe) succeeds
+  ends boolean not null,                 -- the image fails, unless the error says that another answer may help
   meaning text not null,
-  -- codes with which it may be the image's after all (it is too large, and a smaller one would pass): these count, too
+  -- codes that may be the image's own fault after all (too large; a smaller image would pass), so they count as failures
   suspects text[] not null default '{}'
 );
 alter table autotag.error_kinds enable row level security;
 
--- Every number that can be changed, in one row of typed columns:
+-- Every number that can be changed, as typed columns of one row:
 --   update autotag.settings set chunk_delay = '1 s';
 create table autotag.settings (
   id boolean primary key default true check (id),
 
-  -- how an upload goes, by its number of images
-  realtime_max_images integer not null default 5 check (realtime_max_images >= 0),  -- so many go as single calls, all at once
-  chunk_max_images integer not null default 50 check (chunk_max_images >= realtime_max_images),  -- so many as single calls in chunks
-  batch_max_images integer not null default 200 check (batch_max_images >= chunk_max_images),  -- so many as one batch, more as several
-  job_max_images integer not null default 50000 check (job_max_images >= batch_max_images),  -- more are refused
-  chunk_size integer not null default 5 check (chunk_size > 0),  -- images of a chunk
-  chunk_delay interval not null default '2 s' check (chunk_delay >= '0'),  -- from one chunk to the next
-  express_images integer not null default 5 check (express_images >= 0),  -- of an upload by batch, so many go ahead as single calls
-  batch_split_images integer not null default 100 check (batch_split_images > 0),  -- of each of several batches, while the window has enough of them
-  batch_max_requests integer not null default 50000 check (batch_max_requests between 1 and 50000),  -- lines of a batch's file; OpenAI's most
-  batch_max_bytes bigint not null default 200000000 check (batch_max_bytes between 1 and 200000000),  -- its bytes; OpenAI's most
-  live_images_max integer not null default 200000 check (live_images_max > 0),  -- of one workspace at the same time; more are refused until some are done
+  -- strategy: how an upload is tagged, by its number of images
+  -- up to this many images go as single calls, all at once
+  realtime_max_images integer not null default 5 check (realtime_max_images >= 0),
+  -- up to this many go as single calls in chunks
+  chunk_max_images integer not null default 50 check (chunk_max_images >= realtime_max_images),
+  -- up to this many go as one batch, more as several
+  batch_max_images integer not null default 200 check (batch_max_images >= chunk_max_images),
+  job_max_images integer not null default 50000 check (job_max_images >= batch_max_images),  -- larger uploads are refused
+  chunk_size integer not null default 5 check (chunk_size > 0),  -- images per chunk
+  chunk_delay interval not null default '2 s' check (chunk_delay >= '0'),  -- time between two chunks
+  -- images of a batch upload that are tagged at once as single calls
+  express_images integer not null default 5 check (express_images >= 0),
+  -- images per batch of a batch-parallel upload, as long as the window admits that many batches
+  batch_split_images integer not null default 100 check (batch_split_images > 0),
+  -- requests in a batch's file; OpenAI's maximum is 50,000
+  batch_max_requests integer not null default 50000 check (batch_max_requests between 1 and 50000),
+  -- bytes of a batch's file; OpenAI's maximum is 200 MB
+  batch_max_bytes bigint not null default 200000000 check (batch_max_bytes between 1 and 200000000),
+  -- unfinished images that a workspace may have; more are refused until some are done
+  live_images_max integer not null default 200000 check (live_images_max > 0),
 
   -- limits
-  realtime_requests_per_minute integer not null default 30 check (realtime_requests_per_minute > 0),  -- single calls of a workspace
-  realtime_tokens_per_minute integer not null default 100000 check (realtime_tokens_per_minute > 0),  -- their tokens
-  batch_batches_per_hour integer not null default 10 check (batch_batches_per_hour > 0),  -- batches that a workspace may start
-  batch_images_per_hour integer not null default 5000 check (batch_images_per_hour > 0),  -- their images
-  realtime_max_wait interval not null default '10 min' check (realtime_max_wait > '0'),  -- single calls that would wait longer go by the Batch API instead
-  members_may_take boolean not null default false,  -- whether members may call check_rate_limit, which takes; peek_rate_limit is theirs anyway
-  -- What may pass between the release of a call and its arrival at the provider: so much of the provider's bucket is
-  -- never used, because a bucket that was full meanwhile has not refilled.
+  -- single calls per minute and workspace
+  realtime_requests_per_minute integer not null default 30 check (realtime_requests_per_minute > 0),
+  -- tokens of single calls per minute and workspace
+  realtime_tokens_per_minute integer not null default 100000 check (realtime_tokens_per_minute > 0),
+  -- batches that a workspace may start per hour
+  batch_batches_per_hour integer not null default 10 check (batch_batches_per_hour > 0),
+  -- images in those batches
+  batch_images_per_hour integer not null default 5000 check (batch_images_per_hour > 0),
+  -- single calls that would wait longer are sent in a batch instead
+  realtime_max_wait interval not null default '10 min' check (realtime_max_wait > '0'),
+  -- whether members may call check_rate_limit, which counts against the limit; they may always call peek_rate_limit
+  members_may_take boolean not null default false,
+  -- Longest expected time from the release of a call to its arrival at the provider. This share of a minute's limit stays
+  -- unused, because a full bucket does not refill in that time.
   provider_margin interval not null default '0.25 s' check (provider_margin between '0' and '10 s'),
 
-  -- automatic mode: when what comes in is a complete upload
-  upload_quiet interval not null default '2 s' check (upload_quiet > '0'),  -- nothing has come for so long
-  upload_longest interval not null default '30 s' check (upload_longest >= upload_quiet),  -- or it began so long ago
+  -- automatic mode: when the new rows of one uploader become an upload
+  upload_quiet interval not null default '2 s' check (upload_quiet > '0'),  -- no new row for this long
+  -- or the first row is this old
+  upload_longest interval not null default '30 s' check (upload_longest >= upload_quiet),
 
-  -- what is asked of the model (how it has to be asked, its reasoning effort and its prices are its row in autotag.models)
-  model text not null default 'gpt-6-luna' check (length(model) between 1 and 100),  -- any that sees images
-  image_detail text not null default 'low' check (image_detail in ('low', 'high')),  -- low: 512 pixels a side; high: 2048
-  max_tags integer not null default 10 check (max_tags between 1 and 50),  -- of an image
-  tag_language text not null default 'English',  -- as one would tell a person
-  service_tier text not null default 'auto' check (service_tier in ('auto', 'default', 'flex', 'priority')),  -- of single calls; auto: not sent; flex: the batch price, slower, sometimes refused
-  -- The cap of an answer (max_completion_tokens) follows what answers of this model were seen to need, within these bounds.
-  min_output_tokens integer not null default 100 check (min_output_tokens between 16 and 128000),  -- the lowest cap
-  max_output_tokens integer not null default 16000 check (max_output_tokens between 50 and 128000 and max_output_tokens >= min_output_tokens),  -- the highest: an answer that is cut off gets another try with four times its cap, up to this one
-  learning_memory integer not null default 500 check (learning_memory between 20 and 100000),  -- an answer this many answers ago weighs about a third of a new one in what is reserved
+  -- the question to the model (its prices, reasoning effort and form of the request are in autotag.models)
+  model text not null default 'gpt-6-luna' check (length(model) between 1 and 100),  -- any model with vision
+  -- low: 512 pixels a side; high: 2,048
+  image_detail text not null default 'low' check (image_detail in ('low', 'high')),
+  max_tags integer not null default 10 check (max_tags between 1 and 50),  -- tags per image
+  tag_language text not null default 'English',  -- the language of tags and caption, in plain words
+  -- service tier of single calls; auto: not sent; flex: the batch price, but slower and sometimes refused
+  service_tier text not null default 'auto' check (service_tier in ('auto', 'default', 'flex', 'priority')),
+  -- Lowest cap of an answer (max_completion_tokens). The cap follows what answers of the model needed so far, between this
+  -- and max_output_tokens.
+  min_output_tokens integer not null default 100 check (min_output_tokens between 16 and 128000),
+  -- highest cap: an answer that was cut off is requested again with four times its cap, up to this
+  max_output_tokens integer not null default 16000 check (max_output_tokens between 50 and 128000 and max_output_tokens >= min_output_tokens),
+  -- how fast old answers lose weight in what is reserved: an answer this many answers ago weighs about a third of a new one
+  learning_memory integer not null default 500 check (learning_memory between 20 and 100000),
 
   -- leases, retries, polling
-  lease interval not null default '60 s' check (lease >= '1 s'),  -- a worker that is silent for so long has lost what it held
-  max_failures integer not null default 8 check (max_failures > 0),  -- transient failures before an image is given up: with the delays below some four minutes
-  max_bad_answers integer not null default 3 check (max_bad_answers > 0),  -- answers of no use (and paid for) before it is
-  retry_delay interval not null default '2 s' check (retry_delay > '0'),  -- after the first failure; each doubles it …
+  -- a worker without a heartbeat for this long loses what it holds
+  lease interval not null default '60 s' check (lease >= '1 s'),
+  -- transient failures before an image fails for good: about four minutes with the delays below
+  max_failures integer not null default 8 check (max_failures > 0),
+  -- unusable answers (each is billed) before an image fails for good
+  max_bad_answers integer not null default 3 check (max_bad_answers > 0),
+  -- delay after the first failure; it doubles with each …
+  retry_delay interval not null default '2 s' check (retry_delay > '0'),
   retry_delay_max interval not null default '60 s' check (retry_delay_max >= retry_delay),  -- … up to this
-  account_probe_interval interval not null default '10 s' check (account_probe_interval > '0'),  -- while nothing works (wrong key, no credit, unknown model), one image is tried this often
-  batch_poll_interval interval not null default '60 s' check (batch_poll_interval > '0'),  -- between looks at the batches in flight
-  batch_create_grace interval not null default '10 s' check (batch_create_grace >= '0'),  -- a create that seemed to fail may yet arrive: nobody tries again before
-  model_check_interval interval not null default '1 day' check (model_check_interval > '0'),  -- between questions to the provider about the model's end and what the provider can do
-  batch_patience interval not null default '30 min' check (batch_patience >= '0'),  -- how long smaller batches may overtake one that does not fit into OpenAI's queue
-  batch_looks_in_vain integer not null default 3 check (batch_looks_in_vain > 0),  -- looks in a row that do not find a batch at OpenAI before it is given up
-  -- A batch without progress for so long is cancelled, and its images go as single calls, where the limits allow.
+  -- while tagging is paused (wrong key, no credit, unknown model), one image is tried this often
+  account_probe_interval interval not null default '10 s' check (account_probe_interval > '0'),
+  -- time between two polls of the batches in flight
+  batch_poll_interval interval not null default '60 s' check (batch_poll_interval > '0'),
+  -- a create request that seemed to fail may still arrive: no retry before this time
+  batch_create_grace interval not null default '10 s' check (batch_create_grace >= '0'),
+  -- time between two checks of the model's end of life and of what the provider supports
+  model_check_interval interval not null default '1 day' check (model_check_interval > '0'),
+  -- how long smaller batches may overtake one that does not fit into OpenAI's queue
+  batch_patience interval not null default '30 min' check (batch_patience >= '0'),
+  -- polls in a row that do not find a batch at OpenAI before it counts as lost
+  batch_looks_in_vain integer not null default 3 check (batch_looks_in_vain > 0),
+  -- a batch without progress for this long is cancelled, and its images go as single calls if the limits allow
   batch_stuck_after interval not null default '6 h' check (batch_stuck_after > '0'),
-  batch_give_up_after interval not null default '23 h' check (batch_give_up_after > '0'),  -- the same for one that is so old (OpenAI's window is 24 h)
-  broadcast_interval interval not null default '1 s' check (broadcast_interval >= '0'),  -- between two job-progress of one upload, at least
+  -- a batch this old is cancelled likewise (OpenAI's window is 24 h)
+  batch_give_up_after interval not null default '23 h' check (batch_give_up_after > '0'),
+  -- shortest time between two job-progress broadcasts of one upload
+  broadcast_interval interval not null default '1 s' check (broadcast_interval >= '0'),
 
-  -- what is kept
-  keep_finished interval not null default '30 days' check (keep_finished > '0'),  -- finished uploads
-  keep_usage integer not null default 800 check (keep_usage >= 31),  -- days of usage; a quota of a month asks for all of it
+  -- retention
+  keep_finished interval not null default '30 days' check (keep_finished > '0'),  -- how long finished uploads are kept
+  -- days of usage; a monthly quota needs at least 31
+  keep_usage integer not null default 800 check (keep_usage >= 31),
 
-  -- what an estimate starts from, before there is any history
-  call_seconds double precision not null default 4 check (call_seconds > 0),  -- of one call
-  batch_seconds double precision not null default 2700 check (batch_seconds > 0),  -- of one OpenAI Batch
-  eta_half_life_days double precision not null default 1 check (eta_half_life_days > 0),  -- after so many days what a batch took counts half
+  -- initial estimates, until there is history
+  call_seconds double precision not null default 4 check (call_seconds > 0),  -- seconds of one call
+  batch_seconds double precision not null default 2700 check (batch_seconds > 0),  -- seconds of one OpenAI Batch
+  -- after this many days the duration of a batch weighs half
+  eta_half_life_days double precision not null default 1 check (eta_half_life_days > 0),
 
-  -- for tests
-  test_clock boolean not null default false  -- lets sessions set autotag.now and autotag.speed; nobody can bend time while this is off
+  -- tests
+  -- lets sessions set autotag.now and autotag.speed; while it is off, no session can change the time
+  test_clock boolean not null default false
 );
 alter table autotag.settings enable row level security;
 
--- What happens by the clock. pg_cron calls these where it is installed; elsewhere a worker's heartbeat does.
+-- When the periodic functions last ran. pg_cron calls them where it is installed; elsewhere a worker's heartbeat does.
 create table autotag.clock (
   id boolean primary key default true check (id),
   ticked_at timestamptz not null default '-infinity',
@@ -157,44 +192,44 @@ create table autotag.clock (
 ) with (fillfactor = 50);
 alter table autotag.clock enable row level security;
 
--- Models: what each costs, how it is asked, what its answers were like, and when it shuts down.
+-- Models: prices, form of the request, end of life, and the token use learned from their answers.
 
--- A row is one model, or one family: `gpt-6-luna` also stands for its dated snapshots (gpt-6-luna-2026-10-01), and a
--- name that ends with a star (`gemini-2.5-flash*`) for every name that begins so. Of several rows that fit, the longest
--- name counts. A model without a row works like any other; what it costs is unknown then, and said to be.
+-- A row is one model or a family. `gpt-6-luna` also covers its dated snapshots (gpt-6-luna-2026-10-01), and a name that ends
+-- with a star (`gemini-2.5-flash*`) covers every name with that prefix. If several rows match, the longest name wins. A model
+-- without a row works like any other, but its cost is unknown and shown as unknown.
 --   insert into autotag.models (name, input_price, output_price) values ('my-model', 0.10, 0.40);
 create table autotag.models (
   name text primary key check (length(name) between 1 and 100),
-  -- dollars per million tokens; null: unknown. Without a price of their own cached tokens and cache writes cost input_price
+  -- Dollars per million tokens; null: unknown. Cached tokens and cache writes without a price cost input_price.
   input_price numeric check (input_price >= 0),
   cached_price numeric check (cached_price >= 0),
   cache_write_price numeric check (cache_write_price >= 0),
   output_price numeric check (output_price >= 0),
-  batch_discount numeric not null default 0.5 check (batch_discount between 0 and 1),   -- the share taken off in a batch
+  batch_discount numeric not null default 0.5 check (batch_discount between 0 and 1),   -- discount in a batch …
   flex_discount numeric not null default 0.5 check (flex_discount between 0 and 1),     -- … and with service_tier flex
-  priority_factor numeric not null default 2 check (priority_factor >= 0),              -- what priority and fast cost of the price
-  reasons boolean,                       -- whether it can think before it answers; null: not known
-  -- asked for with every request; null: not sent, so that the model's own default holds
+  priority_factor numeric not null default 2 check (priority_factor >= 0),              -- of the price, for priority and fast
+  reasons boolean,                       -- whether it can reason before it answers; null: unknown
+  -- sent with every request; null: not sent, so the model's own default applies
   reasoning_effort text check (reasoning_effort in ('none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max')),
-  -- First guess of an image's tokens, until answers tell: so many per 32-pixel patch; or a base and so many per 512-pixel tile
+  -- First guess of an image's tokens, until answers show them: per 32-pixel patch, or a base plus tokens per 512-pixel tile.
   patch_tokens numeric check (patch_tokens > 0),
   base_tokens integer check (base_tokens >= 0),
   tile_tokens integer check (tile_tokens >= 0),
-  -- How it has to be asked: set by itself when the provider refuses a form, one step at a time
+  -- The form of the request. When the provider refuses a parameter, degrade_model() moves it to the next form.
   cap_parameter text not null default 'max_completion_tokens'
     check (cap_parameter in ('max_completion_tokens', 'max_tokens', 'none')),
   answer_format text not null default 'json_schema' check (answer_format in ('json_schema', 'json_object', 'text')),
   sends_effort boolean not null default true,
   sends_detail boolean not null default true,
   sends_tier boolean not null default true,
-  -- End of life: the API's own word, asked once a day, or what was known when this row was written
+  -- End of life: as the API reports it once a day, or as known when the row was written.
   shutdown_date date,
   successor text
 );
 alter table autotag.models enable row level security;
 
--- What answers were like: how many tokens prompts and answers had, as weights by size (sizes 2 % apart, the newest
--- counting most), one row for everything that changes them. There is no history: old weights fade.
+-- Token counts of prompts and answers as weighted histograms: sizes 2 % apart, the newest answers weigh most. One row for
+-- each combination of what changes the counts. No history is kept: old weights decay.
 create table autotag.learned (
   model text not null,
   image_detail text not null,
@@ -209,18 +244,17 @@ create table autotag.learned (
 ) with (fillfactor = 50);
 alter table autotag.learned enable row level security;
 
--- Two kinds of limit, and every call passes both.
+-- Two kinds of limit. Every call has to pass both.
 --
--- A workspace's limit is an exact sliding window: in no window of that length, wherever it starts, is more
--- admitted than the limit. Each admission is an element of three arrays in the workspace's row, oldest
--- first; admissions of the same moment share one element. It costs one narrow row update per admission,
--- and what leaves the window leaves the row with the next admission.
+-- A workspace's limit is an exact sliding window: no interval of the window's length, wherever it starts, admits more than
+-- the limit. Each admission is an element of three arrays in the workspace's row, oldest first; admissions at the same time
+-- share one element. An admission costs one update of a narrow row, and removes the elements that have left the window.
 --
 -- The provider's limit is a bucket that refills continuously, because that is how the provider meters.
 create table public.workspace_rate_limits (
   workspace_id uuid not null,
   request_type text not null check (request_type in ('realtime', 'batch')),
-  -- a workspace's own limits; null means the defaults of autotag.settings
+  -- the workspace's own limits; null: the defaults in autotag.settings
   max_requests integer check (max_requests > 0),
   max_units integer check (max_units > 0),
   -- requests are calls (realtime) or batches (batch); units are tokens (realtime) or images (batch)
@@ -233,68 +267,69 @@ alter table public.workspace_rate_limits enable row level security;
 
 create table autotag.provider_limits (
   id boolean primary key default true check (id),
-  -- the organisation's limits; the defaults are OpenAI's tier 1
+  -- the organization's limits; the defaults are OpenAI's tier 1
   requests_per_minute integer not null default 500 check (requests_per_minute > 0),
   tokens_per_minute integer not null default 200000 check (tokens_per_minute > 0),
   queued_batch_tokens bigint not null default 2000000 check (queued_batch_tokens > 0),
-  -- null: no cap known (OpenAI's tiers above 1)
+  -- null: no daily limit known (OpenAI's tiers above 1)
   requests_per_day integer default 10000 check (requests_per_day > 0),
-  -- what one image reserves: the prompt that 99 of 100 do not exceed, and the cap of the answer, because the provider counts
-  -- the cap whatever the answer uses (sync_question and learn keep them; their means say what an image costs)
+  -- The tokens that one image reserves: the prompt that 99 of 100 do not exceed, plus the answer's cap, because the provider
+  -- meters the cap and not the tokens used. The means give the cost of an image. sync_question() and learn() update all four.
   tokens_per_image integer not null default 1000 check (tokens_per_image > 0),
   output_tokens integer not null default 400 check (output_tokens > 0),
   prompt_mean integer not null default 700,
   output_mean integer not null default 200,
-  -- what is asked at present (describe_question), since when, and when an answer to it was first of use: null means that
-  -- nobody knows yet whether it works, and one image after the other tries
+  -- The present question (describe_question), since when it holds, and when an answer first proved it. proven_at null: not
+  -- proven yet, so one image at a time tries (the probe).
   question jsonb not null default '{}',
   question_version bigint not null default 0,
   question_since timestamptz not null default '-infinity',
   proven_at timestamptz default '-infinity',
-  -- what this provider can do, as its answers have shown; null: not known yet
+  -- What this provider supports, as its answers have shown; null: not known yet.
   base_url text,
-  fingerprint text,                      -- of its address and the key: another one has to prove itself (asks_another_provider, offer_switch) …
-  fingerprint_since timestamptz not null default '-infinity',   -- … by answers to calls from then on
+  -- hash of base_url and key; a different one has to be proven (asks_another_provider, offer_switch) …
+  fingerprint text,
+  fingerprint_since timestamptz not null default '-infinity',   -- … by answers to calls made after this time
   has_batches boolean,
-  batches_refused boolean not null default false,   -- an attempt has shown that there are none; else only a look-up has
+  batches_refused boolean not null default false,   -- has_batches is false because a call failed, not just a check
   has_rate_headers boolean,
-  keep_files integer default 604800,     -- seconds after which the provider deletes our files; null: it takes no expiry
-  checked_at timestamptz not null default '-infinity',   -- when it was asked about the model (check_provider)
-  -- the bucket: what is left, as of `refilled_at`
+  keep_files integer default 604800,     -- seconds after which the provider deletes our files; null: it supports no expiry
+  checked_at timestamptz not null default '-infinity',   -- last check of model and provider (claim_batches: look_up)
+  -- the bucket: what was left at refilled_at
   requests_left double precision not null default 500,
   tokens_left double precision not null default 200000,
   day_left double precision not null default 10000,
   refilled_at timestamptz not null default '-infinity',
-  -- nobody calls before this moment (retry-after)
+  -- no calls before this time (retry-after)
   blocked_until timestamptz not null default '-infinity',
-  -- 429s keep coming since `limited_since`, the last at `limited_at`; a minute without one ends it
+  -- 429s keep coming since limited_since, the last at limited_at; one minute without a 429 ends the series
   limited_since timestamptz,
   limited_at timestamptz not null default '-infinity',
-  -- why nothing can be tagged (bad key, no credit, unknown model): the lanes stand still but for a probe
+  -- Why tagging is paused (wrong key, no credit, unknown model). Only the probe runs.
   account_error text,
-  account_error_from text,               -- provider, batch, poll, storage, host or worker: who complained
+  account_error_from text,               -- origin of the error: provider, batch, poll, storage, host or worker
   account_error_at timestamptz,
   probe_at timestamptz,
-  -- one list call covers every batch in flight
+  -- the next poll; one list call covers every batch in flight
   next_poll_at timestamptz not null default '-infinity',
-  ask_after timestamptz not null default '-infinity',    -- nor is anything else asked about batches, files and models before (retry-after)
-  -- start-time fair queueing: the clock of the workspace served last
+  ask_after timestamptz not null default '-infinity',    -- no call about batches, files or models before (retry-after)
+  -- start-time fair queueing: the virtual time of the workspace served last
   virtual_time double precision not null default 0,
-  -- what waits for single calls, counted by claim() at most once a second
+  -- single calls that wait to be released; claim() counts them at most once a second
   waiting_images bigint not null default 0,
   waiting_workspaces bigint not null default 0,
   waiting_at timestamptz not null default '-infinity'
 ) with (fillfactor = 50);
 alter table autotag.provider_limits enable row level security;
 
--- Uploads and their images; which way an upload goes, and how long that takes.
+-- Uploads (jobs), their images (tasks), and the queues of single calls.
 
--- A workspace with work that waits for single calls: its place in the fair order. Its lock covers its queues.
+-- A workspace with single calls waiting: its place in fair queueing. The row's lock also covers its queues.
 create table autotag.workspaces (
   workspace_id uuid primary key,
   queued integer not null default 0 check (queued >= 0),
   virtual_time double precision not null default 0,
-  -- not ready: nothing may be released before ready_at (its window is full, or its chunks are paced)
+  -- false: nothing may be released before ready_at (the window is full, or chunk_delay has not passed)
   ready boolean not null default true,
   ready_at timestamptz not null default '-infinity'
 ) with (fillfactor = 50);
@@ -305,7 +340,7 @@ alter table autotag.workspaces enable row level security;
 create table autotag.jobs (
   id uuid primary key default gen_random_uuid(),
   workspace_id uuid not null,
-  user_id uuid,                         -- who uploaded; null for the service role
+  user_id uuid,                         -- the uploader; null: the service role
   strategy text not null check (strategy in ('realtime', 'realtime-chunked', 'batch', 'batch-parallel')),
   image_count integer not null check (image_count > 0),
   completed integer not null default 0,
@@ -313,12 +348,12 @@ create table autotag.jobs (
   created_at timestamptz not null,
   cancelled_at timestamptz,
   finished_at timestamptz,
-  fallback text,                        -- why images that would have been single calls go by batch
-  eta timestamptz,                      -- the median of when it will be done …
-  eta_p90 timestamptz,                  -- … and what it will be done by in nine cases of ten
+  fallback text,                        -- why images go another way than the strategy says, as a sentence for users
+  eta timestamptz,                      -- median of the predicted end …
+  eta_p90 timestamptz,                  -- … and its 90th percentile
   progress integer not null default 0 check (progress between 0 and 100),
-  told_at timestamptz not null default '-infinity',   -- when job-progress was broadcast last
-  traceparent text,                     -- of the request that made it (W3C Trace Context), where it had one
+  told_at timestamptz not null default '-infinity',   -- when job-progress was last broadcast
+  traceparent text,                     -- of the HTTP request that made the job (W3C Trace Context), if it had one
   check (completed >= 0 and failed >= 0 and completed + failed <= image_count),
   check ((finished_at is not null) = (completed + failed = image_count))
 ) with (fillfactor = 50);
@@ -328,54 +363,53 @@ create index jobs_live_idx on autotag.jobs (workspace_id) where finished_at is n
 create index jobs_live_user_idx on autotag.jobs (user_id) where finished_at is null;
 alter table autotag.jobs enable row level security;
 
--- The single calls of one job that wait to be released, in upload order behind a cursor: what lies at or
--- before it was released already, so that a claim never crawls through dead index entries. A row lives as
--- long as its job.
+-- The single calls of one job that wait to be released, in upload order. Every task up to and including `cursor` has been
+-- released, so a claim never scans dead index entries. A row lives as long as its job.
 create table autotag.queues (
   job_id uuid primary key references autotag.jobs on delete cascade,
   workspace_id uuid not null,
   queued integer not null default 0 check (queued >= 0),
-  released integer not null default 0,  -- the job that got least goes first: small uploads pass large ones
+  released integer not null default 0,  -- the job with the fewest released goes first: small uploads pass large ones
   cursor bigint not null default 0,
-  reached bigint not null default 0,    -- the last task that was ever released: none behind it is held
-  output_tokens integer,                -- the least cap that one of them needs, where an answer was cut off
-  chunk integer,                        -- at most so many at a time (null: all at once) …
-  ready_at timestamptz not null default '-infinity'   -- … and the next not before this moment
+  reached bigint not null default 0,    -- the last task that was ever released: no later task is held by a worker
+  output_tokens integer,                -- largest cap that one of the waiting tasks needs, where an answer was cut off
+  chunk integer,                        -- at most this many at a time (null: all at once) …
+  ready_at timestamptz not null default '-infinity'   -- … and no more before this time
 ) with (fillfactor = 50);
 create index queues_turn_idx on autotag.queues (workspace_id, released, job_id) where queued > 0;
 alter table autotag.queues enable row level security;
 
--- One image of one job, for as long as there is something to do about it: with its tags stored it is gone, and the
--- table stays as small as the work in hand, however many images there were. A failed one stays with its job, for
--- retry_tagging(). Its lane and who holds it decide what happens next; its stage is what users see.
+-- One image of one job. The row is deleted when the image's tags are stored, so the table stays as small as the work in
+-- progress. A failed task stays as long as its job, for retry_tagging(). Lane and worker decide what happens next; the stage
+-- is what users see.
 --
--- No index knows who holds a task, so that a claim's update stays on its page (HOT) and costs the same however
--- many tasks there are; whose tasks are whose is found by way of the queues (held_tasks).
+-- No index contains worker_id: the update of a claim stays on its page (HOT) and costs the same at any table size.
+-- held_tasks() finds a worker's tasks through the queues instead.
 create table autotag.tasks (
   id bigint generated always as identity primary key,
   job_id uuid not null references autotag.jobs on delete cascade,
   workspace_id uuid not null,
   asset_id uuid not null,
-  seen uuid,                            -- md5 of the file that whoever asked may see; null: they were not asked about
+  seen uuid,                            -- md5 of the file that the caller of enqueue_tagging may see; null: not checked
   stage text not null default 'queued' check (stage in
     ('queued', 'preparing', 'submitted', 'processing', 'completing', 'failed')),
   lane text not null check (lane in ('realtime', 'batch')),
-  attempt integer not null default 0,   -- grows with every claim; a report with an older one is refused
+  attempt integer not null default 0,   -- grows with every claim; a report with an older attempt is refused
   failures integer not null default 0,
-  worker_id uuid,                       -- who holds it (realtime lane)
-  batch_id uuid,                        -- which batch it belongs to (batch lane)
-  reserved_at timestamptz,              -- its place in the workspace's window, and what it reserved there
+  worker_id uuid,                       -- the worker that holds it (realtime lane)
+  batch_id uuid,                        -- its batch (batch lane)
+  reserved_at timestamptz,              -- when it was admitted to the workspace's window, and the tokens it reserved there
   reserved_tokens integer,
-  output_tokens integer,                -- the cap of the answer that was asked for
-  min_output_tokens integer,            -- the least cap of the next try: an answer was cut off
-  retry_at timestamptz,                 -- parked until then
+  output_tokens integer,                -- the cap of the answer, as it was requested
+  min_output_tokens integer,            -- lowest cap of the next try, after an answer was cut off
+  retry_at timestamptz,                 -- delayed until then
   error_code text,
   error text,
   finished_at timestamptz,
   check ((finished_at is not null) = (stage = 'failed')),
   check (worker_id is null or lane = 'realtime'),
   check (finished_at is null or worker_id is null)
-) with (fillfactor = 45);  -- room for the claim of every task on its page
+) with (fillfactor = 45);  -- room on the page for the update of each task's claim
 
 create unique index tasks_live_asset_idx on autotag.tasks (asset_id) where finished_at is null;
 create index tasks_job_id_idx on autotag.tasks (job_id, id);
@@ -383,35 +417,45 @@ create index tasks_batch_idx on autotag.tasks (batch_id, id) where batch_id is n
 create index tasks_parked_idx on autotag.tasks (retry_at) where retry_at is not null;
 alter table autotag.tasks enable row level security;
 
--- OpenAI Batches: one row is one batch at OpenAI, whatever dies when.
+-- Which way an upload goes.
+create type autotag.upload_plan as (
+  strategy text,
+  fallback text,               -- why it is another than its size says
+  wait interval,               -- what single calls are expected to wait for the limits
+  batches integer,
+  express integer,             -- images that go as single calls
+  chunk integer                -- of which at most so many at a time; null: all at once
+);
+
+-- OpenAI Batches: one row is one batch at OpenAI, whichever worker dies at whichever step.
 --
 --   planned ─► preparing ─► uploading ─► creating ─► submitted ─► ended ─► harvesting ─► done
 --      ▲  (images fetched,   (input file  (about to   (OpenAI has  (OpenAI  (answers are
 --      │   file built)        uploaded)    create)     it)          is done) stored)
---      └── OpenAI's queue was full: again later (with the file)       cancelled: before OpenAI had it
+--      └── OpenAI's queue was full: retried later (with its file)      cancelled: before OpenAI had it
 --
--- A worker that takes over a row in `creating` looks at OpenAI first and adopts the batch that carries the
--- row's id in its metadata. Whoever holds a row has its `attempt`; a call with an older one is refused.
--- A file's id stays in the row until the file is deleted at OpenAI, so that whoever comes next can do it.
+-- A worker that takes over a row in `creating` first lists the batches at OpenAI and adopts the one that carries the row's
+-- id in its metadata. The worker that holds a row knows its `attempt`; a call with an older attempt is refused.
+-- A file's id stays in the row until the file is deleted at OpenAI, so that any worker can delete it.
 create table autotag.batches (
   id uuid primary key default gen_random_uuid(),
   job_id uuid not null references autotag.jobs on delete cascade,
   workspace_id uuid not null,
   ordinal integer not null,              -- 1 is the priority batch of its job
-  image_count integer not null check (image_count > 0),   -- its share of the upload …
-  express_count integer not null default 0,               -- … of which so many went as single calls
+  image_count integer not null check (image_count > 0),   -- images of the upload in this batch …
+  express_count integer not null default 0,               -- … and how many of them went as single calls (express)
   state text not null default 'planned' check (state in ('planned', 'preparing', 'uploading', 'creating',
     'submitted', 'ended', 'harvesting', 'done', 'cancelled')),
   worker_id uuid,
   attempt integer not null default 0,
   failures integer not null default 0,
   not_before timestamptz not null default '-infinity',
-  admitted_at timestamptz,               -- its place in the workspace's window, taken once
-  output_tokens integer,                 -- the cap of its answers, and when it was built with what was asked then
-  asked_at timestamptz,
-  keep_files integer,                    -- what its files are asked to be kept for (provider_limits.keep_files then)
-  extra_tokens bigint not null default 0,     -- what its images need more than others, after answers that were cut off
-  reserved_tokens bigint not null default 0,  -- its share of the provider's queued-token limit, until OpenAI is done with it
+  admitted_at timestamptz,               -- when it was admitted to the workspace's window; it is admitted once
+  output_tokens integer,                 -- the cap of its answers
+  asked_at timestamptz,                  -- when its file was built; shows which question it asks
+  keep_files integer,                    -- seconds after which OpenAI deletes its files (provider_limits.keep_files then)
+  extra_tokens bigint not null default 0,     -- tokens to reserve beyond the usual: some of its images had answers cut off
+  reserved_tokens bigint not null default 0,  -- what it takes of the provider's queued-token limit, until OpenAI is done with it
   openai_batch_id text unique,
   openai_status text,
   input_file_id text,
@@ -419,14 +463,14 @@ create table autotag.batches (
   error_file_id text,
   request_total integer not null default 0,
   request_done integer not null default 0,    -- answered or failed, as OpenAI counts
-  running_at timestamptz,                     -- when OpenAI was first seen to work on it
-  predicted_seconds double precision,         -- what it was expected to take when OpenAI got it
-  progress_at timestamptz,                    -- when a look at it last saw something new
-  looks_in_vain integer not null default 0,   -- … and how many in a row did not find it at OpenAI …
-  vain_look_at timestamptz,                   -- … of which this was the last (workers.look_at): each counts once
+  running_at timestamptz,                     -- when a poll first saw OpenAI working on it
+  predicted_seconds double precision,         -- predicted duration at the time OpenAI got it
+  progress_at timestamptz,                    -- when a poll last saw a change
+  looks_in_vain integer not null default 0,   -- polls in a row that did not find it at OpenAI …
+  vain_look_at timestamptz,                   -- … and the last of them (workers.look_at): each poll counts once
   cancel_requested boolean not null default false,
-  stuck boolean not null default false,       -- given up: what OpenAI has not done goes as single calls
-  stored boolean not null default false,      -- all its rows are stored and batch-complete is sent
+  stuck boolean not null default false,       -- no progress for too long: what OpenAI has not done goes as single calls
+  stored boolean not null default false,      -- all its answers are stored and batch-complete is broadcast
   error text,
   created_at timestamptz not null,
   submitted_at timestamptz,
@@ -444,45 +488,51 @@ create index batches_reserved_idx on autotag.batches (workspace_id) include (res
 create index batches_workspace_planned_idx on autotag.batches (workspace_id) where state = 'planned';
 alter table autotag.batches enable row level security;
 
--- Workers and their leases: what a worker holds goes back when its heart stops.
+-- The provider's queue of batch tokens, and whether there is room in it for all that waits.
+create type autotag.batch_queue as (
+  tokens bigint,               -- of what the provider has, or is about to have
+  short boolean,               -- not all that waits can be queued there at the same time
+  patient_since timestamptz    -- if so, what waits since then is not passed any more
+);
 
--- A worker's heartbeat is the lease of everything it holds: when it stops, all of that goes back.
+-- Workers and their leases. One heartbeat extends the lease on everything that the worker holds; when the lease ends, all
+-- of it is released.
 create table autotag.workers (
   id uuid primary key,
   host text not null,
   version text not null,
-  listening boolean not null default true,   -- false: behind a transaction pooler, polls
+  listening boolean not null default true,   -- false: polls, because it is behind a transaction pooler
   started_at timestamptz not null,
   seen_at timestamptz not null,
   lease_until timestamptz not null,
   unsent integer not null default 0,         -- calls released to it that it has not sent yet
-  base_url text,                             -- of the provider that it asks …
-  fingerprint text,                          -- … and what stands for that and its key
-  look_at timestamptz,                       -- when it was handed a look at the provider last (claim_batches)
-  login name not null default session_user   -- whose it is: nobody else acts for it
+  base_url text,                             -- the provider's address that it calls …
+  fingerprint text,                          -- … and the hash of that address and its key
+  look_at timestamptz,                       -- when it was last assigned a poll of the provider (claim_batches)
+  login name not null default session_user   -- the login that registered it: no other login may act for it
 ) with (fillfactor = 50);
 create index workers_lease_until_idx on autotag.workers (lease_until);
 create index workers_login_idx on autotag.workers (login);
 alter table autotag.workers enable row level security;
 
--- What was used (usage), what may be used (quotas), and how long batches took (durations).
+-- Usage, quotas, and the durations of batches.
 
--- Who used what: one row per workspace, user, day (UTC), model and service tier, as the provider's own usage figures say.
+-- Usage: one row per workspace, user, day (UTC), model and service tier, from the figures that the provider returns.
 create table autotag.usage (
   id bigint generated always as identity primary key,
   workspace_id uuid not null,
   user_id uuid,
   day date not null,
-  model text not null,                   -- that answered, by its own word
-  service_tier text not null,            -- that it was billed in: default, flex, priority …, or batch
+  model text not null,                   -- the model that answered, as the provider names it
+  service_tier text not null,            -- the tier it was billed at: default, flex, priority …, or batch
   images integer not null default 0,     -- images tagged
   requests integer not null default 0,   -- answers the provider billed
-  input_tokens bigint not null default 0,         -- prompts, the cached tokens included
+  input_tokens bigint not null default 0,         -- prompts, including cached tokens
   cached_tokens bigint not null default 0,
   cache_write_tokens bigint not null default 0,
-  output_tokens bigint not null default 0,        -- answers, the reasoning included
+  output_tokens bigint not null default 0,        -- answers, including reasoning
   reasoning_tokens bigint not null default 0,
-  cost numeric                           -- dollars, by the prices of autotag.models then; null: the model has none
+  cost numeric                           -- dollars, by the prices in autotag.models at that time; null: no price known
 ) with (fillfactor = 50);
 create unique index usage_key on autotag.usage (workspace_id, day, user_id, model, service_tier) nulls not distinct;
 create index usage_day_idx on autotag.usage (day);
@@ -490,11 +540,11 @@ create index usage_user_idx on autotag.usage (user_id, day);
 create index usage_unpriced_idx on autotag.usage (model) where cost is null;
 alter table autotag.usage enable row level security;
 
--- What may be used: images and dollars, a day or a month (UTC), by a workspace as a whole or by each of its users.
+-- Quotas: images and dollars per day or month (UTC), for a workspace as a whole or for each of its users.
 --   insert into autotag.quotas (scope, period, max_images) values ('user', 'day', 500);          -- every user
 --   insert into autotag.quotas (workspace_id, scope, period, max_cost) values ('…', 'workspace', 'month', 20);
--- Of several that fit, for each scope and period the one that names the user counts, else the one that names the
--- workspace, else the general one. A null maximum is no limit, so that a special quota can also lift a general one.
+-- For each scope and period one quota applies: the one that names the user, else the one that names the workspace, else the
+-- general one. A null maximum is no limit, so a specific quota can also lift a general one.
 create table autotag.quotas (
   id bigint generated always as identity primary key,
   workspace_id uuid,                     -- null: every workspace
@@ -508,7 +558,7 @@ create table autotag.quotas (
 create unique index quotas_key on autotag.quotas (scope, period, workspace_id, user_id) nulls not distinct;
 alter table autotag.quotas enable row level security;
 
--- How long OpenAI took for the batches that it completed.
+-- How long OpenAI took for each batch that it completed.
 create table autotag.durations (
   id bigint generated always as identity primary key,
   images integer not null check (images > 0),
@@ -518,17 +568,17 @@ create table autotag.durations (
 create index durations_started_at_idx on autotag.durations (started_at);
 alter table autotag.durations enable row level security;
 
--- Automatic mode: nobody has to call enqueue_tagging. New rows of the host's assets are collected per
--- workspace and uploader, and sealed into one job when nothing has come for a while, so that a client that
--- inserts 300 rows one by one still gets one `batch-parallel` upload.
+-- Automatic mode: no call of enqueue_tagging is needed. New rows of the host's images are collected per workspace and
+-- uploader, and become one job when no row has come for a while: a client that inserts 300 rows one by one still gets one
+-- `batch-parallel` upload.
 --
 --   insert ─► autotag_collect (adapter) ─► collect(): uploads + arrivals ─► claim() ─► seal_upload() ─► a job
 
--- An upload that is still coming in.
+-- An upload whose images are still coming in.
 create table autotag.uploads (
   id bigint generated always as identity primary key,
   workspace_id uuid not null,
-  user_id uuid,                          -- who uploads; null for the service role
+  user_id uuid,                          -- the uploader; null: the service role
   first_at timestamptz not null,
   seal_at timestamptz not null
 );
@@ -544,13 +594,10 @@ create table autotag.arrivals (
 create index arrivals_upload_id_idx on autotag.arrivals (upload_id, id);
 alter table autotag.arrivals enable row level security;
 
--- Messages on their way out (outbox) and deliveries that have arrived (webhooks).
+-- Outgoing messages (outbox) and webhook deliveries from OpenAI (webhooks).
 
--- OpenAI says by webhook that a batch has ended. The word is taken for a hint and not for the truth: it makes
--- the workers look at OpenAI now instead of within a minute, and what they see there counts.
-
--- Where realtime.send() does not exist (older self-hosted stacks) messages wait here, and a worker delivers
--- them through Realtime's HTTP broadcast endpoint.
+-- Messages wait here where realtime.send() does not exist (older self-hosted stacks). A worker delivers them through
+-- Realtime's HTTP broadcast endpoint.
 create table autotag.outbox (
   id bigint generated always as identity primary key,
   topic text not null,
@@ -561,7 +608,9 @@ create table autotag.outbox (
 );
 alter table autotag.outbox enable row level security;
 
--- Deliveries by their id, so that one that comes again (OpenAI retries for up to 72 hours) does nothing.
+-- OpenAI's webhooks report that a batch has ended. A delivery is only a hint: the workers poll OpenAI now instead of within
+-- a minute, and act on what the poll returns. Deliveries are kept by id, so that a repeated one does nothing (OpenAI retries
+-- for up to 72 hours).
 create table autotag.webhooks (
   id text primary key check (length(id) between 1 and 200),
   openai_batch_id text not null check (length(openai_batch_id) between 1 and 200),
@@ -571,28 +620,41 @@ create index webhooks_batch_idx on autotag.webhooks (openai_batch_id);
 create index webhooks_received_at_idx on autotag.webhooks (received_at);
 alter table autotag.webhooks enable row level security;
 
--- The type in which outcomes travel between functions.
+-- The types that carry results and errors between functions.
 
--- An answer about one image, or why there is none (error), with what is known of its task.
+-- The answer about one image, or the error instead of one, with what the other functions need of its task.
 create type autotag.answer as (
   task bigint,
   attempt integer,
   job_id uuid,
   workspace_id uuid,
-  reserved_at timestamptz,     -- single calls: what settle() needs to correct the reservation
+  reserved_at timestamptz,     -- single calls: settle() needs these two to correct the reservation
   reserved_tokens integer,
-  output_tokens integer,       -- the cap of the answer that was asked for
+  output_tokens integer,       -- the cap of the answer, as it was requested
   result jsonb,                -- {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}
   error jsonb,                 -- {kind, code, message, retry, retry_after, origin, parameter}
-  usage jsonb,                 -- as clean_usage() makes it, whenever the provider answered
-  called boolean               -- whether it was asked at all
+  usage jsonb,                 -- as clean_usage() returns it; null: the provider gave no figures
+  called boolean               -- whether the call was sent
 );
 
--- autotag's own clock. Tests may bend it; everything else reads the time here.
+-- The state of one batch, as a poll of OpenAI showed it.
+create type autotag.batch_look as (
+  id text,                     -- OpenAI's
+  status text,
+  output_file_id text,
+  error_file_id text,
+  total integer,               -- lines of the batch
+  done integer,                -- lines that are answered or have failed
+  error_code text,
+  error text,
+  error_kind text
+);
 
--- How much faster than the real one autotag's clock runs: 1, but in tests and benches that compress time
--- (`alter database … set autotag.speed = 10`). In plpgsql, as all that is called often: its plans are kept, while
--- a function in SQL that cannot be inlined is planned with every call.
+-- autotag's clock. Tests can change it; all other code reads the time here.
+
+-- How much faster autotag's clock runs than real time: 1, except in tests and benchmarks that compress time
+-- (`alter database … set autotag.speed = 10`). Like every function that is called often it is in plpgsql, which keeps its
+-- plans; an SQL function that cannot be inlined is planned with every call.
 create or replace function autotag.speed() returns double precision
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -603,7 +665,7 @@ begin
   return coalesce(nullif(current_setting('autotag.speed', true), '')::double precision, 1);
 end $$;
 
--- The time, everywhere in autotag. It moves within a transaction, so that a lock waited for counts.
+-- The current time, for all of autotag. It advances within a transaction, so that time spent waiting for a lock counts.
 create or replace function autotag.now() returns timestamptz
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -615,7 +677,7 @@ begin
     timestamptz '2026-01-01' + (clock_timestamp() - timestamptz '2026-01-01') * autotag.speed());
 end $$;
 
--- Seconds that a worker has to wait for what is so far away on autotag's clock, and the other way round.
+-- Real seconds in an interval of autotag's clock. clock_interval() is the inverse.
 create or replace function autotag.real_seconds(p_interval interval) returns double precision
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -623,7 +685,7 @@ begin
   return extract(epoch from p_interval) / autotag.speed();
 end $$;
 
--- A moment of autotag's clock as others count it: epoch seconds.
+-- A time of autotag's clock as real epoch seconds.
 create or replace function autotag.real_epoch(p_moment timestamptz) returns double precision
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -638,11 +700,10 @@ begin
   return make_interval(secs => p_real_seconds * autotag.speed());
 end $$;
 
--- How a call is refused, and what every function does with values from outside. `check_…` refuses, `clean_…` returns a value
--- within its bounds.
+-- Refusals, and checks of values from outside. `check_…` refuses an invalid value, `clean_…` returns a valid one.
 
--- The one way to refuse a call. PostgREST turns the sqlstate PTnnn into HTTP status nnn and hands message,
--- detail and hint through; the detail is JSON with a stable `code` and whatever a program needs to react.
+-- Refuses a call; every refusal goes through here. PostgREST turns the sqlstate PTnnn into HTTP status nnn and passes
+-- message, detail and hint on. The detail is JSON: a stable `code` and the data that a program needs to react.
 create or replace function autotag.refuse(
   p_status integer, p_code text, p_message text, p_hint text, p_detail jsonb default '{}'
 ) returns void
@@ -654,8 +715,8 @@ begin
     detail = (jsonb_build_object('code', p_code) || p_detail)::text;
 end $$;
 
--- Whether a text has nothing in it that controls, turns the direction of writing or is invisible, and no white space but
--- blanks. (Two that join letters are as good as letters: U+200C and U+200D.)
+-- Whether a text is printable: no control, bidirectional or invisible characters, and no white space but U+0020. U+200C and
+-- U+200D (joiners) count as letters.
 create or replace function autotag.is_plain(p_text text) returns boolean
 language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -663,15 +724,15 @@ begin
   return p_text !~ '[\u0001-\u001f\u007f-\u00a0\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u1680\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f\u3000\ue000-\uf8ff\ufdd0-\ufdef\ufeff\ufff0-\ufffb\ufffe\uffff\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U00040000-\U000e00ff\U000e01f0-\U000e0fff\U000f0000-\U0010ffff]';
 end $$;
 
--- Anybody's text as it is stored and shown: one line of at most p_length characters that moves no cursor, hides nothing and
--- forges nothing. White space, line ends included, becomes one blank; what controls, turns the direction of writing or is
--- invisible is spelled out (\x1b, \u202e), so that whoever reads it sees the attempt; what is cut ends in “…”. The worker does
--- the same (autotag/texts.py); a test compares them.
+-- A text from outside in the form in which it is stored and shown: one line of at most p_length characters that cannot move
+-- the cursor, hide text or imitate output. Any white space, including line ends, becomes one space. Control, bidirectional
+-- and invisible characters are escaped (\x1b, \u202e), so that a reader sees them. A text that was cut ends in “…”. The
+-- worker does the same (autotag/texts.py); a test compares the two.
 create or replace function autotag.printable(p_text text, p_length integer) returns text
 language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_text text := left(p_text, 4 * p_length);   -- what is cut off is never looked at
+  v_text text := left(p_text, 4 * p_length);   -- what is cut off is not scanned
 begin
   if not autotag.is_plain(v_text) then
     v_text := regexp_replace(v_text,
@@ -692,12 +753,12 @@ begin
   return v_text;
 end $$;
 
--- Validates an id of something at the provider (batch_…, file-…): null for what can be none.
+-- Validates an id of an object at the provider (batch_…, file-…). Null: invalid.
 create or replace function autotag.clean_id(p_id text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$ select case when p_id ~ '^[A-Za-z0-9][A-Za-z0-9_.:/=-]{0,199}$' then p_id end $$;
 
--- Validates a number that a worker reports and cuts it to bounds that make sense: null for what is none.
+-- Validates a number in a worker's report and clamps it to [p_least, p_most]. Null: not a number.
 create or replace function autotag.clean_number(p_report jsonb, p_name text, p_least double precision, p_most double precision)
 returns double precision
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
@@ -707,7 +768,7 @@ begin
     then least(greatest((p_report -> p_name)::numeric, p_least::numeric), p_most::numeric)::double precision end;
 end $$;
 
--- Refuses what is no list of reports, or is more than a worker can have to say at once.
+-- Refuses a report that is not a list, or that is larger than a worker ever needs: 10,000 items or 50 MB.
 create or replace function autotag.check_list(p_list jsonb) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
@@ -715,23 +776,23 @@ begin
   if p_list is null or jsonb_typeof(p_list) <> 'array' then
     perform autotag.refuse(400, 'bad_report', 'A report has to be a list.', 'Pass a JSON array of objects.');
   elsif jsonb_array_length(p_list) > 10000 or pg_column_size(p_list) > 50000000 then
-    perform autotag.refuse(413, 'report_too_large', 'This report is larger than a worker''s can be.',
-      'Report at most 10,000 things and 50 MB at a time.');
+    perform autotag.refuse(413, 'report_too_large', 'This report is too large.',
+      'Send at most 10,000 items and 50 MB in one report.');
   end if;
 end $$;
 
--- The same of a list of ids.
+-- The same for a list of ids.
 create or replace function autotag.check_ids(p_count integer) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_count > 10000 then
-    perform autotag.refuse(413, 'report_too_large', 'This report is larger than a worker''s can be.',
-      'Name at most 10,000 ids at a time.');
+    perform autotag.refuse(413, 'report_too_large', 'This report is too large.',
+      'Pass at most 10,000 ids at a time.');
   end if;
 end $$;
 
--- Validates a batch's status as the provider says it: null for what is none. `gone`: it does not know the batch.
+-- Validates a batch's status as the provider returns it. Null: invalid. `gone`: the provider does not know the batch.
 create or replace function autotag.clean_status(p_status text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -740,7 +801,7 @@ as $$
     then p_status end
 $$;
 
--- Refuses a worker of another version than the schema's: their first two numbers have to be the same.
+-- Refuses a worker whose major and minor version differ from the schema's.
 create or replace function autotag.check_version(p_version text) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -750,15 +811,15 @@ declare
 begin
   if v_worker is distinct from v_schema then
     perform autotag.refuse(426, 'versions_differ',
-      format('This worker is autotag %s, and the database''s schema is of autotag %s.',
-        coalesce(autotag.printable(p_version, 50), 'of no version'), autotag.schema_version()),
+      format('This worker is autotag %s, but the database has the schema of autotag %s.',
+        coalesce(autotag.printable(p_version, 50), '(no version)'), autotag.schema_version()),
       case when v_worker > v_schema then 'Apply the new migrations: autotag migrate, or supabase db push.'
-        else format('Install the worker that belongs to it: pip install ''supabase-autotag==%s.%s.*''.',
+        else format('Install the matching worker: pip install ''supabase-autotag==%s.%s.*''.',
           v_schema[1], v_schema[2]) end);
   end if;
 end $$;
 
--- Refuses a number of images that no upload can have.
+-- Refuses a number of images that no upload can have: none, or more than settings.job_max_images.
 create or replace function autotag.check_image_count(p_images integer) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -775,10 +836,10 @@ begin
   end if;
 end $$;
 
--- Who calls: a service, a member of a workspace, a worker's login.
+-- Identity of the caller: a service, a member of a workspace, or a worker's login.
 
--- Whether the caller is trusted with every workspace: the service role over HTTP, or a direct connection
--- behind which stands no user (no JWT claims, and neither the API's login role nor a role it becomes).
+-- Whether the caller may act for every workspace: the service role over HTTP, or a direct connection without a user (no JWT
+-- claims, and neither the API's login role nor a role that it switches to).
 create or replace function autotag.is_service() returns boolean
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
@@ -796,14 +857,14 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_workspace_id is null then
-    perform autotag.refuse(400, 'no_workspace', 'There is no workspace.', 'Pass the id of a workspace.');
+    perform autotag.refuse(400, 'no_workspace', 'No workspace was given.', 'Pass the id of a workspace.');
   elsif not autotag.is_service() and not autotag.is_member(p_workspace_id) then
-    perform autotag.refuse(403, 'not_a_member', 'This workspace is not yours.',
+    perform autotag.refuse(403, 'not_a_member', 'You are not a member of this workspace.',
       'Sign in as one of its members.', jsonb_build_object('workspace_id', p_workspace_id));
   end if;
 end $$;
 
--- The job, or the refusal that it does not exist or is not the caller's.
+-- Returns the job. Refuses a job that does not exist or belongs to another workspace.
 create or replace function autotag.visible_job(p_job_id uuid) returns autotag.jobs
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -811,14 +872,14 @@ declare
   v_job autotag.jobs;
 begin
   select * into v_job from autotag.jobs j where j.id = p_job_id;
-  -- Somebody else's job is as unknown as one that never was: ids of jobs are no secret worth telling.
+  -- Both cases get the same refusal, so that a caller cannot find out which ids exist.
   if not found or not (autotag.is_service() or autotag.is_member(v_job.workspace_id)) then
     perform autotag.refuse(404, 'unknown_job', 'There is no such upload.', 'Pass the job_id that enqueue_tagging returned.');
   end if;
   return v_job;
 end $$;
 
--- The traceparent header of the HTTP request behind this call, if it had one that is well-formed.
+-- The traceparent header of the HTTP request behind this call; null: it has none, or none that is well-formed.
 create or replace function autotag.request_traceparent() returns text
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
@@ -833,7 +894,7 @@ exception when invalid_text_representation then
   return null;
 end $$;
 
--- Whether a worker is of the login that calls. A worker that is not known (its lease has run out) is nobody's.
+-- Whether this worker is registered by the login that calls. A worker whose lease has ended is registered by none.
 create or replace function autotag.is_own_worker(p_worker uuid) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -841,20 +902,20 @@ begin
   return exists (select from autotag.workers w where w.id = p_worker and w.login = session_user);
 end $$;
 
--- Models as rows of autotag.models: which row a name means, what an answer costs, how a model is asked, when it shuts down.
+-- Models as rows of autotag.models: finding the row of a name, prices, the question, end of life.
 
--- Whether a row of this name stands for a model.
+-- Whether the row p_row covers the model p_model.
 create or replace function autotag.names_model(p_row text, p_model text) returns boolean
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select p_model = p_row
     or right(p_row, 1) = '*' and starts_with(p_model, left(p_row, -1))
-    -- asked for mistral-small-latest, mistral-small-2506 answers
+    -- a request for mistral-small-latest is answered by mistral-small-2506
     or right(p_row, 7) = '-latest' and starts_with(p_model, left(p_row, -6))
     or starts_with(p_model, p_row) and substr(p_model, length(p_row) + 1) ~ '^[-@](latest|\d{4}-?\d{2}-?\d{2}|\d{4})$'
 $$;
 
--- The row that stands for a model; all null when there is none.
+-- The row of a model; all columns are null when there is none.
 create or replace function autotag.find_model(p_model text) returns autotag.models
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -869,8 +930,8 @@ begin
   return v_row;
 end $$;
 
--- Dollars that tokens of a model cost in a service tier (`batch` for a batch); null: unknown, because the model has no
--- prices or nobody knows the tier. Input counts the cached and cache-written tokens too, as OpenAI's figures do.
+-- Price of a model's tokens in a service tier (`batch` for a batch), in dollars. Null: unknown, because the model has no price
+-- or the tier is unknown. p_input includes cached and cache-written tokens, as in OpenAI's figures.
 create or replace function autotag.price_tokens(
   p_model text, p_tier text, p_input numeric, p_cached numeric, p_cache_write numeric, p_output numeric
 ) returns numeric
@@ -891,7 +952,7 @@ begin
     when p_tier in ('priority', 'fast') then m.priority_factor end;
 end $$;
 
--- Everything that is asked of a model besides the picture, as workers get it. p_effort null: that of the model's row.
+-- The question as workers get it: everything in the request but the image. p_effort null: the one in the model's row.
 create or replace function autotag.question_for(p_model text, p_effort text default null) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -910,8 +971,7 @@ begin
     'sends_detail', coalesce(m.sends_detail, true));
 end $$;
 
--- The same of the model in use. It is derived whenever somebody asks (sync_question), so that one UPDATE of settings or
--- models is all it takes to change it.
+-- The question to the model in use. It is derived at every use (sync_question), so one UPDATE of settings or models changes it.
 create or replace function autotag.describe_question() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -919,7 +979,7 @@ begin
   return autotag.question_for((select s.model from autotag.settings s));
 end $$;
 
--- Wakes the workers: their next claim notices what has changed.
+-- Wakes the workers: their next claim picks up the change.
 create or replace function autotag.announce_change() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp
 as $$
@@ -935,8 +995,8 @@ create or replace trigger autotag_announce after update on autotag.settings
 create or replace trigger autotag_announce after insert or update or delete on autotag.models
   for each statement execute function autotag.announce_change();
 
--- The provider refused a parameter: the model's row takes the next form that is known. False: there is none, or somebody
--- holds the row. A model without a row gets one (without prices).
+-- The provider refused a parameter: moves the model's row to the next form. False: there is none, or another transaction holds
+-- the row. A model without a row gets one (without prices). Locks: the model's row (skip locked).
 create or replace function autotag.degrade_model(p_model text, p_parameter text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -971,8 +1031,8 @@ begin
   return found;
 end $$;
 
--- The end of the model that is asked, once it is 90 days away or nearer: {level, message, days, date, successor}; else
--- null. From 14 days before it is an error: what is not changed by then stops. p_model null: the model of the settings.
+-- End of life of a model (p_model null: the one in use), from 90 days before: {level, message, fix, days, date, successor};
+-- else null. level: warning, and error from 14 days before, because tagging stops on that date.
 create or replace function autotag.describe_shutdown(p_model text default null) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -993,19 +1053,19 @@ begin
       else format('%s was shut down on %s%s', v_model, m.shutdown_date, coalesce('; its successor is ' || m.successor, '') || '.') end,
     'fix', case when m.successor is not null then format(
         'autotag compare --model %1$s --workspace …   then: update autotag.settings set model = ''%1$s'';', m.successor)
-      else 'Choose a model that stays: update autotag.settings set model = ''…'';' end);
+      else 'Choose another model: update autotag.settings set model = ''…'';' end);
 end $$;
 
--- What answers of a model use: histograms of prompt and answer tokens that forget, and the reservations that follow from them.
+-- Token use of a model's answers: histograms of prompt and answer tokens that decay, and the reservations derived from them.
 
--- The size a count of tokens is kept as: the next of those that are 2 % apart.
+-- The histogram bin of a token count, named by its upper end; bins are 2 % apart.
 create or replace function autotag.token_size(p_tokens integer) returns integer
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select case when p_tokens <= 50 then greatest(p_tokens, 1) else ceil(power(1.02, ceil(ln(p_tokens) / ln(1.02) - 0.000001)))::integer end
 $$;
 
--- The weights after new counts: each new one makes the old ones fade by its share of the memory (in answers).
+-- A histogram after new counts. Each new count multiplies the old weights by 1 - 1 / p_memory (in answers).
 create or replace function autotag.blend(p_old jsonb, p_counts integer[], p_memory integer) returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$
@@ -1020,7 +1080,7 @@ as $$
     group by x.size having sum(x.weight) > 0.01) b
 $$;
 
--- The size that a share of the weights does not exceed; null without any.
+-- The quantile p_share (0 to 1) of a histogram; null for an empty one.
 create or replace function autotag.quantile(p_weights jsonb, p_share double precision) returns integer
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$
@@ -1038,9 +1098,9 @@ as $$
   from jsonb_each_text(p_weights) w
 $$;
 
--- First guess of a prompt's tokens: the instructions and the schema (measured with o200k and rounded up), and a square
--- picture, which costs the most. The worker sends 512 pixels a side for detail low and 2,048 for high. A model without a
--- row counts like the dearest (gpt-4o-mini).
+-- First guess of a prompt's tokens: 300 for instructions and schema (measured with o200k and rounded up), plus a square image,
+-- the most expensive shape. The worker sends 512 pixels a side for detail low and 2,048 for high. A model without a row counts
+-- as the most expensive one (gpt-4o-mini).
 create or replace function autotag.guess_prompt(p_question jsonb) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1050,12 +1110,12 @@ declare
 begin
   return 300 + case
     when m.patch_tokens is not null then ceil(least(case when v_low then 256 else 4096 end, 1536) * m.patch_tokens)
-    -- a square is scaled to 768 pixels a side: four tiles of 512
+    -- the provider scales a square to 768 pixels a side: four tiles of 512
     else coalesce(m.base_tokens, 2833) + case when v_low then 0 else 4 * coalesce(m.tile_tokens, 5667) end end;
 end $$;
 
--- First guess of the tokens that an answer may need: some 30 a tag, and what thinking takes. OpenAI names no figures for
--- the efforts; these are generous, because an answer that is cut off is paid for and of no use.
+-- First guess of the tokens that an answer may need: 100, 30 per tag, and the reasoning. OpenAI publishes no figures for
+-- reasoning efforts; these are generous, because an answer that is cut off is billed and unusable.
 create or replace function autotag.guess_output(p_question jsonb) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1070,12 +1130,12 @@ begin
     when v_effort = 'low' then 1500
     when v_effort = 'high' then 10000
     when v_effort in ('xhigh', 'max') then 25000
-    else 4000 end;  -- medium, and the model's own default
+    else 4000 end;  -- medium, and a model's own default
 end $$;
 
--- What one image reserves and what it costs on average, from what was learned about the present question; before there
--- are enough answers, the first guess. A few answers are trusted with a margin (2 / answers): ten may not have shown the
--- largest. The caller holds the provider row.
+-- Sets what one image reserves and what it uses on average, from what was learned about the present question, or from the
+-- first guess below 10 answers. Few answers get a margin of 2 / answers, because ten may not have included the largest.
+-- The caller holds the provider row.
 create or replace function autotag.estimate_tokens(p_provider autotag.provider_limits) returns autotag.provider_limits
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1099,25 +1159,26 @@ begin
     v_prompt := ceil(autotag.quantile(v_learned.prompt, 0.99) * v_margin);
     p_provider.prompt_mean := autotag.mean_size(v_learned.prompt);
     p_provider.output_mean := autotag.mean_size(v_learned.output);
-    -- Half of a percent may be cut off: they cost another call, and a higher cap costs all of them their share of the limit.
+    -- Cut off 0.5 % of answers: each costs another call, but a higher cap would cost every call its share of the limit.
     v_output := ceil(autotag.quantile(v_learned.output, 0.995) * 1.05 * v_margin) + 8;
     if v_learned.answers < 30 then
       v_output := greatest(v_output, autotag.guess_output(v_question));
     end if;
   end if;
-  -- A cap that the limit a minute could never hold would stop everything.
+  -- A cap above the limit per minute would never be admitted.
   v_output := least(greatest(v_output, v_settings.min_output_tokens), v_settings.max_output_tokens,
     greatest((0.9 * p_provider.tokens_per_minute)::integer - v_prompt, v_settings.min_output_tokens));
-  -- Whatever was learned, a workspace's minute holds two images, or what the first guess lets it hold: tagging may become
-  -- slower by it, and never stands still. (Real use corrects the windows.)
+  -- Limit a learned prompt so that the workspace's minute always holds two images, or as many as with the first guess: too
+  -- high a value slows tagging down but never stops it. settle() corrects the windows by the real use.
   v_prompt := least(v_prompt, greatest(v_settings.realtime_tokens_per_minute / 2 - v_output, autotag.guess_prompt(v_question)));
   p_provider.output_tokens := v_output;
   p_provider.tokens_per_image := v_prompt + v_output;
   return p_provider;
 end $$;
 
--- Notices that something else is asked than before (settings or models were changed): it has to prove itself, unless only
--- its words have changed, and what it costs is estimated anew. Every claim passes here. The caller holds the provider row.
+-- Updates the provider's row when the question has changed (settings or models were updated). The new one has to be proven,
+-- unless only tag count or language changed, and its tokens are estimated again. Every claim calls this. The caller holds the
+-- provider row.
 create or replace function autotag.sync_question(p_provider autotag.provider_limits) returns autotag.provider_limits
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1145,8 +1206,8 @@ begin
   return p_provider;
 end $$;
 
--- Learns from what answers to a question (null: the present one) used: their prompts' and answers' tokens, in parallel. No
--- prompt is believed to be more than twenty times the first guess. The caller holds the provider row.
+-- Learns from the prompt and answer tokens (parallel arrays) of answers to a question (null: the present one). A prompt counts
+-- as at most 20 times the first guess. The caller holds the provider row.
 create or replace function autotag.learn(p_inputs integer[], p_outputs integer[], p_question jsonb default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1179,15 +1240,15 @@ begin
     (v_provider.tokens_per_image, v_provider.output_tokens, v_provider.prompt_mean, v_provider.output_mean);
 end $$;
 
--- What another model would say about images that have their tags (`autotag compare`). It is asked within every limit and
--- quota, and behind live uploads; what it used is recorded. Nothing of the host is written, and there is no job and no task.
+-- Asks another model about images that already have tags (`autotag compare`). Its calls respect all limits and quotas and give
+-- way to live uploads, and their usage is recorded. It creates no jobs or tasks and writes nothing to the host's tables.
 --
---   preview_comparison   what it would cost, and whether the quotas allow it
---   comparison_sample    the images, with what is stored about them
---   admit_comparison     whether one call may be made now, or when to ask again
---   settle_comparison    what came of it, and what to do next about that image
+--   preview_comparison   the cost, and whether the quotas allow it
+--   comparison_sample    the images, with their stored tags
+--   admit_comparison     admits one call, or returns when to ask again
+--   settle_comparison    settles one call, and returns what to do next about its image
 
--- The provider's row as it would be with another question: what an answer reserves, and what it uses on average.
+-- The provider's row with its token estimates (reserved and mean) replaced by those of another question.
 create or replace function autotag.estimate_question(p_provider autotag.provider_limits, p_question jsonb)
 returns autotag.provider_limits
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -1197,11 +1258,11 @@ begin
   return autotag.estimate_tokens(p_provider);
 end $$;
 
--- What asking p_model about p_sample tagged images of a workspace would mean: {images (there may be fewer), cost (null:
+-- Previews asking p_model about p_sample tagged images of a workspace: {images (at most p_sample), cost (dollars; null:
 -- unknown), reserved (tokens of one image), question, shutdown_date, current_model, current_effort, current_cost_per_1000
--- (of the model in use, one by one; null: unknown), current_answers (that this figure was learned from)}. p_effort null:
--- that of the model's row. Refuses a model or an effort that cannot be asked for, a workspace without tagged images, and
--- what a quota does not allow.
+-- (dollars, as single calls of the model in use; null: unknown), current_answers (number of answers behind that figure)}.
+-- p_effort null: the one in the model's row. Refuses an invalid model or effort, a workspace without tagged images, and more
+-- than a quota allows.
 create or replace function autotag.preview_comparison(p_workspace_id uuid, p_model text, p_effort text, p_sample integer)
 returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -1213,21 +1274,21 @@ declare
   v_images integer;
 begin
   if coalesce(length(p_model), 0) not between 1 and 100 then
-    perform autotag.refuse(400, 'unknown_model', 'This is no name of a model.', 'Pass the name that the provider has for it.');
+    perform autotag.refuse(400, 'unknown_model', 'This is not a model name.', 'Pass the name that the provider uses for the model.');
   elsif p_effort not in ('none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max') then
-    perform autotag.refuse(400, 'unknown_effort', format('%L is no reasoning effort.', p_effort),
+    perform autotag.refuse(400, 'unknown_effort', format('%L is not a reasoning effort.', p_effort),
       'Pass none, minimal, low, medium, high, xhigh or max.');
   elsif p_effort is not null and v_question ->> 'reasoning_effort' is null then
-    perform autotag.refuse(400, 'unknown_effort', format('%s takes no reasoning effort.', p_model),
+    perform autotag.refuse(400, 'unknown_effort', format('%s does not accept a reasoning effort.', p_model),
       'Leave it out (autotag.models.sends_effort is false for this model).');
   end if;
   v_images := (select count(*) from autotag.tagged_assets(p_workspace_id, greatest(p_sample, 0)));
   if v_images = 0 then
-    perform autotag.refuse(404, 'no_tagged_images', 'This workspace has no image with tags.',
-      'Tag some first: autotag enqueue.');
+    perform autotag.refuse(404, 'no_tagged_images', 'This workspace has no tagged images.',
+      'Tag some images first: autotag enqueue.');
   end if;
   v_provider := autotag.estimate_question(v_provider, v_question);
-  -- As for uploads, dollars cannot be reserved without a price.
+  -- Without a price no dollars can be reserved; uploads do the same.
   perform autotag.check_quotas(p_workspace_id, null, v_images, coalesce(autotag.question_cost(v_provider, true), 0));
   return jsonb_build_object(
     'images', v_images, 'cost', v_images * autotag.question_cost(v_provider, false),
@@ -1243,7 +1304,7 @@ begin
         and l.tag_language = v_current.question ->> 'tag_language'), 0));
 end $$;
 
--- The images of a comparison: [{asset_id, bucket, path, url, tags: [tag, …], caption, confidence: {tag: 0 to 1}, model}].
+-- The images to compare: [{asset_id, bucket, path, url, tags: [tag, …], caption, confidence: {tag: 0 to 1}, model}].
 create or replace function autotag.comparison_sample(p_workspace_id uuid, p_sample integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1263,11 +1324,11 @@ begin
     from autotag.describe_assets(coalesce(v_assets, '{}')) d where not d.foreign_file);
 end $$;
 
--- Whether one call with this question may be made now: {admitted, reserved, reserved_at, cap (of the answer, in tokens)}, or
--- else {admitted: false, wait (seconds), reason}. p_cap: the least cap, where an answer was cut off. It takes its place in
--- the provider's bucket and in the workspace's window like any single call, but only while no live image waits for one.
--- reason: `account` (with its sentence as `message`), `retry_after`, `live`, `provider` or `window`.
--- Refuses what a quota does not allow (any more), and an image that no limit can ever hold.
+-- Admits one call with this question: {admitted, reserved (tokens), reserved_at, cap (of the answer, in tokens)}, or
+-- {admitted: false, wait (seconds), reason}. The call takes from the provider's bucket and from the workspace's window like
+-- any single call, but only while no live image waits for one. p_cap: lowest cap, after an answer was cut off.
+-- reason: `account` (with the error as `message`), `retry_after`, `live`, `provider` or `window`.
+-- Refuses more than a quota allows, and an image that reserves more than the window's limit.
 -- Locks: provider, window.
 create or replace function autotag.admit_comparison(p_workspace_id uuid, p_question jsonb, p_cap integer default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -1283,18 +1344,19 @@ begin
   perform autotag.check_quotas(p_workspace_id, null, 1, coalesce(autotag.question_cost(v_provider, true), 0));
   v_provider := autotag.estimate_question(autotag.lock_provider(), p_question);
   v_now := v_provider.refilled_at;
-  -- A cap that the limit a minute could never hold would wait for ever.
+  -- Limit the cap to what one minute's token limit can hold; a larger one would never be admitted.
   v_cap := greatest(v_provider.output_tokens, least(coalesce(p_cap, 0),
     (0.9 * v_provider.tokens_per_minute)::integer - (v_provider.tokens_per_image - v_provider.output_tokens)));
   v_reserved := v_provider.tokens_per_image - v_provider.output_tokens + v_cap;
-  -- Trouble of the model in use (it may have shut down) is the reason to compare; whatever else is wrong shows by itself.
+  -- An error of the model in use (it may have shut down) is a reason to compare, so it does not hold back other models. If
+  -- the error affects those too, their own calls show it.
   if v_provider.account_error is not null
     and (v_provider.account_error_from = 'storage' or p_question ->> 'model' = (select s.model from autotag.settings s)) then
     return autotag.put_off('account', v_now, v_now + (select s.account_probe_interval from autotag.settings s))
       || jsonb_build_object('message', v_provider.account_error);
   elsif v_provider.blocked_until > v_now then
     return autotag.put_off('retry_after', v_now, v_provider.blocked_until);
-  -- An image that never fits its workspace's window (ready_at is infinite) keeps nobody else waiting.
+  -- A workspace whose next image never fits its window (ready_at is infinite) does not hold others back.
   elsif v_provider.account_error is null
     and exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')) then
     return autotag.put_off('live', v_now, v_now + autotag.clock_interval(1));
@@ -1309,7 +1371,7 @@ begin
   v_window := autotag.admit(p_workspace_id, 'realtime', 1, v_reserved, false);
   if v_window.admitted = 0 and v_window.retry_at is null then
     perform autotag.refuse(429, 'exceeds_limit',
-      format('One image of %s reserves %s tokens, more than this workspace may use in a minute.',
+      format('One image with %s reserves %s tokens, more than this workspace may use in a minute.',
         p_question ->> 'model', v_reserved),
       'Raise its limit (max_units in public.workspace_rate_limits), or choose a lower effort.');
   elsif v_window.admitted = 0 then
@@ -1321,7 +1383,7 @@ begin
   return jsonb_build_object('admitted', true, 'reserved', v_reserved, 'reserved_at', v_window.at, 'cap', v_cap);
 end $$;
 
--- The answer of admit_comparison() while a call has to wait.
+-- admit_comparison()'s reply when the call has to wait until p_until.
 create or replace function autotag.put_off(p_reason text, p_now timestamptz, p_until timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1329,8 +1391,8 @@ begin
   return jsonb_build_object('admitted', false, 'reason', p_reason, 'wait', autotag.real_seconds(p_until - p_now));
 end $$;
 
--- The question after the provider has refused a parameter of p_question: the model's row has its next form, or had it
--- already, because other calls met the same. Null: there is none. Locks: the model's row without waiting.
+-- The question to ask after the provider refused a parameter of p_question: the model's row moves to its next form, unless
+-- another call has done that already. Null: there is no other form. Locks: the model's row (skip locked).
 create or replace function autotag.ask_differently(p_question jsonb, p_parameter text) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1342,7 +1404,7 @@ begin
   if v_question <> p_question then
     return v_question;
   end if;
-  -- That the model does not take an effort which was tried out here says nothing about the one in its row.
+  -- Here the effort may be one that the comparison tries out; the refusal says nothing about the one in the model's row.
   if p_parameter = 'reasoning_effort' and v_effort is distinct from (autotag.find_model(v_model)).reasoning_effort then
     return null;
   end if;
@@ -1352,8 +1414,8 @@ begin
   return case when v_question <> p_question then v_question end;
 end $$;
 
--- What to do next about an image: {next: done | again | failed | stop}. again: with the `question`, the `cap` and after the
--- `wait` (seconds) that it names; stop: no call can work, for the reason in `message`. p_report as in settle_comparison().
+-- What to do next about an image: {next: done | again | failed | stop}. again: with `question` and `cap` where given, after
+-- `wait` seconds; stop: no call can succeed, `message` says why. p_report as in settle_comparison().
 create or replace function autotag.next_step(p_question jsonb, p_report jsonb, p_answer autotag.answer) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1368,7 +1430,7 @@ begin
     return jsonb_build_object('next', 'done');
   end if;
   select * into v_settings from autotag.settings;
-  -- Words instead of JSON are the provider's doing only as long as it has not shown that it can do better.
+  -- A reply that is not JSON counts as the provider's lack of a format only until one answer of this comparison was usable.
   if v_error ->> 'parameter' is not null and (v_error ->> 'kind' <> 'image' or not v_proven) then
     v_question := autotag.ask_differently(p_question, v_error ->> 'parameter');
     if v_question is not null then
@@ -1381,7 +1443,7 @@ begin
   end if;
   case v_error ->> 'kind'
     when 'rate_limit' then
-      return jsonb_build_object('next', 'again');  -- admit_comparison() knows when
+      return jsonb_build_object('next', 'again');  -- admit_comparison() returns when
     when 'account' then
       return jsonb_build_object('next', 'stop', 'message', autotag.explain_account(v_error, p_question ->> 'model'));
     when 'transient' then
@@ -1397,12 +1459,12 @@ begin
   return jsonb_build_object('next', 'failed');
 end $$;
 
--- What came of one try: next_step(), and `cost` (dollars; null: unknown, or the provider billed nothing). p_report:
--- {reserved, reserved_at, cap (as admit_comparison gave them; absent where nothing was admitted), called, usage, error (as in
--- settle()), failures (transient ones of this image so far), cut_off (an answer about it was cut off already), proven (an
--- answer of this comparison was of use)}. p_seen: what the answer's headers say (observe_provider). Corrects the bucket and
--- the window as settle() does, records the usage, and learns what answers to this question use. An error of the account is
--- this comparison's alone: the live lanes find out by themselves.
+-- Settles one call: next_step()'s reply, and `cost` (dollars; null: unknown, or the provider billed nothing). p_report:
+-- {reserved, reserved_at, cap (from admit_comparison; absent: nothing was admitted), called, usage, error (as in settle()),
+-- failures (transient failures of this image so far), cut_off (an answer about it was cut off before), proven (this
+-- comparison has had a usable answer)}. p_seen: limits from the reply's headers (observe_provider). Corrects bucket and
+-- window as settle() does, records the usage, and learns the token use of this question. An error of kind account stops
+-- only this comparison: live calls meet it themselves.
 -- Locks: provider, window.
 create or replace function autotag.settle_comparison(
   p_workspace_id uuid, p_question jsonb, p_report jsonb, p_seen jsonb default null
@@ -1412,7 +1474,7 @@ as $$
 declare
   v_answer autotag.answer;
   v_used integer;              -- tokens of the prompt; null: the provider gave no figures
-  v_free boolean;              -- the call took nothing of the provider's bucket
+  v_free boolean;              -- the call took nothing from the provider's bucket
 begin
   v_answer.workspace_id := p_workspace_id;
   v_answer.reserved_at := (p_report ->> 'reserved_at')::timestamptz;
@@ -1433,7 +1495,7 @@ begin
     perform autotag.observe_provider(p_seen);
   end if;
   if v_used > 0 then
-    -- what a cut-off answer would have needed nobody knows: at least what the next try may have
+    -- A cut-off answer needs an unknown number of tokens: at least the cap of the next try.
     perform autotag.learn(array[v_used], array[case when v_answer.error ->> 'code' = 'answer_too_long'
       then coalesce(autotag.next_cap(v_answer), 1) else greatest((v_answer.usage -> 'output')::integer, 1) end],
       p_question);
@@ -1454,12 +1516,11 @@ begin
     (v_answer.usage -> 'output')::integer));
 end $$;
 
--- Which way an upload goes (the strategy table), into how many batches it is split, and how long it will wait.
+-- The strategy of an upload, the number of its batches, and its expected duration.
 
--- How many batches an upload is split into. Splitting never makes an upload slower: while the workspace may
--- start enough batches they hold at most batch_split_images; when fewer are left in its window they get
--- larger instead of more; one is never larger than a file, the provider's queue or the window can take; and no
--- more are made than their size needs.
+-- Number of batches for an upload. Splitting never makes it slower: as long as the window admits enough batches, each has at
+-- most batch_split_images; if the window admits fewer, batches get larger. A batch is never larger than a file, the provider's
+-- queue or the window's images allow, and there are no more batches than that size needs.
 create or replace function autotag.plan_batches(p_images integer, p_batches_left integer, p_window_images integer)
 returns integer
 language sql stable security definer set search_path = pg_catalog, pg_temp
@@ -1473,7 +1534,7 @@ as $$
   from autotag.settings s, autotag.provider_limits p
 $$;
 
--- The strategy table: what happens with an upload of so many images. A provider without a Batch API gets single calls.
+-- The strategy for an upload of p_images images. Without a Batch API at the provider, all go as single calls.
 create or replace function autotag.choose_strategy(p_images integer) returns text
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1486,7 +1547,7 @@ begin
   from autotag.settings s, autotag.provider_limits p);
 end $$;
 
--- Seconds that an upload is expected to take when its workspace is otherwise idle.
+-- Expected duration of an upload in seconds, if its workspace has no other work.
 create or replace function autotag.estimate_seconds(p_images integer, p_batches integer) returns double precision
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1495,7 +1556,7 @@ declare
 begin
   return (select case
     when p_batches > 0 then
-      -- batches beyond the window start an hour later each time it is full
+      -- each full window delays the batches beyond it by one hour
       (autotag.predict_batch(ceil(p_images::numeric / p_batches)::integer, v_now, v_now, null, 0, null)).p50
       + 3600 * greatest((p_batches - 1) / s.batch_batches_per_hour, (p_images - 1) / s.batch_images_per_hour)
     when p_images > s.realtime_max_images then
@@ -1506,7 +1567,7 @@ begin
   from autotag.settings s);
 end $$;
 
--- What waits for single calls.
+-- The single calls that wait to be released, in all workspaces.
 create or replace function autotag.count_waiting(out workspaces bigint, out images bigint)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1514,9 +1575,9 @@ begin
   select count(*), coalesce(sum(w.queued), 0) into workspaces, images from autotag.workspaces w where w.queued > 0;
 end $$;
 
--- How long the last of so many more single calls of a workspace would wait: for its own window, and for its
--- fair share of the provider's bucket. p_counted: what waits in other workspaces may be as old as a second (counting
--- it takes the longer, the more of them there are).
+-- How long the last of p_images more single calls of a workspace would wait for its window and for its fair share of the
+-- provider's bucket. p_counted: use claim()'s count of what waits in other workspaces if it is at most 2 s old, because
+-- counting takes longer the more workspaces there are.
 create or replace function autotag.predict_wait(p_workspace_id uuid, p_images integer, p_counted boolean default false)
 returns interval
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -1536,7 +1597,7 @@ begin
     select c.workspaces, c.images into v_provider.waiting_workspaces, v_provider.waiting_images
     from autotag.count_waiting() c;
   end if;
-  -- A workspace waits for as many calls of each of the others as it makes itself.
+  -- Fair share: for each of its own calls, the workspace waits for one call of every other workspace that still has some.
   v_everybody := v_own + least(greatest(v_provider.waiting_images - v_queued, 0),
     v_own * greatest(v_provider.waiting_workspaces - (v_queued > 0)::integer, 0));
   select l.max_requests, l.max_units into v_max_requests, v_max_units
@@ -1673,6 +1734,8 @@ begin
   return autotag.start_job(v_workspaces[1], (select auth.uid()), p_asset_ids, p_seen);
 end $$;
 
+-- An upload becomes a job: which way it goes, its batches, its tasks.
+
 -- Makes a job of those of these images that are not live already. All of them are of this workspace, which the
 -- caller has locked. p_seen: as in enqueue. Locks: tasks and batches are new, assets.
 create or replace function autotag.start_job(
@@ -1681,110 +1744,139 @@ create or replace function autotag.start_job(
 language plpgsql security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
 as $$
 declare
-  v_settings autotag.settings;
   v_now timestamptz := autotag.now();
   v_asked integer := (select count(distinct id) from unnest(p_asset_ids) id);
   v_live uuid[];               -- of these images, those that are being tagged already
   v_new uuid[];
   v_new_seen uuid[];           -- p_seen of each of them
-  v_live_jobs uuid[];
   v_count integer;
+  v_plan autotag.upload_plan;
   v_job autotag.jobs;
-  v_batches integer := 0;
-  v_express integer;
   v_first_task bigint;
-  v_left record;
-  v_wait interval;
 begin
-  select * into v_settings from autotag.settings;
-
   -- The new images, each once, in the order of the upload.
   v_live := array(select t.asset_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null);
   select coalesce(array_agg(a.id order by a.i), '{}'), array_agg(a.seen order by a.i) into v_new, v_new_seen
   from (select distinct on (u.id) u.* from unnest(p_asset_ids, p_seen) with ordinality u (id, seen, i) order by u.id, u.i) a
   where a.id <> all (v_live);
   v_count := cardinality(v_new);
-
   if v_count = 0 then
-    -- The same call again, after its answer got lost: say where the images are.
-    select array_agg(distinct t.job_id) into v_live_jobs
-    from autotag.tasks t where t.asset_id = any (v_live) and t.finished_at is null;
-    select * into v_job from autotag.jobs j
-    where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
-    return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
-      'skipped', v_asked, 'batches', 0, 'eta', v_job.eta);
+    return autotag.describe_live(v_live, v_asked);
   end if;
   perform autotag.check_live_room(p_workspace_id, v_count);
   perform autotag.check_quotas(p_workspace_id, p_user_id, v_count);
 
-  v_job.strategy := autotag.choose_strategy(v_count);
-  if v_job.strategy in ('realtime', 'realtime-chunked') then
-    v_wait := autotag.predict_wait(p_workspace_id, v_count);
+  v_plan := autotag.plan_upload(p_workspace_id, v_count);
+  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent)
+  values (p_workspace_id, p_user_id, v_plan.strategy, v_plan.fallback, v_count, v_now, autotag.request_traceparent())
+  returning * into v_job;
+  v_first_task := autotag.add_tasks(v_job, v_plan, v_new, v_new_seen);
+  insert into autotag.queues (job_id, workspace_id, cursor, chunk)
+  values (v_job.id, p_workspace_id, v_first_task - 1, v_plan.chunk);
+  perform autotag.add_queued(p_workspace_id, v_job.id, v_plan.express, v_first_task);
+  v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
+  perform autotag.show_stage(v_new, 'queued', 0, v_job.eta);
+
+  if v_plan.express > 0 then
+    perform pg_notify('autotag', 'realtime');
+  end if;
+  if v_plan.batches > 0 then
+    perform pg_notify('autotag', 'batch');
+  end if;
+  return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', v_count,
+    'skipped', v_asked - v_count, 'batches', v_plan.batches, 'eta', v_job.eta);
+end $$;
+
+-- The answer to an upload whose images are all live already: the job that they belong to.
+create or replace function autotag.describe_live(p_live uuid[], p_asked integer) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_live_jobs uuid[];
+  v_job autotag.jobs;
+begin
+  -- The same call again, after its answer got lost: say where the images are.
+  select array_agg(distinct t.job_id) into v_live_jobs
+  from autotag.tasks t where t.asset_id = any (p_live) and t.finished_at is null;
+  select * into v_job from autotag.jobs j
+  where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
+  return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
+    'skipped', p_asked, 'batches', 0, 'eta', v_job.eta);
+end $$;
+
+-- Decides which way an upload of so many images goes. Reads only.
+create or replace function autotag.plan_upload(p_workspace_id uuid, p_images integer) returns autotag.upload_plan
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_plan autotag.upload_plan;
+  v_left record;
+begin
+  select * into v_settings from autotag.settings;
+  v_plan.strategy := autotag.choose_strategy(p_images);
+  if v_plan.strategy in ('realtime', 'realtime-chunked') then
+    v_plan.wait := autotag.predict_wait(p_workspace_id, p_images);
     if (select p.has_batches from autotag.provider_limits p) = false then
-      v_job.fallback := case when v_count > v_settings.chunk_max_images
+      v_plan.fallback := case when p_images > v_settings.chunk_max_images
         then 'The AI provider has no Batch API, so these images go as single calls.' end;
-    elsif v_wait > v_settings.realtime_max_wait then
-      v_job.strategy := 'batch';
-      v_job.fallback := format('Single calls would have waited about %s min for the limits, so these images go by batch.',
-        ceil(extract(epoch from v_wait) / 60));
+    elsif v_plan.wait > v_settings.realtime_max_wait then
+      v_plan.strategy := 'batch';
+      v_plan.fallback := format('Single calls would have waited about %s min for the limits, so these images go by batch.',
+        ceil(extract(epoch from v_plan.wait) / 60));
     end if;
   end if;
-  if v_job.strategy in ('batch', 'batch-parallel') then
+  v_plan.batches := 0;
+  if v_plan.strategy in ('batch', 'batch-parallel') then
     select * into v_left from autotag.batches_left(p_workspace_id);
-    v_batches := autotag.plan_batches(v_count, v_left.batches, v_left.window_images);
+    v_plan.batches := autotag.plan_batches(p_images, v_left.batches, v_left.window_images);
   end if;
   -- The express images come out of the first batch, which keeps at least one line.
-  v_express := case when v_batches = 0 then v_count
-    when v_job.fallback is not null then 0  -- single calls are what has to wait
-    else least(v_settings.express_images, v_count / v_batches - 1) end;
+  v_plan.express := case when v_plan.batches = 0 then p_images
+    when v_plan.fallback is not null then 0  -- single calls are what has to wait
+    else least(v_settings.express_images, p_images / v_plan.batches - 1) end;
+  v_plan.chunk := case when v_plan.strategy = 'realtime-chunked' then v_settings.chunk_size end;
+  return v_plan;
+end $$;
 
-  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent)
-  values (p_workspace_id, p_user_id, v_job.strategy, v_job.fallback, v_count, v_now, autotag.request_traceparent())
-  returning * into v_job;
-
+-- Makes a job's batches and tasks, in the order of the upload, and returns the first task.
+create or replace function autotag.add_tasks(p_job autotag.jobs, p_plan autotag.upload_plan, p_asset_ids uuid[], p_seen uuid[])
+returns bigint
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_first_task bigint;
+begin
   -- The first batch is the priority one.
-  if v_batches > 0 then
+  if p_plan.batches > 0 then
     insert into autotag.batches (job_id, workspace_id, ordinal, image_count, express_count, created_at)
-    select v_job.id, p_workspace_id, b,
-      (b::bigint * v_count / v_batches - (b - 1)::bigint * v_count / v_batches)::integer,
-      case when b = 1 then v_express else 0 end, v_now
-    from generate_series(1, v_batches) b;
+    select p_job.id, p_job.workspace_id, b,
+      (b::bigint * p_job.image_count / p_plan.batches - (b - 1)::bigint * p_job.image_count / p_plan.batches)::integer,
+      case when b = 1 then p_plan.express else 0 end, p_job.created_at
+    from generate_series(1, p_plan.batches) b;
   end if;
 
   with placed as (
     insert into autotag.tasks (job_id, workspace_id, asset_id, seen, lane, batch_id)
-    select v_job.id, p_workspace_id, a.id, a.seen,
-      case when a.i <= v_express then 'realtime' else 'batch' end,
-      case when a.i > v_express then b.id end
-    from unnest(v_new, v_new_seen) with ordinality a (id, seen, i)
-    left join autotag.batches b on b.job_id = v_job.id
-      and a.i > (b.ordinal - 1)::bigint * v_count / v_batches and a.i <= b.ordinal::bigint * v_count / v_batches
+    select p_job.id, p_job.workspace_id, a.id, a.seen,
+      case when a.i <= p_plan.express then 'realtime' else 'batch' end,
+      case when a.i > p_plan.express then b.id end
+    from unnest(p_asset_ids, p_seen) with ordinality a (id, seen, i)
+    left join autotag.batches b on b.job_id = p_job.id
+      and a.i > (b.ordinal - 1)::bigint * p_job.image_count / p_plan.batches
+      and a.i <= b.ordinal::bigint * p_job.image_count / p_plan.batches
     order by a.i
     returning id
   )
   select min(id) into v_first_task from placed;
-
-  insert into autotag.queues (job_id, workspace_id, cursor, chunk)
-  values (v_job.id, p_workspace_id, v_first_task - 1,
-    case when v_job.strategy = 'realtime-chunked' then v_settings.chunk_size end);
-  perform autotag.add_queued(p_workspace_id, v_job.id, v_express, v_first_task);
-  v_job.eta := autotag.refresh_eta(v_job.id, v_wait);
-  perform autotag.show_stage(v_new, 'queued', 0, v_job.eta);
-
-  if v_express > 0 then
-    perform pg_notify('autotag', 'realtime');
-  end if;
-  if v_batches > 0 then
-    perform pg_notify('autotag', 'batch');
-  end if;
-  return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', v_count,
-    'skipped', v_asked - v_count, 'batches', v_batches, 'eta', v_job.eta);
+  return v_first_task;
 end $$;
 
--- An upload is cancelled.
+-- Cancelling an upload.
 
--- cancel_tagging: what has not gone to OpenAI fails with the code `cancelled`; what is there already (and
--- paid for) is cancelled there by a worker, and its answers are still kept.
+-- cancel_tagging: {job_id, cancelled (images)}. Images that have not been sent to OpenAI fail with the code `cancelled`. What
+-- has been sent is billed: a worker cancels the batch at OpenAI, and the answers that come are stored.
+-- Locks: workspace, job, batches, tasks.
 create or replace function autotag.cancel(p_job_id uuid) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1824,9 +1916,9 @@ begin
   return jsonb_build_object('job_id', p_job_id, 'cancelled', cardinality(v_tasks));
 end $$;
 
--- The failed images of an upload are tried again.
+-- Retrying the failed images of an upload.
 
--- The images of a job that failed, that still are there, and that name a file of their workspace, in order.
+-- The failed images of a job, in order, except those that no longer exist or that name a file of another workspace.
 create or replace function autotag.failed_assets(p_job_id uuid) returns uuid[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1842,7 +1934,7 @@ begin
     order by t.id);
 end $$;
 
--- retry_tagging: the images of a job that failed, again, as a new job. p_seen: as in enqueue, for failed_assets().
+-- retry_tagging: enqueues the failed images of a job as a new job. p_seen: as in enqueue, for failed_assets().
 create or replace function autotag.retry(p_job_id uuid, p_seen uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1850,18 +1942,17 @@ declare
   v_assets uuid[] := autotag.failed_assets(p_job_id);
 begin
   if v_assets = '{}' then
-    perform autotag.refuse(409, 'nothing_to_retry', 'No image of this upload has failed that could be tagged now.',
-      'Look at tagging_job() before you retry.');
+    perform autotag.refuse(409, 'nothing_to_retry', 'This upload has no failed image that can be tagged now.',
+      'Check tagging_job() before you retry.');
   end if;
   return autotag.enqueue(v_assets, p_seen);
 end $$;
 
--- Automatic mode: new rows become uploads by themselves (tables/uploads.sql has the picture).
+-- Automatic mode: new rows become uploads without a call (tables/uploads.sql has a diagram).
 
--- Takes in what one statement inserted. Wakes a worker only when an upload begins: later rows only move its
--- sealing, and the worker that wakes for that learns the new moment. An image without a place is left alone.
--- Whatever goes wrong here must not take the host's insert with it: it is a warning, and those images wait
--- for enqueue_tagging. Locks: uploads by workspace.
+-- Collects the images that one statement inserted; images without a file or URL are left out. It wakes a worker only when an
+-- upload begins: later rows only postpone its sealing, and the worker woken for that learns the new time. An error must not
+-- abort the host's insert: it becomes a warning, and those images wait for enqueue_tagging. Locks: uploads by workspace.
 create or replace function autotag.collect(p_asset_ids uuid[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1874,7 +1965,8 @@ begin
   select * into v_settings from autotag.settings;
   with found as (
     select d.asset_id, d.workspace_id from autotag.describe_assets(p_asset_ids) d
-    where d.workspace_id is not null and (d.path is not null or d.url is not null or d.foreign_file)  -- the last end as failed
+    -- a row that names a foreign file is collected too: its task fails with the reason
+    where d.workspace_id is not null and (d.path is not null or d.url is not null or d.foreign_file)
   ), upload as (
     insert into autotag.uploads as u (workspace_id, user_id, first_at, seal_at)
     select distinct f.workspace_id, v_user, v_now, v_now + v_settings.upload_quiet from found f order by 1
@@ -1897,10 +1989,9 @@ exception when others then
   raise warning 'autotag could not collect % new images: %', cardinality(p_asset_ids), sqlerrm;
 end $$;
 
--- Makes a job of one upload that is complete by now; false when there is none. The upload stays as long as
--- it holds more images than one job may have, than the workspace may have live at once, or than its quotas allow
--- (the rest waits until they renew). One at a time,
--- because a job's locks come before those of the next workspace. Called by claim().
+-- Makes a job of one upload that is complete at p_now; false: there is none. Images beyond what one job, the live images of the
+-- workspace or its quotas allow stay in the upload (for quotas until they renew). One upload per call, because a job's locks
+-- come before the next workspace's in the order of locks. Called by claim().
 -- Locks: the upload, its workspace.
 create or replace function autotag.seal_upload(p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -1939,9 +2030,10 @@ begin
   return true;
 end $$;
 
--- Existing images brought in (`autotag enqueue`).
+-- Tags images that existed before autotag (`autotag enqueue`).
 
--- What bringing in existing images would mean: {images, seconds, cost (null: unknown), model}. p_untagged: only those without tags.
+-- Previews tagging existing images: {images, seconds, cost (dollars; null: unknown), model}. p_untagged: only those without
+-- tags; p_after, p_limit: as in backfill().
 create or replace function autotag.preview_backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
 returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -1962,8 +2054,8 @@ begin
     'cost', v_images * autotag.expected_cost(case when v_batches > 0 then 'batch' end), 'model', v_settings.model);
 end $$;
 
--- Brings in the next p_limit existing images of a workspace as one upload: {job_id, images, last}; `last` is the
--- cursor for the next call, null at the end. Refuses as enqueue_tagging does. Locks: the workspace.
+-- Makes one upload of the next p_limit existing images of a workspace (by id, after p_after): {job_id, images, last}. `last`
+-- is p_after for the next call; null: no more images. Refuses what enqueue_tagging refuses. Locks: the workspace.
 create or replace function autotag.backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1982,11 +2074,10 @@ begin
     'last', v_assets[cardinality(v_assets)]);
 end $$;
 
--- What a workspace or a user may use in a day or a month.
+-- What a workspace or a user may use per day or month.
 
--- Dollars that an answer is expected to cost (p_most: that it reserves, which is on the safe side) by what the provider's row
--- says of its question; null: the model has no price in autotag.models. p_tier: a service tier, or batch; null: the one that
--- is asked for, if the model takes one.
+-- Cost of one answer to the question in p_provider, in dollars: its mean, or with p_most what it reserves (an upper bound).
+-- Null: the model has no price in autotag.models. p_tier: a service tier, or batch; null: the tier in the question.
 create or replace function autotag.question_cost(p_provider autotag.provider_limits, p_most boolean, p_tier text default null)
 returns numeric
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -1998,7 +2089,7 @@ begin
     case when p_most then p_provider.output_tokens else p_provider.output_mean end);
 end $$;
 
--- The same of one image with what is asked at present, by what answers used so far.
+-- The same for the present question.
 create or replace function autotag.expected_cost(p_tier text default null, p_most boolean default false) returns numeric
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2010,10 +2101,10 @@ begin
   return autotag.question_cost(v_provider, p_most, p_tier);
 end $$;
 
--- What is left of each quota of a workspace and a user: what was used, and what is being tagged at the moment (which
--- is reserved until it is done, so that uploads at the same time cannot overshoot), are taken off. images_left: how
--- many more images that allows, at p_each dollars (null: what the model in use reserves). What was billed counts, failures
--- included. A quota of a user that names no workspace counts what the user does in all of them.
+-- What is left of each quota of a workspace and a user: the maximum less what was used and less what is being tagged (reserved
+-- until it is done, so that concurrent uploads cannot exceed the quota). images_left: how many more images that allows, at
+-- p_each dollars per image (null: what the model in use reserves). Everything billed counts, including failures. A user quota
+-- without a workspace counts the user's images in all workspaces.
 create or replace function autotag.quotas_left(p_workspace_id uuid, p_user_id uuid, p_each numeric default null)
 returns table (scope text, period text, kind text, maximum numeric, available numeric, images_left integer, renews_at timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -2026,7 +2117,7 @@ begin
   if not exists (select from autotag.quotas) then
     return;
   end if;
-  -- Without a price dollars cannot be reserved; autotag doctor says so.
+  -- Without a price no dollars can be reserved; autotag doctor reports it.
   v_cost := coalesce(autotag.expected_cost(null, true), 0);
   v_batch_cost := coalesce(autotag.expected_cost('batch', true), 0);
   return query
@@ -2042,7 +2133,7 @@ begin
       select c.*, u.answers + l.images as images, u.cost + l.cost as cost
       from chosen c
       cross join lateral (
-        -- what was billed: an answer of no use costs as much as one that tags
+        -- everything billed: an unusable answer costs as much as a usable one
         select coalesce(sum(greatest(u.requests, u.images)), 0) as answers, coalesce(sum(u.cost), 0) as cost
         from autotag.usage u
         where u.day >= c.first_day and case when c.scope = 'workspace' then u.workspace_id = p_workspace_id
@@ -2064,8 +2155,8 @@ begin
     where k.maximum is not null;
 end $$;
 
--- Refuses so many images where a quota does not allow them: of an upload, for which the caller holds the workspace, so
--- that what is reserved holds; or, at p_each dollars, of a comparison.
+-- Refuses p_images images if a quota does not allow them: those of an upload (the caller holds the workspace's lock, so that
+-- no other upload reserves the same), or those of a comparison at p_each dollars. Locks: the user (advisory).
 create or replace function autotag.check_quotas(p_workspace_id uuid, p_user_id uuid, p_images integer, p_each numeric default null)
 returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -2073,7 +2164,7 @@ as $$
 declare
   v_quota record;
 begin
-  -- Uploads of one user into several workspaces follow each other, like those into one do by its lock. It is taken last.
+  -- Serializes uploads of one user into several workspaces; those into one are serialized by its lock. Taken last.
   if p_user_id is not null and exists (select from autotag.quotas q where q.scope = 'user') then
     perform pg_advisory_xact_lock(hashtextextended('autotag.user ' || p_user_id::text, 0));
   end if;
@@ -2093,9 +2184,9 @@ begin
       'renews_at', v_quota.renews_at, 'retry_after', extract(epoch from v_quota.renews_at - autotag.now())));
 end $$;
 
--- The exact sliding windows of workspaces.
+-- Exact sliding windows of workspaces.
 
--- How long a window is, and what one workspace may do in it.
+-- Length of a window, and a workspace's limits in it.
 create or replace function autotag.window_limits(p_workspace_id uuid, p_request_type text)
 returns table (length interval, max_requests integer, max_units integer) rows 1
 language sql stable set search_path = pg_catalog, pg_temp
@@ -2109,14 +2200,14 @@ as $$
   left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = p_request_type
 $$;
 
--- Admits what fits of p_wanted requests of p_units_each units: all or nothing, or (p_partial) as many as
--- fit. Says how many were admitted, and, where not all were, when the next fits: `retry_at` is exact, one
--- moment earlier is refused. Null there means that it never fits. p_units_each null: what one image is
--- expected to cost. Without p_take it only looks.
+-- Admits up to p_wanted requests of p_units_each units each (null: what one image reserves): all or nothing, or with p_partial
+-- as many as fit. If not all were admitted, retry_at is the exact time when the next fit (1 µs earlier they are refused); null:
+-- they never fit. Without p_take nothing is counted.
 --
--- It decides by what it reads without a lock, and writes only if that version of the row still stands (no other
--- row can have both its ctid and its xmin): whoever was quicker makes it look again, and a refusal writes and locks
--- nothing at all. Locks the window's row when it admits.
+-- It decides by an unlocked read and writes only if that row version is still current (ctid and xmin together identify it);
+-- otherwise it reads again. So a refusal writes and locks nothing. Locks the window's row when it admits.
+-- Long: check_rate_limit calls this before every API call. It takes 22 µs, and each function with a search_path of its own would
+-- add 2.5 µs.
 create or replace function autotag.admit(
   p_workspace_id uuid, p_request_type text, p_wanted integer, p_units_each integer, p_partial boolean,
   out admitted integer, out retry_at timestamptz, out at timestamptz, p_take boolean default true
@@ -2220,9 +2311,8 @@ begin
   end if;
 end $$;
 
--- Corrects what was reserved by estimate to what was used. p_at is the moment that admit() returned; a
--- reservation that has left its window needs no correction. Real use may be more than the estimate: then the
--- window is over its limit until enough has left it, and admits nothing meanwhile.
+-- Corrects a reservation by the real use. p_at: the time that admit() returned; a reservation that has left its window needs
+-- no correction. If the use exceeds the limit, the window admits nothing until enough has left it.
 create or replace function autotag.correct_window(
   p_workspace_id uuid, p_request_type text, p_at timestamptz, p_requests_delta integer, p_units_delta integer
 ) returns void
@@ -2238,9 +2328,8 @@ begin
     and array_position(w.admitted_at, p_at) is not null;
 end $$;
 
--- Whether so many images fit the workspace's window, all or nothing; with p_take they are counted. retry_after:
--- seconds, exactly; 0 when allowed; null when the limit can never allow that many at once. reason: null,
--- `window_full` (wait) or `exceeds_limit` (never).
+-- Whether p_images fit the workspace's window, all or nothing; p_take: count them if so. retry_after: exact seconds; 0: allowed;
+-- null: more than the limit, they never fit. reason: null, `window_full` (wait) or `exceeds_limit` (never).
 create or replace function autotag.take_allowance(
   p_workspace_id uuid, p_request_type text, p_images integer, p_take boolean,
   out allowed boolean, out retry_after double precision, out reason text
@@ -2251,22 +2340,22 @@ declare
   v_service boolean := autotag.is_service();
   v_admission record;
 begin
-  -- Called before every call by those who ask at all: is_service() once, and check_member() for what it refuses only.
+  -- Callers ask before each of their calls, so is_service() runs once, and check_member() only where it may refuse.
   if not v_service or p_workspace_id is null then
     perform autotag.check_member(p_workspace_id);
   end if;
   if p_request_type is null or p_request_type not in ('realtime', 'batch') then
-    perform autotag.refuse(400, 'unknown_request_type', format('%L is no request type.', p_request_type),
+    perform autotag.refuse(400, 'unknown_request_type', format('%L is not a request type.', p_request_type),
       'Pass realtime or batch.');
   end if;
-  if p_images is distinct from 1 then   -- one image is never too many
+  if p_images is distinct from 1 then   -- one image never exceeds a limit of images
     perform autotag.check_image_count(p_images);
   end if;
-  -- Ten calls of a member would use up the workspace's batches of an hour. (An `if` of its own: with a query in it, the
-  -- condition would cost a service 5 µs, too.)
+  -- A member could use up the workspace's ten batches per hour in ten calls. (A separate `if`: a subquery in the condition
+  -- above would cost a service 5 µs, too.)
   if p_take and not v_service then
     if not (select s.members_may_take from autotag.settings s) then
-      perform autotag.refuse(403, 'service_only', 'Only your server may take from the limit.',
+      perform autotag.refuse(403, 'service_only', 'Only your server may call check_rate_limit.',
         'Call peek_rate_limit, or check_rate_limit with the secret key.');
     end if;
   end if;
@@ -2280,24 +2369,23 @@ begin
   reason := case when not allowed then case when retry_after is null then 'exceeds_limit' else 'window_full' end end;
 end $$;
 
--- The mirror of the provider's bucket: requests and tokens a minute and a day, corrected by its headers.
+-- The mirror of the provider's bucket: requests and tokens per minute, requests per day, corrected by response headers.
 
--- The mirror of the bucket, filled up to a moment. A little of the bucket is kept unused (provider_margin). And what
--- was released but has not been sent yet (its image is still being fetched) is still in the provider's bucket: that
--- one is full, and does not refill, when ours and the unsent together are.
+-- Refills the mirror up to p_now. provider_margin's share of a minute stays unused. Calls that were released but not sent
+-- (their image is still being fetched) still occupy the provider's bucket, so the mirror is capped at capacity minus unsent.
 create or replace function autotag.refill(p_provider autotag.provider_limits, p_now timestamptz) returns autotag.provider_limits
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  -- A bucket that was never used is full; so is one that has not been used for a day.
+  -- a bucket that was not used for a day, or never, is full
   v_minutes double precision := case when p_provider.refilled_at > p_now - interval '1 day'
     then greatest(0, extract(epoch from p_now - p_provider.refilled_at) / 60) else 1440 end;
-  v_share double precision;    -- of a minute's worth, what may be used at once
+  v_share double precision;    -- share of a minute's limit that may be used at once
   v_unsent integer;
 begin
   select 1 - extract(epoch from s.provider_margin) / 60, (select coalesce(sum(w.unsent), 0) from autotag.workers w)
   into v_share, v_unsent from autotag.settings s;
-  -- What a minute could never hold would stop everything: a guess may be too high for a small limit.
+  -- Limit the estimate to what one minute can hold; a first guess above a small limit would never be admitted.
   p_provider.tokens_per_image := least(p_provider.tokens_per_image, greatest((0.9 * p_provider.tokens_per_minute)::integer, 1));
   p_provider.requests_left := least(p_provider.requests_per_minute * v_share - v_unsent,
     p_provider.requests_left + v_minutes * p_provider.requests_per_minute);
@@ -2310,7 +2398,7 @@ begin
   return p_provider;
 end $$;
 
--- The same of what the database holds, to look at.
+-- The provider's row with a refilled bucket, without a lock: only to read.
 create or replace function autotag.refilled_provider(p_now timestamptz) returns autotag.provider_limits
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2321,7 +2409,7 @@ begin
   return autotag.refill(v_provider, p_now);
 end $$;
 
--- And to decide by: every caller of the provider passes through here first, and the row's lock makes admission serial.
+-- The same with the row locked: every function that takes from the bucket begins here, which serializes admission.
 create or replace function autotag.lock_provider() returns autotag.provider_limits
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2332,8 +2420,8 @@ begin
   return autotag.refill(v_provider, autotag.now());
 end $$;
 
--- A worker has sent so many of the calls that were released to it (or will not send them at all), the first of
--- them so many seconds ago. Had the bucket been full until then, it has refilled since. Locks the provider row.
+-- A worker has sent p_calls of the calls released to it (or will never send them), the first one p_age real seconds ago. If
+-- the mirror was full until then, it has refilled since. Locks the provider row.
 create or replace function autotag.note_sent(p_worker uuid, p_calls integer, p_age double precision) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2343,7 +2431,7 @@ declare
   v_unsent integer := (select coalesce(sum(w.unsent), 0) from autotag.workers w);
   v_minutes double precision := extract(epoch from autotag.clock_interval(least(greatest(p_age, 0), 3600))) / 60;
 begin
-  -- It cannot have sent more than it was given, nor before the last refill that could matter.
+  -- a worker cannot have sent more calls than were released to it
   update autotag.workers w set unsent = greatest(0, w.unsent - greatest(p_calls, 0))
   where w.id = p_worker and w.login = session_user;
   update autotag.provider_limits p
@@ -2357,18 +2445,18 @@ begin
       day_left = v_provider.day_left, refilled_at = v_provider.refilled_at;
 end $$;
 
--- What the provider's answers say about its bucket: {requests_limit, requests_left, tokens_limit,
--- tokens_left, age, retry_after (at most an hour)}, each optional. `age` is how long ago the call was sent (seconds): by then
--- the bucket held what the answer says, and it has refilled since. A lower remaining than ours wins at once
--- (another program may use the same key), a changed limit is adopted, and retry-after holds for everybody.
--- Returns what changed, as a sentence for the log, or null. Locks the provider row.
+-- Updates the mirror from response headers: {requests_limit, requests_left, tokens_limit, tokens_left, age, retry_after (at
+-- most 3600)}, each optional. `age`: seconds since the call was sent; the remaining values held then, and the bucket has
+-- refilled since. A lower remaining value than the mirror's is adopted (another program may use the same key), so is a changed
+-- limit, and retry_after holds for all workers. Returns a sentence for the log if the limits changed, else null.
+-- Locks the provider row.
 create or replace function autotag.observe_provider(p_seen jsonb) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.lock_provider();
-  -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (its guide "Rate limits"). A bucket of less than
-  -- the least here would never hold a call, and no answer would ever say better.
+  -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (guide "Rate limits"). The lower bounds (2 and 100)
+  -- keep a bucket that can hold a call; with less no call would go out, and no header could correct the limit.
   v_requests integer := coalesce(autotag.clean_number(p_seen, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
   v_tokens integer := coalesce(autotag.clean_number(p_seen, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
   v_minutes double precision := extract(epoch from
@@ -2378,7 +2466,7 @@ begin
   update autotag.provider_limits p
   set requests_per_minute = v_requests,
       tokens_per_minute = v_tokens,
-      -- the daily cap is tier 1's; a higher limit a minute is a higher tier
+      -- only tier 1 has a daily limit; a higher limit per minute means a higher tier
       requests_per_day = case when v_requests > p.requests_per_minute then null else p.requests_per_day end,
       requests_left = least(v_provider.requests_left + greatest(v_requests - p.requests_per_minute, 0),
         autotag.clean_number(p_seen, 'requests_left', 0, v_requests) + v_minutes * v_requests),
@@ -2394,12 +2482,12 @@ begin
       limited_at = case when v_retry_after is null then p.limited_at else v_provider.refilled_at end,
       has_rate_headers = case when p_seen ? 'tokens_limit' or p_seen ? 'requests_limit' then true else p.has_rate_headers end;
   return case when (v_requests, v_tokens) <> (v_provider.requests_per_minute, v_provider.tokens_per_minute)
-    then format('The provider''s limits are %s requests and %s tokens a minute now (they were %s and %s).',
+    then format('The provider''s limits are now %s requests and %s tokens a minute (before: %s and %s).',
       v_requests, v_tokens, v_provider.requests_per_minute, v_provider.tokens_per_minute) end;
 end $$;
 
--- Gives back to the bucket what calls did not take from the provider's. It is never more than a minute's worth short by what
--- they took besides: whatever is reported, tagging goes on. Locks the provider row.
+-- Returns reservations that calls did not use to the bucket. If calls used more than they reserved (p_tokens < 0), the bucket
+-- goes no lower than minus one minute's limit, so that no report can stop tagging. Locks the provider row.
 create or replace function autotag.refund_provider(p_requests integer, p_tokens bigint) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2409,7 +2497,7 @@ begin
       tokens_left = greatest(tokens_left + p_tokens, least(tokens_left, -tokens_per_minute));
 end $$;
 
--- Stops both lanes until a probe succeeds; every task stays queued. Locks the provider row.
+-- Pauses both lanes until the probe succeeds; all tasks stay queued. p_from: the error's origin. Locks the provider row.
 create or replace function autotag.stop_account(p_error text, p_from text default 'provider') returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2419,7 +2507,8 @@ as $$
       probe_at = autotag.now() + (select s.account_probe_interval from autotag.settings s)
 $$;
 
--- What was in trouble works again: everything does (p_from null: a call has succeeded), or the part that stopped the lanes.
+-- Ends the pause: for any reason (p_from null: a call has succeeded), or only if its error came from p_from. Locks the provider
+-- row.
 create or replace function autotag.resume_account(p_from text default null) returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2430,12 +2519,11 @@ as $$
     and (p_from is null or account_error_from = p_from)
 $$;
 
--- Workers: registration, heartbeats and leases. When a worker stops, what it held goes back.
+-- Workers: registration, heartbeats and leases.
 
--- A worker introduces itself and learns what it needs to know. p_base_url is where it finds the provider, p_fingerprint
--- stands for that address and the key: one that was not seen last has to prove itself, and another address may be a
--- provider that can do other things. Refuses an id that is of another login, and more workers of one login than anybody
--- has. Locks: provider.
+-- Registers a worker and returns worker_settings(). p_base_url: the provider's address; p_fingerprint: hash of address and key.
+-- A fingerprint other than the present one has to be proven; another address may be a provider with other features. Refuses
+-- an id of another login, and more than 1,000 workers of one login. Locks: provider.
 create or replace function autotag.register_worker(
   p_worker uuid, p_host text, p_version text, p_listening boolean, p_base_url text default null, p_fingerprint text default null
 ) returns jsonb
@@ -2447,14 +2535,14 @@ declare
 begin
   perform autotag.check_version(p_version);
   if p_worker is null then
-    perform autotag.refuse(400, 'no_worker', 'A worker needs an id.', 'Pass a uuid of its own.');
+    perform autotag.refuse(400, 'no_worker', 'A worker needs an id.', 'Pass a new uuid.');
   end if;
   v_login := (select w.login from autotag.workers w where w.id = p_worker);
   if v_login <> session_user then
-    perform autotag.refuse(403, 'not_your_worker', 'This worker is of another login.', 'Register with an id of its own.');
+    perform autotag.refuse(403, 'not_your_worker', 'This worker belongs to another login.', 'Register with a new id.');
   elsif v_login is null and (select count(*) from autotag.workers w where w.login = session_user) >= 1000 then
-    perform autotag.refuse(429, 'too_many_workers', 'This login has 1,000 workers already.',
-      'Wait until the leases of those that are gone run out.', jsonb_build_object('retry_after', 60));
+    perform autotag.refuse(429, 'too_many_workers', 'This login already has 1,000 workers.',
+      'Wait until the leases of stopped workers end.', jsonb_build_object('retry_after', 60));
   end if;
   p_base_url := autotag.printable(p_base_url, 300);
   p_fingerprint := autotag.printable(p_fingerprint, 100);
@@ -2473,7 +2561,7 @@ begin
   return autotag.worker_settings();
 end $$;
 
--- What a worker needs of the settings, as JSON; seconds where the name says so.
+-- The settings that a worker needs, as JSON.
 create or replace function autotag.worker_settings() returns jsonb
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2482,8 +2570,8 @@ as $$
   from autotag.settings s
 $$;
 
--- Extends the worker's lease and runs tick() when nobody else has (no pg_cron). False: the lease had run
--- out, what it held is somebody else's now, and it has to register again.
+-- Extends the worker's lease, and runs tick() if it is overdue (no pg_cron). False: the lease had ended and what the worker held
+-- has been released, so it has to register again.
 create or replace function autotag.heartbeat(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2503,9 +2591,8 @@ begin
   return v_alive;
 end $$;
 
--- Whether a worker is the caller's own and may be given something. A worker whose lease has ended gets nothing, because nobody
--- would take it back. The row lock keeps the lease from being expired until this transaction ends. Only expire_workers ends a
--- lease.
+-- Whether a worker belongs to the caller and has a lease. Without a lease it must get no work, because no expiry would release
+-- that again. The row lock prevents expire_workers, which alone ends leases, from ending this one before the transaction does.
 create or replace function autotag.hold_lease(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2514,9 +2601,9 @@ begin
   return found;
 end $$;
 
--- Only one address and key is used at a time: those of the worker that registered last, until they fail and a worker with
--- others is alive. Workers with others get nothing meanwhile; otherwise a wrong address, which fails fast, would take most
--- images and count a failure on each.
+-- Whether the worker uses another address or key than the present one while a live worker uses the present one; if so it gets
+-- no work. Only one fingerprint is in use at a time: that of the worker that registered last, until it fails and a worker with
+-- another one is alive. Otherwise a wrong address, which fails fast, would get most images and count a failure for each.
 create or replace function autotag.asks_another_provider(p_worker uuid, p_provider autotag.provider_limits) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2525,8 +2612,8 @@ begin
     and exists (select from autotag.workers w where w.fingerprint = p_provider.fingerprint and w.lease_until > autotag.now());
 end $$;
 
--- These workers have met trouble of the account: if it was they whose turn it is, the next probe is of those that ask in
--- another way, if there are any. The caller holds the provider row.
+-- These workers met an error of kind account. If they use the present fingerprint, the next probe goes to live workers with
+-- another one, if there are any. The caller holds the provider row.
 create or replace function autotag.offer_switch(p_workers uuid[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2545,8 +2632,8 @@ begin
   end if;
 end $$;
 
--- From now on this address and key are the ones that are asked; what is known of another address is forgotten. False: they
--- were asked already, or there is no fingerprint. Locks the provider row.
+-- Makes this address and key the present ones. What was learned about another address is reset. False: they were already, or
+-- there is no fingerprint. Locks the provider row.
 create or replace function autotag.switch_provider(p_base_url text, p_fingerprint text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2561,7 +2648,7 @@ begin
   return found;
 end $$;
 
--- The tasks that a worker holds: among those that were released and are not finished, of uploads that are not.
+-- The single calls that a worker holds: released, unfinished tasks of unfinished jobs.
 create or replace function autotag.held_tasks(p_worker uuid) returns bigint[]
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2572,8 +2659,8 @@ as $$
   where q.reached > 0 and t.worker_id = p_worker
 $$;
 
--- Gives back what a worker holds except what it names (p_lost: its lease has run out; then each image counts
--- a failure, so that one that kills its worker does not do so for ever).
+-- Releases what a worker holds, except p_keep_tasks and p_keep_batches. p_lost: its lease has ended; then each image counts a
+-- failure, so that an image that crashes its worker does not do so forever. Returns how many tasks and batches.
 -- Locks: workspaces, jobs, batches, tasks.
 create or replace function autotag.give_back(p_worker uuid, p_keep_tasks bigint[], p_keep_batches uuid[], p_lost boolean)
 returns integer
@@ -2591,7 +2678,7 @@ begin
   perform from autotag.jobs j
   where j.id in (select t.job_id from autotag.tasks t where t.id = any (v_tasks)) order by j.id for update;
   perform from autotag.batches b where b.id = any (v_batches) order by b.id for update;
-  -- What its last request may have created at OpenAI has to show before somebody else looks.
+  -- Wait until OpenAI shows what the worker's last request may have created, before another worker looks for it.
   update autotag.batches b
   set worker_id = null, not_before = case when b.state <> 'creating' then b.not_before
     else autotag.now() + (select s.batch_create_grace from autotag.settings s) end
@@ -2606,7 +2693,7 @@ begin
   return cardinality(v_tasks) + cardinality(v_batches);
 end $$;
 
--- A worker stops: everything it holds goes back at once.
+-- A worker stops: releases everything it holds and deletes it. Returns how many tasks and batches.
 create or replace function autotag.release_worker(p_worker uuid) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2621,8 +2708,8 @@ begin
   return v_count;
 end $$;
 
--- A worker that never saw the answer to a claim (the connection broke) names what it has in hand; null for
--- the kind that is not in question.
+-- For a worker that did not receive the reply to a claim (the connection broke): it names what it does hold, and the rest is
+-- released. Null: leaves tasks, or batches, as they are.
 create or replace function autotag.release_unheld(p_worker uuid, p_tasks bigint[], p_batches uuid[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2635,7 +2722,7 @@ begin
   return autotag.give_back(p_worker, p_tasks, p_batches, false);
 end $$;
 
--- Gives back what workers held whose lease has run out. Called by tick().
+-- Releases what workers with an ended lease held, and deletes them. Called by tick().
 create or replace function autotag.expire_workers() returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2653,11 +2740,11 @@ begin
   return v_count;
 end $$;
 
--- Where images are, for the worker that is about to read them.
+-- Where a worker finds the images it is about to read.
 
--- Where the images are that a worker is about to read: what describe_assets() says, for images whose file is still the one
--- that whoever asked may see. refused: `foreign_file` (the row names a file that is not its workspace's) or `hidden_file`.
--- A row that belongs to another workspace by now is not in the answer, like one that is gone.
+-- Location of each image, as describe_assets() returns it, if its file is still the one that the uploader was allowed to see.
+-- refused: `foreign_file` (the row names a file of another workspace) or `hidden_file` (the uploader may not see it). A row
+-- that no longer exists or has moved to another workspace is missing from the result.
 -- p_workspace_ids[i], p_seen[i]: tasks.workspace_id and tasks.seen of p_asset_ids[i].
 create or replace function autotag.locate(p_asset_ids uuid[], p_workspace_ids uuid[], p_seen uuid[])
 returns table (asset_id uuid, bucket text, path text, url text, refused text)
@@ -2670,11 +2757,11 @@ as $$
   cross join lateral (select case
     when d.foreign_file then 'foreign_file'
     when t.seen is not null and t.seen <> autotag.file_mark(d.bucket, d.path) then 'hidden_file' end as refused
-    offset 0  -- so that it is worked out once for each image, not once for each use
+    offset 0  -- evaluate the case once per image, not once per use
   ) r
 $$;
 
--- The one function that releases single calls, within every limit and in fair order.
+-- Which images are released next: fair among workspaces, and within each of them.
 
 -- Puts parked tasks whose time has come back into their queues. The caller holds the provider row.
 -- Locks: workspaces, tasks.
@@ -2705,6 +2792,166 @@ begin
   end loop;
 end $$;
 
+-- Releases up to p_slots images in fair order, while the provider's bucket has room: the workspace whose virtual clock is lowest
+-- goes first, one turn at a time. tokens: what the images reserve; virtual_time: the clock of the workspace served last.
+-- Called by claim(), which holds the provider row. Locks: workspaces by id, windows, queued tasks.
+create or replace function autotag.release_in_turn(
+  p_worker uuid, p_slots integer, p_provider autotag.provider_limits,
+  out ids bigint[], out tokens bigint, out virtual_time double precision
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := p_provider.refilled_at;
+  v_room integer := autotag.room_left(p_provider, p_slots);   -- images that may still be released
+  v_turn integer;              -- images of one workspace before the next one's turn
+  v_workspaces uuid[];
+  v_workspace autotag.workspaces;
+  v_released record;
+begin
+  ids := array[]::bigint[];
+  tokens := 0;
+  virtual_time := p_provider.virtual_time;
+  if v_room < 1 then
+    return;
+  end if;
+  -- A turn is a chunk, or what the provider takes in a twentieth of a second where that is more: nobody notices
+  -- who was first then.
+  v_turn := (select s.chunk_size from autotag.settings s);
+  v_turn := greatest(v_turn, least(1000, p_provider.requests_per_minute / 1200,
+    p_provider.tokens_per_minute / p_provider.tokens_per_image / 1200));
+  -- As many workspaces as it takes to fill the room.
+  v_workspaces := array(
+    select x.workspace_id from (
+      select w.workspace_id, sum(least(w.queued, v_turn)) over turns - least(w.queued, v_turn) as before
+      from (
+        select r.workspace_id, r.queued, r.virtual_time from autotag.workspaces r where r.ready and r.queued > 0
+        order by r.virtual_time, r.workspace_id limit v_room) w
+      window turns as (order by w.virtual_time, w.workspace_id)) x
+    where x.before < v_room);
+  perform from autotag.workspaces w
+  where w.workspace_id = any (v_workspaces) order by w.workspace_id for update;
+
+  while v_room > 0 loop
+    select * into v_workspace from autotag.workspaces w
+    where w.ready and w.queued > 0 and w.workspace_id = any (v_workspaces)
+    order by w.virtual_time, w.workspace_id limit 1;
+    exit when not found;
+    v_released := autotag.release_tasks(v_workspace, p_worker, v_room, v_turn, p_provider, p_provider.tokens_left - tokens, v_now);
+    ids := ids || v_released.ids;
+    tokens := tokens + v_released.tokens;
+    virtual_time := greatest(virtual_time, v_workspace.virtual_time);
+    v_room := least(v_room - cardinality(v_released.ids), floor((p_provider.tokens_left - tokens) / p_provider.tokens_per_image));
+  end loop;
+end $$;
+
+-- How many images the provider's bucket has room for, at most p_slots; one at a time while nobody knows whether the question
+-- works.
+create or replace function autotag.room_left(p_provider autotag.provider_limits, p_slots integer) returns integer
+language plpgsql immutable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case
+    when p_provider.blocked_until > p_provider.refilled_at then 0
+    when p_provider.proven_at is null and p_provider.probe_at > p_provider.refilled_at then 0
+    else least(p_slots, case when p_provider.proven_at is null then 1 end, floor(p_provider.requests_left),
+      floor(p_provider.day_left), floor(p_provider.tokens_left / p_provider.tokens_per_image)) end;
+end $$;
+
+-- The next few images of one workspace: of its ready queue that got least so far, at most a turn, and no
+-- more than its window admits. Nothing to release makes the workspace not ready until its next moment.
+-- Called by release_in_turn(), which holds the locks. Where an answer of its job was cut off, each reserves the larger cap that
+-- one needs: p_tokens_left is what the provider's bucket holds. tokens: what all of them reserve.
+create or replace function autotag.release_tasks(
+  p_workspace autotag.workspaces, p_worker uuid, p_room integer, p_turn integer, p_provider autotag.provider_limits,
+  p_tokens_left double precision, p_now timestamptz, out ids bigint[], out tokens bigint
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+as $$
+declare
+  v_queue autotag.queues;
+  v_admitted record;
+  v_each integer := p_provider.tokens_per_image;
+  v_ready_at timestamptz;      -- when the workspace may go on; null: it may now
+begin
+  ids := '{}';
+  tokens := 0;
+  select * into v_queue from autotag.queues q
+  where q.workspace_id = p_workspace.workspace_id and q.queued > 0 and q.ready_at <= p_now
+  order by q.released, q.job_id limit 1;
+  if not found then
+    v_ready_at := (
+      select min(q.ready_at) from autotag.queues q where q.workspace_id = p_workspace.workspace_id and q.queued > 0);
+  else
+    if v_queue.output_tokens > p_provider.output_tokens then
+      v_each := v_each + v_queue.output_tokens - p_provider.output_tokens;
+      -- It waits until the bucket holds so many. What is more than the bucket ever holds does not wait.
+      if floor(p_tokens_left / v_each) < 1 and v_each < 0.9 * p_provider.tokens_per_minute then
+        v_ready_at := p_now + interval '1 min' * (v_each - p_tokens_left) / p_provider.tokens_per_minute;
+      end if;
+      p_room := least(p_room, greatest(floor(p_tokens_left / v_each), 1));
+    end if;
+    if v_ready_at is null then
+      v_admitted := autotag.admit(p_workspace.workspace_id, 'realtime',
+        least(p_room, v_queue.queued, p_turn, v_queue.chunk), v_each, true);
+      if v_admitted.admitted = 0 then
+        -- An image that can never fit its workspace's window waits until the limit is changed.
+        v_ready_at := coalesce(v_admitted.retry_at, 'infinity');
+      end if;
+    end if;
+  end if;
+  if v_queue.job_id is null or v_ready_at is not null then
+    update autotag.workspaces w set ready = false, ready_at = v_ready_at
+    where w.workspace_id = p_workspace.workspace_id;
+    return;
+  end if;
+
+  ids := autotag.take_tasks(v_queue, p_worker, v_admitted.admitted, v_admitted.at, v_each, p_provider.output_tokens, p_now);
+  tokens := cardinality(ids)::bigint * v_each;
+end $$;
+
+-- Hands the next p_count images of a queue to a worker, in the order of the upload, and counts them. p_at, p_tokens: their place in
+-- the workspace's window, and what each reserves there; p_output_tokens: the cap of their answers. Called by release_tasks().
+-- Locks: tasks.
+create or replace function autotag.take_tasks(
+  p_queue autotag.queues, p_worker uuid, p_count integer, p_at timestamptz, p_tokens integer, p_output_tokens integer, p_now timestamptz
+) returns bigint[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ids bigint[];
+  v_gone integer;
+begin
+  with taken as (
+    update autotag.tasks t
+    set worker_id = p_worker, attempt = t.attempt + 1, reserved_at = p_at, reserved_tokens = p_tokens,
+        output_tokens = greatest(t.min_output_tokens, p_output_tokens)
+    where t.id = any (array(
+      select n.id from autotag.tasks n
+      where n.job_id = p_queue.job_id and n.id > p_queue.cursor
+        and n.lane = 'realtime' and n.worker_id is null and n.retry_at is null and n.finished_at is null
+      order by n.id limit p_count))
+    returning t.id
+  )
+  select coalesce(array_agg(t.id order by t.id), '{}') into v_ids from taken t;
+
+  -- Fewer than there should be: the count was wrong. It is put right rather than asked for again for ever.
+  v_gone := case when cardinality(v_ids) < p_count then p_queue.queued else cardinality(v_ids) end;
+  update autotag.queues q
+  set queued = q.queued - v_gone, released = q.released + cardinality(v_ids),
+      cursor = coalesce(v_ids[cardinality(v_ids)], q.cursor),
+      reached = greatest(q.reached, v_ids[cardinality(v_ids)]),
+      output_tokens = case when q.queued > v_gone then q.output_tokens end,
+      ready_at = case when q.chunk is null then q.ready_at else p_now + (select s.chunk_delay from autotag.settings s) end
+  where q.job_id = p_queue.job_id;
+  update autotag.workspaces w
+  set queued = w.queued - v_gone, virtual_time = w.virtual_time + cardinality(v_ids)
+  where w.workspace_id = p_queue.workspace_id;
+  return v_ids;
+end $$;
+
+-- The one function that releases single calls, within every limit and in fair order.
+
 -- claim: up to p_slots images for single calls, of all workspaces, under the provider's bucket and every
 -- workspace's window, in fair order (the workspace whose virtual clock is lowest goes first, a few images
 -- at a time; within it the job that got least). Says when to ask again if nothing else wakes the worker.
@@ -2731,14 +2978,7 @@ as $$
 declare
   v_provider autotag.provider_limits;
   v_now timestamptz;
-  v_room integer;              -- images that may still be released
-  v_quantum integer;           -- images of one workspace before the next one's turn
-  v_workspaces uuid[];
-  v_workspace autotag.workspaces;
-  v_next timestamptz;
-  v_ids bigint[] := array[]::bigint[];
-  v_got bigint[];
-  v_tokens bigint := 0;        -- that they reserve
+  v_released record;
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers of the host's tables believe what stands there
   tasks := '[]';
@@ -2761,221 +3001,320 @@ begin
     bound := 'outdone';
     return;
   end if;
-  -- Automatic mode: an upload that is complete becomes a job, and the next claim releases from it. This one
-  -- releases nothing, because the new job's workspace is locked out of turn.
-  if autotag.seal_upload(v_now) then
+  if autotag.reroute_upload(v_provider) then
     wait := 0;
     return;
   end if;
-  -- So does what has waited too long while 429s kept coming: it becomes a batch.
-  if v_provider.limited_since <= v_now - (select s.realtime_max_wait from autotag.settings s)
-     and v_provider.limited_at > v_now - interval '1 min' and v_provider.has_batches is distinct from false
-     and autotag.fall_back(v_now) then
-    wait := 0;
-    return;
-  end if;
-  -- Nor does a provider without a Batch API get batches that were planned before that was known.
-  if v_provider.has_batches is false and autotag.leave_batches(v_now) then
-    wait := 0;
-    return;
-  end if;
-  -- Only batches wait, and nobody knows whether the question works: one of their images tries it as a single call.
-  if v_provider.proven_at is null and coalesce(v_provider.probe_at, v_now) <= v_now and autotag.send_ahead() then
-    wait := 0;
-    return;
-  end if;
+
   perform autotag.unpark(v_now);
   update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at <= v_now;
-
-  v_room := case
-    when v_provider.blocked_until > v_now then 0
-    when v_provider.proven_at is null and v_provider.probe_at > v_now then 0
-    else least(p_slots, case when v_provider.proven_at is null then 1 end, floor(v_provider.requests_left),
-      floor(v_provider.day_left), floor(v_provider.tokens_left / v_provider.tokens_per_image))
-  end;
-
-  if v_room > 0 then
-    -- A turn is a chunk, or what the provider takes in a twentieth of a second where that is more: nobody notices
-    -- who was first then.
-    v_quantum := (select s.chunk_size from autotag.settings s);
-    v_quantum := greatest(v_quantum, least(1000, v_provider.requests_per_minute / 1200,
-      v_provider.tokens_per_minute / v_provider.tokens_per_image / 1200));
-    -- As many workspaces as it takes to fill the room.
-    v_workspaces := array(
-      select x.workspace_id from (
-        select w.workspace_id, sum(least(w.queued, v_quantum)) over turns - least(w.queued, v_quantum) as before
-        from (
-          select r.workspace_id, r.queued, r.virtual_time from autotag.workspaces r where r.ready and r.queued > 0
-          order by r.virtual_time, r.workspace_id limit v_room) w
-        window turns as (order by w.virtual_time, w.workspace_id)) x
-      where x.before < v_room);
-    perform from autotag.workspaces w
-    where w.workspace_id = any (v_workspaces) order by w.workspace_id for update;
+  v_released := autotag.release_in_turn(p_worker, p_slots, v_provider);
+  v_provider.virtual_time := v_released.virtual_time;
+  v_provider := autotag.take_from_bucket(v_provider, cardinality(v_released.ids), v_released.tokens);
+  if v_released.ids <> '{}' then
+    update autotag.workers w set unsent = w.unsent + cardinality(v_released.ids) where w.id = p_worker;
+    tasks := autotag.describe_released(v_released.ids, v_now);
   end if;
+  if cardinality(v_released.ids) = p_slots then
+    bound := 'slots';
+  else
+    bound := autotag.name_bound(v_provider);
+  end if;
+  wait := autotag.real_seconds(autotag.next_release(v_provider) - v_now);
+end $$;
 
-  while v_room > 0 loop
-    select * into v_workspace from autotag.workspaces w
-    where w.ready and w.queued > 0 and w.workspace_id = any (v_workspaces)
-    order by w.virtual_time, w.workspace_id limit 1;
-    exit when not found;
-    select r.ids, v_tokens + r.tokens into v_got, v_tokens
-    from autotag.release_tasks(v_workspace, p_worker, v_room, v_quantum, v_provider, v_provider.tokens_left - v_tokens, v_now) r;
-    v_provider.virtual_time := greatest(v_provider.virtual_time, v_workspace.virtual_time);
-    v_ids := v_ids || v_got;
-    v_room := least(v_room - cardinality(v_got), floor((v_provider.tokens_left - v_tokens) / v_provider.tokens_per_image));
-  end loop;
+-- Changes how one upload goes, or begins one, where that is due; then the claim releases nothing and is called again at
+-- once, because the upload's workspace is locked out of turn. False: nothing is due. Called by claim(), which holds the
+-- provider row. Locks: one upload's workspace, job, batches, tasks.
+create or replace function autotag.reroute_upload(p_provider autotag.provider_limits) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := p_provider.refilled_at;
+begin
+  -- Automatic mode: an upload that is complete becomes a job.
+  if autotag.seal_upload(v_now) then
+    return true;
+  end if;
+  -- What has waited too long while 429s kept coming becomes a batch.
+  if p_provider.limited_since <= v_now - (select s.realtime_max_wait from autotag.settings s)
+     and p_provider.limited_at > v_now - interval '1 min' and p_provider.has_batches is distinct from false
+     and autotag.fall_back(v_now) then
+    return true;
+  end if;
+  -- A provider without a Batch API gets no batches that were planned before that was known.
+  if p_provider.has_batches is false and autotag.leave_batches(v_now) then
+    return true;
+  end if;
+  -- Only batches wait, and nobody knows whether the question works: one of their images tries it as a single call.
+  return p_provider.proven_at is null and coalesce(p_provider.probe_at, v_now) <= v_now and autotag.send_ahead();
+end $$;
 
-  if v_provider.waiting_at < v_now - interval '1 s' then
-    select c.workspaces, c.images, v_now
-    into v_provider.waiting_workspaces, v_provider.waiting_images, v_provider.waiting_at
+-- Takes what was released from the mirror of the provider's bucket, and returns the provider as it is then. Once a second it
+-- also counts what waits, for predictions of the time left. Called by claim(), which holds the provider row.
+create or replace function autotag.take_from_bucket(p_provider autotag.provider_limits, p_images integer, p_tokens bigint)
+returns autotag.provider_limits
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  p_provider.requests_left := p_provider.requests_left - p_images;
+  p_provider.tokens_left := p_provider.tokens_left - p_tokens;
+  p_provider.day_left := p_provider.day_left - p_images;
+  if p_provider.proven_at is null and p_images > 0 then
+    p_provider.probe_at := p_provider.refilled_at + (select s.account_probe_interval from autotag.settings s);
+  end if;
+  if p_provider.waiting_at < p_provider.refilled_at - interval '1 s' then
+    select c.workspaces, c.images, p_provider.refilled_at
+    into p_provider.waiting_workspaces, p_provider.waiting_images, p_provider.waiting_at
     from autotag.count_waiting() c;
   end if;
   update autotag.provider_limits p
-  set requests_left = v_provider.requests_left - cardinality(v_ids),
-      tokens_left = v_provider.tokens_left - v_tokens,
-      day_left = v_provider.day_left - cardinality(v_ids),
-      refilled_at = v_provider.refilled_at,
-      virtual_time = v_provider.virtual_time,
-      waiting_workspaces = v_provider.waiting_workspaces,
-      waiting_images = v_provider.waiting_images,
-      waiting_at = v_provider.waiting_at,
-      probe_at = case when p.proven_at is null and cardinality(v_ids) > 0
-        then v_now + (select s.account_probe_interval from autotag.settings s) else p.probe_at end;
+  set requests_left = p_provider.requests_left,
+      tokens_left = p_provider.tokens_left,
+      day_left = p_provider.day_left,
+      refilled_at = p_provider.refilled_at,
+      virtual_time = p_provider.virtual_time,
+      waiting_workspaces = p_provider.waiting_workspaces,
+      waiting_images = p_provider.waiting_images,
+      waiting_at = p_provider.waiting_at,
+      probe_at = p_provider.probe_at;
+  return p_provider;
+end $$;
 
-  if cardinality(v_ids) > 0 then
-    update autotag.workers w set unsent = w.unsent + cardinality(v_ids) where w.id = p_worker;
+-- What a worker has to know of each task that was released to it, in order (claim: tasks).
+create or replace function autotag.describe_released(p_ids bigint[], p_now timestamptz) returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
     with released as materialized (
-      select t.id, t.attempt, t.asset_id, t.workspace_id, t.seen, t.job_id, t.output_tokens from autotag.tasks t where t.id = any (v_ids)
+      select t.id, t.attempt, t.asset_id, t.workspace_id, t.seen, t.job_id, t.output_tokens from autotag.tasks t where t.id = any (p_ids)
     ), uploads as materialized (
-      select j.id, j.traceparent, round(autotag.real_seconds(v_now - j.created_at)::numeric, 3) as waited
+      select j.id, j.traceparent, round(autotag.real_seconds(p_now - j.created_at)::numeric, 3) as waited
       from autotag.jobs j where j.id = any (array(select r.job_id from released r))
     )
-    select json_agg(i order by i.task) into tasks
+    select json_agg(i order by i.task)
     from (
       select r.id as task, r.attempt, u.id as job, u.traceparent, u.waited, r.asset_id, r.output_tokens as cap,
         d.bucket, d.path, d.url, d.refused
       from released r join uploads u on u.id = r.job_id
       left join autotag.locate(array(select asset_id from released order by id),
         array(select workspace_id from released order by id), array(select seen from released order by id)) d
-        on d.asset_id = r.asset_id) i;
-  end if;
+        on d.asset_id = r.asset_id) i);
+end $$;
 
-  bound := case
-    when cardinality(v_ids) = p_slots then 'slots'
+-- What keeps a claim that has room for more from releasing more; null: nothing is queued. p_provider: as it is after the claim.
+create or replace function autotag.name_bound(p_provider autotag.provider_limits) returns text
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case
     when not exists (select from autotag.workspaces w where w.queued > 0) then null
-    when v_provider.blocked_until > v_now then 'retry_after'
-    when v_provider.account_error is not null then 'account'
-    when v_provider.proven_at is null then 'unproven'
+    when p_provider.blocked_until > p_provider.refilled_at then 'retry_after'
+    when p_provider.account_error is not null then 'account'
+    when p_provider.proven_at is null then 'unproven'
     when not exists (select from autotag.workspaces w where w.ready and w.queued > 0) then 'workspaces'
-    when v_provider.tokens_left < v_tokens + v_provider.tokens_per_image then 'provider_tokens'
-    when v_provider.requests_left < cardinality(v_ids) + 1 then 'provider_requests'
+    when p_provider.tokens_left < p_provider.tokens_per_image then 'provider_tokens'
+    when p_provider.requests_left < 1 then 'provider_requests'
     else 'provider_day' end;
+end $$;
 
-  -- When to come back: when the bucket holds one more, when a workspace may go on, when a parked task is due.
-  select min(moment) into v_next from (
-    select greatest(v_now, v_provider.blocked_until, case when v_provider.proven_at is null then case
-        when cardinality(v_ids) > 0 then v_now + (select s.account_probe_interval from autotag.settings s)
-        else v_provider.probe_at end end,
-      v_now + interval '1 min' * greatest(
-        (cardinality(v_ids) + 1 - v_provider.requests_left) / v_provider.requests_per_minute,
-        (cardinality(v_ids) + 1 - v_provider.day_left) / (v_provider.requests_per_day / 1440.0),
-        (v_tokens + v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute))
+-- When the next image can be released: when the bucket holds one more, when a workspace may go on, when a parked task is due,
+-- when an upload is complete; null: only what is queued anew can be. p_provider: as it is after the claim.
+create or replace function autotag.next_release(p_provider autotag.provider_limits) returns timestamptz
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (select min(moment) from (
+    select greatest(p_provider.refilled_at, p_provider.blocked_until, case when p_provider.proven_at is null then p_provider.probe_at end,
+      p_provider.refilled_at + interval '1 min' * greatest(
+        (1 - p_provider.requests_left) / p_provider.requests_per_minute,
+        (1 - p_provider.day_left) / (p_provider.requests_per_day / 1440.0),
+        (p_provider.tokens_per_image - p_provider.tokens_left) / p_provider.tokens_per_minute))
     where exists (select from autotag.workspaces w where w.ready and w.queued > 0)
     union all
-    select greatest(v_provider.blocked_until, w.ready_at)
+    select greatest(p_provider.blocked_until, w.ready_at)
     from (select n.ready_at from autotag.workspaces n where not n.ready and n.queued > 0 order by n.ready_at limit 1) w
     where w.ready_at < 'infinity'
     union all
     select min(t.retry_at) from autotag.tasks t where t.retry_at is not null
     union all
     select min(u.seal_at) from autotag.uploads u
-  ) as moments (moment);
-  wait := autotag.real_seconds(v_next - v_now);
+  ) as moments (moment));
 end $$;
 
--- The next few images of one workspace: of its ready queue that got least so far, at most a turn, and no
--- more than its window admits. Nothing to release makes the workspace not ready until its next moment.
--- Called by claim(), which holds the locks. Where an answer of its job was cut off, each reserves the larger cap that one
--- needs: p_tokens_left is what the provider's bucket holds. tokens: what all of them reserve.
-create or replace function autotag.release_tasks(
-  p_workspace autotag.workspaces, p_worker uuid, p_room integer, p_turn integer, p_provider autotag.provider_limits,
-  p_tokens_left double precision, p_now timestamptz, out ids bigint[], out tokens bigint
-)
-language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+-- Whose turn it is: which batches go on next, and which of them there is room for.
+
+-- How full the provider's queue of batch tokens is, and whether all that waits for it fits into it.
+create or replace function autotag.measure_batch_queue(p_provider autotag.provider_limits, p_now timestamptz) returns autotag.batch_queue
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_settings autotag.settings;
-  v_queue autotag.queues;
-  v_admitted record;
-  v_each integer;              -- tokens of one
-  v_room integer := p_room;
-  v_gone integer;
-  v_ready_at timestamptz;
+  v_queue autotag.batch_queue;
 begin
-  ids := '{}';
-  tokens := 0;
-  select * into v_settings from autotag.settings;
-  select * into v_queue from autotag.queues q
-  where q.workspace_id = p_workspace.workspace_id and q.queued > 0 and q.ready_at <= p_now
-  order by q.released, q.job_id limit 1;
-  if not found then
-    select min(q.ready_at) into v_ready_at from autotag.queues q
-    where q.workspace_id = p_workspace.workspace_id and q.queued > 0;
-    update autotag.workspaces w set ready = false, ready_at = v_ready_at
-    where w.workspace_id = p_workspace.workspace_id;
-    return;
-  end if;
+  v_queue.tokens := (select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.reserved_tokens > 0);
+  v_queue.short := v_queue.tokens + p_provider.tokens_per_image * (
+    select coalesce(sum(b.image_count - b.express_count), 0) from autotag.batches b
+    where b.state = 'planned' and b.worker_id is null and b.not_before <= p_now) > p_provider.queued_batch_tokens;
+  v_queue.patient_since := case when v_queue.short
+    then p_now - (select s.batch_patience from autotag.settings s) else '-infinity' end;
+  return v_queue;
+end $$;
 
-  v_each := p_provider.tokens_per_image;
-  if v_queue.output_tokens > p_provider.output_tokens then
-    v_each := v_each + v_queue.output_tokens - p_provider.output_tokens;
-    v_room := floor(p_tokens_left / v_each);
-    if v_room < 1 then  -- it waits until the bucket holds so many, or is as full as it gets
-      v_ready_at := p_now + interval '1 min' * (v_each - p_tokens_left) / p_provider.tokens_per_minute;
-      if v_each < 0.9 * p_provider.tokens_per_minute then
-        update autotag.workspaces w set ready = false, ready_at = v_ready_at
-        where w.workspace_id = p_workspace.workspace_id;
-        return;
+-- Whether nothing may be begun: nobody knows whether the question works, and there are single calls that can try it.
+create or replace function autotag.must_prove_first(p_provider autotag.provider_limits) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return p_provider.proven_at is null and exists (
+    select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
+    union all select from autotag.tasks t where t.retry_at is not null or t.worker_id is not null
+    union all select from autotag.batches b where b.state = 'planned' and b.image_count - b.express_count > 1);
+end $$;
+
+-- The next batches to work on, at most p_slots, in their order (claim_batches says which).
+create or replace function autotag.rank_batches(
+  p_slots integer, p_provider autotag.provider_limits, p_queue autotag.batch_queue, p_now timestamptz
+) returns uuid[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_unproven boolean := autotag.must_prove_first(p_provider);
+begin
+  return array(
+    with ready as (
+      select b.id, b.workspace_id, b.state, b.ordinal, b.created_at, t.tokens, t.since,
+        b.ordinal > 1 and t.since > p_queue.patient_since as later
+      from autotag.batches b
+      cross join lateral (
+        select (b.image_count - b.express_count)::bigint * p_provider.tokens_per_image + b.extra_tokens as tokens,
+               greatest(b.created_at, b.not_before) as since) t
+      where b.worker_id is null and b.not_before <= p_now
+        and (b.state in ('ended', 'harvesting', 'creating')
+          or b.state in ('planned', 'preparing', 'uploading') and not v_unproven and p_provider.has_batches is distinct from false)
+        and (b.state <> 'planned' or t.since <= p_queue.patient_since
+          or p_queue.tokens = 0 or p_queue.tokens + t.tokens <= p_provider.queued_batch_tokens)
+    )
+    select r.id
+    from ready r
+    left join (
+      select b.workspace_id, sum(b.reserved_tokens) as tokens
+      from autotag.batches b where b.reserved_tokens > 0 group by b.workspace_id
+    ) q on q.workspace_id = r.workspace_id
+    order by r.state in ('ended', 'harvesting') desc, r.state = 'planned', r.later,
+      -- what its workspace will have queued when its turn comes
+      case when p_queue.short and r.state = 'planned' then coalesce(q.tokens, 0) - r.tokens + sum(r.tokens) over (
+        partition by r.workspace_id, r.state = 'planned' order by r.later, r.since, r.created_at, r.ordinal) end,
+      r.since, r.created_at, r.ordinal
+    limit p_slots);
+end $$;
+
+-- Gives a worker those of the candidates that may go now, in their order: what was begun before goes on, and a planned one is
+-- begun when its workspace's window and the provider's queue have room. again: one could not go, and those behind it are for
+-- the next call, to be made at once. Called by claim_batches(), which holds the provider row. Locks: windows by workspace,
+-- batches by id.
+create or replace function autotag.take_batches(
+  p_worker uuid, p_candidates uuid[], p_provider autotag.provider_limits, p_queue autotag.batch_queue, p_now timestamptz,
+  out ids uuid[], out again boolean
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches;
+  v_images integer;
+  v_tokens bigint;
+  v_opens_at timestamptz;      -- when the workspace's window has a place; null: it has
+  v_held boolean := false;     -- the room in the provider's queue is held for one that is not passed any more
+begin
+  ids := array[]::uuid[];
+  again := false;
+  perform from public.workspace_rate_limits l
+  where l.request_type = 'batch' and l.workspace_id in (
+    select b.workspace_id from autotag.batches b where b.id = any (p_candidates))
+  order by l.workspace_id for update;
+  perform from autotag.batches b where b.id = any (p_candidates) order by b.id for update;
+
+  for v_batch in
+    select b.* from unnest(p_candidates) with ordinality c (id, i)
+    join autotag.batches b on b.id = c.id
+    where b.worker_id is null order by c.i
+  loop
+    if v_batch.state = 'planned' then
+      v_images := v_batch.image_count - v_batch.express_count;
+      if v_batch.admitted_at is null then
+        v_opens_at := autotag.window_opens_at(v_batch);
+        if v_opens_at is not null then  -- it leaves the head of the line: nobody else waits for its workspace's window
+          update autotag.batches b set not_before = v_opens_at where b.id = v_batch.id;
+          again := true;
+          continue;
+        end if;
       end if;
-      v_room := 1;
+      v_tokens := v_images::bigint * p_provider.tokens_per_image + v_batch.extra_tokens;
+      -- A batch ahead of the provider's queue always goes: alone it must be small enough.
+      if v_held or p_queue.tokens > 0 and p_queue.tokens + v_tokens > p_provider.queued_batch_tokens then
+        v_held := v_held or greatest(v_batch.created_at, v_batch.not_before) <= p_queue.patient_since;
+        continue;
+      end if;
+      if v_batch.admitted_at is null then
+        select a.at into v_batch.admitted_at
+        from autotag.admit(v_batch.workspace_id, 'batch', 1, v_images, false) a where a.admitted > 0;
+        if not found then  -- somebody's check_rate_limit was quicker
+          again := true;
+          continue;
+        end if;
+      end if;
+      p_queue.tokens := p_queue.tokens + v_tokens;
+      v_batch.reserved_tokens := v_tokens;
     end if;
-    v_room := least(v_room, p_room);
-  end if;
-  select * into v_admitted from autotag.admit(p_workspace.workspace_id, 'realtime',
-    least(v_room, v_queue.queued, p_turn, v_queue.chunk), v_each, true);
-  if v_admitted.admitted = 0 then
-    -- An image that can never fit its workspace's window waits until the limit is changed.
-    update autotag.workspaces w set ready = false, ready_at = coalesce(v_admitted.retry_at, 'infinity')
-    where w.workspace_id = p_workspace.workspace_id;
-    return;
-  end if;
+    perform autotag.hand_batch(v_batch, p_worker, p_provider, p_now);
+    ids := ids || v_batch.id;
+  end loop;
+end $$;
 
-  with taken as (
-    update autotag.tasks t
-    set worker_id = p_worker, attempt = t.attempt + 1, reserved_at = v_admitted.at, reserved_tokens = v_each,
-        output_tokens = greatest(t.min_output_tokens, p_provider.output_tokens)
-    where t.id = any (array(
-      select n.id from autotag.tasks n
-      where n.job_id = v_queue.job_id and n.id > v_queue.cursor
-        and n.lane = 'realtime' and n.worker_id is null and n.retry_at is null and n.finished_at is null
-      order by n.id limit v_admitted.admitted))
-    returning t.id
-  )
-  select coalesce(array_agg(t.id order by t.id), '{}') into ids from taken t;
-  tokens := cardinality(ids)::bigint * v_each;
+-- When the window of a planned batch's workspace has a place for it; null: now.
+create or replace function autotag.window_opens_at(p_batch autotag.batches) returns timestamptz
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ahead integer;             -- batches of earlier uploads that count on a place in the window
+begin
+  -- The first batch of an upload goes before the others of earlier ones, but not with the place in the window
+  -- that these were planned for.
+  select count(*) into v_ahead from autotag.batches b
+  where b.workspace_id = p_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
+    and b.created_at < p_batch.created_at;
+  return (
+    select max(coalesce(a.retry_at, 'infinity'))
+    from (values (v_ahead + 1, 0), (1, p_batch.image_count - p_batch.express_count)) w (batches, images)
+    cross join lateral autotag.admit(p_batch.workspace_id, 'batch', w.batches, w.images, false, p_take => false) a
+    where a.admitted = 0);
+end $$;
 
-  -- Fewer than there should be: the count was wrong. It is put right rather than asked for again for ever.
-  v_gone := case when cardinality(ids) < v_admitted.admitted then v_queue.queued else cardinality(ids) end;
-  update autotag.queues q
-  set queued = q.queued - v_gone, released = q.released + cardinality(ids),
-      cursor = coalesce(ids[cardinality(ids)], q.cursor),
-      reached = greatest(q.reached, ids[cardinality(ids)]),
-      output_tokens = case when q.queued > v_gone then q.output_tokens end,
-      ready_at = case when q.chunk is null then q.ready_at else p_now + v_settings.chunk_delay end
-  where q.job_id = v_queue.job_id;
-  update autotag.workspaces w
-  set queued = w.queued - v_gone, virtual_time = w.virtual_time + cardinality(ids)
-  where w.workspace_id = p_workspace.workspace_id;
+-- Hands a batch to a worker, in the state from which it goes on. p_batch has its place in the window and what it reserves. The
+-- caller holds its row.
+create or replace function autotag.hand_batch(
+  p_batch autotag.batches, p_worker uuid, p_provider autotag.provider_limits, p_now timestamptz
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  -- A file that asks what was asked before is deleted by its name, and built anew.
+  v_stale boolean := p_batch.state = 'planned' and coalesce(p_batch.asked_at < p_provider.question_since, false);
+begin
+  update autotag.batches b
+  set worker_id = p_worker, attempt = b.attempt + 1,
+      admitted_at = p_batch.admitted_at, reserved_tokens = p_batch.reserved_tokens,
+      output_tokens = case when b.input_file_id is null or v_stale then p_provider.output_tokens else b.output_tokens end,
+      asked_at = case when b.input_file_id is null or v_stale then p_now else b.asked_at end,
+      keep_files = p_provider.keep_files,
+      input_file_id = case when v_stale then null else b.input_file_id end,
+      state = case
+        when b.state = 'planned' and b.input_file_id is null then 'preparing'
+        when b.state = 'planned' and v_stale then 'uploading'
+        when b.state = 'planned' then 'creating'
+        when b.state = 'ended' then 'harvesting'
+        else b.state end
+  where b.id = p_batch.id;
 end $$;
 
 -- Which batches a worker gets to build, watch or harvest, under the limits of the hour and of the provider's queue.
@@ -3019,24 +3358,11 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.sync_question(autotag.lock_provider());
-  v_now timestamptz := v_provider.refilled_at;
+  v_now timestamptz := greatest(v_provider.refilled_at, v_provider.question_since);  -- what is claimed now is asked this question
   v_settings autotag.settings;
   v_slots integer := least(greatest(coalesce(p_slots, 0), 0), 1000);
-  v_candidates uuid[];
-  v_batch autotag.batches;
-  v_images integer;
-  v_retry_at timestamptz;      -- when the workspace's window has a place; null: it has
-  v_ahead integer;             -- batches of earlier uploads that count on a place in the window
-  v_again boolean := false;    -- a candidate could not go: those behind it are for the next call, made at once
-  v_tokens bigint;
-  v_queued bigint;             -- tokens of what OpenAI has, or is about to
-  v_short boolean;             -- not all that waits can be queued there at the same time
-  v_patient_since timestamptz;  -- if so, what waits since then is not passed any more …
-  v_held boolean := false;     -- … because the room that there is, is held for it
-  v_taken uuid[] := array[]::uuid[];
-  v_next timestamptz;
-  v_unproven boolean;          -- nothing is begun: single calls try the question first
-  v_stale boolean;             -- the batch's file asks what was asked before
+  v_queue autotag.batch_queue;
+  v_taken record;
 begin
   select * into v_settings from autotag.settings;
   batches := '[]';
@@ -3052,11 +3378,6 @@ begin
     wait := autotag.real_seconds(v_settings.account_probe_interval);
     return;
   end if;
-  v_now := greatest(v_now, v_provider.question_since);  -- what is claimed now is asked this question
-  v_unproven := v_provider.proven_at is null and exists (
-    select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
-    union all select from autotag.tasks t where t.retry_at is not null or t.worker_id is not null
-    union all select from autotag.batches b where b.state = 'planned' and b.image_count - b.express_count > 1);
   if v_provider.account_error is not null then
     if v_provider.probe_at > v_now then
       wait := autotag.real_seconds(v_provider.probe_at - v_now);
@@ -3064,130 +3385,16 @@ begin
     end if;
     v_slots := least(v_slots, 1);
   end if;
+
+  v_queue := autotag.measure_batch_queue(v_provider, v_now);
+  v_taken := autotag.take_batches(p_worker, autotag.rank_batches(v_slots, v_provider, v_queue, v_now), v_provider, v_queue, v_now);
+  batches := autotag.describe_batches(v_taken.ids);
+  if v_provider.next_poll_at <= v_now and v_provider.ask_after <= v_now then
+    select l.poll, l.cancel, l.files into poll, cancel, files from autotag.list_looks() l;
+    v_provider.next_poll_at := case when poll is null and files = '[]' then '-infinity' else v_now + v_settings.batch_poll_interval end;
+  end if;
   if v_provider.proven_at is not null and v_provider.checked_at <= v_now - v_settings.model_check_interval and v_provider.ask_after <= v_now then
     look_up := v_provider.question ->> 'model';
-    -- another worker asks in ten minutes, should this one not come to tell
-    update autotag.provider_limits p set checked_at = v_now - v_settings.model_check_interval + interval '10 min';
-  end if;
-
-  v_queued := (select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.reserved_tokens > 0);
-  v_short := v_queued + v_provider.tokens_per_image * (
-    select coalesce(sum(b.image_count - b.express_count), 0) from autotag.batches b
-    where b.state = 'planned' and b.worker_id is null and b.not_before <= v_now) > v_provider.queued_batch_tokens;
-  v_patient_since := case when v_short then v_now - v_settings.batch_patience else '-infinity' end;
-  v_candidates := array(
-    with ready as (
-      select b.id, b.workspace_id, b.state, b.ordinal, b.created_at, t.tokens, t.since,
-        b.ordinal > 1 and t.since > v_patient_since as later
-      from autotag.batches b
-      cross join lateral (
-        select (b.image_count - b.express_count)::bigint * v_provider.tokens_per_image + b.extra_tokens as tokens,
-               greatest(b.created_at, b.not_before) as since) t
-      where b.worker_id is null and b.not_before <= v_now
-        and (b.state in ('ended', 'harvesting', 'creating')
-          or b.state in ('planned', 'preparing', 'uploading') and not v_unproven and v_provider.has_batches is distinct from false)
-        and (b.state <> 'planned' or t.since <= v_patient_since
-          or v_queued = 0 or v_queued + t.tokens <= v_provider.queued_batch_tokens)
-    )
-    select r.id
-    from ready r
-    left join (
-      select b.workspace_id, sum(b.reserved_tokens) as tokens
-      from autotag.batches b where b.reserved_tokens > 0 group by b.workspace_id
-    ) q on q.workspace_id = r.workspace_id
-    order by r.state in ('ended', 'harvesting') desc, r.state = 'planned', r.later,
-      -- what its workspace will have queued when its turn comes
-      case when v_short and r.state = 'planned' then coalesce(q.tokens, 0) - r.tokens + sum(r.tokens) over (
-        partition by r.workspace_id, r.state = 'planned' order by r.later, r.since, r.created_at, r.ordinal) end,
-      r.since, r.created_at, r.ordinal
-    limit v_slots);
-  perform from public.workspace_rate_limits l
-  where l.request_type = 'batch' and l.workspace_id in (
-    select b.workspace_id from autotag.batches b where b.id = any (v_candidates))
-  order by l.workspace_id for update;
-  perform from autotag.batches b where b.id = any (v_candidates) order by b.id for update;
-
-  for v_batch in
-    select b.* from unnest(v_candidates) with ordinality c (id, i)
-    join autotag.batches b on b.id = c.id
-    where b.worker_id is null order by c.i
-  loop
-    if v_batch.state = 'planned' then
-      v_images := v_batch.image_count - v_batch.express_count;
-      if v_batch.admitted_at is null then
-        -- The first batch of an upload goes before the others of earlier ones, but not with the place in the window
-        -- that these were planned for.
-        select count(*) into v_ahead from autotag.batches b
-        where b.workspace_id = v_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
-          and b.created_at < v_batch.created_at;
-        select max(coalesce(a.retry_at, 'infinity')) into v_retry_at
-        from (values (v_ahead + 1, 0), (1, v_images)) w (batches, images)
-        cross join lateral autotag.admit(v_batch.workspace_id, 'batch', w.batches, w.images, false, p_take => false) a
-        where a.admitted = 0;
-        if v_retry_at is not null then  -- it leaves the head of the line: nobody else waits for its workspace's window
-          update autotag.batches b set not_before = v_retry_at where b.id = v_batch.id;
-          v_again := true;
-          continue;
-        end if;
-      end if;
-      v_tokens := v_images::bigint * v_provider.tokens_per_image + v_batch.extra_tokens;
-      -- A batch ahead of the provider's queue always goes: alone it must be small enough.
-      if v_held or v_queued > 0 and v_queued + v_tokens > v_provider.queued_batch_tokens then
-        v_held := v_held or greatest(v_batch.created_at, v_batch.not_before) <= v_patient_since;
-        continue;
-      end if;
-      if v_batch.admitted_at is null then
-        select a.at into v_batch.admitted_at
-        from autotag.admit(v_batch.workspace_id, 'batch', 1, v_images, false) a where a.admitted > 0;
-        if not found then  -- somebody's check_rate_limit was quicker
-          v_again := true;
-          continue;
-        end if;
-      end if;
-      v_queued := v_queued + v_tokens;
-      v_batch.reserved_tokens := v_tokens;
-    end if;
-    -- a file that asks what was asked before is deleted by its name, and built anew
-    v_stale := v_batch.state = 'planned' and coalesce(v_batch.asked_at < v_provider.question_since, false);
-    update autotag.batches b
-    set worker_id = p_worker, attempt = b.attempt + 1,
-        admitted_at = v_batch.admitted_at, reserved_tokens = v_batch.reserved_tokens,
-        output_tokens = case when b.input_file_id is null or v_stale then v_provider.output_tokens else b.output_tokens end,
-        asked_at = case when b.input_file_id is null or v_stale then v_now else b.asked_at end,
-        keep_files = v_provider.keep_files,
-        input_file_id = case when v_stale then null else b.input_file_id end,
-        state = case
-          when b.state = 'planned' and b.input_file_id is null then 'preparing'
-          when b.state = 'planned' and v_stale then 'uploading'
-          when b.state = 'planned' then 'creating'
-          when b.state = 'ended' then 'harvesting'
-          else b.state end
-    where b.id = v_batch.id;
-    v_taken := v_taken || v_batch.id;
-  end loop;
-  select coalesce(jsonb_agg(jsonb_build_object(
-      'batch', b.id, 'attempt', b.attempt, 'state', b.state, 'image_count', b.image_count,
-      'since', autotag.real_epoch(b.created_at), 'cancelled', b.cancel_requested,
-      'openai_batch_id', b.openai_batch_id, 'input_file_id', b.input_file_id,
-      'output_file_id', b.output_file_id, 'error_file_id', b.error_file_id, 'keep_files', b.keep_files) order by t.i), '[]')
-  into batches
-  from unnest(v_taken) with ordinality t (id, i) join autotag.batches b on b.id = t.id;
-
-  if v_provider.next_poll_at <= v_now and v_provider.ask_after <= v_now then
-    select jsonb_agg(jsonb_build_object('id', b.openai_batch_id, 'since', autotag.real_epoch(b.created_at))
-             order by b.ordinal, b.created_at),
-           jsonb_agg(b.openai_batch_id) filter (where b.cancel_requested)
-    into poll, cancel
-    from autotag.batches b where b.state = 'submitted';
-    select coalesce(jsonb_agg(f.id), '[]') into files
-    from (
-      select unnest(array[b.input_file_id, b.output_file_id, b.error_file_id]) as id
-      from autotag.batches b
-      where b.state in ('done', 'cancelled')
-        and (b.input_file_id is not null or b.output_file_id is not null or b.error_file_id is not null)
-      order by b.id limit 300) f
-    where f.id is not null;
-    v_provider.next_poll_at := case when poll is null and files = '[]' then '-infinity' else v_now + v_settings.batch_poll_interval end;
   end if;
   if poll is not null or files <> '[]' or look_up is not null then
     -- what it then says of the provider is listened to (batches_seen, poll_trouble, provider_checked)
@@ -3195,18 +3402,63 @@ begin
   end if;
   update autotag.provider_limits p
   set next_poll_at = v_provider.next_poll_at,
-      probe_at = case when p.account_error is null or v_taken = '{}' then p.probe_at
-        else v_now + v_settings.account_probe_interval end;
+      probe_at = case when p.account_error is null or v_taken.ids = '{}' then p.probe_at
+        else v_now + v_settings.account_probe_interval end,
+      -- another worker asks about the model in ten minutes, should this one not come to tell
+      checked_at = case when look_up is null then p.checked_at else v_now - v_settings.model_check_interval + interval '10 min' end;
+  wait := case when v_taken.again then 0
+    else autotag.real_seconds(autotag.next_batch_claim(v_provider, files <> '[]', v_now) - v_now) end;
+end $$;
 
-  select min(moment) into v_next from (
-    select greatest(v_provider.next_poll_at, v_provider.ask_after)
-    where files <> '[]' or v_provider.ask_after > v_now or exists (select from autotag.batches b where b.state = 'submitted')
+-- The batches that a worker has got, in the order to work on them (claim_batches: batches).
+create or replace function autotag.describe_batches(p_ids uuid[]) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select coalesce(jsonb_agg(jsonb_build_object(
+      'batch', b.id, 'attempt', b.attempt, 'state', b.state, 'image_count', b.image_count,
+      'since', autotag.real_epoch(b.created_at), 'cancelled', b.cancel_requested,
+      'openai_batch_id', b.openai_batch_id, 'input_file_id', b.input_file_id,
+      'output_file_id', b.output_file_id, 'error_file_id', b.error_file_id, 'keep_files', b.keep_files) order by t.i), '[]')
+    from unnest(p_ids) with ordinality t (id, i) join autotag.batches b on b.id = t.id);
+end $$;
+
+-- What is to be looked at, cancelled and deleted at OpenAI (claim_batches: poll, cancel, files).
+create or replace function autotag.list_looks(out poll jsonb, out cancel jsonb, out files jsonb)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  select jsonb_agg(jsonb_build_object('id', b.openai_batch_id, 'since', autotag.real_epoch(b.created_at))
+           order by b.ordinal, b.created_at),
+         jsonb_agg(b.openai_batch_id) filter (where b.cancel_requested)
+  into poll, cancel
+  from autotag.batches b where b.state = 'submitted';
+  select coalesce(jsonb_agg(f.id), '[]') into files
+  from (
+    select unnest(array[b.input_file_id, b.output_file_id, b.error_file_id]) as id
+    from autotag.batches b
+    where b.state in ('done', 'cancelled')
+      and (b.input_file_id is not null or b.output_file_id is not null or b.error_file_id is not null)
+    order by b.id limit 300) f
+  where f.id is not null;
+end $$;
+
+-- When a worker has to ask for batches again: for the next look at OpenAI, or when a batch that waits may go on; null: only a
+-- notification can bring some. p_more_files: there may be more files to delete.
+create or replace function autotag.next_batch_claim(p_provider autotag.provider_limits, p_more_files boolean, p_now timestamptz)
+returns timestamptz
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (select min(moment) from (
+    select greatest(p_now, p_provider.next_poll_at, p_provider.ask_after)
+    where p_more_files or p_provider.ask_after > p_now or exists (select from autotag.batches b where b.state = 'submitted')
     union all
     select min(b.not_before) from autotag.batches b
-    where b.worker_id is null and b.not_before > v_now and b.not_before < 'infinity'
+    where b.worker_id is null and b.not_before > p_now and b.not_before < 'infinity'
       and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting')
-  ) moments (moment);
-  wait := case when v_again then 0 when v_next is not null then autotag.real_seconds(greatest(v_next, v_now) - v_now) end;
+  ) moments (moment));
 end $$;
 
 -- The batch if this worker (of the login that calls) holds it, locked together with its job; else a refusal that tells the
@@ -3704,6 +3956,186 @@ begin
   return 'accepted';
 end $$;
 
+-- A worker has looked at the batches that OpenAI has: they move, end, get lost or stuck.
+
+-- What a worker that was handed a look has seen: [{id, status, output_file_id, error_file_id, total, done, error_code,
+-- error, error_kind}], with status `gone` for one that OpenAI does not know (any more, or with this key). A batch that ended
+-- waits for a worker to harvest it. OpenAI's queue being full is no failure: the batch is planned again. One that
+-- stays gone is over. One that is stuck is cancelled, where the limits let its images go as single calls. Batches
+-- that are not in flight are ignored, and rows that do not change are not touched. A worker that has seen many tells them a
+-- few at a time, because meanwhile nothing else happens to their uploads. What the provider's words are worth is looked at
+-- one by one: one that makes no sense is left out, like what another worker says.
+-- Locks: provider (when the account was stopped), workspaces by id, jobs by id, batches by id, tasks by id.
+create or replace function autotag.batches_seen(p_worker uuid, p_seen jsonb) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_look timestamptz := autotag.was_handed_look(p_worker);
+  v_proven boolean := (select p.proven_at is not null from autotag.provider_limits p);  -- single calls work
+  v_seen autotag.batch_look[];
+  v_jobs uuid[];
+  v_job uuid;
+begin
+  perform autotag.check_list(p_seen);
+  if v_look is null then
+    return;
+  end if;
+  v_seen := autotag.clean_looks(p_seen);
+  perform autotag.judge_looks(v_seen);
+  perform from autotag.workspaces w where w.workspace_id in (
+    select b.workspace_id from autotag.batches b
+    join unnest(v_seen) s on s.id = b.openai_batch_id and s.status = 'gone')
+  order by w.workspace_id for update;
+  perform from autotag.jobs j where j.id in (
+    select b.job_id from autotag.batches b
+    join unnest(v_seen) s on s.id = b.openai_batch_id where b.state = 'submitted')
+  order by j.id for update;
+  perform from autotag.batches b
+  where b.openai_batch_id in (select s.id from unnest(v_seen) s) order by b.id for update;
+  v_jobs := autotag.apply_looks(v_seen, v_look, v_proven, v_now);
+  -- Once an upload, however many of its batches have moved.
+  for v_job in select distinct j from unnest(v_jobs) j order by j loop
+    perform autotag.tell_progress(v_job, autotag.refresh_eta(v_job));
+  end loop;
+end $$;
+
+-- Validates what a worker says it has seen, and cuts it to its bounds. What names no batch or no status is left out.
+create or replace function autotag.clean_looks(p_seen jsonb) returns autotag.batch_look[]
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  -- Numbers of lines: a file has 50,000 at most.
+  return array(
+    select row(i.id, i.status, autotag.clean_id(s ->> 'output_file_id'), autotag.clean_id(s ->> 'error_file_id'),
+      coalesce(autotag.clean_number(s, 'total', 0, 50000), 0)::integer,
+      coalesce(autotag.clean_number(s, 'done', 0, 50000), 0)::integer,
+      autotag.printable(s ->> 'error_code', 100), autotag.printable(s ->> 'error', 1000),
+      autotag.printable(s ->> 'error_kind', 20))::autotag.batch_look
+    from jsonb_array_elements(p_seen) s
+    cross join lateral (select autotag.clean_id(s ->> 'id') as id, autotag.clean_status(s ->> 'status') as status) i
+    where i.id is not null and i.status is not null);
+end $$;
+
+-- What a look says of the account. A look that works ends the trouble of earlier looks. A batch that failed because of the account
+-- (no credit) stops the lanes. Locks: provider, in both cases.
+create or replace function autotag.judge_looks(p_seen autotag.batch_look[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_trouble text;
+begin
+  if exists (select from autotag.provider_limits p where p.account_error_from = 'poll') then
+    perform autotag.resume_account('poll');
+    perform pg_notify('autotag', 'realtime');
+  end if;
+  -- Of the account's trouble the batch is no more guilty than a single call.
+  select s.error into v_trouble from unnest(p_seen) s
+  join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
+  where s.status = 'failed' and s.error_kind = 'account' limit 1;
+  if found then
+    perform autotag.stop_account(v_trouble, 'batch');
+  end if;
+end $$;
+
+-- Changes each batch as it was seen, and returns the jobs of those that have moved. p_look: when the worker was handed this
+-- look; p_proven: single calls work. The caller holds workspaces, jobs and batches.
+create or replace function autotag.apply_looks(
+  p_seen autotag.batch_look[], p_look timestamptz, p_proven boolean, p_now timestamptz
+) returns uuid[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_seen autotag.batch_look;
+  v_batch autotag.batches;
+  v_jobs uuid[] := array[]::uuid[];
+begin
+  select * into v_settings from autotag.settings;
+  for v_seen in
+    select s.* from unnest(p_seen) s
+    join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
+    order by b.id
+  loop
+    select * into v_batch from autotag.batches b where b.openai_batch_id = v_seen.id and b.state = 'submitted';
+    if v_seen.status = 'gone' then
+      perform autotag.look_in_vain(v_batch, p_look);
+    elsif v_seen.status = 'failed' and (v_seen.error_code = 'token_limit_exceeded'
+      -- … unless single calls work all the while: then batches are what this account or deployment cannot do
+      or v_seen.error_kind = 'account' and (not p_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
+      update autotag.batches b
+      set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_seen.error,
+          not_before = p_now + v_settings.batch_poll_interval,
+          failures = b.failures + (v_seen.error_kind = 'account' and p_proven)::integer
+      where b.id = v_batch.id;
+    elsif v_batch.openai_status is distinct from v_seen.status or v_batch.request_done < v_seen.done or v_batch.looks_in_vain > 0 then
+      perform autotag.move_batch(v_batch, v_seen, p_now);
+      v_jobs := array_append(v_jobs, v_batch.job_id);
+    elsif not v_batch.cancel_requested and v_seen.status in ('validating', 'in_progress', 'finalizing')
+      and (v_batch.progress_at <= p_now - v_settings.batch_stuck_after
+        or v_batch.submitted_at <= p_now - v_settings.batch_give_up_after)
+      and autotag.predict_wait(v_batch.workspace_id, v_batch.image_count - v_batch.express_count - v_batch.request_done)
+        <= v_settings.realtime_max_wait
+    then
+      update autotag.batches b set cancel_requested = true, stuck = true where b.id = v_batch.id;
+      update autotag.jobs j
+      set fallback = 'A batch made no progress, so the rest of its images go as single calls.'
+      where j.id = v_batch.job_id;
+    end if;
+  end loop;
+  return v_jobs;
+end $$;
+
+-- OpenAI does not know the batch: it is over after batch_looks_in_vain looks in a row. The caller holds workspace, job and batch.
+create or replace function autotag.look_in_vain(p_batch autotag.batches, p_look timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_batch.vain_look_at = p_look then  -- each look counts once
+    return;
+  end if;
+  update autotag.batches b set looks_in_vain = b.looks_in_vain + 1, vain_look_at = p_look where b.id = p_batch.id;
+  if p_batch.looks_in_vain + 1 >= (select s.batch_looks_in_vain from autotag.settings s) then
+    perform autotag.end_batch(p_batch, 'OpenAI does not know this batch any more (or not with this key).');
+    perform autotag.requeue_batch(p_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
+  end if;
+end $$;
+
+-- Moves a batch whose status or count of answers has changed: its row is updated, and its images where users can see a difference. A
+-- batch that has ended waits to be harvested. The caller holds job and batch. Locks: tasks by id.
+create or replace function autotag.move_batch(p_before autotag.batches, p_seen autotag.batch_look, p_now timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches;
+  v_progress integer;
+  v_eta timestamptz;
+begin
+  update autotag.batches b
+  set openai_status = p_seen.status, request_total = greatest(b.request_total, p_seen.total),
+      request_done = greatest(b.request_done, p_seen.done), progress_at = p_now, looks_in_vain = 0,
+      running_at = coalesce(b.running_at, case when p_seen.status = 'in_progress' then p_now end),
+      output_file_id = p_seen.output_file_id, error_file_id = p_seen.error_file_id, error = p_seen.error
+  where b.id = p_before.id returning * into v_batch;
+  v_progress := autotag.batch_progress(v_batch.request_done, v_batch.request_total);
+  if p_seen.status in ('completed', 'failed', 'expired', 'cancelled') then
+    update autotag.batches b set state = 'ended', ended_at = p_now, reserved_tokens = 0 where b.id = v_batch.id;
+    if p_seen.status = 'completed' then
+      perform autotag.note_duration(v_batch, p_now);
+    end if;
+    perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'completing');
+    perform pg_notify('autotag', 'batch');
+  elsif p_seen.status in ('in_progress', 'finalizing', 'cancelling')
+    and (p_before.openai_status is distinct from p_seen.status
+      or autotag.batch_progress(p_before.request_done, p_before.request_total) < v_progress) then
+    v_eta := (autotag.batch_eta(v_batch, p_now)).p50;
+    if p_before.running_at is null then
+      perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'processing', v_eta);
+    end if;
+    perform autotag.show_batch_progress(v_batch.id, v_progress, v_eta);
+  end if;
+end $$;
+
 -- What becomes of a batch that OpenAI has: it moves, ends, is harvested; its images are tagged or tried again.
 
 -- The batch is over, whatever it brought: everybody is told, once, because this is the only place that sends
@@ -3760,136 +4192,6 @@ begin
   perform pg_notify('autotag', 'batch');
 end $$;
 
--- What a worker that was handed a look has seen: [{id, status, output_file_id, error_file_id, total, done, error_code,
--- error, error_kind}], with status `gone` for one that OpenAI does not know (any more, or with this key). A batch that ended
--- waits for a worker to harvest it. OpenAI's queue being full is no failure: the batch is planned again. One that
--- stays gone is over. One that is stuck is cancelled, where the limits let its images go as single calls. Batches
--- that are not in flight are ignored, and rows that do not change are not touched. A worker that has seen many tells them a
--- few at a time, because meanwhile nothing else happens to their uploads. What the provider's words are worth is looked at
--- one by one: one that makes no sense is left out, like what another worker says.
--- Locks: provider (when the account was stopped), workspaces by id, jobs by id, batches by id, tasks by id.
-create or replace function autotag.batches_seen(p_worker uuid, p_seen jsonb) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_now timestamptz := autotag.now();
-  v_look timestamptz := autotag.was_handed_look(p_worker);
-  v_settings autotag.settings;
-  v_before autotag.batches;
-  v_batch autotag.batches;
-  v_seen record;
-  v_trouble text;
-  v_proven boolean := (select p.proven_at is not null from autotag.provider_limits p);  -- single calls work
-  v_progress integer;
-  v_eta timestamptz;
-  v_jobs uuid[] := array[]::uuid[];
-  v_job uuid;
-begin
-  perform autotag.check_list(p_seen);
-  if v_look is null then
-    return;
-  end if;
-  -- Numbers of lines: a file has 50,000 at most.
-  select coalesce(jsonb_agg(jsonb_build_object(
-    'id', i.id, 'status', i.status, 'output_file_id', autotag.clean_id(s ->> 'output_file_id'),
-    'error_file_id', autotag.clean_id(s ->> 'error_file_id'),
-    'total', coalesce(autotag.clean_number(s, 'total', 0, 50000), 0)::integer,
-    'done', coalesce(autotag.clean_number(s, 'done', 0, 50000), 0)::integer,
-    'error_code', autotag.printable(s ->> 'error_code', 100), 'error', autotag.printable(s ->> 'error', 1000),
-    'error_kind', autotag.printable(s ->> 'error_kind', 20))), '[]')
-  into p_seen
-  from jsonb_array_elements(p_seen) s
-  cross join lateral (select autotag.clean_id(s ->> 'id') as id, autotag.clean_status(s ->> 'status') as status) i
-  where i.id is not null and i.status is not null;
-  if exists (select from autotag.provider_limits p where p.account_error_from = 'poll') then
-    perform autotag.resume_account('poll');
-    perform pg_notify('autotag', 'realtime');
-  end if;
-  -- Of the account's trouble (no credit) the batch is no more guilty than a single call.
-  select s.error into v_trouble from jsonb_to_recordset(p_seen) s (id text, status text, error text, error_kind text)
-  join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
-  where s.status = 'failed' and s.error_kind = 'account' limit 1;
-  if found then
-    perform autotag.stop_account(v_trouble, 'batch');
-  end if;
-  select * into v_settings from autotag.settings;
-  perform from autotag.workspaces w where w.workspace_id in (
-    select b.workspace_id from autotag.batches b
-    join jsonb_to_recordset(p_seen) s (id text, status text) on s.id = b.openai_batch_id and s.status = 'gone')
-  order by w.workspace_id for update;
-  perform from autotag.jobs j where j.id in (
-    select b.job_id from autotag.batches b
-    join jsonb_to_recordset(p_seen) s (id text) on s.id = b.openai_batch_id where b.state = 'submitted')
-  order by j.id for update;
-  perform from autotag.batches b
-  where b.openai_batch_id in (select s.id from jsonb_to_recordset(p_seen) s (id text)) order by b.id for update;
-
-  for v_seen in
-    select s.* from jsonb_to_recordset(p_seen) s (id text, status text, output_file_id text, error_file_id text,
-      total integer, done integer, error_code text, error text, error_kind text)
-    join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
-    order by b.id
-  loop
-    select * into v_before from autotag.batches b where b.openai_batch_id = v_seen.id and b.state = 'submitted';
-    v_batch := v_before;
-    if v_seen.status = 'gone' then
-      continue when v_batch.vain_look_at = v_look;
-      update autotag.batches b set looks_in_vain = b.looks_in_vain + 1, vain_look_at = v_look where b.id = v_batch.id;
-      if v_batch.looks_in_vain + 1 >= v_settings.batch_looks_in_vain then
-        perform autotag.end_batch(v_batch, 'OpenAI does not know this batch any more (or not with this key).');
-        perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
-      end if;
-    elsif v_seen.status = 'failed' and (v_seen.error_code = 'token_limit_exceeded'
-      -- … unless single calls work all the while: then batches are what this account or deployment cannot do
-      or v_seen.error_kind = 'account' and (not v_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
-      update autotag.batches b
-      set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_seen.error,
-          not_before = v_now + v_settings.batch_poll_interval,
-          failures = b.failures + (v_seen.error_kind = 'account' and v_proven)::integer
-      where b.id = v_batch.id;
-    elsif v_batch.openai_status is distinct from v_seen.status or v_batch.request_done < v_seen.done or v_batch.looks_in_vain > 0 then
-      update autotag.batches b
-      set openai_status = v_seen.status, request_total = greatest(b.request_total, v_seen.total),
-          request_done = greatest(b.request_done, v_seen.done), progress_at = v_now, looks_in_vain = 0,
-          running_at = coalesce(b.running_at, case when v_seen.status = 'in_progress' then v_now end),
-          output_file_id = v_seen.output_file_id, error_file_id = v_seen.error_file_id, error = v_seen.error
-      where b.id = v_before.id returning * into v_batch;
-      v_progress := autotag.batch_progress(v_batch.request_done, v_batch.request_total);
-      v_jobs := array_append(v_jobs, v_batch.job_id);
-      if v_seen.status in ('completed', 'failed', 'expired', 'cancelled') then
-        update autotag.batches b set state = 'ended', ended_at = v_now, reserved_tokens = 0 where b.id = v_batch.id;
-        if v_seen.status = 'completed' then
-          perform autotag.note_duration(v_batch, v_now);
-        end if;
-        perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'completing');
-        perform pg_notify('autotag', 'batch');
-      elsif v_seen.status in ('in_progress', 'finalizing', 'cancelling')
-        and (v_before.openai_status is distinct from v_seen.status
-          or autotag.batch_progress(v_before.request_done, v_before.request_total) < v_progress) then
-        v_eta := (autotag.batch_eta(v_batch, v_now)).p50;
-        if v_before.running_at is null then
-          perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'processing', v_eta);
-        end if;
-        perform autotag.show_batch_progress(v_batch.id, v_progress, v_eta);
-      end if;
-    elsif not v_batch.cancel_requested and v_seen.status in ('validating', 'in_progress', 'finalizing')
-      and (v_batch.progress_at <= v_now - v_settings.batch_stuck_after
-        or v_batch.submitted_at <= v_now - v_settings.batch_give_up_after)
-      and autotag.predict_wait(v_batch.workspace_id, v_batch.image_count - v_batch.express_count - v_batch.request_done)
-        <= v_settings.realtime_max_wait
-    then
-      update autotag.batches b set cancel_requested = true, stuck = true where b.id = v_batch.id;
-      update autotag.jobs j
-      set fallback = 'A batch made no progress, so the rest of its images go as single calls.'
-      where j.id = v_batch.job_id;
-    end if;
-  end loop;
-  -- Once an upload, however many of its batches have moved.
-  for v_job in select distinct j from unnest(v_jobs) j order by j loop
-    perform autotag.tell_progress(v_job, autotag.refresh_eta(v_job));
-  end loop;
-end $$;
-
 -- Answers of a batch's lines, or images that could not become lines: [{task, result | error, usage}]. A task
 -- that is not this batch's any more, or has its answer, is ignored, so that harvesting twice changes nothing. Images that
 -- may be tried again are left to batch_finish(), which knows how many there are: why is noted at the task, once, with what
@@ -3901,7 +4203,6 @@ as $$
 declare
   v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
   v_batch autotag.batches;
-  v_settings autotag.settings;
   v_general boolean;           -- an answer is about more than its own image
   v_answers autotag.answer[];
   v_again autotag.answer[];    -- of these, those that are left to batch_finish
@@ -3910,27 +4211,12 @@ begin
   perform set_config('request.jwt.claims', '', true);   -- triggers of the host's tables believe what stands there
   perform autotag.check_list(p_answers);
   v_general := jsonb_path_exists(p_answers, '$[*].error ? (@.kind == "account" || @.parameter != null)');
-  select * into v_settings from autotag.settings;
   if v_general then
     perform autotag.lock_provider();
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
   v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
-  v_answers := array(
-    select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), true)::autotag.answer
-    from (
-      select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
-        greatest(t.min_output_tokens, v_batch.output_tokens) as output_tokens,
-        autotag.clean_result(a.result) as result, a.error, a.usage
-      from (
-        select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
-          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage, i
-        from jsonb_array_elements(p_answers) with ordinality u (e, i)) a
-      -- of one that is noted already the error was counted before
-      join autotag.tasks t on t.id = a.task and t.batch_id = p_batch and t.finished_at is null
-        and (t.error_code is null or jsonb_typeof(a.result) = 'object')
-      order by t.id, a.i) x);
+  v_answers := autotag.read_batch_answers(v_batch, p_answers);
   if v_general then
     v_answers := autotag.judge_errors(v_answers, v_batch.asked_at);
     perform autotag.note_outcomes(v_answers, v_batch.asked_at);
@@ -3938,18 +4224,7 @@ begin
   perform autotag.add_usage(v_answers, true);
 
   if exists (select from unnest(v_answers) a where a.error is not null) then
-    v_again := array(
-      select a from unnest(v_answers) a
-      join autotag.tasks t on t.id = a.task
-      join autotag.error_kinds k on k.kind = a.error ->> 'kind'
-      where not k.ends or (a.error ->> 'retry')::boolean
-        and case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens < autotag.max_cap(a.workspace_id)
-          else t.failures + 1 < v_settings.max_bad_answers end);
-    update autotag.tasks t
-    set error_code = a.error ->> 'code', error = a.error ->> 'message', failures = t.failures + (k.counts or a.error ? 'counts')::integer,
-        min_output_tokens = coalesce(autotag.next_cap(a), t.min_output_tokens)
-    from unnest(v_again) a join autotag.error_kinds k on k.kind = a.error ->> 'kind'
-    where t.id = a.task;
+    v_again := autotag.leave_to_finish(v_answers);
     v_answers := array(select a from unnest(v_answers) a where a.task <> all (array(select g.task from unnest(v_again) g)));
   end if;
   v_notices := autotag.apply_answers(v_answers);
@@ -3960,6 +4235,53 @@ begin
     end if;
   end if;
   return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices);
+end $$;
+
+-- The answers about images of this batch that still need one: validated, one for each image.
+create or replace function autotag.read_batch_answers(p_batch autotag.batches, p_answers jsonb) returns autotag.answer[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return array(
+    select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
+      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), true)::autotag.answer
+    from (
+      select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
+        greatest(t.min_output_tokens, p_batch.output_tokens) as output_tokens,
+        autotag.clean_result(a.result) as result, a.error, a.usage
+      from (
+        select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
+          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage, i
+        from jsonb_array_elements(p_answers) with ordinality u (e, i)) a
+      -- of one that is noted already the error was counted before
+      join autotag.tasks t on t.id = a.task and t.batch_id = p_batch.id and t.finished_at is null
+        and (t.error_code is null or jsonb_typeof(a.result) = 'object')
+      order by t.id, a.i) x);
+end $$;
+
+-- Notes at their tasks the errors of images that may be tried again, and returns those answers: batch_finish() gives all of the
+-- batch's images without an answer another try together. The caller holds the batch and its job. Locks: tasks.
+create or replace function autotag.leave_to_finish(p_answers autotag.answer[]) returns autotag.answer[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_again autotag.answer[];
+begin
+  select * into v_settings from autotag.settings;
+  v_again := array(
+    select a from unnest(p_answers) a
+    join autotag.tasks t on t.id = a.task
+    join autotag.error_kinds k on k.kind = a.error ->> 'kind'
+    where not k.ends or (a.error ->> 'retry')::boolean
+      and case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens < autotag.max_cap(a.workspace_id)
+        else t.failures + 1 < v_settings.max_bad_answers end);
+  update autotag.tasks t
+  set error_code = a.error ->> 'code', error = a.error ->> 'message', failures = t.failures + (k.counts or a.error ? 'counts')::integer,
+      min_output_tokens = coalesce(autotag.next_cap(a), t.min_output_tokens)
+  from unnest(v_again) a join autotag.error_kinds k on k.kind = a.error ->> 'kind'
+  where t.id = a.task;
+  return v_again;
 end $$;
 
 -- Every answer of the batch is stored. Images without one get another try (those of a cancelled job end).
@@ -3978,11 +4300,11 @@ begin
     'no_answer', 'OpenAI gave no answer for this image.');
 end $$;
 
--- Validates what a worker reports before anything else reads it.
+-- Validation of workers' reports, before any other function reads them.
 
--- Validates a worker's result and cuts it to its bounds: {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model} and
--- nothing else, at most 50 tags of 50 characters, each once, a caption of 300. Tags that are none (empty, no text, a sentence) are left out, like
--- confidences of none of them. Null: there is no list of tags, or none of it is a tag.
+-- Validates a worker's result: {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model} without further keys; at most 50
+-- different tags of 50 characters, and a caption of 300. Drops invalid tags (empty, not a string, longer) and confidences
+-- without a tag. Null: there is no list of tags, or none of them is valid.
 create or replace function autotag.clean_result(p_result jsonb) returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -3994,7 +4316,7 @@ begin
   if v_tags is null or jsonb_typeof(p_result) <> 'object' or jsonb_typeof(v_tags) <> 'array' then
     return null;
   end if;
-  -- Nearly every result is as it should be, and is only looked at.
+  -- nearly every result is valid as it is
   if autotag.is_tidy(p_result) then
     return p_result;
   end if;
@@ -4017,8 +4339,8 @@ begin
     'model', coalesce(autotag.printable(case when jsonb_typeof(p_result -> 'model') = 'string' then p_result ->> 'model' end, 100), ''));
 end $$;
 
--- Whether clean_result() would change nothing of a result (an object with a list of tags). It is looked at as text, which
--- costs a fifth of taking it apart. A result whose tags do not have a confidence each is taken apart.
+-- Whether clean_result() would return a result (an object with a list of tags) unchanged. It checks the JSON as text, which
+-- costs a fifth of rebuilding it. False also where a tag has no confidence.
 create or replace function autotag.is_tidy(p_result jsonb) returns boolean
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -4035,12 +4357,12 @@ begin
     and jsonb_typeof(p_result -> 'model') = 'string' and length(v_model) <= 100
     and jsonb_typeof(p_result -> 'confidence') = 'object'
     and autotag.is_plain(v_tags || v_sure || v_caption || v_model) and strpos(v_tags || v_sure, '\') = 0
-    -- blanks that printable() takes away
+    -- spaces that printable() would remove
     and strpos(v_tags || v_caption || v_model, '  ') = 0 and v_caption = btrim(v_caption) and v_model = btrim(v_model)
-    -- an element that is no text, a tag or label that is empty or begins or ends with a blank, a number that is none from 0 to 1
+    -- no element that is not a string; no tag or key that is empty or has a space at an end; no confidence outside 0 to 1
     and v_tags !~ '\[[^"\]]|, [^"]|""|" |[^,] "|, "[],]' and v_sure !~ ': (1[^,}]|0[^.,}]|[^01])|""' then
-    -- The tags are as many as there are confidences, and there is none of anything else: so no tag is there twice. (What
-    -- varchar(50) cuts is too long: `[^"]{51}` above would take three quarters of the whole time.)
+    -- As many tags as confidences, and every confidence has its tag: so no tag is there twice. (The cast to varchar(50) finds
+    -- tags that are too long; `[^"]{51}` in the pattern above would take three quarters of the function's time.)
     v_list := ('{' || substr(v_tags, 2, length(v_tags) - 2) || '}')::text[];
     return v_list::varchar(50)[]::text[] = v_list and (p_result -> 'confidence') - v_list = '{}'
       and 3 * cardinality(v_list) = length(v_sure) - length(replace(v_sure, '": ', ''));
@@ -4048,8 +4370,9 @@ begin
   return false;
 end $$;
 
--- Validates a worker's error and cuts it to its bounds: its kind is one of error_kinds, texts are short and printable, waits make
--- sense. What has no error has to have a result that can be stored (p_result, as clean_result() makes it).
+-- Validates a worker's error: its kind is one of error_kinds (else transient), texts are short and printable, waits are at most
+-- an hour. Without an error the result must be storable (p_result, from clean_result()), or the error is `no_result`. Null: no
+-- error.
 create or replace function autotag.clean_error(p_error jsonb, p_result jsonb default '{"tags": []}') returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4063,7 +4386,7 @@ begin
   return jsonb_build_object(
     'kind', coalesce((select k.kind from autotag.error_kinds k where k.kind = p_error ->> 'kind'), 'transient'),
     'code', coalesce(nullif(autotag.printable(p_error ->> 'code', 100), ''), 'unknown'),
-    'message', coalesce(nullif(autotag.printable(p_error ->> 'message', 1000), ''), 'Tagging this image did not work.'),
+    'message', coalesce(nullif(autotag.printable(p_error ->> 'message', 1000), ''), 'This image could not be tagged.'),
     'retry', coalesce(p_error ->> 'retry', '') = 'true',
     'retry_after', autotag.clean_number(p_error, 'retry_after', 0, 3600),
     'origin', case when p_error ->> 'origin' in ('provider', 'storage', 'host', 'worker') then p_error ->> 'origin' end,
@@ -4072,9 +4395,8 @@ begin
       then p_error ->> 'parameter' end);
 end $$;
 
--- Validates a worker's figures of usage and cuts them to bounds: {input, cached, cache_write, output, reasoning} tokens, none
--- negative or beyond what one answer can have, the model that answered and the service tier (null: it does not say). Null:
--- the provider gave no figures.
+-- Validates a worker's usage figures: {input, cached, cache_write, output, reasoning} (tokens, clamped to 0 to 10 million),
+-- model (that answered) and tier (null: not given). Null: the provider gave no figures.
 create or replace function autotag.clean_usage(p_usage jsonb) returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -4085,7 +4407,7 @@ begin
   if p_usage is null or jsonb_typeof(p_usage) <> 'object' then
     return null;
   end if;
-  -- Nearly all are as they should be, and are only looked at. (In jsonb's order nothing but numbers lies between two.)
+  -- Nearly all are valid as they are. (In jsonb's sort order only numbers lie between two numbers.)
   if p_usage -> 'input' between '0' and '10000000' and p_usage -> 'output' between '0' and '10000000'
     and p_usage -> 'cached' between '0' and '10000000' and p_usage -> 'cache_write' between '0' and '10000000'
     and p_usage -> 'reasoning' between '0' and '10000000'
@@ -4101,8 +4423,9 @@ begin
     'model', nullif(autotag.printable(v_model, 100), ''), 'tier', nullif(autotag.printable(v_tier, 20), ''));
 end $$;
 
--- A worker says where its single calls are: [{task, attempt, stage}], a stage between `queued` and `completed`. Those that
--- are not its own (any more) are ignored, and so is what another login says of a worker. p_sent: {sent, sent_age} as in note_sent. Locks: provider, jobs (for the broadcast), tasks by id.
+-- A worker reports the stages of its single calls: [{task, attempt, stage}], stages between `queued` and `completed`. Ignores
+-- tasks that the worker does not hold (any more), and workers of another login. p_sent: {sent, sent_age (seconds)}, as in
+-- note_sent(). Locks: provider, jobs (for the broadcast), tasks by id.
 create or replace function autotag.report_stages(p_worker uuid, p_stages jsonb, p_sent jsonb default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -4111,7 +4434,7 @@ declare
   v_stage text;
   v_job uuid;
 begin
-  perform set_config('request.jwt.claims', '', true);   -- triggers of the host's tables believe what stands there
+  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   perform autotag.check_list(p_stages);
   if not autotag.is_own_worker(p_worker) then
     return;
@@ -4227,14 +4550,26 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
-  v_done record;
-  v_failed record;
-  v_tries jsonb;
-  v_notices jsonb := '[]'::jsonb;
+  v_notices jsonb;
 begin
+  perform autotag.store_results(p_answers);
+  if not exists (select from unnest(p_answers) a where a.error is not null) then
+    return '[]'::jsonb;
+  end if;
   select * into v_settings from autotag.settings;
+  v_notices := autotag.end_failed(p_answers, v_settings.max_bad_answers);
+  perform autotag.try_again(p_answers, v_settings);
+  return v_notices;
+end $$;
 
-  -- Planned every time, like the reading of reports in settle().
+-- Stores the tags of answers without an error, ends their tasks and counts them. The caller: as in apply_answers.
+create or replace function autotag.store_results(p_answers autotag.answer[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_done record;
+begin
+  -- Planned every time, like the reading of reports (read_reports).
   execute $q$
     with completed as (
       delete from autotag.tasks t using unnest($1) a
@@ -4250,10 +4585,16 @@ begin
     perform autotag.count_finished(j.id, count(*)::integer, 0)
     from unnest(v_done.jobs) j (id) group by j.id order by j.id;
   end if;
+end $$;
 
-  if not exists (select from unnest(p_answers) a where a.error is not null) then
-    return v_notices;
-  end if;
+-- Ends images whose error no other try can mend, and counts them. Returns sentences for the operator's log. The caller: as in
+-- apply_answers.
+create or replace function autotag.end_failed(p_answers autotag.answer[], p_max_bad_answers integer) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_failed record;
+begin
   select coalesce(array_agg(t.id), '{}') as tasks, array_agg(a.error ->> 'code') as codes,
          array_agg(a.error ->> 'message') as messages,
          coalesce(jsonb_agg(jsonb_build_object('event', 'answer_cut_off', 'notice', format(
@@ -4265,23 +4606,31 @@ begin
   join autotag.error_kinds k on k.kind = a.error ->> 'kind' and k.ends
   where not (a.error ->> 'retry')::boolean
     or case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens >= autotag.max_cap(a.workspace_id)
-       else t.failures + 1 >= v_settings.max_bad_answers end;
+       else t.failures + 1 >= p_max_bad_answers end;
   if cardinality(v_failed.tasks) > 0 then
-    v_notices := v_failed.notices;
     perform autotag.fail_tasks(v_failed.tasks, v_failed.codes, v_failed.messages);
     perform autotag.count_finished(t.job_id, 0, count(*)::integer)
     from autotag.tasks t where t.id = any (v_failed.tasks) group by t.job_id order by t.job_id;
   end if;
+  return v_failed.notices;
+end $$;
 
+-- Gives the other images with an error another try, each after the delay of its kind. The caller: as in apply_answers.
+create or replace function autotag.try_again(p_answers autotag.answer[], p_settings autotag.settings) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tries jsonb;
+begin
   select jsonb_agg(jsonb_build_object(
       'task', a.task, 'code', a.error ->> 'code', 'message', a.error ->> 'message',
       'failures', (k.counts or a.error ? 'counts')::integer, 'suspect', k.pauses, 'output_tokens', autotag.next_cap(a),
       'delay', case
         -- after the probe: another image has to show whether the trouble is over, not the same again
-        when k.pauses then extract(epoch from v_settings.account_probe_interval) + 1
+        when k.pauses then extract(epoch from p_settings.account_probe_interval) + 1
         when k.delays then greatest((a.error ->> 'retry_after')::double precision,
-          (0.8 + random() / 5) * least(extract(epoch from v_settings.retry_delay_max),
-            extract(epoch from v_settings.retry_delay) * power(2, t.failures))) end))
+          (0.8 + random() / 5) * least(extract(epoch from p_settings.retry_delay_max),
+            extract(epoch from p_settings.retry_delay) * power(2, t.failures))) end))
   into v_tries
   from unnest(p_answers) a
   join autotag.tasks t on t.id = a.task
@@ -4291,7 +4640,6 @@ begin
     perform autotag.requeue(v_tries);
     perform pg_notify('autotag', 'realtime');
   end if;
-  return v_notices;
 end $$;
 
 -- The highest cap that an answer of a workspace may have: what the settings say, and what fits into its window and into the
@@ -4449,9 +4797,7 @@ as $$
 declare
   v_answers autotag.answer[];
   v_failed boolean;            -- whether any of them is an error
-  v_window record;
   v_changed text;              -- the provider's limits have
-  v_refund record;
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers of the host's tables believe what stands there
   perform autotag.check_list(p_reports);
@@ -4459,6 +4805,42 @@ begin
     return jsonb_build_object('accepted', 0, 'notices', '[]'::jsonb);
   end if;
   perform from autotag.provider_limits for update;
+  v_answers := autotag.read_reports(p_worker, p_reports);
+  v_failed := exists (select from unnest(v_answers) a where a.error is not null);
+  if v_failed then
+    v_answers := autotag.judge_errors(v_answers);
+  end if;
+
+  v_changed := autotag.correct_bucket(p_worker, v_answers, p_seen);
+  perform autotag.note_outcomes(v_answers);
+
+  if v_failed then
+    perform from autotag.workspaces w
+    where w.workspace_id in (select a.workspace_id from unnest(v_answers) a where a.error is not null)
+    order by w.workspace_id for update;
+  end if;
+
+  perform autotag.correct_windows(v_answers);
+  perform from autotag.jobs j
+  where j.id = any (array(select a.job_id from unnest(v_answers) a)) order by j.id for update;
+  -- With their jobs locked nobody else touches the tasks; what was taken away until then is not this worker's.
+  execute $q$ select array(
+    select a from unnest($1) a join autotag.tasks t on t.id = a.task and t.attempt = a.attempt and t.worker_id = $2) $q$
+  into v_answers using v_answers, p_worker;
+
+  perform autotag.add_usage(v_answers, false);
+  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', case when v_changed is null then '[]'::jsonb
+    else jsonb_build_array(jsonb_build_object('event', 'provider_limits_changed', 'notice', v_changed)) end
+    || autotag.apply_answers(v_answers));
+end $$;
+
+-- The reports about tasks that the worker holds: validated, one for each task.
+create or replace function autotag.read_reports(p_worker uuid, p_reports jsonb) returns autotag.answer[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_answers autotag.answer[];
+begin
   execute $q$ select array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens,
       x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), x.called)::autotag.answer
@@ -4474,14 +4856,20 @@ begin
       join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = $2
       order by t.id) x) $q$
   into v_answers using p_reports, p_worker;
-  v_failed := exists (select from unnest(v_answers) a where a.error is not null);
-  if v_failed then
-    v_answers := autotag.judge_errors(v_answers);
-  end if;
+  return v_answers;
+end $$;
 
+-- Corrects the mirror of the provider's bucket by what these calls have used, and by what their answers' headers say (p_seen, as
+-- in settle). Returns a sentence for the log where the provider's limits have changed. The caller holds the provider row.
+create or replace function autotag.correct_bucket(p_worker uuid, p_answers autotag.answer[], p_seen jsonb) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_refund record;
+begin
   -- Refund the over-reservation: everything if no call was made or it got a 429, otherwise all but the prompt and the cap.
   select coalesce(sum(u.requests), 0)::integer as requests, coalesce(sum(u.tokens), 0)::bigint as tokens into v_refund
-  from unnest(v_answers) a
+  from unnest(p_answers) a
   cross join lateral (
     select case when not a.called or a.error ->> 'code' = 'rate_limited' then 1 else 0 end as requests,
       case when not a.called or a.error ->> 'code' = 'rate_limited' then a.reserved_tokens
@@ -4497,16 +4885,18 @@ begin
     perform autotag.refund_provider(v_refund.requests, v_refund.tokens);
   end if;
   if p_seen is not null then
-    v_changed := autotag.observe_provider(p_seen);
+    return autotag.observe_provider(p_seen);
   end if;
-  perform autotag.note_outcomes(v_answers);
+  return null;
+end $$;
 
-  if v_failed then
-    perform from autotag.workspaces w
-    where w.workspace_id in (select a.workspace_id from unnest(v_answers) a where a.error is not null)
-    order by w.workspace_id for update;
-  end if;
-
+-- Corrects the windows of these answers' workspaces by what their calls have used. Locks: windows by workspace.
+create or replace function autotag.correct_windows(p_answers autotag.answer[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_window record;
+begin
   -- Reserved by estimate, corrected by what was used: nothing where nothing was asked; no tokens where the
   -- provider refused or failed; the estimate where nobody knows (the connection broke before the answer).
   for v_window in
@@ -4516,32 +4906,20 @@ begin
             then (a.usage -> 'input')::integer + (a.usage -> 'output')::integer - a.reserved_tokens
           when a.error ->> 'code' = 'provider_unreachable' then 0
           else -a.reserved_tokens end), 1000000000)::integer as units
-    from unnest(v_answers) a
+    from unnest(p_answers) a
     where a.reserved_at is not null
     group by a.workspace_id, a.reserved_at order by a.workspace_id, a.reserved_at
   loop
     perform autotag.correct_window(
       v_window.workspace_id, 'realtime', v_window.reserved_at, v_window.requests, v_window.units);
   end loop;
-
-  perform from autotag.jobs j
-  where j.id = any (array(select a.job_id from unnest(v_answers) a)) order by j.id for update;
-  -- With their jobs locked nobody else touches the tasks; what was taken away until then is not this worker's.
-  execute $q$ select array(
-    select a from unnest($1) a join autotag.tasks t on t.id = a.task and t.attempt = a.attempt and t.worker_id = $2) $q$
-  into v_answers using v_answers, p_worker;
-
-  perform autotag.add_usage(v_answers, false);
-  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', case when v_changed is null then '[]'::jsonb
-    else jsonb_build_array(jsonb_build_object('event', 'provider_limits_changed', 'notice', v_changed)) end
-    || autotag.apply_answers(v_answers));
 end $$;
 
--- Who used what, and what it cost.
+-- Usage per workspace and user, and its cost.
 
--- Adds what these answers cost, each by its own model and service tier; an answer that names no model had the one that was
--- asked (p_question; null: at present). What the provider gave no figures for has the tier `unknown` and no cost. A row that
--- has no price yet gets one for all of it as soon as there is one. An answer without a job tags no image (a comparison).
+-- Adds the usage of these answers, each by its model (not given: the one in p_question; null: the present one) and service
+-- tier. Answers without figures get the tier `unknown` and no cost. A row without a cost is priced as a whole as soon as its
+-- model has a price. An answer without a job (a comparison) counts as a request, not as a tagged image.
 create or replace function autotag.add_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4579,7 +4957,7 @@ begin
       u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens));
 end $$;
 
--- A model has got a price: what was used of it before gets it too.
+-- Prices the earlier usage of models that now have a price.
 create or replace function autotag.price_usage() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4594,8 +4972,8 @@ end $$;
 create or replace trigger autotag_price_usage after insert or update of input_price, output_price on autotag.models
   for each statement execute function autotag.price_usage();
 
--- tagging_usage: rows per user, day, model and service tier, for members of the workspace. cost: dollars; null: the model
--- has no price in autotag.models.
+-- tagging_usage: rows per user, day, model and service tier, for members of the workspace. cost: dollars; null: the model has
+-- no price in autotag.models.
 create or replace function autotag.list_usage(p_workspace_id uuid, p_since date, p_until date)
 returns table (user_id uuid, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
   cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
@@ -4611,14 +4989,14 @@ begin
     order by u.day, u.user_id, u.model, u.service_tier;
 end $$;
 
--- What is pushed to browsers, in the transaction that makes it true, and who may listen.
+-- Broadcasts to browsers, sent by the transaction that makes them true, and the right to receive them.
 
 create or replace function autotag.broadcast(p_topic text, p_event text, p_payload jsonb, p_private boolean) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if to_regprocedure('realtime.send(jsonb,text,text,boolean)') is not null then
-    -- The cast picks the overload: newer servers have one for bytea too.
+    -- the cast picks the overload; newer servers also have one for bytea
     perform realtime.send(p_payload::jsonb, p_event, p_topic, p_private);
   else
     insert into autotag.outbox (topic, event, payload, private, created_at)
@@ -4634,8 +5012,8 @@ begin
   perform autotag.broadcast('tagging:' || p_workspace_id, p_event, p_payload, true);
 end $$;
 
--- Takes waiting messages for delivery: [{topic, event, payload, private}]. What a worker has taken is gone,
--- because Realtime delivers at most once and clients rely on never being told twice.
+-- Takes messages out of the outbox for delivery: [{topic, event, payload, private}]. They are deleted at once, because Realtime
+-- delivers at most once and clients rely on getting no message twice.
 create or replace function autotag.take_outbox(p_limit integer) returns jsonb
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4649,7 +5027,7 @@ as $$
   from taken t
 $$;
 
--- Whether the caller may listen to a private topic: tagging:<workspace_id> of a workspace of theirs.
+-- Whether the caller may join a private topic: tagging:<workspace_id> of one of their workspaces.
 create or replace function autotag.may_listen(p_topic text) returns boolean
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4659,10 +5037,10 @@ as $$
     else false end
 $$;
 
--- What people see: the stage, progress and time left of each image, and the counts of each upload.
--- The rows themselves are written by the adapter (show_stage, store_tags).
+-- What users see: stage, progress and eta of each image, and the counts of each upload. The adapter's show_stage and store_tags
+-- write the rows.
 
--- The seven stages in order. A pass only moves forward through them; completed and failed end it.
+-- The order of the seven stages. A pass moves only forward and ends with completed or failed.
 create or replace function autotag.stage_rank(stage text) returns integer
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -4671,7 +5049,7 @@ as $$
     when 'completing' then 5 when 'completed' then 6 when 'failed' then 6 end
 $$;
 
--- The progress an image shows when it enters a stage.
+-- Progress of an image when it enters a stage, in percent.
 create or replace function autotag.stage_progress(p_stage text) returns integer
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -4679,8 +5057,8 @@ as $$
     when 'processing' then 30 when 'completing' then 90 when 'completed' then 100 end
 $$;
 
--- Moves tasks (locked by the caller) forward to a stage, and their images with them. A task that is there
--- already, or past it, is not touched: an image that goes back to the queue keeps the stage it showed.
+-- Moves tasks (locked by the caller) and their images forward to a stage. Tasks that are in that stage or a later one are not
+-- changed: an image that is requeued keeps the stage that it showed.
 create or replace function autotag.advance(p_tasks bigint[], p_stage text, p_eta timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -4697,8 +5075,8 @@ begin
   perform autotag.show_stage(v_assets, p_stage, autotag.stage_progress(p_stage), p_eta);
 end $$;
 
--- The progress of a batch's images follows what OpenAI counts: from `processing` to just under `completing`, in steps of
--- ten percent, because each step writes every row. The caller holds the batch's lock, which keeps its tasks as they are.
+-- Progress of a batch's images by OpenAI's count: 30 % (`processing`) to 80 %, in steps of 10 %, because each step writes every
+-- row. The caller holds the batch's lock, which keeps its tasks from changing.
 create or replace function autotag.batch_progress(p_done integer, p_total integer) returns integer
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -4713,7 +5091,7 @@ as $$
     'processing', p_progress, p_eta)
 $$;
 
--- How far a job is, in percent: what is finished counts whole, what OpenAI has done of its batches nearly so.
+-- Progress of a job in percent: finished images count fully, those that OpenAI has done in its batches 90 %.
 create or replace function autotag.measure_progress(p_job autotag.jobs) returns integer
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4725,7 +5103,7 @@ as $$
   ) / p_job.image_count)::integer))
 $$;
 
--- Counts images of a job that have finished; the last one ends the job. The caller holds the job's lock.
+-- Counts finished images of a job; the last one finishes the job. The caller holds the job's lock.
 create or replace function autotag.count_finished(p_job_id uuid, p_completed integer, p_failed integer) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4753,9 +5131,8 @@ begin
     'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed, 'image_count', v_job.image_count));
 end $$;
 
--- Tells the members of the workspace how far a job is, at most once per broadcast_interval. The last word is
--- always job-complete, so that nothing is lost by leaving one out. p_eta is the job's, where it was just computed. The
--- caller holds the job's lock.
+-- Broadcasts a job's progress to its workspace, at most once per broadcast_interval. A skipped message loses nothing, because
+-- job-complete always comes last. p_eta: the job's eta, if it was just computed. The caller holds the job's lock.
 create or replace function autotag.tell_progress(p_job_id uuid, p_eta timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4776,7 +5153,7 @@ begin
   end if;
 end $$;
 
--- tagging_job: one upload as the UI shows it. `stages` holds the seven stages and how many images are in each.
+-- tagging_job: one upload as the UI shows it. `stages` maps each of the seven stages to its number of images.
 create or replace function autotag.describe_job(p_job_id uuid) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4790,7 +5167,7 @@ begin
   from unnest(array['queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed']) s (stage)
   left join (
     select t.stage, count(*) as images from autotag.tasks t where t.job_id = v_job.id group by t.stage) c using (stage);
-  -- The sentence that stands for the most failures.
+  -- the most frequent error
   select t.error into v_error from autotag.tasks t
   where t.job_id = v_job.id and t.stage = 'failed' group by t.error order by count(*) desc, t.error limit 1;
   return jsonb_build_object(
@@ -4806,15 +5183,14 @@ begin
     'cancelled', v_job.cancelled_at is not null);
 end $$;
 
--- When it will be done. Single calls: by computing their schedule under the limits and queues of the moment. Batches:
--- by what this deployment has seen, told apart by size and hour, the newest counting most; and once a batch moves, by
--- how fast it moves. The median is shown, the 90th percentile is there to ask for.
+-- Predicts when a job ends. Single calls: from their schedule under the present limits and queues. Batches: from the durations
+-- of earlier ones (by size and time of day, the newest weigh most), and once a batch makes progress, from its pace. Users see
+-- the median; the 90th percentile is available too.
 
--- What the batches of late tell about the length of one of p_images images that starts at p_started: seconds, with
--- the weight that each deserves. Before there is any history, OpenAI's own word (within 24 h) and common experience:
--- a median of settings.batch_seconds (45 min), from a third (15 min) to sixteen times of it (12 h). A batch in
--- flight counts as what it is heading for: by its pace when it moves, and when it does not, as twice its age as soon
--- as it is later than was foreseen. So a slow day shows before its first batch has ended.
+-- Possible durations of a batch of p_images images that starts at p_started, in seconds with weights: those of recent batches
+-- and a prior with a median of settings.batch_seconds (45 min), from a third (15 min) to 16 times that (12 h); OpenAI promises
+-- 24 h. A batch in flight counts with its projection: by its pace once 10 % are done; before, if it is overdue, the predicted
+-- duration plus twice the delay. So a slow day shows before its first batch has ended.
 create or replace function autotag.batch_lengths(p_images integer, p_started timestamptz, p_now timestamptz, p_except uuid)
 returns table (seconds double precision, weight double precision)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -4848,7 +5224,7 @@ begin
     from unnest(array[0.33, 0.5, 0.75, 1, 2, 5, 16]::double precision[]) x;
 end $$;
 
--- The length that a batch is heading for when the share p_share of it is done: it waited, then it went evenly.
+-- Total duration of a batch whose share p_share is done: the wait until p_running, then a constant pace.
 create or replace function autotag.heading(
   p_started timestamptz, p_running timestamptz, p_now timestamptz, p_share double precision
 ) returns double precision
@@ -4857,9 +5233,9 @@ as $$
   select date_part('epoch', p_running - p_started) + date_part('epoch', p_now - p_running) / p_share
 $$;
 
--- How long a batch will have taken in all, in seconds: the median and the 90th percentile. p_running is when it
--- began to be worked on (null: not yet), p_share how much of it is done. What has lasted so long already is not
--- going to be shorter; and from a third on only its own pace counts.
+-- Predicts the total duration of a batch in seconds: median and 90th percentile. p_running: when OpenAI began to work on it
+-- (null: not yet); p_share: how much of it is done. Only durations longer than its age count, and from a third done on only its
+-- own pace.
 create or replace function autotag.predict_batch(
   p_images integer, p_started timestamptz, p_now timestamptz, p_running timestamptz, p_share double precision,
   p_except uuid, out p50 double precision, out p90 double precision
@@ -4870,7 +5246,7 @@ declare
   v_age double precision := greatest(date_part('epoch', p_now - p_started), 0);
   v_trust double precision := case when p_running is null then 0 else least(1, 3 * p_share) end;
   v_heading double precision;
-  v_unsure double precision;    -- how far the history's p90 lies above its median, as far as that still counts
+  v_unsure double precision;    -- ln(p90 / p50) of the history, weighted by 1 - v_trust
 begin
   select min(l.seconds) filter (where l.upto >= 0.5 * l.total), min(l.seconds) filter (where l.upto >= 0.9 * l.total)
   into p50, p90
@@ -4884,13 +5260,13 @@ begin
     v_heading := greatest(autotag.heading(p_started, p_running, p_now, p_share), v_age);
     v_unsure := (1 - v_trust) * ln(p90 / p50);
     p50 := greatest(v_age, exp((1 - v_trust) * ln(p50) + v_trust * ln(greatest(v_heading, 1))));
-    -- The pace of what is left is a third slower than the pace so far in one case of ten.
+    -- In one case of ten the rest takes a third longer than at the pace so far.
     p90 := exp(v_unsure) * (p50 + v_trust * (p50 - v_age) / 3);
   end if;
 end $$;
 
--- When a batch may begin: one without a place in its workspace's window has to wait until there is one for those before
--- it and for itself, and each full window of those before it is a window later.
+-- When a batch may start. A batch that the workspace's window has not admitted waits until the window has room for the batches
+-- ahead and for itself; each max_requests batches ahead of it delay it by one full window.
 create or replace function autotag.batch_turn(p_batch autotag.batches, p_now timestamptz) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4912,7 +5288,7 @@ begin
   return greatest(v_turn, coalesce(v_window.retry_at, p_now) + v_before / v_window.max_requests * v_window.length);
 end $$;
 
--- The batch's own prediction, and when it will be done; one that has not started starts when its turn comes.
+-- Predicted end of a batch: median and 90th percentile. One that was not submitted starts at batch_turn().
 create or replace function autotag.batch_eta(p_batch autotag.batches, p_now timestamptz, out p50 timestamptz, out p90 timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4926,8 +5302,8 @@ begin
   p90 := v_started + make_interval(secs => v_seconds.p90);
 end $$;
 
--- When a job will be done, written to it: its last batch, or the last of its single calls, which wait for the limits
--- and for their chunks. p_wait: for the limits, where that is known already. The caller holds the job's lock.
+-- Predicts the end of a job and stores it: its last batch, or the last of its single calls, which wait for the limits and for
+-- their chunks. p_wait: the wait for the limits, if the caller has computed it. The caller holds the job's lock.
 create or replace function autotag.refresh_eta(p_job_id uuid, p_wait interval default null) returns timestamptz
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4946,7 +5322,7 @@ begin
     from autotag.queues q where q.job_id = p_job_id and q.queued > 0), interval '0');
   select max(e.p50) as p50, max(e.p90) as p90 into v_batches
   from (
-    -- Those that wait for their turn are mostly alike: the last one speaks for all.
+    -- Batches that wait for the window are mostly alike, so only the last one is predicted.
     select distinct on (b.openai_batch_id, b.not_before, b.image_count - b.express_count) b as batch
     from autotag.batches b where b.job_id = p_job_id and b.state not in ('done', 'cancelled')
     order by b.openai_batch_id, b.not_before, b.image_count - b.express_count, b.ordinal desc) d
@@ -4958,7 +5334,7 @@ begin
   return v_eta;
 end $$;
 
--- OpenAI completed a batch: that is one more duration.
+-- Records the duration of a batch that OpenAI completed.
 create or replace function autotag.note_duration(p_batch autotag.batches, p_now timestamptz) returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4984,6 +5360,20 @@ begin
     'proven', p_provider.proven_at is not null and p_provider.question = autotag.describe_question(), 'shutdown', autotag.describe_shutdown(),
     'provider', jsonb_build_object('base_url', p_provider.base_url, 'batches', p_provider.has_batches,
       'rate_headers', p_provider.has_rate_headers, 'keep_files', p_provider.keep_files));
+end $$;
+
+-- Why images have failed in the last day, the most frequent first.
+create or replace function autotag.recent_errors(p_most integer, p_now timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select coalesce(jsonb_agg(to_jsonb(x) order by x.images desc, x.code), '[]') from (
+      select t.error_code as code, min(t.error) as message, count(*) as images, max(t.finished_at) as last_at
+      from autotag.jobs j join autotag.tasks t on t.job_id = j.id
+      where (j.finished_at is null or j.finished_at > p_now - interval '1 day') and t.stage = 'failed'
+        and t.finished_at > p_now - interval '1 day'
+      group by t.error_code order by count(*) desc limit p_most) x);
 end $$;
 
 -- Everything that is going on, as one JSON object; lists are cut to p_most (200 at most). See the README for how it is shown.
@@ -5033,13 +5423,7 @@ begin
         'listening', w.listening, 'started_at', w.started_at, 'seen_at', w.seen_at, 'alive', w.lease_until > v_now,
         'in_hand', cardinality(autotag.held_tasks(w.id))) order by w.started_at), '[]')
       from autotag.workers w),
-    'errors', (
-      select coalesce(jsonb_agg(to_jsonb(x) order by x.images desc, x.code), '[]') from (
-        select t.error_code as code, min(t.error) as message, count(*) as images, max(t.finished_at) as last_at
-        from autotag.jobs j join autotag.tasks t on t.job_id = j.id
-        where (j.finished_at is null or j.finished_at > v_now - interval '1 day') and t.stage = 'failed'
-          and t.finished_at > v_now - interval '1 day'
-        group by t.error_code order by count(*) desc limit p_most) x),
+    'errors', autotag.recent_errors(p_most, v_now),
     'today', (
       select jsonb_build_object('images', coalesce(sum(u.images), 0), 'requests', coalesce(sum(u.requests), 0),
         'input_tokens', coalesce(sum(u.input_tokens), 0), 'output_tokens', coalesce(sum(u.output_tokens), 0),
@@ -5050,10 +5434,10 @@ begin
       from autotag.usage u where u.day = (v_now at time zone 'utc')::date));
 end $$;
 
--- What a monitoring system samples.
+-- Metrics for a monitoring system.
 
--- What a monitoring system samples: counts, ages in seconds, and what is left of the provider's bucket. Each is one
--- short look, and none grows with what was done before.
+-- Metrics for a monitoring system: counts, ages in seconds, and what is left of the provider's bucket. Each query is short, and
+-- none gets slower with the number of images already tagged.
 create or replace function autotag.metrics() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5107,6 +5491,173 @@ as $$
     'fix', case when p_level <> 'ok' then p_fix end)
 $$;
 
+-- What the database can tell of the installation: {findings: [{check, level, message, fix}] in the order a
+-- reader wants them, now (epoch seconds), model, sample}. sample is the one image that anybody is told of who has not
+-- claimed it: bucket and path, without which the doctor could not try to read a file.
+create or replace function autotag.diagnose() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits;
+  v_logins name[] := autotag.worker_logins();
+  v_host record;
+begin
+  select * into v_provider from autotag.provider_limits;
+  v_host := autotag.diagnose_host();
+  return jsonb_build_object(
+    'findings', jsonb_build_array(autotag.diagnose_roles(v_logins), autotag.diagnose_grants()) || v_host.findings
+      || jsonb_build_array(autotag.diagnose_cron(), autotag.diagnose_clock(), autotag.diagnose_broadcasts(), autotag.diagnose_workers(),
+        autotag.diagnose_account(v_provider), autotag.diagnose_spending(), autotag.diagnose_temporary(v_logins))
+      || autotag.diagnose_model(v_provider),
+    'now', extract(epoch from autotag.now()), 'model', (select s.model from autotag.settings s), 'sample', v_host.sample);
+end $$;
+
+-- What the doctor asks about rights: who may do what here.
+
+-- Whether a login may do everything here: it is a superuser, or a member of the owner of autotag's schema or of the database.
+create or replace function autotag.is_owner(p_login name) returns boolean
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select exists (
+    select from pg_roles m
+    where m.rolname = p_login and (m.rolsuper
+      or pg_has_role(m.oid, (select n.nspowner from pg_namespace n where n.nspname = 'autotag'), 'member')
+      or pg_has_role(m.oid, (select d.datdba from pg_database d where d.datname = current_database()), 'member')))
+$$;
+
+-- The logins that may work, but for superusers and the owner's own (a hosted project's cli_login_postgres is one), who may do
+-- everything anyway.
+create or replace function autotag.worker_logins() returns name[]
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select array(
+    select m.rolname from pg_roles m
+    where m.rolcanlogin and pg_has_role(m.oid, 'autotag_worker', 'member') and not autotag.is_owner(m.rolname)
+    order by m.rolname)
+$$;
+
+-- Whether workers have logins of their own (p_logins: worker_logins).
+create or replace function autotag.diagnose_roles(p_logins name[]) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_owners text;               -- logins of live workers that may do everything
+begin
+  select string_agg(distinct w.login::text, ', ') into v_owners
+  from autotag.workers w where w.lease_until > v_now and autotag.is_owner(w.login);
+  return case
+    when p_logins = '{}' then autotag.finding('roles', 'warning',
+      'No login of its own is granted autotag_worker; the worker then has to run as the owner, who may do everything.',
+      'create role tagger login in role autotag_worker;   -- then its password with psql''s \password tagger')
+    when v_owners is not null then autotag.finding('roles', 'warning',
+      format('A worker is logged in as %s, who may do everything.', v_owners),
+      format('Put a login that may only work (%s) into its DATABASE_URL and restart it.', array_to_string(p_logins, ', ')))
+    else autotag.finding('roles', 'ok', format('Workers may log in as %s.', array_to_string(p_logins, ', '))) end;
+end $$;
+
+-- Whether users may call just the RPCs.
+create or replace function autotag.diagnose_grants() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_problem text;
+begin
+  select string_agg(p.oid::regprocedure::text, ', ') into v_problem
+  from pg_catalog.pg_proc p
+  where p.pronamespace in ('autotag'::regnamespace) and has_function_privilege('anon', p.oid, 'execute');
+  return case
+    when v_problem is not null then autotag.finding('grants', 'error', 'anon may call ' || v_problem || '.',
+      'revoke execute on all functions in schema autotag from public, anon;')
+    when exists (select from pg_catalog.pg_db_role_setting s cross join unnest(s.setconfig) c
+        where c ~ '^pgrst[.]db_schemas=(.*[, ])?"?autotag"?([, ]|$)')
+      then autotag.finding('grants', 'error', 'The API exposes the schema autotag; only its functions in public are for users.',
+        'Take autotag out of the exposed schemas (Project Settings, Data API), or: alter role authenticator set pgrst.db_schemas = ''public'';')
+    when not has_function_privilege('authenticated', 'public.enqueue_tagging(uuid[])', 'execute')
+      then autotag.finding('grants', 'error', 'Signed-in users may not call enqueue_tagging.',
+        'grant execute on function public.enqueue_tagging to authenticated;')
+    else autotag.finding('grants', 'ok', 'Signed-in users may call the RPCs, anon may call nothing.') end;
+end $$;
+
+-- Whether workers' logins may create temporary objects.
+create or replace function autotag.diagnose_temporary(p_logins name[]) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case
+    when exists (
+      select from unnest(p_logins) login where has_database_privilege(login, current_database(), 'temporary'))
+      then autotag.finding('temporary objects', 'warning',
+        'Workers'' logins may create temporary objects, which nothing of autotag needs.',
+        format('revoke temporary on database %I from public;   -- then grant it to the roles that need it', current_database()))
+    else autotag.finding('temporary objects', 'ok', 'Workers'' logins may create none.') end;
+end $$;
+
+-- What the doctor asks about the host's tables.
+
+-- An image of the newest upload's workspace that lies in Storage, to see whether it can be read; null: there is none.
+create or replace function autotag.sample_image() returns jsonb
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select jsonb_build_object('bucket', d.bucket, 'path', d.path)
+  from (select j.workspace_id from autotag.jobs j order by j.created_at desc limit 1) j
+  cross join autotag.describe_assets(autotag.list_assets(j.workspace_id, false, null, 20)) d
+  where d.bucket is not null and d.path is not null limit 1
+$$;
+
+-- Whether rows name files of their own workspace, and who could write others.
+create or replace function autotag.diagnose_files() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rule text := autotag.file_rule();
+  v_look record := autotag.look_at_files(10000);
+  v_open text := case when v_look.may_write is not null
+    then format(' Signed-in users can write rows that name any file (%s).', v_look.may_write) else '' end;
+begin
+  if v_rule = 'any' then
+    return autotag.finding('files', 'warning',
+      'A row may name any file of the project (rule any), and its workspace gets that picture''s tags.' || v_open,
+      'Set a rule: autotag init --file-rule workspace-folder   (docs/install.md, "Whose a file is")');
+  elsif v_look.broken > 0 then
+    return autotag.finding('files', 'warning',
+      format('%s of %s rows looked at name a file that is not their workspace''s (rule %s) and are not tagged, for example %s.',
+        v_look.broken, v_look.looked_at, v_rule, array_to_string(v_look.examples, ', ')) || v_open,
+      'Correct these rows, or the rule in autotag.describe_assets.');
+  end if;
+  return autotag.finding('files', case when v_open <> '' and v_rule in ('uploader-folder', 'owner') then 'warning' else 'ok' end,
+    format('Rows name files of %s (rule %s; %s rows looked at).',
+        case when v_rule in ('uploader-folder', 'owner') then 'members of their workspace' else 'their own workspace' end,
+        v_rule, v_look.looked_at)
+      || case when not autotag.users_see_files() and v_rule <> 'none'
+        then ' Row level security of storage.objects is not asked (autotag.users_see_files).' else '' end
+      || v_open || case
+        when v_open = '' then ''
+        when v_rule in ('uploader-folder', 'owner') then ' They get the tags of any file of a colleague, whatever its workspace.'
+        else ' autotag does not tag them.' end,
+    case when v_open <> '' and v_rule in ('uploader-folder', 'owner')
+      then 'Let a policy of the table say that whoever inserts a row uploaded it (… = (select auth.uid())).' end);
+end $$;
+
+-- Whether the adapter's functions fit the host's tables, and what rows say of files. sample: an image to try to read.
+create or replace function autotag.diagnose_host(out findings jsonb, out sample jsonb)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform from autotag.describe_assets(array['00000000-0000-0000-0000-000000000000']::uuid[]);
+  perform autotag.is_member('00000000-0000-0000-0000-000000000000');
+  perform from autotag.tagged_assets('00000000-0000-0000-0000-000000000000', 1);
+  sample := autotag.sample_image();
+  findings := jsonb_build_array(
+    autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.'), autotag.diagnose_files());
+exception when others then
+  findings := jsonb_build_array(autotag.finding('host adapter', 'error',
+    'The adapter does not fit the host''s tables: ' || sqlerrm,
+    'Correct autotag.is_member, autotag.describe_assets, autotag.store_tags and autotag.show_stage.'));
+end $$;
+
+-- What the doctor asks about what runs: the clock, broadcasts, workers.
+
 -- Whether pg_cron runs a job, and how its last run went; null without pg_cron. Looked up by name at run time,
 -- because without the extension there is no such table to compile against.
 create or replace function autotag.diagnose_cron() returns jsonb
@@ -5141,53 +5692,94 @@ begin
   return autotag.finding('pg_cron', 'ok', 'Both jobs are scheduled, and no last run failed.');
 end $$;
 
--- An image of the newest upload's workspace that lies in Storage, to see whether it can be read; null: there is none.
-create or replace function autotag.sample_image() returns jsonb
-language sql stable security definer set search_path = pg_catalog, pg_temp
+-- Whether autotag's time passes.
+create or replace function autotag.diagnose_clock() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-  select jsonb_build_object('bucket', d.bucket, 'path', d.path)
-  from (select j.workspace_id from autotag.jobs j order by j.created_at desc limit 1) j
-  cross join autotag.describe_assets(autotag.list_assets(j.workspace_id, false, null, 20)) d
-  where d.bucket is not null and d.path is not null limit 1
-$$;
+declare
+  v_now timestamptz := autotag.now();
+  v_ticked timestamptz := (select c.ticked_at from autotag.clock c);
+begin
+  return case
+    when (select s.test_clock from autotag.settings s) then autotag.finding('clock', 'error',
+      'settings.test_clock is on: any session can bend autotag''s time.', 'update autotag.settings set test_clock = false;')
+    when v_ticked = '-infinity' then autotag.finding('clock', 'warning',
+      'autotag has never ticked.', 'autotag worker   (or wait a minute for pg_cron)')
+    when v_ticked < v_now - interval '5 min' then autotag.finding('clock', 'error',
+      format('autotag last ticked %s ago; neither pg_cron nor a worker is running.',
+        date_trunc('second', v_now - v_ticked)), 'autotag worker')
+    else autotag.finding('clock', 'ok', 'autotag ticks.') end;
+end $$;
 
 -- A broadcast that means nothing, to see whether broadcasts arrive.
 create or replace function autotag.send_probe(p_nonce uuid) returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$ select autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false) $$;
 
--- Whether rows name files of their own workspace, and who could write others.
-create or replace function autotag.diagnose_files() returns jsonb
+-- Whether broadcasts leave.
+create or replace function autotag.diagnose_broadcasts() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_rule text := autotag.file_rule();
-  v_look record := autotag.look_at_files(10000);
-  v_open text := case when v_look.may_write is not null
-    then format(' Signed-in users can write rows that name any file (%s).', v_look.may_write) else '' end;
+  v_now timestamptz := autotag.now();
+  v_waiting integer;
 begin
-  if v_rule = 'any' then
-    return autotag.finding('files', 'warning',
-      'A row may name any file of the project (rule any), and its workspace gets that picture''s tags.' || v_open,
-      'Set a rule: autotag init --file-rule workspace-folder   (docs/install.md, "Whose a file is")');
-  elsif v_look.broken > 0 then
-    return autotag.finding('files', 'warning',
-      format('%s of %s rows looked at name a file that is not their workspace''s (rule %s) and are not tagged, for example %s.',
-        v_look.broken, v_look.looked_at, v_rule, array_to_string(v_look.examples, ', ')) || v_open,
-      'Correct these rows, or the rule in autotag.describe_assets.');
-  end if;
-  return autotag.finding('files', case when v_open <> '' and v_rule in ('uploader-folder', 'owner') then 'warning' else 'ok' end,
-    format('Rows name files of %s (rule %s; %s rows looked at).',
-        case when v_rule in ('uploader-folder', 'owner') then 'members of their workspace' else 'their own workspace' end,
-        v_rule, v_look.looked_at)
-      || case when not autotag.users_see_files() and v_rule <> 'none'
-        then ' Row level security of storage.objects is not asked (autotag.users_see_files).' else '' end
-      || v_open || case
-        when v_open = '' then ''
-        when v_rule in ('uploader-folder', 'owner') then ' They get the tags of any file of a colleague, whatever its workspace.'
-        else ' autotag does not tag them.' end,
-    case when v_open <> '' and v_rule in ('uploader-folder', 'owner')
-      then 'Let a policy of the table say that whoever inserts a row uploaded it (… = (select auth.uid())).' end);
+  select count(*)::integer into v_waiting from autotag.outbox o where o.created_at < v_now - interval '1 min';
+  return case
+    when to_regprocedure('realtime.send(jsonb,text,text,boolean)') is not null then
+      autotag.finding('realtime.send', 'ok', 'Broadcasts leave with the transaction.')
+    when v_waiting > 0 then autotag.finding('realtime.send', 'error',
+      format('This stack has no realtime.send, and %s broadcasts wait for a worker.', v_waiting),
+      'autotag worker   (with SUPABASE_URL and SUPABASE_SECRET_KEY set)')
+    else autotag.finding('realtime.send', 'warning',
+      'This stack has no realtime.send; workers deliver broadcasts over HTTP.', 'Upgrade Realtime.') end;
+end $$;
+
+-- Whether workers are alive, and can be notified.
+create or replace function autotag.diagnose_workers() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_workers integer;
+  v_polling integer;
+  v_versions text;
+begin
+  select count(*)::integer, count(*) filter (where not w.listening)::integer, string_agg(distinct w.version, ', ')
+  into v_workers, v_polling, v_versions
+  from autotag.workers w where w.lease_until > v_now;
+  return case
+    when v_workers = 0 then autotag.finding('workers', 'error', 'No worker is alive, so nothing is tagged.', 'autotag worker')
+    when v_polling > 0 then autotag.finding('workers', 'warning',
+      format('%s of %s workers poll, because their connection cannot LISTEN.', v_polling, v_workers),
+      'Give them a direct or session-mode DATABASE_URL (port 5432).')
+    else autotag.finding('workers', 'ok', format('%s alive, version %s.', v_workers, v_versions)) end;
+end $$;
+
+-- What the doctor asks about the provider: the account, what may be spent, the model.
+
+-- Whether the provider and Storage let tagging go on.
+create or replace function autotag.diagnose_account(p_provider autotag.provider_limits) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case
+    when p_provider.account_error is not null then autotag.finding('account', 'error',
+      format('Tagging stands still since %s: %s', to_char(p_provider.account_error_at, 'YYYY-MM-DD HH24:MI TZ'),
+        p_provider.account_error), 'Fix what it says; the workers notice by themselves.')
+    else autotag.finding('account', 'ok', 'Neither the provider nor Storage refuses to work.') end;
+end $$;
+
+-- Whether a quota limits what every workspace may spend.
+create or replace function autotag.diagnose_spending() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case
+    when exists (select from autotag.quotas q where q.max_cost is not null and q.scope = 'workspace' and q.workspace_id is null)
+      then autotag.finding('spending', 'ok', 'Every workspace has a limit in dollars.')
+    else autotag.finding('spending', 'warning', 'No quota limits what a workspace may spend.',
+      'insert into autotag.quotas (scope, period, max_cost) values (''workspace'', ''month'', 20);   -- dollars, every workspace') end;
 end $$;
 
 -- The model and the provider: the model's end, its price, how it has to be asked, and what the provider cannot do.
@@ -5233,154 +5825,13 @@ begin
       else autotag.finding('provider', 'ok', 'Nothing is known to be missing.') end);
 end $$;
 
--- Whether a login may do everything here: it is a superuser, or a member of the owner of autotag's schema or of the database.
-create or replace function autotag.is_owner(p_login name) returns boolean
-language sql stable security definer set search_path = pg_catalog, pg_temp
-as $$
-  select exists (
-    select from pg_roles m
-    where m.rolname = p_login and (m.rolsuper
-      or pg_has_role(m.oid, (select n.nspowner from pg_namespace n where n.nspname = 'autotag'), 'member')
-      or pg_has_role(m.oid, (select d.datdba from pg_database d where d.datname = current_database()), 'member')))
-$$;
-
--- The logins that may work, but for superusers and the owner's own (a hosted project's cli_login_postgres is one), who may do
--- everything anyway.
-create or replace function autotag.worker_logins() returns name[]
-language sql stable security definer set search_path = pg_catalog, pg_temp
-as $$
-  select array(
-    select m.rolname from pg_roles m
-    where m.rolcanlogin and pg_has_role(m.oid, 'autotag_worker', 'member') and not autotag.is_owner(m.rolname)
-    order by m.rolname)
-$$;
-
--- What the database can tell of the installation: {findings: [{check, level, message, fix}] in the order a
--- reader wants them, now (epoch seconds), model, sample}. sample is the one image that anybody is told of who has not
--- claimed it: bucket and path, without which the doctor could not try to read a file.
-create or replace function autotag.diagnose() returns jsonb
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_now timestamptz := autotag.now();
-  v_found jsonb := '[]'::jsonb;
-  v_provider autotag.provider_limits;
-  v_workers integer;
-  v_polling integer;
-  v_versions text;
-  v_waiting integer;
-  v_logins name[] := autotag.worker_logins();
-  v_owners text;               -- logins of live workers that may do everything
-  v_problem text;
-  v_sample jsonb;
-  v_ticked timestamptz := (select c.ticked_at from autotag.clock c);
-begin
-  select * into v_provider from autotag.provider_limits;
-
-  -- roles and grants
-  select string_agg(distinct w.login::text, ', ') into v_owners
-  from autotag.workers w where w.lease_until > v_now and autotag.is_owner(w.login);
-  v_found := v_found || case
-    when v_logins = '{}' then autotag.finding('roles', 'warning',
-      'No login of its own is granted autotag_worker; the worker then has to run as the owner, who may do everything.',
-      'create role tagger login in role autotag_worker;   -- then its password with psql''s \password tagger')
-    when v_owners is not null then autotag.finding('roles', 'warning',
-      format('A worker is logged in as %s, who may do everything.', v_owners),
-      format('Put a login that may only work (%s) into its DATABASE_URL and restart it.', array_to_string(v_logins, ', ')))
-    else autotag.finding('roles', 'ok', format('Workers may log in as %s.', array_to_string(v_logins, ', '))) end;
-
-  select string_agg(p.oid::regprocedure::text, ', ') into v_problem
-  from pg_catalog.pg_proc p
-  where p.pronamespace in ('autotag'::regnamespace) and has_function_privilege('anon', p.oid, 'execute');
-  v_found := v_found || case
-    when v_problem is not null then autotag.finding('grants', 'error', 'anon may call ' || v_problem || '.',
-      'revoke execute on all functions in schema autotag from public, anon;')
-    when exists (select from pg_catalog.pg_db_role_setting s cross join unnest(s.setconfig) c
-        where c ~ '^pgrst[.]db_schemas=(.*[, ])?"?autotag"?([, ]|$)')
-      then autotag.finding('grants', 'error', 'The API exposes the schema autotag; only its functions in public are for users.',
-        'Take autotag out of the exposed schemas (Project Settings, Data API), or: alter role authenticator set pgrst.db_schemas = ''public'';')
-    when not has_function_privilege('authenticated', 'public.enqueue_tagging(uuid[])', 'execute')
-      then autotag.finding('grants', 'error', 'Signed-in users may not call enqueue_tagging.',
-        'grant execute on function public.enqueue_tagging to authenticated;')
-    else autotag.finding('grants', 'ok', 'Signed-in users may call the RPCs, anon may call nothing.') end;
-
-  -- the host's tables
-  begin
-    perform from autotag.describe_assets(array['00000000-0000-0000-0000-000000000000']::uuid[]);
-    perform autotag.is_member('00000000-0000-0000-0000-000000000000');
-    perform from autotag.tagged_assets('00000000-0000-0000-0000-000000000000', 1);
-    v_sample := autotag.sample_image();
-    v_found := v_found || autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.')
-      || autotag.diagnose_files();
-  exception when others then
-    v_found := v_found || autotag.finding('host adapter', 'error',
-      'The adapter does not fit the host''s tables: ' || sqlerrm,
-      'Correct autotag.is_member, autotag.describe_assets, autotag.store_tags and autotag.show_stage.');
-  end;
-
-  -- the clock
-  v_found := v_found || autotag.diagnose_cron();
-  v_found := v_found || case
-    when (select s.test_clock from autotag.settings s) then autotag.finding('clock', 'error',
-      'settings.test_clock is on: any session can bend autotag''s time.', 'update autotag.settings set test_clock = false;')
-    when v_ticked = '-infinity' then autotag.finding('clock', 'warning',
-      'autotag has never ticked.', 'autotag worker   (or wait a minute for pg_cron)')
-    when v_ticked < v_now - interval '5 min' then autotag.finding('clock', 'error',
-      format('autotag last ticked %s ago; neither pg_cron nor a worker is running.',
-        date_trunc('second', v_now - v_ticked)), 'autotag worker')
-    else autotag.finding('clock', 'ok', 'autotag ticks.') end;
-
-  -- broadcasts
-  select count(*)::integer into v_waiting from autotag.outbox o where o.created_at < v_now - interval '1 min';
-  v_found := v_found || case
-    when to_regprocedure('realtime.send(jsonb,text,text,boolean)') is not null then
-      autotag.finding('realtime.send', 'ok', 'Broadcasts leave with the transaction.')
-    when v_waiting > 0 then autotag.finding('realtime.send', 'error',
-      format('This stack has no realtime.send, and %s broadcasts wait for a worker.', v_waiting),
-      'autotag worker   (with SUPABASE_URL and SUPABASE_SECRET_KEY set)')
-    else autotag.finding('realtime.send', 'warning',
-      'This stack has no realtime.send; workers deliver broadcasts over HTTP.', 'Upgrade Realtime.') end;
-
-  -- workers
-  select count(*)::integer, count(*) filter (where not w.listening)::integer, string_agg(distinct w.version, ', ')
-  into v_workers, v_polling, v_versions
-  from autotag.workers w where w.lease_until > v_now;
-  v_found := v_found || case
-    when v_workers = 0 then autotag.finding('workers', 'error', 'No worker is alive, so nothing is tagged.', 'autotag worker')
-    when v_polling > 0 then autotag.finding('workers', 'warning',
-      format('%s of %s workers poll, because their connection cannot LISTEN.', v_polling, v_workers),
-      'Give them a direct or session-mode DATABASE_URL (port 5432).')
-    else autotag.finding('workers', 'ok', format('%s alive, version %s.', v_workers, v_versions)) end;
-
-  -- the provider's account
-  v_found := v_found || case
-    when v_provider.account_error is not null then autotag.finding('account', 'error',
-      format('Tagging stands still since %s: %s', to_char(v_provider.account_error_at, 'YYYY-MM-DD HH24:MI TZ'),
-        v_provider.account_error), 'Fix what it says; the workers notice by themselves.')
-    else autotag.finding('account', 'ok', 'Neither the provider nor Storage refuses to work.') end;
-  v_found := v_found || case
-    when exists (select from autotag.quotas q where q.max_cost is not null and q.scope = 'workspace' and q.workspace_id is null)
-      then autotag.finding('spending', 'ok', 'Every workspace has a limit in dollars.')
-    else autotag.finding('spending', 'warning', 'No quota limits what a workspace may spend.',
-      'insert into autotag.quotas (scope, period, max_cost) values (''workspace'', ''month'', 20);   -- dollars, every workspace') end
-  || case
-    when exists (
-      select from unnest(v_logins) login where has_database_privilege(login, current_database(), 'temporary'))
-      then autotag.finding('temporary objects', 'warning',
-        'Workers'' logins may create temporary objects, which nothing of autotag needs.',
-        format('revoke temporary on database %I from public;   -- then grant it to the roles that need it', current_database()))
-    else autotag.finding('temporary objects', 'ok', 'Workers'' logins may create none.') end;
-  return jsonb_build_object('findings', v_found || autotag.diagnose_model(v_provider), 'now', extract(epoch from v_now),
-    'model', (select s.model from autotag.settings s), 'sample', v_sample);
-end $$;
-
--- What every installation begins with. It may run again: what is there stays, and kinds of error are as this version has them.
+-- Initial rows of every installation. It may run again: existing rows stay, and error kinds get this version's values.
 
 insert into autotag.settings default values on conflict do nothing;
 
 -- Prices: OpenAI's pages, autumn 2026. Cache writes of the 5.6 and 6 families cost 1.25 times the input. Shutdowns: OpenAI's
--- page of deprecations on 2026-11-28. Where reasoning is a choice, tagging needs none: OpenAI's own advice for the move from
--- the 4.1 family. OpenAI publishes no figure for the images of the newer models; 1.62 tokens a patch is that of gpt-4.1-mini.
+-- page of deprecations on 2026-11-28. Reasoning is off where it can be, because tagging needs none (OpenAI's own advice for the
+-- move from the 4.1 family). OpenAI publishes no image tokens for the newer models; 1.62 per patch is gpt-4.1-mini's figure.
 insert into autotag.models (name, input_price, cached_price, cache_write_price, output_price, reasons, reasoning_effort, patch_tokens) values
   ('gpt-6-luna', 0.10, 0.01, 0.125, 0.50, true, 'none', 1.62),
   ('gpt-6.1-terra', 1.00, 0.05, 1.25, 5.00, true, 'none', 1.62),
@@ -5393,7 +5844,7 @@ on conflict do nothing;
 insert into autotag.models (name, input_price, cached_price, output_price, reasons, patch_tokens, base_tokens, tile_tokens, shutdown_date, successor) values
   ('gpt-4.1-mini', 0.40, 0.10, 1.60, false, 1.62, null, null, '2027-01-14', 'gpt-6-luna'),
   ('gpt-4o-mini', 0.15, 0.075, 0.60, false, null, 2833, 5667, '2027-01-14', 'gpt-6-luna'),
-  -- known to shut down; their prices are not kept here
+  -- their shutdown is announced; prices are left out
   ('gpt-4.1', null, null, null, false, null, 85, 170, '2027-01-14', 'gpt-6-luna'),
   ('gpt-4o', null, null, null, false, null, 85, 170, '2027-01-14', 'gpt-6-luna'),
   ('gpt-4.1-nano', null, null, null, false, 2.46, null, null, '2026-10-23', null),
@@ -5405,7 +5856,7 @@ on conflict do nothing;
 
 insert into autotag.provider_limits default values on conflict do nothing;
 
--- A new installation asks what the settings' defaults say; the first worker that registers makes it prove itself.
+-- A new installation starts with the default question as proven; the first worker's fingerprint makes it unproven.
 do $$
 declare
   v_provider autotag.provider_limits;
@@ -5421,21 +5872,21 @@ end $$;
 insert into autotag.clock default values on conflict do nothing;
 
 insert into autotag.error_kinds values
-  ('transient', true, true, false, false, 'nobody''s fault: a broken connection, an error of the service, or what nobody knows', '{}'),
-  ('rate_limit', false, false, false, false, 'the provider asks to wait: again when it says so', '{}'),
-  ('account', false, true, true, false, 'key, credit, model, address or an unsupported request: again when somebody has fixed it',
+  ('transient', true, true, false, false, 'a broken connection, an error of the service, or an unknown error: retried later', '{}'),
+  ('rate_limit', false, false, false, false, 'the provider asks to wait: retried when it says', '{}'),
+  ('account', false, true, true, false, 'key, credit, model, address or an unsupported request: retried until the configuration is fixed',
     '{http_413,context_too_small}'),
-  ('image', true, false, false, true, 'this image, by the provider''s own word or by its file', '{}')
+  ('image', true, false, false, true, 'only this image, as the provider says or its file shows', '{}')
 on conflict (kind) do update set counts = excluded.counts, delays = excluded.delays, pauses = excluded.pauses,
   ends = excluded.ends, meaning = excluded.meaning, suspects = excluded.suspects;
 
--- The public RPCs: thin wrappers with clean names, and the one list of who may call what.
--- Errors are documented where they are raised; all of them carry {code} in their detail.
+-- The public RPCs: thin wrappers with clean parameter names. grants.sql says who may call them. Errors are documented where
+-- they are raised; each has a `code` in its detail.
 create or replace function public.enqueue_tagging(asset_ids uuid[]) returns jsonb
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform autotag.check_image_count(cardinality(asset_ids));   -- before anything looks at that many
+  perform autotag.check_image_count(cardinality(asset_ids));   -- before any function reads that many
   return autotag.enqueue(asset_ids, autotag.seen_files(asset_ids));
 end $$;
 
@@ -5449,7 +5900,7 @@ as $$
 declare
   v_assets uuid[] := autotag.failed_assets(job_id);
 begin
-  perform autotag.check_image_count(greatest(cardinality(v_assets), 1));   -- that there is none retry() says
+  perform autotag.check_image_count(greatest(cardinality(v_assets), 1));   -- retry() refuses 0 images
   return autotag.retry(job_id, autotag.seen_files(v_assets));
 end $$;
 
@@ -5457,8 +5908,8 @@ create or replace function public.tagging_job(job_id uuid) returns jsonb
 language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select autotag.describe_job(job_id) $$;
 
--- What would happen with an upload of so many images, before it is made. chunks counts the releases of single
--- calls (1 when all go at once, 0 for batches), delay_ms the pause between them.
+-- tagging_strategy: previews an upload of p_images images. chunks: releases of single calls (1: all at once; 0: batches);
+-- delay_ms: time between two chunks.
 create or replace function autotag.describe_strategy(p_images integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5480,7 +5931,7 @@ begin
     'delay_ms', case v_type when 'realtime-chunked' then (extract(epoch from v_settings.chunk_delay) * 1000)::integer else 0 end,
     'batches', v_batches,
     'estimate_seconds', autotag.estimate_seconds(p_images, v_batches))
-    -- why so many images do not go by batch
+    -- why that many images are not sent in a batch
     || case when v_type = 'realtime-chunked' and p_images > v_settings.chunk_max_images
       then jsonb_build_object('note', 'The AI provider has no Batch API, so these images go as single calls.')
       else '{}' end;
@@ -5504,7 +5955,7 @@ begin
   reason := v_answer.reason;
 end $$;
 
--- The same without taking anything, for UIs.
+-- The same without counting against the limit, for UIs.
 create or replace function public.peek_rate_limit(
   workspace_id uuid, request_type text, image_count integer,
   out allowed boolean, out retry_after double precision, out reason text
@@ -5525,13 +5976,13 @@ returns table (user_id uuid, day date, model text, service_tier text, images int
 language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select * from autotag.list_usage(workspace_id, since, until) $$;
 
--- For the edge function that stands in for a worker without a public address: a delivery of OpenAI's webhook
--- that it has verified. Not for users.
+-- For the Edge Function that receives OpenAI's webhook where no worker has a public address: passes on a delivery that it has
+-- verified. Not for users.
 create or replace function public.openai_webhook(webhook_id text, event_type text, batch_id text) returns jsonb
 language sql security invoker set search_path = pg_catalog, pg_temp
 as $$ select jsonb_build_object('result', autotag.receive_webhook(webhook_id, event_type, batch_id)) $$;
 
--- Once a minute: takes back what dead workers held and wakes the living for what has become due.
+-- Runs once a minute: releases what dead workers held, and wakes live workers for work that has become due.
 create or replace function autotag.tick() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5539,9 +5990,9 @@ declare
   v_now timestamptz := autotag.now();
 begin
   perform autotag.expire_workers();
-  -- An image too large for its workspace's window waits for a larger limit: see whether it came.
+  -- Retry workspaces whose next image exceeds the window's limit: the limit may have been raised.
   update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at = 'infinity';
-  -- A batch waits until places leave the window: see whether it has some already (a larger limit, a cancelled upload).
+  -- Retry batches that wait for the window, if it has room already (a raised limit, a cancelled upload).
   update autotag.batches b set not_before = v_now
   where b.id in (
     select w.id from autotag.batches w
@@ -5562,7 +6013,7 @@ begin
   update autotag.clock set ticked_at = v_now;
 end $$;
 
--- Daily: drops what nobody needs any more.
+-- Runs daily: deletes what is no longer needed.
 create or replace function autotag.housekeeping() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5572,8 +6023,8 @@ declare
 begin
   delete from autotag.jobs j
   where j.finished_at < v_now - (select s.keep_finished from autotag.settings s);
-  -- A workspace without work is forgotten. Under its lock, and looked at again there, because an upload may
-  -- just have come; one that is locked is in use.
+  -- Delete workspaces without work. Check again under the lock, because an upload may just have begun; skip locked ones, they
+  -- are in use.
   for v_workspace in select w.workspace_id from autotag.workspaces w where w.queued = 0 loop
     perform from autotag.workspaces w where w.workspace_id = v_workspace for update skip locked;
     if found then
@@ -5586,16 +6037,16 @@ begin
   where w.max_requests is null and w.max_units is null
     and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h';
   delete from autotag.workers w where w.lease_until < v_now - interval '1 day';
-  delete from autotag.webhooks w where w.received_at < v_now - interval '4 days';  -- OpenAI retries for three
+  delete from autotag.webhooks w where w.received_at < v_now - interval '4 days';  -- OpenAI retries for three days
   delete from autotag.durations d where d.started_at < v_now - interval '90 days';
-  delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- nobody asks so any more
+  delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- not used for 90 days
   delete from autotag.outbox o where o.created_at < v_now - interval '1 day';
   delete from autotag.usage u
   where u.day < (v_now at time zone 'utc')::date - (select s.keep_usage from autotag.settings s);
   update autotag.clock set housekept_at = v_now;
 end $$;
 
--- Called with every heartbeat: does what the clock is late with. One at a time, nobody waits.
+-- Called with every heartbeat: runs tick() and housekeeping() if they are overdue. One caller at a time; others do not wait.
 create or replace function autotag.tick_if_due() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5617,8 +6068,8 @@ begin
   end if;
 end $$;
 
--- Schedules both jobs; by name, so that a second time changes nothing. False where pg_cron is not installed.
--- The names of pg_cron's objects are looked up when it runs, because without the extension there are none.
+-- Schedules both in pg_cron under fixed names, so that scheduling again changes nothing. False: pg_cron is not installed.
+-- Dynamic SQL, because without the extension pg_cron's objects do not exist.
 create or replace function autotag.schedule_cron() returns boolean
 language plpgsql set search_path = pg_catalog, pg_temp
 as $$
@@ -5628,7 +6079,7 @@ begin
   end if;
   execute format('select %I.schedule($1, $2, $3)', 'cron')
     using 'autotag-tick', '* * * * *', 'select autotag.tick()';
-  -- pg_cron keeps a row of every run for ever, so its own history is cleaned along.
+  -- pg_cron keeps a row of every run forever, so the daily job also deletes old ones.
   execute format('select %I.schedule($1, $2, $3)', 'cron')
     using 'autotag-housekeeping', '17 3 * * *', $run$select autotag.housekeeping();
       delete from cron.job_run_details where end_time < now() - interval '7 days'$run$;
@@ -5641,23 +6092,23 @@ begin
     begin
       create extension if not exists pg_cron with schema pg_catalog;
     exception when others then
-      raise notice 'pg_cron is installed but cannot be created here (%); a worker will tick instead', sqlerrm;
+      raise notice 'pg_cron is available but cannot be created here (%); the workers'' heartbeats will run tick() instead', sqlerrm;
     end;
   end if;
   perform autotag.schedule_cron();
 end $$;
 
--- The version of the schema, which is that of the worker it was released with.
+-- The version of the schema; the worker of the same release has the same version.
 create or replace function autotag.schema_version() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$ select '0.1.0'::text $$;
 
-select pg_notify('autotag', 'version');  -- workers that run see whether they still fit
+select pg_notify('autotag', 'version');  -- running workers compare versions
 
--- Who may do what: all rights and all policies of row level security are in this file, and it may run again at any time.
+-- All privileges and all policies of row level security. This file may run again at any time.
 --
--- Functions are executable by everybody when they are made (and by anon through the default privileges of Supabase projects), so
--- everything is taken back first.
+-- New functions are executable by everyone (and by anon through the default privileges of Supabase projects), so everything is
+-- revoked first.
 revoke all on schema autotag from public;
 grant usage on schema autotag to authenticated, service_role, autotag_worker, autotag_operator;
 revoke all on all functions in schema autotag from public, anon, authenticated, service_role;
@@ -5671,7 +6122,7 @@ revoke all on function
   from public, anon;
 revoke all on function public.openai_webhook from public, anon, authenticated;
 
--- users: the RPCs, what stands right behind them, and what row level security asks
+-- users: the RPCs, the functions that they call with the user's rights, and those in row level security policies
 grant execute on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
@@ -5682,10 +6133,10 @@ grant execute on function
   to authenticated, service_role;
 grant execute on function autotag.is_member, autotag.may_listen to authenticated;
 
--- the project's own server side
+-- the project's own server
 grant execute on function public.openai_webhook, autotag.receive_webhook to service_role;
 
--- workers: everything they report is validated and cut to bounds, and they act only on what they hold (views/progress.sql)
+-- workers: their reports are validated (results/reports.sql), and they can act only on what they hold
 grant execute on function
   autotag.register_worker, autotag.worker_settings, autotag.heartbeat,
   autotag.release_worker, autotag.release_unheld, autotag.claim, autotag.report_stages, autotag.settle,
@@ -5694,14 +6145,14 @@ grant execute on function
   autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_probe, autotag.status, autotag.metrics
   to autotag_worker;
 
--- operators: what a worker has no need of. They see the images, the tags and the usage of every workspace.
+-- operators: monitoring, existing images, comparisons. They see images, tags and usage of every workspace.
 grant execute on function
   autotag.diagnose, autotag.send_probe, autotag.status, autotag.metrics,
   autotag.preview_backfill, autotag.backfill, autotag.list_usage,
   autotag.preview_comparison, autotag.comparison_sample, autotag.admit_comparison, autotag.settle_comparison
   to autotag_operator;
 
--- everybody who has to know whether versions fit
+-- everyone who has to compare versions
 grant execute on function autotag.schema_version to autotag_worker, autotag_operator, service_role;
 
 -- row level security

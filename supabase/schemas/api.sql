@@ -1,10 +1,10 @@
--- The public RPCs: thin wrappers with clean names, and the one list of who may call what.
--- Errors are documented where they are raised; all of them carry {code} in their detail.
+-- The public RPCs: thin wrappers with clean parameter names. grants.sql says who may call them. Errors are documented where
+-- they are raised; each has a `code` in its detail.
 create or replace function public.enqueue_tagging(asset_ids uuid[]) returns jsonb
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform autotag.check_image_count(cardinality(asset_ids));   -- before anything looks at that many
+  perform autotag.check_image_count(cardinality(asset_ids));   -- before any function reads that many
   return autotag.enqueue(asset_ids, autotag.seen_files(asset_ids));
 end $$;
 
@@ -18,7 +18,7 @@ as $$
 declare
   v_assets uuid[] := autotag.failed_assets(job_id);
 begin
-  perform autotag.check_image_count(greatest(cardinality(v_assets), 1));   -- that there is none retry() says
+  perform autotag.check_image_count(greatest(cardinality(v_assets), 1));   -- retry() refuses 0 images
   return autotag.retry(job_id, autotag.seen_files(v_assets));
 end $$;
 
@@ -26,8 +26,8 @@ create or replace function public.tagging_job(job_id uuid) returns jsonb
 language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select autotag.describe_job(job_id) $$;
 
--- What would happen with an upload of so many images, before it is made. chunks counts the releases of single
--- calls (1 when all go at once, 0 for batches), delay_ms the pause between them.
+-- tagging_strategy: previews an upload of p_images images. chunks: releases of single calls (1: all at once; 0: batches);
+-- delay_ms: time between two chunks.
 create or replace function autotag.describe_strategy(p_images integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -49,7 +49,7 @@ begin
     'delay_ms', case v_type when 'realtime-chunked' then (extract(epoch from v_settings.chunk_delay) * 1000)::integer else 0 end,
     'batches', v_batches,
     'estimate_seconds', autotag.estimate_seconds(p_images, v_batches))
-    -- why so many images do not go by batch
+    -- why that many images are not sent in a batch
     || case when v_type = 'realtime-chunked' and p_images > v_settings.chunk_max_images
       then jsonb_build_object('note', 'The AI provider has no Batch API, so these images go as single calls.')
       else '{}' end;
@@ -73,7 +73,7 @@ begin
   reason := v_answer.reason;
 end $$;
 
--- The same without taking anything, for UIs.
+-- The same without counting against the limit, for UIs.
 create or replace function public.peek_rate_limit(
   workspace_id uuid, request_type text, image_count integer,
   out allowed boolean, out retry_after double precision, out reason text
@@ -94,8 +94,8 @@ returns table (user_id uuid, day date, model text, service_tier text, images int
 language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select * from autotag.list_usage(workspace_id, since, until) $$;
 
--- For the edge function that stands in for a worker without a public address: a delivery of OpenAI's webhook
--- that it has verified. Not for users.
+-- For the Edge Function that receives OpenAI's webhook where no worker has a public address: passes on a delivery that it has
+-- verified. Not for users.
 create or replace function public.openai_webhook(webhook_id text, event_type text, batch_id text) returns jsonb
 language sql security invoker set search_path = pg_catalog, pg_temp
 as $$ select jsonb_build_object('result', autotag.receive_webhook(webhook_id, event_type, batch_id)) $$;

@@ -1,2 +1,3 @@
--- Steps that change the tables of an existing installation to what supabase/schemas/tables says, since the last
--- release. They run before the functions of the new release are there. A release takes them over and empties this file.
+-- Changes to existing tables since the last release, as statements for an installation that has that release. They
+-- run before the new release's functions are created. scripts/release moves them into the migration and empties this
+-- file.

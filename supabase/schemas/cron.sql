@@ -1,4 +1,4 @@
--- Once a minute: takes back what dead workers held and wakes the living for what has become due.
+-- Runs once a minute: releases what dead workers held, and wakes live workers for work that has become due.
 create or replace function autotag.tick() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -6,9 +6,9 @@ declare
   v_now timestamptz := autotag.now();
 begin
   perform autotag.expire_workers();
-  -- An image too large for its workspace's window waits for a larger limit: see whether it came.
+  -- Retry workspaces whose next image exceeds the window's limit: the limit may have been raised.
   update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at = 'infinity';
-  -- A batch waits until places leave the window: see whether it has some already (a larger limit, a cancelled upload).
+  -- Retry batches that wait for the window, if it has room already (a raised limit, a cancelled upload).
   update autotag.batches b set not_before = v_now
   where b.id in (
     select w.id from autotag.batches w
@@ -29,7 +29,7 @@ begin
   update autotag.clock set ticked_at = v_now;
 end $$;
 
--- Daily: drops what nobody needs any more.
+-- Runs daily: deletes what is no longer needed.
 create or replace function autotag.housekeeping() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -39,8 +39,8 @@ declare
 begin
   delete from autotag.jobs j
   where j.finished_at < v_now - (select s.keep_finished from autotag.settings s);
-  -- A workspace without work is forgotten. Under its lock, and looked at again there, because an upload may
-  -- just have come; one that is locked is in use.
+  -- Delete workspaces without work. Check again under the lock, because an upload may just have begun; skip locked ones, they
+  -- are in use.
   for v_workspace in select w.workspace_id from autotag.workspaces w where w.queued = 0 loop
     perform from autotag.workspaces w where w.workspace_id = v_workspace for update skip locked;
     if found then
@@ -53,16 +53,16 @@ begin
   where w.max_requests is null and w.max_units is null
     and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h';
   delete from autotag.workers w where w.lease_until < v_now - interval '1 day';
-  delete from autotag.webhooks w where w.received_at < v_now - interval '4 days';  -- OpenAI retries for three
+  delete from autotag.webhooks w where w.received_at < v_now - interval '4 days';  -- OpenAI retries for three days
   delete from autotag.durations d where d.started_at < v_now - interval '90 days';
-  delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- nobody asks so any more
+  delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- not used for 90 days
   delete from autotag.outbox o where o.created_at < v_now - interval '1 day';
   delete from autotag.usage u
   where u.day < (v_now at time zone 'utc')::date - (select s.keep_usage from autotag.settings s);
   update autotag.clock set housekept_at = v_now;
 end $$;
 
--- Called with every heartbeat: does what the clock is late with. One at a time, nobody waits.
+-- Called with every heartbeat: runs tick() and housekeeping() if they are overdue. One caller at a time; others do not wait.
 create or replace function autotag.tick_if_due() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -84,8 +84,8 @@ begin
   end if;
 end $$;
 
--- Schedules both jobs; by name, so that a second time changes nothing. False where pg_cron is not installed.
--- The names of pg_cron's objects are looked up when it runs, because without the extension there are none.
+-- Schedules both in pg_cron under fixed names, so that scheduling again changes nothing. False: pg_cron is not installed.
+-- Dynamic SQL, because without the extension pg_cron's objects do not exist.
 create or replace function autotag.schedule_cron() returns boolean
 language plpgsql set search_path = pg_catalog, pg_temp
 as $$
@@ -95,7 +95,7 @@ begin
   end if;
   execute format('select %I.schedule($1, $2, $3)', 'cron')
     using 'autotag-tick', '* * * * *', 'select autotag.tick()';
-  -- pg_cron keeps a row of every run for ever, so its own history is cleaned along.
+  -- pg_cron keeps a row of every run forever, so the daily job also deletes old ones.
   execute format('select %I.schedule($1, $2, $3)', 'cron')
     using 'autotag-housekeeping', '17 3 * * *', $run$select autotag.housekeeping();
       delete from cron.job_run_details where end_time < now() - interval '7 days'$run$;
@@ -108,7 +108,7 @@ begin
     begin
       create extension if not exists pg_cron with schema pg_catalog;
     exception when others then
-      raise notice 'pg_cron is installed but cannot be created here (%); a worker will tick instead', sqlerrm;
+      raise notice 'pg_cron is available but cannot be created here (%); the workers'' heartbeats will run tick() instead', sqlerrm;
     end;
   end if;
   perform autotag.schedule_cron();

@@ -1,7 +1,7 @@
--- Who may do what: all rights and all policies of row level security are in this file, and it may run again at any time.
+-- All privileges and all policies of row level security. This file may run again at any time.
 --
--- Functions are executable by everybody when they are made (and by anon through the default privileges of Supabase projects), so
--- everything is taken back first.
+-- New functions are executable by everyone (and by anon through the default privileges of Supabase projects), so everything is
+-- revoked first.
 revoke all on schema autotag from public;
 grant usage on schema autotag to authenticated, service_role, autotag_worker, autotag_operator;
 revoke all on all functions in schema autotag from public, anon, authenticated, service_role;
@@ -15,7 +15,7 @@ revoke all on function
   from public, anon;
 revoke all on function public.openai_webhook from public, anon, authenticated;
 
--- users: the RPCs, what stands right behind them, and what row level security asks
+-- users: the RPCs, the functions that they call with the user's rights, and those in row level security policies
 grant execute on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
@@ -26,10 +26,10 @@ grant execute on function
   to authenticated, service_role;
 grant execute on function autotag.is_member, autotag.may_listen to authenticated;
 
--- the project's own server side
+-- the project's own server
 grant execute on function public.openai_webhook, autotag.receive_webhook to service_role;
 
--- workers: everything they report is validated and cut to bounds, and they act only on what they hold (views/progress.sql)
+-- workers: their reports are validated (results/reports.sql), and they can act only on what they hold
 grant execute on function
   autotag.register_worker, autotag.worker_settings, autotag.heartbeat,
   autotag.release_worker, autotag.release_unheld, autotag.claim, autotag.report_stages, autotag.settle,
@@ -38,14 +38,14 @@ grant execute on function
   autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_probe, autotag.status, autotag.metrics
   to autotag_worker;
 
--- operators: what a worker has no need of. They see the images, the tags and the usage of every workspace.
+-- operators: monitoring, existing images, comparisons. They see images, tags and usage of every workspace.
 grant execute on function
   autotag.diagnose, autotag.send_probe, autotag.status, autotag.metrics,
   autotag.preview_backfill, autotag.backfill, autotag.list_usage,
   autotag.preview_comparison, autotag.comparison_sample, autotag.admit_comparison, autotag.settle_comparison
   to autotag_operator;
 
--- everybody who has to know whether versions fit
+-- everyone who has to compare versions
 grant execute on function autotag.schema_version to autotag_worker, autotag_operator, service_role;
 
 -- row level security

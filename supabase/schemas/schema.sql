@@ -1,37 +1,37 @@
--- autotag: every image of public.assets gets its tags.
+-- autotag: every image of public.assets gets tags.
 --
--- One upload is a *job*; each of its images is a *task*. A task goes one of two ways (its *lane*):
+-- One upload is a *job*; each of its images is a *task*. A task is tagged in one of two ways (its *lane*):
 --
---   realtime   claim() hands it to a worker under the limits; the worker calls OpenAI once and settle()s.
---   batch      it belongs to a *batch*, one OpenAI Batch: claim_batches() hands the whole batch to a worker,
---              which builds and uploads the input file, and, when OpenAI is done, harvests the answers.
+--   realtime   claim() gives it to a worker within the limits. The worker calls OpenAI once and reports with settle().
+--   batch      It belongs to a *batch*, which is one OpenAI Batch. claim_batches() gives the whole batch to a worker, which
+--              builds and uploads the input file. When OpenAI has finished, a worker harvests the answers.
 --
--- Workers hold no state. They ask (claim, claim_batches), do the I/O, and report (report_stages, settle,
--- batch_*). Everything that is decided is decided here, in this order (supabase/config.toml):
+-- Workers hold no state. They ask (claim, claim_batches), do the I/O, and report (report_stages, settle, batch_*). This schema
+-- makes every decision. The files, in the order of supabase/config.toml:
 --
 --   tables/       everything that is stored; settings has every number that can be changed
---   host/         the host's tables for a stand-alone stack, and the adapter: everything autotag believes of a host's tables
---   basics/       the clock, checks of what comes from outside, who calls
---   models/       what a model costs, how it is asked, what its answers were like; a second model asked (autotag compare)
---   uploads/      which way an upload goes; it begins, is cancelled, is tried again; quotas
+--   host/         the host's tables for a stand-alone stack, and the adapter: everything that autotag knows of a host's tables
+--   basics/       the clock, checks of values from outside, who calls
+--   models/       what a model costs, how it is asked, what its answers were like; another model asked (autotag compare)
+--   uploads/      the strategy of an upload; enqueue, cancel, retry; quotas
 --   scheduling/   exact windows per workspace, the mirror of the provider's bucket, leases, the release of single calls
---   batches/      OpenAI Batches: planned, uploaded, looked at, harvested
---   results/      what a worker reports: tags, failures, what goes back to the queue; usage; what is pushed to browsers
---   views/        stage, progress and time left; status, metrics, what the doctor asks
---   seed          what every installation begins with
---   api, cron, version, grants    the public RPCs, tick and housekeeping, who may do what
+--   batches/      OpenAI Batches: planned, uploaded, polled, harvested
+--   results/      what a worker reports: tags, failures, requeued images; usage; broadcasts
+--   views/        stage, progress and ETA; status, metrics, what autotag doctor asks
+--   seed          the first rows of every installation
+--   api, cron, version, grants    the public RPCs, tick and housekeeping, all rights
 --
--- Locks are taken in one order everywhere: provider row, workspaces by id (a workspace's lock also covers
--- its queues), windows by workspace, jobs by id, batches by id, tasks by id, assets.
+-- Every function takes locks in one order: provider row, workspaces by id (a workspace's lock also covers its queues), windows
+-- by workspace, jobs by id, batches by id, tasks by id, assets.
 
--- Every function fixes its search_path to pg_catalog, pg_temp (the adapter's to the host's schemas before pg_temp), and
--- every name outside pg_catalog is written with its schema.
+-- Every function sets its search_path to pg_catalog, pg_temp (the adapter's functions have the host's schemas before pg_temp),
+-- and every name outside pg_catalog has its schema.
 create schema if not exists autotag;
 
--- The login role that a worker uses is granted this role and needs nothing else:
---   create role tagger login in role autotag_worker;   -- then its password with psql's \password tagger
--- Whoever looks after autotag without being its owner is granted autotag_operator: it sees every workspace's images and
--- usage, and may have them tagged, which a worker may not.
+-- A worker's login needs this role and nothing else:
+--   create role tagger login in role autotag_worker;   -- then set its password with psql's \password tagger
+-- A person who operates autotag without being its owner needs autotag_operator. It sees every workspace's images and usage and
+-- may enqueue images, which a worker may not.
 do $$
 begin
   if not exists (select from pg_catalog.pg_roles where rolname = 'autotag_worker') then
@@ -42,17 +42,17 @@ begin
   end if;
 end $$;
 
--- The worker is not trusted either. Whoever has stolen a worker's login can call what is granted to it, with anything, and
--- can so slow down and waste what that login's workers may hold; what follows is nobody else's:
---   * A worker's id is its login's (session_user, which poolers keep): nobody acts for the workers of another login,
---     whatever ids they have learned from status(). Workers of one login are one.
---   * It acts on what its worker holds: tasks with their attempt, batches with theirs, and the look at the provider that it
---     was handed (claim_batches). Images are described only to the worker that holds them.
---   * What is reported is data: counts, waits and sizes are cut to bounds (clean_number, clean_usage), shapes are validated
---     (clean_result, clean_error), texts are made printable; what is no list of reports, or more than a worker can have, is
---     refused before any work is done (check_list). One bad report of many is that image's trouble, and not the others'.
---   * What a worker says of the provider (waits, limits, its form, its Batch API) and of the account holds for all, because
---     nobody but workers sees the provider. So it can pause tagging (each time for an hour at most), slow it and make it
---     dearer. And it can claim whatever waits, and say anything of that: it is its worker. When the login is taken away,
---     what it held goes back with the lease.
---   * It reads what it claims, and besides that what status(), metrics() and diagnose() tell: counts, ids, and one path.
+-- The database does not trust a worker. A stolen worker's login can call every function that is granted to it, with any
+-- arguments. It can slow down and waste what its workers hold, and nothing else:
+--   * A worker's id belongs to its login (session_user, which poolers keep). No login acts for the workers of another one, even
+--     if it learns their ids from status(). Workers of one login count as one.
+--   * A worker acts only on what it holds: tasks with their attempt, batches with theirs, and the poll of the provider that
+--     claim_batches assigned to it. Only the worker that holds an image learns where it is stored.
+--   * Reports are data. Counts, waits and sizes are cut to bounds (clean_number, clean_usage), shapes are validated
+--     (clean_result, clean_error), and texts are made printable. check_list refuses a report that is not a list or too long
+--     before any work is done. One bad report of many affects its own image only.
+--   * What a worker reports of the provider (waits, limits, request form, Batch API) and of the account holds for every
+--     workspace, because only workers see the provider. So a stolen login can pause tagging (an hour at most each time), slow it
+--     down and make it dearer. It can also claim queued images and report anything about them. When the login is revoked, its
+--     images are requeued as its leases run out.
+--   * It reads what it claims, and what status(), metrics() and diagnose() return: counts, ids, and one path.

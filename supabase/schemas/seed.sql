@@ -1,10 +1,10 @@
--- What every installation begins with. It may run again: what is there stays, and kinds of error are as this version has them.
+-- Initial rows of every installation. It may run again: existing rows stay, and error kinds get this version's values.
 
 insert into autotag.settings default values on conflict do nothing;
 
 -- Prices: OpenAI's pages, autumn 2026. Cache writes of the 5.6 and 6 families cost 1.25 times the input. Shutdowns: OpenAI's
--- page of deprecations on 2026-11-28. Where reasoning is a choice, tagging needs none: OpenAI's own advice for the move from
--- the 4.1 family. OpenAI publishes no figure for the images of the newer models; 1.62 tokens a patch is that of gpt-4.1-mini.
+-- page of deprecations on 2026-11-28. Reasoning is off where it can be, because tagging needs none (OpenAI's own advice for the
+-- move from the 4.1 family). OpenAI publishes no image tokens for the newer models; 1.62 per patch is gpt-4.1-mini's figure.
 insert into autotag.models (name, input_price, cached_price, cache_write_price, output_price, reasons, reasoning_effort, patch_tokens) values
   ('gpt-6-luna', 0.10, 0.01, 0.125, 0.50, true, 'none', 1.62),
   ('gpt-6.1-terra', 1.00, 0.05, 1.25, 5.00, true, 'none', 1.62),
@@ -17,7 +17,7 @@ on conflict do nothing;
 insert into autotag.models (name, input_price, cached_price, output_price, reasons, patch_tokens, base_tokens, tile_tokens, shutdown_date, successor) values
   ('gpt-4.1-mini', 0.40, 0.10, 1.60, false, 1.62, null, null, '2027-01-14', 'gpt-6-luna'),
   ('gpt-4o-mini', 0.15, 0.075, 0.60, false, null, 2833, 5667, '2027-01-14', 'gpt-6-luna'),
-  -- known to shut down; their prices are not kept here
+  -- their shutdown is announced; prices are left out
   ('gpt-4.1', null, null, null, false, null, 85, 170, '2027-01-14', 'gpt-6-luna'),
   ('gpt-4o', null, null, null, false, null, 85, 170, '2027-01-14', 'gpt-6-luna'),
   ('gpt-4.1-nano', null, null, null, false, 2.46, null, null, '2026-10-23', null),
@@ -29,7 +29,7 @@ on conflict do nothing;
 
 insert into autotag.provider_limits default values on conflict do nothing;
 
--- A new installation asks what the settings' defaults say; the first worker that registers makes it prove itself.
+-- A new installation starts with the default question as proven; the first worker's fingerprint makes it unproven.
 do $$
 declare
   v_provider autotag.provider_limits;
@@ -45,10 +45,10 @@ end $$;
 insert into autotag.clock default values on conflict do nothing;
 
 insert into autotag.error_kinds values
-  ('transient', true, true, false, false, 'nobody''s fault: a broken connection, an error of the service, or what nobody knows', '{}'),
-  ('rate_limit', false, false, false, false, 'the provider asks to wait: again when it says so', '{}'),
-  ('account', false, true, true, false, 'key, credit, model, address or an unsupported request: again when somebody has fixed it',
+  ('transient', true, true, false, false, 'a broken connection, an error of the service, or an unknown error: retried later', '{}'),
+  ('rate_limit', false, false, false, false, 'the provider asks to wait: retried when it says', '{}'),
+  ('account', false, true, true, false, 'key, credit, model, address or an unsupported request: retried until the configuration is fixed',
     '{http_413,context_too_small}'),
-  ('image', true, false, false, true, 'this image, by the provider''s own word or by its file', '{}')
+  ('image', true, false, false, true, 'only this image, as the provider says or its file shows', '{}')
 on conflict (kind) do update set counts = excluded.counts, delays = excluded.delays, pauses = excluded.pauses,
   ends = excluded.ends, meaning = excluded.meaning, suspects = excluded.suspects;

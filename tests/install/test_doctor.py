@@ -1,4 +1,4 @@
-"""`autotag doctor` finds what is wrong, says what mends it, and its exit code is the worst finding."""
+"""`autotag doctor` finds what is wrong, says what fixes it, and its exit code is the worst finding."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def test_all_is_well(library: Library) -> None:
         ("alter table public.assets drop column storage_path cascade", "host adapter", "error", "storage_path"),
         ("update autotag.settings set test_clock = true", "clock", "error", "bend autotag's time"),
         ("update autotag.clock set ticked_at = now() - interval '1 h'", "clock", "error", "last ticked 01:00:00 ago"),
-        ("update autotag.settings set model = 'gpt-none'", "api", "error", "gpt-none is not known"),
+        ("update autotag.settings set model = 'gpt-none'", "api", "error", "does not have the model gpt-none"),
         (ENDS_IN.format(80), "model", "warning", "gpt-6-luna shuts down on"),
         (ENDS_IN.format(80), "model", "warning", "in 80 days; its successor is gpt-6.1-terra"),
         (ENDS_IN.format(10), "model", "error", "in 10 days; its successor is gpt-6.1-terra"),
@@ -86,7 +86,7 @@ async def test_all_is_well(library: Library) -> None:
          " values ('t', 'e', '{}', true, now() - interval '1 h')", "realtime.send", "error", "1 broadcasts wait"),
     ],
 )  # fmt: skip
-async def test_damage_is_found_and_mended(
+async def test_damage_is_found_and_fixed(
     stack: Stack, damage: str, check: str, level: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "BROADCAST_TIMEOUT", 2.0)
@@ -145,9 +145,9 @@ async def test_a_model_that_is_gone_is_told_with_its_successor(stack: Stack) -> 
     as_owner(stack, "update autotag.models set shutdown_date = '2026-01-14' where name = 'gpt-4.1-mini'")
     found = (await examined(stack))["api"]
     assert (found.level, found.fix) == (
-        "error", "Ask for its successor: update autotag.settings set model = 'gpt-6-luna';"
+        "error", "Use its successor: update autotag.settings set model = 'gpt-6-luna';"
     )  # fmt: skip
-    assert found.message == "gpt-4.1-mini is not known to this account. There are: gpt-6-luna, gpt-6.1-terra."
+    assert found.message == "This account does not have the model gpt-4.1-mini. It has: gpt-6-luna, gpt-6.1-terra."
     stack.configure(model="my-model")
     found = (await examined(stack))["api"]
     assert (found.level, f"{stack.openai_url}/models" in (found.fix or "")) == ("error", True), found
@@ -192,7 +192,11 @@ async def test_a_page_instead_of_the_api_is_found(stack: Stack) -> None:
     port = free_port()
     async with serve(Starlette(routes=[Route("/{path:path}", page)]), "127.0.0.1", port):
         found = (await examined(stack, openai_base_url=f"http://127.0.0.1:{port}"))["api"]
-    assert (found.level, "is no such API" in found.message, "<" in found.message) == ("error", True, False), found
+    assert (found.level, "No OpenAI-compatible API answers" in found.message, "<" in found.message) == (
+        "error",
+        True,
+        False,
+    ), found
     assert "/v1" in (found.fix or "")
 
 

@@ -150,7 +150,7 @@ async def test_a_workspaces_window_makes_it_wait(tagged: Library) -> None:
     tagged.stack.configure(realtime_requests_per_minute=5)
     code, out, error = await compare(tagged, "--json")
     assert (code, json.loads(out)["answered"]) == (0, 12), error
-    assert "waiting: the workspace's limit a minute is used up" in error
+    assert "waiting: the workspace's limit per minute is used up" in error
     moments = sorted(entry["at"] for entry in calls(tagged))
     # what a call takes to arrive varies by less than a fifth of the window
     assert all(later - earlier > 1.2 for earlier, later in zip(moments, moments[5:], strict=False))
@@ -336,7 +336,7 @@ async def test_an_effort_that_was_tried_out_changes_nothing_of_the_models_row(ta
     """gpt-6-luna knows no effort `minimal`; it goes on to be asked with its own."""
     code, _, error = await compare(tagged, "--json", "--effort", "minimal")
     assert code == 1
-    assert "autotag: ended after" in error
+    assert "autotag: Ended after" in error
     assert "minimal" in error
     [row] = tagged.sql("select sends_effort, reasoning_effort from autotag.models where name = %s", SECOND)
     assert row == {"sends_effort": True, "reasoning_effort": "none"}
@@ -344,8 +344,8 @@ async def test_an_effort_that_was_tried_out_changes_nothing_of_the_models_row(ta
 
 @pytest.mark.parametrize(("arguments", "more", "sentence"), [
     ([], {"OPENAI_API_KEY": "sk-wrong"}, "Incorrect API key provided."),
-    (["--effort", "enormous"], {}, "'enormous' is no reasoning effort."),
-    (["--workspace", str(uuid.UUID(int=7))], {}, "This workspace has no image with tags. Tag some first"),
+    (["--effort", "enormous"], {}, "'enormous' is not a reasoning effort."),
+    (["--workspace", str(uuid.UUID(int=7))], {}, "This workspace has no tagged images. Tag some images first"),
     (["--workspace", "mine"], {}, "invalid input syntax for type uuid"),
     (["--html", "/nowhere/at/all.html"], {}, "/nowhere/at/all.html cannot be written"),
     ([], {"OPENAI_API_KEY": ""}, "OPENAI_API_KEY is"),
@@ -382,7 +382,7 @@ async def test_ctrl_c_ends_it_with_what_there_is(tagged: Library) -> None:
             process.kill()
     told = json.loads(out)
     assert (process.returncode, told["answered"], told["not_asked"]) == (130, 8, 4)
-    assert "ended after 8 of 12 images: stopped by Ctrl-C." in error.decode()
+    assert "Ended after 8 of 12 images: stopped by Ctrl-C." in error.decode()
     [row] = tagged.sql("select requests from autotag.usage where images = 0")
     assert row == {"requests": 8}
     assert len(answered_pictures(stack)) == 8
@@ -408,7 +408,7 @@ async def test_a_second_ctrl_c_ends_it_at_once(tagged: Library) -> None:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
     assert (process.returncode, out) == (130, b"")
-    assert "stopped at once" in error.decode()
+    assert "Stopped at once" in error.decode()
     assert "Traceback" not in error.decode()
 
 

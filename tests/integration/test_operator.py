@@ -106,7 +106,7 @@ async def test_enqueue_brings_in_what_is_untagged_and_can_go_on_after_a_stop(lib
     cost = re.match(r"5 images, about \$(0\.00\d+), about 4 s\.", out)
     assert cost, out
     assert 0 < float(cost[1]) < 0.01
-    assert "5 images in 1 uploads." in out
+    assert "5 images in 1 upload." in out
     code, out, _ = await run(stack, "enqueue", "--workspace", workspace, "--json")
     first = json.loads(out)
     assert (code, first["images"], first["jobs"]) == (0, 7, 1)
@@ -131,7 +131,7 @@ async def test_enqueue_waits_while_there_is_no_room_and_says_what_it_cannot_do(l
     for job in library.sql("select id::text from autotag.jobs"):
         library.rpc("public.cancel_tagging", job["id"])
     code, out, error = await again
-    assert (code, "3 images in 1 uploads." in out) == (0, True), error
+    assert (code, "3 images in 1 upload." in out) == (0, True), error
     code, _, error = await run(stack, "enqueue", "--workspace", "nonsense", "--yes")
     assert (code, "invalid input syntax" in error) == (2, True)
     code, _, error = await run(stack, "enqueue", "--workspace", workspace, "--limit", "0")
@@ -208,7 +208,7 @@ async def test_status_shows_the_model_its_end_and_what_its_provider_lacks(librar
         assert words in shown, shown
     library.sql("select autotag.stop_account('no such bucket', 'storage')")
     shown = (await run(stack, "status"))[1]
-    assert "Tagging stands still, because of Storage: no such bucket" in shown
+    assert "Tagging is paused because of Storage: no such bucket" in shown
     assert "not proven yet" not in shown, "the reason is said already"
 
 

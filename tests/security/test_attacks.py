@@ -20,13 +20,13 @@ from attacks.scene import Scene, set_scene
 from psycopg.rows import dict_row
 from rich.console import Console
 
-from autotag.cli import console, operate
-from autotag.cli.follow import follow
+from autotag.cli import console, watch
 from autotag.cli.screen import render
 from autotag.http import guard, webhook
 from autotag.http.serve import serve
 from autotag.openai import answers
 from autotag.openai.provider import Provider
+from autotag.operate.follow import follow
 from lab.postgres import free_port
 from lab.stack import Stack, worker_process
 from support import paid, until, widen, worker
@@ -149,7 +149,7 @@ async def watched(scene: Scene, attempts: list[Attempt], capsys: pytest.CaptureF
 
     def show(topic: str, event: str, payload: dict[str, Any]) -> None:
         told.append(payload)
-        console.say(f"{WATCH}  {topic:<45}  {event:<14}  {operate.describe_payload(payload)}")
+        console.say(f"{WATCH}  {topic:<45}  {event:<14}  {watch.describe_payload(payload)}")
         console.say_json({"topic": topic, "event": event, "payload": payload})
 
     workspace = scene.victim.member.workspace
@@ -389,7 +389,7 @@ async def test_answers_that_are_stored_as_they_come_are_found(scene: Scene, monk
 async def test_a_watch_that_shows_what_it_is_told_is_found(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(operate, "printable", lambda text, _: str(text))
+    monkeypatch.setattr(watch, "printable", lambda text, _: str(text))
     monkeypatch.setattr(console, "one_line", lambda text: text)
     attempts = [attempt for attempt in broadcaster.attempts(scene) if "says" in attempt.name]
     found = await watched(scene, attempts, capsys, 20)

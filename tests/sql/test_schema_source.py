@@ -136,15 +136,15 @@ def test_a_changed_table_needs_a_step(tree: Path) -> None:
 
 def test_only_what_has_changed_is_in_a_migration(tree: Path) -> None:
     change(
-        tree / "schemas" / "scheduling" / "claim.sql",
-        "-- Called by claim(), which holds the locks.",
-        "-- claim() calls it, which holds the locks.",
+        tree / "schemas" / "scheduling" / "release.sql",
+        "-- Called by release_in_turn(), which holds the locks.",
+        "-- release_in_turn() calls it, which holds the locks.",
     )
     release.write()
     assert list(tree.glob("migrations/*unreleased*")) == [], "a comment beside a function is no change of the schema"
     change(
         tree / "schemas" / "uploads" / "retry.sql",
-        "No image of this upload has failed that could be tagged now.",
+        "This upload has no failed image that can be tagged now.",
         "None.",
     )
     release.write()
@@ -154,7 +154,7 @@ def test_only_what_has_changed_is_in_a_migration(tree: Path) -> None:
     change(
         tree / "schemas" / "uploads" / "retry.sql",
         "None.",
-        "No image of this upload has failed that could be tagged now.",
+        "This upload has no failed image that can be tagged now.",
     )
     release.write()
     assert not path.exists(), "and nothing, when it is as before"

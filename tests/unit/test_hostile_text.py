@@ -19,12 +19,11 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from autotag.cli import app as cli
-from autotag.cli import operate
+from autotag.cli import compare, doctor, usage, watch
 from autotag.cli.console import cell, fail, say, say_json, tame_libraries
-from autotag.cli.follow import read_payload
 from autotag.cli.screen import render
-from autotag.compare import figures
 from autotag.doctor.findings import Finding
+from autotag.operate.follow import read_payload
 from autotag.texts import one_line, printable, spreadsheet_cell
 
 HOSTILE = {
@@ -117,7 +116,7 @@ def test_status(text: str) -> None:
 
 @every_hostile_text
 def test_doctor(text: str) -> None:
-    assert is_harmless(printed(cli._findings([Finding(text, "error", text, text), Finding("api", "ok", text)])))
+    assert is_harmless(printed(doctor.table_of([Finding(text, "error", text, text), Finding("api", "ok", text)])))
 
 
 def figures_of(text: str) -> dict[str, Any]:
@@ -132,7 +131,7 @@ def figures_of(text: str) -> dict[str, Any]:
 
 @every_hostile_text
 def test_compare(text: str) -> None:
-    assert is_harmless(printed(figures.render(figures_of(text))))
+    assert is_harmless(printed(compare.render(figures_of(text))))
 
 
 def usage_of(text: str, cost: Decimal | None = Decimal("0.5")) -> dict[str, Any]:
@@ -146,7 +145,7 @@ def usage_of(text: str, cost: Decimal | None = Decimal("0.5")) -> dict[str, Any]
 @every_hostile_text
 @pytest.mark.parametrize("form", ["--csv", "--json", None])
 def test_usage(text: str, form: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operate, "operate", lambda _: [usage_of(text), usage_of(text, None)])
+    monkeypatch.setattr(usage, "run_as_operator", lambda _: [usage_of(text), usage_of(text, None)])
     done = CliRunner().invoke(cli.app, ["usage", "--workspace", "w", *([form] if form else [])])
     assert done.exit_code == 0, done.exception
     assert is_harmless(done.output.replace("\r\n", "\n"))
@@ -155,7 +154,7 @@ def test_usage(text: str, form: str | None, monkeypatch: pytest.MonkeyPatch) -> 
 @every_hostile_text
 def test_watch_shows_what_anybody_broadcasts(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     payload = {text: text, "nested": {"deep": [text]}, **{f"{text[:100]}{i}": i for i in range(100)}}
-    say(f"12:00:00  batch-updates  {operate.describe_payload(payload)}")
+    say(f"12:00:00  batch-updates  {watch.describe_payload(payload)}")
     say_json({"payload": payload})
     shown = capsys.readouterr().out
     assert is_harmless(shown)
@@ -192,6 +191,6 @@ def test_errors_and_the_lines_of_libraries(text: str, capsys: pytest.CaptureFixt
 )  # fmt: skip
 def test_a_spreadsheet_takes_no_text_for_a_formula(text: str, shown: str) -> None:
     assert spreadsheet_cell(text) == shown
-    row = operate.csv_row(usage_of(text))
+    row = usage.csv_row(usage_of(text))
     assert (row["model"], row["user_id"], row["service_tier"]) == (shown, shown, shown)
     assert (row["images"], row["cost"], str(row["day"])) == (-3, "0.5", "2026-11-28"), "numbers stay numbers"

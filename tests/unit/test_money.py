@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import pytest
 
-from autotag.cli.money import dollars, plain, total
+from autotag.money import dollars, plain, total
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-// For clients that still call an edge function for every image and cannot be changed at once: it enqueues what it is
-// given, in the caller's own name, and answers at once. Deploy: supabase functions deploy auto_tag_asset
-// Takes {asset_id} or {asset_ids} (assetId and assetIds as well); gives what enqueue_tagging gives.
+// For clients that still call an edge function for every image and cannot be changed at once. It enqueues the images as the
+// calling user, and returns at once. Deploy: supabase functions deploy auto_tag_asset
+// Takes {asset_id} or {asset_ids} (or assetId, assetIds); returns the result of enqueue_tagging.
 import { createClient } from '@supabase/supabase-js'
 
 const BODY_MOST = 2_000_000 // bytes: 50,000 ids
@@ -10,14 +10,14 @@ const CORS = {
 }
 
 const env = (name: string) => Deno.env.get(name) ?? ''
-// Newer projects hand the publishable key over as SUPABASE_PUBLISHABLE_KEYS, a JSON object by name.
+// Newer projects pass the publishable key in SUPABASE_PUBLISHABLE_KEYS, a JSON object of names and keys.
 const keys = JSON.parse(env('SUPABASE_PUBLISHABLE_KEYS') || '{}') as Record<string, string>
 const key = keys.default ?? env('SUPABASE_ANON_KEY')
 
 const answer = (status: number, body: unknown) => Response.json(body, { status, headers: CORS })
 const refuse = (status: number, code: string, message: string) => answer(status, { error: { code, message } })
 
-/** The body as text, or null when it is too large, whatever its headers say. */
+/** The body as text, or null if it is too large. The headers are not trusted for this. */
 async function read(request: Request): Promise<string | null> {
   if (Number(request.headers.get('content-length') ?? 0) > BODY_MOST) return null
   const chunks: Uint8Array[] = []
@@ -30,7 +30,7 @@ async function read(request: Request): Promise<string | null> {
   return new TextDecoder().decode(await new Blob(chunks as BlobPart[]).arrayBuffer())
 }
 
-/** What a text says, or null when it is no JSON. */
+/** The value of a JSON text, or null if it is not valid JSON. */
 function parse(text: string): unknown {
   try {
     return JSON.parse(text)
@@ -39,7 +39,7 @@ function parse(text: string): unknown {
   }
 }
 
-/** The ids of a body, or null when it holds none. */
+/** The ids in a body, or null if it has none. */
 function readIds(body: unknown): string[] | null {
   if (typeof body !== 'object' || body === null) return null
   const { asset_id, assetId, asset_ids, assetIds } = body as Record<string, unknown>
@@ -49,13 +49,13 @@ function readIds(body: unknown): string[] | null {
 
 export async function handle(request: Request): Promise<Response> {
   if (request.method === 'OPTIONS') return new Response(null, { status: 204, headers: CORS })
-  if (request.method !== 'POST') return refuse(405, 'method_not_allowed', 'POST {"asset_id": "…"} here.')
+  if (request.method !== 'POST') return refuse(405, 'method_not_allowed', 'Send a POST request with {"asset_id": "…"}.')
   const authorization = request.headers.get('authorization')
   if (!authorization) return refuse(401, 'not_signed_in', 'Call this as a signed-in user.')
   const body = await read(request)
-  if (body === null) return refuse(413, 'too_large', 'The body is larger than 50,000 ids.')
+  if (body === null) return refuse(413, 'too_large', 'The body is too large: at most 50,000 ids fit.')
   const ids = readIds(parse(body))
-  if (!ids) return refuse(400, 'no_asset', 'The body has to be {"asset_id": "…"} or {"asset_ids": ["…"]}.')
+  if (!ids) return refuse(400, 'no_asset', 'The body must be {"asset_id": "…"} or {"asset_ids": ["…"]}.')
   const supabase = createClient(env('SUPABASE_URL'), key, {
     global: { headers: { Authorization: authorization } },
     auth: { persistSession: false },

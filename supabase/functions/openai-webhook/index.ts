@@ -1,6 +1,6 @@
-// For projects whose workers have no public address: verifies OpenAI's webhook and hands it to the database,
-// which has the workers look at OpenAI at once. Deploy: supabase functions deploy openai-webhook
-// Secrets: supabase secrets set OPENAI_WEBHOOK_SECRET=whsec_…   (the project's URL and key are there already)
+// For projects whose workers have no public address. It verifies a delivery of OpenAI's webhook and passes it to the database,
+// which makes the workers poll OpenAI at once. Deploy: supabase functions deploy openai-webhook
+// Secrets: supabase secrets set OPENAI_WEBHOOK_SECRET=whsec_…   (the project's URL and key are set already)
 import { createClient } from '@supabase/supabase-js'
 import OpenAI from 'openai'
 
@@ -8,18 +8,18 @@ const BODY_MOST = 65_536 // bytes; OpenAI's deliveries have a few hundred
 
 const env = (name: string) => Deno.env.get(name) ?? ''
 const secret = env('OPENAI_WEBHOOK_SECRET')
-const KEY_LEAST = 16 // bytes, as the worker requires: whoever guesses the secret is believed
-// Newer projects hand the secret key over as SUPABASE_SECRET_KEYS, a JSON object by name.
+const KEY_LEAST = 16 // bytes, as the worker requires: deliveries can be forged with a secret that can be guessed
+// Newer projects pass the secret key in SUPABASE_SECRET_KEYS, a JSON object of names and keys.
 const keys = JSON.parse(env('SUPABASE_SECRET_KEYS') || '{}') as Record<string, string>
 const supabase = createClient(env('SUPABASE_URL'), keys.default ?? env('SUPABASE_SERVICE_ROLE_KEY'), {
   auth: { persistSession: false },
 })
-const { webhooks } = new OpenAI({ apiKey: 'not used: nothing is asked of the API here' })
+const { webhooks } = new OpenAI({ apiKey: 'not used: no API call is made here' })
 
 const refuse = (status: number, code: string, message: string) =>
   Response.json({ error: { code, message } }, { status })
 
-/** Whether a text is such a secret as OpenAI makes: whsec_ and a key in base64. */
+/** Whether a text has the form of OpenAI's secrets: whsec_ and a key in base64. */
 function isSecret(text: string): boolean {
   try {
     return text.startsWith('whsec_') && atob(text.slice(6)).length >= KEY_LEAST
@@ -28,7 +28,7 @@ function isSecret(text: string): boolean {
   }
 }
 
-/** The body as text, or null when it is larger than any delivery, whatever its headers say. */
+/** The body as text, or null if it is larger than any delivery. The headers are not trusted for this. */
 async function read(request: Request): Promise<string | null> {
   if (Number(request.headers.get('content-length') ?? 0) > BODY_MOST) return null
   const chunks: Uint8Array[] = []
@@ -42,25 +42,25 @@ async function read(request: Request): Promise<string | null> {
 }
 
 export async function handle(request: Request): Promise<Response> {
-  if (request.method !== 'POST') return refuse(405, 'method_not_allowed', 'POST a delivery of OpenAI here.')
+  if (request.method !== 'POST') return refuse(405, 'method_not_allowed', 'Send a delivery of OpenAI as a POST request.')
   if (!secret) return refuse(500, 'no_secret', 'OPENAI_WEBHOOK_SECRET is not set.')
   if (!isSecret(secret)) {
-    return refuse(500, 'bad_secret', "OPENAI_WEBHOOK_SECRET is not what OpenAI's settings show (whsec_…).")
+    return refuse(500, 'bad_secret', "OPENAI_WEBHOOK_SECRET does not have the form that OpenAI's settings show (whsec_…).")
   }
   const body = await read(request)
-  if (body === null) return refuse(413, 'too_large', "The body is larger than any delivery of OpenAI's.")
+  if (body === null) return refuse(413, 'too_large', 'The body is larger than any delivery of OpenAI.')
   let event: { type: string; data?: { id?: string } }
   try {
     event = await webhooks.unwrap(body, request.headers, secret) as typeof event
   } catch (error) {
-    return refuse(400, 'bad_signature', error instanceof Error ? error.message : "This is no delivery of OpenAI's.")
+    return refuse(400, 'bad_signature', error instanceof Error ? error.message : 'This is not a delivery of OpenAI.')
   }
   const { data, error } = await supabase.rpc('openai_webhook', {
     webhook_id: request.headers.get('webhook-id'),
     event_type: event.type,
     batch_id: event.data?.id ?? '',
   })
-  // OpenAI repeats what is not taken.
+  // OpenAI repeats deliveries that get an error.
   if (error) return refuse(502, 'database', error.message)
   console.log(JSON.stringify({ event: 'webhook', event_type: event.type, openai_batch: event.data?.id, ...data }))
   return new Response(null, { status: 204 })

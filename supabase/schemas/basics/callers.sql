@@ -1,7 +1,7 @@
--- Who calls: a service, a member of a workspace, a worker's login.
+-- Identity of the caller: a service, a member of a workspace, or a worker's login.
 
--- Whether the caller is trusted with every workspace: the service role over HTTP, or a direct connection
--- behind which stands no user (no JWT claims, and neither the API's login role nor a role it becomes).
+-- Whether the caller may act for every workspace: the service role over HTTP, or a direct connection without a user (no JWT
+-- claims, and neither the API's login role nor a role that it switches to).
 create or replace function autotag.is_service() returns boolean
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
@@ -19,14 +19,14 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_workspace_id is null then
-    perform autotag.refuse(400, 'no_workspace', 'There is no workspace.', 'Pass the id of a workspace.');
+    perform autotag.refuse(400, 'no_workspace', 'No workspace was given.', 'Pass the id of a workspace.');
   elsif not autotag.is_service() and not autotag.is_member(p_workspace_id) then
-    perform autotag.refuse(403, 'not_a_member', 'This workspace is not yours.',
+    perform autotag.refuse(403, 'not_a_member', 'You are not a member of this workspace.',
       'Sign in as one of its members.', jsonb_build_object('workspace_id', p_workspace_id));
   end if;
 end $$;
 
--- The job, or the refusal that it does not exist or is not the caller's.
+-- Returns the job. Refuses a job that does not exist or belongs to another workspace.
 create or replace function autotag.visible_job(p_job_id uuid) returns autotag.jobs
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -34,14 +34,14 @@ declare
   v_job autotag.jobs;
 begin
   select * into v_job from autotag.jobs j where j.id = p_job_id;
-  -- Somebody else's job is as unknown as one that never was: ids of jobs are no secret worth telling.
+  -- Both cases get the same refusal, so that a caller cannot find out which ids exist.
   if not found or not (autotag.is_service() or autotag.is_member(v_job.workspace_id)) then
     perform autotag.refuse(404, 'unknown_job', 'There is no such upload.', 'Pass the job_id that enqueue_tagging returned.');
   end if;
   return v_job;
 end $$;
 
--- The traceparent header of the HTTP request behind this call, if it had one that is well-formed.
+-- The traceparent header of the HTTP request behind this call; null: it has none, or none that is well-formed.
 create or replace function autotag.request_traceparent() returns text
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
@@ -56,7 +56,7 @@ exception when invalid_text_representation then
   return null;
 end $$;
 
--- Whether a worker is of the login that calls. A worker that is not known (its lease has run out) is nobody's.
+-- Whether this worker is registered by the login that calls. A worker whose lease has ended is registered by none.
 create or replace function autotag.is_own_worker(p_worker uuid) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -1,8 +1,7 @@
--- How a call is refused, and what every function does with values from outside. `check_…` refuses, `clean_…` returns a value
--- within its bounds.
+-- Refusals, and checks of values from outside. `check_…` refuses an invalid value, `clean_…` returns a valid one.
 
--- The one way to refuse a call. PostgREST turns the sqlstate PTnnn into HTTP status nnn and hands message,
--- detail and hint through; the detail is JSON with a stable `code` and whatever a program needs to react.
+-- Refuses a call; every refusal goes through here. PostgREST turns the sqlstate PTnnn into HTTP status nnn and passes
+-- message, detail and hint on. The detail is JSON: a stable `code` and the data that a program needs to react.
 create or replace function autotag.refuse(
   p_status integer, p_code text, p_message text, p_hint text, p_detail jsonb default '{}'
 ) returns void
@@ -14,8 +13,8 @@ begin
     detail = (jsonb_build_object('code', p_code) || p_detail)::text;
 end $$;
 
--- Whether a text has nothing in it that controls, turns the direction of writing or is invisible, and no white space but
--- blanks. (Two that join letters are as good as letters: U+200C and U+200D.)
+-- Whether a text is printable: no control, bidirectional or invisible characters, and no white space but U+0020. U+200C and
+-- U+200D (joiners) count as letters.
 create or replace function autotag.is_plain(p_text text) returns boolean
 language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -23,15 +22,15 @@ begin
   return p_text !~ '[\u0001-\u001f\u007f-\u00a0\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u1680\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f\u3000\ue000-\uf8ff\ufdd0-\ufdef\ufeff\ufff0-\ufffb\ufffe\uffff\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U00040000-\U000e00ff\U000e01f0-\U000e0fff\U000f0000-\U0010ffff]';
 end $$;
 
--- Anybody's text as it is stored and shown: one line of at most p_length characters that moves no cursor, hides nothing and
--- forges nothing. White space, line ends included, becomes one blank; what controls, turns the direction of writing or is
--- invisible is spelled out (\x1b, \u202e), so that whoever reads it sees the attempt; what is cut ends in “…”. The worker does
--- the same (autotag/texts.py); a test compares them.
+-- A text from outside in the form in which it is stored and shown: one line of at most p_length characters that cannot move
+-- the cursor, hide text or imitate output. Any white space, including line ends, becomes one space. Control, bidirectional
+-- and invisible characters are escaped (\x1b, \u202e), so that a reader sees them. A text that was cut ends in “…”. The
+-- worker does the same (autotag/texts.py); a test compares the two.
 create or replace function autotag.printable(p_text text, p_length integer) returns text
 language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_text text := left(p_text, 4 * p_length);   -- what is cut off is never looked at
+  v_text text := left(p_text, 4 * p_length);   -- what is cut off is not scanned
 begin
   if not autotag.is_plain(v_text) then
     v_text := regexp_replace(v_text,
@@ -52,12 +51,12 @@ begin
   return v_text;
 end $$;
 
--- Validates an id of something at the provider (batch_…, file-…): null for what can be none.
+-- Validates an id of an object at the provider (batch_…, file-…). Null: invalid.
 create or replace function autotag.clean_id(p_id text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$ select case when p_id ~ '^[A-Za-z0-9][A-Za-z0-9_.:/=-]{0,199}$' then p_id end $$;
 
--- Validates a number that a worker reports and cuts it to bounds that make sense: null for what is none.
+-- Validates a number in a worker's report and clamps it to [p_least, p_most]. Null: not a number.
 create or replace function autotag.clean_number(p_report jsonb, p_name text, p_least double precision, p_most double precision)
 returns double precision
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
@@ -67,7 +66,7 @@ begin
     then least(greatest((p_report -> p_name)::numeric, p_least::numeric), p_most::numeric)::double precision end;
 end $$;
 
--- Refuses what is no list of reports, or is more than a worker can have to say at once.
+-- Refuses a report that is not a list, or that is larger than a worker ever needs: 10,000 items or 50 MB.
 create or replace function autotag.check_list(p_list jsonb) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
@@ -75,23 +74,23 @@ begin
   if p_list is null or jsonb_typeof(p_list) <> 'array' then
     perform autotag.refuse(400, 'bad_report', 'A report has to be a list.', 'Pass a JSON array of objects.');
   elsif jsonb_array_length(p_list) > 10000 or pg_column_size(p_list) > 50000000 then
-    perform autotag.refuse(413, 'report_too_large', 'This report is larger than a worker''s can be.',
-      'Report at most 10,000 things and 50 MB at a time.');
+    perform autotag.refuse(413, 'report_too_large', 'This report is too large.',
+      'Send at most 10,000 items and 50 MB in one report.');
   end if;
 end $$;
 
--- The same of a list of ids.
+-- The same for a list of ids.
 create or replace function autotag.check_ids(p_count integer) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_count > 10000 then
-    perform autotag.refuse(413, 'report_too_large', 'This report is larger than a worker''s can be.',
-      'Name at most 10,000 ids at a time.');
+    perform autotag.refuse(413, 'report_too_large', 'This report is too large.',
+      'Pass at most 10,000 ids at a time.');
   end if;
 end $$;
 
--- Validates a batch's status as the provider says it: null for what is none. `gone`: it does not know the batch.
+-- Validates a batch's status as the provider returns it. Null: invalid. `gone`: the provider does not know the batch.
 create or replace function autotag.clean_status(p_status text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -100,7 +99,7 @@ as $$
     then p_status end
 $$;
 
--- Refuses a worker of another version than the schema's: their first two numbers have to be the same.
+-- Refuses a worker whose major and minor version differ from the schema's.
 create or replace function autotag.check_version(p_version text) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -110,15 +109,15 @@ declare
 begin
   if v_worker is distinct from v_schema then
     perform autotag.refuse(426, 'versions_differ',
-      format('This worker is autotag %s, and the database''s schema is of autotag %s.',
-        coalesce(autotag.printable(p_version, 50), 'of no version'), autotag.schema_version()),
+      format('This worker is autotag %s, but the database has the schema of autotag %s.',
+        coalesce(autotag.printable(p_version, 50), '(no version)'), autotag.schema_version()),
       case when v_worker > v_schema then 'Apply the new migrations: autotag migrate, or supabase db push.'
-        else format('Install the worker that belongs to it: pip install ''supabase-autotag==%s.%s.*''.',
+        else format('Install the matching worker: pip install ''supabase-autotag==%s.%s.*''.',
           v_schema[1], v_schema[2]) end);
   end if;
 end $$;
 
--- Refuses a number of images that no upload can have.
+-- Refuses a number of images that no upload can have: none, or more than settings.job_max_images.
 create or replace function autotag.check_image_count(p_images integer) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -1,8 +1,8 @@
--- autotag's own clock. Tests may bend it; everything else reads the time here.
+-- autotag's clock. Tests can change it; all other code reads the time here.
 
--- How much faster than the real one autotag's clock runs: 1, but in tests and benches that compress time
--- (`alter database … set autotag.speed = 10`). In plpgsql, as all that is called often: its plans are kept, while
--- a function in SQL that cannot be inlined is planned with every call.
+-- How much faster autotag's clock runs than real time: 1, except in tests and benchmarks that compress time
+-- (`alter database … set autotag.speed = 10`). Like every function that is called often it is in plpgsql, which keeps its
+-- plans; an SQL function that cannot be inlined is planned with every call.
 create or replace function autotag.speed() returns double precision
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -13,7 +13,7 @@ begin
   return coalesce(nullif(current_setting('autotag.speed', true), '')::double precision, 1);
 end $$;
 
--- The time, everywhere in autotag. It moves within a transaction, so that a lock waited for counts.
+-- The current time, for all of autotag. It advances within a transaction, so that time spent waiting for a lock counts.
 create or replace function autotag.now() returns timestamptz
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -25,7 +25,7 @@ begin
     timestamptz '2026-01-01' + (clock_timestamp() - timestamptz '2026-01-01') * autotag.speed());
 end $$;
 
--- Seconds that a worker has to wait for what is so far away on autotag's clock, and the other way round.
+-- Real seconds in an interval of autotag's clock. clock_interval() is the inverse.
 create or replace function autotag.real_seconds(p_interval interval) returns double precision
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -33,7 +33,7 @@ begin
   return extract(epoch from p_interval) / autotag.speed();
 end $$;
 
--- A moment of autotag's clock as others count it: epoch seconds.
+-- A time of autotag's clock as real epoch seconds.
 create or replace function autotag.real_epoch(p_moment timestamptz) returns double precision
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

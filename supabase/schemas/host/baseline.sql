@@ -1,5 +1,5 @@
--- The host's tables for a stand-alone stack: what a Supabase project with an image library has anyway.
--- Left out when autotag is installed into an existing project.
+-- The host's tables for a stand-alone stack, as a Supabase project with an image library has them. Not applied to an existing
+-- project.
 
 create table public.workspaces (
   id uuid primary key default gen_random_uuid(),
@@ -14,8 +14,8 @@ create table public.workspace_members (
 );
 create index workspace_members_user_id_idx on public.workspace_members (user_id);
 
--- An image lies in Storage (bucket and path) or behind an https URL. fillfactor leaves room for the four
--- updates that an image sees while it is tagged to stay on its page.
+-- An image is in Storage (bucket and path) or at an https URL. The fillfactor leaves room on the page for the four updates of
+-- an image while it is tagged.
 create table public.assets (
   id uuid primary key default gen_random_uuid(),
   workspace_id uuid not null references public.workspaces on delete cascade,
@@ -26,7 +26,7 @@ create table public.assets (
   tagging_result jsonb,
   created_at timestamptz not null default now(),
   check (num_nonnulls(storage_path, image_url) >= 1)
-) with (fillfactor = 12);   -- with its tags a row is several times as large: it stays on its page, and no index is written
+) with (fillfactor = 12);   -- with tags a row is several times larger; it stays on its page (HOT), so that no index is written
 create index assets_workspace_id_idx on public.assets (workspace_id);
 
 alter table public.workspaces enable row level security;
@@ -39,7 +39,7 @@ create policy "users see their memberships" on public.workspace_members for sele
   using (user_id = (select auth.uid()));
 create policy "members see the assets of their workspaces" on public.assets for select to authenticated
   using (workspace_id in (select m.workspace_id from public.workspace_members m where m.user_id = (select auth.uid())));
--- The worker reads Storage with the secret key, so a row may only name files of its own workspace's folder.
+-- The worker reads Storage with the secret key, so a row may name only files in its own workspace's folder.
 create policy "members add assets to their workspaces" on public.assets for insert to authenticated
   with check (
     workspace_id in (select m.workspace_id from public.workspace_members m where m.user_id = (select auth.uid()))
@@ -48,14 +48,14 @@ create policy "members add assets to their workspaces" on public.assets for inse
 create policy "members delete assets of their workspaces" on public.assets for delete to authenticated
   using (workspace_id in (select m.workspace_id from public.workspace_members m where m.user_id = (select auth.uid())));
 
--- A new table's rights differ between Supabase projects (their default privileges), so they are spelled out.
+-- Supabase projects differ in the default privileges of new tables, so they are explicit here.
 revoke all on public.workspaces, public.workspace_members, public.assets from anon, authenticated;
 grant select on public.workspaces, public.workspace_members to authenticated;
 grant select, delete on public.assets to authenticated;
 grant insert (id, workspace_id, storage_bucket, storage_path, image_url) on public.assets to authenticated;
 grant all on public.workspaces, public.workspace_members, public.assets to service_role;
 
--- The private bucket the images lie in, a folder per workspace: assets/<workspace_id>/<file>.
+-- The private bucket of the images, one folder per workspace: assets/<workspace_id>/<file>.
 insert into storage.buckets (id, name, public) values ('assets', 'assets', false) on conflict (id) do nothing;
 
 create policy "members read the images of their workspaces" on storage.objects for select to authenticated

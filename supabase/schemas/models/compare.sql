@@ -1,12 +1,12 @@
--- What another model would say about images that have their tags (`autotag compare`). It is asked within every limit and
--- quota, and behind live uploads; what it used is recorded. Nothing of the host is written, and there is no job and no task.
+-- Asks another model about images that already have tags (`autotag compare`). Its calls respect all limits and quotas and give
+-- way to live uploads, and their usage is recorded. It creates no jobs or tasks and writes nothing to the host's tables.
 --
---   preview_comparison   what it would cost, and whether the quotas allow it
---   comparison_sample    the images, with what is stored about them
---   admit_comparison     whether one call may be made now, or when to ask again
---   settle_comparison    what came of it, and what to do next about that image
+--   preview_comparison   the cost, and whether the quotas allow it
+--   comparison_sample    the images, with their stored tags
+--   admit_comparison     admits one call, or returns when to ask again
+--   settle_comparison    settles one call, and returns what to do next about its image
 
--- The provider's row as it would be with another question: what an answer reserves, and what it uses on average.
+-- The provider's row with its token estimates (reserved and mean) replaced by those of another question.
 create or replace function autotag.estimate_question(p_provider autotag.provider_limits, p_question jsonb)
 returns autotag.provider_limits
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -16,11 +16,11 @@ begin
   return autotag.estimate_tokens(p_provider);
 end $$;
 
--- What asking p_model about p_sample tagged images of a workspace would mean: {images (there may be fewer), cost (null:
+-- Previews asking p_model about p_sample tagged images of a workspace: {images (at most p_sample), cost (dollars; null:
 -- unknown), reserved (tokens of one image), question, shutdown_date, current_model, current_effort, current_cost_per_1000
--- (of the model in use, one by one; null: unknown), current_answers (that this figure was learned from)}. p_effort null:
--- that of the model's row. Refuses a model or an effort that cannot be asked for, a workspace without tagged images, and
--- what a quota does not allow.
+-- (dollars, as single calls of the model in use; null: unknown), current_answers (number of answers behind that figure)}.
+-- p_effort null: the one in the model's row. Refuses an invalid model or effort, a workspace without tagged images, and more
+-- than a quota allows.
 create or replace function autotag.preview_comparison(p_workspace_id uuid, p_model text, p_effort text, p_sample integer)
 returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -32,21 +32,21 @@ declare
   v_images integer;
 begin
   if coalesce(length(p_model), 0) not between 1 and 100 then
-    perform autotag.refuse(400, 'unknown_model', 'This is no name of a model.', 'Pass the name that the provider has for it.');
+    perform autotag.refuse(400, 'unknown_model', 'This is not a model name.', 'Pass the name that the provider uses for the model.');
   elsif p_effort not in ('none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max') then
-    perform autotag.refuse(400, 'unknown_effort', format('%L is no reasoning effort.', p_effort),
+    perform autotag.refuse(400, 'unknown_effort', format('%L is not a reasoning effort.', p_effort),
       'Pass none, minimal, low, medium, high, xhigh or max.');
   elsif p_effort is not null and v_question ->> 'reasoning_effort' is null then
-    perform autotag.refuse(400, 'unknown_effort', format('%s takes no reasoning effort.', p_model),
+    perform autotag.refuse(400, 'unknown_effort', format('%s does not accept a reasoning effort.', p_model),
       'Leave it out (autotag.models.sends_effort is false for this model).');
   end if;
   v_images := (select count(*) from autotag.tagged_assets(p_workspace_id, greatest(p_sample, 0)));
   if v_images = 0 then
-    perform autotag.refuse(404, 'no_tagged_images', 'This workspace has no image with tags.',
-      'Tag some first: autotag enqueue.');
+    perform autotag.refuse(404, 'no_tagged_images', 'This workspace has no tagged images.',
+      'Tag some images first: autotag enqueue.');
   end if;
   v_provider := autotag.estimate_question(v_provider, v_question);
-  -- As for uploads, dollars cannot be reserved without a price.
+  -- Without a price no dollars can be reserved; uploads do the same.
   perform autotag.check_quotas(p_workspace_id, null, v_images, coalesce(autotag.question_cost(v_provider, true), 0));
   return jsonb_build_object(
     'images', v_images, 'cost', v_images * autotag.question_cost(v_provider, false),
@@ -62,7 +62,7 @@ begin
         and l.tag_language = v_current.question ->> 'tag_language'), 0));
 end $$;
 
--- The images of a comparison: [{asset_id, bucket, path, url, tags: [tag, …], caption, confidence: {tag: 0 to 1}, model}].
+-- The images to compare: [{asset_id, bucket, path, url, tags: [tag, …], caption, confidence: {tag: 0 to 1}, model}].
 create or replace function autotag.comparison_sample(p_workspace_id uuid, p_sample integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -82,11 +82,11 @@ begin
     from autotag.describe_assets(coalesce(v_assets, '{}')) d where not d.foreign_file);
 end $$;
 
--- Whether one call with this question may be made now: {admitted, reserved, reserved_at, cap (of the answer, in tokens)}, or
--- else {admitted: false, wait (seconds), reason}. p_cap: the least cap, where an answer was cut off. It takes its place in
--- the provider's bucket and in the workspace's window like any single call, but only while no live image waits for one.
--- reason: `account` (with its sentence as `message`), `retry_after`, `live`, `provider` or `window`.
--- Refuses what a quota does not allow (any more), and an image that no limit can ever hold.
+-- Admits one call with this question: {admitted, reserved (tokens), reserved_at, cap (of the answer, in tokens)}, or
+-- {admitted: false, wait (seconds), reason}. The call takes from the provider's bucket and from the workspace's window like
+-- any single call, but only while no live image waits for one. p_cap: lowest cap, after an answer was cut off.
+-- reason: `account` (with the error as `message`), `retry_after`, `live`, `provider` or `window`.
+-- Refuses more than a quota allows, and an image that reserves more than the window's limit.
 -- Locks: provider, window.
 create or replace function autotag.admit_comparison(p_workspace_id uuid, p_question jsonb, p_cap integer default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -102,18 +102,19 @@ begin
   perform autotag.check_quotas(p_workspace_id, null, 1, coalesce(autotag.question_cost(v_provider, true), 0));
   v_provider := autotag.estimate_question(autotag.lock_provider(), p_question);
   v_now := v_provider.refilled_at;
-  -- A cap that the limit a minute could never hold would wait for ever.
+  -- Limit the cap to what one minute's token limit can hold; a larger one would never be admitted.
   v_cap := greatest(v_provider.output_tokens, least(coalesce(p_cap, 0),
     (0.9 * v_provider.tokens_per_minute)::integer - (v_provider.tokens_per_image - v_provider.output_tokens)));
   v_reserved := v_provider.tokens_per_image - v_provider.output_tokens + v_cap;
-  -- Trouble of the model in use (it may have shut down) is the reason to compare; whatever else is wrong shows by itself.
+  -- An error of the model in use (it may have shut down) is a reason to compare, so it does not hold back other models. If
+  -- the error affects those too, their own calls show it.
   if v_provider.account_error is not null
     and (v_provider.account_error_from = 'storage' or p_question ->> 'model' = (select s.model from autotag.settings s)) then
     return autotag.put_off('account', v_now, v_now + (select s.account_probe_interval from autotag.settings s))
       || jsonb_build_object('message', v_provider.account_error);
   elsif v_provider.blocked_until > v_now then
     return autotag.put_off('retry_after', v_now, v_provider.blocked_until);
-  -- An image that never fits its workspace's window (ready_at is infinite) keeps nobody else waiting.
+  -- A workspace whose next image never fits its window (ready_at is infinite) does not hold others back.
   elsif v_provider.account_error is null
     and exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')) then
     return autotag.put_off('live', v_now, v_now + autotag.clock_interval(1));
@@ -128,7 +129,7 @@ begin
   v_window := autotag.admit(p_workspace_id, 'realtime', 1, v_reserved, false);
   if v_window.admitted = 0 and v_window.retry_at is null then
     perform autotag.refuse(429, 'exceeds_limit',
-      format('One image of %s reserves %s tokens, more than this workspace may use in a minute.',
+      format('One image with %s reserves %s tokens, more than this workspace may use in a minute.',
         p_question ->> 'model', v_reserved),
       'Raise its limit (max_units in public.workspace_rate_limits), or choose a lower effort.');
   elsif v_window.admitted = 0 then
@@ -140,7 +141,7 @@ begin
   return jsonb_build_object('admitted', true, 'reserved', v_reserved, 'reserved_at', v_window.at, 'cap', v_cap);
 end $$;
 
--- The answer of admit_comparison() while a call has to wait.
+-- admit_comparison()'s reply when the call has to wait until p_until.
 create or replace function autotag.put_off(p_reason text, p_now timestamptz, p_until timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -148,8 +149,8 @@ begin
   return jsonb_build_object('admitted', false, 'reason', p_reason, 'wait', autotag.real_seconds(p_until - p_now));
 end $$;
 
--- The question after the provider has refused a parameter of p_question: the model's row has its next form, or had it
--- already, because other calls met the same. Null: there is none. Locks: the model's row without waiting.
+-- The question to ask after the provider refused a parameter of p_question: the model's row moves to its next form, unless
+-- another call has done that already. Null: there is no other form. Locks: the model's row (skip locked).
 create or replace function autotag.ask_differently(p_question jsonb, p_parameter text) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -161,7 +162,7 @@ begin
   if v_question <> p_question then
     return v_question;
   end if;
-  -- That the model does not take an effort which was tried out here says nothing about the one in its row.
+  -- Here the effort may be one that the comparison tries out; the refusal says nothing about the one in the model's row.
   if p_parameter = 'reasoning_effort' and v_effort is distinct from (autotag.find_model(v_model)).reasoning_effort then
     return null;
   end if;
@@ -171,8 +172,8 @@ begin
   return case when v_question <> p_question then v_question end;
 end $$;
 
--- What to do next about an image: {next: done | again | failed | stop}. again: with the `question`, the `cap` and after the
--- `wait` (seconds) that it names; stop: no call can work, for the reason in `message`. p_report as in settle_comparison().
+-- What to do next about an image: {next: done | again | failed | stop}. again: with `question` and `cap` where given, after
+-- `wait` seconds; stop: no call can succeed, `message` says why. p_report as in settle_comparison().
 create or replace function autotag.next_step(p_question jsonb, p_report jsonb, p_answer autotag.answer) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -187,7 +188,7 @@ begin
     return jsonb_build_object('next', 'done');
   end if;
   select * into v_settings from autotag.settings;
-  -- Words instead of JSON are the provider's doing only as long as it has not shown that it can do better.
+  -- A reply that is not JSON counts as the provider's lack of a format only until one answer of this comparison was usable.
   if v_error ->> 'parameter' is not null and (v_error ->> 'kind' <> 'image' or not v_proven) then
     v_question := autotag.ask_differently(p_question, v_error ->> 'parameter');
     if v_question is not null then
@@ -200,7 +201,7 @@ begin
   end if;
   case v_error ->> 'kind'
     when 'rate_limit' then
-      return jsonb_build_object('next', 'again');  -- admit_comparison() knows when
+      return jsonb_build_object('next', 'again');  -- admit_comparison() returns when
     when 'account' then
       return jsonb_build_object('next', 'stop', 'message', autotag.explain_account(v_error, p_question ->> 'model'));
     when 'transient' then
@@ -216,12 +217,12 @@ begin
   return jsonb_build_object('next', 'failed');
 end $$;
 
--- What came of one try: next_step(), and `cost` (dollars; null: unknown, or the provider billed nothing). p_report:
--- {reserved, reserved_at, cap (as admit_comparison gave them; absent where nothing was admitted), called, usage, error (as in
--- settle()), failures (transient ones of this image so far), cut_off (an answer about it was cut off already), proven (an
--- answer of this comparison was of use)}. p_seen: what the answer's headers say (observe_provider). Corrects the bucket and
--- the window as settle() does, records the usage, and learns what answers to this question use. An error of the account is
--- this comparison's alone: the live lanes find out by themselves.
+-- Settles one call: next_step()'s reply, and `cost` (dollars; null: unknown, or the provider billed nothing). p_report:
+-- {reserved, reserved_at, cap (from admit_comparison; absent: nothing was admitted), called, usage, error (as in settle()),
+-- failures (transient failures of this image so far), cut_off (an answer about it was cut off before), proven (this
+-- comparison has had a usable answer)}. p_seen: limits from the reply's headers (observe_provider). Corrects bucket and
+-- window as settle() does, records the usage, and learns the token use of this question. An error of kind account stops
+-- only this comparison: live calls meet it themselves.
 -- Locks: provider, window.
 create or replace function autotag.settle_comparison(
   p_workspace_id uuid, p_question jsonb, p_report jsonb, p_seen jsonb default null
@@ -231,7 +232,7 @@ as $$
 declare
   v_answer autotag.answer;
   v_used integer;              -- tokens of the prompt; null: the provider gave no figures
-  v_free boolean;              -- the call took nothing of the provider's bucket
+  v_free boolean;              -- the call took nothing from the provider's bucket
 begin
   v_answer.workspace_id := p_workspace_id;
   v_answer.reserved_at := (p_report ->> 'reserved_at')::timestamptz;
@@ -252,7 +253,7 @@ begin
     perform autotag.observe_provider(p_seen);
   end if;
   if v_used > 0 then
-    -- what a cut-off answer would have needed nobody knows: at least what the next try may have
+    -- A cut-off answer needs an unknown number of tokens: at least the cap of the next try.
     perform autotag.learn(array[v_used], array[case when v_answer.error ->> 'code' = 'answer_too_long'
       then coalesce(autotag.next_cap(v_answer), 1) else greatest((v_answer.usage -> 'output')::integer, 1) end],
       p_question);

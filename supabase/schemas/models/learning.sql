@@ -1,13 +1,13 @@
--- What answers of a model use: histograms of prompt and answer tokens that forget, and the reservations that follow from them.
+-- Token use of a model's answers: histograms of prompt and answer tokens that decay, and the reservations derived from them.
 
--- The size a count of tokens is kept as: the next of those that are 2 % apart.
+-- The histogram bin of a token count, named by its upper end; bins are 2 % apart.
 create or replace function autotag.token_size(p_tokens integer) returns integer
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select case when p_tokens <= 50 then greatest(p_tokens, 1) else ceil(power(1.02, ceil(ln(p_tokens) / ln(1.02) - 0.000001)))::integer end
 $$;
 
--- The weights after new counts: each new one makes the old ones fade by its share of the memory (in answers).
+-- A histogram after new counts. Each new count multiplies the old weights by 1 - 1 / p_memory (in answers).
 create or replace function autotag.blend(p_old jsonb, p_counts integer[], p_memory integer) returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$
@@ -22,7 +22,7 @@ as $$
     group by x.size having sum(x.weight) > 0.01) b
 $$;
 
--- The size that a share of the weights does not exceed; null without any.
+-- The quantile p_share (0 to 1) of a histogram; null for an empty one.
 create or replace function autotag.quantile(p_weights jsonb, p_share double precision) returns integer
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$
@@ -40,9 +40,9 @@ as $$
   from jsonb_each_text(p_weights) w
 $$;
 
--- First guess of a prompt's tokens: the instructions and the schema (measured with o200k and rounded up), and a square
--- picture, which costs the most. The worker sends 512 pixels a side for detail low and 2,048 for high. A model without a
--- row counts like the dearest (gpt-4o-mini).
+-- First guess of a prompt's tokens: 300 for instructions and schema (measured with o200k and rounded up), plus a square image,
+-- the most expensive shape. The worker sends 512 pixels a side for detail low and 2,048 for high. A model without a row counts
+-- as the most expensive one (gpt-4o-mini).
 create or replace function autotag.guess_prompt(p_question jsonb) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -52,12 +52,12 @@ declare
 begin
   return 300 + case
     when m.patch_tokens is not null then ceil(least(case when v_low then 256 else 4096 end, 1536) * m.patch_tokens)
-    -- a square is scaled to 768 pixels a side: four tiles of 512
+    -- the provider scales a square to 768 pixels a side: four tiles of 512
     else coalesce(m.base_tokens, 2833) + case when v_low then 0 else 4 * coalesce(m.tile_tokens, 5667) end end;
 end $$;
 
--- First guess of the tokens that an answer may need: some 30 a tag, and what thinking takes. OpenAI names no figures for
--- the efforts; these are generous, because an answer that is cut off is paid for and of no use.
+-- First guess of the tokens that an answer may need: 100, 30 per tag, and the reasoning. OpenAI publishes no figures for
+-- reasoning efforts; these are generous, because an answer that is cut off is billed and unusable.
 create or replace function autotag.guess_output(p_question jsonb) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -72,12 +72,12 @@ begin
     when v_effort = 'low' then 1500
     when v_effort = 'high' then 10000
     when v_effort in ('xhigh', 'max') then 25000
-    else 4000 end;  -- medium, and the model's own default
+    else 4000 end;  -- medium, and a model's own default
 end $$;
 
--- What one image reserves and what it costs on average, from what was learned about the present question; before there
--- are enough answers, the first guess. A few answers are trusted with a margin (2 / answers): ten may not have shown the
--- largest. The caller holds the provider row.
+-- Sets what one image reserves and what it uses on average, from what was learned about the present question, or from the
+-- first guess below 10 answers. Few answers get a margin of 2 / answers, because ten may not have included the largest.
+-- The caller holds the provider row.
 create or replace function autotag.estimate_tokens(p_provider autotag.provider_limits) returns autotag.provider_limits
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -101,25 +101,26 @@ begin
     v_prompt := ceil(autotag.quantile(v_learned.prompt, 0.99) * v_margin);
     p_provider.prompt_mean := autotag.mean_size(v_learned.prompt);
     p_provider.output_mean := autotag.mean_size(v_learned.output);
-    -- Half of a percent may be cut off: they cost another call, and a higher cap costs all of them their share of the limit.
+    -- Cut off 0.5 % of answers: each costs another call, but a higher cap would cost every call its share of the limit.
     v_output := ceil(autotag.quantile(v_learned.output, 0.995) * 1.05 * v_margin) + 8;
     if v_learned.answers < 30 then
       v_output := greatest(v_output, autotag.guess_output(v_question));
     end if;
   end if;
-  -- A cap that the limit a minute could never hold would stop everything.
+  -- A cap above the limit per minute would never be admitted.
   v_output := least(greatest(v_output, v_settings.min_output_tokens), v_settings.max_output_tokens,
     greatest((0.9 * p_provider.tokens_per_minute)::integer - v_prompt, v_settings.min_output_tokens));
-  -- Whatever was learned, a workspace's minute holds two images, or what the first guess lets it hold: tagging may become
-  -- slower by it, and never stands still. (Real use corrects the windows.)
+  -- Limit a learned prompt so that the workspace's minute always holds two images, or as many as with the first guess: too
+  -- high a value slows tagging down but never stops it. settle() corrects the windows by the real use.
   v_prompt := least(v_prompt, greatest(v_settings.realtime_tokens_per_minute / 2 - v_output, autotag.guess_prompt(v_question)));
   p_provider.output_tokens := v_output;
   p_provider.tokens_per_image := v_prompt + v_output;
   return p_provider;
 end $$;
 
--- Notices that something else is asked than before (settings or models were changed): it has to prove itself, unless only
--- its words have changed, and what it costs is estimated anew. Every claim passes here. The caller holds the provider row.
+-- Updates the provider's row when the question has changed (settings or models were updated). The new one has to be proven,
+-- unless only tag count or language changed, and its tokens are estimated again. Every claim calls this. The caller holds the
+-- provider row.
 create or replace function autotag.sync_question(p_provider autotag.provider_limits) returns autotag.provider_limits
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -147,8 +148,8 @@ begin
   return p_provider;
 end $$;
 
--- Learns from what answers to a question (null: the present one) used: their prompts' and answers' tokens, in parallel. No
--- prompt is believed to be more than twenty times the first guess. The caller holds the provider row.
+-- Learns from the prompt and answer tokens (parallel arrays) of answers to a question (null: the present one). A prompt counts
+-- as at most 20 times the first guess. The caller holds the provider row.
 create or replace function autotag.learn(p_inputs integer[], p_outputs integer[], p_question jsonb default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$

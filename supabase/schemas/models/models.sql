@@ -1,17 +1,17 @@
--- Models as rows of autotag.models: which row a name means, what an answer costs, how a model is asked, when it shuts down.
+-- Models as rows of autotag.models: finding the row of a name, prices, the question, end of life.
 
--- Whether a row of this name stands for a model.
+-- Whether the row p_row covers the model p_model.
 create or replace function autotag.names_model(p_row text, p_model text) returns boolean
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select p_model = p_row
     or right(p_row, 1) = '*' and starts_with(p_model, left(p_row, -1))
-    -- asked for mistral-small-latest, mistral-small-2506 answers
+    -- a request for mistral-small-latest is answered by mistral-small-2506
     or right(p_row, 7) = '-latest' and starts_with(p_model, left(p_row, -6))
     or starts_with(p_model, p_row) and substr(p_model, length(p_row) + 1) ~ '^[-@](latest|\d{4}-?\d{2}-?\d{2}|\d{4})$'
 $$;
 
--- The row that stands for a model; all null when there is none.
+-- The row of a model; all columns are null when there is none.
 create or replace function autotag.find_model(p_model text) returns autotag.models
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -26,8 +26,8 @@ begin
   return v_row;
 end $$;
 
--- Dollars that tokens of a model cost in a service tier (`batch` for a batch); null: unknown, because the model has no
--- prices or nobody knows the tier. Input counts the cached and cache-written tokens too, as OpenAI's figures do.
+-- Price of a model's tokens in a service tier (`batch` for a batch), in dollars. Null: unknown, because the model has no price
+-- or the tier is unknown. p_input includes cached and cache-written tokens, as in OpenAI's figures.
 create or replace function autotag.price_tokens(
   p_model text, p_tier text, p_input numeric, p_cached numeric, p_cache_write numeric, p_output numeric
 ) returns numeric
@@ -48,7 +48,7 @@ begin
     when p_tier in ('priority', 'fast') then m.priority_factor end;
 end $$;
 
--- Everything that is asked of a model besides the picture, as workers get it. p_effort null: that of the model's row.
+-- The question as workers get it: everything in the request but the image. p_effort null: the one in the model's row.
 create or replace function autotag.question_for(p_model text, p_effort text default null) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -67,8 +67,7 @@ begin
     'sends_detail', coalesce(m.sends_detail, true));
 end $$;
 
--- The same of the model in use. It is derived whenever somebody asks (sync_question), so that one UPDATE of settings or
--- models is all it takes to change it.
+-- The question to the model in use. It is derived at every use (sync_question), so one UPDATE of settings or models changes it.
 create or replace function autotag.describe_question() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -76,7 +75,7 @@ begin
   return autotag.question_for((select s.model from autotag.settings s));
 end $$;
 
--- Wakes the workers: their next claim notices what has changed.
+-- Wakes the workers: their next claim picks up the change.
 create or replace function autotag.announce_change() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp
 as $$
@@ -92,8 +91,8 @@ create or replace trigger autotag_announce after update on autotag.settings
 create or replace trigger autotag_announce after insert or update or delete on autotag.models
   for each statement execute function autotag.announce_change();
 
--- The provider refused a parameter: the model's row takes the next form that is known. False: there is none, or somebody
--- holds the row. A model without a row gets one (without prices).
+-- The provider refused a parameter: moves the model's row to the next form. False: there is none, or another transaction holds
+-- the row. A model without a row gets one (without prices). Locks: the model's row (skip locked).
 create or replace function autotag.degrade_model(p_model text, p_parameter text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -128,8 +127,8 @@ begin
   return found;
 end $$;
 
--- The end of the model that is asked, once it is 90 days away or nearer: {level, message, days, date, successor}; else
--- null. From 14 days before it is an error: what is not changed by then stops. p_model null: the model of the settings.
+-- End of life of a model (p_model null: the one in use), from 90 days before: {level, message, fix, days, date, successor};
+-- else null. level: warning, and error from 14 days before, because tagging stops on that date.
 create or replace function autotag.describe_shutdown(p_model text default null) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -150,5 +149,5 @@ begin
       else format('%s was shut down on %s%s', v_model, m.shutdown_date, coalesce('; its successor is ' || m.successor, '') || '.') end,
     'fix', case when m.successor is not null then format(
         'autotag compare --model %1$s --workspace …   then: update autotag.settings set model = ''%1$s'';', m.successor)
-      else 'Choose a model that stays: update autotag.settings set model = ''…'';' end);
+      else 'Choose another model: update autotag.settings set model = ''…'';' end);
 end $$;

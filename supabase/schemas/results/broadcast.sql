@@ -1,11 +1,11 @@
--- What is pushed to browsers, in the transaction that makes it true, and who may listen.
+-- Broadcasts to browsers, sent by the transaction that makes them true, and the right to receive them.
 
 create or replace function autotag.broadcast(p_topic text, p_event text, p_payload jsonb, p_private boolean) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if to_regprocedure('realtime.send(jsonb,text,text,boolean)') is not null then
-    -- The cast picks the overload: newer servers have one for bytea too.
+    -- the cast picks the overload; newer servers also have one for bytea
     perform realtime.send(p_payload::jsonb, p_event, p_topic, p_private);
   else
     insert into autotag.outbox (topic, event, payload, private, created_at)
@@ -21,8 +21,8 @@ begin
   perform autotag.broadcast('tagging:' || p_workspace_id, p_event, p_payload, true);
 end $$;
 
--- Takes waiting messages for delivery: [{topic, event, payload, private}]. What a worker has taken is gone,
--- because Realtime delivers at most once and clients rely on never being told twice.
+-- Takes messages out of the outbox for delivery: [{topic, event, payload, private}]. They are deleted at once, because Realtime
+-- delivers at most once and clients rely on getting no message twice.
 create or replace function autotag.take_outbox(p_limit integer) returns jsonb
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -36,7 +36,7 @@ as $$
   from taken t
 $$;
 
--- Whether the caller may listen to a private topic: tagging:<workspace_id> of a workspace of theirs.
+-- Whether the caller may join a private topic: tagging:<workspace_id> of one of their workspaces.
 create or replace function autotag.may_listen(p_topic text) returns boolean
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -82,14 +82,26 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
-  v_done record;
-  v_failed record;
-  v_tries jsonb;
-  v_notices jsonb := '[]'::jsonb;
+  v_notices jsonb;
 begin
+  perform autotag.store_results(p_answers);
+  if not exists (select from unnest(p_answers) a where a.error is not null) then
+    return '[]'::jsonb;
+  end if;
   select * into v_settings from autotag.settings;
+  v_notices := autotag.end_failed(p_answers, v_settings.max_bad_answers);
+  perform autotag.try_again(p_answers, v_settings);
+  return v_notices;
+end $$;
 
-  -- Planned every time, like the reading of reports in settle().
+-- Stores the tags of answers without an error, ends their tasks and counts them. The caller: as in apply_answers.
+create or replace function autotag.store_results(p_answers autotag.answer[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_done record;
+begin
+  -- Planned every time, like the reading of reports (read_reports).
   execute $q$
     with completed as (
       delete from autotag.tasks t using unnest($1) a
@@ -105,10 +117,16 @@ begin
     perform autotag.count_finished(j.id, count(*)::integer, 0)
     from unnest(v_done.jobs) j (id) group by j.id order by j.id;
   end if;
+end $$;
 
-  if not exists (select from unnest(p_answers) a where a.error is not null) then
-    return v_notices;
-  end if;
+-- Ends images whose error no other try can mend, and counts them. Returns sentences for the operator's log. The caller: as in
+-- apply_answers.
+create or replace function autotag.end_failed(p_answers autotag.answer[], p_max_bad_answers integer) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_failed record;
+begin
   select coalesce(array_agg(t.id), '{}') as tasks, array_agg(a.error ->> 'code') as codes,
          array_agg(a.error ->> 'message') as messages,
          coalesce(jsonb_agg(jsonb_build_object('event', 'answer_cut_off', 'notice', format(
@@ -120,23 +138,31 @@ begin
   join autotag.error_kinds k on k.kind = a.error ->> 'kind' and k.ends
   where not (a.error ->> 'retry')::boolean
     or case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens >= autotag.max_cap(a.workspace_id)
-       else t.failures + 1 >= v_settings.max_bad_answers end;
+       else t.failures + 1 >= p_max_bad_answers end;
   if cardinality(v_failed.tasks) > 0 then
-    v_notices := v_failed.notices;
     perform autotag.fail_tasks(v_failed.tasks, v_failed.codes, v_failed.messages);
     perform autotag.count_finished(t.job_id, 0, count(*)::integer)
     from autotag.tasks t where t.id = any (v_failed.tasks) group by t.job_id order by t.job_id;
   end if;
+  return v_failed.notices;
+end $$;
 
+-- Gives the other images with an error another try, each after the delay of its kind. The caller: as in apply_answers.
+create or replace function autotag.try_again(p_answers autotag.answer[], p_settings autotag.settings) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tries jsonb;
+begin
   select jsonb_agg(jsonb_build_object(
       'task', a.task, 'code', a.error ->> 'code', 'message', a.error ->> 'message',
       'failures', (k.counts or a.error ? 'counts')::integer, 'suspect', k.pauses, 'output_tokens', autotag.next_cap(a),
       'delay', case
         -- after the probe: another image has to show whether the trouble is over, not the same again
-        when k.pauses then extract(epoch from v_settings.account_probe_interval) + 1
+        when k.pauses then extract(epoch from p_settings.account_probe_interval) + 1
         when k.delays then greatest((a.error ->> 'retry_after')::double precision,
-          (0.8 + random() / 5) * least(extract(epoch from v_settings.retry_delay_max),
-            extract(epoch from v_settings.retry_delay) * power(2, t.failures))) end))
+          (0.8 + random() / 5) * least(extract(epoch from p_settings.retry_delay_max),
+            extract(epoch from p_settings.retry_delay) * power(2, t.failures))) end))
   into v_tries
   from unnest(p_answers) a
   join autotag.tasks t on t.id = a.task
@@ -146,7 +172,6 @@ begin
     perform autotag.requeue(v_tries);
     perform pg_notify('autotag', 'realtime');
   end if;
-  return v_notices;
 end $$;
 
 -- The highest cap that an answer of a workspace may have: what the settings say, and what fits into its window and into the

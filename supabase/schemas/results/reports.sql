@@ -1,8 +1,8 @@
--- Validates what a worker reports before anything else reads it.
+-- Validation of workers' reports, before any other function reads them.
 
--- Validates a worker's result and cuts it to its bounds: {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model} and
--- nothing else, at most 50 tags of 50 characters, each once, a caption of 300. Tags that are none (empty, no text, a sentence) are left out, like
--- confidences of none of them. Null: there is no list of tags, or none of it is a tag.
+-- Validates a worker's result: {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model} without further keys; at most 50
+-- different tags of 50 characters, and a caption of 300. Drops invalid tags (empty, not a string, longer) and confidences
+-- without a tag. Null: there is no list of tags, or none of them is valid.
 create or replace function autotag.clean_result(p_result jsonb) returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -14,7 +14,7 @@ begin
   if v_tags is null or jsonb_typeof(p_result) <> 'object' or jsonb_typeof(v_tags) <> 'array' then
     return null;
   end if;
-  -- Nearly every result is as it should be, and is only looked at.
+  -- nearly every result is valid as it is
   if autotag.is_tidy(p_result) then
     return p_result;
   end if;
@@ -37,8 +37,8 @@ begin
     'model', coalesce(autotag.printable(case when jsonb_typeof(p_result -> 'model') = 'string' then p_result ->> 'model' end, 100), ''));
 end $$;
 
--- Whether clean_result() would change nothing of a result (an object with a list of tags). It is looked at as text, which
--- costs a fifth of taking it apart. A result whose tags do not have a confidence each is taken apart.
+-- Whether clean_result() would return a result (an object with a list of tags) unchanged. It checks the JSON as text, which
+-- costs a fifth of rebuilding it. False also where a tag has no confidence.
 create or replace function autotag.is_tidy(p_result jsonb) returns boolean
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -55,12 +55,12 @@ begin
     and jsonb_typeof(p_result -> 'model') = 'string' and length(v_model) <= 100
     and jsonb_typeof(p_result -> 'confidence') = 'object'
     and autotag.is_plain(v_tags || v_sure || v_caption || v_model) and strpos(v_tags || v_sure, '\') = 0
-    -- blanks that printable() takes away
+    -- spaces that printable() would remove
     and strpos(v_tags || v_caption || v_model, '  ') = 0 and v_caption = btrim(v_caption) and v_model = btrim(v_model)
-    -- an element that is no text, a tag or label that is empty or begins or ends with a blank, a number that is none from 0 to 1
+    -- no element that is not a string; no tag or key that is empty or has a space at an end; no confidence outside 0 to 1
     and v_tags !~ '\[[^"\]]|, [^"]|""|" |[^,] "|, "[],]' and v_sure !~ ': (1[^,}]|0[^.,}]|[^01])|""' then
-    -- The tags are as many as there are confidences, and there is none of anything else: so no tag is there twice. (What
-    -- varchar(50) cuts is too long: `[^"]{51}` above would take three quarters of the whole time.)
+    -- As many tags as confidences, and every confidence has its tag: so no tag is there twice. (The cast to varchar(50) finds
+    -- tags that are too long; `[^"]{51}` in the pattern above would take three quarters of the function's time.)
     v_list := ('{' || substr(v_tags, 2, length(v_tags) - 2) || '}')::text[];
     return v_list::varchar(50)[]::text[] = v_list and (p_result -> 'confidence') - v_list = '{}'
       and 3 * cardinality(v_list) = length(v_sure) - length(replace(v_sure, '": ', ''));
@@ -68,8 +68,9 @@ begin
   return false;
 end $$;
 
--- Validates a worker's error and cuts it to its bounds: its kind is one of error_kinds, texts are short and printable, waits make
--- sense. What has no error has to have a result that can be stored (p_result, as clean_result() makes it).
+-- Validates a worker's error: its kind is one of error_kinds (else transient), texts are short and printable, waits are at most
+-- an hour. Without an error the result must be storable (p_result, from clean_result()), or the error is `no_result`. Null: no
+-- error.
 create or replace function autotag.clean_error(p_error jsonb, p_result jsonb default '{"tags": []}') returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -83,7 +84,7 @@ begin
   return jsonb_build_object(
     'kind', coalesce((select k.kind from autotag.error_kinds k where k.kind = p_error ->> 'kind'), 'transient'),
     'code', coalesce(nullif(autotag.printable(p_error ->> 'code', 100), ''), 'unknown'),
-    'message', coalesce(nullif(autotag.printable(p_error ->> 'message', 1000), ''), 'Tagging this image did not work.'),
+    'message', coalesce(nullif(autotag.printable(p_error ->> 'message', 1000), ''), 'This image could not be tagged.'),
     'retry', coalesce(p_error ->> 'retry', '') = 'true',
     'retry_after', autotag.clean_number(p_error, 'retry_after', 0, 3600),
     'origin', case when p_error ->> 'origin' in ('provider', 'storage', 'host', 'worker') then p_error ->> 'origin' end,
@@ -92,9 +93,8 @@ begin
       then p_error ->> 'parameter' end);
 end $$;
 
--- Validates a worker's figures of usage and cuts them to bounds: {input, cached, cache_write, output, reasoning} tokens, none
--- negative or beyond what one answer can have, the model that answered and the service tier (null: it does not say). Null:
--- the provider gave no figures.
+-- Validates a worker's usage figures: {input, cached, cache_write, output, reasoning} (tokens, clamped to 0 to 10 million),
+-- model (that answered) and tier (null: not given). Null: the provider gave no figures.
 create or replace function autotag.clean_usage(p_usage jsonb) returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -105,7 +105,7 @@ begin
   if p_usage is null or jsonb_typeof(p_usage) <> 'object' then
     return null;
   end if;
-  -- Nearly all are as they should be, and are only looked at. (In jsonb's order nothing but numbers lies between two.)
+  -- Nearly all are valid as they are. (In jsonb's sort order only numbers lie between two numbers.)
   if p_usage -> 'input' between '0' and '10000000' and p_usage -> 'output' between '0' and '10000000'
     and p_usage -> 'cached' between '0' and '10000000' and p_usage -> 'cache_write' between '0' and '10000000'
     and p_usage -> 'reasoning' between '0' and '10000000'
@@ -121,8 +121,9 @@ begin
     'model', nullif(autotag.printable(v_model, 100), ''), 'tier', nullif(autotag.printable(v_tier, 20), ''));
 end $$;
 
--- A worker says where its single calls are: [{task, attempt, stage}], a stage between `queued` and `completed`. Those that
--- are not its own (any more) are ignored, and so is what another login says of a worker. p_sent: {sent, sent_age} as in note_sent. Locks: provider, jobs (for the broadcast), tasks by id.
+-- A worker reports the stages of its single calls: [{task, attempt, stage}], stages between `queued` and `completed`. Ignores
+-- tasks that the worker does not hold (any more), and workers of another login. p_sent: {sent, sent_age (seconds)}, as in
+-- note_sent(). Locks: provider, jobs (for the broadcast), tasks by id.
 create or replace function autotag.report_stages(p_worker uuid, p_stages jsonb, p_sent jsonb default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -131,7 +132,7 @@ declare
   v_stage text;
   v_job uuid;
 begin
-  perform set_config('request.jwt.claims', '', true);   -- triggers of the host's tables believe what stands there
+  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   perform autotag.check_list(p_stages);
   if not autotag.is_own_worker(p_worker) then
     return;

@@ -13,9 +13,7 @@ as $$
 declare
   v_answers autotag.answer[];
   v_failed boolean;            -- whether any of them is an error
-  v_window record;
   v_changed text;              -- the provider's limits have
-  v_refund record;
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers of the host's tables believe what stands there
   perform autotag.check_list(p_reports);
@@ -23,6 +21,42 @@ begin
     return jsonb_build_object('accepted', 0, 'notices', '[]'::jsonb);
   end if;
   perform from autotag.provider_limits for update;
+  v_answers := autotag.read_reports(p_worker, p_reports);
+  v_failed := exists (select from unnest(v_answers) a where a.error is not null);
+  if v_failed then
+    v_answers := autotag.judge_errors(v_answers);
+  end if;
+
+  v_changed := autotag.correct_bucket(p_worker, v_answers, p_seen);
+  perform autotag.note_outcomes(v_answers);
+
+  if v_failed then
+    perform from autotag.workspaces w
+    where w.workspace_id in (select a.workspace_id from unnest(v_answers) a where a.error is not null)
+    order by w.workspace_id for update;
+  end if;
+
+  perform autotag.correct_windows(v_answers);
+  perform from autotag.jobs j
+  where j.id = any (array(select a.job_id from unnest(v_answers) a)) order by j.id for update;
+  -- With their jobs locked nobody else touches the tasks; what was taken away until then is not this worker's.
+  execute $q$ select array(
+    select a from unnest($1) a join autotag.tasks t on t.id = a.task and t.attempt = a.attempt and t.worker_id = $2) $q$
+  into v_answers using v_answers, p_worker;
+
+  perform autotag.add_usage(v_answers, false);
+  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', case when v_changed is null then '[]'::jsonb
+    else jsonb_build_array(jsonb_build_object('event', 'provider_limits_changed', 'notice', v_changed)) end
+    || autotag.apply_answers(v_answers));
+end $$;
+
+-- The reports about tasks that the worker holds: validated, one for each task.
+create or replace function autotag.read_reports(p_worker uuid, p_reports jsonb) returns autotag.answer[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_answers autotag.answer[];
+begin
   execute $q$ select array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens,
       x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), x.called)::autotag.answer
@@ -38,14 +72,20 @@ begin
       join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = $2
       order by t.id) x) $q$
   into v_answers using p_reports, p_worker;
-  v_failed := exists (select from unnest(v_answers) a where a.error is not null);
-  if v_failed then
-    v_answers := autotag.judge_errors(v_answers);
-  end if;
+  return v_answers;
+end $$;
 
+-- Corrects the mirror of the provider's bucket by what these calls have used, and by what their answers' headers say (p_seen, as
+-- in settle). Returns a sentence for the log where the provider's limits have changed. The caller holds the provider row.
+create or replace function autotag.correct_bucket(p_worker uuid, p_answers autotag.answer[], p_seen jsonb) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_refund record;
+begin
   -- Refund the over-reservation: everything if no call was made or it got a 429, otherwise all but the prompt and the cap.
   select coalesce(sum(u.requests), 0)::integer as requests, coalesce(sum(u.tokens), 0)::bigint as tokens into v_refund
-  from unnest(v_answers) a
+  from unnest(p_answers) a
   cross join lateral (
     select case when not a.called or a.error ->> 'code' = 'rate_limited' then 1 else 0 end as requests,
       case when not a.called or a.error ->> 'code' = 'rate_limited' then a.reserved_tokens
@@ -61,16 +101,18 @@ begin
     perform autotag.refund_provider(v_refund.requests, v_refund.tokens);
   end if;
   if p_seen is not null then
-    v_changed := autotag.observe_provider(p_seen);
+    return autotag.observe_provider(p_seen);
   end if;
-  perform autotag.note_outcomes(v_answers);
+  return null;
+end $$;
 
-  if v_failed then
-    perform from autotag.workspaces w
-    where w.workspace_id in (select a.workspace_id from unnest(v_answers) a where a.error is not null)
-    order by w.workspace_id for update;
-  end if;
-
+-- Corrects the windows of these answers' workspaces by what their calls have used. Locks: windows by workspace.
+create or replace function autotag.correct_windows(p_answers autotag.answer[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_window record;
+begin
   -- Reserved by estimate, corrected by what was used: nothing where nothing was asked; no tokens where the
   -- provider refused or failed; the estimate where nobody knows (the connection broke before the answer).
   for v_window in
@@ -80,23 +122,11 @@ begin
             then (a.usage -> 'input')::integer + (a.usage -> 'output')::integer - a.reserved_tokens
           when a.error ->> 'code' = 'provider_unreachable' then 0
           else -a.reserved_tokens end), 1000000000)::integer as units
-    from unnest(v_answers) a
+    from unnest(p_answers) a
     where a.reserved_at is not null
     group by a.workspace_id, a.reserved_at order by a.workspace_id, a.reserved_at
   loop
     perform autotag.correct_window(
       v_window.workspace_id, 'realtime', v_window.reserved_at, v_window.requests, v_window.units);
   end loop;
-
-  perform from autotag.jobs j
-  where j.id = any (array(select a.job_id from unnest(v_answers) a)) order by j.id for update;
-  -- With their jobs locked nobody else touches the tasks; what was taken away until then is not this worker's.
-  execute $q$ select array(
-    select a from unnest($1) a join autotag.tasks t on t.id = a.task and t.attempt = a.attempt and t.worker_id = $2) $q$
-  into v_answers using v_answers, p_worker;
-
-  perform autotag.add_usage(v_answers, false);
-  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', case when v_changed is null then '[]'::jsonb
-    else jsonb_build_array(jsonb_build_object('event', 'provider_limits_changed', 'notice', v_changed)) end
-    || autotag.apply_answers(v_answers));
 end $$;

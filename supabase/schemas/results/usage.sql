@@ -1,8 +1,8 @@
--- Who used what, and what it cost.
+-- Usage per workspace and user, and its cost.
 
--- Adds what these answers cost, each by its own model and service tier; an answer that names no model had the one that was
--- asked (p_question; null: at present). What the provider gave no figures for has the tier `unknown` and no cost. A row that
--- has no price yet gets one for all of it as soon as there is one. An answer without a job tags no image (a comparison).
+-- Adds the usage of these answers, each by its model (not given: the one in p_question; null: the present one) and service
+-- tier. Answers without figures get the tier `unknown` and no cost. A row without a cost is priced as a whole as soon as its
+-- model has a price. An answer without a job (a comparison) counts as a request, not as a tagged image.
 create or replace function autotag.add_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -40,7 +40,7 @@ begin
       u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens));
 end $$;
 
--- A model has got a price: what was used of it before gets it too.
+-- Prices the earlier usage of models that now have a price.
 create or replace function autotag.price_usage() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -55,8 +55,8 @@ end $$;
 create or replace trigger autotag_price_usage after insert or update of input_price, output_price on autotag.models
   for each statement execute function autotag.price_usage();
 
--- tagging_usage: rows per user, day, model and service tier, for members of the workspace. cost: dollars; null: the model
--- has no price in autotag.models.
+-- tagging_usage: rows per user, day, model and service tier, for members of the workspace. cost: dollars; null: the model has
+-- no price in autotag.models.
 create or replace function autotag.list_usage(p_workspace_id uuid, p_since date, p_until date)
 returns table (user_id uuid, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
   cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)

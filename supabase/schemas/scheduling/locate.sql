@@ -1,8 +1,8 @@
--- Where images are, for the worker that is about to read them.
+-- Where a worker finds the images it is about to read.
 
--- Where the images are that a worker is about to read: what describe_assets() says, for images whose file is still the one
--- that whoever asked may see. refused: `foreign_file` (the row names a file that is not its workspace's) or `hidden_file`.
--- A row that belongs to another workspace by now is not in the answer, like one that is gone.
+-- Location of each image, as describe_assets() returns it, if its file is still the one that the uploader was allowed to see.
+-- refused: `foreign_file` (the row names a file of another workspace) or `hidden_file` (the uploader may not see it). A row
+-- that no longer exists or has moved to another workspace is missing from the result.
 -- p_workspace_ids[i], p_seen[i]: tasks.workspace_id and tasks.seen of p_asset_ids[i].
 create or replace function autotag.locate(p_asset_ids uuid[], p_workspace_ids uuid[], p_seen uuid[])
 returns table (asset_id uuid, bucket text, path text, url text, refused text)
@@ -15,6 +15,6 @@ as $$
   cross join lateral (select case
     when d.foreign_file then 'foreign_file'
     when t.seen is not null and t.seen <> autotag.file_mark(d.bucket, d.path) then 'hidden_file' end as refused
-    offset 0  -- so that it is worked out once for each image, not once for each use
+    offset 0  -- evaluate the case once per image, not once per use
   ) r
 $$;

@@ -1,21 +1,20 @@
--- The mirror of the provider's bucket: requests and tokens a minute and a day, corrected by its headers.
+-- The mirror of the provider's bucket: requests and tokens per minute, requests per day, corrected by response headers.
 
--- The mirror of the bucket, filled up to a moment. A little of the bucket is kept unused (provider_margin). And what
--- was released but has not been sent yet (its image is still being fetched) is still in the provider's bucket: that
--- one is full, and does not refill, when ours and the unsent together are.
+-- Refills the mirror up to p_now. provider_margin's share of a minute stays unused. Calls that were released but not sent
+-- (their image is still being fetched) still occupy the provider's bucket, so the mirror is capped at capacity minus unsent.
 create or replace function autotag.refill(p_provider autotag.provider_limits, p_now timestamptz) returns autotag.provider_limits
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  -- A bucket that was never used is full; so is one that has not been used for a day.
+  -- a bucket that was not used for a day, or never, is full
   v_minutes double precision := case when p_provider.refilled_at > p_now - interval '1 day'
     then greatest(0, extract(epoch from p_now - p_provider.refilled_at) / 60) else 1440 end;
-  v_share double precision;    -- of a minute's worth, what may be used at once
+  v_share double precision;    -- share of a minute's limit that may be used at once
   v_unsent integer;
 begin
   select 1 - extract(epoch from s.provider_margin) / 60, (select coalesce(sum(w.unsent), 0) from autotag.workers w)
   into v_share, v_unsent from autotag.settings s;
-  -- What a minute could never hold would stop everything: a guess may be too high for a small limit.
+  -- Limit the estimate to what one minute can hold; a first guess above a small limit would never be admitted.
   p_provider.tokens_per_image := least(p_provider.tokens_per_image, greatest((0.9 * p_provider.tokens_per_minute)::integer, 1));
   p_provider.requests_left := least(p_provider.requests_per_minute * v_share - v_unsent,
     p_provider.requests_left + v_minutes * p_provider.requests_per_minute);
@@ -28,7 +27,7 @@ begin
   return p_provider;
 end $$;
 
--- The same of what the database holds, to look at.
+-- The provider's row with a refilled bucket, without a lock: only to read.
 create or replace function autotag.refilled_provider(p_now timestamptz) returns autotag.provider_limits
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -39,7 +38,7 @@ begin
   return autotag.refill(v_provider, p_now);
 end $$;
 
--- And to decide by: every caller of the provider passes through here first, and the row's lock makes admission serial.
+-- The same with the row locked: every function that takes from the bucket begins here, which serializes admission.
 create or replace function autotag.lock_provider() returns autotag.provider_limits
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -50,8 +49,8 @@ begin
   return autotag.refill(v_provider, autotag.now());
 end $$;
 
--- A worker has sent so many of the calls that were released to it (or will not send them at all), the first of
--- them so many seconds ago. Had the bucket been full until then, it has refilled since. Locks the provider row.
+-- A worker has sent p_calls of the calls released to it (or will never send them), the first one p_age real seconds ago. If
+-- the mirror was full until then, it has refilled since. Locks the provider row.
 create or replace function autotag.note_sent(p_worker uuid, p_calls integer, p_age double precision) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -61,7 +60,7 @@ declare
   v_unsent integer := (select coalesce(sum(w.unsent), 0) from autotag.workers w);
   v_minutes double precision := extract(epoch from autotag.clock_interval(least(greatest(p_age, 0), 3600))) / 60;
 begin
-  -- It cannot have sent more than it was given, nor before the last refill that could matter.
+  -- a worker cannot have sent more calls than were released to it
   update autotag.workers w set unsent = greatest(0, w.unsent - greatest(p_calls, 0))
   where w.id = p_worker and w.login = session_user;
   update autotag.provider_limits p
@@ -75,18 +74,18 @@ begin
       day_left = v_provider.day_left, refilled_at = v_provider.refilled_at;
 end $$;
 
--- What the provider's answers say about its bucket: {requests_limit, requests_left, tokens_limit,
--- tokens_left, age, retry_after (at most an hour)}, each optional. `age` is how long ago the call was sent (seconds): by then
--- the bucket held what the answer says, and it has refilled since. A lower remaining than ours wins at once
--- (another program may use the same key), a changed limit is adopted, and retry-after holds for everybody.
--- Returns what changed, as a sentence for the log, or null. Locks the provider row.
+-- Updates the mirror from response headers: {requests_limit, requests_left, tokens_limit, tokens_left, age, retry_after (at
+-- most 3600)}, each optional. `age`: seconds since the call was sent; the remaining values held then, and the bucket has
+-- refilled since. A lower remaining value than the mirror's is adopted (another program may use the same key), so is a changed
+-- limit, and retry_after holds for all workers. Returns a sentence for the log if the limits changed, else null.
+-- Locks the provider row.
 create or replace function autotag.observe_provider(p_seen jsonb) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.lock_provider();
-  -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (its guide "Rate limits"). A bucket of less than
-  -- the least here would never hold a call, and no answer would ever say better.
+  -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (guide "Rate limits"). The lower bounds (2 and 100)
+  -- keep a bucket that can hold a call; with less no call would go out, and no header could correct the limit.
   v_requests integer := coalesce(autotag.clean_number(p_seen, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
   v_tokens integer := coalesce(autotag.clean_number(p_seen, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
   v_minutes double precision := extract(epoch from
@@ -96,7 +95,7 @@ begin
   update autotag.provider_limits p
   set requests_per_minute = v_requests,
       tokens_per_minute = v_tokens,
-      -- the daily cap is tier 1's; a higher limit a minute is a higher tier
+      -- only tier 1 has a daily limit; a higher limit per minute means a higher tier
       requests_per_day = case when v_requests > p.requests_per_minute then null else p.requests_per_day end,
       requests_left = least(v_provider.requests_left + greatest(v_requests - p.requests_per_minute, 0),
         autotag.clean_number(p_seen, 'requests_left', 0, v_requests) + v_minutes * v_requests),
@@ -112,12 +111,12 @@ begin
       limited_at = case when v_retry_after is null then p.limited_at else v_provider.refilled_at end,
       has_rate_headers = case when p_seen ? 'tokens_limit' or p_seen ? 'requests_limit' then true else p.has_rate_headers end;
   return case when (v_requests, v_tokens) <> (v_provider.requests_per_minute, v_provider.tokens_per_minute)
-    then format('The provider''s limits are %s requests and %s tokens a minute now (they were %s and %s).',
+    then format('The provider''s limits are now %s requests and %s tokens a minute (before: %s and %s).',
       v_requests, v_tokens, v_provider.requests_per_minute, v_provider.tokens_per_minute) end;
 end $$;
 
--- Gives back to the bucket what calls did not take from the provider's. It is never more than a minute's worth short by what
--- they took besides: whatever is reported, tagging goes on. Locks the provider row.
+-- Returns reservations that calls did not use to the bucket. If calls used more than they reserved (p_tokens < 0), the bucket
+-- goes no lower than minus one minute's limit, so that no report can stop tagging. Locks the provider row.
 create or replace function autotag.refund_provider(p_requests integer, p_tokens bigint) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -127,7 +126,7 @@ begin
       tokens_left = greatest(tokens_left + p_tokens, least(tokens_left, -tokens_per_minute));
 end $$;
 
--- Stops both lanes until a probe succeeds; every task stays queued. Locks the provider row.
+-- Pauses both lanes until the probe succeeds; all tasks stay queued. p_from: the error's origin. Locks the provider row.
 create or replace function autotag.stop_account(p_error text, p_from text default 'provider') returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -137,7 +136,8 @@ as $$
       probe_at = autotag.now() + (select s.account_probe_interval from autotag.settings s)
 $$;
 
--- What was in trouble works again: everything does (p_from null: a call has succeeded), or the part that stopped the lanes.
+-- Ends the pause: for any reason (p_from null: a call has succeeded), or only if its error came from p_from. Locks the provider
+-- row.
 create or replace function autotag.resume_account(p_from text default null) returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -1,9 +1,8 @@
--- Workers: registration, heartbeats and leases. When a worker stops, what it held goes back.
+-- Workers: registration, heartbeats and leases.
 
--- A worker introduces itself and learns what it needs to know. p_base_url is where it finds the provider, p_fingerprint
--- stands for that address and the key: one that was not seen last has to prove itself, and another address may be a
--- provider that can do other things. Refuses an id that is of another login, and more workers of one login than anybody
--- has. Locks: provider.
+-- Registers a worker and returns worker_settings(). p_base_url: the provider's address; p_fingerprint: hash of address and key.
+-- A fingerprint other than the present one has to be proven; another address may be a provider with other features. Refuses
+-- an id of another login, and more than 1,000 workers of one login. Locks: provider.
 create or replace function autotag.register_worker(
   p_worker uuid, p_host text, p_version text, p_listening boolean, p_base_url text default null, p_fingerprint text default null
 ) returns jsonb
@@ -15,14 +14,14 @@ declare
 begin
   perform autotag.check_version(p_version);
   if p_worker is null then
-    perform autotag.refuse(400, 'no_worker', 'A worker needs an id.', 'Pass a uuid of its own.');
+    perform autotag.refuse(400, 'no_worker', 'A worker needs an id.', 'Pass a new uuid.');
   end if;
   v_login := (select w.login from autotag.workers w where w.id = p_worker);
   if v_login <> session_user then
-    perform autotag.refuse(403, 'not_your_worker', 'This worker is of another login.', 'Register with an id of its own.');
+    perform autotag.refuse(403, 'not_your_worker', 'This worker belongs to another login.', 'Register with a new id.');
   elsif v_login is null and (select count(*) from autotag.workers w where w.login = session_user) >= 1000 then
-    perform autotag.refuse(429, 'too_many_workers', 'This login has 1,000 workers already.',
-      'Wait until the leases of those that are gone run out.', jsonb_build_object('retry_after', 60));
+    perform autotag.refuse(429, 'too_many_workers', 'This login already has 1,000 workers.',
+      'Wait until the leases of stopped workers end.', jsonb_build_object('retry_after', 60));
   end if;
   p_base_url := autotag.printable(p_base_url, 300);
   p_fingerprint := autotag.printable(p_fingerprint, 100);
@@ -41,7 +40,7 @@ begin
   return autotag.worker_settings();
 end $$;
 
--- What a worker needs of the settings, as JSON; seconds where the name says so.
+-- The settings that a worker needs, as JSON.
 create or replace function autotag.worker_settings() returns jsonb
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -50,8 +49,8 @@ as $$
   from autotag.settings s
 $$;
 
--- Extends the worker's lease and runs tick() when nobody else has (no pg_cron). False: the lease had run
--- out, what it held is somebody else's now, and it has to register again.
+-- Extends the worker's lease, and runs tick() if it is overdue (no pg_cron). False: the lease had ended and what the worker held
+-- has been released, so it has to register again.
 create or replace function autotag.heartbeat(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -71,9 +70,8 @@ begin
   return v_alive;
 end $$;
 
--- Whether a worker is the caller's own and may be given something. A worker whose lease has ended gets nothing, because nobody
--- would take it back. The row lock keeps the lease from being expired until this transaction ends. Only expire_workers ends a
--- lease.
+-- Whether a worker belongs to the caller and has a lease. Without a lease it must get no work, because no expiry would release
+-- that again. The row lock prevents expire_workers, which alone ends leases, from ending this one before the transaction does.
 create or replace function autotag.hold_lease(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -82,9 +80,9 @@ begin
   return found;
 end $$;
 
--- Only one address and key is used at a time: those of the worker that registered last, until they fail and a worker with
--- others is alive. Workers with others get nothing meanwhile; otherwise a wrong address, which fails fast, would take most
--- images and count a failure on each.
+-- Whether the worker uses another address or key than the present one while a live worker uses the present one; if so it gets
+-- no work. Only one fingerprint is in use at a time: that of the worker that registered last, until it fails and a worker with
+-- another one is alive. Otherwise a wrong address, which fails fast, would get most images and count a failure for each.
 create or replace function autotag.asks_another_provider(p_worker uuid, p_provider autotag.provider_limits) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -93,8 +91,8 @@ begin
     and exists (select from autotag.workers w where w.fingerprint = p_provider.fingerprint and w.lease_until > autotag.now());
 end $$;
 
--- These workers have met trouble of the account: if it was they whose turn it is, the next probe is of those that ask in
--- another way, if there are any. The caller holds the provider row.
+-- These workers met an error of kind account. If they use the present fingerprint, the next probe goes to live workers with
+-- another one, if there are any. The caller holds the provider row.
 create or replace function autotag.offer_switch(p_workers uuid[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -113,8 +111,8 @@ begin
   end if;
 end $$;
 
--- From now on this address and key are the ones that are asked; what is known of another address is forgotten. False: they
--- were asked already, or there is no fingerprint. Locks the provider row.
+-- Makes this address and key the present ones. What was learned about another address is reset. False: they were already, or
+-- there is no fingerprint. Locks the provider row.
 create or replace function autotag.switch_provider(p_base_url text, p_fingerprint text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -129,7 +127,7 @@ begin
   return found;
 end $$;
 
--- The tasks that a worker holds: among those that were released and are not finished, of uploads that are not.
+-- The single calls that a worker holds: released, unfinished tasks of unfinished jobs.
 create or replace function autotag.held_tasks(p_worker uuid) returns bigint[]
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -140,8 +138,8 @@ as $$
   where q.reached > 0 and t.worker_id = p_worker
 $$;
 
--- Gives back what a worker holds except what it names (p_lost: its lease has run out; then each image counts
--- a failure, so that one that kills its worker does not do so for ever).
+-- Releases what a worker holds, except p_keep_tasks and p_keep_batches. p_lost: its lease has ended; then each image counts a
+-- failure, so that an image that crashes its worker does not do so forever. Returns how many tasks and batches.
 -- Locks: workspaces, jobs, batches, tasks.
 create or replace function autotag.give_back(p_worker uuid, p_keep_tasks bigint[], p_keep_batches uuid[], p_lost boolean)
 returns integer
@@ -159,7 +157,7 @@ begin
   perform from autotag.jobs j
   where j.id in (select t.job_id from autotag.tasks t where t.id = any (v_tasks)) order by j.id for update;
   perform from autotag.batches b where b.id = any (v_batches) order by b.id for update;
-  -- What its last request may have created at OpenAI has to show before somebody else looks.
+  -- Wait until OpenAI shows what the worker's last request may have created, before another worker looks for it.
   update autotag.batches b
   set worker_id = null, not_before = case when b.state <> 'creating' then b.not_before
     else autotag.now() + (select s.batch_create_grace from autotag.settings s) end
@@ -174,7 +172,7 @@ begin
   return cardinality(v_tasks) + cardinality(v_batches);
 end $$;
 
--- A worker stops: everything it holds goes back at once.
+-- A worker stops: releases everything it holds and deletes it. Returns how many tasks and batches.
 create or replace function autotag.release_worker(p_worker uuid) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -189,8 +187,8 @@ begin
   return v_count;
 end $$;
 
--- A worker that never saw the answer to a claim (the connection broke) names what it has in hand; null for
--- the kind that is not in question.
+-- For a worker that did not receive the reply to a claim (the connection broke): it names what it does hold, and the rest is
+-- released. Null: leaves tasks, or batches, as they are.
 create or replace function autotag.release_unheld(p_worker uuid, p_tasks bigint[], p_batches uuid[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -203,7 +201,7 @@ begin
   return autotag.give_back(p_worker, p_tasks, p_batches, false);
 end $$;
 
--- Gives back what workers held whose lease has run out. Called by tick().
+-- Releases what workers with an ended lease held, and deletes them. Called by tick().
 create or replace function autotag.expire_workers() returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -1,16 +1,29 @@
--- The type in which outcomes travel between functions.
+-- The types that carry results and errors between functions.
 
--- An answer about one image, or why there is none (error), with what is known of its task.
+-- The answer about one image, or the error instead of one, with what the other functions need of its task.
 create type autotag.answer as (
   task bigint,
   attempt integer,
   job_id uuid,
   workspace_id uuid,
-  reserved_at timestamptz,     -- single calls: what settle() needs to correct the reservation
+  reserved_at timestamptz,     -- single calls: settle() needs these two to correct the reservation
   reserved_tokens integer,
-  output_tokens integer,       -- the cap of the answer that was asked for
+  output_tokens integer,       -- the cap of the answer, as it was requested
   result jsonb,                -- {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}
   error jsonb,                 -- {kind, code, message, retry, retry_after, origin, parameter}
-  usage jsonb,                 -- as clean_usage() makes it, whenever the provider answered
-  called boolean               -- whether it was asked at all
+  usage jsonb,                 -- as clean_usage() returns it; null: the provider gave no figures
+  called boolean               -- whether the call was sent
+);
+
+-- The state of one batch, as a poll of OpenAI showed it.
+create type autotag.batch_look as (
+  id text,                     -- OpenAI's
+  status text,
+  output_file_id text,
+  error_file_id text,
+  total integer,               -- lines of the batch
+  done integer,                -- lines that are answered or have failed
+  error_code text,
+  error text,
+  error_kind text
 );

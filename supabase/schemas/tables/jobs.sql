@@ -1,11 +1,11 @@
--- Uploads and their images; which way an upload goes, and how long that takes.
+-- Uploads (jobs), their images (tasks), and the queues of single calls.
 
--- A workspace with work that waits for single calls: its place in the fair order. Its lock covers its queues.
+-- A workspace with single calls waiting: its place in fair queueing. The row's lock also covers its queues.
 create table autotag.workspaces (
   workspace_id uuid primary key,
   queued integer not null default 0 check (queued >= 0),
   virtual_time double precision not null default 0,
-  -- not ready: nothing may be released before ready_at (its window is full, or its chunks are paced)
+  -- false: nothing may be released before ready_at (the window is full, or chunk_delay has not passed)
   ready boolean not null default true,
   ready_at timestamptz not null default '-infinity'
 ) with (fillfactor = 50);
@@ -16,7 +16,7 @@ alter table autotag.workspaces enable row level security;
 create table autotag.jobs (
   id uuid primary key default gen_random_uuid(),
   workspace_id uuid not null,
-  user_id uuid,                         -- who uploaded; null for the service role
+  user_id uuid,                         -- the uploader; null: the service role
   strategy text not null check (strategy in ('realtime', 'realtime-chunked', 'batch', 'batch-parallel')),
   image_count integer not null check (image_count > 0),
   completed integer not null default 0,
@@ -24,12 +24,12 @@ create table autotag.jobs (
   created_at timestamptz not null,
   cancelled_at timestamptz,
   finished_at timestamptz,
-  fallback text,                        -- why images that would have been single calls go by batch
-  eta timestamptz,                      -- the median of when it will be done …
-  eta_p90 timestamptz,                  -- … and what it will be done by in nine cases of ten
+  fallback text,                        -- why images go another way than the strategy says, as a sentence for users
+  eta timestamptz,                      -- median of the predicted end …
+  eta_p90 timestamptz,                  -- … and its 90th percentile
   progress integer not null default 0 check (progress between 0 and 100),
-  told_at timestamptz not null default '-infinity',   -- when job-progress was broadcast last
-  traceparent text,                     -- of the request that made it (W3C Trace Context), where it had one
+  told_at timestamptz not null default '-infinity',   -- when job-progress was last broadcast
+  traceparent text,                     -- of the HTTP request that made the job (W3C Trace Context), if it had one
   check (completed >= 0 and failed >= 0 and completed + failed <= image_count),
   check ((finished_at is not null) = (completed + failed = image_count))
 ) with (fillfactor = 50);
@@ -39,57 +39,66 @@ create index jobs_live_idx on autotag.jobs (workspace_id) where finished_at is n
 create index jobs_live_user_idx on autotag.jobs (user_id) where finished_at is null;
 alter table autotag.jobs enable row level security;
 
--- The single calls of one job that wait to be released, in upload order behind a cursor: what lies at or
--- before it was released already, so that a claim never crawls through dead index entries. A row lives as
--- long as its job.
+-- The single calls of one job that wait to be released, in upload order. Every task up to and including `cursor` has been
+-- released, so a claim never scans dead index entries. A row lives as long as its job.
 create table autotag.queues (
   job_id uuid primary key references autotag.jobs on delete cascade,
   workspace_id uuid not null,
   queued integer not null default 0 check (queued >= 0),
-  released integer not null default 0,  -- the job that got least goes first: small uploads pass large ones
+  released integer not null default 0,  -- the job with the fewest released goes first: small uploads pass large ones
   cursor bigint not null default 0,
-  reached bigint not null default 0,    -- the last task that was ever released: none behind it is held
-  output_tokens integer,                -- the least cap that one of them needs, where an answer was cut off
-  chunk integer,                        -- at most so many at a time (null: all at once) …
-  ready_at timestamptz not null default '-infinity'   -- … and the next not before this moment
+  reached bigint not null default 0,    -- the last task that was ever released: no later task is held by a worker
+  output_tokens integer,                -- largest cap that one of the waiting tasks needs, where an answer was cut off
+  chunk integer,                        -- at most this many at a time (null: all at once) …
+  ready_at timestamptz not null default '-infinity'   -- … and no more before this time
 ) with (fillfactor = 50);
 create index queues_turn_idx on autotag.queues (workspace_id, released, job_id) where queued > 0;
 alter table autotag.queues enable row level security;
 
--- One image of one job, for as long as there is something to do about it: with its tags stored it is gone, and the
--- table stays as small as the work in hand, however many images there were. A failed one stays with its job, for
--- retry_tagging(). Its lane and who holds it decide what happens next; its stage is what users see.
+-- One image of one job. The row is deleted when the image's tags are stored, so the table stays as small as the work in
+-- progress. A failed task stays as long as its job, for retry_tagging(). Lane and worker decide what happens next; the stage
+-- is what users see.
 --
--- No index knows who holds a task, so that a claim's update stays on its page (HOT) and costs the same however
--- many tasks there are; whose tasks are whose is found by way of the queues (held_tasks).
+-- No index contains worker_id: the update of a claim stays on its page (HOT) and costs the same at any table size.
+-- held_tasks() finds a worker's tasks through the queues instead.
 create table autotag.tasks (
   id bigint generated always as identity primary key,
   job_id uuid not null references autotag.jobs on delete cascade,
   workspace_id uuid not null,
   asset_id uuid not null,
-  seen uuid,                            -- md5 of the file that whoever asked may see; null: they were not asked about
+  seen uuid,                            -- md5 of the file that the caller of enqueue_tagging may see; null: not checked
   stage text not null default 'queued' check (stage in
     ('queued', 'preparing', 'submitted', 'processing', 'completing', 'failed')),
   lane text not null check (lane in ('realtime', 'batch')),
-  attempt integer not null default 0,   -- grows with every claim; a report with an older one is refused
+  attempt integer not null default 0,   -- grows with every claim; a report with an older attempt is refused
   failures integer not null default 0,
-  worker_id uuid,                       -- who holds it (realtime lane)
-  batch_id uuid,                        -- which batch it belongs to (batch lane)
-  reserved_at timestamptz,              -- its place in the workspace's window, and what it reserved there
+  worker_id uuid,                       -- the worker that holds it (realtime lane)
+  batch_id uuid,                        -- its batch (batch lane)
+  reserved_at timestamptz,              -- when it was admitted to the workspace's window, and the tokens it reserved there
   reserved_tokens integer,
-  output_tokens integer,                -- the cap of the answer that was asked for
-  min_output_tokens integer,            -- the least cap of the next try: an answer was cut off
-  retry_at timestamptz,                 -- parked until then
+  output_tokens integer,                -- the cap of the answer, as it was requested
+  min_output_tokens integer,            -- lowest cap of the next try, after an answer was cut off
+  retry_at timestamptz,                 -- delayed until then
   error_code text,
   error text,
   finished_at timestamptz,
   check ((finished_at is not null) = (stage = 'failed')),
   check (worker_id is null or lane = 'realtime'),
   check (finished_at is null or worker_id is null)
-) with (fillfactor = 45);  -- room for the claim of every task on its page
+) with (fillfactor = 45);  -- room on the page for the update of each task's claim
 
 create unique index tasks_live_asset_idx on autotag.tasks (asset_id) where finished_at is null;
 create index tasks_job_id_idx on autotag.tasks (job_id, id);
 create index tasks_batch_idx on autotag.tasks (batch_id, id) where batch_id is not null;
 create index tasks_parked_idx on autotag.tasks (retry_at) where retry_at is not null;
 alter table autotag.tasks enable row level security;
+
+-- Which way an upload goes.
+create type autotag.upload_plan as (
+  strategy text,
+  fallback text,               -- why it is another than its size says
+  wait interval,               -- what single calls are expected to wait for the limits
+  batches integer,
+  express integer,             -- images that go as single calls
+  chunk integer                -- of which at most so many at a time; null: all at once
+);

@@ -1,15 +1,14 @@
--- Two kinds of limit, and every call passes both.
+-- Two kinds of limit. Every call has to pass both.
 --
--- A workspace's limit is an exact sliding window: in no window of that length, wherever it starts, is more
--- admitted than the limit. Each admission is an element of three arrays in the workspace's row, oldest
--- first; admissions of the same moment share one element. It costs one narrow row update per admission,
--- and what leaves the window leaves the row with the next admission.
+-- A workspace's limit is an exact sliding window: no interval of the window's length, wherever it starts, admits more than
+-- the limit. Each admission is an element of three arrays in the workspace's row, oldest first; admissions at the same time
+-- share one element. An admission costs one update of a narrow row, and removes the elements that have left the window.
 --
 -- The provider's limit is a bucket that refills continuously, because that is how the provider meters.
 create table public.workspace_rate_limits (
   workspace_id uuid not null,
   request_type text not null check (request_type in ('realtime', 'batch')),
-  -- a workspace's own limits; null means the defaults of autotag.settings
+  -- the workspace's own limits; null: the defaults in autotag.settings
   max_requests integer check (max_requests > 0),
   max_units integer check (max_units > 0),
   -- requests are calls (realtime) or batches (batch); units are tokens (realtime) or images (batch)
@@ -22,54 +21,55 @@ alter table public.workspace_rate_limits enable row level security;
 
 create table autotag.provider_limits (
   id boolean primary key default true check (id),
-  -- the organisation's limits; the defaults are OpenAI's tier 1
+  -- the organization's limits; the defaults are OpenAI's tier 1
   requests_per_minute integer not null default 500 check (requests_per_minute > 0),
   tokens_per_minute integer not null default 200000 check (tokens_per_minute > 0),
   queued_batch_tokens bigint not null default 2000000 check (queued_batch_tokens > 0),
-  -- null: no cap known (OpenAI's tiers above 1)
+  -- null: no daily limit known (OpenAI's tiers above 1)
   requests_per_day integer default 10000 check (requests_per_day > 0),
-  -- what one image reserves: the prompt that 99 of 100 do not exceed, and the cap of the answer, because the provider counts
-  -- the cap whatever the answer uses (sync_question and learn keep them; their means say what an image costs)
+  -- The tokens that one image reserves: the prompt that 99 of 100 do not exceed, plus the answer's cap, because the provider
+  -- meters the cap and not the tokens used. The means give the cost of an image. sync_question() and learn() update all four.
   tokens_per_image integer not null default 1000 check (tokens_per_image > 0),
   output_tokens integer not null default 400 check (output_tokens > 0),
   prompt_mean integer not null default 700,
   output_mean integer not null default 200,
-  -- what is asked at present (describe_question), since when, and when an answer to it was first of use: null means that
-  -- nobody knows yet whether it works, and one image after the other tries
+  -- The present question (describe_question), since when it holds, and when an answer first proved it. proven_at null: not
+  -- proven yet, so one image at a time tries (the probe).
   question jsonb not null default '{}',
   question_version bigint not null default 0,
   question_since timestamptz not null default '-infinity',
   proven_at timestamptz default '-infinity',
-  -- what this provider can do, as its answers have shown; null: not known yet
+  -- What this provider supports, as its answers have shown; null: not known yet.
   base_url text,
-  fingerprint text,                      -- of its address and the key: another one has to prove itself (asks_another_provider, offer_switch) …
-  fingerprint_since timestamptz not null default '-infinity',   -- … by answers to calls from then on
+  -- hash of base_url and key; a different one has to be proven (asks_another_provider, offer_switch) …
+  fingerprint text,
+  fingerprint_since timestamptz not null default '-infinity',   -- … by answers to calls made after this time
   has_batches boolean,
-  batches_refused boolean not null default false,   -- an attempt has shown that there are none; else only a look-up has
+  batches_refused boolean not null default false,   -- has_batches is false because a call failed, not just a check
   has_rate_headers boolean,
-  keep_files integer default 604800,     -- seconds after which the provider deletes our files; null: it takes no expiry
-  checked_at timestamptz not null default '-infinity',   -- when it was asked about the model (check_provider)
-  -- the bucket: what is left, as of `refilled_at`
+  keep_files integer default 604800,     -- seconds after which the provider deletes our files; null: it supports no expiry
+  checked_at timestamptz not null default '-infinity',   -- last check of model and provider (claim_batches: look_up)
+  -- the bucket: what was left at refilled_at
   requests_left double precision not null default 500,
   tokens_left double precision not null default 200000,
   day_left double precision not null default 10000,
   refilled_at timestamptz not null default '-infinity',
-  -- nobody calls before this moment (retry-after)
+  -- no calls before this time (retry-after)
   blocked_until timestamptz not null default '-infinity',
-  -- 429s keep coming since `limited_since`, the last at `limited_at`; a minute without one ends it
+  -- 429s keep coming since limited_since, the last at limited_at; one minute without a 429 ends the series
   limited_since timestamptz,
   limited_at timestamptz not null default '-infinity',
-  -- why nothing can be tagged (bad key, no credit, unknown model): the lanes stand still but for a probe
+  -- Why tagging is paused (wrong key, no credit, unknown model). Only the probe runs.
   account_error text,
-  account_error_from text,               -- provider, batch, poll, storage, host or worker: who complained
+  account_error_from text,               -- origin of the error: provider, batch, poll, storage, host or worker
   account_error_at timestamptz,
   probe_at timestamptz,
-  -- one list call covers every batch in flight
+  -- the next poll; one list call covers every batch in flight
   next_poll_at timestamptz not null default '-infinity',
-  ask_after timestamptz not null default '-infinity',    -- nor is anything else asked about batches, files and models before (retry-after)
-  -- start-time fair queueing: the clock of the workspace served last
+  ask_after timestamptz not null default '-infinity',    -- no call about batches, files or models before (retry-after)
+  -- start-time fair queueing: the virtual time of the workspace served last
   virtual_time double precision not null default 0,
-  -- what waits for single calls, counted by claim() at most once a second
+  -- single calls that wait to be released; claim() counts them at most once a second
   waiting_images bigint not null default 0,
   waiting_workspaces bigint not null default 0,
   waiting_at timestamptz not null default '-infinity'

@@ -1,10 +1,7 @@
--- Messages on their way out (outbox) and deliveries that have arrived (webhooks).
+-- Outgoing messages (outbox) and webhook deliveries from OpenAI (webhooks).
 
--- OpenAI says by webhook that a batch has ended. The word is taken for a hint and not for the truth: it makes
--- the workers look at OpenAI now instead of within a minute, and what they see there counts.
-
--- Where realtime.send() does not exist (older self-hosted stacks) messages wait here, and a worker delivers
--- them through Realtime's HTTP broadcast endpoint.
+-- Messages wait here where realtime.send() does not exist (older self-hosted stacks). A worker delivers them through
+-- Realtime's HTTP broadcast endpoint.
 create table autotag.outbox (
   id bigint generated always as identity primary key,
   topic text not null,
@@ -15,7 +12,9 @@ create table autotag.outbox (
 );
 alter table autotag.outbox enable row level security;
 
--- Deliveries by their id, so that one that comes again (OpenAI retries for up to 72 hours) does nothing.
+-- OpenAI's webhooks report that a batch has ended. A delivery is only a hint: the workers poll OpenAI now instead of within
+-- a minute, and act on what the poll returns. Deliveries are kept by id, so that a repeated one does nothing (OpenAI retries
+-- for up to 72 hours).
 create table autotag.webhooks (
   id text primary key check (length(id) between 1 and 200),
   openai_batch_id text not null check (length(openai_batch_id) between 1 and 200),

@@ -1,14 +1,14 @@
--- Automatic mode: nobody has to call enqueue_tagging. New rows of the host's assets are collected per
--- workspace and uploader, and sealed into one job when nothing has come for a while, so that a client that
--- inserts 300 rows one by one still gets one `batch-parallel` upload.
+-- Automatic mode: no call of enqueue_tagging is needed. New rows of the host's images are collected per workspace and
+-- uploader, and become one job when no row has come for a while: a client that inserts 300 rows one by one still gets one
+-- `batch-parallel` upload.
 --
 --   insert ─► autotag_collect (adapter) ─► collect(): uploads + arrivals ─► claim() ─► seal_upload() ─► a job
 
--- An upload that is still coming in.
+-- An upload whose images are still coming in.
 create table autotag.uploads (
   id bigint generated always as identity primary key,
   workspace_id uuid not null,
-  user_id uuid,                          -- who uploads; null for the service role
+  user_id uuid,                          -- the uploader; null: the service role
   first_at timestamptz not null,
   seal_at timestamptz not null
 );

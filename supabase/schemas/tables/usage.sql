@@ -1,21 +1,21 @@
--- What was used (usage), what may be used (quotas), and how long batches took (durations).
+-- Usage, quotas, and the durations of batches.
 
--- Who used what: one row per workspace, user, day (UTC), model and service tier, as the provider's own usage figures say.
+-- Usage: one row per workspace, user, day (UTC), model and service tier, from the figures that the provider returns.
 create table autotag.usage (
   id bigint generated always as identity primary key,
   workspace_id uuid not null,
   user_id uuid,
   day date not null,
-  model text not null,                   -- that answered, by its own word
-  service_tier text not null,            -- that it was billed in: default, flex, priority …, or batch
+  model text not null,                   -- the model that answered, as the provider names it
+  service_tier text not null,            -- the tier it was billed at: default, flex, priority …, or batch
   images integer not null default 0,     -- images tagged
   requests integer not null default 0,   -- answers the provider billed
-  input_tokens bigint not null default 0,         -- prompts, the cached tokens included
+  input_tokens bigint not null default 0,         -- prompts, including cached tokens
   cached_tokens bigint not null default 0,
   cache_write_tokens bigint not null default 0,
-  output_tokens bigint not null default 0,        -- answers, the reasoning included
+  output_tokens bigint not null default 0,        -- answers, including reasoning
   reasoning_tokens bigint not null default 0,
-  cost numeric                           -- dollars, by the prices of autotag.models then; null: the model has none
+  cost numeric                           -- dollars, by the prices in autotag.models at that time; null: no price known
 ) with (fillfactor = 50);
 create unique index usage_key on autotag.usage (workspace_id, day, user_id, model, service_tier) nulls not distinct;
 create index usage_day_idx on autotag.usage (day);
@@ -23,11 +23,11 @@ create index usage_user_idx on autotag.usage (user_id, day);
 create index usage_unpriced_idx on autotag.usage (model) where cost is null;
 alter table autotag.usage enable row level security;
 
--- What may be used: images and dollars, a day or a month (UTC), by a workspace as a whole or by each of its users.
+-- Quotas: images and dollars per day or month (UTC), for a workspace as a whole or for each of its users.
 --   insert into autotag.quotas (scope, period, max_images) values ('user', 'day', 500);          -- every user
 --   insert into autotag.quotas (workspace_id, scope, period, max_cost) values ('…', 'workspace', 'month', 20);
--- Of several that fit, for each scope and period the one that names the user counts, else the one that names the
--- workspace, else the general one. A null maximum is no limit, so that a special quota can also lift a general one.
+-- For each scope and period one quota applies: the one that names the user, else the one that names the workspace, else the
+-- general one. A null maximum is no limit, so a specific quota can also lift a general one.
 create table autotag.quotas (
   id bigint generated always as identity primary key,
   workspace_id uuid,                     -- null: every workspace
@@ -41,7 +41,7 @@ create table autotag.quotas (
 create unique index quotas_key on autotag.quotas (scope, period, workspace_id, user_id) nulls not distinct;
 alter table autotag.quotas enable row level security;
 
--- How long OpenAI took for the batches that it completed.
+-- How long OpenAI took for each batch that it completed.
 create table autotag.durations (
   id bigint generated always as identity primary key,
   images integer not null check (images > 0),

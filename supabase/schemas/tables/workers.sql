@@ -1,19 +1,18 @@
--- Workers and their leases: what a worker holds goes back when its heart stops.
-
--- A worker's heartbeat is the lease of everything it holds: when it stops, all of that goes back.
+-- Workers and their leases. One heartbeat extends the lease on everything that the worker holds; when the lease ends, all
+-- of it is released.
 create table autotag.workers (
   id uuid primary key,
   host text not null,
   version text not null,
-  listening boolean not null default true,   -- false: behind a transaction pooler, polls
+  listening boolean not null default true,   -- false: polls, because it is behind a transaction pooler
   started_at timestamptz not null,
   seen_at timestamptz not null,
   lease_until timestamptz not null,
   unsent integer not null default 0,         -- calls released to it that it has not sent yet
-  base_url text,                             -- of the provider that it asks …
-  fingerprint text,                          -- … and what stands for that and its key
-  look_at timestamptz,                       -- when it was handed a look at the provider last (claim_batches)
-  login name not null default session_user   -- whose it is: nobody else acts for it
+  base_url text,                             -- the provider's address that it calls …
+  fingerprint text,                          -- … and the hash of that address and its key
+  look_at timestamptz,                       -- when it was last assigned a poll of the provider (claim_batches)
+  login name not null default session_user   -- the login that registered it: no other login may act for it
 ) with (fillfactor = 50);
 create index workers_lease_until_idx on autotag.workers (lease_until);
 create index workers_login_idx on autotag.workers (login);

@@ -1,9 +1,8 @@
--- Automatic mode: new rows become uploads by themselves (tables/uploads.sql has the picture).
+-- Automatic mode: new rows become uploads without a call (tables/uploads.sql has a diagram).
 
--- Takes in what one statement inserted. Wakes a worker only when an upload begins: later rows only move its
--- sealing, and the worker that wakes for that learns the new moment. An image without a place is left alone.
--- Whatever goes wrong here must not take the host's insert with it: it is a warning, and those images wait
--- for enqueue_tagging. Locks: uploads by workspace.
+-- Collects the images that one statement inserted; images without a file or URL are left out. It wakes a worker only when an
+-- upload begins: later rows only postpone its sealing, and the worker woken for that learns the new time. An error must not
+-- abort the host's insert: it becomes a warning, and those images wait for enqueue_tagging. Locks: uploads by workspace.
 create or replace function autotag.collect(p_asset_ids uuid[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -16,7 +15,8 @@ begin
   select * into v_settings from autotag.settings;
   with found as (
     select d.asset_id, d.workspace_id from autotag.describe_assets(p_asset_ids) d
-    where d.workspace_id is not null and (d.path is not null or d.url is not null or d.foreign_file)  -- the last end as failed
+    -- a row that names a foreign file is collected too: its task fails with the reason
+    where d.workspace_id is not null and (d.path is not null or d.url is not null or d.foreign_file)
   ), upload as (
     insert into autotag.uploads as u (workspace_id, user_id, first_at, seal_at)
     select distinct f.workspace_id, v_user, v_now, v_now + v_settings.upload_quiet from found f order by 1
@@ -39,10 +39,9 @@ exception when others then
   raise warning 'autotag could not collect % new images: %', cardinality(p_asset_ids), sqlerrm;
 end $$;
 
--- Makes a job of one upload that is complete by now; false when there is none. The upload stays as long as
--- it holds more images than one job may have, than the workspace may have live at once, or than its quotas allow
--- (the rest waits until they renew). One at a time,
--- because a job's locks come before those of the next workspace. Called by claim().
+-- Makes a job of one upload that is complete at p_now; false: there is none. Images beyond what one job, the live images of the
+-- workspace or its quotas allow stay in the upload (for quotas until they renew). One upload per call, because a job's locks
+-- come before the next workspace's in the order of locks. Called by claim().
 -- Locks: the upload, its workspace.
 create or replace function autotag.seal_upload(p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp

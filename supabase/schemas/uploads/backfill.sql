@@ -1,6 +1,7 @@
--- Existing images brought in (`autotag enqueue`).
+-- Tags images that existed before autotag (`autotag enqueue`).
 
--- What bringing in existing images would mean: {images, seconds, cost (null: unknown), model}. p_untagged: only those without tags.
+-- Previews tagging existing images: {images, seconds, cost (dollars; null: unknown), model}. p_untagged: only those without
+-- tags; p_after, p_limit: as in backfill().
 create or replace function autotag.preview_backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
 returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -21,8 +22,8 @@ begin
     'cost', v_images * autotag.expected_cost(case when v_batches > 0 then 'batch' end), 'model', v_settings.model);
 end $$;
 
--- Brings in the next p_limit existing images of a workspace as one upload: {job_id, images, last}; `last` is the
--- cursor for the next call, null at the end. Refuses as enqueue_tagging does. Locks: the workspace.
+-- Makes one upload of the next p_limit existing images of a workspace (by id, after p_after): {job_id, images, last}. `last`
+-- is p_after for the next call; null: no more images. Refuses what enqueue_tagging refuses. Locks: the workspace.
 create or replace function autotag.backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$

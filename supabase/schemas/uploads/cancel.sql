@@ -1,7 +1,8 @@
--- An upload is cancelled.
+-- Cancelling an upload.
 
--- cancel_tagging: what has not gone to OpenAI fails with the code `cancelled`; what is there already (and
--- paid for) is cancelled there by a worker, and its answers are still kept.
+-- cancel_tagging: {job_id, cancelled (images)}. Images that have not been sent to OpenAI fail with the code `cancelled`. What
+-- has been sent is billed: a worker cancels the batch at OpenAI, and the answers that come are stored.
+-- Locks: workspace, job, batches, tasks.
 create or replace function autotag.cancel(p_job_id uuid) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$

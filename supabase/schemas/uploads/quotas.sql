@@ -1,8 +1,7 @@
--- What a workspace or a user may use in a day or a month.
+-- What a workspace or a user may use per day or month.
 
--- Dollars that an answer is expected to cost (p_most: that it reserves, which is on the safe side) by what the provider's row
--- says of its question; null: the model has no price in autotag.models. p_tier: a service tier, or batch; null: the one that
--- is asked for, if the model takes one.
+-- Cost of one answer to the question in p_provider, in dollars: its mean, or with p_most what it reserves (an upper bound).
+-- Null: the model has no price in autotag.models. p_tier: a service tier, or batch; null: the tier in the question.
 create or replace function autotag.question_cost(p_provider autotag.provider_limits, p_most boolean, p_tier text default null)
 returns numeric
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -14,7 +13,7 @@ begin
     case when p_most then p_provider.output_tokens else p_provider.output_mean end);
 end $$;
 
--- The same of one image with what is asked at present, by what answers used so far.
+-- The same for the present question.
 create or replace function autotag.expected_cost(p_tier text default null, p_most boolean default false) returns numeric
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -26,10 +25,10 @@ begin
   return autotag.question_cost(v_provider, p_most, p_tier);
 end $$;
 
--- What is left of each quota of a workspace and a user: what was used, and what is being tagged at the moment (which
--- is reserved until it is done, so that uploads at the same time cannot overshoot), are taken off. images_left: how
--- many more images that allows, at p_each dollars (null: what the model in use reserves). What was billed counts, failures
--- included. A quota of a user that names no workspace counts what the user does in all of them.
+-- What is left of each quota of a workspace and a user: the maximum less what was used and less what is being tagged (reserved
+-- until it is done, so that concurrent uploads cannot exceed the quota). images_left: how many more images that allows, at
+-- p_each dollars per image (null: what the model in use reserves). Everything billed counts, including failures. A user quota
+-- without a workspace counts the user's images in all workspaces.
 create or replace function autotag.quotas_left(p_workspace_id uuid, p_user_id uuid, p_each numeric default null)
 returns table (scope text, period text, kind text, maximum numeric, available numeric, images_left integer, renews_at timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -42,7 +41,7 @@ begin
   if not exists (select from autotag.quotas) then
     return;
   end if;
-  -- Without a price dollars cannot be reserved; autotag doctor says so.
+  -- Without a price no dollars can be reserved; autotag doctor reports it.
   v_cost := coalesce(autotag.expected_cost(null, true), 0);
   v_batch_cost := coalesce(autotag.expected_cost('batch', true), 0);
   return query
@@ -58,7 +57,7 @@ begin
       select c.*, u.answers + l.images as images, u.cost + l.cost as cost
       from chosen c
       cross join lateral (
-        -- what was billed: an answer of no use costs as much as one that tags
+        -- everything billed: an unusable answer costs as much as a usable one
         select coalesce(sum(greatest(u.requests, u.images)), 0) as answers, coalesce(sum(u.cost), 0) as cost
         from autotag.usage u
         where u.day >= c.first_day and case when c.scope = 'workspace' then u.workspace_id = p_workspace_id
@@ -80,8 +79,8 @@ begin
     where k.maximum is not null;
 end $$;
 
--- Refuses so many images where a quota does not allow them: of an upload, for which the caller holds the workspace, so
--- that what is reserved holds; or, at p_each dollars, of a comparison.
+-- Refuses p_images images if a quota does not allow them: those of an upload (the caller holds the workspace's lock, so that
+-- no other upload reserves the same), or those of a comparison at p_each dollars. Locks: the user (advisory).
 create or replace function autotag.check_quotas(p_workspace_id uuid, p_user_id uuid, p_images integer, p_each numeric default null)
 returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -89,7 +88,7 @@ as $$
 declare
   v_quota record;
 begin
-  -- Uploads of one user into several workspaces follow each other, like those into one do by its lock. It is taken last.
+  -- Serializes uploads of one user into several workspaces; those into one are serialized by its lock. Taken last.
   if p_user_id is not null and exists (select from autotag.quotas q where q.scope = 'user') then
     perform pg_advisory_xact_lock(hashtextextended('autotag.user ' || p_user_id::text, 0));
   end if;

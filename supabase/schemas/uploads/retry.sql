@@ -1,6 +1,6 @@
--- The failed images of an upload are tried again.
+-- Retrying the failed images of an upload.
 
--- The images of a job that failed, that still are there, and that name a file of their workspace, in order.
+-- The failed images of a job, in order, except those that no longer exist or that name a file of another workspace.
 create or replace function autotag.failed_assets(p_job_id uuid) returns uuid[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -16,7 +16,7 @@ begin
     order by t.id);
 end $$;
 
--- retry_tagging: the images of a job that failed, again, as a new job. p_seen: as in enqueue, for failed_assets().
+-- retry_tagging: enqueues the failed images of a job as a new job. p_seen: as in enqueue, for failed_assets().
 create or replace function autotag.retry(p_job_id uuid, p_seen uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -24,8 +24,8 @@ declare
   v_assets uuid[] := autotag.failed_assets(p_job_id);
 begin
   if v_assets = '{}' then
-    perform autotag.refuse(409, 'nothing_to_retry', 'No image of this upload has failed that could be tagged now.',
-      'Look at tagging_job() before you retry.');
+    perform autotag.refuse(409, 'nothing_to_retry', 'This upload has no failed image that can be tagged now.',
+      'Check tagging_job() before you retry.');
   end if;
   return autotag.enqueue(v_assets, p_seen);
 end $$;

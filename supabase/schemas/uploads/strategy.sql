@@ -1,9 +1,8 @@
--- Which way an upload goes (the strategy table), into how many batches it is split, and how long it will wait.
+-- The strategy of an upload, the number of its batches, and its expected duration.
 
--- How many batches an upload is split into. Splitting never makes an upload slower: while the workspace may
--- start enough batches they hold at most batch_split_images; when fewer are left in its window they get
--- larger instead of more; one is never larger than a file, the provider's queue or the window can take; and no
--- more are made than their size needs.
+-- Number of batches for an upload. Splitting never makes it slower: as long as the window admits enough batches, each has at
+-- most batch_split_images; if the window admits fewer, batches get larger. A batch is never larger than a file, the provider's
+-- queue or the window's images allow, and there are no more batches than that size needs.
 create or replace function autotag.plan_batches(p_images integer, p_batches_left integer, p_window_images integer)
 returns integer
 language sql stable security definer set search_path = pg_catalog, pg_temp
@@ -17,7 +16,7 @@ as $$
   from autotag.settings s, autotag.provider_limits p
 $$;
 
--- The strategy table: what happens with an upload of so many images. A provider without a Batch API gets single calls.
+-- The strategy for an upload of p_images images. Without a Batch API at the provider, all go as single calls.
 create or replace function autotag.choose_strategy(p_images integer) returns text
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -30,7 +29,7 @@ begin
   from autotag.settings s, autotag.provider_limits p);
 end $$;
 
--- Seconds that an upload is expected to take when its workspace is otherwise idle.
+-- Expected duration of an upload in seconds, if its workspace has no other work.
 create or replace function autotag.estimate_seconds(p_images integer, p_batches integer) returns double precision
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -39,7 +38,7 @@ declare
 begin
   return (select case
     when p_batches > 0 then
-      -- batches beyond the window start an hour later each time it is full
+      -- each full window delays the batches beyond it by one hour
       (autotag.predict_batch(ceil(p_images::numeric / p_batches)::integer, v_now, v_now, null, 0, null)).p50
       + 3600 * greatest((p_batches - 1) / s.batch_batches_per_hour, (p_images - 1) / s.batch_images_per_hour)
     when p_images > s.realtime_max_images then
@@ -50,7 +49,7 @@ begin
   from autotag.settings s);
 end $$;
 
--- What waits for single calls.
+-- The single calls that wait to be released, in all workspaces.
 create or replace function autotag.count_waiting(out workspaces bigint, out images bigint)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -58,9 +57,9 @@ begin
   select count(*), coalesce(sum(w.queued), 0) into workspaces, images from autotag.workspaces w where w.queued > 0;
 end $$;
 
--- How long the last of so many more single calls of a workspace would wait: for its own window, and for its
--- fair share of the provider's bucket. p_counted: what waits in other workspaces may be as old as a second (counting
--- it takes the longer, the more of them there are).
+-- How long the last of p_images more single calls of a workspace would wait for its window and for its fair share of the
+-- provider's bucket. p_counted: use claim()'s count of what waits in other workspaces if it is at most 2 s old, because
+-- counting takes longer the more workspaces there are.
 create or replace function autotag.predict_wait(p_workspace_id uuid, p_images integer, p_counted boolean default false)
 returns interval
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -80,7 +79,7 @@ begin
     select c.workspaces, c.images into v_provider.waiting_workspaces, v_provider.waiting_images
     from autotag.count_waiting() c;
   end if;
-  -- A workspace waits for as many calls of each of the others as it makes itself.
+  -- Fair share: for each of its own calls, the workspace waits for one call of every other workspace that still has some.
   v_everybody := v_own + least(greatest(v_provider.waiting_images - v_queued, 0),
     v_own * greatest(v_provider.waiting_workspaces - (v_queued > 0)::integer, 0));
   select l.max_requests, l.max_units into v_max_requests, v_max_units

@@ -1,12 +1,11 @@
--- When it will be done. Single calls: by computing their schedule under the limits and queues of the moment. Batches:
--- by what this deployment has seen, told apart by size and hour, the newest counting most; and once a batch moves, by
--- how fast it moves. The median is shown, the 90th percentile is there to ask for.
+-- Predicts when a job ends. Single calls: from their schedule under the present limits and queues. Batches: from the durations
+-- of earlier ones (by size and time of day, the newest weigh most), and once a batch makes progress, from its pace. Users see
+-- the median; the 90th percentile is available too.
 
--- What the batches of late tell about the length of one of p_images images that starts at p_started: seconds, with
--- the weight that each deserves. Before there is any history, OpenAI's own word (within 24 h) and common experience:
--- a median of settings.batch_seconds (45 min), from a third (15 min) to sixteen times of it (12 h). A batch in
--- flight counts as what it is heading for: by its pace when it moves, and when it does not, as twice its age as soon
--- as it is later than was foreseen. So a slow day shows before its first batch has ended.
+-- Possible durations of a batch of p_images images that starts at p_started, in seconds with weights: those of recent batches
+-- and a prior with a median of settings.batch_seconds (45 min), from a third (15 min) to 16 times that (12 h); OpenAI promises
+-- 24 h. A batch in flight counts with its projection: by its pace once 10 % are done; before, if it is overdue, the predicted
+-- duration plus twice the delay. So a slow day shows before its first batch has ended.
 create or replace function autotag.batch_lengths(p_images integer, p_started timestamptz, p_now timestamptz, p_except uuid)
 returns table (seconds double precision, weight double precision)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -40,7 +39,7 @@ begin
     from unnest(array[0.33, 0.5, 0.75, 1, 2, 5, 16]::double precision[]) x;
 end $$;
 
--- The length that a batch is heading for when the share p_share of it is done: it waited, then it went evenly.
+-- Total duration of a batch whose share p_share is done: the wait until p_running, then a constant pace.
 create or replace function autotag.heading(
   p_started timestamptz, p_running timestamptz, p_now timestamptz, p_share double precision
 ) returns double precision
@@ -49,9 +48,9 @@ as $$
   select date_part('epoch', p_running - p_started) + date_part('epoch', p_now - p_running) / p_share
 $$;
 
--- How long a batch will have taken in all, in seconds: the median and the 90th percentile. p_running is when it
--- began to be worked on (null: not yet), p_share how much of it is done. What has lasted so long already is not
--- going to be shorter; and from a third on only its own pace counts.
+-- Predicts the total duration of a batch in seconds: median and 90th percentile. p_running: when OpenAI began to work on it
+-- (null: not yet); p_share: how much of it is done. Only durations longer than its age count, and from a third done on only its
+-- own pace.
 create or replace function autotag.predict_batch(
   p_images integer, p_started timestamptz, p_now timestamptz, p_running timestamptz, p_share double precision,
   p_except uuid, out p50 double precision, out p90 double precision
@@ -62,7 +61,7 @@ declare
   v_age double precision := greatest(date_part('epoch', p_now - p_started), 0);
   v_trust double precision := case when p_running is null then 0 else least(1, 3 * p_share) end;
   v_heading double precision;
-  v_unsure double precision;    -- how far the history's p90 lies above its median, as far as that still counts
+  v_unsure double precision;    -- ln(p90 / p50) of the history, weighted by 1 - v_trust
 begin
   select min(l.seconds) filter (where l.upto >= 0.5 * l.total), min(l.seconds) filter (where l.upto >= 0.9 * l.total)
   into p50, p90
@@ -76,13 +75,13 @@ begin
     v_heading := greatest(autotag.heading(p_started, p_running, p_now, p_share), v_age);
     v_unsure := (1 - v_trust) * ln(p90 / p50);
     p50 := greatest(v_age, exp((1 - v_trust) * ln(p50) + v_trust * ln(greatest(v_heading, 1))));
-    -- The pace of what is left is a third slower than the pace so far in one case of ten.
+    -- In one case of ten the rest takes a third longer than at the pace so far.
     p90 := exp(v_unsure) * (p50 + v_trust * (p50 - v_age) / 3);
   end if;
 end $$;
 
--- When a batch may begin: one without a place in its workspace's window has to wait until there is one for those before
--- it and for itself, and each full window of those before it is a window later.
+-- When a batch may start. A batch that the workspace's window has not admitted waits until the window has room for the batches
+-- ahead and for itself; each max_requests batches ahead of it delay it by one full window.
 create or replace function autotag.batch_turn(p_batch autotag.batches, p_now timestamptz) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -104,7 +103,7 @@ begin
   return greatest(v_turn, coalesce(v_window.retry_at, p_now) + v_before / v_window.max_requests * v_window.length);
 end $$;
 
--- The batch's own prediction, and when it will be done; one that has not started starts when its turn comes.
+-- Predicted end of a batch: median and 90th percentile. One that was not submitted starts at batch_turn().
 create or replace function autotag.batch_eta(p_batch autotag.batches, p_now timestamptz, out p50 timestamptz, out p90 timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -118,8 +117,8 @@ begin
   p90 := v_started + make_interval(secs => v_seconds.p90);
 end $$;
 
--- When a job will be done, written to it: its last batch, or the last of its single calls, which wait for the limits
--- and for their chunks. p_wait: for the limits, where that is known already. The caller holds the job's lock.
+-- Predicts the end of a job and stores it: its last batch, or the last of its single calls, which wait for the limits and for
+-- their chunks. p_wait: the wait for the limits, if the caller has computed it. The caller holds the job's lock.
 create or replace function autotag.refresh_eta(p_job_id uuid, p_wait interval default null) returns timestamptz
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -138,7 +137,7 @@ begin
     from autotag.queues q where q.job_id = p_job_id and q.queued > 0), interval '0');
   select max(e.p50) as p50, max(e.p90) as p90 into v_batches
   from (
-    -- Those that wait for their turn are mostly alike: the last one speaks for all.
+    -- Batches that wait for the window are mostly alike, so only the last one is predicted.
     select distinct on (b.openai_batch_id, b.not_before, b.image_count - b.express_count) b as batch
     from autotag.batches b where b.job_id = p_job_id and b.state not in ('done', 'cancelled')
     order by b.openai_batch_id, b.not_before, b.image_count - b.express_count, b.ordinal desc) d
@@ -150,7 +149,7 @@ begin
   return v_eta;
 end $$;
 
--- OpenAI completed a batch: that is one more duration.
+-- Records the duration of a batch that OpenAI completed.
 create or replace function autotag.note_duration(p_batch autotag.batches, p_now timestamptz) returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$

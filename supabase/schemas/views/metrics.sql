@@ -1,7 +1,7 @@
--- What a monitoring system samples.
+-- Metrics for a monitoring system.
 
--- What a monitoring system samples: counts, ages in seconds, and what is left of the provider's bucket. Each is one
--- short look, and none grows with what was done before.
+-- Metrics for a monitoring system: counts, ages in seconds, and what is left of the provider's bucket. Each query is short, and
+-- none gets slower with the number of images already tagged.
 create or replace function autotag.metrics() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

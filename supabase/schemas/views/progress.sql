@@ -1,7 +1,7 @@
--- What people see: the stage, progress and time left of each image, and the counts of each upload.
--- The rows themselves are written by the adapter (show_stage, store_tags).
+-- What users see: stage, progress and eta of each image, and the counts of each upload. The adapter's show_stage and store_tags
+-- write the rows.
 
--- The seven stages in order. A pass only moves forward through them; completed and failed end it.
+-- The order of the seven stages. A pass moves only forward and ends with completed or failed.
 create or replace function autotag.stage_rank(stage text) returns integer
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -10,7 +10,7 @@ as $$
     when 'completing' then 5 when 'completed' then 6 when 'failed' then 6 end
 $$;
 
--- The progress an image shows when it enters a stage.
+-- Progress of an image when it enters a stage, in percent.
 create or replace function autotag.stage_progress(p_stage text) returns integer
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -18,8 +18,8 @@ as $$
     when 'processing' then 30 when 'completing' then 90 when 'completed' then 100 end
 $$;
 
--- Moves tasks (locked by the caller) forward to a stage, and their images with them. A task that is there
--- already, or past it, is not touched: an image that goes back to the queue keeps the stage it showed.
+-- Moves tasks (locked by the caller) and their images forward to a stage. Tasks that are in that stage or a later one are not
+-- changed: an image that is requeued keeps the stage that it showed.
 create or replace function autotag.advance(p_tasks bigint[], p_stage text, p_eta timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -36,8 +36,8 @@ begin
   perform autotag.show_stage(v_assets, p_stage, autotag.stage_progress(p_stage), p_eta);
 end $$;
 
--- The progress of a batch's images follows what OpenAI counts: from `processing` to just under `completing`, in steps of
--- ten percent, because each step writes every row. The caller holds the batch's lock, which keeps its tasks as they are.
+-- Progress of a batch's images by OpenAI's count: 30 % (`processing`) to 80 %, in steps of 10 %, because each step writes every
+-- row. The caller holds the batch's lock, which keeps its tasks from changing.
 create or replace function autotag.batch_progress(p_done integer, p_total integer) returns integer
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -52,7 +52,7 @@ as $$
     'processing', p_progress, p_eta)
 $$;
 
--- How far a job is, in percent: what is finished counts whole, what OpenAI has done of its batches nearly so.
+-- Progress of a job in percent: finished images count fully, those that OpenAI has done in its batches 90 %.
 create or replace function autotag.measure_progress(p_job autotag.jobs) returns integer
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -64,7 +64,7 @@ as $$
   ) / p_job.image_count)::integer))
 $$;
 
--- Counts images of a job that have finished; the last one ends the job. The caller holds the job's lock.
+-- Counts finished images of a job; the last one finishes the job. The caller holds the job's lock.
 create or replace function autotag.count_finished(p_job_id uuid, p_completed integer, p_failed integer) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -92,9 +92,8 @@ begin
     'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed, 'image_count', v_job.image_count));
 end $$;
 
--- Tells the members of the workspace how far a job is, at most once per broadcast_interval. The last word is
--- always job-complete, so that nothing is lost by leaving one out. p_eta is the job's, where it was just computed. The
--- caller holds the job's lock.
+-- Broadcasts a job's progress to its workspace, at most once per broadcast_interval. A skipped message loses nothing, because
+-- job-complete always comes last. p_eta: the job's eta, if it was just computed. The caller holds the job's lock.
 create or replace function autotag.tell_progress(p_job_id uuid, p_eta timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -115,7 +114,7 @@ begin
   end if;
 end $$;
 
--- tagging_job: one upload as the UI shows it. `stages` holds the seven stages and how many images are in each.
+-- tagging_job: one upload as the UI shows it. `stages` maps each of the seven stages to its number of images.
 create or replace function autotag.describe_job(p_job_id uuid) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -129,7 +128,7 @@ begin
   from unnest(array['queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed']) s (stage)
   left join (
     select t.stage, count(*) as images from autotag.tasks t where t.job_id = v_job.id group by t.stage) c using (stage);
-  -- The sentence that stands for the most failures.
+  -- the most frequent error
   select t.error into v_error from autotag.tasks t
   where t.job_id = v_job.id and t.stage = 'failed' group by t.error order by count(*) desc, t.error limit 1;
   return jsonb_build_object(

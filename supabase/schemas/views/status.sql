@@ -17,6 +17,20 @@ begin
       'rate_headers', p_provider.has_rate_headers, 'keep_files', p_provider.keep_files));
 end $$;
 
+-- Why images have failed in the last day, the most frequent first.
+create or replace function autotag.recent_errors(p_most integer, p_now timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select coalesce(jsonb_agg(to_jsonb(x) order by x.images desc, x.code), '[]') from (
+      select t.error_code as code, min(t.error) as message, count(*) as images, max(t.finished_at) as last_at
+      from autotag.jobs j join autotag.tasks t on t.job_id = j.id
+      where (j.finished_at is null or j.finished_at > p_now - interval '1 day') and t.stage = 'failed'
+        and t.finished_at > p_now - interval '1 day'
+      group by t.error_code order by count(*) desc limit p_most) x);
+end $$;
+
 -- Everything that is going on, as one JSON object; lists are cut to p_most (200 at most). See the README for how it is shown.
 -- It names workspaces, uploads, batches and workers by their ids, and no image; who learns an id may do nothing with it.
 create or replace function autotag.status(p_most integer default 20) returns jsonb
@@ -64,13 +78,7 @@ begin
         'listening', w.listening, 'started_at', w.started_at, 'seen_at', w.seen_at, 'alive', w.lease_until > v_now,
         'in_hand', cardinality(autotag.held_tasks(w.id))) order by w.started_at), '[]')
       from autotag.workers w),
-    'errors', (
-      select coalesce(jsonb_agg(to_jsonb(x) order by x.images desc, x.code), '[]') from (
-        select t.error_code as code, min(t.error) as message, count(*) as images, max(t.finished_at) as last_at
-        from autotag.jobs j join autotag.tasks t on t.job_id = j.id
-        where (j.finished_at is null or j.finished_at > v_now - interval '1 day') and t.stage = 'failed'
-          and t.finished_at > v_now - interval '1 day'
-        group by t.error_code order by count(*) desc limit p_most) x),
+    'errors', autotag.recent_errors(p_most, v_now),
     'today', (
       select jsonb_build_object('images', coalesce(sum(u.images), 0), 'requests', coalesce(sum(u.requests), 0),
         'input_tokens', coalesce(sum(u.input_tokens), 0), 'output_tokens', coalesce(sum(u.output_tokens), 0),

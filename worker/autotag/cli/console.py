@@ -1,25 +1,23 @@
-"""What the commands share: settings, errors in one sentence, options, and output that shows text as text."""
+"""Output of the commands. Text from outside is printed as text, and an error is one line on stderr."""
 
 from __future__ import annotations
 
 import json
 import logging
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
 import typer
 from rich.text import Text
 
-from autotag.config import Settings, SettingsError, load_settings
 from autotag.redact import redact
 from autotag.texts import SHOWN, one_line, printable
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-LINE = 2000  # characters of a line at most
+MAX_LINE = 2000  # characters
 
 
 def say(line: str, *, err: bool = False) -> None:
-    """Prints one line, whatever stands in it."""
-    typer.echo(one_line(line[:LINE]), err=err)
+    """Prints one line. Line breaks and control characters in it are replaced."""
+    typer.echo(one_line(line[:MAX_LINE]), err=err)
 
 
 def say_json(value: Any) -> None:
@@ -28,35 +26,29 @@ def say_json(value: Any) -> None:
 
 
 def cell(text: object, style: str = "", length: int = SHOWN) -> Text:
-    """Text from outside as rich shows it: no markup, no control characters."""
+    """Text from outside for a rich table, without markup and control characters, at most ``length`` characters."""
     return Text(printable(text, length), style)
 
 
+def count(number: int, noun: str) -> str:
+    """A number with its noun: "1 image", "2,000 images"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def fail(message: str, code: int = 1) -> typer.Exit:
-    """Says what is wrong; raise what it returns."""
-    typer.secho(f"autotag: {printable(redact(message), LINE)}", err=True, fg=typer.colors.RED)
+    """Prints an error to stderr, without secrets, and returns the exception to raise."""
+    typer.secho(f"autotag: {printable(redact(message), MAX_LINE)}", err=True, fg=typer.colors.RED)
     return typer.Exit(code)
 
 
 class _OneLine(logging.Formatter):
-    """What libraries log (the Realtime client, psycopg's pool) contains what they received."""
+    """Makes one line of a log record: what libraries log may contain what they received."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(redact(super().format(record)), LINE)
+        return printable(redact(super().format(record)), MAX_LINE)
 
 
 def tame_libraries() -> None:
-    """Libraries' warnings, which Python prints to stderr as they are, become lines without control characters."""
+    """Removes secrets and control characters from the warnings that libraries log to stderr."""
     if logging.lastResort:
         logging.lastResort.setFormatter(_OneLine())
-
-
-S = TypeVar("S", bound=Settings)
-
-
-def read_settings(kind: type[S], changes: dict[str, Any]) -> S:
-    """The settings, or the sentence that says which is missing or wrong."""
-    try:
-        return load_settings(kind, **changes)
-    except SettingsError as error:
-        raise fail(str(error), 2) from None

@@ -1,4 +1,4 @@
-"""The system as an operator sees it in one terminal screen (``autotag status``)."""
+"""The tables of ``autotag status``: the whole system on one screen."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from autotag.cli.console import cell
-from autotag.cli.money import dollars, total
+from autotag.money import dollars, total
 from autotag.texts import printable_all
 
-#: Who has to work again before tagging goes on (``account_error_from``), as a reader knows it.
+#: Who refused (``account_error_from``), for a reader. Any other value means the AI provider.
 ORIGINS = {"storage": "Storage", "host": "the host of an image", "worker": "the worker"}
 
 
 def render(status: dict[str, Any]) -> RenderableType:
-    """Tables of what ``autotag.status`` returns. Its texts come from hosts, providers and users of the project."""
+    """What ``autotag.status`` returned, as tables.
+
+    Its texts come from hosts, providers and users of the project, so all of them are made printable.
+    """
     status = printable_all(status)
     now = datetime.fromisoformat(status["at"])
     parts: list[RenderableType] = [
@@ -50,10 +53,10 @@ def _headline(status: dict[str, Any]) -> RenderableType:
         ),
     ]  # fmt: skip
     if limits["account_error"]:
-        whose = ORIGINS.get(limits["account_error_from"], "the AI provider")
-        lines.append(Text(f"Tagging stands still, because of {whose}: {limits['account_error']}", "bold red"))
+        origin = ORIGINS.get(limits["account_error_from"], "the AI provider")
+        lines.append(Text(f"Tagging is paused because of {origin}: {limits['account_error']}", "bold red"))
     if limits["blocked_until"]:
-        lines.append(Text("The AI provider asked everybody to wait (429).", "yellow"))
+        lines.append(Text("The AI provider asked all workers to wait (429).", "yellow"))
     if not any(worker["alive"] for worker in status["workers"]):
         lines.append(Text("No worker is alive: start one with `autotag worker`.", "bold red"))
     return Group(*lines)
@@ -75,7 +78,7 @@ def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
 
 
 def _model(model: dict[str, Any], stopped: bool) -> RenderableType:
-    """The model, what an image of it takes, and what is special about it or its provider."""
+    """The model with its tokens and cost for an image, and what is special about it or its provider."""
     table = _table("model", "name", "effort", "tier", "tokens an image", "reserved", "cap", "1,000 images",
                    right=("tokens an image", "reserved", "cap", "1,000 images"))  # fmt: skip
     table.add_row(
@@ -90,16 +93,16 @@ def _model(model: dict[str, Any], stopped: bool) -> RenderableType:
     if model["shutdown"]:
         style = "bold red" if model["shutdown"]["level"] == "error" else "yellow"
         lines.append(Text(f" {model['shutdown']['message']}", style))
-    lacks = lacking(model["provider"])
-    if lacks:
-        lines.append(Text(f" the provider has {', '.join(lacks)}", "dim"))
+    missing = missing_features(model["provider"])
+    if missing:
+        lines.append(Text(f" the provider has {', '.join(missing)}", "dim"))
     return Group(*lines)
 
 
-def lacking(provider: dict[str, Any]) -> list[str]:
-    """What a provider does not have, as its answers have shown."""
+def missing_features(provider: dict[str, Any]) -> list[str]:
+    """What a provider does not have, according to its answers."""
     return [
-        what for what, missing in (
+        feature for feature, missing in (
             ("no Batch API", provider["batches"] is False),
             ("no rate-limit headers", provider["rate_headers"] is False),
             ("no expiring files", provider["keep_files"] is None and provider["batches"] is not False),
@@ -108,7 +111,7 @@ def lacking(provider: dict[str, Any]) -> list[str]:
 
 
 def _limits(limits: dict[str, Any]) -> Table:
-    table = _table("limits of the provider", "what", "full", "used", "of", right=("used", "of"))
+    table = _table("limits of the provider", "limit", "used up", "used", "of", right=("used", "of"))
     rows = [
         ("requests a minute", limits["requests_per_minute"], limits["requests_left"]),
         ("tokens a minute", limits["tokens_per_minute"], limits["tokens_left"]),
@@ -117,14 +120,16 @@ def _limits(limits: dict[str, Any]) -> Table:
     ]  # fmt: skip
     if limits["requests_per_day"] is not None:
         rows.insert(2, ("requests a day", limits["requests_per_day"], limits["requests_left_today"]))
-    for what, most, left in rows:
-        used = min(max(most - left, 0), most)
-        table.add_row(what, ProgressBar(most, used, width=20), f"{used:,.0f}", f"{most:,.0f}")
+    for name, limit, left in rows:
+        used = min(max(limit - left, 0), limit)
+        table.add_row(name, ProgressBar(limit, used, width=20), f"{used:,.0f}", f"{limit:,.0f}")
     return table
 
 
 def _workers(workers: list[dict[str, Any]], now: datetime) -> Table:
-    table = _table("workers", "worker", "host", "version", "in hand", "up", "seen", "", right=("in hand", "up", "seen"))
+    table = _table(
+        "workers", "worker", "host", "version", "images", "up", "heartbeat", "", right=("images", "up", "heartbeat")
+    )
     for worker in workers:
         note = "" if worker["listening"] else "[yellow]polls[/]"
         table.add_row(
@@ -173,19 +178,19 @@ def _errors(errors: list[dict[str, Any]], now: datetime) -> Table:
     return table
 
 
-def _ago(moment: str, now: datetime) -> str:
-    return duration((now - datetime.fromisoformat(moment)).total_seconds())
+def _ago(time: str, now: datetime) -> str:
+    return duration((now - datetime.fromisoformat(time)).total_seconds())
 
 
 def _left(eta: str | None, p90: str | None, now: datetime) -> str:
     if eta is None or p90 is None:
         return ""
-    left, most = (max(0.0, (datetime.fromisoformat(e) - now).total_seconds()) for e in (eta, p90))
-    return f"{duration(left)} ({duration(most)})"
+    median, slow = (max(0.0, (datetime.fromisoformat(e) - now).total_seconds()) for e in (eta, p90))
+    return f"{duration(median)} ({duration(slow)})"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 45 s, 12 min, 3 h 5 min, 2 days."""
+    """Seconds as text: 45 s, 12 min, 3 h 5 min, 2 days."""
     seconds = max(0.0, seconds)
     if seconds < 90:
         return f"{seconds:.0f} s"

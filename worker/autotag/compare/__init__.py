@@ -1,5 +1,5 @@
-"""``autotag compare``: another model asked about images that have their tags.
+"""Asks another model about images that have tags (``autotag compare``).
 
-`ask` asks under the database's limits, `figures` counts what the answers come to, `page` shows them picture by picture,
-and `command` is what an operator calls.
+`ask` makes the calls within the database's limits, `figures` summarises the answers, and `page` shows them picture by
+picture.
 """

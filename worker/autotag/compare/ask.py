@@ -1,17 +1,20 @@
 """Asks another model about a sample of tagged images.
 
-What to ask, when, how often and when to give up is the database's decision (the migration ``compare``); here the calls
-are made. Whatever was paid for is settled before anything ends: a reason to stop lets the calls in flight finish.
+The database decides what to ask, when, how often and when to give up (``supabase/schemas/models/compare.sql``); this
+module makes the calls. A comparison that stops early lets the calls in flight finish and settles them, because they are
+billed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
+from autotag.config import Settings
 from autotag.db import Image, Operator, Question, Refused
 from autotag.db.messages import Limits, Seen, TagResult
 from autotag.db.operator_messages import Admission, ComparisonReport, ModelQuestion
@@ -23,16 +26,25 @@ from autotag.openai.prompt import request_body
 from autotag.openai.provider import Provider
 from autotag.texts import clean_text
 
-HANDS = 8  # calls at the same time
-SHORTEST_WAIT = 0.05  # seconds between two questions whether there is room
+CONCURRENT_CALLS = 8
+MIN_WAIT = 0.05  # seconds between two requests for admission
 THUMBNAIL = 480  # pixels of a picture's longer side on the page
-MOST_TAGS = 1000  # of a stored image
-PIXELS = LARGEST_SIDE["high"] ** 2  # of a prepared picture, at most
+MAX_STORED_TAGS = 1000  # of one image
+MAX_PIXELS = LARGEST_SIDE["high"] ** 2  # of a prepared picture
+
+#: Gets the number of images that are done, and what the next one waits for (None: nothing).
+OnProgress = Callable[[int, str | None], None]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image of the host, and what is stored about it."""
+    """An image of the host, and what is stored about it.
+
+    Attributes:
+        asset_id: the row's id.
+        bucket, path, url: where the image is.
+        tags, caption, confidence, model: the stored answer. ``confidence`` maps a tag to a number from 0 to 1.
+    """
 
     asset_id: str
     bucket: str | None
@@ -45,74 +57,90 @@ class Sample:
 
     @property
     def image(self) -> Image:
-        """Where it is, as `Images.load` takes it."""
+        """Where the image is, as `Images.load` takes it."""
         return Image(0, self.asset_id, self.bucket, self.path, self.url)
 
     @property
     def normal_tags(self) -> list[str]:
-        """Its tags in the form that answers have theirs (`normalise_tags`), in the stored order, to be compared."""
-        return [tag for tag, _ in normalise_tags([(tag, None) for tag in self.tags], MOST_TAGS)]
+        """The stored tags in the form of an answer's tags (`normalise_tags`), in the stored order."""
+        return [tag for tag, _ in normalise_tags([(tag, None) for tag in self.tags], MAX_STORED_TAGS)]
 
 
 @dataclass
 class Outcome:
-    """What came of one image; with neither a result nor an error it was not asked about.
+    """The outcome for one image. With neither a result nor an error, no call was made.
 
-    result: as in `read_completion`. seconds: of each call that was answered. cost: dollars of all its calls (None: the
-    model has no price). cut_off: an answer about it was.
+    Attributes:
+        sample: the image.
+        result: the answer, as `read_completion` returns it.
+        error: why there is no answer.
+        seconds: duration of each call that was answered.
+        billed: number of answers with usage.
+        cost: dollars of all its calls; None: the model has no price.
+        cut_off: an answer was cut off.
+        thumbnail: the picture as a JPEG.
+        failures: number of transient errors.
+        cap: minimum cap of the next try, in output tokens.
+        sent: when the call in flight was sent (`time.monotonic`).
     """
 
     sample: Sample
     result: TagResult | None = None
     error: TaggingError | None = None
     seconds: list[float] = field(default_factory=list)
-    billed: int = 0  # answers with figures of usage
+    billed: int = 0
     cost: float | None = 0.0
     cut_off: bool = False
-    thumbnail: bytes | None = None  # a JPEG
+    thumbnail: bytes | None = None
     failures: int = 0
-    cap: int | None = None  # the least cap of the next try
-    sent: float = 0.0  # when the call under way was made (`time.monotonic`)
+    cap: int | None = None
+    sent: float = 0.0
 
 
 class Comparison:
-    """One run over a sample; `outcomes` grow while it lasts, and stay when it stops early."""
+    """One run over a sample.
+
+    Attributes:
+        question: what is asked; it changes when the provider refuses a parameter.
+        outcomes: one for each image of the sample, also when the run stops early.
+        stopped: why the run stopped early; None: it did not.
+    """
 
     def __init__(
         self, operator: Operator, provider: Provider, images: Images, workspace: str, question: ModelQuestion,
-        told: Callable[[int, str | None], None], *, thumbnails: bool,
+        on_progress: OnProgress, *, thumbnails: bool,
     ) -> None:  # fmt: skip
         """
         Args:
             operator: the database.
             provider: who is asked.
-            images: where pictures come from.
-            workspace: its id.
+            images: reads the pictures.
+            workspace: the workspace's id.
             question: what to ask (``autotag.question_for``).
-            told: hears how many images are done, and what the next one waits for (None: for nothing).
+            on_progress: called for every image that is done and every wait.
             thumbnails: keep the pictures.
         """
         self._operator = operator
         self._provider = provider
         self._images = images
         self._workspace = workspace
-        self._told = told
+        self._on_progress = on_progress
         self._thumbnails = thumbnails
-        self._gate = asyncio.Lock()
+        self._admission = asyncio.Lock()
         self._stop = asyncio.Event()
         self._done = 0
-        self._proven = False  # an answer was of use
+        self._proven = False  # one answer was usable
         self.question = question
         self.outcomes: list[Outcome] = []
-        self.stopped: str | None = None  # why it ended early
+        self.stopped: str | None = None
 
     def stop(self, reason: str) -> None:
-        """Begins nothing new; what is in flight is finished and settled."""
+        """Starts no further call. Calls in flight are finished and settled."""
         self.stopped = self.stopped or reason
         self._stop.set()
 
     async def run(self, sample: list[Sample]) -> None:
-        """Asks about every image, or until something stops it (`stopped` says what).
+        """Asks about every image, until all are done or `stop` is called.
 
         Raises:
             psycopg.Error: the database failed.
@@ -120,9 +148,9 @@ class Comparison:
         self.outcomes = [Outcome(one) for one in sample]
         waiting = iter(self.outcomes)
         try:
-            async with asyncio.TaskGroup() as hands:
-                for _ in range(min(HANDS, len(sample))):
-                    hands.create_task(self._work(waiting))
+            async with asyncio.TaskGroup() as callers:
+                for _ in range(min(CONCURRENT_CALLS, len(sample))):
+                    callers.create_task(self._work(waiting))
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
 
@@ -143,49 +171,51 @@ class Comparison:
                 "called": False, "failures": outcome.failures, "cut_off": outcome.cut_off,
                 "proven": self._proven,
             }  # fmt: skip
-            seen: Seen = {}
+            limits: Seen = {}
             outcome.error, outcome.sent = None, 0.0
             try:
                 jpeg = jpeg or await self._load(outcome)
-                admitted = await self._admitted(question, outcome.cap)
+                admitted = await self._admit(question, outcome.cap)
                 if admitted is None:
                     return
                 report |= {
                     "reserved": admitted["reserved"], "reserved_at": admitted["reserved_at"], "cap": admitted["cap"],
                 }  # fmt: skip
-                seen = cast("Seen", await self._call(question, jpeg, outcome, report))
+                limits = cast("Seen", await self._call(question, jpeg, outcome, report))
             except TaggingError as error:
-                outcome.error, seen = error, _limits(error, seen)
+                outcome.error, limits = error, _limits_of(error)
                 report["error"] = error.as_json()
-            if seen:
-                seen["age"] = time.monotonic() - outcome.sent
-            if await self._settle(question, outcome, report, seen):
+            if limits:
+                limits["age"] = time.monotonic() - outcome.sent
+            if await self._settle(question, outcome, report, limits):
                 return
 
     async def _load(self, outcome: Outcome) -> bytes:
         jpeg = await self._images.load(outcome.sample.image, LARGEST_SIDE[self.question["image_detail"]])
         if self._thumbnails:
-            outcome.thumbnail = await asyncio.to_thread(prepare, jpeg, THUMBNAIL, PIXELS)
+            outcome.thumbnail = await asyncio.to_thread(prepare, jpeg, THUMBNAIL, MAX_PIXELS)
         return jpeg
 
-    async def _admitted(self, question: ModelQuestion, cap: int | None) -> Admission | None:
-        """The place of one call under the limits; None: the comparison stops. One hand after the other asks, so that
-        the rest do not ask in vain."""
-        async with self._gate:
+    async def _admit(self, question: ModelQuestion, cap: int | None) -> Admission | None:
+        """Waits until the limits admit one call; None: the comparison stops.
+
+        Only one caller asks at a time, because the others would get the same refusal.
+        """
+        async with self._admission:
             while not self._stop.is_set():
                 answer = await self._operator.admit_comparison(self._workspace, question, cap)
                 if answer["admitted"]:
-                    self._told(self._done, None)
+                    self._on_progress(self._done, None)
                     return answer
-                self._told(self._done, answer.get("message") or answer["reason"])
+                self._on_progress(self._done, answer.get("message") or answer["reason"])
                 await self._pause(answer["wait"])
         return None
 
     async def _call(self, question: ModelQuestion, jpeg: bytes, outcome: Outcome, report: ComparisonReport) -> Limits:
-        """Fills the outcome; what the headers say.
+        """Makes one call, and fills ``outcome`` and ``report``; returns the provider's limits from the headers.
 
         Raises:
-            TaggingError: there is no answer, or one of no use.
+            TaggingError: there is no answer, or it is unusable.
         """
         asked = Question(version=0, **question)
         body = request_body(asked, data_url(jpeg), report["cap"])
@@ -201,9 +231,9 @@ class Comparison:
         self._proven = True
         return completion.limits
 
-    async def _settle(self, question: ModelQuestion, outcome: Outcome, report: ComparisonReport, seen: Seen) -> bool:
-        """Whether the image is done."""
-        step = await self._operator.settle_comparison(self._workspace, question, report, seen or None)
+    async def _settle(self, question: ModelQuestion, outcome: Outcome, report: ComparisonReport, limits: Seen) -> bool:
+        """Reports one call to the database; returns whether the image is done."""
+        step = await self._operator.settle_comparison(self._workspace, question, report, limits or None)
         if report.get("usage"):
             outcome.billed += 1
             outcome.cost = None if outcome.cost is None or step["cost"] is None else outcome.cost + step["cost"]
@@ -214,7 +244,7 @@ class Comparison:
             self.stop(clean_text(step["message"]))
         if step["next"] != "again":
             self._done += 1
-            self._told(self._done, None)
+            self._on_progress(self._done, None)
             return True
         self.question = step.get("question") or self.question
         outcome.cap = step.get("cap") or outcome.cap
@@ -222,17 +252,32 @@ class Comparison:
         return False
 
     async def _pause(self, seconds: float) -> None:
-        """So long, or until the comparison stops."""
+        """Waits for this time, or until the comparison stops."""
         try:
-            async with asyncio.timeout(max(seconds, SHORTEST_WAIT)):
+            async with asyncio.timeout(max(seconds, MIN_WAIT)):
                 await self._stop.wait()
         except TimeoutError:
             return
 
 
-def _limits(error: TaggingError, seen: Seen) -> Seen:
-    """What an error's headers say of the provider's bucket."""
-    seen = {**seen, **error.limits}
+@asynccontextmanager
+async def open_comparison(
+    operator: Operator, settings: Settings, workspace: str, question: ModelQuestion, on_progress: OnProgress, *,
+    thumbnails: bool,
+) -> AsyncIterator[Comparison]:  # fmt: skip
+    """A comparison with the provider of the settings; the other arguments are those of `Comparison`."""
+    images = Images(
+        supabase_url=settings.supabase_url, supabase_key=settings.secret_key(), hosts=settings.image_hosts,
+        max_bytes=settings.image_max_bytes, max_pixels=settings.image_max_pixels,
+    )  # fmt: skip
+    key = settings.openai_api_key.get_secret_value()
+    async with Provider(key, settings.openai_base_url, settings.call_timeout) as provider, images:
+        yield Comparison(operator, provider, images, workspace, question, on_progress, thumbnails=thumbnails)
+
+
+def _limits_of(error: TaggingError) -> Seen:
+    """The provider's limits from the headers of an error."""
+    limits = cast("Seen", dict(error.limits))
     if error.kind == "rate_limit" and error.origin == "provider":
-        seen["retry_after"] = error.retry_after
-    return seen
+        limits["retry_after"] = error.retry_after
+    return limits

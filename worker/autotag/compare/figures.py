@@ -1,31 +1,31 @@
-"""What the answers of a comparison come to."""
+"""Summarises the answers of a comparison, and writes the figures as text."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
-from autotag.cli.console import cell
-from autotag.cli.money import dollars
 from autotag.compare.ask import Outcome
 from autotag.db.operator_messages import ComparisonPreview, ModelQuestion
+from autotag.money import dollars
 
-MOST_SHOWN = 10  # of the tags that were added or are missing most often
-LEARNED = 10  # answers that an estimate needs (``autotag.estimate_tokens``)
-PER = 1000  # images that costs are given for
+MAX_SHOWN_TAGS = 10  # of the tags that were added or are missing most often
+MIN_ANSWERS = 10  # that an estimate needs (``autotag.estimate_tokens``)
+PER = 1000  # images that a cost is given for
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The tags of one image: what both have and what only the stored ones have, in the order in which they were stored,
-    and what only the new answer has, in its order."""
+    """The tags of one image.
+
+    Attributes:
+        both: tags that are stored and in the new answer, in the stored order.
+        missing: tags that are only stored, in the stored order.
+        added: tags that are only in the new answer, in its order.
+    """
 
     both: list[str]
     missing: list[str]
@@ -33,12 +33,12 @@ class Difference:
 
     @property
     def jaccard(self) -> float:
-        """What both have as a share of what either has."""
+        """The tags that both have, as a share (0 to 1) of the tags that either has."""
         return len(self.both) / max(1, len(self.both) + len(self.missing) + len(self.added))
 
 
 def compare_tags(outcome: Outcome) -> Difference | None:
-    """None where there is no new answer."""
+    """The difference between the stored and the new tags; None: there is no new answer."""
     if outcome.result is None:
         return None
     stored, new = outcome.sample.normal_tags, outcome.result["tags"]
@@ -49,7 +49,7 @@ def compare_tags(outcome: Outcome) -> Difference | None:
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
-    """The smallest value that so large a share does not exceed (nearest rank); None without any."""
+    """The smallest value that at least this share (0 to 1) of the values does not exceed; None: there is no value."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
 
@@ -57,11 +57,18 @@ def percentile(values: Sequence[float], share: float) -> float | None:
 def summarise(
     outcomes: Sequence[Outcome], preview: ComparisonPreview, question: ModelQuestion, stopped: str | None
 ) -> dict[str, Any]:
-    """All figures as one JSON object: see docs/models.md."""
+    """All figures as one JSON object (docs/models.md).
+
+    Args:
+        outcomes: of `Comparison`.
+        preview: what ``autotag.preview_comparison`` returned.
+        question: what was asked in the end.
+        stopped: why the comparison ended early; None: it did not.
+    """
     differences = [difference for one in outcomes if (difference := compare_tags(one))]
     seconds = [second for one in outcomes for second in one.seconds]
     costs = [one.cost for one in outcomes if one.billed]
-    # Without a single bill a cost of zero would be a claim.
+    # Without a billed call the cost is unknown, not zero.
     cost = sum(one for one in costs if one is not None) if costs and None not in costs else None
     stored = sum(len(d.both) + len(d.missing) for d in differences)
     failures = Counter((one.error.code, one.error.message) for one in outcomes if one.error and one.result is None)
@@ -89,7 +96,7 @@ def summarise(
 
 
 def describe(outcome: Outcome) -> dict[str, Any]:
-    """One image as JSON."""
+    """One image as a JSON object."""
     sample, difference = outcome.sample, compare_tags(outcome)
     answer = {name: outcome.result[name] for name in ("tags", "confidence", "caption")} if outcome.result else None
     error = outcome.error if outcome.result is None else None
@@ -106,38 +113,41 @@ def describe(outcome: Outcome) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _frequent(tags: Any) -> list[dict[str, Any]]:
-    return [{"tag": tag, "images": images} for tag, images in Counter(tags).most_common(MOST_SHOWN)]
+def _frequent(tags: Iterable[str]) -> list[dict[str, Any]]:
+    return [{"tag": tag, "images": images} for tag, images in Counter(tags).most_common(MAX_SHOWN_TAGS)]
 
 
-# -- in words, for the terminal and the page
+# -- as text, for the terminal and the page
 
 
 def price(amount: float | None) -> str:
+    """Dollars; None: unknown."""
     return "unknown" if amount is None else dollars(amount)
 
 
 def share(value: float | None) -> str:
+    """A share (0 to 1) in percent; None: there is none."""
     return "–" if value is None else f"{100 * value:.0f} %"
 
 
 def latency(seconds: float | None) -> str:
+    """Seconds; None: there are none."""
     return "–" if seconds is None else f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def model_name(model: str, effort: str | None) -> str:
-    """A model and how much it is asked to think."""
+    """A model with its reasoning effort, if it has one."""
     return f"{model} (effort {effort})" if effort else model
 
 
 def basis(figures: Mapping[str, Any]) -> str:
-    """What the cost of the model in use rests on: below `LEARNED` answers autotag guesses."""
+    """What the cost of the model in use is based on. With fewer than `MIN_ANSWERS` answers it is a guess."""
     answers = figures["current_answers"]
-    return f"from {answers:,} answers" if answers >= LEARNED else "a first guess"
+    return f"from {answers:,} answers" if answers >= MIN_ANSWERS else "a first guess"
 
 
 def lines(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The figures of both models: what, of the new one, of the one in use ('': there is none)."""
+    """The figures of both models: name, value of the new model, value of the model in use (empty: unknown)."""
     current = figures["current_cost_per_1000"]
     return [
         ("cost of 1,000 images", price(figures["cost_per_1000"]),
@@ -149,37 +159,3 @@ def lines(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("tags that agree (mean Jaccard)", share(figures["agreement"]["jaccard"]), ""),
         ("stored tags that it gives too", share(figures["agreement"]["kept"]), ""),
     ]  # fmt: skip
-
-
-def render(figures: dict[str, Any]) -> RenderableType:
-    """The figures for a terminal."""
-    new = model_name(figures["model"], figures["reasoning_effort"])
-    old = model_name(figures["current_model"], figures["current_reasoning_effort"])
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bold")
-    for column in (cell(""), cell(new), cell(old)):
-        table.add_column(column)
-    for line in lines(figures):
-        table.add_row(*map(cell, line))
-    parts: list[RenderableType] = [table]
-    for failure in figures["failures"]:
-        parts.append(cell(f"{failure['images']} × {failure['code']}: {failure['message']}", "yellow"))
-    if figures["added"] or figures["missing"]:
-        parts += [Text(), _tags(figures)]
-    if figures["shutdown_date"]:
-        parts += [Text(), cell(f"{figures['model']} shuts down on {figures['shutdown_date']}.", "yellow")]
-    return Group(*parts)
-
-
-def _tags(figures: dict[str, Any]) -> Table:
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bold")
-    for column in ("only the new answers have", "only the stored tags have"):
-        table.add_column(column)
-        table.add_column("images", justify="right")
-    added, missing = figures["added"], figures["missing"]
-    for place in range(max(len(added), len(missing))):
-        row: list[Text] = []
-        for listed in (added, missing):
-            there = place < len(listed)
-            row += [cell(listed[place]["tag"] if there else ""), cell(listed[place]["images"] if there else "")]
-        table.add_row(*row)
-    return table

@@ -1,7 +1,7 @@
-"""The page of a comparison: one HTML file with every picture and both answers, without a script and without a request.
+"""The page of a comparison: one HTML file with every picture and both answers. It has no scripts and loads nothing.
 
-Tags and captions are other people's words: all text goes through `text`, and the page forbids itself everything but its
-own style and inline pictures.
+Tags and captions come from outside. So `text` escapes all of them, and the page's Content-Security-Policy allows only
+inline styles and pictures.
 """
 
 from __future__ import annotations
@@ -66,7 +66,12 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def make_page(figures: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
-    """The page; ``figures`` as `figures.summarise` gives them. What differs most comes first, behind what failed."""
+    """The page as HTML. Images without an answer come first, then those whose tags differ most.
+
+    Args:
+        figures: what `figures.summarise` returned.
+        outcomes: of `Comparison`.
+    """
     title = f"{figures['model']} beside what {_stored_by(figures)} gave"
     cards = [_card(one, figures) for one in sorted(outcomes, key=_agreement) if one.result or one.error]
     return (
@@ -81,12 +86,12 @@ def make_page(figures: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
 
 
 def text(value: object) -> str:
-    """Anybody's words as HTML shows them."""
+    """Text from outside, escaped for HTML."""
     return html.escape(str(value), quote=True)
 
 
 def _stored_by(figures: Mapping[str, Any]) -> str:
-    """Who gave the tags that are stored."""
+    """The models that gave the stored tags."""
     names = [name for name in figures["stored_models"] if name != "unknown"]
     if not names:
         return "is stored"
@@ -117,15 +122,17 @@ def _tiles(figures: Mapping[str, Any]) -> str:
         (latency(seconds["p50"]), f"for an answer; 95 % within {latency(seconds['p95'])}"),
         (figures["failed"], f"images without an answer; {figures['cut_off']} cut off"),
     ]
-    inside = "".join(f'<div class="tile"><b>{text(value)}</b><span>{text(what)}</span></div>' for value, what in tiles)
+    inside = "".join(
+        f'<div class="tile"><b>{text(value)}</b><span>{text(label)}</span></div>' for value, label in tiles
+    )
     return f'<div class="tiles">{inside}</div>'
 
 
 def _warnings(figures: Mapping[str, Any]) -> str:
-    said = [f"{figures['model']} shuts down on {figures['shutdown_date']}."] if figures["shutdown_date"] else []
-    said += [f"The comparison ended early: {figures['stopped']}"] if figures["stopped"] else []
-    said += [f"{failure['images']} × {failure['code']}: {failure['message']}" for failure in figures["failures"]]
-    return "".join(f'<p class="warn">{text(sentence)}</p>' for sentence in said)
+    warnings = [f"{figures['model']} shuts down on {figures['shutdown_date']}."] if figures["shutdown_date"] else []
+    warnings += [f"The comparison ended early: {figures['stopped']}"] if figures["stopped"] else []
+    warnings += [f"{failure['images']} × {failure['code']}: {failure['message']}" for failure in figures["failures"]]
+    return "".join(f'<p class="warn">{text(sentence)}</p>' for sentence in warnings)
 
 
 def _tables(figures: Mapping[str, Any]) -> str:
@@ -155,11 +162,11 @@ def _card(outcome: Outcome, figures: Mapping[str, Any]) -> str:
         if outcome.thumbnail
         else '<div class="none">no picture</div>'
     )
-    about = [share(difference.jaccard) + " the same" if difference else "no answer"]
-    about += [latency(outcome.seconds[-1])] if outcome.seconds else []
-    about += ["cut off once"] if outcome.cut_off and outcome.result else []
+    notes = [share(difference.jaccard) + " the same" if difference else "no answer"]
+    notes += [latency(outcome.seconds[-1])] if outcome.seconds else []
+    notes += ["cut off once"] if outcome.cut_off and outcome.result else []
     return (
-        f'<article class="card"><figure>{picture}<figcaption>{text(" · ".join(about))}<br>{text(sample.asset_id)}'
+        f'<article class="card"><figure>{picture}<figcaption>{text(" · ".join(notes))}<br>{text(sample.asset_id)}'
         f"</figcaption></figure>\n{_stored(outcome, difference)}\n{_new(outcome, difference, figures)}</article>\n"
     )
 
@@ -182,16 +189,16 @@ def _new(outcome: Outcome, difference: Difference | None, figures: Mapping[str, 
 
 
 def _answer(title: str, caption: str | None, inside: str) -> str:
-    said = f'<p class="caption" dir="auto">{text(caption)}</p>' if caption else ""
-    return f"<section><h3>{text(title)}</h3>{said}{inside}</section>"
+    shown = f'<p class="caption" dir="auto">{text(caption)}</p>' if caption else ""
+    return f"<section><h3>{text(title)}</h3>{shown}{inside}</section>"
 
 
 def _chips(tags: Iterable[str], confidence: object, marked: Mapping[str, str]) -> str:
-    """Tags with how sure the model was; the host's column may hold anything."""
-    known = confidence if isinstance(confidence, dict) else {}
+    """Tags with their confidence in percent. The host's column can hold any JSON, so only numbers from 0 to 1 count."""
+    by_tag = confidence if isinstance(confidence, dict) else {}
     chips = []
     for tag in tags:
-        sure = known.get(tag)
-        number = f"<small>{100 * sure:.0f}</small>" if isinstance(sure, (int, float)) and 0 <= sure <= 1 else ""
+        value = by_tag.get(tag)
+        number = f"<small>{100 * value:.0f}</small>" if isinstance(value, (int, float)) and 0 <= value <= 1 else ""
         chips.append(f'<li class="{marked.get(tag, "")}"><bdi>{text(tag)}</bdi>{number}</li>')
     return f"<ul>{''.join(chips)}</ul>"

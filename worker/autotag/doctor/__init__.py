@@ -1,1 +1,4 @@
-"""``autotag doctor``: checks every part of an installation."""
+"""The checks of ``autotag doctor``.
+
+`examine` runs all of them, `provider` those of the AI provider, and `findings` has their results.
+"""

@@ -1,6 +1,7 @@
-"""``autotag doctor``: looks at every part of an installation, and says what mends what it finds.
+"""Checks every part of an installation from outside, and names a fix for what is wrong (``autotag doctor``).
 
-What the database can tell of itself it tells (``autotag.diagnose``); here is what has to be tried from outside.
+``autotag.diagnose`` checks what the database can see of itself. This module tries what only a client can try: the
+connection, notifications, a broadcast, Storage and the AI provider.
 """
 
 from __future__ import annotations
@@ -15,55 +16,58 @@ from realtime import AsyncRealtimeClient, BroadcastPayload, RealtimeSubscribeSta
 
 import autotag
 from autotag import db
-from autotag.cli.follow import read_payload
 from autotag.config import DoctorSettings, webhook_trouble
 from autotag.doctor import provider
 from autotag.doctor.findings import Finding, compare_clocks
 from autotag.errors import TaggingError
 from autotag.images.storage import Storage
+from autotag.operate.follow import read_payload
 from autotag.redact import said
 
 CONNECT_TIMEOUT = 10  # seconds
-BROADCAST_TIMEOUT = 10.0  # seconds; the first join after a quiet time can take a second
+BROADCAST_TIMEOUT = 10.0  # seconds; the first join after a quiet period can take a second
+APPLY_MIGRATIONS = "supabase db push   (or: autotag migrate)"
 STORAGE_FIXES = {
     "storage_refused": "Set SUPABASE_SECRET_KEY to the project's secret key (Project Settings, API Keys).",
     "no_storage": "Set SUPABASE_URL to the project's URL (https://<ref>.supabase.co).",
     "storage_no_bucket": "Set SUPABASE_URL to the project of this database, or create the bucket.",
-    "storage_error": "Check SUPABASE_URL and whether the project is paused, then run the doctor again.",
+    "storage_error": "Check SUPABASE_URL and whether the project is paused, then run autotag doctor again.",
 }
 
 
 async def examine(settings: DoctorSettings) -> list[Finding]:
-    """All findings, in the order a reader wants them; never raises for what it finds."""
+    """Runs all checks, and returns their findings in the order to show them. Failed checks are findings, too."""
     findings = []
     try:
-        owner = await db.Operator.connect(str(settings.database_url), CONNECT_TIMEOUT)
+        connection = await db.Operator.connect(str(settings.database_url), CONNECT_TIMEOUT)
     except psycopg.OperationalError as error:
-        reason = said(error)
         return [
-            Finding("connection", "error", f"The database cannot be reached: {reason}", "Correct DATABASE_URL."),
+            Finding(
+                "connection", "error", f"The database cannot be reached: {said(error)}",
+                "Correct DATABASE_URL, or check the network.",
+            ),
             await provider.check(settings, None),
-        ]
-    async with owner as database:
+        ]  # fmt: skip
+    async with connection as database:
         findings.append(Finding("connection", "ok", f"Postgres {database.server_version} answers."))
         findings.append(await _pooler(settings))
         version = await _version(database)
         findings.append(version)
-        told: db.Diagnosis | None = None
+        diagnosis: db.Diagnosis | None = None
         if version.level != "error":
             try:
-                told = await database.diagnose()
+                diagnosis = await database.diagnose()
             except psycopg.errors.InsufficientPrivilege:
                 findings.append(
                     Finding("roles", "error", "The login may not call autotag's worker functions.",
                             f"grant autotag_worker to {settings.database_url.hosts()[0]['username'] or 'tagger'};")
                 )  # fmt: skip
-        if told:
-            findings += [Finding(**finding) for finding in told["findings"]]
-            findings.append(compare_clocks("clock skew", "the database", told["now"]))
+        if diagnosis:
+            findings += [Finding(**finding) for finding in diagnosis["findings"]]
+            findings.append(compare_clocks("clock skew", "the database", diagnosis["now"]))
             findings.append(await _broadcast(settings, database))
-            findings.append(await _storage(settings, told["sample"]))
-        findings.append(await provider.check(settings, await _model(database, told)))
+            findings.append(await _storage(settings, diagnosis["sample"]))
+        findings.append(await provider.check(settings, await _model(database, diagnosis)))
         findings.append(_webhook(settings))
     return findings
 
@@ -78,67 +82,67 @@ async def _pooler(settings: DoctorSettings) -> Finding:
 
 
 async def _version(database: db.Operator) -> Finding:
-    apply = "supabase db push   (or: autotag migrate)"
     try:
         version = await database.schema_version()
     except (psycopg.errors.InvalidSchemaName, psycopg.errors.UndefinedFunction):
-        return Finding("schema", "error", "autotag's schema is not (completely) in this database.", apply)
+        return Finding("schema", "error", "autotag's schema is not (completely) in this database.", APPLY_MIGRATIONS)
     except psycopg.errors.InsufficientPrivilege:
         return Finding("schema", "error", "The login may not use autotag's schema.", "grant autotag_worker to <login>;")
     if version != autotag.__version__:
         return Finding(
-            "schema", "warning", f"The schema is of version {version}, this is {autotag.__version__}.", apply
-        )
+            "schema", "warning", f"The schema is of version {version}, this command of {autotag.__version__}.",
+            APPLY_MIGRATIONS,
+        )  # fmt: skip
     return Finding("schema", "ok", f"Version {version}, the same as here.")
 
 
-async def _model(database: db.Operator, told: db.Diagnosis | None) -> db.ModelStatus | None:
-    """What the database knows of the model that the settings name (``model`` of ``autotag.status``); None: nothing."""
-    if not told:
+async def _model(database: db.Operator, diagnosis: db.Diagnosis | None) -> db.ModelStatus | None:
+    """The model that the settings name, as the database knows it (``model`` of ``autotag.status``); None: unknown."""
+    if not diagnosis:
         return None
     try:
-        known: db.ModelStatus = (await database.status())["model"]
-    except psycopg.Error:  # whatever is wrong there, diagnose() has told of it
+        model: db.ModelStatus = (await database.status())["model"]
+    except psycopg.Error:  # diagnose() has already reported what is wrong
         return None
-    # The settings may have changed since a worker last asked.
-    proven = known["proven"] and known["name"] == told["model"]
-    return {**known, "name": told["model"], "proven": proven}
+    # Workers may not have asked since the settings changed.
+    proven = model["proven"] and model["name"] == diagnosis["model"]
+    return {**model, "name": diagnosis["model"], "proven": proven}
 
 
 async def _broadcast(settings: DoctorSettings, database: db.Operator) -> Finding:
-    """A message through the database that really arrives at a Realtime client."""
+    """Sends a broadcast from the database, and waits for it as a Realtime client."""
     check, key = "broadcast", settings.secret_key()
     if not settings.supabase_url or not key:
         return Finding(check, "warning", "Not tried: SUPABASE_URL and SUPABASE_SECRET_KEY are not set.", "Set both.")
     client = AsyncRealtimeClient(f"{settings.supabase_url}/realtime/v1", key, auto_reconnect=False)
     nonce, arrived, joined = str(uuid.uuid4()), asyncio.Event(), asyncio.Event()
 
-    def hear(message: BroadcastPayload) -> None:
+    def on_message(message: BroadcastPayload) -> None:
         if read_payload(message).get("nonce") == nonce:
             arrived.set()
 
-    def note(state: RealtimeSubscribeStates, error: Exception | None = None) -> None:
+    def on_state(state: RealtimeSubscribeStates, error: Exception | None = None) -> None:
         if state == RealtimeSubscribeStates.SUBSCRIBED:
             joined.set()
 
     try:
         async with asyncio.timeout(BROADCAST_TIMEOUT):
             await client.connect()
-            channel = client.channel("autotag-doctor").on_broadcast("probe", hear)
-            await channel.subscribe(note)
+            channel = client.channel("autotag-doctor").on_broadcast("probe", on_message)
+            await channel.subscribe(on_state)
             await joined.wait()
             started = time.monotonic()
             await database.send_probe(nonce)
             await arrived.wait()
             took = time.monotonic() - started
     except TimeoutError:
-        what = "did not arrive" if joined.is_set() else "was not tried, because the channel could not be joined"
+        problem = "did not arrive" if joined.is_set() else "was not tried, because the channel could not be joined"
         return Finding(
-            check, "error", f"A broadcast from the database {what} within {BROADCAST_TIMEOUT:g} s.",
+            check, "error", f"A broadcast from the database {problem} within {BROADCAST_TIMEOUT:g} s.",
             "Enable Realtime for the project and allow public channels (Realtime settings in the dashboard).",
         )  # fmt: skip
     except Exception as error:  # noqa: BLE001
-        # The client raises whatever its websocket library does; here any of it is the finding.
+        # The client passes on every exception of its websocket library; each of them is the finding.
         return Finding(
             check, "error", f"Realtime cannot be reached: {type(error).__name__}.",
             "Check SUPABASE_URL and SUPABASE_SECRET_KEY.",
@@ -150,11 +154,11 @@ async def _broadcast(settings: DoctorSettings, database: db.Operator) -> Finding
 
 
 async def _storage(settings: DoctorSettings, sample: db.StoredFile | None) -> Finding:
-    """The key reads Storage; and the newest image, if it lies there."""
+    """Whether the key reads Storage, and the newest image (``sample``, with ``bucket`` and ``path``) if it is there."""
     check, key = "storage", settings.secret_key()
     if not settings.supabase_url or not key:
         return Finding(
-            check, "warning", "Images in Storage are out of reach: SUPABASE_URL and SUPABASE_SECRET_KEY are not set.",
+            check, "warning", "Images in Storage cannot be read: SUPABASE_URL and SUPABASE_SECRET_KEY are not set.",
             "Set both (not needed when all images have URLs).",
         )  # fmt: skip
     try:
@@ -171,30 +175,31 @@ async def _storage(settings: DoctorSettings, sample: db.StoredFile | None) -> Fi
 
 
 def _unreadable_sample(error: TaggingError, sample: db.StoredFile, buckets: frozenset[str]) -> Finding:
-    """The key works, and the newest image cannot be read: its bucket, or this one file."""
+    """The key works, but the newest image cannot be read, because of its bucket or of this one file."""
     check, bucket = "storage", sample["bucket"]
     if bucket not in buckets:
         names = ", ".join(sorted(buckets)) or "none"
         return Finding(
             check, "error",
             f"The key works, but the newest image names the bucket {bucket}, which does not exist (buckets: {names}).",
-            f"Correct autotag.describe_assets, which names the bucket {bucket}, or create it.",
+            f"Correct the bucket in the function autotag.describe_assets, or create the bucket {bucket}.",
         )  # fmt: skip
     return Finding(
         check, "warning",
-        f"The key works, the bucket {bucket} is there, but not its newest image ({sample['path']}): {error.message}",
-        "Upload it again. If this holds for all images, correct the path in autotag.describe_assets.",
+        f"The key works and the bucket {bucket} exists, but the newest image ({sample['path']}) cannot be read:"
+        f" {error.message}",
+        "Upload the image again. If all images fail, correct the path in the function autotag.describe_assets.",
     )  # fmt: skip
 
 
 def _webhook(settings: DoctorSettings) -> Finding:
     check = "webhook"
-    trouble = webhook_trouble(settings)
-    if trouble:
+    problem = webhook_trouble(settings)
+    if problem:
         return Finding(
-            check, "error", f"The worker will not start: {trouble}.",
+            check, "error", f"The worker will not start: {problem}.",
             "OPENAI_WEBHOOK_SECRET=whsec_… autotag worker --webhook 0.0.0.0:8081   "
-            "(or neither, and deploy the edge function openai-webhook)",
+            "(or set neither, and deploy the edge function openai-webhook)",
         )  # fmt: skip
     if settings.openai_webhook_secret is None:
         return Finding(check, "ok", "No OPENAI_WEBHOOK_SECRET: the end of a batch is noticed within a minute.")

@@ -1,4 +1,4 @@
-"""What the checks of ``autotag doctor`` come to."""
+"""The findings of ``autotag doctor``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from typing import Literal
 Level = Literal["ok", "warning", "error"]
 LEVELS: tuple[Level, ...] = ("ok", "warning", "error")
 
-SKEW_WARNING = 5.0  # seconds
-SKEW_ERROR = 240.0  # seconds; OpenAI's webhooks are refused when they look older than 300
+MAX_SKEW_OK = 5.0  # seconds
+MAX_SKEW_WARNING = 240.0  # seconds; a webhook whose time differs by more than 300 is refused
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check came to; ``fix`` is a command or a sentence, None when all is well."""
+    """The result of one check.
+
+    Attributes:
+        check: the name of the check.
+        level: ok, warning or error.
+        message: one sentence.
+        fix: a command or a sentence; None: the level is ok.
+    """
 
     check: str
     level: Level
@@ -28,13 +35,19 @@ def worst_level(findings: list[Finding]) -> Level:
     return max((finding.level for finding in findings), key=LEVELS.index, default="ok")
 
 
-def compare_clocks(check: str, whose: str, their_time: float) -> Finding:
-    """Whether this machine's clock agrees with another's; ``their_time`` in epoch seconds."""
-    skew = time.time() - their_time
-    if abs(skew) < SKEW_WARNING:
-        return Finding(check, "ok", f"This machine's clock agrees with {whose}'s.")
-    level: Level = "error" if abs(skew) > SKEW_ERROR else "warning"
-    ahead = "ahead of" if skew > 0 else "behind"
+def compare_clocks(check: str, other: str, other_time: float) -> Finding:
+    """Whether this machine's clock agrees with another one.
+
+    Args:
+        check: the name of the check.
+        other: whose clock it is, for the message.
+        other_time: what that clock shows, in epoch seconds.
+    """
+    skew = time.time() - other_time
+    if abs(skew) < MAX_SKEW_OK:
+        return Finding(check, "ok", f"This machine's clock agrees with {other}'s.")
+    level: Level = "error" if abs(skew) > MAX_SKEW_WARNING else "warning"
+    direction = "ahead of" if skew > 0 else "behind"
     return Finding(
-        check, level, f"This machine's clock is {abs(skew):.0f} s {ahead} {whose}'s.", "timedatectl set-ntp on"
+        check, level, f"This machine's clock is {abs(skew):.0f} s {direction} {other}'s.", "timedatectl set-ntp on"
     )

@@ -1,7 +1,7 @@
-"""What ``autotag doctor`` tries of the AI provider: its address, the key and the model.
+"""Checks the AI provider for ``autotag doctor``: its address, the key and the model.
 
-Nothing here costs anything: it asks for the model and for the list of models. Some providers have neither, and some do
-not list what they answer to (Azure's deployments); there, calls that have worked say more.
+The checks cost nothing: they ask for the model and for the list of models. Some providers have neither endpoint, and
+some do not list every model that they serve (Azure's deployments). Calls that have worked prove more there.
 """
 
 from __future__ import annotations
@@ -15,42 +15,42 @@ from autotag.openai.provider import Provider
 
 CHECK = "api"
 TIMEOUT = 10.0  # seconds
-LISTED = 8  # models that a provider has at most for a finding to name them
-UNKNOWN_MODEL = (400, 403, 404)  # what providers answer that do not know a model, or do not tell
+UNKNOWN_MODEL = (400, 403, 404)  # HTTP status that a provider may answer where it does not know a model
+MAX_LISTED = 8  # models; a longer list is not printed
 KEY_CODES = frozenset({"wrong_key", "invalid_api_key"})
 
 
-async def check(settings: DoctorSettings, known: ModelStatus | None) -> Finding:
-    """Whether the provider answers, takes the key and knows the model.
+async def check(settings: DoctorSettings, model: ModelStatus | None) -> Finding:
+    """Whether the provider answers, accepts the key and knows the model.
 
     Args:
-        settings: with its address and key.
-        known: the model as the database knows it (``model`` of ``autotag.status``); None: nothing is known.
+        settings: with the provider's URL and key.
+        model: the model as the database knows it (``model`` of ``autotag.status``); None: unknown.
     """
     if settings.openai_api_key is None:
         return Finding(CHECK, "error", "OPENAI_API_KEY is not set.",
-                       "export OPENAI_API_KEY=…   (any word for a server that has no keys)")  # fmt: skip
+                       "export OPENAI_API_KEY=…   (any word, for a server without keys)")  # fmt: skip
     key, url = settings.openai_api_key.get_secret_value(), settings.openai_base_url
-    # Calls have worked with this model, at this address.
-    works = bool(known and known["proven"] and known["provider"]["base_url"] == url)
+    # Calls to this model have worked at this address.
+    works = bool(model and model["proven"] and model["provider"]["base_url"] == url)
     async with Provider(key, url, TIMEOUT) as provider:
         try:
-            if known is None:
+            if model is None:
                 return _answered((await provider.list_models()).date, "The key is valid.")
-            return await _ask(provider, known, works)
+            return await _ask(provider, model, works)
         except TaggingError as error:
             return _refused(error, url, works)
 
 
-async def _ask(provider: Provider, known: ModelStatus, works: bool) -> Finding:
-    """Asks for the model; where that says nothing, for the list of models.
+async def _ask(provider: Provider, model: ModelStatus, works: bool) -> Finding:
+    """Asks for the model, and for the list of models if the provider refuses that.
 
     Raises:
-        TaggingError: the list was refused too, or the model for another reason than that it is not known.
+        TaggingError: the list was refused too, or the provider failed for a reason that a list does not explain.
     """
-    name = known["name"]
+    name = model["name"]
     try:
-        model = await provider.retrieve_model(name)
+        described = await provider.retrieve_model(name)
     except TaggingError as error:
         if error.status not in UNKNOWN_MODEL:
             raise
@@ -59,16 +59,16 @@ async def _ask(provider: Provider, known: ModelStatus, works: bool) -> Finding:
             return _answered(listed.date, f"The key is valid, and {name} is known.")
         if works:
             return Finding(CHECK, "ok", f"The provider does not list {name}, but calls to it work.")
-        return _unknown(known, listed.names, f"{provider.base_url}models")
-    if model is None:
-        return Finding(CHECK, "error", f"What answers at {provider.base_url} is no such API.", _address_fix())
-    ends = model.shutdown_date
+        return _unknown(model, listed.names, f"{provider.base_url}models")
+    if described is None:
+        return Finding(CHECK, "error", f"No OpenAI-compatible API answers at {provider.base_url}.", _address_fix())
+    ends = described.shutdown_date
     end = f" and shuts down on {ends}" if ends and len(ends) == len("2027-01-14") else ""
-    return _answered(model.date, f"The key is valid, and {name} is known{end}.")
+    return _answered(described.date, f"The key is valid, and {name} is known{end}.")
 
 
 def _answered(date: float | None, message: str) -> Finding:
-    """All is well, unless the clocks differ. date: when the provider answered, by its own clock (epoch seconds)."""
+    """The provider answered: ok, unless the clocks differ. date: epoch seconds, by the provider's clock."""
     if date is not None:
         skew = compare_clocks(CHECK, "the provider", date)
         if skew.level != "ok":
@@ -76,38 +76,38 @@ def _answered(date: float | None, message: str) -> Finding:
     return Finding(CHECK, "ok", message)
 
 
-def _unknown(known: ModelStatus, names: list[str], url: str) -> Finding:
+def _unknown(model: ModelStatus, names: list[str], url: str) -> Finding:
     """The account has models, but not this one."""
-    successor = known["shutdown"]["successor"] if known["shutdown"] else None
-    there = f" There are: {', '.join(sorted(names))}." if 0 < len(names) <= LISTED else ""
-    if successor:  # statements to read; nobody runs them from here
-        fix = f"Ask for its successor: update autotag.settings set model = '{successor}';"  # noqa: S608
+    successor = model["shutdown"]["successor"] if model["shutdown"] else None
+    others = f" It has: {', '.join(sorted(names))}." if 0 < len(names) <= MAX_LISTED else ""
+    if successor:  # these statements are only printed
+        fix = f"Use its successor: update autotag.settings set model = '{successor}';"  # noqa: S608
     else:
-        fix = f"Choose one that {url} lists: update autotag.settings set model = '…';"  # noqa: S608
-    return Finding(CHECK, "error", f"{known['name']} is not known to this account.{there}", fix)
+        fix = f"Choose a model that {url} lists: update autotag.settings set model = '…';"  # noqa: S608
+    return Finding(CHECK, "error", f"This account does not have the model {model['name']}.{others}", fix)
 
 
 def _refused(error: TaggingError, url: str, works: bool) -> Finding:
-    """The provider did not answer, or not to this question."""
+    """The provider did not answer, or refused."""
     status = error.status
     if status == 401 or error.code in KEY_CODES:
-        return Finding(CHECK, "error", f"The key is not valid: {error.message}", "Make a key and set OPENAI_API_KEY.")
+        return Finding(CHECK, "error", f"The key is not valid: {error.message}", "Set OPENAI_API_KEY to a valid key.")
     if works and (status in NO_SUCH_ROUTE or status == 403):
-        return Finding(CHECK, "ok", f"The provider has no list of models for us ({status}), but calls work.")
+        return Finding(CHECK, "ok", f"The provider does not list its models ({status}), but calls work.")
     if status in NO_SUCH_ROUTE:
         return Finding(
-            CHECK, "warning", f"{url} has no list of models ({status}): a wrong address, or a provider that has none.",
-            _address_fix() + " autotag status says whether calls work.",
+            CHECK, "warning", f"{url} has no list of models ({status}): a wrong address, or a provider without one.",
+            _address_fix() + " autotag status shows whether calls work.",
         )  # fmt: skip
     if status == 403:
         return Finding(
-            CHECK, "warning", "The key may not list models (403); the first image shows whether it may make calls.",
-            "Give the key the right to list models, or leave it.",
+            CHECK, "warning", "The key may not list models (403); the first image will show whether it may make calls.",
+            "Allow the key to list models, or ignore this warning.",
         )  # fmt: skip
     if error.kind == "account":
-        return Finding(CHECK, "error", error.message, "Fix what it says.")
+        return Finding(CHECK, "error", error.message, "Fix what the message says.")
     return Finding(CHECK, "error", error.message, "Check OPENAI_BASE_URL and the network.")
 
 
 def _address_fix() -> str:
-    return "Check OPENAI_BASE_URL: most end in /v1."
+    return "Check OPENAI_BASE_URL: most end with /v1."

@@ -1,4 +1,6 @@
-"""Installing autotag into a project: what its tables look like, the adapter that fits them, the migrations.
+"""Installs autotag into a project.
 
-Only here and in `db` is SQL outside the migrations: before they are applied there is no function to call.
+`survey` looks at the project: `facts` reads its database, `host` finds its tables, and `files` finds its file rule.
+`adapter` writes the host adapter, and `migrations` writes or applies the migrations. Apart from `db`, only this package
+contains SQL, because there is no function to call before the migrations are applied.
 """

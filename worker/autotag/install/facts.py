@@ -1,4 +1,4 @@
-"""What a project's database says about its tables."""
+"""Reads a project's tables, policies and installed migrations from its database."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from psycopg import Connection
 
 @dataclass(frozen=True)
 class Table:
-    """One table: its columns with their types as Postgres prints them, its key, its policies' expressions."""
+    """One table.
+
+    Attributes:
+        name: qualified with the schema.
+        columns: name -> type, as Postgres prints it.
+        primary_key: its columns.
+        policies: the expressions of its permissive policies.
+    """
 
     name: str
     columns: dict[str, str]
@@ -24,7 +31,12 @@ class Table:
 
 @dataclass(frozen=True)
 class StoragePolicy:
-    """What a policy of ``storage.objects`` says for signed-in users; ``reads``: it lets them see files."""
+    """A policy of ``storage.objects`` for signed-in users.
+
+    Attributes:
+        text: its expressions.
+        reads: it lets users select rows.
+    """
 
     text: str
     reads: bool
@@ -32,20 +44,27 @@ class StoragePolicy:
 
 @dataclass(frozen=True)
 class Facts:
-    """A project's own tables by qualified name, its Storage, and which of autotag's migrations it has."""
+    """What a project's database shows.
+
+    Attributes:
+        tables: the project's own tables by qualified name.
+        buckets: the ids of its Storage buckets.
+        applied: autotag's migrations in the database: name without ``autotag_`` -> version.
+        storage_policies: of ``storage.objects``.
+        users_read_objects: signed-in users have the privilege to select from ``storage.objects``.
+        file_functions: the project's functions (uuid, text, text) -> boolean; one of them could be the file rule.
+        file_rule: the file rule of the installed adapter; None: there is none.
+        adapter: the version of the installed adapter; None: there is none.
+    """
 
     tables: dict[str, Table]
     buckets: list[str]
-    #: name of a migration (without ``autotag_``) -> the version under which it was applied
     applied: dict[str, str] = field(default_factory=dict)
     storage_policies: list[StoragePolicy] = field(default_factory=list)
-    #: whether signed-in users may select from storage.objects at all
     users_read_objects: bool = False
-    #: functions (uuid, text, text) -> boolean of the project: they could say whose a file is
     file_functions: list[str] = field(default_factory=list)
-    #: the rule that an adapter which is there has
     file_rule: str | None = None
-    adapter: int | None = None  #: and its version
+    adapter: int | None = None
 
 
 def look(url: str) -> Facts:
@@ -94,21 +113,21 @@ def look(url: str) -> Facts:
             where proargtypes = array['uuid'::regtype, 'text'::regtype, 'text'::regtype]::oidvector
               and prorettype = 'boolean'::regtype and prokind = 'f'""")
         rule = connection.execute("select to_regprocedure('autotag.file_rule()') is not null").fetchone()
-        stands = rule and rule[0] and connection.execute("select autotag.file_rule()").fetchone()
+        installed = rule and rule[0] and connection.execute("select autotag.file_rule()").fetchone()
         return Facts(
             tables, buckets, applied_migrations(connection), policies, bool(readable),
-            [str(row[0]) for row in functions], stands[0] if stands else None, adapter_version(connection),
+            [str(row[0]) for row in functions], installed[0] if installed else None, adapter_version(connection),
         )  # fmt: skip
 
 
 def _column(connection: Connection[tuple[str, ...]], table: str, statement: str) -> list[str]:
-    """The first column of a table that may not be there."""
+    """The first column of a statement; empty if its table does not exist."""
     row = connection.execute("select to_regclass(%s)", (table,)).fetchone()
     return [r[0] for r in connection.execute(statement)] if row and row[0] else []
 
 
 def applied_migrations(connection: Connection[tuple[str, ...]]) -> dict[str, str]:
-    """Which of autotag's migrations a database has, and under which version; whoever applied them."""
+    """autotag's migrations in a database, applied by any tool: name without ``autotag_`` -> version."""
     recorded = _column(
         connection, "supabase_migrations.schema_migrations",
         "select version || '_' || coalesce(name, '') from supabase_migrations.schema_migrations order by version",
@@ -122,7 +141,7 @@ def applied_migrations(connection: Connection[tuple[str, ...]]) -> dict[str, str
 
 
 def adapter_version(connection: Connection[tuple[str, ...]]) -> int | None:
-    """The version of the adapter in a database; None: there is none."""
+    """The version of the adapter in a database; None: there is no adapter."""
     row = connection.execute("select to_regprocedure('autotag.adapter_version()') is not null").fetchone()
     found = connection.execute("select autotag.adapter_version()").fetchone() if row and row[0] else None
     return int(found[0]) if found else None

@@ -1,4 +1,4 @@
-"""autotag's migrations: into a project's folder for the Supabase CLI, or into a database without it."""
+"""Writes autotag's migrations into a project's folder for the Supabase CLI, or applies them without it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from pathlib import Path
 import psycopg
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from autotag.install.adapter import render
 from autotag.install.facts import adapter_version, applied_migrations
-from autotag.install.host import Host, HostError, render
+from autotag.install.host import Host, HostError
 
 HOST_BASELINE = "host_baseline"
 HOST_ADAPTER = "host_adapter"
 SPENDING_LIMIT = "spending_limit"
 TEMPLATE = Path(__file__).parent / "host_adapter.sql"
-#: What newer adapters have that older ones lack: version -> the template of what to add. A project's adapter is the
-#: project's, so it is never written again.
+#: Version of the adapter -> the template of what that version adds. An existing adapter belongs to its project and is
+#: never written again, so a newer version comes as a migration of its own.
 ADAPTER_STEPS: dict[int, str] = {}
 _PACKAGED = Path(__file__).parent.parent / "migrations"
 #: In the installed package, or in a checkout.
 MIGRATIONS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "supabase" / "migrations"
-LOCK_TRIES = 10  # the adapter gives up a lock on the host's table after a second instead of holding others up
+MAX_LOCK_TRIES = 10  # the adapter waits one second for the host's table, so that no session queues behind it
 SPENDING_LIMIT_SQL = """\
 -- What a workspace may spend in a month, in dollars. To change it, or to give one workspace another limit:
 --   update autotag.quotas set max_cost = 50 where scope = 'workspace' and period = 'month' and workspace_id is null;
@@ -39,19 +40,25 @@ _ADAPTER_VERSION = re.compile(r"autotag\.adapter_version\(\).*?select (\d+)", re
 
 @dataclass(frozen=True)
 class Migration:
-    """One step; ``version`` is its place in the order, ``sql`` with ``{{ names }}`` of the host."""
+    """One migration.
+
+    Attributes:
+        version: its place in the order, 14 digits.
+        name: without ``autotag_``.
+        sql: for the adapter a template with the host's ``{{ names }}``.
+    """
 
     version: str
     name: str
     sql: str
 
     def text(self, host: Host) -> str:
-        """Its SQL for a host."""
+        """The SQL for a host."""
         return render(self.sql, host) if self.name.startswith(HOST_ADAPTER) else self.sql
 
 
 def migrations(*, with_host_baseline: bool = False) -> list[Migration]:
-    """All of them in the order to apply them; the host's own tables only for a stand-alone stack."""
+    """All migrations in order; ``with_host_baseline`` includes the host's own tables, for a stand-alone stack."""
     found = []
     for path in sorted(MIGRATIONS.glob("*.sql")):
         match = _FILE.fullmatch(path.name)
@@ -66,12 +73,16 @@ def migrations(*, with_host_baseline: bool = False) -> list[Migration]:
 
 
 def _planned(adapter: int | None, extra: Sequence[Migration], *, with_host_baseline: bool = False) -> list[Migration]:
-    """All migrations for a project whose adapter has this version (None: it has none yet, and the template has it all).
+    """All migrations for a project, in order.
 
-    What the adapter lacks comes before the engine's migrations, which may need it.
+    Args:
+        adapter: the version of the project's adapter; None: it has no adapter yet, and gets the newest.
+        extra: further ones, the last to apply.
+        with_host_baseline: include the host's own tables.
     """
     planned = migrations(with_host_baseline=with_host_baseline)
     behind = next((i for i, m in enumerate(planned) if m.name == HOST_ADAPTER), -1) + 1
+    # The engine's migrations may need what the adapter lacks, so that comes before them.
     steps = [
         Migration(f"202611280001{version:02}", f"{HOST_ADAPTER}_{version}", sql)
         for version, sql in sorted(ADAPTER_STEPS.items())
@@ -81,26 +92,27 @@ def _planned(adapter: int | None, extra: Sequence[Migration], *, with_host_basel
 
 
 def spending_limit(dollars: float) -> Migration:
-    """The migration that limits what every workspace may spend in a month; the newest of all."""
+    """The migration that limits what each workspace may spend in a month. It is the last to apply."""
     return Migration("20261128999999", SPENDING_LIMIT, SPENDING_LIMIT_SQL.replace("DOLLARS", f"{dollars:.2f}"))
 
 
 def apply_migrations(
     url: str, *, host: Host | None = None, with_host_baseline: bool = False, extra: Sequence[Migration] = ()
 ) -> list[str]:
-    """Applies what is missing, each file in a transaction of its own, and records it as the Supabase CLI does.
+    """Applies the missing migrations, each in its own transaction, and records them as the Supabase CLI does.
 
     Args:
         url: connection URL of the database's owner.
         host: the project's tables (default: those of the stand-alone stack).
         with_host_baseline: also create the host's own tables.
-        extra: further ones, behind them.
+        extra: further migrations, applied last.
 
     Returns:
-        The names of the migrations that were applied now.
+        The names of the migrations that this call applied.
 
     Raises:
-        psycopg.Error: a migration did not apply; those before it stay, nothing of it does.
+        psycopg.errors.LockNotAvailable: another session kept the host's table locked for all tries.
+        psycopg.Error: a migration failed and was rolled back. Earlier migrations stay applied.
     """
     applied: list[str] = []
     with psycopg.connect(url, autocommit=True) as connection:
@@ -109,9 +121,9 @@ def apply_migrations(
             "create table if not exists supabase_migrations.schema_migrations"
             " (version text primary key, statements text[], name text)"
         )
-        known, adapter = applied_migrations(connection), adapter_version(connection)
+        existing, adapter = applied_migrations(connection), adapter_version(connection)
         for migration in _planned(adapter, extra, with_host_baseline=with_host_baseline):
-            if migration.name not in known:
+            if migration.name not in existing:
                 _apply(connection, migration, host or Host())
                 applied.append(migration.name)
     return applied
@@ -119,7 +131,7 @@ def apply_migrations(
 
 @retry(
     retry=retry_if_exception_type(psycopg.errors.LockNotAvailable),
-    stop=stop_after_attempt(LOCK_TRIES), wait=wait_random_exponential(0.5, max=5), reraise=True,
+    stop=stop_after_attempt(MAX_LOCK_TRIES), wait=wait_random_exponential(0.5, max=5), reraise=True,
 )  # fmt: skip
 def _apply(connection: psycopg.Connection[tuple[str, ...]], migration: Migration, host: Host) -> None:
     with connection.transaction():
@@ -131,16 +143,16 @@ def _apply(connection: psycopg.Connection[tuple[str, ...]], migration: Migration
 
 
 def project_folder(start: Path) -> Path:
-    """The folder of migrations of the Supabase project at or above a folder.
+    """The migrations folder of the Supabase project that contains ``start``.
 
     Raises:
-        HostError: there is no project.
+        HostError: neither ``start`` nor a folder above it is a project.
     """
     for folder in (start.resolve(), *start.resolve().parents):
         if (folder / "supabase" / "config.toml").exists():
             return folder / "supabase" / "migrations"
     raise HostError(
-        f"There is no Supabase project in {start} (no supabase/config.toml); run supabase init there first."
+        f"There is no Supabase project in {start.resolve()} (no supabase/config.toml); run supabase init there first."
     )
 
 
@@ -148,21 +160,24 @@ def write_migrations(
     folder: Path, host: Host, applied: dict[str, str], *, adapter: int | None = None, now: datetime | None = None,
     extra: Sequence[Migration] = (),
 ) -> dict[str, str]:  # fmt: skip
-    """Copies what is missing into a project's folder, with fresh versions behind the project's own.
+    """Writes the missing migrations into a project's folder, with versions later than the project's own.
 
-    A file that is there stays as it is: it may have been applied, and the adapter may have been edited.
+    Never overwrites a file, because it may have been applied, and the adapter may have been edited.
 
     Args:
         folder: the project's ``supabase/migrations``.
         host: the project's tables.
-        applied: what the database has already, name -> version; those keep their version, so that the Supabase
-            CLI recognises them.
+        applied: the migrations in the database, name -> version. Their files get the same versions, so that the
+            Supabase CLI recognises them.
         adapter: the version of the adapter in the database; None: there is none.
-        now: the moment that fresh versions start from.
-        extra: further ones, behind autotag's own.
+        now: the time that new versions start from.
+        extra: further migrations, written last.
 
     Returns:
-        File name -> ``written``, ``there`` or ``differs`` (there, but not as this version of autotag has it).
+        File name -> ``written``, ``there`` or ``differs`` (it exists, but this version of autotag would write another).
+
+    Raises:
+        OSError: a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     present = {}
@@ -172,7 +187,7 @@ def write_migrations(
         if match and match["name"].startswith("autotag_"):
             present[match["name"].removeprefix("autotag_")] = path
         if match:
-            newest = max(newest, _moment(match["version"]) + timedelta(seconds=1))
+            newest = max(newest, _version_time(match["version"]) + timedelta(seconds=1))
     result = {}
     if there := present.get(HOST_ADAPTER):
         match = _ADAPTER_VERSION.search(there.read_text())
@@ -189,8 +204,8 @@ def write_migrations(
     return result
 
 
-def _moment(version: str) -> datetime:
-    """The moment a version stands for; hand-made ones are not always a date."""
+def _version_time(version: str) -> datetime:
+    """The time in a version; the earliest time if it is no date, as some hand-made ones are."""
     try:
         return datetime.strptime(version, _VERSION)
     except ValueError:

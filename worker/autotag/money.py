@@ -1,12 +1,12 @@
-"""Dollars as people and programs read them. Unknown is never shown as zero."""
+"""Amounts in dollars as text. An unknown amount is never shown as zero."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from decimal import ROUND_HALF_EVEN, Decimal
 
-DECIMALS = 8  # of a dollar that are worth printing; one token costs 0.00000001 at the least
-MODELS_NAMED = 3  # models without a price that a line names
+DECIMALS = 8  # of a dollar; one token costs at least 0.00000001
+MAX_NAMED_MODELS = 3  # models without a price that a line names
 
 Amount = Decimal | float | int
 
@@ -35,10 +35,10 @@ def round_dollars(amount: Amount) -> Decimal:
 
 
 def total(known: Amount, unpriced: int, models: Sequence[str]) -> str:
-    """What is known of a sum, and what is not: "$0.0123 + 40 answers of unknown cost (my-model)"."""
+    """A sum of which a part is unknown: "$0.0123 + 40 answers of unknown cost (my-model)"."""
     if not unpriced:
         return dollars(known)
-    names = ", ".join(models[:MODELS_NAMED]) + (", …" if len(models) > MODELS_NAMED else "")
+    names = ", ".join(models[:MAX_NAMED_MODELS]) + (", …" if len(models) > MAX_NAMED_MODELS else "")
     answers = "1 answer" if unpriced == 1 else f"{unpriced:,} answers"
     unknown = f"{answers} of unknown cost" + (f" ({names})" if names else "")
     return f"{dollars(known)} + {unknown}" if known else unknown

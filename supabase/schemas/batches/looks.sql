@@ -1,0 +1,179 @@
+-- A worker has looked at the batches that OpenAI has: they move, end, get lost or stuck.
+
+-- What a worker that was handed a look has seen: [{id, status, output_file_id, error_file_id, total, done, error_code,
+-- error, error_kind}], with status `gone` for one that OpenAI does not know (any more, or with this key). A batch that ended
+-- waits for a worker to harvest it. OpenAI's queue being full is no failure: the batch is planned again. One that
+-- stays gone is over. One that is stuck is cancelled, where the limits let its images go as single calls. Batches
+-- that are not in flight are ignored, and rows that do not change are not touched. A worker that has seen many tells them a
+-- few at a time, because meanwhile nothing else happens to their uploads. What the provider's words are worth is looked at
+-- one by one: one that makes no sense is left out, like what another worker says.
+-- Locks: provider (when the account was stopped), workspaces by id, jobs by id, batches by id, tasks by id.
+create or replace function autotag.batches_seen(p_worker uuid, p_seen jsonb) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_look timestamptz := autotag.was_handed_look(p_worker);
+  v_proven boolean := (select p.proven_at is not null from autotag.provider_limits p);  -- single calls work
+  v_seen autotag.batch_look[];
+  v_jobs uuid[];
+  v_job uuid;
+begin
+  perform autotag.check_list(p_seen);
+  if v_look is null then
+    return;
+  end if;
+  v_seen := autotag.clean_looks(p_seen);
+  perform autotag.judge_looks(v_seen);
+  perform from autotag.workspaces w where w.workspace_id in (
+    select b.workspace_id from autotag.batches b
+    join unnest(v_seen) s on s.id = b.openai_batch_id and s.status = 'gone')
+  order by w.workspace_id for update;
+  perform from autotag.jobs j where j.id in (
+    select b.job_id from autotag.batches b
+    join unnest(v_seen) s on s.id = b.openai_batch_id where b.state = 'submitted')
+  order by j.id for update;
+  perform from autotag.batches b
+  where b.openai_batch_id in (select s.id from unnest(v_seen) s) order by b.id for update;
+  v_jobs := autotag.apply_looks(v_seen, v_look, v_proven, v_now);
+  -- Once an upload, however many of its batches have moved.
+  for v_job in select distinct j from unnest(v_jobs) j order by j loop
+    perform autotag.tell_progress(v_job, autotag.refresh_eta(v_job));
+  end loop;
+end $$;
+
+-- Validates what a worker says it has seen, and cuts it to its bounds. What names no batch or no status is left out.
+create or replace function autotag.clean_looks(p_seen jsonb) returns autotag.batch_look[]
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  -- Numbers of lines: a file has 50,000 at most.
+  return array(
+    select row(i.id, i.status, autotag.clean_id(s ->> 'output_file_id'), autotag.clean_id(s ->> 'error_file_id'),
+      coalesce(autotag.clean_number(s, 'total', 0, 50000), 0)::integer,
+      coalesce(autotag.clean_number(s, 'done', 0, 50000), 0)::integer,
+      autotag.printable(s ->> 'error_code', 100), autotag.printable(s ->> 'error', 1000),
+      autotag.printable(s ->> 'error_kind', 20))::autotag.batch_look
+    from jsonb_array_elements(p_seen) s
+    cross join lateral (select autotag.clean_id(s ->> 'id') as id, autotag.clean_status(s ->> 'status') as status) i
+    where i.id is not null and i.status is not null);
+end $$;
+
+-- What a look says of the account. A look that works ends the trouble of earlier looks. A batch that failed because of the account
+-- (no credit) stops the lanes. Locks: provider, in both cases.
+create or replace function autotag.judge_looks(p_seen autotag.batch_look[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_trouble text;
+begin
+  if exists (select from autotag.provider_limits p where p.account_error_from = 'poll') then
+    perform autotag.resume_account('poll');
+    perform pg_notify('autotag', 'realtime');
+  end if;
+  -- Of the account's trouble the batch is no more guilty than a single call.
+  select s.error into v_trouble from unnest(p_seen) s
+  join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
+  where s.status = 'failed' and s.error_kind = 'account' limit 1;
+  if found then
+    perform autotag.stop_account(v_trouble, 'batch');
+  end if;
+end $$;
+
+-- Changes each batch as it was seen, and returns the jobs of those that have moved. p_look: when the worker was handed this
+-- look; p_proven: single calls work. The caller holds workspaces, jobs and batches.
+create or replace function autotag.apply_looks(
+  p_seen autotag.batch_look[], p_look timestamptz, p_proven boolean, p_now timestamptz
+) returns uuid[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_seen autotag.batch_look;
+  v_batch autotag.batches;
+  v_jobs uuid[] := array[]::uuid[];
+begin
+  select * into v_settings from autotag.settings;
+  for v_seen in
+    select s.* from unnest(p_seen) s
+    join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
+    order by b.id
+  loop
+    select * into v_batch from autotag.batches b where b.openai_batch_id = v_seen.id and b.state = 'submitted';
+    if v_seen.status = 'gone' then
+      perform autotag.look_in_vain(v_batch, p_look);
+    elsif v_seen.status = 'failed' and (v_seen.error_code = 'token_limit_exceeded'
+      -- … unless single calls work all the while: then batches are what this account or deployment cannot do
+      or v_seen.error_kind = 'account' and (not p_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
+      update autotag.batches b
+      set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_seen.error,
+          not_before = p_now + v_settings.batch_poll_interval,
+          failures = b.failures + (v_seen.error_kind = 'account' and p_proven)::integer
+      where b.id = v_batch.id;
+    elsif v_batch.openai_status is distinct from v_seen.status or v_batch.request_done < v_seen.done or v_batch.looks_in_vain > 0 then
+      perform autotag.move_batch(v_batch, v_seen, p_now);
+      v_jobs := array_append(v_jobs, v_batch.job_id);
+    elsif not v_batch.cancel_requested and v_seen.status in ('validating', 'in_progress', 'finalizing')
+      and (v_batch.progress_at <= p_now - v_settings.batch_stuck_after
+        or v_batch.submitted_at <= p_now - v_settings.batch_give_up_after)
+      and autotag.predict_wait(v_batch.workspace_id, v_batch.image_count - v_batch.express_count - v_batch.request_done)
+        <= v_settings.realtime_max_wait
+    then
+      update autotag.batches b set cancel_requested = true, stuck = true where b.id = v_batch.id;
+      update autotag.jobs j
+      set fallback = 'A batch made no progress, so the rest of its images go as single calls.'
+      where j.id = v_batch.job_id;
+    end if;
+  end loop;
+  return v_jobs;
+end $$;
+
+-- OpenAI does not know the batch: it is over after batch_looks_in_vain looks in a row. The caller holds workspace, job and batch.
+create or replace function autotag.look_in_vain(p_batch autotag.batches, p_look timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_batch.vain_look_at = p_look then  -- each look counts once
+    return;
+  end if;
+  update autotag.batches b set looks_in_vain = b.looks_in_vain + 1, vain_look_at = p_look where b.id = p_batch.id;
+  if p_batch.looks_in_vain + 1 >= (select s.batch_looks_in_vain from autotag.settings s) then
+    perform autotag.end_batch(p_batch, 'OpenAI does not know this batch any more (or not with this key).');
+    perform autotag.requeue_batch(p_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
+  end if;
+end $$;
+
+-- Moves a batch whose status or count of answers has changed: its row is updated, and its images where users can see a difference. A
+-- batch that has ended waits to be harvested. The caller holds job and batch. Locks: tasks by id.
+create or replace function autotag.move_batch(p_before autotag.batches, p_seen autotag.batch_look, p_now timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches;
+  v_progress integer;
+  v_eta timestamptz;
+begin
+  update autotag.batches b
+  set openai_status = p_seen.status, request_total = greatest(b.request_total, p_seen.total),
+      request_done = greatest(b.request_done, p_seen.done), progress_at = p_now, looks_in_vain = 0,
+      running_at = coalesce(b.running_at, case when p_seen.status = 'in_progress' then p_now end),
+      output_file_id = p_seen.output_file_id, error_file_id = p_seen.error_file_id, error = p_seen.error
+  where b.id = p_before.id returning * into v_batch;
+  v_progress := autotag.batch_progress(v_batch.request_done, v_batch.request_total);
+  if p_seen.status in ('completed', 'failed', 'expired', 'cancelled') then
+    update autotag.batches b set state = 'ended', ended_at = p_now, reserved_tokens = 0 where b.id = v_batch.id;
+    if p_seen.status = 'completed' then
+      perform autotag.note_duration(v_batch, p_now);
+    end if;
+    perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'completing');
+    perform pg_notify('autotag', 'batch');
+  elsif p_seen.status in ('in_progress', 'finalizing', 'cancelling')
+    and (p_before.openai_status is distinct from p_seen.status
+      or autotag.batch_progress(p_before.request_done, p_before.request_total) < v_progress) then
+    v_eta := (autotag.batch_eta(v_batch, p_now)).p50;
+    if p_before.running_at is null then
+      perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'processing', v_eta);
+    end if;
+    perform autotag.show_batch_progress(v_batch.id, v_progress, v_eta);
+  end if;
+end $$;

@@ -1,0 +1,173 @@
+-- Whose turn it is: which batches go on next, and which of them there is room for.
+
+-- How full the provider's queue of batch tokens is, and whether all that waits for it fits into it.
+create or replace function autotag.measure_batch_queue(p_provider autotag.provider_limits, p_now timestamptz) returns autotag.batch_queue
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_queue autotag.batch_queue;
+begin
+  v_queue.tokens := (select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.reserved_tokens > 0);
+  v_queue.short := v_queue.tokens + p_provider.tokens_per_image * (
+    select coalesce(sum(b.image_count - b.express_count), 0) from autotag.batches b
+    where b.state = 'planned' and b.worker_id is null and b.not_before <= p_now) > p_provider.queued_batch_tokens;
+  v_queue.patient_since := case when v_queue.short
+    then p_now - (select s.batch_patience from autotag.settings s) else '-infinity' end;
+  return v_queue;
+end $$;
+
+-- Whether nothing may be begun: nobody knows whether the question works, and there are single calls that can try it.
+create or replace function autotag.must_prove_first(p_provider autotag.provider_limits) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return p_provider.proven_at is null and exists (
+    select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
+    union all select from autotag.tasks t where t.retry_at is not null or t.worker_id is not null
+    union all select from autotag.batches b where b.state = 'planned' and b.image_count - b.express_count > 1);
+end $$;
+
+-- The next batches to work on, at most p_slots, in their order (claim_batches says which).
+create or replace function autotag.rank_batches(
+  p_slots integer, p_provider autotag.provider_limits, p_queue autotag.batch_queue, p_now timestamptz
+) returns uuid[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_unproven boolean := autotag.must_prove_first(p_provider);
+begin
+  return array(
+    with ready as (
+      select b.id, b.workspace_id, b.state, b.ordinal, b.created_at, t.tokens, t.since,
+        b.ordinal > 1 and t.since > p_queue.patient_since as later
+      from autotag.batches b
+      cross join lateral (
+        select (b.image_count - b.express_count)::bigint * p_provider.tokens_per_image + b.extra_tokens as tokens,
+               greatest(b.created_at, b.not_before) as since) t
+      where b.worker_id is null and b.not_before <= p_now
+        and (b.state in ('ended', 'harvesting', 'creating')
+          or b.state in ('planned', 'preparing', 'uploading') and not v_unproven and p_provider.has_batches is distinct from false)
+        and (b.state <> 'planned' or t.since <= p_queue.patient_since
+          or p_queue.tokens = 0 or p_queue.tokens + t.tokens <= p_provider.queued_batch_tokens)
+    )
+    select r.id
+    from ready r
+    left join (
+      select b.workspace_id, sum(b.reserved_tokens) as tokens
+      from autotag.batches b where b.reserved_tokens > 0 group by b.workspace_id
+    ) q on q.workspace_id = r.workspace_id
+    order by r.state in ('ended', 'harvesting') desc, r.state = 'planned', r.later,
+      -- what its workspace will have queued when its turn comes
+      case when p_queue.short and r.state = 'planned' then coalesce(q.tokens, 0) - r.tokens + sum(r.tokens) over (
+        partition by r.workspace_id, r.state = 'planned' order by r.later, r.since, r.created_at, r.ordinal) end,
+      r.since, r.created_at, r.ordinal
+    limit p_slots);
+end $$;
+
+-- Gives a worker those of the candidates that may go now, in their order: what was begun before goes on, and a planned one is
+-- begun when its workspace's window and the provider's queue have room. again: one could not go, and those behind it are for
+-- the next call, to be made at once. Called by claim_batches(), which holds the provider row. Locks: windows by workspace,
+-- batches by id.
+create or replace function autotag.take_batches(
+  p_worker uuid, p_candidates uuid[], p_provider autotag.provider_limits, p_queue autotag.batch_queue, p_now timestamptz,
+  out ids uuid[], out again boolean
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches;
+  v_images integer;
+  v_tokens bigint;
+  v_opens_at timestamptz;      -- when the workspace's window has a place; null: it has
+  v_held boolean := false;     -- the room in the provider's queue is held for one that is not passed any more
+begin
+  ids := array[]::uuid[];
+  again := false;
+  perform from public.workspace_rate_limits l
+  where l.request_type = 'batch' and l.workspace_id in (
+    select b.workspace_id from autotag.batches b where b.id = any (p_candidates))
+  order by l.workspace_id for update;
+  perform from autotag.batches b where b.id = any (p_candidates) order by b.id for update;
+
+  for v_batch in
+    select b.* from unnest(p_candidates) with ordinality c (id, i)
+    join autotag.batches b on b.id = c.id
+    where b.worker_id is null order by c.i
+  loop
+    if v_batch.state = 'planned' then
+      v_images := v_batch.image_count - v_batch.express_count;
+      if v_batch.admitted_at is null then
+        v_opens_at := autotag.window_opens_at(v_batch);
+        if v_opens_at is not null then  -- it leaves the head of the line: nobody else waits for its workspace's window
+          update autotag.batches b set not_before = v_opens_at where b.id = v_batch.id;
+          again := true;
+          continue;
+        end if;
+      end if;
+      v_tokens := v_images::bigint * p_provider.tokens_per_image + v_batch.extra_tokens;
+      -- A batch ahead of the provider's queue always goes: alone it must be small enough.
+      if v_held or p_queue.tokens > 0 and p_queue.tokens + v_tokens > p_provider.queued_batch_tokens then
+        v_held := v_held or greatest(v_batch.created_at, v_batch.not_before) <= p_queue.patient_since;
+        continue;
+      end if;
+      if v_batch.admitted_at is null then
+        select a.at into v_batch.admitted_at
+        from autotag.admit(v_batch.workspace_id, 'batch', 1, v_images, false) a where a.admitted > 0;
+        if not found then  -- somebody's check_rate_limit was quicker
+          again := true;
+          continue;
+        end if;
+      end if;
+      p_queue.tokens := p_queue.tokens + v_tokens;
+      v_batch.reserved_tokens := v_tokens;
+    end if;
+    perform autotag.hand_batch(v_batch, p_worker, p_provider, p_now);
+    ids := ids || v_batch.id;
+  end loop;
+end $$;
+
+-- When the window of a planned batch's workspace has a place for it; null: now.
+create or replace function autotag.window_opens_at(p_batch autotag.batches) returns timestamptz
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ahead integer;             -- batches of earlier uploads that count on a place in the window
+begin
+  -- The first batch of an upload goes before the others of earlier ones, but not with the place in the window
+  -- that these were planned for.
+  select count(*) into v_ahead from autotag.batches b
+  where b.workspace_id = p_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
+    and b.created_at < p_batch.created_at;
+  return (
+    select max(coalesce(a.retry_at, 'infinity'))
+    from (values (v_ahead + 1, 0), (1, p_batch.image_count - p_batch.express_count)) w (batches, images)
+    cross join lateral autotag.admit(p_batch.workspace_id, 'batch', w.batches, w.images, false, p_take => false) a
+    where a.admitted = 0);
+end $$;
+
+-- Hands a batch to a worker, in the state from which it goes on. p_batch has its place in the window and what it reserves. The
+-- caller holds its row.
+create or replace function autotag.hand_batch(
+  p_batch autotag.batches, p_worker uuid, p_provider autotag.provider_limits, p_now timestamptz
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  -- A file that asks what was asked before is deleted by its name, and built anew.
+  v_stale boolean := p_batch.state = 'planned' and coalesce(p_batch.asked_at < p_provider.question_since, false);
+begin
+  update autotag.batches b
+  set worker_id = p_worker, attempt = b.attempt + 1,
+      admitted_at = p_batch.admitted_at, reserved_tokens = p_batch.reserved_tokens,
+      output_tokens = case when b.input_file_id is null or v_stale then p_provider.output_tokens else b.output_tokens end,
+      asked_at = case when b.input_file_id is null or v_stale then p_now else b.asked_at end,
+      keep_files = p_provider.keep_files,
+      input_file_id = case when v_stale then null else b.input_file_id end,
+      state = case
+        when b.state = 'planned' and b.input_file_id is null then 'preparing'
+        when b.state = 'planned' and v_stale then 'uploading'
+        when b.state = 'planned' then 'creating'
+        when b.state = 'ended' then 'harvesting'
+        else b.state end
+  where b.id = p_batch.id;
+end $$;

@@ -1,0 +1,188 @@
+-- Which images are released next: fair among workspaces, and within each of them.
+
+-- Puts parked tasks whose time has come back into their queues. The caller holds the provider row.
+-- Locks: workspaces, tasks.
+create or replace function autotag.unpark(p_now timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_due bigint[] := array(select t.id from autotag.tasks t where t.retry_at <= p_now);
+  v_queue record;
+begin
+  if v_due = '{}' then
+    return;
+  end if;
+  perform from autotag.workspaces w
+  where w.workspace_id in (select t.workspace_id from autotag.tasks t where t.id = any (v_due))
+  order by w.workspace_id for update;
+  for v_queue in
+    with due as (
+      select t.id from autotag.tasks t where t.id = any (v_due) and t.retry_at is not null order by t.id for update
+    ), freed as (
+      update autotag.tasks t set retry_at = null from due where t.id = due.id
+      returning t.workspace_id, t.job_id, t.id
+    )
+    select f.workspace_id, f.job_id, count(*)::integer as tasks, min(f.id) as first_task
+    from freed f group by f.workspace_id, f.job_id
+  loop
+    perform autotag.add_queued(v_queue.workspace_id, v_queue.job_id, v_queue.tasks, v_queue.first_task);
+  end loop;
+end $$;
+
+-- Releases up to p_slots images in fair order, while the provider's bucket has room: the workspace whose virtual clock is lowest
+-- goes first, one turn at a time. tokens: what the images reserve; virtual_time: the clock of the workspace served last.
+-- Called by claim(), which holds the provider row. Locks: workspaces by id, windows, queued tasks.
+create or replace function autotag.release_in_turn(
+  p_worker uuid, p_slots integer, p_provider autotag.provider_limits,
+  out ids bigint[], out tokens bigint, out virtual_time double precision
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := p_provider.refilled_at;
+  v_room integer := autotag.room_left(p_provider, p_slots);   -- images that may still be released
+  v_turn integer;              -- images of one workspace before the next one's turn
+  v_workspaces uuid[];
+  v_workspace autotag.workspaces;
+  v_released record;
+begin
+  ids := array[]::bigint[];
+  tokens := 0;
+  virtual_time := p_provider.virtual_time;
+  if v_room < 1 then
+    return;
+  end if;
+  -- A turn is a chunk, or what the provider takes in a twentieth of a second where that is more: nobody notices
+  -- who was first then.
+  v_turn := (select s.chunk_size from autotag.settings s);
+  v_turn := greatest(v_turn, least(1000, p_provider.requests_per_minute / 1200,
+    p_provider.tokens_per_minute / p_provider.tokens_per_image / 1200));
+  -- As many workspaces as it takes to fill the room.
+  v_workspaces := array(
+    select x.workspace_id from (
+      select w.workspace_id, sum(least(w.queued, v_turn)) over turns - least(w.queued, v_turn) as before
+      from (
+        select r.workspace_id, r.queued, r.virtual_time from autotag.workspaces r where r.ready and r.queued > 0
+        order by r.virtual_time, r.workspace_id limit v_room) w
+      window turns as (order by w.virtual_time, w.workspace_id)) x
+    where x.before < v_room);
+  perform from autotag.workspaces w
+  where w.workspace_id = any (v_workspaces) order by w.workspace_id for update;
+
+  while v_room > 0 loop
+    select * into v_workspace from autotag.workspaces w
+    where w.ready and w.queued > 0 and w.workspace_id = any (v_workspaces)
+    order by w.virtual_time, w.workspace_id limit 1;
+    exit when not found;
+    v_released := autotag.release_tasks(v_workspace, p_worker, v_room, v_turn, p_provider, p_provider.tokens_left - tokens, v_now);
+    ids := ids || v_released.ids;
+    tokens := tokens + v_released.tokens;
+    virtual_time := greatest(virtual_time, v_workspace.virtual_time);
+    v_room := least(v_room - cardinality(v_released.ids), floor((p_provider.tokens_left - tokens) / p_provider.tokens_per_image));
+  end loop;
+end $$;
+
+-- How many images the provider's bucket has room for, at most p_slots; one at a time while nobody knows whether the question
+-- works.
+create or replace function autotag.room_left(p_provider autotag.provider_limits, p_slots integer) returns integer
+language plpgsql immutable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case
+    when p_provider.blocked_until > p_provider.refilled_at then 0
+    when p_provider.proven_at is null and p_provider.probe_at > p_provider.refilled_at then 0
+    else least(p_slots, case when p_provider.proven_at is null then 1 end, floor(p_provider.requests_left),
+      floor(p_provider.day_left), floor(p_provider.tokens_left / p_provider.tokens_per_image)) end;
+end $$;
+
+-- The next few images of one workspace: of its ready queue that got least so far, at most a turn, and no
+-- more than its window admits. Nothing to release makes the workspace not ready until its next moment.
+-- Called by release_in_turn(), which holds the locks. Where an answer of its job was cut off, each reserves the larger cap that
+-- one needs: p_tokens_left is what the provider's bucket holds. tokens: what all of them reserve.
+create or replace function autotag.release_tasks(
+  p_workspace autotag.workspaces, p_worker uuid, p_room integer, p_turn integer, p_provider autotag.provider_limits,
+  p_tokens_left double precision, p_now timestamptz, out ids bigint[], out tokens bigint
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+as $$
+declare
+  v_queue autotag.queues;
+  v_admitted record;
+  v_each integer := p_provider.tokens_per_image;
+  v_ready_at timestamptz;      -- when the workspace may go on; null: it may now
+begin
+  ids := '{}';
+  tokens := 0;
+  select * into v_queue from autotag.queues q
+  where q.workspace_id = p_workspace.workspace_id and q.queued > 0 and q.ready_at <= p_now
+  order by q.released, q.job_id limit 1;
+  if not found then
+    v_ready_at := (
+      select min(q.ready_at) from autotag.queues q where q.workspace_id = p_workspace.workspace_id and q.queued > 0);
+  else
+    if v_queue.output_tokens > p_provider.output_tokens then
+      v_each := v_each + v_queue.output_tokens - p_provider.output_tokens;
+      -- It waits until the bucket holds so many. What is more than the bucket ever holds does not wait.
+      if floor(p_tokens_left / v_each) < 1 and v_each < 0.9 * p_provider.tokens_per_minute then
+        v_ready_at := p_now + interval '1 min' * (v_each - p_tokens_left) / p_provider.tokens_per_minute;
+      end if;
+      p_room := least(p_room, greatest(floor(p_tokens_left / v_each), 1));
+    end if;
+    if v_ready_at is null then
+      v_admitted := autotag.admit(p_workspace.workspace_id, 'realtime',
+        least(p_room, v_queue.queued, p_turn, v_queue.chunk), v_each, true);
+      if v_admitted.admitted = 0 then
+        -- An image that can never fit its workspace's window waits until the limit is changed.
+        v_ready_at := coalesce(v_admitted.retry_at, 'infinity');
+      end if;
+    end if;
+  end if;
+  if v_queue.job_id is null or v_ready_at is not null then
+    update autotag.workspaces w set ready = false, ready_at = v_ready_at
+    where w.workspace_id = p_workspace.workspace_id;
+    return;
+  end if;
+
+  ids := autotag.take_tasks(v_queue, p_worker, v_admitted.admitted, v_admitted.at, v_each, p_provider.output_tokens, p_now);
+  tokens := cardinality(ids)::bigint * v_each;
+end $$;
+
+-- Hands the next p_count images of a queue to a worker, in the order of the upload, and counts them. p_at, p_tokens: their place in
+-- the workspace's window, and what each reserves there; p_output_tokens: the cap of their answers. Called by release_tasks().
+-- Locks: tasks.
+create or replace function autotag.take_tasks(
+  p_queue autotag.queues, p_worker uuid, p_count integer, p_at timestamptz, p_tokens integer, p_output_tokens integer, p_now timestamptz
+) returns bigint[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ids bigint[];
+  v_gone integer;
+begin
+  with taken as (
+    update autotag.tasks t
+    set worker_id = p_worker, attempt = t.attempt + 1, reserved_at = p_at, reserved_tokens = p_tokens,
+        output_tokens = greatest(t.min_output_tokens, p_output_tokens)
+    where t.id = any (array(
+      select n.id from autotag.tasks n
+      where n.job_id = p_queue.job_id and n.id > p_queue.cursor
+        and n.lane = 'realtime' and n.worker_id is null and n.retry_at is null and n.finished_at is null
+      order by n.id limit p_count))
+    returning t.id
+  )
+  select coalesce(array_agg(t.id order by t.id), '{}') into v_ids from taken t;
+
+  -- Fewer than there should be: the count was wrong. It is put right rather than asked for again for ever.
+  v_gone := case when cardinality(v_ids) < p_count then p_queue.queued else cardinality(v_ids) end;
+  update autotag.queues q
+  set queued = q.queued - v_gone, released = q.released + cardinality(v_ids),
+      cursor = coalesce(v_ids[cardinality(v_ids)], q.cursor),
+      reached = greatest(q.reached, v_ids[cardinality(v_ids)]),
+      output_tokens = case when q.queued > v_gone then q.output_tokens end,
+      ready_at = case when q.chunk is null then q.ready_at else p_now + (select s.chunk_delay from autotag.settings s) end
+  where q.job_id = p_queue.job_id;
+  update autotag.workspaces w
+  set queued = w.queued - v_gone, virtual_time = w.virtual_time + cardinality(v_ids)
+  where w.workspace_id = p_queue.workspace_id;
+  return v_ids;
+end $$;

@@ -1,0 +1,137 @@
+-- An upload becomes a job: which way it goes, its batches, its tasks.
+
+-- Makes a job of those of these images that are not live already. All of them are of this workspace, which the
+-- caller has locked. p_seen: as in enqueue. Locks: tasks and batches are new, assets.
+create or replace function autotag.start_job(
+  p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_seen uuid[] default null
+) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_asked integer := (select count(distinct id) from unnest(p_asset_ids) id);
+  v_live uuid[];               -- of these images, those that are being tagged already
+  v_new uuid[];
+  v_new_seen uuid[];           -- p_seen of each of them
+  v_count integer;
+  v_plan autotag.upload_plan;
+  v_job autotag.jobs;
+  v_first_task bigint;
+begin
+  -- The new images, each once, in the order of the upload.
+  v_live := array(select t.asset_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null);
+  select coalesce(array_agg(a.id order by a.i), '{}'), array_agg(a.seen order by a.i) into v_new, v_new_seen
+  from (select distinct on (u.id) u.* from unnest(p_asset_ids, p_seen) with ordinality u (id, seen, i) order by u.id, u.i) a
+  where a.id <> all (v_live);
+  v_count := cardinality(v_new);
+  if v_count = 0 then
+    return autotag.describe_live(v_live, v_asked);
+  end if;
+  perform autotag.check_live_room(p_workspace_id, v_count);
+  perform autotag.check_quotas(p_workspace_id, p_user_id, v_count);
+
+  v_plan := autotag.plan_upload(p_workspace_id, v_count);
+  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent)
+  values (p_workspace_id, p_user_id, v_plan.strategy, v_plan.fallback, v_count, v_now, autotag.request_traceparent())
+  returning * into v_job;
+  v_first_task := autotag.add_tasks(v_job, v_plan, v_new, v_new_seen);
+  insert into autotag.queues (job_id, workspace_id, cursor, chunk)
+  values (v_job.id, p_workspace_id, v_first_task - 1, v_plan.chunk);
+  perform autotag.add_queued(p_workspace_id, v_job.id, v_plan.express, v_first_task);
+  v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
+  perform autotag.show_stage(v_new, 'queued', 0, v_job.eta);
+
+  if v_plan.express > 0 then
+    perform pg_notify('autotag', 'realtime');
+  end if;
+  if v_plan.batches > 0 then
+    perform pg_notify('autotag', 'batch');
+  end if;
+  return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', v_count,
+    'skipped', v_asked - v_count, 'batches', v_plan.batches, 'eta', v_job.eta);
+end $$;
+
+-- The answer to an upload whose images are all live already: the job that they belong to.
+create or replace function autotag.describe_live(p_live uuid[], p_asked integer) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_live_jobs uuid[];
+  v_job autotag.jobs;
+begin
+  -- The same call again, after its answer got lost: say where the images are.
+  select array_agg(distinct t.job_id) into v_live_jobs
+  from autotag.tasks t where t.asset_id = any (p_live) and t.finished_at is null;
+  select * into v_job from autotag.jobs j
+  where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
+  return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
+    'skipped', p_asked, 'batches', 0, 'eta', v_job.eta);
+end $$;
+
+-- Decides which way an upload of so many images goes. Reads only.
+create or replace function autotag.plan_upload(p_workspace_id uuid, p_images integer) returns autotag.upload_plan
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settings autotag.settings;
+  v_plan autotag.upload_plan;
+  v_left record;
+begin
+  select * into v_settings from autotag.settings;
+  v_plan.strategy := autotag.choose_strategy(p_images);
+  if v_plan.strategy in ('realtime', 'realtime-chunked') then
+    v_plan.wait := autotag.predict_wait(p_workspace_id, p_images);
+    if (select p.has_batches from autotag.provider_limits p) = false then
+      v_plan.fallback := case when p_images > v_settings.chunk_max_images
+        then 'The AI provider has no Batch API, so these images go as single calls.' end;
+    elsif v_plan.wait > v_settings.realtime_max_wait then
+      v_plan.strategy := 'batch';
+      v_plan.fallback := format('Single calls would have waited about %s min for the limits, so these images go by batch.',
+        ceil(extract(epoch from v_plan.wait) / 60));
+    end if;
+  end if;
+  v_plan.batches := 0;
+  if v_plan.strategy in ('batch', 'batch-parallel') then
+    select * into v_left from autotag.batches_left(p_workspace_id);
+    v_plan.batches := autotag.plan_batches(p_images, v_left.batches, v_left.window_images);
+  end if;
+  -- The express images come out of the first batch, which keeps at least one line.
+  v_plan.express := case when v_plan.batches = 0 then p_images
+    when v_plan.fallback is not null then 0  -- single calls are what has to wait
+    else least(v_settings.express_images, p_images / v_plan.batches - 1) end;
+  v_plan.chunk := case when v_plan.strategy = 'realtime-chunked' then v_settings.chunk_size end;
+  return v_plan;
+end $$;
+
+-- Makes a job's batches and tasks, in the order of the upload, and returns the first task.
+create or replace function autotag.add_tasks(p_job autotag.jobs, p_plan autotag.upload_plan, p_asset_ids uuid[], p_seen uuid[])
+returns bigint
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_first_task bigint;
+begin
+  -- The first batch is the priority one.
+  if p_plan.batches > 0 then
+    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, express_count, created_at)
+    select p_job.id, p_job.workspace_id, b,
+      (b::bigint * p_job.image_count / p_plan.batches - (b - 1)::bigint * p_job.image_count / p_plan.batches)::integer,
+      case when b = 1 then p_plan.express else 0 end, p_job.created_at
+    from generate_series(1, p_plan.batches) b;
+  end if;
+
+  with placed as (
+    insert into autotag.tasks (job_id, workspace_id, asset_id, seen, lane, batch_id)
+    select p_job.id, p_job.workspace_id, a.id, a.seen,
+      case when a.i <= p_plan.express then 'realtime' else 'batch' end,
+      case when a.i > p_plan.express then b.id end
+    from unnest(p_asset_ids, p_seen) with ordinality a (id, seen, i)
+    left join autotag.batches b on b.job_id = p_job.id
+      and a.i > (b.ordinal - 1)::bigint * p_job.image_count / p_plan.batches
+      and a.i <= b.ordinal::bigint * p_job.image_count / p_plan.batches
+    order by a.i
+    returning id
+  )
+  select min(id) into v_first_task from placed;
+  return v_first_task;
+end $$;

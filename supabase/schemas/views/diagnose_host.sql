@@ -1,0 +1,62 @@
+-- What the doctor asks about the host's tables.
+
+-- An image of the newest upload's workspace that lies in Storage, to see whether it can be read; null: there is none.
+create or replace function autotag.sample_image() returns jsonb
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select jsonb_build_object('bucket', d.bucket, 'path', d.path)
+  from (select j.workspace_id from autotag.jobs j order by j.created_at desc limit 1) j
+  cross join autotag.describe_assets(autotag.list_assets(j.workspace_id, false, null, 20)) d
+  where d.bucket is not null and d.path is not null limit 1
+$$;
+
+-- Whether rows name files of their own workspace, and who could write others.
+create or replace function autotag.diagnose_files() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rule text := autotag.file_rule();
+  v_look record := autotag.look_at_files(10000);
+  v_open text := case when v_look.may_write is not null
+    then format(' Signed-in users can write rows that name any file (%s).', v_look.may_write) else '' end;
+begin
+  if v_rule = 'any' then
+    return autotag.finding('files', 'warning',
+      'A row may name any file of the project (rule any), and its workspace gets that picture''s tags.' || v_open,
+      'Set a rule: autotag init --file-rule workspace-folder   (docs/install.md, "Whose a file is")');
+  elsif v_look.broken > 0 then
+    return autotag.finding('files', 'warning',
+      format('%s of %s rows looked at name a file that is not their workspace''s (rule %s) and are not tagged, for example %s.',
+        v_look.broken, v_look.looked_at, v_rule, array_to_string(v_look.examples, ', ')) || v_open,
+      'Correct these rows, or the rule in autotag.describe_assets.');
+  end if;
+  return autotag.finding('files', case when v_open <> '' and v_rule in ('uploader-folder', 'owner') then 'warning' else 'ok' end,
+    format('Rows name files of %s (rule %s; %s rows looked at).',
+        case when v_rule in ('uploader-folder', 'owner') then 'members of their workspace' else 'their own workspace' end,
+        v_rule, v_look.looked_at)
+      || case when not autotag.users_see_files() and v_rule <> 'none'
+        then ' Row level security of storage.objects is not asked (autotag.users_see_files).' else '' end
+      || v_open || case
+        when v_open = '' then ''
+        when v_rule in ('uploader-folder', 'owner') then ' They get the tags of any file of a colleague, whatever its workspace.'
+        else ' autotag does not tag them.' end,
+    case when v_open <> '' and v_rule in ('uploader-folder', 'owner')
+      then 'Let a policy of the table say that whoever inserts a row uploaded it (… = (select auth.uid())).' end);
+end $$;
+
+-- Whether the adapter's functions fit the host's tables, and what rows say of files. sample: an image to try to read.
+create or replace function autotag.diagnose_host(out findings jsonb, out sample jsonb)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform from autotag.describe_assets(array['00000000-0000-0000-0000-000000000000']::uuid[]);
+  perform autotag.is_member('00000000-0000-0000-0000-000000000000');
+  perform from autotag.tagged_assets('00000000-0000-0000-0000-000000000000', 1);
+  sample := autotag.sample_image();
+  findings := jsonb_build_array(
+    autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.'), autotag.diagnose_files());
+exception when others then
+  findings := jsonb_build_array(autotag.finding('host adapter', 'error',
+    'The adapter does not fit the host''s tables: ' || sqlerrm,
+    'Correct autotag.is_member, autotag.describe_assets, autotag.store_tags and autotag.show_stage.'));
+end $$;

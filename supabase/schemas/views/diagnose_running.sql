@@ -1,0 +1,99 @@
+-- What the doctor asks about what runs: the clock, broadcasts, workers.
+
+-- Whether pg_cron runs a job, and how its last run went; null without pg_cron. Looked up by name at run time,
+-- because without the extension there is no such table to compile against.
+create or replace function autotag.diagnose_cron() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_jobs text[];
+  v_failed text;
+begin
+  if to_regclass('cron.job') is null then
+    return autotag.finding('pg_cron', 'warning', 'pg_cron is not installed; a worker does its work while one runs.',
+      'Enable pg_cron in the dashboard (Integrations), then: select autotag.schedule_cron();');
+  end if;
+  execute format('select array_agg(j.jobname::text order by j.jobname) from %I.job j
+    where j.active and j.jobname like ''autotag-%%'' and j.database = current_database()', 'cron') into v_jobs;
+  if v_jobs is distinct from array['autotag-housekeeping', 'autotag-tick'] then
+    return autotag.finding('pg_cron', 'error',
+      format('The jobs autotag-tick and autotag-housekeeping should be scheduled; there are: %s.',
+        coalesce(array_to_string(v_jobs, ', '), 'none')),
+      'select autotag.schedule_cron();');
+  end if;
+  execute format('select concat(x.jobname, '': '', x.return_message) from (
+      select distinct on (j.jobid) j.jobname, d.status, d.return_message
+      from %1$I.job j join %1$I.job_run_details d on d.jobid = j.jobid
+      where j.jobname like ''autotag-%%'' and d.status in (''succeeded'', ''failed'')
+      order by j.jobid, d.runid desc) x
+    where x.status = ''failed'' limit 1', 'cron') into v_failed;
+  if v_failed is not null then
+    return autotag.finding('pg_cron', 'error', 'The last run of a job failed: ' || v_failed,
+      'select * from cron.job_run_details order by runid desc limit 5;');
+  end if;
+  return autotag.finding('pg_cron', 'ok', 'Both jobs are scheduled, and no last run failed.');
+end $$;
+
+-- Whether autotag's time passes.
+create or replace function autotag.diagnose_clock() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_ticked timestamptz := (select c.ticked_at from autotag.clock c);
+begin
+  return case
+    when (select s.test_clock from autotag.settings s) then autotag.finding('clock', 'error',
+      'settings.test_clock is on: any session can bend autotag''s time.', 'update autotag.settings set test_clock = false;')
+    when v_ticked = '-infinity' then autotag.finding('clock', 'warning',
+      'autotag has never ticked.', 'autotag worker   (or wait a minute for pg_cron)')
+    when v_ticked < v_now - interval '5 min' then autotag.finding('clock', 'error',
+      format('autotag last ticked %s ago; neither pg_cron nor a worker is running.',
+        date_trunc('second', v_now - v_ticked)), 'autotag worker')
+    else autotag.finding('clock', 'ok', 'autotag ticks.') end;
+end $$;
+
+-- A broadcast that means nothing, to see whether broadcasts arrive.
+create or replace function autotag.send_probe(p_nonce uuid) returns void
+language sql security definer set search_path = pg_catalog, pg_temp
+as $$ select autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false) $$;
+
+-- Whether broadcasts leave.
+create or replace function autotag.diagnose_broadcasts() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_waiting integer;
+begin
+  select count(*)::integer into v_waiting from autotag.outbox o where o.created_at < v_now - interval '1 min';
+  return case
+    when to_regprocedure('realtime.send(jsonb,text,text,boolean)') is not null then
+      autotag.finding('realtime.send', 'ok', 'Broadcasts leave with the transaction.')
+    when v_waiting > 0 then autotag.finding('realtime.send', 'error',
+      format('This stack has no realtime.send, and %s broadcasts wait for a worker.', v_waiting),
+      'autotag worker   (with SUPABASE_URL and SUPABASE_SECRET_KEY set)')
+    else autotag.finding('realtime.send', 'warning',
+      'This stack has no realtime.send; workers deliver broadcasts over HTTP.', 'Upgrade Realtime.') end;
+end $$;
+
+-- Whether workers are alive, and can be notified.
+create or replace function autotag.diagnose_workers() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_workers integer;
+  v_polling integer;
+  v_versions text;
+begin
+  select count(*)::integer, count(*) filter (where not w.listening)::integer, string_agg(distinct w.version, ', ')
+  into v_workers, v_polling, v_versions
+  from autotag.workers w where w.lease_until > v_now;
+  return case
+    when v_workers = 0 then autotag.finding('workers', 'error', 'No worker is alive, so nothing is tagged.', 'autotag worker')
+    when v_polling > 0 then autotag.finding('workers', 'warning',
+      format('%s of %s workers poll, because their connection cannot LISTEN.', v_polling, v_workers),
+      'Give them a direct or session-mode DATABASE_URL (port 5432).')
+    else autotag.finding('workers', 'ok', format('%s alive, version %s.', v_workers, v_versions)) end;
+end $$;

@@ -1,0 +1,162 @@
+"""The commands' help pages, exit codes and messages, and the work behind them without a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import psycopg_pool
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from autotag.cli import errors
+from autotag.cli.app import COMMANDS, app
+from autotag.db import Refused, VersionsDiffer
+from autotag.install.facts import Facts
+from autotag.install.host import Choices, HostError, propose
+from autotag.install.survey import plan_spending_limit, refuse_to_ask
+from autotag.operate import backfill as work
+from autotag.operate.backfill import Backfill, backfill
+
+NAMES = [command.__name__ for commands in COMMANDS.values() for command, _ in commands]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_help_page_says_what_the_command_does_reads_and_returns(name: str) -> None:
+    done = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "100"})
+    assert done.exit_code == 0
+    shown = done.output
+    places = [shown.index(heading) for heading in ("Usage:", "Options", "Environment", "Exit codes", "Examples")]
+    assert places == sorted(places)
+    assert "DATABASE_URL" in shown
+    assert f"autotag {name}" in shown[places[-1] :], "an example"
+    assert (name == "worker") or "--json" in shown
+
+
+def test_every_module_of_a_command_is_one() -> None:
+    folder = Path(errors.__file__).parent
+    assert {path.stem for path in folder.glob("*.py")} - set(NAMES) == {
+        "__init__", "app", "console", "database", "errors", "options", "questions", "screen",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "advice"),
+    [
+        (VersionsDiffer("This worker is autotag 1.", "Upgrade it."), 3, "Upgrade it."),
+        (Refused("The quota is used up.", "Raise it.", None), 1, "Raise it."),
+        (psycopg.OperationalError("connection refused"), 1, "check DATABASE_URL"),
+        (psycopg_pool.PoolTimeout("no connection"), 1, "check DATABASE_URL"),
+        (psycopg.errors.InsufficientPrivilege(), 1, "grant autotag_worker to"),
+        (psycopg.errors.UndefinedFunction(), 1, "autotag migrate"),
+        (psycopg.errors.InvalidSchemaName(), 1, "autotag migrate"),
+        (psycopg.errors.InvalidTextRepresentation(), 2, "An option has a wrong value"),
+    ],
+)
+def test_an_error_is_one_sentence_with_advice(
+    error: Exception, code: int, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as caught, errors.explain_errors("autotag_worker"):
+        raise error
+    said = capsys.readouterr().err
+    assert (caught.value.exit_code, said.count("\n")) == (code, 1)
+    assert said.startswith("autotag: ")
+    assert advice in said
+
+
+@pytest.mark.parametrize(
+    ("error", "url", "code", "advice"),
+    [
+        (HostError("There is no table public.x; name it with --table."), "", 2, "--table"),
+        (psycopg.errors.LockNotAvailable(), "", 1, "run the command again"),
+        (psycopg.errors.InsufficientPrivilege(), "", 1, "database's owner"),
+        (psycopg.errors.InvalidSchemaName(), "", 1, "Supabase project"),
+        (psycopg.OperationalError("refused"), "postgresql://x", 1, "check DATABASE_URL"),
+        (psycopg.OperationalError("refused"), errors.LOCAL_DATABASE, 1, "supabase start"),
+        (psycopg.errors.SyntaxError(), "", 1, "were not applied"),
+        (PermissionError(13, "Permission denied", "/srv/supabase"), "", 1, "/srv/supabase"),
+    ],
+)
+def test_so_is_an_error_of_an_installation(
+    error: Exception, url: str, code: int, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as caught, errors.explain_install_errors(url):
+        raise error
+    assert caught.value.exit_code == code
+    assert advice in capsys.readouterr().err
+
+
+# -- the work behind the commands
+
+
+class FakeOperator:
+    """A database with a number of untagged images, whose limits have no room at the first calls."""
+
+    def __init__(self, images: int, refusals: int = 0) -> None:
+        self.left, self.refusals, self.number = images, refusals, 0
+
+    async def backfill(self, workspace: str, untagged: bool, after: str | None, limit: int) -> dict[str, Any]:
+        if self.refusals:
+            self.refusals -= 1
+            raise Refused("Too many live images.", None, 0.0)
+        taken = min(limit, self.left)
+        self.left -= taken
+        self.number += taken
+        return {"job_id": "j", "images": taken, "last": str(self.number) if taken else None}
+
+
+async def enqueue(operator: Any, on_progress: Callable[[Backfill, str | None], None], **changes: Any) -> Backfill:
+    options: dict[str, Any] = {"untagged": True, "after": None, "limit": 10_000} | changes
+    return await backfill(operator, "w", on_progress=on_progress, **options)
+
+
+async def test_a_backfill_goes_slice_by_slice_and_reports_each() -> None:
+    totals: list[tuple[int, int, str | None]] = []
+    done = await enqueue(FakeOperator(2500), lambda done, _: totals.append((done.images, done.jobs, done.last)))
+    assert totals == [(1000, 1, "1000"), (2000, 2, "2000"), (2500, 3, "2500")]
+    assert done == Backfill(images=2500, jobs=3, last="2500")
+
+
+async def test_a_backfill_ends_at_its_limit_and_names_where_to_go_on() -> None:
+    done = await enqueue(FakeOperator(2500), lambda *_: None, limit=1200, after="0")
+    assert done == Backfill(images=1200, jobs=2, last="1200")
+    assert await enqueue(FakeOperator(0), lambda *_: None, after="7") == Backfill(last="7")
+
+
+async def test_a_backfill_waits_for_room_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons: list[str | None] = []
+    monkeypatch.setattr(work, "MAX_WAIT", 0.0)
+    done = await enqueue(FakeOperator(5, refusals=2), lambda _, reason: reasons.append(reason))
+    assert (done.images, reasons) == (5, ["Too many live images.", "Too many live images.", None])
+
+
+async def test_a_refusal_for_good_ends_a_backfill() -> None:
+    class Refusing:
+        async def backfill(self, *_: Any) -> dict[str, Any]:
+            raise Refused("No such workspace.", None, None)
+
+    with pytest.raises(Refused, match="No such workspace"):
+        await enqueue(Refusing(), lambda *_: None)
+
+
+def test_without_a_person_a_question_names_its_option() -> None:
+    with pytest.raises(HostError, match=r"^Which table\? Set --table \(one of a, b\)\.$"):
+        refuse_to_ask("--table", "Which table?", ["a", "b"])
+    with pytest.raises(HostError, match="has no table of images yet"):
+        propose(Facts({}, []), Choices(), refuse_to_ask)
+
+
+def test_a_spending_limit_is_asked_for_once(tmp_path: Path) -> None:
+    new, installed = Facts({}, []), Facts({}, [], adapter=1)
+    limited = Facts({}, [], applied={"spending_limit": "1"})
+    [limit] = plan_spending_limit(None, new, None, lambda: 12.5)
+    assert "12.50" in limit.sql
+    assert plan_spending_limit(None, new, None, None) == plan_spending_limit(0, new, None, lambda: 5) == []
+    assert plan_spending_limit(None, installed, None, lambda: 5) == plan_spending_limit(5, limited, None, None) == []
+    with pytest.raises(HostError, match="0 means no limit"):
+        plan_spending_limit(None, new, None, lambda: -1)
+    (tmp_path / "20270101000000_autotag_spending_limit.sql").touch()
+    assert plan_spending_limit(5, new, tmp_path, None) == []

@@ -1,0 +1,112 @@
+"""What the commands say when they cannot go on, and their exit codes.
+
+A message is one sentence: what is wrong, and what to do about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+import psycopg_pool
+
+from autotag.cli.console import fail
+from autotag.db import Refused, VersionsDiffer
+from autotag.install.host import HostError
+from autotag.redact import said
+from autotag.texts import printable
+
+FAILED = 1
+WRONG_USAGE = 2  # of options, of settings, or of a project's tables
+VERSIONS_DIFFER = 3
+INTERRUPTED = 130  # what shells expect after Ctrl-C
+
+LOCAL_DATABASE = "postgresql://postgres:postgres@127.0.0.1:54322/postgres"  # what `supabase start` serves
+
+MAX_REASON = 300  # characters of a driver's message
+NO_SCHEMA = (
+    "The database lacks autotag's schema, or has an older one than this command; apply the migrations (autotag migrate,"
+    " or supabase db push)."
+)
+
+
+def unreachable(error: BaseException, *, local: bool = False) -> str:
+    """The message when the database does not answer; ``local``: no one named a database, so it is the local stack's."""
+    reason = printable(said(error), MAX_REASON).rstrip(".")
+    fix = (
+        "start it with supabase start, or set DATABASE_URL"
+        if local
+        else "check DATABASE_URL, its password and the network"
+    )
+    return f"The database cannot be reached ({reason}); {fix}."
+
+
+def not_permitted(error: psycopg.Error, role: str) -> str:
+    """The message when the login lacks a privilege that ``role`` has."""
+    reason = error.diag.message_primary
+    return f"The login may not do this ({reason}); run as the database's owner: grant {role} to <login>;"
+
+
+@contextmanager
+def explain_errors(role: str) -> Iterator[None]:
+    """Turns the errors of a command that works on an installed schema into one sentence.
+
+    Args:
+        role: the database role that the command needs.
+
+    Raises:
+        typer.Exit: with the exit code of the error. The message has been printed.
+    """
+    try:
+        yield
+    except VersionsDiffer as error:
+        raise fail(f"{str(error).rstrip('.')}. {error.hint}", VERSIONS_DIFFER) from None
+    except Refused as refused:
+        raise fail(f"{refused} {refused.hint or ''}".strip(), FAILED) from None
+    except (psycopg.OperationalError, psycopg_pool.PoolTimeout) as error:
+        raise fail(unreachable(error), FAILED) from None
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise fail(not_permitted(error, role), FAILED) from None
+    except (psycopg.errors.UndefinedFunction, psycopg.errors.InvalidSchemaName):
+        raise fail(NO_SCHEMA, FAILED) from None
+    except psycopg.errors.InvalidTextRepresentation as error:  # such as: invalid input syntax for type uuid: "mine"
+        raise fail(f"An option has a wrong value: {error.diag.message_primary}.", WRONG_USAGE) from None
+
+
+@contextmanager
+def explain_install_errors(url: str) -> Iterator[None]:
+    """The same for the commands that install the schema, as the database's owner.
+
+    Args:
+        url: the connection URL.
+
+    Raises:
+        typer.Exit: with the exit code of the error. The message has been printed.
+    """
+    try:
+        yield
+    except HostError as error:
+        raise fail(str(error), WRONG_USAGE) from None
+    except psycopg.errors.LockNotAvailable:
+        raise fail(
+            "Another session locks the table of the images, so not all migrations were applied; run the command again.",
+            FAILED,
+        ) from None
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise fail(
+            f"The login may not do this ({error.diag.message_primary}); connect as the database's owner (postgres).",
+            FAILED,
+        ) from None
+    except psycopg.errors.InvalidSchemaName as error:
+        raise fail(
+            f"The migrations were not applied ({error.diag.message_primary}); the database must be that of a Supabase"
+            " project.",
+            FAILED,
+        ) from None
+    except psycopg.OperationalError as error:
+        raise fail(unreachable(error, local=url == LOCAL_DATABASE), FAILED) from None
+    except psycopg.Error as error:
+        raise fail(f"The migrations were not applied: {said(error)}", FAILED) from None
+    except OSError as error:
+        raise fail(f"{error.filename or 'A file'} cannot be read or written ({error.strerror}).", FAILED) from None

@@ -1,0 +1,93 @@
+"""``autotag init``: writes the migrations into a project of the Supabase CLI."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autotag.cli import options
+from autotag.cli.console import say, say_json
+from autotag.cli.errors import LOCAL_DATABASE, explain_install_errors
+from autotag.cli.questions import answerer, ask_spending_limit, on_terminal, show_host
+from autotag.install.host import Choices, describe
+from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, project_folder, write_migrations
+from autotag.install.survey import plan_spending_limit, survey
+
+HELP_END = options.help_end(
+    environment=[options.OWNER_URL],
+    dotenv=False,
+    examples=[
+        "autotag init", "autotag init ../shop --table public.photos --spending-limit 20",
+        "DATABASE_URL=@/run/secrets/owner_url autotag init --yes --json",
+    ],
+)  # fmt: skip
+STATES = {"written": "written", "there": "is there already", "differs": "is there, and differs from this version"}
+
+Project = Annotated[Path, typer.Argument(help="The Supabase project's folder.", file_okay=False)]
+
+
+def init(
+    project: Project = Path(),
+    database_url: options.DatabaseUrl = LOCAL_DATABASE,
+    table: options.Table = None,
+    id_column: options.IdColumn = None,
+    workspace_column: options.WorkspaceColumn = None,
+    path_column: options.PathColumn = None,
+    bucket: options.Bucket = None,
+    url_column: options.UrlColumn = None,
+    tags_column: options.TagsColumn = None,
+    members_table: options.MembersTable = None,
+    members_claim: options.MembersClaim = None,
+    file_rule: options.FileRule = None,
+    spending_limit: options.SpendingLimit = None,
+    yes: options.AskNothing = False,
+    as_json: options.JsonAskingNothing = False,
+) -> None:
+    """Write autotag's migrations into a Supabase project, fitted to its tables.
+
+    Reads from the project's database which table holds the images, who may see
+    them, where each file is and where its tags go. Asks what it cannot read.
+    It writes the answers into the migration host_adapter.
+
+    Run it again at any time: it never overwrites a file. Afterwards run
+    supabase db push, which applies the migrations.
+    """
+    choices = Choices(
+        table, id_column, workspace_column, path_column, bucket, url_column, tags_column, members_table, members_claim,
+        file_rule,
+    )  # fmt: skip
+    interactive = on_terminal() and not (yes or as_json)
+    url = options.read_database_url(database_url)
+    with explain_install_errors(url):
+        folder = project_folder(project)
+        found = survey(url, choices, answerer(interactive), may_ask=interactive)
+        ask_limit = ask_spending_limit if interactive else None
+        limit = plan_spending_limit(spending_limit, found.facts, folder, ask_limit)
+        files = write_migrations(folder, found.host, found.facts.applied, adapter=found.facts.adapter, extra=limit)
+    if found.keeps_adapter:  # it was not rendered from answers, so a difference means nothing
+        files = {name: "there" if name.endswith(f"{HOST_ADAPTER}.sql") else state for name, state in files.items()}
+    host = describe(found.host, found.facts)
+    if as_json:
+        say_json({"folder": str(folder), "host": host, "files": files})
+    else:
+        if found.keeps_adapter:
+            say(f"The database has its host adapter (file rule {found.host.files.name}); it stays as it is.")
+        else:
+            show_host(host)
+        _show_files(files, found.facts.applied)
+
+
+def _show_files(files: Mapping[str, str], applied: Sequence[str] | Mapping[str, str]) -> None:
+    """Prints what happened to each file, and the next step."""
+    for name, state in files.items():
+        say(f"  {name}  {STATES[state]}")
+    if not any(SPENDING_LIMIT in name for name in [*files, *applied]):
+        say("No limit on spending: autotag init --spending-limit 20 limits every workspace to $20 a month.")
+    if "written" in files.values():
+        adapter = next(name for name in files if name.endswith(f"{HOST_ADAPTER}.sql"))
+        say(f"Next: read {adapter}, then run: supabase db push")
+    else:
+        say("Nothing to write: all migrations are there.")

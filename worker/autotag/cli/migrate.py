@@ -1,0 +1,74 @@
+"""``autotag migrate``: applies the migrations without the Supabase CLI."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import autotag
+from autotag.cli import options
+from autotag.cli.console import say, say_json
+from autotag.cli.errors import LOCAL_DATABASE, explain_install_errors
+from autotag.cli.questions import answerer, ask_spending_limit, on_terminal, show_host
+from autotag.install import migrations
+from autotag.install.host import Choices, Host, describe
+from autotag.install.survey import plan_spending_limit, survey
+
+HELP_END = options.help_end(
+    environment=[options.OWNER_URL],
+    dotenv=False,
+    examples=["autotag migrate --table public.photos", "autotag migrate --stand-alone"],
+)
+StandAlone = Annotated[
+    bool, typer.Option("--stand-alone", help="Also create the tables of the images: workspaces, members, assets.")
+]
+
+
+def migrate(
+    database_url: options.DatabaseUrl = LOCAL_DATABASE,
+    stand_alone: StandAlone = False,
+    table: options.Table = None,
+    id_column: options.IdColumn = None,
+    workspace_column: options.WorkspaceColumn = None,
+    path_column: options.PathColumn = None,
+    bucket: options.Bucket = None,
+    url_column: options.UrlColumn = None,
+    tags_column: options.TagsColumn = None,
+    members_table: options.MembersTable = None,
+    members_claim: options.MembersClaim = None,
+    file_rule: options.FileRule = None,
+    spending_limit: options.SpendingLimit = None,
+    yes: options.AskNothing = False,
+    as_json: options.JsonAskingNothing = False,
+) -> None:
+    """Apply autotag's migrations to a database, where there is no Supabase CLI.
+
+    Reads the project's tables as autotag init does. Migrations that the
+    database has already, from this command or from supabase db push, are
+    skipped.
+    """
+    choices = Choices(
+        table, id_column, workspace_column, path_column, bucket, url_column, tags_column, members_table, members_claim,
+        file_rule,
+    )  # fmt: skip
+    url = options.read_database_url(database_url)
+    interactive = on_terminal() and not (yes or as_json)
+    with explain_install_errors(url):
+        if stand_alone:
+            host = Host()
+            limit = [migrations.spending_limit(spending_limit)] if spending_limit else []
+        else:
+            found = survey(url, choices, answerer(interactive), may_ask=interactive)
+            host = found.host
+            if not as_json and migrations.HOST_ADAPTER not in found.facts.applied:
+                show_host(describe(host, found.facts))
+            ask_limit = ask_spending_limit if interactive else None
+            limit = plan_spending_limit(spending_limit, found.facts, None, ask_limit)
+        applied = migrations.apply_migrations(url, host=host, with_host_baseline=stand_alone, extra=limit)
+    if as_json:
+        say_json({"applied": applied, "version": autotag.__version__})
+        return
+    say(f"Applied: {', '.join(applied)}." if applied else "Nothing to apply: the schema is up to date.")
+    if applied:
+        say("Next: run autotag doctor, which says what is still missing.")

@@ -1,0 +1,155 @@
+"""What the commands share: options, settings from the environment, and the last part of each help page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.markup import escape
+
+from autotag.cli.console import fail
+from autotag.cli.errors import WRONG_USAGE
+from autotag.config import Settings, SettingsError, load_settings, read_connection
+from autotag.redact import remember_connection
+
+S = TypeVar("S", bound=Settings)
+
+OFFERED_SPENDING_LIMIT = 20.0  # dollars a month
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+JsonAskingNothing = Annotated[bool, typer.Option("--json", help="Print JSON instead of text, and ask nothing.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Start without asking.")]
+Workspace = Annotated[str, typer.Option("--workspace", metavar="ID", help="The workspace's id (a uuid).")]
+
+# -- the options of init and migrate
+
+AskNothing = Annotated[
+    bool, typer.Option("--yes", "-y", help="Ask nothing. What the database does not show must be an option.")
+]
+DatabaseUrl = Annotated[
+    str,
+    typer.Option(
+        metavar="URL",
+        envvar=["AUTOTAG_DATABASE_URL", "SUPABASE_DB_URL", "DATABASE_URL"],
+        show_envvar=False,
+        show_default=False,
+        help="The project's database, with the owner's login (postgres); or @FILE, which holds the URL. Other users of"
+        " this machine can read a password in an option, so prefer the variable. Default: the local stack of supabase"
+        " start.",
+    ),
+]
+SpendingLimit = Annotated[
+    float | None,
+    typer.Option(
+        metavar="DOLLARS", min=0,
+        help="What each workspace may spend a month; 0: no limit. Default: asked on a terminal"
+        f" ({OFFERED_SPENDING_LIMIT:g}), otherwise no limit.",
+    ),
+]  # fmt: skip
+
+_TABLES = "Your tables (default: what the database shows)"
+
+
+def _host_option(name: str, text: str, metavar: str = "NAME") -> Any:
+    return typer.Option(name, metavar=metavar, help=text, rich_help_panel=_TABLES)
+
+
+Table = Annotated[str | None, _host_option("--table", "Table of the images, for example public.photos.")]
+IdColumn = Annotated[str | None, _host_option("--id-column", "Its key (uuid).")]
+WorkspaceColumn = Annotated[str | None, _host_option("--workspace-column", "Its column with the workspace (uuid).")]
+PathColumn = Annotated[str | None, _host_option("--path-column", "Its column with the path of the file in Storage.")]
+Bucket = Annotated[str | None, _host_option("--bucket", "Storage bucket of images whose row names none.")]
+UrlColumn = Annotated[str | None, _host_option("--url-column", "Its column with an https URL of the image.")]
+TagsColumn = Annotated[
+    str | None, _host_option("--tags-column", "Its column for the tags (text[] or jsonb); added if it is missing.")
+]
+MembersTable = Annotated[
+    str | None, _host_option("--members-table", "Table with a row for each member of a workspace.")
+]
+MembersClaim = Annotated[
+    str | None,
+    _host_option(
+        "--members-claim",
+        "Or the claim of the JWT with a user's workspaces, for example app_metadata.orgs.",
+        "CLAIM",
+    ),
+]
+FileRule = Annotated[
+    str | None,
+    _host_option(
+        "--file-rule",
+        "Which files in Storage a row may name: workspace-folder, workspace-bucket, uploader-folder, owner, any, or a"
+        " function (uuid, text, text) of yours that returns boolean.",
+        "RULE",
+    ),
+]
+
+
+def read_database_url(value: str) -> str:
+    """Reads the value of `DatabaseUrl`, or the file that it names, and keeps its password out of later messages.
+
+    Raises:
+        typer.Exit: it is no connection string. The message has been printed.
+    """
+    try:
+        url = read_connection(value)
+    except ValueError as error:
+        raise fail(f"DATABASE_URL (or --database-url) {error}.", WRONG_USAGE) from None
+    remember_connection(url)
+    return url
+
+
+def read_settings(kind: type[S], changes: Mapping[str, Any] | None = None) -> S:
+    """Reads the settings from the environment and from ``.env``; ``changes`` are those that options name.
+
+    Raises:
+        typer.Exit: a setting is missing or wrong. The message has been printed.
+    """
+    try:
+        return load_settings(kind, **(changes or {}))
+    except SettingsError as error:
+        raise fail(str(error), WRONG_USAGE) from None
+
+
+# -- the last part of a help page
+
+WORKER_URL = ("DATABASE_URL", "Postgres, a login with autotag_worker, or @FILE")
+OPERATOR_URL = ("DATABASE_URL", "Postgres, a login with autotag_operator, or @FILE")
+OWNER_URL = ("DATABASE_URL", "the default of --database-url")
+OPENAI_API_KEY = ("OPENAI_API_KEY", "key of the provider, or @FILE")
+OPENAI_BASE_URL = ("OPENAI_BASE_URL", "another provider than OpenAI")
+SUPABASE_URL = ("SUPABASE_URL", "the project's URL")
+SUPABASE_SECRET_KEY = ("SUPABASE_SECRET_KEY", "its secret key, or @FILE")
+EVERY_SETTING = ("AUTOTAG_…", "the other settings (docs/settings.md)")
+PROVIDER_AND_STORAGE = (OPENAI_API_KEY, OPENAI_BASE_URL, SUPABASE_URL, SUPABASE_SECRET_KEY, EVERY_SETTING)
+EXIT_CODES: dict[int, str] = {0: "done", 1: "failed; the message says why", 2: "wrong option or setting"}
+
+
+def help_end(
+    *,
+    environment: Sequence[tuple[str, str]],
+    examples: Sequence[str],
+    exit_codes: Mapping[int, str] = EXIT_CODES,
+    dotenv: bool = True,
+) -> str:
+    """The end of a help page: environment variables, exit codes and examples, each under a heading.
+
+    Args:
+        environment: variables, each with its meaning.
+        examples: command lines.
+        exit_codes: code -> meaning.
+        dotenv: the command reads the variables from a file ``.env`` too.
+    """
+    width = max(len(name) for name, _ in environment)
+    sections = {
+        "Environment, or the file .env" if dotenv else "Environment": [
+            f"{name:<{width}}  {text}" for name, text in environment
+        ],
+        "Exit codes": [f"{code:<4} {text}" for code, text in sorted(exit_codes.items())],
+        "Examples": list(examples),
+    }
+    return "\n\n".join(
+        "\n".join([f"[bold]{heading}[/bold]", *(f"  {escape(line)}" for line in lines)])
+        for heading, lines in sections.items()
+    )

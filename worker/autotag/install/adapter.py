@@ -1,0 +1,149 @@
+"""Writes the host adapter: fills a project's tables into the template ``host_adapter.sql``.
+
+Names and strings of the project are quoted, so none of them becomes SQL.
+"""
+
+from __future__ import annotations
+
+import re
+
+from autotag.install.host import FileRule, Host, HostError, Members
+
+WORD_BEGINS, WORD_ENDS = r"\m", r"\M"  # in Postgres's regular expressions
+
+
+def render(template: str, host: Host) -> str:
+    """Fills a template's ``{{ names }}`` in for a host.
+
+    Raises:
+        HostError: a name of the host contains ``$$``.
+    """
+    values: dict[str, str] = {
+        "table": table_name(host.table), "table_literal": literal(table_name(host.table)),
+        "id": quote(host.id), "workspace": quote(host.workspace),
+        "bucket": _bucket_code(host), "path": _path_code(host), "url": _url_code(host),
+        "tags": quote(host.tags), "tags_type": host.tags_type, "tags_value": _tags_code(host.tags_type),
+        "result": quote(host.result), "members": _members_code(host.members),
+        "file_rule": literal(host.files.name), "own_file": file_code(host, host.files),
+        "users_see_files": "true" if host.users_see_files else "false", "policy_is_silent": _silent_policy_code(host),
+    }  # fmt: skip
+    for name, value in values.items():
+        if "$$" in value:  # it would end the body of the function
+            raise HostError(f"autotag cannot use a name with $$ ({name}: {value[:100]}); rename it.")
+    return re.sub(r"\{\{ (\w+) \}\}", lambda match: values[match[1]], template)
+
+
+def _members_code(members: Members) -> str:
+    if members.claim:
+        path = literal("{" + ",".join(members.claim) + "}")
+        return f"select coalesce((select auth.jwt()) #> {path} ? p_workspace_id::text, false)"
+    return (
+        f"select exists (select from {table_name(members.table)} m where m.{quote(members.workspace)} ="
+        f" p_workspace_id and m.{quote(members.user)} = (select auth.uid()))"
+    )
+
+
+def file_code(host: Host, rule: FileRule) -> str:
+    """The condition that the row ``a`` may name the file (``f.bucket``, ``f.path``)."""
+    workspace = f"a.{quote(host.workspace)}"
+    if "." in rule.name:
+        return f"{table_name(rule.name)}({workspace}, f.bucket, f.path)"
+    if rule.name in ("any", "none"):
+        return "true"
+    if rule.name == "workspace-bucket":
+        return f"f.bucket = {workspace}::text"
+    conditions = [f"f.bucket in ({', '.join(map(literal, rule.buckets))})"] if rule.buckets else []
+    uploader = f"a.{quote(rule.uploader)}" if rule.uploader else ""
+    if rule.name == "workspace-folder":
+        conditions.append(_in_folder(rule, f"{workspace}::text"))
+    elif uploader:
+        conditions.append(
+            _in_folder(rule, f"{uploader}::text") if rule.name == "uploader-folder" else _owned(f"= {uploader}::text")
+        )
+    else:
+        conditions.append(f"starts_with(f.path, {literal(rule.prefix)})" if rule.prefix else "")
+        is_member = f"in (select m.{quote(host.members.user)}::text {of_members(host.members, workspace)})"
+        folder = f"split_part(f.path, '/', {rule.depth})"
+        conditions.append(f"{folder} {is_member}" if rule.name == "uploader-folder" else _owned(is_member))
+    if rule.name != "workspace-folder" and uploader:
+        conditions.append(
+            f"exists (select {of_members(host.members, workspace)} and m.{quote(host.members.user)} = {uploader})"
+        )
+    return " and ".join(filter(None, conditions))
+
+
+def of_members(members: Members, workspace: str) -> str:
+    """The ``from`` clause with the rows ``m`` of a workspace's members."""
+    return f"from {table_name(members.table)} m where m.{quote(members.workspace)} = {workspace}"
+
+
+def _in_folder(rule: FileRule, folder: str) -> str:
+    if rule.prefix or rule.depth == 1:
+        before = f"{literal(rule.prefix)} || " if rule.prefix else ""
+        return f"starts_with(f.path, {before}{folder} || '/')"
+    return f"split_part(f.path, '/', {rule.depth}) = {folder}"
+
+
+def _owned(condition: str) -> str:
+    """The condition that an object's owner meets ``condition``. Older releases of Storage only have ``owner``."""
+    owner = "coalesce(to_jsonb(o) ->> 'owner_id', to_jsonb(o) ->> 'owner')"
+    this_file = "o.bucket_id = f.bucket and o.name = f.path"
+    return f"exists (select from storage.objects o where {this_file} and {owner} {condition})"
+
+
+def lateral_code(host: Host) -> str:
+    """The bucket and path of the image of the row ``a``, as columns."""
+    return f"{_bucket_code(host)}::text as bucket, {_path_code(host)}::text as path"
+
+
+def _path_code(host: Host) -> str:
+    return f"a.{quote(host.path)}" if host.path else "null"
+
+
+def _url_code(host: Host) -> str:
+    return f"a.{quote(host.url)}" if host.url else "null"
+
+
+def _silent_policy_code(host: Host) -> str:
+    """The condition that a policy leaves the file of a row open, or the uploader where the rule needs one."""
+    if not host.path:
+        return "false"
+    missing = [_not_in_policy(name) for name in (host.path, host.files.uploader) if name]
+    return missing[0] if len(missing) == 1 else f"({' or '.join(missing)})"
+
+
+def _not_in_policy(column: str) -> str:
+    expression = "pg_get_expr(coalesce(p.polwithcheck, p.polqual), c.oid)"
+    if re.fullmatch(r"\w+", column):
+        return f"{expression} !~ {literal(WORD_BEGINS + column + WORD_ENDS)}"
+    return f"strpos({expression}, {literal(column)}) = 0"
+
+
+def _bucket_code(host: Host) -> str:
+    if not host.path:
+        return "null"
+    default = literal(host.bucket) if host.bucket else ""
+    column = f"a.{quote(host.bucket_column)}" if host.bucket_column else ""
+    value = f"coalesce({column}, {default})" if column and default else column or default
+    return f"case when a.{quote(host.path)} is not null then {value} end"
+
+
+def _tags_code(kind: str) -> str:
+    return "r.result -> 'tags'" if kind == "jsonb" else "array(select jsonb_array_elements_text(r.result -> 'tags'))"
+
+
+def table_name(name: str) -> str:
+    """A qualified name as SQL writes it."""
+    return ".".join(quote(part) for part in name.split(".", 1))
+
+
+def quote(name: str) -> str:
+    """An identifier as SQL writes it."""
+    return name if re.fullmatch(r"[a-z_][a-z0-9_]*", name) else '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """A string as SQL writes it. It contains no ``$``, so it can be in the ``$$`` body of a function."""
+    if "$" not in text:
+        return "'" + text.replace("'", "''") + "'"
+    return "E'" + text.replace("\\", "\\\\").replace("'", "''").replace("$", "\\044") + "'"

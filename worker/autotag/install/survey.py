@@ -1,0 +1,91 @@
+"""Looks at a project before autotag is installed: its tables, the rule for its files, its spending limit.
+
+A callback answers what the database does not show, so that this works with and without a terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from autotag.install.facts import Facts, look
+from autotag.install.files import find_rule, users_see_files
+from autotag.install.host import Ask, Choices, FileRule, Host, HostError, propose
+from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, Migration, spending_limit
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a project.
+
+    Attributes:
+        facts: what the database shows.
+        host: the tables, as the adapter is to know them.
+        keeps_adapter: the database has an adapter, and no choice asks for a different one.
+    """
+
+    facts: Facts
+    host: Host
+    keeps_adapter: bool
+
+
+def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool) -> Survey:
+    """Reads a project's database, and asks what it does not show.
+
+    Args:
+        url: connection URL of the database's owner.
+        choices: what the caller decides.
+        ask: answers questions.
+        may_ask: whether ``ask`` reaches a person. Without one the strictest file rule that fits all rows is taken.
+
+    Raises:
+        psycopg.OperationalError: the database cannot be reached.
+        HostError: the tables cannot be used, or a question has no answer.
+    """
+    facts = look(url)
+    if HOST_ADAPTER in facts.applied and choices == Choices():
+        # The adapter is not written again, so no answer matters. It alone knows the buckets of its rule.
+        host = propose(facts, choices, _first_answer)
+        return Survey(facts, replace(host, files=FileRule(facts.file_rule or "none", ())), keeps_adapter=True)
+    host = propose(facts, choices, ask)
+    rule = find_rule(url, facts, host, choices.file_rule or facts.file_rule, ask, may_ask=may_ask)
+    visible = host.path is not None and users_see_files(facts, rule)
+    return Survey(facts, replace(host, files=rule, users_see_files=visible), keeps_adapter=False)
+
+
+def _first_answer(_option: str, _question: str, answers: Sequence[str]) -> str:
+    return answers[0] if answers else "unknown"
+
+
+def refuse_to_ask(option: str, question: str, answers: Sequence[str]) -> str:
+    """Answers no question, because no person is there.
+
+    Raises:
+        HostError: always; it names the option that answers the question.
+    """
+    choice = f" (one of {', '.join(answers)})" if answers else ""
+    raise HostError(f"{question} Set {option}{choice}.")
+
+
+def plan_spending_limit(
+    wanted: float | None, facts: Facts, folder: Path | None, ask: Callable[[], float] | None
+) -> list[Migration]:
+    """The migration that limits what each workspace may spend; none where one exists, or no limit is wanted.
+
+    Args:
+        wanted: dollars a month; 0: no limit; None: not decided.
+        facts: of the project.
+        folder: the project's migrations, if it has such a folder.
+        ask: asks a person for ``wanted`` at the first installation; None: no person is there.
+
+    Raises:
+        HostError: the answer is negative.
+    """
+    if SPENDING_LIMIT in facts.applied or (folder and list(folder.glob(f"*_autotag_{SPENDING_LIMIT}.sql"))):
+        return []
+    if wanted is None and ask and facts.adapter is None:
+        wanted = ask()
+        if wanted < 0:
+            raise HostError("A spending limit is a number of dollars; 0 means no limit.")
+    return [spending_limit(wanted)] if wanted else []
