@@ -6,10 +6,14 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 
+import aiohttp
+import httpx2
 import pytest
 
 from autotag.config import SettingsError, load_settings
+from autotag.errors import TaggingError
 from autotag.openai.classify import classify_status
+from autotag.openai.errors import sorted_errors
 from autotag.openai.headers import read_limits, retry_after
 from autotag.redact import redact
 
@@ -199,3 +203,17 @@ def test_a_wait_may_be_a_date() -> None:
     wait = retry_after({"retry-after": format_datetime(at, usegmt=True)})
     assert wait is not None
     assert 85 < wait <= 90
+
+
+@pytest.mark.parametrize(
+    "error", [httpx2.ReadError("reset"), aiohttp.ClientPayloadError("no HTTP")], ids=["reset", "no HTTP"]
+)
+def test_a_file_that_breaks_off_is_the_providers_trouble(error: Exception) -> None:
+    """The SDK lets errors through that come while an answer's body is read."""
+    with pytest.raises(TaggingError) as caught, sorted_errors():
+        raise error
+    assert (caught.value.kind, caught.value.code, caught.value.origin) == (
+        "transient",
+        "provider_unreachable",
+        "provider",
+    )
