@@ -18,7 +18,7 @@ from autotag.__main__ import load
 
 FUNCTIONS = (
     "register_worker", "claim", "report_stages", "settle", "claim_batches", "batch_step", "batch_images",
-    "batch_submitted", "batches_seen", "batch_answers", "batch_finish", "files_deleted",
+    "batch_submitted", "record_poll", "batch_answers", "batch_finish", "files_deleted",
 )  # fmt: skip
 REQUESTS = (
     "POST /chat/completions", "POST /files", "POST /batches", "GET /batches", "GET /files/content", "DELETE /files",

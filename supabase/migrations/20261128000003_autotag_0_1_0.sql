@@ -159,7 +159,7 @@ create table autotag.settings (
   -- how long smaller batches may overtake one that does not fit into OpenAI's queue
   batch_patience interval not null default '30 min' check (batch_patience >= '0'),
   -- polls in a row that do not find a batch at OpenAI before it counts as lost
-  batch_looks_in_vain integer not null default 3 check (batch_looks_in_vain > 0),
+  batch_max_missing_polls integer not null default 3 check (batch_max_missing_polls > 0),
   -- a batch without progress for this long is cancelled, and its images go as single calls if the limits allow
   batch_stuck_after interval not null default '6 h' check (batch_stuck_after > '0'),
   -- a batch this old is cancelled likewise (OpenAI's window is 24 h)
@@ -188,7 +188,7 @@ alter table autotag.settings enable row level security;
 create table autotag.clock (
   id boolean primary key default true check (id),
   ticked_at timestamptz not null default '-infinity',
-  housekept_at timestamptz not null default '-infinity'
+  housekeeping_at timestamptz not null default '-infinity'
 ) with (fillfactor = 50);
 alter table autotag.clock enable row level security;
 
@@ -215,7 +215,7 @@ create table autotag.models (
   patch_tokens numeric check (patch_tokens > 0),
   base_tokens integer check (base_tokens >= 0),
   tile_tokens integer check (tile_tokens >= 0),
-  -- The form of the request. When the provider refuses a parameter, degrade_model() moves it to the next form.
+  -- The form of the request. When the provider refuses a parameter, downgrade_request_form() moves it to the next form.
   cap_parameter text not null default 'max_completion_tokens'
     check (cap_parameter in ('max_completion_tokens', 'max_tokens', 'none')),
   answer_format text not null default 'json_schema' check (answer_format in ('json_schema', 'json_object', 'text')),
@@ -352,7 +352,7 @@ create table autotag.jobs (
   eta timestamptz,                      -- median of the predicted end …
   eta_p90 timestamptz,                  -- … and its 90th percentile
   progress integer not null default 0 check (progress between 0 and 100),
-  told_at timestamptz not null default '-infinity',   -- when job-progress was last broadcast
+  broadcast_at timestamptz not null default '-infinity',   -- when job-progress was last broadcast
   traceparent text,                     -- of the HTTP request that made the job (W3C Trace Context), if it had one
   check (completed >= 0 and failed >= 0 and completed + failed <= image_count),
   check ((finished_at is not null) = (completed + failed = image_count))
@@ -384,7 +384,7 @@ alter table autotag.queues enable row level security;
 -- is what users see.
 --
 -- No index contains worker_id: the update of a claim stays on its page (HOT) and costs the same at any table size.
--- held_tasks() finds a worker's tasks through the queues instead.
+-- leased_tasks() finds a worker's tasks through the queues instead.
 create table autotag.tasks (
   id bigint generated always as identity primary key,
   job_id uuid not null references autotag.jobs on delete cascade,
@@ -466,8 +466,8 @@ create table autotag.batches (
   running_at timestamptz,                     -- when a poll first saw OpenAI working on it
   predicted_seconds double precision,         -- predicted duration at the time OpenAI got it
   progress_at timestamptz,                    -- when a poll last saw a change
-  looks_in_vain integer not null default 0,   -- polls in a row that did not find it at OpenAI …
-  vain_look_at timestamptz,                   -- … and the last of them (workers.look_at): each poll counts once
+  missing_polls integer not null default 0,   -- polls in a row that did not find it at OpenAI …
+  last_missing_poll_at timestamptz,                   -- … and the last of them (workers.look_at): each poll counts once
   cancel_requested boolean not null default false,
   stuck boolean not null default false,       -- no progress for too long: what OpenAI has not done goes as single calls
   stored boolean not null default false,      -- all its answers are stored and batch-complete is broadcast
@@ -503,7 +503,7 @@ create table autotag.workers (
   version text not null,
   listening boolean not null default true,   -- false: polls, because it is behind a transaction pooler
   started_at timestamptz not null,
-  seen_at timestamptz not null,
+  last_heartbeat_at timestamptz not null,
   lease_until timestamptz not null,
   unsent integer not null default 0,         -- calls released to it that it has not sent yet
   base_url text,                             -- the provider's address that it calls …
@@ -638,7 +638,7 @@ create type autotag.answer as (
 );
 
 -- The state of one batch, as a poll of OpenAI showed it.
-create type autotag.batch_look as (
+create type autotag.batch_poll as (
   id text,                     -- OpenAI's
   status text,
   output_file_id text,
@@ -686,11 +686,11 @@ begin
 end $$;
 
 -- A time of autotag's clock as real epoch seconds.
-create or replace function autotag.real_epoch(p_moment timestamptz) returns double precision
+create or replace function autotag.real_epoch(p_time timestamptz) returns double precision
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return extract(epoch from clock_timestamp()) - autotag.real_seconds(autotag.now() - p_moment);
+  return extract(epoch from clock_timestamp()) - autotag.real_seconds(autotag.now() - p_time);
 end $$;
 
 create or replace function autotag.clock_interval(p_real_seconds double precision) returns interval
@@ -758,14 +758,14 @@ create or replace function autotag.clean_id(p_id text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$ select case when p_id ~ '^[A-Za-z0-9][A-Za-z0-9_.:/=-]{0,199}$' then p_id end $$;
 
--- Validates a number in a worker's report and clamps it to [p_least, p_most]. Null: not a number.
-create or replace function autotag.clean_number(p_report jsonb, p_name text, p_least double precision, p_most double precision)
+-- Validates a number in a worker's report and clamps it to [p_min, p_max]. Null: not a number.
+create or replace function autotag.clean_number(p_report jsonb, p_name text, p_min double precision, p_max double precision)
 returns double precision
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
   return case when jsonb_typeof(p_report -> p_name) = 'number'
-    then least(greatest((p_report -> p_name)::numeric, p_least::numeric), p_most::numeric)::double precision end;
+    then least(greatest((p_report -> p_name)::numeric, p_min::numeric), p_max::numeric)::double precision end;
 end $$;
 
 -- Refuses a report that is not a list, or that is larger than a worker ever needs: 10,000 items or 50 MB.
@@ -824,15 +824,15 @@ create or replace function autotag.check_image_count(p_images integer) returns v
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_most integer := (select s.job_max_images from autotag.settings s);
+  v_max_allowed integer := (select s.job_max_images from autotag.settings s);
 begin
   if p_images is null or p_images < 1 then
     perform autotag.refuse(400, 'no_images', 'There is no image to tag.', 'Pass at least one image.');
-  elsif p_images > v_most then
+  elsif p_images > v_max_allowed then
     perform autotag.refuse(413, 'too_many_images',
       format('%s images are too many for one upload.', p_images),
-      format('Split it into uploads of at most %s images.', v_most),
-      jsonb_build_object('max_images', v_most));
+      format('Split it into uploads of at most %s images.', v_max_allowed),
+      jsonb_build_object('max_images', v_max_allowed));
   end if;
 end $$;
 
@@ -980,7 +980,7 @@ begin
 end $$;
 
 -- Wakes the workers: their next claim picks up the change.
-create or replace function autotag.announce_change() returns trigger
+create or replace function autotag.notify_workers() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -990,14 +990,14 @@ begin
 end $$;
 
 create or replace trigger autotag_announce after update on autotag.settings
-  for each statement execute function autotag.announce_change();
+  for each statement execute function autotag.notify_workers();
 
 create or replace trigger autotag_announce after insert or update or delete on autotag.models
-  for each statement execute function autotag.announce_change();
+  for each statement execute function autotag.notify_workers();
 
 -- The provider refused a parameter: moves the model's row to the next form. False: there is none, or another transaction holds
 -- the row. A model without a row gets one (without prices). Locks: the model's row (skip locked).
-create or replace function autotag.degrade_model(p_model text, p_parameter text) returns boolean
+create or replace function autotag.downgrade_request_form(p_model text, p_parameter text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -1066,7 +1066,7 @@ as $$
 $$;
 
 -- A histogram after new counts. Each new count multiplies the old weights by 1 - 1 / p_memory (in answers).
-create or replace function autotag.blend(p_old jsonb, p_counts integer[], p_memory integer) returns jsonb
+create or replace function autotag.decayed_histogram(p_old jsonb, p_counts integer[], p_memory integer) returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(jsonb_object_agg(b.size, b.weight), '{}')
@@ -1215,23 +1215,23 @@ declare
   v_provider autotag.provider_limits;
   v_question jsonb;
   v_memory integer := (select s.learning_memory from autotag.settings s);
-  v_most integer;
+  v_max_allowed integer;
 begin
   if cardinality(p_inputs) = 0 then
     return;
   end if;
   select * into v_provider from autotag.provider_limits;
   v_question := coalesce(p_question, v_provider.question);
-  v_most := 20 * autotag.guess_prompt(v_question);
-  p_inputs := array(select least(i, v_most) from unnest(p_inputs) i);
+  v_max_allowed := 20 * autotag.guess_prompt(v_question);
+  p_inputs := array(select least(i, v_max_allowed) from unnest(p_inputs) i);
   insert into autotag.learned as l (model, image_detail, reasoning_effort, max_tags, tag_language, answers, prompt, output, learned_at)
   values (v_question ->> 'model', v_question ->> 'image_detail',
     coalesce(v_question ->> 'reasoning_effort', ''), (v_question ->> 'max_tags')::integer,
     v_question ->> 'tag_language', cardinality(p_inputs),
-    autotag.blend('{}', p_inputs, v_memory), autotag.blend('{}', p_outputs, v_memory), autotag.now())
+    autotag.decayed_histogram('{}', p_inputs, v_memory), autotag.decayed_histogram('{}', p_outputs, v_memory), autotag.now())
   on conflict (model, image_detail, reasoning_effort, max_tags, tag_language) do update
   set answers = l.answers + cardinality(p_inputs), learned_at = excluded.learned_at,
-      prompt = autotag.blend(l.prompt, p_inputs, v_memory), output = autotag.blend(l.output, p_outputs, v_memory);
+      prompt = autotag.decayed_histogram(l.prompt, p_inputs, v_memory), output = autotag.decayed_histogram(l.output, p_outputs, v_memory);
   v_provider := autotag.estimate_tokens(v_provider);
   update autotag.provider_limits p
   set tokens_per_image = v_provider.tokens_per_image, output_tokens = v_provider.output_tokens,
@@ -1352,21 +1352,21 @@ begin
   -- the error affects those too, their own calls show it.
   if v_provider.account_error is not null
     and (v_provider.account_error_from = 'storage' or p_question ->> 'model' = (select s.model from autotag.settings s)) then
-    return autotag.put_off('account', v_now, v_now + (select s.account_probe_interval from autotag.settings s))
+    return autotag.retry_later('account', v_now, v_now + (select s.account_probe_interval from autotag.settings s))
       || jsonb_build_object('message', v_provider.account_error);
   elsif v_provider.blocked_until > v_now then
-    return autotag.put_off('retry_after', v_now, v_provider.blocked_until);
+    return autotag.retry_later('retry_after', v_now, v_provider.blocked_until);
   -- A workspace whose next image never fits its window (ready_at is infinite) does not hold others back.
   elsif v_provider.account_error is null
     and exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')) then
-    return autotag.put_off('live', v_now, v_now + autotag.clock_interval(1));
+    return autotag.retry_later('live', v_now, v_now + autotag.clock_interval(1));
   end if;
   v_next := v_now + interval '1 min' * greatest(0,
     (1 - v_provider.requests_left) / v_provider.requests_per_minute,
     (1 - v_provider.day_left) / (v_provider.requests_per_day / 1440.0),
     (v_reserved - v_provider.tokens_left) / v_provider.tokens_per_minute);
   if v_next > v_now then
-    return autotag.put_off('provider', v_now, v_next);
+    return autotag.retry_later('provider', v_now, v_next);
   end if;
   v_window := autotag.admit(p_workspace_id, 'realtime', 1, v_reserved, false);
   if v_window.admitted = 0 and v_window.retry_at is null then
@@ -1375,7 +1375,7 @@ begin
         p_question ->> 'model', v_reserved),
       'Raise its limit (max_units in public.workspace_rate_limits), or choose a lower effort.');
   elsif v_window.admitted = 0 then
-    return autotag.put_off('window', v_window.at, v_window.retry_at);
+    return autotag.retry_later('window', v_window.at, v_window.retry_at);
   end if;
   update autotag.provider_limits
   set requests_left = v_provider.requests_left - 1, tokens_left = v_provider.tokens_left - v_reserved,
@@ -1384,7 +1384,7 @@ begin
 end $$;
 
 -- admit_comparison()'s reply when the call has to wait until p_until.
-create or replace function autotag.put_off(p_reason text, p_now timestamptz, p_until timestamptz) returns jsonb
+create or replace function autotag.retry_later(p_reason text, p_now timestamptz, p_until timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -1393,7 +1393,7 @@ end $$;
 
 -- The question to ask after the provider refused a parameter of p_question: the model's row moves to its next form, unless
 -- another call has done that already. Null: there is no other form. Locks: the model's row (skip locked).
-create or replace function autotag.ask_differently(p_question jsonb, p_parameter text) returns jsonb
+create or replace function autotag.next_request_form(p_question jsonb, p_parameter text) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -1408,7 +1408,7 @@ begin
   if p_parameter = 'reasoning_effort' and v_effort is distinct from (autotag.find_model(v_model)).reasoning_effort then
     return null;
   end if;
-  if autotag.degrade_model(v_model, p_parameter) then
+  if autotag.downgrade_request_form(v_model, p_parameter) then
     v_question := autotag.question_for(v_model, v_effort);
   end if;
   return case when v_question <> p_question then v_question end;
@@ -1416,7 +1416,7 @@ end $$;
 
 -- What to do next about an image: {next: done | again | failed | stop}. again: with `question` and `cap` where given, after
 -- `wait` seconds; stop: no call can succeed, `message` says why. p_report as in settle_comparison().
-create or replace function autotag.next_step(p_question jsonb, p_report jsonb, p_answer autotag.answer) returns jsonb
+create or replace function autotag.next_action(p_question jsonb, p_report jsonb, p_answer autotag.answer) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -1432,7 +1432,7 @@ begin
   select * into v_settings from autotag.settings;
   -- A reply that is not JSON counts as the provider's lack of a format only until one answer of this comparison was usable.
   if v_error ->> 'parameter' is not null and (v_error ->> 'kind' <> 'image' or not v_proven) then
-    v_question := autotag.ask_differently(p_question, v_error ->> 'parameter');
+    v_question := autotag.next_request_form(p_question, v_error ->> 'parameter');
     if v_question is not null then
       return jsonb_build_object('next', 'again', 'question', v_question);
     end if;
@@ -1459,15 +1459,15 @@ begin
   return jsonb_build_object('next', 'failed');
 end $$;
 
--- Settles one call: next_step()'s reply, and `cost` (dollars; null: unknown, or the provider billed nothing). p_report:
+-- Settles one call: next_action()'s reply, and `cost` (dollars; null: unknown, or the provider billed nothing). p_report:
 -- {reserved, reserved_at, cap (from admit_comparison; absent: nothing was admitted), called, usage, error (as in settle()),
 -- failures (transient failures of this image so far), cut_off (an answer about it was cut off before), proven (this
--- comparison has had a usable answer)}. p_seen: limits from the reply's headers (observe_provider). Corrects bucket and
+-- comparison has had a usable answer)}. p_observed: limits from the reply's headers (update_provider_limits). Corrects bucket and
 -- window as settle() does, records the usage, and learns the token use of this question. An error of kind account stops
 -- only this comparison: live calls meet it themselves.
 -- Locks: provider, window.
 create or replace function autotag.settle_comparison(
-  p_workspace_id uuid, p_question jsonb, p_report jsonb, p_seen jsonb default null
+  p_workspace_id uuid, p_question jsonb, p_report jsonb, p_observed jsonb default null
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1491,8 +1491,8 @@ begin
     perform autotag.refund_provider(v_free::integer, case when v_free then v_answer.reserved_tokens
       else coalesce(v_answer.reserved_tokens - v_used - v_answer.output_tokens, 0) end);
   end if;
-  if p_seen is not null then
-    perform autotag.observe_provider(p_seen);
+  if p_observed is not null then
+    perform autotag.update_provider_limits(p_observed);
   end if;
   if v_used > 0 then
     -- A cut-off answer needs an unknown number of tokens: at least the cap of the next try.
@@ -1510,7 +1510,7 @@ begin
   if v_answer.called then
     perform autotag.add_usage(array[v_answer], false, p_question);
   end if;
-  return autotag.next_step(p_question, p_report, v_answer) || jsonb_build_object('cost', autotag.price_tokens(
+  return autotag.next_action(p_question, p_report, v_answer) || jsonb_build_object('cost', autotag.price_tokens(
     coalesce(v_answer.usage ->> 'model', p_question ->> 'model'), coalesce(v_answer.usage ->> 'tier', 'default'), v_used,
     least((v_answer.usage -> 'cached')::integer, v_used), (v_answer.usage -> 'cache_write')::integer,
     (v_answer.usage -> 'output')::integer));
@@ -1649,7 +1649,7 @@ begin
 end $$;
 
 -- How many more images of a workspace may be live at the same time.
-create or replace function autotag.live_room(p_workspace_id uuid) returns integer
+create or replace function autotag.live_capacity(p_workspace_id uuid) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -1660,12 +1660,12 @@ end $$;
 
 -- Refuses an upload that would make too many images of its workspace live at the same time; retry_after is
 -- when enough of them are expected to be done. The caller holds the workspace.
-create or replace function autotag.check_live_room(p_workspace_id uuid, p_images integer) returns void
+create or replace function autotag.check_live_capacity(p_workspace_id uuid, p_images integer) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_room integer := autotag.live_room(p_workspace_id);
-  v_most integer := (select s.live_images_max from autotag.settings s);
+  v_room integer := autotag.live_capacity(p_workspace_id);
+  v_max_allowed integer := (select s.live_images_max from autotag.settings s);
   v_free_at timestamptz;
 begin
   if p_images <= v_room then
@@ -1678,14 +1678,14 @@ begin
   perform autotag.refuse(429, 'too_many_live_images',
     format('Only %s more images of this workspace can be tagged at the moment.', greatest(v_room, 0)),
     'Wait until earlier uploads are done, or make the upload smaller.',
-    jsonb_build_object('max_images', v_most, 'images_left', greatest(v_room, 0), 'retry_after',
-      case when p_images <= v_most then greatest(extract(epoch from v_free_at - autotag.now()), 1) end));
+    jsonb_build_object('max_images', v_max_allowed, 'images_left', greatest(v_room, 0), 'retry_after',
+      case when p_images <= v_max_allowed then greatest(extract(epoch from v_free_at - autotag.now()), 1) end));
 end $$;
 
 -- enqueue_tagging: one upload becomes one job. Idempotent for images that are being tagged already: they are
 -- skipped. Locks the workspace (so that two calls for the same images follow each other), then writes.
 --
--- p_seen[i]: what the caller may see of p_asset_ids[i] (`seen_files`); null: whoever calls sees everything. An image whose file is
+-- p_seen[i]: what the caller may see of p_asset_ids[i] (`visible_file_marks`); null: whoever calls sees everything. An image whose file is
 -- another one when a worker asks, or which they do not see, ends as if there were no such file.
 create or replace function autotag.enqueue(p_asset_ids uuid[], p_seen uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -1763,7 +1763,7 @@ begin
   if v_count = 0 then
     return autotag.describe_live(v_live, v_asked);
   end if;
-  perform autotag.check_live_room(p_workspace_id, v_count);
+  perform autotag.check_live_capacity(p_workspace_id, v_count);
   perform autotag.check_quotas(p_workspace_id, p_user_id, v_count);
 
   v_plan := autotag.plan_upload(p_workspace_id, v_count);
@@ -2007,7 +2007,7 @@ begin
     return false;
   end if;
   perform autotag.lock_workspace(v_upload.workspace_id);
-  v_room := least(autotag.live_room(v_upload.workspace_id), (select s.job_max_images from autotag.settings s),
+  v_room := least(autotag.live_capacity(v_upload.workspace_id), (select s.job_max_images from autotag.settings s),
     (select min(q.images_left) from autotag.quotas_left(v_upload.workspace_id, v_upload.user_id) q));
   if v_room < 1 then
     update autotag.uploads u set seal_at = p_now + interval '1 min' where u.id = v_upload.id;
@@ -2076,21 +2076,21 @@ end $$;
 
 -- What a workspace or a user may use per day or month.
 
--- Cost of one answer to the question in p_provider, in dollars: its mean, or with p_most what it reserves (an upper bound).
+-- Cost of one answer to the question in p_provider, in dollars: its mean, or with p_max what it reserves (an upper bound).
 -- Null: the model has no price in autotag.models. p_tier: a service tier, or batch; null: the tier in the question.
-create or replace function autotag.question_cost(p_provider autotag.provider_limits, p_most boolean, p_tier text default null)
+create or replace function autotag.question_cost(p_provider autotag.provider_limits, p_max boolean, p_tier text default null)
 returns numeric
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return autotag.price_tokens(
     p_provider.question ->> 'model', coalesce(p_tier, p_provider.question ->> 'service_tier', 'default'),
-    case when p_most then p_provider.tokens_per_image - p_provider.output_tokens else p_provider.prompt_mean end, 0, 0,
-    case when p_most then p_provider.output_tokens else p_provider.output_mean end);
+    case when p_max then p_provider.tokens_per_image - p_provider.output_tokens else p_provider.prompt_mean end, 0, 0,
+    case when p_max then p_provider.output_tokens else p_provider.output_mean end);
 end $$;
 
 -- The same for the present question.
-create or replace function autotag.expected_cost(p_tier text default null, p_most boolean default false) returns numeric
+create or replace function autotag.expected_cost(p_tier text default null, p_max boolean default false) returns numeric
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -2098,7 +2098,7 @@ declare
 begin
   select * into v_provider from autotag.provider_limits;
   v_provider.question := autotag.describe_question();
-  return autotag.question_cost(v_provider, p_most, p_tier);
+  return autotag.question_cost(v_provider, p_max, p_tier);
 end $$;
 
 -- What is left of each quota of a workspace and a user: the maximum less what was used and less what is being tagged (reserved
@@ -2231,7 +2231,7 @@ declare
   v_used_units bigint;
   v_need_requests bigint;      -- what must leave the window before the next fits
   v_need_units bigint;
-  v_least integer;             -- the least that is worth waiting for
+  v_min_wanted integer;             -- the least that is worth waiting for
 begin
   loop
     select w.ctid, w.xmin, s.test_clock,
@@ -2293,10 +2293,10 @@ begin
   end loop;
 
   if admitted < p_wanted then
-    v_least := case when p_partial then 1 else p_wanted end;
-    if v_least <= v_max_requests and v_least::bigint * v_each <= v_max_units then
-      v_need_requests := v_used_requests + admitted + v_least - v_max_requests;
-      v_need_units := v_used_units + (admitted + v_least)::bigint * v_each - v_max_units;
+    v_min_wanted := case when p_partial then 1 else p_wanted end;
+    if v_min_wanted <= v_max_requests and v_min_wanted::bigint * v_each <= v_max_units then
+      v_need_requests := v_used_requests + admitted + v_min_wanted - v_max_requests;
+      v_need_units := v_used_units + (admitted + v_min_wanted)::bigint * v_each - v_max_units;
       for i in v_old + 1 .. v_count loop
         exit when v_need_requests <= 0 and v_need_units <= 0;
         v_need_requests := v_need_requests - v_requests[i];
@@ -2422,7 +2422,7 @@ end $$;
 
 -- A worker has sent p_calls of the calls released to it (or will never send them), the first one p_age real seconds ago. If
 -- the mirror was full until then, it has refilled since. Locks the provider row.
-create or replace function autotag.note_sent(p_worker uuid, p_calls integer, p_age double precision) returns void
+create or replace function autotag.record_sent(p_worker uuid, p_calls integer, p_age double precision) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -2450,18 +2450,18 @@ end $$;
 -- refilled since. A lower remaining value than the mirror's is adopted (another program may use the same key), so is a changed
 -- limit, and retry_after holds for all workers. Returns a sentence for the log if the limits changed, else null.
 -- Locks the provider row.
-create or replace function autotag.observe_provider(p_seen jsonb) returns text
+create or replace function autotag.update_provider_limits(p_observed jsonb) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.lock_provider();
   -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (guide "Rate limits"). The lower bounds (2 and 100)
   -- keep a bucket that can hold a call; with less no call would go out, and no header could correct the limit.
-  v_requests integer := coalesce(autotag.clean_number(p_seen, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
-  v_tokens integer := coalesce(autotag.clean_number(p_seen, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
+  v_requests integer := coalesce(autotag.clean_number(p_observed, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
+  v_tokens integer := coalesce(autotag.clean_number(p_observed, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
   v_minutes double precision := extract(epoch from
-    autotag.clock_interval(coalesce(autotag.clean_number(p_seen, 'age', 0, 3600), 0))) / 60;
-  v_retry_after double precision := autotag.clean_number(p_seen, 'retry_after', 0, 3600);
+    autotag.clock_interval(coalesce(autotag.clean_number(p_observed, 'age', 0, 3600), 0))) / 60;
+  v_retry_after double precision := autotag.clean_number(p_observed, 'retry_after', 0, 3600);
 begin
   update autotag.provider_limits p
   set requests_per_minute = v_requests,
@@ -2469,9 +2469,9 @@ begin
       -- only tier 1 has a daily limit; a higher limit per minute means a higher tier
       requests_per_day = case when v_requests > p.requests_per_minute then null else p.requests_per_day end,
       requests_left = least(v_provider.requests_left + greatest(v_requests - p.requests_per_minute, 0),
-        autotag.clean_number(p_seen, 'requests_left', 0, v_requests) + v_minutes * v_requests),
+        autotag.clean_number(p_observed, 'requests_left', 0, v_requests) + v_minutes * v_requests),
       tokens_left = least(v_provider.tokens_left + greatest(v_tokens - p.tokens_per_minute, 0),
-        autotag.clean_number(p_seen, 'tokens_left', 0, v_tokens) + v_minutes * v_tokens),
+        autotag.clean_number(p_observed, 'tokens_left', 0, v_tokens) + v_minutes * v_tokens),
       day_left = v_provider.day_left,
       refilled_at = v_provider.refilled_at,
       blocked_until = greatest(p.blocked_until, v_provider.refilled_at + autotag.clock_interval(v_retry_after)),
@@ -2480,7 +2480,7 @@ begin
         when p.limited_since is not null and p.limited_at > v_provider.refilled_at - interval '1 min' then p.limited_since
         else v_provider.refilled_at end,
       limited_at = case when v_retry_after is null then p.limited_at else v_provider.refilled_at end,
-      has_rate_headers = case when p_seen ? 'tokens_limit' or p_seen ? 'requests_limit' then true else p.has_rate_headers end;
+      has_rate_headers = case when p_observed ? 'tokens_limit' or p_observed ? 'requests_limit' then true else p.has_rate_headers end;
   return case when (v_requests, v_tokens) <> (v_provider.requests_per_minute, v_provider.tokens_per_minute)
     then format('The provider''s limits are now %s requests and %s tokens a minute (before: %s and %s).',
       v_requests, v_tokens, v_provider.requests_per_minute, v_provider.tokens_per_minute) end;
@@ -2498,7 +2498,7 @@ begin
 end $$;
 
 -- Pauses both lanes until the probe succeeds; all tasks stay queued. p_from: the error's origin. Locks the provider row.
-create or replace function autotag.stop_account(p_error text, p_from text default 'provider') returns void
+create or replace function autotag.pause_tagging(p_error text, p_from text default 'provider') returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   update autotag.provider_limits
@@ -2509,7 +2509,7 @@ $$;
 
 -- Ends the pause: for any reason (p_from null: a call has succeeded), or only if its error came from p_from. Locks the provider
 -- row.
-create or replace function autotag.resume_account(p_from text default null) returns void
+create or replace function autotag.resume_tagging(p_from text default null) returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   update autotag.provider_limits
@@ -2550,11 +2550,11 @@ begin
     update autotag.provider_limits
     set proven_at = null, probe_at = null, account_error = null, account_error_from = null, account_error_at = null;
   end if;
-  insert into autotag.workers (id, host, version, listening, started_at, seen_at, lease_until, base_url, fingerprint)
+  insert into autotag.workers (id, host, version, listening, started_at, last_heartbeat_at, lease_until, base_url, fingerprint)
   select p_worker, coalesce(autotag.printable(p_host, 100), ''), autotag.printable(p_version, 50), coalesce(p_listening, false),
     v_now, v_now, v_now + s.lease, p_base_url, p_fingerprint
   from autotag.settings s
-  on conflict (id) do update set version = excluded.version, listening = excluded.listening, seen_at = excluded.seen_at,
+  on conflict (id) do update set version = excluded.version, listening = excluded.listening, last_heartbeat_at = excluded.last_heartbeat_at,
     lease_until = excluded.lease_until, unsent = 0, base_url = excluded.base_url,
     fingerprint = excluded.fingerprint
   where autotag.workers.login = session_user;
@@ -2581,7 +2581,7 @@ declare
   v_version text;
 begin
   update autotag.workers w
-  set seen_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s)
+  set last_heartbeat_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s)
   where w.id = p_worker and w.login = session_user returning w.version into v_version;
   v_alive := found;
   if v_alive then
@@ -2593,7 +2593,7 @@ end $$;
 
 -- Whether a worker belongs to the caller and has a lease. Without a lease it must get no work, because no expiry would release
 -- that again. The row lock prevents expire_workers, which alone ends leases, from ending this one before the transaction does.
-create or replace function autotag.hold_lease(p_worker uuid) returns boolean
+create or replace function autotag.lock_worker(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -2649,7 +2649,7 @@ begin
 end $$;
 
 -- The single calls that a worker holds: released, unfinished tasks of unfinished jobs.
-create or replace function autotag.held_tasks(p_worker uuid) returns bigint[]
+create or replace function autotag.leased_tasks(p_worker uuid) returns bigint[]
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(array_agg(t.id), '{}')
@@ -2662,13 +2662,13 @@ $$;
 -- Releases what a worker holds, except p_keep_tasks and p_keep_batches. p_lost: its lease has ended; then each image counts a
 -- failure, so that an image that crashes its worker does not do so forever. Returns how many tasks and batches.
 -- Locks: workspaces, jobs, batches, tasks.
-create or replace function autotag.give_back(p_worker uuid, p_keep_tasks bigint[], p_keep_batches uuid[], p_lost boolean)
+create or replace function autotag.release_held(p_worker uuid, p_keep_tasks bigint[], p_keep_batches uuid[], p_lost boolean)
 returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_tasks bigint[] := array(
-    select t from unnest(autotag.held_tasks(p_worker)) t where t <> all (p_keep_tasks));
+    select t from unnest(autotag.leased_tasks(p_worker)) t where t <> all (p_keep_tasks));
   v_batches uuid[] := array(
     select b.id from autotag.batches b where b.worker_id = p_worker and b.id <> all (p_keep_batches));
 begin
@@ -2703,14 +2703,14 @@ begin
   if not autotag.is_own_worker(p_worker) then
     return 0;
   end if;
-  v_count := autotag.give_back(p_worker, '{}', '{}', false);
+  v_count := autotag.release_held(p_worker, '{}', '{}', false);
   delete from autotag.workers w where w.id = p_worker;
   return v_count;
 end $$;
 
 -- For a worker that did not receive the reply to a claim (the connection broke): it names what it does hold, and the rest is
 -- released. Null: leaves tasks, or batches, as they are.
-create or replace function autotag.release_unheld(p_worker uuid, p_tasks bigint[], p_batches uuid[]) returns integer
+create or replace function autotag.release_unacknowledged(p_worker uuid, p_tasks bigint[], p_batches uuid[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -2719,7 +2719,7 @@ begin
     return 0;
   end if;
   update autotag.workers w set unsent = 0 where w.id = p_worker and p_tasks is not null;
-  return autotag.give_back(p_worker, p_tasks, p_batches, false);
+  return autotag.release_held(p_worker, p_tasks, p_batches, false);
 end $$;
 
 -- Releases what workers with an ended lease held, and deletes them. Called by tick().
@@ -2733,7 +2733,7 @@ begin
   for v_worker in
     select w.id from autotag.workers w where w.lease_until < autotag.now() order by w.id for update skip locked
   loop
-    perform autotag.give_back(v_worker, '{}', '{}', true);
+    perform autotag.release_held(v_worker, '{}', '{}', true);
     delete from autotag.workers w where w.id = v_worker;
     v_count := v_count + 1;
   end loop;
@@ -2763,9 +2763,9 @@ $$;
 
 -- Which images are released next: fair among workspaces, and within each of them.
 
--- Puts parked tasks whose time has come back into their queues. The caller holds the provider row.
+-- Puts delayed tasks whose time has come back into their queues. The caller holds the provider row.
 -- Locks: workspaces, tasks.
-create or replace function autotag.unpark(p_now timestamptz) returns void
+create or replace function autotag.requeue_due(p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -2991,14 +2991,14 @@ begin
   if v_provider.question_version is distinct from p_question then
     question := v_provider.question || jsonb_build_object('version', v_provider.question_version);
   end if;
-  if not autotag.hold_lease(p_worker) then
+  if not autotag.lock_worker(p_worker) then
     wait := 1;  -- its next heartbeat registers it again
     bound := 'lease';
     return;
   end if;
   if autotag.asks_another_provider(p_worker, v_provider) then
     wait := autotag.real_seconds((select s.account_probe_interval from autotag.settings s));
-    bound := 'outdone';
+    bound := 'superseded';
     return;
   end if;
   if autotag.reroute_upload(v_provider) then
@@ -3006,7 +3006,7 @@ begin
     return;
   end if;
 
-  perform autotag.unpark(v_now);
+  perform autotag.requeue_due(v_now);
   update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at <= v_now;
   v_released := autotag.release_in_turn(p_worker, p_slots, v_provider);
   v_provider.virtual_time := v_released.virtual_time;
@@ -3018,7 +3018,7 @@ begin
   if cardinality(v_released.ids) = p_slots then
     bound := 'slots';
   else
-    bound := autotag.name_bound(v_provider);
+    bound := autotag.describe_bound(v_provider);
   end if;
   wait := autotag.real_seconds(autotag.next_release(v_provider) - v_now);
 end $$;
@@ -3039,15 +3039,15 @@ begin
   -- What has waited too long while 429s kept coming becomes a batch.
   if p_provider.limited_since <= v_now - (select s.realtime_max_wait from autotag.settings s)
      and p_provider.limited_at > v_now - interval '1 min' and p_provider.has_batches is distinct from false
-     and autotag.fall_back(v_now) then
+     and autotag.single_calls_to_batch(v_now) then
     return true;
   end if;
   -- A provider without a Batch API gets no batches that were planned before that was known.
-  if p_provider.has_batches is false and autotag.leave_batches(v_now) then
+  if p_provider.has_batches is false and autotag.batches_to_single_calls(v_now) then
     return true;
   end if;
   -- Only batches wait, and nobody knows whether the question works: one of their images tries it as a single call.
-  return p_provider.proven_at is null and coalesce(p_provider.probe_at, v_now) <= v_now and autotag.send_ahead();
+  return p_provider.proven_at is null and coalesce(p_provider.probe_at, v_now) <= v_now and autotag.release_probe();
 end $$;
 
 -- Takes what was released from the mirror of the provider's bucket, and returns the provider as it is then. Once a second it
@@ -3104,7 +3104,7 @@ begin
 end $$;
 
 -- What keeps a claim that has room for more from releasing more; null: nothing is queued. p_provider: as it is after the claim.
-create or replace function autotag.name_bound(p_provider autotag.provider_limits) returns text
+create or replace function autotag.describe_bound(p_provider autotag.provider_limits) returns text
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -3119,13 +3119,13 @@ begin
     else 'provider_day' end;
 end $$;
 
--- When the next image can be released: when the bucket holds one more, when a workspace may go on, when a parked task is due,
+-- When the next image can be released: when the bucket holds one more, when a workspace may go on, when a delayed task is due,
 -- when an upload is complete; null: only what is queued anew can be. p_provider: as it is after the claim.
 create or replace function autotag.next_release(p_provider autotag.provider_limits) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return (select min(moment) from (
+  return (select min(due) from (
     select greatest(p_provider.refilled_at, p_provider.blocked_until, case when p_provider.proven_at is null then p_provider.probe_at end,
       p_provider.refilled_at + interval '1 min' * greatest(
         (1 - p_provider.requests_left) / p_provider.requests_per_minute,
@@ -3140,7 +3140,7 @@ begin
     select min(t.retry_at) from autotag.tasks t where t.retry_at is not null
     union all
     select min(u.seal_at) from autotag.uploads u
-  ) as moments (moment));
+  ) as due_times (due));
 end $$;
 
 -- Whose turn it is: which batches go on next, and which of them there is room for.
@@ -3266,7 +3266,7 @@ begin
       p_queue.tokens := p_queue.tokens + v_tokens;
       v_batch.reserved_tokens := v_tokens;
     end if;
-    perform autotag.hand_batch(v_batch, p_worker, p_provider, p_now);
+    perform autotag.assign_batch(v_batch, p_worker, p_provider, p_now);
     ids := ids || v_batch.id;
   end loop;
 end $$;
@@ -3292,7 +3292,7 @@ end $$;
 
 -- Hands a batch to a worker, in the state from which it goes on. p_batch has its place in the window and what it reserves. The
 -- caller holds its row.
-create or replace function autotag.hand_batch(
+create or replace function autotag.assign_batch(
   p_batch autotag.batches, p_worker uuid, p_provider autotag.provider_limits, p_now timestamptz
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -3346,7 +3346,7 @@ $$;
 --   no expiry.
 --   look_up: the model, when the provider is to be asked about it now (provider_checked), else null.
 --   While nobody knows whether the question works no batch is begun: single calls try it, if need be one of a batch's own
---   images (send_ahead).
+--   images (release_probe).
 --   wait: seconds until there may be more; null when only a notification can bring some.
 -- Locks: provider, windows by workspace, batches by id.
 create or replace function autotag.claim_batches(
@@ -3370,7 +3370,7 @@ begin
   if v_provider.question_version is distinct from p_question then
     question := v_provider.question || jsonb_build_object('version', v_provider.question_version);
   end if;
-  if not autotag.hold_lease(p_worker) then
+  if not autotag.lock_worker(p_worker) then
     wait := 1;  -- its next heartbeat registers it again
     return;
   end if;
@@ -3390,14 +3390,14 @@ begin
   v_taken := autotag.take_batches(p_worker, autotag.rank_batches(v_slots, v_provider, v_queue, v_now), v_provider, v_queue, v_now);
   batches := autotag.describe_batches(v_taken.ids);
   if v_provider.next_poll_at <= v_now and v_provider.ask_after <= v_now then
-    select l.poll, l.cancel, l.files into poll, cancel, files from autotag.list_looks() l;
+    select l.poll, l.cancel, l.files into poll, cancel, files from autotag.list_polls() l;
     v_provider.next_poll_at := case when poll is null and files = '[]' then '-infinity' else v_now + v_settings.batch_poll_interval end;
   end if;
   if v_provider.proven_at is not null and v_provider.checked_at <= v_now - v_settings.model_check_interval and v_provider.ask_after <= v_now then
     look_up := v_provider.question ->> 'model';
   end if;
   if poll is not null or files <> '[]' or look_up is not null then
-    -- what it then says of the provider is listened to (batches_seen, poll_trouble, provider_checked)
+    -- what it then says of the provider is listened to (record_poll, report_poll_failure, provider_checked)
     update autotag.workers w set look_at = v_now where w.id = p_worker;
   end if;
   update autotag.provider_limits p
@@ -3425,7 +3425,7 @@ begin
 end $$;
 
 -- What is to be looked at, cancelled and deleted at OpenAI (claim_batches: poll, cancel, files).
-create or replace function autotag.list_looks(out poll jsonb, out cancel jsonb, out files jsonb)
+create or replace function autotag.list_polls(out poll jsonb, out cancel jsonb, out files jsonb)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -3451,19 +3451,19 @@ returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return (select min(moment) from (
+  return (select min(due) from (
     select greatest(p_now, p_provider.next_poll_at, p_provider.ask_after)
     where p_more_files or p_provider.ask_after > p_now or exists (select from autotag.batches b where b.state = 'submitted')
     union all
     select min(b.not_before) from autotag.batches b
     where b.worker_id is null and b.not_before > p_now and b.not_before < 'infinity'
       and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting')
-  ) moments (moment));
+  ) due_times (due));
 end $$;
 
 -- The batch if this worker (of the login that calls) holds it, locked together with its job; else a refusal that tells the
 -- worker to let go of it.
-create or replace function autotag.hold_batch(p_worker uuid, p_batch uuid, p_attempt integer) returns autotag.batches
+create or replace function autotag.lock_held_batch(p_worker uuid, p_batch uuid, p_attempt integer) returns autotag.batches
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -3510,7 +3510,7 @@ create or replace function autotag.batch_split(p_worker uuid, p_batch uuid, p_at
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_batch autotag.batches := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_batch autotag.batches := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
   v_rest bigint[];
   v_new uuid;
 begin
@@ -3549,7 +3549,7 @@ create or replace function autotag.batch_step(
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_batch autotag.batches := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_batch autotag.batches := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
 begin
   p_input_file_id := autotag.clean_id(p_input_file_id);
   if not coalesce(case p_state
@@ -3567,7 +3567,7 @@ begin
     -- What an earlier worker noted while it built the file holds no more: the image is prepared again.
     update autotag.tasks t set error_code = null, error = null where t.batch_id = p_batch and t.error_code is not null;
     perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'preparing');
-    perform autotag.tell_progress(v_batch.job_id);
+    perform autotag.broadcast_progress(v_batch.job_id);
   end if;
 end $$;
 
@@ -3582,7 +3582,7 @@ declare
   v_batch autotag.batches;
 begin
   perform autotag.lock_provider();
-  v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_batch := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
   v_now := autotag.now();
   p_openai_batch_id := autotag.clean_id(p_openai_batch_id);
   if v_batch.state <> 'creating' or p_openai_batch_id is null
@@ -3594,14 +3594,14 @@ begin
   set state = 'submitted', worker_id = null, openai_batch_id = p_openai_batch_id,
       openai_status = coalesce(autotag.clean_status(p_status), 'validating'),
       input_file_id = coalesce(autotag.clean_id(p_input_file_id), b.input_file_id), submitted_at = v_now, progress_at = v_now,
-      looks_in_vain = 0, running_at = null,
+      missing_polls = 0, running_at = null,
       predicted_seconds = (autotag.predict_batch(b.image_count - b.express_count, v_now, v_now, null, 0, b.id)).p50
   where b.id = p_batch;
   perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'submitted',
     (select v_now + make_interval(secs => b.predicted_seconds) from autotag.batches b where b.id = p_batch));
-  perform autotag.tell_progress(v_batch.job_id, autotag.refresh_eta(v_batch.job_id));
+  perform autotag.broadcast_progress(v_batch.job_id, autotag.refresh_eta(v_batch.job_id));
   -- To have a batch proves nothing of the model: only an answer does.
-  perform autotag.resume_account('batch');
+  perform autotag.resume_tagging('batch');
   update autotag.provider_limits p
   set next_poll_at = case
     -- its webhook came before its id was known here
@@ -3620,7 +3620,7 @@ end $$;
 -- whose answers say more: at once where it says why, else after max_bad_answers refusals, or after three times max_failures
 -- troubles of any kind while single calls work. If the files or batches routes do not exist while single calls work, the
 -- provider has no Batch API, and claim() makes single calls of what was planned. One that refuses an expiry is asked for another.
-create or replace function autotag.batch_trouble(p_worker uuid, p_batch uuid, p_attempt integer, p_error jsonb) returns void
+create or replace function autotag.report_batch_failure(p_worker uuid, p_batch uuid, p_attempt integer, p_error jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -3645,12 +3645,12 @@ begin
   elsif p_error ->> 'kind' = 'account'
     or v_provider.proven_at is null and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then
     p_error := p_error || '{"kind": "account"}';
-    perform autotag.stop_account(autotag.explain_account(p_error),
+    perform autotag.pause_tagging(autotag.explain_account(p_error),
       case p_error ->> 'origin' when 'storage' then 'storage' else 'batch' end);
     perform autotag.offer_switch(array[p_worker]);
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
-  v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_batch := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
   -- A request that is refused again and again, for whatever reason, will not be accepted either.
   if p_error ->> 'kind' = 'image'
     or p_error ->> 'code' = 'request_refused' and v_batch.failures + 1 >= v_settings.max_bad_answers
@@ -3682,7 +3682,7 @@ end $$;
 
 -- A look at OpenAI failed as a whole. Of the account: both lanes stop, if the worker was handed a look. Else the next look is
 -- the next try, not before the provider said, whatever brings looks forward (another batch, a webhook). Locks: provider.
-create or replace function autotag.poll_trouble(p_worker uuid, p_error jsonb) returns void
+create or replace function autotag.report_poll_failure(p_worker uuid, p_error jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -3690,8 +3690,8 @@ begin
     return;
   end if;
   p_error := autotag.clean_error(p_error, null);
-  if p_error ->> 'kind' = 'account' and autotag.was_handed_look(p_worker) is not null then
-    perform autotag.stop_account(autotag.explain_account(p_error), 'poll');
+  if p_error ->> 'kind' = 'account' and autotag.is_poll_assigned(p_worker) is not null then
+    perform autotag.pause_tagging(autotag.explain_account(p_error), 'poll');
   end if;
   update autotag.provider_limits p
   set ask_after = greatest(p.ask_after, autotag.now() + autotag.clock_interval((p_error ->> 'retry_after')::double precision))
@@ -3701,7 +3701,7 @@ end $$;
 -- Takes one image out of a planned batch and queues it as a single call, where there is no single call that could try a
 -- question that has not proven itself. False when there is one, or no batch that can spare an image. Called by claim(), which
 -- holds the provider row. Locks: workspace, job, batch, task.
-create or replace function autotag.send_ahead() returns boolean
+create or replace function autotag.release_probe() returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -3739,7 +3739,7 @@ end $$;
 -- A provider without a Batch API: what was planned as batches of one job goes as single calls. False when there is no
 -- such job. One at a time, for the same reason as seal_upload(). Called by claim(), which holds the provider row.
 -- Locks: workspace, job, batches, tasks by id.
-create or replace function autotag.leave_batches(p_now timestamptz) returns boolean
+create or replace function autotag.batches_to_single_calls(p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -3814,7 +3814,7 @@ end $$;
 -- 429s persist: what is left of one upload's single calls goes by the Batch API, because its images have waited
 -- long enough. False when there is none. One at a time, for the same reason as seal_upload(). Called by claim(),
 -- which holds the provider row. Locks: workspace, job, tasks by id.
-create or replace function autotag.fall_back(p_now timestamptz) returns boolean
+create or replace function autotag.single_calls_to_batch(p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -3850,7 +3850,7 @@ end $$;
 -- What workers learn of the provider beside batches: files to delete, models, webhooks.
 
 -- When a worker (of the login that calls) was handed a look at the provider last; null: never.
-create or replace function autotag.was_handed_look(p_worker uuid) returns timestamptz
+create or replace function autotag.is_poll_assigned(p_worker uuid) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -3868,7 +3868,7 @@ declare
   m autotag.models := autotag.find_model(v_model);
   v_date date;
 begin
-  if autotag.was_handed_look(p_worker) is null then
+  if autotag.is_poll_assigned(p_worker) is null then
     return null;
   end if;
   if p_facts ->> 'shutdown_date' ~ '^20\d{2}-\d{2}-\d{2}$' then
@@ -3966,42 +3966,42 @@ end $$;
 -- few at a time, because meanwhile nothing else happens to their uploads. What the provider's words are worth is looked at
 -- one by one: one that makes no sense is left out, like what another worker says.
 -- Locks: provider (when the account was stopped), workspaces by id, jobs by id, batches by id, tasks by id.
-create or replace function autotag.batches_seen(p_worker uuid, p_seen jsonb) returns void
+create or replace function autotag.record_poll(p_worker uuid, p_polled jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
-  v_look timestamptz := autotag.was_handed_look(p_worker);
+  v_look timestamptz := autotag.is_poll_assigned(p_worker);
   v_proven boolean := (select p.proven_at is not null from autotag.provider_limits p);  -- single calls work
-  v_seen autotag.batch_look[];
+  v_polls autotag.batch_poll[];
   v_jobs uuid[];
   v_job uuid;
 begin
-  perform autotag.check_list(p_seen);
+  perform autotag.check_list(p_polled);
   if v_look is null then
     return;
   end if;
-  v_seen := autotag.clean_looks(p_seen);
-  perform autotag.judge_looks(v_seen);
+  v_polls := autotag.clean_poll(p_polled);
+  perform autotag.judge_poll(v_polls);
   perform from autotag.workspaces w where w.workspace_id in (
     select b.workspace_id from autotag.batches b
-    join unnest(v_seen) s on s.id = b.openai_batch_id and s.status = 'gone')
+    join unnest(v_polls) s on s.id = b.openai_batch_id and s.status = 'gone')
   order by w.workspace_id for update;
   perform from autotag.jobs j where j.id in (
     select b.job_id from autotag.batches b
-    join unnest(v_seen) s on s.id = b.openai_batch_id where b.state = 'submitted')
+    join unnest(v_polls) s on s.id = b.openai_batch_id where b.state = 'submitted')
   order by j.id for update;
   perform from autotag.batches b
-  where b.openai_batch_id in (select s.id from unnest(v_seen) s) order by b.id for update;
-  v_jobs := autotag.apply_looks(v_seen, v_look, v_proven, v_now);
+  where b.openai_batch_id in (select s.id from unnest(v_polls) s) order by b.id for update;
+  v_jobs := autotag.apply_poll(v_polls, v_look, v_proven, v_now);
   -- Once an upload, however many of its batches have moved.
   for v_job in select distinct j from unnest(v_jobs) j order by j loop
-    perform autotag.tell_progress(v_job, autotag.refresh_eta(v_job));
+    perform autotag.broadcast_progress(v_job, autotag.refresh_eta(v_job));
   end loop;
 end $$;
 
 -- Validates what a worker says it has seen, and cuts it to its bounds. What names no batch or no status is left out.
-create or replace function autotag.clean_looks(p_seen jsonb) returns autotag.batch_look[]
+create or replace function autotag.clean_poll(p_polled jsonb) returns autotag.batch_poll[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -4011,67 +4011,67 @@ begin
       coalesce(autotag.clean_number(s, 'total', 0, 50000), 0)::integer,
       coalesce(autotag.clean_number(s, 'done', 0, 50000), 0)::integer,
       autotag.printable(s ->> 'error_code', 100), autotag.printable(s ->> 'error', 1000),
-      autotag.printable(s ->> 'error_kind', 20))::autotag.batch_look
-    from jsonb_array_elements(p_seen) s
+      autotag.printable(s ->> 'error_kind', 20))::autotag.batch_poll
+    from jsonb_array_elements(p_polled) s
     cross join lateral (select autotag.clean_id(s ->> 'id') as id, autotag.clean_status(s ->> 'status') as status) i
     where i.id is not null and i.status is not null);
 end $$;
 
 -- What a look says of the account. A look that works ends the trouble of earlier looks. A batch that failed because of the account
 -- (no credit) stops the lanes. Locks: provider, in both cases.
-create or replace function autotag.judge_looks(p_seen autotag.batch_look[]) returns void
+create or replace function autotag.judge_poll(p_polled autotag.batch_poll[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_trouble text;
 begin
   if exists (select from autotag.provider_limits p where p.account_error_from = 'poll') then
-    perform autotag.resume_account('poll');
+    perform autotag.resume_tagging('poll');
     perform pg_notify('autotag', 'realtime');
   end if;
   -- Of the account's trouble the batch is no more guilty than a single call.
-  select s.error into v_trouble from unnest(p_seen) s
+  select s.error into v_trouble from unnest(p_polled) s
   join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
   where s.status = 'failed' and s.error_kind = 'account' limit 1;
   if found then
-    perform autotag.stop_account(v_trouble, 'batch');
+    perform autotag.pause_tagging(v_trouble, 'batch');
   end if;
 end $$;
 
 -- Changes each batch as it was seen, and returns the jobs of those that have moved. p_look: when the worker was handed this
 -- look; p_proven: single calls work. The caller holds workspaces, jobs and batches.
-create or replace function autotag.apply_looks(
-  p_seen autotag.batch_look[], p_look timestamptz, p_proven boolean, p_now timestamptz
+create or replace function autotag.apply_poll(
+  p_polled autotag.batch_poll[], p_look timestamptz, p_proven boolean, p_now timestamptz
 ) returns uuid[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
-  v_seen autotag.batch_look;
+  v_polls autotag.batch_poll;
   v_batch autotag.batches;
   v_jobs uuid[] := array[]::uuid[];
 begin
   select * into v_settings from autotag.settings;
-  for v_seen in
-    select s.* from unnest(p_seen) s
+  for v_polls in
+    select s.* from unnest(p_polled) s
     join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
     order by b.id
   loop
-    select * into v_batch from autotag.batches b where b.openai_batch_id = v_seen.id and b.state = 'submitted';
-    if v_seen.status = 'gone' then
-      perform autotag.look_in_vain(v_batch, p_look);
-    elsif v_seen.status = 'failed' and (v_seen.error_code = 'token_limit_exceeded'
+    select * into v_batch from autotag.batches b where b.openai_batch_id = v_polls.id and b.state = 'submitted';
+    if v_polls.status = 'gone' then
+      perform autotag.count_missing_poll(v_batch, p_look);
+    elsif v_polls.status = 'failed' and (v_polls.error_code = 'token_limit_exceeded'
       -- … unless single calls work all the while: then batches are what this account or deployment cannot do
-      or v_seen.error_kind = 'account' and (not p_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
+      or v_polls.error_kind = 'account' and (not p_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
       update autotag.batches b
-      set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_seen.error,
+      set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_polls.error,
           not_before = p_now + v_settings.batch_poll_interval,
-          failures = b.failures + (v_seen.error_kind = 'account' and p_proven)::integer
+          failures = b.failures + (v_polls.error_kind = 'account' and p_proven)::integer
       where b.id = v_batch.id;
-    elsif v_batch.openai_status is distinct from v_seen.status or v_batch.request_done < v_seen.done or v_batch.looks_in_vain > 0 then
-      perform autotag.move_batch(v_batch, v_seen, p_now);
+    elsif v_batch.openai_status is distinct from v_polls.status or v_batch.request_done < v_polls.done or v_batch.missing_polls > 0 then
+      perform autotag.move_batch(v_batch, v_polls, p_now);
       v_jobs := array_append(v_jobs, v_batch.job_id);
-    elsif not v_batch.cancel_requested and v_seen.status in ('validating', 'in_progress', 'finalizing')
+    elsif not v_batch.cancel_requested and v_polls.status in ('validating', 'in_progress', 'finalizing')
       and (v_batch.progress_at <= p_now - v_settings.batch_stuck_after
         or v_batch.submitted_at <= p_now - v_settings.batch_give_up_after)
       and autotag.predict_wait(v_batch.workspace_id, v_batch.image_count - v_batch.express_count - v_batch.request_done)
@@ -4086,16 +4086,16 @@ begin
   return v_jobs;
 end $$;
 
--- OpenAI does not know the batch: it is over after batch_looks_in_vain looks in a row. The caller holds workspace, job and batch.
-create or replace function autotag.look_in_vain(p_batch autotag.batches, p_look timestamptz) returns void
+-- OpenAI does not know the batch: it is over after batch_max_missing_polls looks in a row. The caller holds workspace, job and batch.
+create or replace function autotag.count_missing_poll(p_batch autotag.batches, p_look timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if p_batch.vain_look_at = p_look then  -- each look counts once
+  if p_batch.last_missing_poll_at = p_look then  -- each look counts once
     return;
   end if;
-  update autotag.batches b set looks_in_vain = b.looks_in_vain + 1, vain_look_at = p_look where b.id = p_batch.id;
-  if p_batch.looks_in_vain + 1 >= (select s.batch_looks_in_vain from autotag.settings s) then
+  update autotag.batches b set missing_polls = b.missing_polls + 1, last_missing_poll_at = p_look where b.id = p_batch.id;
+  if p_batch.missing_polls + 1 >= (select s.batch_max_missing_polls from autotag.settings s) then
     perform autotag.end_batch(p_batch, 'OpenAI does not know this batch any more (or not with this key).');
     perform autotag.requeue_batch(p_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
   end if;
@@ -4103,7 +4103,7 @@ end $$;
 
 -- Moves a batch whose status or count of answers has changed: its row is updated, and its images where users can see a difference. A
 -- batch that has ended waits to be harvested. The caller holds job and batch. Locks: tasks by id.
-create or replace function autotag.move_batch(p_before autotag.batches, p_seen autotag.batch_look, p_now timestamptz) returns void
+create or replace function autotag.move_batch(p_before autotag.batches, p_polled autotag.batch_poll, p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -4112,21 +4112,21 @@ declare
   v_eta timestamptz;
 begin
   update autotag.batches b
-  set openai_status = p_seen.status, request_total = greatest(b.request_total, p_seen.total),
-      request_done = greatest(b.request_done, p_seen.done), progress_at = p_now, looks_in_vain = 0,
-      running_at = coalesce(b.running_at, case when p_seen.status = 'in_progress' then p_now end),
-      output_file_id = p_seen.output_file_id, error_file_id = p_seen.error_file_id, error = p_seen.error
+  set openai_status = p_polled.status, request_total = greatest(b.request_total, p_polled.total),
+      request_done = greatest(b.request_done, p_polled.done), progress_at = p_now, missing_polls = 0,
+      running_at = coalesce(b.running_at, case when p_polled.status = 'in_progress' then p_now end),
+      output_file_id = p_polled.output_file_id, error_file_id = p_polled.error_file_id, error = p_polled.error
   where b.id = p_before.id returning * into v_batch;
   v_progress := autotag.batch_progress(v_batch.request_done, v_batch.request_total);
-  if p_seen.status in ('completed', 'failed', 'expired', 'cancelled') then
+  if p_polled.status in ('completed', 'failed', 'expired', 'cancelled') then
     update autotag.batches b set state = 'ended', ended_at = p_now, reserved_tokens = 0 where b.id = v_batch.id;
-    if p_seen.status = 'completed' then
-      perform autotag.note_duration(v_batch, p_now);
+    if p_polled.status = 'completed' then
+      perform autotag.record_duration(v_batch, p_now);
     end if;
     perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'completing');
     perform pg_notify('autotag', 'batch');
-  elsif p_seen.status in ('in_progress', 'finalizing', 'cancelling')
-    and (p_before.openai_status is distinct from p_seen.status
+  elsif p_polled.status in ('in_progress', 'finalizing', 'cancelling')
+    and (p_before.openai_status is distinct from p_polled.status
       or autotag.batch_progress(p_before.request_done, p_before.request_total) < v_progress) then
     v_eta := (autotag.batch_eta(v_batch, p_now)).p50;
     if p_before.running_at is null then
@@ -4215,11 +4215,11 @@ begin
     perform autotag.lock_provider();
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
-  v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_batch := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
   v_answers := autotag.read_batch_answers(v_batch, p_answers);
   if v_general then
-    v_answers := autotag.judge_errors(v_answers, v_batch.asked_at);
-    perform autotag.note_outcomes(v_answers, v_batch.asked_at);
+    v_answers := autotag.reclassify_errors(v_answers, v_batch.asked_at);
+    perform autotag.record_outcomes(v_answers, v_batch.asked_at);
   end if;
   perform autotag.add_usage(v_answers, true);
 
@@ -4231,7 +4231,7 @@ begin
   if not v_general then
     perform from autotag.provider_limits for update skip locked;
     if found then
-      perform autotag.note_outcomes(v_answers || v_again, v_batch.asked_at);
+      perform autotag.record_outcomes(v_answers || v_again, v_batch.asked_at);
     end if;
   end if;
   return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices);
@@ -4294,7 +4294,7 @@ declare
   v_batch autotag.batches;
 begin
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
-  v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_batch := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
   perform autotag.end_batch(v_batch, null);
   perform autotag.requeue_batch(v_batch, v_batch.openai_status is distinct from 'failed', 1,
     'no_answer', 'OpenAI gave no answer for this image.');
@@ -4317,7 +4317,7 @@ begin
     return null;
   end if;
   -- nearly every result is valid as it is
-  if autotag.is_tidy(p_result) then
+  if autotag.is_canonical_result(p_result) then
     return p_result;
   end if;
   v_kept := array(
@@ -4341,7 +4341,7 @@ end $$;
 
 -- Whether clean_result() would return a result (an object with a list of tags) unchanged. It checks the JSON as text, which
 -- costs a fifth of rebuilding it. False also where a tag has no confidence.
-create or replace function autotag.is_tidy(p_result jsonb) returns boolean
+create or replace function autotag.is_canonical_result(p_result jsonb) returns boolean
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -4425,7 +4425,7 @@ end $$;
 
 -- A worker reports the stages of its single calls: [{task, attempt, stage}], stages between `queued` and `completed`. Ignores
 -- tasks that the worker does not hold (any more), and workers of another login. p_sent: {sent, sent_age (seconds)}, as in
--- note_sent(). Locks: provider, jobs (for the broadcast), tasks by id.
+-- record_sent(). Locks: provider, jobs (for the broadcast), tasks by id.
 create or replace function autotag.report_stages(p_worker uuid, p_stages jsonb, p_sent jsonb default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -4440,7 +4440,7 @@ begin
     return;
   end if;
   if p_sent is not null then
-    perform autotag.note_sent(p_worker, autotag.clean_number(p_sent, 'sent', 0, 100000)::integer,
+    perform autotag.record_sent(p_worker, autotag.clean_number(p_sent, 'sent', 0, 100000)::integer,
       coalesce(autotag.clean_number(p_sent, 'sent_age', 0, 3600), 0));
   end if;
   select coalesce(array_agg(t.id), '{}') as tasks, array_agg(t.attempt) as attempts, array_agg(r.stage) as stages,
@@ -4462,7 +4462,7 @@ begin
       where r.stage = v_stage), v_stage);
   end loop;
   for v_job in select u.job from unnest(v_held.jobs) u (job) order by 1 loop
-    perform autotag.tell_progress(v_job);
+    perform autotag.broadcast_progress(v_job);
   end loop;
 end $$;
 
@@ -4667,7 +4667,7 @@ end $$;
 -- again at once), and any error of the provider, or answer that cannot be read, while nothing has worked with this question
 -- (treated as a mistake in the configuration). The second error of kind account of one image counts as its failure
 -- where others have succeeded meanwhile: one image alone must not stop everybody for ever. Returns the answers with their errors made into that. Locks: the provider row (which the caller holds), the model's row without waiting.
-create or replace function autotag.judge_errors(p_answers autotag.answer[], p_asked_at timestamptz default null) returns autotag.answer[]
+create or replace function autotag.reclassify_errors(p_answers autotag.answer[], p_asked_at timestamptz default null) returns autotag.answer[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -4687,9 +4687,9 @@ begin
       if v_answer.error ->> 'parameter' is not null and (
           v_asked_at < v_provider.question_since
           or v_answer.error ->> 'parameter' = any (v_settled)
-          or autotag.degrade_model(v_provider.question ->> 'model', v_answer.error ->> 'parameter')) then
+          or autotag.downgrade_request_form(v_provider.question ->> 'model', v_answer.error ->> 'parameter')) then
         v_settled := v_settled || (v_answer.error ->> 'parameter');
-        v_answer.error := v_answer.error || '{"kind": "rate_limit", "code": "asked_differently"}';
+        v_answer.error := v_answer.error || '{"kind": "rate_limit", "code": "request_form_changed"}';
       elsif v_provider.proven_at is null and v_answer.error ->> 'kind' = 'transient'
         and v_answer.error ->> 'origin' = 'provider' and v_asked_at >= v_provider.question_since then
         v_answer.error := v_answer.error || '{"kind": "account"}';
@@ -4717,7 +4717,7 @@ end $$;
 
 -- What answers say of the account, and of what to expect: an error of kind account stops the lanes, an answer of use
 -- starts them; what answers to the present question used is learned. The caller holds the provider row.
-create or replace function autotag.note_outcomes(p_answers autotag.answer[], p_asked_at timestamptz default null) returns void
+create or replace function autotag.record_outcomes(p_answers autotag.answer[], p_asked_at timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -4749,11 +4749,11 @@ begin
     greatest(v_provider.question_since, v_provider.fingerprint_since, case when p_asked_at is null then v_provider.proven_at end)
   limit 1;
   if found then
-    perform autotag.stop_account(autotag.explain_account(v_error), coalesce(v_error ->> 'origin', 'provider'));
+    perform autotag.pause_tagging(autotag.explain_account(v_error), coalesce(v_error ->> 'origin', 'provider'));
     perform autotag.offer_switch(array(
       select t.worker_id from unnest(p_answers) a join autotag.tasks t on t.id = a.task where a.error ->> 'kind' = 'account'));
   elsif v_works and (v_provider.account_error is not null or v_provider.proven_at is null) then
-    perform autotag.resume_account();
+    perform autotag.resume_tagging();
     -- Whoever has shown that it works is asked from now on.
     perform autotag.switch_provider(w.base_url, w.fingerprint)
     from autotag.workers w
@@ -4787,11 +4787,11 @@ end $$;
 -- settle: a worker reports what became of its single calls, in bulk.
 -- p_reports: [{task, attempt, result | error, usage: {input, cached, cache_write, output, reasoning, model, tier}, called}];
 -- usage is there whenever the provider answered, also when the answer was of no use, and `called` when it was asked at all.
--- p_seen: the newest limits seen in answers' headers (observe_provider), and {sent, sent_age} (note_sent).
+-- p_observed: the newest limits seen in answers' headers (update_provider_limits), and {sent, sent_age} (record_sent).
 -- A report for a task that is not the worker's any more, or with an older attempt, is refused and changes
 -- nothing; so is what another login says of a worker. Returns {accepted, notices: [{event, notice}]}: how many, and sentences for the log.
 -- Locks: provider, workspaces (of errors), windows, jobs, tasks; each by id.
-create or replace function autotag.settle(p_worker uuid, p_reports jsonb, p_seen jsonb default null) returns jsonb
+create or replace function autotag.settle(p_worker uuid, p_reports jsonb, p_observed jsonb default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
 as $$
 declare
@@ -4808,11 +4808,11 @@ begin
   v_answers := autotag.read_reports(p_worker, p_reports);
   v_failed := exists (select from unnest(v_answers) a where a.error is not null);
   if v_failed then
-    v_answers := autotag.judge_errors(v_answers);
+    v_answers := autotag.reclassify_errors(v_answers);
   end if;
 
-  v_changed := autotag.correct_bucket(p_worker, v_answers, p_seen);
-  perform autotag.note_outcomes(v_answers);
+  v_changed := autotag.correct_bucket(p_worker, v_answers, p_observed);
+  perform autotag.record_outcomes(v_answers);
 
   if v_failed then
     perform from autotag.workspaces w
@@ -4859,9 +4859,9 @@ begin
   return v_answers;
 end $$;
 
--- Corrects the mirror of the provider's bucket by what these calls have used, and by what their answers' headers say (p_seen, as
+-- Corrects the mirror of the provider's bucket by what these calls have used, and by what their answers' headers say (p_observed, as
 -- in settle). Returns a sentence for the log where the provider's limits have changed. The caller holds the provider row.
-create or replace function autotag.correct_bucket(p_worker uuid, p_answers autotag.answer[], p_seen jsonb) returns text
+create or replace function autotag.correct_bucket(p_worker uuid, p_answers autotag.answer[], p_observed jsonb) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -4876,16 +4876,16 @@ begin
         when a.usage is not null then a.reserved_tokens - (a.usage -> 'input')::integer - a.output_tokens
         else 0 end as tokens) u
   where a.reserved_tokens is not null;
-  if p_seen ? 'sent' then
-    perform autotag.note_sent(p_worker, autotag.clean_number(p_seen, 'sent', 0, 100000)::integer,
-      coalesce(autotag.clean_number(p_seen, 'sent_age', 0, 3600), 0));
+  if p_observed ? 'sent' then
+    perform autotag.record_sent(p_worker, autotag.clean_number(p_observed, 'sent', 0, 100000)::integer,
+      coalesce(autotag.clean_number(p_observed, 'sent_age', 0, 3600), 0));
   end if;
   -- In this order: what the headers say holds whatever is given back.
   if v_refund.requests <> 0 or v_refund.tokens <> 0 then
     perform autotag.refund_provider(v_refund.requests, v_refund.tokens);
   end if;
-  if p_seen is not null then
-    return autotag.observe_provider(p_seen);
+  if p_observed is not null then
+    return autotag.update_provider_limits(p_observed);
   end if;
   return null;
 end $$;
@@ -5123,7 +5123,7 @@ begin
       eta = case when not v_last then j.eta end, eta_p90 = case when not v_last then j.eta_p90 end
   where j.id = p_job_id returning * into v_job;
   if v_job.finished_at is null then
-    perform autotag.tell_progress(p_job_id);
+    perform autotag.broadcast_progress(p_job_id);
     return;
   end if;
   delete from autotag.queues q where q.job_id = p_job_id;
@@ -5133,7 +5133,7 @@ end $$;
 
 -- Broadcasts a job's progress to its workspace, at most once per broadcast_interval. A skipped message loses nothing, because
 -- job-complete always comes last. p_eta: the job's eta, if it was just computed. The caller holds the job's lock.
-create or replace function autotag.tell_progress(p_job_id uuid, p_eta timestamptz default null) returns void
+create or replace function autotag.broadcast_progress(p_job_id uuid, p_eta timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -5141,9 +5141,9 @@ declare
   v_now timestamptz := autotag.now();
 begin
   update autotag.jobs j
-  set told_at = v_now, progress = autotag.measure_progress(j)
+  set broadcast_at = v_now, progress = autotag.measure_progress(j)
   where j.id = p_job_id and j.finished_at is null
-    and j.told_at <= v_now - (select s.broadcast_interval from autotag.settings s)
+    and j.broadcast_at <= v_now - (select s.broadcast_interval from autotag.settings s)
   returning * into v_job;
   if found then
     v_job.eta := coalesce(p_eta, autotag.refresh_eta(p_job_id));
@@ -5212,7 +5212,7 @@ begin
       from (
         select b.image_count - b.express_count as images, b.submitted_at,
           case when b.request_done > 0.1 * b.request_total and b.running_at is not null
-            then autotag.heading(b.submitted_at, b.running_at, p_now, b.request_done::double precision / b.request_total)
+            then autotag.projected_duration(b.submitted_at, b.running_at, p_now, b.request_done::double precision / b.request_total)
             else 2 * nullif(greatest(date_part('epoch', p_now - b.submitted_at) - b.predicted_seconds, 0), 0)
               + b.predicted_seconds end as heading
         from autotag.batches b where b.state = 'submitted' and b.id is distinct from p_except
@@ -5225,7 +5225,7 @@ begin
 end $$;
 
 -- Total duration of a batch whose share p_share is done: the wait until p_running, then a constant pace.
-create or replace function autotag.heading(
+create or replace function autotag.projected_duration(
   p_started timestamptz, p_running timestamptz, p_now timestamptz, p_share double precision
 ) returns double precision
 language sql immutable set search_path = pg_catalog, pg_temp
@@ -5257,7 +5257,7 @@ begin
   p50 := coalesce(p50, 1.5 * v_age);
   p90 := greatest(coalesce(p90, 3 * v_age), 1.1 * p50);
   if v_trust > 0 then
-    v_heading := greatest(autotag.heading(p_started, p_running, p_now, p_share), v_age);
+    v_heading := greatest(autotag.projected_duration(p_started, p_running, p_now, p_share), v_age);
     v_unsure := (1 - v_trust) * ln(p90 / p50);
     p50 := greatest(v_age, exp((1 - v_trust) * ln(p50) + v_trust * ln(greatest(v_heading, 1))));
     -- In one case of ten the rest takes a third longer than at the pace so far.
@@ -5267,7 +5267,7 @@ end $$;
 
 -- When a batch may start. A batch that the workspace's window has not admitted waits until the window has room for the batches
 -- ahead and for itself; each max_requests batches ahead of it delay it by one full window.
-create or replace function autotag.batch_turn(p_batch autotag.batches, p_now timestamptz) returns timestamptz
+create or replace function autotag.batch_start_eta(p_batch autotag.batches, p_now timestamptz) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -5288,12 +5288,12 @@ begin
   return greatest(v_turn, coalesce(v_window.retry_at, p_now) + v_before / v_window.max_requests * v_window.length);
 end $$;
 
--- Predicted end of a batch: median and 90th percentile. One that was not submitted starts at batch_turn().
+-- Predicted end of a batch: median and 90th percentile. One that was not submitted starts at batch_start_eta().
 create or replace function autotag.batch_eta(p_batch autotag.batches, p_now timestamptz, out p50 timestamptz, out p90 timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_started timestamptz := coalesce(p_batch.submitted_at, autotag.batch_turn(p_batch, p_now));
+  v_started timestamptz := coalesce(p_batch.submitted_at, autotag.batch_start_eta(p_batch, p_now));
   v_seconds record;
 begin
   v_seconds := autotag.predict_batch(p_batch.image_count - p_batch.express_count, v_started, greatest(p_now, v_started),
@@ -5335,7 +5335,7 @@ begin
 end $$;
 
 -- Records the duration of a batch that OpenAI completed.
-create or replace function autotag.note_duration(p_batch autotag.batches, p_now timestamptz) returns void
+create or replace function autotag.record_duration(p_batch autotag.batches, p_now timestamptz) returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   insert into autotag.durations (images, started_at, seconds)
@@ -5363,7 +5363,7 @@ begin
 end $$;
 
 -- Why images have failed in the last day, the most frequent first.
-create or replace function autotag.recent_errors(p_most integer, p_now timestamptz) returns jsonb
+create or replace function autotag.recent_errors(p_max integer, p_now timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -5373,12 +5373,12 @@ begin
       from autotag.jobs j join autotag.tasks t on t.job_id = j.id
       where (j.finished_at is null or j.finished_at > p_now - interval '1 day') and t.stage = 'failed'
         and t.finished_at > p_now - interval '1 day'
-      group by t.error_code order by count(*) desc limit p_most) x);
+      group by t.error_code order by count(*) desc limit p_max) x);
 end $$;
 
--- Everything that is going on, as one JSON object; lists are cut to p_most (200 at most). See the README for how it is shown.
+-- Everything that is going on, as one JSON object; lists are cut to p_max (200 at most). See the README for how it is shown.
 -- It names workspaces, uploads, batches and workers by their ids, and no image; who learns an id may do nothing with it.
-create or replace function autotag.status(p_most integer default 20) returns jsonb
+create or replace function autotag.status(p_max integer default 20) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -5386,23 +5386,23 @@ declare
   v_provider autotag.provider_limits := autotag.refilled_provider(v_now);
   v_counts jsonb := autotag.metrics();
 begin
-  p_most := least(greatest(coalesce(p_most, 20), 0), 200);
+  p_max := least(greatest(coalesce(p_max, 20), 0), 200);
   return jsonb_build_object(
     'at', v_now,
     'queue', jsonb_build_object('workspaces', v_counts -> 'queued_workspaces', 'queued', v_counts -> 'queued',
-      'parked', v_counts -> 'parked', 'live', v_counts -> 'live'),
+      'delayed', v_counts -> 'delayed', 'live', v_counts -> 'live'),
     'jobs', (
       select coalesce(jsonb_agg(to_jsonb(x) order by x.created_at), '[]') from (
         select j.id as job_id, j.workspace_id, j.strategy, j.image_count, j.completed, j.failed,
           autotag.measure_progress(j) as progress, j.created_at, j.eta, j.eta_p90, j.fallback
-        from autotag.jobs j where j.finished_at is null order by j.created_at limit p_most) x),
+        from autotag.jobs j where j.finished_at is null order by j.created_at limit p_max) x),
     'batches', (
       select coalesce(jsonb_agg(to_jsonb(x) order by x.created_at, x.ordinal), '[]') from (
         select b.id as batch, b.job_id, b.ordinal, b.openai_batch_id, b.state, b.openai_status,
           b.image_count - b.express_count as images, b.request_done as done, b.created_at, b.submitted_at,
           e.p50 as eta, e.p90 as eta_p90, b.failures, b.error
         from (select * from autotag.batches l where l.state not in ('done', 'cancelled')
-              order by l.created_at, l.ordinal limit p_most) b
+              order by l.created_at, l.ordinal limit p_max) b
         cross join lateral autotag.batch_eta(b::autotag.batches, v_now) e) x),
     'limits', jsonb_build_object(
       'requests_per_minute', v_provider.requests_per_minute,
@@ -5420,10 +5420,10 @@ begin
     'model', autotag.describe_model(v_provider),
     'workers', (
       select coalesce(jsonb_agg(jsonb_build_object('worker', w.id, 'host', w.host, 'version', w.version,
-        'listening', w.listening, 'started_at', w.started_at, 'seen_at', w.seen_at, 'alive', w.lease_until > v_now,
-        'in_hand', cardinality(autotag.held_tasks(w.id))) order by w.started_at), '[]')
+        'listening', w.listening, 'started_at', w.started_at, 'last_heartbeat_at', w.last_heartbeat_at, 'alive', w.lease_until > v_now,
+        'in_hand', cardinality(autotag.leased_tasks(w.id))) order by w.started_at), '[]')
       from autotag.workers w),
-    'errors', autotag.recent_errors(p_most, v_now),
+    'errors', autotag.recent_errors(p_max, v_now),
     'today', (
       select jsonb_build_object('images', coalesce(sum(u.images), 0), 'requests', coalesce(sum(u.requests), 0),
         'input_tokens', coalesce(sum(u.input_tokens), 0), 'output_tokens', coalesce(sum(u.output_tokens), 0),
@@ -5451,7 +5451,7 @@ begin
       'oldest_queued', (
         select extract(epoch from v_now - min(j.created_at)) from autotag.queues u join autotag.jobs j on j.id = u.job_id
         where u.queued > 0 and j.finished_at is null),
-      'parked', k.parked, 'live', l.images,
+      'delayed', k.delayed, 'live', l.images,
       'work', q.images + k.held + k.due + b.images,
       'batches', b.states, 'oldest_batch', extract(epoch from v_now - b.oldest))
     || jsonb_build_object(
@@ -5464,7 +5464,7 @@ begin
       'images_today', u.images, 'cost_today', u.cost, 'unpriced_today', u.unpriced,
       'shutdown_days', (select m.shutdown_date from autotag.settings s, autotag.find_model(s.model) m) - (v_now at time zone 'utc')::date)
     from autotag.count_waiting() q
-    cross join (select count(*) filter (where t.retry_at is not null) as parked,
+    cross join (select count(*) filter (where t.retry_at is not null) as delayed,
                   count(*) filter (where t.retry_at <= v_now) as due,
                   count(*) filter (where t.worker_id is not null) as held
                 from autotag.tasks t where t.finished_at is null) k
@@ -5712,7 +5712,7 @@ begin
 end $$;
 
 -- A broadcast that means nothing, to see whether broadcasts arrive.
-create or replace function autotag.send_probe(p_nonce uuid) returns void
+create or replace function autotag.send_test_broadcast(p_nonce uuid) returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$ select autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false) $$;
 
@@ -5887,7 +5887,7 @@ language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform autotag.check_image_count(cardinality(asset_ids));   -- before any function reads that many
-  return autotag.enqueue(asset_ids, autotag.seen_files(asset_ids));
+  return autotag.enqueue(asset_ids, autotag.visible_file_marks(asset_ids));
 end $$;
 
 create or replace function public.cancel_tagging(job_id uuid) returns jsonb
@@ -5901,7 +5901,7 @@ declare
   v_assets uuid[] := autotag.failed_assets(job_id);
 begin
   perform autotag.check_image_count(greatest(cardinality(v_assets), 1));   -- retry() refuses 0 images
-  return autotag.retry(job_id, autotag.seen_files(v_assets));
+  return autotag.retry(job_id, autotag.visible_file_marks(v_assets));
 end $$;
 
 create or replace function public.tagging_job(job_id uuid) returns jsonb
@@ -6043,7 +6043,7 @@ begin
   delete from autotag.outbox o where o.created_at < v_now - interval '1 day';
   delete from autotag.usage u
   where u.day < (v_now at time zone 'utc')::date - (select s.keep_usage from autotag.settings s);
-  update autotag.clock set housekept_at = v_now;
+  update autotag.clock set housekeeping_at = v_now;
 end $$;
 
 -- Called with every heartbeat: runs tick() and housekeeping() if they are overdue. One caller at a time; others do not wait.
@@ -6063,7 +6063,7 @@ begin
     return;
   end if;
   perform autotag.tick();
-  if v_clock.housekept_at < v_now - interval '25 h' then
+  if v_clock.housekeeping_at < v_now - interval '25 h' then
     perform autotag.housekeeping();
   end if;
 end $$;
@@ -6126,7 +6126,7 @@ revoke all on function public.openai_webhook from public, anon, authenticated;
 grant execute on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
-  autotag.check_image_count, autotag.enqueue, autotag.seen_files, autotag.files_to_see, autotag.failed_assets,
+  autotag.check_image_count, autotag.enqueue, autotag.visible_file_marks, autotag.files_to_check, autotag.failed_assets,
   autotag.cancel, autotag.retry,
   autotag.describe_job,
   autotag.describe_strategy, autotag.take_allowance, autotag.list_usage
@@ -6139,15 +6139,15 @@ grant execute on function public.openai_webhook, autotag.receive_webhook to serv
 -- workers: their reports are validated (results/reports.sql), and they can act only on what they hold
 grant execute on function
   autotag.register_worker, autotag.worker_settings, autotag.heartbeat,
-  autotag.release_worker, autotag.release_unheld, autotag.claim, autotag.report_stages, autotag.settle,
+  autotag.release_worker, autotag.release_unacknowledged, autotag.claim, autotag.report_stages, autotag.settle,
   autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted,
-  autotag.batch_trouble, autotag.poll_trouble, autotag.files_deleted, autotag.provider_checked, autotag.batches_seen, autotag.batch_answers, autotag.batch_finish,
-  autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_probe, autotag.status, autotag.metrics
+  autotag.report_batch_failure, autotag.report_poll_failure, autotag.files_deleted, autotag.provider_checked, autotag.record_poll, autotag.batch_answers, autotag.batch_finish,
+  autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_test_broadcast, autotag.status, autotag.metrics
   to autotag_worker;
 
 -- operators: monitoring, existing images, comparisons. They see images, tags and usage of every workspace.
 grant execute on function
-  autotag.diagnose, autotag.send_probe, autotag.status, autotag.metrics,
+  autotag.diagnose, autotag.send_test_broadcast, autotag.status, autotag.metrics,
   autotag.preview_backfill, autotag.backfill, autotag.list_usage,
   autotag.preview_comparison, autotag.comparison_sample, autotag.admit_comparison, autotag.settle_comparison
   to autotag_operator;

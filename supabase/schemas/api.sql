@@ -5,7 +5,7 @@ language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform autotag.check_image_count(cardinality(asset_ids));   -- before any function reads that many
-  return autotag.enqueue(asset_ids, autotag.seen_files(asset_ids));
+  return autotag.enqueue(asset_ids, autotag.visible_file_marks(asset_ids));
 end $$;
 
 create or replace function public.cancel_tagging(job_id uuid) returns jsonb
@@ -19,7 +19,7 @@ declare
   v_assets uuid[] := autotag.failed_assets(job_id);
 begin
   perform autotag.check_image_count(greatest(cardinality(v_assets), 1));   -- retry() refuses 0 images
-  return autotag.retry(job_id, autotag.seen_files(v_assets));
+  return autotag.retry(job_id, autotag.visible_file_marks(v_assets));
 end $$;
 
 create or replace function public.tagging_job(job_id uuid) returns jsonb

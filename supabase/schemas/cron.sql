@@ -59,7 +59,7 @@ begin
   delete from autotag.outbox o where o.created_at < v_now - interval '1 day';
   delete from autotag.usage u
   where u.day < (v_now at time zone 'utc')::date - (select s.keep_usage from autotag.settings s);
-  update autotag.clock set housekept_at = v_now;
+  update autotag.clock set housekeeping_at = v_now;
 end $$;
 
 -- Called with every heartbeat: runs tick() and housekeeping() if they are overdue. One caller at a time; others do not wait.
@@ -79,7 +79,7 @@ begin
     return;
   end if;
   perform autotag.tick();
-  if v_clock.housekept_at < v_now - interval '25 h' then
+  if v_clock.housekeeping_at < v_now - interval '25 h' then
     perform autotag.housekeeping();
   end if;
 end $$;

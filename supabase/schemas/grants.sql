@@ -19,7 +19,7 @@ revoke all on function public.openai_webhook from public, anon, authenticated;
 grant execute on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
-  autotag.check_image_count, autotag.enqueue, autotag.seen_files, autotag.files_to_see, autotag.failed_assets,
+  autotag.check_image_count, autotag.enqueue, autotag.visible_file_marks, autotag.files_to_check, autotag.failed_assets,
   autotag.cancel, autotag.retry,
   autotag.describe_job,
   autotag.describe_strategy, autotag.take_allowance, autotag.list_usage
@@ -32,15 +32,15 @@ grant execute on function public.openai_webhook, autotag.receive_webhook to serv
 -- workers: their reports are validated (results/reports.sql), and they can act only on what they hold
 grant execute on function
   autotag.register_worker, autotag.worker_settings, autotag.heartbeat,
-  autotag.release_worker, autotag.release_unheld, autotag.claim, autotag.report_stages, autotag.settle,
+  autotag.release_worker, autotag.release_unacknowledged, autotag.claim, autotag.report_stages, autotag.settle,
   autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted,
-  autotag.batch_trouble, autotag.poll_trouble, autotag.files_deleted, autotag.provider_checked, autotag.batches_seen, autotag.batch_answers, autotag.batch_finish,
-  autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_probe, autotag.status, autotag.metrics
+  autotag.report_batch_failure, autotag.report_poll_failure, autotag.files_deleted, autotag.provider_checked, autotag.record_poll, autotag.batch_answers, autotag.batch_finish,
+  autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_test_broadcast, autotag.status, autotag.metrics
   to autotag_worker;
 
 -- operators: monitoring, existing images, comparisons. They see images, tags and usage of every workspace.
 grant execute on function
-  autotag.diagnose, autotag.send_probe, autotag.status, autotag.metrics,
+  autotag.diagnose, autotag.send_test_broadcast, autotag.status, autotag.metrics,
   autotag.preview_backfill, autotag.backfill, autotag.list_usage,
   autotag.preview_comparison, autotag.comparison_sample, autotag.admit_comparison, autotag.settle_comparison
   to autotag_operator;

@@ -79,7 +79,7 @@ async def test_all_is_well(library: Library) -> None:
          "price", "error", "no quota in dollars is enforced"),
         ("grant execute on function autotag.enqueue to anon", "grants", "error", "anon may call autotag.enqueue"),
         ("revoke execute on function public.enqueue_tagging from authenticated", "grants", "error", "may not call"),
-        ("select autotag.stop_account('OpenAI refused the account: no credit', 'provider')", "account", "error", "no credit"),
+        ("select autotag.pause_tagging('OpenAI refused the account: no credit', 'provider')", "account", "error", "no credit"),
         ("drop function realtime.send(jsonb, text, text, boolean)", "realtime.send", "warning", "no realtime.send"),
         ("drop function realtime.send(jsonb, text, text, boolean);"
          "insert into autotag.outbox (topic, event, payload, private, created_at)"

@@ -20,15 +20,15 @@ WORKER = "00000000-0000-4000-8000-000000000001"
 READ: dict[type, list[tuple[str, str]]] = {
     m.ErrorReport: [("clean_error", "p_error")],
     m.Usage: [("clean_usage", "p_usage")],
-    m.TagResult: [("clean_result", "p_result"), ("is_tidy", "p_result")],
+    m.TagResult: [("clean_result", "p_result"), ("is_canonical_result", "p_result")],
     m.Report: [("read_reports", "e")],
     m.BatchAnswer: [("read_batch_answers", "e")],
     m.StageReport: [("report_stages", "e")],
     m.Sent: [("report_stages", "p_sent")],
-    m.Seen: [("correct_bucket", "p_seen"), ("observe_provider", "p_seen")],
-    m.BatchSeen: [("clean_looks", "s")],
+    m.Seen: [("correct_bucket", "p_observed"), ("update_provider_limits", "p_observed")],
+    m.BatchSeen: [("clean_poll", "s")],
     m.ProviderFacts: [("provider_checked", "p_facts")],
-    o.ComparisonReport: [("settle_comparison", "p_report"), ("next_step", "p_report")],
+    o.ComparisonReport: [("settle_comparison", "p_report"), ("next_action", "p_report")],
 }
 
 
@@ -144,12 +144,12 @@ def test_comparisons(library: Library) -> None:
     admission = value(library, "autotag.admit_comparison(%s, %s)", workspace, question)
     check(o.Admission, admission, every=False)
     library.sql("update autotag.provider_limits set blocked_until = now() + interval '1 h'")
-    put_off = value(library, "autotag.admit_comparison(%s, %s)", workspace, question)
-    check(o.Admission, put_off, every=False)
-    library.sql("select autotag.stop_account('no credit', 'storage')")
+    retry_later = value(library, "autotag.admit_comparison(%s, %s)", workspace, question)
+    check(o.Admission, retry_later, every=False)
+    library.sql("select autotag.pause_tagging('no credit', 'storage')")
     stopped = value(library, "autotag.admit_comparison(%s, %s)", workspace, question)
     check(o.Admission, stopped, every=False)
-    assert {*admission, *put_off, *stopped} == keys(o.Admission)
+    assert {*admission, *retry_later, *stopped} == keys(o.Admission)
     said: set[str] = set()
     for code, error in {
         "done": None, "answer_too_long": {"kind": "image"}, "no_credit": {"kind": "account"},

@@ -330,7 +330,7 @@ WORKER = "00000000-0000-4000-8000-000000000001"
 
 
 def claim(library: Library, images: int = 100) -> list[dict[str, Any]]:
-    """Claims as a worker does: {task, attempt}. Whatever is parked is due."""
+    """Claims as a worker does: {task, attempt}. Whatever is delayed is due."""
     library.sql("update autotag.tasks set retry_at = now() where retry_at is not null")
     library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)
     tasks = library.sql("select tasks from autotag.claim(%s, %s)", WORKER, images)[0]["tasks"]

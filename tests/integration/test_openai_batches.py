@@ -290,14 +290,14 @@ async def test_a_batch_that_404s_later_ends_and_its_images_go_by_another(few: Li
 
 
 async def test_a_single_look_in_vain_changes_nothing(few: Library) -> None:
-    few.stack.configure(batch_looks_in_vain=1000)
+    few.stack.configure(batch_max_missing_polls=1000)
     few.stack.simulator.plan.batch_latency = (1, 1)
     assets = await few.upload(8)
     async with worker(few.stack):
         told = few.enqueue(assets)
         await until(lambda: few.sql("select 1 from autotag.batches where state = 'submitted'") != [], "the batch")
         few.stack.simulator.batches.hidden.add(batches(few)[0]["id"])
-        await until(lambda: few.sql("select 1 from autotag.batches where looks_in_vain > 0") != [], "a look in vain")
+        await until(lambda: few.sql("select 1 from autotag.batches where missing_polls > 0") != [], "a look in vain")
         few.stack.simulator.batches.hidden.clear()
         [job] = await few.finished(told)
     assert job["completed"] == 8

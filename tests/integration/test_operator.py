@@ -54,7 +54,7 @@ async def status(stack: Stack) -> dict[str, Any]:
 
 
 async def test_status_of_an_empty_system_says_that_no_worker_is_alive(library: Library) -> None:
-    assert (await status(library.stack))["queue"] == {"workspaces": 0, "queued": 0, "parked": 0, "live": 0}
+    assert (await status(library.stack))["queue"] == {"workspaces": 0, "queued": 0, "delayed": 0, "live": 0}
     code, out, _ = await run(library.stack, "status")
     assert code == 0
     assert "No worker is alive: start one with `autotag worker`." in out
@@ -206,7 +206,7 @@ async def test_status_shows_the_model_its_end_and_what_its_provider_lacks(librar
         "the provider has no Batch API, no rate-limit headers",
     ):  # fmt: skip
         assert words in shown, shown
-    library.sql("select autotag.stop_account('no such bucket', 'storage')")
+    library.sql("select autotag.pause_tagging('no such bucket', 'storage')")
     shown = (await run(stack, "status"))[1]
     assert "Tagging is paused because of Storage: no such bucket" in shown
     assert "not proven yet" not in shown, "the reason is said already"
@@ -269,7 +269,7 @@ async def test_hostile_words_in_the_database_are_text_for_every_command(library:
     stack.simulator.plan.models = frozenset({hostile})
     stack.configure(model=hostile)
     await library.upload(2)
-    library.sql("select autotag.stop_account(%s, 'provider')", hostile)
+    library.sql("select autotag.pause_tagging(%s, 'provider')", hostile)
     for command in (
         ["status"], ["doctor"], ["enqueue", "--workspace", workspace, "--yes"], ["usage", "--workspace", workspace],
         ["enqueue", "--workspace", hostile, "--yes"], ["compare", "--workspace", workspace, "--model", hostile, "--yes"],

@@ -332,7 +332,7 @@ async def test_a_late_report_is_refused(library: Library, stack: Stack) -> None:
     for name in (late, current):
         library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", name)
     [first] = library.sql("select tasks from autotag.claim(%s, 1)", late)[0]["tasks"]
-    library.sql("select autotag.give_back(%s, '{}', '{}', true)", late)
+    library.sql("select autotag.release_held(%s, '{}', '{}', true)", late)
     [second] = library.sql("select tasks from autotag.claim(%s, 1)", current)[0]["tasks"]
     assert (first["task"], first["attempt"] + 1) == (second["task"], second["attempt"])
     result = {"tags": ["late"], "confidence": {"late": 1}, "caption": "Late."}

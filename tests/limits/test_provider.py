@@ -148,7 +148,7 @@ def test_what_an_answer_says_counts_with_its_age(library: Library) -> None:
 
         def left(**seen: Any) -> float:
             one.execute(statement)
-            one.execute("select autotag.observe_provider(%s)", (json.dumps(seen),))
+            one.execute("select autotag.update_provider_limits(%s)", (json.dumps(seen),))
             row = one.execute("select requests_left from autotag.provider_limits").fetchone()
             assert row is not None
             return float(row[0])

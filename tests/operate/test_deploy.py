@@ -24,7 +24,7 @@ import yaml
 
 from autotag.config import Settings, environment_names
 from autotag.install.migrations import migrations
-from autotag.worker.run import HAND_OVER
+from autotag.worker.run import SHUTDOWN_GRACE
 from conftest import ROOT, skip
 from support import Library, until
 
@@ -109,7 +109,7 @@ def test_every_setting_that_is_named_is_one(name: str) -> None:
 def test_nobody_is_killed_before_the_worker_has_handed_over(name: str, patience: str) -> None:
     found = re.search(patience, (DEPLOY / name).read_text())
     assert found
-    assert int(found[1]) >= Settings.model_fields["stop_deadline"].default + HAND_OVER
+    assert int(found[1]) >= Settings.model_fields["stop_deadline"].default + SHUTDOWN_GRACE
 
 
 # --- What a worker that somebody took over could do: nothing but its work. ---

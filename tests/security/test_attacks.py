@@ -378,7 +378,7 @@ async def test_answers_that_are_stored_as_they_come_are_found(scene: Scene, monk
     uploads = uploader.Uploads()
     await uploads.insert(scene, "say (escape|turned|invisible)")
     monkeypatch.setattr(answers, "clean_text", lambda text: text)
-    signature = "autotag.is_tidy(p_result jsonb) returns boolean"  # the database would make it text, too
+    signature = "autotag.is_canonical_result(p_result jsonb) returns boolean"  # the database would make it text, too
     broken(scene, f"create or replace function {signature} language sql immutable as 'select true'")
     enqueue_all(scene, [asset for asset, _ in uploads.assets.values()])
     async with worker(scene.stack):

@@ -34,23 +34,23 @@ DECISIONS = {
     "batch_split": "makes two of a batch that it holds and builds, none of them empty",
     "batch_step": "moves a batch that it holds, in the one order that there is",
     "batch_submitted": "lets go of a batch that it holds and creates",
-    "batch_trouble": "puts off a batch that it holds; trouble of the account stops everybody until somebody's probe works",
-    "batches_seen": "says what the provider says of batches in flight, when it was handed the look at them",
+    "report_batch_failure": "puts off a batch that it holds; trouble of the account stops everybody until somebody's probe works",
+    "record_poll": "says what the provider says of batches in flight, when it was handed the look at them",
     "claim": "gets what waits, within all limits",
     "claim_batches": "gets batches that wait, and the look at the provider when it is due",
     "diagnose": "counts, names of logins, and one image that is not its own",
     "files_deleted": "leaves files of batches that are over to expire at the provider",
     "heartbeat": "keeps its own worker alive",
     "metrics": "counts",
-    "poll_trouble": "puts off the looks at the provider, an hour at most",
+    "report_poll_failure": "puts off the looks at the provider, an hour at most",
     "provider_checked": "says the end of the model that is asked, and whether there is a Batch API, when it was asked for that",
     "receive_webhook": "lets workers look at the provider sooner, or not sooner",
     "register_worker": "a worker of its own; its address and key are asked from then on, until they fail or it is gone",
-    "release_unheld": "gives back what it holds",
+    "release_unacknowledged": "gives back what it holds",
     "release_worker": "gives back what it holds",
     "report_stages": "moves its images forward, never to an end",
     "schema_version": "the version",
-    "send_probe": "a broadcast that means nothing",
+    "send_test_broadcast": "a broadcast that means nothing",
     "settle": "tags or fails the images that it holds; waits of an hour at most, limits within bounds",
     "status": "counts and ids, no image",
     "take_outbox": "messages that wait for a worker to deliver them, where there is no realtime.send",
@@ -433,7 +433,7 @@ def drain(scene: Scene) -> str | None:
             ended = json.dumps(
                 [{"id": one["id"], "status": "completed", "total": 11, "done": 11} for one in look["poll"]]
             )
-            scene.as_(WORKER_ROLE, "select autotag.batches_seen(%s, %s)", scene.good, ended)
+            scene.as_(WORKER_ROLE, "select autotag.record_poll(%s, %s)", scene.good, ended)
     left = scene.rows("select lane, stage, count(*) as n from autotag.tasks where finished_at is null group by 1, 2")
     return f"images are never tagged: {left}"
 
@@ -554,9 +554,9 @@ BROKEN = {
       create or replace function autotag.printable(p_text text, p_length integer) returns text language sql strict
       as 'select left(p_text, p_length)'""", "register_worker settle"),
     "no number is clamped": ("""
-      create or replace function autotag.clean_number(p_report jsonb, p_name text, p_least double precision, p_most double precision)
+      create or replace function autotag.clean_number(p_report jsonb, p_name text, p_min double precision, p_max double precision)
       returns double precision language sql as $$ select case when jsonb_typeof(p_report -> p_name) = 'number'
-        and abs((p_report ->> p_name)::numeric) < 1e300 then (p_report ->> p_name)::double precision end $$""", "settle poll_trouble"),
+        and abs((p_report ->> p_name)::numeric) < 1e300 then (p_report ->> p_name)::double precision end $$""", "settle report_poll_failure"),
     "results are stored as they come": ("""
       create or replace function autotag.clean_result(p_result jsonb) returns jsonb language sql as 'select p_result'""", "settle batch_answers"),
     "whatever was learned is believed": ("""
@@ -565,13 +565,13 @@ BROKEN = {
 
 
 OWN = "create or replace function autotag.is_own_worker(p_worker uuid) returns boolean language sql as 'select true'"
-LEASE = "create or replace function autotag.hold_lease(p_worker uuid) returns boolean language sql as 'select true'"
-LOOK = "create or replace function autotag.was_handed_look(p_worker uuid) returns timestamptz language sql as 'select autotag.now()'"
+LEASE = "create or replace function autotag.lock_worker(p_worker uuid) returns boolean language sql as 'select true'"
+LOOK = "create or replace function autotag.is_poll_assigned(p_worker uuid) returns timestamptz language sql as 'select autotag.now()'"
 #: What tells logins apart, replaced, and the functions that stand behind it: each alone has to be noticed. (Of the scene's
-#: there is nothing that files_deleted, poll_trouble, batch_submitted and claim_batches could do in the other's name.)
+#: there is nothing that files_deleted, report_poll_failure, batch_submitted and claim_batches could do in the other's name.)
 TOLD_APART = {
-    "batch_images": OWN, "settle": OWN, "report_stages": OWN, "release_worker": OWN, "release_unheld": OWN, "batch_answers": OWN,
-    "batch_finish": OWN, "batch_split": OWN, "batch_trouble": OWN, "batch_step": OWN, "claim": LEASE, "batches_seen": LOOK,
+    "batch_images": OWN, "settle": OWN, "report_stages": OWN, "release_worker": OWN, "release_unacknowledged": OWN, "batch_answers": OWN,
+    "batch_finish": OWN, "batch_split": OWN, "report_batch_failure": OWN, "batch_step": OWN, "claim": LEASE, "record_poll": LOOK,
     "provider_checked": LOOK,
 }  # fmt: skip
 

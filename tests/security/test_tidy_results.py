@@ -59,9 +59,9 @@ def cleaned(postgres: LocalPostgres, database: str) -> Any:
         told = [json.dumps(result) for result in results]
         with psycopg.connect(postgres.url("supabase_admin", database)) as connection:
             one = connection.execute(
-                "select autotag.is_tidy(r), autotag.clean_result(r) from unnest(%s::jsonb[]) with ordinality u (r, i) order by i", (told,)
+                "select autotag.is_canonical_result(r), autotag.clean_result(r) from unnest(%s::jsonb[]) with ordinality u (r, i) order by i", (told,)
             ).fetchall()  # fmt: skip
-            connection.execute("""create or replace function autotag.is_tidy(p_result jsonb) returns boolean
+            connection.execute("""create or replace function autotag.is_canonical_result(p_result jsonb) returns boolean
                                   language sql as 'select false'""")
             other = connection.execute(
                 "select autotag.clean_result(r) from unnest(%s::jsonb[]) with ordinality u (r, i) order by i", (told,)

@@ -166,8 +166,8 @@ def next_release(tree: Path, version: str = "9.0.0") -> Iterator[str]:
     """The tree as a later version has it: a new column, a function that returns something else, one more, one less."""
     change(tree / "schemas" / "tables" / "settings.sql", "create table autotag.settings (",
            "create table autotag.settings (\n  new_one integer not null default 7,")  # fmt: skip
-    change(tree / "schemas" / "basics" / "clock.sql", "create or replace function autotag.real_epoch(p_moment timestamptz) returns double precision",
-           "create or replace function autotag.real_epoch(p_moment timestamptz) returns numeric")  # fmt: skip
+    change(tree / "schemas" / "basics" / "clock.sql", "create or replace function autotag.real_epoch(p_time timestamptz) returns double precision",
+           "create or replace function autotag.real_epoch(p_time timestamptz) returns numeric")  # fmt: skip
     path = tree / "schemas" / "basics" / "checks.sql"
     path.write_text(
         path.read_text()

@@ -86,7 +86,7 @@ def status_of(text: str) -> dict[str, Any]:
     """What ``autotag.status`` returns, with a text of outsiders wherever there is one."""
     now = "2026-11-28T12:00:00+00:00"
     return {
-        "at": now, "queue": {"live": 1, "queued": 2, "workspaces": 1, "parked": 0},
+        "at": now, "queue": {"live": 1, "queued": 2, "workspaces": 1, "delayed": 0},
         "today": {"images": 1, "requests": 1, "input_tokens": 1, "output_tokens": 1, "cost": 0.1,
                   "unpriced_requests": 2, "unpriced_models": [text]},
         "limits": {"account_error": text, "account_error_from": text, "blocked_until": None, "requests_per_minute": 10,
@@ -97,7 +97,7 @@ def status_of(text: str) -> dict[str, Any]:
                   "shutdown": {"level": text, "message": text},
                   "provider": {"batches": None, "rate_headers": None, "keep_files": 1}},
         "workers": [{"worker": text, "host": text, "version": text, "in_hand": 1, "listening": True, "alive": False,
-                     "started_at": now, "seen_at": now}],
+                     "started_at": now, "last_heartbeat_at": now}],
         "jobs": [{"job_id": text, "workspace_id": text, "strategy": text, "fallback": True, "image_count": 1,
                   "failed": 1, "progress": 1, "created_at": now, "eta": None, "eta_p90": None}],
         "batches": [{"batch": text, "openai_batch_id": text, "state": text, "openai_status": text, "images": 1,

@@ -188,7 +188,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _webhook_is_whole(self) -> Self:
-        trouble = webhook_trouble(self)
+        trouble = webhook_problem(self)
         if trouble:
             raise ValueError(trouble)
         return self
@@ -210,7 +210,7 @@ class DoctorSettings(Settings):
         return self
 
 
-def webhook_trouble(settings: Settings) -> str | None:
+def webhook_problem(settings: Settings) -> str | None:
     """Why the webhook of these settings could not be trusted or reached, if so; one sentence without its full stop.
 
     An empty secret signs as well as any other: whoever knows that it is empty would be believed.

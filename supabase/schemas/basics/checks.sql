@@ -56,14 +56,14 @@ create or replace function autotag.clean_id(p_id text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$ select case when p_id ~ '^[A-Za-z0-9][A-Za-z0-9_.:/=-]{0,199}$' then p_id end $$;
 
--- Validates a number in a worker's report and clamps it to [p_least, p_most]. Null: not a number.
-create or replace function autotag.clean_number(p_report jsonb, p_name text, p_least double precision, p_most double precision)
+-- Validates a number in a worker's report and clamps it to [p_min, p_max]. Null: not a number.
+create or replace function autotag.clean_number(p_report jsonb, p_name text, p_min double precision, p_max double precision)
 returns double precision
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
   return case when jsonb_typeof(p_report -> p_name) = 'number'
-    then least(greatest((p_report -> p_name)::numeric, p_least::numeric), p_most::numeric)::double precision end;
+    then least(greatest((p_report -> p_name)::numeric, p_min::numeric), p_max::numeric)::double precision end;
 end $$;
 
 -- Refuses a report that is not a list, or that is larger than a worker ever needs: 10,000 items or 50 MB.
@@ -122,14 +122,14 @@ create or replace function autotag.check_image_count(p_images integer) returns v
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_most integer := (select s.job_max_images from autotag.settings s);
+  v_max_allowed integer := (select s.job_max_images from autotag.settings s);
 begin
   if p_images is null or p_images < 1 then
     perform autotag.refuse(400, 'no_images', 'There is no image to tag.', 'Pass at least one image.');
-  elsif p_images > v_most then
+  elsif p_images > v_max_allowed then
     perform autotag.refuse(413, 'too_many_images',
       format('%s images are too many for one upload.', p_images),
-      format('Split it into uploads of at most %s images.', v_most),
-      jsonb_build_object('max_images', v_most));
+      format('Split it into uploads of at most %s images.', v_max_allowed),
+      jsonb_build_object('max_images', v_max_allowed));
   end if;
 end $$;

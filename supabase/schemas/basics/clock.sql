@@ -34,11 +34,11 @@ begin
 end $$;
 
 -- A time of autotag's clock as real epoch seconds.
-create or replace function autotag.real_epoch(p_moment timestamptz) returns double precision
+create or replace function autotag.real_epoch(p_time timestamptz) returns double precision
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return extract(epoch from clock_timestamp()) - autotag.real_seconds(autotag.now() - p_moment);
+  return extract(epoch from clock_timestamp()) - autotag.real_seconds(autotag.now() - p_time);
 end $$;
 
 create or replace function autotag.clock_interval(p_real_seconds double precision) returns interval

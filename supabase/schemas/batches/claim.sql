@@ -27,7 +27,7 @@ $$;
 --   no expiry.
 --   look_up: the model, when the provider is to be asked about it now (provider_checked), else null.
 --   While nobody knows whether the question works no batch is begun: single calls try it, if need be one of a batch's own
---   images (send_ahead).
+--   images (release_probe).
 --   wait: seconds until there may be more; null when only a notification can bring some.
 -- Locks: provider, windows by workspace, batches by id.
 create or replace function autotag.claim_batches(
@@ -51,7 +51,7 @@ begin
   if v_provider.question_version is distinct from p_question then
     question := v_provider.question || jsonb_build_object('version', v_provider.question_version);
   end if;
-  if not autotag.hold_lease(p_worker) then
+  if not autotag.lock_worker(p_worker) then
     wait := 1;  -- its next heartbeat registers it again
     return;
   end if;
@@ -71,14 +71,14 @@ begin
   v_taken := autotag.take_batches(p_worker, autotag.rank_batches(v_slots, v_provider, v_queue, v_now), v_provider, v_queue, v_now);
   batches := autotag.describe_batches(v_taken.ids);
   if v_provider.next_poll_at <= v_now and v_provider.ask_after <= v_now then
-    select l.poll, l.cancel, l.files into poll, cancel, files from autotag.list_looks() l;
+    select l.poll, l.cancel, l.files into poll, cancel, files from autotag.list_polls() l;
     v_provider.next_poll_at := case when poll is null and files = '[]' then '-infinity' else v_now + v_settings.batch_poll_interval end;
   end if;
   if v_provider.proven_at is not null and v_provider.checked_at <= v_now - v_settings.model_check_interval and v_provider.ask_after <= v_now then
     look_up := v_provider.question ->> 'model';
   end if;
   if poll is not null or files <> '[]' or look_up is not null then
-    -- what it then says of the provider is listened to (batches_seen, poll_trouble, provider_checked)
+    -- what it then says of the provider is listened to (record_poll, report_poll_failure, provider_checked)
     update autotag.workers w set look_at = v_now where w.id = p_worker;
   end if;
   update autotag.provider_limits p
@@ -106,7 +106,7 @@ begin
 end $$;
 
 -- What is to be looked at, cancelled and deleted at OpenAI (claim_batches: poll, cancel, files).
-create or replace function autotag.list_looks(out poll jsonb, out cancel jsonb, out files jsonb)
+create or replace function autotag.list_polls(out poll jsonb, out cancel jsonb, out files jsonb)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -132,19 +132,19 @@ returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return (select min(moment) from (
+  return (select min(due) from (
     select greatest(p_now, p_provider.next_poll_at, p_provider.ask_after)
     where p_more_files or p_provider.ask_after > p_now or exists (select from autotag.batches b where b.state = 'submitted')
     union all
     select min(b.not_before) from autotag.batches b
     where b.worker_id is null and b.not_before > p_now and b.not_before < 'infinity'
       and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting')
-  ) moments (moment));
+  ) due_times (due));
 end $$;
 
 -- The batch if this worker (of the login that calls) holds it, locked together with its job; else a refusal that tells the
 -- worker to let go of it.
-create or replace function autotag.hold_batch(p_worker uuid, p_batch uuid, p_attempt integer) returns autotag.batches
+create or replace function autotag.lock_held_batch(p_worker uuid, p_batch uuid, p_attempt integer) returns autotag.batches
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare

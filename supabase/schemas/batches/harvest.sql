@@ -77,11 +77,11 @@ begin
     perform autotag.lock_provider();
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
-  v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_batch := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
   v_answers := autotag.read_batch_answers(v_batch, p_answers);
   if v_general then
-    v_answers := autotag.judge_errors(v_answers, v_batch.asked_at);
-    perform autotag.note_outcomes(v_answers, v_batch.asked_at);
+    v_answers := autotag.reclassify_errors(v_answers, v_batch.asked_at);
+    perform autotag.record_outcomes(v_answers, v_batch.asked_at);
   end if;
   perform autotag.add_usage(v_answers, true);
 
@@ -93,7 +93,7 @@ begin
   if not v_general then
     perform from autotag.provider_limits for update skip locked;
     if found then
-      perform autotag.note_outcomes(v_answers || v_again, v_batch.asked_at);
+      perform autotag.record_outcomes(v_answers || v_again, v_batch.asked_at);
     end if;
   end if;
   return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices);
@@ -156,7 +156,7 @@ declare
   v_batch autotag.batches;
 begin
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
-  v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_batch := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
   perform autotag.end_batch(v_batch, null);
   perform autotag.requeue_batch(v_batch, v_batch.openai_status is distinct from 'failed', 1,
     'no_answer', 'OpenAI gave no answer for this image.');

@@ -1,7 +1,7 @@
 -- What workers learn of the provider beside batches: files to delete, models, webhooks.
 
 -- When a worker (of the login that calls) was handed a look at the provider last; null: never.
-create or replace function autotag.was_handed_look(p_worker uuid) returns timestamptz
+create or replace function autotag.is_poll_assigned(p_worker uuid) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -19,7 +19,7 @@ declare
   m autotag.models := autotag.find_model(v_model);
   v_date date;
 begin
-  if autotag.was_handed_look(p_worker) is null then
+  if autotag.is_poll_assigned(p_worker) is null then
     return null;
   end if;
   if p_facts ->> 'shutdown_date' ~ '^20\d{2}-\d{2}-\d{2}$' then

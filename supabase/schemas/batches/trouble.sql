@@ -6,7 +6,7 @@
 -- whose answers say more: at once where it says why, else after max_bad_answers refusals, or after three times max_failures
 -- troubles of any kind while single calls work. If the files or batches routes do not exist while single calls work, the
 -- provider has no Batch API, and claim() makes single calls of what was planned. One that refuses an expiry is asked for another.
-create or replace function autotag.batch_trouble(p_worker uuid, p_batch uuid, p_attempt integer, p_error jsonb) returns void
+create or replace function autotag.report_batch_failure(p_worker uuid, p_batch uuid, p_attempt integer, p_error jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -31,12 +31,12 @@ begin
   elsif p_error ->> 'kind' = 'account'
     or v_provider.proven_at is null and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then
     p_error := p_error || '{"kind": "account"}';
-    perform autotag.stop_account(autotag.explain_account(p_error),
+    perform autotag.pause_tagging(autotag.explain_account(p_error),
       case p_error ->> 'origin' when 'storage' then 'storage' else 'batch' end);
     perform autotag.offer_switch(array[p_worker]);
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
-  v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_batch := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
   -- A request that is refused again and again, for whatever reason, will not be accepted either.
   if p_error ->> 'kind' = 'image'
     or p_error ->> 'code' = 'request_refused' and v_batch.failures + 1 >= v_settings.max_bad_answers
@@ -68,7 +68,7 @@ end $$;
 
 -- A look at OpenAI failed as a whole. Of the account: both lanes stop, if the worker was handed a look. Else the next look is
 -- the next try, not before the provider said, whatever brings looks forward (another batch, a webhook). Locks: provider.
-create or replace function autotag.poll_trouble(p_worker uuid, p_error jsonb) returns void
+create or replace function autotag.report_poll_failure(p_worker uuid, p_error jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -76,8 +76,8 @@ begin
     return;
   end if;
   p_error := autotag.clean_error(p_error, null);
-  if p_error ->> 'kind' = 'account' and autotag.was_handed_look(p_worker) is not null then
-    perform autotag.stop_account(autotag.explain_account(p_error), 'poll');
+  if p_error ->> 'kind' = 'account' and autotag.is_poll_assigned(p_worker) is not null then
+    perform autotag.pause_tagging(autotag.explain_account(p_error), 'poll');
   end if;
   update autotag.provider_limits p
   set ask_after = greatest(p.ask_after, autotag.now() + autotag.clock_interval((p_error ->> 'retry_after')::double precision))
@@ -87,7 +87,7 @@ end $$;
 -- Takes one image out of a planned batch and queues it as a single call, where there is no single call that could try a
 -- question that has not proven itself. False when there is one, or no batch that can spare an image. Called by claim(), which
 -- holds the provider row. Locks: workspace, job, batch, task.
-create or replace function autotag.send_ahead() returns boolean
+create or replace function autotag.release_probe() returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -125,7 +125,7 @@ end $$;
 -- A provider without a Batch API: what was planned as batches of one job goes as single calls. False when there is no
 -- such job. One at a time, for the same reason as seal_upload(). Called by claim(), which holds the provider row.
 -- Locks: workspace, job, batches, tasks by id.
-create or replace function autotag.leave_batches(p_now timestamptz) returns boolean
+create or replace function autotag.batches_to_single_calls(p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -200,7 +200,7 @@ end $$;
 -- 429s persist: what is left of one upload's single calls goes by the Batch API, because its images have waited
 -- long enough. False when there is none. One at a time, for the same reason as seal_upload(). Called by claim(),
 -- which holds the provider row. Locks: workspace, job, tasks by id.
-create or replace function autotag.fall_back(p_now timestamptz) returns boolean
+create or replace function autotag.single_calls_to_batch(p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare

@@ -121,7 +121,7 @@ begin
       p_queue.tokens := p_queue.tokens + v_tokens;
       v_batch.reserved_tokens := v_tokens;
     end if;
-    perform autotag.hand_batch(v_batch, p_worker, p_provider, p_now);
+    perform autotag.assign_batch(v_batch, p_worker, p_provider, p_now);
     ids := ids || v_batch.id;
   end loop;
 end $$;
@@ -147,7 +147,7 @@ end $$;
 
 -- Hands a batch to a worker, in the state from which it goes on. p_batch has its place in the window and what it reserves. The
 -- caller holds its row.
-create or replace function autotag.hand_batch(
+create or replace function autotag.assign_batch(
   p_batch autotag.batches, p_worker uuid, p_provider autotag.provider_limits, p_now timestamptz
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp

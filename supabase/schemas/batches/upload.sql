@@ -28,7 +28,7 @@ create or replace function autotag.batch_split(p_worker uuid, p_batch uuid, p_at
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_batch autotag.batches := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_batch autotag.batches := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
   v_rest bigint[];
   v_new uuid;
 begin
@@ -67,7 +67,7 @@ create or replace function autotag.batch_step(
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_batch autotag.batches := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_batch autotag.batches := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
 begin
   p_input_file_id := autotag.clean_id(p_input_file_id);
   if not coalesce(case p_state
@@ -85,7 +85,7 @@ begin
     -- What an earlier worker noted while it built the file holds no more: the image is prepared again.
     update autotag.tasks t set error_code = null, error = null where t.batch_id = p_batch and t.error_code is not null;
     perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'preparing');
-    perform autotag.tell_progress(v_batch.job_id);
+    perform autotag.broadcast_progress(v_batch.job_id);
   end if;
 end $$;
 
@@ -100,7 +100,7 @@ declare
   v_batch autotag.batches;
 begin
   perform autotag.lock_provider();
-  v_batch := autotag.hold_batch(p_worker, p_batch, p_attempt);
+  v_batch := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
   v_now := autotag.now();
   p_openai_batch_id := autotag.clean_id(p_openai_batch_id);
   if v_batch.state <> 'creating' or p_openai_batch_id is null
@@ -112,14 +112,14 @@ begin
   set state = 'submitted', worker_id = null, openai_batch_id = p_openai_batch_id,
       openai_status = coalesce(autotag.clean_status(p_status), 'validating'),
       input_file_id = coalesce(autotag.clean_id(p_input_file_id), b.input_file_id), submitted_at = v_now, progress_at = v_now,
-      looks_in_vain = 0, running_at = null,
+      missing_polls = 0, running_at = null,
       predicted_seconds = (autotag.predict_batch(b.image_count - b.express_count, v_now, v_now, null, 0, b.id)).p50
   where b.id = p_batch;
   perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'submitted',
     (select v_now + make_interval(secs => b.predicted_seconds) from autotag.batches b where b.id = p_batch));
-  perform autotag.tell_progress(v_batch.job_id, autotag.refresh_eta(v_batch.job_id));
+  perform autotag.broadcast_progress(v_batch.job_id, autotag.refresh_eta(v_batch.job_id));
   -- To have a batch proves nothing of the model: only an answer does.
-  perform autotag.resume_account('batch');
+  perform autotag.resume_tagging('batch');
   update autotag.provider_limits p
   set next_poll_at = case
     -- its webhook came before its id was known here

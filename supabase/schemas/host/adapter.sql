@@ -111,9 +111,9 @@ create or replace function autotag.file_mark(p_bucket text, p_path text) returns
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$ select md5(coalesce(p_bucket || '/' || p_path, ''))::uuid $$;
 
--- The files of these images that seen_files() has to check: those in workspaces of the signed-in caller. everybody: the bucket
+-- The files of these images that visible_file_marks() has to check: those in workspaces of the signed-in caller. everybody: the bucket
 -- is public, or there is no file. No rows if no check is needed.
-create or replace function autotag.files_to_see(p_asset_ids uuid[])
+create or replace function autotag.files_to_check(p_asset_ids uuid[])
 returns table (asset_id uuid, bucket text, path text, mark uuid, everybody boolean)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
@@ -135,7 +135,7 @@ end $$;
 
 -- For each image the mark of its file, if the caller may see that file; this runs as the caller, under row level security. A
 -- zero mark: they may not, or the file does not exist (yet), which looks the same. Null: not checked.
-create or replace function autotag.seen_files(p_asset_ids uuid[]) returns uuid[]
+create or replace function autotag.visible_file_marks(p_asset_ids uuid[]) returns uuid[]
 language plpgsql stable set search_path = pg_catalog, public, extensions, pg_temp
 as $$
 begin
@@ -145,7 +145,7 @@ begin
       when f.everybody or exists (select from storage.objects o where o.bucket_id = f.bucket and o.name = f.path)
         then f.mark
       else '00000000-0000-0000-0000-000000000000'::uuid end
-    from unnest(p_asset_ids) with ordinality a (id, i) left join autotag.files_to_see(p_asset_ids) f on f.asset_id = a.id
+    from unnest(p_asset_ids) with ordinality a (id, i) left join autotag.files_to_check(p_asset_ids) f on f.asset_id = a.id
     order by a.i);
 end $$;
 

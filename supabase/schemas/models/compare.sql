@@ -110,21 +110,21 @@ begin
   -- the error affects those too, their own calls show it.
   if v_provider.account_error is not null
     and (v_provider.account_error_from = 'storage' or p_question ->> 'model' = (select s.model from autotag.settings s)) then
-    return autotag.put_off('account', v_now, v_now + (select s.account_probe_interval from autotag.settings s))
+    return autotag.retry_later('account', v_now, v_now + (select s.account_probe_interval from autotag.settings s))
       || jsonb_build_object('message', v_provider.account_error);
   elsif v_provider.blocked_until > v_now then
-    return autotag.put_off('retry_after', v_now, v_provider.blocked_until);
+    return autotag.retry_later('retry_after', v_now, v_provider.blocked_until);
   -- A workspace whose next image never fits its window (ready_at is infinite) does not hold others back.
   elsif v_provider.account_error is null
     and exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')) then
-    return autotag.put_off('live', v_now, v_now + autotag.clock_interval(1));
+    return autotag.retry_later('live', v_now, v_now + autotag.clock_interval(1));
   end if;
   v_next := v_now + interval '1 min' * greatest(0,
     (1 - v_provider.requests_left) / v_provider.requests_per_minute,
     (1 - v_provider.day_left) / (v_provider.requests_per_day / 1440.0),
     (v_reserved - v_provider.tokens_left) / v_provider.tokens_per_minute);
   if v_next > v_now then
-    return autotag.put_off('provider', v_now, v_next);
+    return autotag.retry_later('provider', v_now, v_next);
   end if;
   v_window := autotag.admit(p_workspace_id, 'realtime', 1, v_reserved, false);
   if v_window.admitted = 0 and v_window.retry_at is null then
@@ -133,7 +133,7 @@ begin
         p_question ->> 'model', v_reserved),
       'Raise its limit (max_units in public.workspace_rate_limits), or choose a lower effort.');
   elsif v_window.admitted = 0 then
-    return autotag.put_off('window', v_window.at, v_window.retry_at);
+    return autotag.retry_later('window', v_window.at, v_window.retry_at);
   end if;
   update autotag.provider_limits
   set requests_left = v_provider.requests_left - 1, tokens_left = v_provider.tokens_left - v_reserved,
@@ -142,7 +142,7 @@ begin
 end $$;
 
 -- admit_comparison()'s reply when the call has to wait until p_until.
-create or replace function autotag.put_off(p_reason text, p_now timestamptz, p_until timestamptz) returns jsonb
+create or replace function autotag.retry_later(p_reason text, p_now timestamptz, p_until timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -151,7 +151,7 @@ end $$;
 
 -- The question to ask after the provider refused a parameter of p_question: the model's row moves to its next form, unless
 -- another call has done that already. Null: there is no other form. Locks: the model's row (skip locked).
-create or replace function autotag.ask_differently(p_question jsonb, p_parameter text) returns jsonb
+create or replace function autotag.next_request_form(p_question jsonb, p_parameter text) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -166,7 +166,7 @@ begin
   if p_parameter = 'reasoning_effort' and v_effort is distinct from (autotag.find_model(v_model)).reasoning_effort then
     return null;
   end if;
-  if autotag.degrade_model(v_model, p_parameter) then
+  if autotag.downgrade_request_form(v_model, p_parameter) then
     v_question := autotag.question_for(v_model, v_effort);
   end if;
   return case when v_question <> p_question then v_question end;
@@ -174,7 +174,7 @@ end $$;
 
 -- What to do next about an image: {next: done | again | failed | stop}. again: with `question` and `cap` where given, after
 -- `wait` seconds; stop: no call can succeed, `message` says why. p_report as in settle_comparison().
-create or replace function autotag.next_step(p_question jsonb, p_report jsonb, p_answer autotag.answer) returns jsonb
+create or replace function autotag.next_action(p_question jsonb, p_report jsonb, p_answer autotag.answer) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -190,7 +190,7 @@ begin
   select * into v_settings from autotag.settings;
   -- A reply that is not JSON counts as the provider's lack of a format only until one answer of this comparison was usable.
   if v_error ->> 'parameter' is not null and (v_error ->> 'kind' <> 'image' or not v_proven) then
-    v_question := autotag.ask_differently(p_question, v_error ->> 'parameter');
+    v_question := autotag.next_request_form(p_question, v_error ->> 'parameter');
     if v_question is not null then
       return jsonb_build_object('next', 'again', 'question', v_question);
     end if;
@@ -217,15 +217,15 @@ begin
   return jsonb_build_object('next', 'failed');
 end $$;
 
--- Settles one call: next_step()'s reply, and `cost` (dollars; null: unknown, or the provider billed nothing). p_report:
+-- Settles one call: next_action()'s reply, and `cost` (dollars; null: unknown, or the provider billed nothing). p_report:
 -- {reserved, reserved_at, cap (from admit_comparison; absent: nothing was admitted), called, usage, error (as in settle()),
 -- failures (transient failures of this image so far), cut_off (an answer about it was cut off before), proven (this
--- comparison has had a usable answer)}. p_seen: limits from the reply's headers (observe_provider). Corrects bucket and
+-- comparison has had a usable answer)}. p_observed: limits from the reply's headers (update_provider_limits). Corrects bucket and
 -- window as settle() does, records the usage, and learns the token use of this question. An error of kind account stops
 -- only this comparison: live calls meet it themselves.
 -- Locks: provider, window.
 create or replace function autotag.settle_comparison(
-  p_workspace_id uuid, p_question jsonb, p_report jsonb, p_seen jsonb default null
+  p_workspace_id uuid, p_question jsonb, p_report jsonb, p_observed jsonb default null
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -249,8 +249,8 @@ begin
     perform autotag.refund_provider(v_free::integer, case when v_free then v_answer.reserved_tokens
       else coalesce(v_answer.reserved_tokens - v_used - v_answer.output_tokens, 0) end);
   end if;
-  if p_seen is not null then
-    perform autotag.observe_provider(p_seen);
+  if p_observed is not null then
+    perform autotag.update_provider_limits(p_observed);
   end if;
   if v_used > 0 then
     -- A cut-off answer needs an unknown number of tokens: at least the cap of the next try.
@@ -268,7 +268,7 @@ begin
   if v_answer.called then
     perform autotag.add_usage(array[v_answer], false, p_question);
   end if;
-  return autotag.next_step(p_question, p_report, v_answer) || jsonb_build_object('cost', autotag.price_tokens(
+  return autotag.next_action(p_question, p_report, v_answer) || jsonb_build_object('cost', autotag.price_tokens(
     coalesce(v_answer.usage ->> 'model', p_question ->> 'model'), coalesce(v_answer.usage ->> 'tier', 'default'), v_used,
     least((v_answer.usage -> 'cached')::integer, v_used), (v_answer.usage -> 'cache_write')::integer,
     (v_answer.usage -> 'output')::integer));

@@ -8,7 +8,7 @@ as $$
 $$;
 
 -- A histogram after new counts. Each new count multiplies the old weights by 1 - 1 / p_memory (in answers).
-create or replace function autotag.blend(p_old jsonb, p_counts integer[], p_memory integer) returns jsonb
+create or replace function autotag.decayed_histogram(p_old jsonb, p_counts integer[], p_memory integer) returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(jsonb_object_agg(b.size, b.weight), '{}')
@@ -157,23 +157,23 @@ declare
   v_provider autotag.provider_limits;
   v_question jsonb;
   v_memory integer := (select s.learning_memory from autotag.settings s);
-  v_most integer;
+  v_max_allowed integer;
 begin
   if cardinality(p_inputs) = 0 then
     return;
   end if;
   select * into v_provider from autotag.provider_limits;
   v_question := coalesce(p_question, v_provider.question);
-  v_most := 20 * autotag.guess_prompt(v_question);
-  p_inputs := array(select least(i, v_most) from unnest(p_inputs) i);
+  v_max_allowed := 20 * autotag.guess_prompt(v_question);
+  p_inputs := array(select least(i, v_max_allowed) from unnest(p_inputs) i);
   insert into autotag.learned as l (model, image_detail, reasoning_effort, max_tags, tag_language, answers, prompt, output, learned_at)
   values (v_question ->> 'model', v_question ->> 'image_detail',
     coalesce(v_question ->> 'reasoning_effort', ''), (v_question ->> 'max_tags')::integer,
     v_question ->> 'tag_language', cardinality(p_inputs),
-    autotag.blend('{}', p_inputs, v_memory), autotag.blend('{}', p_outputs, v_memory), autotag.now())
+    autotag.decayed_histogram('{}', p_inputs, v_memory), autotag.decayed_histogram('{}', p_outputs, v_memory), autotag.now())
   on conflict (model, image_detail, reasoning_effort, max_tags, tag_language) do update
   set answers = l.answers + cardinality(p_inputs), learned_at = excluded.learned_at,
-      prompt = autotag.blend(l.prompt, p_inputs, v_memory), output = autotag.blend(l.output, p_outputs, v_memory);
+      prompt = autotag.decayed_histogram(l.prompt, p_inputs, v_memory), output = autotag.decayed_histogram(l.output, p_outputs, v_memory);
   v_provider := autotag.estimate_tokens(v_provider);
   update autotag.provider_limits p
   set tokens_per_image = v_provider.tokens_per_image, output_tokens = v_provider.output_tokens,

@@ -76,7 +76,7 @@ begin
 end $$;
 
 -- Wakes the workers: their next claim picks up the change.
-create or replace function autotag.announce_change() returns trigger
+create or replace function autotag.notify_workers() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -86,14 +86,14 @@ begin
 end $$;
 
 create or replace trigger autotag_announce after update on autotag.settings
-  for each statement execute function autotag.announce_change();
+  for each statement execute function autotag.notify_workers();
 
 create or replace trigger autotag_announce after insert or update or delete on autotag.models
-  for each statement execute function autotag.announce_change();
+  for each statement execute function autotag.notify_workers();
 
 -- The provider refused a parameter: moves the model's row to the next form. False: there is none, or another transaction holds
 -- the row. A model without a row gets one (without prices). Locks: the model's row (skip locked).
-create or replace function autotag.degrade_model(p_model text, p_parameter text) returns boolean
+create or replace function autotag.downgrade_request_form(p_model text, p_parameter text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare

@@ -199,7 +199,7 @@ end $$;
 -- again at once), and any error of the provider, or answer that cannot be read, while nothing has worked with this question
 -- (treated as a mistake in the configuration). The second error of kind account of one image counts as its failure
 -- where others have succeeded meanwhile: one image alone must not stop everybody for ever. Returns the answers with their errors made into that. Locks: the provider row (which the caller holds), the model's row without waiting.
-create or replace function autotag.judge_errors(p_answers autotag.answer[], p_asked_at timestamptz default null) returns autotag.answer[]
+create or replace function autotag.reclassify_errors(p_answers autotag.answer[], p_asked_at timestamptz default null) returns autotag.answer[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -219,9 +219,9 @@ begin
       if v_answer.error ->> 'parameter' is not null and (
           v_asked_at < v_provider.question_since
           or v_answer.error ->> 'parameter' = any (v_settled)
-          or autotag.degrade_model(v_provider.question ->> 'model', v_answer.error ->> 'parameter')) then
+          or autotag.downgrade_request_form(v_provider.question ->> 'model', v_answer.error ->> 'parameter')) then
         v_settled := v_settled || (v_answer.error ->> 'parameter');
-        v_answer.error := v_answer.error || '{"kind": "rate_limit", "code": "asked_differently"}';
+        v_answer.error := v_answer.error || '{"kind": "rate_limit", "code": "request_form_changed"}';
       elsif v_provider.proven_at is null and v_answer.error ->> 'kind' = 'transient'
         and v_answer.error ->> 'origin' = 'provider' and v_asked_at >= v_provider.question_since then
         v_answer.error := v_answer.error || '{"kind": "account"}';
@@ -249,7 +249,7 @@ end $$;
 
 -- What answers say of the account, and of what to expect: an error of kind account stops the lanes, an answer of use
 -- starts them; what answers to the present question used is learned. The caller holds the provider row.
-create or replace function autotag.note_outcomes(p_answers autotag.answer[], p_asked_at timestamptz default null) returns void
+create or replace function autotag.record_outcomes(p_answers autotag.answer[], p_asked_at timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -281,11 +281,11 @@ begin
     greatest(v_provider.question_since, v_provider.fingerprint_since, case when p_asked_at is null then v_provider.proven_at end)
   limit 1;
   if found then
-    perform autotag.stop_account(autotag.explain_account(v_error), coalesce(v_error ->> 'origin', 'provider'));
+    perform autotag.pause_tagging(autotag.explain_account(v_error), coalesce(v_error ->> 'origin', 'provider'));
     perform autotag.offer_switch(array(
       select t.worker_id from unnest(p_answers) a join autotag.tasks t on t.id = a.task where a.error ->> 'kind' = 'account'));
   elsif v_works and (v_provider.account_error is not null or v_provider.proven_at is null) then
-    perform autotag.resume_account();
+    perform autotag.resume_tagging();
     -- Whoever has shown that it works is asked from now on.
     perform autotag.switch_provider(w.base_url, w.fingerprint)
     from autotag.workers w

@@ -15,7 +15,7 @@ begin
     return null;
   end if;
   -- nearly every result is valid as it is
-  if autotag.is_tidy(p_result) then
+  if autotag.is_canonical_result(p_result) then
     return p_result;
   end if;
   v_kept := array(
@@ -39,7 +39,7 @@ end $$;
 
 -- Whether clean_result() would return a result (an object with a list of tags) unchanged. It checks the JSON as text, which
 -- costs a fifth of rebuilding it. False also where a tag has no confidence.
-create or replace function autotag.is_tidy(p_result jsonb) returns boolean
+create or replace function autotag.is_canonical_result(p_result jsonb) returns boolean
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -123,7 +123,7 @@ end $$;
 
 -- A worker reports the stages of its single calls: [{task, attempt, stage}], stages between `queued` and `completed`. Ignores
 -- tasks that the worker does not hold (any more), and workers of another login. p_sent: {sent, sent_age (seconds)}, as in
--- note_sent(). Locks: provider, jobs (for the broadcast), tasks by id.
+-- record_sent(). Locks: provider, jobs (for the broadcast), tasks by id.
 create or replace function autotag.report_stages(p_worker uuid, p_stages jsonb, p_sent jsonb default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -138,7 +138,7 @@ begin
     return;
   end if;
   if p_sent is not null then
-    perform autotag.note_sent(p_worker, autotag.clean_number(p_sent, 'sent', 0, 100000)::integer,
+    perform autotag.record_sent(p_worker, autotag.clean_number(p_sent, 'sent', 0, 100000)::integer,
       coalesce(autotag.clean_number(p_sent, 'sent_age', 0, 3600), 0));
   end if;
   select coalesce(array_agg(t.id), '{}') as tasks, array_agg(t.attempt) as attempts, array_agg(r.stage) as stages,
@@ -160,6 +160,6 @@ begin
       where r.stage = v_stage), v_stage);
   end loop;
   for v_job in select u.job from unnest(v_held.jobs) u (job) order by 1 loop
-    perform autotag.tell_progress(v_job);
+    perform autotag.broadcast_progress(v_job);
   end loop;
 end $$;

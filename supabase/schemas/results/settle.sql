@@ -3,11 +3,11 @@
 -- settle: a worker reports what became of its single calls, in bulk.
 -- p_reports: [{task, attempt, result | error, usage: {input, cached, cache_write, output, reasoning, model, tier}, called}];
 -- usage is there whenever the provider answered, also when the answer was of no use, and `called` when it was asked at all.
--- p_seen: the newest limits seen in answers' headers (observe_provider), and {sent, sent_age} (note_sent).
+-- p_observed: the newest limits seen in answers' headers (update_provider_limits), and {sent, sent_age} (record_sent).
 -- A report for a task that is not the worker's any more, or with an older attempt, is refused and changes
 -- nothing; so is what another login says of a worker. Returns {accepted, notices: [{event, notice}]}: how many, and sentences for the log.
 -- Locks: provider, workspaces (of errors), windows, jobs, tasks; each by id.
-create or replace function autotag.settle(p_worker uuid, p_reports jsonb, p_seen jsonb default null) returns jsonb
+create or replace function autotag.settle(p_worker uuid, p_reports jsonb, p_observed jsonb default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
 as $$
 declare
@@ -24,11 +24,11 @@ begin
   v_answers := autotag.read_reports(p_worker, p_reports);
   v_failed := exists (select from unnest(v_answers) a where a.error is not null);
   if v_failed then
-    v_answers := autotag.judge_errors(v_answers);
+    v_answers := autotag.reclassify_errors(v_answers);
   end if;
 
-  v_changed := autotag.correct_bucket(p_worker, v_answers, p_seen);
-  perform autotag.note_outcomes(v_answers);
+  v_changed := autotag.correct_bucket(p_worker, v_answers, p_observed);
+  perform autotag.record_outcomes(v_answers);
 
   if v_failed then
     perform from autotag.workspaces w
@@ -75,9 +75,9 @@ begin
   return v_answers;
 end $$;
 
--- Corrects the mirror of the provider's bucket by what these calls have used, and by what their answers' headers say (p_seen, as
+-- Corrects the mirror of the provider's bucket by what these calls have used, and by what their answers' headers say (p_observed, as
 -- in settle). Returns a sentence for the log where the provider's limits have changed. The caller holds the provider row.
-create or replace function autotag.correct_bucket(p_worker uuid, p_answers autotag.answer[], p_seen jsonb) returns text
+create or replace function autotag.correct_bucket(p_worker uuid, p_answers autotag.answer[], p_observed jsonb) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -92,16 +92,16 @@ begin
         when a.usage is not null then a.reserved_tokens - (a.usage -> 'input')::integer - a.output_tokens
         else 0 end as tokens) u
   where a.reserved_tokens is not null;
-  if p_seen ? 'sent' then
-    perform autotag.note_sent(p_worker, autotag.clean_number(p_seen, 'sent', 0, 100000)::integer,
-      coalesce(autotag.clean_number(p_seen, 'sent_age', 0, 3600), 0));
+  if p_observed ? 'sent' then
+    perform autotag.record_sent(p_worker, autotag.clean_number(p_observed, 'sent', 0, 100000)::integer,
+      coalesce(autotag.clean_number(p_observed, 'sent_age', 0, 3600), 0));
   end if;
   -- In this order: what the headers say holds whatever is given back.
   if v_refund.requests <> 0 or v_refund.tokens <> 0 then
     perform autotag.refund_provider(v_refund.requests, v_refund.tokens);
   end if;
-  if p_seen is not null then
-    return autotag.observe_provider(p_seen);
+  if p_observed is not null then
+    return autotag.update_provider_limits(p_observed);
   end if;
   return null;
 end $$;

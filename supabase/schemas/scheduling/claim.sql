@@ -39,14 +39,14 @@ begin
   if v_provider.question_version is distinct from p_question then
     question := v_provider.question || jsonb_build_object('version', v_provider.question_version);
   end if;
-  if not autotag.hold_lease(p_worker) then
+  if not autotag.lock_worker(p_worker) then
     wait := 1;  -- its next heartbeat registers it again
     bound := 'lease';
     return;
   end if;
   if autotag.asks_another_provider(p_worker, v_provider) then
     wait := autotag.real_seconds((select s.account_probe_interval from autotag.settings s));
-    bound := 'outdone';
+    bound := 'superseded';
     return;
   end if;
   if autotag.reroute_upload(v_provider) then
@@ -54,7 +54,7 @@ begin
     return;
   end if;
 
-  perform autotag.unpark(v_now);
+  perform autotag.requeue_due(v_now);
   update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at <= v_now;
   v_released := autotag.release_in_turn(p_worker, p_slots, v_provider);
   v_provider.virtual_time := v_released.virtual_time;
@@ -66,7 +66,7 @@ begin
   if cardinality(v_released.ids) = p_slots then
     bound := 'slots';
   else
-    bound := autotag.name_bound(v_provider);
+    bound := autotag.describe_bound(v_provider);
   end if;
   wait := autotag.real_seconds(autotag.next_release(v_provider) - v_now);
 end $$;
@@ -87,15 +87,15 @@ begin
   -- What has waited too long while 429s kept coming becomes a batch.
   if p_provider.limited_since <= v_now - (select s.realtime_max_wait from autotag.settings s)
      and p_provider.limited_at > v_now - interval '1 min' and p_provider.has_batches is distinct from false
-     and autotag.fall_back(v_now) then
+     and autotag.single_calls_to_batch(v_now) then
     return true;
   end if;
   -- A provider without a Batch API gets no batches that were planned before that was known.
-  if p_provider.has_batches is false and autotag.leave_batches(v_now) then
+  if p_provider.has_batches is false and autotag.batches_to_single_calls(v_now) then
     return true;
   end if;
   -- Only batches wait, and nobody knows whether the question works: one of their images tries it as a single call.
-  return p_provider.proven_at is null and coalesce(p_provider.probe_at, v_now) <= v_now and autotag.send_ahead();
+  return p_provider.proven_at is null and coalesce(p_provider.probe_at, v_now) <= v_now and autotag.release_probe();
 end $$;
 
 -- Takes what was released from the mirror of the provider's bucket, and returns the provider as it is then. Once a second it
@@ -152,7 +152,7 @@ begin
 end $$;
 
 -- What keeps a claim that has room for more from releasing more; null: nothing is queued. p_provider: as it is after the claim.
-create or replace function autotag.name_bound(p_provider autotag.provider_limits) returns text
+create or replace function autotag.describe_bound(p_provider autotag.provider_limits) returns text
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -167,13 +167,13 @@ begin
     else 'provider_day' end;
 end $$;
 
--- When the next image can be released: when the bucket holds one more, when a workspace may go on, when a parked task is due,
+-- When the next image can be released: when the bucket holds one more, when a workspace may go on, when a delayed task is due,
 -- when an upload is complete; null: only what is queued anew can be. p_provider: as it is after the claim.
 create or replace function autotag.next_release(p_provider autotag.provider_limits) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return (select min(moment) from (
+  return (select min(due) from (
     select greatest(p_provider.refilled_at, p_provider.blocked_until, case when p_provider.proven_at is null then p_provider.probe_at end,
       p_provider.refilled_at + interval '1 min' * greatest(
         (1 - p_provider.requests_left) / p_provider.requests_per_minute,
@@ -188,5 +188,5 @@ begin
     select min(t.retry_at) from autotag.tasks t where t.retry_at is not null
     union all
     select min(u.seal_at) from autotag.uploads u
-  ) as moments (moment));
+  ) as due_times (due));
 end $$;

@@ -51,7 +51,7 @@ end $$;
 
 -- A worker has sent p_calls of the calls released to it (or will never send them), the first one p_age real seconds ago. If
 -- the mirror was full until then, it has refilled since. Locks the provider row.
-create or replace function autotag.note_sent(p_worker uuid, p_calls integer, p_age double precision) returns void
+create or replace function autotag.record_sent(p_worker uuid, p_calls integer, p_age double precision) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -79,18 +79,18 @@ end $$;
 -- refilled since. A lower remaining value than the mirror's is adopted (another program may use the same key), so is a changed
 -- limit, and retry_after holds for all workers. Returns a sentence for the log if the limits changed, else null.
 -- Locks the provider row.
-create or replace function autotag.observe_provider(p_seen jsonb) returns text
+create or replace function autotag.update_provider_limits(p_observed jsonb) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.lock_provider();
   -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (guide "Rate limits"). The lower bounds (2 and 100)
   -- keep a bucket that can hold a call; with less no call would go out, and no header could correct the limit.
-  v_requests integer := coalesce(autotag.clean_number(p_seen, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
-  v_tokens integer := coalesce(autotag.clean_number(p_seen, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
+  v_requests integer := coalesce(autotag.clean_number(p_observed, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
+  v_tokens integer := coalesce(autotag.clean_number(p_observed, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
   v_minutes double precision := extract(epoch from
-    autotag.clock_interval(coalesce(autotag.clean_number(p_seen, 'age', 0, 3600), 0))) / 60;
-  v_retry_after double precision := autotag.clean_number(p_seen, 'retry_after', 0, 3600);
+    autotag.clock_interval(coalesce(autotag.clean_number(p_observed, 'age', 0, 3600), 0))) / 60;
+  v_retry_after double precision := autotag.clean_number(p_observed, 'retry_after', 0, 3600);
 begin
   update autotag.provider_limits p
   set requests_per_minute = v_requests,
@@ -98,9 +98,9 @@ begin
       -- only tier 1 has a daily limit; a higher limit per minute means a higher tier
       requests_per_day = case when v_requests > p.requests_per_minute then null else p.requests_per_day end,
       requests_left = least(v_provider.requests_left + greatest(v_requests - p.requests_per_minute, 0),
-        autotag.clean_number(p_seen, 'requests_left', 0, v_requests) + v_minutes * v_requests),
+        autotag.clean_number(p_observed, 'requests_left', 0, v_requests) + v_minutes * v_requests),
       tokens_left = least(v_provider.tokens_left + greatest(v_tokens - p.tokens_per_minute, 0),
-        autotag.clean_number(p_seen, 'tokens_left', 0, v_tokens) + v_minutes * v_tokens),
+        autotag.clean_number(p_observed, 'tokens_left', 0, v_tokens) + v_minutes * v_tokens),
       day_left = v_provider.day_left,
       refilled_at = v_provider.refilled_at,
       blocked_until = greatest(p.blocked_until, v_provider.refilled_at + autotag.clock_interval(v_retry_after)),
@@ -109,7 +109,7 @@ begin
         when p.limited_since is not null and p.limited_at > v_provider.refilled_at - interval '1 min' then p.limited_since
         else v_provider.refilled_at end,
       limited_at = case when v_retry_after is null then p.limited_at else v_provider.refilled_at end,
-      has_rate_headers = case when p_seen ? 'tokens_limit' or p_seen ? 'requests_limit' then true else p.has_rate_headers end;
+      has_rate_headers = case when p_observed ? 'tokens_limit' or p_observed ? 'requests_limit' then true else p.has_rate_headers end;
   return case when (v_requests, v_tokens) <> (v_provider.requests_per_minute, v_provider.tokens_per_minute)
     then format('The provider''s limits are now %s requests and %s tokens a minute (before: %s and %s).',
       v_requests, v_tokens, v_provider.requests_per_minute, v_provider.tokens_per_minute) end;
@@ -127,7 +127,7 @@ begin
 end $$;
 
 -- Pauses both lanes until the probe succeeds; all tasks stay queued. p_from: the error's origin. Locks the provider row.
-create or replace function autotag.stop_account(p_error text, p_from text default 'provider') returns void
+create or replace function autotag.pause_tagging(p_error text, p_from text default 'provider') returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   update autotag.provider_limits
@@ -138,7 +138,7 @@ $$;
 
 -- Ends the pause: for any reason (p_from null: a call has succeeded), or only if its error came from p_from. Locks the provider
 -- row.
-create or replace function autotag.resume_account(p_from text default null) returns void
+create or replace function autotag.resume_tagging(p_from text default null) returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   update autotag.provider_limits

@@ -1,8 +1,8 @@
 -- Which images are released next: fair among workspaces, and within each of them.
 
--- Puts parked tasks whose time has come back into their queues. The caller holds the provider row.
+-- Puts delayed tasks whose time has come back into their queues. The caller holds the provider row.
 -- Locks: workspaces, tasks.
-create or replace function autotag.unpark(p_now timestamptz) returns void
+create or replace function autotag.requeue_due(p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare

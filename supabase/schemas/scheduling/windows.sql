@@ -45,7 +45,7 @@ declare
   v_used_units bigint;
   v_need_requests bigint;      -- what must leave the window before the next fits
   v_need_units bigint;
-  v_least integer;             -- the least that is worth waiting for
+  v_min_wanted integer;             -- the least that is worth waiting for
 begin
   loop
     select w.ctid, w.xmin, s.test_clock,
@@ -107,10 +107,10 @@ begin
   end loop;
 
   if admitted < p_wanted then
-    v_least := case when p_partial then 1 else p_wanted end;
-    if v_least <= v_max_requests and v_least::bigint * v_each <= v_max_units then
-      v_need_requests := v_used_requests + admitted + v_least - v_max_requests;
-      v_need_units := v_used_units + (admitted + v_least)::bigint * v_each - v_max_units;
+    v_min_wanted := case when p_partial then 1 else p_wanted end;
+    if v_min_wanted <= v_max_requests and v_min_wanted::bigint * v_each <= v_max_units then
+      v_need_requests := v_used_requests + admitted + v_min_wanted - v_max_requests;
+      v_need_units := v_used_units + (admitted + v_min_wanted)::bigint * v_each - v_max_units;
       for i in v_old + 1 .. v_count loop
         exit when v_need_requests <= 0 and v_need_units <= 0;
         v_need_requests := v_need_requests - v_requests[i];

@@ -29,11 +29,11 @@ begin
     update autotag.provider_limits
     set proven_at = null, probe_at = null, account_error = null, account_error_from = null, account_error_at = null;
   end if;
-  insert into autotag.workers (id, host, version, listening, started_at, seen_at, lease_until, base_url, fingerprint)
+  insert into autotag.workers (id, host, version, listening, started_at, last_heartbeat_at, lease_until, base_url, fingerprint)
   select p_worker, coalesce(autotag.printable(p_host, 100), ''), autotag.printable(p_version, 50), coalesce(p_listening, false),
     v_now, v_now, v_now + s.lease, p_base_url, p_fingerprint
   from autotag.settings s
-  on conflict (id) do update set version = excluded.version, listening = excluded.listening, seen_at = excluded.seen_at,
+  on conflict (id) do update set version = excluded.version, listening = excluded.listening, last_heartbeat_at = excluded.last_heartbeat_at,
     lease_until = excluded.lease_until, unsent = 0, base_url = excluded.base_url,
     fingerprint = excluded.fingerprint
   where autotag.workers.login = session_user;
@@ -60,7 +60,7 @@ declare
   v_version text;
 begin
   update autotag.workers w
-  set seen_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s)
+  set last_heartbeat_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s)
   where w.id = p_worker and w.login = session_user returning w.version into v_version;
   v_alive := found;
   if v_alive then
@@ -72,7 +72,7 @@ end $$;
 
 -- Whether a worker belongs to the caller and has a lease. Without a lease it must get no work, because no expiry would release
 -- that again. The row lock prevents expire_workers, which alone ends leases, from ending this one before the transaction does.
-create or replace function autotag.hold_lease(p_worker uuid) returns boolean
+create or replace function autotag.lock_worker(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -128,7 +128,7 @@ begin
 end $$;
 
 -- The single calls that a worker holds: released, unfinished tasks of unfinished jobs.
-create or replace function autotag.held_tasks(p_worker uuid) returns bigint[]
+create or replace function autotag.leased_tasks(p_worker uuid) returns bigint[]
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(array_agg(t.id), '{}')
@@ -141,13 +141,13 @@ $$;
 -- Releases what a worker holds, except p_keep_tasks and p_keep_batches. p_lost: its lease has ended; then each image counts a
 -- failure, so that an image that crashes its worker does not do so forever. Returns how many tasks and batches.
 -- Locks: workspaces, jobs, batches, tasks.
-create or replace function autotag.give_back(p_worker uuid, p_keep_tasks bigint[], p_keep_batches uuid[], p_lost boolean)
+create or replace function autotag.release_held(p_worker uuid, p_keep_tasks bigint[], p_keep_batches uuid[], p_lost boolean)
 returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_tasks bigint[] := array(
-    select t from unnest(autotag.held_tasks(p_worker)) t where t <> all (p_keep_tasks));
+    select t from unnest(autotag.leased_tasks(p_worker)) t where t <> all (p_keep_tasks));
   v_batches uuid[] := array(
     select b.id from autotag.batches b where b.worker_id = p_worker and b.id <> all (p_keep_batches));
 begin
@@ -182,14 +182,14 @@ begin
   if not autotag.is_own_worker(p_worker) then
     return 0;
   end if;
-  v_count := autotag.give_back(p_worker, '{}', '{}', false);
+  v_count := autotag.release_held(p_worker, '{}', '{}', false);
   delete from autotag.workers w where w.id = p_worker;
   return v_count;
 end $$;
 
 -- For a worker that did not receive the reply to a claim (the connection broke): it names what it does hold, and the rest is
 -- released. Null: leaves tasks, or batches, as they are.
-create or replace function autotag.release_unheld(p_worker uuid, p_tasks bigint[], p_batches uuid[]) returns integer
+create or replace function autotag.release_unacknowledged(p_worker uuid, p_tasks bigint[], p_batches uuid[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -198,7 +198,7 @@ begin
     return 0;
   end if;
   update autotag.workers w set unsent = 0 where w.id = p_worker and p_tasks is not null;
-  return autotag.give_back(p_worker, p_tasks, p_batches, false);
+  return autotag.release_held(p_worker, p_tasks, p_batches, false);
 end $$;
 
 -- Releases what workers with an ended lease held, and deletes them. Called by tick().
@@ -212,7 +212,7 @@ begin
   for v_worker in
     select w.id from autotag.workers w where w.lease_until < autotag.now() order by w.id for update skip locked
   loop
-    perform autotag.give_back(v_worker, '{}', '{}', true);
+    perform autotag.release_held(v_worker, '{}', '{}', true);
     delete from autotag.workers w where w.id = v_worker;
     v_count := v_count + 1;
   end loop;

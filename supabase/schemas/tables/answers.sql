@@ -16,7 +16,7 @@ create type autotag.answer as (
 );
 
 -- The state of one batch, as a poll of OpenAI showed it.
-create type autotag.batch_look as (
+create type autotag.batch_poll as (
   id text,                     -- OpenAI's
   status text,
   output_file_id text,

@@ -37,8 +37,8 @@ create table autotag.batches (
   running_at timestamptz,                     -- when a poll first saw OpenAI working on it
   predicted_seconds double precision,         -- predicted duration at the time OpenAI got it
   progress_at timestamptz,                    -- when a poll last saw a change
-  looks_in_vain integer not null default 0,   -- polls in a row that did not find it at OpenAI …
-  vain_look_at timestamptz,                   -- … and the last of them (workers.look_at): each poll counts once
+  missing_polls integer not null default 0,   -- polls in a row that did not find it at OpenAI …
+  last_missing_poll_at timestamptz,                   -- … and the last of them (workers.look_at): each poll counts once
   cancel_requested boolean not null default false,
   stuck boolean not null default false,       -- no progress for too long: what OpenAI has not done goes as single calls
   stored boolean not null default false,      -- all its answers are stored and batch-complete is broadcast

@@ -28,7 +28,7 @@ create table autotag.jobs (
   eta timestamptz,                      -- median of the predicted end …
   eta_p90 timestamptz,                  -- … and its 90th percentile
   progress integer not null default 0 check (progress between 0 and 100),
-  told_at timestamptz not null default '-infinity',   -- when job-progress was last broadcast
+  broadcast_at timestamptz not null default '-infinity',   -- when job-progress was last broadcast
   traceparent text,                     -- of the HTTP request that made the job (W3C Trace Context), if it had one
   check (completed >= 0 and failed >= 0 and completed + failed <= image_count),
   check ((finished_at is not null) = (completed + failed = image_count))
@@ -60,7 +60,7 @@ alter table autotag.queues enable row level security;
 -- is what users see.
 --
 -- No index contains worker_id: the update of a claim stays on its page (HOT) and costs the same at any table size.
--- held_tasks() finds a worker's tasks through the queues instead.
+-- leased_tasks() finds a worker's tasks through the queues instead.
 create table autotag.tasks (
   id bigint generated always as identity primary key,
   job_id uuid not null references autotag.jobs on delete cascade,

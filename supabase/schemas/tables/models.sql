@@ -21,7 +21,7 @@ create table autotag.models (
   patch_tokens numeric check (patch_tokens > 0),
   base_tokens integer check (base_tokens >= 0),
   tile_tokens integer check (tile_tokens >= 0),
-  -- The form of the request. When the provider refuses a parameter, degrade_model() moves it to the next form.
+  -- The form of the request. When the provider refuses a parameter, downgrade_request_form() moves it to the next form.
   cap_parameter text not null default 'max_completion_tokens'
     check (cap_parameter in ('max_completion_tokens', 'max_tokens', 'none')),
   answer_format text not null default 'json_schema' check (answer_format in ('json_schema', 'json_object', 'text')),

@@ -83,7 +83,7 @@ create table autotag.settings (
   -- how long smaller batches may overtake one that does not fit into OpenAI's queue
   batch_patience interval not null default '30 min' check (batch_patience >= '0'),
   -- polls in a row that do not find a batch at OpenAI before it counts as lost
-  batch_looks_in_vain integer not null default 3 check (batch_looks_in_vain > 0),
+  batch_max_missing_polls integer not null default 3 check (batch_max_missing_polls > 0),
   -- a batch without progress for this long is cancelled, and its images go as single calls if the limits allow
   batch_stuck_after interval not null default '6 h' check (batch_stuck_after > '0'),
   -- a batch this old is cancelled likewise (OpenAI's window is 24 h)
@@ -112,6 +112,6 @@ alter table autotag.settings enable row level security;
 create table autotag.clock (
   id boolean primary key default true check (id),
   ticked_at timestamptz not null default '-infinity',
-  housekept_at timestamptz not null default '-infinity'
+  housekeeping_at timestamptz not null default '-infinity'
 ) with (fillfactor = 50);
 alter table autotag.clock enable row level security;

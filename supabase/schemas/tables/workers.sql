@@ -6,7 +6,7 @@ create table autotag.workers (
   version text not null,
   listening boolean not null default true,   -- false: polls, because it is behind a transaction pooler
   started_at timestamptz not null,
-  seen_at timestamptz not null,
+  last_heartbeat_at timestamptz not null,
   lease_until timestamptz not null,
   unsent integer not null default 0,         -- calls released to it that it has not sent yet
   base_url text,                             -- the provider's address that it calls …

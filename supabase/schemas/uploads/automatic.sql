@@ -57,7 +57,7 @@ begin
     return false;
   end if;
   perform autotag.lock_workspace(v_upload.workspace_id);
-  v_room := least(autotag.live_room(v_upload.workspace_id), (select s.job_max_images from autotag.settings s),
+  v_room := least(autotag.live_capacity(v_upload.workspace_id), (select s.job_max_images from autotag.settings s),
     (select min(q.images_left) from autotag.quotas_left(v_upload.workspace_id, v_upload.user_id) q));
   if v_room < 1 then
     update autotag.uploads u set seal_at = p_now + interval '1 min' where u.id = v_upload.id;

@@ -36,7 +36,7 @@ begin
 end $$;
 
 -- How many more images of a workspace may be live at the same time.
-create or replace function autotag.live_room(p_workspace_id uuid) returns integer
+create or replace function autotag.live_capacity(p_workspace_id uuid) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -47,12 +47,12 @@ end $$;
 
 -- Refuses an upload that would make too many images of its workspace live at the same time; retry_after is
 -- when enough of them are expected to be done. The caller holds the workspace.
-create or replace function autotag.check_live_room(p_workspace_id uuid, p_images integer) returns void
+create or replace function autotag.check_live_capacity(p_workspace_id uuid, p_images integer) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_room integer := autotag.live_room(p_workspace_id);
-  v_most integer := (select s.live_images_max from autotag.settings s);
+  v_room integer := autotag.live_capacity(p_workspace_id);
+  v_max_allowed integer := (select s.live_images_max from autotag.settings s);
   v_free_at timestamptz;
 begin
   if p_images <= v_room then
@@ -65,14 +65,14 @@ begin
   perform autotag.refuse(429, 'too_many_live_images',
     format('Only %s more images of this workspace can be tagged at the moment.', greatest(v_room, 0)),
     'Wait until earlier uploads are done, or make the upload smaller.',
-    jsonb_build_object('max_images', v_most, 'images_left', greatest(v_room, 0), 'retry_after',
-      case when p_images <= v_most then greatest(extract(epoch from v_free_at - autotag.now()), 1) end));
+    jsonb_build_object('max_images', v_max_allowed, 'images_left', greatest(v_room, 0), 'retry_after',
+      case when p_images <= v_max_allowed then greatest(extract(epoch from v_free_at - autotag.now()), 1) end));
 end $$;
 
 -- enqueue_tagging: one upload becomes one job. Idempotent for images that are being tagged already: they are
 -- skipped. Locks the workspace (so that two calls for the same images follow each other), then writes.
 --
--- p_seen[i]: what the caller may see of p_asset_ids[i] (`seen_files`); null: whoever calls sees everything. An image whose file is
+-- p_seen[i]: what the caller may see of p_asset_ids[i] (`visible_file_marks`); null: whoever calls sees everything. An image whose file is
 -- another one when a worker asks, or which they do not see, ends as if there were no such file.
 create or replace function autotag.enqueue(p_asset_ids uuid[], p_seen uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp

@@ -1,20 +1,20 @@
 -- What a workspace or a user may use per day or month.
 
--- Cost of one answer to the question in p_provider, in dollars: its mean, or with p_most what it reserves (an upper bound).
+-- Cost of one answer to the question in p_provider, in dollars: its mean, or with p_max what it reserves (an upper bound).
 -- Null: the model has no price in autotag.models. p_tier: a service tier, or batch; null: the tier in the question.
-create or replace function autotag.question_cost(p_provider autotag.provider_limits, p_most boolean, p_tier text default null)
+create or replace function autotag.question_cost(p_provider autotag.provider_limits, p_max boolean, p_tier text default null)
 returns numeric
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return autotag.price_tokens(
     p_provider.question ->> 'model', coalesce(p_tier, p_provider.question ->> 'service_tier', 'default'),
-    case when p_most then p_provider.tokens_per_image - p_provider.output_tokens else p_provider.prompt_mean end, 0, 0,
-    case when p_most then p_provider.output_tokens else p_provider.output_mean end);
+    case when p_max then p_provider.tokens_per_image - p_provider.output_tokens else p_provider.prompt_mean end, 0, 0,
+    case when p_max then p_provider.output_tokens else p_provider.output_mean end);
 end $$;
 
 -- The same for the present question.
-create or replace function autotag.expected_cost(p_tier text default null, p_most boolean default false) returns numeric
+create or replace function autotag.expected_cost(p_tier text default null, p_max boolean default false) returns numeric
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -22,7 +22,7 @@ declare
 begin
   select * into v_provider from autotag.provider_limits;
   v_provider.question := autotag.describe_question();
-  return autotag.question_cost(v_provider, p_most, p_tier);
+  return autotag.question_cost(v_provider, p_max, p_tier);
 end $$;
 
 -- What is left of each quota of a workspace and a user: the maximum less what was used and less what is being tagged (reserved

@@ -27,7 +27,7 @@ begin
   if v_count = 0 then
     return autotag.describe_live(v_live, v_asked);
   end if;
-  perform autotag.check_live_room(p_workspace_id, v_count);
+  perform autotag.check_live_capacity(p_workspace_id, v_count);
   perform autotag.check_quotas(p_workspace_id, p_user_id, v_count);
 
   v_plan := autotag.plan_upload(p_workspace_id, v_count);

@@ -54,7 +54,7 @@ begin
 end $$;
 
 -- A broadcast that means nothing, to see whether broadcasts arrive.
-create or replace function autotag.send_probe(p_nonce uuid) returns void
+create or replace function autotag.send_test_broadcast(p_nonce uuid) returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$ select autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false) $$;
 

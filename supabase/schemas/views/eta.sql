@@ -27,7 +27,7 @@ begin
       from (
         select b.image_count - b.express_count as images, b.submitted_at,
           case when b.request_done > 0.1 * b.request_total and b.running_at is not null
-            then autotag.heading(b.submitted_at, b.running_at, p_now, b.request_done::double precision / b.request_total)
+            then autotag.projected_duration(b.submitted_at, b.running_at, p_now, b.request_done::double precision / b.request_total)
             else 2 * nullif(greatest(date_part('epoch', p_now - b.submitted_at) - b.predicted_seconds, 0), 0)
               + b.predicted_seconds end as heading
         from autotag.batches b where b.state = 'submitted' and b.id is distinct from p_except
@@ -40,7 +40,7 @@ begin
 end $$;
 
 -- Total duration of a batch whose share p_share is done: the wait until p_running, then a constant pace.
-create or replace function autotag.heading(
+create or replace function autotag.projected_duration(
   p_started timestamptz, p_running timestamptz, p_now timestamptz, p_share double precision
 ) returns double precision
 language sql immutable set search_path = pg_catalog, pg_temp
@@ -72,7 +72,7 @@ begin
   p50 := coalesce(p50, 1.5 * v_age);
   p90 := greatest(coalesce(p90, 3 * v_age), 1.1 * p50);
   if v_trust > 0 then
-    v_heading := greatest(autotag.heading(p_started, p_running, p_now, p_share), v_age);
+    v_heading := greatest(autotag.projected_duration(p_started, p_running, p_now, p_share), v_age);
     v_unsure := (1 - v_trust) * ln(p90 / p50);
     p50 := greatest(v_age, exp((1 - v_trust) * ln(p50) + v_trust * ln(greatest(v_heading, 1))));
     -- In one case of ten the rest takes a third longer than at the pace so far.
@@ -82,7 +82,7 @@ end $$;
 
 -- When a batch may start. A batch that the workspace's window has not admitted waits until the window has room for the batches
 -- ahead and for itself; each max_requests batches ahead of it delay it by one full window.
-create or replace function autotag.batch_turn(p_batch autotag.batches, p_now timestamptz) returns timestamptz
+create or replace function autotag.batch_start_eta(p_batch autotag.batches, p_now timestamptz) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -103,12 +103,12 @@ begin
   return greatest(v_turn, coalesce(v_window.retry_at, p_now) + v_before / v_window.max_requests * v_window.length);
 end $$;
 
--- Predicted end of a batch: median and 90th percentile. One that was not submitted starts at batch_turn().
+-- Predicted end of a batch: median and 90th percentile. One that was not submitted starts at batch_start_eta().
 create or replace function autotag.batch_eta(p_batch autotag.batches, p_now timestamptz, out p50 timestamptz, out p90 timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_started timestamptz := coalesce(p_batch.submitted_at, autotag.batch_turn(p_batch, p_now));
+  v_started timestamptz := coalesce(p_batch.submitted_at, autotag.batch_start_eta(p_batch, p_now));
   v_seconds record;
 begin
   v_seconds := autotag.predict_batch(p_batch.image_count - p_batch.express_count, v_started, greatest(p_now, v_started),
@@ -150,7 +150,7 @@ begin
 end $$;
 
 -- Records the duration of a batch that OpenAI completed.
-create or replace function autotag.note_duration(p_batch autotag.batches, p_now timestamptz) returns void
+create or replace function autotag.record_duration(p_batch autotag.batches, p_now timestamptz) returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   insert into autotag.durations (images, started_at, seconds)

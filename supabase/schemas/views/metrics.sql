@@ -15,7 +15,7 @@ begin
       'oldest_queued', (
         select extract(epoch from v_now - min(j.created_at)) from autotag.queues u join autotag.jobs j on j.id = u.job_id
         where u.queued > 0 and j.finished_at is null),
-      'parked', k.parked, 'live', l.images,
+      'delayed', k.delayed, 'live', l.images,
       'work', q.images + k.held + k.due + b.images,
       'batches', b.states, 'oldest_batch', extract(epoch from v_now - b.oldest))
     || jsonb_build_object(
@@ -28,7 +28,7 @@ begin
       'images_today', u.images, 'cost_today', u.cost, 'unpriced_today', u.unpriced,
       'shutdown_days', (select m.shutdown_date from autotag.settings s, autotag.find_model(s.model) m) - (v_now at time zone 'utc')::date)
     from autotag.count_waiting() q
-    cross join (select count(*) filter (where t.retry_at is not null) as parked,
+    cross join (select count(*) filter (where t.retry_at is not null) as delayed,
                   count(*) filter (where t.retry_at <= v_now) as due,
                   count(*) filter (where t.worker_id is not null) as held
                 from autotag.tasks t where t.finished_at is null) k

@@ -84,7 +84,7 @@ begin
       eta = case when not v_last then j.eta end, eta_p90 = case when not v_last then j.eta_p90 end
   where j.id = p_job_id returning * into v_job;
   if v_job.finished_at is null then
-    perform autotag.tell_progress(p_job_id);
+    perform autotag.broadcast_progress(p_job_id);
     return;
   end if;
   delete from autotag.queues q where q.job_id = p_job_id;
@@ -94,7 +94,7 @@ end $$;
 
 -- Broadcasts a job's progress to its workspace, at most once per broadcast_interval. A skipped message loses nothing, because
 -- job-complete always comes last. p_eta: the job's eta, if it was just computed. The caller holds the job's lock.
-create or replace function autotag.tell_progress(p_job_id uuid, p_eta timestamptz default null) returns void
+create or replace function autotag.broadcast_progress(p_job_id uuid, p_eta timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -102,9 +102,9 @@ declare
   v_now timestamptz := autotag.now();
 begin
   update autotag.jobs j
-  set told_at = v_now, progress = autotag.measure_progress(j)
+  set broadcast_at = v_now, progress = autotag.measure_progress(j)
   where j.id = p_job_id and j.finished_at is null
-    and j.told_at <= v_now - (select s.broadcast_interval from autotag.settings s)
+    and j.broadcast_at <= v_now - (select s.broadcast_interval from autotag.settings s)
   returning * into v_job;
   if found then
     v_job.eta := coalesce(p_eta, autotag.refresh_eta(p_job_id));

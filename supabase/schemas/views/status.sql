@@ -18,7 +18,7 @@ begin
 end $$;
 
 -- Why images have failed in the last day, the most frequent first.
-create or replace function autotag.recent_errors(p_most integer, p_now timestamptz) returns jsonb
+create or replace function autotag.recent_errors(p_max integer, p_now timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -28,12 +28,12 @@ begin
       from autotag.jobs j join autotag.tasks t on t.job_id = j.id
       where (j.finished_at is null or j.finished_at > p_now - interval '1 day') and t.stage = 'failed'
         and t.finished_at > p_now - interval '1 day'
-      group by t.error_code order by count(*) desc limit p_most) x);
+      group by t.error_code order by count(*) desc limit p_max) x);
 end $$;
 
--- Everything that is going on, as one JSON object; lists are cut to p_most (200 at most). See the README for how it is shown.
+-- Everything that is going on, as one JSON object; lists are cut to p_max (200 at most). See the README for how it is shown.
 -- It names workspaces, uploads, batches and workers by their ids, and no image; who learns an id may do nothing with it.
-create or replace function autotag.status(p_most integer default 20) returns jsonb
+create or replace function autotag.status(p_max integer default 20) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -41,23 +41,23 @@ declare
   v_provider autotag.provider_limits := autotag.refilled_provider(v_now);
   v_counts jsonb := autotag.metrics();
 begin
-  p_most := least(greatest(coalesce(p_most, 20), 0), 200);
+  p_max := least(greatest(coalesce(p_max, 20), 0), 200);
   return jsonb_build_object(
     'at', v_now,
     'queue', jsonb_build_object('workspaces', v_counts -> 'queued_workspaces', 'queued', v_counts -> 'queued',
-      'parked', v_counts -> 'parked', 'live', v_counts -> 'live'),
+      'delayed', v_counts -> 'delayed', 'live', v_counts -> 'live'),
     'jobs', (
       select coalesce(jsonb_agg(to_jsonb(x) order by x.created_at), '[]') from (
         select j.id as job_id, j.workspace_id, j.strategy, j.image_count, j.completed, j.failed,
           autotag.measure_progress(j) as progress, j.created_at, j.eta, j.eta_p90, j.fallback
-        from autotag.jobs j where j.finished_at is null order by j.created_at limit p_most) x),
+        from autotag.jobs j where j.finished_at is null order by j.created_at limit p_max) x),
     'batches', (
       select coalesce(jsonb_agg(to_jsonb(x) order by x.created_at, x.ordinal), '[]') from (
         select b.id as batch, b.job_id, b.ordinal, b.openai_batch_id, b.state, b.openai_status,
           b.image_count - b.express_count as images, b.request_done as done, b.created_at, b.submitted_at,
           e.p50 as eta, e.p90 as eta_p90, b.failures, b.error
         from (select * from autotag.batches l where l.state not in ('done', 'cancelled')
-              order by l.created_at, l.ordinal limit p_most) b
+              order by l.created_at, l.ordinal limit p_max) b
         cross join lateral autotag.batch_eta(b::autotag.batches, v_now) e) x),
     'limits', jsonb_build_object(
       'requests_per_minute', v_provider.requests_per_minute,
@@ -75,10 +75,10 @@ begin
     'model', autotag.describe_model(v_provider),
     'workers', (
       select coalesce(jsonb_agg(jsonb_build_object('worker', w.id, 'host', w.host, 'version', w.version,
-        'listening', w.listening, 'started_at', w.started_at, 'seen_at', w.seen_at, 'alive', w.lease_until > v_now,
-        'in_hand', cardinality(autotag.held_tasks(w.id))) order by w.started_at), '[]')
+        'listening', w.listening, 'started_at', w.started_at, 'last_heartbeat_at', w.last_heartbeat_at, 'alive', w.lease_until > v_now,
+        'in_hand', cardinality(autotag.leased_tasks(w.id))) order by w.started_at), '[]')
       from autotag.workers w),
-    'errors', autotag.recent_errors(p_most, v_now),
+    'errors', autotag.recent_errors(p_max, v_now),
     'today', (
       select jsonb_build_object('images', coalesce(sum(u.images), 0), 'requests', coalesce(sum(u.requests), 0),
         'input_tokens', coalesce(sum(u.input_tokens), 0), 'output_tokens', coalesce(sum(u.output_tokens), 0),

@@ -7,7 +7,7 @@ update autotag.provider_limits set queued_batch_tokens = (select sum(b.reserved_
 select pg_temp.at(1), pg_temp.upload(60, 2);
 select pg_temp.at(2), pg_temp.upload(60, 3);
 select is(pg_temp.handed(2), 'nothing', 'the tokens that OpenAI queues are all reserved');
-select autotag.batch_trouble(pg_temp.worker(), b.id, b.attempt, '{"kind": "transient", "code": "timeout", "message": "Late."}')
+select autotag.report_batch_failure(pg_temp.worker(), b.id, b.attempt, '{"kind": "transient", "code": "timeout", "message": "Late."}')
 from autotag.batches b where b.worker_id is not null and b.ordinal = 2;
 select pg_temp.at(20);
 select is(pg_temp.handed(2), '1/1', 'what holds some of them goes on, although others began to wait');

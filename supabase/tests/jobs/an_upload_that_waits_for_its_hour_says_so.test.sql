@@ -8,7 +8,7 @@ begin
 end $$;
 create temporary table uploads as select n, pg_temp.upload_at(n) as id from generate_series(1::bigint, 21) n;
 create function pg_temp.minutes(p_n bigint, out begins numeric, out done numeric) language sql as $$
-  select round(extract(epoch from autotag.batch_turn(b, autotag.now()) - '2030-01-01 12:00:00+00') / 60),
+  select round(extract(epoch from autotag.batch_start_eta(b, autotag.now()) - '2030-01-01 12:00:00+00') / 60),
          round(extract(epoch from j.eta - '2030-01-01 12:00:00+00') / 60)
   from uploads u join autotag.jobs j on j.id = u.id::uuid join autotag.batches b on b.job_id = j.id where u.n = p_n
 $$;

@@ -18,7 +18,7 @@ grant usage on schema public to authenticated;
 set local request.jwt.claims = '{"role": "authenticated", "sub": "00000000-0000-4000-8000-000000000001"}';
 set local role authenticated;
 select is(count(*), 50::bigint, 'the files of fifty images')
-from autotag.files_to_see(current_setting('test.ids')::uuid[]);
+from autotag.files_to_check(current_setting('test.ids')::uuid[]);
 reset role;
 select is((select last_value from pg_temp.asked), 1::bigint, 'are asked of one workspace');
 set local role authenticated;

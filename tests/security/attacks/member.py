@@ -168,7 +168,7 @@ def limits(scene: Scene, assets: list[str]) -> list[Attempt]:
         add("uploads the rest", _rpc("enqueue_tagging", asset_ids=assets[QUOTA:]), r"4\d\d PT4.*|200 json")
     add("asks for a strategy of very many", _rpc("tagging_strategy", image_count=50_000), r"200 json")
     add("opens the operator's mode", _rpc("set_automatic", p_on=True), r"404 PGRST202")
-    for name in ("stop_account", "stage_rank", "backfill", "register_worker", "housekeeping", "tick"):
+    for name in ("pause_tagging", "stage_rank", "backfill", "register_worker", "housekeeping", "tick"):
         add(f"calls the operator's {name}", _rpc(name), r"404 PGRST202")
     return [*found, *_traces(scene)]
 

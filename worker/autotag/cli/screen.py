@@ -44,7 +44,7 @@ def _headline(status: dict[str, Any]) -> RenderableType:
     lines = [
         Text.assemble(
             (f"{queue['live']:,}", "bold"), " images being tagged, ", (f"{queue['queued']:,}", "bold"), " queued in ",
-            (f"{queue['workspaces']:,}", "bold"), " workspaces, ", (f"{queue['parked']:,}", "bold"), " to be retried",
+            (f"{queue['workspaces']:,}", "bold"), " workspaces, ", (f"{queue['delayed']:,}", "bold"), " to be retried",
         ),
         Text.assemble(
             "today: ", (f"{today['images']:,}", "bold"), " images, ", (f"{today['requests']:,}", "bold"), " answers, ",
@@ -134,7 +134,7 @@ def _workers(workers: list[dict[str, Any]], now: datetime) -> Table:
         note = "" if worker["listening"] else "[yellow]polls[/]"
         table.add_row(
             cell(worker["worker"][:8]), cell(worker["host"]), cell(worker["version"]), str(worker["in_hand"]),
-            _ago(worker["started_at"], now), f"{_ago(worker['seen_at'], now)} ago",
+            _ago(worker["started_at"], now), f"{_ago(worker['last_heartbeat_at'], now)} ago",
             note if worker["alive"] else "[red]lost[/]",
         )  # fmt: skip
     return table

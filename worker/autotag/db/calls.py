@@ -3,7 +3,7 @@
 Each function is one call of ``autotag.*``; what it does stands at its definition in the migrations. Calls
 that a broken connection or a deadlock interrupts are made again until they work, because what they report
 was paid for. They are idempotent: a report for what is settled already is refused. The two claims are not;
-after one that failed, `Database.release_unheld` gives back what was claimed without the worker ever hearing
+after one that failed, `Database.release_unacknowledged` gives back what was claimed without the worker ever hearing
 of it.
 """
 
@@ -175,12 +175,16 @@ class Database:
     async def release(self) -> int:
         return int((await self._call("select autotag.release_worker(%s) as n", self.worker))["n"])
 
-    async def release_unheld(self, *, tasks: Sequence[int] | None = None, batches: Sequence[str] | None = None) -> None:
+    async def release_unacknowledged(
+        self, *, tasks: Sequence[int] | None = None, batches: Sequence[str] | None = None
+    ) -> None:
         """Gives back what this worker holds besides these tasks or these batches; None leaves that kind alone."""
-        await self._call("select autotag.release_unheld(%s, %s::bigint[], %s::uuid[])", self.worker, tasks, batches)
+        await self._call(
+            "select autotag.release_unacknowledged(%s, %s::bigint[], %s::uuid[])", self.worker, tasks, batches
+        )
 
     async def claim(self, slots: int) -> Claim:
-        """Not tried again by itself: after an error call `release_unheld`."""
+        """Not tried again by itself: after an error call `release_unacknowledged`."""
         known = self._question
         row = await self._once(
             "select tasks, wait, bound, question from autotag.claim(%s, %s, %s)", self.worker, slots, _version(known)
@@ -200,7 +204,7 @@ class Database:
         return make(Settled, row["told"])
 
     async def claim_batches(self, slots: int) -> BatchClaim:
-        """Not tried again by itself: after an error call `release_unheld`."""
+        """Not tried again by itself: after an error call `release_unacknowledged`."""
         known = self._question
         row = await self._once(
             "select c.* from autotag.claim_batches(%s, %s, %s) c", self.worker, slots, _version(known)
@@ -239,13 +243,13 @@ class Database:
             self.worker, batch.batch, batch.attempt, openai_batch_id, status, input_file_id,
         )  # fmt: skip
 
-    async def batch_trouble(self, batch: Batch, error: ErrorReport) -> None:
+    async def report_batch_failure(self, batch: Batch, error: ErrorReport) -> None:
         await self._call(
-            "select autotag.batch_trouble(%s, %s, %s, %s)", self.worker, batch.batch, batch.attempt, Jsonb(error)
+            "select autotag.report_batch_failure(%s, %s, %s, %s)", self.worker, batch.batch, batch.attempt, Jsonb(error)
         )
 
-    async def batches_seen(self, seen: list[BatchSeen]) -> None:
-        await self._call("select autotag.batches_seen(%s, %s)", self.worker, Jsonb(seen))
+    async def record_poll(self, seen: list[BatchSeen]) -> None:
+        await self._call("select autotag.record_poll(%s, %s)", self.worker, Jsonb(seen))
 
     async def batch_answers(self, batch: Batch, answers: list[BatchAnswer]) -> Settled:
         """How many images have ended by that; the others are noted or were known."""
@@ -260,8 +264,8 @@ class Database:
         row = await self._call("select autotag.provider_checked(%s, %s) as notice", self.worker, Jsonb(facts))
         return cast("str | None", row["notice"])
 
-    async def poll_trouble(self, error: ErrorReport) -> None:
-        await self._call("select autotag.poll_trouble(%s, %s)", self.worker, Jsonb(error))
+    async def report_poll_failure(self, error: ErrorReport) -> None:
+        await self._call("select autotag.report_poll_failure(%s, %s)", self.worker, Jsonb(error))
 
     async def files_deleted(self, files: Sequence[str]) -> None:
         await self._call("select autotag.files_deleted(%s, %s::text[])", self.worker, list(files))

@@ -187,7 +187,7 @@ class Metrics(TypedDict):
     queued: int
     queued_workspaces: int
     oldest_queued: float | None
-    parked: int
+    delayed: int
     live: int
     work: int
     batches: dict[str, int]  # by state
@@ -291,14 +291,14 @@ class Limits(TypedDict, total=False):
 
 
 class Sent(TypedDict):
-    """Released calls that were sent (or never will be), and seconds since the first of them was (``note_sent``)."""
+    """Released calls that were sent (or never will be), and seconds since the first of them was (``record_sent``)."""
 
     sent: int
     sent_age: float
 
 
 class Seen(Limits, total=False):
-    """`Limits` as ``autotag.observe_provider`` takes them, with their age in seconds, and `Sent`."""
+    """`Limits` as ``autotag.update_provider_limits`` takes them, with their age in seconds, and `Sent`."""
 
     age: float
     sent: int
@@ -306,7 +306,7 @@ class Seen(Limits, total=False):
 
 
 class BatchSeen(TypedDict):
-    """What OpenAI says of a batch, as ``autotag.batches_seen`` takes it; status ``gone``: it does not know it.
+    """What OpenAI says of a batch, as ``autotag.record_poll`` takes it; status ``gone``: it does not know it.
     total, done: lines of its input file, and those that have an answer."""
 
     id: str

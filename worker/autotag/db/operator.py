@@ -71,8 +71,8 @@ class Operator:
         """What the database can tell of itself."""
         return cast("Diagnosis", await self._value("select autotag.diagnose()"))
 
-    async def send_probe(self, nonce: str) -> None:
-        await self._value("select autotag.send_probe(%s)", nonce)
+    async def send_test_broadcast(self, nonce: str) -> None:
+        await self._value("select autotag.send_test_broadcast(%s)", nonce)
 
     async def status(self) -> dict[str, Any]:
         """Everything that is going on; see ``autotag.status`` in the migrations."""

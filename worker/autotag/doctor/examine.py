@@ -16,7 +16,7 @@ from realtime import AsyncRealtimeClient, BroadcastPayload, RealtimeSubscribeSta
 
 import autotag
 from autotag import db
-from autotag.config import DoctorSettings, webhook_trouble
+from autotag.config import DoctorSettings, webhook_problem
 from autotag.doctor import provider
 from autotag.doctor.findings import Finding, compare_clocks
 from autotag.errors import TaggingError
@@ -132,7 +132,7 @@ async def _broadcast(settings: DoctorSettings, database: db.Operator) -> Finding
             await channel.subscribe(on_state)
             await joined.wait()
             started = time.monotonic()
-            await database.send_probe(nonce)
+            await database.send_test_broadcast(nonce)
             await arrived.wait()
             took = time.monotonic() - started
     except TimeoutError:
@@ -194,7 +194,7 @@ def _unreadable_sample(error: TaggingError, sample: db.StoredFile, buckets: froz
 
 def _webhook(settings: DoctorSettings) -> Finding:
     check = "webhook"
-    problem = webhook_trouble(settings)
+    problem = webhook_problem(settings)
     if problem:
         return Finding(
             check, "error", f"The worker will not start: {problem}.",

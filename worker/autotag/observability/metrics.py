@@ -60,7 +60,7 @@ _SYSTEM = (
         "autotag_queue_oldest_seconds",
         "Age of the oldest upload that has some.",
     ),
-    ("parked", "autotag_queue_retry_images", "Images that wait for another try."),
+    ("delayed", "autotag_queue_retry_images", "Images that wait for another try."),
     ("live", "autotag_live_images", "Images being tagged, in either lane."),
     ("work", "autotag_work_images", "Images a worker could do something for now; what KEDA scales by."),
     ("oldest_batch", "autotag_batch_oldest_seconds", "Age of the oldest batch that has not ended."),

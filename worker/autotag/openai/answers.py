@@ -63,7 +63,7 @@ def read_completion(completion: dict[str, Any], max_tags: int) -> TagResult:
     if found is None and finish in CUT_OFF:
         raise image_error("answer_too_long", "The AI's answer for this image was cut off.", retry=True)
     if found is None:
-        # Words where JSON was asked for: the provider may ignore the format (autotag.judge_errors).
+        # Words where JSON was asked for: the provider may ignore the format (autotag.reclassify_errors).
         ignored = "response_format" if content.strip() and finish == "stop" else None
         raise image_error("bad_answer", "The AI's answer could not be read.", retry=True, parameter=ignored)
     caption, raw_tags = found

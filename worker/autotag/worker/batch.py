@@ -70,7 +70,7 @@ class BatchLane:
             except psycopg.Error as error:
                 log.error("claim_batches_failed", error=said(error))
                 await self._wake.pause(CLAIM_RETRY)
-                await self._db.release_unheld(batches=[batch.batch for batch in self._hands.values()])
+                await self._db.release_unacknowledged(batches=[batch.batch for batch in self._hands.values()])
                 continue
             for batch in claim.batches:
                 task = asyncio.create_task(self._work(batch, claim.settings))
@@ -108,7 +108,7 @@ class BatchLane:
             logger.warning("batch_not_held")
         except TaggingError as error:
             trouble = without_batch_api(error)
-            logger.error("batch_trouble", kind=trouble.kind, code=trouble.code, message=trouble.message)
+            logger.error("report_batch_failure", kind=trouble.kind, code=trouble.code, message=trouble.message)
             await self._report_trouble(batch, trouble)
         except Exception as error:
             # A defect of ours, or a disk that is full: the batch goes back and is tried again, with delays
@@ -118,6 +118,6 @@ class BatchLane:
 
     async def _report_trouble(self, batch: Batch, error: TaggingError) -> None:
         try:
-            await self._db.batch_trouble(batch, error.as_json())
+            await self._db.report_batch_failure(batch, error.as_json())
         except NotHeld:
             log.warning("batch_not_held", batch=batch.batch)

@@ -43,7 +43,7 @@ class Files:
                     if not error.retry_after:
                         continue
                     # The next look deletes the rest, not before the provider said.
-                    await self._db.poll_trouble({"kind": "transient", "retry_after": error.retry_after})
+                    await self._db.report_poll_failure({"kind": "transient", "retry_after": error.retry_after})
                     break
             deleted.append(file_id)
         if deleted:

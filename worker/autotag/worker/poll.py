@@ -34,13 +34,13 @@ class Poller:
             if claim.poll:
                 seen = await self._see(claim.poll)
                 for first in range(0, len(seen), SEEN):
-                    await self._db.batches_seen(seen[first : first + SEEN])
+                    await self._db.record_poll(seen[first : first + SEEN])
             await self._files.delete(claim.files)
             if claim.look_up:
                 await self._look_up(claim.look_up)
         except TaggingError as error:
             log.warning("poll_failed", kind=error.kind, code=error.code, message=error.message)
-            await self._db.poll_trouble(error.as_json())
+            await self._db.report_poll_failure(error.as_json())
 
     async def _see(self, wanted: Sequence[Submitted]) -> list[BatchSeen]:
         """What the provider says of batches."""
@@ -102,7 +102,7 @@ class Poller:
 
 
 def batch_seen(batch: ProviderBatch) -> BatchSeen:
-    """A batch at the provider as ``autotag.batches_seen`` takes it."""
+    """A batch at the provider as ``autotag.record_poll`` takes it."""
     fault = batch.fault
     return {
         "id": batch.id,

@@ -47,7 +47,7 @@ async def run(
                 claim = await db.claim(free)
                 wait = claim.wait
                 CLAIMS.labels(claim.bound or "nothing").inc()
-                if claim.bound == "outdone" != bound:
+                if claim.bound == "superseded" != bound:
                     log.warning(
                         "other_workers_are_asked",
                         hint="Workers with another OPENAI_BASE_URL or OPENAI_API_KEY are there. This one gets nothing "
@@ -57,7 +57,7 @@ async def run(
             except psycopg.Error as error:
                 log.error("claim_failed", error=said(error))
                 await wake.pause(CLAIM_RETRY)
-                await db.release_unheld(tasks=[image.task for image in hands.busy.values()])
+                await db.release_unacknowledged(tasks=[image.task for image in hands.busy.values()])
                 continue
             CLAIMED.inc(len(claim.images))
             for image in claim.images:

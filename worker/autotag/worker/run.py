@@ -33,7 +33,7 @@ from autotag.worker.wake import Wake
 
 HEARTBEATS_PER_LEASE = 3  # two may get lost before a lease runs out
 HEARTBEAT_RETRY = 1.0  # seconds after one that failed
-HAND_OVER = 10.0  # seconds that the database may take for the last reports
+SHUTDOWN_GRACE = 10.0  # seconds that the database may take for the last reports
 OUTBOX_RETRY = 60.0  # seconds between looks where nothing notifies
 CANCEL_AGAIN = 1.0  # seconds after a cancellation that had no effect
 
@@ -163,7 +163,7 @@ class _Shift:
     async def _hand_over(self, outcomes: Outcomes) -> None:
         """Settles what is done and gives back the rest; without a database the lease does the latter."""
         try:
-            async with asyncio.timeout(HAND_OVER):
+            async with asyncio.timeout(SHUTDOWN_GRACE):
                 await outcomes.idle.wait()
                 given_back = await self._db.release()
                 self._log.info("handed_over", given_back=given_back)

@@ -8,42 +8,42 @@
 -- few at a time, because meanwhile nothing else happens to their uploads. What the provider's words are worth is looked at
 -- one by one: one that makes no sense is left out, like what another worker says.
 -- Locks: provider (when the account was stopped), workspaces by id, jobs by id, batches by id, tasks by id.
-create or replace function autotag.batches_seen(p_worker uuid, p_seen jsonb) returns void
+create or replace function autotag.record_poll(p_worker uuid, p_polled jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
-  v_look timestamptz := autotag.was_handed_look(p_worker);
+  v_look timestamptz := autotag.is_poll_assigned(p_worker);
   v_proven boolean := (select p.proven_at is not null from autotag.provider_limits p);  -- single calls work
-  v_seen autotag.batch_look[];
+  v_polls autotag.batch_poll[];
   v_jobs uuid[];
   v_job uuid;
 begin
-  perform autotag.check_list(p_seen);
+  perform autotag.check_list(p_polled);
   if v_look is null then
     return;
   end if;
-  v_seen := autotag.clean_looks(p_seen);
-  perform autotag.judge_looks(v_seen);
+  v_polls := autotag.clean_poll(p_polled);
+  perform autotag.judge_poll(v_polls);
   perform from autotag.workspaces w where w.workspace_id in (
     select b.workspace_id from autotag.batches b
-    join unnest(v_seen) s on s.id = b.openai_batch_id and s.status = 'gone')
+    join unnest(v_polls) s on s.id = b.openai_batch_id and s.status = 'gone')
   order by w.workspace_id for update;
   perform from autotag.jobs j where j.id in (
     select b.job_id from autotag.batches b
-    join unnest(v_seen) s on s.id = b.openai_batch_id where b.state = 'submitted')
+    join unnest(v_polls) s on s.id = b.openai_batch_id where b.state = 'submitted')
   order by j.id for update;
   perform from autotag.batches b
-  where b.openai_batch_id in (select s.id from unnest(v_seen) s) order by b.id for update;
-  v_jobs := autotag.apply_looks(v_seen, v_look, v_proven, v_now);
+  where b.openai_batch_id in (select s.id from unnest(v_polls) s) order by b.id for update;
+  v_jobs := autotag.apply_poll(v_polls, v_look, v_proven, v_now);
   -- Once an upload, however many of its batches have moved.
   for v_job in select distinct j from unnest(v_jobs) j order by j loop
-    perform autotag.tell_progress(v_job, autotag.refresh_eta(v_job));
+    perform autotag.broadcast_progress(v_job, autotag.refresh_eta(v_job));
   end loop;
 end $$;
 
 -- Validates what a worker says it has seen, and cuts it to its bounds. What names no batch or no status is left out.
-create or replace function autotag.clean_looks(p_seen jsonb) returns autotag.batch_look[]
+create or replace function autotag.clean_poll(p_polled jsonb) returns autotag.batch_poll[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -53,67 +53,67 @@ begin
       coalesce(autotag.clean_number(s, 'total', 0, 50000), 0)::integer,
       coalesce(autotag.clean_number(s, 'done', 0, 50000), 0)::integer,
       autotag.printable(s ->> 'error_code', 100), autotag.printable(s ->> 'error', 1000),
-      autotag.printable(s ->> 'error_kind', 20))::autotag.batch_look
-    from jsonb_array_elements(p_seen) s
+      autotag.printable(s ->> 'error_kind', 20))::autotag.batch_poll
+    from jsonb_array_elements(p_polled) s
     cross join lateral (select autotag.clean_id(s ->> 'id') as id, autotag.clean_status(s ->> 'status') as status) i
     where i.id is not null and i.status is not null);
 end $$;
 
 -- What a look says of the account. A look that works ends the trouble of earlier looks. A batch that failed because of the account
 -- (no credit) stops the lanes. Locks: provider, in both cases.
-create or replace function autotag.judge_looks(p_seen autotag.batch_look[]) returns void
+create or replace function autotag.judge_poll(p_polled autotag.batch_poll[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_trouble text;
 begin
   if exists (select from autotag.provider_limits p where p.account_error_from = 'poll') then
-    perform autotag.resume_account('poll');
+    perform autotag.resume_tagging('poll');
     perform pg_notify('autotag', 'realtime');
   end if;
   -- Of the account's trouble the batch is no more guilty than a single call.
-  select s.error into v_trouble from unnest(p_seen) s
+  select s.error into v_trouble from unnest(p_polled) s
   join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
   where s.status = 'failed' and s.error_kind = 'account' limit 1;
   if found then
-    perform autotag.stop_account(v_trouble, 'batch');
+    perform autotag.pause_tagging(v_trouble, 'batch');
   end if;
 end $$;
 
 -- Changes each batch as it was seen, and returns the jobs of those that have moved. p_look: when the worker was handed this
 -- look; p_proven: single calls work. The caller holds workspaces, jobs and batches.
-create or replace function autotag.apply_looks(
-  p_seen autotag.batch_look[], p_look timestamptz, p_proven boolean, p_now timestamptz
+create or replace function autotag.apply_poll(
+  p_polled autotag.batch_poll[], p_look timestamptz, p_proven boolean, p_now timestamptz
 ) returns uuid[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
-  v_seen autotag.batch_look;
+  v_polls autotag.batch_poll;
   v_batch autotag.batches;
   v_jobs uuid[] := array[]::uuid[];
 begin
   select * into v_settings from autotag.settings;
-  for v_seen in
-    select s.* from unnest(p_seen) s
+  for v_polls in
+    select s.* from unnest(p_polled) s
     join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
     order by b.id
   loop
-    select * into v_batch from autotag.batches b where b.openai_batch_id = v_seen.id and b.state = 'submitted';
-    if v_seen.status = 'gone' then
-      perform autotag.look_in_vain(v_batch, p_look);
-    elsif v_seen.status = 'failed' and (v_seen.error_code = 'token_limit_exceeded'
+    select * into v_batch from autotag.batches b where b.openai_batch_id = v_polls.id and b.state = 'submitted';
+    if v_polls.status = 'gone' then
+      perform autotag.count_missing_poll(v_batch, p_look);
+    elsif v_polls.status = 'failed' and (v_polls.error_code = 'token_limit_exceeded'
       -- … unless single calls work all the while: then batches are what this account or deployment cannot do
-      or v_seen.error_kind = 'account' and (not p_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
+      or v_polls.error_kind = 'account' and (not p_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
       update autotag.batches b
-      set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_seen.error,
+      set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_polls.error,
           not_before = p_now + v_settings.batch_poll_interval,
-          failures = b.failures + (v_seen.error_kind = 'account' and p_proven)::integer
+          failures = b.failures + (v_polls.error_kind = 'account' and p_proven)::integer
       where b.id = v_batch.id;
-    elsif v_batch.openai_status is distinct from v_seen.status or v_batch.request_done < v_seen.done or v_batch.looks_in_vain > 0 then
-      perform autotag.move_batch(v_batch, v_seen, p_now);
+    elsif v_batch.openai_status is distinct from v_polls.status or v_batch.request_done < v_polls.done or v_batch.missing_polls > 0 then
+      perform autotag.move_batch(v_batch, v_polls, p_now);
       v_jobs := array_append(v_jobs, v_batch.job_id);
-    elsif not v_batch.cancel_requested and v_seen.status in ('validating', 'in_progress', 'finalizing')
+    elsif not v_batch.cancel_requested and v_polls.status in ('validating', 'in_progress', 'finalizing')
       and (v_batch.progress_at <= p_now - v_settings.batch_stuck_after
         or v_batch.submitted_at <= p_now - v_settings.batch_give_up_after)
       and autotag.predict_wait(v_batch.workspace_id, v_batch.image_count - v_batch.express_count - v_batch.request_done)
@@ -128,16 +128,16 @@ begin
   return v_jobs;
 end $$;
 
--- OpenAI does not know the batch: it is over after batch_looks_in_vain looks in a row. The caller holds workspace, job and batch.
-create or replace function autotag.look_in_vain(p_batch autotag.batches, p_look timestamptz) returns void
+-- OpenAI does not know the batch: it is over after batch_max_missing_polls looks in a row. The caller holds workspace, job and batch.
+create or replace function autotag.count_missing_poll(p_batch autotag.batches, p_look timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if p_batch.vain_look_at = p_look then  -- each look counts once
+  if p_batch.last_missing_poll_at = p_look then  -- each look counts once
     return;
   end if;
-  update autotag.batches b set looks_in_vain = b.looks_in_vain + 1, vain_look_at = p_look where b.id = p_batch.id;
-  if p_batch.looks_in_vain + 1 >= (select s.batch_looks_in_vain from autotag.settings s) then
+  update autotag.batches b set missing_polls = b.missing_polls + 1, last_missing_poll_at = p_look where b.id = p_batch.id;
+  if p_batch.missing_polls + 1 >= (select s.batch_max_missing_polls from autotag.settings s) then
     perform autotag.end_batch(p_batch, 'OpenAI does not know this batch any more (or not with this key).');
     perform autotag.requeue_batch(p_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
   end if;
@@ -145,7 +145,7 @@ end $$;
 
 -- Moves a batch whose status or count of answers has changed: its row is updated, and its images where users can see a difference. A
 -- batch that has ended waits to be harvested. The caller holds job and batch. Locks: tasks by id.
-create or replace function autotag.move_batch(p_before autotag.batches, p_seen autotag.batch_look, p_now timestamptz) returns void
+create or replace function autotag.move_batch(p_before autotag.batches, p_polled autotag.batch_poll, p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -154,21 +154,21 @@ declare
   v_eta timestamptz;
 begin
   update autotag.batches b
-  set openai_status = p_seen.status, request_total = greatest(b.request_total, p_seen.total),
-      request_done = greatest(b.request_done, p_seen.done), progress_at = p_now, looks_in_vain = 0,
-      running_at = coalesce(b.running_at, case when p_seen.status = 'in_progress' then p_now end),
-      output_file_id = p_seen.output_file_id, error_file_id = p_seen.error_file_id, error = p_seen.error
+  set openai_status = p_polled.status, request_total = greatest(b.request_total, p_polled.total),
+      request_done = greatest(b.request_done, p_polled.done), progress_at = p_now, missing_polls = 0,
+      running_at = coalesce(b.running_at, case when p_polled.status = 'in_progress' then p_now end),
+      output_file_id = p_polled.output_file_id, error_file_id = p_polled.error_file_id, error = p_polled.error
   where b.id = p_before.id returning * into v_batch;
   v_progress := autotag.batch_progress(v_batch.request_done, v_batch.request_total);
-  if p_seen.status in ('completed', 'failed', 'expired', 'cancelled') then
+  if p_polled.status in ('completed', 'failed', 'expired', 'cancelled') then
     update autotag.batches b set state = 'ended', ended_at = p_now, reserved_tokens = 0 where b.id = v_batch.id;
-    if p_seen.status = 'completed' then
-      perform autotag.note_duration(v_batch, p_now);
+    if p_polled.status = 'completed' then
+      perform autotag.record_duration(v_batch, p_now);
     end if;
     perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'completing');
     perform pg_notify('autotag', 'batch');
-  elsif p_seen.status in ('in_progress', 'finalizing', 'cancelling')
-    and (p_before.openai_status is distinct from p_seen.status
+  elsif p_polled.status in ('in_progress', 'finalizing', 'cancelling')
+    and (p_before.openai_status is distinct from p_polled.status
       or autotag.batch_progress(p_before.request_done, p_before.request_total) < v_progress) then
     v_eta := (autotag.batch_eta(v_batch, p_now)).p50;
     if p_before.running_at is null then
