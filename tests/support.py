@@ -24,7 +24,7 @@ from lab.openai_sim.limits import Limits
 from lab.pictures import Drawing, draw
 from lab.stack import Member, Stack
 
-PATIENCE = 60.0  # seconds; only a broken promise takes so long
+PATIENCE = 120.0  # seconds; only a broken promise takes so long, also on a machine that is busy with other things
 
 #: The connections of a wait, by URL: who looks twenty times a second does not connect as often.
 _kept: ContextVar[dict[str, psycopg.Connection[Any]] | None] = ContextVar("kept", default=None)

@@ -459,7 +459,7 @@ def find(scene: Scene, only: str | None = None, naming: str | None = None, most:
     found: list[str] = []
     count = 0
     for attempt in attempts(scene):
-        if only and attempt.function not in only.split() or naming and naming not in attempt.arguments:
+        if (only and attempt.function not in only.split()) or (naming and naming not in attempt.arguments):
             continue
         count += 1
         problem = try_out(scene, attempt, before, columns)
