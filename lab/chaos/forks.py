@@ -84,7 +84,8 @@ class Forks:
             RuntimeError: the server has ended.
         """
         number = next(self._orders)
-        begun = self._ordered[number] = asyncio.get_running_loop().create_future()
+        begun: asyncio.Future[Forked] = asyncio.get_running_loop().create_future()
+        self._ordered[number] = begun
         order = {"order": number, "environment": dict(environment), "log": str(log), "point": point}
         assert self._server.stdin
         self._server.stdin.write(json.dumps(order).encode() + b"\n")
