@@ -18,7 +18,7 @@ from typing import Any
 import psycopg
 from realtime import AsyncRealtimeClient
 
-from lab.chaos.auditor import audit, read_books
+from lab.chaos.auditor import compare_books, read_books
 from lab.chaos.doomed import POINTS
 from lab.chaos.forks import Forked, Forks, fork_server
 from lab.openai_sim.faults import Fault
@@ -154,7 +154,7 @@ class Chaos:
             if self.report.restarts or len(books.received) >= len(books.sent) or time.monotonic() > deadline:
                 break
         self.report.images = len(self._truth)
-        self.report.violations += audit(books)
+        self.report.violations += compare_books(books)
 
     def _may_be_lost(self) -> int:
         """Single answers that can have died unreported: a worker's slots for each death, and what was cut off."""
