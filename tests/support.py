@@ -1,4 +1,4 @@
-"""What the tests share: a library of pictures, workers, and the auditor."""
+"""What the tests share: a library of pictures, workers, and checks of what the database and the provider counted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lab.openai_sim.limits import Limits
 from lab.pictures import Drawing, draw
 from lab.stack import Member, Stack
 
-PATIENCE = 60.0  # seconds; only a broken promise takes so long
+PATIENCE = 120.0  # seconds; only a broken promise takes so long, also on a machine that is busy with other things
 
 #: The connections of a wait, by URL: who looks twenty times a second does not connect as often.
 _kept: ContextVar[dict[str, psycopg.Connection[Any]] | None] = ContextVar("kept", default=None)
@@ -103,6 +103,7 @@ class Library:
         return rpc(self.stack, self.member.user, function, *arguments)
 
     def enqueue(self, assets: Sequence[str]) -> dict[str, Any]:
+        """Uploads as the member; what enqueue_tagging answers."""
         answer: dict[str, Any] = self.rpc("public.enqueue_tagging", list(assets))
         return answer
 
@@ -113,6 +114,7 @@ class Library:
         return answer
 
     def job(self, job_id: str) -> dict[str, Any]:
+        """What tagging_job says of an upload to the member."""
         answer: dict[str, Any] = self.rpc("public.tagging_job", job_id)
         return answer
 
@@ -138,6 +140,7 @@ class Library:
 
 
 async def store_file(storage: AsyncStorageClient, bucket: str, path: str, drawing: Drawing) -> None:
+    """Uploads one picture into a bucket."""
     await storage.from_(bucket).upload(path, drawing.data, {"content-type": drawing.content_type})
 
 

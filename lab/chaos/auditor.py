@@ -39,7 +39,7 @@ class Books:
     client_heard_all: bool = True
 
 
-def audit(books: Books) -> list[str]:
+def compare_books(books: Books) -> list[str]:
     """Every way in which the books disagree with each other or with the promises, as sentences."""
     return [
         *_images(books), *_jobs(books), *_batches(books), *_payments(books), *_broadcasts(books),

@@ -1,4 +1,4 @@
-"""A real worker that kills itself with SIGKILL at one point: ``python -m lab.chaos.doomed before:settle:2``.
+"""Makes a worker kill itself with SIGKILL at one point, for example ``before:settle:2``.
 
 A point is ``before`` or ``after``, the name of a database function or of a request to OpenAI, and how often it has
 to come by. Every step of a worker is one of these calls, so that every step has a boundary to die at.
@@ -9,12 +9,9 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
-
-from autotag.__main__ import load
 
 FUNCTIONS = (
     "register_worker", "claim", "report_stages", "settle", "claim_batches", "batch_step", "batch_images",
@@ -74,9 +71,3 @@ def doom(point: str) -> None:
 
     Database._once = doomed_call  # type: ignore[method-assign]
     AsyncOpenAI.request = doomed_request  # type: ignore[assignment, method-assign]
-
-
-if __name__ == "__main__":
-    worker = load()
-    doom(sys.argv[1])
-    worker(["worker"])

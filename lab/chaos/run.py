@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -19,9 +18,9 @@ from typing import Any
 import psycopg
 from realtime import AsyncRealtimeClient
 
-from lab.chaos.auditor import audit, read_books
+from lab.chaos.auditor import compare_books, read_books
 from lab.chaos.doomed import POINTS
-from lab.ending import group
+from lab.chaos.forks import Forked, Forks, fork_server
 from lab.openai_sim.faults import Fault
 from lab.pictures import draw
 from lab.postgres import LocalPostgres
@@ -117,21 +116,21 @@ class Chaos:
         plan = self._stack.simulator.plan
         plan.latency, plan.batch_latency = (0.01, 0.1), (0.3, 0.8)
         await self._store_pictures()
-        async with self._client(), self._ticks():
+        async with fork_server() as forks, self._client(), self._ticks():
             while self.report.kills < kills or (until is not None and time.monotonic() < until):
-                await self._round()
+                await self._round(forks)
                 told(str(self.report))
                 if self.report.violations:
                     told(f"the workers' log: {self._log}")
                     break
         return self.report
 
-    async def _round(self) -> None:
+    async def _round(self, forks: Forks) -> None:
         """Uploads under doomed workers, then healthy ones to the end, then the auditor."""
         self.report.rounds += 1
         restart_after = self._random.randrange(KILLS_PER_ROUND) if self.report.rounds % 2 == 0 else None
         last = self.report.kills + KILLS_PER_ROUND
-        hands = [asyncio.create_task(self._die_often(last)) for _ in range(self._workers)]
+        hands = [asyncio.create_task(self._die_often(forks, last)) for _ in range(self._workers)]
         began = self.report.kills
         while not all(hand.done() for hand in hands):
             if not await self._live():
@@ -144,7 +143,7 @@ class Chaos:
             await asyncio.sleep(0.1)
         await asyncio.gather(*hands)
         self._stack.simulator.faults.clear()
-        await self._finish()
+        await self._finish(forks)
         deadline = time.monotonic() + HEARING
         while True:
             await asyncio.sleep(0.2)
@@ -155,7 +154,7 @@ class Chaos:
             if self.report.restarts or len(books.received) >= len(books.sent) or time.monotonic() > deadline:
                 break
         self.report.images = len(self._truth)
-        self.report.violations += audit(books)
+        self.report.violations += compare_books(books)
 
     def _may_be_lost(self) -> int:
         """Single answers that can have died unreported: a worker's slots for each death, and what was cut off."""
@@ -163,49 +162,50 @@ class Chaos:
 
     # -- workers
 
-    @contextlib.asynccontextmanager
-    async def _process(self, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
-        environment = {**self._stack.worker_environment(), "AUTOTAG_SLOTS": str(SLOTS), "AUTOTAG_STOP_DEADLINE": "5"}
-        with self._log.open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", *arguments, env={"PATH": os.environ.get("PATH", ""), **environment},
-                stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, process_group=group(),
-            )  # fmt: skip
-        try:
-            yield process
-        finally:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
+    def _environment(self) -> dict[str, str]:
+        return {
+            "PATH": os.environ.get("PATH", ""), **self._stack.worker_environment(),
+            "AUTOTAG_SLOTS": str(SLOTS), "AUTOTAG_STOP_DEADLINE": "5",
+        }  # fmt: skip
 
-    async def _die_often(self, last: int) -> None:
+    @contextlib.asynccontextmanager
+    async def _worker(self, forks: Forks, point: str | None = None) -> AsyncIterator[Forked]:
+        """A worker until the end of the context, doomed to a point or to none."""
+        worker = await forks.start(self._environment(), self._log, point)
+        try:
+            yield worker
+        finally:
+            worker.kill()
+            await worker.wait()
+
+    async def _die_often(self, forks: Forks, last: int) -> None:
         """One worker after the other, each with its own end."""
         while self.report.kills < last:
             point = next(self._dooms)
             life = LIFE if point else self._random.uniform(1, LIFE)
-            async with self._process("lab.chaos.doomed", point or "never:never:1") as process:
+            async with self._worker(forks, point) as worker:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(life):
-                        await process.wait()
-                if process.returncode == -signal.SIGKILL and point:
+                        await worker.wait()
+                if worker.returncode == -signal.SIGKILL and point:
                     self.report.points.add(point)
-                elif process.returncode is not None:
+                elif worker.returncode is not None:
                     # It fell over without being pushed: that is for the log, and the auditor.
                     continue
                 self.report.kills += 1
 
-    async def _finish(self) -> None:
+    async def _finish(self, forks: Forks) -> None:
         """Two healthy workers until everything has ended and no file is left."""
-        async with self._process("autotag", "worker") as one, self._process("autotag", "worker") as two:
+        async with self._worker(forks) as one, self._worker(forks) as two:
             deadline = time.monotonic() + ROUND_END
             while await self._live() or self._stack.simulator.files:
                 await asyncio.sleep(0.1)
                 if time.monotonic() > deadline:
                     break  # the auditor says what is missing
-            for process in (one, two):
-                process.send_signal(signal.SIGTERM)
-            for process in (one, two):
-                await process.wait()
+            for worker in (one, two):
+                worker.send_signal(signal.SIGTERM)
+            for worker in (one, two):
+                await worker.wait()
 
     # -- uploads
 

@@ -4,18 +4,21 @@ provider, housekeeping. Whether memory and tables stay as they are, and whether 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
+from lab.chaos.forks import Forks, fork_server
 from lab.chaos.run import SETTINGS, Chaos
 from lab.machine import memory
+from lab.stack import worker_process
 
-KEEP = "15 s"  # finished uploads are kept: a month's retention in a quarter of a minute
+KEEP = "10 s"  # finished uploads are kept: a month's retention in a sixth of a minute
 HOUSEKEEPING = 5.0  # seconds: a day's
-RESTART = 8.0  # seconds that the other worker lives
+RESTART = 5.0  # seconds that the other worker lives
 FAULTS_EVERY = 4.0  # seconds
 SAMPLE = 1.0  # seconds
 MOST_LIVE = 4  # uploads of each size under way
@@ -49,9 +52,9 @@ class Soak(Chaos):
         plan.latency, plan.batch_latency = (0.01, 0.1), (0.3, 0.8)
         await self._store_pictures()
         until = time.monotonic() + seconds
-        async with self._ticks(), self._process("autotag", "worker") as steady:
+        async with self._ticks(), fork_server() as forks, self._steady() as steady:
             around = (
-                self._restart(lived),
+                self._restart(forks, lived),
                 self._trouble(lived),
                 self._keep_house(),
                 self._sample(steady.pid, lived, told),
@@ -66,7 +69,7 @@ class Soak(Chaos):
                 helper.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
             self._stack.simulator.faults.clear()
-            await self._finish()
+            await self._finish(forks)
             if steady.returncode is not None:
                 lived.lost.append(f"the steady worker ended with {steady.returncode}; its log is {self._log}")
         lived.images = len(self._truth)
@@ -94,12 +97,19 @@ class Soak(Chaos):
             if stage != "completed" or set(tags) != self._truth[asset]
         ]  # fmt: skip
 
-    async def _restart(self, lived: Lived) -> None:
+    @contextlib.asynccontextmanager
+    async def _steady(self) -> AsyncIterator[asyncio.subprocess.Process]:
+        """The worker that is never restarted: the command itself, whose memory is measured."""
+        with self._log.open("ab") as log:
+            async with worker_process(self._environment(), log) as process:
+                yield process
+
+    async def _restart(self, forks: Forks, lived: Lived) -> None:
         for number in itertools.count():
-            async with self._process("autotag", "worker") as process:
+            async with self._worker(forks) as worker:
                 await asyncio.sleep(RESTART)
-                process.send_signal(signal.SIGKILL if number % 2 else signal.SIGTERM)
-                await process.wait()
+                worker.send_signal(signal.SIGKILL if number % 2 else signal.SIGTERM)
+                await worker.wait()
                 lived.restarts += 1
 
     async def _trouble(self, lived: Lived) -> None:

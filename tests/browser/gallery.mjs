@@ -5,12 +5,14 @@ import { chromium } from 'playwright-core'
 
 const axe = createRequire(import.meta.url).resolve('axe-core/axe.min.js')
 const [scenario, given] = [process.argv[2], JSON.parse(process.argv[3])]
+const PATIENCE = 120_000 // milliseconds; only a broken promise takes so long
 const browser = await chromium.launch({ executablePath: given.chromium, args: ['--no-sandbox'] })
 
 /** A window of its own; what it asked the edge for is counted. */
 async function open(address, options = {}) {
   const context = await browser.newContext({ viewport: { width: 1440, height: 900 }, ...options })
   const page = await context.newPage()
+  page.setDefaultTimeout(PATIENCE)
   page.asked = []
   page.problems = []
   page.on('request', (request) => page.asked.push(new URL(request.url()).pathname))
@@ -35,7 +37,7 @@ async function open(address, options = {}) {
 const stages = (page) => page.$$eval('.image', (items) => items.map((item) => item.dataset.stage))
 const all = (page, stage, count) => page.waitForFunction(
   ([stage, count]) => document.querySelectorAll(`.image[data-stage=${stage}]`).length === count, [stage, count],
-  { timeout: 60_000 })
+  { timeout: PATIENCE })
 const add = (page, files) => page.setInputFiles('#files', files)
 const shown = (page) => page.$$eval('.image', (items) => items.map((item) => ({
   id: item.dataset.asset, stage: item.dataset.stage, text: item.querySelector('.badge').textContent,
@@ -103,7 +105,7 @@ const scenarios = {
   async patient() {
     const page = await open(given.mine)
     await add(page, given.files)
-    await page.waitForFunction(() => document.querySelectorAll('.job').length === 1, null, { timeout: 90_000 })
+    await page.waitForFunction(() => document.querySelectorAll('.job').length === 1, null, { timeout: PATIENCE })
     const mark = page.asked.length
     await all(page, 'completed', given.files.length)
     const asked = {}

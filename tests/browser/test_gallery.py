@@ -20,7 +20,7 @@ from lab.page import address, make_page
 from lab.pictures import draw
 from lab.postgres import free_port
 from lab.stack import HOST
-from support import Library, audit, worker
+from support import PATIENCE, Library, audit, worker
 
 HERE = Path(__file__).parent
 #: Set to a folder (docs/screenshots) to keep what the tests photograph.
@@ -51,7 +51,7 @@ class Gallery:
             "node", str(HERE / "gallery.mjs"), scenario, json.dumps(given),
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
-        async with asyncio.timeout(150):
+        async with asyncio.timeout(2 * PATIENCE):
             out, error = await process.communicate()
         assert process.returncode == 0, error.decode()[-2000:]
         seen: dict[str, Any] = json.loads(out)

@@ -20,6 +20,7 @@ from websockets.exceptions import InvalidStatus
 from lab.edge import tokens
 from lab.postgres import LocalPostgres
 from lab.stack import Stack, edge_stack
+from support import PATIENCE
 
 TRANSCRIPTS = Path(__file__).parent / "transcripts"
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -30,7 +31,6 @@ AGO = re.compile(r"expired \d+ seconds ago")
 MEMBER = "aaaaaaaa-1111-4111-8111-111111111111"
 WORKSPACE = "11111111-0000-4000-8000-000000000001"
 SHORT = 1.0  # seconds that a token lives that has to expire while it is in use (4 in the recordings)
-PATIENCE = 10.0  # seconds; an answer that has not come by then does not come
 
 
 def lines(path: str) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from autotag.cli.app import app
 from lab.openai_sim.faults import Fault
 from lab.stack import OPERATOR_ROLE, Stack
-from support import Library, answered_pictures, audit, until, worker
+from support import PATIENCE, Library, answered_pictures, audit, until, worker
 
 CURRENT, SECOND = "gpt-4.1-mini", "gpt-6-luna"
 
@@ -404,7 +404,7 @@ async def test_a_second_ctrl_c_ends_it_at_once(tagged: Library) -> None:
         await asyncio.sleep(0.5)  # so that the two do not become one
         assert process.returncode is None, "the first lets the calls finish"
         process.send_signal(signal.SIGINT)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             out, error = await process.communicate()
     finally:
         with contextlib.suppress(ProcessLookupError):

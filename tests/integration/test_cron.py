@@ -11,7 +11,7 @@ from psycopg.rows import dict_row
 
 from conftest import skip
 from lab.postgres import LocalPostgres
-from support import Library, until, worker
+from support import PATIENCE, Library, until, worker
 
 MINUTE = 75.0  # seconds within which a job of every minute has run
 
@@ -114,7 +114,7 @@ async def test_without_pg_cron_the_workers_own_tick_does_the_same(library: Libra
     library.sql("insert into autotag.workers values"
                 " (gen_random_uuid(), 'gone', '0', true, now(), now(), now() - interval '1 min')")  # fmt: skip
     library.sql("insert into autotag.webhooks values ('wh_old', 'batch_1', now() - interval '5 days')")
-    async with worker(stack), asyncio.timeout(60):
+    async with worker(stack), asyncio.timeout(PATIENCE):
         await until(lambda: library.sql("select 1 from autotag.workers where host = 'gone'") == [], "the tick")
         await until(lambda: library.sql("select 1 from autotag.webhooks") == [], "housekeeping")
     clock = library.sql("select ticked_at > now() - interval '1 min' as ticked from autotag.clock")

@@ -19,7 +19,7 @@ import pytest
 
 from lab.openai_sim.faults import Fault
 from lab.stack import Stack
-from support import Library, until, worker
+from support import PATIENCE, Library, until, worker
 
 
 async def run(stack: Stack, *arguments: str, **more: str) -> tuple[int, str, str]:
@@ -212,16 +212,28 @@ async def test_status_shows_the_model_its_end_and_what_its_provider_lacks(librar
     assert "not proven yet" not in shown, "the reason is said already"
 
 
+async def joined(library: Library, shown: asyncio.StreamReader) -> None:
+    """Waits until `autotag watch` has joined both topics: it shows a message on the second, which is sent until it does."""
+    topic = f"tagging:{library.member.workspace}"
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            library.sql("select realtime.send('{}', 'job-progress', %s, true)", topic)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await shown.readline()
+                    return
+
+
 async def test_watch_follows_the_topics_as_browsers_do(library: Library) -> None:
     stack = library.stack
     stack.configure(realtime_max_images=0, chunk_max_images=4)
     assets = await library.upload(8)
     async with running(stack, "watch", "--workspace", library.member.workspace, "--json") as process, worker(stack):
-        await asyncio.sleep(3)  # the client joins; what is sent before is not for it
+        assert process.stdout is not None
+        await joined(library, process.stdout)
         await library.finished(library.enqueue(assets))
         heard: list[tuple[str, str]] = []
-        assert process.stdout is not None
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while not {"batch-complete", "job-complete"} <= {event for _, event in heard}:
                 message = json.loads(await process.stdout.readline())
                 heard.append((message["topic"], message["event"]))
@@ -244,7 +256,7 @@ async def test_what_anybody_broadcasts_is_one_line_of_text_and_ends_nothing(libr
     async with running(stack, "watch") as process, httpx.AsyncClient() as anybody:
         assert process.stdout is not None
         lines: list[str] = []
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while not any("the-last" in line for line in lines):
                 for payload in payloads:  # again until the command has joined
                     message = {"topic": "batch-updates", "event": "batch-complete", "payload": payload}

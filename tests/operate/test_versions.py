@@ -15,7 +15,7 @@ from autotag.db import VersionsDiffer
 from autotag.worker.run import Worker
 from autotag.worker.wake import Wake
 from lab.stack import Stack, worker_process
-from support import Library, answered_pictures, audit, until, worker, worker_settings
+from support import PATIENCE, Library, answered_pictures, audit, until, worker, worker_settings
 
 
 def upgrade(stack: Stack, version: str) -> None:
@@ -61,7 +61,7 @@ async def test_an_upgrade_with_work_in_flight_loses_nothing(library: Library, mo
     await until(lambda: library.job(jobs[0]["job_id"])["completed"] >= 5, "the first tags")
     upgrade(stack, "9.0.0")
     with pytest.raises(VersionsDiffer, match=r"of autotag 9\.0\.0"):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             await old
     assert library.sql("select 1 from autotag.tasks where worker_id is not null") == [], "nothing is left in its hands"
     monkeypatch.setattr(autotag, "__version__", "9.0.1")

@@ -18,7 +18,7 @@ from autotag.worker.wake import Wake
 from lab import release, schema
 from lab.catalog import catalog
 from lab.postgres import LocalPostgres
-from support import Library, answered_pictures, audit, until, worker, worker_settings
+from support import PATIENCE, Library, answered_pictures, audit, until, worker, worker_settings
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ async def test_an_upgrade_from_the_last_release_with_work_in_flight(
     with next_release(tree) as script, psycopg.connect(stack.database_url()) as owner:
         owner.execute(script.encode())
     with pytest.raises(VersionsDiffer, match=r"of autotag 9\.0\.0"):
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             await old
     monkeypatch.setattr(autotag, "__version__", "9.0.0")
     async with worker(stack):

@@ -30,9 +30,17 @@ def sources() -> list[Path]:
     return [path for name, path in names.items() if name not in ALLOWED and not name.startswith("db/")]
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_sql_outside_db(path: Path) -> None:
-    tree = ast.parse(path.read_text())
+#: A text that begins as a statement of SQL, behind comments or not.
+STATEMENT = re.compile(
+    r"(\s|--[^\n]*(\n|$)|/\*.*?\*/)*"
+    r"((select|insert|update|delete|listen|unlisten|notify|create|with|truncate)\s|(drop|alter|lock)\s+(table|function|schema|role)\b"
+    r"|merge\s+into\b|(grant|revoke)\s.*\son\b|do\s+\$)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def sql_in(tree: ast.Module) -> list[str]:
+    """Texts of a module, or the constant parts of them, that are SQL; docstrings are none."""
     docstrings = {
         id(node.body[0].value)
         for node in ast.walk(tree)
@@ -40,13 +48,36 @@ def test_no_sql_outside_db(path: Path) -> None:
         and node.body
         and isinstance(node.body[0], ast.Expr)
     }
-    found = [
-        node.value
+    texts = [
+        node.value.decode(errors="replace") if isinstance(node.value, bytes) else node.value
         for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
-        and re.match(r"\s*(select|insert|update|delete|listen|notify|create|with)\s", node.value, re.IGNORECASE)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes) and id(node) not in docstrings
     ]  # fmt: skip
-    assert found == []
+    return [text for text in texts if STATEMENT.match(text)]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_sql_outside_db(path: Path) -> None:
+    assert sql_in(ast.parse(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'run("select 1")', 'run("SELECT 1")', 'run(f"select {name} from t")', 'run(f"{indent}select 1 from t")',
+        'run(sql.SQL("delete from {}").format(t))', 'run("select " + columns + " from t")', 'run("update"\n" t set x = 1")',
+        'run("""\n  -- why\n  select 1""")', 'run("/* why */ insert into t values (1)")', 'run(b"select 1")',
+        'run("drop table t")', 'run("do $$ begin end $$")', 'run("grant select on t to r")', 'run("merge into t using u")',
+    ],
+)  # fmt: skip
+def test_sql_is_found_however_it_is_written(code: str) -> None:
+    assert sql_in(ast.parse(code)) != []
+
+
+def test_words_are_no_sql() -> None:
+    assert (
+        sql_in(ast.parse('"""select 1"""\nsay("selected", "Updates follow.", "without", "drop it", "do this")')) == []
+    )
 
 
 def test_db_calls_functions_only() -> None:

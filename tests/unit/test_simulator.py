@@ -19,6 +19,7 @@ from lab.openai_sim.app import Plan, Simulator
 from lab.openai_sim.faults import AnswerVariant, Fault
 from lab.openai_sim.models import EFFORTS, MODELS, dollars
 from lab.openai_sim.plan import REASONING_TOKENS
+from support import PATIENCE
 
 SCHEMA = {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
 STRICT = {"type": "json_schema", "json_schema": {"name": "tags", "strict": True, "schema": SCHEMA}}
@@ -92,7 +93,7 @@ class Api:
         """A batch of these lines, when it has ended."""
         file = (await self.upload(*bodies)).json()["id"]
         batch = (await self.create_batch(file)).json()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while batch["status"] not in ("completed", "failed"):
                 await asyncio.sleep(0.01)
                 batch = (await self.http.get(f"/v1/batches/{batch['id']}")).json()
