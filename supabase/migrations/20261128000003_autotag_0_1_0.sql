@@ -23,7 +23,7 @@ set local check_function_bodies = off;  -- a function may stand before what it c
 --   seed          the first rows of every installation
 --   api, cron, version, grants    the public RPCs, tick and housekeeping, all rights
 --
--- Every function takes locks in one order: provider row, workspaces by id (a workspace's lock also covers its queues), windows
+-- Every function takes locks in one order: provider row, one worker's row, workspaces by id (a workspace's lock also covers its queues), windows
 -- by workspace, jobs by id, batches by id, tasks by id, assets.
 
 -- Every function sets its search_path to pg_catalog, pg_temp (the adapter's functions have the host's schemas before pg_temp),
@@ -2570,34 +2570,32 @@ as $$
   from autotag.settings s
 $$;
 
--- Extends the worker's lease, and runs tick() if it is overdue (no pg_cron). False: the lease had ended and what the worker held
--- has been released, so it has to register again.
+-- Extends the worker's lease. False: the lease had ended and what the worker held has been released, so it has to register
+-- again. The worker calls tick_if_due() next, in a transaction of its own: a tick takes many locks.
 create or replace function autotag.heartbeat(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
-  v_alive boolean;
   v_version text;
 begin
   update autotag.workers w
   set last_heartbeat_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s)
   where w.id = p_worker and w.login = session_user returning w.version into v_version;
-  v_alive := found;
-  if v_alive then
-    perform autotag.check_version(v_version);
+  if not found then
+    return false;
   end if;
-  perform autotag.tick_if_due();
-  return v_alive;
+  perform autotag.check_version(v_version);
+  return true;
 end $$;
 
 -- Whether a worker belongs to the caller and has a lease. Without a lease it must get no work, because no expiry would release
--- that again. The row lock prevents expire_workers, which alone ends leases, from ending this one before the transaction does.
+-- that again. The row lock prevents expire_worker, which alone ends leases, from ending this one before the transaction does.
 create or replace function autotag.lock_worker(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform from autotag.workers w where w.id = p_worker and w.login = session_user for key share skip locked;
+  perform from autotag.workers w where w.id = p_worker and w.login = session_user for no key update skip locked;
   return found;
 end $$;
 
@@ -2700,7 +2698,8 @@ as $$
 declare
   v_count integer;
 begin
-  if not autotag.is_own_worker(p_worker) then
+  perform from autotag.workers w where w.id = p_worker and w.login = session_user for update;
+  if not found then
     return 0;
   end if;
   v_count := autotag.release_held(p_worker, '{}', '{}', false);
@@ -2715,29 +2714,31 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform autotag.check_ids(greatest(cardinality(p_tasks), cardinality(p_batches)));
-  if not autotag.is_own_worker(p_worker) then
+  update autotag.workers w set unsent = case when p_tasks is null then w.unsent else 0 end
+  where w.id = p_worker and w.login = session_user;
+  if not found then
     return 0;
   end if;
-  update autotag.workers w set unsent = 0 where w.id = p_worker and p_tasks is not null;
   return autotag.release_held(p_worker, p_tasks, p_batches, false);
 end $$;
 
--- Releases what workers with an ended lease held, and deletes them. Called by tick().
-create or replace function autotag.expire_workers() returns integer
+-- Releases what one worker with an ended lease held, and deletes that worker. One per transaction, because the next one's
+-- workspaces may come before the locked ones. Returns whether there was one. Called by tick().
+-- Locks: the worker's row, which the worker itself does not wait for (lock_worker); release_held.
+create or replace function autotag.expire_worker() returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_worker uuid;
-  v_count integer := 0;
 begin
-  for v_worker in
-    select w.id from autotag.workers w where w.lease_until < autotag.now() order by w.id for update skip locked
-  loop
-    perform autotag.release_held(v_worker, '{}', '{}', true);
-    delete from autotag.workers w where w.id = v_worker;
-    v_count := v_count + 1;
-  end loop;
-  return v_count;
+  select w.id into v_worker from autotag.workers w
+  where w.lease_until < autotag.now() order by w.lease_until, w.id limit 1 for update skip locked;
+  if not found then
+    return false;
+  end if;
+  perform autotag.release_held(v_worker, '{}', '{}', true);
+  delete from autotag.workers w where w.id = v_worker;
+  return true;
 end $$;
 
 -- Where a worker finds the images it is about to read.
@@ -5989,7 +5990,7 @@ as $$
 declare
   v_now timestamptz := autotag.now();
 begin
-  perform autotag.expire_workers();
+  perform autotag.expire_worker();
   -- Retry workspaces whose next image exceeds the window's limit: the limit may have been raised.
   update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at = 'infinity';
   -- Retry batches that wait for the window, if it has room already (a raised limit, a cancelled upload).
@@ -6046,8 +6047,9 @@ begin
   update autotag.clock set housekeeping_at = v_now;
 end $$;
 
--- Called with every heartbeat: runs tick() and housekeeping() if they are overdue. One caller at a time; others do not wait.
-create or replace function autotag.tick_if_due() returns void
+-- Called after every heartbeat: runs tick() and housekeeping() if they are overdue. One caller at a time; others do not wait.
+-- Returns whether another worker's lease has ended, so that the caller should call again.
+create or replace function autotag.tick_if_due() returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -6057,15 +6059,16 @@ begin
   select * into v_clock from autotag.clock;
   if v_clock.ticked_at > v_now - interval '59 s'
      and not exists (select from autotag.workers w where w.lease_until < v_now) then
-    return;
+    return false;
   end if;
   if not pg_try_advisory_xact_lock(hashtext('autotag.tick')) then
-    return;
+    return false;
   end if;
   perform autotag.tick();
   if v_clock.housekeeping_at < v_now - interval '25 h' then
     perform autotag.housekeeping();
   end if;
+  return exists (select from autotag.workers w where w.lease_until < v_now);
 end $$;
 
 -- Schedules both in pg_cron under fixed names, so that scheduling again changes nothing. False: pg_cron is not installed.
@@ -6138,7 +6141,7 @@ grant execute on function public.openai_webhook, autotag.receive_webhook to serv
 
 -- workers: their reports are validated (results/reports.sql), and they can act only on what they hold
 grant execute on function
-  autotag.register_worker, autotag.worker_settings, autotag.heartbeat,
+  autotag.register_worker, autotag.worker_settings, autotag.heartbeat, autotag.tick_if_due,
   autotag.release_worker, autotag.release_unacknowledged, autotag.claim, autotag.report_stages, autotag.settle,
   autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted,
   autotag.report_batch_failure, autotag.report_poll_failure, autotag.files_deleted, autotag.provider_checked, autotag.record_poll, autotag.batch_answers, autotag.batch_finish,

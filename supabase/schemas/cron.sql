@@ -5,7 +5,7 @@ as $$
 declare
   v_now timestamptz := autotag.now();
 begin
-  perform autotag.expire_workers();
+  perform autotag.expire_worker();
   -- Retry workspaces whose next image exceeds the window's limit: the limit may have been raised.
   update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at = 'infinity';
   -- Retry batches that wait for the window, if it has room already (a raised limit, a cancelled upload).
@@ -62,8 +62,9 @@ begin
   update autotag.clock set housekeeping_at = v_now;
 end $$;
 
--- Called with every heartbeat: runs tick() and housekeeping() if they are overdue. One caller at a time; others do not wait.
-create or replace function autotag.tick_if_due() returns void
+-- Called after every heartbeat: runs tick() and housekeeping() if they are overdue. One caller at a time; others do not wait.
+-- Returns whether another worker's lease has ended, so that the caller should call again.
+create or replace function autotag.tick_if_due() returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -73,15 +74,16 @@ begin
   select * into v_clock from autotag.clock;
   if v_clock.ticked_at > v_now - interval '59 s'
      and not exists (select from autotag.workers w where w.lease_until < v_now) then
-    return;
+    return false;
   end if;
   if not pg_try_advisory_xact_lock(hashtext('autotag.tick')) then
-    return;
+    return false;
   end if;
   perform autotag.tick();
   if v_clock.housekeeping_at < v_now - interval '25 h' then
     perform autotag.housekeeping();
   end if;
+  return exists (select from autotag.workers w where w.lease_until < v_now);
 end $$;
 
 -- Schedules both in pg_cron under fixed names, so that scheduling again changes nothing. False: pg_cron is not installed.

@@ -21,7 +21,7 @@
 --   seed          the first rows of every installation
 --   api, cron, version, grants    the public RPCs, tick and housekeeping, all rights
 --
--- Every function takes locks in one order: provider row, workspaces by id (a workspace's lock also covers its queues), windows
+-- Every function takes locks in one order: provider row, one worker's row, workspaces by id (a workspace's lock also covers its queues), windows
 -- by workspace, jobs by id, batches by id, tasks by id, assets.
 
 -- Every function sets its search_path to pg_catalog, pg_temp (the adapter's functions have the host's schemas before pg_temp),

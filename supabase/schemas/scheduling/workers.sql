@@ -49,34 +49,32 @@ as $$
   from autotag.settings s
 $$;
 
--- Extends the worker's lease, and runs tick() if it is overdue (no pg_cron). False: the lease had ended and what the worker held
--- has been released, so it has to register again.
+-- Extends the worker's lease. False: the lease had ended and what the worker held has been released, so it has to register
+-- again. The worker calls tick_if_due() next, in a transaction of its own: a tick takes many locks.
 create or replace function autotag.heartbeat(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
-  v_alive boolean;
   v_version text;
 begin
   update autotag.workers w
   set last_heartbeat_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s)
   where w.id = p_worker and w.login = session_user returning w.version into v_version;
-  v_alive := found;
-  if v_alive then
-    perform autotag.check_version(v_version);
+  if not found then
+    return false;
   end if;
-  perform autotag.tick_if_due();
-  return v_alive;
+  perform autotag.check_version(v_version);
+  return true;
 end $$;
 
 -- Whether a worker belongs to the caller and has a lease. Without a lease it must get no work, because no expiry would release
--- that again. The row lock prevents expire_workers, which alone ends leases, from ending this one before the transaction does.
+-- that again. The row lock prevents expire_worker, which alone ends leases, from ending this one before the transaction does.
 create or replace function autotag.lock_worker(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform from autotag.workers w where w.id = p_worker and w.login = session_user for key share skip locked;
+  perform from autotag.workers w where w.id = p_worker and w.login = session_user for no key update skip locked;
   return found;
 end $$;
 
@@ -179,7 +177,8 @@ as $$
 declare
   v_count integer;
 begin
-  if not autotag.is_own_worker(p_worker) then
+  perform from autotag.workers w where w.id = p_worker and w.login = session_user for update;
+  if not found then
     return 0;
   end if;
   v_count := autotag.release_held(p_worker, '{}', '{}', false);
@@ -194,27 +193,29 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform autotag.check_ids(greatest(cardinality(p_tasks), cardinality(p_batches)));
-  if not autotag.is_own_worker(p_worker) then
+  update autotag.workers w set unsent = case when p_tasks is null then w.unsent else 0 end
+  where w.id = p_worker and w.login = session_user;
+  if not found then
     return 0;
   end if;
-  update autotag.workers w set unsent = 0 where w.id = p_worker and p_tasks is not null;
   return autotag.release_held(p_worker, p_tasks, p_batches, false);
 end $$;
 
--- Releases what workers with an ended lease held, and deletes them. Called by tick().
-create or replace function autotag.expire_workers() returns integer
+-- Releases what one worker with an ended lease held, and deletes that worker. One per transaction, because the next one's
+-- workspaces may come before the locked ones. Returns whether there was one. Called by tick().
+-- Locks: the worker's row, which the worker itself does not wait for (lock_worker); release_held.
+create or replace function autotag.expire_worker() returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_worker uuid;
-  v_count integer := 0;
 begin
-  for v_worker in
-    select w.id from autotag.workers w where w.lease_until < autotag.now() order by w.id for update skip locked
-  loop
-    perform autotag.release_held(v_worker, '{}', '{}', true);
-    delete from autotag.workers w where w.id = v_worker;
-    v_count := v_count + 1;
-  end loop;
-  return v_count;
+  select w.id into v_worker from autotag.workers w
+  where w.lease_until < autotag.now() order by w.lease_until, w.id limit 1 for update skip locked;
+  if not found then
+    return false;
+  end if;
+  perform autotag.release_held(v_worker, '{}', '{}', true);
+  delete from autotag.workers w where w.id = v_worker;
+  return true;
 end $$;

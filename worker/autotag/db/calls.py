@@ -172,6 +172,10 @@ class Database:
         """
         return bool((await self._once("select autotag.heartbeat(%s) as alive", self.worker))["alive"])
 
+    async def tick_if_due(self) -> bool:
+        """Runs what is overdue; whether to call again. Does not retry."""
+        return bool((await self._once("select autotag.tick_if_due() as more"))["more"])
+
     async def release(self) -> int:
         return int((await self._call("select autotag.release_worker(%s) as n", self.worker))["n"])
 

@@ -206,6 +206,9 @@ class _Shift:
                 if not alive and not self._wake.stop.is_set():  # a worker that stops has handed over already
                     self._log.error("lease_lost", hint="The database was out of reach for longer than the lease.")
                     await self._register()
+                health.beat()
+                while await self._db.tick_if_due() and not self._wake.stop.is_set():
+                    pass  # one call for each worker whose lease has ended
             except VersionsDiffer as error:
                 self._log.error("version_differs", error=str(error), hint=error.hint)
                 self._differs = error
