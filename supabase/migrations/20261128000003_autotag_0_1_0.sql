@@ -2698,10 +2698,10 @@ as $$
 declare
   v_count integer;
 begin
-  perform from autotag.workers w where w.id = p_worker and w.login = session_user for update;
-  if not found then
+  if not autotag.is_own_worker(p_worker) then
     return 0;
   end if;
+  perform from autotag.workers w where w.id = p_worker for update;
   v_count := autotag.release_held(p_worker, '{}', '{}', false);
   delete from autotag.workers w where w.id = p_worker;
   return v_count;
@@ -2714,11 +2714,10 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform autotag.check_ids(greatest(cardinality(p_tasks), cardinality(p_batches)));
-  update autotag.workers w set unsent = case when p_tasks is null then w.unsent else 0 end
-  where w.id = p_worker and w.login = session_user;
-  if not found then
+  if not autotag.is_own_worker(p_worker) then
     return 0;
   end if;
+  update autotag.workers w set unsent = case when p_tasks is null then w.unsent else 0 end where w.id = p_worker;
   return autotag.release_held(p_worker, p_tasks, p_batches, false);
 end $$;
 

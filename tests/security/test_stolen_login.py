@@ -41,6 +41,7 @@ DECISIONS = {
     "diagnose": "counts, names of logins, and one image that is not its own",
     "files_deleted": "leaves files of batches that are over to expire at the provider",
     "heartbeat": "keeps its own worker alive",
+    "tick_if_due": "runs what is overdue, as pg_cron does",
     "metrics": "counts",
     "report_poll_failure": "puts off the looks at the provider, an hour at most",
     "provider_checked": "says the end of the model that is asked, and whether there is a Batch API, when it was asked for that",
@@ -432,6 +433,7 @@ def drain(scene: Scene) -> str | None:
             return None
         scene.advance(60)
         scene.as_(WORKER_ROLE, "select autotag.heartbeat(%s)", scene.good)
+        scene.as_(WORKER_ROLE, "select autotag.tick_if_due()")
         claimed = scene.as_(WORKER_ROLE, "select tasks from autotag.claim(%s, 1000)", scene.good)
         own = [{"task": task["task"], "attempt": task["attempt"]} for task in claimed or []]
         scene.become(WORKER_ROLE)
