@@ -3365,8 +3365,7 @@ declare
   v_taken record;
 begin
   select * into v_settings from autotag.settings;
-  batches := '[]';
-  files := '[]';
+  batches := '[]'; files := '[]';
   if v_provider.question_version is distinct from p_question then
     question := v_provider.question || jsonb_build_object('version', v_provider.question_version);
   end if;
@@ -3389,6 +3388,7 @@ begin
   v_queue := autotag.measure_batch_queue(v_provider, v_now);
   v_taken := autotag.take_batches(p_worker, autotag.rank_batches(v_slots, v_provider, v_queue, v_now), v_provider, v_queue, v_now);
   batches := autotag.describe_batches(v_taken.ids);
+  perform pg_notify('autotag', 'realtime') where v_provider.proven_at is null;  -- that lane sends the probe
   if v_provider.next_poll_at <= v_now and v_provider.ask_after <= v_now then
     select l.poll, l.cancel, l.files into poll, cancel, files from autotag.list_polls() l;
     v_provider.next_poll_at := case when poll is null and files = '[]' then '-infinity' else v_now + v_settings.batch_poll_interval end;
