@@ -1,5 +1,6 @@
 // For projects whose workers have no public address. It verifies a delivery of OpenAI's webhook and passes it to the database,
-// which makes the workers poll OpenAI at once. Deploy: supabase functions deploy openai-webhook
+// which makes the workers poll OpenAI at once.
+// Deploy: supabase functions deploy openai-webhook --no-verify-jwt   (OpenAI sends no JWT; the signature is verified)
 // Secrets: supabase secrets set OPENAI_WEBHOOK_SECRET=whsec_…   (the project's URL and key are set already)
 import { createClient } from '@supabase/supabase-js'
 import OpenAI from 'openai'
