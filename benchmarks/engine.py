@@ -166,7 +166,7 @@ async def _work(db: Database, url: str) -> None:
             wake.request_stop()
 
     helpers = [asyncio.create_task(work) for work in (
-        listen(url, wake.notify), outcomes.settle_forever(), stages.tell_forever())]  # fmt: skip
+        listen(url, wake.notify), outcomes.settle_forever(), stages.report_forever())]  # fmt: skip
     await realtime.run(db, wake, Settings.model_fields["slots"].default, answer, deadline=10)
     await outcomes.idle.wait()
     for helper in helpers:

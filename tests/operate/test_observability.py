@@ -132,7 +132,7 @@ async def test_ready_means_the_database_answers_and_the_account_works(
         library.sql("update autotag.provider_limits set account_error = 'no quota', probe_at = now() + interval '1 h'")
         assert await status(f"{url}/readyz") == (503, "Tagging stands still; see autotag status.")
         library.sql("update autotag.provider_limits set account_error = null, probe_at = null")
-        monkeypatch.setattr(metrics, "READ_MOST", 0.3)
+        monkeypatch.setattr(metrics, "READ_TIMEOUT", 0.3)
         with psycopg.connect(library.stack.database_url()) as blocker:
             blocker.execute("lock table autotag.usage in access exclusive mode")
             code, reason = await status(f"{url}/readyz")

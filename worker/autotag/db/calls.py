@@ -22,12 +22,11 @@ from psycopg.types.json import Jsonb, set_json_dumps, set_json_loads
 from psycopg_pool import AsyncConnectionPool
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from autotag.db.listening import KEEPALIVES, RETRY_MOST
+from autotag.db.listening import KEEPALIVES, MAX_RETRY_DELAY
 from autotag.db.messages import (
     Batch,
     BatchAnswer,
     BatchClaim,
-    BatchSeen,
     Broadcast,
     Claim,
     DatabaseSettings,
@@ -35,12 +34,13 @@ from autotag.db.messages import (
     Image,
     Metrics,
     NotHeld,
+    ObservedLimits,
+    PolledBatch,
     ProviderFacts,
     Question,
     Refused,
     Registered,
     Report,
-    Seen,
     Sent,
     Settled,
     StageReport,
@@ -48,7 +48,7 @@ from autotag.db.messages import (
     VersionsDiffer,
     make,
 )  # fmt: skip
-from autotag.redact import said
+from autotag.redact import safe_message
 
 POOL_SIZE = 4  # claim, settle, stages and the batch lane seldom meet
 
@@ -62,7 +62,7 @@ set_json_loads(orjson.loads)
 
 def _log_retry(state: RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
-    log.warning("database_retry", attempt=state.attempt_number, error=said(error) if error else "")
+    log.warning("database_retry", attempt=state.attempt_number, error=safe_message(error) if error else "")
 
 
 class Database:
@@ -125,7 +125,7 @@ class Database:
         """One call; its row, with a broken connection or a deadlock met by another try."""
         async for attempt in AsyncRetrying(
             retry=retry_if_exception_type(_TRANSIENT),
-            wait=wait_random_exponential(0.1, max=RETRY_MOST),
+            wait=wait_random_exponential(0.1, max=MAX_RETRY_DELAY),
             before_sleep=_log_retry,
         ):
             with attempt:
@@ -197,7 +197,7 @@ class Database:
             "select autotag.report_stages(%s, %s, %s)", self.worker, Jsonb(stages), Jsonb(sent) if sent else None
         )
 
-    async def settle(self, reports: list[Report], seen: Seen | None) -> Settled:
+    async def settle(self, reports: list[Report], seen: ObservedLimits | None) -> Settled:
         row = await self._call(
             "select autotag.settle(%s, %s, %s) as told", self.worker, Jsonb(reports), Jsonb(seen) if seen else None
         )
@@ -248,7 +248,7 @@ class Database:
             "select autotag.report_batch_failure(%s, %s, %s, %s)", self.worker, batch.batch, batch.attempt, Jsonb(error)
         )
 
-    async def record_poll(self, seen: list[BatchSeen]) -> None:
+    async def record_poll(self, seen: list[PolledBatch]) -> None:
         await self._call("select autotag.record_poll(%s, %s)", self.worker, Jsonb(seen))
 
     async def batch_answers(self, batch: Batch, answers: list[BatchAnswer]) -> Settled:

@@ -11,10 +11,10 @@ import psycopg
 import structlog
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from autotag.redact import said
+from autotag.redact import safe_message
 
-RETRY_MOST = 5.0  # seconds between tries while the database is away
-CONNECT_MOST = 30.0  # seconds that the database may be out of reach when a worker starts
+MAX_RETRY_DELAY = 5.0  # seconds between tries while the database is away
+CONNECT_TIMEOUT = 30.0  # seconds that the database may be out of reach when a worker starts
 LISTEN_PROOF = 5.0  # seconds that a notification of our own may take to arrive
 #: A peer that is gone without a word is noticed within a minute (milliseconds where libpq says so).
 KEEPALIVES: dict[str, Any] = {
@@ -36,7 +36,7 @@ async def can_listen(url: str) -> bool:
     """
     async for attempt in AsyncRetrying(
         retry=retry_if_exception_type(psycopg.OperationalError),
-        wait=wait_random_exponential(0.1, max=RETRY_MOST), stop=stop_after_delay(CONNECT_MOST), reraise=True,
+        wait=wait_random_exponential(0.1, max=MAX_RETRY_DELAY), stop=stop_after_delay(CONNECT_TIMEOUT), reraise=True,
     ):  # fmt: skip
         with attempt:
             return await _prove_listening(url)
@@ -75,6 +75,6 @@ async def listen(url: str, on_wake: Callable[[str], None]) -> None:
                 async for note in connection.notifies():
                     on_wake(note.payload)
         except psycopg.OperationalError as error:
-            log.warning("listen_lost", error=said(error), retry_in=delay)
+            log.warning("listen_lost", error=safe_message(error), retry_in=delay)
             await asyncio.sleep(delay)
             delay = min(delay * 2, 5.0)

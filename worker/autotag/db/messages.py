@@ -297,7 +297,7 @@ class Sent(TypedDict):
     sent_age: float
 
 
-class Seen(Limits, total=False):
+class ObservedLimits(Limits, total=False):
     """`Limits` as ``autotag.update_provider_limits`` takes them, with their age in seconds, and `Sent`."""
 
     age: float
@@ -305,7 +305,7 @@ class Seen(Limits, total=False):
     sent_age: float
 
 
-class BatchSeen(TypedDict):
+class PolledBatch(TypedDict):
     """What OpenAI says of a batch, as ``autotag.record_poll`` takes it; status ``gone``: it does not know it.
     total, done: lines of its input file, and those that have an answer."""
 

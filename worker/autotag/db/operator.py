@@ -10,7 +10,7 @@ import psycopg
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from autotag.db.messages import Refused, Seen
+from autotag.db.messages import ObservedLimits, Refused
 from autotag.db.operator_messages import (
     Admission,
     BackfillPart,
@@ -118,7 +118,7 @@ class Operator:
             "select autotag.admit_comparison(%s, %s, %s)", workspace, Jsonb(question), cap))  # fmt: skip
 
     async def settle_comparison(
-        self, workspace: str, question: ModelQuestion, report: ComparisonReport, seen: Seen | None
+        self, workspace: str, question: ModelQuestion, report: ComparisonReport, seen: ObservedLimits | None
     ) -> ComparisonStep:
         """Reports what came of one call, and learns what to do next about its image."""
         return cast("ComparisonStep", await self._value(

@@ -13,14 +13,14 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-CONNECTIONS_MOST = 128  # per port; a worker's other files (calls, database, images) fit into the usual 1,024 beside two
+MAX_CONNECTIONS = 128  # per port; a worker's other files (calls, database, images) fit into the usual 1,024 beside two
 REQUEST_SECONDS = 10.0  # from a connection's start, or its previous answer, to the last byte of a request
 ANSWER_SECONDS = 30.0  # from there to the last byte of the answer
 LINGER_SECONDS = 2.0  # for the rest of a body that was refused, so that its client reads why
 KEEP_ALIVE_SECONDS = 5  # that an idle connection is kept open
-HEADERS_MOST = 16_384  # bytes
-LINES_MOST = 1000  # of a request: headers and chunks, of which a byte each would cost 0.3 s of processor for one body
-BODY_MOST = 65_536  # bytes; OpenAI's deliveries have a few hundred
+MAX_HEADER_BYTES = 16_384  # bytes
+MAX_LINES = 1000  # of a request: headers and chunks, of which a byte each would cost 0.3 s of processor for one body
+MAX_BODY_BYTES = 65_536  # bytes; OpenAI's deliveries have a few hundred
 
 
 class GuardedProtocol(H11Protocol):
@@ -38,7 +38,7 @@ class GuardedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._lines += data.count(b"\r\n")
-        if self._lines > LINES_MOST:
+        if self._lines > MAX_LINES:
             self.transport.abort()
             return
         super().data_received(data)
@@ -81,7 +81,7 @@ class GuardedProtocol(H11Protocol):
             if isinstance(connection, GuardedProtocol) and not connection.transport.is_closing()
             and connection is not self
         ]  # fmt: skip
-        if len(others) >= CONNECTIONS_MOST:
+        if len(others) >= MAX_CONNECTIONS:
             min(others, key=lambda other: (not other._waiting, other._since)).transport.abort()
 
 
@@ -94,12 +94,12 @@ class GuardedApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADERS_MOST:
-            return await _refuse(431, "headers_too_large", HEADERS_MOST)(scope, receive, send)
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            return await _refuse(431, "headers_too_large", MAX_HEADER_BYTES)(scope, receive, send)
         try:
             body = await _read(scope, receive)
         except ValueError:
-            return await _refuse(413, "too_large", BODY_MOST)(scope, receive, send)
+            return await _refuse(413, "too_large", MAX_BODY_BYTES)(scope, receive, send)
         if body is None:
             return None
         whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -116,7 +116,7 @@ async def _read(scope: Scope, receive: Receive) -> bytes | None:
     Raises:
         ValueError: it is too large, or says that it will be.
     """
-    if int(dict(scope["headers"]).get(b"content-length", 0)) > BODY_MOST:
+    if int(dict(scope["headers"]).get(b"content-length", 0)) > MAX_BODY_BYTES:
         raise ValueError
     body, more = bytearray(), True
     while more:
@@ -124,7 +124,7 @@ async def _read(scope: Scope, receive: Receive) -> bytes | None:
         if message["type"] == "http.disconnect":
             return None
         body += message.get("body", b"")
-        if len(body) > BODY_MOST:
+        if len(body) > MAX_BODY_BYTES:
             raise ValueError
         more = message.get("more_body", False)
     return bytes(body)

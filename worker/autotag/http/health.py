@@ -47,7 +47,7 @@ def make_app(health: Health, metrics: SystemMetrics) -> Starlette:
 
     async def readyz(_: Request) -> Response:
         try:
-            stopped = await metrics.stands_still()
+            stopped = await metrics.is_stopped()
         except (psycopg.Error, psycopg_pool.PoolTimeout, TimeoutError) as error:
             return _answer(f"The database did not answer: {type(error).__name__}.")
         return _answer(health.trouble() or ("Tagging stands still; see autotag status." if stopped else None))

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 import uvicorn
 from starlette.applications import Starlette
 
-from autotag.http.guard import HEADERS_MOST, KEEP_ALIVE_SECONDS, GuardedApp, GuardedProtocol
+from autotag.http.guard import KEEP_ALIVE_SECONDS, MAX_HEADER_BYTES, GuardedApp, GuardedProtocol
 
 QUEUE = 1024  # connections that may wait to be accepted
 ACCEPT_AT_ONCE = 16  # of them; so many are accepted before any is read, and far fewer than may make each other go
@@ -73,6 +73,6 @@ def _configure(app: Starlette, guarded: bool) -> uvicorn.Config:
         return uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=1)
     return uvicorn.Config(
         GuardedApp(app), http=GuardedProtocol, ws="none", log_config=None, access_log=False, lifespan="on",
-        backlog=ACCEPT_AT_ONCE, h11_max_incomplete_event_size=HEADERS_MOST, timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        backlog=ACCEPT_AT_ONCE, h11_max_incomplete_event_size=MAX_HEADER_BYTES, timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=1,
     )  # fmt: skip

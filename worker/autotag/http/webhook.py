@@ -17,7 +17,7 @@ from autotag.db import Refused
 from autotag.openai.provider import BadSignature, Provider
 from autotag.openai.records import Delivery
 
-ID_MOST = 200  # characters of a delivery's id (autotag.webhooks)
+MAX_ID_LENGTH = 200  # characters of a delivery's id (autotag.webhooks)
 
 log = structlog.get_logger(__name__)
 
@@ -61,7 +61,7 @@ def _check(delivery: Delivery) -> None:
     Raises:
         ValueError: its id is too long, or it is of a batch and names none.
     """
-    if len(delivery.id) > ID_MOST or (delivery.kind.startswith("batch.") and not delivery.batch):
+    if len(delivery.id) > MAX_ID_LENGTH or (delivery.kind.startswith("batch.") and not delivery.batch):
         raise ValueError
 
 

@@ -14,9 +14,9 @@ import structlog
 
 from autotag.redact import redact_event
 
-NOISY_MOST = 5  # lines of a noisy event in each window
+MAX_NOISY_LINES = 5  # lines of a noisy event in each window
 WINDOW = 60.0  # seconds
-TEXT_MOST = 4_000  # characters of a foreign library's message, tracebacks included
+MAX_MESSAGE_LENGTH = 4_000  # characters of a foreign library's message, tracebacks included
 
 #: Libraries that log by themselves what a client's bytes, or too many clients, make them stumble over; the last one is
 #: Python's warnings, as Pillow has for odd files.
@@ -39,18 +39,18 @@ class Throttle:
             self.close(event)
             start, lines = self._clock(), 0
         self._windows[event] = (start, lines + 1)
-        if lines == NOISY_MOST:
+        if lines == MAX_NOISY_LINES:
             with contextlib.suppress(RuntimeError):  # no loop runs: the event's next line says it
                 asyncio.get_running_loop().call_later(start + WINDOW - self._clock(), self.close, event, start)
-        return lines < NOISY_MOST
+        return lines < MAX_NOISY_LINES
 
     def close(self, event: str, start: float | None = None) -> None:
         """Ends an event's window: the one that began then, or any."""
         if start is not None and self._windows.get(event, (None, 0))[0] != start:
             return
         _, lines = self._windows.pop(event, (0.0, 0))
-        if lines > NOISY_MOST:
-            self._tell(event, lines - NOISY_MOST)
+        if lines > MAX_NOISY_LINES:
+            self._tell(event, lines - MAX_NOISY_LINES)
 
 
 def _tell_left_out(event: str, lines: int) -> None:
@@ -74,7 +74,7 @@ class _Foreign(logging.Handler):
         if not _throttle.admit(f"{record.name}:{record.lineno}"):
             return
         structlog.get_logger(record.name).log(
-            record.levelno, record.name, message=self.format(record)[:TEXT_MOST], line=record.lineno
+            record.levelno, record.name, message=self.format(record)[:MAX_MESSAGE_LENGTH], line=record.lineno
         )
 
 

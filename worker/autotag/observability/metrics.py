@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 from autotag.db.messages import BatchAnswer, Metrics, Report
 
 SAMPLE_EVERY = 5.0  # seconds that an answer of the database serves every scrape
-READ_MOST = 5.0  # seconds that it may take
+READ_TIMEOUT = 5.0  # seconds that it may take
 
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
@@ -115,7 +115,7 @@ class SystemMetrics(Collector):
         self._read_at = float("-inf")
         self._reading = asyncio.Lock()  # many that ask at once wait for one answer, and take one connection
 
-    async def stands_still(self) -> bool:
+    async def is_stopped(self) -> bool:
         """Whether nothing is tagged, because the provider or Storage refuses everything.
 
         Raises:
@@ -125,7 +125,7 @@ class SystemMetrics(Collector):
         return bool(self._values["account_error"])
 
     async def _refresh(self) -> None:
-        async with asyncio.timeout(READ_MOST), self._reading:
+        async with asyncio.timeout(READ_TIMEOUT), self._reading:
             if time.monotonic() - self._read_at >= SAMPLE_EVERY:
                 self._values, self._read_at = await self._read(), time.monotonic()
 

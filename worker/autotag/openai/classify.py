@@ -16,7 +16,7 @@ from typing import Any
 
 from autotag.db.messages import Kind
 from autotag.errors import TaggingError
-from autotag.openai.headers import read_limits, retry_after, wait_in_words
+from autotag.openai.headers import read_limits, retry_after, retry_after_in_message
 from autotag.redact import redact
 from autotag.texts import clean_text
 
@@ -62,7 +62,7 @@ _PARAMETERS = (
 
 
 @dataclass(frozen=True)
-class Complaint:
+class ErrorDetails:
     """What an error says: its HTTP status, code (or type), message and the parameter it names."""
 
     status: int
@@ -187,18 +187,18 @@ RULES = (
 )
 
 
-def read_complaint(status: int, body: object) -> Complaint:
+def parse_error(status: int, body: object) -> ErrorDetails:
     """What an error body says, whatever its form: OpenAI's object, a list of them, FastAPI's ``detail``, a plain
     message, HTML, text, or nothing."""
     if isinstance(body, list):
         body = body[0] if body else None
     if isinstance(body, str):
         try:
-            return read_complaint(status, json.loads(body)) if body[:1] in "{[" and body else _plain(status, body)
+            return parse_error(status, json.loads(body)) if body[:1] in "{[" and body else _plain(status, body)
         except (ValueError, RecursionError):
             return _plain(status, body)
     if not isinstance(body, dict):
-        return Complaint(status, "", "", "")
+        return ErrorDetails(status, "", "", "")
     inner = body.get("error")
     if isinstance(inner, str):
         inner = {"message": inner, "code": body.get("code")}
@@ -206,7 +206,7 @@ def read_complaint(status: int, body: object) -> Complaint:
     message = details.get("message") or details.get("msg") or details.get("detail") or details.get("error_description")
     parameter = details.get("param") or ""
     if isinstance(message, dict):  # Mistral: FastAPI's complaint inside
-        return read_complaint(status, message)
+        return parse_error(status, message)
     if isinstance(message, list) and message and isinstance(message[0], dict):  # FastAPI: [{loc, msg, type}]
         parameter = parameter or ".".join(str(part) for part in _list(message[0].get("loc")))
         message = message[0].get("msg")
@@ -215,7 +215,7 @@ def read_complaint(status: int, body: object) -> Complaint:
         message = " ".join(str(part) for part in (message, metadata.get("raw"), metadata.get("reasons")) if part)
     codes = [details.get(name) for name in ("code", "type", "status")]
     code = next((str(one) for one in codes if isinstance(one, str) and one and not one.isdigit()), "")
-    return Complaint(
+    return ErrorDetails(
         status,
         clean_text(redact(code)[:100]),
         clean_text(redact(str(message or ""))[:2000])[:MESSAGE_LENGTH],
@@ -227,10 +227,10 @@ def _list(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
-def _plain(status: int, text: str) -> Complaint:
+def _plain(status: int, text: str) -> ErrorDetails:
     """Of HTML only its words."""
     words = re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", " ", redact(text)[:5000])
-    return Complaint(status, "", clean_text(words)[:MESSAGE_LENGTH], "")
+    return ErrorDetails(status, "", clean_text(words)[:MESSAGE_LENGTH], "")
 
 
 def error_in_answer(completion: Mapping[str, Any]) -> TaggingError | None:
@@ -245,9 +245,9 @@ def error_in_answer(completion: Mapping[str, Any]) -> TaggingError | None:
 
 def classify_status(status: int, body: object, headers: Mapping[str, str]) -> TaggingError:
     """Sorts a status and an error body, as they come in answers and in the lines of a batch."""
-    complaint = read_complaint(status, body)
+    complaint = parse_error(status, body)
     code, lower, said = complaint.code, complaint.code.lower(), complaint.message or complaint.code or str(status)
-    wait = retry_after(headers) or wait_in_words(complaint.message)
+    wait = retry_after(headers) or retry_after_in_message(complaint.message)
 
     def error(kind: Kind, its_code: str, message: str, **more: Any) -> TaggingError:
         return TaggingError(kind, its_code, message, origin="provider", status=status, **{"retry_after": wait, **more})
@@ -291,14 +291,14 @@ def _by_rule(rule: Rule, said: str, code: str, error: Any) -> TaggingError:
     return made
 
 
-def _names_credit(complaint: Complaint) -> bool:
+def _names_credit(complaint: ErrorDetails) -> bool:
     """Whether a 429 is about money. Gemini says "exceeded your current quota" of a limit a minute too."""
     if complaint.code.upper() == "RESOURCE_EXHAUSTED" and "credits" not in complaint.message:
         return False
     return any(rule.code == "no_credit" and rule.pattern.search(complaint.words) for rule in RULES)
 
 
-def _unsupported(complaint: Complaint) -> str | None:
+def _unsupported(complaint: ErrorDetails) -> str | None:
     """The parameter of ours that a 400 or 422 complains about."""
     if not _UNSUPPORTED.search(complaint.words):
         return None

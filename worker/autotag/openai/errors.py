@@ -18,7 +18,7 @@ NO_SUCH_ROUTE = (404, 405, 501)
 
 
 @contextmanager
-def sorted_errors() -> Iterator[None]:
+def classified_errors() -> Iterator[None]:
     """Turns whatever a call of the SDK raises into an error of ours.
 
     Raises:
@@ -56,7 +56,7 @@ def no_answer() -> TaggingError:
     return TaggingError("transient", "provider_error", "The AI service gave no answer.", origin="provider")
 
 
-def without_batch_api(error: TaggingError) -> TaggingError:
+def classify_batch_error(error: TaggingError) -> TaggingError:
     """What an error means that a batch ran into: like any other, but a route that is missing is a missing Batch API.
     A file or batch that is missing is named in the message."""
     if (

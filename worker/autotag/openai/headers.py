@@ -51,7 +51,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-def wait_in_words(message: str) -> float | None:
+def retry_after_in_message(message: str) -> float | None:
     """Seconds out of "Please retry after 26 seconds" or "try again in 1m2.5s": Azure's and OpenAI's messages name the
     wait also where the header is missing."""
     found = re.search(

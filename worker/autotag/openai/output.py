@@ -10,7 +10,7 @@ from autotag.errors import TaggingError
 from autotag.openai.answers import read_completion, read_usage
 from autotag.openai.classify import classify_status
 
-LINE_MOST = 1_000_000  # bytes of a line that are kept; an answer has a few thousand
+MAX_LINE_BYTES = 1_000_000  # bytes of a line that are kept; an answer has a few thousand
 
 
 async def read_lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -21,8 +21,8 @@ async def read_lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         for line in lines:
             if line.strip():
                 yield line
-        if len(rest) > LINE_MOST:
-            rest = rest[:LINE_MOST]
+        if len(rest) > MAX_LINE_BYTES:
+            rest = rest[:MAX_LINE_BYTES]
     if rest.strip():
         yield rest
 

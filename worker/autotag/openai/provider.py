@@ -15,7 +15,7 @@ from openai._base_client import make_request_options
 from openai.types import Model
 
 from autotag.errors import TaggingError
-from autotag.openai.errors import NO_SUCH_ROUTE, no_answer, sorted_errors
+from autotag.openai.errors import NO_SUCH_ROUTE, classified_errors, no_answer
 from autotag.openai.headers import read_limits
 from autotag.openai.http import make_http
 from autotag.openai.output import read_lines
@@ -85,7 +85,7 @@ class Provider:
         cap = body.get("max_completion_tokens") or body.get("max_tokens") or 0
         patience = FLEX_TIMEOUT if body.get("service_tier") == "flex" else self._timeout
         options = make_request_options(timeout=patience + cap / TOKENS_PER_SECOND)
-        with sorted_errors():
+        with classified_errors():
             # As client.chat.completions.create() sends it, but without the SDK's recursive key-renaming pass over the
             # body.
             response = await self._client.post("/chat/completions", cast_to=httpx2.Response, body=body, options=options)
@@ -107,7 +107,7 @@ class Provider:
             metadata: what it is found by.
             keep_files: seconds after which the provider deletes its output; None: it takes no expiry.
         """
-        with sorted_errors():
+        with classified_errors():
             return read_batch(
                 await self._client.batches.create(
                     input_file_id=input_file_id,
@@ -120,7 +120,7 @@ class Provider:
 
     async def batches_since(self, since: float) -> AsyncIterator[ProviderBatch]:
         """The batches from the newest to the first that was created before ``since`` (epoch seconds)."""
-        with sorted_errors():
+        with classified_errors():
             async for batch in self._client.batches.list(limit=LIST_PAGE):
                 if batch.created_at < since - CLOCK_SKEW:
                     return
@@ -128,12 +128,12 @@ class Provider:
 
     async def retrieve_batch(self, batch_id: str) -> ProviderBatch:
         """A batch by its id."""
-        with sorted_errors():
+        with classified_errors():
             return read_batch(await self._client.batches.retrieve(batch_id))
 
     async def cancel_batch(self, batch_id: str) -> None:
         """Asks to stop a batch; one that has just ended cannot be."""
-        with sorted_errors():
+        with classified_errors():
             await self._client.batches.cancel(batch_id)
 
     async def has_batches(self) -> bool | None:
@@ -143,7 +143,7 @@ class Provider:
             TaggingError: there is no answer at the moment.
         """
         try:
-            with sorted_errors():
+            with classified_errors():
                 await self._client.get("/batches", cast_to=httpx2.Response, options={"params": {"limit": 1}})
         except TaggingError as error:
             if error.status in NO_SUCH_ROUTE:
@@ -163,13 +163,13 @@ class Provider:
             file: lines of `prompt.batch_line`.
             keep: seconds after which the provider deletes it; None: it takes no expiry.
         """
-        with sorted_errors():
+        with classified_errors():
             uploaded = await self._client.files.create(file=(name, file), purpose="batch", expires_after=_expiry(keep))
         return uploaded.id
 
     async def files_since(self, since: float) -> AsyncIterator[ProviderFile]:
         """Input files from the newest to the first that was created before ``since`` (epoch seconds)."""
-        with sorted_errors():
+        with classified_errors():
             async for file in self._client.files.list(purpose="batch"):
                 if file.created_at < since - CLOCK_SKEW:
                     return
@@ -177,12 +177,12 @@ class Provider:
 
     async def delete_file(self, file_id: str) -> None:
         """Deletes a file; one that is gone has ``status`` 404."""
-        with sorted_errors():
+        with classified_errors():
             await self._client.files.delete(file_id)
 
     async def read_file(self, file_id: str) -> AsyncGenerator[bytes, None]:
         """The lines of an output or error file, as `output.read_lines` has them."""
-        with sorted_errors():
+        with classified_errors():
             async with self._client.files.with_streaming_response.content(file_id) as response:
                 async for line in read_lines(response.iter_bytes()):
                     yield line
@@ -191,7 +191,7 @@ class Provider:
 
     async def retrieve_model(self, name: str) -> ProviderModel | None:
         """A model by its name; None: what answers there is no such API."""
-        with sorted_errors():
+        with classified_errors():
             raw = await self._client.models.with_raw_response.retrieve(name)
             model: object = raw.parse()
         if not isinstance(model, Model):
@@ -201,7 +201,7 @@ class Provider:
 
     async def list_models(self) -> ModelList:
         """The models of the account."""
-        with sorted_errors():
+        with classified_errors():
             raw = await self._client.models.with_raw_response.list()
             names = [one.id for one in getattr(raw.parse(), "data", None) or []]
         return ModelList(names, read_date(raw.headers))

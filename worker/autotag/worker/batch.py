@@ -15,9 +15,9 @@ from autotag.db import Batch, Database, DatabaseSettings, NotHeld
 from autotag.errors import TaggingError
 from autotag.images.load import Images
 from autotag.observability.metrics import BATCH_SECONDS, IN_FLIGHT, timed
-from autotag.openai.errors import without_batch_api
+from autotag.openai.errors import classify_batch_error
 from autotag.openai.provider import Provider
-from autotag.redact import said
+from autotag.redact import safe_message
 from autotag.worker.files import Files
 from autotag.worker.harvest import Harvester
 from autotag.worker.poll import Poller
@@ -68,7 +68,7 @@ class BatchLane:
             try:
                 claim = await self._db.claim_batches(self._slots - len(self._hands))
             except psycopg.Error as error:
-                log.error("claim_batches_failed", error=said(error))
+                log.error("claim_batches_failed", error=safe_message(error))
                 await self._wake.pause(CLAIM_RETRY)
                 await self._db.release_unacknowledged(batches=[batch.batch for batch in self._hands.values()])
                 continue
@@ -107,7 +107,7 @@ class BatchLane:
         except NotHeld:
             logger.warning("batch_not_held")
         except TaggingError as error:
-            trouble = without_batch_api(error)
+            trouble = classify_batch_error(error)
             logger.error("report_batch_failure", kind=trouble.kind, code=trouble.code, message=trouble.message)
             await self._report_trouble(batch, trouble)
         except Exception as error:

@@ -10,7 +10,7 @@ import structlog
 
 from autotag.db import Database
 from autotag.observability.metrics import DELIVERED
-from autotag.redact import said
+from autotag.redact import safe_message
 
 MESSAGES = 100  # Realtime refuses more in one request
 
@@ -33,5 +33,5 @@ async def deliver_outbox(db: Database, supabase_url: str | None, key: str | None
                 DELIVERED.labels("delivered").inc(len(messages))
             except httpx.HTTPError as error:
                 DELIVERED.labels("lost").inc(len(messages))
-                log.error("broadcast_lost", messages=len(messages), error=said(error))
+                log.error("broadcast_lost", messages=len(messages), error=safe_message(error))
                 return

@@ -27,7 +27,7 @@ class Files:
             TaggingError: the provider did not let us.
         """
         async for file in self._provider.files_since(batch.since):
-            if file.name == name_of(batch):
+            if file.name == input_file_name(batch):
                 await self._provider.delete_file(file.id)
                 log.info("leftover_file_deleted", batch=batch.batch, file=file.id)
 
@@ -50,6 +50,6 @@ class Files:
             await self._db.files_deleted(deleted)
 
 
-def name_of(batch: Batch) -> str:
+def input_file_name(batch: Batch) -> str:
     """The name under which the input file of a batch is uploaded."""
     return f"autotag-{batch.batch}.jsonl"

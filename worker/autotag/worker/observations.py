@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from autotag.db.messages import Limits, Seen, Sent
+from autotag.db.messages import Limits, ObservedLimits, Sent
 
 
 class Observations:
@@ -38,9 +38,9 @@ class Observations:
         self._sent = 0
         return told
 
-    def take(self) -> Seen | None:
+    def take(self) -> ObservedLimits | None:
         """Everything that has been seen since the last time; None: nothing."""
-        seen: Seen = {}
+        seen: ObservedLimits = {}
         if sent := self.take_sent():
             seen = {**seen, **sent}
         if self._limits:

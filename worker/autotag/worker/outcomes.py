@@ -14,7 +14,7 @@ from autotag.observability.metrics import SECONDS, count_answers, timed
 from autotag.worker.observations import Observations
 from autotag.worker.stages import Stages
 
-SETTLE_MOST = 500  # reports in one call
+MAX_REPORTS = 500  # reports in one call
 
 log = structlog.get_logger(__name__)
 
@@ -55,7 +55,7 @@ class Outcomes:
             await self._some.wait()
             self._some.clear()
             while self._waiting:
-                bulk, self._waiting = self._waiting[:SETTLE_MOST], self._waiting[SETTLE_MOST:]
+                bulk, self._waiting = self._waiting[:MAX_REPORTS], self._waiting[MAX_REPORTS:]
                 await self._settle([report for report, _ in bulk], [span for _, span in bulk])
             self.idle.set()
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import structlog
 
 from autotag.db import BatchClaim, Database
-from autotag.db.messages import BatchSeen, ProviderFacts, Submitted
+from autotag.db.messages import PolledBatch, ProviderFacts, Submitted
 from autotag.errors import TaggingError
 from autotag.openai.provider import Provider
 from autotag.openai.records import ProviderBatch
@@ -42,14 +42,14 @@ class Poller:
             log.warning("poll_failed", kind=error.kind, code=error.code, message=error.message)
             await self._db.report_poll_failure(error.as_json())
 
-    async def _see(self, wanted: Sequence[Submitted]) -> list[BatchSeen]:
+    async def _see(self, wanted: Sequence[Submitted]) -> list[PolledBatch]:
         """What the provider says of batches."""
-        seen: dict[str, BatchSeen] = {}
+        seen: dict[str, PolledBatch] = {}
         ids = {batch.id for batch in wanted}
         try:
             async for batch in self._provider.batches_since(min(batch.since for batch in wanted)):
                 if batch.id in ids:
-                    seen[batch.id] = batch_seen(batch)
+                    seen[batch.id] = polled_batch(batch)
                     if len(seen) == len(ids):
                         break
         except TaggingError as error:
@@ -58,7 +58,7 @@ class Poller:
             log.warning("batches_not_listed", hint="The provider has no list of batches; each is asked for by itself.")
         for batch_id in ids - seen.keys():  # not in the list: its clock is off, or the batch is gone
             try:
-                seen[batch_id] = batch_seen(await self._provider.retrieve_batch(batch_id))
+                seen[batch_id] = polled_batch(await self._provider.retrieve_batch(batch_id))
             except TaggingError as error:
                 if error.status not in (403, 404):
                     raise
@@ -101,7 +101,7 @@ class Poller:
             log.warning("batch_not_cancelled", openai_batch=batch_id, error=error.code)
 
 
-def batch_seen(batch: ProviderBatch) -> BatchSeen:
+def polled_batch(batch: ProviderBatch) -> PolledBatch:
     """A batch at the provider as ``autotag.record_poll`` takes it."""
     fault = batch.fault
     return {

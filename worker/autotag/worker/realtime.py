@@ -11,7 +11,7 @@ import structlog
 
 from autotag.db import Database, DatabaseSettings, Image
 from autotag.observability.metrics import CLAIMED, CLAIMS, IN_FLIGHT, SECONDS
-from autotag.redact import said
+from autotag.redact import safe_message
 from autotag.worker.wake import Wake
 
 RECLAIM_DELAY = 0.05  # seconds that freed hands gather before the next claim, when all were full …
@@ -55,7 +55,7 @@ async def run(
                     )
                 bound = claim.bound
             except psycopg.Error as error:
-                log.error("claim_failed", error=said(error))
+                log.error("claim_failed", error=safe_message(error))
                 await wake.pause(CLAIM_RETRY)
                 await db.release_unacknowledged(tasks=[image.task for image in hands.busy.values()])
                 continue

@@ -21,7 +21,7 @@ from autotag.http.serve import serve
 from autotag.images.load import Images
 from autotag.observability.metrics import SystemMetrics
 from autotag.openai.provider import Provider, fingerprint
-from autotag.redact import said
+from autotag.redact import safe_message
 from autotag.worker import realtime
 from autotag.worker.batch import BatchLane
 from autotag.worker.broadcast import deliver_outbox
@@ -149,7 +149,7 @@ class _Shift:
                     self._heartbeat(beat, health),
                     self._deliver(settings.secret_key()),
                     outcomes.settle_forever(),
-                    stages.tell_forever(),
+                    stages.report_forever(),
                 )
             ]
             self._log.info("worker_started", slots=settings.slots)
@@ -212,7 +212,7 @@ class _Shift:
                 self._wake.request_stop()
                 return
             except psycopg.Error as error:
-                self._log.error("heartbeat_failed", error=said(error))
+                self._log.error("heartbeat_failed", error=safe_message(error))
                 pause = HEARTBEAT_RETRY
             health.beat()
 

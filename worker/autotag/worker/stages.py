@@ -29,7 +29,7 @@ class Stages:
         """The image has ended; its stage need not be told any more."""
         self._reached.pop(image.task, None)
 
-    async def tell_forever(self) -> None:
+    async def report_forever(self) -> None:
         """Reports stages until cancelled."""
         while True:
             await self._due.wait()

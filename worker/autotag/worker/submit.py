@@ -13,11 +13,11 @@ from autotag.db import Batch, Database, DatabaseSettings, Image, NotHeld, Questi
 from autotag.db.messages import BatchAnswer
 from autotag.errors import TaggingError
 from autotag.images.load import Images
-from autotag.images.prepare import LARGEST_SIDE, data_url
+from autotag.images.prepare import MAX_SIDE, data_url
 from autotag.openai.prompt import batch_line, request_body
 from autotag.openai.provider import Provider
 from autotag.openai.records import ProviderBatch
-from autotag.worker.files import Files, name_of
+from autotag.worker.files import Files, input_file_name
 
 PAGE = 100  # images looked up and fetched together
 SPOOL = 8_000_000  # bytes of an input file kept in memory before it goes to disk
@@ -87,7 +87,7 @@ class Submitter:
                 return None
             await self._db.batch_step(batch, "uploading")
             file.seek(0)
-            uploaded = await self._provider.upload_file(name_of(batch), file, batch.keep_files)
+            uploaded = await self._provider.upload_file(input_file_name(batch), file, batch.keep_files)
         try:
             await self._db.batch_step(batch, "creating", uploaded)
         except NotHeld:
@@ -123,7 +123,7 @@ class Submitter:
     async def _line(self, image: Image, question: Question) -> bytes | TaggingError:
         async with self._fetches:
             try:
-                jpeg = await self._images.load(image, LARGEST_SIDE[question.image_detail])
+                jpeg = await self._images.load(image, MAX_SIDE[question.image_detail])
             except TaggingError as error:
                 if error.kind == "account":
                     raise

@@ -10,7 +10,7 @@ from autotag.db import DatabaseSettings, Image
 from autotag.db.messages import Outcome
 from autotag.errors import TaggingError
 from autotag.images.load import Images
-from autotag.images.prepare import LARGEST_SIDE, data_url
+from autotag.images.prepare import MAX_SIDE, data_url
 from autotag.observability import traces
 from autotag.observability.metrics import SECONDS, timed
 from autotag.openai.answers import read_completion, read_usage
@@ -56,7 +56,7 @@ class Tagger:
         try:
             self._stages.reach(image, "preparing")
             with timed(SECONDS, "fetched"), traces.step("fetch"):
-                jpeg = await self._images.load(image, LARGEST_SIDE[question.image_detail])
+                jpeg = await self._images.load(image, MAX_SIDE[question.image_detail])
             self._stages.reach(image, "processing")
             body = request_body(question, data_url(jpeg), image.cap)
             sent, outcome["called"] = time.monotonic(), True
