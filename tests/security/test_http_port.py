@@ -201,14 +201,14 @@ async def _served() -> AsyncIterator[tuple[int, int]]:
         (POST + b"Content-Length: 100000\r\n\r\n{", "LINGER_SECONDS"),
         (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", "KEEP_ALIVE_SECONDS"),
         (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /h", "REQUEST_SECONDS"),
-        (b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n", "ANSWER_SECONDS"),
+        (b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n", "RESPONSE_SECONDS"),
     ],
     ids=["nothing", "headers", "body", "chunk", "refused body", "idle", "second request", "answer"],
 )  # fmt: skip
 async def test_a_connection_ends_by_its_deadline(
     served: tuple[int, int], sent: bytes, most: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("REQUEST_SECONDS", "ANSWER_SECONDS", "LINGER_SECONDS"):
+    for name in ("REQUEST_SECONDS", "RESPONSE_SECONDS", "LINGER_SECONDS"):
         monkeypatch.setattr(guard, name, 0.5 if name == most else 60.0)
     most_seconds = guard.KEEP_ALIVE_SECONDS if most == "KEEP_ALIVE_SECONDS" else 0.5
     reader, writer = await asyncio.open_connection(HOST, served[sent.startswith(b"POST")])
