@@ -159,14 +159,14 @@ async def _work(db: Database, url: str) -> None:
     async def answer(image: Image, _: DatabaseSettings) -> None:
         nonlocal done
         stages.reach(image, "processing")
-        observations.sent()
+        observations.count_sent()
         outcomes.add(image, {"called": True, "usage": USAGE, "result": RESULT})
         done += 1
         if done == IMAGES:
             wake.request_stop()
 
     helpers = [asyncio.create_task(work) for work in (
-        listen(url, wake.notify), outcomes.settle_forever(), stages.tell_forever())]  # fmt: skip
+        listen(url, wake.notify), outcomes.run(), stages.run())]  # fmt: skip
     await realtime.run(db, wake, Settings.model_fields["slots"].default, answer, deadline=10)
     await outcomes.idle.wait()
     for helper in helpers:

@@ -58,7 +58,7 @@ def doom(point: str) -> None:
     from autotag.db import Database
 
     end = Doom(point)
-    once, request = Database._once, AsyncOpenAI.request
+    once, request = Database._call_once, AsyncOpenAI.request
 
     async def doomed_call(self: Database, statement: str, *arguments: object) -> dict[str, Any]:
         match = re.search(r"autotag\.(\w+)", statement)
@@ -69,5 +69,5 @@ def doom(point: str) -> None:
         path = re.sub(r"/(file-|batch_)\w+", "", options.url)
         return await end.around(f"{options.method.upper()} {path}", lambda: request(self, cast_to, options, **more))
 
-    Database._once = doomed_call  # type: ignore[method-assign]
+    Database._call_once = doomed_call  # type: ignore[method-assign]
     AsyncOpenAI.request = doomed_request  # type: ignore[assignment, method-assign]

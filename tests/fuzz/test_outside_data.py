@@ -20,7 +20,7 @@ from autotag.images.prepare import prepare
 from autotag.openai.answers import CAPTION_LENGTH, MAX_ANSWER, TAG_LENGTH, read_completion, read_usage
 from autotag.openai.classify import classify_status
 from autotag.openai.headers import MAX_RETRY_AFTER, read_limits
-from autotag.openai.output import LINE_MOST, read_line, read_lines
+from autotag.openai.output import MAX_LINE_BYTES, read_line, read_lines
 from autotag.openai.provider import Provider
 from lab.openai_sim.webhooks import make_secret, sign
 
@@ -133,7 +133,7 @@ async def test_a_line_without_end_is_cut_and_the_next_is_read() -> None:
 
     lines = [line async for line in read_lines(chunks())]
     assert len(lines) == 2
-    assert len(lines[0]) <= LINE_MOST + 65_536
+    assert len(lines[0]) <= MAX_LINE_BYTES + 65_536
     assert read_line(lines[0], 10) is None
     assert lines[1] == b'{"custom_id": "7"}'
 

@@ -222,7 +222,7 @@ async def test_the_key_the_bucket_and_the_file_are_told_apart(library: Library) 
     wrong = {
         "signature verification failed": tokens.sign("the secret that was rotated away", "service_role"),
         '"exp" claim timestamp check failed': tokens.sign(stack.jwt_secret, "service_role", lifetime=-60),
-        "it is not the secret one": stack.anon_key,
+        "it is not the secret key": stack.anon_key,
     }
     async with worker(stack):
         await library.finished(library.enqueue(library.insert([f"{library.member.workspace}/never-uploaded.jpg"])))
@@ -238,8 +238,8 @@ async def test_the_key_the_bucket_and_the_file_are_told_apart(library: Library) 
     assert (found.level, "the bucket assets, which does not exist (buckets: other)" in found.message) == ("error", True)
 
 
-@pytest.mark.parametrize(("status", "says"), [(503, "answered with an error (503)"), (200, "No Storage answers"),
-                                              (404, "No Storage answers")])  # fmt: skip
+@pytest.mark.parametrize(("status", "says"), [(503, "answered with an error (503)"), (200, "does not lead to Storage"),
+                                              (404, "does not lead to Storage")])  # fmt: skip
 async def test_a_page_instead_of_storage_is_not_printed(stack: Stack, status: int, says: str) -> None:
     async def page(_: Request) -> Response:
         return HTMLResponse("<html><body>Bad gateway</body></html>", status)

@@ -158,7 +158,7 @@ async def test_a_wrong_key_that_is_rolled_out_beside_the_right_one_costs_a_call_
                 await check_mended(wide, told, clock(wide))
     assert len(refused(stack)) == 1
     assert provider(wide)["account_error"] is None
-    assert [e for e in logs if e["event"] == "other_workers_are_asked"] != []
+    assert [e for e in logs if e["event"] == "worker_superseded"] != []
 
 
 # -- the worker adapts by itself

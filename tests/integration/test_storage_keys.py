@@ -88,7 +88,7 @@ async def test_a_wrong_key_fails_no_image_of_a_batch(probing: Library, kind: str
     told = library.enqueue(await library.upload(IMAGES))
     with capture_logs() as logs:
         async with worker(stack, supabase_secret_key=WRONG_KEYS[kind](stack)):
-            await until(lambda: sum(entry["event"] == "report_batch_failure" for entry in logs) >= 2, "two tries")
+            await until(lambda: sum(entry["event"] == "batch_step_failed" for entry in logs) >= 2, "two tries")
     assert "SUPABASE_SECRET_KEY" in (account_error(library) or "")
     assert library.job(told["job_id"])["failed"] == 0
     async with worker(stack):

@@ -125,14 +125,14 @@ async def test_ready_means_the_database_answers_and_the_account_works(
 ) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    monkeypatch.setattr(metrics, "SAMPLE_EVERY", 0)
+    monkeypatch.setattr(metrics, "SAMPLE_INTERVAL", 0)
     async with worker(library.stack, http=f"127.0.0.1:{port}"):
         await until(lambda: library.sql("select 1 from autotag.workers") != [], "the worker to register")
         assert await status(f"{url}/readyz") == (200, None)
         library.sql("update autotag.provider_limits set account_error = 'no quota', probe_at = now() + interval '1 h'")
-        assert await status(f"{url}/readyz") == (503, "Tagging stands still; see autotag status.")
+        assert await status(f"{url}/readyz") == (503, "Tagging is stopped; see autotag status.")
         library.sql("update autotag.provider_limits set account_error = null, probe_at = null")
-        monkeypatch.setattr(metrics, "READ_MOST", 0.3)
+        monkeypatch.setattr(metrics, "READ_TIMEOUT", 0.3)
         with psycopg.connect(library.stack.database_url()) as blocker:
             blocker.execute("lock table autotag.usage in access exclusive mode")
             code, reason = await status(f"{url}/readyz")
@@ -162,11 +162,11 @@ async def test_the_end_of_the_model_and_answers_without_a_price_are_metrics(libr
 
 async def test_a_process_whose_heart_has_stopped_is_not_healthy() -> None:
     health = Health(0.01)
-    assert health.trouble() is None
+    assert health.problem() is None
     await asyncio.sleep(0.05)
-    assert "No heartbeat" in (health.trouble() or "")
+    assert "No heartbeat" in (health.problem() or "")
     health.beat()
-    assert health.trouble() is None
+    assert health.problem() is None
 
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"

@@ -360,7 +360,7 @@ async def test_a_quota_that_counts_nothing_is_found(scene: Scene) -> None:
 
 async def test_a_port_without_limits_or_signatures_is_found(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     provider, secret = Provider("none", "http://none.invalid/v1", 1), scene.stack.simulator.plan.webhook_secret
-    monkeypatch.setattr(guard, "BODY_MOST", 10**9)
+    monkeypatch.setattr(guard, "MAX_BODY_BYTES", 10**9)
     monkeypatch.setattr(provider._client.webhooks, "verify_signature", lambda *_, **__: None)
 
     async def receive(*_: str) -> str:

@@ -24,7 +24,7 @@ from structlog.testing import capture_logs
 from autotag.http import guard, webhook
 from autotag.http.health import Health, make_app
 from autotag.http.serve import serve
-from autotag.observability.logs import NOISY_MOST, WINDOW, Throttle
+from autotag.observability.logs import MAX_NOISY_LINES, WINDOW, Throttle
 from autotag.observability.metrics import SystemMetrics
 from autotag.openai.provider import Provider
 from benchmarks import flood
@@ -117,7 +117,7 @@ async def test_slow_connections_and_rubbish_hold_up_nobody(running: Running, loa
     # Every line is an event, uvicorn's and asyncio's own ones too, and none fills the log.
     events = [json.loads(line) for line in running.log.read_text().splitlines()]
     kinds = Counter((event["event"], event.get("line")) for event in events if event["level"] != "info")
-    assert max(kinds.values()) <= 2 * NOISY_MOST, kinds  # the seconds of load may touch two windows
+    assert max(kinds.values()) <= 2 * MAX_NOISY_LINES, kinds  # the seconds of load may touch two windows
     assert ("uvicorn.error" if loaded == "http" else "webhook_refused") in {event for event, _ in kinds}
 
 
@@ -132,7 +132,7 @@ async def test_tagging_goes_on_beside_the_flood(postgres: LocalPostgres, databas
     assert figures["log_bytes_per_minute"].ok, phases
 
 
-BIG = guard.BODY_MOST + 1
+BIG = guard.MAX_BODY_BYTES + 1
 
 
 @pytest.mark.parametrize(
@@ -201,14 +201,14 @@ async def _served() -> AsyncIterator[tuple[int, int]]:
         (POST + b"Content-Length: 100000\r\n\r\n{", "LINGER_SECONDS"),
         (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", "KEEP_ALIVE_SECONDS"),
         (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /h", "REQUEST_SECONDS"),
-        (b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n", "ANSWER_SECONDS"),
+        (b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n", "RESPONSE_SECONDS"),
     ],
     ids=["nothing", "headers", "body", "chunk", "refused body", "idle", "second request", "answer"],
 )  # fmt: skip
 async def test_a_connection_ends_by_its_deadline(
     served: tuple[int, int], sent: bytes, most: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("REQUEST_SECONDS", "ANSWER_SECONDS", "LINGER_SECONDS"):
+    for name in ("REQUEST_SECONDS", "RESPONSE_SECONDS", "LINGER_SECONDS"):
         monkeypatch.setattr(guard, name, 0.5 if name == most else 60.0)
     most_seconds = guard.KEEP_ALIVE_SECONDS if most == "KEEP_ALIVE_SECONDS" else 0.5
     reader, writer = await asyncio.open_connection(HOST, served[sent.startswith(b"POST")])
@@ -224,7 +224,7 @@ async def test_a_connection_ends_by_its_deadline(
 
 
 async def test_the_longest_wait_makes_room(served: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "CONNECTIONS_MOST", 3)
+    monkeypatch.setattr(guard, "MAX_CONNECTIONS", 3)
     streams = []
     for _ in range(5):
         streams.append(await asyncio.open_connection(HOST, served[0]))
@@ -255,17 +255,17 @@ async def test_chunks_of_one_byte_end_the_connection(served: tuple[int, int]) ->
 async def test_a_noisy_event_is_written_a_few_times_a_minute_and_the_rest_is_counted() -> None:
     now, told = 0.0, []
     throttle = Throttle(lambda *what: told.append(what), clock=lambda: now)
-    assert [throttle.admit("a") for _ in range(100)].count(True) == NOISY_MOST
+    assert [throttle.admit("a") for _ in range(100)].count(True) == MAX_NOISY_LINES
     assert throttle.admit("b"), "another event has lines of its own"
     now = WINDOW
-    assert (throttle.admit("a"), told) == (True, [("a", 100 - NOISY_MOST)])
+    assert (throttle.admit("a"), told) == (True, [("a", 100 - MAX_NOISY_LINES)])
 
 
 async def test_what_was_left_out_is_said_when_the_noise_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autotag.observability.logs.WINDOW", 0.1)
     told = []
     throttle = Throttle(lambda *what: told.append(what))
-    for _ in range(NOISY_MOST + 2):
+    for _ in range(MAX_NOISY_LINES + 2):
         throttle.admit("a")
     await asyncio.sleep(0.2)
     assert told == [("a", 2)]

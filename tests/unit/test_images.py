@@ -279,7 +279,7 @@ def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(monkeypatch: p
     """Each scan is a hundred bytes and goes over all pixels, and no thread can be stopped."""
     progressive = encoded(quarters(), "JPEG", progressive=True)
     assert images.prepare(progressive + b"\xff\xda\x00\x02" * 500, 512, PIXELS), "what follows its end does not count"
-    monkeypatch.setattr(images, "SCANS_MOST", 5)
+    monkeypatch.setattr(images, "MAX_SCANS", 5)
     with pytest.raises(TaggingError) as caught:
         images.prepare(progressive, 512, PIXELS)
     assert caught.value.code == "unsupported_format"

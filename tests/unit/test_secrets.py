@@ -22,12 +22,12 @@ from autotag.cli import app as cli
 from autotag.cli.console import fail
 from autotag.config import DoctorSettings, SettingsError, load_settings, read_connection
 from autotag.db import calls
-from autotag.images.storage import read_answer
+from autotag.images.storage import read_reply
 from autotag.openai.classify import classify_status
 from autotag.openai.output import read_line
 from autotag.openai.records import read_batch
-from autotag.redact import HIDDEN, redact_event, said
-from autotag.worker.poll import batch_seen
+from autotag.redact import HIDDEN, redact_event, safe_message
+from autotag.worker.poll import polled_batch
 
 KEY, STORAGE_KEY, WEBHOOK = "gateway-key-0123456789", "storage-key-abcdefgh", "whsec_" + "aG9vayBzZWNyZXQvKz0taG9vaw=="
 PASSWORD = "p@ss:w/ord%1"
@@ -42,7 +42,7 @@ def _forget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for name in [n for n in os.environ if n.startswith(("AUTOTAG_", "SUPABASE_", "OPENAI_", "DATABASE_URL"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(redact, "_known", set())
+    monkeypatch.setattr(redact, "_secrets", set())
     monkeypatch.setattr(redact, "_pattern", None)
 
 
@@ -80,7 +80,7 @@ def test_what_a_batch_says_back(secret: str) -> None:
         "input_file_id": "file-1", "object": "batch", "status": "failed",
         "errors": {"data": [{"code": f"c {secret}", "message": f"not allowed\x1b[2J with {secret}"}]},
     })  # fmt: skip
-    told = json.dumps(batch_seen(read_batch(batch)), ensure_ascii=False)
+    told = json.dumps(polled_batch(read_batch(batch)), ensure_ascii=False)
     assert secret not in told
     assert "\\u001b" not in told
 
@@ -91,7 +91,7 @@ def test_what_storage_says_back(secret: str) -> None:
     body = json.dumps(
         {"statusCode": "403", "error": "Unauthorized", "message": f"invalid\x1b[2J token {secret}"}
     ).encode()
-    answer = read_answer(httpx.Response(400), body)
+    answer = read_reply(httpx.Response(400), body)
     assert secret not in answer.message
     assert answer.message == f"invalid[2J token {HIDDEN}"
 
@@ -100,7 +100,7 @@ def test_what_storage_says_back(secret: str) -> None:
 @pytest.mark.usefixtures("process")
 def test_what_a_driver_says(secret: str, capsys: pytest.CaptureFixture[str]) -> None:
     error = psycopg.OperationalError(f"cannot connect with {secret}\nto\x1b[2J the server\n")
-    assert said(error) == f"cannot connect with {HIDDEN} to\\x1b[2J the server"
+    assert safe_message(error) == f"cannot connect with {HIDDEN} to\\x1b[2J the server"
     fail(f"it does not work: {error}")
     assert secret not in capsys.readouterr().err
     with structlog.testing.capture_logs() as lines:

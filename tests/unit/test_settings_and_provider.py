@@ -13,7 +13,7 @@ import pytest
 from autotag.config import SettingsError, load_settings
 from autotag.errors import TaggingError
 from autotag.openai.classify import classify_status
-from autotag.openai.errors import sorted_errors
+from autotag.openai.errors import classified_errors
 from autotag.openai.headers import read_limits, retry_after
 from autotag.redact import redact
 
@@ -117,7 +117,7 @@ def test_every_secret_may_lie_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.parametrize(
     ("content", "says"),
     [(None, "cannot be read (No such file or directory)"), (b"", "is empty"), (b" \n", "is empty"),
-     (b"hunter2\xff\xfe\x00", "cannot be read (it is no text)")],
+     (b"hunter2\xff\xfe\x00", "cannot be read (it is not text)")],
 )  # fmt: skip
 def test_a_secrets_file_that_holds_none_is_one_sentence(
     name: str, content: bytes | None, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -140,7 +140,7 @@ def test_a_key_or_url_in_two_pieces_is_one_sentence(name: str, inside: str, monk
         monkeypatch.setenv(variable, value)
     with pytest.raises(SettingsError) as caught:
         load_settings()
-    assert str(caught.value).startswith(f"{name} is wrong: has a blank, a line break or another character inside")
+    assert str(caught.value).startswith(f"{name} is wrong: contains a blank, a line break or another character")
     assert not any(part in str(caught.value) for part in ("topsecret", "hidden", "\n", "\x1b"))
 
 
@@ -210,7 +210,7 @@ def test_a_wait_may_be_a_date() -> None:
 )
 def test_a_file_that_breaks_off_is_the_providers_trouble(error: Exception) -> None:
     """The SDK lets errors through that come while an answer's body is read."""
-    with pytest.raises(TaggingError) as caught, sorted_errors():
+    with pytest.raises(TaggingError) as caught, classified_errors():
         raise error
     assert (caught.value.kind, caught.value.code, caught.value.origin) == (
         "transient",

@@ -115,7 +115,7 @@ async def test_a_key_of_an_unknown_kind_works_while_it_reads_what_it_read() -> N
         server.buckets = NONE
         await source.read("assets", "there.jpg")
         assert (await trouble(source, path="missing.jpg")).kind == "image"
-        server.file, source._seen_until = NO_FILE, 0
+        server.file, source._buckets_valid_until = NO_FILE, 0
         assert (await trouble(source, path="missing.jpg")).kind == "account"
 
 
@@ -128,7 +128,7 @@ async def test_a_thousand_missing_files_share_one_look_at_the_key() -> None:
 
 
 async def test_a_look_is_repeated_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "LOOK_KEPT", 0.0)
+    monkeypatch.setattr(storage, "KEY_CHECK_VALID", 0.0)
     async with serving() as (server, source):
         server.file = NO_FILE
         assert (await trouble(source)).kind == "image"

@@ -1,7 +1,7 @@
-"""autotag: every image of a Supabase project gets its tags.
+"""autotag tags every image of a Supabase project.
 
-The database decides and this package does: it asks Postgres for work (`db`), fetches and shrinks images
-(`images`), calls OpenAI (`openai`) one by one or in batches (`worker`), and reports back in bulk.
+The database decides; this package does the I/O. It claims work from Postgres (`db`), fetches and shrinks images
+(`images`), calls OpenAI (`openai`) with single calls or batches (`worker`), and reports in bulk.
 """
 
 __version__ = "0.1.0"

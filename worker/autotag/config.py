@@ -1,7 +1,7 @@
 """The worker's settings, from environment variables (or a ``.env`` file).
 
-Everything that decides how images are tagged (model, limits, strategy) is a column of ``autotag.settings``;
-here is only what differs from one worker process to the next.
+Model, limits and strategy are columns of ``autotag.settings``. Only settings that can differ between worker processes
+are here.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from autotag.redact import remember, remember_connection
 
-#: What comes along when a key or URL is pasted: blanks, line ends, quotes, and marks that nobody sees.
-WRAPPING = string.whitespace + "\u00a0\u200b\ufeff" + "\"'`“”‘’"
-WEBHOOK_KEY_LEAST = 16  # bytes; OpenAI's have more
+#: Characters that are often pasted along with a key or URL: white space, quotes, and invisible characters.
+PASTED = string.whitespace + "\u00a0\u200b\ufeff" + "\"'`“”‘’"
+MIN_WEBHOOK_KEY = 16  # bytes; OpenAI's keys are longer
 URL_FORM = (
     "cannot be read as a connection string: postgresql://user:password@host:port/database, in which the characters"
     " @ : / ? # % of a password are written as %40 %3A %2F %3F %23 %25"
@@ -31,18 +31,18 @@ URL_FORM = (
 
 
 def read_secret(value: str) -> str:
-    """A secret as it was pasted, or what stands in the file that ``@path`` names.
+    """Returns a pasted secret without surrounding white space and quotes. ``@path`` reads it from a file.
 
     Raises:
-        ValueError: the file cannot be read; the message ends a sentence and has no part of it.
+        ValueError: the file cannot be read. The message continues a sentence and contains no part of the secret.
     """
-    value = value.strip(WRAPPING)
+    value = value.strip(PASTED)
     if value.startswith("@"):
         try:
             with open(value[1:], encoding="utf-8") as file:
-                value = file.read().strip(WRAPPING)
+                value = file.read().strip(PASTED)
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
             raise ValueError(f"names a file that cannot be read ({reason})") from None
         if not value:
             raise ValueError("names a file that is empty")
@@ -50,10 +50,10 @@ def read_secret(value: str) -> str:
 
 
 def read_connection(value: str) -> str:
-    """The same for a connection string.
+    """Like `read_secret`, for a connection string.
 
     Raises:
-        ValueError: also when it cannot be parsed.
+        ValueError: the file cannot be read, or the connection string cannot be parsed.
     """
     value = read_secret(value)
     check_connection(value)
@@ -61,24 +61,25 @@ def read_connection(value: str) -> str:
 
 
 def check_connection(value: str) -> None:
-    """Refuses a connection string whose parts are not where they seem to be: libpq would name them in its errors.
+    """Checks that a connection string is parsed as intended. Otherwise libpq's errors could contain parts of the
+    password.
 
     Raises:
-        ValueError: with nothing of it in the message.
+        ValueError: the message contains no part of the connection string.
     """
     try:
         parts = conninfo_to_dict(value)
     except (ProgrammingError, UnicodeError):
         raise ValueError(URL_FORM) from None
     port = str(parts.get("port") or "")
-    # An unescaped @ or / of a password ends up in the host, the port or the name of the database.
+    # After an unescaped @ or /, libpq reads the rest of a password as host, port or database name.
     misplaced = any("@" in str(parts.get(name) or "") for name in ("host", "dbname"))
     if misplaced or not re.fullmatch(r"[\d,]*", port):
         raise ValueError(URL_FORM)
 
 
 class Settings(BaseSettings):
-    """One worker process. Names without an alias are read with the prefix ``AUTOTAG_``."""
+    """Settings of one worker process. Fields without an alias are read from ``AUTOTAG_<NAME>``."""
 
     model_config = SettingsConfigDict(env_prefix="AUTOTAG_", env_file=".env", extra="ignore", populate_by_name=True)
 
@@ -95,7 +96,7 @@ class Settings(BaseSettings):
     openai_base_url: str = Field(
         "https://api.openai.com/v1",
         validation_alias=AliasChoices("AUTOTAG_OPENAI_BASE_URL", "OPENAI_BASE_URL"),
-        description="where that API is",
+        description="base URL of that API",
     )
     supabase_url: str | None = Field(
         None,
@@ -116,49 +117,52 @@ class Settings(BaseSettings):
     )
     http: str | None = Field(None, description="HOST:PORT to serve health and metrics on")
     webhook: str | None = Field(
-        None, description="HOST:PORT to serve OpenAI's webhook on, with its secret; a port of its own"
+        None,
+        description="HOST:PORT to serve OpenAI's webhook on; needs OPENAI_WEBHOOK_SECRET; separate from AUTOTAG_HTTP",
     )
-    slots: int = Field(256, ge=1, le=1000, description="single calls in flight at most")
-    batch_slots: int = Field(4, ge=1, le=50, description="batches built or harvested at the same time")
-    fetches: int = Field(16, ge=1, le=200, description="images fetched at the same time for one batch")
+    slots: int = Field(256, ge=1, le=1000, description="max single calls in flight")
+    batch_slots: int = Field(4, ge=1, le=50, description="max batches built or harvested concurrently")
+    fetches: int = Field(16, ge=1, le=200, description="max images fetched concurrently for batches")
     image_hosts: Annotated[frozenset[str], NoDecode] = Field(
-        frozenset(), description="hosts that image URLs may name, separated by commas"
+        frozenset(), description="hosts that image URLs may use, separated by commas"
     )
-    image_max_bytes: int = Field(25_000_000, ge=1000, description="largest image file, bytes")
-    image_max_pixels: int = Field(100_000_000, ge=1000, description="largest image, pixels")
-    call_timeout: float = Field(60, gt=0, description="seconds one call of the AI provider may take")
-    stop_deadline: float = Field(25, ge=0, description="seconds that SIGTERM leaves to what is in hand")
-    poll_interval: float = Field(5, gt=0, description="seconds between questions where LISTEN is impossible")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
-    log_format: Literal["json", "console"] = Field("json", description="json: an object a line")
+    image_max_bytes: int = Field(25_000_000, ge=1000, description="max size of an image file, in bytes")
+    image_max_pixels: int = Field(100_000_000, ge=1000, description="max size of an image, in pixels")
+    call_timeout: float = Field(60, gt=0, description="timeout of one call to the AI provider, in seconds")
+    stop_deadline: float = Field(25, ge=0, description="seconds that work in progress has to finish after SIGTERM")
+    poll_interval: float = Field(5, gt=0, description="seconds between polls where LISTEN is impossible")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level to log")
+    log_format: Literal["json", "console"] = Field("json", description="json (one object per line) or console")
 
     @field_validator("openai_base_url", "supabase_url", mode="before")
     @classmethod
-    def _without_wrapping(cls, value: object) -> object:
-        return value.strip(WRAPPING) if isinstance(value, str) else value
+    def _strip_pasted(cls, value: object) -> object:
+        return value.strip(PASTED) if isinstance(value, str) else value
 
     @field_validator("database_url", "openai_api_key", "supabase_secret_key", "openai_webhook_secret", mode="before")
     @classmethod
-    def _from_a_file(cls, value: object) -> object:
+    def _read_secrets(cls, value: object) -> object:
         return read_secret(value) if isinstance(value, str) else value
 
     @field_validator("database_url")
     @classmethod
-    def _readable(cls, value: PostgresDsn) -> PostgresDsn:
+    def _check_database_url(cls, value: PostgresDsn) -> PostgresDsn:
         check_connection(str(value))
         return value
 
     def model_post_init(self, context: Any, /) -> None:
-        """Has the secrets taken out of all messages from now on."""
+        """Registers the secrets, so that `redact` removes them from all messages."""
         secrets = (self.openai_api_key, self.supabase_secret_key, self.openai_webhook_secret)
         remember(*(secret.get_secret_value() for secret in secrets if secret))
         remember_connection(str(self.database_url))
 
     @field_validator("openai_api_key", "supabase_secret_key", "openai_webhook_secret")
     @classmethod
-    def _in_one_piece(cls, value: SecretStr | None) -> SecretStr | None:
+    def _check_secrets(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not re.fullmatch(r"[!-~]*", value.get_secret_value()):
-            raise ValueError("has a blank, a line break or another character inside that no key has; paste it again")
+            raise ValueError(
+                "contains a blank, a line break or another character that keys do not have; paste it again"
+            )
         return value
 
     @field_validator("image_hosts", mode="before")
@@ -170,16 +174,18 @@ class Settings(BaseSettings):
 
     @field_validator("openai_base_url", "supabase_url")
     @classmethod
-    def _http_url(cls, value: str | None) -> str | None:
+    def _check_http_url(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("http://", "https://")):
             raise ValueError("must start with https:// (or http://)")
         if value is not None and not re.fullmatch(r"[!-~]*", value):
-            raise ValueError("has a blank, a line break or another character inside that no URL has; paste it again")
+            raise ValueError(
+                "contains a blank, a line break or another character that URLs do not have; paste it again"
+            )
         return value.rstrip("/") if value else value
 
     @field_validator("http", "webhook")
     @classmethod
-    def _host_and_port(cls, value: str | None) -> str | None:
+    def _check_host_and_port(cls, value: str | None) -> str | None:
         if value is not None:
             match = re.fullmatch(r"\S+:(\d{1,5})", value, re.ASCII)
             if not match or int(match[1]) > 65_535:
@@ -187,43 +193,44 @@ class Settings(BaseSettings):
         return value
 
     @model_validator(mode="after")
-    def _webhook_is_whole(self) -> Self:
-        trouble = webhook_problem(self)
-        if trouble:
-            raise ValueError(trouble)
+    def _check_webhook(self) -> Self:
+        problem = webhook_problem(self)
+        if problem:
+            raise ValueError(problem)
         return self
 
     def secret_key(self) -> str | None:
-        """The project's secret key in the clear."""
+        """The project's secret key as plain text; None if it is not set."""
         return self.supabase_secret_key.get_secret_value() if self.supabase_secret_key else None
 
 
 class DoctorSettings(Settings):
-    """The same for ``autotag doctor``, which reports a missing key instead of refusing to start."""
+    """`Settings` for ``autotag doctor``, which reports a missing API key or a wrong webhook instead of refusing to
+    start."""
 
     openai_api_key: SecretStr | None = Field(  # type: ignore[assignment]
         None, validation_alias=AliasChoices("AUTOTAG_OPENAI_API_KEY", "OPENAI_API_KEY")
     )
 
     @model_validator(mode="after")
-    def _webhook_is_whole(self) -> Self:
+    def _check_webhook(self) -> Self:
         return self
 
 
 def webhook_problem(settings: Settings) -> str | None:
-    """Why the webhook of these settings could not be trusted or reached, if so; one sentence without its full stop.
+    """One sentence, without a full stop, about webhook settings that are insecure or incomplete; None if they are fine.
 
-    An empty secret signs as well as any other: whoever knows that it is empty would be believed.
+    An empty secret must be refused: anyone could sign deliveries with it.
     """
     secret = settings.openai_webhook_secret
     if secret is not None and not _is_webhook_secret(secret.get_secret_value()):
         return (
-            f"OPENAI_WEBHOOK_SECRET does not look like one (whsec_ and at least {WEBHOOK_KEY_LEAST} bytes in base64); "
+            f"OPENAI_WEBHOOK_SECRET does not look like one (whsec_ and at least {MIN_WEBHOOK_KEY} bytes in base64); "
             "copy it from the webhook in OpenAI's settings, or leave it unset"
         )
     if secret is not None and settings.webhook is None:
         return (
-            "OPENAI_WEBHOOK_SECRET is set, but the webhook has no address; say where to serve it with --webhook "
+            "OPENAI_WEBHOOK_SECRET is set, but the webhook has no address; set it with --webhook "
             "HOST:PORT (AUTOTAG_WEBHOOK), or leave the secret unset"
         )
     if secret is None and settings.webhook is not None:
@@ -234,13 +241,13 @@ def webhook_problem(settings: Settings) -> str | None:
 def _is_webhook_secret(text: str) -> bool:
     key = text.removeprefix("whsec_")
     try:
-        return key != text and len(base64.b64decode(key, validate=True)) >= WEBHOOK_KEY_LEAST
+        return key != text and len(base64.b64decode(key, validate=True)) >= MIN_WEBHOOK_KEY
     except binascii.Error:
         return False
 
 
 class SettingsError(Exception):
-    """A setting is missing or wrong; the message is one sentence for the operator."""
+    """A setting is missing or wrong. The message is one sentence for the operator."""
 
 
 S = TypeVar("S", bound=Settings)
@@ -250,31 +257,31 @@ def load_settings(kind: type[S] = Settings, **changes: Any) -> S:  # type: ignor
     """Reads the settings.
 
     Args:
-        kind: of the settings.
-        changes: settings that the command line names.
+        kind: `Settings` or a subclass.
+        changes: settings from the command line; they override the environment.
 
     Raises:
-        SettingsError: names the first variable that is missing or wrong, and what it should be.
+        SettingsError: a variable is missing or wrong. The message names the first one and its meaning.
     """
     try:
         return kind(**changes)
     except ValidationError as error:
         first = error.errors()[0]
-        if not first["loc"]:  # of no single setting: the message says all
+        if not first["loc"]:  # an error of several settings together: its message is complete
             raise SettingsError(f"{first['msg'].removeprefix('Value error, ')}.") from None
         location = str(first["loc"][0])
         for key, field in Settings.model_fields.items():
             names = environment_names(key, field)
             if location in (key, *names):
-                # The name that was used, or else the usual one, which stands last.
+                # Name the variable that is set, or else the usual one, which is last.
                 name = next((n for n in names if n in os.environ), names[-1])
-                what = f" ({field.description})"
+                meaning = f" ({field.description})"
                 break
         else:
-            name, what = location, ""
+            name, meaning = location, ""
         if first["type"] == "missing":
-            raise SettingsError(f"{name} is not set{what}.") from None
-        raise SettingsError(f"{name} is wrong: {first['msg'].removeprefix('Value error, ')}{what}.") from None
+            raise SettingsError(f"{name} is not set{meaning}.") from None
+        raise SettingsError(f"{name} is wrong: {first['msg'].removeprefix('Value error, ')}{meaning}.") from None
 
 
 def environment_names(key: str, field: FieldInfo) -> list[str]:

@@ -1,7 +1,7 @@
-"""What can go wrong with an image, and what follows from it.
+"""Errors of tagging an image, and the consequences of each error kind.
 
-The database decides what happens (``autotag.error_kinds``, ``autotag.apply_answers``); the worker only says of which
-kind an error is, and where it comes from.
+The worker classifies an error (kind, code, origin). The database decides what follows (``autotag.error_kinds``,
+``autotag.apply_answers``).
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from autotag.db.messages import ErrorReport, Kind, Limits, Origin
 
 
 class Consequence(NamedTuple):
-    """What follows from an error of a kind; the same table as ``autotag.error_kinds`` (a test compares them).
+    """Consequences of an error kind: the same as its row in ``autotag.error_kinds`` (a test compares them).
 
-    counts: each one counts as a failure of its image. delays: the image waits before its next try. pauses: nothing is
-    tagged until one image that tries succeeds. ends: the image fails, unless ``retry`` is set. suspects: codes with
-    which it may be the image's after all, so that these count, too.
+    Attributes:
+        counts: the error counts as a failure of its image.
+        delays: the image is delayed before its next try.
+        pauses: tagging stops until one image succeeds.
+        ends: the image fails, unless ``retry`` is set.
+        suspects: codes that may be caused by the image itself, so they also count as failures of the image.
     """
 
     counts: bool
@@ -40,18 +43,18 @@ class TaggingError(Exception):
     """An image was not tagged this time.
 
     Args:
-        kind: ``transient`` (nobody's fault: again later), ``rate_limit`` (again when the provider says so),
-            ``account`` (key, credit, model, address, unsupported request: the lanes pause until it works), ``image``
-            (this image only).
-        code: stable, for programs.
-        message: a sentence that the user who uploaded the image understands; of kind account, for the operator.
-        retry: for ``image``: another answer may help.
-        retry_after: seconds, where the provider named them.
-        limits: what the answer's headers said of the provider's bucket (`headers.read_limits`).
-        origin: who complained.
-        parameter: the part of our request that the provider does not take: ``token_cap``, ``reasoning_effort``,
+        kind: ``transient`` (temporary or unknown: retried later), ``rate_limit`` (retried when the provider allows
+            it), ``account`` (key, credit, model, address or unsupported request: both lanes stop until an image
+            succeeds), ``image`` (only this image is affected).
+        code: stable name of the error, for programs.
+        message: a sentence for the user who uploaded the image; for kind ``account``, for the operator.
+        retry: for kind ``image``: another answer may be usable.
+        retry_after: seconds to wait, if the provider sent them.
+        limits: the provider's rate limits from the answer's headers (`headers.read_limits`).
+        origin: where the error comes from.
+        parameter: the part of the request that the provider does not support: ``token_cap``, ``reasoning_effort``,
             ``response_format``, ``detail``, ``service_tier`` or ``expires_after``.
-        status: of HTTP, where the provider answered.
+        status: HTTP status of the answer; None without an answer.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class TaggingError(Exception):
         self.status = status
 
     def as_json(self) -> ErrorReport:
-        """The error as the database takes it."""
+        """The error in the form that ``autotag.clean_error`` expects."""
         return {
             "kind": self.kind, "code": self.code, "message": self.message, "retry": self.retry,
             "retry_after": self.retry_after, "origin": self.origin, "parameter": self.parameter,
@@ -79,5 +82,5 @@ class TaggingError(Exception):
 
 
 def image_error(code: str, message: str, *, retry: bool = False, parameter: str | None = None) -> TaggingError:
-    """An error of this image alone."""
+    """An error of kind ``image``."""
     return TaggingError("image", code, message, retry=retry, parameter=parameter)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from decimal import ROUND_HALF_EVEN, Decimal
 
-DECIMALS = 8  # of a dollar; one token costs at least 0.00000001
-MAX_NAMED_MODELS = 3  # models without a price that a line names
+DECIMALS = 8  # a token costs at least 0.00000001 dollars
+MAX_NAMED_MODELS = 3  # models without a price that are named in one line
 
 Amount = Decimal | float | int
 
 
 def dollars(amount: Amount) -> str:
-    """An amount for people: cents from a dollar on, four decimals from a cent on, two significant digits below."""
+    """An amount for people: two decimals from $1, four decimals from $0.01, two significant digits below."""
     value = Decimal(str(amount))
     if value >= 1:
         return f"${value:,.2f}"
@@ -30,12 +30,18 @@ def plain(amount: Amount) -> str:
 
 
 def round_dollars(amount: Amount) -> Decimal:
-    """The amount with at most eight decimals."""
+    """Rounds an amount to eight decimals."""
     return Decimal(str(amount)).quantize(Decimal(1).scaleb(-DECIMALS), ROUND_HALF_EVEN)
 
 
 def total(known: Amount, unpriced: int, models: Sequence[str]) -> str:
-    """A sum of which a part is unknown: "$0.0123 + 40 answers of unknown cost (my-model)"."""
+    """A sum with an unknown part: "$0.0123 + 40 answers of unknown cost (my-model)".
+
+    Args:
+        known: dollars of the answers that have a price.
+        unpriced: number of answers whose model has no price.
+        models: names of these models.
+    """
     if not unpriced:
         return dollars(known)
     names = ", ".join(models[:MAX_NAMED_MODELS]) + (", …" if len(models) > MAX_NAMED_MODELS else "")

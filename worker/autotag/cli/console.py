@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from autotag.redact import redact
-from autotag.texts import SHOWN, one_line, printable
+from autotag.texts import MAX_SHOWN, one_line, printable
 
 MAX_LINE = 2000  # characters
 
@@ -25,7 +25,7 @@ def say_json(value: Any) -> None:
     typer.echo(json.dumps(value, default=str).replace("\x7f", "\\u007f"))
 
 
-def cell(text: object, style: str = "", length: int = SHOWN) -> Text:
+def cell(text: object, style: str = "", length: int = MAX_SHOWN) -> Text:
     """Text from outside for a rich table, without markup and control characters, at most ``length`` characters."""
     return Text(printable(text, length), style)
 

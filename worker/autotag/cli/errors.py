@@ -14,7 +14,7 @@ import psycopg_pool
 from autotag.cli.console import fail
 from autotag.db import Refused, VersionsDiffer
 from autotag.install.host import HostError
-from autotag.redact import said
+from autotag.redact import safe_message
 from autotag.texts import printable
 
 FAILED = 1
@@ -33,7 +33,7 @@ NO_SCHEMA = (
 
 def unreachable(error: BaseException, *, local: bool = False) -> str:
     """The message when the database does not answer; ``local``: no one named a database, so it is the local stack's."""
-    reason = printable(said(error), MAX_REASON).rstrip(".")
+    reason = printable(safe_message(error), MAX_REASON).rstrip(".")
     fix = (
         "start it with supabase start, or set DATABASE_URL"
         if local
@@ -107,6 +107,6 @@ def explain_install_errors(url: str) -> Iterator[None]:
     except psycopg.OperationalError as error:
         raise fail(unreachable(error, local=url == LOCAL_DATABASE), FAILED) from None
     except psycopg.Error as error:
-        raise fail(f"The migrations were not applied: {said(error)}", FAILED) from None
+        raise fail(f"The migrations were not applied: {safe_message(error)}", FAILED) from None
     except OSError as error:
         raise fail(f"{error.filename or 'A file'} cannot be read or written ({error.strerror}).", FAILED) from None

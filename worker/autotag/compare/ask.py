@@ -16,11 +16,11 @@ from typing import cast
 
 from autotag.config import Settings
 from autotag.db import Image, Operator, Question, Refused
-from autotag.db.messages import Limits, Seen, TagResult
+from autotag.db.messages import Limits, ObservedLimits, TagResult
 from autotag.db.operator_messages import Admission, ComparisonReport, ModelQuestion
 from autotag.errors import TaggingError
 from autotag.images.load import Images
-from autotag.images.prepare import LARGEST_SIDE, data_url, prepare
+from autotag.images.prepare import MAX_SIDE, data_url, prepare
 from autotag.openai.answers import normalise_tags, read_completion, read_usage
 from autotag.openai.prompt import request_body
 from autotag.openai.provider import Provider
@@ -30,7 +30,7 @@ CONCURRENT_CALLS = 8
 MIN_WAIT = 0.05  # seconds between two requests for admission
 THUMBNAIL = 480  # pixels of a picture's longer side on the page
 MAX_STORED_TAGS = 1000  # of one image
-MAX_PIXELS = LARGEST_SIDE["high"] ** 2  # of a prepared picture
+MAX_PIXELS = MAX_SIDE["high"] ** 2  # of a prepared picture
 
 #: Gets the number of images that are done, and what the next one waits for (None: nothing).
 OnProgress = Callable[[int, str | None], None]
@@ -171,7 +171,7 @@ class Comparison:
                 "called": False, "failures": outcome.failures, "cut_off": outcome.cut_off,
                 "proven": self._proven,
             }  # fmt: skip
-            seen: Seen = {}
+            seen: ObservedLimits = {}
             outcome.error, outcome.sent = None, 0.0
             try:
                 jpeg = jpeg or await self._load(outcome)
@@ -181,7 +181,7 @@ class Comparison:
                 report |= {
                     "reserved": admitted["reserved"], "reserved_at": admitted["reserved_at"], "cap": admitted["cap"],
                 }  # fmt: skip
-                seen = cast("Seen", await self._call(question, jpeg, outcome, report))
+                seen = cast("ObservedLimits", await self._call(question, jpeg, outcome, report))
             except TaggingError as error:
                 outcome.error, seen = error, _limits_of(error, seen)
                 report["error"] = error.as_json()
@@ -191,7 +191,7 @@ class Comparison:
                 return
 
     async def _load(self, outcome: Outcome) -> bytes:
-        jpeg = await self._images.load(outcome.sample.image, LARGEST_SIDE[self.question["image_detail"]])
+        jpeg = await self._images.load(outcome.sample.image, MAX_SIDE[self.question["image_detail"]])
         if self._thumbnails:
             outcome.thumbnail = await asyncio.to_thread(prepare, jpeg, THUMBNAIL, MAX_PIXELS)
         return jpeg
@@ -231,7 +231,9 @@ class Comparison:
         self._proven = True
         return completion.limits
 
-    async def _settle(self, question: ModelQuestion, outcome: Outcome, report: ComparisonReport, seen: Seen) -> bool:
+    async def _settle(
+        self, question: ModelQuestion, outcome: Outcome, report: ComparisonReport, seen: ObservedLimits
+    ) -> bool:
         """Reports one call to the database; returns whether the image is done."""
         step = await self._operator.settle_comparison(self._workspace, question, report, seen or None)
         if report.get("usage"):
@@ -275,7 +277,7 @@ async def open_comparison(
         yield Comparison(operator, provider, images, workspace, question, on_progress, thumbnails=thumbnails)
 
 
-def _limits_of(error: TaggingError, seen: Seen) -> Seen:
+def _limits_of(error: TaggingError, seen: ObservedLimits) -> ObservedLimits:
     """The provider's limits from the headers of an error."""
     seen = {**seen, **error.limits}
     if error.kind == "rate_limit" and error.origin == "provider":

@@ -1,4 +1,4 @@
-"""Every call of the database that the product makes. No other module of it holds SQL, but for `autotag.install`."""
+"""All database calls of the product. No other module contains SQL, except `autotag.install`."""
 
 from autotag.db.calls import Database
 from autotag.db.listening import can_listen, listen

@@ -1,10 +1,9 @@
-"""Every call of the database that a worker makes.
+"""The database calls of a worker.
 
-Each function is one call of ``autotag.*``; what it does stands at its definition in the migrations. Calls
-that a broken connection or a deadlock interrupts are made again until they work, because what they report
-was paid for. They are idempotent: a report for what is settled already is refused. The two claims are not;
-after one that failed, `Database.release_unacknowledged` gives back what was claimed without the worker ever hearing
-of it.
+Each method calls one function ``autotag.*``, which is documented in its SQL source. After a broken connection or a
+deadlock, a call is retried until it succeeds, because the answers that it reports were paid for. Retries are safe: a
+second report of the same attempt is refused. The two claims are not retried, because they are not idempotent. After a
+claim that failed, `Database.release_unacknowledged` releases what was claimed without the worker's knowledge.
 """
 
 from __future__ import annotations
@@ -22,12 +21,11 @@ from psycopg.types.json import Jsonb, set_json_dumps, set_json_loads
 from psycopg_pool import AsyncConnectionPool
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from autotag.db.listening import KEEPALIVES, RETRY_MOST
+from autotag.db.listening import KEEPALIVES, MAX_RETRY_DELAY
 from autotag.db.messages import (
     Batch,
     BatchAnswer,
     BatchClaim,
-    BatchSeen,
     Broadcast,
     Claim,
     DatabaseSettings,
@@ -35,12 +33,13 @@ from autotag.db.messages import (
     Image,
     Metrics,
     NotHeld,
+    ObservedLimits,
+    PolledBatch,
     ProviderFacts,
     Question,
     Refused,
     Registered,
     Report,
-    Seen,
     Sent,
     Settled,
     StageReport,
@@ -48,9 +47,9 @@ from autotag.db.messages import (
     VersionsDiffer,
     make,
 )  # fmt: skip
-from autotag.redact import said
+from autotag.redact import safe_message
 
-POOL_SIZE = 4  # claim, settle, stages and the batch lane seldom meet
+POOL_SIZE = 4  # connections; claim, settle, stages and the batch lane rarely run at the same time
 
 log = structlog.get_logger(__name__)
 
@@ -62,17 +61,18 @@ set_json_loads(orjson.loads)
 
 def _log_retry(state: RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
-    log.warning("database_retry", attempt=state.attempt_number, error=said(error) if error else "")
+    log.warning("database_retry", attempt=state.attempt_number, error=safe_message(error) if error else "")
 
 
 class Database:
-    """The calls, over a small pool of connections, in the name of one worker."""
+    """The database calls of one worker, over a small connection pool."""
 
     def __init__(self, url: str, worker: uuid.UUID, *, prepare: bool = True) -> None:
-        """Args:
-        url: connection URL.
-        worker: the worker's id.
-        prepare: use prepared statements (impossible behind a transaction pooler).
+        """
+        Args:
+            url: connection URL.
+            worker: the worker's id.
+            prepare: use prepared statements (impossible behind a transaction pooler).
         """
         self.worker = worker
         self._registered: Registered | None = None
@@ -91,19 +91,24 @@ class Database:
             },
         )
 
-    def _settings(self, known: Question | None, changed: dict[str, Any] | None) -> DatabaseSettings:
-        """The settings for what a claim released; see `_asked`."""
+    def _settings(self, sent: Question | None, changed: dict[str, Any] | None) -> DatabaseSettings:
+        """The settings for the images of a claim; see `_question_of`."""
         if self._registered is None:
-            raise RuntimeError("A worker registers before it claims.")
+            raise RuntimeError("A worker must register before it claims.")
         return DatabaseSettings(
-            self._asked(known, changed), self._registered.lease_seconds, self._registered.batch_max_bytes
+            self._question_of(sent, changed), self._registered.lease_seconds, self._registered.batch_max_bytes
         )
 
-    def _asked(self, known: Question | None, changed: dict[str, Any] | None) -> Question:
-        """What to ask about what a claim released: what the database says, or what was known when the claim was sent.
-        The other lane may have learned of a newer question meanwhile."""
-        if changed is None and known is not None:
-            return known
+    def _question_of(self, sent: Question | None, changed: dict[str, Any] | None) -> Question:
+        """The question for the images of a claim.
+
+        Args:
+            sent: the question whose version was sent with the claim. It may differ from ``self._question`` by now,
+                because the other lane may have received a newer one.
+            changed: the question in the database's result; None: ``sent`` is still the current one.
+        """
+        if changed is None and sent is not None:
+            return sent
         question = make(Question, changed or {})
         if self._question is None or self._question.version < question.version:
             self._question = question
@@ -111,7 +116,7 @@ class Database:
         return question
 
     async def open(self) -> None:
-        """Connects.
+        """Opens the pool.
 
         Raises:
             psycopg_pool.PoolTimeout: no connection within 30 seconds.
@@ -119,20 +124,21 @@ class Database:
         await self._pool.open(wait=True)
 
     async def close(self) -> None:
+        """Closes the pool."""
         await self._pool.close()
 
     async def _call(self, statement: str, *arguments: object) -> dict[str, Any]:
-        """One call; its row, with a broken connection or a deadlock met by another try."""
+        """Executes one statement and returns its row. Retries after a broken connection or a deadlock."""
         async for attempt in AsyncRetrying(
             retry=retry_if_exception_type(_TRANSIENT),
-            wait=wait_random_exponential(0.1, max=RETRY_MOST),
+            wait=wait_random_exponential(0.1, max=MAX_RETRY_DELAY),
             before_sleep=_log_retry,
         ):
             with attempt:
-                return await self._once(statement, *arguments)
-        raise AssertionError("unreachable: it is tried until it works")
+                return await self._call_once(statement, *arguments)
+        raise AssertionError("unreachable: the loop ends with a result")
 
-    async def _once(self, statement: str, *arguments: object) -> dict[str, Any]:
+    async def _call_once(self, statement: str, *arguments: object) -> dict[str, Any]:
         async with self._pool.connection() as connection:
             try:
                 cursor = await connection.execute(statement, arguments)
@@ -145,17 +151,17 @@ class Database:
             return cast("dict[str, Any]", await cursor.fetchone())
 
     async def register(self, host: str, version: str, listening: bool, base_url: str, fingerprint: str) -> Registered:
-        """Introduces the worker, at the start and after its lease has run out. Claims come after it.
+        """Registers the worker: at its start, before the first claim, and after its lease has ended.
 
         Args:
-            host: the machine's name, for people.
-            version: of this package.
-            listening: whether notifications reach it.
-            base_url: whom it asks.
-            fingerprint: with which key (`provider.fingerprint`).
+            host: the machine's name, for operators.
+            version: this package's version.
+            listening: whether LISTEN works.
+            base_url: the provider's address.
+            fingerprint: of address and key (`provider.fingerprint`).
 
         Raises:
-            VersionsDiffer: worker and schema do not fit.
+            VersionsDiffer: the schema has another version.
         """
         row = await self._call(
             "select autotag.register_worker(%s, %s, %s, %s, %s, %s) as settings",
@@ -165,53 +171,59 @@ class Database:
         return self._registered
 
     async def heartbeat(self) -> bool:
-        """False when the lease had run out: the worker has to register again. Not tried again by itself.
+        """Extends the lease. False if the lease has ended, so the worker must register again. Not retried.
 
         Raises:
             VersionsDiffer: the schema has been upgraded.
         """
-        return bool((await self._once("select autotag.heartbeat(%s) as alive", self.worker))["alive"])
+        return bool((await self._call_once("select autotag.heartbeat(%s) as alive", self.worker))["alive"])
 
     async def tick_if_due(self) -> bool:
         """Runs what is overdue; whether to call again. Does not retry."""
         return bool((await self._once("select autotag.tick_if_due() as more"))["more"])
 
     async def release(self) -> int:
+        """Releases everything that the worker holds, and ends its lease; returns the number of tasks and batches."""
         return int((await self._call("select autotag.release_worker(%s) as n", self.worker))["n"])
 
     async def release_unacknowledged(
         self, *, tasks: Sequence[int] | None = None, batches: Sequence[str] | None = None
     ) -> None:
-        """Gives back what this worker holds besides these tasks or these batches; None leaves that kind alone."""
+        """Releases the tasks and batches of this worker that are not in these lists. None: leaves that kind
+        unchanged.
+        """
         await self._call(
             "select autotag.release_unacknowledged(%s, %s::bigint[], %s::uuid[])", self.worker, tasks, batches
         )
 
     async def claim(self, slots: int) -> Claim:
-        """Not tried again by itself: after an error call `release_unacknowledged`."""
-        known = self._question
-        row = await self._once(
-            "select tasks, wait, bound, question from autotag.claim(%s, %s, %s)", self.worker, slots, _version(known)
+        """Claims images for single calls. Not retried: after an error, call `release_unacknowledged`."""
+        question = self._question
+        row = await self._call_once(
+            "select tasks, wait, bound, question from autotag.claim(%s, %s, %s)", self.worker, slots, _version(question)
         )
         images = [make(Image, task) for task in row["tasks"]]
-        return Claim(images, row["wait"], row["bound"], self._settings(known, row["question"]))
+        return Claim(images, row["wait"], row["bound"], self._settings(question, row["question"]))
 
     async def report_stages(self, stages: list[StageReport], sent: Sent | None) -> None:
+        """Reports stages of images, and calls that were sent."""
         await self._call(
             "select autotag.report_stages(%s, %s, %s)", self.worker, Jsonb(stages), Jsonb(sent) if sent else None
         )
 
-    async def settle(self, reports: list[Report], seen: Seen | None) -> Settled:
+    async def settle(self, reports: list[Report], observed: ObservedLimits | None) -> Settled:
+        """Reports the outcomes of single calls, and the provider's limits."""
         row = await self._call(
-            "select autotag.settle(%s, %s, %s) as told", self.worker, Jsonb(reports), Jsonb(seen) if seen else None
-        )
-        return make(Settled, row["told"])
+            "select autotag.settle(%s, %s, %s) as result",
+            self.worker, Jsonb(reports), Jsonb(observed) if observed else None,
+        )  # fmt: skip
+        return make(Settled, row["result"])
 
     async def claim_batches(self, slots: int) -> BatchClaim:
-        """Not tried again by itself: after an error call `release_unacknowledged`."""
-        known = self._question
-        row = await self._once(
-            "select c.* from autotag.claim_batches(%s, %s, %s) c", self.worker, slots, _version(known)
+        """Claims batches and polls. Not retried: after an error, call `release_unacknowledged`."""
+        question = self._question
+        row = await self._call_once(
+            "select c.* from autotag.claim_batches(%s, %s, %s) c", self.worker, slots, _version(question)
         )
         return BatchClaim(
             batches=[make(Batch, batch) for batch in row["batches"]],
@@ -219,11 +231,12 @@ class Database:
             poll=[make(Submitted, batch) for batch in row["poll"] or []],
             cancel=row["cancel"] or [],
             files=row["files"],
-            settings=self._settings(known, row["question"]),
+            settings=self._settings(question, row["question"]),
             look_up=row["look_up"],
         )
 
     async def batch_images(self, batch: Batch, after: int, limit: int) -> list[Image]:
+        """The next images of a batch: at most ``limit``, with task ids greater than ``after``."""
         row = await self._call(
             "select autotag.batch_images(%s, %s, %s, %s, %s) as page",
             self.worker, batch.batch, batch.attempt, after, limit,
@@ -231,57 +244,69 @@ class Database:
         return [make(Image, image) for image in row["page"]]
 
     async def batch_step(self, batch: Batch, state: str, input_file_id: str | None = None) -> None:
+        """Records that the next step of submitting a batch starts."""
         await self._call(
             "select autotag.batch_step(%s, %s, %s, %s, %s)",
             self.worker, batch.batch, batch.attempt, state, input_file_id,
         )  # fmt: skip
 
     async def batch_split(self, batch: Batch, last_task: int) -> None:
+        """Moves the images after ``last_task``, which did not fit into the file, to another batch."""
         await self._call(
             "select autotag.batch_split(%s, %s, %s, %s)", self.worker, batch.batch, batch.attempt, last_task
         )
 
     async def batch_submitted(self, batch: Batch, openai_batch_id: str, status: str, input_file_id: str) -> None:
+        """Records that the batch was created at the provider."""
         await self._call(
             "select autotag.batch_submitted(%s, %s, %s, %s, %s, %s)",
             self.worker, batch.batch, batch.attempt, openai_batch_id, status, input_file_id,
         )  # fmt: skip
 
     async def report_batch_failure(self, batch: Batch, error: ErrorReport) -> None:
+        """Reports that a step of a batch failed, and releases the batch."""
         await self._call(
             "select autotag.report_batch_failure(%s, %s, %s, %s)", self.worker, batch.batch, batch.attempt, Jsonb(error)
         )
 
-    async def record_poll(self, seen: list[BatchSeen]) -> None:
-        await self._call("select autotag.record_poll(%s, %s)", self.worker, Jsonb(seen))
+    async def record_poll(self, polled: list[PolledBatch]) -> None:
+        """Reports the state of batches at the provider."""
+        await self._call("select autotag.record_poll(%s, %s)", self.worker, Jsonb(polled))
 
     async def batch_answers(self, batch: Batch, answers: list[BatchAnswer]) -> Settled:
-        """How many images have ended by that; the others are noted or were known."""
+        """Stores answers of a batch; returns how many images ended, which excludes retries and answers stored
+        before.
+        """
         row = await self._call(
-            "select autotag.batch_answers(%s, %s, %s, %s) as told",
+            "select autotag.batch_answers(%s, %s, %s, %s) as result",
             self.worker, batch.batch, batch.attempt, Jsonb(answers),
         )  # fmt: skip
-        return make(Settled, row["told"])
+        return make(Settled, row["result"])
 
     async def provider_checked(self, facts: ProviderFacts) -> str | None:
-        """Tells what the provider said of the model; a sentence for the log when the model's end is near."""
+        """Reports facts about the model and the provider; returns a warning for the log if the model shuts down
+        soon.
+        """
         row = await self._call("select autotag.provider_checked(%s, %s) as notice", self.worker, Jsonb(facts))
         return cast("str | None", row["notice"])
 
     async def report_poll_failure(self, error: ErrorReport) -> None:
+        """Reports that a poll failed, so that the next one is delayed."""
         await self._call("select autotag.report_poll_failure(%s, %s)", self.worker, Jsonb(error))
 
     async def files_deleted(self, files: Sequence[str]) -> None:
+        """Reports files that no longer exist at the provider."""
         await self._call("select autotag.files_deleted(%s, %s::text[])", self.worker, list(files))
 
     async def batch_finish(self, batch: Batch) -> None:
+        """Ends a batch after its last answer, or without a submission."""
         await self._call("select autotag.batch_finish(%s, %s, %s)", self.worker, batch.batch, batch.attempt)
 
     async def receive_webhook(self, webhook_id: str, event_type: str, openai_batch_id: str) -> str:
-        """``accepted``, ``replayed``, ``unknown`` or ``ignored``.
+        """Records a delivery of the webhook; returns ``accepted``, ``replayed``, ``unknown`` or ``ignored``.
 
         Raises:
-            Refused: an id that no delivery or no batch has.
+            Refused: an id is not valid.
         """
         try:
             row = await self._call(
@@ -294,11 +319,13 @@ class Database:
         return str(row["result"])
 
     async def metrics(self) -> Metrics:
-        """Counts and ages of the whole system. Not tried again."""
-        return cast("Metrics", (await self._once("select autotag.metrics() as m"))["m"])
+        """Counts and ages of the whole system. Not retried."""
+        return cast("Metrics", (await self._call_once("select autotag.metrics() as metrics"))["metrics"])
 
     async def take_outbox(self, limit: int) -> list[Broadcast]:
-        return cast("list[Broadcast]", (await self._call("select autotag.take_outbox(%s) as m", limit))["m"])
+        """Takes at most ``limit`` messages from the outbox."""
+        row = await self._call("select autotag.take_outbox(%s) as messages", limit)
+        return cast("list[Broadcast]", row["messages"])
 
 
 def _version(question: Question | None) -> int | None:

@@ -1,4 +1,4 @@
-"""Notifications: whether they arrive, and handing them on."""
+"""Notifications: tests that they arrive, and receives them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import psycopg
 import structlog
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from autotag.redact import said
+from autotag.redact import safe_message
 
-RETRY_MOST = 5.0  # seconds between tries while the database is away
-CONNECT_MOST = 30.0  # seconds that the database may be out of reach when a worker starts
-LISTEN_PROOF = 5.0  # seconds that a notification of our own may take to arrive
-#: A peer that is gone without a word is noticed within a minute (milliseconds where libpq says so).
+MAX_RETRY_DELAY = 5.0  # seconds between retries while the database is unreachable
+CONNECT_TIMEOUT = 30.0  # seconds that a starting worker waits for an unreachable database
+LISTEN_TEST_TIMEOUT = 5.0  # seconds until the test notification must arrive
+#: Detect a lost peer within a minute. Seconds; tcp_user_timeout: milliseconds.
 KEEPALIVES: dict[str, Any] = {
     "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000,
 }  # fmt: skip
@@ -26,30 +26,30 @@ log = structlog.get_logger(__name__)
 
 
 async def can_listen(url: str) -> bool:
-    """Whether a notification reaches a connection that listens; behind a transaction pooler none does.
+    """Whether notifications arrive. Behind a transaction pooler they do not.
 
-    The notification comes from a second connection: on a pooler the first one would find itself told by the
-    server connection that both statements happened to share.
+    The test notification is sent from a second connection. A single connection cannot test this: if the pooler used the
+    same server connection for both statements, its own notification would arrive.
 
     Raises:
-        psycopg.OperationalError: the database could not be reached for half a minute.
+        psycopg.OperationalError: the database was unreachable for `CONNECT_TIMEOUT` seconds.
     """
     async for attempt in AsyncRetrying(
         retry=retry_if_exception_type(psycopg.OperationalError),
-        wait=wait_random_exponential(0.1, max=RETRY_MOST), stop=stop_after_delay(CONNECT_MOST), reraise=True,
+        wait=wait_random_exponential(0.1, max=MAX_RETRY_DELAY), stop=stop_after_delay(CONNECT_TIMEOUT), reraise=True,
     ):  # fmt: skip
         with attempt:
-            return await _prove_listening(url)
+            return await _test_listen(url)
     raise AssertionError("unreachable: it returns or raises")
 
 
-async def _prove_listening(url: str) -> bool:
-    async with await _connect(url) as listener, await _connect(url) as other:
+async def _test_listen(url: str) -> bool:
+    async with await _connect(url) as listener, await _connect(url) as sender:
         await listener.execute(f"listen {CHANNEL}")
-        proof = f"hello {uuid.uuid4()}"
-        await other.execute("select pg_notify(%s, %s)", (CHANNEL, proof))
-        async for note in listener.notifies(timeout=LISTEN_PROOF):
-            if note.payload == proof:
+        payload = f"hello {uuid.uuid4()}"
+        await sender.execute("select pg_notify(%s, %s)", (CHANNEL, payload))
+        async for notification in listener.notifies(timeout=LISTEN_TEST_TIMEOUT):
+            if notification.payload == payload:
                 return True
     return False
 
@@ -61,9 +61,10 @@ async def _connect(url: str) -> psycopg.AsyncConnection[Any]:
 
 
 async def listen(url: str, on_wake: Callable[[str], None]) -> None:
-    """Hands every notification to ``on_wake`` until cancelled; reconnects when the connection breaks.
+    """Calls ``on_wake`` with the payload of each notification until it is cancelled. Reconnects after a broken
+    connection.
 
-    After each (re)connect one wake of everything follows, because what was notified meanwhile is lost.
+    After each connect it also calls ``on_wake("")``, which wakes all: notifications before the connect are lost.
     """
     delay = 0.1
     while True:
@@ -72,9 +73,9 @@ async def listen(url: str, on_wake: Callable[[str], None]) -> None:
                 await connection.execute(f"listen {CHANNEL}")
                 on_wake("")
                 delay = 0.1
-                async for note in connection.notifies():
-                    on_wake(note.payload)
+                async for notification in connection.notifies():
+                    on_wake(notification.payload)
         except psycopg.OperationalError as error:
-            log.warning("listen_lost", error=said(error), retry_in=delay)
+            log.warning("listen_lost", error=safe_message(error), retry_in=delay)
             await asyncio.sleep(delay)
-            delay = min(delay * 2, 5.0)
+            delay = min(delay * 2, MAX_RETRY_DELAY)

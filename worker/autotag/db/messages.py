@@ -1,7 +1,8 @@
 """The messages between a worker (or an operator's command) and the database.
 
-What a worker acts on is a frozen dataclass, made by `make`, which leaves out what a newer schema adds. What it reports,
-and rows that are only shown or handed on, are TypedDicts. tests/integration/test_messages.py compares all with the SQL.
+Messages that a worker acts on are frozen dataclasses, made by `make`, which ignores fields that a newer schema adds.
+Reports, and rows that are only shown or passed on, are TypedDicts. tests/integration/test_messages.py compares all of
+them with the SQL.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from typing import Any, Literal, NotRequired, Required, TypedDict, TypeVar, cast
 
 T = TypeVar("T")
 
-#: What follows from an error (``autotag.error_kinds``).
+#: The error kinds (``autotag.error_kinds``).
 Kind = Literal["transient", "rate_limit", "account", "image"]
-#: Who complained: the AI provider, Storage, the host of an image's URL, or this worker.
+#: Where an error comes from: the AI provider, Storage, the host of an image's URL, or this worker.
 Origin = Literal["provider", "storage", "host", "worker"]
-#: Where an image is, as far as a worker says so.
+#: The stages that a worker reports.
 Stage = Literal["preparing", "submitted", "processing", "completing"]
 
 
 class NotHeld(Exception):
-    """The batch belongs to somebody else by now; the worker lets go of it."""
+    """Another worker holds the batch now, so this worker must stop working on it."""
 
 
 class VersionsDiffer(Exception):
-    """This worker and the database's schema are of different versions; ``hint`` says which of them to change."""
+    """The versions of this worker and of the schema differ. ``hint`` says which one to upgrade."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
@@ -33,7 +34,7 @@ class VersionsDiffer(Exception):
 
 
 class Refused(Exception):
-    """The database refuses; ``retry_after`` are seconds after which it may not (None: it always will)."""
+    """The database refuses a call. retry_after: seconds until a retry can succeed; None: a retry does not help."""
 
     def __init__(self, message: str, hint: str | None, retry_after: float | None) -> None:
         super().__init__(message)
@@ -41,16 +42,19 @@ class Refused(Exception):
         self.retry_after = retry_after
 
 
-# -- what a worker gets
+# -- from the database to a worker
 
 
 @dataclass(frozen=True)
 class Question:
-    """What the database wants asked of the model (``autotag.question_for``), the same for all images of a claim.
+    """The question to the model (``autotag.question_for``), the same for all images of a claim.
 
-    version: changes with anything else. reasoning_effort, service_tier: None: not sent. cap_parameter: the name that
-    the provider has for the cap of an answer. answer_format: how it is told of the schema; without ``json_schema`` the
-    schema stands in the instructions. sends_detail: whether it takes ``detail``.
+    Attributes:
+        version: increases with every change of the question.
+        reasoning_effort, service_tier: None: the parameter is not sent.
+        cap_parameter: the provider's parameter for the cap of an answer.
+        answer_format: the type of ``response_format``. Without ``json_schema``, the instructions contain the schema.
+        sends_detail: whether the parameter ``detail`` is sent.
     """
 
     version: int
@@ -67,8 +71,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Registered:
-    """What a worker learns when it registers (``autotag.worker_settings``): seconds of its lease, and bytes that a
-    batch's input file may have."""
+    """The settings that a worker gets when it registers (``autotag.worker_settings``).
+
+    lease_seconds: seconds of its lease. batch_max_bytes: max bytes of a batch's input file.
+    """
 
     lease_seconds: float
     batch_max_bytes: int
@@ -76,8 +82,8 @@ class Registered:
 
 @dataclass(frozen=True)
 class DatabaseSettings:
-    """What the database's settings are for what was claimed: the question is that of the claim, the rest as of the
-    worker's last registration (`Registered`)."""
+    """The settings for the images of a claim: the claim's question, and the values of the worker's last registration
+    (`Registered`)."""
 
     question: Question
     lease_seconds: float
@@ -86,27 +92,34 @@ class DatabaseSettings:
 
 @dataclass(frozen=True)
 class Image:
-    """An image to tag and where it is: a Storage bucket and path, or a URL; neither when it is gone, or when it is
-    ``refused``: ``foreign_file`` (its row names a file of somebody else) or ``hidden_file`` (whoever asked may not see
-    it)."""
+    """An image to tag, and its location: a Storage bucket and path, or a URL.
+
+    It has no location if the asset was deleted, or if its file is ``refused``: ``foreign_file`` (the file belongs to
+    another workspace) or ``hidden_file`` (the caller may not see the file).
+    """
 
     task: int
     asset_id: str
     bucket: str | None
     path: str | None
     url: str | None
-    cap: int = 0  # tokens that its answer may have
+    cap: int = 0  # max output tokens of its answer
     attempt: int = 0
     job: str | None = None
-    traceparent: str | None = None  # of the request that made the job
+    traceparent: str | None = None  # of the HTTP request that made the job
     waited: float = 0.0  # seconds from the upload to the claim
     refused: str | None = None
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Images for single calls, seconds until it is worth asking again (None: when notified), what kept the
-    database from releasing more (None: there is no more), and the settings for these images."""
+    """Images for single calls.
+
+    Attributes:
+        wait: seconds until the next useful claim; None: until a notification.
+        bound: the limit that kept the database from releasing more; None: there are no more images.
+        settings: for these images.
+    """
 
     images: list[Image]
     wait: float | None
@@ -115,7 +128,7 @@ class Claim:
 
 
 class Notice(TypedDict):
-    """A sentence for the operator's log, and the event's name there."""
+    """A sentence for the worker's log, and the name of its log event."""
 
     event: str
     notice: str
@@ -123,7 +136,7 @@ class Notice(TypedDict):
 
 @dataclass(frozen=True)
 class Settled:
-    """How many reports were accepted, and sentences for the operator's log."""
+    """The number of accepted reports, and notices for the worker's log."""
 
     accepted: int
     notices: list[Notice]
@@ -131,24 +144,24 @@ class Settled:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch in hand; ``state`` says where to go on (see the diagram in the batches migration)."""
+    """A batch that the worker holds. ``state`` is the step to start with (see the diagram in tables/batches.sql)."""
 
     batch: str
     attempt: int
     state: str
     image_count: int
-    since: float  # epoch seconds; what belongs to it at OpenAI is not older
+    since: float  # epoch seconds; its files and its batch at OpenAI were not created earlier
     cancelled: bool
     openai_batch_id: str | None
     input_file_id: str | None
     output_file_id: str | None
     error_file_id: str | None
-    keep_files: int | None = None  # seconds after which the provider is to delete its files; None: it takes no expiry
+    keep_files: int | None = None  # seconds after which the provider deletes its files; None: no expiry
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A batch to look at: OpenAI's id, and the moment (epoch seconds) before which it was not created."""
+    """A batch to poll: OpenAI's id, and a time (epoch seconds) before which it was not created."""
 
     id: str
     since: float
@@ -156,11 +169,15 @@ class Submitted:
 
 @dataclass(frozen=True)
 class BatchClaim:
-    """Batches to work on, and seconds until it is worth asking again; what to do at OpenAI now.
+    """Batches to submit or harvest, and what to do at the provider now.
 
-    ``poll`` are batches to look at, ``cancel`` the OpenAI ids of those to cancel first, ``files`` the files nobody
-    needs any more. ``settings`` are those for these batches; ``look_up`` is the model that the provider is to be asked
-    about now.
+    Attributes:
+        wait: seconds until the next useful claim; None: until a notification.
+        settings: for these batches.
+        poll: batches to poll.
+        cancel: OpenAI's ids of batches to cancel before the poll.
+        files: files to delete.
+        look_up: the model to check at the provider; None: no check is due.
     """
 
     batches: list[Batch]
@@ -173,7 +190,7 @@ class BatchClaim:
 
 
 class Broadcast(TypedDict):
-    """A message that waits in ``autotag.outbox``, as Realtime's HTTP endpoint takes it."""
+    """A message of ``autotag.outbox``, in the form that Realtime's HTTP endpoint expects."""
 
     topic: str
     event: str
@@ -197,7 +214,7 @@ class Metrics(TypedDict):
     tokens_left: float
     tokens_per_minute: int
     blocked_seconds: float
-    account_error: int  # 1: tagging stands still
+    account_error: int  # 1: tagging is stopped
     workers: int
     outbox: int
     oldest_message: float | None
@@ -207,11 +224,11 @@ class Metrics(TypedDict):
     shutdown_days: int | None
 
 
-# -- what a worker reports
+# -- from a worker to the database
 
 
 class ErrorReport(TypedDict, total=False):
-    """What went wrong, as ``autotag.clean_error`` takes it; `autotag.errors.TaggingError` says what the fields mean."""
+    """An error in the form that ``autotag.clean_error`` expects. See `autotag.errors.TaggingError` for the fields."""
 
     kind: Required[Kind]
     code: str
@@ -223,8 +240,10 @@ class ErrorReport(TypedDict, total=False):
 
 
 class Usage(TypedDict):
-    """The provider's own figures of one answer, in tokens (``autotag.clean_usage``); ``model`` answered, ``tier`` is
-    what it was billed in (None: the provider does not say)."""
+    """The provider's usage figures of one answer, in tokens (``autotag.clean_usage``).
+
+    model: the model that answered. tier: the service tier that was billed. None: the answer does not contain it.
+    """
 
     input: int
     cached: int
@@ -236,8 +255,11 @@ class Usage(TypedDict):
 
 
 class TagResult(TypedDict):
-    """What is stored of an answer (``autotag.clean_result``): tags, the surest first; from 0 to 1 how sure the model is
-    of each, where it said so; a sentence; and the model that answered."""
+    """The result of an answer (``autotag.clean_result``).
+
+    tags: ordered by confidence. confidence: 0 to 1, by tag; missing for tags without one. caption: one sentence. model:
+    the model that answered.
+    """
 
     tags: list[str]
     confidence: dict[str, float]
@@ -246,8 +268,8 @@ class TagResult(TypedDict):
 
 
 class Outcome(TypedDict):
-    """What came of one single call: a result or an error. usage: whenever the provider answered. called: whether it was
-    asked at all."""
+    """The outcome of one single call: a result or an error. called: whether the provider was called. usage: set if it
+    answered."""
 
     called: bool
     usage: NotRequired[Usage | None]
@@ -256,14 +278,14 @@ class Outcome(TypedDict):
 
 
 class Report(Outcome):
-    """An `Outcome` with its task, as ``autotag.settle`` takes it."""
+    """An `Outcome` with its task, in the form that ``autotag.settle`` expects."""
 
     task: int
     attempt: int
 
 
 class BatchAnswer(TypedDict):
-    """A line of a batch's output as ``autotag.batch_answers`` takes it: a result or an error."""
+    """A line of a batch's output, in the form that ``autotag.batch_answers`` expects: a result or an error."""
 
     task: int
     usage: NotRequired[Usage | None]
@@ -272,7 +294,7 @@ class BatchAnswer(TypedDict):
 
 
 class StageReport(TypedDict):
-    """Where an image is, as ``autotag.report_stages`` takes it."""
+    """The stage of an image, in the form that ``autotag.report_stages`` expects."""
 
     task: int
     attempt: int
@@ -280,8 +302,8 @@ class StageReport(TypedDict):
 
 
 class Limits(TypedDict, total=False):
-    """What an answer's headers say of the provider's bucket: requests and tokens a minute, what is left of them, and
-    seconds that it asks to wait."""
+    """The provider's limits from an answer's headers: requests and tokens per minute, what is left of them, and seconds
+    to wait."""
 
     requests_limit: int
     requests_left: int
@@ -291,23 +313,26 @@ class Limits(TypedDict, total=False):
 
 
 class Sent(TypedDict):
-    """Released calls that were sent (or never will be), and seconds since the first of them was (``record_sent``)."""
+    """Released calls that were sent (or will not be), and seconds since the first of them (``record_sent``)."""
 
     sent: int
     sent_age: float
 
 
-class Seen(Limits, total=False):
-    """`Limits` as ``autotag.update_provider_limits`` takes them, with their age in seconds, and `Sent`."""
+class ObservedLimits(Limits, total=False):
+    """`Limits` with their age in seconds, and `Sent`, in the form that ``autotag.update_provider_limits`` expects."""
 
     age: float
     sent: int
     sent_age: float
 
 
-class BatchSeen(TypedDict):
-    """What OpenAI says of a batch, as ``autotag.record_poll`` takes it; status ``gone``: it does not know it.
-    total, done: lines of its input file, and those that have an answer."""
+class PolledBatch(TypedDict):
+    """The state of a batch at OpenAI, in the form that ``autotag.record_poll`` expects.
+
+    status: OpenAI's, or ``gone`` if OpenAI does not find the batch. total: lines of its input file. done: lines that
+    have an answer.
+    """
 
     id: str
     status: str
@@ -321,15 +346,17 @@ class BatchSeen(TypedDict):
 
 
 class ProviderFacts(TypedDict):
-    """What the provider says of a model and of itself, as ``autotag.provider_checked`` takes it. shutdown_date: ISO.
-    batches: whether it has a Batch API."""
+    """Facts about a model and the provider, in the form that ``autotag.provider_checked`` expects.
+
+    shutdown_date: ISO. batches: whether the provider has a Batch API. Missing: unknown.
+    """
 
     model: str
     shutdown_date: NotRequired[str | None]
     batches: NotRequired[bool]
 
 
-def make(kind: type[T], described: Mapping[str, Any]) -> T:
-    """A message of the database. What a newer schema says besides is left out: a patch release fits."""
+def make(kind: type[T], payload: Mapping[str, Any]) -> T:
+    """Makes a dataclass from the database's JSON. Unknown fields are ignored, because patch releases may add some."""
     names = {field.name for field in fields(cast("Any", kind))}
-    return kind(**{name: value for name, value in described.items() if name in names})
+    return kind(**{name: value for name, value in payload.items() if name in names})

@@ -1,4 +1,4 @@
-"""The calls of an operator's commands."""
+"""The database calls of the operator's commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import psycopg
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from autotag.db.messages import Refused, Seen
+from autotag.db.messages import ObservedLimits, Refused
 from autotag.db.operator_messages import (
     Admission,
     BackfillPart,
@@ -24,7 +24,7 @@ from autotag.db.operator_messages import (
 
 
 class Operator:
-    """The calls of the operator's commands (doctor, status, enqueue, usage, compare), on one connection."""
+    """The database calls of the commands doctor, status, enqueue, usage and compare, on one connection."""
 
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
         self._connection = connection
@@ -32,8 +32,10 @@ class Operator:
 
     @classmethod
     async def connect(cls, url: str, seconds: int = 10) -> Operator:
-        """Raises:
-        psycopg.OperationalError: no connection within so many seconds.
+        """Connects.
+
+        Raises:
+            psycopg.OperationalError: no connection within ``seconds``.
         """
         return cls(
             await psycopg.AsyncConnection.connect(
@@ -52,8 +54,10 @@ class Operator:
         await self._connection.close()
 
     async def _value(self, statement: str, *arguments: object) -> Any:
-        """Raises:
-        Refused: with what the database says, and when to try again.
+        """Executes a statement and returns the first column of its row.
+
+        Raises:
+            Refused: the database refuses, with its message and the time of the next try.
         """
         try:
             row = await (await self._connection.execute(statement, arguments)).fetchone()
@@ -65,29 +69,31 @@ class Operator:
         return row[0] if row else None
 
     async def schema_version(self) -> str:
+        """The version of the schema."""
         return str(await self._value("select autotag.schema_version()"))
 
     async def diagnose(self) -> Diagnosis:
-        """What the database can tell of itself."""
+        """The findings of the database, for ``autotag doctor``."""
         return cast("Diagnosis", await self._value("select autotag.diagnose()"))
 
     async def send_test_broadcast(self, nonce: str) -> None:
+        """Sends a broadcast that contains ``nonce``."""
         await self._value("select autotag.send_test_broadcast(%s)", nonce)
 
     async def status(self) -> dict[str, Any]:
-        """Everything that is going on; see ``autotag.status`` in the migrations."""
+        """The current state of the whole system; see ``autotag.status``."""
         return cast("dict[str, Any]", await self._value("select autotag.status()"))
 
     async def preview_backfill(self, workspace: str, untagged: bool, after: str | None, limit: int) -> dict[str, Any]:
-        """``{images, seconds, cost, model}`` of bringing in existing images; cost None: the model has no price."""
+        """Predicts a backfill: ``{images, seconds, cost, model}``. cost: dollars; None: the model has no price."""
         return cast("dict[str, Any]", await self._value(
             "select autotag.preview_backfill(%s, %s, %s, %s)", workspace, untagged, after, limit))  # fmt: skip
 
     async def backfill(self, workspace: str, untagged: bool, after: str | None, limit: int) -> BackfillPart:
-        """Brings in the next slice.
+        """Enqueues the next part of the existing images.
 
         Raises:
-            Refused: with what the database says, and when to try again.
+            Refused: the database refuses, with its message and the time of the next try.
         """
         return cast("BackfillPart", await self._value(
             "select autotag.backfill(%s, %s, %s, %s)", workspace, untagged, after, limit))  # fmt: skip
@@ -95,39 +101,39 @@ class Operator:
     async def preview_comparison(
         self, workspace: str, model: str, effort: str | None, sample: int
     ) -> ComparisonPreview:
-        """What asking another model about tagged images would mean.
+        """Predicts a comparison with another model.
 
         Raises:
-            Refused: no such effort, no tagged image, or a quota does not allow it.
+            Refused: unknown effort, no tagged images, or a quota is exceeded.
         """
         return cast("ComparisonPreview", await self._value(
             "select autotag.preview_comparison(%s, %s, %s, %s)", workspace, model, effort, sample))  # fmt: skip
 
     async def comparison_sample(self, workspace: str, sample: int) -> list[ComparedImage]:
-        """The images to compare."""
+        """The images of a comparison."""
         return cast("list[ComparedImage]", await self._value(
             "select autotag.comparison_sample(%s, %s)", workspace, sample))  # fmt: skip
 
     async def admit_comparison(self, workspace: str, question: ModelQuestion, cap: int | None) -> Admission:
-        """A place for one call under all limits, or how long to wait for it.
+        """Admits one call under all limits, or returns how long to wait.
 
         Raises:
-            Refused: a quota does not allow it any more, or no limit can ever hold it.
+            Refused: a quota is exceeded, or the call is larger than a limit.
         """
         return cast("Admission", await self._value(
             "select autotag.admit_comparison(%s, %s, %s)", workspace, Jsonb(question), cap))  # fmt: skip
 
     async def settle_comparison(
-        self, workspace: str, question: ModelQuestion, report: ComparisonReport, seen: Seen | None
+        self, workspace: str, question: ModelQuestion, report: ComparisonReport, observed: ObservedLimits | None
     ) -> ComparisonStep:
-        """Reports what came of one call, and learns what to do next about its image."""
+        """Reports the outcome of one call; returns what to do next with its image."""
         return cast("ComparisonStep", await self._value(
             "select autotag.settle_comparison(%s, %s, %s, %s)",
-            workspace, Jsonb(question), Jsonb(report), Jsonb(seen) if seen else None,
+            workspace, Jsonb(question), Jsonb(report), Jsonb(observed) if observed else None,
         ))  # fmt: skip
 
     async def usage(self, workspace: str, since: date, until: date) -> list[dict[str, Any]]:
-        """Rows per user, day, model and service tier; cost None: the model has no price."""
+        """Usage by user, day, model and service tier. cost: dollars; None: the model has no price."""
         async with self._connection.cursor(row_factory=dict_row) as cursor:
             await cursor.execute("select * from autotag.list_usage(%s, %s, %s)", (workspace, since, until))
             return await cursor.fetchall()

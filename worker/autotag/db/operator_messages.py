@@ -8,7 +8,7 @@ from autotag.db.messages import ErrorReport, Usage
 
 
 class FindingRow(TypedDict):
-    """One line of ``autotag.diagnose``; ``fix`` None: all is well."""
+    """One finding of ``autotag.diagnose``. fix: None if the check is ok."""
 
     check: str
     level: Literal["ok", "warning", "error"]
@@ -17,14 +17,14 @@ class FindingRow(TypedDict):
 
 
 class StoredFile(TypedDict):
-    """Where an image lies in Storage."""
+    """The location of an image in Storage."""
 
     bucket: str
     path: str
 
 
 class Shutdown(TypedDict):
-    """The end of a model that is near (``autotag.describe_shutdown``): in so many days, on an ISO date."""
+    """A model's shutdown that is near (``autotag.describe_shutdown``): days until then, and the ISO date."""
 
     level: Literal["warning", "error"]
     days: int
@@ -35,8 +35,8 @@ class Shutdown(TypedDict):
 
 
 class ProviderStatus(TypedDict):
-    """Whom the workers ask, and what it was found to have (None: not known). keep_files: seconds that it keeps files at
-    most; None: it takes no expiry."""
+    """The provider in use, and its detected features (None: unknown). keep_files: seconds until it deletes files; None:
+    it supports no expiry."""
 
     base_url: str | None
     batches: bool | None
@@ -47,8 +47,8 @@ class ProviderStatus(TypedDict):
 class ModelStatus(TypedDict):
     """The model in use (``model`` of ``autotag.status``).
 
-    prompt_tokens, output_tokens: of an image, on average. cap, reserved: tokens of a call. cost_per_1000: dollars for
-    1,000 images; None: it has no price. proven: an answer to the present question was of use.
+    prompt_tokens, output_tokens: averages per image. cap, reserved: tokens per call. cost_per_1000: dollars per 1,000
+    images; None: the model has no price. proven: the current question has had a usable answer.
     """
 
     name: str
@@ -70,8 +70,8 @@ class ModelStatus(TypedDict):
 
 
 class Diagnosis(TypedDict):
-    """What the database can tell of itself (``autotag.diagnose``). now: epoch seconds. model: that the settings name.
-    sample: the newest image that lies in Storage."""
+    """The database's findings (``autotag.diagnose``). now: epoch seconds. model: the model in the settings. sample: the
+    newest image in Storage."""
 
     findings: list[FindingRow]
     now: float
@@ -80,8 +80,7 @@ class Diagnosis(TypedDict):
 
 
 class BackfillPreview(TypedDict):
-    """What bringing in existing images would mean (``autotag.preview_backfill``); cost, in dollars, None: the model has
-    no price."""
+    """The prediction of a backfill (``autotag.preview_backfill``). cost: dollars; None: the model has no price."""
 
     images: int
     seconds: float
@@ -90,7 +89,9 @@ class BackfillPreview(TypedDict):
 
 
 class BackfillPart(TypedDict):
-    """One slice of existing images (``autotag.backfill``). last: where to go on; None: there are no more."""
+    """One part of a backfill (``autotag.backfill``). last: pass it as ``after`` for the next part; None: no more
+    images.
+    """
 
     job_id: str | None
     images: int
@@ -98,7 +99,7 @@ class BackfillPart(TypedDict):
 
 
 class ModelQuestion(TypedDict):
-    """A `autotag.db.Question` without a version (``autotag.question_for``)."""
+    """An `autotag.db.Question` without its version (``autotag.question_for``)."""
 
     model: str
     image_detail: Literal["low", "high"]
@@ -112,10 +113,10 @@ class ModelQuestion(TypedDict):
 
 
 class ComparisonPreview(TypedDict):
-    """What asking another model would mean (``autotag.preview_comparison``).
+    """The prediction of a comparison (``autotag.preview_comparison``).
 
-    cost: dollars of the sample; None: the model has no price. reserved: tokens of one call. shutdown_date: ISO.
-    current_…: of the model in use, which gave ``current_answers`` so far.
+    cost: dollars for the sample; None: the model has no price. reserved: tokens per call. shutdown_date: ISO.
+    current_…: the model in use. current_answers: answers that it has given so far.
     """
 
     images: int
@@ -130,7 +131,7 @@ class ComparisonPreview(TypedDict):
 
 
 class ComparedImage(TypedDict):
-    """An image of the host, and what is stored about it (``autotag.comparison_sample``)."""
+    """An image of the host, and its stored tags (``autotag.comparison_sample``)."""
 
     asset_id: str
     bucket: str | None
@@ -143,8 +144,11 @@ class ComparedImage(TypedDict):
 
 
 class Admission(TypedDict):
-    """Whether one call may be made (``autotag.admit_comparison``): if so, tokens reserved, since when, and the cap of
-    its answer; else why not, and seconds until it is worth asking again."""
+    """Whether one call is admitted (``autotag.admit_comparison``).
+
+    If admitted: the reserved tokens, when they were reserved, and the cap. Otherwise: the reason, and seconds until the
+    next useful try.
+    """
 
     admitted: bool
     reserved: NotRequired[int]
@@ -156,10 +160,10 @@ class Admission(TypedDict):
 
 
 class ComparisonReport(TypedDict):
-    """What came of one call, as ``autotag.settle_comparison`` takes it.
+    """The outcome of one call, in the form that ``autotag.settle_comparison`` expects.
 
-    failures: of this image so far. cut_off: whether an answer about it was. proven: whether any answer was of use.
-    reserved, reserved_at, cap: as in `Admission`.
+    failures: failures of this image so far. cut_off: whether an answer for this image was cut off. proven: whether any
+    answer of the comparison was usable. reserved, reserved_at, cap: as in `Admission`.
     """
 
     called: bool
@@ -174,8 +178,12 @@ class ComparisonReport(TypedDict):
 
 
 class ComparisonStep(TypedDict):
-    """What to do next about an image. cost: dollars of the call; None: the model has no price. again: with another
-    question, another least cap, or after ``wait`` seconds, where it names them. stop: ``message`` says why."""
+    """What to do next with an image.
+
+    next: ``done``; ``again``: call again, with ``question``, with at least ``cap``, or after ``wait`` seconds, if they
+    are set; ``failed``; ``stop``: end the comparison, for the reason in ``message``. cost: dollars of the call; None:
+    the model has no price.
+    """
 
     next: Literal["done", "again", "failed", "stop"]
     cost: float | None

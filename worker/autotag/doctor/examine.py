@@ -22,7 +22,7 @@ from autotag.doctor.findings import Finding, compare_clocks
 from autotag.errors import TaggingError
 from autotag.images.storage import Storage
 from autotag.operate.follow import read_payload
-from autotag.redact import said
+from autotag.redact import safe_message
 
 CONNECT_TIMEOUT = 10  # seconds
 BROADCAST_TIMEOUT = 10.0  # seconds; the first join after a quiet period can take a second
@@ -43,7 +43,7 @@ async def examine(settings: DoctorSettings) -> list[Finding]:
     except psycopg.OperationalError as error:
         return [
             Finding(
-                "connection", "error", f"The database cannot be reached: {said(error)}",
+                "connection", "error", f"The database cannot be reached: {safe_message(error)}",
                 "Correct DATABASE_URL, or check the network.",
             ),
             await provider.check(settings, None),

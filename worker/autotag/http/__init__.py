@@ -1,1 +1,1 @@
-"""What a worker serves: health, metrics and OpenAI's webhook, on ports that strangers may reach."""
+"""A worker's HTTP ports: health, metrics and OpenAI's webhook. Untrusted clients may reach them."""

@@ -1,7 +1,7 @@
-"""What a worker serves to those who run it: health and metrics.
+"""A worker's port for operators: health and metrics.
 
-``/healthz`` is 503 when this process is stuck and only a restart helps; ``/readyz`` when the database is out of reach
-or tagging stands still (the AI provider or Storage refuses everything), which a restart does not mend.
+``/healthz`` returns 503 if this process is stuck, so that only a restart helps. ``/readyz`` also returns 503 if the
+database is unreachable or tagging is stopped (the AI provider or Storage refuses the account); a restart does not help.
 """
 
 from __future__ import annotations
@@ -18,50 +18,50 @@ from starlette.routing import Route
 
 from autotag.observability.metrics import SystemMetrics
 
-MISSED_BEATS = 3  # heartbeats that do not even fail: then the process is stuck
+MAX_MISSED_BEATS = 3  # heartbeats without any result, not even an error, until the process counts as stuck
 
 
 class Health:
-    """Whether the heart beats."""
+    """Detects a process whose heartbeats have stopped."""
 
     def __init__(self, interval: float) -> None:
         """``interval``: seconds between heartbeats."""
-        self._patience = interval * MISSED_BEATS
+        self._max_silence = interval * MAX_MISSED_BEATS
         self._beat_at = time.monotonic()
 
     def beat(self) -> None:
-        """A heartbeat has come back, whether it worked or not."""
+        """Notes that a heartbeat has ended, with or without an error."""
         self._beat_at = time.monotonic()
 
-    def trouble(self) -> str | None:
-        """Why the process has to be restarted, if it has to."""
-        silent = time.monotonic() - self._beat_at
-        return f"No heartbeat has come back for {silent:.0f} s." if silent > self._patience else None
+    def problem(self) -> str | None:
+        """Why the process must be restarted; None if it is healthy."""
+        silence = time.monotonic() - self._beat_at
+        return f"No heartbeat has ended for {silence:.0f} s." if silence > self._max_silence else None
 
 
 def make_app(health: Health, metrics: SystemMetrics) -> Starlette:
     """The application: ``GET /healthz``, ``/readyz`` and ``/metrics``."""
 
     async def healthz(_: Request) -> Response:
-        return _answer(health.trouble())
+        return _respond(health.problem())
 
     async def readyz(_: Request) -> Response:
         try:
-            stopped = await metrics.stands_still()
+            stopped = await metrics.is_stopped()
         except (psycopg.Error, psycopg_pool.PoolTimeout, TimeoutError) as error:
-            return _answer(f"The database did not answer: {type(error).__name__}.")
-        return _answer(health.trouble() or ("Tagging stands still; see autotag status." if stopped else None))
+            return _respond(f"The database did not answer: {type(error).__name__}.")
+        return _respond(health.problem() or ("Tagging is stopped; see autotag status." if stopped else None))
 
     async def scrape(_: Request) -> Response:
         try:
             return Response(await metrics.scrape(), media_type=CONTENT_TYPE_LATEST)
         except (psycopg.Error, psycopg_pool.PoolTimeout, TimeoutError) as error:
-            return _answer(f"The database did not answer: {type(error).__name__}.")
+            return _respond(f"The database did not answer: {type(error).__name__}.")
 
     app = Starlette(routes=[Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", scrape)])
-    app.router.redirect_slashes = False  # it builds a URL from the client's Host header, whatever that holds
+    app.router.redirect_slashes = False  # redirects would contain the client's Host header, which is not trusted
     return app
 
 
-def _answer(trouble: str | None) -> Response:
-    return JSONResponse({"ok": trouble is None, "reason": trouble}, 503 if trouble else 200)
+def _respond(problem: str | None) -> Response:
+    return JSONResponse({"ok": problem is None, "reason": problem}, 503 if problem else 200)

@@ -1,4 +1,4 @@
-"""Serves a web application inside a process that has signals and logs of its own."""
+"""Serves a web application inside a process that handles signals and logs itself."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from collections.abc import AsyncIterator, Iterator
 import uvicorn
 from starlette.applications import Starlette
 
-from autotag.http.guard import HEADERS_MOST, KEEP_ALIVE_SECONDS, GuardedApp, GuardedProtocol
+from autotag.http.guard import KEEP_ALIVE_SECONDS, MAX_HEADER_BYTES, GuardedApp, GuardedProtocol
 
-QUEUE = 1024  # connections that may wait to be accepted
-ACCEPT_AT_ONCE = 16  # of them; so many are accepted before any is read, and far fewer than may make each other go
+BACKLOG = 1024  # max connections that wait to be accepted
+# connections accepted before any is read; far below MAX_CONNECTIONS, so they do not close each other
+ACCEPT_AT_ONCE = 16
 
 
 class _Server(uvicorn.Server):
-    """A server that leaves signals to the program it runs in."""
+    """A server that leaves signals to its process."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -33,15 +34,15 @@ async def serve(app: Starlette, host: str, port: int, *, guarded: bool = False) 
         app: the application.
         host: name or address; without brackets.
         port: its number.
-        guarded: whether the limits and deadlines of `autotag.guard` hold, as they have to where strangers call.
+        guarded: apply the limits and deadlines of `autotag.http.guard`; required where untrusted clients connect.
 
     Raises:
-        OSError: the address cannot be had.
+        OSError: the port cannot be opened.
         RuntimeError: the application did not start.
     """
     listening = _listen(host, port)
-    # asyncio does this only for sockets made with an explicit protocol; accepted ones inherit it. Without it one
-    # answer in ten waits 40 ms for the peer's delayed acknowledgement.
+    # asyncio sets TCP_NODELAY only for sockets made with an explicit protocol; accepted sockets inherit it. Without it,
+    # one response in ten waits 40 ms for the peer's delayed acknowledgement.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     server = _Server(_configure(app, guarded))
     task = asyncio.create_task(server.serve(sockets=[listening]))
@@ -51,7 +52,7 @@ async def serve(app: Starlette, host: str, port: int, *, guarded: bool = False) 
                 task.result()
                 raise RuntimeError(f"The application for port {port} ended before it started.")
             await asyncio.sleep(0.01)
-        listening.listen(QUEUE)  # the server has set it to ACCEPT_AT_ONCE
+        listening.listen(BACKLOG)  # uvicorn sets it to ACCEPT_AT_ONCE
         yield
     finally:
         server.should_exit = True
@@ -62,7 +63,7 @@ async def serve(app: Starlette, host: str, port: int, *, guarded: bool = False) 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=QUEUE)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise OSError(error.errno, f"cannot serve on {host}:{port}: {reason}") from None
@@ -73,6 +74,6 @@ def _configure(app: Starlette, guarded: bool) -> uvicorn.Config:
         return uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=1)
     return uvicorn.Config(
         GuardedApp(app), http=GuardedProtocol, ws="none", log_config=None, access_log=False, lifespan="on",
-        backlog=ACCEPT_AT_ONCE, h11_max_incomplete_event_size=HEADERS_MOST, timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        backlog=ACCEPT_AT_ONCE, h11_max_incomplete_event_size=MAX_HEADER_BYTES, timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=1,
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""OpenAI's webhook: verified, and handed to the database, which has the workers look at OpenAI at once.
+"""OpenAI's webhook: verifies deliveries and passes them to the database, which triggers a poll at once.
 
-Whatever a delivery says about a batch is not believed: it only makes the next look come sooner.
+A delivery is a hint. What it says about the batch is not used; the next poll only comes sooner.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from autotag.db import Refused
 from autotag.openai.provider import BadSignature, Provider
 from autotag.openai.records import Delivery
 
-ID_MOST = 200  # characters of a delivery's id (autotag.webhooks)
+MAX_ID_LENGTH = 200  # characters of a delivery's id; the limit of autotag.webhooks
 
 log = structlog.get_logger(__name__)
 
-#: Takes a delivery's id, its event's type and the batch it names; what came of it (`Database.receive_webhook`).
+#: Takes a delivery's id, event type and batch id; returns the result (`Database.receive_webhook`).
 Receive = Callable[[str, str, str], Awaitable[str]]
 
 
 def make_app(provider: Provider, secret: str, receive: Receive) -> Starlette:
     """The application: ``POST /webhooks/openai``.
 
-    Answers 204 to what is accepted, replayed, unknown or of another kind (OpenAI stops repeating it), 400 to
-    what is not signed with the secret or not of the last five minutes. The port refuses what is too large.
+    It returns 204 to verified deliveries, also to replays, unknown batches and other events, so that OpenAI does not
+    repeat them; and 400 if the signature is wrong or the timestamp is more than five minutes off. The port refuses
+    bodies that are too large.
     """
 
     async def deliver(request: Request) -> Response:
@@ -40,28 +41,28 @@ def make_app(provider: Provider, secret: str, receive: Receive) -> Starlette:
             log.warning("webhook_refused", reason=str(error), noisy=True)
             return _refuse("bad_signature", str(error))
         except ValueError:
-            log.warning("webhook_refused", reason="not a delivery of OpenAI's", noisy=True)
-            return _refuse("bad_request", "This is no delivery of OpenAI's.")
+            log.warning("webhook_refused", reason="not a delivery of OpenAI", noisy=True)
+            return _refuse("bad_request", "This is not a delivery of OpenAI.")
         try:
             result = await receive(delivery.id, delivery.kind, delivery.batch)
         except Refused as refused:
             log.warning("webhook_refused", reason=str(refused), noisy=True)
             return _refuse("bad_request", str(refused))
-        log.info("webhook", event_type=delivery.kind, openai_batch=delivery.batch, result=result)
+        log.info("webhook_received", event_type=delivery.kind, openai_batch=delivery.batch, result=result)
         return Response(status_code=204)
 
     app = Starlette(routes=[Route("/webhooks/openai", deliver, methods=["POST"])])
-    app.router.redirect_slashes = False  # it builds a URL from the client's Host header, whatever that holds
+    app.router.redirect_slashes = False  # redirects would contain the client's Host header, which is not trusted
     return app
 
 
 def _check(delivery: Delivery) -> None:
-    """Whether the database would take a delivery.
+    """Checks that the database will accept a delivery.
 
     Raises:
-        ValueError: its id is too long, or it is of a batch and names none.
+        ValueError: the id is too long, or an event of a batch has no batch id.
     """
-    if len(delivery.id) > ID_MOST or (delivery.kind.startswith("batch.") and not delivery.batch):
+    if len(delivery.id) > MAX_ID_LENGTH or (delivery.kind.startswith("batch.") and not delivery.batch):
         raise ValueError
 
 

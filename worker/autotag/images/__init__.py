@@ -1,1 +1,1 @@
-"""From where an image is stored to the pixels that the model sees."""
+"""Fetches images from Storage and URLs, and prepares them for the model."""

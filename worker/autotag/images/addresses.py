@@ -1,4 +1,4 @@
-"""Which addresses of the Internet an image may be fetched from: none inside or beside a network of ours."""
+"""Allows image fetches from public Internet addresses only, never from the worker's own networks (SSRF)."""
 
 from __future__ import annotations
 
@@ -13,32 +13,35 @@ import httpcore
 from autotag.errors import TaggingError, image_error
 from autotag.texts import printable
 
-#: Of IPv4, what Python's ``is_global`` lets through (IANA's "IPv4 Special-Purpose Address Registry"; the clouds'
-#: documentation of their metadata services).
+#: IPv4 networks that are refused in addition to Python's ``is_global`` (IANA's "IPv4 Special-Purpose Address
+#: Registry"; the cloud providers' documentation of their metadata services).
 SPECIAL_IPV4 = tuple(map(ipaddress.IPv4Network, (
-    "0.0.0.0/8", "100.64.0.0/10",  # the latter has Alibaba's metadata, 100.100.100.200
+    "0.0.0.0/8", "100.64.0.0/10",  # the second contains Alibaba's metadata service, 100.100.100.200
     "168.63.129.16/32",  # Azure's wire server
-    "169.254.0.0/16",  # 169.254.169.254
-    "192.0.0.0/24", "192.88.99.0/24",  # the latter: relays of 6to4
+    "169.254.0.0/16",  # link-local, with most metadata services at 169.254.169.254
+    "192.0.0.0/24", "192.88.99.0/24",  # the second: 6to4 relays
     "198.18.0.0/15", "240.0.0.0/4",
 )))  # fmt: skip
-#: Of IPv6, what is handed out (RFC 4291). Everything else is refused: addresses that are mapped or compatible with
-#: IPv4, NAT64 (64:ff9b::/96, 64:ff9b:1::/48), private ones (fc00::/7 with fd00:ec2::254), link-local and site-local.
+#: The only IPv6 range with public addresses (RFC 4291). Everything else is refused: IPv4-mapped and IPv4-compatible
+#: addresses, NAT64 (64:ff9b::/96, 64:ff9b:1::/48), private (fc00::/7 with fd00:ec2::254), link-local and site-local.
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-#: … and what is special inside it (IANA's "IPv6 Special-Purpose Address Registry").
+#: Networks inside `GLOBAL_UNICAST` that are refused (IANA's "IPv6 Special-Purpose Address Registry").
 SPECIAL_IPV6 = tuple(map(ipaddress.IPv6Network, (
     "2001::/23",  # protocols: Teredo (2001::/32), benchmarks, ORCHID
     "2001:db8::/32", "3fff::/20",  # documentation
     "2002::/16",  # 6to4
 )))  # fmt: skip
-ISATAP, ISATAP_MASK = 0x0000_5EFE, 0xFCFF_FFFF  # bits 32 to 63; the mask leaves out the bits "universal" and "group"
+ISATAP, ISATAP_MASK = 0x0000_5EFE, 0xFCFF_FFFF  # bits 32 to 63; the mask ignores the bits "universal" and "group"
 METADATA_HOSTS = frozenset({
     "metadata", "metadata.google.internal", "metadata.goog", "instance-data", "instance-data.ec2.internal",
 })  # fmt: skip
 
 
 class GuardedBackend(httpcore.AsyncNetworkBackend):
-    """Connects to public addresses only, and to the very address that was checked (no second look-up)."""
+    """Connects to public addresses only.
+
+    It connects to the address that was checked, without a second DNS look-up that could return another one.
+    """
 
     def __init__(self) -> None:
         self._inner = httpcore.AnyIOBackend()
@@ -47,7 +50,7 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         self,
         host: str,
         port: int,
-        timeout: float | None = None,  # noqa: ASYNC109 (the interface of httpcore)
+        timeout: float | None = None,  # noqa: ASYNC109 (httpcore's interface)
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
@@ -59,34 +62,34 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
 
 
 async def public_address(host: str, port: int) -> str:
-    """The address to connect to for a host.
+    """Resolves a host to the address to connect to.
 
     Raises:
-        TaggingError: ``url_refused`` when the name leads (also) to a private, loopback, link-local or
-            otherwise special address, or is no name; transient when it cannot be resolved now.
+        TaggingError: ``url_refused`` if any of the host's addresses is private, loopback, link-local or otherwise
+            special, or if the name is invalid; ``host_not_found`` (transient) if it cannot be resolved.
     """
     if not host.isprintable():
-        raise no_url()
+        raise invalid_url()
     if host.rstrip(".").lower() in METADATA_HOSTS:
         raise _private()
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        resolved = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:
         raise TaggingError(
             "transient", "host_not_found", f"The image's host {printable(host, 100)} could not be found."
         ) from None
     except (UnicodeError, ValueError):  # a label that is too long or empty, a NUL
-        raise no_url() from None
-    addresses = [ipaddress.ip_address(str(entry[4][0]).split("%")[0]) for entry in found]
+        raise invalid_url() from None
+    addresses = [ipaddress.ip_address(str(entry[4][0]).split("%")[0]) for entry in resolved]
     if not addresses or not all(is_public(address) for address in addresses):
         raise _private()
     return str(addresses[0])
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether an address belongs to the Internet, and to nothing inside or beside a network.
+    """Whether an address is a public Internet address.
 
-    Forms of IPv6 that contain an IPv4 address are refused whatever it is: a translator may stand behind them.
+    IPv6 addresses that embed an IPv4 address are always refused, because a translator may forward them to it.
     """
     if isinstance(address, ipaddress.IPv4Address):
         special = any(address in network for network in SPECIAL_IPV4)
@@ -96,8 +99,8 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     return (int(address) >> 32) & ISATAP_MASK != ISATAP and address.is_global
 
 
-def no_url() -> TaggingError:
-    """The error of an image whose address is none."""
+def invalid_url() -> TaggingError:
+    """The error of an image whose address is not a URL."""
     return image_error("url_refused", "The image's address is not a valid URL.")
 
 

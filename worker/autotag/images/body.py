@@ -1,4 +1,4 @@
-"""Reads the bodies of HTTP answers up to a limit, also where they are compressed."""
+"""Reads HTTP response bodies, compressed ones included, up to a size limit."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Protocol
 
 from autotag.errors import image_error
 
-GZIP_OR_ZLIB = 47  # zlib's wbits: the largest window, and either header
+GZIP_OR_ZLIB = 47  # zlib's wbits: max window (15), plus 32 to detect the header, gzip or zlib
 
 
 class Response(Protocol):
-    """An HTTP answer, of httpx or of httpx2."""
+    """A response of httpx or httpx2."""
 
     @property
     def status_code(self) -> int: ...
@@ -26,53 +26,53 @@ class Response(Protocol):
 
 
 async def read_body(response: Response, max_bytes: int) -> bytes:
-    """The body of an image's file.
+    """Reads an image file.
 
     Raises:
-        TaggingError: it is larger than ``max_bytes``.
+        TaggingError: the file is larger than ``max_bytes``, or its content encoding is not supported.
     """
     data = await read_up_to(response, max_bytes)
     if len(data) > max_bytes:
         raise image_error(
-            "file_too_large", f"The file is larger than {max_bytes / 1_000_000:g} MB, the most that is accepted."
+            "file_too_large", f"The file is larger than {max_bytes / 1_000_000:g} MB, which is the limit."
         )
     return data
 
 
-async def read_up_to(response: Response, most: int) -> bytes:
-    """A body, or a little more than its first ``most`` bytes; no more than that is ever decoded.
+async def read_up_to(response: Response, max_bytes: int) -> bytes:
+    """Reads a body. A longer body is cut, but not below ``max_bytes + 1`` bytes, so that callers notice.
 
     Raises:
-        TaggingError: of the image, when it is encoded in a way that was not asked for and is not understood.
+        TaggingError: ``image``: the content encoding is not supported, or the compressed data is damaged.
     """
     encoding = response.headers.get("content-encoding", "").strip().lower()
     if encoding in ("", "identity"):
-        return await _first(response.aiter_bytes(), most)
+        return await _read_first(response.aiter_bytes(), max_bytes)
     if encoding not in ("gzip", "x-gzip", "deflate"):
         raise image_error("unsupported_format", "The image's host sends it in an encoding that is not accepted.")
-    return _decoded(await _first(response.aiter_raw(), most), most)
+    return _decompress(await _read_first(response.aiter_raw(), max_bytes), max_bytes)
 
 
-def _decoded(data: bytes, most: int) -> bytes:
-    """The first ``most`` bytes of what is compressed, and one more. httpx would decode a chunk as a whole, and 64 kB of
-    gzip can become 64 MB."""
-    if len(data) > most:
-        return data  # too large even so
+def _decompress(data: bytes, max_bytes: int) -> bytes:
+    """Decompresses at most ``max_bytes + 1`` bytes. httpx would decompress whole chunks, and 64 kB of gzip can become
+    64 MB."""
+    if len(data) > max_bytes:
+        return data  # too large even before it is decompressed
     decoder = zlib.decompressobj(GZIP_OR_ZLIB)
     try:
-        decoded = decoder.decompress(data, most + 1)
+        decoded = decoder.decompress(data, max_bytes + 1)
     except zlib.error:
         decoded = b""
-    if not decoder.eof and len(decoded) <= most:
+    if not decoder.eof and len(decoded) <= max_bytes:
         raise image_error("damaged_image", "The image file is damaged or incomplete.")
     return decoded
 
 
-async def _first(parts: AsyncIterator[bytes], most: int) -> bytes:
+async def _read_first(parts: AsyncIterator[bytes], max_bytes: int) -> bytes:
     chunks, size = [], 0
     async for chunk in parts:
         chunks.append(chunk)
         size += len(chunk)
-        if size > most:
+        if size > max_bytes:
             break
     return b"".join(chunks)

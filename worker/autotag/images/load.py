@@ -1,6 +1,6 @@
-"""From where an image lies to the JPEG that is sent.
+"""Loads an image and prepares the JPEG that is sent to the provider.
 
-It is sent inline: the provider's own download of image URLs times out too often to rely on.
+The JPEG is sent inline, because the provider's own downloads of image URLs time out too often.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from autotag.images.storage import Storage, file_missing
 from autotag.images.urls import Urls
 
 PREPARE_THREADS = 2
-FETCHES = 32  # files in memory at the same time, each of up to AUTOTAG_IMAGE_MAX_BYTES
+FETCHES = 32  # max files in memory, each of up to AUTOTAG_IMAGE_MAX_BYTES
 
 
 class Images:
@@ -35,12 +35,12 @@ class Images:
     ) -> None:
         """
         Args:
-            supabase_url: of the project; without it, or without a key, Storage is out of reach.
-            supabase_key: the project's secret key.
-            hosts: that images with URLs may come from.
-            max_bytes: of a file.
-            max_pixels: of an image, before it is scaled down.
-            transport: instead of the network behind URLs, in tests.
+            supabase_url: the project's URL; None: Storage is not used.
+            supabase_key: the project's secret key; None: Storage is not used.
+            hosts: hosts that image URLs may use.
+            max_bytes: max size of a file.
+            max_pixels: max pixels of an image before it is scaled down.
+            transport: replaces the network for image URLs, in tests.
         """
         self._max_pixels = max_pixels
         self._threads = asyncio.Semaphore(PREPARE_THREADS)
@@ -58,16 +58,18 @@ class Images:
         if self._storage is not None:
             await self._storage.__aexit__(kind, error, trace)
 
-    async def load(self, image: Image, largest_side: int) -> bytes:
-        """The prepared JPEG of an image.
+    async def load(self, image: Image, max_side: int) -> bytes:
+        """Fetches an image and returns it as a JPEG with sides of at most ``max_side`` pixels.
 
         Raises:
-            TaggingError: of the image, transient, or of the account (Storage's key or address is wrong).
+            TaggingError: ``image``, ``transient``, or ``account`` (Storage's key or address is wrong).
         """
         async with self._fetches:
             if image.refused == "foreign_file":
                 raise image_error("foreign_file", "The image's row names a file that does not belong to its workspace.")
-            if image.refused is not None:  # said as if there were none: whether there is one is not theirs to know
+            if (
+                image.refused is not None
+            ):  # hidden_file: the same error as for a missing file, so that it does not reveal whether one exists
                 raise file_missing()
             if image.path is not None and image.bucket is not None:
                 data = await self._from_storage(image.bucket, image.path)
@@ -76,11 +78,11 @@ class Images:
             else:
                 raise image_error("asset_missing", "The image was deleted.")
             async with self._threads:
-                return await asyncio.to_thread(prepare, data, largest_side, self._max_pixels)
+                return await asyncio.to_thread(prepare, data, max_side, self._max_pixels)
 
     async def _from_storage(self, bucket: str, path: str) -> bytes:
         if self._storage is None:
             raise TaggingError(
-                "account", "no_storage", "SUPABASE_URL and SUPABASE_SECRET_KEY are not set, so Storage is out of reach."
+                "account", "no_storage", "SUPABASE_URL and SUPABASE_SECRET_KEY are not set, so Storage cannot be read."
             )
         return await self._storage.read(bucket, path)

@@ -1,7 +1,7 @@
-"""From an image file to the pixels that the model sees.
+"""Prepares an image file for the model.
 
-The model sees at most 512 pixels of an image's longer side (detail ``low``), so the worker scales it down. What is sent
-is a fresh JPEG: turned upright, without metadata, first frame only.
+With detail ``low``, the model sees at most 512 pixels of an image's longer side, so the worker scales it down. The
+result is a new JPEG: upright, without metadata, first frame only.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ from PIL import ImageOps, UnidentifiedImageError
 from autotag.errors import TaggingError, image_error
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
-JPEG_QUALITY = 85  # 512 px at 85 is 30–60 KB; more is no more to see
-#: Pixels of an image's longer side beyond which the model sees no more, by detail (OpenAI's guide "Images and vision").
-LARGEST_SIDE = {"low": 512, "high": 2048}
-#: Scans of a progressive JPEG; encoders make about ten. Each goes over all pixels, and a hundred bytes make one.
-SCANS_MOST = 100
+JPEG_QUALITY = 85  # a 512 px image has 30–60 KB; higher quality makes no visible difference
+#: Max pixels of an image's longer side, by detail; the model scales larger images down (OpenAI's guide "Images and
+#: vision").
+MAX_SIDE = {"low": 512, "high": 2048}
+#: Max scans of a progressive JPEG. Encoders write about ten. A scan needs only a hundred bytes in the file, but its
+#: decoding visits every pixel.
+MAX_SCANS = 100
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 
 pillow_heif.register_heif_opener()
-Pillow.MAX_IMAGE_PIXELS = None  # prepare() checks by its own limit, before anything is decoded
+Pillow.MAX_IMAGE_PIXELS = None  # prepare() checks its own limit before it decodes
 
 
-def prepare(data: bytes, largest_side: int, max_pixels: int) -> bytes:
-    """A JPEG of at most ``largest_side`` pixels a side of whatever image file this is.
+def prepare(data: bytes, max_side: int, max_pixels: int) -> bytes:
+    """Converts an image file to a JPEG with sides of at most ``max_side`` pixels.
 
     Raises:
-        TaggingError: of the image, with a sentence for the user: empty, no image, too large, damaged.
+        TaggingError: ``image``: the file is empty, not an image, too large, damaged or of an unsupported format.
     """
     if not data:
         raise image_error("empty_file", "The file is empty.")
@@ -46,13 +48,13 @@ def prepare(data: bytes, largest_side: int, max_pixels: int) -> bytes:
             )
         if image.info.get("progressive") and _has_too_many_scans(data):
             raise image_error(
-                "unsupported_format", f"The JPEG has more than {SCANS_MOST} scans; save it again with another program."
+                "unsupported_format", f"The JPEG has more than {MAX_SCANS} scans; save it again with another program."
             )
-        return _encode(image, largest_side)
+        return _encode(image, max_side)
     except UnidentifiedImageError:
         if _looks_like_svg(data):
             raise image_error("unsupported_format", "SVG drawings cannot be tagged; upload a PNG or JPEG.") from None
-        if _claims_to_be_an_image(data):
+        if _has_image_signature(data):
             raise image_error(
                 "unreadable_image", "The image file is damaged or of a kind that cannot be read."
             ) from None
@@ -60,56 +62,57 @@ def prepare(data: bytes, largest_side: int, max_pixels: int) -> bytes:
     except TaggingError:
         raise
     except Exception:  # noqa: BLE001
-        # Decoders raise whatever comes to mind on broken files (OSError, SyntaxError, struct.error, …):
-        # none of it may end more than this image.
+        # Decoders raise many exception types for broken files (OSError, SyntaxError, struct.error, …).
+        # All of them are errors of this image only.
         raise image_error("damaged_image", "The image file is damaged or incomplete.") from None
 
 
-def _encode(image: Pillow.Image, largest_side: int) -> bytes:
-    image.draft("RGB", (largest_side, largest_side))  # JPEG: decode at the nearest smaller scale
+def _encode(image: Pillow.Image, max_side: int) -> bytes:
+    image.draft("RGB", (max_side, max_side))  # JPEG: let the decoder scale down
     image.seek(0)
     image.load()
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         low, high = image.getextrema()
         span = (float(high) - float(low)) or 1.0  # type: ignore[arg-type]
         image = image.convert("F").point(lambda v: (v - float(low)) * (255 / span)).convert("L")  # type: ignore[arg-type]
-    # Hamming costs 40 % less than bicubic, and a model sees no difference.
-    image.thumbnail((largest_side, largest_side), Pillow.Resampling.HAMMING, reducing_gap=2.0)
-    image = ImageOps.exif_transpose(image)  # behind it, because it copies whatever it is given
+    # Hamming takes 40 % less time than bicubic, and the model sees no difference.
+    image.thumbnail((max_side, max_side), Pillow.Resampling.HAMMING, reducing_gap=2.0)
+    image = ImageOps.exif_transpose(image)  # after scaling, because it copies the image
     if image.has_transparency_data:
         upper = image.convert("RGBA")
         image = Pillow.new("RGB", image.size, "white")
         image.paste(upper, mask=upper.getchannel("A"))
     out = io.BytesIO()
     image = image.convert("RGB")
-    image.info.clear()  # comments and the like would be written again
+    image.info.clear()  # otherwise comments and other metadata are saved again
     image.save(out, "JPEG", quality=JPEG_QUALITY)
     return out.getvalue()
 
 
 def _has_too_many_scans(data: bytes) -> bool:
-    """Whether decoding a progressive JPEG could take minutes, which nothing could interrupt."""
+    """Whether a progressive JPEG has more than `MAX_SCANS` scans. Decoding it could take minutes and cannot be
+    interrupted."""
     scans, at = 0, 2
-    while scans <= SCANS_MOST and (found := _MARKER.search(data, at)):
+    while scans <= MAX_SCANS and (found := _MARKER.search(data, at)):
         marker, at = found[1], found.end()
         if marker == b"\xd9":
             break
         scans += marker == b"\xda"
         at += int.from_bytes(data[at : at + 2], "big")
-    return scans > SCANS_MOST
+    return scans > MAX_SCANS
 
 
 def _looks_like_svg(data: bytes) -> bool:
     return b"<svg" in data[:2000].lower()
 
 
-def _claims_to_be_an_image(data: bytes) -> bool:
-    """Whether the first bytes are those of a format we accept, so that what follows must be broken."""
+def _has_image_signature(data: bytes) -> bool:
+    """Whether the first bytes are those of a supported format, so the rest of the file must be damaged."""
     return data.startswith((b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")) or (
         data[:4] == b"RIFF" or data[4:8] == b"ftyp"
     )
 
 
 def data_url(jpeg: bytes) -> str:
-    """The form in which an image travels inside a request."""
+    """The JPEG as a data URL, as requests contain it."""
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()

@@ -1,15 +1,15 @@
-"""Files in Supabase Storage, and whose fault it is when one cannot be read.
+"""Reads files from Supabase Storage and classifies the errors.
 
-"Not found" may mean three things: the file is missing, the bucket is missing, or the key does not see them. Only the
-first two concern the image; the last concerns every image, so it must fail none. This is how they are told apart
-(supabase/storage: src/http/plugins/jwt.ts, src/http/routes/object/getObject.ts):
+Storage's "not found" has three causes: the file is missing, the bucket is missing, or the key has no access to them.
+The first two are errors of the image. The third affects every image, so it must not fail any of them. They are
+distinguished like this (supabase/storage: src/http/plugins/jwt.ts, src/http/routes/object/getObject.ts):
 
-- ``/object/<bucket>/<path>`` treats a key that does not verify as a stranger, for whom no private bucket exists.
-  ``/object/authenticated/…`` refuses such a key as a key, so files are read there.
-- A publishable key does verify, and row level security hides the files from it: "not found" again. What a key is
-  stands in the key itself.
-- Before "not found" fails an image, ``GET /bucket`` has shown that the key works. One such look answers for all
-  images of the next seconds.
+- ``/object/<bucket>/<path>`` treats an invalid key as an anonymous user, who gets "not found" for private buckets.
+  ``/object/authenticated/…`` rejects an invalid key, so files are read from there.
+- A publishable key is valid, but row level security hides the files from it: "not found" again. `key_role` reads the
+  role from the key itself.
+- ``GET /bucket`` must prove that the key works before "not found" fails an image. One key check is valid for all
+  images of the next `KEY_CHECK_VALID` seconds.
 """
 
 from __future__ import annotations
@@ -35,16 +35,21 @@ from autotag.redact import redact
 from autotag.texts import clean_text, printable
 
 FETCH_TIMEOUT = 30.0  # seconds
-LOOK_KEPT = 10.0  # seconds for which one look at the key answers for every missing file
-FAILED_LOOK_KEPT = 1.0  # seconds, where the look itself failed
-LONGEST_RETRY_AFTER = 120.0  # seconds; what Storage asks for beyond it is cut
-MOST_TOLD = 10_000_000  # bytes of an answer that is no file; a list of 1,000 buckets has 300,000
-MOST_BUCKETS_WARNED_OF = 100  # names come from rows, so there may be any number
-LONGEST_REASON = 200  # characters of Storage's own words in a message
+KEY_CHECK_VALID = 10.0  # seconds that the result of a key check is used for all missing files
+FAILED_KEY_CHECK_VALID = 1.0  # seconds, if the key check failed with a transient error
+MAX_RETRY_AFTER = 120.0  # seconds; longer waits that Storage asks for are cut to this
+MAX_REPLY_BYTES = 10_000_000  # bytes of a reply other than a file; a list of 1,000 buckets has 300,000
+MAX_BUCKET_WARNINGS = 100  # buckets in warnings; the names come from rows, so there may be any number of them
+MAX_REASON_LENGTH = 200  # characters of Storage's message that are kept
 
-SECRET, PUBLISHABLE = "service_role", ("anon", "authenticated")  # roles: row level security holds for the latter
-PASSING = (408, 425, 429)  # statuses besides 5xx that are over when they are over
-REFUSALS = ("AccessDenied", "InvalidJWT", "Unauthorized", "Invalid JWT")  # the last two: of releases without codes
+SECRET, PUBLISHABLE = "service_role", ("anon", "authenticated")  # roles; row level security applies to PUBLISHABLE
+TRANSIENT_STATUSES = (408, 425, 429)  # besides 5xx
+REFUSALS = (
+    "AccessDenied",
+    "InvalidJWT",
+    "Unauthorized",
+    "Invalid JWT",
+)  # the last two: messages of Storage releases without codes
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 CHECK_KEY = "Check SUPABASE_SECRET_KEY (the project's secret key)."
 CHECK_URL = "Check SUPABASE_URL."
@@ -58,10 +63,10 @@ class Storage:
     def __init__(self, url: str, key: str, max_bytes: int, *, timeout: float = FETCH_TIMEOUT) -> None:
         """
         Args:
-            url: of the project.
-            key: its secret key.
-            max_bytes: of a file; reading stops there.
-            timeout: seconds that connecting, or a pause while reading, may take.
+            url: the project's URL.
+            key: the project's secret key.
+            max_bytes: max size of a file.
+            timeout: seconds to connect, and max seconds between two reads.
         """
         self._url = f"{url}/storage/v1"
         self._role = key_role(key)
@@ -70,11 +75,11 @@ class Storage:
         self._http = make_http(
             timeout=timeout, limits=httpx2.Limits(max_connections=100), headers=headers, follow_redirects=False
         )
-        self._looking = asyncio.Lock()
-        self._seen: frozenset[str] | TaggingError = frozenset()
-        self._seen_until = 0.0  # of time.monotonic()
-        self._last_read: str | None = None  # where the last file lay that was read
-        self._warned_of: set[str] = set()
+        self._key_check = asyncio.Lock()
+        self._buckets: frozenset[str] | TaggingError = frozenset()
+        self._buckets_valid_until = 0.0  # time.monotonic()
+        self._last_read: str | None = None  # URL path of the file that was read last
+        self._warned_buckets: set[str] = set()
 
     async def __aenter__(self) -> Storage:
         return self
@@ -85,109 +90,110 @@ class Storage:
         await self._http.aclose()
 
     async def read(self, bucket: str, path: str) -> bytes:
-        """The bytes of a file.
+        """Reads a file.
 
         Raises:
-            TaggingError: of the image when the key works and the file or its bucket is missing; of the account when
-                the key or the address is wrong; else transient.
+            TaggingError: ``image`` if the key works and the file or its bucket is missing; ``account`` if the key or
+                the address is wrong; otherwise ``transient``.
         """
         if not _stays_inside(bucket, path):
             raise file_missing()
-        where = f"/object/authenticated/{quote(bucket, safe='')}/{quote(path)}"
-        answer = await self._get(where, self._max_bytes)
-        if isinstance(answer, bytes):
-            self._last_read = where
-            return answer
-        raise await self._whose_fault(bucket, answer)
+        location = f"/object/authenticated/{quote(bucket, safe='')}/{quote(path)}"
+        reply = await self._get(location, self._max_bytes)
+        if isinstance(reply, bytes):
+            self._last_read = location
+            return reply
+        raise await self._classify(bucket, reply)
 
     async def buckets(self) -> frozenset[str]:
-        """The project's buckets, which shows that the key works; asks at most every `LOOK_KEPT` seconds.
+        """Lists the project's buckets, which proves that the key works. Cached for `KEY_CHECK_VALID` seconds.
 
         Raises:
-            TaggingError: of the account when the key or the address is wrong, transient when Storage does not say.
+            TaggingError: ``account`` if the key or the address is wrong; ``transient`` if Storage is unavailable.
         """
-        async with self._looking:
-            if time.monotonic() >= self._seen_until:
-                self._seen = await self._look()
-                failed = isinstance(self._seen, TaggingError) and self._seen.kind == "transient"
-                self._seen_until = time.monotonic() + (FAILED_LOOK_KEPT if failed else LOOK_KEPT)
-            seen = self._seen
-        if isinstance(seen, TaggingError):
-            raise TaggingError(seen.kind, seen.code, seen.message, retry_after=seen.retry_after)
-        return seen
+        async with self._key_check:
+            if time.monotonic() >= self._buckets_valid_until:
+                self._buckets = await self._check_key()
+                failed = isinstance(self._buckets, TaggingError) and self._buckets.kind == "transient"
+                self._buckets_valid_until = time.monotonic() + (FAILED_KEY_CHECK_VALID if failed else KEY_CHECK_VALID)
+            buckets = self._buckets
+        if isinstance(buckets, TaggingError):
+            # A new exception each time, because many images raise it concurrently.
+            raise TaggingError(buckets.kind, buckets.code, buckets.message, retry_after=buckets.retry_after)
+        return buckets
 
-    async def _whose_fault(self, bucket: str, answer: Answer) -> TaggingError:
-        """The error of a file that could not be read: of the image, of the account, or of the moment."""
-        if trouble := _not_of_the_file(answer):
-            return trouble
+    async def _classify(self, bucket: str, reply: Reply) -> TaggingError:
+        """Classifies the reply to a file request that failed: ``image``, ``account`` or ``transient``."""
+        if general_error := _general_error(reply):
+            return general_error
         try:
             buckets = await self.buckets()
         except TaggingError as error:
             return error
         if not buckets and self._role == SECRET:
             return TaggingError("account", "storage_no_bucket", f"The project has no bucket at all. {CHECK_URL}")
-        if answer.code == "NoSuchBucket" and bucket not in buckets:
-            self._warn_of(bucket)
+        if reply.code == "NoSuchBucket" and bucket not in buckets:
+            self._warn_missing_bucket(bucket)
             return image_error(
                 "file_missing", f"The image's bucket “{printable(bucket, 100)}” does not exist in storage."
             )
-        if answer.by_storage and answer.code != "NoSuchBucket" and answer.status in (400, 404):
+        if reply.by_storage and reply.code != "NoSuchBucket" and reply.status in (400, 404):
             return file_missing()
-        return _unreachable(answer)
+        return _unreachable(reply)
 
-    async def _look(self) -> frozenset[str] | TaggingError:
-        """The buckets that the key sees, or what is wrong with it."""
+    async def _check_key(self) -> frozenset[str] | TaggingError:
+        """The buckets that the key can list, or the error of the key or the address."""
         if self._role in PUBLISHABLE:
-            return _refused("it is not the secret one, and row level security hides the files from it")
+            return _refused("it is not the secret key, so row level security hides the files from it")
         try:
-            answer = await self._get("/bucket", MOST_TOLD)
-            if isinstance(answer, Answer):
-                return _not_of_the_file(answer) or _no_storage(f"status {answer.status}")
-            buckets = frozenset(str(bucket["id"]) for bucket in json.loads(answer))
-            if not buckets and self._role != SECRET and not await self._still_reads():
-                return _refused("it sees no bucket and no file")
+            reply = await self._get("/bucket", MAX_REPLY_BYTES)
+            if isinstance(reply, Reply):
+                return _general_error(reply) or _no_storage(f"status {reply.status}")
+            buckets = frozenset(str(bucket["id"]) for bucket in json.loads(reply))
+            if not buckets and self._role != SECRET and not await self._can_read_last():
+                return _refused("it has access to no bucket and no file")
         except TaggingError as error:
-            return error if error.kind == "transient" else _no_storage("it sends too much")
+            return error if error.kind == "transient" else _no_storage("its reply is too large")
         except (ValueError, TypeError, KeyError):
-            return _no_storage("it sends no list of buckets")
+            return _no_storage("its reply is not a list of buckets")
         return buckets
 
-    async def _still_reads(self) -> bool:
-        """Whether the file that was read last can still be read. Its absence alone proves nothing: it may be gone."""
+    async def _can_read_last(self) -> bool:
+        """Whether the file that was read last can still be read. False proves nothing: it may have been deleted."""
         return self._last_read is not None and isinstance(await self._get(self._last_read, self._max_bytes), bytes)
 
-    async def _get(self, where: str, most: int) -> bytes | Answer:
-        """What lies at an address below Storage's, or what Storage answers instead.
+    async def _get(self, location: str, max_bytes: int) -> bytes | Reply:
+        """Requests a path of Storage's API; returns the body of a 200, otherwise the error reply.
 
         Raises:
-            TaggingError: transient when there is no answer; of the image when what lies there is too large.
+            TaggingError: ``transient`` if there is no reply; ``image`` if the body is larger than ``max_bytes``.
         """
         try:
-            async with self._http.stream("GET", self._url + where) as response:
+            async with self._http.stream("GET", self._url + location) as response:
                 if response.status_code == 200:
-                    return await read_body(response, most)
-                return read_answer(response, await read_up_to(response, MOST_TOLD))
-        except httpx2.InvalidURL:  # longer than any URL may be, or SUPABASE_URL is none
-            return Answer(414, "", "", False, None)
+                    return await read_body(response, max_bytes)
+                return read_reply(response, await read_up_to(response, MAX_REPLY_BYTES))
+        except httpx2.InvalidURL:  # the URL is too long, or SUPABASE_URL is not a URL
+            return Reply(414, "", "", False, None)
         except HTTP_ERRORS:
             raise TaggingError("transient", "storage_error", "Storage cannot be reached.") from None
 
-    def _warn_of(self, bucket: str) -> None:
-        if bucket not in self._warned_of and len(self._warned_of) < MOST_BUCKETS_WARNED_OF:
-            self._warned_of.add(bucket)
+    def _warn_missing_bucket(self, bucket: str) -> None:
+        if bucket not in self._warned_buckets and len(self._warned_buckets) < MAX_BUCKET_WARNINGS:
+            self._warned_buckets.add(bucket)
             log.warning("bucket_missing", bucket=bucket, hint="Correct the rows that name it, or create it.")
 
 
 @dataclass(frozen=True)
-class Answer:
-    """An answer of Storage, or of what stands before it, that is not the file.
+class Reply:
+    """An error reply of Storage, or of a proxy in front of it.
 
     Attributes:
-        status: the one inside the body, where Storage puts the real one, or else that of HTTP.
-        code: Storage's, such as ``NoSuchKey``; empty when it did not say.
-        message: Storage's words; empty when it did not say (an error page).
-        by_storage: whether Storage itself said so, and nothing that stands before it.
-        retry_after: seconds that the answer asks to wait.
+        status: Storage's ``statusCode`` in the body, which is the actual status; otherwise the HTTP status.
+        code: Storage's error code, such as ``NoSuchKey``; empty if it is missing.
+        message: Storage's message; empty if it is missing (an error page).
+        by_storage: whether Storage itself replied, not a proxy.
+        retry_after: seconds to wait, from the reply's header.
     """
 
     status: int
@@ -197,35 +203,35 @@ class Answer:
     retry_after: float | None
 
 
-def read_answer(response: Response, body: bytes) -> Answer:
-    """Sorts out an answer that is not 200."""
+def read_reply(response: Response, body: bytes) -> Reply:
+    """Parses a reply whose status is not 200."""
     try:
-        told = json.loads(body)
+        parsed = json.loads(body)
     except ValueError:
-        told = None
-    told = told if isinstance(told, dict) else {}
-    inner = str(told.get("statusCode", ""))
-    by_storage = len(inner) == 3 and inner.isdecimal()
-    return Answer(
-        int(inner) if by_storage else response.status_code,
-        str(told.get("code") or told.get("error") or ""),
-        clean_text(redact(str(told.get("message") or "")))[:LONGEST_REASON].rstrip("."),
+        parsed = None
+    payload = parsed if isinstance(parsed, dict) else {}
+    inner_status = str(payload.get("statusCode", ""))
+    by_storage = len(inner_status) == 3 and inner_status.isdecimal()
+    return Reply(
+        int(inner_status) if by_storage else response.status_code,
+        str(payload.get("code") or payload.get("error") or ""),
+        clean_text(redact(str(payload.get("message") or "")))[:MAX_REASON_LENGTH].rstrip("."),
         by_storage,
         read_retry_after(response.headers),
     )
 
 
 def read_retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that an answer asks to wait; None when it does not, or names a date."""
+    """Seconds to wait, from the header ``retry-after``; None if it is missing or a date."""
     try:
         seconds = float(headers.get("retry-after", ""))
     except ValueError:
         return None
-    return min(seconds, LONGEST_RETRY_AFTER) if seconds > 0 else None
+    return min(seconds, MAX_RETRY_AFTER) if seconds > 0 else None
 
 
 def key_role(key: str) -> str | None:
-    """The role that a key of Supabase acts as, by what stands in it; None when it does not say."""
+    """The role of a Supabase key: from its prefix or its JWT claims; None if neither contains a role."""
     if key.startswith("sb_secret_"):
         return SECRET
     if key.startswith("sb_publishable_"):
@@ -239,8 +245,7 @@ def key_role(key: str) -> str | None:
 
 
 def _stays_inside(bucket: str, path: str) -> bool:
-    """Whether a path leads nowhere but into its bucket, and has the form of an object's name, which holds no control
-    characters."""
+    """Whether the path cannot leave its bucket and is a valid object name (no empty parts, no control characters)."""
     return (
         "/" not in bucket
         and not any(part in ("", ".", "..") for part in (bucket, *path.split("/")))
@@ -248,30 +253,30 @@ def _stays_inside(bucket: str, path: str) -> bool:
     )
 
 
-def _not_of_the_file(answer: Answer) -> TaggingError | None:
-    """The error when the answer is the same for every file: the key is refused, or Storage is in trouble."""
-    if answer.status == 401 or answer.code in REFUSALS:
-        return _refused(answer.message or f"it answered with status {answer.status}")
-    return _unreachable(answer) if answer.status in PASSING or answer.status >= 500 else None
+def _general_error(reply: Reply) -> TaggingError | None:
+    """The error if it affects every file: the key is refused, or Storage is unavailable. Otherwise None."""
+    if reply.status == 401 or reply.code in REFUSALS:
+        return _refused(reply.message or f"it answered with status {reply.status}")
+    return _unreachable(reply) if reply.status in TRANSIENT_STATUSES or reply.status >= 500 else None
 
 
 def _refused(reason: str) -> TaggingError:
     return TaggingError("account", "storage_refused", f"Storage refused the key: {reason}. {CHECK_KEY}")
 
 
-def _no_storage(what: str) -> TaggingError:
-    return TaggingError("account", "no_storage", f"No Storage answers at SUPABASE_URL ({what}). {CHECK_URL}")
+def _no_storage(reason: str) -> TaggingError:
+    return TaggingError("account", "no_storage", f"SUPABASE_URL does not lead to Storage ({reason}). {CHECK_URL}")
 
 
-def _unreachable(answer: Answer) -> TaggingError:
+def _unreachable(reply: Reply) -> TaggingError:
     return TaggingError(
         "transient",
         "storage_error",
-        f"Storage answered with an error ({answer.status}).",
-        retry_after=answer.retry_after,
+        f"Storage answered with an error ({reply.status}).",
+        retry_after=reply.retry_after,
     )
 
 
 def file_missing() -> TaggingError:
-    """The error of an image whose file is not there."""
+    """The error of an image whose file does not exist, or may not be seen by the caller."""
     return image_error("file_missing", "The image's file is not in storage.")

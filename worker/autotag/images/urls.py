@@ -1,4 +1,4 @@
-"""Images behind URLs: fetched from allowed hosts only, at public addresses only, with few redirects."""
+"""Fetches images by URL: from allowed hosts with public addresses only, and with few redirects."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import httpcore
 import httpx
 
 from autotag.errors import TaggingError, image_error
-from autotag.images.addresses import GuardedBackend, no_url
+from autotag.images.addresses import GuardedBackend, invalid_url
 from autotag.images.body import read_body
 from autotag.texts import printable
 
-FETCH_TIMEOUT = 30.0  # seconds that connecting, or a pause while reading, may take
-FETCH_MOST = 120.0  # seconds that an image may take in all: a host that drips would hold a place for ever
+FETCH_TIMEOUT = 30.0  # seconds to connect, and max seconds between two reads
+MAX_FETCH_SECONDS = (
+    120.0  # total time of one image; without it, a host that sends slowly would occupy a slot indefinitely
+)
 REDIRECTS = 3
 
 
@@ -28,9 +30,9 @@ class Urls:
     ) -> None:
         """
         Args:
-            hosts: that images may come from.
-            max_bytes: of an image; reading stops there.
-            transport: instead of the network, in tests.
+            hosts: allowed hosts.
+            max_bytes: max size of an image file.
+            transport: replaces the network, in tests.
         """
         self._hosts = hosts
         self._max_bytes = max_bytes
@@ -43,7 +45,7 @@ class Urls:
             transport=transport, timeout=FETCH_TIMEOUT, follow_redirects=False, trust_env=False,
             headers={"Accept-Encoding": "identity"},
         )  # fmt: skip
-        # A host that sets cookies for one image must not get them back with another workspace's.
+        # No cookies: a host could use them to link the images of different workspaces.
         self._http.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
 
     async def __aenter__(self) -> Urls:
@@ -55,13 +57,13 @@ class Urls:
         await self._http.aclose()
 
     async def fetch(self, url: str) -> bytes:
-        """The bytes of an image.
+        """Fetches an image file.
 
         Raises:
-            TaggingError: of the image when the address is refused or there is nothing; else transient.
+            TaggingError: ``image`` if the address is refused or has no image; otherwise ``transient``.
         """
         try:
-            async with asyncio.timeout(FETCH_MOST):
+            async with asyncio.timeout(MAX_FETCH_SECONDS):
                 return await self._follow(url)
         except TimeoutError:
             raise TaggingError("transient", "fetch_failed", "The image's host took too long.") from None
@@ -75,16 +77,19 @@ class Urls:
                         url = urljoin(url, response.headers["location"])
                         continue
                     return await self._read(response)
-            except (httpx.InvalidURL, ValueError):  # whatever parses a URL or a redirect, and UnicodeError of IDNA
-                raise no_url() from None
+            except (
+                httpx.InvalidURL,
+                ValueError,
+            ):  # raised while parsing a URL or a redirect; includes IDNA's UnicodeError
+                raise invalid_url() from None
             except httpx.HTTPError as error:
-                if isinstance(error.__context__, httpx.InvalidURL):  # httpx has looked at a redirect's location
-                    raise no_url() from None
+                if isinstance(error.__context__, httpx.InvalidURL):  # httpx parsed the location of a redirect
+                    raise invalid_url() from None
                 raise TaggingError("transient", "fetch_failed", "The image's host did not answer.") from None
         raise image_error("fetch_failed", "The image's address redirects too often.")
 
     def _check(self, url: str) -> None:
-        """Refuses what is not an https URL of an allowed host.
+        """Checks that this is an https URL of an allowed host.
 
         Raises:
             TaggingError: ``url_refused``.
@@ -93,11 +98,11 @@ class Urls:
             parts = urlsplit(url)
             host, port = (parts.hostname or "").lower(), parts.port
         except ValueError:
-            raise no_url() from None
+            raise invalid_url() from None
         if parts.scheme != "https" or port not in (None, 443) or parts.username or parts.password:
             raise image_error("url_refused", "The image's address is not a plain https URL.")
         if not host:
-            raise no_url()
+            raise invalid_url()
         if host not in self._hosts:
             raise image_error("url_refused", f"Images from the host {printable(host, 100)} are not allowed here.")
 

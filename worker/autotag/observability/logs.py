@@ -1,4 +1,4 @@
-"""Structured logs: one event a line, on stderr. What strangers can cause is written a few times a minute at most."""
+"""Structured logs: one event per line, on stderr. Events that untrusted clients can cause are rate-limited."""
 
 from __future__ import annotations
 
@@ -14,78 +14,78 @@ import structlog
 
 from autotag.redact import redact_event
 
-NOISY_MOST = 5  # lines of a noisy event in each window
+MAX_NOISY_LINES = 5  # lines per noisy event and window
 WINDOW = 60.0  # seconds
-TEXT_MOST = 4_000  # characters of a foreign library's message, tracebacks included
+MAX_MESSAGE_LENGTH = 4_000  # characters of a library's message, tracebacks included
 
-#: Libraries that log by themselves what a client's bytes, or too many clients, make them stumble over; the last one is
-#: Python's warnings, as Pillow has for odd files.
-FOREIGN = ("uvicorn.error", "asyncio", "py.warnings")
+#: Loggers of libraries whose messages untrusted clients can cause: invalid requests, too many connections, and Python's
+#: warnings (Pillow warns about unusual files).
+LIBRARY_LOGGERS = ("uvicorn.error", "asyncio", "py.warnings")
 
 
 class Throttle:
-    """Counts the lines of each event, and says how many it left out."""
+    """Limits the lines of each event per window, and reports how many were dropped."""
 
-    def __init__(self, tell: Callable[[str, int], None], clock: Callable[[], float] = time.monotonic) -> None:
-        """``tell`` writes at a window's end how many lines of an event are missing in it."""
-        self._tell = tell
+    def __init__(self, on_dropped: Callable[[str, int], None], clock: Callable[[], float] = time.monotonic) -> None:
+        """``on_dropped`` is called at the end of a window with the event and its number of dropped lines."""
+        self._on_dropped = on_dropped
         self._clock = clock
-        self._windows: dict[str, tuple[float, int]] = {}  # event: start, lines asked for
+        self._windows: dict[str, tuple[float, int]] = {}  # by event: start of the window, lines (dropped ones included)
 
     def admit(self, event: str) -> bool:
-        """Whether to write one more line of an event. Events are few: names that the program gives."""
+        """Whether to write another line of an event. The number of event names is limited by the program."""
         start, lines = self._windows.get(event, (float("-inf"), 0))
         if self._clock() - start >= WINDOW:
             self.close(event)
             start, lines = self._clock(), 0
         self._windows[event] = (start, lines + 1)
-        if lines == NOISY_MOST:
-            with contextlib.suppress(RuntimeError):  # no loop runs: the event's next line says it
+        if lines == MAX_NOISY_LINES:
+            with contextlib.suppress(RuntimeError):  # without a loop, the event's next line closes the window
                 asyncio.get_running_loop().call_later(start + WINDOW - self._clock(), self.close, event, start)
-        return lines < NOISY_MOST
+        return lines < MAX_NOISY_LINES
 
     def close(self, event: str, start: float | None = None) -> None:
-        """Ends an event's window: the one that began then, or any."""
+        """Ends an event's current window; with ``start``, only if the window started then."""
         if start is not None and self._windows.get(event, (None, 0))[0] != start:
             return
         _, lines = self._windows.pop(event, (0.0, 0))
-        if lines > NOISY_MOST:
-            self._tell(event, lines - NOISY_MOST)
+        if lines > MAX_NOISY_LINES:
+            self._on_dropped(event, lines - MAX_NOISY_LINES)
 
 
-def _tell_left_out(event: str, lines: int) -> None:
-    structlog.get_logger(__name__).warning("lines_left_out", of=event, lines=lines, seconds=WINDOW)
+def _log_dropped(event: str, lines: int) -> None:
+    structlog.get_logger(__name__).warning("lines_dropped", of=event, lines=lines, seconds=WINDOW)
 
 
-_throttle = Throttle(_tell_left_out)
+_throttle = Throttle(_log_dropped)
 
 
-def leave_out_noise(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """The processor for ``log.warning("event", noisy=True, …)``: a few such lines a minute are enough."""
+def throttle_noise(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Rate-limits ``log.warning("event", noisy=True, …)`` to `MAX_NOISY_LINES` per minute. A structlog processor."""
     if event.pop("noisy", False) and not _throttle.admit(str(event["event"])):
         raise structlog.DropEvent
     return event
 
 
-class _Foreign(logging.Handler):
-    """Writes a library's records as events, each place in it as a noisy event of its own."""
+class _LibraryHandler(logging.Handler):
+    """Writes a library's log records as events. Each line of its source is rate-limited as one noisy event."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not _throttle.admit(f"{record.name}:{record.lineno}"):
             return
         structlog.get_logger(record.name).log(
-            record.levelno, record.name, message=self.format(record)[:TEXT_MOST], line=record.lineno
+            record.levelno, record.name, message=self.format(record)[:MAX_MESSAGE_LENGTH], line=record.lineno
         )
 
 
 def configure_logs(level: str, style: Literal["json", "console"]) -> None:
-    """Call once per process, before anything logs."""
+    """Configures the logs. Call it once per process, before the first log line."""
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer() if style == "json" else structlog.dev.ConsoleRenderer()
     )
     structlog.configure(
         processors=[
-            leave_out_noise,
+            throttle_noise,
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -98,6 +98,6 @@ def configure_logs(level: str, style: Literal["json", "console"]) -> None:
         cache_logger_on_first_use=True,
     )
     logging.captureWarnings(True)
-    for name in FOREIGN:
-        logging.getLogger(name).handlers = [_Foreign()]
+    for name in LIBRARY_LOGGERS:
+        logging.getLogger(name).handlers = [_LibraryHandler()]
         logging.getLogger(name).propagate = False

@@ -1,7 +1,7 @@
-"""What a worker tells Prometheus: what it does itself, and what the database knows of the whole.
+"""A worker's Prometheus metrics: its own, and those that the database has of the whole system.
 
-The worker's own metrics are added up over workers; those of the database (`_SYSTEM`) are the same whichever worker is
-asked, so a dashboard takes their maximum.
+Dashboards sum a worker's own metrics over the workers. The database's metrics (`_SYSTEM`) are the same from every
+worker, so dashboards take their maximum.
 """
 
 from __future__ import annotations
@@ -19,30 +19,33 @@ from prometheus_client.registry import Collector
 
 from autotag.db.messages import BatchAnswer, Metrics, Report
 
-SAMPLE_EVERY = 5.0  # seconds that an answer of the database serves every scrape
-READ_MOST = 5.0  # seconds that it may take
+SAMPLE_INTERVAL = 5.0  # seconds between queries of the database; scrapes in between get the last result
+READ_TIMEOUT = 5.0  # seconds for such a query
 
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 
 CLAIMS = Counter(
-    "autotag_claims", "Claims of single calls, by what kept them from releasing more.", ["bound"], registry=REGISTRY
+    "autotag_claims",
+    "Claims of single calls, by the limit that they reached.",
+    ["bound"],
+    registry=REGISTRY,
 )
 CLAIMED = Counter("autotag_images_claimed", "Images released to this worker.", registry=REGISTRY)
 ANSWERED = Counter(
-    "autotag_images_answered", "Images by what came of their call or batch line (tagged, or the kind of error).",
+    "autotag_images_answered", "Images by the outcome of their call or batch line (tagged, or the kind of error).",
     ["lane", "outcome"], registry=REGISTRY,
 )  # fmt: skip
 TOKENS = Counter("autotag_tokens", "Tokens that the provider billed.", ["lane", "type"], registry=REGISTRY)
-IN_FLIGHT = Gauge("autotag_in_flight", "Images (realtime) or batches in hand.", ["lane"], registry=REGISTRY)
-#: waited: from the upload to the claim; fetched: out of Storage and prepared; called: the provider's answer;
-#: settled: from there to the commit
+IN_FLIGHT = Gauge("autotag_in_flight", "Single calls (realtime) or batches in progress.", ["lane"], registry=REGISTRY)
+#: waited: from the upload to the claim; fetched: fetching and preparing; called: the call to the provider; settled:
+#: from its answer to the commit.
 SECONDS = Histogram(
     "autotag_stage_seconds", "Seconds that an image of a single call spent in each stage.", ["stage"],
     buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800), registry=REGISTRY,
 )  # fmt: skip
 BATCH_SECONDS = Histogram(
-    "autotag_batch_step_seconds", "Seconds that a batch was in this worker's hands.", ["step"],
+    "autotag_batch_step_seconds", "Seconds that this worker took to submit or harvest a batch.", ["step"],
     buckets=(0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600), registry=REGISTRY,
 )  # fmt: skip
 DELIVERED = Counter(
@@ -51,33 +54,41 @@ DELIVERED = Counter(
 )  # fmt: skip
 
 SHUTDOWN_DAYS = "autotag_model_shutdown_days"
-#: What ``autotag.metrics()`` says: its key, the metric's name and help.
+#: Values of ``autotag.metrics()``: the key, and the metric's name and help.
 _SYSTEM = (
     ("queued", "autotag_queue_images", "Images that wait for a single call."),
-    ("queued_workspaces", "autotag_queue_workspaces", "Workspaces that have images waiting."),
+    ("queued_workspaces", "autotag_queue_workspaces", "Workspaces with images that wait for a single call."),
     (
         "oldest_queued",
         "autotag_queue_oldest_seconds",
-        "Age of the oldest upload that has some.",
+        "Age of the oldest upload with images that wait for a single call.",
     ),
-    ("delayed", "autotag_queue_retry_images", "Images that wait for another try."),
+    ("delayed", "autotag_queue_retry_images", "Images that wait for a retry."),
     ("live", "autotag_live_images", "Images being tagged, in either lane."),
-    ("work", "autotag_work_images", "Images a worker could do something for now; what KEDA scales by."),
+    ("work", "autotag_work_images", "Images that a worker could process now; KEDA scales by this."),
     ("oldest_batch", "autotag_batch_oldest_seconds", "Age of the oldest batch that has not ended."),
     ("requests_left", "autotag_provider_requests_left", "Requests left in the mirror of the provider's bucket."),
-    ("requests_per_minute", "autotag_provider_requests_per_minute", "The provider's limit."),
+    ("requests_per_minute", "autotag_provider_requests_per_minute", "The provider's limit of requests."),
     ("tokens_left", "autotag_provider_tokens_left", "Tokens left in the mirror of the provider's bucket."),
-    ("tokens_per_minute", "autotag_provider_tokens_per_minute", "The provider's limit."),
-    ("blocked_seconds", "autotag_provider_blocked_seconds", "Seconds until the provider may be asked again (429)."),
-    ("account_error", "autotag_provider_account_error", "1 while tagging stands still; see autotag status."),
-    ("workers", "autotag_workers", "Workers whose lease holds."),
+    ("tokens_per_minute", "autotag_provider_tokens_per_minute", "The provider's limit of tokens."),
+    (
+        "blocked_seconds",
+        "autotag_provider_blocked_seconds",
+        "Seconds until calls continue after a 429.",
+    ),
+    ("account_error", "autotag_provider_account_error", "1 while tagging is stopped; see autotag status."),
+    ("workers", "autotag_workers", "Workers with a lease."),
     ("outbox", "autotag_outbox_messages", "Broadcasts that have not left the database."),
-    ("oldest_message", "autotag_outbox_oldest_seconds", "Age of the oldest of them: how far broadcasts lag."),
+    (
+        "oldest_message",
+        "autotag_outbox_oldest_seconds",
+        "Age of the oldest message in the outbox.",
+    ),
     ("images_today", "autotag_images_today", "Images tagged since midnight UTC."),
     (
         "cost_today",
         "autotag_cost_today_dollars",
-        "What answers since midnight UTC cost, by the prices in autotag.models; see autotag_unpriced_answers_today.",
+        "Cost of answers since midnight UTC, by the prices in autotag.models; see autotag_unpriced_answers_today.",
     ),
     ("unpriced_today", "autotag_unpriced_answers_today", "Answers since midnight UTC whose cost is unknown."),
 )
@@ -85,7 +96,7 @@ _SYSTEM = (
 
 @contextmanager
 def timed(histogram: Histogram, label: str) -> Iterator[None]:
-    """Observes how long the block took, also when it fails."""
+    """Observes the duration of the block in seconds, also if it fails."""
     started = time.perf_counter()
     try:
         yield
@@ -94,7 +105,7 @@ def timed(histogram: Histogram, label: str) -> Iterator[None]:
 
 
 def count_answers(lane: str, reports: Iterable[Report] | Iterable[BatchAnswer]) -> None:
-    """Counts reports as `Database.settle` and `Database.batch_answers` take them, a bulk at a time."""
+    """Counts the outcomes and tokens of reports to `Database.settle` or `Database.batch_answers`."""
     outcomes, tokens = Counts[str](), Counts[str]()
     for report in reports:
         error = report.get("error")
@@ -107,16 +118,16 @@ def count_answers(lane: str, reports: Iterable[Report] | Iterable[BatchAnswer]) 
 
 
 class SystemMetrics(Collector):
-    """The database's part, read at most every few seconds however often it is asked."""
+    """The database's metrics, read at most every `SAMPLE_INTERVAL` seconds however often they are scraped."""
 
     def __init__(self, read: Callable[[], Awaitable[Metrics]]) -> None:
         self._read = read
         self._values: Mapping[str, Any] = {}
         self._read_at = float("-inf")
-        self._reading = asyncio.Lock()  # many that ask at once wait for one answer, and take one connection
+        self._reading = asyncio.Lock()  # concurrent scrapes share one query and one connection
 
-    async def stands_still(self) -> bool:
-        """Whether nothing is tagged, because the provider or Storage refuses everything.
+    async def is_stopped(self) -> bool:
+        """Whether tagging is stopped, because the provider or Storage refuses the account.
 
         Raises:
             psycopg.Error, psycopg_pool.PoolTimeout, TimeoutError: the database did not answer.
@@ -125,21 +136,21 @@ class SystemMetrics(Collector):
         return bool(self._values["account_error"])
 
     async def _refresh(self) -> None:
-        async with asyncio.timeout(READ_MOST), self._reading:
-            if time.monotonic() - self._read_at >= SAMPLE_EVERY:
+        async with asyncio.timeout(READ_TIMEOUT), self._reading:
+            if time.monotonic() - self._read_at >= SAMPLE_INTERVAL:
                 self._values, self._read_at = await self._read(), time.monotonic()
 
     async def scrape(self) -> bytes:
-        """Everything, in Prometheus' text format.
+        """All metrics in Prometheus' text format.
 
         Raises:
             psycopg.Error, psycopg_pool.PoolTimeout, TimeoutError: the database did not answer.
         """
         await self._refresh()
-        both = CollectorRegistry()
-        both.register(REGISTRY)
-        both.register(self)
-        return generate_latest(both)
+        registry = CollectorRegistry()
+        registry.register(REGISTRY)
+        registry.register(self)
+        return generate_latest(registry)
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         for key, name, text in _SYSTEM:
@@ -147,7 +158,7 @@ class SystemMetrics(Collector):
         days = self._values.get("shutdown_days")
         if days is not None:
             yield GaugeMetricFamily(
-                SHUTDOWN_DAYS, "Days until the model shuts down; absent: no end is known.", value=days
+                SHUTDOWN_DAYS, "Days until the model shuts down; absent: no shutdown date is known.", value=days
             )
         batches = GaugeMetricFamily("autotag_batches", "Batches that have not ended, by state.", labels=["state"])
         for state, count in self._values.get("batches", {}).items():

@@ -1,8 +1,8 @@
-"""OpenTelemetry traces, when an exporter is configured in the usual way (OTEL_EXPORTER_OTLP_ENDPOINT and the like).
+"""OpenTelemetry traces, if an exporter is configured with the standard variables (OTEL_EXPORTER_OTLP_ENDPOINT).
 
-An upload is one trace: the one of the HTTP request that made it, where that had a ``traceparent`` header, or else a
-trace of its own, whose id is the job's. Each image is a span in it, with its steps below it; the last one, ``settle``,
-ends with the commit that stores the tags and sends the broadcasts.
+Each upload is one trace: that of the HTTP request that made it, if it had a ``traceparent`` header, or else a new trace
+with the job's id. Each image is a span in it, with its steps as child spans. The last step, ``settle``, ends with the
+commit that stores the tags and sends the broadcasts.
 """
 
 from __future__ import annotations
@@ -15,22 +15,25 @@ from uuid import UUID
 
 from autotag.db import Image
 
-ASKED_BY = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 _tracer: Any = None
 
 
 class TracesError(Exception):
-    """Traces are asked for and cannot be made; the message says what to install."""
+    """Traces are configured, but OpenTelemetry is not installed. The message says how to install it."""
 
 
 def configure_traces() -> None:
-    """Call once per process. Does nothing when no exporter is configured.
+    """Configures traces, if an exporter is configured. Call it once per process.
 
     Raises:
-        TracesError: the packages are missing.
+        TracesError: OpenTelemetry is not installed.
     """
-    if not any(os.environ.get(name) for name in ASKED_BY) or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+    if (
+        not any(os.environ.get(name) for name in ENDPOINT_VARIABLES)
+        or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    ):
         return
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -38,7 +41,7 @@ def configure_traces() -> None:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
         raise TracesError(
-            f"{next(n for n in ASKED_BY if os.environ.get(n))} is set, but OpenTelemetry is not installed: "
+            f"{next(n for n in ENDPOINT_VARIABLES if os.environ.get(n))} is set, but OpenTelemetry is not installed: "
             "pip install 'supabase-autotag[otel]'"
         ) from None
     name = os.environ.get("OTEL_SERVICE_NAME", "autotag")
@@ -46,7 +49,7 @@ def configure_traces() -> None:
 
 
 def use_processor(processor: Any, resource: Any = None) -> None:
-    """Has spans go to an OpenTelemetry span processor from now on (None: nowhere)."""
+    """Sends spans to an OpenTelemetry span processor from now on; None turns traces off."""
     global _tracer
     if processor is None:
         _tracer = None
@@ -60,19 +63,21 @@ def use_processor(processor: Any, resource: Any = None) -> None:
 
 @contextmanager
 def image_span(image: Image) -> Iterator[Any]:
-    """The span of one image's single call; yields it, or None when there are no traces."""
+    """The span of one image's single call; yields the span, or None if traces are off."""
     if _tracer is None:
         yield None
         return
     attributes = {"autotag.job_id": image.job or "", "autotag.asset_id": image.asset_id,
                   "autotag.task": image.task, "autotag.attempt": image.attempt}  # fmt: skip
-    with _tracer.start_as_current_span("tag image", context=_of_job(image), attributes=attributes) as span:
+    with _tracer.start_as_current_span("tag image", context=_parent_context(image), attributes=attributes) as span:
         yield span
 
 
 @contextmanager
 def step(name: str, after: Sequence[Any] = ()) -> Iterator[None]:
-    """A span below the current one; ``after`` are spans of images that it goes on with, and links to."""
+    """A child span of the current span. With ``after`` (spans of images), it is a child of the first and links to
+    all.
+    """
     if _tracer is None:
         yield
         return
@@ -84,8 +89,8 @@ def step(name: str, after: Sequence[Any] = ()) -> Iterator[None]:
         yield
 
 
-def _of_job(image: Image) -> Any:
-    """The context that an image's span belongs to."""
+def _parent_context(image: Image) -> Any:
+    """The parent context of an image's span: the request's, or a new trace with the job's id."""
     from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 

@@ -1,1 +1,1 @@
-"""Everything that is said to the AI provider and read from it, as types of our own."""
+"""Requests to the AI provider and its replies, as types of this package."""

@@ -1,9 +1,9 @@
-"""Whose fault an error of an OpenAI-compatible provider is: the one table of rules.
+"""Classifies errors of OpenAI-compatible providers into the four error kinds.
 
-Every provider has its own words for the same few troubles. The rules are tried from the top; what none of them knows
-is transient and counts as a failure, so that it can neither fail an image at once nor be tried for ever. Nothing is the
-image's fault unless the answer names the picture or what it shows. The words are those of the answers in
-tests/cases/provider-errors.jsonl, which says where each was seen.
+Providers describe the same few errors in different words. The rules are tried in order. An error that no rule matches
+is ``transient`` and counts as a failure, so it cannot fail an image at once and is not retried endlessly. An error is
+of kind ``image`` only if the message names the picture or its content. The patterns match the error messages in
+tests/cases/provider-errors.jsonl, which also has their sources.
 """
 
 from __future__ import annotations
@@ -16,37 +16,38 @@ from typing import Any
 
 from autotag.db.messages import Kind
 from autotag.errors import TaggingError
-from autotag.openai.headers import read_limits, retry_after, wait_in_words
+from autotag.openai.headers import read_limits, retry_after, retry_after_in_message
 from autotag.redact import redact
 from autotag.texts import clean_text
 
-DEFAULT_RETRY_AFTER = 1.0  # seconds, when a 429 does not say
+DEFAULT_RETRY_AFTER = 1.0  # seconds, if a 429 has no retry-after
 MESSAGE_LENGTH = 300  # characters of a provider's message that are kept
 
-#: Error codes that concern the account and not this call (OpenAI's guide "Error codes"; Azure's DeploymentNotFound).
+#: Error codes of kind ``account`` (OpenAI's guide "Error codes"; Azure's DeploymentNotFound).
 ACCOUNT_CODES = frozenset({
     "insufficient_quota", "invalid_api_key", "account_deactivated", "billing_hard_limit_reached", "billing_not_active",
     "model_not_found", "deploymentnotfound", "unsupported_country_region_territory", "access_terminated",
 })  # fmt: skip
-#: Error codes that concern the picture or what it shows.
+#: Error codes of kind ``image``: the file cannot be used.
 IMAGE_CODES = frozenset({
     "image_parse_error", "invalid_image", "invalid_image_format", "invalid_base64_image", "image_too_large",
     "image_too_small", "invalid_image_url", "unsupported_image_media_type", "image_file_too_large",
 })  # fmt: skip
+#: Error codes of kind ``image``: a content filter blocked it.
 FILTER_CODES = frozenset({
     "image_content_policy_violation", "content_policy_violation", "content_filter", "moderation_blocked",
     "responsibleaipolicyviolation", "safety", "data_inspection_failed",
 })  # fmt: skip
 TRANSIENT_STATUSES = frozenset({0, 408, 409, 423, 424, 425, 498, 499})
 
-#: How providers say that they do not take a parameter.
+#: How providers say that they do not support a parameter or its value.
 _UNSUPPORTED = re.compile(
     r"unsupported|unrecogni[sz]ed|unknown|not supported|no support|unavailable|not available|not permitted|not allowed"
     r"|does ?n[o']t support|do not support|unexpected|extra (inputs|fields)|invalid|deprecated|too (large|big|high)"
     r"|at most"
     r"|must be|cannot be|failed to deserialize|unable to|should be|validation error|constraint", re.IGNORECASE,
 )  # fmt: skip
-#: The parameters that we send, by the names they have in messages.
+#: The parameters of our requests, and their names in error messages.
 _PARAMETERS = (
     ("expires_after", re.compile(r"expires_after|expires after|output_expires", re.IGNORECASE)),
     ("reasoning_effort", re.compile(r"reasoning[_.\s]effort|\breasoning\b.{0,40}\beffort\b", re.IGNORECASE)),
@@ -62,8 +63,8 @@ _PARAMETERS = (
 
 
 @dataclass(frozen=True)
-class Complaint:
-    """What an error says: its HTTP status, code (or type), message and the parameter it names."""
+class ErrorDetails:
+    """An error of the provider: HTTP status, code (or type), message, and the parameter that it names."""
 
     status: int
     code: str
@@ -71,14 +72,14 @@ class Complaint:
     parameter: str
 
     @property
-    def words(self) -> str:
-        """All of it, to look for words in."""
+    def text(self) -> str:
+        """Code, message and parameter together, for pattern matching."""
         return f"{self.code} {self.message} {self.parameter}"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Words that tell whose fault an error is, and the code it gets."""
+    """A pattern, and the kind and code of the errors that match it."""
 
     kind: Kind
     code: str
@@ -94,8 +95,8 @@ def _any(*patterns: str) -> str:
     return "|".join(patterns)
 
 
-#: In this order: what tells more comes first. `image` needs words about this picture or what it shows; words about
-#: pictures in general ("does not support images") are about the model.
+#: Tried in this order, the most specific first. Kind ``image`` needs words about this picture or its content; words
+#: about pictures in general ("does not support images") are about the model.
 RULES = (
     _rule("transient", "file_not_there_yet", r"cannot find file|no such file object"),
     _rule(
@@ -112,7 +113,7 @@ RULES = (
             r"not a (multi-?modal|vision) model|text[- ]only model|at most 0 image",
             r"image input is not (supported|enabled)",
             r"mmproj|missing .{0,30}(vision|image) (encoder|projector)",
-            # servers whose messages know no parts
+            # servers whose messages cannot have several parts
             r"content type.{0,20}image_url|content part type.{0,10}image_url|unknown variant [`'\"]image_url",
             r"expected a string|must be a string|should be a valid string|unmarshal array into|item type in content",
             r"images is incompatible",
@@ -187,35 +188,35 @@ RULES = (
 )
 
 
-def read_complaint(status: int, body: object) -> Complaint:
-    """What an error body says, whatever its form: OpenAI's object, a list of them, FastAPI's ``detail``, a plain
-    message, HTML, text, or nothing."""
+def parse_error(status: int, body: object) -> ErrorDetails:
+    """Parses an error body: OpenAI's error object, a list of them, FastAPI's ``detail``, a JSON message, HTML, text, or
+    nothing. Secrets are removed."""
     if isinstance(body, list):
         body = body[0] if body else None
     if isinstance(body, str):
         try:
-            return read_complaint(status, json.loads(body)) if body[:1] in "{[" and body else _plain(status, body)
+            return parse_error(status, json.loads(body)) if body[:1] in "{[" and body else _parse_text(status, body)
         except (ValueError, RecursionError):
-            return _plain(status, body)
+            return _parse_text(status, body)
     if not isinstance(body, dict):
-        return Complaint(status, "", "", "")
+        return ErrorDetails(status, "", "", "")
     inner = body.get("error")
     if isinstance(inner, str):
         inner = {"message": inner, "code": body.get("code")}
     details: dict[str, Any] = inner if isinstance(inner, dict) else body
     message = details.get("message") or details.get("msg") or details.get("detail") or details.get("error_description")
     parameter = details.get("param") or ""
-    if isinstance(message, dict):  # Mistral: FastAPI's complaint inside
-        return read_complaint(status, message)
+    if isinstance(message, dict):  # Mistral: FastAPI's error inside
+        return parse_error(status, message)
     if isinstance(message, list) and message and isinstance(message[0], dict):  # FastAPI: [{loc, msg, type}]
         parameter = parameter or ".".join(str(part) for part in _list(message[0].get("loc")))
         message = message[0].get("msg")
-    metadata = details.get("metadata")  # OpenRouter: what the provider behind it said
+    metadata = details.get("metadata")  # OpenRouter: the error of the provider behind it
     if isinstance(metadata, dict):
         message = " ".join(str(part) for part in (message, metadata.get("raw"), metadata.get("reasons")) if part)
     codes = [details.get(name) for name in ("code", "type", "status")]
-    code = next((str(one) for one in codes if isinstance(one, str) and one and not one.isdigit()), "")
-    return Complaint(
+    code = next((code for code in codes if isinstance(code, str) and code and not code.isdigit()), "")
+    return ErrorDetails(
         status,
         clean_text(redact(code)[:100]),
         clean_text(redact(str(message or ""))[:2000])[:MESSAGE_LENGTH],
@@ -227,14 +228,14 @@ def _list(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
-def _plain(status: int, text: str) -> Complaint:
-    """Of HTML only its words."""
-    words = re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", " ", redact(text)[:5000])
-    return Complaint(status, "", clean_text(words)[:MESSAGE_LENGTH], "")
+def _parse_text(status: int, text: str) -> ErrorDetails:
+    """Parses an error body that is not JSON. HTML tags are removed."""
+    visible = re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", " ", redact(text)[:5000])
+    return ErrorDetails(status, "", clean_text(visible)[:MESSAGE_LENGTH], "")
 
 
 def error_in_answer(completion: Mapping[str, Any]) -> TaggingError | None:
-    """The error that an answer with status 200 carries instead of choices (OpenRouter does); None when it has none."""
+    """The error in a completion with status 200 and no choices (OpenRouter sends these); None if it has no error."""
     error = completion.get("error")
     if not error or completion.get("choices"):
         return None
@@ -244,65 +245,71 @@ def error_in_answer(completion: Mapping[str, Any]) -> TaggingError | None:
 
 
 def classify_status(status: int, body: object, headers: Mapping[str, str]) -> TaggingError:
-    """Sorts a status and an error body, as they come in answers and in the lines of a batch."""
-    complaint = read_complaint(status, body)
-    code, lower, said = complaint.code, complaint.code.lower(), complaint.message or complaint.code or str(status)
-    wait = retry_after(headers) or wait_in_words(complaint.message)
+    """Classifies an HTTP status and an error body, of a single call or of a batch line."""
+    details = parse_error(status, body)
+    code, lower, message = details.code, details.code.lower(), details.message or details.code or str(status)
+    wait = retry_after(headers) or retry_after_in_message(details.message)
 
-    def error(kind: Kind, its_code: str, message: str, **more: Any) -> TaggingError:
-        return TaggingError(kind, its_code, message, origin="provider", status=status, **{"retry_after": wait, **more})
+    def error(kind: Kind, error_code: str, sentence: str, **more: Any) -> TaggingError:
+        options: dict[str, Any] = {"retry_after": wait, **more}
+        return TaggingError(kind, error_code, sentence, origin="provider", status=status, **options)
 
     if lower in FILTER_CODES and status != 429:
-        return error("image", "image_refused", f"The AI service refused this image: {said}")
-    if lower == "json_validate_failed":  # Groq: the model's answer did not fit the schema; billed like any answer
+        return error("image", "image_refused", f"The AI service refused this image: {message}")
+    if lower == "json_validate_failed":  # Groq: the model's answer did not match the schema; it is billed
         return error("image", "bad_answer", "The AI's answer could not be read.", retry=True)
-    if status in (400, 422) and (parameter := _unsupported(complaint)):
+    if status in (400, 422) and (parameter := _unsupported_parameter(details)):
         return error(
-            "account", "unsupported_parameter", f"The provider does not take this request: {said}", parameter=parameter
+            "account",
+            "unsupported_parameter",
+            f"The provider does not support this request: {message}",
+            parameter=parameter,
         )
     if lower in ACCOUNT_CODES:
-        return error("account", code, f"The provider refused the account: {said}")
-    if (status == 429 and not _names_credit(complaint)) or (status == 402 and wait):
-        seen = {"retry_after": wait or DEFAULT_RETRY_AFTER, "limits": read_limits(headers)}
-        return error("rate_limit", "rate_limited", "The AI service is busy.", **seen)
-    if status == 413 and (lower == "rate_limit_exceeded" or "per minute" in complaint.message.lower()):
-        # One request asks for more than a minute allows: smaller answers are learned, so it may fit later.
-        return error("transient", "request_too_large", "The AI service's limit a minute is too small for this request.")
+        return error("account", code, f"The provider refused the account: {message}")
+    if (status == 429 and not _is_about_credit(details)) or (status == 402 and wait):
+        wait = wait or DEFAULT_RETRY_AFTER
+        return error("rate_limit", "rate_limited", "The AI service is busy.", limits=read_limits(headers))
+    if status == 413 and (lower == "rate_limit_exceeded" or "per minute" in details.message.lower()):
+        # One request exceeds the limit per minute. It may fit later, when shorter answers have lowered the learned cap.
+        return error(
+            "transient", "request_too_large", "The AI service's limit per minute is too small for this request."
+        )
     if lower in IMAGE_CODES:
-        return error("image", "image_refused", f"The AI service refused this image: {said}")
+        return error("image", "image_refused", f"The AI service refused this image: {message}")
     for rule in RULES:
-        if (rule.statuses is None or status in rule.statuses) and rule.pattern.search(complaint.words):
-            return _by_rule(rule, said, code, error)
+        if (rule.statuses is None or status in rule.statuses) and rule.pattern.search(details.text):
+            return _error_of_rule(rule, message, code, error)
     if status in TRANSIENT_STATUSES or (status >= 500 and status != 501):
         return error("transient", "provider_error", "The AI service had a problem.")
     if status in (401, 402, 403, 404, 405, 410, 413, 501):
-        return error("account", code or f"http_{status}", f"The provider refused the request ({status}): {said}")
-    return error("transient", "request_refused", f"The AI service refused the request: {said}")
+        return error("account", code or f"http_{status}", f"The provider refused the request ({status}): {message}")
+    return error("transient", "request_refused", f"The AI service refused the request: {message}")
 
 
-def _by_rule(rule: Rule, said: str, code: str, error: Any) -> TaggingError:
-    made: TaggingError
+def _error_of_rule(rule: Rule, message: str, code: str, error: Any) -> TaggingError:
+    result: TaggingError
     if rule.kind == "image":
-        made = error("image", rule.code, f"The AI service refused this image: {said}")
+        result = error("image", rule.code, f"The AI service refused this image: {message}")
     elif rule.kind == "account":
-        made = error("account", code or rule.code, f"The provider refused the account: {said}")
+        result = error("account", code or rule.code, f"The provider refused the account: {message}")
     else:
-        made = error("transient", rule.code, "The AI service does not know the uploaded file yet.")
-    return made
+        result = error("transient", rule.code, "The AI service does not know the uploaded file yet.")
+    return result
 
 
-def _names_credit(complaint: Complaint) -> bool:
-    """Whether a 429 is about money. Gemini says "exceeded your current quota" of a limit a minute too."""
-    if complaint.code.upper() == "RESOURCE_EXHAUSTED" and "credits" not in complaint.message:
+def _is_about_credit(details: ErrorDetails) -> bool:
+    """Whether a 429 is about credit. Gemini also says "exceeded your current quota" for its limits per minute."""
+    if details.code.upper() == "RESOURCE_EXHAUSTED" and "credits" not in details.message:
         return False
-    return any(rule.code == "no_credit" and rule.pattern.search(complaint.words) for rule in RULES)
+    return any(rule.code == "no_credit" and rule.pattern.search(details.text) for rule in RULES)
 
 
-def _unsupported(complaint: Complaint) -> str | None:
-    """The parameter of ours that a 400 or 422 complains about."""
-    if not _UNSUPPORTED.search(complaint.words):
+def _unsupported_parameter(details: ErrorDetails) -> str | None:
+    """The parameter of our request that a 400 or 422 refuses; None if it names none."""
+    if not _UNSUPPORTED.search(details.text):
         return None
     for name, pattern in _PARAMETERS:
-        if pattern.search(complaint.parameter) or pattern.search(complaint.message):
+        if pattern.search(details.parameter) or pattern.search(details.message):
             return name
     return None

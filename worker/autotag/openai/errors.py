@@ -1,4 +1,4 @@
-"""What an error of the SDK, or of the HTTP client below it, means."""
+"""Classifies errors of the SDK and of the HTTP client below it."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from autotag.errors import TaggingError
 from autotag.openai.classify import classify_status
 from autotag.openai.http import HTTP_ERRORS
 
-#: What a server answers that has no such route.
+#: Statuses of a server that does not have the route.
 NO_SUCH_ROUTE = (404, 405, 501)
 
 
 @contextmanager
-def sorted_errors() -> Iterator[None]:
-    """Turns whatever a call of the SDK raises into an error of ours.
+def classified_errors() -> Iterator[None]:
+    """Converts every exception of an SDK call to a `TaggingError`.
 
     Raises:
-        TaggingError: sorted by kind, with the answer's ``status``, if there was an answer.
+        TaggingError: classified by kind; ``status`` is the answer's, None without an answer.
     """
     try:
         yield
     except openai.APIError as error:
-        raise classify(error) from None  # traces and logs need not repeat the provider's own words
+        raise classify(error) from None  # from None: tracebacks must not contain the provider's raw message
     except json.JSONDecodeError:
         raise no_answer() from None
-    except HTTP_ERRORS:  # while a file is read; of requests, the SDK translates them
+    except HTTP_ERRORS:  # raised while a file is read; for requests, the SDK converts them
         raise _unreachable() from None
 
 
 def classify(error: openai.APIError) -> TaggingError:
-    """Sorts an error of the SDK into the kinds that the database knows."""
+    """Classifies an error of the SDK."""
     if isinstance(error, openai.APIStatusError):
         return classify_status(error.status_code, _body(error), error.response.headers)
     reason: BaseException | None = error
@@ -45,20 +45,22 @@ def classify(error: openai.APIError) -> TaggingError:
         return TaggingError(
             "transient", "provider_unreachable", "The AI service could not be reached in time.", origin="provider"
         )
-    if reason:  # a certificate that nobody trusts will not be better in a minute
+    if reason:  # retries do not help against an untrusted certificate
         message = "The AI service's certificate cannot be trusted."
         return TaggingError("account", "provider_unreachable", message, origin="provider")
     return _unreachable()
 
 
 def no_answer() -> TaggingError:
-    """The error of an answer with status 200 that cannot be read."""
+    """The error of an answer with status 200 that cannot be parsed."""
     return TaggingError("transient", "provider_error", "The AI service gave no answer.", origin="provider")
 
 
-def without_batch_api(error: TaggingError) -> TaggingError:
-    """What an error means that a batch ran into: like any other, but a route that is missing is a missing Batch API.
-    A file or batch that is missing is named in the message."""
+def classify_batch_error(error: TaggingError) -> TaggingError:
+    """Changes a missing route into the error ``no_batch_api``, for errors of batches; returns other errors unchanged.
+
+    A missing file or batch is not a missing route: the provider's message contains its id.
+    """
     if (
         error.status in NO_SUCH_ROUTE and error.kind == "account"
         and not any(word in error.message.lower() for word in ("file-", "batch_"))
@@ -68,10 +70,10 @@ def without_batch_api(error: TaggingError) -> TaggingError:
 
 
 def _unreachable() -> TaggingError:
-    """The error of a connection that was reset, or of an answer that is no HTTP."""
+    """The error of a reset connection, or of a reply that is not HTTP."""
     return TaggingError("transient", "provider_unreachable", "The AI service could not be reached.", origin="provider")
 
 
 def _body(error: openai.APIStatusError) -> object:
-    """The whole body where the SDK found no error object in it."""
+    """The error object that the SDK found in the body, or else the whole body."""
     return error.body if error.body is not None else error.response.text

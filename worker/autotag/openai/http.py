@@ -1,4 +1,4 @@
-"""The HTTP client below the SDK, which Storage is read with, too."""
+"""The HTTP client below the SDK. `autotag.images.storage` uses it too."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import aiohttp
 import httpx2
 from openai import DefaultAioHttpClient
 
-#: What a request, or reading its answer, may raise. ClientError: aiohttp's own, of an answer that is no HTTP.
+#: Exceptions of a request and of reading its reply. aiohttp.ClientError: the reply is not HTTP.
 HTTP_ERRORS = (httpx2.HTTPError, aiohttp.ClientError)
 
 
 def make_http(**options: Any) -> httpx2.AsyncClient:
-    """A client with httpx2's interface and aiohttp's connections: its pool costs the same however many connections are
-    in it; httpx2's own does not.
+    """A client with httpx2's interface and aiohttp's connection pool. The cost of httpx2's own pool grows with the
+    number of connections.
 
     Args:
-        options: of `httpx2.AsyncClient`.
+        options: arguments of `httpx2.AsyncClient`.
     """
     return DefaultAioHttpClient(**options)

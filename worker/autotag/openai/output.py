@@ -1,4 +1,4 @@
-"""The lines of a batch's output and error files."""
+"""Parses a batch's output and error files."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from autotag.errors import TaggingError
 from autotag.openai.answers import read_completion, read_usage
 from autotag.openai.classify import classify_status
 
-LINE_MOST = 1_000_000  # bytes of a line that are kept; an answer has a few thousand
+MAX_LINE_BYTES = 1_000_000  # longer lines are cut; an answer has a few thousand bytes
 
 
 async def read_lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Lines that are not blank; one that is too long comes as what it began with, which is no answer."""
+    """Yields the lines that are not blank. A line that is too long is cut, so that it is not a valid answer."""
     rest = b""
     async for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             if line.strip():
                 yield line
-        if len(rest) > LINE_MOST:
-            rest = rest[:LINE_MOST]
+        if len(rest) > MAX_LINE_BYTES:
+            rest = rest[:MAX_LINE_BYTES]
     if rest.strip():
         yield rest
 
 
 def read_line(line: bytes, max_tags: int) -> BatchAnswer | None:
-    """One line of an output or error file; None when it is no answer."""
+    """Parses one line of an output or error file; None if it is not a valid answer."""
     try:
         entry = json.loads(line)
         task = int(entry["custom_id"])
@@ -41,7 +41,7 @@ def read_line(line: bytes, max_tags: int) -> BatchAnswer | None:
     report: BatchAnswer = {"task": task}
     try:
         if status != 200 or not isinstance(body, dict):
-            # Lines of "completed" batches have been seen with status 0 and 5xx, and with `error` alone.
+            # "completed" batches were seen to contain lines with status 0 or 5xx, or with only `error`.
             raise classify_status(status, body or entry.get("error"), {})
         report["usage"] = read_usage(body)
         report["result"] = read_completion(body, max_tags)

@@ -1,4 +1,4 @@
-"""What the model is asked about an image."""
+"""Builds requests to the model: the instructions, the answer's schema, and the lines of batches."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from autotag.db.messages import Question
 
 
 def answer_schema() -> dict[str, Any]:
-    """The JSON schema of an answer, strict as OpenAI wants it. The number of tags is in the instructions only: Gemini
-    refuses ``maxItems`` with a message that names nothing."""
+    """The JSON schema of an answer, in OpenAI's strict form. The max number of tags is only in the instructions,
+    because Gemini refuses ``maxItems`` with an error that does not name it."""
     return {
         "type": "object",
         "properties": {
@@ -31,12 +31,12 @@ def answer_schema() -> dict[str, Any]:
 
 
 def request_body(question: Question, data_url: str, cap: int) -> dict[str, Any]:
-    """The body of ``/v1/chat/completions`` for one image; the same for single calls and batch lines.
+    """The body of ``/v1/chat/completions`` for one image, for single calls and batch lines.
 
     Args:
-        question: what to ask.
-        data_url: the picture.
-        cap: tokens that the answer may have, its reasoning included.
+        question: model and form of the request.
+        data_url: the image (`prepare.data_url`).
+        cap: max output tokens, reasoning included.
     """
     instructions = (
         f"You tag images for search. Give up to {question.max_tags} short tags (one to three words, "
@@ -52,7 +52,7 @@ def request_body(question: Question, data_url: str, cap: int) -> dict[str, Any]:
         image["detail"] = question.image_detail
     body: dict[str, Any] = {
         "model": question.model,
-        # What all images share comes first, so that the provider's prompt cache may apply; the picture comes last.
+        # The common part comes first, so that the provider's prompt cache can apply; the image comes last.
         "messages": [
             {"role": "system", "content": instructions},
             {
@@ -77,7 +77,7 @@ def request_body(question: Question, data_url: str, cap: int) -> dict[str, Any]:
 
 
 def batch_line(custom_id: str, body: dict[str, Any]) -> bytes:
-    """One line of a batch's input file. A batch has a price of its own, so no service tier is asked for."""
+    """One line of a batch's input file, without ``service_tier``: batches have their own price."""
     body = {name: value for name, value in body.items() if name != "service_tier"}
     line = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
     return json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"

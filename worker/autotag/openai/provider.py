@@ -1,5 +1,7 @@
-"""The OpenAI-compatible API. This package alone imports the SDK: all others call `Provider`, and get types of our own
-(`records`) or a `TaggingError`."""
+"""The client of the OpenAI-compatible API.
+
+Only this package imports the SDK. Other packages call `Provider` and get the types in `records`, or a `TaggingError`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from openai._base_client import make_request_options
 from openai.types import Model
 
 from autotag.errors import TaggingError
-from autotag.openai.errors import NO_SUCH_ROUTE, no_answer, sorted_errors
+from autotag.openai.errors import NO_SUCH_ROUTE, classified_errors, no_answer
 from autotag.openai.headers import read_limits
 from autotag.openai.http import make_http
 from autotag.openai.output import read_lines
@@ -31,34 +33,34 @@ from autotag.openai.records import (
     read_name,
 )  # fmt: skip
 
-#: The slowest pace at which an answer may come, reasoning included: an answer with a large cap gets more time.
-TOKENS_PER_SECOND = 40.0
-FLEX_TIMEOUT = 900.0  # seconds: OpenAI's advice for service_tier flex, which answers when there is room
-LIST_PAGE = 100  # batches in one list call: the API's most
-CLOCK_SKEW = 600.0  # seconds that the provider's clock may be off ours when its lists are read back to a moment
+#: Min speed of an answer, reasoning included. The timeout of a call grows by its cap divided by this.
+MIN_TOKENS_PER_SECOND = 40.0
+FLEX_TIMEOUT = 900.0  # seconds; OpenAI recommends it for service_tier flex, which waits for free capacity
+LIST_PAGE = 100  # batches per list call; the API's max
+CLOCK_SKEW = 600.0  # max seconds between the provider's clock and ours; lists are read that much further back
 
 
 class BadSignature(Exception):
-    """A delivery is not signed with the secret, or not of the last five minutes."""
+    """The signature of a delivery is wrong, or its timestamp is more than five minutes off."""
 
 
 def fingerprint(api_key: str, base_url: str) -> str:
-    """Stands for an address and a key, and tells nothing of the key: another one has to prove that it works."""
+    """A hash of address and key that does not reveal the key. When it changes, the question must be proven again."""
     return hashlib.sha256(f"{base_url}\n{api_key}".encode()).hexdigest()[:16]
 
 
 class Provider:
-    """One account at one address. No call is made again by itself: when to try again is the database's decision.
+    """One account at one address. Calls are not retried here: the database decides when to retry.
 
-    Every method that asks the provider raises `TaggingError`, sorted by kind, with the ``status`` of the answer.
+    Every method that calls the provider raises `TaggingError`, classified by kind, with the ``status`` of the answer.
     """
 
     def __init__(self, api_key: str, base_url: str, timeout: float) -> None:
         """
         Args:
-            api_key: any word for a server that has no keys.
-            base_url: most end in ``/v1``.
-            timeout: seconds that a call may take; a single call gets more for a large cap (`complete`).
+            api_key: any text for a server without keys.
+            base_url: usually ends in ``/v1``.
+            timeout: seconds per call; `complete` adds time for the cap.
         """
         self._timeout = timeout
         self._client = AsyncOpenAI(
@@ -67,7 +69,7 @@ class Provider:
 
     @property
     def base_url(self) -> str:
-        """Its address, which ends in a slash."""
+        """The API's address, with a slash at the end."""
         return str(self._client.base_url)
 
     async def __aenter__(self) -> Provider:
@@ -81,13 +83,13 @@ class Provider:
     # -- single calls
 
     async def complete(self, body: dict[str, Any]) -> Completion:
-        """One chat completion (`prompt.request_body`)."""
+        """Requests one chat completion. ``body``: of `prompt.request_body`."""
         cap = body.get("max_completion_tokens") or body.get("max_tokens") or 0
-        patience = FLEX_TIMEOUT if body.get("service_tier") == "flex" else self._timeout
-        options = make_request_options(timeout=patience + cap / TOKENS_PER_SECOND)
-        with sorted_errors():
-            # As client.chat.completions.create() sends it, but without the SDK's recursive key-renaming pass over the
-            # body.
+        timeout = FLEX_TIMEOUT if body.get("service_tier") == "flex" else self._timeout
+        options = make_request_options(timeout=timeout + cap / MIN_TOKENS_PER_SECOND)
+        with classified_errors():
+            # The same request as client.chat.completions.create(), without the SDK's recursive key-renaming pass over
+            # the body.
             response = await self._client.post("/chat/completions", cast_to=httpx2.Response, body=body, options=options)
         try:
             completion = response.json()
@@ -100,14 +102,14 @@ class Provider:
     # -- batches
 
     async def create_batch(self, input_file_id: str, metadata: dict[str, str], keep_files: int | None) -> ProviderBatch:
-        """A batch of an uploaded file.
+        """Creates a batch of an uploaded file.
 
         Args:
-            input_file_id: of `upload_file`.
-            metadata: what it is found by.
-            keep_files: seconds after which the provider deletes its output; None: it takes no expiry.
+            input_file_id: result of `upload_file`.
+            metadata: stored with the batch, to find it again.
+            keep_files: seconds after which the provider deletes the output; None: the provider supports no expiry.
         """
-        with sorted_errors():
+        with classified_errors():
             return read_batch(
                 await self._client.batches.create(
                     input_file_id=input_file_id,
@@ -119,31 +121,31 @@ class Provider:
             )
 
     async def batches_since(self, since: float) -> AsyncIterator[ProviderBatch]:
-        """The batches from the newest to the first that was created before ``since`` (epoch seconds)."""
-        with sorted_errors():
+        """Yields the batches created after ``since`` (epoch seconds), the newest first."""
+        with classified_errors():
             async for batch in self._client.batches.list(limit=LIST_PAGE):
                 if batch.created_at < since - CLOCK_SKEW:
                     return
                 yield read_batch(batch)
 
     async def retrieve_batch(self, batch_id: str) -> ProviderBatch:
-        """A batch by its id."""
-        with sorted_errors():
+        """Gets a batch by its id."""
+        with classified_errors():
             return read_batch(await self._client.batches.retrieve(batch_id))
 
     async def cancel_batch(self, batch_id: str) -> None:
-        """Asks to stop a batch; one that has just ended cannot be."""
-        with sorted_errors():
+        """Cancels a batch. Raises an error if the batch has just ended."""
+        with classified_errors():
             await self._client.batches.cancel(batch_id)
 
     async def has_batches(self) -> bool | None:
-        """Whether there is a Batch API; None: it does not say, because it refuses everything.
+        """Whether the provider has a Batch API; None: unknown, because the provider refuses the account.
 
         Raises:
-            TaggingError: there is no answer at the moment.
+            TaggingError: the provider is unavailable or busy.
         """
         try:
-            with sorted_errors():
+            with classified_errors():
                 await self._client.get("/batches", cast_to=httpx2.Response, options={"params": {"limit": 1}})
         except TaggingError as error:
             if error.status in NO_SUCH_ROUTE:
@@ -156,33 +158,33 @@ class Provider:
     # -- files of batches
 
     async def upload_file(self, name: str, file: IO[bytes], keep: int | None) -> str:
-        """Uploads a batch's input; its id.
+        """Uploads a batch's input file; returns the file's id.
 
         Args:
-            name: its name there.
+            name: the file's name at the provider.
             file: lines of `prompt.batch_line`.
-            keep: seconds after which the provider deletes it; None: it takes no expiry.
+            keep: seconds after which the provider deletes the file; None: the provider supports no expiry.
         """
-        with sorted_errors():
+        with classified_errors():
             uploaded = await self._client.files.create(file=(name, file), purpose="batch", expires_after=_expiry(keep))
         return uploaded.id
 
     async def files_since(self, since: float) -> AsyncIterator[ProviderFile]:
-        """Input files from the newest to the first that was created before ``since`` (epoch seconds)."""
-        with sorted_errors():
+        """Yields the input files created after ``since`` (epoch seconds), the newest first."""
+        with classified_errors():
             async for file in self._client.files.list(purpose="batch"):
                 if file.created_at < since - CLOCK_SKEW:
                     return
                 yield ProviderFile(file.id, file.filename, file.created_at)
 
     async def delete_file(self, file_id: str) -> None:
-        """Deletes a file; one that is gone has ``status`` 404."""
-        with sorted_errors():
+        """Deletes a file. The error has ``status`` 404 if it does not exist."""
+        with classified_errors():
             await self._client.files.delete(file_id)
 
     async def read_file(self, file_id: str) -> AsyncGenerator[bytes, None]:
-        """The lines of an output or error file, as `output.read_lines` has them."""
-        with sorted_errors():
+        """Yields the lines of an output or error file (`output.read_lines`)."""
+        with classified_errors():
             async with self._client.files.with_streaming_response.content(file_id) as response:
                 async for line in read_lines(response.iter_bytes()):
                     yield line
@@ -190,30 +192,30 @@ class Provider:
     # -- models
 
     async def retrieve_model(self, name: str) -> ProviderModel | None:
-        """A model by its name; None: what answers there is no such API."""
-        with sorted_errors():
+        """Gets a model by its name; None if the reply is not a model, so the server does not have this API."""
+        with classified_errors():
             raw = await self._client.models.with_raw_response.retrieve(name)
             model: object = raw.parse()
         if not isinstance(model, Model):
             return None
-        ends = getattr(model, "shutdown_date", None)
-        return ProviderModel(ends if isinstance(ends, str) else None, read_date(raw.headers))
+        shutdown = getattr(model, "shutdown_date", None)
+        return ProviderModel(shutdown if isinstance(shutdown, str) else None, read_date(raw.headers))
 
     async def list_models(self) -> ModelList:
-        """The models of the account."""
-        with sorted_errors():
+        """Lists the models of the account."""
+        with classified_errors():
             raw = await self._client.models.with_raw_response.list()
-            names = [one.id for one in getattr(raw.parse(), "data", None) or []]
+            names = [model.id for model in getattr(raw.parse(), "data", None) or []]
         return ModelList(names, read_date(raw.headers))
 
     # -- webhooks
 
     def verify_webhook(self, body: bytes, headers: Mapping[str, str], secret: str) -> Delivery:
-        """A delivery that the provider has signed.
+        """Verifies and parses a delivery of the webhook.
 
         Raises:
-            BadSignature: it is not signed with the secret, or not of the last five minutes.
-            ValueError: a header is missing or too long, the body is no text, or the signed text is no event.
+            BadSignature: the signature is wrong, or the timestamp is more than five minutes off.
+            ValueError: a header is missing or too long, the body is not text, or the signed text is not an event.
         """
         try:
             event = self._client.webhooks.unwrap(body, headers, secret=secret)
@@ -226,5 +228,5 @@ class Provider:
 
 
 def _expiry(seconds: int | None) -> Any:
-    """When the provider deletes a file that nobody has deleted before."""
+    """The parameter ``expires_after`` for a number of seconds; omitted for None."""
     return {"anchor": "created_at", "seconds": seconds} if seconds else openai.omit

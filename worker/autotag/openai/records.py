@@ -1,4 +1,4 @@
-"""What the provider says of batches, files, models and webhooks, as types of our own."""
+"""The provider's batches, files, models and webhook deliveries, as types of this package."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from autotag.openai.classify import MESSAGE_LENGTH, classify_status
 from autotag.redact import redact
 from autotag.texts import clean_text
 
-_NAME = re.compile(r"[\w.-]{1,100}", re.ASCII)  # of an event's type, or a batch's id
+_NAME = re.compile(r"[\w.-]{1,100}", re.ASCII)  # an event's type, or a batch's id
 
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer to a single call. limits: what its headers say of the provider's bucket (`headers.read_limits`)."""
+    """The answer to a single call. limits: the provider's rate limits from its headers (`headers.read_limits`)."""
 
     body: dict[str, Any]
     limits: Limits
@@ -29,7 +29,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class BatchFault:
-    """Why a batch as a whole failed. kind: what follows from it (`autotag.errors.KINDS`)."""
+    """Why a whole batch failed. kind: its error kind (`autotag.errors.KINDS`)."""
 
     code: str | None
     message: str | None
@@ -40,8 +40,8 @@ class BatchFault:
 class ProviderBatch:
     """A batch at the provider.
 
-    created_at: epoch seconds, by the provider's clock. total, done: lines of its input file, and those that have an
-    answer or an error.
+    created_at: epoch seconds, by the provider's clock. total: lines of its input file. done: lines that have an answer
+    or an error.
     """
 
     id: str
@@ -67,8 +67,8 @@ class ProviderFile:
 
 @dataclass(frozen=True)
 class ProviderModel:
-    """A model that the provider has. shutdown_date: ISO, if it says so. date: when it answered, in epoch seconds by its
-    own clock; None: it does not say."""
+    """A model of the provider. shutdown_date: ISO date; None: unknown. date: when the provider answered, in epoch
+    seconds by its own clock; None: the answer has no date."""
 
     shutdown_date: str | None
     date: float | None
@@ -76,7 +76,7 @@ class ProviderModel:
 
 @dataclass(frozen=True)
 class ModelList:
-    """The names of the models that the provider lists; date: as in `ProviderModel`."""
+    """The names of the provider's models. date: as in `ProviderModel`."""
 
     names: list[str]
     date: float | None
@@ -84,40 +84,42 @@ class ModelList:
 
 @dataclass(frozen=True)
 class Delivery:
-    """A delivery of the webhook, signed by the provider. kind: the event's type. batch: the id it names, or empty."""
+    """A verified delivery of the webhook. kind: the event's type. batch: the provider's id of the batch, or empty."""
 
     id: str
     kind: str
     batch: str
 
 
-def read_batch(found: Batch) -> ProviderBatch:
-    """A batch as the SDK has it."""
-    counts = found.request_counts
-    errors = (found.errors.data or []) if found.errors else []
+def read_batch(batch: Batch) -> ProviderBatch:
+    """Converts a batch of the SDK."""
+    counts = batch.request_counts
+    errors = (batch.errors.data or []) if batch.errors else []
     first = errors[0] if errors else None
     return ProviderBatch(
-        id=found.id, status=found.status, created_at=found.created_at, metadata=found.metadata or {},
-        input_file_id=found.input_file_id, output_file_id=found.output_file_id, error_file_id=found.error_file_id,
+        id=batch.id, status=batch.status, created_at=batch.created_at, metadata=batch.metadata or {},
+        input_file_id=batch.input_file_id, output_file_id=batch.output_file_id, error_file_id=batch.error_file_id,
         total=counts.total if counts else 0, done=counts.completed + counts.failed if counts else 0,
-        # no credit, for example, is nothing that the batch could help
+        # classified like other errors: for example, missing credit is an error of the account, not of the batch
         fault=None if first is None else BatchFault(
-            _words(first.code), _words(first.message), classify_status(400, {"error": first.model_dump()}, {}).kind),
+            _clean(first.code), _clean(first.message), classify_status(400, {"error": first.model_dump()}, {}).kind),
     )  # fmt: skip
 
 
 def read_date(headers: Mapping[str, str]) -> float | None:
-    """Epoch seconds of the header ``date``."""
+    """The header ``date`` in epoch seconds; None if it is missing or invalid."""
     with suppress(ValueError, TypeError):
         return parsedate_to_datetime(headers.get("date", "")).timestamp()
     return None
 
 
 def read_name(value: object) -> str:
-    """The type of an event, or an id; empty for what is neither. The SDK reads an event without a look at its types."""
+    """An event's type or an id; empty if the value is not one. The SDK does not validate the types of an event's
+    fields.
+    """
     return value if isinstance(value, str) and _NAME.fullmatch(value) else ""
 
 
-def _words(text: str | None) -> str | None:
-    """The provider's words, fit to be stored."""
+def _clean(text: str | None) -> str | None:
+    """A text of the provider, safe to store and cut to `MESSAGE_LENGTH`."""
     return clean_text(redact(text))[:MESSAGE_LENGTH] if isinstance(text, str) else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from realtime import AsyncRealtimeClient, RealtimeSubscribeStates
 
-from autotag.redact import said
+from autotag.redact import safe_message
 
 JOIN_TIMEOUT = 10.0  # seconds to connect and join all topics
 PUBLIC_TOPIC = "batch-updates"
@@ -49,7 +49,7 @@ async def follow(supabase_url: str, key: str, workspace: str | None, on_message:
         ) from None
     except Exception as error:  # noqa: BLE001
         # The client passes on every exception of its websocket library. Some contain the URL, which contains the key.
-        raise CannotFollow(f"Realtime cannot be reached ({said(error)}); check SUPABASE_URL.") from None
+        raise CannotFollow(f"Realtime cannot be reached ({safe_message(error)}); check SUPABASE_URL.") from None
     try:
         if refused:
             raise CannotFollow(

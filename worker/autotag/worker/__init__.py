@@ -1,1 +1,1 @@
-"""One worker process: single calls, batches, and what wakes both."""
+"""One worker process: the lanes for single calls and batches, heartbeat, reports, and shutdown."""

@@ -1,7 +1,7 @@
-"""The lane of batches: claims, polls, and has them submitted and harvested.
+"""The batch lane: claims batches, submits and harvests them, and polls.
 
-A batch is in a worker's hands twice: until OpenAI has it (`submit`), and when OpenAI is done with it (`harvest`). In
-between it is a row that a poll looks at (`poll`).
+A worker holds a batch twice: until it is created at OpenAI (`submit`), and after it has ended (`harvest`). In between,
+polls check it (`poll`).
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from autotag.db import Batch, Database, DatabaseSettings, NotHeld
 from autotag.errors import TaggingError
 from autotag.images.load import Images
 from autotag.observability.metrics import BATCH_SECONDS, IN_FLIGHT, timed
-from autotag.openai.errors import without_batch_api
+from autotag.openai.errors import classify_batch_error
 from autotag.openai.provider import Provider
-from autotag.redact import said
+from autotag.redact import safe_message
 from autotag.worker.files import Files
 from autotag.worker.harvest import Harvester
 from autotag.worker.poll import Poller
 from autotag.worker.submit import Submitter
 from autotag.worker.wake import Wake
 
-CLAIM_RETRY = 1.0  # seconds after a claim that failed
+CLAIM_RETRY = 1.0  # seconds to wait after a failed claim
 
 log = structlog.get_logger(__name__)
 
 
 class BatchLane:
-    """The lane of one worker."""
+    """The batch lane of one worker."""
 
     def __init__(
         self,
@@ -45,11 +45,11 @@ class BatchLane:
         """
         Args:
             db: the database.
-            wake: what wakes the lane.
-            images: where pictures come from.
-            provider: who gets the batches.
-            slots: batches in hand at the same time.
-            fetches: images that are fetched at the same time.
+            wake: wakes the lane.
+            images: loads the images.
+            provider: runs the batches.
+            slots: max batches that are built or harvested concurrently.
+            fetches: max images that are fetched concurrently, for all batches.
         """
         self._db = db
         self._wake = wake
@@ -58,43 +58,43 @@ class BatchLane:
         self._poller = Poller(db, provider, files)
         self._harvester = Harvester(db, provider, files)
         self._slots = slots
-        self._hands: dict[asyncio.Task[None], Batch] = {}
-        IN_FLIGHT.labels("batch").set_function(lambda: len(self._hands))
+        self._running: dict[asyncio.Task[None], Batch] = {}
+        IN_FLIGHT.labels("batch").set_function(lambda: len(self._running))
 
     async def run(self, deadline: float) -> None:
-        """Until the worker stops; then at most ``deadline`` seconds more for what is in hand."""
+        """Runs until the worker stops. Batches in progress then have ``deadline`` seconds to finish."""
         polling: asyncio.Task[None] | None = None
         while not self._wake.stop.is_set():
             try:
-                claim = await self._db.claim_batches(self._slots - len(self._hands))
+                claim = await self._db.claim_batches(self._slots - len(self._running))
             except psycopg.Error as error:
-                log.error("claim_batches_failed", error=said(error))
+                log.error("claim_batches_failed", error=safe_message(error))
                 await self._wake.pause(CLAIM_RETRY)
-                await self._db.release_unacknowledged(batches=[batch.batch for batch in self._hands.values()])
+                await self._db.release_unacknowledged(batches=[batch.batch for batch in self._running.values()])
                 continue
             for batch in claim.batches:
                 task = asyncio.create_task(self._work(batch, claim.settings))
-                self._hands[task] = batch
-                task.add_done_callback(self._free_hand)
+                self._running[task] = batch
+                task.add_done_callback(self._free_slot)
             if (claim.poll or claim.files or claim.look_up) and (polling is None or polling.done()):
-                polling = asyncio.create_task(self._poller.look(claim))
-            full = len(self._hands) >= self._slots
+                polling = asyncio.create_task(self._poller.poll(claim))
+            full = len(self._running) >= self._slots
             await self._wake.wait("batch", None if full else claim.wait)
         if polling:
             polling.cancel()
-        if self._hands:
-            await asyncio.wait(self._hands, timeout=deadline)
-            rest = list(self._hands)
-            for task in rest:
+        if self._running:
+            await asyncio.wait(self._running, timeout=deadline)
+            unfinished = list(self._running)
+            for task in unfinished:
                 task.cancel()
-            await asyncio.gather(*rest, return_exceptions=True)
+            await asyncio.gather(*unfinished, return_exceptions=True)
 
-    def _free_hand(self, task: asyncio.Task[None]) -> None:
-        self._hands.pop(task)
+    def _free_slot(self, task: asyncio.Task[None]) -> None:
+        self._running.pop(task)
         self._wake.notify("batch")
 
     async def _work(self, batch: Batch, settings: DatabaseSettings) -> None:
-        """Takes one batch as far as it goes now; trouble is reported to the database, which decides."""
+        """Submits or harvests one batch. Errors are reported to the database, which decides what follows."""
         logger = log.bind(batch=batch.batch, openai_batch=batch.openai_batch_id)
         try:
             if batch.state == "harvesting":
@@ -107,16 +107,16 @@ class BatchLane:
         except NotHeld:
             logger.warning("batch_not_held")
         except TaggingError as error:
-            trouble = without_batch_api(error)
-            logger.error("report_batch_failure", kind=trouble.kind, code=trouble.code, message=trouble.message)
-            await self._report_trouble(batch, trouble)
+            failure = classify_batch_error(error)
+            logger.error("batch_step_failed", kind=failure.kind, code=failure.code, message=failure.message)
+            await self._report_failure(batch, failure)
         except Exception as error:
-            # A defect of ours, or a disk that is full: the batch goes back and is tried again, with delays
-            # that grow, instead of staying in a hand that will never move.
+            # A bug, or a full disk. Report it, so that the batch is retried with growing delays instead of staying
+            # claimed until the worker ends.
             logger.exception("batch_failed")
-            await self._report_trouble(batch, TaggingError("transient", "internal_error", type(error).__name__))
+            await self._report_failure(batch, TaggingError("transient", "internal_error", type(error).__name__))
 
-    async def _report_trouble(self, batch: Batch, error: TaggingError) -> None:
+    async def _report_failure(self, batch: Batch, error: TaggingError) -> None:
         try:
             await self._db.report_batch_failure(batch, error.as_json())
         except NotHeld:

@@ -1,4 +1,4 @@
-"""A batch when the provider is done with it: its answers are stored, and its files deleted."""
+"""Harvests batches that have ended: stores their answers, and deletes their files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autotag.openai.output import read_line
 from autotag.openai.provider import Provider
 from autotag.worker.files import Files
 
-ANSWERS = 500  # answers stored in one call
+MAX_ANSWERS = 500  # answers stored in one call
 
 log = structlog.get_logger(__name__)
 
@@ -29,21 +29,21 @@ class Harvester:
         self._files = files
 
     async def harvest(self, batch: Batch, settings: DatabaseSettings) -> None:
-        """Stores everything that a batch has, and ends it.
+        """Stores all answers of a batch, finishes it, and deletes its files.
 
         Raises:
-            TaggingError: a file cannot be read now.
-            NotHeld: the batch is somebody else's by now.
+            TaggingError: a file could not be read.
+            NotHeld: another worker holds the batch now.
         """
         for file_id in (batch.output_file_id, batch.error_file_id):
             if file_id:
                 await self._store(batch, settings, file_id)
         await self._db.batch_finish(batch)
-        # Whoever looks at the provider next deletes what is left, should this process not live to do it.
+        # If this worker ends here, the next poll deletes the files.
         await self._files.delete([f for f in (batch.input_file_id, batch.output_file_id, batch.error_file_id) if f])
 
     async def _store(self, batch: Batch, settings: DatabaseSettings, file_id: str) -> None:
-        """Stores a file's answers page by page; the database works on one page while the next is read."""
+        """Stores a file's answers page by page. One page is stored while the next is read."""
         storing: asyncio.Task[None] | None = None
         try:
             async with aclosing(self._answers(batch, settings, file_id)) as pages:
@@ -66,7 +66,7 @@ class Harvester:
     async def _answers(
         self, batch: Batch, settings: DatabaseSettings, file_id: str
     ) -> AsyncGenerator[list[BatchAnswer], None]:
-        """Pages of a file's answers, as ``autotag.batch_answers`` takes them; what is no answer is counted."""
+        """Yields pages of a file's answers for ``autotag.batch_answers``. Logs the number of unreadable lines."""
         page: list[BatchAnswer] = []
         unreadable = 0
         async with aclosing(self._provider.read_file(file_id)) as lines:
@@ -76,7 +76,7 @@ class Harvester:
                     unreadable += 1
                     continue
                 page.append(answer)
-                if len(page) >= ANSWERS:
+                if len(page) >= MAX_ANSWERS:
                     yield page
                     page = []
         if page:

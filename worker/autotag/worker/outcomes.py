@@ -1,4 +1,4 @@
-"""What came of single calls, settled in bulk."""
+"""Reports the outcomes of single calls in bulk."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ from autotag.observability.metrics import SECONDS, count_answers, timed
 from autotag.worker.observations import Observations
 from autotag.worker.stages import Stages
 
-SETTLE_MOST = 500  # reports in one call
+MAX_REPORTS = 500  # per call of settle
 
 log = structlog.get_logger(__name__)
 
 
 class Outcomes:
-    """Gathers what came of single calls and hands it to the database in bulk.
+    """Collects the outcomes of single calls and settles them in bulk.
 
-    While one call of `Database.settle` is under way, answers pile up for the next: under load the bulk grows
-    by itself, without a delay for the lone image.
+    While one call of `Database.settle` runs, outcomes are collected for the next. So the bulk grows with the load, and
+    a single image is not delayed.
     """
 
     def __init__(self, db: Database, stages: Stages, observations: Observations) -> None:
         """
         Args:
             db: the database.
-            stages: forgets the images that have ended.
-            observations: reported with the outcomes.
+            stages: the pending stage reports; those of images with an outcome are dropped.
+            observations: reported together with the outcomes.
         """
         self._db = db
         self._stages = stages
         self._observations = observations
-        self._waiting: list[tuple[Report, Any]] = []  # each with its span
-        self._some = asyncio.Event()
-        #: set while everything is settled
+        self._waiting: list[tuple[Report, Any]] = []  # each report with its span
+        self._added = asyncio.Event()
+        #: Set while there is nothing to settle.
         self.idle = asyncio.Event()
         self.idle.set()
 
     def add(self, image: Image, outcome: Outcome, span: Any = None) -> None:
-        """What came of an image; ``span`` as in `traces.image_span`."""
+        """Adds the outcome of an image. ``span``: of `traces.image_span`."""
         self._stages.forget(image)
         self._waiting.append(({"task": image.task, "attempt": image.attempt, **outcome}, span))
         self.idle.clear()
-        self._some.set()
+        self._added.set()
 
-    async def settle_forever(self) -> None:
-        """Reports outcomes until cancelled."""
+    async def run(self) -> None:
+        """Settles outcomes until it is cancelled."""
         while True:
-            await self._some.wait()
-            self._some.clear()
+            await self._added.wait()
+            self._added.clear()
             while self._waiting:
-                bulk, self._waiting = self._waiting[:SETTLE_MOST], self._waiting[SETTLE_MOST:]
-                await self._settle([report for report, _ in bulk], [span for _, span in bulk])
+                reports, self._waiting = self._waiting[:MAX_REPORTS], self._waiting[MAX_REPORTS:]
+                await self._settle([report for report, _ in reports], [span for _, span in reports])
             self.idle.set()
 
     async def _settle(self, reports: list[Report], spans: list[Any]) -> None:

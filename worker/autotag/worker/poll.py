@@ -1,4 +1,4 @@
-"""Looks at the provider: what has become of the batches in flight, and what the provider says of itself."""
+"""Polls the provider: the batches in flight, files to delete, and facts about the model and the API."""
 
 from __future__ import annotations
 
@@ -7,75 +7,78 @@ from collections.abc import Sequence
 import structlog
 
 from autotag.db import BatchClaim, Database
-from autotag.db.messages import BatchSeen, ProviderFacts, Submitted
+from autotag.db.messages import PolledBatch, ProviderFacts, Submitted
 from autotag.errors import TaggingError
 from autotag.openai.provider import Provider
 from autotag.openai.records import ProviderBatch
 from autotag.worker.files import Files
 
-SEEN = 10  # batches told of in one call
+MAX_POLLED = 10  # batches per record_poll, which locks their uploads
 
 log = structlog.get_logger(__name__)
 
 
 class Poller:
-    """Does at the provider what a claim asks for beside the batches in hand."""
+    """Does the provider calls that a claim asks for, besides submitting and harvesting."""
 
     def __init__(self, db: Database, provider: Provider, files: Files) -> None:
         self._db = db
         self._provider = provider
         self._files = files
 
-    async def look(self, claim: BatchClaim) -> None:
-        """Looks at all batches in flight, with as few list calls as they need, and tells the database."""
+    async def poll(self, claim: BatchClaim) -> None:
+        """Cancels batches, polls those in flight, deletes files, and checks the model, as far as the claim asks for it.
+
+        Results and errors are reported to the database.
+        """
         try:
             for batch_id in claim.cancel:
                 await self._cancel(batch_id)
             if claim.poll:
-                seen = await self._see(claim.poll)
-                for first in range(0, len(seen), SEEN):
-                    await self._db.record_poll(seen[first : first + SEEN])
+                polled = await self._poll_batches(claim.poll)
+                for first in range(0, len(polled), MAX_POLLED):
+                    await self._db.record_poll(polled[first : first + MAX_POLLED])
             await self._files.delete(claim.files)
             if claim.look_up:
-                await self._look_up(claim.look_up)
+                await self._check_model(claim.look_up)
         except TaggingError as error:
             log.warning("poll_failed", kind=error.kind, code=error.code, message=error.message)
             await self._db.report_poll_failure(error.as_json())
 
-    async def _see(self, wanted: Sequence[Submitted]) -> list[BatchSeen]:
-        """What the provider says of batches."""
-        seen: dict[str, BatchSeen] = {}
-        ids = {batch.id for batch in wanted}
+    async def _poll_batches(self, submitted: Sequence[Submitted]) -> list[PolledBatch]:
+        """The current state of batches, with as few list calls as possible."""
+        polled: dict[str, PolledBatch] = {}
+        ids = {batch.id for batch in submitted}
         try:
-            async for batch in self._provider.batches_since(min(batch.since for batch in wanted)):
+            async for batch in self._provider.batches_since(min(batch.since for batch in submitted)):
                 if batch.id in ids:
-                    seen[batch.id] = batch_seen(batch)
-                    if len(seen) == len(ids):
+                    polled[batch.id] = polled_batch(batch)
+                    if len(polled) == len(ids):
                         break
         except TaggingError as error:
             if error.status != 404:
                 raise
-            log.warning("batches_not_listed", hint="The provider has no list of batches; each is asked for by itself.")
-        for batch_id in ids - seen.keys():  # not in the list: its clock is off, or the batch is gone
+            log.warning("batches_not_listed", hint="The provider cannot list batches, so each is requested by its id.")
+        for batch_id in ids - polled.keys():  # not listed: the provider's clock is off, or the batch is gone
             try:
-                seen[batch_id] = batch_seen(await self._provider.retrieve_batch(batch_id))
+                polled[batch_id] = polled_batch(await self._provider.retrieve_batch(batch_id))
             except TaggingError as error:
                 if error.status not in (403, 404):
                     raise
                 log.warning("batch_gone", openai_batch=batch_id)
-                seen[batch_id] = {"id": batch_id, "status": "gone"}
-        return list(seen.values())
+                polled[batch_id] = {"id": batch_id, "status": "gone"}
+        return list(polled.values())
 
-    async def _look_up(self, model: str) -> None:
-        """Asks the provider when the model shuts down and whether it has a Batch API; what it leaves out we do too.
+    async def _check_model(self, model: str) -> None:
+        """Reports the model's shutdown date and whether there is a Batch API, as far as the provider answers.
 
         Raises:
-            TaggingError: it has no answer at the moment: it is asked again in ten minutes.
+            TaggingError: the provider is unavailable or busy; the check is repeated in ten minutes.
         """
         facts: ProviderFacts = {"model": model}
         try:
-            found = await self._provider.retrieve_model(model)
-            facts["shutdown_date"] = found.shutdown_date if found else None
+            details = await self._provider.retrieve_model(model)
+            facts["shutdown_date"] = details.shutdown_date if details else None
         except TaggingError as error:
             if error.status is None or error.kind in ("transient", "rate_limit"):
                 raise
@@ -88,7 +91,7 @@ class Poller:
             log.warning("model_shuts_down", message=notice)
 
     async def _cancel(self, batch_id: str) -> None:
-        """Asks the provider to stop a batch; one that has just ended cannot be, and the look at it says so.
+        """Cancels a batch. If it has just ended, cancelling fails, and the poll reports its end.
 
         Raises:
             TaggingError: the provider asks to wait.
@@ -101,8 +104,8 @@ class Poller:
             log.warning("batch_not_cancelled", openai_batch=batch_id, error=error.code)
 
 
-def batch_seen(batch: ProviderBatch) -> BatchSeen:
-    """A batch at the provider as ``autotag.record_poll`` takes it."""
+def polled_batch(batch: ProviderBatch) -> PolledBatch:
+    """Converts a batch to the form that ``autotag.record_poll`` expects."""
     fault = batch.fault
     return {
         "id": batch.id,

@@ -1,4 +1,4 @@
-"""One worker process: wake, claim, run, settle; heartbeat; stop."""
+"""One worker process: connects, registers, runs both lanes and the heartbeat, and shuts down."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from autotag.http.serve import serve
 from autotag.images.load import Images
 from autotag.observability.metrics import SystemMetrics
 from autotag.openai.provider import Provider, fingerprint
-from autotag.redact import said
+from autotag.redact import safe_message
 from autotag.worker import realtime
 from autotag.worker.batch import BatchLane
 from autotag.worker.broadcast import deliver_outbox
@@ -31,21 +31,22 @@ from autotag.worker.stages import Stages
 from autotag.worker.tag import Tagger
 from autotag.worker.wake import Wake
 
-HEARTBEATS_PER_LEASE = 3  # two may get lost before a lease runs out
-HEARTBEAT_RETRY = 1.0  # seconds after one that failed
-SHUTDOWN_GRACE = 10.0  # seconds that the database may take for the last reports
-OUTBOX_RETRY = 60.0  # seconds between looks where nothing notifies
-CANCEL_AGAIN = 1.0  # seconds after a cancellation that had no effect
+HEARTBEATS_PER_LEASE = 3  # two heartbeats can fail before the lease ends
+HEARTBEAT_RETRY = 1.0  # seconds to wait after a failed heartbeat
+SHUTDOWN_GRACE = 10.0  # seconds for the last reports to the database
+OUTBOX_RETRY = 60.0  # seconds between checks of the outbox where LISTEN is impossible
+CANCEL_RETRY = 1.0  # seconds to wait after a cancellation that had no effect
 
 log = structlog.get_logger(__name__)
 
 
 async def run_worker(settings: Settings) -> None:
-    """Works until SIGTERM or SIGINT, then finishes or gives back what is in hand.
+    """Runs a worker until SIGTERM or SIGINT, then finishes or releases its work.
 
     Raises:
         psycopg.OperationalError, psycopg_pool.PoolTimeout: the database cannot be reached at the start.
-        OSError: the address to serve on cannot be had.
+        OSError: a port cannot be opened.
+        VersionsDiffer: the schema has another version.
     """
     wake = Wake()
     loop = asyncio.get_running_loop()
@@ -55,7 +56,7 @@ async def run_worker(settings: Settings) -> None:
 
 
 class Worker:
-    """One worker, made from its settings."""
+    """One worker process."""
 
     def __init__(self, settings: Settings, wake: Wake) -> None:
         self._settings = settings
@@ -64,23 +65,23 @@ class Worker:
         self._url = str(settings.database_url)
 
     async def run(self) -> None:
-        """Until the worker is asked to stop.
+        """Runs until the worker is asked to stop.
 
         Raises:
             psycopg.OperationalError, psycopg_pool.PoolTimeout: the database cannot be reached.
-            OSError: the address to serve on cannot be had.
-            VersionsDiffer: the schema is of another version, or has become so; what was in hand is handed back.
+            OSError: a port cannot be opened.
+            VersionsDiffer: the schema has another version, or was upgraded; all work has been released.
         """
-        listening = await self._find_out_whether_listening()
-        # What cannot LISTEN is a transaction pooler, and that cannot keep prepared statements either.
+        listening = await self._detect_listen()
+        # LISTEN is impossible behind a transaction pooler, and so are prepared statements.
         db = Database(self._url, self._id, prepare=listening)
         await db.open()
         try:
-            await _Shift(self._settings, self._wake, db).run()
+            await _ConnectedWorker(self._settings, self._wake, db).run()
         finally:
             await db.close()
 
-    async def _find_out_whether_listening(self) -> bool:
+    async def _detect_listen(self) -> bool:
         if await can_listen(self._url):
             return True
         self._wake.poll_every = self._settings.poll_interval
@@ -94,25 +95,25 @@ class Worker:
         return False
 
 
-class _Shift:
-    """What a worker does while it is connected: registers, keeps its lease, runs both lanes, and hands over."""
+class _ConnectedWorker:
+    """A worker with its database: registers, keeps its lease, runs both lanes, and releases its work at the end."""
 
     def __init__(self, settings: Settings, wake: Wake, db: Database) -> None:
         self._settings = settings
         self._wake = wake
         self._db = db
         self._log = log.bind(worker=str(db.worker))
-        self._differs: VersionsDiffer | None = None
+        self._version_error: VersionsDiffer | None = None
 
     async def run(self) -> None:
-        """As `Worker.run`."""
+        """See `Worker.run`."""
         registered = await self._register()
         await self._work(registered.lease_seconds / HEARTBEATS_PER_LEASE)
-        if self._differs:
-            raise self._differs
+        if self._version_error:
+            raise self._version_error
 
     async def _register(self) -> Registered:
-        """Introduces the worker. What to ask of the model comes with every claim."""
+        """Registers the worker. The question to the model is not included: it comes with every claim."""
         settings = self._settings
         key = fingerprint(settings.openai_api_key.get_secret_value(), settings.openai_base_url)
         return await self._db.register(
@@ -120,7 +121,7 @@ class _Shift:
         )
 
     async def _work(self, beat: float) -> None:
-        """Both lanes and what helps them; ``beat`` seconds are between heartbeats."""
+        """Runs both lanes and the background tasks. ``beat``: seconds between heartbeats."""
         settings, wake, db = self._settings, self._wake, self._db
         observations = Observations()
         stages = Stages(db, observations)
@@ -142,45 +143,47 @@ class _Shift:
         ):
             tagger = Tagger(images, provider, outcomes, stages, observations)
             batches = BatchLane(db, wake, images, provider, slots=settings.batch_slots, fetches=settings.fetches)
-            helpers = [
-                background.create_task(work)
-                for work in (
+            helper_tasks = [
+                background.create_task(coroutine)
+                for coroutine in (
                     *([listen(str(settings.database_url), wake.notify)] if wake.poll_every is None else []),
                     self._heartbeat(beat, health),
-                    self._deliver(settings.secret_key()),
-                    outcomes.settle_forever(),
-                    stages.tell_forever(),
+                    self._deliver_outbox(settings.secret_key()),
+                    outcomes.run(),
+                    stages.run(),
                 )
             ]
             self._log.info("worker_started", slots=settings.slots)
             async with asyncio.TaskGroup() as lanes:
                 lanes.create_task(realtime.run(db, wake, settings.slots, tagger.tag, settings.stop_deadline))
                 lanes.create_task(batches.run(settings.stop_deadline))
-            await self._hand_over(outcomes)
-            await _end(helpers)
+            await self._release_work(outcomes)
+            await _cancel_all(helper_tasks)
         self._log.info("worker_stopped")
 
-    async def _hand_over(self, outcomes: Outcomes) -> None:
-        """Settles what is done and gives back the rest; without a database the lease does the latter."""
+    async def _release_work(self, outcomes: Outcomes) -> None:
+        """Waits until all outcomes are settled, and releases the other work. If the database is unreachable, the end of
+        the lease releases it."""
         try:
             async with asyncio.timeout(SHUTDOWN_GRACE):
                 await outcomes.idle.wait()
-                given_back = await self._db.release()
-                self._log.info("handed_over", given_back=given_back)
+                released = await self._db.release()
+                self._log.info("work_released", released=released)
         except (TimeoutError, psycopg.Error):
-            self._log.error("hand_over_failed", hint="The database did not answer; what was in hand goes back later.")
+            hint = "The database did not answer. The work is released when the lease ends."
+            self._log.error("release_failed", hint=hint)
 
     @contextlib.asynccontextmanager
     async def _web(self, provider: Provider, health: Health) -> AsyncIterator[None]:
-        """Serves health and metrics, and OpenAI's webhook, each where an address is set.
+        """Serves health and metrics, and OpenAI's webhook, each on its own port if its address is set.
 
-        The webhook has a port of its own: who can reach that must not be able to keep health checks waiting.
+        The ports are separate so that requests from the Internet to the webhook cannot delay health checks.
         """
         settings = self._settings
 
         async def receive(webhook_id: str, kind: str, batch: str) -> str:
             result = await self._db.receive_webhook(webhook_id, kind, batch)
-            self._wake.notify("batch")  # also where no notification can come
+            self._wake.notify("batch")  # also where LISTEN is impossible
             return result
 
         apps = []
@@ -193,43 +196,46 @@ class _Shift:
             for address, app in apps:
                 host, _, port = address.rpartition(":")
                 await open_ports.enter_async_context(serve(app, host.strip("[]"), int(port), guarded=True))
-                self._log.info("serving", address=address)
+                self._log.info("port_opened", address=address)
             yield
 
     async def _heartbeat(self, seconds: float, health: Health) -> None:
         pause = seconds
         while True:
-            await self._wake.sleep("version", pause)  # at once when the schema has changed
+            await self._wake.sleep("version", pause)  # without a delay after an upgrade of the schema
             pause = seconds
             try:
                 alive = await self._db.heartbeat()
-                if not alive and not self._wake.stop.is_set():  # a worker that stops has handed over already
-                    self._log.error("lease_lost", hint="The database was out of reach for longer than the lease.")
+                if not alive and not self._wake.stop.is_set():  # a stopping worker has released its lease itself
+                    self._log.error("lease_lost", hint="The database was unreachable for longer than the lease.")
                     await self._register()
                 health.beat()
                 while await self._db.tick_if_due() and not self._wake.stop.is_set():
                     pass  # one call for each worker whose lease has ended
             except VersionsDiffer as error:
                 self._log.error("version_differs", error=str(error), hint=error.hint)
-                self._differs = error
+                self._version_error = error
                 self._wake.request_stop()
                 return
             except psycopg.Error as error:
-                self._log.error("heartbeat_failed", error=said(error))
+                self._log.error("heartbeat_failed", error=safe_message(error))
                 pause = HEARTBEAT_RETRY
             health.beat()
 
-    async def _deliver(self, key: str | None) -> None:
+    async def _deliver_outbox(self, key: str | None) -> None:
         while not self._wake.stop.is_set():
             await self._wake.wait("outbox", OUTBOX_RETRY if self._wake.poll_every else None)
             await deliver_outbox(self._db, self._settings.supabase_url, key)
 
 
-async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancels tasks until they have ended: `asyncio.wait_for`, by which the pool waits for a connection, loses a
-    cancellation that comes together with what it waits for (before Python 3.12)."""
+async def _cancel_all(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancels tasks, repeatedly, until they have ended.
+
+    One cancellation is not enough before Python 3.12: the pool waits for a connection with `asyncio.wait_for`, which
+    loses a cancellation that arrives together with the result.
+    """
     pending = set(tasks)
     while pending:
         for task in pending:
             task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN)
+        _, pending = await asyncio.wait(pending, timeout=CANCEL_RETRY)

@@ -1,4 +1,4 @@
-"""Where single calls are, for those who watch."""
+"""Reports the stages of single calls, which users see."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from autotag.db import Database, Image
 from autotag.db.messages import Stage, StageReport
 from autotag.worker.observations import Observations
 
-STAGE_DELAY = 0.15  # seconds a stage must last to be worth a write; quick images skip it
+STAGE_DELAY = 0.15  # seconds before a stage is reported; faster images skip it, which saves updates of their rows
 
 
 class Stages:
-    """Gathers the stages that images have reached, and reports those that last."""
+    """Collects the stages that images have reached, and reports those that last longer than `STAGE_DELAY`."""
 
     def __init__(self, db: Database, observations: Observations) -> None:
         self._db = db
@@ -21,16 +21,16 @@ class Stages:
         self._due = asyncio.Event()
 
     def reach(self, image: Image, stage: Stage) -> None:
-        """The image has reached a stage."""
+        """Notes that the image has reached a stage."""
         self._reached[image.task] = {"task": image.task, "attempt": image.attempt, "stage": stage}
         self._due.set()
 
     def forget(self, image: Image) -> None:
-        """The image has ended; its stage need not be told any more."""
+        """Drops the pending report of an image that has an outcome."""
         self._reached.pop(image.task, None)
 
-    async def tell_forever(self) -> None:
-        """Reports stages until cancelled."""
+    async def run(self) -> None:
+        """Reports stages until it is cancelled."""
         while True:
             await self._due.wait()
             self._due.clear()

@@ -1,5 +1,7 @@
-"""A batch until the provider has it: build the input file, upload it, create the batch. Every step is written down
-before the next, so that another worker can go on."""
+"""Submits batches: builds the input file, uploads it, and creates the batch.
+
+Each step is recorded before the next one starts, so that another worker can continue.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,14 @@ from autotag.db import Batch, Database, DatabaseSettings, Image, NotHeld, Questi
 from autotag.db.messages import BatchAnswer
 from autotag.errors import TaggingError
 from autotag.images.load import Images
-from autotag.images.prepare import LARGEST_SIDE, data_url
+from autotag.images.prepare import MAX_SIDE, data_url
 from autotag.openai.prompt import batch_line, request_body
 from autotag.openai.provider import Provider
 from autotag.openai.records import ProviderBatch
-from autotag.worker.files import Files, name_of
+from autotag.worker.files import Files, input_file_name
 
-PAGE = 100  # images looked up and fetched together
-SPOOL = 8_000_000  # bytes of an input file kept in memory before it goes to disk
+PAGE_SIZE = 100  # images that are loaded from the database and fetched together
+MAX_IN_MEMORY = 8_000_000  # bytes of an input file; a larger one is written to disk
 METADATA_KEY = "autotag_batch"
 
 log = structlog.get_logger(__name__)
@@ -33,10 +35,10 @@ class Submitter:
         """
         Args:
             db: the database.
-            images: where pictures come from.
-            provider: who gets the batches.
-            files: its files.
-            fetches: images that are fetched at the same time, of all batches.
+            images: loads the images.
+            provider: runs the batches.
+            files: deletes files of batches.
+            fetches: max images that are fetched concurrently, for all batches.
         """
         self._db = db
         self._images = images
@@ -45,11 +47,11 @@ class Submitter:
         self._fetches = asyncio.Semaphore(fetches)
 
     async def submit(self, batch: Batch, settings: DatabaseSettings) -> None:
-        """Takes a batch from wherever it is until the provider has it.
+        """Submits a batch, starting at the step that its state names.
 
         Raises:
-            TaggingError: the provider or Storage did not let us.
-            NotHeld: the batch is somebody else's by now.
+            TaggingError: an error of the provider or of Storage.
+            NotHeld: another worker holds the batch now.
         """
         input_file_id = batch.input_file_id
         if batch.state == "creating":
@@ -73,21 +75,21 @@ class Submitter:
         log.info("batch_submitted", batch=batch.batch, openai_batch=created.id, images=batch.image_count)
 
     async def _find(self, batch: Batch) -> ProviderBatch | None:
-        """The provider's batch that carries this row's id, if it was created after all."""
+        """The provider's batch with this row's id in its metadata, if an earlier attempt created it; otherwise None."""
         async for found in self._provider.batches_since(batch.since):
             if found.metadata.get(METADATA_KEY) == batch.batch and found.status != "failed":
                 return found
         return None
 
     async def _build_and_upload(self, batch: Batch, settings: DatabaseSettings) -> str | None:
-        """The id of the uploaded input file; None when no image could be prepared."""
+        """Builds and uploads the input file; returns its id, or None if no image could be prepared."""
         await self._db.batch_step(batch, "preparing")
-        with tempfile.SpooledTemporaryFile(max_size=SPOOL) as file:
+        with tempfile.SpooledTemporaryFile(max_size=MAX_IN_MEMORY) as file:
             if not await self._build(batch, settings, file):
                 return None
             await self._db.batch_step(batch, "uploading")
             file.seek(0)
-            uploaded = await self._provider.upload_file(name_of(batch), file, batch.keep_files)
+            uploaded = await self._provider.upload_file(input_file_name(batch), file, batch.keep_files)
         try:
             await self._db.batch_step(batch, "creating", uploaded)
         except NotHeld:
@@ -96,19 +98,21 @@ class Submitter:
         return uploaded
 
     async def _build(self, batch: Batch, settings: DatabaseSettings, file: IO[bytes]) -> int:
-        """Writes a line per image, in order; how many. Images that fail are reported at once; what does not fit into a
-        file becomes a batch of its own."""
+        """Writes one line per image, in the order of the tasks; returns the number of lines.
+
+        Images that fail are reported at once. Images that do not fit into the file become another batch.
+        """
         lines, last = 0, 0
-        while page := await self._db.batch_images(batch, last, PAGE):
-            made = await asyncio.gather(*(self._line(image, settings.question) for image in page))
+        while page := await self._db.batch_images(batch, last, PAGE_SIZE):
+            results = await asyncio.gather(*(self._line(image, settings.question) for image in page))
             failed: list[BatchAnswer] = [
                 {"task": image.task, "error": line.as_json()}
-                for image, line in zip(page, made, strict=True)
+                for image, line in zip(page, results, strict=True)
                 if isinstance(line, TaggingError)
             ]
             if failed:
                 await self._db.batch_answers(batch, failed)
-            for image, line in zip(page, made, strict=True):
+            for image, line in zip(page, results, strict=True):
                 if isinstance(line, TaggingError):
                     continue
                 if lines and file.tell() + len(line) > settings.batch_max_bytes:
@@ -123,7 +127,7 @@ class Submitter:
     async def _line(self, image: Image, question: Question) -> bytes | TaggingError:
         async with self._fetches:
             try:
-                jpeg = await self._images.load(image, LARGEST_SIDE[question.image_detail])
+                jpeg = await self._images.load(image, MAX_SIDE[question.image_detail])
             except TaggingError as error:
                 if error.kind == "account":
                     raise

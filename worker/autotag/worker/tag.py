@@ -1,4 +1,4 @@
-"""One single call: fetches and prepares an image, asks the model, and reports what came of it."""
+"""Single calls: fetches and prepares an image, calls the model, and reports the outcome."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from autotag.db import DatabaseSettings, Image
 from autotag.db.messages import Outcome
 from autotag.errors import TaggingError
 from autotag.images.load import Images
-from autotag.images.prepare import LARGEST_SIDE, data_url
+from autotag.images.prepare import MAX_SIDE, data_url
 from autotag.observability import traces
 from autotag.observability.metrics import SECONDS, timed
 from autotag.openai.answers import read_completion, read_usage
@@ -31,11 +31,11 @@ class Tagger:
     ) -> None:
         """
         Args:
-            images: where pictures come from.
-            provider: who is asked.
-            outcomes: gets what came of each image.
-            stages: hears where each image is.
-            observations: hears what the provider says of its limits.
+            images: loads the images.
+            provider: answers the calls.
+            outcomes: gets the outcome of each image.
+            stages: gets the stages of each image.
+            observations: gets the provider's limits and the number of calls sent.
         """
         self._images = images
         self._provider = provider
@@ -44,7 +44,7 @@ class Tagger:
         self._observations = observations
 
     async def tag(self, image: Image, settings: DatabaseSettings) -> None:
-        """Tags one image and reports what came of it; never raises but when cancelled."""
+        """Tags one image and reports the outcome. Raises nothing except when it is cancelled."""
         with traces.image_span(image) as span:
             outcome = await self._tag(image, settings)
         self._outcomes.add(image, outcome, span)
@@ -56,35 +56,35 @@ class Tagger:
         try:
             self._stages.reach(image, "preparing")
             with timed(SECONDS, "fetched"), traces.step("fetch"):
-                jpeg = await self._images.load(image, LARGEST_SIDE[question.image_detail])
+                jpeg = await self._images.load(image, MAX_SIDE[question.image_detail])
             self._stages.reach(image, "processing")
             body = request_body(question, data_url(jpeg), image.cap)
             sent, outcome["called"] = time.monotonic(), True
-            self._observations.sent()
+            self._observations.count_sent()
             with timed(SECONDS, "called"), traces.step("call"):
                 completion = await self._provider.complete(body)
-            self._observations.limits(completion.limits, sent)
+            self._observations.add_limits(completion.limits, sent)
             outcome["usage"] = read_usage(completion.body)
             outcome["result"] = read_completion(completion.body, question.max_tags)
         except TaggingError as error:
             outcome["error"] = error.as_json()
             if error.kind == "rate_limit" and error.origin == "provider":
-                self._observations.limits({**error.limits, "retry_after": error.retry_after}, sent)
+                self._observations.add_limits({**error.limits, "retry_after": error.retry_after}, sent)
             log_error(image, error)
         except Exception as error:
-            # A defect of ours must not take the other images in flight with it: this one counts a failure and
-            # ends, after its tries, as failed.
+            # A bug must not affect the other images in flight. It counts as a failure of this image, which is retried
+            # and finally fails.
             log.exception("unexpected_error", task=image.task)
             outcome["error"] = TaggingError(
                 "transient", "internal_error", f"Tagging failed: {type(error).__name__}."
             ).as_json()
         if not outcome["called"]:
-            self._observations.sent()
+            self._observations.count_sent()
         return outcome
 
 
 def log_error(image: Image, error: TaggingError) -> None:
-    """One line about an image that was not tagged this time; its level says who should read it."""
+    """Logs why an image was not tagged this time: account errors as error, image errors as info, others as warning."""
     level = log.error if error.kind == "account" else log.info if error.kind == "image" else log.warning
     level("image_not_tagged", task=image.task, asset=image.asset_id, kind=error.kind, code=error.code,
           message=error.message)  # fmt: skip

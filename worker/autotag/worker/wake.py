@@ -1,19 +1,19 @@
-"""What wakes a lane: a notification, a free hand, or the moment that the database named."""
+"""Wakes the lanes: on a notification, a free slot, or at the time of the next useful claim."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 
-#: What the database notifies; each has one sleeper.
+#: The topics of the database's notifications. One task waits for each.
 TOPICS = ("realtime", "batch", "outbox", "version")
 
 
 class Wake:
-    """Events by topic, and ``stop``, which wakes everybody.
+    """One event per topic, and ``stop``, which wakes all.
 
-    Every topic's event is there from the start: what is notified while a lane makes its first claim must not be
-    lost, because that claim may have looked a moment too early.
+    The events exist from the start. A notification during a lane's first claim must not be lost, because the claim may
+    have read the database just before the change.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Wake:
         self.poll_every: float | None = None  # seconds, where LISTEN is impossible
 
     def notify(self, topic: str) -> None:
-        """Wakes one topic; the empty one wakes all. Topics that nobody here waits for are ignored."""
+        """Wakes the task that waits for a topic. An empty topic wakes all; unknown topics are ignored."""
         if not topic:
             for event in self._events.values():
                 event.set()
@@ -30,17 +30,20 @@ class Wake:
             self._events[topic].set()
 
     def request_stop(self) -> None:
+        """Stops the worker and wakes all tasks."""
         self.stop.set()
         self.notify("")
 
     async def pause(self, seconds: float) -> None:
-        """Until the time is over or the worker stops, whatever is notified: what just failed is not hurried."""
+        """Waits for ``seconds`` or until the worker stops. Notifications do not shorten this wait, which follows a
+        failure.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self.stop.wait()
 
     async def sleep(self, topic: str, seconds: float) -> None:
-        """Until the topic is notified (a stop notifies all) or the time is over."""
+        """Waits until the topic is notified (a stop notifies all) or for ``seconds``; then resets the topic."""
         event = self._events[topic]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -48,7 +51,11 @@ class Wake:
         event.clear()
 
     async def wait(self, topic: str, seconds: float | None) -> None:
-        """Until the topic is notified, the time is over, or the worker stops; then the topic is quiet again."""
+        """Waits until the topic is notified, for ``seconds`` (None: no limit), or until the worker stops; then resets
+        it.
+
+        Where LISTEN is impossible, it waits at most ``poll_every`` seconds.
+        """
         if self.poll_every is not None:
             seconds = self.poll_every if seconds is None else min(seconds, self.poll_every)
         event = self._events[topic]
