@@ -8,7 +8,7 @@
 --   no progress for too long           it is cancelled, if the limits let its images go as single calls
 -- Ignores workers without an assigned poll, batches that are not in flight, and invalid elements. Writes only rows that change.
 -- A worker reports many batches in several calls, because a call holds the locks of their uploads.
--- Locks: provider (if tagging is paused), workspaces by id, jobs by id, batches by id, tasks by id.
+-- Locks: provider (if it pauses or resumes tagging), workspaces by id, jobs by id, batches by id, tasks by id.
 create or replace function autotag.record_poll(p_worker uuid, p_polled jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$

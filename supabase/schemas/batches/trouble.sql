@@ -9,7 +9,7 @@
 --                   single calls work.
 --   no_batch_api    The routes for files or batches do not exist while single calls work: the provider has no Batch API, and
 --                   claim() turns the planned batches into single calls.
---   expires_after   The provider refuses this expiry of files: the next one is tried.
+--   expires_after   The provider refuses this expiry of files: the next one is tried (7 days, 14 days, none).
 -- Locks: provider, workspace, job, batch, tasks.
 create or replace function autotag.report_batch_failure(p_worker uuid, p_batch uuid, p_attempt integer, p_error jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp

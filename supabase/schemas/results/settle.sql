@@ -113,7 +113,7 @@ as $$
 declare
   v_window record;
 begin
-  -- A call that was not sent counts no request and no tokens, a call that the provider refused or failed counts no tokens. If the
+  -- A call that was not sent counts no request and no tokens; one that the provider refused or failed counts no tokens. If the
   -- usage is unknown because the connection broke before the answer, the reservation stays.
   for v_window in
     select a.workspace_id, a.reserved_at,

@@ -52,8 +52,8 @@ begin
   if v_room < 1 then
     return;
   end if;
-  -- A turn is chunk_size images or 50 ms of the provider's throughput (a minute / 1200), whichever is larger, and at most 1,000
-  -- images. Within 50 ms, users do not notice the order.
+  -- A turn is chunk_size images or 50 ms (a minute / 1200) of the provider's throughput, at most 1,000, whichever is larger.
+  -- Within 50 ms, users do not notice the order.
   v_turn := (select s.chunk_size from autotag.settings s);
   v_turn := greatest(v_turn, least(1000, p_provider.requests_per_minute / 1200,
     p_provider.tokens_per_minute / p_provider.tokens_per_image / 1200));
@@ -82,7 +82,8 @@ begin
   end loop;
 end $$;
 
--- How many images the provider's bucket has room for, at most p_slots. While the question is not proven: one per probe_at.
+-- How many images the provider's bucket has room for, at most p_slots. While the question is not proven: one (the probe),
+-- and none before probe_at.
 create or replace function autotag.room_left(p_provider autotag.provider_limits, p_slots integer) returns integer
 language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$

@@ -95,7 +95,7 @@ begin
   with there as materialized (
     select d.asset_id, d.workspace_id, d.foreign_file from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
   ), theirs as materialized (
-    -- offset 0: is_member is asked once for each workspace, not for each image
+    -- offset 0: call is_member once per workspace, not once per image
     select w.id from (select distinct t.workspace_id as id from there t offset 0) w
     where autotag.is_service() or autotag.is_member(w.id)
   ), found as materialized (

@@ -9,8 +9,8 @@ as $$
 $$;
 
 -- Checks the installation: {findings: [{check, level, message, fix}] in the order to show them, now (epoch seconds), model,
--- sample}. sample: bucket and path of one image, which the doctor tries to read. No other function tells where an image is
--- stored without a claim.
+-- sample}. sample: bucket and path of one image, which the doctor tries to read. It is the only image whose location a worker's
+-- login learns without a claim.
 create or replace function autotag.diagnose() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -42,7 +42,7 @@ begin
     else autotag.finding('roles', 'ok', format('Workers may log in as %s.', array_to_string(p_logins, ', '))) end;
 end $$;
 
--- Whether signed-in users may call the RPCs and nothing else.
+-- Whether signed-in users may call the RPCs, anon may call none of autotag's functions, and the API does not expose their schema.
 create or replace function autotag.diagnose_grants() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
