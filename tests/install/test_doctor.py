@@ -67,14 +67,14 @@ async def test_all_is_well(library: Library) -> None:
         ("create or replace function autotag.schema_version() returns text language sql immutable parallel safe"
          " set search_path = '' as 'select ''9.9.9''::text'", "schema", "warning", "is of version 9.9.9"),
         ("alter table public.assets drop column storage_path cascade", "host adapter", "error", "storage_path"),
-        ("update autotag.settings set test_clock = true", "clock", "error", "bend autotag's time"),
-        ("update autotag.clock set ticked_at = now() - interval '1 h'", "clock", "error", "last ticked 01:00:00 ago"),
+        ("update autotag.settings set test_clock = true", "clock", "error", "change autotag's time"),
+        ("update autotag.clock set ticked_at = now() - interval '1 h'", "clock", "error", "last ran 01:00:00 ago"),
         ("update autotag.settings set model = 'gpt-none'", "api", "error", "does not have the model gpt-none"),
         (ENDS_IN.format(80), "model", "warning", "gpt-6-luna shuts down on"),
         (ENDS_IN.format(80), "model", "warning", "in 80 days; its successor is gpt-6.1-terra"),
         (ENDS_IN.format(10), "model", "error", "in 10 days; its successor is gpt-6.1-terra"),
         (ENDS_IN.format(-1), "model", "error", "gpt-6-luna was shut down on"),
-        (NO_PRICE, "price", "warning", "What gpt-6-luna costs is not known"),
+        (NO_PRICE, "price", "warning", "The price of gpt-6-luna is not known"),
         (NO_PRICE + "; insert into autotag.quotas (scope, period, max_cost) values ('user', 'day', 1)",
          "price", "error", "no quota in dollars is enforced"),
         ("grant execute on function autotag.enqueue to anon", "grants", "error", "anon may call autotag.enqueue"),
@@ -273,7 +273,7 @@ async def test_a_worker_that_may_do_everything_is_told(library: Library) -> None
         assert (found.level, found.message) == ("ok", f"Workers may log in as {WORKER_ROLE}.")
         library.sql("select autotag.register_worker(gen_random_uuid(), 'h', autotag.schema_version(), true)")
         found = (await examined(stack))["roles"]
-        assert (found.level, "logged in as postgres, who may do everything" in found.message) == ("warning", True), (
+        assert (found.level, "logged in as postgres, which may do everything" in found.message) == ("warning", True), (
             found
         )
         assert WORKER_ROLE in (found.fix or "")

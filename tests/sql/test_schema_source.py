@@ -79,7 +79,7 @@ def test_what_is_changed_in_one_place_only_is_found(
 ) -> None:
     change(
         tree / "schemas" / "scheduling" / "claim.sql",
-        "-- The one function that releases",
+        "-- The only function that releases",
         "-- The function that releases",
     )
     change(tree / "schemas" / "basics" / "clock.sql", "create or replace function autotag.speed()",
@@ -138,8 +138,8 @@ def test_a_changed_table_needs_a_step(tree: Path) -> None:
 def test_only_what_has_changed_is_in_a_migration(tree: Path) -> None:
     change(
         tree / "schemas" / "scheduling" / "release.sql",
-        "-- Called by release_in_turn(), which holds the locks.",
-        "-- release_in_turn() calls it, which holds the locks.",
+        "Called by release_in_turn(), which holds the locks.",
+        "release_in_turn() calls it, which holds the locks.",
     )
     release.write()
     assert list(tree.glob("migrations/*unreleased*")) == [], "a comment beside a function is no change of the schema"

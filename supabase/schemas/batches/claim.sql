@@ -1,6 +1,7 @@
--- Which batches a worker gets to build, watch or harvest, under the limits of the hour and of the provider's queue.
+-- Assigns batches to workers, which build or harvest them, within the workspaces' windows and the provider's queue.
 
--- How many batches a workspace may still start in the current hour, and images likewise. Reads only.
+-- How many more batches a workspace can start within its window, after its planned ones (so the number may be negative), and the
+-- most images that one window admits. Reads only.
 create or replace function autotag.batches_left(p_workspace_id uuid, out batches integer, out window_images integer)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -13,23 +14,23 @@ as $$
   group by l.max_requests, l.max_units
 $$;
 
--- claim_batches: hands out whole batches, and the poll when it is due.
---   batches: [{batch, attempt, state, image_count, since, cancelled, openai_batch_id, input_file_id,
---     output_file_id, error_file_id, keep_files}], in the order to work on them: what OpenAI has finished is stored first,
---     then what was begun goes on (it holds queued tokens), then come the first batches of uploads, then the others.
---     Where the provider's queue is too short for all of them, the workspace that has the fewest tokens there is first.
---     What there is no room for is passed by smaller ones until it has waited for batch_patience; from then on nobody
---     begins before it.
---   poll: [{id, since (epoch seconds: it is not older at OpenAI)}] of the batches in flight when they are to be
---     looked at now, else null; cancel: ids of those that are to be cancelled at OpenAI before.
---   files: ids of files that nobody needs any more, to be deleted at OpenAI (files_deleted).
---   question: as in claim(). A batch's keep_files: seconds after which the provider is to delete its files; null: it takes
---   no expiry.
---   look_up: the model, when the provider is to be asked about it now (provider_checked), else null.
---   While nobody knows whether the question works no batch is begun: single calls try it, if need be one of a batch's own
---   images (release_probe).
---   wait: seconds until there may be more; null when only a notification can bring some.
--- Locks: provider, windows by workspace, batches by id.
+-- claim_batches: assigns at most p_slots whole batches to a worker, and the poll of the provider if it is due. p_question: the
+-- version of the question that the worker has; null: none.
+--   batches: [{batch, attempt, state, image_count, since, cancelled, openai_batch_id, input_file_id, output_file_id,
+--     error_file_id, keep_files}], in the order to work on them: batches that OpenAI has finished, batches in progress (they hold
+--     queued tokens), the first batch of each upload, the others. If the provider's queue is too short for all of them, the
+--     workspace with the fewest tokens in it goes first. Smaller batches overtake one that does not fit, until it has waited for
+--     batch_patience; after that no planned batch starts before it.
+--     since: epoch seconds; the batch and its files at OpenAI are not older. keep_files: seconds after which the provider is to
+--     delete its files; null: the provider supports no expiry.
+--   poll: [{id, since}] of all batches in flight if a poll is due, else null.
+--   cancel: ids of those to cancel at OpenAI before the poll.
+--   files: ids of files to delete at OpenAI (reported with files_deleted).
+--   question: as in claim().
+--   look_up: name of the model to check at the provider now (provider_checked), else null.
+--   wait: seconds until the next call; null: wait for a notification.
+-- While the question is not proven, no batch starts: single calls try it first, if necessary with an image of a planned batch
+-- (release_probe). Locks: provider, windows by workspace, batches by id.
 create or replace function autotag.claim_batches(
   p_worker uuid, p_slots integer,
   out batches jsonb, out poll jsonb, out cancel jsonb, out files jsonb, out wait double precision,
@@ -39,7 +40,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.sync_question(autotag.lock_provider());
-  v_now timestamptz := greatest(v_provider.refilled_at, v_provider.question_since);  -- what is claimed now is asked this question
+  v_now timestamptz := greatest(v_provider.refilled_at, v_provider.question_since);  -- so asked_at shows that it asks this question
   v_settings autotag.settings;
   v_slots integer := least(greatest(coalesce(p_slots, 0), 0), 1000);
   v_queue autotag.batch_queue;
@@ -51,7 +52,7 @@ begin
     question := v_provider.question || jsonb_build_object('version', v_provider.question_version);
   end if;
   if not autotag.lock_worker(p_worker) then
-    wait := 1;  -- its next heartbeat registers it again
+    wait := 1;  -- its next heartbeat returns false, and it registers again
     return;
   end if;
   if autotag.asks_another_provider(p_worker, v_provider) then
@@ -78,20 +79,20 @@ begin
     look_up := v_provider.question ->> 'model';
   end if;
   if poll is not null or files <> '[]' or look_up is not null then
-    -- what it then says of the provider is listened to (record_poll, report_poll_failure, provider_checked)
+    -- allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked)
     update autotag.workers w set look_at = v_now where w.id = p_worker;
   end if;
   update autotag.provider_limits p
   set next_poll_at = v_provider.next_poll_at,
       probe_at = case when p.account_error is null or v_taken.ids = '{}' then p.probe_at
         else v_now + v_settings.account_probe_interval end,
-      -- another worker asks about the model in ten minutes, should this one not come to tell
+      -- if this worker does not report, another one checks the model in 10 minutes
       checked_at = case when look_up is null then p.checked_at else v_now - v_settings.model_check_interval + interval '10 min' end;
   wait := case when v_taken.again then 0
     else autotag.real_seconds(autotag.next_batch_claim(v_provider, files <> '[]', v_now) - v_now) end;
 end $$;
 
--- The batches that a worker has got, in the order to work on them (claim_batches: batches).
+-- The batches p_ids, in this order, as claim_batches() returns them.
 create or replace function autotag.describe_batches(p_ids uuid[]) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -105,7 +106,7 @@ begin
     from unnest(p_ids) with ordinality t (id, i) join autotag.batches b on b.id = t.id);
 end $$;
 
--- What is to be looked at, cancelled and deleted at OpenAI (claim_batches: poll, cancel, files).
+-- The batches to poll and to cancel, and the files to delete at OpenAI (claim_batches: poll, cancel, files).
 create or replace function autotag.list_polls(out poll jsonb, out cancel jsonb, out files jsonb)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -125,8 +126,8 @@ begin
   where f.id is not null;
 end $$;
 
--- When a worker has to ask for batches again: for the next look at OpenAI, or when a batch that waits may go on; null: only a
--- notification can bring some. p_more_files: there may be more files to delete.
+-- When a worker should call claim_batches() again: for the next poll, or when a delayed batch is due; null: only after a
+-- notification. p_more_files: there may be more files to delete.
 create or replace function autotag.next_batch_claim(p_provider autotag.provider_limits, p_more_files boolean, p_now timestamptz)
 returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -142,8 +143,8 @@ begin
   ) due_times (due));
 end $$;
 
--- The batch if this worker (of the login that calls) holds it, locked together with its job; else a refusal that tells the
--- worker to let go of it.
+-- Locks a batch and its job, and returns the batch. Refuses a worker that does not hold it (any more) with this attempt, and
+-- workers of another login. Locks: job, batch.
 create or replace function autotag.lock_held_batch(p_worker uuid, p_batch uuid, p_attempt integer) returns autotag.batches
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -155,8 +156,8 @@ begin
   select * into v_batch from autotag.batches b
   where b.id = p_batch and b.worker_id = p_worker and b.attempt = p_attempt for update;
   if not found or not autotag.is_own_worker(p_worker) then
-    perform autotag.refuse(409, 'batch_not_held', 'This batch is not held by this worker any more.',
-      'Let go of it: another worker has it, or it was cancelled.', jsonb_build_object('batch', p_batch));
+    perform autotag.refuse(409, 'batch_not_held', 'This worker does not hold this batch any more.',
+      'Stop working on it: another worker has it, or it was cancelled.', jsonb_build_object('batch', p_batch));
   end if;
   return v_batch;
 end $$;

@@ -1,7 +1,7 @@
--- What becomes of a batch that OpenAI has: it moves, ends, is harvested; its images are tagged or tried again.
+-- Harvesting a batch that has ended: its answers are stored, and its images without an answer are retried.
 
--- The batch is over, whatever it brought: everybody is told, once, because this is the only place that sends
--- batch-complete. What it leaves without an answer is for requeue_batch(). The caller holds it and its job.
+-- Ends a batch with any outcome, and broadcasts batch-complete if OpenAI had it. Only this function does, so it is sent once.
+-- Images without an answer are left to requeue_batch(). p_error: null keeps the row's. The caller holds the batch and its job.
 create or replace function autotag.end_batch(p_batch autotag.batches, p_error text) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -19,7 +19,7 @@ begin
   end if;
 end $$;
 
--- Puts tasks of a job (in order) into new batches of it, which wait their turn. The caller holds job and tasks.
+-- Puts tasks of a job, in this order, into new planned batches of the job. The caller holds job and tasks.
 create or replace function autotag.place_in_batches(p_job autotag.jobs, p_tasks bigint[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -54,23 +54,23 @@ begin
   perform pg_notify('autotag', 'batch');
 end $$;
 
--- Answers of a batch's lines, or images that could not become lines: [{task, result | error, usage}]. A task
--- that is not this batch's any more, or has its answer, is ignored, so that harvesting twice changes nothing. Images that
--- may be tried again are left to batch_finish(), which knows how many there are: why is noted at the task, once, with what
--- it counts. Returns {accepted, notices}: how many ended, and sentences for the log.
--- Locks: provider (first where an error is about everybody; else last and only if it is free), workspace, job, batch, tasks.
+-- Stores answers of a batch, and errors of images that could not become lines of its file: [{task, result | error, usage}].
+-- Ignores tasks that are not in this batch any more or have their answer, so a second harvest changes nothing. An error that
+-- allows a retry is only recorded on its task, once, with its failure; batch_finish() retries these images, because only then
+-- their number is known. Returns {accepted, notices: [{event, notice}]}: how many tasks ended, and sentences for the log.
+-- Locks: provider (first if an error concerns every image; else last, and only if it is free), workspace, job, batch, tasks.
 create or replace function autotag.batch_answers(p_worker uuid, p_batch uuid, p_attempt integer, p_answers jsonb) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
 as $$
 declare
   v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
   v_batch autotag.batches;
-  v_general boolean;           -- an answer is about more than its own image
+  v_general boolean;           -- an error concerns every image: of kind account, or a refused parameter
   v_answers autotag.answer[];
-  v_again autotag.answer[];    -- of these, those that are left to batch_finish
+  v_again autotag.answer[];    -- of these, the errors that allow a retry
   v_notices jsonb;
 begin
-  perform set_config('request.jwt.claims', '', true);   -- triggers of the host's tables believe what stands there
+  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   perform autotag.check_list(p_answers);
   v_general := jsonb_path_exists(p_answers, '$[*].error ? (@.kind == "account" || @.parameter != null)');
   if v_general then
@@ -99,7 +99,7 @@ begin
   return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices);
 end $$;
 
--- The answers about images of this batch that still need one: validated, one for each image.
+-- Validates answers and returns those for images of this batch that still need one, at most one per image.
 create or replace function autotag.read_batch_answers(p_batch autotag.batches, p_answers jsonb) returns autotag.answer[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -115,14 +115,14 @@ begin
         select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
           e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage, i
         from jsonb_array_elements(p_answers) with ordinality u (e, i)) a
-      -- of one that is noted already the error was counted before
+      -- where an error is recorded already, only a result is accepted: another error must not count twice
       join autotag.tasks t on t.id = a.task and t.batch_id = p_batch.id and t.finished_at is null
         and (t.error_code is null or jsonb_typeof(a.result) = 'object')
       order by t.id, a.i) x);
 end $$;
 
--- Notes at their tasks the errors of images that may be tried again, and returns those answers: batch_finish() gives all of the
--- batch's images without an answer another try together. The caller holds the batch and its job. Locks: tasks.
+-- Records the errors that allow a retry on their tasks, and returns those answers: batch_finish() retries all images without an
+-- answer together. The caller holds the batch and its job. Locks: tasks.
 create or replace function autotag.leave_to_finish(p_answers autotag.answer[]) returns autotag.answer[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -146,7 +146,7 @@ begin
   return v_again;
 end $$;
 
--- Every answer of the batch is stored. Images without one get another try (those of a cancelled job end).
+-- All answers of the batch are stored: ends it, and retries the images without an answer (those of a cancelled job fail).
 -- Locks: workspace, job, batch, tasks.
 create or replace function autotag.batch_finish(p_worker uuid, p_batch uuid, p_attempt integer) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp

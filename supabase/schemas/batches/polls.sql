@@ -1,13 +1,14 @@
--- A worker has looked at the batches that OpenAI has: they move, end, get lost or stuck.
+-- A worker reports a poll of the batches at OpenAI: they progress, end, get lost or get stuck.
 
--- What a worker that was handed a look has seen: [{id, status, output_file_id, error_file_id, total, done, error_code,
--- error, error_kind}], with status `gone` for one that OpenAI does not know (any more, or with this key). A batch that ended
--- waits for a worker to harvest it. OpenAI's queue being full is no failure: the batch is planned again. One that
--- stays gone is over. One that is stuck is cancelled, where the limits let its images go as single calls. Batches
--- that are not in flight are ignored, and rows that do not change are not touched. A worker that has seen many tells them a
--- few at a time, because meanwhile nothing else happens to their uploads. What the provider's words are worth is looked at
--- one by one: one that makes no sense is left out, like what another worker says.
--- Locks: provider (when the account was stopped), workspaces by id, jobs by id, batches by id, tasks by id.
+-- Records a poll: [{id, status, output_file_id, error_file_id, total, done, error_code, error, error_kind}]. Status `gone`:
+-- OpenAI does not know the batch (any more, or with this key). What happens to a batch:
+--   it has ended                       it waits to be harvested
+--   it failed: OpenAI's queue is full  it is planned again, which is no failure
+--   gone in several polls in a row     it ends, and its images are retried
+--   no progress for too long           it is cancelled, if the limits let its images go as single calls
+-- Ignores workers without an assigned poll, batches that are not in flight, and invalid elements. Writes only rows that change.
+-- A worker reports many batches in several calls, because a call holds the locks of their uploads.
+-- Locks: provider (if it pauses or resumes tagging), workspaces by id, jobs by id, batches by id, tasks by id.
 create or replace function autotag.record_poll(p_worker uuid, p_polled jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -36,18 +37,18 @@ begin
   perform from autotag.batches b
   where b.openai_batch_id in (select s.id from unnest(v_polls) s) order by b.id for update;
   v_jobs := autotag.apply_poll(v_polls, v_look, v_proven, v_now);
-  -- Once an upload, however many of its batches have moved.
+  -- Once per upload, even if several of its batches have changed.
   for v_job in select distinct j from unnest(v_jobs) j order by j loop
     perform autotag.broadcast_progress(v_job, autotag.refresh_eta(v_job));
   end loop;
 end $$;
 
--- Validates what a worker says it has seen, and cuts it to its bounds. What names no batch or no status is left out.
+-- Validates a worker's poll and clamps its numbers. Drops elements without a valid batch id or status.
 create or replace function autotag.clean_poll(p_polled jsonb) returns autotag.batch_poll[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
-  -- Numbers of lines: a file has 50,000 at most.
+  -- total and done count lines, and a file has at most 50,000.
   return array(
     select row(i.id, i.status, autotag.clean_id(s ->> 'output_file_id'), autotag.clean_id(s ->> 'error_file_id'),
       coalesce(autotag.clean_number(s, 'total', 0, 50000), 0)::integer,
@@ -59,29 +60,28 @@ begin
     where i.id is not null and i.status is not null);
 end $$;
 
--- What a look says of the account. A look that works ends the trouble of earlier looks. A batch that failed because of the account
--- (no credit) stops the lanes. Locks: provider, in both cases.
+-- Applies a poll to the account: a poll that works ends the pause that a failed poll began, and a batch that failed with an
+-- account error (no credit) pauses tagging, as a single call would. Locks: provider, in both cases.
 create or replace function autotag.judge_poll(p_polled autotag.batch_poll[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_trouble text;
+  v_error text;
 begin
   if exists (select from autotag.provider_limits p where p.account_error_from = 'poll') then
     perform autotag.resume_tagging('poll');
     perform pg_notify('autotag', 'realtime');
   end if;
-  -- Of the account's trouble the batch is no more guilty than a single call.
-  select s.error into v_trouble from unnest(p_polled) s
+  select s.error into v_error from unnest(p_polled) s
   join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
   where s.status = 'failed' and s.error_kind = 'account' limit 1;
   if found then
-    perform autotag.pause_tagging(v_trouble, 'batch');
+    perform autotag.pause_tagging(v_error, 'batch');
   end if;
 end $$;
 
--- Changes each batch as it was seen, and returns the jobs of those that have moved. p_look: when the worker was handed this
--- look; p_proven: single calls work. The caller holds workspaces, jobs and batches.
+-- Applies a poll to each batch in flight, and returns the jobs of the batches that have changed. p_look: when the worker was
+-- assigned this poll; p_proven: single calls work. The caller holds workspaces, jobs and batches.
 create or replace function autotag.apply_poll(
   p_polled autotag.batch_poll[], p_look timestamptz, p_proven boolean, p_now timestamptz
 ) returns uuid[]
@@ -89,31 +89,31 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
-  v_polls autotag.batch_poll;
+  v_poll autotag.batch_poll;
   v_batch autotag.batches;
   v_jobs uuid[] := array[]::uuid[];
 begin
   select * into v_settings from autotag.settings;
-  for v_polls in
+  for v_poll in
     select s.* from unnest(p_polled) s
     join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
     order by b.id
   loop
-    select * into v_batch from autotag.batches b where b.openai_batch_id = v_polls.id and b.state = 'submitted';
-    if v_polls.status = 'gone' then
+    select * into v_batch from autotag.batches b where b.openai_batch_id = v_poll.id and b.state = 'submitted';
+    if v_poll.status = 'gone' then
       perform autotag.count_missing_poll(v_batch, p_look);
-    elsif v_polls.status = 'failed' and (v_polls.error_code = 'token_limit_exceeded'
-      -- … unless single calls work all the while: then batches are what this account or deployment cannot do
-      or v_polls.error_kind = 'account' and (not p_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
+    elsif v_poll.status = 'failed' and (v_poll.error_code = 'token_limit_exceeded'
+      -- If single calls work, an account error counts: after max_bad_answers, this account or deployment cannot do batches.
+      or v_poll.error_kind = 'account' and (not p_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
       update autotag.batches b
-      set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_polls.error,
+      set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_poll.error,
           not_before = p_now + v_settings.batch_poll_interval,
-          failures = b.failures + (v_polls.error_kind = 'account' and p_proven)::integer
+          failures = b.failures + (v_poll.error_kind = 'account' and p_proven)::integer
       where b.id = v_batch.id;
-    elsif v_batch.openai_status is distinct from v_polls.status or v_batch.request_done < v_polls.done or v_batch.missing_polls > 0 then
-      perform autotag.move_batch(v_batch, v_polls, p_now);
+    elsif v_batch.openai_status is distinct from v_poll.status or v_batch.request_done < v_poll.done or v_batch.missing_polls > 0 then
+      perform autotag.move_batch(v_batch, v_poll, p_now);
       v_jobs := array_append(v_jobs, v_batch.job_id);
-    elsif not v_batch.cancel_requested and v_polls.status in ('validating', 'in_progress', 'finalizing')
+    elsif not v_batch.cancel_requested and v_poll.status in ('validating', 'in_progress', 'finalizing')
       and (v_batch.progress_at <= p_now - v_settings.batch_stuck_after
         or v_batch.submitted_at <= p_now - v_settings.batch_give_up_after)
       and autotag.predict_wait(v_batch.workspace_id, v_batch.image_count - v_batch.express_count - v_batch.request_done)
@@ -128,23 +128,24 @@ begin
   return v_jobs;
 end $$;
 
--- OpenAI does not know the batch: it is over after batch_max_missing_polls looks in a row. The caller holds workspace, job and batch.
+-- Counts a poll that did not find the batch at OpenAI. After batch_max_missing_polls in a row the batch ends, and its images are
+-- retried. p_look: as in apply_poll(). The caller holds workspace, job and batch.
 create or replace function autotag.count_missing_poll(p_batch autotag.batches, p_look timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if p_batch.last_missing_poll_at = p_look then  -- each look counts once
+  if p_batch.last_missing_poll_at = p_look then  -- this poll is counted already
     return;
   end if;
   update autotag.batches b set missing_polls = b.missing_polls + 1, last_missing_poll_at = p_look where b.id = p_batch.id;
   if p_batch.missing_polls + 1 >= (select s.batch_max_missing_polls from autotag.settings s) then
-    perform autotag.end_batch(p_batch, 'OpenAI does not know this batch any more (or not with this key).');
+    perform autotag.end_batch(p_batch, 'OpenAI does not know this batch (any more, or with this key).');
     perform autotag.requeue_batch(p_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
   end if;
 end $$;
 
--- Moves a batch whose status or count of answers has changed: its row is updated, and its images where users can see a difference. A
--- batch that has ended waits to be harvested. The caller holds job and batch. Locks: tasks by id.
+-- Updates a batch whose status or count of answers has changed, and its images if users can see a difference. A batch that has
+-- ended waits to be harvested. The caller holds job and batch. Locks: tasks by id.
 create or replace function autotag.move_batch(p_before autotag.batches, p_polled autotag.batch_poll, p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$

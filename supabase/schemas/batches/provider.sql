@@ -1,6 +1,6 @@
--- What workers learn of the provider beside batches: files to delete, models, webhooks.
+-- Workers report other news of the provider: the model's shutdown date, its Batch API, deleted files, webhooks.
 
--- When a worker (of the login that calls) was handed a look at the provider last; null: never.
+-- When a worker (of the caller's login) was last assigned a poll of the provider; null: never.
 create or replace function autotag.is_poll_assigned(p_worker uuid) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -8,9 +8,10 @@ begin
   return (select w.look_at from autotag.workers w where w.id = p_worker and w.login = session_user);
 end $$;
 
--- What the provider says of the model and of itself, asked once a day (claim_batches: look_up) of the worker that was handed
--- the question: {model, shutdown_date, batches}, each optional; `batches`: whether it has a Batch API. Of another model than
--- the one that is asked nothing is kept. Returns a sentence for the log when the model's end is near. Locks: provider.
+-- Records the daily check of the model and the provider (claim_batches: look_up). p_facts: {model, shutdown_date, batches}, each
+-- optional; batches: whether the provider has a Batch API. Ignores workers without an assigned poll, and the shutdown date of
+-- another model than the present one. Returns a sentence for the log if the model shuts down soon, else null.
+-- Locks: the model's row, provider.
 create or replace function autotag.provider_checked(p_worker uuid, p_facts jsonb) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -30,8 +31,8 @@ begin
     end;
   end if;
   if v_date is not null and v_model is not null then
-    -- First, so that nobody waits for the models' rows with the provider's in hand. A row of its own, like its family's: the
-    -- end of one snapshot is not that of the others.
+    -- Before the provider row is locked, so that no transaction waits for a model's row while it holds that one. The model gets
+    -- its own row, a copy of its family's: the shutdown date of one snapshot does not hold for the others.
     m.name := v_model;
     m.shutdown_date := v_date;
     m.cap_parameter := coalesce(m.cap_parameter, 'max_completion_tokens');
@@ -47,15 +48,15 @@ begin
   end if;
   update autotag.provider_limits p
   set checked_at = autotag.now(),
-      -- What an attempt has shown stands: a list of batches may be there without a way to make one.
+      -- A failed attempt outweighs this check: a provider may list batches and not be able to create one.
       has_batches = case when p.batches_refused then false
         when jsonb_typeof(p_facts -> 'batches') = 'boolean' then (p_facts ->> 'batches')::boolean else p.has_batches end;
   perform pg_notify('autotag', 'realtime');
   return (autotag.describe_shutdown()) ->> 'message';
 end $$;
 
--- Files that are deleted at OpenAI need no deleting any more. (Of a batch that is over: nothing else comes of a lie than that
--- the provider keeps them until they expire.)
+-- Removes the ids of files that were deleted at OpenAI, so that they are not deleted again. Only for batches that have ended:
+-- after a false report OpenAI keeps the files until they expire, and nothing else happens. Locks: batches by id.
 create or replace function autotag.files_deleted(p_worker uuid, p_files text[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -75,9 +76,9 @@ begin
     order by d.id for update);
 end $$;
 
--- A verified delivery. Returns what came of it: `accepted`, `replayed` (had it before), `ignored` (another
--- kind of event) or `unknown` (no batch of ours; one that is being created now is looked at when it is known).
--- Locks: provider.
+-- Handles a verified webhook delivery. Returns `accepted` (the next poll is due at once), `replayed` (this delivery was received
+-- before), `ignored` (another type of event) or `unknown` (no batch in flight has this id; if it is being created,
+-- batch_submitted() makes the poll due). Locks: provider.
 create or replace function autotag.receive_webhook(p_webhook_id text, p_event_type text, p_openai_batch_id text) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -89,7 +90,7 @@ begin
     return 'ignored';
   end if;
   if coalesce(p_webhook_id !~ '^[!-~]{1,200}$', true) or autotag.clean_id(p_openai_batch_id) is null then
-    perform autotag.refuse(400, 'bad_webhook', 'A delivery has an id and names a batch.',
+    perform autotag.refuse(400, 'bad_webhook', 'A webhook delivery needs an id and the id of a batch.',
       'Pass the header webhook-id and the event''s data.id.');
   end if;
   v_provider := autotag.lock_provider();

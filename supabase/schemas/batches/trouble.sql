@@ -1,11 +1,16 @@
--- What becomes of a batch that cannot go on: another try, smaller batches, or single calls.
+-- Batches that cannot go on: they are retried, planned again, or replaced by single calls.
 
--- The worker could not go on: {kind, code, message, retry_after, origin, parameter}. Of the account: both lanes stop.
--- Transient: another try later, by whoever comes first; in `creating` not before batch_create_grace has passed,
--- because a request that seemed to fail may yet arrive. A batch that the provider refuses as such is split into single calls,
--- whose answers say more: at once where it says why, else after max_bad_answers refusals, or after three times max_failures
--- troubles of any kind while single calls work. If the files or batches routes do not exist while single calls work, the
--- provider has no Batch API, and claim() makes single calls of what was planned. One that refuses an expiry is asked for another.
+-- A worker could not go on with a batch. p_error: {kind, code, message, retry_after, origin, parameter}.
+--   account         Both lanes pause.
+--   transient       Any worker retries later; in `creating` not before batch_create_grace has passed, because a request that
+--                   seemed to fail may still arrive.
+--   image           The provider refuses this batch and says why: its images go as single calls, whose errors say more. They also
+--                   do after max_bad_answers times `request_refused`, and after 3 × max_failures failures of any kind while
+--                   single calls work.
+--   no_batch_api    The routes for files or batches do not exist while single calls work: the provider has no Batch API, and
+--                   claim() turns the planned batches into single calls.
+--   expires_after   The provider refuses this expiry of files: the next one is tried (7 days, 14 days, none).
+-- Locks: provider, workspace, job, batch, tasks.
 create or replace function autotag.report_batch_failure(p_worker uuid, p_batch uuid, p_attempt integer, p_error jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -20,12 +25,13 @@ begin
   select * into v_settings from autotag.settings;
   p_error := autotag.clean_error(p_error, null);
   if p_error ->> 'code' = 'no_batch_api' and v_state not in ('preparing', 'uploading', 'creating') then
-    p_error := p_error || '{"kind": "transient", "code": "provider_error"}';  -- a file that is gone is no missing API
+    p_error := p_error || '{"kind": "transient", "code": "provider_error"}';  -- only a file is missing
   elsif p_error ->> 'code' = 'no_batch_api' and v_provider.proven_at is not null then
     update autotag.provider_limits set has_batches = false, batches_refused = true;
     p_error := p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'parameter' = 'expires_after' and v_kept is not null then
-    -- Azure keeps files for at least 14 days; others know no expiry at all. One step, however many batches have asked so.
+    -- Azure requires at least 14 days; other providers support no expiry. Several batches may report the same refusal, which is
+    -- one step only.
     update autotag.provider_limits p set keep_files = case when v_kept < 1209600 then 1209600 end where p.keep_files = v_kept;
     p_error := p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'kind' = 'account'
@@ -37,7 +43,7 @@ begin
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
   v_batch := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
-  -- A request that is refused again and again, for whatever reason, will not be accepted either.
+  -- After so many refusals or failures, another try would not succeed either.
   if p_error ->> 'kind' = 'image'
     or p_error ->> 'code' = 'request_refused' and v_batch.failures + 1 >= v_settings.max_bad_answers
     or v_state <> 'harvesting' and v_provider.proven_at is not null and v_batch.failures + 1 >= 3 * v_settings.max_failures then
@@ -45,7 +51,7 @@ begin
     perform autotag.requeue_batch(v_batch, false, 0, p_error ->> 'code', p_error ->> 'message');
     return;
   end if;
-  -- A file that OpenAI keeps not knowing is gone: it is built again.
+  -- If OpenAI does not find the input file after three failures, the file is lost and is built again.
   update autotag.batches b
   set worker_id = null, error = p_error ->> 'message',
       failures = b.failures + (select k.counts::integer from autotag.error_kinds k where k.kind = p_error ->> 'kind'),
@@ -66,8 +72,8 @@ begin
   perform pg_notify('autotag', 'realtime');
 end $$;
 
--- A look at OpenAI failed as a whole. Of the account: both lanes stop, if the worker was handed a look. Else the next look is
--- the next try, not before the provider said, whatever brings looks forward (another batch, a webhook). Locks: provider.
+-- A poll failed as a whole. An account error pauses both lanes if the worker was assigned a poll. The next poll is the retry; it
+-- waits for retry_after, even if another batch or a webhook makes it due earlier. Locks: provider.
 create or replace function autotag.report_poll_failure(p_worker uuid, p_error jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -84,9 +90,9 @@ begin
   where p_error ->> 'retry_after' is not null;
 end $$;
 
--- Takes one image out of a planned batch and queues it as a single call, where there is no single call that could try a
--- question that has not proven itself. False when there is one, or no batch that can spare an image. Called by claim(), which
--- holds the provider row. Locks: workspace, job, batch, task.
+-- Queues one image of a planned batch as a single call, to try a question that is not proven. False: single calls are queued or
+-- in flight that can try it, or no planned batch has a second image. Called by claim(), which holds the provider row.
+-- Locks: workspace, job, batch, task.
 create or replace function autotag.release_probe() returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -122,8 +128,8 @@ begin
   return true;
 end $$;
 
--- A provider without a Batch API: what was planned as batches of one job goes as single calls. False when there is no
--- such job. One at a time, for the same reason as seal_upload(). Called by claim(), which holds the provider row.
+-- The provider has no Batch API: turns the unsubmitted batches of one job into single calls. False: there is no such job. One
+-- job per call, for the same reason as in seal_upload(). Called by claim(), which holds the provider row.
 -- Locks: workspace, job, batches, tasks by id.
 create or replace function autotag.batches_to_single_calls(p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -161,10 +167,10 @@ begin
   return true;
 end $$;
 
--- Gives what a batch has left without an answer another try, in the cheapest way that is allowed: by batch again
--- (p_by_batch) when there are more than go in chunks, else as single calls. p_failures count for those of which nothing
--- is noted (batch_answers). Those that had their share of tries fail, with what is noted at the task or with this message.
--- The caller holds workspace, job and batch.
+-- Retries a batch's images without an answer, in the cheapest way allowed: in new batches if p_by_batch and there are more than
+-- chunk_max_images, else as single calls. p_failures are added to the images without a recorded error (batch_answers() counted
+-- the others). Images that reach max_failures fail with their recorded error, or else with p_code and p_message.
+-- The caller holds workspace, job and batch. Locks: tasks by id.
 create or replace function autotag.requeue_batch(
   p_batch autotag.batches, p_by_batch boolean, p_failures integer, p_code text, p_message text
 ) returns void
@@ -197,9 +203,9 @@ begin
   perform pg_notify('autotag', 'realtime');
 end $$;
 
--- 429s persist: what is left of one upload's single calls goes by the Batch API, because its images have waited
--- long enough. False when there is none. One at a time, for the same reason as seal_upload(). Called by claim(),
--- which holds the provider row. Locks: workspace, job, tasks by id.
+-- 429s persist: puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait. False: there is
+-- no such upload. One upload per call, for the same reason as in seal_upload(). Called by claim(), which holds the provider row.
+-- Locks: workspace, job, tasks by id.
 create or replace function autotag.single_calls_to_batch(p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -1,6 +1,6 @@
--- Whose turn it is: which batches go on next, and which of them there is room for.
+-- The order of batches, and which of them have room in their workspace's window and in the provider's queue.
 
--- How full the provider's queue of batch tokens is, and whether all that waits for it fits into it.
+-- How full the provider's queue of batch tokens is, and whether all waiting batches fit into it together.
 create or replace function autotag.measure_batch_queue(p_provider autotag.provider_limits, p_now timestamptz) returns autotag.batch_queue
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -16,7 +16,7 @@ begin
   return v_queue;
 end $$;
 
--- Whether nothing may be begun: nobody knows whether the question works, and there are single calls that can try it.
+-- Whether no batch may start: the question is not proven, and there is an image that can try it as a single call.
 create or replace function autotag.must_prove_first(p_provider autotag.provider_limits) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -27,7 +27,7 @@ begin
     union all select from autotag.batches b where b.state = 'planned' and b.image_count - b.express_count > 1);
 end $$;
 
--- The next batches to work on, at most p_slots, in their order (claim_batches says which).
+-- The next batches to work on, at most p_slots, in the order that claim_batches() describes.
 create or replace function autotag.rank_batches(
   p_slots integer, p_provider autotag.provider_limits, p_queue autotag.batch_queue, p_now timestamptz
 ) returns uuid[]
@@ -57,16 +57,16 @@ begin
       from autotag.batches b where b.reserved_tokens > 0 group by b.workspace_id
     ) q on q.workspace_id = r.workspace_id
     order by r.state in ('ended', 'harvesting') desc, r.state = 'planned', r.later,
-      -- what its workspace will have queued when its turn comes
+      -- tokens that its workspace has in the queue, plus those of its batches ahead of this one
       case when p_queue.short and r.state = 'planned' then coalesce(q.tokens, 0) - r.tokens + sum(r.tokens) over (
         partition by r.workspace_id, r.state = 'planned' order by r.later, r.since, r.created_at, r.ordinal) end,
       r.since, r.created_at, r.ordinal
     limit p_slots);
 end $$;
 
--- Gives a worker those of the candidates that may go now, in their order: what was begun before goes on, and a planned one is
--- begun when its workspace's window and the provider's queue have room. again: one could not go, and those behind it are for
--- the next call, to be made at once. Called by claim_batches(), which holds the provider row. Locks: windows by workspace,
+-- Assigns the candidates that can go now to a worker, in their order: a batch in progress continues, and a planned one starts if
+-- its workspace's window and the provider's queue have room. again: the window of one had no room, so the worker should claim
+-- again at once to get those behind it. Called by claim_batches(), which holds the provider row. Locks: windows by workspace,
 -- batches by id.
 create or replace function autotag.take_batches(
   p_worker uuid, p_candidates uuid[], p_provider autotag.provider_limits, p_queue autotag.batch_queue, p_now timestamptz,
@@ -78,8 +78,8 @@ declare
   v_batch autotag.batches;
   v_images integer;
   v_tokens bigint;
-  v_opens_at timestamptz;      -- when the workspace's window has a place; null: it has
-  v_held boolean := false;     -- the room in the provider's queue is held for one that is not passed any more
+  v_opens_at timestamptz;      -- when the workspace's window has room; null: now
+  v_held boolean := false;     -- the provider's queue is kept free for a batch that no other may overtake any more
 begin
   ids := array[]::uuid[];
   again := false;
@@ -98,14 +98,14 @@ begin
       v_images := v_batch.image_count - v_batch.express_count;
       if v_batch.admitted_at is null then
         v_opens_at := autotag.window_opens_at(v_batch);
-        if v_opens_at is not null then  -- it leaves the head of the line: nobody else waits for its workspace's window
+        if v_opens_at is not null then  -- out of the order, so that other workspaces do not wait for this one's window
           update autotag.batches b set not_before = v_opens_at where b.id = v_batch.id;
           again := true;
           continue;
         end if;
       end if;
       v_tokens := v_images::bigint * p_provider.tokens_per_image + v_batch.extra_tokens;
-      -- A batch ahead of the provider's queue always goes: alone it must be small enough.
+      -- An empty queue takes any batch, because waiting could not make more room.
       if v_held or p_queue.tokens > 0 and p_queue.tokens + v_tokens > p_provider.queued_batch_tokens then
         v_held := v_held or greatest(v_batch.created_at, v_batch.not_before) <= p_queue.patient_since;
         continue;
@@ -113,7 +113,7 @@ begin
       if v_batch.admitted_at is null then
         select a.at into v_batch.admitted_at
         from autotag.admit(v_batch.workspace_id, 'batch', 1, v_images, false) a where a.admitted > 0;
-        if not found then  -- somebody's check_rate_limit was quicker
+        if not found then  -- a concurrent check_rate_limit took the room
           again := true;
           continue;
         end if;
@@ -126,15 +126,15 @@ begin
   end loop;
 end $$;
 
--- When the window of a planned batch's workspace has a place for it; null: now.
+-- When the window of a planned batch's workspace has room for it; null: now; infinity: never with the present limits.
 create or replace function autotag.window_opens_at(p_batch autotag.batches) returns timestamptz
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_ahead integer;             -- batches of earlier uploads that count on a place in the window
+  v_ahead integer;             -- planned batches of earlier uploads, which need room in the same window
 begin
-  -- The first batch of an upload goes before the others of earlier ones, but not with the place in the window
-  -- that these were planned for.
+  -- The first batch of an upload goes before later batches of earlier uploads, but it must not take the room in the window that
+  -- they were planned for.
   select count(*) into v_ahead from autotag.batches b
   where b.workspace_id = p_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
     and b.created_at < p_batch.created_at;
@@ -145,15 +145,15 @@ begin
     where a.admitted = 0);
 end $$;
 
--- Hands a batch to a worker, in the state from which it goes on. p_batch has its place in the window and what it reserves. The
--- caller holds its row.
+-- Assigns a batch to a worker and sets the state in which it continues. p_batch has its new admitted_at and reserved_tokens.
+-- The caller holds its row.
 create or replace function autotag.assign_batch(
   p_batch autotag.batches, p_worker uuid, p_provider autotag.provider_limits, p_now timestamptz
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  -- A file that asks what was asked before is deleted by its name, and built anew.
+  -- Its file asks an older question. In state `uploading` the worker finds the file by its name, deletes it and builds a new one.
   v_stale boolean := p_batch.state = 'planned' and coalesce(p_batch.asked_at < p_provider.question_since, false);
 begin
   update autotag.batches b

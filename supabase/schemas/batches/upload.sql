@@ -1,7 +1,7 @@
 -- From a planned batch to a batch at OpenAI.
 
--- The images of a batch that still need an answer, after a task id, at most 1,000: [{task, asset_id, bucket, path, url,
--- refused, cap}]. None of a batch that the worker does not hold.
+-- One page of a batch's images that still need an answer: the next p_limit (at most 1,000) after task p_after, as
+-- [{task, asset_id, bucket, path, url, refused, cap}]. Empty if the worker does not hold the batch.
 create or replace function autotag.batch_images(
   p_worker uuid, p_batch uuid, p_attempt integer, p_after bigint, p_limit integer
 ) returns jsonb
@@ -22,8 +22,8 @@ as $$
     on d.asset_id = p.asset_id
 $$;
 
--- The input file is full: the images after p_last_task become a batch of their own, which waits its own turn under the
--- limits. Nothing happens when none would be left, or when the file is not being built. Locks: job, batches, tasks.
+-- The input file is full: moves the images after p_last_task to a new planned batch. Does nothing if the old or the new batch
+-- would have no image, or if the file is not being built. Locks: job, batches, tasks.
 create or replace function autotag.batch_split(p_worker uuid, p_batch uuid, p_attempt integer, p_last_task bigint) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -45,7 +45,7 @@ begin
   perform pg_notify('autotag', 'batch');
 end $$;
 
--- Live tasks of a batch, locked in order.
+-- Locks the unfinished tasks of a batch by id, and returns their ids.
 create or replace function autotag.lock_batch_tasks(p_batch uuid) returns bigint[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -59,8 +59,8 @@ begin
   return v_tasks;
 end $$;
 
--- The worker that holds a batch says what it does next: preparing (from the beginning, or again while nothing of it is
--- created), uploading, then creating, with its file.
+-- The worker that holds a batch reports its next step: preparing (also again, until the batch is being created), uploading, then
+-- creating with the id of the input file. Locks: job, batch, tasks.
 create or replace function autotag.batch_step(
   p_worker uuid, p_batch uuid, p_attempt integer, p_state text, p_input_file_id text default null
 ) returns void
@@ -76,20 +76,20 @@ begin
       when 'creating' then v_batch.state in ('uploading', 'creating') and p_input_file_id is not null end, false) then
     perform autotag.refuse(400, 'step_out_of_order',
       format('A batch that is %s cannot be %s next.', v_batch.state, coalesce(autotag.printable(p_state, 20), 'nothing')),
-      'Prepare, upload, create; creating needs the id of the file.', jsonb_build_object('batch', p_batch));
+      'The order is preparing, uploading, creating; creating needs the id of the input file.', jsonb_build_object('batch', p_batch));
   end if;
   update autotag.batches b
   set state = p_state, input_file_id = coalesce(p_input_file_id, b.input_file_id)
   where b.id = p_batch;
   if p_state = 'preparing' then
-    -- What an earlier worker noted while it built the file holds no more: the image is prepared again.
+    -- Errors that an earlier worker recorded while it built the file are void, because the images are prepared again.
     update autotag.tasks t set error_code = null, error = null where t.batch_id = p_batch and t.error_code is not null;
     perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'preparing');
     perform autotag.broadcast_progress(v_batch.job_id);
   end if;
 end $$;
 
--- OpenAI has the batch, which was being created. The worker lets go of it; the next poll looks at it.
+-- OpenAI has created the batch. The worker releases it, and the next poll covers it. Locks: provider, job, batch, tasks.
 create or replace function autotag.batch_submitted(
   p_worker uuid, p_batch uuid, p_attempt integer, p_openai_batch_id text, p_status text, p_input_file_id text
 ) returns void
@@ -105,8 +105,8 @@ begin
   p_openai_batch_id := autotag.clean_id(p_openai_batch_id);
   if v_batch.state <> 'creating' or p_openai_batch_id is null
     or exists (select from autotag.batches b where b.openai_batch_id = p_openai_batch_id) then
-    perform autotag.refuse(400, 'step_out_of_order', 'This is no batch that was being created.',
-      'Create it first, and pass the id that the provider gave it.', jsonb_build_object('batch', p_batch));
+    perform autotag.refuse(400, 'step_out_of_order', 'This batch is not being created.',
+      'Create it at the provider first, and pass the id that the provider returned.', jsonb_build_object('batch', p_batch));
   end if;
   update autotag.batches b
   set state = 'submitted', worker_id = null, openai_batch_id = p_openai_batch_id,
@@ -118,11 +118,11 @@ begin
   perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'submitted',
     (select v_now + make_interval(secs => b.predicted_seconds) from autotag.batches b where b.id = p_batch));
   perform autotag.broadcast_progress(v_batch.job_id, autotag.refresh_eta(v_batch.job_id));
-  -- To have a batch proves nothing of the model: only an answer does.
+  -- Ends a pause that a batch began, but does not prove the question: only an answer does.
   perform autotag.resume_tagging('batch');
   update autotag.provider_limits p
   set next_poll_at = case
-    -- its webhook came before its id was known here
+    -- its webhook arrived before its id was stored
     when exists (select from autotag.webhooks w where w.openai_batch_id = p_openai_batch_id) then '-infinity'
     when p.next_poll_at < v_now then v_now + s.batch_poll_interval
     else least(p.next_poll_at, v_now + s.batch_poll_interval) end

@@ -1,11 +1,10 @@
--- What becomes of an image after its call: tags, a failure, or another try.
+-- The outcome of an image after its call: tags, a failure, or a retry.
 
--- The table of tasks is empty at one moment and full at the next, and a plan kept from the one reads all of the other. So
--- what joins with it is planned every time: by `execute` where a worker's every report passes, and where few do by
--- `plan_cache_mode`.
+-- A plan that was cached while the tasks table was empty would scan all of it when it is full. So queries that join it are
+-- planned each time: by `execute` in functions that every report passes, by `plan_cache_mode` in the others.
 
--- Ends tasks as failed; the sentence is what the user reads. Arrays run in parallel.
--- The caller holds the locks of jobs and tasks, and counts them with count_finished().
+-- Fails tasks. p_codes[i] and p_messages[i] (a sentence for the user) belong to p_tasks[i]. The caller holds the locks of jobs
+-- and tasks, and counts the tasks with count_finished().
 create or replace function autotag.fail_tasks(p_tasks bigint[], p_codes text[], p_messages text[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -24,9 +23,9 @@ begin
   perform autotag.show_stage(v_failed.assets, 'failed', 0, null, v_failed.errors);
 end $$;
 
--- Gives tasks another try as single calls, or fails those that had enough, or whose job was cancelled.
--- p_tries: [{task, failures (to add), delay (seconds; absent: at once), code, message, output_tokens (the least cap of the
--- next answer; absent: as ever), suspect (it stopped the lanes: the code is noted, and a second time counts)}].
+-- Requeues tasks as single calls. Fails those that reach max_failures or whose job was cancelled.
+-- p_tries: [{task, failures (to add), delay (seconds; absent: none), code, message, output_tokens (lowest cap of the next answer;
+-- absent: unchanged), suspect (its error paused tagging: the code is recorded, and the second such error counts as a failure)}].
 -- The caller holds the locks of workspaces, jobs and tasks.
 create or replace function autotag.requeue(p_tries jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -72,11 +71,11 @@ begin
   end loop;
 end $$;
 
--- Applies answers to tasks whose jobs the caller has locked (and their workspaces where an error may requeue): tags
--- are stored, failures end or requeue their image, counts follow. Each task has one answer at most: a result, or else
--- an error (clean_error) whose kind decides (error_kinds). One of kind image ends its image, unless `retry` says that
--- another answer may help: every such answer was paid for, so only max_bad_answers times. One that was cut off gets four
--- times the cap, until max_output_tokens was not enough. Returns sentences for the operator's log: [{event, notice}].
+-- Applies answers to their tasks: stores tags, fails or requeues images with an error, and counts both. Each task has at most one
+-- answer: a result, or an error (clean_error) whose kind decides (error_kinds). An error of kind image fails its image, unless
+-- `retry` says that another answer may help. Such retries end after max_bad_answers, because every answer is billed. After an
+-- answer that was cut off, the retry has four times the cap, up to max_cap(). Returns sentences for the operator's log:
+-- [{event, notice}]. The caller has locked the tasks' jobs, and their workspaces where an error may requeue.
 create or replace function autotag.apply_answers(p_answers autotag.answer[]) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -94,14 +93,14 @@ begin
   return v_notices;
 end $$;
 
--- Stores the tags of answers without an error, ends their tasks and counts them. The caller: as in apply_answers.
+-- Stores the tags of answers without an error, deletes their tasks and counts them. The caller: as in apply_answers.
 create or replace function autotag.store_results(p_answers autotag.answer[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_done record;
 begin
-  -- Planned every time, like the reading of reports (read_reports).
+  -- `execute` plans it each time, as in read_reports().
   execute $q$
     with completed as (
       delete from autotag.tasks t using unnest($1) a
@@ -119,7 +118,7 @@ begin
   end if;
 end $$;
 
--- Ends images whose error no other try can mend, and counts them. Returns sentences for the operator's log. The caller: as in
+-- Fails images whose error no retry can fix, and counts them. Returns sentences for the operator's log. The caller: as in
 -- apply_answers.
 create or replace function autotag.end_failed(p_answers autotag.answer[], p_max_bad_answers integer) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -147,7 +146,7 @@ begin
   return v_failed.notices;
 end $$;
 
--- Gives the other images with an error another try, each after the delay of its kind. The caller: as in apply_answers.
+-- Requeues the other images with an error, each after the delay of its kind. The caller: as in apply_answers.
 create or replace function autotag.try_again(p_answers autotag.answer[], p_settings autotag.settings) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -158,7 +157,7 @@ begin
       'task', a.task, 'code', a.error ->> 'code', 'message', a.error ->> 'message',
       'failures', (k.counts or a.error ? 'counts')::integer, 'suspect', k.pauses, 'output_tokens', autotag.next_cap(a),
       'delay', case
-        -- after the probe: another image has to show whether the trouble is over, not the same again
+        -- longer than the probe interval, so that the next probe is another image
         when k.pauses then extract(epoch from p_settings.account_probe_interval) + 1
         when k.delays then greatest((a.error ->> 'retry_after')::double precision,
           (0.8 + random() / 5) * least(extract(epoch from p_settings.retry_delay_max),
@@ -174,9 +173,9 @@ begin
   end if;
 end $$;
 
--- The highest cap that an answer of a workspace may have: what the settings say, and what fits into its window and into the
--- provider's limit beside the prompt. An image that needs more would wait for ever. (Nobody has told the planner that its
--- tables have one row: for a product of them it would compile.)
+-- The highest cap that an answer of a workspace may have: max_output_tokens, or less if less fits into its window and into the
+-- provider's limit beside the prompt. An image with a higher cap would wait forever. (jit is off because the planner does not
+-- know that these tables have one row each, and would compile for their product.)
 create or replace function autotag.max_cap(p_workspace_id uuid) returns integer
 language sql stable security definer set search_path = pg_catalog, pg_temp set jit = off
 as $$
@@ -186,7 +185,8 @@ as $$
   from autotag.settings s, autotag.provider_limits p, autotag.window_limits(p_workspace_id, 'realtime') l
 $$;
 
--- The least cap of the next answer about an image: four times that of one that was cut off; null where none was.
+-- The lowest cap of the next answer about an image: four times the cap of an answer that was cut off, up to max_cap(); null: the
+-- answer was not cut off.
 create or replace function autotag.next_cap(p_answer autotag.answer) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -195,10 +195,14 @@ begin
     then least(4 * p_answer.output_tokens, autotag.max_cap(p_answer.workspace_id)) end;
 end $$;
 
--- Two kinds of error are not the image's: a refused parameter (the model's row takes its next form, and the image is tried
--- again at once), and any error of the provider, or answer that cannot be read, while nothing has worked with this question
--- (treated as a mistake in the configuration). The second error of kind account of one image counts as its failure
--- where others have succeeded meanwhile: one image alone must not stop everybody for ever. Returns the answers with their errors made into that. Locks: the provider row (which the caller holds), the model's row without waiting.
+-- Reclassifies errors that are not the image's fault, and returns all answers:
+--   * A refused parameter: the model's row gets its next request form, and the image is retried at once.
+--   * An error of the provider or an unreadable answer while the question is not proven: it becomes an account error, because the
+--     configuration is probably wrong.
+--   * A second account error of one image, although others have succeeded meanwhile: it counts as a failure of the image, so that
+--     one image cannot pause tagging forever.
+-- p_asked_at: when a batch's file was built; null: single calls, which have their own times. Locks: the provider row (which the
+-- caller holds), the model's row without waiting.
 create or replace function autotag.reclassify_errors(p_answers autotag.answer[], p_asked_at timestamptz default null) returns autotag.answer[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -207,13 +211,13 @@ declare
   v_answers autotag.answer[] := array[]::autotag.answer[];
   v_answer autotag.answer;
   v_asked_at timestamptz;
-  v_settled text[] := array[]::text[];    -- parameters that have their next form since this call
+  v_settled text[] := array[]::text[];    -- parameters whose next form this call has set
   v_suspects text[] := (select k.suspects from autotag.error_kinds k where k.kind = 'account');
 begin
   select * into v_provider from autotag.provider_limits;
   foreach v_answer in array p_answers loop
     if v_answer.error is not null and (v_answer.error ->> 'kind' <> 'image'
-      -- words instead of JSON before anything has worked: the provider ignores the format that it was asked for
+      -- text instead of JSON while the question is not proven: the provider ignores response_format
       or v_answer.error ->> 'parameter' is not null and v_provider.proven_at is null) then
       v_asked_at := coalesce(p_asked_at, v_answer.reserved_at);
       if v_answer.error ->> 'parameter' is not null and (
@@ -226,29 +230,28 @@ begin
         and v_answer.error ->> 'origin' = 'provider' and v_asked_at >= v_provider.question_since then
         v_answer.error := v_answer.error || '{"kind": "account"}';
       elsif v_answer.error ->> 'kind' = 'account' and (
-          -- too large for this provider: a smaller picture may pass, so it may well be this one
+          -- too large for this provider: a smaller image may pass, so this image may be the cause
           v_answer.error ->> 'code' = any (v_suspects)
           or v_provider.proven_at is not null
             and exists (select from autotag.tasks t where t.id = v_answer.task and t.error_code is not null)) then
         v_answer.error := v_answer.error || '{"counts": true}';
       end if;
     elsif v_provider.proven_at is null and v_answer.error ->> 'code' = 'bad_answer' then
-      -- a model that cannot answer would cost every image its tries: it stops the lanes, and its image counts
+      -- A model whose answers cannot be read would fail every image, so it pauses tagging, and this image counts a failure.
       v_answer.error := v_answer.error || '{"kind": "account", "counts": true, "message": "The model''s answers cannot be read."}';
     end if;
     v_answers := v_answers || v_answer;
   end loop;
   if cardinality(v_settled) > 0 then
-    -- From now on this is another question: what is still under way in the old form is no word about the new one. The new
-    -- form is tried at once.
+    -- The new form is a new question, so answers to the old form prove nothing about it. It is tried at once.
     perform autotag.sync_question(v_provider);
     update autotag.provider_limits p set probe_at = null where p.proven_at is null;
   end if;
   return v_answers;
 end $$;
 
--- What answers say of the account, and of what to expect: an error of kind account stops the lanes, an answer of use
--- starts them; what answers to the present question used is learned. The caller holds the provider row.
+-- Applies answers to the account and the estimates: an account error pauses tagging, a usable answer resumes it, and the usage of
+-- answers to the present question is learned. p_asked_at: as in reclassify_errors(). The caller holds the provider row.
 create or replace function autotag.record_outcomes(p_answers autotag.answer[], p_asked_at timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -258,11 +261,11 @@ declare
   v_inputs integer[];
   v_outputs integer[];
   v_good boolean;
-  v_works boolean;             -- one of them shows that it works now: it was asked after whatever made us doubt it
+  v_works boolean;             -- one of them was asked after the last account error or change of address, so tagging works now
 begin
   select * into v_provider from autotag.provider_limits;
   select array_agg((a.usage -> 'input')::integer) filter (where (a.usage -> 'input')::integer > 0),
-    -- what a cut-off answer would have needed nobody knows: at least what the next try may have
+    -- the length of a cut-off answer is unknown: it is estimated by the cap of the retry
     array_agg(case when a.error ->> 'code' = 'answer_too_long' then coalesce(autotag.next_cap(a), 1)
       else greatest((a.usage -> 'output')::integer, 1) end) filter (where (a.usage -> 'input')::integer > 0),
     coalesce(bool_or(a.error is null), false),
@@ -275,7 +278,7 @@ begin
   if v_good then
     update autotag.provider_limits p set has_rate_headers = false where p.has_rate_headers is null;
   end if;
-  -- What was asked before the question or the address changed says nothing of the present one.
+  -- Errors of calls from before the question or the address changed do not count.
   select a.error into v_error from unnest(p_answers) a
   where a.error ->> 'kind' = 'account' and coalesce(p_asked_at, a.reserved_at) >=
     greatest(v_provider.question_since, v_provider.fingerprint_since, case when p_asked_at is null then v_provider.proven_at end)
@@ -286,7 +289,7 @@ begin
       select t.worker_id from unnest(p_answers) a join autotag.tasks t on t.id = a.task where a.error ->> 'kind' = 'account'));
   elsif v_works and (v_provider.account_error is not null or v_provider.proven_at is null) then
     perform autotag.resume_tagging();
-    -- Whoever has shown that it works is asked from now on.
+    -- The address and key of a worker that succeeded become the present ones.
     perform autotag.switch_provider(w.base_url, w.fingerprint)
     from autotag.workers w
     where w.fingerprint is not null and w.id = (
@@ -296,14 +299,14 @@ begin
     perform pg_notify('autotag', 'batch');
   elsif v_provider.proven_at is null and exists (
     select from unnest(p_answers) a where a.error ->> 'kind' = 'image' or not a.called) then
-    -- This image has shown nothing: the next one tries at once.
+    -- This image has proven nothing: the next one tries at once.
     update autotag.provider_limits p set probe_at = null where p.account_error is null;
     perform pg_notify('autotag', 'realtime');
   end if;
 end $$;
 
--- The sentence for the operator about an error of kind account that a model (null: the present one) met; one that has shut
--- down is named with its successor.
+-- The sentence for the operator about an account error with p_model (null: the present model). If the model has been shut down,
+-- it says so and names the successor.
 create or replace function autotag.explain_account(p_error jsonb, p_model text default null) returns text
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -1,21 +1,21 @@
 -- Single calls: a worker reports their outcomes in bulk.
 
--- settle: a worker reports what became of its single calls, in bulk.
--- p_reports: [{task, attempt, result | error, usage: {input, cached, cache_write, output, reasoning, model, tier}, called}];
--- usage is there whenever the provider answered, also when the answer was of no use, and `called` when it was asked at all.
--- p_observed: the newest limits seen in answers' headers (update_provider_limits), and {sent, sent_age} (record_sent).
--- A report for a task that is not the worker's any more, or with an older attempt, is refused and changes
--- nothing; so is what another login says of a worker. Returns {accepted, notices: [{event, notice}]}: how many, and sentences for the log.
--- Locks: provider, workspaces (of errors), windows, jobs, tasks; each by id.
+-- settle: a worker reports the outcomes of its single calls.
+-- p_reports: [{task, attempt, result | error, usage: {input, cached, cache_write, output, reasoning, model, tier}, called}].
+--   usage: given whenever the provider answered, even if the answer was unusable. called: false if the call was not sent.
+-- p_observed: the newest limits from response headers (update_provider_limits), and {sent, sent_age} (record_sent).
+-- Ignores reports for tasks that the worker does not hold (any more), with an older attempt, or from another login.
+-- Returns {accepted, notices: [{event, notice}]}: the number of accepted reports, and sentences for the log.
+-- Locks: provider, workspaces (only where there are errors), windows, jobs, tasks; each by id.
 create or replace function autotag.settle(p_worker uuid, p_reports jsonb, p_observed jsonb default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
 as $$
 declare
   v_answers autotag.answer[];
   v_failed boolean;            -- whether any of them is an error
-  v_changed text;              -- the provider's limits have
+  v_changed text;              -- a sentence if the provider's limits have changed
 begin
-  perform set_config('request.jwt.claims', '', true);   -- triggers of the host's tables believe what stands there
+  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   perform autotag.check_list(p_reports);
   if not autotag.is_own_worker(p_worker) then
     return jsonb_build_object('accepted', 0, 'notices', '[]'::jsonb);
@@ -39,7 +39,7 @@ begin
   perform autotag.correct_windows(v_answers);
   perform from autotag.jobs j
   where j.id = any (array(select a.job_id from unnest(v_answers) a)) order by j.id for update;
-  -- With their jobs locked nobody else touches the tasks; what was taken away until then is not this worker's.
+  -- While the jobs are locked, no other transaction changes their tasks. Drop reports for tasks that the worker has lost.
   execute $q$ select array(
     select a from unnest($1) a join autotag.tasks t on t.id = a.task and t.attempt = a.attempt and t.worker_id = $2) $q$
   into v_answers using v_answers, p_worker;
@@ -50,7 +50,7 @@ begin
     || autotag.apply_answers(v_answers));
 end $$;
 
--- The reports about tasks that the worker holds: validated, one for each task.
+-- Validates reports and returns those for tasks that the worker holds, at most one per task.
 create or replace function autotag.read_reports(p_worker uuid, p_reports jsonb) returns autotag.answer[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -75,8 +75,8 @@ begin
   return v_answers;
 end $$;
 
--- Corrects the mirror of the provider's bucket by what these calls have used, and by what their answers' headers say (p_observed, as
--- in settle). Returns a sentence for the log where the provider's limits have changed. The caller holds the provider row.
+-- Corrects the mirror of the provider's bucket by the usage of these calls and by their response headers (p_observed, as in
+-- settle). Returns a sentence for the log if the provider's limits have changed, else null. The caller holds the provider row.
 create or replace function autotag.correct_bucket(p_worker uuid, p_answers autotag.answer[], p_observed jsonb) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -96,7 +96,7 @@ begin
     perform autotag.record_sent(p_worker, autotag.clean_number(p_observed, 'sent', 0, 100000)::integer,
       coalesce(autotag.clean_number(p_observed, 'sent_age', 0, 3600), 0));
   end if;
-  -- In this order: what the headers say holds whatever is given back.
+  -- The refund comes first: after it, the headers may still lower the mirror.
   if v_refund.requests <> 0 or v_refund.tokens <> 0 then
     perform autotag.refund_provider(v_refund.requests, v_refund.tokens);
   end if;
@@ -106,15 +106,15 @@ begin
   return null;
 end $$;
 
--- Corrects the windows of these answers' workspaces by what their calls have used. Locks: windows by workspace.
+-- Corrects the windows of these answers' workspaces by the usage of their calls. Locks: windows by workspace.
 create or replace function autotag.correct_windows(p_answers autotag.answer[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_window record;
 begin
-  -- Reserved by estimate, corrected by what was used: nothing where nothing was asked; no tokens where the
-  -- provider refused or failed; the estimate where nobody knows (the connection broke before the answer).
+  -- A call that was not sent counts no request and no tokens; one that the provider refused or failed counts no tokens. If the
+  -- usage is unknown because the connection broke before the answer, the reservation stays.
   for v_window in
     select a.workspace_id, a.reserved_at,
       -count(*) filter (where not a.called)::integer as requests,

@@ -1,21 +1,21 @@
--- The one function that releases single calls, within every limit and in fair order.
+-- The only function that releases single calls, within every limit and in fair order.
 
--- claim: up to p_slots images for single calls, of all workspaces, under the provider's bucket and every
--- workspace's window, in fair order (the workspace whose virtual clock is lowest goes first, a few images
--- at a time; within it the job that got least). Says when to ask again if nothing else wakes the worker.
+-- claim: releases up to p_slots images of all workspaces to a worker as single calls, within the provider's bucket and each
+-- workspace's window. The workspace with the lowest virtual time is served first, a few images at a time; within it, the job
+-- with the fewest released images. p_question: the version of the question that the worker has; null: none.
+--   tasks: [{task, attempt, job, traceparent, waited (seconds since the upload), asset_id, bucket, path, url, refused, cap (max
+--     tokens of the answer)}]. An asset that does not exist any more has neither path nor url.
+--   wait: seconds until the next claim, unless a notification comes first; null: nothing is queued.
+--   bound: why not more images were released; null: no more are queued.
+--   question: what to ask about these images (describe_question() and its `version`); null: the worker has this version.
 --
--- tasks: [{task, attempt, job, traceparent, waited (seconds since the upload), asset_id, bucket, path, url, cap (of the
--- answer, in tokens)}]; wait: seconds, null when nothing is queued; bound: what kept it from releasing more (null: there is
--- no more). An asset that is gone has neither path nor url. question: what to ask about these images
--- (describe_question, with its `version`), null where the worker has that version (p_question) already.
+-- While the question is not proven (it is new, or tagging is paused), one image tries it. The next one does if the first has no
+-- result after account_probe_interval. So a mistake in the configuration costs one call, and fails no image.
 --
--- While nobody knows whether the question works (it is new, or the account is in trouble) one image tries, and another
--- when that has shown nothing for account_probe_interval: a mistake in the configuration costs a call and no image.
---
--- Its plans are made once, because planning them for every release costs a third of the claim, and by the indexes however
--- small the tables were then: what is kept from an idle hour must serve a million images. (A scan of the one row of settings
--- costs much on paper then; without jit it costs nothing else.)
--- Locks: provider, workspaces by id, windows, then queued tasks (nobody else holds those).
+-- Plans are cached (force_generic_plan), because planning each release again takes a third of the claim. They always use the
+-- indexes (enable_seqscan = off), because a plan made while the tables are almost empty must serve a million images. That makes
+-- the scan of the one row of settings look expensive, which would start jit, so jit is off.
+-- Locks: provider, workspaces by id, windows, then queued tasks (no other transaction locks these).
 create or replace function autotag.claim(
   p_worker uuid, p_slots integer, out tasks json, out wait double precision, out bound text,
   p_question bigint default null, out question jsonb
@@ -28,7 +28,7 @@ declare
   v_now timestamptz;
   v_released record;
 begin
-  perform set_config('request.jwt.claims', '', true);   -- triggers of the host's tables believe what stands there
+  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   tasks := '[]';
   p_slots := least(p_slots, 10000);
   if p_slots is null or p_slots < 1 then
@@ -40,7 +40,7 @@ begin
     question := v_provider.question || jsonb_build_object('version', v_provider.question_version);
   end if;
   if not autotag.lock_worker(p_worker) then
-    wait := 1;  -- its next heartbeat registers it again
+    wait := 1;  -- its next heartbeat returns false, and it registers again
     bound := 'lease';
     return;
   end if;
@@ -71,9 +71,9 @@ begin
   wait := autotag.real_seconds(autotag.next_release(v_provider) - v_now);
 end $$;
 
--- Changes how one upload goes, or begins one, where that is due; then the claim releases nothing and is called again at
--- once, because the upload's workspace is locked out of turn. False: nothing is due. Called by claim(), which holds the
--- provider row. Locks: one upload's workspace, job, batches, tasks.
+-- Changes how one upload is processed, or starts one, if that is due. True: the claim releases nothing and is called again at
+-- once, because this transaction locked the upload's workspace out of order. False: nothing is due. Called by claim(), which
+-- holds the provider row. Locks: one upload's workspace, job, batches, tasks.
 create or replace function autotag.reroute_upload(p_provider autotag.provider_limits) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -84,22 +84,22 @@ begin
   if autotag.seal_upload(v_now) then
     return true;
   end if;
-  -- What has waited too long while 429s kept coming becomes a batch.
+  -- 429s have persisted for realtime_max_wait: single calls that have waited as long go into batches.
   if p_provider.limited_since <= v_now - (select s.realtime_max_wait from autotag.settings s)
      and p_provider.limited_at > v_now - interval '1 min' and p_provider.has_batches is distinct from false
      and autotag.single_calls_to_batch(v_now) then
     return true;
   end if;
-  -- A provider without a Batch API gets no batches that were planned before that was known.
+  -- The provider has no Batch API, which was not known when these batches were planned.
   if p_provider.has_batches is false and autotag.batches_to_single_calls(v_now) then
     return true;
   end if;
-  -- Only batches wait, and nobody knows whether the question works: one of their images tries it as a single call.
+  -- The question is not proven and only batches wait: one of their images tries it as a single call.
   return p_provider.proven_at is null and coalesce(p_provider.probe_at, v_now) <= v_now and autotag.release_probe();
 end $$;
 
--- Takes what was released from the mirror of the provider's bucket, and returns the provider as it is then. Once a second it
--- also counts what waits, for predictions of the time left. Called by claim(), which holds the provider row.
+-- Subtracts released images from the mirror of the provider's bucket, and returns the provider's new row. At most once a second
+-- it also counts the waiting images, for predict_wait(). Called by claim(), which holds the provider row.
 create or replace function autotag.take_from_bucket(p_provider autotag.provider_limits, p_images integer, p_tokens bigint)
 returns autotag.provider_limits
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -129,7 +129,7 @@ begin
   return p_provider;
 end $$;
 
--- What a worker has to know of each task that was released to it, in order (claim: tasks).
+-- What a worker needs for each task that was released to it, by id (claim: tasks).
 create or replace function autotag.describe_released(p_ids bigint[], p_now timestamptz) returns json
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -151,7 +151,7 @@ begin
         on d.asset_id = r.asset_id) i);
 end $$;
 
--- What keeps a claim that has room for more from releasing more; null: nothing is queued. p_provider: as it is after the claim.
+-- Why a claim with free slots released no more; null: nothing is queued. p_provider: the row after the claim.
 create or replace function autotag.describe_bound(p_provider autotag.provider_limits) returns text
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -167,8 +167,8 @@ begin
     else 'provider_day' end;
 end $$;
 
--- When the next image can be released: when the bucket holds one more, when a workspace may go on, when a delayed task is due,
--- when an upload is complete; null: only what is queued anew can be. p_provider: as it is after the claim.
+-- When the next image can be released: the bucket has room for one, a workspace becomes ready, a delayed task is due, or an
+-- automatic upload is complete. null: only after new images are queued. p_provider: the row after the claim.
 create or replace function autotag.next_release(p_provider autotag.provider_limits) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -1,6 +1,6 @@
--- Which images are released next: fair among workspaces, and within each of them.
+-- The order of single calls: fair among workspaces, and within each of them.
 
--- Puts delayed tasks whose time has come back into their queues. The caller holds the provider row.
+-- Puts delayed tasks that are due back into their queues. The caller holds the provider row.
 -- Locks: workspaces, tasks.
 create or replace function autotag.requeue_due(p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -29,8 +29,8 @@ begin
   end loop;
 end $$;
 
--- Releases up to p_slots images in fair order, while the provider's bucket has room: the workspace whose virtual clock is lowest
--- goes first, one turn at a time. tokens: what the images reserve; virtual_time: the clock of the workspace served last.
+-- Releases up to p_slots images while the provider's bucket has room. The workspace with the lowest virtual time is served first,
+-- one turn at a time. tokens: what the images reserve together; virtual_time: that of the workspace served last.
 -- Called by claim(), which holds the provider row. Locks: workspaces by id, windows, queued tasks.
 create or replace function autotag.release_in_turn(
   p_worker uuid, p_slots integer, p_provider autotag.provider_limits,
@@ -41,7 +41,7 @@ as $$
 declare
   v_now timestamptz := p_provider.refilled_at;
   v_room integer := autotag.room_left(p_provider, p_slots);   -- images that may still be released
-  v_turn integer;              -- images of one workspace before the next one's turn
+  v_turn integer;              -- images of one workspace before the next one is served
   v_workspaces uuid[];
   v_workspace autotag.workspaces;
   v_released record;
@@ -52,12 +52,12 @@ begin
   if v_room < 1 then
     return;
   end if;
-  -- A turn is a chunk, or what the provider takes in a twentieth of a second where that is more: nobody notices
-  -- who was first then.
+  -- A turn is chunk_size images or 50 ms (a minute / 1200) of the provider's throughput, at most 1,000, whichever is larger.
+  -- Within 50 ms, users do not notice the order.
   v_turn := (select s.chunk_size from autotag.settings s);
   v_turn := greatest(v_turn, least(1000, p_provider.requests_per_minute / 1200,
     p_provider.tokens_per_minute / p_provider.tokens_per_image / 1200));
-  -- As many workspaces as it takes to fill the room.
+  -- The first workspaces that fill the room together.
   v_workspaces := array(
     select x.workspace_id from (
       select w.workspace_id, sum(least(w.queued, v_turn)) over turns - least(w.queued, v_turn) as before
@@ -82,8 +82,8 @@ begin
   end loop;
 end $$;
 
--- How many images the provider's bucket has room for, at most p_slots; one at a time while nobody knows whether the question
--- works.
+-- How many images the provider's bucket has room for, at most p_slots. While the question is not proven: one (the probe),
+-- and none before probe_at.
 create or replace function autotag.room_left(p_provider autotag.provider_limits, p_slots integer) returns integer
 language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
@@ -95,10 +95,10 @@ begin
       floor(p_provider.day_left), floor(p_provider.tokens_left / p_provider.tokens_per_image)) end;
 end $$;
 
--- The next few images of one workspace: of its ready queue that got least so far, at most a turn, and no
--- more than its window admits. Nothing to release makes the workspace not ready until its next moment.
--- Called by release_in_turn(), which holds the locks. Where an answer of its job was cut off, each reserves the larger cap that
--- one needs: p_tokens_left is what the provider's bucket holds. tokens: what all of them reserve.
+-- Releases the next images of one workspace: from its ready queue with the fewest released, at most one turn, and no more than
+-- its window admits. If it can release none, the workspace is not ready until the time when it can.
+-- If an answer of the job was cut off, each image reserves the larger cap of that retry. p_tokens_left: what the provider's
+-- bucket holds. tokens: what the images reserve together. Called by release_in_turn(), which holds the locks.
 create or replace function autotag.release_tasks(
   p_workspace autotag.workspaces, p_worker uuid, p_room integer, p_turn integer, p_provider autotag.provider_limits,
   p_tokens_left double precision, p_now timestamptz, out ids bigint[], out tokens bigint
@@ -109,7 +109,7 @@ declare
   v_queue autotag.queues;
   v_admitted record;
   v_each integer := p_provider.tokens_per_image;
-  v_ready_at timestamptz;      -- when the workspace may go on; null: it may now
+  v_ready_at timestamptz;      -- when the workspace becomes ready; null: now
 begin
   ids := '{}';
   tokens := 0;
@@ -122,7 +122,8 @@ begin
   else
     if v_queue.output_tokens > p_provider.output_tokens then
       v_each := v_each + v_queue.output_tokens - p_provider.output_tokens;
-      -- It waits until the bucket holds so many. What is more than the bucket ever holds does not wait.
+      -- Wait until the bucket holds this many tokens. An image that needs 90% of a minute's limit or more does not wait, because
+      -- the bucket may never hold so much.
       if floor(p_tokens_left / v_each) < 1 and v_each < 0.9 * p_provider.tokens_per_minute then
         v_ready_at := p_now + interval '1 min' * (v_each - p_tokens_left) / p_provider.tokens_per_minute;
       end if;
@@ -147,9 +148,9 @@ begin
   tokens := cardinality(ids)::bigint * v_each;
 end $$;
 
--- Hands the next p_count images of a queue to a worker, in the order of the upload, and counts them. p_at, p_tokens: their place in
--- the workspace's window, and what each reserves there; p_output_tokens: the cap of their answers. Called by release_tasks().
--- Locks: tasks.
+-- Assigns the next p_count tasks of a queue to a worker, in upload order, counts them and returns their ids. p_at: when the
+-- workspace's window admitted them; p_tokens: what each reserves there; p_output_tokens: the cap of their answers.
+-- Called by release_tasks(). Locks: tasks.
 create or replace function autotag.take_tasks(
   p_queue autotag.queues, p_worker uuid, p_count integer, p_at timestamptz, p_tokens integer, p_output_tokens integer, p_now timestamptz
 ) returns bigint[]
@@ -172,7 +173,7 @@ begin
   )
   select coalesce(array_agg(t.id order by t.id), '{}') into v_ids from taken t;
 
-  -- Fewer than there should be: the count was wrong. It is put right rather than asked for again for ever.
+  -- Fewer tasks than counted: the queue's count is wrong. Set it to 0, or every claim would try again.
   v_gone := case when cardinality(v_ids) < p_count then p_queue.queued else cardinality(v_ids) end;
   update autotag.queues q
   set queued = q.queued - v_gone, released = q.released + cardinality(v_ids),

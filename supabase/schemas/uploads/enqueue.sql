@@ -1,7 +1,7 @@
--- An upload begins: its images become tasks of one job.
+-- enqueue_tagging: checks an upload and makes it a job.
 
--- Adds to what waits for single calls in one queue, and wakes the workspace. A workspace that had nothing
--- queued starts at the clock of the one served last: it neither waits for the others nor banks credit.
+-- Adds p_count waiting single calls to a job's queue and makes the workspace ready. p_before_task: the first of them. A workspace
+-- with nothing queued starts at the virtual time of the one served last, so its idle time gives it no credit and no penalty.
 -- The caller holds the workspace's lock.
 create or replace function autotag.add_queued(p_workspace_id uuid, p_job_id uuid, p_count integer, p_before_task bigint)
 returns void
@@ -22,8 +22,8 @@ begin
   where w.workspace_id = p_workspace_id;
 end $$;
 
--- Takes the workspace's lock; its row is made when this is its first work, or again when housekeeping forgot it while we
--- waited for its lock.
+-- Locks a workspace. Inserts its row if it is missing: at its first upload, or if housekeeping deleted it while this call waited
+-- for the lock.
 create or replace function autotag.lock_workspace(p_workspace_id uuid) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -35,7 +35,7 @@ begin
   end loop;
 end $$;
 
--- How many more images of a workspace may be live at the same time.
+-- How many more unfinished images a workspace may have (live_images_max).
 create or replace function autotag.live_capacity(p_workspace_id uuid) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -45,8 +45,8 @@ begin
     from autotag.jobs j where j.workspace_id = p_workspace_id and j.finished_at is null), 0);
 end $$;
 
--- Refuses an upload that would make too many images of its workspace live at the same time; retry_after is
--- when enough of them are expected to be done. The caller holds the workspace.
+-- Refuses an upload with which the workspace would have more than live_images_max unfinished images. retry_after: seconds until
+-- enough of them are expected to be done; null: this upload alone is too large. The caller holds the workspace.
 create or replace function autotag.check_live_capacity(p_workspace_id uuid, p_images integer) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -69,20 +69,21 @@ begin
       case when p_images <= v_max_allowed then greatest(extract(epoch from v_free_at - autotag.now()), 1) end));
 end $$;
 
--- enqueue_tagging: one upload becomes one job. Idempotent for images that are being tagged already: they are
--- skipped. Locks the workspace (so that two calls for the same images follow each other), then writes.
+-- enqueue_tagging: makes one upload one job. Idempotent: images that are being tagged already are skipped. Locks the workspace
+-- before it writes, so two calls for the same images run one after the other.
 --
--- p_seen[i]: what the caller may see of p_asset_ids[i] (`visible_file_marks`); null: whoever calls sees everything. An image whose file is
--- another one when a worker asks, or which they do not see, ends as if there were no such file.
+-- p_seen[i]: the mark of the file of p_asset_ids[i] that the caller may see (`visible_file_marks`), which matches no file if the
+-- caller may not see it; null: not checked. If the image's file has another mark when a worker claims it, the image fails as if
+-- the file did not exist.
 create or replace function autotag.enqueue(p_asset_ids uuid[], p_seen uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_found integer;
   v_asked integer;
-  v_missing uuid[];            -- some of those that are not there
-  v_foreign uuid[];            -- some of those that name somebody else's file
-  v_workspaces uuid[];         -- theirs that the caller may act for
+  v_missing uuid[];            -- ids that do not exist, at most 5
+  v_foreign uuid[];            -- images that name a file of another workspace, at most 5
+  v_workspaces uuid[];         -- workspaces of the images that the caller may act for
 begin
   if array_ndims(p_asset_ids) > 1 or array_position(p_asset_ids, null) is not null then
     perform autotag.refuse(400, 'bad_asset_ids', 'asset_ids must be a plain list of ids.',
@@ -90,11 +91,11 @@ begin
   end if;
   perform autotag.check_image_count(cardinality(p_asset_ids));
 
-  -- Somebody else's image is as unknown as one that never was: what exists where is no secret worth telling.
+  -- An image of another workspace is reported like one that does not exist, so that callers cannot find out which ids exist.
   with there as materialized (
     select d.asset_id, d.workspace_id, d.foreign_file from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
   ), theirs as materialized (
-    -- offset 0: is_member is asked once for each workspace, not for each image
+    -- offset 0: call is_member once per workspace, not once per image
     select w.id from (select distinct t.workspace_id as id from there t offset 0) w
     where autotag.is_service() or autotag.is_member(w.id)
   ), found as materialized (

@@ -1,7 +1,8 @@
--- An upload becomes a job: which way it goes, its batches, its tasks.
+-- Starts the job of an upload: its strategy, batches and tasks.
 
--- Makes a job of those of these images that are not live already. All of them are of this workspace, which the
--- caller has locked. p_seen: as in enqueue. Locks: tasks and batches are new, assets.
+-- Makes a job of those images that are not being tagged already. All belong to p_workspace_id, which the caller has locked.
+-- p_seen: as in enqueue(). Returns {job_id, strategy, image_count, skipped, batches, eta}.
+-- Locks: assets (tasks and batches are new).
 create or replace function autotag.start_job(
   p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_seen uuid[] default null
 ) returns jsonb
@@ -10,7 +11,7 @@ as $$
 declare
   v_now timestamptz := autotag.now();
   v_asked integer := (select count(distinct id) from unnest(p_asset_ids) id);
-  v_live uuid[];               -- of these images, those that are being tagged already
+  v_live uuid[];               -- those of p_asset_ids that are being tagged already
   v_new uuid[];
   v_new_seen uuid[];           -- p_seen of each of them
   v_count integer;
@@ -51,7 +52,7 @@ begin
     'skipped', v_asked - v_count, 'batches', v_plan.batches, 'eta', v_job.eta);
 end $$;
 
--- The answer to an upload whose images are all live already: the job that they belong to.
+-- The reply to an upload whose images are all being tagged already: their job, or null if they belong to several.
 create or replace function autotag.describe_live(p_live uuid[], p_asked integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -59,7 +60,7 @@ declare
   v_live_jobs uuid[];
   v_job autotag.jobs;
 begin
-  -- The same call again, after its answer got lost: say where the images are.
+  -- The call is probably a retry after its first reply was lost, so name the job.
   select array_agg(distinct t.job_id) into v_live_jobs
   from autotag.tasks t where t.asset_id = any (p_live) and t.finished_at is null;
   select * into v_job from autotag.jobs j
@@ -68,7 +69,7 @@ begin
     'skipped', p_asked, 'batches', 0, 'eta', v_job.eta);
 end $$;
 
--- Decides which way an upload of so many images goes. Reads only.
+-- Plans an upload of p_images images. Reads only.
 create or replace function autotag.plan_upload(p_workspace_id uuid, p_images integer) returns autotag.upload_plan
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -95,15 +96,15 @@ begin
     select * into v_left from autotag.batches_left(p_workspace_id);
     v_plan.batches := autotag.plan_batches(p_images, v_left.batches, v_left.window_images);
   end if;
-  -- The express images come out of the first batch, which keeps at least one line.
+  -- The express images are taken from the first batch, which keeps at least one image.
   v_plan.express := case when v_plan.batches = 0 then p_images
-    when v_plan.fallback is not null then 0  -- single calls are what has to wait
+    when v_plan.fallback is not null then 0  -- the fallback avoids single calls
     else least(v_settings.express_images, p_images / v_plan.batches - 1) end;
   v_plan.chunk := case when v_plan.strategy = 'realtime-chunked' then v_settings.chunk_size end;
   return v_plan;
 end $$;
 
--- Makes a job's batches and tasks, in the order of the upload, and returns the first task.
+-- Inserts a job's batches and tasks, in upload order, and returns the id of the first task.
 create or replace function autotag.add_tasks(p_job autotag.jobs, p_plan autotag.upload_plan, p_asset_ids uuid[], p_seen uuid[])
 returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -111,7 +112,7 @@ as $$
 declare
   v_first_task bigint;
 begin
-  -- The first batch is the priority one.
+  -- Ordinal 1 is the priority batch, which has the express images.
   if p_plan.batches > 0 then
     insert into autotag.batches (job_id, workspace_id, ordinal, image_count, express_count, created_at)
     select p_job.id, p_job.workspace_id, b,

@@ -1,4 +1,4 @@
--- What `autotag doctor` asks the database: everything that can be told from inside, each with what mends it.
+-- The findings of `autotag doctor` that the database can make by itself, each with its fix.
 
 -- One finding. level: ok, warning (works, but not as well as it should) or error (does not work).
 create or replace function autotag.finding(p_check text, p_level text, p_message text, p_fix text default null) returns jsonb
@@ -8,9 +8,9 @@ as $$
     'fix', case when p_level <> 'ok' then p_fix end)
 $$;
 
--- What the database can tell of the installation: {findings: [{check, level, message, fix}] in the order a
--- reader wants them, now (epoch seconds), model, sample}. sample is the one image that anybody is told of who has not
--- claimed it: bucket and path, without which the doctor could not try to read a file.
+-- Checks the installation: {findings: [{check, level, message, fix}] in the order to show them, now (epoch seconds), model,
+-- sample}. sample: bucket and path of one image, which the doctor tries to read. It is the only image whose location a worker's
+-- login learns without a claim.
 create or replace function autotag.diagnose() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -1,6 +1,6 @@
--- What the doctor asks about rights: who may do what here.
+-- The doctor's checks of logins and rights.
 
--- Whether a login may do everything here: it is a superuser, or a member of the owner of autotag's schema or of the database.
+-- Whether a login may do everything: it is a superuser, or a member of the role that owns autotag's schema or the database.
 create or replace function autotag.is_owner(p_login name) returns boolean
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -11,8 +11,8 @@ as $$
       or pg_has_role(m.oid, (select d.datdba from pg_database d where d.datname = current_database()), 'member')))
 $$;
 
--- The logins that may work, but for superusers and the owner's own (a hosted project's cli_login_postgres is one), who may do
--- everything anyway.
+-- The logins of workers: those in autotag_worker that are not owners (is_owner). On a hosted project, cli_login_postgres is an
+-- owner, too.
 create or replace function autotag.worker_logins() returns name[]
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -34,15 +34,15 @@ begin
   from autotag.workers w where w.lease_until > v_now and autotag.is_owner(w.login);
   return case
     when p_logins = '{}' then autotag.finding('roles', 'warning',
-      'No login of its own is granted autotag_worker; the worker then has to run as the owner, who may do everything.',
+      'No separate login has the role autotag_worker, so workers have to log in as the owner, which may do everything.',
       'create role tagger login in role autotag_worker;   -- then its password with psql''s \password tagger')
     when v_owners is not null then autotag.finding('roles', 'warning',
-      format('A worker is logged in as %s, who may do everything.', v_owners),
-      format('Put a login that may only work (%s) into its DATABASE_URL and restart it.', array_to_string(p_logins, ', ')))
+      format('A worker is logged in as %s, which may do everything.', v_owners),
+      format('Use a login for workers (%s) in its DATABASE_URL and restart it.', array_to_string(p_logins, ', ')))
     else autotag.finding('roles', 'ok', format('Workers may log in as %s.', array_to_string(p_logins, ', '))) end;
 end $$;
 
--- Whether users may call just the RPCs.
+-- Whether signed-in users may call the RPCs, anon may call none of autotag's functions, and the API does not expose their schema.
 create or replace function autotag.diagnose_grants() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -58,7 +58,7 @@ begin
     when exists (select from pg_catalog.pg_db_role_setting s cross join unnest(s.setconfig) c
         where c ~ '^pgrst[.]db_schemas=(.*[, ])?"?autotag"?([, ]|$)')
       then autotag.finding('grants', 'error', 'The API exposes the schema autotag; only its functions in public are for users.',
-        'Take autotag out of the exposed schemas (Project Settings, Data API), or: alter role authenticator set pgrst.db_schemas = ''public'';')
+        'Remove autotag from the exposed schemas (Project Settings, Data API), or: alter role authenticator set pgrst.db_schemas = ''public'';')
     when not has_function_privilege('authenticated', 'public.enqueue_tagging(uuid[])', 'execute')
       then autotag.finding('grants', 'error', 'Signed-in users may not call enqueue_tagging.',
         'grant execute on function public.enqueue_tagging to authenticated;')
@@ -74,7 +74,7 @@ begin
     when exists (
       select from unnest(p_logins) login where has_database_privilege(login, current_database(), 'temporary'))
       then autotag.finding('temporary objects', 'warning',
-        'Workers'' logins may create temporary objects, which nothing of autotag needs.',
+        'Workers'' logins may create temporary objects, which autotag does not need.',
         format('revoke temporary on database %I from public;   -- then grant it to the roles that need it', current_database()))
-    else autotag.finding('temporary objects', 'ok', 'Workers'' logins may create none.') end;
+    else autotag.finding('temporary objects', 'ok', 'Workers'' logins may not create temporary objects.') end;
 end $$;

@@ -1,6 +1,7 @@
--- What the doctor asks about the host's tables.
+-- The doctor's checks of the host's tables.
 
--- An image of the newest upload's workspace that lies in Storage, to see whether it can be read; null: there is none.
+-- {bucket, path} of an image in Storage, of the workspace with the newest upload, so that the doctor can try to read it; null:
+-- there is none.
 create or replace function autotag.sample_image() returns jsonb
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -10,7 +11,7 @@ as $$
   where d.bucket is not null and d.path is not null limit 1
 $$;
 
--- Whether rows name files of their own workspace, and who could write others.
+-- Whether rows name files of their own workspace only, and whether signed-in users could write other rows.
 create or replace function autotag.diagnose_files() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -22,29 +23,29 @@ declare
 begin
   if v_rule = 'any' then
     return autotag.finding('files', 'warning',
-      'A row may name any file of the project (rule any), and its workspace gets that picture''s tags.' || v_open,
+      'A row may name any file of the project (rule any), and its workspace gets that image''s tags.' || v_open,
       'Set a rule: autotag init --file-rule workspace-folder   (docs/install.md, "Whose a file is")');
   elsif v_look.broken > 0 then
     return autotag.finding('files', 'warning',
-      format('%s of %s rows looked at name a file that is not their workspace''s (rule %s) and are not tagged, for example %s.',
+      format('%s of %s checked rows name a file of another workspace (rule %s) and are not tagged, for example %s.',
         v_look.broken, v_look.looked_at, v_rule, array_to_string(v_look.examples, ', ')) || v_open,
       'Correct these rows, or the rule in autotag.describe_assets.');
   end if;
   return autotag.finding('files', case when v_open <> '' and v_rule in ('uploader-folder', 'owner') then 'warning' else 'ok' end,
-    format('Rows name files of %s (rule %s; %s rows looked at).',
+    format('Rows name files of %s (rule %s; %s rows checked).',
         case when v_rule in ('uploader-folder', 'owner') then 'members of their workspace' else 'their own workspace' end,
         v_rule, v_look.looked_at)
       || case when not autotag.users_see_files() and v_rule <> 'none'
-        then ' Row level security of storage.objects is not asked (autotag.users_see_files).' else '' end
+        then ' Row level security of storage.objects is not checked (autotag.users_see_files).' else '' end
       || v_open || case
         when v_open = '' then ''
-        when v_rule in ('uploader-folder', 'owner') then ' They get the tags of any file of a colleague, whatever its workspace.'
+        when v_rule in ('uploader-folder', 'owner') then ' They get the tags of any file of a colleague, in any workspace.'
         else ' autotag does not tag them.' end,
     case when v_open <> '' and v_rule in ('uploader-folder', 'owner')
-      then 'Let a policy of the table say that whoever inserts a row uploaded it (… = (select auth.uid())).' end);
+      then 'Add a policy that lets users insert only rows that name them as the uploader (… = (select auth.uid())).' end);
 end $$;
 
--- Whether the adapter's functions fit the host's tables, and what rows say of files. sample: an image to try to read.
+-- Whether the adapter's functions fit the host's tables, and whether rows name the right files. sample: as in sample_image().
 create or replace function autotag.diagnose_host(out findings jsonb, out sample jsonb)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

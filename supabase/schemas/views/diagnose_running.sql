@@ -1,7 +1,7 @@
--- What the doctor asks about what runs: the clock, broadcasts, workers.
+-- The doctor's checks of what runs: pg_cron, the clock, broadcasts, workers.
 
--- Whether pg_cron runs a job, and how its last run went; null without pg_cron. Looked up by name at run time,
--- because without the extension there is no such table to compile against.
+-- Whether pg_cron runs both jobs, and whether their last runs succeeded. The queries are dynamic, because without the extension
+-- its tables do not exist.
 create or replace function autotag.diagnose_cron() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -10,14 +10,14 @@ declare
   v_failed text;
 begin
   if to_regclass('cron.job') is null then
-    return autotag.finding('pg_cron', 'warning', 'pg_cron is not installed; a worker does its work while one runs.',
+    return autotag.finding('pg_cron', 'warning', 'pg_cron is not installed; a running worker does its work instead.',
       'Enable pg_cron in the dashboard (Integrations), then: select autotag.schedule_cron();');
   end if;
   execute format('select array_agg(j.jobname::text order by j.jobname) from %I.job j
     where j.active and j.jobname like ''autotag-%%'' and j.database = current_database()', 'cron') into v_jobs;
   if v_jobs is distinct from array['autotag-housekeeping', 'autotag-tick'] then
     return autotag.finding('pg_cron', 'error',
-      format('The jobs autotag-tick and autotag-housekeeping should be scheduled; there are: %s.',
+      format('The jobs autotag-tick and autotag-housekeeping should be scheduled; these are: %s.',
         coalesce(array_to_string(v_jobs, ', '), 'none')),
       'select autotag.schedule_cron();');
   end if;
@@ -34,7 +34,7 @@ begin
   return autotag.finding('pg_cron', 'ok', 'Both jobs are scheduled, and no last run failed.');
 end $$;
 
--- Whether autotag's time passes.
+-- Whether tick() runs, and autotag.now() is the real time.
 create or replace function autotag.diagnose_clock() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -44,21 +44,21 @@ declare
 begin
   return case
     when (select s.test_clock from autotag.settings s) then autotag.finding('clock', 'error',
-      'settings.test_clock is on: any session can bend autotag''s time.', 'update autotag.settings set test_clock = false;')
+      'settings.test_clock is on: any session can change autotag''s time.', 'update autotag.settings set test_clock = false;')
     when v_ticked = '-infinity' then autotag.finding('clock', 'warning',
-      'autotag has never ticked.', 'autotag worker   (or wait a minute for pg_cron)')
+      'autotag.tick() has never run.', 'autotag worker   (or wait a minute for pg_cron)')
     when v_ticked < v_now - interval '5 min' then autotag.finding('clock', 'error',
-      format('autotag last ticked %s ago; neither pg_cron nor a worker is running.',
+      format('autotag.tick() last ran %s ago; neither pg_cron nor a worker is running.',
         date_trunc('second', v_now - v_ticked)), 'autotag worker')
-    else autotag.finding('clock', 'ok', 'autotag ticks.') end;
+    else autotag.finding('clock', 'ok', 'autotag.tick() runs regularly.') end;
 end $$;
 
--- A broadcast that means nothing, to see whether broadcasts arrive.
+-- Sends a broadcast without a meaning, so that the doctor can check whether broadcasts arrive.
 create or replace function autotag.send_test_broadcast(p_nonce uuid) returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$ select autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false) $$;
 
--- Whether broadcasts leave.
+-- Whether broadcasts are sent.
 create or replace function autotag.diagnose_broadcasts() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -69,15 +69,15 @@ begin
   select count(*)::integer into v_waiting from autotag.outbox o where o.created_at < v_now - interval '1 min';
   return case
     when to_regprocedure('realtime.send(jsonb,text,text,boolean)') is not null then
-      autotag.finding('realtime.send', 'ok', 'Broadcasts leave with the transaction.')
+      autotag.finding('realtime.send', 'ok', 'Broadcasts are sent when their transaction commits.')
     when v_waiting > 0 then autotag.finding('realtime.send', 'error',
-      format('This stack has no realtime.send, and %s broadcasts wait for a worker.', v_waiting),
+      format('This stack has no realtime.send, and %s broadcasts wait for a worker to send them.', v_waiting),
       'autotag worker   (with SUPABASE_URL and SUPABASE_SECRET_KEY set)')
     else autotag.finding('realtime.send', 'warning',
-      'This stack has no realtime.send; workers deliver broadcasts over HTTP.', 'Upgrade Realtime.') end;
+      'This stack has no realtime.send; workers send broadcasts over HTTP.', 'Upgrade Realtime.') end;
 end $$;
 
--- Whether workers are alive, and can be notified.
+-- Whether workers are alive and can receive notifications.
 create or replace function autotag.diagnose_workers() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

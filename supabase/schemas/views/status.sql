@@ -1,13 +1,14 @@
--- What an operator sees of the whole system (`autotag status`).
+-- The state of the whole system for an operator (`autotag status`).
 
--- The model that is asked and how, what it is known to use, its end, and what the provider can do: {name, reasoning_effort,
--- service_tier, answer_format, cap_parameter, prompt_tokens, output_tokens (means), cap, reserved, priced, proven, shutdown
--- (describe_shutdown), provider: {base_url, batches, rate_headers, keep_files}}; null in provider: not known yet.
+-- The model, how it is asked, what it uses, when it shuts down, and what the provider supports: {name, reasoning_effort,
+-- service_tier, answer_format, cap_parameter, prompt_tokens, output_tokens (means), cap, reserved, priced, cost_per_1000
+-- (dollars), proven, shutdown (describe_shutdown), provider: {base_url, batches, rate_headers, keep_files}}.
+-- null in provider: not known yet.
 create or replace function autotag.describe_model(p_provider autotag.provider_limits) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  -- What is asked from the next claim on, which may be another model than the last claim's.
+  -- The question from the next claim on; its model may differ from the last claim's.
   return (autotag.describe_question() - 'model' - 'max_tags' - 'tag_language') || jsonb_build_object(
     'name', (select s.model from autotag.settings s), 'prompt_tokens', p_provider.prompt_mean, 'output_tokens', p_provider.output_mean,
     'cap', p_provider.output_tokens, 'reserved', p_provider.tokens_per_image,
@@ -17,7 +18,7 @@ begin
       'rate_headers', p_provider.has_rate_headers, 'keep_files', p_provider.keep_files));
 end $$;
 
--- Why images have failed in the last day, the most frequent first.
+-- Errors of images that failed within the last day, at most p_max, most frequent first: [{code, message, images, last_at}].
 create or replace function autotag.recent_errors(p_max integer, p_now timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -31,8 +32,8 @@ begin
       group by t.error_code order by count(*) desc limit p_max) x);
 end $$;
 
--- Everything that is going on, as one JSON object; lists are cut to p_max (200 at most). See the README for how it is shown.
--- It names workspaces, uploads, batches and workers by their ids, and no image; who learns an id may do nothing with it.
+-- The state of the system as one JSON object; lists are cut to p_max (at most 200). The README shows how it is printed.
+-- It contains ids of workspaces, uploads, batches and workers, and no image. To know an id gives no right to anything.
 create or replace function autotag.status(p_max integer default 20) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -83,7 +84,7 @@ begin
       select jsonb_build_object('images', coalesce(sum(u.images), 0), 'requests', coalesce(sum(u.requests), 0),
         'input_tokens', coalesce(sum(u.input_tokens), 0), 'output_tokens', coalesce(sum(u.output_tokens), 0),
         'cost', coalesce(sum(u.cost), 0),
-        -- answers of models without a price: what they cost is not in there
+        -- requests to models without a price, whose cost is not included
         'unpriced_requests', coalesce(sum(u.requests) filter (where u.cost is null), 0),
         'unpriced_models', coalesce(jsonb_agg(distinct u.model) filter (where u.cost is null), '[]'))
       from autotag.usage u where u.day = (v_now at time zone 'utc')::date));

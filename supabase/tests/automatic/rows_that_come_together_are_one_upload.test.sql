@@ -11,23 +11,23 @@ create function pg_temp.jobs() returns text language sql as $$
 $$;
 
 select pg_temp.arrive(3);
-select is((select count(*)::integer from autotag.uploads), 0, 'off by default: nothing is collected');
+select is((select count(*)::integer from autotag.uploads), 0, 'automatic mode is off by default: nothing is collected');
 
 select autotag.set_automatic(true);
 select pg_temp.arrive(1);
-select is(pg_temp.jobs(), 'none', 'a new row waits for the others');
-select is((select wait from autotag.claim(pg_temp.worker(), 10)), 2::double precision, 'a worker comes back in 2 s');
+select is(pg_temp.jobs(), 'none', 'a new row does not start a job at once');
+select is((select wait from autotag.claim(pg_temp.worker(), 10)), 2::double precision, 'a worker should claim again in 2 s');
 select pg_temp.at(1.5);
 select pg_temp.arrive(299);
 select pg_temp.at(2);
-select is(pg_temp.claimed(10), 'nothing', 'what came later moves the end');
-select is(pg_temp.jobs(), 'none', 'so that there is no job yet');
+select is(pg_temp.claimed(10), 'nothing', 'later rows extend the quiet time');
+select is(pg_temp.jobs(), 'none', 'so there is no job yet');
 select pg_temp.at(3.5);
 select pg_temp.claimed(10);
-select is(pg_temp.jobs(), 'batch-parallel 300', 'after 2 s of quiet all of them are one upload');
-select is((select count(*)::integer from autotag.uploads), 0, 'and nothing is left behind');
+select is(pg_temp.jobs(), 'batch-parallel 300', '2 s after the last row, all rows become one upload');
+select is((select count(*)::integer from autotag.uploads), 0, 'the sealed upload is deleted');
 
--- a stream that never pauses is sealed after 30 s
+-- A stream without a pause is sealed after 30 s.
 select pg_temp.at(100 + i) from generate_series(0, 0) i;
 select pg_temp.arrive(1, 2);
 do $$ begin
@@ -38,26 +38,26 @@ do $$ begin
 end $$;
 select pg_temp.at(129.9);
 select pg_temp.claimed(10);
-select is(pg_temp.jobs(), 'batch-parallel 300', 'a steady stream is still collected');
+select is(pg_temp.jobs(), 'batch-parallel 300', 'before 30 s, a steady stream is still collected');
 select pg_temp.at(130);
 select pg_temp.claimed(10);
-select is(pg_temp.jobs(), 'batch-parallel 300, realtime-chunked 30', 'and sealed after 30 s at the latest');
+select is(pg_temp.jobs(), 'batch-parallel 300, realtime-chunked 30', 'after 30 s it is sealed');
 
--- rows inserted while that job runs start the next
+-- Rows that arrive while that job runs become the next upload.
 select pg_temp.arrive(4, 2);
 select pg_temp.at(133);
 select pg_temp.claimed(10);
-select is(pg_temp.jobs(), 'batch-parallel 300, realtime-chunked 30, realtime 4', 'rows that come while a job runs are the next');
+select is(pg_temp.jobs(), 'batch-parallel 300, realtime-chunked 30, realtime 4', 'rows that arrive while a job runs become the next job');
 
--- an upload larger than the room its workspace has waits with the rest
+-- Images beyond the workspace's live_images_max stay in the upload.
 update autotag.settings set live_images_max = 36;
 select pg_temp.arrive(5, 2);
 select pg_temp.at(140);
 select pg_temp.claimed(10);
-select is((select count(*)::integer from autotag.arrivals), 3, 'what has no room waits');
+select is((select count(*)::integer from autotag.arrivals), 3, 'images beyond live_images_max wait');
 
 select autotag.set_automatic(false);
 select pg_temp.arrive(2, 2);
-select is((select count(*)::integer from autotag.arrivals), 3, 'off again: nothing is collected');
+select is((select count(*)::integer from autotag.arrivals), 3, 'automatic mode is off again: nothing is collected');
 select * from finish();
 rollback;

@@ -2,19 +2,19 @@ begin;
 \ir ../setup.psql
 select plan(7);
 select pg_temp.upload(1000);
-select is((select count(*)::integer from autotag.batches), 10, 'ten batches, as many as the hour has');
-select is(pg_temp.handed(1), '1/1', 'the first of them is on its way');
+select is((select count(*)::integer from autotag.batches), 10, 'ten batches, as many as an hour admits');
+select is(pg_temp.handed(1), '1/1', 'the first of them starts');
 select pg_temp.at(1), pg_temp.upload(60);
 select pg_temp.at(2), pg_temp.upload(60);
 select pg_temp.at(3), pg_temp.upload(60);
 select pg_temp.at(4), pg_temp.upload(60, 2);
-select is(pg_temp.handed(1), '2/1', 'the other workspace does not wait for the three that have no place');
-select is(pg_temp.handed(2), '1/1 1/1', 'nor does the upload that has its places');
+select is(pg_temp.handed(1), '2/1', 'another workspace does not wait for the three uploads without room in their window');
+select is(pg_temp.handed(2), '1/1 1/1', 'the upload that the window has room for does not wait either');
 select is((select min(b.not_before) from autotag.batches b where b.not_before > autotag.now()), '2030-01-01 13:00:00+00',
-  'the first of the three goes when the first place comes back');
+  'the first of the three starts when the first batch leaves the window');
 update autotag.settings set batch_batches_per_hour = 11;
 select pg_temp.at(5), autotag.tick();
-select is(pg_temp.handed(1), '1/2', 'unless there is more room');
-select is(pg_temp.handed(9), '1/1 1/1 1/1 1/1 1/1 1/1 1/1', 'for one');
+select is(pg_temp.handed(1), '1/2', 'a higher limit lets one of the three start earlier');
+select is(pg_temp.handed(9), '1/1 1/1 1/1 1/1 1/1 1/1 1/1', 'but only one');
 select * from finish();
 rollback;

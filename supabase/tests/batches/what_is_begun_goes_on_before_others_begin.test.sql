@@ -2,16 +2,16 @@ begin;
 \ir ../setup.psql
 select plan(4);
 select pg_temp.upload(1000);
-select is(pg_temp.handed(2), '1/1 1/1', 'two batches of a large upload');
+select is(pg_temp.handed(2), '1/1 1/1', 'two batches of a large upload start');
 update autotag.provider_limits set queued_batch_tokens = (select sum(b.reserved_tokens) from autotag.batches b);
 select pg_temp.at(1), pg_temp.upload(60, 2);
 select pg_temp.at(2), pg_temp.upload(60, 3);
-select is(pg_temp.handed(2), 'nothing', 'the tokens that OpenAI queues are all reserved');
+select is(pg_temp.handed(2), 'nothing', 'all tokens of OpenAI''s queue are reserved');
 select autotag.report_batch_failure(pg_temp.worker(), b.id, b.attempt, '{"kind": "transient", "code": "timeout", "message": "Late."}')
 from autotag.batches b where b.worker_id is not null and b.ordinal = 2;
 select pg_temp.at(20);
-select is(pg_temp.handed(2), '1/1', 'what holds some of them goes on, although others began to wait');
+select is(pg_temp.handed(2), '1/1', 'the batch that holds some of them continues before the waiting ones');
 select autotag.end_batch(b, 'gone') from autotag.batches b where b.worker_id is not null;
-select is(pg_temp.handed(2), '2/1 3/1', 'and then these have their turn');
+select is(pg_temp.handed(2), '2/1 3/1', 'the waiting ones start when the tokens are released');
 select * from finish();
 rollback;

@@ -13,17 +13,17 @@ create function pg_temp.minutes(p_n bigint, out begins numeric, out done numeric
   from uploads u join autotag.jobs j on j.id = u.id::uuid join autotag.batches b on b.job_id = j.id where u.n = p_n
 $$;
 select results_eq('select begins from unnest(array[1, 10, 11, 20, 21]) n, pg_temp.minutes(n)', array[0, 0, 60, 60, 120]::numeric[],
-  'ten batches an hour: the eleventh begins in an hour, the twenty-first in two');
+  'with ten batches per hour, the eleventh starts in one hour and the twenty-first in two');
 select is((select array_agg(done order by n) from unnest(array[1, 10, 11, 21]) n, pg_temp.minutes(n)), '{45,45,105,165}'::numeric[],
-  'and each upload says so');
-select is(pg_temp.handed(30), '1/1 1/2 1/3 1/4 1/5 1/6 1/7 1/8 1/9 1/10', 'ten begin');
+  'the eta of each upload includes this wait');
+select is(pg_temp.handed(30), '1/1 1/2 1/3 1/4 1/5 1/6 1/7 1/8 1/9 1/10', 'ten batches start');
 select pg_temp.at(1200);
 select results_eq('select begins from unnest(array[11, 20, 21]) n, pg_temp.minutes(n)', array[60, 60, 120]::numeric[],
-  'twenty minutes later the others still begin when they were to');
+  'twenty minutes later, the predicted starts of the others are unchanged');
 update autotag.settings set batch_batches_per_hour = 15;
 select autotag.tick();
 select results_eq('select begins from unnest(array[15, 16, 21]) n, pg_temp.minutes(n)', array[20, 60, 60]::numeric[],
-  'or earlier, by a larger limit');
+  'a higher limit lets them start earlier');
 
 update autotag.settings set batch_batches_per_hour = 10;
 create temporary table large as select pg_temp.upload(300, 2) ->> 'job_id' as id;

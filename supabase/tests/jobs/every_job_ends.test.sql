@@ -9,20 +9,20 @@ create function pg_temp.fail_once() returns void language sql as $$
     'error', '{"kind": "transient", "code": "provider_error", "message": "The AI service had a problem."}'::jsonb)))
   from autotag.tasks t where t.worker_id = pg_temp.worker()
 $$;
-select is(pg_temp.claimed(1), '1: 1', 'the first try');
+select is(pg_temp.claimed(1), '1: 1', 'the image is claimed');
 select pg_temp.fail_once();
-select is(pg_temp.claimed(1), 'nothing', 'it waits before the next');
+select is(pg_temp.claimed(1), 'nothing', 'after a failure its retry is delayed');
 select pg_temp.at(10);
-select is(pg_temp.claimed(1), '1: 1', 'the second try');
+select is(pg_temp.claimed(1), '1: 1', 'it is claimed a second time');
 select pg_temp.fail_once();
 select pg_temp.at(30);
-select is(pg_temp.claimed(1), '1: 1', 'the third');
+select is(pg_temp.claimed(1), '1: 1', 'it is claimed a third time');
 select pg_temp.fail_once();
 select results_eq(
   $$ select completed, failed, finished_at is not null from autotag.jobs $$,
-  $$ values (0, 1, true) $$, 'then the image has failed and the job has ended');
+  $$ values (0, 1, true) $$, 'after max_failures the image has failed and the job has ended');
 select results_eq(
   $$ select tagging_stage, tagging_error from public.assets $$,
-  $$ values ('failed', 'The AI service had a problem.') $$, 'and the row says why');
+  $$ values ('failed', 'The AI service had a problem.') $$, 'the host''s row says why');
 select * from finish();
 rollback;

@@ -1,4 +1,4 @@
--- Finished uploads and usage are kept for long; what runs all the time may not become slower by them.
+-- Finished uploads and usage are kept for a long time. They must not slow down the functions that run all the time.
 begin;
 \ir ../setup.psql
 select plan(6);
@@ -24,16 +24,16 @@ create function pg_temp.claimed_batches(slots integer) returns integer language 
 $$;
 
 insert into before select pg_temp.rows_read();
-select is(pg_temp.claimed_batches(2), 2, 'two batches of five that wait, next to five thousand that are done');
-select is(pg_temp.claimed_batches(9), 3, 'and the others');
-select cmp_ok(pg_temp.rows_read() - max(n), '<', 500::numeric, 'are claimed without reading all of them') from before;
+select is(pg_temp.claimed_batches(2), 2, 'two of five waiting batches are claimed, while 5,000 others are done');
+select is(pg_temp.claimed_batches(9), 3, 'the other three are claimed');
+select cmp_ok(pg_temp.rows_read() - max(n), '<', 500::numeric, 'these claims read fewer than 500 rows') from before;
 
 insert into before select pg_temp.rows_read();
-select is((autotag.metrics() ->> 'live')::integer, 300, 'a monitoring system looks');
-select cmp_ok(pg_temp.rows_read() - max(n), '<', 1000::numeric, 'and reads the live ones') from before;
+select is((autotag.metrics() ->> 'live')::integer, 300, 'metrics() counts 300 live images');
+select cmp_ok(pg_temp.rows_read() - max(n), '<', 1000::numeric, 'it reads fewer than 1,000 rows') from before;
 
 insert into before select pg_temp.rows_read();
 select autotag.tick();
-select cmp_ok(pg_temp.rows_read() - max(n), '<', 1000::numeric, 'as what happens every minute does') from before;
+select cmp_ok(pg_temp.rows_read() - max(n), '<', 1000::numeric, 'tick() reads fewer than 1,000 rows') from before;
 select * from finish();
 rollback;

@@ -1,4 +1,4 @@
--- A worker that was there before the work: its session planned everything while the tables were all but empty.
+-- A worker's session planned every query while the tables were almost empty.
 begin;
 \ir ../setup.psql
 select plan(2);
@@ -15,14 +15,14 @@ $$;
 create function pg_temp.rows_read() returns bigint language sql as $$
   select seq_tup_read + idx_tup_fetch from pg_stat_xact_user_tables where relid = 'autotag.tasks'::regclass
 $$;
-truncate autotag.tasks;  -- small also on disk, whatever other tests have left there
+truncate autotag.tasks;  -- small on disk, too: other tests may have left it large
 select pg_temp.upload(5);
 analyze autotag.tasks;  -- as autovacuum may at any time
 select pg_temp.work(5);
 
 select pg_temp.upload(50, n % 50) from generate_series(1, 100) n;
 create temporary table before as select pg_temp.rows_read() as n;
-select is((pg_temp.work(50) ->> 'accepted')::int, 50, 'fifty images of five thousand are done');
-select cmp_ok(pg_temp.rows_read() - (select n from before), '<', 1000::bigint, 'and nobody has read all of them for it');
+select is((pg_temp.work(50) ->> 'accepted')::int, 50, '50 of 5,000 images are claimed and settled');
+select cmp_ok(pg_temp.rows_read() - (select n from before), '<', 1000::bigint, 'this reads fewer than 1,000 rows');
 select * from finish();
 rollback;

@@ -8,10 +8,10 @@ create temporary table told as
     'tags', jsonb_build_array(split_part(x ->> 'path', '/', 2)), 'confidence', '{}'::jsonb, 'caption', 'c', 'model', 'm'))) as reports
   from autotag.claim(pg_temp.worker(), 2) c, json_array_elements(c.tasks) x;
 select autotag.settle(pg_temp.worker(), reports || (reports -> 0)) from told;
-select is((select completed from autotag.jobs), 2, 'two images are done, not three');
-select is((select finished_at from autotag.jobs), null, 'so the upload is not');
+select is((select completed from autotag.jobs), 2, 'two images are completed, not three');
+select is((select finished_at from autotag.jobs), null, 'the job is not finished');
 select results_eq('select tags from public.assets where tags is not null order by 1', $$values ('{p1}'::text[]), ('{p2}')$$,
   'each has its own tags');
-select is((select sum(images)::integer from autotag.usage), 2, 'and two are billed');
+select is((select sum(images)::integer from autotag.usage), 2, 'usage counts two images');
 select * from finish();
 rollback;

@@ -1,5 +1,4 @@
--- Whether a caller is a member may be a query over large tables of the host: enqueue asks it once for each workspace, not for
--- each image.
+-- is_member() may query large tables of the host, so it is called once per workspace and not once per image.
 begin;
 \ir ../setup.psql
 select plan(3);
@@ -17,13 +16,13 @@ select set_config('test.ids', array_agg(id)::text, true) from added;
 grant usage on schema public to authenticated;
 set local request.jwt.claims = '{"role": "authenticated", "sub": "00000000-0000-4000-8000-000000000001"}';
 set local role authenticated;
-select is(count(*), 50::bigint, 'the files of fifty images')
+select is(count(*), 50::bigint, 'files_to_check() returns the files of 50 images')
 from autotag.files_to_check(current_setting('test.ids')::uuid[]);
 reset role;
-select is((select last_value from pg_temp.asked), 1::bigint, 'are asked of one workspace');
+select is((select last_value from pg_temp.asked), 1::bigint, 'it calls is_member() once');
 set local role authenticated;
 select public.enqueue_tagging(current_setting('test.ids')::uuid[]);
 reset role;
-select cmp_ok((select last_value from pg_temp.asked), '<=', 4::bigint, 'and enqueuing them asks thrice');
+select cmp_ok((select last_value from pg_temp.asked), '<=', 4::bigint, 'enqueue_tagging() calls it three times more at most');
 select * from finish();
 rollback;

@@ -17,7 +17,7 @@ select is(pg_temp.told(51), 'batch, 0 chunks, 0 ms, 1 batches', '51 images');
 select is(pg_temp.told(200), 'batch, 0 chunks, 0 ms, 1 batches', '200 images');
 select is(pg_temp.told(201), 'batch-parallel, 0 chunks, 0 ms, 3 batches', '201 images');
 select is(pg_temp.told(300), 'batch-parallel, 0 chunks, 0 ms, 3 batches', '300 images');
-select is(pg_temp.told(5000), 'batch-parallel, 0 chunks, 0 ms, 10 batches', '5,000 images: larger batches, not more');
+select is(pg_temp.told(5000), 'batch-parallel, 0 chunks, 0 ms, 10 batches', '5,000 images: larger batches instead of more');
 select throws_ok($$ select public.tagging_strategy(50001) $$, 'PT413', '50001 images are too many for one upload.');
 
 update autotag.settings set realtime_max_images = 2;
