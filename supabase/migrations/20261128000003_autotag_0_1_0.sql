@@ -1611,10 +1611,10 @@ begin
     (v_everybody * v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute);
 end $$;
 
--- An upload begins: its images become tasks of one job.
+-- enqueue_tagging: checks an upload and makes it a job.
 
--- Adds to what waits for single calls in one queue, and wakes the workspace. A workspace that had nothing
--- queued starts at the clock of the one served last: it neither waits for the others nor banks credit.
+-- Adds p_count waiting single calls to a job's queue and makes the workspace ready. p_before_task: the first of them. A workspace
+-- with nothing queued starts at the virtual time of the one served last, so its idle time gives it no credit and no penalty.
 -- The caller holds the workspace's lock.
 create or replace function autotag.add_queued(p_workspace_id uuid, p_job_id uuid, p_count integer, p_before_task bigint)
 returns void
@@ -1635,8 +1635,8 @@ begin
   where w.workspace_id = p_workspace_id;
 end $$;
 
--- Takes the workspace's lock; its row is made when this is its first work, or again when housekeeping forgot it while we
--- waited for its lock.
+-- Locks a workspace. Inserts its row if it is missing: at its first upload, or if housekeeping deleted it while this call waited
+-- for the lock.
 create or replace function autotag.lock_workspace(p_workspace_id uuid) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1648,7 +1648,7 @@ begin
   end loop;
 end $$;
 
--- How many more images of a workspace may be live at the same time.
+-- How many more unfinished images a workspace may have (live_images_max).
 create or replace function autotag.live_capacity(p_workspace_id uuid) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1658,8 +1658,8 @@ begin
     from autotag.jobs j where j.workspace_id = p_workspace_id and j.finished_at is null), 0);
 end $$;
 
--- Refuses an upload that would make too many images of its workspace live at the same time; retry_after is
--- when enough of them are expected to be done. The caller holds the workspace.
+-- Refuses an upload with which the workspace would have more than live_images_max unfinished images. retry_after: seconds until
+-- enough of them are expected to be done; null: this upload alone is too large. The caller holds the workspace.
 create or replace function autotag.check_live_capacity(p_workspace_id uuid, p_images integer) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1682,20 +1682,21 @@ begin
       case when p_images <= v_max_allowed then greatest(extract(epoch from v_free_at - autotag.now()), 1) end));
 end $$;
 
--- enqueue_tagging: one upload becomes one job. Idempotent for images that are being tagged already: they are
--- skipped. Locks the workspace (so that two calls for the same images follow each other), then writes.
+-- enqueue_tagging: makes one upload one job. Idempotent: images that are being tagged already are skipped. Locks the workspace
+-- before it writes, so two calls for the same images run one after the other.
 --
--- p_seen[i]: what the caller may see of p_asset_ids[i] (`visible_file_marks`); null: whoever calls sees everything. An image whose file is
--- another one when a worker asks, or which they do not see, ends as if there were no such file.
+-- p_seen[i]: the mark of the file of p_asset_ids[i] that the caller may see (`visible_file_marks`), which matches no file if the
+-- caller may not see it; null: not checked. If the image's file has another mark when a worker claims it, the image fails as if
+-- the file did not exist.
 create or replace function autotag.enqueue(p_asset_ids uuid[], p_seen uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_found integer;
   v_asked integer;
-  v_missing uuid[];            -- some of those that are not there
-  v_foreign uuid[];            -- some of those that name somebody else's file
-  v_workspaces uuid[];         -- theirs that the caller may act for
+  v_missing uuid[];            -- ids that do not exist, at most 5
+  v_foreign uuid[];            -- images that name a file of another workspace, at most 5
+  v_workspaces uuid[];         -- workspaces of the images that the caller may act for
 begin
   if array_ndims(p_asset_ids) > 1 or array_position(p_asset_ids, null) is not null then
     perform autotag.refuse(400, 'bad_asset_ids', 'asset_ids must be a plain list of ids.',
@@ -1703,11 +1704,11 @@ begin
   end if;
   perform autotag.check_image_count(cardinality(p_asset_ids));
 
-  -- Somebody else's image is as unknown as one that never was: what exists where is no secret worth telling.
+  -- An image of another workspace is reported like one that does not exist, so that callers cannot find out which ids exist.
   with there as materialized (
     select d.asset_id, d.workspace_id, d.foreign_file from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
   ), theirs as materialized (
-    -- offset 0: is_member is asked once for each workspace, not for each image
+    -- offset 0: call is_member once per workspace, not once per image
     select w.id from (select distinct t.workspace_id as id from there t offset 0) w
     where autotag.is_service() or autotag.is_member(w.id)
   ), found as materialized (
@@ -1734,10 +1735,11 @@ begin
   return autotag.start_job(v_workspaces[1], (select auth.uid()), p_asset_ids, p_seen);
 end $$;
 
--- An upload becomes a job: which way it goes, its batches, its tasks.
+-- Starts the job of an upload: its strategy, batches and tasks.
 
--- Makes a job of those of these images that are not live already. All of them are of this workspace, which the
--- caller has locked. p_seen: as in enqueue. Locks: tasks and batches are new, assets.
+-- Makes a job of those images that are not being tagged already. All belong to p_workspace_id, which the caller has locked.
+-- p_seen: as in enqueue(). Returns {job_id, strategy, image_count, skipped, batches, eta}.
+-- Locks: assets (tasks and batches are new).
 create or replace function autotag.start_job(
   p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_seen uuid[] default null
 ) returns jsonb
@@ -1746,7 +1748,7 @@ as $$
 declare
   v_now timestamptz := autotag.now();
   v_asked integer := (select count(distinct id) from unnest(p_asset_ids) id);
-  v_live uuid[];               -- of these images, those that are being tagged already
+  v_live uuid[];               -- those of p_asset_ids that are being tagged already
   v_new uuid[];
   v_new_seen uuid[];           -- p_seen of each of them
   v_count integer;
@@ -1787,7 +1789,7 @@ begin
     'skipped', v_asked - v_count, 'batches', v_plan.batches, 'eta', v_job.eta);
 end $$;
 
--- The answer to an upload whose images are all live already: the job that they belong to.
+-- The reply to an upload whose images are all being tagged already: their job, or null if they belong to several.
 create or replace function autotag.describe_live(p_live uuid[], p_asked integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1795,7 +1797,7 @@ declare
   v_live_jobs uuid[];
   v_job autotag.jobs;
 begin
-  -- The same call again, after its answer got lost: say where the images are.
+  -- The call is probably a retry after its first reply was lost, so name the job.
   select array_agg(distinct t.job_id) into v_live_jobs
   from autotag.tasks t where t.asset_id = any (p_live) and t.finished_at is null;
   select * into v_job from autotag.jobs j
@@ -1804,7 +1806,7 @@ begin
     'skipped', p_asked, 'batches', 0, 'eta', v_job.eta);
 end $$;
 
--- Decides which way an upload of so many images goes. Reads only.
+-- Plans an upload of p_images images. Reads only.
 create or replace function autotag.plan_upload(p_workspace_id uuid, p_images integer) returns autotag.upload_plan
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1831,15 +1833,15 @@ begin
     select * into v_left from autotag.batches_left(p_workspace_id);
     v_plan.batches := autotag.plan_batches(p_images, v_left.batches, v_left.window_images);
   end if;
-  -- The express images come out of the first batch, which keeps at least one line.
+  -- The express images are taken from the first batch, which keeps at least one image.
   v_plan.express := case when v_plan.batches = 0 then p_images
-    when v_plan.fallback is not null then 0  -- single calls are what has to wait
+    when v_plan.fallback is not null then 0  -- the fallback avoids single calls
     else least(v_settings.express_images, p_images / v_plan.batches - 1) end;
   v_plan.chunk := case when v_plan.strategy = 'realtime-chunked' then v_settings.chunk_size end;
   return v_plan;
 end $$;
 
--- Makes a job's batches and tasks, in the order of the upload, and returns the first task.
+-- Inserts a job's batches and tasks, in upload order, and returns the id of the first task.
 create or replace function autotag.add_tasks(p_job autotag.jobs, p_plan autotag.upload_plan, p_asset_ids uuid[], p_seen uuid[])
 returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -1847,7 +1849,7 @@ as $$
 declare
   v_first_task bigint;
 begin
-  -- The first batch is the priority one.
+  -- Ordinal 1 is the priority batch, which has the express images.
   if p_plan.batches > 0 then
     insert into autotag.batches (job_id, workspace_id, ordinal, image_count, express_count, created_at)
     select p_job.id, p_job.workspace_id, b,
@@ -2761,9 +2763,9 @@ as $$
   ) r
 $$;
 
--- Which images are released next: fair among workspaces, and within each of them.
+-- The order of single calls: fair among workspaces, and within each of them.
 
--- Puts delayed tasks whose time has come back into their queues. The caller holds the provider row.
+-- Puts delayed tasks that are due back into their queues. The caller holds the provider row.
 -- Locks: workspaces, tasks.
 create or replace function autotag.requeue_due(p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -2792,8 +2794,8 @@ begin
   end loop;
 end $$;
 
--- Releases up to p_slots images in fair order, while the provider's bucket has room: the workspace whose virtual clock is lowest
--- goes first, one turn at a time. tokens: what the images reserve; virtual_time: the clock of the workspace served last.
+-- Releases up to p_slots images while the provider's bucket has room. The workspace with the lowest virtual time is served first,
+-- one turn at a time. tokens: what the images reserve together; virtual_time: that of the workspace served last.
 -- Called by claim(), which holds the provider row. Locks: workspaces by id, windows, queued tasks.
 create or replace function autotag.release_in_turn(
   p_worker uuid, p_slots integer, p_provider autotag.provider_limits,
@@ -2804,7 +2806,7 @@ as $$
 declare
   v_now timestamptz := p_provider.refilled_at;
   v_room integer := autotag.room_left(p_provider, p_slots);   -- images that may still be released
-  v_turn integer;              -- images of one workspace before the next one's turn
+  v_turn integer;              -- images of one workspace before the next one is served
   v_workspaces uuid[];
   v_workspace autotag.workspaces;
   v_released record;
@@ -2815,12 +2817,12 @@ begin
   if v_room < 1 then
     return;
   end if;
-  -- A turn is a chunk, or what the provider takes in a twentieth of a second where that is more: nobody notices
-  -- who was first then.
+  -- A turn is chunk_size images or 50 ms (a minute / 1200) of the provider's throughput, at most 1,000, whichever is larger.
+  -- Within 50 ms, users do not notice the order.
   v_turn := (select s.chunk_size from autotag.settings s);
   v_turn := greatest(v_turn, least(1000, p_provider.requests_per_minute / 1200,
     p_provider.tokens_per_minute / p_provider.tokens_per_image / 1200));
-  -- As many workspaces as it takes to fill the room.
+  -- The first workspaces that fill the room together.
   v_workspaces := array(
     select x.workspace_id from (
       select w.workspace_id, sum(least(w.queued, v_turn)) over turns - least(w.queued, v_turn) as before
@@ -2845,8 +2847,8 @@ begin
   end loop;
 end $$;
 
--- How many images the provider's bucket has room for, at most p_slots; one at a time while nobody knows whether the question
--- works.
+-- How many images the provider's bucket has room for, at most p_slots. While the question is not proven: one (the probe),
+-- and none before probe_at.
 create or replace function autotag.room_left(p_provider autotag.provider_limits, p_slots integer) returns integer
 language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
@@ -2858,10 +2860,10 @@ begin
       floor(p_provider.day_left), floor(p_provider.tokens_left / p_provider.tokens_per_image)) end;
 end $$;
 
--- The next few images of one workspace: of its ready queue that got least so far, at most a turn, and no
--- more than its window admits. Nothing to release makes the workspace not ready until its next moment.
--- Called by release_in_turn(), which holds the locks. Where an answer of its job was cut off, each reserves the larger cap that
--- one needs: p_tokens_left is what the provider's bucket holds. tokens: what all of them reserve.
+-- Releases the next images of one workspace: from its ready queue with the fewest released, at most one turn, and no more than
+-- its window admits. If it can release none, the workspace is not ready until the time when it can.
+-- If an answer of the job was cut off, each image reserves the larger cap of that retry. p_tokens_left: what the provider's
+-- bucket holds. tokens: what the images reserve together. Called by release_in_turn(), which holds the locks.
 create or replace function autotag.release_tasks(
   p_workspace autotag.workspaces, p_worker uuid, p_room integer, p_turn integer, p_provider autotag.provider_limits,
   p_tokens_left double precision, p_now timestamptz, out ids bigint[], out tokens bigint
@@ -2872,7 +2874,7 @@ declare
   v_queue autotag.queues;
   v_admitted record;
   v_each integer := p_provider.tokens_per_image;
-  v_ready_at timestamptz;      -- when the workspace may go on; null: it may now
+  v_ready_at timestamptz;      -- when the workspace becomes ready; null: now
 begin
   ids := '{}';
   tokens := 0;
@@ -2885,7 +2887,8 @@ begin
   else
     if v_queue.output_tokens > p_provider.output_tokens then
       v_each := v_each + v_queue.output_tokens - p_provider.output_tokens;
-      -- It waits until the bucket holds so many. What is more than the bucket ever holds does not wait.
+      -- Wait until the bucket holds this many tokens. An image that needs 90% of a minute's limit or more does not wait, because
+      -- the bucket may never hold so much.
       if floor(p_tokens_left / v_each) < 1 and v_each < 0.9 * p_provider.tokens_per_minute then
         v_ready_at := p_now + interval '1 min' * (v_each - p_tokens_left) / p_provider.tokens_per_minute;
       end if;
@@ -2910,9 +2913,9 @@ begin
   tokens := cardinality(ids)::bigint * v_each;
 end $$;
 
--- Hands the next p_count images of a queue to a worker, in the order of the upload, and counts them. p_at, p_tokens: their place in
--- the workspace's window, and what each reserves there; p_output_tokens: the cap of their answers. Called by release_tasks().
--- Locks: tasks.
+-- Assigns the next p_count tasks of a queue to a worker, in upload order, counts them and returns their ids. p_at: when the
+-- workspace's window admitted them; p_tokens: what each reserves there; p_output_tokens: the cap of their answers.
+-- Called by release_tasks(). Locks: tasks.
 create or replace function autotag.take_tasks(
   p_queue autotag.queues, p_worker uuid, p_count integer, p_at timestamptz, p_tokens integer, p_output_tokens integer, p_now timestamptz
 ) returns bigint[]
@@ -2935,7 +2938,7 @@ begin
   )
   select coalesce(array_agg(t.id order by t.id), '{}') into v_ids from taken t;
 
-  -- Fewer than there should be: the count was wrong. It is put right rather than asked for again for ever.
+  -- Fewer tasks than counted: the queue's count is wrong. Set it to 0, or every claim would try again.
   v_gone := case when cardinality(v_ids) < p_count then p_queue.queued else cardinality(v_ids) end;
   update autotag.queues q
   set queued = q.queued - v_gone, released = q.released + cardinality(v_ids),
@@ -2950,24 +2953,24 @@ begin
   return v_ids;
 end $$;
 
--- The one function that releases single calls, within every limit and in fair order.
+-- The only function that releases single calls, within every limit and in fair order.
 
--- claim: up to p_slots images for single calls, of all workspaces, under the provider's bucket and every
--- workspace's window, in fair order (the workspace whose virtual clock is lowest goes first, a few images
--- at a time; within it the job that got least). Says when to ask again if nothing else wakes the worker.
+-- claim: releases up to p_slots images of all workspaces to a worker as single calls, within the provider's bucket and each
+-- workspace's window. The workspace with the lowest virtual time is served first, a few images at a time; within it, the job
+-- with the fewest released images. p_question: the version of the question that the worker has; null: none.
+--   tasks: [{task, attempt, job, traceparent, waited (seconds since the upload), asset_id, bucket, path, url, refused, cap (max
+--     tokens of the answer)}]. An asset that does not exist any more has neither path nor url.
+--   wait: seconds until the next claim, unless a notification comes first; null: nothing is queued.
+--   bound: why not more images were released; null: no more are queued.
+--   question: what to ask about these images (describe_question() and its `version`); null: the worker has this version.
 --
--- tasks: [{task, attempt, job, traceparent, waited (seconds since the upload), asset_id, bucket, path, url, cap (of the
--- answer, in tokens)}]; wait: seconds, null when nothing is queued; bound: what kept it from releasing more (null: there is
--- no more). An asset that is gone has neither path nor url. question: what to ask about these images
--- (describe_question, with its `version`), null where the worker has that version (p_question) already.
+-- While the question is not proven (it is new, or tagging is paused), one image tries it. The next one does if the first has no
+-- result after account_probe_interval. So a mistake in the configuration costs one call, and fails no image.
 --
--- While nobody knows whether the question works (it is new, or the account is in trouble) one image tries, and another
--- when that has shown nothing for account_probe_interval: a mistake in the configuration costs a call and no image.
---
--- Its plans are made once, because planning them for every release costs a third of the claim, and by the indexes however
--- small the tables were then: what is kept from an idle hour must serve a million images. (A scan of the one row of settings
--- costs much on paper then; without jit it costs nothing else.)
--- Locks: provider, workspaces by id, windows, then queued tasks (nobody else holds those).
+-- Plans are cached (force_generic_plan), because planning each release again takes a third of the claim. They always use the
+-- indexes (enable_seqscan = off), because a plan made while the tables are almost empty must serve a million images. That makes
+-- the scan of the one row of settings look expensive, which would start jit, so jit is off.
+-- Locks: provider, workspaces by id, windows, then queued tasks (no other transaction locks these).
 create or replace function autotag.claim(
   p_worker uuid, p_slots integer, out tasks json, out wait double precision, out bound text,
   p_question bigint default null, out question jsonb
@@ -2980,7 +2983,7 @@ declare
   v_now timestamptz;
   v_released record;
 begin
-  perform set_config('request.jwt.claims', '', true);   -- triggers of the host's tables believe what stands there
+  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   tasks := '[]';
   p_slots := least(p_slots, 10000);
   if p_slots is null or p_slots < 1 then
@@ -2992,7 +2995,7 @@ begin
     question := v_provider.question || jsonb_build_object('version', v_provider.question_version);
   end if;
   if not autotag.lock_worker(p_worker) then
-    wait := 1;  -- its next heartbeat registers it again
+    wait := 1;  -- its next heartbeat returns false, and it registers again
     bound := 'lease';
     return;
   end if;
@@ -3023,9 +3026,9 @@ begin
   wait := autotag.real_seconds(autotag.next_release(v_provider) - v_now);
 end $$;
 
--- Changes how one upload goes, or begins one, where that is due; then the claim releases nothing and is called again at
--- once, because the upload's workspace is locked out of turn. False: nothing is due. Called by claim(), which holds the
--- provider row. Locks: one upload's workspace, job, batches, tasks.
+-- Changes how one upload is processed, or starts one, if that is due. True: the claim releases nothing and is called again at
+-- once, because this transaction locked the upload's workspace out of order. False: nothing is due. Called by claim(), which
+-- holds the provider row. Locks: one upload's workspace, job, batches, tasks.
 create or replace function autotag.reroute_upload(p_provider autotag.provider_limits) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3036,22 +3039,22 @@ begin
   if autotag.seal_upload(v_now) then
     return true;
   end if;
-  -- What has waited too long while 429s kept coming becomes a batch.
+  -- 429s have persisted for realtime_max_wait: single calls that have waited as long go into batches.
   if p_provider.limited_since <= v_now - (select s.realtime_max_wait from autotag.settings s)
      and p_provider.limited_at > v_now - interval '1 min' and p_provider.has_batches is distinct from false
      and autotag.single_calls_to_batch(v_now) then
     return true;
   end if;
-  -- A provider without a Batch API gets no batches that were planned before that was known.
+  -- The provider has no Batch API, which was not known when these batches were planned.
   if p_provider.has_batches is false and autotag.batches_to_single_calls(v_now) then
     return true;
   end if;
-  -- Only batches wait, and nobody knows whether the question works: one of their images tries it as a single call.
+  -- The question is not proven and only batches wait: one of their images tries it as a single call.
   return p_provider.proven_at is null and coalesce(p_provider.probe_at, v_now) <= v_now and autotag.release_probe();
 end $$;
 
--- Takes what was released from the mirror of the provider's bucket, and returns the provider as it is then. Once a second it
--- also counts what waits, for predictions of the time left. Called by claim(), which holds the provider row.
+-- Subtracts released images from the mirror of the provider's bucket, and returns the provider's new row. At most once a second
+-- it also counts the waiting images, for predict_wait(). Called by claim(), which holds the provider row.
 create or replace function autotag.take_from_bucket(p_provider autotag.provider_limits, p_images integer, p_tokens bigint)
 returns autotag.provider_limits
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -3081,7 +3084,7 @@ begin
   return p_provider;
 end $$;
 
--- What a worker has to know of each task that was released to it, in order (claim: tasks).
+-- What a worker needs for each task that was released to it, by id (claim: tasks).
 create or replace function autotag.describe_released(p_ids bigint[], p_now timestamptz) returns json
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3103,7 +3106,7 @@ begin
         on d.asset_id = r.asset_id) i);
 end $$;
 
--- What keeps a claim that has room for more from releasing more; null: nothing is queued. p_provider: as it is after the claim.
+-- Why a claim with free slots released no more; null: nothing is queued. p_provider: the row after the claim.
 create or replace function autotag.describe_bound(p_provider autotag.provider_limits) returns text
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3119,8 +3122,8 @@ begin
     else 'provider_day' end;
 end $$;
 
--- When the next image can be released: when the bucket holds one more, when a workspace may go on, when a delayed task is due,
--- when an upload is complete; null: only what is queued anew can be. p_provider: as it is after the claim.
+-- When the next image can be released: the bucket has room for one, a workspace becomes ready, a delayed task is due, or an
+-- automatic upload is complete. null: only after new images are queued. p_provider: the row after the claim.
 create or replace function autotag.next_release(p_provider autotag.provider_limits) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3143,9 +3146,9 @@ begin
   ) as due_times (due));
 end $$;
 
--- Whose turn it is: which batches go on next, and which of them there is room for.
+-- The order of batches, and which of them have room in their workspace's window and in the provider's queue.
 
--- How full the provider's queue of batch tokens is, and whether all that waits for it fits into it.
+-- How full the provider's queue of batch tokens is, and whether all waiting batches fit into it together.
 create or replace function autotag.measure_batch_queue(p_provider autotag.provider_limits, p_now timestamptz) returns autotag.batch_queue
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3161,7 +3164,7 @@ begin
   return v_queue;
 end $$;
 
--- Whether nothing may be begun: nobody knows whether the question works, and there are single calls that can try it.
+-- Whether no batch may start: the question is not proven, and there is an image that can try it as a single call.
 create or replace function autotag.must_prove_first(p_provider autotag.provider_limits) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3172,7 +3175,7 @@ begin
     union all select from autotag.batches b where b.state = 'planned' and b.image_count - b.express_count > 1);
 end $$;
 
--- The next batches to work on, at most p_slots, in their order (claim_batches says which).
+-- The next batches to work on, at most p_slots, in the order that claim_batches() describes.
 create or replace function autotag.rank_batches(
   p_slots integer, p_provider autotag.provider_limits, p_queue autotag.batch_queue, p_now timestamptz
 ) returns uuid[]
@@ -3202,16 +3205,16 @@ begin
       from autotag.batches b where b.reserved_tokens > 0 group by b.workspace_id
     ) q on q.workspace_id = r.workspace_id
     order by r.state in ('ended', 'harvesting') desc, r.state = 'planned', r.later,
-      -- what its workspace will have queued when its turn comes
+      -- tokens that its workspace has in the queue, plus those of its batches ahead of this one
       case when p_queue.short and r.state = 'planned' then coalesce(q.tokens, 0) - r.tokens + sum(r.tokens) over (
         partition by r.workspace_id, r.state = 'planned' order by r.later, r.since, r.created_at, r.ordinal) end,
       r.since, r.created_at, r.ordinal
     limit p_slots);
 end $$;
 
--- Gives a worker those of the candidates that may go now, in their order: what was begun before goes on, and a planned one is
--- begun when its workspace's window and the provider's queue have room. again: one could not go, and those behind it are for
--- the next call, to be made at once. Called by claim_batches(), which holds the provider row. Locks: windows by workspace,
+-- Assigns the candidates that can go now to a worker, in their order: a batch in progress continues, and a planned one starts if
+-- its workspace's window and the provider's queue have room. again: the window of one had no room, so the worker should claim
+-- again at once to get those behind it. Called by claim_batches(), which holds the provider row. Locks: windows by workspace,
 -- batches by id.
 create or replace function autotag.take_batches(
   p_worker uuid, p_candidates uuid[], p_provider autotag.provider_limits, p_queue autotag.batch_queue, p_now timestamptz,
@@ -3223,8 +3226,8 @@ declare
   v_batch autotag.batches;
   v_images integer;
   v_tokens bigint;
-  v_opens_at timestamptz;      -- when the workspace's window has a place; null: it has
-  v_held boolean := false;     -- the room in the provider's queue is held for one that is not passed any more
+  v_opens_at timestamptz;      -- when the workspace's window has room; null: now
+  v_held boolean := false;     -- the provider's queue is kept free for a batch that no other may overtake any more
 begin
   ids := array[]::uuid[];
   again := false;
@@ -3243,14 +3246,14 @@ begin
       v_images := v_batch.image_count - v_batch.express_count;
       if v_batch.admitted_at is null then
         v_opens_at := autotag.window_opens_at(v_batch);
-        if v_opens_at is not null then  -- it leaves the head of the line: nobody else waits for its workspace's window
+        if v_opens_at is not null then  -- out of the order, so that other workspaces do not wait for this one's window
           update autotag.batches b set not_before = v_opens_at where b.id = v_batch.id;
           again := true;
           continue;
         end if;
       end if;
       v_tokens := v_images::bigint * p_provider.tokens_per_image + v_batch.extra_tokens;
-      -- A batch ahead of the provider's queue always goes: alone it must be small enough.
+      -- An empty queue takes any batch, because waiting could not make more room.
       if v_held or p_queue.tokens > 0 and p_queue.tokens + v_tokens > p_provider.queued_batch_tokens then
         v_held := v_held or greatest(v_batch.created_at, v_batch.not_before) <= p_queue.patient_since;
         continue;
@@ -3258,7 +3261,7 @@ begin
       if v_batch.admitted_at is null then
         select a.at into v_batch.admitted_at
         from autotag.admit(v_batch.workspace_id, 'batch', 1, v_images, false) a where a.admitted > 0;
-        if not found then  -- somebody's check_rate_limit was quicker
+        if not found then  -- a concurrent check_rate_limit took the room
           again := true;
           continue;
         end if;
@@ -3271,15 +3274,15 @@ begin
   end loop;
 end $$;
 
--- When the window of a planned batch's workspace has a place for it; null: now.
+-- When the window of a planned batch's workspace has room for it; null: now; infinity: never with the present limits.
 create or replace function autotag.window_opens_at(p_batch autotag.batches) returns timestamptz
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_ahead integer;             -- batches of earlier uploads that count on a place in the window
+  v_ahead integer;             -- planned batches of earlier uploads, which need room in the same window
 begin
-  -- The first batch of an upload goes before the others of earlier ones, but not with the place in the window
-  -- that these were planned for.
+  -- The first batch of an upload goes before later batches of earlier uploads, but it must not take the room in the window that
+  -- they were planned for.
   select count(*) into v_ahead from autotag.batches b
   where b.workspace_id = p_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
     and b.created_at < p_batch.created_at;
@@ -3290,15 +3293,15 @@ begin
     where a.admitted = 0);
 end $$;
 
--- Hands a batch to a worker, in the state from which it goes on. p_batch has its place in the window and what it reserves. The
--- caller holds its row.
+-- Assigns a batch to a worker and sets the state in which it continues. p_batch has its new admitted_at and reserved_tokens.
+-- The caller holds its row.
 create or replace function autotag.assign_batch(
   p_batch autotag.batches, p_worker uuid, p_provider autotag.provider_limits, p_now timestamptz
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  -- A file that asks what was asked before is deleted by its name, and built anew.
+  -- Its file asks an older question. In state `uploading` the worker finds the file by its name, deletes it and builds a new one.
   v_stale boolean := p_batch.state = 'planned' and coalesce(p_batch.asked_at < p_provider.question_since, false);
 begin
   update autotag.batches b
@@ -3317,9 +3320,10 @@ begin
   where b.id = p_batch.id;
 end $$;
 
--- Which batches a worker gets to build, watch or harvest, under the limits of the hour and of the provider's queue.
+-- Assigns batches to workers, which build or harvest them, within the workspaces' windows and the provider's queue.
 
--- How many batches a workspace may still start in the current hour, and images likewise. Reads only.
+-- How many more batches a workspace can start within its window, after its planned ones (so the number may be negative), and the
+-- most images that one window admits. Reads only.
 create or replace function autotag.batches_left(p_workspace_id uuid, out batches integer, out window_images integer)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3332,23 +3336,23 @@ as $$
   group by l.max_requests, l.max_units
 $$;
 
--- claim_batches: hands out whole batches, and the poll when it is due.
---   batches: [{batch, attempt, state, image_count, since, cancelled, openai_batch_id, input_file_id,
---     output_file_id, error_file_id, keep_files}], in the order to work on them: what OpenAI has finished is stored first,
---     then what was begun goes on (it holds queued tokens), then come the first batches of uploads, then the others.
---     Where the provider's queue is too short for all of them, the workspace that has the fewest tokens there is first.
---     What there is no room for is passed by smaller ones until it has waited for batch_patience; from then on nobody
---     begins before it.
---   poll: [{id, since (epoch seconds: it is not older at OpenAI)}] of the batches in flight when they are to be
---     looked at now, else null; cancel: ids of those that are to be cancelled at OpenAI before.
---   files: ids of files that nobody needs any more, to be deleted at OpenAI (files_deleted).
---   question: as in claim(). A batch's keep_files: seconds after which the provider is to delete its files; null: it takes
---   no expiry.
---   look_up: the model, when the provider is to be asked about it now (provider_checked), else null.
---   While nobody knows whether the question works no batch is begun: single calls try it, if need be one of a batch's own
---   images (release_probe).
---   wait: seconds until there may be more; null when only a notification can bring some.
--- Locks: provider, windows by workspace, batches by id.
+-- claim_batches: assigns at most p_slots whole batches to a worker, and the poll of the provider if it is due. p_question: the
+-- version of the question that the worker has; null: none.
+--   batches: [{batch, attempt, state, image_count, since, cancelled, openai_batch_id, input_file_id, output_file_id,
+--     error_file_id, keep_files}], in the order to work on them: batches that OpenAI has finished, batches in progress (they hold
+--     queued tokens), the first batch of each upload, the others. If the provider's queue is too short for all of them, the
+--     workspace with the fewest tokens in it goes first. Smaller batches overtake one that does not fit, until it has waited for
+--     batch_patience; after that no planned batch starts before it.
+--     since: epoch seconds; the batch and its files at OpenAI are not older. keep_files: seconds after which the provider is to
+--     delete its files; null: the provider supports no expiry.
+--   poll: [{id, since}] of all batches in flight if a poll is due, else null.
+--   cancel: ids of those to cancel at OpenAI before the poll.
+--   files: ids of files to delete at OpenAI (reported with files_deleted).
+--   question: as in claim().
+--   look_up: name of the model to check at the provider now (provider_checked), else null.
+--   wait: seconds until the next call; null: wait for a notification.
+-- While the question is not proven, no batch starts: single calls try it first, if necessary with an image of a planned batch
+-- (release_probe). Locks: provider, windows by workspace, batches by id.
 create or replace function autotag.claim_batches(
   p_worker uuid, p_slots integer,
   out batches jsonb, out poll jsonb, out cancel jsonb, out files jsonb, out wait double precision,
@@ -3358,7 +3362,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.sync_question(autotag.lock_provider());
-  v_now timestamptz := greatest(v_provider.refilled_at, v_provider.question_since);  -- what is claimed now is asked this question
+  v_now timestamptz := greatest(v_provider.refilled_at, v_provider.question_since);  -- so asked_at shows that it asks this question
   v_settings autotag.settings;
   v_slots integer := least(greatest(coalesce(p_slots, 0), 0), 1000);
   v_queue autotag.batch_queue;
@@ -3371,7 +3375,7 @@ begin
     question := v_provider.question || jsonb_build_object('version', v_provider.question_version);
   end if;
   if not autotag.lock_worker(p_worker) then
-    wait := 1;  -- its next heartbeat registers it again
+    wait := 1;  -- its next heartbeat returns false, and it registers again
     return;
   end if;
   if autotag.asks_another_provider(p_worker, v_provider) then
@@ -3397,20 +3401,20 @@ begin
     look_up := v_provider.question ->> 'model';
   end if;
   if poll is not null or files <> '[]' or look_up is not null then
-    -- what it then says of the provider is listened to (record_poll, report_poll_failure, provider_checked)
+    -- allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked)
     update autotag.workers w set look_at = v_now where w.id = p_worker;
   end if;
   update autotag.provider_limits p
   set next_poll_at = v_provider.next_poll_at,
       probe_at = case when p.account_error is null or v_taken.ids = '{}' then p.probe_at
         else v_now + v_settings.account_probe_interval end,
-      -- another worker asks about the model in ten minutes, should this one not come to tell
+      -- if this worker does not report, another one checks the model in 10 minutes
       checked_at = case when look_up is null then p.checked_at else v_now - v_settings.model_check_interval + interval '10 min' end;
   wait := case when v_taken.again then 0
     else autotag.real_seconds(autotag.next_batch_claim(v_provider, files <> '[]', v_now) - v_now) end;
 end $$;
 
--- The batches that a worker has got, in the order to work on them (claim_batches: batches).
+-- The batches p_ids, in this order, as claim_batches() returns them.
 create or replace function autotag.describe_batches(p_ids uuid[]) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3424,7 +3428,7 @@ begin
     from unnest(p_ids) with ordinality t (id, i) join autotag.batches b on b.id = t.id);
 end $$;
 
--- What is to be looked at, cancelled and deleted at OpenAI (claim_batches: poll, cancel, files).
+-- The batches to poll and to cancel, and the files to delete at OpenAI (claim_batches: poll, cancel, files).
 create or replace function autotag.list_polls(out poll jsonb, out cancel jsonb, out files jsonb)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3444,8 +3448,8 @@ begin
   where f.id is not null;
 end $$;
 
--- When a worker has to ask for batches again: for the next look at OpenAI, or when a batch that waits may go on; null: only a
--- notification can bring some. p_more_files: there may be more files to delete.
+-- When a worker should call claim_batches() again: for the next poll, or when a delayed batch is due; null: only after a
+-- notification. p_more_files: there may be more files to delete.
 create or replace function autotag.next_batch_claim(p_provider autotag.provider_limits, p_more_files boolean, p_now timestamptz)
 returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -3461,8 +3465,8 @@ begin
   ) due_times (due));
 end $$;
 
--- The batch if this worker (of the login that calls) holds it, locked together with its job; else a refusal that tells the
--- worker to let go of it.
+-- Locks a batch and its job, and returns the batch. Refuses a worker that does not hold it (any more) with this attempt, and
+-- workers of another login. Locks: job, batch.
 create or replace function autotag.lock_held_batch(p_worker uuid, p_batch uuid, p_attempt integer) returns autotag.batches
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3474,16 +3478,16 @@ begin
   select * into v_batch from autotag.batches b
   where b.id = p_batch and b.worker_id = p_worker and b.attempt = p_attempt for update;
   if not found or not autotag.is_own_worker(p_worker) then
-    perform autotag.refuse(409, 'batch_not_held', 'This batch is not held by this worker any more.',
-      'Let go of it: another worker has it, or it was cancelled.', jsonb_build_object('batch', p_batch));
+    perform autotag.refuse(409, 'batch_not_held', 'This worker does not hold this batch any more.',
+      'Stop working on it: another worker has it, or it was cancelled.', jsonb_build_object('batch', p_batch));
   end if;
   return v_batch;
 end $$;
 
 -- From a planned batch to a batch at OpenAI.
 
--- The images of a batch that still need an answer, after a task id, at most 1,000: [{task, asset_id, bucket, path, url,
--- refused, cap}]. None of a batch that the worker does not hold.
+-- One page of a batch's images that still need an answer: the next p_limit (at most 1,000) after task p_after, as
+-- [{task, asset_id, bucket, path, url, refused, cap}]. Empty if the worker does not hold the batch.
 create or replace function autotag.batch_images(
   p_worker uuid, p_batch uuid, p_attempt integer, p_after bigint, p_limit integer
 ) returns jsonb
@@ -3504,8 +3508,8 @@ as $$
     on d.asset_id = p.asset_id
 $$;
 
--- The input file is full: the images after p_last_task become a batch of their own, which waits its own turn under the
--- limits. Nothing happens when none would be left, or when the file is not being built. Locks: job, batches, tasks.
+-- The input file is full: moves the images after p_last_task to a new planned batch. Does nothing if the old or the new batch
+-- would have no image, or if the file is not being built. Locks: job, batches, tasks.
 create or replace function autotag.batch_split(p_worker uuid, p_batch uuid, p_attempt integer, p_last_task bigint) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3527,7 +3531,7 @@ begin
   perform pg_notify('autotag', 'batch');
 end $$;
 
--- Live tasks of a batch, locked in order.
+-- Locks the unfinished tasks of a batch by id, and returns their ids.
 create or replace function autotag.lock_batch_tasks(p_batch uuid) returns bigint[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3541,8 +3545,8 @@ begin
   return v_tasks;
 end $$;
 
--- The worker that holds a batch says what it does next: preparing (from the beginning, or again while nothing of it is
--- created), uploading, then creating, with its file.
+-- The worker that holds a batch reports its next step: preparing (also again, until the batch is being created), uploading, then
+-- creating with the id of the input file. Locks: job, batch, tasks.
 create or replace function autotag.batch_step(
   p_worker uuid, p_batch uuid, p_attempt integer, p_state text, p_input_file_id text default null
 ) returns void
@@ -3558,20 +3562,20 @@ begin
       when 'creating' then v_batch.state in ('uploading', 'creating') and p_input_file_id is not null end, false) then
     perform autotag.refuse(400, 'step_out_of_order',
       format('A batch that is %s cannot be %s next.', v_batch.state, coalesce(autotag.printable(p_state, 20), 'nothing')),
-      'Prepare, upload, create; creating needs the id of the file.', jsonb_build_object('batch', p_batch));
+      'The order is preparing, uploading, creating; creating needs the id of the input file.', jsonb_build_object('batch', p_batch));
   end if;
   update autotag.batches b
   set state = p_state, input_file_id = coalesce(p_input_file_id, b.input_file_id)
   where b.id = p_batch;
   if p_state = 'preparing' then
-    -- What an earlier worker noted while it built the file holds no more: the image is prepared again.
+    -- Errors that an earlier worker recorded while it built the file are void, because the images are prepared again.
     update autotag.tasks t set error_code = null, error = null where t.batch_id = p_batch and t.error_code is not null;
     perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'preparing');
     perform autotag.broadcast_progress(v_batch.job_id);
   end if;
 end $$;
 
--- OpenAI has the batch, which was being created. The worker lets go of it; the next poll looks at it.
+-- OpenAI has created the batch. The worker releases it, and the next poll covers it. Locks: provider, job, batch, tasks.
 create or replace function autotag.batch_submitted(
   p_worker uuid, p_batch uuid, p_attempt integer, p_openai_batch_id text, p_status text, p_input_file_id text
 ) returns void
@@ -3587,8 +3591,8 @@ begin
   p_openai_batch_id := autotag.clean_id(p_openai_batch_id);
   if v_batch.state <> 'creating' or p_openai_batch_id is null
     or exists (select from autotag.batches b where b.openai_batch_id = p_openai_batch_id) then
-    perform autotag.refuse(400, 'step_out_of_order', 'This is no batch that was being created.',
-      'Create it first, and pass the id that the provider gave it.', jsonb_build_object('batch', p_batch));
+    perform autotag.refuse(400, 'step_out_of_order', 'This batch is not being created.',
+      'Create it at the provider first, and pass the id that the provider returned.', jsonb_build_object('batch', p_batch));
   end if;
   update autotag.batches b
   set state = 'submitted', worker_id = null, openai_batch_id = p_openai_batch_id,
@@ -3600,11 +3604,11 @@ begin
   perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'submitted',
     (select v_now + make_interval(secs => b.predicted_seconds) from autotag.batches b where b.id = p_batch));
   perform autotag.broadcast_progress(v_batch.job_id, autotag.refresh_eta(v_batch.job_id));
-  -- To have a batch proves nothing of the model: only an answer does.
+  -- Ends a pause that a batch began, but does not prove the question: only an answer does.
   perform autotag.resume_tagging('batch');
   update autotag.provider_limits p
   set next_poll_at = case
-    -- its webhook came before its id was known here
+    -- its webhook arrived before its id was stored
     when exists (select from autotag.webhooks w where w.openai_batch_id = p_openai_batch_id) then '-infinity'
     when p.next_poll_at < v_now then v_now + s.batch_poll_interval
     else least(p.next_poll_at, v_now + s.batch_poll_interval) end
@@ -3612,14 +3616,19 @@ begin
   perform pg_notify('autotag', 'batch');
 end $$;
 
--- What becomes of a batch that cannot go on: another try, smaller batches, or single calls.
+-- Batches that cannot go on: they are retried, planned again, or replaced by single calls.
 
--- The worker could not go on: {kind, code, message, retry_after, origin, parameter}. Of the account: both lanes stop.
--- Transient: another try later, by whoever comes first; in `creating` not before batch_create_grace has passed,
--- because a request that seemed to fail may yet arrive. A batch that the provider refuses as such is split into single calls,
--- whose answers say more: at once where it says why, else after max_bad_answers refusals, or after three times max_failures
--- troubles of any kind while single calls work. If the files or batches routes do not exist while single calls work, the
--- provider has no Batch API, and claim() makes single calls of what was planned. One that refuses an expiry is asked for another.
+-- A worker could not go on with a batch. p_error: {kind, code, message, retry_after, origin, parameter}.
+--   account         Both lanes pause.
+--   transient       Any worker retries later; in `creating` not before batch_create_grace has passed, because a request that
+--                   seemed to fail may still arrive.
+--   image           The provider refuses this batch and says why: its images go as single calls, whose errors say more. They also
+--                   do after max_bad_answers times `request_refused`, and after 3 × max_failures failures of any kind while
+--                   single calls work.
+--   no_batch_api    The routes for files or batches do not exist while single calls work: the provider has no Batch API, and
+--                   claim() turns the planned batches into single calls.
+--   expires_after   The provider refuses this expiry of files: the next one is tried (7 days, 14 days, none).
+-- Locks: provider, workspace, job, batch, tasks.
 create or replace function autotag.report_batch_failure(p_worker uuid, p_batch uuid, p_attempt integer, p_error jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3634,12 +3643,13 @@ begin
   select * into v_settings from autotag.settings;
   p_error := autotag.clean_error(p_error, null);
   if p_error ->> 'code' = 'no_batch_api' and v_state not in ('preparing', 'uploading', 'creating') then
-    p_error := p_error || '{"kind": "transient", "code": "provider_error"}';  -- a file that is gone is no missing API
+    p_error := p_error || '{"kind": "transient", "code": "provider_error"}';  -- only a file is missing
   elsif p_error ->> 'code' = 'no_batch_api' and v_provider.proven_at is not null then
     update autotag.provider_limits set has_batches = false, batches_refused = true;
     p_error := p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'parameter' = 'expires_after' and v_kept is not null then
-    -- Azure keeps files for at least 14 days; others know no expiry at all. One step, however many batches have asked so.
+    -- Azure requires at least 14 days; other providers support no expiry. Several batches may report the same refusal, which is
+    -- one step only.
     update autotag.provider_limits p set keep_files = case when v_kept < 1209600 then 1209600 end where p.keep_files = v_kept;
     p_error := p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'kind' = 'account'
@@ -3651,7 +3661,7 @@ begin
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
   v_batch := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
-  -- A request that is refused again and again, for whatever reason, will not be accepted either.
+  -- After so many refusals or failures, another try would not succeed either.
   if p_error ->> 'kind' = 'image'
     or p_error ->> 'code' = 'request_refused' and v_batch.failures + 1 >= v_settings.max_bad_answers
     or v_state <> 'harvesting' and v_provider.proven_at is not null and v_batch.failures + 1 >= 3 * v_settings.max_failures then
@@ -3659,7 +3669,7 @@ begin
     perform autotag.requeue_batch(v_batch, false, 0, p_error ->> 'code', p_error ->> 'message');
     return;
   end if;
-  -- A file that OpenAI keeps not knowing is gone: it is built again.
+  -- If OpenAI does not find the input file after three failures, the file is lost and is built again.
   update autotag.batches b
   set worker_id = null, error = p_error ->> 'message',
       failures = b.failures + (select k.counts::integer from autotag.error_kinds k where k.kind = p_error ->> 'kind'),
@@ -3680,8 +3690,8 @@ begin
   perform pg_notify('autotag', 'realtime');
 end $$;
 
--- A look at OpenAI failed as a whole. Of the account: both lanes stop, if the worker was handed a look. Else the next look is
--- the next try, not before the provider said, whatever brings looks forward (another batch, a webhook). Locks: provider.
+-- A poll failed as a whole. An account error pauses both lanes if the worker was assigned a poll. The next poll is the retry; it
+-- waits for retry_after, even if another batch or a webhook makes it due earlier. Locks: provider.
 create or replace function autotag.report_poll_failure(p_worker uuid, p_error jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3698,9 +3708,9 @@ begin
   where p_error ->> 'retry_after' is not null;
 end $$;
 
--- Takes one image out of a planned batch and queues it as a single call, where there is no single call that could try a
--- question that has not proven itself. False when there is one, or no batch that can spare an image. Called by claim(), which
--- holds the provider row. Locks: workspace, job, batch, task.
+-- Queues one image of a planned batch as a single call, to try a question that is not proven. False: single calls are queued or
+-- in flight that can try it, or no planned batch has a second image. Called by claim(), which holds the provider row.
+-- Locks: workspace, job, batch, task.
 create or replace function autotag.release_probe() returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3736,8 +3746,8 @@ begin
   return true;
 end $$;
 
--- A provider without a Batch API: what was planned as batches of one job goes as single calls. False when there is no
--- such job. One at a time, for the same reason as seal_upload(). Called by claim(), which holds the provider row.
+-- The provider has no Batch API: turns the unsubmitted batches of one job into single calls. False: there is no such job. One
+-- job per call, for the same reason as in seal_upload(). Called by claim(), which holds the provider row.
 -- Locks: workspace, job, batches, tasks by id.
 create or replace function autotag.batches_to_single_calls(p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -3775,10 +3785,10 @@ begin
   return true;
 end $$;
 
--- Gives what a batch has left without an answer another try, in the cheapest way that is allowed: by batch again
--- (p_by_batch) when there are more than go in chunks, else as single calls. p_failures count for those of which nothing
--- is noted (batch_answers). Those that had their share of tries fail, with what is noted at the task or with this message.
--- The caller holds workspace, job and batch.
+-- Retries a batch's images without an answer, in the cheapest way allowed: in new batches if p_by_batch and there are more than
+-- chunk_max_images, else as single calls. p_failures are added to the images without a recorded error (batch_answers() counted
+-- the others). Images that reach max_failures fail with their recorded error, or else with p_code and p_message.
+-- The caller holds workspace, job and batch. Locks: tasks by id.
 create or replace function autotag.requeue_batch(
   p_batch autotag.batches, p_by_batch boolean, p_failures integer, p_code text, p_message text
 ) returns void
@@ -3811,9 +3821,9 @@ begin
   perform pg_notify('autotag', 'realtime');
 end $$;
 
--- 429s persist: what is left of one upload's single calls goes by the Batch API, because its images have waited
--- long enough. False when there is none. One at a time, for the same reason as seal_upload(). Called by claim(),
--- which holds the provider row. Locks: workspace, job, tasks by id.
+-- 429s persist: puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait. False: there is
+-- no such upload. One upload per call, for the same reason as in seal_upload(). Called by claim(), which holds the provider row.
+-- Locks: workspace, job, tasks by id.
 create or replace function autotag.single_calls_to_batch(p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3847,9 +3857,9 @@ begin
   return true;
 end $$;
 
--- What workers learn of the provider beside batches: files to delete, models, webhooks.
+-- Workers report other news of the provider: the model's shutdown date, its Batch API, deleted files, webhooks.
 
--- When a worker (of the login that calls) was handed a look at the provider last; null: never.
+-- When a worker (of the caller's login) was last assigned a poll of the provider; null: never.
 create or replace function autotag.is_poll_assigned(p_worker uuid) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3857,9 +3867,10 @@ begin
   return (select w.look_at from autotag.workers w where w.id = p_worker and w.login = session_user);
 end $$;
 
--- What the provider says of the model and of itself, asked once a day (claim_batches: look_up) of the worker that was handed
--- the question: {model, shutdown_date, batches}, each optional; `batches`: whether it has a Batch API. Of another model than
--- the one that is asked nothing is kept. Returns a sentence for the log when the model's end is near. Locks: provider.
+-- Records the daily check of the model and the provider (claim_batches: look_up). p_facts: {model, shutdown_date, batches}, each
+-- optional; batches: whether the provider has a Batch API. Ignores workers without an assigned poll, and the shutdown date of
+-- another model than the present one. Returns a sentence for the log if the model shuts down soon, else null.
+-- Locks: the model's row, provider.
 create or replace function autotag.provider_checked(p_worker uuid, p_facts jsonb) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3879,8 +3890,8 @@ begin
     end;
   end if;
   if v_date is not null and v_model is not null then
-    -- First, so that nobody waits for the models' rows with the provider's in hand. A row of its own, like its family's: the
-    -- end of one snapshot is not that of the others.
+    -- Before the provider row is locked, so that no transaction waits for a model's row while it holds that one. The model gets
+    -- its own row, a copy of its family's: the shutdown date of one snapshot does not hold for the others.
     m.name := v_model;
     m.shutdown_date := v_date;
     m.cap_parameter := coalesce(m.cap_parameter, 'max_completion_tokens');
@@ -3896,15 +3907,15 @@ begin
   end if;
   update autotag.provider_limits p
   set checked_at = autotag.now(),
-      -- What an attempt has shown stands: a list of batches may be there without a way to make one.
+      -- A failed attempt outweighs this check: a provider may list batches and not be able to create one.
       has_batches = case when p.batches_refused then false
         when jsonb_typeof(p_facts -> 'batches') = 'boolean' then (p_facts ->> 'batches')::boolean else p.has_batches end;
   perform pg_notify('autotag', 'realtime');
   return (autotag.describe_shutdown()) ->> 'message';
 end $$;
 
--- Files that are deleted at OpenAI need no deleting any more. (Of a batch that is over: nothing else comes of a lie than that
--- the provider keeps them until they expire.)
+-- Removes the ids of files that were deleted at OpenAI, so that they are not deleted again. Only for batches that have ended:
+-- after a false report OpenAI keeps the files until they expire, and nothing else happens. Locks: batches by id.
 create or replace function autotag.files_deleted(p_worker uuid, p_files text[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3924,9 +3935,9 @@ begin
     order by d.id for update);
 end $$;
 
--- A verified delivery. Returns what came of it: `accepted`, `replayed` (had it before), `ignored` (another
--- kind of event) or `unknown` (no batch of ours; one that is being created now is looked at when it is known).
--- Locks: provider.
+-- Handles a verified webhook delivery. Returns `accepted` (the next poll is due at once), `replayed` (this delivery was received
+-- before), `ignored` (another type of event) or `unknown` (no batch in flight has this id; if it is being created,
+-- batch_submitted() makes the poll due). Locks: provider.
 create or replace function autotag.receive_webhook(p_webhook_id text, p_event_type text, p_openai_batch_id text) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3938,7 +3949,7 @@ begin
     return 'ignored';
   end if;
   if coalesce(p_webhook_id !~ '^[!-~]{1,200}$', true) or autotag.clean_id(p_openai_batch_id) is null then
-    perform autotag.refuse(400, 'bad_webhook', 'A delivery has an id and names a batch.',
+    perform autotag.refuse(400, 'bad_webhook', 'A webhook delivery needs an id and the id of a batch.',
       'Pass the header webhook-id and the event''s data.id.');
   end if;
   v_provider := autotag.lock_provider();
@@ -3956,16 +3967,17 @@ begin
   return 'accepted';
 end $$;
 
--- A worker has looked at the batches that OpenAI has: they move, end, get lost or stuck.
+-- A worker reports a poll of the batches at OpenAI: they progress, end, get lost or get stuck.
 
--- What a worker that was handed a look has seen: [{id, status, output_file_id, error_file_id, total, done, error_code,
--- error, error_kind}], with status `gone` for one that OpenAI does not know (any more, or with this key). A batch that ended
--- waits for a worker to harvest it. OpenAI's queue being full is no failure: the batch is planned again. One that
--- stays gone is over. One that is stuck is cancelled, where the limits let its images go as single calls. Batches
--- that are not in flight are ignored, and rows that do not change are not touched. A worker that has seen many tells them a
--- few at a time, because meanwhile nothing else happens to their uploads. What the provider's words are worth is looked at
--- one by one: one that makes no sense is left out, like what another worker says.
--- Locks: provider (when the account was stopped), workspaces by id, jobs by id, batches by id, tasks by id.
+-- Records a poll: [{id, status, output_file_id, error_file_id, total, done, error_code, error, error_kind}]. Status `gone`:
+-- OpenAI does not know the batch (any more, or with this key). What happens to a batch:
+--   it has ended                       it waits to be harvested
+--   it failed: OpenAI's queue is full  it is planned again, which is no failure
+--   gone in several polls in a row     it ends, and its images are retried
+--   no progress for too long           it is cancelled, if the limits let its images go as single calls
+-- Ignores workers without an assigned poll, batches that are not in flight, and invalid elements. Writes only rows that change.
+-- A worker reports many batches in several calls, because a call holds the locks of their uploads.
+-- Locks: provider (if it pauses or resumes tagging), workspaces by id, jobs by id, batches by id, tasks by id.
 create or replace function autotag.record_poll(p_worker uuid, p_polled jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3994,18 +4006,18 @@ begin
   perform from autotag.batches b
   where b.openai_batch_id in (select s.id from unnest(v_polls) s) order by b.id for update;
   v_jobs := autotag.apply_poll(v_polls, v_look, v_proven, v_now);
-  -- Once an upload, however many of its batches have moved.
+  -- Once per upload, even if several of its batches have changed.
   for v_job in select distinct j from unnest(v_jobs) j order by j loop
     perform autotag.broadcast_progress(v_job, autotag.refresh_eta(v_job));
   end loop;
 end $$;
 
--- Validates what a worker says it has seen, and cuts it to its bounds. What names no batch or no status is left out.
+-- Validates a worker's poll and clamps its numbers. Drops elements without a valid batch id or status.
 create or replace function autotag.clean_poll(p_polled jsonb) returns autotag.batch_poll[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
-  -- Numbers of lines: a file has 50,000 at most.
+  -- total and done count lines, and a file has at most 50,000.
   return array(
     select row(i.id, i.status, autotag.clean_id(s ->> 'output_file_id'), autotag.clean_id(s ->> 'error_file_id'),
       coalesce(autotag.clean_number(s, 'total', 0, 50000), 0)::integer,
@@ -4017,29 +4029,28 @@ begin
     where i.id is not null and i.status is not null);
 end $$;
 
--- What a look says of the account. A look that works ends the trouble of earlier looks. A batch that failed because of the account
--- (no credit) stops the lanes. Locks: provider, in both cases.
+-- Applies a poll to the account: a poll that works ends the pause that a failed poll began, and a batch that failed with an
+-- account error (no credit) pauses tagging, as a single call would. Locks: provider, in both cases.
 create or replace function autotag.judge_poll(p_polled autotag.batch_poll[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_trouble text;
+  v_error text;
 begin
   if exists (select from autotag.provider_limits p where p.account_error_from = 'poll') then
     perform autotag.resume_tagging('poll');
     perform pg_notify('autotag', 'realtime');
   end if;
-  -- Of the account's trouble the batch is no more guilty than a single call.
-  select s.error into v_trouble from unnest(p_polled) s
+  select s.error into v_error from unnest(p_polled) s
   join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
   where s.status = 'failed' and s.error_kind = 'account' limit 1;
   if found then
-    perform autotag.pause_tagging(v_trouble, 'batch');
+    perform autotag.pause_tagging(v_error, 'batch');
   end if;
 end $$;
 
--- Changes each batch as it was seen, and returns the jobs of those that have moved. p_look: when the worker was handed this
--- look; p_proven: single calls work. The caller holds workspaces, jobs and batches.
+-- Applies a poll to each batch in flight, and returns the jobs of the batches that have changed. p_look: when the worker was
+-- assigned this poll; p_proven: single calls work. The caller holds workspaces, jobs and batches.
 create or replace function autotag.apply_poll(
   p_polled autotag.batch_poll[], p_look timestamptz, p_proven boolean, p_now timestamptz
 ) returns uuid[]
@@ -4047,31 +4058,31 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
-  v_polls autotag.batch_poll;
+  v_poll autotag.batch_poll;
   v_batch autotag.batches;
   v_jobs uuid[] := array[]::uuid[];
 begin
   select * into v_settings from autotag.settings;
-  for v_polls in
+  for v_poll in
     select s.* from unnest(p_polled) s
     join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
     order by b.id
   loop
-    select * into v_batch from autotag.batches b where b.openai_batch_id = v_polls.id and b.state = 'submitted';
-    if v_polls.status = 'gone' then
+    select * into v_batch from autotag.batches b where b.openai_batch_id = v_poll.id and b.state = 'submitted';
+    if v_poll.status = 'gone' then
       perform autotag.count_missing_poll(v_batch, p_look);
-    elsif v_polls.status = 'failed' and (v_polls.error_code = 'token_limit_exceeded'
-      -- … unless single calls work all the while: then batches are what this account or deployment cannot do
-      or v_polls.error_kind = 'account' and (not p_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
+    elsif v_poll.status = 'failed' and (v_poll.error_code = 'token_limit_exceeded'
+      -- If single calls work, an account error counts: after max_bad_answers, this account or deployment cannot do batches.
+      or v_poll.error_kind = 'account' and (not p_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
       update autotag.batches b
-      set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_polls.error,
+      set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_poll.error,
           not_before = p_now + v_settings.batch_poll_interval,
-          failures = b.failures + (v_polls.error_kind = 'account' and p_proven)::integer
+          failures = b.failures + (v_poll.error_kind = 'account' and p_proven)::integer
       where b.id = v_batch.id;
-    elsif v_batch.openai_status is distinct from v_polls.status or v_batch.request_done < v_polls.done or v_batch.missing_polls > 0 then
-      perform autotag.move_batch(v_batch, v_polls, p_now);
+    elsif v_batch.openai_status is distinct from v_poll.status or v_batch.request_done < v_poll.done or v_batch.missing_polls > 0 then
+      perform autotag.move_batch(v_batch, v_poll, p_now);
       v_jobs := array_append(v_jobs, v_batch.job_id);
-    elsif not v_batch.cancel_requested and v_polls.status in ('validating', 'in_progress', 'finalizing')
+    elsif not v_batch.cancel_requested and v_poll.status in ('validating', 'in_progress', 'finalizing')
       and (v_batch.progress_at <= p_now - v_settings.batch_stuck_after
         or v_batch.submitted_at <= p_now - v_settings.batch_give_up_after)
       and autotag.predict_wait(v_batch.workspace_id, v_batch.image_count - v_batch.express_count - v_batch.request_done)
@@ -4086,23 +4097,24 @@ begin
   return v_jobs;
 end $$;
 
--- OpenAI does not know the batch: it is over after batch_max_missing_polls looks in a row. The caller holds workspace, job and batch.
+-- Counts a poll that did not find the batch at OpenAI. After batch_max_missing_polls in a row the batch ends, and its images are
+-- retried. p_look: as in apply_poll(). The caller holds workspace, job and batch.
 create or replace function autotag.count_missing_poll(p_batch autotag.batches, p_look timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if p_batch.last_missing_poll_at = p_look then  -- each look counts once
+  if p_batch.last_missing_poll_at = p_look then  -- this poll is counted already
     return;
   end if;
   update autotag.batches b set missing_polls = b.missing_polls + 1, last_missing_poll_at = p_look where b.id = p_batch.id;
   if p_batch.missing_polls + 1 >= (select s.batch_max_missing_polls from autotag.settings s) then
-    perform autotag.end_batch(p_batch, 'OpenAI does not know this batch any more (or not with this key).');
+    perform autotag.end_batch(p_batch, 'OpenAI does not know this batch (any more, or with this key).');
     perform autotag.requeue_batch(p_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
   end if;
 end $$;
 
--- Moves a batch whose status or count of answers has changed: its row is updated, and its images where users can see a difference. A
--- batch that has ended waits to be harvested. The caller holds job and batch. Locks: tasks by id.
+-- Updates a batch whose status or count of answers has changed, and its images if users can see a difference. A batch that has
+-- ended waits to be harvested. The caller holds job and batch. Locks: tasks by id.
 create or replace function autotag.move_batch(p_before autotag.batches, p_polled autotag.batch_poll, p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4136,10 +4148,10 @@ begin
   end if;
 end $$;
 
--- What becomes of a batch that OpenAI has: it moves, ends, is harvested; its images are tagged or tried again.
+-- Harvesting a batch that has ended: its answers are stored, and its images without an answer are retried.
 
--- The batch is over, whatever it brought: everybody is told, once, because this is the only place that sends
--- batch-complete. What it leaves without an answer is for requeue_batch(). The caller holds it and its job.
+-- Ends a batch with any outcome, and broadcasts batch-complete if OpenAI had it. Only this function does, so it is sent once.
+-- Images without an answer are left to requeue_batch(). p_error: null keeps the row's. The caller holds the batch and its job.
 create or replace function autotag.end_batch(p_batch autotag.batches, p_error text) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4157,7 +4169,7 @@ begin
   end if;
 end $$;
 
--- Puts tasks of a job (in order) into new batches of it, which wait their turn. The caller holds job and tasks.
+-- Puts tasks of a job, in this order, into new planned batches of the job. The caller holds job and tasks.
 create or replace function autotag.place_in_batches(p_job autotag.jobs, p_tasks bigint[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4192,23 +4204,23 @@ begin
   perform pg_notify('autotag', 'batch');
 end $$;
 
--- Answers of a batch's lines, or images that could not become lines: [{task, result | error, usage}]. A task
--- that is not this batch's any more, or has its answer, is ignored, so that harvesting twice changes nothing. Images that
--- may be tried again are left to batch_finish(), which knows how many there are: why is noted at the task, once, with what
--- it counts. Returns {accepted, notices}: how many ended, and sentences for the log.
--- Locks: provider (first where an error is about everybody; else last and only if it is free), workspace, job, batch, tasks.
+-- Stores answers of a batch, and errors of images that could not become lines of its file: [{task, result | error, usage}].
+-- Ignores tasks that are not in this batch any more or have their answer, so a second harvest changes nothing. An error that
+-- allows a retry is only recorded on its task, once, with its failure; batch_finish() retries these images, because only then
+-- their number is known. Returns {accepted, notices: [{event, notice}]}: how many tasks ended, and sentences for the log.
+-- Locks: provider (first if an error concerns every image; else last, and only if it is free), workspace, job, batch, tasks.
 create or replace function autotag.batch_answers(p_worker uuid, p_batch uuid, p_attempt integer, p_answers jsonb) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
 as $$
 declare
   v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
   v_batch autotag.batches;
-  v_general boolean;           -- an answer is about more than its own image
+  v_general boolean;           -- an error concerns every image: of kind account, or a refused parameter
   v_answers autotag.answer[];
-  v_again autotag.answer[];    -- of these, those that are left to batch_finish
+  v_again autotag.answer[];    -- of these, the errors that allow a retry
   v_notices jsonb;
 begin
-  perform set_config('request.jwt.claims', '', true);   -- triggers of the host's tables believe what stands there
+  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   perform autotag.check_list(p_answers);
   v_general := jsonb_path_exists(p_answers, '$[*].error ? (@.kind == "account" || @.parameter != null)');
   if v_general then
@@ -4237,7 +4249,7 @@ begin
   return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices);
 end $$;
 
--- The answers about images of this batch that still need one: validated, one for each image.
+-- Validates answers and returns those for images of this batch that still need one, at most one per image.
 create or replace function autotag.read_batch_answers(p_batch autotag.batches, p_answers jsonb) returns autotag.answer[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4253,14 +4265,14 @@ begin
         select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
           e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage, i
         from jsonb_array_elements(p_answers) with ordinality u (e, i)) a
-      -- of one that is noted already the error was counted before
+      -- where an error is recorded already, only a result is accepted: another error must not count twice
       join autotag.tasks t on t.id = a.task and t.batch_id = p_batch.id and t.finished_at is null
         and (t.error_code is null or jsonb_typeof(a.result) = 'object')
       order by t.id, a.i) x);
 end $$;
 
--- Notes at their tasks the errors of images that may be tried again, and returns those answers: batch_finish() gives all of the
--- batch's images without an answer another try together. The caller holds the batch and its job. Locks: tasks.
+-- Records the errors that allow a retry on their tasks, and returns those answers: batch_finish() retries all images without an
+-- answer together. The caller holds the batch and its job. Locks: tasks.
 create or replace function autotag.leave_to_finish(p_answers autotag.answer[]) returns autotag.answer[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4284,7 +4296,7 @@ begin
   return v_again;
 end $$;
 
--- Every answer of the batch is stored. Images without one get another try (those of a cancelled job end).
+-- All answers of the batch are stored: ends it, and retries the images without an answer (those of a cancelled job fail).
 -- Locks: workspace, job, batch, tasks.
 create or replace function autotag.batch_finish(p_worker uuid, p_batch uuid, p_attempt integer) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -4466,14 +4478,13 @@ begin
   end loop;
 end $$;
 
--- What becomes of an image after its call: tags, a failure, or another try.
+-- The outcome of an image after its call: tags, a failure, or a retry.
 
--- The table of tasks is empty at one moment and full at the next, and a plan kept from the one reads all of the other. So
--- what joins with it is planned every time: by `execute` where a worker's every report passes, and where few do by
--- `plan_cache_mode`.
+-- A plan that was cached while the tasks table was empty would scan all of it when it is full. So queries that join it are
+-- planned each time: by `execute` in functions that every report passes, by `plan_cache_mode` in the others.
 
--- Ends tasks as failed; the sentence is what the user reads. Arrays run in parallel.
--- The caller holds the locks of jobs and tasks, and counts them with count_finished().
+-- Fails tasks. p_codes[i] and p_messages[i] (a sentence for the user) belong to p_tasks[i]. The caller holds the locks of jobs
+-- and tasks, and counts the tasks with count_finished().
 create or replace function autotag.fail_tasks(p_tasks bigint[], p_codes text[], p_messages text[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -4492,9 +4503,9 @@ begin
   perform autotag.show_stage(v_failed.assets, 'failed', 0, null, v_failed.errors);
 end $$;
 
--- Gives tasks another try as single calls, or fails those that had enough, or whose job was cancelled.
--- p_tries: [{task, failures (to add), delay (seconds; absent: at once), code, message, output_tokens (the least cap of the
--- next answer; absent: as ever), suspect (it stopped the lanes: the code is noted, and a second time counts)}].
+-- Requeues tasks as single calls. Fails those that reach max_failures or whose job was cancelled.
+-- p_tries: [{task, failures (to add), delay (seconds; absent: none), code, message, output_tokens (lowest cap of the next answer;
+-- absent: unchanged), suspect (its error paused tagging: the code is recorded, and the second such error counts as a failure)}].
 -- The caller holds the locks of workspaces, jobs and tasks.
 create or replace function autotag.requeue(p_tries jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -4540,11 +4551,11 @@ begin
   end loop;
 end $$;
 
--- Applies answers to tasks whose jobs the caller has locked (and their workspaces where an error may requeue): tags
--- are stored, failures end or requeue their image, counts follow. Each task has one answer at most: a result, or else
--- an error (clean_error) whose kind decides (error_kinds). One of kind image ends its image, unless `retry` says that
--- another answer may help: every such answer was paid for, so only max_bad_answers times. One that was cut off gets four
--- times the cap, until max_output_tokens was not enough. Returns sentences for the operator's log: [{event, notice}].
+-- Applies answers to their tasks: stores tags, fails or requeues images with an error, and counts both. Each task has at most one
+-- answer: a result, or an error (clean_error) whose kind decides (error_kinds). An error of kind image fails its image, unless
+-- `retry` says that another answer may help. Such retries end after max_bad_answers, because every answer is billed. After an
+-- answer that was cut off, the retry has four times the cap, up to max_cap(). Returns sentences for the operator's log:
+-- [{event, notice}]. The caller has locked the tasks' jobs, and their workspaces where an error may requeue.
 create or replace function autotag.apply_answers(p_answers autotag.answer[]) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4562,14 +4573,14 @@ begin
   return v_notices;
 end $$;
 
--- Stores the tags of answers without an error, ends their tasks and counts them. The caller: as in apply_answers.
+-- Stores the tags of answers without an error, deletes their tasks and counts them. The caller: as in apply_answers.
 create or replace function autotag.store_results(p_answers autotag.answer[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_done record;
 begin
-  -- Planned every time, like the reading of reports (read_reports).
+  -- `execute` plans it each time, as in read_reports().
   execute $q$
     with completed as (
       delete from autotag.tasks t using unnest($1) a
@@ -4587,7 +4598,7 @@ begin
   end if;
 end $$;
 
--- Ends images whose error no other try can mend, and counts them. Returns sentences for the operator's log. The caller: as in
+-- Fails images whose error no retry can fix, and counts them. Returns sentences for the operator's log. The caller: as in
 -- apply_answers.
 create or replace function autotag.end_failed(p_answers autotag.answer[], p_max_bad_answers integer) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -4615,7 +4626,7 @@ begin
   return v_failed.notices;
 end $$;
 
--- Gives the other images with an error another try, each after the delay of its kind. The caller: as in apply_answers.
+-- Requeues the other images with an error, each after the delay of its kind. The caller: as in apply_answers.
 create or replace function autotag.try_again(p_answers autotag.answer[], p_settings autotag.settings) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4626,7 +4637,7 @@ begin
       'task', a.task, 'code', a.error ->> 'code', 'message', a.error ->> 'message',
       'failures', (k.counts or a.error ? 'counts')::integer, 'suspect', k.pauses, 'output_tokens', autotag.next_cap(a),
       'delay', case
-        -- after the probe: another image has to show whether the trouble is over, not the same again
+        -- longer than the probe interval, so that the next probe is another image
         when k.pauses then extract(epoch from p_settings.account_probe_interval) + 1
         when k.delays then greatest((a.error ->> 'retry_after')::double precision,
           (0.8 + random() / 5) * least(extract(epoch from p_settings.retry_delay_max),
@@ -4642,9 +4653,9 @@ begin
   end if;
 end $$;
 
--- The highest cap that an answer of a workspace may have: what the settings say, and what fits into its window and into the
--- provider's limit beside the prompt. An image that needs more would wait for ever. (Nobody has told the planner that its
--- tables have one row: for a product of them it would compile.)
+-- The highest cap that an answer of a workspace may have: max_output_tokens, or less if less fits into its window and into the
+-- provider's limit beside the prompt. An image with a higher cap would wait forever. (jit is off because the planner does not
+-- know that these tables have one row each, and would compile for their product.)
 create or replace function autotag.max_cap(p_workspace_id uuid) returns integer
 language sql stable security definer set search_path = pg_catalog, pg_temp set jit = off
 as $$
@@ -4654,7 +4665,8 @@ as $$
   from autotag.settings s, autotag.provider_limits p, autotag.window_limits(p_workspace_id, 'realtime') l
 $$;
 
--- The least cap of the next answer about an image: four times that of one that was cut off; null where none was.
+-- The lowest cap of the next answer about an image: four times the cap of an answer that was cut off, up to max_cap(); null: the
+-- answer was not cut off.
 create or replace function autotag.next_cap(p_answer autotag.answer) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4663,10 +4675,14 @@ begin
     then least(4 * p_answer.output_tokens, autotag.max_cap(p_answer.workspace_id)) end;
 end $$;
 
--- Two kinds of error are not the image's: a refused parameter (the model's row takes its next form, and the image is tried
--- again at once), and any error of the provider, or answer that cannot be read, while nothing has worked with this question
--- (treated as a mistake in the configuration). The second error of kind account of one image counts as its failure
--- where others have succeeded meanwhile: one image alone must not stop everybody for ever. Returns the answers with their errors made into that. Locks: the provider row (which the caller holds), the model's row without waiting.
+-- Reclassifies errors that are not the image's fault, and returns all answers:
+--   * A refused parameter: the model's row gets its next request form, and the image is retried at once.
+--   * An error of the provider or an unreadable answer while the question is not proven: it becomes an account error, because the
+--     configuration is probably wrong.
+--   * A second account error of one image, although others have succeeded meanwhile: it counts as a failure of the image, so that
+--     one image cannot pause tagging forever.
+-- p_asked_at: when a batch's file was built; null: single calls, which have their own times. Locks: the provider row (which the
+-- caller holds), the model's row without waiting.
 create or replace function autotag.reclassify_errors(p_answers autotag.answer[], p_asked_at timestamptz default null) returns autotag.answer[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4675,13 +4691,13 @@ declare
   v_answers autotag.answer[] := array[]::autotag.answer[];
   v_answer autotag.answer;
   v_asked_at timestamptz;
-  v_settled text[] := array[]::text[];    -- parameters that have their next form since this call
+  v_settled text[] := array[]::text[];    -- parameters whose next form this call has set
   v_suspects text[] := (select k.suspects from autotag.error_kinds k where k.kind = 'account');
 begin
   select * into v_provider from autotag.provider_limits;
   foreach v_answer in array p_answers loop
     if v_answer.error is not null and (v_answer.error ->> 'kind' <> 'image'
-      -- words instead of JSON before anything has worked: the provider ignores the format that it was asked for
+      -- text instead of JSON while the question is not proven: the provider ignores response_format
       or v_answer.error ->> 'parameter' is not null and v_provider.proven_at is null) then
       v_asked_at := coalesce(p_asked_at, v_answer.reserved_at);
       if v_answer.error ->> 'parameter' is not null and (
@@ -4694,29 +4710,28 @@ begin
         and v_answer.error ->> 'origin' = 'provider' and v_asked_at >= v_provider.question_since then
         v_answer.error := v_answer.error || '{"kind": "account"}';
       elsif v_answer.error ->> 'kind' = 'account' and (
-          -- too large for this provider: a smaller picture may pass, so it may well be this one
+          -- too large for this provider: a smaller image may pass, so this image may be the cause
           v_answer.error ->> 'code' = any (v_suspects)
           or v_provider.proven_at is not null
             and exists (select from autotag.tasks t where t.id = v_answer.task and t.error_code is not null)) then
         v_answer.error := v_answer.error || '{"counts": true}';
       end if;
     elsif v_provider.proven_at is null and v_answer.error ->> 'code' = 'bad_answer' then
-      -- a model that cannot answer would cost every image its tries: it stops the lanes, and its image counts
+      -- A model whose answers cannot be read would fail every image, so it pauses tagging, and this image counts a failure.
       v_answer.error := v_answer.error || '{"kind": "account", "counts": true, "message": "The model''s answers cannot be read."}';
     end if;
     v_answers := v_answers || v_answer;
   end loop;
   if cardinality(v_settled) > 0 then
-    -- From now on this is another question: what is still under way in the old form is no word about the new one. The new
-    -- form is tried at once.
+    -- The new form is a new question, so answers to the old form prove nothing about it. It is tried at once.
     perform autotag.sync_question(v_provider);
     update autotag.provider_limits p set probe_at = null where p.proven_at is null;
   end if;
   return v_answers;
 end $$;
 
--- What answers say of the account, and of what to expect: an error of kind account stops the lanes, an answer of use
--- starts them; what answers to the present question used is learned. The caller holds the provider row.
+-- Applies answers to the account and the estimates: an account error pauses tagging, a usable answer resumes it, and the usage of
+-- answers to the present question is learned. p_asked_at: as in reclassify_errors(). The caller holds the provider row.
 create or replace function autotag.record_outcomes(p_answers autotag.answer[], p_asked_at timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4726,11 +4741,11 @@ declare
   v_inputs integer[];
   v_outputs integer[];
   v_good boolean;
-  v_works boolean;             -- one of them shows that it works now: it was asked after whatever made us doubt it
+  v_works boolean;             -- one of them was asked after the last account error or change of address, so tagging works now
 begin
   select * into v_provider from autotag.provider_limits;
   select array_agg((a.usage -> 'input')::integer) filter (where (a.usage -> 'input')::integer > 0),
-    -- what a cut-off answer would have needed nobody knows: at least what the next try may have
+    -- the length of a cut-off answer is unknown: it is estimated by the cap of the retry
     array_agg(case when a.error ->> 'code' = 'answer_too_long' then coalesce(autotag.next_cap(a), 1)
       else greatest((a.usage -> 'output')::integer, 1) end) filter (where (a.usage -> 'input')::integer > 0),
     coalesce(bool_or(a.error is null), false),
@@ -4743,7 +4758,7 @@ begin
   if v_good then
     update autotag.provider_limits p set has_rate_headers = false where p.has_rate_headers is null;
   end if;
-  -- What was asked before the question or the address changed says nothing of the present one.
+  -- Errors of calls from before the question or the address changed do not count.
   select a.error into v_error from unnest(p_answers) a
   where a.error ->> 'kind' = 'account' and coalesce(p_asked_at, a.reserved_at) >=
     greatest(v_provider.question_since, v_provider.fingerprint_since, case when p_asked_at is null then v_provider.proven_at end)
@@ -4754,7 +4769,7 @@ begin
       select t.worker_id from unnest(p_answers) a join autotag.tasks t on t.id = a.task where a.error ->> 'kind' = 'account'));
   elsif v_works and (v_provider.account_error is not null or v_provider.proven_at is null) then
     perform autotag.resume_tagging();
-    -- Whoever has shown that it works is asked from now on.
+    -- The address and key of a worker that succeeded become the present ones.
     perform autotag.switch_provider(w.base_url, w.fingerprint)
     from autotag.workers w
     where w.fingerprint is not null and w.id = (
@@ -4764,14 +4779,14 @@ begin
     perform pg_notify('autotag', 'batch');
   elsif v_provider.proven_at is null and exists (
     select from unnest(p_answers) a where a.error ->> 'kind' = 'image' or not a.called) then
-    -- This image has shown nothing: the next one tries at once.
+    -- This image has proven nothing: the next one tries at once.
     update autotag.provider_limits p set probe_at = null where p.account_error is null;
     perform pg_notify('autotag', 'realtime');
   end if;
 end $$;
 
--- The sentence for the operator about an error of kind account that a model (null: the present one) met; one that has shut
--- down is named with its successor.
+-- The sentence for the operator about an account error with p_model (null: the present model). If the model has been shut down,
+-- it says so and names the successor.
 create or replace function autotag.explain_account(p_error jsonb, p_model text default null) returns text
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4784,22 +4799,22 @@ end $$;
 
 -- Single calls: a worker reports their outcomes in bulk.
 
--- settle: a worker reports what became of its single calls, in bulk.
--- p_reports: [{task, attempt, result | error, usage: {input, cached, cache_write, output, reasoning, model, tier}, called}];
--- usage is there whenever the provider answered, also when the answer was of no use, and `called` when it was asked at all.
--- p_observed: the newest limits seen in answers' headers (update_provider_limits), and {sent, sent_age} (record_sent).
--- A report for a task that is not the worker's any more, or with an older attempt, is refused and changes
--- nothing; so is what another login says of a worker. Returns {accepted, notices: [{event, notice}]}: how many, and sentences for the log.
--- Locks: provider, workspaces (of errors), windows, jobs, tasks; each by id.
+-- settle: a worker reports the outcomes of its single calls.
+-- p_reports: [{task, attempt, result | error, usage: {input, cached, cache_write, output, reasoning, model, tier}, called}].
+--   usage: given whenever the provider answered, even if the answer was unusable. called: false if the call was not sent.
+-- p_observed: the newest limits from response headers (update_provider_limits), and {sent, sent_age} (record_sent).
+-- Ignores reports for tasks that the worker does not hold (any more), with an older attempt, or from another login.
+-- Returns {accepted, notices: [{event, notice}]}: the number of accepted reports, and sentences for the log.
+-- Locks: provider, workspaces (only where there are errors), windows, jobs, tasks; each by id.
 create or replace function autotag.settle(p_worker uuid, p_reports jsonb, p_observed jsonb default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
 as $$
 declare
   v_answers autotag.answer[];
   v_failed boolean;            -- whether any of them is an error
-  v_changed text;              -- the provider's limits have
+  v_changed text;              -- a sentence if the provider's limits have changed
 begin
-  perform set_config('request.jwt.claims', '', true);   -- triggers of the host's tables believe what stands there
+  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   perform autotag.check_list(p_reports);
   if not autotag.is_own_worker(p_worker) then
     return jsonb_build_object('accepted', 0, 'notices', '[]'::jsonb);
@@ -4823,7 +4838,7 @@ begin
   perform autotag.correct_windows(v_answers);
   perform from autotag.jobs j
   where j.id = any (array(select a.job_id from unnest(v_answers) a)) order by j.id for update;
-  -- With their jobs locked nobody else touches the tasks; what was taken away until then is not this worker's.
+  -- While the jobs are locked, no other transaction changes their tasks. Drop reports for tasks that the worker has lost.
   execute $q$ select array(
     select a from unnest($1) a join autotag.tasks t on t.id = a.task and t.attempt = a.attempt and t.worker_id = $2) $q$
   into v_answers using v_answers, p_worker;
@@ -4834,7 +4849,7 @@ begin
     || autotag.apply_answers(v_answers));
 end $$;
 
--- The reports about tasks that the worker holds: validated, one for each task.
+-- Validates reports and returns those for tasks that the worker holds, at most one per task.
 create or replace function autotag.read_reports(p_worker uuid, p_reports jsonb) returns autotag.answer[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4859,8 +4874,8 @@ begin
   return v_answers;
 end $$;
 
--- Corrects the mirror of the provider's bucket by what these calls have used, and by what their answers' headers say (p_observed, as
--- in settle). Returns a sentence for the log where the provider's limits have changed. The caller holds the provider row.
+-- Corrects the mirror of the provider's bucket by the usage of these calls and by their response headers (p_observed, as in
+-- settle). Returns a sentence for the log if the provider's limits have changed, else null. The caller holds the provider row.
 create or replace function autotag.correct_bucket(p_worker uuid, p_answers autotag.answer[], p_observed jsonb) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4880,7 +4895,7 @@ begin
     perform autotag.record_sent(p_worker, autotag.clean_number(p_observed, 'sent', 0, 100000)::integer,
       coalesce(autotag.clean_number(p_observed, 'sent_age', 0, 3600), 0));
   end if;
-  -- In this order: what the headers say holds whatever is given back.
+  -- The refund comes first: after it, the headers may still lower the mirror.
   if v_refund.requests <> 0 or v_refund.tokens <> 0 then
     perform autotag.refund_provider(v_refund.requests, v_refund.tokens);
   end if;
@@ -4890,15 +4905,15 @@ begin
   return null;
 end $$;
 
--- Corrects the windows of these answers' workspaces by what their calls have used. Locks: windows by workspace.
+-- Corrects the windows of these answers' workspaces by the usage of their calls. Locks: windows by workspace.
 create or replace function autotag.correct_windows(p_answers autotag.answer[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_window record;
 begin
-  -- Reserved by estimate, corrected by what was used: nothing where nothing was asked; no tokens where the
-  -- provider refused or failed; the estimate where nobody knows (the connection broke before the answer).
+  -- A call that was not sent counts no request and no tokens; one that the provider refused or failed counts no tokens. If the
+  -- usage is unknown because the connection broke before the answer, the reservation stays.
   for v_window in
     select a.workspace_id, a.reserved_at,
       -count(*) filter (where not a.called)::integer as requests,
@@ -5343,16 +5358,17 @@ as $$
     greatest(date_part('epoch', p_now - p_batch.submitted_at), 1)
 $$;
 
--- What an operator sees of the whole system (`autotag status`).
+-- The state of the whole system for an operator (`autotag status`).
 
--- The model that is asked and how, what it is known to use, its end, and what the provider can do: {name, reasoning_effort,
--- service_tier, answer_format, cap_parameter, prompt_tokens, output_tokens (means), cap, reserved, priced, proven, shutdown
--- (describe_shutdown), provider: {base_url, batches, rate_headers, keep_files}}; null in provider: not known yet.
+-- The model, how it is asked, what it uses, when it shuts down, and what the provider supports: {name, reasoning_effort,
+-- service_tier, answer_format, cap_parameter, prompt_tokens, output_tokens (means), cap, reserved, priced, cost_per_1000
+-- (dollars), proven, shutdown (describe_shutdown), provider: {base_url, batches, rate_headers, keep_files}}.
+-- null in provider: not known yet.
 create or replace function autotag.describe_model(p_provider autotag.provider_limits) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  -- What is asked from the next claim on, which may be another model than the last claim's.
+  -- The question from the next claim on; its model may differ from the last claim's.
   return (autotag.describe_question() - 'model' - 'max_tags' - 'tag_language') || jsonb_build_object(
     'name', (select s.model from autotag.settings s), 'prompt_tokens', p_provider.prompt_mean, 'output_tokens', p_provider.output_mean,
     'cap', p_provider.output_tokens, 'reserved', p_provider.tokens_per_image,
@@ -5362,7 +5378,7 @@ begin
       'rate_headers', p_provider.has_rate_headers, 'keep_files', p_provider.keep_files));
 end $$;
 
--- Why images have failed in the last day, the most frequent first.
+-- Errors of images that failed within the last day, at most p_max, most frequent first: [{code, message, images, last_at}].
 create or replace function autotag.recent_errors(p_max integer, p_now timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5376,8 +5392,8 @@ begin
       group by t.error_code order by count(*) desc limit p_max) x);
 end $$;
 
--- Everything that is going on, as one JSON object; lists are cut to p_max (200 at most). See the README for how it is shown.
--- It names workspaces, uploads, batches and workers by their ids, and no image; who learns an id may do nothing with it.
+-- The state of the system as one JSON object; lists are cut to p_max (at most 200). The README shows how it is printed.
+-- It contains ids of workspaces, uploads, batches and workers, and no image. To know an id gives no right to anything.
 create or replace function autotag.status(p_max integer default 20) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5428,7 +5444,7 @@ begin
       select jsonb_build_object('images', coalesce(sum(u.images), 0), 'requests', coalesce(sum(u.requests), 0),
         'input_tokens', coalesce(sum(u.input_tokens), 0), 'output_tokens', coalesce(sum(u.output_tokens), 0),
         'cost', coalesce(sum(u.cost), 0),
-        -- answers of models without a price: what they cost is not in there
+        -- requests to models without a price, whose cost is not included
         'unpriced_requests', coalesce(sum(u.requests) filter (where u.cost is null), 0),
         'unpriced_models', coalesce(jsonb_agg(distinct u.model) filter (where u.cost is null), '[]'))
       from autotag.usage u where u.day = (v_now at time zone 'utc')::date));
@@ -5481,7 +5497,7 @@ begin
                 from autotag.usage x where x.day = (v_now at time zone 'utc')::date) u);
 end $$;
 
--- What `autotag doctor` asks the database: everything that can be told from inside, each with what mends it.
+-- The findings of `autotag doctor` that the database can make by itself, each with its fix.
 
 -- One finding. level: ok, warning (works, but not as well as it should) or error (does not work).
 create or replace function autotag.finding(p_check text, p_level text, p_message text, p_fix text default null) returns jsonb
@@ -5491,9 +5507,9 @@ as $$
     'fix', case when p_level <> 'ok' then p_fix end)
 $$;
 
--- What the database can tell of the installation: {findings: [{check, level, message, fix}] in the order a
--- reader wants them, now (epoch seconds), model, sample}. sample is the one image that anybody is told of who has not
--- claimed it: bucket and path, without which the doctor could not try to read a file.
+-- Checks the installation: {findings: [{check, level, message, fix}] in the order to show them, now (epoch seconds), model,
+-- sample}. sample: bucket and path of one image, which the doctor tries to read. It is the only image whose location a worker's
+-- login learns without a claim.
 create or replace function autotag.diagnose() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5512,9 +5528,9 @@ begin
     'now', extract(epoch from autotag.now()), 'model', (select s.model from autotag.settings s), 'sample', v_host.sample);
 end $$;
 
--- What the doctor asks about rights: who may do what here.
+-- The doctor's checks of logins and rights.
 
--- Whether a login may do everything here: it is a superuser, or a member of the owner of autotag's schema or of the database.
+-- Whether a login may do everything: it is a superuser, or a member of the role that owns autotag's schema or the database.
 create or replace function autotag.is_owner(p_login name) returns boolean
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5525,8 +5541,8 @@ as $$
       or pg_has_role(m.oid, (select d.datdba from pg_database d where d.datname = current_database()), 'member')))
 $$;
 
--- The logins that may work, but for superusers and the owner's own (a hosted project's cli_login_postgres is one), who may do
--- everything anyway.
+-- The logins of workers: those in autotag_worker that are not owners (is_owner). On a hosted project, cli_login_postgres is an
+-- owner, too.
 create or replace function autotag.worker_logins() returns name[]
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5548,15 +5564,15 @@ begin
   from autotag.workers w where w.lease_until > v_now and autotag.is_owner(w.login);
   return case
     when p_logins = '{}' then autotag.finding('roles', 'warning',
-      'No login of its own is granted autotag_worker; the worker then has to run as the owner, who may do everything.',
+      'No separate login has the role autotag_worker, so workers have to log in as the owner, which may do everything.',
       'create role tagger login in role autotag_worker;   -- then its password with psql''s \password tagger')
     when v_owners is not null then autotag.finding('roles', 'warning',
-      format('A worker is logged in as %s, who may do everything.', v_owners),
-      format('Put a login that may only work (%s) into its DATABASE_URL and restart it.', array_to_string(p_logins, ', ')))
+      format('A worker is logged in as %s, which may do everything.', v_owners),
+      format('Use a login for workers (%s) in its DATABASE_URL and restart it.', array_to_string(p_logins, ', ')))
     else autotag.finding('roles', 'ok', format('Workers may log in as %s.', array_to_string(p_logins, ', '))) end;
 end $$;
 
--- Whether users may call just the RPCs.
+-- Whether signed-in users may call the RPCs, anon may call none of autotag's functions, and the API does not expose their schema.
 create or replace function autotag.diagnose_grants() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5572,7 +5588,7 @@ begin
     when exists (select from pg_catalog.pg_db_role_setting s cross join unnest(s.setconfig) c
         where c ~ '^pgrst[.]db_schemas=(.*[, ])?"?autotag"?([, ]|$)')
       then autotag.finding('grants', 'error', 'The API exposes the schema autotag; only its functions in public are for users.',
-        'Take autotag out of the exposed schemas (Project Settings, Data API), or: alter role authenticator set pgrst.db_schemas = ''public'';')
+        'Remove autotag from the exposed schemas (Project Settings, Data API), or: alter role authenticator set pgrst.db_schemas = ''public'';')
     when not has_function_privilege('authenticated', 'public.enqueue_tagging(uuid[])', 'execute')
       then autotag.finding('grants', 'error', 'Signed-in users may not call enqueue_tagging.',
         'grant execute on function public.enqueue_tagging to authenticated;')
@@ -5588,14 +5604,15 @@ begin
     when exists (
       select from unnest(p_logins) login where has_database_privilege(login, current_database(), 'temporary'))
       then autotag.finding('temporary objects', 'warning',
-        'Workers'' logins may create temporary objects, which nothing of autotag needs.',
+        'Workers'' logins may create temporary objects, which autotag does not need.',
         format('revoke temporary on database %I from public;   -- then grant it to the roles that need it', current_database()))
-    else autotag.finding('temporary objects', 'ok', 'Workers'' logins may create none.') end;
+    else autotag.finding('temporary objects', 'ok', 'Workers'' logins may not create temporary objects.') end;
 end $$;
 
--- What the doctor asks about the host's tables.
+-- The doctor's checks of the host's tables.
 
--- An image of the newest upload's workspace that lies in Storage, to see whether it can be read; null: there is none.
+-- {bucket, path} of an image in Storage, of the workspace with the newest upload, so that the doctor can try to read it; null:
+-- there is none.
 create or replace function autotag.sample_image() returns jsonb
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5605,7 +5622,7 @@ as $$
   where d.bucket is not null and d.path is not null limit 1
 $$;
 
--- Whether rows name files of their own workspace, and who could write others.
+-- Whether rows name files of their own workspace only, and whether signed-in users could write other rows.
 create or replace function autotag.diagnose_files() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5617,29 +5634,29 @@ declare
 begin
   if v_rule = 'any' then
     return autotag.finding('files', 'warning',
-      'A row may name any file of the project (rule any), and its workspace gets that picture''s tags.' || v_open,
+      'A row may name any file of the project (rule any), and its workspace gets that image''s tags.' || v_open,
       'Set a rule: autotag init --file-rule workspace-folder   (docs/install.md, "Whose a file is")');
   elsif v_look.broken > 0 then
     return autotag.finding('files', 'warning',
-      format('%s of %s rows looked at name a file that is not their workspace''s (rule %s) and are not tagged, for example %s.',
+      format('%s of %s checked rows name a file of another workspace (rule %s) and are not tagged, for example %s.',
         v_look.broken, v_look.looked_at, v_rule, array_to_string(v_look.examples, ', ')) || v_open,
       'Correct these rows, or the rule in autotag.describe_assets.');
   end if;
   return autotag.finding('files', case when v_open <> '' and v_rule in ('uploader-folder', 'owner') then 'warning' else 'ok' end,
-    format('Rows name files of %s (rule %s; %s rows looked at).',
+    format('Rows name files of %s (rule %s; %s rows checked).',
         case when v_rule in ('uploader-folder', 'owner') then 'members of their workspace' else 'their own workspace' end,
         v_rule, v_look.looked_at)
       || case when not autotag.users_see_files() and v_rule <> 'none'
-        then ' Row level security of storage.objects is not asked (autotag.users_see_files).' else '' end
+        then ' Row level security of storage.objects is not checked (autotag.users_see_files).' else '' end
       || v_open || case
         when v_open = '' then ''
-        when v_rule in ('uploader-folder', 'owner') then ' They get the tags of any file of a colleague, whatever its workspace.'
+        when v_rule in ('uploader-folder', 'owner') then ' They get the tags of any file of a colleague, in any workspace.'
         else ' autotag does not tag them.' end,
     case when v_open <> '' and v_rule in ('uploader-folder', 'owner')
-      then 'Let a policy of the table say that whoever inserts a row uploaded it (… = (select auth.uid())).' end);
+      then 'Add a policy that lets users insert only rows that name them as the uploader (… = (select auth.uid())).' end);
 end $$;
 
--- Whether the adapter's functions fit the host's tables, and what rows say of files. sample: an image to try to read.
+-- Whether the adapter's functions fit the host's tables, and whether rows name the right files. sample: as in sample_image().
 create or replace function autotag.diagnose_host(out findings jsonb, out sample jsonb)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5656,10 +5673,10 @@ exception when others then
     'Correct autotag.is_member, autotag.describe_assets, autotag.store_tags and autotag.show_stage.'));
 end $$;
 
--- What the doctor asks about what runs: the clock, broadcasts, workers.
+-- The doctor's checks of what runs: pg_cron, the clock, broadcasts, workers.
 
--- Whether pg_cron runs a job, and how its last run went; null without pg_cron. Looked up by name at run time,
--- because without the extension there is no such table to compile against.
+-- Whether pg_cron runs both jobs, and whether their last runs succeeded. The queries are dynamic, because without the extension
+-- its tables do not exist.
 create or replace function autotag.diagnose_cron() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5668,14 +5685,14 @@ declare
   v_failed text;
 begin
   if to_regclass('cron.job') is null then
-    return autotag.finding('pg_cron', 'warning', 'pg_cron is not installed; a worker does its work while one runs.',
+    return autotag.finding('pg_cron', 'warning', 'pg_cron is not installed; a running worker does its work instead.',
       'Enable pg_cron in the dashboard (Integrations), then: select autotag.schedule_cron();');
   end if;
   execute format('select array_agg(j.jobname::text order by j.jobname) from %I.job j
     where j.active and j.jobname like ''autotag-%%'' and j.database = current_database()', 'cron') into v_jobs;
   if v_jobs is distinct from array['autotag-housekeeping', 'autotag-tick'] then
     return autotag.finding('pg_cron', 'error',
-      format('The jobs autotag-tick and autotag-housekeeping should be scheduled; there are: %s.',
+      format('The jobs autotag-tick and autotag-housekeeping should be scheduled; these are: %s.',
         coalesce(array_to_string(v_jobs, ', '), 'none')),
       'select autotag.schedule_cron();');
   end if;
@@ -5692,7 +5709,7 @@ begin
   return autotag.finding('pg_cron', 'ok', 'Both jobs are scheduled, and no last run failed.');
 end $$;
 
--- Whether autotag's time passes.
+-- Whether tick() runs, and autotag.now() is the real time.
 create or replace function autotag.diagnose_clock() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5702,21 +5719,21 @@ declare
 begin
   return case
     when (select s.test_clock from autotag.settings s) then autotag.finding('clock', 'error',
-      'settings.test_clock is on: any session can bend autotag''s time.', 'update autotag.settings set test_clock = false;')
+      'settings.test_clock is on: any session can change autotag''s time.', 'update autotag.settings set test_clock = false;')
     when v_ticked = '-infinity' then autotag.finding('clock', 'warning',
-      'autotag has never ticked.', 'autotag worker   (or wait a minute for pg_cron)')
+      'autotag.tick() has never run.', 'autotag worker   (or wait a minute for pg_cron)')
     when v_ticked < v_now - interval '5 min' then autotag.finding('clock', 'error',
-      format('autotag last ticked %s ago; neither pg_cron nor a worker is running.',
+      format('autotag.tick() last ran %s ago; neither pg_cron nor a worker is running.',
         date_trunc('second', v_now - v_ticked)), 'autotag worker')
-    else autotag.finding('clock', 'ok', 'autotag ticks.') end;
+    else autotag.finding('clock', 'ok', 'autotag.tick() runs regularly.') end;
 end $$;
 
--- A broadcast that means nothing, to see whether broadcasts arrive.
+-- Sends a broadcast without a meaning, so that the doctor can check whether broadcasts arrive.
 create or replace function autotag.send_test_broadcast(p_nonce uuid) returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$ select autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false) $$;
 
--- Whether broadcasts leave.
+-- Whether broadcasts are sent.
 create or replace function autotag.diagnose_broadcasts() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5727,15 +5744,15 @@ begin
   select count(*)::integer into v_waiting from autotag.outbox o where o.created_at < v_now - interval '1 min';
   return case
     when to_regprocedure('realtime.send(jsonb,text,text,boolean)') is not null then
-      autotag.finding('realtime.send', 'ok', 'Broadcasts leave with the transaction.')
+      autotag.finding('realtime.send', 'ok', 'Broadcasts are sent when their transaction commits.')
     when v_waiting > 0 then autotag.finding('realtime.send', 'error',
-      format('This stack has no realtime.send, and %s broadcasts wait for a worker.', v_waiting),
+      format('This stack has no realtime.send, and %s broadcasts wait for a worker to send them.', v_waiting),
       'autotag worker   (with SUPABASE_URL and SUPABASE_SECRET_KEY set)')
     else autotag.finding('realtime.send', 'warning',
-      'This stack has no realtime.send; workers deliver broadcasts over HTTP.', 'Upgrade Realtime.') end;
+      'This stack has no realtime.send; workers send broadcasts over HTTP.', 'Upgrade Realtime.') end;
 end $$;
 
--- Whether workers are alive, and can be notified.
+-- Whether workers are alive and can receive notifications.
 create or replace function autotag.diagnose_workers() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5756,33 +5773,33 @@ begin
     else autotag.finding('workers', 'ok', format('%s alive, version %s.', v_workers, v_versions)) end;
 end $$;
 
--- What the doctor asks about the provider: the account, what may be spent, the model.
+-- The doctor's checks of the provider: the account, quotas, the model.
 
--- Whether the provider and Storage let tagging go on.
+-- Whether an error of the provider's account or of Storage pauses tagging.
 create or replace function autotag.diagnose_account(p_provider autotag.provider_limits) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return case
     when p_provider.account_error is not null then autotag.finding('account', 'error',
-      format('Tagging stands still since %s: %s', to_char(p_provider.account_error_at, 'YYYY-MM-DD HH24:MI TZ'),
-        p_provider.account_error), 'Fix what it says; the workers notice by themselves.')
-    else autotag.finding('account', 'ok', 'Neither the provider nor Storage refuses to work.') end;
+      format('Tagging has been paused since %s: %s', to_char(p_provider.account_error_at, 'YYYY-MM-DD HH24:MI TZ'),
+        p_provider.account_error), 'Fix the cause; tagging then resumes by itself.')
+    else autotag.finding('account', 'ok', 'No error of the account or of Storage pauses tagging.') end;
 end $$;
 
--- Whether a quota limits what every workspace may spend.
+-- Whether a quota in dollars limits every workspace.
 create or replace function autotag.diagnose_spending() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return case
     when exists (select from autotag.quotas q where q.max_cost is not null and q.scope = 'workspace' and q.workspace_id is null)
-      then autotag.finding('spending', 'ok', 'Every workspace has a limit in dollars.')
+      then autotag.finding('spending', 'ok', 'Every workspace has a quota in dollars.')
     else autotag.finding('spending', 'warning', 'No quota limits what a workspace may spend.',
       'insert into autotag.quotas (scope, period, max_cost) values (''workspace'', ''month'', 20);   -- dollars, every workspace') end;
 end $$;
 
--- The model and the provider: the model's end, its price, how it has to be asked, and what the provider cannot do.
+-- Findings about the model (shutdown date, price, request form) and about what the provider does not support.
 create or replace function autotag.diagnose_model(p_provider autotag.provider_limits) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5790,9 +5807,9 @@ declare
   v_model text := (select s.model from autotag.settings s);
   m autotag.models := autotag.find_model(v_model);
   v_end jsonb := autotag.describe_shutdown();
-  v_lacks text := concat_ws(', ',
+  v_missing text := concat_ws(', ',
     case when p_provider.has_batches is false then 'a Batch API (everything goes as single calls)' end,
-    case when p_provider.has_rate_headers is false then 'rate-limit headers (autotag.provider_limits is what holds)' end,
+    case when p_provider.has_rate_headers is false then 'rate-limit headers (the limits in autotag.provider_limits apply)' end,
     case when p_provider.keep_files is null then 'expiring files' end);
   v_forms text := concat_ws(', ',
     case when m.cap_parameter = 'max_tokens' then 'max_tokens instead of max_completion_tokens'
@@ -5806,14 +5823,14 @@ begin
   return jsonb_build_array(
     case when v_end is not null then autotag.finding('model', v_end ->> 'level', v_end ->> 'message', v_end ->> 'fix')
       when m.shutdown_date is not null then autotag.finding('model', 'ok', format('%s shuts down on %s.', v_model, m.shutdown_date))
-      else autotag.finding('model', 'ok', format('%s%s; no end is announced.', v_model,
+      else autotag.finding('model', 'ok', format('%s%s; no shutdown date is announced.', v_model,
         coalesce(' with reasoning effort ' || m.reasoning_effort, ''))) end,
     case when m.input_price is not null and m.output_price is not null then autotag.finding('price', 'ok',
         format('%s costs $%s and $%s per million tokens, about $%s for 1,000 images one by one.', v_model,
           to_char(m.input_price, 'FM9990.0099'), to_char(m.output_price, 'FM9990.0099'), to_char(1000 * autotag.expected_cost(), 'FM9990.009')))
       else autotag.finding('price',
         case when exists (select from autotag.quotas q where q.max_cost is not null) then 'error' else 'warning' end,
-        format('What %s costs is not known, so costs are shown as unknown%s.', v_model,
+        format('The price of %s is not known, so costs are shown as unknown%s.', v_model,
           case when exists (select from autotag.quotas q where q.max_cost is not null)
             then ' and no quota in dollars is enforced' else '' end),
         case when m.name is null
@@ -5821,8 +5838,8 @@ begin
           else format('update autotag.models set input_price = …, output_price = … where name = %L;   -- dollars per million tokens', m.name) end) end,
     case when v_forms <> '' then autotag.finding('request', 'ok', format('%s is asked with %s.', v_model, v_forms))
       else autotag.finding('request', 'ok', format('%s is asked as OpenAI documents it.', v_model)) end,
-    case when v_lacks <> '' then autotag.finding('provider', 'ok', format('This provider lacks %s.', v_lacks))
-      else autotag.finding('provider', 'ok', 'Nothing is known to be missing.') end);
+    case when v_missing <> '' then autotag.finding('provider', 'ok', format('This provider does not support %s.', v_missing))
+      else autotag.finding('provider', 'ok', 'No feature is known to be missing.') end);
 end $$;
 
 -- Initial rows of every installation. It may run again: existing rows stay, and error kinds get this version's values.
