@@ -179,8 +179,8 @@ class Database:
         return bool((await self._call_once("select autotag.heartbeat(%s) as alive", self.worker))["alive"])
 
     async def tick_if_due(self) -> bool:
-        """Runs what is overdue; whether to call again. Does not retry."""
-        return bool((await self._once("select autotag.tick_if_due() as more"))["more"])
+        """Runs the periodic work that is overdue. True: call again, because another lease has ended. Not retried."""
+        return bool((await self._call_once("select autotag.tick_if_due() as more"))["more"])
 
     async def release(self) -> int:
         """Releases everything that the worker holds, and ends its lease; returns the number of tasks and batches."""
