@@ -20,9 +20,7 @@ from psycopg.conninfo import conninfo_to_dict
 from autotag.texts import one_line, printable
 
 HIDDEN = "***"
-MIN_SECRET_LENGTH = (
-    8  # characters; shorter ones ("none", "test") are common words, so removing them would garble messages
-)
+MIN_SECRET_LENGTH = 8  # characters; shorter ones ("none", "test") also occur as ordinary words
 PUBLIC = frozenset({"postgres"})  # password of every local Supabase stack, and a common word in messages
 MAX_LOGGED = 2000  # characters of one text in a log line
 MAX_TRACEBACK = 20_000  # characters of a traceback in a log line

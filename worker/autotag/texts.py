@@ -7,9 +7,7 @@ import unicodedata
 from typing import Any
 
 MAX_SHOWN = 500  # characters of an untrusted text that are shown
-JOINERS = (
-    "\u200c\u200d"  # zero-width (non-)joiner: Persian and many emojis need them, and they are harmless in a terminal
-)
+JOINERS = "\u200c\u200d"  # zero-width joiners: Persian and many emojis need them; harmless in a terminal
 #: Characters that start a formula in spreadsheets, also in their full-width forms.
 FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 

@@ -103,8 +103,8 @@ class Database:
         """The question for the images of a claim.
 
         Args:
-            sent: the question whose version was sent with the claim. It may differ from ``self._question`` by now,
-                because the other lane may have received a newer one.
+            sent: the question whose version was sent with the claim. ``self._question`` may be newer, because the
+                other lane may have received it meanwhile.
             changed: the question in the database's result; None: ``sent`` is still the current one.
         """
         if changed is None and sent is not None:
@@ -189,9 +189,7 @@ class Database:
     async def release_unacknowledged(
         self, *, tasks: Sequence[int] | None = None, batches: Sequence[str] | None = None
     ) -> None:
-        """Releases the tasks and batches of this worker that are not in these lists. None: leaves that kind
-        unchanged.
-        """
+        """Releases this worker's tasks and batches, except those in the lists. None: keeps all of that kind."""
         await self._call(
             "select autotag.release_unacknowledged(%s, %s::bigint[], %s::uuid[])", self.worker, tasks, batches
         )
@@ -274,9 +272,7 @@ class Database:
         await self._call("select autotag.record_poll(%s, %s)", self.worker, Jsonb(polled))
 
     async def batch_answers(self, batch: Batch, answers: list[BatchAnswer]) -> Settled:
-        """Stores answers of a batch; returns how many images ended, which excludes retries and answers stored
-        before.
-        """
+        """Stores answers of a batch; returns how many images have ended (not those that are retried)."""
         row = await self._call(
             "select autotag.batch_answers(%s, %s, %s, %s) as result",
             self.worker, batch.batch, batch.attempt, Jsonb(answers),
@@ -284,9 +280,7 @@ class Database:
         return make(Settled, row["result"])
 
     async def provider_checked(self, facts: ProviderFacts) -> str | None:
-        """Reports facts about the model and the provider; returns a warning for the log if the model shuts down
-        soon.
-        """
+        """Reports facts about the provider; returns a warning for the log if the model shuts down soon."""
         row = await self._call("select autotag.provider_checked(%s, %s) as notice", self.worker, Jsonb(facts))
         return cast("str | None", row["notice"])
 

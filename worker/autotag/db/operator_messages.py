@@ -89,9 +89,7 @@ class BackfillPreview(TypedDict):
 
 
 class BackfillPart(TypedDict):
-    """One part of a backfill (``autotag.backfill``). last: pass it as ``after`` for the next part; None: no more
-    images.
-    """
+    """One part of a backfill (``autotag.backfill``). last: ``after`` of the next part; None: no more images."""
 
     job_id: str | None
     images: int

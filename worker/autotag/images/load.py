@@ -67,9 +67,7 @@ class Images:
         async with self._fetches:
             if image.refused == "foreign_file":
                 raise image_error("foreign_file", "The image's row names a file that does not belong to its workspace.")
-            if (
-                image.refused is not None
-            ):  # hidden_file: the same error as for a missing file, so that it does not reveal whether one exists
+            if image.refused is not None:  # hidden_file: do not reveal whether the file exists
                 raise file_missing()
             if image.path is not None and image.bucket is not None:
                 data = await self._from_storage(image.bucket, image.path)

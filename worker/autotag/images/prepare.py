@@ -90,8 +90,7 @@ def _encode(image: Pillow.Image, max_side: int) -> bytes:
 
 
 def _has_too_many_scans(data: bytes) -> bool:
-    """Whether a progressive JPEG has more than `MAX_SCANS` scans. Decoding it could take minutes and cannot be
-    interrupted."""
+    """Whether a progressive JPEG has too many scans: decoding could take minutes, and cannot be interrupted."""
     scans, at = 0, 2
     while scans <= MAX_SCANS and (found := _MARKER.search(data, at)):
         marker, at = found[1], found.end()

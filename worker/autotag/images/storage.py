@@ -44,12 +44,7 @@ MAX_REASON_LENGTH = 200  # characters of Storage's message that are kept
 
 SECRET, PUBLISHABLE = "service_role", ("anon", "authenticated")  # roles; row level security applies to PUBLISHABLE
 TRANSIENT_STATUSES = (408, 425, 429)  # besides 5xx
-REFUSALS = (
-    "AccessDenied",
-    "InvalidJWT",
-    "Unauthorized",
-    "Invalid JWT",
-)  # the last two: messages of Storage releases without codes
+REFUSALS = ("AccessDenied", "InvalidJWT", "Unauthorized", "Invalid JWT")  # the last two: older Storage releases
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 CHECK_KEY = "Check SUPABASE_SECRET_KEY (the project's secret key)."
 CHECK_URL = "Check SUPABASE_URL."

@@ -16,9 +16,7 @@ from autotag.images.body import read_body
 from autotag.texts import printable
 
 FETCH_TIMEOUT = 30.0  # seconds to connect, and max seconds between two reads
-MAX_FETCH_SECONDS = (
-    120.0  # total time of one image; without it, a host that sends slowly would occupy a slot indefinitely
-)
+MAX_FETCH_SECONDS = 120.0  # total time of one image; otherwise a host that sends slowly could occupy a slot endlessly
 REDIRECTS = 3
 
 
@@ -77,10 +75,7 @@ class Urls:
                         url = urljoin(url, response.headers["location"])
                         continue
                     return await self._read(response)
-            except (
-                httpx.InvalidURL,
-                ValueError,
-            ):  # raised while parsing a URL or a redirect; includes IDNA's UnicodeError
+            except (httpx.InvalidURL, ValueError):  # from parsing a URL or a redirect; includes UnicodeError (IDNA)
                 raise invalid_url() from None
             except httpx.HTTPError as error:
                 if isinstance(error.__context__, httpx.InvalidURL):  # httpx parsed the location of a redirect

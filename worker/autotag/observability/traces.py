@@ -75,9 +75,7 @@ def image_span(image: Image) -> Iterator[Any]:
 
 @contextmanager
 def step(name: str, after: Sequence[Any] = ()) -> Iterator[None]:
-    """A child span of the current span. With ``after`` (spans of images), it is a child of the first and links to
-    all.
-    """
+    """A child of the current span, or of the first span in ``after`` (spans of images), with links to all of them."""
     if _tracer is None:
         yield
         return

@@ -235,9 +235,7 @@ def _read_tag(item: Any) -> tuple[str, Any] | None:
 
 
 def _scale(values: list[Any]) -> float:
-    """The value that means certain: 1, or 10 or 100 if a confidence is 2 or more (less may be a rounding error of
-    1).
-    """
+    """The max of the model's scale of confidences: 1, or 10 or 100 if any is 2 or more. 1.x may be a rounding error."""
     numbers = [v for v in (_number(value) for value in values) if v is not None and math.isfinite(v)]
     top = max(numbers, default=0.0)
     return 1.0 if top < 2 else 10.0 if top <= 10 else 100.0

@@ -2,7 +2,7 @@
 
 Providers describe the same few errors in different words. The rules are tried in order. An error that no rule matches
 is ``transient`` and counts as a failure, so it cannot fail an image at once and is not retried endlessly. An error is
-of kind ``image`` only if the message names the picture or its content. The patterns match the error messages in
+of kind ``image`` only if the message is about the image itself or its content. The patterns match the error messages in
 tests/cases/provider-errors.jsonl, which also has their sources.
 """
 
@@ -95,8 +95,8 @@ def _any(*patterns: str) -> str:
     return "|".join(patterns)
 
 
-#: Tried in this order, the most specific first. Kind ``image`` needs words about this picture or its content; words
-#: about pictures in general ("does not support images") are about the model.
+#: Tried in this order, the most specific first. Kind ``image`` needs words about this image or its content; words
+#: about images in general ("does not support images") are about the model.
 RULES = (
     _rule("transient", "file_not_there_yet", r"cannot find file|no such file object"),
     _rule(

@@ -114,9 +114,7 @@ def read_date(headers: Mapping[str, str]) -> float | None:
 
 
 def read_name(value: object) -> str:
-    """An event's type or an id; empty if the value is not one. The SDK does not validate the types of an event's
-    fields.
-    """
+    """An event's type or an id; empty if the value is neither. The SDK does not validate an event's fields."""
     return value if isinstance(value, str) and _NAME.fullmatch(value) else ""
 
 

@@ -35,9 +35,7 @@ class Wake:
         self.notify("")
 
     async def pause(self, seconds: float) -> None:
-        """Waits for ``seconds`` or until the worker stops. Notifications do not shorten this wait, which follows a
-        failure.
-        """
+        """Waits for ``seconds`` or until the worker stops. Used after failures: notifications do not end the wait."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self.stop.wait()
