@@ -453,7 +453,7 @@ async def test_nothing_of_the_images_is_left_on_the_workers_disk(
 ) -> None:
     """The file is built on disk, but under no name: it is gone with the process, however that ends."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("autotag.worker.submit.SPOOL", 100)
+    monkeypatch.setattr("autotag.worker.submit.MAX_IN_MEMORY", 100)
     few.stack.simulator.faults.add(Fault(where="POST /v1/files", delay=0.5))
     assets = await few.upload(8)
     async with worker(few.stack):
