@@ -1282,7 +1282,7 @@ begin
     perform autotag.refuse(400, 'unknown_effort', format('%s does not accept a reasoning effort.', p_model),
       'Leave it out (autotag.models.sends_effort is false for this model).');
   end if;
-  v_images := (select count(*) from autotag.tagged_assets(p_workspace_id, greatest(p_sample, 0)));
+  v_images := (select count(*) from autotag.tagged_assets(p_workspace_id, least(greatest(p_sample, 0), 1000)));
   if v_images = 0 then
     perform autotag.refuse(404, 'no_tagged_images', 'This workspace has no tagged images.',
       'Tag some images first: autotag enqueue.');
@@ -1317,11 +1317,11 @@ begin
       'tags', jsonb_path_query_array(t.tags, 'strict $[*] ? (@.type() == "string")'),
       'caption', t.result ->> 'caption', 'confidence', t.result -> 'confidence', 'model', t.result ->> 'model'))
   into v_assets, v_sample
-  from autotag.tagged_assets(p_workspace_id, greatest(p_sample, 0)) t;
+  from autotag.tagged_assets(p_workspace_id, least(greatest(p_sample, 0), 1000)) t;
   return (
     select coalesce(jsonb_agg(jsonb_build_object('asset_id', d.asset_id, 'bucket', d.bucket, 'path', d.path, 'url', d.url)
       || (v_sample -> d.asset_id::text) order by d.asset_id), '[]')
-    from autotag.describe_assets(coalesce(v_assets, '{}')) d where not d.foreign_file);
+    from autotag.describe_assets(coalesce(v_assets, '{}')) d where d.refused is null);
 end $$;
 
 -- Admits one call with this question: {admitted, reserved (tokens), reserved_at, cap (of the answer, in tokens)}, or
@@ -1695,6 +1695,7 @@ declare
   v_asked integer;
   v_missing uuid[];            -- some of those that are not there
   v_foreign uuid[];            -- some of those that name somebody else's file
+  v_long uuid[];               -- some of those whose URL, path or bucket is too long
   v_workspaces uuid[];         -- theirs that the caller may act for
 begin
   if array_ndims(p_asset_ids) > 1 or array_position(p_asset_ids, null) is not null then
@@ -1705,18 +1706,19 @@ begin
 
   -- Somebody else's image is as unknown as one that never was: what exists where is no secret worth telling.
   with there as materialized (
-    select d.asset_id, d.workspace_id, d.foreign_file from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
+    select d.asset_id, d.workspace_id, d.refused from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
   ), theirs as materialized (
     -- offset 0: is_member is asked once for each workspace, not for each image
     select w.id from (select distinct t.workspace_id as id from there t offset 0) w
     where autotag.is_service() or autotag.is_member(w.id)
   ), found as materialized (
-    select t.asset_id, t.foreign_file from there t where t.workspace_id in (select w.id from theirs w)
+    select t.asset_id, t.refused from there t where t.workspace_id in (select w.id from theirs w)
   )
   select (select array_agg(w.id) from theirs w), (select count(*) from found), (select count(distinct id) from unnest(p_asset_ids) id),
     array(select distinct id from unnest(p_asset_ids) id except select f.asset_id from found f order by 1 limit 5),
-    array(select f.asset_id from found f where f.foreign_file order by 1 limit 5)
-  into v_workspaces, v_found, v_asked, v_missing, v_foreign;
+    array(select f.asset_id from found f where f.refused = 'foreign_file' order by 1 limit 5),
+    array(select f.asset_id from found f where f.refused = 'location_too_long' order by 1 limit 5)
+  into v_workspaces, v_found, v_asked, v_missing, v_foreign, v_long;
   if v_found < v_asked then
     perform autotag.refuse(404, 'unknown_asset',
       format('%s of the %s images do not exist.', v_asked - v_found, v_asked),
@@ -1729,6 +1731,10 @@ begin
   if v_foreign <> '{}' then
     perform autotag.refuse(403, 'foreign_file', 'An image names a file that does not belong to its workspace.',
       format('Name a file of its own workspace (rule %s).', autotag.file_rule()), jsonb_build_object('asset_ids', v_foreign));
+  end if;
+  if v_long <> '{}' then
+    perform autotag.refuse(400, 'location_too_long', 'The URL, path or bucket name of an image is too long.',
+      'A URL may have 8,192 bytes, a path 1,024 and a bucket name 100.', jsonb_build_object('asset_ids', v_long));
   end if;
   perform autotag.lock_workspace(v_workspaces[1]);
   return autotag.start_job(v_workspaces[1], (select auth.uid()), p_asset_ids, p_seen);
@@ -1918,7 +1924,7 @@ end $$;
 
 -- Retrying the failed images of an upload.
 
--- The failed images of a job, in order, except those that no longer exist or that name a file of another workspace.
+-- The failed images of a job, in order, except those that no longer exist or whose location is refused (describe_assets).
 create or replace function autotag.failed_assets(p_job_id uuid) returns uuid[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1930,7 +1936,7 @@ begin
     from autotag.tasks t
     join autotag.describe_assets(array(
       select f.asset_id from autotag.tasks f where f.job_id = v_job.id and f.stage = 'failed')) d on d.asset_id = t.asset_id
-    where t.job_id = v_job.id and t.stage = 'failed' and not d.foreign_file
+    where t.job_id = v_job.id and t.stage = 'failed' and d.refused is null
     order by t.id);
 end $$;
 
@@ -1965,8 +1971,8 @@ begin
   select * into v_settings from autotag.settings;
   with found as (
     select d.asset_id, d.workspace_id from autotag.describe_assets(p_asset_ids) d
-    -- a row that names a foreign file is collected too: its task fails with the reason
-    where d.workspace_id is not null and (d.path is not null or d.url is not null or d.foreign_file)
+    -- a row whose location is refused is collected too: its task fails with the reason
+    where d.workspace_id is not null and (d.path is not null or d.url is not null or d.refused is not null)
   ), upload as (
     insert into autotag.uploads as u (workspace_id, user_id, first_at, seal_at)
     select distinct f.workspace_id, v_user, v_now, v_now + v_settings.upload_quiet from found f order by 1
@@ -2345,7 +2351,7 @@ begin
     perform autotag.check_member(p_workspace_id);
   end if;
   if p_request_type is null or p_request_type not in ('realtime', 'batch') then
-    perform autotag.refuse(400, 'unknown_request_type', format('%L is not a request type.', p_request_type),
+    perform autotag.refuse(400, 'unknown_request_type', format('%L is not a request type.', left(p_request_type, 50)),
       'Pass realtime or batch.');
   end if;
   if p_images is distinct from 1 then   -- one image never exceeds a limit of images
@@ -2743,8 +2749,8 @@ end $$;
 -- Where a worker finds the images it is about to read.
 
 -- Location of each image, as describe_assets() returns it, if its file is still the one that the uploader was allowed to see.
--- refused: `foreign_file` (the row names a file of another workspace) or `hidden_file` (the uploader may not see it). A row
--- that no longer exists or has moved to another workspace is missing from the result.
+-- refused: what describe_assets() refuses, or `hidden_file` (the uploader may not see it). A row that no longer exists or has
+-- moved to another workspace is missing from the result.
 -- p_workspace_ids[i], p_seen[i]: tasks.workspace_id and tasks.seen of p_asset_ids[i].
 create or replace function autotag.locate(p_asset_ids uuid[], p_workspace_ids uuid[], p_seen uuid[])
 returns table (asset_id uuid, bucket text, path text, url text, refused text)
@@ -2755,7 +2761,7 @@ as $$
   from unnest(p_asset_ids, p_workspace_ids, p_seen) t (asset_id, workspace_id, seen)
   join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
   cross join lateral (select case
-    when d.foreign_file then 'foreign_file'
+    when d.refused is not null then d.refused
     when t.seen is not null and t.seen <> autotag.file_mark(d.bucket, d.path) then 'hidden_file' end as refused
     offset 0  -- evaluate the case once per image, not once per use
   ) r
@@ -2952,7 +2958,7 @@ end $$;
 
 -- The one function that releases single calls, within every limit and in fair order.
 
--- claim: up to p_slots images for single calls, of all workspaces, under the provider's bucket and every
+-- claim: up to p_slots images (at most 1,000) for single calls, of all workspaces, under the provider's bucket and every
 -- workspace's window, in fair order (the workspace whose virtual clock is lowest goes first, a few images
 -- at a time; within it the job that got least). Says when to ask again if nothing else wakes the worker.
 --
@@ -2982,7 +2988,7 @@ declare
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers of the host's tables believe what stands there
   tasks := '[]';
-  p_slots := least(p_slots, 10000);
+  p_slots := least(p_slots, 1000);   -- with 8 kB of URL each, of escaped bytes, the answer stays below 50 MB
   if p_slots is null or p_slots < 1 then
     return;
   end if;
@@ -5032,7 +5038,7 @@ create or replace function autotag.may_listen(p_topic text) returns boolean
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select case
-    when p_topic ~ '^tagging:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$'
+    when octet_length(p_topic) = 44 and p_topic ~ '^tagging:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$'
       then autotag.is_member(split_part(p_topic, ':', 2)::uuid)
     else false end
 $$;

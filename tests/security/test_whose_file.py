@@ -64,7 +64,7 @@ def test_no_upload_with_a_file_of_somebody_else(library: Library) -> None:
             assert told is not None, (bucket, path)
             assert (told[:5], "foreign_file" in told) == ("PT403", True), (bucket, path)
         [told] = library.sql("select * from autotag.describe_assets(%s::uuid[])", [asset])
-        assert (told["bucket"], told["path"], told["url"], told["foreign_file"]) == (None, None, None, True)
+        assert (told["bucket"], told["path"], told["url"], told["refused"]) == (None, None, None, "foreign_file")
     for bucket, path in OWN:
         asset = row(library, bucket, fill(library, theirs, path) or "")
         assert refusal(library, library.member.user, asset) is None, (bucket, path)

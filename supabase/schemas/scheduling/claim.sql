@@ -1,6 +1,6 @@
 -- The one function that releases single calls, within every limit and in fair order.
 
--- claim: up to p_slots images for single calls, of all workspaces, under the provider's bucket and every
+-- claim: up to p_slots images (at most 1,000) for single calls, of all workspaces, under the provider's bucket and every
 -- workspace's window, in fair order (the workspace whose virtual clock is lowest goes first, a few images
 -- at a time; within it the job that got least). Says when to ask again if nothing else wakes the worker.
 --
@@ -30,7 +30,7 @@ declare
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers of the host's tables believe what stands there
   tasks := '[]';
-  p_slots := least(p_slots, 10000);
+  p_slots := least(p_slots, 1000);   -- with 8 kB of URL each, of escaped bytes, the answer stays below 50 MB
   if p_slots is null or p_slots < 1 then
     return;
   end if;

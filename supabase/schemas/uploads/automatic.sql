@@ -15,8 +15,8 @@ begin
   select * into v_settings from autotag.settings;
   with found as (
     select d.asset_id, d.workspace_id from autotag.describe_assets(p_asset_ids) d
-    -- a row that names a foreign file is collected too: its task fails with the reason
-    where d.workspace_id is not null and (d.path is not null or d.url is not null or d.foreign_file)
+    -- a row whose location is refused is collected too: its task fails with the reason
+    where d.workspace_id is not null and (d.path is not null or d.url is not null or d.refused is not null)
   ), upload as (
     insert into autotag.uploads as u (workspace_id, user_id, first_at, seal_at)
     select distinct f.workspace_id, v_user, v_now, v_now + v_settings.upload_quiet from found f order by 1

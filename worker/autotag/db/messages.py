@@ -34,8 +34,8 @@ class Refused(Exception):
 @dataclass(frozen=True)
 class Image:
     """An image to tag and where it is: a Storage bucket and path, or a URL; neither when it is gone, or when it is
-    ``refused``: ``foreign_file`` (its row names a file of somebody else) or ``hidden_file`` (whoever asked may not see
-    it)."""
+    ``refused``: ``foreign_file`` (its row names a file of somebody else), ``location_too_long`` or ``hidden_file``
+    (whoever asked may not see it)."""
 
     task: int
     asset_id: str
