@@ -86,6 +86,7 @@ begin
   perform autotag.add_usage(v_answers, true);
 
   if exists (select from unnest(v_answers) a where a.error is not null) then
+    v_answers := autotag.judge_retries(v_answers);
     v_again := autotag.leave_to_finish(v_answers);
     v_answers := array(select a from unnest(v_answers) a where a.task <> all (array(select g.task from unnest(v_again) g)));
   end if;
@@ -127,17 +128,12 @@ create or replace function autotag.leave_to_finish(p_answers autotag.answer[]) r
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_settings autotag.settings;
   v_again autotag.answer[];
 begin
-  select * into v_settings from autotag.settings;
   v_again := array(
     select a from unnest(p_answers) a
     join autotag.tasks t on t.id = a.task
-    join autotag.error_kinds k on k.kind = a.error ->> 'kind'
-    where not k.ends or (a.error ->> 'retry')::boolean
-      and case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens < autotag.max_cap(a.workspace_id)
-        else t.failures + 1 < v_settings.max_bad_answers end);
+    where a.error is not null and not autotag.is_final(a, t.failures));
   update autotag.tasks t
   set error_code = a.error ->> 'code', error = a.error ->> 'message', failures = t.failures + (k.counts or a.error ? 'counts')::integer,
       min_output_tokens = coalesce(autotag.next_cap(a), t.min_output_tokens)

@@ -45,6 +45,9 @@ begin
   into v_answers using v_answers, p_worker;
 
   perform autotag.add_usage(v_answers, false);
+  if v_failed then
+    v_answers := autotag.judge_retries(v_answers);
+  end if;
   return jsonb_build_object('accepted', cardinality(v_answers), 'notices', case when v_changed is null then '[]'::jsonb
     else jsonb_build_array(jsonb_build_object('event', 'provider_limits_changed', 'notice', v_changed)) end
     || autotag.apply_answers(v_answers));
