@@ -295,6 +295,7 @@ create table autotag.provider_limits (
   has_rate_headers boolean,
   keep_files integer default 604800,     -- seconds after which the provider deletes our files; null: it supports no expiry
   checked_at timestamptz not null default '-infinity',   -- last check of model and provider (claim_batches: look_up)
+  rerouted boolean not null default false,   -- the last claim changed the way of an upload and released nothing
   -- the bucket: what was left at refilled_at
   requests_left double precision not null default 500,
   tokens_left double precision not null default 200000,
@@ -589,10 +590,12 @@ create table autotag.uploads (
   workspace_id uuid not null,
   user_id uuid,                          -- the uploader; null: the service role
   first_at timestamptz not null,
-  seal_at timestamptz not null
+  seal_at timestamptz not null,
+  postponed boolean not null default false   -- it was complete, and there was no room for it: seal_at is when to look again
 );
 create unique index uploads_key on autotag.uploads (workspace_id, user_id) nulls not distinct;
 create index uploads_seal_at_idx on autotag.uploads (seal_at);
+create index uploads_user_idx on autotag.uploads (user_id, seal_at);
 alter table autotag.uploads enable row level security;
 
 create table autotag.arrivals (
@@ -1986,7 +1989,10 @@ begin
     insert into autotag.uploads as u (workspace_id, user_id, first_at, seal_at)
     select distinct f.workspace_id, v_user, v_now, v_now + v_settings.upload_quiet from found f order by 1
     on conflict (workspace_id, user_id) do update
-      set seal_at = least(v_now + v_settings.upload_quiet, u.first_at + v_settings.upload_longest)
+      -- one that waits for its quotas goes on waiting
+      set seal_at = case when u.postponed and u.seal_at > v_now then u.seal_at
+        else least(v_now + v_settings.upload_quiet, u.first_at + v_settings.upload_longest) end,
+        postponed = u.postponed and u.seal_at > v_now
     returning u.id, u.workspace_id, u.first_at
   ), arrived as (
     insert into autotag.arrivals (upload_id, asset_id)
@@ -2005,7 +2011,7 @@ exception when others then
 end $$;
 
 -- Makes a job of one upload that is complete at p_now; false: there is none. Images beyond what one job, the live images of the
--- workspace or its quotas allow stay in the upload (for quotas until they renew). One upload per call, because a job's locks
+-- workspace or its quotas allow stay in the upload, which is postponed when there is no room. One upload per call, because a job's locks
 -- come before the next workspace's in the order of locks. Called by claim().
 -- Locks: the upload, its workspace.
 create or replace function autotag.seal_upload(p_now timestamptz) returns boolean
@@ -2025,7 +2031,7 @@ begin
   v_room := least(autotag.live_room(v_upload.workspace_id), (select s.job_max_images from autotag.settings s),
     (select min(q.images_left) from autotag.quotas_left(v_upload.workspace_id, v_upload.user_id) q));
   if v_room < 1 then
-    update autotag.uploads u set seal_at = p_now + interval '1 min' where u.id = v_upload.id;
+    perform autotag.postpone_upload(v_upload, p_now);
     return true;
   end if;
 
@@ -2044,6 +2050,46 @@ begin
   end if;
   return true;
 end $$;
+
+-- Postpones an upload without room: until its quota renews, where all of it is billed; else until some of what is being tagged is
+-- expected to be done (1 min to 1 h). Where the quota is its user's in all workspaces, the user's other uploads wait as long, at
+-- most 1,000 per call: a user may be a member of any number of workspaces. Locks: uploads (skip locked).
+create or replace function autotag.postpone_upload(p_upload autotag.uploads, p_now timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_prices autotag.reservation_prices := autotag.price_reservations();
+  v_until timestamptz;
+  v_scope text;
+begin
+  select u.renews_at, u.scope into v_until, v_scope
+  from autotag.quota_use(p_upload.workspace_id, p_upload.user_id, v_prices) u
+  where u.maximum - u.billed < case u.kind when 'images' then 1 else greatest(v_prices.single, 0.0000001) end
+  order by u.renews_at desc, u.scope limit 1;
+  v_until := coalesce(v_until, least(greatest(p_now + interval '1 min', (
+    select min(j.eta) from autotag.jobs j
+    where j.finished_at is null and (j.workspace_id = p_upload.workspace_id or j.user_id = p_upload.user_id))), p_now + interval '1 h'));
+  update autotag.uploads u set seal_at = v_until, postponed = true where u.id = p_upload.id;
+  if v_scope = 'user' and not exists (select from autotag.quotas q where q.scope = 'user' and q.workspace_id is not null) then
+    update autotag.uploads u set seal_at = v_until, postponed = true
+    where u.id in (
+      select o.id from autotag.uploads o where o.user_id = p_upload.user_id and o.seal_at <= p_now
+      order by o.id limit 1000 for update skip locked);
+  end if;
+end $$;
+
+-- Quotas have changed: what waits for them is looked at again.
+create or replace function autotag.resume_uploads() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update autotag.uploads u set seal_at = autotag.now() where u.postponed and u.seal_at > autotag.now();
+  perform pg_notify('autotag', 'realtime');
+  return null;
+end $$;
+
+create or replace trigger autotag_resume_uploads after insert or update or delete on autotag.quotas
+  for each statement execute function autotag.resume_uploads();
 
 -- Tags images that existed before autotag (`autotag enqueue`).
 
@@ -3093,7 +3139,8 @@ begin
     bound := 'outdone';
     return;
   end if;
-  if autotag.reroute_upload(v_provider) then
+  if not v_provider.rerouted and autotag.reroute_upload(v_provider) then
+    update autotag.provider_limits set rerouted = true;
     wait := 0;
     return;
   end if;
@@ -3112,12 +3159,14 @@ begin
   else
     bound := autotag.name_bound(v_provider);
   end if;
-  wait := autotag.real_seconds(autotag.next_release(v_provider) - v_now);
+  -- After an upload was rerouted, another one may be due.
+  wait := case when v_provider.rerouted then 0 else autotag.real_seconds(autotag.next_release(v_provider) - v_now) end;
 end $$;
 
 -- Changes how one upload goes, or begins one, where that is due; then the claim releases nothing and is called again at
--- once, because the upload's workspace is locked out of turn. False: nothing is due. Called by claim(), which holds the
--- provider row. Locks: one upload's workspace, job, batches, tasks.
+-- once, because the upload's workspace is locked out of turn. The next claim only releases, so that uploads, however many are
+-- due, hold nobody back. False: nothing is due. Called by claim(), which holds the provider row.
+-- Locks: one upload's workspace, job, batches, tasks.
 create or replace function autotag.reroute_upload(p_provider autotag.provider_limits) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3169,6 +3218,7 @@ begin
       waiting_workspaces = p_provider.waiting_workspaces,
       waiting_images = p_provider.waiting_images,
       waiting_at = p_provider.waiting_at,
+      rerouted = false,
       probe_at = p_provider.probe_at;
   return p_provider;
 end $$;

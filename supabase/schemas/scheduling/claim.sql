@@ -49,7 +49,8 @@ begin
     bound := 'outdone';
     return;
   end if;
-  if autotag.reroute_upload(v_provider) then
+  if not v_provider.rerouted and autotag.reroute_upload(v_provider) then
+    update autotag.provider_limits set rerouted = true;
     wait := 0;
     return;
   end if;
@@ -68,12 +69,14 @@ begin
   else
     bound := autotag.name_bound(v_provider);
   end if;
-  wait := autotag.real_seconds(autotag.next_release(v_provider) - v_now);
+  -- After an upload was rerouted, another one may be due.
+  wait := case when v_provider.rerouted then 0 else autotag.real_seconds(autotag.next_release(v_provider) - v_now) end;
 end $$;
 
 -- Changes how one upload goes, or begins one, where that is due; then the claim releases nothing and is called again at
--- once, because the upload's workspace is locked out of turn. False: nothing is due. Called by claim(), which holds the
--- provider row. Locks: one upload's workspace, job, batches, tasks.
+-- once, because the upload's workspace is locked out of turn. The next claim only releases, so that uploads, however many are
+-- due, hold nobody back. False: nothing is due. Called by claim(), which holds the provider row.
+-- Locks: one upload's workspace, job, batches, tasks.
 create or replace function autotag.reroute_upload(p_provider autotag.provider_limits) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -125,6 +128,7 @@ begin
       waiting_workspaces = p_provider.waiting_workspaces,
       waiting_images = p_provider.waiting_images,
       waiting_at = p_provider.waiting_at,
+      rerouted = false,
       probe_at = p_provider.probe_at;
   return p_provider;
 end $$;
