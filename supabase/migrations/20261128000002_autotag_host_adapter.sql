@@ -206,9 +206,10 @@ begin
 end $$;
 
 -- Writes the stage of images. `queued` begins a new pass and clears what an earlier one left, `failed` ends one; in between
--- progress never decreases, and rows that would not change are not written. p_errors[i] belongs to p_asset_ids[i].
+-- progress never decreases, and rows that would not change are not written. A row that has moved to another workspace is not
+-- written. p_workspace_ids[i] and p_errors[i] belong to p_asset_ids[i].
 create or replace function autotag.show_stage(
-  p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz default null, p_errors text[] default null
+  p_asset_ids uuid[], p_workspace_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz default null, p_errors text[] default null
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_seqscan = on
@@ -220,8 +221,8 @@ begin
       tagging_eta = case p_stage when 'queued' then p_eta when 'failed' then null
         else coalesce(p_eta, a.tagging_eta) end,
       tagging_error = s.error
-  from unnest(p_asset_ids, p_errors) as s (asset_id, error)
-  where a.id = s.asset_id
+  from unnest(p_asset_ids, p_workspace_ids, p_errors) as s (asset_id, workspace_id, error)
+  where a.id = s.asset_id and a.workspace_id = s.workspace_id
     and (p_stage in ('queued', 'failed') or a.tagging_stage is distinct from p_stage
       or coalesce(a.tagging_progress, 0) < p_progress);
 end $$;

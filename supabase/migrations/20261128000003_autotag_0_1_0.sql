@@ -1779,7 +1779,7 @@ begin
   where a.id <> all (v_live);
   v_count := cardinality(v_new);
   if v_count = 0 then
-    return autotag.describe_live(v_live, v_asked);
+    return autotag.describe_live(p_workspace_id, v_live, v_asked);
   end if;
   perform autotag.check_live_room(p_workspace_id, v_count);
   perform autotag.check_quotas(p_workspace_id, p_user_id, v_count);
@@ -1793,7 +1793,7 @@ begin
   values (v_job.id, p_workspace_id, v_first_task - 1, v_plan.chunk);
   perform autotag.add_queued(p_workspace_id, v_job.id, v_plan.express, v_first_task);
   v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
-  perform autotag.show_stage(v_new, 'queued', 0, v_job.eta);
+  perform autotag.show_stage(v_new, array_fill(p_workspace_id, array[v_count]), 'queued', 0, v_job.eta);
 
   if v_plan.express > 0 then
     perform pg_notify('autotag', 'realtime');
@@ -1805,8 +1805,9 @@ begin
     'skipped', v_asked - v_count, 'batches', v_plan.batches, 'eta', v_job.eta);
 end $$;
 
--- The answer to an upload whose images are all live already: the job that they belong to.
-create or replace function autotag.describe_live(p_live uuid[], p_asked integer) returns jsonb
+-- The answer to an upload whose images are all live already: the job of this workspace that they belong to. (An image that moved
+-- here while it is tagged belongs to a job of the workspace that it came from.)
+create or replace function autotag.describe_live(p_workspace_id uuid, p_live uuid[], p_asked integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -1815,7 +1816,8 @@ declare
 begin
   -- The same call again, after its answer got lost: say where the images are.
   select array_agg(distinct t.job_id) into v_live_jobs
-  from autotag.tasks t where t.asset_id = any (p_live) and t.finished_at is null;
+  from autotag.tasks t where t.asset_id = any (p_live) and t.workspace_id = p_workspace_id
+    and t.finished_at is null;
   select * into v_job from autotag.jobs j
   where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
   return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
@@ -4624,10 +4626,11 @@ begin
         worker_id = null, retry_at = null
     from unnest(p_tasks, p_codes, p_messages) f (id, code, message)
     where t.id = f.id and t.finished_at is null
-    returning t.asset_id, t.error
+    returning t.asset_id, t.workspace_id, t.error
   )
-  select array_agg(f.asset_id) as assets, array_agg(f.error) as errors into v_failed from failed f;
-  perform autotag.show_stage(v_failed.assets, 'failed', 0, null, v_failed.errors);
+  select array_agg(f.asset_id) as assets, array_agg(f.workspace_id) as workspaces, array_agg(f.error) as errors
+  into v_failed from failed f;
+  perform autotag.show_stage(v_failed.assets, v_failed.workspaces, 'failed', 0, null, v_failed.errors);
 end $$;
 
 -- Gives tasks another try as single calls, or fails those that had enough, or whose job was cancelled.
@@ -5213,16 +5216,16 @@ create or replace function autotag.advance(p_tasks bigint[], p_stage text, p_eta
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
-  v_assets uuid[];
+  v_moved record;
 begin
   with moved as (
     update autotag.tasks t set stage = p_stage
     where t.id = any (p_tasks) and t.finished_at is null
       and autotag.stage_rank(t.stage) < autotag.stage_rank(p_stage)
-    returning t.asset_id
+    returning t.asset_id, t.workspace_id
   )
-  select array_agg(m.asset_id) into v_assets from moved m;
-  perform autotag.show_stage(v_assets, p_stage, autotag.stage_progress(p_stage), p_eta);
+  select array_agg(m.asset_id) as assets, array_agg(m.workspace_id) as workspaces into v_moved from moved m;
+  perform autotag.show_stage(v_moved.assets, v_moved.workspaces, p_stage, autotag.stage_progress(p_stage), p_eta);
 end $$;
 
 -- Progress of a batch's images by OpenAI's count: 30 % (`processing`) to 80 %, in steps of 10 %, because each step writes every
@@ -5236,9 +5239,8 @@ $$;
 create or replace function autotag.show_batch_progress(p_batch uuid, p_progress integer, p_eta timestamptz) returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$
-  select autotag.show_stage(
-    array(select t.asset_id from autotag.tasks t where t.batch_id = p_batch and t.stage = 'processing'),
-    'processing', p_progress, p_eta)
+  select autotag.show_stage(array_agg(t.asset_id), array_agg(t.workspace_id), 'processing', p_progress, p_eta)
+  from autotag.tasks t where t.batch_id = p_batch and t.stage = 'processing'
 $$;
 
 -- Progress of a job in percent: finished images count fully, those that OpenAI has done in its batches 90 %.

@@ -18,10 +18,11 @@ begin
         worker_id = null, retry_at = null
     from unnest(p_tasks, p_codes, p_messages) f (id, code, message)
     where t.id = f.id and t.finished_at is null
-    returning t.asset_id, t.error
+    returning t.asset_id, t.workspace_id, t.error
   )
-  select array_agg(f.asset_id) as assets, array_agg(f.error) as errors into v_failed from failed f;
-  perform autotag.show_stage(v_failed.assets, 'failed', 0, null, v_failed.errors);
+  select array_agg(f.asset_id) as assets, array_agg(f.workspace_id) as workspaces, array_agg(f.error) as errors
+  into v_failed from failed f;
+  perform autotag.show_stage(v_failed.assets, v_failed.workspaces, 'failed', 0, null, v_failed.errors);
 end $$;
 
 -- Gives tasks another try as single calls, or fails those that had enough, or whose job was cancelled.

@@ -25,7 +25,7 @@ begin
   where a.id <> all (v_live);
   v_count := cardinality(v_new);
   if v_count = 0 then
-    return autotag.describe_live(v_live, v_asked);
+    return autotag.describe_live(p_workspace_id, v_live, v_asked);
   end if;
   perform autotag.check_live_room(p_workspace_id, v_count);
   perform autotag.check_quotas(p_workspace_id, p_user_id, v_count);
@@ -39,7 +39,7 @@ begin
   values (v_job.id, p_workspace_id, v_first_task - 1, v_plan.chunk);
   perform autotag.add_queued(p_workspace_id, v_job.id, v_plan.express, v_first_task);
   v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
-  perform autotag.show_stage(v_new, 'queued', 0, v_job.eta);
+  perform autotag.show_stage(v_new, array_fill(p_workspace_id, array[v_count]), 'queued', 0, v_job.eta);
 
   if v_plan.express > 0 then
     perform pg_notify('autotag', 'realtime');
@@ -51,8 +51,9 @@ begin
     'skipped', v_asked - v_count, 'batches', v_plan.batches, 'eta', v_job.eta);
 end $$;
 
--- The answer to an upload whose images are all live already: the job that they belong to.
-create or replace function autotag.describe_live(p_live uuid[], p_asked integer) returns jsonb
+-- The answer to an upload whose images are all live already: the job of this workspace that they belong to. (An image that moved
+-- here while it is tagged belongs to a job of the workspace that it came from.)
+create or replace function autotag.describe_live(p_workspace_id uuid, p_live uuid[], p_asked integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -61,7 +62,8 @@ declare
 begin
   -- The same call again, after its answer got lost: say where the images are.
   select array_agg(distinct t.job_id) into v_live_jobs
-  from autotag.tasks t where t.asset_id = any (p_live) and t.finished_at is null;
+  from autotag.tasks t where t.asset_id = any (p_live) and t.workspace_id = p_workspace_id
+    and t.finished_at is null;
   select * into v_job from autotag.jobs j
   where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
   return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
