@@ -55,7 +55,8 @@ end $$;
 --     before any work is done. One bad report of many affects its own image only.
 --   * What a worker reports of the provider (waits, limits, request form, Batch API) and of the account holds for every
 --     workspace, because only workers see the provider. So a stolen login can pause tagging (an hour at most each time), slow it
---     down and make it dearer. It can also claim queued images and report anything about them. When the login is revoked, its
+--     down and make it dearer: missing features are tried anew after model_check_interval, usage is believed up to
+--     believable_usage(), and forget_provider() forgets all of it. It can also claim queued images and report anything about them. When the login is revoked, its
 --     images are requeued as its leases run out.
 --   * It reads what it claims, and what status(), metrics() and diagnose() return: counts, ids, and one path.
 
@@ -215,13 +216,16 @@ create table autotag.models (
   patch_tokens numeric check (patch_tokens > 0),
   base_tokens integer check (base_tokens >= 0),
   tile_tokens integer check (tile_tokens >= 0),
-  -- The form of the request. When the provider refuses a parameter, degrade_model() moves it to the next form.
+  -- The form of the request. When the provider refuses a parameter, degrade_model() moves it to the next form, and
+  -- retry_features() moves it back after model_check_interval.
   cap_parameter text not null default 'max_completion_tokens'
     check (cap_parameter in ('max_completion_tokens', 'max_tokens', 'none')),
   answer_format text not null default 'json_schema' check (answer_format in ('json_schema', 'json_object', 'text')),
   sends_effort boolean not null default true,
   sends_detail boolean not null default true,
   sends_tier boolean not null default true,
+  degraded jsonb not null default '{}',  -- {column: [its value before, its value since]} of what degrade_model() changed …
+  degraded_at timestamptz,               -- … and when it did so last
   -- End of life: as the API reports it once a day, or as known when the row was written.
   shutdown_date date,
   successor text
@@ -293,6 +297,7 @@ create table autotag.provider_limits (
   has_batches boolean,
   batches_refused boolean not null default false,   -- has_batches is false because a call failed, not just a check
   has_rate_headers boolean,
+  degraded_at timestamptz,   -- when a call last showed that a feature (batches, expiring files) is missing
   keep_files integer default 604800,     -- seconds after which the provider deletes our files; null: it supports no expiry
   checked_at timestamptz not null default '-infinity',   -- last check of model and provider (claim_batches: look_up)
   rerouted boolean not null default false,   -- the last claim changed the way of an upload and released nothing
@@ -1014,7 +1019,14 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   m autotag.models := autotag.find_model(p_model);
+  v_column text := case p_parameter when 'token_cap' then 'cap_parameter' when 'response_format' then 'answer_format'
+    when 'reasoning_effort' then 'sends_effort' when 'detail' then 'sends_detail' when 'service_tier' then 'sends_tier' end;
+  v_before jsonb;
+  v_next jsonb;
 begin
+  if v_column is null then
+    return false;
+  end if;
   if m.name is null then
     insert into autotag.models (name) values (p_model) on conflict do nothing;
     m.name := p_model;
@@ -1023,24 +1035,66 @@ begin
   if not found then
     return false;
   end if;
-  case p_parameter
-    when 'token_cap' then
-      update autotag.models x set cap_parameter = case x.cap_parameter when 'max_completion_tokens' then 'max_tokens' else 'none' end
-      where x.name = m.name and x.cap_parameter <> 'none';
-    when 'response_format' then
-      update autotag.models x set answer_format = case x.answer_format when 'json_schema' then 'json_object' else 'text' end
-      where x.name = m.name and x.answer_format <> 'text';
-    when 'reasoning_effort' then
-      update autotag.models x set sends_effort = false
-      where x.name = m.name and x.sends_effort and x.reasoning_effort is not null;
-    when 'detail' then
-      update autotag.models x set sends_detail = false where x.name = m.name and x.sends_detail;
-    when 'service_tier' then
-      update autotag.models x set sends_tier = false where x.name = m.name and x.sends_tier;
-    else
-      return false;
-  end case;
-  return found;
+  v_before := to_jsonb(m) -> v_column;
+  v_next := (case
+    when v_before = '"max_completion_tokens"' then '"max_tokens"' when v_before = '"max_tokens"' then '"none"'
+    when v_before = '"json_schema"' then '"json_object"' when v_before = '"json_object"' then '"text"'
+    when v_before = 'true' and (v_column <> 'sends_effort' or m.reasoning_effort is not null) then 'false' end)::jsonb;
+  if v_next is null then
+    return false;
+  end if;
+  m := jsonb_populate_record(m, jsonb_build_object(v_column, v_next));
+  m.degraded := m.degraded || jsonb_build_object(v_column, jsonb_build_array(
+    case when m.degraded -> v_column -> 1 = v_before then m.degraded -> v_column -> 0 else v_before end, v_next));
+  update autotag.models x
+  set cap_parameter = m.cap_parameter, answer_format = m.answer_format, sends_effort = m.sends_effort,
+      sends_detail = m.sends_detail, sends_tier = m.sends_tier, degraded = m.degraded, degraded_at = autotag.now()
+  where x.name = m.name;
+  return true;
+end $$;
+
+-- What refusals before p_before have shown to be missing is tried anew: parameters of the request, the Batch API, expiring files.
+-- The provider may support it by now, or a worker may have told a lie. What is refused again costs a call, which is not billed.
+-- What the owner changed meanwhile stays. Called by tick(). Locks: provider, models (skip locked).
+create or replace function autotag.retry_features(p_before timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update autotag.provider_limits p
+  set has_batches = case when not p.batches_refused then p.has_batches end, batches_refused = false, keep_files = 604800,
+      degraded_at = null
+  where p.degraded_at <= p_before;
+  if exists (select from autotag.models m where m.degraded_at <= p_before) then
+    update autotag.models m
+    set cap_parameter = case when m.degraded #>> '{cap_parameter,1}' = m.cap_parameter
+          then m.degraded #>> '{cap_parameter,0}' else m.cap_parameter end,
+        answer_format = case when m.degraded #>> '{answer_format,1}' = m.answer_format
+          then m.degraded #>> '{answer_format,0}' else m.answer_format end,
+        sends_effort = m.sends_effort or m.degraded ? 'sends_effort',
+        sends_detail = m.sends_detail or m.degraded ? 'sends_detail',
+        sends_tier = m.sends_tier or m.degraded ? 'sends_tier', degraded = '{}', degraded_at = null
+    where m.name in (select d.name from autotag.models d where d.degraded_at <= p_before order by d.name for update skip locked);
+  end if;
+end $$;
+
+-- Forgets everything that workers have reported of the provider and of the token use of its answers, for example after a worker's
+-- login was stolen. The next call has to prove that tagging works. Limits stay: headers correct them, or the owner sets them.
+-- For the owner. Locks: provider, models.
+create or replace function autotag.forget_provider() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.lock_provider();
+  update autotag.provider_limits p
+  set has_batches = null, batches_refused = false, keep_files = 604800, has_rate_headers = null, degraded_at = null,
+      proven_at = null, probe_at = null, account_error = null, account_error_from = null, account_error_at = null,
+      blocked_until = '-infinity', limited_since = null, ask_after = '-infinity', next_poll_at = '-infinity', checked_at = '-infinity',
+      question = '{}'
+  where p.id;
+  perform autotag.retry_features('infinity');
+  delete from autotag.learned l where l.learned_at > '-infinity';
+  perform pg_notify('autotag', 'realtime');
+  perform pg_notify('autotag', 'batch');
 end $$;
 
 -- End of life of a model (p_model null: the one in use), from 90 days before: {level, message, fix, days, date, successor};
@@ -3780,11 +3834,13 @@ begin
   if p_error ->> 'code' = 'no_batch_api' and v_state not in ('preparing', 'uploading', 'creating') then
     p_error := p_error || '{"kind": "transient", "code": "provider_error"}';  -- a file that is gone is no missing API
   elsif p_error ->> 'code' = 'no_batch_api' and v_provider.proven_at is not null then
-    update autotag.provider_limits set has_batches = false, batches_refused = true;
+    update autotag.provider_limits set has_batches = false, batches_refused = true, degraded_at = autotag.now();
     p_error := p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'parameter' = 'expires_after' and v_kept is not null then
     -- Azure keeps files for at least 14 days; others know no expiry at all. One step, however many batches have asked so.
-    update autotag.provider_limits p set keep_files = case when v_kept < 1209600 then 1209600 end where p.keep_files = v_kept;
+    update autotag.provider_limits p set keep_files = case when v_kept < 1209600 then 1209600 end,
+      degraded_at = autotag.now()
+    where p.keep_files = v_kept;
     p_error := p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'kind' = 'account'
     or v_provider.proven_at is null and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then
@@ -4032,6 +4088,7 @@ begin
     m.sends_effort := coalesce(m.sends_effort, true);
     m.sends_detail := coalesce(m.sends_detail, true);
     m.sends_tier := coalesce(m.sends_tier, true);
+    m.degraded := coalesce(m.degraded, '{}');
     m.batch_discount := coalesce(m.batch_discount, 0.5);
     m.flex_discount := coalesce(m.flex_discount, 0.5);
     m.priority_factor := coalesce(m.priority_factor, 2);
@@ -4365,7 +4422,7 @@ begin
     v_answers := autotag.judge_errors(v_answers, v_batch.asked_at);
     perform autotag.note_outcomes(v_answers, v_batch.asked_at);
   end if;
-  perform autotag.add_usage(v_answers, true);
+  perform autotag.add_usage(v_answers, true, null, v_batch.asked_at);
 
   if exists (select from unnest(v_answers) a where a.error is not null) then
     v_answers := autotag.judge_retries(v_answers);
@@ -4386,10 +4443,13 @@ end $$;
 create or replace function autotag.read_batch_answers(p_batch autotag.batches, p_answers jsonb) returns autotag.answer[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_most record := autotag.believable_usage();
 begin
   return array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), true)::autotag.answer
+      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, v_most.input, greatest(4 * x.output_tokens + 4000, v_most.uncapped)),
+      true)::autotag.answer
     from (
       select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
         greatest(t.min_output_tokens, p_batch.output_tokens) as output_tokens,
@@ -4535,31 +4595,46 @@ begin
       then p_error ->> 'parameter' end);
 end $$;
 
--- Validates a worker's usage figures: {input, cached, cache_write, output, reasoning} (tokens, clamped to 0 to 10 million),
--- model (that answered) and tier (null: not given). Null: the provider gave no figures.
-create or replace function autotag.clean_usage(p_usage jsonb) returns jsonb
+-- The most tokens that are believed of one answer, so that no report uses up a quota. input: 20 times what a prompt reserves, at
+-- least 20,000. output: 4 times the cap and 4,000, because some providers count reasoning apart; at least 4 times
+-- max_output_tokens where the provider takes no cap (uncapped).
+create or replace function autotag.believable_usage(out input integer, out uncapped integer)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  select greatest(20 * (p.tokens_per_image - p.output_tokens), 20000),
+    case when p.question ->> 'cap_parameter' = 'none' then (select 4 * s.max_output_tokens from autotag.settings s) else 0 end
+  into input, uncapped from autotag.provider_limits p;
+end $$;
+
+-- Validates a worker's usage figures: {input, cached, cache_write, output, reasoning} (tokens, clamped to 0 to p_input and
+-- p_output), model (that answered) and tier (null: not given). Null: the provider gave no figures.
+create or replace function autotag.clean_usage(p_usage jsonb, p_input integer default 10000000, p_output integer default 10000000)
+returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_model text := p_usage ->> 'model';
   v_tier text := p_usage ->> 'tier';
+  v_input jsonb := to_jsonb(p_input);
+  v_output jsonb := to_jsonb(p_output);
 begin
   if p_usage is null or jsonb_typeof(p_usage) <> 'object' then
     return null;
   end if;
   -- Nearly all are valid as they are. (In jsonb's sort order only numbers lie between two numbers.)
-  if p_usage -> 'input' between '0' and '10000000' and p_usage -> 'output' between '0' and '10000000'
-    and p_usage -> 'cached' between '0' and '10000000' and p_usage -> 'cache_write' between '0' and '10000000'
-    and p_usage -> 'reasoning' between '0' and '10000000'
+  if p_usage -> 'input' between '0' and v_input and p_usage -> 'output' between '0' and v_output
+    and p_usage -> 'cached' between '0' and v_input and p_usage -> 'cache_write' between '0' and v_input
+    and p_usage -> 'reasoning' between '0' and v_output
     and length(v_model) between 1 and 100 and length(v_tier) between 1 and 20 and autotag.is_plain(v_model || v_tier) then
     return p_usage;
   end if;
   return jsonb_build_object(
-    'input', coalesce(autotag.clean_number(p_usage, 'input', 0, 10000000), 0)::integer,
-    'cached', coalesce(autotag.clean_number(p_usage, 'cached', 0, 10000000), 0)::integer,
-    'cache_write', coalesce(autotag.clean_number(p_usage, 'cache_write', 0, 10000000), 0)::integer,
-    'output', coalesce(autotag.clean_number(p_usage, 'output', 0, 10000000), 0)::integer,
-    'reasoning', coalesce(autotag.clean_number(p_usage, 'reasoning', 0, 10000000), 0)::integer,
+    'input', coalesce(autotag.clean_number(p_usage, 'input', 0, p_input), 0)::integer,
+    'cached', coalesce(autotag.clean_number(p_usage, 'cached', 0, p_input), 0)::integer,
+    'cache_write', coalesce(autotag.clean_number(p_usage, 'cache_write', 0, p_input), 0)::integer,
+    'output', coalesce(autotag.clean_number(p_usage, 'output', 0, p_output), 0)::integer,
+    'reasoning', coalesce(autotag.clean_number(p_usage, 'reasoning', 0, p_output), 0)::integer,
     'model', nullif(autotag.printable(v_model, 100), ''), 'tier', nullif(autotag.printable(v_tier, 20), ''));
 end $$;
 
@@ -4993,10 +5068,11 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_answers autotag.answer[];
+  v_most record := autotag.believable_usage();
 begin
   execute $q$ select array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), x.called)::autotag.answer
+      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, $3, greatest(4 * x.output_tokens + 4000, $4)), x.called)::autotag.answer
     from (
       select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
         autotag.clean_result(r.result) as result, r.error, r.usage, r.called
@@ -5008,7 +5084,7 @@ begin
         from jsonb_array_elements($1) e) r
       join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = $2
       order by t.id) x) $q$
-  into v_answers using p_reports, p_worker;
+  into v_answers using p_reports, p_worker, v_most.input, v_most.uncapped;
   return v_answers;
 end $$;
 
@@ -5071,20 +5147,21 @@ end $$;
 -- Usage per workspace and user, and its cost.
 
 -- Adds the usage of these answers, each by its model (not given: the one in p_question; null: the present one) and service
--- tier. Answers without figures get the tier `unknown` and no cost. A row without a cost is priced as a whole as soon as its
+-- tier. What was asked since the question changed costs at most as much as the model and tier that were asked. Answers without figures get the tier `unknown` and no cost. A row without a cost is priced as a whole as soon as its
 -- model has a price. An answer without a job (a comparison) counts as a request, not as a tagged image.
-create or replace function autotag.add_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb default null) returns void
+create or replace function autotag.add_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb default null, p_asked_at timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into autotag.usage as u (workspace_id, user_id, day, model, service_tier, images, requests,
     input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost)
-  select t.*, autotag.price_tokens(t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
+  select t.workspace_id, t.user_id, t.day, t.model, t.tier, t.images, t.requests, t.input, t.cached, t.cache_write, t.output, t.reasoning,
+    autotag.price_answers(t.asked, t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
   from (
     select b.workspace_id, j.user_id, (autotag.now() at time zone 'utc')::date as day, b.model, b.tier,
       count(*) filter (where b.error is null and b.job_id is not null) as images, count(*) as requests,
       sum(b.input) as input, sum(b.cached) as cached, sum(b.cache_write) as cache_write,
-      sum(b.output) as output, sum(b.reasoning) as reasoning
+      sum(b.output) as output, sum(b.reasoning) as reasoning, case when bool_and(b.present) then b.question end as asked
     from (
       select a.job_id, a.workspace_id, a.error,
         coalesce(a.usage ->> 'model', coalesce(p_question, p.question) ->> 'model') as model,
@@ -5093,11 +5170,13 @@ begin
         coalesce(least((a.usage -> 'cached')::bigint, (a.usage -> 'input')::bigint), 0) as cached,
         coalesce((a.usage -> 'cache_write')::bigint, 0) as cache_write,
         coalesce((a.usage -> 'output')::bigint, 0) as output,
-        coalesce((a.usage -> 'reasoning')::bigint, 0) as reasoning
+        coalesce((a.usage -> 'reasoning')::bigint, 0) as reasoning,
+        coalesce(p_question, p.question) as question,
+        p_question is not null or coalesce(coalesce(p_asked_at, a.reserved_at) >= p.question_since, false) as present
       from unnest(p_answers) a, autotag.provider_limits p
       where a.usage is not null or a.error is null) b
     left join autotag.jobs j on j.id = b.job_id
-    group by b.workspace_id, j.user_id, b.model, b.tier
+    group by b.workspace_id, j.user_id, b.model, b.tier, b.question
     order by b.workspace_id, j.user_id, b.model, b.tier) t
   on conflict (workspace_id, day, user_id, model, service_tier) do update set
     images = u.images + excluded.images, requests = u.requests + excluded.requests,
@@ -5108,6 +5187,26 @@ begin
     reasoning_tokens = u.reasoning_tokens + excluded.reasoning_tokens,
     cost = excluded.cost + coalesce(u.cost, autotag.price_tokens(u.model, u.service_tier,
       u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens));
+end $$;
+
+-- Price of answers of one model and tier (price_tokens) to a question: at most that of the model and tier that the question names,
+-- if they differ. A dated name of the model that was asked is that model; a question without a tier leaves it to the account.
+-- p_asked null: no bound.
+create or replace function autotag.price_answers(
+  p_asked jsonb, p_model text, p_tier text, p_input numeric, p_cached numeric, p_cache_write numeric, p_output numeric
+) returns numeric
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_price numeric := autotag.price_tokens(p_model, p_tier, p_input, p_cached, p_cache_write, p_output);
+  v_tier text := case when p_tier = 'batch' then p_tier else coalesce(p_asked ->> 'service_tier', p_tier) end;
+  v_most numeric;
+begin
+  if p_asked is null or v_tier = p_tier and autotag.names_model(p_asked ->> 'model', p_model) then
+    return v_price;
+  end if;
+  v_most := autotag.price_tokens(p_asked ->> 'model', v_tier, p_input, p_cached, p_cache_write, p_output);
+  return case when v_price > v_most then v_most else v_price end;
 end $$;
 
 -- Prices the earlier usage of models that now have a price.
@@ -6141,6 +6240,7 @@ as $$
 declare
   v_now timestamptz := autotag.now();
 begin
+  perform autotag.retry_features(v_now - (select s.model_check_interval from autotag.settings s));
   perform autotag.expire_workers();
   -- Retry workspaces whose next image exceeds the window's limit: the limit may have been raised.
   update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at = 'infinity';

@@ -83,7 +83,7 @@ begin
     v_answers := autotag.judge_errors(v_answers, v_batch.asked_at);
     perform autotag.note_outcomes(v_answers, v_batch.asked_at);
   end if;
-  perform autotag.add_usage(v_answers, true);
+  perform autotag.add_usage(v_answers, true, null, v_batch.asked_at);
 
   if exists (select from unnest(v_answers) a where a.error is not null) then
     v_answers := autotag.judge_retries(v_answers);
@@ -104,10 +104,13 @@ end $$;
 create or replace function autotag.read_batch_answers(p_batch autotag.batches, p_answers jsonb) returns autotag.answer[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_most record := autotag.believable_usage();
 begin
   return array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), true)::autotag.answer
+      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, v_most.input, greatest(4 * x.output_tokens + 4000, v_most.uncapped)),
+      true)::autotag.answer
     from (
       select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
         greatest(t.min_output_tokens, p_batch.output_tokens) as output_tokens,

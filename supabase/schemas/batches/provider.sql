@@ -39,6 +39,7 @@ begin
     m.sends_effort := coalesce(m.sends_effort, true);
     m.sends_detail := coalesce(m.sends_detail, true);
     m.sends_tier := coalesce(m.sends_tier, true);
+    m.degraded := coalesce(m.degraded, '{}');
     m.batch_discount := coalesce(m.batch_discount, 0.5);
     m.flex_discount := coalesce(m.flex_discount, 0.5);
     m.priority_factor := coalesce(m.priority_factor, 2);

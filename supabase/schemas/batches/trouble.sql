@@ -22,11 +22,13 @@ begin
   if p_error ->> 'code' = 'no_batch_api' and v_state not in ('preparing', 'uploading', 'creating') then
     p_error := p_error || '{"kind": "transient", "code": "provider_error"}';  -- a file that is gone is no missing API
   elsif p_error ->> 'code' = 'no_batch_api' and v_provider.proven_at is not null then
-    update autotag.provider_limits set has_batches = false, batches_refused = true;
+    update autotag.provider_limits set has_batches = false, batches_refused = true, degraded_at = autotag.now();
     p_error := p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'parameter' = 'expires_after' and v_kept is not null then
     -- Azure keeps files for at least 14 days; others know no expiry at all. One step, however many batches have asked so.
-    update autotag.provider_limits p set keep_files = case when v_kept < 1209600 then 1209600 end where p.keep_files = v_kept;
+    update autotag.provider_limits p set keep_files = case when v_kept < 1209600 then 1209600 end,
+      degraded_at = autotag.now()
+    where p.keep_files = v_kept;
     p_error := p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'kind' = 'account'
     or v_provider.proven_at is null and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then
