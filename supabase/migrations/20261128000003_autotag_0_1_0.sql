@@ -189,7 +189,8 @@ alter table autotag.settings enable row level security;
 create table autotag.clock (
   id boolean primary key default true check (id),
   ticked_at timestamptz not null default '-infinity',
-  housekept_at timestamptz not null default '-infinity'
+  housekept_at timestamptz not null default '-infinity',
+  probed_at timestamptz not null default '-infinity'     -- last broadcast of send_probe()
 ) with (fillfactor = 50);
 alter table autotag.clock enable row level security;
 
@@ -3838,15 +3839,13 @@ begin
     p_error := p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'parameter' = 'expires_after' and v_kept is not null then
     -- Azure keeps files for at least 14 days; others know no expiry at all. One step, however many batches have asked so.
-    update autotag.provider_limits p set keep_files = case when v_kept < 1209600 then 1209600 end,
-      degraded_at = autotag.now()
+    update autotag.provider_limits p set keep_files = case when v_kept < 1209600 then 1209600 end, degraded_at = autotag.now()
     where p.keep_files = v_kept;
     p_error := p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'kind' = 'account'
     or v_provider.proven_at is null and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then
     p_error := p_error || '{"kind": "account"}';
-    perform autotag.stop_account(autotag.explain_account(p_error),
-      case p_error ->> 'origin' when 'storage' then 'storage' else 'batch' end);
+    perform autotag.stop_account(autotag.explain_account(p_error), case p_error ->> 'origin' when 'storage' then 'storage' else 'batch' end);
     perform autotag.offer_switch(array[p_worker]);
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
@@ -4126,7 +4125,7 @@ begin
 end $$;
 
 -- A verified delivery. Returns what came of it: `accepted`, `replayed` (had it before), `ignored` (another
--- kind of event) or `unknown` (no batch of ours; one that is being created now is looked at when it is known).
+-- kind of event, or more than 600 in a minute) or `unknown` (no batch of ours; one that is being created now is looked at when it is known).
 -- Locks: provider.
 create or replace function autotag.receive_webhook(p_webhook_id text, p_event_type text, p_openai_batch_id text) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -4143,6 +4142,9 @@ begin
       'Pass the header webhook-id and the event''s data.id.');
   end if;
   v_provider := autotag.lock_provider();
+  if (select count(*) from autotag.webhooks w where w.received_at > v_provider.refilled_at - interval '1 min') >= 600 then
+    return 'ignored';   -- no account ends that many batches; the next poll sees what is left out here
+  end if;
   insert into autotag.webhooks (id, openai_batch_id, received_at)
   values (p_webhook_id, p_openai_batch_id, v_provider.refilled_at) on conflict do nothing;
   if not found then
@@ -5964,8 +5966,15 @@ end $$;
 
 -- A broadcast that means nothing, to see whether broadcasts arrive.
 create or replace function autotag.send_probe(p_nonce uuid) returns void
-language sql security definer set search_path = pg_catalog, pg_temp
-as $$ select autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false) $$;
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  -- At most five a second: more are ignored.
+  update autotag.clock c set probed_at = autotag.now() where c.probed_at <= autotag.now() - interval '200 ms';
+  if found then
+    perform autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false);
+  end if;
+end $$;
 
 -- Whether broadcasts leave.
 create or replace function autotag.diagnose_broadcasts() returns jsonb

@@ -77,7 +77,7 @@ begin
 end $$;
 
 -- A verified delivery. Returns what came of it: `accepted`, `replayed` (had it before), `ignored` (another
--- kind of event) or `unknown` (no batch of ours; one that is being created now is looked at when it is known).
+-- kind of event, or more than 600 in a minute) or `unknown` (no batch of ours; one that is being created now is looked at when it is known).
 -- Locks: provider.
 create or replace function autotag.receive_webhook(p_webhook_id text, p_event_type text, p_openai_batch_id text) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -94,6 +94,9 @@ begin
       'Pass the header webhook-id and the event''s data.id.');
   end if;
   v_provider := autotag.lock_provider();
+  if (select count(*) from autotag.webhooks w where w.received_at > v_provider.refilled_at - interval '1 min') >= 600 then
+    return 'ignored';   -- no account ends that many batches; the next poll sees what is left out here
+  end if;
   insert into autotag.webhooks (id, openai_batch_id, received_at)
   values (p_webhook_id, p_openai_batch_id, v_provider.refilled_at) on conflict do nothing;
   if not found then

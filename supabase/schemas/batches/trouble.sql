@@ -26,15 +26,13 @@ begin
     p_error := p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'parameter' = 'expires_after' and v_kept is not null then
     -- Azure keeps files for at least 14 days; others know no expiry at all. One step, however many batches have asked so.
-    update autotag.provider_limits p set keep_files = case when v_kept < 1209600 then 1209600 end,
-      degraded_at = autotag.now()
+    update autotag.provider_limits p set keep_files = case when v_kept < 1209600 then 1209600 end, degraded_at = autotag.now()
     where p.keep_files = v_kept;
     p_error := p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'kind' = 'account'
     or v_provider.proven_at is null and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then
     p_error := p_error || '{"kind": "account"}';
-    perform autotag.stop_account(autotag.explain_account(p_error),
-      case p_error ->> 'origin' when 'storage' then 'storage' else 'batch' end);
+    perform autotag.stop_account(autotag.explain_account(p_error), case p_error ->> 'origin' when 'storage' then 'storage' else 'batch' end);
     perform autotag.offer_switch(array[p_worker]);
   end if;
   perform from autotag.workspaces w where w.workspace_id = v_workspace for update;

@@ -55,8 +55,15 @@ end $$;
 
 -- A broadcast that means nothing, to see whether broadcasts arrive.
 create or replace function autotag.send_probe(p_nonce uuid) returns void
-language sql security definer set search_path = pg_catalog, pg_temp
-as $$ select autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false) $$;
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  -- At most five a second: more are ignored.
+  update autotag.clock c set probed_at = autotag.now() where c.probed_at <= autotag.now() - interval '200 ms';
+  if found then
+    perform autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false);
+  end if;
+end $$;
 
 -- Whether broadcasts leave.
 create or replace function autotag.diagnose_broadcasts() returns jsonb
