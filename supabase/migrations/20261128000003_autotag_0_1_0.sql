@@ -55,7 +55,8 @@ end $$;
 --     before any work is done. One bad report of many affects its own image only.
 --   * What a worker reports of the provider (waits, limits, request form, Batch API) and of the account holds for every
 --     workspace, because only workers see the provider. So a stolen login can pause tagging (an hour at most each time), slow it
---     down and make it dearer. It can also claim queued images and report anything about them. When the login is revoked, its
+--     down and make it dearer: missing features are tried anew after model_check_interval, usage is believed up to
+--     believable_usage(), and forget_provider() forgets all of it. It can also claim queued images and report anything about them. When the login is revoked, its
 --     images are requeued as its leases run out.
 --   * It reads what it claims, and what status(), metrics() and diagnose() return: counts, ids, and one path.
 
@@ -188,7 +189,8 @@ alter table autotag.settings enable row level security;
 create table autotag.clock (
   id boolean primary key default true check (id),
   ticked_at timestamptz not null default '-infinity',
-  housekeeping_at timestamptz not null default '-infinity'
+  housekeeping_at timestamptz not null default '-infinity',
+  probed_at timestamptz not null default '-infinity'     -- last broadcast of send_test_broadcast()
 ) with (fillfactor = 50);
 alter table autotag.clock enable row level security;
 
@@ -215,13 +217,16 @@ create table autotag.models (
   patch_tokens numeric check (patch_tokens > 0),
   base_tokens integer check (base_tokens >= 0),
   tile_tokens integer check (tile_tokens >= 0),
-  -- The form of the request. When the provider refuses a parameter, downgrade_request_form() moves it to the next form.
+  -- The form of the request. When the provider refuses a parameter, downgrade_request_form() moves it to the next form, and
+  -- retry_features() moves it back after model_check_interval.
   cap_parameter text not null default 'max_completion_tokens'
     check (cap_parameter in ('max_completion_tokens', 'max_tokens', 'none')),
   answer_format text not null default 'json_schema' check (answer_format in ('json_schema', 'json_object', 'text')),
   sends_effort boolean not null default true,
   sends_detail boolean not null default true,
   sends_tier boolean not null default true,
+  degraded jsonb not null default '{}',  -- {column: [its value before, its value since]} of what downgrade_request_form() changed …
+  degraded_at timestamptz,               -- … and when it did so last
   -- End of life: as the API reports it once a day, or as known when the row was written.
   shutdown_date date,
   successor text
@@ -293,8 +298,10 @@ create table autotag.provider_limits (
   has_batches boolean,
   batches_refused boolean not null default false,   -- has_batches is false because a call failed, not just a check
   has_rate_headers boolean,
+  degraded_at timestamptz,   -- when a call last showed that a feature (batches, expiring files) is missing
   keep_files integer default 604800,     -- seconds after which the provider deletes our files; null: it supports no expiry
   checked_at timestamptz not null default '-infinity',   -- last check of model and provider (claim_batches: look_up)
+  rerouted boolean not null default false,   -- the last claim changed the way of an upload and released nothing
   -- the bucket: what was left at refilled_at
   requests_left double precision not null default 500,
   tokens_left double precision not null default 200000,
@@ -414,6 +421,7 @@ create table autotag.tasks (
 create unique index tasks_live_asset_idx on autotag.tasks (asset_id) where finished_at is null;
 create index tasks_job_id_idx on autotag.tasks (job_id, id);
 create index tasks_batch_idx on autotag.tasks (batch_id, id) where batch_id is not null;
+create index tasks_cut_off_idx on autotag.tasks (job_id) where min_output_tokens is not null and finished_at is null;
 create index tasks_parked_idx on autotag.tasks (retry_at) where retry_at is not null;
 alter table autotag.tasks enable row level security;
 
@@ -558,6 +566,14 @@ create table autotag.quotas (
 create unique index quotas_key on autotag.quotas (scope, period, workspace_id, user_id) nulls not distinct;
 alter table autotag.quotas enable row level security;
 
+-- What images that are being tagged reserve in quotas of dollars.
+create type autotag.reservation_prices as (
+  single numeric,              -- an image that goes as a single call …
+  batch numeric,               -- … or in a batch
+  token numeric,               -- each token of a cap above the usual one
+  usual_cap integer            -- tokens
+);
+
 -- How long OpenAI took for each batch that it completed.
 create table autotag.durations (
   id bigint generated always as identity primary key,
@@ -580,10 +596,12 @@ create table autotag.uploads (
   workspace_id uuid not null,
   user_id uuid,                          -- the uploader; null: the service role
   first_at timestamptz not null,
-  seal_at timestamptz not null
+  seal_at timestamptz not null,
+  postponed boolean not null default false   -- it was complete, and there was no room for it: seal_at is when to look again
 );
 create unique index uploads_key on autotag.uploads (workspace_id, user_id) nulls not distinct;
 create index uploads_seal_at_idx on autotag.uploads (seal_at);
+create index uploads_user_idx on autotag.uploads (user_id, seal_at);
 alter table autotag.uploads enable row level security;
 
 create table autotag.arrivals (
@@ -1002,7 +1020,14 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   m autotag.models := autotag.find_model(p_model);
+  v_column text := case p_parameter when 'token_cap' then 'cap_parameter' when 'response_format' then 'answer_format'
+    when 'reasoning_effort' then 'sends_effort' when 'detail' then 'sends_detail' when 'service_tier' then 'sends_tier' end;
+  v_before jsonb;
+  v_next jsonb;
 begin
+  if v_column is null then
+    return false;
+  end if;
   if m.name is null then
     insert into autotag.models (name) values (p_model) on conflict do nothing;
     m.name := p_model;
@@ -1011,24 +1036,66 @@ begin
   if not found then
     return false;
   end if;
-  case p_parameter
-    when 'token_cap' then
-      update autotag.models x set cap_parameter = case x.cap_parameter when 'max_completion_tokens' then 'max_tokens' else 'none' end
-      where x.name = m.name and x.cap_parameter <> 'none';
-    when 'response_format' then
-      update autotag.models x set answer_format = case x.answer_format when 'json_schema' then 'json_object' else 'text' end
-      where x.name = m.name and x.answer_format <> 'text';
-    when 'reasoning_effort' then
-      update autotag.models x set sends_effort = false
-      where x.name = m.name and x.sends_effort and x.reasoning_effort is not null;
-    when 'detail' then
-      update autotag.models x set sends_detail = false where x.name = m.name and x.sends_detail;
-    when 'service_tier' then
-      update autotag.models x set sends_tier = false where x.name = m.name and x.sends_tier;
-    else
-      return false;
-  end case;
-  return found;
+  v_before := to_jsonb(m) -> v_column;
+  v_next := (case
+    when v_before = '"max_completion_tokens"' then '"max_tokens"' when v_before = '"max_tokens"' then '"none"'
+    when v_before = '"json_schema"' then '"json_object"' when v_before = '"json_object"' then '"text"'
+    when v_before = 'true' and (v_column <> 'sends_effort' or m.reasoning_effort is not null) then 'false' end)::jsonb;
+  if v_next is null then
+    return false;
+  end if;
+  m := jsonb_populate_record(m, jsonb_build_object(v_column, v_next));
+  m.degraded := m.degraded || jsonb_build_object(v_column, jsonb_build_array(
+    case when m.degraded -> v_column -> 1 = v_before then m.degraded -> v_column -> 0 else v_before end, v_next));
+  update autotag.models x
+  set cap_parameter = m.cap_parameter, answer_format = m.answer_format, sends_effort = m.sends_effort,
+      sends_detail = m.sends_detail, sends_tier = m.sends_tier, degraded = m.degraded, degraded_at = autotag.now()
+  where x.name = m.name;
+  return true;
+end $$;
+
+-- What refusals before p_before have shown to be missing is tried anew: parameters of the request, the Batch API, expiring files.
+-- The provider may support it by now, or a worker may have told a lie. What is refused again costs a call, which is not billed.
+-- What the owner changed meanwhile stays. Called by tick(). Locks: provider, models (skip locked).
+create or replace function autotag.retry_features(p_before timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update autotag.provider_limits p
+  set has_batches = case when not p.batches_refused then p.has_batches end, batches_refused = false, keep_files = 604800,
+      degraded_at = null
+  where p.degraded_at <= p_before;
+  if exists (select from autotag.models m where m.degraded_at <= p_before) then
+    update autotag.models m
+    set cap_parameter = case when m.degraded #>> '{cap_parameter,1}' = m.cap_parameter
+          then m.degraded #>> '{cap_parameter,0}' else m.cap_parameter end,
+        answer_format = case when m.degraded #>> '{answer_format,1}' = m.answer_format
+          then m.degraded #>> '{answer_format,0}' else m.answer_format end,
+        sends_effort = m.sends_effort or m.degraded ? 'sends_effort',
+        sends_detail = m.sends_detail or m.degraded ? 'sends_detail',
+        sends_tier = m.sends_tier or m.degraded ? 'sends_tier', degraded = '{}', degraded_at = null
+    where m.name in (select d.name from autotag.models d where d.degraded_at <= p_before order by d.name for update skip locked);
+  end if;
+end $$;
+
+-- Forgets everything that workers have reported of the provider and of the token use of its answers, for example after a worker's
+-- login was stolen. The next call has to prove that tagging works. Limits stay: headers correct them, or the owner sets them.
+-- For the owner. Locks: provider, models.
+create or replace function autotag.forget_provider() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.lock_provider();
+  update autotag.provider_limits p
+  set has_batches = null, batches_refused = false, keep_files = 604800, has_rate_headers = null, degraded_at = null,
+      proven_at = null, probe_at = null, account_error = null, account_error_from = null, account_error_at = null,
+      blocked_until = '-infinity', limited_since = null, ask_after = '-infinity', next_poll_at = '-infinity', checked_at = '-infinity',
+      question = '{}'
+  where p.id;
+  perform autotag.retry_features('infinity');
+  delete from autotag.learned l where l.learned_at > '-infinity';
+  perform pg_notify('autotag', 'realtime');
+  perform pg_notify('autotag', 'batch');
 end $$;
 
 -- End of life of a model (p_model null: the one in use), from 90 days before: {level, message, fix, days, date, successor};
@@ -1282,7 +1349,7 @@ begin
     perform autotag.refuse(400, 'unknown_effort', format('%s does not accept a reasoning effort.', p_model),
       'Leave it out (autotag.models.sends_effort is false for this model).');
   end if;
-  v_images := (select count(*) from autotag.tagged_assets(p_workspace_id, greatest(p_sample, 0)));
+  v_images := (select count(*) from autotag.tagged_assets(p_workspace_id, least(greatest(p_sample, 0), 1000)));
   if v_images = 0 then
     perform autotag.refuse(404, 'no_tagged_images', 'This workspace has no tagged images.',
       'Tag some images first: autotag enqueue.');
@@ -1317,11 +1384,11 @@ begin
       'tags', jsonb_path_query_array(t.tags, 'strict $[*] ? (@.type() == "string")'),
       'caption', t.result ->> 'caption', 'confidence', t.result -> 'confidence', 'model', t.result ->> 'model'))
   into v_assets, v_sample
-  from autotag.tagged_assets(p_workspace_id, greatest(p_sample, 0)) t;
+  from autotag.tagged_assets(p_workspace_id, least(greatest(p_sample, 0), 1000)) t;
   return (
     select coalesce(jsonb_agg(jsonb_build_object('asset_id', d.asset_id, 'bucket', d.bucket, 'path', d.path, 'url', d.url)
       || (v_sample -> d.asset_id::text) order by d.asset_id), '[]')
-    from autotag.describe_assets(coalesce(v_assets, '{}')) d where not d.foreign_file);
+    from autotag.describe_assets(coalesce(v_assets, '{}')) d where d.refused is null);
 end $$;
 
 -- Admits one call with this question: {admitted, reserved (tokens), reserved_at, cap (of the answer, in tokens)}, or
@@ -1696,6 +1763,7 @@ declare
   v_asked integer;
   v_missing uuid[];            -- ids that do not exist, at most 5
   v_foreign uuid[];            -- images that name a file of another workspace, at most 5
+  v_long uuid[];               -- images whose URL, path or bucket name is too long, at most 5
   v_workspaces uuid[];         -- workspaces of the images that the caller may act for
 begin
   if array_ndims(p_asset_ids) > 1 or array_position(p_asset_ids, null) is not null then
@@ -1706,18 +1774,19 @@ begin
 
   -- An image of another workspace is reported like one that does not exist, so that callers cannot find out which ids exist.
   with there as materialized (
-    select d.asset_id, d.workspace_id, d.foreign_file from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
+    select d.asset_id, d.workspace_id, d.refused from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
   ), theirs as materialized (
     -- offset 0: call is_member once per workspace, not once per image
     select w.id from (select distinct t.workspace_id as id from there t offset 0) w
     where autotag.is_service() or autotag.is_member(w.id)
   ), found as materialized (
-    select t.asset_id, t.foreign_file from there t where t.workspace_id in (select w.id from theirs w)
+    select t.asset_id, t.refused from there t where t.workspace_id in (select w.id from theirs w)
   )
   select (select array_agg(w.id) from theirs w), (select count(*) from found), (select count(distinct id) from unnest(p_asset_ids) id),
     array(select distinct id from unnest(p_asset_ids) id except select f.asset_id from found f order by 1 limit 5),
-    array(select f.asset_id from found f where f.foreign_file order by 1 limit 5)
-  into v_workspaces, v_found, v_asked, v_missing, v_foreign;
+    array(select f.asset_id from found f where f.refused = 'foreign_file' order by 1 limit 5),
+    array(select f.asset_id from found f where f.refused = 'location_too_long' order by 1 limit 5)
+  into v_workspaces, v_found, v_asked, v_missing, v_foreign, v_long;
   if v_found < v_asked then
     perform autotag.refuse(404, 'unknown_asset',
       format('%s of the %s images do not exist.', v_asked - v_found, v_asked),
@@ -1730,6 +1799,10 @@ begin
   if v_foreign <> '{}' then
     perform autotag.refuse(403, 'foreign_file', 'An image names a file that does not belong to its workspace.',
       format('Name a file of its own workspace (rule %s).', autotag.file_rule()), jsonb_build_object('asset_ids', v_foreign));
+  end if;
+  if v_long <> '{}' then
+    perform autotag.refuse(400, 'location_too_long', 'The URL, path or bucket name of an image is too long.',
+      'A URL may have 8,192 bytes, a path 1,024 and a bucket name 100.', jsonb_build_object('asset_ids', v_long));
   end if;
   perform autotag.lock_workspace(v_workspaces[1]);
   return autotag.start_job(v_workspaces[1], (select auth.uid()), p_asset_ids, p_seen);
@@ -1763,7 +1836,7 @@ begin
   where a.id <> all (v_live);
   v_count := cardinality(v_new);
   if v_count = 0 then
-    return autotag.describe_live(v_live, v_asked);
+    return autotag.describe_live(p_workspace_id, v_live, v_asked);
   end if;
   perform autotag.check_live_capacity(p_workspace_id, v_count);
   perform autotag.check_quotas(p_workspace_id, p_user_id, v_count);
@@ -1777,7 +1850,7 @@ begin
   values (v_job.id, p_workspace_id, v_first_task - 1, v_plan.chunk);
   perform autotag.add_queued(p_workspace_id, v_job.id, v_plan.express, v_first_task);
   v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
-  perform autotag.show_stage(v_new, 'queued', 0, v_job.eta);
+  perform autotag.show_stage(v_new, array_fill(p_workspace_id, array[v_count]), 'queued', 0, v_job.eta);
 
   if v_plan.express > 0 then
     perform pg_notify('autotag', 'realtime');
@@ -1789,8 +1862,9 @@ begin
     'skipped', v_asked - v_count, 'batches', v_plan.batches, 'eta', v_job.eta);
 end $$;
 
--- The reply to an upload whose images are all being tagged already: their job, or null if they belong to several.
-create or replace function autotag.describe_live(p_live uuid[], p_asked integer) returns jsonb
+-- The reply to an upload whose images are all being tagged already: their job, or null if they belong to several. Only a job of
+-- this workspace: an image that moved here while it is tagged belongs to a job of the workspace that it came from.
+create or replace function autotag.describe_live(p_workspace_id uuid, p_live uuid[], p_asked integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -1799,7 +1873,8 @@ declare
 begin
   -- The call is probably a retry after its first reply was lost, so name the job.
   select array_agg(distinct t.job_id) into v_live_jobs
-  from autotag.tasks t where t.asset_id = any (p_live) and t.finished_at is null;
+  from autotag.tasks t where t.asset_id = any (p_live) and t.workspace_id = p_workspace_id
+    and t.finished_at is null;
   select * into v_job from autotag.jobs j
   where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
   return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
@@ -1920,7 +1995,7 @@ end $$;
 
 -- Retrying the failed images of an upload.
 
--- The failed images of a job, in order, except those that no longer exist or that name a file of another workspace.
+-- The failed images of a job, in order, except those that no longer exist or whose location is refused (describe_assets).
 create or replace function autotag.failed_assets(p_job_id uuid) returns uuid[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1932,7 +2007,7 @@ begin
     from autotag.tasks t
     join autotag.describe_assets(array(
       select f.asset_id from autotag.tasks f where f.job_id = v_job.id and f.stage = 'failed')) d on d.asset_id = t.asset_id
-    where t.job_id = v_job.id and t.stage = 'failed' and not d.foreign_file
+    where t.job_id = v_job.id and t.stage = 'failed' and d.refused is null
     order by t.id);
 end $$;
 
@@ -1967,13 +2042,16 @@ begin
   select * into v_settings from autotag.settings;
   with found as (
     select d.asset_id, d.workspace_id from autotag.describe_assets(p_asset_ids) d
-    -- a row that names a foreign file is collected too: its task fails with the reason
-    where d.workspace_id is not null and (d.path is not null or d.url is not null or d.foreign_file)
+    -- a row whose location is refused is collected too: its task fails with the reason
+    where d.workspace_id is not null and (d.path is not null or d.url is not null or d.refused is not null)
   ), upload as (
     insert into autotag.uploads as u (workspace_id, user_id, first_at, seal_at)
     select distinct f.workspace_id, v_user, v_now, v_now + v_settings.upload_quiet from found f order by 1
     on conflict (workspace_id, user_id) do update
-      set seal_at = least(v_now + v_settings.upload_quiet, u.first_at + v_settings.upload_longest)
+      -- one that waits for its quotas goes on waiting
+      set seal_at = case when u.postponed and u.seal_at > v_now then u.seal_at
+        else least(v_now + v_settings.upload_quiet, u.first_at + v_settings.upload_longest) end,
+        postponed = u.postponed and u.seal_at > v_now
     returning u.id, u.workspace_id, u.first_at
   ), arrived as (
     insert into autotag.arrivals (upload_id, asset_id)
@@ -1992,7 +2070,7 @@ exception when others then
 end $$;
 
 -- Makes a job of one upload that is complete at p_now; false: there is none. Images beyond what one job, the live images of the
--- workspace or its quotas allow stay in the upload (for quotas until they renew). One upload per call, because a job's locks
+-- workspace or its quotas allow stay in the upload, which is postponed when there is no room. One upload per call, because a job's locks
 -- come before the next workspace's in the order of locks. Called by claim().
 -- Locks: the upload, its workspace.
 create or replace function autotag.seal_upload(p_now timestamptz) returns boolean
@@ -2012,7 +2090,7 @@ begin
   v_room := least(autotag.live_capacity(v_upload.workspace_id), (select s.job_max_images from autotag.settings s),
     (select min(q.images_left) from autotag.quotas_left(v_upload.workspace_id, v_upload.user_id) q));
   if v_room < 1 then
-    update autotag.uploads u set seal_at = p_now + interval '1 min' where u.id = v_upload.id;
+    perform autotag.postpone_upload(v_upload, p_now);
     return true;
   end if;
 
@@ -2031,6 +2109,46 @@ begin
   end if;
   return true;
 end $$;
+
+-- Postpones an upload without room: until its quota renews, where all of it is billed; else until some of what is being tagged is
+-- expected to be done (1 min to 1 h). Where the quota is its user's in all workspaces, the user's other uploads wait as long, at
+-- most 1,000 per call: a user may be a member of any number of workspaces. Locks: uploads (skip locked).
+create or replace function autotag.postpone_upload(p_upload autotag.uploads, p_now timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_prices autotag.reservation_prices := autotag.price_reservations();
+  v_until timestamptz;
+  v_scope text;
+begin
+  select u.renews_at, u.scope into v_until, v_scope
+  from autotag.quota_use(p_upload.workspace_id, p_upload.user_id, v_prices) u
+  where u.maximum - u.billed < case u.kind when 'images' then 1 else greatest(v_prices.single, 0.0000001) end
+  order by u.renews_at desc, u.scope limit 1;
+  v_until := coalesce(v_until, least(greatest(p_now + interval '1 min', (
+    select min(j.eta) from autotag.jobs j
+    where j.finished_at is null and (j.workspace_id = p_upload.workspace_id or j.user_id = p_upload.user_id))), p_now + interval '1 h'));
+  update autotag.uploads u set seal_at = v_until, postponed = true where u.id = p_upload.id;
+  if v_scope = 'user' and not exists (select from autotag.quotas q where q.scope = 'user' and q.workspace_id is not null) then
+    update autotag.uploads u set seal_at = v_until, postponed = true
+    where u.id in (
+      select o.id from autotag.uploads o where o.user_id = p_upload.user_id and o.seal_at <= p_now
+      order by o.id limit 1000 for update skip locked);
+  end if;
+end $$;
+
+-- Quotas have changed: what waits for them is looked at again.
+create or replace function autotag.resume_uploads() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update autotag.uploads u set seal_at = autotag.now() where u.postponed and u.seal_at > autotag.now();
+  perform pg_notify('autotag', 'realtime');
+  return null;
+end $$;
+
+create or replace trigger autotag_resume_uploads after insert or update or delete on autotag.quotas
+  for each statement execute function autotag.resume_uploads();
 
 -- Tags images that existed before autotag (`autotag enqueue`).
 
@@ -2103,25 +2221,33 @@ begin
   return autotag.question_cost(v_provider, p_max, p_tier);
 end $$;
 
--- What is left of each quota of a workspace and a user: the maximum less what was used and less what is being tagged (reserved
--- until it is done, so that concurrent uploads cannot exceed the quota). images_left: how many more images that allows, at
--- p_each dollars per image (null: what the model in use reserves). Everything billed counts, including failures. A user quota
--- without a workspace counts the user's images in all workspaces.
-create or replace function autotag.quotas_left(p_workspace_id uuid, p_user_id uuid, p_each numeric default null)
-returns table (scope text, period text, kind text, maximum numeric, available numeric, images_left integer, renews_at timestamptz)
+-- What images reserve in quotas of dollars: one as a single call and one in a batch, and each token of a cap above the usual one.
+-- Zero without a price: no dollars can be reserved then, and autotag doctor reports it.
+create or replace function autotag.price_reservations() returns autotag.reservation_prices
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_prices autotag.reservation_prices;
+  v_question jsonb := autotag.describe_question();
+begin
+  v_prices.single := coalesce(autotag.expected_cost(null, true), 0);
+  v_prices.batch := coalesce(autotag.expected_cost('batch', true), 0);
+  v_prices.token := coalesce(autotag.price_tokens(
+    v_question ->> 'model', coalesce(v_question ->> 'service_tier', 'default'), 0, 0, 0, 1), 0);
+  v_prices.usual_cap := (select p.output_tokens from autotag.provider_limits p);
+  return v_prices;
+end $$;
+
+-- The quotas that apply to a workspace and a user, and how much of each is used. billed: everything that was, including unusable
+-- answers. reserved: what is being tagged, until it is done, so that concurrent uploads cannot exceed the quota; an image whose
+-- answer was cut off reserves its larger cap. A user quota without a workspace counts the user's images in all workspaces.
+create or replace function autotag.quota_use(p_workspace_id uuid, p_user_id uuid, p_prices autotag.reservation_prices)
+returns table (scope text, period text, kind text, maximum numeric, billed numeric, reserved numeric, renews_at timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_today date := (autotag.now() at time zone 'utc')::date;
-  v_cost numeric;
-  v_batch_cost numeric;
 begin
-  if not exists (select from autotag.quotas) then
-    return;
-  end if;
-  -- Without a price no dollars can be reserved; autotag doctor reports it.
-  v_cost := coalesce(autotag.expected_cost(null, true), 0);
-  v_batch_cost := coalesce(autotag.expected_cost('batch', true), 0);
   return query
     with chosen as (
       select distinct on (q.scope, q.period) q.*,
@@ -2131,30 +2257,49 @@ begin
       where (q.workspace_id is null or q.workspace_id = p_workspace_id)
         and (q.scope = 'workspace' or (p_user_id is not null and (q.user_id is null or q.user_id = p_user_id)))
       order by q.scope, q.period, q.user_id is null, q.workspace_id is null
-    ), measured as (
-      select c.*, u.answers + l.images as images, u.cost + l.cost as cost
-      from chosen c
-      cross join lateral (
-        -- everything billed: an unusable answer costs as much as a usable one
-        select coalesce(sum(greatest(u.requests, u.images)), 0) as answers, coalesce(sum(u.cost), 0) as cost
-        from autotag.usage u
-        where u.day >= c.first_day and case when c.scope = 'workspace' then u.workspace_id = p_workspace_id
-          else u.user_id = p_user_id and (c.workspace_id is null or u.workspace_id = c.workspace_id) end) u
-      cross join lateral (
-        select coalesce(sum(n.images), 0) as images, coalesce(sum(n.images * n.price), 0) as cost
-        from (
-          select j.image_count - j.completed - j.failed as images,
-            case when j.strategy like 'batch%' then v_batch_cost else v_cost end as price
-          from autotag.jobs j
-          where j.finished_at is null and case when c.scope = 'workspace' then j.workspace_id = p_workspace_id
-            else j.user_id = p_user_id and (c.workspace_id is null or j.workspace_id = c.workspace_id) end) n) l
     )
-    select m.scope, m.period, k.kind, k.maximum, greatest(k.maximum - k.used, 0),
-      least(greatest(floor((k.maximum - k.used) / k.each), 0), 2147483647)::integer, m.next_period
-    from measured m
-    cross join lateral (values ('images', m.max_images::numeric, m.images::numeric, 1::numeric),
-      ('cost', m.max_cost, m.cost, greatest(coalesce(p_each, v_cost), 0.0000001))) k (kind, maximum, used, each)
+    select c.scope, c.period, k.kind, k.maximum, k.billed, k.reserved, c.next_period
+    from chosen c
+    cross join lateral (
+      select coalesce(sum(greatest(u.requests, u.images)), 0)::numeric as answers, coalesce(sum(u.cost), 0) as cost
+      from autotag.usage u
+      where u.day >= c.first_day and case when c.scope = 'workspace' then u.workspace_id = p_workspace_id
+        else u.user_id = p_user_id and (c.workspace_id is null or u.workspace_id = c.workspace_id) end) u
+    cross join lateral (
+      select coalesce(sum(n.images), 0)::numeric as images,
+        coalesce(sum(n.images * n.price + n.more_tokens * p_prices.token), 0) as cost
+      from (
+        select j.image_count - j.completed - j.failed as images,
+          case when j.strategy like 'batch%' then p_prices.batch else p_prices.single end as price,
+          case when c.max_cost is null then 0 else (
+            select coalesce(sum(greatest(t.min_output_tokens - p_prices.usual_cap, 0)), 0) from autotag.tasks t
+            where t.job_id = j.id and t.min_output_tokens is not null and t.finished_at is null) end as more_tokens
+        from autotag.jobs j
+        where j.finished_at is null and case when c.scope = 'workspace' then j.workspace_id = p_workspace_id
+          else j.user_id = p_user_id and (c.workspace_id is null or j.workspace_id = c.workspace_id) end) n) l
+    cross join lateral (values ('images', c.max_images::numeric, u.answers, l.images), ('cost', c.max_cost, u.cost, l.cost))
+      k (kind, maximum, billed, reserved)
     where k.maximum is not null;
+end $$;
+
+-- What is left of each quota: the maximum less what is billed and reserved. images_left: how many more images that allows, at
+-- p_each dollars per image (null: what the model in use reserves).
+create or replace function autotag.quotas_left(p_workspace_id uuid, p_user_id uuid, p_each numeric default null)
+returns table (scope text, period text, kind text, maximum numeric, available numeric, images_left integer, renews_at timestamptz)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_prices autotag.reservation_prices;
+begin
+  if not exists (select from autotag.quotas) then
+    return;
+  end if;
+  v_prices := autotag.price_reservations();
+  return query
+    select u.scope, u.period, u.kind, u.maximum, greatest(u.maximum - u.billed - u.reserved, 0),
+      least(greatest(floor((u.maximum - u.billed - u.reserved) / case u.kind when 'images' then 1
+        else greatest(coalesce(p_each, v_prices.single), 0.0000001) end), 0), 2147483647)::integer, u.renews_at
+    from autotag.quota_use(p_workspace_id, p_user_id, v_prices) u;
 end $$;
 
 -- Refuses p_images images if a quota does not allow them: those of an upload (the caller holds the workspace's lock, so that
@@ -2184,6 +2329,56 @@ begin
     jsonb_build_object('quota', v_quota.kind, 'scope', v_quota.scope, 'period', v_quota.period,
       'maximum', v_quota.maximum, 'left', v_quota.available, 'images_left', v_quota.images_left,
       'renews_at', v_quota.renews_at, 'retry_after', extract(epoch from v_quota.renews_at - autotag.now())));
+end $$;
+
+-- Refuses the retries that a quota has no room for. An answer with usage was billed, and another try will be billed again. It is
+-- allowed while every quota of its workspace and user has room for it beside what is billed and reserved, at the price of a single
+-- call with its new cap. Returns the answers, with the errors of the others changed to `quota_exceeded`, which ends their images.
+-- So what is billed exceeds a quota by at most one answer for each image that is being tagged.
+-- The caller holds workspaces, jobs and tasks, and has added the usage of these answers.
+create or replace function autotag.judge_retries(p_answers autotag.answer[]) returns autotag.answer[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_prices autotag.reservation_prices;
+  v_refused jsonb;             -- {task: sentence}
+begin
+  if not exists (select from autotag.quotas) then
+    return p_answers;
+  end if;
+  v_prices := autotag.price_reservations();
+  with tries as materialized (
+    select a.task, a.workspace_id, j.user_id,
+      greatest(coalesce(autotag.next_cap(a), t.min_output_tokens) - v_prices.usual_cap, 0) * v_prices.token + v_prices.single as price,
+      greatest(t.min_output_tokens - v_prices.usual_cap, 0) * v_prices.token
+        + case when j.strategy like 'batch%' then v_prices.batch else v_prices.single end as reserved
+    from unnest(p_answers) a
+    join autotag.tasks t on t.id = a.task and t.finished_at is null
+    join autotag.jobs j on j.id = a.job_id and j.cancelled_at is null
+    where a.usage is not null and a.error is not null and not autotag.is_final(a, t.failures)
+  ), limits as materialized (
+    select o.workspace_id, o.user_id, q.*
+    from (select distinct y.workspace_id, y.user_id from tries y) o
+    cross join lateral autotag.quota_use(o.workspace_id, o.user_id, v_prices) q
+  ), placed as (
+    -- Instead of what the images reserve now, each in turn takes what its next answer may cost.
+    select y.task, l.*, case l.kind when 'images' then row_number() over sharing - count(*) over shared
+      else sum(y.price) over sharing - sum(y.reserved) over shared end as change
+    from tries y join limits l on l.workspace_id = y.workspace_id and l.user_id is not distinct from y.user_id
+    window shared as (partition by l.scope, l.period, l.kind, case l.scope when 'workspace' then l.workspace_id else l.user_id end),
+      sharing as (shared order by y.task)
+  )
+  select jsonb_object_agg(f.task, format('The %s quota of this %s has no room for another try.',
+    case f.period when 'day' then 'daily' else 'monthly' end, f.scope))
+  into v_refused
+  from (
+    select distinct on (p.task) p.task, p.scope, p.period from placed p
+    where p.billed + p.reserved + p.change > p.maximum order by p.task, p.renews_at desc) f;
+  return array(
+    select case when v_refused ? a.task::text then row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens,
+        a.output_tokens, a.result, a.error || jsonb_build_object('kind', 'image', 'code', 'quota_exceeded', 'retry', false,
+          'message', v_refused -> a.task::text), a.usage, a.called)::autotag.answer else a end
+    from unnest(p_answers) a);
 end $$;
 
 -- Exact sliding windows of workspaces.
@@ -2347,7 +2542,7 @@ begin
     perform autotag.check_member(p_workspace_id);
   end if;
   if p_request_type is null or p_request_type not in ('realtime', 'batch') then
-    perform autotag.refuse(400, 'unknown_request_type', format('%L is not a request type.', p_request_type),
+    perform autotag.refuse(400, 'unknown_request_type', format('%L is not a request type.', left(p_request_type, 50)),
       'Pass realtime or batch.');
   end if;
   if p_images is distinct from 1 then   -- one image never exceeds a limit of images
@@ -2745,8 +2940,8 @@ end $$;
 -- Where a worker finds the images it is about to read.
 
 -- Location of each image, as describe_assets() returns it, if its file is still the one that the uploader was allowed to see.
--- refused: `foreign_file` (the row names a file of another workspace) or `hidden_file` (the uploader may not see it). A row
--- that no longer exists or has moved to another workspace is missing from the result.
+-- refused: what describe_assets() refuses, or `hidden_file` (the uploader may not see it). A row that no longer exists or has
+-- moved to another workspace is missing from the result.
 -- p_workspace_ids[i], p_seen[i]: tasks.workspace_id and tasks.seen of p_asset_ids[i].
 create or replace function autotag.locate(p_asset_ids uuid[], p_workspace_ids uuid[], p_seen uuid[])
 returns table (asset_id uuid, bucket text, path text, url text, refused text)
@@ -2757,7 +2952,7 @@ as $$
   from unnest(p_asset_ids, p_workspace_ids, p_seen) t (asset_id, workspace_id, seen)
   join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
   cross join lateral (select case
-    when d.foreign_file then 'foreign_file'
+    when d.refused is not null then d.refused
     when t.seen is not null and t.seen <> autotag.file_mark(d.bucket, d.path) then 'hidden_file' end as refused
     offset 0  -- evaluate the case once per image, not once per use
   ) r
@@ -2955,9 +3150,9 @@ end $$;
 
 -- The only function that releases single calls, within every limit and in fair order.
 
--- claim: releases up to p_slots images of all workspaces to a worker as single calls, within the provider's bucket and each
--- workspace's window. The workspace with the lowest virtual time is served first, a few images at a time; within it, the job
--- with the fewest released images. p_question: the version of the question that the worker has; null: none.
+-- claim: releases up to p_slots images (at most 1,000) of all workspaces to a worker as single calls, within the provider's
+-- bucket and each workspace's window. The workspace with the lowest virtual time is served first, a few images at a time; within
+-- it, the job with the fewest released images. p_question: the version of the question that the worker has; null: none.
 --   tasks: [{task, attempt, job, traceparent, waited (seconds since the upload), asset_id, bucket, path, url, refused, cap (max
 --     tokens of the answer)}]. An asset that does not exist any more has neither path nor url.
 --   wait: seconds until the next claim, unless a notification comes first; null: nothing is queued.
@@ -2985,7 +3180,7 @@ declare
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   tasks := '[]';
-  p_slots := least(p_slots, 10000);
+  p_slots := least(p_slots, 1000);   -- with 8 kB of URL each, of escaped bytes, the answer stays below 50 MB
   if p_slots is null or p_slots < 1 then
     return;
   end if;
@@ -3004,7 +3199,8 @@ begin
     bound := 'superseded';
     return;
   end if;
-  if autotag.reroute_upload(v_provider) then
+  if not v_provider.rerouted and autotag.reroute_upload(v_provider) then
+    update autotag.provider_limits set rerouted = true;
     wait := 0;
     return;
   end if;
@@ -3023,12 +3219,14 @@ begin
   else
     bound := autotag.describe_bound(v_provider);
   end if;
-  wait := autotag.real_seconds(autotag.next_release(v_provider) - v_now);
+  -- After an upload was rerouted, another one may be due.
+  wait := case when v_provider.rerouted then 0 else autotag.real_seconds(autotag.next_release(v_provider) - v_now) end;
 end $$;
 
 -- Changes how one upload is processed, or starts one, if that is due. True: the claim releases nothing and is called again at
--- once, because this transaction locked the upload's workspace out of order. False: nothing is due. Called by claim(), which
--- holds the provider row. Locks: one upload's workspace, job, batches, tasks.
+-- once, because this transaction locked the upload's workspace out of order. The next claim only releases, so that no number of
+-- due uploads delays other images. False: nothing is due. Called by claim(), which holds the provider row.
+-- Locks: one upload's workspace, job, batches, tasks.
 create or replace function autotag.reroute_upload(p_provider autotag.provider_limits) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3080,6 +3278,7 @@ begin
       waiting_workspaces = p_provider.waiting_workspaces,
       waiting_images = p_provider.waiting_images,
       waiting_at = p_provider.waiting_at,
+      rerouted = false,
       probe_at = p_provider.probe_at;
   return p_provider;
 end $$;
@@ -3645,12 +3844,13 @@ begin
   if p_error ->> 'code' = 'no_batch_api' and v_state not in ('preparing', 'uploading', 'creating') then
     p_error := p_error || '{"kind": "transient", "code": "provider_error"}';  -- only a file is missing
   elsif p_error ->> 'code' = 'no_batch_api' and v_provider.proven_at is not null then
-    update autotag.provider_limits set has_batches = false, batches_refused = true;
+    update autotag.provider_limits set has_batches = false, batches_refused = true, degraded_at = autotag.now();
     p_error := p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'parameter' = 'expires_after' and v_kept is not null then
     -- Azure requires at least 14 days; other providers support no expiry. Several batches may report the same refusal, which is
     -- one step only.
-    update autotag.provider_limits p set keep_files = case when v_kept < 1209600 then 1209600 end where p.keep_files = v_kept;
+    update autotag.provider_limits p set keep_files = case when v_kept < 1209600 then 1209600 end, degraded_at = autotag.now()
+    where p.keep_files = v_kept;
     p_error := p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'kind' = 'account'
     or v_provider.proven_at is null and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then
@@ -3899,6 +4099,7 @@ begin
     m.sends_effort := coalesce(m.sends_effort, true);
     m.sends_detail := coalesce(m.sends_detail, true);
     m.sends_tier := coalesce(m.sends_tier, true);
+    m.degraded := coalesce(m.degraded, '{}');
     m.batch_discount := coalesce(m.batch_discount, 0.5);
     m.flex_discount := coalesce(m.flex_discount, 0.5);
     m.priority_factor := coalesce(m.priority_factor, 2);
@@ -3936,8 +4137,8 @@ begin
 end $$;
 
 -- Handles a verified webhook delivery. Returns `accepted` (the next poll is due at once), `replayed` (this delivery was received
--- before), `ignored` (another type of event) or `unknown` (no batch in flight has this id; if it is being created,
--- batch_submitted() makes the poll due). Locks: provider.
+-- before), `ignored` (another type of event, or more than 600 deliveries in a minute) or `unknown` (no batch in flight has this
+-- id; if it is being created, batch_submitted() makes the poll due). Locks: provider.
 create or replace function autotag.receive_webhook(p_webhook_id text, p_event_type text, p_openai_batch_id text) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3953,6 +4154,9 @@ begin
       'Pass the header webhook-id and the event''s data.id.');
   end if;
   v_provider := autotag.lock_provider();
+  if (select count(*) from autotag.webhooks w where w.received_at > v_provider.refilled_at - interval '1 min') >= 600 then
+    return 'ignored';   -- no account ends that many batches; the next poll sees what is left out here
+  end if;
   insert into autotag.webhooks (id, openai_batch_id, received_at)
   values (p_webhook_id, p_openai_batch_id, v_provider.refilled_at) on conflict do nothing;
   if not found then
@@ -4233,9 +4437,10 @@ begin
     v_answers := autotag.reclassify_errors(v_answers, v_batch.asked_at);
     perform autotag.record_outcomes(v_answers, v_batch.asked_at);
   end if;
-  perform autotag.add_usage(v_answers, true);
+  perform autotag.add_usage(v_answers, true, null, v_batch.asked_at);
 
   if exists (select from unnest(v_answers) a where a.error is not null) then
+    v_answers := autotag.judge_retries(v_answers);
     v_again := autotag.leave_to_finish(v_answers);
     v_answers := array(select a from unnest(v_answers) a where a.task <> all (array(select g.task from unnest(v_again) g)));
   end if;
@@ -4253,10 +4458,13 @@ end $$;
 create or replace function autotag.read_batch_answers(p_batch autotag.batches, p_answers jsonb) returns autotag.answer[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_max_allowed record := autotag.believable_usage();
 begin
   return array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), true)::autotag.answer
+      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, v_max_allowed.input, greatest(4 * x.output_tokens + 4000, v_max_allowed.uncapped)),
+      true)::autotag.answer
     from (
       select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
         greatest(t.min_output_tokens, p_batch.output_tokens) as output_tokens,
@@ -4277,17 +4485,12 @@ create or replace function autotag.leave_to_finish(p_answers autotag.answer[]) r
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_settings autotag.settings;
   v_again autotag.answer[];
 begin
-  select * into v_settings from autotag.settings;
   v_again := array(
     select a from unnest(p_answers) a
     join autotag.tasks t on t.id = a.task
-    join autotag.error_kinds k on k.kind = a.error ->> 'kind'
-    where not k.ends or (a.error ->> 'retry')::boolean
-      and case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens < autotag.max_cap(a.workspace_id)
-        else t.failures + 1 < v_settings.max_bad_answers end);
+    where a.error is not null and not autotag.is_final(a, t.failures));
   update autotag.tasks t
   set error_code = a.error ->> 'code', error = a.error ->> 'message', failures = t.failures + (k.counts or a.error ? 'counts')::integer,
       min_output_tokens = coalesce(autotag.next_cap(a), t.min_output_tokens)
@@ -4407,31 +4610,46 @@ begin
       then p_error ->> 'parameter' end);
 end $$;
 
--- Validates a worker's usage figures: {input, cached, cache_write, output, reasoning} (tokens, clamped to 0 to 10 million),
--- model (that answered) and tier (null: not given). Null: the provider gave no figures.
-create or replace function autotag.clean_usage(p_usage jsonb) returns jsonb
+-- The most tokens that are believed of one answer, so that no report uses up a quota. input: 20 times what a prompt reserves, at
+-- least 20,000. output: 4 times the cap and 4,000, because some providers count reasoning apart; at least 4 times
+-- max_output_tokens where the provider takes no cap (uncapped).
+create or replace function autotag.believable_usage(out input integer, out uncapped integer)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  select greatest(20 * (p.tokens_per_image - p.output_tokens), 20000),
+    case when p.question ->> 'cap_parameter' = 'none' then (select 4 * s.max_output_tokens from autotag.settings s) else 0 end
+  into input, uncapped from autotag.provider_limits p;
+end $$;
+
+-- Validates a worker's usage figures: {input, cached, cache_write, output, reasoning} (tokens, clamped to 0 to p_input and
+-- p_output), model (that answered) and tier (null: not given). Null: the provider gave no figures.
+create or replace function autotag.clean_usage(p_usage jsonb, p_input integer default 10000000, p_output integer default 10000000)
+returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_model text := p_usage ->> 'model';
   v_tier text := p_usage ->> 'tier';
+  v_input jsonb := to_jsonb(p_input);
+  v_output jsonb := to_jsonb(p_output);
 begin
   if p_usage is null or jsonb_typeof(p_usage) <> 'object' then
     return null;
   end if;
   -- Nearly all are valid as they are. (In jsonb's sort order only numbers lie between two numbers.)
-  if p_usage -> 'input' between '0' and '10000000' and p_usage -> 'output' between '0' and '10000000'
-    and p_usage -> 'cached' between '0' and '10000000' and p_usage -> 'cache_write' between '0' and '10000000'
-    and p_usage -> 'reasoning' between '0' and '10000000'
+  if p_usage -> 'input' between '0' and v_input and p_usage -> 'output' between '0' and v_output
+    and p_usage -> 'cached' between '0' and v_input and p_usage -> 'cache_write' between '0' and v_input
+    and p_usage -> 'reasoning' between '0' and v_output
     and length(v_model) between 1 and 100 and length(v_tier) between 1 and 20 and autotag.is_plain(v_model || v_tier) then
     return p_usage;
   end if;
   return jsonb_build_object(
-    'input', coalesce(autotag.clean_number(p_usage, 'input', 0, 10000000), 0)::integer,
-    'cached', coalesce(autotag.clean_number(p_usage, 'cached', 0, 10000000), 0)::integer,
-    'cache_write', coalesce(autotag.clean_number(p_usage, 'cache_write', 0, 10000000), 0)::integer,
-    'output', coalesce(autotag.clean_number(p_usage, 'output', 0, 10000000), 0)::integer,
-    'reasoning', coalesce(autotag.clean_number(p_usage, 'reasoning', 0, 10000000), 0)::integer,
+    'input', coalesce(autotag.clean_number(p_usage, 'input', 0, p_input), 0)::integer,
+    'cached', coalesce(autotag.clean_number(p_usage, 'cached', 0, p_input), 0)::integer,
+    'cache_write', coalesce(autotag.clean_number(p_usage, 'cache_write', 0, p_input), 0)::integer,
+    'output', coalesce(autotag.clean_number(p_usage, 'output', 0, p_output), 0)::integer,
+    'reasoning', coalesce(autotag.clean_number(p_usage, 'reasoning', 0, p_output), 0)::integer,
     'model', nullif(autotag.printable(v_model, 100), ''), 'tier', nullif(autotag.printable(v_tier, 20), ''));
 end $$;
 
@@ -4497,10 +4715,11 @@ begin
         worker_id = null, retry_at = null
     from unnest(p_tasks, p_codes, p_messages) f (id, code, message)
     where t.id = f.id and t.finished_at is null
-    returning t.asset_id, t.error
+    returning t.asset_id, t.workspace_id, t.error
   )
-  select array_agg(f.asset_id) as assets, array_agg(f.error) as errors into v_failed from failed f;
-  perform autotag.show_stage(v_failed.assets, 'failed', 0, null, v_failed.errors);
+  select array_agg(f.asset_id) as assets, array_agg(f.workspace_id) as workspaces, array_agg(f.error) as errors
+  into v_failed from failed f;
+  perform autotag.show_stage(v_failed.assets, v_failed.workspaces, 'failed', 0, null, v_failed.errors);
 end $$;
 
 -- Requeues tasks as single calls. Fails those that reach max_failures or whose job was cancelled.
@@ -4568,7 +4787,7 @@ begin
     return '[]'::jsonb;
   end if;
   select * into v_settings from autotag.settings;
-  v_notices := autotag.end_failed(p_answers, v_settings.max_bad_answers);
+  v_notices := autotag.end_failed(p_answers);
   perform autotag.try_again(p_answers, v_settings);
   return v_notices;
 end $$;
@@ -4598,9 +4817,21 @@ begin
   end if;
 end $$;
 
+-- Whether no retry can fix an error of an image that has failed p_failures times.
+create or replace function autotag.is_final(p_answer autotag.answer, p_failures integer) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (select from autotag.error_kinds k where k.kind = p_answer.error ->> 'kind' and k.ends)
+    and (not (p_answer.error ->> 'retry')::boolean
+      or case when p_answer.error ->> 'code' = 'answer_too_long'
+        then p_answer.output_tokens >= autotag.max_cap(p_answer.workspace_id)
+        else p_failures + 1 >= (select s.max_bad_answers from autotag.settings s) end);
+end $$;
+
 -- Fails images whose error no retry can fix, and counts them. Returns sentences for the operator's log. The caller: as in
 -- apply_answers.
-create or replace function autotag.end_failed(p_answers autotag.answer[], p_max_bad_answers integer) returns jsonb
+create or replace function autotag.end_failed(p_answers autotag.answer[]) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -4614,10 +4845,7 @@ begin
   into v_failed
   from unnest(p_answers) a
   join autotag.tasks t on t.id = a.task
-  join autotag.error_kinds k on k.kind = a.error ->> 'kind' and k.ends
-  where not (a.error ->> 'retry')::boolean
-    or case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens >= autotag.max_cap(a.workspace_id)
-       else t.failures + 1 >= p_max_bad_answers end;
+  where a.error is not null and autotag.is_final(a, t.failures);
   if cardinality(v_failed.tasks) > 0 then
     perform autotag.fail_tasks(v_failed.tasks, v_failed.codes, v_failed.messages);
     perform autotag.count_finished(t.job_id, 0, count(*)::integer)
@@ -4844,6 +5072,9 @@ begin
   into v_answers using v_answers, p_worker;
 
   perform autotag.add_usage(v_answers, false);
+  if v_failed then
+    v_answers := autotag.judge_retries(v_answers);
+  end if;
   return jsonb_build_object('accepted', cardinality(v_answers), 'notices', case when v_changed is null then '[]'::jsonb
     else jsonb_build_array(jsonb_build_object('event', 'provider_limits_changed', 'notice', v_changed)) end
     || autotag.apply_answers(v_answers));
@@ -4855,10 +5086,11 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_answers autotag.answer[];
+  v_max_allowed record := autotag.believable_usage();
 begin
   execute $q$ select array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), x.called)::autotag.answer
+      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, $3, greatest(4 * x.output_tokens + 4000, $4)), x.called)::autotag.answer
     from (
       select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
         autotag.clean_result(r.result) as result, r.error, r.usage, r.called
@@ -4870,7 +5102,7 @@ begin
         from jsonb_array_elements($1) e) r
       join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = $2
       order by t.id) x) $q$
-  into v_answers using p_reports, p_worker;
+  into v_answers using p_reports, p_worker, v_max_allowed.input, v_max_allowed.uncapped;
   return v_answers;
 end $$;
 
@@ -4933,20 +5165,21 @@ end $$;
 -- Usage per workspace and user, and its cost.
 
 -- Adds the usage of these answers, each by its model (not given: the one in p_question; null: the present one) and service
--- tier. Answers without figures get the tier `unknown` and no cost. A row without a cost is priced as a whole as soon as its
+-- tier. What was asked since the question changed costs at most as much as the model and tier that were asked. Answers without figures get the tier `unknown` and no cost. A row without a cost is priced as a whole as soon as its
 -- model has a price. An answer without a job (a comparison) counts as a request, not as a tagged image.
-create or replace function autotag.add_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb default null) returns void
+create or replace function autotag.add_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb default null, p_asked_at timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into autotag.usage as u (workspace_id, user_id, day, model, service_tier, images, requests,
     input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost)
-  select t.*, autotag.price_tokens(t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
+  select t.workspace_id, t.user_id, t.day, t.model, t.tier, t.images, t.requests, t.input, t.cached, t.cache_write, t.output, t.reasoning,
+    autotag.price_answers(t.asked, t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
   from (
     select b.workspace_id, j.user_id, (autotag.now() at time zone 'utc')::date as day, b.model, b.tier,
       count(*) filter (where b.error is null and b.job_id is not null) as images, count(*) as requests,
       sum(b.input) as input, sum(b.cached) as cached, sum(b.cache_write) as cache_write,
-      sum(b.output) as output, sum(b.reasoning) as reasoning
+      sum(b.output) as output, sum(b.reasoning) as reasoning, case when bool_and(b.present) then b.question end as asked
     from (
       select a.job_id, a.workspace_id, a.error,
         coalesce(a.usage ->> 'model', coalesce(p_question, p.question) ->> 'model') as model,
@@ -4955,11 +5188,13 @@ begin
         coalesce(least((a.usage -> 'cached')::bigint, (a.usage -> 'input')::bigint), 0) as cached,
         coalesce((a.usage -> 'cache_write')::bigint, 0) as cache_write,
         coalesce((a.usage -> 'output')::bigint, 0) as output,
-        coalesce((a.usage -> 'reasoning')::bigint, 0) as reasoning
+        coalesce((a.usage -> 'reasoning')::bigint, 0) as reasoning,
+        coalesce(p_question, p.question) as question,
+        p_question is not null or coalesce(coalesce(p_asked_at, a.reserved_at) >= p.question_since, false) as present
       from unnest(p_answers) a, autotag.provider_limits p
       where a.usage is not null or a.error is null) b
     left join autotag.jobs j on j.id = b.job_id
-    group by b.workspace_id, j.user_id, b.model, b.tier
+    group by b.workspace_id, j.user_id, b.model, b.tier, b.question
     order by b.workspace_id, j.user_id, b.model, b.tier) t
   on conflict (workspace_id, day, user_id, model, service_tier) do update set
     images = u.images + excluded.images, requests = u.requests + excluded.requests,
@@ -4970,6 +5205,26 @@ begin
     reasoning_tokens = u.reasoning_tokens + excluded.reasoning_tokens,
     cost = excluded.cost + coalesce(u.cost, autotag.price_tokens(u.model, u.service_tier,
       u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens));
+end $$;
+
+-- Price of answers of one model and tier (price_tokens) to a question: at most that of the model and tier that the question names,
+-- if they differ. A dated name of the model that was asked is that model; a question without a tier leaves it to the account.
+-- p_asked null: no bound.
+create or replace function autotag.price_answers(
+  p_asked jsonb, p_model text, p_tier text, p_input numeric, p_cached numeric, p_cache_write numeric, p_output numeric
+) returns numeric
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_price numeric := autotag.price_tokens(p_model, p_tier, p_input, p_cached, p_cache_write, p_output);
+  v_tier text := case when p_tier = 'batch' then p_tier else coalesce(p_asked ->> 'service_tier', p_tier) end;
+  v_max_allowed numeric;
+begin
+  if p_asked is null or v_tier = p_tier and autotag.names_model(p_asked ->> 'model', p_model) then
+    return v_price;
+  end if;
+  v_max_allowed := autotag.price_tokens(p_asked ->> 'model', v_tier, p_input, p_cached, p_cache_write, p_output);
+  return case when v_price > v_max_allowed then v_max_allowed else v_price end;
 end $$;
 
 -- Prices the earlier usage of models that now have a price.
@@ -5047,7 +5302,7 @@ create or replace function autotag.may_listen(p_topic text) returns boolean
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select case
-    when p_topic ~ '^tagging:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$'
+    when octet_length(p_topic) = 44 and p_topic ~ '^tagging:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$'
       then autotag.is_member(split_part(p_topic, ':', 2)::uuid)
     else false end
 $$;
@@ -5078,16 +5333,16 @@ create or replace function autotag.advance(p_tasks bigint[], p_stage text, p_eta
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
-  v_assets uuid[];
+  v_moved record;
 begin
   with moved as (
     update autotag.tasks t set stage = p_stage
     where t.id = any (p_tasks) and t.finished_at is null
       and autotag.stage_rank(t.stage) < autotag.stage_rank(p_stage)
-    returning t.asset_id
+    returning t.asset_id, t.workspace_id
   )
-  select array_agg(m.asset_id) into v_assets from moved m;
-  perform autotag.show_stage(v_assets, p_stage, autotag.stage_progress(p_stage), p_eta);
+  select array_agg(m.asset_id) as assets, array_agg(m.workspace_id) as workspaces into v_moved from moved m;
+  perform autotag.show_stage(v_moved.assets, v_moved.workspaces, p_stage, autotag.stage_progress(p_stage), p_eta);
 end $$;
 
 -- Progress of a batch's images by OpenAI's count: 30 % (`processing`) to 80 %, in steps of 10 %, because each step writes every
@@ -5101,9 +5356,8 @@ $$;
 create or replace function autotag.show_batch_progress(p_batch uuid, p_progress integer, p_eta timestamptz) returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$
-  select autotag.show_stage(
-    array(select t.asset_id from autotag.tasks t where t.batch_id = p_batch and t.stage = 'processing'),
-    'processing', p_progress, p_eta)
+  select autotag.show_stage(array_agg(t.asset_id), array_agg(t.workspace_id), 'processing', p_progress, p_eta)
+  from autotag.tasks t where t.batch_id = p_batch and t.stage = 'processing'
 $$;
 
 -- Progress of a job in percent: finished images count fully, those that OpenAI has done in its batches 90 %.
@@ -5728,10 +5982,17 @@ begin
     else autotag.finding('clock', 'ok', 'autotag.tick() runs regularly.') end;
 end $$;
 
--- Sends a broadcast without a meaning, so that the doctor can check whether broadcasts arrive.
+-- Sends a broadcast without a meaning, so that the doctor can check whether broadcasts arrive: at most five a second, more are
+-- ignored.
 create or replace function autotag.send_test_broadcast(p_nonce uuid) returns void
-language sql security definer set search_path = pg_catalog, pg_temp
-as $$ select autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false) $$;
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update autotag.clock c set probed_at = autotag.now() where c.probed_at <= autotag.now() - interval '200 ms';
+  if found then
+    perform autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false);
+  end if;
+end $$;
 
 -- Whether broadcasts are sent.
 create or replace function autotag.diagnose_broadcasts() returns jsonb
@@ -6006,6 +6267,7 @@ as $$
 declare
   v_now timestamptz := autotag.now();
 begin
+  perform autotag.retry_features(v_now - (select s.model_check_interval from autotag.settings s));
   perform autotag.expire_worker();
   -- Retry workspaces whose next image exceeds the window's limit: the limit may have been raised.
   update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at = 'infinity';

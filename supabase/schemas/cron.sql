@@ -5,6 +5,7 @@ as $$
 declare
   v_now timestamptz := autotag.now();
 begin
+  perform autotag.retry_features(v_now - (select s.model_check_interval from autotag.settings s));
   perform autotag.expire_worker();
   -- Retry workspaces whose next image exceeds the window's limit: the limit may have been raised.
   update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at = 'infinity';

@@ -180,9 +180,9 @@ def test_the_rule_is_found_and_holds(postgres: LocalPostgres, bare: str, name: s
     own, foreign = insert(url, case.own), insert(url, case.foreign)
     with psycopg.connect(url, row_factory=dict_row) as connection:
         told = connection.execute("select * from autotag.describe_assets(%s::uuid[])", (own + foreign,)).fetchall()
-    refused = {str(row["asset_id"]): row["foreign_file"] for row in told}
+    refused = {str(row["asset_id"]): row["refused"] == "foreign_file" for row in told}
     assert refused == {**dict.fromkeys(own, False), **dict.fromkeys(foreign, True)}
-    assert all((row["path"] is None) == row["foreign_file"] for row in told)
+    assert all((row["path"] is None) == (row["refused"] == "foreign_file") for row in told)
 
 
 def test_a_rule_that_does_not_fit_all_rows_is_not_taken(postgres: LocalPostgres, bare: str) -> None:

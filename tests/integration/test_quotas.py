@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -12,7 +13,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from support import Library, until, worker
+from lab.openai_sim.faults import Fault
+from support import Library, audit, until, worker
 
 
 def allow(library: Library, **quota: Any) -> None:
@@ -163,3 +165,111 @@ def test_a_users_quota_counts_what_they_do_in_all_workspaces(library: Library) -
     assert refused(elsewhere, 2)["images_left"] == 1
     allow(library, max_images=5, scope="user", workspace_id=other.workspace)
     assert elsewhere.enqueue(rows(elsewhere, 5))["image_count"] == 5, "its own quota counts its own workspace"
+
+
+WORKER = "00000000-0000-4000-8000-000000000001"
+#: Answers that are billed and tried again.
+CUT_OFF = {"kind": "image", "code": "answer_too_long", "message": "Cut off.", "retry": True, "origin": "provider"}
+UNUSABLE = {"kind": "image", "code": "bad_answer", "message": "No JSON.", "retry": True, "origin": "provider"}
+BROKEN = {"kind": "transient", "code": "provider_error", "message": "Broken.", "origin": "provider"}
+
+
+def claimed(library: Library, images: int) -> list[dict[str, Any]]:
+    """Claims as a worker does. What is delayed is due, and all limits but the quota are wide."""
+    library.sql("update autotag.tasks set retry_at = now() where retry_at is not null")
+    library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)
+    library.sql("update autotag.provider_limits set proven_at = '-infinity', account_error = null, probe_at = null,"
+                " tokens_per_minute = 100000000, tokens_left = 100000000, requests_left = 10000, requests_per_minute = 10000")  # fmt: skip
+    tasks: list[dict[str, Any]] = library.sql("select tasks from autotag.claim(%s, %s)", WORKER, images)[0]["tasks"]
+    return tasks
+
+
+def answer(library: Library, tasks: list[dict[str, Any]], errors: list[dict[str, Any]], prompt: int) -> None:
+    """Every answer is billed with its whole cap."""
+    library.sql("select autotag.settle(%s, %s)", WORKER, json.dumps([
+        {"task": task["task"], "attempt": task["attempt"], "error": error,
+         "usage": {"input": prompt, "cached": 0, "cache_write": 0, "output": task["cap"], "reasoning": 0,
+                   "model": "gpt-6-luna", "tier": "default"}}
+        for task, error in zip(tasks, errors, strict=True)
+    ]))  # fmt: skip
+
+
+@pytest.mark.parametrize("scope", ["workspace", "user"])
+@pytest.mark.parametrize("kind", ["images", "cost"])
+@pytest.mark.parametrize("seed", range(4))
+def test_retries_do_not_exceed_a_quota(library: Library, kind: str, scope: str, seed: int) -> None:
+    """Whatever comes back, in whatever order: the bill exceeds the quota by one answer per image in flight at most."""
+    chance = random.Random(seed)
+    library.stack.configure(
+        realtime_max_images=50, realtime_requests_per_minute=100000, realtime_tokens_per_minute=100000000
+    )
+    [each] = library.sql("select autotag.expected_cost(null, true) as c")
+    images, quota = 12, chance.randint(12, 60)
+    allow(library, scope=scope, **({"max_images": quota} if kind == "images" else {"max_cost": quota * each["c"]}))
+    [provider] = library.sql("select tokens_per_image - output_tokens as prompt from autotag.provider_limits")
+    library.enqueue(rows(library, images))
+    dearest = Decimal(0)
+    for _ in range(500):
+        tasks = claimed(library, chance.randint(1, images))
+        if not tasks:
+            break
+        [price] = library.sql("select autotag.price_tokens('gpt-6-luna', 'default', %s, 0, 0, %s) as c",
+                              2 * provider["prompt"], max(task["cap"] for task in tasks))  # fmt: skip
+        dearest = max(dearest, price["c"])
+        answer(library, tasks, chance.choices([CUT_OFF, UNUSABLE, BROKEN], k=len(tasks)), 2 * provider["prompt"])
+    [live] = library.sql("select count(*) as n from autotag.tasks where finished_at is null")
+    assert live["n"] == 0, "every image ends"
+    [billed] = library.sql("select sum(requests) as images, sum(cost) as cost from autotag.usage")
+    if kind == "images":
+        assert billed["images"] <= quota
+    else:
+        assert billed["cost"] <= quota * each["c"] + images * dearest
+    ends = {row["error_code"] for row in library.sql("select distinct error_code from autotag.tasks")}
+    assert "quota_exceeded" in ends
+    sentences = {row["tagging_error"] for row in library.assets().values()}
+    assert f"The daily quota of this {scope} has no room for another try." in sentences
+
+
+def test_answers_that_cost_what_was_estimated_never_exceed_the_quota(library: Library) -> None:
+    """Twenty images fill the quota. All are cut off, so none is tried again; the next try would cost four times as much."""
+    library.stack.configure(
+        realtime_max_images=50, realtime_requests_per_minute=100000, realtime_tokens_per_minute=100000000
+    )
+    [each] = library.sql("select autotag.expected_cost(null, true) as c")
+    allow(library, max_cost=20 * each["c"])
+    [provider] = library.sql("select tokens_per_image - output_tokens as prompt from autotag.provider_limits")
+    library.enqueue(rows(library, 20))
+    tasks = claimed(library, 20)
+    for first in range(0, 20, 3):
+        answer(library, tasks[first : first + 3], [CUT_OFF] * len(tasks[first : first + 3]), provider["prompt"])
+    [billed] = library.sql("select sum(requests) as calls, sum(cost) as cost from autotag.usage")
+    assert (billed["calls"], billed["cost"] <= 20 * each["c"]) == (20, True)
+    assert not claimed(library, 20)
+
+
+def test_a_retry_that_fits_is_made_and_reserves_its_larger_cap(library: Library) -> None:
+    [each] = library.sql("select autotag.expected_cost(null, true) as c")
+    allow(library, max_cost=12 * each["c"])
+    [provider] = library.sql("select tokens_per_image - output_tokens as prompt from autotag.provider_limits")
+    library.enqueue(rows(library, 1))
+    answer(library, claimed(library, 1), [CUT_OFF], provider["prompt"])
+    [again] = claimed(library, 1)
+    [used] = library.sql("select sum(cost) as c from autotag.usage")
+    [price] = library.sql("select autotag.price_tokens('gpt-6-luna', 'default', %s, 0, 0, %s) as c",
+                          provider["prompt"], again["cap"])  # fmt: skip
+    [left] = library.sql("select available from autotag.quotas_left(%s, null)", library.member.workspace)
+    assert left["available"] == 12 * each["c"] - used["c"] - price["c"]
+
+
+async def test_lines_of_a_batch_are_not_tried_again_without_room(library: Library) -> None:
+    library.stack.configure(express_images=0)
+    library.stack.simulator.faults.add(Fault(where="BATCH", answer="length", times=1000))
+    allow(library, max_images=60)
+    assets = await library.upload(60)
+    async with worker(library.stack):
+        [job] = await library.finished(library.enqueue(assets))
+    assert (job["completed"], job["failed"]) == (0, 60)
+    [billed] = library.sql("select sum(requests) as n from autotag.usage")
+    assert billed["n"] == 60
+    assert library.sql("select distinct error_code as code from autotag.tasks") == [{"code": "quota_exceeded"}]
+    audit(library.stack)

@@ -619,3 +619,58 @@ def test_a_broken_defence_is_noticed(scene: Scene, defence: str) -> None:
     statement, functions = BROKEN[defence]
     scene.rows(statement)
     assert find(scene, functions, most=1)[0] != []
+
+
+def test_a_report_of_usage_is_believed_up_to_a_bound(scene: Scene) -> None:
+    """Ten million tokens, of a dearer model in a dearer tier, do not use up a month's quota."""
+    scene.rows("update autotag.settings set service_tier = 'default'")
+    scene.rows("select autotag.sync_question(p) from autotag.provider_limits p")
+    scene.rows("update autotag.tasks set reserved_at = autotag.now() where worker_id = %s", scene.thief)
+    task = scene.tasks[scene.thief][0]
+    lie = dict.fromkeys(("input", "cached", "cache_write", "output", "reasoning"), 10_000_000)
+    scene.as_(THIEF_ROLE, "select autotag.settle(%s, %s)", scene.thief, json.dumps([
+        {**task, "result": {"tags": ["a"]}, "usage": {**lie, "model": "gpt-5.6-sol", "tier": "priority"}}]))  # fmt: skip
+    [row] = scene.rows("""select u.cost, u.input_tokens, u.output_tokens, autotag.price_tokens('gpt-6-luna', 'default',
+      u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens) as asked, (autotag.believable_usage()).input as bound
+      from autotag.usage u where u.model = 'gpt-5.6-sol'""")
+    assert row["input_tokens"] == row["bound"] <= 100_000
+    assert row["output_tokens"] <= 4 * 16_000 + 4000
+    assert row["cost"] == row["asked"]
+    assert row["cost"] < 0.1
+
+
+def test_what_a_worker_reported_of_the_provider_is_tried_anew(scene: Scene) -> None:
+    """A day after the login was revoked, or at once with forget_provider()."""
+    scene.rows("update autotag.models set cap_parameter = 'max_tokens' where name = 'gpt-6-luna'")  # by the owner
+    before = scene.rows("select m.* from autotag.models m where m.name = 'gpt-6-luna'")
+
+    def degrade() -> None:
+        for parameter in ("token_cap", "response_format", "response_format", "detail"):
+            assert scene.value("select autotag.downgrade_request_form('gpt-6-luna', %s)", parameter)
+        scene.rows("update autotag.provider_limits set has_batches = false, batches_refused = true, keep_files = null,"
+                   " degraded_at = autotag.now()")  # fmt: skip
+
+    def healed() -> bool:
+        [provider] = scene.rows("select has_batches, batches_refused, keep_files from autotag.provider_limits")
+        return scene.rows("select m.* from autotag.models m where m.name = 'gpt-6-luna'") == before and provider == {
+            "has_batches": None,
+            "batches_refused": False,
+            "keep_files": 604800,
+        }
+
+    degrade()
+    scene.advance(3600)
+    scene.rows("select autotag.tick()")
+    assert not healed()
+    scene.advance(24 * 3600)
+    scene.rows("select autotag.tick()")
+    assert healed()
+    degrade()
+    scene.rows(
+        "update autotag.models set answer_format = 'json_object' where name = 'gpt-6-luna'"
+    )  # by the owner, meanwhile
+    scene.rows("select autotag.forget_provider()")
+    assert scene.value("select answer_format from autotag.models where name = 'gpt-6-luna'") == "json_object"
+    scene.rows("update autotag.models set answer_format = 'json_schema' where name = 'gpt-6-luna'")
+    assert healed()
+    assert scene.value("select proven_at is null from autotag.provider_limits")

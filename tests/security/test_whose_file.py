@@ -64,7 +64,7 @@ def test_no_upload_with_a_file_of_somebody_else(library: Library) -> None:
             assert told is not None, (bucket, path)
             assert (told[:5], "foreign_file" in told) == ("PT403", True), (bucket, path)
         [told] = library.sql("select * from autotag.describe_assets(%s::uuid[])", [asset])
-        assert (told["bucket"], told["path"], told["url"], told["foreign_file"]) == (None, None, None, True)
+        assert (told["bucket"], told["path"], told["url"], told["refused"]) == (None, None, None, "foreign_file")
     for bucket, path in OWN:
         asset = row(library, bucket, fill(library, theirs, path) or "")
         assert refusal(library, library.member.user, asset) is None, (bucket, path)
@@ -337,3 +337,20 @@ async def test_a_workers_login_speaks_in_nobodys_name(library: Library) -> None:
                   "usage": {"input": 1, "cached": 0, "output": 1}}  # fmt: skip
         login.execute("select autotag.settle(%s, %s)", (worker_id, json.dumps([report])))
     assert {seen["who"] for seen in library.sql("select who from public.seen")} == {None}
+
+
+async def test_an_image_that_moved_while_it_is_tagged_belongs_to_its_new_workspace(library: Library) -> None:
+    """The new workspace learns nothing of the upload that the image came from, and that upload writes nothing there."""
+    stack = library.stack
+    other = Library(stack, stack.add_member("another workspace"))
+    moved, stays = library.insert(["a.jpg", "b.jpg"])
+    job = library.enqueue_as_server([moved, stays])
+    library.sql("update public.assets set workspace_id = %s, storage_path = %s, tagging_stage = null, tagging_error = null"
+                " where id = %s", other.member.workspace, f"{other.member.workspace}/a.jpg", moved)  # fmt: skip
+    told = other.enqueue_as_server([moved])
+    assert told == {"job_id": None, "strategy": None, "image_count": 0, "skipped": 1, "batches": 0, "eta": None}
+    library.rpc("public.cancel_tagging", job["job_id"])
+    [row] = other.assets().values()
+    assert (row["tagging_stage"], row["tagging_error"]) == (None, None)
+    assert library.assets()[stays]["tagging_stage"] == "failed"
+    assert other.enqueue_as_server([moved])["image_count"] == 1, "it can be tagged there now"

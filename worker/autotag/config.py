@@ -25,8 +25,9 @@ from autotag.redact import remember, remember_connection
 PASTED = string.whitespace + "\u00a0\u200b\ufeff" + "\"'`“”‘’"
 MIN_WEBHOOK_KEY = 16  # bytes; OpenAI's keys are longer
 URL_FORM = (
-    "cannot be read as a connection string: postgresql://user:password@host:port/database, in which the characters"
-    " @ : / ? # % of a password are written as %40 %3A %2F %3F %23 %25"
+    # Not written as one URL, because the log replaces passwords in URLs by ***.
+    "cannot be read as a connection string: postgresql:// and then user:password @ host:port/database without blanks,"
+    " in which the characters @ : / ? # % of a password are written as %40 %3A %2F %3F %23 %25"
 )
 
 
@@ -144,6 +145,16 @@ class Settings(BaseSettings):
     def _read_secrets(cls, value: object) -> object:
         return read_secret(value) if isinstance(value, str) else value
 
+    @field_validator("database_url", mode="before")
+    @classmethod
+    def _of_postgres(cls, value: object) -> object:
+        """Before pydantic, whose messages name drivers that this program does not have."""
+        if isinstance(value, str):
+            value = read_connection(value)
+            if not value.startswith(("postgresql://", "postgres://")):
+                raise ValueError("must start with postgresql://")
+        return value
+
     @field_validator("database_url")
     @classmethod
     def _check_database_url(cls, value: PostgresDsn) -> PostgresDsn:
@@ -177,6 +188,11 @@ class Settings(BaseSettings):
     def _check_http_url(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("http://", "https://")):
             raise ValueError("must start with https:// (or http://)")
+        # It is stored in the database, for status and doctor.
+        if value is not None and "@" in value.split("//", 1)[1].split("/", 1)[0]:
+            raise ValueError("has a user or password in it; put the key into its own variable")
+        if value is not None and ("?" in value or "#" in value):
+            raise ValueError("must not have a ? or # part; put the key into its own variable")
         if value is not None and not re.fullmatch(r"[!-~]*", value):
             raise ValueError(
                 "contains a blank, a line break or another character that URLs do not have; paste it again"

@@ -83,9 +83,10 @@ begin
     v_answers := autotag.reclassify_errors(v_answers, v_batch.asked_at);
     perform autotag.record_outcomes(v_answers, v_batch.asked_at);
   end if;
-  perform autotag.add_usage(v_answers, true);
+  perform autotag.add_usage(v_answers, true, null, v_batch.asked_at);
 
   if exists (select from unnest(v_answers) a where a.error is not null) then
+    v_answers := autotag.judge_retries(v_answers);
     v_again := autotag.leave_to_finish(v_answers);
     v_answers := array(select a from unnest(v_answers) a where a.task <> all (array(select g.task from unnest(v_again) g)));
   end if;
@@ -103,10 +104,13 @@ end $$;
 create or replace function autotag.read_batch_answers(p_batch autotag.batches, p_answers jsonb) returns autotag.answer[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_max_allowed record := autotag.believable_usage();
 begin
   return array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), true)::autotag.answer
+      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, v_max_allowed.input, greatest(4 * x.output_tokens + 4000, v_max_allowed.uncapped)),
+      true)::autotag.answer
     from (
       select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
         greatest(t.min_output_tokens, p_batch.output_tokens) as output_tokens,
@@ -127,17 +131,12 @@ create or replace function autotag.leave_to_finish(p_answers autotag.answer[]) r
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_settings autotag.settings;
   v_again autotag.answer[];
 begin
-  select * into v_settings from autotag.settings;
   v_again := array(
     select a from unnest(p_answers) a
     join autotag.tasks t on t.id = a.task
-    join autotag.error_kinds k on k.kind = a.error ->> 'kind'
-    where not k.ends or (a.error ->> 'retry')::boolean
-      and case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens < autotag.max_cap(a.workspace_id)
-        else t.failures + 1 < v_settings.max_bad_answers end);
+    where a.error is not null and not autotag.is_final(a, t.failures));
   update autotag.tasks t
   set error_code = a.error ->> 'code', error = a.error ->> 'message', failures = t.failures + (k.counts or a.error ? 'counts')::integer,
       min_output_tokens = coalesce(autotag.next_cap(a), t.min_output_tokens)

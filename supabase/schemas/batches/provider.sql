@@ -40,6 +40,7 @@ begin
     m.sends_effort := coalesce(m.sends_effort, true);
     m.sends_detail := coalesce(m.sends_detail, true);
     m.sends_tier := coalesce(m.sends_tier, true);
+    m.degraded := coalesce(m.degraded, '{}');
     m.batch_discount := coalesce(m.batch_discount, 0.5);
     m.flex_discount := coalesce(m.flex_discount, 0.5);
     m.priority_factor := coalesce(m.priority_factor, 2);
@@ -77,8 +78,8 @@ begin
 end $$;
 
 -- Handles a verified webhook delivery. Returns `accepted` (the next poll is due at once), `replayed` (this delivery was received
--- before), `ignored` (another type of event) or `unknown` (no batch in flight has this id; if it is being created,
--- batch_submitted() makes the poll due). Locks: provider.
+-- before), `ignored` (another type of event, or more than 600 deliveries in a minute) or `unknown` (no batch in flight has this
+-- id; if it is being created, batch_submitted() makes the poll due). Locks: provider.
 create or replace function autotag.receive_webhook(p_webhook_id text, p_event_type text, p_openai_batch_id text) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -94,6 +95,9 @@ begin
       'Pass the header webhook-id and the event''s data.id.');
   end if;
   v_provider := autotag.lock_provider();
+  if (select count(*) from autotag.webhooks w where w.received_at > v_provider.refilled_at - interval '1 min') >= 600 then
+    return 'ignored';   -- no account ends that many batches; the next poll sees what is left out here
+  end if;
   insert into autotag.webhooks (id, openai_batch_id, received_at)
   values (p_webhook_id, p_openai_batch_id, v_provider.refilled_at) on conflict do nothing;
   if not found then

@@ -52,33 +52,36 @@ $$;
 -- again (`enable_seqscan`) that their callers forbid, because your triggers may run inside.
 
 -- Workspace and location of images: a Storage bucket and path, or an https URL. Images that do not exist (any more) are missing
--- from the result. The worker reads Storage with a key that opens every file, so a row that names a file of another workspace
--- gets no location, only foreign_file.
+-- from the result. A row that is refused has no location. refused: `foreign_file` (it names a file of another workspace, and the
+-- worker reads Storage with a key that opens every file) or `location_too_long`. The lengths are checked first: octet_length()
+-- reads only the header of a value, however large it is, and members can write large values.
 create or replace function autotag.describe_assets(p_asset_ids uuid[])
-returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url text, foreign_file boolean)
+returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url text, refused text)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_seqscan = on
 as $$
 begin
   return query
-    select d.id, d.workspace, case when d.own then d.bucket end, case when d.own then d.path end,
-           case when d.own then d.url end, not d.own
+    select d.id, d.workspace, case when d.refused is null then d.bucket end, case when d.refused is null then d.path end,
+           case when d.refused is null then d.url end, d.refused
     from (
       select a.id as id, a.workspace_id as workspace, f.bucket, f.path, f.url,
-             f.path is null or coalesce(
+             case when octet_length(f.url) > 8192 or octet_length(f.path) > 1024 or octet_length(f.bucket) > 100
+               then 'location_too_long'
+             when f.path is not null and not coalesce(
                -- a bucket name that Storage allows, and a path that cannot leave the bucket
                f.bucket ~ '^[A-Za-z0-9_!.*''() &$@=;:+,?-]+$' and f.bucket !~ '^[.]{1,2}$'
                and f.path !~ '(^|/)[.]{0,2}(/|$)' and f.path !~ '[\\[:cntrl:]]'
                -- the file rule
                and f.bucket in ('assets') and starts_with(f.path, a.workspace_id::text || '/')
-             , false) as own
+             , false) then 'foreign_file' end as refused
       from public.assets a cross join lateral (
         select case when a.storage_path is not null then coalesce(a.storage_bucket, 'assets') end::text as bucket,
                a.storage_path::text as path,
                a.image_url::text as url
       ) f
       where a.id = any (p_asset_ids)
-      offset 0  -- evaluate `own` once per row, not once per use
+      offset 0  -- evaluate `refused` once per row, not once per use
     ) d;
 end $$;
 
@@ -88,7 +91,8 @@ create or replace function autotag.look_at_files(p_rows integer, out looked_at i
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
 begin
-  select count(*), count(*) filter (where d.foreign_file), (array_agg(d.asset_id) filter (where d.foreign_file))[1:3]
+  select count(*), count(*) filter (where d.refused = 'foreign_file'),
+    (array_agg(d.asset_id) filter (where d.refused = 'foreign_file'))[1:3]
   into looked_at, broken, examples
   from autotag.describe_assets(array(select a.id from public.assets a limit p_rows)) d;
   select case
@@ -123,7 +127,7 @@ begin
   end if;
   return query
     with files as materialized (
-      select d.asset_id, d.workspace_id, d.bucket, d.path from autotag.describe_assets(p_asset_ids) d where not d.foreign_file
+      select d.asset_id, d.workspace_id, d.bucket, d.path from autotag.describe_assets(p_asset_ids) d where d.refused is null
     ), theirs as materialized (
       -- offset 0: call is_member once per workspace, not once per image
       select w.id from (select distinct f.workspace_id as id from files f offset 0) w where autotag.is_member(w.id)
@@ -164,7 +168,8 @@ as $$
 $$;
 
 -- At most p_limit images of a workspace that have tags, with what is stored about them; spread evenly by id, and the same at
--- every call. tags: a JSON array.
+-- every call. tags: a JSON array. Images with more than 20,000 stored bytes of tags or result are left out: autotag never
+-- stores that much.
 create or replace function autotag.tagged_assets(p_workspace_id uuid, p_limit integer)
 returns table (asset_id uuid, tags jsonb, result jsonb)
 language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
@@ -173,7 +178,8 @@ as $$
     select a.id as id, row_number() over (order by a.id) as place, count(*) over () as found
     from public.assets a
     where a.workspace_id = p_workspace_id
-      and jsonb_path_exists(to_jsonb(a.tags), 'strict $[*] ? (@.type() == "string")', '{}', true)
+      and case when pg_column_size(a.tags) <= 20000 and coalesce(pg_column_size(a.tagging_result), 0) <= 20000
+        then jsonb_path_exists(to_jsonb(a.tags), 'strict $[*] ? (@.type() == "string")', '{}', true) end
   )
   select a.id,
          to_jsonb(a.tags),
@@ -200,9 +206,10 @@ begin
 end $$;
 
 -- Writes the stage of images. `queued` begins a new pass and clears what an earlier one left, `failed` ends one; in between
--- progress never decreases, and rows that would not change are not written. p_errors[i] belongs to p_asset_ids[i].
+-- progress never decreases, and rows that would not change are not written. A row that has moved to another workspace is not
+-- written. p_workspace_ids[i] and p_errors[i] belong to p_asset_ids[i].
 create or replace function autotag.show_stage(
-  p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz default null, p_errors text[] default null
+  p_asset_ids uuid[], p_workspace_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz default null, p_errors text[] default null
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_seqscan = on
@@ -214,8 +221,8 @@ begin
       tagging_eta = case p_stage when 'queued' then p_eta when 'failed' then null
         else coalesce(p_eta, a.tagging_eta) end,
       tagging_error = s.error
-  from unnest(p_asset_ids, p_errors) as s (asset_id, error)
-  where a.id = s.asset_id
+  from unnest(p_asset_ids, p_workspace_ids, p_errors) as s (asset_id, workspace_id, error)
+  where a.id = s.asset_id and a.workspace_id = s.workspace_id
     and (p_stage in ('queued', 'failed') or a.tagging_stage is distinct from p_stage
       or coalesce(a.tagging_progress, 0) < p_progress);
 end $$;

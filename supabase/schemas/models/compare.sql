@@ -40,7 +40,7 @@ begin
     perform autotag.refuse(400, 'unknown_effort', format('%s does not accept a reasoning effort.', p_model),
       'Leave it out (autotag.models.sends_effort is false for this model).');
   end if;
-  v_images := (select count(*) from autotag.tagged_assets(p_workspace_id, greatest(p_sample, 0)));
+  v_images := (select count(*) from autotag.tagged_assets(p_workspace_id, least(greatest(p_sample, 0), 1000)));
   if v_images = 0 then
     perform autotag.refuse(404, 'no_tagged_images', 'This workspace has no tagged images.',
       'Tag some images first: autotag enqueue.');
@@ -75,11 +75,11 @@ begin
       'tags', jsonb_path_query_array(t.tags, 'strict $[*] ? (@.type() == "string")'),
       'caption', t.result ->> 'caption', 'confidence', t.result -> 'confidence', 'model', t.result ->> 'model'))
   into v_assets, v_sample
-  from autotag.tagged_assets(p_workspace_id, greatest(p_sample, 0)) t;
+  from autotag.tagged_assets(p_workspace_id, least(greatest(p_sample, 0), 1000)) t;
   return (
     select coalesce(jsonb_agg(jsonb_build_object('asset_id', d.asset_id, 'bucket', d.bucket, 'path', d.path, 'url', d.url)
       || (v_sample -> d.asset_id::text) order by d.asset_id), '[]')
-    from autotag.describe_assets(coalesce(v_assets, '{}')) d where not d.foreign_file);
+    from autotag.describe_assets(coalesce(v_assets, '{}')) d where d.refused is null);
 end $$;
 
 -- Admits one call with this question: {admitted, reserved (tokens), reserved_at, cap (of the answer, in tokens)}, or

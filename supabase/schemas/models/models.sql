@@ -98,7 +98,14 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   m autotag.models := autotag.find_model(p_model);
+  v_column text := case p_parameter when 'token_cap' then 'cap_parameter' when 'response_format' then 'answer_format'
+    when 'reasoning_effort' then 'sends_effort' when 'detail' then 'sends_detail' when 'service_tier' then 'sends_tier' end;
+  v_before jsonb;
+  v_next jsonb;
 begin
+  if v_column is null then
+    return false;
+  end if;
   if m.name is null then
     insert into autotag.models (name) values (p_model) on conflict do nothing;
     m.name := p_model;
@@ -107,24 +114,66 @@ begin
   if not found then
     return false;
   end if;
-  case p_parameter
-    when 'token_cap' then
-      update autotag.models x set cap_parameter = case x.cap_parameter when 'max_completion_tokens' then 'max_tokens' else 'none' end
-      where x.name = m.name and x.cap_parameter <> 'none';
-    when 'response_format' then
-      update autotag.models x set answer_format = case x.answer_format when 'json_schema' then 'json_object' else 'text' end
-      where x.name = m.name and x.answer_format <> 'text';
-    when 'reasoning_effort' then
-      update autotag.models x set sends_effort = false
-      where x.name = m.name and x.sends_effort and x.reasoning_effort is not null;
-    when 'detail' then
-      update autotag.models x set sends_detail = false where x.name = m.name and x.sends_detail;
-    when 'service_tier' then
-      update autotag.models x set sends_tier = false where x.name = m.name and x.sends_tier;
-    else
-      return false;
-  end case;
-  return found;
+  v_before := to_jsonb(m) -> v_column;
+  v_next := (case
+    when v_before = '"max_completion_tokens"' then '"max_tokens"' when v_before = '"max_tokens"' then '"none"'
+    when v_before = '"json_schema"' then '"json_object"' when v_before = '"json_object"' then '"text"'
+    when v_before = 'true' and (v_column <> 'sends_effort' or m.reasoning_effort is not null) then 'false' end)::jsonb;
+  if v_next is null then
+    return false;
+  end if;
+  m := jsonb_populate_record(m, jsonb_build_object(v_column, v_next));
+  m.degraded := m.degraded || jsonb_build_object(v_column, jsonb_build_array(
+    case when m.degraded -> v_column -> 1 = v_before then m.degraded -> v_column -> 0 else v_before end, v_next));
+  update autotag.models x
+  set cap_parameter = m.cap_parameter, answer_format = m.answer_format, sends_effort = m.sends_effort,
+      sends_detail = m.sends_detail, sends_tier = m.sends_tier, degraded = m.degraded, degraded_at = autotag.now()
+  where x.name = m.name;
+  return true;
+end $$;
+
+-- What refusals before p_before have shown to be missing is tried anew: parameters of the request, the Batch API, expiring files.
+-- The provider may support it by now, or a worker may have told a lie. What is refused again costs a call, which is not billed.
+-- What the owner changed meanwhile stays. Called by tick(). Locks: provider, models (skip locked).
+create or replace function autotag.retry_features(p_before timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update autotag.provider_limits p
+  set has_batches = case when not p.batches_refused then p.has_batches end, batches_refused = false, keep_files = 604800,
+      degraded_at = null
+  where p.degraded_at <= p_before;
+  if exists (select from autotag.models m where m.degraded_at <= p_before) then
+    update autotag.models m
+    set cap_parameter = case when m.degraded #>> '{cap_parameter,1}' = m.cap_parameter
+          then m.degraded #>> '{cap_parameter,0}' else m.cap_parameter end,
+        answer_format = case when m.degraded #>> '{answer_format,1}' = m.answer_format
+          then m.degraded #>> '{answer_format,0}' else m.answer_format end,
+        sends_effort = m.sends_effort or m.degraded ? 'sends_effort',
+        sends_detail = m.sends_detail or m.degraded ? 'sends_detail',
+        sends_tier = m.sends_tier or m.degraded ? 'sends_tier', degraded = '{}', degraded_at = null
+    where m.name in (select d.name from autotag.models d where d.degraded_at <= p_before order by d.name for update skip locked);
+  end if;
+end $$;
+
+-- Forgets everything that workers have reported of the provider and of the token use of its answers, for example after a worker's
+-- login was stolen. The next call has to prove that tagging works. Limits stay: headers correct them, or the owner sets them.
+-- For the owner. Locks: provider, models.
+create or replace function autotag.forget_provider() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.lock_provider();
+  update autotag.provider_limits p
+  set has_batches = null, batches_refused = false, keep_files = 604800, has_rate_headers = null, degraded_at = null,
+      proven_at = null, probe_at = null, account_error = null, account_error_from = null, account_error_at = null,
+      blocked_until = '-infinity', limited_since = null, ask_after = '-infinity', next_poll_at = '-infinity', checked_at = '-infinity',
+      question = '{}'
+  where p.id;
+  perform autotag.retry_features('infinity');
+  delete from autotag.learned l where l.learned_at > '-infinity';
+  perform pg_notify('autotag', 'realtime');
+  perform pg_notify('autotag', 'batch');
 end $$;
 
 -- End of life of a model (p_model null: the one in use), from 90 days before: {level, message, fix, days, date, successor};

@@ -41,7 +41,7 @@ create or replace function autotag.may_listen(p_topic text) returns boolean
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select case
-    when p_topic ~ '^tagging:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$'
+    when octet_length(p_topic) = 44 and p_topic ~ '^tagging:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$'
       then autotag.is_member(split_part(p_topic, ':', 2)::uuid)
     else false end
 $$;

@@ -17,10 +17,11 @@ begin
         worker_id = null, retry_at = null
     from unnest(p_tasks, p_codes, p_messages) f (id, code, message)
     where t.id = f.id and t.finished_at is null
-    returning t.asset_id, t.error
+    returning t.asset_id, t.workspace_id, t.error
   )
-  select array_agg(f.asset_id) as assets, array_agg(f.error) as errors into v_failed from failed f;
-  perform autotag.show_stage(v_failed.assets, 'failed', 0, null, v_failed.errors);
+  select array_agg(f.asset_id) as assets, array_agg(f.workspace_id) as workspaces, array_agg(f.error) as errors
+  into v_failed from failed f;
+  perform autotag.show_stage(v_failed.assets, v_failed.workspaces, 'failed', 0, null, v_failed.errors);
 end $$;
 
 -- Requeues tasks as single calls. Fails those that reach max_failures or whose job was cancelled.
@@ -88,7 +89,7 @@ begin
     return '[]'::jsonb;
   end if;
   select * into v_settings from autotag.settings;
-  v_notices := autotag.end_failed(p_answers, v_settings.max_bad_answers);
+  v_notices := autotag.end_failed(p_answers);
   perform autotag.try_again(p_answers, v_settings);
   return v_notices;
 end $$;
@@ -118,9 +119,21 @@ begin
   end if;
 end $$;
 
+-- Whether no retry can fix an error of an image that has failed p_failures times.
+create or replace function autotag.is_final(p_answer autotag.answer, p_failures integer) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (select from autotag.error_kinds k where k.kind = p_answer.error ->> 'kind' and k.ends)
+    and (not (p_answer.error ->> 'retry')::boolean
+      or case when p_answer.error ->> 'code' = 'answer_too_long'
+        then p_answer.output_tokens >= autotag.max_cap(p_answer.workspace_id)
+        else p_failures + 1 >= (select s.max_bad_answers from autotag.settings s) end);
+end $$;
+
 -- Fails images whose error no retry can fix, and counts them. Returns sentences for the operator's log. The caller: as in
 -- apply_answers.
-create or replace function autotag.end_failed(p_answers autotag.answer[], p_max_bad_answers integer) returns jsonb
+create or replace function autotag.end_failed(p_answers autotag.answer[]) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -134,10 +147,7 @@ begin
   into v_failed
   from unnest(p_answers) a
   join autotag.tasks t on t.id = a.task
-  join autotag.error_kinds k on k.kind = a.error ->> 'kind' and k.ends
-  where not (a.error ->> 'retry')::boolean
-    or case when a.error ->> 'code' = 'answer_too_long' then a.output_tokens >= autotag.max_cap(a.workspace_id)
-       else t.failures + 1 >= p_max_bad_answers end;
+  where a.error is not null and autotag.is_final(a, t.failures);
   if cardinality(v_failed.tasks) > 0 then
     perform autotag.fail_tasks(v_failed.tasks, v_failed.codes, v_failed.messages);
     perform autotag.count_finished(t.job_id, 0, count(*)::integer)

@@ -93,31 +93,46 @@ begin
       then p_error ->> 'parameter' end);
 end $$;
 
--- Validates a worker's usage figures: {input, cached, cache_write, output, reasoning} (tokens, clamped to 0 to 10 million),
--- model (that answered) and tier (null: not given). Null: the provider gave no figures.
-create or replace function autotag.clean_usage(p_usage jsonb) returns jsonb
+-- The most tokens that are believed of one answer, so that no report uses up a quota. input: 20 times what a prompt reserves, at
+-- least 20,000. output: 4 times the cap and 4,000, because some providers count reasoning apart; at least 4 times
+-- max_output_tokens where the provider takes no cap (uncapped).
+create or replace function autotag.believable_usage(out input integer, out uncapped integer)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  select greatest(20 * (p.tokens_per_image - p.output_tokens), 20000),
+    case when p.question ->> 'cap_parameter' = 'none' then (select 4 * s.max_output_tokens from autotag.settings s) else 0 end
+  into input, uncapped from autotag.provider_limits p;
+end $$;
+
+-- Validates a worker's usage figures: {input, cached, cache_write, output, reasoning} (tokens, clamped to 0 to p_input and
+-- p_output), model (that answered) and tier (null: not given). Null: the provider gave no figures.
+create or replace function autotag.clean_usage(p_usage jsonb, p_input integer default 10000000, p_output integer default 10000000)
+returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_model text := p_usage ->> 'model';
   v_tier text := p_usage ->> 'tier';
+  v_input jsonb := to_jsonb(p_input);
+  v_output jsonb := to_jsonb(p_output);
 begin
   if p_usage is null or jsonb_typeof(p_usage) <> 'object' then
     return null;
   end if;
   -- Nearly all are valid as they are. (In jsonb's sort order only numbers lie between two numbers.)
-  if p_usage -> 'input' between '0' and '10000000' and p_usage -> 'output' between '0' and '10000000'
-    and p_usage -> 'cached' between '0' and '10000000' and p_usage -> 'cache_write' between '0' and '10000000'
-    and p_usage -> 'reasoning' between '0' and '10000000'
+  if p_usage -> 'input' between '0' and v_input and p_usage -> 'output' between '0' and v_output
+    and p_usage -> 'cached' between '0' and v_input and p_usage -> 'cache_write' between '0' and v_input
+    and p_usage -> 'reasoning' between '0' and v_output
     and length(v_model) between 1 and 100 and length(v_tier) between 1 and 20 and autotag.is_plain(v_model || v_tier) then
     return p_usage;
   end if;
   return jsonb_build_object(
-    'input', coalesce(autotag.clean_number(p_usage, 'input', 0, 10000000), 0)::integer,
-    'cached', coalesce(autotag.clean_number(p_usage, 'cached', 0, 10000000), 0)::integer,
-    'cache_write', coalesce(autotag.clean_number(p_usage, 'cache_write', 0, 10000000), 0)::integer,
-    'output', coalesce(autotag.clean_number(p_usage, 'output', 0, 10000000), 0)::integer,
-    'reasoning', coalesce(autotag.clean_number(p_usage, 'reasoning', 0, 10000000), 0)::integer,
+    'input', coalesce(autotag.clean_number(p_usage, 'input', 0, p_input), 0)::integer,
+    'cached', coalesce(autotag.clean_number(p_usage, 'cached', 0, p_input), 0)::integer,
+    'cache_write', coalesce(autotag.clean_number(p_usage, 'cache_write', 0, p_input), 0)::integer,
+    'output', coalesce(autotag.clean_number(p_usage, 'output', 0, p_output), 0)::integer,
+    'reasoning', coalesce(autotag.clean_number(p_usage, 'reasoning', 0, p_output), 0)::integer,
     'model', nullif(autotag.printable(v_model, 100), ''), 'tier', nullif(autotag.printable(v_tier, 20), ''));
 end $$;
 

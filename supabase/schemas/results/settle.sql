@@ -45,6 +45,9 @@ begin
   into v_answers using v_answers, p_worker;
 
   perform autotag.add_usage(v_answers, false);
+  if v_failed then
+    v_answers := autotag.judge_retries(v_answers);
+  end if;
   return jsonb_build_object('accepted', cardinality(v_answers), 'notices', case when v_changed is null then '[]'::jsonb
     else jsonb_build_array(jsonb_build_object('event', 'provider_limits_changed', 'notice', v_changed)) end
     || autotag.apply_answers(v_answers));
@@ -56,10 +59,11 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_answers autotag.answer[];
+  v_max_allowed record := autotag.believable_usage();
 begin
   execute $q$ select array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage), x.called)::autotag.answer
+      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, $3, greatest(4 * x.output_tokens + 4000, $4)), x.called)::autotag.answer
     from (
       select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
         autotag.clean_result(r.result) as result, r.error, r.usage, r.called
@@ -71,7 +75,7 @@ begin
         from jsonb_array_elements($1) e) r
       join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = $2
       order by t.id) x) $q$
-  into v_answers using p_reports, p_worker;
+  into v_answers using p_reports, p_worker, v_max_allowed.input, v_max_allowed.uncapped;
   return v_answers;
 end $$;
 

@@ -1,20 +1,21 @@
 -- Usage per workspace and user, and its cost.
 
 -- Adds the usage of these answers, each by its model (not given: the one in p_question; null: the present one) and service
--- tier. Answers without figures get the tier `unknown` and no cost. A row without a cost is priced as a whole as soon as its
+-- tier. What was asked since the question changed costs at most as much as the model and tier that were asked. Answers without figures get the tier `unknown` and no cost. A row without a cost is priced as a whole as soon as its
 -- model has a price. An answer without a job (a comparison) counts as a request, not as a tagged image.
-create or replace function autotag.add_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb default null) returns void
+create or replace function autotag.add_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb default null, p_asked_at timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into autotag.usage as u (workspace_id, user_id, day, model, service_tier, images, requests,
     input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost)
-  select t.*, autotag.price_tokens(t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
+  select t.workspace_id, t.user_id, t.day, t.model, t.tier, t.images, t.requests, t.input, t.cached, t.cache_write, t.output, t.reasoning,
+    autotag.price_answers(t.asked, t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
   from (
     select b.workspace_id, j.user_id, (autotag.now() at time zone 'utc')::date as day, b.model, b.tier,
       count(*) filter (where b.error is null and b.job_id is not null) as images, count(*) as requests,
       sum(b.input) as input, sum(b.cached) as cached, sum(b.cache_write) as cache_write,
-      sum(b.output) as output, sum(b.reasoning) as reasoning
+      sum(b.output) as output, sum(b.reasoning) as reasoning, case when bool_and(b.present) then b.question end as asked
     from (
       select a.job_id, a.workspace_id, a.error,
         coalesce(a.usage ->> 'model', coalesce(p_question, p.question) ->> 'model') as model,
@@ -23,11 +24,13 @@ begin
         coalesce(least((a.usage -> 'cached')::bigint, (a.usage -> 'input')::bigint), 0) as cached,
         coalesce((a.usage -> 'cache_write')::bigint, 0) as cache_write,
         coalesce((a.usage -> 'output')::bigint, 0) as output,
-        coalesce((a.usage -> 'reasoning')::bigint, 0) as reasoning
+        coalesce((a.usage -> 'reasoning')::bigint, 0) as reasoning,
+        coalesce(p_question, p.question) as question,
+        p_question is not null or coalesce(coalesce(p_asked_at, a.reserved_at) >= p.question_since, false) as present
       from unnest(p_answers) a, autotag.provider_limits p
       where a.usage is not null or a.error is null) b
     left join autotag.jobs j on j.id = b.job_id
-    group by b.workspace_id, j.user_id, b.model, b.tier
+    group by b.workspace_id, j.user_id, b.model, b.tier, b.question
     order by b.workspace_id, j.user_id, b.model, b.tier) t
   on conflict (workspace_id, day, user_id, model, service_tier) do update set
     images = u.images + excluded.images, requests = u.requests + excluded.requests,
@@ -38,6 +41,26 @@ begin
     reasoning_tokens = u.reasoning_tokens + excluded.reasoning_tokens,
     cost = excluded.cost + coalesce(u.cost, autotag.price_tokens(u.model, u.service_tier,
       u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens));
+end $$;
+
+-- Price of answers of one model and tier (price_tokens) to a question: at most that of the model and tier that the question names,
+-- if they differ. A dated name of the model that was asked is that model; a question without a tier leaves it to the account.
+-- p_asked null: no bound.
+create or replace function autotag.price_answers(
+  p_asked jsonb, p_model text, p_tier text, p_input numeric, p_cached numeric, p_cache_write numeric, p_output numeric
+) returns numeric
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_price numeric := autotag.price_tokens(p_model, p_tier, p_input, p_cached, p_cache_write, p_output);
+  v_tier text := case when p_tier = 'batch' then p_tier else coalesce(p_asked ->> 'service_tier', p_tier) end;
+  v_max_allowed numeric;
+begin
+  if p_asked is null or v_tier = p_tier and autotag.names_model(p_asked ->> 'model', p_model) then
+    return v_price;
+  end if;
+  v_max_allowed := autotag.price_tokens(p_asked ->> 'model', v_tier, p_input, p_cached, p_cache_write, p_output);
+  return case when v_price > v_max_allowed then v_max_allowed else v_price end;
 end $$;
 
 -- Prices the earlier usage of models that now have a price.

@@ -1,8 +1,8 @@
 -- The only function that releases single calls, within every limit and in fair order.
 
--- claim: releases up to p_slots images of all workspaces to a worker as single calls, within the provider's bucket and each
--- workspace's window. The workspace with the lowest virtual time is served first, a few images at a time; within it, the job
--- with the fewest released images. p_question: the version of the question that the worker has; null: none.
+-- claim: releases up to p_slots images (at most 1,000) of all workspaces to a worker as single calls, within the provider's
+-- bucket and each workspace's window. The workspace with the lowest virtual time is served first, a few images at a time; within
+-- it, the job with the fewest released images. p_question: the version of the question that the worker has; null: none.
 --   tasks: [{task, attempt, job, traceparent, waited (seconds since the upload), asset_id, bucket, path, url, refused, cap (max
 --     tokens of the answer)}]. An asset that does not exist any more has neither path nor url.
 --   wait: seconds until the next claim, unless a notification comes first; null: nothing is queued.
@@ -30,7 +30,7 @@ declare
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   tasks := '[]';
-  p_slots := least(p_slots, 10000);
+  p_slots := least(p_slots, 1000);   -- with 8 kB of URL each, of escaped bytes, the answer stays below 50 MB
   if p_slots is null or p_slots < 1 then
     return;
   end if;
@@ -49,7 +49,8 @@ begin
     bound := 'superseded';
     return;
   end if;
-  if autotag.reroute_upload(v_provider) then
+  if not v_provider.rerouted and autotag.reroute_upload(v_provider) then
+    update autotag.provider_limits set rerouted = true;
     wait := 0;
     return;
   end if;
@@ -68,12 +69,14 @@ begin
   else
     bound := autotag.describe_bound(v_provider);
   end if;
-  wait := autotag.real_seconds(autotag.next_release(v_provider) - v_now);
+  -- After an upload was rerouted, another one may be due.
+  wait := case when v_provider.rerouted then 0 else autotag.real_seconds(autotag.next_release(v_provider) - v_now) end;
 end $$;
 
 -- Changes how one upload is processed, or starts one, if that is due. True: the claim releases nothing and is called again at
--- once, because this transaction locked the upload's workspace out of order. False: nothing is due. Called by claim(), which
--- holds the provider row. Locks: one upload's workspace, job, batches, tasks.
+-- once, because this transaction locked the upload's workspace out of order. The next claim only releases, so that no number of
+-- due uploads delays other images. False: nothing is due. Called by claim(), which holds the provider row.
+-- Locks: one upload's workspace, job, batches, tasks.
 create or replace function autotag.reroute_upload(p_provider autotag.provider_limits) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -125,6 +128,7 @@ begin
       waiting_workspaces = p_provider.waiting_workspaces,
       waiting_images = p_provider.waiting_images,
       waiting_at = p_provider.waiting_at,
+      rerouted = false,
       probe_at = p_provider.probe_at;
   return p_provider;
 end $$;

@@ -1,8 +1,8 @@
 -- Where a worker finds the images it is about to read.
 
 -- Location of each image, as describe_assets() returns it, if its file is still the one that the uploader was allowed to see.
--- refused: `foreign_file` (the row names a file of another workspace) or `hidden_file` (the uploader may not see it). A row
--- that no longer exists or has moved to another workspace is missing from the result.
+-- refused: what describe_assets() refuses, or `hidden_file` (the uploader may not see it). A row that no longer exists or has
+-- moved to another workspace is missing from the result.
 -- p_workspace_ids[i], p_seen[i]: tasks.workspace_id and tasks.seen of p_asset_ids[i].
 create or replace function autotag.locate(p_asset_ids uuid[], p_workspace_ids uuid[], p_seen uuid[])
 returns table (asset_id uuid, bucket text, path text, url text, refused text)
@@ -13,7 +13,7 @@ as $$
   from unnest(p_asset_ids, p_workspace_ids, p_seen) t (asset_id, workspace_id, seen)
   join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
   cross join lateral (select case
-    when d.foreign_file then 'foreign_file'
+    when d.refused is not null then d.refused
     when t.seen is not null and t.seen <> autotag.file_mark(d.bucket, d.path) then 'hidden_file' end as refused
     offset 0  -- evaluate the case once per image, not once per use
   ) r

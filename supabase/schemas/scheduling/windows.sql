@@ -159,7 +159,7 @@ begin
     perform autotag.check_member(p_workspace_id);
   end if;
   if p_request_type is null or p_request_type not in ('realtime', 'batch') then
-    perform autotag.refuse(400, 'unknown_request_type', format('%L is not a request type.', p_request_type),
+    perform autotag.refuse(400, 'unknown_request_type', format('%L is not a request type.', left(p_request_type, 50)),
       'Pass realtime or batch.');
   end if;
   if p_images is distinct from 1 then   -- one image never exceeds a limit of images

@@ -47,8 +47,10 @@ create table autotag.provider_limits (
   has_batches boolean,
   batches_refused boolean not null default false,   -- has_batches is false because a call failed, not just a check
   has_rate_headers boolean,
+  degraded_at timestamptz,   -- when a call last showed that a feature (batches, expiring files) is missing
   keep_files integer default 604800,     -- seconds after which the provider deletes our files; null: it supports no expiry
   checked_at timestamptz not null default '-infinity',   -- last check of model and provider (claim_batches: look_up)
+  rerouted boolean not null default false,   -- the last claim changed the way of an upload and released nothing
   -- the bucket: what was left at refilled_at
   requests_left double precision not null default 500,
   tokens_left double precision not null default 200000,

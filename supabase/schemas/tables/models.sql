@@ -21,13 +21,16 @@ create table autotag.models (
   patch_tokens numeric check (patch_tokens > 0),
   base_tokens integer check (base_tokens >= 0),
   tile_tokens integer check (tile_tokens >= 0),
-  -- The form of the request. When the provider refuses a parameter, downgrade_request_form() moves it to the next form.
+  -- The form of the request. When the provider refuses a parameter, downgrade_request_form() moves it to the next form, and
+  -- retry_features() moves it back after model_check_interval.
   cap_parameter text not null default 'max_completion_tokens'
     check (cap_parameter in ('max_completion_tokens', 'max_tokens', 'none')),
   answer_format text not null default 'json_schema' check (answer_format in ('json_schema', 'json_object', 'text')),
   sends_effort boolean not null default true,
   sends_detail boolean not null default true,
   sends_tier boolean not null default true,
+  degraded jsonb not null default '{}',  -- {column: [its value before, its value since]} of what downgrade_request_form() changed …
+  degraded_at timestamptz,               -- … and when it did so last
   -- End of life: as the API reports it once a day, or as known when the row was written.
   shutdown_date date,
   successor text

@@ -112,6 +112,7 @@ alter table autotag.settings enable row level security;
 create table autotag.clock (
   id boolean primary key default true check (id),
   ticked_at timestamptz not null default '-infinity',
-  housekeeping_at timestamptz not null default '-infinity'
+  housekeeping_at timestamptz not null default '-infinity',
+  probed_at timestamptz not null default '-infinity'     -- last broadcast of send_test_broadcast()
 ) with (fillfactor = 50);
 alter table autotag.clock enable row level security;

@@ -10,10 +10,12 @@ create table autotag.uploads (
   workspace_id uuid not null,
   user_id uuid,                          -- the uploader; null: the service role
   first_at timestamptz not null,
-  seal_at timestamptz not null
+  seal_at timestamptz not null,
+  postponed boolean not null default false   -- it was complete, and there was no room for it: seal_at is when to look again
 );
 create unique index uploads_key on autotag.uploads (workspace_id, user_id) nulls not distinct;
 create index uploads_seal_at_idx on autotag.uploads (seal_at);
+create index uploads_user_idx on autotag.uploads (user_id, seal_at);
 alter table autotag.uploads enable row level security;
 
 create table autotag.arrivals (

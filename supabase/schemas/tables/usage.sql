@@ -41,6 +41,14 @@ create table autotag.quotas (
 create unique index quotas_key on autotag.quotas (scope, period, workspace_id, user_id) nulls not distinct;
 alter table autotag.quotas enable row level security;
 
+-- What images that are being tagged reserve in quotas of dollars.
+create type autotag.reservation_prices as (
+  single numeric,              -- an image that goes as a single call …
+  batch numeric,               -- … or in a batch
+  token numeric,               -- each token of a cap above the usual one
+  usual_cap integer            -- tokens
+);
+
 -- How long OpenAI took for each batch that it completed.
 create table autotag.durations (
   id bigint generated always as identity primary key,

@@ -15,13 +15,16 @@ begin
   select * into v_settings from autotag.settings;
   with found as (
     select d.asset_id, d.workspace_id from autotag.describe_assets(p_asset_ids) d
-    -- a row that names a foreign file is collected too: its task fails with the reason
-    where d.workspace_id is not null and (d.path is not null or d.url is not null or d.foreign_file)
+    -- a row whose location is refused is collected too: its task fails with the reason
+    where d.workspace_id is not null and (d.path is not null or d.url is not null or d.refused is not null)
   ), upload as (
     insert into autotag.uploads as u (workspace_id, user_id, first_at, seal_at)
     select distinct f.workspace_id, v_user, v_now, v_now + v_settings.upload_quiet from found f order by 1
     on conflict (workspace_id, user_id) do update
-      set seal_at = least(v_now + v_settings.upload_quiet, u.first_at + v_settings.upload_longest)
+      -- one that waits for its quotas goes on waiting
+      set seal_at = case when u.postponed and u.seal_at > v_now then u.seal_at
+        else least(v_now + v_settings.upload_quiet, u.first_at + v_settings.upload_longest) end,
+        postponed = u.postponed and u.seal_at > v_now
     returning u.id, u.workspace_id, u.first_at
   ), arrived as (
     insert into autotag.arrivals (upload_id, asset_id)
@@ -40,7 +43,7 @@ exception when others then
 end $$;
 
 -- Makes a job of one upload that is complete at p_now; false: there is none. Images beyond what one job, the live images of the
--- workspace or its quotas allow stay in the upload (for quotas until they renew). One upload per call, because a job's locks
+-- workspace or its quotas allow stay in the upload, which is postponed when there is no room. One upload per call, because a job's locks
 -- come before the next workspace's in the order of locks. Called by claim().
 -- Locks: the upload, its workspace.
 create or replace function autotag.seal_upload(p_now timestamptz) returns boolean
@@ -60,7 +63,7 @@ begin
   v_room := least(autotag.live_capacity(v_upload.workspace_id), (select s.job_max_images from autotag.settings s),
     (select min(q.images_left) from autotag.quotas_left(v_upload.workspace_id, v_upload.user_id) q));
   if v_room < 1 then
-    update autotag.uploads u set seal_at = p_now + interval '1 min' where u.id = v_upload.id;
+    perform autotag.postpone_upload(v_upload, p_now);
     return true;
   end if;
 
@@ -79,3 +82,43 @@ begin
   end if;
   return true;
 end $$;
+
+-- Postpones an upload without room: until its quota renews, where all of it is billed; else until some of what is being tagged is
+-- expected to be done (1 min to 1 h). Where the quota is its user's in all workspaces, the user's other uploads wait as long, at
+-- most 1,000 per call: a user may be a member of any number of workspaces. Locks: uploads (skip locked).
+create or replace function autotag.postpone_upload(p_upload autotag.uploads, p_now timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_prices autotag.reservation_prices := autotag.price_reservations();
+  v_until timestamptz;
+  v_scope text;
+begin
+  select u.renews_at, u.scope into v_until, v_scope
+  from autotag.quota_use(p_upload.workspace_id, p_upload.user_id, v_prices) u
+  where u.maximum - u.billed < case u.kind when 'images' then 1 else greatest(v_prices.single, 0.0000001) end
+  order by u.renews_at desc, u.scope limit 1;
+  v_until := coalesce(v_until, least(greatest(p_now + interval '1 min', (
+    select min(j.eta) from autotag.jobs j
+    where j.finished_at is null and (j.workspace_id = p_upload.workspace_id or j.user_id = p_upload.user_id))), p_now + interval '1 h'));
+  update autotag.uploads u set seal_at = v_until, postponed = true where u.id = p_upload.id;
+  if v_scope = 'user' and not exists (select from autotag.quotas q where q.scope = 'user' and q.workspace_id is not null) then
+    update autotag.uploads u set seal_at = v_until, postponed = true
+    where u.id in (
+      select o.id from autotag.uploads o where o.user_id = p_upload.user_id and o.seal_at <= p_now
+      order by o.id limit 1000 for update skip locked);
+  end if;
+end $$;
+
+-- Quotas have changed: what waits for them is looked at again.
+create or replace function autotag.resume_uploads() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update autotag.uploads u set seal_at = autotag.now() where u.postponed and u.seal_at > autotag.now();
+  perform pg_notify('autotag', 'realtime');
+  return null;
+end $$;
+
+create or replace trigger autotag_resume_uploads after insert or update or delete on autotag.quotas
+  for each statement execute function autotag.resume_uploads();

@@ -83,6 +83,7 @@ declare
   v_asked integer;
   v_missing uuid[];            -- ids that do not exist, at most 5
   v_foreign uuid[];            -- images that name a file of another workspace, at most 5
+  v_long uuid[];               -- images whose URL, path or bucket name is too long, at most 5
   v_workspaces uuid[];         -- workspaces of the images that the caller may act for
 begin
   if array_ndims(p_asset_ids) > 1 or array_position(p_asset_ids, null) is not null then
@@ -93,18 +94,19 @@ begin
 
   -- An image of another workspace is reported like one that does not exist, so that callers cannot find out which ids exist.
   with there as materialized (
-    select d.asset_id, d.workspace_id, d.foreign_file from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
+    select d.asset_id, d.workspace_id, d.refused from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
   ), theirs as materialized (
     -- offset 0: call is_member once per workspace, not once per image
     select w.id from (select distinct t.workspace_id as id from there t offset 0) w
     where autotag.is_service() or autotag.is_member(w.id)
   ), found as materialized (
-    select t.asset_id, t.foreign_file from there t where t.workspace_id in (select w.id from theirs w)
+    select t.asset_id, t.refused from there t where t.workspace_id in (select w.id from theirs w)
   )
   select (select array_agg(w.id) from theirs w), (select count(*) from found), (select count(distinct id) from unnest(p_asset_ids) id),
     array(select distinct id from unnest(p_asset_ids) id except select f.asset_id from found f order by 1 limit 5),
-    array(select f.asset_id from found f where f.foreign_file order by 1 limit 5)
-  into v_workspaces, v_found, v_asked, v_missing, v_foreign;
+    array(select f.asset_id from found f where f.refused = 'foreign_file' order by 1 limit 5),
+    array(select f.asset_id from found f where f.refused = 'location_too_long' order by 1 limit 5)
+  into v_workspaces, v_found, v_asked, v_missing, v_foreign, v_long;
   if v_found < v_asked then
     perform autotag.refuse(404, 'unknown_asset',
       format('%s of the %s images do not exist.', v_asked - v_found, v_asked),
@@ -117,6 +119,10 @@ begin
   if v_foreign <> '{}' then
     perform autotag.refuse(403, 'foreign_file', 'An image names a file that does not belong to its workspace.',
       format('Name a file of its own workspace (rule %s).', autotag.file_rule()), jsonb_build_object('asset_ids', v_foreign));
+  end if;
+  if v_long <> '{}' then
+    perform autotag.refuse(400, 'location_too_long', 'The URL, path or bucket name of an image is too long.',
+      'A URL may have 8,192 bytes, a path 1,024 and a bucket name 100.', jsonb_build_object('asset_ids', v_long));
   end if;
   perform autotag.lock_workspace(v_workspaces[1]);
   return autotag.start_job(v_workspaces[1], (select auth.uid()), p_asset_ids, p_seen);

@@ -25,25 +25,33 @@ begin
   return autotag.question_cost(v_provider, p_max, p_tier);
 end $$;
 
--- What is left of each quota of a workspace and a user: the maximum less what was used and less what is being tagged (reserved
--- until it is done, so that concurrent uploads cannot exceed the quota). images_left: how many more images that allows, at
--- p_each dollars per image (null: what the model in use reserves). Everything billed counts, including failures. A user quota
--- without a workspace counts the user's images in all workspaces.
-create or replace function autotag.quotas_left(p_workspace_id uuid, p_user_id uuid, p_each numeric default null)
-returns table (scope text, period text, kind text, maximum numeric, available numeric, images_left integer, renews_at timestamptz)
+-- What images reserve in quotas of dollars: one as a single call and one in a batch, and each token of a cap above the usual one.
+-- Zero without a price: no dollars can be reserved then, and autotag doctor reports it.
+create or replace function autotag.price_reservations() returns autotag.reservation_prices
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_prices autotag.reservation_prices;
+  v_question jsonb := autotag.describe_question();
+begin
+  v_prices.single := coalesce(autotag.expected_cost(null, true), 0);
+  v_prices.batch := coalesce(autotag.expected_cost('batch', true), 0);
+  v_prices.token := coalesce(autotag.price_tokens(
+    v_question ->> 'model', coalesce(v_question ->> 'service_tier', 'default'), 0, 0, 0, 1), 0);
+  v_prices.usual_cap := (select p.output_tokens from autotag.provider_limits p);
+  return v_prices;
+end $$;
+
+-- The quotas that apply to a workspace and a user, and how much of each is used. billed: everything that was, including unusable
+-- answers. reserved: what is being tagged, until it is done, so that concurrent uploads cannot exceed the quota; an image whose
+-- answer was cut off reserves its larger cap. A user quota without a workspace counts the user's images in all workspaces.
+create or replace function autotag.quota_use(p_workspace_id uuid, p_user_id uuid, p_prices autotag.reservation_prices)
+returns table (scope text, period text, kind text, maximum numeric, billed numeric, reserved numeric, renews_at timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_today date := (autotag.now() at time zone 'utc')::date;
-  v_cost numeric;
-  v_batch_cost numeric;
 begin
-  if not exists (select from autotag.quotas) then
-    return;
-  end if;
-  -- Without a price no dollars can be reserved; autotag doctor reports it.
-  v_cost := coalesce(autotag.expected_cost(null, true), 0);
-  v_batch_cost := coalesce(autotag.expected_cost('batch', true), 0);
   return query
     with chosen as (
       select distinct on (q.scope, q.period) q.*,
@@ -53,30 +61,49 @@ begin
       where (q.workspace_id is null or q.workspace_id = p_workspace_id)
         and (q.scope = 'workspace' or (p_user_id is not null and (q.user_id is null or q.user_id = p_user_id)))
       order by q.scope, q.period, q.user_id is null, q.workspace_id is null
-    ), measured as (
-      select c.*, u.answers + l.images as images, u.cost + l.cost as cost
-      from chosen c
-      cross join lateral (
-        -- everything billed: an unusable answer costs as much as a usable one
-        select coalesce(sum(greatest(u.requests, u.images)), 0) as answers, coalesce(sum(u.cost), 0) as cost
-        from autotag.usage u
-        where u.day >= c.first_day and case when c.scope = 'workspace' then u.workspace_id = p_workspace_id
-          else u.user_id = p_user_id and (c.workspace_id is null or u.workspace_id = c.workspace_id) end) u
-      cross join lateral (
-        select coalesce(sum(n.images), 0) as images, coalesce(sum(n.images * n.price), 0) as cost
-        from (
-          select j.image_count - j.completed - j.failed as images,
-            case when j.strategy like 'batch%' then v_batch_cost else v_cost end as price
-          from autotag.jobs j
-          where j.finished_at is null and case when c.scope = 'workspace' then j.workspace_id = p_workspace_id
-            else j.user_id = p_user_id and (c.workspace_id is null or j.workspace_id = c.workspace_id) end) n) l
     )
-    select m.scope, m.period, k.kind, k.maximum, greatest(k.maximum - k.used, 0),
-      least(greatest(floor((k.maximum - k.used) / k.each), 0), 2147483647)::integer, m.next_period
-    from measured m
-    cross join lateral (values ('images', m.max_images::numeric, m.images::numeric, 1::numeric),
-      ('cost', m.max_cost, m.cost, greatest(coalesce(p_each, v_cost), 0.0000001))) k (kind, maximum, used, each)
+    select c.scope, c.period, k.kind, k.maximum, k.billed, k.reserved, c.next_period
+    from chosen c
+    cross join lateral (
+      select coalesce(sum(greatest(u.requests, u.images)), 0)::numeric as answers, coalesce(sum(u.cost), 0) as cost
+      from autotag.usage u
+      where u.day >= c.first_day and case when c.scope = 'workspace' then u.workspace_id = p_workspace_id
+        else u.user_id = p_user_id and (c.workspace_id is null or u.workspace_id = c.workspace_id) end) u
+    cross join lateral (
+      select coalesce(sum(n.images), 0)::numeric as images,
+        coalesce(sum(n.images * n.price + n.more_tokens * p_prices.token), 0) as cost
+      from (
+        select j.image_count - j.completed - j.failed as images,
+          case when j.strategy like 'batch%' then p_prices.batch else p_prices.single end as price,
+          case when c.max_cost is null then 0 else (
+            select coalesce(sum(greatest(t.min_output_tokens - p_prices.usual_cap, 0)), 0) from autotag.tasks t
+            where t.job_id = j.id and t.min_output_tokens is not null and t.finished_at is null) end as more_tokens
+        from autotag.jobs j
+        where j.finished_at is null and case when c.scope = 'workspace' then j.workspace_id = p_workspace_id
+          else j.user_id = p_user_id and (c.workspace_id is null or j.workspace_id = c.workspace_id) end) n) l
+    cross join lateral (values ('images', c.max_images::numeric, u.answers, l.images), ('cost', c.max_cost, u.cost, l.cost))
+      k (kind, maximum, billed, reserved)
     where k.maximum is not null;
+end $$;
+
+-- What is left of each quota: the maximum less what is billed and reserved. images_left: how many more images that allows, at
+-- p_each dollars per image (null: what the model in use reserves).
+create or replace function autotag.quotas_left(p_workspace_id uuid, p_user_id uuid, p_each numeric default null)
+returns table (scope text, period text, kind text, maximum numeric, available numeric, images_left integer, renews_at timestamptz)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_prices autotag.reservation_prices;
+begin
+  if not exists (select from autotag.quotas) then
+    return;
+  end if;
+  v_prices := autotag.price_reservations();
+  return query
+    select u.scope, u.period, u.kind, u.maximum, greatest(u.maximum - u.billed - u.reserved, 0),
+      least(greatest(floor((u.maximum - u.billed - u.reserved) / case u.kind when 'images' then 1
+        else greatest(coalesce(p_each, v_prices.single), 0.0000001) end), 0), 2147483647)::integer, u.renews_at
+    from autotag.quota_use(p_workspace_id, p_user_id, v_prices) u;
 end $$;
 
 -- Refuses p_images images if a quota does not allow them: those of an upload (the caller holds the workspace's lock, so that
@@ -106,4 +133,54 @@ begin
     jsonb_build_object('quota', v_quota.kind, 'scope', v_quota.scope, 'period', v_quota.period,
       'maximum', v_quota.maximum, 'left', v_quota.available, 'images_left', v_quota.images_left,
       'renews_at', v_quota.renews_at, 'retry_after', extract(epoch from v_quota.renews_at - autotag.now())));
+end $$;
+
+-- Refuses the retries that a quota has no room for. An answer with usage was billed, and another try will be billed again. It is
+-- allowed while every quota of its workspace and user has room for it beside what is billed and reserved, at the price of a single
+-- call with its new cap. Returns the answers, with the errors of the others changed to `quota_exceeded`, which ends their images.
+-- So what is billed exceeds a quota by at most one answer for each image that is being tagged.
+-- The caller holds workspaces, jobs and tasks, and has added the usage of these answers.
+create or replace function autotag.judge_retries(p_answers autotag.answer[]) returns autotag.answer[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_prices autotag.reservation_prices;
+  v_refused jsonb;             -- {task: sentence}
+begin
+  if not exists (select from autotag.quotas) then
+    return p_answers;
+  end if;
+  v_prices := autotag.price_reservations();
+  with tries as materialized (
+    select a.task, a.workspace_id, j.user_id,
+      greatest(coalesce(autotag.next_cap(a), t.min_output_tokens) - v_prices.usual_cap, 0) * v_prices.token + v_prices.single as price,
+      greatest(t.min_output_tokens - v_prices.usual_cap, 0) * v_prices.token
+        + case when j.strategy like 'batch%' then v_prices.batch else v_prices.single end as reserved
+    from unnest(p_answers) a
+    join autotag.tasks t on t.id = a.task and t.finished_at is null
+    join autotag.jobs j on j.id = a.job_id and j.cancelled_at is null
+    where a.usage is not null and a.error is not null and not autotag.is_final(a, t.failures)
+  ), limits as materialized (
+    select o.workspace_id, o.user_id, q.*
+    from (select distinct y.workspace_id, y.user_id from tries y) o
+    cross join lateral autotag.quota_use(o.workspace_id, o.user_id, v_prices) q
+  ), placed as (
+    -- Instead of what the images reserve now, each in turn takes what its next answer may cost.
+    select y.task, l.*, case l.kind when 'images' then row_number() over sharing - count(*) over shared
+      else sum(y.price) over sharing - sum(y.reserved) over shared end as change
+    from tries y join limits l on l.workspace_id = y.workspace_id and l.user_id is not distinct from y.user_id
+    window shared as (partition by l.scope, l.period, l.kind, case l.scope when 'workspace' then l.workspace_id else l.user_id end),
+      sharing as (shared order by y.task)
+  )
+  select jsonb_object_agg(f.task, format('The %s quota of this %s has no room for another try.',
+    case f.period when 'day' then 'daily' else 'monthly' end, f.scope))
+  into v_refused
+  from (
+    select distinct on (p.task) p.task, p.scope, p.period from placed p
+    where p.billed + p.reserved + p.change > p.maximum order by p.task, p.renews_at desc) f;
+  return array(
+    select case when v_refused ? a.task::text then row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens,
+        a.output_tokens, a.result, a.error || jsonb_build_object('kind', 'image', 'code', 'quota_exceeded', 'retry', false,
+          'message', v_refused -> a.task::text), a.usage, a.called)::autotag.answer else a end
+    from unnest(p_answers) a);
 end $$;

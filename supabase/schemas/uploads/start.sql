@@ -26,7 +26,7 @@ begin
   where a.id <> all (v_live);
   v_count := cardinality(v_new);
   if v_count = 0 then
-    return autotag.describe_live(v_live, v_asked);
+    return autotag.describe_live(p_workspace_id, v_live, v_asked);
   end if;
   perform autotag.check_live_capacity(p_workspace_id, v_count);
   perform autotag.check_quotas(p_workspace_id, p_user_id, v_count);
@@ -40,7 +40,7 @@ begin
   values (v_job.id, p_workspace_id, v_first_task - 1, v_plan.chunk);
   perform autotag.add_queued(p_workspace_id, v_job.id, v_plan.express, v_first_task);
   v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
-  perform autotag.show_stage(v_new, 'queued', 0, v_job.eta);
+  perform autotag.show_stage(v_new, array_fill(p_workspace_id, array[v_count]), 'queued', 0, v_job.eta);
 
   if v_plan.express > 0 then
     perform pg_notify('autotag', 'realtime');
@@ -52,8 +52,9 @@ begin
     'skipped', v_asked - v_count, 'batches', v_plan.batches, 'eta', v_job.eta);
 end $$;
 
--- The reply to an upload whose images are all being tagged already: their job, or null if they belong to several.
-create or replace function autotag.describe_live(p_live uuid[], p_asked integer) returns jsonb
+-- The reply to an upload whose images are all being tagged already: their job, or null if they belong to several. Only a job of
+-- this workspace: an image that moved here while it is tagged belongs to a job of the workspace that it came from.
+create or replace function autotag.describe_live(p_workspace_id uuid, p_live uuid[], p_asked integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -62,7 +63,8 @@ declare
 begin
   -- The call is probably a retry after its first reply was lost, so name the job.
   select array_agg(distinct t.job_id) into v_live_jobs
-  from autotag.tasks t where t.asset_id = any (p_live) and t.finished_at is null;
+  from autotag.tasks t where t.asset_id = any (p_live) and t.workspace_id = p_workspace_id
+    and t.finished_at is null;
   select * into v_job from autotag.jobs j
   where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
   return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,

@@ -53,10 +53,17 @@ begin
     else autotag.finding('clock', 'ok', 'autotag.tick() runs regularly.') end;
 end $$;
 
--- Sends a broadcast without a meaning, so that the doctor can check whether broadcasts arrive.
+-- Sends a broadcast without a meaning, so that the doctor can check whether broadcasts arrive: at most five a second, more are
+-- ignored.
 create or replace function autotag.send_test_broadcast(p_nonce uuid) returns void
-language sql security definer set search_path = pg_catalog, pg_temp
-as $$ select autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false) $$;
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update autotag.clock c set probed_at = autotag.now() where c.probed_at <= autotag.now() - interval '200 ms';
+  if found then
+    perform autotag.broadcast('autotag-doctor', 'probe', jsonb_build_object('nonce', p_nonce), false);
+  end if;
+end $$;
 
 -- Whether broadcasts are sent.
 create or replace function autotag.diagnose_broadcasts() returns jsonb

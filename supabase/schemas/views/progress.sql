@@ -24,16 +24,16 @@ create or replace function autotag.advance(p_tasks bigint[], p_stage text, p_eta
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
-  v_assets uuid[];
+  v_moved record;
 begin
   with moved as (
     update autotag.tasks t set stage = p_stage
     where t.id = any (p_tasks) and t.finished_at is null
       and autotag.stage_rank(t.stage) < autotag.stage_rank(p_stage)
-    returning t.asset_id
+    returning t.asset_id, t.workspace_id
   )
-  select array_agg(m.asset_id) into v_assets from moved m;
-  perform autotag.show_stage(v_assets, p_stage, autotag.stage_progress(p_stage), p_eta);
+  select array_agg(m.asset_id) as assets, array_agg(m.workspace_id) as workspaces into v_moved from moved m;
+  perform autotag.show_stage(v_moved.assets, v_moved.workspaces, p_stage, autotag.stage_progress(p_stage), p_eta);
 end $$;
 
 -- Progress of a batch's images by OpenAI's count: 30 % (`processing`) to 80 %, in steps of 10 %, because each step writes every
@@ -47,9 +47,8 @@ $$;
 create or replace function autotag.show_batch_progress(p_batch uuid, p_progress integer, p_eta timestamptz) returns void
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$
-  select autotag.show_stage(
-    array(select t.asset_id from autotag.tasks t where t.batch_id = p_batch and t.stage = 'processing'),
-    'processing', p_progress, p_eta)
+  select autotag.show_stage(array_agg(t.asset_id), array_agg(t.workspace_id), 'processing', p_progress, p_eta)
+  from autotag.tasks t where t.batch_id = p_batch and t.stage = 'processing'
 $$;
 
 -- Progress of a job in percent: finished images count fully, those that OpenAI has done in its batches 90 %.

@@ -43,7 +43,8 @@ select pg_temp.at(130);
 select pg_temp.claimed(10);
 select is(pg_temp.jobs(), 'batch-parallel 300, realtime-chunked 30', 'after 30 s it is sealed');
 
--- Rows that arrive while that job runs become the next upload.
+-- Rows that arrive while that job runs become the next upload. (A claim after one that sealed an upload only releases.)
+select pg_temp.claimed(10);
 select pg_temp.arrive(4, 2);
 select pg_temp.at(133);
 select pg_temp.claimed(10);
@@ -51,6 +52,7 @@ select is(pg_temp.jobs(), 'batch-parallel 300, realtime-chunked 30, realtime 4',
 
 -- Images beyond the workspace's live_images_max stay in the upload.
 update autotag.settings set live_images_max = 36;
+select pg_temp.claimed(10);
 select pg_temp.arrive(5, 2);
 select pg_temp.at(140);
 select pg_temp.claimed(10);

@@ -26,8 +26,8 @@ BYTES_MOST, PIXELS_MOST = 2_000_000, 20_000_000  # of the worker that meets thes
 FOUND = r"completed"
 NO_IMAGE = r"empty_file|not_an_image|unreadable_image|damaged_image|unsupported_format"
 LARGE = r"image_too_large|file_too_large"
-REFUSED = r"url_refused"
-MISSING = r"file_missing|foreign_file"
+REFUSED = r"url_refused|location_too_long"
+MISSING = r"file_missing|foreign_file|location_too_long"
 ESCAPES = "\x1b[2J\x1b]0;owned\x07"
 #: The operator's mistake: hosts that lead inside are allowed.
 HOSTS = "localhost,127.0.0.1,169.254.169.254,[::1],::1,0.0.0.0,metadata.google.internal,2130706433,0x7f.1"

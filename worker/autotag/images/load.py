@@ -67,6 +67,8 @@ class Images:
         async with self._fetches:
             if image.refused == "foreign_file":
                 raise image_error("foreign_file", "The image's row names a file that does not belong to its workspace.")
+            if image.refused == "location_too_long":
+                raise image_error("location_too_long", "The URL, path or bucket name of the image is too long.")
             if image.refused is not None:  # hidden_file: do not reveal whether the file exists
                 raise file_missing()
             if image.path is not None and image.bucket is not None:

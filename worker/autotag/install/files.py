@@ -176,7 +176,8 @@ def _read_rows(url: str, facts: Facts, host: Host) -> Rows:
     uploader = next((name for name in UPLOADERS if table.columns.get(name) == "uuid" and name != host.workspace), None)
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
         source = f"""(select a.* from {table_name(host.table)} a limit {MAX_ROWS}) a
-            cross join lateral (select {lateral_code(host)}) f where f.path is not null"""
+            cross join lateral (select {lateral_code(host)}) f
+            where octet_length(f.path) <= 1024"""
         run = _runner(connection)
         [(count, buckets)] = run(f"""select count(*),
             (array_agg(distinct f.bucket) filter (where f.bucket is not null))[1:{MAX_BUCKETS + 1}] from {source}""")
