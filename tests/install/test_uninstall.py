@@ -12,9 +12,11 @@ from lab.postgres import LocalPostgres
 def test_nothing_of_autotag_is_left_and_the_host_is_intact(postgres: LocalPostgres, bare: str) -> None:
     url = postgres.url(database=bare)
     guide = (ROOT / "docs" / "install.md").read_text()
-    statements = guide[guide.index("select autotag.set_automatic(false);\nselect cron") :].split("```")[0]
+    statements = guide[guide.index("select autotag.set_automatic(false);\ndo $$") :].split("```")[0]
     # pg_cron lives in another database here, and the roles are the whole server's.
-    own = [line for line in statements.split(";") if "cron." not in line and "role " not in line]
+    unschedule = statements[statements.index("do $$") : statements.index("end $$;") + len("end $$;")]
+    statements = statements.replace(unschedule, "")
+    own = [unschedule] + [line for line in statements.split(";") if "cron." not in line and "role " not in line]
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("""
             create table public.workspace_members (workspace_id uuid, user_id uuid);

@@ -121,3 +121,15 @@ async def test_an_address_that_is_taken_is_said(library: Library, which: str) ->
         settings = worker_settings(library.stack, openai_webhook_secret=SECRET, **addresses)
         with pytest.raises(OSError, match=f"cannot serve on 127.0.0.1:{port}: Address already in use"):
             await Worker(settings, Wake()).run()
+
+
+def test_a_flood_of_deliveries_and_probes_is_ignored(library: Library) -> None:
+    [told] = library.sql("select count(*) filter (where r = 'unknown') as stored, count(*) filter (where r = 'ignored') as ignored"
+                         " from generate_series(1, 700) n, autotag.receive_webhook('wh_' || n, 'batch.completed', 'batch_x') r")  # fmt: skip
+    assert told == {"stored": 600, "ignored": 100}
+    assert library.sql("select count(*) as n from autotag.webhooks") == [{"n": 600}]
+    library.sql("create table public.sent (topic text)")
+    library.sql("create or replace function autotag.broadcast(p_topic text, p_event text, p_payload jsonb, p_private boolean)"
+                " returns void language sql as $$ insert into public.sent values (p_topic) $$")  # fmt: skip
+    library.sql("select autotag.send_test_broadcast(gen_random_uuid()) from generate_series(1, 100)")
+    assert library.sql("select count(*) as n from public.sent")[0]["n"] <= 5

@@ -25,7 +25,7 @@ def blocks(heading: str, language: str = "sql") -> list[str]:
 
 def test_a_workers_login_is_replaced(library: Library) -> None:
     # The stack's own worker has that name.
-    make, end = (block.replace("tagger", "rotated") for block in blocks("The worker's login"))
+    make, end, forget = (block.replace("tagger", "rotated") for block in blocks("The worker's login"))
     owner = library.stack.database_url("postgres")
     with psycopg.connect(owner, autocommit=True) as connection:
         connection.execute("create role rotated login in role autotag_worker")
@@ -36,7 +36,7 @@ def test_a_workers_login_is_replaced(library: Library) -> None:
         try:
             with psycopg.connect(logins["rotated"]) as thief:
                 assert thief.execute("select autotag.worker_settings()").fetchone()
-                for statement in end.split(";")[:-1]:
+                for statement in [*end.split(";")[:-1], *forget.split(";")[:-1]]:
                     connection.execute(statement.encode())
                 with pytest.raises(psycopg.OperationalError):
                     thief.execute("select autotag.worker_settings()")

@@ -35,7 +35,20 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ({"DATABASE_URL": None}, "DATABASE_URL is not set"),
         ({"OPENAI_API_KEY": None}, "OPENAI_API_KEY is not set"),
         ({"OPENAI_API_KEY": ""}, "OPENAI_API_KEY is wrong"),
-        ({"DATABASE_URL": "mysql://x"}, "DATABASE_URL is wrong"),
+        ({"DATABASE_URL": "mysql://x/y"}, "DATABASE_URL is wrong"),
+        (
+            {"DATABASE_URL": "postgresql://u:p/q@localhost/db"},
+            "DATABASE_URL is wrong: cannot be read as a connection string",
+        ),
+        ({"DATABASE_URL": "host=localhost"}, "DATABASE_URL is wrong: must start with postgresql://"),
+        (
+            {"OPENAI_BASE_URL": "https://me:secret@api.example/v1"},
+            "OPENAI_BASE_URL is wrong: has a user or password in it",
+        ),
+        (
+            {"OPENAI_BASE_URL": "https://api.example/v1?api-key=secret"},
+            "OPENAI_BASE_URL is wrong: must not have a ? or # part",
+        ),
         ({"SUPABASE_URL": "project.supabase.co"}, "SUPABASE_URL is wrong: must start with https://"),
         ({"AUTOTAG_SLOTS": "many"}, "AUTOTAG_SLOTS is wrong"),
         ({"AUTOTAG_SLOTS": "0"}, "AUTOTAG_SLOTS is wrong"),
@@ -217,3 +230,11 @@ def test_a_file_that_breaks_off_is_the_providers_trouble(error: Exception) -> No
         "provider_unreachable",
         "provider",
     )
+
+
+def test_the_form_of_a_connection_string_is_legible_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (GOOD | {"DATABASE_URL": "postgresql://u:p@q@localhost/db"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert "***" not in redact(str(caught.value))

@@ -30,8 +30,7 @@ begin
     update autotag.provider_limits set has_batches = false, batches_refused = true, degraded_at = autotag.now();
     p_error := p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'parameter' = 'expires_after' and v_kept is not null then
-    -- Azure requires at least 14 days; other providers support no expiry. Several batches may report the same refusal, which is
-    -- one step only.
+    -- Azure requires at least 14 days; other providers support no expiry. One step, however many batches report the refusal.
     update autotag.provider_limits p set keep_files = case when v_kept < 1209600 then 1209600 end, degraded_at = autotag.now()
     where p.keep_files = v_kept;
     p_error := p_error || '{"kind": "rate_limit"}';
