@@ -2767,9 +2767,9 @@ as $$
   from autotag.settings s
 $$;
 
--- Extends the worker's lease. False: the lease had ended and what the worker held has been released, so it has to register
--- again. The worker calls tick_if_due() next, in a transaction of its own: a tick takes many locks.
-create or replace function autotag.heartbeat(p_worker uuid) returns boolean
+-- Extends the worker's lease. alive: false if the lease had ended and what the worker held has been released, so it has to
+-- register again. tick_due: the worker calls tick_if_due() next, in a transaction of its own, because a tick takes many locks.
+create or replace function autotag.heartbeat(p_worker uuid, out alive boolean, out tick_due boolean)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -2779,11 +2779,11 @@ begin
   update autotag.workers w
   set last_heartbeat_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s)
   where w.id = p_worker and w.login = session_user returning w.version into v_version;
-  if not found then
-    return false;
+  alive := found;
+  if alive then
+    perform autotag.check_version(v_version);
   end if;
-  perform autotag.check_version(v_version);
-  return true;
+  tick_due := autotag.is_tick_due(v_now);
 end $$;
 
 -- Whether a worker belongs to the caller and has a lease. Without a lease it must get no work, because no expiry would release
@@ -4462,7 +4462,7 @@ declare
 begin
   return array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, v_max_allowed.input, greatest(4 * x.output_tokens + 4000, v_max_allowed.uncapped)),
+      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, v_max_allowed.input, greatest(coalesce(4 * x.output_tokens + 4000, 100000), v_max_allowed.uncapped)),
       true)::autotag.answer
     from (
       select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
@@ -5089,7 +5089,7 @@ declare
 begin
   execute $q$ select array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, $3, greatest(4 * x.output_tokens + 4000, $4)), x.called)::autotag.answer
+      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, $3, greatest(coalesce(4 * x.output_tokens + 4000, 100000), $4)), x.called)::autotag.answer
     from (
       select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
         autotag.clean_result(r.result) as result, r.error, r.usage, r.called
@@ -6324,7 +6324,16 @@ begin
   update autotag.clock set housekeeping_at = v_now;
 end $$;
 
--- Called after every heartbeat: runs tick() and housekeeping() if they are overdue. One caller at a time; others do not wait.
+-- Whether tick() is overdue, or a worker's lease has ended.
+create or replace function autotag.is_tick_due(p_now timestamptz) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (select from autotag.clock c where c.ticked_at <= p_now - interval '59 s')
+    or exists (select from autotag.workers w where w.lease_until < p_now);
+end $$;
+
+-- Called after a heartbeat that says so: runs tick() and housekeeping() if they are overdue. One caller at a time; others do not wait.
 -- Returns whether another worker's lease has ended, so that the caller should call again.
 create or replace function autotag.tick_if_due() returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -6334,8 +6343,7 @@ declare
   v_now timestamptz := autotag.now();
 begin
   select * into v_clock from autotag.clock;
-  if v_clock.ticked_at > v_now - interval '59 s'
-     and not exists (select from autotag.workers w where w.lease_until < v_now) then
+  if not autotag.is_tick_due(v_now) then
     return false;
   end if;
   if not pg_try_advisory_xact_lock(hashtext('autotag.tick')) then

@@ -63,7 +63,16 @@ begin
   update autotag.clock set housekeeping_at = v_now;
 end $$;
 
--- Called after every heartbeat: runs tick() and housekeeping() if they are overdue. One caller at a time; others do not wait.
+-- Whether tick() is overdue, or a worker's lease has ended.
+create or replace function autotag.is_tick_due(p_now timestamptz) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (select from autotag.clock c where c.ticked_at <= p_now - interval '59 s')
+    or exists (select from autotag.workers w where w.lease_until < p_now);
+end $$;
+
+-- Called after a heartbeat that says so: runs tick() and housekeeping() if they are overdue. One caller at a time; others do not wait.
 -- Returns whether another worker's lease has ended, so that the caller should call again.
 create or replace function autotag.tick_if_due() returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -73,8 +82,7 @@ declare
   v_now timestamptz := autotag.now();
 begin
   select * into v_clock from autotag.clock;
-  if v_clock.ticked_at > v_now - interval '59 s'
-     and not exists (select from autotag.workers w where w.lease_until < v_now) then
+  if not autotag.is_tick_due(v_now) then
     return false;
   end if;
   if not pg_try_advisory_xact_lock(hashtext('autotag.tick')) then

@@ -310,12 +310,12 @@ async def test_a_worker_whose_heartbeat_loses_the_cancellation_stops_and_stays_a
     """As `asyncio.wait_for` does before Python 3.12: the heartbeat goes on, and finds that the worker has left."""
     beating, lost = asyncio.Event(), asyncio.Event()
 
-    async def heartbeat(db: Database) -> bool:
+    async def heartbeat(db: Database) -> tuple[bool, bool]:
         beating.set()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
         lost.set()
-        return False
+        return False, False
 
     monkeypatch.setattr(Database, "heartbeat", heartbeat)
     async with worker(library.stack) as wake, asyncio.timeout(PATIENCE):

@@ -231,7 +231,7 @@ def test_the_doctor_names_the_rule_and_the_rows_that_break_it(library: Library) 
     asset = row(library, None, "flat.jpg")
     told = finding(library)
     assert told["level"] == "warning"
-    assert told["message"].startswith("1 of 1 rows")
+    assert told["message"].startswith("1 of 1 checked rows")
     assert asset in told["message"]
 
 

@@ -174,6 +174,8 @@ COVERED = {
     # From one workspace to the next. The tasks that it has released by then were queued, and nobody locks those without
     # their workspace's lock, which claim holds.
     Edge("autotag.tasks", "public.workspace_rate_limits", "claim"),
+    # One answer after another, in the order of the plan: the jobs of these tasks are locked, so nobody else locks the tasks.
+    *(Edge("autotag.tasks", "autotag.tasks", function) for function in ("settle", "settle errors")),
     # Images in any order. Only one live task names an image, and a workspace's uploads begin one by one.
     *(Edge("public.assets", "public.assets", function) for function in SCENARIOS),
 }

@@ -43,10 +43,16 @@ async function read(request: Request): Promise<string | null> {
 }
 
 export async function handle(request: Request): Promise<Response> {
-  if (request.method !== 'POST') return refuse(405, 'method_not_allowed', 'Send a delivery of OpenAI as a POST request.')
+  if (request.method !== 'POST') {
+    return refuse(405, 'method_not_allowed', 'Send a delivery of OpenAI as a POST request.')
+  }
   if (!secret) return refuse(500, 'no_secret', 'OPENAI_WEBHOOK_SECRET is not set.')
   if (!isSecret(secret)) {
-    return refuse(500, 'bad_secret', "OPENAI_WEBHOOK_SECRET does not have the form that OpenAI's settings show (whsec_…).")
+    return refuse(
+      500,
+      'bad_secret',
+      "OPENAI_WEBHOOK_SECRET does not have the form that OpenAI's settings show (whsec_…).",
+    )
   }
   const body = await read(request)
   if (body === null) return refuse(413, 'too_large', 'The body is larger than any delivery of OpenAI.')

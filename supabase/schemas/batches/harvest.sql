@@ -109,7 +109,7 @@ declare
 begin
   return array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, v_max_allowed.input, greatest(4 * x.output_tokens + 4000, v_max_allowed.uncapped)),
+      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, v_max_allowed.input, greatest(coalesce(4 * x.output_tokens + 4000, 100000), v_max_allowed.uncapped)),
       true)::autotag.answer
     from (
       select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,

@@ -49,9 +49,9 @@ as $$
   from autotag.settings s
 $$;
 
--- Extends the worker's lease. False: the lease had ended and what the worker held has been released, so it has to register
--- again. The worker calls tick_if_due() next, in a transaction of its own: a tick takes many locks.
-create or replace function autotag.heartbeat(p_worker uuid) returns boolean
+-- Extends the worker's lease. alive: false if the lease had ended and what the worker held has been released, so it has to
+-- register again. tick_due: the worker calls tick_if_due() next, in a transaction of its own, because a tick takes many locks.
+create or replace function autotag.heartbeat(p_worker uuid, out alive boolean, out tick_due boolean)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -61,11 +61,11 @@ begin
   update autotag.workers w
   set last_heartbeat_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s)
   where w.id = p_worker and w.login = session_user returning w.version into v_version;
-  if not found then
-    return false;
+  alive := found;
+  if alive then
+    perform autotag.check_version(v_version);
   end if;
-  perform autotag.check_version(v_version);
-  return true;
+  tick_due := autotag.is_tick_due(v_now);
 end $$;
 
 -- Whether a worker belongs to the caller and has a lease. Without a lease it must get no work, because no expiry would release

@@ -5,7 +5,7 @@ select pg_temp.upload(5), pg_temp.upload(60, 2);
 select is(pg_temp.claimed(3), '1: 3', 'the worker holds three images');
 select is((select jsonb_array_length(batches) from autotag.claim_batches(pg_temp.worker(), 2)), 1, 'and a batch');
 select pg_temp.at(59);
-select ok(autotag.heartbeat(pg_temp.worker()), 'a heartbeat extends the lease');
+select ok((autotag.heartbeat(pg_temp.worker())).alive, 'a heartbeat extends the lease');
 select pg_temp.at(118);
 select autotag.tick();
 select is((select count(*)::int from autotag.tasks where worker_id is not null), 3, 'so the worker keeps its images');
@@ -16,7 +16,7 @@ select is((select count(*)::int from autotag.batches where worker_id is not null
 select is((select bound from autotag.claim(pg_temp.worker(), 3)), 'lease', 'without a lease it gets no images, because no expiry would release them');
 select is((select batches from autotag.claim_batches(pg_temp.worker(), 2)), '[]', 'and no batch');
 select is((select sum(failures)::int from autotag.tasks), 3, 'each image counts a failure, in case it crashed the worker');
-select ok(not autotag.heartbeat(pg_temp.worker()), 'its next heartbeat returns false');
+select ok(not (autotag.heartbeat(pg_temp.worker())).alive, 'its next heartbeat returns false');
 select autotag.register_worker(pg_temp.worker(), 'test', autotag.schema_version(), true);
 select is(pg_temp.claimed(64), '1: 5, 2: 5', 'after it registers again, it gets images');
 select is((select jsonb_array_length(batches) from autotag.claim_batches(pg_temp.worker(), 2)), 1, 'and batches');

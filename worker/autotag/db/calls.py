@@ -170,13 +170,18 @@ class Database:
         self._registered = make(Registered, row["settings"])
         return self._registered
 
-    async def heartbeat(self) -> bool:
-        """Extends the lease. False if the lease has ended, so the worker must register again. Not retried.
+    async def heartbeat(self) -> tuple[bool, bool]:
+        """Extends the lease. Not retried.
+
+        Returns:
+            Whether the worker still has its lease (if not, it must register again), and whether `tick_if_due` has
+            something to do.
 
         Raises:
             VersionsDiffer: the schema has been upgraded.
         """
-        return bool((await self._call_once("select autotag.heartbeat(%s) as alive", self.worker))["alive"])
+        row = await self._call_once("select alive, tick_due from autotag.heartbeat(%s)", self.worker)
+        return bool(row["alive"]), bool(row["tick_due"])
 
     async def tick_if_due(self) -> bool:
         """Runs the periodic work that is overdue. True: call again, because another lease has ended. Not retried."""

@@ -205,13 +205,13 @@ class _ConnectedWorker:
             await self._wake.sleep("version", pause)  # without a delay after an upgrade of the schema
             pause = seconds
             try:
-                alive = await self._db.heartbeat()
+                alive, tick_due = await self._db.heartbeat()
                 if not alive and not self._wake.stop.is_set():  # a stopping worker has released its lease itself
                     self._log.error("lease_lost", hint="The database was unreachable for longer than the lease.")
                     await self._register()
                 health.beat()
-                while await self._db.tick_if_due() and not self._wake.stop.is_set():
-                    pass  # one call for each worker whose lease has ended
+                while tick_due and not self._wake.stop.is_set():
+                    tick_due = await self._db.tick_if_due()  # one call for each worker whose lease has ended
             except VersionsDiffer as error:
                 self._log.error("version_differs", error=str(error), hint=error.hint)
                 self._version_error = error
