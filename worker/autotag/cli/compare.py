@@ -28,7 +28,7 @@ from autotag.cli.options import (
     help_end,
     read_settings,
 )
-from autotag.compare.ask import Comparison, Sample, open_comparison
+from autotag.compare.ask import Comparison, open_comparison
 from autotag.compare.figures import lines, model_name, price, summarise
 from autotag.compare.page import make_page
 from autotag.config import Settings
@@ -143,7 +143,7 @@ async def _ask(
     Raises:
         KeyboardInterrupt: the second Ctrl-C.
     """
-    chosen = [Sample(**row) for row in await operator.comparison_sample(workspace, sample)]
+    chosen = await operator.comparison_sample(workspace, sample)
     console = Console(stderr=True)
     bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), console=console,
                    disable=quiet or not console.is_terminal)  # fmt: skip

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from autotag.config import Settings
-from autotag.db import Image, Operator, Question, Refused
+from autotag.db import Operator, Question, Refused
 from autotag.db.messages import Limits, ObservedLimits, TagResult
-from autotag.db.operator_messages import Admission, ComparisonReport, ModelQuestion
+from autotag.db.operator_messages import Admission, ComparedImage, ComparisonReport, ModelQuestion
 from autotag.errors import TaggingError
 from autotag.images.load import Images
 from autotag.images.prepare import MAX_SIDE, data_url, prepare
@@ -34,36 +34,6 @@ MAX_PIXELS = MAX_SIDE["high"] ** 2  # of a prepared picture
 
 #: Gets the number of images that are done, and what the next one waits for (None: nothing).
 OnProgress = Callable[[int, str | None], None]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An image of the host, and what is stored about it.
-
-    Attributes:
-        asset_id: the row's id.
-        bucket, path, url: where the image is.
-        tags, caption, confidence, model: the stored answer. ``confidence`` maps a tag to a number from 0 to 1.
-    """
-
-    asset_id: str
-    bucket: str | None
-    path: str | None
-    url: str | None
-    tags: list[str]
-    caption: str | None
-    confidence: dict[str, float] | None
-    model: str | None
-
-    @property
-    def image(self) -> Image:
-        """Where the image is, as `Images.load` takes it."""
-        return Image(0, self.asset_id, self.bucket, self.path, self.url)
-
-    @property
-    def normal_tags(self) -> list[str]:
-        """The stored tags in the form of an answer's tags (`normalise_tags`), in the stored order."""
-        return [tag for tag, _ in normalise_tags([(tag, None) for tag in self.tags], MAX_STORED_TAGS)]
 
 
 @dataclass
@@ -84,7 +54,7 @@ class Outcome:
         sent: when the call in flight was sent (`time.monotonic`).
     """
 
-    sample: Sample
+    sample: ComparedImage
     result: TagResult | None = None
     error: TaggingError | None = None
     seconds: list[float] = field(default_factory=list)
@@ -95,6 +65,11 @@ class Outcome:
     failures: int = 0
     cap: int | None = None
     sent: float = 0.0
+
+    @property
+    def stored_tags(self) -> list[str]:
+        """The image's stored tags in the form of an answer's tags (`normalise_tags`), in the stored order."""
+        return [tag for tag, _ in normalise_tags([(tag, None) for tag in self.sample.tags], MAX_STORED_TAGS)]
 
 
 class Comparison:
@@ -139,7 +114,7 @@ class Comparison:
         self.stopped = self.stopped or reason
         self._stop.set()
 
-    async def run(self, sample: list[Sample]) -> None:
+    async def run(self, sample: list[ComparedImage]) -> None:
         """Asks about every image, until all are done or `stop` is called.
 
         Raises:

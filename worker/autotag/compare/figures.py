@@ -41,7 +41,7 @@ def compare_tags(outcome: Outcome) -> Difference | None:
     """The difference between the stored and the new tags; None: there is no new answer."""
     if outcome.result is None:
         return None
-    stored, new = outcome.sample.normal_tags, outcome.result["tags"]
+    stored, new = outcome.stored_tags, outcome.result["tags"]
     return Difference(
         [tag for tag in stored if tag in new], [tag for tag in stored if tag not in new],
         [tag for tag in new if tag not in stored],

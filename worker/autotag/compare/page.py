@@ -174,7 +174,7 @@ def _card(outcome: Outcome, figures: Mapping[str, Any]) -> str:
 def _stored(outcome: Outcome, difference: Difference | None) -> str:
     sample = outcome.sample
     marked = dict.fromkeys(difference.missing, "less") if difference else {}
-    return _answer(sample.model or "stored", sample.caption, _chips(sample.normal_tags, sample.confidence, marked))
+    return _answer(sample.model or "stored", sample.caption, _chips(outcome.stored_tags, sample.confidence, marked))
 
 
 def _new(outcome: Outcome, difference: Difference | None, figures: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import psycopg
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from autotag.db.messages import ObservedLimits, Refused
+from autotag.db.messages import ObservedLimits, Refused, make
 from autotag.db.operator_messages import (
     Admission,
     BackfillPart,
@@ -111,8 +111,8 @@ class Operator:
 
     async def comparison_sample(self, workspace: str, sample: int) -> list[ComparedImage]:
         """The images of a comparison."""
-        return cast("list[ComparedImage]", await self._value(
-            "select autotag.comparison_sample(%s, %s)", workspace, sample))  # fmt: skip
+        rows = await self._value("select autotag.comparison_sample(%s, %s)", workspace, sample)
+        return [make(ComparedImage, row) for row in rows]
 
     async def admit_comparison(self, workspace: str, question: ModelQuestion, cap: int | None) -> Admission:
         """Admits one call under all limits, or returns how long to wait.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NotRequired, TypedDict
 
-from autotag.db.messages import ErrorReport, Usage
+from autotag.db.messages import ErrorReport, Image, Usage
 
 
 class FindingRow(TypedDict):
@@ -128,8 +129,15 @@ class ComparisonPreview(TypedDict):
     current_answers: int
 
 
-class ComparedImage(TypedDict):
-    """An image of the host, and its stored tags (``autotag.comparison_sample``)."""
+@dataclass(frozen=True)
+class ComparedImage:
+    """An image of the host, and what is stored about it (``autotag.comparison_sample``).
+
+    Attributes:
+        asset_id: the row's id.
+        bucket, path, url: where the image is.
+        tags, caption, confidence, model: the stored answer. ``confidence`` maps a tag to a number from 0 to 1.
+    """
 
     asset_id: str
     bucket: str | None
@@ -139,6 +147,11 @@ class ComparedImage(TypedDict):
     caption: str | None
     confidence: dict[str, float] | None
     model: str | None
+
+    @property
+    def image(self) -> Image:
+        """Where the image is, as `Images.load` takes it."""
+        return Image(0, self.asset_id, self.bucket, self.path, self.url)
 
 
 class Admission(TypedDict):
