@@ -1,5 +1,6 @@
 -- Broadcasts to browsers, sent by the transaction that makes them true, and the right to receive them.
 
+-- Broadcasts a message, or warns: an error of Realtime (a partition is missing) must not undo what the message tells of.
 create or replace function autotag.broadcast(p_topic text, p_event text, p_payload jsonb, p_private boolean) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -12,6 +13,8 @@ begin
     values (p_topic, p_event, p_payload, p_private, autotag.now());
     perform pg_notify('autotag', 'outbox');
   end if;
+exception when others or assert_failure then
+  raise warning 'autotag could not broadcast %: %', p_event, sqlerrm;
 end $$;
 
 create or replace function autotag.broadcast_to_workspace(p_workspace_id uuid, p_event text, p_payload jsonb) returns void

@@ -3,120 +3,69 @@
 -- A plan that was cached while the tasks table was empty would scan all of it when it is full. So queries that join it are
 -- planned each time: by `execute` in functions that every report passes, by `plan_cache_mode` in the others.
 
--- Fails tasks. p_codes[i] and p_messages[i] (a sentence for the user) belong to p_tasks[i]. The caller holds the locks of jobs
--- and tasks, and counts the tasks with count_finished().
-create or replace function autotag.fail_tasks(p_tasks bigint[], p_codes text[], p_messages text[]) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
-as $$
-declare
-  v_failed record;
-begin
-  with failed as (
-    update autotag.tasks t
-    set stage = 'failed', error_code = f.code, error = f.message, finished_at = autotag.now(),
-        worker_id = null, retry_at = null
-    from unnest(p_tasks, p_codes, p_messages) f (id, code, message)
-    where t.id = f.id and t.finished_at is null
-    returning t.asset_id, t.workspace_id, t.error
-  )
-  select array_agg(f.asset_id) as assets, array_agg(f.workspace_id) as workspaces, array_agg(f.error) as errors
-  into v_failed from failed f;
-  perform autotag.show_stage(v_failed.assets, v_failed.workspaces, 'failed', 0, null, v_failed.errors);
-end $$;
-
--- Requeues tasks as single calls. Fails those that reach max_failures or whose job was cancelled.
+-- Requeues tasks as single calls: the next claim puts them into their queues, when their delay is over. Returns those that do not
+-- go on, because they reach max_failures or their job was cancelled; the caller fails them (finish, keep).
 -- p_tries: [{task, failures (to add), delay (seconds; absent: none), code, message, output_tokens (lowest cap of the next answer;
 -- absent: unchanged), suspect (its error paused tagging: the code is recorded, and the second such error counts as a failure)}].
--- The caller holds the locks of workspaces, jobs and tasks.
-create or replace function autotag.requeue(p_tries jsonb) returns void
+-- Locks: tasks.
+create or replace function autotag.requeue(p_tries jsonb) returns autotag.finished[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_max integer := (select s.max_failures from autotag.settings s);
   v_now timestamptz := autotag.now();
-  v_end record;
-  v_queue record;
+  v_ended autotag.finished[];
 begin
-  select coalesce(array_agg(t.id), '{}') as ids,
-         array_agg(case when j.cancelled_at is null then r.code else 'cancelled' end) as codes,
-         array_agg(case when j.cancelled_at is null then r.message else 'Tagging was cancelled.' end) as messages
-  into v_end
+  select coalesce(array_agg(row(t.id, t.job_id, t.asset_id, null,
+      case when j.cancelled_at is null then r.code else 'cancelled' end,
+      case when j.cancelled_at is null then r.message else 'Tagging was cancelled.' end, null)::autotag.finished order by t.id), '{}')
+  into v_ended
   from jsonb_to_recordset(p_tries) r (task bigint, failures integer, code text, message text)
   join autotag.tasks t on t.id = r.task and t.finished_at is null
   join autotag.jobs j on j.id = t.job_id
   where j.cancelled_at is not null or t.failures + r.failures >= v_max;
-  perform autotag.fail_tasks(v_end.ids, v_end.codes, v_end.messages);
-  perform autotag.count_finished(t.job_id, 0, count(*)::integer)
-  from autotag.tasks t where t.id = any (v_end.ids) group by t.job_id order by t.job_id;
-
-  for v_queue in
-    with back as (
-      update autotag.tasks t
-      set lane = 'realtime', worker_id = null, batch_id = null,
-          failures = t.failures + r.failures,
-          min_output_tokens = coalesce(r.output_tokens, t.min_output_tokens),
-          error_code = case when r.suspect then r.code else t.error_code end,
-          retry_at = v_now + make_interval(secs => r.delay)
-      from jsonb_to_recordset(p_tries)
-        r (task bigint, failures integer, delay double precision, output_tokens integer, suspect boolean, code text)
-      where t.id = r.task and t.finished_at is null
-      returning t.workspace_id, t.job_id, t.id, t.retry_at, t.min_output_tokens
-    )
-    select b.workspace_id, b.job_id, (count(*) filter (where b.retry_at is null))::integer as tasks,
-      min(b.id) filter (where b.retry_at is null) as first_task, max(b.min_output_tokens) as output_tokens
-    from back b group by b.workspace_id, b.job_id order by 1, 2
-  loop
-    update autotag.queues q set output_tokens = greatest(q.output_tokens, v_queue.output_tokens)
-    where q.job_id = v_queue.job_id and v_queue.output_tokens is not null;
-    perform autotag.add_queued(v_queue.workspace_id, v_queue.job_id, v_queue.tasks, v_queue.first_task);
-  end loop;
+  update autotag.tasks t
+  set lane = 'realtime', worker_id = null, claim = null, batch_id = null,
+      failures = t.failures + r.failures,
+      min_output_tokens = coalesce(r.output_tokens, t.min_output_tokens),
+      error_code = case when r.suspect then r.code else t.error_code end,
+      retry_at = v_now + make_interval(secs => coalesce(r.delay, 0))
+  from jsonb_to_recordset(p_tries)
+    r (task bigint, failures integer, delay double precision, output_tokens integer, suspect boolean, code text)
+  where t.id = r.task and t.finished_at is null and t.id <> all (array(select e.task from unnest(v_ended) e));
+  return v_ended;
 end $$;
 
--- Applies answers to their tasks: stores tags, fails or requeues images with an error, and counts both. Each task has at most one
+-- Applies answers to the tasks of one workspace: stores tags, fails or requeues images with an error. Each task has at most one
 -- answer: a result, or an error (clean_error) whose kind decides (error_kinds). An error of kind image fails its image, unless
 -- `retry` says that another answer may help. Such retries end after max_bad_answers, because every answer is billed. After an
--- answer that was cut off, the retry has four times the cap, up to max_cap(). Returns sentences for the operator's log:
--- [{event, notice}]. The caller has locked the tasks' jobs, and their workspaces where an error may requeue.
-create or replace function autotag.apply_answers(p_answers autotag.answer[]) returns jsonb
+-- answer that was cut off, the retry has four times the cap, up to max_cap(). p_marks[i]: the mark of the picture of p_answers[i].
+-- p_store: false: only keeps what has ended, for store_waiting(). Returns sentences for the operator's log: [{event, notice}].
+create or replace function autotag.apply_answers(p_workspace_id uuid, p_answers autotag.answer[], p_store boolean) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
-  v_notices jsonb;
-begin
-  perform autotag.store_results(p_answers);
-  if not exists (select from unnest(p_answers) a where a.error is not null) then
-    return '[]'::jsonb;
-  end if;
-  select * into v_settings from autotag.settings;
-  v_notices := autotag.end_failed(p_answers);
-  perform autotag.try_again(p_answers, v_settings);
-  return v_notices;
-end $$;
-
--- Stores the tags of answers without an error, deletes their tasks and counts them. The caller: as in apply_answers.
-create or replace function autotag.store_results(p_answers autotag.answer[]) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_done record;
+  v_ended autotag.finished[];
+  v_failed record;
+  v_notices jsonb := '[]';
 begin
   -- `execute` plans it each time, as in read_reports().
   execute $q$
-    with completed as (
-      delete from autotag.tasks t using unnest($1) a
-      where t.id = a.task and a.error is null and t.finished_at is null
-      returning t.asset_id, t.workspace_id, a.result, t.job_id
-    )
-    select coalesce(array_agg(c.asset_id), '{}') as assets, array_agg(c.workspace_id) as workspaces,
-      array_agg(c.result) as results, array_agg(c.job_id) as jobs
-    from completed c $q$
-  into v_done using p_answers;
-  if cardinality(v_done.assets) > 0 then
-    perform autotag.store_tags(v_done.assets, v_done.workspaces, v_done.results);
-    perform autotag.count_finished(j.id, count(*)::integer, 0)
-    from unnest(v_done.jobs) j (id) group by j.id order by j.id;
+    select array(select row(t.id, t.job_id, t.asset_id, a.result, null, null, a.mark)::autotag.finished
+      from unnest($1) a join autotag.tasks t on t.id = a.task where a.error is null order by t.id) $q$
+  into v_ended using p_answers;
+  if exists (select from unnest(p_answers) a where a.error is not null) then
+    select * into v_settings from autotag.settings;
+    v_failed := autotag.end_failed(p_answers);
+    v_notices := v_failed.notices;
+    v_ended := v_ended || v_failed.items || autotag.try_again(p_answers, v_settings);
   end if;
+  if p_store then
+    return v_notices || autotag.finish(p_workspace_id, v_ended, true);
+  end if;
+  perform autotag.keep(v_ended, false);
+  return v_notices;
 end $$;
 
 -- Whether no retry can fix an error of an image that has failed p_failures times.
@@ -131,33 +80,24 @@ begin
         else p_failures + 1 >= (select s.max_bad_answers from autotag.settings s) end);
 end $$;
 
--- Fails images whose error no retry can fix, and counts them. Returns sentences for the operator's log. The caller: as in
--- apply_answers.
-create or replace function autotag.end_failed(p_answers autotag.answer[]) returns jsonb
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+-- The images whose error no retry can fix, for finish(), and sentences about them for the operator's log.
+create or replace function autotag.end_failed(p_answers autotag.answer[], out items autotag.finished[], out notices jsonb)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_failed record;
 begin
-  select coalesce(array_agg(t.id), '{}') as tasks, array_agg(a.error ->> 'code') as codes,
-         array_agg(a.error ->> 'message') as messages,
+  select coalesce(array_agg(row(t.id, t.job_id, t.asset_id, null, a.error ->> 'code', a.error ->> 'message', null)::autotag.finished
+           order by t.id), '{}'),
          coalesce(jsonb_agg(jsonb_build_object('event', 'answer_cut_off', 'notice', format(
              'The answer for image %s was cut off at %s tokens, the most that settings.max_output_tokens allows within the limits.',
-             t.asset_id, a.output_tokens))) filter (where a.error ->> 'code' = 'answer_too_long'), '[]') as notices
-  into v_failed
+             t.asset_id, a.output_tokens))) filter (where a.error ->> 'code' = 'answer_too_long'), '[]')
+  into items, notices
   from unnest(p_answers) a
   join autotag.tasks t on t.id = a.task
   where a.error is not null and autotag.is_final(a, t.failures);
-  if cardinality(v_failed.tasks) > 0 then
-    perform autotag.fail_tasks(v_failed.tasks, v_failed.codes, v_failed.messages);
-    perform autotag.count_finished(t.job_id, 0, count(*)::integer)
-    from autotag.tasks t where t.id = any (v_failed.tasks) group by t.job_id order by t.job_id;
-  end if;
-  return v_failed.notices;
 end $$;
 
--- Requeues the other images with an error, each after the delay of its kind. The caller: as in apply_answers.
-create or replace function autotag.try_again(p_answers autotag.answer[], p_settings autotag.settings) returns void
+-- Requeues the other images with an error, each after the delay of its kind. Returns those that do not go on (requeue).
+create or replace function autotag.try_again(p_answers autotag.answer[], p_settings autotag.settings) returns autotag.finished[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -176,11 +116,12 @@ begin
   from unnest(p_answers) a
   join autotag.tasks t on t.id = a.task
   join autotag.error_kinds k on k.kind = a.error ->> 'kind'
-  where a.error is not null and t.finished_at is null;
-  if v_tries is not null then
-    perform autotag.requeue(v_tries);
-    perform pg_notify('autotag', 'realtime');
+  where a.error is not null and t.finished_at is null and not autotag.is_final(a, t.failures);
+  if v_tries is null then
+    return '{}';
   end if;
+  perform pg_notify('autotag', 'realtime');
+  return autotag.requeue(v_tries);
 end $$;
 
 -- The highest cap that an answer of a workspace may have: max_output_tokens, or less if less fits into its window and into the
@@ -211,19 +152,21 @@ end $$;
 --     configuration is probably wrong.
 --   * A second account error of one image, although others have succeeded meanwhile: it counts as a failure of the image, so that
 --     one image cannot pause tagging forever.
--- p_asked_at: when a batch's file was built; null: single calls, which have their own times. Locks: the provider row (which the
--- caller holds), the model's row without waiting.
-create or replace function autotag.reclassify_errors(p_answers autotag.answer[], p_asked_at timestamptz default null) returns autotag.answer[]
+-- form_changed: the model's row got another form, which the caller reports (report_provider).
+-- p_asked_at: when a batch's file was built; null: single calls, which have their own times. Locks: the model's row without waiting.
+create or replace function autotag.reclassify_errors(
+  p_answers autotag.answer[], p_asked_at timestamptz default null, out answers autotag.answer[], out form_changed boolean
+)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits;
-  v_answers autotag.answer[] := array[]::autotag.answer[];
   v_answer autotag.answer;
   v_asked_at timestamptz;
   v_settled text[] := array[]::text[];    -- parameters whose next form this call has set
   v_suspects text[] := (select k.suspects from autotag.error_kinds k where k.kind = 'account');
 begin
+  answers := array[]::autotag.answer[];
   select * into v_provider from autotag.provider_limits;
   foreach v_answer in array p_answers loop
     if v_answer.error is not null and (v_answer.error ->> 'kind' <> 'image'
@@ -250,19 +193,15 @@ begin
       -- A model whose answers cannot be read would fail every image, so it pauses tagging, and this image counts a failure.
       v_answer.error := v_answer.error || '{"kind": "account", "counts": true, "message": "The model''s answers cannot be read."}';
     end if;
-    v_answers := v_answers || v_answer;
+    answers := answers || v_answer;
   end loop;
-  if cardinality(v_settled) > 0 then
-    -- The new form is a new question, so answers to the old form prove nothing about it. It is tried at once.
-    perform autotag.sync_question(v_provider);
-    update autotag.provider_limits p set probe_at = null where p.proven_at is null;
-  end if;
-  return v_answers;
+  form_changed := cardinality(v_settled) > 0;
 end $$;
 
 -- Applies answers to the account and the estimates: an account error pauses tagging, a usable answer resumes it, and the usage of
--- answers to the present question is learned. p_asked_at: as in reclassify_errors(). The caller holds the provider row.
-create or replace function autotag.record_outcomes(p_answers autotag.answer[], p_asked_at timestamptz default null) returns void
+-- answers to the present question is learned. p_worker: whose answers they are. p_asked_at: as in reclassify_errors(). The caller
+-- holds the provider row.
+create or replace function autotag.record_outcomes(p_worker uuid, p_answers autotag.answer[], p_asked_at timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -295,16 +234,12 @@ begin
   limit 1;
   if found then
     perform autotag.pause_tagging(autotag.explain_account(v_error), coalesce(v_error ->> 'origin', 'provider'));
-    perform autotag.offer_switch(array(
-      select t.worker_id from unnest(p_answers) a join autotag.tasks t on t.id = a.task where a.error ->> 'kind' = 'account'));
+    perform autotag.offer_switch(array[p_worker]);
   elsif v_works and (v_provider.account_error is not null or v_provider.proven_at is null) then
     perform autotag.resume_tagging();
     -- The address and key of a worker that succeeded become the present ones.
     perform autotag.switch_provider(w.base_url, w.fingerprint)
-    from autotag.workers w
-    where w.fingerprint is not null and w.id = (
-      select t.worker_id from unnest(p_answers) a join autotag.tasks t on t.id = a.task
-      where a.error is null and t.worker_id is not null limit 1);
+    from autotag.workers w where w.fingerprint is not null and w.id = p_worker and p_asked_at is null;
     perform pg_notify('autotag', 'realtime');
     perform pg_notify('autotag', 'batch');
   elsif v_provider.proven_at is null and exists (

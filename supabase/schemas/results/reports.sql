@@ -136,45 +136,40 @@ begin
     'model', nullif(autotag.printable(v_model, 100), ''), 'tier', nullif(autotag.printable(v_tier, 20), ''));
 end $$;
 
--- A worker reports the stages of its single calls: [{task, attempt, stage}], stages between `queued` and `completed`. Ignores
--- tasks that the worker does not hold (any more), and workers of another login. p_sent: {sent, sent_age (seconds)}, as in
--- record_sent(). Locks: provider, jobs (for the broadcast), tasks by id.
-create or replace function autotag.report_stages(p_worker uuid, p_stages jsonb, p_sent jsonb default null) returns void
+-- A worker reports the stages of its single calls of one workspace: [{task, attempt, stage}], stages between `queued` and
+-- `completed`. Ignores tasks that the worker does not hold (any more), and workers of another login. Only `processing` is written to
+-- the host's row, because each write fires the host's triggers, webhooks and Postgres Changes; the others show in tagging_job().
+-- p_sent: {sent, sent_age (seconds)}, as in record_sent(). Returns sentences for the operator's log, as settle() does.
+-- Locks: tasks by id (skip locked), jobs (skip locked), assets (show), provider (skip locked).
+create or replace function autotag.report_stages(p_worker uuid, p_workspace_id uuid, p_stages jsonb, p_sent jsonb default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
-  v_held record;
-  v_stage text;
-  v_job uuid;
+  v_moved record;
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   perform autotag.check_list(p_stages);
   if not autotag.is_own_worker(p_worker) then
-    return;
+    return '[]';
   end if;
-  if p_sent is not null then
-    perform autotag.record_sent(p_worker, autotag.clean_number(p_sent, 'sent', 0, 100000)::integer,
-      coalesce(autotag.clean_number(p_sent, 'sent_age', 0, 3600), 0));
-  end if;
-  select coalesce(array_agg(t.id), '{}') as tasks, array_agg(t.attempt) as attempts, array_agg(r.stage) as stages,
-    array_agg(distinct t.job_id) as jobs
-  into v_held
-  from (
+  with reported as (
     select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
       case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end as attempt,
       e ->> 'stage' as stage
-    from jsonb_array_elements(p_stages) e) r
-  join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = p_worker
-  where r.stage in ('preparing', 'submitted', 'processing', 'completing');
-  perform from autotag.jobs j where j.id = any (v_held.jobs) order by j.id for update;
-  perform from autotag.tasks t where t.id = any (v_held.tasks) order by t.id for update;
-  for v_stage in select u.stage from unnest(v_held.stages) u (stage) group by 1 order by autotag.stage_rank(u.stage) loop
-    perform autotag.advance(array(
-      select t.id from unnest(v_held.tasks, v_held.attempts, v_held.stages) r (task, attempt, stage)
-      join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = p_worker
-      where r.stage = v_stage), v_stage);
-  end loop;
-  for v_job in select u.job from unnest(v_held.jobs) u (job) order by 1 loop
-    perform autotag.broadcast_progress(v_job);
-  end loop;
+    from jsonb_array_elements(p_stages) e
+  ), held as (
+    select t.id, r.stage from reported r
+    join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = p_worker and t.workspace_id = p_workspace_id
+    where r.stage in ('preparing', 'submitted', 'processing', 'completing')
+      and autotag.stage_rank(t.stage) < autotag.stage_rank(r.stage)
+    order by t.id for update of t skip locked
+  ), moved as (
+    update autotag.tasks t set stage = h.stage from held h where t.id = h.id returning t.asset_id, t.job_id, t.stage
+  )
+  select array_agg(m.asset_id) filter (where m.stage = 'processing') as assets, array_agg(distinct m.job_id) as jobs
+  into v_moved from moved m;
+  perform autotag.show(p_workspace_id, v_moved.assets, 'processing', autotag.stage_progress('processing'), null);
+  perform autotag.broadcast_progress(j.id)
+  from (select l.id from autotag.jobs l where l.id = any (v_moved.jobs) order by l.id for no key update skip locked) j;
+  return case when p_sent is null then '[]' else autotag.report_provider(autotag.summarize_calls(p_worker, '{}', p_sent)) end;
 end $$;

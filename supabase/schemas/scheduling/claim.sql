@@ -2,9 +2,10 @@
 
 -- claim: releases up to p_slots images (at most 1,000) of all workspaces to a worker as single calls, within the provider's
 -- bucket and each workspace's window. The workspace with the lowest virtual time is served first, a few images at a time; within
--- it, the job with the fewest released images. p_question: the version of the question that the worker has; null: none.
---   tasks: [{task, attempt, job, traceparent, waited (seconds since the upload), asset_id, bucket, path, url, refused, cap (max
---     tokens of the answer)}]. An asset that does not exist any more has neither path nor url.
+-- it, the job with the fewest released images.
+-- p_claim: the number of the claim: the worker's last one plus 1. Called again with the same number, because the reply was lost, it
+-- returns the same images. p_question: the version of the question that the worker has; null: none.
+--   tasks: ids of the released tasks; describe_tasks() says what they are.
 --   wait: seconds until the next claim, unless a notification comes first; null: nothing is queued.
 --   bound: why not more images were released; null: no more are queued.
 --   question: what to ask about these images (describe_question() and its `version`); null: the worker has this version.
@@ -12,12 +13,15 @@
 -- While the question is not proven (it is new, or tagging is paused), one image tries it. The next one does if the first has no
 -- result after account_probe_interval. So a mistake in the configuration costs one call, and fails no image.
 --
+-- It holds the provider row, which every tenant needs. So it never waits for a lock that a tenant's transaction can hold, and
+-- does not read the host's tables.
+--
 -- Plans are cached (force_generic_plan), because planning each release again takes a third of the claim. They always use the
 -- indexes (enable_seqscan = off), because a plan made while the tables are almost empty must serve a million images. That makes
 -- the scan of the one row of settings look expensive, which would start jit, so jit is off.
--- Locks: provider, workspaces by id, windows, then queued tasks (no other transaction locks these).
+-- Locks: provider, windows (skip locked), then queued tasks (next_queue() keeps off those of a job that is being cancelled).
 create or replace function autotag.claim(
-  p_worker uuid, p_slots integer, out tasks json, out wait double precision, out bound text,
+  p_worker uuid, p_slots integer, p_claim integer, out tasks bigint[], out wait double precision, out bound text,
   p_question bigint default null, out question jsonb
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
@@ -26,11 +30,11 @@ as $$
 declare
   v_provider autotag.provider_limits;
   v_now timestamptz;
+  v_last integer;              -- number of the worker's last claim
   v_released record;
 begin
-  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
-  tasks := '[]';
-  p_slots := least(p_slots, 1000);   -- with 8 kB of URL each, of escaped bytes, the answer stays below 50 MB
+  tasks := '{}';
+  p_slots := least(p_slots, 1000);   -- with 8 kB of URL each, of escaped bytes, describe_tasks() returns less than 50 MB
   if p_slots is null or p_slots < 1 then
     return;
   end if;
@@ -44,27 +48,35 @@ begin
     bound := 'lease';
     return;
   end if;
+  select w.claim into v_last from autotag.workers w where w.id = p_worker;
+  if v_last >= p_claim then
+    tasks := array(select t.id from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim = p_claim order by t.id);
+    wait := 0;
+    return;
+  end if;
   if autotag.asks_another_provider(p_worker, v_provider) then
     wait := autotag.real_seconds((select s.account_probe_interval from autotag.settings s));
     bound := 'superseded';
     return;
   end if;
+  perform autotag.requeue_due(v_now, v_provider.virtual_time);
+  perform autotag.join_queues(v_provider.virtual_time);
   if not v_provider.rerouted and autotag.reroute_upload(v_provider) then
     update autotag.provider_limits set rerouted = true;
     wait := 0;
     return;
   end if;
 
-  perform autotag.requeue_due(v_now);
   update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at <= v_now;
+  update autotag.workers w set claim = p_claim where w.id = p_worker;
   v_released := autotag.release_in_turn(p_worker, p_slots, v_provider);
   v_provider.virtual_time := v_released.virtual_time;
   v_provider := autotag.take_from_bucket(v_provider, cardinality(v_released.ids), v_released.tokens);
-  if v_released.ids <> '{}' then
+  tasks := v_released.ids;
+  if tasks <> '{}' then
     update autotag.workers w set unsent = w.unsent + cardinality(v_released.ids) where w.id = p_worker;
-    tasks := autotag.describe_released(v_released.ids, v_now);
   end if;
-  if cardinality(v_released.ids) = p_slots then
+  if cardinality(tasks) = p_slots then
     bound := 'slots';
   else
     bound := autotag.describe_bound(v_provider);
@@ -133,22 +145,31 @@ begin
   return p_provider;
 end $$;
 
--- What a worker needs for each task that was released to it, by id (claim: tasks).
-create or replace function autotag.describe_released(p_ids bigint[], p_now timestamptz) returns json
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+-- describe_tasks: what a worker needs for the tasks that a claim has released to it, by id: [{task, attempt, workspace, job,
+-- traceparent, waited (seconds since the upload), asset_id, bucket, path, url, refused, mark, cap (max tokens of the answer)}]. An
+-- asset that does not exist any more has neither path nor url. It reads the host's tables, which claim() does not: a transaction
+-- that holds a whole table delays this, and nobody else.
+create or replace function autotag.describe_tasks(p_worker uuid, p_tasks bigint[]) returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set random_page_cost = 1.1 set enable_seqscan = off set jit = off
 as $$
 begin
+  perform autotag.check_ids(cardinality(p_tasks));
+  if not autotag.is_own_worker(p_worker) then
+    return '[]';
+  end if;
   return (
     with released as materialized (
-      select t.id, t.attempt, t.asset_id, t.workspace_id, t.seen, t.job_id, t.output_tokens from autotag.tasks t where t.id = any (p_ids)
+      select t.id, t.attempt, t.asset_id, t.workspace_id, t.seen, t.job_id, t.output_tokens from autotag.tasks t
+      where t.id = any (p_tasks) and t.worker_id = p_worker
     ), uploads as materialized (
-      select j.id, j.traceparent, round(autotag.real_seconds(p_now - j.created_at)::numeric, 3) as waited
+      select j.id, j.traceparent, round(autotag.real_seconds(autotag.now() - j.created_at)::numeric, 3) as waited
       from autotag.jobs j where j.id = any (array(select r.job_id from released r))
     )
-    select json_agg(i order by i.task)
+    select coalesce(json_agg(i order by i.task), '[]')
     from (
-      select r.id as task, r.attempt, u.id as job, u.traceparent, u.waited, r.asset_id, r.output_tokens as cap,
-        d.bucket, d.path, d.url, d.refused
+      select r.id as task, r.attempt, r.workspace_id as workspace, u.id as job, u.traceparent, u.waited, r.asset_id, r.output_tokens as cap,
+        d.bucket, d.path, d.url, d.refused, d.mark
       from released r join uploads u on u.id = r.job_id
       left join autotag.locate(array(select asset_id from released order by id),
         array(select workspace_id from released order by id), array(select seen from released order by id)) d
@@ -189,7 +210,7 @@ begin
     from (select n.ready_at from autotag.workspaces n where not n.ready and n.queued > 0 order by n.ready_at limit 1) w
     where w.ready_at < 'infinity'
     union all
-    select min(t.retry_at) from autotag.tasks t where t.retry_at is not null
+    select min(t.retry_at) from autotag.tasks t where t.retry_at < 'infinity'
     union all
     select min(u.seal_at) from autotag.uploads u
   ) as due_times (due));

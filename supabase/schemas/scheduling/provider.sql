@@ -38,15 +38,98 @@ begin
   return autotag.refill(v_provider, p_now);
 end $$;
 
--- The same with the row locked: every function that takes from the bucket begins here, which serializes admission.
+-- The same with the row locked: every function that takes from the bucket begins here, which serializes admission. What calls have
+-- reported meanwhile is applied first.
 create or replace function autotag.lock_provider() returns autotag.provider_limits
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits;
 begin
-  select * into v_provider from autotag.provider_limits for update;
+  perform from autotag.provider_limits for update;
+  if exists (select from autotag.provider_reports) then
+    perform autotag.apply_reports();
+  end if;
+  select * into v_provider from autotag.provider_limits;
   return autotag.refill(v_provider, autotag.now());
+end $$;
+
+-- Applies what calls have reported about the provider, if the provider row is free; else the next lock_provider() does. It comes
+-- last in its transaction, which may hold locks of a tenant, and does not wait. Returns sentences for the operator's log: [{event,
+-- notice}]. Locks: provider (skip locked).
+create or replace function autotag.report_provider(p_report autotag.provider_reports) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_results jsonb;
+begin
+  perform from autotag.provider_limits for update skip locked;
+  if found then
+    return autotag.apply_report(p_report);
+  end if;
+  -- results are not needed, and large
+  insert into autotag.provider_reports (worker_id, at, requests, tokens, observed, answers, asked_at, form_changed, windows)
+  select p_report.worker_id, p_report.at, p_report.requests, p_report.tokens, p_report.observed, array(
+      select row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens, a.output_tokens, null, a.error, a.usage,
+        a.called, null)::autotag.answer from unnest(p_report.answers) a),
+    p_report.asked_at, p_report.form_changed, p_report.windows;
+  if p_report.form_changed or exists (select from unnest(p_report.answers) a where a.error is not null)
+     or exists (select from autotag.provider_limits p where p.proven_at is null or p.account_error is not null) then
+    perform pg_notify('autotag', 'realtime');   -- a claim applies it at once
+  end if;
+  return '[]';
+end $$;
+
+-- Applies all reports that wait, in their order. The caller holds the provider row.
+create or replace function autotag.apply_reports() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_report autotag.provider_reports;
+begin
+  for v_report in
+    with taken as (delete from autotag.provider_reports r where r.id > 0 returning r.*) select t.* from taken t order by t.id
+  loop
+    perform autotag.apply_report(v_report);
+  end loop;
+end $$;
+
+-- Applies one report: refunds, response headers, the account, and what was learned. The caller holds the provider row. Returns
+-- sentences for the operator's log: [{event, notice}]. Locks: windows by workspace (skip locked).
+create or replace function autotag.apply_report(p_report autotag.provider_reports) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_late double precision := autotag.real_seconds(autotag.now() - p_report.at);   -- since the report was made
+  v_held jsonb;
+  v_changed text;
+begin
+  if p_report.observed ? 'sent' then
+    perform autotag.record_sent(p_report.worker_id, autotag.clean_number(p_report.observed, 'sent', 0, 100000)::integer,
+      coalesce(autotag.clean_number(p_report.observed, 'sent_age', 0, 3600), 0) + v_late);
+  end if;
+  -- The refund comes first: after it, the headers may still lower the mirror.
+  if p_report.requests <> 0 or p_report.tokens <> 0 then
+    perform autotag.refund_provider(p_report.requests, p_report.tokens);
+  end if;
+  if p_report.observed is not null then
+    v_changed := autotag.update_provider_limits(p_report.observed || jsonb_build_object('age',
+      coalesce(autotag.clean_number(p_report.observed, 'age', 0, 3600), 0) + v_late));
+  end if;
+  perform autotag.record_outcomes(p_report.worker_id, p_report.answers, p_report.asked_at);
+  if p_report.form_changed then
+    -- The new form is a new question, so answers to the old form prove nothing about it. It is tried at once.
+    perform autotag.sync_question(p) from autotag.provider_limits p;
+    update autotag.provider_limits p set probe_at = null where p.proven_at is null;
+  end if;
+  if p_report.windows <> '[]' and p_report.at > autotag.now() - interval '1 min' then
+    v_held := autotag.correct_windows(p_report.windows);
+    if v_held <> '[]' then
+      insert into autotag.provider_reports (worker_id, at, windows) values (p_report.worker_id, p_report.at, v_held);
+    end if;
+  end if;
+  return case when v_changed is null then '[]'::jsonb
+    else jsonb_build_array(jsonb_build_object('event', 'provider_limits_changed', 'notice', v_changed)) end;
 end $$;
 
 -- A worker has sent p_calls of the calls released to it (or will never send them), the first one p_age real seconds ago. If

@@ -1,37 +1,59 @@
 -- The order of single calls: fair among workspaces, and within each of them.
 
--- Puts delayed tasks that are due back into their queues. The caller holds the provider row.
--- Locks: workspaces, tasks.
-create or replace function autotag.requeue_due(p_now timestamptz) returns void
+-- Counts new queues in their workspaces. A workspace with nothing queued starts at the virtual time of the one served last, so its
+-- idle time gives it no credit and no penalty. The caller holds the provider row.
+create or replace function autotag.join_queues(p_virtual_time double precision) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  with new as (
+    update autotag.queues q set joined = true where not q.joined returning q.workspace_id, q.queued
+  )
+  insert into autotag.workspaces as w (workspace_id, queued, virtual_time)
+  select n.workspace_id, sum(n.queued), p_virtual_time from new n where n.queued > 0 group by n.workspace_id
+  on conflict (workspace_id) do update
+  set queued = w.queued + excluded.queued, ready = true,
+      virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end;
+end $$;
+
+-- Puts requeued tasks that are due into their queues. The caller holds the provider row. Locks: tasks (skip locked: those of an
+-- upload that is being cancelled).
+create or replace function autotag.requeue_due(p_now timestamptz, p_virtual_time double precision) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_due bigint[] := array(select t.id from autotag.tasks t where t.retry_at <= p_now);
   v_queue record;
 begin
-  if v_due = '{}' then
+  if not exists (select from autotag.tasks t where t.retry_at <= p_now) then
     return;
   end if;
-  perform from autotag.workspaces w
-  where w.workspace_id in (select t.workspace_id from autotag.tasks t where t.id = any (v_due))
-  order by w.workspace_id for update;
   for v_queue in
     with due as (
-      select t.id from autotag.tasks t where t.id = any (v_due) and t.retry_at is not null order by t.id for update
+      select t.id from autotag.tasks t where t.retry_at <= p_now order by t.id limit 10000 for update skip locked
     ), freed as (
       update autotag.tasks t set retry_at = null from due where t.id = due.id
-      returning t.workspace_id, t.job_id, t.id
+      returning t.workspace_id, t.job_id, t.id, t.min_output_tokens
     )
-    select f.workspace_id, f.job_id, count(*)::integer as tasks, min(f.id) as first_task
+    select f.workspace_id, f.job_id, count(*)::integer as tasks, min(f.id) as first_task, max(f.min_output_tokens) as output_tokens
     from freed f group by f.workspace_id, f.job_id
   loop
-    perform autotag.add_queued(v_queue.workspace_id, v_queue.job_id, v_queue.tasks, v_queue.first_task);
+    insert into autotag.queues as q (job_id, workspace_id, joined, queued, cursor, output_tokens)
+    values (v_queue.job_id, v_queue.workspace_id, false, v_queue.tasks, v_queue.first_task - 1, v_queue.output_tokens)
+    on conflict (job_id) do update
+    set queued = q.queued + v_queue.tasks, cursor = least(q.cursor, v_queue.first_task - 1),
+        output_tokens = greatest(q.output_tokens, v_queue.output_tokens);
+    update autotag.workspaces w
+    set queued = w.queued + v_queue.tasks, ready = true,
+        virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end
+    from autotag.queues q
+    where w.workspace_id = v_queue.workspace_id and q.job_id = v_queue.job_id and q.joined;
   end loop;
+  perform autotag.join_queues(p_virtual_time);
 end $$;
 
 -- Releases up to p_slots images while the provider's bucket has room. The workspace with the lowest virtual time is served first,
 -- one turn at a time. tokens: what the images reserve together; virtual_time: that of the workspace served last.
--- Called by claim(), which holds the provider row. Locks: workspaces by id, windows, queued tasks.
+-- Called by claim(), which holds the provider row. Locks: windows by workspace (skip locked), queued tasks.
 create or replace function autotag.release_in_turn(
   p_worker uuid, p_slots integer, p_provider autotag.provider_limits,
   out ids bigint[], out tokens bigint, out virtual_time double precision
@@ -66,8 +88,7 @@ begin
         order by r.virtual_time, r.workspace_id limit v_room) w
       window turns as (order by w.virtual_time, w.workspace_id)) x
     where x.before < v_room);
-  perform from autotag.workspaces w
-  where w.workspace_id = any (v_workspaces) order by w.workspace_id for update;
+  v_workspaces := autotag.lock_windows(v_workspaces, v_now);
 
   while v_room > 0 loop
     select * into v_workspace from autotag.workspaces w
@@ -80,6 +101,29 @@ begin
     virtual_time := greatest(virtual_time, v_workspace.virtual_time);
     v_room := least(v_room - cardinality(v_released.ids), floor((p_provider.tokens_left - tokens) / p_provider.tokens_per_image));
   end loop;
+end $$;
+
+-- Locks the windows of these workspaces, and returns the workspaces that can be served now. One whose window another transaction
+-- holds (check_rate_limit in a transaction of the tenant's) is not ready for a second. The caller holds the provider row.
+-- Locks: windows by workspace (skip locked); for a workspace without one, the right to insert it (advisory).
+create or replace function autotag.lock_windows(p_workspaces uuid[], p_now timestamptz) returns uuid[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_free uuid[] := array(
+    select w.workspace_id from public.workspace_rate_limits w
+    where w.workspace_id = any (p_workspaces) and w.request_type = 'realtime' order by w.workspace_id for no key update skip locked);
+begin
+  if cardinality(v_free) < cardinality(p_workspaces) then
+    v_free := v_free || array(
+      select w from unnest(p_workspaces) w
+      where w <> all (v_free)
+        and not exists (select from public.workspace_rate_limits l where l.workspace_id = w and l.request_type = 'realtime')
+        and pg_try_advisory_xact_lock(autotag.window_key(w, 'realtime')));
+    update autotag.workspaces w set ready = false, ready_at = p_now + interval '1 s'
+    where w.workspace_id = any (p_workspaces) and w.workspace_id <> all (v_free);
+  end if;
+  return v_free;
 end $$;
 
 -- How many images the provider's bucket has room for, at most p_slots. While the question is not proven: one (the probe),
@@ -106,19 +150,20 @@ create or replace function autotag.release_tasks(
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
-  v_queue autotag.queues;
+  v_queue autotag.queues := autotag.next_queue(p_workspace.workspace_id, p_now);
   v_admitted record;
   v_each integer := p_provider.tokens_per_image;
   v_ready_at timestamptz;      -- when the workspace becomes ready; null: now
 begin
   ids := '{}';
   tokens := 0;
-  select * into v_queue from autotag.queues q
-  where q.workspace_id = p_workspace.workspace_id and q.queued > 0 and q.ready_at <= p_now
-  order by q.released, q.job_id limit 1;
-  if not found then
+  if v_queue.job_id is null then
     v_ready_at := (
       select min(q.ready_at) from autotag.queues q where q.workspace_id = p_workspace.workspace_id and q.queued > 0);
+    if v_ready_at is null then   -- its last queue was deleted with its job
+      update autotag.workspaces w set queued = 0 where w.workspace_id = p_workspace.workspace_id;
+      return;
+    end if;
   else
     if v_queue.output_tokens > p_provider.output_tokens then
       v_each := v_each + v_queue.output_tokens - p_provider.output_tokens;
@@ -146,6 +191,28 @@ begin
 
   ids := autotag.take_tasks(v_queue, p_worker, v_admitted.admitted, v_admitted.at, v_each, p_provider.output_tokens, p_now);
   tokens := cardinality(ids)::bigint * v_each;
+  if cardinality(ids) < v_admitted.admitted then   -- the upload was cancelled
+    perform autotag.correct_window(p_workspace.workspace_id, 'realtime', v_admitted.at,
+      cardinality(ids) - v_admitted.admitted, (cardinality(ids) - v_admitted.admitted) * v_each);
+  end if;
+end $$;
+
+-- The queue of a workspace that is served next: of those that are ready, the one with the fewest released. Null: none is ready. A
+-- queue whose upload is being cancelled in an open transaction is not ready for a second. Locks: its job (advisory, shared).
+create or replace function autotag.next_queue(p_workspace_id uuid, p_now timestamptz) returns autotag.queues
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+as $$
+declare
+  v_queue autotag.queues;
+begin
+  loop
+    select * into v_queue from autotag.queues q
+    where q.workspace_id = p_workspace_id and q.queued > 0 and q.ready_at <= p_now
+    order by q.released, q.job_id limit 1;
+    exit when not found or pg_try_advisory_xact_lock_shared(autotag.job_key(v_queue.job_id));
+    update autotag.queues q set ready_at = p_now + interval '1 s' where q.job_id = v_queue.job_id;
+  end loop;
+  return v_queue;
 end $$;
 
 -- Assigns the next p_count tasks of a queue to a worker, in upload order, counts them and returns their ids. p_at: when the
@@ -162,7 +229,7 @@ declare
 begin
   with taken as (
     update autotag.tasks t
-    set worker_id = p_worker, attempt = t.attempt + 1, reserved_at = p_at, reserved_tokens = p_tokens,
+    set worker_id = p_worker, claim = (select w.claim from autotag.workers w where w.id = p_worker), attempt = t.attempt + 1, reserved_at = p_at, reserved_tokens = p_tokens,
         output_tokens = greatest(t.min_output_tokens, p_output_tokens)
     where t.id = any (array(
       select n.id from autotag.tasks n

@@ -14,6 +14,15 @@ as $$
   left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = p_request_type
 $$;
 
+-- Key of the advisory lock of inserting a window, and of that of an upload that is being cancelled (exclusive) or served (shared).
+create or replace function autotag.window_key(p_workspace_id uuid, p_request_type text) returns bigint
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$ select hashtextextended('autotag.window ' || p_request_type || p_workspace_id, 0) $$;
+
+create or replace function autotag.job_key(p_job_id uuid) returns bigint
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$ select hashtextextended('autotag.job ' || p_job_id, 0) $$;
+
 -- Admits up to p_wanted requests of p_units_each units each (null: what one image reserves): all or nothing, or with p_partial
 -- as many as fit. If not all were admitted, retry_at is the exact time when the next fit (1 µs earlier they are refused); null:
 -- they never fit. Without p_take nothing is counted.
@@ -86,6 +95,8 @@ begin
     exit when admitted = 0 or not p_take;
 
     if v_ctid is null then
+      -- claim() has this lock, or passes the workspace over: an insert would wait for the other transaction (lock_windows)
+      perform pg_advisory_xact_lock(autotag.window_key(p_workspace_id, p_request_type));
       insert into public.workspace_rate_limits (workspace_id, request_type) values (p_workspace_id, p_request_type)
       on conflict do nothing;
       continue;

@@ -50,8 +50,11 @@ as $$
 $$;
 
 -- Extends the worker's lease. alive: false if the lease had ended and what the worker held has been released, so it has to
--- register again. tick_due: the worker calls tick_if_due() next, in a transaction of its own, because a tick takes many locks.
-create or replace function autotag.heartbeat(p_worker uuid, out alive boolean, out tick_due boolean)
+-- register again. lost: the worker holds images of a claim that it does not list in p_claims, or batches of one that it does not list
+-- in p_batch_claims, because the reply was lost; it calls release_lost() next. tick_due: the worker calls tick_if_due() next, in a transaction of its own, because a tick takes many locks.
+create or replace function autotag.heartbeat(
+  p_worker uuid, p_claims integer[], p_batch_claims integer[], out alive boolean, out lost boolean, out tick_due boolean
+)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -65,6 +68,8 @@ begin
   if alive then
     perform autotag.check_version(v_version);
   end if;
+  lost := exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim <> all (p_claims))
+    or exists (select from autotag.batches b where b.worker_id = p_worker and b.claim <> all (p_batch_claims));
   tick_due := autotag.is_tick_due(v_now);
 end $$;
 
@@ -136,72 +141,74 @@ as $$
   where q.reached > 0 and t.worker_id = p_worker
 $$;
 
--- Releases what a worker holds, except p_keep_tasks and p_keep_batches. p_lost: its lease has ended; then each image counts a
--- failure, so that an image that crashes its worker does not do so forever. Returns how many tasks and batches.
--- Locks: workspaces, jobs, batches, tasks.
-create or replace function autotag.release_held(p_worker uuid, p_keep_tasks bigint[], p_keep_batches uuid[], p_lost boolean)
-returns integer
+-- Releases what a worker holds, except what it got by the claims p_claims and p_batch_claims. p_lost: its lease has ended; then each
+-- image counts a failure, so that an image that crashes its worker does not do so forever. Returns how many tasks and batches it
+-- released, and whether there are more: what another transaction holds (the worker's last report, a cancellation) is left out.
+-- Locks: batches, tasks (both skip locked).
+create or replace function autotag.release_held(
+  p_worker uuid, p_claims integer[], p_batch_claims integer[], p_lost boolean, out released integer, out more boolean
+)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_tasks bigint[] := array(
-    select t from unnest(autotag.leased_tasks(p_worker)) t where t <> all (p_keep_tasks));
+    select t.id from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim <> all (p_claims)
+    order by t.id for update skip locked);
   v_batches uuid[] := array(
-    select b.id from autotag.batches b where b.worker_id = p_worker and b.id <> all (p_keep_batches));
+    select b.id from autotag.batches b where b.worker_id = p_worker and b.claim <> all (p_batch_claims)
+    order by b.id for update skip locked);
 begin
-  perform from autotag.workspaces w
-  where w.workspace_id in (select t.workspace_id from autotag.tasks t where t.id = any (v_tasks))
-  order by w.workspace_id for update;
-  perform from autotag.jobs j
-  where j.id in (select t.job_id from autotag.tasks t where t.id = any (v_tasks)) order by j.id for update;
-  perform from autotag.batches b where b.id = any (v_batches) order by b.id for update;
   -- Wait until OpenAI shows what the worker's last request may have created, before another worker looks for it.
   update autotag.batches b
   set worker_id = null, not_before = case when b.state <> 'creating' then b.not_before
     else autotag.now() + (select s.batch_create_grace from autotag.settings s) end
-  where b.id = any (v_batches) and b.worker_id = p_worker;
-  perform from autotag.tasks t where t.id = any (v_tasks) order by t.id for update;
-  perform autotag.requeue(jsonb_agg(jsonb_build_object(
-    'task', t.id, 'failures', case when p_lost then 1 else 0 end,
-    'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.')))
-  from autotag.tasks t where t.id = any (v_tasks) and t.worker_id = p_worker;
+  where b.id = any (v_batches);
+  perform autotag.keep(autotag.requeue(jsonb_agg(jsonb_build_object(
+    'task', t, 'failures', case when p_lost then 1 else 0 end,
+    'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.'))), false)
+  from unnest(v_tasks) t having count(*) > 0;
   perform pg_notify('autotag', 'realtime');
   perform pg_notify('autotag', 'batch');
-  return cardinality(v_tasks) + cardinality(v_batches);
+  released := cardinality(v_tasks) + cardinality(v_batches);
+  more := exists (select from autotag.batches b where b.worker_id = p_worker and b.claim <> all (p_batch_claims))
+    or exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim <> all (p_claims));
 end $$;
 
--- A worker stops: releases everything it holds and deletes it. Returns how many tasks and batches.
+-- A worker stops: releases everything it holds and deletes it. Returns how many tasks and batches. If another transaction holds some
+-- of it, its lease ends now instead, and tick() releases the rest.
 create or replace function autotag.release_worker(p_worker uuid) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_count integer;
+  v_release record;
 begin
   if not autotag.is_own_worker(p_worker) then
     return 0;
   end if;
   perform from autotag.workers w where w.id = p_worker for update;
-  v_count := autotag.release_held(p_worker, '{}', '{}', false);
-  delete from autotag.workers w where w.id = p_worker;
-  return v_count;
+  v_release := autotag.release_held(p_worker, '{}', '{}', false);
+  if v_release.more then
+    update autotag.workers w set lease_until = autotag.now() where w.id = p_worker;
+  else
+    delete from autotag.workers w where w.id = p_worker;
+  end if;
+  return v_release.released;
 end $$;
 
--- For a worker that did not receive the reply to a claim (the connection broke): it names what it does hold, and the rest is
--- released. Null: leaves tasks, or batches, as they are.
-create or replace function autotag.release_unacknowledged(p_worker uuid, p_tasks bigint[], p_batches uuid[]) returns integer
+-- For a worker whose heartbeat said that replies of claims were lost: releases what it holds by other claims than these.
+create or replace function autotag.release_lost(p_worker uuid, p_claims integer[], p_batch_claims integer[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform autotag.check_ids(greatest(cardinality(p_tasks), cardinality(p_batches)));
+  perform autotag.check_ids(greatest(cardinality(p_claims), cardinality(p_batch_claims)));
   if not autotag.is_own_worker(p_worker) then
     return 0;
   end if;
-  update autotag.workers w set unsent = case when p_tasks is null then w.unsent else 0 end where w.id = p_worker;
-  return autotag.release_held(p_worker, p_tasks, p_batches, false);
+  return (autotag.release_held(p_worker, coalesce(p_claims, '{}'), coalesce(p_batch_claims, '{}'), false)).released;
 end $$;
 
--- Releases what one worker with an ended lease held, and deletes that worker. One per transaction, because the next one's
--- workspaces may come before the locked ones. Returns whether there was one. Called by tick().
+-- Releases what one worker with an ended lease held, and deletes that worker; if another transaction holds some of it, the next
+-- tick goes on. One per transaction. Returns whether there was one whose work was released. Called by tick().
 -- Locks: the worker's row, which the worker itself does not wait for (lock_worker); release_held.
 create or replace function autotag.expire_worker() returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -214,7 +221,9 @@ begin
   if not found then
     return false;
   end if;
-  perform autotag.release_held(v_worker, '{}', '{}', true);
+  if (autotag.release_held(v_worker, '{}', '{}', true)).more then
+    return false;
+  end if;
   delete from autotag.workers w where w.id = v_worker;
   return true;
 end $$;

@@ -12,7 +12,8 @@ create type autotag.answer as (
   result jsonb,                -- {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}
   error jsonb,                 -- {kind, code, message, retry, retry_after, origin, parameter}
   usage jsonb,                 -- as clean_usage() returns it; null: the provider gave no figures
-  called boolean               -- whether the call was sent
+  called boolean,              -- whether the call was sent
+  mark uuid                    -- of the picture that the model saw (describe_assets); null: not known
 );
 
 -- The state of one batch, as a poll of OpenAI showed it.

@@ -17,7 +17,8 @@ create table autotag.batches (
   express_count integer not null default 0,               -- … and how many of them went as single calls (express)
   state text not null default 'planned' check (state in ('planned', 'preparing', 'uploading', 'creating',
     'submitted', 'ended', 'harvesting', 'done', 'cancelled')),
-  worker_id uuid,
+  worker_id uuid,                        -- the worker that holds it, and the number of the claim that gave it to the worker
+  claim integer not null default 0,
   attempt integer not null default 0,
   failures integer not null default 0,
   not_before timestamptz not null default '-infinity',

@@ -1,9 +1,10 @@
 -- Uploads (jobs), their images (tasks), and the queues of single calls.
 
--- A workspace with single calls waiting: its place in fair queueing. The row's lock also covers its queues.
+-- A workspace with single calls waiting: its place in fair queueing. Only the transaction that holds the provider row writes this
+-- table and queues (but for the insert of a new queue), so that no tenant's transaction can hold one of their rows.
 create table autotag.workspaces (
   workspace_id uuid primary key,
-  queued integer not null default 0 check (queued >= 0),
+  queued integer not null default 0 check (queued >= 0),   -- the sum of its joined queues; repair_queues() checks it
   virtual_time double precision not null default 0,
   -- false: nothing may be released before ready_at (the window is full, or chunk_delay has not passed)
   ready boolean not null default true,
@@ -40,10 +41,11 @@ create index jobs_live_user_idx on autotag.jobs (user_id) where finished_at is n
 alter table autotag.jobs enable row level security;
 
 -- The single calls of one job that wait to be released, in upload order. Every task up to and including `cursor` has been
--- released, so a claim never scans dead index entries. A row lives as long as its job.
+-- released, so a claim never scans dead index entries. A row is deleted soon after its job has finished.
 create table autotag.queues (
   job_id uuid primary key references autotag.jobs on delete cascade,
   workspace_id uuid not null,
+  joined boolean not null default false,   -- counted in its workspace; enqueue_tagging inserts it, and the next claim counts it
   queued integer not null default 0 check (queued >= 0),
   released integer not null default 0,  -- the job with the fewest released goes first: small uploads pass large ones
   cursor bigint not null default 0,
@@ -53,6 +55,7 @@ create table autotag.queues (
   ready_at timestamptz not null default '-infinity'   -- … and no more before this time
 ) with (fillfactor = 50);
 create index queues_turn_idx on autotag.queues (workspace_id, released, job_id) where queued > 0;
+create index queues_new_idx on autotag.queues (job_id) where not joined;
 alter table autotag.queues enable row level security;
 
 -- One image of one job. The row is deleted when the image's tags are stored, so the table stays as small as the work in
@@ -72,13 +75,14 @@ create table autotag.tasks (
   lane text not null check (lane in ('realtime', 'batch')),
   attempt integer not null default 0,   -- grows with every claim; a report with an older attempt is refused
   failures integer not null default 0,
-  worker_id uuid,                       -- the worker that holds it (realtime lane)
+  worker_id uuid,                       -- the worker that holds it (realtime lane) …
+  claim integer,                        -- … and the number of the claim that gave it to the worker
   batch_id uuid,                        -- its batch (batch lane)
   reserved_at timestamptz,              -- when it was admitted to the workspace's window, and the tokens it reserved there
   reserved_tokens integer,
   output_tokens integer,                -- the cap of the answer, as it was requested
   min_output_tokens integer,            -- lowest cap of the next try, after an answer was cut off
-  retry_at timestamptz,                 -- delayed until then
+  retry_at timestamptz,                 -- back in its queue from then on; infinity: its outcome waits for the host (unstored)
   error_code text,
   error text,
   finished_at timestamptz,

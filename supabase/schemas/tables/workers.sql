@@ -9,6 +9,8 @@ create table autotag.workers (
   last_heartbeat_at timestamptz not null,
   lease_until timestamptz not null,
   unsent integer not null default 0,         -- calls released to it that it has not sent yet
+  claim integer not null default 0,          -- number of its last claim, and of its last claim of batches; the worker counts them
+  batch_claim integer not null default 0,
   base_url text,                             -- the provider's address that it calls …
   fingerprint text,                          -- … and the hash of that address and its key
   look_at timestamptz,                       -- when it was last assigned a poll of the provider (claim_batches)

@@ -18,37 +18,45 @@ as $$
     when 'processing' then 30 when 'completing' then 90 when 'completed' then 100 end
 $$;
 
--- Moves tasks (locked by the caller) and their images forward to a stage. Tasks that are in that stage or a later one are not
--- changed: an image that is requeued keeps the stage that it showed.
-create or replace function autotag.advance(p_tasks bigint[], p_stage text, p_eta timestamptz default null) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+-- Shows a stage on the host's rows of images of one workspace, where the host lets it: a row that is held or that raises is left
+-- out, because the image's outcome follows. The caller does not hold the provider row. Locks: assets.
+create or replace function autotag.show(
+  p_workspace_id uuid, p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
 declare
-  v_moved record;
+  v_half integer := cardinality(p_asset_ids) / 2;
+  v_held uuid[] := '{}';
 begin
-  with moved as (
-    update autotag.tasks t set stage = p_stage
-    where t.id = any (p_tasks) and t.finished_at is null
-      and autotag.stage_rank(t.stage) < autotag.stage_rank(p_stage)
-    returning t.asset_id, t.workspace_id
-  )
-  select array_agg(m.asset_id) as assets, array_agg(m.workspace_id) as workspaces into v_moved from moved m;
-  perform autotag.show_stage(v_moved.assets, v_moved.workspaces, p_stage, autotag.stage_progress(p_stage), p_eta);
+  if coalesce(cardinality(p_asset_ids), 0) = 0 then
+    return;
+  end if;
+  begin
+    perform autotag.show_stage(p_asset_ids, p_workspace_id, p_stage, p_progress, p_eta);
+    return;
+  exception when lock_not_available or deadlock_detected then
+    begin
+      v_held := autotag.held_assets(p_asset_ids);
+      perform autotag.show_stage(array(select a from unnest(p_asset_ids) a where a <> all (v_held)), p_workspace_id, p_stage, p_progress, p_eta);
+    exception when others or assert_failure then
+      null;
+    end;
+    return;
+  when others or assert_failure then
+    null;
+  end;
+  if v_half > 0 then
+    perform autotag.show(p_workspace_id, p_asset_ids[:v_half], p_stage, p_progress, p_eta);
+    perform autotag.show(p_workspace_id, p_asset_ids[v_half + 1:], p_stage, p_progress, p_eta);
+  end if;
 end $$;
 
--- Progress of a batch's images by OpenAI's count: 30 % (`processing`) to 80 %, in steps of 10 %, because each step writes every
--- row. The caller holds the batch's lock, which keeps its tasks from changing.
+-- Progress of a batch by OpenAI's count: 30 % (`processing`) to 80 %, in steps of 10 %.
 create or replace function autotag.batch_progress(p_done integer, p_total integer) returns integer
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select 30 + 10 * (5 * least(p_done, p_total) / greatest(p_total, 1))
-$$;
-
-create or replace function autotag.show_batch_progress(p_batch uuid, p_progress integer, p_eta timestamptz) returns void
-language sql security definer set search_path = pg_catalog, pg_temp
-as $$
-  select autotag.show_stage(array_agg(t.asset_id), array_agg(t.workspace_id), 'processing', p_progress, p_eta)
-  from autotag.tasks t where t.batch_id = p_batch and t.stage = 'processing'
 $$;
 
 -- Progress of a job in percent: finished images count fully, those that OpenAI has done in its batches 90 %.
@@ -86,7 +94,6 @@ begin
     perform autotag.broadcast_progress(p_job_id);
     return;
   end if;
-  delete from autotag.queues q where q.job_id = p_job_id;
   perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-complete', jsonb_build_object(
     'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed, 'image_count', v_job.image_count));
 end $$;

@@ -1,0 +1,209 @@
+-- Writing outcomes to the host's rows. The host's triggers, constraints and transactions can refuse or hold up any row, so: the
+-- bulk first; if it raises, halves of it, down to the single row. A row that is held is kept for later (unstored). A row that
+-- raises fails with the code not_stored. So one row costs its own image, and nobody waits.
+
+-- Stores the outcomes of images of one workspace: tags or failures, the counts, progress and broadcasts. Outcomes of tasks that
+-- have ended meanwhile are dropped. p_own: the transaction is autotag's own, so constraints that the host has deferred are checked
+-- here, where an error costs one image. Returns sentences for the operator's log: [{event, notice}].
+-- The caller does not hold the provider row. Locks: tasks, jobs by id, assets; it waits for none longer than lock_timeout.
+create or replace function autotag.finish(p_workspace_id uuid, p_items autotag.finished[], p_own boolean) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
+as $$
+begin
+  if cardinality(p_items) = 0 then
+    return '[]';
+  end if;
+  begin
+    perform autotag.write_outcomes(p_workspace_id, p_items, p_own);
+    return '[]';
+  exception when others or assert_failure then
+    null;
+  end;
+  return (autotag.finish_apart(p_workspace_id, p_items, p_own, 0)).notices;
+end $$;
+
+-- The same for outcomes that cannot be stored together. p_waits: how many of its parts have waited for a lock in vain; after
+-- three, the rest is kept without another try.
+create or replace function autotag.finish_apart(
+  p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_waits integer, out notices jsonb, out waits integer
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_half integer := cardinality(p_items) / 2;
+  v_state text;
+  v_error text;
+  v_part record;
+  v_held uuid[];
+begin
+  notices := '[]';
+  waits := p_waits;
+  if cardinality(p_items) = 0 then
+    return;
+  end if;
+  if waits >= 3 then
+    perform autotag.keep(p_items);
+    return;
+  end if;
+  begin
+    perform autotag.write_outcomes(p_workspace_id, p_items, p_own);
+    return;
+  exception when others or assert_failure then
+    get stacked diagnostics v_state = returned_sqlstate, v_error = message_text;
+  end;
+  if v_state in ('55P03', '40P01', '40001') then   -- lock_not_available, deadlock_detected, serialization_failure
+    waits := waits + 1;
+    if v_half = 0 then
+      perform autotag.keep(p_items);
+      return;
+    end if;
+    -- Keep the images whose rows are held, and try the others at once.
+    v_held := autotag.try_held(p_items);
+    perform autotag.keep(array(select i from unnest(p_items) i where i.asset_id = any (v_held)));
+    p_items := array(select i from unnest(p_items) i where i.asset_id <> all (v_held));
+    v_half := cardinality(p_items) / 2;
+  elsif v_half = 0 and v_state = 'AT001' then   -- raised by judge_unwritten()
+    perform autotag.keep(autotag.requeue(jsonb_build_array(jsonb_build_object('task', p_items[1].task, 'failures', 1,
+      'code', 'picture_replaced', 'message', 'The picture was replaced again and again while it was being tagged.'))), false);
+    perform pg_notify('autotag', 'realtime');
+    return;
+  elsif v_half = 0 then
+    notices := autotag.refuse_row(p_workspace_id, p_items, p_own, v_error);
+    return;
+  end if;
+  v_part := autotag.finish_apart(p_workspace_id, p_items[:v_half], p_own, waits);
+  notices := v_part.notices;
+  v_part := autotag.finish_apart(p_workspace_id, p_items[v_half + 1:], p_own, v_part.waits);
+  notices := notices || v_part.notices;
+  waits := v_part.waits;
+end $$;
+
+-- The images of these whose rows or jobs another transaction holds; all of them if even the table is held.
+create or replace function autotag.try_held(p_items autotag.finished[]) returns uuid[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_jobs uuid[];
+begin
+  v_jobs := array(
+    select j.id from autotag.jobs j where j.id in (select i.job_id from unnest(p_items) i) for no key update skip locked);
+  return autotag.held_assets(array(select i.asset_id from unnest(p_items) i))
+    || array(select i.asset_id from unnest(p_items) i where i.job_id <> all (v_jobs));
+exception when others then
+  return array(select i.asset_id from unnest(p_items) i);
+end $$;
+
+-- The host refuses to store the outcome of one image, with this error: the image fails with the code not_stored, and its row shows
+-- that if the host lets it.
+create or replace function autotag.refuse_row(p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_error text) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_item autotag.finished := p_items[1];
+begin
+  if v_item.result is not null then
+    v_item.result := null;
+    v_item.code := 'not_stored';
+    v_item.message := 'The database refused to store the tags of this image.';
+  end if;
+  begin
+    perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own);
+  exception when others or assert_failure then
+    perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own, false);
+  end;
+  return jsonb_build_array(jsonb_build_object('event', 'not_stored', 'notice',
+    format('The database refused to store the outcome of image %s: %s', v_item.asset_id, autotag.printable(p_error, 500))));
+end $$;
+
+-- Stores these outcomes together, or raises. An image whose row is gone or has moved counts as completed. One whose picture was
+-- replaced is tagged again. p_show: write the host's rows. Outcomes of tasks that have ended meanwhile are dropped.
+create or replace function autotag.write_outcomes(
+  p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_show boolean default true
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tagged autotag.finished[];
+  v_failed autotag.finished[] := array(select i from unnest(p_items) i where i.result is null);
+  v_written uuid[];
+  v_job record;
+begin
+  perform from autotag.jobs j
+  where j.id in (select i.job_id from unnest(p_items) i) order by j.id for no key update;
+  if cardinality(v_failed) < cardinality(p_items) then
+    -- `execute` plans it each time, as in read_reports().
+    execute $q$
+      with ended as (
+        delete from autotag.tasks t using unnest($1) i where t.id = i.task and i.result is not null and t.finished_at is null
+        returning i.*::autotag.finished
+      )
+      select array(select e from ended e) $q$
+    into v_tagged using p_items;
+    if p_show and v_tagged <> '{}' then
+      v_written := autotag.store_tags(array(select i.asset_id from unnest(v_tagged) i), p_workspace_id,
+        array(select i.result from unnest(v_tagged) i), array(select i.mark from unnest(v_tagged) i));
+      if coalesce(cardinality(v_written), 0) < cardinality(v_tagged) then
+        perform autotag.judge_unwritten(p_workspace_id, v_tagged, v_written);
+      end if;
+    end if;
+  end if;
+  if v_failed <> '{}' then
+    v_failed := autotag.fail_tasks(p_workspace_id, v_failed, p_show);
+  end if;
+  if p_own and p_show then
+    set constraints all immediate;
+  end if;
+  for v_job in
+    select i.job_id as id, count(i.result)::integer as completed, count(i.code)::integer as failed
+    from unnest(v_tagged || v_failed) i group by i.job_id order by i.job_id
+  loop
+    perform autotag.count_finished(v_job.id, v_job.completed, v_job.failed);
+  end loop;
+end $$;
+
+-- Looks at tagged images whose rows were not written. Returns if all of them are gone or have moved. Raises AT001 if a picture was
+-- replaced after the model saw it: its task is queued again (finish_apart). Raises if a row is there but did not change: a trigger
+-- of the host has refused it silently.
+create or replace function autotag.judge_unwritten(p_workspace_id uuid, p_items autotag.finished[], p_written uuid[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_row record;
+begin
+  select i.asset_id, i.mark is not null and d.mark is distinct from i.mark as replaced into v_row
+  from unnest(p_items) i
+  join autotag.describe_assets(array(select m.asset_id from unnest(p_items) m where m.asset_id <> all (coalesce(p_written, '{}')))) d
+    on d.asset_id = i.asset_id
+  where d.workspace_id = p_workspace_id limit 1;
+  if v_row.replaced then
+    raise exception 'the picture of image % was replaced', v_row.asset_id using errcode = 'AT001';
+  elsif found then
+    raise exception 'the row of image % did not change', v_row.asset_id using errcode = 'triggered_data_change_violation';
+  end if;
+end $$;
+
+-- Fails tasks and shows that on the host's rows (p_show). Returns those that had not ended. The caller holds their jobs and counts
+-- them.
+create or replace function autotag.fail_tasks(p_workspace_id uuid, p_items autotag.finished[], p_show boolean)
+returns autotag.finished[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_failed autotag.finished[];
+begin
+  with failed as (
+    update autotag.tasks t
+    set stage = 'failed', error_code = i.code, error = i.message, finished_at = autotag.now(),
+        worker_id = null, claim = null, retry_at = null
+    from unnest(p_items) i
+    where t.id = i.task and t.finished_at is null
+    returning i.*::autotag.finished
+  )
+  select array(select f from failed f) into v_failed;
+  delete from autotag.unstored u where u.task_id in (select i.task from unnest(v_failed) i);
+  if p_show and v_failed <> '{}' then
+    perform autotag.show_stage(array(select i.asset_id from unnest(v_failed) i), p_workspace_id, 'failed', 0, null,
+      array(select i.message from unnest(v_failed) i));
+  end if;
+  return v_failed;
+end $$;

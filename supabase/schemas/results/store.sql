@@ -1,0 +1,133 @@
+-- Outcomes that wait for the host's rows: kept now, stored later.
+
+-- Keeps outcomes for store_waiting(). Their tasks end for workers and queues, and stay live until they are stored. p_tried: their
+-- rows were just tried in vain, so the next try is delayed: by a quarter of a second, twice as long each time, at most a minute.
+-- Locks: tasks (skip locked: another transaction that ends the task wins).
+create or replace function autotag.keep(p_items autotag.finished[], p_tried boolean default true) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_now timestamptz := autotag.now();
+begin
+  if coalesce(cardinality(p_items), 0) = 0 then
+    return;
+  end if;
+  with live as (
+    select t.id, t.workspace_id, t.batch_id, i.result, i.code, i.message, i.mark
+    from autotag.tasks t join unnest(p_items) i on i.task = t.id
+    where t.finished_at is null order by t.id for update of t skip locked
+  ), kept as (
+    insert into autotag.unstored as u (task_id, workspace_id, batch_id, result, error_code, error, mark, tries, next_at, kept_at)
+    select l.id, l.workspace_id, l.batch_id, l.result, l.code, l.message, l.mark, p_tried::integer,
+      v_now + case when p_tried then interval '0.25 s' else interval '0' end, v_now
+    from live l
+    on conflict (task_id) do update
+    set tries = u.tries + 1, result = excluded.result, error_code = excluded.error_code, error = excluded.error,
+        next_at = v_now + least(interval '1 min', interval '0.25 s' * power(2, least(u.tries, 10)))
+    returning u.task_id
+  )
+  update autotag.tasks t set worker_id = null, claim = null, batch_id = null, lane = 'realtime', retry_at = 'infinity'
+  from kept k where t.id = k.task_id and t.retry_at is distinct from 'infinity';
+  perform pg_notify('autotag', 'store');
+end $$;
+
+-- What waits for the host: the workspaces with outcomes that are due, and the seconds until the next are (null: none).
+create or replace function autotag.list_unstored(p_worker uuid, out workspaces uuid[], out wait double precision)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+begin
+  workspaces := '{}';
+  if autotag.is_own_worker(p_worker) then
+    workspaces := array(
+      select u.workspace_id from autotag.unstored u where u.next_at <= v_now group by u.workspace_id order by min(u.next_at) limit 1000);
+    wait := greatest(0, autotag.real_seconds((select min(u.next_at) from autotag.unstored u where u.next_at > v_now) - v_now));
+  end if;
+end $$;
+
+-- Stores at most p_limit outcomes of a workspace that are due. Those whose rows are still held wait longer. Ends the batches whose
+-- last answer is stored. Returns {stored, more (whether others are due), notices: [{event, notice}]}.
+-- Locks: unstored (skip locked), then as in finish(), batches.
+create or replace function autotag.store_waiting(p_worker uuid, p_workspace_id uuid, p_limit integer) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_due bigint[];
+  v_items autotag.finished[];
+  v_batches uuid[];
+  v_notices jsonb;
+begin
+  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
+  if not autotag.is_own_worker(p_worker) then
+    return jsonb_build_object('stored', 0, 'more', false, 'notices', '[]'::jsonb);
+  end if;
+  v_due := array(
+    select u.task_id from autotag.unstored u where u.workspace_id = p_workspace_id and u.next_at <= v_now
+    order by u.next_at, u.task_id limit greatest(least(p_limit, 1000), 0) for update skip locked);
+  select coalesce(array_agg(row(t.id, t.job_id, t.asset_id, u.result, u.error_code, u.error, u.mark)::autotag.finished order by t.id), '{}'),
+    array_agg(distinct u.batch_id) filter (where u.batch_id is not null)
+  into v_items, v_batches
+  from autotag.unstored u join autotag.tasks t on t.id = u.task_id and t.finished_at is null
+  where u.task_id = any (v_due);
+  v_notices := autotag.finish(p_workspace_id, v_items, true);
+  perform autotag.announce_stored(v_batches);
+  return jsonb_build_object('stored', (select count(*) from unnest(v_due) d where not exists (
+      select from autotag.unstored u where u.task_id = d)),
+    'more', exists (select from autotag.unstored u where u.workspace_id = p_workspace_id and u.next_at <= v_now),
+    'notices', v_notices);
+end $$;
+
+-- store_waiting() took too long and was cancelled: the outcomes that it tried wait longer. p_limit: as it was given there. Where it
+-- was one, this image's own row is to blame: after max_failures such timeouts it fails with the code not_stored, and its row is
+-- not touched again. Returns sentences for the operator's log: [{event, notice}]. Locks: unstored (skip locked), then as in finish().
+create or replace function autotag.postpone_stores(p_worker uuid, p_workspace_id uuid, p_limit integer) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_max integer := (select s.max_failures from autotag.settings s);
+  v_row autotag.unstored;
+  v_task autotag.tasks;
+begin
+  if not autotag.is_own_worker(p_worker) then
+    return '[]';
+  end if;
+  for v_row in
+    select u.* from autotag.unstored u where u.workspace_id = p_workspace_id and u.next_at <= v_now
+    order by u.next_at, u.task_id limit greatest(least(p_limit, 1000), 0) for update skip locked
+  loop
+    if p_limit = 1 and v_row.timeouts + 1 >= v_max then
+      select * into v_task from autotag.tasks t where t.id = v_row.task_id;
+      perform autotag.write_outcomes(p_workspace_id, array[row(v_task.id, v_task.job_id, v_task.asset_id, null, 'not_stored',
+        'The database took too long to store the tags of this image.', null)::autotag.finished], true, false);
+      return jsonb_build_array(jsonb_build_object('event', 'not_stored', 'notice', format(
+        'Writing the row of image %s took too long %s times. A trigger on the table is probably slow.', v_task.asset_id, v_max)));
+    end if;
+    update autotag.unstored u
+    set tries = u.tries + 1, timeouts = u.timeouts + (p_limit = 1)::integer,
+        next_at = v_now + case when p_limit = 1 then least(interval '1 min', interval '0.25 s' * power(2, least(u.tries, 10)))
+          else interval '0' end
+    where u.task_id = v_row.task_id;
+  end loop;
+  return '[]';
+end $$;
+
+-- Broadcasts batch-complete for those of these batches that have ended and whose last answer is stored. Locks: batches by id.
+create or replace function autotag.announce_stored(p_batches uuid[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches;
+begin
+  for v_batch in
+    select b.* from autotag.batches b
+    where b.id = any (p_batches) and b.state = 'done' and not b.stored
+      and not exists (select from autotag.unstored u where u.batch_id = b.id)
+    order by b.id for no key update skip locked
+  loop
+    update autotag.batches b set stored = true where b.id = v_batch.id;
+    perform autotag.broadcast_stored(v_batch);
+  end loop;
+end $$;
