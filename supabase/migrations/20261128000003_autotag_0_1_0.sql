@@ -23,8 +23,14 @@ set local check_function_bodies = off;  -- a function may stand before what it c
 --   seed          the first rows of every installation
 --   api, cron, version, grants    the public RPCs, tick and housekeeping, all rights
 --
--- Every function takes locks in one order: provider row, one worker's row, workspaces by id (a workspace's lock also covers its queues), windows
--- by workspace, jobs by id, batches by id, tasks by id, assets.
+-- Locks. A workspace's tables, transactions, triggers and clock belong to its tenant; every tenant needs the provider row. So:
+--   * A transaction that holds the provider row never waits for a lock that a tenant's transaction can hold (skip locked), and never
+--     reads or writes the host's tables. claim() and claim_batches() begin with it; the others take it last.
+--   * The host's rows are written one workspace at a time (finish, show), by transactions that hold nothing else that is shared, and
+--     wait at most 50 ms for a lock. What cannot be written is kept (unstored) and tried again.
+--   * queues and workspaces are written only under the provider row; enqueue_tagging inserts new queues, and takes advisory locks.
+--   * The order within a transaction: advisory locks, one worker's row, jobs by id, batches by id, tasks by id, assets; windows and the
+--     provider row last, or first.
 
 -- Every function sets its search_path to pg_catalog, pg_temp (the adapter's functions have the host's schemas before pg_temp),
 -- and every name outside pg_catalog has its schema.
@@ -331,10 +337,11 @@ alter table autotag.provider_limits enable row level security;
 
 -- Uploads (jobs), their images (tasks), and the queues of single calls.
 
--- A workspace with single calls waiting: its place in fair queueing. The row's lock also covers its queues.
+-- A workspace with single calls waiting: its place in fair queueing. Only the transaction that holds the provider row writes this
+-- table and queues (but for the insert of a new queue), so that no tenant's transaction can hold one of their rows.
 create table autotag.workspaces (
   workspace_id uuid primary key,
-  queued integer not null default 0 check (queued >= 0),
+  queued integer not null default 0 check (queued >= 0),   -- the sum of its joined queues; repair_queues() checks it
   virtual_time double precision not null default 0,
   -- false: nothing may be released before ready_at (the window is full, or chunk_delay has not passed)
   ready boolean not null default true,
@@ -371,10 +378,11 @@ create index jobs_live_user_idx on autotag.jobs (user_id) where finished_at is n
 alter table autotag.jobs enable row level security;
 
 -- The single calls of one job that wait to be released, in upload order. Every task up to and including `cursor` has been
--- released, so a claim never scans dead index entries. A row lives as long as its job.
+-- released, so a claim never scans dead index entries. A row is deleted soon after its job has finished.
 create table autotag.queues (
   job_id uuid primary key references autotag.jobs on delete cascade,
   workspace_id uuid not null,
+  joined boolean not null default false,   -- counted in its workspace; enqueue_tagging inserts it, and the next claim counts it
   queued integer not null default 0 check (queued >= 0),
   released integer not null default 0,  -- the job with the fewest released goes first: small uploads pass large ones
   cursor bigint not null default 0,
@@ -384,6 +392,7 @@ create table autotag.queues (
   ready_at timestamptz not null default '-infinity'   -- … and no more before this time
 ) with (fillfactor = 50);
 create index queues_turn_idx on autotag.queues (workspace_id, released, job_id) where queued > 0;
+create index queues_new_idx on autotag.queues (job_id) where not joined;
 alter table autotag.queues enable row level security;
 
 -- One image of one job. The row is deleted when the image's tags are stored, so the table stays as small as the work in
@@ -403,13 +412,14 @@ create table autotag.tasks (
   lane text not null check (lane in ('realtime', 'batch')),
   attempt integer not null default 0,   -- grows with every claim; a report with an older attempt is refused
   failures integer not null default 0,
-  worker_id uuid,                       -- the worker that holds it (realtime lane)
+  worker_id uuid,                       -- the worker that holds it (realtime lane) …
+  claim integer,                        -- … and the number of the claim that gave it to the worker
   batch_id uuid,                        -- its batch (batch lane)
   reserved_at timestamptz,              -- when it was admitted to the workspace's window, and the tokens it reserved there
   reserved_tokens integer,
   output_tokens integer,                -- the cap of the answer, as it was requested
   min_output_tokens integer,            -- lowest cap of the next try, after an answer was cut off
-  retry_at timestamptz,                 -- delayed until then
+  retry_at timestamptz,                 -- back in its queue from then on; infinity: its outcome waits for the host (unstored)
   error_code text,
   error text,
   finished_at timestamptz,
@@ -454,7 +464,8 @@ create table autotag.batches (
   express_count integer not null default 0,               -- … and how many of them went as single calls (express)
   state text not null default 'planned' check (state in ('planned', 'preparing', 'uploading', 'creating',
     'submitted', 'ended', 'harvesting', 'done', 'cancelled')),
-  worker_id uuid,
+  worker_id uuid,                        -- the worker that holds it, and the number of the claim that gave it to the worker
+  claim integer not null default 0,
   attempt integer not null default 0,
   failures integer not null default 0,
   not_before timestamptz not null default '-infinity',
@@ -494,6 +505,7 @@ create index batches_leftover_files_idx on autotag.batches (id) where state in (
   and (input_file_id is not null or output_file_id is not null or error_file_id is not null);
 create index batches_reserved_idx on autotag.batches (workspace_id) include (reserved_tokens) where reserved_tokens > 0;
 create index batches_workspace_planned_idx on autotag.batches (workspace_id) where state = 'planned';
+create index batches_unannounced_idx on autotag.batches (id) where state = 'done' and not stored;
 alter table autotag.batches enable row level security;
 
 -- The provider's queue of batch tokens, and whether there is room in it for all that waits.
@@ -514,6 +526,8 @@ create table autotag.workers (
   last_heartbeat_at timestamptz not null,
   lease_until timestamptz not null,
   unsent integer not null default 0,         -- calls released to it that it has not sent yet
+  claim integer not null default 0,          -- number of its last claim, and of its last claim of batches; the worker counts them
+  batch_claim integer not null default 0,
   base_url text,                             -- the provider's address that it calls …
   fingerprint text,                          -- … and the hash of that address and its key
   look_at timestamptz,                       -- when it was last assigned a poll of the provider (claim_batches)
@@ -652,7 +666,8 @@ create type autotag.answer as (
   result jsonb,                -- {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}
   error jsonb,                 -- {kind, code, message, retry, retry_after, origin, parameter}
   usage jsonb,                 -- as clean_usage() returns it; null: the provider gave no figures
-  called boolean               -- whether the call was sent
+  called boolean,              -- whether the call was sent
+  mark uuid                    -- of the picture that the model saw (describe_assets); null: not known
 );
 
 -- The state of one batch, as a poll of OpenAI showed it.
@@ -666,6 +681,57 @@ create type autotag.batch_poll as (
   error_code text,
   error text,
   error_kind text
+);
+
+-- Outcomes that wait for the host's rows, and what calls have shown of the provider.
+
+-- The outcome of an image whose row could not be written at once: another transaction holds it, or writing it takes too long.
+-- Nothing waits for the host: the outcome is durable here, and a worker tries again with growing delays (store_waiting). Its
+-- task stays live (retry_at = infinity) and belongs to no worker.
+create table autotag.unstored (
+  task_id bigint primary key references autotag.tasks on delete cascade,
+  workspace_id uuid not null,
+  batch_id uuid,                         -- the batch whose answer it is: batch-complete waits for it
+  result jsonb,                          -- either this …
+  error_code text,                       -- … or these two
+  error text,
+  mark uuid,                             -- of the picture that the model saw (describe_assets)
+  tries integer not null default 0,      -- attempts to write the row …
+  timeouts integer not null default 0,   -- … and how many of them took too long
+  next_at timestamptz not null,
+  kept_at timestamptz not null,
+  check ((result is null) = (error_code is not null))
+);
+create index unstored_due_idx on autotag.unstored (next_at);
+create index unstored_workspace_idx on autotag.unstored (workspace_id, next_at);
+create index unstored_batch_idx on autotag.unstored (batch_id) where batch_id is not null;
+alter table autotag.unstored enable row level security;
+
+-- What one report of outcomes says about the provider. The report itself does not wait for the provider row: if another
+-- transaction holds it, the next transaction that locks the row applies what is here (lock_provider).
+create table autotag.provider_reports (
+  id bigint generated always as identity primary key,
+  worker_id uuid,
+  at timestamptz not null,
+  requests integer not null default 0,   -- to give back to the bucket
+  tokens bigint not null default 0,
+  observed jsonb,                        -- limits from response headers (update_provider_limits), and calls sent (record_sent)
+  answers autotag.answer[] not null default '{}',   -- without their results (record_outcomes) …
+  asked_at timestamptz,                  -- … and when the batch's file was built, if they are of a batch
+  form_changed boolean not null default false,   -- a parameter was refused, and the model's row has its next form
+  windows jsonb not null default '[]'    -- corrections of windows that were held: [{workspace_id, reserved_at, requests, units}]
+);
+alter table autotag.provider_reports enable row level security;
+
+-- An image that has its outcome: what finish() writes to the host.
+create type autotag.finished as (
+  task bigint,
+  job_id uuid,
+  asset_id uuid,
+  result jsonb,                -- either this …
+  code text,                   -- … or these two: the reason, and a sentence for the user
+  message text,
+  mark uuid                    -- as in unstored
 );
 
 -- autotag's clock. Tests can change it; all other code reads the time here.
@@ -1532,7 +1598,7 @@ end $$;
 -- comparison has had a usable answer)}. p_observed: limits from the reply's headers (update_provider_limits). Corrects bucket and
 -- window as settle() does, records the usage, and learns the token use of this question. An error of kind account stops
 -- only this comparison: live calls meet it themselves.
--- Locks: provider, window.
+-- Locks: window, usage, provider.
 create or replace function autotag.settle_comparison(
   p_workspace_id uuid, p_question jsonb, p_report jsonb, p_observed jsonb default null
 ) returns jsonb
@@ -1553,6 +1619,16 @@ begin
   v_used := (v_answer.usage -> 'input')::integer;
   v_free := not v_answer.called or coalesce(v_answer.error ->> 'code' = 'rate_limited', false);
 
+  if v_answer.reserved_at is not null then
+    perform autotag.correct_window(p_workspace_id, 'realtime', v_answer.reserved_at,
+      case when v_answer.called then 0 else -1 end,
+      case when v_used is not null then v_used + (v_answer.usage -> 'output')::integer - v_answer.reserved_tokens
+        when v_answer.error ->> 'code' = 'provider_unreachable' then 0
+        else -v_answer.reserved_tokens end);
+  end if;
+  if v_answer.called then
+    perform autotag.add_usage(array[v_answer], false, p_question);
+  end if;
   perform from autotag.provider_limits for update;
   if v_answer.reserved_tokens is not null then
     perform autotag.refund_provider(v_free::integer, case when v_free then v_answer.reserved_tokens
@@ -1566,16 +1642,6 @@ begin
     perform autotag.learn(array[v_used], array[case when v_answer.error ->> 'code' = 'answer_too_long'
       then coalesce(autotag.next_cap(v_answer), 1) else greatest((v_answer.usage -> 'output')::integer, 1) end],
       p_question);
-  end if;
-  if v_answer.reserved_at is not null then
-    perform autotag.correct_window(p_workspace_id, 'realtime', v_answer.reserved_at,
-      case when v_answer.called then 0 else -1 end,
-      case when v_used is not null then v_used + (v_answer.usage -> 'output')::integer - v_answer.reserved_tokens
-        when v_answer.error ->> 'code' = 'provider_unreachable' then 0
-        else -v_answer.reserved_tokens end);
-  end if;
-  if v_answer.called then
-    perform autotag.add_usage(array[v_answer], false, p_question);
   end if;
   return autotag.next_action(p_question, p_report, v_answer) || jsonb_build_object('cost', autotag.price_tokens(
     coalesce(v_answer.usage ->> 'model', p_question ->> 'model'), coalesce(v_answer.usage ->> 'tier', 'default'), v_used,
@@ -1639,7 +1705,7 @@ create or replace function autotag.count_waiting(out workspaces bigint, out imag
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  select count(*), coalesce(sum(w.queued), 0) into workspaces, images from autotag.workspaces w where w.queued > 0;
+  select count(distinct q.workspace_id), coalesce(sum(q.queued), 0) into workspaces, images from autotag.queues q where q.queued > 0;
 end $$;
 
 -- How long the last of p_images more single calls of a workspace would wait for its window and for its fair share of the
@@ -1655,7 +1721,7 @@ declare
   v_settings autotag.settings;
   v_max_requests integer;
   v_max_units integer;
-  v_queued bigint := coalesce((select w.queued from autotag.workspaces w where w.workspace_id = p_workspace_id), 0);
+  v_queued bigint := coalesce((select sum(q.queued) from autotag.queues q where q.workspace_id = p_workspace_id and q.queued > 0), 0);
   v_own bigint := v_queued + p_images;
   v_everybody bigint;
 begin
@@ -1680,41 +1746,6 @@ end $$;
 
 -- enqueue_tagging: checks an upload and makes it a job.
 
--- Adds p_count waiting single calls to a job's queue and makes the workspace ready. p_before_task: the first of them. A workspace
--- with nothing queued starts at the virtual time of the one served last, so its idle time gives it no credit and no penalty.
--- The caller holds the workspace's lock.
-create or replace function autotag.add_queued(p_workspace_id uuid, p_job_id uuid, p_count integer, p_before_task bigint)
-returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
-as $$
-begin
-  if p_count = 0 then
-    return;
-  end if;
-  update autotag.queues q
-  set queued = q.queued + p_count, cursor = least(q.cursor, p_before_task - 1)
-  where q.job_id = p_job_id;
-  update autotag.workspaces w
-  set queued = w.queued + p_count,
-      virtual_time = case when w.queued > 0 then w.virtual_time
-        else greatest(w.virtual_time, (select p.virtual_time from autotag.provider_limits p)) end,
-      ready = true
-  where w.workspace_id = p_workspace_id;
-end $$;
-
--- Locks a workspace. Inserts its row if it is missing: at its first upload, or if housekeeping deleted it while this call waited
--- for the lock.
-create or replace function autotag.lock_workspace(p_workspace_id uuid) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
-as $$
-begin
-  loop
-    insert into autotag.workspaces (workspace_id) values (p_workspace_id) on conflict do nothing;
-    perform from autotag.workspaces w where w.workspace_id = p_workspace_id for update;
-    exit when found;
-  end loop;
-end $$;
-
 -- How many more unfinished images a workspace may have (live_images_max).
 create or replace function autotag.live_capacity(p_workspace_id uuid) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -1726,7 +1757,7 @@ begin
 end $$;
 
 -- Refuses an upload with which the workspace would have more than live_images_max unfinished images. retry_after: seconds until
--- enough of them are expected to be done; null: this upload alone is too large. The caller holds the workspace.
+-- enough of them are expected to be done; null: this upload alone is too large.
 create or replace function autotag.check_live_capacity(p_workspace_id uuid, p_images integer) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1749,8 +1780,8 @@ begin
       case when p_images <= v_max_allowed then greatest(extract(epoch from v_free_at - autotag.now()), 1) end));
 end $$;
 
--- enqueue_tagging: makes one upload one job. Idempotent: images that are being tagged already are skipped. Locks the workspace
--- before it writes, so two calls for the same images run one after the other.
+-- enqueue_tagging: makes one upload one job. Idempotent: images that are being tagged already are skipped. It may run in a long
+-- transaction of the tenant's, so it locks no row that a worker needs: start_job() takes advisory locks and inserts new rows.
 --
 -- p_seen[i]: the mark of the file of p_asset_ids[i] that the caller may see (`visible_file_marks`), which matches no file if the
 -- caller may not see it; null: not checked. If the image's file has another mark when a worker claims it, the image fails as if
@@ -1804,15 +1835,14 @@ begin
     perform autotag.refuse(400, 'location_too_long', 'The URL, path or bucket name of an image is too long.',
       'A URL may have 8,192 bytes, a path 1,024 and a bucket name 100.', jsonb_build_object('asset_ids', v_long));
   end if;
-  perform autotag.lock_workspace(v_workspaces[1]);
   return autotag.start_job(v_workspaces[1], (select auth.uid()), p_asset_ids, p_seen);
 end $$;
 
 -- Starts the job of an upload: its strategy, batches and tasks.
 
--- Makes a job of those images that are not being tagged already. All belong to p_workspace_id, which the caller has locked.
+-- Makes a job of those images that are not being tagged already. All belong to p_workspace_id.
 -- p_seen: as in enqueue(). Returns {job_id, strategy, image_count, skipped, batches, eta}.
--- Locks: assets (tasks and batches are new).
+-- Locks: workspace, user (lock_quotas), assets (show); all rows of autotag are new.
 create or replace function autotag.start_job(
   p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_seen uuid[] default null
 ) returns jsonb
@@ -1829,6 +1859,7 @@ declare
   v_job autotag.jobs;
   v_first_task bigint;
 begin
+  perform autotag.lock_quotas(p_workspace_id, p_user_id);
   -- The new images, each once, in the order of the upload.
   v_live := array(select t.asset_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null);
   select coalesce(array_agg(a.id order by a.i), '{}'), array_agg(a.seen order by a.i) into v_new, v_new_seen
@@ -1846,11 +1877,10 @@ begin
   values (p_workspace_id, p_user_id, v_plan.strategy, v_plan.fallback, v_count, v_now, autotag.request_traceparent())
   returning * into v_job;
   v_first_task := autotag.add_tasks(v_job, v_plan, v_new, v_new_seen);
-  insert into autotag.queues (job_id, workspace_id, cursor, chunk)
-  values (v_job.id, p_workspace_id, v_first_task - 1, v_plan.chunk);
-  perform autotag.add_queued(p_workspace_id, v_job.id, v_plan.express, v_first_task);
+  insert into autotag.queues (job_id, workspace_id, queued, cursor, chunk)
+  values (v_job.id, p_workspace_id, v_plan.express, v_first_task - 1, v_plan.chunk);
   v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
-  perform autotag.show_stage(v_new, array_fill(p_workspace_id, array[v_count]), 'queued', 0, v_job.eta);
+  perform autotag.show(p_workspace_id, v_new, 'queued', 0, v_job.eta);
 
   if v_plan.express > 0 then
     perform pg_notify('autotag', 'realtime');
@@ -1953,44 +1983,42 @@ end $$;
 
 -- cancel_tagging: {job_id, cancelled (images)}. Images that have not been sent to OpenAI fail with the code `cancelled`. What
 -- has been sent is billed: a worker cancels the batch at OpenAI, and the answers that come are stored.
--- Locks: workspace, job, batches, tasks.
+-- It may run in a long transaction of the tenant's. Claims keep off its upload until it ends, because they do not get the job's
+-- advisory lock; nothing else waits for it. Locks: the job (advisory), job, batches, tasks, assets (finish).
 create or replace function autotag.cancel(p_job_id uuid) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job autotag.jobs := autotag.visible_job(p_job_id);
   v_now timestamptz;
-  v_tasks bigint[] := array[]::bigint[];
-  v_queued integer;
+  v_items autotag.finished[] := '{}';
 begin
-  perform from autotag.workspaces w where w.workspace_id = v_job.workspace_id for update;
-  select * into v_job from autotag.jobs j where j.id = p_job_id for update;
+  perform pg_advisory_xact_lock(autotag.job_key(p_job_id));
+  select * into v_job from autotag.jobs j where j.id = p_job_id for no key update;
   v_now := autotag.now();
   if v_job.finished_at is null and v_job.cancelled_at is null then
     update autotag.jobs set cancelled_at = v_now where id = p_job_id;
-    perform from autotag.batches b where b.job_id = p_job_id order by b.id for update;
-    perform from autotag.tasks t where t.job_id = p_job_id and t.finished_at is null order by t.id for update;
-
-    select coalesce(array_agg(t.id order by t.id), '{}'),
-           count(*) filter (where t.lane = 'realtime' and t.retry_at is null)
-    into v_tasks, v_queued
-    from autotag.tasks t
-    left join autotag.batches b on b.id = t.batch_id
-    where t.job_id = p_job_id and t.finished_at is null
-      and t.worker_id is null and (b.id is null or b.state in ('planned', 'preparing', 'uploading'));
-
-    update autotag.queues set queued = 0 where job_id = p_job_id;
-    update autotag.workspaces w set queued = w.queued - v_queued where w.workspace_id = v_job.workspace_id;
+    perform from autotag.batches b
+    where b.job_id = p_job_id and b.state in ('planned', 'preparing', 'uploading', 'creating', 'submitted') order by b.id for no key update;
+    with waiting as (
+      select t.id, t.asset_id
+      from autotag.tasks t
+      left join autotag.batches b on b.id = t.batch_id
+      where t.job_id = p_job_id and t.finished_at is null and t.worker_id is null
+        and t.retry_at is distinct from 'infinity'   -- its answer is there
+        and (b.id is null or b.state in ('planned', 'preparing', 'uploading'))
+      order by t.id for update of t
+    )
+    select coalesce(array_agg(row(w.id, p_job_id, w.asset_id, null, 'cancelled', 'Tagging was cancelled.', null)::autotag.finished), '{}')
+    into v_items from waiting w;
     update autotag.batches b set state = 'cancelled', worker_id = null, reserved_tokens = 0, finished_at = v_now
     where b.job_id = p_job_id and b.state in ('planned', 'preparing', 'uploading');
     update autotag.batches b set cancel_requested = true
     where b.job_id = p_job_id and b.state in ('creating', 'submitted');
-    perform autotag.fail_tasks(v_tasks, array_fill('cancelled'::text, array[cardinality(v_tasks)]),
-      array_fill('Tagging was cancelled.'::text, array[cardinality(v_tasks)]));
-    perform autotag.count_finished(p_job_id, 0, cardinality(v_tasks));
+    perform autotag.finish(v_job.workspace_id, v_items, false);
     perform pg_notify('autotag', 'batch');
   end if;
-  return jsonb_build_object('job_id', p_job_id, 'cancelled', cardinality(v_tasks));
+  return jsonb_build_object('job_id', p_job_id, 'cancelled', cardinality(v_items));
 end $$;
 
 -- Retrying the failed images of an upload.
@@ -2086,7 +2114,7 @@ begin
   if not found then
     return false;
   end if;
-  perform autotag.lock_workspace(v_upload.workspace_id);
+  perform autotag.lock_quotas(v_upload.workspace_id, v_upload.user_id);
   v_room := least(autotag.live_capacity(v_upload.workspace_id), (select s.job_max_images from autotag.settings s),
     (select min(q.images_left) from autotag.quotas_left(v_upload.workspace_id, v_upload.user_id) q));
   if v_room < 1 then
@@ -2175,7 +2203,7 @@ begin
 end $$;
 
 -- Makes one upload of the next p_limit existing images of a workspace (by id, after p_after): {job_id, images, last}. `last`
--- is p_after for the next call; null: no more images. Refuses what enqueue_tagging refuses. Locks: the workspace.
+-- is p_after for the next call; null: no more images. Refuses what enqueue_tagging refuses. Locks: the workspace (advisory).
 create or replace function autotag.backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2184,7 +2212,7 @@ declare
   v_job jsonb;
 begin
   perform autotag.check_image_count(p_limit);
-  perform autotag.lock_workspace(p_workspace_id);
+  perform autotag.lock_quotas(p_workspace_id, null);
   v_assets := autotag.list_assets(p_workspace_id, p_untagged, p_after, p_limit);
   if v_assets = '{}' then
     return jsonb_build_object('job_id', null, 'images', 0, 'last', null);
@@ -2302,8 +2330,20 @@ begin
     from autotag.quota_use(p_workspace_id, p_user_id, v_prices) u;
 end $$;
 
--- Refuses p_images images if a quota does not allow them: those of an upload (the caller holds the workspace's lock, so that
--- no other upload reserves the same), or those of a comparison at p_each dollars. Locks: the user (advisory).
+-- Lets uploads of one workspace start one after another, and those of one user where a quota counts all workspaces of a user: so two
+-- calls do not reserve the same room or tag the same image twice. Locks: the workspace, the user (both advisory).
+create or replace function autotag.lock_quotas(p_workspace_id uuid, p_user_id uuid) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pg_advisory_xact_lock(hashtextextended('autotag.workspace ' || p_workspace_id, 0));
+  if p_user_id is not null and exists (select from autotag.quotas q where q.scope = 'user') then
+    perform pg_advisory_xact_lock(hashtextextended('autotag.user ' || p_user_id, 0));
+  end if;
+end $$;
+
+-- Refuses p_images images if a quota does not allow them: those of an upload (the caller has called lock_quotas(), so that no other
+-- upload reserves the same), or those of a comparison at p_each dollars.
 create or replace function autotag.check_quotas(p_workspace_id uuid, p_user_id uuid, p_images integer, p_each numeric default null)
 returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -2311,10 +2351,6 @@ as $$
 declare
   v_quota record;
 begin
-  -- Serializes uploads of one user into several workspaces; those into one are serialized by its lock. Taken last.
-  if p_user_id is not null and exists (select from autotag.quotas q where q.scope = 'user') then
-    perform pg_advisory_xact_lock(hashtextextended('autotag.user ' || p_user_id::text, 0));
-  end if;
   select * into v_quota from autotag.quotas_left(p_workspace_id, p_user_id, p_each) q
   where q.images_left < p_images order by q.renews_at desc, q.images_left limit 1;
   if not found then
@@ -2335,7 +2371,7 @@ end $$;
 -- allowed while every quota of its workspace and user has room for it beside what is billed and reserved, at the price of a single
 -- call with its new cap. Returns the answers, with the errors of the others changed to `quota_exceeded`, which ends their images.
 -- So what is billed exceeds a quota by at most one answer for each image that is being tagged.
--- The caller holds workspaces, jobs and tasks, and has added the usage of these answers.
+-- The caller has added the usage of these answers.
 create or replace function autotag.judge_retries(p_answers autotag.answer[]) returns autotag.answer[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -2377,7 +2413,7 @@ begin
   return array(
     select case when v_refused ? a.task::text then row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens,
         a.output_tokens, a.result, a.error || jsonb_build_object('kind', 'image', 'code', 'quota_exceeded', 'retry', false,
-          'message', v_refused -> a.task::text), a.usage, a.called)::autotag.answer else a end
+          'message', v_refused -> a.task::text), a.usage, a.called, a.mark)::autotag.answer else a end
     from unnest(p_answers) a);
 end $$;
 
@@ -2396,6 +2432,15 @@ as $$
   from autotag.settings s
   left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = p_request_type
 $$;
+
+-- Key of the advisory lock of inserting a window, and of that of an upload that is being cancelled (exclusive) or served (shared).
+create or replace function autotag.window_key(p_workspace_id uuid, p_request_type text) returns bigint
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$ select hashtextextended('autotag.window ' || p_request_type || p_workspace_id, 0) $$;
+
+create or replace function autotag.job_key(p_job_id uuid) returns bigint
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$ select hashtextextended('autotag.job ' || p_job_id, 0) $$;
 
 -- Admits up to p_wanted requests of p_units_each units each (null: what one image reserves): all or nothing, or with p_partial
 -- as many as fit. If not all were admitted, retry_at is the exact time when the next fit (1 µs earlier they are refused); null:
@@ -2469,6 +2514,8 @@ begin
     exit when admitted = 0 or not p_take;
 
     if v_ctid is null then
+      -- claim() has this lock, or passes the workspace over: an insert would wait for the other transaction (lock_windows)
+      perform pg_advisory_xact_lock(autotag.window_key(p_workspace_id, p_request_type));
       insert into public.workspace_rate_limits (workspace_id, request_type) values (p_workspace_id, p_request_type)
       on conflict do nothing;
       continue;
@@ -2606,15 +2653,98 @@ begin
   return autotag.refill(v_provider, p_now);
 end $$;
 
--- The same with the row locked: every function that takes from the bucket begins here, which serializes admission.
+-- The same with the row locked: every function that takes from the bucket begins here, which serializes admission. What calls have
+-- reported meanwhile is applied first.
 create or replace function autotag.lock_provider() returns autotag.provider_limits
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits;
 begin
-  select * into v_provider from autotag.provider_limits for update;
+  perform from autotag.provider_limits for update;
+  if exists (select from autotag.provider_reports) then
+    perform autotag.apply_reports();
+  end if;
+  select * into v_provider from autotag.provider_limits;
   return autotag.refill(v_provider, autotag.now());
+end $$;
+
+-- Applies what calls have reported about the provider, if the provider row is free; else the next lock_provider() does. It comes
+-- last in its transaction, which may hold locks of a tenant, and does not wait. Returns sentences for the operator's log: [{event,
+-- notice}]. Locks: provider (skip locked).
+create or replace function autotag.report_provider(p_report autotag.provider_reports) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_results jsonb;
+begin
+  perform from autotag.provider_limits for update skip locked;
+  if found then
+    return autotag.apply_report(p_report);
+  end if;
+  -- results are not needed, and large
+  insert into autotag.provider_reports (worker_id, at, requests, tokens, observed, answers, asked_at, form_changed, windows)
+  select p_report.worker_id, p_report.at, p_report.requests, p_report.tokens, p_report.observed, array(
+      select row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens, a.output_tokens, null, a.error, a.usage,
+        a.called, null)::autotag.answer from unnest(p_report.answers) a),
+    p_report.asked_at, p_report.form_changed, p_report.windows;
+  if p_report.form_changed or exists (select from unnest(p_report.answers) a where a.error is not null)
+     or exists (select from autotag.provider_limits p where p.proven_at is null or p.account_error is not null) then
+    perform pg_notify('autotag', 'realtime');   -- a claim applies it at once
+  end if;
+  return '[]';
+end $$;
+
+-- Applies all reports that wait, in their order. The caller holds the provider row.
+create or replace function autotag.apply_reports() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_report autotag.provider_reports;
+begin
+  for v_report in
+    with taken as (delete from autotag.provider_reports r where r.id > 0 returning r.*) select t.* from taken t order by t.id
+  loop
+    perform autotag.apply_report(v_report);
+  end loop;
+end $$;
+
+-- Applies one report: refunds, response headers, the account, and what was learned. The caller holds the provider row. Returns
+-- sentences for the operator's log: [{event, notice}]. Locks: windows by workspace (skip locked).
+create or replace function autotag.apply_report(p_report autotag.provider_reports) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_late double precision := autotag.real_seconds(autotag.now() - p_report.at);   -- since the report was made
+  v_held jsonb;
+  v_changed text;
+begin
+  if p_report.observed ? 'sent' then
+    perform autotag.record_sent(p_report.worker_id, autotag.clean_number(p_report.observed, 'sent', 0, 100000)::integer,
+      coalesce(autotag.clean_number(p_report.observed, 'sent_age', 0, 3600), 0) + v_late);
+  end if;
+  -- The refund comes first: after it, the headers may still lower the mirror.
+  if p_report.requests <> 0 or p_report.tokens <> 0 then
+    perform autotag.refund_provider(p_report.requests, p_report.tokens);
+  end if;
+  if p_report.observed is not null then
+    v_changed := autotag.update_provider_limits(p_report.observed || jsonb_build_object('age',
+      coalesce(autotag.clean_number(p_report.observed, 'age', 0, 3600), 0) + v_late));
+  end if;
+  perform autotag.record_outcomes(p_report.worker_id, p_report.answers, p_report.asked_at);
+  if p_report.form_changed then
+    -- The new form is a new question, so answers to the old form prove nothing about it. It is tried at once.
+    perform autotag.sync_question(p) from autotag.provider_limits p;
+    update autotag.provider_limits p set probe_at = null where p.proven_at is null;
+  end if;
+  if p_report.windows <> '[]' and p_report.at > autotag.now() - interval '1 min' then
+    v_held := autotag.correct_windows(p_report.windows);
+    if v_held <> '[]' then
+      insert into autotag.provider_reports (worker_id, at, windows) values (p_report.worker_id, p_report.at, v_held);
+    end if;
+  end if;
+  return case when v_changed is null then '[]'::jsonb
+    else jsonb_build_array(jsonb_build_object('event', 'provider_limits_changed', 'notice', v_changed)) end;
 end $$;
 
 -- A worker has sent p_calls of the calls released to it (or will never send them), the first one p_age real seconds ago. If
@@ -2768,8 +2898,11 @@ as $$
 $$;
 
 -- Extends the worker's lease. alive: false if the lease had ended and what the worker held has been released, so it has to
--- register again. tick_due: the worker calls tick_if_due() next, in a transaction of its own, because a tick takes many locks.
-create or replace function autotag.heartbeat(p_worker uuid, out alive boolean, out tick_due boolean)
+-- register again. lost: the worker holds images of a claim that it does not list in p_claims, or batches of one that it does not list
+-- in p_batch_claims, because the reply was lost; it calls release_lost() next. tick_due: the worker calls tick_if_due() next, in a transaction of its own, because a tick takes many locks.
+create or replace function autotag.heartbeat(
+  p_worker uuid, p_claims integer[], p_batch_claims integer[], out alive boolean, out lost boolean, out tick_due boolean
+)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -2783,6 +2916,8 @@ begin
   if alive then
     perform autotag.check_version(v_version);
   end if;
+  lost := exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim <> all (p_claims))
+    or exists (select from autotag.batches b where b.worker_id = p_worker and b.claim <> all (p_batch_claims));
   tick_due := autotag.is_tick_due(v_now);
 end $$;
 
@@ -2854,72 +2989,74 @@ as $$
   where q.reached > 0 and t.worker_id = p_worker
 $$;
 
--- Releases what a worker holds, except p_keep_tasks and p_keep_batches. p_lost: its lease has ended; then each image counts a
--- failure, so that an image that crashes its worker does not do so forever. Returns how many tasks and batches.
--- Locks: workspaces, jobs, batches, tasks.
-create or replace function autotag.release_held(p_worker uuid, p_keep_tasks bigint[], p_keep_batches uuid[], p_lost boolean)
-returns integer
+-- Releases what a worker holds, except what it got by the claims p_claims and p_batch_claims. p_lost: its lease has ended; then each
+-- image counts a failure, so that an image that crashes its worker does not do so forever. Returns how many tasks and batches it
+-- released, and whether there are more: what another transaction holds (the worker's last report, a cancellation) is left out.
+-- Locks: batches, tasks (both skip locked).
+create or replace function autotag.release_held(
+  p_worker uuid, p_claims integer[], p_batch_claims integer[], p_lost boolean, out released integer, out more boolean
+)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_tasks bigint[] := array(
-    select t from unnest(autotag.leased_tasks(p_worker)) t where t <> all (p_keep_tasks));
+    select t.id from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim <> all (p_claims)
+    order by t.id for update skip locked);
   v_batches uuid[] := array(
-    select b.id from autotag.batches b where b.worker_id = p_worker and b.id <> all (p_keep_batches));
+    select b.id from autotag.batches b where b.worker_id = p_worker and b.claim <> all (p_batch_claims)
+    order by b.id for update skip locked);
 begin
-  perform from autotag.workspaces w
-  where w.workspace_id in (select t.workspace_id from autotag.tasks t where t.id = any (v_tasks))
-  order by w.workspace_id for update;
-  perform from autotag.jobs j
-  where j.id in (select t.job_id from autotag.tasks t where t.id = any (v_tasks)) order by j.id for update;
-  perform from autotag.batches b where b.id = any (v_batches) order by b.id for update;
   -- Wait until OpenAI shows what the worker's last request may have created, before another worker looks for it.
   update autotag.batches b
   set worker_id = null, not_before = case when b.state <> 'creating' then b.not_before
     else autotag.now() + (select s.batch_create_grace from autotag.settings s) end
-  where b.id = any (v_batches) and b.worker_id = p_worker;
-  perform from autotag.tasks t where t.id = any (v_tasks) order by t.id for update;
-  perform autotag.requeue(jsonb_agg(jsonb_build_object(
-    'task', t.id, 'failures', case when p_lost then 1 else 0 end,
-    'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.')))
-  from autotag.tasks t where t.id = any (v_tasks) and t.worker_id = p_worker;
+  where b.id = any (v_batches);
+  perform autotag.keep(autotag.requeue(jsonb_agg(jsonb_build_object(
+    'task', t, 'failures', case when p_lost then 1 else 0 end,
+    'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.'))), false)
+  from unnest(v_tasks) t having count(*) > 0;
   perform pg_notify('autotag', 'realtime');
   perform pg_notify('autotag', 'batch');
-  return cardinality(v_tasks) + cardinality(v_batches);
+  released := cardinality(v_tasks) + cardinality(v_batches);
+  more := exists (select from autotag.batches b where b.worker_id = p_worker and b.claim <> all (p_batch_claims))
+    or exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim <> all (p_claims));
 end $$;
 
--- A worker stops: releases everything it holds and deletes it. Returns how many tasks and batches.
+-- A worker stops: releases everything it holds and deletes it. Returns how many tasks and batches. If another transaction holds some
+-- of it, its lease ends now instead, and tick() releases the rest.
 create or replace function autotag.release_worker(p_worker uuid) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_count integer;
+  v_release record;
 begin
   if not autotag.is_own_worker(p_worker) then
     return 0;
   end if;
   perform from autotag.workers w where w.id = p_worker for update;
-  v_count := autotag.release_held(p_worker, '{}', '{}', false);
-  delete from autotag.workers w where w.id = p_worker;
-  return v_count;
+  v_release := autotag.release_held(p_worker, '{}', '{}', false);
+  if v_release.more then
+    update autotag.workers w set lease_until = autotag.now() where w.id = p_worker;
+  else
+    delete from autotag.workers w where w.id = p_worker;
+  end if;
+  return v_release.released;
 end $$;
 
--- For a worker that did not receive the reply to a claim (the connection broke): it names what it does hold, and the rest is
--- released. Null: leaves tasks, or batches, as they are.
-create or replace function autotag.release_unacknowledged(p_worker uuid, p_tasks bigint[], p_batches uuid[]) returns integer
+-- For a worker whose heartbeat said that replies of claims were lost: releases what it holds by other claims than these.
+create or replace function autotag.release_lost(p_worker uuid, p_claims integer[], p_batch_claims integer[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform autotag.check_ids(greatest(cardinality(p_tasks), cardinality(p_batches)));
+  perform autotag.check_ids(greatest(cardinality(p_claims), cardinality(p_batch_claims)));
   if not autotag.is_own_worker(p_worker) then
     return 0;
   end if;
-  update autotag.workers w set unsent = case when p_tasks is null then w.unsent else 0 end where w.id = p_worker;
-  return autotag.release_held(p_worker, p_tasks, p_batches, false);
+  return (autotag.release_held(p_worker, coalesce(p_claims, '{}'), coalesce(p_batch_claims, '{}'), false)).released;
 end $$;
 
--- Releases what one worker with an ended lease held, and deletes that worker. One per transaction, because the next one's
--- workspaces may come before the locked ones. Returns whether there was one. Called by tick().
+-- Releases what one worker with an ended lease held, and deletes that worker; if another transaction holds some of it, the next
+-- tick goes on. One per transaction. Returns whether there was one whose work was released. Called by tick().
 -- Locks: the worker's row, which the worker itself does not wait for (lock_worker); release_held.
 create or replace function autotag.expire_worker() returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -2932,7 +3069,9 @@ begin
   if not found then
     return false;
   end if;
-  perform autotag.release_held(v_worker, '{}', '{}', true);
+  if (autotag.release_held(v_worker, '{}', '{}', true)).more then
+    return false;
+  end if;
   delete from autotag.workers w where w.id = v_worker;
   return true;
 end $$;
@@ -2941,57 +3080,115 @@ end $$;
 
 -- Location of each image, as describe_assets() returns it, if its file is still the one that the uploader was allowed to see.
 -- refused: what describe_assets() refuses, or `hidden_file` (the uploader may not see it). A row that no longer exists or has
--- moved to another workspace is missing from the result.
+-- moved to another workspace is missing from the result. If the host's rows cannot be read together, each is read by itself, and
+-- one that raises is refused as `unreadable_row`.
 -- p_workspace_ids[i], p_seen[i]: tasks.workspace_id and tasks.seen of p_asset_ids[i].
 create or replace function autotag.locate(p_asset_ids uuid[], p_workspace_ids uuid[], p_seen uuid[])
-returns table (asset_id uuid, bucket text, path text, url text, refused text)
-language sql stable security definer set search_path = pg_catalog, pg_temp
+returns table (asset_id uuid, bucket text, path text, url text, refused text, mark uuid)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-  select d.asset_id, case when r.refused is null then d.bucket end, case when r.refused is null then d.path end,
-    case when r.refused is null then d.url end, r.refused
-  from unnest(p_asset_ids, p_workspace_ids, p_seen) t (asset_id, workspace_id, seen)
-  join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
-  cross join lateral (select case
-    when d.refused is not null then d.refused
-    when t.seen is not null and t.seen <> autotag.file_mark(d.bucket, d.path) then 'hidden_file' end as refused
-    offset 0  -- evaluate the case once per image, not once per use
-  ) r
-$$;
+begin
+  return query
+    select d.asset_id, case when r.refused is null then d.bucket end, case when r.refused is null then d.path end,
+      case when r.refused is null then d.url end, r.refused, d.mark
+    from unnest(p_asset_ids, p_workspace_ids, p_seen) t (asset_id, workspace_id, seen)
+    join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
+    cross join lateral (select case
+      when d.refused is not null then d.refused
+      when t.seen is not null and t.seen <> autotag.file_mark(d.bucket, d.path) then 'hidden_file' end as refused
+      offset 0  -- evaluate the case once per image, not once per use
+    ) r;
+exception when others or assert_failure then
+  if cardinality(p_asset_ids) = 1 then
+    return query select p_asset_ids[1], null::text, null::text, null::text, 'unreadable_row', null::uuid;
+    return;
+  end if;
+  return query
+    select l.* from generate_subscripts(p_asset_ids, 1) i
+    cross join lateral autotag.locate(p_asset_ids[i : i], p_workspace_ids[i : i], p_seen[i : i]) l;
+end $$;
 
 -- The order of single calls: fair among workspaces, and within each of them.
 
--- Puts delayed tasks that are due back into their queues. The caller holds the provider row.
--- Locks: workspaces, tasks.
-create or replace function autotag.requeue_due(p_now timestamptz) returns void
+-- Counts new queues in their workspaces. A workspace with nothing queued starts at the virtual time of the one served last, so its
+-- idle time gives it no credit and no penalty. The caller holds the provider row.
+create or replace function autotag.join_queues(p_virtual_time double precision) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  with new as (
+    update autotag.queues q set joined = true where not q.joined returning q.workspace_id, q.queued
+  )
+  insert into autotag.workspaces as w (workspace_id, queued, virtual_time)
+  select n.workspace_id, sum(n.queued), p_virtual_time from new n where n.queued > 0 group by n.workspace_id
+  on conflict (workspace_id) do update
+  set queued = w.queued + excluded.queued, ready = true,
+      virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end;
+end $$;
+
+-- Puts requeued tasks that are due into their queues. The caller holds the provider row. Locks: tasks (skip locked: those of an
+-- upload that is being cancelled).
+create or replace function autotag.requeue_due(p_now timestamptz, p_virtual_time double precision) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_due bigint[] := array(select t.id from autotag.tasks t where t.retry_at <= p_now);
   v_queue record;
 begin
-  if v_due = '{}' then
+  if not exists (select from autotag.tasks t where t.retry_at <= p_now) then
     return;
   end if;
-  perform from autotag.workspaces w
-  where w.workspace_id in (select t.workspace_id from autotag.tasks t where t.id = any (v_due))
-  order by w.workspace_id for update;
   for v_queue in
     with due as (
-      select t.id from autotag.tasks t where t.id = any (v_due) and t.retry_at is not null order by t.id for update
+      select t.id from autotag.tasks t where t.retry_at <= p_now order by t.id limit 10000 for update skip locked
     ), freed as (
       update autotag.tasks t set retry_at = null from due where t.id = due.id
-      returning t.workspace_id, t.job_id, t.id
+      returning t.workspace_id, t.job_id, t.id, t.min_output_tokens
     )
-    select f.workspace_id, f.job_id, count(*)::integer as tasks, min(f.id) as first_task
+    select f.workspace_id, f.job_id, count(*)::integer as tasks, min(f.id) as first_task, max(f.min_output_tokens) as output_tokens
     from freed f group by f.workspace_id, f.job_id
   loop
-    perform autotag.add_queued(v_queue.workspace_id, v_queue.job_id, v_queue.tasks, v_queue.first_task);
+    insert into autotag.queues as q (job_id, workspace_id, joined, queued, cursor, output_tokens)
+    values (v_queue.job_id, v_queue.workspace_id, false, v_queue.tasks, v_queue.first_task - 1, v_queue.output_tokens)
+    on conflict (job_id) do update
+    set queued = q.queued + v_queue.tasks, cursor = least(q.cursor, v_queue.first_task - 1),
+        output_tokens = greatest(q.output_tokens, v_queue.output_tokens);
+    update autotag.workspaces w
+    set queued = w.queued + v_queue.tasks, ready = true,
+        virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end
+    from autotag.queues q
+    where w.workspace_id = v_queue.workspace_id and q.job_id = v_queue.job_id and q.joined;
   end loop;
+  perform autotag.join_queues(p_virtual_time);
+end $$;
+
+-- Checks the counts of queues and workspaces, and corrects those that are wrong; deletes the queues of finished uploads. Retries
+-- workspaces whose next image exceeds the window's limit: the limit may have been raised. Called by tick(). Locks: provider.
+create or replace function autotag.repair_queues() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform from autotag.provider_limits for update;
+  delete from autotag.queues q using autotag.jobs j where j.id = q.job_id and j.finished_at is not null;
+  -- A queue that is empty by its count, although tasks wait in it.
+  update autotag.queues q set queued = c.waiting, cursor = c.first_task - 1
+  from (
+    select e.job_id, count(*)::integer as waiting, min(t.id) as first_task
+    from autotag.queues e join autotag.tasks t on t.job_id = e.job_id
+    where e.queued = 0 and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null and t.finished_at is null
+    group by e.job_id) c
+  where q.job_id = c.job_id;
+  update autotag.workspaces w set queued = c.queued
+  from (
+    select s.workspace_id, coalesce(sum(q.queued) filter (where q.joined), 0)::integer as queued
+    from autotag.workspaces s left join autotag.queues q on q.workspace_id = s.workspace_id and q.queued > 0
+    group by s.workspace_id) c
+  where w.workspace_id = c.workspace_id and w.queued <> c.queued;
+  update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at = 'infinity';
 end $$;
 
 -- Releases up to p_slots images while the provider's bucket has room. The workspace with the lowest virtual time is served first,
 -- one turn at a time. tokens: what the images reserve together; virtual_time: that of the workspace served last.
--- Called by claim(), which holds the provider row. Locks: workspaces by id, windows, queued tasks.
+-- Called by claim(), which holds the provider row. Locks: windows by workspace (skip locked), queued tasks.
 create or replace function autotag.release_in_turn(
   p_worker uuid, p_slots integer, p_provider autotag.provider_limits,
   out ids bigint[], out tokens bigint, out virtual_time double precision
@@ -3026,8 +3223,7 @@ begin
         order by r.virtual_time, r.workspace_id limit v_room) w
       window turns as (order by w.virtual_time, w.workspace_id)) x
     where x.before < v_room);
-  perform from autotag.workspaces w
-  where w.workspace_id = any (v_workspaces) order by w.workspace_id for update;
+  v_workspaces := autotag.lock_windows(v_workspaces, v_now);
 
   while v_room > 0 loop
     select * into v_workspace from autotag.workspaces w
@@ -3040,6 +3236,29 @@ begin
     virtual_time := greatest(virtual_time, v_workspace.virtual_time);
     v_room := least(v_room - cardinality(v_released.ids), floor((p_provider.tokens_left - tokens) / p_provider.tokens_per_image));
   end loop;
+end $$;
+
+-- Locks the windows of these workspaces, and returns the workspaces that can be served now. One whose window another transaction
+-- holds (check_rate_limit in a transaction of the tenant's) is not ready for a second. The caller holds the provider row.
+-- Locks: windows by workspace (skip locked); for a workspace without one, the right to insert it (advisory).
+create or replace function autotag.lock_windows(p_workspaces uuid[], p_now timestamptz) returns uuid[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_free uuid[] := array(
+    select w.workspace_id from public.workspace_rate_limits w
+    where w.workspace_id = any (p_workspaces) and w.request_type = 'realtime' order by w.workspace_id for no key update skip locked);
+begin
+  if cardinality(v_free) < cardinality(p_workspaces) then
+    v_free := v_free || array(
+      select w from unnest(p_workspaces) w
+      where w <> all (v_free)
+        and not exists (select from public.workspace_rate_limits l where l.workspace_id = w and l.request_type = 'realtime')
+        and pg_try_advisory_xact_lock(autotag.window_key(w, 'realtime')));
+    update autotag.workspaces w set ready = false, ready_at = p_now + interval '1 s'
+    where w.workspace_id = any (p_workspaces) and w.workspace_id <> all (v_free);
+  end if;
+  return v_free;
 end $$;
 
 -- How many images the provider's bucket has room for, at most p_slots. While the question is not proven: one (the probe),
@@ -3066,19 +3285,20 @@ create or replace function autotag.release_tasks(
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
-  v_queue autotag.queues;
+  v_queue autotag.queues := autotag.next_queue(p_workspace.workspace_id, p_now);
   v_admitted record;
   v_each integer := p_provider.tokens_per_image;
   v_ready_at timestamptz;      -- when the workspace becomes ready; null: now
 begin
   ids := '{}';
   tokens := 0;
-  select * into v_queue from autotag.queues q
-  where q.workspace_id = p_workspace.workspace_id and q.queued > 0 and q.ready_at <= p_now
-  order by q.released, q.job_id limit 1;
-  if not found then
+  if v_queue.job_id is null then
     v_ready_at := (
       select min(q.ready_at) from autotag.queues q where q.workspace_id = p_workspace.workspace_id and q.queued > 0);
+    if v_ready_at is null then   -- its last queue was deleted with its job
+      update autotag.workspaces w set queued = 0 where w.workspace_id = p_workspace.workspace_id;
+      return;
+    end if;
   else
     if v_queue.output_tokens > p_provider.output_tokens then
       v_each := v_each + v_queue.output_tokens - p_provider.output_tokens;
@@ -3106,6 +3326,28 @@ begin
 
   ids := autotag.take_tasks(v_queue, p_worker, v_admitted.admitted, v_admitted.at, v_each, p_provider.output_tokens, p_now);
   tokens := cardinality(ids)::bigint * v_each;
+  if cardinality(ids) < v_admitted.admitted then   -- the upload was cancelled
+    perform autotag.correct_window(p_workspace.workspace_id, 'realtime', v_admitted.at,
+      cardinality(ids) - v_admitted.admitted, (cardinality(ids) - v_admitted.admitted) * v_each);
+  end if;
+end $$;
+
+-- The queue of a workspace that is served next: of those that are ready, the one with the fewest released. Null: none is ready. A
+-- queue whose upload is being cancelled in an open transaction is not ready for a second. Locks: its job (advisory, shared).
+create or replace function autotag.next_queue(p_workspace_id uuid, p_now timestamptz) returns autotag.queues
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+as $$
+declare
+  v_queue autotag.queues;
+begin
+  loop
+    select * into v_queue from autotag.queues q
+    where q.workspace_id = p_workspace_id and q.queued > 0 and q.ready_at <= p_now
+    order by q.released, q.job_id limit 1;
+    exit when not found or pg_try_advisory_xact_lock_shared(autotag.job_key(v_queue.job_id));
+    update autotag.queues q set ready_at = p_now + interval '1 s' where q.job_id = v_queue.job_id;
+  end loop;
+  return v_queue;
 end $$;
 
 -- Assigns the next p_count tasks of a queue to a worker, in upload order, counts them and returns their ids. p_at: when the
@@ -3122,7 +3364,7 @@ declare
 begin
   with taken as (
     update autotag.tasks t
-    set worker_id = p_worker, attempt = t.attempt + 1, reserved_at = p_at, reserved_tokens = p_tokens,
+    set worker_id = p_worker, claim = (select w.claim from autotag.workers w where w.id = p_worker), attempt = t.attempt + 1, reserved_at = p_at, reserved_tokens = p_tokens,
         output_tokens = greatest(t.min_output_tokens, p_output_tokens)
     where t.id = any (array(
       select n.id from autotag.tasks n
@@ -3152,9 +3394,10 @@ end $$;
 
 -- claim: releases up to p_slots images (at most 1,000) of all workspaces to a worker as single calls, within the provider's
 -- bucket and each workspace's window. The workspace with the lowest virtual time is served first, a few images at a time; within
--- it, the job with the fewest released images. p_question: the version of the question that the worker has; null: none.
---   tasks: [{task, attempt, job, traceparent, waited (seconds since the upload), asset_id, bucket, path, url, refused, cap (max
---     tokens of the answer)}]. An asset that does not exist any more has neither path nor url.
+-- it, the job with the fewest released images.
+-- p_claim: the number of the claim: the worker's last one plus 1. Called again with the same number, because the reply was lost, it
+-- returns the same images. p_question: the version of the question that the worker has; null: none.
+--   tasks: ids of the released tasks; describe_tasks() says what they are.
 --   wait: seconds until the next claim, unless a notification comes first; null: nothing is queued.
 --   bound: why not more images were released; null: no more are queued.
 --   question: what to ask about these images (describe_question() and its `version`); null: the worker has this version.
@@ -3162,12 +3405,15 @@ end $$;
 -- While the question is not proven (it is new, or tagging is paused), one image tries it. The next one does if the first has no
 -- result after account_probe_interval. So a mistake in the configuration costs one call, and fails no image.
 --
+-- It holds the provider row, which every tenant needs. So it never waits for a lock that a tenant's transaction can hold, and
+-- does not read the host's tables.
+--
 -- Plans are cached (force_generic_plan), because planning each release again takes a third of the claim. They always use the
 -- indexes (enable_seqscan = off), because a plan made while the tables are almost empty must serve a million images. That makes
 -- the scan of the one row of settings look expensive, which would start jit, so jit is off.
--- Locks: provider, workspaces by id, windows, then queued tasks (no other transaction locks these).
+-- Locks: provider, windows (skip locked), then queued tasks (next_queue() keeps off those of a job that is being cancelled).
 create or replace function autotag.claim(
-  p_worker uuid, p_slots integer, out tasks json, out wait double precision, out bound text,
+  p_worker uuid, p_slots integer, p_claim integer, out tasks bigint[], out wait double precision, out bound text,
   p_question bigint default null, out question jsonb
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
@@ -3176,11 +3422,11 @@ as $$
 declare
   v_provider autotag.provider_limits;
   v_now timestamptz;
+  v_last integer;              -- number of the worker's last claim
   v_released record;
 begin
-  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
-  tasks := '[]';
-  p_slots := least(p_slots, 1000);   -- with 8 kB of URL each, of escaped bytes, the answer stays below 50 MB
+  tasks := '{}';
+  p_slots := least(p_slots, 1000);   -- with 8 kB of URL each, of escaped bytes, describe_tasks() returns less than 50 MB
   if p_slots is null or p_slots < 1 then
     return;
   end if;
@@ -3194,27 +3440,35 @@ begin
     bound := 'lease';
     return;
   end if;
+  select w.claim into v_last from autotag.workers w where w.id = p_worker;
+  if v_last >= p_claim then
+    tasks := array(select t.id from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim = p_claim order by t.id);
+    wait := 0;
+    return;
+  end if;
   if autotag.asks_another_provider(p_worker, v_provider) then
     wait := autotag.real_seconds((select s.account_probe_interval from autotag.settings s));
     bound := 'superseded';
     return;
   end if;
+  perform autotag.requeue_due(v_now, v_provider.virtual_time);
+  perform autotag.join_queues(v_provider.virtual_time);
   if not v_provider.rerouted and autotag.reroute_upload(v_provider) then
     update autotag.provider_limits set rerouted = true;
     wait := 0;
     return;
   end if;
 
-  perform autotag.requeue_due(v_now);
   update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at <= v_now;
+  update autotag.workers w set claim = p_claim where w.id = p_worker;
   v_released := autotag.release_in_turn(p_worker, p_slots, v_provider);
   v_provider.virtual_time := v_released.virtual_time;
   v_provider := autotag.take_from_bucket(v_provider, cardinality(v_released.ids), v_released.tokens);
-  if v_released.ids <> '{}' then
+  tasks := v_released.ids;
+  if tasks <> '{}' then
     update autotag.workers w set unsent = w.unsent + cardinality(v_released.ids) where w.id = p_worker;
-    tasks := autotag.describe_released(v_released.ids, v_now);
   end if;
-  if cardinality(v_released.ids) = p_slots then
+  if cardinality(tasks) = p_slots then
     bound := 'slots';
   else
     bound := autotag.describe_bound(v_provider);
@@ -3283,22 +3537,31 @@ begin
   return p_provider;
 end $$;
 
--- What a worker needs for each task that was released to it, by id (claim: tasks).
-create or replace function autotag.describe_released(p_ids bigint[], p_now timestamptz) returns json
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+-- describe_tasks: what a worker needs for the tasks that a claim has released to it, by id: [{task, attempt, workspace, job,
+-- traceparent, waited (seconds since the upload), asset_id, bucket, path, url, refused, mark, cap (max tokens of the answer)}]. An
+-- asset that does not exist any more has neither path nor url. It reads the host's tables, which claim() does not: a transaction
+-- that holds a whole table delays this, and nobody else.
+create or replace function autotag.describe_tasks(p_worker uuid, p_tasks bigint[]) returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set random_page_cost = 1.1 set enable_seqscan = off set jit = off
 as $$
 begin
+  perform autotag.check_ids(cardinality(p_tasks));
+  if not autotag.is_own_worker(p_worker) then
+    return '[]';
+  end if;
   return (
     with released as materialized (
-      select t.id, t.attempt, t.asset_id, t.workspace_id, t.seen, t.job_id, t.output_tokens from autotag.tasks t where t.id = any (p_ids)
+      select t.id, t.attempt, t.asset_id, t.workspace_id, t.seen, t.job_id, t.output_tokens from autotag.tasks t
+      where t.id = any (p_tasks) and t.worker_id = p_worker
     ), uploads as materialized (
-      select j.id, j.traceparent, round(autotag.real_seconds(p_now - j.created_at)::numeric, 3) as waited
+      select j.id, j.traceparent, round(autotag.real_seconds(autotag.now() - j.created_at)::numeric, 3) as waited
       from autotag.jobs j where j.id = any (array(select r.job_id from released r))
     )
-    select json_agg(i order by i.task)
+    select coalesce(json_agg(i order by i.task), '[]')
     from (
-      select r.id as task, r.attempt, u.id as job, u.traceparent, u.waited, r.asset_id, r.output_tokens as cap,
-        d.bucket, d.path, d.url, d.refused
+      select r.id as task, r.attempt, r.workspace_id as workspace, u.id as job, u.traceparent, u.waited, r.asset_id, r.output_tokens as cap,
+        d.bucket, d.path, d.url, d.refused, d.mark
       from released r join uploads u on u.id = r.job_id
       left join autotag.locate(array(select asset_id from released order by id),
         array(select workspace_id from released order by id), array(select seen from released order by id)) d
@@ -3339,7 +3602,7 @@ begin
     from (select n.ready_at from autotag.workspaces n where not n.ready and n.queued > 0 order by n.ready_at limit 1) w
     where w.ready_at < 'infinity'
     union all
-    select min(t.retry_at) from autotag.tasks t where t.retry_at is not null
+    select min(t.retry_at) from autotag.tasks t where t.retry_at < 'infinity'
     union all
     select min(u.seal_at) from autotag.uploads u
   ) as due_times (due));
@@ -3370,7 +3633,7 @@ as $$
 begin
   return p_provider.proven_at is null and exists (
     select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
-    union all select from autotag.tasks t where t.retry_at is not null or t.worker_id is not null
+    union all select from autotag.tasks t where t.retry_at < 'infinity' or t.worker_id is not null
     union all select from autotag.batches b where b.state = 'planned' and b.image_count - b.express_count > 1);
 end $$;
 
@@ -3413,8 +3676,8 @@ end $$;
 
 -- Assigns the candidates that can go now to a worker, in their order: a batch in progress continues, and a planned one starts if
 -- its workspace's window and the provider's queue have room. again: the window of one had no room, so the worker should claim
--- again at once to get those behind it. Called by claim_batches(), which holds the provider row. Locks: windows by workspace,
--- batches by id.
+-- again at once to get those behind it. A batch whose row or window another transaction holds is left out for a second. Called by
+-- claim_batches(), which holds the provider row. Locks: windows by workspace, batches by id (both skip locked).
 create or replace function autotag.take_batches(
   p_worker uuid, p_candidates uuid[], p_provider autotag.provider_limits, p_queue autotag.batch_queue, p_now timestamptz,
   out ids uuid[], out again boolean
@@ -3422,6 +3685,7 @@ create or replace function autotag.take_batches(
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_free uuid[];
   v_batch autotag.batches;
   v_images integer;
   v_tokens bigint;
@@ -3430,16 +3694,11 @@ declare
 begin
   ids := array[]::uuid[];
   again := false;
-  perform from public.workspace_rate_limits l
-  where l.request_type = 'batch' and l.workspace_id in (
-    select b.workspace_id from autotag.batches b where b.id = any (p_candidates))
-  order by l.workspace_id for update;
-  perform from autotag.batches b where b.id = any (p_candidates) order by b.id for update;
-
+  v_free := autotag.lock_candidates(p_candidates, p_now);
   for v_batch in
     select b.* from unnest(p_candidates) with ordinality c (id, i)
     join autotag.batches b on b.id = c.id
-    where b.worker_id is null order by c.i
+    where b.worker_id is null and b.id = any (v_free) order by c.i
   loop
     if v_batch.state = 'planned' then
       v_images := v_batch.image_count - v_batch.express_count;
@@ -3473,6 +3732,38 @@ begin
   end loop;
 end $$;
 
+-- Locks these batches and the windows of those that have yet to be admitted, and returns the batches that can be assigned now. One whose
+-- window is held is left out for a second. Locks: as in take_batches(); the right to insert a window (advisory).
+create or replace function autotag.lock_candidates(p_candidates uuid[], p_now timestamptz) returns uuid[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_workspaces uuid[];
+  v_free uuid[];
+  v_batches uuid[] := array(
+    select b.id from autotag.batches b where b.id = any (p_candidates) order by b.id for no key update skip locked);
+begin
+  v_workspaces := array(
+    select distinct b.workspace_id from autotag.batches b
+    where b.id = any (v_batches) and b.state = 'planned' and b.admitted_at is null);
+  v_free := array(
+    select l.workspace_id from public.workspace_rate_limits l
+    where l.request_type = 'batch' and l.workspace_id = any (v_workspaces)
+    order by l.workspace_id for no key update skip locked);
+  v_free := v_free || array(
+    select w from unnest(v_workspaces) w
+    where w <> all (v_free)
+      and not exists (select from public.workspace_rate_limits l where l.workspace_id = w and l.request_type = 'batch')
+      and pg_try_advisory_xact_lock(autotag.window_key(w, 'batch')));
+  with held as (
+    update autotag.batches b set not_before = p_now + interval '1 s'
+    where b.id = any (v_batches) and b.state = 'planned' and b.admitted_at is null and b.workspace_id <> all (v_free)
+    returning b.id
+  )
+  select array(select unnest(v_batches) except select h.id from held h) into v_batches;
+  return v_batches;
+end $$;
+
 -- When the window of a planned batch's workspace has room for it; null: now; infinity: never with the present limits.
 create or replace function autotag.window_opens_at(p_batch autotag.batches) returns timestamptz
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -3504,7 +3795,7 @@ declare
   v_stale boolean := p_batch.state = 'planned' and coalesce(p_batch.asked_at < p_provider.question_since, false);
 begin
   update autotag.batches b
-  set worker_id = p_worker, attempt = b.attempt + 1,
+  set worker_id = p_worker, claim = (select w.batch_claim from autotag.workers w where w.id = p_worker), attempt = b.attempt + 1,
       admitted_at = p_batch.admitted_at, reserved_tokens = p_batch.reserved_tokens,
       output_tokens = case when b.input_file_id is null or v_stale then p_provider.output_tokens else b.output_tokens end,
       asked_at = case when b.input_file_id is null or v_stale then p_now else b.asked_at end,
@@ -3535,8 +3826,8 @@ as $$
   group by l.max_requests, l.max_units
 $$;
 
--- claim_batches: assigns at most p_slots whole batches to a worker, and the poll of the provider if it is due. p_question: the
--- version of the question that the worker has; null: none.
+-- claim_batches: assigns at most p_slots whole batches to a worker, and the poll of the provider if it is due. p_claim: the number of
+-- the claim, as in claim(); called again with the same number it returns the same batches. p_question: the version of the question that the worker has; null: none.
 --   batches: [{batch, attempt, state, image_count, since, cancelled, openai_batch_id, input_file_id, output_file_id,
 --     error_file_id, keep_files}], in the order to work on them: batches that OpenAI has finished, batches in progress (they hold
 --     queued tokens), the first batch of each upload, the others. If the provider's queue is too short for all of them, the
@@ -3551,9 +3842,9 @@ $$;
 --   look_up: name of the model to check at the provider now (provider_checked), else null.
 --   wait: seconds until the next call; null: wait for a notification.
 -- While the question is not proven, no batch starts: single calls try it first, if necessary with an image of a planned batch
--- (release_probe). Locks: provider, windows by workspace, batches by id.
+-- (release_probe). Locks: provider, windows by workspace, batches by id (both skip locked).
 create or replace function autotag.claim_batches(
-  p_worker uuid, p_slots integer,
+  p_worker uuid, p_slots integer, p_claim integer,
   out batches jsonb, out poll jsonb, out cancel jsonb, out files jsonb, out wait double precision,
   p_question bigint default null, out question jsonb, out look_up text
 )
@@ -3576,6 +3867,13 @@ begin
     wait := 1;  -- its next heartbeat returns false, and it registers again
     return;
   end if;
+  if (select w.batch_claim >= p_claim from autotag.workers w where w.id = p_worker) then
+    batches := autotag.describe_batches(array(
+      select b.id from autotag.batches b where b.worker_id = p_worker and b.claim = p_claim order by b.created_at, b.ordinal));
+    wait := 0;
+    return;
+  end if;
+  update autotag.workers w set batch_claim = p_claim where w.id = p_worker;
   if autotag.asks_another_provider(p_worker, v_provider) then
     wait := autotag.real_seconds(v_settings.account_probe_interval);
     return;
@@ -3665,28 +3963,32 @@ begin
 end $$;
 
 -- Locks a batch and its job, and returns the batch. Refuses a worker that does not hold it (any more) with this attempt, and
--- workers of another login. Locks: job, batch.
+-- workers of another login. Refuses as `busy` if another transaction holds one of the rows (cancel_tagging in a transaction of the
+-- tenant's); the worker calls again later. The caller does not hold the provider row. Locks: job, batch.
 create or replace function autotag.lock_held_batch(p_worker uuid, p_batch uuid, p_attempt integer) returns autotag.batches
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '200ms'
 as $$
 declare
   v_batch autotag.batches;
 begin
   perform from autotag.jobs j
-  where j.id = (select b.job_id from autotag.batches b where b.id = p_batch and b.worker_id = p_worker) for update;
+  where j.id = (select b.job_id from autotag.batches b where b.id = p_batch and b.worker_id = p_worker) for no key update;
   select * into v_batch from autotag.batches b
-  where b.id = p_batch and b.worker_id = p_worker and b.attempt = p_attempt for update;
+  where b.id = p_batch and b.worker_id = p_worker and b.attempt = p_attempt for no key update;
   if not found or not autotag.is_own_worker(p_worker) then
     perform autotag.refuse(409, 'batch_not_held', 'This worker does not hold this batch any more.',
       'Stop working on it: another worker has it, or it was cancelled.', jsonb_build_object('batch', p_batch));
   end if;
   return v_batch;
+exception when lock_not_available then
+  perform autotag.refuse(503, 'busy', 'Another transaction holds this batch.', 'Call again in a moment.',
+    jsonb_build_object('batch', p_batch, 'retry_after', 1));
 end $$;
 
 -- From a planned batch to a batch at OpenAI.
 
 -- One page of a batch's images that still need an answer: the next p_limit (at most 1,000) after task p_after, as
--- [{task, asset_id, bucket, path, url, refused, cap}]. Empty if the worker does not hold the batch.
+-- [{task, asset_id, bucket, path, url, refused, mark, cap}]. Empty if the worker does not hold the batch.
 create or replace function autotag.batch_images(
   p_worker uuid, p_batch uuid, p_attempt integer, p_after bigint, p_limit integer
 ) returns jsonb
@@ -3700,7 +4002,7 @@ as $$
     order by t.id limit greatest(least(p_limit, 1000), 0)
   )
   select coalesce(jsonb_agg(jsonb_build_object('task', p.id, 'asset_id', p.asset_id,
-    'bucket', d.bucket, 'path', d.path, 'url', d.url, 'refused', d.refused, 'cap', p.cap) order by p.id), '[]')
+    'bucket', d.bucket, 'path', d.path, 'url', d.url, 'refused', d.refused, 'mark', d.mark, 'cap', p.cap) order by p.id), '[]')
   from page p
   left join autotag.locate(array(select asset_id from page order by id),
     array(select workspace_id from page order by id), array(select seen from page order by id)) d
@@ -3769,12 +4071,12 @@ begin
   if p_state = 'preparing' then
     -- Errors that an earlier worker recorded while it built the file are void, because the images are prepared again.
     update autotag.tasks t set error_code = null, error = null where t.batch_id = p_batch and t.error_code is not null;
-    perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'preparing');
     perform autotag.broadcast_progress(v_batch.job_id);
   end if;
 end $$;
 
--- OpenAI has created the batch. The worker releases it, and the next poll covers it. Locks: provider, job, batch, tasks.
+-- OpenAI has created the batch. The worker releases it, and the next poll covers it. Then the worker calls show_batch().
+-- Locks: job, batch, provider.
 create or replace function autotag.batch_submitted(
   p_worker uuid, p_batch uuid, p_attempt integer, p_openai_batch_id text, p_status text, p_input_file_id text
 ) returns void
@@ -3784,7 +4086,6 @@ declare
   v_now timestamptz;
   v_batch autotag.batches;
 begin
-  perform autotag.lock_provider();
   v_batch := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
   v_now := autotag.now();
   p_openai_batch_id := autotag.clean_id(p_openai_batch_id);
@@ -3800,9 +4101,8 @@ begin
       missing_polls = 0, running_at = null,
       predicted_seconds = (autotag.predict_batch(b.image_count - b.express_count, v_now, v_now, null, 0, b.id)).p50
   where b.id = p_batch;
-  perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'submitted',
-    (select v_now + make_interval(secs => b.predicted_seconds) from autotag.batches b where b.id = p_batch));
   perform autotag.broadcast_progress(v_batch.job_id, autotag.refresh_eta(v_batch.job_id));
+  perform autotag.lock_provider();
   -- Ends a pause that a batch began, but does not prove the question: only an answer does.
   perform autotag.resume_tagging('batch');
   update autotag.provider_limits p
@@ -3813,6 +4113,32 @@ begin
     else least(p.next_poll_at, v_now + s.batch_poll_interval) end
   from autotag.settings s;
   perform pg_notify('autotag', 'batch');
+end $$;
+
+-- Shows on the host's rows of a batch's images that OpenAI has it (submitted) or works on it (processing), and when they are expected
+-- to be done: at most p_limit images after task p_after. Returns the last task shown; null: there are no more, or the batch is in
+-- another state. A row that is held or that raises is left out. Locks: assets (show).
+create or replace function autotag.show_batch(p_worker uuid, p_batch uuid, p_after bigint, p_limit integer) returns bigint
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches;
+  v_page record;
+  v_stage text;
+begin
+  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
+  select * into v_batch from autotag.batches b where b.id = p_batch and b.state = 'submitted';
+  if not found or not autotag.is_own_worker(p_worker) then
+    return null;
+  end if;
+  select array_agg(t.asset_id) as assets, max(t.id) as last into v_page
+  from (
+    select x.id, x.asset_id from autotag.tasks x where x.batch_id = p_batch and x.id > p_after and x.finished_at is null
+    order by x.id limit greatest(least(p_limit, 10000), 0)) t;
+  v_stage := case when v_batch.running_at is null then 'submitted' else 'processing' end;
+  perform autotag.show(v_batch.workspace_id, v_page.assets, v_stage, autotag.stage_progress(v_stage),
+    (autotag.batch_eta(v_batch, autotag.now())).p50);
+  return v_page.last;
 end $$;
 
 -- Batches that cannot go on: they are retried, planned again, or replaced by single calls.
@@ -3827,47 +4153,71 @@ end $$;
 --   no_batch_api    The routes for files or batches do not exist while single calls work: the provider has no Batch API, and
 --                   claim() turns the planned batches into single calls.
 --   expires_after   The provider refuses this expiry of files: the next one is tried (7 days, 14 days, none).
--- Locks: provider, workspace, job, batch, tasks.
+-- Locks: job, batch, tasks, provider.
 create or replace function autotag.report_batch_failure(p_worker uuid, p_batch uuid, p_attempt integer, p_error jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
-  v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
-  v_batch autotag.batches;
-  v_provider autotag.provider_limits := autotag.lock_provider();
-  v_kept integer := (select b.keep_files from autotag.batches b where b.id = p_batch);
-  v_state text := (select b.state from autotag.batches b where b.id = p_batch);
+  v_batch autotag.batches := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
+  v_proven boolean := (select p.proven_at is not null from autotag.provider_limits p);
 begin
   select * into v_settings from autotag.settings;
-  p_error := autotag.clean_error(p_error, null);
-  if p_error ->> 'code' = 'no_batch_api' and v_state not in ('preparing', 'uploading', 'creating') then
-    p_error := p_error || '{"kind": "transient", "code": "provider_error"}';  -- only a file is missing
-  elsif p_error ->> 'code' = 'no_batch_api' and v_provider.proven_at is not null then
+  p_error := autotag.judge_batch_error(v_batch, autotag.clean_error(p_error, null), v_proven);
+  -- After so many refusals or failures, another try would not succeed either.
+  if p_error ->> 'kind' = 'image'
+    or p_error ->> 'code' = 'request_refused' and v_batch.failures + 1 >= v_settings.max_bad_answers
+    or v_batch.state <> 'harvesting' and v_proven and v_batch.failures + 1 >= 3 * v_settings.max_failures then
+    perform autotag.requeue_batch(v_batch, false, 0, p_error ->> 'code', p_error ->> 'message');
+    perform autotag.end_batch(v_batch, p_error ->> 'message');
+  else
+    perform autotag.delay_batch(v_batch, p_error, v_settings);
+  end if;
+  perform autotag.apply_batch_error(p_worker, v_batch, p_error);
+  perform pg_notify('autotag', 'batch');
+  perform pg_notify('autotag', 'realtime');
+end $$;
+
+-- The error of a batch with the kind that it has in the present situation (report_batch_failure). p_proven: single calls work.
+create or replace function autotag.judge_batch_error(p_batch autotag.batches, p_error jsonb, p_proven boolean) returns jsonb
+language plpgsql immutable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_error ->> 'code' = 'no_batch_api' and p_batch.state not in ('preparing', 'uploading', 'creating') then
+    return p_error || '{"kind": "transient", "code": "provider_error"}';  -- only a file is missing
+  elsif p_error ->> 'code' = 'no_batch_api' and p_proven or p_error ->> 'parameter' = 'expires_after' and p_batch.keep_files is not null then
+    return p_error || '{"kind": "rate_limit"}';
+  elsif not p_proven and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then
+    return p_error || '{"kind": "account"}';
+  end if;
+  return p_error;
+end $$;
+
+-- What the error of a batch says about the provider and the account. p_error: as judge_batch_error() returns it. Comes last in its
+-- transaction. Locks: provider.
+create or replace function autotag.apply_batch_error(p_worker uuid, p_batch autotag.batches, p_error jsonb) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_error ->> 'code' = 'no_batch_api' and p_error ->> 'kind' = 'rate_limit' then
     update autotag.provider_limits set has_batches = false, batches_refused = true, degraded_at = autotag.now();
-    p_error := p_error || '{"kind": "rate_limit"}';
-  elsif p_error ->> 'parameter' = 'expires_after' and v_kept is not null then
+  elsif p_error ->> 'parameter' = 'expires_after' and p_batch.keep_files is not null then
     -- Azure requires at least 14 days; other providers support no expiry. One step, however many batches report the refusal.
-    update autotag.provider_limits p set keep_files = case when v_kept < 1209600 then 1209600 end, degraded_at = autotag.now()
-    where p.keep_files = v_kept;
-    p_error := p_error || '{"kind": "rate_limit"}';
-  elsif p_error ->> 'kind' = 'account'
-    or v_provider.proven_at is null and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then
-    p_error := p_error || '{"kind": "account"}';
+    update autotag.provider_limits p
+    set keep_files = case when p_batch.keep_files < 1209600 then 1209600 end, degraded_at = autotag.now()
+    where p.keep_files = p_batch.keep_files;
+  elsif p_error ->> 'kind' = 'account' then
     perform autotag.pause_tagging(autotag.explain_account(p_error),
       case p_error ->> 'origin' when 'storage' then 'storage' else 'batch' end);
     perform autotag.offer_switch(array[p_worker]);
   end if;
-  perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
-  v_batch := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
-  -- After so many refusals or failures, another try would not succeed either.
-  if p_error ->> 'kind' = 'image'
-    or p_error ->> 'code' = 'request_refused' and v_batch.failures + 1 >= v_settings.max_bad_answers
-    or v_state <> 'harvesting' and v_provider.proven_at is not null and v_batch.failures + 1 >= 3 * v_settings.max_failures then
-    perform autotag.end_batch(v_batch, p_error ->> 'message');
-    perform autotag.requeue_batch(v_batch, false, 0, p_error ->> 'code', p_error ->> 'message');
-    return;
-  end if;
+end $$;
+
+-- Releases a batch after an error, for a later try. The caller holds its row.
+create or replace function autotag.delay_batch(p_batch autotag.batches, p_error jsonb, p_settings autotag.settings) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
   -- If OpenAI does not find the input file after three failures, the file is lost and is built again.
   update autotag.batches b
   set worker_id = null, error = p_error ->> 'message',
@@ -3877,16 +4227,14 @@ begin
       reserved_tokens = case when v_lost.file or p_error ->> 'code' = 'no_batch_api' then 0 else b.reserved_tokens end,
       not_before = autotag.now() + greatest(
         case when b.state = 'creating' and p_error ->> 'code' <> all ('{file_not_there_yet,rate_limited}')
-          then v_settings.batch_create_grace else interval '0' end,
+          then p_settings.batch_create_grace else interval '0' end,
         case when p_error ->> 'kind' = 'account' or p_error ->> 'code' = 'no_batch_api' or p_error ->> 'parameter' is not null
             then interval '0'
           else make_interval(secs => greatest((p_error ->> 'retry_after')::double precision,
-            (0.5 + random() / 2) * least(extract(epoch from v_settings.retry_delay_max),
-              extract(epoch from v_settings.retry_delay) * power(2, least(b.failures, 20))))) end)
-  from (select p_error ->> 'code' = 'file_not_there_yet' and v_batch.state = 'creating' and v_batch.failures >= 3 as file) v_lost
-  where b.id = p_batch;
-  perform pg_notify('autotag', 'batch');
-  perform pg_notify('autotag', 'realtime');
+            (0.5 + random() / 2) * least(extract(epoch from p_settings.retry_delay_max),
+              extract(epoch from p_settings.retry_delay) * power(2, least(b.failures, 20))))) end)
+  from (select p_error ->> 'code' = 'file_not_there_yet' and p_batch.state = 'creating' and p_batch.failures >= 3 as file) v_lost
+  where b.id = p_batch.id;
 end $$;
 
 -- A poll failed as a whole. An account error pauses both lanes if the worker was assigned a poll. The next poll is the retry; it
@@ -3909,7 +4257,7 @@ end $$;
 
 -- Queues one image of a planned batch as a single call, to try a question that is not proven. False: single calls are queued or
 -- in flight that can try it, or no planned batch has a second image. Called by claim(), which holds the provider row.
--- Locks: workspace, job, batch, task.
+-- Locks: job, batch, task (all skip locked).
 create or replace function autotag.release_probe() returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3919,35 +4267,28 @@ declare
 begin
   if exists (
     select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
-    union all select from autotag.tasks t where t.retry_at is not null or t.worker_id is not null) then
+    union all select from autotag.tasks t where t.retry_at < 'infinity' or t.worker_id is not null) then
     return false;
   end if;
-  select * into v_batch from autotag.batches b
+  select b.* into v_batch from autotag.batches b join autotag.jobs j on j.id = b.job_id
   where b.state = 'planned' and b.worker_id is null and b.image_count - b.express_count > 1
-  order by b.created_at, b.ordinal limit 1;
-  if not found then
-    return false;
-  end if;
-  perform autotag.lock_workspace(v_batch.workspace_id);
-  perform from autotag.jobs j where j.id = v_batch.job_id for update;
-  perform from autotag.batches b where b.id = v_batch.id and b.state = 'planned' and b.worker_id is null for update;
+  order by b.created_at, b.ordinal limit 1 for no key update skip locked;
   if not found then
     return false;
   end if;
   select t.id into v_task from autotag.tasks t
-  where t.batch_id = v_batch.id and t.finished_at is null order by t.id limit 1 for update;
+  where t.batch_id = v_batch.id and t.finished_at is null order by t.id limit 1 for update skip locked;
   if not found then
     return false;
   end if;
   update autotag.batches b set express_count = b.express_count + 1 where b.id = v_batch.id;
-  update autotag.tasks t set lane = 'realtime', batch_id = null where t.id = v_task;
-  perform autotag.add_queued(v_batch.workspace_id, v_batch.job_id, 1, v_task);
+  update autotag.tasks t set lane = 'realtime', batch_id = null, retry_at = autotag.now() where t.id = v_task;
   return true;
 end $$;
 
--- The provider has no Batch API: turns the unsubmitted batches of one job into single calls. False: there is no such job. One
--- job per call, for the same reason as in seal_upload(). Called by claim(), which holds the provider row.
--- Locks: workspace, job, batches, tasks by id.
+-- The provider has no Batch API: turns the unsubmitted batches of one job into single calls. False: there is no such job that no
+-- other transaction holds. One job per call. Called by claim(), which holds the provider row.
+-- Locks: job, batches, tasks (all skip locked).
 create or replace function autotag.batches_to_single_calls(p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3959,27 +4300,27 @@ begin
   select j.* into v_job
   from autotag.batches b join autotag.jobs j on j.id = b.job_id
   where b.state in ('planned', 'preparing', 'uploading') and b.worker_id is null
-  order by b.created_at limit 1;
+  order by b.created_at limit 1 for no key update skip locked;
   if not found then
     return false;
   end if;
-  perform autotag.lock_workspace(v_job.workspace_id);
-  perform from autotag.jobs j where j.id = v_job.id for update;
   v_batches := array(
     select b.id from autotag.batches b
     where b.job_id = v_job.id and b.worker_id is null and b.state in ('planned', 'preparing', 'uploading')
-    order by b.id for update);
+    order by b.id for no key update skip locked);
   update autotag.batches b
   set state = 'cancelled', reserved_tokens = 0, finished_at = p_now,
       error = 'The provider has no Batch API.'
   where b.id = any (v_batches);
   v_tasks := array(
-    select t.id from autotag.tasks t where t.batch_id = any (v_batches) and t.finished_at is null order by t.id for update);
+    select t.id from autotag.tasks t where t.batch_id = any (v_batches) and t.finished_at is null
+    order by t.id for update skip locked);
   update autotag.queues q set chunk = s.chunk_size from autotag.settings s where q.job_id = v_job.id;
   update autotag.jobs j
   set strategy = 'realtime-chunked', fallback = 'The AI provider has no Batch API, so these images go as single calls.'
   where j.id = v_job.id;
-  perform autotag.requeue(jsonb_agg(jsonb_build_object('task', t, 'failures', 0))) from unnest(v_tasks) t having count(*) > 0;
+  perform autotag.keep(autotag.requeue(jsonb_agg(jsonb_build_object('task', t, 'failures', 0))), false)
+  from unnest(v_tasks) t having count(*) > 0;
   perform autotag.refresh_eta(v_job.id);
   return true;
 end $$;
@@ -3987,7 +4328,7 @@ end $$;
 -- Retries a batch's images without an answer, in the cheapest way allowed: in new batches if p_by_batch and there are more than
 -- chunk_max_images, else as single calls. p_failures are added to the images without a recorded error (batch_answers() counted
 -- the others). Images that reach max_failures fail with their recorded error, or else with p_code and p_message.
--- The caller holds workspace, job and batch. Locks: tasks by id.
+-- The caller holds job and batch. Locks: tasks by id.
 create or replace function autotag.requeue_batch(
   p_batch autotag.batches, p_by_batch boolean, p_failures integer, p_code text, p_message text
 ) returns void
@@ -4012,17 +4353,17 @@ begin
     )
     select coalesce(array_agg(a.id order by a.id), '{}') into v_again from again a;
   end if;
-  perform autotag.requeue(jsonb_agg(jsonb_build_object(
+  perform autotag.keep(autotag.requeue(jsonb_agg(jsonb_build_object(
     'task', t.id, 'failures', case when t.error_code is null then p_failures else 0 end,
-    'code', coalesce(t.error_code, p_code), 'message', coalesce(t.error, p_message))))
+    'code', coalesce(t.error_code, p_code), 'message', coalesce(t.error, p_message)))), false)
   from autotag.tasks t where t.id = any (v_tasks) and t.id <> all (v_again) having count(*) > 0;
   perform autotag.place_in_batches(v_job, v_again);
   perform pg_notify('autotag', 'realtime');
 end $$;
 
 -- 429s persist: puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait. False: there is
--- no such upload. One upload per call, for the same reason as in seal_upload(). Called by claim(), which holds the provider row.
--- Locks: workspace, job, tasks by id.
+-- no such upload that no other transaction holds. One upload per call. Called by claim(), which holds the provider row.
+-- Locks: job, tasks by id (both skip locked).
 create or replace function autotag.single_calls_to_batch(p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4034,20 +4375,16 @@ begin
   from autotag.queues q join autotag.jobs j on j.id = q.job_id
   where q.queued > 0 and j.cancelled_at is null
     and j.created_at <= p_now - (select s.realtime_max_wait from autotag.settings s)
-  order by j.created_at limit 1;
+  order by j.created_at limit 1 for no key update of j skip locked;
   if not found then
     return false;
   end if;
-  perform autotag.lock_workspace(v_job.workspace_id);
-  perform from autotag.jobs j where j.id = v_job.id for update;
-  with waiting as (
+  v_tasks := array(
     select t.id from autotag.tasks t
     where t.job_id = v_job.id and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null
-      and t.finished_at is null order by t.id for update
-  )
-  select coalesce(array_agg(w.id order by w.id), '{}') into v_tasks from waiting w;
-  update autotag.workspaces w set queued = w.queued - q.queued
-  from autotag.queues q where q.job_id = v_job.id and w.workspace_id = v_job.workspace_id;
+      and t.finished_at is null order by t.id for update skip locked);
+  update autotag.workspaces w set queued = greatest(0, w.queued - q.queued)
+  from autotag.queues q where q.job_id = v_job.id and q.joined and w.workspace_id = v_job.workspace_id;
   update autotag.queues q set queued = 0 where q.job_id = v_job.id;
   perform autotag.place_in_batches(v_job, v_tasks);
   update autotag.jobs j
@@ -4179,9 +4516,10 @@ end $$;
 --   gone in several polls in a row     it ends, and its images are retried
 --   no progress for too long           it is cancelled, if the limits let its images go as single calls
 -- Ignores workers without an assigned poll, batches that are not in flight, and invalid elements. Writes only rows that change.
--- A worker reports many batches in several calls, because a call holds the locks of their uploads.
--- Locks: provider (if it pauses or resumes tagging), workspaces by id, jobs by id, batches by id, tasks by id.
-create or replace function autotag.record_poll(p_worker uuid, p_polled jsonb) returns void
+-- A batch that another transaction holds is left to the next poll, so a worker reports many batches in several calls. Returns the
+-- batches for which the worker calls show_batch() next.
+-- Locks: jobs by id, batches by id (both skip locked), tasks by id, provider (if it pauses or resumes tagging).
+create or replace function autotag.record_poll(p_worker uuid, p_polled jsonb) returns uuid[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -4189,30 +4527,35 @@ declare
   v_look timestamptz := autotag.is_poll_assigned(p_worker);
   v_proven boolean := (select p.proven_at is not null from autotag.provider_limits p);  -- single calls work
   v_polls autotag.batch_poll[];
-  v_jobs uuid[];
+  v_free uuid[];
+  v_changed uuid[];
+  v_error text;                -- a batch failed with an account error
   v_job uuid;
 begin
   perform autotag.check_list(p_polled);
   if v_look is null then
-    return;
+    return '{}';
   end if;
   v_polls := autotag.clean_poll(p_polled);
-  perform autotag.judge_poll(v_polls);
-  perform from autotag.workspaces w where w.workspace_id in (
-    select b.workspace_id from autotag.batches b
-    join unnest(v_polls) s on s.id = b.openai_batch_id and s.status = 'gone')
-  order by w.workspace_id for update;
-  perform from autotag.jobs j where j.id in (
-    select b.job_id from autotag.batches b
-    join unnest(v_polls) s on s.id = b.openai_batch_id where b.state = 'submitted')
-  order by j.id for update;
-  perform from autotag.batches b
-  where b.openai_batch_id in (select s.id from unnest(v_polls) s) order by b.id for update;
-  v_jobs := autotag.apply_poll(v_polls, v_look, v_proven, v_now);
+  v_free := array(
+    select j.id from autotag.jobs j where j.id in (
+      select b.job_id from autotag.batches b
+      join unnest(v_polls) s on s.id = b.openai_batch_id where b.state = 'submitted')
+    order by j.id for no key update skip locked);
+  v_free := array(
+    select b.id from autotag.batches b
+    where b.openai_batch_id in (select s.id from unnest(v_polls) s) and b.job_id = any (v_free)
+    order by b.id for no key update skip locked);
+  v_error := (
+    select s.error from unnest(v_polls) s join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
+    where b.id = any (v_free) and s.status = 'failed' and s.error_kind = 'account' limit 1);
+  v_changed := autotag.apply_poll(v_polls, v_free, v_look, v_proven, v_now);
   -- Once per upload, even if several of its batches have changed.
-  for v_job in select distinct j from unnest(v_jobs) j order by j loop
+  for v_job in select distinct b.job_id from autotag.batches b where b.id = any (v_changed) order by 1 loop
     perform autotag.broadcast_progress(v_job, autotag.refresh_eta(v_job));
   end loop;
+  perform autotag.judge_poll(v_error);
+  return array(select b.id from autotag.batches b where b.id = any (v_changed) and b.state = 'submitted' and b.running_at = v_now);
 end $$;
 
 -- Validates a worker's poll and clamps its numbers. Drops elements without a valid batch id or status.
@@ -4233,29 +4576,24 @@ begin
 end $$;
 
 -- Applies a poll to the account: a poll that works ends the pause that a failed poll began, and a batch that failed with an
--- account error (no credit) pauses tagging, as a single call would. Locks: provider, in both cases.
-create or replace function autotag.judge_poll(p_polled autotag.batch_poll[]) returns void
+-- account error (p_error: no credit) pauses tagging, as a single call would. Locks: provider, in both cases.
+create or replace function autotag.judge_poll(p_error text) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_error text;
 begin
   if exists (select from autotag.provider_limits p where p.account_error_from = 'poll') then
     perform autotag.resume_tagging('poll');
     perform pg_notify('autotag', 'realtime');
   end if;
-  select s.error into v_error from unnest(p_polled) s
-  join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
-  where s.status = 'failed' and s.error_kind = 'account' limit 1;
-  if found then
-    perform autotag.pause_tagging(v_error, 'batch');
+  if p_error is not null then
+    perform autotag.pause_tagging(p_error, 'batch');
   end if;
 end $$;
 
--- Applies a poll to each batch in flight, and returns the jobs of the batches that have changed. p_look: when the worker was
--- assigned this poll; p_proven: single calls work. The caller holds workspaces, jobs and batches.
+-- Applies a poll to each of p_batches that is in flight, and returns the batches that have changed. p_look: when the worker was
+-- assigned this poll; p_proven: single calls work. The caller holds the batches and their jobs.
 create or replace function autotag.apply_poll(
-  p_polled autotag.batch_poll[], p_look timestamptz, p_proven boolean, p_now timestamptz
+  p_polled autotag.batch_poll[], p_batches uuid[], p_look timestamptz, p_proven boolean, p_now timestamptz
 ) returns uuid[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4263,13 +4601,13 @@ declare
   v_settings autotag.settings;
   v_poll autotag.batch_poll;
   v_batch autotag.batches;
-  v_jobs uuid[] := array[]::uuid[];
+  v_changed uuid[] := array[]::uuid[];
 begin
   select * into v_settings from autotag.settings;
   for v_poll in
     select s.* from unnest(p_polled) s
     join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
-    order by b.id
+    where b.id = any (p_batches) order by b.id
   loop
     select * into v_batch from autotag.batches b where b.openai_batch_id = v_poll.id and b.state = 'submitted';
     if v_poll.status = 'gone' then
@@ -4284,7 +4622,7 @@ begin
       where b.id = v_batch.id;
     elsif v_batch.openai_status is distinct from v_poll.status or v_batch.request_done < v_poll.done or v_batch.missing_polls > 0 then
       perform autotag.move_batch(v_batch, v_poll, p_now);
-      v_jobs := array_append(v_jobs, v_batch.job_id);
+      v_changed := array_append(v_changed, v_batch.id);
     elsif not v_batch.cancel_requested and v_poll.status in ('validating', 'in_progress', 'finalizing')
       and (v_batch.progress_at <= p_now - v_settings.batch_stuck_after
         or v_batch.submitted_at <= p_now - v_settings.batch_give_up_after)
@@ -4297,11 +4635,11 @@ begin
       where j.id = v_batch.job_id;
     end if;
   end loop;
-  return v_jobs;
+  return v_changed;
 end $$;
 
 -- Counts a poll that did not find the batch at OpenAI. After batch_max_missing_polls in a row the batch ends, and its images are
--- retried. p_look: as in apply_poll(). The caller holds workspace, job and batch.
+-- retried. p_look: as in apply_poll(). The caller holds job and batch.
 create or replace function autotag.count_missing_poll(p_batch autotag.batches, p_look timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4311,20 +4649,18 @@ begin
   end if;
   update autotag.batches b set missing_polls = b.missing_polls + 1, last_missing_poll_at = p_look where b.id = p_batch.id;
   if p_batch.missing_polls + 1 >= (select s.batch_max_missing_polls from autotag.settings s) then
-    perform autotag.end_batch(p_batch, 'OpenAI does not know this batch (any more, or with this key).');
     perform autotag.requeue_batch(p_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
+    perform autotag.end_batch(p_batch, 'OpenAI does not know this batch (any more, or with this key).');
   end if;
 end $$;
 
--- Updates a batch whose status or count of answers has changed, and its images if users can see a difference. A batch that has
--- ended waits to be harvested. The caller holds job and batch. Locks: tasks by id.
+-- Updates a batch whose status or count of answers has changed. One that has ended waits to be harvested. The caller holds job and
+-- batch.
 create or replace function autotag.move_batch(p_before autotag.batches, p_polled autotag.batch_poll, p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_batch autotag.batches;
-  v_progress integer;
-  v_eta timestamptz;
 begin
   update autotag.batches b
   set openai_status = p_polled.status, request_total = greatest(b.request_total, p_polled.total),
@@ -4332,37 +4668,35 @@ begin
       running_at = coalesce(b.running_at, case when p_polled.status = 'in_progress' then p_now end),
       output_file_id = p_polled.output_file_id, error_file_id = p_polled.error_file_id, error = p_polled.error
   where b.id = p_before.id returning * into v_batch;
-  v_progress := autotag.batch_progress(v_batch.request_done, v_batch.request_total);
   if p_polled.status in ('completed', 'failed', 'expired', 'cancelled') then
     update autotag.batches b set state = 'ended', ended_at = p_now, reserved_tokens = 0 where b.id = v_batch.id;
     if p_polled.status = 'completed' then
       perform autotag.record_duration(v_batch, p_now);
     end if;
-    perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'completing');
     perform pg_notify('autotag', 'batch');
-  elsif p_polled.status in ('in_progress', 'finalizing', 'cancelling')
-    and (p_before.openai_status is distinct from p_polled.status
-      or autotag.batch_progress(p_before.request_done, p_before.request_total) < v_progress) then
-    v_eta := (autotag.batch_eta(v_batch, p_now)).p50;
-    if p_before.running_at is null then
-      perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'processing', v_eta);
-    end if;
-    perform autotag.show_batch_progress(v_batch.id, v_progress, v_eta);
   end if;
 end $$;
 
 -- Harvesting a batch that has ended: its answers are stored, and its images without an answer are retried.
 
--- Ends a batch with any outcome, and broadcasts batch-complete if OpenAI had it. Only this function does, so it is sent once.
--- Images without an answer are left to requeue_batch(). p_error: null keeps the row's. The caller holds the batch and its job.
+-- Ends a batch with any outcome, and broadcasts batch-complete if OpenAI had it and no outcome waits for the host (announce_stored()
+-- does it after the last one). Images without an answer are left to requeue_batch(). p_error: null keeps the row's. The caller
+-- holds the batch and its job.
 create or replace function autotag.end_batch(p_batch autotag.batches, p_error text) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   update autotag.batches b
-  set state = 'done', worker_id = null, stored = true, finished_at = autotag.now(), reserved_tokens = 0,
-      error = coalesce(p_error, b.error)
+  set state = 'done', worker_id = null, finished_at = autotag.now(), reserved_tokens = 0, error = coalesce(p_error, b.error)
   where b.id = p_batch.id;
+  perform autotag.announce_stored(array[p_batch.id]);
+end $$;
+
+-- Broadcasts that all answers of a batch are stored. Only announce_stored() calls it, once per batch.
+create or replace function autotag.broadcast_stored(p_batch autotag.batches) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
   if p_batch.openai_batch_id is not null then
     perform autotag.broadcast('batch-updates', 'batch-complete',
       jsonb_build_object('batch_id', p_batch.openai_batch_id), false);
@@ -4407,35 +4741,37 @@ begin
   perform pg_notify('autotag', 'batch');
 end $$;
 
--- Stores answers of a batch, and errors of images that could not become lines of its file: [{task, result | error, usage}].
+-- Stores answers of a batch, and errors of images that could not become lines of its file: [{task, result | error, usage, mark}].
 -- Ignores tasks that are not in this batch any more or have their answer, so a second harvest changes nothing. An error that
 -- allows a retry is only recorded on its task, once, with its failure; batch_finish() retries these images, because only then
--- their number is known. Returns {accepted, notices: [{event, notice}]}: how many tasks ended, and sentences for the log.
--- Locks: provider (first if an error concerns every image; else last, and only if it is free), workspace, job, batch, tasks.
-create or replace function autotag.batch_answers(p_worker uuid, p_batch uuid, p_attempt integer, p_answers jsonb) returns jsonb
+-- their number is known. p_keep: as in settle(). Returns {accepted, notices: [{event, notice}]}: how many tasks ended, and
+-- sentences for the log.
+-- Locks: job, batch, usage, tasks, assets (finish), provider (skip locked).
+create or replace function autotag.batch_answers(
+  p_worker uuid, p_batch uuid, p_attempt integer, p_answers jsonb, p_keep boolean default false
+) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
 as $$
 declare
-  v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
   v_batch autotag.batches;
-  v_general boolean;           -- an error concerns every image: of kind account, or a refused parameter
+  v_report autotag.provider_reports;
+  v_judged record;
   v_answers autotag.answer[];
   v_again autotag.answer[];    -- of these, the errors that allow a retry
   v_notices jsonb;
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   perform autotag.check_list(p_answers);
-  v_general := jsonb_path_exists(p_answers, '$[*].error ? (@.kind == "account" || @.parameter != null)');
-  if v_general then
-    perform autotag.lock_provider();
-  end if;
-  perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
   v_batch := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
   v_answers := autotag.read_batch_answers(v_batch, p_answers);
-  if v_general then
-    v_answers := autotag.reclassify_errors(v_answers, v_batch.asked_at);
-    perform autotag.record_outcomes(v_answers, v_batch.asked_at);
+  v_report := autotag.summarize_calls(p_worker, '{}', null);
+  v_report.asked_at := v_batch.asked_at;
+  if exists (select from unnest(v_answers) a where a.error is not null) then
+    v_judged := autotag.reclassify_errors(v_answers, v_batch.asked_at);
+    v_answers := v_judged.answers;
+    v_report.form_changed := v_judged.form_changed;
   end if;
+  v_report.answers := v_answers;
   perform autotag.add_usage(v_answers, true, null, v_batch.asked_at);
 
   if exists (select from unnest(v_answers) a where a.error is not null) then
@@ -4443,14 +4779,8 @@ begin
     v_again := autotag.leave_to_finish(v_answers);
     v_answers := array(select a from unnest(v_answers) a where a.task <> all (array(select g.task from unnest(v_again) g)));
   end if;
-  v_notices := autotag.apply_answers(v_answers);
-  if not v_general then
-    perform from autotag.provider_limits for update skip locked;
-    if found then
-      perform autotag.record_outcomes(v_answers || v_again, v_batch.asked_at);
-    end if;
-  end if;
-  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices);
+  v_notices := autotag.apply_answers(v_batch.workspace_id, v_answers, not p_keep);
+  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices || autotag.report_provider(v_report));
 end $$;
 
 -- Validates answers and returns those for images of this batch that still need one, at most one per image.
@@ -4463,14 +4793,15 @@ begin
   return array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
       x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, v_max_allowed.input, greatest(coalesce(4 * x.output_tokens + 4000, 100000), v_max_allowed.uncapped)),
-      true)::autotag.answer
+      true, x.mark)::autotag.answer
     from (
       select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
         greatest(t.min_output_tokens, p_batch.output_tokens) as output_tokens,
-        autotag.clean_result(a.result) as result, a.error, a.usage
+        autotag.clean_result(a.result) as result, a.error, a.usage, a.mark
       from (
         select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
-          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage, i
+          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage, i,
+          case when e ->> 'mark' ~ '^[0-9a-f-]{36}$' then (e ->> 'mark')::uuid end as mark
         from jsonb_array_elements(p_answers) with ordinality u (e, i)) a
       -- where an error is recorded already, only a result is accepted: another error must not count twice
       join autotag.tasks t on t.id = a.task and t.batch_id = p_batch.id and t.finished_at is null
@@ -4498,20 +4829,17 @@ begin
   return v_again;
 end $$;
 
--- All answers of the batch are stored: ends it, and retries the images without an answer (those of a cancelled job fail).
--- Locks: workspace, job, batch, tasks.
+-- All answers of the batch are stored or kept: ends it, and retries the images without an answer (those of a cancelled job fail).
+-- Locks: job, batch, tasks.
 create or replace function autotag.batch_finish(p_worker uuid, p_batch uuid, p_attempt integer) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
-  v_batch autotag.batches;
+  v_batch autotag.batches := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
 begin
-  perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
-  v_batch := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
-  perform autotag.end_batch(v_batch, null);
   perform autotag.requeue_batch(v_batch, v_batch.openai_status is distinct from 'failed', 1,
     'no_answer', 'OpenAI gave no answer for this image.');
+  perform autotag.end_batch(v_batch, null);
 end $$;
 
 -- Validation of workers' reports, before any other function reads them.
@@ -4652,47 +4980,42 @@ begin
     'model', nullif(autotag.printable(v_model, 100), ''), 'tier', nullif(autotag.printable(v_tier, 20), ''));
 end $$;
 
--- A worker reports the stages of its single calls: [{task, attempt, stage}], stages between `queued` and `completed`. Ignores
--- tasks that the worker does not hold (any more), and workers of another login. p_sent: {sent, sent_age (seconds)}, as in
--- record_sent(). Locks: provider, jobs (for the broadcast), tasks by id.
-create or replace function autotag.report_stages(p_worker uuid, p_stages jsonb, p_sent jsonb default null) returns void
+-- A worker reports the stages of its single calls of one workspace: [{task, attempt, stage}], stages between `queued` and
+-- `completed`. Ignores tasks that the worker does not hold (any more), and workers of another login. Only `processing` is written to
+-- the host's row, because each write fires the host's triggers, webhooks and Postgres Changes; the others show in tagging_job().
+-- p_sent: {sent, sent_age (seconds)}, as in record_sent(). Returns sentences for the operator's log, as settle() does.
+-- Locks: tasks by id (skip locked), jobs (skip locked), assets (show), provider (skip locked).
+create or replace function autotag.report_stages(p_worker uuid, p_workspace_id uuid, p_stages jsonb, p_sent jsonb default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
-  v_held record;
-  v_stage text;
-  v_job uuid;
+  v_moved record;
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   perform autotag.check_list(p_stages);
   if not autotag.is_own_worker(p_worker) then
-    return;
+    return '[]';
   end if;
-  if p_sent is not null then
-    perform autotag.record_sent(p_worker, autotag.clean_number(p_sent, 'sent', 0, 100000)::integer,
-      coalesce(autotag.clean_number(p_sent, 'sent_age', 0, 3600), 0));
-  end if;
-  select coalesce(array_agg(t.id), '{}') as tasks, array_agg(t.attempt) as attempts, array_agg(r.stage) as stages,
-    array_agg(distinct t.job_id) as jobs
-  into v_held
-  from (
+  with reported as (
     select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
       case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end as attempt,
       e ->> 'stage' as stage
-    from jsonb_array_elements(p_stages) e) r
-  join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = p_worker
-  where r.stage in ('preparing', 'submitted', 'processing', 'completing');
-  perform from autotag.jobs j where j.id = any (v_held.jobs) order by j.id for update;
-  perform from autotag.tasks t where t.id = any (v_held.tasks) order by t.id for update;
-  for v_stage in select u.stage from unnest(v_held.stages) u (stage) group by 1 order by autotag.stage_rank(u.stage) loop
-    perform autotag.advance(array(
-      select t.id from unnest(v_held.tasks, v_held.attempts, v_held.stages) r (task, attempt, stage)
-      join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = p_worker
-      where r.stage = v_stage), v_stage);
-  end loop;
-  for v_job in select u.job from unnest(v_held.jobs) u (job) order by 1 loop
-    perform autotag.broadcast_progress(v_job);
-  end loop;
+    from jsonb_array_elements(p_stages) e
+  ), held as (
+    select t.id, r.stage from reported r
+    join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = p_worker and t.workspace_id = p_workspace_id
+    where r.stage in ('preparing', 'submitted', 'processing', 'completing')
+      and autotag.stage_rank(t.stage) < autotag.stage_rank(r.stage)
+    order by t.id for update of t skip locked
+  ), moved as (
+    update autotag.tasks t set stage = h.stage from held h where t.id = h.id returning t.asset_id, t.job_id, t.stage
+  )
+  select array_agg(m.asset_id) filter (where m.stage = 'processing') as assets, array_agg(distinct m.job_id) as jobs
+  into v_moved from moved m;
+  perform autotag.show(p_workspace_id, v_moved.assets, 'processing', autotag.stage_progress('processing'), null);
+  perform autotag.broadcast_progress(j.id)
+  from (select l.id from autotag.jobs l where l.id = any (v_moved.jobs) order by l.id for no key update skip locked) j;
+  return case when p_sent is null then '[]' else autotag.report_provider(autotag.summarize_calls(p_worker, '{}', p_sent)) end;
 end $$;
 
 -- The outcome of an image after its call: tags, a failure, or a retry.
@@ -4700,120 +5023,69 @@ end $$;
 -- A plan that was cached while the tasks table was empty would scan all of it when it is full. So queries that join it are
 -- planned each time: by `execute` in functions that every report passes, by `plan_cache_mode` in the others.
 
--- Fails tasks. p_codes[i] and p_messages[i] (a sentence for the user) belong to p_tasks[i]. The caller holds the locks of jobs
--- and tasks, and counts the tasks with count_finished().
-create or replace function autotag.fail_tasks(p_tasks bigint[], p_codes text[], p_messages text[]) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
-as $$
-declare
-  v_failed record;
-begin
-  with failed as (
-    update autotag.tasks t
-    set stage = 'failed', error_code = f.code, error = f.message, finished_at = autotag.now(),
-        worker_id = null, retry_at = null
-    from unnest(p_tasks, p_codes, p_messages) f (id, code, message)
-    where t.id = f.id and t.finished_at is null
-    returning t.asset_id, t.workspace_id, t.error
-  )
-  select array_agg(f.asset_id) as assets, array_agg(f.workspace_id) as workspaces, array_agg(f.error) as errors
-  into v_failed from failed f;
-  perform autotag.show_stage(v_failed.assets, v_failed.workspaces, 'failed', 0, null, v_failed.errors);
-end $$;
-
--- Requeues tasks as single calls. Fails those that reach max_failures or whose job was cancelled.
+-- Requeues tasks as single calls: the next claim puts them into their queues, when their delay is over. Returns those that do not
+-- go on, because they reach max_failures or their job was cancelled; the caller fails them (finish, keep).
 -- p_tries: [{task, failures (to add), delay (seconds; absent: none), code, message, output_tokens (lowest cap of the next answer;
 -- absent: unchanged), suspect (its error paused tagging: the code is recorded, and the second such error counts as a failure)}].
--- The caller holds the locks of workspaces, jobs and tasks.
-create or replace function autotag.requeue(p_tries jsonb) returns void
+-- Locks: tasks.
+create or replace function autotag.requeue(p_tries jsonb) returns autotag.finished[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_max integer := (select s.max_failures from autotag.settings s);
   v_now timestamptz := autotag.now();
-  v_end record;
-  v_queue record;
+  v_ended autotag.finished[];
 begin
-  select coalesce(array_agg(t.id), '{}') as ids,
-         array_agg(case when j.cancelled_at is null then r.code else 'cancelled' end) as codes,
-         array_agg(case when j.cancelled_at is null then r.message else 'Tagging was cancelled.' end) as messages
-  into v_end
+  select coalesce(array_agg(row(t.id, t.job_id, t.asset_id, null,
+      case when j.cancelled_at is null then r.code else 'cancelled' end,
+      case when j.cancelled_at is null then r.message else 'Tagging was cancelled.' end, null)::autotag.finished order by t.id), '{}')
+  into v_ended
   from jsonb_to_recordset(p_tries) r (task bigint, failures integer, code text, message text)
   join autotag.tasks t on t.id = r.task and t.finished_at is null
   join autotag.jobs j on j.id = t.job_id
   where j.cancelled_at is not null or t.failures + r.failures >= v_max;
-  perform autotag.fail_tasks(v_end.ids, v_end.codes, v_end.messages);
-  perform autotag.count_finished(t.job_id, 0, count(*)::integer)
-  from autotag.tasks t where t.id = any (v_end.ids) group by t.job_id order by t.job_id;
-
-  for v_queue in
-    with back as (
-      update autotag.tasks t
-      set lane = 'realtime', worker_id = null, batch_id = null,
-          failures = t.failures + r.failures,
-          min_output_tokens = coalesce(r.output_tokens, t.min_output_tokens),
-          error_code = case when r.suspect then r.code else t.error_code end,
-          retry_at = v_now + make_interval(secs => r.delay)
-      from jsonb_to_recordset(p_tries)
-        r (task bigint, failures integer, delay double precision, output_tokens integer, suspect boolean, code text)
-      where t.id = r.task and t.finished_at is null
-      returning t.workspace_id, t.job_id, t.id, t.retry_at, t.min_output_tokens
-    )
-    select b.workspace_id, b.job_id, (count(*) filter (where b.retry_at is null))::integer as tasks,
-      min(b.id) filter (where b.retry_at is null) as first_task, max(b.min_output_tokens) as output_tokens
-    from back b group by b.workspace_id, b.job_id order by 1, 2
-  loop
-    update autotag.queues q set output_tokens = greatest(q.output_tokens, v_queue.output_tokens)
-    where q.job_id = v_queue.job_id and v_queue.output_tokens is not null;
-    perform autotag.add_queued(v_queue.workspace_id, v_queue.job_id, v_queue.tasks, v_queue.first_task);
-  end loop;
+  update autotag.tasks t
+  set lane = 'realtime', worker_id = null, claim = null, batch_id = null,
+      failures = t.failures + r.failures,
+      min_output_tokens = coalesce(r.output_tokens, t.min_output_tokens),
+      error_code = case when r.suspect then r.code else t.error_code end,
+      retry_at = v_now + make_interval(secs => coalesce(r.delay, 0))
+  from jsonb_to_recordset(p_tries)
+    r (task bigint, failures integer, delay double precision, output_tokens integer, suspect boolean, code text)
+  where t.id = r.task and t.finished_at is null and t.id <> all (array(select e.task from unnest(v_ended) e));
+  return v_ended;
 end $$;
 
--- Applies answers to their tasks: stores tags, fails or requeues images with an error, and counts both. Each task has at most one
+-- Applies answers to the tasks of one workspace: stores tags, fails or requeues images with an error. Each task has at most one
 -- answer: a result, or an error (clean_error) whose kind decides (error_kinds). An error of kind image fails its image, unless
 -- `retry` says that another answer may help. Such retries end after max_bad_answers, because every answer is billed. After an
--- answer that was cut off, the retry has four times the cap, up to max_cap(). Returns sentences for the operator's log:
--- [{event, notice}]. The caller has locked the tasks' jobs, and their workspaces where an error may requeue.
-create or replace function autotag.apply_answers(p_answers autotag.answer[]) returns jsonb
+-- answer that was cut off, the retry has four times the cap, up to max_cap(). p_marks[i]: the mark of the picture of p_answers[i].
+-- p_store: false: only keeps what has ended, for store_waiting(). Returns sentences for the operator's log: [{event, notice}].
+create or replace function autotag.apply_answers(p_workspace_id uuid, p_answers autotag.answer[], p_store boolean) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
-  v_notices jsonb;
-begin
-  perform autotag.store_results(p_answers);
-  if not exists (select from unnest(p_answers) a where a.error is not null) then
-    return '[]'::jsonb;
-  end if;
-  select * into v_settings from autotag.settings;
-  v_notices := autotag.end_failed(p_answers);
-  perform autotag.try_again(p_answers, v_settings);
-  return v_notices;
-end $$;
-
--- Stores the tags of answers without an error, deletes their tasks and counts them. The caller: as in apply_answers.
-create or replace function autotag.store_results(p_answers autotag.answer[]) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_done record;
+  v_ended autotag.finished[];
+  v_failed record;
+  v_notices jsonb := '[]';
 begin
   -- `execute` plans it each time, as in read_reports().
   execute $q$
-    with completed as (
-      delete from autotag.tasks t using unnest($1) a
-      where t.id = a.task and a.error is null and t.finished_at is null
-      returning t.asset_id, t.workspace_id, a.result, t.job_id
-    )
-    select coalesce(array_agg(c.asset_id), '{}') as assets, array_agg(c.workspace_id) as workspaces,
-      array_agg(c.result) as results, array_agg(c.job_id) as jobs
-    from completed c $q$
-  into v_done using p_answers;
-  if cardinality(v_done.assets) > 0 then
-    perform autotag.store_tags(v_done.assets, v_done.workspaces, v_done.results);
-    perform autotag.count_finished(j.id, count(*)::integer, 0)
-    from unnest(v_done.jobs) j (id) group by j.id order by j.id;
+    select array(select row(t.id, t.job_id, t.asset_id, a.result, null, null, a.mark)::autotag.finished
+      from unnest($1) a join autotag.tasks t on t.id = a.task where a.error is null order by t.id) $q$
+  into v_ended using p_answers;
+  if exists (select from unnest(p_answers) a where a.error is not null) then
+    select * into v_settings from autotag.settings;
+    v_failed := autotag.end_failed(p_answers);
+    v_notices := v_failed.notices;
+    v_ended := v_ended || v_failed.items || autotag.try_again(p_answers, v_settings);
   end if;
+  if p_store then
+    return v_notices || autotag.finish(p_workspace_id, v_ended, true);
+  end if;
+  perform autotag.keep(v_ended, false);
+  return v_notices;
 end $$;
 
 -- Whether no retry can fix an error of an image that has failed p_failures times.
@@ -4828,33 +5100,24 @@ begin
         else p_failures + 1 >= (select s.max_bad_answers from autotag.settings s) end);
 end $$;
 
--- Fails images whose error no retry can fix, and counts them. Returns sentences for the operator's log. The caller: as in
--- apply_answers.
-create or replace function autotag.end_failed(p_answers autotag.answer[]) returns jsonb
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+-- The images whose error no retry can fix, for finish(), and sentences about them for the operator's log.
+create or replace function autotag.end_failed(p_answers autotag.answer[], out items autotag.finished[], out notices jsonb)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_failed record;
 begin
-  select coalesce(array_agg(t.id), '{}') as tasks, array_agg(a.error ->> 'code') as codes,
-         array_agg(a.error ->> 'message') as messages,
+  select coalesce(array_agg(row(t.id, t.job_id, t.asset_id, null, a.error ->> 'code', a.error ->> 'message', null)::autotag.finished
+           order by t.id), '{}'),
          coalesce(jsonb_agg(jsonb_build_object('event', 'answer_cut_off', 'notice', format(
              'The answer for image %s was cut off at %s tokens, the most that settings.max_output_tokens allows within the limits.',
-             t.asset_id, a.output_tokens))) filter (where a.error ->> 'code' = 'answer_too_long'), '[]') as notices
-  into v_failed
+             t.asset_id, a.output_tokens))) filter (where a.error ->> 'code' = 'answer_too_long'), '[]')
+  into items, notices
   from unnest(p_answers) a
   join autotag.tasks t on t.id = a.task
   where a.error is not null and autotag.is_final(a, t.failures);
-  if cardinality(v_failed.tasks) > 0 then
-    perform autotag.fail_tasks(v_failed.tasks, v_failed.codes, v_failed.messages);
-    perform autotag.count_finished(t.job_id, 0, count(*)::integer)
-    from autotag.tasks t where t.id = any (v_failed.tasks) group by t.job_id order by t.job_id;
-  end if;
-  return v_failed.notices;
 end $$;
 
--- Requeues the other images with an error, each after the delay of its kind. The caller: as in apply_answers.
-create or replace function autotag.try_again(p_answers autotag.answer[], p_settings autotag.settings) returns void
+-- Requeues the other images with an error, each after the delay of its kind. Returns those that do not go on (requeue).
+create or replace function autotag.try_again(p_answers autotag.answer[], p_settings autotag.settings) returns autotag.finished[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -4873,11 +5136,12 @@ begin
   from unnest(p_answers) a
   join autotag.tasks t on t.id = a.task
   join autotag.error_kinds k on k.kind = a.error ->> 'kind'
-  where a.error is not null and t.finished_at is null;
-  if v_tries is not null then
-    perform autotag.requeue(v_tries);
-    perform pg_notify('autotag', 'realtime');
+  where a.error is not null and t.finished_at is null and not autotag.is_final(a, t.failures);
+  if v_tries is null then
+    return '{}';
   end if;
+  perform pg_notify('autotag', 'realtime');
+  return autotag.requeue(v_tries);
 end $$;
 
 -- The highest cap that an answer of a workspace may have: max_output_tokens, or less if less fits into its window and into the
@@ -4908,19 +5172,21 @@ end $$;
 --     configuration is probably wrong.
 --   * A second account error of one image, although others have succeeded meanwhile: it counts as a failure of the image, so that
 --     one image cannot pause tagging forever.
--- p_asked_at: when a batch's file was built; null: single calls, which have their own times. Locks: the provider row (which the
--- caller holds), the model's row without waiting.
-create or replace function autotag.reclassify_errors(p_answers autotag.answer[], p_asked_at timestamptz default null) returns autotag.answer[]
+-- form_changed: the model's row got another form, which the caller reports (report_provider).
+-- p_asked_at: when a batch's file was built; null: single calls, which have their own times. Locks: the model's row without waiting.
+create or replace function autotag.reclassify_errors(
+  p_answers autotag.answer[], p_asked_at timestamptz default null, out answers autotag.answer[], out form_changed boolean
+)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits;
-  v_answers autotag.answer[] := array[]::autotag.answer[];
   v_answer autotag.answer;
   v_asked_at timestamptz;
   v_settled text[] := array[]::text[];    -- parameters whose next form this call has set
   v_suspects text[] := (select k.suspects from autotag.error_kinds k where k.kind = 'account');
 begin
+  answers := array[]::autotag.answer[];
   select * into v_provider from autotag.provider_limits;
   foreach v_answer in array p_answers loop
     if v_answer.error is not null and (v_answer.error ->> 'kind' <> 'image'
@@ -4947,19 +5213,15 @@ begin
       -- A model whose answers cannot be read would fail every image, so it pauses tagging, and this image counts a failure.
       v_answer.error := v_answer.error || '{"kind": "account", "counts": true, "message": "The model''s answers cannot be read."}';
     end if;
-    v_answers := v_answers || v_answer;
+    answers := answers || v_answer;
   end loop;
-  if cardinality(v_settled) > 0 then
-    -- The new form is a new question, so answers to the old form prove nothing about it. It is tried at once.
-    perform autotag.sync_question(v_provider);
-    update autotag.provider_limits p set probe_at = null where p.proven_at is null;
-  end if;
-  return v_answers;
+  form_changed := cardinality(v_settled) > 0;
 end $$;
 
 -- Applies answers to the account and the estimates: an account error pauses tagging, a usable answer resumes it, and the usage of
--- answers to the present question is learned. p_asked_at: as in reclassify_errors(). The caller holds the provider row.
-create or replace function autotag.record_outcomes(p_answers autotag.answer[], p_asked_at timestamptz default null) returns void
+-- answers to the present question is learned. p_worker: whose answers they are. p_asked_at: as in reclassify_errors(). The caller
+-- holds the provider row.
+create or replace function autotag.record_outcomes(p_worker uuid, p_answers autotag.answer[], p_asked_at timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -4992,16 +5254,12 @@ begin
   limit 1;
   if found then
     perform autotag.pause_tagging(autotag.explain_account(v_error), coalesce(v_error ->> 'origin', 'provider'));
-    perform autotag.offer_switch(array(
-      select t.worker_id from unnest(p_answers) a join autotag.tasks t on t.id = a.task where a.error ->> 'kind' = 'account'));
+    perform autotag.offer_switch(array[p_worker]);
   elsif v_works and (v_provider.account_error is not null or v_provider.proven_at is null) then
     perform autotag.resume_tagging();
     -- The address and key of a worker that succeeded become the present ones.
     perform autotag.switch_provider(w.base_url, w.fingerprint)
-    from autotag.workers w
-    where w.fingerprint is not null and w.id = (
-      select t.worker_id from unnest(p_answers) a join autotag.tasks t on t.id = a.task
-      where a.error is null and t.worker_id is not null limit 1);
+    from autotag.workers w where w.fingerprint is not null and w.id = p_worker and p_asked_at is null;
     perform pg_notify('autotag', 'realtime');
     perform pg_notify('autotag', 'batch');
   elsif v_provider.proven_at is null and exists (
@@ -5026,61 +5284,59 @@ end $$;
 
 -- Single calls: a worker reports their outcomes in bulk.
 
--- settle: a worker reports the outcomes of its single calls.
--- p_reports: [{task, attempt, result | error, usage: {input, cached, cache_write, output, reasoning, model, tier}, called}].
+-- settle: a worker reports the outcomes of its single calls of one workspace.
+-- p_reports: [{task, attempt, result | error, usage: {input, cached, cache_write, output, reasoning, model, tier}, called, mark}].
 --   usage: given whenever the provider answered, even if the answer was unusable. called: false if the call was not sent.
+--   mark: of the picture that the model saw, as describe_tasks() gave it.
 -- p_observed: the newest limits from response headers (update_provider_limits), and {sent, sent_age} (record_sent).
+-- p_keep: the host's rows are slow (an earlier call was cancelled for it): keep the outcomes for store_waiting() instead.
 -- Ignores reports for tasks that the worker does not hold (any more), with an older attempt, or from another login.
--- Returns {accepted, notices: [{event, notice}]}: the number of accepted reports, and sentences for the log.
--- Locks: provider, workspaces (only where there are errors), windows, jobs, tasks; each by id.
-create or replace function autotag.settle(p_worker uuid, p_reports jsonb, p_observed jsonb default null) returns jsonb
+-- Returns {accepted, busy, notices: [{event, notice}]}: the number of accepted reports, and sentences for the log. busy: another
+-- call of this worker for this workspace is still running; nothing was done, so call again.
+--
+-- Only this transaction writes the host's rows of these images, and it writes those of one workspace. So it holds nothing that
+-- other workspaces need, until the end: report_provider() takes the provider row if it is free.
+-- Locks: the worker's workspace (advisory), usage, window (skip locked), tasks, jobs, assets (finish), provider (skip locked).
+create or replace function autotag.settle(
+  p_worker uuid, p_workspace_id uuid, p_reports jsonb, p_observed jsonb default null, p_keep boolean default false
+) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
 as $$
 declare
   v_answers autotag.answer[];
-  v_failed boolean;            -- whether any of them is an error
-  v_changed text;              -- a sentence if the provider's limits have changed
+  v_report autotag.provider_reports;
+  v_judged record;
+  v_notices jsonb;
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   perform autotag.check_list(p_reports);
   if not autotag.is_own_worker(p_worker) then
-    return jsonb_build_object('accepted', 0, 'notices', '[]'::jsonb);
+    return jsonb_build_object('accepted', 0, 'busy', false, 'notices', '[]'::jsonb);
   end if;
-  perform from autotag.provider_limits for update;
-  v_answers := autotag.read_reports(p_worker, p_reports);
-  v_failed := exists (select from unnest(v_answers) a where a.error is not null);
-  if v_failed then
-    v_answers := autotag.reclassify_errors(v_answers);
+  -- The worker calls again after a broken connection, while the first call may still run.
+  if not pg_try_advisory_xact_lock(hashtextextended('autotag.settle ' || p_worker || p_workspace_id, 0)) then
+    return jsonb_build_object('accepted', 0, 'busy', true, 'notices', '[]'::jsonb);
   end if;
-
-  v_changed := autotag.correct_bucket(p_worker, v_answers, p_observed);
-  perform autotag.record_outcomes(v_answers);
-
-  if v_failed then
-    perform from autotag.workspaces w
-    where w.workspace_id in (select a.workspace_id from unnest(v_answers) a where a.error is not null)
-    order by w.workspace_id for update;
+  v_answers := autotag.read_reports(p_worker, p_workspace_id, p_reports);
+  v_report := autotag.summarize_calls(p_worker, v_answers, p_observed);
+  if exists (select from unnest(v_answers) a where a.error is not null) then
+    v_judged := autotag.reclassify_errors(v_answers);
+    v_answers := v_judged.answers;
+    v_report.form_changed := v_judged.form_changed;
   end if;
-
-  perform autotag.correct_windows(v_answers);
-  perform from autotag.jobs j
-  where j.id = any (array(select a.job_id from unnest(v_answers) a)) order by j.id for update;
-  -- While the jobs are locked, no other transaction changes their tasks. Drop reports for tasks that the worker has lost.
-  execute $q$ select array(
-    select a from unnest($1) a join autotag.tasks t on t.id = a.task and t.attempt = a.attempt and t.worker_id = $2) $q$
-  into v_answers using v_answers, p_worker;
-
+  v_report.answers := v_answers;
   perform autotag.add_usage(v_answers, false);
-  if v_failed then
+  v_report.windows := autotag.correct_windows(autotag.window_corrections(v_answers));
+  if exists (select from unnest(v_answers) a where a.error is not null) then
     v_answers := autotag.judge_retries(v_answers);
   end if;
-  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', case when v_changed is null then '[]'::jsonb
-    else jsonb_build_array(jsonb_build_object('event', 'provider_limits_changed', 'notice', v_changed)) end
-    || autotag.apply_answers(v_answers));
+  v_notices := autotag.apply_answers(p_workspace_id, v_answers, not p_keep);
+  return jsonb_build_object('accepted', cardinality(v_answers), 'busy', false,
+    'notices', v_notices || autotag.report_provider(v_report));
 end $$;
 
--- Validates reports and returns those for tasks that the worker holds, at most one per task.
-create or replace function autotag.read_reports(p_worker uuid, p_reports jsonb) returns autotag.answer[]
+-- Validates reports and returns those for tasks of the workspace that the worker holds, at most one per task.
+create or replace function autotag.read_reports(p_worker uuid, p_workspace_id uuid, p_reports jsonb) returns autotag.answer[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -5089,32 +5345,37 @@ declare
 begin
   execute $q$ select array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, $3, greatest(coalesce(4 * x.output_tokens + 4000, 100000), $4)), x.called)::autotag.answer
+      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, $3, greatest(coalesce(4 * x.output_tokens + 4000, 100000), $4)), x.called, x.mark)::autotag.answer
     from (
       select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
-        autotag.clean_result(r.result) as result, r.error, r.usage, r.called
+        autotag.clean_result(r.result) as result, r.error, r.usage, r.called, r.mark
       from (
         select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
           case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end as attempt,
           e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage,
-          e -> 'called' is distinct from 'false' as called
+          e -> 'called' is distinct from 'false' as called,
+          case when e ->> 'mark' ~ '^[0-9a-f-]{36}$' then (e ->> 'mark')::uuid end as mark
         from jsonb_array_elements($1) e) r
-      join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = $2
+      join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = $2 and t.workspace_id = $5
       order by t.id) x) $q$
-  into v_answers using p_reports, p_worker, v_max_allowed.input, v_max_allowed.uncapped;
+  into v_answers using p_reports, p_worker, v_max_allowed.input, v_max_allowed.uncapped, p_workspace_id;
   return v_answers;
 end $$;
 
--- Corrects the mirror of the provider's bucket by the usage of these calls and by their response headers (p_observed, as in
--- settle). Returns a sentence for the log if the provider's limits have changed, else null. The caller holds the provider row.
-create or replace function autotag.correct_bucket(p_worker uuid, p_answers autotag.answer[], p_observed jsonb) returns text
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+-- What these calls have to say about the provider: the reservations that they did not use, and p_observed (as in settle).
+create or replace function autotag.summarize_calls(p_worker uuid, p_answers autotag.answer[], p_observed jsonb) returns autotag.provider_reports
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_refund record;
+  v_report autotag.provider_reports;
 begin
+  v_report.worker_id := p_worker;
+  v_report.at := autotag.now();
+  v_report.observed := p_observed;
+  v_report.form_changed := false;
+  v_report.windows := '[]';
   -- Refund the over-reservation: everything if no call was made or it got a 429, otherwise all but the prompt and the cap.
-  select coalesce(sum(u.requests), 0)::integer as requests, coalesce(sum(u.tokens), 0)::bigint as tokens into v_refund
+  select coalesce(sum(u.requests), 0)::integer, coalesce(sum(u.tokens), 0)::bigint into v_report.requests, v_report.tokens
   from unnest(p_answers) a
   cross join lateral (
     select case when not a.called or a.error ->> 'code' = 'rate_limited' then 1 else 0 end as requests,
@@ -5122,42 +5383,397 @@ begin
         when a.usage is not null then a.reserved_tokens - (a.usage -> 'input')::integer - a.output_tokens
         else 0 end as tokens) u
   where a.reserved_tokens is not null;
-  if p_observed ? 'sent' then
-    perform autotag.record_sent(p_worker, autotag.clean_number(p_observed, 'sent', 0, 100000)::integer,
-      coalesce(autotag.clean_number(p_observed, 'sent_age', 0, 3600), 0));
-  end if;
-  -- The refund comes first: after it, the headers may still lower the mirror.
-  if v_refund.requests <> 0 or v_refund.tokens <> 0 then
-    perform autotag.refund_provider(v_refund.requests, v_refund.tokens);
-  end if;
-  if p_observed is not null then
-    return autotag.update_provider_limits(p_observed);
-  end if;
-  return null;
+  return v_report;
 end $$;
 
--- Corrects the windows of these answers' workspaces by the usage of their calls. Locks: windows by workspace.
-create or replace function autotag.correct_windows(p_answers autotag.answer[]) returns void
+-- Corrections of the windows of these answers' workspaces by the usage of their calls, as correct_windows() takes them.
+create or replace function autotag.window_corrections(p_answers autotag.answer[]) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  -- A call that was not sent counts no request and no tokens; one that the provider refused or failed counts no tokens. If the
+  -- usage is unknown because the connection broke before the answer, the reservation stays.
+  return coalesce((
+    select jsonb_agg(w) from (
+      select a.workspace_id, a.reserved_at,
+        -count(*) filter (where not a.called)::integer as requests,
+        least(sum(case when a.usage is not null
+              then (a.usage -> 'input')::integer + (a.usage -> 'output')::integer - a.reserved_tokens
+            when a.error ->> 'code' = 'provider_unreachable' then 0
+            else -a.reserved_tokens end), 1000000000)::integer as units
+      from unnest(p_answers) a
+      where a.reserved_at is not null
+      group by a.workspace_id, a.reserved_at order by a.workspace_id, a.reserved_at) w), '[]');
+end $$;
+
+-- Corrects windows of single calls: [{workspace_id, reserved_at, requests, units}]. Returns the corrections of windows that another
+-- transaction holds. Locks: windows by workspace (skip locked).
+create or replace function autotag.correct_windows(p_corrections jsonb) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_window record;
+  v_held jsonb := '[]';
 begin
-  -- A call that was not sent counts no request and no tokens; one that the provider refused or failed counts no tokens. If the
-  -- usage is unknown because the connection broke before the answer, the reservation stays.
   for v_window in
-    select a.workspace_id, a.reserved_at,
-      -count(*) filter (where not a.called)::integer as requests,
-      least(sum(case when a.usage is not null
-            then (a.usage -> 'input')::integer + (a.usage -> 'output')::integer - a.reserved_tokens
-          when a.error ->> 'code' = 'provider_unreachable' then 0
-          else -a.reserved_tokens end), 1000000000)::integer as units
-    from unnest(p_answers) a
-    where a.reserved_at is not null
-    group by a.workspace_id, a.reserved_at order by a.workspace_id, a.reserved_at
+    select c.* from jsonb_to_recordset(p_corrections) c (workspace_id uuid, reserved_at timestamptz, requests integer, units integer)
+    order by c.workspace_id, c.reserved_at
   loop
-    perform autotag.correct_window(
-      v_window.workspace_id, 'realtime', v_window.reserved_at, v_window.requests, v_window.units);
+    perform from public.workspace_rate_limits w
+    where w.workspace_id = v_window.workspace_id and w.request_type = 'realtime' for no key update skip locked;
+    if found then
+      perform autotag.correct_window(v_window.workspace_id, 'realtime', v_window.reserved_at, v_window.requests, v_window.units);
+    elsif exists (
+      select from public.workspace_rate_limits w
+      where w.workspace_id = v_window.workspace_id and w.request_type = 'realtime'
+        and w.admitted_at[cardinality(w.admitted_at)] > autotag.now() - interval '1 min') then
+      v_held := v_held || to_jsonb(v_window);
+    end if;
+  end loop;
+  return v_held;
+end $$;
+
+-- Writing outcomes to the host's rows. The host's triggers, constraints and transactions can refuse or hold up any row, so: the
+-- bulk first; if it raises, halves of it, down to the single row. A row that is held is kept for later (unstored). A row that
+-- raises fails with the code not_stored. So one row costs its own image, and nobody waits.
+
+-- Stores the outcomes of images of one workspace: tags or failures, the counts, progress and broadcasts. Outcomes of tasks that
+-- have ended meanwhile are dropped. p_own: the transaction is autotag's own, so constraints that the host has deferred are checked
+-- here, where an error costs one image. Returns sentences for the operator's log: [{event, notice}].
+-- The caller does not hold the provider row. Locks: tasks, jobs by id, assets; it waits for none longer than lock_timeout.
+create or replace function autotag.finish(p_workspace_id uuid, p_items autotag.finished[], p_own boolean) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
+as $$
+begin
+  if cardinality(p_items) = 0 then
+    return '[]';
+  end if;
+  begin
+    perform autotag.write_outcomes(p_workspace_id, p_items, p_own);
+    return '[]';
+  exception when others or assert_failure then
+    null;
+  end;
+  return (autotag.finish_apart(p_workspace_id, p_items, p_own, 0)).notices;
+end $$;
+
+-- The same for outcomes that cannot be stored together. p_waits: how many of its parts have waited for a lock in vain; after
+-- three, the rest is kept without another try.
+create or replace function autotag.finish_apart(
+  p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_waits integer, out notices jsonb, out waits integer
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_half integer := cardinality(p_items) / 2;
+  v_state text;
+  v_error text;
+  v_part record;
+  v_held uuid[];
+begin
+  notices := '[]';
+  waits := p_waits;
+  if cardinality(p_items) = 0 then
+    return;
+  end if;
+  if waits >= 3 then
+    perform autotag.keep(p_items);
+    return;
+  end if;
+  begin
+    perform autotag.write_outcomes(p_workspace_id, p_items, p_own);
+    return;
+  exception when others or assert_failure then
+    get stacked diagnostics v_state = returned_sqlstate, v_error = message_text;
+  end;
+  if v_state in ('55P03', '40P01', '40001') then   -- lock_not_available, deadlock_detected, serialization_failure
+    waits := waits + 1;
+    if v_half = 0 then
+      perform autotag.keep(p_items);
+      return;
+    end if;
+    -- Keep the images whose rows are held, and try the others at once.
+    v_held := autotag.try_held(p_items);
+    perform autotag.keep(array(select i from unnest(p_items) i where i.asset_id = any (v_held)));
+    p_items := array(select i from unnest(p_items) i where i.asset_id <> all (v_held));
+    v_half := cardinality(p_items) / 2;
+  elsif v_half = 0 and v_state = 'AT001' then   -- raised by judge_unwritten()
+    perform autotag.keep(autotag.requeue(jsonb_build_array(jsonb_build_object('task', p_items[1].task, 'failures', 1,
+      'code', 'picture_replaced', 'message', 'The picture was replaced again and again while it was being tagged.'))), false);
+    perform pg_notify('autotag', 'realtime');
+    return;
+  elsif v_half = 0 then
+    notices := autotag.refuse_row(p_workspace_id, p_items, p_own, v_error);
+    return;
+  end if;
+  v_part := autotag.finish_apart(p_workspace_id, p_items[:v_half], p_own, waits);
+  notices := v_part.notices;
+  v_part := autotag.finish_apart(p_workspace_id, p_items[v_half + 1:], p_own, v_part.waits);
+  notices := notices || v_part.notices;
+  waits := v_part.waits;
+end $$;
+
+-- The images of these whose rows or jobs another transaction holds; all of them if even the table is held.
+create or replace function autotag.try_held(p_items autotag.finished[]) returns uuid[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_jobs uuid[];
+begin
+  v_jobs := array(
+    select j.id from autotag.jobs j where j.id in (select i.job_id from unnest(p_items) i) for no key update skip locked);
+  return autotag.held_assets(array(select i.asset_id from unnest(p_items) i))
+    || array(select i.asset_id from unnest(p_items) i where i.job_id <> all (v_jobs));
+exception when others then
+  return array(select i.asset_id from unnest(p_items) i);
+end $$;
+
+-- The host refuses to store the outcome of one image, with this error: the image fails with the code not_stored, and its row shows
+-- that if the host lets it.
+create or replace function autotag.refuse_row(p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_error text) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_item autotag.finished := p_items[1];
+begin
+  if v_item.result is not null then
+    v_item.result := null;
+    v_item.code := 'not_stored';
+    v_item.message := 'The database refused to store the tags of this image.';
+  end if;
+  begin
+    perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own);
+  exception when others or assert_failure then
+    perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own, false);
+  end;
+  return jsonb_build_array(jsonb_build_object('event', 'not_stored', 'notice',
+    format('The database refused to store the outcome of image %s: %s', v_item.asset_id, autotag.printable(p_error, 500))));
+end $$;
+
+-- Stores these outcomes together, or raises. An image whose row is gone or has moved counts as completed. One whose picture was
+-- replaced is tagged again. p_show: write the host's rows. Outcomes of tasks that have ended meanwhile are dropped.
+create or replace function autotag.write_outcomes(
+  p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_show boolean default true
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tagged autotag.finished[];
+  v_failed autotag.finished[] := array(select i from unnest(p_items) i where i.result is null);
+  v_written uuid[];
+  v_job record;
+begin
+  perform from autotag.jobs j
+  where j.id in (select i.job_id from unnest(p_items) i) order by j.id for no key update;
+  if cardinality(v_failed) < cardinality(p_items) then
+    -- `execute` plans it each time, as in read_reports().
+    execute $q$
+      with ended as (
+        delete from autotag.tasks t using unnest($1) i where t.id = i.task and i.result is not null and t.finished_at is null
+        returning i.*::autotag.finished
+      )
+      select array(select e from ended e) $q$
+    into v_tagged using p_items;
+    if p_show and v_tagged <> '{}' then
+      v_written := autotag.store_tags(array(select i.asset_id from unnest(v_tagged) i), p_workspace_id,
+        array(select i.result from unnest(v_tagged) i), array(select i.mark from unnest(v_tagged) i));
+      if coalesce(cardinality(v_written), 0) < cardinality(v_tagged) then
+        perform autotag.judge_unwritten(p_workspace_id, v_tagged, v_written);
+      end if;
+    end if;
+  end if;
+  if v_failed <> '{}' then
+    v_failed := autotag.fail_tasks(p_workspace_id, v_failed, p_show);
+  end if;
+  if p_own and p_show then
+    set constraints all immediate;
+  end if;
+  for v_job in
+    select i.job_id as id, count(i.result)::integer as completed, count(i.code)::integer as failed
+    from unnest(v_tagged || v_failed) i group by i.job_id order by i.job_id
+  loop
+    perform autotag.count_finished(v_job.id, v_job.completed, v_job.failed);
+  end loop;
+end $$;
+
+-- Looks at tagged images whose rows were not written. Returns if all of them are gone or have moved. Raises AT001 if a picture was
+-- replaced after the model saw it: its task is queued again (finish_apart). Raises if a row is there but did not change: a trigger
+-- of the host has refused it silently.
+create or replace function autotag.judge_unwritten(p_workspace_id uuid, p_items autotag.finished[], p_written uuid[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_row record;
+begin
+  select i.asset_id, i.mark is not null and d.mark is distinct from i.mark as replaced into v_row
+  from unnest(p_items) i
+  join autotag.describe_assets(array(select m.asset_id from unnest(p_items) m where m.asset_id <> all (coalesce(p_written, '{}')))) d
+    on d.asset_id = i.asset_id
+  where d.workspace_id = p_workspace_id limit 1;
+  if v_row.replaced then
+    raise exception 'the picture of image % was replaced', v_row.asset_id using errcode = 'AT001';
+  elsif found then
+    raise exception 'the row of image % did not change', v_row.asset_id using errcode = 'triggered_data_change_violation';
+  end if;
+end $$;
+
+-- Fails tasks and shows that on the host's rows (p_show). Returns those that had not ended. The caller holds their jobs and counts
+-- them.
+create or replace function autotag.fail_tasks(p_workspace_id uuid, p_items autotag.finished[], p_show boolean)
+returns autotag.finished[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_failed autotag.finished[];
+begin
+  with failed as (
+    update autotag.tasks t
+    set stage = 'failed', error_code = i.code, error = i.message, finished_at = autotag.now(),
+        worker_id = null, claim = null, retry_at = null
+    from unnest(p_items) i
+    where t.id = i.task and t.finished_at is null
+    returning i.*::autotag.finished
+  )
+  select array(select f from failed f) into v_failed;
+  delete from autotag.unstored u where u.task_id in (select i.task from unnest(v_failed) i);
+  if p_show and v_failed <> '{}' then
+    perform autotag.show_stage(array(select i.asset_id from unnest(v_failed) i), p_workspace_id, 'failed', 0, null,
+      array(select i.message from unnest(v_failed) i));
+  end if;
+  return v_failed;
+end $$;
+
+-- Outcomes that wait for the host's rows: kept now, stored later.
+
+-- Keeps outcomes for store_waiting(). Their tasks end for workers and queues, and stay live until they are stored. p_tried: their
+-- rows were just tried in vain, so the next try is delayed: by a quarter of a second, twice as long each time, at most a minute.
+-- Locks: tasks (skip locked: another transaction that ends the task wins).
+create or replace function autotag.keep(p_items autotag.finished[], p_tried boolean default true) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_now timestamptz := autotag.now();
+begin
+  if coalesce(cardinality(p_items), 0) = 0 then
+    return;
+  end if;
+  with live as (
+    select t.id, t.workspace_id, t.batch_id, i.result, i.code, i.message, i.mark
+    from autotag.tasks t join unnest(p_items) i on i.task = t.id
+    where t.finished_at is null order by t.id for update of t skip locked
+  ), kept as (
+    insert into autotag.unstored as u (task_id, workspace_id, batch_id, result, error_code, error, mark, tries, next_at, kept_at)
+    select l.id, l.workspace_id, l.batch_id, l.result, l.code, l.message, l.mark, p_tried::integer,
+      v_now + case when p_tried then interval '0.25 s' else interval '0' end, v_now
+    from live l
+    on conflict (task_id) do update
+    set tries = u.tries + 1, result = excluded.result, error_code = excluded.error_code, error = excluded.error,
+        next_at = v_now + least(interval '1 min', interval '0.25 s' * power(2, least(u.tries, 10)))
+    returning u.task_id
+  )
+  update autotag.tasks t set worker_id = null, claim = null, batch_id = null, lane = 'realtime', retry_at = 'infinity'
+  from kept k where t.id = k.task_id and t.retry_at is distinct from 'infinity';
+  perform pg_notify('autotag', 'store');
+end $$;
+
+-- What waits for the host: the workspaces with outcomes that are due, and the seconds until the next are (null: none).
+create or replace function autotag.list_unstored(p_worker uuid, out workspaces uuid[], out wait double precision)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+begin
+  workspaces := '{}';
+  if autotag.is_own_worker(p_worker) then
+    workspaces := array(
+      select u.workspace_id from autotag.unstored u where u.next_at <= v_now group by u.workspace_id order by min(u.next_at) limit 1000);
+    wait := greatest(0, autotag.real_seconds((select min(u.next_at) from autotag.unstored u where u.next_at > v_now) - v_now));
+  end if;
+end $$;
+
+-- Stores at most p_limit outcomes of a workspace that are due. Those whose rows are still held wait longer. Ends the batches whose
+-- last answer is stored. Returns {stored, more (whether others are due), notices: [{event, notice}]}.
+-- Locks: unstored (skip locked), then as in finish(), batches.
+create or replace function autotag.store_waiting(p_worker uuid, p_workspace_id uuid, p_limit integer) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_due bigint[];
+  v_items autotag.finished[];
+  v_batches uuid[];
+  v_notices jsonb;
+begin
+  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
+  if not autotag.is_own_worker(p_worker) then
+    return jsonb_build_object('stored', 0, 'more', false, 'notices', '[]'::jsonb);
+  end if;
+  v_due := array(
+    select u.task_id from autotag.unstored u where u.workspace_id = p_workspace_id and u.next_at <= v_now
+    order by u.next_at, u.task_id limit greatest(least(p_limit, 1000), 0) for update skip locked);
+  select coalesce(array_agg(row(t.id, t.job_id, t.asset_id, u.result, u.error_code, u.error, u.mark)::autotag.finished order by t.id), '{}'),
+    array_agg(distinct u.batch_id) filter (where u.batch_id is not null)
+  into v_items, v_batches
+  from autotag.unstored u join autotag.tasks t on t.id = u.task_id and t.finished_at is null
+  where u.task_id = any (v_due);
+  v_notices := autotag.finish(p_workspace_id, v_items, true);
+  perform autotag.announce_stored(v_batches);
+  return jsonb_build_object('stored', (select count(*) from unnest(v_due) d where not exists (
+      select from autotag.unstored u where u.task_id = d)),
+    'more', exists (select from autotag.unstored u where u.workspace_id = p_workspace_id and u.next_at <= v_now),
+    'notices', v_notices);
+end $$;
+
+-- store_waiting() took too long and was cancelled: the outcomes that it tried wait longer. p_limit: as it was given there. Where it
+-- was one, this image's own row is to blame: after max_failures such timeouts it fails with the code not_stored, and its row is
+-- not touched again. Returns sentences for the operator's log: [{event, notice}]. Locks: unstored (skip locked), then as in finish().
+create or replace function autotag.postpone_stores(p_worker uuid, p_workspace_id uuid, p_limit integer) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_max integer := (select s.max_failures from autotag.settings s);
+  v_row autotag.unstored;
+  v_task autotag.tasks;
+begin
+  if not autotag.is_own_worker(p_worker) then
+    return '[]';
+  end if;
+  for v_row in
+    select u.* from autotag.unstored u where u.workspace_id = p_workspace_id and u.next_at <= v_now
+    order by u.next_at, u.task_id limit greatest(least(p_limit, 1000), 0) for update skip locked
+  loop
+    if p_limit = 1 and v_row.timeouts + 1 >= v_max then
+      select * into v_task from autotag.tasks t where t.id = v_row.task_id;
+      perform autotag.write_outcomes(p_workspace_id, array[row(v_task.id, v_task.job_id, v_task.asset_id, null, 'not_stored',
+        'The database took too long to store the tags of this image.', null)::autotag.finished], true, false);
+      return jsonb_build_array(jsonb_build_object('event', 'not_stored', 'notice', format(
+        'Writing the row of image %s took too long %s times. A trigger on the table is probably slow.', v_task.asset_id, v_max)));
+    end if;
+    update autotag.unstored u
+    set tries = u.tries + 1, timeouts = u.timeouts + (p_limit = 1)::integer,
+        next_at = v_now + case when p_limit = 1 then least(interval '1 min', interval '0.25 s' * power(2, least(u.tries, 10)))
+          else interval '0' end
+    where u.task_id = v_row.task_id;
+  end loop;
+  return '[]';
+end $$;
+
+-- Broadcasts batch-complete for those of these batches that have ended and whose last answer is stored. Locks: batches by id.
+create or replace function autotag.announce_stored(p_batches uuid[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches;
+begin
+  for v_batch in
+    select b.* from autotag.batches b
+    where b.id = any (p_batches) and b.state = 'done' and not b.stored
+      and not exists (select from autotag.unstored u where u.batch_id = b.id)
+    order by b.id for no key update skip locked
+  loop
+    update autotag.batches b set stored = true where b.id = v_batch.id;
+    perform autotag.broadcast_stored(v_batch);
   end loop;
 end $$;
 
@@ -5260,6 +5876,7 @@ end $$;
 
 -- Broadcasts to browsers, sent by the transaction that makes them true, and the right to receive them.
 
+-- Broadcasts a message, or warns: an error of Realtime (a partition is missing) must not undo what the message tells of.
 create or replace function autotag.broadcast(p_topic text, p_event text, p_payload jsonb, p_private boolean) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5272,6 +5889,8 @@ begin
     values (p_topic, p_event, p_payload, p_private, autotag.now());
     perform pg_notify('autotag', 'outbox');
   end if;
+exception when others or assert_failure then
+  raise warning 'autotag could not broadcast %: %', p_event, sqlerrm;
 end $$;
 
 create or replace function autotag.broadcast_to_workspace(p_workspace_id uuid, p_event text, p_payload jsonb) returns void
@@ -5307,7 +5926,8 @@ as $$
 $$;
 
 -- What users see: stage, progress and eta of each image, and the counts of each upload. The adapter's show_stage and store_tags
--- write the rows.
+-- write the rows: queued, one or two stages in between (submitted, processing), and the end. Everything finer goes by broadcast and
+-- tagging_job(), because each write of a row fires the host's triggers, webhooks and Postgres Changes.
 
 -- The order of the seven stages. A pass moves only forward and ends with completed or failed.
 create or replace function autotag.stage_rank(stage text) returns integer
@@ -5326,37 +5946,48 @@ as $$
     when 'processing' then 30 when 'completing' then 90 when 'completed' then 100 end
 $$;
 
--- Moves tasks (locked by the caller) and their images forward to a stage. Tasks that are in that stage or a later one are not
--- changed: an image that is requeued keeps the stage that it showed.
-create or replace function autotag.advance(p_tasks bigint[], p_stage text, p_eta timestamptz default null) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+-- Shows a stage on the host's rows of images of one workspace, where the host lets it: a row that is held or that raises is left
+-- out, because the image's outcome follows. The caller does not hold the provider row. Locks: assets.
+create or replace function autotag.show(
+  p_workspace_id uuid, p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
 declare
-  v_moved record;
+  v_half integer := cardinality(p_asset_ids) / 2;
+  v_held uuid[] := '{}';
 begin
-  with moved as (
-    update autotag.tasks t set stage = p_stage
-    where t.id = any (p_tasks) and t.finished_at is null
-      and autotag.stage_rank(t.stage) < autotag.stage_rank(p_stage)
-    returning t.asset_id, t.workspace_id
-  )
-  select array_agg(m.asset_id) as assets, array_agg(m.workspace_id) as workspaces into v_moved from moved m;
-  perform autotag.show_stage(v_moved.assets, v_moved.workspaces, p_stage, autotag.stage_progress(p_stage), p_eta);
+  if coalesce(cardinality(p_asset_ids), 0) = 0 then
+    return;
+  end if;
+  begin
+    perform autotag.show_stage(p_asset_ids, p_workspace_id, p_stage, p_progress, p_eta);
+    return;
+  exception when lock_not_available or deadlock_detected then
+    begin
+      v_held := autotag.held_assets(p_asset_ids);
+      perform autotag.show_stage(array(select a from unnest(p_asset_ids) a where a <> all (v_held)), p_workspace_id, p_stage, p_progress, p_eta);
+    exception when others or assert_failure then
+      null;
+    end;
+    return;
+  when others or assert_failure then
+    null;
+  end;
+  if v_half > 0 then
+    perform autotag.show(p_workspace_id, p_asset_ids[:v_half], p_stage, p_progress, p_eta);
+    perform autotag.show(p_workspace_id, p_asset_ids[v_half + 1:], p_stage, p_progress, p_eta);
+  end if;
 end $$;
 
--- Progress of a batch's images by OpenAI's count: 30 % (`processing`) to 80 %, in steps of 10 %, because each step writes every
--- row. The caller holds the batch's lock, which keeps its tasks from changing.
-create or replace function autotag.batch_progress(p_done integer, p_total integer) returns integer
+-- The stage of the images of a batch that have no outcome yet.
+create or replace function autotag.batch_stage(p_state text, p_running_at timestamptz) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-  select 30 + 10 * (5 * least(p_done, p_total) / greatest(p_total, 1))
-$$;
-
-create or replace function autotag.show_batch_progress(p_batch uuid, p_progress integer, p_eta timestamptz) returns void
-language sql security definer set search_path = pg_catalog, pg_temp
-as $$
-  select autotag.show_stage(array_agg(t.asset_id), array_agg(t.workspace_id), 'processing', p_progress, p_eta)
-  from autotag.tasks t where t.batch_id = p_batch and t.stage = 'processing'
+  select case when p_state = 'planned' then 'queued'
+    when p_state in ('preparing', 'uploading', 'creating') then 'preparing'
+    when p_state = 'submitted' then case when p_running_at is null then 'submitted' else 'processing' end
+    else 'completing' end
 $$;
 
 -- Progress of a job in percent: finished images count fully, those that OpenAI has done in its batches 90 %.
@@ -5394,7 +6025,6 @@ begin
     perform autotag.broadcast_progress(p_job_id);
     return;
   end if;
-  delete from autotag.queues q where q.job_id = p_job_id;
   perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-complete', jsonb_build_object(
     'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed, 'image_count', v_job.image_count));
 end $$;
@@ -5434,7 +6064,13 @@ begin
   into v_stages
   from unnest(array['queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed']) s (stage)
   left join (
-    select t.stage, count(*) as images from autotag.tasks t where t.job_id = v_job.id group by t.stage) c using (stage);
+    select o.stage, count(*) as images
+    from autotag.tasks t left join autotag.batches b on b.id = t.batch_id
+    cross join lateral (select case when t.finished_at is not null then t.stage
+      when t.retry_at = 'infinity' then 'completing'   -- its outcome waits for the host's row
+      when b.id is not null then autotag.batch_stage(b.state, b.running_at)
+      else t.stage end as stage) o
+    where t.job_id = v_job.id group by o.stage) c using (stage);
   -- the most frequent error
   select t.error into v_error from autotag.tasks t
   where t.job_id = v_job.id and t.stage = 'failed' group by t.error order by count(*) desc, t.error limit 1;
@@ -6266,10 +6902,7 @@ as $$
 declare
   v_now timestamptz := autotag.now();
 begin
-  perform autotag.retry_features(v_now - (select s.model_check_interval from autotag.settings s));
   perform autotag.expire_worker();
-  -- Retry workspaces whose next image exceeds the window's limit: the limit may have been raised.
-  update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at = 'infinity';
   -- Retry batches that wait for the window, if it has room already (a raised limit, a cancelled upload).
   update autotag.batches b set not_before = v_now
   where b.id in (
@@ -6288,6 +6921,14 @@ begin
        where b.state = 'submitted' and greatest(p.next_poll_at, p.ask_after) <= v_now) then
     perform pg_notify('autotag', 'batch');
   end if;
+  -- Two workers that stored the last answers of a batch at the same time did not see each other's.
+  perform autotag.announce_stored(array(select b.id from autotag.batches b where b.state = 'done' and not b.stored));
+  if exists (select from autotag.unstored u where u.next_at <= v_now) then
+    perform pg_notify('autotag', 'store');
+  end if;
+  -- Last, because these lock the provider row.
+  perform autotag.repair_queues();
+  perform autotag.retry_features(v_now - (select s.model_check_interval from autotag.settings s));
   update autotag.clock set ticked_at = v_now;
 end $$;
 
@@ -6311,9 +6952,13 @@ begin
         select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
     end if;
   end loop;
-  delete from public.workspace_rate_limits w
-  where w.max_requests is null and w.max_units is null
-    and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h';
+  delete from public.workspace_rate_limits l
+  using (
+    select w.workspace_id, w.request_type from public.workspace_rate_limits w
+    where w.max_requests is null and w.max_units is null
+      and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h'
+    for update skip locked) old
+  where l.workspace_id = old.workspace_id and l.request_type = old.request_type;
   delete from autotag.workers w where w.lease_until < v_now - interval '1 day';
   delete from autotag.webhooks w where w.received_at < v_now - interval '4 days';  -- OpenAI retries for three days
   delete from autotag.durations d where d.started_at < v_now - interval '90 days';
@@ -6367,10 +7012,11 @@ begin
   end if;
   execute format('select %I.schedule($1, $2, $3)', 'cron')
     using 'autotag-tick', '* * * * *', 'select autotag.tick()';
-  -- pg_cron keeps a row of every run forever, so the daily job also deletes old ones.
+  -- pg_cron keeps a row of every run forever, so the daily job also deletes the old ones of these two jobs.
   execute format('select %I.schedule($1, $2, $3)', 'cron')
     using 'autotag-housekeeping', '17 3 * * *', $run$select autotag.housekeeping();
-      delete from cron.job_run_details where end_time < now() - interval '7 days'$run$;
+      delete from cron.job_run_details where end_time < now() - interval '7 days'
+        and jobid in (select jobid from cron.job where jobname in ('autotag-tick', 'autotag-housekeeping'))$run$;
   return true;
 end $$;
 
@@ -6427,8 +7073,9 @@ grant execute on function public.openai_webhook, autotag.receive_webhook to serv
 -- workers: their reports are validated (results/reports.sql), and they can act only on what they hold
 grant execute on function
   autotag.register_worker, autotag.worker_settings, autotag.heartbeat, autotag.tick_if_due,
-  autotag.release_worker, autotag.release_unacknowledged, autotag.claim, autotag.report_stages, autotag.settle,
-  autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted,
+  autotag.release_worker, autotag.release_lost, autotag.claim, autotag.describe_tasks, autotag.report_stages, autotag.settle,
+  autotag.list_unstored, autotag.store_waiting, autotag.postpone_stores,
+  autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted, autotag.show_batch,
   autotag.report_batch_failure, autotag.report_poll_failure, autotag.files_deleted, autotag.provider_checked, autotag.record_poll, autotag.batch_answers, autotag.batch_finish,
   autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_test_broadcast, autotag.status, autotag.metrics
   to autotag_worker;

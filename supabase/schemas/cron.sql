@@ -5,10 +5,7 @@ as $$
 declare
   v_now timestamptz := autotag.now();
 begin
-  perform autotag.retry_features(v_now - (select s.model_check_interval from autotag.settings s));
   perform autotag.expire_worker();
-  -- Retry workspaces whose next image exceeds the window's limit: the limit may have been raised.
-  update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at = 'infinity';
   -- Retry batches that wait for the window, if it has room already (a raised limit, a cancelled upload).
   update autotag.batches b set not_before = v_now
   where b.id in (
@@ -27,6 +24,14 @@ begin
        where b.state = 'submitted' and greatest(p.next_poll_at, p.ask_after) <= v_now) then
     perform pg_notify('autotag', 'batch');
   end if;
+  -- Two workers that stored the last answers of a batch at the same time did not see each other's.
+  perform autotag.announce_stored(array(select b.id from autotag.batches b where b.state = 'done' and not b.stored));
+  if exists (select from autotag.unstored u where u.next_at <= v_now) then
+    perform pg_notify('autotag', 'store');
+  end if;
+  -- Last, because these lock the provider row.
+  perform autotag.repair_queues();
+  perform autotag.retry_features(v_now - (select s.model_check_interval from autotag.settings s));
   update autotag.clock set ticked_at = v_now;
 end $$;
 
@@ -50,9 +55,13 @@ begin
         select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
     end if;
   end loop;
-  delete from public.workspace_rate_limits w
-  where w.max_requests is null and w.max_units is null
-    and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h';
+  delete from public.workspace_rate_limits l
+  using (
+    select w.workspace_id, w.request_type from public.workspace_rate_limits w
+    where w.max_requests is null and w.max_units is null
+      and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h'
+    for update skip locked) old
+  where l.workspace_id = old.workspace_id and l.request_type = old.request_type;
   delete from autotag.workers w where w.lease_until < v_now - interval '1 day';
   delete from autotag.webhooks w where w.received_at < v_now - interval '4 days';  -- OpenAI retries for three days
   delete from autotag.durations d where d.started_at < v_now - interval '90 days';
@@ -106,10 +115,11 @@ begin
   end if;
   execute format('select %I.schedule($1, $2, $3)', 'cron')
     using 'autotag-tick', '* * * * *', 'select autotag.tick()';
-  -- pg_cron keeps a row of every run forever, so the daily job also deletes old ones.
+  -- pg_cron keeps a row of every run forever, so the daily job also deletes the old ones of these two jobs.
   execute format('select %I.schedule($1, $2, $3)', 'cron')
     using 'autotag-housekeeping', '17 3 * * *', $run$select autotag.housekeeping();
-      delete from cron.job_run_details where end_time < now() - interval '7 days'$run$;
+      delete from cron.job_run_details where end_time < now() - interval '7 days'
+        and jobid in (select jobid from cron.job where jobname in ('autotag-tick', 'autotag-housekeeping'))$run$;
   return true;
 end $$;
 

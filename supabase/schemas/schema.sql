@@ -21,8 +21,14 @@
 --   seed          the first rows of every installation
 --   api, cron, version, grants    the public RPCs, tick and housekeeping, all rights
 --
--- Every function takes locks in one order: provider row, one worker's row, workspaces by id (a workspace's lock also covers its queues), windows
--- by workspace, jobs by id, batches by id, tasks by id, assets.
+-- Locks. A workspace's tables, transactions, triggers and clock belong to its tenant; every tenant needs the provider row. So:
+--   * A transaction that holds the provider row never waits for a lock that a tenant's transaction can hold (skip locked), and never
+--     reads or writes the host's tables. claim() and claim_batches() begin with it; the others take it last.
+--   * The host's rows are written one workspace at a time (finish, show), by transactions that hold nothing else that is shared, and
+--     wait at most 50 ms for a lock. What cannot be written is kept (unstored) and tried again.
+--   * queues and workspaces are written only under the provider row; enqueue_tagging inserts new queues, and takes advisory locks.
+--   * The order within a transaction: advisory locks, one worker's row, jobs by id, batches by id, tasks by id, assets; windows and the
+--     provider row last, or first.
 
 -- Every function sets its search_path to pg_catalog, pg_temp (the adapter's functions have the host's schemas before pg_temp),
 -- and every name outside pg_catalog has its schema.

@@ -14,8 +14,8 @@ as $$
   group by l.max_requests, l.max_units
 $$;
 
--- claim_batches: assigns at most p_slots whole batches to a worker, and the poll of the provider if it is due. p_question: the
--- version of the question that the worker has; null: none.
+-- claim_batches: assigns at most p_slots whole batches to a worker, and the poll of the provider if it is due. p_claim: the number of
+-- the claim, as in claim(); called again with the same number it returns the same batches. p_question: the version of the question that the worker has; null: none.
 --   batches: [{batch, attempt, state, image_count, since, cancelled, openai_batch_id, input_file_id, output_file_id,
 --     error_file_id, keep_files}], in the order to work on them: batches that OpenAI has finished, batches in progress (they hold
 --     queued tokens), the first batch of each upload, the others. If the provider's queue is too short for all of them, the
@@ -30,9 +30,9 @@ $$;
 --   look_up: name of the model to check at the provider now (provider_checked), else null.
 --   wait: seconds until the next call; null: wait for a notification.
 -- While the question is not proven, no batch starts: single calls try it first, if necessary with an image of a planned batch
--- (release_probe). Locks: provider, windows by workspace, batches by id.
+-- (release_probe). Locks: provider, windows by workspace, batches by id (both skip locked).
 create or replace function autotag.claim_batches(
-  p_worker uuid, p_slots integer,
+  p_worker uuid, p_slots integer, p_claim integer,
   out batches jsonb, out poll jsonb, out cancel jsonb, out files jsonb, out wait double precision,
   p_question bigint default null, out question jsonb, out look_up text
 )
@@ -55,6 +55,13 @@ begin
     wait := 1;  -- its next heartbeat returns false, and it registers again
     return;
   end if;
+  if (select w.batch_claim >= p_claim from autotag.workers w where w.id = p_worker) then
+    batches := autotag.describe_batches(array(
+      select b.id from autotag.batches b where b.worker_id = p_worker and b.claim = p_claim order by b.created_at, b.ordinal));
+    wait := 0;
+    return;
+  end if;
+  update autotag.workers w set batch_claim = p_claim where w.id = p_worker;
   if autotag.asks_another_provider(p_worker, v_provider) then
     wait := autotag.real_seconds(v_settings.account_probe_interval);
     return;
@@ -144,20 +151,24 @@ begin
 end $$;
 
 -- Locks a batch and its job, and returns the batch. Refuses a worker that does not hold it (any more) with this attempt, and
--- workers of another login. Locks: job, batch.
+-- workers of another login. Refuses as `busy` if another transaction holds one of the rows (cancel_tagging in a transaction of the
+-- tenant's); the worker calls again later. The caller does not hold the provider row. Locks: job, batch.
 create or replace function autotag.lock_held_batch(p_worker uuid, p_batch uuid, p_attempt integer) returns autotag.batches
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '200ms'
 as $$
 declare
   v_batch autotag.batches;
 begin
   perform from autotag.jobs j
-  where j.id = (select b.job_id from autotag.batches b where b.id = p_batch and b.worker_id = p_worker) for update;
+  where j.id = (select b.job_id from autotag.batches b where b.id = p_batch and b.worker_id = p_worker) for no key update;
   select * into v_batch from autotag.batches b
-  where b.id = p_batch and b.worker_id = p_worker and b.attempt = p_attempt for update;
+  where b.id = p_batch and b.worker_id = p_worker and b.attempt = p_attempt for no key update;
   if not found or not autotag.is_own_worker(p_worker) then
     perform autotag.refuse(409, 'batch_not_held', 'This worker does not hold this batch any more.',
       'Stop working on it: another worker has it, or it was cancelled.', jsonb_build_object('batch', p_batch));
   end if;
   return v_batch;
+exception when lock_not_available then
+  perform autotag.refuse(503, 'busy', 'Another transaction holds this batch.', 'Call again in a moment.',
+    jsonb_build_object('batch', p_batch, 'retry_after', 1));
 end $$;

@@ -1,15 +1,23 @@
 -- Harvesting a batch that has ended: its answers are stored, and its images without an answer are retried.
 
--- Ends a batch with any outcome, and broadcasts batch-complete if OpenAI had it. Only this function does, so it is sent once.
--- Images without an answer are left to requeue_batch(). p_error: null keeps the row's. The caller holds the batch and its job.
+-- Ends a batch with any outcome, and broadcasts batch-complete if OpenAI had it and no outcome waits for the host (announce_stored()
+-- does it after the last one). Images without an answer are left to requeue_batch(). p_error: null keeps the row's. The caller
+-- holds the batch and its job.
 create or replace function autotag.end_batch(p_batch autotag.batches, p_error text) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   update autotag.batches b
-  set state = 'done', worker_id = null, stored = true, finished_at = autotag.now(), reserved_tokens = 0,
-      error = coalesce(p_error, b.error)
+  set state = 'done', worker_id = null, finished_at = autotag.now(), reserved_tokens = 0, error = coalesce(p_error, b.error)
   where b.id = p_batch.id;
+  perform autotag.announce_stored(array[p_batch.id]);
+end $$;
+
+-- Broadcasts that all answers of a batch are stored. Only announce_stored() calls it, once per batch.
+create or replace function autotag.broadcast_stored(p_batch autotag.batches) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
   if p_batch.openai_batch_id is not null then
     perform autotag.broadcast('batch-updates', 'batch-complete',
       jsonb_build_object('batch_id', p_batch.openai_batch_id), false);
@@ -54,35 +62,37 @@ begin
   perform pg_notify('autotag', 'batch');
 end $$;
 
--- Stores answers of a batch, and errors of images that could not become lines of its file: [{task, result | error, usage}].
+-- Stores answers of a batch, and errors of images that could not become lines of its file: [{task, result | error, usage, mark}].
 -- Ignores tasks that are not in this batch any more or have their answer, so a second harvest changes nothing. An error that
 -- allows a retry is only recorded on its task, once, with its failure; batch_finish() retries these images, because only then
--- their number is known. Returns {accepted, notices: [{event, notice}]}: how many tasks ended, and sentences for the log.
--- Locks: provider (first if an error concerns every image; else last, and only if it is free), workspace, job, batch, tasks.
-create or replace function autotag.batch_answers(p_worker uuid, p_batch uuid, p_attempt integer, p_answers jsonb) returns jsonb
+-- their number is known. p_keep: as in settle(). Returns {accepted, notices: [{event, notice}]}: how many tasks ended, and
+-- sentences for the log.
+-- Locks: job, batch, usage, tasks, assets (finish), provider (skip locked).
+create or replace function autotag.batch_answers(
+  p_worker uuid, p_batch uuid, p_attempt integer, p_answers jsonb, p_keep boolean default false
+) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
 as $$
 declare
-  v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
   v_batch autotag.batches;
-  v_general boolean;           -- an error concerns every image: of kind account, or a refused parameter
+  v_report autotag.provider_reports;
+  v_judged record;
   v_answers autotag.answer[];
   v_again autotag.answer[];    -- of these, the errors that allow a retry
   v_notices jsonb;
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   perform autotag.check_list(p_answers);
-  v_general := jsonb_path_exists(p_answers, '$[*].error ? (@.kind == "account" || @.parameter != null)');
-  if v_general then
-    perform autotag.lock_provider();
-  end if;
-  perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
   v_batch := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
   v_answers := autotag.read_batch_answers(v_batch, p_answers);
-  if v_general then
-    v_answers := autotag.reclassify_errors(v_answers, v_batch.asked_at);
-    perform autotag.record_outcomes(v_answers, v_batch.asked_at);
+  v_report := autotag.summarize_calls(p_worker, '{}', null);
+  v_report.asked_at := v_batch.asked_at;
+  if exists (select from unnest(v_answers) a where a.error is not null) then
+    v_judged := autotag.reclassify_errors(v_answers, v_batch.asked_at);
+    v_answers := v_judged.answers;
+    v_report.form_changed := v_judged.form_changed;
   end if;
+  v_report.answers := v_answers;
   perform autotag.add_usage(v_answers, true, null, v_batch.asked_at);
 
   if exists (select from unnest(v_answers) a where a.error is not null) then
@@ -90,14 +100,8 @@ begin
     v_again := autotag.leave_to_finish(v_answers);
     v_answers := array(select a from unnest(v_answers) a where a.task <> all (array(select g.task from unnest(v_again) g)));
   end if;
-  v_notices := autotag.apply_answers(v_answers);
-  if not v_general then
-    perform from autotag.provider_limits for update skip locked;
-    if found then
-      perform autotag.record_outcomes(v_answers || v_again, v_batch.asked_at);
-    end if;
-  end if;
-  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices);
+  v_notices := autotag.apply_answers(v_batch.workspace_id, v_answers, not p_keep);
+  return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices || autotag.report_provider(v_report));
 end $$;
 
 -- Validates answers and returns those for images of this batch that still need one, at most one per image.
@@ -110,14 +114,15 @@ begin
   return array(
     select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
       x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, v_max_allowed.input, greatest(coalesce(4 * x.output_tokens + 4000, 100000), v_max_allowed.uncapped)),
-      true)::autotag.answer
+      true, x.mark)::autotag.answer
     from (
       select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
         greatest(t.min_output_tokens, p_batch.output_tokens) as output_tokens,
-        autotag.clean_result(a.result) as result, a.error, a.usage
+        autotag.clean_result(a.result) as result, a.error, a.usage, a.mark
       from (
         select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
-          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage, i
+          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage, i,
+          case when e ->> 'mark' ~ '^[0-9a-f-]{36}$' then (e ->> 'mark')::uuid end as mark
         from jsonb_array_elements(p_answers) with ordinality u (e, i)) a
       -- where an error is recorded already, only a result is accepted: another error must not count twice
       join autotag.tasks t on t.id = a.task and t.batch_id = p_batch.id and t.finished_at is null
@@ -145,18 +150,15 @@ begin
   return v_again;
 end $$;
 
--- All answers of the batch are stored: ends it, and retries the images without an answer (those of a cancelled job fail).
--- Locks: workspace, job, batch, tasks.
+-- All answers of the batch are stored or kept: ends it, and retries the images without an answer (those of a cancelled job fail).
+-- Locks: job, batch, tasks.
 create or replace function autotag.batch_finish(p_worker uuid, p_batch uuid, p_attempt integer) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_workspace uuid := (select b.workspace_id from autotag.batches b where b.id = p_batch);
-  v_batch autotag.batches;
+  v_batch autotag.batches := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
 begin
-  perform from autotag.workspaces w where w.workspace_id = v_workspace for update;
-  v_batch := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
-  perform autotag.end_batch(v_batch, null);
   perform autotag.requeue_batch(v_batch, v_batch.openai_status is distinct from 'failed', 1,
     'no_answer', 'OpenAI gave no answer for this image.');
+  perform autotag.end_batch(v_batch, null);
 end $$;

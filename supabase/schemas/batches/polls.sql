@@ -7,9 +7,10 @@
 --   gone in several polls in a row     it ends, and its images are retried
 --   no progress for too long           it is cancelled, if the limits let its images go as single calls
 -- Ignores workers without an assigned poll, batches that are not in flight, and invalid elements. Writes only rows that change.
--- A worker reports many batches in several calls, because a call holds the locks of their uploads.
--- Locks: provider (if it pauses or resumes tagging), workspaces by id, jobs by id, batches by id, tasks by id.
-create or replace function autotag.record_poll(p_worker uuid, p_polled jsonb) returns void
+-- A batch that another transaction holds is left to the next poll, so a worker reports many batches in several calls. Returns the
+-- batches for which the worker calls show_batch() next.
+-- Locks: jobs by id, batches by id (both skip locked), tasks by id, provider (if it pauses or resumes tagging).
+create or replace function autotag.record_poll(p_worker uuid, p_polled jsonb) returns uuid[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -17,30 +18,35 @@ declare
   v_look timestamptz := autotag.is_poll_assigned(p_worker);
   v_proven boolean := (select p.proven_at is not null from autotag.provider_limits p);  -- single calls work
   v_polls autotag.batch_poll[];
-  v_jobs uuid[];
+  v_free uuid[];
+  v_changed uuid[];
+  v_error text;                -- a batch failed with an account error
   v_job uuid;
 begin
   perform autotag.check_list(p_polled);
   if v_look is null then
-    return;
+    return '{}';
   end if;
   v_polls := autotag.clean_poll(p_polled);
-  perform autotag.judge_poll(v_polls);
-  perform from autotag.workspaces w where w.workspace_id in (
-    select b.workspace_id from autotag.batches b
-    join unnest(v_polls) s on s.id = b.openai_batch_id and s.status = 'gone')
-  order by w.workspace_id for update;
-  perform from autotag.jobs j where j.id in (
-    select b.job_id from autotag.batches b
-    join unnest(v_polls) s on s.id = b.openai_batch_id where b.state = 'submitted')
-  order by j.id for update;
-  perform from autotag.batches b
-  where b.openai_batch_id in (select s.id from unnest(v_polls) s) order by b.id for update;
-  v_jobs := autotag.apply_poll(v_polls, v_look, v_proven, v_now);
+  v_free := array(
+    select j.id from autotag.jobs j where j.id in (
+      select b.job_id from autotag.batches b
+      join unnest(v_polls) s on s.id = b.openai_batch_id where b.state = 'submitted')
+    order by j.id for no key update skip locked);
+  v_free := array(
+    select b.id from autotag.batches b
+    where b.openai_batch_id in (select s.id from unnest(v_polls) s) and b.job_id = any (v_free)
+    order by b.id for no key update skip locked);
+  v_error := (
+    select s.error from unnest(v_polls) s join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
+    where b.id = any (v_free) and s.status = 'failed' and s.error_kind = 'account' limit 1);
+  v_changed := autotag.apply_poll(v_polls, v_free, v_look, v_proven, v_now);
   -- Once per upload, even if several of its batches have changed.
-  for v_job in select distinct j from unnest(v_jobs) j order by j loop
+  for v_job in select distinct b.job_id from autotag.batches b where b.id = any (v_changed) order by 1 loop
     perform autotag.broadcast_progress(v_job, autotag.refresh_eta(v_job));
   end loop;
+  perform autotag.judge_poll(v_error);
+  return array(select b.id from autotag.batches b where b.id = any (v_changed) and b.state = 'submitted' and b.running_at = v_now);
 end $$;
 
 -- Validates a worker's poll and clamps its numbers. Drops elements without a valid batch id or status.
@@ -61,29 +67,24 @@ begin
 end $$;
 
 -- Applies a poll to the account: a poll that works ends the pause that a failed poll began, and a batch that failed with an
--- account error (no credit) pauses tagging, as a single call would. Locks: provider, in both cases.
-create or replace function autotag.judge_poll(p_polled autotag.batch_poll[]) returns void
+-- account error (p_error: no credit) pauses tagging, as a single call would. Locks: provider, in both cases.
+create or replace function autotag.judge_poll(p_error text) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_error text;
 begin
   if exists (select from autotag.provider_limits p where p.account_error_from = 'poll') then
     perform autotag.resume_tagging('poll');
     perform pg_notify('autotag', 'realtime');
   end if;
-  select s.error into v_error from unnest(p_polled) s
-  join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
-  where s.status = 'failed' and s.error_kind = 'account' limit 1;
-  if found then
-    perform autotag.pause_tagging(v_error, 'batch');
+  if p_error is not null then
+    perform autotag.pause_tagging(p_error, 'batch');
   end if;
 end $$;
 
--- Applies a poll to each batch in flight, and returns the jobs of the batches that have changed. p_look: when the worker was
--- assigned this poll; p_proven: single calls work. The caller holds workspaces, jobs and batches.
+-- Applies a poll to each of p_batches that is in flight, and returns the batches that have changed. p_look: when the worker was
+-- assigned this poll; p_proven: single calls work. The caller holds the batches and their jobs.
 create or replace function autotag.apply_poll(
-  p_polled autotag.batch_poll[], p_look timestamptz, p_proven boolean, p_now timestamptz
+  p_polled autotag.batch_poll[], p_batches uuid[], p_look timestamptz, p_proven boolean, p_now timestamptz
 ) returns uuid[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -91,13 +92,13 @@ declare
   v_settings autotag.settings;
   v_poll autotag.batch_poll;
   v_batch autotag.batches;
-  v_jobs uuid[] := array[]::uuid[];
+  v_changed uuid[] := array[]::uuid[];
 begin
   select * into v_settings from autotag.settings;
   for v_poll in
     select s.* from unnest(p_polled) s
     join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
-    order by b.id
+    where b.id = any (p_batches) order by b.id
   loop
     select * into v_batch from autotag.batches b where b.openai_batch_id = v_poll.id and b.state = 'submitted';
     if v_poll.status = 'gone' then
@@ -112,7 +113,7 @@ begin
       where b.id = v_batch.id;
     elsif v_batch.openai_status is distinct from v_poll.status or v_batch.request_done < v_poll.done or v_batch.missing_polls > 0 then
       perform autotag.move_batch(v_batch, v_poll, p_now);
-      v_jobs := array_append(v_jobs, v_batch.job_id);
+      v_changed := array_append(v_changed, v_batch.id);
     elsif not v_batch.cancel_requested and v_poll.status in ('validating', 'in_progress', 'finalizing')
       and (v_batch.progress_at <= p_now - v_settings.batch_stuck_after
         or v_batch.submitted_at <= p_now - v_settings.batch_give_up_after)
@@ -125,11 +126,11 @@ begin
       where j.id = v_batch.job_id;
     end if;
   end loop;
-  return v_jobs;
+  return v_changed;
 end $$;
 
 -- Counts a poll that did not find the batch at OpenAI. After batch_max_missing_polls in a row the batch ends, and its images are
--- retried. p_look: as in apply_poll(). The caller holds workspace, job and batch.
+-- retried. p_look: as in apply_poll(). The caller holds job and batch.
 create or replace function autotag.count_missing_poll(p_batch autotag.batches, p_look timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -139,20 +140,18 @@ begin
   end if;
   update autotag.batches b set missing_polls = b.missing_polls + 1, last_missing_poll_at = p_look where b.id = p_batch.id;
   if p_batch.missing_polls + 1 >= (select s.batch_max_missing_polls from autotag.settings s) then
-    perform autotag.end_batch(p_batch, 'OpenAI does not know this batch (any more, or with this key).');
     perform autotag.requeue_batch(p_batch, true, 1, 'batch_gone', 'OpenAI lost the batch of this image.');
+    perform autotag.end_batch(p_batch, 'OpenAI does not know this batch (any more, or with this key).');
   end if;
 end $$;
 
--- Updates a batch whose status or count of answers has changed, and its images if users can see a difference. A batch that has
--- ended waits to be harvested. The caller holds job and batch. Locks: tasks by id.
+-- Updates a batch whose status or count of answers has changed. One that has ended waits to be harvested. The caller holds job and
+-- batch.
 create or replace function autotag.move_batch(p_before autotag.batches, p_polled autotag.batch_poll, p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_batch autotag.batches;
-  v_progress integer;
-  v_eta timestamptz;
 begin
   update autotag.batches b
   set openai_status = p_polled.status, request_total = greatest(b.request_total, p_polled.total),
@@ -160,21 +159,11 @@ begin
       running_at = coalesce(b.running_at, case when p_polled.status = 'in_progress' then p_now end),
       output_file_id = p_polled.output_file_id, error_file_id = p_polled.error_file_id, error = p_polled.error
   where b.id = p_before.id returning * into v_batch;
-  v_progress := autotag.batch_progress(v_batch.request_done, v_batch.request_total);
   if p_polled.status in ('completed', 'failed', 'expired', 'cancelled') then
     update autotag.batches b set state = 'ended', ended_at = p_now, reserved_tokens = 0 where b.id = v_batch.id;
     if p_polled.status = 'completed' then
       perform autotag.record_duration(v_batch, p_now);
     end if;
-    perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'completing');
     perform pg_notify('autotag', 'batch');
-  elsif p_polled.status in ('in_progress', 'finalizing', 'cancelling')
-    and (p_before.openai_status is distinct from p_polled.status
-      or autotag.batch_progress(p_before.request_done, p_before.request_total) < v_progress) then
-    v_eta := (autotag.batch_eta(v_batch, p_now)).p50;
-    if p_before.running_at is null then
-      perform autotag.advance(autotag.lock_batch_tasks(v_batch.id), 'processing', v_eta);
-    end if;
-    perform autotag.show_batch_progress(v_batch.id, v_progress, v_eta);
   end if;
 end $$;

@@ -23,7 +23,7 @@ as $$
 begin
   return p_provider.proven_at is null and exists (
     select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
-    union all select from autotag.tasks t where t.retry_at is not null or t.worker_id is not null
+    union all select from autotag.tasks t where t.retry_at < 'infinity' or t.worker_id is not null
     union all select from autotag.batches b where b.state = 'planned' and b.image_count - b.express_count > 1);
 end $$;
 
@@ -66,8 +66,8 @@ end $$;
 
 -- Assigns the candidates that can go now to a worker, in their order: a batch in progress continues, and a planned one starts if
 -- its workspace's window and the provider's queue have room. again: the window of one had no room, so the worker should claim
--- again at once to get those behind it. Called by claim_batches(), which holds the provider row. Locks: windows by workspace,
--- batches by id.
+-- again at once to get those behind it. A batch whose row or window another transaction holds is left out for a second. Called by
+-- claim_batches(), which holds the provider row. Locks: windows by workspace, batches by id (both skip locked).
 create or replace function autotag.take_batches(
   p_worker uuid, p_candidates uuid[], p_provider autotag.provider_limits, p_queue autotag.batch_queue, p_now timestamptz,
   out ids uuid[], out again boolean
@@ -75,6 +75,7 @@ create or replace function autotag.take_batches(
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_free uuid[];
   v_batch autotag.batches;
   v_images integer;
   v_tokens bigint;
@@ -83,16 +84,11 @@ declare
 begin
   ids := array[]::uuid[];
   again := false;
-  perform from public.workspace_rate_limits l
-  where l.request_type = 'batch' and l.workspace_id in (
-    select b.workspace_id from autotag.batches b where b.id = any (p_candidates))
-  order by l.workspace_id for update;
-  perform from autotag.batches b where b.id = any (p_candidates) order by b.id for update;
-
+  v_free := autotag.lock_candidates(p_candidates, p_now);
   for v_batch in
     select b.* from unnest(p_candidates) with ordinality c (id, i)
     join autotag.batches b on b.id = c.id
-    where b.worker_id is null order by c.i
+    where b.worker_id is null and b.id = any (v_free) order by c.i
   loop
     if v_batch.state = 'planned' then
       v_images := v_batch.image_count - v_batch.express_count;
@@ -126,6 +122,38 @@ begin
   end loop;
 end $$;
 
+-- Locks these batches and the windows of those that have yet to be admitted, and returns the batches that can be assigned now. One whose
+-- window is held is left out for a second. Locks: as in take_batches(); the right to insert a window (advisory).
+create or replace function autotag.lock_candidates(p_candidates uuid[], p_now timestamptz) returns uuid[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_workspaces uuid[];
+  v_free uuid[];
+  v_batches uuid[] := array(
+    select b.id from autotag.batches b where b.id = any (p_candidates) order by b.id for no key update skip locked);
+begin
+  v_workspaces := array(
+    select distinct b.workspace_id from autotag.batches b
+    where b.id = any (v_batches) and b.state = 'planned' and b.admitted_at is null);
+  v_free := array(
+    select l.workspace_id from public.workspace_rate_limits l
+    where l.request_type = 'batch' and l.workspace_id = any (v_workspaces)
+    order by l.workspace_id for no key update skip locked);
+  v_free := v_free || array(
+    select w from unnest(v_workspaces) w
+    where w <> all (v_free)
+      and not exists (select from public.workspace_rate_limits l where l.workspace_id = w and l.request_type = 'batch')
+      and pg_try_advisory_xact_lock(autotag.window_key(w, 'batch')));
+  with held as (
+    update autotag.batches b set not_before = p_now + interval '1 s'
+    where b.id = any (v_batches) and b.state = 'planned' and b.admitted_at is null and b.workspace_id <> all (v_free)
+    returning b.id
+  )
+  select array(select unnest(v_batches) except select h.id from held h) into v_batches;
+  return v_batches;
+end $$;
+
 -- When the window of a planned batch's workspace has room for it; null: now; infinity: never with the present limits.
 create or replace function autotag.window_opens_at(p_batch autotag.batches) returns timestamptz
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -157,7 +185,7 @@ declare
   v_stale boolean := p_batch.state = 'planned' and coalesce(p_batch.asked_at < p_provider.question_since, false);
 begin
   update autotag.batches b
-  set worker_id = p_worker, attempt = b.attempt + 1,
+  set worker_id = p_worker, claim = (select w.batch_claim from autotag.workers w where w.id = p_worker), attempt = b.attempt + 1,
       admitted_at = p_batch.admitted_at, reserved_tokens = p_batch.reserved_tokens,
       output_tokens = case when b.input_file_id is null or v_stale then p_provider.output_tokens else b.output_tokens end,
       asked_at = case when b.input_file_id is null or v_stale then p_now else b.asked_at end,

@@ -1,7 +1,7 @@
 -- From a planned batch to a batch at OpenAI.
 
 -- One page of a batch's images that still need an answer: the next p_limit (at most 1,000) after task p_after, as
--- [{task, asset_id, bucket, path, url, refused, cap}]. Empty if the worker does not hold the batch.
+-- [{task, asset_id, bucket, path, url, refused, mark, cap}]. Empty if the worker does not hold the batch.
 create or replace function autotag.batch_images(
   p_worker uuid, p_batch uuid, p_attempt integer, p_after bigint, p_limit integer
 ) returns jsonb
@@ -15,7 +15,7 @@ as $$
     order by t.id limit greatest(least(p_limit, 1000), 0)
   )
   select coalesce(jsonb_agg(jsonb_build_object('task', p.id, 'asset_id', p.asset_id,
-    'bucket', d.bucket, 'path', d.path, 'url', d.url, 'refused', d.refused, 'cap', p.cap) order by p.id), '[]')
+    'bucket', d.bucket, 'path', d.path, 'url', d.url, 'refused', d.refused, 'mark', d.mark, 'cap', p.cap) order by p.id), '[]')
   from page p
   left join autotag.locate(array(select asset_id from page order by id),
     array(select workspace_id from page order by id), array(select seen from page order by id)) d
@@ -84,12 +84,12 @@ begin
   if p_state = 'preparing' then
     -- Errors that an earlier worker recorded while it built the file are void, because the images are prepared again.
     update autotag.tasks t set error_code = null, error = null where t.batch_id = p_batch and t.error_code is not null;
-    perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'preparing');
     perform autotag.broadcast_progress(v_batch.job_id);
   end if;
 end $$;
 
--- OpenAI has created the batch. The worker releases it, and the next poll covers it. Locks: provider, job, batch, tasks.
+-- OpenAI has created the batch. The worker releases it, and the next poll covers it. Then the worker calls show_batch().
+-- Locks: job, batch, provider.
 create or replace function autotag.batch_submitted(
   p_worker uuid, p_batch uuid, p_attempt integer, p_openai_batch_id text, p_status text, p_input_file_id text
 ) returns void
@@ -99,7 +99,6 @@ declare
   v_now timestamptz;
   v_batch autotag.batches;
 begin
-  perform autotag.lock_provider();
   v_batch := autotag.lock_held_batch(p_worker, p_batch, p_attempt);
   v_now := autotag.now();
   p_openai_batch_id := autotag.clean_id(p_openai_batch_id);
@@ -115,9 +114,8 @@ begin
       missing_polls = 0, running_at = null,
       predicted_seconds = (autotag.predict_batch(b.image_count - b.express_count, v_now, v_now, null, 0, b.id)).p50
   where b.id = p_batch;
-  perform autotag.advance(autotag.lock_batch_tasks(p_batch), 'submitted',
-    (select v_now + make_interval(secs => b.predicted_seconds) from autotag.batches b where b.id = p_batch));
   perform autotag.broadcast_progress(v_batch.job_id, autotag.refresh_eta(v_batch.job_id));
+  perform autotag.lock_provider();
   -- Ends a pause that a batch began, but does not prove the question: only an answer does.
   perform autotag.resume_tagging('batch');
   update autotag.provider_limits p
@@ -128,4 +126,30 @@ begin
     else least(p.next_poll_at, v_now + s.batch_poll_interval) end
   from autotag.settings s;
   perform pg_notify('autotag', 'batch');
+end $$;
+
+-- Shows on the host's rows of a batch's images that OpenAI has it (submitted) or works on it (processing), and when they are expected
+-- to be done: at most p_limit images after task p_after. Returns the last task shown; null: there are no more, or the batch is in
+-- another state. A row that is held or that raises is left out. Locks: assets (show).
+create or replace function autotag.show_batch(p_worker uuid, p_batch uuid, p_after bigint, p_limit integer) returns bigint
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches;
+  v_page record;
+  v_stage text;
+begin
+  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
+  select * into v_batch from autotag.batches b where b.id = p_batch and b.state = 'submitted';
+  if not found or not autotag.is_own_worker(p_worker) then
+    return null;
+  end if;
+  select array_agg(t.asset_id) as assets, max(t.id) as last into v_page
+  from (
+    select x.id, x.asset_id from autotag.tasks x where x.batch_id = p_batch and x.id > p_after and x.finished_at is null
+    order by x.id limit greatest(least(p_limit, 10000), 0)) t;
+  v_stage := case when v_batch.running_at is null then 'submitted' else 'processing' end;
+  perform autotag.show(v_batch.workspace_id, v_page.assets, v_stage, autotag.stage_progress(v_stage),
+    (autotag.batch_eta(v_batch, autotag.now())).p50);
+  return v_page.last;
 end $$;

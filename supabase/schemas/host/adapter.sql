@@ -54,16 +54,18 @@ $$;
 -- Workspace and location of images: a Storage bucket and path, or an https URL. Images that do not exist (any more) are missing
 -- from the result. A row that is refused has no location. refused: `foreign_file` (it names a file of another workspace, and the
 -- worker reads Storage with a key that opens every file) or `location_too_long`. The lengths are checked first: octet_length()
--- reads only the header of a value, however large it is, and members can write large values.
+-- reads only the header of a value, however large it is, and members can write large values. mark: of the picture, a hash of its
+-- location.
 create or replace function autotag.describe_assets(p_asset_ids uuid[])
-returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url text, refused text)
+returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url text, refused text, mark uuid)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_seqscan = on
 as $$
 begin
   return query
     select d.id, d.workspace, case when d.refused is null then d.bucket end, case when d.refused is null then d.path end,
-           case when d.refused is null then d.url end, d.refused
+           case when d.refused is null then d.url end, d.refused,
+           case when d.refused is null then md5(coalesce(d.bucket || '/' || d.path, d.url, ''))::uuid end
     from (
       select a.id as id, a.workspace_id as workspace, f.bucket, f.path, f.url,
              case when octet_length(f.url) > 8192 or octet_length(f.path) > 1024 or octet_length(f.bucket) > 100
@@ -189,27 +191,37 @@ as $$
   order by a.id
 $$;
 
--- Stores the tags and everything else about finished images, in one update per row. A row that has moved to another workspace
--- gets nothing, because it may be another image. p_results[i] belongs to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0 to
--- 1}, caption, model}, with normalized tags, the most confident first.
-create or replace function autotag.store_tags(p_asset_ids uuid[], p_workspace_ids uuid[], p_results jsonb[]) returns void
+-- Stores the tags and everything else about finished images of a workspace, in one update per row. Returns the images whose rows
+-- it wrote. A row that has moved to another workspace gets nothing, because it may be another image; nor does one whose picture
+-- is not the one that the model saw. p_results[i] and p_marks[i] belong to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0
+-- to 1}, caption, model}, with normalized tags, the most confident first; and the picture's mark (describe_assets; null: any).
+create or replace function autotag.store_tags(p_asset_ids uuid[], p_workspace_id uuid, p_results jsonb[], p_marks uuid[])
+returns uuid[]
 language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_seqscan = on
 as $$
+declare
+  v_written uuid[];
 begin
-  update public.assets a
-  set tags = array(select jsonb_array_elements_text(r.result -> 'tags')),
-      tagging_result = r.result - 'tags',
-      tagging_stage = 'completed', tagging_progress = 100, tagging_eta = null, tagging_error = null
-  from unnest(p_asset_ids, p_workspace_ids, p_results) as r (asset_id, workspace_id, result)
-  where a.id = r.asset_id and a.workspace_id = r.workspace_id;
+  with written as (
+    update public.assets a
+    set tags = array(select jsonb_array_elements_text(r.result -> 'tags')),
+        tagging_result = r.result - 'tags',
+        tagging_stage = 'completed', tagging_progress = 100, tagging_eta = null, tagging_error = null
+    from unnest(p_asset_ids, p_results, p_marks) as r (asset_id, result, mark)
+    where a.id = r.asset_id and a.workspace_id = p_workspace_id
+      and (r.mark is null or r.mark = md5(coalesce((case when a.storage_path is not null then coalesce(a.storage_bucket, 'assets') end)::text || '/' || (a.storage_path)::text, (a.image_url)::text, ''))::uuid)
+    returning a.id as id
+  )
+  select array_agg(w.id) into v_written from written w;
+  return v_written;
 end $$;
 
--- Writes the stage of images. `queued` begins a new pass and clears what an earlier one left, `failed` ends one; in between
--- progress never decreases, and rows that would not change are not written. A row that has moved to another workspace is not
--- written. p_workspace_ids[i] and p_errors[i] belong to p_asset_ids[i].
+-- Writes the stage of images of a workspace. `queued` begins a new pass and clears what an earlier one left, `failed` ends one; in
+-- between progress never decreases, and rows that would not change are not written. A row that has moved to another workspace is
+-- not written. p_errors[i] belongs to p_asset_ids[i].
 create or replace function autotag.show_stage(
-  p_asset_ids uuid[], p_workspace_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz default null, p_errors text[] default null
+  p_asset_ids uuid[], p_workspace_id uuid, p_stage text, p_progress integer, p_eta timestamptz default null, p_errors text[] default null
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_seqscan = on
@@ -217,14 +229,29 @@ as $$
 begin
   update public.assets a
   set tagging_stage = p_stage,
-      tagging_progress = case p_stage when 'queued' then p_progress else greatest(a.tagging_progress, p_progress) end,
+      tagging_progress = case
+        -- the row of the last pass: it was locked when this pass began
+        when p_stage = 'queued' or p_stage <> 'failed' and a.tagging_stage in ('completed', 'failed') then p_progress
+        else greatest(a.tagging_progress, p_progress) end,
       tagging_eta = case p_stage when 'queued' then p_eta when 'failed' then null
         else coalesce(p_eta, a.tagging_eta) end,
       tagging_error = s.error
-  from unnest(p_asset_ids, p_workspace_ids, p_errors) as s (asset_id, workspace_id, error)
-  where a.id = s.asset_id and a.workspace_id = s.workspace_id
+  from unnest(p_asset_ids, p_errors) as s (asset_id, error)
+  where a.id = s.asset_id and a.workspace_id = p_workspace_id
     and (p_stage in ('queued', 'failed') or a.tagging_stage is distinct from p_stage
       or coalesce(a.tagging_progress, 0) < p_progress);
+end $$;
+
+-- Those of these images whose rows another transaction holds at the moment. The other rows are locked.
+create or replace function autotag.held_assets(p_asset_ids uuid[]) returns uuid[]
+language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
+  set enable_seqscan = on
+as $$
+declare
+  v_free uuid[] := array(
+    select a.id from public.assets a where a.id = any (p_asset_ids) for no key update skip locked);
+begin
+  return array(select a.id from public.assets a where a.id = any (p_asset_ids) and a.id <> all (v_free));
 end $$;
 
 -- The trigger of automatic mode on the host's table: collects the rows that one statement inserted.

@@ -223,7 +223,7 @@ end $$;
 -- comparison has had a usable answer)}. p_observed: limits from the reply's headers (update_provider_limits). Corrects bucket and
 -- window as settle() does, records the usage, and learns the token use of this question. An error of kind account stops
 -- only this comparison: live calls meet it themselves.
--- Locks: provider, window.
+-- Locks: window, usage, provider.
 create or replace function autotag.settle_comparison(
   p_workspace_id uuid, p_question jsonb, p_report jsonb, p_observed jsonb default null
 ) returns jsonb
@@ -244,6 +244,16 @@ begin
   v_used := (v_answer.usage -> 'input')::integer;
   v_free := not v_answer.called or coalesce(v_answer.error ->> 'code' = 'rate_limited', false);
 
+  if v_answer.reserved_at is not null then
+    perform autotag.correct_window(p_workspace_id, 'realtime', v_answer.reserved_at,
+      case when v_answer.called then 0 else -1 end,
+      case when v_used is not null then v_used + (v_answer.usage -> 'output')::integer - v_answer.reserved_tokens
+        when v_answer.error ->> 'code' = 'provider_unreachable' then 0
+        else -v_answer.reserved_tokens end);
+  end if;
+  if v_answer.called then
+    perform autotag.add_usage(array[v_answer], false, p_question);
+  end if;
   perform from autotag.provider_limits for update;
   if v_answer.reserved_tokens is not null then
     perform autotag.refund_provider(v_free::integer, case when v_free then v_answer.reserved_tokens
@@ -257,16 +267,6 @@ begin
     perform autotag.learn(array[v_used], array[case when v_answer.error ->> 'code' = 'answer_too_long'
       then coalesce(autotag.next_cap(v_answer), 1) else greatest((v_answer.usage -> 'output')::integer, 1) end],
       p_question);
-  end if;
-  if v_answer.reserved_at is not null then
-    perform autotag.correct_window(p_workspace_id, 'realtime', v_answer.reserved_at,
-      case when v_answer.called then 0 else -1 end,
-      case when v_used is not null then v_used + (v_answer.usage -> 'output')::integer - v_answer.reserved_tokens
-        when v_answer.error ->> 'code' = 'provider_unreachable' then 0
-        else -v_answer.reserved_tokens end);
-  end if;
-  if v_answer.called then
-    perform autotag.add_usage(array[v_answer], false, p_question);
   end if;
   return autotag.next_action(p_question, p_report, v_answer) || jsonb_build_object('cost', autotag.price_tokens(
     coalesce(v_answer.usage ->> 'model', p_question ->> 'model'), coalesce(v_answer.usage ->> 'tier', 'default'), v_used,

@@ -51,6 +51,31 @@ begin
   perform autotag.join_queues(p_virtual_time);
 end $$;
 
+-- Checks the counts of queues and workspaces, and corrects those that are wrong; deletes the queues of finished uploads. Retries
+-- workspaces whose next image exceeds the window's limit: the limit may have been raised. Called by tick(). Locks: provider.
+create or replace function autotag.repair_queues() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform from autotag.provider_limits for update;
+  delete from autotag.queues q using autotag.jobs j where j.id = q.job_id and j.finished_at is not null;
+  -- A queue that is empty by its count, although tasks wait in it.
+  update autotag.queues q set queued = c.waiting, cursor = c.first_task - 1
+  from (
+    select e.job_id, count(*)::integer as waiting, min(t.id) as first_task
+    from autotag.queues e join autotag.tasks t on t.job_id = e.job_id
+    where e.queued = 0 and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null and t.finished_at is null
+    group by e.job_id) c
+  where q.job_id = c.job_id;
+  update autotag.workspaces w set queued = c.queued
+  from (
+    select s.workspace_id, coalesce(sum(q.queued) filter (where q.joined), 0)::integer as queued
+    from autotag.workspaces s left join autotag.queues q on q.workspace_id = s.workspace_id and q.queued > 0
+    group by s.workspace_id) c
+  where w.workspace_id = c.workspace_id and w.queued <> c.queued;
+  update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at = 'infinity';
+end $$;
+
 -- Releases up to p_slots images while the provider's bucket has room. The workspace with the lowest virtual time is served first,
 -- one turn at a time. tokens: what the images reserve together; virtual_time: that of the workspace served last.
 -- Called by claim(), which holds the provider row. Locks: windows by workspace (skip locked), queued tasks.

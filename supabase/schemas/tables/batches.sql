@@ -58,6 +58,7 @@ create index batches_leftover_files_idx on autotag.batches (id) where state in (
   and (input_file_id is not null or output_file_id is not null or error_file_id is not null);
 create index batches_reserved_idx on autotag.batches (workspace_id) include (reserved_tokens) where reserved_tokens > 0;
 create index batches_workspace_planned_idx on autotag.batches (workspace_id) where state = 'planned';
+create index batches_unannounced_idx on autotag.batches (id) where state = 'done' and not stored;
 alter table autotag.batches enable row level security;
 
 -- The provider's queue of batch tokens, and whether there is room in it for all that waits.

@@ -59,7 +59,7 @@ begin
   if not found then
     return false;
   end if;
-  perform autotag.lock_workspace(v_upload.workspace_id);
+  perform autotag.lock_quotas(v_upload.workspace_id, v_upload.user_id);
   v_room := least(autotag.live_capacity(v_upload.workspace_id), (select s.job_max_images from autotag.settings s),
     (select min(q.images_left) from autotag.quotas_left(v_upload.workspace_id, v_upload.user_id) q));
   if v_room < 1 then

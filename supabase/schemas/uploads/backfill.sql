@@ -23,7 +23,7 @@ begin
 end $$;
 
 -- Makes one upload of the next p_limit existing images of a workspace (by id, after p_after): {job_id, images, last}. `last`
--- is p_after for the next call; null: no more images. Refuses what enqueue_tagging refuses. Locks: the workspace.
+-- is p_after for the next call; null: no more images. Refuses what enqueue_tagging refuses. Locks: the workspace (advisory).
 create or replace function autotag.backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -32,7 +32,7 @@ declare
   v_job jsonb;
 begin
   perform autotag.check_image_count(p_limit);
-  perform autotag.lock_workspace(p_workspace_id);
+  perform autotag.lock_quotas(p_workspace_id, null);
   v_assets := autotag.list_assets(p_workspace_id, p_untagged, p_after, p_limit);
   if v_assets = '{}' then
     return jsonb_build_object('job_id', null, 'images', 0, 'last', null);

@@ -1,40 +1,5 @@
 -- enqueue_tagging: checks an upload and makes it a job.
 
--- Adds p_count waiting single calls to a job's queue and makes the workspace ready. p_before_task: the first of them. A workspace
--- with nothing queued starts at the virtual time of the one served last, so its idle time gives it no credit and no penalty.
--- The caller holds the workspace's lock.
-create or replace function autotag.add_queued(p_workspace_id uuid, p_job_id uuid, p_count integer, p_before_task bigint)
-returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
-as $$
-begin
-  if p_count = 0 then
-    return;
-  end if;
-  update autotag.queues q
-  set queued = q.queued + p_count, cursor = least(q.cursor, p_before_task - 1)
-  where q.job_id = p_job_id;
-  update autotag.workspaces w
-  set queued = w.queued + p_count,
-      virtual_time = case when w.queued > 0 then w.virtual_time
-        else greatest(w.virtual_time, (select p.virtual_time from autotag.provider_limits p)) end,
-      ready = true
-  where w.workspace_id = p_workspace_id;
-end $$;
-
--- Locks a workspace. Inserts its row if it is missing: at its first upload, or if housekeeping deleted it while this call waited
--- for the lock.
-create or replace function autotag.lock_workspace(p_workspace_id uuid) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
-as $$
-begin
-  loop
-    insert into autotag.workspaces (workspace_id) values (p_workspace_id) on conflict do nothing;
-    perform from autotag.workspaces w where w.workspace_id = p_workspace_id for update;
-    exit when found;
-  end loop;
-end $$;
-
 -- How many more unfinished images a workspace may have (live_images_max).
 create or replace function autotag.live_capacity(p_workspace_id uuid) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -46,7 +11,7 @@ begin
 end $$;
 
 -- Refuses an upload with which the workspace would have more than live_images_max unfinished images. retry_after: seconds until
--- enough of them are expected to be done; null: this upload alone is too large. The caller holds the workspace.
+-- enough of them are expected to be done; null: this upload alone is too large.
 create or replace function autotag.check_live_capacity(p_workspace_id uuid, p_images integer) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -69,8 +34,8 @@ begin
       case when p_images <= v_max_allowed then greatest(extract(epoch from v_free_at - autotag.now()), 1) end));
 end $$;
 
--- enqueue_tagging: makes one upload one job. Idempotent: images that are being tagged already are skipped. Locks the workspace
--- before it writes, so two calls for the same images run one after the other.
+-- enqueue_tagging: makes one upload one job. Idempotent: images that are being tagged already are skipped. It may run in a long
+-- transaction of the tenant's, so it locks no row that a worker needs: start_job() takes advisory locks and inserts new rows.
 --
 -- p_seen[i]: the mark of the file of p_asset_ids[i] that the caller may see (`visible_file_marks`), which matches no file if the
 -- caller may not see it; null: not checked. If the image's file has another mark when a worker claims it, the image fails as if
@@ -124,6 +89,5 @@ begin
     perform autotag.refuse(400, 'location_too_long', 'The URL, path or bucket name of an image is too long.',
       'A URL may have 8,192 bytes, a path 1,024 and a bucket name 100.', jsonb_build_object('asset_ids', v_long));
   end if;
-  perform autotag.lock_workspace(v_workspaces[1]);
   return autotag.start_job(v_workspaces[1], (select auth.uid()), p_asset_ids, p_seen);
 end $$;

@@ -106,8 +106,20 @@ begin
     from autotag.quota_use(p_workspace_id, p_user_id, v_prices) u;
 end $$;
 
--- Refuses p_images images if a quota does not allow them: those of an upload (the caller holds the workspace's lock, so that
--- no other upload reserves the same), or those of a comparison at p_each dollars. Locks: the user (advisory).
+-- Lets uploads of one workspace start one after another, and those of one user where a quota counts all workspaces of a user: so two
+-- calls do not reserve the same room or tag the same image twice. Locks: the workspace, the user (both advisory).
+create or replace function autotag.lock_quotas(p_workspace_id uuid, p_user_id uuid) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pg_advisory_xact_lock(hashtextextended('autotag.workspace ' || p_workspace_id, 0));
+  if p_user_id is not null and exists (select from autotag.quotas q where q.scope = 'user') then
+    perform pg_advisory_xact_lock(hashtextextended('autotag.user ' || p_user_id, 0));
+  end if;
+end $$;
+
+-- Refuses p_images images if a quota does not allow them: those of an upload (the caller has called lock_quotas(), so that no other
+-- upload reserves the same), or those of a comparison at p_each dollars.
 create or replace function autotag.check_quotas(p_workspace_id uuid, p_user_id uuid, p_images integer, p_each numeric default null)
 returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -115,10 +127,6 @@ as $$
 declare
   v_quota record;
 begin
-  -- Serializes uploads of one user into several workspaces; those into one are serialized by its lock. Taken last.
-  if p_user_id is not null and exists (select from autotag.quotas q where q.scope = 'user') then
-    perform pg_advisory_xact_lock(hashtextextended('autotag.user ' || p_user_id::text, 0));
-  end if;
   select * into v_quota from autotag.quotas_left(p_workspace_id, p_user_id, p_each) q
   where q.images_left < p_images order by q.renews_at desc, q.images_left limit 1;
   if not found then
@@ -139,7 +147,7 @@ end $$;
 -- allowed while every quota of its workspace and user has room for it beside what is billed and reserved, at the price of a single
 -- call with its new cap. Returns the answers, with the errors of the others changed to `quota_exceeded`, which ends their images.
 -- So what is billed exceeds a quota by at most one answer for each image that is being tagged.
--- The caller holds workspaces, jobs and tasks, and has added the usage of these answers.
+-- The caller has added the usage of these answers.
 create or replace function autotag.judge_retries(p_answers autotag.answer[]) returns autotag.answer[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$

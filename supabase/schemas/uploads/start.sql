@@ -1,8 +1,8 @@
 -- Starts the job of an upload: its strategy, batches and tasks.
 
--- Makes a job of those images that are not being tagged already. All belong to p_workspace_id, which the caller has locked.
+-- Makes a job of those images that are not being tagged already. All belong to p_workspace_id.
 -- p_seen: as in enqueue(). Returns {job_id, strategy, image_count, skipped, batches, eta}.
--- Locks: assets (tasks and batches are new).
+-- Locks: workspace, user (lock_quotas), assets (show); all rows of autotag are new.
 create or replace function autotag.start_job(
   p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_seen uuid[] default null
 ) returns jsonb
@@ -19,6 +19,7 @@ declare
   v_job autotag.jobs;
   v_first_task bigint;
 begin
+  perform autotag.lock_quotas(p_workspace_id, p_user_id);
   -- The new images, each once, in the order of the upload.
   v_live := array(select t.asset_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null);
   select coalesce(array_agg(a.id order by a.i), '{}'), array_agg(a.seen order by a.i) into v_new, v_new_seen
@@ -36,11 +37,10 @@ begin
   values (p_workspace_id, p_user_id, v_plan.strategy, v_plan.fallback, v_count, v_now, autotag.request_traceparent())
   returning * into v_job;
   v_first_task := autotag.add_tasks(v_job, v_plan, v_new, v_new_seen);
-  insert into autotag.queues (job_id, workspace_id, cursor, chunk)
-  values (v_job.id, p_workspace_id, v_first_task - 1, v_plan.chunk);
-  perform autotag.add_queued(p_workspace_id, v_job.id, v_plan.express, v_first_task);
+  insert into autotag.queues (job_id, workspace_id, queued, cursor, chunk)
+  values (v_job.id, p_workspace_id, v_plan.express, v_first_task - 1, v_plan.chunk);
   v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
-  perform autotag.show_stage(v_new, array_fill(p_workspace_id, array[v_count]), 'queued', 0, v_job.eta);
+  perform autotag.show(p_workspace_id, v_new, 'queued', 0, v_job.eta);
 
   if v_plan.express > 0 then
     perform pg_notify('autotag', 'realtime');

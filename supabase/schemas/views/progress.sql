@@ -1,5 +1,6 @@
 -- What users see: stage, progress and eta of each image, and the counts of each upload. The adapter's show_stage and store_tags
--- write the rows.
+-- write the rows: queued, one or two stages in between (submitted, processing), and the end. Everything finer goes by broadcast and
+-- tagging_job(), because each write of a row fires the host's triggers, webhooks and Postgres Changes.
 
 -- The order of the seven stages. A pass moves only forward and ends with completed or failed.
 create or replace function autotag.stage_rank(stage text) returns integer
@@ -52,11 +53,14 @@ begin
   end if;
 end $$;
 
--- Progress of a batch by OpenAI's count: 30 % (`processing`) to 80 %, in steps of 10 %.
-create or replace function autotag.batch_progress(p_done integer, p_total integer) returns integer
+-- The stage of the images of a batch that have no outcome yet.
+create or replace function autotag.batch_stage(p_state text, p_running_at timestamptz) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-  select 30 + 10 * (5 * least(p_done, p_total) / greatest(p_total, 1))
+  select case when p_state = 'planned' then 'queued'
+    when p_state in ('preparing', 'uploading', 'creating') then 'preparing'
+    when p_state = 'submitted' then case when p_running_at is null then 'submitted' else 'processing' end
+    else 'completing' end
 $$;
 
 -- Progress of a job in percent: finished images count fully, those that OpenAI has done in its batches 90 %.
@@ -133,7 +137,13 @@ begin
   into v_stages
   from unnest(array['queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed']) s (stage)
   left join (
-    select t.stage, count(*) as images from autotag.tasks t where t.job_id = v_job.id group by t.stage) c using (stage);
+    select o.stage, count(*) as images
+    from autotag.tasks t left join autotag.batches b on b.id = t.batch_id
+    cross join lateral (select case when t.finished_at is not null then t.stage
+      when t.retry_at = 'infinity' then 'completing'   -- its outcome waits for the host's row
+      when b.id is not null then autotag.batch_stage(b.state, b.running_at)
+      else t.stage end as stage) o
+    where t.job_id = v_job.id group by o.stage) c using (stage);
   -- the most frequent error
   select t.error into v_error from autotag.tasks t
   where t.job_id = v_job.id and t.stage = 'failed' group by t.error order by count(*) desc, t.error limit 1;
