@@ -1991,7 +1991,7 @@ as $$
 declare
   v_job autotag.jobs := autotag.visible_job(p_job_id);
   v_now timestamptz;
-  v_items autotag.finished[] := '{}';
+  v_items autotag.finished[] := array[]::autotag.finished[];
 begin
   perform pg_advisory_xact_lock(autotag.job_key(p_job_id));
   select * into v_job from autotag.jobs j where j.id = p_job_id for no key update;
@@ -2675,8 +2675,6 @@ end $$;
 create or replace function autotag.report_provider(p_report autotag.provider_reports) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_results jsonb;
 begin
   perform from autotag.provider_limits for update skip locked;
   if found then
@@ -2692,7 +2690,7 @@ begin
      or exists (select from autotag.provider_limits p where p.proven_at is null or p.account_error is not null) then
     perform pg_notify('autotag', 'realtime');   -- a claim applies it at once
   end if;
-  return '[]';
+  return '[]'::jsonb;
 end $$;
 
 -- Applies all reports that wait, in their order. The caller holds the provider row.
@@ -3548,7 +3546,7 @@ as $$
 begin
   perform autotag.check_ids(cardinality(p_tasks));
   if not autotag.is_own_worker(p_worker) then
-    return '[]';
+    return '[]'::json;
   end if;
   return (
     with released as materialized (
@@ -3983,6 +3981,7 @@ begin
 exception when lock_not_available then
   perform autotag.refuse(503, 'busy', 'Another transaction holds this batch.', 'Call again in a moment.',
     jsonb_build_object('batch', p_batch, 'retry_after', 1));
+  return null;
 end $$;
 
 -- From a planned batch to a batch at OpenAI.
@@ -4534,7 +4533,7 @@ declare
 begin
   perform autotag.check_list(p_polled);
   if v_look is null then
-    return '{}';
+    return array[]::uuid[];
   end if;
   v_polls := autotag.clean_poll(p_polled);
   v_free := array(
@@ -4994,7 +4993,7 @@ begin
   perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   perform autotag.check_list(p_stages);
   if not autotag.is_own_worker(p_worker) then
-    return '[]';
+    return '[]'::jsonb;
   end if;
   with reported as (
     select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
@@ -5015,7 +5014,7 @@ begin
   perform autotag.show(p_workspace_id, v_moved.assets, 'processing', autotag.stage_progress('processing'), null);
   perform autotag.broadcast_progress(j.id)
   from (select l.id from autotag.jobs l where l.id = any (v_moved.jobs) order by l.id for no key update skip locked) j;
-  return case when p_sent is null then '[]' else autotag.report_provider(autotag.summarize_calls(p_worker, '{}', p_sent)) end;
+  return case when p_sent is null then '[]'::jsonb else autotag.report_provider(autotag.summarize_calls(p_worker, '{}', p_sent)) end;
 end $$;
 
 -- The outcome of an image after its call: tags, a failure, or a retry.
@@ -5068,7 +5067,7 @@ declare
   v_settings autotag.settings;
   v_ended autotag.finished[];
   v_failed record;
-  v_notices jsonb := '[]';
+  v_notices jsonb := '[]'::jsonb;
 begin
   -- `execute` plans it each time, as in read_reports().
   execute $q$
@@ -5138,7 +5137,7 @@ begin
   join autotag.error_kinds k on k.kind = a.error ->> 'kind'
   where a.error is not null and t.finished_at is null and not autotag.is_final(a, t.failures);
   if v_tries is null then
-    return '{}';
+    return array[]::autotag.finished[];
   end if;
   perform pg_notify('autotag', 'realtime');
   return autotag.requeue(v_tries);
@@ -5413,7 +5412,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_window record;
-  v_held jsonb := '[]';
+  v_held jsonb := '[]'::jsonb;
 begin
   for v_window in
     select c.* from jsonb_to_recordset(p_corrections) c (workspace_id uuid, reserved_at timestamptz, requests integer, units integer)
@@ -5446,11 +5445,11 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp set lock
 as $$
 begin
   if cardinality(p_items) = 0 then
-    return '[]';
+    return '[]'::jsonb;
   end if;
   begin
     perform autotag.write_outcomes(p_workspace_id, p_items, p_own);
-    return '[]';
+    return '[]'::jsonb;
   exception when others or assert_failure then
     null;
   end;
@@ -5570,9 +5569,9 @@ begin
     execute $q$
       with ended as (
         delete from autotag.tasks t using unnest($1) i where t.id = i.task and i.result is not null and t.finished_at is null
-        returning i.*::autotag.finished
+        returning i as item
       )
-      select array(select e from ended e) $q$
+      select array(select e.item from ended e) $q$
     into v_tagged using p_items;
     if p_show and v_tagged <> '{}' then
       v_written := autotag.store_tags(array(select i.asset_id from unnest(v_tagged) i), p_workspace_id,
@@ -5632,9 +5631,9 @@ begin
         worker_id = null, claim = null, retry_at = null
     from unnest(p_items) i
     where t.id = i.task and t.finished_at is null
-    returning i.*::autotag.finished
+    returning i as item
   )
-  select array(select f from failed f) into v_failed;
+  select array(select f.item from failed f) into v_failed;
   delete from autotag.unstored u where u.task_id in (select i.task from unnest(v_failed) i);
   if p_show and v_failed <> '{}' then
     perform autotag.show_stage(array(select i.asset_id from unnest(v_failed) i), p_workspace_id, 'failed', 0, null,
@@ -5737,7 +5736,7 @@ declare
   v_task autotag.tasks;
 begin
   if not autotag.is_own_worker(p_worker) then
-    return '[]';
+    return '[]'::jsonb;
   end if;
   for v_row in
     select u.* from autotag.unstored u where u.workspace_id = p_workspace_id and u.next_at <= v_now
@@ -5756,7 +5755,7 @@ begin
           else interval '0' end
     where u.task_id = v_row.task_id;
   end loop;
-  return '[]';
+  return '[]'::jsonb;
 end $$;
 
 -- Broadcasts batch-complete for those of these batches that have ended and whose last answer is stored. Locks: batches by id.
@@ -5955,7 +5954,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp set lock
 as $$
 declare
   v_half integer := cardinality(p_asset_ids) / 2;
-  v_held uuid[] := '{}';
+  v_held uuid[];
 begin
   if coalesce(cardinality(p_asset_ids), 0) = 0 then
     return;

@@ -171,4 +171,5 @@ begin
 exception when lock_not_available then
   perform autotag.refuse(503, 'busy', 'Another transaction holds this batch.', 'Call again in a moment.',
     jsonb_build_object('batch', p_batch, 'retry_after', 1));
+  return null;
 end $$;

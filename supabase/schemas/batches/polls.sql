@@ -25,7 +25,7 @@ declare
 begin
   perform autotag.check_list(p_polled);
   if v_look is null then
-    return '{}';
+    return array[]::uuid[];
   end if;
   v_polls := autotag.clean_poll(p_polled);
   v_free := array(

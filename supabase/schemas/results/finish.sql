@@ -11,11 +11,11 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp set lock
 as $$
 begin
   if cardinality(p_items) = 0 then
-    return '[]';
+    return '[]'::jsonb;
   end if;
   begin
     perform autotag.write_outcomes(p_workspace_id, p_items, p_own);
-    return '[]';
+    return '[]'::jsonb;
   exception when others or assert_failure then
     null;
   end;
@@ -135,9 +135,9 @@ begin
     execute $q$
       with ended as (
         delete from autotag.tasks t using unnest($1) i where t.id = i.task and i.result is not null and t.finished_at is null
-        returning i.*::autotag.finished
+        returning i as item
       )
-      select array(select e from ended e) $q$
+      select array(select e.item from ended e) $q$
     into v_tagged using p_items;
     if p_show and v_tagged <> '{}' then
       v_written := autotag.store_tags(array(select i.asset_id from unnest(v_tagged) i), p_workspace_id,
@@ -197,9 +197,9 @@ begin
         worker_id = null, claim = null, retry_at = null
     from unnest(p_items) i
     where t.id = i.task and t.finished_at is null
-    returning i.*::autotag.finished
+    returning i as item
   )
-  select array(select f from failed f) into v_failed;
+  select array(select f.item from failed f) into v_failed;
   delete from autotag.unstored u where u.task_id in (select i.task from unnest(v_failed) i);
   if p_show and v_failed <> '{}' then
     perform autotag.show_stage(array(select i.asset_id from unnest(v_failed) i), p_workspace_id, 'failed', 0, null,

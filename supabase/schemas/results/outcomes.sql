@@ -48,7 +48,7 @@ declare
   v_settings autotag.settings;
   v_ended autotag.finished[];
   v_failed record;
-  v_notices jsonb := '[]';
+  v_notices jsonb := '[]'::jsonb;
 begin
   -- `execute` plans it each time, as in read_reports().
   execute $q$
@@ -118,7 +118,7 @@ begin
   join autotag.error_kinds k on k.kind = a.error ->> 'kind'
   where a.error is not null and t.finished_at is null and not autotag.is_final(a, t.failures);
   if v_tries is null then
-    return '{}';
+    return array[]::autotag.finished[];
   end if;
   perform pg_notify('autotag', 'realtime');
   return autotag.requeue(v_tries);

@@ -150,7 +150,7 @@ begin
   perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   perform autotag.check_list(p_stages);
   if not autotag.is_own_worker(p_worker) then
-    return '[]';
+    return '[]'::jsonb;
   end if;
   with reported as (
     select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
@@ -171,5 +171,5 @@ begin
   perform autotag.show(p_workspace_id, v_moved.assets, 'processing', autotag.stage_progress('processing'), null);
   perform autotag.broadcast_progress(j.id)
   from (select l.id from autotag.jobs l where l.id = any (v_moved.jobs) order by l.id for no key update skip locked) j;
-  return case when p_sent is null then '[]' else autotag.report_provider(autotag.summarize_calls(p_worker, '{}', p_sent)) end;
+  return case when p_sent is null then '[]'::jsonb else autotag.report_provider(autotag.summarize_calls(p_worker, '{}', p_sent)) end;
 end $$;

@@ -129,7 +129,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_window record;
-  v_held jsonb := '[]';
+  v_held jsonb := '[]'::jsonb;
 begin
   for v_window in
     select c.* from jsonb_to_recordset(p_corrections) c (workspace_id uuid, reserved_at timestamptz, requests integer, units integer)

@@ -92,7 +92,7 @@ declare
   v_task autotag.tasks;
 begin
   if not autotag.is_own_worker(p_worker) then
-    return '[]';
+    return '[]'::jsonb;
   end if;
   for v_row in
     select u.* from autotag.unstored u where u.workspace_id = p_workspace_id and u.next_at <= v_now
@@ -111,7 +111,7 @@ begin
           else interval '0' end
     where u.task_id = v_row.task_id;
   end loop;
-  return '[]';
+  return '[]'::jsonb;
 end $$;
 
 -- Broadcasts batch-complete for those of these batches that have ended and whose last answer is stored. Locks: batches by id.

@@ -156,7 +156,7 @@ as $$
 begin
   perform autotag.check_ids(cardinality(p_tasks));
   if not autotag.is_own_worker(p_worker) then
-    return '[]';
+    return '[]'::json;
   end if;
   return (
     with released as materialized (

@@ -60,8 +60,6 @@ end $$;
 create or replace function autotag.report_provider(p_report autotag.provider_reports) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_results jsonb;
 begin
   perform from autotag.provider_limits for update skip locked;
   if found then
@@ -77,7 +75,7 @@ begin
      or exists (select from autotag.provider_limits p where p.proven_at is null or p.account_error is not null) then
     perform pg_notify('autotag', 'realtime');   -- a claim applies it at once
   end if;
-  return '[]';
+  return '[]'::jsonb;
 end $$;
 
 -- Applies all reports that wait, in their order. The caller holds the provider row.

@@ -10,7 +10,7 @@ as $$
 declare
   v_job autotag.jobs := autotag.visible_job(p_job_id);
   v_now timestamptz;
-  v_items autotag.finished[] := '{}';
+  v_items autotag.finished[] := array[]::autotag.finished[];
 begin
   perform pg_advisory_xact_lock(autotag.job_key(p_job_id));
   select * into v_job from autotag.jobs j where j.id = p_job_id for no key update;

@@ -28,7 +28,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp set lock
 as $$
 declare
   v_half integer := cardinality(p_asset_ids) / 2;
-  v_held uuid[] := '{}';
+  v_held uuid[];
 begin
   if coalesce(cardinality(p_asset_ids), 0) = 0 then
     return;
