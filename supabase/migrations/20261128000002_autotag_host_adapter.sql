@@ -251,7 +251,7 @@ declare
   v_free uuid[] := array(
     select a.id from public.assets a where a.id = any (p_asset_ids) for no key update skip locked);
 begin
-  return array(select a.id from public.assets a where a.id = any (p_asset_ids) and a.id <> all (v_free));
+  return array(select a.id from public.assets a where a.id = any (p_asset_ids) and a.id not in (select unnest(v_free)));
 end $$;
 
 -- The trigger of automatic mode on the host's table: collects the rows that one statement inserted.

@@ -213,7 +213,7 @@ begin
   perform autotag.keep(autotag.requeue(jsonb_agg(jsonb_build_object(
     'task', t.id, 'failures', case when t.error_code is null then p_failures else 0 end,
     'code', coalesce(t.error_code, p_code), 'message', coalesce(t.error, p_message)))), false)
-  from autotag.tasks t where t.id = any (v_tasks) and t.id <> all (v_again) having count(*) > 0;
+  from autotag.tasks t where t.id = any (v_tasks) and t.id not in (select unnest(v_again)) having count(*) > 0;
   perform autotag.place_in_batches(v_job, v_again);
   perform pg_notify('autotag', 'realtime');
 end $$;

@@ -24,7 +24,7 @@ begin
   v_live := array(select t.asset_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null);
   select coalesce(array_agg(a.id order by a.i), '{}'), array_agg(a.seen order by a.i) into v_new, v_new_seen
   from (select distinct on (u.id) u.* from unnest(p_asset_ids, p_seen) with ordinality u (id, seen, i) order by u.id, u.i) a
-  where a.id <> all (v_live);
+  where a.id not in (select unnest(v_live));   -- hashed, where `<> all` compares each with each in a generic plan
   v_count := cardinality(v_new);
   if v_count = 0 then
     return autotag.describe_live(p_workspace_id, v_live, v_asked);
