@@ -13,16 +13,10 @@ begin
   if cardinality(p_items) = 0 then
     return '[]'::jsonb;
   end if;
-  begin
-    perform autotag.write_outcomes(p_workspace_id, p_items, p_own);
-    return '[]'::jsonb;
-  exception when others or assert_failure then
-    null;
-  end;
   return (autotag.finish_apart(p_workspace_id, p_items, p_own, 0)).notices;
 end $$;
 
--- The same for outcomes that cannot be stored together. p_waits: how many of its parts have waited for a lock in vain; after
+-- The same, in halves where they cannot be stored together. p_waits: how many of its parts have waited for a lock in vain; after
 -- three, the rest is kept without another try.
 create or replace function autotag.finish_apart(
   p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_waits integer, out notices jsonb, out waits integer
