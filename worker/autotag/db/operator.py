@@ -10,7 +10,8 @@ import psycopg
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from autotag.db.messages import ObservedLimits, Refused, make
+from autotag.db.errors import Refused
+from autotag.db.messages import ObservedLimits, make
 from autotag.db.operator_messages import (
     Admission,
     BackfillPart,

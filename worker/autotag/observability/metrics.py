@@ -84,6 +84,12 @@ _SYSTEM = (
         "autotag_outbox_oldest_seconds",
         "Age of the oldest message in the outbox.",
     ),
+    ("unstored", "autotag_unstored_images", "Images whose outcome waits for your table's row."),
+    (
+        "oldest_unstored",
+        "autotag_unstored_oldest_seconds",
+        "Age of the oldest outcome that waits for your table's row.",
+    ),
     ("images_today", "autotag_images_today", "Images tagged since midnight UTC."),
     (
         "cost_today",
