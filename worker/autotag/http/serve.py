@@ -23,17 +23,13 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        self._stop = asyncio.Event()
-
-    def stop(self) -> None:
-        self.should_exit = True
-        self._stop.set()
+        self.stopping = asyncio.Event()
 
     async def main_loop(self) -> None:
         while not await self.on_tick(0):  # the date of the answers' headers, which changes every second
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1):
-                    await self._stop.wait()
+                    await self.stopping.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -69,7 +65,8 @@ async def serve(app: Starlette, host: str, port: int, *, guarded: bool = False) 
         listening.listen(BACKLOG)  # uvicorn sets it to ACCEPT_AT_ONCE
         yield
     finally:
-        server.stop()
+        server.should_exit = True
+        server.stopping.set()
         await asyncio.gather(task, return_exceptions=True)
         listening.close()
 
