@@ -13,6 +13,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from lab.machine import read_authorities_once
 from lab.postgres import LocalPostgres, install_autotag, install_baseline, local_postgres, machine_binaries
 from lab.stack import Stack, local_stack
 from support import Library
@@ -20,6 +21,7 @@ from support import Library
 ROOT = Path(__file__).parent.parent
 TEMPLATE = "autotag_template"
 MEMORY = Path("/dev/shm")
+read_authorities_once()  # 0.15 s less of each test with a worker
 
 
 def skip(reason: str) -> None:
