@@ -19,7 +19,7 @@ from lab.stack import Stack, local_stack
 from support import Library
 
 ROOT = Path(__file__).parent.parent
-TEMPLATE = "autotag_template"
+TEMPLATE, BARE_TEMPLATE = "autotag_template", "bare_template"
 MEMORY = Path("/dev/shm")
 read_authorities_once()  # 0.15 s less of each test with a worker
 
@@ -59,14 +59,16 @@ def postgres(machine_postgres: bool) -> Iterator[LocalPostgres]:
         with psycopg.connect(server.url("supabase_admin"), autocommit=True) as connection:
             if machine_postgres:
                 connection.execute("create extension pg_stat_statements with schema extensions")
-            connection.execute(sql.SQL("create database {}").format(sql.Identifier(TEMPLATE)))
+            for template in (TEMPLATE, BARE_TEMPLATE):
+                connection.execute(sql.SQL("create database {}").format(sql.Identifier(template)))
         install_autotag(server, TEMPLATE)
+        install_baseline(server, BARE_TEMPLATE)
         yield server
 
 
 @contextmanager
-def empty_database(postgres: LocalPostgres, template: str = "template1") -> Iterator[str]:
-    """A database of its own, dropped at the end."""
+def copied_database(postgres: LocalPostgres, template: str) -> Iterator[str]:
+    """A copy of a template, dropped at the end."""
     name = f"test_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(postgres.url("supabase_admin"), autocommit=True) as connection:
         connection.execute(
@@ -81,15 +83,14 @@ def empty_database(postgres: LocalPostgres, template: str = "template1") -> Iter
 @pytest.fixture
 def database(postgres: LocalPostgres) -> Iterator[str]:
     """The name of a fresh database with autotag's schema."""
-    with empty_database(postgres, TEMPLATE) as name:
+    with copied_database(postgres, TEMPLATE) as name:
         yield name
 
 
 @pytest.fixture
 def bare(postgres: LocalPostgres) -> Iterator[str]:
     """The name of a fresh database as a Supabase project has it, without autotag and without any table."""
-    with empty_database(postgres) as name:
-        install_baseline(postgres, name)
+    with copied_database(postgres, BARE_TEMPLATE) as name:
         yield name
 
 
