@@ -9,7 +9,7 @@ claim that failed, `Database.release_unacknowledged` releases what was claimed w
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -26,10 +26,13 @@ from autotag.db.messages import (
     Batch,
     BatchAnswer,
     BatchClaim,
+    BatchClaimRow,
     Broadcast,
     Claim,
+    ClaimRow,
     DatabaseSettings,
     ErrorReport,
+    HeartbeatRow,
     Image,
     Metrics,
     NotHeld,
@@ -91,7 +94,7 @@ class Database:
             },
         )
 
-    def _settings(self, sent: Question | None, changed: dict[str, Any] | None) -> DatabaseSettings:
+    def _settings(self, sent: Question | None, changed: Mapping[str, object] | None) -> DatabaseSettings:
         """The settings for the images of a claim; see `_question_of`."""
         if self._registered is None:
             raise RuntimeError("A worker must register before it claims.")
@@ -99,7 +102,7 @@ class Database:
             self._question_of(sent, changed), self._registered.lease_seconds, self._registered.batch_max_bytes
         )
 
-    def _question_of(self, sent: Question | None, changed: dict[str, Any] | None) -> Question:
+    def _question_of(self, sent: Question | None, changed: Mapping[str, object] | None) -> Question:
         """The question for the images of a claim.
 
         Args:
@@ -127,8 +130,8 @@ class Database:
         """Closes the pool."""
         await self._pool.close()
 
-    async def _call(self, statement: str, *arguments: object) -> dict[str, Any]:
-        """Executes one statement and returns its row. Retries after a broken connection or a deadlock."""
+    async def _call(self, statement: str, *arguments: object) -> Any:
+        """Executes one statement and returns its row, by column. Retries after a broken connection or a deadlock."""
         async for attempt in AsyncRetrying(
             retry=retry_if_exception_type(_TRANSIENT),
             wait=wait_random_exponential(0.1, max=MAX_RETRY_DELAY),
@@ -138,7 +141,7 @@ class Database:
                 return await self._call_once(statement, *arguments)
         raise AssertionError("unreachable: the loop ends with a result")
 
-    async def _call_once(self, statement: str, *arguments: object) -> dict[str, Any]:
+    async def _call_once(self, statement: str, *arguments: object) -> Any:
         async with self._pool.connection() as connection:
             try:
                 cursor = await connection.execute(statement, arguments)
@@ -148,7 +151,7 @@ class Database:
                 if error.sqlstate == "PT426":
                     raise VersionsDiffer(str(error.diag.message_primary), str(error.diag.message_hint)) from None
                 raise
-            return cast("dict[str, Any]", await cursor.fetchone())
+            return await cursor.fetchone()
 
     async def register(self, host: str, version: str, listening: bool, base_url: str, fingerprint: str) -> Registered:
         """Registers the worker: at its start, before the first claim, and after its lease has ended.
@@ -180,8 +183,8 @@ class Database:
         Raises:
             VersionsDiffer: the schema has been upgraded.
         """
-        row = await self._call_once("select alive, tick_due from autotag.heartbeat(%s)", self.worker)
-        return bool(row["alive"]), bool(row["tick_due"])
+        row: HeartbeatRow = await self._call_once("select alive, tick_due from autotag.heartbeat(%s)", self.worker)
+        return row["alive"], row["tick_due"]
 
     async def tick_if_due(self) -> bool:
         """Runs the periodic work that is overdue. True: call again, because another lease has ended. Not retried."""
@@ -202,7 +205,7 @@ class Database:
     async def claim(self, slots: int) -> Claim:
         """Claims images for single calls. Not retried: after an error, call `release_unacknowledged`."""
         question = self._question
-        row = await self._call_once(
+        row: ClaimRow = await self._call_once(
             "select tasks, wait, bound, question from autotag.claim(%s, %s, %s)", self.worker, slots, _version(question)
         )
         images = [make(Image, task) for task in row["tasks"]]
@@ -225,7 +228,7 @@ class Database:
     async def claim_batches(self, slots: int) -> BatchClaim:
         """Claims batches and polls. Not retried: after an error, call `release_unacknowledged`."""
         question = self._question
-        row = await self._call_once(
+        row: BatchClaimRow = await self._call_once(
             "select c.* from autotag.claim_batches(%s, %s, %s) c", self.worker, slots, _version(question)
         )
         return BatchClaim(
