@@ -5,7 +5,7 @@
 --   it has ended                       it waits to be harvested
 --   it failed: OpenAI's queue is full  it is planned again, which is no failure
 --   gone in several polls in a row     it ends, and its images are retried
---   no progress for too long           it is cancelled, if the limits let its images go as single calls
+--   no progress for too long           it is cancelled, if the limits admit its images as single calls
 -- Ignores workers without an assigned poll, batches that are not in flight, and invalid elements. Writes only rows that change.
 -- A worker reports many batches in several calls, because a call holds the locks of their uploads.
 -- Locks: provider (if it pauses or resumes tagging), workspaces by id, jobs by id, batches by id, tasks by id.
@@ -121,7 +121,7 @@ begin
     then
       update autotag.batches b set cancel_requested = true, stuck = true where b.id = v_batch.id;
       update autotag.jobs j
-      set fallback = 'A batch made no progress, so the rest of its images go as single calls.'
+      set fallback = 'A batch made no progress, so the rest of its images are sent as single calls.'
       where j.id = v_batch.job_id;
     end if;
   end loop;

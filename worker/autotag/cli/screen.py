@@ -143,7 +143,7 @@ def _workers(workers: list[WorkerStatus], now: datetime) -> Table:
     for worker in workers:
         note = "" if worker["listening"] else "[yellow]polls[/]"
         table.add_row(
-            cell(worker["worker"][:8]), cell(worker["host"]), cell(worker["version"]), str(worker["in_hand"]),
+            cell(worker["worker"][:8]), cell(worker["host"]), cell(worker["version"]), str(worker["held"]),
             _ago(worker["started_at"], now), f"{_ago(worker['last_heartbeat_at'], now)} ago",
             note if worker["alive"] else "[red]lost[/]",
         )  # fmt: skip

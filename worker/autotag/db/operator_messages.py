@@ -142,7 +142,7 @@ class LimitsStatus(TypedDict):
 
 
 class WorkerStatus(TypedDict):
-    """A worker. alive: it has its lease. in_hand: images that it holds as single calls."""
+    """A worker. alive: it has its lease. held: images that it holds as single calls."""
 
     worker: str
     host: str
@@ -151,7 +151,7 @@ class WorkerStatus(TypedDict):
     started_at: str
     last_heartbeat_at: str
     alive: bool
-    in_hand: int
+    held: int
 
 
 class FailedImages(TypedDict):
