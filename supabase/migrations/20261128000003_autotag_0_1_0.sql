@@ -61,9 +61,9 @@ end $$;
 --     before any work is done. One bad report of many affects its own image only.
 --   * What a worker reports of the provider (waits, limits, request form, Batch API) and of the account holds for every
 --     workspace, because only workers see the provider. So a stolen login can pause tagging (an hour at most each time), slow it
---     down and make it dearer: missing features are tried anew after model_check_interval, usage is believed up to
---     believable_usage(), and forget_provider() forgets all of it. It can also claim queued images and report anything about them. When the login is revoked, its
---     images are requeued as its leases run out.
+--     down and make it dearer: missing features are tried again after model_check_interval, usage is believed up to
+--     believable_usage(), and forget_provider() forgets all of it. It can also claim queued images and report anything about
+--     them. When the login is revoked, its images are requeued as its leases run out.
 --   * It reads what it claims, and what status(), metrics() and diagnose() return: counts, ids, and one path.
 
 -- The kinds of error and their consequences. Python has the same table (autotag/errors.py); a test compares them.
@@ -87,11 +87,11 @@ create table autotag.settings (
   id boolean primary key default true check (id),
 
   -- strategy: how an upload is tagged, by its number of images
-  -- up to this many images go as single calls, all at once
+  -- up to this many images are sent as single calls, all at once
   realtime_max_images integer not null default 5 check (realtime_max_images >= 0),
-  -- up to this many go as single calls in chunks
+  -- up to this many are sent as single calls in chunks
   chunk_max_images integer not null default 50 check (chunk_max_images >= realtime_max_images),
-  -- up to this many go as one batch, more as several
+  -- up to this many are sent in one batch, more in several
   batch_max_images integer not null default 200 check (batch_max_images >= chunk_max_images),
   job_max_images integer not null default 50000 check (job_max_images >= batch_max_images),  -- larger uploads are refused
   chunk_size integer not null default 5 check (chunk_size > 0),  -- images per chunk
@@ -167,7 +167,7 @@ create table autotag.settings (
   batch_patience interval not null default '30 min' check (batch_patience >= '0'),
   -- polls in a row that do not find a batch at OpenAI before it counts as lost
   batch_max_missing_polls integer not null default 3 check (batch_max_missing_polls > 0),
-  -- a batch without progress for this long is cancelled, and its images go as single calls if the limits allow
+  -- a batch without progress for this long is cancelled, and its images are sent as single calls if the limits allow
   batch_stuck_after interval not null default '6 h' check (batch_stuck_after > '0'),
   -- a batch this old is cancelled likewise (OpenAI's window is 24 h)
   batch_give_up_after interval not null default '23 h' check (batch_give_up_after > '0'),
@@ -432,7 +432,7 @@ create unique index tasks_live_asset_idx on autotag.tasks (asset_id) where finis
 create index tasks_job_id_idx on autotag.tasks (job_id, id);
 create index tasks_batch_idx on autotag.tasks (batch_id, id) where batch_id is not null;
 create index tasks_cut_off_idx on autotag.tasks (job_id) where min_output_tokens is not null and finished_at is null;
-create index tasks_parked_idx on autotag.tasks (retry_at) where retry_at is not null;
+create index tasks_retry_at_idx on autotag.tasks (retry_at) where retry_at is not null;
 alter table autotag.tasks enable row level security;
 
 -- Which way an upload goes.
@@ -441,8 +441,8 @@ create type autotag.upload_plan as (
   fallback text,               -- why it is another than its size says
   wait interval,               -- what single calls are expected to wait for the limits
   batches integer,
-  express integer,             -- images that go as single calls
-  chunk integer                -- of which at most so many at a time; null: all at once
+  express integer,             -- images that are sent as single calls
+  chunk integer                -- of which at most this many at a time; null: all at once
 );
 
 -- OpenAI Batches: one row is one batch at OpenAI, whichever worker dies at whichever step.
@@ -461,7 +461,7 @@ create table autotag.batches (
   workspace_id uuid not null,
   ordinal integer not null,              -- 1 is the priority batch of its job
   image_count integer not null check (image_count > 0),   -- images of the upload in this batch …
-  express_count integer not null default 0,               -- … and how many of them went as single calls (express)
+  express_count integer not null default 0,               -- … and how many of them were sent as single calls (express)
   state text not null default 'planned' check (state in ('planned', 'preparing', 'uploading', 'creating',
     'submitted', 'ended', 'harvesting', 'done', 'cancelled')),
   worker_id uuid,                        -- the worker that holds it, and the number of the claim that gave it to the worker
@@ -486,9 +486,9 @@ create table autotag.batches (
   predicted_seconds double precision,         -- predicted duration at the time OpenAI got it
   progress_at timestamptz,                    -- when a poll last saw a change
   missing_polls integer not null default 0,   -- polls in a row that did not find it at OpenAI …
-  last_missing_poll_at timestamptz,                   -- … and the last of them (workers.look_at): each poll counts once
+  last_missing_poll_at timestamptz,                   -- … and the last of them (workers.poll_assigned_at): each poll counts once
   cancel_requested boolean not null default false,
-  stuck boolean not null default false,       -- no progress for too long: what OpenAI has not done goes as single calls
+  stuck boolean not null default false,       -- no progress for too long: what OpenAI has not done is sent as single calls
   stored boolean not null default false,      -- all its answers are stored and batch-complete is broadcast
   error text,
   created_at timestamptz not null,
@@ -530,7 +530,7 @@ create table autotag.workers (
   batch_claim integer not null default 0,
   base_url text,                             -- the provider's address that it calls …
   fingerprint text,                          -- … and the hash of that address and its key
-  look_at timestamptz,                       -- when it was last assigned a poll of the provider (claim_batches)
+  poll_assigned_at timestamptz,              -- when it was last assigned a poll of the provider (claim_batches)
   login name not null default session_user   -- the login that registered it: no other login may act for it
 ) with (fillfactor = 50);
 create index workers_lease_until_idx on autotag.workers (lease_until);
@@ -1120,8 +1120,8 @@ begin
   return true;
 end $$;
 
--- What refusals before p_before have shown to be missing is tried anew: parameters of the request, the Batch API, expiring files.
--- The provider may support it by now, or a worker may have told a lie. What is refused again costs a call, which is not billed.
+-- What refusals before p_before have shown to be missing is tried again: parameters of the request, the Batch API, expiring files.
+-- The provider may support it by now, or a worker may have lied. A call that is refused again is not billed.
 -- What the owner changed meanwhile stays. Called by tick(). Locks: provider, models (skip locked).
 create or replace function autotag.retry_features(p_before timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -1165,7 +1165,7 @@ begin
 end $$;
 
 -- End of life of a model (p_model null: the one in use), from 90 days before: {level, message, fix, days, date, successor};
--- else null. level: warning, and error from 14 days before, because tagging stops on that date.
+-- else null. level: warning, and error from 14 days before, because tagging is paused from that date on.
 create or replace function autotag.describe_shutdown(p_model text default null) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1317,12 +1317,12 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_question jsonb := autotag.describe_question();
-  v_words text[] := array['max_tags', 'tag_language'];
+  v_prompt_only text[] := array['max_tags', 'tag_language'];  -- they change only the prompt's text, so no provider refuses them
 begin
   if v_question = p_provider.question then
     return p_provider;
   end if;
-  if v_question - v_words <> p_provider.question - v_words then
+  if v_question - v_prompt_only <> p_provider.question - v_prompt_only then
     p_provider.proven_at := null;
     p_provider.probe_at := null;
     p_provider.checked_at := '-infinity';
@@ -1667,7 +1667,7 @@ as $$
   from autotag.settings s, autotag.provider_limits p
 $$;
 
--- The strategy for an upload of p_images images. Without a Batch API at the provider, all go as single calls.
+-- The strategy for an upload of p_images images. Without a Batch API at the provider, all are sent as single calls.
 create or replace function autotag.choose_strategy(p_images integer) returns text
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1926,10 +1926,10 @@ begin
     v_plan.wait := autotag.predict_wait(p_workspace_id, p_images);
     if (select p.has_batches from autotag.provider_limits p) = false then
       v_plan.fallback := case when p_images > v_settings.chunk_max_images
-        then 'The AI provider has no Batch API, so these images go as single calls.' end;
+        then 'The AI provider has no Batch API, so these images are sent as single calls.' end;
     elsif v_plan.wait > v_settings.realtime_max_wait then
       v_plan.strategy := 'batch';
-      v_plan.fallback := format('Single calls would have waited about %s min for the limits, so these images go by batch.',
+      v_plan.fallback := format('Single calls would have waited about %s min for the limits, so these images are sent in a batch.',
         ceil(extract(epoch from v_plan.wait) / 60));
     end if;
   end if;
@@ -3903,7 +3903,7 @@ begin
   end if;
   if poll is not null or files <> '[]' or look_up is not null then
     -- allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked)
-    update autotag.workers w set look_at = v_now where w.id = p_worker;
+    update autotag.workers w set poll_assigned_at = v_now where w.id = p_worker;
   end if;
   update autotag.provider_limits p
   set next_poll_at = v_provider.next_poll_at,
@@ -4152,7 +4152,7 @@ end $$;
 --   account         Both lanes pause.
 --   transient       Any worker retries later; in `creating` not before batch_create_grace has passed, because a request that
 --                   seemed to fail may still arrive.
---   image           The provider refuses this batch and says why: its images go as single calls, whose errors say more. They also
+--   image           The provider refuses this batch and says why: its images are sent as single calls, whose errors say more. They also
 --                   do after max_bad_answers times `request_refused`, and after 3 × max_failures failures of any kind while
 --                   single calls work.
 --   no_batch_api    The routes for files or batches do not exist while single calls work: the provider has no Batch API, and
@@ -4322,7 +4322,7 @@ begin
     order by t.id for update skip locked);
   update autotag.queues q set chunk = s.chunk_size from autotag.settings s where q.job_id = v_job.id;
   update autotag.jobs j
-  set strategy = 'realtime-chunked', fallback = 'The AI provider has no Batch API, so these images go as single calls.'
+  set strategy = 'realtime-chunked', fallback = 'The AI provider has no Batch API, so these images are sent as single calls.'
   where j.id = v_job.id;
   perform autotag.keep(autotag.requeue(jsonb_agg(jsonb_build_object('task', t, 'failures', 0))), false)
   from unnest(v_tasks) t having count(*) > 0;
@@ -4393,7 +4393,7 @@ begin
   update autotag.queues q set queued = 0 where q.job_id = v_job.id;
   perform autotag.place_in_batches(v_job, v_tasks);
   update autotag.jobs j
-  set fallback = 'The AI service kept refusing single calls, so the rest of these images go by batch.'
+  set fallback = 'The AI service kept refusing single calls, so the rest of these images are sent in a batch.'
   where j.id = v_job.id;
   return true;
 end $$;
@@ -4405,7 +4405,7 @@ create or replace function autotag.is_poll_assigned(p_worker uuid) returns times
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return (select w.look_at from autotag.workers w where w.id = p_worker and w.login = session_user);
+  return (select w.poll_assigned_at from autotag.workers w where w.id = p_worker and w.login = session_user);
 end $$;
 
 -- Records the daily check of the model and the provider (claim_batches: look_up). p_facts: {model, shutdown_date, batches}, each
@@ -4519,7 +4519,7 @@ end $$;
 --   it has ended                       it waits to be harvested
 --   it failed: OpenAI's queue is full  it is planned again, which is no failure
 --   gone in several polls in a row     it ends, and its images are retried
---   no progress for too long           it is cancelled, if the limits let its images go as single calls
+--   no progress for too long           it is cancelled, if the limits admit its images as single calls
 -- Ignores workers without an assigned poll, batches that are not in flight, and invalid elements. Writes only rows that change.
 -- A batch that another transaction holds is left to the next poll, so a worker reports many batches in several calls. Returns the
 -- batches for which the worker calls show_batch() next.
@@ -4636,7 +4636,7 @@ begin
     then
       update autotag.batches b set cancel_requested = true, stuck = true where b.id = v_batch.id;
       update autotag.jobs j
-      set fallback = 'A batch made no progress, so the rest of its images go as single calls.'
+      set fallback = 'A batch made no progress, so the rest of its images are sent as single calls.'
       where j.id = v_batch.job_id;
     end if;
   end loop;
@@ -6327,7 +6327,7 @@ begin
     'workers', (
       select coalesce(jsonb_agg(jsonb_build_object('worker', w.id, 'host', w.host, 'version', w.version,
         'listening', w.listening, 'started_at', w.started_at, 'last_heartbeat_at', w.last_heartbeat_at, 'alive', w.lease_until > v_now,
-        'in_hand', cardinality(autotag.leased_tasks(w.id))) order by w.started_at), '[]')
+        'held', cardinality(autotag.leased_tasks(w.id))) order by w.started_at), '[]')
       from autotag.workers w),
     'errors', autotag.recent_errors(p_max, v_now),
     'today', (
@@ -6520,24 +6520,24 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_rule text := autotag.file_rule();
-  v_look record := autotag.look_at_files(10000);
-  v_open text := case when v_look.may_write is not null
-    then format(' Signed-in users can write rows that name any file (%s).', v_look.may_write) else '' end;
+  v_files record := autotag.check_files(10000);
+  v_open text := case when v_files.may_write is not null
+    then format(' Signed-in users can write rows that name any file (%s).', v_files.may_write) else '' end;
 begin
   if v_rule = 'any' then
     return autotag.finding('files', 'warning',
       'A row may name any file of the project (rule any), and its workspace gets that image''s tags.' || v_open,
       'Set a rule: autotag init --file-rule workspace-folder   (docs/install.md, "Whose a file is")');
-  elsif v_look.broken > 0 then
+  elsif v_files.foreign_files > 0 then
     return autotag.finding('files', 'warning',
       format('%s of %s checked rows name a file of another workspace (rule %s) and are not tagged, for example %s.',
-        v_look.broken, v_look.looked_at, v_rule, array_to_string(v_look.examples, ', ')) || v_open,
+        v_files.foreign_files, v_files.checked, v_rule, array_to_string(v_files.examples, ', ')) || v_open,
       'Correct these rows, or the rule in autotag.describe_assets.');
   end if;
   return autotag.finding('files', case when v_open <> '' and v_rule in ('uploader-folder', 'owner') then 'warning' else 'ok' end,
     format('Rows name files of %s (rule %s; %s rows checked).',
         case when v_rule in ('uploader-folder', 'owner') then 'members of their workspace' else 'their own workspace' end,
-        v_rule, v_look.looked_at)
+        v_rule, v_files.checked)
       || case when not autotag.users_see_files() and v_rule <> 'none'
         then ' Row level security of storage.objects is not checked (autotag.users_see_files).' else '' end
       || v_open || case
@@ -6707,7 +6707,7 @@ declare
   m autotag.models := autotag.find_model(v_model);
   v_end jsonb := autotag.describe_shutdown();
   v_missing text := concat_ws(', ',
-    case when p_provider.has_batches is false then 'a Batch API (everything goes as single calls)' end,
+    case when p_provider.has_batches is false then 'a Batch API (everything is sent as single calls)' end,
     case when p_provider.has_rate_headers is false then 'rate-limit headers (the limits in autotag.provider_limits apply)' end,
     case when p_provider.keep_files is null then 'expiring files' end);
   v_forms text := concat_ws(', ',
@@ -6849,7 +6849,7 @@ begin
     'estimate_seconds', autotag.estimate_seconds(p_images, v_batches))
     -- why that many images are not sent in a batch
     || case when v_type = 'realtime-chunked' and p_images > v_settings.chunk_max_images
-      then jsonb_build_object('note', 'The AI provider has no Batch API, so these images go as single calls.')
+      then jsonb_build_object('note', 'The AI provider has no Batch API, so these images are sent as single calls.')
       else '{}' end;
 end $$;
 

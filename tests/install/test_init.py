@@ -21,7 +21,7 @@ from psycopg.rows import dict_row
 from typer.testing import CliRunner
 
 from autotag.cli.app import app
-from autotag.install.facts import look
+from autotag.install.facts import read_facts
 from autotag.install.host import Choices, FileRule, HostError, propose
 from autotag.install.migrations import migrations, write_migrations
 from cli_tools import supabase
@@ -323,7 +323,7 @@ def test_hostile_names_stay_names(postgres: LocalPostgres, bare: str, tmp_path: 
     def nobody(option: str, question: str, answers: Any) -> str:
         raise HostError(question)
 
-    host = propose(look(url), Choices(path=nasty, bucket="it's"), nobody)
+    host = propose(read_facts(url), Choices(path=nasty, bucket="it's"), nobody)
     host = replace(host, files=FileRule("workspace-folder", ("it's",), "a'b/", 2))
     assert (host.path, host.bucket) == (nasty, "it's")
     write_migrations(tmp_path, host, {})

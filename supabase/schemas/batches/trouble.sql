@@ -4,7 +4,7 @@
 --   account         Both lanes pause.
 --   transient       Any worker retries later; in `creating` not before batch_create_grace has passed, because a request that
 --                   seemed to fail may still arrive.
---   image           The provider refuses this batch and says why: its images go as single calls, whose errors say more. They also
+--   image           The provider refuses this batch and says why: its images are sent as single calls, whose errors say more. They also
 --                   do after max_bad_answers times `request_refused`, and after 3 × max_failures failures of any kind while
 --                   single calls work.
 --   no_batch_api    The routes for files or batches do not exist while single calls work: the provider has no Batch API, and
@@ -174,7 +174,7 @@ begin
     order by t.id for update skip locked);
   update autotag.queues q set chunk = s.chunk_size from autotag.settings s where q.job_id = v_job.id;
   update autotag.jobs j
-  set strategy = 'realtime-chunked', fallback = 'The AI provider has no Batch API, so these images go as single calls.'
+  set strategy = 'realtime-chunked', fallback = 'The AI provider has no Batch API, so these images are sent as single calls.'
   where j.id = v_job.id;
   perform autotag.keep(autotag.requeue(jsonb_agg(jsonb_build_object('task', t, 'failures', 0))), false)
   from unnest(v_tasks) t having count(*) > 0;
@@ -245,7 +245,7 @@ begin
   update autotag.queues q set queued = 0 where q.job_id = v_job.id;
   perform autotag.place_in_batches(v_job, v_tasks);
   update autotag.jobs j
-  set fallback = 'The AI service kept refusing single calls, so the rest of these images go by batch.'
+  set fallback = 'The AI service kept refusing single calls, so the rest of these images are sent in a batch.'
   where j.id = v_job.id;
   return true;
 end $$;

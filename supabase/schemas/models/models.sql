@@ -132,8 +132,8 @@ begin
   return true;
 end $$;
 
--- What refusals before p_before have shown to be missing is tried anew: parameters of the request, the Batch API, expiring files.
--- The provider may support it by now, or a worker may have told a lie. What is refused again costs a call, which is not billed.
+-- What refusals before p_before have shown to be missing is tried again: parameters of the request, the Batch API, expiring files.
+-- The provider may support it by now, or a worker may have lied. A call that is refused again is not billed.
 -- What the owner changed meanwhile stays. Called by tick(). Locks: provider, models (skip locked).
 create or replace function autotag.retry_features(p_before timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -177,7 +177,7 @@ begin
 end $$;
 
 -- End of life of a model (p_model null: the one in use), from 90 days before: {level, message, fix, days, date, successor};
--- else null. level: warning, and error from 14 days before, because tagging stops on that date.
+-- else null. level: warning, and error from 14 days before, because tagging is paused from that date on.
 create or replace function autotag.describe_shutdown(p_model text default null) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

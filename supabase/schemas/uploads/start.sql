@@ -86,10 +86,10 @@ begin
     v_plan.wait := autotag.predict_wait(p_workspace_id, p_images);
     if (select p.has_batches from autotag.provider_limits p) = false then
       v_plan.fallback := case when p_images > v_settings.chunk_max_images
-        then 'The AI provider has no Batch API, so these images go as single calls.' end;
+        then 'The AI provider has no Batch API, so these images are sent as single calls.' end;
     elsif v_plan.wait > v_settings.realtime_max_wait then
       v_plan.strategy := 'batch';
-      v_plan.fallback := format('Single calls would have waited about %s min for the limits, so these images go by batch.',
+      v_plan.fallback := format('Single calls would have waited about %s min for the limits, so these images are sent in a batch.',
         ceil(extract(epoch from v_plan.wait) / 60));
     end if;
   end if;

@@ -16,7 +16,7 @@ as $$
   from autotag.settings s, autotag.provider_limits p
 $$;
 
--- The strategy for an upload of p_images images. Without a Batch API at the provider, all go as single calls.
+-- The strategy for an upload of p_images images. Without a Batch API at the provider, all are sent as single calls.
 create or replace function autotag.choose_strategy(p_images integer) returns text
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

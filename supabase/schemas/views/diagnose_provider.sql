@@ -33,7 +33,7 @@ declare
   m autotag.models := autotag.find_model(v_model);
   v_end jsonb := autotag.describe_shutdown();
   v_missing text := concat_ws(', ',
-    case when p_provider.has_batches is false then 'a Batch API (everything goes as single calls)' end,
+    case when p_provider.has_batches is false then 'a Batch API (everything is sent as single calls)' end,
     case when p_provider.has_rate_headers is false then 'rate-limit headers (the limits in autotag.provider_limits apply)' end,
     case when p_provider.keep_files is null then 'expiring files' end);
   v_forms text := concat_ws(', ',

@@ -77,7 +77,7 @@ begin
     'workers', (
       select coalesce(jsonb_agg(jsonb_build_object('worker', w.id, 'host', w.host, 'version', w.version,
         'listening', w.listening, 'started_at', w.started_at, 'last_heartbeat_at', w.last_heartbeat_at, 'alive', w.lease_until > v_now,
-        'in_hand', cardinality(autotag.leased_tasks(w.id))) order by w.started_at), '[]')
+        'held', cardinality(autotag.leased_tasks(w.id))) order by w.started_at), '[]')
       from autotag.workers w),
     'errors', autotag.recent_errors(p_max, v_now),
     'today', (
