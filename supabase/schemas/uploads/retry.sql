@@ -1,6 +1,7 @@
 -- Retrying the failed images of an upload.
 
--- The failed images of a job, in order, except those that no longer exist or whose location is refused (describe_assets).
+-- The failed images of a job, in order, except those that no longer exist, moved to another workspace (which the caller may not
+-- know of), or whose location is refused (describe_assets).
 create or replace function autotag.failed_assets(p_job_id uuid) returns uuid[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -12,7 +13,7 @@ begin
     from autotag.tasks t
     join autotag.describe_assets(array(
       select f.asset_id from autotag.tasks f where f.job_id = v_job.id and f.stage = 'failed')) d on d.asset_id = t.asset_id
-    where t.job_id = v_job.id and t.stage = 'failed' and d.refused is null
+    where t.job_id = v_job.id and t.stage = 'failed' and d.workspace_id = v_job.workspace_id and d.refused is null
     order by t.id);
 end $$;
 

@@ -2,7 +2,7 @@
 
 -- Makes a job of those images that are not being tagged already. All belong to p_workspace_id, which the caller has locked.
 -- p_seen: as in enqueue(). Returns {job_id, strategy, image_count, skipped, batches, eta}.
--- Locks: assets (tasks and batches are new).
+-- Locks: quotas (advisory), assets (tasks and batches are new).
 create or replace function autotag.start_job(
   p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_seen uuid[] default null
 ) returns jsonb
@@ -19,6 +19,7 @@ declare
   v_job autotag.jobs;
   v_first_task bigint;
 begin
+  perform autotag.lock_quotas(p_workspace_id, p_user_id);
   -- The new images, each once, in the order of the upload.
   v_live := array(select t.asset_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null);
   select coalesce(array_agg(a.id order by a.i), '{}'), array_agg(a.seen order by a.i) into v_new, v_new_seen
@@ -101,6 +102,7 @@ begin
   -- The express images are taken from the first batch, which keeps at least one image.
   v_plan.express := case when v_plan.batches = 0 then p_images
     when v_plan.fallback is not null then 0  -- the fallback avoids single calls
+    when autotag.predict_wait(p_workspace_id, v_settings.express_images) > v_settings.realtime_max_wait then 0
     else least(v_settings.express_images, p_images / v_plan.batches - 1) end;
   v_plan.chunk := case when v_plan.strategy = 'realtime-chunked' then v_settings.chunk_size end;
   return v_plan;
