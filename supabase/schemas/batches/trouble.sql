@@ -218,10 +218,10 @@ begin
   perform pg_notify('autotag', 'realtime');
 end $$;
 
--- 429s persist: puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait. False: there is
--- no such upload that no other transaction holds. One upload per call. Called by claim(), which holds the provider row.
--- Locks: job, tasks by id (both skip locked).
-create or replace function autotag.single_calls_to_batch(p_now timestamptz) returns boolean
+-- Puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait. p_reason: a sentence for the
+-- user. False: there is no such upload that no other transaction holds. One upload per call. Called by claim(), which holds the
+-- provider row. Locks: job, tasks by id (both skip locked).
+create or replace function autotag.single_calls_to_batch(p_now timestamptz, p_reason text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -244,8 +244,6 @@ begin
   from autotag.queues q where q.job_id = v_job.id and q.joined and w.workspace_id = v_job.workspace_id;
   update autotag.queues q set queued = 0 where q.job_id = v_job.id;
   perform autotag.place_in_batches(v_job, v_tasks);
-  update autotag.jobs j
-  set fallback = 'The AI service kept refusing single calls, so the rest of these images are sent in a batch.'
-  where j.id = v_job.id;
+  update autotag.jobs j set fallback = p_reason where j.id = v_job.id;
   return true;
 end $$;

@@ -27,7 +27,8 @@ begin
 end $$;
 
 -- Price of a model's tokens in a service tier (`batch` for a batch), in dollars. Null: unknown, because the model has no price
--- or the tier is unknown. p_input includes cached and cache-written tokens, as in OpenAI's figures.
+-- or the tier is unknown. A model whose prices are all zero (on one's own server) costs zero in any tier, and even without figures.
+-- p_input includes cached and cache-written tokens, as in OpenAI's figures.
 create or replace function autotag.price_tokens(
   p_model text, p_tier text, p_input numeric, p_cached numeric, p_cache_write numeric, p_output numeric
 ) returns numeric
@@ -36,6 +37,9 @@ as $$
 declare
   m autotag.models := autotag.find_model(p_model);
 begin
+  if 0 = all (array[m.input_price, m.output_price, coalesce(m.cached_price, 0), coalesce(m.cache_write_price, 0)]) then
+    return 0;
+  end if;
   return (
     greatest(p_input - p_cached - p_cache_write, 0) * m.input_price
     + p_cached * coalesce(m.cached_price, m.input_price)

@@ -1,6 +1,7 @@
 -- Retrying the failed images of an upload.
 
--- The failed images of a job, in order, except those that no longer exist or whose location is refused (describe_assets).
+-- The failed images of a job, in order, except those that no longer exist, moved to another workspace (which the caller may not
+-- know of), or whose location is refused (describe_assets).
 create or replace function autotag.failed_assets(p_job_id uuid) returns uuid[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -11,7 +12,7 @@ declare
 begin
   return array(
     select f.id from unnest(v_failed) with ordinality f (id, i) join autotag.describe_assets(v_failed) d on d.asset_id = f.id
-    where d.refused is null order by f.i);
+    where d.workspace_id = v_job.workspace_id and d.refused is null order by f.i);
 end $$;
 
 -- retry_tagging: enqueues the failed images of a job as a new job. p_seen: as in enqueue, for failed_assets().

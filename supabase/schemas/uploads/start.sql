@@ -101,6 +101,7 @@ begin
   -- The express images are taken from the first batch, which keeps at least one image.
   v_plan.express := case when v_plan.batches = 0 then p_images
     when v_plan.fallback is not null then 0  -- the fallback avoids single calls
+    when autotag.predict_wait(p_workspace_id, v_settings.express_images) > v_settings.realtime_max_wait then 0
     else least(v_settings.express_images, p_images / v_plan.batches - 1) end;
   v_plan.chunk := case when v_plan.strategy = 'realtime-chunked' then v_settings.chunk_size end;
   return v_plan;

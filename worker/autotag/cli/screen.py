@@ -133,6 +133,8 @@ def _limits(limits: LimitsStatus) -> Table:
     for name, limit, left in rows:
         used = min(max(limit - left, 0), limit)
         table.add_row(name, ProgressBar(limit, used, width=20), f"{used:,.0f}", f"{limit:,.0f}")
+        if name == "requests a day" and left < 1:
+            table.add_row("", cell(f"used up: single calls go on at {limit / 24:,.0f} an hour", "yellow"))
     return table
 
 

@@ -356,11 +356,17 @@ class StageReport(TypedDict):
 
 
 class Limits(TypedDict, total=False):
-    """The provider's limits from an answer's headers: requests and tokens per minute, what is left of them, and seconds
-    to wait."""
+    """The provider's limits from an answer's headers, what is left of them, and seconds to wait.
+
+    requests, tokens: per minute. day: requests per day. unclear: requests, but the headers do not say of what period.
+    """
 
     requests_limit: int
     requests_left: int
+    day_limit: int
+    day_left: int
+    unclear_limit: int
+    unclear_left: int
     tokens_limit: int
     tokens_left: int
     retry_after: float | None
