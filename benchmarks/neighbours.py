@@ -1,0 +1,350 @@
+"""A quiet tenant beside hostile ones: how long its images take, compared with friendly neighbours.
+
+Phases alternate. In both kinds of phase, as many neighbours upload as many images, and workers are killed and connections
+break as often, by the same random numbers. In half of the phases the neighbours are hostile as well
+(`lab.chaos.hostilities`). In the end the auditor compares the ledger of all uploads with the database, the provider's
+request log and the broadcasts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from rich.console import Console
+
+from benchmarks.report import Figure, Result, quantile
+from lab.chaos.auditor import compare_books, read_books
+from lab.chaos.crew import Crew
+from lab.chaos.forks import fork_server
+from lab.chaos.hostile_triggers import TRIGGERS
+from lab.chaos.hostilities import KINDS, Friendly, Hostility, Storm
+from lab.chaos.run import SETTINGS
+from lab.chaos.tenants import Project, Tenant, open_project
+from lab.pictures import Drawing, draw
+from lab.postgres import install_autotag, local_postgres, machine_binaries
+from lab.proxy import Proxy
+from lab.stack import local_stack
+
+WORKERS = 2
+SLOTS = 16  # of each worker
+QUIET = 4  # quiet tenants
+QUIET_PAUSE = 0.7  # mean seconds between uploads of one of them
+QUIET_SIZES = (1, 1, 1, 2, 2, 3, 4, 4, 8, 24)  # the last one goes by batch
+FILES, QUIET_FILES = 10, 30  # pictures of each tenant
+SHRINK = 6  # the pictures are small, so that their preparation does not decide how long an image takes
+PAUSE = (0.0, 6.0)  # seconds between two times that a neighbour does what it does
+KILL_EVERY, CUT_EVERY = (4.0, 8.0), (0.9, 2.1)  # seconds
+POLL, TICK = 0.02, 0.5  # seconds
+DRAIN = 90.0  # seconds after a phase in which everything has to end
+FIRST = 1.0  # seconds between the workers' start and a phase
+NEIGHBOUR_SETTINGS = SETTINGS | {
+    "realtime_max_images": 5, "chunk_max_images": 12, "batch_max_images": 200, "batch_split_images": 100,
+    "express_images": 5, "upload_quiet": "0.3 s", "upload_longest": "3 s",
+}  # fmt: skip
+ALL_KINDS = (*KINDS, *TRIGGERS)
+
+
+@dataclass
+class Phase:
+    """What was seen in one phase."""
+
+    hostile: bool
+    seconds: list[float] = field(default_factory=list)  # from the call of enqueue_tagging to the last tags of an upload
+    calm: list[float] = field(default_factory=list)  # the same for uploads during which no worker was dead
+    drained: float | None = None  # seconds until everything had ended; None: it did not
+
+    def as_json(self) -> dict[str, Any]:
+        """For the details."""
+        return {
+            "neighbours": "hostile" if self.hostile else "friendly", "uploads": len(self.seconds),
+            "p50": round(quantile(self.seconds, 0.5), 3), "p99": round(quantile(self.seconds, 0.99), 3),
+            "slowest": round(max(self.seconds), 3), "calm p99": round(quantile(self.calm or [0.0], 0.99), 3),
+            "drained after": None if self.drained is None else round(self.drained, 1),
+        }  # fmt: skip
+
+
+@dataclass
+class Watched:
+    """An upload of a quiet tenant whose images are not all tagged."""
+
+    began: float  # of time.monotonic()
+    epoch: float
+    left: set[str]
+
+
+class Street:
+    """One project, its tenants and its workers."""
+
+    def __init__(self, project: Project, crew: Crew, seed: int) -> None:
+        self._project, self._crew, self._seed = project, crew, seed
+        self._drawings = draw(10_000, seed, SHRINK)
+        self.quiet: list[Tenant] = []
+        self.hostile: list[Hostility] = []
+        self.friendly: list[Hostility] = []
+        self.phases: list[Phase] = []
+        self.troubles: list[str] = []  # what a tenant's own calls ran into
+        self._watched: list[Watched] = []
+
+    async def move_in(self, kinds: Sequence[type[Hostility]]) -> None:
+        """Makes the tenants and their pictures."""
+        self.quiet = [await self._make(QUIET_FILES) for _ in range(QUIET)]
+        for kind in kinds:
+            self.hostile.append(kind(await self._make(FILES)))
+            self.friendly.append(Friendly(await self._make(FILES), kind))
+        for hostility in self.hostile:
+            await hostility.install()
+
+    async def _make(self, files: int) -> Tenant:
+        drawings: list[Drawing] = list(islice(self._drawings, files))
+        tenant = Tenant(self._project, random.Random(f"{self._seed} {len(self.quiet)} {len(self.hostile)}"))
+        await tenant.store(drawings)
+        return tenant
+
+    async def phase(self, number: int, seconds: float, *, hostile: bool) -> Phase:
+        """Traffic for a time, and then until everything has ended."""
+        phase = Phase(hostile)
+        self.phases.append(phase)
+        ending = asyncio.Event()
+        # Both phases of a pair draw the same random numbers.
+        neighbours = self.hostile if hostile else self.friendly
+        rngs = [random.Random(f"{self._seed} {number // 2} {place}") for place in range(len(neighbours))]
+        watching = asyncio.create_task(self._watch(phase))
+        work = [
+            *(self._live(neighbour, rng, ending) for neighbour, rng in zip(neighbours, rngs, strict=True)),
+            *(self._upload_quietly(tenant, random.Random(f"{number // 2} {i}"), ending)
+              for i, tenant in enumerate(self.quiet)),
+            self._break(random.Random(f"{self._seed} {number // 2} breaks"), ending),
+        ]  # fmt: skip
+        tasks = [asyncio.create_task(job) for job in work]
+        await asyncio.sleep(seconds)
+        ending.set()
+        await asyncio.gather(*tasks)
+        phase.drained = await self._drain()
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        phase.seconds += [time.monotonic() - upload.began for upload in self._watched]  # those that never ended
+        self._watched.clear()
+        return phase
+
+    async def _drain(self) -> float | None:
+        began = time.monotonic()
+        while time.monotonic() < began + DRAIN:
+            with contextlib.suppress(psycopg.Error):
+                if not await self._project.live():
+                    return time.monotonic() - began
+            await asyncio.sleep(0.1)
+        return None
+
+    # -- the neighbours
+
+    async def _live(self, neighbour: Hostility, rng: random.Random, ending: asyncio.Event) -> None:
+        """One neighbour until the phase ends."""
+        neighbour.tenant.rng = rng
+        lasting = neighbour.seconds[0] > 60
+        while not ending.is_set():
+            if not lasting:
+                await _wait(ending, rng.uniform(*PAUSE))
+            if ending.is_set():
+                return
+            try:
+                if isinstance(neighbour, Friendly) and neighbour.images >= Storm.images:
+                    await self._spread(neighbour, ending)
+                else:
+                    async with neighbour.happen():
+                        await _wait(ending, rng.uniform(*neighbour.seconds))
+            except (psycopg.Error, TimeoutError) as error:
+                self.troubles.append(f"{neighbour.name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+
+    async def _spread(self, neighbour: Hostility, ending: asyncio.Event) -> None:
+        """As many images as in a storm, little by little."""
+        for _ in range(neighbour.images // 10):
+            await neighbour.tenant.upload(10)
+            if await _wait(ending, 0.3):
+                return
+
+    async def _break(self, rng: random.Random, ending: asyncio.Event) -> None:
+        """Kills workers and breaks connections."""
+
+        async def often(every: tuple[float, float], what: Any) -> None:
+            while not await _wait(ending, rng.uniform(*every)):
+                await what()
+
+        async def kill() -> None:
+            self._crew.kill(rng)
+
+        async def cut() -> None:
+            await self._crew.cut(rng, self._project.stack)
+
+        await asyncio.gather(often(KILL_EVERY, kill), often(CUT_EVERY, cut))
+
+    # -- the quiet tenants
+
+    async def _upload_quietly(self, tenant: Tenant, rng: random.Random, ending: asyncio.Event) -> None:
+        tenant.rng = rng
+        uploads: set[asyncio.Task[None]] = set()
+        while not await _wait(ending, rng.expovariate(1 / QUIET_PAUSE)):
+            task = asyncio.create_task(self._upload_one(tenant, rng.choice(QUIET_SIZES)))
+            uploads.add(task)
+            task.add_done_callback(uploads.discard)
+        await asyncio.gather(*uploads)
+
+    async def _upload_one(self, tenant: Tenant, size: int) -> None:
+        try:
+            assets = await tenant.insert(tenant.choose(size))
+            self._watched.append(Watched(time.monotonic(), time.time(), set(assets)))
+            await tenant.enqueue(assets)
+        except psycopg.Error as error:
+            self.troubles.append(f"quiet tenant: {type(error).__name__}: {str(error).splitlines()[0]}")
+
+    async def _watch(self, phase: Phase) -> None:
+        """Notes when the last image of each quiet upload has its tags."""
+        while True:
+            await asyncio.sleep(POLL)
+            waiting = [asset for upload in self._watched for asset in upload.left]
+            if not waiting:
+                continue
+            with contextlib.suppress(psycopg.Error):
+                rows = await self._project.execute(
+                    "select id::text from public.assets where id = any (%s::uuid[]) and tagging_stage = 'completed'",
+                    waiting,
+                )
+                now, done = time.monotonic(), {row[0] for row in rows}
+                for upload in self._watched:
+                    upload.left -= done
+                    if not upload.left:
+                        phase.seconds.append(now - upload.began)
+                        if not any(upload.epoch - 4 < kill < time.time() for kill in self._crew.kills):
+                            phase.calm.append(now - upload.began)
+                self._watched = [upload for upload in self._watched if upload.left]
+
+    @contextlib.asynccontextmanager
+    async def ticks(self) -> AsyncIterator[None]:
+        """The scheduler's part, more often than it would."""
+
+        async def forever() -> None:
+            while True:
+                with contextlib.suppress(psycopg.Error):
+                    await self._project.execute("select autotag.tick()")
+                await asyncio.sleep(TICK)
+
+        task = asyncio.create_task(forever())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def audit(self) -> list[str]:
+        """Every violation."""
+        ledger, crew = self._project.ledger, self._crew
+        books = read_books(
+            self._project.stack, ledger.truth, [], may_be_lost=SLOTS * len(crew.kills), client_heard_all=False
+        )
+        books.ends, books.pictures, books.kills, books.fallen = ledger.ends, ledger.pictures, crew.kills, crew.fallen
+        return compare_books(books)
+
+
+async def _wait(ending: asyncio.Event, seconds: float) -> bool:
+    """Waits for the end, at most so long; whether it has come."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await ending.wait()
+    return ending.is_set()
+
+
+async def measure(
+    console: Console, *, seconds: float, pairs: int, seed: int, kinds: Sequence[type[Hostility]] = ALL_KINDS
+) -> Result:
+    """Runs ``pairs`` times two phases of ``seconds``."""
+    log = Path(tempfile.mkdtemp(prefix="autotag-neighbours-")) / "workers.log"
+    with local_postgres(machine_binaries()) as server:
+        install_autotag(server)
+        async with local_stack(server) as stack, open_project(stack) as project, fork_server() as forks:
+            stack.configure(**NEIGHBOUR_SETTINGS)
+            stack.prove()
+            stack.simulator.plan.latency, stack.simulator.plan.batch_latency = (0.1, 0.3), (0.3, 0.8)
+            proxy = Proxy(stack.database_url())
+            environment = {
+                **stack.worker_environment(),
+                "DATABASE_URL": proxy.url(stack.worker_environment()["DATABASE_URL"]),
+                "AUTOTAG_SLOTS": str(SLOTS),
+            }
+            crew = Crew(forks, environment, log, WORKERS, proxy)
+            street = Street(project, crew, seed)
+            await street.move_in(kinds)
+            async with proxy.serve(), street.ticks(), crew.work():
+                await asyncio.sleep(FIRST)
+                for number in range(2 * pairs):
+                    # In turn, so that a machine that slows down does not favour one kind: ABBA.
+                    hostile = (number % 4) in (1, 2)
+                    phase = await street.phase(number, seconds, hostile=hostile)
+                    console.print(phase.as_json())
+            violations = await asyncio.to_thread(street.audit)
+    return evaluate(street, crew, violations)
+
+
+def evaluate(street: Street, crew: Crew, violations: list[str]) -> Result:
+    """The figures, and what they are made of."""
+    happened = {hostility.name: hostility.count for hostility in street.hostile}
+    friendly, hostile = ([p for p in street.phases if p.hostile is kind] for kind in (False, True))
+    figures = {
+        "quiet_p99_ratio": Figure(_ratio(hostile, friendly, 0.99), 1.5, "lower"),
+        "violations": Figure(len(violations), 0, "lower"),
+        "hostilities": Figure(sum(count > 0 for count in happened.values()), 12, "higher"),
+        "kills_and_cuts": Figure(crew.breaks.total(), 200, "higher"),
+    }
+    kinds: dict[str, int] = defaultdict(int)
+    for sentence in violations:
+        kinds[_kind(sentence)] += 1
+    details = {
+        "quiet_p50_ratio": round(_ratio(hostile, friendly, 0.5), 3),
+        # without uploads that may have waited for the lease of a dead worker
+        "calm_p99_ratio": round(_ratio(hostile, friendly, 0.99, calm=True), 3),
+        **_noise(hostile, friendly),
+        "phases": [phase.as_json() for phase in street.phases],
+        "happened": happened, "broken": dict(crew.breaks), "kinds of violations": dict(kinds),
+        "violations": violations[:40], "troubles of tenants": street.troubles[:20],
+    }  # fmt: skip
+    return Result("neighbours", figures, details)
+
+
+def _ratio(hostile: list[Phase], friendly: list[Phase], share: float, *, calm: bool = False) -> float:
+    """Hostile ÷ friendly: a quantile of all uploads of all phases of each kind."""
+    values = [[s for p in phases for s in (p.calm if calm else p.seconds)] for phases in (hostile, friendly)]
+    above, below = (quantile(seconds, share) if seconds else 0.0 for seconds in values)
+    return above / below if below else 0.0
+
+
+def _noise(hostile: list[Phase], friendly: list[Phase]) -> dict[str, Any]:
+    """How far the ratio of the p99 can be off: a bootstrap over uploads, and friendly phases compared with each other."""
+    rng = random.Random(1)
+    drawn = sorted(
+        _ratio(
+            [Phase(True, rng.choices(p.seconds, k=len(p.seconds))) for p in hostile],
+            [Phase(False, rng.choices(p.seconds, k=len(p.seconds))) for p in friendly],
+            0.99,
+        )
+        for _ in range(500)
+    )
+    p99 = [quantile(phase.seconds, 0.99) for phase in friendly]
+    return {
+        "p99 ratio, 90 % interval": [round(drawn[25], 2), round(drawn[474], 2)],
+        "p99 of friendly phases, largest ÷ smallest": round(max(p99) / min(p99), 2),
+    }
+
+
+def _kind(sentence: str) -> str:
+    """A violation without its names."""
+    words = [word for word in sentence.split() if not any(c.isdigit() for c in word)]
+    return " ".join(words[:9])

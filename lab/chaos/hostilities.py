@@ -1,0 +1,397 @@
+"""Trouble that one tenant makes in its own workspace: transactions that stay open, rows that go away, huge uploads.
+
+Each kind is a class; an instance belongs to one tenant. Trouble begins and ends with `Hostility.happen`, and the tenant
+uploads images meanwhile. `Hostility.count` says how often it really happened: a row was held while its image was being
+tagged, a trigger fired. `hostile_triggers` has the kinds that need triggers and constraints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any, ClassVar
+
+import psycopg
+
+from lab.chaos.auditor import TAGGED
+from lab.chaos.tenants import UNSURE, Tenant
+from lab.stack import WORKER_ROLE
+
+LOCKED = 1.0  # seconds that the whole table is locked
+UNDER_WAY = "('queued', 'preparing', 'submitted', 'processing', 'completing')"
+
+
+class Hostility:
+    """One kind of trouble, and the tenant that makes it."""
+
+    name: ClassVar[str]
+    images: ClassVar[int] = 5  # uploaded each time it happens
+    seconds: ClassVar[tuple[float, float]] = (1.5, 4.0)  # how long it lasts
+
+    def __init__(self, tenant: Tenant) -> None:
+        self.tenant = tenant
+        self.project = tenant.project
+        self.count = 0
+        self.assets: list[str] = []  # of the last time
+
+    async def install(self) -> None:
+        """What the host needs before it can happen."""
+
+    async def remove(self) -> None:
+        """Undoes `install`."""
+
+    @contextlib.asynccontextmanager
+    async def happen(self) -> AsyncIterator[None]:
+        """Begins; ends with the context."""
+        self.assets = await self.tenant.upload(self.images)
+        yield
+
+
+class Friendly(Hostility):
+    """A tenant that uploads as much as a hostile one, and nothing else."""
+
+    name = "none"
+
+    def __init__(self, tenant: Tenant, instead_of: type[Hostility]) -> None:
+        super().__init__(tenant)
+        self.images, self.seconds = instead_of.images, instead_of.seconds  # type: ignore[misc]
+
+
+class OpenTransaction(Hostility):
+    """A transaction that has done something and stays open."""
+
+    commits: ClassVar[bool] = False
+
+    async def do(self, connection: psycopg.AsyncConnection[Any]) -> bool:
+        """What the transaction does; whether it did anything."""
+        raise NotImplementedError
+
+    async def before(self) -> None:
+        """The tenant's upload."""
+        self.assets = await self.tenant.upload(self.images)
+
+    async def committed(self) -> None:
+        """The transaction has been committed."""
+
+    @contextlib.asynccontextmanager
+    async def happen(self) -> AsyncIterator[None]:
+        await self.before()
+        async with self.project.connect() as connection:
+            self.count += await self.do(connection)
+            yield
+            if self.commits:
+                await connection.commit()
+                await self.committed()
+
+
+class HeldRow(OpenTransaction):
+    """One image's row is locked while the image is being tagged."""
+
+    name = "a transaction holds the row of an image"
+    rows: ClassVar[int] = 1
+
+    async def do(self, connection: psycopg.AsyncConnection[Any]) -> bool:
+        cursor = await connection.execute(
+            f"select id from public.assets where id = any (%s::uuid[]) and tagging_stage in {UNDER_WAY}"
+            " order by id limit %s for update",
+            (self.assets, self.rows),
+        )
+        return cursor.rowcount > 0
+
+
+class HeldRows(HeldRow):
+    """All rows of the workspace are locked."""
+
+    name = "a transaction holds all rows of a workspace"
+    rows = 1_000_000
+
+
+class OpenEnqueue(OpenTransaction):
+    """An upload is enqueued in a transaction that is committed much later."""
+
+    name = "enqueue_tagging in an open transaction"
+    commits = True
+
+    async def before(self) -> None:
+        await super().before()
+        self._late = await self.tenant.insert(self.tenant.choose(3))
+
+    async def do(self, connection: psycopg.AsyncConnection[Any]) -> bool:
+        await self.tenant.act_as_member(connection)
+        await connection.execute("select public.enqueue_tagging(%s::uuid[])", (self._late,))
+        return True
+
+    async def committed(self) -> None:
+        self.project.ledger.expect(self._late)
+
+
+class OpenCancel(OpenTransaction):
+    """An upload is cancelled in a transaction that is rolled back, or committed, much later."""
+
+    name = "cancel_tagging in an open transaction"
+    images = 12
+
+    async def before(self) -> None:
+        self.assets = await self.tenant.insert(self.tenant.choose(self.images))
+        self._job = (await self.tenant.enqueue(self.assets, TAGGED | {"cancelled"}))["job_id"]
+
+    async def do(self, connection: psycopg.AsyncConnection[Any]) -> bool:
+        await self.tenant.act_as_member(connection)
+        cursor = await connection.execute("select public.cancel_tagging(%s) -> 'cancelled' <> '0'", (self._job,))
+        row = await cursor.fetchone()
+        return bool(row and row[0])
+
+    @contextlib.asynccontextmanager
+    async def happen(self) -> AsyncIterator[None]:
+        self.commits = self.tenant.rng.random() < 0.5  # type: ignore[misc]
+        async with super().happen():
+            yield
+        if not self.commits:
+            self.project.ledger.expect(self.assets)
+
+
+class OpenRateLimit(OpenTransaction):
+    """The project's server asks for the allowance of a workspace and does not commit."""
+
+    name = "check_rate_limit in an open transaction"
+
+    async def do(self, connection: psycopg.AsyncConnection[Any]) -> bool:
+        await connection.execute("select public.check_rate_limit(%s, 'realtime', 1)", (self.tenant.workspace,))
+        return True
+
+
+class LongSnapshot(OpenTransaction):
+    """A report reads from one snapshot for as long as it can."""
+
+    name = "a snapshot that stays open"
+    seconds = (3600.0, 3600.0)
+
+    async def do(self, connection: psycopg.AsyncConnection[Any]) -> bool:
+        await connection.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)
+        await connection.execute("select count(*) from public.assets")
+        return True
+
+
+class WholeTable(Hostility):
+    """A migration of the project locks the whole table for a second, once it gets the lock."""
+
+    name = "alter table locks the table"
+    seconds = (6.0, 10.0)
+
+    @contextlib.asynccontextmanager
+    async def happen(self) -> AsyncIterator[None]:
+        self.assets = await self.tenant.upload(self.images)
+        with contextlib.suppress(psycopg.errors.LockNotAvailable):
+            async with self.project.connect() as connection:
+                await connection.execute("set local lock_timeout = '0.5 s'")
+                await connection.execute("alter table public.assets alter column created_at set default now()")
+                self.count += 1
+                await asyncio.sleep(LOCKED)
+                await connection.commit()
+        yield
+
+
+class Vanishing(Hostility):
+    """What happens to rows while their images are being tagged."""
+
+    images = 8
+
+    @contextlib.asynccontextmanager
+    async def happen(self) -> AsyncIterator[None]:
+        self.assets = await self.tenant.insert(self.tenant.choose(self.images))
+        await self.tenant.enqueue(self.assets, as_server=True)
+        for asset in self.assets[::2]:
+            await self.change(asset)
+            await asyncio.sleep(self.tenant.rng.uniform(0, 0.1))
+        yield
+
+    async def change(self, asset: str) -> None:
+        """What happens to one row."""
+        raise NotImplementedError
+
+
+class Deleted(Vanishing):
+    """Rows are deleted."""
+
+    name = "rows are deleted"
+
+    async def change(self, asset: str) -> None:
+        self.project.ledger.expect([asset], TAGGED | {"gone"})
+        [(stage,)] = await self.project.execute(
+            "delete from public.assets where id = %s returning tagging_stage", asset
+        )
+        self.count += stage != "completed"
+
+
+class Moved(Vanishing):
+    """Rows move to another workspace."""
+
+    name = "rows move to another workspace"
+
+    async def install(self) -> None:
+        self._other = self.project.stack.add_member().workspace
+
+    async def change(self, asset: str) -> None:
+        self.project.ledger.expect([asset], TAGGED | {"moved"})
+        [(stage,)] = await self.project.execute(
+            "update public.assets set workspace_id = %s where id = %s returning tagging_stage", self._other, asset
+        )
+        self.count += stage != "completed"
+
+
+class Replaced(Vanishing):
+    """Rows name another picture."""
+
+    name = "pictures are replaced"
+
+    async def change(self, asset: str) -> None:
+        path, picture = self.tenant.rng.choice(
+            [file for file in self.tenant.files if file[1] != self.project.ledger.truth[asset]]
+        )
+        changed = await self.project.execute(
+            f"update public.assets set storage_path = %s where id = %s and tagging_stage in {UNDER_WAY} returning 1",
+            path, asset,
+        )  # fmt: skip
+        if changed:
+            self.project.ledger.replace(asset, picture)
+            self.count += 1
+
+
+class SmallTimeouts(Hostility):
+    """The workers' login has settings of the project that are smaller than some statements take."""
+
+    name = "statement_timeout and lock_timeout of the login are small"
+    TIMEOUTS: ClassVar = {"statement_timeout": "100ms", "lock_timeout": "10ms"}
+
+    @contextlib.asynccontextmanager
+    async def happen(self) -> AsyncIterator[None]:
+        self.assets = await self.tenant.upload(self.images)
+        async with self.project.connect("supabase_admin") as admin:
+            await admin.set_autocommit(True)
+            began = await (await admin.execute("select clock_timestamp()")).fetchone() or ()
+            for setting, value in self.TIMEOUTS.items():
+                await admin.execute(f"alter role {WORKER_ROLE} set {setting} = '{value}'".encode())
+            try:
+                yield
+            finally:
+                for setting in self.TIMEOUTS:
+                    await admin.execute(f"alter role {WORKER_ROLE} reset {setting}".encode())
+            new = await admin.execute(
+                "select 1 from pg_stat_activity where usename = %s and backend_start > %s", (WORKER_ROLE, *began)
+            )
+            self.count += new.rowcount
+
+
+class SilentTopic(Hostility):
+    """realtime.send raises for the workspace's topic, as where today's partition is missing."""
+
+    name = "realtime.send raises"
+
+    @contextlib.asynccontextmanager
+    async def happen(self) -> AsyncIterator[None]:
+        workspace = self.tenant.workspace
+        await self.project.execute("insert into public.hostile_now values (%s, true)", workspace)
+        before = await self._raised()
+        try:
+            self.assets = await self.tenant.upload(self.images)
+            yield
+        finally:
+            await self.project.execute("delete from public.hostile_now where workspace_id = %s", workspace)
+            self.count += await self._raised() - before
+
+    async def _raised(self) -> int:
+        [(last,)] = await self.project.execute(
+            "select case when is_called then last_value else 0 end from public.hostile_silenced"
+        )
+        return int(last)
+
+
+class Automatic(Hostility):
+    """Rows are tagged without a call."""
+
+    async def install(self) -> None:
+        await self.project.execute("insert into public.hostile_automatic values (%s)", self.tenant.workspace)
+
+
+class AutomaticStorm(Automatic):
+    """Three hundred rows, each in a transaction of its own."""
+
+    name = "300 inserts in automatic mode"
+    images = 300
+    seconds = (5.0, 9.0)
+
+    @contextlib.asynccontextmanager
+    async def happen(self) -> AsyncIterator[None]:
+        self.assets = []
+        async with self.project.connect() as connection:
+            await connection.set_autocommit(True)
+            for file in self.tenant.choose(self.images):
+                self.assets += await self.tenant.insert([file], connection)
+        self.project.ledger.expect(self.assets)
+        self.count += 1
+        yield
+
+
+class OpenInsert(Automatic):
+    """Rows are inserted in a transaction that is committed much later."""
+
+    name = "an open insert in automatic mode"
+
+    @contextlib.asynccontextmanager
+    async def happen(self) -> AsyncIterator[None]:
+        async with self.project.connect() as connection:
+            self.assets = await self.tenant.insert(self.tenant.choose(self.images), connection)
+            self.count += 1
+            yield
+            await connection.commit()
+        self.project.ledger.expect(self.assets)
+
+
+class OddClaims(Automatic):
+    """Rows are inserted with a token that is not one of Supabase's."""
+
+    name = "odd claims in automatic mode"
+    CLAIMS = (
+        '{"role": "authenticated", "sub": "not-a-uuid"}', '{"role": "authenticated", "sub": 42}', "[]", '"x"', "null",
+        '{"role": {}, "sub": null}', "not JSON",
+    )  # fmt: skip
+    refused = 0  # inserts that were aborted because of their claims
+
+    @contextlib.asynccontextmanager
+    async def happen(self) -> AsyncIterator[None]:
+        self.assets = []
+        for claims in self.CLAIMS:
+            async with self.project.connect() as connection:
+                await connection.execute("select set_config('request.jwt.claims', %s, true)", (claims,))
+                try:
+                    assets = await self.tenant.insert(self.tenant.choose(1), connection)
+                    await connection.commit()
+                except psycopg.Error:
+                    self.refused += 1
+                else:
+                    # Without a usable claim, autotag may leave the row to enqueue_tagging.
+                    self.project.ledger.expect(assets, TAGGED | (UNSURE - {"gone"}))
+                    self.assets += assets
+            self.count += 1
+        yield
+
+
+class Storm(Hostility):
+    """A thousand images at once."""
+
+    name = "an upload of 1,000 images"
+    images = 1000
+    seconds = (3600.0, 3600.0)
+
+    @contextlib.asynccontextmanager
+    async def happen(self) -> AsyncIterator[None]:
+        async with super().happen():
+            self.count += 1
+            yield
+
+
+KINDS: tuple[type[Hostility], ...] = (
+    HeldRow, HeldRows, OpenEnqueue, OpenCancel, OpenRateLimit, LongSnapshot, WholeTable, Deleted, Moved, Replaced,
+    SmallTimeouts, SilentTopic, AutomaticStorm, OpenInsert, OddClaims, Storm,
+)  # fmt: skip
