@@ -1,7 +1,7 @@
 """A quiet tenant beside hostile ones: how long its images take, compared with friendly neighbours.
 
-Phases alternate. In both kinds of phase, as many neighbours upload as many images, and workers are killed and connections
-break as often, by the same random numbers. In half of the phases the neighbours are hostile as well
+Phases alternate. In both kinds of phase, as many neighbours upload as many images, and workers are killed and
+connections break as often, by the same random numbers. In half of the phases the neighbours are hostile as well
 (`lab.chaos.hostilities`). In the end the auditor compares the ledger of all uploads with the database, the provider's
 request log and the broadcasts.
 """
@@ -14,7 +14,7 @@ import random
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,12 +24,10 @@ import psycopg
 from rich.console import Console
 
 from benchmarks.report import Figure, Result, quantile
-from lab.chaos.auditor import compare_books, read_books
 from lab.chaos.crew import Crew
 from lab.chaos.forks import fork_server
 from lab.chaos.hostile_triggers import TRIGGERS
 from lab.chaos.hostilities import KINDS, Friendly, Hostility, Storm
-from lab.chaos.run import SETTINGS
 from lab.chaos.tenants import Project, Tenant, open_project
 from lab.pictures import Drawing, draw
 from lab.postgres import install_autotag, local_postgres, machine_binaries
@@ -37,21 +35,16 @@ from lab.proxy import Proxy
 from lab.stack import local_stack
 
 WORKERS = 2
-SLOTS = 16  # of each worker
 QUIET = 4  # quiet tenants
-QUIET_PAUSE = 0.7  # mean seconds between uploads of one of them
-QUIET_SIZES = (1, 1, 1, 2, 2, 3, 4, 4, 8, 24)  # the last one goes by batch
+QUIET_PAUSE = 1.2  # mean seconds between uploads of one of them
+QUIET_SIZES = (1, 1, 1, 1, 2, 2, 3, 4, 8, 20)  # the last one goes by batch
 FILES, QUIET_FILES = 10, 30  # pictures of each tenant
 SHRINK = 6  # the pictures are small, so that their preparation does not decide how long an image takes
-PAUSE = (0.0, 6.0)  # seconds between two times that a neighbour does what it does
-KILL_EVERY, CUT_EVERY = (4.0, 8.0), (0.9, 2.1)  # seconds
-POLL, TICK = 0.02, 0.5  # seconds
+PAUSE = (0.0, 12.0)  # seconds between two times that a neighbour does what it does
+KILL_EVERY, CUT_EVERY = (5.0, 10.0), (0.9, 2.3)  # seconds
+POLL = 0.02  # seconds
 DRAIN = 90.0  # seconds after a phase in which everything has to end
 FIRST = 1.0  # seconds between the workers' start and a phase
-NEIGHBOUR_SETTINGS = SETTINGS | {
-    "realtime_max_images": 5, "chunk_max_images": 12, "batch_max_images": 200, "batch_split_images": 100,
-    "express_images": 5, "upload_quiet": "0.3 s", "upload_longest": "3 s",
-}  # fmt: skip
 ALL_KINDS = (*KINDS, *TRIGGERS)
 
 
@@ -151,12 +144,7 @@ class Street:
     async def _live(self, neighbour: Hostility, rng: random.Random, ending: asyncio.Event) -> None:
         """One neighbour until the phase ends."""
         neighbour.tenant.rng = rng
-        lasting = neighbour.seconds[0] > 60
-        while not ending.is_set():
-            if not lasting:
-                await _wait(ending, rng.uniform(*PAUSE))
-            if ending.is_set():
-                return
+        while not await _wait(ending, rng.uniform(*PAUSE)):
             try:
                 if isinstance(neighbour, Friendly) and neighbour.images >= Storm.images:
                     await self._spread(neighbour, ending)
@@ -170,8 +158,9 @@ class Street:
         """As many images as in a storm, little by little."""
         for _ in range(neighbour.images // 10):
             await neighbour.tenant.upload(10)
-            if await _wait(ending, 0.3):
+            if await _wait(ending, 0.4):
                 return
+        await ending.wait()
 
     async def _break(self, rng: random.Random, ending: asyncio.Event) -> None:
         """Kills workers and breaks connections."""
@@ -184,7 +173,7 @@ class Street:
             self._crew.kill(rng)
 
         async def cut() -> None:
-            await self._crew.cut(rng, self._project.stack)
+            await self._crew.cut(rng)
 
         await asyncio.gather(often(KILL_EVERY, kill), often(CUT_EVERY, cut))
 
@@ -228,32 +217,6 @@ class Street:
                             phase.calm.append(now - upload.began)
                 self._watched = [upload for upload in self._watched if upload.left]
 
-    @contextlib.asynccontextmanager
-    async def ticks(self) -> AsyncIterator[None]:
-        """The scheduler's part, more often than it would."""
-
-        async def forever() -> None:
-            while True:
-                with contextlib.suppress(psycopg.Error):
-                    await self._project.execute("select autotag.tick()")
-                await asyncio.sleep(TICK)
-
-        task = asyncio.create_task(forever())
-        try:
-            yield
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-    def audit(self) -> list[str]:
-        """Every violation."""
-        ledger, crew = self._project.ledger, self._crew
-        books = read_books(
-            self._project.stack, ledger.truth, [], may_be_lost=SLOTS * len(crew.kills), client_heard_all=False
-        )
-        books.ends, books.pictures, books.kills, books.fallen = ledger.ends, ledger.pictures, crew.kills, crew.fallen
-        return compare_books(books)
-
 
 async def _wait(ending: asyncio.Event, seconds: float) -> bool:
     """Waits for the end, at most so long; whether it has come."""
@@ -271,32 +234,27 @@ async def measure(
     with local_postgres(machine_binaries()) as server:
         install_autotag(server)
         async with local_stack(server) as stack, open_project(stack) as project, fork_server() as forks:
-            stack.configure(**NEIGHBOUR_SETTINGS)
-            stack.prove()
             stack.simulator.plan.latency, stack.simulator.plan.batch_latency = (0.1, 0.3), (0.3, 0.8)
             proxy = Proxy(stack.database_url())
-            environment = {
-                **stack.worker_environment(),
-                "DATABASE_URL": proxy.url(stack.worker_environment()["DATABASE_URL"]),
-                "AUTOTAG_SLOTS": str(SLOTS),
-            }
-            crew = Crew(forks, environment, log, WORKERS, proxy)
+            crew = Crew(forks, project, log, WORKERS, proxy)
             street = Street(project, crew, seed)
             await street.move_in(kinds)
-            async with proxy.serve(), street.ticks(), crew.work():
+            async with proxy.serve(), project.ticks(), crew.work():
                 await asyncio.sleep(FIRST)
                 for number in range(2 * pairs):
                     # In turn, so that a machine that slows down does not favour one kind: ABBA.
                     hostile = (number % 4) in (1, 2)
                     phase = await street.phase(number, seconds, hostile=hostile)
                     console.print(phase.as_json())
-            violations = await asyncio.to_thread(street.audit)
-    return evaluate(street, crew, violations)
+                    if phase.drained is None:
+                        break  # what is left would disturb the phases that follow
+            violations = await asyncio.to_thread(crew.audit)
+            happened = {hostility.name: await hostility.happened() for hostility in street.hostile}
+    return evaluate(street, crew, violations, happened)
 
 
-def evaluate(street: Street, crew: Crew, violations: list[str]) -> Result:
+def evaluate(street: Street, crew: Crew, violations: list[str], happened: dict[str, int]) -> Result:
     """The figures, and what they are made of."""
-    happened = {hostility.name: hostility.count for hostility in street.hostile}
     friendly, hostile = ([p for p in street.phases if p.hostile is kind] for kind in (False, True))
     figures = {
         "quiet_p99_ratio": Figure(_ratio(hostile, friendly, 0.99), 1.5, "lower"),
@@ -327,7 +285,7 @@ def _ratio(hostile: list[Phase], friendly: list[Phase], share: float, *, calm: b
 
 
 def _noise(hostile: list[Phase], friendly: list[Phase]) -> dict[str, Any]:
-    """How far the ratio of the p99 can be off: a bootstrap over uploads, and friendly phases compared with each other."""
+    """How far the ratio of the p99 can be off: a bootstrap over uploads, and friendly phases compared."""
     rng = random.Random(1)
     drawn = sorted(
         _ratio(

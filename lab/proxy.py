@@ -1,4 +1,4 @@
-"""A TCP proxy in front of Postgres that breaks connections, as a bad network does: at a chosen statement or any time."""
+"""A TCP proxy in front of Postgres that breaks connections, at a chosen statement or at any time."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ PUBLIC_KEYS = {"batch_id", "id"}  # all that everybody may learn
 EVENTS = {"job-progress", "job-complete", "batch-complete"}
 #: Seconds between the provider's answer and the moment from which it may no longer be lost with its worker.
 UNREPORTED = 2.0
-#: What an image may become: `tagged`, `gone` (its row was deleted), `moved` (to another workspace, before it was tagged),
-#: `untouched` (nobody asked for tags), or the code of an error that it fails with.
+#: What an image may become: `tagged`, `gone` (its row was deleted), `moved` (to another workspace before it was
+#: tagged), `untouched` (nobody asked for tags), or the code of an error that it fails with.
 TAGGED = frozenset({"tagged"})
 
 
@@ -34,8 +34,9 @@ class Books:
     requests: list[dict[str, Any]]
     openai_batches: list[dict[str, Any]]
     openai_files: list[str]
-    #: rows of assets {id, stage, tags, error, code (of its last task)}, jobs {id, image_count, completed, failed,
-    #: tasks_failed, tasks (those that are left), finished}, batches {id, openai_batch_id, state}; usage {requests, tokens}
+    #: rows of assets {id, stage, tags, error, code (of the last task)}, jobs {id, image_count, completed, failed,
+    #: tasks_failed, tasks (those that are left), finished}, batches {id, openai_batch_id, state};
+    #: usage {requests, tokens}
     assets: list[dict[str, Any]]
     jobs: list[dict[str, Any]]
     batches: list[dict[str, Any]]

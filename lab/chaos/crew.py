@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psycopg
 
+from lab.chaos.auditor import compare_books, read_books
 from lab.chaos.forks import Forked, Forks
+from lab.chaos.tenants import Project
 from lab.proxy import Proxy
 from lab.stack import WORKER_ROLE, Stack
 
+SLOTS = 16  # single calls in flight of each worker: as many answers can die with it
 STOP = 60.0  # seconds that a worker may take to stop
 STALL = 1.5  # seconds that a connection stalls
 KILL = "worker killed"
@@ -28,7 +32,7 @@ class Crew:
     """Some workers; each is replaced as soon as it has ended. They reach Postgres by way of a proxy."""
 
     forks: Forks
-    environment: Mapping[str, str]
+    project: Project
     log: Path
     size: int
     proxy: Proxy
@@ -64,7 +68,7 @@ class Crew:
     async def _keep(self) -> None:
         """One worker after the other."""
         while True:
-            worker = await self.forks.start(self.environment, self.log)
+            worker = await self.forks.start(self._environment(), self.log)
             self._living.append(worker)
             code = await worker.wait()
             self._living.remove(worker)
@@ -76,6 +80,24 @@ class Crew:
                 self.fallen.append(f"worker {worker.pid} ended by itself with {code}; its log is {self.log}")
                 await asyncio.sleep(0.5)  # what ends a worker at once must not keep the machine busy
 
+    def _environment(self) -> dict[str, str]:
+        environment = self.project.stack.worker_environment()
+        return {
+            "PATH": os.environ.get("PATH", ""),
+            **environment,
+            "DATABASE_URL": self.proxy.url(environment["DATABASE_URL"]),
+            "AUTOTAG_SLOTS": str(SLOTS),
+        }
+
+    def audit(self) -> list[str]:
+        """Every violation of a promise so far, as sentences."""
+        ledger = self.project.ledger
+        books = read_books(
+            self.project.stack, ledger.truth, [], may_be_lost=SLOTS * len(self.kills), client_heard_all=False
+        )
+        books.ends, books.pictures, books.kills, books.fallen = ledger.ends, ledger.pictures, self.kills, self.fallen
+        return compare_books(books)
+
     def kill(self, rng: random.Random) -> bool:
         """Kills one worker; False: none lives."""
         if not self._living:
@@ -84,7 +106,7 @@ class Crew:
         rng.choice(self._living).kill()
         return True
 
-    async def cut(self, rng: random.Random, stack: Stack) -> bool:
+    async def cut(self, rng: random.Random) -> bool:
         """Breaks one connection in one way; False: none was open."""
         match rng.randrange(5):
             case 0:
@@ -95,7 +117,7 @@ class Crew:
                 return self.proxy.reset(rng)
             case 3:
                 return await self.proxy.stall(rng, STALL)
-        done = await asyncio.to_thread(terminate, stack, rng)
+        done = await asyncio.to_thread(terminate, self.project.stack, rng)
         self.terminated += done
         return done
 

@@ -49,7 +49,7 @@ class Trigger(Hostility):
     async def remove(self) -> None:
         await self.project.execute(f"drop trigger {self._name} on public.assets")
 
-    async def fired(self) -> int:
+    async def happened(self) -> int:
         """How often the trigger has fired."""
         [(last,)] = await self.project.execute(
             f"select case when is_called then last_value else 0 end from public.{self._name}_fired"
@@ -60,7 +60,6 @@ class Trigger(Hostility):
     async def happen(self) -> AsyncIterator[None]:
         await self.upload()
         yield
-        self.count = await self.fired()
 
     async def upload(self) -> None:
         """The tenant's upload."""
@@ -197,7 +196,6 @@ class Slow(Trigger):
         self.assets = await self.tenant.upload(self.images, self.ends)
         async with self.on():
             yield
-        self.count = await self.fired()
 
 
 class Logging(Trigger):
@@ -226,7 +224,6 @@ class Counting(Trigger):
             )
             self.assets = await self.tenant.upload(self.images, self.ends)
             yield
-            self.count = await self.fired()
 
 
 class Check(Hostility):
@@ -254,10 +251,14 @@ class Check(Hostility):
         ledger.expect(refused, NOT_STORED)
         await self.tenant.enqueue(self.assets)
         yield
-        done = await self.project.execute(
-            "select 1 from public.assets where id = any (%s::uuid[]) and tagging_stage = 'failed'", refused
+
+    async def happened(self) -> int:
+        """Images that ended as failed."""
+        [(failed,)] = await self.project.execute(
+            "select count(*) from public.assets where workspace_id = %s and tagging_stage = 'failed'",
+            self.tenant.workspace,
         )
-        self.count += len(done)
+        return int(failed)
 
 
 class AutomaticRefusal(Trigger, Automatic):

@@ -1,8 +1,8 @@
 """Trouble that one tenant makes in its own workspace: transactions that stay open, rows that go away, huge uploads.
 
 Each kind is a class; an instance belongs to one tenant. Trouble begins and ends with `Hostility.happen`, and the tenant
-uploads images meanwhile. `Hostility.count` says how often it really happened: a row was held while its image was being
-tagged, a trigger fired. `hostile_triggers` has the kinds that need triggers and constraints.
+uploads images meanwhile. `Hostility.happened` says how often it really happened: a row was held while its image was
+being tagged, a trigger fired. `hostile_triggers` has the kinds that need triggers and constraints.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lab.chaos.auditor import TAGGED
 from lab.chaos.tenants import UNSURE, Tenant
 from lab.stack import WORKER_ROLE
 
+ONCE = (3600.0, 3600.0)  # seconds: as long as the tenant is watched
 LOCKED = 1.0  # seconds that the whole table is locked
 UNDER_WAY = "('queued', 'preparing', 'submitted', 'processing', 'completing')"
 
@@ -26,14 +27,18 @@ class Hostility:
     """One kind of trouble, and the tenant that makes it."""
 
     name: ClassVar[str]
-    images: ClassVar[int] = 5  # uploaded each time it happens
-    seconds: ClassVar[tuple[float, float]] = (1.5, 4.0)  # how long it lasts
+    images: int = 4  # uploaded each time it happens
+    seconds: tuple[float, float] = (1.5, 4.0)  # how long it lasts
 
     def __init__(self, tenant: Tenant) -> None:
         self.tenant = tenant
         self.project = tenant.project
         self.count = 0
         self.assets: list[str] = []  # of the last time
+
+    async def happened(self) -> int:
+        """How often it really happened."""
+        return self.count
 
     async def install(self) -> None:
         """What the host needs before it can happen."""
@@ -55,7 +60,7 @@ class Friendly(Hostility):
 
     def __init__(self, tenant: Tenant, instead_of: type[Hostility]) -> None:
         super().__init__(tenant)
-        self.images, self.seconds = instead_of.images, instead_of.seconds  # type: ignore[misc]
+        self.images, self.seconds = instead_of.images, instead_of.seconds
 
 
 class OpenTransaction(Hostility):
@@ -165,7 +170,7 @@ class LongSnapshot(OpenTransaction):
     """A report reads from one snapshot for as long as it can."""
 
     name = "a snapshot that stays open"
-    seconds = (3600.0, 3600.0)
+    seconds = ONCE
 
     async def do(self, connection: psycopg.AsyncConnection[Any]) -> bool:
         await connection.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)
@@ -262,6 +267,7 @@ class SmallTimeouts(Hostility):
     """The workers' login has settings of the project that are smaller than some statements take."""
 
     name = "statement_timeout and lock_timeout of the login are small"
+    _since: tuple[Any, ...] | None = None
     TIMEOUTS: ClassVar = {"statement_timeout": "100ms", "lock_timeout": "10ms"}
 
     @contextlib.asynccontextmanager
@@ -269,7 +275,8 @@ class SmallTimeouts(Hostility):
         self.assets = await self.tenant.upload(self.images)
         async with self.project.connect("supabase_admin") as admin:
             await admin.set_autocommit(True)
-            began = await (await admin.execute("select clock_timestamp()")).fetchone() or ()
+            began = await admin.execute("select clock_timestamp()")
+            self._since = await began.fetchone()
             for setting, value in self.TIMEOUTS.items():
                 await admin.execute(f"alter role {WORKER_ROLE} set {setting} = '{value}'".encode())
             try:
@@ -277,28 +284,39 @@ class SmallTimeouts(Hostility):
             finally:
                 for setting in self.TIMEOUTS:
                     await admin.execute(f"alter role {WORKER_ROLE} reset {setting}".encode())
-            new = await admin.execute(
-                "select 1 from pg_stat_activity where usename = %s and backend_start > %s", (WORKER_ROLE, *began)
-            )
-            self.count += new.rowcount
+                self.count, self._since = await self.happened(), None
+
+    async def happened(self) -> int:
+        """Sessions of workers that began with these settings."""
+        if self._since is None:
+            return self.count
+        [(new,)] = await self.project.execute(
+            "select count(*) from pg_stat_activity where usename = %s and backend_start > %s", WORKER_ROLE, *self._since
+        )
+        return self.count + int(new)
 
 
 class SilentTopic(Hostility):
     """realtime.send raises for the workspace's topic, as where today's partition is missing."""
 
     name = "realtime.send raises"
+    _before: int | None = None
 
     @contextlib.asynccontextmanager
     async def happen(self) -> AsyncIterator[None]:
         workspace = self.tenant.workspace
         await self.project.execute("insert into public.hostile_now values (%s, true)", workspace)
-        before = await self._raised()
+        self._before = await self._raised()
         try:
             self.assets = await self.tenant.upload(self.images)
             yield
         finally:
             await self.project.execute("delete from public.hostile_now where workspace_id = %s", workspace)
-            self.count += await self._raised() - before
+            self.count, self._before = await self.happened(), None
+
+    async def happened(self) -> int:
+        """Broadcasts that were refused."""
+        return self.count if self._before is None else self.count + await self._raised() - self._before
 
     async def _raised(self) -> int:
         [(last,)] = await self.project.execute(
@@ -319,7 +337,7 @@ class AutomaticStorm(Automatic):
 
     name = "300 inserts in automatic mode"
     images = 300
-    seconds = (5.0, 9.0)
+    seconds = ONCE
 
     @contextlib.asynccontextmanager
     async def happen(self) -> AsyncIterator[None]:
@@ -382,7 +400,7 @@ class Storm(Hostility):
 
     name = "an upload of 1,000 images"
     images = 1000
-    seconds = (3600.0, 3600.0)
+    seconds = ONCE
 
     @contextlib.asynccontextmanager
     async def happen(self) -> AsyncIterator[None]:

@@ -26,10 +26,20 @@ from lab.stack import Member, Stack
 
 STATEMENT_TIMEOUT = 20_000  # milliseconds: a tenant that has locked itself out gives up
 CONNECTIONS = 8
+TICK = 0.5  # seconds between ticks, in place of pg_cron's minute
 UPLOADS_AT_ONCE = 8  # files
 #: An image whose insert or upload may not have happened.
 UNSURE = frozenset({"gone", "untouched"})
 
+#: Uploads of every strategy that end within seconds.
+SETTINGS = {
+    "realtime_max_images": 5, "chunk_max_images": 12, "batch_max_images": 200, "batch_split_images": 100,
+    "express_images": 5, "chunk_delay": "0.1 s", "retry_delay": "0.05 s", "retry_delay_max": "1 s",
+    "batch_poll_interval": "0.3 s", "batch_create_grace": "0.5 s", "lease": "2 s", "account_probe_interval": "0.3 s",
+    "realtime_requests_per_minute": 100_000, "realtime_tokens_per_minute": 2_000_000_000, "max_failures": 1000,
+    "batch_batches_per_hour": 100_000, "batch_images_per_hour": 10_000_000, "broadcast_interval": "0.2 s",
+    "upload_quiet": "0.3 s", "upload_longest": "3 s",
+}  # fmt: skip
 #: What the hostile tenants' host has: who is hostile at the moment, which images are refused, a table to write to,
 #: counters, a trigger of automatic mode for some workspaces, and a realtime.send() that raises for some topics.
 HOST = """
@@ -119,6 +129,23 @@ class Project:
         return int(count)
 
     @contextlib.asynccontextmanager
+    async def ticks(self) -> AsyncIterator[None]:
+        """The scheduler's part, more often than it would."""
+
+        async def forever() -> None:
+            while True:
+                with contextlib.suppress(psycopg.Error):
+                    await self.execute("select autotag.tick()")
+                await asyncio.sleep(TICK)
+
+        task = asyncio.create_task(forever())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    @contextlib.asynccontextmanager
     async def connect(self, user: str = "postgres") -> AsyncIterator[psycopg.AsyncConnection[Any]]:
         """A connection whose transaction stays open until its end: rolled back, unless it was committed."""
         connection = await psycopg.AsyncConnection.connect(
@@ -139,6 +166,8 @@ async def open_project(stack: Stack) -> AsyncIterator[Project]:
             update autotag.provider_limits set requests_per_minute = 100000, tokens_per_minute = 500000000,
               queued_batch_tokens = 100000000, requests_per_day = null,
               requests_left = 100000, tokens_left = 500000000""")
+    stack.configure(**SETTINGS)
+    stack.prove()
     stack.simulator.limits = Limits.of(100_000, 500_000_000, None)
     stack.simulator.plan.queued_batch_tokens = 100_000_000
     pool = AsyncConnectionPool(
