@@ -26,9 +26,10 @@ from rich.console import Console
 from benchmarks.report import Figure, Result, quantile
 from lab.chaos.crew import Crew
 from lab.chaos.forks import fork_server
-from lab.chaos.hostile_triggers import TRIGGERS
-from lab.chaos.hostilities import KINDS, Friendly, Hostility, Storm
-from lab.chaos.tenants import Project, Tenant, open_project
+from lab.chaos.hostile_triggers import ALL_KINDS
+from lab.chaos.hostile_uploads import Storm
+from lab.chaos.hostilities import Friendly, Hostility, happen_often, wait_for
+from lab.chaos.tenants import Project, Tenant, open_project, widen
 from lab.pictures import Drawing, draw
 from lab.postgres import install_autotag, local_postgres, machine_binaries
 from lab.proxy import Proxy
@@ -45,7 +46,6 @@ KILL_EVERY, CUT_EVERY = (5.0, 10.0), (0.9, 2.3)  # seconds
 POLL = 0.02  # seconds
 DRAIN = 90.0  # seconds after a phase in which everything has to end
 FIRST = 1.0  # seconds between the workers' start and a phase
-ALL_KINDS = (*KINDS, *TRIGGERS)
 
 
 @dataclass
@@ -143,22 +143,16 @@ class Street:
 
     async def _live(self, neighbour: Hostility, rng: random.Random, ending: asyncio.Event) -> None:
         """One neighbour until the phase ends."""
-        neighbour.tenant.rng = rng
-        while not await _wait(ending, rng.uniform(*PAUSE)):
-            try:
-                if isinstance(neighbour, Friendly) and neighbour.images >= Storm.images:
-                    await self._spread(neighbour, ending)
-                else:
-                    async with neighbour.happen():
-                        await _wait(ending, rng.uniform(*neighbour.seconds))
-            except (psycopg.Error, TimeoutError) as error:
-                self.troubles.append(f"{neighbour.name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+        if isinstance(neighbour, Friendly) and neighbour.images >= Storm.images:
+            await self._spread(neighbour, ending)
+        else:
+            await happen_often(neighbour, rng, ending, pause=PAUSE, told=self.troubles.append)
 
     async def _spread(self, neighbour: Hostility, ending: asyncio.Event) -> None:
         """As many images as in a storm, little by little."""
         for _ in range(neighbour.images // 10):
             await neighbour.tenant.upload(10)
-            if await _wait(ending, 0.4):
+            if await wait_for(ending, 0.4):
                 return
         await ending.wait()
 
@@ -166,7 +160,7 @@ class Street:
         """Kills workers and breaks connections."""
 
         async def often(every: tuple[float, float], what: Any) -> None:
-            while not await _wait(ending, rng.uniform(*every)):
+            while not await wait_for(ending, rng.uniform(*every)):
                 await what()
 
         async def kill() -> None:
@@ -182,7 +176,7 @@ class Street:
     async def _upload_quietly(self, tenant: Tenant, rng: random.Random, ending: asyncio.Event) -> None:
         tenant.rng = rng
         uploads: set[asyncio.Task[None]] = set()
-        while not await _wait(ending, rng.expovariate(1 / QUIET_PAUSE)):
+        while not await wait_for(ending, rng.expovariate(1 / QUIET_PAUSE)):
             task = asyncio.create_task(self._upload_one(tenant, rng.choice(QUIET_SIZES)))
             uploads.add(task)
             task.add_done_callback(uploads.discard)
@@ -218,14 +212,6 @@ class Street:
                 self._watched = [upload for upload in self._watched if upload.left]
 
 
-async def _wait(ending: asyncio.Event, seconds: float) -> bool:
-    """Waits for the end, at most so long; whether it has come."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await ending.wait()
-    return ending.is_set()
-
-
 async def measure(
     console: Console, *, seconds: float, pairs: int, seed: int, kinds: Sequence[type[Hostility]] = ALL_KINDS
 ) -> Result:
@@ -235,6 +221,7 @@ async def measure(
         install_autotag(server)
         async with local_stack(server) as stack, open_project(stack) as project, fork_server() as forks:
             stack.simulator.plan.latency, stack.simulator.plan.batch_latency = (0.1, 0.3), (0.3, 0.8)
+            widen(stack)
             proxy = Proxy(stack.database_url())
             crew = Crew(forks, project, log, WORKERS, proxy)
             street = Street(project, crew, seed)

@@ -22,8 +22,10 @@ EVENTS = {"job-progress", "job-complete", "batch-complete"}
 #: Seconds between the provider's answer and the moment from which it may no longer be lost with its worker.
 UNREPORTED = 2.0
 #: What an image may become: `tagged`, `gone` (its row was deleted), `moved` (to another workspace before it was
-#: tagged), `untouched` (nobody asked for tags), or the code of an error that it fails with.
+#: tagged), `untouched` (nobody asked for tags), `anything` (nobody knows what became of its row), or the code of an
+#: error that it fails with.
 TAGGED = frozenset({"tagged"})
+ANYTHING = frozenset({"anything"})
 
 
 @dataclass
@@ -85,6 +87,8 @@ def _images(books: Books) -> list[str]:
 
 def _image(asset: dict[str, Any], truth: frozenset[str], ends: frozenset[str]) -> list[str]:
     """What is wrong with one image that may end in these ways."""
+    if "anything" in ends:
+        return []
     name, stage, tags = f"image {asset['id']}", asset["stage"], set(asset["tags"] or ())
     if stage == "completed":
         if "tagged" not in ends:
@@ -110,7 +114,7 @@ def _jobs(books: Books) -> list[str]:
     stages = Counter(asset["stage"] for asset in books.assets)
     completed = sum(job["completed"] for job in books.jobs)
     # A row that goes away or moves may have been tagged before.
-    unsure = sum(1 for ends in books.ends.values() if ends & {"gone", "moved"})
+    unsure = sum(1 for ends in books.ends.values() if ends & {"gone", "moved", "anything"})
     if not 0 <= completed - stages["completed"] <= unsure:
         found.append(f"uploads count {completed} images as completed, {stages['completed']} are")
     return found

@@ -2,20 +2,22 @@
 
 Each kind is a class; an instance belongs to one tenant. Trouble begins and ends with `Hostility.happen`, and the tenant
 uploads images meanwhile. `Hostility.happened` says how often it really happened: a row was held while its image was
-being tagged, a trigger fired. `hostile_triggers` has the kinds that need triggers and constraints.
+being tagged, a trigger fired. `hostile_uploads` has the kinds that are uploads, `hostile_triggers` those that need
+triggers and constraints.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import random
+from collections.abc import AsyncIterator, Callable
 from typing import Any, ClassVar
 
 import psycopg
 
 from lab.chaos.auditor import TAGGED
-from lab.chaos.tenants import UNSURE, Tenant
+from lab.chaos.tenants import Tenant
 from lab.stack import WORKER_ROLE
 
 ONCE = (3600.0, 3600.0)  # seconds: as long as the tenant is watched
@@ -51,6 +53,28 @@ class Hostility:
         """Begins; ends with the context."""
         self.assets = await self.tenant.upload(self.images)
         yield
+
+
+async def happen_often(
+    hostility: Hostility, rng: random.Random, ending: asyncio.Event, *, pause: tuple[float, float],
+    told: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Lets it happen at random moments until the end; ``told`` hears what the tenant's own calls run into."""
+    hostility.tenant.rng = rng
+    while not await wait_for(ending, rng.uniform(*pause)):
+        try:
+            async with hostility.happen():
+                await wait_for(ending, rng.uniform(*hostility.seconds))
+        except psycopg.Error as error:
+            told(f"{hostility.name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+
+async def wait_for(ending: asyncio.Event, seconds: float) -> bool:
+    """Waits for the end, at most so long; whether it has come."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await ending.wait()
+    return ending.is_set()
 
 
 class Friendly(Hostility):
@@ -254,10 +278,16 @@ class Replaced(Vanishing):
         path, picture = self.tenant.rng.choice(
             [file for file in self.tenant.files if file[1] != self.project.ledger.truth[asset]]
         )
-        changed = await self.project.execute(
-            f"update public.assets set storage_path = %s where id = %s and tagging_stage in {UNDER_WAY} returning 1",
-            path, asset,
-        )  # fmt: skip
+        try:
+            changed = await self.project.execute(
+                "update public.assets set storage_path = %s"
+                f" where id = %s and tagging_stage in {UNDER_WAY} returning 1",
+                path, asset,
+            )  # fmt: skip
+        except psycopg.Error:
+            self.project.ledger.pictures[picture] += 1
+            self.project.ledger.forget(asset)
+            raise
         if changed:
             self.project.ledger.replace(asset, picture)
             self.count += 1
@@ -325,91 +355,7 @@ class SilentTopic(Hostility):
         return int(last)
 
 
-class Automatic(Hostility):
-    """Rows are tagged without a call."""
-
-    async def install(self) -> None:
-        await self.project.execute("insert into public.hostile_automatic values (%s)", self.tenant.workspace)
-
-
-class AutomaticStorm(Automatic):
-    """Three hundred rows, each in a transaction of its own."""
-
-    name = "300 inserts in automatic mode"
-    images = 300
-    seconds = ONCE
-
-    @contextlib.asynccontextmanager
-    async def happen(self) -> AsyncIterator[None]:
-        self.assets = []
-        async with self.project.connect() as connection:
-            await connection.set_autocommit(True)
-            for file in self.tenant.choose(self.images):
-                self.assets += await self.tenant.insert([file], connection)
-        self.project.ledger.expect(self.assets)
-        self.count += 1
-        yield
-
-
-class OpenInsert(Automatic):
-    """Rows are inserted in a transaction that is committed much later."""
-
-    name = "an open insert in automatic mode"
-
-    @contextlib.asynccontextmanager
-    async def happen(self) -> AsyncIterator[None]:
-        async with self.project.connect() as connection:
-            self.assets = await self.tenant.insert(self.tenant.choose(self.images), connection)
-            self.count += 1
-            yield
-            await connection.commit()
-        self.project.ledger.expect(self.assets)
-
-
-class OddClaims(Automatic):
-    """Rows are inserted with a token that is not one of Supabase's."""
-
-    name = "odd claims in automatic mode"
-    CLAIMS = (
-        '{"role": "authenticated", "sub": "not-a-uuid"}', '{"role": "authenticated", "sub": 42}', "[]", '"x"', "null",
-        '{"role": {}, "sub": null}', "not JSON",
-    )  # fmt: skip
-    refused = 0  # inserts that were aborted because of their claims
-
-    @contextlib.asynccontextmanager
-    async def happen(self) -> AsyncIterator[None]:
-        self.assets = []
-        for claims in self.CLAIMS:
-            async with self.project.connect() as connection:
-                await connection.execute("select set_config('request.jwt.claims', %s, true)", (claims,))
-                try:
-                    assets = await self.tenant.insert(self.tenant.choose(1), connection)
-                    await connection.commit()
-                except psycopg.Error:
-                    self.refused += 1
-                else:
-                    # Without a usable claim, autotag may leave the row to enqueue_tagging.
-                    self.project.ledger.expect(assets, TAGGED | (UNSURE - {"gone"}))
-                    self.assets += assets
-            self.count += 1
-        yield
-
-
-class Storm(Hostility):
-    """A thousand images at once."""
-
-    name = "an upload of 1,000 images"
-    images = 1000
-    seconds = ONCE
-
-    @contextlib.asynccontextmanager
-    async def happen(self) -> AsyncIterator[None]:
-        async with super().happen():
-            self.count += 1
-            yield
-
-
 KINDS: tuple[type[Hostility], ...] = (
     HeldRow, HeldRows, OpenEnqueue, OpenCancel, OpenRateLimit, LongSnapshot, WholeTable, Deleted, Moved, Replaced,
-    SmallTimeouts, SilentTopic, AutomaticStorm, OpenInsert, OddClaims, Storm,
+    SmallTimeouts, SilentTopic,
 )  # fmt: skip

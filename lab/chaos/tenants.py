@@ -19,10 +19,10 @@ from typing import Any
 import psycopg
 from psycopg_pool import AsyncConnectionPool
 
-from lab.chaos.auditor import TAGGED
+from lab.chaos.auditor import ANYTHING, TAGGED
 from lab.openai_sim.limits import Limits
 from lab.pictures import Drawing
-from lab.stack import Member, Stack
+from lab.stack import WORKER_ROLE, Member, Stack
 
 STATEMENT_TIMEOUT = 20_000  # milliseconds: a tenant that has locked itself out gives up
 CONNECTIONS = 8
@@ -100,6 +100,10 @@ class Ledger:
         for asset in assets:
             self.ends[asset] = ends
 
+    def forget(self, asset: str) -> None:
+        """Nobody knows which picture a row names."""
+        self.ends[asset] = ANYTHING
+
     def replace(self, asset: str, picture: frozenset[str]) -> None:
         """A row names another picture now."""
         self.truth[asset] = picture
@@ -127,6 +131,13 @@ class Project:
               + (select count(*) from autotag.batches where state not in ('done', 'cancelled'))
               + (select count(*) from autotag.uploads)""")
         return int(count)
+
+    async def calm(self) -> None:
+        """Ends what a hostile tenant could not end, because the server was restarted."""
+        await self.execute("delete from public.hostile_now where workspace_id is not null")
+        async with self.connect("supabase_admin") as admin:
+            await admin.execute(f"alter role {WORKER_ROLE} reset all".encode())
+            await admin.commit()
 
     @contextlib.asynccontextmanager
     async def ticks(self) -> AsyncIterator[None]:
@@ -157,11 +168,9 @@ class Project:
             await connection.close()
 
 
-@contextlib.asynccontextmanager
-async def open_project(stack: Stack) -> AsyncIterator[Project]:
-    """A project that is ready for hostile tenants, with limits that nothing here meets."""
+def widen(stack: Stack) -> None:
+    """Limits that nothing here meets, and uploads of every strategy that end within seconds."""
     with psycopg.connect(stack.database_url("supabase_admin"), autocommit=True) as admin:
-        admin.execute(HOST)
         admin.execute("""
             update autotag.provider_limits set requests_per_minute = 100000, tokens_per_minute = 500000000,
               queued_batch_tokens = 100000000, requests_per_day = null,
@@ -170,6 +179,13 @@ async def open_project(stack: Stack) -> AsyncIterator[Project]:
     stack.prove()
     stack.simulator.limits = Limits.of(100_000, 500_000_000, None)
     stack.simulator.plan.queued_batch_tokens = 100_000_000
+
+
+@contextlib.asynccontextmanager
+async def open_project(stack: Stack) -> AsyncIterator[Project]:
+    """A project that is ready for hostile tenants."""
+    with psycopg.connect(stack.database_url("supabase_admin"), autocommit=True) as admin:
+        admin.execute(HOST)
     pool = AsyncConnectionPool(
         stack.database_url(), min_size=2, max_size=CONNECTIONS, open=False,
         kwargs={"autocommit": True, "options": f"-c statement_timeout={STATEMENT_TIMEOUT}"},

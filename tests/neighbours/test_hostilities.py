@@ -21,9 +21,10 @@ import pytest_asyncio
 from conftest import TEMPLATE, empty_database
 from lab.chaos.crew import Crew, terminate
 from lab.chaos.forks import Forks, fork_server
-from lab.chaos.hostile_triggers import TRIGGERS
-from lab.chaos.hostilities import KINDS, Hostility, OddClaims, SmallTimeouts
-from lab.chaos.tenants import Project, Tenant, open_project
+from lab.chaos.hostile_triggers import ALL_KINDS
+from lab.chaos.hostile_uploads import OddClaims
+from lab.chaos.hostilities import Hostility, SmallTimeouts
+from lab.chaos.tenants import Project, Tenant, open_project, widen
 from lab.pictures import Drawing, draw
 from lab.postgres import LocalPostgres
 from lab.proxy import Proxy
@@ -103,6 +104,7 @@ class Streets:
         database = self._open.enter_context(empty_database(self._server, TEMPLATE))
         stack = await enter(local_stack(self._server, database))
         stack.simulator.plan.latency, stack.simulator.plan.batch_latency = LATENCY, BATCH_LATENCY
+        widen(stack)
         project = await enter(open_project(stack))
         proxy = await enter(Proxy(stack.database_url()).serve())
         crew = Crew(self._forks, project, self._log, WORKERS, proxy)
@@ -129,7 +131,7 @@ async def until(condition: Callable[[], Awaitable[object]], what: str) -> None:
         await asyncio.sleep(0.05)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *TRIGGERS], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", ALL_KINDS, ids=lambda kind: kind.name)
 async def test_a_neighbour_neither_stops_nor_harms_anybody(streets: Streets, kind: type[Hostility]) -> None:
     async with streets.visit() as street:
         quiet, hostility = await street.tenant(), kind(await street.tenant())
