@@ -134,10 +134,14 @@ def neighbours_command(
         int, typer.Option(min=1, help="Pairs of phases: one with friendly and one with hostile neighbours.")
     ] = 4,
     seed: Annotated[int, typer.Option(help="Random seed for the traffic, the kills and the cut connections.")] = 1,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="Run only the hostilities whose name contains this; may be repeated. 'none': only friends."),
+    ] = None,
 ) -> None:
     """Latency of quiet tenants beside hostile ones relative to friendly ones, and violations of autotag's promises."""
     console = Console(stderr=True)
-    work = neighbours.measure(console, seconds=seconds, pairs=pairs, seed=seed)
+    work = neighbours.measure(console, seconds=seconds, pairs=pairs, seed=seed, kinds=neighbours.find_kinds(kind))
     show_result(run(work), console, as_json, details=True)
 
 

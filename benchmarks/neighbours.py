@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import typer
 from rich.console import Console
 
 from benchmarks.report import Figure, Result, quantile
@@ -92,8 +93,8 @@ class Street:
     async def move_in(self, kinds: Sequence[type[Hostility]]) -> None:
         """Makes the tenants and their pictures."""
         self.quiet = [await self._make(QUIET_FILES) for _ in range(QUIET)]
-        for kind in kinds:
-            self.hostile.append(kind(await self._make(FILES)))
+        for kind in kinds or ALL_KINDS:
+            self.hostile.append(kind(await self._make(FILES)) if kinds else Friendly(await self._make(FILES), kind))
             self.friendly.append(Friendly(await self._make(FILES), kind))
         for hostility in self.hostile:
             await hostility.install()
@@ -212,10 +213,31 @@ class Street:
                 self._watched = [upload for upload in self._watched if upload.left]
 
 
+def find_kinds(names: Sequence[str] | None) -> list[type[Hostility]]:
+    """The hostilities whose names contain one of these; all if there are no names.
+
+    Raises:
+        typer.BadParameter: there is none.
+    """
+    found = [kind for kind in ALL_KINDS if not names or any(name in kind.name for name in names)]
+    if not found and names != ["none"]:
+        raise typer.BadParameter("The kinds are: " + "; ".join(kind.name for kind in ALL_KINDS))
+    return found
+
+
 async def measure(
-    console: Console, *, seconds: float, pairs: int, seed: int, kinds: Sequence[type[Hostility]] = ALL_KINDS
+    console: Console, *, seconds: float, pairs: int, seed: int, kinds: Sequence[type[Hostility]]
 ) -> Result:
-    """Runs ``pairs`` times two phases of ``seconds``."""
+    """Runs ``pairs`` times two phases of ``seconds``.
+
+    Args:
+        console: for progress.
+        seconds: the length of each phase.
+        pairs: pairs of phases.
+        seed: of the traffic and of what breaks.
+        kinds: the hostilities, with a tenant for each. If there are none, all phases are friendly, and the ratios show
+            how far measurements of the same thing differ.
+    """
     log = Path(tempfile.mkdtemp(prefix="autotag-neighbours-")) / "workers.log"
     with local_postgres(machine_binaries()) as server:
         install_autotag(server)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ class _Connection:
     """One forwarded connection and what is about to happen to it."""
 
     reply: asyncio.StreamWriter
+    asked: float  # when the last statement came by, in seconds of time.monotonic()
     loses_next: bool = False  # the next statement runs, and its reply is lost
     drops_next: bool = False  # only half of the next reply arrives
     doomed: asyncio.Event = field(default_factory=asyncio.Event)  # a statement runs whose reply is to be lost
@@ -89,8 +91,9 @@ class Proxy:
         return connection is not None
 
     def _pick(self, rng: random.Random) -> _Connection | None:
+        """One of the two connections that were used last: others may wait for notifications only."""
         sound = [c for c in self._open if c.flowing.is_set() and not (c.loses_next or c.drops_next or c.reset.is_set())]
-        return rng.choice(sound) if sound else None
+        return rng.choice(sorted(sound, key=lambda c: c.asked)[-2:]) if sound else None
 
     async def _forward(self, client: asyncio.StreamReader, reply: asyncio.StreamWriter) -> None:
         try:
@@ -98,7 +101,7 @@ class Proxy:
         except OSError:  # the server is restarting
             reply.transport.abort()
             return
-        connection = _Connection(reply)
+        connection = _Connection(reply, time.monotonic())
         connection.flowing.set()
         self._open.append(connection)
         tasks = [
@@ -120,6 +123,7 @@ class Proxy:
         self, connection: _Connection, client: asyncio.StreamReader, request: asyncio.StreamWriter
     ) -> None:
         while data := await client.read(CHUNK):
+            connection.asked = time.monotonic()
             await connection.flowing.wait()
             if self._remaining and self._pattern and self._pattern in data:
                 self._remaining -= 1

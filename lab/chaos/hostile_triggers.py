@@ -63,7 +63,7 @@ class Trigger(Hostility):
 
     async def upload(self) -> None:
         """The tenant's upload."""
-        self.assets = await self.tenant.upload(self.images)
+        await self.tenant.upload(self.images)
 
     async def list(self, assets: list[str]) -> None:
         """Lists images that the trigger concerns."""
@@ -87,15 +87,14 @@ class Refusing(Trigger):
 
     body = f"if {LISTED} then {{fired}} raise exception 'not this one'; end if; return new;"
     ends: ClassVar[frozenset[str]] = NOT_STORED
-    refused: list[str]  # of the last time
 
     async def upload(self) -> None:
-        self.assets = await self.tenant.insert(self.tenant.choose(self.images))
-        self.refused = self.assets[1:4:2]
-        await self.list(self.refused)
-        self.project.ledger.expect(self.refused, self.ends | UNSURE)
-        await self.tenant.enqueue(self.assets)
-        self.project.ledger.expect(self.refused, self.ends)
+        assets = await self.tenant.insert(self.tenant.choose(self.images))
+        refused = assets[1:4:2]
+        await self.list(refused)
+        self.project.ledger.expect(refused, self.ends | UNSURE)
+        await self.tenant.enqueue(assets)
+        self.project.ledger.expect(refused, self.ends)
 
 
 def refusing(name: str, statement: str) -> type[Refusing]:
@@ -178,11 +177,11 @@ class Changing(Trigger):
     body = f"if {LISTED} then {{fired}} new.tags := array['ours']; end if; return new;"
 
     async def upload(self) -> None:
-        self.assets = await self.tenant.insert(self.tenant.choose(self.images))
-        await self.list(self.assets[:2])
-        for asset in self.assets[:2]:
+        assets = await self.tenant.insert(self.tenant.choose(self.images))
+        await self.list(assets[:2])
+        for asset in assets[:2]:
             self.project.ledger.truth[asset] = CHANGED
-        await self.tenant.enqueue(self.assets)
+        await self.tenant.enqueue(assets)
 
 
 class Slow(Trigger):
@@ -194,7 +193,7 @@ class Slow(Trigger):
 
     @contextlib.asynccontextmanager
     async def happen(self) -> AsyncIterator[None]:
-        self.assets = await self.tenant.upload(self.images, self.ends)
+        await self.tenant.upload(self.images, self.ends)
         async with self.on():
             yield
 
@@ -223,7 +222,7 @@ class Counting(Trigger):
             await connection.execute(
                 "select from public.hostile_counters where workspace_id = %s for update", (self.tenant.workspace,)
             )
-            self.assets = await self.tenant.upload(self.images, self.ends)
+            await self.tenant.upload(self.images, self.ends)
             yield
 
 
@@ -232,9 +231,12 @@ class Check(Hostility):
 
     name = "a check refuses some tags"
 
-    async def install(self) -> None:
+    def __init__(self, tenant: Tenant) -> None:
+        super().__init__(tenant)
         self._tag = next(tag for tag in sorted(self.tenant.files[0][1]) if tag.startswith("top left"))
         self._name = f"hostile_{self.tenant.workspace.replace('-', '')}"
+
+    async def install(self) -> None:
         await self.project.execute(
             f"alter table public.assets add constraint {self._name} check"
             f" (workspace_id <> '{self.tenant.workspace}' or tags is null or '{self._tag}' <> all (tags)) not valid"
@@ -247,20 +249,18 @@ class Check(Hostility):
     async def happen(self) -> AsyncIterator[None]:
         ledger = self.project.ledger
         others = [file for file in self.tenant.choose(self.images) if file != self.tenant.files[0]]
-        self.assets = await self.tenant.insert([self.tenant.files[0], *others])
-        refused = [asset for asset in self.assets if self._tag in ledger.truth[asset]]
+        assets = await self.tenant.insert([self.tenant.files[0], *others])
+        refused = [asset for asset in assets if self._tag in ledger.truth[asset]]
         ledger.expect(refused, NOT_STORED | UNSURE)
-        await self.tenant.enqueue(self.assets)
+        await self.tenant.enqueue(assets)
         ledger.expect(refused, NOT_STORED)
         yield
 
     async def happened(self) -> int:
-        """Images that ended as failed."""
-        [(failed,)] = await self.project.execute(
-            "select count(*) from public.assets where workspace_id = %s and tagging_stage = 'failed'",
-            self.tenant.workspace,
-        )
-        return int(failed)
+        """Answers of the provider that the constraint refuses."""
+        refused = {picture for _, picture in self.tenant.files if self._tag in picture}
+        log = self.project.stack.simulator.request_log
+        return sum(entry["status"] == 200 and frozenset(entry.get("tags") or ()) in refused for entry in log)
 
 
 class AutomaticRefusal(Trigger, Automatic):
@@ -275,8 +275,8 @@ class AutomaticRefusal(Trigger, Automatic):
         await Automatic.install(self)
 
     async def upload(self) -> None:
-        self.assets = await self.tenant.insert(self.tenant.choose(self.images))
-        self.project.ledger.expect(self.assets, frozenset({"untouched"}))
+        assets = await self.tenant.insert(self.tenant.choose(self.images))
+        self.project.ledger.expect(assets, frozenset({"untouched"}))
 
 
 TRIGGERS: tuple[type[Hostility], ...] = (

@@ -28,13 +28,13 @@ class AutomaticStorm(Automatic):
 
     @contextlib.asynccontextmanager
     async def happen(self) -> AsyncIterator[None]:
-        self.assets = []
+        assets: list[str] = []
         async with self.project.connect() as connection:
             await connection.set_autocommit(True)
             for file in self.tenant.choose(self.images):
-                self.assets += await self.tenant.insert([file], connection)
-        self.project.ledger.expect(self.assets)
-        self.count += 1
+                assets += await self.tenant.insert([file], connection)
+        self.project.ledger.expect(assets)
+        self.note()
         yield
 
 
@@ -46,11 +46,11 @@ class OpenInsert(Automatic):
     @contextlib.asynccontextmanager
     async def happen(self) -> AsyncIterator[None]:
         async with self.project.connect() as connection:
-            self.assets = await self.tenant.insert(self.tenant.choose(self.images), connection)
-            self.count += 1
+            assets = await self.tenant.insert(self.tenant.choose(self.images), connection)
+            self.note()
             yield
             await connection.commit()
-        self.project.ledger.expect(self.assets)
+        self.project.ledger.expect(assets)
 
 
 class OddClaims(Automatic):
@@ -65,7 +65,6 @@ class OddClaims(Automatic):
 
     @contextlib.asynccontextmanager
     async def happen(self) -> AsyncIterator[None]:
-        self.assets = []
         for claims in self.CLAIMS:
             async with self.project.connect() as connection:
                 await connection.execute("select set_config('request.jwt.claims', %s, true)", (claims,))
@@ -77,8 +76,7 @@ class OddClaims(Automatic):
                 else:
                     # Without a usable claim, autotag may leave the row to enqueue_tagging.
                     self.project.ledger.expect(assets, TAGGED | (UNSURE - {"gone"}))
-                    self.assets += assets
-            self.count += 1
+            self.note()
         yield
 
 
@@ -92,7 +90,7 @@ class Storm(Hostility):
     @contextlib.asynccontextmanager
     async def happen(self) -> AsyncIterator[None]:
         async with super().happen():
-            self.count += 1
+            self.note()
             yield
 
 

@@ -35,12 +35,15 @@ class Hostility:
     def __init__(self, tenant: Tenant) -> None:
         self.tenant = tenant
         self.project = tenant.project
-        self.count = 0
-        self.assets: list[str] = []  # of the last time
+        self._count = 0
+
+    def note(self, times: int = 1) -> None:
+        """It has happened."""
+        self._count += times
 
     async def happened(self) -> int:
         """How often it really happened."""
-        return self.count
+        return self._count
 
     async def install(self) -> None:
         """What the host needs before it can happen."""
@@ -51,7 +54,7 @@ class Hostility:
     @contextlib.asynccontextmanager
     async def happen(self) -> AsyncIterator[None]:
         """Begins; ends with the context."""
-        self.assets = await self.tenant.upload(self.images)
+        await self.tenant.upload(self.images)
         yield
 
 
@@ -90,28 +93,30 @@ class Friendly(Hostility):
 class OpenTransaction(Hostility):
     """A transaction that has done something and stays open."""
 
-    commits: ClassVar[bool] = False
+    async def before(self) -> list[str]:
+        """The tenant's upload; the images that the transaction is about."""
+        return await self.tenant.upload(self.images)
 
-    async def do(self, connection: psycopg.AsyncConnection[Any]) -> bool:
+    async def do(self, connection: psycopg.AsyncConnection[Any], assets: list[str]) -> bool:
         """What the transaction does; whether it did anything."""
         raise NotImplementedError
 
-    async def before(self) -> None:
-        """The tenant's upload."""
-        self.assets = await self.tenant.upload(self.images)
-
-    async def committed(self) -> None:
-        """The transaction has been committed."""
+    def commits(self) -> bool:
+        """Whether it is committed in the end."""
+        return False
 
     @contextlib.asynccontextmanager
     async def happen(self) -> AsyncIterator[None]:
-        await self.before()
+        assets, commits = await self.before(), self.commits()
         async with self.project.connect() as connection:
-            self.count += await self.do(connection)
+            self.note(await self.do(connection, assets))
             yield
-            if self.commits:
+            if commits:
                 await connection.commit()
-                await self.committed()
+        self.ended(assets, committed=commits)
+
+    def ended(self, assets: list[str], *, committed: bool) -> None:
+        """The transaction has ended."""
 
 
 class HeldRow(OpenTransaction):
@@ -120,11 +125,11 @@ class HeldRow(OpenTransaction):
     name = "a transaction holds the row of an image"
     rows: ClassVar[int] = 1
 
-    async def do(self, connection: psycopg.AsyncConnection[Any]) -> bool:
+    async def do(self, connection: psycopg.AsyncConnection[Any], assets: list[str]) -> bool:
         cursor = await connection.execute(
             f"select id from public.assets where id = any (%s::uuid[]) and tagging_stage in {UNDER_WAY}"
             " order by id limit %s for update",
-            (self.assets, self.rows),
+            (assets, self.rows),
         )
         return cursor.rowcount > 0
 
@@ -140,19 +145,21 @@ class OpenEnqueue(OpenTransaction):
     """An upload is enqueued in a transaction that is committed much later."""
 
     name = "enqueue_tagging in an open transaction"
-    commits = True
 
-    async def before(self) -> None:
+    async def before(self) -> list[str]:
         await super().before()
-        self._late = await self.tenant.insert(self.tenant.choose(3))
+        return await self.tenant.insert(self.tenant.choose(3))
 
-    async def do(self, connection: psycopg.AsyncConnection[Any]) -> bool:
+    async def do(self, connection: psycopg.AsyncConnection[Any], assets: list[str]) -> bool:
         await self.tenant.act_as_member(connection)
-        await connection.execute("select public.enqueue_tagging(%s::uuid[])", (self._late,))
+        await connection.execute("select public.enqueue_tagging(%s::uuid[])", (assets,))
         return True
 
-    async def committed(self) -> None:
-        self.project.ledger.expect(self._late)
+    def commits(self) -> bool:
+        return True
+
+    def ended(self, assets: list[str], *, committed: bool) -> None:
+        self.project.ledger.expect(assets)
 
 
 class OpenCancel(OpenTransaction):
@@ -161,23 +168,25 @@ class OpenCancel(OpenTransaction):
     name = "cancel_tagging in an open transaction"
     images = 12
 
-    async def before(self) -> None:
-        self.assets = await self.tenant.insert(self.tenant.choose(self.images))
-        self._job = (await self.tenant.enqueue(self.assets, TAGGED | {"cancelled"}))["job_id"]
+    async def before(self) -> list[str]:
+        return await self.tenant.upload(self.images, TAGGED | {"cancelled"})
 
-    async def do(self, connection: psycopg.AsyncConnection[Any]) -> bool:
+    async def do(self, connection: psycopg.AsyncConnection[Any], assets: list[str]) -> bool:
         await self.tenant.act_as_member(connection)
-        cursor = await connection.execute("select public.cancel_tagging(%s) -> 'cancelled' <> '0'", (self._job,))
+        cursor = await connection.execute(
+            "select public.cancel_tagging(j.id) -> 'cancelled' <> '0' from autotag.jobs j"
+            " where j.workspace_id = %s order by j.created_at desc limit 1",
+            (self.tenant.workspace,),
+        )
         row = await cursor.fetchone()
         return bool(row and row[0])
 
-    @contextlib.asynccontextmanager
-    async def happen(self) -> AsyncIterator[None]:
-        self.commits = self.tenant.rng.random() < 0.5  # type: ignore[misc]
-        async with super().happen():
-            yield
-        if not self.commits:
-            self.project.ledger.expect(self.assets)
+    def commits(self) -> bool:
+        return self.tenant.rng.random() < 0.5
+
+    def ended(self, assets: list[str], *, committed: bool) -> None:
+        if not committed:
+            self.project.ledger.expect(assets)
 
 
 class OpenRateLimit(OpenTransaction):
@@ -185,7 +194,7 @@ class OpenRateLimit(OpenTransaction):
 
     name = "check_rate_limit in an open transaction"
 
-    async def do(self, connection: psycopg.AsyncConnection[Any]) -> bool:
+    async def do(self, connection: psycopg.AsyncConnection[Any], assets: list[str]) -> bool:
         await connection.execute("select public.check_rate_limit(%s, 'realtime', 1)", (self.tenant.workspace,))
         return True
 
@@ -196,7 +205,7 @@ class LongSnapshot(OpenTransaction):
     name = "a snapshot that stays open"
     seconds = ONCE
 
-    async def do(self, connection: psycopg.AsyncConnection[Any]) -> bool:
+    async def do(self, connection: psycopg.AsyncConnection[Any], assets: list[str]) -> bool:
         await connection.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)
         await connection.execute("select count(*) from public.assets")
         return True
@@ -210,12 +219,12 @@ class WholeTable(Hostility):
 
     @contextlib.asynccontextmanager
     async def happen(self) -> AsyncIterator[None]:
-        self.assets = await self.tenant.upload(self.images)
+        await self.tenant.upload(self.images)
         with contextlib.suppress(psycopg.errors.LockNotAvailable):
             async with self.project.connect() as connection:
                 await connection.execute("set local lock_timeout = '0.5 s'")
                 await connection.execute("alter table public.assets alter column created_at set default now()")
-                self.count += 1
+                self.note()
                 await asyncio.sleep(LOCKED)
                 await connection.commit()
         yield
@@ -228,9 +237,9 @@ class Vanishing(Hostility):
 
     @contextlib.asynccontextmanager
     async def happen(self) -> AsyncIterator[None]:
-        self.assets = await self.tenant.insert(self.tenant.choose(self.images))
-        await self.tenant.enqueue(self.assets, as_server=True)
-        for asset in self.assets[::2]:
+        assets = await self.tenant.insert(self.tenant.choose(self.images))
+        await self.tenant.enqueue(assets, as_server=True)
+        for asset in assets[::2]:
             await self.change(asset)
             await asyncio.sleep(self.tenant.rng.uniform(0, 0.1))
         yield
@@ -250,7 +259,7 @@ class Deleted(Vanishing):
         [(stage,)] = await self.project.execute(
             "delete from public.assets where id = %s returning tagging_stage", asset
         )
-        self.count += stage != "completed"
+        self.note(stage != "completed")
 
 
 class Moved(Vanishing):
@@ -258,7 +267,8 @@ class Moved(Vanishing):
 
     name = "rows move to another workspace"
 
-    async def install(self) -> None:
+    def __init__(self, tenant: Tenant) -> None:
+        super().__init__(tenant)
         self._other = self.project.stack.add_member().workspace
 
     async def change(self, asset: str) -> None:
@@ -266,7 +276,7 @@ class Moved(Vanishing):
         [(stage,)] = await self.project.execute(
             "update public.assets set workspace_id = %s where id = %s returning tagging_stage", self._other, asset
         )
-        self.count += stage != "completed"
+        self.note(stage != "completed")
 
 
 class Replaced(Vanishing):
@@ -290,7 +300,7 @@ class Replaced(Vanishing):
             raise
         if changed:
             self.project.ledger.replace(asset, picture)
-            self.count += 1
+            self.note()
 
 
 class SmallTimeouts(Hostility):
@@ -302,7 +312,7 @@ class SmallTimeouts(Hostility):
 
     @contextlib.asynccontextmanager
     async def happen(self) -> AsyncIterator[None]:
-        self.assets = await self.tenant.upload(self.images)
+        await self.tenant.upload(self.images)
         async with self.project.connect("supabase_admin") as admin:
             await admin.set_autocommit(True)
             began = await admin.execute("select clock_timestamp()")
@@ -314,16 +324,20 @@ class SmallTimeouts(Hostility):
             finally:
                 for setting in self.TIMEOUTS:
                     await admin.execute(f"alter role {WORKER_ROLE} reset {setting}".encode())
-                self.count, self._since = await self.happened(), None
+                self.note(await self._sessions())
+                self._since = None
 
     async def happened(self) -> int:
         """Sessions of workers that began with these settings."""
+        return await super().happened() + await self._sessions()
+
+    async def _sessions(self) -> int:
         if self._since is None:
-            return self.count
+            return 0
         [(new,)] = await self.project.execute(
             "select count(*) from pg_stat_activity where usename = %s and backend_start > %s", WORKER_ROLE, *self._since
         )
-        return self.count + int(new)
+        return int(new)
 
 
 class SilentTopic(Hostility):
@@ -338,15 +352,17 @@ class SilentTopic(Hostility):
         await self.project.execute("insert into public.hostile_now values (%s, true)", workspace)
         self._before = await self._raised()
         try:
-            self.assets = await self.tenant.upload(self.images)
+            await self.tenant.upload(self.images)
             yield
         finally:
             await self.project.execute("delete from public.hostile_now where workspace_id = %s", workspace)
-            self.count, self._before = await self.happened(), None
+            self.note(await self._raised() - self._before)
+            self._before = None
 
     async def happened(self) -> int:
         """Broadcasts that were refused."""
-        return self.count if self._before is None else self.count + await self._raised() - self._before
+        now = 0 if self._before is None else await self._raised() - self._before
+        return await super().happened() + now
 
     async def _raised(self) -> int:
         [(last,)] = await self.project.execute(

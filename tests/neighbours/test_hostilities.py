@@ -34,9 +34,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 WORKERS = 2
 SINGLES, BATCH = 4, 16  # images of the quiet tenant's uploads
-FILES = 20  # pictures of each tenant
+FILES = 10  # pictures of each tenant
 SHRINK = 6  # small pictures: their preparation is not what is tested
-LATENCY, BATCH_LATENCY = (0.3, 0.4), (0.3, 0.6)  # seconds: an image is under way long enough for trouble to begin
+LATENCY, BATCH_LATENCY = (0.2, 0.3), (0.2, 0.3)  # seconds: an image is under way long enough for trouble to begin
 PATIENCE = 12.0  # seconds; only a broken promise takes so long
 
 
