@@ -27,6 +27,7 @@ class Trigger(Hostility):
     level: ClassVar[str] = "for each row"
     condition: ClassVar[str | None] = "new.tags is distinct from old.tags"
     body: ClassVar[str]
+    security: ClassVar[str] = "invoker"
 
     def __init__(self, tenant: Tenant) -> None:
         super().__init__(tenant)
@@ -39,7 +40,8 @@ class Trigger(Hostility):
         kind = "constraint trigger" if "deferr" in self.level else "trigger"
         await self.project.execute(f"create sequence public.{self._name}_fired")
         await self.project.execute(
-            f"create function public.{self._name}() returns trigger language plpgsql as $$ begin {body} end $$"
+            f"create function public.{self._name}() returns trigger language plpgsql security {self.security}"
+            f" as $$ begin {body} end $$"
         )
         await self.project.execute(
             f"create {kind} {self._name} {self.timing} public.assets {self.level} {when}"
@@ -140,9 +142,13 @@ SerializationRaising = retryable("serialization_failure")
 
 
 class RaisingAtCommit(Refusing):
-    """A constraint trigger raises when the transaction commits."""
+    """A constraint trigger raises when the transaction commits.
+
+    Postgres runs it as the login then, whoever owns the function that made the update; `LoggingAtCommit` shows that.
+    """
 
     name = "a constraint trigger raises at commit"
+    security = "definer"
     timing = "after update on"
     level = "deferrable initially deferred for each row"
     body = f"if {LISTED} then {{fired}} raise exception 'not this one'; end if; return null;"
@@ -203,6 +209,16 @@ class Logging(Trigger):
 
     name = "a trigger writes a log table without naming its schema"
     body = "{fired} insert into hostile_log (asset_id, what) values (new.id, new.tagging_stage); return new;"
+
+
+class LoggingAtCommit(Trigger):
+    """A constraint trigger writes a log table when the transaction commits; the project's owner may write it."""
+
+    name = "a constraint trigger writes a log table at commit"
+    timing = "after update on"
+    level = "deferrable initially deferred for each row"
+    body = """
+        {fired} insert into public.hostile_log (asset_id, what) values (new.id, new.tagging_stage); return null;"""
 
 
 class Counting(Trigger):
@@ -281,8 +297,8 @@ class AutomaticRefusal(Trigger, Automatic):
 
 TRIGGERS: tuple[type[Hostility], ...] = (
     Raising, Asserting, Dividing, Shutting, NotHeldRaising, VersionRaising, LockRaising, DeadlockRaising, CancelRaising,
-    SerializationRaising, RaisingAtCommit, RaisingForStatement, Swallowing, Changing, Slow, Logging, Counting, Check,
-    AutomaticRefusal,
+    SerializationRaising, RaisingAtCommit, RaisingForStatement, Swallowing, Changing, Slow, Logging, LoggingAtCommit,
+    Counting, Check, AutomaticRefusal,
 )  # fmt: skip
 
 ALL_KINDS = (*KINDS, *UPLOADS, *TRIGGERS)
