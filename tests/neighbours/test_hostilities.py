@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from conftest import TEMPLATE, empty_database
+from conftest import TEMPLATE, copied_database
 from lab.chaos.crew import Crew, terminate
 from lab.chaos.forks import Forks, fork_server
 from lab.chaos.hostile_triggers import ALL_KINDS
@@ -101,7 +101,7 @@ class Streets:
 
     async def _build(self) -> Street:
         enter = self._open.enter_async_context
-        database = self._open.enter_context(empty_database(self._server, TEMPLATE))
+        database = self._open.enter_context(copied_database(self._server, TEMPLATE))
         stack = await enter(local_stack(self._server, database))
         stack.simulator.plan.latency, stack.simulator.plan.batch_latency = LATENCY, BATCH_LATENCY
         widen(stack)
