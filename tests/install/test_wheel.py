@@ -29,6 +29,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+def test_the_workflow_that_publishes_can_read_the_metadata(wheel: Path) -> None:
+    """The pinned pypa/gh-action-pypi-publish refuses newer versions of the metadata; v1.13 and v1.14.0 refused 2.5."""
+    assert (
+        "gh-action-pypi-publish@dc37677b2e1c63e2034f94d8a5b11f265b73ba33 # v1.14.2"
+        in (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    ), "check which versions of the metadata this release of the action reads (its requirements/runtime.txt)"
+    with zipfile.ZipFile(wheel) as archive:
+        [metadata] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        version = archive.read(metadata).decode().partition("\n")[0]
+    assert version in ("Metadata-Version: 2.4", "Metadata-Version: 2.5")
+
+
 @pytest.fixture(scope="session")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new virtual environment with the wheel and the packages that it declares, and nothing else.
