@@ -116,7 +116,10 @@ def _tiles(figures: Mapping[str, Any]) -> str:
     seconds, agreement = figures["seconds"], figures["agreement"]
     tiles = [
         (price(figures["cost_per_1000"]), "for 1,000 images as single calls"),
-        (price(figures["current_cost_per_1000"]), f"for 1,000 images with {figures['current_model']} ({basis(figures)})"),
+        (
+            price(figures["current_cost_per_1000"]),
+            f"for 1,000 images with {figures['current_model']} ({basis(figures)})",
+        ),
         (share(agreement["jaccard"]), "of all tags are the same (mean Jaccard)"),
         (share(agreement["kept"]), "of the stored tags are in the new answers"),
         (latency(seconds["p50"]), f"for an answer; 95 % within {latency(seconds['p95'])}"),
