@@ -2042,7 +2042,7 @@ begin
   select * into v_settings from autotag.settings;
   with found as (
     select d.asset_id, d.workspace_id from autotag.describe_assets(p_asset_ids) d
-    -- also collects rows whose location is refused: their tasks fail with the reason
+    -- a row whose location is refused is collected too: its task fails with the reason
     where d.workspace_id is not null and (d.path is not null or d.url is not null or d.refused is not null)
   ), upload as (
     insert into autotag.uploads as u (workspace_id, user_id, first_at, seal_at)
@@ -5207,7 +5207,7 @@ begin
 end $$;
 
 -- Price of answers of one model and tier (price_tokens) to a question: at most that of the model and tier that the question names,
--- if they differ. A dated snapshot counts as the model that was asked. Without a tier in the question, any tier may be billed.
+-- if they differ. A dated name of the model that was asked is that model; a question without a tier leaves it to the account.
 -- p_asked null: no bound.
 create or replace function autotag.price_answers(
   p_asked jsonb, p_model text, p_tier text, p_input numeric, p_cached numeric, p_cache_write numeric, p_output numeric

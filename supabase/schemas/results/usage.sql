@@ -44,7 +44,7 @@ begin
 end $$;
 
 -- Price of answers of one model and tier (price_tokens) to a question: at most that of the model and tier that the question names,
--- if they differ. A dated snapshot counts as the model that was asked. Without a tier in the question, any tier may be billed.
+-- if they differ. A dated name of the model that was asked is that model; a question without a tier leaves it to the account.
 -- p_asked null: no bound.
 create or replace function autotag.price_answers(
   p_asked jsonb, p_model text, p_tier text, p_input numeric, p_cached numeric, p_cache_write numeric, p_output numeric

@@ -15,7 +15,7 @@ begin
   select * into v_settings from autotag.settings;
   with found as (
     select d.asset_id, d.workspace_id from autotag.describe_assets(p_asset_ids) d
-    -- also collects rows whose location is refused: their tasks fail with the reason
+    -- a row whose location is refused is collected too: its task fails with the reason
     where d.workspace_id is not null and (d.path is not null or d.url is not null or d.refused is not null)
   ), upload as (
     insert into autotag.uploads as u (workspace_id, user_id, first_at, seal_at)
