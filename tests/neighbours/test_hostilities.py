@@ -37,7 +37,7 @@ SINGLES, BATCH = 4, 16  # images of the quiet tenant's uploads
 FILES = 10  # pictures of each tenant
 SHRINK = 6  # small pictures: their preparation is not what is tested
 LATENCY, BATCH_LATENCY = (0.2, 0.3), (0.2, 0.3)  # seconds: an image is under way long enough for trouble to begin
-PATIENCE = 12.0  # seconds; only a broken promise takes so long
+PATIENCE = 60.0  # seconds; only a broken promise takes so long
 
 
 @dataclass
