@@ -2895,6 +2895,14 @@ as $$
   from autotag.settings s
 $$;
 
+-- Whether a worker does not know of what it got by this claim: its list lacks the claim. A claim after the last one in the list is
+-- newer than the list, which the worker made before. An empty list knows none.
+create or replace function autotag.is_lost(p_claim integer, p_claims integer[]) returns boolean
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select p_claim <> all (p_claims) and p_claim <= coalesce((select max(c) from unnest(p_claims) c), p_claim)
+$$;
+
 -- Extends the worker's lease. alive: false if the lease had ended and what the worker held has been released, so it has to
 -- register again. lost: the worker holds images of a claim that it does not list in p_claims, or batches of one that it does not list
 -- in p_batch_claims, because the reply was lost; it calls release_lost() next. tick_due: the worker calls tick_if_due() next, in a transaction of its own, because a tick takes many locks.
@@ -2914,8 +2922,8 @@ begin
   if alive then
     perform autotag.check_version(v_version);
   end if;
-  lost := exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim <> all (p_claims))
-    or exists (select from autotag.batches b where b.worker_id = p_worker and b.claim <> all (p_batch_claims));
+  lost := exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims))
+    or exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims));
   tick_due := autotag.is_tick_due(v_now);
 end $$;
 
@@ -2998,10 +3006,10 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_tasks bigint[] := array(
-    select t.id from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim <> all (p_claims)
+    select t.id from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims)
     order by t.id for update skip locked);
   v_batches uuid[] := array(
-    select b.id from autotag.batches b where b.worker_id = p_worker and b.claim <> all (p_batch_claims)
+    select b.id from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims)
     order by b.id for update skip locked);
 begin
   -- Wait until OpenAI shows what the worker's last request may have created, before another worker looks for it.
@@ -3016,8 +3024,8 @@ begin
   perform pg_notify('autotag', 'realtime');
   perform pg_notify('autotag', 'batch');
   released := cardinality(v_tasks) + cardinality(v_batches);
-  more := exists (select from autotag.batches b where b.worker_id = p_worker and b.claim <> all (p_batch_claims))
-    or exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim <> all (p_claims));
+  more := exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims))
+    or exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims));
 end $$;
 
 -- A worker stops: releases everything it holds and deletes it. Returns how many tasks and batches. If another transaction holds some
@@ -6359,6 +6367,7 @@ begin
       'account_error', (v_provider.account_error is not null)::integer,
       'workers', (select count(*) from autotag.workers w where w.lease_until > v_now),
       'outbox', o.messages, 'oldest_message', extract(epoch from v_now - o.oldest),
+      'unstored', n.images, 'oldest_unstored', extract(epoch from v_now - n.oldest),
       'images_today', u.images, 'cost_today', u.cost, 'unpriced_today', u.unpriced,
       'shutdown_days', (select m.shutdown_date from autotag.settings s, autotag.find_model(s.model) m) - (v_now at time zone 'utc')::date)
     from autotag.count_waiting() q
@@ -6374,6 +6383,7 @@ begin
                         sum(b.image_count - b.express_count) filter (where b.not_before <= v_now) as images
                       from autotag.batches b where b.state not in ('done', 'cancelled') group by b.state) s) b
     cross join (select count(*) as messages, min(m.created_at) as oldest from autotag.outbox m) o
+    cross join (select count(*) as images, min(r.kept_at) as oldest from autotag.unstored r) n
     cross join (select coalesce(sum(x.images), 0) as images, coalesce(sum(x.cost), 0) as cost,
                   coalesce(sum(x.requests) filter (where x.cost is null), 0) as unpriced
                 from autotag.usage x where x.day = (v_now at time zone 'utc')::date) u);
