@@ -56,9 +56,7 @@ class FakeDatabase:
         settled = await self.react(call) if self.react else None
         return settled or Settled(len(reports), [])
 
-    async def report_stages(
-        self, workspace: str | None, stages: list[StageReport], sent: Sent | None
-    ) -> list[Notice]:
+    async def report_stages(self, workspace: str | None, stages: list[StageReport], sent: Sent | None) -> list[Notice]:
         self.stages.append((workspace, [stage["task"] for stage in stages], sent))
         if error := self.refuse_stages(workspace):
             raise error
@@ -71,9 +69,7 @@ class Bench:
     def __init__(self) -> None:
         self.db, self.claims, self.slow, self.observations = FakeDatabase(), Claims(), SlowWorkspaces(), Observations()
         self.stages = Stages(cast("Database", self.db), self.observations, self.slow)
-        self.outcomes = Outcomes(
-            cast("Database", self.db), self.stages, self.observations, self.claims, self.slow
-        )
+        self.outcomes = Outcomes(cast("Database", self.db), self.stages, self.observations, self.claims, self.slow)
 
     def add(self, workspace: str, *tasks: int, claim: int = 1) -> None:
         for task in tasks:
@@ -85,7 +81,9 @@ class Bench:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(PATIENCE):
-            while not condition():
+            while True:
+                if condition():
+                    return
                 await asyncio.sleep(0.001)
 
 
@@ -317,4 +315,3 @@ def test_a_workspace_that_is_slow_again_is_left_alone_for_longer(monkeypatch: py
     slow.mark(BLUE)
     now += SLOW_FOR
     assert BLUE not in slow, "the first time again, after a good while"
-
