@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from forked import run_command
 from lab.openai_sim.faults import Fault
 from lab.stack import Stack
 from support import PATIENCE, Library, until, worker
@@ -25,12 +26,7 @@ from support import PATIENCE, Library, until, worker
 async def run(stack: Stack, *arguments: str, **more: str) -> tuple[int, str, str]:
     """Exit code, stdout, stderr of one command."""
     environment = {"PATH": os.environ["PATH"], "COLUMNS": "140", **stack.operator_environment(), **more}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "autotag", *arguments, env=environment, stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    out, error = await process.communicate()
-    return process.returncode or 0, out.decode(), error.decode()
+    return await run_command(*arguments, environment=environment)
 
 
 @asynccontextmanager

@@ -274,7 +274,7 @@ async def test_without_a_batch_api_everything_goes_as_single_calls_and_says_so(w
         assert told["strategy"] == "batch-parallel", "nobody knows it yet"
         [job] = await wide.finished(told)
         strategy = wide.rpc("public.tagging_strategy", 60)
-    sentence = "The AI provider has no Batch API, so these images go as single calls."
+    sentence = "The AI provider has no Batch API, so these images are sent as single calls."
     assert (job["completed"], job["failed"], job["fallback"]) == (60, 0, sentence)
     assert (strategy["type"], strategy["batches"], strategy["note"]) == ("realtime-chunked", 0, sentence)
     wide.check_tags()

@@ -130,7 +130,7 @@ async def test_ready_means_the_database_answers_and_the_account_works(
         await until(lambda: library.sql("select 1 from autotag.workers") != [], "the worker to register")
         assert await status(f"{url}/readyz") == (200, None)
         library.sql("update autotag.provider_limits set account_error = 'no quota', probe_at = now() + interval '1 h'")
-        assert await status(f"{url}/readyz") == (503, "Tagging is stopped; see autotag status.")
+        assert await status(f"{url}/readyz") == (503, "Tagging is paused; see autotag status.")
         library.sql("update autotag.provider_limits set account_error = null, probe_at = null")
         monkeypatch.setattr(metrics, "READ_TIMEOUT", 0.3)
         with psycopg.connect(library.stack.database_url()) as blocker:

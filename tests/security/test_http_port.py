@@ -35,7 +35,7 @@ from lab.stack import Stack, worker_process
 from support import PATIENCE
 
 HOST = "127.0.0.1"
-SECONDS = 10  # of load
+SECONDS = 6  # of load
 LOG_MOST = 1_000_000 / 60 * SECONDS  # bytes
 SECRET = make_secret()
 CHUNK = b"8000\r\n" + b"x" * 0x8000 + b"\r\n"

@@ -8,7 +8,7 @@ a second report of the same attempt is refused, and a claim with the same number
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -72,7 +72,7 @@ class Database:
         self._question: Question | None = None
         self._connections = Connections(url, prepare=prepare)
 
-    def _settings(self, sent: Question | None, changed: dict[str, Any] | None) -> DatabaseSettings:
+    def _settings(self, sent: Question | None, changed: Mapping[str, object] | None) -> DatabaseSettings:
         """The settings for the images of a claim; see `_question_of`."""
         if self._registered is None:
             raise RuntimeError("A worker must register before it claims.")
@@ -80,7 +80,7 @@ class Database:
             self._question_of(sent, changed), self._registered.lease_seconds, self._registered.batch_max_bytes
         )
 
-    def _question_of(self, sent: Question | None, changed: dict[str, Any] | None) -> Question:
+    def _question_of(self, sent: Question | None, changed: Mapping[str, object] | None) -> Question:
         """The question for the images of a claim.
 
         Args:

@@ -206,12 +206,42 @@ class BatchClaim:
     look_up: str | None = None
 
 
+class ClaimRow(TypedDict):
+    """The row of ``autotag.claim``; the worker makes a `Claim` of it. question: None: it has not changed."""
+
+    tasks: list[Mapping[str, object]]
+    wait: float | None
+    bound: str | None
+    question: Mapping[str, object] | None
+
+
+class BatchClaimRow(TypedDict):
+    """The row of ``autotag.claim_batches``; the worker makes a `BatchClaim` of it. poll, cancel: None: no poll is
+    due."""
+
+    batches: list[Mapping[str, object]]
+    poll: list[Mapping[str, object]] | None
+    cancel: list[str] | None
+    files: list[str]
+    wait: float | None
+    question: Mapping[str, object] | None
+    look_up: str | None
+
+
+class HeartbeatRow(TypedDict):
+    """The row of ``autotag.heartbeat``. alive: the worker still has its lease. tick_due: `tick_if_due` has something to
+    do."""
+
+    alive: bool
+    tick_due: bool
+
+
 class Broadcast(TypedDict):
     """A message of ``autotag.outbox``, in the form that Realtime's HTTP endpoint expects."""
 
     topic: str
     event: str
-    payload: dict[str, Any]
+    payload: object  # passed on as it is
     private: bool
 
 
@@ -231,7 +261,7 @@ class Metrics(TypedDict):
     tokens_left: float
     tokens_per_minute: int
     blocked_seconds: float
-    account_error: int  # 1: tagging is stopped
+    account_error: int  # 1: tagging is paused
     workers: int
     outbox: int
     oldest_message: float | None
@@ -326,11 +356,17 @@ class StageReport(TypedDict):
 
 
 class Limits(TypedDict, total=False):
-    """The provider's limits from an answer's headers: requests and tokens per minute, what is left of them, and seconds
-    to wait."""
+    """The provider's limits from an answer's headers, what is left of them, and seconds to wait.
+
+    requests, tokens: per minute. day: requests per day. unclear: requests, but the headers do not say of what period.
+    """
 
     requests_limit: int
     requests_left: int
+    day_limit: int
+    day_left: int
+    unclear_limit: int
+    unclear_left: int
     tokens_limit: int
     tokens_left: int
     retry_after: float | None
