@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import orjson
 import psycopg
@@ -77,9 +77,7 @@ class Connections:
         """Closes the pool."""
         await self._pool.close()
 
-    async def call(
-        self, purpose: Purpose, statement: str, *arguments: object, within: float | None = None
-    ) -> dict[str, Any]:
+    async def call(self, purpose: Purpose, statement: str, *arguments: object, within: float | None = None) -> Any:
         """Executes one statement and returns its row. Retries after a broken connection; see `call_once`.
 
         Raises:
@@ -95,9 +93,7 @@ class Connections:
                 return await self.call_once(purpose, statement, *arguments, within=within)
         raise AssertionError("unreachable: the loop ends with a result")
 
-    async def call_once(
-        self, purpose: Purpose, statement: str, *arguments: object, within: float | None = None
-    ) -> dict[str, Any]:
+    async def call_once(self, purpose: Purpose, statement: str, *arguments: object, within: float | None = None) -> Any:
         """Executes one statement and returns its row.
 
         Args:
@@ -116,7 +112,7 @@ class Connections:
             try:
                 async with asyncio.timeout(within):
                     cursor = await connection.execute(statement, arguments)
-                    return cast("dict[str, Any]", await cursor.fetchone())
+                    return await cursor.fetchone()
             except TimeoutError:
                 raise TooSlow(f"The call took longer than {within} seconds.") from None
             except psycopg.DatabaseError as error:
