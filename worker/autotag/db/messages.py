@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, Literal, NotRequired, Required, TypedDict, TypeVar, cast
 
 T = TypeVar("T")
@@ -388,5 +389,10 @@ class ProviderFacts(TypedDict):
 
 def make(kind: type[T], payload: Mapping[str, Any]) -> T:
     """Makes a dataclass from the database's JSON. Unknown fields are ignored, because patch releases may add some."""
-    names = {field.name for field in fields(cast("Any", kind))}
+    names = _names(cast("Any", kind))
     return kind(**{name: value for name, value in payload.items() if name in names})
+
+
+@cache
+def _names(kind: Any) -> frozenset[str]:
+    return frozenset(field.name for field in fields(kind))
