@@ -12,6 +12,7 @@ from psycopg.types.json import Jsonb
 
 from autotag.db import messages as m
 from autotag.db import operator_messages as o
+from autotag.db import rows as r
 from support import Library
 
 WORKER = "00000000-0000-4000-8000-000000000001"
@@ -24,8 +25,12 @@ READ: dict[type, list[tuple[str, str]]] = {
     m.Report: [("read_reports", "e")],
     m.BatchAnswer: [("read_batch_answers", "e")],
     m.StageReport: [("report_stages", "e")],
-    m.Sent: [("report_stages", "p_sent")],
-    m.ObservedLimits: [("correct_bucket", "p_observed"), ("update_provider_limits", "p_observed")],
+    # m.Sent is a part of it
+    m.ObservedLimits: [
+        ("apply_report", "p_report.observed"),
+        ("update_provider_limits", "v_seen"),
+        ("place_unclear", "p_observed"),
+    ],
     m.PolledBatch: [("clean_poll", "s")],
     m.ProviderFacts: [("provider_checked", "p_facts")],
     o.ComparisonReport: [("settle_comparison", "p_report"), ("next_action", "p_report")],
@@ -34,7 +39,8 @@ READ: dict[type, list[tuple[str, str]]] = {
 
 #: Each row that a function answers with, and that function.
 ROWS: dict[type, str] = {
-    m.ClaimRow: "claim", m.BatchClaimRow: "claim_batches", m.HeartbeatRow: "heartbeat", o.UsageRow: "list_usage",
+    r.ClaimRow: "claim", r.BatchClaimRow: "claim_batches", m.Beat: "heartbeat", m.Unstored: "list_unstored",
+    o.UsageRow: "list_usage",
 }  # fmt: skip
 
 
@@ -82,24 +88,37 @@ def test_single_calls(library: Library) -> None:
     check(m.Registered, register(library))
     assets = library.insert(["a.jpg", "b.jpg"])
     library.enqueue(assets)
-    [claim] = library.sql("select * from autotag.claim(%s, 10)", WORKER)
+    [claim] = library.sql("select * from autotag.claim(%s, 10, 1)", WORKER)
     assert set(claim) == {"tasks", "wait", "bound", "question"}
     check(m.Question, claim["question"])
-    for image in claim["tasks"]:
-        check(m.Image, image)
+    images = value(library, "autotag.describe_tasks(%s, %s)", WORKER, Plain(claim["tasks"]))
+    assert len(images) == 2
+    for image in images:
+        check(m.Image, {**image, "claim": 1})  # the worker adds the claim's number
+    [beat] = library.sql("select * from autotag.heartbeat(%s, '{1}', '{0}')", WORKER)
+    check(m.Beat, beat)
+    workspace = library.member.workspace
     reports = [{"task": image["task"], "attempt": image["attempt"], "called": False,
-                "error": {"kind": "image", "code": "answer_too_long"}} for image in claim["tasks"]]  # fmt: skip
-    settled = value(library, "autotag.settle(%s, %s)", WORKER, reports)
+                "error": {"kind": "image", "code": "answer_too_long"}} for image in images]  # fmt: skip
+    settled = value(library, "autotag.settle(%s, %s, %s, null, true)", WORKER, workspace, reports)
     check(m.Settled, settled)
     for notice in settled["notices"]:
         check(m.Notice, notice)
     assert settled["notices"]
+    [unstored] = library.sql("select * from autotag.list_unstored(%s)", WORKER)
+    check(m.Unstored, unstored)
+    assert [str(waiting) for waiting in unstored["workspaces"]] == [str(workspace)]
+    stored = value(library, "autotag.store_waiting(%s, %s, 10)", WORKER, workspace)
+    check(m.Stored, stored)
+    assert stored["stored"] == 2
+    assert value(library, "autotag.postpone_stores(%s, %s, 10)", WORKER, workspace) == []
+    assert value(library, "autotag.report_stages(%s, null, '[]', %s)", WORKER, {"sent": 2, "sent_age": 0.5}) == []
 
 
 def test_batches(library: Library) -> None:
     register(library)
     library.enqueue(library.insert([f"{number}.jpg" for number in range(60)]))
-    [claim] = library.sql("select * from autotag.claim_batches(%s, 1)", WORKER)
+    [claim] = library.sql("select * from autotag.claim_batches(%s, 1, 1)", WORKER)
     assert set(claim) == {"batches", "wait", "question", "poll", "cancel", "files", "look_up"}
     check(m.Question, claim["question"])
     [batch] = claim["batches"]
@@ -108,11 +127,11 @@ def test_batches(library: Library) -> None:
     images = value(library, "autotag.batch_images(%s, %s, %s, 0, 100)", *held)
     assert len(images) > 50
     for image in images:  # what is said of a single call besides has a default
-        assert set(image) == keys(m.Image) - {"attempt", "job", "traceparent", "waited"}
+        assert set(image) == keys(m.Image) - {"attempt", "job", "traceparent", "waited", "workspace", "claim"}
     library.sql("update autotag.batches set state = 'creating'")
     library.sql("select autotag.batch_submitted(%s, %s, %s, 'batch_1', 'validating', 'file-1')", *held)
     library.sql("update autotag.provider_limits set next_poll_at = '-infinity'")
-    [claim] = library.sql("select * from autotag.claim_batches(%s, 1)", WORKER)
+    [claim] = library.sql("select * from autotag.claim_batches(%s, 1, 2)", WORKER)
     [submitted] = claim["poll"]
     check(m.Submitted, submitted)
 
@@ -155,10 +174,10 @@ def check_status(library: Library) -> None:
         "insert into autotag.usage (workspace_id, day, model, service_tier) values (%s, current_date, 'x', 'default')",
         library.member.workspace,
     )
-    [claim] = library.sql("select * from autotag.claim(%s, 1)", WORKER)
-    failed = [{"task": image["task"], "attempt": image["attempt"], "called": False,
-               "error": {"kind": "image", "code": "answer_too_long"}} for image in claim["tasks"]]  # fmt: skip
-    assert value(library, "autotag.settle(%s, %s)", WORKER, failed)["accepted"] == 1
+    [claim] = library.sql("select * from autotag.claim(%s, 1, 1)", WORKER)
+    failed = [{"task": task, "attempt": 1, "called": False, "error": {"kind": "image", "code": "answer_too_long"}}
+              for task in claim["tasks"]]  # fmt: skip
+    assert value(library, "autotag.settle(%s, %s, %s)", WORKER, library.member.workspace, failed)["accepted"] == 1
     status = value(library, "autotag.status()")
     check(o.SystemStatus, status)
     for part, message in {"queue": o.QueueStatus, "limits": o.LimitsStatus, "today": o.TodayStatus}.items():
@@ -212,7 +231,12 @@ def register(library: Library) -> dict[str, Any]:
     return answer
 
 
+class Plain(list[int]):
+    """A list that is an array in SQL, and not JSON."""
+
+
 def value(library: Library, call: str, *arguments: Any) -> Any:
     """What one call of a function answers."""
-    placed = [Jsonb(one) if isinstance(one, dict | list) else one for one in arguments]
+    placed = [list(one) if isinstance(one, Plain) else Jsonb(one) if isinstance(one, dict | list) else one
+              for one in arguments]  # fmt: skip
     return library.sql(f"select {call} as told", *placed)[0]["told"]
