@@ -25,7 +25,11 @@ READ: dict[type, list[tuple[str, str]]] = {
     m.BatchAnswer: [("read_batch_answers", "e")],
     m.StageReport: [("report_stages", "e")],
     m.Sent: [("report_stages", "p_sent")],
-    m.ObservedLimits: [("correct_bucket", "p_observed"), ("update_provider_limits", "p_observed")],
+    m.ObservedLimits: [
+        ("correct_bucket", "p_observed"),
+        ("place_unclear", "p_observed"),
+        ("update_provider_limits", "v_seen"),
+    ],  # fmt: skip
     m.PolledBatch: [("clean_poll", "s")],
     m.ProviderFacts: [("provider_checked", "p_facts")],
     o.ComparisonReport: [("settle_comparison", "p_report"), ("next_action", "p_report")],
