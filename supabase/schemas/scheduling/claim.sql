@@ -218,5 +218,8 @@ begin
     select min(t.retry_at) from autotag.tasks t where t.retry_at < 'infinity'
     union all
     select min(u.seal_at) from autotag.uploads u
+    union all  -- the day is used up: waiting calls may become due for a batch
+    select p_provider.refilled_at + interval '1 min' where p_provider.day_left < 1 and p_provider.has_batches is distinct from false
+      and exists (select from autotag.workspaces w where w.queued > 0)
   ) as due_times (due));
 end $$;
