@@ -36,7 +36,7 @@ SETTINGS = {
     "batch_batches_per_hour": 100_000, "batch_images_per_hour": 10_000_000, "broadcast_interval": "0.2 s",
 }  # fmt: skip
 SLOTS = 4  # of each worker: so many answers can die with it
-KILLS_PER_ROUND = 12
+KILLS_PER_ROUND = 10
 FAULTS_AT_ONCE = 4
 LIFE = 7.0  # seconds a worker has to reach its point before it is killed wherever it is
 HEARING = 10.0  # seconds that the last broadcast may take to the client
