@@ -40,7 +40,7 @@ def machine_postgres() -> bool:
 
 def place_of_data() -> Path | None:
     """Memory, if there is plenty: a database is copied there in 16 ms of processor time, on a disk in 40, and waits for nothing."""
-    return MEMORY if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4e9 else None
+    return MEMORY if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 2e9 else None
 
 
 @pytest.fixture(scope="session")
