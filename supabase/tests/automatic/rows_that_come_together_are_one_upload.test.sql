@@ -16,7 +16,7 @@ select is((select count(*)::integer from autotag.uploads), 0, 'automatic mode is
 select autotag.set_automatic(true);
 select pg_temp.arrive(1);
 select is(pg_temp.jobs(), 'none', 'a new row does not start a job at once');
-select is((select wait from autotag.claim(pg_temp.worker(), 10)), 2::double precision, 'a worker should claim again in 2 s');
+select is((select wait from pg_temp.claim(10)), 2::double precision, 'a worker should claim again in 2 s');
 select pg_temp.at(1.5);
 select pg_temp.arrive(299);
 select pg_temp.at(2);
