@@ -58,7 +58,8 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform from autotag.provider_limits for update;
-  delete from autotag.queues q using autotag.jobs j where j.id = q.job_id and j.finished_at is not null;
+  -- One look-up per queue: a join may read all jobs that were ever finished.
+  delete from autotag.queues q where (select j.finished_at from autotag.jobs j where j.id = q.job_id) is not null;
   -- A queue that is empty by its count, although tasks wait in it.
   update autotag.queues q set queued = c.waiting, cursor = c.first_task - 1
   from (
