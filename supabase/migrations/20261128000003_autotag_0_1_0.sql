@@ -29,8 +29,8 @@ set local check_function_bodies = off;  -- a function may stand before what it c
 --   * The host's rows are written one workspace at a time (finish, show), by transactions that hold nothing else that is shared, and
 --     wait at most 50 ms for a lock. What cannot be written is kept (unstored) and tried again.
 --   * queues and workspaces are written only under the provider row; enqueue_tagging inserts new queues, and takes advisory locks.
---   * The order within a transaction: advisory locks, one worker's row, jobs by id, batches by id, tasks by id, assets; windows and the
---     provider row last, or first.
+--   * The order within a transaction: advisory locks, jobs by id, batches by id, tasks by id, assets; windows and the provider row
+--     last, or first. After the provider row come a worker's row and the clock.
 
 -- Every function sets its search_path to pg_catalog, pg_temp (the adapter's functions have the host's schemas before pg_temp),
 -- and every name outside pg_catalog has its schema.
@@ -1462,7 +1462,7 @@ end $$;
 -- any single call, but only while no live image waits for one. p_cap: lowest cap, after an answer was cut off.
 -- reason: `account` (with the error as `message`), `retry_after`, `live`, `provider` or `window`.
 -- Refuses more than a quota allows, and an image that reserves more than the window's limit.
--- Locks: provider, window.
+-- Locks: provider, window (skip locked).
 create or replace function autotag.admit_comparison(p_workspace_id uuid, p_question jsonb, p_cap integer default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1500,6 +1500,9 @@ begin
     (v_reserved - v_provider.tokens_left) / v_provider.tokens_per_minute);
   if v_next > v_now then
     return autotag.retry_later('provider', v_now, v_next);
+  end if;
+  if not autotag.try_window(p_workspace_id, 'realtime') then
+    return autotag.retry_later('window', v_now, v_now + autotag.clock_interval(1));
   end if;
   v_window := autotag.admit(p_workspace_id, 'realtime', 1, v_reserved, false);
   if v_window.admitted = 0 and v_window.retry_at is null then
@@ -2442,6 +2445,31 @@ create or replace function autotag.job_key(p_job_id uuid) returns bigint
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$ select hashtextextended('autotag.job ' || p_job_id, 0) $$;
 
+-- Whoever inserts a window has its advisory lock. claim() takes it without waiting, or passes the workspace over: its own insert would
+-- wait for the other transaction.
+create or replace function autotag.lock_new_window() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pg_advisory_xact_lock(autotag.window_key(new.workspace_id, new.request_type));
+  return new;
+end $$;
+
+create or replace trigger autotag_lock_new_window before insert on public.workspace_rate_limits
+  for each row execute function autotag.lock_new_window();
+
+-- Locks one window, or the right to insert it. False: another transaction holds it.
+create or replace function autotag.try_window(p_workspace_id uuid, p_request_type text) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform from public.workspace_rate_limits w
+  where w.workspace_id = p_workspace_id and w.request_type = p_request_type for no key update skip locked;
+  return found or not exists (
+      select from public.workspace_rate_limits w where w.workspace_id = p_workspace_id and w.request_type = p_request_type)
+    and pg_try_advisory_xact_lock(autotag.window_key(p_workspace_id, p_request_type));
+end $$;
+
 -- Admits up to p_wanted requests of p_units_each units each (null: what one image reserves): all or nothing, or with p_partial
 -- as many as fit. If not all were admitted, retry_at is the exact time when the next fit (1 µs earlier they are refused); null:
 -- they never fit. Without p_take nothing is counted.
@@ -2514,8 +2542,6 @@ begin
     exit when admitted = 0 or not p_take;
 
     if v_ctid is null then
-      -- claim() has this lock, or passes the workspace over: an insert would wait for the other transaction (lock_windows)
-      perform pg_advisory_xact_lock(autotag.window_key(p_workspace_id, p_request_type));
       insert into public.workspace_rate_limits (workspace_id, request_type) values (p_workspace_id, p_request_type)
       on conflict do nothing;
       continue;
@@ -3055,13 +3081,18 @@ end $$;
 
 -- Releases what one worker with an ended lease held, and deletes that worker; if another transaction holds some of it, the next
 -- tick goes on. One per transaction. Returns whether there was one whose work was released. Called by tick().
--- Locks: the worker's row, which the worker itself does not wait for (lock_worker); release_held.
+-- Locks: provider (a transaction that holds it may wait for a worker's row, as record_sent() does, so it comes first); the worker's
+-- row, which the worker itself does not wait for (lock_worker); release_held.
 create or replace function autotag.expire_worker() returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_worker uuid;
 begin
+  if not exists (select from autotag.workers w where w.lease_until < autotag.now()) then
+    return false;
+  end if;
+  perform from autotag.provider_limits for update;
   select w.id into v_worker from autotag.workers w
   where w.lease_until < autotag.now() order by w.lease_until, w.id limit 1 for update skip locked;
   if not found then
@@ -6932,26 +6963,18 @@ begin
   update autotag.clock set ticked_at = v_now;
 end $$;
 
--- Runs daily: deletes what is no longer needed.
+-- Runs daily: deletes what is no longer needed. An upload that a tenant's transaction holds is left to the next day.
+-- Locks: finished jobs and windows (both skip locked), usage; provider, then workspaces and workers.
 create or replace function autotag.housekeeping() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
-  v_workspace uuid;
 begin
   delete from autotag.jobs j
-  where j.finished_at < v_now - (select s.keep_finished from autotag.settings s);
-  -- Delete workspaces without work. Check again under the lock, because an upload may just have begun; skip locked ones, they
-  -- are in use.
-  for v_workspace in select w.workspace_id from autotag.workspaces w where w.queued = 0 loop
-    perform from autotag.workspaces w where w.workspace_id = v_workspace for update skip locked;
-    if found then
-      delete from autotag.workspaces w
-      where w.workspace_id = v_workspace and w.queued = 0 and not exists (
-        select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
-    end if;
-  end loop;
+  where j.id in (
+    select f.id from autotag.jobs f
+    where f.finished_at < v_now - (select s.keep_finished from autotag.settings s) order by f.id for update skip locked);
   delete from public.workspace_rate_limits l
   using (
     select w.workspace_id, w.request_type from public.workspace_rate_limits w
@@ -6959,13 +6982,18 @@ begin
       and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h'
     for update skip locked) old
   where l.workspace_id = old.workspace_id and l.request_type = old.request_type;
-  delete from autotag.workers w where w.lease_until < v_now - interval '1 day';
   delete from autotag.webhooks w where w.received_at < v_now - interval '4 days';  -- OpenAI retries for three days
   delete from autotag.durations d where d.started_at < v_now - interval '90 days';
   delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- not used for 90 days
   delete from autotag.outbox o where o.created_at < v_now - interval '1 day';
   delete from autotag.usage u
   where u.day < (v_now at time zone 'utc')::date - (select s.keep_usage from autotag.settings s);
+  -- Last, because these need the provider row. Workspaces without work; a workspace whose upload has just begun comes back with it.
+  perform from autotag.provider_limits for update;
+  delete from autotag.workspaces w
+  where w.queued = 0 and not exists (
+    select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
+  delete from autotag.workers w where w.lease_until < v_now - interval '1 day';
   update autotag.clock set housekeeping_at = v_now;
 end $$;
 
@@ -6994,10 +7022,10 @@ begin
   if not pg_try_advisory_xact_lock(hashtext('autotag.tick')) then
     return false;
   end if;
-  perform autotag.tick();
   if v_clock.housekeeping_at < v_now - interval '25 h' then
-    perform autotag.housekeeping();
+    perform autotag.housekeeping();   -- first, because tick() holds the provider row from its first expired worker on
   end if;
+  perform autotag.tick();
   return exists (select from autotag.workers w where w.lease_until < v_now);
 end $$;
 
