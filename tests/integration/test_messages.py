@@ -32,6 +32,12 @@ READ: dict[type, list[tuple[str, str]]] = {
 }
 
 
+#: Each row that a function answers with, and that function.
+ROWS: dict[type, str] = {
+    m.ClaimRow: "claim", m.BatchClaimRow: "claim_batches", m.HeartbeatRow: "heartbeat", o.UsageRow: "list_usage",
+}  # fmt: skip
+
+
 def keys(message: Any) -> set[str]:
     return {field.name for field in fields(message)} if is_dataclass(message) else set(typing.get_type_hints(message))
 
@@ -52,6 +58,15 @@ def test_the_database_reads_the_keys_that_a_message_has(library: Library, messag
         read |= set(re.findall(rf"(?<![\w.]){name} (?:->>?|\?) '(\w+)'", body))
         read |= set(re.findall(rf"clean_number\({name}, '(\w+)'", body))
     assert read == keys(message), f"{', '.join(function for function, _ in READ[message])} and {message.__name__}"
+
+
+@pytest.mark.parametrize("message", ROWS, ids=lambda message: message.__name__)
+def test_a_row_has_the_columns_of_its_function(library: Library, message: type) -> None:
+    [row] = library.sql(
+        "select array(select name from unnest(proargnames, proargmodes) a (name, mode) where mode in ('o', 't')) as names"
+        " from pg_proc where proname = %s and pronamespace = 'autotag'::regnamespace", ROWS[message],
+    )  # fmt: skip
+    assert set(row["names"]) == keys(message)
 
 
 def check(message: Any, answer: dict[str, Any] | None, *, every: bool = True) -> None:
@@ -118,6 +133,7 @@ def test_operators(library: Library) -> None:
         check(o.FindingRow, finding)
     library.enqueue(library.insert(["b.jpg"]))
     check(o.StoredFile, value(library, "autotag.diagnose()")["sample"])
+    check_status(library)
     library.sql(
         "update autotag.models set shutdown_date = current_date + 3 where name = (select model from autotag.settings)"
     )
@@ -129,6 +145,29 @@ def test_operators(library: Library) -> None:
     check(o.BackfillPreview, value(library, "autotag.preview_backfill(%s, true, null, 10)", workspace))
     check(o.BackfillPart, value(library, "autotag.backfill(%s, true, null, 10)", workspace))
     check(o.BackfillPart, value(library, "autotag.backfill(%s, true, null, 10)", workspace))
+
+
+def check_status(library: Library) -> None:
+    """Every part of the status has the keys of its message."""
+    register(library)
+    library.enqueue(library.insert([f"{number}.jpg" for number in range(60)]))
+    library.sql(
+        "insert into autotag.usage (workspace_id, day, model, service_tier) values (%s, current_date, 'x', 'default')",
+        library.member.workspace,
+    )
+    [claim] = library.sql("select * from autotag.claim(%s, 1)", WORKER)
+    failed = [{"task": image["task"], "attempt": image["attempt"], "called": False,
+               "error": {"kind": "image", "code": "answer_too_long"}} for image in claim["tasks"]]  # fmt: skip
+    assert value(library, "autotag.settle(%s, %s)", WORKER, failed)["accepted"] == 1
+    status = value(library, "autotag.status()")
+    check(o.SystemStatus, status)
+    for part, message in {"queue": o.QueueStatus, "limits": o.LimitsStatus, "today": o.TodayStatus}.items():
+        check(message, status[part])
+    for part, message in {"jobs": o.JobStatus, "batches": o.BatchStatus, "workers": o.WorkerStatus,
+                          "errors": o.FailedImages}.items():  # fmt: skip
+        assert status[part], f"the test makes no {part}"
+        for row in status[part]:
+            check(message, row)
 
 
 def test_comparisons(library: Library) -> None:

@@ -4,7 +4,7 @@
 -- Nothing waits for the host: the outcome is durable here, and a worker tries again with growing delays (store_waiting). Its
 -- task stays live (retry_at = infinity) and belongs to no worker.
 create table autotag.unstored (
-  task_id bigint primary key references autotag.tasks on delete cascade,
+  task_id bigint primary key,            -- of autotag.tasks; without a foreign key, as tasks.job_id
   workspace_id uuid not null,
   batch_id uuid,                         -- the batch whose answer it is: batch-complete waits for it
   result jsonb,                          -- either this …

@@ -1,3 +1,4 @@
+-- An image fails after max_failures transient failures, with growing delays between them. Then its job has ended.
 begin;
 \ir ../setup.psql
 select plan(6);
@@ -7,14 +8,14 @@ select pg_temp.upload(1);
 create function pg_temp.fail_once() returns void language sql as $$
   select pg_temp.settle_all('{"error": {"kind": "transient", "code": "provider_error", "message": "The AI service had a problem."}}')
 $$;
-select is(pg_temp.claimed(1), '1: 1', 'the image is claimed');
+select is(pg_temp.claim_images(1), '1: 1', 'the image is claimed');
 select pg_temp.fail_once();
-select is(pg_temp.claimed(1), 'nothing', 'after a failure its retry is delayed');
-select pg_temp.at(10);
-select is(pg_temp.claimed(1), '1: 1', 'it is claimed a second time');
+select is(pg_temp.claim_images(1), 'nothing', 'after a failure its retry is delayed');
+select pg_temp.set_time(10);
+select is(pg_temp.claim_images(1), '1: 1', 'it is claimed a second time');
 select pg_temp.fail_once();
-select pg_temp.at(30);
-select is(pg_temp.claimed(1), '1: 1', 'it is claimed a third time');
+select pg_temp.set_time(30);
+select is(pg_temp.claim_images(1), '1: 1', 'it is claimed a third time');
 select pg_temp.fail_once();
 select results_eq(
   $$ select completed, failed, finished_at is not null from autotag.jobs $$,
