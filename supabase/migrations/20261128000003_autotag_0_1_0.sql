@@ -3274,8 +3274,8 @@ begin
       virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end;
 end $$;
 
--- Puts requeued tasks that are due into their queues. The caller holds the provider row. Locks: tasks (skip locked: those of an
--- upload that is being cancelled).
+-- Puts requeued tasks that are due into their queues; those whose upload was cancelled while they were requeued end instead. The caller
+-- holds the provider row. Locks: tasks (skip locked: those of an upload that is being cancelled).
 create or replace function autotag.requeue_due(p_now timestamptz, p_virtual_time double precision) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3285,6 +3285,9 @@ begin
   if not exists (select from autotag.tasks t where t.retry_at <= p_now) then
     return;
   end if;
+  perform autotag.keep(array(
+    select row(t.id, t.job_id, t.asset_id, null, 'cancelled', 'Tagging was cancelled.', null)::autotag.finished
+    from autotag.tasks t join autotag.jobs j on j.id = t.job_id where t.retry_at <= p_now and j.cancelled_at is not null), false);
   for v_queue in
     with due as (
       select t.id from autotag.tasks t where t.retry_at <= p_now order by t.id limit 10000 for update skip locked
@@ -5644,9 +5647,7 @@ begin
     p_items := array(select i from unnest(p_items) i where i.asset_id not in (select unnest(v_held)));
     v_half := cardinality(p_items) / 2;
   elsif v_half = 0 and v_state = 'AT001' then   -- raised by judge_unwritten()
-    perform autotag.keep(autotag.requeue(jsonb_build_array(jsonb_build_object('task', p_items[1].task, 'failures', 1,
-      'code', 'picture_replaced', 'message', 'The picture was replaced again and again while it was being tagged.'))), false);
-    perform pg_notify('autotag', 'realtime');
+    perform autotag.tag_again(p_items[1].task);
     return;
   elsif v_half = 0 then
     notices := autotag.refuse_row(p_workspace_id, p_items, p_own, v_error);
@@ -5657,6 +5658,23 @@ begin
   v_part := autotag.finish_apart(p_workspace_id, p_items[v_half + 1:], p_own, v_part.waits);
   notices := notices || v_part.notices;
   waits := v_part.waits;
+end $$;
+
+-- The picture of an image was replaced after the model saw it: the image is queued again, and its answer is dropped, also where it was
+-- kept. After max_failures the image fails. Locks: the task.
+create or replace function autotag.tag_again(p_task bigint) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ended autotag.finished[] := autotag.requeue(jsonb_build_array(jsonb_build_object('task', p_task, 'failures', 1,
+    'code', 'picture_replaced', 'message', 'The picture was replaced again and again while it was being tagged.')));
+begin
+  if v_ended = '{}' then
+    delete from autotag.unstored u where u.task_id = p_task;
+    perform pg_notify('autotag', 'realtime');
+  else
+    perform autotag.keep(v_ended, false);
+  end if;
 end $$;
 
 -- The images of these whose rows or jobs another transaction holds; all of them if even the table is held.
@@ -5689,8 +5707,12 @@ begin
   end if;
   begin
     perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own);
-  exception when others or assert_failure then
-    perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own, false);
+  exception
+    when lock_not_available or deadlock_detected then
+      perform autotag.keep(p_items);   -- its row is held now, so it is tried again
+      return '[]'::jsonb;
+    when others or assert_failure then
+      perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own, false);
   end;
   return jsonb_build_array(jsonb_build_object('event', 'not_stored', 'notice',
     format('The database refused to store the outcome of image %s: %s', v_item.asset_id, autotag.printable(p_error, 500))));
@@ -5833,7 +5855,7 @@ begin
   if autotag.is_own_worker(p_worker) then
     workspaces := array(
       select u.workspace_id from autotag.unstored u where u.next_at <= v_now group by u.workspace_id order by min(u.next_at) limit 1000);
-    wait := greatest(0, autotag.real_seconds((select min(u.next_at) from autotag.unstored u where u.next_at > v_now) - v_now));
+    wait := autotag.real_seconds((select min(u.next_at) from autotag.unstored u where u.next_at > v_now) - v_now);
   end if;
 end $$;
 

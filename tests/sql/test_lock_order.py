@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import psycopg
 import pytest
 
-from conftest import TEMPLATE, empty_database
+from conftest import TEMPLATE, copied_database
 from lab.postgres import LocalPostgres
 from support import PATIENCE
 
@@ -210,7 +210,7 @@ class Server:
 def server(postgres: LocalPostgres) -> Iterator[Server]:
     """One for all tests: what they do is rolled back."""
     with contextlib.ExitStack() as stack:
-        url = postgres.url("supabase_admin", stack.enter_context(empty_database(postgres, TEMPLATE)))
+        url = postgres.url("supabase_admin", stack.enter_context(copied_database(postgres, TEMPLATE)))
         sessions = [stack.enter_context(psycopg.connect(url, autocommit=True)) for _ in range(4)]
         set_the_scene(sessions[0])
         yield Server(sessions[0], Session(sessions[1]), Session(sessions[2]), sessions[3])

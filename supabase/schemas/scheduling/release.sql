@@ -16,8 +16,8 @@ begin
       virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end;
 end $$;
 
--- Puts requeued tasks that are due into their queues. The caller holds the provider row. Locks: tasks (skip locked: those of an
--- upload that is being cancelled).
+-- Puts requeued tasks that are due into their queues; those whose upload was cancelled while they were requeued end instead. The caller
+-- holds the provider row. Locks: tasks (skip locked: those of an upload that is being cancelled).
 create or replace function autotag.requeue_due(p_now timestamptz, p_virtual_time double precision) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -27,6 +27,9 @@ begin
   if not exists (select from autotag.tasks t where t.retry_at <= p_now) then
     return;
   end if;
+  perform autotag.keep(array(
+    select row(t.id, t.job_id, t.asset_id, null, 'cancelled', 'Tagging was cancelled.', null)::autotag.finished
+    from autotag.tasks t join autotag.jobs j on j.id = t.job_id where t.retry_at <= p_now and j.cancelled_at is not null), false);
   for v_queue in
     with due as (
       select t.id from autotag.tasks t where t.retry_at <= p_now order by t.id limit 10000 for update skip locked
