@@ -2758,7 +2758,8 @@ begin
   return '[]'::jsonb;
 end $$;
 
--- Applies all reports that wait, in their order. The caller holds the provider row.
+-- Applies all reports that wait, in their order; one that raises is dropped, because every claim comes here. The caller holds the
+-- provider row.
 create or replace function autotag.apply_reports() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2768,7 +2769,11 @@ begin
   for v_report in
     with taken as (delete from autotag.provider_reports r where r.id > 0 returning r.*) select t.* from taken t order by t.id
   loop
-    perform autotag.apply_report(v_report);
+    begin
+      perform autotag.apply_report(v_report);
+    exception when others or assert_failure then
+      raise warning 'autotag could not apply a report of worker %: %', v_report.worker_id, sqlerrm;
+    end;
   end loop;
 end $$;
 
@@ -3328,7 +3333,7 @@ create or replace function autotag.repair_queues() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform from autotag.provider_limits for update;
+  perform autotag.lock_provider();
   -- One look-up per queue: a join may read all jobs that were ever finished.
   delete from autotag.queues q where (select j.finished_at from autotag.jobs j where j.id = q.job_id) is not null;
   -- A queue that is empty by its count, although tasks wait in it.
@@ -3630,11 +3635,7 @@ begin
   if tasks <> '{}' then
     update autotag.workers w set unsent = w.unsent + cardinality(v_released.ids) where w.id = p_worker;
   end if;
-  if cardinality(tasks) = p_slots then
-    bound := 'slots';
-  else
-    bound := autotag.describe_bound(v_provider);
-  end if;
+  bound := case when cardinality(tasks) = p_slots then 'slots' else autotag.describe_bound(v_provider) end;
   -- After an upload was rerouted, another one may be due.
   wait := case when v_provider.rerouted then 0 else autotag.real_seconds(autotag.next_release(v_provider) - v_now) end;
 end $$;
@@ -4023,6 +4024,7 @@ declare
   v_slots integer := least(greatest(coalesce(p_slots, 0), 0), 1000);
   v_queue autotag.batch_queue;
   v_taken record;
+  v_polls record;
 begin
   select * into v_settings from autotag.settings;
   batches := '[]'; files := '[]';
@@ -4056,17 +4058,9 @@ begin
   v_taken := autotag.take_batches(p_worker, autotag.rank_batches(v_slots, v_provider, v_queue, v_now), v_provider, v_queue, v_now);
   batches := autotag.describe_batches(v_taken.ids);
   perform pg_notify('autotag', 'realtime') where v_provider.proven_at is null;  -- that lane sends the probe
-  if v_provider.next_poll_at <= v_now and v_provider.ask_after <= v_now then
-    select l.poll, l.cancel, l.files into poll, cancel, files from autotag.list_polls() l;
-    v_provider.next_poll_at := case when poll is null and files = '[]' then '-infinity' else v_now + v_settings.batch_poll_interval end;
-  end if;
-  if v_provider.proven_at is not null and v_provider.checked_at <= v_now - v_settings.model_check_interval and v_provider.ask_after <= v_now then
-    look_up := v_provider.question ->> 'model';
-  end if;
-  if poll is not null or files <> '[]' or look_up is not null then
-    -- allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked)
-    update autotag.workers w set poll_assigned_at = v_now where w.id = p_worker;
-  end if;
+  v_polls := autotag.assign_poll(p_worker, v_provider, v_settings, v_now);
+  poll := v_polls.poll; cancel := v_polls.cancel; files := v_polls.files; look_up := v_polls.look_up;
+  v_provider.next_poll_at := v_polls.next_poll_at;
   update autotag.provider_limits p
   set next_poll_at = v_provider.next_poll_at,
       probe_at = case when p.account_error is null or v_taken.ids = '{}' then p.probe_at
@@ -4075,6 +4069,33 @@ begin
       checked_at = case when look_up is null then p.checked_at else v_now - v_settings.model_check_interval + interval '10 min' end;
   wait := case when v_taken.again then 0
     else autotag.real_seconds(autotag.next_batch_claim(v_provider, files <> '[]', v_now) - v_now) end;
+end $$;
+
+-- Assigns the poll of the provider to a worker if it is due (claim_batches: poll, cancel, files, look_up). next_poll_at: of the
+-- provider's row from now on. Called by claim_batches(), which holds that row and the worker's.
+create or replace function autotag.assign_poll(
+  p_worker uuid, p_provider autotag.provider_limits, p_settings autotag.settings, p_now timestamptz,
+  out poll jsonb, out cancel jsonb, out files jsonb, out look_up text, out next_poll_at timestamptz
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  files := '[]';
+  next_poll_at := p_provider.next_poll_at;
+  if p_provider.ask_after > p_now then
+    return;
+  end if;
+  if next_poll_at <= p_now then
+    select l.poll, l.cancel, l.files into poll, cancel, files from autotag.list_polls() l;
+    next_poll_at := case when poll is null and files = '[]' then '-infinity' else p_now + p_settings.batch_poll_interval end;
+  end if;
+  if p_provider.proven_at is not null and p_provider.checked_at <= p_now - p_settings.model_check_interval then
+    look_up := p_provider.question ->> 'model';
+  end if;
+  if poll is not null or files <> '[]' or look_up is not null then
+    -- allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked)
+    update autotag.workers w set poll_assigned_at = p_now where w.id = p_worker;
+  end if;
 end $$;
 
 -- The batches p_ids, in this order, as claim_batches() returns them.

@@ -60,7 +60,7 @@ create or replace function autotag.repair_queues() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform from autotag.provider_limits for update;
+  perform autotag.lock_provider();
   -- One look-up per queue: a join may read all jobs that were ever finished.
   delete from autotag.queues q where (select j.finished_at from autotag.jobs j where j.id = q.job_id) is not null;
   -- A queue that is empty by its count, although tasks wait in it.
