@@ -57,7 +57,7 @@ end $$;
 -- Checks the counts of queues and workspaces, and corrects those that are wrong; deletes the queues of finished uploads. Retries
 -- workspaces whose next image exceeds the window's limit: the limit may have been raised. Called by tick(). Locks: provider.
 create or replace function autotag.repair_queues() returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off
 as $$
 begin
   perform autotag.lock_provider();
@@ -66,11 +66,12 @@ begin
   -- A queue that is empty by its count, although tasks wait in it.
   update autotag.queues q set queued = c.waiting, cursor = c.first_task - 1
   from (
-    select e.job_id, count(*)::integer as waiting, min(t.id) as first_task
-    from autotag.queues e join autotag.tasks t on t.job_id = e.job_id
-    where e.queued = 0 and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null and t.finished_at is null
-    group by e.job_id) c
-  where q.job_id = c.job_id;
+    select e.job_id, n.* from autotag.queues e
+    cross join lateral (
+      select count(*)::integer as waiting, min(t.id) as first_task from autotag.tasks t
+      where t.job_id = e.job_id and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null and t.finished_at is null) n
+    where e.queued = 0) c
+  where q.job_id = c.job_id and c.waiting > 0;
   update autotag.workspaces w set queued = c.queued
   from (
     select s.workspace_id, coalesce(sum(q.queued) filter (where q.joined), 0)::integer as queued
