@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from decimal import Decimal
 from functools import lru_cache
@@ -97,6 +97,27 @@ class Library:
         with connected(self.stack.database_url()) as connection:
             cursor = connection.cursor(row_factory=dict_row).execute(statement, arguments)  # type: ignore[arg-type]
             return cursor.fetchall() if cursor.description else []
+
+    def claim(self, worker: str, slots: int = 100) -> dict[str, Any]:
+        """A worker's next claim: its row, and with it `images`, what describe_tasks() says of them."""
+        [last] = self.sql("select claim from autotag.workers where id = %s", worker)
+        [row] = self.sql("select * from autotag.claim(%s, %s, %s)", worker, slots, last["claim"] + 1)
+        [images] = self.sql("select autotag.describe_tasks(%s, %s) as images", worker, row["tasks"])
+        return row | images
+
+    def claim_batches(self, worker: str, slots: int = 1) -> dict[str, Any]:
+        """A worker's next claim of batches."""
+        [last] = self.sql("select batch_claim as claim from autotag.workers where id = %s", worker)
+        [row] = self.sql("select * from autotag.claim_batches(%s, %s, %s)", worker, slots, last["claim"] + 1)
+        return row
+
+    def settle(self, worker: str, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Settles reports of single calls of the member's workspace."""
+        told = self.sql(
+            "select autotag.settle(%s, %s, %s) as told", worker, self.member.workspace, json.dumps(list(reports))
+        )
+        reply: dict[str, Any] = told[0]["told"]
+        return reply
 
     def rpc(self, function: str, *arguments: object) -> Any:
         """Calls a function as the member does: role authenticated, with the member's claims."""

@@ -82,14 +82,14 @@ def test_single_calls(library: Library) -> None:
     check(m.Registered, register(library))
     assets = library.insert(["a.jpg", "b.jpg"])
     library.enqueue(assets)
-    [claim] = library.sql("select * from autotag.claim(%s, 10)", WORKER)
-    assert set(claim) == {"tasks", "wait", "bound", "question"}
+    claim = library.claim(WORKER, 10)
+    assert set(claim) == {"tasks", "wait", "bound", "question", "images"}
     check(m.Question, claim["question"])
-    for image in claim["tasks"]:
+    for image in claim["images"]:
         check(m.Image, image)
     reports = [{"task": image["task"], "attempt": image["attempt"], "called": False,
-                "error": {"kind": "image", "code": "answer_too_long"}} for image in claim["tasks"]]  # fmt: skip
-    settled = value(library, "autotag.settle(%s, %s)", WORKER, reports)
+                "error": {"kind": "image", "code": "answer_too_long"}} for image in claim["images"]]  # fmt: skip
+    settled = library.settle(WORKER, reports)
     check(m.Settled, settled)
     for notice in settled["notices"]:
         check(m.Notice, notice)
@@ -99,7 +99,7 @@ def test_single_calls(library: Library) -> None:
 def test_batches(library: Library) -> None:
     register(library)
     library.enqueue(library.insert([f"{number}.jpg" for number in range(60)]))
-    [claim] = library.sql("select * from autotag.claim_batches(%s, 1)", WORKER)
+    claim = library.claim_batches(WORKER)
     assert set(claim) == {"batches", "wait", "question", "poll", "cancel", "files", "look_up"}
     check(m.Question, claim["question"])
     [batch] = claim["batches"]
@@ -112,7 +112,7 @@ def test_batches(library: Library) -> None:
     library.sql("update autotag.batches set state = 'creating'")
     library.sql("select autotag.batch_submitted(%s, %s, %s, 'batch_1', 'validating', 'file-1')", *held)
     library.sql("update autotag.provider_limits set next_poll_at = '-infinity'")
-    [claim] = library.sql("select * from autotag.claim_batches(%s, 1)", WORKER)
+    claim = library.claim_batches(WORKER)
     [submitted] = claim["poll"]
     check(m.Submitted, submitted)
 
@@ -155,10 +155,10 @@ def check_status(library: Library) -> None:
         "insert into autotag.usage (workspace_id, day, model, service_tier) values (%s, current_date, 'x', 'default')",
         library.member.workspace,
     )
-    [claim] = library.sql("select * from autotag.claim(%s, 1)", WORKER)
+    claim = library.claim(WORKER, 1)
     failed = [{"task": image["task"], "attempt": image["attempt"], "called": False,
-               "error": {"kind": "image", "code": "answer_too_long"}} for image in claim["tasks"]]  # fmt: skip
-    assert value(library, "autotag.settle(%s, %s)", WORKER, failed)["accepted"] == 1
+               "error": {"kind": "image", "code": "answer_too_long"}} for image in claim["images"]]  # fmt: skip
+    assert library.settle(WORKER, failed)["accepted"] == 1
     status = value(library, "autotag.status()")
     check(o.SystemStatus, status)
     for part, message in {"queue": o.QueueStatus, "limits": o.LimitsStatus, "today": o.TodayStatus}.items():

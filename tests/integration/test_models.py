@@ -331,15 +331,15 @@ WORKER = "00000000-0000-4000-8000-000000000001"
 
 def claim(library: Library, images: int = 100) -> list[dict[str, Any]]:
     """Claims as a worker does: {task, attempt}. Whatever is delayed is due."""
-    library.sql("update autotag.tasks set retry_at = now() where retry_at is not null")
+    library.sql("update autotag.tasks set retry_at = now() where retry_at < 'infinity'")
     library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)
-    tasks = library.sql("select tasks from autotag.claim(%s, %s)", WORKER, images)[0]["tasks"]
-    return [{"task": task["task"], "attempt": task["attempt"]} for task in tasks]
+    return [
+        {"task": image["task"], "attempt": image["attempt"]} for image in library.claim(WORKER, images)["images"]
+    ]
 
 
 def tell(library: Library, reports: list[dict[str, Any]]) -> dict[str, Any]:
-    told: dict[str, Any] = library.sql("select autotag.settle(%s, %s) as told", WORKER, json.dumps(reports))[0]["told"]
-    return told
+    return library.settle(WORKER, reports)
 
 
 def garbage() -> st.SearchStrategy[Any]:

@@ -19,8 +19,8 @@ WIDE = {"realtime_requests_per_minute": 100_000, "realtime_tokens_per_minute": 2
 
 def claim(library: Library, slots: int = 100) -> dict[str, Any]:
     library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)
-    [row] = library.sql("select json_array_length(tasks) as n, wait, bound from autotag.claim(%s, %s)", WORKER, slots)
-    return row
+    row = library.claim(WORKER, slots)
+    return {"n": len(row["tasks"]), "wait": row["wait"], "bound": row["bound"]}
 
 
 def limits(library: Library) -> tuple[int, int | None]:
