@@ -6,7 +6,6 @@ import asyncio
 from typing import Any
 
 import psycopg
-import pytest
 from psycopg.rows import dict_row
 
 from conftest import skip

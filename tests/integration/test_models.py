@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 from collections import defaultdict
 from decimal import Decimal
 from typing import Any
@@ -333,9 +332,7 @@ def claim(library: Library, images: int = 100) -> list[dict[str, Any]]:
     """Claims as a worker does: {task, attempt}. Whatever is delayed is due."""
     library.sql("update autotag.tasks set retry_at = now() where retry_at < 'infinity'")
     library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)
-    return [
-        {"task": image["task"], "attempt": image["attempt"]} for image in library.claim(WORKER, images)["images"]
-    ]
+    return [{"task": image["task"], "attempt": image["attempt"]} for image in library.claim(WORKER, images)["images"]]
 
 
 def tell(library: Library, reports: list[dict[str, Any]]) -> dict[str, Any]:

@@ -47,9 +47,7 @@ def plans(postgres: LocalPostgres, database: str, machine_postgres: bool) -> lis
         for setting in ("log_min_duration = 0", "log_nested_statements = on", "log_analyze = on", "log_format = json",
                         "log_level = notice"):  # fmt: skip
             connection.execute(f"set auto_explain.{setting}".encode())
-        row = connection.execute(
-            "select cardinality(tasks) from autotag.claim(%s, %s, 2)", (WORKER, SLOTS)
-        ).fetchone()
+        row = connection.execute("select cardinality(tasks) from autotag.claim(%s, %s, 2)", (WORKER, SLOTS)).fetchone()
         assert row == (SLOTS,)
         return found
 

@@ -317,7 +317,11 @@ def attempts(scene: Scene) -> Iterator[Attempt]:
         if "p_worker" in names:
             other = {"p_worker": scene.good, "p_batch": scene.batch[scene.good], "p_state": "uploading"}
             # what would do most: half of a batch is split off, all that is held is given back
-            most = {"bigint": scene.batch_tasks[scene.good][4], "bigint[]": [task["task"] for task in scene.tasks[scene.good]], "uuid[]": []}
+            most = {
+                "bigint": scene.batch_tasks[scene.good][4],
+                "bigint[]": [task["task"] for task in scene.tasks[scene.good]],
+                "uuid[]": [],
+            }
             theirs = [
                 other.get(name, most.get(kind, value)) for name, kind, value in zip(names, kinds, honest, strict=True)
             ]

@@ -196,7 +196,9 @@ class Server:
         """Whether a session has come to a lock that somebody holds; false: its function has ended."""
         deadline = time.monotonic() + PATIENCE
         while session.runs():
-            if self.looker.execute("select cardinality(pg_blocking_pids(%s)) > 0", (session.pid,)).fetchone() == (True,):
+            if self.looker.execute("select cardinality(pg_blocking_pids(%s)) > 0", (session.pid,)).fetchone() == (
+                True,
+            ):
                 return True
             assert time.monotonic() < deadline, "it neither ends nor waits"
             time.sleep(0.001)
@@ -278,6 +280,7 @@ def set_the_scene(connection: psycopg.Connection[tuple[object, ...]]) -> None:
 
 def test_every_function_has_something_to_do(server: Server) -> None:
     """What does nothing locks nothing, and would pass."""
+
     def changed() -> object:
         found = server.holder.execute(
             "select sum(n_tup_ins + n_tup_upd + n_tup_del) from pg_stat_xact_user_tables where schemaname in ('autotag', 'public')"
@@ -300,7 +303,9 @@ def test_nothing_waits_for_a_tenant(server: Server, held: str) -> None:
     waited = []
     with server.held(HELD_BY_TENANTS[held]):
         for name, statement in SERVANTS.items():
-            for seconds in (2, 10) if name not in PATIENT else ():  # the second time, because this machine may have been busy
+            for seconds in (
+                (2, 10) if name not in PATIENT else ()
+            ):  # the second time, because this machine may have been busy
                 server.first.start(f"set local statement_timeout = '{seconds} s'; {statement}")
                 error = server.first.end()
                 if not isinstance(error, psycopg.errors.QueryCanceled):
