@@ -76,11 +76,7 @@ begin
   if tasks <> '{}' then
     update autotag.workers w set unsent = w.unsent + cardinality(v_released.ids) where w.id = p_worker;
   end if;
-  if cardinality(tasks) = p_slots then
-    bound := 'slots';
-  else
-    bound := autotag.describe_bound(v_provider);
-  end if;
+  bound := case when cardinality(tasks) = p_slots then 'slots' else autotag.describe_bound(v_provider) end;
   -- After an upload was rerouted, another one may be due.
   wait := case when v_provider.rerouted then 0 else autotag.real_seconds(autotag.next_release(v_provider) - v_now) end;
 end $$;

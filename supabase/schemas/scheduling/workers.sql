@@ -217,13 +217,18 @@ end $$;
 
 -- Releases what one worker with an ended lease held, and deletes that worker; if another transaction holds some of it, the next
 -- tick goes on. One per transaction. Returns whether there was one whose work was released. Called by tick().
--- Locks: the worker's row, which the worker itself does not wait for (lock_worker); release_held.
+-- Locks: provider (a transaction that holds it may wait for a worker's row, as record_sent() does, so it comes first); the worker's
+-- row, which the worker itself does not wait for (lock_worker); release_held.
 create or replace function autotag.expire_worker() returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_worker uuid;
 begin
+  if not exists (select from autotag.workers w where w.lease_until < autotag.now()) then
+    return false;
+  end if;
+  perform from autotag.provider_limits for update;
   select w.id into v_worker from autotag.workers w
   where w.lease_until < autotag.now() order by w.lease_until, w.id limit 1 for update skip locked;
   if not found then
