@@ -667,7 +667,8 @@ create type autotag.answer as (
   error jsonb,                 -- {kind, code, message, retry, retry_after, origin, parameter}
   usage jsonb,                 -- as clean_usage() returns it; null: the provider gave no figures
   called boolean,              -- whether the call was sent
-  mark uuid                    -- of the picture that the model saw (describe_assets); null: not known
+  mark uuid,                   -- of the picture that the model saw (describe_assets); null: not known
+  asset_id uuid
 );
 
 -- The state of one batch, as a poll of OpenAI showed it.
@@ -687,9 +688,10 @@ create type autotag.batch_poll as (
 
 -- The outcome of an image whose row could not be written at once: another transaction holds it, or writing it takes too long.
 -- Nothing waits for the host: the outcome is durable here, and a worker tries again with growing delays (store_waiting). Its
--- task stays live (retry_at = infinity) and belongs to no worker.
+-- task stays live (retry_at = infinity) and belongs to no worker. There is no foreign key to it, because its trigger would run for
+-- every task whose tags are stored: write_outcomes() deletes the rows here, and store_waiting() those whose upload was deleted.
 create table autotag.unstored (
-  task_id bigint primary key references autotag.tasks on delete cascade,
+  task_id bigint primary key,
   workspace_id uuid not null,
   batch_id uuid,                         -- the batch whose answer it is: batch-complete waits for it
   result jsonb,                          -- either this …
@@ -799,13 +801,20 @@ begin
     detail = (jsonb_build_object('code', p_code) || p_detail)::text;
 end $$;
 
--- Whether a text is printable: no control, bidirectional or invisible characters, and no white space but U+0020. U+200C and
--- U+200D (joiners) count as letters.
+-- Matches what no printable text has: control, bidirectional and invisible characters, and white space but U+0020. U+200C and U+200D
+-- (joiners) count as letters. Planning replaces the call by its value.
+create or replace function autotag.unprintable() returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select '[\u0001-\u001f\u007f-\u00a0\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u1680\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f\u3000\ue000-\uf8ff\ufdd0-\ufdef\ufeff\ufff0-\ufffb\ufffe\uffff\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U00040000-\U000e00ff\U000e01f0-\U000e0fff\U000f0000-\U0010ffff]'
+$$;
+
+-- Whether a text is printable.
 create or replace function autotag.is_plain(p_text text) returns boolean
 language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return p_text !~ '[\u0001-\u001f\u007f-\u00a0\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u1680\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f\u3000\ue000-\uf8ff\ufdd0-\ufdef\ufeff\ufff0-\ufffb\ufffe\uffff\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U00040000-\U000e00ff\U000e01f0-\U000e0fff\U000f0000-\U0010ffff]';
+  return p_text !~ autotag.unprintable();
 end $$;
 
 -- A text from outside in the form in which it is stored and shown: one line of at most p_length characters that cannot move
@@ -1008,8 +1017,10 @@ declare
 begin
   select * into v_row from autotag.models m where m.name = p_model;
   if not found then
+    -- The first condition is in every form of names_model(), and costs a fraction of the call.
     select * into v_row from autotag.models m
-    where autotag.names_model(m.name, p_model) order by length(m.name) desc limit 1;
+    where starts_with(p_model, left(m.name, greatest(length(m.name) - 7, 0))) and autotag.names_model(m.name, p_model)
+    order by length(m.name) desc limit 1;
   end if;
   return v_row;
 end $$;
@@ -1191,45 +1202,47 @@ end $$;
 
 -- Token use of a model's answers: histograms of prompt and answer tokens that decay, and the reservations derived from them.
 
--- The histogram bin of a token count, named by its upper end; bins are 2 % apart.
-create or replace function autotag.token_size(p_tokens integer) returns integer
-language sql immutable parallel safe set search_path = pg_catalog, pg_temp
-as $$
-  select case when p_tokens <= 50 then greatest(p_tokens, 1) else ceil(power(1.02, ceil(ln(p_tokens) / ln(1.02) - 0.000001)))::integer end
-$$;
-
--- A histogram after new counts. Each new count multiplies the old weights by 1 - 1 / p_memory (in answers).
+-- A histogram after new counts: {size: weight}. Each new count multiplies the old weights by 1 - 1 / p_memory (in answers). A bin is
+-- named by its upper end, and bins are 2 % apart.
 create or replace function autotag.decayed_histogram(p_old jsonb, p_counts integer[], p_memory integer) returns jsonb
-language sql immutable set search_path = pg_catalog, pg_temp
+language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
-  select coalesce(jsonb_object_agg(b.size, b.weight), '{}')
-  from (
-    select x.size, round(sum(x.weight)::numeric, 3) as weight
+begin
+  return (
+    select coalesce(jsonb_object_agg(b.size, b.weight), '{}')
     from (
-      select o.key as size, o.value::double precision * power(1 - 1.0 / p_memory, cardinality(p_counts)) as weight
-      from jsonb_each_text(p_old) o
-      union all
-      select autotag.token_size(c)::text, 1 from unnest(p_counts) c) x
-    group by x.size having sum(x.weight) > 0.01) b
-$$;
+      select x.size, round(sum(x.weight)::numeric, 3) as weight
+      from (
+        select o.key as size, o.value::double precision * power(1 - 1.0 / p_memory, cardinality(p_counts)) as weight
+        from jsonb_each_text(p_old) o
+        union all
+        select (case when c.tokens <= 50 then greatest(c.tokens, 1)
+          else ceil(power(1.02, ceil(ln(c.tokens) / ln(1.02) - 0.000001)))::integer end)::text, c.answers
+        from (select u.tokens, count(*) as answers from unnest(p_counts) u (tokens) group by u.tokens) c) x
+      group by x.size having sum(x.weight) > 0.01) b);
+end $$;
 
 -- The quantile p_share (0 to 1) of a histogram; null for an empty one.
 create or replace function autotag.quantile(p_weights jsonb, p_share double precision) returns integer
-language sql immutable set search_path = pg_catalog, pg_temp
+language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
-  select min(s.size) from (
-    select w.key::integer as size, sum(w.value::double precision) over (order by w.key::integer) as upto,
-      sum(w.value::double precision) over () as total
-    from jsonb_each_text(p_weights) w) s
-  where s.upto >= p_share * s.total - 0.000001
-$$;
+begin
+  return (
+    select min(s.size) from (
+      select w.key::integer as size, sum(w.value::double precision) over (order by w.key::integer) as upto,
+        sum(w.value::double precision) over () as total
+      from jsonb_each_text(p_weights) w) s
+    where s.upto >= p_share * s.total - 0.000001);
+end $$;
 
 create or replace function autotag.mean_size(p_weights jsonb) returns integer
-language sql immutable set search_path = pg_catalog, pg_temp
+language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
-  select round(sum(w.key::integer * w.value::double precision) / sum(w.value::double precision))::integer
-  from jsonb_each_text(p_weights) w
-$$;
+begin
+  return (
+    select round(sum(w.key::integer * w.value::double precision) / sum(w.value::double precision))::integer
+    from jsonb_each_text(p_weights) w);
+end $$;
 
 -- First guess of a prompt's tokens: 300 for instructions and schema (measured with o200k and rounded up), plus a square image,
 -- the most expensive shape. The worker sends 512 pixels a side for detail low and 2,048 for high. A model without a row counts
@@ -1276,8 +1289,10 @@ declare
   v_settings autotag.settings;
   v_learned autotag.learned;
   v_question jsonb := p_provider.question;
-  v_prompt integer := autotag.guess_prompt(v_question);
-  v_output integer := autotag.guess_output(v_question);
+  v_prompt_guess integer := autotag.guess_prompt(v_question);
+  v_output_guess integer := autotag.guess_output(v_question);
+  v_prompt integer := v_prompt_guess;
+  v_output integer := v_output_guess;
   v_margin double precision;
 begin
   select * into v_settings from autotag.settings;
@@ -1295,7 +1310,7 @@ begin
     -- Cut off 0.5 % of answers: each costs another call, but a higher cap would cost every call its share of the limit.
     v_output := ceil(autotag.quantile(v_learned.output, 0.995) * 1.05 * v_margin) + 8;
     if v_learned.answers < 30 then
-      v_output := greatest(v_output, autotag.guess_output(v_question));
+      v_output := greatest(v_output, v_output_guess);
     end if;
   end if;
   -- A cap above the limit per minute would never be admitted.
@@ -1303,7 +1318,7 @@ begin
     greatest((0.9 * p_provider.tokens_per_minute)::integer - v_prompt, v_settings.min_output_tokens));
   -- Limit a learned prompt so that the workspace's minute always holds two images, or as many as with the first guess: too
   -- high a value slows tagging down but never stops it. settle() corrects the windows by the real use.
-  v_prompt := least(v_prompt, greatest(v_settings.realtime_tokens_per_minute / 2 - v_output, autotag.guess_prompt(v_question)));
+  v_prompt := least(v_prompt, greatest(v_settings.realtime_tokens_per_minute / 2 - v_output, v_prompt_guess));
   p_provider.output_tokens := v_output;
   p_provider.tokens_per_image := v_prompt + v_output;
   return p_provider;
@@ -1357,14 +1372,19 @@ begin
   v_question := coalesce(p_question, v_provider.question);
   v_max_allowed := 20 * autotag.guess_prompt(v_question);
   p_inputs := array(select least(i, v_max_allowed) from unnest(p_inputs) i);
-  insert into autotag.learned as l (model, image_detail, reasoning_effort, max_tags, tag_language, answers, prompt, output, learned_at)
-  values (v_question ->> 'model', v_question ->> 'image_detail',
-    coalesce(v_question ->> 'reasoning_effort', ''), (v_question ->> 'max_tags')::integer,
-    v_question ->> 'tag_language', cardinality(p_inputs),
-    autotag.decayed_histogram('{}', p_inputs, v_memory), autotag.decayed_histogram('{}', p_outputs, v_memory), autotag.now())
-  on conflict (model, image_detail, reasoning_effort, max_tags, tag_language) do update
-  set answers = l.answers + cardinality(p_inputs), learned_at = excluded.learned_at,
-      prompt = autotag.decayed_histogram(l.prompt, p_inputs, v_memory), output = autotag.decayed_histogram(l.output, p_outputs, v_memory);
+  update autotag.learned l
+  set answers = l.answers + cardinality(p_inputs), learned_at = autotag.now(),
+      prompt = autotag.decayed_histogram(l.prompt, p_inputs, v_memory), output = autotag.decayed_histogram(l.output, p_outputs, v_memory)
+  where l.model = v_question ->> 'model' and l.image_detail = v_question ->> 'image_detail'
+    and l.reasoning_effort = coalesce(v_question ->> 'reasoning_effort', '')
+    and l.max_tags = (v_question ->> 'max_tags')::integer and l.tag_language = v_question ->> 'tag_language';
+  if not found then
+    insert into autotag.learned (model, image_detail, reasoning_effort, max_tags, tag_language, answers, prompt, output, learned_at)
+    values (v_question ->> 'model', v_question ->> 'image_detail',
+      coalesce(v_question ->> 'reasoning_effort', ''), (v_question ->> 'max_tags')::integer,
+      v_question ->> 'tag_language', cardinality(p_inputs),
+      autotag.decayed_histogram('{}', p_inputs, v_memory), autotag.decayed_histogram('{}', p_outputs, v_memory), autotag.now());
+  end if;
   v_provider := autotag.estimate_tokens(v_provider);
   update autotag.provider_limits p
   set tokens_per_image = v_provider.tokens_per_image, output_tokens = v_provider.output_tokens,
@@ -2684,7 +2704,7 @@ begin
   insert into autotag.provider_reports (worker_id, at, requests, tokens, observed, answers, asked_at, form_changed, windows)
   select p_report.worker_id, p_report.at, p_report.requests, p_report.tokens, p_report.observed, array(
       select row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens, a.output_tokens, null, a.error, a.usage,
-        a.called, null)::autotag.answer from unnest(p_report.answers) a),
+        a.called, null, a.asset_id)::autotag.answer from unnest(p_report.answers) a),
     p_report.asked_at, p_report.form_changed, p_report.windows;
   if p_report.form_changed or exists (select from unnest(p_report.answers) a where a.error is not null)
      or exists (select from autotag.provider_limits p where p.proven_at is null or p.account_error is not null) then
@@ -4782,30 +4802,36 @@ begin
   return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices || autotag.report_provider(v_report));
 end $$;
 
--- Validates answers and returns those for images of this batch that still need one, at most one per image.
+-- Validates answers and returns those for images of this batch that still need one, at most one per image. The plan is kept, as in
+-- read_reports().
 create or replace function autotag.read_batch_answers(p_batch autotag.batches, p_answers jsonb) returns autotag.answer[]
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
 as $$
 declare
   v_max_allowed record := autotag.believable_usage();
 begin
   return array(
-    select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, v_max_allowed.input, greatest(coalesce(4 * x.output_tokens + 4000, 100000), v_max_allowed.uncapped)),
-      true, x.mark)::autotag.answer
+    with reported as materialized (
+      select * from autotag.read_answers(p_answers, v_max_allowed.input)
+    ), held as materialized (
+      select t.id, t.attempt, t.job_id, t.asset_id, greatest(t.min_output_tokens, p_batch.output_tokens) as output_tokens,
+        t.error_code is not null as failed, t.batch_id, t.finished_at
+      from autotag.tasks t
+      -- By id alone: the index of batches would lead to all of this batch's images, for every page of answers.
+      where t.id = any (array(select r.task from reported r))
+    )
+    select row(x.id, x.attempt, x.job_id, p_batch.workspace_id, null, null, x.output_tokens, x.result,
+      case when x.error is not null or x.result is null then autotag.clean_error(x.error, x.result) end,
+      case when x.valid_usage then x.usage else autotag.clean_usage(x.usage, v_max_allowed.input,
+        greatest(coalesce(4 * x.output_tokens + 4000, 100000), v_max_allowed.uncapped)) end,
+      true, x.mark, x.asset_id)::autotag.answer
     from (
-      select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
-        greatest(t.min_output_tokens, p_batch.output_tokens) as output_tokens,
-        autotag.clean_result(a.result) as result, a.error, a.usage, a.mark
-      from (
-        select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
-          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage, i,
-          case when e ->> 'mark' ~ '^[0-9a-f-]{36}$' then (e ->> 'mark')::uuid end as mark
-        from jsonb_array_elements(p_answers) with ordinality u (e, i)) a
+      select distinct on (h.id) h.*, r.result, r.error, r.usage, r.valid_usage, r.mark
       -- where an error is recorded already, only a result is accepted: another error must not count twice
-      join autotag.tasks t on t.id = a.task and t.batch_id = p_batch.id and t.finished_at is null
-        and (t.error_code is null or jsonb_typeof(a.result) = 'object')
-      order by t.id, a.i) x);
+      from reported r join held h on h.id = r.task and (not h.failed or r.result is not null)
+      where h.batch_id = p_batch.id and h.finished_at is null
+      order by h.id, r.place) x);
 end $$;
 
 -- Records the errors that allow a retry on their tasks, and returns those answers: batch_finish() retries all images without an
@@ -4857,10 +4883,6 @@ begin
   if v_tags is null or jsonb_typeof(p_result) <> 'object' or jsonb_typeof(v_tags) <> 'array' then
     return null;
   end if;
-  -- nearly every result is valid as it is
-  if autotag.is_canonical_result(p_result) then
-    return p_result;
-  end if;
   v_kept := array(
     select k.tag from (
       select distinct on (x.tag) x.tag, x.i from (
@@ -4880,35 +4902,65 @@ begin
     'model', coalesce(autotag.printable(case when jsonb_typeof(p_result -> 'model') = 'string' then p_result ->> 'model' end, 100), ''));
 end $$;
 
--- Whether clean_result() would return a result (an object with a list of tags) unchanged. It checks the JSON as text, which
--- costs a fifth of rebuilding it. False also where a tag has no confidence.
-create or replace function autotag.is_canonical_result(p_result jsonb) returns boolean
+-- For each result, whether clean_result() would return it unchanged; false also for some that it would. Nearly every result passes,
+-- so this decides how long a report takes: 4 µs an image instead of 30. It checks the JSON as text, and all results in one query,
+-- because a function call for each would take as long again.
+create or replace function autotag.canonical_results(p_results jsonb[]) returns boolean[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_tags text := p_result -> 'tags';
-  v_sure text := p_result -> 'confidence';
-  v_caption text := p_result ->> 'caption';
-  v_model text := p_result ->> 'model';
-  v_list text[];               -- the tags
 begin
-  if pg_column_size(p_result) < 8000 and jsonb_array_length(p_result -> 'tags') <= 50
-    and p_result - '{tags,confidence,caption,model}'::text[] = '{}'
-    and jsonb_typeof(p_result -> 'caption') = 'string' and length(v_caption) <= 300
-    and jsonb_typeof(p_result -> 'model') = 'string' and length(v_model) <= 100
-    and jsonb_typeof(p_result -> 'confidence') = 'object'
-    and autotag.is_plain(v_tags || v_sure || v_caption || v_model) and strpos(v_tags || v_sure, '\') = 0
-    -- spaces that printable() would remove
-    and strpos(v_tags || v_caption || v_model, '  ') = 0 and v_caption = btrim(v_caption) and v_model = btrim(v_model)
-    -- no element that is not a string; no tag or key that is empty or has a space at an end; no confidence outside 0 to 1
-    and v_tags !~ '\[[^"\]]|, [^"]|""|" |[^,] "|, "[],]' and v_sure !~ ': (1[^,}]|0[^.,}]|[^01])|""' then
-    -- As many tags as confidences, and every confidence has its tag: so no tag is there twice. (The cast to varchar(50) finds
-    -- tags that are too long; `[^"]{51}` in the pattern above would take three quarters of the function's time.)
-    v_list := ('{' || substr(v_tags, 2, length(v_tags) - 2) || '}')::text[];
-    return v_list::varchar(50)[]::text[] = v_list and (p_result -> 'confidence') - v_list = '{}'
-      and 3 * cardinality(v_list) = length(v_sure) - length(replace(v_sure, '": ', ''));
-  end if;
-  return false;
+  return array(
+    select coalesce(t.tags is not null
+      and cardinality(t.list) <= 50 and r.result - '{tags,confidence,caption,model}'::text[] = '{}'
+      and length(t.caption) <= 300 and length(t.model) <= 100
+      and t.tags || t.caption || t.model !~ autotag.unprintable() and strpos(t.tags || t.sure, '\') = 0
+      -- spaces that printable() would remove
+      and strpos(t.tags || t.caption || t.model, '  ') = 0 and t.caption = btrim(t.caption) and t.model = btrim(t.model)
+      -- no element that is not a string; no tag or key that is empty or has a space at an end; no confidence outside 0 to 1
+      and t.tags !~ '\[[^"\]]|, [^"]|""|" |[^,] "|, "[],]' and t.sure !~ ': (1[^,}]|0[^.,}]|[^01])|""'
+      -- As many tags as confidences, and every confidence has its tag: so no tag is there twice. (The cast to varchar(50) finds
+      -- tags that are too long; `[^"]{51}` in the pattern above would take three quarters of the time.)
+      and t.list::varchar(50)[]::text[] = t.list and (r.result -> 'confidence') - t.list = '{}'
+      and 3 * cardinality(t.list) = length(t.sure) - length(replace(t.sure, '": ', '')), false)
+    from unnest(p_results) with ordinality r (result, i)
+    -- Each text once (offset 0), and only of a result with the right types and at most 8 kB: a number of a few bytes can be a text of
+    -- 131 kB.
+    left join lateral (
+      select x.*, string_to_array(left(right(x.tags, -2), -2), '", "') as list from (
+        select (r.result -> 'tags')::text as tags, (r.result -> 'confidence')::text as sure, r.result ->> 'caption' as caption,
+          r.result ->> 'model' as model
+        where pg_column_size(r.result) < 8000 and jsonb_typeof(r.result -> 'tags') = 'array'
+          and jsonb_typeof(r.result -> 'confidence') = 'object'
+          and jsonb_typeof(r.result -> 'caption') = 'string' and jsonb_typeof(r.result -> 'model') = 'string' offset 0) x offset 0) t on true
+    order by r.i);
+end $$;
+
+-- Reads answers as workers report them, in their order: [{task, attempt, result | error, usage, called, mark}]. result: as clean_result()
+-- returns it. valid_usage: clean_usage() would return this usage unchanged, whatever the cap was: the answer has at most 4,000 tokens,
+-- and the prompt at most p_input. error and another usage are as the worker gave them.
+create or replace function autotag.read_answers(p_answers jsonb, p_input integer)
+returns table (task bigint, attempt integer, result jsonb, error jsonb, usage jsonb, valid_usage boolean, called boolean, mark uuid, place bigint)
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp rows 500
+as $$
+declare
+  v_input jsonb := to_jsonb(p_input);
+  v_canonical boolean[] := autotag.canonical_results(array(select e -> 'result' from jsonb_array_elements(p_answers) e));
+begin
+  return query
+    -- in jsonb's sort order only numbers lie between two numbers
+    select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end,
+      case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end,
+      case when v_canonical[i] then e -> 'result' else autotag.clean_result(e -> 'result') end,
+      nullif(e -> 'error', 'null'), u.usage,
+      coalesce(u.usage -> 'input' between '0' and v_input and u.usage -> 'output' between '0' and '4000'
+        and u.usage -> 'cached' between '0' and v_input and u.usage -> 'cache_write' between '0' and v_input
+        and u.usage -> 'reasoning' between '0' and '4000'
+        and length(u.usage ->> 'model') between 1 and 100 and length(u.usage ->> 'tier') between 1 and 20
+        and (u.usage ->> 'model') || (u.usage ->> 'tier') !~ autotag.unprintable(), false),
+      e -> 'called' is distinct from 'false',
+      case when e ->> 'mark' ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$' then (e ->> 'mark')::uuid end, i
+    from jsonb_array_elements(p_answers) with ordinality a (e, i)
+    cross join lateral (select e -> 'usage' as usage offset 0) u;
 end $$;
 
 -- Validates a worker's error: its kind is one of error_kinds (else transient), texts are short and printable, waits are at most
@@ -4957,18 +5009,9 @@ as $$
 declare
   v_model text := p_usage ->> 'model';
   v_tier text := p_usage ->> 'tier';
-  v_input jsonb := to_jsonb(p_input);
-  v_output jsonb := to_jsonb(p_output);
 begin
   if p_usage is null or jsonb_typeof(p_usage) <> 'object' then
     return null;
-  end if;
-  -- Nearly all are valid as they are. (In jsonb's sort order only numbers lie between two numbers.)
-  if p_usage -> 'input' between '0' and v_input and p_usage -> 'output' between '0' and v_output
-    and p_usage -> 'cached' between '0' and v_input and p_usage -> 'cache_write' between '0' and v_input
-    and p_usage -> 'reasoning' between '0' and v_output
-    and length(v_model) between 1 and 100 and length(v_tier) between 1 and 20 and autotag.is_plain(v_model || v_tier) then
-    return p_usage;
   end if;
   return jsonb_build_object(
     'input', coalesce(autotag.clean_number(p_usage, 'input', 0, p_input), 0)::integer,
@@ -5069,11 +5112,9 @@ declare
   v_failed record;
   v_notices jsonb := '[]'::jsonb;
 begin
-  -- `execute` plans it each time, as in read_reports().
-  execute $q$
-    select array(select row(t.id, t.job_id, t.asset_id, a.result, null, null, a.mark)::autotag.finished
-      from unnest($1) a join autotag.tasks t on t.id = a.task where a.error is null order by t.id) $q$
-  into v_ended using p_answers;
+  v_ended := array(
+    select row(a.task, a.job_id, a.asset_id, a.result, null, null, a.mark)::autotag.finished
+    from unnest(p_answers) a where a.error is null order by a.task);
   if exists (select from unnest(p_answers) a where a.error is not null) then
     select * into v_settings from autotag.settings;
     v_failed := autotag.end_failed(p_answers);
@@ -5334,31 +5375,31 @@ begin
     'notices', v_notices || autotag.report_provider(v_report));
 end $$;
 
--- Validates reports and returns those for tasks of the workspace that the worker holds, at most one per task.
+-- Validates reports and returns those for tasks of the workspace that the worker holds, at most one per task. (The plan is kept.
+-- Without the settings, one that was made while the table was empty would read all of it when it is full.)
 create or replace function autotag.read_reports(p_worker uuid, p_workspace_id uuid, p_reports jsonb) returns autotag.answer[]
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
 as $$
 declare
-  v_answers autotag.answer[];
   v_max_allowed record := autotag.believable_usage();
 begin
-  execute $q$ select array(
-    select row(x.id, x.attempt, x.job_id, x.workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, $3, greatest(coalesce(4 * x.output_tokens + 4000, 100000), $4)), x.called, x.mark)::autotag.answer
+  return array(
+    with reported as materialized (
+      select * from autotag.read_answers(p_reports, v_max_allowed.input)
+    ), held as materialized (
+      select t.id, t.attempt, t.job_id, t.asset_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
+        greatest(coalesce(4 * t.output_tokens + 4000, 100000), v_max_allowed.uncapped) as max_output
+      from autotag.tasks t
+      where t.id = any (array(select r.task from reported r)) and t.worker_id = p_worker and t.workspace_id = p_workspace_id
+    )
+    select row(x.id, x.attempt, x.job_id, p_workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens, x.result,
+      case when x.error is not null or x.result is null then autotag.clean_error(x.error, x.result) end,
+      case when x.valid_usage then x.usage else autotag.clean_usage(x.usage, v_max_allowed.input, x.max_output) end,
+      x.called, x.mark, x.asset_id)::autotag.answer
     from (
-      select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
-        autotag.clean_result(r.result) as result, r.error, r.usage, r.called, r.mark
-      from (
-        select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
-          case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end as attempt,
-          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage,
-          e -> 'called' is distinct from 'false' as called,
-          case when e ->> 'mark' ~ '^[0-9a-f-]{36}$' then (e ->> 'mark')::uuid end as mark
-        from jsonb_array_elements($1) e) r
-      join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = $2 and t.workspace_id = $5
-      order by t.id) x) $q$
-  into v_answers using p_reports, p_worker, v_max_allowed.input, v_max_allowed.uncapped, p_workspace_id;
-  return v_answers;
+      select distinct on (h.id) h.*, r.result, r.error, r.usage, r.valid_usage, r.called, r.mark
+      from reported r join held h on h.id = r.task and h.attempt = r.attempt order by h.id, r.place) x);
 end $$;
 
 -- What these calls have to say about the provider: the reservations that they did not use, and p_observed (as in settle).
@@ -5563,16 +5604,9 @@ declare
   v_job record;
 begin
   perform from autotag.jobs j
-  where j.id in (select i.job_id from unnest(p_items) i) order by j.id for no key update;
+  where j.id = any (array(select distinct i.job_id from unnest(p_items) i)) order by j.id for no key update;
   if cardinality(v_failed) < cardinality(p_items) then
-    -- `execute` plans it each time, as in read_reports().
-    execute $q$
-      with ended as (
-        delete from autotag.tasks t using unnest($1) i where t.id = i.task and i.result is not null and t.finished_at is null
-        returning i as item
-      )
-      select array(select e.item from ended e) $q$
-    into v_tagged using p_items;
+    v_tagged := autotag.delete_tasks(array(select i from unnest(p_items) i where i.result is not null));
     if p_show and v_tagged <> '{}' then
       v_written := autotag.store_tags(array(select i.asset_id from unnest(v_tagged) i), p_workspace_id,
         array(select i.result from unnest(v_tagged) i), array(select i.mark from unnest(v_tagged) i));
@@ -5593,6 +5627,29 @@ begin
   loop
     perform autotag.count_finished(v_job.id, v_job.completed, v_job.failed);
   end loop;
+end $$;
+
+-- Deletes the tasks of tagged images, and returns the images whose tasks had not ended. The caller holds their jobs. (The plan is
+-- kept, as in read_reports().)
+create or replace function autotag.delete_tasks(p_items autotag.finished[]) returns autotag.finished[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
+as $$
+declare
+  v_deleted bigint[];
+begin
+  with deleted as (
+    delete from autotag.tasks t where t.id = any (array(select i.task from unnest(p_items) i)) and t.finished_at is null
+    returning t.id
+  )
+  select coalesce(array_agg(d.id), '{}') into v_deleted from deleted d;
+  if exists (select from autotag.unstored) then
+    delete from autotag.unstored u where u.task_id = any (v_deleted);
+  end if;
+  if cardinality(v_deleted) = cardinality(p_items) then
+    return p_items;
+  end if;
+  return array(select i from unnest(p_items) i join unnest(v_deleted) d on d = i.task);
 end $$;
 
 -- Looks at tagged images whose rows were not written. Returns if all of them are gone or have moved. Raises AT001 if a picture was
@@ -5779,36 +5836,42 @@ end $$;
 -- Usage per workspace and user, and its cost.
 
 -- Adds the usage of these answers, each by its model (not given: the one in p_question; null: the present one) and service
--- tier. What was asked since the question changed costs at most as much as the model and tier that were asked. Answers without figures get the tier `unknown` and no cost. A row without a cost is priced as a whole as soon as its
--- model has a price. An answer without a job (a comparison) counts as a request, not as a tagged image.
+-- tier. What was asked since the question changed costs at most as much as the model and tier that were asked. Answers without
+-- figures get the tier `unknown` and no cost. A row without a cost is priced as a whole as soon as its model has a price. An answer
+-- without a job (a comparison) counts as a request, not as a tagged image.
 create or replace function autotag.add_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb default null, p_asked_at timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_question jsonb := p_question;
+  v_since timestamptz := '-infinity';   -- since when it is the question
 begin
+  if v_question is null then
+    select p.question, p.question_since into v_question, v_since from autotag.provider_limits p;
+  end if;
   insert into autotag.usage as u (workspace_id, user_id, day, model, service_tier, images, requests,
     input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost)
   select t.workspace_id, t.user_id, t.day, t.model, t.tier, t.images, t.requests, t.input, t.cached, t.cache_write, t.output, t.reasoning,
-    autotag.price_answers(t.asked, t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
+    autotag.price_answers(case when t.present then v_question end, t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
   from (
     select b.workspace_id, j.user_id, (autotag.now() at time zone 'utc')::date as day, b.model, b.tier,
-      count(*) filter (where b.error is null and b.job_id is not null) as images, count(*) as requests,
-      sum(b.input) as input, sum(b.cached) as cached, sum(b.cache_write) as cache_write,
-      sum(b.output) as output, sum(b.reasoning) as reasoning, case when bool_and(b.present) then b.question end as asked
+      sum(b.images) as images, sum(b.requests) as requests, sum(b.input) as input, sum(b.cached) as cached,
+      sum(b.cache_write) as cache_write, sum(b.output) as output, sum(b.reasoning) as reasoning, bool_and(b.present) as present
     from (
-      select a.job_id, a.workspace_id, a.error,
-        coalesce(a.usage ->> 'model', coalesce(p_question, p.question) ->> 'model') as model,
+      select a.job_id, a.workspace_id, coalesce(a.usage ->> 'model', v_question ->> 'model') as model,
         case when a.usage is null then 'unknown' when p_batch then 'batch' else coalesce(a.usage ->> 'tier', 'default') end as tier,
-        coalesce((a.usage -> 'input')::bigint, 0) as input,
-        coalesce(least((a.usage -> 'cached')::bigint, (a.usage -> 'input')::bigint), 0) as cached,
-        coalesce((a.usage -> 'cache_write')::bigint, 0) as cache_write,
-        coalesce((a.usage -> 'output')::bigint, 0) as output,
-        coalesce((a.usage -> 'reasoning')::bigint, 0) as reasoning,
-        coalesce(p_question, p.question) as question,
-        p_question is not null or coalesce(coalesce(p_asked_at, a.reserved_at) >= p.question_since, false) as present
-      from unnest(p_answers) a, autotag.provider_limits p
-      where a.usage is not null or a.error is null) b
+        count(*) filter (where a.error is null and a.job_id is not null) as images, count(*) as requests,
+        coalesce(sum((a.usage -> 'input')::integer), 0) as input,
+        coalesce(sum(least((a.usage -> 'cached')::integer, (a.usage -> 'input')::integer)), 0) as cached,
+        coalesce(sum((a.usage -> 'cache_write')::integer), 0) as cache_write,
+        coalesce(sum((a.usage -> 'output')::integer), 0) as output,
+        coalesce(sum((a.usage -> 'reasoning')::integer), 0) as reasoning,
+        bool_and(p_question is not null or coalesce(coalesce(p_asked_at, a.reserved_at) >= v_since, false)) as present
+      from unnest(p_answers) a
+      where a.usage is not null or a.error is null
+      group by 1, 2, 3, 4) b
     left join autotag.jobs j on j.id = b.job_id
-    group by b.workspace_id, j.user_id, b.model, b.tier, b.question
+    group by b.workspace_id, j.user_id, b.model, b.tier
     order by b.workspace_id, j.user_id, b.model, b.tier) t
   on conflict (workspace_id, day, user_id, model, service_tier) do update set
     images = u.images + excluded.images, requests = u.requests + excluded.requests,

@@ -15,7 +15,7 @@ from autotag.openai.output import read_line
 from autotag.openai.provider import Provider
 from autotag.worker.files import Files
 
-MAX_ANSWERS = 500  # answers stored in one call
+MAX_ANSWERS = 1000  # answers stored in one call; with 500 it takes 6 µs longer for each
 
 log = structlog.get_logger(__name__)
 
