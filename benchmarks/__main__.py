@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks import batch, chaos, day, engine, eta, flood, growth, limiter, makespan, push, soak
+from benchmarks import batch, chaos, day, engine, eta, flood, growth, limiter, makespan, neighbours, push, soak
 from benchmarks.report import Result
 from lab.ending import exit_on_signals, run
 
@@ -124,6 +124,25 @@ def chaos_command(
     """Violations of autotag's promises while workers are killed, the provider fails and Postgres restarts."""
     console = Console(stderr=True)
     show_result(run(chaos.measure(console, minutes=minutes, seed=seed, workers=workers)), console, as_json)
+
+
+@app.command("neighbours")
+def neighbours_command(
+    as_json: Json = False,
+    seconds: Annotated[float, typer.Option(min=5, help="Seconds of each phase.")] = 45,
+    pairs: Annotated[
+        int, typer.Option(min=1, help="Pairs of phases: one with friendly and one with hostile neighbours.")
+    ] = 4,
+    seed: Annotated[int, typer.Option(help="Random seed for the traffic, the kills and the cut connections.")] = 1,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="Run only the hostilities whose name contains this; may be repeated. 'none': only friends."),
+    ] = None,
+) -> None:
+    """Latency of quiet tenants beside hostile ones relative to friendly ones, and violations of autotag's promises."""
+    console = Console(stderr=True)
+    work = neighbours.measure(console, seconds=seconds, pairs=pairs, seed=seed, kinds=neighbours.find_kinds(kind))
+    show_result(run(work), console, as_json, details=True)
 
 
 @app.command("soak")

@@ -21,8 +21,10 @@ from autotag.config import Settings
 from autotag.db import Database, DatabaseSettings, Image, listen
 from autotag.openai.answers import read_completion, read_usage
 from autotag.worker import realtime
+from autotag.worker.claims import Claims
 from autotag.worker.observations import Observations
 from autotag.worker.outcomes import Outcomes
+from autotag.worker.slow import SlowWorkspaces
 from autotag.worker.stages import Stages
 from autotag.worker.wake import Wake
 from benchmarks import ceiling, pickup, queue_peers
@@ -152,9 +154,9 @@ def _enqueue(url: str, uploads: list[list[uuid.UUID]]) -> float:
 
 async def _work(db: Database, url: str) -> None:
     """Runs the worker's loop for single calls until every image is settled."""
-    wake, observations, done = Wake(), Observations(), 0
-    stages = Stages(db, observations)
-    outcomes = Outcomes(db, stages, observations)
+    wake, observations, claims, slow, done = Wake(), Observations(), Claims(), SlowWorkspaces(), 0
+    stages = Stages(db, observations, slow)
+    outcomes = Outcomes(db, stages, observations, claims, slow)
 
     async def answer(image: Image, _: DatabaseSettings) -> None:
         nonlocal done
@@ -167,7 +169,7 @@ async def _work(db: Database, url: str) -> None:
 
     helpers = [asyncio.create_task(work) for work in (
         listen(url, wake.notify), outcomes.run(), stages.run())]  # fmt: skip
-    await realtime.run(db, wake, Settings.model_fields["slots"].default, answer, deadline=10)
+    await realtime.run(db, wake, claims, Settings.model_fields["slots"].default, answer, deadline=10)
     await outcomes.idle.wait()
     for helper in helpers:
         helper.cancel()

@@ -43,9 +43,9 @@ class Watchdog:
         self.group = int(self._process.stdout.readline())
         atexit.register(self.close)
 
-    def folder(self, prefix: str) -> Path:
+    def folder(self, prefix: str, parent: Path | None = None) -> Path:
         """A new temporary folder. The watchdog gets its name before it exists, so a crash in between leaves none."""
-        folder = Path(tempfile.gettempdir()) / f"{prefix}{secrets.token_hex(6)}"
+        folder = (parent or Path(tempfile.gettempdir())) / f"{prefix}{secrets.token_hex(6)}"
         with self._lock:
             self._pipe.write(os.fsencode(folder) + b"\0")
             self._pipe.flush()
@@ -69,9 +69,9 @@ def group() -> int:
 
 
 @contextlib.contextmanager
-def temporary_folder(prefix: str) -> Iterator[Path]:
-    """A folder that is removed when the context closes or this process ends."""
-    folder = watchdog().folder(prefix)
+def temporary_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """A folder, by default in the system's temporary one, that is removed when the context or this process ends."""
+    folder = watchdog().folder(prefix, parent)
     try:
         yield folder
     finally:

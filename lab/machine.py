@@ -1,12 +1,16 @@
-"""Memory and processor time of processes, read from Linux's /proc."""
+"""Memory and processor time of processes, read from Linux's /proc, and one way to need less."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import ssl
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Literal
+
+import certifi
 
 from lab.postgres import LocalPostgres
 
@@ -40,3 +44,10 @@ def server_processes(server: LocalPostgres) -> list[int]:
     """Ids of the postmaster and its running child processes."""
     master = int((server.data / "postmaster.pid").read_text().split()[0])
     return [master, *(int(p) for p in Path(f"/proc/{master}/task/{master}/children").read_text().split())]
+
+
+def read_authorities_once() -> None:
+    """From now on the HTTP clients of this process share the web's 150 authorities. Each would read them anew, which
+    takes 25 ms, and a worker has six clients."""
+    ssl.create_default_context = cache(ssl.create_default_context)  # type: ignore[assignment]
+    ssl.create_default_context(cafile=certifi.where())

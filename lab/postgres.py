@@ -89,7 +89,10 @@ def _reachable(path: Path) -> bool:
 
 @contextmanager
 def local_postgres(
-    binaries: Path | None = None, settings: Mapping[str, str] | None = None, superuser: str = "supabase_admin"
+    binaries: Path | None = None,
+    settings: Mapping[str, str] | None = None,
+    superuser: str = "supabase_admin",
+    parent: Path | None = None,
 ) -> Iterator[LocalPostgres]:
     """Starts a server; stops it and removes its files at the end.
 
@@ -97,11 +100,12 @@ def local_postgres(
         binaries: folder with ``initdb`` and ``postgres``; None: those of the wheel.
         settings: server settings, e.g. ``{"shared_preload_libraries": "pg_cron"}``.
         superuser: the bootstrap role. As on hosted Supabase, ``postgres`` (from the baseline) is not a superuser.
+        parent: the folder for its files; None: the system's temporary one.
 
     Raises:
         RuntimeError: the server did not start; the message contains the end of its log.
     """
-    with temporary_folder("autotag-pg-") as root:
+    with temporary_folder("autotag-pg-", parent) as root:
         password, port = secrets.token_hex(12), free_port()
         cluster = _Cluster(root, binaries or wheel_binaries())
         cluster.make(superuser, password)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -12,12 +13,15 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from lab.machine import read_authorities_once
 from lab.postgres import LocalPostgres, install_autotag, install_baseline, local_postgres, machine_binaries
 from lab.stack import Stack, local_stack
 from support import Library
 
 ROOT = Path(__file__).parent.parent
-TEMPLATE = "autotag_template"
+TEMPLATE, BARE_TEMPLATE = "autotag_template", "bare_template"
+MEMORY = Path("/dev/shm")
+read_authorities_once()  # 0.15 s less of each test with a worker
 
 
 def skip(reason: str) -> None:
@@ -34,6 +38,11 @@ def machine_postgres() -> bool:
     return bool(binaries and (binaries.parent / "lib" / "pg_cron.so").exists())
 
 
+def place_of_data() -> Path | None:
+    """Memory, if there is plenty: a database is copied there in 16 ms of processor time, on a disk in 40, and waits for nothing."""
+    return MEMORY if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4e9 else None
+
+
 @pytest.fixture(scope="session")
 def postgres(machine_postgres: bool) -> Iterator[LocalPostgres]:
     """The server; its database ``postgres`` has autotag's schema, and pg_cron where there is one."""
@@ -43,20 +52,23 @@ def postgres(machine_postgres: bool) -> Iterator[LocalPostgres]:
         "cron.database_name": "postgres",
         "cron.use_background_workers": "on",
     }
-    settings = cron if machine_postgres else {}
-    with local_postgres(machine_binaries() if machine_postgres else None, settings) as server:
+    settings = {"max_wal_size": "256MB", **(cron if machine_postgres else {})}
+    binaries = machine_binaries() if machine_postgres else None
+    with local_postgres(binaries, settings, parent=place_of_data()) as server:
         install_autotag(server)
         with psycopg.connect(server.url("supabase_admin"), autocommit=True) as connection:
             if machine_postgres:
                 connection.execute("create extension pg_stat_statements with schema extensions")
-            connection.execute(sql.SQL("create database {}").format(sql.Identifier(TEMPLATE)))
+            for template in (TEMPLATE, BARE_TEMPLATE):
+                connection.execute(sql.SQL("create database {}").format(sql.Identifier(template)))
         install_autotag(server, TEMPLATE)
+        install_baseline(server, BARE_TEMPLATE)
         yield server
 
 
 @contextmanager
-def empty_database(postgres: LocalPostgres, template: str = "template1") -> Iterator[str]:
-    """A database of its own, dropped at the end."""
+def copied_database(postgres: LocalPostgres, template: str) -> Iterator[str]:
+    """A copy of a template, dropped at the end."""
     name = f"test_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(postgres.url("supabase_admin"), autocommit=True) as connection:
         connection.execute(
@@ -71,15 +83,14 @@ def empty_database(postgres: LocalPostgres, template: str = "template1") -> Iter
 @pytest.fixture
 def database(postgres: LocalPostgres) -> Iterator[str]:
     """The name of a fresh database with autotag's schema."""
-    with empty_database(postgres, TEMPLATE) as name:
+    with copied_database(postgres, TEMPLATE) as name:
         yield name
 
 
 @pytest.fixture
 def bare(postgres: LocalPostgres) -> Iterator[str]:
     """The name of a fresh database as a Supabase project has it, without autotag and without any table."""
-    with empty_database(postgres) as name:
-        install_baseline(postgres, name)
+    with copied_database(postgres, BARE_TEMPLATE) as name:
         yield name
 
 

@@ -175,13 +175,14 @@ def connected(url: str) -> Iterator[psycopg.Connection[Any]]:
 
 async def until(condition: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
     """Waits for something that other processes bring about."""
-    deadline = time.monotonic() + patience
+    began = time.monotonic()
     kept: dict[str, psycopg.Connection[Any]] = {}
     token = _kept.set(kept)
     try:
         while not await asyncio.to_thread(condition):
-            assert time.monotonic() < deadline, f"waited {patience:g} s for {what}"
-            await asyncio.sleep(0.05)
+            waited = time.monotonic() - began
+            assert waited < patience, f"waited {patience:g} s for {what}"
+            await asyncio.sleep(min(max(0.05, waited / 50), 0.3))  # who waits long needs not look often
     finally:
         _kept.reset(token)
         for connection in kept.values():

@@ -1,8 +1,12 @@
-"""Three books compared: the provider's own record, the database's rows, and what clients received."""
+"""Three books compared: the provider's own record, the database's rows, and what clients received.
+
+What each image should become is not read from any of them: whoever uploaded it says so (`Books.truth`, `Books.ends`).
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +16,16 @@ from psycopg.rows import dict_row
 from lab.stack import Stack
 
 METADATA_KEY = "autotag_batch"
+PUBLIC_TOPIC, WORKSPACE_TOPIC = "batch-updates", "tagging:"
+PUBLIC_KEYS = {"batch_id", "id"}  # all that everybody may learn
+EVENTS = {"job-progress", "job-complete", "batch-complete"}
+#: Seconds between the provider's answer and the moment from which it may no longer be lost with its worker.
+UNREPORTED = 2.0
+#: What an image may become: `tagged`, `gone` (its row was deleted), `moved` (to another workspace before it was
+#: tagged), `untouched` (nobody asked for tags), `anything` (nobody knows what became of its row), or the code of an
+#: error that it fails with.
+TAGGED = frozenset({"tagged"})
+ANYTHING = frozenset({"anything"})
 
 
 @dataclass
@@ -22,8 +36,9 @@ class Books:
     requests: list[dict[str, Any]]
     openai_batches: list[dict[str, Any]]
     openai_files: list[str]
-    #: rows of assets {id, stage, tags, error}, jobs {id, image_count, completed, failed, tasks_failed, tasks (those
-    #: that are left), finished}, batches {id, openai_batch_id, state}; usage {requests, tokens}
+    #: rows of assets {id, stage, tags, error, code (of the last task)}, jobs {id, image_count, completed, failed,
+    #: tasks_failed, tasks (those that are left), finished}, batches {id, openai_batch_id, state};
+    #: usage {requests, tokens}
     assets: list[dict[str, Any]]
     jobs: list[dict[str, Any]]
     batches: list[dict[str, Any]]
@@ -37,12 +52,23 @@ class Books:
     may_be_lost: int = 0
     #: whether the client was connected all the time (a broadcast is delivered at most once)
     client_heard_all: bool = True
+    #: what each asset may become, where that is not tagged
+    ends: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    #: how many times each picture (its tags) was to be tagged; None: once for each asset, and pictures do not matter
+    pictures: Counter[frozenset[str]] | None = None
+    #: when workers were killed, in epoch seconds; None: not recorded
+    kills: Sequence[float] | None = None
+    #: every broadcast {topic, event, payload, private, workspace (of the payload's job)}
+    broadcasts: list[dict[str, Any]] = field(default_factory=list)
+    #: each worker that ended by itself, as a sentence
+    fallen: Sequence[str] = ()
 
 
 def compare_books(books: Books) -> list[str]:
     """Every way in which the books disagree with each other or with the promises, as sentences."""
     return [
-        *_images(books), *_jobs(books), *_batches(books), *_payments(books), *_broadcasts(books),
+        *_images(books), *_jobs(books), *_batches(books), *_payments(books), *_pictures(books), *_broadcasts(books),
+        *_topics(books), *books.fallen,
         *(f"file {name} was left at OpenAI" for name in books.openai_files),
     ]  # fmt: skip
 
@@ -50,11 +76,32 @@ def compare_books(books: Books) -> list[str]:
 def _images(books: Books) -> list[str]:
     found = []
     for asset in books.assets:
-        if asset["stage"] != "completed":
-            found.append(f"image {asset['id']} ended as {asset['stage']}: {asset['error']}")
-        elif set(asset["tags"] or ()) != books.truth[asset["id"]]:
-            found.append(f"image {asset['id']} has the tags of another picture")
-    return found + [f"image {lost} is not there" for lost in books.truth.keys() - {a["id"] for a in books.assets}]
+        if asset["id"] in books.truth:
+            found += _image(asset, books.truth[asset["id"]], books.ends.get(asset["id"], TAGGED))
+        else:
+            found.append(f"image {asset['id']} was uploaded by nobody")
+    there = {asset["id"] for asset in books.assets}
+    missing = [asset for asset in books.truth if asset not in there and "gone" not in books.ends.get(asset, TAGGED)]
+    return found + [f"image {asset} is not there" for asset in missing]
+
+
+def _image(asset: dict[str, Any], truth: frozenset[str], ends: frozenset[str]) -> list[str]:
+    """What is wrong with one image that may end in these ways."""
+    if "anything" in ends:
+        return []
+    name, stage, tags = f"image {asset['id']}", asset["stage"], set(asset["tags"] or ())
+    if stage == "completed":
+        if "tagged" not in ends:
+            return [f"{name} was refused, and is shown as completed"]
+        return [f"{name} has the tags of another picture"] if tags != truth else []
+    if tags:
+        return [f"{name} has tags, and is shown as {stage}"]
+    if stage == "failed" and asset.get("code") in ends:
+        return [] if asset["error"] else [f"{name} failed without a sentence for the user"]
+    if "moved" in ends or ("untouched" in ends and stage is None):
+        return []
+    code = f" ({asset['code']})" if asset.get("code") else ""
+    return [f"{name} ended as {stage}{code}: {asset['error']}"]
 
 
 def _jobs(books: Books) -> list[str]:
@@ -66,7 +113,9 @@ def _jobs(books: Books) -> list[str]:
             found.append(f"upload {job['id']} counts {told} as failed and without tags, its images are {counted}")
     stages = Counter(asset["stage"] for asset in books.assets)
     completed = sum(job["completed"] for job in books.jobs)
-    if stages["completed"] != completed:
+    # A row that goes away or moves may have been tagged before.
+    unsure = sum(1 for ends in books.ends.values() if ends & {"gone", "moved", "anything"})
+    if not 0 <= completed - stages["completed"] <= unsure:
         found.append(f"uploads count {completed} images as completed, {stages['completed']} are")
     return found
 
@@ -107,9 +156,62 @@ def _payments(books: Books) -> list[str]:
     dearest = max((tokens([entry]) for entry in singles), default=0)
     if not (0 <= missing <= max(lost, 0) * dearest) or (lost == 0 and missing):
         found.append(f"usage counts {books.usage['tokens']} tokens, {missing} fewer than OpenAI billed")
-    repeated = len(lines) + len(singles) - len(books.assets)
+    wanted = len(books.assets) if books.pictures is None else books.pictures.total()
+    repeated = len(lines) + len(singles) - wanted
     if repeated > books.may_be_lost:
         found.append(f"{repeated} answers more than images were paid; at most {books.may_be_lost} can be explained")
+    return found
+
+
+def _pictures(books: Books) -> list[str]:
+    """Pictures that were paid for more often than uploaded: by batch, or singly without a kill that explains it."""
+    if books.pictures is None:
+        return []
+    found = []
+    by_batch: Counter[frozenset[str]] = Counter()
+    singles: dict[frozenset[str], list[dict[str, Any]]] = {}
+    for entry in books.requests:
+        if entry["status"] == 200 and entry.get("usage") and entry.get("tags"):
+            picture = frozenset(entry["tags"])
+            if entry["method"] != "BATCH":
+                singles.setdefault(picture, []).append(entry)
+            elif entry.get("delivered"):
+                by_batch[picture] += 1
+    for picture in by_batch.keys() | singles.keys():
+        wanted, calls = books.pictures[picture], singles.get(picture, [])
+        repeated = by_batch[picture] + len(calls) - wanted
+        excused = len(calls) if books.kills is None else sum(_may_have_died(call, books.kills) for call in calls)
+        if by_batch[picture] > wanted:
+            found.append(f"{_name(picture)} was uploaded {wanted} times and paid {by_batch[picture]} times by batch")
+        elif repeated > excused:
+            found.append(
+                f"{_name(picture)} was uploaded {wanted} times and paid {by_batch[picture] + len(calls)} times,"
+                f" of which {excused} may have died with a worker"
+            )
+    return found
+
+
+def _may_have_died(call: dict[str, Any], kills: Sequence[float]) -> bool:
+    """Whether a worker was killed while a single call was in flight or its answer not yet reported."""
+    return any(call["at"] <= kill <= (call.get("done") or call["at"]) + UNREPORTED for kill in kills)
+
+
+def _name(picture: frozenset[str]) -> str:
+    return f"the picture of {', '.join(sorted(picture))}"
+
+
+def _topics(books: Books) -> list[str]:
+    """Broadcasts that somebody receives whom they are not for."""
+    found = []
+    for sent in books.broadcasts:
+        topic, event, payload = sent["topic"], sent["event"], sent["payload"]
+        if topic == PUBLIC_TOPIC:
+            if sent["private"] or event != "batch-complete" or not payload.keys() <= PUBLIC_KEYS:
+                found.append(f"everybody was sent {event} with {', '.join(sorted(payload))}")
+        elif not topic.startswith(WORKSPACE_TOPIC) or not sent["private"] or event not in EVENTS:
+            found.append(f"{event} was sent to {topic}")
+        elif topic != f"{WORKSPACE_TOPIC}{sent['workspace']}":
+            found.append(f"{event} of workspace {sent['workspace']} was sent to {topic}")
     return found
 
 
@@ -134,21 +236,28 @@ def read_books(
         def rows(statement: str) -> list[dict[str, Any]]:
             return connection.execute(statement.encode()).fetchall()
 
+        broadcasts = rows("""select m.topic, m.event, m.payload, m.private, j.workspace_id::text as workspace
+            from realtime.messages m left join autotag.jobs j on j.id::text = m.payload ->> 'job_id'""")
         return Books(
             requests=stack.simulator.request_log,
             openai_batches=stack.simulator.batches.describe_all(),
             openai_files=list(stack.simulator.files),
-            assets=rows("select id::text, tagging_stage as stage, tags, tagging_error as error from public.assets"),
+            assets=rows("""select a.id::text, a.tagging_stage as stage, a.tags, a.tagging_error as error, t.code
+                from public.assets a left join (
+                  select distinct on (asset_id) asset_id, error_code as code from autotag.tasks
+                  order by asset_id, id desc
+                ) t on t.asset_id = a.id"""),
             jobs=rows("""select j.id::text, j.image_count, j.completed, j.failed, j.finished_at is not null as finished,
                 count(*) filter (where t.stage = 'failed') as tasks_failed, count(t.id) as tasks
                 from autotag.jobs j left join autotag.tasks t on t.job_id = j.id group by j.id"""),
             batches=rows("select id::text, openai_batch_id, state from autotag.batches"),
             usage=rows("""select coalesce(sum(requests), 0)::bigint as requests,
                 coalesce(sum(input_tokens + output_tokens), 0)::bigint as tokens from autotag.usage""")[0],
-            sent=[row["id"] for row in rows("""select payload ->> 'batch_id' as id from realtime.messages
-                where event = 'batch-complete' and topic = 'batch-updates'""")],
+            sent=[sent["payload"]["batch_id"] for sent in broadcasts
+                  if (sent["event"], sent["topic"]) == ("batch-complete", PUBLIC_TOPIC)],
             received=list(received),
             truth=truth,
             may_be_lost=may_be_lost,
             client_heard_all=client_heard_all,
+            broadcasts=broadcasts,
         )  # fmt: skip

@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 FUNCTIONS = (
-    "register_worker", "claim", "report_stages", "settle", "claim_batches", "batch_step", "batch_images",
-    "batch_submitted", "record_poll", "batch_answers", "batch_finish", "files_deleted",
+    "register_worker", "claim", "describe_tasks", "report_stages", "settle", "claim_batches", "batch_step",
+    "batch_images", "batch_submitted", "show_batch", "record_poll", "batch_answers", "batch_finish", "files_deleted",
 )  # fmt: skip
 REQUESTS = (
     "POST /chat/completions", "POST /files", "POST /batches", "GET /batches", "GET /files/content", "DELETE /files",
@@ -55,19 +55,23 @@ def doom(point: str) -> None:
     """Puts the point into this process's database calls and its requests to OpenAI."""
     from openai import AsyncOpenAI
 
-    from autotag.db import Database
+    from autotag.db.connections import Connections, Purpose
 
     end = Doom(point)
-    once, request = Database._call_once, AsyncOpenAI.request
+    once, request = Connections.call_once, AsyncOpenAI.request
 
-    async def doomed_call(self: Database, statement: str, *arguments: object) -> dict[str, Any]:
+    async def doomed_call(
+        self: Connections, purpose: Purpose, statement: str, *arguments: object, **more: Any
+    ) -> dict[str, Any]:
         match = re.search(r"autotag\.(\w+)", statement)
-        answer: dict[str, Any] = await end.around(match[1] if match else "", lambda: once(self, statement, *arguments))
+        answer: dict[str, Any] = await end.around(
+            match[1] if match else "", lambda: once(self, purpose, statement, *arguments, **more)
+        )
         return answer
 
     async def doomed_request(self: AsyncOpenAI, cast_to: Any, options: Any, **more: Any) -> Any:
         path = re.sub(r"/(file-|batch_)\w+", "", options.url)
         return await end.around(f"{options.method.upper()} {path}", lambda: request(self, cast_to, options, **more))
 
-    Database._call_once = doomed_call  # type: ignore[method-assign]
+    Connections.call_once = doomed_call  # type: ignore[method-assign]
     AsyncOpenAI.request = doomed_request  # type: ignore[assignment, method-assign]

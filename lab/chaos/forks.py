@@ -17,18 +17,15 @@ import json
 import os
 import selectors
 import signal
-import ssl
 import sys
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-import certifi
-
 from lab.ending import group
+from lab.machine import read_authorities_once
 
 # -- the client's side
 
@@ -177,9 +174,7 @@ def prepare() -> Callable[[list[str]], Any]:
     assert anyio._backends._asyncio
     assert lab.chaos.doomed
     Image.init()
-    # Each of a worker's six HTTP clients would read the web's 150 authorities anew, which takes 25 ms.
-    ssl.create_default_context = cache(ssl.create_default_context)  # type: ignore[assignment]
-    ssl.create_default_context(cafile=certifi.where())
+    read_authorities_once()
     return run
 
 

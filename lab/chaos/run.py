@@ -10,17 +10,22 @@ import random
 import signal
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import psycopg
 from realtime import AsyncRealtimeClient
 
-from lab.chaos.auditor import compare_books, read_books
+from lab.chaos.auditor import Books, compare_books, read_books
 from lab.chaos.doomed import POINTS
 from lab.chaos.forks import Forked, Forks, fork_server
+from lab.chaos.hostile_triggers import ALL_KINDS
+from lab.chaos.hostilities import Hostility, happen_often
+from lab.chaos.tenants import Ledger, Project, Tenant, open_project
 from lab.openai_sim.faults import Fault
 from lab.pictures import draw
 from lab.postgres import LocalPostgres
@@ -37,6 +42,8 @@ SETTINGS = {
 }  # fmt: skip
 SLOTS = 4  # of each worker: so many answers can die with it
 KILLS_PER_ROUND = 12
+NEIGHBOURS_AT_ONCE, NEIGHBOUR_FILES = 6, 14
+MOST_IMAGES = 100  # uploaded by a neighbour each time
 FAULTS_AT_ONCE = 4
 LIFE = 7.0  # seconds a worker has to reach its point before it is killed wherever it is
 HEARING = 10.0  # seconds that the last broadcast may take to the client
@@ -77,13 +84,15 @@ class Report:
     points: set[str] = field(default_factory=set)
     restarts: int = 0
     faults: int = 0
+    hostilities: set[str] = field(default_factory=set)
     images: int = 0
     violations: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         return (
             f"{self.rounds} rounds, {self.kills} kills ({len(self.points)} of {len(POINTS)} points), "
-            f"{self.restarts} restarts, {self.faults} faults, {self.images} images: {len(self.violations)} violations"
+            f"{self.restarts} restarts, {self.faults} faults, {len(self.hostilities)} hostilities, "
+            f"{self.images} images: {len(self.violations)} violations"
         )
 
 
@@ -98,7 +107,11 @@ class Chaos:
         self._workers = workers
         self._dooms = self._endless_dooms()
         self._truth: dict[str, frozenset[str]] = {}
+        self._pictures: Counter[frozenset[str]] = Counter()
         self._heard: list[str] = []
+        self._fallen: list[str] = []
+        self._project: Project | None = None
+        self._neighbours: list[Hostility] = []
         self._files: dict[Member, list[tuple[str, frozenset[str]]]] = {}
         self._log = Path(tempfile.mkdtemp(prefix="autotag-chaos-")) / "workers.log"
 
@@ -110,13 +123,27 @@ class Chaos:
             self._random.shuffle(points)
             yield from points
 
-    async def run(self, *, kills: int, until: float | None = None, told: Callable[[str], None] = print) -> Report:
-        """Rounds until so many workers have died (and until a moment of `time.monotonic`)."""
+    async def run(
+        self, *, kills: int, until: float | None = None, told: Callable[[str], None] = print, neighbours: bool = True
+    ) -> Report:
+        """Rounds until so many workers have died (and until a moment of `time.monotonic`).
+
+        Args:
+            kills: workers that have to die.
+            until: the earliest end.
+            told: hears of every round.
+            neighbours: whether hostile tenants share the database.
+        """
         self._stack.configure(**SETTINGS)
         plan = self._stack.simulator.plan
         plan.latency, plan.batch_latency = (0.01, 0.1), (0.3, 0.8)
         await self._store_pictures()
-        async with fork_server() as forks, self._client(), self._ticks():
+        async with contextlib.AsyncExitStack() as around:
+            if neighbours:
+                await self._move_in(await around.enter_async_context(open_project(self._stack)))
+            forks = await around.enter_async_context(fork_server())
+            await around.enter_async_context(self._client())
+            await around.enter_async_context(self._ticks())
             while self.report.kills < kills or (until is not None and time.monotonic() < until):
                 await self._round(forks)
                 told(str(self.report))
@@ -132,8 +159,10 @@ class Chaos:
         last = self.report.kills + KILLS_PER_ROUND
         hands = [asyncio.create_task(self._die_often(forks, last)) for _ in range(self._workers)]
         began = self.report.kills
+        ending = asyncio.Event()
+        hostile = self._make_trouble(ending)
         while not all(hand.done() for hand in hands):
-            if not await self._live():
+            if not await self._live(of_ours=True):
                 await asyncio.to_thread(self._upload)
                 self._add_faults()
             if restart_after is not None and self.report.kills - began >= restart_after:
@@ -141,20 +170,52 @@ class Chaos:
                 await asyncio.to_thread(self._server.restart)
                 self.report.restarts += 1
             await asyncio.sleep(0.1)
-        await asyncio.gather(*hands)
+        ending.set()
+        await asyncio.gather(*hands, *hostile)
+        if self._project:
+            await self._project.calm()
         self._stack.simulator.faults.clear()
         await self._finish(forks)
         deadline = time.monotonic() + HEARING
         while True:
             await asyncio.sleep(0.2)
-            books = read_books(
-                self._stack, self._truth, self._heard, may_be_lost=self._may_be_lost(),
-                client_heard_all=not self.report.restarts,
-            )  # fmt: skip
+            books = self._read_books()
             if self.report.restarts or len(books.received) >= len(books.sent) or time.monotonic() > deadline:
                 break
-        self.report.images = len(self._truth)
+        self.report.images = len(books.truth)
         self.report.violations += compare_books(books)
+
+    def _read_books(self) -> Books:
+        """The books, with what the neighbours have uploaded."""
+        ledger = self._project.ledger if self._project else Ledger()
+        books = read_books(
+            self._stack, self._truth | ledger.truth, self._heard, may_be_lost=self._may_be_lost(),
+            client_heard_all=not self.report.restarts,
+        )  # fmt: skip
+        books.ends, books.pictures, books.fallen = ledger.ends, self._pictures + ledger.pictures, self._fallen
+        return books
+
+    async def _move_in(self, project: Project) -> None:
+        """Makes the hostile tenants, one of each kind that does not flood a provider with the limits of tier 1."""
+        self._project = project
+        pictures = draw(1000, seed=3, shrink=6)
+        for kind in ALL_KINDS:
+            if kind.images < MOST_IMAGES:
+                tenant = Tenant(project, random.Random(self._random.random()))
+                await tenant.store(list(islice(pictures, NEIGHBOUR_FILES)))
+                self._neighbours.append(kind(tenant))
+                await self._neighbours[-1].install()
+
+    def _make_trouble(self, ending: asyncio.Event) -> list[asyncio.Task[None]]:
+        """Some of the neighbours until the end."""
+        some = self._random.sample(self._neighbours, min(NEIGHBOURS_AT_ONCE, len(self._neighbours)))
+        self.report.hostilities |= {hostility.name for hostility in some}
+        return [
+            asyncio.create_task(
+                happen_often(hostility, hostility.tenant.rng, ending, pause=(0.0, 3.0), told=lambda _: None)
+            )
+            for hostility in some
+        ]
 
     def _may_be_lost(self) -> int:
         """Single answers that can have died unreported: a worker's slots for each death, and what was cut off."""
@@ -190,7 +251,7 @@ class Chaos:
                 if worker.returncode == -signal.SIGKILL and point:
                     self.report.points.add(point)
                 elif worker.returncode is not None:
-                    # It fell over without being pushed: that is for the log, and the auditor.
+                    self._fallen.append(f"worker {worker.pid} ended by itself with {worker.returncode}")
                     continue
                 self.report.kills += 1
 
@@ -237,6 +298,7 @@ class Chaos:
                     {"role": "authenticated", "sub": member.user}),))  # fmt: skip
                 owner.execute("select public.enqueue_tagging(%s::uuid[])", (ids,))
             self._truth |= {asset: tags for asset, (_, tags) in zip(ids, chosen, strict=True)}
+            self._pictures.update(tags for _, tags in chosen)
 
     def _add_faults(self) -> None:
         for fault in self._random.sample(FAULTS, FAULTS_AT_ONCE):
@@ -253,15 +315,19 @@ class Chaos:
             except psycopg.OperationalError:
                 time.sleep(0.1)
 
-    async def _live(self) -> bool:
-        """Whether any upload has not ended."""
+    async def _live(self, *, of_ours: bool = False) -> bool:
+        """Whether any upload has not ended, or any of ours, which are not the neighbours'."""
+        ours = [member.workspace for member in self._files] if of_ours else None
 
         def ask() -> bool:
             try:
                 with self._connect() as owner:
                     row = owner.execute(
-                        "select exists (select from autotag.jobs where finished_at is null)"
-                        " or exists (select from autotag.batches where state not in ('done', 'cancelled'))"
+                        """select exists (select from autotag.jobs j where j.finished_at is null
+                             and (%(ours)s::uuid[] is null or j.workspace_id = any (%(ours)s)))
+                           or %(ours)s is null and (exists (select from autotag.uploads)
+                             or exists (select from autotag.batches where state not in ('done', 'cancelled')))""",
+                        {"ours": ours},
                     ).fetchone()
                     return bool(row and row[0])
             except psycopg.OperationalError:

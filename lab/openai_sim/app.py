@@ -55,7 +55,9 @@ class Simulator:
     def __post_init__(self) -> None:
         plan = self.plan
         self.rng = random.Random(plan.seed)
-        self.limits = Limits.of(plan.requests_per_minute, plan.tokens_per_minute, plan.requests_per_day, plan.speed)
+        self.limits = Limits.of(
+            plan.requests_per_minute, plan.tokens_per_minute, plan.requests_per_day, plan.speed, plan.request_headers
+        )
         self.batches = Batches(self)
 
     def app(self) -> Starlette:

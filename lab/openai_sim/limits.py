@@ -9,9 +9,14 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 QUANTISED_ABOVE = 3000  # requests a minute
 DAY = 86_400.0  # seconds
+
+#: What ``x-ratelimit-…-requests`` counts where there is a limit per day: the day (OpenAI's tier 1, Groq), the minute
+#: (the day's limit is not told), both (SambaNova: the day as ``…-requests-day``), or one after the other (gateways).
+RequestHeaders = Literal["day", "minute", "both", "alternating"]
 
 
 @dataclass
@@ -68,14 +73,20 @@ class Limits:
     tokens: Bucket
     day: Bucket | None = None
     shared_key_client: SharedKeyClient | None = None
+    request_headers: RequestHeaders = "day"
+    speed: float = 1.0  # how much faster than real time the buckets refill
+    taken: int = field(default=0, init=False)  # answers so far
 
     @classmethod
-    def of(cls, requests: int, tokens: int, per_day: int | None, speed: float = 1.0) -> Limits:
+    def of(
+        cls, requests: int, tokens: int, per_day: int | None, speed: float = 1.0,
+        request_headers: RequestHeaders = "day",
+    ) -> Limits:  # fmt: skip
         """Limits with full buckets. ``speed`` compresses time: a minute passes in ``60 / speed`` seconds."""
         quantum = 1.0 / speed if requests >= QUANTISED_ABOVE else 0.0
         return cls(
             Bucket(requests, 60.0 / speed, quantum), Bucket(tokens, 60.0 / speed, quantum),
-            Bucket(per_day, DAY / speed) if per_day else None,
+            Bucket(per_day, DAY / speed) if per_day else None, request_headers=request_headers, speed=speed,
         )  # fmt: skip
 
     def take(self, tokens: int) -> tuple[dict[str, str], float, str]:
@@ -101,12 +112,35 @@ class Limits:
             self.tokens.left -= tokens
             if self.day:
                 self.day.left -= 1
-        headers = {}
-        for name, bucket in (("requests", self.requests), ("tokens", self.tokens)):
-            headers[f"x-ratelimit-limit-{name}"] = str(bucket.units)
-            headers[f"x-ratelimit-remaining-{name}"] = str(max(0, math.floor(bucket.left)))
-            headers[f"x-ratelimit-reset-{name}"] = f"{bucket.seconds_until(bucket.units):.3f}s"
+        headers = self._headers()
         if wait:
             headers["retry-after"] = str(math.ceil(wait))
             headers["retry-after-ms"] = str(math.ceil(wait * 1000))
         return headers, wait, limit
+
+    def _headers(self) -> dict[str, str]:
+        """The ``x-ratelimit`` headers of the next answer. Resets are in the provider's time, so that a period keeps its
+        length however fast it passes."""
+        self.taken += 1
+        buckets = {"requests": self.requests, "tokens": self.tokens}
+        if self.day and self.request_headers == "both":
+            buckets["requests-day"] = self.day
+        elif self.day and (self.request_headers == "day" or (self.request_headers == "alternating" and self.taken % 2)):
+            buckets["requests"] = self.day
+        headers = {}
+        for name, bucket in buckets.items():
+            headers[f"x-ratelimit-limit-{name}"] = str(bucket.units)
+            headers[f"x-ratelimit-remaining-{name}"] = str(max(0, math.floor(bucket.left)))
+            headers[f"x-ratelimit-reset-{name}"] = as_duration(bucket.seconds_until(bucket.units) * self.speed)
+        return headers
+
+
+def as_duration(seconds: float) -> str:
+    """Seconds as OpenAI writes them, rounded to milliseconds: 6ms, 8.64s, 7m12s, 23h59m51.36s."""
+    milliseconds = round(seconds * 1000)
+    if milliseconds < 1000:
+        return f"{milliseconds}ms" if milliseconds else "0s"
+    minutes, rest = divmod(milliseconds, 60_000)
+    hours, minutes_left = divmod(minutes, 60)
+    text = f"{rest / 1000:.3f}".rstrip("0").rstrip(".") + "s"
+    return (f"{hours}h" if hours else "") + (f"{minutes_left}m" if minutes else "") + text

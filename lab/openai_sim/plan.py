@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lab.openai_sim.limits import RequestHeaders
 from lab.openai_sim.webhooks import make_secret
 
 HOUR = 3600  # seconds
@@ -46,6 +47,7 @@ class Plan:
     batch_api: bool = True  # False: /v1/files and /v1/batches answer 404
     min_expires: int = HOUR  # seconds: the shortest expiry of a file (Azure: 1,209,600)
     rate_headers: bool = True  # False: no x-ratelimit headers
+    request_headers: RequestHeaders = "day"  # what the headers about requests count, if there is a limit per day
     response_formats: frozenset[str] = frozenset({"json_schema", "json_object", "text"})
     token_parameters: frozenset[str] | None = None  # of max_completion_tokens and max_tokens; None: as the model does
     effort_parameter: bool | None = None  # whether reasoning_effort is supported; None: as the model does

@@ -87,15 +87,15 @@ begin
     ) d;
 end $$;
 
--- For `autotag doctor`: checks the files that rows name. looked_at: rows checked; broken: how many of them name a file of
--- another workspace, with up to three examples. may_write: why signed-in users can write such rows; null: they cannot.
-create or replace function autotag.look_at_files(p_rows integer, out looked_at integer, out broken integer, out examples uuid[], out may_write text)
+-- For `autotag doctor`: checks the files that rows name. checked: number of rows; foreign_files: how many of them name a file
+-- of another workspace, with up to three examples. may_write: why signed-in users can write such rows; null: they cannot.
+create or replace function autotag.check_files(p_rows integer, out checked integer, out foreign_files integer, out examples uuid[], out may_write text)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
 begin
   select count(*), count(*) filter (where d.refused = 'foreign_file'),
     (array_agg(d.asset_id) filter (where d.refused = 'foreign_file'))[1:3]
-  into looked_at, broken, examples
+  into checked, foreign_files, examples
   from autotag.describe_assets(array(select a.id from public.assets a limit p_rows)) d;
   select case
     when not (has_any_column_privilege(r.oid, c.oid, 'insert') or has_any_column_privilege(r.oid, c.oid, 'update')) then null
@@ -251,7 +251,7 @@ declare
   v_free uuid[] := array(
     select a.id from public.assets a where a.id = any (p_asset_ids) for no key update skip locked);
 begin
-  return array(select a.id from public.assets a where a.id = any (p_asset_ids) and a.id <> all (v_free));
+  return array(select a.id from public.assets a where a.id = any (p_asset_ids) and a.id not in (select unnest(v_free)));
 end $$;
 
 -- The trigger of automatic mode on the host's table: collects the rows that one statement inserted.

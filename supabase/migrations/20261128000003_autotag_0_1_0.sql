@@ -61,9 +61,9 @@ end $$;
 --     before any work is done. One bad report of many affects its own image only.
 --   * What a worker reports of the provider (waits, limits, request form, Batch API) and of the account holds for every
 --     workspace, because only workers see the provider. So a stolen login can pause tagging (an hour at most each time), slow it
---     down and make it dearer: missing features are tried anew after model_check_interval, usage is believed up to
---     believable_usage(), and forget_provider() forgets all of it. It can also claim queued images and report anything about them. When the login is revoked, its
---     images are requeued as its leases run out.
+--     down and make it dearer: missing features are tried again after model_check_interval, usage is believed up to
+--     believable_usage(), and forget_provider() forgets all of it. It can also claim queued images and report anything about
+--     them. When the login is revoked, its images are requeued as its leases run out.
 --   * It reads what it claims, and what status(), metrics() and diagnose() return: counts, ids, and one path.
 
 -- The kinds of error and their consequences. Python has the same table (autotag/errors.py); a test compares them.
@@ -87,11 +87,11 @@ create table autotag.settings (
   id boolean primary key default true check (id),
 
   -- strategy: how an upload is tagged, by its number of images
-  -- up to this many images go as single calls, all at once
+  -- up to this many images are sent as single calls, all at once
   realtime_max_images integer not null default 5 check (realtime_max_images >= 0),
-  -- up to this many go as single calls in chunks
+  -- up to this many are sent as single calls in chunks
   chunk_max_images integer not null default 50 check (chunk_max_images >= realtime_max_images),
-  -- up to this many go as one batch, more as several
+  -- up to this many are sent in one batch, more in several
   batch_max_images integer not null default 200 check (batch_max_images >= chunk_max_images),
   job_max_images integer not null default 50000 check (job_max_images >= batch_max_images),  -- larger uploads are refused
   chunk_size integer not null default 5 check (chunk_size > 0),  -- images per chunk
@@ -167,7 +167,7 @@ create table autotag.settings (
   batch_patience interval not null default '30 min' check (batch_patience >= '0'),
   -- polls in a row that do not find a batch at OpenAI before it counts as lost
   batch_max_missing_polls integer not null default 3 check (batch_max_missing_polls > 0),
-  -- a batch without progress for this long is cancelled, and its images go as single calls if the limits allow
+  -- a batch without progress for this long is cancelled, and its images are sent as single calls if the limits allow
   batch_stuck_after interval not null default '6 h' check (batch_stuck_after > '0'),
   -- a batch this old is cancelled likewise (OpenAI's window is 24 h)
   batch_give_up_after interval not null default '23 h' check (batch_give_up_after > '0'),
@@ -284,6 +284,7 @@ create table autotag.provider_limits (
   queued_batch_tokens bigint not null default 2000000 check (queued_batch_tokens > 0),
   -- null: no daily limit known (OpenAI's tiers above 1)
   requests_per_day integer default 10000 check (requests_per_day > 0),
+  day_seen_at timestamptz not null default '-infinity',   -- when headers last told the daily limit
   -- The tokens that one image reserves: the prompt that 99 of 100 do not exceed, plus the answer's cap, because the provider
   -- meters the cap and not the tokens used. The means give the cost of an image. sync_question() and learn() update all four.
   tokens_per_image integer not null default 1000 check (tokens_per_image > 0),
@@ -403,7 +404,7 @@ alter table autotag.queues enable row level security;
 -- leased_tasks() finds a worker's tasks through the queues instead.
 create table autotag.tasks (
   id bigint generated always as identity primary key,
-  job_id uuid not null references autotag.jobs on delete cascade,
+  job_id uuid not null,                 -- of autotag.jobs; without a foreign key, whose checks cost 10 µs an image (delete_tasks)
   workspace_id uuid not null,
   asset_id uuid not null,
   seen uuid,                            -- md5 of the file that the caller of enqueue_tagging may see; null: not checked
@@ -432,7 +433,7 @@ create unique index tasks_live_asset_idx on autotag.tasks (asset_id) where finis
 create index tasks_job_id_idx on autotag.tasks (job_id, id);
 create index tasks_batch_idx on autotag.tasks (batch_id, id) where batch_id is not null;
 create index tasks_cut_off_idx on autotag.tasks (job_id) where min_output_tokens is not null and finished_at is null;
-create index tasks_parked_idx on autotag.tasks (retry_at) where retry_at is not null;
+create index tasks_retry_at_idx on autotag.tasks (retry_at) where retry_at is not null;
 alter table autotag.tasks enable row level security;
 
 -- Which way an upload goes.
@@ -441,8 +442,8 @@ create type autotag.upload_plan as (
   fallback text,               -- why it is another than its size says
   wait interval,               -- what single calls are expected to wait for the limits
   batches integer,
-  express integer,             -- images that go as single calls
-  chunk integer                -- of which at most so many at a time; null: all at once
+  express integer,             -- images that are sent as single calls
+  chunk integer                -- of which at most this many at a time; null: all at once
 );
 
 -- OpenAI Batches: one row is one batch at OpenAI, whichever worker dies at whichever step.
@@ -461,7 +462,7 @@ create table autotag.batches (
   workspace_id uuid not null,
   ordinal integer not null,              -- 1 is the priority batch of its job
   image_count integer not null check (image_count > 0),   -- images of the upload in this batch …
-  express_count integer not null default 0,               -- … and how many of them went as single calls (express)
+  express_count integer not null default 0,               -- … and how many of them were sent as single calls (express)
   state text not null default 'planned' check (state in ('planned', 'preparing', 'uploading', 'creating',
     'submitted', 'ended', 'harvesting', 'done', 'cancelled')),
   worker_id uuid,                        -- the worker that holds it, and the number of the claim that gave it to the worker
@@ -486,9 +487,9 @@ create table autotag.batches (
   predicted_seconds double precision,         -- predicted duration at the time OpenAI got it
   progress_at timestamptz,                    -- when a poll last saw a change
   missing_polls integer not null default 0,   -- polls in a row that did not find it at OpenAI …
-  last_missing_poll_at timestamptz,                   -- … and the last of them (workers.look_at): each poll counts once
+  last_missing_poll_at timestamptz,                   -- … and the last of them (workers.poll_assigned_at): each poll counts once
   cancel_requested boolean not null default false,
-  stuck boolean not null default false,       -- no progress for too long: what OpenAI has not done goes as single calls
+  stuck boolean not null default false,       -- no progress for too long: what OpenAI has not done is sent as single calls
   stored boolean not null default false,      -- all its answers are stored and batch-complete is broadcast
   error text,
   created_at timestamptz not null,
@@ -530,7 +531,7 @@ create table autotag.workers (
   batch_claim integer not null default 0,
   base_url text,                             -- the provider's address that it calls …
   fingerprint text,                          -- … and the hash of that address and its key
-  look_at timestamptz,                       -- when it was last assigned a poll of the provider (claim_batches)
+  poll_assigned_at timestamptz,              -- when it was last assigned a poll of the provider (claim_batches)
   login name not null default session_user   -- the login that registered it: no other login may act for it
 ) with (fillfactor = 50);
 create index workers_lease_until_idx on autotag.workers (lease_until);
@@ -585,6 +586,7 @@ create type autotag.reservation_prices as (
   single numeric,              -- an image that goes as a single call …
   batch numeric,               -- … or in a batch
   token numeric,               -- each token of a cap above the usual one
+  free boolean,                -- the prices are known, and all are zero
   usual_cap integer            -- tokens
 );
 
@@ -688,10 +690,9 @@ create type autotag.batch_poll as (
 
 -- The outcome of an image whose row could not be written at once: another transaction holds it, or writing it takes too long.
 -- Nothing waits for the host: the outcome is durable here, and a worker tries again with growing delays (store_waiting). Its
--- task stays live (retry_at = infinity) and belongs to no worker. There is no foreign key to it, because its trigger would run for
--- every task whose tags are stored: write_outcomes() deletes the rows here, and store_waiting() those whose upload was deleted.
+-- task stays live (retry_at = infinity) and belongs to no worker.
 create table autotag.unstored (
-  task_id bigint primary key,
+  task_id bigint primary key,            -- of autotag.tasks; without a foreign key, as tasks.job_id
   workspace_id uuid not null,
   batch_id uuid,                         -- the batch whose answer it is: batch-complete waits for it
   result jsonb,                          -- either this …
@@ -1026,7 +1027,8 @@ begin
 end $$;
 
 -- Price of a model's tokens in a service tier (`batch` for a batch), in dollars. Null: unknown, because the model has no price
--- or the tier is unknown. p_input includes cached and cache-written tokens, as in OpenAI's figures.
+-- or the tier is unknown. A model whose prices are all zero (on one's own server) costs zero in any tier, and even without figures.
+-- p_input includes cached and cache-written tokens, as in OpenAI's figures.
 create or replace function autotag.price_tokens(
   p_model text, p_tier text, p_input numeric, p_cached numeric, p_cache_write numeric, p_output numeric
 ) returns numeric
@@ -1035,6 +1037,9 @@ as $$
 declare
   m autotag.models := autotag.find_model(p_model);
 begin
+  if 0 = all (array[m.input_price, m.output_price, coalesce(m.cached_price, 0), coalesce(m.cache_write_price, 0)]) then
+    return 0;
+  end if;
   return (
     greatest(p_input - p_cached - p_cache_write, 0) * m.input_price
     + p_cached * coalesce(m.cached_price, m.input_price)
@@ -1131,8 +1136,8 @@ begin
   return true;
 end $$;
 
--- What refusals before p_before have shown to be missing is tried anew: parameters of the request, the Batch API, expiring files.
--- The provider may support it by now, or a worker may have told a lie. What is refused again costs a call, which is not billed.
+-- What refusals before p_before have shown to be missing is tried again: parameters of the request, the Batch API, expiring files.
+-- The provider may support it by now, or a worker may have lied. A call that is refused again is not billed.
 -- What the owner changed meanwhile stays. Called by tick(). Locks: provider, models (skip locked).
 create or replace function autotag.retry_features(p_before timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -1176,7 +1181,7 @@ begin
 end $$;
 
 -- End of life of a model (p_model null: the one in use), from 90 days before: {level, message, fix, days, date, successor};
--- else null. level: warning, and error from 14 days before, because tagging stops on that date.
+-- else null. level: warning, and error from 14 days before, because tagging is paused from that date on.
 create or replace function autotag.describe_shutdown(p_model text default null) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1332,12 +1337,12 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_question jsonb := autotag.describe_question();
-  v_words text[] := array['max_tags', 'tag_language'];
+  v_prompt_only text[] := array['max_tags', 'tag_language'];  -- they change only the prompt's text, so no provider refuses them
 begin
   if v_question = p_provider.question then
     return p_provider;
   end if;
-  if v_question - v_words <> p_provider.question - v_words then
+  if v_question - v_prompt_only <> p_provider.question - v_prompt_only then
     p_provider.proven_at := null;
     p_provider.probe_at := null;
     p_provider.checked_at := '-infinity';
@@ -1441,8 +1446,8 @@ begin
       'Tag some images first: autotag enqueue.');
   end if;
   v_provider := autotag.estimate_question(v_provider, v_question);
-  -- Without a price no dollars can be reserved; uploads do the same.
-  perform autotag.check_quotas(p_workspace_id, null, v_images, coalesce(autotag.question_cost(v_provider, true), 0));
+  -- Without a price next to nothing is reserved, as for uploads; a price of zero is a price.
+  perform autotag.check_quotas(p_workspace_id, null, v_images, coalesce(autotag.question_cost(v_provider, true), 0.0000001));
   return jsonb_build_object(
     'images', v_images, 'cost', v_images * autotag.question_cost(v_provider, false),
     'reserved', v_provider.tokens_per_image, 'question', v_question,
@@ -1494,7 +1499,7 @@ declare
   v_next timestamptz;
   v_window record;
 begin
-  perform autotag.check_quotas(p_workspace_id, null, 1, coalesce(autotag.question_cost(v_provider, true), 0));
+  perform autotag.check_quotas(p_workspace_id, null, 1, coalesce(autotag.question_cost(v_provider, true), 0.0000001));
   v_provider := autotag.estimate_question(autotag.lock_provider(), p_question);
   v_now := v_provider.refilled_at;
   -- Limit the cap to what one minute's token limit can hold; a larger one would never be admitted.
@@ -1687,7 +1692,7 @@ as $$
   from autotag.settings s, autotag.provider_limits p
 $$;
 
--- The strategy for an upload of p_images images. Without a Batch API at the provider, all go as single calls.
+-- The strategy for an upload of p_images images. Without a Batch API at the provider, all are sent as single calls.
 create or replace function autotag.choose_strategy(p_images integer) returns text
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1700,7 +1705,7 @@ begin
   from autotag.settings s, autotag.provider_limits p);
 end $$;
 
--- Expected duration of an upload in seconds, if its workspace has no other work.
+-- Expected duration of an upload in seconds, if its workspace has no other work. Single calls wait for what the day has left.
 create or replace function autotag.estimate_seconds(p_images integer, p_batches integer) returns double precision
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1712,11 +1717,11 @@ begin
       -- each full window delays the batches beyond it by one hour
       (autotag.predict_batch(ceil(p_images::numeric / p_batches)::integer, v_now, v_now, null, 0, null)).p50
       + 3600 * greatest((p_batches - 1) / s.batch_batches_per_hour, (p_images - 1) / s.batch_images_per_hour)
-    when p_images > s.realtime_max_images then
+    else
       s.call_seconds + greatest(
-        extract(epoch from s.chunk_delay) * ((p_images - 1) / s.chunk_size),
-        60 * ((p_images - 1) / s.realtime_requests_per_minute))
-    else s.call_seconds end
+        case when p_images > s.realtime_max_images then extract(epoch from s.chunk_delay) * ((p_images - 1) / s.chunk_size) end,
+        case when p_images > s.realtime_max_images then 60 * ((p_images - 1) / s.realtime_requests_per_minute) end,
+        extract(epoch from autotag.wait_for_day(autotag.refilled_provider(v_now), p_images)), 0) end
   from autotag.settings s);
 end $$;
 
@@ -1729,7 +1734,7 @@ begin
 end $$;
 
 -- How long the last of p_images more single calls of a workspace would wait for its window and for its fair share of the
--- provider's bucket. p_counted: use claim()'s count of what waits in other workspaces if it is at most 2 s old, because
+-- provider's bucket and of what the day has left. p_counted: use claim()'s count of what waits in other workspaces if it is at most 2 s old, because
 -- counting takes longer the more workspaces there are.
 create or replace function autotag.predict_wait(p_workspace_id uuid, p_images integer, p_counted boolean default false)
 returns interval
@@ -1757,11 +1762,11 @@ begin
   from public.workspace_rate_limits l where l.workspace_id = p_workspace_id and l.request_type = 'realtime';
   v_max_requests := coalesce(v_max_requests, v_settings.realtime_requests_per_minute);
   v_max_units := coalesce(v_max_units, v_settings.realtime_tokens_per_minute);
-  return interval '1 min' * greatest(0,
+  return greatest(autotag.wait_for_day(v_provider, v_everybody), interval '1 min' * greatest(0,
     (v_own - v_max_requests)::double precision / v_max_requests,
     (v_own * v_provider.tokens_per_image - v_max_units)::double precision / v_max_units,
     (v_everybody - v_provider.requests_left) / v_provider.requests_per_minute,
-    (v_everybody * v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute);
+    (v_everybody * v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute));
 end $$;
 
 -- enqueue_tagging: checks an upload and makes it a job.
@@ -1884,7 +1889,7 @@ begin
   v_live := array(select t.asset_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null);
   select coalesce(array_agg(a.id order by a.i), '{}'), array_agg(a.seen order by a.i) into v_new, v_new_seen
   from (select distinct on (u.id) u.* from unnest(p_asset_ids, p_seen) with ordinality u (id, seen, i) order by u.id, u.i) a
-  where a.id <> all (v_live);
+  where a.id not in (select unnest(v_live));   -- hashed, where `<> all` compares each with each in a generic plan
   v_count := cardinality(v_new);
   if v_count = 0 then
     return autotag.describe_live(p_workspace_id, v_live, v_asked);
@@ -1946,10 +1951,10 @@ begin
     v_plan.wait := autotag.predict_wait(p_workspace_id, p_images);
     if (select p.has_batches from autotag.provider_limits p) = false then
       v_plan.fallback := case when p_images > v_settings.chunk_max_images
-        then 'The AI provider has no Batch API, so these images go as single calls.' end;
+        then 'The AI provider has no Batch API, so these images are sent as single calls.' end;
     elsif v_plan.wait > v_settings.realtime_max_wait then
       v_plan.strategy := 'batch';
-      v_plan.fallback := format('Single calls would have waited about %s min for the limits, so these images go by batch.',
+      v_plan.fallback := format('Single calls would have waited about %s min for the limits, so these images are sent in a batch.',
         ceil(extract(epoch from v_plan.wait) / 60));
     end if;
   end if;
@@ -1961,6 +1966,7 @@ begin
   -- The express images are taken from the first batch, which keeps at least one image.
   v_plan.express := case when v_plan.batches = 0 then p_images
     when v_plan.fallback is not null then 0  -- the fallback avoids single calls
+    when autotag.predict_wait(p_workspace_id, v_settings.express_images) > v_settings.realtime_max_wait then 0
     else least(v_settings.express_images, p_images / v_plan.batches - 1) end;
   v_plan.chunk := case when v_plan.strategy = 'realtime-chunked' then v_settings.chunk_size end;
   return v_plan;
@@ -2043,20 +2049,19 @@ end $$;
 
 -- Retrying the failed images of an upload.
 
--- The failed images of a job, in order, except those that no longer exist or whose location is refused (describe_assets).
+-- The failed images of a job, in order, except those that no longer exist, moved to another workspace (which the caller may not
+-- know of), or whose location is refused (describe_assets).
 create or replace function autotag.failed_assets(p_job_id uuid) returns uuid[]
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_job autotag.jobs := autotag.visible_job(p_job_id);
+  v_failed uuid[] := array(
+    select t.asset_id from autotag.tasks t where t.job_id = v_job.id and t.stage = 'failed' order by t.id);
 begin
   return array(
-    select d.asset_id
-    from autotag.tasks t
-    join autotag.describe_assets(array(
-      select f.asset_id from autotag.tasks f where f.job_id = v_job.id and f.stage = 'failed')) d on d.asset_id = t.asset_id
-    where t.job_id = v_job.id and t.stage = 'failed' and d.refused is null
-    order by t.id);
+    select f.id from unnest(v_failed) with ordinality f (id, i) join autotag.describe_assets(v_failed) d on d.asset_id = f.id
+    where d.workspace_id = v_job.workspace_id and d.refused is null order by f.i);
 end $$;
 
 -- retry_tagging: enqueues the failed images of a job as a new job. p_seen: as in enqueue, for failed_assets().
@@ -2119,8 +2124,9 @@ end $$;
 
 -- Makes a job of one upload that is complete at p_now; false: there is none. Images beyond what one job, the live images of the
 -- workspace or its quotas allow stay in the upload, which is postponed when there is no room. One upload per call, because a job's locks
--- come before the next workspace's in the order of locks. Called by claim().
--- Locks: the upload, its workspace.
+-- come before the next workspace's in the order of locks. Called by claim(), which must not wait for a tenant's transaction: while
+-- one holds the quotas, the upload waits another second.
+-- Locks: the upload, its workspace, its quotas (advisory, without waiting).
 create or replace function autotag.seal_upload(p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2134,7 +2140,10 @@ begin
   if not found then
     return false;
   end if;
-  perform autotag.lock_quotas(v_upload.workspace_id, v_upload.user_id);
+  if not autotag.lock_quotas(v_upload.workspace_id, v_upload.user_id, false) then
+    update autotag.uploads u set seal_at = p_now + interval '1 s' where u.id = v_upload.id;
+    return true;
+  end if;
   v_room := least(autotag.live_capacity(v_upload.workspace_id), (select s.job_max_images from autotag.settings s),
     (select min(q.images_left) from autotag.quotas_left(v_upload.workspace_id, v_upload.user_id) q));
   if v_room < 1 then
@@ -2172,6 +2181,7 @@ begin
   select u.renews_at, u.scope into v_until, v_scope
   from autotag.quota_use(p_upload.workspace_id, p_upload.user_id, v_prices) u
   where u.maximum - u.billed < case u.kind when 'images' then 1 else greatest(v_prices.single, 0.0000001) end
+    and not (u.kind = 'cost' and v_prices.free)
   order by u.renews_at desc, u.scope limit 1;
   v_until := coalesce(v_until, least(greatest(p_now + interval '1 min', (
     select min(j.eta) from autotag.jobs j
@@ -2270,7 +2280,8 @@ begin
 end $$;
 
 -- What images reserve in quotas of dollars: one as a single call and one in a batch, and each token of a cap above the usual one.
--- Zero without a price: no dollars can be reserved then, and autotag doctor reports it.
+-- Zero without a price: no dollars can be reserved then, and autotag doctor reports it. A price of zero (a model on one's own
+-- server) is a known price: such images fit into every quota of dollars.
 create or replace function autotag.price_reservations() returns autotag.reservation_prices
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2278,10 +2289,14 @@ declare
   v_prices autotag.reservation_prices;
   v_question jsonb := autotag.describe_question();
 begin
-  v_prices.single := coalesce(autotag.expected_cost(null, true), 0);
-  v_prices.batch := coalesce(autotag.expected_cost('batch', true), 0);
-  v_prices.token := coalesce(autotag.price_tokens(
-    v_question ->> 'model', coalesce(v_question ->> 'service_tier', 'default'), 0, 0, 0, 1), 0);
+  v_prices.single := autotag.expected_cost(null, true);
+  v_prices.batch := autotag.expected_cost('batch', true);
+  v_prices.token := autotag.price_tokens(
+    v_question ->> 'model', coalesce(v_question ->> 'service_tier', 'default'), 0, 0, 0, 1);
+  v_prices.free := coalesce(0 = all (array[v_prices.single, v_prices.batch, v_prices.token]), false);
+  v_prices.single := coalesce(v_prices.single, 0);
+  v_prices.batch := coalesce(v_prices.batch, 0);
+  v_prices.token := coalesce(v_prices.token, 0);
   v_prices.usual_cap := (select p.output_tokens from autotag.provider_limits p);
   return v_prices;
 end $$;
@@ -2331,7 +2346,7 @@ begin
 end $$;
 
 -- What is left of each quota: the maximum less what is billed and reserved. images_left: how many more images that allows, at
--- p_each dollars per image (null: what the model in use reserves).
+-- p_each dollars per image (null: what the model in use reserves). What costs nothing fits, even if the quota is used up.
 create or replace function autotag.quotas_left(p_workspace_id uuid, p_user_id uuid, p_each numeric default null)
 returns table (scope text, period text, kind text, maximum numeric, available numeric, images_left integer, renews_at timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -2345,28 +2360,46 @@ begin
   v_prices := autotag.price_reservations();
   return query
     select u.scope, u.period, u.kind, u.maximum, greatest(u.maximum - u.billed - u.reserved, 0),
-      least(greatest(floor((u.maximum - u.billed - u.reserved) / case u.kind when 'images' then 1
-        else greatest(coalesce(p_each, v_prices.single), 0.0000001) end), 0), 2147483647)::integer, u.renews_at
+      case when u.kind = 'cost' and coalesce(p_each = 0, v_prices.free) then 2147483647
+        else least(greatest(floor((u.maximum - u.billed - u.reserved) / case u.kind when 'images' then 1
+          else greatest(coalesce(p_each, v_prices.single), 0.0000001) end), 0), 2147483647)::integer end, u.renews_at
     from autotag.quota_use(p_workspace_id, p_user_id, v_prices) u;
 end $$;
 
--- Lets uploads of one workspace start one after another, and those of one user where a quota counts all workspaces of a user: so two
--- calls do not reserve the same room or tag the same image twice. Locks: the workspace, the user (both advisory).
-create or replace function autotag.lock_quotas(p_workspace_id uuid, p_user_id uuid) returns void
+-- Locks (advisory, until the transaction ends) the workspace of an upload, and its user where a quota counts what a user does in all
+-- workspaces. So uploads at the same time, also into several workspaces, and retries of billed answers see each other's images: no
+-- quota is exceeded, and no image is tagged twice.
+-- p_wait false: for transactions that must not wait for a tenant's; returns false if another transaction holds a lock.
+-- Called at the start of start_job(), before it reads what is left, and where images are tried again.
+create or replace function autotag.lock_quotas(p_workspace_id uuid, p_user_id uuid, p_wait boolean default true) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_lock record;
 begin
-  perform pg_advisory_xact_lock(hashtextextended('autotag.workspace ' || p_workspace_id, 0));
-  if p_user_id is not null and exists (select from autotag.quotas q where q.scope = 'user') then
-    perform pg_advisory_xact_lock(hashtextextended('autotag.user ' || p_user_id, 0));
-  end if;
+  for v_lock in
+    select hashtextextended(x.name, 0) as key from (
+      select 1 as turn, 'autotag.quotas workspace ' || p_workspace_id as name
+      union all
+      select 2, 'autotag.quotas user ' || p_user_id
+      where p_user_id is not null and exists (select from autotag.quotas q
+        where q.scope = 'user' and q.workspace_id is null and coalesce(q.user_id = p_user_id, true))) x
+    order by x.turn
+  loop
+    if p_wait then
+      perform pg_advisory_xact_lock(v_lock.key);
+    elsif not pg_try_advisory_xact_lock(v_lock.key) then
+      return false;
+    end if;
+  end loop;
+  return true;
 end $$;
 
--- Refuses p_images images if a quota does not allow them: those of an upload (the caller has called lock_quotas(), so that no other
--- upload reserves the same), or those of a comparison at p_each dollars.
+-- Refuses p_images images if a quota does not allow them: those of an upload (the caller has called lock_quotas(), so that
+-- no other upload reserves the same), or those of a comparison at p_each dollars.
 create or replace function autotag.check_quotas(p_workspace_id uuid, p_user_id uuid, p_images integer, p_each numeric default null)
 returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_quota record;
@@ -2391,9 +2424,10 @@ end $$;
 -- allowed while every quota of its workspace and user has room for it beside what is billed and reserved, at the price of a single
 -- call with its new cap. Returns the answers, with the errors of the others changed to `quota_exceeded`, which ends their images.
 -- So what is billed exceeds a quota by at most one answer for each image that is being tagged.
--- The caller has added the usage of these answers.
+-- The caller has added the usage of these answers. Uploads of the same user or into the same workspace wait until it has committed
+-- (lock_quotas), unless one of them is running already: it does not wait for them, and judges without the lock.
 create or replace function autotag.judge_retries(p_answers autotag.answer[]) returns autotag.answer[]
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_prices autotag.reservation_prices;
@@ -2402,6 +2436,9 @@ begin
   if not exists (select from autotag.quotas) then
     return p_answers;
   end if;
+  perform autotag.lock_quotas(o.workspace_id, o.user_id, false)
+  from (select distinct a.workspace_id, j.user_id from unnest(p_answers) a join autotag.jobs j on j.id = a.job_id
+    where a.error is not null and a.usage is not null) o;
   v_prices := autotag.price_reservations();
   with tries as materialized (
     select a.task, a.workspace_id, j.user_id,
@@ -2429,7 +2466,8 @@ begin
   into v_refused
   from (
     select distinct on (p.task) p.task, p.scope, p.period from placed p
-    where p.billed + p.reserved + p.change > p.maximum order by p.task, p.renews_at desc) f;
+    where p.billed + p.reserved + p.change > p.maximum and not (p.kind = 'cost' and v_prices.free)
+    order by p.task, p.renews_at desc) f;
   return array(
     select case when v_refused ? a.task::text then row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens,
         a.output_tokens, a.result, a.error || jsonb_build_object('kind', 'image', 'code', 'quota_exceeded', 'retry', false,
@@ -2790,34 +2828,39 @@ begin
       day_left = v_provider.day_left, refilled_at = v_provider.refilled_at;
 end $$;
 
--- Updates the mirror from response headers: {requests_limit, requests_left, tokens_limit, tokens_left, age, retry_after (at
--- most 3600)}, each optional. `age`: seconds since the call was sent; the remaining values held then, and the bucket has
--- refilled since. A lower remaining value than the mirror's is adopted (another program may use the same key), so is a changed
--- limit, and retry_after holds for all workers. Returns a sentence for the log if the limits changed, else null.
--- Locks the provider row.
+-- Updates the mirror from response headers: {requests_limit, requests_left, tokens_limit, tokens_left (per minute), day_limit,
+-- day_left (requests per day), unclear_limit, unclear_left (place_unclear), age, retry_after (at most 3600)}, each optional.
+-- `age`: seconds since the call was sent; the remaining values held then, and the bucket has refilled since. A lower remaining
+-- value than the mirror's is adopted (another program may use the same key), so is a changed limit, and retry_after holds for all
+-- workers. Returns a sentence for the log if the limits changed, else null. Locks the provider row.
 create or replace function autotag.update_provider_limits(p_observed jsonb) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.lock_provider();
-  -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (guide "Rate limits"). The lower bounds (2 and 100)
-  -- keep a bucket that can hold a call; with less no call would go out, and no header could correct the limit.
-  v_requests integer := coalesce(autotag.clean_number(p_observed, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
-  v_tokens integer := coalesce(autotag.clean_number(p_observed, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
+  v_seen jsonb := autotag.place_unclear(p_observed, v_provider);
+  -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (guide "Rate limits"). The lower bounds (2, 100, and
+  -- one request an hour) keep a bucket that can hold a call; with less no call would go out, and no header could correct the limit.
+  v_requests integer := coalesce(autotag.clean_number(v_seen, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
+  v_tokens integer := coalesce(autotag.clean_number(v_seen, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
+  -- At OpenAI only tier 1 has a daily limit; a higher limit per minute means a higher tier. Some gateways tell both in turn.
+  v_day integer := coalesce(autotag.clean_number(v_seen, 'day_limit', 24, 2000000000), case
+    when v_requests <= v_provider.requests_per_minute or v_provider.day_seen_at > v_provider.refilled_at - interval '10 min'
+    then v_provider.requests_per_day end);
   v_minutes double precision := extract(epoch from
-    autotag.clock_interval(coalesce(autotag.clean_number(p_observed, 'age', 0, 3600), 0))) / 60;
-  v_retry_after double precision := autotag.clean_number(p_observed, 'retry_after', 0, 3600);
+    autotag.clock_interval(coalesce(autotag.clean_number(v_seen, 'age', 0, 3600), 0))) / 60;
+  v_retry_after double precision := autotag.clean_number(v_seen, 'retry_after', 0, 3600);
 begin
   update autotag.provider_limits p
   set requests_per_minute = v_requests,
       tokens_per_minute = v_tokens,
-      -- only tier 1 has a daily limit; a higher limit per minute means a higher tier
-      requests_per_day = case when v_requests > p.requests_per_minute then null else p.requests_per_day end,
+      requests_per_day = v_day,
+      day_seen_at = case when v_seen ? 'day_limit' then v_provider.refilled_at else p.day_seen_at end,
       requests_left = least(v_provider.requests_left + greatest(v_requests - p.requests_per_minute, 0),
-        autotag.clean_number(p_observed, 'requests_left', 0, v_requests) + v_minutes * v_requests),
+        autotag.clean_number(v_seen, 'requests_left', 0, v_requests) + v_minutes * v_requests),
       tokens_left = least(v_provider.tokens_left + greatest(v_tokens - p.tokens_per_minute, 0),
-        autotag.clean_number(p_observed, 'tokens_left', 0, v_tokens) + v_minutes * v_tokens),
-      day_left = v_provider.day_left,
+        autotag.clean_number(v_seen, 'tokens_left', 0, v_tokens) + v_minutes * v_tokens),
+      day_left = autotag.day_left_now(v_provider, v_day, autotag.clean_number(v_seen, 'day_left', 0, v_day), v_minutes),
       refilled_at = v_provider.refilled_at,
       blocked_until = greatest(p.blocked_until, v_provider.refilled_at + autotag.clock_interval(v_retry_after)),
       limited_since = case
@@ -2825,10 +2868,77 @@ begin
         when p.limited_since is not null and p.limited_at > v_provider.refilled_at - interval '1 min' then p.limited_since
         else v_provider.refilled_at end,
       limited_at = case when v_retry_after is null then p.limited_at else v_provider.refilled_at end,
-      has_rate_headers = case when p_observed ? 'tokens_limit' or p_observed ? 'requests_limit' then true else p.has_rate_headers end;
-  return case when (v_requests, v_tokens) <> (v_provider.requests_per_minute, v_provider.tokens_per_minute)
-    then format('The provider''s limits are now %s requests and %s tokens a minute (before: %s and %s).',
-      v_requests, v_tokens, v_provider.requests_per_minute, v_provider.tokens_per_minute) end;
+      has_rate_headers = case when v_seen ?| '{tokens_limit,requests_limit,day_limit}' then true else p.has_rate_headers end;
+  return case when (v_requests, v_tokens, v_day) is distinct from
+      (v_provider.requests_per_minute, v_provider.tokens_per_minute, v_provider.requests_per_day)
+    then format('The provider''s limits are now %s (before: %s).', autotag.name_limits(v_requests, v_tokens, v_day),
+      autotag.name_limits(v_provider.requests_per_minute, v_provider.tokens_per_minute, v_provider.requests_per_day)) end;
+end $$;
+
+-- Observed limits with the requests of an unclear period (unclear_limit, unclear_left) in their place. Most providers count a
+-- minute. A value that is known as the limit of the day, and not of the minute, is that of the day: a minute's limit must not be
+-- overwritten by a daily one. What the headers say clearly goes first.
+create or replace function autotag.place_unclear(p_observed jsonb, p_provider autotag.provider_limits) returns jsonb
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_limit double precision := autotag.clean_number(p_observed, 'unclear_limit', 0, 2000000000);
+  v_kind text := case when v_limit = p_provider.requests_per_day and v_limit <> p_provider.requests_per_minute
+    then 'day' else 'requests' end;
+begin
+  if v_limit is null or p_observed ? (v_kind || '_limit') then
+    return p_observed;
+  end if;
+  return p_observed || jsonb_build_object(v_kind || '_limit', v_limit, v_kind || '_left', p_observed -> 'unclear_left');
+end $$;
+
+-- Requests left of the day, after headers: p_day is the limit, p_seen what they said was left p_minutes ago (null: nothing).
+-- A lower value than the mirror's is adopted. So is a higher one, because some providers give the whole day back at midnight; but
+-- less what may have been released since: what the bucket of a minute lacks and what it has refilled, and calls not sent yet.
+create or replace function autotag.day_left_now(
+  p_provider autotag.provider_limits, p_day integer, p_seen double precision, p_minutes double precision
+) returns double precision
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  -- a higher limit has as much more left; so has a limit where there was none
+  v_left double precision := least(p_day, p_provider.day_left + greatest(p_day - p_provider.requests_per_day, 0));
+  v_since double precision := greatest(p_provider.requests_per_minute - p_provider.requests_left, 0)
+    + p_minutes * p_provider.requests_per_minute + (select coalesce(sum(w.unsent), 0) from autotag.workers w);
+begin
+  return case when p_day is null then 'infinity'
+    when p_seen is null then v_left
+    else least(greatest(v_left, p_seen - v_since), p_seen + p_minutes * p_day / 1440) end;
+end $$;
+
+-- The provider's limits in words. p_day null: no daily limit.
+create or replace function autotag.name_limits(p_requests integer, p_tokens integer, p_day integer) returns text
+language plpgsql immutable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return format('%s requests and %s tokens a minute%s', p_requests, p_tokens, coalesce(format(', %s requests a day', p_day), ''));
+end $$;
+
+-- How long it takes until the day's limit allows p_calls more single calls; null: at once, or there is no such limit.
+create or replace function autotag.wait_for_day(p_provider autotag.provider_limits, p_calls double precision) returns interval
+language plpgsql immutable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case when p_calls > p_provider.day_left
+    then interval '1 day' * ((p_calls - p_provider.day_left) / p_provider.requests_per_day) end;
+end $$;
+
+-- Whether the day's requests are used up, so that the single calls that wait would go on waiting for longer than
+-- realtime_max_wait.
+create or replace function autotag.is_day_used_up(p_provider autotag.provider_limits) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_provider.requests_per_day is null or p_provider.day_left >= 1 then
+    return false;
+  end if;
+  return coalesce(autotag.wait_for_day(p_provider, (select c.images from autotag.count_waiting() c))
+    > (select s.realtime_max_wait from autotag.settings s), false);
 end $$;
 
 -- Returns reservations that calls did not use to the bucket. If calls used more than they reserved (p_tokens < 0), the bucket
@@ -2915,6 +3025,14 @@ as $$
   from autotag.settings s
 $$;
 
+-- Whether a worker does not know of what it got by this claim: its list lacks the claim. A claim after the last one in the list is
+-- newer than the list, which the worker made before. An empty list knows none.
+create or replace function autotag.is_lost(p_claim integer, p_claims integer[]) returns boolean
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select p_claim <> all (p_claims) and p_claim <= coalesce((select max(c) from unnest(p_claims) c), p_claim)
+$$;
+
 -- Extends the worker's lease. alive: false if the lease had ended and what the worker held has been released, so it has to
 -- register again. lost: the worker holds images of a claim that it does not list in p_claims, or batches of one that it does not list
 -- in p_batch_claims, because the reply was lost; it calls release_lost() next. tick_due: the worker calls tick_if_due() next, in a transaction of its own, because a tick takes many locks.
@@ -2934,8 +3052,8 @@ begin
   if alive then
     perform autotag.check_version(v_version);
   end if;
-  lost := exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim <> all (p_claims))
-    or exists (select from autotag.batches b where b.worker_id = p_worker and b.claim <> all (p_batch_claims));
+  lost := exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims))
+    or exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims));
   tick_due := autotag.is_tick_due(v_now);
 end $$;
 
@@ -3018,10 +3136,10 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_tasks bigint[] := array(
-    select t.id from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim <> all (p_claims)
+    select t.id from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims)
     order by t.id for update skip locked);
   v_batches uuid[] := array(
-    select b.id from autotag.batches b where b.worker_id = p_worker and b.claim <> all (p_batch_claims)
+    select b.id from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims)
     order by b.id for update skip locked);
 begin
   -- Wait until OpenAI shows what the worker's last request may have created, before another worker looks for it.
@@ -3036,8 +3154,8 @@ begin
   perform pg_notify('autotag', 'realtime');
   perform pg_notify('autotag', 'batch');
   released := cardinality(v_tasks) + cardinality(v_batches);
-  more := exists (select from autotag.batches b where b.worker_id = p_worker and b.claim <> all (p_batch_claims))
-    or exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim <> all (p_claims));
+  more := exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims))
+    or exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims));
 end $$;
 
 -- A worker stops: releases everything it holds and deletes it. Returns how many tasks and batches. If another transaction holds some
@@ -3512,7 +3630,11 @@ begin
   -- 429s have persisted for realtime_max_wait: single calls that have waited as long go into batches.
   if p_provider.limited_since <= v_now - (select s.realtime_max_wait from autotag.settings s)
      and p_provider.limited_at > v_now - interval '1 min' and p_provider.has_batches is distinct from false
-     and autotag.single_calls_to_batch(v_now) then
+     and autotag.single_calls_to_batch(v_now, 'The AI service kept refusing single calls, so the rest of these images go by batch.') then
+    return true;
+  end if;
+  if p_provider.has_batches is distinct from false and autotag.is_day_used_up(p_provider)
+     and autotag.single_calls_to_batch(v_now, 'The AI service allows no more single calls today, so the rest of these images go by batch.') then
     return true;
   end if;
   -- The provider has no Batch API, which was not known when these batches were planned.
@@ -3917,7 +4039,7 @@ begin
   end if;
   if poll is not null or files <> '[]' or look_up is not null then
     -- allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked)
-    update autotag.workers w set look_at = v_now where w.id = p_worker;
+    update autotag.workers w set poll_assigned_at = v_now where w.id = p_worker;
   end if;
   update autotag.provider_limits p
   set next_poll_at = v_provider.next_poll_at,
@@ -4166,7 +4288,7 @@ end $$;
 --   account         Both lanes pause.
 --   transient       Any worker retries later; in `creating` not before batch_create_grace has passed, because a request that
 --                   seemed to fail may still arrive.
---   image           The provider refuses this batch and says why: its images go as single calls, whose errors say more. They also
+--   image           The provider refuses this batch and says why: its images are sent as single calls, whose errors say more. They also
 --                   do after max_bad_answers times `request_refused`, and after 3 × max_failures failures of any kind while
 --                   single calls work.
 --   no_batch_api    The routes for files or batches do not exist while single calls work: the provider has no Batch API, and
@@ -4336,7 +4458,7 @@ begin
     order by t.id for update skip locked);
   update autotag.queues q set chunk = s.chunk_size from autotag.settings s where q.job_id = v_job.id;
   update autotag.jobs j
-  set strategy = 'realtime-chunked', fallback = 'The AI provider has no Batch API, so these images go as single calls.'
+  set strategy = 'realtime-chunked', fallback = 'The AI provider has no Batch API, so these images are sent as single calls.'
   where j.id = v_job.id;
   perform autotag.keep(autotag.requeue(jsonb_agg(jsonb_build_object('task', t, 'failures', 0))), false)
   from unnest(v_tasks) t having count(*) > 0;
@@ -4375,15 +4497,15 @@ begin
   perform autotag.keep(autotag.requeue(jsonb_agg(jsonb_build_object(
     'task', t.id, 'failures', case when t.error_code is null then p_failures else 0 end,
     'code', coalesce(t.error_code, p_code), 'message', coalesce(t.error, p_message)))), false)
-  from autotag.tasks t where t.id = any (v_tasks) and t.id <> all (v_again) having count(*) > 0;
+  from autotag.tasks t where t.id = any (v_tasks) and t.id not in (select unnest(v_again)) having count(*) > 0;
   perform autotag.place_in_batches(v_job, v_again);
   perform pg_notify('autotag', 'realtime');
 end $$;
 
--- 429s persist: puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait. False: there is
--- no such upload that no other transaction holds. One upload per call. Called by claim(), which holds the provider row.
--- Locks: job, tasks by id (both skip locked).
-create or replace function autotag.single_calls_to_batch(p_now timestamptz) returns boolean
+-- Puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait. p_reason: a sentence for the
+-- user. False: there is no such upload that no other transaction holds. One upload per call. Called by claim(), which holds the
+-- provider row. Locks: job, tasks by id (both skip locked).
+create or replace function autotag.single_calls_to_batch(p_now timestamptz, p_reason text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -4406,9 +4528,7 @@ begin
   from autotag.queues q where q.job_id = v_job.id and q.joined and w.workspace_id = v_job.workspace_id;
   update autotag.queues q set queued = 0 where q.job_id = v_job.id;
   perform autotag.place_in_batches(v_job, v_tasks);
-  update autotag.jobs j
-  set fallback = 'The AI service kept refusing single calls, so the rest of these images go by batch.'
-  where j.id = v_job.id;
+  update autotag.jobs j set fallback = p_reason where j.id = v_job.id;
   return true;
 end $$;
 
@@ -4419,7 +4539,7 @@ create or replace function autotag.is_poll_assigned(p_worker uuid) returns times
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return (select w.look_at from autotag.workers w where w.id = p_worker and w.login = session_user);
+  return (select w.poll_assigned_at from autotag.workers w where w.id = p_worker and w.login = session_user);
 end $$;
 
 -- Records the daily check of the model and the provider (claim_batches: look_up). p_facts: {model, shutdown_date, batches}, each
@@ -4533,7 +4653,7 @@ end $$;
 --   it has ended                       it waits to be harvested
 --   it failed: OpenAI's queue is full  it is planned again, which is no failure
 --   gone in several polls in a row     it ends, and its images are retried
---   no progress for too long           it is cancelled, if the limits let its images go as single calls
+--   no progress for too long           it is cancelled, if the limits admit its images as single calls
 -- Ignores workers without an assigned poll, batches that are not in flight, and invalid elements. Writes only rows that change.
 -- A batch that another transaction holds is left to the next poll, so a worker reports many batches in several calls. Returns the
 -- batches for which the worker calls show_batch() next.
@@ -4650,7 +4770,7 @@ begin
     then
       update autotag.batches b set cancel_requested = true, stuck = true where b.id = v_batch.id;
       update autotag.jobs j
-      set fallback = 'A batch made no progress, so the rest of its images go as single calls.'
+      set fallback = 'A batch made no progress, so the rest of its images are sent as single calls.'
       where j.id = v_batch.job_id;
     end if;
   end loop;
@@ -4796,7 +4916,7 @@ begin
   if exists (select from unnest(v_answers) a where a.error is not null) then
     v_answers := autotag.judge_retries(v_answers);
     v_again := autotag.leave_to_finish(v_answers);
-    v_answers := array(select a from unnest(v_answers) a where a.task <> all (array(select g.task from unnest(v_again) g)));
+    v_answers := array(select a from unnest(v_answers) a where a.task not in (select g.task from unnest(v_again) g));
   end if;
   v_notices := autotag.apply_answers(v_batch.workspace_id, v_answers, not p_keep);
   return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices || autotag.report_provider(v_report));
@@ -5094,7 +5214,7 @@ begin
       retry_at = v_now + make_interval(secs => coalesce(r.delay, 0))
   from jsonb_to_recordset(p_tries)
     r (task bigint, failures integer, delay double precision, output_tokens integer, suspect boolean, code text)
-  where t.id = r.task and t.finished_at is null and t.id <> all (array(select e.task from unnest(v_ended) e));
+  where t.id = r.task and t.finished_at is null and t.id not in (select e.task from unnest(v_ended) e);
   return v_ended;
 end $$;
 
@@ -5488,16 +5608,10 @@ begin
   if cardinality(p_items) = 0 then
     return '[]'::jsonb;
   end if;
-  begin
-    perform autotag.write_outcomes(p_workspace_id, p_items, p_own);
-    return '[]'::jsonb;
-  exception when others or assert_failure then
-    null;
-  end;
   return (autotag.finish_apart(p_workspace_id, p_items, p_own, 0)).notices;
 end $$;
 
--- The same for outcomes that cannot be stored together. p_waits: how many of its parts have waited for a lock in vain; after
+-- The same, in halves where they cannot be stored together. p_waits: how many of its parts have waited for a lock in vain; after
 -- three, the rest is kept without another try.
 create or replace function autotag.finish_apart(
   p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_waits integer, out notices jsonb, out waits integer
@@ -5534,8 +5648,8 @@ begin
     end if;
     -- Keep the images whose rows are held, and try the others at once.
     v_held := autotag.try_held(p_items);
-    perform autotag.keep(array(select i from unnest(p_items) i where i.asset_id = any (v_held)));
-    p_items := array(select i from unnest(p_items) i where i.asset_id <> all (v_held));
+    perform autotag.keep(array(select i from unnest(p_items) i where i.asset_id in (select unnest(v_held))));
+    p_items := array(select i from unnest(p_items) i where i.asset_id not in (select unnest(v_held)));
     v_half := cardinality(p_items) / 2;
   elsif v_half = 0 and v_state = 'AT001' then   -- raised by judge_unwritten()
     perform autotag.keep(autotag.requeue(jsonb_build_array(jsonb_build_object('task', p_items[1].task, 'failures', 1,
@@ -5563,7 +5677,7 @@ begin
   v_jobs := array(
     select j.id from autotag.jobs j where j.id in (select i.job_id from unnest(p_items) i) for no key update skip locked);
   return autotag.held_assets(array(select i.asset_id from unnest(p_items) i))
-    || array(select i.asset_id from unnest(p_items) i where i.job_id <> all (v_jobs));
+    || array(select i.asset_id from unnest(p_items) i where i.job_id not in (select unnest(v_jobs)));
 exception when others then
   return array(select i.asset_id from unnest(p_items) i);
 end $$;
@@ -5606,7 +5720,7 @@ begin
   perform from autotag.jobs j
   where j.id = any (array(select distinct i.job_id from unnest(p_items) i)) order by j.id for no key update;
   if cardinality(v_failed) < cardinality(p_items) then
-    v_tagged := autotag.delete_tasks(array(select i from unnest(p_items) i where i.result is not null));
+    v_tagged := autotag.end_tagged(array(select i from unnest(p_items) i where i.result is not null));
     if p_show and v_tagged <> '{}' then
       v_written := autotag.store_tags(array(select i.asset_id from unnest(v_tagged) i), p_workspace_id,
         array(select i.result from unnest(v_tagged) i), array(select i.mark from unnest(v_tagged) i));
@@ -5631,7 +5745,7 @@ end $$;
 
 -- Deletes the tasks of tagged images, and returns the images whose tasks had not ended. The caller holds their jobs. (The plan is
 -- kept, as in read_reports().)
-create or replace function autotag.delete_tasks(p_items autotag.finished[]) returns autotag.finished[]
+create or replace function autotag.end_tagged(p_items autotag.finished[]) returns autotag.finished[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
@@ -5643,9 +5757,6 @@ begin
     returning t.id
   )
   select coalesce(array_agg(d.id), '{}') into v_deleted from deleted d;
-  if exists (select from autotag.unstored) then
-    delete from autotag.unstored u where u.task_id = any (v_deleted);
-  end if;
   if cardinality(v_deleted) = cardinality(p_items) then
     return p_items;
   end if;
@@ -5663,7 +5774,7 @@ declare
 begin
   select i.asset_id, i.mark is not null and d.mark is distinct from i.mark as replaced into v_row
   from unnest(p_items) i
-  join autotag.describe_assets(array(select m.asset_id from unnest(p_items) m where m.asset_id <> all (coalesce(p_written, '{}')))) d
+  join autotag.describe_assets(array(select m.asset_id from unnest(p_items) m where m.asset_id not in (select unnest(p_written)))) d
     on d.asset_id = i.asset_id
   where d.workspace_id = p_workspace_id limit 1;
   if v_row.replaced then
@@ -5773,6 +5884,8 @@ begin
   from autotag.unstored u join autotag.tasks t on t.id = u.task_id and t.finished_at is null
   where u.task_id = any (v_due);
   v_notices := autotag.finish(p_workspace_id, v_items, true);
+  delete from autotag.unstored u
+  where u.task_id = any (v_due) and not exists (select from autotag.tasks t where t.id = u.task_id and t.finished_at is null);
   perform autotag.announce_stored(v_batches);
   return jsonb_build_object('stored', (select count(*) from unnest(v_due) d where not exists (
       select from autotag.unstored u where u.task_id = d)),
@@ -5886,7 +5999,8 @@ end $$;
 
 -- Price of answers of one model and tier (price_tokens) to a question: at most that of the model and tier that the question names,
 -- if they differ. A dated name of the model that was asked is that model; a question without a tier leaves it to the account.
--- p_asked null: no bound.
+-- Where that is zero the answer costs zero, even if the model that answered is unknown: servers of one's own use names of their
+-- own. p_asked null: no bound.
 create or replace function autotag.price_answers(
   p_asked jsonb, p_model text, p_tier text, p_input numeric, p_cached numeric, p_cache_write numeric, p_output numeric
 ) returns numeric
@@ -5901,7 +6015,7 @@ begin
     return v_price;
   end if;
   v_max_allowed := autotag.price_tokens(p_asked ->> 'model', v_tier, p_input, p_cached, p_cache_write, p_output);
-  return case when v_price > v_max_allowed then v_max_allowed else v_price end;
+  return case when v_price > v_max_allowed or v_max_allowed = 0 then v_max_allowed else v_price end;
 end $$;
 
 -- Prices the earlier usage of models that now have a price.
@@ -6028,7 +6142,7 @@ begin
   exception when lock_not_available or deadlock_detected then
     begin
       v_held := autotag.held_assets(p_asset_ids);
-      perform autotag.show_stage(array(select a from unnest(p_asset_ids) a where a <> all (v_held)), p_workspace_id, p_stage, p_progress, p_eta);
+      perform autotag.show_stage(array(select a from unnest(p_asset_ids) a where a not in (select unnest(v_held))), p_workspace_id, p_stage, p_progress, p_eta);
     exception when others or assert_failure then
       null;
     end;
@@ -6163,11 +6277,14 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
+  v_half_life double precision;    -- in days
 begin
   select * into v_settings from autotag.settings;
+  v_half_life := least(greatest(v_settings.eta_half_life_days, 0.000001), 1000000);
   return query
+    -- 100 half-lives weigh as good as nothing (10^-30), and beyond 1,074 power() fails.
     select s.seconds,
-      power(0.5, date_part('epoch', p_now - s.known_at) / 86400 / v_settings.eta_half_life_days)
+      power(0.5, least(greatest(date_part('epoch', p_now - s.known_at), 0) / 86400 / v_half_life, 100))
       * exp(-abs(ln(s.images::double precision / p_images)))
       * (0.65 + 0.35 * cos(2 * pi() * date_part('epoch', s.started_at - p_started) / 86400)) * s.boost
     from (
@@ -6377,7 +6494,7 @@ begin
       'tokens_per_minute', v_provider.tokens_per_minute,
       'tokens_left', floor(greatest(v_provider.tokens_left, 0)),
       'requests_per_day', v_provider.requests_per_day,
-      'requests_left_today', case when v_provider.requests_per_day is not null then floor(v_provider.day_left) end,
+      'requests_left_today', case when v_provider.requests_per_day is not null then floor(greatest(v_provider.day_left, 0)) end,
       'queued_batch_tokens', v_provider.queued_batch_tokens,
       'queued_batch_tokens_used', (
         select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.reserved_tokens > 0),
@@ -6388,7 +6505,7 @@ begin
     'workers', (
       select coalesce(jsonb_agg(jsonb_build_object('worker', w.id, 'host', w.host, 'version', w.version,
         'listening', w.listening, 'started_at', w.started_at, 'last_heartbeat_at', w.last_heartbeat_at, 'alive', w.lease_until > v_now,
-        'in_hand', cardinality(autotag.leased_tasks(w.id))) order by w.started_at), '[]')
+        'held', cardinality(autotag.leased_tasks(w.id))) order by w.started_at), '[]')
       from autotag.workers w),
     'errors', autotag.recent_errors(p_max, v_now),
     'today', (
@@ -6428,6 +6545,7 @@ begin
       'account_error', (v_provider.account_error is not null)::integer,
       'workers', (select count(*) from autotag.workers w where w.lease_until > v_now),
       'outbox', o.messages, 'oldest_message', extract(epoch from v_now - o.oldest),
+      'unstored', n.images, 'oldest_unstored', extract(epoch from v_now - n.oldest),
       'images_today', u.images, 'cost_today', u.cost, 'unpriced_today', u.unpriced,
       'shutdown_days', (select m.shutdown_date from autotag.settings s, autotag.find_model(s.model) m) - (v_now at time zone 'utc')::date)
     from autotag.count_waiting() q
@@ -6443,6 +6561,7 @@ begin
                         sum(b.image_count - b.express_count) filter (where b.not_before <= v_now) as images
                       from autotag.batches b where b.state not in ('done', 'cancelled') group by b.state) s) b
     cross join (select count(*) as messages, min(m.created_at) as oldest from autotag.outbox m) o
+    cross join (select count(*) as images, min(r.kept_at) as oldest from autotag.unstored r) n
     cross join (select coalesce(sum(x.images), 0) as images, coalesce(sum(x.cost), 0) as cost,
                   coalesce(sum(x.requests) filter (where x.cost is null), 0) as unpriced
                 from autotag.usage x where x.day = (v_now at time zone 'utc')::date) u);
@@ -6474,7 +6593,7 @@ begin
   return jsonb_build_object(
     'findings', jsonb_build_array(autotag.diagnose_roles(v_logins), autotag.diagnose_grants()) || v_host.findings
       || jsonb_build_array(autotag.diagnose_cron(), autotag.diagnose_clock(), autotag.diagnose_broadcasts(), autotag.diagnose_workers(),
-        autotag.diagnose_account(v_provider), autotag.diagnose_spending(), autotag.diagnose_temporary(v_logins))
+        autotag.diagnose_account(v_provider), autotag.diagnose_day(v_provider), autotag.diagnose_spending(), autotag.diagnose_temporary(v_logins))
       || autotag.diagnose_model(v_provider),
     'now', extract(epoch from autotag.now()), 'model', (select s.model from autotag.settings s), 'sample', v_host.sample);
 end $$;
@@ -6579,24 +6698,24 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_rule text := autotag.file_rule();
-  v_look record := autotag.look_at_files(10000);
-  v_open text := case when v_look.may_write is not null
-    then format(' Signed-in users can write rows that name any file (%s).', v_look.may_write) else '' end;
+  v_files record := autotag.check_files(10000);
+  v_open text := case when v_files.may_write is not null
+    then format(' Signed-in users can write rows that name any file (%s).', v_files.may_write) else '' end;
 begin
   if v_rule = 'any' then
     return autotag.finding('files', 'warning',
       'A row may name any file of the project (rule any), and its workspace gets that image''s tags.' || v_open,
       'Set a rule: autotag init --file-rule workspace-folder   (docs/install.md, "Whose a file is")');
-  elsif v_look.broken > 0 then
+  elsif v_files.foreign_files > 0 then
     return autotag.finding('files', 'warning',
       format('%s of %s checked rows name a file of another workspace (rule %s) and are not tagged, for example %s.',
-        v_look.broken, v_look.looked_at, v_rule, array_to_string(v_look.examples, ', ')) || v_open,
+        v_files.foreign_files, v_files.checked, v_rule, array_to_string(v_files.examples, ', ')) || v_open,
       'Correct these rows, or the rule in autotag.describe_assets.');
   end if;
   return autotag.finding('files', case when v_open <> '' and v_rule in ('uploader-folder', 'owner') then 'warning' else 'ok' end,
     format('Rows name files of %s (rule %s; %s rows checked).',
         case when v_rule in ('uploader-folder', 'owner') then 'members of their workspace' else 'their own workspace' end,
-        v_rule, v_look.looked_at)
+        v_rule, v_files.checked)
       || case when not autotag.users_see_files() and v_rule <> 'none'
         then ' Row level security of storage.objects is not checked (autotag.users_see_files).' else '' end
       || v_open || case
@@ -6745,6 +6864,25 @@ begin
     else autotag.finding('account', 'ok', 'No error of the account or of Storage pauses tagging.') end;
 end $$;
 
+-- Whether the provider's limit of requests per day holds back single calls.
+create or replace function autotag.diagnose_day(p_provider autotag.provider_limits) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_left double precision := (autotag.refill(p_provider, autotag.now())).day_left;
+  v_waiting bigint := (select c.images from autotag.count_waiting() c);
+begin
+  return case
+    when p_provider.requests_per_day is null then autotag.finding('daily limit', 'ok', 'No limit of requests per day is known.')
+    when v_left < 1 then autotag.finding('daily limit', 'warning',
+      format('The provider''s %s requests of a day are used up: single calls go on at %s an hour, and %s for one.',
+        p_provider.requests_per_day, round(p_provider.requests_per_day / 24.0),
+        case v_waiting when 1 then '1 image waits' else v_waiting || ' images wait' end),
+      'Raise the limit in the provider''s account. Meanwhile, uploads that would wait longer than realtime_max_wait go by batch.')
+    else autotag.finding('daily limit', 'ok', format('%s of the provider''s %s requests of a day are left.',
+      floor(v_left), p_provider.requests_per_day)) end;
+end $$;
+
 -- Whether a quota in dollars limits every workspace.
 create or replace function autotag.diagnose_spending() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -6766,7 +6904,7 @@ declare
   m autotag.models := autotag.find_model(v_model);
   v_end jsonb := autotag.describe_shutdown();
   v_missing text := concat_ws(', ',
-    case when p_provider.has_batches is false then 'a Batch API (everything goes as single calls)' end,
+    case when p_provider.has_batches is false then 'a Batch API (everything is sent as single calls)' end,
     case when p_provider.has_rate_headers is false then 'rate-limit headers (the limits in autotag.provider_limits apply)' end,
     case when p_provider.keep_files is null then 'expiring files' end);
   v_forms text := concat_ws(', ',
@@ -6908,7 +7046,7 @@ begin
     'estimate_seconds', autotag.estimate_seconds(p_images, v_batches))
     -- why that many images are not sent in a batch
     || case when v_type = 'realtime-chunked' and p_images > v_settings.chunk_max_images
-      then jsonb_build_object('note', 'The AI provider has no Batch API, so these images go as single calls.')
+      then jsonb_build_object('note', 'The AI provider has no Batch API, so these images are sent as single calls.')
       else '{}' end;
 end $$;
 
@@ -7030,6 +7168,19 @@ begin
   where u.day < (v_now at time zone 'utc')::date - (select s.keep_usage from autotag.settings s);
   update autotag.clock set housekeeping_at = v_now;
 end $$;
+
+-- The tasks of deleted jobs go with them.
+create or replace function autotag.delete_tasks() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  delete from autotag.unstored u using autotag.tasks t, gone g where t.job_id = g.id and u.task_id = t.id;
+  delete from autotag.tasks t using gone g where t.job_id = g.id;
+  return null;
+end $$;
+
+create or replace trigger autotag_delete_tasks after delete on autotag.jobs referencing old table as gone
+  for each statement execute function autotag.delete_tasks();
 
 -- Whether tick() is overdue, or a worker's lease has ended.
 create or replace function autotag.is_tick_due(p_now timestamptz) returns boolean

@@ -51,7 +51,7 @@ begin
     'estimate_seconds', autotag.estimate_seconds(p_images, v_batches))
     -- why that many images are not sent in a batch
     || case when v_type = 'realtime-chunked' and p_images > v_settings.chunk_max_images
-      then jsonb_build_object('note', 'The AI provider has no Batch API, so these images go as single calls.')
+      then jsonb_build_object('note', 'The AI provider has no Batch API, so these images are sent as single calls.')
       else '{}' end;
 end $$;
 

@@ -72,6 +72,19 @@ begin
   update autotag.clock set housekeeping_at = v_now;
 end $$;
 
+-- The tasks of deleted jobs go with them.
+create or replace function autotag.delete_tasks() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  delete from autotag.unstored u using autotag.tasks t, gone g where t.job_id = g.id and u.task_id = t.id;
+  delete from autotag.tasks t using gone g where t.job_id = g.id;
+  return null;
+end $$;
+
+create or replace trigger autotag_delete_tasks after delete on autotag.jobs referencing old table as gone
+  for each statement execute function autotag.delete_tasks();
+
 -- Whether tick() is overdue, or a worker's lease has ended.
 create or replace function autotag.is_tick_due(p_now timestamptz) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp

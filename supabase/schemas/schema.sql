@@ -59,7 +59,7 @@ end $$;
 --     before any work is done. One bad report of many affects its own image only.
 --   * What a worker reports of the provider (waits, limits, request form, Batch API) and of the account holds for every
 --     workspace, because only workers see the provider. So a stolen login can pause tagging (an hour at most each time), slow it
---     down and make it dearer: missing features are tried anew after model_check_interval, usage is believed up to
---     believable_usage(), and forget_provider() forgets all of it. It can also claim queued images and report anything about them. When the login is revoked, its
---     images are requeued as its leases run out.
+--     down and make it dearer: missing features are tried again after model_check_interval, usage is believed up to
+--     believable_usage(), and forget_provider() forgets all of it. It can also claim queued images and report anything about
+--     them. When the login is revoked, its images are requeued as its leases run out.
 --   * It reads what it claims, and what status(), metrics() and diagnose() return: counts, ids, and one path.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
-import sys
 from typing import Any
 
 import psycopg
@@ -20,6 +18,7 @@ from autotag.config import DoctorSettings
 from autotag.doctor import examine as doctor
 from autotag.http.serve import serve
 from conftest import ROOT
+from forked import run_command
 from lab.edge import tokens
 from lab.openai_sim.webhooks import make_secret
 from lab.postgres import LocalPostgres, free_port
@@ -327,12 +326,7 @@ async def test_a_login_without_the_role_is_told_what_to_grant(stack: Stack) -> N
 async def test_the_command_prints_and_its_exit_code_is_the_worst(library: Library) -> None:
     async def run(*arguments: str, **changes: str) -> tuple[int, str, str]:
         environment = {"PATH": os.environ["PATH"], **library.stack.worker_environment(), **changes}
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "autotag", "doctor", *arguments, env=environment,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        out, err = await process.communicate()
-        return process.returncode or 0, out.decode(), err.decode()
+        return await run_command("doctor", *arguments, environment=environment)
 
     code, out, _ = await run("--json")
     told = json.loads(out)

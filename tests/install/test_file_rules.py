@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
-from autotag.install.facts import look
+from autotag.install.facts import read_facts
 from autotag.install.files import find_rule, users_see_files
 from autotag.install.host import Choices, Host, HostError, propose
 from autotag.install.migrations import apply_migrations
@@ -141,7 +141,7 @@ def nobody(option: str, question: str, answers: object) -> str:
 
 
 def find(url: str, wanted: str | None = None) -> Host:
-    facts = look(url)
+    facts = read_facts(url)
     host = propose(facts, Choices(file_rule=wanted), nobody)
     rule = find_rule(url, facts, host, wanted, nobody, may_ask=False)
     return replace(host, files=rule, users_see_files=users_see_files(facts, rule))
@@ -175,7 +175,7 @@ def test_the_rule_is_found_and_holds(postgres: LocalPostgres, bare: str, name: s
     host = find(url, case.wanted)
     from autotag.install.host import describe
 
-    assert describe(host, look(url))["whose a file is"].split(";")[0] == case.rule
+    assert describe(host, read_facts(url))["whose a file is"].split(";")[0] == case.rule
     apply_migrations(url, host=host)
     own, foreign = insert(url, case.own), insert(url, case.foreign)
     with psycopg.connect(url, row_factory=dict_row) as connection:
@@ -204,7 +204,7 @@ def test_a_person_is_asked_when_rows_and_policies_disagree(postgres: LocalPostgr
         asked.append(question)
         return "workspace-folder"
 
-    facts = look(url)
+    facts = read_facts(url)
     host = propose(facts, Choices(), nobody)
     assert find_rule(url, facts, host, None, answer, may_ask=True).name == "workspace-folder"
     assert len(asked) == 1
@@ -279,7 +279,7 @@ def test_colleagues_are_said_where_a_rule_is_about_persons(postgres: LocalPostgr
 def test_what_is_no_bucket_is_refused(postgres: LocalPostgres, bare: str, bucket: str) -> None:
     url = prepare(postgres, bare, PLAIN)
     with pytest.raises(HostError, match="bucket"):
-        propose(look(url), Choices(bucket=bucket or " \t"), nobody)
+        propose(read_facts(url), Choices(bucket=bucket or " \t"), nobody)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,7 @@ def test_a_string_stays_the_string_it_was(postgres: LocalPostgres, name: str) ->
 
 def test_a_name_that_would_end_a_function_is_refused(postgres: LocalPostgres, bare: str) -> None:
     url = prepare(postgres, bare, PLAIN.replace("storage_path text", '"storage_path" text, "a$$b" text'))
-    facts = look(url)
+    facts = read_facts(url)
     host = propose(facts, Choices(path="a$$b"), nobody)
     with pytest.raises(HostError, match=r"\$\$"):
         apply_migrations(url, host=host)

@@ -18,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from autotag.cli.app import app
+from forked import run_command
 from lab.openai_sim.faults import Fault
 from lab.stack import OPERATOR_ROLE, Stack
 from support import PATIENCE, Library, answered_pictures, audit, until, worker
@@ -41,12 +42,9 @@ async def compare(library: Library, *arguments: str, model: str = SECOND, **more
     """Exit code, stdout and stderr of the command."""
     stack = library.stack
     environment = {"PATH": os.environ["PATH"], "COLUMNS": "140", **stack.operator_environment(), **more}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "autotag", "compare", "--workspace", library.member.workspace, "--model", model, *arguments,
-        env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    out, error = await process.communicate()
-    return process.returncode or 0, out.decode(), error.decode()
+    return await run_command(
+        "compare", "--workspace", library.member.workspace, "--model", model, *arguments, environment=environment
+    )
 
 
 async def figures(library: Library, *arguments: str, **more: str) -> dict[str, Any]:

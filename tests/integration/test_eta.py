@@ -158,7 +158,7 @@ def test_a_look_at_many_batches_predicts_once_an_upload(stack: Stack, postgres: 
             (batches,),
         )
         connection.execute("select autotag.register_worker(gen_random_uuid(), 'h', autotag.schema_version(), true)")
-        connection.execute("update autotag.workers set look_at = now()")
+        connection.execute("update autotag.workers set poll_assigned_at = now()")
         look = """select autotag.record_poll((select id from autotag.workers), (select jsonb_agg(jsonb_build_object('id', b.openai_batch_id,
           'status', 'in_progress', 'total', 100, 'done', %s)) from autotag.batches b))"""
         predictions = []

@@ -23,12 +23,17 @@ READ: dict[type, list[tuple[str, str]]] = {
     m.TagResult: [("clean_result", "p_result"), ("canonical_results", "r.result")],
     m.Report: [("read_answers", "e")],
     m.StageReport: [("report_stages", "e")],
-    m.Sent: [("report_stages", "p_sent")],
-    m.ObservedLimits: [("correct_bucket", "p_observed"), ("update_provider_limits", "p_observed")],
+    m.ObservedLimits: [("apply_report", "p_report.observed"), ("update_provider_limits", "p_observed")],  # also m.Sent
     m.PolledBatch: [("clean_poll", "s")],
     m.ProviderFacts: [("provider_checked", "p_facts")],
     o.ComparisonReport: [("settle_comparison", "p_report"), ("next_action", "p_report")],
 }
+
+
+#: Each row that a function answers with, and that function.
+ROWS: dict[type, str] = {
+    m.ClaimRow: "claim", m.BatchClaimRow: "claim_batches", m.HeartbeatRow: "heartbeat", o.UsageRow: "list_usage",
+}  # fmt: skip
 
 
 def keys(message: Any) -> set[str]:
@@ -53,6 +58,15 @@ def test_the_database_reads_the_keys_that_a_message_has(library: Library, messag
     assert read == keys(message), f"{', '.join(function for function, _ in READ[message])} and {message.__name__}"
 
 
+@pytest.mark.parametrize("message", ROWS, ids=lambda message: message.__name__)
+def test_a_row_has_the_columns_of_its_function(library: Library, message: type) -> None:
+    [row] = library.sql(
+        "select array(select name from unnest(proargnames, proargmodes) a (name, mode) where mode in ('o', 't')) as names"
+        " from pg_proc where proname = %s and pronamespace = 'autotag'::regnamespace", ROWS[message],
+    )  # fmt: skip
+    assert set(row["names"]) == keys(message)
+
+
 def check(message: Any, answer: dict[str, Any] | None, *, every: bool = True) -> None:
     """An answer has the keys of its message: all of them, or at least those that it must have."""
     assert answer is not None
@@ -66,24 +80,37 @@ def test_single_calls(library: Library) -> None:
     check(m.Registered, register(library))
     assets = library.insert(["a.jpg", "b.jpg"])
     library.enqueue(assets)
-    [claim] = library.sql("select * from autotag.claim(%s, 10)", WORKER)
+    [claim] = library.sql("select * from autotag.claim(%s, 10, 1)", WORKER)
     assert set(claim) == {"tasks", "wait", "bound", "question"}
     check(m.Question, claim["question"])
-    for image in claim["tasks"]:
-        check(m.Image, image)
+    images = value(library, "autotag.describe_tasks(%s, %s)", WORKER, Plain(claim["tasks"]))
+    assert len(images) == 2
+    for image in images:
+        check(m.Image, {**image, "claim": 1})  # the worker adds the claim's number
+    [beat] = library.sql("select * from autotag.heartbeat(%s, '{1}', '{0}')", WORKER)
+    check(m.Beat, beat)
+    workspace = library.member.workspace
     reports = [{"task": image["task"], "attempt": image["attempt"], "called": False,
-                "error": {"kind": "image", "code": "answer_too_long"}} for image in claim["tasks"]]  # fmt: skip
-    settled = value(library, "autotag.settle(%s, %s)", WORKER, reports)
+                "error": {"kind": "image", "code": "answer_too_long"}} for image in images]  # fmt: skip
+    settled = value(library, "autotag.settle(%s, %s, %s, null, true)", WORKER, workspace, reports)
     check(m.Settled, settled)
     for notice in settled["notices"]:
         check(m.Notice, notice)
     assert settled["notices"]
+    [unstored] = library.sql("select * from autotag.list_unstored(%s)", WORKER)
+    check(m.Unstored, unstored)
+    assert [str(waiting) for waiting in unstored["workspaces"]] == [str(workspace)]
+    stored = value(library, "autotag.store_waiting(%s, %s, 10)", WORKER, workspace)
+    check(m.Stored, stored)
+    assert stored["stored"] == 2
+    assert value(library, "autotag.postpone_stores(%s, %s, 10)", WORKER, workspace) == []
+    assert value(library, "autotag.report_stages(%s, null, '[]', %s)", WORKER, {"sent": 2, "sent_age": 0.5}) == []
 
 
 def test_batches(library: Library) -> None:
     register(library)
     library.enqueue(library.insert([f"{number}.jpg" for number in range(60)]))
-    [claim] = library.sql("select * from autotag.claim_batches(%s, 1)", WORKER)
+    [claim] = library.sql("select * from autotag.claim_batches(%s, 1, 1)", WORKER)
     assert set(claim) == {"batches", "wait", "question", "poll", "cancel", "files", "look_up"}
     check(m.Question, claim["question"])
     [batch] = claim["batches"]
@@ -92,11 +119,11 @@ def test_batches(library: Library) -> None:
     images = value(library, "autotag.batch_images(%s, %s, %s, 0, 100)", *held)
     assert len(images) > 50
     for image in images:  # what is said of a single call besides has a default
-        assert set(image) == keys(m.Image) - {"attempt", "job", "traceparent", "waited"}
+        assert set(image) == keys(m.Image) - {"attempt", "job", "traceparent", "waited", "workspace", "claim"}
     library.sql("update autotag.batches set state = 'creating'")
     library.sql("select autotag.batch_submitted(%s, %s, %s, 'batch_1', 'validating', 'file-1')", *held)
     library.sql("update autotag.provider_limits set next_poll_at = '-infinity'")
-    [claim] = library.sql("select * from autotag.claim_batches(%s, 1)", WORKER)
+    [claim] = library.sql("select * from autotag.claim_batches(%s, 1, 2)", WORKER)
     [submitted] = claim["poll"]
     check(m.Submitted, submitted)
 
@@ -117,6 +144,7 @@ def test_operators(library: Library) -> None:
         check(o.FindingRow, finding)
     library.enqueue(library.insert(["b.jpg"]))
     check(o.StoredFile, value(library, "autotag.diagnose()")["sample"])
+    check_status(library)
     library.sql(
         "update autotag.models set shutdown_date = current_date + 3 where name = (select model from autotag.settings)"
     )
@@ -128,6 +156,29 @@ def test_operators(library: Library) -> None:
     check(o.BackfillPreview, value(library, "autotag.preview_backfill(%s, true, null, 10)", workspace))
     check(o.BackfillPart, value(library, "autotag.backfill(%s, true, null, 10)", workspace))
     check(o.BackfillPart, value(library, "autotag.backfill(%s, true, null, 10)", workspace))
+
+
+def check_status(library: Library) -> None:
+    """Every part of the status has the keys of its message."""
+    register(library)
+    library.enqueue(library.insert([f"{number}.jpg" for number in range(60)]))
+    library.sql(
+        "insert into autotag.usage (workspace_id, day, model, service_tier) values (%s, current_date, 'x', 'default')",
+        library.member.workspace,
+    )
+    [claim] = library.sql("select * from autotag.claim(%s, 1)", WORKER)
+    failed = [{"task": image["task"], "attempt": image["attempt"], "called": False,
+               "error": {"kind": "image", "code": "answer_too_long"}} for image in claim["tasks"]]  # fmt: skip
+    assert value(library, "autotag.settle(%s, %s)", WORKER, failed)["accepted"] == 1
+    status = value(library, "autotag.status()")
+    check(o.SystemStatus, status)
+    for part, message in {"queue": o.QueueStatus, "limits": o.LimitsStatus, "today": o.TodayStatus}.items():
+        check(message, status[part])
+    for part, message in {"jobs": o.JobStatus, "batches": o.BatchStatus, "workers": o.WorkerStatus,
+                          "errors": o.FailedImages}.items():  # fmt: skip
+        assert status[part], f"the test makes no {part}"
+        for row in status[part]:
+            check(message, row)
 
 
 def test_comparisons(library: Library) -> None:
@@ -172,7 +223,12 @@ def register(library: Library) -> dict[str, Any]:
     return answer
 
 
+class Plain(list[int]):
+    """A list that is an array in SQL, and not JSON."""
+
+
 def value(library: Library, call: str, *arguments: Any) -> Any:
     """What one call of a function answers."""
-    placed = [Jsonb(one) if isinstance(one, dict | list) else one for one in arguments]
+    placed = [list(one) if isinstance(one, Plain) else Jsonb(one) if isinstance(one, dict | list) else one
+              for one in arguments]  # fmt: skip
     return library.sql(f"select {call} as told", *placed)[0]["told"]

@@ -30,7 +30,7 @@ FEW = {
 
 @pytest.fixture
 def few(library: Library) -> Library:
-    """Uploads of more than 4 images go by batch, and of more than 20 by several of 10."""
+    """Uploads of more than 4 images are sent in a batch, and of more than 20 by several of 10."""
     library.stack.configure(**FEW)
     library.stack.simulator.plan.batch_latency = (0.3, 0.6)
     return library
@@ -393,7 +393,7 @@ async def test_a_stuck_batch_falls_back_to_single_calls(few: Library) -> None:
     few.stack.simulator.plan.batch_latency = (16, 16)  # a line every 1.6 seconds
     job = await run(few, 8)
     assert job["completed"] == 8
-    assert job["fallback"] == "A batch made no progress, so the rest of its images go as single calls."
+    assert job["fallback"] == "A batch made no progress, so the rest of its images are sent as single calls."
     assert batches(few)[0]["status"] == "cancelled"
     assert single_calls(few) + len(lines(few)) == 8, "nothing is asked twice"
     check_books(few)

@@ -15,8 +15,10 @@ from decimal import Decimal
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 
+from forked import run_command
 from lab.openai_sim.faults import Fault
 from lab.stack import Stack
 from support import PATIENCE, Library, until, worker
@@ -25,12 +27,7 @@ from support import PATIENCE, Library, until, worker
 async def run(stack: Stack, *arguments: str, **more: str) -> tuple[int, str, str]:
     """Exit code, stdout, stderr of one command."""
     environment = {"PATH": os.environ["PATH"], "COLUMNS": "140", **stack.operator_environment(), **more}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "autotag", *arguments, env=environment, stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    out, error = await process.communicate()
-    return process.returncode or 0, out.decode(), error.decode()
+    return await run_command(*arguments, environment=environment)
 
 
 @asynccontextmanager
@@ -123,10 +120,18 @@ async def test_enqueue_waits_while_there_is_no_room_and_says_what_it_cannot_do(l
     stack.configure(live_images_max=4)
     library.insert([f"old-{i}.jpg" for i in range(6)])
     workspace = library.member.workspace
-    process = asyncio.create_task(run(stack, "enqueue", "--workspace", workspace, "--limit", "3", "--yes"))
-    await process
+
+    def waiting() -> bool:
+        """Whether a session of the command is idle after a call of backfill, which was refused."""
+        with psycopg.connect(stack.database_url("supabase_admin")) as connection:
+            sessions = connection.execute("""select from pg_stat_activity where datname = current_database()
+                and state = 'idle' and query like '%autotag.backfill(%'""")
+            return sessions.fetchone() is not None
+
+    await run(stack, "enqueue", "--workspace", workspace, "--limit", "3", "--yes")
+    await until(lambda: not waiting(), "the first command's session to end")
     again = asyncio.create_task(run(stack, "enqueue", "--workspace", workspace, "--limit", "3", "--yes"))
-    await asyncio.sleep(2)
+    await until(waiting, "the second command to wait")
     assert not again.done(), "it waits for room"
     for job in library.sql("select id::text from autotag.jobs"):
         library.rpc("public.cancel_tagging", job["id"])

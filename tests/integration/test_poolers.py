@@ -100,8 +100,8 @@ async def test_a_killed_connection_loses_nothing(library: Library) -> None:
     assets = await library.upload(40)
     async with worker(library.stack):
         told = library.enqueue(assets)
-        for _ in range(5):
-            await asyncio.sleep(0.1)  # let it get somewhere: what is cut is to be in the middle of something
+        for done in (0, 7, 14, 21, 28):  # of forty: what is cut is in the middle of something
+            await until(lambda n=done: library.job(told["job_id"])["completed"] > n, "more tags")  # type: ignore[misc]
             with psycopg.connect(library.stack.database_url("supabase_admin"), autocommit=True) as admin:
                 admin.execute(
                     "select pg_terminate_backend(pid) from pg_stat_activity"

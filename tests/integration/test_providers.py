@@ -274,7 +274,7 @@ async def test_without_a_batch_api_everything_goes_as_single_calls_and_says_so(w
         assert told["strategy"] == "batch-parallel", "nobody knows it yet"
         [job] = await wide.finished(told)
         strategy = wide.rpc("public.tagging_strategy", 60)
-    sentence = "The AI provider has no Batch API, so these images go as single calls."
+    sentence = "The AI provider has no Batch API, so these images are sent as single calls."
     assert (job["completed"], job["failed"], job["fallback"]) == (60, 0, sentence)
     assert (strategy["type"], strategy["batches"], strategy["note"]) == ("realtime-chunked", 0, sentence)
     wide.check_tags()
@@ -381,15 +381,14 @@ async def test_a_call_is_not_made_again_before_retry_after_is_over_whatever_its_
     """In seconds and as a date; pictures that nobody refused do not wait for it."""
     stack = wide.stack
     drawings = pictures(8)
-    until_then = time.time() + 5
     ends: list[float] = []  # of each picture's wait: seconds from its refusal, or a moment
-    waits = [(503, "3"), (500, "3"), (408, "3"), (503, formatdate(until_then, usegmt=True))]
     assets = await wide.upload(drawings)
-    until_then = time.time() + 3
-    waits[3] = (503, formatdate(until_then, usegmt=True))
-    for drawing, (status, header) in zip(drawings, waits, strict=False):
-        stack.simulator.faults.add(Fault(status=status, headers={"retry-after": header}, tags=sorted(drawing.tags)))
     async with worker(stack):
+        await until(lambda: wide.sql("select 1 from autotag.workers") != [], "the worker")
+        until_then = time.time() + 4  # a date has whole seconds
+        waits = [(503, "3"), (500, "3"), (408, "3"), (503, formatdate(until_then, usegmt=True))]
+        for drawing, (status, header) in zip(drawings, waits, strict=False):
+            stack.simulator.faults.add(Fault(status=status, headers={"retry-after": header}, tags=sorted(drawing.tags)))
         await wide.finished(wide.enqueue(assets))
     wide.check_tags()
     for drawing, (status, header) in zip(drawings, waits, strict=False):

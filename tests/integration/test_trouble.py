@@ -346,8 +346,8 @@ async def test_a_late_report_is_refused(library: Library, stack: Stack) -> None:
 
 async def test_an_idle_worker_is_woken_by_the_upload(library: Library) -> None:
     assets = await library.upload(1)
-    async with worker(library.stack):
-        await asyncio.sleep(0.5)  # the worker is asleep in LISTEN, nothing is queued
+    async with worker(library.stack, poll_interval=3600):  # seconds: only the notification can wake it in time
+        await until(lambda: library.sql("select listening from autotag.workers") == [{"listening": True}], "the worker")
         assert answered_pictures(library.stack) == []
         await library.finished(library.enqueue(assets))
     library.check_tags()

@@ -90,7 +90,7 @@ def test_no_function_of_the_adapter_reads_a_value_that_is_too_long(library: Libr
             "select refused, bucket, path, url from autotag.describe_assets(%s::uuid[])", (assets,)
         ).fetchall()
         assert told == [("location_too_long", None, None, None)] * 3
-        owner.execute("select * from autotag.look_at_files(1000)")
+        owner.execute("select * from autotag.check_files(1000)")
 
 
 async def test_a_large_value_fails_its_image_with_a_sentence(library: Library) -> None:

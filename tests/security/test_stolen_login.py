@@ -480,6 +480,7 @@ def try_out(scene: Scene, attempt: Attempt, before: dict[str, Any], columns: lis
     problem: str | None = None
     try:
         with scene.connection.transaction():
+            scene.rows("select setseed(0)")  # waits are jittered: states that differ in nothing else are one
             begun = time.monotonic()
             answer, refused = call(scene, attempt)
             took = time.monotonic() - begun

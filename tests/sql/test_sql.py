@@ -22,6 +22,7 @@ def test_pgtap(postgres: LocalPostgres, database: str, machine_postgres: bool) -
         connection.execute("create extension pgtap with schema extensions")
     files = sorted(str(path.relative_to(PGTAP)) for path in PGTAP.rglob("*.test.sql"))
     assert files
+    assert all((PGTAP / file).read_text().startswith("-- ") for file in files), "a test begins with what it is about"
     done = subprocess.run(
         ["pg_prove", "--failures", "--comments", "-d", postgres.url(database=database), *files],
         cwd=PGTAP, capture_output=True, text=True, check=False,

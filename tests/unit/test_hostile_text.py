@@ -96,7 +96,7 @@ def status_of(text: str) -> dict[str, Any]:
                   "reserved": 1, "cap": 1, "cost_per_1000": None, "priced": False, "proven": True,
                   "shutdown": {"level": text, "message": text},
                   "provider": {"batches": None, "rate_headers": None, "keep_files": 1}},
-        "workers": [{"worker": text, "host": text, "version": text, "in_hand": 1, "listening": True, "alive": False,
+        "workers": [{"worker": text, "host": text, "version": text, "held": 1, "listening": True, "alive": False,
                      "started_at": now, "last_heartbeat_at": now}],
         "jobs": [{"job_id": text, "workspace_id": text, "strategy": text, "fallback": True, "image_count": 1,
                   "failed": 1, "progress": 1, "created_at": now, "eta": None, "eta_p90": None}],

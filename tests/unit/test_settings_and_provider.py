@@ -158,7 +158,7 @@ def test_a_key_or_url_in_two_pieces_is_one_sentence(name: str, inside: str, monk
 
 
 LIMITS = {
-    "x-ratelimit-limit-requests": "500", "x-ratelimit-remaining-requests": "499",
+    "x-ratelimit-limit-requests": "500", "x-ratelimit-remaining-requests": "499", "x-ratelimit-reset-requests": "120ms",
     "x-ratelimit-limit-tokens": "200000", "x-ratelimit-remaining-tokens": "0",
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ class Consequence(NamedTuple):
     Attributes:
         counts: the error counts as a failure of its image.
         delays: the image is delayed before its next try.
-        pauses: tagging stops until one image succeeds.
+        pauses: tagging is paused until one image succeeds.
         ends: the image fails, unless ``retry`` is set.
         suspects: codes that may be caused by the image itself, so they also count as failures of the image.
     """
@@ -44,7 +44,7 @@ class TaggingError(Exception):
 
     Args:
         kind: ``transient`` (temporary or unknown: retried later), ``rate_limit`` (retried when the provider allows
-            it), ``account`` (key, credit, model, address or unsupported request: both lanes stop until an image
+            it), ``account`` (key, credit, model, address or unsupported request: tagging is paused until an image
             succeeds), ``image`` (only this image is affected).
         code: stable name of the error, for programs.
         message: a sentence for the user who uploaded the image; for kind ``account``, for the operator.

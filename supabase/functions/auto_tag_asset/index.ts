@@ -3,7 +3,7 @@
 // Takes {asset_id} or {asset_ids} (or assetId, assetIds); returns the result of enqueue_tagging.
 import { createClient } from '@supabase/supabase-js'
 
-const BODY_MOST = 2_000_000 // bytes: 50,000 ids
+const MAX_BODY = 2_000_000 // bytes: 50,000 ids
 const CORS = {
   'access-control-allow-origin': '*',
   'access-control-allow-headers': 'authorization, x-client-info, apikey, content-type',
@@ -19,12 +19,12 @@ const refuse = (status: number, code: string, message: string) => answer(status,
 
 /** The body as text, or null if it is too large. The headers are not trusted for this. */
 async function read(request: Request): Promise<string | null> {
-  if (Number(request.headers.get('content-length') ?? 0) > BODY_MOST) return null
+  if (Number(request.headers.get('content-length') ?? 0) > MAX_BODY) return null
   const chunks: Uint8Array[] = []
   let size = 0
   for await (const chunk of request.body ?? []) {
     size += chunk.length
-    if (size > BODY_MOST) return null
+    if (size > MAX_BODY) return null
     chunks.push(chunk)
   }
   return new TextDecoder().decode(await new Blob(chunks as BlobPart[]).arrayBuffer())

@@ -5,11 +5,11 @@
 import { createClient } from '@supabase/supabase-js'
 import OpenAI from 'openai'
 
-const BODY_MOST = 65_536 // bytes; OpenAI's deliveries have a few hundred
+const MAX_BODY = 65_536 // bytes; OpenAI's deliveries have a few hundred
 
 const env = (name: string) => Deno.env.get(name) ?? ''
 const secret = env('OPENAI_WEBHOOK_SECRET')
-const KEY_LEAST = 16 // bytes, as the worker requires: deliveries can be forged with a secret that can be guessed
+const MIN_KEY = 16 // bytes, as the worker requires: deliveries can be forged with a secret that can be guessed
 // Newer projects pass the secret key in SUPABASE_SECRET_KEYS, a JSON object of names and keys.
 const keys = JSON.parse(env('SUPABASE_SECRET_KEYS') || '{}') as Record<string, string>
 const supabase = createClient(env('SUPABASE_URL'), keys.default ?? env('SUPABASE_SERVICE_ROLE_KEY'), {
@@ -23,7 +23,7 @@ const refuse = (status: number, code: string, message: string) =>
 /** Whether a text has the form of OpenAI's secrets: whsec_ and a key in base64. */
 function isSecret(text: string): boolean {
   try {
-    return text.startsWith('whsec_') && atob(text.slice(6)).length >= KEY_LEAST
+    return text.startsWith('whsec_') && atob(text.slice(6)).length >= MIN_KEY
   } catch {
     return false
   }
@@ -31,12 +31,12 @@ function isSecret(text: string): boolean {
 
 /** The body as text, or null if it is larger than any delivery. The headers are not trusted for this. */
 async function read(request: Request): Promise<string | null> {
-  if (Number(request.headers.get('content-length') ?? 0) > BODY_MOST) return null
+  if (Number(request.headers.get('content-length') ?? 0) > MAX_BODY) return null
   const chunks: Uint8Array[] = []
   let size = 0
   for await (const chunk of request.body ?? []) {
     size += chunk.length
-    if (size > BODY_MOST) return null
+    if (size > MAX_BODY) return null
     chunks.push(chunk)
   }
   return new TextDecoder().decode(await new Blob(chunks as BlobPart[]).arrayBuffer())

@@ -87,7 +87,7 @@ begin
   end if;
   if poll is not null or files <> '[]' or look_up is not null then
     -- allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked)
-    update autotag.workers w set look_at = v_now where w.id = p_worker;
+    update autotag.workers w set poll_assigned_at = v_now where w.id = p_worker;
   end if;
   update autotag.provider_limits p
   set next_poll_at = v_provider.next_poll_at,

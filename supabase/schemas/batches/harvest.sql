@@ -98,7 +98,7 @@ begin
   if exists (select from unnest(v_answers) a where a.error is not null) then
     v_answers := autotag.judge_retries(v_answers);
     v_again := autotag.leave_to_finish(v_answers);
-    v_answers := array(select a from unnest(v_answers) a where a.task <> all (array(select g.task from unnest(v_again) g)));
+    v_answers := array(select a from unnest(v_answers) a where a.task not in (select g.task from unnest(v_again) g));
   end if;
   v_notices := autotag.apply_answers(v_batch.workspace_id, v_answers, not p_keep);
   return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices || autotag.report_provider(v_report));

@@ -5,7 +5,7 @@
 --   it has ended                       it waits to be harvested
 --   it failed: OpenAI's queue is full  it is planned again, which is no failure
 --   gone in several polls in a row     it ends, and its images are retried
---   no progress for too long           it is cancelled, if the limits let its images go as single calls
+--   no progress for too long           it is cancelled, if the limits admit its images as single calls
 -- Ignores workers without an assigned poll, batches that are not in flight, and invalid elements. Writes only rows that change.
 -- A batch that another transaction holds is left to the next poll, so a worker reports many batches in several calls. Returns the
 -- batches for which the worker calls show_batch() next.
@@ -122,7 +122,7 @@ begin
     then
       update autotag.batches b set cancel_requested = true, stuck = true where b.id = v_batch.id;
       update autotag.jobs j
-      set fallback = 'A batch made no progress, so the rest of its images go as single calls.'
+      set fallback = 'A batch made no progress, so the rest of its images are sent as single calls.'
       where j.id = v_batch.job_id;
     end if;
   end loop;

@@ -5,7 +5,7 @@ create or replace function autotag.is_poll_assigned(p_worker uuid) returns times
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return (select w.look_at from autotag.workers w where w.id = p_worker and w.login = session_user);
+  return (select w.poll_assigned_at from autotag.workers w where w.id = p_worker and w.login = session_user);
 end $$;
 
 -- Records the daily check of the model and the provider (claim_batches: look_up). p_facts: {model, shutdown_date, batches}, each

@@ -4,7 +4,7 @@
 --   account         Both lanes pause.
 --   transient       Any worker retries later; in `creating` not before batch_create_grace has passed, because a request that
 --                   seemed to fail may still arrive.
---   image           The provider refuses this batch and says why: its images go as single calls, whose errors say more. They also
+--   image           The provider refuses this batch and says why: its images are sent as single calls, whose errors say more. They also
 --                   do after max_bad_answers times `request_refused`, and after 3 × max_failures failures of any kind while
 --                   single calls work.
 --   no_batch_api    The routes for files or batches do not exist while single calls work: the provider has no Batch API, and
@@ -174,7 +174,7 @@ begin
     order by t.id for update skip locked);
   update autotag.queues q set chunk = s.chunk_size from autotag.settings s where q.job_id = v_job.id;
   update autotag.jobs j
-  set strategy = 'realtime-chunked', fallback = 'The AI provider has no Batch API, so these images go as single calls.'
+  set strategy = 'realtime-chunked', fallback = 'The AI provider has no Batch API, so these images are sent as single calls.'
   where j.id = v_job.id;
   perform autotag.keep(autotag.requeue(jsonb_agg(jsonb_build_object('task', t, 'failures', 0))), false)
   from unnest(v_tasks) t having count(*) > 0;
@@ -213,15 +213,15 @@ begin
   perform autotag.keep(autotag.requeue(jsonb_agg(jsonb_build_object(
     'task', t.id, 'failures', case when t.error_code is null then p_failures else 0 end,
     'code', coalesce(t.error_code, p_code), 'message', coalesce(t.error, p_message)))), false)
-  from autotag.tasks t where t.id = any (v_tasks) and t.id <> all (v_again) having count(*) > 0;
+  from autotag.tasks t where t.id = any (v_tasks) and t.id not in (select unnest(v_again)) having count(*) > 0;
   perform autotag.place_in_batches(v_job, v_again);
   perform pg_notify('autotag', 'realtime');
 end $$;
 
--- 429s persist: puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait. False: there is
--- no such upload that no other transaction holds. One upload per call. Called by claim(), which holds the provider row.
--- Locks: job, tasks by id (both skip locked).
-create or replace function autotag.single_calls_to_batch(p_now timestamptz) returns boolean
+-- Puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait. p_reason: a sentence for the
+-- user. False: there is no such upload that no other transaction holds. One upload per call. Called by claim(), which holds the
+-- provider row. Locks: job, tasks by id (both skip locked).
+create or replace function autotag.single_calls_to_batch(p_now timestamptz, p_reason text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -244,8 +244,6 @@ begin
   from autotag.queues q where q.job_id = v_job.id and q.joined and w.workspace_id = v_job.workspace_id;
   update autotag.queues q set queued = 0 where q.job_id = v_job.id;
   perform autotag.place_in_batches(v_job, v_tasks);
-  update autotag.jobs j
-  set fallback = 'The AI service kept refusing single calls, so the rest of these images go by batch.'
-  where j.id = v_job.id;
+  update autotag.jobs j set fallback = p_reason where j.id = v_job.id;
   return true;
 end $$;

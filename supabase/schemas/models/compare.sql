@@ -46,8 +46,8 @@ begin
       'Tag some images first: autotag enqueue.');
   end if;
   v_provider := autotag.estimate_question(v_provider, v_question);
-  -- Without a price no dollars can be reserved; uploads do the same.
-  perform autotag.check_quotas(p_workspace_id, null, v_images, coalesce(autotag.question_cost(v_provider, true), 0));
+  -- Without a price next to nothing is reserved, as for uploads; a price of zero is a price.
+  perform autotag.check_quotas(p_workspace_id, null, v_images, coalesce(autotag.question_cost(v_provider, true), 0.0000001));
   return jsonb_build_object(
     'images', v_images, 'cost', v_images * autotag.question_cost(v_provider, false),
     'reserved', v_provider.tokens_per_image, 'question', v_question,
@@ -99,7 +99,7 @@ declare
   v_next timestamptz;
   v_window record;
 begin
-  perform autotag.check_quotas(p_workspace_id, null, 1, coalesce(autotag.question_cost(v_provider, true), 0));
+  perform autotag.check_quotas(p_workspace_id, null, 1, coalesce(autotag.question_cost(v_provider, true), 0.0000001));
   v_provider := autotag.estimate_question(autotag.lock_provider(), p_question);
   v_now := v_provider.refilled_at;
   -- Limit the cap to what one minute's token limit can hold; a larger one would never be admitted.

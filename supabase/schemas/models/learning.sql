@@ -130,12 +130,12 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_question jsonb := autotag.describe_question();
-  v_words text[] := array['max_tags', 'tag_language'];
+  v_prompt_only text[] := array['max_tags', 'tag_language'];  -- they change only the prompt's text, so no provider refuses them
 begin
   if v_question = p_provider.question then
     return p_provider;
   end if;
-  if v_question - v_words <> p_provider.question - v_words then
+  if v_question - v_prompt_only <> p_provider.question - v_prompt_only then
     p_provider.proven_at := null;
     p_provider.probe_at := null;
     p_provider.checked_at := '-infinity';

@@ -29,7 +29,8 @@ begin
 end $$;
 
 -- Price of a model's tokens in a service tier (`batch` for a batch), in dollars. Null: unknown, because the model has no price
--- or the tier is unknown. p_input includes cached and cache-written tokens, as in OpenAI's figures.
+-- or the tier is unknown. A model whose prices are all zero (on one's own server) costs zero in any tier, and even without figures.
+-- p_input includes cached and cache-written tokens, as in OpenAI's figures.
 create or replace function autotag.price_tokens(
   p_model text, p_tier text, p_input numeric, p_cached numeric, p_cache_write numeric, p_output numeric
 ) returns numeric
@@ -38,6 +39,9 @@ as $$
 declare
   m autotag.models := autotag.find_model(p_model);
 begin
+  if 0 = all (array[m.input_price, m.output_price, coalesce(m.cached_price, 0), coalesce(m.cache_write_price, 0)]) then
+    return 0;
+  end if;
   return (
     greatest(p_input - p_cached - p_cache_write, 0) * m.input_price
     + p_cached * coalesce(m.cached_price, m.input_price)
@@ -134,8 +138,8 @@ begin
   return true;
 end $$;
 
--- What refusals before p_before have shown to be missing is tried anew: parameters of the request, the Batch API, expiring files.
--- The provider may support it by now, or a worker may have told a lie. What is refused again costs a call, which is not billed.
+-- What refusals before p_before have shown to be missing is tried again: parameters of the request, the Batch API, expiring files.
+-- The provider may support it by now, or a worker may have lied. A call that is refused again is not billed.
 -- What the owner changed meanwhile stays. Called by tick(). Locks: provider, models (skip locked).
 create or replace function autotag.retry_features(p_before timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -179,7 +183,7 @@ begin
 end $$;
 
 -- End of life of a model (p_model null: the one in use), from 90 days before: {level, message, fix, days, date, successor};
--- else null. level: warning, and error from 14 days before, because tagging stops on that date.
+-- else null. level: warning, and error from 14 days before, because tagging is paused from that date on.
 create or replace function autotag.describe_shutdown(p_model text default null) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -13,16 +13,10 @@ begin
   if cardinality(p_items) = 0 then
     return '[]'::jsonb;
   end if;
-  begin
-    perform autotag.write_outcomes(p_workspace_id, p_items, p_own);
-    return '[]'::jsonb;
-  exception when others or assert_failure then
-    null;
-  end;
   return (autotag.finish_apart(p_workspace_id, p_items, p_own, 0)).notices;
 end $$;
 
--- The same for outcomes that cannot be stored together. p_waits: how many of its parts have waited for a lock in vain; after
+-- The same, in halves where they cannot be stored together. p_waits: how many of its parts have waited for a lock in vain; after
 -- three, the rest is kept without another try.
 create or replace function autotag.finish_apart(
   p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_waits integer, out notices jsonb, out waits integer
@@ -59,8 +53,8 @@ begin
     end if;
     -- Keep the images whose rows are held, and try the others at once.
     v_held := autotag.try_held(p_items);
-    perform autotag.keep(array(select i from unnest(p_items) i where i.asset_id = any (v_held)));
-    p_items := array(select i from unnest(p_items) i where i.asset_id <> all (v_held));
+    perform autotag.keep(array(select i from unnest(p_items) i where i.asset_id in (select unnest(v_held))));
+    p_items := array(select i from unnest(p_items) i where i.asset_id not in (select unnest(v_held)));
     v_half := cardinality(p_items) / 2;
   elsif v_half = 0 and v_state = 'AT001' then   -- raised by judge_unwritten()
     perform autotag.keep(autotag.requeue(jsonb_build_array(jsonb_build_object('task', p_items[1].task, 'failures', 1,
@@ -88,7 +82,7 @@ begin
   v_jobs := array(
     select j.id from autotag.jobs j where j.id in (select i.job_id from unnest(p_items) i) for no key update skip locked);
   return autotag.held_assets(array(select i.asset_id from unnest(p_items) i))
-    || array(select i.asset_id from unnest(p_items) i where i.job_id <> all (v_jobs));
+    || array(select i.asset_id from unnest(p_items) i where i.job_id not in (select unnest(v_jobs)));
 exception when others then
   return array(select i.asset_id from unnest(p_items) i);
 end $$;
@@ -131,7 +125,7 @@ begin
   perform from autotag.jobs j
   where j.id = any (array(select distinct i.job_id from unnest(p_items) i)) order by j.id for no key update;
   if cardinality(v_failed) < cardinality(p_items) then
-    v_tagged := autotag.delete_tasks(array(select i from unnest(p_items) i where i.result is not null));
+    v_tagged := autotag.end_tagged(array(select i from unnest(p_items) i where i.result is not null));
     if p_show and v_tagged <> '{}' then
       v_written := autotag.store_tags(array(select i.asset_id from unnest(v_tagged) i), p_workspace_id,
         array(select i.result from unnest(v_tagged) i), array(select i.mark from unnest(v_tagged) i));
@@ -156,7 +150,7 @@ end $$;
 
 -- Deletes the tasks of tagged images, and returns the images whose tasks had not ended. The caller holds their jobs. (The plan is
 -- kept, as in read_reports().)
-create or replace function autotag.delete_tasks(p_items autotag.finished[]) returns autotag.finished[]
+create or replace function autotag.end_tagged(p_items autotag.finished[]) returns autotag.finished[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
@@ -168,9 +162,6 @@ begin
     returning t.id
   )
   select coalesce(array_agg(d.id), '{}') into v_deleted from deleted d;
-  if exists (select from autotag.unstored) then
-    delete from autotag.unstored u where u.task_id = any (v_deleted);
-  end if;
   if cardinality(v_deleted) = cardinality(p_items) then
     return p_items;
   end if;
@@ -188,7 +179,7 @@ declare
 begin
   select i.asset_id, i.mark is not null and d.mark is distinct from i.mark as replaced into v_row
   from unnest(p_items) i
-  join autotag.describe_assets(array(select m.asset_id from unnest(p_items) m where m.asset_id <> all (coalesce(p_written, '{}')))) d
+  join autotag.describe_assets(array(select m.asset_id from unnest(p_items) m where m.asset_id not in (select unnest(p_written)))) d
     on d.asset_id = i.asset_id
   where d.workspace_id = p_workspace_id limit 1;
   if v_row.replaced then

@@ -32,7 +32,7 @@ begin
       retry_at = v_now + make_interval(secs => coalesce(r.delay, 0))
   from jsonb_to_recordset(p_tries)
     r (task bigint, failures integer, delay double precision, output_tokens integer, suspect boolean, code text)
-  where t.id = r.task and t.finished_at is null and t.id <> all (array(select e.task from unnest(v_ended) e));
+  where t.id = r.task and t.finished_at is null and t.id not in (select e.task from unnest(v_ended) e);
   return v_ended;
 end $$;
 

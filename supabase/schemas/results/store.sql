@@ -72,6 +72,8 @@ begin
   from autotag.unstored u join autotag.tasks t on t.id = u.task_id and t.finished_at is null
   where u.task_id = any (v_due);
   v_notices := autotag.finish(p_workspace_id, v_items, true);
+  delete from autotag.unstored u
+  where u.task_id = any (v_due) and not exists (select from autotag.tasks t where t.id = u.task_id and t.finished_at is null);
   perform autotag.announce_stored(v_batches);
   return jsonb_build_object('stored', (select count(*) from unnest(v_due) d where not exists (
       select from autotag.unstored u where u.task_id = d)),

@@ -51,7 +51,8 @@ end $$;
 
 -- Price of answers of one model and tier (price_tokens) to a question: at most that of the model and tier that the question names,
 -- if they differ. A dated name of the model that was asked is that model; a question without a tier leaves it to the account.
--- p_asked null: no bound.
+-- Where that is zero the answer costs zero, even if the model that answered is unknown: servers of one's own use names of their
+-- own. p_asked null: no bound.
 create or replace function autotag.price_answers(
   p_asked jsonb, p_model text, p_tier text, p_input numeric, p_cached numeric, p_cache_write numeric, p_output numeric
 ) returns numeric
@@ -66,7 +67,7 @@ begin
     return v_price;
   end if;
   v_max_allowed := autotag.price_tokens(p_asked ->> 'model', v_tier, p_input, p_cached, p_cache_write, p_output);
-  return case when v_price > v_max_allowed then v_max_allowed else v_price end;
+  return case when v_price > v_max_allowed or v_max_allowed = 0 then v_max_allowed else v_price end;
 end $$;
 
 -- Prices the earlier usage of models that now have a price.

@@ -155,34 +155,39 @@ begin
       day_left = v_provider.day_left, refilled_at = v_provider.refilled_at;
 end $$;
 
--- Updates the mirror from response headers: {requests_limit, requests_left, tokens_limit, tokens_left, age, retry_after (at
--- most 3600)}, each optional. `age`: seconds since the call was sent; the remaining values held then, and the bucket has
--- refilled since. A lower remaining value than the mirror's is adopted (another program may use the same key), so is a changed
--- limit, and retry_after holds for all workers. Returns a sentence for the log if the limits changed, else null.
--- Locks the provider row.
+-- Updates the mirror from response headers: {requests_limit, requests_left, tokens_limit, tokens_left (per minute), day_limit,
+-- day_left (requests per day), unclear_limit, unclear_left (place_unclear), age, retry_after (at most 3600)}, each optional.
+-- `age`: seconds since the call was sent; the remaining values held then, and the bucket has refilled since. A lower remaining
+-- value than the mirror's is adopted (another program may use the same key), so is a changed limit, and retry_after holds for all
+-- workers. Returns a sentence for the log if the limits changed, else null. Locks the provider row.
 create or replace function autotag.update_provider_limits(p_observed jsonb) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.lock_provider();
-  -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (guide "Rate limits"). The lower bounds (2 and 100)
-  -- keep a bucket that can hold a call; with less no call would go out, and no header could correct the limit.
-  v_requests integer := coalesce(autotag.clean_number(p_observed, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
-  v_tokens integer := coalesce(autotag.clean_number(p_observed, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
+  v_seen jsonb := autotag.place_unclear(p_observed, v_provider);
+  -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (guide "Rate limits"). The lower bounds (2, 100, and
+  -- one request an hour) keep a bucket that can hold a call; with less no call would go out, and no header could correct the limit.
+  v_requests integer := coalesce(autotag.clean_number(v_seen, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
+  v_tokens integer := coalesce(autotag.clean_number(v_seen, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
+  -- At OpenAI only tier 1 has a daily limit; a higher limit per minute means a higher tier. Some gateways tell both in turn.
+  v_day integer := coalesce(autotag.clean_number(v_seen, 'day_limit', 24, 2000000000), case
+    when v_requests <= v_provider.requests_per_minute or v_provider.day_seen_at > v_provider.refilled_at - interval '10 min'
+    then v_provider.requests_per_day end);
   v_minutes double precision := extract(epoch from
-    autotag.clock_interval(coalesce(autotag.clean_number(p_observed, 'age', 0, 3600), 0))) / 60;
-  v_retry_after double precision := autotag.clean_number(p_observed, 'retry_after', 0, 3600);
+    autotag.clock_interval(coalesce(autotag.clean_number(v_seen, 'age', 0, 3600), 0))) / 60;
+  v_retry_after double precision := autotag.clean_number(v_seen, 'retry_after', 0, 3600);
 begin
   update autotag.provider_limits p
   set requests_per_minute = v_requests,
       tokens_per_minute = v_tokens,
-      -- only tier 1 has a daily limit; a higher limit per minute means a higher tier
-      requests_per_day = case when v_requests > p.requests_per_minute then null else p.requests_per_day end,
+      requests_per_day = v_day,
+      day_seen_at = case when v_seen ? 'day_limit' then v_provider.refilled_at else p.day_seen_at end,
       requests_left = least(v_provider.requests_left + greatest(v_requests - p.requests_per_minute, 0),
-        autotag.clean_number(p_observed, 'requests_left', 0, v_requests) + v_minutes * v_requests),
+        autotag.clean_number(v_seen, 'requests_left', 0, v_requests) + v_minutes * v_requests),
       tokens_left = least(v_provider.tokens_left + greatest(v_tokens - p.tokens_per_minute, 0),
-        autotag.clean_number(p_observed, 'tokens_left', 0, v_tokens) + v_minutes * v_tokens),
-      day_left = v_provider.day_left,
+        autotag.clean_number(v_seen, 'tokens_left', 0, v_tokens) + v_minutes * v_tokens),
+      day_left = autotag.day_left_now(v_provider, v_day, autotag.clean_number(v_seen, 'day_left', 0, v_day), v_minutes),
       refilled_at = v_provider.refilled_at,
       blocked_until = greatest(p.blocked_until, v_provider.refilled_at + autotag.clock_interval(v_retry_after)),
       limited_since = case
@@ -190,10 +195,77 @@ begin
         when p.limited_since is not null and p.limited_at > v_provider.refilled_at - interval '1 min' then p.limited_since
         else v_provider.refilled_at end,
       limited_at = case when v_retry_after is null then p.limited_at else v_provider.refilled_at end,
-      has_rate_headers = case when p_observed ? 'tokens_limit' or p_observed ? 'requests_limit' then true else p.has_rate_headers end;
-  return case when (v_requests, v_tokens) <> (v_provider.requests_per_minute, v_provider.tokens_per_minute)
-    then format('The provider''s limits are now %s requests and %s tokens a minute (before: %s and %s).',
-      v_requests, v_tokens, v_provider.requests_per_minute, v_provider.tokens_per_minute) end;
+      has_rate_headers = case when v_seen ?| '{tokens_limit,requests_limit,day_limit}' then true else p.has_rate_headers end;
+  return case when (v_requests, v_tokens, v_day) is distinct from
+      (v_provider.requests_per_minute, v_provider.tokens_per_minute, v_provider.requests_per_day)
+    then format('The provider''s limits are now %s (before: %s).', autotag.name_limits(v_requests, v_tokens, v_day),
+      autotag.name_limits(v_provider.requests_per_minute, v_provider.tokens_per_minute, v_provider.requests_per_day)) end;
+end $$;
+
+-- Observed limits with the requests of an unclear period (unclear_limit, unclear_left) in their place. Most providers count a
+-- minute. A value that is known as the limit of the day, and not of the minute, is that of the day: a minute's limit must not be
+-- overwritten by a daily one. What the headers say clearly goes first.
+create or replace function autotag.place_unclear(p_observed jsonb, p_provider autotag.provider_limits) returns jsonb
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_limit double precision := autotag.clean_number(p_observed, 'unclear_limit', 0, 2000000000);
+  v_kind text := case when v_limit = p_provider.requests_per_day and v_limit <> p_provider.requests_per_minute
+    then 'day' else 'requests' end;
+begin
+  if v_limit is null or p_observed ? (v_kind || '_limit') then
+    return p_observed;
+  end if;
+  return p_observed || jsonb_build_object(v_kind || '_limit', v_limit, v_kind || '_left', p_observed -> 'unclear_left');
+end $$;
+
+-- Requests left of the day, after headers: p_day is the limit, p_seen what they said was left p_minutes ago (null: nothing).
+-- A lower value than the mirror's is adopted. So is a higher one, because some providers give the whole day back at midnight; but
+-- less what may have been released since: what the bucket of a minute lacks and what it has refilled, and calls not sent yet.
+create or replace function autotag.day_left_now(
+  p_provider autotag.provider_limits, p_day integer, p_seen double precision, p_minutes double precision
+) returns double precision
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  -- a higher limit has as much more left; so has a limit where there was none
+  v_left double precision := least(p_day, p_provider.day_left + greatest(p_day - p_provider.requests_per_day, 0));
+  v_since double precision := greatest(p_provider.requests_per_minute - p_provider.requests_left, 0)
+    + p_minutes * p_provider.requests_per_minute + (select coalesce(sum(w.unsent), 0) from autotag.workers w);
+begin
+  return case when p_day is null then 'infinity'
+    when p_seen is null then v_left
+    else least(greatest(v_left, p_seen - v_since), p_seen + p_minutes * p_day / 1440) end;
+end $$;
+
+-- The provider's limits in words. p_day null: no daily limit.
+create or replace function autotag.name_limits(p_requests integer, p_tokens integer, p_day integer) returns text
+language plpgsql immutable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return format('%s requests and %s tokens a minute%s', p_requests, p_tokens, coalesce(format(', %s requests a day', p_day), ''));
+end $$;
+
+-- How long it takes until the day's limit allows p_calls more single calls; null: at once, or there is no such limit.
+create or replace function autotag.wait_for_day(p_provider autotag.provider_limits, p_calls double precision) returns interval
+language plpgsql immutable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case when p_calls > p_provider.day_left
+    then interval '1 day' * ((p_calls - p_provider.day_left) / p_provider.requests_per_day) end;
+end $$;
+
+-- Whether the day's requests are used up, so that the single calls that wait would go on waiting for longer than
+-- realtime_max_wait.
+create or replace function autotag.is_day_used_up(p_provider autotag.provider_limits) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_provider.requests_per_day is null or p_provider.day_left >= 1 then
+    return false;
+  end if;
+  return coalesce(autotag.wait_for_day(p_provider, (select c.images from autotag.count_waiting() c))
+    > (select s.realtime_max_wait from autotag.settings s), false);
 end $$;
 
 -- Returns reservations that calls did not use to the bucket. If calls used more than they reserved (p_tokens < 0), the bucket

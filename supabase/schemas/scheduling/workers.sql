@@ -49,6 +49,14 @@ as $$
   from autotag.settings s
 $$;
 
+-- Whether a worker does not know of what it got by this claim: its list lacks the claim. A claim after the last one in the list is
+-- newer than the list, which the worker made before. An empty list knows none.
+create or replace function autotag.is_lost(p_claim integer, p_claims integer[]) returns boolean
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select p_claim <> all (p_claims) and p_claim <= coalesce((select max(c) from unnest(p_claims) c), p_claim)
+$$;
+
 -- Extends the worker's lease. alive: false if the lease had ended and what the worker held has been released, so it has to
 -- register again. lost: the worker holds images of a claim that it does not list in p_claims, or batches of one that it does not list
 -- in p_batch_claims, because the reply was lost; it calls release_lost() next. tick_due: the worker calls tick_if_due() next, in a transaction of its own, because a tick takes many locks.
@@ -68,8 +76,8 @@ begin
   if alive then
     perform autotag.check_version(v_version);
   end if;
-  lost := exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim <> all (p_claims))
-    or exists (select from autotag.batches b where b.worker_id = p_worker and b.claim <> all (p_batch_claims));
+  lost := exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims))
+    or exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims));
   tick_due := autotag.is_tick_due(v_now);
 end $$;
 
@@ -152,10 +160,10 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_tasks bigint[] := array(
-    select t.id from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim <> all (p_claims)
+    select t.id from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims)
     order by t.id for update skip locked);
   v_batches uuid[] := array(
-    select b.id from autotag.batches b where b.worker_id = p_worker and b.claim <> all (p_batch_claims)
+    select b.id from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims)
     order by b.id for update skip locked);
 begin
   -- Wait until OpenAI shows what the worker's last request may have created, before another worker looks for it.
@@ -170,8 +178,8 @@ begin
   perform pg_notify('autotag', 'realtime');
   perform pg_notify('autotag', 'batch');
   released := cardinality(v_tasks) + cardinality(v_batches);
-  more := exists (select from autotag.batches b where b.worker_id = p_worker and b.claim <> all (p_batch_claims))
-    or exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim <> all (p_claims));
+  more := exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims))
+    or exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims));
 end $$;
 
 -- A worker stops: releases everything it holds and deletes it. Returns how many tasks and batches. If another transaction holds some

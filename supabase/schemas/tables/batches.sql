@@ -14,7 +14,7 @@ create table autotag.batches (
   workspace_id uuid not null,
   ordinal integer not null,              -- 1 is the priority batch of its job
   image_count integer not null check (image_count > 0),   -- images of the upload in this batch …
-  express_count integer not null default 0,               -- … and how many of them went as single calls (express)
+  express_count integer not null default 0,               -- … and how many of them were sent as single calls (express)
   state text not null default 'planned' check (state in ('planned', 'preparing', 'uploading', 'creating',
     'submitted', 'ended', 'harvesting', 'done', 'cancelled')),
   worker_id uuid,                        -- the worker that holds it, and the number of the claim that gave it to the worker
@@ -39,9 +39,9 @@ create table autotag.batches (
   predicted_seconds double precision,         -- predicted duration at the time OpenAI got it
   progress_at timestamptz,                    -- when a poll last saw a change
   missing_polls integer not null default 0,   -- polls in a row that did not find it at OpenAI …
-  last_missing_poll_at timestamptz,                   -- … and the last of them (workers.look_at): each poll counts once
+  last_missing_poll_at timestamptz,                   -- … and the last of them (workers.poll_assigned_at): each poll counts once
   cancel_requested boolean not null default false,
-  stuck boolean not null default false,       -- no progress for too long: what OpenAI has not done goes as single calls
+  stuck boolean not null default false,       -- no progress for too long: what OpenAI has not done is sent as single calls
   stored boolean not null default false,      -- all its answers are stored and batch-complete is broadcast
   error text,
   created_at timestamptz not null,

@@ -27,6 +27,7 @@ create table autotag.provider_limits (
   queued_batch_tokens bigint not null default 2000000 check (queued_batch_tokens > 0),
   -- null: no daily limit known (OpenAI's tiers above 1)
   requests_per_day integer default 10000 check (requests_per_day > 0),
+  day_seen_at timestamptz not null default '-infinity',   -- when headers last told the daily limit
   -- The tokens that one image reserves: the prompt that 99 of 100 do not exceed, plus the answer's cap, because the provider
   -- meters the cap and not the tokens used. The means give the cost of an image. sync_question() and learn() update all four.
   tokens_per_image integer not null default 1000 check (tokens_per_image > 0),

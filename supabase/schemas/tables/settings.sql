@@ -4,11 +4,11 @@ create table autotag.settings (
   id boolean primary key default true check (id),
 
   -- strategy: how an upload is tagged, by its number of images
-  -- up to this many images go as single calls, all at once
+  -- up to this many images are sent as single calls, all at once
   realtime_max_images integer not null default 5 check (realtime_max_images >= 0),
-  -- up to this many go as single calls in chunks
+  -- up to this many are sent as single calls in chunks
   chunk_max_images integer not null default 50 check (chunk_max_images >= realtime_max_images),
-  -- up to this many go as one batch, more as several
+  -- up to this many are sent in one batch, more in several
   batch_max_images integer not null default 200 check (batch_max_images >= chunk_max_images),
   job_max_images integer not null default 50000 check (job_max_images >= batch_max_images),  -- larger uploads are refused
   chunk_size integer not null default 5 check (chunk_size > 0),  -- images per chunk
@@ -84,7 +84,7 @@ create table autotag.settings (
   batch_patience interval not null default '30 min' check (batch_patience >= '0'),
   -- polls in a row that do not find a batch at OpenAI before it counts as lost
   batch_max_missing_polls integer not null default 3 check (batch_max_missing_polls > 0),
-  -- a batch without progress for this long is cancelled, and its images go as single calls if the limits allow
+  -- a batch without progress for this long is cancelled, and its images are sent as single calls if the limits allow
   batch_stuck_after interval not null default '6 h' check (batch_stuck_after > '0'),
   -- a batch this old is cancelled likewise (OpenAI's window is 24 h)
   batch_give_up_after interval not null default '23 h' check (batch_give_up_after > '0'),

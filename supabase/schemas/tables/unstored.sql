@@ -2,10 +2,9 @@
 
 -- The outcome of an image whose row could not be written at once: another transaction holds it, or writing it takes too long.
 -- Nothing waits for the host: the outcome is durable here, and a worker tries again with growing delays (store_waiting). Its
--- task stays live (retry_at = infinity) and belongs to no worker. There is no foreign key to it, because its trigger would run for
--- every task whose tags are stored: write_outcomes() deletes the rows here, and store_waiting() those whose upload was deleted.
+-- task stays live (retry_at = infinity) and belongs to no worker.
 create table autotag.unstored (
-  task_id bigint primary key,
+  task_id bigint primary key,            -- of autotag.tasks; without a foreign key, as tasks.job_id
   workspace_id uuid not null,
   batch_id uuid,                         -- the batch whose answer it is: batch-complete waits for it
   result jsonb,                          -- either this …

@@ -46,6 +46,7 @@ create type autotag.reservation_prices as (
   single numeric,              -- an image that goes as a single call …
   batch numeric,               -- … or in a batch
   token numeric,               -- each token of a cap above the usual one
+  free boolean,                -- the prices are known, and all are zero
   usual_cap integer            -- tokens
 );
 

@@ -13,7 +13,7 @@ create table autotag.workers (
   batch_claim integer not null default 0,
   base_url text,                             -- the provider's address that it calls …
   fingerprint text,                          -- … and the hash of that address and its key
-  look_at timestamptz,                       -- when it was last assigned a poll of the provider (claim_batches)
+  poll_assigned_at timestamptz,              -- when it was last assigned a poll of the provider (claim_batches)
   login name not null default session_user   -- the login that registered it: no other login may act for it
 ) with (fillfactor = 50);
 create index workers_lease_until_idx on autotag.workers (lease_until);

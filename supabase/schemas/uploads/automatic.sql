@@ -44,8 +44,9 @@ end $$;
 
 -- Makes a job of one upload that is complete at p_now; false: there is none. Images beyond what one job, the live images of the
 -- workspace or its quotas allow stay in the upload, which is postponed when there is no room. One upload per call, because a job's locks
--- come before the next workspace's in the order of locks. Called by claim().
--- Locks: the upload, its workspace.
+-- come before the next workspace's in the order of locks. Called by claim(), which must not wait for a tenant's transaction: while
+-- one holds the quotas, the upload waits another second.
+-- Locks: the upload, its workspace, its quotas (advisory, without waiting).
 create or replace function autotag.seal_upload(p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -59,7 +60,10 @@ begin
   if not found then
     return false;
   end if;
-  perform autotag.lock_quotas(v_upload.workspace_id, v_upload.user_id);
+  if not autotag.lock_quotas(v_upload.workspace_id, v_upload.user_id, false) then
+    update autotag.uploads u set seal_at = p_now + interval '1 s' where u.id = v_upload.id;
+    return true;
+  end if;
   v_room := least(autotag.live_capacity(v_upload.workspace_id), (select s.job_max_images from autotag.settings s),
     (select min(q.images_left) from autotag.quotas_left(v_upload.workspace_id, v_upload.user_id) q));
   if v_room < 1 then
@@ -97,6 +101,7 @@ begin
   select u.renews_at, u.scope into v_until, v_scope
   from autotag.quota_use(p_upload.workspace_id, p_upload.user_id, v_prices) u
   where u.maximum - u.billed < case u.kind when 'images' then 1 else greatest(v_prices.single, 0.0000001) end
+    and not (u.kind = 'cost' and v_prices.free)
   order by u.renews_at desc, u.scope limit 1;
   v_until := coalesce(v_until, least(greatest(p_now + interval '1 min', (
     select min(j.eta) from autotag.jobs j

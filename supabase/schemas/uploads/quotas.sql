@@ -26,7 +26,8 @@ begin
 end $$;
 
 -- What images reserve in quotas of dollars: one as a single call and one in a batch, and each token of a cap above the usual one.
--- Zero without a price: no dollars can be reserved then, and autotag doctor reports it.
+-- Zero without a price: no dollars can be reserved then, and autotag doctor reports it. A price of zero (a model on one's own
+-- server) is a known price: such images fit into every quota of dollars.
 create or replace function autotag.price_reservations() returns autotag.reservation_prices
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -34,10 +35,14 @@ declare
   v_prices autotag.reservation_prices;
   v_question jsonb := autotag.describe_question();
 begin
-  v_prices.single := coalesce(autotag.expected_cost(null, true), 0);
-  v_prices.batch := coalesce(autotag.expected_cost('batch', true), 0);
-  v_prices.token := coalesce(autotag.price_tokens(
-    v_question ->> 'model', coalesce(v_question ->> 'service_tier', 'default'), 0, 0, 0, 1), 0);
+  v_prices.single := autotag.expected_cost(null, true);
+  v_prices.batch := autotag.expected_cost('batch', true);
+  v_prices.token := autotag.price_tokens(
+    v_question ->> 'model', coalesce(v_question ->> 'service_tier', 'default'), 0, 0, 0, 1);
+  v_prices.free := coalesce(0 = all (array[v_prices.single, v_prices.batch, v_prices.token]), false);
+  v_prices.single := coalesce(v_prices.single, 0);
+  v_prices.batch := coalesce(v_prices.batch, 0);
+  v_prices.token := coalesce(v_prices.token, 0);
   v_prices.usual_cap := (select p.output_tokens from autotag.provider_limits p);
   return v_prices;
 end $$;
@@ -87,7 +92,7 @@ begin
 end $$;
 
 -- What is left of each quota: the maximum less what is billed and reserved. images_left: how many more images that allows, at
--- p_each dollars per image (null: what the model in use reserves).
+-- p_each dollars per image (null: what the model in use reserves). What costs nothing fits, even if the quota is used up.
 create or replace function autotag.quotas_left(p_workspace_id uuid, p_user_id uuid, p_each numeric default null)
 returns table (scope text, period text, kind text, maximum numeric, available numeric, images_left integer, renews_at timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -101,28 +106,46 @@ begin
   v_prices := autotag.price_reservations();
   return query
     select u.scope, u.period, u.kind, u.maximum, greatest(u.maximum - u.billed - u.reserved, 0),
-      least(greatest(floor((u.maximum - u.billed - u.reserved) / case u.kind when 'images' then 1
-        else greatest(coalesce(p_each, v_prices.single), 0.0000001) end), 0), 2147483647)::integer, u.renews_at
+      case when u.kind = 'cost' and coalesce(p_each = 0, v_prices.free) then 2147483647
+        else least(greatest(floor((u.maximum - u.billed - u.reserved) / case u.kind when 'images' then 1
+          else greatest(coalesce(p_each, v_prices.single), 0.0000001) end), 0), 2147483647)::integer end, u.renews_at
     from autotag.quota_use(p_workspace_id, p_user_id, v_prices) u;
 end $$;
 
--- Lets uploads of one workspace start one after another, and those of one user where a quota counts all workspaces of a user: so two
--- calls do not reserve the same room or tag the same image twice. Locks: the workspace, the user (both advisory).
-create or replace function autotag.lock_quotas(p_workspace_id uuid, p_user_id uuid) returns void
+-- Locks (advisory, until the transaction ends) the workspace of an upload, and its user where a quota counts what a user does in all
+-- workspaces. So uploads at the same time, also into several workspaces, and retries of billed answers see each other's images: no
+-- quota is exceeded, and no image is tagged twice.
+-- p_wait false: for transactions that must not wait for a tenant's; returns false if another transaction holds a lock.
+-- Called at the start of start_job(), before it reads what is left, and where images are tried again.
+create or replace function autotag.lock_quotas(p_workspace_id uuid, p_user_id uuid, p_wait boolean default true) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_lock record;
 begin
-  perform pg_advisory_xact_lock(hashtextextended('autotag.workspace ' || p_workspace_id, 0));
-  if p_user_id is not null and exists (select from autotag.quotas q where q.scope = 'user') then
-    perform pg_advisory_xact_lock(hashtextextended('autotag.user ' || p_user_id, 0));
-  end if;
+  for v_lock in
+    select hashtextextended(x.name, 0) as key from (
+      select 1 as turn, 'autotag.quotas workspace ' || p_workspace_id as name
+      union all
+      select 2, 'autotag.quotas user ' || p_user_id
+      where p_user_id is not null and exists (select from autotag.quotas q
+        where q.scope = 'user' and q.workspace_id is null and coalesce(q.user_id = p_user_id, true))) x
+    order by x.turn
+  loop
+    if p_wait then
+      perform pg_advisory_xact_lock(v_lock.key);
+    elsif not pg_try_advisory_xact_lock(v_lock.key) then
+      return false;
+    end if;
+  end loop;
+  return true;
 end $$;
 
--- Refuses p_images images if a quota does not allow them: those of an upload (the caller has called lock_quotas(), so that no other
--- upload reserves the same), or those of a comparison at p_each dollars.
+-- Refuses p_images images if a quota does not allow them: those of an upload (the caller has called lock_quotas(), so that
+-- no other upload reserves the same), or those of a comparison at p_each dollars.
 create or replace function autotag.check_quotas(p_workspace_id uuid, p_user_id uuid, p_images integer, p_each numeric default null)
 returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_quota record;
@@ -147,9 +170,10 @@ end $$;
 -- allowed while every quota of its workspace and user has room for it beside what is billed and reserved, at the price of a single
 -- call with its new cap. Returns the answers, with the errors of the others changed to `quota_exceeded`, which ends their images.
 -- So what is billed exceeds a quota by at most one answer for each image that is being tagged.
--- The caller has added the usage of these answers.
+-- The caller has added the usage of these answers. Uploads of the same user or into the same workspace wait until it has committed
+-- (lock_quotas), unless one of them is running already: it does not wait for them, and judges without the lock.
 create or replace function autotag.judge_retries(p_answers autotag.answer[]) returns autotag.answer[]
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_prices autotag.reservation_prices;
@@ -158,6 +182,9 @@ begin
   if not exists (select from autotag.quotas) then
     return p_answers;
   end if;
+  perform autotag.lock_quotas(o.workspace_id, o.user_id, false)
+  from (select distinct a.workspace_id, j.user_id from unnest(p_answers) a join autotag.jobs j on j.id = a.job_id
+    where a.error is not null and a.usage is not null) o;
   v_prices := autotag.price_reservations();
   with tries as materialized (
     select a.task, a.workspace_id, j.user_id,
@@ -185,7 +212,8 @@ begin
   into v_refused
   from (
     select distinct on (p.task) p.task, p.scope, p.period from placed p
-    where p.billed + p.reserved + p.change > p.maximum order by p.task, p.renews_at desc) f;
+    where p.billed + p.reserved + p.change > p.maximum and not (p.kind = 'cost' and v_prices.free)
+    order by p.task, p.renews_at desc) f;
   return array(
     select case when v_refused ? a.task::text then row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens,
         a.output_tokens, a.result, a.error || jsonb_build_object('kind', 'image', 'code', 'quota_exceeded', 'retry', false,

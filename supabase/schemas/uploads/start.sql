@@ -24,7 +24,7 @@ begin
   v_live := array(select t.asset_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null);
   select coalesce(array_agg(a.id order by a.i), '{}'), array_agg(a.seen order by a.i) into v_new, v_new_seen
   from (select distinct on (u.id) u.* from unnest(p_asset_ids, p_seen) with ordinality u (id, seen, i) order by u.id, u.i) a
-  where a.id <> all (v_live);
+  where a.id not in (select unnest(v_live));   -- hashed, where `<> all` compares each with each in a generic plan
   v_count := cardinality(v_new);
   if v_count = 0 then
     return autotag.describe_live(p_workspace_id, v_live, v_asked);
@@ -86,10 +86,10 @@ begin
     v_plan.wait := autotag.predict_wait(p_workspace_id, p_images);
     if (select p.has_batches from autotag.provider_limits p) = false then
       v_plan.fallback := case when p_images > v_settings.chunk_max_images
-        then 'The AI provider has no Batch API, so these images go as single calls.' end;
+        then 'The AI provider has no Batch API, so these images are sent as single calls.' end;
     elsif v_plan.wait > v_settings.realtime_max_wait then
       v_plan.strategy := 'batch';
-      v_plan.fallback := format('Single calls would have waited about %s min for the limits, so these images go by batch.',
+      v_plan.fallback := format('Single calls would have waited about %s min for the limits, so these images are sent in a batch.',
         ceil(extract(epoch from v_plan.wait) / 60));
     end if;
   end if;
@@ -101,6 +101,7 @@ begin
   -- The express images are taken from the first batch, which keeps at least one image.
   v_plan.express := case when v_plan.batches = 0 then p_images
     when v_plan.fallback is not null then 0  -- the fallback avoids single calls
+    when autotag.predict_wait(p_workspace_id, v_settings.express_images) > v_settings.realtime_max_wait then 0
     else least(v_settings.express_images, p_images / v_plan.batches - 1) end;
   v_plan.chunk := case when v_plan.strategy = 'realtime-chunked' then v_settings.chunk_size end;
   return v_plan;

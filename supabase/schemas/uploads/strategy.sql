@@ -16,7 +16,7 @@ as $$
   from autotag.settings s, autotag.provider_limits p
 $$;
 
--- The strategy for an upload of p_images images. Without a Batch API at the provider, all go as single calls.
+-- The strategy for an upload of p_images images. Without a Batch API at the provider, all are sent as single calls.
 create or replace function autotag.choose_strategy(p_images integer) returns text
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -29,7 +29,7 @@ begin
   from autotag.settings s, autotag.provider_limits p);
 end $$;
 
--- Expected duration of an upload in seconds, if its workspace has no other work.
+-- Expected duration of an upload in seconds, if its workspace has no other work. Single calls wait for what the day has left.
 create or replace function autotag.estimate_seconds(p_images integer, p_batches integer) returns double precision
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -41,11 +41,11 @@ begin
       -- each full window delays the batches beyond it by one hour
       (autotag.predict_batch(ceil(p_images::numeric / p_batches)::integer, v_now, v_now, null, 0, null)).p50
       + 3600 * greatest((p_batches - 1) / s.batch_batches_per_hour, (p_images - 1) / s.batch_images_per_hour)
-    when p_images > s.realtime_max_images then
+    else
       s.call_seconds + greatest(
-        extract(epoch from s.chunk_delay) * ((p_images - 1) / s.chunk_size),
-        60 * ((p_images - 1) / s.realtime_requests_per_minute))
-    else s.call_seconds end
+        case when p_images > s.realtime_max_images then extract(epoch from s.chunk_delay) * ((p_images - 1) / s.chunk_size) end,
+        case when p_images > s.realtime_max_images then 60 * ((p_images - 1) / s.realtime_requests_per_minute) end,
+        extract(epoch from autotag.wait_for_day(autotag.refilled_provider(v_now), p_images)), 0) end
   from autotag.settings s);
 end $$;
 
@@ -58,7 +58,7 @@ begin
 end $$;
 
 -- How long the last of p_images more single calls of a workspace would wait for its window and for its fair share of the
--- provider's bucket. p_counted: use claim()'s count of what waits in other workspaces if it is at most 2 s old, because
+-- provider's bucket and of what the day has left. p_counted: use claim()'s count of what waits in other workspaces if it is at most 2 s old, because
 -- counting takes longer the more workspaces there are.
 create or replace function autotag.predict_wait(p_workspace_id uuid, p_images integer, p_counted boolean default false)
 returns interval
@@ -86,9 +86,9 @@ begin
   from public.workspace_rate_limits l where l.workspace_id = p_workspace_id and l.request_type = 'realtime';
   v_max_requests := coalesce(v_max_requests, v_settings.realtime_requests_per_minute);
   v_max_units := coalesce(v_max_units, v_settings.realtime_tokens_per_minute);
-  return interval '1 min' * greatest(0,
+  return greatest(autotag.wait_for_day(v_provider, v_everybody), interval '1 min' * greatest(0,
     (v_own - v_max_requests)::double precision / v_max_requests,
     (v_own * v_provider.tokens_per_image - v_max_units)::double precision / v_max_units,
     (v_everybody - v_provider.requests_left) / v_provider.requests_per_minute,
-    (v_everybody * v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute);
+    (v_everybody * v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute));
 end $$;

@@ -17,24 +17,24 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_rule text := autotag.file_rule();
-  v_look record := autotag.look_at_files(10000);
-  v_open text := case when v_look.may_write is not null
-    then format(' Signed-in users can write rows that name any file (%s).', v_look.may_write) else '' end;
+  v_files record := autotag.check_files(10000);
+  v_open text := case when v_files.may_write is not null
+    then format(' Signed-in users can write rows that name any file (%s).', v_files.may_write) else '' end;
 begin
   if v_rule = 'any' then
     return autotag.finding('files', 'warning',
       'A row may name any file of the project (rule any), and its workspace gets that image''s tags.' || v_open,
       'Set a rule: autotag init --file-rule workspace-folder   (docs/install.md, "Whose a file is")');
-  elsif v_look.broken > 0 then
+  elsif v_files.foreign_files > 0 then
     return autotag.finding('files', 'warning',
       format('%s of %s checked rows name a file of another workspace (rule %s) and are not tagged, for example %s.',
-        v_look.broken, v_look.looked_at, v_rule, array_to_string(v_look.examples, ', ')) || v_open,
+        v_files.foreign_files, v_files.checked, v_rule, array_to_string(v_files.examples, ', ')) || v_open,
       'Correct these rows, or the rule in autotag.describe_assets.');
   end if;
   return autotag.finding('files', case when v_open <> '' and v_rule in ('uploader-folder', 'owner') then 'warning' else 'ok' end,
     format('Rows name files of %s (rule %s; %s rows checked).',
         case when v_rule in ('uploader-folder', 'owner') then 'members of their workspace' else 'their own workspace' end,
-        v_rule, v_look.looked_at)
+        v_rule, v_files.checked)
       || case when not autotag.users_see_files() and v_rule <> 'none'
         then ' Row level security of storage.objects is not checked (autotag.users_see_files).' else '' end
       || v_open || case

@@ -12,6 +12,25 @@ begin
     else autotag.finding('account', 'ok', 'No error of the account or of Storage pauses tagging.') end;
 end $$;
 
+-- Whether the provider's limit of requests per day holds back single calls.
+create or replace function autotag.diagnose_day(p_provider autotag.provider_limits) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_left double precision := (autotag.refill(p_provider, autotag.now())).day_left;
+  v_waiting bigint := (select c.images from autotag.count_waiting() c);
+begin
+  return case
+    when p_provider.requests_per_day is null then autotag.finding('daily limit', 'ok', 'No limit of requests per day is known.')
+    when v_left < 1 then autotag.finding('daily limit', 'warning',
+      format('The provider''s %s requests of a day are used up: single calls go on at %s an hour, and %s for one.',
+        p_provider.requests_per_day, round(p_provider.requests_per_day / 24.0),
+        case v_waiting when 1 then '1 image waits' else v_waiting || ' images wait' end),
+      'Raise the limit in the provider''s account. Meanwhile, uploads that would wait longer than realtime_max_wait go by batch.')
+    else autotag.finding('daily limit', 'ok', format('%s of the provider''s %s requests of a day are left.',
+      floor(v_left), p_provider.requests_per_day)) end;
+end $$;
+
 -- Whether a quota in dollars limits every workspace.
 create or replace function autotag.diagnose_spending() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -33,7 +52,7 @@ declare
   m autotag.models := autotag.find_model(v_model);
   v_end jsonb := autotag.describe_shutdown();
   v_missing text := concat_ws(', ',
-    case when p_provider.has_batches is false then 'a Batch API (everything goes as single calls)' end,
+    case when p_provider.has_batches is false then 'a Batch API (everything is sent as single calls)' end,
     case when p_provider.has_rate_headers is false then 'rate-limit headers (the limits in autotag.provider_limits apply)' end,
     case when p_provider.keep_files is null then 'expiring files' end);
   v_forms text := concat_ws(', ',

@@ -12,11 +12,14 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
+  v_half_life double precision;    -- in days
 begin
   select * into v_settings from autotag.settings;
+  v_half_life := least(greatest(v_settings.eta_half_life_days, 0.000001), 1000000);
   return query
+    -- 100 half-lives weigh as good as nothing (10^-30), and beyond 1,074 power() fails.
     select s.seconds,
-      power(0.5, date_part('epoch', p_now - s.known_at) / 86400 / v_settings.eta_half_life_days)
+      power(0.5, least(greatest(date_part('epoch', p_now - s.known_at), 0) / 86400 / v_half_life, 100))
       * exp(-abs(ln(s.images::double precision / p_images)))
       * (0.65 + 0.35 * cos(2 * pi() * date_part('epoch', s.started_at - p_started) / 86400)) * s.boost
     from (

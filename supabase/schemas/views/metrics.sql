@@ -25,6 +25,7 @@ begin
       'account_error', (v_provider.account_error is not null)::integer,
       'workers', (select count(*) from autotag.workers w where w.lease_until > v_now),
       'outbox', o.messages, 'oldest_message', extract(epoch from v_now - o.oldest),
+      'unstored', n.images, 'oldest_unstored', extract(epoch from v_now - n.oldest),
       'images_today', u.images, 'cost_today', u.cost, 'unpriced_today', u.unpriced,
       'shutdown_days', (select m.shutdown_date from autotag.settings s, autotag.find_model(s.model) m) - (v_now at time zone 'utc')::date)
     from autotag.count_waiting() q
@@ -40,6 +41,7 @@ begin
                         sum(b.image_count - b.express_count) filter (where b.not_before <= v_now) as images
                       from autotag.batches b where b.state not in ('done', 'cancelled') group by b.state) s) b
     cross join (select count(*) as messages, min(m.created_at) as oldest from autotag.outbox m) o
+    cross join (select count(*) as images, min(r.kept_at) as oldest from autotag.unstored r) n
     cross join (select coalesce(sum(x.images), 0) as images, coalesce(sum(x.cost), 0) as cost,
                   coalesce(sum(x.requests) filter (where x.cost is null), 0) as unpriced
                 from autotag.usage x where x.day = (v_now at time zone 'utc')::date) u);

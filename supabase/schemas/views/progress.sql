@@ -39,7 +39,7 @@ begin
   exception when lock_not_available or deadlock_detected then
     begin
       v_held := autotag.held_assets(p_asset_ids);
-      perform autotag.show_stage(array(select a from unnest(p_asset_ids) a where a <> all (v_held)), p_workspace_id, p_stage, p_progress, p_eta);
+      perform autotag.show_stage(array(select a from unnest(p_asset_ids) a where a not in (select unnest(v_held))), p_workspace_id, p_stage, p_progress, p_eta);
     exception when others or assert_failure then
       null;
     end;

@@ -66,7 +66,7 @@ begin
       'tokens_per_minute', v_provider.tokens_per_minute,
       'tokens_left', floor(greatest(v_provider.tokens_left, 0)),
       'requests_per_day', v_provider.requests_per_day,
-      'requests_left_today', case when v_provider.requests_per_day is not null then floor(v_provider.day_left) end,
+      'requests_left_today', case when v_provider.requests_per_day is not null then floor(greatest(v_provider.day_left, 0)) end,
       'queued_batch_tokens', v_provider.queued_batch_tokens,
       'queued_batch_tokens_used', (
         select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.reserved_tokens > 0),
@@ -77,7 +77,7 @@ begin
     'workers', (
       select coalesce(jsonb_agg(jsonb_build_object('worker', w.id, 'host', w.host, 'version', w.version,
         'listening', w.listening, 'started_at', w.started_at, 'last_heartbeat_at', w.last_heartbeat_at, 'alive', w.lease_until > v_now,
-        'in_hand', cardinality(autotag.leased_tasks(w.id))) order by w.started_at), '[]')
+        'held', cardinality(autotag.leased_tasks(w.id))) order by w.started_at), '[]')
       from autotag.workers w),
     'errors', autotag.recent_errors(p_max, v_now),
     'today', (

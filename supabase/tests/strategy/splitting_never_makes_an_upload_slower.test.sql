@@ -1,3 +1,4 @@
+-- The number of batches of an upload: of 100 images each, but no more batches than the window has left.
 begin;
 \ir ../setup.psql
 select plan(9);

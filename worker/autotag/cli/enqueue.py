@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +13,7 @@ from autotag.cli.database import run_as_operator
 from autotag.cli.errors import INTERRUPTED
 from autotag.cli.options import EXIT_CODES, OPERATOR_URL, JsonAskingNothing, Workspace, Yes, help_end
 from autotag.cli.screen import duration
+from autotag.db.operator_messages import BackfillPreview
 from autotag.money import dollars
 from autotag.operate.backfill import Backfill, backfill
 from autotag.texts import printable
@@ -92,7 +93,7 @@ def _enqueue(workspace: str, untagged: bool, limit: int, after: str | None, expe
         raise fail(f"Stopped after {count(latest.images, 'image')}.{again}", INTERRUPTED) from None
 
 
-def cost_of(preview: dict[str, Any]) -> str:
+def cost_of(preview: BackfillPreview) -> str:
     """The cost that a preview predicts."""
     if preview["cost"] is None:
         return f"cost unknown (autotag.models has no price for {preview['model']})"

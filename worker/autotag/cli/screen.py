@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import cast
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -12,6 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 from autotag.cli.console import cell
+from autotag.db.operator_messages import (
+    BatchStatus,
+    FailedImages,
+    JobStatus,
+    LimitsStatus,
+    ModelStatus,
+    ProviderStatus,
+    SystemStatus,
+    WorkerStatus,
+)  # fmt: skip
 from autotag.money import dollars, total
 from autotag.texts import printable_all
 
@@ -19,12 +29,12 @@ from autotag.texts import printable_all
 ORIGINS = {"storage": "Storage", "host": "the host of an image", "worker": "the worker"}
 
 
-def render(status: dict[str, Any]) -> RenderableType:
+def render(status: SystemStatus) -> RenderableType:
     """What ``autotag.status`` returned, as tables.
 
     Its texts come from hosts, providers and users of the project, so all of them are made printable.
     """
-    status = printable_all(status)
+    status = cast("SystemStatus", printable_all(status))
     now = datetime.fromisoformat(status["at"])
     parts: list[RenderableType] = [
         _headline(status), _model(status["model"], bool(status["limits"]["account_error"])), _limits(status["limits"]),
@@ -39,7 +49,7 @@ def render(status: dict[str, Any]) -> RenderableType:
     return Group(*(part for pair in ((part, Text()) for part in parts) for part in pair))
 
 
-def _headline(status: dict[str, Any]) -> RenderableType:
+def _headline(status: SystemStatus) -> RenderableType:
     queue, today, limits = status["queue"], status["today"], status["limits"]
     lines = [
         Text.assemble(
@@ -53,7 +63,7 @@ def _headline(status: dict[str, Any]) -> RenderableType:
         ),
     ]  # fmt: skip
     if limits["account_error"]:
-        origin = ORIGINS.get(limits["account_error_from"], "the AI provider")
+        origin = ORIGINS.get(limits["account_error_from"] or "", "the AI provider")
         lines.append(Text(f"Tagging is paused because of {origin}: {limits['account_error']}", "bold red"))
     if limits["blocked_until"]:
         lines.append(Text("The AI provider asked all workers to wait (429).", "yellow"))
@@ -77,7 +87,7 @@ def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
     return table
 
 
-def _model(model: dict[str, Any], stopped: bool) -> RenderableType:
+def _model(model: ModelStatus, paused: bool) -> RenderableType:
     """The model with its tokens and cost for an image, and what is special about it or its provider."""
     table = _table("model", "name", "effort", "tier", "tokens an image", "reserved", "cap", "1,000 images",
                    right=("tokens an image", "reserved", "cap", "1,000 images"))  # fmt: skip
@@ -85,10 +95,10 @@ def _model(model: dict[str, Any], stopped: bool) -> RenderableType:
         cell(model["name"]), cell(model["reasoning_effort"] or "model's default"),
         cell(model["service_tier"] or "auto"),
         f"{model['prompt_tokens'] + model['output_tokens']:,}", f"{model['reserved']:,}", f"{model['cap']:,}",
-        dollars(model["cost_per_1000"]) if model["priced"] else "[yellow]cost unknown[/]",
+        "[yellow]cost unknown[/]" if model["cost_per_1000"] is None else dollars(model["cost_per_1000"]),
     )  # fmt: skip
     lines: list[RenderableType] = [table]
-    if not model["proven"] and not stopped:
+    if not model["proven"] and not paused:
         lines.append(Text(" not proven yet: one image at a time", "yellow"))
     if model["shutdown"]:
         style = "bold red" if model["shutdown"]["level"] == "error" else "yellow"
@@ -99,7 +109,7 @@ def _model(model: dict[str, Any], stopped: bool) -> RenderableType:
     return Group(*lines)
 
 
-def missing_features(provider: dict[str, Any]) -> list[str]:
+def missing_features(provider: ProviderStatus) -> list[str]:
     """What a provider does not have, according to its answers."""
     return [
         feature for feature, missing in (
@@ -110,37 +120,39 @@ def missing_features(provider: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _limits(limits: dict[str, Any]) -> Table:
+def _limits(limits: LimitsStatus) -> Table:
     table = _table("limits of the provider", "limit", "used up", "used", "of", right=("used", "of"))
-    rows = [
+    rows: list[tuple[str, int, float]] = [
         ("requests a minute", limits["requests_per_minute"], limits["requests_left"]),
         ("tokens a minute", limits["tokens_per_minute"], limits["tokens_left"]),
         ("queued batch tokens", limits["queued_batch_tokens"],
          limits["queued_batch_tokens"] - limits["queued_batch_tokens_used"]),
     ]  # fmt: skip
-    if limits["requests_per_day"] is not None:
+    if limits["requests_per_day"] is not None and limits["requests_left_today"] is not None:
         rows.insert(2, ("requests a day", limits["requests_per_day"], limits["requests_left_today"]))
     for name, limit, left in rows:
         used = min(max(limit - left, 0), limit)
         table.add_row(name, ProgressBar(limit, used, width=20), f"{used:,.0f}", f"{limit:,.0f}")
+        if name == "requests a day" and left < 1:
+            table.add_row("", cell(f"used up: single calls go on at {limit / 24:,.0f} an hour", "yellow"))
     return table
 
 
-def _workers(workers: list[dict[str, Any]], now: datetime) -> Table:
+def _workers(workers: list[WorkerStatus], now: datetime) -> Table:
     table = _table(
         "workers", "worker", "host", "version", "images", "up", "heartbeat", "", right=("images", "up", "heartbeat")
     )
     for worker in workers:
         note = "" if worker["listening"] else "[yellow]polls[/]"
         table.add_row(
-            cell(worker["worker"][:8]), cell(worker["host"]), cell(worker["version"]), str(worker["in_hand"]),
+            cell(worker["worker"][:8]), cell(worker["host"]), cell(worker["version"]), str(worker["held"]),
             _ago(worker["started_at"], now), f"{_ago(worker['last_heartbeat_at'], now)} ago",
             note if worker["alive"] else "[red]lost[/]",
         )  # fmt: skip
     return table
 
 
-def _jobs(jobs: list[dict[str, Any]], now: datetime) -> Table:
+def _jobs(jobs: list[JobStatus], now: datetime) -> Table:
     table = _table("uploads", "job", "workspace", "strategy", "images", "failed", "progress", "age", "left (p90)",
                    right=("images", "failed", "age", "left (p90)"))  # fmt: skip
     for job in jobs:
@@ -154,7 +166,7 @@ def _jobs(jobs: list[dict[str, Any]], now: datetime) -> Table:
     return table
 
 
-def _batches(batches: list[dict[str, Any]], now: datetime) -> Table:
+def _batches(batches: list[BatchStatus], now: datetime) -> Table:
     table = _table("batches", "batch", "at the provider", "state", "images", "done", "age", "left (p90)",
                    right=("images", "done", "age", "left (p90)"))  # fmt: skip
     for batch in batches:
@@ -169,7 +181,7 @@ def _batches(batches: list[dict[str, Any]], now: datetime) -> Table:
     return table
 
 
-def _errors(errors: list[dict[str, Any]], now: datetime) -> Table:
+def _errors(errors: list[FailedImages], now: datetime) -> Table:
     table = _table("images that failed in the last 24 hours", "images", "code", "what users read", "last",
                    right=("images", "last"))  # fmt: skip
     for error in errors:

@@ -6,7 +6,7 @@ import csv
 import sys
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.table import Table
 from autotag.cli.console import cell, say, say_json
 from autotag.cli.database import run_as_operator
 from autotag.cli.options import OPERATOR_URL, Json, Workspace, help_end
+from autotag.db.operator_messages import UsageRow
 from autotag.money import dollars, plain, round_dollars
 from autotag.texts import spreadsheet_cell
 
@@ -68,18 +69,18 @@ def usage(
         _print_table(rows)
 
 
-def csv_row(row: dict[str, Any]) -> dict[str, Any]:
+def csv_row(row: UsageRow) -> dict[str, object]:
     """A row for CSV. No spreadsheet takes its texts for formulas, and an unknown cost is an empty cell."""
-    texts = {name: spreadsheet_cell(row[name]) for name in TEXTS if row.get(name) is not None}
+    texts = {name: spreadsheet_cell(value) for name, value in row.items() if name in TEXTS and value is not None}
     return {**row, **texts, "cost": None if row["cost"] is None else plain(row["cost"])}
 
 
-def _json_row(row: dict[str, Any]) -> dict[str, Any]:
+def _json_row(row: UsageRow) -> dict[str, object]:
     """A row for JSON: its cost has at most eight decimals, or is None."""
     return {**row, "cost": None if row["cost"] is None else float(round_dollars(row["cost"]))}
 
 
-def _print_table(rows: Sequence[dict[str, Any]]) -> None:
+def _print_table(rows: Sequence[UsageRow]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column, heading in COLUMNS.items():
         table.add_column(heading, justify="left" if column in TEXTS else "right", no_wrap=column != "model")
@@ -89,14 +90,14 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     if not console.is_terminal:
         console.width = max(console.width, PIPED_WIDTH)
     console.print(table)
-    unpriced = sorted({str(row["model"]) for row in rows if row["cost"] is None})
+    unpriced = sorted({row["model"] for row in rows if row["cost"] is None})
     if unpriced:
         console.print(cell(
             f"Unknown: autotag.models has no price for {', '.join(unpriced)}, or the provider reported no tokens."
         ))  # fmt: skip
 
 
-def _table_row(row: dict[str, Any]) -> list[str]:
+def _table_row(row: UsageRow) -> list[str]:
     """The texts of a row, in the order of `COLUMNS`."""
     texts = {name: "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
              for name, value in row.items()}  # fmt: skip

@@ -146,7 +146,7 @@ class Comparison:
                 "called": False, "failures": outcome.failures, "cut_off": outcome.cut_off,
                 "proven": self._proven,
             }  # fmt: skip
-            seen: ObservedLimits = {}
+            observed: ObservedLimits = {}
             outcome.error, outcome.sent = None, 0.0
             try:
                 jpeg = jpeg or await self._load(outcome)
@@ -156,13 +156,13 @@ class Comparison:
                 report |= {
                     "reserved": admitted["reserved"], "reserved_at": admitted["reserved_at"], "cap": admitted["cap"],
                 }  # fmt: skip
-                seen = cast("ObservedLimits", await self._call(question, jpeg, outcome, report))
+                observed = cast("ObservedLimits", await self._call(question, jpeg, outcome, report))
             except TaggingError as error:
-                outcome.error, seen = error, _limits_of(error, seen)
+                outcome.error, observed = error, _limits_of(error, observed)
                 report["error"] = error.as_json()
-            if seen:
-                seen["age"] = time.monotonic() - outcome.sent
-            if await self._settle(question, outcome, report, seen):
+            if observed:
+                observed["age"] = time.monotonic() - outcome.sent
+            if await self._settle(question, outcome, report, observed):
                 return
 
     async def _load(self, outcome: Outcome) -> bytes:
@@ -207,10 +207,10 @@ class Comparison:
         return completion.limits
 
     async def _settle(
-        self, question: ModelQuestion, outcome: Outcome, report: ComparisonReport, seen: ObservedLimits
+        self, question: ModelQuestion, outcome: Outcome, report: ComparisonReport, observed: ObservedLimits
     ) -> bool:
         """Reports one call to the database; returns whether the image is done."""
-        step = await self._operator.settle_comparison(self._workspace, question, report, seen or None)
+        step = await self._operator.settle_comparison(self._workspace, question, report, observed or None)
         if report.get("usage"):
             outcome.billed += 1
             outcome.cost = None if outcome.cost is None or step["cost"] is None else outcome.cost + step["cost"]
@@ -252,9 +252,9 @@ async def open_comparison(
         yield Comparison(operator, provider, images, workspace, question, on_progress, thumbnails=thumbnails)
 
 
-def _limits_of(error: TaggingError, seen: ObservedLimits) -> ObservedLimits:
-    """The provider's limits from the headers of an error."""
-    seen = {**seen, **error.limits}
+def _limits_of(error: TaggingError, observed: ObservedLimits) -> ObservedLimits:
+    """The observed limits, with those from the headers of an error."""
+    observed = {**observed, **error.limits}
     if error.kind == "rate_limit" and error.origin == "provider":
-        seen["retry_after"] = error.retry_after
-    return seen
+        observed["retry_after"] = error.retry_after
+    return observed

@@ -1,67 +1,60 @@
 """The database calls of a worker.
 
-Each method calls one function ``autotag.*``, which is documented in its SQL source. After a broken connection or a
-deadlock, a call is retried until it succeeds, because the answers that it reports were paid for. Retries are safe: a
-second report of the same attempt is refused. The two claims are not retried, because they are not idempotent. After a
-claim that failed, `Database.release_unacknowledged` releases what was claimed without the worker's knowledge.
+Each method calls one function ``autotag.*``, which is documented in its SQL source. After a broken connection, a call
+is retried until it succeeds, because the answers that it reports were paid for (`Connections.call`). Retries are safe:
+a second report of the same attempt is refused, and a claim with the same number returns the same work.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
-import orjson
 import psycopg
 import structlog
-from psycopg.rows import dict_row
-from psycopg.types.json import Jsonb, set_json_dumps, set_json_loads
-from psycopg_pool import AsyncConnectionPool
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+from psycopg.types.json import Jsonb
 
-from autotag.db.listening import KEEPALIVES, MAX_RETRY_DELAY
+from autotag.db.connections import Connections
+from autotag.db.errors import Refused
 from autotag.db.messages import (
     Batch,
     BatchAnswer,
     BatchClaim,
+    Beat,
     Broadcast,
     Claim,
     DatabaseSettings,
     ErrorReport,
     Image,
     Metrics,
-    NotHeld,
+    Notice,
     ObservedLimits,
     PolledBatch,
     ProviderFacts,
     Question,
-    Refused,
     Registered,
     Report,
     Sent,
     Settled,
     StageReport,
+    Stored,
     Submitted,
-    VersionsDiffer,
+    Unstored,
     make,
 )  # fmt: skip
-from autotag.redact import safe_message
 
-POOL_SIZE = 4  # connections; claim, settle, stages and the batch lane rarely run at the same time
+# Seconds that a call may take before it is cancelled. They bound what the host's triggers and locks can cost.
+LEASE_TIMEOUT = 10.0  # heartbeat, release_lost
+DESCRIBE_TIMEOUT = 10.0  # describe_tasks, batch_images: a transaction of the host's can hold its whole table
+SETTLE_TIMEOUT = 2.0  # settle: then the outcomes are kept for the store lane
+STAGES_TIMEOUT = 2.0  # report_stages, show_batch: then the stages are dropped
+STORE_TIMEOUT = 10.0  # store_waiting, postpone_stores, batch_answers
+KEEP_TIMEOUT = 10.0  # settle and batch_answers that only keep outcomes: they touch no row of the host's
+BATCH_TIMEOUT = 30.0  # other steps of a batch
 
 log = structlog.get_logger(__name__)
-
-_TRANSIENT = (psycopg.OperationalError, psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
-
-set_json_dumps(orjson.dumps)
-set_json_loads(orjson.loads)
-
-
-def _log_retry(state: RetryCallState) -> None:
-    error = state.outcome.exception() if state.outcome else None
-    log.warning("database_retry", attempt=state.attempt_number, error=safe_message(error) if error else "")
 
 
 class Database:
@@ -77,21 +70,9 @@ class Database:
         self.worker = worker
         self._registered: Registered | None = None
         self._question: Question | None = None
-        self._pool = AsyncConnectionPool(
-            url,
-            min_size=1,
-            max_size=POOL_SIZE,
-            open=False,
-            kwargs={
-                "autocommit": True,
-                "row_factory": dict_row,
-                "application_name": "autotag",
-                "prepare_threshold": 5 if prepare else None,
-                **KEEPALIVES,
-            },
-        )
+        self._connections = Connections(url, prepare=prepare)
 
-    def _settings(self, sent: Question | None, changed: dict[str, Any] | None) -> DatabaseSettings:
+    def _settings(self, sent: Question | None, changed: Mapping[str, object] | None) -> DatabaseSettings:
         """The settings for the images of a claim; see `_question_of`."""
         if self._registered is None:
             raise RuntimeError("A worker must register before it claims.")
@@ -99,7 +80,7 @@ class Database:
             self._question_of(sent, changed), self._registered.lease_seconds, self._registered.batch_max_bytes
         )
 
-    def _question_of(self, sent: Question | None, changed: dict[str, Any] | None) -> Question:
+    def _question_of(self, sent: Question | None, changed: Mapping[str, object] | None) -> Question:
         """The question for the images of a claim.
 
         Args:
@@ -116,39 +97,12 @@ class Database:
         return question
 
     async def open(self) -> None:
-        """Opens the pool.
-
-        Raises:
-            psycopg_pool.PoolTimeout: no connection within 30 seconds.
-        """
-        await self._pool.open(wait=True)
+        """See `Connections.open`."""
+        await self._connections.open()
 
     async def close(self) -> None:
-        """Closes the pool."""
-        await self._pool.close()
-
-    async def _call(self, statement: str, *arguments: object) -> dict[str, Any]:
-        """Executes one statement and returns its row. Retries after a broken connection or a deadlock."""
-        async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type(_TRANSIENT),
-            wait=wait_random_exponential(0.1, max=MAX_RETRY_DELAY),
-            before_sleep=_log_retry,
-        ):
-            with attempt:
-                return await self._call_once(statement, *arguments)
-        raise AssertionError("unreachable: the loop ends with a result")
-
-    async def _call_once(self, statement: str, *arguments: object) -> dict[str, Any]:
-        async with self._pool.connection() as connection:
-            try:
-                cursor = await connection.execute(statement, arguments)
-            except psycopg.DatabaseError as error:
-                if error.sqlstate == "PT409":
-                    raise NotHeld(str(error)) from None
-                if error.sqlstate == "PT426":
-                    raise VersionsDiffer(str(error.diag.message_primary), str(error.diag.message_hint)) from None
-                raise
-            return cast("dict[str, Any]", await cursor.fetchone())
+        """See `Connections.close`."""
+        await self._connections.close()
 
     async def register(self, host: str, version: str, listening: bool, base_url: str, fingerprint: str) -> Registered:
         """Registers the worker: at its start, before the first claim, and after its lease has ended.
@@ -163,71 +117,139 @@ class Database:
         Raises:
             VersionsDiffer: the schema has another version.
         """
-        row = await self._call(
-            "select autotag.register_worker(%s, %s, %s, %s, %s, %s) as settings",
+        row = await self._connections.call(
+            "lease", "select autotag.register_worker(%s, %s, %s, %s, %s, %s) as settings",
             self.worker, host, version, listening, base_url, fingerprint,
         )  # fmt: skip
         self._registered = make(Registered, row["settings"])
         return self._registered
 
-    async def heartbeat(self) -> tuple[bool, bool]:
+    async def heartbeat(self, claims: Sequence[int], batch_claims: Sequence[int]) -> Beat:
         """Extends the lease. Not retried.
 
-        Returns:
-            Whether the worker still has its lease (if not, it must register again), and whether `tick_if_due` has
-            something to do.
+        Args:
+            claims: numbers of the claims of which the worker holds images (`Claims.listed`).
+            batch_claims: the same for batches.
 
         Raises:
             VersionsDiffer: the schema has been upgraded.
         """
-        row = await self._call_once("select alive, tick_due from autotag.heartbeat(%s)", self.worker)
-        return bool(row["alive"]), bool(row["tick_due"])
+        row = await self._connections.call_once(
+            "lease", "select alive, lost, tick_due from autotag.heartbeat(%s, %s::integer[], %s::integer[])",
+            self.worker, list(claims), list(batch_claims), within=LEASE_TIMEOUT,
+        )  # fmt: skip
+        return make(Beat, row)
+
+    async def release_lost(self, claims: Sequence[int], batch_claims: Sequence[int]) -> int:
+        """Releases what this worker holds by other claims than these, because their replies were lost; returns the
+        number of tasks and batches. Not retried: the next heartbeat says so again."""
+        row = await self._connections.call_once(
+            "lease", "select autotag.release_lost(%s, %s::integer[], %s::integer[]) as n",
+            self.worker, list(claims), list(batch_claims), within=LEASE_TIMEOUT,
+        )  # fmt: skip
+        return int(row["n"])
 
     async def tick_if_due(self) -> bool:
         """Runs the periodic work that is overdue. True: call again, because another lease has ended. Not retried."""
-        return bool((await self._call_once("select autotag.tick_if_due() as more"))["more"])
+        return bool((await self._connections.call_once("other", "select autotag.tick_if_due() as more"))["more"])
 
     async def release(self) -> int:
         """Releases everything that the worker holds, and ends its lease; returns the number of tasks and batches."""
-        return int((await self._call("select autotag.release_worker(%s) as n", self.worker))["n"])
+        return int((await self._connections.call("lease", "select autotag.release_worker(%s) as n", self.worker))["n"])
 
-    async def release_unacknowledged(
-        self, *, tasks: Sequence[int] | None = None, batches: Sequence[str] | None = None
-    ) -> None:
-        """Releases this worker's tasks and batches, except those in the lists. None: keeps all of that kind."""
-        await self._call(
-            "select autotag.release_unacknowledged(%s, %s::bigint[], %s::uuid[])", self.worker, tasks, batches
-        )
-
-    async def claim(self, slots: int) -> Claim:
-        """Claims images for single calls. Not retried: after an error, call `release_unacknowledged`."""
+    async def claim(self, number: int, slots: int) -> Claim:
+        """Claims images for single calls. With the same number, it returns the same images (`Claims.number`)."""
         question = self._question
-        row = await self._call_once(
-            "select tasks, wait, bound, question from autotag.claim(%s, %s, %s)", self.worker, slots, _version(question)
-        )
-        images = [make(Image, task) for task in row["tasks"]]
-        return Claim(images, row["wait"], row["bound"], self._settings(question, row["question"]))
+        row = await self._connections.call(
+            "claim", "select tasks, wait, bound, question from autotag.claim(%s, %s, %s, %s)",
+            self.worker, slots, number, _version(question),
+        )  # fmt: skip
+        return Claim(row["tasks"], row["wait"], row["bound"], self._settings(question, row["question"]))
 
-    async def report_stages(self, stages: list[StageReport], sent: Sent | None) -> None:
-        """Reports stages of images, and calls that were sent."""
-        await self._call(
-            "select autotag.report_stages(%s, %s, %s)", self.worker, Jsonb(stages), Jsonb(sent) if sent else None
-        )
+    async def describe_tasks(self, number: int, tasks: Sequence[int]) -> list[Image]:
+        """Describes images of the claim with this number. Those that the worker does not hold any more are missing.
 
-    async def settle(self, reports: list[Report], observed: ObservedLimits | None) -> Settled:
-        """Reports the outcomes of single calls, and the provider's limits."""
-        row = await self._call(
-            "select autotag.settle(%s, %s, %s) as result",
-            self.worker, Jsonb(reports), Jsonb(observed) if observed else None,
+        Raises:
+            Busy, TooSlow: the host's table is held.
+        """
+        row = await self._connections.call(
+            "describe", "select autotag.describe_tasks(%s, %s::bigint[]) as images",
+            self.worker, list(tasks), within=DESCRIBE_TIMEOUT,
+        )  # fmt: skip
+        return [make(Image, {**image, "claim": number}) for image in row["images"]]
+
+    async def report_stages(self, workspace: str | None, stages: list[StageReport], sent: Sent | None) -> list[Notice]:
+        """Reports stages of images of one workspace, and calls that were sent (also without a workspace); returns
+        notices for the log. Not retried: the next stage or the outcome follows.
+
+        Raises:
+            Busy, TooSlow: the workspace's rows are held, or writing them takes too long.
+        """
+        row = await self._connections.call_once(
+            "stages", "select autotag.report_stages(%s, %s, %s, %s) as notices",
+            self.worker, workspace, Jsonb(stages), Jsonb(sent) if sent else None, within=STAGES_TIMEOUT,
+        )  # fmt: skip
+        return cast("list[Notice]", row["notices"])
+
+    async def settle(
+        self, workspace: str, reports: list[Report], observed: ObservedLimits | None, *, keep: bool
+    ) -> Settled:
+        """Reports the outcomes of single calls of one workspace, and the provider's limits.
+
+        Args:
+            workspace: of the images.
+            reports: at most one per image.
+            observed: see `ObservedLimits`.
+            keep: the host's rows are slow: keep the outcomes for `store_waiting`.
+
+        Raises:
+            Busy, TooSlow: the workspace's rows are held, or writing them takes too long.
+        """
+        row = await self._connections.call(
+            "settle", "select autotag.settle(%s, %s, %s, %s, %s) as result",
+            self.worker, workspace, Jsonb(reports), Jsonb(observed) if observed else None, keep,
+            within=KEEP_TIMEOUT if keep else SETTLE_TIMEOUT,
         )  # fmt: skip
         return make(Settled, row["result"])
 
-    async def claim_batches(self, slots: int) -> BatchClaim:
-        """Claims batches and polls. Not retried: after an error, call `release_unacknowledged`."""
-        question = self._question
-        row = await self._call_once(
-            "select c.* from autotag.claim_batches(%s, %s, %s) c", self.worker, slots, _version(question)
+    async def list_unstored(self) -> Unstored:
+        """What waits for the host's rows."""
+        row = await self._connections.call(
+            "other", "select workspaces::text[] as workspaces, wait from autotag.list_unstored(%s)", self.worker
         )
+        return make(Unstored, row)
+
+    async def store_waiting(self, workspace: str, limit: int) -> Stored:
+        """Stores at most ``limit`` outcomes of a workspace that waited for the host's rows.
+
+        Raises:
+            Busy, TooSlow: writing the rows takes too long; call `postpone_stores` with the same limit next.
+        """
+        row = await self._connections.call(
+            "store", "select autotag.store_waiting(%s, %s, %s) as result",
+            self.worker, workspace, limit, within=STORE_TIMEOUT,
+        )  # fmt: skip
+        return make(Stored, row["result"])
+
+    async def postpone_stores(self, workspace: str, limit: int) -> list[Notice]:
+        """Delays the outcomes that `store_waiting` could not store; returns notices for the log.
+
+        Raises:
+            Busy, TooSlow: as above.
+        """
+        row = await self._connections.call(
+            "store", "select autotag.postpone_stores(%s, %s, %s) as notices",
+            self.worker, workspace, limit, within=STORE_TIMEOUT,
+        )  # fmt: skip
+        return cast("list[Notice]", row["notices"])
+
+    async def claim_batches(self, number: int, slots: int) -> BatchClaim:
+        """Claims batches and polls. With the same number, it returns the same batches (`Claims.number`)."""
+        question = self._question
+        row = await self._connections.call(
+            "claim", "select c.* from autotag.claim_batches(%s, %s, %s, %s) c",
+            self.worker, slots, number, _version(question),
+        )  # fmt: skip
         return BatchClaim(
             batches=[make(Batch, batch) for batch in row["batches"]],
             wait=row["wait"],
@@ -238,68 +260,87 @@ class Database:
             look_up=row["look_up"],
         )
 
+    # The calls of a batch raise `Busy` and `TooSlow`: a transaction holds its rows (cancel_tagging), or the host's are
+    # slow. `BatchSlots.retry` calls again.
+
     async def batch_images(self, batch: Batch, after: int, limit: int) -> list[Image]:
         """The next images of a batch: at most ``limit``, with task ids greater than ``after``."""
-        row = await self._call(
-            "select autotag.batch_images(%s, %s, %s, %s, %s) as page",
-            self.worker, batch.batch, batch.attempt, after, limit,
+        row = await self._batch(
+            "batch_images(%s, %s, %s, %s, %s)", batch, after, limit, within=DESCRIBE_TIMEOUT
         )  # fmt: skip
-        return [make(Image, image) for image in row["page"]]
+        return [make(Image, image) for image in row["result"]]
 
     async def batch_step(self, batch: Batch, state: str, input_file_id: str | None = None) -> None:
         """Records that the next step of submitting a batch starts."""
-        await self._call(
-            "select autotag.batch_step(%s, %s, %s, %s, %s)",
-            self.worker, batch.batch, batch.attempt, state, input_file_id,
-        )  # fmt: skip
+        await self._batch("batch_step(%s, %s, %s, %s, %s)", batch, state, input_file_id)
 
     async def batch_split(self, batch: Batch, last_task: int) -> None:
         """Moves the images after ``last_task``, which did not fit into the file, to another batch."""
-        await self._call(
-            "select autotag.batch_split(%s, %s, %s, %s)", self.worker, batch.batch, batch.attempt, last_task
-        )
+        await self._batch("batch_split(%s, %s, %s, %s)", batch, last_task)
 
     async def batch_submitted(self, batch: Batch, openai_batch_id: str, status: str, input_file_id: str) -> None:
         """Records that the batch was created at the provider."""
-        await self._call(
-            "select autotag.batch_submitted(%s, %s, %s, %s, %s, %s)",
-            self.worker, batch.batch, batch.attempt, openai_batch_id, status, input_file_id,
-        )  # fmt: skip
+        await self._batch("batch_submitted(%s, %s, %s, %s, %s, %s)", batch, openai_batch_id, status, input_file_id)
 
     async def report_batch_failure(self, batch: Batch, error: ErrorReport) -> None:
         """Reports that a step of a batch failed, and releases the batch."""
-        await self._call(
-            "select autotag.report_batch_failure(%s, %s, %s, %s)", self.worker, batch.batch, batch.attempt, Jsonb(error)
-        )
+        await self._batch("report_batch_failure(%s, %s, %s, %s)", batch, Jsonb(error))
 
-    async def record_poll(self, polled: list[PolledBatch]) -> None:
-        """Reports the state of batches at the provider."""
-        await self._call("select autotag.record_poll(%s, %s)", self.worker, Jsonb(polled))
-
-    async def batch_answers(self, batch: Batch, answers: list[BatchAnswer]) -> Settled:
-        """Stores answers of a batch; returns how many images have ended (not those that are retried)."""
-        row = await self._call(
-            "select autotag.batch_answers(%s, %s, %s, %s) as result",
-            self.worker, batch.batch, batch.attempt, Jsonb(answers),
+    async def batch_answers(self, batch: Batch, answers: list[BatchAnswer], *, keep: bool = False) -> Settled:
+        """Stores answers of a batch; returns how many images have ended (not those that are retried). keep: as in
+        `settle`."""
+        row = await self._batch(
+            "batch_answers(%s, %s, %s, %s, %s)", batch, Jsonb(answers), keep,
+            within=KEEP_TIMEOUT if keep else STORE_TIMEOUT,
         )  # fmt: skip
         return make(Settled, row["result"])
 
+    async def batch_finish(self, batch: Batch) -> None:
+        """Ends a batch after its last answer, or without a submission."""
+        await self._batch("batch_finish(%s, %s, %s)", batch)
+
+    async def _batch(
+        self, call: str, batch: Batch, *arguments: object, within: float = BATCH_TIMEOUT
+    ) -> dict[str, Any]:
+        return await self._connections.call(
+            "batch", f"select autotag.{call} as result",
+            self.worker, batch.batch, batch.attempt, *arguments, within=within,
+        )  # fmt: skip
+
+    async def show_batch(self, batch: str, after: int, limit: int) -> int | None:
+        """Shows the stage of a batch on its next images: at most ``limit``, with task ids greater than ``after``.
+        Returns the last one; None: there are no more. Not retried.
+
+        Raises:
+            Busy, TooSlow: the workspace's rows are held, or writing them takes too long.
+        """
+        row = await self._connections.call_once(
+            "stages", "select autotag.show_batch(%s, %s, %s, %s) as last",
+            self.worker, batch, after, limit, within=STAGES_TIMEOUT,
+        )  # fmt: skip
+        return cast("int | None", row["last"])
+
+    async def record_poll(self, polled: list[PolledBatch]) -> list[str]:
+        """Reports the state of batches at the provider; returns those whose stage has changed (`show_batch`)."""
+        row = await self._connections.call(
+            "other", "select autotag.record_poll(%s, %s)::text[] as batches", self.worker, Jsonb(polled)
+        )
+        return cast("list[str]", row["batches"])
+
     async def provider_checked(self, facts: ProviderFacts) -> str | None:
         """Reports facts about the provider; returns a warning for the log if the model shuts down soon."""
-        row = await self._call("select autotag.provider_checked(%s, %s) as notice", self.worker, Jsonb(facts))
+        row = await self._connections.call(
+            "other", "select autotag.provider_checked(%s, %s) as notice", self.worker, Jsonb(facts)
+        )
         return cast("str | None", row["notice"])
 
     async def report_poll_failure(self, error: ErrorReport) -> None:
         """Reports that a poll failed, so that the next one is delayed."""
-        await self._call("select autotag.report_poll_failure(%s, %s)", self.worker, Jsonb(error))
+        await self._connections.call("other", "select autotag.report_poll_failure(%s, %s)", self.worker, Jsonb(error))
 
     async def files_deleted(self, files: Sequence[str]) -> None:
         """Reports files that no longer exist at the provider."""
-        await self._call("select autotag.files_deleted(%s, %s::text[])", self.worker, list(files))
-
-    async def batch_finish(self, batch: Batch) -> None:
-        """Ends a batch after its last answer, or without a submission."""
-        await self._call("select autotag.batch_finish(%s, %s, %s)", self.worker, batch.batch, batch.attempt)
+        await self._connections.call("other", "select autotag.files_deleted(%s, %s::text[])", self.worker, list(files))
 
     async def receive_webhook(self, webhook_id: str, event_type: str, openai_batch_id: str) -> str:
         """Records a delivery of the webhook; returns ``accepted``, ``replayed``, ``unknown`` or ``ignored``.
@@ -308,8 +349,8 @@ class Database:
             Refused: an id is not valid.
         """
         try:
-            row = await self._call(
-                "select autotag.receive_webhook(%s, %s, %s) as result", webhook_id, event_type, openai_batch_id
+            row = await self._connections.call(
+                "other", "select autotag.receive_webhook(%s, %s, %s) as result", webhook_id, event_type, openai_batch_id
             )
         except psycopg.DatabaseError as error:
             if error.sqlstate != "PT400":
@@ -319,11 +360,13 @@ class Database:
 
     async def metrics(self) -> Metrics:
         """Counts and ages of the whole system. Not retried."""
-        return cast("Metrics", (await self._call_once("select autotag.metrics() as metrics"))["metrics"])
+        return cast(
+            "Metrics", (await self._connections.call_once("other", "select autotag.metrics() as metrics"))["metrics"]
+        )
 
     async def take_outbox(self, limit: int) -> list[Broadcast]:
         """Takes at most ``limit`` messages from the outbox."""
-        row = await self._call("select autotag.take_outbox(%s) as messages", limit)
+        row = await self._connections.call("other", "select autotag.take_outbox(%s) as messages", limit)
         return cast("list[Broadcast]", row["messages"])
 
 

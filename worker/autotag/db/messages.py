@@ -21,27 +21,6 @@ Origin = Literal["provider", "storage", "host", "worker"]
 Stage = Literal["preparing", "submitted", "processing", "completing"]
 
 
-class NotHeld(Exception):
-    """Another worker holds the batch now, so this worker must stop working on it."""
-
-
-class VersionsDiffer(Exception):
-    """The versions of this worker and of the schema differ. ``hint`` says which one to upgrade."""
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.hint = hint
-
-
-class Refused(Exception):
-    """The database refuses a call. retry_after: seconds until a retry can succeed; None: a retry does not help."""
-
-    def __init__(self, message: str, hint: str | None, retry_after: float | None) -> None:
-        super().__init__(message)
-        self.hint = hint
-        self.retry_after = retry_after
-
-
 # -- from the database to a worker
 
 
@@ -105,10 +84,28 @@ class Image:
     url: str | None
     cap: int = 0  # max output tokens of its answer
     attempt: int = 0
+    workspace: str = ""
     job: str | None = None
     traceparent: str | None = None  # of the HTTP request that made the job
     waited: float = 0.0  # seconds from the upload to the claim
     refused: str | None = None
+    mark: str | None = None  # of this picture; its outcome names it, because the row may get another one meanwhile
+    claim: int = 0  # number of the claim that released it; the worker adds it
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The answer to a heartbeat.
+
+    Attributes:
+        alive: the worker has its lease; if not, it must register again.
+        lost: the worker holds work that it does not know of; it calls `Database.release_lost` next.
+        tick_due: `Database.tick_if_due` has something to do.
+    """
+
+    alive: bool
+    lost: bool
+    tick_due: bool
 
 
 @dataclass(frozen=True)
@@ -116,12 +113,13 @@ class Claim:
     """Images for single calls.
 
     Attributes:
+        tasks: the images' tasks; `Database.describe_tasks` describes them.
         wait: seconds until the next useful claim; None: until a notification.
         bound: the limit that kept the database from releasing more; None: there are no more images.
         settings: for these images.
     """
 
-    images: list[Image]
+    tasks: list[int]
     wait: float | None
     bound: str | None
     settings: DatabaseSettings
@@ -136,9 +134,28 @@ class Notice(TypedDict):
 
 @dataclass(frozen=True)
 class Settled:
-    """The number of accepted reports, and notices for the worker's log."""
+    """The number of accepted reports, and notices for the worker's log. busy: another call of this worker for the
+    workspace still runs; nothing was done."""
 
     accepted: int
+    notices: list[Notice]
+    busy: bool = False
+
+
+@dataclass(frozen=True)
+class Unstored:
+    """Workspaces with due outcomes that wait for the host's rows, and seconds until the next are due (None: none)."""
+
+    workspaces: list[str]
+    wait: float | None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The number of outcomes that were stored, whether more are due, and notices for the worker's log."""
+
+    stored: int
+    more: bool
     notices: list[Notice]
 
 
@@ -189,12 +206,42 @@ class BatchClaim:
     look_up: str | None = None
 
 
+class ClaimRow(TypedDict):
+    """The row of ``autotag.claim``; the worker makes a `Claim` of it. question: None: it has not changed."""
+
+    tasks: list[Mapping[str, object]]
+    wait: float | None
+    bound: str | None
+    question: Mapping[str, object] | None
+
+
+class BatchClaimRow(TypedDict):
+    """The row of ``autotag.claim_batches``; the worker makes a `BatchClaim` of it. poll, cancel: None: no poll is
+    due."""
+
+    batches: list[Mapping[str, object]]
+    poll: list[Mapping[str, object]] | None
+    cancel: list[str] | None
+    files: list[str]
+    wait: float | None
+    question: Mapping[str, object] | None
+    look_up: str | None
+
+
+class HeartbeatRow(TypedDict):
+    """The row of ``autotag.heartbeat``. alive: the worker still has its lease. tick_due: `tick_if_due` has something to
+    do."""
+
+    alive: bool
+    tick_due: bool
+
+
 class Broadcast(TypedDict):
     """A message of ``autotag.outbox``, in the form that Realtime's HTTP endpoint expects."""
 
     topic: str
     event: str
-    payload: dict[str, Any]
+    payload: object  # passed on as it is
     private: bool
 
 
@@ -214,10 +261,12 @@ class Metrics(TypedDict):
     tokens_left: float
     tokens_per_minute: int
     blocked_seconds: float
-    account_error: int  # 1: tagging is stopped
+    account_error: int  # 1: tagging is paused
     workers: int
     outbox: int
     oldest_message: float | None
+    unstored: int
+    oldest_unstored: float | None
     images_today: int
     cost_today: float
     unpriced_today: int
@@ -282,12 +331,17 @@ class Report(Outcome):
 
     task: int
     attempt: int
+    mark: NotRequired[str | None]  # of the picture that the model saw
 
 
 class BatchAnswer(TypedDict):
-    """A line of a batch's output, in the form that ``autotag.batch_answers`` expects: a result or an error."""
+    """A line of a batch's output, in the form that ``autotag.batch_answers`` expects: a result or an error.
+
+    mark: of the picture that the model saw.
+    """
 
     task: int
+    mark: NotRequired[str]
     usage: NotRequired[Usage | None]
     result: NotRequired[TagResult]
     error: NotRequired[ErrorReport]
@@ -302,11 +356,17 @@ class StageReport(TypedDict):
 
 
 class Limits(TypedDict, total=False):
-    """The provider's limits from an answer's headers: requests and tokens per minute, what is left of them, and seconds
-    to wait."""
+    """The provider's limits from an answer's headers, what is left of them, and seconds to wait.
+
+    requests, tokens: per minute. day: requests per day. unclear: requests, but the headers do not say of what period.
+    """
 
     requests_limit: int
     requests_left: int
+    day_limit: int
+    day_left: int
+    unclear_limit: int
+    unclear_left: int
     tokens_limit: int
     tokens_left: int
     retry_after: float | None

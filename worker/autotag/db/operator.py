@@ -10,16 +10,20 @@ import psycopg
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from autotag.db.messages import ObservedLimits, Refused, make
+from autotag.db.errors import Refused
+from autotag.db.messages import ObservedLimits, make
 from autotag.db.operator_messages import (
     Admission,
     BackfillPart,
+    BackfillPreview,
     ComparedImage,
     ComparisonPreview,
     ComparisonReport,
     ComparisonStep,
     Diagnosis,
     ModelQuestion,
+    SystemStatus,
+    UsageRow,
 )  # fmt: skip
 
 
@@ -80,13 +84,13 @@ class Operator:
         """Sends a broadcast that contains ``nonce``."""
         await self._value("select autotag.send_test_broadcast(%s)", nonce)
 
-    async def status(self) -> dict[str, Any]:
-        """The current state of the whole system; see ``autotag.status``."""
-        return cast("dict[str, Any]", await self._value("select autotag.status()"))
+    async def status(self) -> SystemStatus:
+        """The current state of the whole system."""
+        return cast("SystemStatus", await self._value("select autotag.status()"))
 
-    async def preview_backfill(self, workspace: str, untagged: bool, after: str | None, limit: int) -> dict[str, Any]:
-        """Predicts a backfill: ``{images, seconds, cost, model}``. cost: dollars; None: the model has no price."""
-        return cast("dict[str, Any]", await self._value(
+    async def preview_backfill(self, workspace: str, untagged: bool, after: str | None, limit: int) -> BackfillPreview:
+        """Predicts a backfill."""
+        return cast("BackfillPreview", await self._value(
             "select autotag.preview_backfill(%s, %s, %s, %s)", workspace, untagged, after, limit))  # fmt: skip
 
     async def backfill(self, workspace: str, untagged: bool, after: str | None, limit: int) -> BackfillPart:
@@ -132,8 +136,8 @@ class Operator:
             workspace, Jsonb(question), Jsonb(report), Jsonb(observed) if observed else None,
         ))  # fmt: skip
 
-    async def usage(self, workspace: str, since: date, until: date) -> list[dict[str, Any]]:
-        """Usage by user, day, model and service tier. cost: dollars; None: the model has no price."""
+    async def usage(self, workspace: str, since: date, until: date) -> list[UsageRow]:
+        """Usage by user, day, model and service tier."""
         async with self._connection.cursor(row_factory=dict_row) as cursor:
             await cursor.execute("select * from autotag.list_usage(%s, %s, %s)", (workspace, since, until))
-            return await cursor.fetchall()
+            return cast("list[UsageRow]", await cursor.fetchall())

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
 from typing import Literal, NotRequired, TypedDict
+from uuid import UUID
 
 from autotag.db.messages import ErrorReport, Image, Usage
+
+#: The strategies of an upload (``autotag.strategy``).
+Strategy = Literal["realtime", "realtime-chunked", "batch", "batch-parallel"]
 
 
 class FindingRow(TypedDict):
@@ -68,6 +74,138 @@ class ModelStatus(TypedDict):
     proven: bool
     shutdown: Shutdown | None
     provider: ProviderStatus
+
+
+class QueueStatus(TypedDict):
+    """Images that are being tagged (``live``), that are queued (in how many workspaces), and that will be retried
+    (``delayed``)."""
+
+    workspaces: int
+    queued: int
+    delayed: int
+    live: int
+
+
+class JobStatus(TypedDict):
+    """An unfinished upload. progress: percent. Times: ISO. fallback: why its images are not sent as its size would have
+    it, as a sentence for users."""
+
+    job_id: str
+    workspace_id: str
+    strategy: Strategy
+    image_count: int
+    completed: int
+    failed: int
+    progress: int
+    created_at: str
+    eta: str | None
+    eta_p90: str | None
+    fallback: str | None
+
+
+class BatchStatus(TypedDict):
+    """A batch that has not ended. images: lines of its file. done: lines that have an answer. state: see
+    tables/batches.sql."""
+
+    batch: str
+    job_id: str
+    ordinal: int
+    openai_batch_id: str | None
+    state: str
+    openai_status: str | None
+    images: int
+    done: int
+    created_at: str
+    submitted_at: str | None
+    eta: str
+    eta_p90: str
+    failures: int
+    error: str | None
+
+
+class LimitsStatus(TypedDict):
+    """The provider's limits, and what is left of them. requests_per_day: None: no daily limit is known. blocked_until:
+    all calls wait until then. account_error: why tagging is paused; None: it is not."""
+
+    requests_per_minute: int
+    requests_left: float
+    tokens_per_minute: int
+    tokens_left: float
+    requests_per_day: int | None
+    requests_left_today: float | None
+    queued_batch_tokens: int
+    queued_batch_tokens_used: int
+    blocked_until: str | None
+    account_error: str | None
+    account_error_from: str | None
+    account_error_at: str | None
+
+
+class WorkerStatus(TypedDict):
+    """A worker. alive: it has its lease. held: images that it holds as single calls."""
+
+    worker: str
+    host: str
+    version: str
+    listening: bool
+    started_at: str
+    last_heartbeat_at: str
+    alive: bool
+    held: int
+
+
+class FailedImages(TypedDict):
+    """Images that failed with the same error within a day. message: for users. last_at: when the last one failed."""
+
+    code: str | None
+    message: str | None
+    images: int
+    last_at: str
+
+
+class TodayStatus(TypedDict):
+    """Usage of the current day (UTC) in all workspaces. cost: dollars, without the requests to models that have no
+    price."""
+
+    images: int
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    cost: float
+    unpriced_requests: int
+    unpriced_models: list[str]
+
+
+class SystemStatus(TypedDict):
+    """The current state of the whole system (``autotag.status``). at: ISO."""
+
+    at: str
+    queue: QueueStatus
+    jobs: list[JobStatus]
+    batches: list[BatchStatus]
+    limits: LimitsStatus
+    model: ModelStatus
+    workers: list[WorkerStatus]
+    errors: list[FailedImages]
+    today: TodayStatus
+
+
+class UsageRow(TypedDict):
+    """The usage of one user, day, model and service tier (``autotag.list_usage``). cost: dollars; None: the model has
+    no price."""
+
+    user_id: UUID | None
+    day: date
+    model: str
+    service_tier: str
+    images: int
+    requests: int
+    input_tokens: int
+    cached_tokens: int
+    cache_write_tokens: int
+    output_tokens: int
+    reasoning_tokens: int
+    cost: Decimal | None
 
 
 class Diagnosis(TypedDict):

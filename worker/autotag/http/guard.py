@@ -36,7 +36,7 @@ class GuardedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._begin(waiting=True, seconds=REQUEST_SECONDS)
-        self._make_room()
+        self._close_one_if_full()
 
     def data_received(self, data: bytes) -> None:
         self._lines += data.count(b"\r\n")
@@ -77,7 +77,7 @@ class GuardedProtocol(H11Protocol):
     def _end(self) -> None:
         self.transport.abort()  # `close` would wait for a client that does not read
 
-    def _make_room(self) -> None:
+    def _close_one_if_full(self) -> None:
         others = [
             connection for connection in self.connections
             if isinstance(connection, GuardedProtocol) and not connection.transport.is_closing()

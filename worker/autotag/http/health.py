@@ -1,7 +1,7 @@
 """A worker's port for operators: health and metrics.
 
 ``/healthz`` returns 503 if this process is stuck, so that only a restart helps. ``/readyz`` also returns 503 if the
-database is unreachable or tagging is stopped (the AI provider or Storage refuses the account); a restart does not help.
+database is unreachable or tagging is paused (the AI provider or Storage refuses the account); a restart does not help.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def make_app(health: Health, metrics: SystemMetrics) -> Starlette:
 
     async def readyz(_: Request) -> Response:
         try:
-            stopped = await metrics.is_stopped()
+            paused = await metrics.is_paused()
         except (psycopg.Error, psycopg_pool.PoolTimeout, TimeoutError) as error:
             return _respond(f"The database did not answer: {type(error).__name__}.")
-        return _respond(health.problem() or ("Tagging is stopped; see autotag status." if stopped else None))
+        return _respond(health.problem() or ("Tagging is paused; see autotag status." if paused else None))
 
     async def scrape(_: Request) -> Response:
         try:

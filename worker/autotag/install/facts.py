@@ -67,7 +67,7 @@ class Facts:
     adapter: int | None = None
 
 
-def look(url: str) -> Facts:
+def read_facts(url: str) -> Facts:
     """Reads the schema of a project.
 
     Args:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from autotag.install.facts import Facts, look
+from autotag.install.facts import Facts, read_facts
 from autotag.install.files import find_rule, users_see_files
 from autotag.install.host import Ask, Choices, FileRule, Host, HostError, propose
 from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, Migration, spending_limit
@@ -43,7 +43,7 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool) -> Survey:
         psycopg.OperationalError: the database cannot be reached.
         HostError: the tables cannot be used, or a question has no answer.
     """
-    facts = look(url)
+    facts = read_facts(url)
     if HOST_ADAPTER in facts.applied and choices == Choices():
         # The adapter is not written again, so no answer matters. It alone knows the buckets of its rule.
         host = propose(facts, choices, _first_answer)

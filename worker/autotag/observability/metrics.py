@@ -76,13 +76,19 @@ _SYSTEM = (
         "autotag_provider_blocked_seconds",
         "Seconds until calls continue after a 429.",
     ),
-    ("account_error", "autotag_provider_account_error", "1 while tagging is stopped; see autotag status."),
+    ("account_error", "autotag_provider_account_error", "1 while tagging is paused; see autotag status."),
     ("workers", "autotag_workers", "Workers with a lease."),
     ("outbox", "autotag_outbox_messages", "Broadcasts that have not left the database."),
     (
         "oldest_message",
         "autotag_outbox_oldest_seconds",
         "Age of the oldest message in the outbox.",
+    ),
+    ("unstored", "autotag_unstored_images", "Images whose outcome waits for your table's row."),
+    (
+        "oldest_unstored",
+        "autotag_unstored_oldest_seconds",
+        "Age of the oldest outcome that waits for your table's row.",
     ),
     ("images_today", "autotag_images_today", "Images tagged since midnight UTC."),
     (
@@ -128,8 +134,8 @@ class SystemMetrics(Collector):
         self._read_at = float("-inf")
         self._reading = asyncio.Lock()  # concurrent scrapes share one query and one connection
 
-    async def is_stopped(self) -> bool:
-        """Whether tagging is stopped, because the provider or Storage refuses the account.
+    async def is_paused(self) -> bool:
+        """Whether tagging is paused, because the provider or Storage refuses the account.
 
         Raises:
             psycopg.Error, psycopg_pool.PoolTimeout, TimeoutError: the database did not answer.

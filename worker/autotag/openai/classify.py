@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autotag.db.messages import Kind
+from autotag.db.messages import Kind, Limits
 from autotag.errors import TaggingError
-from autotag.openai.headers import read_limits, retry_after, retry_after_in_message
+from autotag.openai.headers import (
+    read_daily_refusal, read_limits, reset_wait, retry_after, retry_after_in_message,
+)  # fmt: skip
 from autotag.redact import redact
 from autotag.texts import clean_text
 
@@ -248,6 +250,7 @@ def classify_status(status: int, body: object, headers: Mapping[str, str]) -> Ta
     """Classifies an HTTP status and an error body, of a single call or of a batch line."""
     details = parse_error(status, body)
     code, lower, message = details.code, details.code.lower(), details.message or details.code or str(status)
+    headers = {**_headers_in_body(body), **headers}
     wait = retry_after(headers) or retry_after_in_message(details.message)
 
     def error(kind: Kind, error_code: str, sentence: str, **more: Any) -> TaggingError:
@@ -268,8 +271,9 @@ def classify_status(status: int, body: object, headers: Mapping[str, str]) -> Ta
     if lower in ACCOUNT_CODES:
         return error("account", code, f"The provider refused the account: {message}")
     if (status == 429 and not _is_about_credit(details)) or (status == 402 and wait):
-        wait = wait or DEFAULT_RETRY_AFTER
-        return error("rate_limit", "rate_limited", "The AI service is busy.", limits=read_limits(headers))
+        wait = wait or reset_wait(headers) or DEFAULT_RETRY_AFTER
+        limits: Limits = {**read_limits(headers), **read_daily_refusal(details.message)}
+        return error("rate_limit", "rate_limited", "The AI service is busy.", limits=limits)
     if status == 413 and (lower == "rate_limit_exceeded" or "per minute" in details.message.lower()):
         # One request exceeds the limit per minute. It may fit later, when shorter answers have lowered the learned cap.
         return error(
@@ -285,6 +289,14 @@ def classify_status(status: int, body: object, headers: Mapping[str, str]) -> Ta
     if status in (401, 402, 403, 404, 405, 410, 413, 501):
         return error("account", code or f"http_{status}", f"The provider refused the request ({status}): {message}")
     return error("transient", "request_refused", f"The AI service refused the request: {message}")
+
+
+def _headers_in_body(body: object) -> dict[str, str]:
+    """The rate-limit headers that OpenRouter repeats in its error: ``{"error": {"metadata": {"headers": {…}}}}``."""
+    found: object = body.get("error", body) if isinstance(body, dict) else None
+    for name in ("metadata", "headers"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return {str(name).lower(): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
 
 
 def _error_of_rule(rule: Rule, message: str, code: str, error: Any) -> TaggingError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 
 from autotag.db.messages import BatchAnswer
@@ -10,6 +11,7 @@ from autotag.errors import TaggingError
 from autotag.openai.answers import read_completion, read_usage
 from autotag.openai.classify import classify_status
 
+_MARK = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 MAX_LINE_BYTES = 1_000_000  # longer lines are cut; an answer has a few thousand bytes
 
 
@@ -31,7 +33,9 @@ def read_line(line: bytes, max_tags: int) -> BatchAnswer | None:
     """Parses one line of an output or error file; None if it is not a valid answer."""
     try:
         entry = json.loads(line)
-        task = int(entry["custom_id"])
+        # Without a mark: the picture had none, or an earlier version made the line (`prompt.custom_id`).
+        task_id, _, mark = str(entry["custom_id"]).partition("-")
+        task = int(task_id)
         response = entry.get("response") or {}
         status, body = int(response.get("status_code") or 0), response.get("body")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -39,6 +43,8 @@ def read_line(line: bytes, max_tags: int) -> BatchAnswer | None:
     if not 0 < task < 2**63:
         return None
     report: BatchAnswer = {"task": task}
+    if _MARK.fullmatch(mark):
+        report["mark"] = mark
     try:
         if status != 200 or not isinstance(body, dict):
             # "completed" batches were seen to contain lines with status 0 or 5xx, or with only `error`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from autotag.db.messages import Question
+from autotag.db.messages import Image, Question
 
 
 def answer_schema() -> dict[str, Any]:
@@ -74,6 +74,12 @@ def request_body(question: Question, data_url: str, cap: int) -> dict[str, Any]:
     elif question.answer_format == "json_object":
         body["response_format"] = {"type": "json_object"}
     return body
+
+
+def custom_id(image: Image) -> str:
+    """The ``custom_id`` of an image's line, which comes back with its answer (`output.read_line`): its task, and the
+    mark of the picture that the line contains."""
+    return f"{image.task}-{image.mark}" if image.mark else str(image.task)
 
 
 def batch_line(custom_id: str, body: dict[str, Any]) -> bytes:

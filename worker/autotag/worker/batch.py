@@ -18,9 +18,12 @@ from autotag.observability.metrics import BATCH_SECONDS, IN_FLIGHT, timed
 from autotag.openai.errors import classify_batch_error
 from autotag.openai.provider import Provider
 from autotag.redact import safe_message
+from autotag.worker.claims import Claims
 from autotag.worker.files import Files
 from autotag.worker.harvest import Harvester
 from autotag.worker.poll import Poller
+from autotag.worker.show import BatchStages
+from autotag.worker.slots import BatchSlots
 from autotag.worker.submit import Submitter
 from autotag.worker.wake import Wake
 
@@ -36,6 +39,7 @@ class BatchLane:
         self,
         db: Database,
         wake: Wake,
+        claims: Claims,
         images: Images,
         provider: Provider,
         *,
@@ -46,6 +50,7 @@ class BatchLane:
         Args:
             db: the database.
             wake: wakes the lane.
+            claims: numbers the claims.
             images: loads the images.
             provider: runs the batches.
             slots: max batches that are built or harvested concurrently.
@@ -53,33 +58,36 @@ class BatchLane:
         """
         self._db = db
         self._wake = wake
+        self._claims = claims
+        self._slots = BatchSlots(wake, slots)
+        self._stages = BatchStages(db)
         files = Files(db, provider)
-        self._submitter = Submitter(db, images, provider, files, fetches=fetches)
-        self._poller = Poller(db, provider, files)
-        self._harvester = Harvester(db, provider, files)
-        self._slots = slots
-        self._running: dict[asyncio.Task[None], Batch] = {}
+        self._submitter = Submitter(db, images, provider, files, self._slots, self._stages, fetches=fetches)
+        self._poller = Poller(db, provider, files, self._stages)
+        self._harvester = Harvester(db, provider, files, self._slots)
+        self._running: dict[asyncio.Task[None], int] = {}  # with the number of the batch's claim
         IN_FLIGHT.labels("batch").set_function(lambda: len(self._running))
 
     async def run(self, deadline: float) -> None:
         """Runs until the worker stops. Batches in progress then have ``deadline`` seconds to finish."""
         polling: asyncio.Task[None] | None = None
         while not self._wake.stop.is_set():
+            number, free = self._claims.number(), self._slots.free
             try:
-                claim = await self._db.claim_batches(self._slots - len(self._running))
+                claim = await self._db.claim_batches(number, free)
             except psycopg.Error as error:
                 log.error("claim_batches_failed", error=safe_message(error))
                 await self._wake.pause(CLAIM_RETRY)
-                await self._db.release_unacknowledged(batches=[batch.batch for batch in self._running.values()])
                 continue
+            self._claims.receive(len(claim.batches))
             for batch in claim.batches:
+                self._slots.take()
                 task = asyncio.create_task(self._work(batch, claim.settings))
-                self._running[task] = batch
-                task.add_done_callback(self._free_slot)
+                self._running[task] = number
+                task.add_done_callback(self._end)
             if (claim.poll or claim.files or claim.look_up) and (polling is None or polling.done()):
                 polling = asyncio.create_task(self._poller.poll(claim))
-            full = len(self._running) >= self._slots
-            await self._wake.wait("batch", None if full else claim.wait)
+            await self._wake.wait("batch", claim.wait if self._slots.free else None)
         if polling:
             polling.cancel()
         if self._running:
@@ -88,13 +96,18 @@ class BatchLane:
             for task in unfinished:
                 task.cancel()
             await asyncio.gather(*unfinished, return_exceptions=True)
+        await self._stages.stop()
 
-    def _free_slot(self, task: asyncio.Task[None]) -> None:
-        self._running.pop(task)
-        self._wake.notify("batch")
+    def _end(self, task: asyncio.Task[None]) -> None:
+        self._claims.drop(self._running.pop(task))
+        self._slots.leave()
 
     async def _work(self, batch: Batch, settings: DatabaseSettings) -> None:
         """Submits or harvests one batch. Errors are reported to the database, which decides what follows."""
+        async with self._slots:
+            await self._do(batch, settings)
+
+    async def _do(self, batch: Batch, settings: DatabaseSettings) -> None:
         logger = log.bind(batch=batch.batch, openai_batch=batch.openai_batch_id)
         try:
             if batch.state == "harvesting":
@@ -118,6 +131,8 @@ class BatchLane:
 
     async def _report_failure(self, batch: Batch, error: TaggingError) -> None:
         try:
-            await self._db.report_batch_failure(batch, error.as_json())
+            await self._slots.retry(lambda: self._db.report_batch_failure(batch, error.as_json()))
         except NotHeld:
             log.warning("batch_not_held", batch=batch.batch)
+        except psycopg.Error as problem:  # the next heartbeat does not list the batch, so the database takes it back
+            log.error("failure_not_reported", batch=batch.batch, error=safe_message(problem))

@@ -8,12 +8,14 @@ from contextlib import aclosing
 
 import structlog
 
-from autotag.db import Batch, Database, DatabaseSettings
+from autotag.db import Batch, Database, DatabaseSettings, TooSlow
 from autotag.db.messages import BatchAnswer
 from autotag.observability.metrics import count_answers
 from autotag.openai.output import read_line
 from autotag.openai.provider import Provider
 from autotag.worker.files import Files
+from autotag.worker.notices import log_notices
+from autotag.worker.slots import BatchSlots
 
 MAX_ANSWERS = 1000  # answers stored in one call; with 500 it takes 6 µs longer for each
 
@@ -23,45 +25,53 @@ log = structlog.get_logger(__name__)
 class Harvester:
     """Stores the answers of batches that have ended."""
 
-    def __init__(self, db: Database, provider: Provider, files: Files) -> None:
+    def __init__(self, db: Database, provider: Provider, files: Files, slots: BatchSlots) -> None:
         self._db = db
         self._provider = provider
         self._files = files
+        self._slots = slots
 
     async def harvest(self, batch: Batch, settings: DatabaseSettings) -> None:
         """Stores all answers of a batch, finishes it, and deletes its files.
+
+        If the batch is busy, all starts anew later: its answers are safe at the provider, and storing one again changes
+        nothing. To wait in the middle of a file would keep the download open.
 
         Raises:
             TaggingError: a file could not be read.
             NotHeld: another worker holds the batch now.
         """
-        for file_id in (batch.output_file_id, batch.error_file_id):
-            if file_id:
-                await self._store(batch, settings, file_id)
-        await self._db.batch_finish(batch)
+        await self._slots.retry(lambda: self._store_files(batch, settings))
+        await self._slots.retry(lambda: self._db.batch_finish(batch))
         # If this worker ends here, the next poll deletes the files.
         await self._files.delete([f for f in (batch.input_file_id, batch.output_file_id, batch.error_file_id) if f])
 
+    async def _store_files(self, batch: Batch, settings: DatabaseSettings) -> None:
+        for file_id in (batch.output_file_id, batch.error_file_id):
+            if file_id:
+                await self._store(batch, settings, file_id)
+
     async def _store(self, batch: Batch, settings: DatabaseSettings, file_id: str) -> None:
         """Stores a file's answers page by page. One page is stored while the next is read."""
-        storing: asyncio.Task[None] | None = None
+        storing: asyncio.Task[bool] | None = None
+        slow = False
         try:
             async with aclosing(self._answers(batch, settings, file_id)) as pages:
                 async for page in pages:
-                    count_answers("batch", page)
                     if storing:
-                        await storing
-                    storing = asyncio.create_task(self._store_page(batch, page))
+                        slow = await storing
+                    storing = asyncio.create_task(self._store_page(batch, page, slow))
             if storing:
                 await storing
         finally:
-            if storing and not storing.done():
+            if storing:
                 storing.cancel()
+                await asyncio.gather(storing, return_exceptions=True)
 
-    async def _store_page(self, batch: Batch, page: list[BatchAnswer]) -> None:
-        stored = await self._db.batch_answers(batch, page)
-        for notice in stored.notices:
-            log.warning(notice["event"], notice=notice["notice"])
+    async def _store_page(self, batch: Batch, page: list[BatchAnswer], slow: bool) -> bool:
+        slow = await store_answers(self._db, batch, page, slow)
+        count_answers("batch", page)
+        return slow
 
     async def _answers(
         self, batch: Batch, settings: DatabaseSettings, file_id: str
@@ -83,3 +93,30 @@ class Harvester:
             yield page
         if unreadable:
             log.warning("batch_lines_unreadable", batch=batch.batch, file=file_id, lines=unreadable)
+
+
+async def store_answers(db: Database, batch: Batch, answers: list[BatchAnswer], slow: bool = False) -> bool:
+    """Stores answers of a batch. If the host's rows are slow, the answers are kept for the store lane.
+
+    Args:
+        db: the database.
+        batch: that the worker holds.
+        answers: of its images.
+        slow: the rows were slow before.
+
+    Returns:
+        Whether the rows are slow.
+
+    Raises:
+        Busy, TooSlow: another transaction holds the batch; nothing was stored.
+    """
+    try:
+        stored = await db.batch_answers(batch, answers, keep=slow)
+    except TooSlow:
+        if slow:
+            raise
+        log.warning("batch_slow", batch=batch.batch, images=len(answers))
+        slow = True
+        stored = await db.batch_answers(batch, answers, keep=True)
+    log_notices(stored.notices)
+    return slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import cast
 
 from autotag.db.messages import Limits, ObservedLimits, Sent
 
@@ -53,3 +54,15 @@ class Observations:
             observed = {**observed, **self._limits, "age": time.monotonic() - self._limits_at}
             self._limits, self._limits_at = {}, 0.0
         return observed or None
+
+    def put_back(self, observed: ObservedLimits | Sent | None, taken: float) -> None:
+        """Takes back what was not reported, because the call failed. ``taken``: when it was (`time.monotonic`)."""
+        if observed is None:
+            return
+        if "sent" in observed:
+            first = taken - observed["sent_age"]
+            self._first_sent = min(first, self._first_sent) if self._sent else first
+            self._sent += observed["sent"]
+        limits = cast("Limits", {k: v for k, v in observed.items() if k not in ("sent", "sent_age", "age")})
+        if limits:
+            self.add_limits(limits, taken - cast("float", observed.get("age", 0)))

@@ -12,6 +12,7 @@ from autotag.errors import TaggingError
 from autotag.openai.provider import Provider
 from autotag.openai.records import ProviderBatch
 from autotag.worker.files import Files
+from autotag.worker.show import BatchStages
 
 MAX_POLLED = 10  # batches per record_poll, which locks their uploads
 
@@ -21,10 +22,11 @@ log = structlog.get_logger(__name__)
 class Poller:
     """Does the provider calls that a claim asks for, besides submitting and harvesting."""
 
-    def __init__(self, db: Database, provider: Provider, files: Files) -> None:
+    def __init__(self, db: Database, provider: Provider, files: Files, stages: BatchStages) -> None:
         self._db = db
         self._provider = provider
         self._files = files
+        self._stages = stages
 
     async def poll(self, claim: BatchClaim) -> None:
         """Cancels batches, polls those in flight, deletes files, and checks the model, as far as the claim asks for it.
@@ -32,12 +34,18 @@ class Poller:
         Results and errors are reported to the database.
         """
         try:
+            await self._poll(claim)
+        except Exception:  # the next poll does what this one did not
+            log.exception("poll_failed")
+
+    async def _poll(self, claim: BatchClaim) -> None:
+        try:
             for batch_id in claim.cancel:
                 await self._cancel(batch_id)
             if claim.poll:
                 polled = await self._poll_batches(claim.poll)
                 for first in range(0, len(polled), MAX_POLLED):
-                    await self._db.record_poll(polled[first : first + MAX_POLLED])
+                    self._stages.show(await self._db.record_poll(polled[first : first + MAX_POLLED]))
             await self._files.delete(claim.files)
             if claim.look_up:
                 await self._check_model(claim.look_up)

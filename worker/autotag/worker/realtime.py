@@ -1,4 +1,4 @@
-"""The lane of single calls: claims images and tags them."""
+"""The lane of single calls: claims images, asks what they are, and tags them."""
 
 from __future__ import annotations
 
@@ -9,60 +9,63 @@ from typing import Any
 import psycopg
 import structlog
 
-from autotag.db import Database, DatabaseSettings, Image
+from autotag.db import CALL_ERRORS, Claim, Database, DatabaseSettings, Image
 from autotag.observability.metrics import CLAIMED, CLAIMS, IN_FLIGHT, SECONDS
 from autotag.redact import safe_message
+from autotag.worker.claims import Claims
 from autotag.worker.wake import Wake
 
 RECLAIM_DELAY = 0.05  # seconds from the first free slot to the next claim, if all slots were busy …
 RECLAIM_SHARE = 4  # … or earlier, when one in RECLAIM_SHARE slots is free
 CLAIM_RETRY = 1.0  # seconds to wait after a failed claim
+DESCRIBE_RETRY = 0.5  # seconds to wait after a failed call of describe_tasks; twice as long each time …
+MAX_DESCRIBE_RETRY = 10.0  # … but no longer than this
+WHOLE_DESCRIPTIONS = 3  # after so many failures, each half of the images is described by itself
 
 log = structlog.get_logger(__name__)
 
+TagImage = Callable[[Image, DatabaseSettings], Coroutine[Any, Any, None]]
 
-async def run(
-    db: Database,
-    wake: Wake,
-    slots: int,
-    tag_image: Callable[[Image, DatabaseSettings], Coroutine[Any, Any, None]],
-    deadline: float,
-) -> None:
+
+async def run(db: Database, wake: Wake, claims: Claims, slots: int, tag_image: TagImage, deadline: float) -> None:
     """Runs the lane until the worker stops.
 
     Args:
         db: the database.
         wake: wakes the lane.
+        claims: numbers the claims.
         slots: max single calls in flight.
         tag_image: tags an image and reports the outcome (`Tagger.tag`).
         deadline: seconds that calls in flight have to finish when the worker stops.
     """
     calls = Slots(wake, slots)
+    descriptions = Descriptions(db, claims, calls, tag_image)
     bound: str | None = None
     while not wake.stop.is_set():
-        free = slots - len(calls.busy)
         wait: float | None = None
-        if free > 0:
+        if calls.free > 0:
+            number = claims.number()
             try:
-                claim = await db.claim(free)
-                wait = claim.wait
-                CLAIMS.labels(claim.bound or "nothing").inc()
-                if claim.bound == "superseded" != bound:
-                    log.warning(
-                        "worker_superseded",
-                        hint="Another worker has another OPENAI_BASE_URL or OPENAI_API_KEY. This worker gets no images "
-                        "while that one runs and its key works.",
-                    )
-                bound = claim.bound
+                claim = await db.claim(number, calls.free)
             except psycopg.Error as error:
                 log.error("claim_failed", error=safe_message(error))
                 await wake.pause(CLAIM_RETRY)
-                await db.release_unacknowledged(tasks=[image.task for image in calls.busy.values()])
                 continue
-            CLAIMED.inc(len(claim.images))
-            for image in claim.images:
-                calls.start(image, tag_image(image, claim.settings))
+            claims.receive(len(claim.tasks))
+            wait = claim.wait
+            CLAIMS.labels(claim.bound or "nothing").inc()
+            if claim.bound == "superseded" != bound:
+                log.warning(
+                    "worker_superseded",
+                    hint="Another worker has another OPENAI_BASE_URL or OPENAI_API_KEY. This worker gets no images "
+                    "while that one runs and its key works.",
+                )
+            bound = claim.bound
+            if claim.tasks:
+                CLAIMED.inc(len(claim.tasks))
+                descriptions.start(number, claim)
         await calls.wait(wait)
+    descriptions.cancel()
     await calls.finish(deadline)
 
 
@@ -70,23 +73,42 @@ class Slots:
     """The single calls in flight of one worker, and when to claim more."""
 
     def __init__(self, wake: Wake, slots: int) -> None:
-        self.busy: dict[asyncio.Task[None], Image] = {}
+        self._busy: set[asyncio.Task[None]] = set()
+        self._reserved = 0  # slots for claimed images that are not described yet
         self._wake, self._slots = wake, slots
         self._full = False
         self._timer: asyncio.TimerHandle | None = None
         self._waited = SECONDS.labels("waited")
-        IN_FLIGHT.labels("realtime").set_function(lambda: len(self.busy))
+        IN_FLIGHT.labels("realtime").set_function(lambda: len(self._busy))
+
+    @property
+    def free(self) -> int:
+        """Free slots."""
+        return self._slots - len(self._busy) - self._reserved
+
+    def reserve(self, images: int) -> None:
+        """Reserves slots for claimed images."""
+        self._reserved += images
+
+    def cancel(self, images: int) -> None:
+        """Frees the reserved slots of images that are not there any more."""
+        self._reserved -= images
+        self._offer()
 
     def start(self, image: Image, tagging: Coroutine[Any, Any, None]) -> None:
-        """Starts a single call in a free slot."""
+        """Starts a single call in a reserved slot."""
+        self._reserved -= 1
         self._waited.observe(image.waited)
         task = asyncio.create_task(tagging)
-        self.busy[task] = image
+        self._busy.add(task)
         task.add_done_callback(self._free)
 
     def _free(self, task: asyncio.Task[None]) -> None:
-        self.busy.pop(task)
-        if self._full and (self._slots - len(self.busy)) * RECLAIM_SHARE >= self._slots:
+        self._busy.discard(task)
+        self._offer()
+
+    def _offer(self) -> None:
+        if self._full and self.free * RECLAIM_SHARE >= self._slots:
             self._full = False
             self._wake.notify("realtime")
         elif self._full and self._timer is None:
@@ -95,7 +117,7 @@ class Slots:
 
     async def wait(self, seconds: float | None) -> None:
         """Waits until the next claim: ``seconds``, a notification, or free slots if all are busy."""
-        self._full = len(self.busy) >= self._slots
+        self._full = self.free <= 0
         await self._wake.wait(
             "realtime", None if self._full else seconds
         )  # if all are busy, a free slot wakes the lane
@@ -105,11 +127,56 @@ class Slots:
 
     async def finish(self, deadline: float) -> None:
         """Waits for the calls in flight, at most ``deadline`` seconds; then cancels the rest."""
-        if not self.busy:
+        if not self._busy:
             return
-        log.info("shutdown_started", images=len(self.busy), deadline=deadline)
-        await asyncio.wait(self.busy, timeout=deadline)
-        unfinished = list(self.busy)
+        log.info("shutdown_started", images=len(self._busy), deadline=deadline)
+        await asyncio.wait(self._busy, timeout=deadline)
+        unfinished = list(self._busy)
         for task in unfinished:
             task.cancel()
         await asyncio.gather(*unfinished, return_exceptions=True)
+
+
+class Descriptions:
+    """Asks what the images of claims are, and starts tagging them.
+
+    It reads the host's tables, so a transaction that holds a whole table delays it. The lane goes on meanwhile.
+    """
+
+    def __init__(self, db: Database, claims: Claims, calls: Slots, tag_image: TagImage) -> None:
+        self._db, self._claims, self._calls, self._tag_image = db, claims, calls, tag_image
+        self._running: set[asyncio.Task[None]] = set()
+
+    def start(self, number: int, claim: Claim) -> None:
+        """Describes and starts the images of the claim with this number; their slots are taken from now on."""
+        self._calls.reserve(len(claim.tasks))
+        task = asyncio.create_task(self._describe(number, claim.tasks, claim.settings))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    def cancel(self) -> None:
+        """Drops the images that are not described yet; the end of the lease releases them."""
+        for task in self._running:
+            task.cancel()
+
+    async def _describe(self, number: int, tasks: list[int], settings: DatabaseSettings, failures: int = 0) -> None:
+        while True:
+            try:
+                images = await self._db.describe_tasks(number, tasks)
+                break
+            except CALL_ERRORS as error:
+                failures += 1
+                log.error("describe_failed", images=len(tasks), failures=failures, error=safe_message(error))
+            await asyncio.sleep(min(MAX_DESCRIBE_RETRY, DESCRIBE_RETRY * 2.0 ** (failures - 1)))
+            if failures >= WHOLE_DESCRIPTIONS and len(tasks) > 1:
+                half = len(tasks) // 2
+                await asyncio.gather(*(
+                    self._describe(number, part, settings, failures) for part in (tasks[:half], tasks[half:])
+                ))  # fmt: skip
+                return
+        for image in images:
+            self._calls.start(image, self._tag_image(image, settings))
+        missing = len(tasks) - len(images)  # their uploads were cancelled meanwhile
+        if missing:
+            self._claims.drop(number, missing)
+            self._calls.cancel(missing)

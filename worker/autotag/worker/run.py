@@ -7,14 +7,15 @@ import contextlib
 import signal
 import socket
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from typing import Any
 
 import psycopg
 import structlog
 
 import autotag
 from autotag.config import Settings
-from autotag.db import Database, Registered, VersionsDiffer, can_listen, listen
+from autotag.db import CALL_ERRORS, Database, Registered, VersionsDiffer, can_listen, listen
 from autotag.http import webhook
 from autotag.http.health import Health, make_app
 from autotag.http.serve import serve
@@ -25,15 +26,21 @@ from autotag.redact import safe_message
 from autotag.worker import realtime
 from autotag.worker.batch import BatchLane
 from autotag.worker.broadcast import deliver_outbox
+from autotag.worker.claims import Claims
 from autotag.worker.observations import Observations
 from autotag.worker.outcomes import Outcomes
+from autotag.worker.slow import SlowWorkspaces
 from autotag.worker.stages import Stages
+from autotag.worker.store import StoreLane
 from autotag.worker.tag import Tagger
 from autotag.worker.wake import Wake
 
 HEARTBEATS_PER_LEASE = 3  # two heartbeats can fail before the lease ends
 HEARTBEAT_RETRY = 1.0  # seconds to wait after a failed heartbeat
-SHUTDOWN_GRACE = 10.0  # seconds for the last reports to the database
+TICK_PAUSE = 0.5  # seconds between ticks, of which each releases one dead worker's work
+RESTART_DELAY = 1.0  # seconds until a background task that raised goes on
+SHUTDOWN_GRACE = 10.0  # seconds for the last reports to the database …
+RELEASE_GRACE = 3.0  # … and then for the release of the other work
 OUTBOX_RETRY = 60.0  # seconds between checks of the outbox where LISTEN is impossible
 CANCEL_RETRY = 1.0  # seconds to wait after a cancellation that had no effect
 
@@ -101,9 +108,12 @@ class _ConnectedWorker:
     def __init__(self, settings: Settings, wake: Wake, db: Database) -> None:
         self._settings = settings
         self._wake = wake
+        self._url = str(settings.database_url)
         self._db = db
         self._log = log.bind(worker=str(db.worker))
         self._version_error: VersionsDiffer | None = None
+        self._claims, self._batch_claims = Claims(), Claims()
+        self._tick_due = asyncio.Event()
 
     async def run(self) -> None:
         """See `Worker.run`."""
@@ -121,11 +131,11 @@ class _ConnectedWorker:
         )
 
     async def _work(self, beat: float) -> None:
-        """Runs both lanes and the background tasks. ``beat``: seconds between heartbeats."""
+        """Runs all lanes and the background tasks. ``beat``: seconds between heartbeats."""
         settings, wake, db = self._settings, self._wake, self._db
-        observations = Observations()
-        stages = Stages(db, observations)
-        outcomes = Outcomes(db, stages, observations)
+        observations, slow = Observations(), SlowWorkspaces()
+        stages = Stages(db, observations, slow)
+        outcomes = Outcomes(db, stages, observations, self._claims, slow)
         health = Health(beat)
         async with (
             Provider(
@@ -142,20 +152,26 @@ class _ConnectedWorker:
             asyncio.TaskGroup() as background,
         ):
             tagger = Tagger(images, provider, outcomes, stages, observations)
-            batches = BatchLane(db, wake, images, provider, slots=settings.batch_slots, fetches=settings.fetches)
+            batches = BatchLane(
+                db, wake, self._batch_claims, images, provider, slots=settings.batch_slots, fetches=settings.fetches
+            )
             helper_tasks = [
-                background.create_task(coroutine)
-                for coroutine in (
-                    *([listen(str(settings.database_url), wake.notify)] if wake.poll_every is None else []),
-                    self._heartbeat(beat, health),
-                    self._deliver_outbox(settings.secret_key()),
-                    outcomes.run(),
-                    stages.run(),
+                background.create_task(_keep_running(work))
+                for work in (
+                    *([self._listen] if wake.poll_every is None else []),
+                    lambda: self._heartbeat(beat, health),
+                    self._tick,
+                    self._deliver_outbox,
+                    StoreLane(db, wake, slow).run,
+                    outcomes.run,
+                    stages.run,
                 )
             ]
             self._log.info("worker_started", slots=settings.slots)
             async with asyncio.TaskGroup() as lanes:
-                lanes.create_task(realtime.run(db, wake, settings.slots, tagger.tag, settings.stop_deadline))
+                lanes.create_task(
+                    realtime.run(db, wake, self._claims, settings.slots, tagger.tag, settings.stop_deadline)
+                )
                 lanes.create_task(batches.run(settings.stop_deadline))
             await self._release_work(outcomes)
             await _cancel_all(helper_tasks)
@@ -164,9 +180,11 @@ class _ConnectedWorker:
     async def _release_work(self, outcomes: Outcomes) -> None:
         """Waits until all outcomes are settled, and releases the other work. If the database is unreachable, the end of
         the lease releases it."""
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHUTDOWN_GRACE):
                 await outcomes.idle.wait()
+        try:
+            async with asyncio.timeout(RELEASE_GRACE):
                 released = await self._db.release()
                 self._log.info("work_released", released=released)
         except (TimeoutError, psycopg.Error):
@@ -199,33 +217,65 @@ class _ConnectedWorker:
                 self._log.info("port_opened", address=address)
             yield
 
+    async def _listen(self) -> None:
+        await listen(self._url, self._wake.notify)
+
     async def _heartbeat(self, seconds: float, health: Health) -> None:
         pause = seconds
         while True:
             await self._wake.sleep("version", pause)  # without a delay after an upgrade of the schema
             pause = seconds
             try:
-                alive, tick_due = await self._db.heartbeat()
-                if not alive and not self._wake.stop.is_set():  # a stopping worker has released its lease itself
-                    self._log.error("lease_lost", hint="The database was unreachable for longer than the lease.")
-                    await self._register()
-                health.beat()
-                while tick_due and not self._wake.stop.is_set():
-                    tick_due = await self._db.tick_if_due()  # one call for each worker whose lease has ended
+                await self._beat()
             except VersionsDiffer as error:
                 self._log.error("version_differs", error=str(error), hint=error.hint)
                 self._version_error = error
                 self._wake.request_stop()
                 return
-            except psycopg.Error as error:
+            except CALL_ERRORS as error:
                 self._log.error("heartbeat_failed", error=safe_message(error))
                 pause = HEARTBEAT_RETRY
             health.beat()
 
-    async def _deliver_outbox(self, key: str | None) -> None:
+    async def _beat(self) -> None:
+        beat = await self._db.heartbeat(self._claims.listed(), self._batch_claims.listed())
+        if not beat.alive and not self._wake.stop.is_set():  # a stopping worker has released its lease itself
+            self._log.error("lease_lost", hint="The database was unreachable for longer than the lease.")
+            await self._register()
+        elif beat.lost:
+            released = await self._db.release_lost(self._claims.listed(), self._batch_claims.listed())
+            if released:
+                self._log.warning("claims_lost", released=released)
+        if beat.tick_due:
+            self._tick_due.set()
+
+    async def _tick(self) -> None:
+        """Runs the database's periodic work when a heartbeat says so. It takes many locks, so the heartbeat goes on
+        meanwhile."""
+        while True:
+            await self._tick_due.wait()
+            self._tick_due.clear()
+            more = True
+            while more:  # one call for each worker whose lease has ended
+                more = await self._db.tick_if_due()
+                await asyncio.sleep(TICK_PAUSE if more else 0)
+
+    async def _deliver_outbox(self) -> None:
+        key = self._settings.secret_key()
         while not self._wake.stop.is_set():
             await self._wake.wait("outbox", OUTBOX_RETRY if self._wake.poll_every else None)
             await deliver_outbox(self._db, self._settings.supabase_url, key)
+
+
+async def _keep_running(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Runs a background task until it ends. After an error it starts again, because data must not end a worker."""
+    while True:
+        try:
+            await work()
+            return
+        except Exception:
+            log.exception("task_failed")
+            await asyncio.sleep(RESTART_DELAY)
 
 
 async def _cancel_all(tasks: Iterable[asyncio.Task[None]]) -> None:

@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
-from autotag.db import Database, Image
-from autotag.db.messages import Stage, StageReport
+import structlog
+
+from autotag.db import CALL_ERRORS, Database, Image, TooSlow
+from autotag.db.messages import Sent, Stage, StageReport
+from autotag.redact import safe_message
+from autotag.worker.notices import log_notices
 from autotag.worker.observations import Observations
+from autotag.worker.slow import SlowWorkspaces
 
 STAGE_DELAY = 0.15  # seconds before a stage is reported; faster images skip it, which saves updates of their rows
 
+log = structlog.get_logger(__name__)
+
 
 class Stages:
-    """Collects the stages that images have reached, and reports those that last longer than `STAGE_DELAY`."""
+    """Collects the stages that images have reached, and reports those that last longer than `STAGE_DELAY`.
 
-    def __init__(self, db: Database, observations: Observations) -> None:
+    The reports are best effort, because each image's outcome follows: what takes too long or fails is dropped, and slow
+    workspaces are skipped.
+    """
+
+    def __init__(self, db: Database, observations: Observations, slow: SlowWorkspaces) -> None:
         self._db = db
         self._observations = observations
-        self._reached: dict[int, StageReport] = {}
+        self._slow = slow
+        self._reached: dict[str, dict[int, StageReport]] = {}  # by workspace and task
         self._due = asyncio.Event()
 
     def reach(self, image: Image, stage: Stage) -> None:
         """Notes that the image has reached a stage."""
-        self._reached[image.task] = {"task": image.task, "attempt": image.attempt, "stage": stage}
-        self._due.set()
+        reached = self._reached.get(image.workspace)
+        if reached is None:
+            reached = self._reached[image.workspace] = {}
+            self._due.set()
+        reached[image.task] = {"task": image.task, "attempt": image.attempt, "stage": stage}
 
     def forget(self, image: Image) -> None:
         """Drops the pending report of an image that has an outcome."""
-        self._reached.pop(image.task, None)
+        reached = self._reached.get(image.workspace)
+        if reached is not None:
+            reached.pop(image.task, None)
 
     async def run(self) -> None:
         """Reports stages until it is cancelled."""
@@ -35,6 +53,25 @@ class Stages:
             await self._due.wait()
             self._due.clear()
             await asyncio.sleep(STAGE_DELAY)
-            if self._reached:
-                stages, self._reached = list(self._reached.values()), {}
-                await self._db.report_stages(stages, self._observations.take_sent())
+            if not any(self._reached.values()):
+                self._reached.clear()
+                continue
+            sent, taken = self._observations.take_sent(), time.monotonic()
+            for workspace in list(self._reached):
+                stages = list(self._reached.pop(workspace).values())
+                if stages and workspace not in self._slow and await self._report(workspace, stages, sent):
+                    sent = None
+            if sent and not await self._report(None, [], sent):
+                self._observations.put_back(sent, taken)
+
+    async def _report(self, workspace: str | None, stages: list[StageReport], sent: Sent | None) -> bool:
+        """Reports stages of one workspace; returns whether that worked."""
+        try:
+            log_notices(await self._db.report_stages(workspace, stages, sent))
+            return True
+        except TooSlow:
+            if workspace:
+                self._slow.mark(workspace)
+        except CALL_ERRORS as error:  # best effort: the outcomes say more
+            log.warning("stages_not_reported", workspace=workspace, images=len(stages), error=safe_message(error))
+        return False

@@ -16,10 +16,13 @@ from autotag.db.messages import BatchAnswer
 from autotag.errors import TaggingError
 from autotag.images.load import Images
 from autotag.images.prepare import MAX_SIDE, data_url
-from autotag.openai.prompt import batch_line, request_body
+from autotag.openai.prompt import batch_line, custom_id, request_body
 from autotag.openai.provider import Provider
 from autotag.openai.records import ProviderBatch
 from autotag.worker.files import Files, input_file_name
+from autotag.worker.harvest import store_answers
+from autotag.worker.show import BatchStages
+from autotag.worker.slots import BatchSlots
 
 PAGE_SIZE = 100  # images that are loaded from the database and fetched together
 MAX_IN_MEMORY = 8_000_000  # bytes of an input file; a larger one is written to disk
@@ -31,19 +34,33 @@ log = structlog.get_logger(__name__)
 class Submitter:
     """Submits batches."""
 
-    def __init__(self, db: Database, images: Images, provider: Provider, files: Files, *, fetches: int) -> None:
+    def __init__(
+        self,
+        db: Database,
+        images: Images,
+        provider: Provider,
+        files: Files,
+        slots: BatchSlots,
+        stages: BatchStages,
+        *,
+        fetches: int,
+    ) -> None:
         """
         Args:
             db: the database.
             images: loads the images.
             provider: runs the batches.
             files: deletes files of batches.
+            slots: the batch lane's; a step that is busy waits without one.
+            stages: shows the stage of a submitted batch.
             fetches: max images that are fetched concurrently, for all batches.
         """
         self._db = db
         self._images = images
         self._provider = provider
         self._files = files
+        self._slots = slots
+        self._stages = stages
         self._fetches = asyncio.Semaphore(fetches)
 
     async def submit(self, batch: Batch, settings: DatabaseSettings) -> None:
@@ -57,22 +74,28 @@ class Submitter:
         if batch.state == "creating":
             created = await self._find(batch)
             if created:
-                await self._db.batch_submitted(batch, created.id, created.status, created.input_file_id)
+                await self._submitted(batch, created, created.input_file_id)
                 log.info("batch_adopted", batch=batch.batch, openai_batch=created.id)
                 return
             if batch.cancelled:
-                await self._db.batch_finish(batch)
+                await self._slots.retry(lambda: self._db.batch_finish(batch))
                 return
         else:
             if batch.state == "uploading":
                 await self._files.delete_leftovers(batch)
             input_file_id = await self._build_and_upload(batch, settings)
         if input_file_id is None:
-            await self._db.batch_finish(batch)  # no image could be prepared: nothing to submit
+            await self._slots.retry(
+                lambda: self._db.batch_finish(batch)
+            )  # no image could be prepared: nothing to submit
             return
         created = await self._provider.create_batch(input_file_id, {METADATA_KEY: batch.batch}, batch.keep_files)
-        await self._db.batch_submitted(batch, created.id, created.status, input_file_id)
+        await self._submitted(batch, created, input_file_id)
         log.info("batch_submitted", batch=batch.batch, openai_batch=created.id, images=batch.image_count)
+
+    async def _submitted(self, batch: Batch, created: ProviderBatch, input_file_id: str) -> None:
+        await self._slots.retry(lambda: self._db.batch_submitted(batch, created.id, created.status, input_file_id))
+        self._stages.show([batch.batch])
 
     async def _find(self, batch: Batch) -> ProviderBatch | None:
         """The provider's batch with this row's id in its metadata, if an earlier attempt created it; otherwise None."""
@@ -83,15 +106,15 @@ class Submitter:
 
     async def _build_and_upload(self, batch: Batch, settings: DatabaseSettings) -> str | None:
         """Builds and uploads the input file; returns its id, or None if no image could be prepared."""
-        await self._db.batch_step(batch, "preparing")
+        await self._slots.retry(lambda: self._db.batch_step(batch, "preparing"))
         with tempfile.SpooledTemporaryFile(max_size=MAX_IN_MEMORY) as file:
             if not await self._build(batch, settings, file):
                 return None
-            await self._db.batch_step(batch, "uploading")
+            await self._slots.retry(lambda: self._db.batch_step(batch, "uploading"))
             file.seek(0)
             uploaded = await self._provider.upload_file(input_file_name(batch), file, batch.keep_files)
         try:
-            await self._db.batch_step(batch, "creating", uploaded)
+            await self._slots.retry(lambda: self._db.batch_step(batch, "creating", uploaded))
         except NotHeld:
             await self._files.delete([uploaded])  # cancelled meanwhile
             raise
@@ -103,7 +126,7 @@ class Submitter:
         Images that fail are reported at once. Images that do not fit into the file become another batch.
         """
         lines, last = 0, 0
-        while page := await self._db.batch_images(batch, last, PAGE_SIZE):
+        while page := await self._page(batch, last):
             results = await asyncio.gather(*(self._line(image, settings.question) for image in page))
             failed: list[BatchAnswer] = [
                 {"task": image.task, "error": line.as_json()}
@@ -111,18 +134,27 @@ class Submitter:
                 if isinstance(line, TaggingError)
             ]
             if failed:
-                await self._db.batch_answers(batch, failed)
+                await self._report(batch, failed)
             for image, line in zip(page, results, strict=True):
                 if isinstance(line, TaggingError):
                     continue
                 if lines and file.tell() + len(line) > settings.batch_max_bytes:
-                    await self._db.batch_split(batch, last)
+                    await self._split(batch, last)
                     return lines
                 file.write(line)
                 lines += 1
                 last = image.task
             last = page[-1].task
         return lines
+
+    async def _page(self, batch: Batch, last: int) -> list[Image]:
+        return await self._slots.retry(lambda: self._db.batch_images(batch, last, PAGE_SIZE))
+
+    async def _report(self, batch: Batch, failed: list[BatchAnswer]) -> None:
+        await self._slots.retry(lambda: store_answers(self._db, batch, failed))
+
+    async def _split(self, batch: Batch, last: int) -> None:
+        await self._slots.retry(lambda: self._db.batch_split(batch, last))
 
     async def _line(self, image: Image, question: Question) -> bytes | TaggingError:
         async with self._fetches:
@@ -132,4 +164,4 @@ class Submitter:
                 if error.kind == "account":
                     raise
                 return error
-            return batch_line(str(image.task), request_body(question, data_url(jpeg), image.cap))
+            return batch_line(custom_id(image), request_body(question, data_url(jpeg), image.cap))

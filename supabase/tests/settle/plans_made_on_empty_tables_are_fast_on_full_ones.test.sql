@@ -1,13 +1,13 @@
--- A worker's session planned every query while the tables were almost empty.
+-- A worker's session plans its queries while the tables are almost empty. The plans must stay fast when the tables are full.
 begin;
 \ir ../setup.psql
 select plan(2);
 update autotag.settings set realtime_requests_per_minute = 1000000, realtime_tokens_per_minute = 1000000000,
   realtime_max_images = 50;
 update autotag.provider_limits set requests_per_minute = 1000000, tokens_per_minute = 1000000000, requests_per_day = null;
-create function pg_temp.work(images integer) returns jsonb language sql as $$
-  with c as (select * from autotag.claim(pg_temp.worker(), images))
-  select autotag.settle(pg_temp.worker(), (
+create function pg_temp.claim_and_settle(images integer) returns jsonb language sql as $$
+  with c as (select * from autotag.claim(pg_temp.worker_id(), images))
+  select autotag.settle(pg_temp.worker_id(), (
     select jsonb_agg(jsonb_build_object('task', x -> 'task', 'attempt', x -> 'attempt',
       'result', '{"tags": ["a"], "confidence": {}, "caption": "c", "model": "m"}'::jsonb))
     from c, json_array_elements(c.tasks) x))
@@ -18,11 +18,11 @@ $$;
 truncate autotag.tasks;  -- small on disk, too: other tests may have left it large
 select pg_temp.upload(5);
 analyze autotag.tasks;  -- as autovacuum may at any time
-select pg_temp.work(5);
+select pg_temp.claim_and_settle(5);
 
 select pg_temp.upload(50, n % 50) from generate_series(1, 100) n;
 create temporary table before as select pg_temp.rows_read() as n;
-select is((pg_temp.work(50) ->> 'accepted')::int, 50, '50 of 5,000 images are claimed and settled');
+select is((pg_temp.claim_and_settle(50) ->> 'accepted')::int, 50, '50 of 5,000 images are claimed and settled');
 select cmp_ok(pg_temp.rows_read() - (select n from before), '<', 1000::bigint, 'this reads fewer than 1,000 rows');
 select * from finish();
 rollback;

@@ -1,3 +1,4 @@
+-- An image fails after max_failures transient failures, with growing delays between them. Then its job has ended.
 begin;
 \ir ../setup.psql
 select plan(6);
@@ -5,18 +6,18 @@ update autotag.settings set max_failures = 3, retry_delay = '1 s';
 select pg_temp.upload(1);
 
 create function pg_temp.fail_once() returns void language sql as $$
-  select autotag.settle(pg_temp.worker(), jsonb_agg(jsonb_build_object('task', t.id, 'attempt', t.attempt,
+  select autotag.settle(pg_temp.worker_id(), jsonb_agg(jsonb_build_object('task', t.id, 'attempt', t.attempt,
     'error', '{"kind": "transient", "code": "provider_error", "message": "The AI service had a problem."}'::jsonb)))
-  from autotag.tasks t where t.worker_id = pg_temp.worker()
+  from autotag.tasks t where t.worker_id = pg_temp.worker_id()
 $$;
-select is(pg_temp.claimed(1), '1: 1', 'the image is claimed');
+select is(pg_temp.claim_images(1), '1: 1', 'the image is claimed');
 select pg_temp.fail_once();
-select is(pg_temp.claimed(1), 'nothing', 'after a failure its retry is delayed');
-select pg_temp.at(10);
-select is(pg_temp.claimed(1), '1: 1', 'it is claimed a second time');
+select is(pg_temp.claim_images(1), 'nothing', 'after a failure its retry is delayed');
+select pg_temp.set_time(10);
+select is(pg_temp.claim_images(1), '1: 1', 'it is claimed a second time');
 select pg_temp.fail_once();
-select pg_temp.at(30);
-select is(pg_temp.claimed(1), '1: 1', 'it is claimed a third time');
+select pg_temp.set_time(30);
+select is(pg_temp.claim_images(1), '1: 1', 'it is claimed a third time');
 select pg_temp.fail_once();
 select results_eq(
   $$ select completed, failed, finished_at is not null from autotag.jobs $$,

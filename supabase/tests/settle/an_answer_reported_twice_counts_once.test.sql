@@ -1,13 +1,15 @@
+-- One report contains the same answer twice. Counts and usage must contain it once.
 begin;
 \ir ../setup.psql
 select plan(4);
 select pg_temp.upload(3);
-create temporary table told as
+create temporary table answers as
   select jsonb_agg(jsonb_build_object('task', x -> 'task', 'attempt', x -> 'attempt',
     'usage', '{"input": 10, "cached": 0, "output": 5}'::jsonb, 'result', jsonb_build_object(
-    'tags', jsonb_build_array(split_part(x ->> 'path', '/', 2)), 'confidence', '{}'::jsonb, 'caption', 'c', 'model', 'm'))) as reports
-  from autotag.claim(pg_temp.worker(), 2) c, json_array_elements(c.tasks) x;
-select autotag.settle(pg_temp.worker(), reports || (reports -> 0)) from told;
+    'tags', jsonb_build_array(split_part(x ->> 'path', '/', 2)), 'confidence', '{}'::jsonb,
+    'caption', 'c', 'model', 'm'))) as reports
+  from autotag.claim(pg_temp.worker_id(), 2) c, json_array_elements(c.tasks) x;
+select autotag.settle(pg_temp.worker_id(), reports || (reports -> 0)) from answers;
 select is((select completed from autotag.jobs), 2, 'two images are completed, not three');
 select is((select finished_at from autotag.jobs), null, 'the job is not finished');
 select results_eq('select tags from public.assets where tags is not null order by 1', $$values ('{p1}'::text[]), ('{p2}')$$,

@@ -1,0 +1,129 @@
+"""A call that takes too long is cancelled, and costs neither its connection nor those of other purposes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import psycopg
+import pytest
+
+import autotag
+from autotag.db import Busy, Database, TooSlow
+from autotag.db.connections import HOST_PURPOSES, HOST_SHARE, POOL_SIZE, SHARES, Connections, Purpose
+from support import PATIENCE, Library, until
+
+SLEEPERS = "select count(*) as n from pg_stat_activity where state = 'active' and query like 'select pg_sleep%%'"
+
+
+@pytest.fixture
+async def connections(library: Library) -> AsyncIterator[Connections]:
+    made = Connections(library.stack.database_url())
+    await made.open()
+    yield made
+    await made.close()
+
+
+async def backend(connections: Connections, purpose: Purpose) -> int:
+    return int((await connections.call_once(purpose, "select pg_backend_pid() as pid"))["pid"])
+
+
+async def test_a_cancelled_statement_ends_in_the_server_and_leaves_the_connection_usable(
+    library: Library, connections: Connections
+) -> None:
+    before = await backend(connections, "settle")
+    for _ in range(3):
+        with pytest.raises(TooSlow):
+            await connections.call_once("settle", "select pg_sleep(%s)", PATIENCE, within=0.1)
+        assert library.sql(SLEEPERS)[0]["n"] == 0, "the server goes on with it"
+        assert await backend(connections, "settle") == before, "the connection was given up"
+
+
+async def test_errors_that_callers_handle_have_names(library: Library, connections: Connections) -> None:
+    await connections.call_once("settle", "select set_config('statement_timeout', '50ms', false)")
+    with pytest.raises(TooSlow):
+        await connections.call("settle", "select pg_sleep(%s)", PATIENCE)
+    await connections.call_once("settle", "select set_config('lock_timeout', '20ms', false)")
+    assets = library.insert(["a.jpg"])
+    with psycopg.connect(library.stack.database_url()) as other:
+        other.execute("select from public.assets where id = %s for update", (assets[0],))
+        with pytest.raises(Busy):
+            await connections.call("settle", "select id from public.assets for update")
+
+
+async def test_every_purpose_gets_a_connection_while_the_others_are_stuck(
+    library: Library, connections: Connections
+) -> None:
+    """Whatever the host's rows hold up: heartbeats, claims and other workspaces' outcomes go on."""
+    stuck = [
+        asyncio.create_task(connections.call_once(purpose, "select pg_sleep(%s)", PATIENCE))
+        for purpose in ("describe", *HOST_PURPOSES, "other")
+        for _ in range(SHARES[purpose] + 2)  # type: ignore[index]
+    ] + [asyncio.create_task(connections.call_once("settle", "select pg_sleep(%s)", PATIENCE)) for _ in range(2)]
+    expected = SHARES["describe"] + HOST_SHARE + SHARES["other"] + 2
+    await until(lambda: library.sql(SLEEPERS)[0]["n"] == expected, "the calls to be stuck")
+    async with asyncio.timeout(PATIENCE / 2):
+        for purpose in ("lease", "claim", "settle"):
+            await backend(connections, purpose)  # type: ignore[arg-type]
+    assert library.sql(
+        "select count(*) <= %s as ok from pg_stat_activity where application_name = 'autotag'", POOL_SIZE
+    )[0]["ok"]
+    for task in stuck:
+        task.cancel()
+    await asyncio.gather(*stuck, return_exceptions=True)
+    assert library.sql(SLEEPERS)[0]["n"] == 0
+
+
+async def test_outcomes_that_were_committed_just_before_the_timeout_count_once(library: Library) -> None:
+    """The worker cannot know that a call was committed, so it sends the same reports again to be kept."""
+    [asset] = library.insert(["a.jpg"])
+    library.enqueue([asset])
+    db = Database(library.stack.database_url(), uuid.uuid4())
+    await db.open()
+    try:
+        await db.register("test", autotag.__version__, True, "http://test", "test")
+        library.sql("update autotag.provider_limits set proven_at = now()")
+        claim = await db.claim(1, 10)
+        again = await db.claim(1, 10)
+        assert claim.tasks == again.tasks, "the same number is the same claim"
+        [image] = await db.describe_tasks(1, claim.tasks)
+        assert (image.workspace, image.claim) == (str(library.member.workspace), 1)
+        report: Any = {
+            "task": image.task, "attempt": image.attempt, "mark": image.mark, "called": True,
+            "usage": {"input": 100, "cached": 0, "cache_write": 0, "output": 10, "reasoning": 0, "model": "m", "tier": None},
+            "result": {"tags": ["red"], "confidence": {"red": 1.0}, "caption": "Red.", "model": "m"},
+        }  # fmt: skip
+        assert (await db.settle(image.workspace, [report], None, keep=False)).accepted == 1
+        assert (await db.settle(image.workspace, [report], None, keep=True)).accepted == 0
+        [row] = library.assets().values()
+        assert (row["tagging_stage"], row["tags"]) == ("completed", ["red"])
+        [usage] = library.sql("select sum(requests) as n from autotag.usage")
+        assert usage["n"] == 1, json.dumps(usage, default=str)
+        beat = await db.heartbeat([1], [0])
+        assert (beat.alive, beat.lost) == (True, False)
+    finally:
+        await db.close()
+
+
+async def test_what_the_worker_does_not_list_is_taken_back(library: Library) -> None:
+    library.enqueue(library.insert([f"{n}.jpg" for n in range(3)]))
+    db = Database(library.stack.database_url(), uuid.uuid4())
+    await db.open()
+    try:
+        await db.register("test", autotag.__version__, True, "http://test", "test")
+        library.sql("update autotag.provider_limits set proven_at = now()")
+        lost = await db.claim(1, 1)
+        held = await db.claim(2, 1)
+        assert len(lost.tasks) == len(held.tasks) == 1
+        assert not (await db.heartbeat([1], [0])).lost, "a claim after the listed ones is newer than the list"
+        assert await db.release_lost([1], [0]) == 0
+        assert (await db.heartbeat([2], [0])).lost
+        assert await db.release_lost([2], [0]) == 1
+        assert not (await db.heartbeat([2], [0])).lost
+        [row] = library.sql("select worker_id from autotag.tasks where id = %s", held.tasks[0])
+        assert row["worker_id"] == db.worker
+    finally:
+        await db.close()

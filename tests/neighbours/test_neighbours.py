@@ -1,0 +1,278 @@
+"""What one tenant's transactions, triggers, constraints and connections do stays that tenant's affair.
+
+Each test has two workspaces, a real worker process and one kind of trouble that comes from the first workspace. The second one's
+images are tagged all the same, the first one's other images too, an image that cannot be stored fails alone, and the provider
+is asked once about each picture.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+
+from lab.proxy import Proxy
+from lab.stack import Stack, worker_process
+from support import Library, check_asked_once, check_money, until
+
+#: A table and a trigger as most projects write them: the table's name has no schema, the function no search_path.
+ACTIVITY = """
+    create table public.activity (asset_id uuid not null, what text not null, at timestamptz not null default now());
+    create function public.note_activity() returns trigger language plpgsql as $$
+    begin
+      insert into activity (asset_id, what) values (new.id, coalesce(new.tagging_stage, 'none'));
+      return new;
+    end $$;
+    create trigger note_activity after update on public.assets for each row execute function public.note_activity()"""
+
+
+@pytest.fixture
+def neighbour(stack: Stack) -> Library:
+    """Another workspace of the same project."""
+    return Library(stack)
+
+
+@contextlib.contextmanager
+def holding(library: Library, statement: str, *arguments: object) -> Iterator[psycopg.Connection[Any]]:
+    """A transaction of the project's owner that has run a statement and stays open."""
+    with psycopg.connect(library.stack.database_url()) as connection:
+        connection.execute(statement, arguments)  # type: ignore[arg-type]
+        yield connection
+        connection.rollback()
+
+
+@contextlib.asynccontextmanager
+async def working(library: Library, **environment: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A worker process that has to be alive at the end."""
+    async with worker_process({**library.stack.worker_environment(), **environment}) as process:
+        yield process
+        assert process.returncode is None, "the worker has died"
+
+
+def stages(library: Library) -> dict[str, str]:
+    return {asset: row["tagging_stage"] for asset, row in library.assets().items()}
+
+
+def all_but(library: Library, *left: str) -> bool:
+    """Whether every image of a workspace is tagged but these."""
+    return all(stage == "completed" for asset, stage in stages(library).items() if asset not in left)
+
+
+@pytest.mark.parametrize("images", [8, 60], ids=["single calls", "batch"])
+async def test_an_open_transaction_on_one_image_holds_up_that_image_alone(
+    library: Library, neighbour: Library, images: int
+) -> None:
+    assets = await library.upload(images)
+    others = await neighbour.upload(images, seed=2)
+    jobs = library.enqueue(assets), neighbour.enqueue(others)
+    with holding(library, "select from public.assets where id = %s for update", assets[3]) as owner:
+        async with working(library):
+            await neighbour.finished(jobs[1])
+            await until(lambda: all_but(library, assets[3]), "the other images of the same upload")
+            owner.commit()
+            await library.finished(jobs[0])
+    library.check_tags()
+    neighbour.check_tags()
+    check_asked_once(library.stack)
+    check_money(library.stack)
+
+
+async def test_an_open_enqueue_holds_up_nothing_that_was_there_before(library: Library, neighbour: Library) -> None:
+    assets, later = await library.upload(30), await library.upload(4, seed=3)
+    others = await neighbour.upload(8, seed=2)
+    jobs = library.enqueue(assets), neighbour.enqueue(others)
+    claims = json.dumps({"role": "authenticated", "sub": library.member.user})
+    with psycopg.connect(library.stack.database_url("authenticator")) as member:
+        member.execute(
+            "select set_config('request.jwt.claims', %s, true), set_config('role', 'authenticated', true)", (claims,)
+        )
+        member.execute("select public.enqueue_tagging(%s::uuid[])", (later,))
+        async with working(library):
+            await library.finished(jobs[0])
+            await neighbour.finished(jobs[1])
+            member.commit()
+            await until(lambda: all_but(library), "the upload that was committed late")
+    library.check_tags()
+    check_asked_once(library.stack)
+
+
+async def test_a_trigger_that_names_a_table_without_its_schema_works(library: Library) -> None:
+    library.sql(ACTIVITY)
+    assets = await library.upload(4)
+    job = library.enqueue(assets)
+    async with working(library):
+        await library.finished(job)
+    library.check_tags()
+    assert (
+        library.sql("select count(distinct asset_id) as n from public.activity where what = 'completed'")[0]["n"] == 4
+    )
+
+
+#: A project's rule that one image breaks: SQL with the image's id.
+REFUSALS = {
+    "a trigger": """
+        create function public.refuse() returns trigger language plpgsql as $$
+        begin
+          raise exception 'not this one' using errcode = 'P0001';
+        end $$;
+        create trigger refuse before update of tags on public.assets for each row
+          when (new.tags is distinct from old.tags and new.id = '{asset}') execute function public.refuse()""",
+    "a check": "alter table public.assets add check (id <> '{asset}' or tags is null)",
+    "a trigger after the statement": """
+        create function public.refuse() returns trigger language plpgsql as $$
+        begin
+          if exists (select from changed c where c.id = '{asset}' and c.tags is not null) then
+            raise exception 'not this one';
+          end if;
+          return null;
+        end $$;
+        create trigger refuse after update on public.assets referencing new table as changed
+          for each statement execute function public.refuse()""",
+    "a constraint checked at commit": """
+        create function public.refuse() returns trigger language plpgsql as $$
+        begin
+          raise exception 'not this one';
+        end $$;
+        create constraint trigger refuse after update on public.assets deferrable initially deferred for each row
+          when (new.tags is distinct from old.tags and new.id = '{asset}') execute function public.refuse()""",
+}
+
+
+@pytest.mark.parametrize("images", [8, 60], ids=["single calls", "batch"])
+@pytest.mark.parametrize("refusal", REFUSALS)
+async def test_an_image_whose_tags_are_refused_fails_alone(
+    library: Library, neighbour: Library, refusal: str, images: int
+) -> None:
+    assets = await library.upload(images)
+    others = await neighbour.upload(images, seed=2)
+    refused = assets[2]
+    library.sql(REFUSALS[refusal].replace("{asset}", refused))
+    jobs = library.enqueue(assets), neighbour.enqueue(others)
+    async with working(library):
+        [done] = await library.finished(jobs[0])
+        await neighbour.finished(jobs[1])
+    assert (done["completed"], done["failed"]) == (images - 1, 1)
+    library.check_tags([asset for asset in assets if asset != refused])
+    neighbour.check_tags()
+    row = library.assets()[refused]
+    assert (row["tagging_stage"], row["tags"]) == ("failed", None)
+    assert "not this one" not in row["tagging_error"], "what the database says is for the log"
+    [task] = library.sql("select error_code from autotag.tasks where asset_id = %s", refused)
+    assert task["error_code"] == "not_stored"
+    check_asked_once(library.stack)
+    check_money(library.stack)
+
+
+async def test_a_slow_trigger_of_one_workspace_does_not_hold_up_another(library: Library, neighbour: Library) -> None:
+    assets, others = await library.upload(8), await neighbour.upload(8, seed=2)
+    library.sql(f"""
+        create function public.be_slow() returns trigger language plpgsql as $$
+        begin
+          perform pg_sleep(30);
+          return new;
+        end $$;
+        create trigger be_slow before update of tags on public.assets for each row
+          when (new.tags is distinct from old.tags and new.workspace_id = '{library.member.workspace}')
+          execute function public.be_slow()""")
+    library.enqueue(assets)
+    job = neighbour.enqueue(others)
+    async with working(library) as process:
+        await neighbour.finished(job)
+        neighbour.check_tags()
+        process.kill()
+        await process.wait()
+        process._transport.close()  # type: ignore[attr-defined]
+
+
+async def test_automatic_mode_takes_no_harm_from_a_row_that_refuses(library: Library, neighbour: Library) -> None:
+    """A row that may not become `queued` makes neither the claim of others nor the host's own INSERT fail."""
+    library.stack.configure(upload_quiet="0.1 s")
+    library.sql("select autotag.set_automatic(true)")
+    library.sql(f"""
+        create function public.refuse() returns trigger language plpgsql as $$
+        begin
+          raise exception 'not this one';
+        end $$;
+        create trigger refuse before update on public.assets for each row
+          when (new.workspace_id = '{library.member.workspace}') execute function public.refuse()""")
+    async with working(library):
+        await library.upload(3)
+        await neighbour.upload(8, seed=2)
+        await until(lambda: all_but(neighbour), "the other workspace's images")
+        await until(
+            lambda: not library.sql("select from autotag.jobs where finished_at is null"), "the refused images to fail"
+        )
+    neighbour.check_tags()
+
+
+@pytest.mark.parametrize("statement", ["autotag.claim(", "autotag.settle(", "autotag.report_stages("])
+async def test_a_reply_that_is_lost_loses_no_image(library: Library, neighbour: Library, statement: str) -> None:
+    """The statement has been committed, and the connection breaks before the worker learns what it said."""
+    assets, others = await library.upload(8), await neighbour.upload(8, seed=2)
+    jobs = library.enqueue(assets), neighbour.enqueue(others)
+    stack = library.stack
+    proxy = Proxy(stack.database_url())
+    proxy.cut_reply(statement, times=2)
+    async with proxy.serve(), working(library, DATABASE_URL=proxy.url(stack.worker_environment()["DATABASE_URL"])):
+        await library.finished(jobs[0])
+        await neighbour.finished(jobs[1])
+        assert proxy.cuts == 2
+    library.check_tags()
+    neighbour.check_tags()
+    check_asked_once(stack)
+    check_money(stack)
+
+
+async def test_realtime_that_raises_takes_no_tags_with_it(library: Library) -> None:
+    """`realtime.send` raises, for example where today's partition is missing."""
+    with psycopg.connect(library.stack.database_url("supabase_admin"), autocommit=True) as admin:
+        admin.execute("""
+            create or replace function realtime.send(payload jsonb, event text, topic text, private boolean default true)
+            returns void language plpgsql as $$
+            begin
+              raise exception 'no partition of relation "messages" found for row';
+            end $$""")
+    assets = await library.upload(60)
+    job = library.enqueue(assets)
+    async with working(library):
+        await library.finished(job)
+    library.check_tags()
+    check_asked_once(library.stack)
+
+
+@pytest.mark.parametrize("images", [4, 60], ids=["single calls", "batch"])
+async def test_a_picture_that_was_replaced_meanwhile_is_tagged_again(library: Library, images: int) -> None:
+    """The row names another file while its old one is with the provider: the old picture's tags are not the new one's."""
+    assets = await library.upload(images)
+    [(path, drawing)] = await library.upload_files(1, seed=9)
+    library.stack.simulator.plan.latency = (1.0, 1.5)
+    library.stack.simulator.plan.batch_latency = (2.0, 2.5)
+    job = library.enqueue(assets)
+    async with working(library):
+        await until(
+            lambda: stages(library)[assets[-1]] in ("submitted", "processing"), "the picture to be with the provider"
+        )
+        library.sql("update public.assets set storage_path = %s where id = %s", path, assets[-1])
+        library.drawings[assets[-1]] = drawing
+        await library.finished(job)
+    library.check_tags()
+
+
+async def test_a_row_that_is_deleted_or_moves_meanwhile_ends_alone(library: Library, neighbour: Library) -> None:
+    assets, others = await library.upload(8), await neighbour.upload(8, seed=2)
+    library.stack.simulator.plan.latency = (0.5, 1.0)
+    jobs = library.enqueue(assets), neighbour.enqueue(others)
+    async with working(library):
+        await until(lambda: stages(library)[assets[0]] == "processing", "a call on its way")
+        library.sql("delete from public.assets where id = %s", assets[0])
+        library.sql("update public.assets set workspace_id = %s where id = %s", neighbour.member.workspace, assets[1])
+        await library.finished(jobs[0])
+        await neighbour.finished(jobs[1])
+    library.check_tags(assets[2:])
+    neighbour.check_tags(others)
+    assert library.sql("select tags from public.assets where id = %s", assets[1])[0]["tags"] is None

@@ -1,0 +1,143 @@
+"""A batch whose rows another transaction holds goes on later, and has no slot meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+import pytest
+
+from autotag.db import Batch, Busy, Database, DatabaseSettings, Question, Settled, TooSlow
+from autotag.db.messages import BatchAnswer
+from autotag.openai.provider import Provider
+from autotag.worker import slots as slots_module
+from autotag.worker.files import Files
+from autotag.worker.harvest import Harvester
+from autotag.worker.slots import BatchSlots
+from autotag.worker.wake import Wake
+
+PATIENCE = 20.0  # seconds; only a broken promise takes so long
+SETTINGS = DatabaseSettings(Question(1, "m", "low", 10, "English"), 60, 1000)
+MARK = "00000000-0000-4000-8000-000000000001"
+LINE = (
+    b'{"custom_id": "%d-' + MARK.encode() + b'", "response": {"status_code": 200, "body": {"choices": [{"message":'
+    b' {"content": "{\\"caption\\": \\"A cat.\\", \\"tags\\": []}"}}]}}}'
+)
+
+
+@pytest.fixture(autouse=True)
+def no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots_module, "BUSY_DELAY", 0.001)
+
+
+async def test_a_busy_batch_gives_its_slot_back_and_waits_for_another() -> None:
+    wake = Wake()
+    slots = BatchSlots(wake, 1)
+    calls = 0
+    often, go, started, work = (asyncio.Event() for _ in range(4))
+
+    async def step() -> str:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            often.set()
+        if not go.is_set():
+            raise Busy("cancel_tagging") if calls % 2 else TooSlow("thirty seconds")
+        return "done"
+
+    async def busy_batch() -> str:
+        async with slots:
+            return await slots.retry(step)
+
+    async def other_batch() -> None:
+        async with slots:
+            started.set()
+            await work.wait()
+
+    slots.take()
+    held = asyncio.create_task(busy_batch())
+    async with asyncio.timeout(PATIENCE):
+        await wake.wait("batch", None)
+        assert slots.free == 1, "another batch can be claimed"
+        await often.wait()
+        slots.take()
+        other = asyncio.create_task(other_batch())
+        await started.wait()
+        assert slots.free == 0
+        done = calls
+        go.set()
+        await asyncio.sleep(0.01)
+        assert calls == done, "it goes on only with a slot"
+        work.set()
+        await other
+        slots.leave()
+        assert await held == "done"
+        slots.leave()
+    assert slots.free == 1
+
+
+class FakeDatabase:
+    """Notes the answers, after as many errors as the test wants."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+        self.calls: list[tuple[list[BatchAnswer], bool]] = []
+        self.finished = 0
+
+    async def batch_answers(self, _: Batch, answers: list[BatchAnswer], *, keep: bool = False) -> Settled:
+        self.calls.append((answers, keep))
+        if self.errors:
+            raise self.errors.pop(0)
+        return Settled(len(answers), [])
+
+    async def batch_finish(self, _: Batch) -> None:
+        self.finished += 1
+        if self.finished == 1:
+            raise Busy("cancel_tagging")
+
+    async def files_deleted(self, _: list[str]) -> None:
+        pass
+
+
+class FakeProvider:
+    """One output file with 1,200 lines."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    async def read_file(self, _: str) -> AsyncIterator[bytes]:
+        self.reads += 1
+        for task in range(1, 1201):
+            yield LINE % task
+
+    async def delete_file(self, _: str) -> None:
+        pass
+
+
+async def harvest(db: FakeDatabase) -> FakeProvider:
+    provider = FakeProvider()
+    slots = BatchSlots(Wake(), 1)
+    given: Any = (cast("Database", db), cast("Provider", provider))
+    harvester = Harvester(*given, Files(*given), slots)
+    batch = Batch("b", 1, "harvesting", 1200, 0, False, "batch_1", "file-in", "file-out", None)
+    slots.take()
+    async with asyncio.timeout(PATIENCE), slots:
+        await harvester.harvest(batch, SETTINGS)
+    return provider
+
+
+async def test_a_harvest_that_is_busy_starts_anew_later() -> None:
+    db = FakeDatabase(Busy("cancel_tagging"))
+    provider = await harvest(db)
+    assert provider.reads == 2
+    assert [len(answers) for answers, _ in db.calls] == [500, 500, 500, 200]
+    assert db.finished == 2, "the last step is repeated by itself"
+    assert db.calls[1][0][0] == {**db.calls[1][0][0], "task": 1, "mark": MARK}
+
+
+async def test_answers_for_slow_rows_are_kept_for_the_store_lane() -> None:
+    db = FakeDatabase(TooSlow("ten seconds"))
+    provider = await harvest(db)
+    assert provider.reads == 1
+    assert [(len(answers), keep) for answers, keep in db.calls] == [(500, False), (500, True), (500, True), (200, True)]

@@ -1,0 +1,171 @@
+"""Worker and database agree on what the worker holds, whatever replies are lost; and a held table delays no claim."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import cast
+
+import psycopg
+import pytest
+
+from autotag.db import Busy, Claim, Database, DatabaseSettings, Image, Question, TooSlow
+from autotag.worker import realtime
+from autotag.worker.claims import Claims
+from autotag.worker.wake import Wake
+
+PATIENCE = 20.0  # seconds; only a broken promise takes so long
+SETTINGS = DatabaseSettings(Question(1, "m", "low", 10, "English"), 60, 1000)
+
+
+def test_a_claim_without_a_reply_keeps_its_number() -> None:
+    claims = Claims()
+    assert [claims.number(), claims.number()] == [1, 1]
+    claims.receive(0)
+    assert [claims.number(), claims.number()] == [2, 2]
+
+
+def test_a_heartbeat_lists_what_is_held_and_the_last_claim() -> None:
+    claims = Claims()
+    assert claims.listed() == [0], "an empty list would mean that the worker knows of none"
+    for images in (2, 0, 1):
+        claims.number()
+        assert claims.listed()[-1] == claims.number(), "a claim that is under way"
+        claims.receive(images)
+    assert claims.listed() == [1, 3]
+    claims.drop(1)
+    assert claims.listed() == [1, 3]
+    claims.drop(1)
+    assert claims.listed() == [3]
+    claims.drop(3)
+    assert claims.listed() == [3]
+    claims.number()
+    assert claims.listed() == [4]
+
+
+class FakeDatabase:
+    """Releases the images of `queue`, and describes them."""
+
+    def __init__(self, queue: Sequence[int]) -> None:
+        self.queue = list(queue)
+        self.claims: list[tuple[int, int]] = []
+        self.descriptions: list[list[int]] = []
+        self.lose: list[Exception] = []
+        self.given: dict[int, list[int]] = {}
+        self.refuse: Callable[[list[int]], Exception | None] = lambda _: None
+        self.gone: set[int] = set()
+
+    async def claim(self, number: int, slots: int) -> Claim:
+        self.claims.append((number, slots))
+        if number not in self.given:
+            self.given[number], self.queue = self.queue[:slots], self.queue[slots:]
+        if self.lose:
+            raise self.lose.pop(0)
+        return Claim(self.given[number], 0 if self.queue else None, None, SETTINGS)
+
+    async def describe_tasks(self, number: int, tasks: Sequence[int]) -> list[Image]:
+        self.descriptions.append(list(tasks))
+        if error := self.refuse(list(tasks)):
+            raise error
+        return [Image(task, "a", None, None, None, claim=number) for task in tasks if task not in self.gone]
+
+
+class Bench:
+    """The lane of single calls with a fake database; `tagged` are the images that were tagged."""
+
+    def __init__(self, queue: Sequence[int]) -> None:
+        self.db, self.wake, self.claims = FakeDatabase(queue), Wake(), Claims()
+        self.tagged: list[int] = []
+
+    async def tag(self, image: Image, _: DatabaseSettings) -> None:
+        self.tagged.append(image.task)
+        self.claims.drop(image.claim)
+
+    @contextlib.asynccontextmanager
+    async def running(self, slots: int = 4) -> AsyncIterator[None]:
+        lane = asyncio.create_task(
+            realtime.run(cast("Database", self.db), self.wake, self.claims, slots, self.tag, deadline=1)
+        )
+        yield
+        assert not lane.done(), "data ended the worker"
+        self.wake.request_stop()
+        await lane
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                if condition():
+                    return
+                await asyncio.sleep(0.001)
+
+
+@pytest.fixture(autouse=True)
+def no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CLAIM_RETRY", "DESCRIBE_RETRY", "MAX_DESCRIBE_RETRY"):
+        monkeypatch.setattr(realtime, name, 0.001)
+
+
+async def test_a_claim_whose_reply_is_lost_is_repeated_with_its_number() -> None:
+    bench = Bench(range(10))
+    bench.db.lose = [psycopg.InternalError("first"), psycopg.InternalError("second")]
+    async with bench.running():
+        await bench.until(lambda: len(bench.tagged) == 10)
+    assert [number for number, _ in bench.db.claims[:4]] == [1, 1, 1, 2]
+    assert sorted(bench.tagged) == list(range(10)), "each image once"
+    assert bench.claims.listed() == [bench.db.claims[-1][0]]
+
+
+@pytest.mark.parametrize("error", [TooSlow("ten seconds"), Busy("deadlock"), psycopg.InternalError("bug")])
+async def test_images_whose_description_fails_are_described_later_and_none_is_lost(error: Exception) -> None:
+    bench = Bench(range(8))
+    fails = {4: 7}  # this image's row makes every description fail for a while
+
+    def refuse(tasks: list[int]) -> Exception | None:
+        if 4 in tasks and fails[4]:
+            fails[4] -= 1
+            return error
+        return None
+
+    bench.db.refuse = refuse
+    async with bench.running(slots=20):
+        await bench.until(lambda: len(bench.tagged) == 8)
+    assert bench.tagged[-1] == 4, "the others did not wait for it"
+    assert bench.db.descriptions[:3] == [list(range(8))] * 3, "together at first"
+
+
+async def test_the_lane_goes_on_while_a_description_is_held() -> None:
+    bench = Bench(range(3))
+    release = asyncio.Event()
+    describe = bench.db.describe_tasks
+
+    async def held(number: int, tasks: Sequence[int]) -> list[Image]:
+        if 0 in tasks:
+            await release.wait()
+        return await describe(number, tasks)
+
+    bench.db.describe_tasks = held  # type: ignore[method-assign]
+    async with bench.running(slots=4):
+        await bench.until(lambda: len(bench.db.claims) >= 1)
+        bench.db.queue = [7]
+        bench.wake.notify("realtime")
+        await bench.until(lambda: bench.tagged == [7])
+        assert bench.db.claims[1] == (2, 1), "undescribed images have slots"
+        assert bench.claims.listed()[0] == 1
+        release.set()
+        await bench.until(lambda: sorted(bench.tagged) == [0, 1, 2, 7])
+
+
+async def test_an_image_that_is_gone_frees_its_slot_and_its_claim() -> None:
+    bench = Bench(range(8))
+    bench.db.gone = {0, 1, 2, 3}
+    async with bench.running(slots=4):
+        await bench.until(lambda: sorted(bench.tagged) == [4, 5, 6, 7])
+    assert 1 not in bench.claims.listed()
+
+
+async def test_a_stopping_worker_does_not_wait_for_descriptions() -> None:
+    bench = Bench(range(3))
+    bench.db.refuse = lambda _: TooSlow("for ever")
+    async with bench.running():
+        await bench.until(lambda: len(bench.db.descriptions) > 5)

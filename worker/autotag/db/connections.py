@@ -1,0 +1,152 @@
+"""The connections of a worker: one pool, in which every purpose has its share, and the retries of its calls."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Literal, cast
+
+import orjson
+import psycopg
+import structlog
+from psycopg.rows import dict_row
+from psycopg.types.json import set_json_dumps, set_json_loads
+from psycopg_pool import AsyncConnectionPool
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
+
+from autotag.db.errors import Busy, NotHeld, TooSlow, VersionsDiffer
+from autotag.db.listening import KEEPALIVES, MAX_RETRY_DELAY
+from autotag.redact import safe_message
+
+Purpose = Literal["lease", "claim", "describe", "settle", "store", "batch", "stages", "other"]
+
+#: Connections that a purpose may use at the same time. A call that writes or reads the host's rows takes as long as the
+#: host's triggers and locks do; so no purpose can use those of another.
+SHARES: dict[Purpose, int] = {
+    "lease": 1, "claim": 1, "describe": 1, "settle": 3, "store": 2, "batch": 2, "stages": 1, "other": 1,
+}  # fmt: skip
+#: These purposes together use at most HOST_SHARE connections: what they do can wait.
+HOST_PURPOSES: tuple[Purpose, ...] = ("store", "batch", "stages")
+HOST_SHARE = 3
+POOL_SIZE = sum(n for purpose, n in SHARES.items() if purpose not in HOST_PURPOSES) + HOST_SHARE  # 10, if all are busy
+#: Their callers handle `Busy` and `TooSlow`; the other calls are retried.
+_RAISING: tuple[Purpose, ...] = ("describe", "settle", "store", "batch", "stages")
+
+log = structlog.get_logger(__name__)
+
+set_json_dumps(orjson.dumps)
+set_json_loads(orjson.loads)
+
+
+class Connections:
+    """A pool of connections, opened as they are needed and closed when they have been idle."""
+
+    def __init__(self, url: str, *, prepare: bool = True) -> None:
+        """
+        Args:
+            url: connection URL.
+            prepare: use prepared statements (impossible behind a transaction pooler).
+        """
+        every, host = asyncio.Semaphore(POOL_SIZE), asyncio.Semaphore(HOST_SHARE)
+        self._shares = {
+            purpose: (asyncio.Semaphore(n), host if purpose in HOST_PURPOSES else every)
+            for purpose, n in SHARES.items()
+        }
+        self._pool = AsyncConnectionPool(
+            url,
+            min_size=1,
+            max_size=POOL_SIZE,
+            open=False,
+            kwargs={
+                "autocommit": True,
+                "row_factory": dict_row,
+                "application_name": "autotag",
+                "prepare_threshold": 5 if prepare else None,
+                **KEEPALIVES,
+            },
+        )
+
+    async def open(self) -> None:
+        """Opens the pool.
+
+        Raises:
+            psycopg_pool.PoolTimeout: no connection within 30 seconds.
+        """
+        await self._pool.open(wait=True)
+
+    async def close(self) -> None:
+        """Closes the pool."""
+        await self._pool.close()
+
+    async def call(
+        self, purpose: Purpose, statement: str, *arguments: object, within: float | None = None
+    ) -> dict[str, Any]:
+        """Executes one statement and returns its row. Retries after a broken connection; see `call_once`.
+
+        Raises:
+            Busy, TooSlow: only for the purposes whose callers handle them; the others are retried.
+        """
+        retried = _is_broken if purpose in _RAISING else _is_temporary
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception(retried),
+            wait=wait_random_exponential(0.1, max=MAX_RETRY_DELAY),
+            before_sleep=_log_retry,
+        ):
+            with attempt:
+                return await self.call_once(purpose, statement, *arguments, within=within)
+        raise AssertionError("unreachable: the loop ends with a result")
+
+    async def call_once(
+        self, purpose: Purpose, statement: str, *arguments: object, within: float | None = None
+    ) -> dict[str, Any]:
+        """Executes one statement and returns its row.
+
+        Args:
+            purpose: whose share of the connections it uses; it waits for a free one.
+            statement: calls one function.
+            arguments: of the statement.
+            within: seconds that the statement may take. Then it is cancelled in the server, and the connection can be
+                used again.
+
+        Raises:
+            Busy, TooSlow, NotHeld, VersionsDiffer: see there.
+            psycopg.Error: any other error.
+        """
+        own, shared = self._shares[purpose]
+        async with own, shared, self._pool.connection() as connection:
+            try:
+                async with asyncio.timeout(within):
+                    cursor = await connection.execute(statement, arguments)
+                    return cast("dict[str, Any]", await cursor.fetchone())
+            except TimeoutError:
+                raise TooSlow(f"The call took longer than {within} seconds.") from None
+            except psycopg.DatabaseError as error:
+                meaning = _meaning(error)
+                raise (error if meaning is None else meaning) from None
+
+
+def _meaning(error: psycopg.DatabaseError) -> Exception | None:
+    """The exception for an error that callers handle; None: they do not."""
+    match error.sqlstate:
+        case "PT409":
+            return NotHeld(str(error))
+        case "PT426":
+            return VersionsDiffer(str(error.diag.message_primary), str(error.diag.message_hint))
+        case "PT503" | "55P03" | "40P01" | "40001":  # busy, lock_not_available, deadlock, serialization_failure
+            return Busy(str(error))
+        case "57014":  # query_canceled: the login has a statement_timeout
+            return TooSlow(str(error))
+    return None
+
+
+def _is_broken(error: BaseException) -> bool:
+    """Whether the connection or the server is the cause; a server that is read only is a standby after a failover."""
+    return isinstance(error, psycopg.OperationalError | psycopg.errors.ReadOnlySqlTransaction)
+
+
+def _is_temporary(error: BaseException) -> bool:
+    return _is_broken(error) or isinstance(error, Busy | TooSlow)
+
+
+def _log_retry(state: RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    log.warning("database_retry", attempt=state.attempt_number, error=safe_message(error) if error else "")

@@ -1,0 +1,38 @@
+"""The errors of database calls that callers handle."""
+
+from __future__ import annotations
+
+import psycopg
+
+
+class NotHeld(Exception):
+    """Another worker holds the batch now, so this worker must stop working on it."""
+
+
+class Busy(Exception):
+    """Another transaction holds what the call needs. Nothing was done; call again later."""
+
+
+class TooSlow(TimeoutError):
+    """The call took too long and was cancelled. Nothing was done, unless it had just been committed."""
+
+
+class VersionsDiffer(Exception):
+    """The versions of this worker and of the schema differ. ``hint`` says which one to upgrade."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class Refused(Exception):
+    """The database refuses a call. retry_after: seconds until a retry can succeed; None: a retry does not help."""
+
+    def __init__(self, message: str, hint: str | None, retry_after: float | None) -> None:
+        super().__init__(message)
+        self.hint = hint
+        self.retry_after = retry_after
+
+
+#: What a call raises if the database, the host's rows or the arguments are the cause.
+CALL_ERRORS = (psycopg.Error, Busy, TooSlow)

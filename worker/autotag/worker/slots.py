@@ -1,0 +1,73 @@
+"""The slots of the batch lane."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import structlog
+
+from autotag.db import Busy, TooSlow
+from autotag.redact import safe_message
+from autotag.worker.wake import Wake
+
+BUSY_DELAY = 0.5  # seconds until a batch that was busy goes on; twice as long each time …
+MAX_BUSY_DELAY = 30.0  # … but no longer than this
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+
+class BatchSlots:
+    """Limits the batches that are built or harvested concurrently. A batch has no slot while another transaction holds
+    its rows, so that others go on."""
+
+    def __init__(self, wake: Wake, slots: int) -> None:
+        """
+        Args:
+            wake: wakes the batch lane when a slot is free.
+            slots: max batches that are built or harvested concurrently.
+        """
+        self._wake = wake
+        self._turns = asyncio.Semaphore(slots)
+        self._free = slots
+
+    @property
+    def free(self) -> int:
+        """How many batches to claim now."""
+        return max(0, self._free)
+
+    def take(self) -> None:
+        """Counts a claimed batch."""
+        self._free -= 1
+
+    def leave(self) -> None:
+        """The batch has ended for this worker."""
+        self._free += 1
+        self._wake.notify("batch")
+
+    async def __aenter__(self) -> None:
+        """Waits for a slot, which a batch that goes on may have taken."""
+        await self._turns.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._turns.release()
+
+    async def retry(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Calls until the batch is not busy; returns the result. The caller has a slot; it is given back in between."""
+        delay = BUSY_DELAY
+        while True:
+            try:
+                return await call()
+            except (Busy, TooSlow) as error:
+                log.warning("batch_busy", retry_in=delay, error=safe_message(error))
+            self._turns.release()
+            self.leave()
+            try:
+                await asyncio.sleep(delay)
+            finally:
+                self.take()
+                await self._turns.acquire()
+            delay = min(2 * delay, MAX_BUSY_DELAY)

@@ -1,0 +1,131 @@
+"""The store lane: stores outcomes that wait for the host's rows, because a transaction held them or they were slow."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import structlog
+
+from autotag.db import CALL_ERRORS, Busy, Database, TooSlow
+from autotag.redact import safe_message
+from autotag.worker.notices import log_notices
+from autotag.worker.slow import SlowWorkspaces
+from autotag.worker.wake import Wake
+
+STORES = 2  # workspaces whose outcomes are stored concurrently
+MAX_LIMIT = 500  # outcomes per call; a tenth after a call that took too long, …
+GROWTH_SECONDS = 2.0  # … and twice as many after one that took less than this
+BACKOFF = 1.0  # seconds until a workspace's next call, if nothing could be stored; twice as long each time …
+MAX_BACKOFF = 60.0  # … but no longer than this
+LIST_RETRY = 1.0  # seconds to wait after a failed call of list_unstored
+
+log = structlog.get_logger(__name__)
+
+
+class StoreLane:
+    """Stores waiting outcomes, one workspace per call, in turn.
+
+    A workspace that takes too long delays no other for long: it waits behind them, with fewer images in its next call.
+    """
+
+    def __init__(self, db: Database, wake: Wake, slow: SlowWorkspaces) -> None:
+        """
+        Args:
+            db: the database.
+            wake: wakes the lane.
+            slow: gets the workspaces that take too long.
+        """
+        self._db = db
+        self._wake = wake
+        self._slow = slow
+        self._turns: asyncio.Queue[str] = asyncio.Queue()
+        self._active: set[str] = set()  # in _turns, or a call runs
+        self._limits: dict[str, int] = {}  # of workspaces with less than MAX_LIMIT
+        self._backoffs: dict[str, tuple[float, float]] = {}  # not before (`time.monotonic`), and the seconds it waits
+
+    async def run(self) -> None:
+        """Stores outcomes until it is cancelled."""
+        async with asyncio.TaskGroup() as storing:
+            for _ in range(STORES):
+                storing.create_task(self._take_turns())
+            while True:
+                await self._wake.wait("store", await self._list())
+
+    async def _list(self) -> float | None:
+        """Puts the due workspaces into the queue; returns the seconds until the next are due (None: until a
+        notification)."""
+        try:
+            unstored = await self._db.list_unstored()
+        except CALL_ERRORS as error:
+            log.error("list_unstored_failed", error=safe_message(error))
+            return LIST_RETRY
+        now = time.monotonic()
+        waits = [] if unstored.wait is None else [unstored.wait]
+        for workspace in unstored.workspaces:
+            if workspace in self._active:
+                continue
+            not_before, _ = self._backoffs.get(workspace, (0.0, 0.0))
+            if not_before > now:
+                waits.append(not_before - now)
+            else:
+                self._active.add(workspace)
+                self._turns.put_nowait(workspace)
+        if self._backoffs:
+            due = set(unstored.workspaces)
+            self._backoffs = {w: b for w, b in self._backoffs.items() if w in due}
+        return min(waits, default=None)
+
+    async def _take_turns(self) -> None:
+        while True:
+            workspace = await self._turns.get()
+            more = await self._store(workspace)
+            if more:
+                self._turns.put_nowait(workspace)
+            else:
+                self._active.remove(workspace)
+                self._wake.notify("store")  # others may be due, or this one later
+
+    async def _store(self, workspace: str) -> bool:
+        """Stores outcomes of a workspace; returns whether to go on at its next turn."""
+        limit = self._limits.get(workspace, MAX_LIMIT)
+        started = time.monotonic()
+        try:
+            stored = await self._db.store_waiting(workspace, limit)
+        except CALL_ERRORS as error:
+            if isinstance(error, Busy):
+                return self._back_off(workspace)
+            log.warning("store_failed", workspace=workspace, images=limit, error=safe_message(error))
+            if isinstance(error, TooSlow):
+                self._slow.mark(workspace)
+            return await self._postpone(workspace, limit)
+        log_notices(stored.notices)
+        if stored.stored:
+            self._backoffs.pop(workspace, None)
+            if time.monotonic() - started < GROWTH_SECONDS:
+                self._limit(workspace, 2 * limit)
+        elif stored.more:  # another worker stores them
+            return self._back_off(workspace)
+        return stored.more
+
+    async def _postpone(self, workspace: str, limit: int) -> bool:
+        """After a call that failed: the next one has fewer outcomes."""
+        self._limit(workspace, limit // 10)
+        try:
+            log_notices(await self._db.postpone_stores(workspace, limit))
+            return True
+        except CALL_ERRORS as error:
+            log.error("postpone_failed", workspace=workspace, error=safe_message(error))
+            return self._back_off(workspace)
+
+    def _limit(self, workspace: str, limit: int) -> None:
+        if limit >= MAX_LIMIT:
+            self._limits.pop(workspace, None)
+        else:
+            self._limits[workspace] = max(1, limit)
+
+    def _back_off(self, workspace: str) -> bool:
+        _, seconds = self._backoffs.get(workspace, (0.0, BACKOFF / 2))
+        seconds = min(2 * seconds, MAX_BACKOFF)
+        self._backoffs[workspace] = (time.monotonic() + seconds, seconds)
+        return False
