@@ -118,6 +118,9 @@ create table autotag.settings (
   batch_images_per_hour integer not null default 5000 check (batch_images_per_hour > 0),
   -- single calls that would wait longer are sent in a batch instead
   realtime_max_wait interval not null default '10 min' check (realtime_max_wait > '0'),
+  -- how long newer uploads of its workspace may pass an upload whose single calls wait; uploads of more than chunk_max_images
+  -- images can be passed for longer, in proportion
+  upload_patience interval not null default '2 min' check (upload_patience >= '0'),
   -- whether members may call check_rate_limit, which counts against the limit; they may always call peek_rate_limit
   members_may_take boolean not null default false,
   -- Longest expected time from the release of a call to its arrival at the provider. This share of a minute's limit stays
@@ -385,7 +388,8 @@ create table autotag.queues (
   workspace_id uuid not null,
   joined boolean not null default false,   -- counted in its workspace; enqueue_tagging inserts it, and the next claim counts it
   queued integer not null default 0 check (queued >= 0),
-  released integer not null default 0,  -- the job with the fewest released goes first: small uploads pass large ones
+  released integer not null default 0,  -- the job with the fewest released goes first: small uploads pass large ones …
+  overdue_at timestamptz not null default 'infinity',   -- … until this time; from then on it goes first (patience_ends_at)
   cursor bigint not null default 0,
   reached bigint not null default 0,    -- the last task that was ever released: no later task is held by a worker
   output_tokens integer,                -- largest cap that one of the waiting tasks needs, where an answer was cut off
@@ -393,6 +397,7 @@ create table autotag.queues (
   ready_at timestamptz not null default '-infinity'   -- … and no more before this time
 ) with (fillfactor = 50);
 create index queues_turn_idx on autotag.queues (workspace_id, released, job_id) where queued > 0;
+create index queues_overdue_idx on autotag.queues (workspace_id, overdue_at, job_id) where queued > 0;
 create index queues_new_idx on autotag.queues (job_id) where not joined;
 alter table autotag.queues enable row level security;
 
@@ -451,7 +456,7 @@ create type autotag.upload_plan as (
 --   planned ─► preparing ─► uploading ─► creating ─► submitted ─► ended ─► harvesting ─► done
 --      ▲  (images fetched,   (input file  (about to   (OpenAI has  (OpenAI  (answers are
 --      │   file built)        uploaded)    create)     it)          is done) stored)
---      └── OpenAI's queue was full: retried later (with its file)      cancelled: before OpenAI had it
+--      └── OpenAI's queue was full: retried later (with its file)      cancelled: before OpenAI had it, or split into smaller ones
 --
 -- A worker that takes over a row in `creating` first lists the batches at OpenAI and adopts the one that carries the row's
 -- id in its metadata. The worker that holds a row knows its `attempt`; a call with an older attempt is refused.
@@ -485,6 +490,7 @@ create table autotag.batches (
   request_done integer not null default 0,    -- answered or failed, as OpenAI counts
   running_at timestamptz,                     -- when a poll first saw OpenAI working on it
   predicted_seconds double precision,         -- predicted duration at the time OpenAI got it
+  token_refusals integer not null default 0,  -- how often OpenAI refused it because its queue was full (token_limit_exceeded)
   progress_at timestamptz,                    -- when a poll last saw a change
   missing_polls integer not null default 0,   -- polls in a row that did not find it at OpenAI …
   last_missing_poll_at timestamptz,                   -- … and the last of them (workers.poll_assigned_at): each poll counts once
@@ -1902,8 +1908,8 @@ begin
   values (p_workspace_id, p_user_id, v_plan.strategy, v_plan.fallback, v_count, v_now, autotag.request_traceparent())
   returning * into v_job;
   v_first_task := autotag.add_tasks(v_job, v_plan, v_new, v_new_seen);
-  insert into autotag.queues (job_id, workspace_id, queued, cursor, chunk)
-  values (v_job.id, p_workspace_id, v_plan.express, v_first_task - 1, v_plan.chunk);
+  insert into autotag.queues (job_id, workspace_id, queued, overdue_at, cursor, chunk)
+  values (v_job.id, p_workspace_id, v_plan.express, autotag.patience_ends_at(v_plan.express, v_now), v_first_task - 1, v_plan.chunk);
   v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
   perform autotag.show(p_workspace_id, v_new, 'queued', 0, v_job.eta);
 
@@ -3283,10 +3289,12 @@ begin
     select f.workspace_id, f.job_id, count(*)::integer as tasks, min(f.id) as first_task, max(f.min_output_tokens) as output_tokens
     from freed f group by f.workspace_id, f.job_id
   loop
-    insert into autotag.queues as q (job_id, workspace_id, joined, queued, cursor, output_tokens)
-    values (v_queue.job_id, v_queue.workspace_id, false, v_queue.tasks, v_queue.first_task - 1, v_queue.output_tokens)
+    insert into autotag.queues as q (job_id, workspace_id, joined, queued, overdue_at, cursor, output_tokens)
+    values (v_queue.job_id, v_queue.workspace_id, false, v_queue.tasks, autotag.patience_ends_at(v_queue.tasks, p_now),
+      v_queue.first_task - 1, v_queue.output_tokens)
     on conflict (job_id) do update
-    set queued = q.queued + v_queue.tasks, cursor = least(q.cursor, v_queue.first_task - 1),
+    set queued = q.queued + v_queue.tasks,
+        overdue_at = case when q.queued = 0 then excluded.overdue_at else q.overdue_at end, cursor = least(q.cursor, v_queue.first_task - 1),
         output_tokens = greatest(q.output_tokens, v_queue.output_tokens);
     update autotag.workspaces w
     set queued = w.queued + v_queue.tasks, ready = true,
@@ -3468,8 +3476,21 @@ begin
   end if;
 end $$;
 
--- The queue of a workspace that is served next: of those that are ready, the one with the fewest released. Null: none is ready. A
--- queue whose upload is being cancelled in an open transaction is not ready for a second. Locks: its job (advisory, shared).
+-- Until when newer uploads may pass an upload of which p_images single calls wait since p_since: upload_patience, or in proportion
+-- longer for more images than chunk_max_images. Without a Batch API an upload can be 50,000 single calls; if it went first after two
+-- minutes, users would wait for hours for one image.
+create or replace function autotag.patience_ends_at(p_images integer, p_since timestamptz) returns timestamptz
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select p_since + s.upload_patience * greatest(1, p_images::double precision / greatest(s.chunk_max_images, 1)) from autotag.settings s);
+end $$;
+
+-- The queue of a workspace that is served next, of those that are ready: the one that is overdue for the longest time, else the one
+-- with the fewest released. So small uploads pass large ones, and every upload ends: when it is overdue, only those that were overdue
+-- before it go first. Null: none is ready. A queue whose upload is being cancelled in an open transaction is not ready for a second.
+-- Locks: its job (advisory, shared).
 create or replace function autotag.next_queue(p_workspace_id uuid, p_now timestamptz) returns autotag.queues
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
 as $$
@@ -3478,8 +3499,13 @@ declare
 begin
   loop
     select * into v_queue from autotag.queues q
-    where q.workspace_id = p_workspace_id and q.queued > 0 and q.ready_at <= p_now
-    order by q.released, q.job_id limit 1;
+    where q.workspace_id = p_workspace_id and q.queued > 0 and q.overdue_at <= p_now and q.ready_at <= p_now
+    order by q.overdue_at, q.job_id limit 1;
+    if not found then
+      select * into v_queue from autotag.queues q
+      where q.workspace_id = p_workspace_id and q.queued > 0 and q.ready_at <= p_now
+      order by q.released, q.job_id limit 1;
+    end if;
     exit when not found or pg_try_advisory_xact_lock_shared(autotag.job_key(v_queue.job_id));
     update autotag.queues q set ready_at = p_now + interval '1 s' where q.job_id = v_queue.job_id;
   end loop;
@@ -3518,7 +3544,9 @@ begin
       cursor = coalesce(v_ids[cardinality(v_ids)], q.cursor),
       reached = greatest(q.reached, v_ids[cardinality(v_ids)]),
       output_tokens = case when q.queued > v_gone then q.output_tokens end,
-      ready_at = case when q.chunk is null then q.ready_at else p_now + (select s.chunk_delay from autotag.settings s) end
+      -- no delay for an overdue upload, or newer ones would pass it meanwhile
+      ready_at = case when q.chunk is null or q.overdue_at <= p_now then q.ready_at
+        else p_now + (select s.chunk_delay from autotag.settings s) end
   where q.job_id = p_queue.job_id;
   update autotag.workspaces w
   set queued = w.queued - v_gone, virtual_time = w.virtual_time + cardinality(v_ids)
@@ -3904,7 +3932,7 @@ begin
   return v_batches;
 end $$;
 
--- When the window of a planned batch's workspace has room for it; null: now; infinity: never with the present limits.
+-- When the window of a planned batch's workspace has room for it; null: now; infinity: never with the present limits (split_oversized() splits it).
 create or replace function autotag.window_opens_at(p_batch autotag.batches) returns timestamptz
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3918,7 +3946,8 @@ begin
     and b.created_at < p_batch.created_at;
   return (
     select max(coalesce(a.retry_at, 'infinity'))
-    from (values (v_ahead + 1, 0), (1, p_batch.image_count - p_batch.express_count)) w (batches, images)
+    -- at most a whole window: more would never fit, and this batch would wait without a time
+    from (values (least(v_ahead + 1, (select l.max_requests from autotag.window_limits(p_batch.workspace_id, 'batch') l)), 0), (1, p_batch.image_count - p_batch.express_count)) w (batches, images)
     cross join lateral autotag.admit(p_batch.workspace_id, 'batch', w.batches, w.images, false, p_take => false) a
     where a.admitted = 0);
 end $$;
@@ -4308,7 +4337,9 @@ begin
   -- After so many refusals or failures, another try would not succeed either.
   if p_error ->> 'kind' = 'image'
     or p_error ->> 'code' = 'request_refused' and v_batch.failures + 1 >= v_settings.max_bad_answers
-    or v_batch.state <> 'harvesting' and v_proven and v_batch.failures + 1 >= 3 * v_settings.max_failures then
+    or v_proven and v_batch.failures + 1 >= 3 * v_settings.max_failures and (v_batch.state <> 'harvesting'
+      -- its answers are paid for, so they are tried for as long as the batch might have taken
+      or v_batch.ended_at <= autotag.now() - v_settings.batch_give_up_after) then
     perform autotag.requeue_batch(v_batch, false, 0, p_error ->> 'code', p_error ->> 'message');
     perform autotag.end_batch(v_batch, p_error ->> 'message');
   else
@@ -4464,6 +4495,103 @@ begin
   from unnest(v_tasks) t having count(*) > 0;
   perform autotag.refresh_eta(v_job.id);
   return true;
+end $$;
+
+-- OpenAI refused a batch because its queue of tokens is full: it is planned again, with its file. Other programs may fill the queue;
+-- but if it was refused max_bad_answers times while none of ours was in it, it is too large, and goes on in halves. With at most
+-- chunk_max_images images it goes on as single calls. The caller holds job and batch. Locks: tasks, window (skip locked).
+create or replace function autotag.refuse_tokens(
+  p_batch autotag.batches, p_error text, p_settings autotag.settings, p_now timestamptz
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_alone boolean := not exists (select from autotag.batches b where b.reserved_tokens > 0 and b.id <> p_batch.id);
+  v_images integer := p_batch.image_count - p_batch.express_count;
+begin
+  update autotag.batches b
+  set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = p_error,
+      not_before = p_now + p_settings.batch_poll_interval, token_refusals = b.token_refusals + v_alone::integer
+  where b.id = p_batch.id returning * into p_batch;
+  if p_batch.token_refusals < p_settings.max_bad_answers then
+    return;
+  end if;
+  if v_images > p_settings.chunk_max_images and v_images > 1 then
+    perform autotag.split_batch(p_batch, 2, p_error);
+  else
+    perform autotag.requeue_batch(p_batch, false, 0, 'batch_refused', p_error);
+    perform autotag.end_batch(p_batch, p_error);
+    update autotag.jobs j
+    set fallback = 'The AI service did not accept a batch of these images, so they are sent as single calls.' where j.id = p_batch.job_id;
+  end if;
+end $$;
+
+-- Puts the images of a planned batch into p_parts new ones, and cancels it; its file is deleted at OpenAI. The parts take over its
+-- admission to the workspace's window where they can: the first one has it, and the images of the others are given back. The caller
+-- holds job and batch. Locks: tasks, window (skip locked).
+create or replace function autotag.split_batch(p_batch autotag.batches, p_parts integer, p_reason text) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tasks bigint[] := autotag.lock_batch_tasks(p_batch.id);
+  v_count integer := cardinality(v_tasks);
+  v_last integer := (select max(b.ordinal) from autotag.batches b where b.job_id = p_batch.job_id);
+begin
+  p_parts := least(p_parts, v_count);
+  update autotag.batches b
+  set state = 'cancelled', worker_id = null, reserved_tokens = 0, finished_at = autotag.now(), error = p_reason where b.id = p_batch.id;
+  with made as (
+    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, extra_tokens, admitted_at, created_at)
+    select p_batch.job_id, p_batch.workspace_id, v_last + n,
+      (n::bigint * v_count / p_parts - (n - 1)::bigint * v_count / p_parts)::integer, ceil(p_batch.extra_tokens::numeric / p_parts)::bigint,
+      case when n = 1 then p_batch.admitted_at end, p_batch.created_at
+    from generate_series(1, p_parts) n
+    returning id, ordinal
+  )
+  update autotag.tasks t set batch_id = m.id
+  from unnest(v_tasks) with ordinality u (id, i)
+  join made m on u.i > (m.ordinal - v_last - 1)::bigint * v_count / p_parts and u.i <= (m.ordinal - v_last)::bigint * v_count / p_parts
+  where t.id = u.id;
+  if p_batch.admitted_at is not null and p_parts > 1 then
+    perform from public.workspace_rate_limits w
+    where w.workspace_id = p_batch.workspace_id and w.request_type = 'batch' for no key update skip locked;
+    if found then
+      perform autotag.correct_window(p_batch.workspace_id, 'batch', p_batch.admitted_at, 0, v_count / p_parts - v_count);
+    end if;
+  end if;
+  perform pg_notify('autotag', 'batch');
+end $$;
+
+-- Splits planned batches that no limit admits any more, because it was lowered after they were planned: the images or requests of one
+-- batch, the workspace's images in an hour, or the provider's queue (a fifth more than it is tried, because what an image takes is
+-- an estimate). At most 20 per call. Called by tick(). Locks: job, batch (both skip locked), tasks, window (skip locked).
+create or replace function autotag.split_oversized() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_found record;
+  v_batch autotag.batches;
+begin
+  for v_found in
+    select b.id, b.job_id, x.images, m.images as max_images
+    from autotag.batches b
+    cross join lateral (select b.image_count - b.express_count as images) x
+    cross join autotag.settings s cross join autotag.provider_limits p
+    cross join lateral autotag.window_limits(b.workspace_id, 'batch') l
+    cross join lateral (select greatest(1, least(s.batch_max_requests::bigint, l.max_units::bigint,
+      case when x.images::bigint * p.tokens_per_image + b.extra_tokens > 1.2 * p.queued_batch_tokens
+        then p.queued_batch_tokens * x.images / (x.images::bigint * p.tokens_per_image + b.extra_tokens) end)) as images) m
+    where b.state = 'planned' and b.worker_id is null and x.images > 1 and x.images > m.images
+    order by b.id limit 20
+  loop
+    perform from autotag.jobs j where j.id = v_found.job_id for no key update skip locked;
+    continue when not found;
+    select * into v_batch from autotag.batches b
+    where b.id = v_found.id and b.state = 'planned' and b.worker_id is null for no key update skip locked;
+    continue when not found;
+    perform autotag.split_batch(v_batch, ceil(v_found.images::numeric / v_found.max_images)::integer,
+      'A limit was lowered, so this batch was split.');
+  end loop;
 end $$;
 
 -- Retries a batch's images without an answer, in the cheapest way allowed: in new batches if p_by_batch and there are more than
@@ -4651,9 +4779,11 @@ end $$;
 -- Records a poll: [{id, status, output_file_id, error_file_id, total, done, error_code, error, error_kind}]. Status `gone`:
 -- OpenAI does not know the batch (any more, or with this key). What happens to a batch:
 --   it has ended                       it waits to be harvested
---   it failed: OpenAI's queue is full  it is planned again, which is no failure
+--   it failed: OpenAI's queue is full  it is planned again, which is no failure; if it is too large for the queue, in halves, and at
+--                                      last as single calls (refuse_tokens)
 --   gone in several polls in a row     it ends, and its images are retried
 --   no progress for too long           it is cancelled, if the limits admit its images as single calls
+--   in flight for two days             it ends as if it were gone: OpenAI's window is 24 h
 -- Ignores workers without an assigned poll, batches that are not in flight, and invalid elements. Writes only rows that change.
 -- A batch that another transaction holds is left to the next poll, so a worker reports many batches in several calls. Returns the
 -- batches for which the worker calls show_batch() next.
@@ -4669,6 +4799,7 @@ declare
   v_free uuid[];
   v_changed uuid[];
   v_error text;                -- a batch failed with an account error
+  v_limit bigint;              -- of the provider's queue, as the refusal of a batch states it
   v_job uuid;
 begin
   perform autotag.check_list(p_polled);
@@ -4688,12 +4819,15 @@ begin
   v_error := (
     select s.error from unnest(v_polls) s join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
     where b.id = any (v_free) and s.status = 'failed' and s.error_kind = 'account' limit 1);
+  v_limit := (
+    select min(autotag.stated_limit(s.error)) from unnest(v_polls) s join autotag.batches b on b.openai_batch_id = s.id
+    where b.id = any (v_free) and b.state = 'submitted' and s.status = 'failed' and s.error_code = 'token_limit_exceeded');
   v_changed := autotag.apply_poll(v_polls, v_free, v_look, v_proven, v_now);
   -- Once per upload, even if several of its batches have changed.
   for v_job in select distinct b.job_id from autotag.batches b where b.id = any (v_changed) order by 1 loop
     perform autotag.broadcast_progress(v_job, autotag.refresh_eta(v_job));
   end loop;
-  perform autotag.judge_poll(v_error);
+  perform autotag.judge_poll(v_error, v_limit);
   return array(select b.id from autotag.batches b where b.id = any (v_changed) and b.state = 'submitted' and b.running_at = v_now);
 end $$;
 
@@ -4715,8 +4849,9 @@ begin
 end $$;
 
 -- Applies a poll to the account: a poll that works ends the pause that a failed poll began, and a batch that failed with an
--- account error (p_error: no credit) pauses tagging, as a single call would. Locks: provider, in both cases.
-create or replace function autotag.judge_poll(p_error text) returns void
+-- account error (p_error: no credit) pauses tagging, as a single call would. p_limit: of the provider's queue, if it stated it.
+-- Locks: provider, in these cases.
+create or replace function autotag.judge_poll(p_error text, p_limit bigint) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -4727,7 +4862,16 @@ begin
   if p_error is not null then
     perform autotag.pause_tagging(p_error, 'batch');
   end if;
+  update autotag.provider_limits p set queued_batch_tokens = p_limit where p.queued_batch_tokens <> p_limit;
 end $$;
+
+-- The limit that a refusal states: `Enqueued token limit reached for gpt-4o-mini in organization org-x. Limit: 2,000,000 enqueued
+-- tokens.` Null: it states none.
+create or replace function autotag.stated_limit(p_error text) returns bigint
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select least(greatest(nullif(replace(substring(p_error from '[Ll]imit: ?([0-9][0-9,]{0,17}) enqueued'), ',', ''), '')::bigint, 1000), 1000000000000)
+$$;
 
 -- Applies a poll to each of p_batches that is in flight, and returns the batches that have changed. p_look: when the worker was
 -- assigned this poll; p_proven: single calls work. The caller holds the batches and their jobs.
@@ -4751,17 +4895,23 @@ begin
     select * into v_batch from autotag.batches b where b.openai_batch_id = v_poll.id and b.state = 'submitted';
     if v_poll.status = 'gone' then
       perform autotag.count_missing_poll(v_batch, p_look);
-    elsif v_poll.status = 'failed' and (v_poll.error_code = 'token_limit_exceeded'
-      -- If single calls work, an account error counts: after max_bad_answers, this account or deployment cannot do batches.
-      or v_poll.error_kind = 'account' and (not p_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
+    elsif v_poll.status = 'failed' and v_poll.error_code = 'token_limit_exceeded' then
+      perform autotag.refuse_tokens(v_batch, v_poll.error, v_settings, p_now);
+    -- If single calls work, an account error counts: after max_bad_answers, this account or deployment cannot do batches.
+    elsif v_poll.status = 'failed'
+      and v_poll.error_kind = 'account' and (not p_proven or v_batch.failures + 1 < v_settings.max_bad_answers) then
       update autotag.batches b
       set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_poll.error,
           not_before = p_now + v_settings.batch_poll_interval,
-          failures = b.failures + (v_poll.error_kind = 'account' and p_proven)::integer
+          failures = b.failures + p_proven::integer
       where b.id = v_batch.id;
     elsif v_batch.openai_status is distinct from v_poll.status or v_batch.request_done < v_poll.done or v_batch.missing_polls > 0 then
       perform autotag.move_batch(v_batch, v_poll, p_now);
       v_changed := array_append(v_changed, v_batch.id);
+    elsif v_poll.status in ('validating', 'in_progress', 'finalizing', 'cancelling')
+      and v_batch.submitted_at <= p_now - 2 * v_settings.batch_give_up_after then
+      perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI never finished the batch of this image.');
+      perform autotag.end_batch(v_batch, 'OpenAI has not finished this batch within two days.');
     elsif not v_batch.cancel_requested and v_poll.status in ('validating', 'in_progress', 'finalizing')
       and (v_batch.progress_at <= p_now - v_settings.batch_stuck_after
         or v_batch.submitted_at <= p_now - v_settings.batch_give_up_after)
@@ -6460,6 +6610,38 @@ begin
       group by t.error_code order by count(*) desc limit p_max) x);
 end $$;
 
+-- What waits, and why, at most p_max of each kind: [{kind, workspace_id, id, images, reason, until}]. until null: without a time, so
+-- the owner has to change something. kind: batch and upload (id: of the batch, of the upload in automatic mode), workspace (its
+-- single calls), outcomes (tags that wait for the host's rows).
+create or replace function autotag.list_waiting(p_max integer, p_now timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select coalesce(jsonb_agg(jsonb_build_object('kind', x.kind, 'workspace_id', x.workspace_id, 'id', x.id, 'images', x.images,
+      'reason', x.reason, 'until', nullif(x.until, 'infinity')) order by x.until desc, x.kind, x.workspace_id, x.id), '[]')
+    from (
+      (select 'batch' as kind, b.workspace_id, b.id::text as id, (b.image_count - b.express_count)::bigint as images, b.not_before as until,
+        case when b.not_before = 'infinity' then 'It has more images than the workspace may send in an hour; it is split within a minute.'
+          when b.admitted_at is null and b.state = 'planned' then 'The workspace has used up its batches or images of this hour.'
+          else coalesce(b.error, 'It is tried again.') end as reason
+      from autotag.batches b
+      where b.state not in ('done', 'cancelled') and b.worker_id is null and b.not_before > p_now order by b.not_before desc, b.id limit p_max)
+      union all
+      (select 'workspace', w.workspace_id, null, w.queued, w.ready_at,
+        case when w.ready_at = 'infinity' then format('One image reserves more than the workspace''s %s tokens a minute.', l.max_units)
+          else 'The workspace has used up its limit of this minute, or its next chunk is not due.' end
+      from autotag.workspaces w cross join lateral autotag.window_limits(w.workspace_id, 'realtime') l
+      where w.queued > 0 and not w.ready and w.ready_at > p_now order by w.ready_at desc, w.workspace_id limit p_max)
+      union all
+      (select 'upload', u.workspace_id, u.id::text, (select count(*) from autotag.arrivals a where a.upload_id = u.id), u.seal_at,
+        'A quota is used up, or the workspace has as many unfinished images as it may have.'
+      from autotag.uploads u where u.postponed and u.seal_at > p_now order by u.seal_at desc, u.id limit p_max)
+      union all
+      (select 'outcomes', u.workspace_id, null, count(*), min(u.next_at), 'Other transactions hold the rows of these images, or writing them takes too long.'
+      from autotag.unstored u group by u.workspace_id order by 4 desc limit p_max)) x);
+end $$;
+
 -- The state of the system as one JSON object; lists are cut to p_max (at most 200). The README shows how it is printed.
 -- It contains ids of workspaces, uploads, batches and workers, and no image. To know an id gives no right to anything.
 create or replace function autotag.status(p_max integer default 20) returns jsonb
@@ -6508,6 +6690,7 @@ begin
         'held', cardinality(autotag.leased_tasks(w.id))) order by w.started_at), '[]')
       from autotag.workers w),
     'errors', autotag.recent_errors(p_max, v_now),
+    'waiting', autotag.list_waiting(p_max, v_now),
     'today', (
       select jsonb_build_object('images', coalesce(sum(u.images), 0), 'requests', coalesce(sum(u.requests), 0),
         'input_tokens', coalesce(sum(u.input_tokens), 0), 'output_tokens', coalesce(sum(u.output_tokens), 0),
@@ -6592,7 +6775,7 @@ begin
   v_host := autotag.diagnose_host();
   return jsonb_build_object(
     'findings', jsonb_build_array(autotag.diagnose_roles(v_logins), autotag.diagnose_grants()) || v_host.findings
-      || jsonb_build_array(autotag.diagnose_cron(), autotag.diagnose_clock(), autotag.diagnose_broadcasts(), autotag.diagnose_workers(),
+      || jsonb_build_array(autotag.diagnose_cron(), autotag.diagnose_clock(), autotag.diagnose_broadcasts(), autotag.diagnose_workers(), autotag.diagnose_waiting(),
         autotag.diagnose_account(v_provider), autotag.diagnose_day(v_provider), autotag.diagnose_spending(), autotag.diagnose_temporary(v_logins))
       || autotag.diagnose_model(v_provider),
     'now', extract(epoch from autotag.now()), 'model', (select s.model from autotag.settings s), 'sample', v_host.sample);
@@ -6850,6 +7033,20 @@ begin
     else autotag.finding('workers', 'ok', format('%s alive, version %s.', v_workers, v_versions)) end;
 end $$;
 
+-- Whether something waits that only a change of limits can set free (list_waiting).
+create or replace function autotag.diagnose_waiting() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_stuck jsonb := (
+    select jsonb_agg(w) from jsonb_array_elements(autotag.list_waiting(200, autotag.now())) w where w -> 'until' = 'null');
+begin
+  return case when v_stuck is null then autotag.finding('waiting', 'ok', 'Everything that waits has a time when it goes on.')
+    else autotag.finding('waiting', 'warning',
+      format('%s images of workspace %s wait without a time. %s', v_stuck #>> '{0,images}', v_stuck #>> '{0,workspace_id}', v_stuck #>> '{0,reason}'),
+      'Raise its max_units in public.workspace_rate_limits.') end;
+end $$;
+
 -- The doctor's checks of the provider: the account, quotas, the model.
 
 -- Whether an error of the provider's account or of Storage pauses tagging.
@@ -7103,6 +7300,8 @@ declare
   v_now timestamptz := autotag.now();
 begin
   perform autotag.expire_worker();
+  perform autotag.split_oversized();
+  perform autotag.end_empty_jobs();
   -- Retry batches that wait for the window, if it has room already (a raised limit, a cancelled upload).
   update autotag.batches b set not_before = v_now
   where b.id in (
@@ -7130,6 +7329,27 @@ begin
   perform autotag.repair_queues();
   perform autotag.retry_features(v_now - (select s.model_check_interval from autotag.settings s));
   update autotag.clock set ticked_at = v_now;
+end $$;
+
+-- Ends uploads without a task that could end: their tasks were deleted by hand. What is missing counts as failed. Called by tick().
+-- Locks: jobs (skip locked).
+create or replace function autotag.end_empty_jobs() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job autotag.jobs;
+begin
+  for v_job in
+    select j.* from autotag.jobs j
+    where j.finished_at is null and not exists (select from autotag.tasks t where t.job_id = j.id and t.finished_at is null)
+    order by j.id limit 100 for no key update skip locked
+  loop
+    -- a report may have ended the last one between the query and the lock
+    select * into v_job from autotag.jobs j where j.id = v_job.id;
+    if v_job.finished_at is null and not exists (select from autotag.tasks t where t.job_id = v_job.id and t.finished_at is null) then
+      perform autotag.count_finished(v_job.id, 0, v_job.image_count - v_job.completed - v_job.failed);
+    end if;
+  end loop;
 end $$;
 
 -- Runs daily: deletes what is no longer needed.
