@@ -624,7 +624,8 @@ BROKEN = {
       returns double precision language sql as $$ select case when jsonb_typeof(p_report -> p_name) = 'number'
         and abs((p_report ->> p_name)::numeric) < 1e300 then (p_report ->> p_name)::double precision end $$""", "settle report_poll_failure"),
     "results are stored as they come": ("""
-      create or replace function autotag.clean_result(p_result jsonb) returns jsonb language sql as 'select p_result'""", "settle batch_answers"),
+      create or replace function autotag.canonical_results(p_results jsonb[]) returns boolean[] language sql
+      as 'select array_fill(true, array[cardinality(p_results)])'""", "settle batch_answers"),
     "whatever was learned is believed": ("""
       create or replace function autotag.guess_prompt(p_question jsonb) returns integer language sql as 'select 100000000'""", "settle"),
 }  # fmt: skip
