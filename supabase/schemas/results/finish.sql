@@ -193,7 +193,9 @@ declare
   v_deleted bigint[];
 begin
   with deleted as (
-    delete from autotag.tasks t where t.id = any (array(select i.task from unnest(p_items) i)) and t.finished_at is null
+    -- coalesce: the plan may not use the index of live tasks, and read all of it
+    delete from autotag.tasks t
+    where t.id = any (array(select i.task from unnest(p_items) i)) and coalesce(t.finished_at, 'infinity') = 'infinity'
     returning t.id
   )
   select coalesce(array_agg(d.id), '{}') into v_deleted from deleted d;
