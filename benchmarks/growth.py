@@ -56,7 +56,8 @@ def _fill(server: LocalPostgres, size: int) -> psycopg.Connection[Any]:
         select gen_random_uuid(), {per_job} from generate_series(1, {WORKSPACES}) i;
         insert into autotag.jobs (id, workspace_id, strategy, image_count, created_at)
         select workspace_id, workspace_id, 'realtime', {per_job}, now() from autotag.workspaces;
-        insert into autotag.queues (job_id, workspace_id, queued) select id, workspace_id, {per_job} from autotag.jobs;
+        insert into autotag.queues (job_id, workspace_id, joined, queued)
+        select id, workspace_id, true, {per_job} from autotag.jobs;
         insert into autotag.tasks (job_id, workspace_id, asset_id, lane)
         select j.id, j.workspace_id, gen_random_uuid(), 'realtime'
         from autotag.jobs j, generate_series(1, {per_job}) n order by j.id, n;
@@ -74,7 +75,8 @@ def _claim(connection: psycopg.Connection[Any]) -> float:
     for _ in range(CLAIMS):
         started = time.perf_counter()
         row = connection.execute(
-            "select json_array_length(tasks) from autotag.claim(%s, %s)", (WORKER, SLOTS)
+            "select cardinality(tasks) from autotag.claim(%s, %s, (select claim + 1 from autotag.workers))",
+            (WORKER, SLOTS),
         ).fetchone()
         times.append(time.perf_counter() - started)
         assert row == (SLOTS,), f"a claim released {row} of {SLOTS}"

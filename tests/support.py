@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from decimal import Decimal
 from functools import lru_cache
@@ -112,6 +112,36 @@ class Library:
         [row] = self.sql("select public.enqueue_tagging(%s::uuid[]) as job", list(assets))
         answer: dict[str, Any] = row["job"]
         return answer
+
+    def claim(self, worker: str, slots: int) -> dict[str, Any]:
+        """Claims as a registered worker does: the row of autotag.claim, with `images` as describe_tasks says of them."""
+        [row] = self.sql(
+            "select c.* from autotag.claim(%s, %s, (select claim + 1 from autotag.workers where id = %s)) c",
+            worker, slots, worker,
+        )  # fmt: skip
+        [described] = self.sql("select autotag.describe_tasks(%s, %s::bigint[]) as images", worker, row["tasks"])
+        return {**row, "images": described["images"]}
+
+    def claim_batches(self, worker: str, slots: int) -> dict[str, Any]:
+        """Claims batches as a registered worker does: the row of autotag.claim_batches."""
+        [row] = self.sql(
+            "select c.* from autotag.claim_batches(%s, %s, (select batch_claim + 1 from autotag.workers where id = %s)) c",
+            worker, slots, worker,
+        )  # fmt: skip
+        return row
+
+    def settle(self, worker: str, reports: Sequence[Mapping[str, Any]]) -> int:
+        """Reports outcomes as a worker does, by workspace; how many were accepted."""
+        rows = self.sql(
+            "select id, workspace_id::text from autotag.tasks where id = any (%s)", [r["task"] for r in reports]
+        )
+        workspaces = {row["id"]: row["workspace_id"] for row in rows}
+        accepted = 0
+        for workspace in set(workspaces.values()):
+            own = [report for report in reports if workspaces.get(report["task"]) == workspace]
+            [row] = self.sql("select autotag.settle(%s, %s, %s) as told", worker, workspace, json.dumps(own))
+            accepted += row["told"]["accepted"]
+        return accepted
 
     def job(self, job_id: str) -> dict[str, Any]:
         """What tagging_job says of an upload to the member."""

@@ -3220,34 +3220,67 @@ end $$;
 
 -- Where a worker finds the images it is about to read.
 
--- Location of each image, as describe_assets() returns it, if its file is still the one that the uploader was allowed to see.
+-- Whether a signed-in user may see a file of Storage, by the policies on storage.objects. It is owned by the role authenticated, so
+-- row level security applies as it does to the user. Their token is not there: a policy sees only its `sub` and `role`, and one that
+-- asks for more says no.
+create or replace function autotag.may_see_file(p_user_id uuid, p_bucket text, p_path text) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_visible boolean := false;
+begin
+  if current_user <> 'authenticated' or p_user_id is null or p_path is null then
+    return false;
+  end if;
+  perform set_config('request.jwt.claims', jsonb_build_object('sub', p_user_id, 'role', 'authenticated')::text, true);
+  v_visible := exists (select from storage.objects o where o.bucket_id = p_bucket and o.name = p_path);
+  perform set_config('request.jwt.claims', '', true);
+  return v_visible;
+exception when others then
+  perform set_config('request.jwt.claims', '', true);
+  return false;
+end $$;
+
+do $$
+begin
+  grant create on schema autotag to authenticated;   -- needed to own a function, for this moment
+  alter function autotag.may_see_file owner to authenticated;
+  revoke create on schema autotag from authenticated;
+exception when insufficient_privilege then
+  raise notice 'This login cannot give a function to the role authenticated, so a file that replaces another while it is tagged counts as hidden.';
+end $$;
+
+-- Location of each image, as describe_assets() returns it, if its file is the one that the uploader was allowed to see, or another one
+-- that they may see. p_users[i]: the uploader; null: the service role.
 -- refused: what describe_assets() refuses, or `hidden_file` (the uploader may not see it). A row that no longer exists or has
 -- moved to another workspace is missing from the result. If the host's rows cannot be read together, each is read by itself, and
 -- one that raises is refused as `unreadable_row`.
 -- p_workspace_ids[i], p_seen[i]: tasks.workspace_id and tasks.seen of p_asset_ids[i].
-create or replace function autotag.locate(p_asset_ids uuid[], p_workspace_ids uuid[], p_seen uuid[])
+create or replace function autotag.locate(p_asset_ids uuid[], p_workspace_ids uuid[], p_seen uuid[], p_users uuid[])
 returns table (asset_id uuid, bucket text, path text, url text, refused text, mark uuid)
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return query
     select d.asset_id, case when r.refused is null then d.bucket end, case when r.refused is null then d.path end,
       case when r.refused is null then d.url end, r.refused, d.mark
-    from unnest(p_asset_ids, p_workspace_ids, p_seen) t (asset_id, workspace_id, seen)
+    from unnest(p_asset_ids, p_workspace_ids, p_seen, p_users) t (asset_id, workspace_id, seen, user_id)
     join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
     cross join lateral (select case
       when d.refused is not null then d.refused
-      when t.seen is not null and t.seen <> autotag.file_mark(d.bucket, d.path) then 'hidden_file' end as refused
+      when t.seen is not null and t.seen <> autotag.file_mark(d.bucket, d.path)
+        and not autotag.may_see_file(t.user_id, d.bucket, d.path) then 'hidden_file' end as refused
       offset 0  -- evaluate the case once per image, not once per use
     ) r;
-exception when others or assert_failure then
+-- errors that the data of a row can cause; others concern all rows, and the worker asks again
+exception when data_exception or integrity_constraint_violation or plpgsql_error or triggered_action_exception then
   if cardinality(p_asset_ids) = 1 then
     return query select p_asset_ids[1], null::text, null::text, null::text, 'unreadable_row', null::uuid;
     return;
   end if;
   return query
     select l.* from generate_subscripts(p_asset_ids, 1) i
-    cross join lateral autotag.locate(p_asset_ids[i : i], p_workspace_ids[i : i], p_seen[i : i]) l;
+    cross join lateral autotag.locate(p_asset_ids[i : i], p_workspace_ids[i : i], p_seen[i : i], p_users[i : i]) l;
 end $$;
 
 -- The order of single calls: fair among workspaces, and within each of them.
@@ -3710,7 +3743,7 @@ end $$;
 -- asset that does not exist any more has neither path nor url. It reads the host's tables, which claim() does not: a transaction
 -- that holds a whole table delays this, and nobody else.
 create or replace function autotag.describe_tasks(p_worker uuid, p_tasks bigint[]) returns json
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set random_page_cost = 1.1 set enable_seqscan = off set jit = off
 as $$
 begin
@@ -3723,7 +3756,7 @@ begin
       select t.id, t.attempt, t.asset_id, t.workspace_id, t.seen, t.job_id, t.output_tokens from autotag.tasks t
       where t.id = any (p_tasks) and t.worker_id = p_worker
     ), uploads as materialized (
-      select j.id, j.traceparent, round(autotag.real_seconds(autotag.now() - j.created_at)::numeric, 3) as waited
+      select j.id, j.user_id, j.traceparent, round(autotag.real_seconds(autotag.now() - j.created_at)::numeric, 3) as waited
       from autotag.jobs j where j.id = any (array(select r.job_id from released r))
     )
     select coalesce(json_agg(i order by i.task), '[]')
@@ -3732,7 +3765,8 @@ begin
         d.bucket, d.path, d.url, d.refused, d.mark
       from released r join uploads u on u.id = r.job_id
       left join autotag.locate(array(select asset_id from released order by id),
-        array(select workspace_id from released order by id), array(select seen from released order by id)) d
+        array(select workspace_id from released order by id), array(select seen from released order by id),
+        array(select u.user_id from released o join uploads u on u.id = o.job_id order by o.id)) d
         on d.asset_id = r.asset_id) i);
 end $$;
 
@@ -4162,11 +4196,11 @@ end $$;
 create or replace function autotag.batch_images(
   p_worker uuid, p_batch uuid, p_attempt integer, p_after bigint, p_limit integer
 ) returns jsonb
-language sql stable security definer set search_path = pg_catalog, pg_temp
+language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   with page as (
-    select t.id, t.asset_id, t.workspace_id, t.seen, greatest(t.min_output_tokens, b.output_tokens) as cap
-    from autotag.tasks t join autotag.batches b on b.id = t.batch_id
+    select t.id, t.asset_id, t.workspace_id, t.seen, j.user_id, greatest(t.min_output_tokens, b.output_tokens) as cap
+    from autotag.tasks t join autotag.batches b on b.id = t.batch_id join autotag.jobs j on j.id = b.job_id
     where t.batch_id = p_batch and t.id > p_after and t.finished_at is null
       and b.worker_id = p_worker and b.attempt = p_attempt and autotag.is_own_worker(p_worker)
     order by t.id limit greatest(least(p_limit, 1000), 0)
@@ -4175,7 +4209,7 @@ as $$
     'bucket', d.bucket, 'path', d.path, 'url', d.url, 'refused', d.refused, 'mark', d.mark, 'cap', p.cap) order by p.id), '[]')
   from page p
   left join autotag.locate(array(select asset_id from page order by id),
-    array(select workspace_id from page order by id), array(select seen from page order by id)) d
+    array(select workspace_id from page order by id), array(select seen from page order by id), array(select user_id from page order by id)) d
     on d.asset_id = p.asset_id
 $$;
 
@@ -5808,6 +5842,11 @@ begin
       'code', 'picture_replaced', 'message', 'The picture was replaced again and again while it was being tagged.'))), false);
     perform pg_notify('autotag', 'realtime');
     return;
+  elsif v_half = 0 and autotag.may_pass(v_state, p_items[1].task) then
+    perform autotag.keep(p_items);
+    notices := jsonb_build_array(jsonb_build_object('event', 'store_failed', 'notice', format(
+      'The outcome of image %s could not be stored yet: %s', p_items[1].asset_id, autotag.printable(v_error, 500))));
+    return;
   elsif v_half = 0 then
     notices := autotag.refuse_row(p_workspace_id, p_items, p_own, v_error);
     return;
@@ -5817,6 +5856,17 @@ begin
   v_part := autotag.finish_apart(p_workspace_id, p_items[v_half + 1:], p_own, v_part.waits);
   notices := notices || v_part.notices;
   waits := v_part.waits;
+end $$;
+
+-- Whether an error that writing an image's row raised may pass, so that its outcome is kept. Lack of resources and internal errors of
+-- the server do. Missing columns, tables or privileges are mistakes in the adapter or in a trigger: they get eight tries, which take a
+-- minute. All other errors are the row's own.
+create or replace function autotag.may_pass(p_state text, p_task bigint) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return left(p_state, 2) in ('53', '54', '57', '58', 'XX')
+    or left(p_state, 2) = '42' and coalesce((select u.tries < 8 from autotag.unstored u where u.task_id = p_task), true);
 end $$;
 
 -- The images of these whose rows or jobs another transaction holds; all of them if even the table is held.
@@ -7514,6 +7564,9 @@ grant execute on function
   autotag.report_batch_failure, autotag.report_poll_failure, autotag.files_deleted, autotag.provider_checked, autotag.record_poll, autotag.batch_answers, autotag.batch_finish,
   autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_test_broadcast, autotag.status, autotag.metrics
   to autotag_worker;
+
+-- its owner is authenticated; locate() runs as this login
+grant execute on function autotag.may_see_file to current_user;
 
 -- operators: monitoring, existing images, comparisons. They see images, tags and usage of every workspace.
 grant execute on function

@@ -39,6 +39,9 @@ grant execute on function
   autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_test_broadcast, autotag.status, autotag.metrics
   to autotag_worker;
 
+-- its owner is authenticated; locate() runs as this login
+grant execute on function autotag.may_see_file to current_user;
+
 -- operators: monitoring, existing images, comparisons. They see images, tags and usage of every workspace.
 grant execute on function
   autotag.diagnose, autotag.send_test_broadcast, autotag.status, autotag.metrics,

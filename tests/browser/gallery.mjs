@@ -45,8 +45,28 @@ const shown = (page) => page.$$eval('.image', (items) => items.map((item) => ({
   picture: item.querySelector('img').naturalWidth > 0, error: item.querySelector('.error').textContent,
 })))
 
-async function shot(page, name) {
-  if (given.shots) await page.screenshot({ path: `${given.shots}/${name}.png` })
+/** Saves a screenshot of the page from its top, with all pictures in view loaded; `height` cuts it off. */
+async function shot(page, name, height) {
+  if (!given.shots) return
+  await page.evaluate(() => window.scrollTo(0, 0))
+  await page.waitForFunction(() => [...document.querySelectorAll('.picture img')].every(
+    (img) => img.getBoundingClientRect().top > window.innerHeight || img.naturalWidth > 0))
+  const { width } = page.viewportSize()
+  await page.screenshot({ path: `${given.shots}/${name}.png`, ...height && { clip: { x: 0, y: 0, width, height } } })
+}
+
+/** Saves a screenshot of the first image in this stage; false: its stage has changed meanwhile. */
+async function shotOfStage(page, stage) {
+  if (!given.shots) return true
+  const item = page.locator(`.image[data-stage=${stage}]`).first()
+  const asset = await item.getAttribute('data-asset', { timeout: 1000 }).catch(() => null)
+  if (!asset) return false
+  const card = page.locator(`[data-asset="${asset}"]`)
+  await page.waitForFunction((id) => document.querySelector(`[data-asset="${id}"] img`).naturalWidth > 0, asset)
+  await card.evaluate((item) => { item.style.alignSelf = 'start' }) // without the space below a short card
+  await card.screenshot({ path: `${given.shots}/stage-${stage}.png` })
+  await card.evaluate((item) => { item.style.alignSelf = '' })
+  return await card.getAttribute('data-stage') === stage
 }
 
 /** Violations that axe-core finds. */
@@ -81,8 +101,12 @@ const scenarios = {
     const look = async () => {
       for (const item of await shown(page)) {
         if (seen[item.stage]) continue
+        if (item.stage !== 'queued' && !await shotOfStage(page, item.stage)) break
         seen[item.stage] = item.text
-        await shot(page, `stage-${item.stage}`)
+        if (given.shots && item.stage === 'processing') {
+          await page.waitForFunction(() => document.querySelector('.job progress').value >= 25)
+          await shot(page, 'gallery')
+        }
       }
     }
     let over = false
@@ -142,7 +166,7 @@ const scenarios = {
     const page = await open(given.mine)
     await add(page, given.files)
     await all(page, 'failed', 1)
-    await shot(page, 'stage-failed')
+    await shotOfStage(page, 'failed')
     const before = await shown(page)
     await page.focus('.image[data-stage=failed] .retry')
     await page.keyboard.press('Enter')
@@ -164,7 +188,7 @@ const scenarios = {
     const page = await open(given.mine)
     await add(page, given.files)
     await page.waitForFunction(() => document.getElementById('notice').textContent !== '')
-    await shot(page, 'quota')
+    await shot(page, 'quota', 480)
     return { notice: await page.textContent('#notice'), problems: page.problems }
   },
 
@@ -179,8 +203,23 @@ const scenarios = {
         const sideways = await page.evaluate(() => document.documentElement.scrollWidth > window.innerWidth)
         results.push({ width, colorScheme, sideways, violations: await violations(page) })
         await page.click('#usage summary')
+        if (width === 1440 && colorScheme === 'light') await shotOfStage(page, 'queued')
         await shot(page, `page-${width}-${colorScheme}`)
       }
+    }
+    return { results }
+  },
+
+  /** The page of a comparison, in a file: nothing for axe-core, nothing to scroll sideways. */
+  async comparison() {
+    const results = []
+    for (const width of [1180, 360]) {
+      const context = await browser.newContext({ viewport: { width, height: 1180 }, bypassCSP: true })
+      const page = await context.newPage()
+      await page.goto(`file://${given.files[0]}`)
+      const sideways = await page.evaluate(() => document.documentElement.scrollWidth > window.innerWidth)
+      if (given.shots && width === 1180) await page.screenshot({ path: `${given.shots}/compare.png` })
+      results.push({ width, sideways, violations: await violations(page) })
     }
     return { results }
   },

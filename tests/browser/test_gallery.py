@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,3 +171,24 @@ async def test_it_looks_right_narrow_and_wide_light_and_dark(gallery: Gallery) -
     for look in seen["results"]:
         assert look["violations"] == [], look
         assert not look["sideways"], look
+
+
+async def test_the_page_of_a_comparison_looks_right(gallery: Gallery, tmp_path: Path) -> None:
+    """Twelve images that one model has tagged, compared with another model; some tags are changed by hand."""
+    library, page = gallery.library, tmp_path / "comparison.html"
+    library.stack.configure(model="gpt-4.1-mini", realtime_requests_per_minute=1000)
+    assets = await library.upload(12)
+    async with worker(library.stack):
+        await library.finished(library.enqueue(assets))
+    library.sql("update public.assets set tags = tags || array['bright colours'] where id = any (%s)", assets[:5])
+    library.sql("update public.assets set tags = tags[2:] where id = any (%s)", assets[3:6])
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "autotag", "compare", "--workspace", library.member.workspace, "--model", "gpt-6-luna",
+        "--yes", "--html", str(page), env={"PATH": os.environ["PATH"], **library.stack.operator_environment()},
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    assert await process.wait() == 0
+    seen = await gallery.play("comparison", [str(page)])
+    for result in seen["results"]:
+        assert result["violations"] == [], result
+        assert not result["sideways"], result

@@ -79,8 +79,8 @@ def claims(library: Library, until_asset: str, most: int) -> int:
     library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)
     library.stack.prove()
     for number in range(1, most + 1):
-        [row] = library.sql("select tasks, wait from autotag.claim(%s, 256)", WORKER)
-        if any(task["asset_id"] == until_asset for task in row["tasks"]):
+        row = library.claim(WORKER, 256)
+        if any(image["asset_id"] == until_asset for image in row["images"]):
             return number
         assert row["wait"] == 0, "a claim that releases nothing because of an upload is called again at once"
     raise AssertionError(f"{most} claims did not release the image")
@@ -106,7 +106,7 @@ def test_uploads_without_quota_wait_until_it_renews(library: Library) -> None:
                 library.member.user)  # fmt: skip
     crowd(library, 40)
     library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)
-    waits = [library.sql("select wait from autotag.claim(%s, 256)", WORKER)[0]["wait"] for _ in range(3)]
+    waits = [library.claim(WORKER, 256)["wait"] for _ in range(3)]
     assert waits[:2] == [0, 0]
     assert waits[2] > 0
     renewed = "select count(*) as n from autotag.uploads where seal_at = (select renews_at from autotag.quotas_left(null, %s))"

@@ -275,7 +275,7 @@ async def test_hostile_words_stay_words_on_the_page(tagged: Library, tmp_path: P
     page = tmp_path / "page.html"
     code, out, error = await compare(tagged, "--yes", "--html", str(page))
     assert code == 0, error
-    assert f"{page} shows every picture with both answers." in "".join(out.splitlines())
+    assert f"{page} shows every image with both answers." in "".join(out.splitlines())
     text = page.read_text()
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "<script" not in text

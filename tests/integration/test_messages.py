@@ -12,6 +12,7 @@ from psycopg.types.json import Jsonb
 
 from autotag.db import messages as m
 from autotag.db import operator_messages as o
+from autotag.db import rows as r
 from support import Library
 
 WORKER = "00000000-0000-4000-8000-000000000001"
@@ -23,7 +24,12 @@ READ: dict[type, list[tuple[str, str]]] = {
     m.TagResult: [("clean_result", "p_result"), ("canonical_results", "r.result")],
     m.Report: [("read_answers", "e")],
     m.StageReport: [("report_stages", "e")],
-    m.ObservedLimits: [("apply_report", "p_report.observed"), ("update_provider_limits", "p_observed")],  # also m.Sent
+    # m.Sent is a part of it
+    m.ObservedLimits: [
+        ("apply_report", "p_report.observed"),
+        ("update_provider_limits", "v_seen"),
+        ("place_unclear", "p_observed"),
+    ],
     m.PolledBatch: [("clean_poll", "s")],
     m.ProviderFacts: [("provider_checked", "p_facts")],
     o.ComparisonReport: [("settle_comparison", "p_report"), ("next_action", "p_report")],
@@ -32,7 +38,8 @@ READ: dict[type, list[tuple[str, str]]] = {
 
 #: Each row that a function answers with, and that function.
 ROWS: dict[type, str] = {
-    m.ClaimRow: "claim", m.BatchClaimRow: "claim_batches", m.HeartbeatRow: "heartbeat", o.UsageRow: "list_usage",
+    r.ClaimRow: "claim", r.BatchClaimRow: "claim_batches", m.Beat: "heartbeat", m.Unstored: "list_unstored",
+    o.UsageRow: "list_usage",
 }  # fmt: skip
 
 
@@ -166,10 +173,10 @@ def check_status(library: Library) -> None:
         "insert into autotag.usage (workspace_id, day, model, service_tier) values (%s, current_date, 'x', 'default')",
         library.member.workspace,
     )
-    [claim] = library.sql("select * from autotag.claim(%s, 1)", WORKER)
-    failed = [{"task": image["task"], "attempt": image["attempt"], "called": False,
-               "error": {"kind": "image", "code": "answer_too_long"}} for image in claim["tasks"]]  # fmt: skip
-    assert value(library, "autotag.settle(%s, %s)", WORKER, failed)["accepted"] == 1
+    [claim] = library.sql("select * from autotag.claim(%s, 1, 1)", WORKER)
+    failed = [{"task": task, "attempt": 1, "called": False, "error": {"kind": "image", "code": "answer_too_long"}}
+              for task in claim["tasks"]]  # fmt: skip
+    assert value(library, "autotag.settle(%s, %s, %s)", WORKER, library.member.workspace, failed)["accepted"] == 1
     status = value(library, "autotag.status()")
     check(o.SystemStatus, status)
     for part, message in {"queue": o.QueueStatus, "limits": o.LimitsStatus, "today": o.TodayStatus}.items():

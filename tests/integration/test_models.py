@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 from collections import defaultdict
 from decimal import Decimal
 from typing import Any
@@ -319,7 +318,7 @@ def test_an_unknown_kind_of_error_counts_as_passing_and_ends_after_its_tries(lib
     library.enqueue(library.insert(["a.jpg"]))
     for tries in range(1, 4):
         [task] = claim(library)
-        tell(library, [{**task, "error": {"kind": "cosmic", "code": "ray", "message": "Zap.", "retry": "no"}}])
+        library.settle(WORKER, [{**task, "error": {"kind": "cosmic", "code": "ray", "message": "Zap.", "retry": "no"}}])
         [row] = library.sql("select stage, failures, error_code from autotag.tasks")
         assert row["stage"] == ("failed" if tries == 3 else "queued")
     assert row["error_code"] == "ray"
@@ -333,13 +332,7 @@ def claim(library: Library, images: int = 100) -> list[dict[str, Any]]:
     """Claims as a worker does: {task, attempt}. Whatever is delayed is due."""
     library.sql("update autotag.tasks set retry_at = now() where retry_at is not null")
     library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)
-    tasks = library.sql("select tasks from autotag.claim(%s, %s)", WORKER, images)[0]["tasks"]
-    return [{"task": task["task"], "attempt": task["attempt"]} for task in tasks]
-
-
-def tell(library: Library, reports: list[dict[str, Any]]) -> dict[str, Any]:
-    told: dict[str, Any] = library.sql("select autotag.settle(%s, %s) as told", WORKER, json.dumps(reports))[0]["told"]
-    return told
+    return [{"task": i["task"], "attempt": i["attempt"]} for i in library.claim(WORKER, images)["images"]]
 
 
 def garbage() -> st.SearchStrategy[Any]:
@@ -390,11 +383,11 @@ def test_no_report_whatever_it_says_harms_another_or_fails_its_image_at_once(
     *strange, good = claim(library)
     assert len(strange) == len(told)
     result = {"tags": ["blue"], "confidence": {"blue": 1}, "caption": "Blue."}
-    answered = tell(library, [{**task, **report} for task, report in zip(strange, told, strict=True)]
+    accepted = library.settle(WORKER, [{**task, **report} for task, report in zip(strange, told, strict=True)]
                     + [{**good, "result": result, "usage": {"input": 100, "output": 10}}])  # fmt: skip
     rows = library.assets()
     assert rows[assets[-1]]["tags"] == ["blue"]
-    assert answered["accepted"] == len(assets)
+    assert accepted == len(assets)
     for asset, report in zip(assets, told, strict=False):
         error = report.get("error")
         final = isinstance(error, dict) and error.get("kind") == "image" and error.get("retry") not in (True, "true")

@@ -180,18 +180,18 @@ def claimed(library: Library, images: int) -> list[dict[str, Any]]:
     library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)
     library.sql("update autotag.provider_limits set proven_at = '-infinity', account_error = null, probe_at = null,"
                 " tokens_per_minute = 100000000, tokens_left = 100000000, requests_left = 10000, requests_per_minute = 10000")  # fmt: skip
-    tasks: list[dict[str, Any]] = library.sql("select tasks from autotag.claim(%s, %s)", WORKER, images)[0]["tasks"]
-    return tasks
+    described: list[dict[str, Any]] = library.claim(WORKER, images)["images"]
+    return described
 
 
 def answer(library: Library, tasks: list[dict[str, Any]], errors: list[dict[str, Any]], prompt: int) -> None:
     """Every answer is billed with its whole cap."""
-    library.sql("select autotag.settle(%s, %s)", WORKER, json.dumps([
+    library.settle(WORKER, [
         {"task": task["task"], "attempt": task["attempt"], "error": error,
          "usage": {"input": prompt, "cached": 0, "cache_write": 0, "output": task["cap"], "reasoning": 0,
                    "model": "gpt-6-luna", "tier": "default"}}
         for task, error in zip(tasks, errors, strict=True)
-    ]))  # fmt: skip
+    ])  # fmt: skip
 
 
 @pytest.mark.parametrize("scope", ["workspace", "user"])

@@ -331,15 +331,14 @@ async def test_a_late_report_is_refused(library: Library, stack: Stack) -> None:
     late, current = "00000000-0000-4000-8000-000000000001", "00000000-0000-4000-8000-000000000002"
     for name in (late, current):
         library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", name)
-    [first] = library.sql("select tasks from autotag.claim(%s, 1)", late)[0]["tasks"]
+    [first] = library.claim(late, 1)["images"]
     library.sql("select autotag.release_held(%s, '{}', '{}', true)", late)
-    [second] = library.sql("select tasks from autotag.claim(%s, 1)", current)[0]["tasks"]
+    [second] = library.claim(current, 1)["images"]
     assert (first["task"], first["attempt"] + 1) == (second["task"], second["attempt"])
     result = {"tags": ["late"], "confidence": {"late": 1}, "caption": "Late."}
-    report = json.dumps([{"task": first["task"], "attempt": first["attempt"], "result": result}])
+    report = {"task": first["task"], "attempt": first["attempt"], "result": result}
     for name in (late, current):
-        told = library.sql("select autotag.settle(%s, %s) as told", name, report)[0]["told"]
-        assert told["accepted"] == 0
+        assert library.settle(name, [report]) == 0
     assert library.assets()[assets[0]]["tags"] is None
     audit(stack)
 

@@ -105,11 +105,11 @@ async def test_a_delivery_that_comes_before_its_batch_is_known_is_not_lost(libra
     library.sql("update autotag.provider_limits set next_poll_at = now() + interval '1 h'")
     name = "00000000-0000-4000-8000-000000000001"
     library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", name)
-    [batch] = library.sql("select batches from autotag.claim_batches(%s, 1)", name)[0]["batches"]
+    [batch] = library.claim_batches(name, 1)["batches"]
     library.sql("update autotag.batches set state = 'creating'")
     library.sql("select autotag.batch_submitted(%s, %s, %s, 'batch_early', 'validating', 'file-1')",
                 name, batch["batch"], batch["attempt"])  # fmt: skip
-    [look] = library.sql("select poll from autotag.claim_batches(%s, 1)", name)[0]["poll"]
+    [look] = library.claim_batches(name, 1)["poll"]
     assert look["id"] == "batch_early"
 
 

@@ -19,8 +19,8 @@ WIDE = {"realtime_requests_per_minute": 100_000, "realtime_tokens_per_minute": 2
 
 def claim(library: Library, slots: int = 100) -> dict[str, Any]:
     library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)
-    [row] = library.sql("select json_array_length(tasks) as n, wait, bound from autotag.claim(%s, %s)", WORKER, slots)
-    return row
+    row = library.claim(WORKER, slots)
+    return {"n": len(row["tasks"]), "wait": row["wait"], "bound": row["bound"]}
 
 
 def limits(library: Library) -> tuple[int, int | None]:
@@ -111,7 +111,9 @@ def test_what_the_day_has_left_shows_in_the_eta_and_the_preview(library: Library
     library.sql("update autotag.provider_limits set requests_per_day = 1440, day_left = 1, refilled_at = now()")
     assert library.rpc("public.tagging_strategy", 5)["estimate_seconds"] == pytest.approx(240, abs=10)
     told = library.enqueue(library.insert([f"{i}.jpg" for i in range(5)]))
-    [row] = library.sql("select extract(epoch from eta - created_at)::float as s from autotag.jobs where id = %s", told["job_id"])
+    [row] = library.sql(
+        "select extract(epoch from eta - created_at)::float as s from autotag.jobs where id = %s", told["job_id"]
+    )
     assert row["s"] == pytest.approx(244, abs=10), "four minutes, and a call"
     library.sql("update autotag.provider_limits set requests_per_day = null")
     assert library.rpc("public.tagging_strategy", 5)["estimate_seconds"] < 30
@@ -137,7 +139,9 @@ def test_when_the_day_is_used_up_what_waits_moves_to_the_batch_api(library: Libr
     library.sql("update autotag.jobs set created_at = created_at - interval '11 min'")
     claim(library)
     job = library.job(told["job_id"])
-    assert job["fallback"] == "The AI service allows no more single calls today, so the rest of these images go by batch."
+    assert (
+        job["fallback"] == "The AI service allows no more single calls today, so the rest of these images go by batch."
+    )
     assert [batch["image_count"] for batch in job["batches"]] == [20]
     audit(library.stack)
 
@@ -173,7 +177,9 @@ async def test_a_day_that_ends_makes_no_storm_of_429s(library: Library, kind: Re
     stack.simulator.limits = Limits.of(500, 10_000_000, 10_000, speed=30, request_headers=kind)
     assert stack.simulator.limits.day is not None
     stack.simulator.limits.day.left = 25
-    library.sql("update autotag.provider_limits set requests_per_minute = 500, tokens_per_minute = 10000000, tokens_left = 10000000")
+    library.sql(
+        "update autotag.provider_limits set requests_per_minute = 500, tokens_per_minute = 10000000, tokens_left = 10000000"
+    )
     assets = await library.upload(40)
     async with worker(stack):
         [job] = await library.finished(library.enqueue(assets))
@@ -204,5 +210,13 @@ def test_the_simulator_tells_the_limit_of_the_day() -> None:
 
 
 def test_durations_are_written_as_openai_writes_them() -> None:
-    texts = {0.006: "6ms", 8.64: "8.64s", 60: "1m0s", 90.5: "1m30.5s", 3600: "1h0m0s", 86_391.36: "23h59m51.36s", 0: "0s"}
+    texts = {
+        0.006: "6ms",
+        8.64: "8.64s",
+        60: "1m0s",
+        90.5: "1m30.5s",
+        3600: "1h0m0s",
+        86_391.36: "23h59m51.36s",
+        0: "0s",
+    }
     assert {seconds: as_duration(seconds) for seconds in texts} == texts

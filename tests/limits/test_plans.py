@@ -29,12 +29,12 @@ def plans(postgres: LocalPostgres, database: str, machine_postgres: bool) -> lis
             insert into autotag.workspaces (workspace_id, queued) select gen_random_uuid(), 2 from generate_series(1, 20000);
             insert into autotag.jobs (id, workspace_id, strategy, image_count, created_at)
             select workspace_id, workspace_id, 'realtime', 2, now() from autotag.workspaces;
-            insert into autotag.queues (job_id, workspace_id, queued) select id, workspace_id, 2 from autotag.jobs;
+            insert into autotag.queues (job_id, workspace_id, joined, queued) select id, workspace_id, true, 2 from autotag.jobs;
             insert into autotag.tasks (job_id, workspace_id, asset_id, lane)
             select j.id, j.workspace_id, gen_random_uuid(), 'realtime' from generate_series(1, 2) n, autotag.jobs j""")
         connection.execute("vacuum analyze")
         connection.execute("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", (WORKER,))
-        connection.execute("select autotag.claim(%s, 1)", (WORKER,))
+        connection.execute("select autotag.claim(%s, 1, 1)", (WORKER,))
         found: list[dict[str, Any]] = []
 
         def take(notice: psycopg.errors.Diagnostic) -> None:
@@ -47,9 +47,7 @@ def plans(postgres: LocalPostgres, database: str, machine_postgres: bool) -> lis
         for setting in ("log_min_duration = 0", "log_nested_statements = on", "log_analyze = on", "log_format = json",
                         "log_level = notice"):  # fmt: skip
             connection.execute(f"set auto_explain.{setting}".encode())
-        row = connection.execute(
-            "select json_array_length(tasks) from autotag.claim(%s, %s)", (WORKER, SLOTS)
-        ).fetchone()
+        row = connection.execute("select cardinality(tasks) from autotag.claim(%s, %s, 2)", (WORKER, SLOTS)).fetchone()
         assert row == (SLOTS,)
         return found
 

@@ -166,8 +166,8 @@ def test_requests_of_the_day_are_counted_too(library: Library, stack: Stack) -> 
     library.enqueue(library.insert([f"{i}.jpg" for i in range(5)]))
     name = "00000000-0000-4000-8000-000000000001"
     library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", name)
-    row = library.sql("select json_array_length(tasks) as n, wait from autotag.claim(%s, 10)", name)[0]
-    assert row["n"] == 3
+    row = library.claim(name, 10)
+    assert len(row["tasks"]) == 3
     assert 50 < row["wait"] <= 60, "the next one of 1,440 a day is a minute away"
 
 
@@ -178,7 +178,7 @@ def test_what_was_not_used_is_given_back(library: Library, called: bool) -> None
     library.enqueue(library.insert(["a.jpg"]))
     name = "00000000-0000-4000-8000-000000000001"
     library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", name)
-    [task] = library.sql("select tasks from autotag.claim(%s, 1)", name)[0]["tasks"]
+    [task] = library.claim(name, 1)["images"]
     error = {
         "kind": "transient" if called else "image",
         "code": "provider_error" if called else "not_an_image",
@@ -188,7 +188,7 @@ def test_what_was_not_used_is_given_back(library: Library, called: bool) -> None
     assert library.sql("select requests, units from public.workspace_rate_limits") == [
         {"requests": [1], "units": [1000]}
     ]
-    library.sql("select autotag.settle(%s, %s, null)", name, json.dumps(report))
+    library.settle(name, report)
     assert library.sql("select requests, units from public.workspace_rate_limits") == [
         {"requests": [1 if called else 0], "units": [0]}
     ]

@@ -30,6 +30,12 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert anchor in anchors(path), f"{document.name} links to {target}#{anchor}, which has no such heading"
 
 
+def test_every_picture_is_shown_in_a_document() -> None:
+    text = " ".join(document.read_text() for document in DOCUMENTS)
+    for picture in [*(ROOT / "docs").rglob("*.png"), *(ROOT / "docs").rglob("*.svg")]:
+        assert picture.name in text, f"no document shows {picture.name}"
+
+
 def anchors(path: Path) -> set[str]:
     """Headings as GitHub names them."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)

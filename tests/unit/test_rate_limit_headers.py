@@ -75,7 +75,9 @@ def test_names_and_renewal_periods_say_what_a_limit_counts() -> None:
     assert read_limits(litellm) == minute(2500, 2499)
     ten_seconds = named(limit_requests="50", remaining_requests="45", renewalperiod_requests="10")
     assert read_limits(ten_seconds) == minute(300, 45)
-    assert read_limits(named(limit_requests="50", remaining_requests="45", renewalperiod_requests="3600")) == day(1200, 45)
+    assert read_limits(named(limit_requests="50", remaining_requests="45", renewalperiod_requests="3600")) == day(
+        1200, 45
+    )
     mistral = named(limit_req_minute="30", remaining_req_minute="29", limit_tokens_minute="937500",
                     remaining_tokens_minute="937000", limit_tokens_month="1000000000")  # fmt: skip
     assert read_limits(mistral) == {**minute(30, 29), "tokens_limit": 937_500, "tokens_left": 937_000}
@@ -98,13 +100,22 @@ def test_tokens_of_a_day_are_not_tokens_of_a_minute() -> None:
 
 def test_a_429_says_in_other_words_how_long_to_wait() -> None:
     """OpenRouter's 429s name the end of the day in their body, and have no retry-after."""
-    ends = {"X-RateLimit-Limit": "50", "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": str(int((time.time() + 600) * 1000))}
-    error = classify_status(429, {"error": {"message": "free-models-per-day", "code": 429, "metadata": {"headers": ends}}}, {})
+    ends = {
+        "X-RateLimit-Limit": "50",
+        "X-RateLimit-Remaining": "0",
+        "X-RateLimit-Reset": str(int((time.time() + 600) * 1000)),
+    }
+    error = classify_status(
+        429, {"error": {"message": "free-models-per-day", "code": 429, "metadata": {"headers": ends}}}, {}
+    )
     assert error.retry_after == pytest.approx(600, abs=30)
     azure = {"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "55"}
     assert classify_status(429, None, azure).retry_after == 55
     assert classify_status(429, None, {**azure, "retry-after": "3"}).retry_after == 3
-    assert classify_status(429, None, {"x-ratelimit-remaining-tokens": "7", "x-ratelimit-reset-tokens": "55"}).retry_after == 1
+    assert (
+        classify_status(429, None, {"x-ratelimit-remaining-tokens": "7", "x-ratelimit-reset-tokens": "55"}).retry_after
+        == 1
+    )
 
 
 def test_a_429_names_the_limit_of_the_day() -> None:

@@ -5,11 +5,11 @@
 create or replace function autotag.batch_images(
   p_worker uuid, p_batch uuid, p_attempt integer, p_after bigint, p_limit integer
 ) returns jsonb
-language sql stable security definer set search_path = pg_catalog, pg_temp
+language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   with page as (
-    select t.id, t.asset_id, t.workspace_id, t.seen, greatest(t.min_output_tokens, b.output_tokens) as cap
-    from autotag.tasks t join autotag.batches b on b.id = t.batch_id
+    select t.id, t.asset_id, t.workspace_id, t.seen, j.user_id, greatest(t.min_output_tokens, b.output_tokens) as cap
+    from autotag.tasks t join autotag.batches b on b.id = t.batch_id join autotag.jobs j on j.id = b.job_id
     where t.batch_id = p_batch and t.id > p_after and t.finished_at is null
       and b.worker_id = p_worker and b.attempt = p_attempt and autotag.is_own_worker(p_worker)
     order by t.id limit greatest(least(p_limit, 1000), 0)
@@ -18,7 +18,7 @@ as $$
     'bucket', d.bucket, 'path', d.path, 'url', d.url, 'refused', d.refused, 'mark', d.mark, 'cap', p.cap) order by p.id), '[]')
   from page p
   left join autotag.locate(array(select asset_id from page order by id),
-    array(select workspace_id from page order by id), array(select seen from page order by id)) d
+    array(select workspace_id from page order by id), array(select seen from page order by id), array(select user_id from page order by id)) d
     on d.asset_id = p.asset_id
 $$;
 

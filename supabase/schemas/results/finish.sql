@@ -61,6 +61,11 @@ begin
       'code', 'picture_replaced', 'message', 'The picture was replaced again and again while it was being tagged.'))), false);
     perform pg_notify('autotag', 'realtime');
     return;
+  elsif v_half = 0 and autotag.may_pass(v_state, p_items[1].task) then
+    perform autotag.keep(p_items);
+    notices := jsonb_build_array(jsonb_build_object('event', 'store_failed', 'notice', format(
+      'The outcome of image %s could not be stored yet: %s', p_items[1].asset_id, autotag.printable(v_error, 500))));
+    return;
   elsif v_half = 0 then
     notices := autotag.refuse_row(p_workspace_id, p_items, p_own, v_error);
     return;
@@ -70,6 +75,17 @@ begin
   v_part := autotag.finish_apart(p_workspace_id, p_items[v_half + 1:], p_own, v_part.waits);
   notices := notices || v_part.notices;
   waits := v_part.waits;
+end $$;
+
+-- Whether an error that writing an image's row raised may pass, so that its outcome is kept. Lack of resources and internal errors of
+-- the server do. Missing columns, tables or privileges are mistakes in the adapter or in a trigger: they get eight tries, which take a
+-- minute. All other errors are the row's own.
+create or replace function autotag.may_pass(p_state text, p_task bigint) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return left(p_state, 2) in ('53', '54', '57', '58', 'XX')
+    or left(p_state, 2) = '42' and coalesce((select u.tries < 8 from autotag.unstored u where u.task_id = p_task), true);
 end $$;
 
 -- The images of these whose rows or jobs another transaction holds; all of them if even the table is held.

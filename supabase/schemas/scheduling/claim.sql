@@ -154,7 +154,7 @@ end $$;
 -- asset that does not exist any more has neither path nor url. It reads the host's tables, which claim() does not: a transaction
 -- that holds a whole table delays this, and nobody else.
 create or replace function autotag.describe_tasks(p_worker uuid, p_tasks bigint[]) returns json
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set random_page_cost = 1.1 set enable_seqscan = off set jit = off
 as $$
 begin
@@ -167,7 +167,7 @@ begin
       select t.id, t.attempt, t.asset_id, t.workspace_id, t.seen, t.job_id, t.output_tokens from autotag.tasks t
       where t.id = any (p_tasks) and t.worker_id = p_worker
     ), uploads as materialized (
-      select j.id, j.traceparent, round(autotag.real_seconds(autotag.now() - j.created_at)::numeric, 3) as waited
+      select j.id, j.user_id, j.traceparent, round(autotag.real_seconds(autotag.now() - j.created_at)::numeric, 3) as waited
       from autotag.jobs j where j.id = any (array(select r.job_id from released r))
     )
     select coalesce(json_agg(i order by i.task), '[]')
@@ -176,7 +176,8 @@ begin
         d.bucket, d.path, d.url, d.refused, d.mark
       from released r join uploads u on u.id = r.job_id
       left join autotag.locate(array(select asset_id from released order by id),
-        array(select workspace_id from released order by id), array(select seen from released order by id)) d
+        array(select workspace_id from released order by id), array(select seen from released order by id),
+        array(select u.user_id from released o join uploads u on u.id = o.job_id order by o.id)) d
         on d.asset_id = r.asset_id) i);
 end $$;
 

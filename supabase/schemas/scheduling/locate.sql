@@ -1,31 +1,64 @@
 -- Where a worker finds the images it is about to read.
 
--- Location of each image, as describe_assets() returns it, if its file is still the one that the uploader was allowed to see.
+-- Whether a signed-in user may see a file of Storage, by the policies on storage.objects. It is owned by the role authenticated, so
+-- row level security applies as it does to the user. Their token is not there: a policy sees only its `sub` and `role`, and one that
+-- asks for more says no.
+create or replace function autotag.may_see_file(p_user_id uuid, p_bucket text, p_path text) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_visible boolean := false;
+begin
+  if current_user <> 'authenticated' or p_user_id is null or p_path is null then
+    return false;
+  end if;
+  perform set_config('request.jwt.claims', jsonb_build_object('sub', p_user_id, 'role', 'authenticated')::text, true);
+  v_visible := exists (select from storage.objects o where o.bucket_id = p_bucket and o.name = p_path);
+  perform set_config('request.jwt.claims', '', true);
+  return v_visible;
+exception when others then
+  perform set_config('request.jwt.claims', '', true);
+  return false;
+end $$;
+
+do $$
+begin
+  grant create on schema autotag to authenticated;   -- needed to own a function, for this moment
+  alter function autotag.may_see_file owner to authenticated;
+  revoke create on schema autotag from authenticated;
+exception when insufficient_privilege then
+  raise notice 'This login cannot give a function to the role authenticated, so a file that replaces another while it is tagged counts as hidden.';
+end $$;
+
+-- Location of each image, as describe_assets() returns it, if its file is the one that the uploader was allowed to see, or another one
+-- that they may see. p_users[i]: the uploader; null: the service role.
 -- refused: what describe_assets() refuses, or `hidden_file` (the uploader may not see it). A row that no longer exists or has
 -- moved to another workspace is missing from the result. If the host's rows cannot be read together, each is read by itself, and
 -- one that raises is refused as `unreadable_row`.
 -- p_workspace_ids[i], p_seen[i]: tasks.workspace_id and tasks.seen of p_asset_ids[i].
-create or replace function autotag.locate(p_asset_ids uuid[], p_workspace_ids uuid[], p_seen uuid[])
+create or replace function autotag.locate(p_asset_ids uuid[], p_workspace_ids uuid[], p_seen uuid[], p_users uuid[])
 returns table (asset_id uuid, bucket text, path text, url text, refused text, mark uuid)
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return query
     select d.asset_id, case when r.refused is null then d.bucket end, case when r.refused is null then d.path end,
       case when r.refused is null then d.url end, r.refused, d.mark
-    from unnest(p_asset_ids, p_workspace_ids, p_seen) t (asset_id, workspace_id, seen)
+    from unnest(p_asset_ids, p_workspace_ids, p_seen, p_users) t (asset_id, workspace_id, seen, user_id)
     join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
     cross join lateral (select case
       when d.refused is not null then d.refused
-      when t.seen is not null and t.seen <> autotag.file_mark(d.bucket, d.path) then 'hidden_file' end as refused
+      when t.seen is not null and t.seen <> autotag.file_mark(d.bucket, d.path)
+        and not autotag.may_see_file(t.user_id, d.bucket, d.path) then 'hidden_file' end as refused
       offset 0  -- evaluate the case once per image, not once per use
     ) r;
-exception when others or assert_failure then
+-- errors that the data of a row can cause; others concern all rows, and the worker asks again
+exception when data_exception or integrity_constraint_violation or plpgsql_error or triggered_action_exception then
   if cardinality(p_asset_ids) = 1 then
     return query select p_asset_ids[1], null::text, null::text, null::text, 'unreadable_row', null::uuid;
     return;
   end if;
   return query
     select l.* from generate_subscripts(p_asset_ids, 1) i
-    cross join lateral autotag.locate(p_asset_ids[i : i], p_workspace_ids[i : i], p_seen[i : i]) l;
+    cross join lateral autotag.locate(p_asset_ids[i : i], p_workspace_ids[i : i], p_seen[i : i], p_users[i : i]) l;
 end $$;

@@ -84,7 +84,7 @@ def compare(
     """Ask another model about images that have tags, and show the differences.
 
     Changes none of your tags. It respects all limits and quotas, lets live
-    uploads go first, and records its usage. Writes a page with every picture and
+    uploads go first, and records its usage. Writes a page with every image and
     both answers. Ctrl-C ends it early and shows the answers so far.
     """
     settings = read_settings(Settings)
@@ -107,7 +107,7 @@ def compare(
         Console().print(render(figures))
     if page:
         _write(page, make_page(figures, comparison.outcomes))
-        say(f"{page} shows every picture with both answers.", err=as_json)
+        say(f"{page} shows every image with both answers.", err=as_json)
     if comparison.stopped:
         asked = figures["sample"] - figures["not_asked"]
         code = INTERRUPTED if comparison.stopped == STOPPED else FAILED

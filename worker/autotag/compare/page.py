@@ -1,4 +1,4 @@
-"""The page of a comparison: one HTML file with every picture and both answers. It has no scripts and loads nothing.
+"""The page of a comparison: one HTML file with every image and both answers. It has no scripts and loads nothing.
 
 Tags and captions come from outside. So `text` escapes all of them, and the page's Content-Security-Policy allows only
 inline styles and pictures.
@@ -55,7 +55,7 @@ li { background: var(--chip); border-radius: 99px; padding: 2px 11px; font-size:
 li small { color: var(--soft); font-size: 11px; margin-inline-start: 5px; font-variant-numeric: tabular-nums; }
 li.more { background: var(--more-ground); color: var(--more); }
 li.less { background: var(--less-ground); color: var(--less); }
-li.more small, li.less small { color: inherit; opacity: .75; }
+li.more small, li.less small { color: inherit; }
 li.more::before { content: "+ "; font-weight: 700; }
 li.less::before { content: "− "; font-weight: 700; }
 .failed { background: var(--warn-ground); color: var(--warn); border-radius: 8px; padding: 8px 12px; }
@@ -72,7 +72,7 @@ def make_page(figures: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
         figures: what `figures.summarise` returned.
         outcomes: of `Comparison`.
     """
-    title = f"{figures['model']} beside what {_stored_by(figures)} gave"
+    title = f"{figures['model']} compared with {_stored_by(figures)}"
     cards = [_card(one, figures) for one in sorted(outcomes, key=_agreement) if one.result or one.error]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -81,7 +81,7 @@ def make_page(figures: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
         f"<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{text(title)}</h1>\n{_head(figures)}\n{_tiles(figures)}\n{_warnings(figures)}\n"
         f"{_tables(figures)}\n"
-        f"<h2>Picture by picture</h2>\n{_legend()}\n{''.join(cards)}</main>\n</body>\n</html>\n"
+        f"<h2>Image by image</h2>\n{_legend()}\n{''.join(cards)}</main>\n</body>\n</html>\n"
     )
 
 
@@ -94,7 +94,7 @@ def _stored_by(figures: Mapping[str, Any]) -> str:
     """The models that gave the stored tags."""
     names = [name for name in figures["stored_models"] if name != "unknown"]
     if not names:
-        return "is stored"
+        return "the stored tags"
     return names[0] if len(names) == 1 else f"{names[0]} and others"
 
 
@@ -115,8 +115,11 @@ def _head(figures: Mapping[str, Any]) -> str:
 def _tiles(figures: Mapping[str, Any]) -> str:
     seconds, agreement = figures["seconds"], figures["agreement"]
     tiles = [
-        (price(figures["cost_per_1000"]), "for 1,000 images, one by one"),
-        (price(figures["current_cost_per_1000"]), f"for 1,000 with {figures['current_model']}, {basis(figures)}"),
+        (price(figures["cost_per_1000"]), "for 1,000 images as single calls"),
+        (
+            price(figures["current_cost_per_1000"]),
+            f"for 1,000 images with {figures['current_model']} ({basis(figures)})",
+        ),
         (share(agreement["jaccard"]), "of all tags are the same (mean Jaccard)"),
         (share(agreement["kept"]), "of the stored tags are in the new answers"),
         (latency(seconds["p50"]), f"for an answer; 95 % within {latency(seconds['p95'])}"),

@@ -44,6 +44,7 @@ from autotag.db.messages import (
     Unstored,
     make,
 )  # fmt: skip
+from autotag.db.rows import BatchClaimRow, ClaimRow
 
 # Seconds that a call may take before it is cancelled. They bound what the host's triggers and locks can cost.
 LEASE_TIMEOUT = 10.0  # heartbeat, release_lost
@@ -160,7 +161,7 @@ class Database:
     async def claim(self, number: int, slots: int) -> Claim:
         """Claims images for single calls. With the same number, it returns the same images (`Claims.number`)."""
         question = self._question
-        row = await self._connections.call(
+        row: ClaimRow = await self._connections.call(
             "claim", "select tasks, wait, bound, question from autotag.claim(%s, %s, %s, %s)",
             self.worker, slots, number, _version(question),
         )  # fmt: skip
@@ -246,7 +247,7 @@ class Database:
     async def claim_batches(self, number: int, slots: int) -> BatchClaim:
         """Claims batches and polls. With the same number, it returns the same batches (`Claims.number`)."""
         question = self._question
-        row = await self._connections.call(
+        row: BatchClaimRow = await self._connections.call(
             "claim", "select c.* from autotag.claim_batches(%s, %s, %s, %s) c",
             self.worker, slots, number, _version(question),
         )  # fmt: skip
@@ -266,46 +267,49 @@ class Database:
     async def batch_images(self, batch: Batch, after: int, limit: int) -> list[Image]:
         """The next images of a batch: at most ``limit``, with task ids greater than ``after``."""
         row = await self._batch(
-            "batch_images(%s, %s, %s, %s, %s)", batch, after, limit, within=DESCRIBE_TIMEOUT
+            "select autotag.batch_images(%s, %s, %s, %s, %s) as result", batch, after, limit, within=DESCRIBE_TIMEOUT
         )  # fmt: skip
         return [make(Image, image) for image in row["result"]]
 
     async def batch_step(self, batch: Batch, state: str, input_file_id: str | None = None) -> None:
         """Records that the next step of submitting a batch starts."""
-        await self._batch("batch_step(%s, %s, %s, %s, %s)", batch, state, input_file_id)
+        await self._batch("select autotag.batch_step(%s, %s, %s, %s, %s) as result", batch, state, input_file_id)
 
     async def batch_split(self, batch: Batch, last_task: int) -> None:
         """Moves the images after ``last_task``, which did not fit into the file, to another batch."""
-        await self._batch("batch_split(%s, %s, %s, %s)", batch, last_task)
+        await self._batch("select autotag.batch_split(%s, %s, %s, %s) as result", batch, last_task)
 
     async def batch_submitted(self, batch: Batch, openai_batch_id: str, status: str, input_file_id: str) -> None:
         """Records that the batch was created at the provider."""
-        await self._batch("batch_submitted(%s, %s, %s, %s, %s, %s)", batch, openai_batch_id, status, input_file_id)
+        await self._batch(
+            "select autotag.batch_submitted(%s, %s, %s, %s, %s, %s) as result",
+            batch,
+            openai_batch_id,
+            status,
+            input_file_id,
+        )
 
     async def report_batch_failure(self, batch: Batch, error: ErrorReport) -> None:
         """Reports that a step of a batch failed, and releases the batch."""
-        await self._batch("report_batch_failure(%s, %s, %s, %s)", batch, Jsonb(error))
+        await self._batch("select autotag.report_batch_failure(%s, %s, %s, %s) as result", batch, Jsonb(error))
 
     async def batch_answers(self, batch: Batch, answers: list[BatchAnswer], *, keep: bool = False) -> Settled:
         """Stores answers of a batch; returns how many images have ended (not those that are retried). keep: as in
         `settle`."""
         row = await self._batch(
-            "batch_answers(%s, %s, %s, %s, %s)", batch, Jsonb(answers), keep,
+            "select autotag.batch_answers(%s, %s, %s, %s, %s) as result", batch, Jsonb(answers), keep,
             within=KEEP_TIMEOUT if keep else STORE_TIMEOUT,
         )  # fmt: skip
         return make(Settled, row["result"])
 
     async def batch_finish(self, batch: Batch) -> None:
         """Ends a batch after its last answer, or without a submission."""
-        await self._batch("batch_finish(%s, %s, %s)", batch)
+        await self._batch("select autotag.batch_finish(%s, %s, %s) as result", batch)
 
-    async def _batch(
-        self, call: str, batch: Batch, *arguments: object, within: float = BATCH_TIMEOUT
-    ) -> dict[str, Any]:
+    async def _batch(self, statement: str, batch: Batch, *arguments: object, within: float = BATCH_TIMEOUT) -> Any:
         return await self._connections.call(
-            "batch", f"select autotag.{call} as result",
-            self.worker, batch.batch, batch.attempt, *arguments, within=within,
-        )  # fmt: skip
+            "batch", statement, self.worker, batch.batch, batch.attempt, *arguments, within=within
+        )
 
     async def show_batch(self, batch: str, after: int, limit: int) -> int | None:
         """Shows the stage of a batch on its next images: at most ``limit``, with task ids greater than ``after``.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Literal, cast
+import random
+from typing import Any, Literal
 
 import orjson
 import psycopg
@@ -11,9 +12,8 @@ import structlog
 from psycopg.rows import dict_row
 from psycopg.types.json import set_json_dumps, set_json_loads
 from psycopg_pool import AsyncConnectionPool
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
-from autotag.db.errors import Busy, NotHeld, TooSlow, VersionsDiffer
+from autotag.db.errors import CALL_ERRORS, Busy, NotHeld, TooSlow, VersionsDiffer
 from autotag.db.listening import KEEPALIVES, MAX_RETRY_DELAY
 from autotag.redact import safe_message
 
@@ -28,6 +28,7 @@ SHARES: dict[Purpose, int] = {
 HOST_PURPOSES: tuple[Purpose, ...] = ("store", "batch", "stages")
 HOST_SHARE = 3
 POOL_SIZE = sum(n for purpose, n in SHARES.items() if purpose not in HOST_PURPOSES) + HOST_SHARE  # 10, if all are busy
+FIRST_RETRY_DELAY = 0.2  # max seconds until the first retry; twice as long each time, up to MAX_RETRY_DELAY
 #: Their callers handle `Busy` and `TooSlow`; the other calls are retried.
 _RAISING: tuple[Purpose, ...] = ("describe", "settle", "store", "batch", "stages")
 
@@ -77,27 +78,25 @@ class Connections:
         """Closes the pool."""
         await self._pool.close()
 
-    async def call(
-        self, purpose: Purpose, statement: str, *arguments: object, within: float | None = None
-    ) -> dict[str, Any]:
+    async def call(self, purpose: Purpose, statement: str, *arguments: object, within: float | None = None) -> Any:
         """Executes one statement and returns its row. Retries after a broken connection; see `call_once`.
 
         Raises:
             Busy, TooSlow: only for the purposes whose callers handle them; the others are retried.
         """
         retried = _is_broken if purpose in _RAISING else _is_temporary
-        async for attempt in AsyncRetrying(
-            retry=retry_if_exception(retried),
-            wait=wait_random_exponential(0.1, max=MAX_RETRY_DELAY),
-            before_sleep=_log_retry,
-        ):
-            with attempt:
+        delay = FIRST_RETRY_DELAY
+        while True:
+            try:
                 return await self.call_once(purpose, statement, *arguments, within=within)
-        raise AssertionError("unreachable: the loop ends with a result")
+            except CALL_ERRORS as error:
+                if not retried(error):
+                    raise
+                log.warning("database_retry", error=safe_message(error))
+            await asyncio.sleep(random.uniform(0, delay))
+            delay = min(2 * delay, MAX_RETRY_DELAY)
 
-    async def call_once(
-        self, purpose: Purpose, statement: str, *arguments: object, within: float | None = None
-    ) -> dict[str, Any]:
+    async def call_once(self, purpose: Purpose, statement: str, *arguments: object, within: float | None = None) -> Any:
         """Executes one statement and returns its row.
 
         Args:
@@ -116,7 +115,7 @@ class Connections:
             try:
                 async with asyncio.timeout(within):
                     cursor = await connection.execute(statement, arguments)
-                    return cast("dict[str, Any]", await cursor.fetchone())
+                    return await cursor.fetchone()
             except TimeoutError:
                 raise TooSlow(f"The call took longer than {within} seconds.") from None
             except psycopg.DatabaseError as error:
@@ -145,8 +144,3 @@ def _is_broken(error: BaseException) -> bool:
 
 def _is_temporary(error: BaseException) -> bool:
     return _is_broken(error) or isinstance(error, Busy | TooSlow)
-
-
-def _log_retry(state: RetryCallState) -> None:
-    error = state.outcome.exception() if state.outcome else None
-    log.warning("database_retry", attempt=state.attempt_number, error=safe_message(error) if error else "")

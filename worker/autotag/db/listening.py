@@ -28,8 +28,8 @@ log = structlog.get_logger(__name__)
 async def can_listen(url: str) -> bool:
     """Whether notifications arrive. Behind a transaction pooler they do not.
 
-    The test notification is sent from a second connection. A single connection cannot test this: if the pooler used the
-    same server connection for both statements, its own notification would arrive.
+    The test notification is sent from a second connection. A single connection cannot test this: a pooler
+    may use the same server connection for LISTEN and NOTIFY, and then the notification arrives by chance.
 
     Raises:
         psycopg.OperationalError: the database was unreachable for `CONNECT_TIMEOUT` seconds.

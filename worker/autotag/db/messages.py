@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, Literal, NotRequired, Required, TypedDict, TypeVar, cast
 
 T = TypeVar("T")
@@ -206,36 +207,6 @@ class BatchClaim:
     look_up: str | None = None
 
 
-class ClaimRow(TypedDict):
-    """The row of ``autotag.claim``; the worker makes a `Claim` of it. question: None: it has not changed."""
-
-    tasks: list[Mapping[str, object]]
-    wait: float | None
-    bound: str | None
-    question: Mapping[str, object] | None
-
-
-class BatchClaimRow(TypedDict):
-    """The row of ``autotag.claim_batches``; the worker makes a `BatchClaim` of it. poll, cancel: None: no poll is
-    due."""
-
-    batches: list[Mapping[str, object]]
-    poll: list[Mapping[str, object]] | None
-    cancel: list[str] | None
-    files: list[str]
-    wait: float | None
-    question: Mapping[str, object] | None
-    look_up: str | None
-
-
-class HeartbeatRow(TypedDict):
-    """The row of ``autotag.heartbeat``. alive: the worker still has its lease. tick_due: `tick_if_due` has something to
-    do."""
-
-    alive: bool
-    tick_due: bool
-
-
 class Broadcast(TypedDict):
     """A message of ``autotag.outbox``, in the form that Realtime's HTTP endpoint expects."""
 
@@ -418,5 +389,10 @@ class ProviderFacts(TypedDict):
 
 def make(kind: type[T], payload: Mapping[str, Any]) -> T:
     """Makes a dataclass from the database's JSON. Unknown fields are ignored, because patch releases may add some."""
-    names = {field.name for field in fields(cast("Any", kind))}
+    names = _names(cast("Any", kind))
     return kind(**{name: value for name, value in payload.items() if name in names})
+
+
+@cache
+def _names(kind: Any) -> frozenset[str]:
+    return frozenset(field.name for field in fields(kind))

@@ -13,7 +13,7 @@ WORD_BEGINS, WORD_ENDS = r"\m", r"\M"  # in Postgres's regular expressions
 
 
 def render(template: str, host: Host) -> str:
-    """Fills a template's ``{{ names }}`` in for a host.
+    """Replaces the ``{{ names }}`` of a template by a host's names and code.
 
     Raises:
         HostError: a name of the host contains ``$$``.

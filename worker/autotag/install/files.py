@@ -88,7 +88,7 @@ def _require_buckets(rule: FileRule) -> FileRule:
     """Returns the rule.
 
     Raises:
-        HostError: the rule must list its buckets, and does not, because there are too many.
+        HostError: the rule has to list its buckets, but there are too many.
     """
     if rule.name in ("workspace-folder", "uploader-folder", "owner") and not rule.buckets:
         raise HostError(

@@ -26,7 +26,7 @@ TIER_LENGTH = 20  # max characters of the service tier's name
 MAX_ANSWER = 400_000  # characters of an answer; max_output_tokens is at most 128,000
 MAX_TOKENS = 10_000_000  # of one answer; larger numbers are not token counts
 MAX_STARTS = 200  # positions in an answer where a JSON object may start
-MAX_REPAIRED = 20_000  # characters; invalid JSON that is longer is not repaired, which takes several passes
+MAX_REPAIRED = 20_000  # characters; longer invalid JSON is not repaired, because a repair takes several passes
 MAX_LISTED = 1000  # tags of an answer that are read
 
 #: Confidences that models give as words, and the middle of the range that each word means.
@@ -61,7 +61,7 @@ def read_completion(completion: dict[str, Any], max_tags: int) -> TagResult:
         raise image_error("refused", "The AI declined to describe this image.")
     content = _content(message)
     answer = _find_answer(content)
-    # An answer that is complete although the model was stopped is used.
+    # A model that was stopped may have completed its answer before. Then the answer is used.
     if answer is None and finish in CUT_OFF:
         raise image_error("answer_too_long", "The AI's answer for this image was cut off.", retry=True)
     if answer is None:

@@ -17,7 +17,11 @@ from typing import Any
 from autotag.db.messages import Kind, Limits
 from autotag.errors import TaggingError
 from autotag.openai.headers import (
-    read_daily_refusal, read_limits, reset_wait, retry_after, retry_after_in_message,
+    read_daily_refusal,
+    read_limits,
+    reset_wait,
+    retry_after,
+    retry_after_in_message,
 )  # fmt: skip
 from autotag.redact import redact
 from autotag.texts import clean_text

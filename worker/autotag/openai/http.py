@@ -8,7 +8,7 @@ import aiohttp
 import httpx2
 from openai import DefaultAioHttpClient
 
-#: Exceptions of a request and of reading its reply. aiohttp.ClientError: the reply is not HTTP.
+#: The exceptions of a request, and of reading its response. aiohttp.ClientError: the response is not valid HTTP.
 HTTP_ERRORS = (httpx2.HTTPError, aiohttp.ClientError)
 
 

@@ -67,8 +67,8 @@ class ProviderFile:
 
 @dataclass(frozen=True)
 class ProviderModel:
-    """A model of the provider. shutdown_date: ISO date; None: unknown. date: when the provider answered, in epoch
-    seconds by its own clock; None: the answer has no date."""
+    """A model of the provider. shutdown_date: ISO; None: unknown. date: the time of the answer by the provider's clock,
+    in epoch seconds; None: the answer has none."""
 
     shutdown_date: str | None
     date: float | None

@@ -54,7 +54,6 @@ class Tagger:
         sent = 0.0
         question = settings.question
         try:
-            self._stages.reach(image, "preparing")
             with timed(SECONDS, "fetched"), traces.step("fetch"):
                 jpeg = await self._images.load(image, MAX_SIDE[question.image_detail])
             self._stages.reach(image, "processing")

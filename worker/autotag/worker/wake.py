@@ -10,10 +10,10 @@ TOPICS = ("realtime", "batch", "store", "outbox", "version")
 
 
 class Wake:
-    """One event per topic, and ``stop``, which wakes all.
+    """One event per topic, and ``stop``, which wakes all waiting tasks.
 
-    The events exist from the start. A notification during a lane's first claim must not be lost, because the claim may
-    have read the database just before the change.
+    The events exist from the start, so that no notification is lost during a lane's first claim: the claim may have
+    read the database just before the change.
     """
 
     def __init__(self) -> None:
