@@ -29,7 +29,7 @@ READ: dict[type, list[tuple[str, str]]] = {
         ("correct_bucket", "p_observed"),
         ("place_unclear", "p_observed"),
         ("update_provider_limits", "v_seen"),
-    ],  # fmt: skip
+    ],
     m.PolledBatch: [("clean_poll", "s")],
     m.ProviderFacts: [("provider_checked", "p_facts")],
     o.ComparisonReport: [("settle_comparison", "p_report"), ("next_action", "p_report")],
