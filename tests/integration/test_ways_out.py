@@ -193,3 +193,12 @@ def test_what_waits_without_a_time_has_a_reason(engine: Engine) -> None:
     engine.sql("select autotag.tick()")
     engine.sql("select from autotag.claim(%s, 10, 2)", WORKER)
     assert engine.sql("select autotag.status() -> 'waiting'") == [([],)]
+
+
+def test_images_of_a_batch_become_single_calls_in_a_workspace_that_had_none(engine: Engine) -> None:
+    engine.upload(40)
+    engine.sql("select from autotag.claim(%s, 10, 1)", WORKER)   # it has seen the upload's queue, which is empty
+    engine.sql("update autotag.tasks set lane = 'realtime', batch_id = null, retry_at = autotag.now() where id = (select min(id) from autotag.tasks)")
+    for number in (2, 3):
+        engine.sql("select from autotag.claim(%s, 10, %s)", WORKER, number)
+    assert engine.sql("select count(*) from autotag.tasks where worker_id is not null") == [(1,)]
