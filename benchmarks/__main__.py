@@ -129,10 +129,10 @@ def chaos_command(
 @app.command("neighbours")
 def neighbours_command(
     as_json: Json = False,
-    seconds: Annotated[float, typer.Option(min=5, help="Seconds of each phase.")] = 45,
+    seconds: Annotated[float, typer.Option(min=5, help="Seconds of each phase.")] = 60,
     pairs: Annotated[
         int, typer.Option(min=1, help="Pairs of phases: one with friendly and one with hostile neighbours.")
-    ] = 4,
+    ] = 3,
     seed: Annotated[int, typer.Option(help="Random seed for the traffic, the kills and the cut connections.")] = 1,
     kind: Annotated[
         list[str] | None,

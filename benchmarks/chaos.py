@@ -30,6 +30,6 @@ async def measure(console: Console, *, minutes: float, seed: int, workers: int) 
         "chaos", figures,
         {
             "rounds": report.rounds, "points": len(report.points), "restarts": report.restarts, "faults": report.faults,
-            "images": report.images, "violations": report.violations[:20],
+            "hostilities": sorted(report.hostilities), "images": report.images, "violations": report.violations[:20],
         },
     )  # fmt: skip

@@ -42,9 +42,10 @@ QUIET_PAUSE = 1.2  # mean seconds between uploads of one of them
 QUIET_SIZES = (1, 1, 1, 1, 2, 2, 3, 4, 8, 20)  # the last one goes by batch
 FILES, QUIET_FILES = 10, 30  # pictures of each tenant
 SHRINK = 6  # the pictures are small, so that their preparation does not decide how long an image takes
-PAUSE = (0.0, 12.0)  # seconds between two times that a neighbour does what it does
-KILL_EVERY, CUT_EVERY = (5.0, 10.0), (0.9, 2.3)  # seconds
-POLL = 0.02  # seconds
+PAUSE = (2.0, 20.0)  # seconds between two times that a neighbour does what it does
+KILL_EVERY, CUT_EVERY = (8.0, 20.0), (0.8, 2.2)  # seconds; a batch is prepared within the life of a worker
+POLL = 0.05  # seconds
+LEASE = 6.0  # seconds within which the work of a killed worker goes on
 DRAIN = 90.0  # seconds after a phase in which everything has to end
 FIRST = 1.0  # seconds between the workers' start and a phase
 
@@ -208,7 +209,7 @@ class Street:
                     upload.left -= done
                     if not upload.left:
                         phase.seconds.append(now - upload.began)
-                        if not any(upload.epoch - 4 < kill < time.time() for kill in self._crew.kills):
+                        if not any(upload.epoch - LEASE < kill < time.time() for kill in self._crew.kills):
                             phase.calm.append(now - upload.began)
                 self._watched = [upload for upload in self._watched if upload.left]
 
@@ -313,5 +314,6 @@ def _noise(hostile: list[Phase], friendly: list[Phase]) -> dict[str, Any]:
 
 def _kind(sentence: str) -> str:
     """A violation without its names."""
-    words = [word for word in sentence.split() if not any(c.isdigit() for c in word)]
-    return " ".join(words[:9])
+    if sentence.startswith("the picture of"):
+        return "a picture was paid for too often"
+    return " ".join(word for word in sentence.split() if not any(c.isdigit() for c in word))[:70]

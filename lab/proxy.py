@@ -44,6 +44,9 @@ class Proxy:
         self.port = free_port()
         self.breaks: Counter[str] = Counter()  # connections broken so far, by how
         self._open: list[_Connection] = []
+        self.held = 0  # statements that have been held back
+        self._held: bytes | None = None
+        self._forwarding = asyncio.Event()  # cleared while statements are held back
         self._pattern: bytes | None = None
         self._remaining = 0
 
@@ -61,6 +64,16 @@ class Proxy:
     def cut_reply(self, text: str, times: int = 1) -> None:
         """The next `times` statements whose text contains `text` run, and their reply never arrives."""
         self._pattern, self._remaining = text.encode(), times
+
+    def hold_back(self, text: str) -> None:
+        """Statements whose text contains `text` do not reach the server until `let_through`."""
+        self._held = text.encode()
+        self._forwarding.clear()
+
+    def let_through(self) -> None:
+        """Forwards what was held back."""
+        self._held = None
+        self._forwarding.set()
 
     def lose_reply(self, rng: random.Random) -> bool:
         """The next statement of one connection runs, and its reply never arrives; False: no connection is open."""
@@ -125,6 +138,9 @@ class Proxy:
         while data := await client.read(CHUNK):
             connection.asked = time.monotonic()
             await connection.flowing.wait()
+            if self._held and self._held in data:
+                self.held += 1
+                await self._forwarding.wait()
             if self._remaining and self._pattern and self._pattern in data:
                 self._remaining -= 1
                 connection.doomed.set()

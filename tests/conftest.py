@@ -16,7 +16,7 @@ from psycopg import sql
 from lab.machine import read_authorities_once
 from lab.postgres import LocalPostgres, install_autotag, install_baseline, local_postgres, machine_binaries
 from lab.stack import Stack, local_stack
-from support import Library
+from support import Library, close_connections
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE, BARE_TEMPLATE = "autotag_template", "bare_template"
@@ -40,7 +40,7 @@ def machine_postgres() -> bool:
 
 def place_of_data() -> Path | None:
     """Memory, if there is plenty: a database is copied there in 16 ms of processor time, on a disk in 40, and waits for nothing."""
-    return MEMORY if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4e9 else None
+    return MEMORY if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 2e9 else None
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +78,13 @@ def copied_database(postgres: LocalPostgres, template: str) -> Iterator[str]:
         )
         yield name
         connection.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture(autouse=True)
+def no_connection_is_left() -> Iterator[None]:
+    """Closes what a test has kept open."""
+    yield
+    close_connections()
 
 
 @pytest.fixture

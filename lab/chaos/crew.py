@@ -23,7 +23,7 @@ from lab.stack import WORKER_ROLE, Stack
 
 SLOTS = 16  # single calls in flight of each worker: as many answers can die with it
 STOP = 60.0  # seconds that a worker may take to stop
-STALL = 1.5  # seconds that a connection stalls
+STALL = 1.0  # seconds that a connection stalls: less than two heartbeats, so that no lease is lost
 KILL = "worker killed"
 
 

@@ -41,7 +41,7 @@ SETTINGS = {
     "batch_batches_per_hour": 100_000, "batch_images_per_hour": 10_000_000, "broadcast_interval": "0.2 s",
 }  # fmt: skip
 SLOTS = 4  # of each worker: so many answers can die with it
-KILLS_PER_ROUND = 12
+KILLS_PER_ROUND = 10
 NEIGHBOURS_AT_ONCE, NEIGHBOUR_FILES = 6, 14
 MOST_IMAGES = 100  # uploaded by a neighbour each time
 FAULTS_AT_ONCE = 4

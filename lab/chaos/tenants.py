@@ -35,7 +35,7 @@ UNSURE = frozenset({"gone", "untouched"})
 SETTINGS = {
     "realtime_max_images": 5, "chunk_max_images": 12, "batch_max_images": 200, "batch_split_images": 100,
     "express_images": 5, "chunk_delay": "0.1 s", "retry_delay": "0.05 s", "retry_delay_max": "1 s",
-    "batch_poll_interval": "0.3 s", "batch_create_grace": "0.5 s", "lease": "2 s", "account_probe_interval": "0.3 s",
+    "batch_poll_interval": "0.3 s", "batch_create_grace": "0.5 s", "lease": "4 s", "account_probe_interval": "0.3 s",
     "realtime_requests_per_minute": 100_000, "realtime_tokens_per_minute": 2_000_000_000, "max_failures": 1000,
     "batch_batches_per_hour": 100_000, "batch_images_per_hour": 10_000_000, "broadcast_interval": "0.2 s",
     "upload_quiet": "0.3 s", "upload_longest": "3 s",

@@ -29,8 +29,8 @@ set local check_function_bodies = off;  -- a function may stand before what it c
 --   * The host's rows are written one workspace at a time (finish, show), by transactions that hold nothing else that is shared, and
 --     wait at most 50 ms for a lock. What cannot be written is kept (unstored) and tried again.
 --   * queues and workspaces are written only under the provider row; enqueue_tagging inserts new queues, and takes advisory locks.
---   * The order within a transaction: advisory locks, one worker's row, jobs by id, batches by id, tasks by id, assets; windows and the
---     provider row last, or first.
+--   * The order within a transaction: advisory locks, jobs by id, batches by id, tasks by id, assets; windows and the provider row
+--     last, or first. After the provider row come a worker's row and the clock.
 
 -- Every function sets its search_path to pg_catalog, pg_temp (the adapter's functions have the host's schemas before pg_temp),
 -- and every name outside pg_catalog has its schema.
@@ -1493,7 +1493,7 @@ end $$;
 -- any single call, but only while no live image waits for one. p_cap: lowest cap, after an answer was cut off.
 -- reason: `account` (with the error as `message`), `retry_after`, `live`, `provider` or `window`.
 -- Refuses more than a quota allows, and an image that reserves more than the window's limit.
--- Locks: provider, window.
+-- Locks: provider, window (skip locked).
 create or replace function autotag.admit_comparison(p_workspace_id uuid, p_question jsonb, p_cap integer default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1531,6 +1531,9 @@ begin
     (v_reserved - v_provider.tokens_left) / v_provider.tokens_per_minute);
   if v_next > v_now then
     return autotag.retry_later('provider', v_now, v_next);
+  end if;
+  if not autotag.try_window(p_workspace_id, 'realtime') then
+    return autotag.retry_later('window', v_now, v_now + autotag.clock_interval(1));
   end if;
   v_window := autotag.admit(p_workspace_id, 'realtime', 1, v_reserved, false);
   if v_window.admitted = 0 and v_window.retry_at is null then
@@ -1739,9 +1742,9 @@ begin
   select count(distinct q.workspace_id), coalesce(sum(q.queued), 0) into workspaces, images from autotag.queues q where q.queued > 0;
 end $$;
 
--- How long the last of p_images more single calls of a workspace would wait for its window and for its fair share of the
--- provider's bucket and of what the day has left. p_counted: use claim()'s count of what waits in other workspaces if it is at most 2 s old, because
--- counting takes longer the more workspaces there are.
+-- How long the last of p_images more single calls of a workspace would wait for its window, for its fair share of the provider's
+-- bucket and of what the day has left, and for the end of a block (retry-after). p_counted: use claim()'s count of what waits in
+-- other workspaces if it is at most 2 s old, because counting takes longer the more workspaces there are.
 create or replace function autotag.predict_wait(p_workspace_id uuid, p_images integer, p_counted boolean default false)
 returns interval
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -1768,7 +1771,8 @@ begin
   from public.workspace_rate_limits l where l.workspace_id = p_workspace_id and l.request_type = 'realtime';
   v_max_requests := coalesce(v_max_requests, v_settings.realtime_requests_per_minute);
   v_max_units := coalesce(v_max_units, v_settings.realtime_tokens_per_minute);
-  return greatest(autotag.wait_for_day(v_provider, v_everybody), interval '1 min' * greatest(0,
+  return greatest(autotag.wait_for_day(v_provider, v_everybody),
+    case when v_provider.blocked_until > v_now then v_provider.blocked_until - v_now end, interval '1 min' * greatest(0,
     (v_own - v_max_requests)::double precision / v_max_requests,
     (v_own * v_provider.tokens_per_image - v_max_units)::double precision / v_max_units,
     (v_everybody - v_provider.requests_left) / v_provider.requests_per_minute,
@@ -2506,6 +2510,31 @@ create or replace function autotag.job_key(p_job_id uuid) returns bigint
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$ select hashtextextended('autotag.job ' || p_job_id, 0) $$;
 
+-- Whoever inserts a window has its advisory lock. claim() takes it without waiting, or passes the workspace over: its own insert would
+-- wait for the other transaction.
+create or replace function autotag.lock_new_window() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pg_advisory_xact_lock(autotag.window_key(new.workspace_id, new.request_type));
+  return new;
+end $$;
+
+create or replace trigger autotag_lock_new_window before insert on public.workspace_rate_limits
+  for each row execute function autotag.lock_new_window();
+
+-- Locks one window, or the right to insert it. False: another transaction holds it.
+create or replace function autotag.try_window(p_workspace_id uuid, p_request_type text) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform from public.workspace_rate_limits w
+  where w.workspace_id = p_workspace_id and w.request_type = p_request_type for no key update skip locked;
+  return found or not exists (
+      select from public.workspace_rate_limits w where w.workspace_id = p_workspace_id and w.request_type = p_request_type)
+    and pg_try_advisory_xact_lock(autotag.window_key(p_workspace_id, p_request_type));
+end $$;
+
 -- Admits up to p_wanted requests of p_units_each units each (null: what one image reserves): all or nothing, or with p_partial
 -- as many as fit. If not all were admitted, retry_at is the exact time when the next fit (1 µs earlier they are refused); null:
 -- they never fit. Without p_take nothing is counted.
@@ -2578,8 +2607,6 @@ begin
     exit when admitted = 0 or not p_take;
 
     if v_ctid is null then
-      -- claim() has this lock, or passes the workspace over: an insert would wait for the other transaction (lock_windows)
-      perform pg_advisory_xact_lock(autotag.window_key(p_workspace_id, p_request_type));
       insert into public.workspace_rate_limits (workspace_id, request_type) values (p_workspace_id, p_request_type)
       on conflict do nothing;
       continue;
@@ -2757,7 +2784,8 @@ begin
   return '[]'::jsonb;
 end $$;
 
--- Applies all reports that wait, in their order. The caller holds the provider row.
+-- Applies all reports that wait, in their order; one that raises is dropped, because every claim comes here. The caller holds the
+-- provider row.
 create or replace function autotag.apply_reports() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2767,7 +2795,11 @@ begin
   for v_report in
     with taken as (delete from autotag.provider_reports r where r.id > 0 returning r.*) select t.* from taken t order by t.id
   loop
-    perform autotag.apply_report(v_report);
+    begin
+      perform autotag.apply_report(v_report);
+    exception when others or assert_failure then
+      raise warning 'autotag could not apply a report of worker %: %', v_report.worker_id, sqlerrm;
+    end;
   end loop;
 end $$;
 
@@ -3064,12 +3096,16 @@ begin
 end $$;
 
 -- Whether a worker belongs to the caller and has a lease. Without a lease it must get no work, because no expiry would release
--- that again. The row lock prevents expire_worker, which alone ends leases, from ending this one before the transaction does.
+-- that again. The row lock prevents expire_worker, which alone ends leases, from ending this one before the transaction does. It does
+-- not wait for expire_worker, which takes long where a worker held much; only for the worker's own heartbeat.
 create or replace function autotag.lock_worker(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform from autotag.workers w where w.id = p_worker and w.login = session_user for no key update skip locked;
+  if not found and exists (select from autotag.workers w where w.id = p_worker and w.lease_until > autotag.now()) then
+    perform from autotag.workers w where w.id = p_worker and w.login = session_user for no key update;
+  end if;
   return found;
 end $$;
 
@@ -3157,8 +3193,8 @@ begin
     'task', t, 'failures', case when p_lost then 1 else 0 end,
     'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.'))), false)
   from unnest(v_tasks) t having count(*) > 0;
-  perform pg_notify('autotag', 'realtime');
-  perform pg_notify('autotag', 'batch');
+  perform pg_notify('autotag', 'realtime') where v_tasks <> '{}';
+  perform pg_notify('autotag', 'batch') where v_batches <> '{}';
   released := cardinality(v_tasks) + cardinality(v_batches);
   more := exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims))
     or exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims));
@@ -3185,7 +3221,8 @@ begin
   return v_release.released;
 end $$;
 
--- For a worker whose heartbeat said that replies of claims were lost: releases what it holds by other claims than these.
+-- For a worker whose heartbeat said that replies of claims were lost: releases what it holds by other claims than these. Each image
+-- counts a failure, so that one whose report the worker cannot deliver is not asked for ever.
 create or replace function autotag.release_lost(p_worker uuid, p_claims integer[], p_batch_claims integer[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3194,24 +3231,30 @@ begin
   if not autotag.is_own_worker(p_worker) then
     return 0;
   end if;
-  return (autotag.release_held(p_worker, coalesce(p_claims, '{}'), coalesce(p_batch_claims, '{}'), false)).released;
+  return (autotag.release_held(p_worker, coalesce(p_claims, '{}'), coalesce(p_batch_claims, '{}'), true)).released;
 end $$;
 
 -- Releases what one worker with an ended lease held, and deletes that worker; if another transaction holds some of it, the next
 -- tick goes on. One per transaction. Returns whether there was one whose work was released. Called by tick().
--- Locks: the worker's row, which the worker itself does not wait for (lock_worker); release_held.
+-- Locks: provider (a transaction that holds it may wait for a worker's row, as record_sent() does, so it comes first); the worker's
+-- row, which the worker itself does not wait for (lock_worker); release_held.
 create or replace function autotag.expire_worker() returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_worker uuid;
 begin
+  if not exists (select from autotag.workers w where w.lease_until < autotag.now()) then
+    return false;
+  end if;
+  perform from autotag.provider_limits for update;
   select w.id into v_worker from autotag.workers w
   where w.lease_until < autotag.now() order by w.lease_until, w.id limit 1 for update skip locked;
   if not found then
     return false;
   end if;
   if (autotag.release_held(v_worker, '{}', '{}', true)).more then
+    update autotag.workers w set lease_until = autotag.now() where w.id = v_worker;   -- so others with ended leases come first
     return false;
   end if;
   delete from autotag.workers w where w.id = v_worker;
@@ -3261,6 +3304,25 @@ returns table (asset_id uuid, bucket text, path text, url text, refused text, ma
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
+  -- locate_together() has read all rows before it returns the first. An error does not take back what return query has returned.
+  return query select l.* from autotag.locate_together(p_asset_ids, p_workspace_ids, p_seen, p_users) l;
+-- errors that the data of a row can cause; others concern all rows, and the worker asks again
+exception when data_exception or integrity_constraint_violation or plpgsql_error or triggered_action_exception then
+  if cardinality(p_asset_ids) = 1 then
+    return query select p_asset_ids[1], null::text, null::text, null::text, 'unreadable_row', null::uuid;
+    return;
+  end if;
+  return query
+    select l.* from generate_subscripts(p_asset_ids, 1) i
+    cross join lateral autotag.locate(p_asset_ids[i : i], p_workspace_ids[i : i], p_seen[i : i], p_users[i : i]) l;
+end $$;
+
+-- The same; raises if one row does.
+create or replace function autotag.locate_together(p_asset_ids uuid[], p_workspace_ids uuid[], p_seen uuid[], p_users uuid[])
+returns table (asset_id uuid, bucket text, path text, url text, refused text, mark uuid)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
   return query
     select d.asset_id, case when r.refused is null then d.bucket end, case when r.refused is null then d.path end,
       case when r.refused is null then d.url end, r.refused, d.mark
@@ -3272,15 +3334,6 @@ begin
         and not autotag.may_see_file(t.user_id, d.bucket, d.path) then 'hidden_file' end as refused
       offset 0  -- evaluate the case once per image, not once per use
     ) r;
--- errors that the data of a row can cause; others concern all rows, and the worker asks again
-exception when data_exception or integrity_constraint_violation or plpgsql_error or triggered_action_exception then
-  if cardinality(p_asset_ids) = 1 then
-    return query select p_asset_ids[1], null::text, null::text, null::text, 'unreadable_row', null::uuid;
-    return;
-  end if;
-  return query
-    select l.* from generate_subscripts(p_asset_ids, 1) i
-    cross join lateral autotag.locate(p_asset_ids[i : i], p_workspace_ids[i : i], p_seen[i : i], p_users[i : i]) l;
 end $$;
 
 -- The order of single calls: fair among workspaces, and within each of them.
@@ -3301,8 +3354,8 @@ begin
       virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end;
 end $$;
 
--- Puts requeued tasks that are due into their queues. The caller holds the provider row. Locks: tasks (skip locked: those of an
--- upload that is being cancelled).
+-- Puts requeued tasks that are due into their queues; those whose upload was cancelled while they were requeued end instead. The caller
+-- holds the provider row. Locks: tasks (skip locked: those of an upload that is being cancelled).
 create or replace function autotag.requeue_due(p_now timestamptz, p_virtual_time double precision) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3312,6 +3365,9 @@ begin
   if not exists (select from autotag.tasks t where t.retry_at <= p_now) then
     return;
   end if;
+  perform autotag.keep(array(
+    select row(t.id, t.job_id, t.asset_id, null, 'cancelled', 'Tagging was cancelled.', null)::autotag.finished
+    from autotag.tasks t join autotag.jobs j on j.id = t.job_id where t.retry_at <= p_now and j.cancelled_at is not null), false);
   for v_queue in
     with due as (
       select t.id from autotag.tasks t where t.retry_at <= p_now order by t.id limit 10000 for update skip locked
@@ -3341,19 +3397,21 @@ end $$;
 -- Checks the counts of queues and workspaces, and corrects those that are wrong; deletes the queues of finished uploads. Retries
 -- workspaces whose next image exceeds the window's limit: the limit may have been raised. Called by tick(). Locks: provider.
 create or replace function autotag.repair_queues() returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off
 as $$
 begin
-  perform from autotag.provider_limits for update;
-  delete from autotag.queues q using autotag.jobs j where j.id = q.job_id and j.finished_at is not null;
+  perform autotag.lock_provider();
+  -- One look-up per queue: a join may read all jobs that were ever finished.
+  delete from autotag.queues q where (select j.finished_at from autotag.jobs j where j.id = q.job_id) is not null;
   -- A queue that is empty by its count, although tasks wait in it.
   update autotag.queues q set queued = c.waiting, cursor = c.first_task - 1
   from (
-    select e.job_id, count(*)::integer as waiting, min(t.id) as first_task
-    from autotag.queues e join autotag.tasks t on t.job_id = e.job_id
-    where e.queued = 0 and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null and t.finished_at is null
-    group by e.job_id) c
-  where q.job_id = c.job_id;
+    select e.job_id, n.* from autotag.queues e
+    cross join lateral (
+      select count(*)::integer as waiting, min(t.id) as first_task from autotag.tasks t
+      where t.job_id = e.job_id and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null and t.finished_at is null) n
+    where e.queued = 0) c
+  where q.job_id = c.job_id and c.waiting > 0;
   update autotag.workspaces w set queued = c.queued
   from (
     select s.workspace_id, coalesce(sum(q.queued) filter (where q.joined), 0)::integer as queued
@@ -3665,11 +3723,7 @@ begin
   if tasks <> '{}' then
     update autotag.workers w set unsent = w.unsent + cardinality(v_released.ids) where w.id = p_worker;
   end if;
-  if cardinality(tasks) = p_slots then
-    bound := 'slots';
-  else
-    bound := autotag.describe_bound(v_provider);
-  end if;
+  bound := case when cardinality(tasks) = p_slots then 'slots' else autotag.describe_bound(v_provider) end;
   -- After an upload was rerouted, another one may be due.
   wait := case when v_provider.rerouted then 0 else autotag.real_seconds(autotag.next_release(v_provider) - v_now) end;
 end $$;
@@ -3807,6 +3861,9 @@ begin
     select min(t.retry_at) from autotag.tasks t where t.retry_at < 'infinity'
     union all
     select min(u.seal_at) from autotag.uploads u
+    union all  -- the day is used up: waiting calls may become due for a batch
+    select p_provider.refilled_at + interval '1 min' where p_provider.day_left < 1 and p_provider.has_batches is distinct from false
+      and exists (select from autotag.workspaces w where w.queued > 0)
   ) as due_times (due));
 end $$;
 
@@ -4060,6 +4117,7 @@ declare
   v_slots integer := least(greatest(coalesce(p_slots, 0), 0), 1000);
   v_queue autotag.batch_queue;
   v_taken record;
+  v_polls record;
 begin
   select * into v_settings from autotag.settings;
   batches := '[]'; files := '[]';
@@ -4093,17 +4151,9 @@ begin
   v_taken := autotag.take_batches(p_worker, autotag.rank_batches(v_slots, v_provider, v_queue, v_now), v_provider, v_queue, v_now);
   batches := autotag.describe_batches(v_taken.ids);
   perform pg_notify('autotag', 'realtime') where v_provider.proven_at is null;  -- that lane sends the probe
-  if v_provider.next_poll_at <= v_now and v_provider.ask_after <= v_now then
-    select l.poll, l.cancel, l.files into poll, cancel, files from autotag.list_polls() l;
-    v_provider.next_poll_at := case when poll is null and files = '[]' then '-infinity' else v_now + v_settings.batch_poll_interval end;
-  end if;
-  if v_provider.proven_at is not null and v_provider.checked_at <= v_now - v_settings.model_check_interval and v_provider.ask_after <= v_now then
-    look_up := v_provider.question ->> 'model';
-  end if;
-  if poll is not null or files <> '[]' or look_up is not null then
-    -- allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked)
-    update autotag.workers w set poll_assigned_at = v_now where w.id = p_worker;
-  end if;
+  v_polls := autotag.assign_poll(p_worker, v_provider, v_settings, v_now);
+  poll := v_polls.poll; cancel := v_polls.cancel; files := v_polls.files; look_up := v_polls.look_up;
+  v_provider.next_poll_at := v_polls.next_poll_at;
   update autotag.provider_limits p
   set next_poll_at = v_provider.next_poll_at,
       probe_at = case when p.account_error is null or v_taken.ids = '{}' then p.probe_at
@@ -4112,6 +4162,33 @@ begin
       checked_at = case when look_up is null then p.checked_at else v_now - v_settings.model_check_interval + interval '10 min' end;
   wait := case when v_taken.again then 0
     else autotag.real_seconds(autotag.next_batch_claim(v_provider, files <> '[]', v_now) - v_now) end;
+end $$;
+
+-- Assigns the poll of the provider to a worker if it is due (claim_batches: poll, cancel, files, look_up). next_poll_at: of the
+-- provider's row from now on. Called by claim_batches(), which holds that row and the worker's.
+create or replace function autotag.assign_poll(
+  p_worker uuid, p_provider autotag.provider_limits, p_settings autotag.settings, p_now timestamptz,
+  out poll jsonb, out cancel jsonb, out files jsonb, out look_up text, out next_poll_at timestamptz
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  files := '[]';
+  next_poll_at := p_provider.next_poll_at;
+  if p_provider.ask_after > p_now then
+    return;
+  end if;
+  if next_poll_at <= p_now then
+    select l.poll, l.cancel, l.files into poll, cancel, files from autotag.list_polls() l;
+    next_poll_at := case when poll is null and files = '[]' then '-infinity' else p_now + p_settings.batch_poll_interval end;
+  end if;
+  if p_provider.proven_at is not null and p_provider.checked_at <= p_now - p_settings.model_check_interval then
+    look_up := p_provider.question ->> 'model';
+  end if;
+  if poll is not null or files <> '[]' or look_up is not null then
+    -- allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked)
+    update autotag.workers w set poll_assigned_at = p_now where w.id = p_worker;
+  end if;
 end $$;
 
 -- The batches p_ids, in this order, as claim_batches() returns them.
@@ -5838,9 +5915,7 @@ begin
     p_items := array(select i from unnest(p_items) i where i.asset_id not in (select unnest(v_held)));
     v_half := cardinality(p_items) / 2;
   elsif v_half = 0 and v_state = 'AT001' then   -- raised by judge_unwritten()
-    perform autotag.keep(autotag.requeue(jsonb_build_array(jsonb_build_object('task', p_items[1].task, 'failures', 1,
-      'code', 'picture_replaced', 'message', 'The picture was replaced again and again while it was being tagged.'))), false);
-    perform pg_notify('autotag', 'realtime');
+    perform autotag.tag_again(p_items[1].task);
     return;
   elsif v_half = 0 and autotag.may_pass(v_state, p_items[1].task) then
     perform autotag.keep(p_items);
@@ -5856,6 +5931,23 @@ begin
   v_part := autotag.finish_apart(p_workspace_id, p_items[v_half + 1:], p_own, v_part.waits);
   notices := notices || v_part.notices;
   waits := v_part.waits;
+end $$;
+
+-- The picture of an image was replaced after the model saw it: the image is queued again, and its answer is dropped, also where it was
+-- kept. After max_failures the image fails. Locks: the task.
+create or replace function autotag.tag_again(p_task bigint) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ended autotag.finished[] := autotag.requeue(jsonb_build_array(jsonb_build_object('task', p_task, 'failures', 1,
+    'code', 'picture_replaced', 'message', 'The picture was replaced again and again while it was being tagged.')));
+begin
+  if v_ended = '{}' then
+    delete from autotag.unstored u where u.task_id = p_task;
+    perform pg_notify('autotag', 'realtime');
+  else
+    perform autotag.keep(v_ended, false);
+  end if;
 end $$;
 
 -- Whether an error that writing an image's row raised may pass, so that its outcome is kept. Lack of resources and internal errors of
@@ -5899,8 +5991,12 @@ begin
   end if;
   begin
     perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own);
-  exception when others or assert_failure then
-    perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own, false);
+  exception
+    when lock_not_available or deadlock_detected then
+      perform autotag.keep(p_items);   -- its row is held now, so it is tried again
+      return '[]'::jsonb;
+    when others or assert_failure then
+      perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own, false);
   end;
   return jsonb_build_array(jsonb_build_object('event', 'not_stored', 'notice',
     format('The database refused to store the outcome of image %s: %s', v_item.asset_id, autotag.printable(p_error, 500))));
@@ -5955,7 +6051,9 @@ declare
   v_deleted bigint[];
 begin
   with deleted as (
-    delete from autotag.tasks t where t.id = any (array(select i.task from unnest(p_items) i)) and t.finished_at is null
+    -- coalesce: the plan may not use the index of live tasks, and read all of it
+    delete from autotag.tasks t
+    where t.id = any (array(select i.task from unnest(p_items) i)) and coalesce(t.finished_at, 'infinity') = 'infinity'
     returning t.id
   )
   select coalesce(array_agg(d.id), '{}') into v_deleted from deleted d;
@@ -6056,7 +6154,7 @@ begin
   if autotag.is_own_worker(p_worker) then
     workspaces := array(
       select u.workspace_id from autotag.unstored u where u.next_at <= v_now group by u.workspace_id order by min(u.next_at) limit 1000);
-    wait := greatest(0, autotag.real_seconds((select min(u.next_at) from autotag.unstored u where u.next_at > v_now) - v_now));
+    wait := autotag.real_seconds((select min(u.next_at) from autotag.unstored u where u.next_at > v_now) - v_now);
   end if;
 end $$;
 
@@ -6159,7 +6257,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_question jsonb := p_question;
-  v_since timestamptz := '-infinity';   -- since when it is the question
+  v_since timestamptz := timestamptz '-infinity';   -- since when it is the question
 begin
   if v_question is null then
     select p.question, p.question_since into v_question, v_since from autotag.provider_limits p;
@@ -7404,26 +7502,18 @@ begin
   end loop;
 end $$;
 
--- Runs daily: deletes what is no longer needed.
+-- Runs daily: deletes what is no longer needed. An upload that a tenant's transaction holds is left to the next day.
+-- Locks: finished jobs and windows (both skip locked), usage; provider, then workspaces and workers.
 create or replace function autotag.housekeeping() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
-  v_workspace uuid;
 begin
   delete from autotag.jobs j
-  where j.finished_at < v_now - (select s.keep_finished from autotag.settings s);
-  -- Delete workspaces without work. Check again under the lock, because an upload may just have begun; skip locked ones, they
-  -- are in use.
-  for v_workspace in select w.workspace_id from autotag.workspaces w where w.queued = 0 loop
-    perform from autotag.workspaces w where w.workspace_id = v_workspace for update skip locked;
-    if found then
-      delete from autotag.workspaces w
-      where w.workspace_id = v_workspace and w.queued = 0 and not exists (
-        select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
-    end if;
-  end loop;
+  where j.id in (
+    select f.id from autotag.jobs f
+    where f.finished_at < v_now - (select s.keep_finished from autotag.settings s) order by f.id for update skip locked);
   delete from public.workspace_rate_limits l
   using (
     select w.workspace_id, w.request_type from public.workspace_rate_limits w
@@ -7431,13 +7521,18 @@ begin
       and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h'
     for update skip locked) old
   where l.workspace_id = old.workspace_id and l.request_type = old.request_type;
-  delete from autotag.workers w where w.lease_until < v_now - interval '1 day';
   delete from autotag.webhooks w where w.received_at < v_now - interval '4 days';  -- OpenAI retries for three days
   delete from autotag.durations d where d.started_at < v_now - interval '90 days';
   delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- not used for 90 days
   delete from autotag.outbox o where o.created_at < v_now - interval '1 day';
   delete from autotag.usage u
   where u.day < (v_now at time zone 'utc')::date - (select s.keep_usage from autotag.settings s);
+  -- Last, because these need the provider row. Workspaces without work; a workspace whose upload has just begun comes back with it.
+  perform from autotag.provider_limits for update;
+  delete from autotag.workspaces w
+  where w.queued = 0 and not exists (
+    select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
+  delete from autotag.workers w where w.lease_until < v_now - interval '1 day';
   update autotag.clock set housekeeping_at = v_now;
 end $$;
 
@@ -7479,10 +7574,10 @@ begin
   if not pg_try_advisory_xact_lock(hashtext('autotag.tick')) then
     return false;
   end if;
-  perform autotag.tick();
   if v_clock.housekeeping_at < v_now - interval '25 h' then
-    perform autotag.housekeeping();
+    perform autotag.housekeeping();   -- first, because tick() holds the provider row from its first expired worker on
   end if;
+  perform autotag.tick();
   return exists (select from autotag.workers w where w.lease_until < v_now);
 end $$;
 

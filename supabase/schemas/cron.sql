@@ -58,26 +58,18 @@ begin
   end loop;
 end $$;
 
--- Runs daily: deletes what is no longer needed.
+-- Runs daily: deletes what is no longer needed. An upload that a tenant's transaction holds is left to the next day.
+-- Locks: finished jobs and windows (both skip locked), usage; provider, then workspaces and workers.
 create or replace function autotag.housekeeping() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
-  v_workspace uuid;
 begin
   delete from autotag.jobs j
-  where j.finished_at < v_now - (select s.keep_finished from autotag.settings s);
-  -- Delete workspaces without work. Check again under the lock, because an upload may just have begun; skip locked ones, they
-  -- are in use.
-  for v_workspace in select w.workspace_id from autotag.workspaces w where w.queued = 0 loop
-    perform from autotag.workspaces w where w.workspace_id = v_workspace for update skip locked;
-    if found then
-      delete from autotag.workspaces w
-      where w.workspace_id = v_workspace and w.queued = 0 and not exists (
-        select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
-    end if;
-  end loop;
+  where j.id in (
+    select f.id from autotag.jobs f
+    where f.finished_at < v_now - (select s.keep_finished from autotag.settings s) order by f.id for update skip locked);
   delete from public.workspace_rate_limits l
   using (
     select w.workspace_id, w.request_type from public.workspace_rate_limits w
@@ -85,13 +77,18 @@ begin
       and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h'
     for update skip locked) old
   where l.workspace_id = old.workspace_id and l.request_type = old.request_type;
-  delete from autotag.workers w where w.lease_until < v_now - interval '1 day';
   delete from autotag.webhooks w where w.received_at < v_now - interval '4 days';  -- OpenAI retries for three days
   delete from autotag.durations d where d.started_at < v_now - interval '90 days';
   delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- not used for 90 days
   delete from autotag.outbox o where o.created_at < v_now - interval '1 day';
   delete from autotag.usage u
   where u.day < (v_now at time zone 'utc')::date - (select s.keep_usage from autotag.settings s);
+  -- Last, because these need the provider row. Workspaces without work; a workspace whose upload has just begun comes back with it.
+  perform from autotag.provider_limits for update;
+  delete from autotag.workspaces w
+  where w.queued = 0 and not exists (
+    select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
+  delete from autotag.workers w where w.lease_until < v_now - interval '1 day';
   update autotag.clock set housekeeping_at = v_now;
 end $$;
 
@@ -133,10 +130,10 @@ begin
   if not pg_try_advisory_xact_lock(hashtext('autotag.tick')) then
     return false;
   end if;
-  perform autotag.tick();
   if v_clock.housekeeping_at < v_now - interval '25 h' then
-    perform autotag.housekeeping();
+    perform autotag.housekeeping();   -- first, because tick() holds the provider row from its first expired worker on
   end if;
+  perform autotag.tick();
   return exists (select from autotag.workers w where w.lease_until < v_now);
 end $$;
 

@@ -27,8 +27,8 @@
 --   * The host's rows are written one workspace at a time (finish, show), by transactions that hold nothing else that is shared, and
 --     wait at most 50 ms for a lock. What cannot be written is kept (unstored) and tried again.
 --   * queues and workspaces are written only under the provider row; enqueue_tagging inserts new queues, and takes advisory locks.
---   * The order within a transaction: advisory locks, one worker's row, jobs by id, batches by id, tasks by id, assets; windows and the
---     provider row last, or first.
+--   * The order within a transaction: advisory locks, jobs by id, batches by id, tasks by id, assets; windows and the provider row
+--     last, or first. After the provider row come a worker's row and the clock.
 
 -- Every function sets its search_path to pg_catalog, pg_temp (the adapter's functions have the host's schemas before pg_temp),
 -- and every name outside pg_catalog has its schema.

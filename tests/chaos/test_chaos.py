@@ -1,4 +1,5 @@
-"""Workers die at every step, the provider fails in every known way, Postgres restarts: the books agree."""
+"""Workers die at every step, the provider fails in every known way, Postgres restarts, other tenants are hostile: the
+books agree."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from lab.chaos.run import Chaos
 from lab.postgres import LocalPostgres, install_autotag, local_postgres, machine_binaries
 from lab.stack import Stack, local_stack
 
-KILLS = 60
+KILLS = 30
 
 
 @pytest.fixture
@@ -22,9 +23,13 @@ async def own_stack(machine_postgres: bool) -> AsyncIterator[tuple[Stack, LocalP
             yield stack, server
 
 
-async def test_whatever_dies_nothing_is_lost_and_nothing_paid_twice(own_stack: tuple[Stack, LocalPostgres]) -> None:
+@pytest.mark.parametrize("neighbours", [False, True], ids=["alone", "beside hostile tenants"])
+async def test_whatever_dies_nothing_is_lost_and_nothing_paid_twice(
+    own_stack: tuple[Stack, LocalPostgres], neighbours: bool
+) -> None:
     stack, server = own_stack
-    report = await Chaos(stack, server, seed=1).run(kills=KILLS)
+    report = await Chaos(stack, server, seed=1 + neighbours).run(kills=KILLS, neighbours=neighbours)
     assert report.violations == []
     assert report.kills >= KILLS
     assert report.restarts > 0
+    assert (len(report.hostilities) > 0) is neighbours

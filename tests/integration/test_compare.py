@@ -21,7 +21,7 @@ from autotag.cli.app import app
 from forked import run_command
 from lab.openai_sim.faults import Fault
 from lab.stack import OPERATOR_ROLE, Stack
-from support import PATIENCE, Library, answered_pictures, audit, until, worker
+from support import PATIENCE, Library, answered_pictures, audit, compress, until, worker
 
 CURRENT, SECOND = "gpt-4.1-mini", "gpt-6-luna"
 
@@ -146,7 +146,7 @@ async def test_what_it_learns_serves_the_model_once_it_is_in_use(tagged: Library
 
 async def test_a_workspaces_window_makes_it_wait(tagged: Library) -> None:
     """Five requests a minute, and a minute of a second and a half: never more in any window."""
-    tagged.stack.compress(40)
+    compress(tagged.stack, 40)
     tagged.stack.configure(realtime_requests_per_minute=5)
     code, out, error = await compare(tagged, "--json")
     assert (code, json.loads(out)["answered"]) == (0, 12), error
@@ -159,7 +159,7 @@ async def test_a_workspaces_window_makes_it_wait(tagged: Library) -> None:
 
 
 async def test_the_providers_bucket_makes_it_wait_and_there_is_no_429(tagged: Library) -> None:
-    tagged.stack.compress(60)
+    compress(tagged.stack, 60)
     tagged.sql(
         "update autotag.provider_limits set requests_per_minute = 60, requests_left = 0, refilled_at = autotag.now()"
     )

@@ -6,7 +6,6 @@ import asyncio
 from typing import Any
 
 import psycopg
-import pytest
 from psycopg.rows import dict_row
 
 from conftest import skip
@@ -54,9 +53,12 @@ async def test_pg_cron_runs_the_tick(postgres: LocalPostgres, machine_postgres: 
     assert finding["f"]["level"] == "ok", finding
     [job] = rows(postgres, "select command from cron.job where jobname = 'autotag-housekeeping'")
     rows(postgres, "insert into cron.job_run_details (jobid, runid, end_time, status)"
-         " values (1, 1000001, now() - interval '8 days', 'succeeded')")  # fmt: skip
+         " select jobid, 1000000 + jobid, now() - interval '8 days', 'succeeded' from cron.job union all"
+         " values (777, 1000777, now() - interval '8 days', 'succeeded')")  # fmt: skip
     rows(postgres, job["command"])
-    assert rows(postgres, "select 1 from cron.job_run_details where runid = 1000001") == []
+    assert rows(postgres, "select jobid from cron.job_run_details where runid > 1000000") == [{"jobid": 777}], (
+        "old runs of autotag's own jobs are deleted, and those of the project's are not autotag's to delete"
+    )
 
 
 def test_housekeeping_keeps_every_table_bounded(library: Library) -> None:
@@ -69,6 +71,9 @@ def test_housekeeping_keeps_every_table_bounded(library: Library) -> None:
         insert into autotag.queues (job_id, workspace_id) select id, workspace_id from autotag.jobs;
         insert into autotag.tasks (job_id, workspace_id, asset_id, lane, stage, finished_at)
         select id, workspace_id, gen_random_uuid(), 'realtime', 'failed', finished_at from autotag.jobs;
+        insert into autotag.unstored (task_id, workspace_id, result, next_at, kept_at)
+        select id, workspace_id, '{}', finished_at, finished_at from autotag.tasks;
+        insert into autotag.provider_reports (at) select created_at from autotag.jobs;
         insert into autotag.batches (job_id, workspace_id, ordinal, image_count, state, created_at)
         select id, workspace_id, 1, 1, 'done', created_at from autotag.jobs;
         insert into public.workspace_rate_limits (workspace_id, request_type, admitted_at, requests, units)
@@ -92,6 +97,7 @@ def test_housekeeping_keeps_every_table_bounded(library: Library) -> None:
         "autotag.durations": 89, "autotag.quotas": 0,
         "autotag.workspaces": 0, "autotag.workers": 0, "autotag.outbox": 0, "public.workspace_rate_limits": 0,
         "autotag.uploads": 0, "autotag.arrivals": 0,
+        "autotag.unstored": 29, "autotag.provider_reports": 0,
         "autotag.settings": 1, "autotag.provider_limits": 1, "autotag.clock": 1,
         "autotag.error_kinds": 4, "autotag.models": 15, "autotag.learned": 89,  # one a day
     }  # fmt: skip
@@ -121,23 +127,17 @@ async def test_without_pg_cron_the_workers_own_tick_does_the_same(library: Libra
     assert clock == [{"ticked": True}]
 
 
-@pytest.mark.parametrize(
-    ("first", "then"),
-    [
-        ("select autotag.housekeeping()", "select"),  # the row is deleted when the upload comes …
-        ("select from autotag.workspaces for update", "delete from autotag.workspaces"),  # … or still there, locked
-    ],
-    ids=["deleted", "locked"],
-)
-async def test_an_upload_that_waits_for_housekeeping_is_queued(library: Library, first: str, then: str) -> None:
-    """Housekeeping forgets a workspace that has no work, and an upload to it waits for that lock meanwhile."""
+def test_housekeeping_and_an_upload_do_not_wait_for_each_other(library: Library) -> None:
+    """Housekeeping forgets a workspace that has no work, while an upload to it begins: the next claim gets the upload's images."""
+    worker = "00000000-0000-4000-8000-00000000000a"
+    library.sql("select autotag.register_worker(%s, 'h', autotag.schema_version(), true)", worker)
     library.sql("insert into autotag.workspaces (workspace_id) values (%s)", library.member.workspace)
-    assets = library.insert(["a.jpg"])
     with psycopg.connect(library.stack.database_url()) as housekeeping:
-        housekeeping.execute(first.encode())
-        assert library.sql("select count(*) as n from autotag.workspaces") == [{"n": 1}], "not committed yet"
-        enqueueing = asyncio.create_task(asyncio.to_thread(library.enqueue, assets))
-        await until(lambda: library.sql("select 1 from pg_locks where not granted") != [], "the upload to wait")
-        housekeeping.execute(then.encode())
-    await enqueueing
-    assert library.sql("select queued from autotag.workspaces") == [{"queued": 1}]
+        housekeeping.execute("select autotag.housekeeping()")
+        library.enqueue(library.insert(["a.jpg"]))
+    assert library.sql("select from autotag.workspaces") == []
+    assert library.sql("select cardinality(tasks) as n from autotag.claim(%s, 5, 1)", worker) == [{"n": 1}]
+    with psycopg.connect(library.stack.database_url()) as upload:
+        upload.execute("select public.enqueue_tagging(%s::uuid[])", (library.insert(["b.jpg"]),))
+        library.sql("select autotag.housekeeping()")
+    assert library.sql("select cardinality(tasks) as n from autotag.claim(%s, 5, 2)", worker) == [{"n": 1}]

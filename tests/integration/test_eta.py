@@ -171,3 +171,33 @@ def test_a_look_at_many_batches_predicts_once_an_upload(stack: Stack, postgres: 
             ).fetchone()
             predictions.append(row[0] if row else None)
     assert predictions == [2 * uploads * batches, uploads * batches]
+
+
+@pytest.mark.parametrize("half_life", [0.5, 0.01, 0.0001, 1e-6, 1e-300, 1e300, float("inf"), float("nan")])
+def test_a_half_life_of_any_length_predicts_something(library: Library, half_life: float) -> None:
+    """A fraction of a day makes old weights too small for a number: they count as nothing, and nothing fails."""
+    library.sql("update autotag.settings set eta_half_life_days = %s", half_life)
+    remember(library, 5000, days_ago=6)
+    remember(library, 4000, days_ago=400)
+    p50, p90 = predict(library)
+    assert 0 < p50 < p90
+    if half_life <= 0.5:
+        assert p50 == 2700, "twelve half-lives ago counts less than common experience"
+    told = library.enqueue(library.insert([f"{i}.jpg" for i in range(60)]))
+    assert told["strategy"] == "batch"
+    assert datetime.fromisoformat(told["eta"]) > datetime.now(UTC)
+
+
+def test_a_short_half_life_believes_what_ended_just_now(library: Library) -> None:
+    library.sql("update autotag.settings set eta_half_life_days = 0.01")
+    remember(library, 600, days_ago=600 / 86_400)
+    assert predict(library)[0] == 600
+    remember(library, 7000, count=300, days_ago=1)
+    assert predict(library)[0] == 600, "a day ago is a hundred half-lives ago"
+
+
+def test_a_batch_that_ended_in_the_future_fails_nothing(library: Library) -> None:
+    """A clock that was set back, or a backup of another day."""
+    library.sql("update autotag.settings set eta_half_life_days = 0.001")
+    remember(library, 600, days_ago=-30)
+    assert predict(library)[0] == 600

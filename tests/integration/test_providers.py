@@ -14,7 +14,20 @@ from structlog.testing import capture_logs
 from lab.openai_sim.app import Plan
 from lab.openai_sim.faults import Fault
 from lab.postgres import free_port
-from support import Library, asked, audit, check_asked_once, check_money, paid, pictures, refused, until, widen, worker
+from support import (
+    Library,
+    asked,
+    audit,
+    check_asked_once,
+    check_money,
+    compress,
+    paid,
+    pictures,
+    refused,
+    until,
+    widen,
+    worker,
+)
 
 SPEED = 4  # of autotag's clock, where a test has to wait for the next probe
 ALL = frozenset({"json_schema", "json_object", "text"})
@@ -81,7 +94,7 @@ async def check_mended(library: Library, told: list[dict[str, Any]], mended: flo
 async def mistaken(library: Library, uploads: list[int], **changes: Any) -> AsyncIterator[list[dict[str, Any]]]:
     """A worker at images that wait; the body of the context begins ten seconds (of autotag's clock) later."""
     stack = library.stack
-    stack.compress(SPEED)
+    compress(stack, SPEED)
     drawings = pictures(sum(uploads))
     assets = await library.upload(drawings)
     library.watch_failures()
@@ -146,7 +159,7 @@ async def test_a_worker_with_a_wrong_address_costs_no_image_and_is_in_nobodys_wa
 
 async def test_a_wrong_key_that_is_rolled_out_beside_the_right_one_costs_a_call_and_no_image(wide: Library) -> None:
     stack = wide.stack
-    stack.compress(SPEED)
+    compress(stack, SPEED)
     stack.simulator.plan.latency = (0.1, 0.2)
     assets = await wide.upload(pictures(80))
     wide.watch_failures()
@@ -232,7 +245,7 @@ async def test_a_form_that_is_refused_in_the_middle_of_a_run_makes_way_for_the_n
 async def test_credit_that_runs_out_in_the_middle_of_a_run_fails_no_image(wide: Library) -> None:
     """What was in flight when it ran out, and was answered, does not start everything again."""
     stack = wide.stack
-    stack.compress(SPEED)
+    compress(stack, SPEED)
     stack.configure(realtime_max_images=40)
     stack.simulator.plan.latency = (1.0, 1.5)
     stack.simulator.plan.batch_latency = (8.0, 8.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -14,7 +15,7 @@ import psycopg
 import pytest
 
 from lab.openai_sim.faults import Fault
-from support import Library, audit, until, worker
+from support import PATIENCE, Library, audit, until, worker
 
 
 def allow(library: Library, **quota: Any) -> None:
@@ -273,3 +274,108 @@ async def test_lines_of_a_batch_are_not_tried_again_without_room(library: Librar
     assert billed["n"] == 60
     assert library.sql("select distinct error_code as code from autotag.tasks") == [{"code": "quota_exceeded"}]
     audit(library.stack)
+
+
+# -- a user in several workspaces at once
+
+
+def elsewhere(library: Library) -> Library:
+    """The same user in another workspace."""
+    other = library.stack.add_member()
+    library.sql("insert into public.workspace_members values (%s, %s)", other.workspace, library.member.user)
+    return Library(library.stack, dataclasses.replace(library.member, workspace=other.workspace))
+
+
+def accepted(library: Library, assets: list[str]) -> bool:
+    try:
+        library.enqueue(assets)
+    except psycopg.Error as error:
+        if error.sqlstate != "PT429":
+            raise
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", ["every user", "this user"])
+def test_uploads_into_several_workspaces_at_the_same_time_cannot_overshoot(library: Library, kind: str) -> None:
+    allow(library, max_images=20, scope="user", **({"user_id": library.member.user} if kind == "this user" else {}))
+    places = [library, *(elsewhere(library) for _ in range(3))]
+    uploads = [(place, rows(place, 3)) for place in places for _ in range(4)]
+    with ThreadPoolExecutor(len(uploads)) as pool:
+        done = sum(pool.map(lambda upload: accepted(*upload), uploads))
+    assert done == 6, "6 × 3 fit into 20"
+    [live] = library.sql("select sum(image_count) as n from autotag.jobs")
+    assert live["n"] == 18
+
+
+def test_an_upload_sees_what_the_user_uploads_elsewhere_in_a_transaction_that_is_open(library: Library) -> None:
+    """It waits for it, and an upload of somebody else does not."""
+    allow(library, max_images=3, scope="user")
+    there, stranger = elsewhere(library), Library(library.stack)
+    first, second, third = rows(library, 2), rows(there, 2), rows(stranger, 2)
+    with ThreadPoolExecutor(1) as pool, psycopg.connect(library.stack.database_url()) as connection:
+        connection.execute("select set_config('request.jwt.claims', %s, true)",
+                           (json.dumps({"role": "authenticated", "sub": library.member.user}),))  # fmt: skip
+        connection.execute("select public.enqueue_tagging(%s::uuid[])", (first,))
+        waits = pool.submit(accepted, there, second)
+        assert accepted(stranger, third)
+        wait_for_lock(library)
+        connection.commit()
+        assert not waits.result(timeout=PATIENCE)
+
+
+def test_an_upload_sees_a_retry_elsewhere_that_is_not_committed(library: Library) -> None:
+    """An answer was billed, and its image is tried again: two of the user's two are taken."""
+    allow(library, max_images=2, scope="user")
+    there = elsewhere(library)
+    library.enqueue(rows(library, 1))
+    [task] = claimed(library, 1)
+    assets = rows(there, 1)
+    report = [{"task": task["task"], "attempt": task["attempt"], "error": UNUSABLE, "usage": {
+        "input": 9, "cached": 0, "cache_write": 0, "output": 9, "reasoning": 0, "model": "gpt-6-luna", "tier": "default"}}]  # fmt: skip
+    with ThreadPoolExecutor(1) as pool, psycopg.connect(library.stack.database_url()) as connection:
+        connection.execute("select autotag.settle(%s, %s)", (WORKER, json.dumps(report)))
+        waits = pool.submit(accepted, there, assets)
+        wait_for_lock(library)
+        connection.commit()
+        assert not waits.result(timeout=PATIENCE)
+    [billed] = library.sql("select sum(requests) as n from autotag.usage")
+    [live] = library.sql("select count(*) as n from autotag.tasks where finished_at is null")
+    assert billed["n"] + live["n"] == 2
+
+
+def test_no_claim_waits_for_or_fails_with_an_upload_of_a_user_with_a_quota(library: Library) -> None:
+    """Two automatic uploads of a user, who has an upload in a transaction that is open: it may take what the quota has left."""
+    library.stack.configure(upload_quiet="0.001 s")
+    library.sql("select autotag.set_automatic(true)")
+    allow(library, max_images=3, scope="user")
+    there, claims = elsewhere(library), json.dumps({"role": "authenticated", "sub": library.member.user})
+    first = rows(library, 2)
+    library.sql("delete from autotag.uploads where true")
+    with psycopg.connect(library.stack.database_url(), autocommit=True) as member:
+        member.execute("select set_config('request.jwt.claims', %s, false)", (claims,))
+        member.execute("insert into public.assets (workspace_id, storage_path) select %s, %s || '/' || i || '.jpg'"
+                       " from generate_series(1, 2) i", (there.member.workspace, there.member.workspace))  # fmt: skip
+    library.sql("update autotag.uploads set seal_at = now()")
+    library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)
+    with psycopg.connect(library.stack.database_url()) as connection:
+        connection.execute("select set_config('request.jwt.claims', %s, true)", (claims,))
+        connection.execute("select public.enqueue_tagging(%s::uuid[])", (first,))
+        with psycopg.connect(library.stack.database_url(), autocommit=True) as engine:
+            engine.execute(f"set statement_timeout = '{PATIENCE / 4:g} s'")
+            engine.execute("select autotag.claim(%s, 10)", (WORKER,))
+        assert library.sql("select image_count from autotag.jobs") == []
+        connection.commit()
+    for _ in range(3):  # the claim after one that changed an upload only releases
+        library.sql("update autotag.uploads set seal_at = now()")
+        library.sql("select autotag.claim(%s, 10)", WORKER)
+    assert sorted(row["image_count"] for row in library.sql("select image_count from autotag.jobs")) == [1, 2]
+
+
+def wait_for_lock(library: Library) -> None:
+    """Waits until a session waits for an advisory lock."""
+    deadline = time.monotonic() + PATIENCE
+    while not library.sql("select 1 from pg_locks where locktype = 'advisory' and not granted"
+                          " and database = (select oid from pg_database where datname = current_database())"):  # fmt: skip
+        assert time.monotonic() < deadline, "the upload does not wait"
+        time.sleep(0.02)

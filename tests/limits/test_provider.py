@@ -17,7 +17,7 @@ from lab.openai_sim.faults import Fault
 from lab.openai_sim.limits import QUANTISED_ABOVE, Bucket, Limits, SharedKeyClient
 from lab.postgres import LocalPostgres
 from lab.stack import WORKER_ROLE, Stack
-from support import Library, answered_pictures, audit, until, worker
+from support import Library, answered_pictures, audit, compress, until, worker
 
 WIDE = {"chunk_delay": "0", "realtime_requests_per_minute": 100_000, "realtime_tokens_per_minute": 2_000_000_000,
         "realtime_max_images": 50}  # fmt: skip
@@ -30,7 +30,7 @@ def refusals(stack: Stack) -> int:
 def narrow(library: Library) -> None:
     """A bucket of twelve images, whose minute is two seconds."""
     library.stack.configure(**WIDE)
-    library.stack.compress(30)
+    compress(library.stack, 30)
     library.stack.configure(provider_margin="7.5 s")  # a message takes real time: a quarter of a second, as ever
     library.stack.simulator.limits = Limits.of(120, 12_000, None, speed=30)
     library.sql("update autotag.provider_limits set requests_per_minute = 120, tokens_per_minute = 12000,"
@@ -83,7 +83,7 @@ async def test_another_program_with_the_same_key_makes_us_slow_down_and_not_fail
     """A hidden co-user takes two thirds of the requests: everything is tagged, and 429s stay rare."""
     stack = library.stack
     stack.configure(**WIDE)
-    stack.compress(20)
+    compress(stack, 20)
     stack.simulator.limits = Limits.of(600, 10_000_000, None, speed=20)  # 200 requests a second
     stack.simulator.limits.shared_key_client = SharedKeyClient(requests_per_second=130, tokens_each=1)
     stack.simulator.limits.requests.left = 0

@@ -18,7 +18,7 @@ import pytest
 
 from lab.proxy import Proxy
 from lab.stack import Stack, worker_process
-from support import Library, check_asked_once, check_money, until
+from support import Library, asked, check_asked_once, check_money, until
 
 #: A table and a trigger as most projects write them: the table's name has no schema, the function no search_path.
 ACTIVITY = """
@@ -225,6 +225,25 @@ async def test_a_reply_that_is_lost_loses_no_image(library: Library, neighbour: 
     neighbour.check_tags()
     check_asked_once(stack)
     check_money(stack)
+
+
+async def test_an_answer_that_waits_to_be_stored_is_not_asked_again(library: Library) -> None:
+    """A claim's reply is lost while answers wait: what the worker releases then are not the images with an answer."""
+    first, second = await library.upload(4), await library.upload(4, seed=2)
+    stack = library.stack
+    proxy = Proxy(stack.database_url())
+    proxy.hold_back("autotag.settle(")
+    async with proxy.serve(), working(library, DATABASE_URL=proxy.url(stack.worker_environment()["DATABASE_URL"])):
+        jobs = [library.enqueue(first)]
+        await until(lambda: proxy.held > 0, "a settle on its way")
+        proxy.cut_reply("autotag.claim(")
+        jobs.append(library.enqueue(second))
+        await until(lambda: proxy.cuts == 1, "a claim's reply to be lost")
+        await until(lambda: len(asked(stack)) >= 8, "the lost claim's images to be asked")
+        proxy.let_through()
+        await library.finished(*jobs)
+    library.check_tags()
+    check_asked_once(stack)
 
 
 async def test_realtime_that_raises_takes_no_tags_with_it(library: Library) -> None:

@@ -223,7 +223,6 @@ async def test_an_uploader(scene: Scene, tmp_path: Path) -> None:
 def enqueue_all(scene: Scene, assets: list[str]) -> None:
     """As automatic mode does: `enqueue_tagging` refuses rows that name somebody else's file."""
     member = scene.member.member
-    scene.member.sql("select autotag.lock_workspace(%s)", member.workspace)
     scene.member.sql("select autotag.start_job(%s, %s, %s::uuid[])", member.workspace, member.user, assets)
 
 

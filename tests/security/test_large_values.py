@@ -39,7 +39,9 @@ def claim(library: Library, slots: int = 256) -> list[dict[str, Any]]:
         login.execute("set statement_timeout = '2s'")
         login.execute("select autotag.register_worker(%s, 'h', autotag.schema_version(), true)", (WORKER,))
         library.stack.prove()
-        found = login.execute("select tasks from autotag.claim(%s, %s)", (WORKER, slots)).fetchone()
+        claimed = login.execute("select tasks from autotag.claim(%s, %s, 1)", (WORKER, slots)).fetchone()
+        assert claimed
+        found = login.execute("select autotag.describe_tasks(%s, %s)", (WORKER, claimed[0])).fetchone()
         assert found
         tasks: list[dict[str, Any]] = found[0]
         return tasks

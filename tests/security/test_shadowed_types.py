@@ -161,8 +161,9 @@ def set_the_scene(library: Library) -> Scene:
     job = library.enqueue([asset])["job_id"]
     with psycopg.connect(library.stack.database_url(WORKER_ROLE)) as connection:
         connection.execute("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", (WORKER,))
-        [[[task]]] = connection.execute("select tasks from autotag.claim(%s, 1)", (WORKER,)).fetchall()
-        [[[batch]]] = connection.execute("select batches from autotag.claim_batches(%s, 1)", (WORKER,)).fetchall()
+        [[ids]] = connection.execute("select tasks from autotag.claim(%s, 1, 1)", (WORKER,)).fetchall()
+        [[[task]]] = connection.execute("select autotag.describe_tasks(%s, %s)", (WORKER, ids)).fetchall()
+        [[[batch]]] = connection.execute("select batches from autotag.claim_batches(%s, 1, 1)", (WORKER,)).fetchall()
     held = {"task": task["task"], "attempt": task["attempt"]}
     return Scene(library, asset, job, failed, batch["batch"], held)
 

@@ -38,22 +38,27 @@ DECISIONS = {
     "record_poll": "says what the provider says of batches in flight, when it was handed the look at them",
     "claim": "gets what waits, within all limits",
     "claim_batches": "gets batches that wait, and the look at the provider when it is due",
+    "describe_tasks": "describes the images that it holds",
     "diagnose": "counts, names of logins, and one image that is not its own",
     "files_deleted": "leaves files of batches that are over to expire at the provider",
     "heartbeat": "keeps its own worker alive",
     "tick_if_due": "runs what is overdue, as pg_cron does",
+    "list_unstored": "workspaces whose outcomes wait for the host's rows",
     "metrics": "counts",
+    "postpone_stores": "puts off outcomes that wait; says of one image at a time that its row is slow, as it could fail an image that it claims",
     "report_poll_failure": "puts off the looks at the provider, an hour at most",
     "provider_checked": "says the end of the model that is asked, and whether there is a Batch API, when it was asked for that",
     "receive_webhook": "lets workers look at the provider sooner, or not sooner",
     "register_worker": "a worker of its own; its address and key are asked from then on, until they fail or it is gone",
-    "release_unacknowledged": "gives back what it holds",
+    "release_lost": "gives back what it holds",
     "release_worker": "gives back what it holds",
     "report_stages": "moves its images forward, never to an end",
     "schema_version": "the version",
     "send_test_broadcast": "a broadcast that means nothing",
     "settle": "tags or fails the images that it holds; waits of an hour at most, limits within bounds",
+    "show_batch": "shows on the rows of a batch that the provider has what is so",
     "status": "counts and ids, no image",
+    "store_waiting": "stores what waits",
     "take_outbox": "messages that wait for a worker to deliver them, where there is no realtime.send",
     "worker_settings": "two numbers",
 }
@@ -105,6 +110,13 @@ class Scene:
         self.become(None)
         return next(iter(found[0].values())) if found else None
 
+    def claim(self, login: str, worker: str, images: int) -> list[dict[str, Any]]:
+        """What a worker is told of the images that its next claim gives it."""
+        number = self.value("select claim + 1 as n from autotag.workers where id = %s", worker)
+        ids = self.as_(login, "select tasks from autotag.claim(%s, %s, %s)", worker, images, number)
+        described: list[dict[str, Any]] = self.as_(login, "select autotag.describe_tasks(%s, %s)", worker, ids)
+        return described
+
     def advance(self, seconds: float) -> None:
         self.rows("select set_config('autotag.now', (autotag.now() + make_interval(secs => %s))::text, false)", seconds)
 
@@ -130,7 +142,7 @@ def set_the_scene(scene: Scene) -> Scene:
             """insert into public.assets (workspace_id, storage_path)
             select %s, %s || '/secret-' || gen_random_uuid() from generate_series(1, %s) returning id""",
             workspace, workspace, 10 if number < 2 else 11)]  # fmt: skip
-        rows("select autotag.lock_workspace(%s), autotag.start_job(%s, null, %s::uuid[])", workspace, workspace, assets)
+        rows("select autotag.start_job(%s, null, %s::uuid[])", workspace, assets)
     for worker, login in ((scene.good, WORKER_ROLE), (scene.thief, THIEF_ROLE)):
         scene.as_(
             login, "select autotag.register_worker(%s, 'host', autotag.schema_version(), true, 'http://p', 'k')", worker
@@ -138,9 +150,10 @@ def set_the_scene(scene: Scene) -> Scene:
     rows("update autotag.provider_limits set proven_at = autotag.now(), next_poll_at = autotag.now() + interval '1 min',"
          " checked_at = autotag.now()")  # fmt: skip
     for worker, login, images in ((scene.good, WORKER_ROLE, 3), (scene.thief, THIEF_ROLE, 12)):
-        claimed = scene.as_(login, "select tasks from autotag.claim(%s, %s)", worker, images)
-        scene.tasks[worker] = [{"task": task["task"], "attempt": task["attempt"]} for task in claimed]
-        [batch] = scene.as_(login, "select batches from autotag.claim_batches(%s, 1)", worker)
+        scene.tasks[worker] = [
+            {"task": task["task"], "attempt": task["attempt"]} for task in scene.claim(login, worker, images)
+        ]
+        [batch] = scene.as_(login, "select batches from autotag.claim_batches(%s, 1, 1)", worker)
         scene.batch[worker] = batch["batch"]
         scene.batch_tasks[worker] = [row["id"] for row in rows(
             "select id from autotag.tasks where batch_id = %s order by id", batch["batch"])]  # fmt: skip
@@ -150,6 +163,13 @@ def set_the_scene(scene: Scene) -> Scene:
       submitted_at = autotag.now(), running_at = autotag.now(), progress_at = autotag.now(), request_total = 11, predicted_seconds = 60,
       admitted_at = autotag.now(), asked_at = autotag.now(), output_tokens = 400, attempt = 1 where state = 'planned'""")
     assert value("select count(*) from autotag.batches where state = 'submitted'") == 1
+    submitted = value("select id from autotag.batches where state = 'submitted'")
+    scene.as_(WORKER_ROLE, "select autotag.show_batch(%s, %s, 0, 100)", scene.good, submitted)
+    # an outcome that waits for the host's row
+    rows("""select autotag.keep(array(select row(t.id, t.job_id, t.asset_id,
+      '{"tags": ["good"], "confidence": {}, "caption": "c", "model": "m"}', null, null, null)::autotag.finished
+      from autotag.tasks t where t.lane = 'realtime' and t.worker_id is null and t.retry_at is null order by t.id limit 1), false)""")
+    assert value("select count(*) from autotag.unstored") == 1
     theirs = rows("select id, asset_id::text as asset from autotag.tasks where worker_id = %s or batch_id <> %s",
                   scene.good, scene.batch[scene.thief])  # fmt: skip
     scene.theirs, scene.their_assets = [row["id"] for row in theirs], [row["asset"] for row in theirs]
@@ -247,9 +267,10 @@ def values(scene: Scene, kind: str, name: str) -> list[Any]:
         texts.insert(0, "batch.completed")
     hostile: dict[str, list[Any]] = {
         "uuid": ids, "integer": [1, None, 0, -1, 2**31 - 1, -(2**31)], "bigint": [1, None, 0, -1, 2**63 - 1, -(2**63)],
-        "boolean": [True, None, False], "text": texts, "double precision": [1.0, None, float("nan"), float("inf"), -1.0, 1e308],
+        "boolean": [name != "p_keep", None, name == "p_keep"], "text": texts, "double precision": [1.0, None, float("nan"), float("inf"), -1.0, 1e308],
         "uuid[]": [None, [], [None], [scene.batch[scene.good]], [str(uuid.UUID(int=n)) for n in range(MANY)], [[scene.good]]],
         "bigint[]": [None, [], [None], [task["task"] for task in scene.tasks[scene.good]], list(range(MANY)), [[1, 2]]],
+        "integer[]": [[], None, [None], [1], [0], [2**31 - 1] * MANY, [[1, 2]]],
         "text[]": [[], None, [None], [HOSTILE], [LONG], ["file-1"] * MANY, [["a"]]],
         "jsonb": [],
     }  # fmt: skip
@@ -296,7 +317,11 @@ def attempts(scene: Scene) -> Iterator[Attempt]:
         if "p_worker" in names:
             other = {"p_worker": scene.good, "p_batch": scene.batch[scene.good], "p_state": "uploading"}
             # what would do most: half of a batch is split off, all that is held is given back
-            most = {"bigint": scene.batch_tasks[scene.good][4], "bigint[]": [], "uuid[]": []}
+            most = {
+                "bigint": scene.batch_tasks[scene.good][4],
+                "bigint[]": [task["task"] for task in scene.tasks[scene.good]],
+                "uuid[]": [],
+            }
             theirs = [
                 other.get(name, most.get(kind, value)) for name, kind, value in zip(names, kinds, honest, strict=True)
             ]
@@ -422,7 +447,14 @@ def drain(scene: Scene) -> str | None:
     for _ in range(200):
         told = json.dumps([{**task, "result": good, "usage": usage} for task in own])
         sent = json.dumps({"sent": len(own), "sent_age": 0})
-        scene.as_(WORKER_ROLE, "select autotag.settle(%s, %s, %s)", scene.good, told, sent)
+        for workspace in scene.workspaces:
+            scene.as_(WORKER_ROLE, "select autotag.settle(%s, %s, %s, %s)", scene.good, workspace, told, sent)
+            sent = None
+        scene.become(WORKER_ROLE)
+        [waiting] = scene.rows("select workspaces from autotag.list_unstored(%s)", scene.good)
+        scene.become(None)
+        for workspace in waiting["workspaces"]:
+            scene.as_(WORKER_ROLE, "select autotag.store_waiting(%s, %s, 1000)", scene.good, workspace)
         for batch in scene.rows("select id, attempt, state from autotag.batches where worker_id = %s", scene.good):
             lines = scene.rows("select id from autotag.tasks where batch_id = %s", batch["id"])
             answers = json.dumps([{"task": line["id"], "result": good, "usage": usage} for line in lines])
@@ -432,12 +464,13 @@ def drain(scene: Scene) -> str | None:
         if not scene.value("select count(*) from autotag.tasks where finished_at is null"):
             return None
         scene.advance(60)
-        scene.as_(WORKER_ROLE, "select autotag.heartbeat(%s)", scene.good)
+        scene.as_(WORKER_ROLE, "select autotag.heartbeat(%s, '{}', '{}')", scene.good)
         scene.as_(WORKER_ROLE, "select autotag.tick_if_due()")
-        claimed = scene.as_(WORKER_ROLE, "select tasks from autotag.claim(%s, 1000)", scene.good)
-        own = [{"task": task["task"], "attempt": task["attempt"]} for task in claimed or []]
+        claimed = scene.claim(WORKER_ROLE, scene.good, 1000)
+        own = [{"task": task["task"], "attempt": task["attempt"]} for task in claimed]
+        number = scene.value("select batch_claim + 1 as n from autotag.workers where id = %s", scene.good)
         scene.become(WORKER_ROLE)
-        [look] = scene.rows("select poll from autotag.claim_batches(%s, 50)", scene.good)
+        [look] = scene.rows("select poll from autotag.claim_batches(%s, 50, %s)", scene.good, number)
         scene.become(None)
         if look["poll"]:
             ended = json.dumps(
@@ -573,7 +606,7 @@ def test_an_honest_call_is_told_where_its_images_lie(scene: Scene) -> None:
     assert told_too_much(scene, json.dumps(images), "batch_images")
     scene.advance(60)
     scene.as_(WORKER_ROLE, "select autotag.release_worker(%s)", scene.good)
-    claimed = scene.as_(THIEF_ROLE, "select tasks from autotag.claim(%s, 100)", scene.thief)
+    claimed = scene.claim(THIEF_ROLE, scene.thief, 100)
     assert claimed
     assert all(SECRET.fullmatch(task["path"]) for task in claimed)
     assert not told_too_much(scene, json.dumps(claimed), "claim")
@@ -604,7 +637,7 @@ LOOK = "create or replace function autotag.is_poll_assigned(p_worker uuid) retur
 #: What tells logins apart, replaced, and the functions that stand behind it: each alone has to be noticed. (Of the scene's
 #: there is nothing that files_deleted, report_poll_failure, batch_submitted and claim_batches could do in the other's name.)
 TOLD_APART = {
-    "batch_images": OWN, "settle": OWN, "report_stages": OWN, "release_worker": OWN, "release_unacknowledged": OWN, "batch_answers": OWN,
+    "batch_images": OWN, "settle": OWN, "report_stages": OWN, "release_worker": OWN, "release_lost": OWN, "describe_tasks": OWN, "batch_answers": OWN,
     "batch_finish": OWN, "batch_split": OWN, "report_batch_failure": OWN, "batch_step": OWN, "claim": LEASE, "record_poll": LOOK,
     "provider_checked": LOOK,
 }  # fmt: skip

@@ -330,12 +330,15 @@ async def test_a_workers_login_speaks_in_nobodys_name(library: Library) -> None:
     with psycopg.connect(library.stack.database_url(WORKER_ROLE), autocommit=True) as login:
         login.execute("select set_config('request.jwt.claims', %s, false)", (json.dumps({"sub": library.member.user}),))
         login.execute("select autotag.register_worker(%s, 'x', autotag.schema_version(), true)", (worker_id,))
-        row = login.execute("select tasks from autotag.claim(%s, 1)", (worker_id,)).fetchone()
+        claimed = login.execute("select tasks from autotag.claim(%s, 1, 1)", (worker_id,)).fetchone()
+        assert claimed is not None
+        row = login.execute("select autotag.describe_tasks(%s, %s)", (worker_id, claimed[0])).fetchone()
         assert row is not None
         task = {key: row[0][0][key] for key in ("task", "attempt")}
         report = {**task, "called": True, "result": {"tags": ["x"], "confidence": {}, "caption": "c", "model": "m"},
                   "usage": {"input": 1, "cached": 0, "output": 1}}  # fmt: skip
-        login.execute("select autotag.settle(%s, %s)", (worker_id, json.dumps([report])))
+        settled = (worker_id, library.member.workspace, json.dumps([report]))
+        login.execute("select autotag.settle(%s, %s, %s)", settled)
     assert {seen["who"] for seen in library.sql("select who from public.seen")} == {None}
 
 

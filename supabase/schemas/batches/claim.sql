@@ -45,6 +45,7 @@ declare
   v_slots integer := least(greatest(coalesce(p_slots, 0), 0), 1000);
   v_queue autotag.batch_queue;
   v_taken record;
+  v_polls record;
 begin
   select * into v_settings from autotag.settings;
   batches := '[]'; files := '[]';
@@ -78,17 +79,9 @@ begin
   v_taken := autotag.take_batches(p_worker, autotag.rank_batches(v_slots, v_provider, v_queue, v_now), v_provider, v_queue, v_now);
   batches := autotag.describe_batches(v_taken.ids);
   perform pg_notify('autotag', 'realtime') where v_provider.proven_at is null;  -- that lane sends the probe
-  if v_provider.next_poll_at <= v_now and v_provider.ask_after <= v_now then
-    select l.poll, l.cancel, l.files into poll, cancel, files from autotag.list_polls() l;
-    v_provider.next_poll_at := case when poll is null and files = '[]' then '-infinity' else v_now + v_settings.batch_poll_interval end;
-  end if;
-  if v_provider.proven_at is not null and v_provider.checked_at <= v_now - v_settings.model_check_interval and v_provider.ask_after <= v_now then
-    look_up := v_provider.question ->> 'model';
-  end if;
-  if poll is not null or files <> '[]' or look_up is not null then
-    -- allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked)
-    update autotag.workers w set poll_assigned_at = v_now where w.id = p_worker;
-  end if;
+  v_polls := autotag.assign_poll(p_worker, v_provider, v_settings, v_now);
+  poll := v_polls.poll; cancel := v_polls.cancel; files := v_polls.files; look_up := v_polls.look_up;
+  v_provider.next_poll_at := v_polls.next_poll_at;
   update autotag.provider_limits p
   set next_poll_at = v_provider.next_poll_at,
       probe_at = case when p.account_error is null or v_taken.ids = '{}' then p.probe_at
@@ -97,6 +90,33 @@ begin
       checked_at = case when look_up is null then p.checked_at else v_now - v_settings.model_check_interval + interval '10 min' end;
   wait := case when v_taken.again then 0
     else autotag.real_seconds(autotag.next_batch_claim(v_provider, files <> '[]', v_now) - v_now) end;
+end $$;
+
+-- Assigns the poll of the provider to a worker if it is due (claim_batches: poll, cancel, files, look_up). next_poll_at: of the
+-- provider's row from now on. Called by claim_batches(), which holds that row and the worker's.
+create or replace function autotag.assign_poll(
+  p_worker uuid, p_provider autotag.provider_limits, p_settings autotag.settings, p_now timestamptz,
+  out poll jsonb, out cancel jsonb, out files jsonb, out look_up text, out next_poll_at timestamptz
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  files := '[]';
+  next_poll_at := p_provider.next_poll_at;
+  if p_provider.ask_after > p_now then
+    return;
+  end if;
+  if next_poll_at <= p_now then
+    select l.poll, l.cancel, l.files into poll, cancel, files from autotag.list_polls() l;
+    next_poll_at := case when poll is null and files = '[]' then '-infinity' else p_now + p_settings.batch_poll_interval end;
+  end if;
+  if p_provider.proven_at is not null and p_provider.checked_at <= p_now - p_settings.model_check_interval then
+    look_up := p_provider.question ->> 'model';
+  end if;
+  if poll is not null or files <> '[]' or look_up is not null then
+    -- allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked)
+    update autotag.workers w set poll_assigned_at = p_now where w.id = p_worker;
+  end if;
 end $$;
 
 -- The batches p_ids, in this order, as claim_batches() returns them.

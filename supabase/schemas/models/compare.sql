@@ -87,7 +87,7 @@ end $$;
 -- any single call, but only while no live image waits for one. p_cap: lowest cap, after an answer was cut off.
 -- reason: `account` (with the error as `message`), `retry_after`, `live`, `provider` or `window`.
 -- Refuses more than a quota allows, and an image that reserves more than the window's limit.
--- Locks: provider, window.
+-- Locks: provider, window (skip locked).
 create or replace function autotag.admit_comparison(p_workspace_id uuid, p_question jsonb, p_cap integer default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -125,6 +125,9 @@ begin
     (v_reserved - v_provider.tokens_left) / v_provider.tokens_per_minute);
   if v_next > v_now then
     return autotag.retry_later('provider', v_now, v_next);
+  end if;
+  if not autotag.try_window(p_workspace_id, 'realtime') then
+    return autotag.retry_later('window', v_now, v_now + autotag.clock_interval(1));
   end if;
   v_window := autotag.admit(p_workspace_id, 'realtime', 1, v_reserved, false);
   if v_window.admitted = 0 and v_window.retry_at is null then

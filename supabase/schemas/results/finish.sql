@@ -57,9 +57,7 @@ begin
     p_items := array(select i from unnest(p_items) i where i.asset_id not in (select unnest(v_held)));
     v_half := cardinality(p_items) / 2;
   elsif v_half = 0 and v_state = 'AT001' then   -- raised by judge_unwritten()
-    perform autotag.keep(autotag.requeue(jsonb_build_array(jsonb_build_object('task', p_items[1].task, 'failures', 1,
-      'code', 'picture_replaced', 'message', 'The picture was replaced again and again while it was being tagged.'))), false);
-    perform pg_notify('autotag', 'realtime');
+    perform autotag.tag_again(p_items[1].task);
     return;
   elsif v_half = 0 and autotag.may_pass(v_state, p_items[1].task) then
     perform autotag.keep(p_items);
@@ -75,6 +73,23 @@ begin
   v_part := autotag.finish_apart(p_workspace_id, p_items[v_half + 1:], p_own, v_part.waits);
   notices := notices || v_part.notices;
   waits := v_part.waits;
+end $$;
+
+-- The picture of an image was replaced after the model saw it: the image is queued again, and its answer is dropped, also where it was
+-- kept. After max_failures the image fails. Locks: the task.
+create or replace function autotag.tag_again(p_task bigint) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ended autotag.finished[] := autotag.requeue(jsonb_build_array(jsonb_build_object('task', p_task, 'failures', 1,
+    'code', 'picture_replaced', 'message', 'The picture was replaced again and again while it was being tagged.')));
+begin
+  if v_ended = '{}' then
+    delete from autotag.unstored u where u.task_id = p_task;
+    perform pg_notify('autotag', 'realtime');
+  else
+    perform autotag.keep(v_ended, false);
+  end if;
 end $$;
 
 -- Whether an error that writing an image's row raised may pass, so that its outcome is kept. Lack of resources and internal errors of
@@ -118,8 +133,12 @@ begin
   end if;
   begin
     perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own);
-  exception when others or assert_failure then
-    perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own, false);
+  exception
+    when lock_not_available or deadlock_detected then
+      perform autotag.keep(p_items);   -- its row is held now, so it is tried again
+      return '[]'::jsonb;
+    when others or assert_failure then
+      perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own, false);
   end;
   return jsonb_build_array(jsonb_build_object('event', 'not_stored', 'notice',
     format('The database refused to store the outcome of image %s: %s', v_item.asset_id, autotag.printable(p_error, 500))));
@@ -174,7 +193,9 @@ declare
   v_deleted bigint[];
 begin
   with deleted as (
-    delete from autotag.tasks t where t.id = any (array(select i.task from unnest(p_items) i)) and t.finished_at is null
+    -- coalesce: the plan may not use the index of live tasks, and read all of it
+    delete from autotag.tasks t
+    where t.id = any (array(select i.task from unnest(p_items) i)) and coalesce(t.finished_at, 'infinity') = 'infinity'
     returning t.id
   )
   select coalesce(array_agg(d.id), '{}') into v_deleted from deleted d;

@@ -42,7 +42,7 @@ begin
   if autotag.is_own_worker(p_worker) then
     workspaces := array(
       select u.workspace_id from autotag.unstored u where u.next_at <= v_now group by u.workspace_id order by min(u.next_at) limit 1000);
-    wait := greatest(0, autotag.real_seconds((select min(u.next_at) from autotag.unstored u where u.next_at > v_now) - v_now));
+    wait := autotag.real_seconds((select min(u.next_at) from autotag.unstored u where u.next_at > v_now) - v_now);
   end if;
 end $$;
 

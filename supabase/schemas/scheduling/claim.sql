@@ -76,11 +76,7 @@ begin
   if tasks <> '{}' then
     update autotag.workers w set unsent = w.unsent + cardinality(v_released.ids) where w.id = p_worker;
   end if;
-  if cardinality(tasks) = p_slots then
-    bound := 'slots';
-  else
-    bound := autotag.describe_bound(v_provider);
-  end if;
+  bound := case when cardinality(tasks) = p_slots then 'slots' else autotag.describe_bound(v_provider) end;
   -- After an upload was rerouted, another one may be due.
   wait := case when v_provider.rerouted then 0 else autotag.real_seconds(autotag.next_release(v_provider) - v_now) end;
 end $$;
@@ -218,5 +214,8 @@ begin
     select min(t.retry_at) from autotag.tasks t where t.retry_at < 'infinity'
     union all
     select min(u.seal_at) from autotag.uploads u
+    union all  -- the day is used up: waiting calls may become due for a batch
+    select p_provider.refilled_at + interval '1 min' where p_provider.day_left < 1 and p_provider.has_batches is distinct from false
+      and exists (select from autotag.workspaces w where w.queued > 0)
   ) as due_times (due));
 end $$;

@@ -41,6 +41,25 @@ returns table (asset_id uuid, bucket text, path text, url text, refused text, ma
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
+  -- locate_together() has read all rows before it returns the first. An error does not take back what return query has returned.
+  return query select l.* from autotag.locate_together(p_asset_ids, p_workspace_ids, p_seen, p_users) l;
+-- errors that the data of a row can cause; others concern all rows, and the worker asks again
+exception when data_exception or integrity_constraint_violation or plpgsql_error or triggered_action_exception then
+  if cardinality(p_asset_ids) = 1 then
+    return query select p_asset_ids[1], null::text, null::text, null::text, 'unreadable_row', null::uuid;
+    return;
+  end if;
+  return query
+    select l.* from generate_subscripts(p_asset_ids, 1) i
+    cross join lateral autotag.locate(p_asset_ids[i : i], p_workspace_ids[i : i], p_seen[i : i], p_users[i : i]) l;
+end $$;
+
+-- The same; raises if one row does.
+create or replace function autotag.locate_together(p_asset_ids uuid[], p_workspace_ids uuid[], p_seen uuid[], p_users uuid[])
+returns table (asset_id uuid, bucket text, path text, url text, refused text, mark uuid)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
   return query
     select d.asset_id, case when r.refused is null then d.bucket end, case when r.refused is null then d.path end,
       case when r.refused is null then d.url end, r.refused, d.mark
@@ -52,13 +71,4 @@ begin
         and not autotag.may_see_file(t.user_id, d.bucket, d.path) then 'hidden_file' end as refused
       offset 0  -- evaluate the case once per image, not once per use
     ) r;
--- errors that the data of a row can cause; others concern all rows, and the worker asks again
-exception when data_exception or integrity_constraint_violation or plpgsql_error or triggered_action_exception then
-  if cardinality(p_asset_ids) = 1 then
-    return query select p_asset_ids[1], null::text, null::text, null::text, 'unreadable_row', null::uuid;
-    return;
-  end if;
-  return query
-    select l.* from generate_subscripts(p_asset_ids, 1) i
-    cross join lateral autotag.locate(p_asset_ids[i : i], p_workspace_ids[i : i], p_seen[i : i], p_users[i : i]) l;
 end $$;

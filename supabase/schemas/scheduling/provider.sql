@@ -78,7 +78,8 @@ begin
   return '[]'::jsonb;
 end $$;
 
--- Applies all reports that wait, in their order. The caller holds the provider row.
+-- Applies all reports that wait, in their order; one that raises is dropped, because every claim comes here. The caller holds the
+-- provider row.
 create or replace function autotag.apply_reports() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -88,7 +89,11 @@ begin
   for v_report in
     with taken as (delete from autotag.provider_reports r where r.id > 0 returning r.*) select t.* from taken t order by t.id
   loop
-    perform autotag.apply_report(v_report);
+    begin
+      perform autotag.apply_report(v_report);
+    exception when others or assert_failure then
+      raise warning 'autotag could not apply a report of worker %: %', v_report.worker_id, sqlerrm;
+    end;
   end loop;
 end $$;
 

@@ -17,8 +17,8 @@ begin
       virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end;
 end $$;
 
--- Puts requeued tasks that are due into their queues. The caller holds the provider row. Locks: tasks (skip locked: those of an
--- upload that is being cancelled).
+-- Puts requeued tasks that are due into their queues; those whose upload was cancelled while they were requeued end instead. The caller
+-- holds the provider row. Locks: tasks (skip locked: those of an upload that is being cancelled).
 create or replace function autotag.requeue_due(p_now timestamptz, p_virtual_time double precision) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -28,6 +28,9 @@ begin
   if not exists (select from autotag.tasks t where t.retry_at <= p_now) then
     return;
   end if;
+  perform autotag.keep(array(
+    select row(t.id, t.job_id, t.asset_id, null, 'cancelled', 'Tagging was cancelled.', null)::autotag.finished
+    from autotag.tasks t join autotag.jobs j on j.id = t.job_id where t.retry_at <= p_now and j.cancelled_at is not null), false);
   for v_queue in
     with due as (
       select t.id from autotag.tasks t where t.retry_at <= p_now order by t.id limit 10000 for update skip locked
@@ -57,19 +60,21 @@ end $$;
 -- Checks the counts of queues and workspaces, and corrects those that are wrong; deletes the queues of finished uploads. Retries
 -- workspaces whose next image exceeds the window's limit: the limit may have been raised. Called by tick(). Locks: provider.
 create or replace function autotag.repair_queues() returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off
 as $$
 begin
-  perform from autotag.provider_limits for update;
-  delete from autotag.queues q using autotag.jobs j where j.id = q.job_id and j.finished_at is not null;
+  perform autotag.lock_provider();
+  -- One look-up per queue: a join may read all jobs that were ever finished.
+  delete from autotag.queues q where (select j.finished_at from autotag.jobs j where j.id = q.job_id) is not null;
   -- A queue that is empty by its count, although tasks wait in it.
   update autotag.queues q set queued = c.waiting, cursor = c.first_task - 1
   from (
-    select e.job_id, count(*)::integer as waiting, min(t.id) as first_task
-    from autotag.queues e join autotag.tasks t on t.job_id = e.job_id
-    where e.queued = 0 and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null and t.finished_at is null
-    group by e.job_id) c
-  where q.job_id = c.job_id;
+    select e.job_id, n.* from autotag.queues e
+    cross join lateral (
+      select count(*)::integer as waiting, min(t.id) as first_task from autotag.tasks t
+      where t.job_id = e.job_id and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null and t.finished_at is null) n
+    where e.queued = 0) c
+  where q.job_id = c.job_id and c.waiting > 0;
   update autotag.workspaces w set queued = c.queued
   from (
     select s.workspace_id, coalesce(sum(q.queued) filter (where q.joined), 0)::integer as queued

@@ -23,6 +23,31 @@ create or replace function autotag.job_key(p_job_id uuid) returns bigint
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$ select hashtextextended('autotag.job ' || p_job_id, 0) $$;
 
+-- Whoever inserts a window has its advisory lock. claim() takes it without waiting, or passes the workspace over: its own insert would
+-- wait for the other transaction.
+create or replace function autotag.lock_new_window() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pg_advisory_xact_lock(autotag.window_key(new.workspace_id, new.request_type));
+  return new;
+end $$;
+
+create or replace trigger autotag_lock_new_window before insert on public.workspace_rate_limits
+  for each row execute function autotag.lock_new_window();
+
+-- Locks one window, or the right to insert it. False: another transaction holds it.
+create or replace function autotag.try_window(p_workspace_id uuid, p_request_type text) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform from public.workspace_rate_limits w
+  where w.workspace_id = p_workspace_id and w.request_type = p_request_type for no key update skip locked;
+  return found or not exists (
+      select from public.workspace_rate_limits w where w.workspace_id = p_workspace_id and w.request_type = p_request_type)
+    and pg_try_advisory_xact_lock(autotag.window_key(p_workspace_id, p_request_type));
+end $$;
+
 -- Admits up to p_wanted requests of p_units_each units each (null: what one image reserves): all or nothing, or with p_partial
 -- as many as fit. If not all were admitted, retry_at is the exact time when the next fit (1 µs earlier they are refused); null:
 -- they never fit. Without p_take nothing is counted.
@@ -95,8 +120,6 @@ begin
     exit when admitted = 0 or not p_take;
 
     if v_ctid is null then
-      -- claim() has this lock, or passes the workspace over: an insert would wait for the other transaction (lock_windows)
-      perform pg_advisory_xact_lock(autotag.window_key(p_workspace_id, p_request_type));
       insert into public.workspace_rate_limits (workspace_id, request_type) values (p_workspace_id, p_request_type)
       on conflict do nothing;
       continue;

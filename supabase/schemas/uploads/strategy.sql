@@ -57,9 +57,9 @@ begin
   select count(distinct q.workspace_id), coalesce(sum(q.queued), 0) into workspaces, images from autotag.queues q where q.queued > 0;
 end $$;
 
--- How long the last of p_images more single calls of a workspace would wait for its window and for its fair share of the
--- provider's bucket and of what the day has left. p_counted: use claim()'s count of what waits in other workspaces if it is at most 2 s old, because
--- counting takes longer the more workspaces there are.
+-- How long the last of p_images more single calls of a workspace would wait for its window, for its fair share of the provider's
+-- bucket and of what the day has left, and for the end of a block (retry-after). p_counted: use claim()'s count of what waits in
+-- other workspaces if it is at most 2 s old, because counting takes longer the more workspaces there are.
 create or replace function autotag.predict_wait(p_workspace_id uuid, p_images integer, p_counted boolean default false)
 returns interval
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -86,7 +86,8 @@ begin
   from public.workspace_rate_limits l where l.workspace_id = p_workspace_id and l.request_type = 'realtime';
   v_max_requests := coalesce(v_max_requests, v_settings.realtime_requests_per_minute);
   v_max_units := coalesce(v_max_units, v_settings.realtime_tokens_per_minute);
-  return greatest(autotag.wait_for_day(v_provider, v_everybody), interval '1 min' * greatest(0,
+  return greatest(autotag.wait_for_day(v_provider, v_everybody),
+    case when v_provider.blocked_until > v_now then v_provider.blocked_until - v_now end, interval '1 min' * greatest(0,
     (v_own - v_max_requests)::double precision / v_max_requests,
     (v_own * v_provider.tokens_per_image - v_max_units)::double precision / v_max_units,
     (v_everybody - v_provider.requests_left) / v_provider.requests_per_minute,

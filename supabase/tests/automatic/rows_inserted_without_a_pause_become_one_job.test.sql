@@ -18,7 +18,7 @@ select is((select count(*)::integer from autotag.uploads), 0, 'automatic mode is
 select autotag.set_automatic(true);
 select pg_temp.insert_rows(1);
 select is(pg_temp.list_jobs(), 'none', 'a new row does not start a job at once');
-select is((select wait from autotag.claim(pg_temp.worker_id(), 10)), 2::double precision, 'a worker should claim again in 2 s');
+select is((select wait from pg_temp.next_claim(10)), 2::double precision, 'a worker should claim again in 2 s');
 select pg_temp.set_time(1.5);
 select pg_temp.insert_rows(299);
 select pg_temp.set_time(2);

@@ -6,9 +6,7 @@ update autotag.settings set max_failures = 3, retry_delay = '1 s';
 select pg_temp.upload(1);
 
 create function pg_temp.fail_once() returns void language sql as $$
-  select autotag.settle(pg_temp.worker_id(), jsonb_agg(jsonb_build_object('task', t.id, 'attempt', t.attempt,
-    'error', '{"kind": "transient", "code": "provider_error", "message": "The AI service had a problem."}'::jsonb)))
-  from autotag.tasks t where t.worker_id = pg_temp.worker_id()
+  select pg_temp.settle_all('{"error": {"kind": "transient", "code": "provider_error", "message": "The AI service had a problem."}}')
 $$;
 select is(pg_temp.claim_images(1), '1: 1', 'the image is claimed');
 select pg_temp.fail_once();

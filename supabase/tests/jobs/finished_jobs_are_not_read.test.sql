@@ -11,8 +11,8 @@ with old as (
   insert into autotag.jobs (workspace_id, strategy, image_count, completed, created_at, finished_at)
   select pg_temp.workspace_id(1 + n % 50), 'batch', 60, 60, autotag.now() - interval '9 days', autotag.now() - interval '9 days'
   from generate_series(1, 5000) n returning id, workspace_id, created_at)
-insert into autotag.batches (job_id, workspace_id, ordinal, image_count, state, created_at)
-select o.id, o.workspace_id, 1, 60, 'done', o.created_at from old o;
+insert into autotag.batches (job_id, workspace_id, ordinal, image_count, state, stored, created_at)
+select o.id, o.workspace_id, 1, 60, 'done', true, o.created_at from old o;
 insert into autotag.usage (workspace_id, day, model, service_tier, images)
 select pg_temp.workspace_id(w), '2029-12-01'::date - d, 'gpt-6-luna',
   'batch', 60 from generate_series(1, 50) w, generate_series(1, 100) d;
@@ -21,7 +21,7 @@ select 60, autotag.now() - n * interval '1 min', 1800 from generate_series(1, 50
 analyze autotag.jobs, autotag.batches, autotag.usage, autotag.durations;
 select pg_temp.upload(60, n) from generate_series(1, 5) n;
 create function pg_temp.count_claimed_batches(slots integer) returns integer language sql as $$
-  select jsonb_array_length(c.batches) from autotag.claim_batches(pg_temp.worker_id(), slots) c
+  select jsonb_array_length((pg_temp.next_batch_claim(slots)).batches)
 $$;
 
 insert into before select pg_temp.rows_read();

@@ -4,6 +4,7 @@ begin;
 select plan(4);
 select pg_temp.upload(1), pg_temp.upload(1, 2);
 select public.cancel_tagging(id) from autotag.jobs where workspace_id = pg_temp.workspace_id(1);
+select pg_temp.claim_images(9);
 select pg_temp.set_time(29 * 86400);
 select autotag.housekeeping();
 select is((select count(*)::int from autotag.jobs), 2, 'a finished job is kept for 30 days');

@@ -3,7 +3,7 @@ begin;
 \ir ../setup.psql
 select plan(9);
 select pg_temp.upload(60);
-select autotag.claim_batches(pg_temp.worker_id(), 1);
+select pg_temp.claim_batches(1);
 update autotag.batches set state = 'creating';
 select autotag.batch_submitted(pg_temp.worker_id(), b.id, b.attempt, 'batch_1', 'validating', 'file_1') from autotag.batches b;
 create function pg_temp.poll_due() returns boolean language sql as $$

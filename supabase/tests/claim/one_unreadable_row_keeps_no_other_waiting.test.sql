@@ -1,0 +1,28 @@
+-- Reading one of the host's rows raises. Its image fails with unreadable_row, and the others are tagged.
+begin;
+\ir ../setup.psql
+select plan(4);
+select pg_temp.upload(5);
+-- A part of the adapter that a project may have changed.
+create or replace function autotag.file_mark(p_bucket text, p_path text) returns uuid language plpgsql immutable as $$
+begin
+  if p_path like '%/p3' then
+    raise exception 'no file is called %', p_path;
+  end if;
+  return md5(p_bucket || '/' || p_path)::uuid;
+end $$;
+update autotag.tasks set seen = md5('assets/' || storage_path)::uuid from public.assets a where a.id = asset_id;
+create temporary table tasks as select jsonb_array_elements((pg_temp.next_claim(5)).tasks) as task;
+select is((select count(*)::integer from tasks), 5, 'the claim gives all five images');
+select results_eq($$ select split_part(task ->> 'path', '/', 2) from tasks where task ->> 'refused' is null order by 1 $$,
+  array['p1', 'p2', 'p4', 'p5'], 'four have their paths');
+select results_eq($$ select task ->> 'refused', task -> 'path', task -> 'url' from tasks where task ->> 'refused' is not null $$,
+  $$ values ('unreadable_row', 'null'::jsonb, 'null'::jsonb) $$, 'one says that its row cannot be read');
+update autotag.tasks set worker_id = null, claim = null, lane = 'batch', batch_id = '00000000-0000-4000-8000-0000000000bb';
+insert into autotag.batches (id, job_id, workspace_id, ordinal, image_count, state, worker_id, attempt, created_at)
+select '00000000-0000-4000-8000-0000000000bb', j.id, j.workspace_id, 1, 5, 'preparing', pg_temp.worker_id(), 1, autotag.now() from autotag.jobs j;
+select is((select array_agg(i ->> 'refused') from jsonb_array_elements(
+  autotag.batch_images(pg_temp.worker_id(), '00000000-0000-4000-8000-0000000000bb', 1, 0, 100)) i where i ->> 'refused' is not null),
+  '{unreadable_row}', 'the same in a batch');
+select * from finish();
+rollback;

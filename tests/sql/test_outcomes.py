@@ -1,0 +1,127 @@
+"""Outcomes where the host or Realtime is in the way: what pgTAP cannot do, because it needs a second session or a superuser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.types.json import Jsonb
+
+from lab.postgres import LocalPostgres
+
+WORKER = "00000000-0000-4000-8000-00000000000a"
+WORKSPACE = "00000000-0000-4000-8000-000000000001"
+RESULT = {"tags": ["a"], "confidence": {"a": 1}, "caption": "c", "model": "m"}
+IMAGES = 8
+
+
+@pytest.fixture
+def session(postgres: LocalPostgres, database: str) -> Iterator[psycopg.Connection[Any]]:
+    """A session in a database where a worker holds all images of an upload."""
+    with psycopg.connect(postgres.url("supabase_admin", database), autocommit=True) as connection:
+        connection.execute(
+            f"""
+            update autotag.settings set realtime_max_images = 10, test_clock = true;
+            insert into public.workspaces (id, name) values ('{WORKSPACE}', 'w');
+            insert into public.assets (workspace_id, storage_path) select '{WORKSPACE}', '{WORKSPACE}/p' || i from generate_series(1, {IMAGES}) i;
+            select autotag.register_worker('{WORKER}', 'h', autotag.schema_version(), true);
+            update autotag.provider_limits set proven_at = now();
+            select public.enqueue_tagging(array(select id from public.assets));
+            select autotag.claim('{WORKER}', 100, 1)""".encode()
+        )
+        yield connection
+
+
+def settle(session: psycopg.Connection[Any]) -> dict[str, Any]:
+    reports = [
+        {"task": task, "attempt": attempt, "result": RESULT}
+        for task, attempt in session.execute("select id, attempt from autotag.tasks order by id").fetchall()
+    ]
+    row = session.execute("select autotag.settle(%s, %s, %s)", (WORKER, WORKSPACE, Jsonb(reports))).fetchone()
+    assert row is not None
+    reply: dict[str, Any] = row[0]
+    return reply
+
+
+def store(session: psycopg.Connection[Any]) -> int:
+    session.execute("select set_config('autotag.now', (now() + interval '1 h')::text, false)")
+    row = session.execute("select autotag.store_waiting(%s, %s, 100)", (WORKER, WORKSPACE)).fetchone()
+    assert row is not None
+    return int(row[0]["stored"])
+
+
+def tagged(session: psycopg.Connection[Any]) -> int:
+    row = session.execute("select count(*) from public.assets where tags = '{a}'").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+@pytest.mark.parametrize(
+    ("held", "stored"),
+    [
+        ("select from public.assets where storage_path like '%/p3' for update", IMAGES - 1),
+        ("select from public.assets where storage_path like any ('{%/p1,%/p4,%/p8}') for share", IMAGES - 3),
+        ("lock table public.assets in share mode", 0),
+        ("select from autotag.jobs for no key update", 0),
+    ],
+    ids=["a row", "three rows", "the table", "the upload"],
+)
+def test_what_is_held_is_stored_later(
+    postgres: LocalPostgres, database: str, session: psycopg.Connection[Any], held: str, stored: int
+) -> None:
+    """Every report is accepted; rows that are free get their tags at once, and the others when they are."""
+    with psycopg.connect(postgres.url("supabase_admin", database)) as tenant:
+        tenant.execute(held.encode())
+        assert settle(session) == {"accepted": IMAGES, "busy": False, "notices": []}
+        assert tagged(session) == stored
+        assert session.execute("select count(*), sum(tries) from autotag.unstored").fetchone() == (IMAGES - stored,) * 2
+        assert store(session) == 0, "it is still held"
+        tenant.rollback()
+    session.execute("update autotag.unstored set next_at = '-infinity'")
+    assert store(session) == IMAGES - stored
+    assert tagged(session) == IMAGES
+    assert session.execute("select completed, failed from autotag.jobs").fetchone() == (IMAGES, 0)
+    assert session.execute("select sum(images) from autotag.usage").fetchone() == (IMAGES,), "each is paid once"
+
+
+def test_a_row_that_is_held_while_it_is_refused_is_tried_again(
+    postgres: LocalPostgres, database: str, session: psycopg.Connection[Any]
+) -> None:
+    """A constraint refuses the tags of one row, and the host's trigger waits for another transaction when it says so."""
+    session.execute("""
+        alter table public.assets add constraint no_tags check (tags is null or storage_path not like '%/p3');
+        create table public.audit (n integer);
+        insert into public.audit values (0);
+        create function public.audit() returns trigger language plpgsql security definer as $$
+        begin
+          if new.tagging_stage = 'failed' then update public.audit set n = n + 1; end if;
+          return new;
+        end $$;
+        create trigger audit before update on public.assets for each row execute function public.audit()""")
+    with psycopg.connect(postgres.url("supabase_admin", database)) as tenant:
+        tenant.execute("select from public.audit for update")
+        assert settle(session)["accepted"] == IMAGES
+        assert tagged(session) == IMAGES - 1
+        tenant.rollback()
+    assert store(session) == 1
+    assert session.execute("select error_code from autotag.tasks").fetchall() == [("not_stored",)]
+    assert session.execute("select n from public.audit").fetchone() == (1,), "the row says that it failed"
+
+
+def test_a_broadcast_that_raises_undoes_nothing(session: psycopg.Connection[Any]) -> None:
+    session.execute("""
+        create or replace function realtime.send(payload jsonb, event text, topic text, private boolean default true) returns void
+        language plpgsql as $$ begin raise exception 'no partition of relation "messages" found for row'; end $$""")
+    assert settle(session) == {"accepted": IMAGES, "busy": False, "notices": []}
+    assert tagged(session) == IMAGES
+    assert session.execute("select finished_at is not null from autotag.jobs").fetchone() == (True,)
+
+
+def test_a_report_of_the_provider_that_raises_stops_no_claim(session: psycopg.Connection[Any]) -> None:
+    session.execute("insert into autotag.provider_reports (at, tokens) values (now(), 9000000000000000000), (now(), 5)")
+    session.execute("alter table autotag.provider_limits add constraint few check (tokens_left < 1e12)")
+    session.execute("update autotag.provider_reports set tokens = -1 * tokens where tokens = 5")
+    assert session.execute("select (autotag.claim(%s, 1, 2)).tasks", (WORKER,)).fetchone() == ([],)
+    assert session.execute("select count(*) from autotag.provider_reports").fetchone() == (0,)
