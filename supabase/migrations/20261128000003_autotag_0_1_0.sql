@@ -2481,7 +2481,7 @@ begin
   return array(
     select case when v_refused ? a.task::text then row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens,
         a.output_tokens, a.result, a.error || jsonb_build_object('kind', 'image', 'code', 'quota_exceeded', 'retry', false,
-          'message', v_refused -> a.task::text), a.usage, a.called, a.mark)::autotag.answer else a end
+          'message', v_refused -> a.task::text), a.usage, a.called, a.mark, a.asset_id)::autotag.answer else a end
     from unnest(p_answers) a);
 end $$;
 
@@ -7492,8 +7492,9 @@ declare
 begin
   for v_job in
     select j.* from autotag.jobs j
-    where j.finished_at is null and not exists (select from autotag.tasks t where t.job_id = j.id and t.finished_at is null)
-    order by j.id limit 100 for no key update skip locked
+    -- (not `not exists`, which would read all tasks)
+    where j.finished_at is null and (select t.id from autotag.tasks t where t.job_id = j.id and t.finished_at is null limit 1) is null
+    for no key update skip locked
   loop
     -- a report may have ended the last one between the query and the lock
     select * into v_job from autotag.jobs j where j.id = v_job.id;

@@ -140,7 +140,9 @@ async def test_a_batch_that_openai_never_accepts_gets_smaller(few: Library) -> N
     few.watch_failures()
     assets = await few.upload(16)
     plan = few.stack.simulator.plan
-    plan.queued_batch_tokens = 6 * few.sql("select tokens_per_image from autotag.provider_limits")[0]["tokens_per_image"]
+    plan.queued_batch_tokens = (
+        6 * few.sql("select tokens_per_image from autotag.provider_limits")[0]["tokens_per_image"]
+    )
     async with worker(few.stack):
         [job] = await few.finished(few.enqueue(assets))
     assert job["completed"] == 16

@@ -85,7 +85,7 @@ def engine(postgres: LocalPostgres, database: str) -> Iterator[Engine]:
 def test_a_batch_that_is_always_refused_gets_smaller_and_ends_as_single_calls(engine: Engine) -> None:
     engine.upload(40)
     sizes = []
-    for minute in range(0, 60):
+    for minute in range(60):
         engine.set_time(70 * minute)
         engine.refuse(engine.submit())
         sizes.append(max(engine.planned(), default=0))
