@@ -3391,7 +3391,8 @@ begin
     update autotag.queues q set joined = true where not q.joined returning q.workspace_id, q.queued
   )
   insert into autotag.workspaces as w (workspace_id, queued, virtual_time)
-  select n.workspace_id, sum(n.queued), p_virtual_time from new n where n.queued > 0 group by n.workspace_id
+  -- also where nothing is queued yet (a batch without express images): requeue_due() adds to this row
+  select n.workspace_id, sum(n.queued), p_virtual_time from new n group by n.workspace_id
   on conflict (workspace_id) do update
   set queued = w.queued + excluded.queued, ready = true,
       virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end;
@@ -7534,8 +7535,9 @@ declare
 begin
   for v_job in
     select j.* from autotag.jobs j
-    where j.finished_at is null and not exists (select from autotag.tasks t where t.job_id = j.id and t.finished_at is null)
-    order by j.id limit 100 for no key update skip locked
+    -- (not `not exists`, which would read all tasks)
+    where j.finished_at is null and (select t.id from autotag.tasks t where t.job_id = j.id and t.finished_at is null limit 1) is null
+    for no key update skip locked
   loop
     -- a report may have ended the last one between the query and the lock
     select * into v_job from autotag.jobs j where j.id = v_job.id;

@@ -47,8 +47,9 @@ declare
 begin
   for v_job in
     select j.* from autotag.jobs j
-    where j.finished_at is null and not exists (select from autotag.tasks t where t.job_id = j.id and t.finished_at is null)
-    order by j.id limit 100 for no key update skip locked
+    -- (not `not exists`, which would read all tasks)
+    where j.finished_at is null and (select t.id from autotag.tasks t where t.job_id = j.id and t.finished_at is null limit 1) is null
+    for no key update skip locked
   loop
     -- a report may have ended the last one between the query and the lock
     select * into v_job from autotag.jobs j where j.id = v_job.id;

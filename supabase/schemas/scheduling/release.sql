@@ -10,7 +10,8 @@ begin
     update autotag.queues q set joined = true where not q.joined returning q.workspace_id, q.queued
   )
   insert into autotag.workspaces as w (workspace_id, queued, virtual_time)
-  select n.workspace_id, sum(n.queued), p_virtual_time from new n where n.queued > 0 group by n.workspace_id
+  -- also where nothing is queued yet (a batch without express images): requeue_due() adds to this row
+  select n.workspace_id, sum(n.queued), p_virtual_time from new n group by n.workspace_id
   on conflict (workspace_id) do update
   set queued = w.queued + excluded.queued, ready = true,
       virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end;
