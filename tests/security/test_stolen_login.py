@@ -446,7 +446,7 @@ def drain(scene: Scene) -> str | None:
     own = [*scene.tasks[scene.good]]
     for _ in range(200):
         told = json.dumps([{**task, "result": good, "usage": usage} for task in own])
-        sent = json.dumps({"sent": len(own), "sent_age": 0})
+        sent: str | None = json.dumps({"sent": len(own), "sent_age": 0})
         for workspace in scene.workspaces:
             scene.as_(WORKER_ROLE, "select autotag.settle(%s, %s, %s, %s)", scene.good, workspace, told, sent)
             sent = None
