@@ -36,7 +36,7 @@ select is(pg_temp.counts(), '1: 0 of 0, 2: 0 of 0', 'and its count is right agai
 
 delete from autotag.workspaces;
 select pg_temp.upload(2);
-update autotag.queues set queued = queued + 0, joined = true;
+update autotag.queues set joined = true where not joined;
 select is(pg_temp.claim_images(50), 'nothing', 'a queue that counts as joined in a workspace without a row is never served');
 select autotag.repair_queues();
 select is(pg_temp.claim_images(50), '1: 2', 'until it is repaired');
@@ -57,7 +57,7 @@ delete from autotag.jobs where workspace_id = pg_temp.workspace_id(3);
 select autotag.repair_queues();
 select is(pg_temp.counts(), '1: 0 of 0, 2: 0 of 0, 3: 0 of 0', 'its workspace counts nothing');
 select pg_temp.settle_all(jsonb_build_object('result', pg_temp.result()));
-select is((select count(*)::integer from autotag.queues), 3, 'the queues of finished jobs are still there');
+select is((select count(*)::integer from autotag.queues), 4, 'the queues of finished jobs are still there');
 select autotag.tick();
 select is((select count(*)::integer from autotag.queues), 0, 'until the next tick');
 select * from finish();
