@@ -118,6 +118,9 @@ create table autotag.settings (
   batch_images_per_hour integer not null default 5000 check (batch_images_per_hour > 0),
   -- single calls that would wait longer are sent in a batch instead
   realtime_max_wait interval not null default '10 min' check (realtime_max_wait > '0'),
+  -- how long newer uploads of its workspace may pass an upload whose single calls wait; uploads of more than chunk_max_images
+  -- images can be passed for longer, in proportion
+  upload_patience interval not null default '2 min' check (upload_patience >= '0'),
   -- whether members may call check_rate_limit, which counts against the limit; they may always call peek_rate_limit
   members_may_take boolean not null default false,
   -- Longest expected time from the release of a call to its arrival at the provider. This share of a minute's limit stays
@@ -385,7 +388,8 @@ create table autotag.queues (
   workspace_id uuid not null,
   joined boolean not null default false,   -- counted in its workspace; enqueue_tagging inserts it, and the next claim counts it
   queued integer not null default 0 check (queued >= 0),
-  released integer not null default 0,  -- the job with the fewest released goes first: small uploads pass large ones
+  released integer not null default 0,  -- the job with the fewest released goes first: small uploads pass large ones …
+  overdue_at timestamptz not null default 'infinity',   -- … until this time; from then on it goes first (patience_ends_at)
   cursor bigint not null default 0,
   reached bigint not null default 0,    -- the last task that was ever released: no later task is held by a worker
   output_tokens integer,                -- largest cap that one of the waiting tasks needs, where an answer was cut off
@@ -393,6 +397,7 @@ create table autotag.queues (
   ready_at timestamptz not null default '-infinity'   -- … and no more before this time
 ) with (fillfactor = 50);
 create index queues_turn_idx on autotag.queues (workspace_id, released, job_id) where queued > 0;
+create index queues_overdue_idx on autotag.queues (workspace_id, overdue_at, job_id) where queued > 0;
 create index queues_new_idx on autotag.queues (job_id) where not joined;
 alter table autotag.queues enable row level security;
 
@@ -451,7 +456,7 @@ create type autotag.upload_plan as (
 --   planned ─► preparing ─► uploading ─► creating ─► submitted ─► ended ─► harvesting ─► done
 --      ▲  (images fetched,   (input file  (about to   (OpenAI has  (OpenAI  (answers are
 --      │   file built)        uploaded)    create)     it)          is done) stored)
---      └── OpenAI's queue was full: retried later (with its file)      cancelled: before OpenAI had it
+--      └── OpenAI's queue was full: retried later (with its file)      cancelled: before OpenAI had it, or split into smaller ones
 --
 -- A worker that takes over a row in `creating` first lists the batches at OpenAI and adopts the one that carries the row's
 -- id in its metadata. The worker that holds a row knows its `attempt`; a call with an older attempt is refused.
@@ -485,6 +490,7 @@ create table autotag.batches (
   request_done integer not null default 0,    -- answered or failed, as OpenAI counts
   running_at timestamptz,                     -- when a poll first saw OpenAI working on it
   predicted_seconds double precision,         -- predicted duration at the time OpenAI got it
+  token_refusals integer not null default 0,  -- how often OpenAI refused it because its queue was full (token_limit_exceeded)
   progress_at timestamptz,                    -- when a poll last saw a change
   missing_polls integer not null default 0,   -- polls in a row that did not find it at OpenAI …
   last_missing_poll_at timestamptz,                   -- … and the last of them (workers.poll_assigned_at): each poll counts once
@@ -669,7 +675,8 @@ create type autotag.answer as (
   error jsonb,                 -- {kind, code, message, retry, retry_after, origin, parameter}
   usage jsonb,                 -- as clean_usage() returns it; null: the provider gave no figures
   called boolean,              -- whether the call was sent
-  mark uuid                    -- of the picture that the model saw (describe_assets); null: not known
+  mark uuid,                   -- of the picture that the model saw (describe_assets); null: not known
+  asset_id uuid
 );
 
 -- The state of one batch, as a poll of OpenAI showed it.
@@ -801,13 +808,20 @@ begin
     detail = (jsonb_build_object('code', p_code) || p_detail)::text;
 end $$;
 
--- Whether a text is printable: no control, bidirectional or invisible characters, and no white space but U+0020. U+200C and
--- U+200D (joiners) count as letters.
+-- Matches what no printable text has: control, bidirectional and invisible characters, and white space but U+0020. U+200C and U+200D
+-- (joiners) count as letters. Planning replaces the call by its value.
+create or replace function autotag.unprintable() returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select '[\u0001-\u001f\u007f-\u00a0\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u1680\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f\u3000\ue000-\uf8ff\ufdd0-\ufdef\ufeff\ufff0-\ufffb\ufffe\uffff\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U00040000-\U000e00ff\U000e01f0-\U000e0fff\U000f0000-\U0010ffff]'
+$$;
+
+-- Whether a text is printable.
 create or replace function autotag.is_plain(p_text text) returns boolean
 language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return p_text !~ '[\u0001-\u001f\u007f-\u00a0\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u1680\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f\u3000\ue000-\uf8ff\ufdd0-\ufdef\ufeff\ufff0-\ufffb\ufffe\uffff\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U00040000-\U000e00ff\U000e01f0-\U000e0fff\U000f0000-\U0010ffff]';
+  return p_text !~ autotag.unprintable();
 end $$;
 
 -- A text from outside in the form in which it is stored and shown: one line of at most p_length characters that cannot move
@@ -1010,8 +1024,10 @@ declare
 begin
   select * into v_row from autotag.models m where m.name = p_model;
   if not found then
+    -- The first condition is in every form of names_model(), and costs a fraction of the call.
     select * into v_row from autotag.models m
-    where autotag.names_model(m.name, p_model) order by length(m.name) desc limit 1;
+    where starts_with(p_model, left(m.name, greatest(length(m.name) - 7, 0))) and autotag.names_model(m.name, p_model)
+    order by length(m.name) desc limit 1;
   end if;
   return v_row;
 end $$;
@@ -1197,45 +1213,47 @@ end $$;
 
 -- Token use of a model's answers: histograms of prompt and answer tokens that decay, and the reservations derived from them.
 
--- The histogram bin of a token count, named by its upper end; bins are 2 % apart.
-create or replace function autotag.token_size(p_tokens integer) returns integer
-language sql immutable parallel safe set search_path = pg_catalog, pg_temp
-as $$
-  select case when p_tokens <= 50 then greatest(p_tokens, 1) else ceil(power(1.02, ceil(ln(p_tokens) / ln(1.02) - 0.000001)))::integer end
-$$;
-
--- A histogram after new counts. Each new count multiplies the old weights by 1 - 1 / p_memory (in answers).
+-- A histogram after new counts: {size: weight}. Each new count multiplies the old weights by 1 - 1 / p_memory (in answers). A bin is
+-- named by its upper end, and bins are 2 % apart.
 create or replace function autotag.decayed_histogram(p_old jsonb, p_counts integer[], p_memory integer) returns jsonb
-language sql immutable set search_path = pg_catalog, pg_temp
+language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
-  select coalesce(jsonb_object_agg(b.size, b.weight), '{}')
-  from (
-    select x.size, round(sum(x.weight)::numeric, 3) as weight
+begin
+  return (
+    select coalesce(jsonb_object_agg(b.size, b.weight), '{}')
     from (
-      select o.key as size, o.value::double precision * power(1 - 1.0 / p_memory, cardinality(p_counts)) as weight
-      from jsonb_each_text(p_old) o
-      union all
-      select autotag.token_size(c)::text, 1 from unnest(p_counts) c) x
-    group by x.size having sum(x.weight) > 0.01) b
-$$;
+      select x.size, round(sum(x.weight)::numeric, 3) as weight
+      from (
+        select o.key as size, o.value::double precision * power(1 - 1.0 / p_memory, cardinality(p_counts)) as weight
+        from jsonb_each_text(p_old) o
+        union all
+        select (case when c.tokens <= 50 then greatest(c.tokens, 1)
+          else ceil(power(1.02, ceil(ln(c.tokens) / ln(1.02) - 0.000001)))::integer end)::text, c.answers
+        from (select u.tokens, count(*) as answers from unnest(p_counts) u (tokens) group by u.tokens) c) x
+      group by x.size having sum(x.weight) > 0.01) b);
+end $$;
 
 -- The quantile p_share (0 to 1) of a histogram; null for an empty one.
 create or replace function autotag.quantile(p_weights jsonb, p_share double precision) returns integer
-language sql immutable set search_path = pg_catalog, pg_temp
+language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
-  select min(s.size) from (
-    select w.key::integer as size, sum(w.value::double precision) over (order by w.key::integer) as upto,
-      sum(w.value::double precision) over () as total
-    from jsonb_each_text(p_weights) w) s
-  where s.upto >= p_share * s.total - 0.000001
-$$;
+begin
+  return (
+    select min(s.size) from (
+      select w.key::integer as size, sum(w.value::double precision) over (order by w.key::integer) as upto,
+        sum(w.value::double precision) over () as total
+      from jsonb_each_text(p_weights) w) s
+    where s.upto >= p_share * s.total - 0.000001);
+end $$;
 
 create or replace function autotag.mean_size(p_weights jsonb) returns integer
-language sql immutable set search_path = pg_catalog, pg_temp
+language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
-  select round(sum(w.key::integer * w.value::double precision) / sum(w.value::double precision))::integer
-  from jsonb_each_text(p_weights) w
-$$;
+begin
+  return (
+    select round(sum(w.key::integer * w.value::double precision) / sum(w.value::double precision))::integer
+    from jsonb_each_text(p_weights) w);
+end $$;
 
 -- First guess of a prompt's tokens: 300 for instructions and schema (measured with o200k and rounded up), plus a square image,
 -- the most expensive shape. The worker sends 512 pixels a side for detail low and 2,048 for high. A model without a row counts
@@ -1282,8 +1300,10 @@ declare
   v_settings autotag.settings;
   v_learned autotag.learned;
   v_question jsonb := p_provider.question;
-  v_prompt integer := autotag.guess_prompt(v_question);
-  v_output integer := autotag.guess_output(v_question);
+  v_prompt_guess integer := autotag.guess_prompt(v_question);
+  v_output_guess integer := autotag.guess_output(v_question);
+  v_prompt integer := v_prompt_guess;
+  v_output integer := v_output_guess;
   v_margin double precision;
 begin
   select * into v_settings from autotag.settings;
@@ -1301,7 +1321,7 @@ begin
     -- Cut off 0.5 % of answers: each costs another call, but a higher cap would cost every call its share of the limit.
     v_output := ceil(autotag.quantile(v_learned.output, 0.995) * 1.05 * v_margin) + 8;
     if v_learned.answers < 30 then
-      v_output := greatest(v_output, autotag.guess_output(v_question));
+      v_output := greatest(v_output, v_output_guess);
     end if;
   end if;
   -- A cap above the limit per minute would never be admitted.
@@ -1309,7 +1329,7 @@ begin
     greatest((0.9 * p_provider.tokens_per_minute)::integer - v_prompt, v_settings.min_output_tokens));
   -- Limit a learned prompt so that the workspace's minute always holds two images, or as many as with the first guess: too
   -- high a value slows tagging down but never stops it. settle() corrects the windows by the real use.
-  v_prompt := least(v_prompt, greatest(v_settings.realtime_tokens_per_minute / 2 - v_output, autotag.guess_prompt(v_question)));
+  v_prompt := least(v_prompt, greatest(v_settings.realtime_tokens_per_minute / 2 - v_output, v_prompt_guess));
   p_provider.output_tokens := v_output;
   p_provider.tokens_per_image := v_prompt + v_output;
   return p_provider;
@@ -1363,14 +1383,19 @@ begin
   v_question := coalesce(p_question, v_provider.question);
   v_max_allowed := 20 * autotag.guess_prompt(v_question);
   p_inputs := array(select least(i, v_max_allowed) from unnest(p_inputs) i);
-  insert into autotag.learned as l (model, image_detail, reasoning_effort, max_tags, tag_language, answers, prompt, output, learned_at)
-  values (v_question ->> 'model', v_question ->> 'image_detail',
-    coalesce(v_question ->> 'reasoning_effort', ''), (v_question ->> 'max_tags')::integer,
-    v_question ->> 'tag_language', cardinality(p_inputs),
-    autotag.decayed_histogram('{}', p_inputs, v_memory), autotag.decayed_histogram('{}', p_outputs, v_memory), autotag.now())
-  on conflict (model, image_detail, reasoning_effort, max_tags, tag_language) do update
-  set answers = l.answers + cardinality(p_inputs), learned_at = excluded.learned_at,
-      prompt = autotag.decayed_histogram(l.prompt, p_inputs, v_memory), output = autotag.decayed_histogram(l.output, p_outputs, v_memory);
+  update autotag.learned l
+  set answers = l.answers + cardinality(p_inputs), learned_at = autotag.now(),
+      prompt = autotag.decayed_histogram(l.prompt, p_inputs, v_memory), output = autotag.decayed_histogram(l.output, p_outputs, v_memory)
+  where l.model = v_question ->> 'model' and l.image_detail = v_question ->> 'image_detail'
+    and l.reasoning_effort = coalesce(v_question ->> 'reasoning_effort', '')
+    and l.max_tags = (v_question ->> 'max_tags')::integer and l.tag_language = v_question ->> 'tag_language';
+  if not found then
+    insert into autotag.learned (model, image_detail, reasoning_effort, max_tags, tag_language, answers, prompt, output, learned_at)
+    values (v_question ->> 'model', v_question ->> 'image_detail',
+      coalesce(v_question ->> 'reasoning_effort', ''), (v_question ->> 'max_tags')::integer,
+      v_question ->> 'tag_language', cardinality(p_inputs),
+      autotag.decayed_histogram('{}', p_inputs, v_memory), autotag.decayed_histogram('{}', p_outputs, v_memory), autotag.now());
+  end if;
   v_provider := autotag.estimate_tokens(v_provider);
   update autotag.provider_limits p
   set tokens_per_image = v_provider.tokens_per_image, output_tokens = v_provider.output_tokens,
@@ -1887,8 +1912,8 @@ begin
   values (p_workspace_id, p_user_id, v_plan.strategy, v_plan.fallback, v_count, v_now, autotag.request_traceparent())
   returning * into v_job;
   v_first_task := autotag.add_tasks(v_job, v_plan, v_new, v_new_seen);
-  insert into autotag.queues (job_id, workspace_id, queued, cursor, chunk)
-  values (v_job.id, p_workspace_id, v_plan.express, v_first_task - 1, v_plan.chunk);
+  insert into autotag.queues (job_id, workspace_id, queued, overdue_at, cursor, chunk)
+  values (v_job.id, p_workspace_id, v_plan.express, autotag.patience_ends_at(v_plan.express, v_now), v_first_task - 1, v_plan.chunk);
   v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
   perform autotag.show(p_workspace_id, v_new, 'queued', 0, v_job.eta);
 
@@ -2456,7 +2481,7 @@ begin
   return array(
     select case when v_refused ? a.task::text then row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens,
         a.output_tokens, a.result, a.error || jsonb_build_object('kind', 'image', 'code', 'quota_exceeded', 'retry', false,
-          'message', v_refused -> a.task::text), a.usage, a.called, a.mark)::autotag.answer else a end
+          'message', v_refused -> a.task::text), a.usage, a.called, a.mark, a.asset_id)::autotag.answer else a end
     from unnest(p_answers) a);
 end $$;
 
@@ -2750,7 +2775,7 @@ begin
   insert into autotag.provider_reports (worker_id, at, requests, tokens, observed, answers, asked_at, form_changed, windows)
   select p_report.worker_id, p_report.at, p_report.requests, p_report.tokens, p_report.observed, array(
       select row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens, a.output_tokens, null, a.error, a.usage,
-        a.called, null)::autotag.answer from unnest(p_report.answers) a),
+        a.called, null, a.asset_id)::autotag.answer from unnest(p_report.answers) a),
     p_report.asked_at, p_report.form_changed, p_report.windows;
   if p_report.form_changed or exists (select from unnest(p_report.answers) a where a.error is not null)
      or exists (select from autotag.provider_limits p where p.proven_at is null or p.account_error is not null) then
@@ -3071,12 +3096,16 @@ begin
 end $$;
 
 -- Whether a worker belongs to the caller and has a lease. Without a lease it must get no work, because no expiry would release
--- that again. The row lock prevents expire_worker, which alone ends leases, from ending this one before the transaction does.
+-- that again. The row lock prevents expire_worker, which alone ends leases, from ending this one before the transaction does. It does
+-- not wait for expire_worker, which takes long where a worker held much; only for the worker's own heartbeat.
 create or replace function autotag.lock_worker(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform from autotag.workers w where w.id = p_worker and w.login = session_user for no key update skip locked;
+  if not found and exists (select from autotag.workers w where w.id = p_worker and w.lease_until > autotag.now()) then
+    perform from autotag.workers w where w.id = p_worker and w.login = session_user for no key update;
+  end if;
   return found;
 end $$;
 
@@ -3164,8 +3193,8 @@ begin
     'task', t, 'failures', case when p_lost then 1 else 0 end,
     'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.'))), false)
   from unnest(v_tasks) t having count(*) > 0;
-  perform pg_notify('autotag', 'realtime');
-  perform pg_notify('autotag', 'batch');
+  perform pg_notify('autotag', 'realtime') where v_tasks <> '{}';
+  perform pg_notify('autotag', 'batch') where v_batches <> '{}';
   released := cardinality(v_tasks) + cardinality(v_batches);
   more := exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims))
     or exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims));
@@ -3192,7 +3221,8 @@ begin
   return v_release.released;
 end $$;
 
--- For a worker whose heartbeat said that replies of claims were lost: releases what it holds by other claims than these.
+-- For a worker whose heartbeat said that replies of claims were lost: releases what it holds by other claims than these. Each image
+-- counts a failure, so that one whose report the worker cannot deliver is not asked for ever.
 create or replace function autotag.release_lost(p_worker uuid, p_claims integer[], p_batch_claims integer[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3201,7 +3231,7 @@ begin
   if not autotag.is_own_worker(p_worker) then
     return 0;
   end if;
-  return (autotag.release_held(p_worker, coalesce(p_claims, '{}'), coalesce(p_batch_claims, '{}'), false)).released;
+  return (autotag.release_held(p_worker, coalesce(p_claims, '{}'), coalesce(p_batch_claims, '{}'), true)).released;
 end $$;
 
 -- Releases what one worker with an ended lease held, and deletes that worker; if another transaction holds some of it, the next
@@ -3224,6 +3254,7 @@ begin
     return false;
   end if;
   if (autotag.release_held(v_worker, '{}', '{}', true)).more then
+    update autotag.workers w set lease_until = autotag.now() where w.id = v_worker;   -- so others with ended leases come first
     return false;
   end if;
   delete from autotag.workers w where w.id = v_worker;
@@ -3347,10 +3378,12 @@ begin
     select f.workspace_id, f.job_id, count(*)::integer as tasks, min(f.id) as first_task, max(f.min_output_tokens) as output_tokens
     from freed f group by f.workspace_id, f.job_id
   loop
-    insert into autotag.queues as q (job_id, workspace_id, joined, queued, cursor, output_tokens)
-    values (v_queue.job_id, v_queue.workspace_id, false, v_queue.tasks, v_queue.first_task - 1, v_queue.output_tokens)
+    insert into autotag.queues as q (job_id, workspace_id, joined, queued, overdue_at, cursor, output_tokens)
+    values (v_queue.job_id, v_queue.workspace_id, false, v_queue.tasks, autotag.patience_ends_at(v_queue.tasks, p_now),
+      v_queue.first_task - 1, v_queue.output_tokens)
     on conflict (job_id) do update
-    set queued = q.queued + v_queue.tasks, cursor = least(q.cursor, v_queue.first_task - 1),
+    set queued = q.queued + v_queue.tasks,
+        overdue_at = case when q.queued = 0 then excluded.overdue_at else q.overdue_at end, cursor = least(q.cursor, v_queue.first_task - 1),
         output_tokens = greatest(q.output_tokens, v_queue.output_tokens);
     -- the workspace has no row yet if all its images were in batches
     insert into autotag.workspaces as w (workspace_id, queued, virtual_time)
@@ -3538,8 +3571,21 @@ begin
   end if;
 end $$;
 
--- The queue of a workspace that is served next: of those that are ready, the one with the fewest released. Null: none is ready. A
--- queue whose upload is being cancelled in an open transaction is not ready for a second. Locks: its job (advisory, shared).
+-- Until when newer uploads may pass an upload of which p_images single calls wait since p_since: upload_patience, or in proportion
+-- longer for more images than chunk_max_images. Without a Batch API an upload can be 50,000 single calls; if it went first after two
+-- minutes, users would wait for hours for one image.
+create or replace function autotag.patience_ends_at(p_images integer, p_since timestamptz) returns timestamptz
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select p_since + s.upload_patience * greatest(1, p_images::double precision / greatest(s.chunk_max_images, 1)) from autotag.settings s);
+end $$;
+
+-- The queue of a workspace that is served next, of those that are ready: the one that is overdue for the longest time, else the one
+-- with the fewest released. So small uploads pass large ones, and every upload ends: when it is overdue, only those that were overdue
+-- before it go first. Null: none is ready. A queue whose upload is being cancelled in an open transaction is not ready for a second.
+-- Locks: its job (advisory, shared).
 create or replace function autotag.next_queue(p_workspace_id uuid, p_now timestamptz) returns autotag.queues
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
 as $$
@@ -3548,8 +3594,13 @@ declare
 begin
   loop
     select * into v_queue from autotag.queues q
-    where q.workspace_id = p_workspace_id and q.queued > 0 and q.ready_at <= p_now
-    order by q.released, q.job_id limit 1;
+    where q.workspace_id = p_workspace_id and q.queued > 0 and q.overdue_at <= p_now and q.ready_at <= p_now
+    order by q.overdue_at, q.job_id limit 1;
+    if not found then
+      select * into v_queue from autotag.queues q
+      where q.workspace_id = p_workspace_id and q.queued > 0 and q.ready_at <= p_now
+      order by q.released, q.job_id limit 1;
+    end if;
     exit when not found or pg_try_advisory_xact_lock_shared(autotag.job_key(v_queue.job_id));
     update autotag.queues q set ready_at = p_now + interval '1 s' where q.job_id = v_queue.job_id;
   end loop;
@@ -3588,7 +3639,9 @@ begin
       cursor = coalesce(v_ids[cardinality(v_ids)], q.cursor),
       reached = greatest(q.reached, v_ids[cardinality(v_ids)]),
       output_tokens = case when q.queued > v_gone then q.output_tokens end,
-      ready_at = case when q.chunk is null then q.ready_at else p_now + (select s.chunk_delay from autotag.settings s) end
+      -- no delay for an overdue upload, or newer ones would pass it meanwhile
+      ready_at = case when q.chunk is null or q.overdue_at <= p_now then q.ready_at
+        else p_now + (select s.chunk_delay from autotag.settings s) end
   where q.job_id = p_queue.job_id;
   update autotag.workspaces w
   set queued = w.queued - v_gone, virtual_time = w.virtual_time + cardinality(v_ids)
@@ -3974,7 +4027,7 @@ begin
   return v_batches;
 end $$;
 
--- When the window of a planned batch's workspace has room for it; null: now; infinity: never with the present limits.
+-- When the window of a planned batch's workspace has room for it; null: now; infinity: never with the present limits (split_oversized() splits it).
 create or replace function autotag.window_opens_at(p_batch autotag.batches) returns timestamptz
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3988,7 +4041,8 @@ begin
     and b.created_at < p_batch.created_at;
   return (
     select max(coalesce(a.retry_at, 'infinity'))
-    from (values (v_ahead + 1, 0), (1, p_batch.image_count - p_batch.express_count)) w (batches, images)
+    -- at most a whole window: more would never fit, and this batch would wait without a time
+    from (values (least(v_ahead + 1, (select l.max_requests from autotag.window_limits(p_batch.workspace_id, 'batch') l)), 0), (1, p_batch.image_count - p_batch.express_count)) w (batches, images)
     cross join lateral autotag.admit(p_batch.workspace_id, 'batch', w.batches, w.images, false, p_take => false) a
     where a.admitted = 0);
 end $$;
@@ -4398,7 +4452,9 @@ begin
   -- After so many refusals or failures, another try would not succeed either.
   if p_error ->> 'kind' = 'image'
     or p_error ->> 'code' = 'request_refused' and v_batch.failures + 1 >= v_settings.max_bad_answers
-    or v_batch.state <> 'harvesting' and v_proven and v_batch.failures + 1 >= 3 * v_settings.max_failures then
+    or v_proven and v_batch.failures + 1 >= 3 * v_settings.max_failures and (v_batch.state <> 'harvesting'
+      -- its answers are paid for, so they are tried for as long as the batch might have taken
+      or v_batch.ended_at <= autotag.now() - v_settings.batch_give_up_after) then
     perform autotag.requeue_batch(v_batch, false, 0, p_error ->> 'code', p_error ->> 'message');
     perform autotag.end_batch(v_batch, p_error ->> 'message');
   else
@@ -4554,6 +4610,104 @@ begin
   from unnest(v_tasks) t having count(*) > 0;
   perform autotag.refresh_eta(v_job.id);
   return true;
+end $$;
+
+-- OpenAI refused a batch because its queue of tokens is full: it is planned again, with its file. Other programs or batches may fill
+-- the queue; but if it was refused max_bad_answers times while none of ours was in it (or after batch_patience, whatever was), it goes
+-- on in halves, and those in halves after one more refusal. With at most chunk_max_images images it goes on as single calls, but not
+-- before batch_patience, because they cost twice as much. The caller holds job and batch. Locks: tasks, window (skip locked).
+create or replace function autotag.refuse_tokens(
+  p_batch autotag.batches, p_error text, p_settings autotag.settings, p_now timestamptz
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_late boolean := p_batch.created_at <= p_now - p_settings.batch_patience;
+  v_counts boolean := v_late or not exists (select from autotag.batches b where b.reserved_tokens > 0 and b.id <> p_batch.id);
+begin
+  update autotag.batches b
+  set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = p_error,
+      not_before = p_now + p_settings.batch_poll_interval, token_refusals = b.token_refusals + v_counts::integer
+  where b.id = p_batch.id returning * into p_batch;
+  if p_batch.token_refusals < p_settings.max_bad_answers then
+    return;
+  end if;
+  if p_batch.image_count - p_batch.express_count > greatest(p_settings.chunk_max_images, 1) then
+    perform autotag.split_batch(p_batch, 2, p_error);
+  elsif v_late then
+    perform autotag.requeue_batch(p_batch, false, 0, 'batch_refused', p_error);
+    perform autotag.end_batch(p_batch, p_error);
+    update autotag.jobs j
+    set fallback = 'The AI service did not accept a batch of these images, so they are sent as single calls.' where j.id = p_batch.job_id;
+  end if;
+end $$;
+
+-- Puts the images of a planned batch into p_parts new ones, and cancels it; its file is deleted at OpenAI. The parts take over its
+-- admission to the workspace's window where they can: the first one has it, and the images of the others are given back. The caller
+-- holds job and batch. Locks: tasks, window (skip locked).
+create or replace function autotag.split_batch(p_batch autotag.batches, p_parts integer, p_reason text) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tasks bigint[] := autotag.lock_batch_tasks(p_batch.id);
+  v_count integer := cardinality(v_tasks);
+  v_last integer := (select max(b.ordinal) from autotag.batches b where b.job_id = p_batch.job_id);
+begin
+  p_parts := least(p_parts, v_count);
+  update autotag.batches b
+  set state = 'cancelled', worker_id = null, reserved_tokens = 0, finished_at = autotag.now(), error = p_reason where b.id = p_batch.id;
+  with made as (
+    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, extra_tokens, token_refusals, admitted_at, created_at)
+    select p_batch.job_id, p_batch.workspace_id, v_last + n,
+      (n::bigint * v_count / p_parts - (n - 1)::bigint * v_count / p_parts)::integer, ceil(p_batch.extra_tokens::numeric / p_parts)::bigint,
+      greatest(p_batch.token_refusals - 1, 0), case when n = 1 then p_batch.admitted_at end, p_batch.created_at
+    from generate_series(1, p_parts) n
+    returning id, ordinal
+  )
+  update autotag.tasks t set batch_id = m.id
+  from unnest(v_tasks) with ordinality u (id, i)
+  join made m on u.i > (m.ordinal - v_last - 1)::bigint * v_count / p_parts and u.i <= (m.ordinal - v_last)::bigint * v_count / p_parts
+  where t.id = u.id;
+  if p_batch.admitted_at is not null and p_parts > 1 then
+    perform from public.workspace_rate_limits w
+    where w.workspace_id = p_batch.workspace_id and w.request_type = 'batch' for no key update skip locked;
+    if found then
+      perform autotag.correct_window(p_batch.workspace_id, 'batch', p_batch.admitted_at, 0, v_count / p_parts - v_count);
+    end if;
+  end if;
+  perform pg_notify('autotag', 'batch');
+end $$;
+
+-- Splits planned batches that no limit admits any more, because it was lowered after they were planned: the images or requests of one
+-- batch, the workspace's images in an hour, or the provider's queue (a fifth more than it is tried, because what an image takes is
+-- an estimate). At most 20 per call. Called by tick(). Locks: job, batch (both skip locked), tasks, window (skip locked).
+create or replace function autotag.split_oversized() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_found record;
+  v_batch autotag.batches;
+begin
+  for v_found in
+    select b.id, b.job_id, x.images, m.images as max_images
+    from autotag.batches b
+    cross join lateral (select b.image_count - b.express_count as images) x
+    cross join autotag.settings s cross join autotag.provider_limits p
+    cross join lateral autotag.window_limits(b.workspace_id, 'batch') l
+    cross join lateral (select greatest(1, least(s.batch_max_requests::bigint, l.max_units::bigint,
+      case when x.images::bigint * p.tokens_per_image + b.extra_tokens > 1.2 * p.queued_batch_tokens
+        then p.queued_batch_tokens * x.images / (x.images::bigint * p.tokens_per_image + b.extra_tokens) end)) as images) m
+    where b.state = 'planned' and b.worker_id is null and x.images > 1 and x.images > m.images
+    order by b.id limit 20
+  loop
+    perform from autotag.jobs j where j.id = v_found.job_id for no key update skip locked;
+    continue when not found;
+    select * into v_batch from autotag.batches b
+    where b.id = v_found.id and b.state = 'planned' and b.worker_id is null for no key update skip locked;
+    continue when not found;
+    perform autotag.split_batch(v_batch, ceil(v_found.images::numeric / v_found.max_images)::integer,
+      'A limit was lowered, so this batch was split.');
+  end loop;
 end $$;
 
 -- Retries a batch's images without an answer, in the cheapest way allowed: in new batches if p_by_batch and there are more than
@@ -4741,9 +4895,11 @@ end $$;
 -- Records a poll: [{id, status, output_file_id, error_file_id, total, done, error_code, error, error_kind}]. Status `gone`:
 -- OpenAI does not know the batch (any more, or with this key). What happens to a batch:
 --   it has ended                       it waits to be harvested
---   it failed: OpenAI's queue is full  it is planned again, which is no failure
+--   it failed: OpenAI's queue is full  it is planned again, which is no failure; if it is too large for the queue, in halves, and at
+--                                      last as single calls (refuse_tokens)
 --   gone in several polls in a row     it ends, and its images are retried
 --   no progress for too long           it is cancelled, if the limits admit its images as single calls
+--   in flight for two days             it ends as if it were gone: OpenAI's window is 24 h
 -- Ignores workers without an assigned poll, batches that are not in flight, and invalid elements. Writes only rows that change.
 -- A batch that another transaction holds is left to the next poll, so a worker reports many batches in several calls. Returns the
 -- batches for which the worker calls show_batch() next.
@@ -4759,6 +4915,7 @@ declare
   v_free uuid[];
   v_changed uuid[];
   v_error text;                -- a batch failed with an account error
+  v_limit bigint;              -- of the provider's queue, as the refusal of a batch states it
   v_job uuid;
 begin
   perform autotag.check_list(p_polled);
@@ -4778,12 +4935,15 @@ begin
   v_error := (
     select s.error from unnest(v_polls) s join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
     where b.id = any (v_free) and s.status = 'failed' and s.error_kind = 'account' limit 1);
+  v_limit := (
+    select min(autotag.stated_limit(s.error)) from unnest(v_polls) s join autotag.batches b on b.openai_batch_id = s.id
+    where b.id = any (v_free) and b.state = 'submitted' and s.status = 'failed' and s.error_code = 'token_limit_exceeded');
   v_changed := autotag.apply_poll(v_polls, v_free, v_look, v_proven, v_now);
   -- Once per upload, even if several of its batches have changed.
   for v_job in select distinct b.job_id from autotag.batches b where b.id = any (v_changed) order by 1 loop
     perform autotag.broadcast_progress(v_job, autotag.refresh_eta(v_job));
   end loop;
-  perform autotag.judge_poll(v_error);
+  perform autotag.judge_poll(v_error, v_limit);
   return array(select b.id from autotag.batches b where b.id = any (v_changed) and b.state = 'submitted' and b.running_at = v_now);
 end $$;
 
@@ -4805,8 +4965,9 @@ begin
 end $$;
 
 -- Applies a poll to the account: a poll that works ends the pause that a failed poll began, and a batch that failed with an
--- account error (p_error: no credit) pauses tagging, as a single call would. Locks: provider, in both cases.
-create or replace function autotag.judge_poll(p_error text) returns void
+-- account error (p_error: no credit) pauses tagging, as a single call would. p_limit: of the provider's queue, if it stated it.
+-- Locks: provider, in these cases.
+create or replace function autotag.judge_poll(p_error text, p_limit bigint) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -4817,7 +4978,17 @@ begin
   if p_error is not null then
     perform autotag.pause_tagging(p_error, 'batch');
   end if;
+  update autotag.provider_limits p set queued_batch_tokens = p_limit where p.queued_batch_tokens <> p_limit;
 end $$;
+
+-- The limit that a refusal states: `Enqueued token limit reached for gpt-4o-mini in organization org-x. Limit: 2,000,000 enqueued
+-- tokens.` Null: it states none.
+create or replace function autotag.stated_limit(p_error text) returns bigint
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select case when n.digits is not null then least(greatest(n.digits::bigint, 1000), 1000000000000) end
+  from (select replace(substring(p_error from '[Ll]imit: ?([0-9][0-9,]{0,17}) enqueued'), ',', '') as digits) n
+$$;
 
 -- Applies a poll to each of p_batches that is in flight, and returns the batches that have changed. p_look: when the worker was
 -- assigned this poll; p_proven: single calls work. The caller holds the batches and their jobs.
@@ -4841,17 +5012,23 @@ begin
     select * into v_batch from autotag.batches b where b.openai_batch_id = v_poll.id and b.state = 'submitted';
     if v_poll.status = 'gone' then
       perform autotag.count_missing_poll(v_batch, p_look);
-    elsif v_poll.status = 'failed' and (v_poll.error_code = 'token_limit_exceeded'
-      -- If single calls work, an account error counts: after max_bad_answers, this account or deployment cannot do batches.
-      or v_poll.error_kind = 'account' and (not p_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
+    elsif v_poll.status = 'failed' and v_poll.error_code = 'token_limit_exceeded' then
+      perform autotag.refuse_tokens(v_batch, v_poll.error, v_settings, p_now);
+    -- If single calls work, an account error counts: after max_bad_answers, this account or deployment cannot do batches.
+    elsif v_poll.status = 'failed'
+      and v_poll.error_kind = 'account' and (not p_proven or v_batch.failures + 1 < v_settings.max_bad_answers) then
       update autotag.batches b
       set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_poll.error,
           not_before = p_now + v_settings.batch_poll_interval,
-          failures = b.failures + (v_poll.error_kind = 'account' and p_proven)::integer
+          failures = b.failures + p_proven::integer
       where b.id = v_batch.id;
     elsif v_batch.openai_status is distinct from v_poll.status or v_batch.request_done < v_poll.done or v_batch.missing_polls > 0 then
       perform autotag.move_batch(v_batch, v_poll, p_now);
       v_changed := array_append(v_changed, v_batch.id);
+    elsif v_poll.status in ('validating', 'in_progress', 'finalizing', 'cancelling')
+      and v_batch.submitted_at <= p_now - 2 * v_settings.batch_give_up_after then
+      perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI never finished the batch of this image.');
+      perform autotag.end_batch(v_batch, 'OpenAI has not finished this batch within two days.');
     elsif not v_batch.cancel_requested and v_poll.status in ('validating', 'in_progress', 'finalizing')
       and (v_batch.progress_at <= p_now - v_settings.batch_stuck_after
         or v_batch.submitted_at <= p_now - v_settings.batch_give_up_after)
@@ -5012,30 +5189,36 @@ begin
   return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices || autotag.report_provider(v_report));
 end $$;
 
--- Validates answers and returns those for images of this batch that still need one, at most one per image.
+-- Validates answers and returns those for images of this batch that still need one, at most one per image. The plan is kept, as in
+-- read_reports().
 create or replace function autotag.read_batch_answers(p_batch autotag.batches, p_answers jsonb) returns autotag.answer[]
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
 as $$
 declare
   v_max_allowed record := autotag.believable_usage();
 begin
   return array(
-    select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, v_max_allowed.input, greatest(coalesce(4 * x.output_tokens + 4000, 100000), v_max_allowed.uncapped)),
-      true, x.mark)::autotag.answer
+    with reported as materialized (
+      select * from autotag.read_answers(p_answers, v_max_allowed.input)
+    ), held as materialized (
+      select t.id, t.attempt, t.job_id, t.asset_id, greatest(t.min_output_tokens, p_batch.output_tokens) as output_tokens,
+        t.error_code is not null as failed, t.batch_id, t.finished_at
+      from autotag.tasks t
+      -- By id alone: the index of batches would lead to all of this batch's images, for every page of answers.
+      where t.id = any (array(select r.task from reported r))
+    )
+    select row(x.id, x.attempt, x.job_id, p_batch.workspace_id, null, null, x.output_tokens, x.result,
+      case when x.error is not null or x.result is null then autotag.clean_error(x.error, x.result) end,
+      case when x.valid_usage then x.usage else autotag.clean_usage(x.usage, v_max_allowed.input,
+        greatest(coalesce(4 * x.output_tokens + 4000, 100000), v_max_allowed.uncapped)) end,
+      true, x.mark, x.asset_id)::autotag.answer
     from (
-      select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
-        greatest(t.min_output_tokens, p_batch.output_tokens) as output_tokens,
-        autotag.clean_result(a.result) as result, a.error, a.usage, a.mark
-      from (
-        select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
-          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage, i,
-          case when e ->> 'mark' ~ '^[0-9a-f-]{36}$' then (e ->> 'mark')::uuid end as mark
-        from jsonb_array_elements(p_answers) with ordinality u (e, i)) a
+      select distinct on (h.id) h.*, r.result, r.error, r.usage, r.valid_usage, r.mark
       -- where an error is recorded already, only a result is accepted: another error must not count twice
-      join autotag.tasks t on t.id = a.task and t.batch_id = p_batch.id and t.finished_at is null
-        and (t.error_code is null or jsonb_typeof(a.result) = 'object')
-      order by t.id, a.i) x);
+      from reported r join held h on h.id = r.task and (not h.failed or r.result is not null)
+      where h.batch_id = p_batch.id and h.finished_at is null
+      order by h.id, r.place) x);
 end $$;
 
 -- Records the errors that allow a retry on their tasks, and returns those answers: batch_finish() retries all images without an
@@ -5087,10 +5270,6 @@ begin
   if v_tags is null or jsonb_typeof(p_result) <> 'object' or jsonb_typeof(v_tags) <> 'array' then
     return null;
   end if;
-  -- nearly every result is valid as it is
-  if autotag.is_canonical_result(p_result) then
-    return p_result;
-  end if;
   v_kept := array(
     select k.tag from (
       select distinct on (x.tag) x.tag, x.i from (
@@ -5110,35 +5289,65 @@ begin
     'model', coalesce(autotag.printable(case when jsonb_typeof(p_result -> 'model') = 'string' then p_result ->> 'model' end, 100), ''));
 end $$;
 
--- Whether clean_result() would return a result (an object with a list of tags) unchanged. It checks the JSON as text, which
--- costs a fifth of rebuilding it. False also where a tag has no confidence.
-create or replace function autotag.is_canonical_result(p_result jsonb) returns boolean
+-- For each result, whether clean_result() would return it unchanged; false also for some that it would. Nearly every result passes,
+-- so this decides how long a report takes: 4 µs an image instead of 30. It checks the JSON as text, and all results in one query,
+-- because a function call for each would take as long again.
+create or replace function autotag.canonical_results(p_results jsonb[]) returns boolean[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_tags text := p_result -> 'tags';
-  v_sure text := p_result -> 'confidence';
-  v_caption text := p_result ->> 'caption';
-  v_model text := p_result ->> 'model';
-  v_list text[];               -- the tags
 begin
-  if pg_column_size(p_result) < 8000 and jsonb_array_length(p_result -> 'tags') <= 50
-    and p_result - '{tags,confidence,caption,model}'::text[] = '{}'
-    and jsonb_typeof(p_result -> 'caption') = 'string' and length(v_caption) <= 300
-    and jsonb_typeof(p_result -> 'model') = 'string' and length(v_model) <= 100
-    and jsonb_typeof(p_result -> 'confidence') = 'object'
-    and autotag.is_plain(v_tags || v_sure || v_caption || v_model) and strpos(v_tags || v_sure, '\') = 0
-    -- spaces that printable() would remove
-    and strpos(v_tags || v_caption || v_model, '  ') = 0 and v_caption = btrim(v_caption) and v_model = btrim(v_model)
-    -- no element that is not a string; no tag or key that is empty or has a space at an end; no confidence outside 0 to 1
-    and v_tags !~ '\[[^"\]]|, [^"]|""|" |[^,] "|, "[],]' and v_sure !~ ': (1[^,}]|0[^.,}]|[^01])|""' then
-    -- As many tags as confidences, and every confidence has its tag: so no tag is there twice. (The cast to varchar(50) finds
-    -- tags that are too long; `[^"]{51}` in the pattern above would take three quarters of the function's time.)
-    v_list := ('{' || substr(v_tags, 2, length(v_tags) - 2) || '}')::text[];
-    return v_list::varchar(50)[]::text[] = v_list and (p_result -> 'confidence') - v_list = '{}'
-      and 3 * cardinality(v_list) = length(v_sure) - length(replace(v_sure, '": ', ''));
-  end if;
-  return false;
+  return array(
+    select coalesce(t.tags is not null
+      and cardinality(t.list) <= 50 and r.result - '{tags,confidence,caption,model}'::text[] = '{}'
+      and length(t.caption) <= 300 and length(t.model) <= 100
+      and t.tags || t.caption || t.model !~ autotag.unprintable() and strpos(t.tags || t.sure, '\') = 0
+      -- spaces that printable() would remove
+      and strpos(t.tags || t.caption || t.model, '  ') = 0 and t.caption = btrim(t.caption) and t.model = btrim(t.model)
+      -- no element that is not a string; no tag or key that is empty or has a space at an end; no confidence outside 0 to 1
+      and t.tags !~ '\[[^"\]]|, [^"]|""|" |[^,] "|, "[],]' and t.sure !~ ': (1[^,}]|0[^.,}]|[^01])|""'
+      -- As many tags as confidences, and every confidence has its tag: so no tag is there twice. (The cast to varchar(50) finds
+      -- tags that are too long; `[^"]{51}` in the pattern above would take three quarters of the time.)
+      and t.list::varchar(50)[]::text[] = t.list and (r.result -> 'confidence') - t.list = '{}'
+      and 3 * cardinality(t.list) = length(t.sure) - length(replace(t.sure, '": ', '')), false)
+    from unnest(p_results) with ordinality r (result, i)
+    -- Each text once (offset 0), and only of a result with the right types and at most 8 kB: a number of a few bytes can be a text of
+    -- 131 kB.
+    left join lateral (
+      select x.*, string_to_array(left(right(x.tags, -2), -2), '", "') as list from (
+        select (r.result -> 'tags')::text as tags, (r.result -> 'confidence')::text as sure, r.result ->> 'caption' as caption,
+          r.result ->> 'model' as model
+        where pg_column_size(r.result) < 8000 and jsonb_typeof(r.result -> 'tags') = 'array'
+          and jsonb_typeof(r.result -> 'confidence') = 'object'
+          and jsonb_typeof(r.result -> 'caption') = 'string' and jsonb_typeof(r.result -> 'model') = 'string' offset 0) x offset 0) t on true
+    order by r.i);
+end $$;
+
+-- Reads answers as workers report them, in their order: [{task, attempt, result | error, usage, called, mark}]. result: as clean_result()
+-- returns it. valid_usage: clean_usage() would return this usage unchanged, whatever the cap was: the answer has at most 4,000 tokens,
+-- and the prompt at most p_input. error and another usage are as the worker gave them.
+create or replace function autotag.read_answers(p_answers jsonb, p_input integer)
+returns table (task bigint, attempt integer, result jsonb, error jsonb, usage jsonb, valid_usage boolean, called boolean, mark uuid, place bigint)
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp rows 500
+as $$
+declare
+  v_input jsonb := to_jsonb(p_input);
+  v_canonical boolean[] := autotag.canonical_results(array(select e -> 'result' from jsonb_array_elements(p_answers) e));
+begin
+  return query
+    -- in jsonb's sort order only numbers lie between two numbers
+    select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end,
+      case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end,
+      case when v_canonical[i] then e -> 'result' else autotag.clean_result(e -> 'result') end,
+      nullif(e -> 'error', 'null'), u.usage,
+      coalesce(u.usage -> 'input' between '0' and v_input and u.usage -> 'output' between '0' and '4000'
+        and u.usage -> 'cached' between '0' and v_input and u.usage -> 'cache_write' between '0' and v_input
+        and u.usage -> 'reasoning' between '0' and '4000'
+        and length(u.usage ->> 'model') between 1 and 100 and length(u.usage ->> 'tier') between 1 and 20
+        and (u.usage ->> 'model') || (u.usage ->> 'tier') !~ autotag.unprintable(), false),
+      e -> 'called' is distinct from 'false',
+      case when e ->> 'mark' ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$' then (e ->> 'mark')::uuid end, i
+    from jsonb_array_elements(p_answers) with ordinality a (e, i)
+    cross join lateral (select e -> 'usage' as usage offset 0) u;
 end $$;
 
 -- Validates a worker's error: its kind is one of error_kinds (else transient), texts are short and printable, waits are at most
@@ -5187,18 +5396,9 @@ as $$
 declare
   v_model text := p_usage ->> 'model';
   v_tier text := p_usage ->> 'tier';
-  v_input jsonb := to_jsonb(p_input);
-  v_output jsonb := to_jsonb(p_output);
 begin
   if p_usage is null or jsonb_typeof(p_usage) <> 'object' then
     return null;
-  end if;
-  -- Nearly all are valid as they are. (In jsonb's sort order only numbers lie between two numbers.)
-  if p_usage -> 'input' between '0' and v_input and p_usage -> 'output' between '0' and v_output
-    and p_usage -> 'cached' between '0' and v_input and p_usage -> 'cache_write' between '0' and v_input
-    and p_usage -> 'reasoning' between '0' and v_output
-    and length(v_model) between 1 and 100 and length(v_tier) between 1 and 20 and autotag.is_plain(v_model || v_tier) then
-    return p_usage;
   end if;
   return jsonb_build_object(
     'input', coalesce(autotag.clean_number(p_usage, 'input', 0, p_input), 0)::integer,
@@ -5299,11 +5499,9 @@ declare
   v_failed record;
   v_notices jsonb := '[]'::jsonb;
 begin
-  -- `execute` plans it each time, as in read_reports().
-  execute $q$
-    select array(select row(t.id, t.job_id, t.asset_id, a.result, null, null, a.mark)::autotag.finished
-      from unnest($1) a join autotag.tasks t on t.id = a.task where a.error is null order by t.id) $q$
-  into v_ended using p_answers;
+  v_ended := array(
+    select row(a.task, a.job_id, a.asset_id, a.result, null, null, a.mark)::autotag.finished
+    from unnest(p_answers) a where a.error is null order by a.task);
   if exists (select from unnest(p_answers) a where a.error is not null) then
     select * into v_settings from autotag.settings;
     v_failed := autotag.end_failed(p_answers);
@@ -5564,31 +5762,31 @@ begin
     'notices', v_notices || autotag.report_provider(v_report));
 end $$;
 
--- Validates reports and returns those for tasks of the workspace that the worker holds, at most one per task.
+-- Validates reports and returns those for tasks of the workspace that the worker holds, at most one per task. (The plan is kept.
+-- Without the settings, one that was made while the table was empty would read all of it when it is full.)
 create or replace function autotag.read_reports(p_worker uuid, p_workspace_id uuid, p_reports jsonb) returns autotag.answer[]
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
 as $$
 declare
-  v_answers autotag.answer[];
   v_max_allowed record := autotag.believable_usage();
 begin
-  execute $q$ select array(
-    select row(x.id, x.attempt, x.job_id, x.workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, $3, greatest(coalesce(4 * x.output_tokens + 4000, 100000), $4)), x.called, x.mark)::autotag.answer
+  return array(
+    with reported as materialized (
+      select * from autotag.read_answers(p_reports, v_max_allowed.input)
+    ), held as materialized (
+      select t.id, t.attempt, t.job_id, t.asset_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
+        greatest(coalesce(4 * t.output_tokens + 4000, 100000), v_max_allowed.uncapped) as max_output
+      from autotag.tasks t
+      where t.id = any (array(select r.task from reported r)) and t.worker_id = p_worker and t.workspace_id = p_workspace_id
+    )
+    select row(x.id, x.attempt, x.job_id, p_workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens, x.result,
+      case when x.error is not null or x.result is null then autotag.clean_error(x.error, x.result) end,
+      case when x.valid_usage then x.usage else autotag.clean_usage(x.usage, v_max_allowed.input, x.max_output) end,
+      x.called, x.mark, x.asset_id)::autotag.answer
     from (
-      select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
-        autotag.clean_result(r.result) as result, r.error, r.usage, r.called, r.mark
-      from (
-        select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
-          case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end as attempt,
-          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage,
-          e -> 'called' is distinct from 'false' as called,
-          case when e ->> 'mark' ~ '^[0-9a-f-]{36}$' then (e ->> 'mark')::uuid end as mark
-        from jsonb_array_elements($1) e) r
-      join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = $2 and t.workspace_id = $5
-      order by t.id) x) $q$
-  into v_answers using p_reports, p_worker, v_max_allowed.input, v_max_allowed.uncapped, p_workspace_id;
-  return v_answers;
+      select distinct on (h.id) h.*, r.result, r.error, r.usage, r.valid_usage, r.called, r.mark
+      from reported r join held h on h.id = r.task and h.attempt = r.attempt order by h.id, r.place) x);
 end $$;
 
 -- What these calls have to say about the provider: the reservations that they did not use, and p_observed (as in settle).
@@ -5756,15 +5954,15 @@ begin
   end if;
 end $$;
 
--- Whether an error that writing an image's row raised may pass, so that its outcome is kept. Lack of resources and internal errors of
--- the server do. Missing columns, tables or privileges are mistakes in the adapter or in a trigger: they get eight tries, which take a
--- minute. All other errors are the row's own.
+-- Whether an error that writing an image's row raised may pass, so that its outcome is kept. Lack of resources and failures of the
+-- server do: they get twenty tries, which take a quarter of an hour. Missing columns, tables or privileges are mistakes in the adapter or
+-- in a trigger, which somebody may be mending: eight tries, a minute. All other errors are the row's own.
 create or replace function autotag.may_pass(p_state text, p_task bigint) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return left(p_state, 2) in ('53', '54', '57', '58', 'XX')
-    or left(p_state, 2) = '42' and coalesce((select u.tries < 8 from autotag.unstored u where u.task_id = p_task), true);
+  return coalesce((select u.tries from autotag.unstored u where u.task_id = p_task), 0)
+    < case when left(p_state, 2) in ('53', '58', 'XX') then 20 when left(p_state, 2) = '42' then 8 else 0 end;
 end $$;
 
 -- The images of these whose rows or jobs another transaction holds; all of them if even the table is held.
@@ -5822,16 +6020,9 @@ declare
   v_job record;
 begin
   perform from autotag.jobs j
-  where j.id in (select i.job_id from unnest(p_items) i) order by j.id for no key update;
+  where j.id = any (array(select distinct i.job_id from unnest(p_items) i)) order by j.id for no key update;
   if cardinality(v_failed) < cardinality(p_items) then
-    -- `execute` plans it each time, as in read_reports().
-    execute $q$
-      with ended as (
-        delete from autotag.tasks t using unnest($1) i where t.id = i.task and i.result is not null and t.finished_at is null
-        returning i as item
-      )
-      select array(select e.item from ended e) $q$
-    into v_tagged using p_items;
+    v_tagged := autotag.end_tagged(array(select i from unnest(p_items) i where i.result is not null));
     if p_show and v_tagged <> '{}' then
       v_written := autotag.store_tags(array(select i.asset_id from unnest(v_tagged) i), p_workspace_id,
         array(select i.result from unnest(v_tagged) i), array(select i.mark from unnest(v_tagged) i));
@@ -5852,6 +6043,28 @@ begin
   loop
     perform autotag.count_finished(v_job.id, v_job.completed, v_job.failed);
   end loop;
+end $$;
+
+-- Deletes the tasks of tagged images, and returns the images whose tasks had not ended. The caller holds their jobs. (The plan is
+-- kept, as in read_reports().)
+create or replace function autotag.end_tagged(p_items autotag.finished[]) returns autotag.finished[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
+as $$
+declare
+  v_deleted bigint[];
+begin
+  with deleted as (
+    -- coalesce: the plan may not use the index of live tasks, and read all of it
+    delete from autotag.tasks t
+    where t.id = any (array(select i.task from unnest(p_items) i)) and coalesce(t.finished_at, 'infinity') = 'infinity'
+    returning t.id
+  )
+  select coalesce(array_agg(d.id), '{}') into v_deleted from deleted d;
+  if cardinality(v_deleted) = cardinality(p_items) then
+    return p_items;
+  end if;
+  return array(select i from unnest(p_items) i join unnest(v_deleted) d on d = i.task);
 end $$;
 
 -- Looks at tagged images whose rows were not written. Returns if all of them are gone or have moved. Raises AT001 if a picture was
@@ -6041,36 +6254,42 @@ end $$;
 -- Usage per workspace and user, and its cost.
 
 -- Adds the usage of these answers, each by its model (not given: the one in p_question; null: the present one) and service
--- tier. What was asked since the question changed costs at most as much as the model and tier that were asked. Answers without figures get the tier `unknown` and no cost. A row without a cost is priced as a whole as soon as its
--- model has a price. An answer without a job (a comparison) counts as a request, not as a tagged image.
+-- tier. What was asked since the question changed costs at most as much as the model and tier that were asked. Answers without
+-- figures get the tier `unknown` and no cost. A row without a cost is priced as a whole as soon as its model has a price. An answer
+-- without a job (a comparison) counts as a request, not as a tagged image.
 create or replace function autotag.add_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb default null, p_asked_at timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_question jsonb := p_question;
+  v_since timestamptz := timestamptz '-infinity';   -- since when it is the question
 begin
+  if v_question is null then
+    select p.question, p.question_since into v_question, v_since from autotag.provider_limits p;
+  end if;
   insert into autotag.usage as u (workspace_id, user_id, day, model, service_tier, images, requests,
     input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost)
   select t.workspace_id, t.user_id, t.day, t.model, t.tier, t.images, t.requests, t.input, t.cached, t.cache_write, t.output, t.reasoning,
-    autotag.price_answers(t.asked, t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
+    autotag.price_answers(case when t.present then v_question end, t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
   from (
     select b.workspace_id, j.user_id, (autotag.now() at time zone 'utc')::date as day, b.model, b.tier,
-      count(*) filter (where b.error is null and b.job_id is not null) as images, count(*) as requests,
-      sum(b.input) as input, sum(b.cached) as cached, sum(b.cache_write) as cache_write,
-      sum(b.output) as output, sum(b.reasoning) as reasoning, case when bool_and(b.present) then b.question end as asked
+      sum(b.images) as images, sum(b.requests) as requests, sum(b.input) as input, sum(b.cached) as cached,
+      sum(b.cache_write) as cache_write, sum(b.output) as output, sum(b.reasoning) as reasoning, bool_and(b.present) as present
     from (
-      select a.job_id, a.workspace_id, a.error,
-        coalesce(a.usage ->> 'model', coalesce(p_question, p.question) ->> 'model') as model,
+      select a.job_id, a.workspace_id, coalesce(a.usage ->> 'model', v_question ->> 'model') as model,
         case when a.usage is null then 'unknown' when p_batch then 'batch' else coalesce(a.usage ->> 'tier', 'default') end as tier,
-        coalesce((a.usage -> 'input')::bigint, 0) as input,
-        coalesce(least((a.usage -> 'cached')::bigint, (a.usage -> 'input')::bigint), 0) as cached,
-        coalesce((a.usage -> 'cache_write')::bigint, 0) as cache_write,
-        coalesce((a.usage -> 'output')::bigint, 0) as output,
-        coalesce((a.usage -> 'reasoning')::bigint, 0) as reasoning,
-        coalesce(p_question, p.question) as question,
-        p_question is not null or coalesce(coalesce(p_asked_at, a.reserved_at) >= p.question_since, false) as present
-      from unnest(p_answers) a, autotag.provider_limits p
-      where a.usage is not null or a.error is null) b
+        count(*) filter (where a.error is null and a.job_id is not null) as images, count(*) as requests,
+        coalesce(sum((a.usage -> 'input')::integer), 0) as input,
+        coalesce(sum(least((a.usage -> 'cached')::integer, (a.usage -> 'input')::integer)), 0) as cached,
+        coalesce(sum((a.usage -> 'cache_write')::integer), 0) as cache_write,
+        coalesce(sum((a.usage -> 'output')::integer), 0) as output,
+        coalesce(sum((a.usage -> 'reasoning')::integer), 0) as reasoning,
+        bool_and(p_question is not null or coalesce(coalesce(p_asked_at, a.reserved_at) >= v_since, false)) as present
+      from unnest(p_answers) a
+      where a.usage is not null or a.error is null
+      group by 1, 2, 3, 4) b
     left join autotag.jobs j on j.id = b.job_id
-    group by b.workspace_id, j.user_id, b.model, b.tier, b.question
+    group by b.workspace_id, j.user_id, b.model, b.tier
     order by b.workspace_id, j.user_id, b.model, b.tier) t
   on conflict (workspace_id, day, user_id, model, service_tier) do update set
     images = u.images + excluded.images, requests = u.requests + excluded.requests,
@@ -6546,6 +6765,38 @@ begin
       group by t.error_code order by count(*) desc limit p_max) x);
 end $$;
 
+-- What waits, and why, at most p_max of each kind: [{kind, workspace_id, id, images, reason, until}]. until null: without a time, so
+-- the owner has to change something. kind: batch and upload (id: of the batch, of the upload in automatic mode), workspace (its
+-- single calls), outcomes (tags that wait for the host's rows).
+create or replace function autotag.list_waiting(p_max integer, p_now timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select coalesce(jsonb_agg(jsonb_build_object('kind', x.kind, 'workspace_id', x.workspace_id, 'id', x.id, 'images', x.images,
+      'reason', x.reason, 'until', nullif(x.until, 'infinity')) order by x.until desc, x.kind, x.workspace_id, x.id), '[]')
+    from (
+      (select 'batch' as kind, b.workspace_id, b.id::text as id, (b.image_count - b.express_count)::bigint as images, b.not_before as until,
+        case when b.not_before = 'infinity' then 'It has more images than the workspace may send in an hour; it is split within a minute.'
+          when b.admitted_at is null and b.state = 'planned' then 'The workspace has used up its batches or images of this hour.'
+          else coalesce(b.error, 'It is tried again.') end as reason
+      from autotag.batches b
+      where b.state not in ('done', 'cancelled') and b.worker_id is null and b.not_before > p_now order by b.not_before desc, b.id limit p_max)
+      union all
+      (select 'workspace', w.workspace_id, null, w.queued, w.ready_at,
+        case when w.ready_at = 'infinity' then format('One image reserves more than the workspace''s %s tokens a minute.', l.max_units)
+          else 'The workspace has used up its limit of this minute, or its next chunk is not due.' end
+      from autotag.workspaces w cross join lateral autotag.window_limits(w.workspace_id, 'realtime') l
+      where w.queued > 0 and not w.ready and w.ready_at > p_now order by w.ready_at desc, w.workspace_id limit p_max)
+      union all
+      (select 'upload', u.workspace_id, u.id::text, (select count(*) from autotag.arrivals a where a.upload_id = u.id), u.seal_at,
+        'A quota is used up, or the workspace has as many unfinished images as it may have.'
+      from autotag.uploads u where u.postponed and u.seal_at > p_now order by u.seal_at desc, u.id limit p_max)
+      union all
+      (select 'outcomes', u.workspace_id, null, count(*), min(u.next_at), 'Other transactions hold the rows of these images, or writing them takes too long.'
+      from autotag.unstored u group by u.workspace_id order by 4 desc limit p_max)) x);
+end $$;
+
 -- The state of the system as one JSON object; lists are cut to p_max (at most 200). The README shows how it is printed.
 -- It contains ids of workspaces, uploads, batches and workers, and no image. To know an id gives no right to anything.
 create or replace function autotag.status(p_max integer default 20) returns jsonb
@@ -6594,6 +6845,7 @@ begin
         'held', cardinality(autotag.leased_tasks(w.id))) order by w.started_at), '[]')
       from autotag.workers w),
     'errors', autotag.recent_errors(p_max, v_now),
+    'waiting', autotag.list_waiting(p_max, v_now),
     'today', (
       select jsonb_build_object('images', coalesce(sum(u.images), 0), 'requests', coalesce(sum(u.requests), 0),
         'input_tokens', coalesce(sum(u.input_tokens), 0), 'output_tokens', coalesce(sum(u.output_tokens), 0),
@@ -6678,7 +6930,7 @@ begin
   v_host := autotag.diagnose_host();
   return jsonb_build_object(
     'findings', jsonb_build_array(autotag.diagnose_roles(v_logins), autotag.diagnose_grants()) || v_host.findings
-      || jsonb_build_array(autotag.diagnose_cron(), autotag.diagnose_clock(), autotag.diagnose_broadcasts(), autotag.diagnose_workers(),
+      || jsonb_build_array(autotag.diagnose_cron(), autotag.diagnose_clock(), autotag.diagnose_broadcasts(), autotag.diagnose_workers(), autotag.diagnose_waiting(),
         autotag.diagnose_account(v_provider), autotag.diagnose_day(v_provider), autotag.diagnose_spending(), autotag.diagnose_temporary(v_logins))
       || autotag.diagnose_model(v_provider),
     'now', extract(epoch from autotag.now()), 'model', (select s.model from autotag.settings s), 'sample', v_host.sample);
@@ -6936,6 +7188,20 @@ begin
     else autotag.finding('workers', 'ok', format('%s alive, version %s.', v_workers, v_versions)) end;
 end $$;
 
+-- Whether something waits that only a change of limits can set free (list_waiting).
+create or replace function autotag.diagnose_waiting() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_stuck jsonb := (
+    select jsonb_agg(w) from jsonb_array_elements(autotag.list_waiting(200, autotag.now())) w where w -> 'until' = 'null');
+begin
+  return case when v_stuck is null then autotag.finding('waiting', 'ok', 'Everything that waits has a time when it goes on.')
+    else autotag.finding('waiting', 'warning',
+      format('%s images of workspace %s wait without a time. %s', v_stuck #>> '{0,images}', v_stuck #>> '{0,workspace_id}', v_stuck #>> '{0,reason}'),
+      'Raise its max_units in public.workspace_rate_limits.') end;
+end $$;
+
 -- The doctor's checks of the provider: the account, quotas, the model.
 
 -- Whether an error of the provider's account or of Storage pauses tagging.
@@ -7189,6 +7455,8 @@ declare
   v_now timestamptz := autotag.now();
 begin
   perform autotag.expire_worker();
+  perform autotag.split_oversized();
+  perform autotag.end_empty_jobs();
   -- Retry batches that wait for the window, if it has room already (a raised limit, a cancelled upload).
   update autotag.batches b set not_before = v_now
   where b.id in (
@@ -7216,6 +7484,27 @@ begin
   perform autotag.repair_queues();
   perform autotag.retry_features(v_now - (select s.model_check_interval from autotag.settings s));
   update autotag.clock set ticked_at = v_now;
+end $$;
+
+-- Ends uploads without a task that could end: their tasks were deleted by hand. What is missing counts as failed. Called by tick().
+-- Locks: jobs (skip locked).
+create or replace function autotag.end_empty_jobs() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job autotag.jobs;
+begin
+  for v_job in
+    select j.* from autotag.jobs j
+    where j.finished_at is null and not exists (select from autotag.tasks t where t.job_id = j.id and t.finished_at is null)
+    order by j.id limit 100 for no key update skip locked
+  loop
+    -- a report may have ended the last one between the query and the lock
+    select * into v_job from autotag.jobs j where j.id = v_job.id;
+    if v_job.finished_at is null and not exists (select from autotag.tasks t where t.job_id = v_job.id and t.finished_at is null) then
+      perform autotag.count_finished(v_job.id, 0, v_job.image_count - v_job.completed - v_job.failed);
+    end if;
+  end loop;
 end $$;
 
 -- Runs daily: deletes what is no longer needed. An upload that a tenant's transaction holds is left to the next day.

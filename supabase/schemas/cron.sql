@@ -6,6 +6,8 @@ declare
   v_now timestamptz := autotag.now();
 begin
   perform autotag.expire_worker();
+  perform autotag.split_oversized();
+  perform autotag.end_empty_jobs();
   -- Retry batches that wait for the window, if it has room already (a raised limit, a cancelled upload).
   update autotag.batches b set not_before = v_now
   where b.id in (
@@ -33,6 +35,27 @@ begin
   perform autotag.repair_queues();
   perform autotag.retry_features(v_now - (select s.model_check_interval from autotag.settings s));
   update autotag.clock set ticked_at = v_now;
+end $$;
+
+-- Ends uploads without a task that could end: their tasks were deleted by hand. What is missing counts as failed. Called by tick().
+-- Locks: jobs (skip locked).
+create or replace function autotag.end_empty_jobs() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job autotag.jobs;
+begin
+  for v_job in
+    select j.* from autotag.jobs j
+    where j.finished_at is null and not exists (select from autotag.tasks t where t.job_id = j.id and t.finished_at is null)
+    order by j.id limit 100 for no key update skip locked
+  loop
+    -- a report may have ended the last one between the query and the lock
+    select * into v_job from autotag.jobs j where j.id = v_job.id;
+    if v_job.finished_at is null and not exists (select from autotag.tasks t where t.job_id = v_job.id and t.finished_at is null) then
+      perform autotag.count_finished(v_job.id, 0, v_job.image_count - v_job.completed - v_job.failed);
+    end if;
+  end loop;
 end $$;
 
 -- Runs daily: deletes what is no longer needed. An upload that a tenant's transaction holds is left to the next day.

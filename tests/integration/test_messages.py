@@ -21,9 +21,8 @@ WORKER = "00000000-0000-4000-8000-000000000001"
 READ: dict[type, list[tuple[str, str]]] = {
     m.ErrorReport: [("clean_error", "p_error")],
     m.Usage: [("clean_usage", "p_usage")],
-    m.TagResult: [("clean_result", "p_result"), ("is_canonical_result", "p_result")],
-    m.Report: [("read_reports", "e")],
-    m.BatchAnswer: [("read_batch_answers", "e")],
+    m.TagResult: [("clean_result", "p_result"), ("canonical_results", "r.result")],
+    m.Report: [("read_answers", "e")],
     m.StageReport: [("report_stages", "e")],
     # m.Sent is a part of it
     m.ObservedLimits: [
@@ -61,7 +60,7 @@ def test_the_database_reads_the_keys_that_a_message_has(library: Library, messag
         [row] = library.sql("select prosrc from pg_proc where proname = %s and pronamespace = 'autotag'::regnamespace",
                             function)  # fmt: skip
         body = re.sub(r"--.*", "", row["prosrc"])
-        read |= set(re.findall(rf"(?<![\w.]){name} (?:->>?|\?) '(\w+)'", body))
+        read |= set(re.findall(rf"(?<![\w.]){re.escape(name)} (?:->>?|\?) '(\w+)'", body))
         read |= set(re.findall(rf"clean_number\({name}, '(\w+)'", body))
     assert read == keys(message), f"{', '.join(function for function, _ in READ[message])} and {message.__name__}"
 

@@ -391,8 +391,9 @@ async def test_answers_that_are_stored_as_they_come_are_found(scene: Scene, monk
     uploads = uploader.Uploads()
     await uploads.insert(scene, "say (escape|turned|invisible)")
     monkeypatch.setattr(answers, "clean_text", lambda text: text)
-    signature = "autotag.is_canonical_result(p_result jsonb) returns boolean"  # the database would make it text, too
-    broken(scene, f"create or replace function {signature} language sql immutable as 'select true'")
+    signature = "autotag.canonical_results(p_results jsonb[]) returns boolean[]"  # the database would make it text, too
+    every = "select array_fill(true, array[cardinality(p_results)])"
+    broken(scene, f"create or replace function {signature} language sql immutable as '{every}'")
     enqueue_all(scene, [asset for asset, _ in uploads.assets.values()])
     async with worker(scene.stack):
         await idle(scene)

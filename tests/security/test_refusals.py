@@ -95,6 +95,9 @@ def test_images_of_three_workspaces_name_none_that_is_not_ours(tenants: Tenants)
 
 def test_a_failed_image_that_moved_to_others_is_not_retried_and_not_named(tenants: Tenants) -> None:
     ours = tenants.ours
+    # pictures on the web: for files, the rule that they belong to their workspace refuses the rows already
+    ours.sql("update public.assets set storage_path = null, image_url = 'https://example.com/a.jpg' where id = any (%s::uuid[])",
+             tenants.our_assets)  # fmt: skip
     job = ours.enqueue(tenants.our_assets)["job_id"]
     ours.rpc("public.cancel_tagging", job)
     ours.sql(

@@ -263,6 +263,8 @@ def values(scene: Scene, kind: str, name: str) -> list[Any]:
              "queued", "completed", "batch_good", "file-1", "batch.completed", "0.1.0", "99999999999999.1", "0.1.0" + HOSTILE]  # fmt: skip
     if name == "p_version":
         texts.insert(0, "0.1.0")
+    if name == "p_claim":
+        return [2, None, 1, 0, -1, 2**31 - 1, -(2**31)]  # 1 was its last
     if name == "p_event_type":
         texts.insert(0, "batch.completed")
     hostile: dict[str, list[Any]] = {
@@ -624,7 +626,8 @@ BROKEN = {
       returns double precision language sql as $$ select case when jsonb_typeof(p_report -> p_name) = 'number'
         and abs((p_report ->> p_name)::numeric) < 1e300 then (p_report ->> p_name)::double precision end $$""", "settle report_poll_failure"),
     "results are stored as they come": ("""
-      create or replace function autotag.clean_result(p_result jsonb) returns jsonb language sql as 'select p_result'""", "settle batch_answers"),
+      create or replace function autotag.canonical_results(p_results jsonb[]) returns boolean[] language sql
+      as 'select array_fill(true, array[cardinality(p_results)])'""", "settle batch_answers"),
     "whatever was learned is believed": ("""
       create or replace function autotag.guess_prompt(p_question jsonb) returns integer language sql as 'select 100000000'""", "settle"),
 }  # fmt: skip

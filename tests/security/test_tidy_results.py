@@ -58,16 +58,14 @@ def cleaned(postgres: LocalPostgres, database: str) -> Any:
     def clean(results: list[dict[str, Any]]) -> list[tuple[bool, Any, Any]]:
         told = [json.dumps(result) for result in results]
         with psycopg.connect(postgres.url("supabase_admin", database)) as connection:
-            one = connection.execute(
-                "select autotag.is_canonical_result(r), autotag.clean_result(r) from unnest(%s::jsonb[]) with ordinality u (r, i) order by i", (told,)
-            ).fetchall()  # fmt: skip
-            connection.execute("""create or replace function autotag.is_canonical_result(p_result jsonb) returns boolean
-                                  language sql as 'select false'""")
-            other = connection.execute(
-                "select autotag.clean_result(r) from unnest(%s::jsonb[]) with ordinality u (r, i) order by i", (told,)
+            rows = connection.execute(
+                "select r.canonical, a.result, autotag.clean_result(r.result)"
+                " from unnest(%(told)s::jsonb[], autotag.canonical_results(%(told)s::jsonb[])) with ordinality r (result, canonical, i)"
+                " join autotag.read_answers((select jsonb_agg(jsonb_build_object('task', 1, 'result', t) order by n)"
+                "   from unnest(%(told)s::jsonb[]) with ordinality u (t, n)), 1000) a on a.place = r.i order by r.i",
+                {"told": told},
             ).fetchall()
-            connection.rollback()
-        return [(tidy, as_is, apart) for (tidy, as_is), (apart,) in zip(one, other, strict=True)]
+        return [(tidy, as_is, apart) for tidy, as_is, apart in rows]
 
     return clean
 

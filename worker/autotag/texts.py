@@ -15,7 +15,7 @@ FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 def clean_text(text: str) -> str:
     """Removes control and invisible characters (Postgres cannot store NUL) and collapses runs of white space."""
     if text.isascii() and text.isprintable():
-        return re.sub(r" +", " ", text).strip()
+        return (re.sub(r" +", " ", text) if "  " in text else text).strip()
     normal = unicodedata.normalize("NFKC", text)
     visible = "".join(" " if c.isspace() else c for c in normal if c.isspace() or unicodedata.category(c)[0] != "C")
     return re.sub(r" +", " ", visible).strip()

@@ -13,13 +13,20 @@ begin
     detail = (jsonb_build_object('code', p_code) || p_detail)::text;
 end $$;
 
--- Whether a text is printable: no control, bidirectional or invisible characters, and no white space but U+0020. U+200C and
--- U+200D (joiners) count as letters.
+-- Matches what no printable text has: control, bidirectional and invisible characters, and white space but U+0020. U+200C and U+200D
+-- (joiners) count as letters. Planning replaces the call by its value.
+create or replace function autotag.unprintable() returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select '[\u0001-\u001f\u007f-\u00a0\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u1680\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f\u3000\ue000-\uf8ff\ufdd0-\ufdef\ufeff\ufff0-\ufffb\ufffe\uffff\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U00040000-\U000e00ff\U000e01f0-\U000e0fff\U000f0000-\U0010ffff]'
+$$;
+
+-- Whether a text is printable.
 create or replace function autotag.is_plain(p_text text) returns boolean
 language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return p_text !~ '[\u0001-\u001f\u007f-\u00a0\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u1680\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f\u3000\ue000-\uf8ff\ufdd0-\ufdef\ufeff\ufff0-\ufffb\ufffe\uffff\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U00040000-\U000e00ff\U000e01f0-\U000e0fff\U000f0000-\U0010ffff]';
+  return p_text !~ autotag.unprintable();
 end $$;
 
 -- A text from outside in the form in which it is stored and shown: one line of at most p_length characters that cannot move

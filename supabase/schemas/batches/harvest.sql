@@ -104,30 +104,36 @@ begin
   return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices || autotag.report_provider(v_report));
 end $$;
 
--- Validates answers and returns those for images of this batch that still need one, at most one per image.
+-- Validates answers and returns those for images of this batch that still need one, at most one per image. The plan is kept, as in
+-- read_reports().
 create or replace function autotag.read_batch_answers(p_batch autotag.batches, p_answers jsonb) returns autotag.answer[]
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
 as $$
 declare
   v_max_allowed record := autotag.believable_usage();
 begin
   return array(
-    select row(x.id, x.attempt, x.job_id, x.workspace_id, null, null, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, v_max_allowed.input, greatest(coalesce(4 * x.output_tokens + 4000, 100000), v_max_allowed.uncapped)),
-      true, x.mark)::autotag.answer
+    with reported as materialized (
+      select * from autotag.read_answers(p_answers, v_max_allowed.input)
+    ), held as materialized (
+      select t.id, t.attempt, t.job_id, t.asset_id, greatest(t.min_output_tokens, p_batch.output_tokens) as output_tokens,
+        t.error_code is not null as failed, t.batch_id, t.finished_at
+      from autotag.tasks t
+      -- By id alone: the index of batches would lead to all of this batch's images, for every page of answers.
+      where t.id = any (array(select r.task from reported r))
+    )
+    select row(x.id, x.attempt, x.job_id, p_batch.workspace_id, null, null, x.output_tokens, x.result,
+      case when x.error is not null or x.result is null then autotag.clean_error(x.error, x.result) end,
+      case when x.valid_usage then x.usage else autotag.clean_usage(x.usage, v_max_allowed.input,
+        greatest(coalesce(4 * x.output_tokens + 4000, 100000), v_max_allowed.uncapped)) end,
+      true, x.mark, x.asset_id)::autotag.answer
     from (
-      select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id,
-        greatest(t.min_output_tokens, p_batch.output_tokens) as output_tokens,
-        autotag.clean_result(a.result) as result, a.error, a.usage, a.mark
-      from (
-        select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
-          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage, i,
-          case when e ->> 'mark' ~ '^[0-9a-f-]{36}$' then (e ->> 'mark')::uuid end as mark
-        from jsonb_array_elements(p_answers) with ordinality u (e, i)) a
+      select distinct on (h.id) h.*, r.result, r.error, r.usage, r.valid_usage, r.mark
       -- where an error is recorded already, only a result is accepted: another error must not count twice
-      join autotag.tasks t on t.id = a.task and t.batch_id = p_batch.id and t.finished_at is null
-        and (t.error_code is null or jsonb_typeof(a.result) = 'object')
-      order by t.id, a.i) x);
+      from reported r join held h on h.id = r.task and (not h.failed or r.result is not null)
+      where h.batch_id = p_batch.id and h.finished_at is null
+      order by h.id, r.place) x);
 end $$;
 
 -- Records the errors that allow a retry on their tasks, and returns those answers: batch_finish() retries all images without an

@@ -3,9 +3,11 @@
 -- Records a poll: [{id, status, output_file_id, error_file_id, total, done, error_code, error, error_kind}]. Status `gone`:
 -- OpenAI does not know the batch (any more, or with this key). What happens to a batch:
 --   it has ended                       it waits to be harvested
---   it failed: OpenAI's queue is full  it is planned again, which is no failure
+--   it failed: OpenAI's queue is full  it is planned again, which is no failure; if it is too large for the queue, in halves, and at
+--                                      last as single calls (refuse_tokens)
 --   gone in several polls in a row     it ends, and its images are retried
 --   no progress for too long           it is cancelled, if the limits admit its images as single calls
+--   in flight for two days             it ends as if it were gone: OpenAI's window is 24 h
 -- Ignores workers without an assigned poll, batches that are not in flight, and invalid elements. Writes only rows that change.
 -- A batch that another transaction holds is left to the next poll, so a worker reports many batches in several calls. Returns the
 -- batches for which the worker calls show_batch() next.
@@ -21,6 +23,7 @@ declare
   v_free uuid[];
   v_changed uuid[];
   v_error text;                -- a batch failed with an account error
+  v_limit bigint;              -- of the provider's queue, as the refusal of a batch states it
   v_job uuid;
 begin
   perform autotag.check_list(p_polled);
@@ -40,12 +43,15 @@ begin
   v_error := (
     select s.error from unnest(v_polls) s join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
     where b.id = any (v_free) and s.status = 'failed' and s.error_kind = 'account' limit 1);
+  v_limit := (
+    select min(autotag.stated_limit(s.error)) from unnest(v_polls) s join autotag.batches b on b.openai_batch_id = s.id
+    where b.id = any (v_free) and b.state = 'submitted' and s.status = 'failed' and s.error_code = 'token_limit_exceeded');
   v_changed := autotag.apply_poll(v_polls, v_free, v_look, v_proven, v_now);
   -- Once per upload, even if several of its batches have changed.
   for v_job in select distinct b.job_id from autotag.batches b where b.id = any (v_changed) order by 1 loop
     perform autotag.broadcast_progress(v_job, autotag.refresh_eta(v_job));
   end loop;
-  perform autotag.judge_poll(v_error);
+  perform autotag.judge_poll(v_error, v_limit);
   return array(select b.id from autotag.batches b where b.id = any (v_changed) and b.state = 'submitted' and b.running_at = v_now);
 end $$;
 
@@ -67,8 +73,9 @@ begin
 end $$;
 
 -- Applies a poll to the account: a poll that works ends the pause that a failed poll began, and a batch that failed with an
--- account error (p_error: no credit) pauses tagging, as a single call would. Locks: provider, in both cases.
-create or replace function autotag.judge_poll(p_error text) returns void
+-- account error (p_error: no credit) pauses tagging, as a single call would. p_limit: of the provider's queue, if it stated it.
+-- Locks: provider, in these cases.
+create or replace function autotag.judge_poll(p_error text, p_limit bigint) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -79,7 +86,17 @@ begin
   if p_error is not null then
     perform autotag.pause_tagging(p_error, 'batch');
   end if;
+  update autotag.provider_limits p set queued_batch_tokens = p_limit where p.queued_batch_tokens <> p_limit;
 end $$;
+
+-- The limit that a refusal states: `Enqueued token limit reached for gpt-4o-mini in organization org-x. Limit: 2,000,000 enqueued
+-- tokens.` Null: it states none.
+create or replace function autotag.stated_limit(p_error text) returns bigint
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select case when n.digits is not null then least(greatest(n.digits::bigint, 1000), 1000000000000) end
+  from (select replace(substring(p_error from '[Ll]imit: ?([0-9][0-9,]{0,17}) enqueued'), ',', '') as digits) n
+$$;
 
 -- Applies a poll to each of p_batches that is in flight, and returns the batches that have changed. p_look: when the worker was
 -- assigned this poll; p_proven: single calls work. The caller holds the batches and their jobs.
@@ -103,17 +120,23 @@ begin
     select * into v_batch from autotag.batches b where b.openai_batch_id = v_poll.id and b.state = 'submitted';
     if v_poll.status = 'gone' then
       perform autotag.count_missing_poll(v_batch, p_look);
-    elsif v_poll.status = 'failed' and (v_poll.error_code = 'token_limit_exceeded'
-      -- If single calls work, an account error counts: after max_bad_answers, this account or deployment cannot do batches.
-      or v_poll.error_kind = 'account' and (not p_proven or v_batch.failures + 1 < v_settings.max_bad_answers)) then
+    elsif v_poll.status = 'failed' and v_poll.error_code = 'token_limit_exceeded' then
+      perform autotag.refuse_tokens(v_batch, v_poll.error, v_settings, p_now);
+    -- If single calls work, an account error counts: after max_bad_answers, this account or deployment cannot do batches.
+    elsif v_poll.status = 'failed'
+      and v_poll.error_kind = 'account' and (not p_proven or v_batch.failures + 1 < v_settings.max_bad_answers) then
       update autotag.batches b
       set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = v_poll.error,
           not_before = p_now + v_settings.batch_poll_interval,
-          failures = b.failures + (v_poll.error_kind = 'account' and p_proven)::integer
+          failures = b.failures + p_proven::integer
       where b.id = v_batch.id;
     elsif v_batch.openai_status is distinct from v_poll.status or v_batch.request_done < v_poll.done or v_batch.missing_polls > 0 then
       perform autotag.move_batch(v_batch, v_poll, p_now);
       v_changed := array_append(v_changed, v_batch.id);
+    elsif v_poll.status in ('validating', 'in_progress', 'finalizing', 'cancelling')
+      and v_batch.submitted_at <= p_now - 2 * v_settings.batch_give_up_after then
+      perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI never finished the batch of this image.');
+      perform autotag.end_batch(v_batch, 'OpenAI has not finished this batch within two days.');
     elsif not v_batch.cancel_requested and v_poll.status in ('validating', 'in_progress', 'finalizing')
       and (v_batch.progress_at <= p_now - v_settings.batch_stuck_after
         or v_batch.submitted_at <= p_now - v_settings.batch_give_up_after)

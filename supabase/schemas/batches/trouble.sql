@@ -24,7 +24,9 @@ begin
   -- After so many refusals or failures, another try would not succeed either.
   if p_error ->> 'kind' = 'image'
     or p_error ->> 'code' = 'request_refused' and v_batch.failures + 1 >= v_settings.max_bad_answers
-    or v_batch.state <> 'harvesting' and v_proven and v_batch.failures + 1 >= 3 * v_settings.max_failures then
+    or v_proven and v_batch.failures + 1 >= 3 * v_settings.max_failures and (v_batch.state <> 'harvesting'
+      -- its answers are paid for, so they are tried for as long as the batch might have taken
+      or v_batch.ended_at <= autotag.now() - v_settings.batch_give_up_after) then
     perform autotag.requeue_batch(v_batch, false, 0, p_error ->> 'code', p_error ->> 'message');
     perform autotag.end_batch(v_batch, p_error ->> 'message');
   else
@@ -180,6 +182,104 @@ begin
   from unnest(v_tasks) t having count(*) > 0;
   perform autotag.refresh_eta(v_job.id);
   return true;
+end $$;
+
+-- OpenAI refused a batch because its queue of tokens is full: it is planned again, with its file. Other programs or batches may fill
+-- the queue; but if it was refused max_bad_answers times while none of ours was in it (or after batch_patience, whatever was), it goes
+-- on in halves, and those in halves after one more refusal. With at most chunk_max_images images it goes on as single calls, but not
+-- before batch_patience, because they cost twice as much. The caller holds job and batch. Locks: tasks, window (skip locked).
+create or replace function autotag.refuse_tokens(
+  p_batch autotag.batches, p_error text, p_settings autotag.settings, p_now timestamptz
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_late boolean := p_batch.created_at <= p_now - p_settings.batch_patience;
+  v_counts boolean := v_late or not exists (select from autotag.batches b where b.reserved_tokens > 0 and b.id <> p_batch.id);
+begin
+  update autotag.batches b
+  set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = p_error,
+      not_before = p_now + p_settings.batch_poll_interval, token_refusals = b.token_refusals + v_counts::integer
+  where b.id = p_batch.id returning * into p_batch;
+  if p_batch.token_refusals < p_settings.max_bad_answers then
+    return;
+  end if;
+  if p_batch.image_count - p_batch.express_count > greatest(p_settings.chunk_max_images, 1) then
+    perform autotag.split_batch(p_batch, 2, p_error);
+  elsif v_late then
+    perform autotag.requeue_batch(p_batch, false, 0, 'batch_refused', p_error);
+    perform autotag.end_batch(p_batch, p_error);
+    update autotag.jobs j
+    set fallback = 'The AI service did not accept a batch of these images, so they are sent as single calls.' where j.id = p_batch.job_id;
+  end if;
+end $$;
+
+-- Puts the images of a planned batch into p_parts new ones, and cancels it; its file is deleted at OpenAI. The parts take over its
+-- admission to the workspace's window where they can: the first one has it, and the images of the others are given back. The caller
+-- holds job and batch. Locks: tasks, window (skip locked).
+create or replace function autotag.split_batch(p_batch autotag.batches, p_parts integer, p_reason text) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tasks bigint[] := autotag.lock_batch_tasks(p_batch.id);
+  v_count integer := cardinality(v_tasks);
+  v_last integer := (select max(b.ordinal) from autotag.batches b where b.job_id = p_batch.job_id);
+begin
+  p_parts := least(p_parts, v_count);
+  update autotag.batches b
+  set state = 'cancelled', worker_id = null, reserved_tokens = 0, finished_at = autotag.now(), error = p_reason where b.id = p_batch.id;
+  with made as (
+    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, extra_tokens, token_refusals, admitted_at, created_at)
+    select p_batch.job_id, p_batch.workspace_id, v_last + n,
+      (n::bigint * v_count / p_parts - (n - 1)::bigint * v_count / p_parts)::integer, ceil(p_batch.extra_tokens::numeric / p_parts)::bigint,
+      greatest(p_batch.token_refusals - 1, 0), case when n = 1 then p_batch.admitted_at end, p_batch.created_at
+    from generate_series(1, p_parts) n
+    returning id, ordinal
+  )
+  update autotag.tasks t set batch_id = m.id
+  from unnest(v_tasks) with ordinality u (id, i)
+  join made m on u.i > (m.ordinal - v_last - 1)::bigint * v_count / p_parts and u.i <= (m.ordinal - v_last)::bigint * v_count / p_parts
+  where t.id = u.id;
+  if p_batch.admitted_at is not null and p_parts > 1 then
+    perform from public.workspace_rate_limits w
+    where w.workspace_id = p_batch.workspace_id and w.request_type = 'batch' for no key update skip locked;
+    if found then
+      perform autotag.correct_window(p_batch.workspace_id, 'batch', p_batch.admitted_at, 0, v_count / p_parts - v_count);
+    end if;
+  end if;
+  perform pg_notify('autotag', 'batch');
+end $$;
+
+-- Splits planned batches that no limit admits any more, because it was lowered after they were planned: the images or requests of one
+-- batch, the workspace's images in an hour, or the provider's queue (a fifth more than it is tried, because what an image takes is
+-- an estimate). At most 20 per call. Called by tick(). Locks: job, batch (both skip locked), tasks, window (skip locked).
+create or replace function autotag.split_oversized() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_found record;
+  v_batch autotag.batches;
+begin
+  for v_found in
+    select b.id, b.job_id, x.images, m.images as max_images
+    from autotag.batches b
+    cross join lateral (select b.image_count - b.express_count as images) x
+    cross join autotag.settings s cross join autotag.provider_limits p
+    cross join lateral autotag.window_limits(b.workspace_id, 'batch') l
+    cross join lateral (select greatest(1, least(s.batch_max_requests::bigint, l.max_units::bigint,
+      case when x.images::bigint * p.tokens_per_image + b.extra_tokens > 1.2 * p.queued_batch_tokens
+        then p.queued_batch_tokens * x.images / (x.images::bigint * p.tokens_per_image + b.extra_tokens) end)) as images) m
+    where b.state = 'planned' and b.worker_id is null and x.images > 1 and x.images > m.images
+    order by b.id limit 20
+  loop
+    perform from autotag.jobs j where j.id = v_found.job_id for no key update skip locked;
+    continue when not found;
+    select * into v_batch from autotag.batches b
+    where b.id = v_found.id and b.state = 'planned' and b.worker_id is null for no key update skip locked;
+    continue when not found;
+    perform autotag.split_batch(v_batch, ceil(v_found.images::numeric / v_found.max_images)::integer,
+      'A limit was lowered, so this batch was split.');
+  end loop;
 end $$;
 
 -- Retries a batch's images without an answer, in the cheapest way allowed: in new batches if p_by_batch and there are more than

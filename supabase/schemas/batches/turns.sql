@@ -154,7 +154,7 @@ begin
   return v_batches;
 end $$;
 
--- When the window of a planned batch's workspace has room for it; null: now; infinity: never with the present limits.
+-- When the window of a planned batch's workspace has room for it; null: now; infinity: never with the present limits (split_oversized() splits it).
 create or replace function autotag.window_opens_at(p_batch autotag.batches) returns timestamptz
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -168,7 +168,8 @@ begin
     and b.created_at < p_batch.created_at;
   return (
     select max(coalesce(a.retry_at, 'infinity'))
-    from (values (v_ahead + 1, 0), (1, p_batch.image_count - p_batch.express_count)) w (batches, images)
+    -- at most a whole window: more would never fit, and this batch would wait without a time
+    from (values (least(v_ahead + 1, (select l.max_requests from autotag.window_limits(p_batch.workspace_id, 'batch') l)), 0), (1, p_batch.image_count - p_batch.express_count)) w (batches, images)
     cross join lateral autotag.admit(p_batch.workspace_id, 'batch', w.batches, w.images, false, p_take => false) a
     where a.admitted = 0);
 end $$;

@@ -1,44 +1,46 @@
 -- Token use of a model's answers: histograms of prompt and answer tokens that decay, and the reservations derived from them.
 
--- The histogram bin of a token count, named by its upper end; bins are 2 % apart.
-create or replace function autotag.token_size(p_tokens integer) returns integer
-language sql immutable parallel safe set search_path = pg_catalog, pg_temp
-as $$
-  select case when p_tokens <= 50 then greatest(p_tokens, 1) else ceil(power(1.02, ceil(ln(p_tokens) / ln(1.02) - 0.000001)))::integer end
-$$;
-
--- A histogram after new counts. Each new count multiplies the old weights by 1 - 1 / p_memory (in answers).
+-- A histogram after new counts: {size: weight}. Each new count multiplies the old weights by 1 - 1 / p_memory (in answers). A bin is
+-- named by its upper end, and bins are 2 % apart.
 create or replace function autotag.decayed_histogram(p_old jsonb, p_counts integer[], p_memory integer) returns jsonb
-language sql immutable set search_path = pg_catalog, pg_temp
+language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
-  select coalesce(jsonb_object_agg(b.size, b.weight), '{}')
-  from (
-    select x.size, round(sum(x.weight)::numeric, 3) as weight
+begin
+  return (
+    select coalesce(jsonb_object_agg(b.size, b.weight), '{}')
     from (
-      select o.key as size, o.value::double precision * power(1 - 1.0 / p_memory, cardinality(p_counts)) as weight
-      from jsonb_each_text(p_old) o
-      union all
-      select autotag.token_size(c)::text, 1 from unnest(p_counts) c) x
-    group by x.size having sum(x.weight) > 0.01) b
-$$;
+      select x.size, round(sum(x.weight)::numeric, 3) as weight
+      from (
+        select o.key as size, o.value::double precision * power(1 - 1.0 / p_memory, cardinality(p_counts)) as weight
+        from jsonb_each_text(p_old) o
+        union all
+        select (case when c.tokens <= 50 then greatest(c.tokens, 1)
+          else ceil(power(1.02, ceil(ln(c.tokens) / ln(1.02) - 0.000001)))::integer end)::text, c.answers
+        from (select u.tokens, count(*) as answers from unnest(p_counts) u (tokens) group by u.tokens) c) x
+      group by x.size having sum(x.weight) > 0.01) b);
+end $$;
 
 -- The quantile p_share (0 to 1) of a histogram; null for an empty one.
 create or replace function autotag.quantile(p_weights jsonb, p_share double precision) returns integer
-language sql immutable set search_path = pg_catalog, pg_temp
+language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
-  select min(s.size) from (
-    select w.key::integer as size, sum(w.value::double precision) over (order by w.key::integer) as upto,
-      sum(w.value::double precision) over () as total
-    from jsonb_each_text(p_weights) w) s
-  where s.upto >= p_share * s.total - 0.000001
-$$;
+begin
+  return (
+    select min(s.size) from (
+      select w.key::integer as size, sum(w.value::double precision) over (order by w.key::integer) as upto,
+        sum(w.value::double precision) over () as total
+      from jsonb_each_text(p_weights) w) s
+    where s.upto >= p_share * s.total - 0.000001);
+end $$;
 
 create or replace function autotag.mean_size(p_weights jsonb) returns integer
-language sql immutable set search_path = pg_catalog, pg_temp
+language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
-  select round(sum(w.key::integer * w.value::double precision) / sum(w.value::double precision))::integer
-  from jsonb_each_text(p_weights) w
-$$;
+begin
+  return (
+    select round(sum(w.key::integer * w.value::double precision) / sum(w.value::double precision))::integer
+    from jsonb_each_text(p_weights) w);
+end $$;
 
 -- First guess of a prompt's tokens: 300 for instructions and schema (measured with o200k and rounded up), plus a square image,
 -- the most expensive shape. The worker sends 512 pixels a side for detail low and 2,048 for high. A model without a row counts
@@ -85,8 +87,10 @@ declare
   v_settings autotag.settings;
   v_learned autotag.learned;
   v_question jsonb := p_provider.question;
-  v_prompt integer := autotag.guess_prompt(v_question);
-  v_output integer := autotag.guess_output(v_question);
+  v_prompt_guess integer := autotag.guess_prompt(v_question);
+  v_output_guess integer := autotag.guess_output(v_question);
+  v_prompt integer := v_prompt_guess;
+  v_output integer := v_output_guess;
   v_margin double precision;
 begin
   select * into v_settings from autotag.settings;
@@ -104,7 +108,7 @@ begin
     -- Cut off 0.5 % of answers: each costs another call, but a higher cap would cost every call its share of the limit.
     v_output := ceil(autotag.quantile(v_learned.output, 0.995) * 1.05 * v_margin) + 8;
     if v_learned.answers < 30 then
-      v_output := greatest(v_output, autotag.guess_output(v_question));
+      v_output := greatest(v_output, v_output_guess);
     end if;
   end if;
   -- A cap above the limit per minute would never be admitted.
@@ -112,7 +116,7 @@ begin
     greatest((0.9 * p_provider.tokens_per_minute)::integer - v_prompt, v_settings.min_output_tokens));
   -- Limit a learned prompt so that the workspace's minute always holds two images, or as many as with the first guess: too
   -- high a value slows tagging down but never stops it. settle() corrects the windows by the real use.
-  v_prompt := least(v_prompt, greatest(v_settings.realtime_tokens_per_minute / 2 - v_output, autotag.guess_prompt(v_question)));
+  v_prompt := least(v_prompt, greatest(v_settings.realtime_tokens_per_minute / 2 - v_output, v_prompt_guess));
   p_provider.output_tokens := v_output;
   p_provider.tokens_per_image := v_prompt + v_output;
   return p_provider;
@@ -166,14 +170,19 @@ begin
   v_question := coalesce(p_question, v_provider.question);
   v_max_allowed := 20 * autotag.guess_prompt(v_question);
   p_inputs := array(select least(i, v_max_allowed) from unnest(p_inputs) i);
-  insert into autotag.learned as l (model, image_detail, reasoning_effort, max_tags, tag_language, answers, prompt, output, learned_at)
-  values (v_question ->> 'model', v_question ->> 'image_detail',
-    coalesce(v_question ->> 'reasoning_effort', ''), (v_question ->> 'max_tags')::integer,
-    v_question ->> 'tag_language', cardinality(p_inputs),
-    autotag.decayed_histogram('{}', p_inputs, v_memory), autotag.decayed_histogram('{}', p_outputs, v_memory), autotag.now())
-  on conflict (model, image_detail, reasoning_effort, max_tags, tag_language) do update
-  set answers = l.answers + cardinality(p_inputs), learned_at = excluded.learned_at,
-      prompt = autotag.decayed_histogram(l.prompt, p_inputs, v_memory), output = autotag.decayed_histogram(l.output, p_outputs, v_memory);
+  update autotag.learned l
+  set answers = l.answers + cardinality(p_inputs), learned_at = autotag.now(),
+      prompt = autotag.decayed_histogram(l.prompt, p_inputs, v_memory), output = autotag.decayed_histogram(l.output, p_outputs, v_memory)
+  where l.model = v_question ->> 'model' and l.image_detail = v_question ->> 'image_detail'
+    and l.reasoning_effort = coalesce(v_question ->> 'reasoning_effort', '')
+    and l.max_tags = (v_question ->> 'max_tags')::integer and l.tag_language = v_question ->> 'tag_language';
+  if not found then
+    insert into autotag.learned (model, image_detail, reasoning_effort, max_tags, tag_language, answers, prompt, output, learned_at)
+    values (v_question ->> 'model', v_question ->> 'image_detail',
+      coalesce(v_question ->> 'reasoning_effort', ''), (v_question ->> 'max_tags')::integer,
+      v_question ->> 'tag_language', cardinality(p_inputs),
+      autotag.decayed_histogram('{}', p_inputs, v_memory), autotag.decayed_histogram('{}', p_outputs, v_memory), autotag.now());
+  end if;
   v_provider := autotag.estimate_tokens(v_provider);
   update autotag.provider_limits p
   set tokens_per_image = v_provider.tokens_per_image, output_tokens = v_provider.output_tokens,

@@ -92,15 +92,15 @@ begin
   end if;
 end $$;
 
--- Whether an error that writing an image's row raised may pass, so that its outcome is kept. Lack of resources and internal errors of
--- the server do. Missing columns, tables or privileges are mistakes in the adapter or in a trigger: they get eight tries, which take a
--- minute. All other errors are the row's own.
+-- Whether an error that writing an image's row raised may pass, so that its outcome is kept. Lack of resources and failures of the
+-- server do: they get twenty tries, which take a quarter of an hour. Missing columns, tables or privileges are mistakes in the adapter or
+-- in a trigger, which somebody may be mending: eight tries, a minute. All other errors are the row's own.
 create or replace function autotag.may_pass(p_state text, p_task bigint) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return left(p_state, 2) in ('53', '54', '57', '58', 'XX')
-    or left(p_state, 2) = '42' and coalesce((select u.tries < 8 from autotag.unstored u where u.task_id = p_task), true);
+  return coalesce((select u.tries from autotag.unstored u where u.task_id = p_task), 0)
+    < case when left(p_state, 2) in ('53', '58', 'XX') then 20 when left(p_state, 2) = '42' then 8 else 0 end;
 end $$;
 
 -- The images of these whose rows or jobs another transaction holds; all of them if even the table is held.
@@ -158,16 +158,9 @@ declare
   v_job record;
 begin
   perform from autotag.jobs j
-  where j.id in (select i.job_id from unnest(p_items) i) order by j.id for no key update;
+  where j.id = any (array(select distinct i.job_id from unnest(p_items) i)) order by j.id for no key update;
   if cardinality(v_failed) < cardinality(p_items) then
-    -- `execute` plans it each time, as in read_reports().
-    execute $q$
-      with ended as (
-        delete from autotag.tasks t using unnest($1) i where t.id = i.task and i.result is not null and t.finished_at is null
-        returning i as item
-      )
-      select array(select e.item from ended e) $q$
-    into v_tagged using p_items;
+    v_tagged := autotag.end_tagged(array(select i from unnest(p_items) i where i.result is not null));
     if p_show and v_tagged <> '{}' then
       v_written := autotag.store_tags(array(select i.asset_id from unnest(v_tagged) i), p_workspace_id,
         array(select i.result from unnest(v_tagged) i), array(select i.mark from unnest(v_tagged) i));
@@ -188,6 +181,28 @@ begin
   loop
     perform autotag.count_finished(v_job.id, v_job.completed, v_job.failed);
   end loop;
+end $$;
+
+-- Deletes the tasks of tagged images, and returns the images whose tasks had not ended. The caller holds their jobs. (The plan is
+-- kept, as in read_reports().)
+create or replace function autotag.end_tagged(p_items autotag.finished[]) returns autotag.finished[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
+as $$
+declare
+  v_deleted bigint[];
+begin
+  with deleted as (
+    -- coalesce: the plan may not use the index of live tasks, and read all of it
+    delete from autotag.tasks t
+    where t.id = any (array(select i.task from unnest(p_items) i)) and coalesce(t.finished_at, 'infinity') = 'infinity'
+    returning t.id
+  )
+  select coalesce(array_agg(d.id), '{}') into v_deleted from deleted d;
+  if cardinality(v_deleted) = cardinality(p_items) then
+    return p_items;
+  end if;
+  return array(select i from unnest(p_items) i join unnest(v_deleted) d on d = i.task);
 end $$;
 
 -- Looks at tagged images whose rows were not written. Returns if all of them are gone or have moved. Raises AT001 if a picture was

@@ -50,11 +50,9 @@ declare
   v_failed record;
   v_notices jsonb := '[]'::jsonb;
 begin
-  -- `execute` plans it each time, as in read_reports().
-  execute $q$
-    select array(select row(t.id, t.job_id, t.asset_id, a.result, null, null, a.mark)::autotag.finished
-      from unnest($1) a join autotag.tasks t on t.id = a.task where a.error is null order by t.id) $q$
-  into v_ended using p_answers;
+  v_ended := array(
+    select row(a.task, a.job_id, a.asset_id, a.result, null, null, a.mark)::autotag.finished
+    from unnest(p_answers) a where a.error is null order by a.task);
   if exists (select from unnest(p_answers) a where a.error is not null) then
     select * into v_settings from autotag.settings;
     v_failed := autotag.end_failed(p_answers);

@@ -51,31 +51,31 @@ begin
     'notices', v_notices || autotag.report_provider(v_report));
 end $$;
 
--- Validates reports and returns those for tasks of the workspace that the worker holds, at most one per task.
+-- Validates reports and returns those for tasks of the workspace that the worker holds, at most one per task. (The plan is kept.
+-- Without the settings, one that was made while the table was empty would read all of it when it is full.)
 create or replace function autotag.read_reports(p_worker uuid, p_workspace_id uuid, p_reports jsonb) returns autotag.answer[]
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
 as $$
 declare
-  v_answers autotag.answer[];
   v_max_allowed record := autotag.believable_usage();
 begin
-  execute $q$ select array(
-    select row(x.id, x.attempt, x.job_id, x.workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens,
-      x.result, autotag.clean_error(x.error, x.result), autotag.clean_usage(x.usage, $3, greatest(coalesce(4 * x.output_tokens + 4000, 100000), $4)), x.called, x.mark)::autotag.answer
+  return array(
+    with reported as materialized (
+      select * from autotag.read_answers(p_reports, v_max_allowed.input)
+    ), held as materialized (
+      select t.id, t.attempt, t.job_id, t.asset_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
+        greatest(coalesce(4 * t.output_tokens + 4000, 100000), v_max_allowed.uncapped) as max_output
+      from autotag.tasks t
+      where t.id = any (array(select r.task from reported r)) and t.worker_id = p_worker and t.workspace_id = p_workspace_id
+    )
+    select row(x.id, x.attempt, x.job_id, p_workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens, x.result,
+      case when x.error is not null or x.result is null then autotag.clean_error(x.error, x.result) end,
+      case when x.valid_usage then x.usage else autotag.clean_usage(x.usage, v_max_allowed.input, x.max_output) end,
+      x.called, x.mark, x.asset_id)::autotag.answer
     from (
-      select distinct on (t.id) t.id, t.attempt, t.job_id, t.workspace_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
-        autotag.clean_result(r.result) as result, r.error, r.usage, r.called, r.mark
-      from (
-        select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
-          case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end as attempt,
-          e -> 'result' as result, e -> 'error' as error, e -> 'usage' as usage,
-          e -> 'called' is distinct from 'false' as called,
-          case when e ->> 'mark' ~ '^[0-9a-f-]{36}$' then (e ->> 'mark')::uuid end as mark
-        from jsonb_array_elements($1) e) r
-      join autotag.tasks t on t.id = r.task and t.attempt = r.attempt and t.worker_id = $2 and t.workspace_id = $5
-      order by t.id) x) $q$
-  into v_answers using p_reports, p_worker, v_max_allowed.input, v_max_allowed.uncapped, p_workspace_id;
-  return v_answers;
+      select distinct on (h.id) h.*, r.result, r.error, r.usage, r.valid_usage, r.called, r.mark
+      from reported r join held h on h.id = r.task and h.attempt = r.attempt order by h.id, r.place) x);
 end $$;
 
 -- What these calls have to say about the provider: the reservations that they did not use, and p_observed (as in settle).

@@ -69,7 +69,7 @@ begin
   insert into autotag.provider_reports (worker_id, at, requests, tokens, observed, answers, asked_at, form_changed, windows)
   select p_report.worker_id, p_report.at, p_report.requests, p_report.tokens, p_report.observed, array(
       select row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens, a.output_tokens, null, a.error, a.usage,
-        a.called, null)::autotag.answer from unnest(p_report.answers) a),
+        a.called, null, a.asset_id)::autotag.answer from unnest(p_report.answers) a),
     p_report.asked_at, p_report.form_changed, p_report.windows;
   if p_report.form_changed or exists (select from unnest(p_report.answers) a where a.error is not null)
      or exists (select from autotag.provider_limits p where p.proven_at is null or p.account_error is not null) then

@@ -40,10 +40,12 @@ begin
     select f.workspace_id, f.job_id, count(*)::integer as tasks, min(f.id) as first_task, max(f.min_output_tokens) as output_tokens
     from freed f group by f.workspace_id, f.job_id
   loop
-    insert into autotag.queues as q (job_id, workspace_id, joined, queued, cursor, output_tokens)
-    values (v_queue.job_id, v_queue.workspace_id, false, v_queue.tasks, v_queue.first_task - 1, v_queue.output_tokens)
+    insert into autotag.queues as q (job_id, workspace_id, joined, queued, overdue_at, cursor, output_tokens)
+    values (v_queue.job_id, v_queue.workspace_id, false, v_queue.tasks, autotag.patience_ends_at(v_queue.tasks, p_now),
+      v_queue.first_task - 1, v_queue.output_tokens)
     on conflict (job_id) do update
-    set queued = q.queued + v_queue.tasks, cursor = least(q.cursor, v_queue.first_task - 1),
+    set queued = q.queued + v_queue.tasks,
+        overdue_at = case when q.queued = 0 then excluded.overdue_at else q.overdue_at end, cursor = least(q.cursor, v_queue.first_task - 1),
         output_tokens = greatest(q.output_tokens, v_queue.output_tokens);
     -- the workspace has no row yet if all its images were in batches
     insert into autotag.workspaces as w (workspace_id, queued, virtual_time)
@@ -231,8 +233,21 @@ begin
   end if;
 end $$;
 
--- The queue of a workspace that is served next: of those that are ready, the one with the fewest released. Null: none is ready. A
--- queue whose upload is being cancelled in an open transaction is not ready for a second. Locks: its job (advisory, shared).
+-- Until when newer uploads may pass an upload of which p_images single calls wait since p_since: upload_patience, or in proportion
+-- longer for more images than chunk_max_images. Without a Batch API an upload can be 50,000 single calls; if it went first after two
+-- minutes, users would wait for hours for one image.
+create or replace function autotag.patience_ends_at(p_images integer, p_since timestamptz) returns timestamptz
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select p_since + s.upload_patience * greatest(1, p_images::double precision / greatest(s.chunk_max_images, 1)) from autotag.settings s);
+end $$;
+
+-- The queue of a workspace that is served next, of those that are ready: the one that is overdue for the longest time, else the one
+-- with the fewest released. So small uploads pass large ones, and every upload ends: when it is overdue, only those that were overdue
+-- before it go first. Null: none is ready. A queue whose upload is being cancelled in an open transaction is not ready for a second.
+-- Locks: its job (advisory, shared).
 create or replace function autotag.next_queue(p_workspace_id uuid, p_now timestamptz) returns autotag.queues
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
 as $$
@@ -241,8 +256,13 @@ declare
 begin
   loop
     select * into v_queue from autotag.queues q
-    where q.workspace_id = p_workspace_id and q.queued > 0 and q.ready_at <= p_now
-    order by q.released, q.job_id limit 1;
+    where q.workspace_id = p_workspace_id and q.queued > 0 and q.overdue_at <= p_now and q.ready_at <= p_now
+    order by q.overdue_at, q.job_id limit 1;
+    if not found then
+      select * into v_queue from autotag.queues q
+      where q.workspace_id = p_workspace_id and q.queued > 0 and q.ready_at <= p_now
+      order by q.released, q.job_id limit 1;
+    end if;
     exit when not found or pg_try_advisory_xact_lock_shared(autotag.job_key(v_queue.job_id));
     update autotag.queues q set ready_at = p_now + interval '1 s' where q.job_id = v_queue.job_id;
   end loop;
@@ -281,7 +301,9 @@ begin
       cursor = coalesce(v_ids[cardinality(v_ids)], q.cursor),
       reached = greatest(q.reached, v_ids[cardinality(v_ids)]),
       output_tokens = case when q.queued > v_gone then q.output_tokens end,
-      ready_at = case when q.chunk is null then q.ready_at else p_now + (select s.chunk_delay from autotag.settings s) end
+      -- no delay for an overdue upload, or newer ones would pass it meanwhile
+      ready_at = case when q.chunk is null or q.overdue_at <= p_now then q.ready_at
+        else p_now + (select s.chunk_delay from autotag.settings s) end
   where q.job_id = p_queue.job_id;
   update autotag.workspaces w
   set queued = w.queued - v_gone, virtual_time = w.virtual_time + cardinality(v_ids)

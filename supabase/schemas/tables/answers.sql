@@ -13,7 +13,8 @@ create type autotag.answer as (
   error jsonb,                 -- {kind, code, message, retry, retry_after, origin, parameter}
   usage jsonb,                 -- as clean_usage() returns it; null: the provider gave no figures
   called boolean,              -- whether the call was sent
-  mark uuid                    -- of the picture that the model saw (describe_assets); null: not known
+  mark uuid,                   -- of the picture that the model saw (describe_assets); null: not known
+  asset_id uuid
 );
 
 -- The state of one batch, as a poll of OpenAI showed it.

@@ -3,7 +3,7 @@
 --   planned ─► preparing ─► uploading ─► creating ─► submitted ─► ended ─► harvesting ─► done
 --      ▲  (images fetched,   (input file  (about to   (OpenAI has  (OpenAI  (answers are
 --      │   file built)        uploaded)    create)     it)          is done) stored)
---      └── OpenAI's queue was full: retried later (with its file)      cancelled: before OpenAI had it
+--      └── OpenAI's queue was full: retried later (with its file)      cancelled: before OpenAI had it, or split into smaller ones
 --
 -- A worker that takes over a row in `creating` first lists the batches at OpenAI and adopts the one that carries the row's
 -- id in its metadata. The worker that holds a row knows its `attempt`; a call with an older attempt is refused.
@@ -37,6 +37,7 @@ create table autotag.batches (
   request_done integer not null default 0,    -- answered or failed, as OpenAI counts
   running_at timestamptz,                     -- when a poll first saw OpenAI working on it
   predicted_seconds double precision,         -- predicted duration at the time OpenAI got it
+  token_refusals integer not null default 0,  -- how often OpenAI refused it because its queue was full (token_limit_exceeded)
   progress_at timestamptz,                    -- when a poll last saw a change
   missing_polls integer not null default 0,   -- polls in a row that did not find it at OpenAI …
   last_missing_poll_at timestamptz,                   -- … and the last of them (workers.poll_assigned_at): each poll counts once

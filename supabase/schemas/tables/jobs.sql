@@ -47,7 +47,8 @@ create table autotag.queues (
   workspace_id uuid not null,
   joined boolean not null default false,   -- counted in its workspace; enqueue_tagging inserts it, and the next claim counts it
   queued integer not null default 0 check (queued >= 0),
-  released integer not null default 0,  -- the job with the fewest released goes first: small uploads pass large ones
+  released integer not null default 0,  -- the job with the fewest released goes first: small uploads pass large ones …
+  overdue_at timestamptz not null default 'infinity',   -- … until this time; from then on it goes first (patience_ends_at)
   cursor bigint not null default 0,
   reached bigint not null default 0,    -- the last task that was ever released: no later task is held by a worker
   output_tokens integer,                -- largest cap that one of the waiting tasks needs, where an answer was cut off
@@ -55,6 +56,7 @@ create table autotag.queues (
   ready_at timestamptz not null default '-infinity'   -- … and no more before this time
 ) with (fillfactor = 50);
 create index queues_turn_idx on autotag.queues (workspace_id, released, job_id) where queued > 0;
+create index queues_overdue_idx on autotag.queues (workspace_id, overdue_at, job_id) where queued > 0;
 create index queues_new_idx on autotag.queues (job_id) where not joined;
 alter table autotag.queues enable row level security;
 

@@ -35,6 +35,9 @@ create table autotag.settings (
   batch_images_per_hour integer not null default 5000 check (batch_images_per_hour > 0),
   -- single calls that would wait longer are sent in a batch instead
   realtime_max_wait interval not null default '10 min' check (realtime_max_wait > '0'),
+  -- how long newer uploads of its workspace may pass an upload whose single calls wait; uploads of more than chunk_max_images
+  -- images can be passed for longer, in proportion
+  upload_patience interval not null default '2 min' check (upload_patience >= '0'),
   -- whether members may call check_rate_limit, which counts against the limit; they may always call peek_rate_limit
   members_may_take boolean not null default false,
   -- Longest expected time from the release of a call to its arrival at the provider. This share of a minute's limit stays

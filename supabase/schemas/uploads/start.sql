@@ -37,8 +37,8 @@ begin
   values (p_workspace_id, p_user_id, v_plan.strategy, v_plan.fallback, v_count, v_now, autotag.request_traceparent())
   returning * into v_job;
   v_first_task := autotag.add_tasks(v_job, v_plan, v_new, v_new_seen);
-  insert into autotag.queues (job_id, workspace_id, queued, cursor, chunk)
-  values (v_job.id, p_workspace_id, v_plan.express, v_first_task - 1, v_plan.chunk);
+  insert into autotag.queues (job_id, workspace_id, queued, overdue_at, cursor, chunk)
+  values (v_job.id, p_workspace_id, v_plan.express, autotag.patience_ends_at(v_plan.express, v_now), v_first_task - 1, v_plan.chunk);
   v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
   perform autotag.show(p_workspace_id, v_new, 'queued', 0, v_job.eta);
 

@@ -104,3 +104,17 @@ begin
       'Give them a direct or session-mode DATABASE_URL (port 5432).')
     else autotag.finding('workers', 'ok', format('%s alive, version %s.', v_workers, v_versions)) end;
 end $$;
+
+-- Whether something waits that only a change of limits can set free (list_waiting).
+create or replace function autotag.diagnose_waiting() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_stuck jsonb := (
+    select jsonb_agg(w) from jsonb_array_elements(autotag.list_waiting(200, autotag.now())) w where w -> 'until' = 'null');
+begin
+  return case when v_stuck is null then autotag.finding('waiting', 'ok', 'Everything that waits has a time when it goes on.')
+    else autotag.finding('waiting', 'warning',
+      format('%s images of workspace %s wait without a time. %s', v_stuck #>> '{0,images}', v_stuck #>> '{0,workspace_id}', v_stuck #>> '{0,reason}'),
+      'Raise its max_units in public.workspace_rate_limits.') end;
+end $$;

@@ -32,6 +32,38 @@ begin
       group by t.error_code order by count(*) desc limit p_max) x);
 end $$;
 
+-- What waits, and why, at most p_max of each kind: [{kind, workspace_id, id, images, reason, until}]. until null: without a time, so
+-- the owner has to change something. kind: batch and upload (id: of the batch, of the upload in automatic mode), workspace (its
+-- single calls), outcomes (tags that wait for the host's rows).
+create or replace function autotag.list_waiting(p_max integer, p_now timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select coalesce(jsonb_agg(jsonb_build_object('kind', x.kind, 'workspace_id', x.workspace_id, 'id', x.id, 'images', x.images,
+      'reason', x.reason, 'until', nullif(x.until, 'infinity')) order by x.until desc, x.kind, x.workspace_id, x.id), '[]')
+    from (
+      (select 'batch' as kind, b.workspace_id, b.id::text as id, (b.image_count - b.express_count)::bigint as images, b.not_before as until,
+        case when b.not_before = 'infinity' then 'It has more images than the workspace may send in an hour; it is split within a minute.'
+          when b.admitted_at is null and b.state = 'planned' then 'The workspace has used up its batches or images of this hour.'
+          else coalesce(b.error, 'It is tried again.') end as reason
+      from autotag.batches b
+      where b.state not in ('done', 'cancelled') and b.worker_id is null and b.not_before > p_now order by b.not_before desc, b.id limit p_max)
+      union all
+      (select 'workspace', w.workspace_id, null, w.queued, w.ready_at,
+        case when w.ready_at = 'infinity' then format('One image reserves more than the workspace''s %s tokens a minute.', l.max_units)
+          else 'The workspace has used up its limit of this minute, or its next chunk is not due.' end
+      from autotag.workspaces w cross join lateral autotag.window_limits(w.workspace_id, 'realtime') l
+      where w.queued > 0 and not w.ready and w.ready_at > p_now order by w.ready_at desc, w.workspace_id limit p_max)
+      union all
+      (select 'upload', u.workspace_id, u.id::text, (select count(*) from autotag.arrivals a where a.upload_id = u.id), u.seal_at,
+        'A quota is used up, or the workspace has as many unfinished images as it may have.'
+      from autotag.uploads u where u.postponed and u.seal_at > p_now order by u.seal_at desc, u.id limit p_max)
+      union all
+      (select 'outcomes', u.workspace_id, null, count(*), min(u.next_at), 'Other transactions hold the rows of these images, or writing them takes too long.'
+      from autotag.unstored u group by u.workspace_id order by 4 desc limit p_max)) x);
+end $$;
+
 -- The state of the system as one JSON object; lists are cut to p_max (at most 200). The README shows how it is printed.
 -- It contains ids of workspaces, uploads, batches and workers, and no image. To know an id gives no right to anything.
 create or replace function autotag.status(p_max integer default 20) returns jsonb
@@ -80,6 +112,7 @@ begin
         'held', cardinality(autotag.leased_tasks(w.id))) order by w.started_at), '[]')
       from autotag.workers w),
     'errors', autotag.recent_errors(p_max, v_now),
+    'waiting', autotag.list_waiting(p_max, v_now),
     'today', (
       select jsonb_build_object('images', coalesce(sum(u.images), 0), 'requests', coalesce(sum(u.requests), 0),
         'input_tokens', coalesce(sum(u.input_tokens), 0), 'output_tokens', coalesce(sum(u.output_tokens), 0),

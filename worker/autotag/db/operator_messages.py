@@ -176,6 +176,17 @@ class TodayStatus(TypedDict):
     unpriced_models: list[str]
 
 
+class Waiting(TypedDict):
+    """What waits, and why. kind: ``batch``, ``workspace``, ``upload`` or ``outcomes``; until: ISO, None without a time."""
+
+    kind: str
+    workspace_id: str
+    id: str | None
+    images: int
+    reason: str
+    until: str | None
+
+
 class SystemStatus(TypedDict):
     """The current state of the whole system (``autotag.status``). at: ISO."""
 
@@ -187,6 +198,7 @@ class SystemStatus(TypedDict):
     model: ModelStatus
     workers: list[WorkerStatus]
     errors: list[FailedImages]
+    waiting: list[Waiting]
     today: TodayStatus
 
 

@@ -116,7 +116,9 @@ def count_answers(lane: str, reports: Iterable[Report] | Iterable[BatchAnswer]) 
     for report in reports:
         error = report.get("error")
         outcomes[error["kind"] if error else "tagged"] += 1
-        tokens.update({k: v for k, v in (report.get("usage") or {}).items() if isinstance(v, int)})
+        for kind, count in (report.get("usage") or {}).items():
+            if isinstance(count, int):
+                tokens[kind] += count
     for outcome, images in outcomes.items():
         ANSWERED.labels(lane, outcome).inc(images)
     for kind, billed in tokens.items():

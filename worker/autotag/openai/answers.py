@@ -57,7 +57,7 @@ def read_completion(completion: dict[str, Any], max_tags: int) -> TagResult:
     choice, message = _read_choice(completion)
     finish = str(choice.get("finish_reason") or "").lower()
     refusal = message.get("refusal")
-    if refusal or WITHHELD.search(finish):
+    if refusal or finish != "stop" and WITHHELD.search(finish):
         raise image_error("refused", "The AI declined to describe this image.")
     content = _content(message)
     answer = _find_answer(content)
@@ -215,6 +215,8 @@ def _read_tags(listed: Any) -> list[tuple[str, float | None]] | None:
             return None
     else:
         return None
+    if all(isinstance(tag, str) and type(value) is float and 0 <= value <= 1 for tag, value in pairs):  # the schema
+        return pairs[:MAX_LISTED]
     scale = _scale([value for _, value in pairs])
     return [(str(tag), _confidence(value, scale)) for tag, value in pairs[:MAX_LISTED]]
 
@@ -223,6 +225,8 @@ def _read_tag(item: Any) -> tuple[str, Any] | None:
     """The tag, and its confidence in the form that the model gave; None if the item is not a tag."""
     if isinstance(item, str):
         return item, None
+    if isinstance(item, dict) and len(item) == 2 and isinstance(item.get("tag"), str) and "confidence" in item:
+        return item["tag"], item["confidence"]  # as the schema asks for
     if isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[0], str):
         return item[0], item[1]
     if not isinstance(item, dict):

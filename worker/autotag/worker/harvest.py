@@ -17,7 +17,7 @@ from autotag.worker.files import Files
 from autotag.worker.notices import log_notices
 from autotag.worker.slots import BatchSlots
 
-MAX_ANSWERS = 500  # answers stored in one call
+MAX_ANSWERS = 1000  # answers stored in one call; with 500 it takes 6 µs longer for each
 
 log = structlog.get_logger(__name__)
 
