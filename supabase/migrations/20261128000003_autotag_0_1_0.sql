@@ -3441,7 +3441,7 @@ end $$;
 -- Checks the counts of queues and workspaces, and corrects those that are wrong; deletes the queues of finished uploads. Retries
 -- workspaces whose next image exceeds the window's limit: the limit may have been raised. Called by tick(). Locks: provider.
 create or replace function autotag.repair_queues() returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off set jit = off
 as $$
 begin
   perform autotag.lock_provider();
@@ -4741,7 +4741,7 @@ begin
       case when x.images::bigint * p.tokens_per_image + b.extra_tokens > 1.2 * p.queued_batch_tokens
         then p.queued_batch_tokens * x.images / (x.images::bigint * p.tokens_per_image + b.extra_tokens) end)) as images) m
     where b.state = 'planned' and b.worker_id is null and x.images > 1 and x.images > m.images
-    order by b.id limit 20
+    limit 20   -- in no order: one by id would read all batches that ever were
   loop
     perform from autotag.jobs j where j.id = v_found.job_id for no key update skip locked;
     continue when not found;
@@ -7532,7 +7532,7 @@ end $$;
 -- Ends uploads without a task that could end: their tasks were deleted by hand. What is missing counts as failed. Called by tick().
 -- Locks: jobs (skip locked).
 create or replace function autotag.end_empty_jobs() returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off set jit = off
 as $$
 declare
   v_job autotag.jobs;
