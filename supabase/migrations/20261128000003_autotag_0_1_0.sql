@@ -3429,11 +3429,12 @@ begin
     set queued = q.queued + v_queue.tasks,
         overdue_at = case when q.queued = 0 then excluded.overdue_at else q.overdue_at end, cursor = least(q.cursor, v_queue.first_task - 1),
         output_tokens = greatest(q.output_tokens, v_queue.output_tokens);
-    update autotag.workspaces w
-    set queued = w.queued + v_queue.tasks, ready = true,
-        virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end
-    from autotag.queues q
-    where w.workspace_id = v_queue.workspace_id and q.job_id = v_queue.job_id and q.joined;
+    -- the workspace has no row yet if all its images were in batches
+    insert into autotag.workspaces as w (workspace_id, queued, virtual_time)
+    select q.workspace_id, v_queue.tasks, p_virtual_time from autotag.queues q where q.job_id = v_queue.job_id and q.joined
+    on conflict (workspace_id) do update
+    set queued = w.queued + excluded.queued, ready = true,
+        virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end;
   end loop;
   perform autotag.join_queues(p_virtual_time);
 end $$;
@@ -3441,7 +3442,7 @@ end $$;
 -- Checks the counts of queues and workspaces, and corrects those that are wrong; deletes the queues of finished uploads. Retries
 -- workspaces whose next image exceeds the window's limit: the limit may have been raised. Called by tick(). Locks: provider.
 create or replace function autotag.repair_queues() returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off set jit = off
 as $$
 begin
   perform autotag.lock_provider();
@@ -3456,6 +3457,9 @@ begin
       where t.job_id = e.job_id and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null and t.finished_at is null) n
     where e.queued = 0) c
   where q.job_id = c.job_id and c.waiting > 0;
+  insert into autotag.workspaces (workspace_id, virtual_time)
+  select q.workspace_id, p.virtual_time from autotag.queues q, autotag.provider_limits p where q.joined and q.queued > 0
+  on conflict do nothing;
   update autotag.workspaces w set queued = c.queued
   from (
     select s.workspace_id, coalesce(sum(q.queued) filter (where q.joined), 0)::integer as queued
@@ -3726,7 +3730,7 @@ declare
 begin
   tasks := '{}';
   p_slots := least(p_slots, 1000);   -- with 8 kB of URL each, of escaped bytes, describe_tasks() returns less than 50 MB
-  if p_slots is null or p_slots < 1 then
+  if p_slots is null or p_slots < 1 or p_claim is null then
     return;
   end if;
   v_provider := autotag.sync_question(autotag.lock_provider());
@@ -4168,7 +4172,7 @@ begin
   if v_provider.question_version is distinct from p_question then
     question := v_provider.question || jsonb_build_object('version', v_provider.question_version);
   end if;
-  if not autotag.lock_worker(p_worker) then
+  if p_claim is null or not autotag.lock_worker(p_worker) then
     wait := 1;  -- its next heartbeat returns false, and it registers again
     return;
   end if;
@@ -4738,7 +4742,7 @@ begin
       case when x.images::bigint * p.tokens_per_image + b.extra_tokens > 1.2 * p.queued_batch_tokens
         then p.queued_batch_tokens * x.images / (x.images::bigint * p.tokens_per_image + b.extra_tokens) end)) as images) m
     where b.state = 'planned' and b.worker_id is null and x.images > 1 and x.images > m.images
-    order by b.id limit 20
+    limit 20   -- in no order: one by id would read all batches that ever were
   loop
     perform from autotag.jobs j where j.id = v_found.job_id for no key update skip locked;
     continue when not found;
@@ -6252,9 +6256,10 @@ begin
   if not autotag.is_own_worker(p_worker) then
     return '[]'::jsonb;
   end if;
+  p_limit := greatest(least(coalesce(p_limit, 0), 1000), 0);
   for v_row in
     select u.* from autotag.unstored u where u.workspace_id = p_workspace_id and u.next_at <= v_now
-    order by u.next_at, u.task_id limit greatest(least(p_limit, 1000), 0) for update skip locked
+    order by u.next_at, u.task_id limit p_limit for update skip locked
   loop
     if p_limit = 1 and v_row.timeouts + 1 >= v_max then
       select * into v_task from autotag.tasks t where t.id = v_row.task_id;
@@ -7528,16 +7533,16 @@ end $$;
 -- Ends uploads without a task that could end: their tasks were deleted by hand. What is missing counts as failed. Called by tick().
 -- Locks: jobs (skip locked).
 create or replace function autotag.end_empty_jobs() returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off set jit = off
 as $$
 declare
   v_job autotag.jobs;
 begin
   for v_job in
     select j.* from autotag.jobs j
-    -- (not `not exists`, which would read all tasks)
+    -- a look-up per live upload: a join may read all live images, and an order by id all uploads that were ever finished
     where j.finished_at is null and (select t.id from autotag.tasks t where t.job_id = j.id and t.finished_at is null limit 1) is null
-    for no key update skip locked
+    limit 100 for no key update skip locked
   loop
     -- a report may have ended the last one between the query and the lock
     select * into v_job from autotag.jobs j where j.id = v_job.id;
