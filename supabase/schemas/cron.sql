@@ -17,8 +17,7 @@ begin
       and (select a.admitted > 0 from autotag.admit(w.workspace_id, 'batch', 1, 0, false, false) a)
     for update skip locked);
   if exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at <= v_now))
-     or exists (select from autotag.tasks t where t.retry_at <= v_now)
-     or exists (select from autotag.uploads u where u.seal_at <= v_now) then
+     or exists (select from autotag.tasks t where t.retry_at <= v_now) then
     perform pg_notify('autotag', 'realtime');
   end if;
   if exists (select from autotag.batches b where b.worker_id is null and b.not_before <= v_now
@@ -50,6 +49,11 @@ begin
         select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
     end if;
   end loop;
+  delete from autotag.pictures p using autotag.jobs j
+  where j.id = p.job_id and j.finished_at < v_now - (select s.repeat_window from autotag.settings s);
+  delete from autotag.uploads u where not exists (select from autotag.arrivals a where a.upload_id = u.id);
+  update autotag.arrivals a set upload_id = null
+  where a.upload_id is not null and not exists (select from autotag.uploads u where u.id = a.upload_id);
   delete from public.workspace_rate_limits w
   where w.max_requests is null and w.max_units is null
     and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h';

@@ -129,7 +129,7 @@ begin
 end $$;
 
 -- The provider has no Batch API: turns the unsubmitted batches of one job into single calls. False: there is no such job. One
--- job per call, for the same reason as in seal_upload(). Called by claim(), which holds the provider row.
+-- job per call, because a job's locks come before the next workspace's in the order of locks. Called by claim(), which holds the provider row.
 -- Locks: workspace, job, batches, tasks by id.
 create or replace function autotag.batches_to_single_calls(p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -204,7 +204,7 @@ begin
 end $$;
 
 -- 429s persist: puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait. False: there is
--- no such upload. One upload per call, for the same reason as in seal_upload(). Called by claim(), which holds the provider row.
+-- no such upload. One upload per call, because a job's locks come before the next workspace's in the order of locks. Called by claim(), which holds the provider row.
 -- Locks: workspace, job, tasks by id.
 create or replace function autotag.single_calls_to_batch(p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp

@@ -135,6 +135,22 @@ begin
       'renews_at', v_quota.renews_at, 'retry_after', extract(epoch from v_quota.renews_at - autotag.now())));
 end $$;
 
+-- Takes the locks of an upload (lock_workspace, check_quotas) if all of them are free, and waits for nobody. False: none was taken.
+create or replace function autotag.try_lock_quotas(p_workspace_id uuid, p_user_id uuid) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
+as $$
+begin
+  if p_user_id is not null and exists (select from autotag.quotas q where q.scope = 'user')
+    and not pg_try_advisory_xact_lock(hashtextextended('autotag.user ' || p_user_id::text, 0)) then
+    raise lock_not_available;
+  end if;
+  insert into autotag.workspaces (workspace_id) values (p_workspace_id) on conflict do nothing;
+  perform from autotag.workspaces w where w.workspace_id = p_workspace_id for update nowait;
+  return found;
+exception when lock_not_available then
+  return false;   -- the subtransaction has released what it took
+end $$;
+
 -- Refuses the retries that a quota has no room for. An answer with usage was billed, and another try will be billed again. It is
 -- allowed while every quota of its workspace and user has room for it beside what is billed and reserved, at the price of a single
 -- call with its new cap. Returns the answers, with the errors of the others changed to `quota_exceeded`, which ends their images.

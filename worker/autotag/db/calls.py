@@ -40,6 +40,7 @@ from autotag.db.messages import (
     Refused,
     Registered,
     Report,
+    Sealed,
     Sent,
     Settled,
     StageReport,
@@ -50,6 +51,7 @@ from autotag.db.messages import (
 from autotag.redact import safe_message
 
 POOL_SIZE = 4  # connections; claim, settle, stages and the batch lane rarely run at the same time
+SEAL_TIMEOUT = 5.0  # seconds; 50,000 images take about two
 
 log = structlog.get_logger(__name__)
 
@@ -207,6 +209,18 @@ class Database:
         )
         images = [make(Image, task) for task in row["tasks"]]
         return Claim(images, row["wait"], row["bound"], self._settings(question, row["question"]))
+
+    async def seal_uploads(self) -> Sealed:
+        """Makes a job of one upload of automatic mode that is complete. Not retried.
+
+        A trigger of the host that takes long is canceled after `SEAL_TIMEOUT`, and that upload is postponed.
+        """
+        async with self._pool.connection() as connection, connection.transaction():
+            await connection.execute("select set_config('statement_timeout', %s, true)", (f"{SEAL_TIMEOUT:g}s",))
+            cursor = await connection.execute(
+                "select sealed, more, wait, notices from autotag.seal_uploads(%s)", (self.worker,)
+            )
+            return make(Sealed, cast("dict[str, Any]", await cursor.fetchone()))
 
     async def report_stages(self, stages: list[StageReport], sent: Sent | None) -> None:
         """Reports stages of images, and calls that were sent."""

@@ -22,7 +22,7 @@ from autotag.images.load import Images
 from autotag.observability.metrics import SystemMetrics
 from autotag.openai.provider import Provider, fingerprint
 from autotag.redact import safe_message
-from autotag.worker import realtime
+from autotag.worker import realtime, uploads
 from autotag.worker.batch import BatchLane
 from autotag.worker.broadcast import deliver_outbox
 from autotag.worker.observations import Observations
@@ -149,6 +149,7 @@ class _ConnectedWorker:
                     *([listen(str(settings.database_url), wake.notify)] if wake.poll_every is None else []),
                     self._heartbeat(beat, health),
                     self._deliver_outbox(settings.secret_key()),
+                    uploads.run(db, wake),
                     outcomes.run(),
                     stages.run(),
                 )
