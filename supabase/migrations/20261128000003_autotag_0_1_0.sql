@@ -1999,7 +1999,7 @@ declare
   v_tagged autotag.picture[] := array(select p from unnest(p_pictures) p where p.tagged);
 begin
   if v_tagged = '{}' then
-    return '{}';   -- almost always: nothing is read for new images
+    return array[]::autotag.repeated[];   -- almost always: nothing is read for new images
   end if;
   return array(
     with recent as materialized (
@@ -2185,7 +2185,7 @@ as $$
 begin
   return coalesce((select auth.uid()), '00000000-0000-0000-0000-000000000000');
 exception when others or assert_failure then
-  return '00000000-0000-0000-0000-000000000000';
+  return '00000000-0000-0000-0000-000000000000'::uuid;
 end $$;
 
 -- Collects the images that one statement inserted: their ids and workspaces; those without a workspace are left out. Whether there is
@@ -2310,7 +2310,7 @@ begin
   if v_next is not null or v_done or autotag.is_automatic() then
     v_next := least(v_next, v_now + (select least(greatest(s.upload_quiet, '0.2 s'), '10 s') from autotag.settings s));
   end if;
-  wait := greatest(autotag.real_seconds(v_next - v_now), 0);
+  wait := case when v_next is not null then greatest(autotag.real_seconds(v_next - v_now), 0) end;
 end $$;
 
 -- Whether automatic mode is on.

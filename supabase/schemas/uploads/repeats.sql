@@ -9,7 +9,7 @@ declare
   v_tagged autotag.picture[] := array(select p from unnest(p_pictures) p where p.tagged);
 begin
   if v_tagged = '{}' then
-    return '{}';   -- almost always: nothing is read for new images
+    return array[]::autotag.repeated[];   -- almost always: nothing is read for new images
   end if;
   return array(
     with recent as materialized (
