@@ -2261,8 +2261,9 @@ begin
 end $$;
 
 -- Makes a job of one upload that is due, in a transaction of its own: it writes the host's rows, so it holds nothing that other
--- tenants need. It waits for nobody: an upload whose quotas are locked at the moment is skipped. One upload of each user comes before
--- the second of any, so that a crowd of uploads does not keep others waiting. A worker calls it again at once while `more` is true.
+-- tenants need. It waits for nobody: an upload whose quotas are locked at the moment is skipped. Of each user the oldest upload is
+-- eligible, and the fewer uploads a user has, the more probable is theirs: a crowd of uploads does not keep others waiting, and is not
+-- kept waiting for ever. A worker calls it again at once while `more` is true.
 --   sealed: how many jobs were made.   more: another upload is due.
 --   wait: seconds until the next call; null: automatic mode is off, and nothing waits.
 --   notices: [{event, notice}] for the log.
@@ -2288,9 +2289,10 @@ begin
     return;
   end if;
   for v_upload in
-    select l.*, row_number() over (
-      partition by coalesce(nullif(l.uploader, '00000000-0000-0000-0000-000000000000'), l.workspace_id) order by l.due_at) as place
-    from autotag.list_uploads(v_now) l order by l.due_at > v_now, place, l.due_at
+    select l.*
+    from autotag.list_uploads(v_now) l
+    window users as (partition by coalesce(nullif(l.uploader, '00000000-0000-0000-0000-000000000000'), l.workspace_id), l.due_at > v_now)
+    order by l.due_at > v_now, (row_number() over (users order by l.due_at)) > 1, random() * (count(*) over users)
   loop
     if v_upload.due_at > v_now then
       v_next := least(v_next, v_upload.due_at);
