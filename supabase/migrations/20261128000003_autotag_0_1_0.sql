@@ -2820,18 +2820,32 @@ begin
       'renews_at', v_quota.renews_at, 'retry_after', extract(epoch from v_quota.renews_at - autotag.now())));
 end $$;
 
--- Takes the locks of an upload (lock_workspace, check_quotas) if all of them are free, and waits for nobody. False: none was taken.
-create or replace function autotag.try_lock_quotas(p_workspace_id uuid, p_user_id uuid) returns boolean
+-- Takes the locks of an upload: of its workspace, and of its user where quotas count a user. p_wait false: returns false if another
+-- transaction holds one of them.
+create or replace function autotag.lock_quotas(p_workspace_id uuid, p_user_id uuid, p_wait boolean default true) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
 begin
   if p_user_id is not null and exists (select from autotag.quotas q where q.scope = 'user')
     and not pg_try_advisory_xact_lock(hashtextextended('autotag.user ' || p_user_id::text, 0)) then
-    raise lock_not_available;
+    return false;
   end if;
   insert into autotag.workspaces (workspace_id) values (p_workspace_id) on conflict do nothing;
   perform from autotag.workspaces w where w.workspace_id = p_workspace_id for update nowait;
   return found;
+exception when lock_not_available then
+  return false;
+end $$;
+
+-- Takes all locks of an upload (lock_quotas), or none: a lock that was taken before one was busy would hold up its own workspace.
+create or replace function autotag.try_lock_quotas(p_workspace_id uuid, p_user_id uuid) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not autotag.lock_quotas(p_workspace_id, p_user_id, false) then
+    raise lock_not_available;
+  end if;
+  return true;
 exception when lock_not_available then
   return false;   -- the subtransaction has released what it took
 end $$;

@@ -235,7 +235,9 @@ KINDS = {
 
 @pytest.mark.parametrize("how", KINDS.values(), ids=KINDS)
 def test_an_image_that_raises_fails_by_itself(sealer: Library, how: dict[str, str]) -> None:
-    sealer.sql(REFUSE.replace("{kind}", how["kind"]).replace("{when}", how["when"]).replace("{deferred}", how["deferred"]))
+    sealer.sql(
+        REFUSE.replace("{kind}", how["kind"]).replace("{when}", how["when"]).replace("{deferred}", how["deferred"])
+    )
     other = Library(sealer.stack, sealer.stack.add_member())
     assets = sealer.insert([f"{'odd' if n in (3, 17) else n}{n}.jpg" for n in range(30)])
     other.insert(["a.jpg"])

@@ -87,7 +87,9 @@ def test_a_locked_table_costs_the_collection_and_not_the_insert(sealer: Library)
         assert len(insert(connection, *[sealer.member.workspace] * 3)) == 3
         timeout = connection.execute("show statement_timeout").fetchone()
         lock_timeout = connection.execute("show lock_timeout").fetchone()
-    assert (timeout, lock_timeout) == ({"statement_timeout": "5s"}, {"lock_timeout": "0"}), "the host's own settings stay"
+    assert (timeout, lock_timeout) == ({"statement_timeout": "5s"}, {"lock_timeout": "0"}), (
+        "the host's own settings stay"
+    )
     assert collected(sealer) == []
 
 
@@ -112,7 +114,9 @@ def test_a_subtransaction_that_rolls_back_takes_its_images_with_it(sealer: Libra
 
 
 def test_a_deferred_constraint_that_fails_takes_its_images_with_it(sealer: Library) -> None:
-    sealer.sql("alter table public.assets add constraint one unique (workspace_id, image_url) deferrable initially deferred")
+    sealer.sql(
+        "alter table public.assets add constraint one unique (workspace_id, image_url) deferrable initially deferred"
+    )
     with pytest.raises(psycopg.errors.UniqueViolation), host(sealer) as connection:
         for _ in range(2):
             connection.execute("insert into public.assets (workspace_id, image_url) values (%s, 'https://x/1.jpg')",
@@ -134,7 +138,9 @@ def test_a_copy_of_20_000_rows_is_one_upload(sealer: Library) -> None:
     assert collected(sealer) == []
 
 
-@pytest.mark.parametrize("kind", ["a foreign file", "a location that is too long", "no location", "a copy of a tagged row"])
+@pytest.mark.parametrize(
+    "kind", ["a foreign file", "a location that is too long", "no location", "a copy of a tagged row"]
+)
 def test_what_is_odd_in_a_row_is_found_out_later(sealer: Library, kind: str) -> None:
     """The insert does not look at locations. A refused one becomes a task, which fails with the reason."""
     workspace = sealer.member.workspace
@@ -194,12 +200,16 @@ def test_every_image_that_is_committed_is_in_one_job_of_its_uploader(sealer: Lib
         for step in range(120):
             session = choice.choice(sessions)
             connection = session.connection
-            match choice.choice(["insert"] * 6 + ["savepoint", "back", "commit", "commit", "rollback", "seal", "delete"]):
+            match choice.choice(
+                ["insert"] * 6 + ["savepoint", "back", "commit", "commit", "rollback", "seal", "delete"]
+            ):
                 case "insert":
                     user = choice.choice(users)
                     name = choice.choice(list(TOKENS))
                     make = TOKENS[name]
-                    connection.execute("select set_config('request.jwt.claims', %s, true)", (make(user) if make else "",))
+                    connection.execute(
+                        "select set_config('request.jwt.claims', %s, true)", (make(user) if make else "",)
+                    )
                     rows = choice.choices([*spaces, *([gone] if gone else []), None], k=choice.choice([1, 1, 3, 20]))
                     got = connection.execute(
                         "insert into public.assets (workspace_id, storage_path) select w, coalesce(w, gen_random_uuid()) || '/x'"

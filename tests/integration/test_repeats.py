@@ -16,7 +16,11 @@ __all__ = ["sealer"]
 
 def shift(library: Library, by: str) -> None:
     """Time passes: everything that has happened was earlier."""
-    library.sql("update autotag.jobs set created_at = created_at - %s::interval, finished_at = finished_at - %s::interval", by, by)
+    library.sql(
+        "update autotag.jobs set created_at = created_at - %s::interval, finished_at = finished_at - %s::interval",
+        by,
+        by,
+    )
 
 
 async def tagged(library: Library, assets: list[str]) -> None:
@@ -27,7 +31,9 @@ async def tagged(library: Library, assets: list[str]) -> None:
 # -- automatic mode beside enqueue_tagging
 
 
-@pytest.mark.parametrize("order", ["call, seal", "call, tags, seal", "seal, call", "seal, tags, call", "seal, tags, wait, call"])
+@pytest.mark.parametrize(
+    "order", ["call, seal", "call, tags, seal", "seal, call", "seal, tags, call", "seal, tags, wait, call"]
+)
 async def test_automatic_mode_beside_a_call_asks_each_image_once(sealer: Library, order: str) -> None:
     assets = await sealer.upload(4)
     sealer.sql("delete from autotag.workers")  # the test has sealed by hand, and the worker does from now on
@@ -54,7 +60,9 @@ async def test_automatic_mode_beside_a_call_asks_each_image_once(sealer: Library
 
 
 def register(library: Library) -> None:
-    library.sql("select autotag.register_worker('00000000-0000-4000-8000-000000000001', 'test', autotag.schema_version(), true)")
+    library.sql(
+        "select autotag.register_worker('00000000-0000-4000-8000-000000000001', 'test', autotag.schema_version(), true)"
+    )
 
 
 async def test_a_call_for_a_part_leaves_the_rest_to_automatic_mode(sealer: Library) -> None:
@@ -105,14 +113,19 @@ def change(library: Library, asset: str, how: str) -> None:
             library.allow_bucket("other")
             library.sql("update public.assets set storage_bucket = 'other' where id = %s", asset)
         case "a URL":
-            library.sql("update public.assets set storage_path = null, image_url = 'https://example.com/1.jpg' where id = %s", asset)
+            library.sql(
+                "update public.assets set storage_path = null, image_url = 'https://example.com/1.jpg' where id = %s",
+                asset,
+            )
         case "no window":
             library.stack.configure(repeat_window="0")
         case "it failed":
             library.sql("update public.assets set tagging_stage = 'failed' where id = %s", asset)
 
 
-@pytest.mark.parametrize("how", ["the window has passed", "another file", "another bucket", "a URL", "no window", "it failed"])
+@pytest.mark.parametrize(
+    "how", ["the window has passed", "another file", "another bucket", "a URL", "no window", "it failed"]
+)
 async def test_who_wants_new_tags_gets_them(library: Library, how: str) -> None:
     [asset] = await library.upload(1)
     async with worker(library.stack):
@@ -171,7 +184,9 @@ async def test_two_calls_of_retry_tagging_at_the_same_time_make_one_job(library:
     with transaction(library) as open_call:
         row = open_call.execute("select public.retry_tagging(%s) as job", (job["job_id"],)).fetchone()
         assert row is not None
-        calls = [asyncio.create_task(asyncio.to_thread(library.rpc, "public.retry_tagging", job["job_id"])) for _ in range(3)]
+        calls = [
+            asyncio.create_task(asyncio.to_thread(library.rpc, "public.retry_tagging", job["job_id"])) for _ in range(3)
+        ]
         await until(lambda: len(library.sql("select 1 from pg_locks where not granted and locktype = 'advisory'")) == 3,
                     "the others to wait")  # fmt: skip
         open_call.commit()
@@ -204,5 +219,7 @@ async def test_a_file_that_was_not_checked_is_not_retried(library: Library) -> N
     """An image that fails between the check of its file and the retry is left for the next call."""
     job = failed_job(library)
     [first, *_] = library.sql("select asset_id::text as id from autotag.tasks order by id")
-    [row] = library.sql("select autotag.retry(%s, %s::uuid[], %s::uuid[]) as reply", job["job_id"], [first["id"]], [None])
+    [row] = library.sql(
+        "select autotag.retry(%s, %s::uuid[], %s::uuid[]) as reply", job["job_id"], [first["id"]], [None]
+    )
     assert row["reply"]["image_count"] == 1

@@ -78,6 +78,7 @@ SCENARIOS = {
     "heartbeat": f"select autotag.heartbeat('{WORKER}')",
     "release_worker": f"select autotag.release_worker('{WORKER}')",
     "release_unacknowledged": f"select autotag.release_unacknowledged('{WORKER}', '{{}}', '{{}}')",
+    "seal_uploads": f"select autotag.seal_uploads('{WORKER}')",
     "tick": "select autotag.tick()",
     "housekeeping": "select autotag.housekeeping()",
     "backfill": f"select autotag.backfill({LAST}, true, null, 3)",
@@ -221,6 +222,9 @@ def set_the_scene(connection: psycopg.Connection[tuple[object, ...]]) -> None:
         update autotag.tasks set stage = 'failed', finished_at = now(), worker_id = null
         where id = (select min(id) from autotag.tasks where worker_id = '{WORKER}');
         update autotag.clock set ticked_at = '-infinity';
+        insert into autotag.arrivals (asset_id, workspace_id, uploader, arrived_at)
+        select id, workspace_id, '00000000-0000-0000-0000-000000000000', now() - interval '1 h' from public.assets
+        where workspace_id = v_workspaces[8];
       end $$""".encode()
     )
 

@@ -435,7 +435,10 @@ def behind(scene: Scene, caller: str, foreign: list[str]) -> list[Attempt]:
 
     for hidden in ([], None, assets, theirs, [None]):
         said = f"and hides {hidden}"
-        enqueue, retry = "select autotag.enqueue(%s::uuid[], %s::uuid[])", "select autotag.retry(%s, %s::uuid[], %s::uuid[])"
+        enqueue, retry = (
+            "select autotag.enqueue(%s::uuid[], %s::uuid[])",
+            "select autotag.retry(%s, %s::uuid[], %s::uuid[])",
+        )
         add(f"enqueues another's {said}", "PT404", enqueue, theirs, hidden)
         add(f"enqueues their own with another's {said}", "PT404", enqueue, [*assets, theirs[0]], hidden)
         for asset in foreign:

@@ -216,7 +216,7 @@ class Database:
         A trigger of the host that takes long is canceled after `SEAL_TIMEOUT`, and that upload is postponed.
         """
         async with self._pool.connection() as connection, connection.transaction():
-            await connection.execute("select set_config('statement_timeout', %s, true)", (f"{SEAL_TIMEOUT:g}s",))
+            await connection.execute(f"set local statement_timeout = '{SEAL_TIMEOUT:g}s'".encode())
             cursor = await connection.execute(
                 "select sealed, more, wait, notices from autotag.seal_uploads(%s)", (self.worker,)
             )
