@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import uuid
-from collections.abc import Iterator
-from typing import Any
 
 import psycopg
 import pytest
 from psycopg.rows import dict_row
 
+from sealing import WORKER, due_now, jobs, seal, seal_one, stages, transaction
 from support import Library, until, worker
 
 NOBODY = str(uuid.UUID(int=0))
@@ -58,58 +56,6 @@ async def test_a_signed_in_users_rows_become_their_own_job(library: Library) -> 
     library.check_tags()
     users = {str(row["user_id"]) for row in library.sql("select distinct user_id from autotag.jobs")}
     assert users == {library.member.user}
-
-
-WORKER = "00000000-0000-4000-8000-000000000001"
-
-
-@pytest.fixture
-def sealer(library: Library) -> Library:
-    """Automatic mode, in which each upload is complete at once; and a worker, whose calls the test makes."""
-    library.stack.configure(upload_quiet="1 ms", upload_longest="1 ms")
-    library.sql("select autotag.set_automatic(true)")
-    library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)
-    return library
-
-
-def seal_one(library: Library) -> dict[str, Any]:
-    [row] = library.sql("select * from autotag.seal_uploads(%s)", WORKER)
-    return row
-
-
-def seal(library: Library, most: int = 50) -> list[str]:
-    """Seals until nothing is due; the notices."""
-    notices = []
-    for _ in range(most):
-        sealed = seal_one(library)
-        notices += [notice["event"] for notice in sealed["notices"]]
-        if not sealed["more"]:
-            return notices
-    raise AssertionError(f"something is still due after {most} calls")
-
-
-def jobs(library: Library) -> list[int]:
-    """The sizes of the workspace's jobs."""
-    rows = library.sql("select image_count as n from autotag.jobs where workspace_id = %s order by created_at",
-                       library.member.workspace)  # fmt: skip
-    return [row["n"] for row in rows]
-
-
-def stages(library: Library, assets: list[str]) -> list[str | None]:
-    rows = library.assets()
-    return [rows[asset]["tagging_stage"] for asset in assets]
-
-
-def due_now(library: Library) -> None:
-    """What was postponed is tried again."""
-    library.sql("update autotag.uploads set seal_at = '-infinity'")
-
-
-@contextlib.contextmanager
-def transaction(library: Library) -> Iterator[psycopg.Connection[dict[str, Any]]]:
-    """A transaction of the host that is still open."""
-    with psycopg.connect(library.stack.database_url(), row_factory=dict_row) as connection:
-        yield connection
 
 
 # -- who waits for whom
@@ -264,16 +210,16 @@ def test_what_is_no_images_fault_waits_longer_each_time(sealer: Library) -> None
         create trigger broken before update on public.assets for each row execute function public.broken()""")
     other = Library(sealer.stack, sealer.stack.add_member())
     assets = sealer.insert(["broken.jpg", "broken too.jpg"])
-    delays = []
+    tries = []
     for number in range(4):
         other.insert([f"{number}.jpg"])
         assert "upload_postponed" in seal(sealer)
-        [row] = sealer.sql("select extract(epoch from seal_at - autotag.now())::float as delay from autotag.uploads")
-        delays.append(row["delay"])
+        tries += sealer.sql("select failures, seal_at, seal_at > autotag.now() as waits from autotag.uploads")
         due_now(sealer)
     assert jobs(other) == [1] * 4
     assert stages(sealer, assets) == [None, None]
-    assert all(later > 1.5 * earlier for earlier, later in zip(delays[:-1], delays[1:], strict=True)), delays
+    assert [row["failures"] for row in tries] == [1, 2, 3, 4]
+    assert tries[-1]["waits"], "8 s by now"
     sealer.sql("drop trigger broken on public.assets")
     seal(sealer)
     assert sum(jobs(sealer)) == 2

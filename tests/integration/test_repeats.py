@@ -8,10 +8,8 @@ from typing import Any
 import psycopg
 import pytest
 
+from sealing import jobs, seal, stages, transaction
 from support import Library, asked, check_asked_once, until, worker
-from test_automatic import jobs, seal, sealer, stages, transaction
-
-__all__ = ["sealer"]
 
 
 def shift(library: Library, by: str) -> None:
