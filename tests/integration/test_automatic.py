@@ -225,6 +225,19 @@ def test_what_is_no_images_fault_waits_longer_each_time(sealer: Library) -> None
     assert sum(jobs(sealer)) == 2
 
 
+def test_an_image_whose_location_cannot_be_read_fails_by_itself(sealer: Library) -> None:
+    """An expression of the project's adapter raises for a row."""
+    [found] = sealer.sql("select pg_get_functiondef('autotag.describe_assets'::regproc) as code")
+    assert "::text as path" in found["code"]
+    odd = "case when a.storage_path ~ 'odd' then (1 / (length(a.storage_path) - length(a.storage_path)))::text else '' end"
+    sealer.sql(found["code"].replace("::text as path", f"::text || {odd} as path"))
+    assets = sealer.insert([f"{'odd' if n == 5 else n}{n}.jpg" for n in range(20)])
+    assert seal(sealer) == ["image_not_enqueued"]
+    assert jobs(sealer) == [19]
+    assert stages(sealer, assets[4:7]) == ["queued", "failed", "queued"]
+    assert sealer.sql("select 1 from autotag.arrivals union all select 1 from autotag.uploads") == []
+
+
 def test_a_trigger_that_takes_too_long_costs_its_own_upload(sealer: Library) -> None:
     """It is canceled. Each time a quarter of the images is tried, so that the upload gets done in parts."""
     sealer.sql("""
