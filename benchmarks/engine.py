@@ -11,6 +11,7 @@ import asyncio
 import time
 import uuid
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import psycopg
@@ -38,6 +39,7 @@ from lab.postgres import LocalPostgres, install_autotag, local_postgres, machine
 
 IMAGES = 20_000
 UPLOAD = 50  # images of one call of enqueue_tagging; each upload has its own workspace
+LONG_READ = 40_000  # images through the engine while one transaction keeps its snapshot
 ROUNDS = 3  # each system drains once per round; the median counts
 SERVER = {"full_page_writes": "on", "max_wal_size": "8GB"}
 PICTURE = Picture(512, 384, (
@@ -68,6 +70,8 @@ async def measure(console: Console) -> Result:
                 console.print(f"round {number + 1} of {ROUNDS}: {IMAGES:,} empty jobs through {name} …")
                 url = _database(server, f"queue_{uuid.uuid4().hex}")
                 queues.setdefault(name, []).append(IMAGES / await empty(url, IMAGES))
+        console.print(f"{LONG_READ:,} images through the engine beside a long read …")
+        quarters = await _long_read(server)
     rates = sorted(IMAGES / drain.seconds for drain in drains)
     peers = {name: sorted(rates)[len(rates) // 2] for name, rates in queues.items()}
     drain = sorted(drains, key=lambda d: d.seconds)[ROUNDS // 2]
@@ -77,8 +81,9 @@ async def measure(console: Console) -> Result:
         "vs_pgqueuer": Figure(
             rates[ROUNDS // 2] / max(rate for name, rate in peers.items() if "PgQueuer" in name), 3, "higher"
         ),
-        "statements_per_image": Figure(drain.transactions / IMAGES, 0.2, "lower"),
-        "wal_bytes_per_image": Figure(drain.wal / IMAGES, 1500, "lower"),
+        "statements_per_image": Figure(drain.transactions / IMAGES, 0.25, "lower"),
+        "wal_bytes_per_image": Figure(drain.wal / IMAGES, 2000, "lower"),
+        "long_read_slowdown": Figure(quarters[-1] / quarters[0], 1.5, "lower"),
         "pickup_p99_ms": Figure(max(p99 for _, p99 in pickups.values()), 100, "lower"),
         "worker_images_per_s": Figure(ceilings[1]["images per second"], 100, "higher"),
     }
@@ -86,6 +91,7 @@ async def measure(console: Console) -> Result:
         "images per second, including enqueue": [round(rate) for rate in rates],
         "enqueue, ms per image": round(drain.enqueue / IMAGES * 1000, 3),
         "empty jobs per second": {name: round(rate) for name, rate in peers.items()},
+        f"seconds of each quarter of {LONG_READ:,} images beside a long read": [round(q, 2) for q in quarters],
         "commit to request, ms": {
             name: {"median": round(median, 1), "p99": round(p99, 1)} for name, (median, p99) in pickups.items()
         },
@@ -100,20 +106,39 @@ def _database(server: LocalPostgres, name: str) -> str:
     return server.url(database=name)
 
 
-async def _drain(server: LocalPostgres, name: str) -> Drain:
+async def _start(server: LocalPostgres, name: str, images: int) -> tuple[Database, str, list[list[uuid.UUID]]]:
+    """A database with so many images: its worker, its URL, and the ids of each upload."""
     with psycopg.connect(server.url("supabase_admin"), autocommit=True) as admin:
         admin.execute(f"create database {name}".encode())
     install_autotag(server, name)
     url = server.url(database=name)
-    uploads = _fill(url)
+    uploads = _fill(url, images)
     db = Database(url, uuid.uuid4())
     await db.open()
     await db.register("bench", autotag.__version__, True, "http://bench", "bench")
     with psycopg.connect(url, autocommit=True) as owner:
         owner.execute("update autotag.provider_limits set proven_at = now()")
+    return db, url, uploads
+
+
+async def _long_read(server: LocalPostgres) -> list[float]:
+    """Seconds of each quarter of the images, while an open snapshot keeps every dead row."""
+    db, url, uploads = await _start(server, "engine_long_read", LONG_READ)
+    with psycopg.connect(url) as reader:
+        reader.execute("set transaction isolation level repeatable read")
+        reader.execute("select count(*) from public.assets")
+        _enqueue(url, uploads)
+        times = [time.perf_counter()]
+        await _work(db, url, LONG_READ, times)
+    await db.close()
+    return [after - before for before, after in pairwise(times)]
+
+
+async def _drain(server: LocalPostgres, name: str) -> Drain:
+    db, url, uploads = await _start(server, name, IMAGES)
     before = await _counters(url)
     started = time.perf_counter()
-    enqueued, _ = await asyncio.gather(asyncio.to_thread(_enqueue, url, uploads), _work(db, url))
+    enqueued, _ = await asyncio.gather(asyncio.to_thread(_enqueue, url, uploads), _work(db, url, IMAGES, []))
     elapsed = time.perf_counter() - started
     await db.close()
     after = await _counters(url)
@@ -126,12 +151,12 @@ async def _drain(server: LocalPostgres, name: str) -> Drain:
     return Drain(elapsed, enqueued - started, after[0] - before[0], after[1] - before[1])
 
 
-def _fill(url: str) -> list[list[uuid.UUID]]:
+def _fill(url: str, images: int) -> list[list[uuid.UUID]]:
     """Inserts the rows, those of one upload next to each other; returns the ids of each upload."""
     with psycopg.connect(url, autocommit=True) as owner:
         owner.execute(UNLIMITED)
         owner.execute(
-            "insert into public.workspaces (name) select 'w' || n from generate_series(1, %s) n", (IMAGES // UPLOAD,)
+            "insert into public.workspaces (name) select 'w' || n from generate_series(1, %s) n", (images // UPLOAD,)
         )
         owner.execute(
             "insert into public.assets (workspace_id, storage_path)"
@@ -152,8 +177,8 @@ def _enqueue(url: str, uploads: list[list[uuid.UUID]]) -> float:
     return time.perf_counter()
 
 
-async def _work(db: Database, url: str) -> None:
-    """Runs the worker's loop for single calls until every image is settled."""
+async def _work(db: Database, url: str, images: int, times: list[float]) -> None:
+    """Runs the worker's loop for single calls until every image is settled; adds each quarter's end to ``times``."""
     wake, observations, claims, slow, done = Wake(), Observations(), Claims(), SlowWorkspaces(), 0
     stages = Stages(db, observations, slow)
     outcomes = Outcomes(db, stages, observations, claims, slow)
@@ -164,7 +189,9 @@ async def _work(db: Database, url: str) -> None:
         observations.count_sent()
         outcomes.add(image, {"called": True, "usage": USAGE, "result": RESULT})
         done += 1
-        if done == IMAGES:
+        if done % (images // 4) == 0:
+            times.append(time.perf_counter())
+        if done == images:
             wake.request_stop()
 
     helpers = [asyncio.create_task(work) for work in (

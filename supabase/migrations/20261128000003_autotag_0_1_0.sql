@@ -2996,7 +2996,7 @@ begin
   return array(
     select case when v_refused ? a.task::text then row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens,
         a.output_tokens, a.result, a.error || jsonb_build_object('kind', 'image', 'code', 'quota_exceeded', 'retry', false,
-          'message', v_refused -> a.task::text), a.usage, a.called, a.mark)::autotag.answer else a end
+          'message', v_refused -> a.task::text), a.usage, a.called, a.mark, a.asset_id)::autotag.answer else a end
     from unnest(p_answers) a);
 end $$;
 
@@ -3611,12 +3611,16 @@ begin
 end $$;
 
 -- Whether a worker belongs to the caller and has a lease. Without a lease it must get no work, because no expiry would release
--- that again. The row lock prevents expire_worker, which alone ends leases, from ending this one before the transaction does.
+-- that again. The row lock prevents expire_worker, which alone ends leases, from ending this one before the transaction does. It does
+-- not wait for expire_worker, which takes long where a worker held much; only for the worker's own heartbeat.
 create or replace function autotag.lock_worker(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform from autotag.workers w where w.id = p_worker and w.login = session_user for no key update skip locked;
+  if not found and exists (select from autotag.workers w where w.id = p_worker and w.lease_until > autotag.now()) then
+    perform from autotag.workers w where w.id = p_worker and w.login = session_user for no key update;
+  end if;
   return found;
 end $$;
 
@@ -3704,8 +3708,8 @@ begin
     'task', t, 'failures', case when p_lost then 1 else 0 end,
     'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.'))), false)
   from unnest(v_tasks) t having count(*) > 0;
-  perform pg_notify('autotag', 'realtime');
-  perform pg_notify('autotag', 'batch');
+  perform pg_notify('autotag', 'realtime') where v_tasks <> '{}';
+  perform pg_notify('autotag', 'batch') where v_batches <> '{}';
   released := cardinality(v_tasks) + cardinality(v_batches);
   more := exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims))
     or exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims));
@@ -3732,7 +3736,8 @@ begin
   return v_release.released;
 end $$;
 
--- For a worker whose heartbeat said that replies of claims were lost: releases what it holds by other claims than these.
+-- For a worker whose heartbeat said that replies of claims were lost: releases what it holds by other claims than these. Each image
+-- counts a failure, so that one whose report the worker cannot deliver is not asked for ever.
 create or replace function autotag.release_lost(p_worker uuid, p_claims integer[], p_batch_claims integer[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3741,7 +3746,7 @@ begin
   if not autotag.is_own_worker(p_worker) then
     return 0;
   end if;
-  return (autotag.release_held(p_worker, coalesce(p_claims, '{}'), coalesce(p_batch_claims, '{}'), false)).released;
+  return (autotag.release_held(p_worker, coalesce(p_claims, '{}'), coalesce(p_batch_claims, '{}'), true)).released;
 end $$;
 
 -- Releases what one worker with an ended lease held, and deletes that worker; if another transaction holds some of it, the next
@@ -3764,6 +3769,7 @@ begin
     return false;
   end if;
   if (autotag.release_held(v_worker, '{}', '{}', true)).more then
+    update autotag.workers w set lease_until = autotag.now() where w.id = v_worker;   -- so others with ended leases come first
     return false;
   end if;
   delete from autotag.workers w where w.id = v_worker;
@@ -5110,28 +5116,29 @@ begin
   return true;
 end $$;
 
--- OpenAI refused a batch because its queue of tokens is full: it is planned again, with its file. Other programs may fill the queue;
--- but if it was refused max_bad_answers times while none of ours was in it, it is too large, and goes on in halves. With at most
--- chunk_max_images images it goes on as single calls. The caller holds job and batch. Locks: tasks, window (skip locked).
+-- OpenAI refused a batch because its queue of tokens is full: it is planned again, with its file. Other programs or batches may fill
+-- the queue; but if it was refused max_bad_answers times while none of ours was in it (or after batch_patience, whatever was), it goes
+-- on in halves, and those in halves after one more refusal. With at most chunk_max_images images it goes on as single calls, but not
+-- before batch_patience, because they cost twice as much. The caller holds job and batch. Locks: tasks, window (skip locked).
 create or replace function autotag.refuse_tokens(
   p_batch autotag.batches, p_error text, p_settings autotag.settings, p_now timestamptz
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_alone boolean := not exists (select from autotag.batches b where b.reserved_tokens > 0 and b.id <> p_batch.id);
-  v_images integer := p_batch.image_count - p_batch.express_count;
+  v_late boolean := p_batch.created_at <= p_now - p_settings.batch_patience;
+  v_counts boolean := v_late or not exists (select from autotag.batches b where b.reserved_tokens > 0 and b.id <> p_batch.id);
 begin
   update autotag.batches b
   set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = p_error,
-      not_before = p_now + p_settings.batch_poll_interval, token_refusals = b.token_refusals + v_alone::integer
+      not_before = p_now + p_settings.batch_poll_interval, token_refusals = b.token_refusals + v_counts::integer
   where b.id = p_batch.id returning * into p_batch;
   if p_batch.token_refusals < p_settings.max_bad_answers then
     return;
   end if;
-  if v_images > p_settings.chunk_max_images and v_images > 1 then
+  if p_batch.image_count - p_batch.express_count > greatest(p_settings.chunk_max_images, 1) then
     perform autotag.split_batch(p_batch, 2, p_error);
-  else
+  elsif v_late then
     perform autotag.requeue_batch(p_batch, false, 0, 'batch_refused', p_error);
     perform autotag.end_batch(p_batch, p_error);
     update autotag.jobs j
@@ -5154,10 +5161,10 @@ begin
   update autotag.batches b
   set state = 'cancelled', worker_id = null, reserved_tokens = 0, finished_at = autotag.now(), error = p_reason where b.id = p_batch.id;
   with made as (
-    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, extra_tokens, admitted_at, created_at)
+    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, extra_tokens, token_refusals, admitted_at, created_at)
     select p_batch.job_id, p_batch.workspace_id, v_last + n,
       (n::bigint * v_count / p_parts - (n - 1)::bigint * v_count / p_parts)::integer, ceil(p_batch.extra_tokens::numeric / p_parts)::bigint,
-      case when n = 1 then p_batch.admitted_at end, p_batch.created_at
+      greatest(p_batch.token_refusals - 1, 0), case when n = 1 then p_batch.admitted_at end, p_batch.created_at
     from generate_series(1, p_parts) n
     returning id, ordinal
   )
@@ -5483,7 +5490,8 @@ end $$;
 create or replace function autotag.stated_limit(p_error text) returns bigint
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-  select least(greatest(nullif(replace(substring(p_error from '[Ll]imit: ?([0-9][0-9,]{0,17}) enqueued'), ',', ''), '')::bigint, 1000), 1000000000000)
+  select case when n.digits is not null then least(greatest(n.digits::bigint, 1000), 1000000000000) end
+  from (select replace(substring(p_error from '[Ll]imit: ?([0-9][0-9,]{0,17}) enqueued'), ',', '') as digits) n
 $$;
 
 -- Applies a poll to each of p_batches that is in flight, and returns the batches that have changed. p_look: when the worker was
@@ -6450,15 +6458,15 @@ begin
   end if;
 end $$;
 
--- Whether an error that writing an image's row raised may pass, so that its outcome is kept. Lack of resources and internal errors of
--- the server do. Missing columns, tables or privileges are mistakes in the adapter or in a trigger: they get eight tries, which take a
--- minute. All other errors are the row's own.
+-- Whether an error that writing an image's row raised may pass, so that its outcome is kept. Lack of resources and failures of the
+-- server do: they get twenty tries, which take a quarter of an hour. Missing columns, tables or privileges are mistakes in the adapter or
+-- in a trigger, which somebody may be mending: eight tries, a minute. All other errors are the row's own.
 create or replace function autotag.may_pass(p_state text, p_task bigint) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return left(p_state, 2) in ('53', '54', '57', '58', 'XX')
-    or left(p_state, 2) = '42' and coalesce((select u.tries < 8 from autotag.unstored u where u.task_id = p_task), true);
+  return coalesce((select u.tries from autotag.unstored u where u.task_id = p_task), 0)
+    < case when left(p_state, 2) in ('53', '58', 'XX') then 20 when left(p_state, 2) = '42' then 8 else 0 end;
 end $$;
 
 -- The images of these whose rows or jobs another transaction holds; all of them if even the table is held.
@@ -6551,7 +6559,9 @@ declare
   v_deleted bigint[];
 begin
   with deleted as (
-    delete from autotag.tasks t where t.id = any (array(select i.task from unnest(p_items) i)) and t.finished_at is null
+    -- coalesce: the plan may not use the index of live tasks, and read all of it
+    delete from autotag.tasks t
+    where t.id = any (array(select i.task from unnest(p_items) i)) and coalesce(t.finished_at, 'infinity') = 'infinity'
     returning t.id
   )
   select coalesce(array_agg(d.id), '{}') into v_deleted from deleted d;
@@ -6755,7 +6765,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_question jsonb := p_question;
-  v_since timestamptz := '-infinity';   -- since when it is the question
+  v_since timestamptz := timestamptz '-infinity';   -- since when it is the question
 begin
   if v_question is null then
     select p.question, p.question_since into v_question, v_since from autotag.provider_limits p;

@@ -119,6 +119,7 @@ async def test_both_files_may_be_missing_or_only_the_error_file_there(few: Libra
 
 async def test_token_limit_exceeded_means_wait_and_the_file_is_used_again(few: Library) -> None:
     few.stack.simulator.plan.queued_batch_tokens = 10
+    few.stack.configure(max_bad_answers=1000)  # so that it is not split, however often it is refused meanwhile
     few.watch_failures()
     assets = await few.upload(8)
     async with worker(few.stack):
@@ -130,6 +131,21 @@ async def test_token_limit_exceeded_means_wait_and_the_file_is_used_again(few: L
     assert job["completed"] == 8
     assert len({batch["input_file_id"] for batch in batches(few)}) == 1
     assert few.failures() == 0
+    check_books(few)
+
+
+async def test_a_batch_that_openai_never_accepts_gets_smaller(few: Library) -> None:
+    """The account's queue takes a third of the batch: what fits goes by batch, and nothing waits for ever."""
+    few.stack.configure(batch_poll_interval="0.2 s", batch_patience="1 day")
+    few.watch_failures()
+    assets = await few.upload(16)
+    plan = few.stack.simulator.plan
+    plan.queued_batch_tokens = 6 * few.sql("select tokens_per_image from autotag.provider_limits")[0]["tokens_per_image"]
+    async with worker(few.stack):
+        [job] = await few.finished(few.enqueue(assets))
+    assert job["completed"] == 16
+    assert {b["request_counts"]["total"] for b in batches(few) if b["status"] == "completed"} <= {2, 3, 4, 5, 6}
+    assert (single_calls(few), few.failures()) == (0, 0)
     check_books(few)
 
 

@@ -94,7 +94,8 @@ end $$;
 create or replace function autotag.stated_limit(p_error text) returns bigint
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-  select least(greatest(nullif(replace(substring(p_error from '[Ll]imit: ?([0-9][0-9,]{0,17}) enqueued'), ',', ''), '')::bigint, 1000), 1000000000000)
+  select case when n.digits is not null then least(greatest(n.digits::bigint, 1000), 1000000000000) end
+  from (select replace(substring(p_error from '[Ll]imit: ?([0-9][0-9,]{0,17}) enqueued'), ',', '') as digits) n
 $$;
 
 -- Applies a poll to each of p_batches that is in flight, and returns the batches that have changed. p_look: when the worker was

@@ -184,28 +184,29 @@ begin
   return true;
 end $$;
 
--- OpenAI refused a batch because its queue of tokens is full: it is planned again, with its file. Other programs may fill the queue;
--- but if it was refused max_bad_answers times while none of ours was in it, it is too large, and goes on in halves. With at most
--- chunk_max_images images it goes on as single calls. The caller holds job and batch. Locks: tasks, window (skip locked).
+-- OpenAI refused a batch because its queue of tokens is full: it is planned again, with its file. Other programs or batches may fill
+-- the queue; but if it was refused max_bad_answers times while none of ours was in it (or after batch_patience, whatever was), it goes
+-- on in halves, and those in halves after one more refusal. With at most chunk_max_images images it goes on as single calls, but not
+-- before batch_patience, because they cost twice as much. The caller holds job and batch. Locks: tasks, window (skip locked).
 create or replace function autotag.refuse_tokens(
   p_batch autotag.batches, p_error text, p_settings autotag.settings, p_now timestamptz
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_alone boolean := not exists (select from autotag.batches b where b.reserved_tokens > 0 and b.id <> p_batch.id);
-  v_images integer := p_batch.image_count - p_batch.express_count;
+  v_late boolean := p_batch.created_at <= p_now - p_settings.batch_patience;
+  v_counts boolean := v_late or not exists (select from autotag.batches b where b.reserved_tokens > 0 and b.id <> p_batch.id);
 begin
   update autotag.batches b
   set state = 'planned', openai_batch_id = null, openai_status = null, reserved_tokens = 0, error = p_error,
-      not_before = p_now + p_settings.batch_poll_interval, token_refusals = b.token_refusals + v_alone::integer
+      not_before = p_now + p_settings.batch_poll_interval, token_refusals = b.token_refusals + v_counts::integer
   where b.id = p_batch.id returning * into p_batch;
   if p_batch.token_refusals < p_settings.max_bad_answers then
     return;
   end if;
-  if v_images > p_settings.chunk_max_images and v_images > 1 then
+  if p_batch.image_count - p_batch.express_count > greatest(p_settings.chunk_max_images, 1) then
     perform autotag.split_batch(p_batch, 2, p_error);
-  else
+  elsif v_late then
     perform autotag.requeue_batch(p_batch, false, 0, 'batch_refused', p_error);
     perform autotag.end_batch(p_batch, p_error);
     update autotag.jobs j
@@ -228,10 +229,10 @@ begin
   update autotag.batches b
   set state = 'cancelled', worker_id = null, reserved_tokens = 0, finished_at = autotag.now(), error = p_reason where b.id = p_batch.id;
   with made as (
-    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, extra_tokens, admitted_at, created_at)
+    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, extra_tokens, token_refusals, admitted_at, created_at)
     select p_batch.job_id, p_batch.workspace_id, v_last + n,
       (n::bigint * v_count / p_parts - (n - 1)::bigint * v_count / p_parts)::integer, ceil(p_batch.extra_tokens::numeric / p_parts)::bigint,
-      case when n = 1 then p_batch.admitted_at end, p_batch.created_at
+      greatest(p_batch.token_refusals - 1, 0), case when n = 1 then p_batch.admitted_at end, p_batch.created_at
     from generate_series(1, p_parts) n
     returning id, ordinal
   )

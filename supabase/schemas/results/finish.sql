@@ -92,15 +92,15 @@ begin
   end if;
 end $$;
 
--- Whether an error that writing an image's row raised may pass, so that its outcome is kept. Lack of resources and internal errors of
--- the server do. Missing columns, tables or privileges are mistakes in the adapter or in a trigger: they get eight tries, which take a
--- minute. All other errors are the row's own.
+-- Whether an error that writing an image's row raised may pass, so that its outcome is kept. Lack of resources and failures of the
+-- server do: they get twenty tries, which take a quarter of an hour. Missing columns, tables or privileges are mistakes in the adapter or
+-- in a trigger, which somebody may be mending: eight tries, a minute. All other errors are the row's own.
 create or replace function autotag.may_pass(p_state text, p_task bigint) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return left(p_state, 2) in ('53', '54', '57', '58', 'XX')
-    or left(p_state, 2) = '42' and coalesce((select u.tries < 8 from autotag.unstored u where u.task_id = p_task), true);
+  return coalesce((select u.tries from autotag.unstored u where u.task_id = p_task), 0)
+    < case when left(p_state, 2) in ('53', '58', 'XX') then 20 when left(p_state, 2) = '42' then 8 else 0 end;
 end $$;
 
 -- The images of these whose rows or jobs another transaction holds; all of them if even the table is held.
@@ -193,7 +193,9 @@ declare
   v_deleted bigint[];
 begin
   with deleted as (
-    delete from autotag.tasks t where t.id = any (array(select i.task from unnest(p_items) i)) and t.finished_at is null
+    -- coalesce: the plan may not use the index of live tasks, and read all of it
+    delete from autotag.tasks t
+    where t.id = any (array(select i.task from unnest(p_items) i)) and coalesce(t.finished_at, 'infinity') = 'infinity'
     returning t.id
   )
   select coalesce(array_agg(d.id), '{}') into v_deleted from deleted d;

@@ -9,7 +9,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_question jsonb := p_question;
-  v_since timestamptz := '-infinity';   -- since when it is the question
+  v_since timestamptz := timestamptz '-infinity';   -- since when it is the question
 begin
   if v_question is null then
     select p.question, p.question_since into v_question, v_since from autotag.provider_limits p;

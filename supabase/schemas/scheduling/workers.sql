@@ -82,12 +82,16 @@ begin
 end $$;
 
 -- Whether a worker belongs to the caller and has a lease. Without a lease it must get no work, because no expiry would release
--- that again. The row lock prevents expire_worker, which alone ends leases, from ending this one before the transaction does.
+-- that again. The row lock prevents expire_worker, which alone ends leases, from ending this one before the transaction does. It does
+-- not wait for expire_worker, which takes long where a worker held much; only for the worker's own heartbeat.
 create or replace function autotag.lock_worker(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform from autotag.workers w where w.id = p_worker and w.login = session_user for no key update skip locked;
+  if not found and exists (select from autotag.workers w where w.id = p_worker and w.lease_until > autotag.now()) then
+    perform from autotag.workers w where w.id = p_worker and w.login = session_user for no key update;
+  end if;
   return found;
 end $$;
 
@@ -175,8 +179,8 @@ begin
     'task', t, 'failures', case when p_lost then 1 else 0 end,
     'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.'))), false)
   from unnest(v_tasks) t having count(*) > 0;
-  perform pg_notify('autotag', 'realtime');
-  perform pg_notify('autotag', 'batch');
+  perform pg_notify('autotag', 'realtime') where v_tasks <> '{}';
+  perform pg_notify('autotag', 'batch') where v_batches <> '{}';
   released := cardinality(v_tasks) + cardinality(v_batches);
   more := exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims))
     or exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims));
@@ -203,7 +207,8 @@ begin
   return v_release.released;
 end $$;
 
--- For a worker whose heartbeat said that replies of claims were lost: releases what it holds by other claims than these.
+-- For a worker whose heartbeat said that replies of claims were lost: releases what it holds by other claims than these. Each image
+-- counts a failure, so that one whose report the worker cannot deliver is not asked for ever.
 create or replace function autotag.release_lost(p_worker uuid, p_claims integer[], p_batch_claims integer[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -212,7 +217,7 @@ begin
   if not autotag.is_own_worker(p_worker) then
     return 0;
   end if;
-  return (autotag.release_held(p_worker, coalesce(p_claims, '{}'), coalesce(p_batch_claims, '{}'), false)).released;
+  return (autotag.release_held(p_worker, coalesce(p_claims, '{}'), coalesce(p_batch_claims, '{}'), true)).released;
 end $$;
 
 -- Releases what one worker with an ended lease held, and deletes that worker; if another transaction holds some of it, the next
@@ -235,6 +240,7 @@ begin
     return false;
   end if;
   if (autotag.release_held(v_worker, '{}', '{}', true)).more then
+    update autotag.workers w set lease_until = autotag.now() where w.id = v_worker;   -- so others with ended leases come first
     return false;
   end if;
   delete from autotag.workers w where w.id = v_worker;

@@ -230,6 +230,6 @@ begin
   return array(
     select case when v_refused ? a.task::text then row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens,
         a.output_tokens, a.result, a.error || jsonb_build_object('kind', 'image', 'code', 'quota_exceeded', 'retry', false,
-          'message', v_refused -> a.task::text), a.usage, a.called, a.mark)::autotag.answer else a end
+          'message', v_refused -> a.task::text), a.usage, a.called, a.mark, a.asset_id)::autotag.answer else a end
     from unnest(p_answers) a);
 end $$;
