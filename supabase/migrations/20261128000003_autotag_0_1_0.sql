@@ -2823,23 +2823,31 @@ end $$;
 -- Takes the locks of an upload: of its workspace, and of its user where quotas count a user. p_wait false: returns false if another
 -- transaction holds one of them.
 create or replace function autotag.lock_quotas(p_workspace_id uuid, p_user_id uuid, p_wait boolean default true) returns boolean
-language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_key bigint := hashtextextended('autotag.user ' || p_user_id::text, 0);
 begin
-  if p_user_id is not null and exists (select from autotag.quotas q where q.scope = 'user')
-    and not pg_try_advisory_xact_lock(hashtextextended('autotag.user ' || p_user_id::text, 0)) then
-    return false;
+  if p_user_id is not null and exists (select from autotag.quotas q where q.scope = 'user') then
+    if p_wait then
+      perform pg_advisory_xact_lock(v_key);
+    elsif not pg_try_advisory_xact_lock(v_key) then
+      return false;
+    end if;
+  end if;
+  if p_wait then
+    perform autotag.lock_workspace(p_workspace_id);
+    return true;
   end if;
   insert into autotag.workspaces (workspace_id) values (p_workspace_id) on conflict do nothing;
-  perform from autotag.workspaces w where w.workspace_id = p_workspace_id for update nowait;
+  perform from autotag.workspaces w where w.workspace_id = p_workspace_id for update skip locked;
   return found;
-exception when lock_not_available then
-  return false;
 end $$;
 
 -- Takes all locks of an upload (lock_quotas), or none: a lock that was taken before one was busy would hold up its own workspace.
+-- lock_timeout: a workspace's row may be new, in a transaction that is open.
 create or replace function autotag.try_lock_quotas(p_workspace_id uuid, p_user_id uuid) returns boolean
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
 begin
   if not autotag.lock_quotas(p_workspace_id, p_user_id, false) then
