@@ -1911,11 +1911,6 @@ begin
     perform autotag.refuse(400, 'location_too_long', 'The URL, path or bucket name of an image is too long.',
       'A URL may have 8,192 bytes, a path 1,024 and a bucket name 100.', jsonb_build_object('asset_ids', v_long));
   end if;
-  if not autotag.lock_quotas(v_workspaces[1], (select auth.uid()), false) then
-    perform autotag.lock_quotas(v_workspaces[1], (select auth.uid()));
-    -- Others may have enqueued any of these images meanwhile, and some may have their tags.
-    v_suspects := array(select row(p.id, p.mark)::autotag.picture from unnest(v_images, v_marks) p (id, mark));
-  end if;
   return autotag.start_once(v_workspaces[1], p_asset_ids, p_seen, v_images, v_marks, v_suspects);
 end $$;
 
@@ -2096,19 +2091,27 @@ end $$;
 -- Makes a job of an upload without the images that were tagged a moment ago. Returns what start_job() does; the repeated images are
 -- skipped, too. If nothing is left, the reply names their job, or null if they belong to several.
 -- p_images, p_marks: all images, each once, and the marks of their pictures. p_suspects: those that may have been enqueued before.
--- The caller has called lock_quotas().
+-- Locks: as in start_job().
 create or replace function autotag.start_once(
   p_workspace_id uuid, p_asset_ids uuid[], p_seen uuid[], p_images uuid[], p_marks bigint[], p_suspects autotag.picture[]
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_repeated autotag.repeated[] := autotag.find_repeats(p_workspace_id, p_suspects);
-  v_skipped integer := cardinality(v_repeated);
+  v_user uuid := (select auth.uid());
+  v_repeated autotag.repeated[];
+  v_skipped integer;
   v_jobs uuid[];
   v_job autotag.jobs;
   v_reply jsonb;
 begin
+  if not autotag.lock_quotas(p_workspace_id, v_user, false) then
+    perform autotag.lock_quotas(p_workspace_id, v_user);
+    -- Meanwhile others may have enqueued any of these images, and some may have got their tags.
+    p_suspects := array(select row(i.id, i.mark)::autotag.picture from unnest(p_images, p_marks) i (id, mark));
+  end if;
+  v_repeated := autotag.find_repeats(p_workspace_id, p_suspects);
+  v_skipped := cardinality(v_repeated);
   if v_skipped > 0 then
     select array_agg(a.id order by a.i), array_agg(a.seen order by a.i) into p_asset_ids, p_seen
     from unnest(p_asset_ids, p_seen) with ordinality a (id, seen, i)
@@ -2119,7 +2122,7 @@ begin
     select * into v_job from autotag.jobs j where cardinality(v_jobs) = 1 and j.id = v_jobs[1];
     return autotag.describe_repeat(v_job, v_skipped);
   end if;
-  v_reply := autotag.start_job(p_workspace_id, (select auth.uid()), p_asset_ids, p_seen);
+  v_reply := autotag.start_job(p_workspace_id, v_user, p_asset_ids, p_seen);
   v_reply := v_reply || jsonb_build_object('skipped', (v_reply ->> 'skipped')::integer + v_skipped);
   perform autotag.record_pictures(v_reply, p_images, p_marks);
   return v_reply;

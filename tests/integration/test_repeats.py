@@ -146,6 +146,36 @@ async def test_another_workspaces_window_is_its_own(library: Library) -> None:
     assert other.enqueue([asset])["image_count"] == 1
 
 
+async def test_an_image_that_got_its_tags_while_the_call_read_its_row(library: Library) -> None:
+    """The row was read before the tags came."""
+    [asset] = await library.upload(1)
+    async with worker(library.stack):
+        await library.finished(library.enqueue([asset]))
+    library.sql("update public.assets set tagging_stage = 'processing' where id = %s", asset)
+    assert library.enqueue([asset])["skipped"] == 1
+
+
+async def test_an_image_that_got_its_tags_while_the_call_waited(library: Library) -> None:
+    """The row was read even before somebody else enqueued it."""
+    [asset] = await library.upload(1)
+    async with worker(library.stack):
+        await library.finished(library.enqueue([asset]))
+    library.sql("update public.assets set tagging_stage = null where id = %s", asset)
+    with transaction(library) as upload:
+        upload.execute("select autotag.lock_quotas(%s, null)", (library.member.workspace,))
+        call = asyncio.create_task(asyncio.to_thread(library.enqueue, [asset]))
+        await until(lambda: library.sql("select 1 from pg_locks where not granted and locktype = 'advisory'") != [],
+                    "the call to wait")  # fmt: skip
+    assert (await call)["skipped"] == 1
+
+
+async def test_an_image_that_failed_is_no_repeat_whatever_its_row_shows(library: Library) -> None:
+    """The host's row could not be written when it failed."""
+    failed_job(library)
+    library.sql("update public.assets set tagging_stage = 'queued' where true")
+    assert library.enqueue(list(library.assets()))["image_count"] == 3
+
+
 # -- retry_tagging again
 
 

@@ -96,10 +96,5 @@ begin
     perform autotag.refuse(400, 'location_too_long', 'The URL, path or bucket name of an image is too long.',
       'A URL may have 8,192 bytes, a path 1,024 and a bucket name 100.', jsonb_build_object('asset_ids', v_long));
   end if;
-  if not autotag.lock_quotas(v_workspaces[1], (select auth.uid()), false) then
-    perform autotag.lock_quotas(v_workspaces[1], (select auth.uid()));
-    -- Others may have enqueued any of these images meanwhile, and some may have their tags.
-    v_suspects := array(select row(p.id, p.mark)::autotag.picture from unnest(v_images, v_marks) p (id, mark));
-  end if;
   return autotag.start_once(v_workspaces[1], p_asset_ids, p_seen, v_images, v_marks, v_suspects);
 end $$;
