@@ -16,6 +16,7 @@ from psycopg import sql
 from lab.machine import read_authorities_once
 from lab.postgres import LocalPostgres, install_autotag, install_baseline, local_postgres, machine_binaries
 from lab.stack import Stack, local_stack
+from sealing import WORKER
 from support import Library, close_connections
 
 ROOT = Path(__file__).parent.parent
@@ -116,3 +117,12 @@ async def stack(postgres: LocalPostgres, database: str) -> AsyncIterator[Stack]:
 def library(stack: Stack) -> Library:
     """A workspace with a member and pictures to upload."""
     return Library(stack)
+
+
+@pytest.fixture
+def sealer(library: Library) -> Library:
+    """Automatic mode, in which each upload is complete at once; and a worker, whose calls the test makes."""
+    library.stack.configure(upload_quiet="1 ms", upload_longest="1 ms")
+    library.sql("select autotag.set_automatic(true)")
+    library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)
+    return library

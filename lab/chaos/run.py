@@ -325,7 +325,7 @@ class Chaos:
                     row = owner.execute(
                         """select exists (select from autotag.jobs j where j.finished_at is null
                              and (%(ours)s::uuid[] is null or j.workspace_id = any (%(ours)s)))
-                           or %(ours)s is null and (exists (select from autotag.uploads)
+                           or %(ours)s is null and (exists (select from autotag.arrivals)
                              or exists (select from autotag.batches where state not in ('done', 'cancelled')))""",
                         {"ours": ours},
                     ).fetchone()

@@ -129,7 +129,7 @@ class Project:
         [(count,)] = await self.execute("""
             select (select count(*) from autotag.jobs where finished_at is null)
               + (select count(*) from autotag.batches where state not in ('done', 'cancelled'))
-              + (select count(*) from autotag.uploads)""")
+              + (select count(*) from autotag.arrivals)""")
         return int(count)
 
     async def calm(self) -> None:

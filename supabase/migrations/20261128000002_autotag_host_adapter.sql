@@ -55,9 +55,9 @@ $$;
 -- from the result. A row that is refused has no location. refused: `foreign_file` (it names a file of another workspace, and the
 -- worker reads Storage with a key that opens every file) or `location_too_long`. The lengths are checked first: octet_length()
 -- reads only the header of a value, however large it is, and members can write large values. mark: of the picture, a hash of its
--- location.
+-- location. stage: what the row shows.
 create or replace function autotag.describe_assets(p_asset_ids uuid[])
-returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url text, refused text, mark uuid)
+returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url text, refused text, mark uuid, stage text)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_seqscan = on
 as $$
@@ -65,9 +65,9 @@ begin
   return query
     select d.id, d.workspace, case when d.refused is null then d.bucket end, case when d.refused is null then d.path end,
            case when d.refused is null then d.url end, d.refused,
-           case when d.refused is null then md5(coalesce(d.bucket || '/' || d.path, d.url, ''))::uuid end
+           case when d.refused is null then md5(coalesce(d.bucket || '/' || d.path, d.url, ''))::uuid end, d.stage
     from (
-      select a.id as id, a.workspace_id as workspace, f.bucket, f.path, f.url,
+      select a.id as id, a.workspace_id as workspace, f.bucket, f.path, f.url, a.tagging_stage as stage,
              case when octet_length(f.url) > 8192 or octet_length(f.path) > 1024 or octet_length(f.bucket) > 100
                then 'location_too_long'
              when f.path is not null and not coalesce(
@@ -254,12 +254,34 @@ begin
   return array(select a.id from public.assets a where a.id = any (p_asset_ids) and a.id not in (select unnest(v_free)));
 end $$;
 
--- The trigger of automatic mode on the host's table: collects the rows that one statement inserted.
+-- The trigger of automatic mode on the host's table: collects the rows that one statement inserted. No error reaches your insert,
+-- whatever it is: it becomes a warning, and the images wait for enqueue_tagging. If the rows cannot be collected together, each is
+-- collected by itself, so that an odd one costs no other; after 20 errors it gives up, because then it is not the rows.
 create or replace function autotag.collect_inserted() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_row record;
+  v_failed integer := 0;
 begin
-  perform autotag.collect(array(select a.id from added a));
+  begin
+    perform autotag.collect(array_agg(a.id), array_agg(a.workspace_id)) from added a;
+    return null;
+  exception when others or assert_failure then
+    null;
+  end;
+  for v_row in select a.* from added a loop
+    begin
+      perform autotag.collect(array[v_row.id], array[v_row.workspace_id]);
+    exception when others or assert_failure then
+      v_failed := v_failed + 1;
+      raise warning 'autotag could not collect a new image: %', sqlerrm;
+      exit when v_failed = 20;
+    end;
+  end loop;
+  return null;
+exception when others or assert_failure then
+  raise warning 'autotag could not collect new images: %', sqlerrm;
   return null;
 end $$;
 
@@ -273,6 +295,7 @@ begin
   if p_on then
     create trigger autotag_collect after insert on public.assets
       referencing new table as added for each statement execute function autotag.collect_inserted();
+    perform pg_notify('autotag', 'uploads');   -- workers look for new uploads from now on
   end if;
 end $$;
 

@@ -131,6 +131,9 @@ create table autotag.settings (
   upload_quiet interval not null default '2 s' check (upload_quiet > '0'),  -- no new row for this long
   -- or the first row is this old
   upload_longest interval not null default '30 s' check (upload_longest >= upload_quiet),
+  -- a second enqueue_tagging of an image skips it while its upload runs and for this long afterwards, unless its picture changed
+  -- or it failed
+  repeat_window interval not null default '30 s' check (repeat_window >= '0'),
 
   -- the question to the model (its prices, reasoning effort and form of the request are in autotag.models)
   model text not null default 'gpt-6-luna' check (length(model) between 1 and 100),  -- any model with vision
@@ -372,12 +375,14 @@ create table autotag.jobs (
   progress integer not null default 0 check (progress between 0 and 100),
   broadcast_at timestamptz not null default '-infinity',   -- when job-progress was last broadcast
   traceparent text,                     -- of the HTTP request that made the job (W3C Trace Context), if it had one
+  retry_of uuid,                        -- the job whose failed images it retries (retry_tagging)
   check (completed >= 0 and failed >= 0 and completed + failed <= image_count),
   check ((finished_at is not null) = (completed + failed = image_count))
 ) with (fillfactor = 50);
 create index jobs_workspace_id_idx on autotag.jobs (workspace_id, created_at);
 create index jobs_finished_at_idx on autotag.jobs (finished_at);
 create index jobs_live_idx on autotag.jobs (workspace_id) where finished_at is null;
+create index jobs_retry_idx on autotag.jobs (retry_of, created_at) where retry_of is not null;
 create index jobs_live_user_idx on autotag.jobs (user_id) where finished_at is null;
 alter table autotag.jobs enable row level security;
 
@@ -610,29 +615,58 @@ alter table autotag.durations enable row level security;
 -- uploader, and become one job when no row has come for a while: a client that inserts 300 rows one by one still gets one
 -- `batch-parallel` upload.
 --
---   insert ─► autotag_collect (adapter) ─► collect(): uploads + arrivals ─► claim() ─► seal_upload() ─► a job
+--   insert ─► autotag_collect (adapter) ─► collect(): arrivals ─► seal_uploads(): a job, or a postponed upload
+--
+-- The host's transaction only adds rows to arrivals. It shares no row and no key with another transaction, so no insert waits for
+-- another one. When an upload is complete follows from its arrivals (list_arriving).
 
--- An upload whose images are still coming in.
+-- A new image that has no job yet. Not unique: an image that comes twice is tagged once (start_upload).
+create table autotag.arrivals (
+  id bigint generated always as identity primary key,
+  asset_id uuid not null,
+  workspace_id uuid not null,
+  -- the signed-in user; the zero uuid: the service role, or a token that names nobody. Not null, so that indexes compare it.
+  uploader uuid not null,
+  arrived_at timestamptz not null,       -- when the row was inserted; it may be old when its transaction commits
+  upload_id bigint                       -- the postponed upload that it waits in; null: its upload may still grow
+) with (fillfactor = 90);
+-- No foreign key: its trigger would cost each insert of the host. housekeeping() repairs what has no upload.
+create index arrivals_new_idx on autotag.arrivals (workspace_id, uploader, arrived_at) where upload_id is null;
+create index arrivals_upload_idx on autotag.arrivals (upload_id, id) where upload_id is not null;
+alter table autotag.arrivals enable row level security;
+
+-- A complete upload that cannot become a job yet. Several may belong to one workspace and uploader; they are sealed together.
 create table autotag.uploads (
   id bigint generated always as identity primary key,
   workspace_id uuid not null,
-  user_id uuid,                          -- the uploader; null: the service role
-  first_at timestamptz not null,
-  seal_at timestamptz not null,
-  postponed boolean not null default false   -- it was complete, and there was no room for it: seal_at is when to look again
+  uploader uuid not null,
+  seal_at timestamptz not null,                          -- when to try again
+  failures integer not null default 0 check (failures >= 0)   -- attempts that raised; 0: it waits for room
 );
-create unique index uploads_key on autotag.uploads (workspace_id, user_id) nulls not distinct;
+create index uploads_key_idx on autotag.uploads (workspace_id, uploader);
 create index uploads_seal_at_idx on autotag.uploads (seal_at);
-create index uploads_user_idx on autotag.uploads (user_id, seal_at);
 alter table autotag.uploads enable row level security;
 
-create table autotag.arrivals (
-  id bigint generated always as identity primary key,
-  upload_id bigint not null references autotag.uploads on delete cascade,
-  asset_id uuid not null
+-- The pictures of an upload: a hash of id and location of each image. enqueue_tagging compares them, so that an image whose tags were
+-- stored a moment ago is not tagged again (repeat_window). 8 bytes an image, and no write when it is tagged.
+create table autotag.pictures (
+  job_id uuid primary key references autotag.jobs on delete cascade,
+  marks bigint[] not null
 );
-create index arrivals_upload_id_idx on autotag.arrivals (upload_id, id);
-alter table autotag.arrivals enable row level security;
+alter table autotag.pictures alter column marks set storage external;   -- hashes do not shrink
+alter table autotag.pictures enable row level security;
+
+-- The picture of an image, while it is enqueued.
+create type autotag.picture as (
+  asset_id uuid,
+  mark bigint                  -- hash of id and location
+);
+
+-- An image that is being tagged or was a moment ago, and the job that it belongs to (find_repeats).
+create type autotag.repeated as (
+  asset_id uuid,
+  job_id uuid
+);
 
 -- Outgoing messages (outbox) and webhook deliveries from OpenAI (webhooks).
 
@@ -1816,8 +1850,9 @@ begin
       case when p_images <= v_max_allowed then greatest(extract(epoch from v_free_at - autotag.now()), 1) end));
 end $$;
 
--- enqueue_tagging: makes one upload one job. Idempotent: images that are being tagged already are skipped. It may run in a long
--- transaction of the tenant's, so it locks no row that a worker needs: start_job() takes advisory locks and inserts new rows.
+-- enqueue_tagging: makes one upload one job. Idempotent: images that are being tagged already are skipped, and so are those that have
+-- just been tagged (find_repeats). It may run in a long transaction of the tenant's, so it locks no row that a worker needs: it takes
+-- advisory locks (lock_quotas) and inserts new rows.
 --
 -- p_seen[i]: the mark of the file of p_asset_ids[i] that the caller may see (`visible_file_marks`), which matches no file if the
 -- caller may not see it; null: not checked. If the image's file has another mark when a worker claims it, the image fails as if
@@ -1832,6 +1867,9 @@ declare
   v_foreign uuid[];            -- images that name a file of another workspace, at most 5
   v_long uuid[];               -- images whose URL, path or bucket name is too long, at most 5
   v_workspaces uuid[];         -- workspaces of the images that the caller may act for
+  v_images uuid[];             -- the images, each once,
+  v_marks bigint[];            -- the marks of their pictures,
+  v_suspects autotag.picture[];   -- and those that may have been enqueued before
 begin
   if array_ndims(p_asset_ids) > 1 or array_position(p_asset_ids, null) is not null then
     perform autotag.refuse(400, 'bad_asset_ids', 'asset_ids must be a plain list of ids.',
@@ -1841,19 +1879,22 @@ begin
 
   -- An image of another workspace is reported like one that does not exist, so that callers cannot find out which ids exist.
   with there as materialized (
-    select d.asset_id, d.workspace_id, d.refused from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
+    select d.asset_id, d.workspace_id, d.refused, d.stage, uuid_hash_extended(d.asset_id, uuid_hash_extended(d.mark, 0)) as mark
+    from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
   ), theirs as materialized (
     -- offset 0: call is_member once per workspace, not once per image
     select w.id from (select distinct t.workspace_id as id from there t offset 0) w
     where autotag.is_service() or autotag.is_member(w.id)
   ), found as materialized (
-    select t.asset_id, t.refused from there t where t.workspace_id in (select w.id from theirs w)
+    select t.asset_id, t.refused, t.stage, t.mark from there t where t.workspace_id in (select w.id from theirs w)
   )
   select (select array_agg(w.id) from theirs w), (select count(*) from found), (select count(distinct id) from unnest(p_asset_ids) id),
     array(select distinct id from unnest(p_asset_ids) id except select f.asset_id from found f order by 1 limit 5),
     array(select f.asset_id from found f where f.refused = 'foreign_file' order by 1 limit 5),
-    array(select f.asset_id from found f where f.refused = 'location_too_long' order by 1 limit 5)
-  into v_workspaces, v_found, v_asked, v_missing, v_foreign, v_long;
+    array(select f.asset_id from found f where f.refused = 'location_too_long' order by 1 limit 5),
+    array(select f.asset_id from found f), array(select f.mark from found f),
+    array(select row(f.asset_id, f.mark)::autotag.picture from found f where f.stage <> 'failed')
+  into v_workspaces, v_found, v_asked, v_missing, v_foreign, v_long, v_images, v_marks, v_suspects;
   if v_found < v_asked then
     perform autotag.refuse(404, 'unknown_asset',
       format('%s of the %s images do not exist.', v_asked - v_found, v_asked),
@@ -1871,7 +1912,7 @@ begin
     perform autotag.refuse(400, 'location_too_long', 'The URL, path or bucket name of an image is too long.',
       'A URL may have 8,192 bytes, a path 1,024 and a bucket name 100.', jsonb_build_object('asset_ids', v_long));
   end if;
-  return autotag.start_job(v_workspaces[1], (select auth.uid()), p_asset_ids, p_seen);
+  return autotag.start_once(v_workspaces[1], p_asset_ids, p_seen, v_images, v_marks, v_suspects);
 end $$;
 
 -- Starts the job of an upload: its strategy, batches and tasks.
@@ -2016,6 +2057,105 @@ begin
   return v_first_task;
 end $$;
 
+-- Nothing twice: a call that is repeated, because its reply was lost, does not pay for its images again.
+
+-- Those of these pictures that are being tagged or were tagged a moment ago: they belong to a job of the workspace that still runs or has
+-- finished within repeat_window, with the location that they had then, and did not fail there. It reads only tables of autotag, so
+-- that it knows of every image that was tagged until now, whatever the image's row showed earlier.
+create or replace function autotag.find_repeats(p_workspace_id uuid, p_pictures autotag.picture[]) returns autotag.repeated[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+  set enable_nestloop = off
+as $$
+declare
+  v_recent uuid[];
+begin
+  if p_pictures = '{}' then
+    return array[]::autotag.repeated[];   -- almost always: nothing is read for new images
+  end if;
+  v_recent := array(
+    select j.id from autotag.jobs j where j.workspace_id = p_workspace_id and j.finished_at is null
+    union all
+    select j.id from autotag.jobs j
+    where j.finished_at > autotag.now() - (select s.repeat_window from autotag.settings s) and j.workspace_id = p_workspace_id);
+  return array(
+    with recent as materialized (
+      select p.job_id, unnest(p.marks) as mark from autotag.pictures p where p.job_id = any (v_recent)
+    ), failed as materialized (
+      select t.job_id, t.asset_id from autotag.tasks t where t.job_id = any (v_recent) and t.finished_at is not null
+    )
+    select row(a.asset_id, (array_agg(r.job_id))[1])::autotag.repeated
+    from unnest(p_pictures) a join recent r on r.mark = a.mark
+    where (r.job_id, a.asset_id) not in (select f.job_id, f.asset_id from failed f)
+    group by a.asset_id);
+end $$;
+
+-- Makes a job of an upload without the images that were tagged a moment ago. Returns what start_job() does; the repeated images are
+-- skipped, too. If nothing is left, the reply names their job, or null if they belong to several.
+-- p_images, p_marks: all images, each once, and the marks of their pictures. p_suspects: those that may have been enqueued before.
+-- Locks: as in start_job().
+create or replace function autotag.start_once(
+  p_workspace_id uuid, p_asset_ids uuid[], p_seen uuid[], p_images uuid[], p_marks bigint[], p_suspects autotag.picture[]
+) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_user uuid := (select auth.uid());
+  v_repeated autotag.repeated[];
+  v_skipped integer;
+  v_jobs uuid[];
+  v_job autotag.jobs;
+  v_reply jsonb;
+begin
+  if not autotag.lock_quotas(p_workspace_id, v_user, false) then
+    perform autotag.lock_quotas(p_workspace_id, v_user);
+    -- Meanwhile others may have enqueued any of these images, and some may have got their tags.
+    p_suspects := array(select row(i.id, i.mark)::autotag.picture from unnest(p_images, p_marks) i (id, mark));
+  end if;
+  v_repeated := autotag.find_repeats(p_workspace_id, p_suspects);
+  v_skipped := cardinality(v_repeated);
+  if v_skipped > 0 then
+    select array_agg(a.id order by a.i), array_agg(a.seen order by a.i) into p_asset_ids, p_seen
+    from unnest(p_asset_ids, p_seen) with ordinality a (id, seen, i)
+    where a.id not in (select r.asset_id from unnest(v_repeated) r);
+  end if;
+  if p_asset_ids is null then
+    v_jobs := array(select distinct r.job_id from unnest(v_repeated) r);
+    select * into v_job from autotag.jobs j where cardinality(v_jobs) = 1 and j.id = v_jobs[1];
+    return autotag.describe_repeat(v_job, v_skipped);
+  end if;
+  v_reply := autotag.start_job(p_workspace_id, v_user, p_asset_ids, p_seen);
+  v_reply := v_reply || jsonb_build_object('skipped', (v_reply ->> 'skipped')::integer + v_skipped);
+  perform autotag.record_pictures(v_reply, p_images, p_marks);
+  return v_reply;
+end $$;
+
+-- Records the pictures of a new job. p_reply: of start_job(); p_images, p_marks: the images of its call, and the marks of their pictures.
+create or replace function autotag.record_pictures(p_reply jsonb, p_images uuid[], p_marks bigint[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_job_id uuid := (p_reply ->> 'job_id')::uuid;
+begin
+  if (p_reply ->> 'image_count')::integer = 0 then
+    return;
+  end if;
+  if (p_reply ->> 'skipped')::integer > 0 then   -- those belong to other jobs
+    p_marks := array(
+      select i.mark from unnest(p_images, p_marks) i (id, mark)
+      where i.id in (select t.asset_id from autotag.tasks t where t.job_id = v_job_id));
+  end if;
+  insert into autotag.pictures (job_id, marks) values (v_job_id, p_marks);
+end $$;
+
+-- The reply to a call that was made before: its job, with all images skipped.
+create or replace function autotag.describe_repeat(p_job autotag.jobs, p_skipped integer) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return jsonb_build_object('job_id', p_job.id, 'strategy', p_job.strategy, 'image_count', 0, 'skipped', p_skipped,
+    'batches', 0, 'eta', p_job.eta);
+end $$;
+
 -- Cancelling an upload.
 
 -- cancel_tagging: {job_id, cancelled (images)}. Images that have not been sent to OpenAI fail with the code `cancelled`. What
@@ -2061,7 +2201,7 @@ end $$;
 -- Retrying the failed images of an upload.
 
 -- The failed images of a job, in order, except those that no longer exist, moved to another workspace (which the caller may not
--- know of), or whose location is refused (describe_assets).
+-- know of), whose location is refused (describe_assets), or that a later job has tagged.
 create or replace function autotag.failed_assets(p_job_id uuid) returns uuid[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -2072,147 +2212,512 @@ declare
 begin
   return array(
     select f.id from unnest(v_failed) with ordinality f (id, i) join autotag.describe_assets(v_failed) d on d.asset_id = f.id
-    where d.workspace_id = v_job.workspace_id and d.refused is null order by f.i);
+    where d.workspace_id = v_job.workspace_id and d.refused is null and d.stage is distinct from 'completed' order by f.i);
 end $$;
 
--- retry_tagging: enqueues the failed images of a job as a new job. p_seen: as in enqueue, for failed_assets().
-create or replace function autotag.retry(p_job_id uuid, p_seen uuid[] default null) returns jsonb
+-- retry_tagging: enqueues the failed images of a job as a new job. A call that is repeated while that job runs, or within
+-- repeat_window of its end, returns that job again. Once it was cancelled, another call makes another job.
+-- p_asset_ids: failed_assets(), as it was when the caller's rights to the files were checked; p_seen: as in enqueue, for them.
+-- Locks: the job (advisory: calls for one job run one after the other), then as in enqueue().
+create or replace function autotag.retry(p_job_id uuid, p_asset_ids uuid[], p_seen uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_assets uuid[] := autotag.failed_assets(p_job_id);
+  v_job autotag.jobs := autotag.visible_job(p_job_id);
+  v_retry autotag.jobs;
+  v_failed uuid[];
+  v_assets uuid[];
+  v_seen uuid[];
+  v_reply jsonb;
 begin
-  if v_assets = '{}' then
+  perform pg_advisory_xact_lock(hashtextextended('autotag.retry ' || v_job.id, 0));
+  select * into v_retry from autotag.jobs j where j.retry_of = v_job.id order by j.created_at desc limit 1;
+  if v_retry.cancelled_at is null
+    and (v_retry.finished_at is null or v_retry.finished_at > autotag.now() - (select s.repeat_window from autotag.settings s))
+    and v_retry.id is not null then
+    return autotag.describe_repeat(v_retry, v_retry.image_count);
+  end if;
+  v_failed := autotag.failed_assets(v_job.id);
+  select array_agg(a.id order by a.i), array_agg(a.seen order by a.i) into v_assets, v_seen
+  from unnest(p_asset_ids, p_seen) with ordinality a (id, seen, i)
+  where a.id in (select unnest(v_failed));
+  if v_assets is null then
     perform autotag.refuse(409, 'nothing_to_retry', 'This upload has no failed image that can be tagged now.',
       'Check tagging_job() before you retry.');
   end if;
-  return autotag.enqueue(v_assets, p_seen);
+  v_reply := autotag.enqueue(v_assets, v_seen);
+  update autotag.jobs j set retry_of = v_job.id
+  where j.id = (v_reply ->> 'job_id')::uuid and (v_reply ->> 'image_count')::integer > 0;
+  return v_reply;
 end $$;
 
 -- Automatic mode: new rows become uploads without a call (tables/uploads.sql has a diagram).
+--
+-- Nothing here notifies a worker from the host's transaction. A NOTIFY would make its commit wait for other commits (one global
+-- lock), forbid PREPARE TRANSACTION, and fail it while the queue of notifications is full. It is not needed either: an upload is not
+-- sealed before upload_quiet has passed, and a worker that looks that often sees each upload in time (seal_uploads: wait).
 
--- Collects the images that one statement inserted; images without a file or URL are left out. It wakes a worker only when an
--- upload begins: later rows only postpone its sealing, and the worker woken for that learns the new time. An error must not
--- abort the host's insert: it becomes a warning, and those images wait for enqueue_tagging. Locks: uploads by workspace.
-create or replace function autotag.collect(p_asset_ids uuid[]) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+-- The signed-in user of the host's transaction; the zero uuid: nobody. Tokens of other identity providers have a `sub` that is no
+-- uuid, and anything can stand in the claims of a direct connection: that is nobody, not an error.
+create or replace function autotag.find_uploader() returns uuid
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_settings autotag.settings;
-  v_user uuid := (select auth.uid());
-  v_now timestamptz := autotag.now();
-  v_begun boolean;
 begin
-  select * into v_settings from autotag.settings;
-  with found as (
-    select d.asset_id, d.workspace_id from autotag.describe_assets(p_asset_ids) d
-    -- a row whose location is refused is collected too: its task fails with the reason
-    where d.workspace_id is not null and (d.path is not null or d.url is not null or d.refused is not null)
-  ), upload as (
-    insert into autotag.uploads as u (workspace_id, user_id, first_at, seal_at)
-    select distinct f.workspace_id, v_user, v_now, v_now + v_settings.upload_quiet from found f order by 1
-    on conflict (workspace_id, user_id) do update
-      -- one that waits for its quotas goes on waiting
-      set seal_at = case when u.postponed and u.seal_at > v_now then u.seal_at
-        else least(v_now + v_settings.upload_quiet, u.first_at + v_settings.upload_longest) end,
-        postponed = u.postponed and u.seal_at > v_now
-    returning u.id, u.workspace_id, u.first_at
-  ), arrived as (
-    insert into autotag.arrivals (upload_id, asset_id)
-    select u.id, f.asset_id
-    from unnest(p_asset_ids) with ordinality p (id, i)
-    join found f on f.asset_id = p.id
-    join upload u on u.workspace_id = f.workspace_id
-    order by p.i
-  )
-  select coalesce(bool_or(u.first_at = v_now), false) into v_begun from upload u;
-  if v_begun then
-    perform pg_notify('autotag', 'realtime');
-  end if;
-exception when others then
-  raise warning 'autotag could not collect % new images: %', cardinality(p_asset_ids), sqlerrm;
+  return coalesce((select auth.uid()), '00000000-0000-0000-0000-000000000000');
+exception when others or assert_failure then
+  return '00000000-0000-0000-0000-000000000000'::uuid;
 end $$;
 
--- Makes a job of one upload that is complete at p_now; false: there is none. Images beyond what one job, the live images of the
--- workspace or its quotas allow stay in the upload, which is postponed when there is no room. One upload per call, because a job's locks
--- come before the next workspace's in the order of locks. Called by claim(), which must not wait for a tenant's transaction: while
--- one holds the quotas, the upload waits another second.
--- Locks: the upload, its workspace, its quotas (advisory, without waiting).
-create or replace function autotag.seal_upload(p_now timestamptz) returns boolean
+-- Collects the images that one statement inserted: their ids and workspaces; those without a workspace are left out. Whether there is
+-- a file or URL is found out when the upload is sealed. Called by the host's transaction, so it only inserts: it locks no row, and
+-- waits for nothing but a lock of the whole table (an upgrade of autotag), for 50 ms at most. Errors are caught by the trigger.
+create or replace function autotag.collect(p_asset_ids uuid[], p_workspace_ids uuid[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
+as $$
+declare
+  v_uploader uuid := autotag.find_uploader();
+  v_now timestamptz := autotag.now();
+begin
+  insert into autotag.arrivals (asset_id, workspace_id, uploader, arrived_at)
+  select n.asset_id, n.workspace_id, v_uploader, v_now
+  from unnest(p_asset_ids, p_workspace_ids) n (asset_id, workspace_id)
+  where n.asset_id is not null and n.workspace_id is not null;
+end $$;
+
+-- At most p_limit uploads that may still grow, by workspace and uploader, with their first and last arrival. Only workspaces from
+-- p_from to before p_before (null: all). It jumps from one upload to the next in the index, so its cost does not depend on how many
+-- images they have: 10 µs for each upload.
+create or replace function autotag.list_arriving(p_from uuid, p_before uuid, p_limit integer)
+returns table (workspace_id uuid, uploader uuid, first_at timestamptz, last_at timestamptz)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set enable_bitmapscan = off set jit = off
+as $$
+begin
+  return query
+    with recursive found as (
+      (select a.workspace_id, a.uploader, a.arrived_at from autotag.arrivals a
+       where a.upload_id is null and a.workspace_id >= p_from
+       order by a.workspace_id, a.uploader, a.arrived_at limit 1)
+      union all
+      select n.* from found f
+      cross join lateral (
+        select a.workspace_id, a.uploader, a.arrived_at from autotag.arrivals a
+        where a.upload_id is null and (a.workspace_id, a.uploader) > (f.workspace_id, f.uploader)
+        order by a.workspace_id, a.uploader, a.arrived_at limit 1) n
+      where f.workspace_id < coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+    )
+    select f.workspace_id, f.uploader, f.arrived_at, (
+      select max(a.arrived_at) from autotag.arrivals a
+      where a.upload_id is null and a.workspace_id = f.workspace_id and a.uploader = f.uploader)
+    from found f where p_before is null or f.workspace_id < p_before limit p_limit;
+end $$;
+
+-- Uploads, and when each is due: those that may still grow are complete when nothing has come for upload_quiet or their first image is
+-- upload_longest old; those that were postponed have a time. An image that becomes visible late, because its transaction was long, is
+-- as old as its row. One from the future was inserted before the clock was set back, and waits for nothing.
+-- At most 2,000 of the former, from a random workspace on, and 1,000 of the latter: where there are more, each gets its chance.
+create or replace function autotag.list_uploads(p_now timestamptz)
+returns table (workspace_id uuid, uploader uuid, due_at timestamptz, arriving boolean)
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
+as $$
+declare
+  v_quiet interval;
+  v_longest interval;
+  v_from uuid := gen_random_uuid();
+begin
+  select s.upload_quiet, s.upload_longest into v_quiet, v_longest from autotag.settings s;
+  return query
+    select l.workspace_id, l.uploader,
+      case when l.last_at > p_now + v_quiet then p_now else least(l.last_at + v_quiet, l.first_at + v_longest) end, true
+    from (
+      select * from autotag.list_arriving(v_from, null, 1000)
+      union all
+      select * from autotag.list_arriving('00000000-0000-0000-0000-000000000000', v_from, 1000)) l;
+  return query
+    select u.workspace_id, u.uploader, u.seal_at, false from autotag.uploads u where u.seal_at <= p_now order by u.seal_at limit 1000;
+  return query
+    select u.workspace_id, u.uploader, u.seal_at, false from autotag.uploads u where u.seal_at > p_now order by u.seal_at limit 1;
+end $$;
+
+-- Makes a job of one upload that is due, in a transaction of its own: it writes the host's rows, so it holds nothing that other
+-- tenants need. It waits for nobody: an upload whose quotas are locked at the moment is skipped. Of each user the oldest upload is
+-- eligible, and the fewer uploads a user has, the more probable is theirs: a crowd of uploads does not keep others waiting, and is not
+-- kept waiting for ever. A worker calls it again at once while `more` is true.
+--   sealed: how many jobs were made.   more: another upload is due.
+--   wait: seconds until the next call; null: automatic mode is off, and nothing waits.
+--   notices: [{event, notice}] for the log.
+-- Locks: quotas (without waiting), one user's uploads and arrivals (skip locked), then as in start_job().
+create or replace function autotag.seal_uploads(
+  p_worker uuid, out sealed integer, out more boolean, out wait double precision, out notices jsonb
+)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_upload autotag.uploads;
-  v_assets uuid[];
-  v_room integer;
+  v_now timestamptz := autotag.now();
+  v_next timestamptz;
+  v_upload record;
+  v_result record;
+  v_done boolean := false;
 begin
-  select * into v_upload from autotag.uploads u
-  where u.seal_at <= p_now order by u.seal_at limit 1 for update skip locked;
-  if not found then
-    return false;
+  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
+  sealed := 0;
+  more := false;
+  notices := '[]';
+  wait := 1;
+  if not autotag.is_own_worker(p_worker) then
+    return;
   end if;
-  if not autotag.lock_quotas(v_upload.workspace_id, v_upload.user_id, false) then
-    update autotag.uploads u set seal_at = p_now + interval '1 s' where u.id = v_upload.id;
-    return true;
+  for v_upload in
+    select l.*
+    from autotag.list_uploads(v_now) l
+    window users as (partition by coalesce(nullif(l.uploader, '00000000-0000-0000-0000-000000000000'), l.workspace_id), l.due_at > v_now)
+    order by l.due_at > v_now, (row_number() over (users order by l.due_at)) > 1, random() * (count(*) over users)
+  loop
+    if v_upload.due_at > v_now then
+      v_next := least(v_next, v_upload.due_at);
+    elsif v_done then
+      more := true;
+      exit;
+    elsif autotag.try_lock_quotas(v_upload.workspace_id, nullif(v_upload.uploader, '00000000-0000-0000-0000-000000000000')) then
+      v_result := autotag.seal_upload(v_upload.workspace_id, v_upload.uploader, v_now);
+      sealed := v_result.sealed;
+      notices := v_result.notices;
+      more := v_result.rest;
+      v_done := true;
+    else
+      v_next := least(v_next, v_now + autotag.clock_interval(0.25));   -- until its quotas are free
+    end if;
+  end loop;
+  if v_next is not null or v_done or autotag.is_automatic() then
+    v_next := least(v_next, v_now + (select least(greatest(s.upload_quiet, '0.2 s'), '10 s') from autotag.settings s));
   end if;
-  v_room := least(autotag.live_capacity(v_upload.workspace_id), (select s.job_max_images from autotag.settings s),
-    (select min(q.images_left) from autotag.quotas_left(v_upload.workspace_id, v_upload.user_id) q));
-  if v_room < 1 then
-    perform autotag.postpone_upload(v_upload, p_now);
-    return true;
-  end if;
+  wait := case when v_next is not null then greatest(autotag.real_seconds(v_next - v_now), 0) end;
+end $$;
 
-  with taken as (
-    delete from autotag.arrivals r
-    where r.id in (select a.id from autotag.arrivals a where a.upload_id = v_upload.id order by a.id limit v_room)
-    returning r.id, r.asset_id
-  )
-  select array_agg(d.asset_id order by t.id) into v_assets
-  from taken t join autotag.describe_assets(array(select asset_id from taken)) d on d.asset_id = t.asset_id
-  where d.workspace_id = v_upload.workspace_id;
-  delete from autotag.uploads u
-  where u.id = v_upload.id and not exists (select from autotag.arrivals a where a.upload_id = u.id);
-  if v_assets is not null then
-    perform autotag.start_job(v_upload.workspace_id, v_upload.user_id, v_assets);
+-- Whether automatic mode is on.
+create or replace function autotag.is_automatic() returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (select from pg_trigger t where t.tgname = 'autotag_collect' and not t.tgisinternal and t.tgenabled <> 'D');
+end $$;
+
+-- Makes a job of what has arrived of one workspace and uploader, and of what was postponed of it and is due. Images beyond what one job,
+-- the live images or the quotas allow stay; the upload is postponed when there is no room. rest: others of its images are due.
+-- Where an earlier attempt raised or took too long, fewer images are tried, a quarter each time. The caller holds the quotas.
+create or replace function autotag.seal_upload(
+  p_workspace_id uuid, p_uploader uuid, p_now timestamptz, out sealed integer, out rest boolean, out notices jsonb
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_user uuid := nullif(p_uploader, '00000000-0000-0000-0000-000000000000');
+  v_room integer;
+  v_waiting bigint;            -- the postponed upload of this uploader that still waits for room
+  v_due bigint[];              -- those that are due
+  v_failures integer;
+  v_arrivals bigint[];
+  v_assets uuid[];
+  v_try record;
+begin
+  sealed := 0;
+  rest := false;
+  notices := '[]';
+  select min(u.id) filter (where u.seal_at > p_now and u.failures = 0), coalesce(array_agg(u.id) filter (where u.seal_at <= p_now), '{}'),
+    coalesce(max(u.failures) filter (where u.seal_at <= p_now), 0)
+  into v_waiting, v_due, v_failures
+  from (
+    select * from autotag.uploads o where o.workspace_id = p_workspace_id and o.uploader = p_uploader for update skip locked) u;
+  if v_waiting is not null then
+    perform autotag.join_upload(v_waiting, p_workspace_id, p_uploader);
+    update autotag.arrivals a set upload_id = v_waiting where a.upload_id = any (v_due);
+    delete from autotag.uploads u where u.id = any (v_due);
+    return;
   end if;
-  return true;
+  v_room := least(autotag.live_capacity(p_workspace_id), (select s.job_max_images from autotag.settings s),
+    (select min(q.images_left) from autotag.quotas_left(p_workspace_id, v_user) q));
+  if v_room < 1 then
+    perform autotag.postpone_upload(p_workspace_id, p_uploader, v_due, p_now);
+    return;
+  end if;
+  v_room := least(v_room, greatest(50000 >> least(2 * v_failures, 30), 1));
+  select array_agg(t.id), array_agg(t.asset_id) into v_arrivals, v_assets
+  from autotag.take_arrivals(p_workspace_id, p_uploader, v_due, v_room) t;
+  if v_arrivals is not null then
+    v_try := autotag.try_upload(p_workspace_id, v_user, v_assets, true);
+    if v_try.state = 'PT429' then   -- the quotas changed meanwhile
+      perform autotag.postpone_upload(p_workspace_id, p_uploader, v_due, p_now);
+      return;
+    elsif v_try.state is not null then
+      v_try := autotag.seal_apart(p_workspace_id, p_uploader, v_arrivals, v_assets, v_failures, v_try.state, v_try.error);
+      notices := v_try.notices;
+      v_arrivals := v_try.ended;
+    end if;
+    sealed := v_try.jobs;
+    delete from autotag.arrivals a where a.id = any (v_arrivals);
+  end if;
+  delete from autotag.uploads u where u.id = any (v_due) and not exists (select from autotag.arrivals a where a.upload_id = u.id);
+  rest := exists (select from autotag.take_arrivals(p_workspace_id, p_uploader, v_due, 1));
+end $$;
+
+-- The first p_limit images of one workspace and uploader that may still grow or belong to these postponed uploads.
+create or replace function autotag.take_arrivals(p_workspace_id uuid, p_uploader uuid, p_uploads bigint[], p_limit integer)
+returns table (id bigint, asset_id uuid)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
+as $$
+begin
+  return query
+    select x.id, x.asset_id from (
+      select a.id, a.asset_id from autotag.arrivals a
+      where a.upload_id is null and a.workspace_id = p_workspace_id and a.uploader = p_uploader
+      union all
+      select a.id, a.asset_id from autotag.arrivals a where a.upload_id = any (p_uploads)) x
+    order by x.id limit p_limit;
+end $$;
+
+-- Tries to make a job of these images. Its errors are returned, not raised: state is their SQLSTATE, null: none. p_keep: false: the try
+-- is undone in any case. It waits 50 ms at most for each row of the host that another transaction holds. Constraints that the host has
+-- deferred are checked here, not at the commit, where an error would undo everything. jobs: how many were made, 0 or 1.
+create or replace function autotag.try_upload(
+  p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_keep boolean, out jobs integer, out state text, out error text
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
+as $$
+begin
+  jobs := autotag.start_upload(p_workspace_id, p_user_id, p_asset_ids);
+  set constraints all immediate;
+  if not p_keep then
+    raise exception using errcode = 'AT002';
+  end if;
+exception when others or assert_failure or query_canceled then
+  get stacked diagnostics state = returned_sqlstate, error = message_text;
+  jobs := 0;
+  state := nullif(state, 'AT002');
+end $$;
+
+-- Makes a job of these images of an upload, and returns how many jobs were made: 0 or 1. Left out are images that are gone, that have no
+-- file or URL, that are being tagged (start_job), and that have a result or an error already: then enqueue_tagging was called for
+-- them too, or the row was copied with its tags. An image that has moved to another workspace arrives there.
+create or replace function autotag.start_upload(p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[]) returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_assets uuid[];
+  v_marks bigint[];            -- of their pictures
+  v_moved uuid[];
+  v_job jsonb;
+begin
+  select array_agg(d.asset_id order by p.i) filter (where d.workspace_id = p_workspace_id),
+    array_agg(uuid_hash_extended(d.asset_id, uuid_hash_extended(d.mark, 0)) order by p.i) filter (where d.workspace_id = p_workspace_id),
+    array_agg(d.asset_id) filter (where d.workspace_id <> p_workspace_id)
+  into v_assets, v_marks, v_moved
+  from unnest(p_asset_ids) with ordinality p (id, i)
+  join autotag.describe_assets(p_asset_ids) d on d.asset_id = p.id
+  -- a row whose location is refused becomes a task, which fails with the reason
+  where (d.path is not null or d.url is not null or d.refused is not null)
+    and (d.stage is null or d.stage not in ('completed', 'failed'));
+  if v_moved is not null then
+    insert into autotag.arrivals (asset_id, workspace_id, uploader, arrived_at)
+    select d.asset_id, d.workspace_id, coalesce(p_user_id, '00000000-0000-0000-0000-000000000000'), autotag.now()
+    from autotag.describe_assets(v_moved) d where d.workspace_id is not null;
+  end if;
+  if v_assets is null then
+    return 0;
+  end if;
+  v_job := autotag.start_job(p_workspace_id, p_user_id, v_assets);
+  perform autotag.record_pictures(v_job, v_assets, v_marks);
+  return least((v_job ->> 'image_count')::integer, 1);
+end $$;
+
+-- Automatic mode: uploads that cannot become a job yet, and images with which none can.
+
+-- Adds what has arrived of one workspace and uploader to a postponed upload. Locks: arrivals (skip locked).
+create or replace function autotag.join_upload(p_upload_id bigint, p_workspace_id uuid, p_uploader uuid) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
+as $$
+begin
+  update autotag.arrivals a set upload_id = p_upload_id
+  where a.id in (
+    select o.id from autotag.arrivals o
+    where o.upload_id is null and o.workspace_id = p_workspace_id and o.uploader = p_uploader for update skip locked);
 end $$;
 
 -- Postpones an upload without room: until its quota renews, where all of it is billed; else until some of what is being tagged is
--- expected to be done (1 min to 1 h). Where the quota is its user's in all workspaces, the user's other uploads wait as long, at
--- most 1,000 per call: a user may be a member of any number of workspaces. Locks: uploads (skip locked).
-create or replace function autotag.postpone_upload(p_upload autotag.uploads, p_now timestamptz) returns void
+-- expected to be done (1 min to 1 h). Where the quota is its user's in all workspaces, the user's other uploads that are due wait as
+-- long, so that one call settles a crowd of them. p_due: its postponed uploads that are due.
+-- Locks: uploads and arrivals (skip locked).
+create or replace function autotag.postpone_upload(p_workspace_id uuid, p_uploader uuid, p_due bigint[], p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_user uuid := nullif(p_uploader, '00000000-0000-0000-0000-000000000000');
   v_prices autotag.reservation_prices := autotag.price_reservations();
   v_until timestamptz;
   v_scope text;
+  v_other record;
 begin
   select u.renews_at, u.scope into v_until, v_scope
-  from autotag.quota_use(p_upload.workspace_id, p_upload.user_id, v_prices) u
+  from autotag.quota_use(p_workspace_id, v_user, v_prices) u
   where u.maximum - u.billed < case u.kind when 'images' then 1 else greatest(v_prices.single, 0.0000001) end
     and not (u.kind = 'cost' and v_prices.free)
   order by u.renews_at desc, u.scope limit 1;
   v_until := coalesce(v_until, least(greatest(p_now + interval '1 min', (
     select min(j.eta) from autotag.jobs j
-    where j.finished_at is null and (j.workspace_id = p_upload.workspace_id or j.user_id = p_upload.user_id))), p_now + interval '1 h'));
-  update autotag.uploads u set seal_at = v_until, postponed = true where u.id = p_upload.id;
+    where j.finished_at is null and (j.workspace_id = p_workspace_id or j.user_id = v_user))), p_now + interval '1 h'));
   if v_scope = 'user' and not exists (select from autotag.quotas q where q.scope = 'user' and q.workspace_id is not null) then
-    update autotag.uploads u set seal_at = v_until, postponed = true
+    for v_other in
+      select l.workspace_id from autotag.list_uploads(p_now) l
+      where l.uploader = p_uploader and l.arriving and l.due_at <= p_now and l.workspace_id <> p_workspace_id
+    loop
+      perform autotag.put_aside(v_other.workspace_id, p_uploader, '{}', v_until);
+    end loop;
+    update autotag.uploads u set seal_at = v_until, failures = 0
     where u.id in (
-      select o.id from autotag.uploads o where o.user_id = p_upload.user_id and o.seal_at <= p_now
-      order by o.id limit 1000 for update skip locked);
+      select o.id from autotag.uploads o where o.uploader = p_uploader and o.seal_at <= p_now
+      order by o.seal_at limit 1000 for update skip locked);
+  end if;
+  perform autotag.put_aside(p_workspace_id, p_uploader, p_due, v_until);
+end $$;
+
+-- Makes one postponed upload of what has arrived of a workspace and uploader, and of these postponed ones, which the caller has locked.
+create or replace function autotag.put_aside(p_workspace_id uuid, p_uploader uuid, p_due bigint[], p_until timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_upload_id bigint := p_due[1];
+begin
+  if v_upload_id is null then
+    insert into autotag.uploads (workspace_id, uploader, seal_at) values (p_workspace_id, p_uploader, p_until)
+    returning id into v_upload_id;
+  else
+    update autotag.uploads u set seal_at = p_until, failures = 0 where u.id = v_upload_id;
+    update autotag.arrivals a set upload_id = v_upload_id where a.upload_id = any (p_due[2:]);
+    delete from autotag.uploads u where u.id = any (p_due[2:]);
+  end if;
+  perform autotag.join_upload(v_upload_id, p_workspace_id, p_uploader);
+end $$;
+
+-- An upload raised as a whole: finds the images that are the reason, and makes a job of the others. An image that the database refuses
+-- (a trigger or constraint of the host, an expression in the adapter) fails, and its row shows that if the host lets it. Where the
+-- reason is not the image (a held row, a full disk), the images are postponed with growing delays (1 s to 10 min).
+-- p_arrivals[i] belongs to p_assets[i]; p_failures: attempts so far. ended: the arrivals that are settled.
+create or replace function autotag.seal_apart(
+  p_workspace_id uuid, p_uploader uuid, p_arrivals bigint[], p_assets uuid[], p_failures integer, p_state text, p_error text,
+  out jobs integer, out ended bigint[], out notices jsonb
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_user uuid := nullif(p_uploader, '00000000-0000-0000-0000-000000000000');
+  v_odd jsonb := (autotag.find_odd(p_workspace_id, v_user, p_assets, p_state, p_error, 64)).odd;
+  v_good uuid[] := array(select a from unnest(p_assets) a except select (o ->> 'asset')::uuid from jsonb_array_elements(v_odd) o);
+  v_refused uuid[];
+  v_upload_id bigint;
+  v_try record;
+begin
+  jobs := 0;
+  notices := '[]';
+  if v_good <> '{}' then
+    v_try := autotag.try_upload(p_workspace_id, v_user, array(select a from unnest(p_assets) a where a = any (v_good)), true);
+    jobs := v_try.jobs;
+    if v_try.state is not null then
+      v_good := '{}';
+    end if;
+  end if;
+  select coalesce(array_agg((o ->> 'asset')::uuid), '{}'), coalesce(jsonb_agg(jsonb_build_object('event', 'image_not_enqueued', 'notice',
+    format('The database refused to enqueue image %s: %s', o ->> 'asset', autotag.printable(o ->> 'error', 500)))), '[]')
+  into v_refused, notices
+  from jsonb_array_elements(v_odd) o where autotag.is_refusal(o ->> 'state');
+  if v_refused <> '{}' then
+    perform autotag.show_refused(p_workspace_id, v_refused);
+  end if;
+  ended := array(select p.id from unnest(p_arrivals, p_assets) p (id, asset) where p.asset = any (v_good || v_refused));
+  if cardinality(ended) < cardinality(p_arrivals) then
+    insert into autotag.uploads (workspace_id, uploader, seal_at, failures)
+    values (p_workspace_id, p_uploader, autotag.now() + least(interval '1 s' * power(2, least(p_failures, 20)), '10 min'), p_failures + 1)
+    returning id into v_upload_id;
+    update autotag.arrivals a set upload_id = v_upload_id where a.id = any (p_arrivals) and a.id <> all (ended);
+    notices := notices || jsonb_build_array(jsonb_build_object('event', 'upload_postponed', 'notice', format(
+      '%s images of workspace %s cannot be enqueued yet: %s', cardinality(p_arrivals) - cardinality(ended), p_workspace_id,
+      autotag.printable(p_error, 500))));
   end if;
 end $$;
 
--- Quotas have changed: what waits for them is looked at again.
+-- Which of these images, that raised p_state and p_error together, raise: [{asset, state, error}]. At most p_budget tries; a try that
+-- waited for a lock counts 20, and one that was cancelled because this call took too long is the last. What was not tried has the
+-- state 55000 and the error of its whole.
+create or replace function autotag.find_odd(
+  p_workspace_id uuid, p_user_id uuid, p_assets uuid[], p_state text, p_error text, p_budget integer, out odd jsonb, out budget integer
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_half integer := cardinality(p_assets) / 2;
+  v_part uuid[];
+  v_try record;
+begin
+  budget := p_budget - case p_state when '55P03' then 20 when '57014' then p_budget else 0 end;
+  if v_half = 0 or budget < 1 then
+    odd := (select jsonb_agg(jsonb_build_object('asset', a, 'error', p_error,
+      -- several that were not tried apart: nobody knows which of them is the reason
+      'state', case when v_half = 0 then p_state else '55000' end)) from unnest(p_assets) a);
+    return;
+  end if;
+  odd := '[]';
+  for i in 1 .. 2 loop
+    v_part := case i when 1 then p_assets[:v_half] else p_assets[v_half + 1:] end;
+    if budget < 1 then
+      odd := odd || (autotag.find_odd(p_workspace_id, p_user_id, v_part, '55000', p_error, 0)).odd;
+      continue;
+    end if;
+    budget := budget - 1;
+    v_try := autotag.try_upload(p_workspace_id, p_user_id, v_part, false);
+    if v_try.state is not null then
+      v_try := autotag.find_odd(p_workspace_id, p_user_id, v_part, v_try.state, v_try.error, budget);
+      odd := odd || v_try.odd;
+      budget := v_try.budget;
+    end if;
+  end loop;
+end $$;
+
+-- Whether an error is about the data of a row. Others may be over later: transactions, locks, limits, resources, configuration, and
+-- errors of Postgres itself.
+create or replace function autotag.is_refusal(p_state text) returns boolean
+language plpgsql immutable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return left(p_state, 2) <> all ('{08,25,40,42,53,54,55,57,58,72,F0,HV,PT,XX}');
+end $$;
+
+-- Shows on the host's rows that these images failed, on each row that the host lets it.
+create or replace function autotag.show_refused(p_workspace_id uuid, p_assets uuid[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
+as $$
+declare
+  v_asset uuid;
+begin
+  foreach v_asset in array p_assets loop
+    begin
+      perform autotag.show_stage(array[v_asset], p_workspace_id, 'failed', 0, null,
+        array['The database refused to enqueue this image.']);
+      set constraints all immediate;
+    exception when others or assert_failure then
+      null;   -- the notice says why
+    end;
+  end loop;
+end $$;
+
+-- Quotas have changed: what waits for room is looked at again.
 create or replace function autotag.resume_uploads() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  update autotag.uploads u set seal_at = autotag.now() where u.postponed and u.seal_at > autotag.now();
-  perform pg_notify('autotag', 'realtime');
+  update autotag.uploads u set seal_at = autotag.now()
+  where u.id in (select o.id from autotag.uploads o where o.failures = 0 and o.seal_at > autotag.now() for update skip locked);
+  perform pg_notify('autotag', 'uploads');
   return null;
 end $$;
 
@@ -2404,6 +2909,19 @@ begin
     end if;
   end loop;
   return true;
+end $$;
+
+-- Takes all of these locks without waiting, or none: one that was taken before another was busy would hold up its own workspace.
+create or replace function autotag.try_lock_quotas(p_workspace_id uuid, p_user_id uuid) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not autotag.lock_quotas(p_workspace_id, p_user_id, false) then
+    raise lock_not_available;
+  end if;
+  return true;
+exception when lock_not_available then
+  return false;   -- the subtransaction has released what it took
 end $$;
 
 -- Refuses p_images images if a quota does not allow them: those of an upload (the caller has called lock_quotas(), so that
@@ -3776,20 +4294,15 @@ begin
   wait := case when v_provider.rerouted then 0 else autotag.real_seconds(autotag.next_release(v_provider) - v_now) end;
 end $$;
 
--- Changes how one upload is processed, or starts one, if that is due. True: the claim releases nothing and is called again at
--- once, because this transaction locked the upload's workspace out of order. The next claim only releases, so that no number of
--- due uploads delays other images. False: nothing is due. Called by claim(), which holds the provider row.
--- Locks: one upload's workspace, job, batches, tasks.
+-- Changes how one upload is processed, if that is due. True: the claim releases nothing and is called again at once. The next claim
+-- only releases, so that no number of due uploads delays other images. False: nothing is due. Called by claim(), which holds the
+-- provider row. Locks: one upload's job, batches, tasks (all skip locked).
 create or replace function autotag.reroute_upload(p_provider autotag.provider_limits) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := p_provider.refilled_at;
 begin
-  -- Automatic mode: an upload that is complete becomes a job.
-  if autotag.seal_upload(v_now) then
-    return true;
-  end if;
   -- 429s have persisted for realtime_max_wait: single calls that have waited as long go into batches.
   if p_provider.limited_since <= v_now - (select s.realtime_max_wait from autotag.settings s)
      and p_provider.limited_at > v_now - interval '1 min' and p_provider.has_batches is distinct from false
@@ -3888,8 +4401,8 @@ begin
     else 'provider_day' end;
 end $$;
 
--- When the next image can be released: the bucket has room for one, a workspace becomes ready, a delayed task is due, or an
--- automatic upload is complete. null: only after new images are queued. p_provider: the row after the claim.
+-- When the next image can be released: the bucket has room for one, a workspace becomes ready, or a delayed task is due.
+-- null: only after new images are queued. p_provider: the row after the claim.
 create or replace function autotag.next_release(p_provider autotag.provider_limits) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3907,8 +4420,6 @@ begin
     where w.ready_at < 'infinity'
     union all
     select min(t.retry_at) from autotag.tasks t where t.retry_at < 'infinity'
-    union all
-    select min(u.seal_at) from autotag.uploads u
     union all  -- the day is used up: waiting calls may become due for a batch
     select p_provider.refilled_at + interval '1 min' where p_provider.day_left < 1 and p_provider.has_batches is distinct from false
       and exists (select from autotag.workspaces w where w.queued > 0)
@@ -6834,8 +7345,9 @@ begin
       where w.queued > 0 and not w.ready and w.ready_at > p_now order by w.ready_at desc, w.workspace_id limit p_max)
       union all
       (select 'upload', u.workspace_id, u.id::text, (select count(*) from autotag.arrivals a where a.upload_id = u.id), u.seal_at,
-        'A quota is used up, or the workspace has as many unfinished images as it may have.'
-      from autotag.uploads u where u.postponed and u.seal_at > p_now order by u.seal_at desc, u.id limit p_max)
+        case when u.failures = 0 then 'A quota is used up, or the workspace has as many unfinished images as it may have.'
+          else 'Its rows are held, or the database refuses to write them; the log of the workers says why.' end
+      from autotag.uploads u where u.seal_at > p_now order by u.seal_at desc, u.id limit p_max)
       union all
       (select 'outcomes', u.workspace_id, null, count(*), min(u.next_at), 'Other transactions hold the rows of these images, or writing them takes too long.'
       from autotag.unstored u group by u.workspace_id order by 4 desc limit p_max)) x);
@@ -7409,8 +7921,8 @@ as $$
 declare
   v_assets uuid[] := autotag.failed_assets(job_id);
 begin
-  perform autotag.check_image_count(greatest(cardinality(v_assets), 1));   -- retry() refuses 0 images
-  return autotag.retry(job_id, autotag.visible_file_marks(v_assets));
+  perform autotag.check_image_count(greatest(cardinality(v_assets), 1));   -- retry() judges 0 images
+  return autotag.retry(job_id, v_assets, autotag.visible_file_marks(v_assets));
 end $$;
 
 create or replace function public.tagging_job(job_id uuid) returns jsonb
@@ -7509,8 +8021,7 @@ begin
       and (select a.admitted > 0 from autotag.admit(w.workspace_id, 'batch', 1, 0, false, false) a)
     for update skip locked);
   if exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at <= v_now))
-     or exists (select from autotag.tasks t where t.retry_at <= v_now)
-     or exists (select from autotag.uploads u where u.seal_at <= v_now) then
+     or exists (select from autotag.tasks t where t.retry_at <= v_now) then
     perform pg_notify('autotag', 'realtime');
   end if;
   if exists (select from autotag.batches b where b.worker_id is null and b.not_before <= v_now
@@ -7553,7 +8064,7 @@ begin
 end $$;
 
 -- Runs daily: deletes what is no longer needed. An upload that a tenant's transaction holds is left to the next day.
--- Locks: finished jobs and windows (both skip locked), usage; provider, then workspaces and workers.
+-- Locks: finished jobs, windows, uploads and arrivals (all skip locked), usage; provider, then workspaces and workers.
 create or replace function autotag.housekeeping() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -7571,6 +8082,16 @@ begin
       and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h'
     for update skip locked) old
   where l.workspace_id = old.workspace_id and l.request_type = old.request_type;
+  delete from autotag.pictures p using autotag.jobs j
+  where j.id = p.job_id and j.finished_at < v_now - (select s.repeat_window from autotag.settings s);
+  delete from autotag.uploads u
+  where u.id in (
+    select o.id from autotag.uploads o
+    where not exists (select from autotag.arrivals a where a.upload_id = o.id) for update skip locked);
+  update autotag.arrivals r set upload_id = null
+  where r.id in (
+    select a.id from autotag.arrivals a
+    where a.upload_id is not null and not exists (select from autotag.uploads u where u.id = a.upload_id) for update skip locked);
   delete from autotag.webhooks w where w.received_at < v_now - interval '4 days';  -- OpenAI retries for three days
   delete from autotag.durations d where d.started_at < v_now - interval '90 days';
   delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- not used for 90 days
@@ -7703,7 +8224,7 @@ grant execute on function public.openai_webhook, autotag.receive_webhook to serv
 -- workers: their reports are validated (results/reports.sql), and they can act only on what they hold
 grant execute on function
   autotag.register_worker, autotag.worker_settings, autotag.heartbeat, autotag.tick_if_due,
-  autotag.release_worker, autotag.release_lost, autotag.claim, autotag.describe_tasks, autotag.report_stages, autotag.settle,
+  autotag.release_worker, autotag.release_lost, autotag.claim, autotag.describe_tasks, autotag.seal_uploads, autotag.report_stages, autotag.settle,
   autotag.list_unstored, autotag.store_waiting, autotag.postpone_stores,
   autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted, autotag.show_batch,
   autotag.report_batch_failure, autotag.report_poll_failure, autotag.files_deleted, autotag.provider_checked, autotag.record_poll, autotag.batch_answers, autotag.batch_finish,

@@ -18,8 +18,8 @@ as $$
 declare
   v_assets uuid[] := autotag.failed_assets(job_id);
 begin
-  perform autotag.check_image_count(greatest(cardinality(v_assets), 1));   -- retry() refuses 0 images
-  return autotag.retry(job_id, autotag.visible_file_marks(v_assets));
+  perform autotag.check_image_count(greatest(cardinality(v_assets), 1));   -- retry() judges 0 images
+  return autotag.retry(job_id, v_assets, autotag.visible_file_marks(v_assets));
 end $$;
 
 create or replace function public.tagging_job(job_id uuid) returns jsonb

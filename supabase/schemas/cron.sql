@@ -16,8 +16,7 @@ begin
       and (select a.admitted > 0 from autotag.admit(w.workspace_id, 'batch', 1, 0, false, false) a)
     for update skip locked);
   if exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at <= v_now))
-     or exists (select from autotag.tasks t where t.retry_at <= v_now)
-     or exists (select from autotag.uploads u where u.seal_at <= v_now) then
+     or exists (select from autotag.tasks t where t.retry_at <= v_now) then
     perform pg_notify('autotag', 'realtime');
   end if;
   if exists (select from autotag.batches b where b.worker_id is null and b.not_before <= v_now
@@ -60,7 +59,7 @@ begin
 end $$;
 
 -- Runs daily: deletes what is no longer needed. An upload that a tenant's transaction holds is left to the next day.
--- Locks: finished jobs and windows (both skip locked), usage; provider, then workspaces and workers.
+-- Locks: finished jobs, windows, uploads and arrivals (all skip locked), usage; provider, then workspaces and workers.
 create or replace function autotag.housekeeping() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -78,6 +77,16 @@ begin
       and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h'
     for update skip locked) old
   where l.workspace_id = old.workspace_id and l.request_type = old.request_type;
+  delete from autotag.pictures p using autotag.jobs j
+  where j.id = p.job_id and j.finished_at < v_now - (select s.repeat_window from autotag.settings s);
+  delete from autotag.uploads u
+  where u.id in (
+    select o.id from autotag.uploads o
+    where not exists (select from autotag.arrivals a where a.upload_id = o.id) for update skip locked);
+  update autotag.arrivals r set upload_id = null
+  where r.id in (
+    select a.id from autotag.arrivals a
+    where a.upload_id is not null and not exists (select from autotag.uploads u where u.id = a.upload_id) for update skip locked);
   delete from autotag.webhooks w where w.received_at < v_now - interval '4 days';  -- OpenAI retries for three days
   delete from autotag.durations d where d.started_at < v_now - interval '90 days';
   delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- not used for 90 days

@@ -82,6 +82,8 @@ def test_housekeeping_keeps_every_table_bounded(library: Library) -> None:
         insert into autotag.webhooks select 'wh_' || id, 'batch_1', created_at from autotag.jobs;
         insert into autotag.outbox (topic, event, payload, private, created_at)
         select 't', 'e', '{}', true, created_at from autotag.jobs;
+        insert into autotag.pictures select id, '{1}' from autotag.jobs;
+        insert into autotag.uploads (workspace_id, uploader, seal_at) select workspace_id, workspace_id, created_at from autotag.jobs;
         insert into autotag.durations (images, started_at, seconds) select 100, created_at, 60 from autotag.jobs;
         insert into autotag.learned (model, image_detail, reasoning_effort, max_tags, tag_language, learned_at)
         select 'm' || id, 'low', '', 10, 'English', created_at from autotag.jobs;
@@ -96,14 +98,21 @@ def test_housekeeping_keeps_every_table_bounded(library: Library) -> None:
         "autotag.webhooks": 3, "autotag.usage": 200,  # keep_usage: 800 days
         "autotag.durations": 89, "autotag.quotas": 0,
         "autotag.workspaces": 0, "autotag.workers": 0, "autotag.outbox": 0, "public.workspace_rate_limits": 0,
-        "autotag.uploads": 0, "autotag.arrivals": 0,
         "autotag.unstored": 29, "autotag.provider_reports": 0,
+        "autotag.uploads": 0, "autotag.arrivals": 0, "autotag.pictures": 0,
         "autotag.settings": 1, "autotag.provider_limits": 1, "autotag.clock": 1,
         "autotag.error_kinds": 4, "autotag.models": 15, "autotag.learned": 89,  # one a day
     }  # fmt: skip
     assert set(left) == set(kept), "a new table needs a rule for what is kept of it"
     for table, most in kept.items():
         assert left[table] <= most, f"{table} had {grown[table]} rows and keeps {left[table]}"
+
+
+def test_housekeeping_repairs_an_image_that_waits_in_no_upload(library: Library) -> None:
+    library.sql("insert into autotag.arrivals (asset_id, workspace_id, uploader, arrived_at, upload_id)"
+                " values (gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), now(), 7)")  # fmt: skip
+    library.sql("select autotag.housekeeping()")
+    assert library.sql("select upload_id from autotag.arrivals") == [{"upload_id": None}]
 
 
 def sizes(library: Library) -> dict[str, int]:

@@ -54,6 +54,7 @@ DECISIONS = {
     "release_worker": "gives back what it holds",
     "report_stages": "moves its images forward, never to an end",
     "schema_version": "the version",
+    "seal_uploads": "makes jobs of uploads that are complete, as every worker does; learns ids, and why the host refuses a row",
     "send_test_broadcast": "a broadcast that means nothing",
     "settle": "tags or fails the images that it holds; waits of an hour at most, limits within bounds",
     "show_batch": "shows on the rows of a batch that the provider has what is so",

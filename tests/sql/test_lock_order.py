@@ -95,6 +95,7 @@ SERVANTS = {
     "settle a dead worker's": f"select autotag.settle('{DEAD}', {workspace(1)}, '[]', {SENT})",
     "release_worker": f"select autotag.release_worker('{WORKER}')",
     "release_lost": f"select autotag.release_lost('{WORKER}', '{{}}', '{{}}')",
+    "seal_uploads": f"select autotag.seal_uploads('{WORKER}')",
     "tick": "select autotag.tick()",
     "tick_if_due": "select autotag.tick_if_due()",
     "housekeeping": "select autotag.housekeeping()",
@@ -274,6 +275,9 @@ def set_the_scene(connection: psycopg.Connection[tuple[object, ...]]) -> None:
         insert into autotag.usage (workspace_id, day, model, service_tier)
         select w.id, now() at time zone 'utc', 'm', t from public.workspaces w, unnest(array['default', 'batch']) t;
         update autotag.clock set ticked_at = '-infinity', housekeeping_at = '-infinity';
+        insert into autotag.arrivals (asset_id, workspace_id, uploader, arrived_at)
+        select id, workspace_id, '00000000-0000-0000-0000-000000000000', now() - interval '1 h' from public.assets
+        where workspace_id = {workspace(8)};
       end $$""".encode()
     )
 

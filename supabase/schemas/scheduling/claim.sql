@@ -81,20 +81,15 @@ begin
   wait := case when v_provider.rerouted then 0 else autotag.real_seconds(autotag.next_release(v_provider) - v_now) end;
 end $$;
 
--- Changes how one upload is processed, or starts one, if that is due. True: the claim releases nothing and is called again at
--- once, because this transaction locked the upload's workspace out of order. The next claim only releases, so that no number of
--- due uploads delays other images. False: nothing is due. Called by claim(), which holds the provider row.
--- Locks: one upload's workspace, job, batches, tasks.
+-- Changes how one upload is processed, if that is due. True: the claim releases nothing and is called again at once. The next claim
+-- only releases, so that no number of due uploads delays other images. False: nothing is due. Called by claim(), which holds the
+-- provider row. Locks: one upload's job, batches, tasks (all skip locked).
 create or replace function autotag.reroute_upload(p_provider autotag.provider_limits) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := p_provider.refilled_at;
 begin
-  -- Automatic mode: an upload that is complete becomes a job.
-  if autotag.seal_upload(v_now) then
-    return true;
-  end if;
   -- 429s have persisted for realtime_max_wait: single calls that have waited as long go into batches.
   if p_provider.limited_since <= v_now - (select s.realtime_max_wait from autotag.settings s)
      and p_provider.limited_at > v_now - interval '1 min' and p_provider.has_batches is distinct from false
@@ -193,8 +188,8 @@ begin
     else 'provider_day' end;
 end $$;
 
--- When the next image can be released: the bucket has room for one, a workspace becomes ready, a delayed task is due, or an
--- automatic upload is complete. null: only after new images are queued. p_provider: the row after the claim.
+-- When the next image can be released: the bucket has room for one, a workspace becomes ready, or a delayed task is due.
+-- null: only after new images are queued. p_provider: the row after the claim.
 create or replace function autotag.next_release(p_provider autotag.provider_limits) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -212,8 +207,6 @@ begin
     where w.ready_at < 'infinity'
     union all
     select min(t.retry_at) from autotag.tasks t where t.retry_at < 'infinity'
-    union all
-    select min(u.seal_at) from autotag.uploads u
     union all  -- the day is used up: waiting calls may become due for a batch
     select p_provider.refilled_at + interval '1 min' where p_provider.day_left < 1 and p_provider.has_batches is distinct from false
       and exists (select from autotag.workspaces w where w.queued > 0)

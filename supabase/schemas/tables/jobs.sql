@@ -31,12 +31,14 @@ create table autotag.jobs (
   progress integer not null default 0 check (progress between 0 and 100),
   broadcast_at timestamptz not null default '-infinity',   -- when job-progress was last broadcast
   traceparent text,                     -- of the HTTP request that made the job (W3C Trace Context), if it had one
+  retry_of uuid,                        -- the job whose failed images it retries (retry_tagging)
   check (completed >= 0 and failed >= 0 and completed + failed <= image_count),
   check ((finished_at is not null) = (completed + failed = image_count))
 ) with (fillfactor = 50);
 create index jobs_workspace_id_idx on autotag.jobs (workspace_id, created_at);
 create index jobs_finished_at_idx on autotag.jobs (finished_at);
 create index jobs_live_idx on autotag.jobs (workspace_id) where finished_at is null;
+create index jobs_retry_idx on autotag.jobs (retry_of, created_at) where retry_of is not null;
 create index jobs_live_user_idx on autotag.jobs (user_id) where finished_at is null;
 alter table autotag.jobs enable row level security;
 

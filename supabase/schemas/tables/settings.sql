@@ -48,6 +48,9 @@ create table autotag.settings (
   upload_quiet interval not null default '2 s' check (upload_quiet > '0'),  -- no new row for this long
   -- or the first row is this old
   upload_longest interval not null default '30 s' check (upload_longest >= upload_quiet),
+  -- a second enqueue_tagging of an image skips it while its upload runs and for this long afterwards, unless its picture changed
+  -- or it failed
+  repeat_window interval not null default '30 s' check (repeat_window >= '0'),
 
   -- the question to the model (its prices, reasoning effort and form of the request are in autotag.models)
   model text not null default 'gpt-6-luna' check (length(model) between 1 and 100),  -- any model with vision

@@ -2,26 +2,55 @@
 -- uploader, and become one job when no row has come for a while: a client that inserts 300 rows one by one still gets one
 -- `batch-parallel` upload.
 --
---   insert ─► autotag_collect (adapter) ─► collect(): uploads + arrivals ─► claim() ─► seal_upload() ─► a job
+--   insert ─► autotag_collect (adapter) ─► collect(): arrivals ─► seal_uploads(): a job, or a postponed upload
+--
+-- The host's transaction only adds rows to arrivals. It shares no row and no key with another transaction, so no insert waits for
+-- another one. When an upload is complete follows from its arrivals (list_arriving).
 
--- An upload whose images are still coming in.
+-- A new image that has no job yet. Not unique: an image that comes twice is tagged once (start_upload).
+create table autotag.arrivals (
+  id bigint generated always as identity primary key,
+  asset_id uuid not null,
+  workspace_id uuid not null,
+  -- the signed-in user; the zero uuid: the service role, or a token that names nobody. Not null, so that indexes compare it.
+  uploader uuid not null,
+  arrived_at timestamptz not null,       -- when the row was inserted; it may be old when its transaction commits
+  upload_id bigint                       -- the postponed upload that it waits in; null: its upload may still grow
+) with (fillfactor = 90);
+-- No foreign key: its trigger would cost each insert of the host. housekeeping() repairs what has no upload.
+create index arrivals_new_idx on autotag.arrivals (workspace_id, uploader, arrived_at) where upload_id is null;
+create index arrivals_upload_idx on autotag.arrivals (upload_id, id) where upload_id is not null;
+alter table autotag.arrivals enable row level security;
+
+-- A complete upload that cannot become a job yet. Several may belong to one workspace and uploader; they are sealed together.
 create table autotag.uploads (
   id bigint generated always as identity primary key,
   workspace_id uuid not null,
-  user_id uuid,                          -- the uploader; null: the service role
-  first_at timestamptz not null,
-  seal_at timestamptz not null,
-  postponed boolean not null default false   -- it was complete, and there was no room for it: seal_at is when to look again
+  uploader uuid not null,
+  seal_at timestamptz not null,                          -- when to try again
+  failures integer not null default 0 check (failures >= 0)   -- attempts that raised; 0: it waits for room
 );
-create unique index uploads_key on autotag.uploads (workspace_id, user_id) nulls not distinct;
+create index uploads_key_idx on autotag.uploads (workspace_id, uploader);
 create index uploads_seal_at_idx on autotag.uploads (seal_at);
-create index uploads_user_idx on autotag.uploads (user_id, seal_at);
 alter table autotag.uploads enable row level security;
 
-create table autotag.arrivals (
-  id bigint generated always as identity primary key,
-  upload_id bigint not null references autotag.uploads on delete cascade,
-  asset_id uuid not null
+-- The pictures of an upload: a hash of id and location of each image. enqueue_tagging compares them, so that an image whose tags were
+-- stored a moment ago is not tagged again (repeat_window). 8 bytes an image, and no write when it is tagged.
+create table autotag.pictures (
+  job_id uuid primary key references autotag.jobs on delete cascade,
+  marks bigint[] not null
 );
-create index arrivals_upload_id_idx on autotag.arrivals (upload_id, id);
-alter table autotag.arrivals enable row level security;
+alter table autotag.pictures alter column marks set storage external;   -- hashes do not shrink
+alter table autotag.pictures enable row level security;
+
+-- The picture of an image, while it is enqueued.
+create type autotag.picture as (
+  asset_id uuid,
+  mark bigint                  -- hash of id and location
+);
+
+-- An image that is being tagged or was a moment ago, and the job that it belongs to (find_repeats).
+create type autotag.repeated as (
+  asset_id uuid,
+  job_id uuid
+);

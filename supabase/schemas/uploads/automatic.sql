@@ -1,129 +1,279 @@
 -- Automatic mode: new rows become uploads without a call (tables/uploads.sql has a diagram).
+--
+-- Nothing here notifies a worker from the host's transaction. A NOTIFY would make its commit wait for other commits (one global
+-- lock), forbid PREPARE TRANSACTION, and fail it while the queue of notifications is full. It is not needed either: an upload is not
+-- sealed before upload_quiet has passed, and a worker that looks that often sees each upload in time (seal_uploads: wait).
 
--- Collects the images that one statement inserted; images without a file or URL are left out. It wakes a worker only when an
--- upload begins: later rows only postpone its sealing, and the worker woken for that learns the new time. An error must not
--- abort the host's insert: it becomes a warning, and those images wait for enqueue_tagging. Locks: uploads by workspace.
-create or replace function autotag.collect(p_asset_ids uuid[]) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+-- The signed-in user of the host's transaction; the zero uuid: nobody. Tokens of other identity providers have a `sub` that is no
+-- uuid, and anything can stand in the claims of a direct connection: that is nobody, not an error.
+create or replace function autotag.find_uploader() returns uuid
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return coalesce((select auth.uid()), '00000000-0000-0000-0000-000000000000');
+exception when others or assert_failure then
+  return '00000000-0000-0000-0000-000000000000'::uuid;
+end $$;
+
+-- Collects the images that one statement inserted: their ids and workspaces; those without a workspace are left out. Whether there is
+-- a file or URL is found out when the upload is sealed. Called by the host's transaction, so it only inserts: it locks no row, and
+-- waits for nothing but a lock of the whole table (an upgrade of autotag), for 50 ms at most. Errors are caught by the trigger.
+create or replace function autotag.collect(p_asset_ids uuid[], p_workspace_ids uuid[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
 declare
-  v_settings autotag.settings;
-  v_user uuid := (select auth.uid());
+  v_uploader uuid := autotag.find_uploader();
   v_now timestamptz := autotag.now();
-  v_begun boolean;
 begin
-  select * into v_settings from autotag.settings;
-  with found as (
-    select d.asset_id, d.workspace_id from autotag.describe_assets(p_asset_ids) d
-    -- a row whose location is refused is collected too: its task fails with the reason
-    where d.workspace_id is not null and (d.path is not null or d.url is not null or d.refused is not null)
-  ), upload as (
-    insert into autotag.uploads as u (workspace_id, user_id, first_at, seal_at)
-    select distinct f.workspace_id, v_user, v_now, v_now + v_settings.upload_quiet from found f order by 1
-    on conflict (workspace_id, user_id) do update
-      -- one that waits for its quotas goes on waiting
-      set seal_at = case when u.postponed and u.seal_at > v_now then u.seal_at
-        else least(v_now + v_settings.upload_quiet, u.first_at + v_settings.upload_longest) end,
-        postponed = u.postponed and u.seal_at > v_now
-    returning u.id, u.workspace_id, u.first_at
-  ), arrived as (
-    insert into autotag.arrivals (upload_id, asset_id)
-    select u.id, f.asset_id
-    from unnest(p_asset_ids) with ordinality p (id, i)
-    join found f on f.asset_id = p.id
-    join upload u on u.workspace_id = f.workspace_id
-    order by p.i
-  )
-  select coalesce(bool_or(u.first_at = v_now), false) into v_begun from upload u;
-  if v_begun then
-    perform pg_notify('autotag', 'realtime');
-  end if;
-exception when others then
-  raise warning 'autotag could not collect % new images: %', cardinality(p_asset_ids), sqlerrm;
+  insert into autotag.arrivals (asset_id, workspace_id, uploader, arrived_at)
+  select n.asset_id, n.workspace_id, v_uploader, v_now
+  from unnest(p_asset_ids, p_workspace_ids) n (asset_id, workspace_id)
+  where n.asset_id is not null and n.workspace_id is not null;
 end $$;
 
--- Makes a job of one upload that is complete at p_now; false: there is none. Images beyond what one job, the live images of the
--- workspace or its quotas allow stay in the upload, which is postponed when there is no room. One upload per call, because a job's locks
--- come before the next workspace's in the order of locks. Called by claim(), which must not wait for a tenant's transaction: while
--- one holds the quotas, the upload waits another second.
--- Locks: the upload, its workspace, its quotas (advisory, without waiting).
-create or replace function autotag.seal_upload(p_now timestamptz) returns boolean
+-- At most p_limit uploads that may still grow, by workspace and uploader, with their first and last arrival. Only workspaces from
+-- p_from to before p_before (null: all). It jumps from one upload to the next in the index, so its cost does not depend on how many
+-- images they have: 10 µs for each upload.
+create or replace function autotag.list_arriving(p_from uuid, p_before uuid, p_limit integer)
+returns table (workspace_id uuid, uploader uuid, first_at timestamptz, last_at timestamptz)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set enable_bitmapscan = off set jit = off
+as $$
+begin
+  return query
+    with recursive found as (
+      (select a.workspace_id, a.uploader, a.arrived_at from autotag.arrivals a
+       where a.upload_id is null and a.workspace_id >= p_from
+       order by a.workspace_id, a.uploader, a.arrived_at limit 1)
+      union all
+      select n.* from found f
+      cross join lateral (
+        select a.workspace_id, a.uploader, a.arrived_at from autotag.arrivals a
+        where a.upload_id is null and (a.workspace_id, a.uploader) > (f.workspace_id, f.uploader)
+        order by a.workspace_id, a.uploader, a.arrived_at limit 1) n
+      where f.workspace_id < coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+    )
+    select f.workspace_id, f.uploader, f.arrived_at, (
+      select max(a.arrived_at) from autotag.arrivals a
+      where a.upload_id is null and a.workspace_id = f.workspace_id and a.uploader = f.uploader)
+    from found f where p_before is null or f.workspace_id < p_before limit p_limit;
+end $$;
+
+-- Uploads, and when each is due: those that may still grow are complete when nothing has come for upload_quiet or their first image is
+-- upload_longest old; those that were postponed have a time. An image that becomes visible late, because its transaction was long, is
+-- as old as its row. One from the future was inserted before the clock was set back, and waits for nothing.
+-- At most 2,000 of the former, from a random workspace on, and 1,000 of the latter: where there are more, each gets its chance.
+create or replace function autotag.list_uploads(p_now timestamptz)
+returns table (workspace_id uuid, uploader uuid, due_at timestamptz, arriving boolean)
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
+as $$
+declare
+  v_quiet interval;
+  v_longest interval;
+  v_from uuid := gen_random_uuid();
+begin
+  select s.upload_quiet, s.upload_longest into v_quiet, v_longest from autotag.settings s;
+  return query
+    select l.workspace_id, l.uploader,
+      case when l.last_at > p_now + v_quiet then p_now else least(l.last_at + v_quiet, l.first_at + v_longest) end, true
+    from (
+      select * from autotag.list_arriving(v_from, null, 1000)
+      union all
+      select * from autotag.list_arriving('00000000-0000-0000-0000-000000000000', v_from, 1000)) l;
+  return query
+    select u.workspace_id, u.uploader, u.seal_at, false from autotag.uploads u where u.seal_at <= p_now order by u.seal_at limit 1000;
+  return query
+    select u.workspace_id, u.uploader, u.seal_at, false from autotag.uploads u where u.seal_at > p_now order by u.seal_at limit 1;
+end $$;
+
+-- Makes a job of one upload that is due, in a transaction of its own: it writes the host's rows, so it holds nothing that other
+-- tenants need. It waits for nobody: an upload whose quotas are locked at the moment is skipped. Of each user the oldest upload is
+-- eligible, and the fewer uploads a user has, the more probable is theirs: a crowd of uploads does not keep others waiting, and is not
+-- kept waiting for ever. A worker calls it again at once while `more` is true.
+--   sealed: how many jobs were made.   more: another upload is due.
+--   wait: seconds until the next call; null: automatic mode is off, and nothing waits.
+--   notices: [{event, notice}] for the log.
+-- Locks: quotas (without waiting), one user's uploads and arrivals (skip locked), then as in start_job().
+create or replace function autotag.seal_uploads(
+  p_worker uuid, out sealed integer, out more boolean, out wait double precision, out notices jsonb
+)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_upload autotag.uploads;
-  v_assets uuid[];
+  v_now timestamptz := autotag.now();
+  v_next timestamptz;
+  v_upload record;
+  v_result record;
+  v_done boolean := false;
+begin
+  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
+  sealed := 0;
+  more := false;
+  notices := '[]';
+  wait := 1;
+  if not autotag.is_own_worker(p_worker) then
+    return;
+  end if;
+  for v_upload in
+    select l.*
+    from autotag.list_uploads(v_now) l
+    window users as (partition by coalesce(nullif(l.uploader, '00000000-0000-0000-0000-000000000000'), l.workspace_id), l.due_at > v_now)
+    order by l.due_at > v_now, (row_number() over (users order by l.due_at)) > 1, random() * (count(*) over users)
+  loop
+    if v_upload.due_at > v_now then
+      v_next := least(v_next, v_upload.due_at);
+    elsif v_done then
+      more := true;
+      exit;
+    elsif autotag.try_lock_quotas(v_upload.workspace_id, nullif(v_upload.uploader, '00000000-0000-0000-0000-000000000000')) then
+      v_result := autotag.seal_upload(v_upload.workspace_id, v_upload.uploader, v_now);
+      sealed := v_result.sealed;
+      notices := v_result.notices;
+      more := v_result.rest;
+      v_done := true;
+    else
+      v_next := least(v_next, v_now + autotag.clock_interval(0.25));   -- until its quotas are free
+    end if;
+  end loop;
+  if v_next is not null or v_done or autotag.is_automatic() then
+    v_next := least(v_next, v_now + (select least(greatest(s.upload_quiet, '0.2 s'), '10 s') from autotag.settings s));
+  end if;
+  wait := case when v_next is not null then greatest(autotag.real_seconds(v_next - v_now), 0) end;
+end $$;
+
+-- Whether automatic mode is on.
+create or replace function autotag.is_automatic() returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (select from pg_trigger t where t.tgname = 'autotag_collect' and not t.tgisinternal and t.tgenabled <> 'D');
+end $$;
+
+-- Makes a job of what has arrived of one workspace and uploader, and of what was postponed of it and is due. Images beyond what one job,
+-- the live images or the quotas allow stay; the upload is postponed when there is no room. rest: others of its images are due.
+-- Where an earlier attempt raised or took too long, fewer images are tried, a quarter each time. The caller holds the quotas.
+create or replace function autotag.seal_upload(
+  p_workspace_id uuid, p_uploader uuid, p_now timestamptz, out sealed integer, out rest boolean, out notices jsonb
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_user uuid := nullif(p_uploader, '00000000-0000-0000-0000-000000000000');
   v_room integer;
+  v_waiting bigint;            -- the postponed upload of this uploader that still waits for room
+  v_due bigint[];              -- those that are due
+  v_failures integer;
+  v_arrivals bigint[];
+  v_assets uuid[];
+  v_try record;
 begin
-  select * into v_upload from autotag.uploads u
-  where u.seal_at <= p_now order by u.seal_at limit 1 for update skip locked;
-  if not found then
-    return false;
+  sealed := 0;
+  rest := false;
+  notices := '[]';
+  select min(u.id) filter (where u.seal_at > p_now and u.failures = 0), coalesce(array_agg(u.id) filter (where u.seal_at <= p_now), '{}'),
+    coalesce(max(u.failures) filter (where u.seal_at <= p_now), 0)
+  into v_waiting, v_due, v_failures
+  from (
+    select * from autotag.uploads o where o.workspace_id = p_workspace_id and o.uploader = p_uploader for update skip locked) u;
+  if v_waiting is not null then
+    perform autotag.join_upload(v_waiting, p_workspace_id, p_uploader);
+    update autotag.arrivals a set upload_id = v_waiting where a.upload_id = any (v_due);
+    delete from autotag.uploads u where u.id = any (v_due);
+    return;
   end if;
-  if not autotag.lock_quotas(v_upload.workspace_id, v_upload.user_id, false) then
-    update autotag.uploads u set seal_at = p_now + interval '1 s' where u.id = v_upload.id;
-    return true;
-  end if;
-  v_room := least(autotag.live_capacity(v_upload.workspace_id), (select s.job_max_images from autotag.settings s),
-    (select min(q.images_left) from autotag.quotas_left(v_upload.workspace_id, v_upload.user_id) q));
+  v_room := least(autotag.live_capacity(p_workspace_id), (select s.job_max_images from autotag.settings s),
+    (select min(q.images_left) from autotag.quotas_left(p_workspace_id, v_user) q));
   if v_room < 1 then
-    perform autotag.postpone_upload(v_upload, p_now);
-    return true;
+    perform autotag.postpone_upload(p_workspace_id, p_uploader, v_due, p_now);
+    return;
   end if;
-
-  with taken as (
-    delete from autotag.arrivals r
-    where r.id in (select a.id from autotag.arrivals a where a.upload_id = v_upload.id order by a.id limit v_room)
-    returning r.id, r.asset_id
-  )
-  select array_agg(d.asset_id order by t.id) into v_assets
-  from taken t join autotag.describe_assets(array(select asset_id from taken)) d on d.asset_id = t.asset_id
-  where d.workspace_id = v_upload.workspace_id;
-  delete from autotag.uploads u
-  where u.id = v_upload.id and not exists (select from autotag.arrivals a where a.upload_id = u.id);
-  if v_assets is not null then
-    perform autotag.start_job(v_upload.workspace_id, v_upload.user_id, v_assets);
+  v_room := least(v_room, greatest(50000 >> least(2 * v_failures, 30), 1));
+  select array_agg(t.id), array_agg(t.asset_id) into v_arrivals, v_assets
+  from autotag.take_arrivals(p_workspace_id, p_uploader, v_due, v_room) t;
+  if v_arrivals is not null then
+    v_try := autotag.try_upload(p_workspace_id, v_user, v_assets, true);
+    if v_try.state = 'PT429' then   -- the quotas changed meanwhile
+      perform autotag.postpone_upload(p_workspace_id, p_uploader, v_due, p_now);
+      return;
+    elsif v_try.state is not null then
+      v_try := autotag.seal_apart(p_workspace_id, p_uploader, v_arrivals, v_assets, v_failures, v_try.state, v_try.error);
+      notices := v_try.notices;
+      v_arrivals := v_try.ended;
+    end if;
+    sealed := v_try.jobs;
+    delete from autotag.arrivals a where a.id = any (v_arrivals);
   end if;
-  return true;
+  delete from autotag.uploads u where u.id = any (v_due) and not exists (select from autotag.arrivals a where a.upload_id = u.id);
+  rest := exists (select from autotag.take_arrivals(p_workspace_id, p_uploader, v_due, 1));
 end $$;
 
--- Postpones an upload without room: until its quota renews, where all of it is billed; else until some of what is being tagged is
--- expected to be done (1 min to 1 h). Where the quota is its user's in all workspaces, the user's other uploads wait as long, at
--- most 1,000 per call: a user may be a member of any number of workspaces. Locks: uploads (skip locked).
-create or replace function autotag.postpone_upload(p_upload autotag.uploads, p_now timestamptz) returns void
+-- The first p_limit images of one workspace and uploader that may still grow or belong to these postponed uploads.
+create or replace function autotag.take_arrivals(p_workspace_id uuid, p_uploader uuid, p_uploads bigint[], p_limit integer)
+returns table (id bigint, asset_id uuid)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
+as $$
+begin
+  return query
+    select x.id, x.asset_id from (
+      select a.id, a.asset_id from autotag.arrivals a
+      where a.upload_id is null and a.workspace_id = p_workspace_id and a.uploader = p_uploader
+      union all
+      select a.id, a.asset_id from autotag.arrivals a where a.upload_id = any (p_uploads)) x
+    order by x.id limit p_limit;
+end $$;
+
+-- Tries to make a job of these images. Its errors are returned, not raised: state is their SQLSTATE, null: none. p_keep: false: the try
+-- is undone in any case. It waits 50 ms at most for each row of the host that another transaction holds. Constraints that the host has
+-- deferred are checked here, not at the commit, where an error would undo everything. jobs: how many were made, 0 or 1.
+create or replace function autotag.try_upload(
+  p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_keep boolean, out jobs integer, out state text, out error text
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
+as $$
+begin
+  jobs := autotag.start_upload(p_workspace_id, p_user_id, p_asset_ids);
+  set constraints all immediate;
+  if not p_keep then
+    raise exception using errcode = 'AT002';
+  end if;
+exception when others or assert_failure or query_canceled then
+  get stacked diagnostics state = returned_sqlstate, error = message_text;
+  jobs := 0;
+  state := nullif(state, 'AT002');
+end $$;
+
+-- Makes a job of these images of an upload, and returns how many jobs were made: 0 or 1. Left out are images that are gone, that have no
+-- file or URL, that are being tagged (start_job), and that have a result or an error already: then enqueue_tagging was called for
+-- them too, or the row was copied with its tags. An image that has moved to another workspace arrives there.
+create or replace function autotag.start_upload(p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_prices autotag.reservation_prices := autotag.price_reservations();
-  v_until timestamptz;
-  v_scope text;
+  v_assets uuid[];
+  v_marks bigint[];            -- of their pictures
+  v_moved uuid[];
+  v_job jsonb;
 begin
-  select u.renews_at, u.scope into v_until, v_scope
-  from autotag.quota_use(p_upload.workspace_id, p_upload.user_id, v_prices) u
-  where u.maximum - u.billed < case u.kind when 'images' then 1 else greatest(v_prices.single, 0.0000001) end
-    and not (u.kind = 'cost' and v_prices.free)
-  order by u.renews_at desc, u.scope limit 1;
-  v_until := coalesce(v_until, least(greatest(p_now + interval '1 min', (
-    select min(j.eta) from autotag.jobs j
-    where j.finished_at is null and (j.workspace_id = p_upload.workspace_id or j.user_id = p_upload.user_id))), p_now + interval '1 h'));
-  update autotag.uploads u set seal_at = v_until, postponed = true where u.id = p_upload.id;
-  if v_scope = 'user' and not exists (select from autotag.quotas q where q.scope = 'user' and q.workspace_id is not null) then
-    update autotag.uploads u set seal_at = v_until, postponed = true
-    where u.id in (
-      select o.id from autotag.uploads o where o.user_id = p_upload.user_id and o.seal_at <= p_now
-      order by o.id limit 1000 for update skip locked);
+  select array_agg(d.asset_id order by p.i) filter (where d.workspace_id = p_workspace_id),
+    array_agg(uuid_hash_extended(d.asset_id, uuid_hash_extended(d.mark, 0)) order by p.i) filter (where d.workspace_id = p_workspace_id),
+    array_agg(d.asset_id) filter (where d.workspace_id <> p_workspace_id)
+  into v_assets, v_marks, v_moved
+  from unnest(p_asset_ids) with ordinality p (id, i)
+  join autotag.describe_assets(p_asset_ids) d on d.asset_id = p.id
+  -- a row whose location is refused becomes a task, which fails with the reason
+  where (d.path is not null or d.url is not null or d.refused is not null)
+    and (d.stage is null or d.stage not in ('completed', 'failed'));
+  if v_moved is not null then
+    insert into autotag.arrivals (asset_id, workspace_id, uploader, arrived_at)
+    select d.asset_id, d.workspace_id, coalesce(p_user_id, '00000000-0000-0000-0000-000000000000'), autotag.now()
+    from autotag.describe_assets(v_moved) d where d.workspace_id is not null;
   end if;
+  if v_assets is null then
+    return 0;
+  end if;
+  v_job := autotag.start_job(p_workspace_id, p_user_id, v_assets);
+  perform autotag.record_pictures(v_job, v_assets, v_marks);
+  return least((v_job ->> 'image_count')::integer, 1);
 end $$;
-
--- Quotas have changed: what waits for them is looked at again.
-create or replace function autotag.resume_uploads() returns trigger
-language plpgsql security definer set search_path = pg_catalog, pg_temp
-as $$
-begin
-  update autotag.uploads u set seal_at = autotag.now() where u.postponed and u.seal_at > autotag.now();
-  perform pg_notify('autotag', 'realtime');
-  return null;
-end $$;
-
-create or replace trigger autotag_resume_uploads after insert or update or delete on autotag.quotas
-  for each statement execute function autotag.resume_uploads();

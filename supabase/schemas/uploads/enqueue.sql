@@ -34,8 +34,9 @@ begin
       case when p_images <= v_max_allowed then greatest(extract(epoch from v_free_at - autotag.now()), 1) end));
 end $$;
 
--- enqueue_tagging: makes one upload one job. Idempotent: images that are being tagged already are skipped. It may run in a long
--- transaction of the tenant's, so it locks no row that a worker needs: start_job() takes advisory locks and inserts new rows.
+-- enqueue_tagging: makes one upload one job. Idempotent: images that are being tagged already are skipped, and so are those that have
+-- just been tagged (find_repeats). It may run in a long transaction of the tenant's, so it locks no row that a worker needs: it takes
+-- advisory locks (lock_quotas) and inserts new rows.
 --
 -- p_seen[i]: the mark of the file of p_asset_ids[i] that the caller may see (`visible_file_marks`), which matches no file if the
 -- caller may not see it; null: not checked. If the image's file has another mark when a worker claims it, the image fails as if
@@ -50,6 +51,9 @@ declare
   v_foreign uuid[];            -- images that name a file of another workspace, at most 5
   v_long uuid[];               -- images whose URL, path or bucket name is too long, at most 5
   v_workspaces uuid[];         -- workspaces of the images that the caller may act for
+  v_images uuid[];             -- the images, each once,
+  v_marks bigint[];            -- the marks of their pictures,
+  v_suspects autotag.picture[];   -- and those that may have been enqueued before
 begin
   if array_ndims(p_asset_ids) > 1 or array_position(p_asset_ids, null) is not null then
     perform autotag.refuse(400, 'bad_asset_ids', 'asset_ids must be a plain list of ids.',
@@ -59,19 +63,22 @@ begin
 
   -- An image of another workspace is reported like one that does not exist, so that callers cannot find out which ids exist.
   with there as materialized (
-    select d.asset_id, d.workspace_id, d.refused from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
+    select d.asset_id, d.workspace_id, d.refused, d.stage, uuid_hash_extended(d.asset_id, uuid_hash_extended(d.mark, 0)) as mark
+    from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
   ), theirs as materialized (
     -- offset 0: call is_member once per workspace, not once per image
     select w.id from (select distinct t.workspace_id as id from there t offset 0) w
     where autotag.is_service() or autotag.is_member(w.id)
   ), found as materialized (
-    select t.asset_id, t.refused from there t where t.workspace_id in (select w.id from theirs w)
+    select t.asset_id, t.refused, t.stage, t.mark from there t where t.workspace_id in (select w.id from theirs w)
   )
   select (select array_agg(w.id) from theirs w), (select count(*) from found), (select count(distinct id) from unnest(p_asset_ids) id),
     array(select distinct id from unnest(p_asset_ids) id except select f.asset_id from found f order by 1 limit 5),
     array(select f.asset_id from found f where f.refused = 'foreign_file' order by 1 limit 5),
-    array(select f.asset_id from found f where f.refused = 'location_too_long' order by 1 limit 5)
-  into v_workspaces, v_found, v_asked, v_missing, v_foreign, v_long;
+    array(select f.asset_id from found f where f.refused = 'location_too_long' order by 1 limit 5),
+    array(select f.asset_id from found f), array(select f.mark from found f),
+    array(select row(f.asset_id, f.mark)::autotag.picture from found f where f.stage <> 'failed')
+  into v_workspaces, v_found, v_asked, v_missing, v_foreign, v_long, v_images, v_marks, v_suspects;
   if v_found < v_asked then
     perform autotag.refuse(404, 'unknown_asset',
       format('%s of the %s images do not exist.', v_asked - v_found, v_asked),
@@ -89,5 +96,5 @@ begin
     perform autotag.refuse(400, 'location_too_long', 'The URL, path or bucket name of an image is too long.',
       'A URL may have 8,192 bytes, a path 1,024 and a bucket name 100.', jsonb_build_object('asset_ids', v_long));
   end if;
-  return autotag.start_job(v_workspaces[1], (select auth.uid()), p_asset_ids, p_seen);
+  return autotag.start_once(v_workspaces[1], p_asset_ids, p_seen, v_images, v_marks, v_suspects);
 end $$;

@@ -141,6 +141,19 @@ begin
   return true;
 end $$;
 
+-- Takes all of these locks without waiting, or none: one that was taken before another was busy would hold up its own workspace.
+create or replace function autotag.try_lock_quotas(p_workspace_id uuid, p_user_id uuid) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not autotag.lock_quotas(p_workspace_id, p_user_id, false) then
+    raise lock_not_available;
+  end if;
+  return true;
+exception when lock_not_available then
+  return false;   -- the subtransaction has released what it took
+end $$;
+
 -- Refuses p_images images if a quota does not allow them: those of an upload (the caller has called lock_quotas(), so that
 -- no other upload reserves the same), or those of a comparison at p_each dollars.
 create or replace function autotag.check_quotas(p_workspace_id uuid, p_user_id uuid, p_images integer, p_each numeric default null)

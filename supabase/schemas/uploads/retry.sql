@@ -1,7 +1,7 @@
 -- Retrying the failed images of an upload.
 
 -- The failed images of a job, in order, except those that no longer exist, moved to another workspace (which the caller may not
--- know of), or whose location is refused (describe_assets).
+-- know of), whose location is refused (describe_assets), or that a later job has tagged.
 create or replace function autotag.failed_assets(p_job_id uuid) returns uuid[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -12,19 +12,41 @@ declare
 begin
   return array(
     select f.id from unnest(v_failed) with ordinality f (id, i) join autotag.describe_assets(v_failed) d on d.asset_id = f.id
-    where d.workspace_id = v_job.workspace_id and d.refused is null order by f.i);
+    where d.workspace_id = v_job.workspace_id and d.refused is null and d.stage is distinct from 'completed' order by f.i);
 end $$;
 
--- retry_tagging: enqueues the failed images of a job as a new job. p_seen: as in enqueue, for failed_assets().
-create or replace function autotag.retry(p_job_id uuid, p_seen uuid[] default null) returns jsonb
+-- retry_tagging: enqueues the failed images of a job as a new job. A call that is repeated while that job runs, or within
+-- repeat_window of its end, returns that job again. Once it was cancelled, another call makes another job.
+-- p_asset_ids: failed_assets(), as it was when the caller's rights to the files were checked; p_seen: as in enqueue, for them.
+-- Locks: the job (advisory: calls for one job run one after the other), then as in enqueue().
+create or replace function autotag.retry(p_job_id uuid, p_asset_ids uuid[], p_seen uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_assets uuid[] := autotag.failed_assets(p_job_id);
+  v_job autotag.jobs := autotag.visible_job(p_job_id);
+  v_retry autotag.jobs;
+  v_failed uuid[];
+  v_assets uuid[];
+  v_seen uuid[];
+  v_reply jsonb;
 begin
-  if v_assets = '{}' then
+  perform pg_advisory_xact_lock(hashtextextended('autotag.retry ' || v_job.id, 0));
+  select * into v_retry from autotag.jobs j where j.retry_of = v_job.id order by j.created_at desc limit 1;
+  if v_retry.cancelled_at is null
+    and (v_retry.finished_at is null or v_retry.finished_at > autotag.now() - (select s.repeat_window from autotag.settings s))
+    and v_retry.id is not null then
+    return autotag.describe_repeat(v_retry, v_retry.image_count);
+  end if;
+  v_failed := autotag.failed_assets(v_job.id);
+  select array_agg(a.id order by a.i), array_agg(a.seen order by a.i) into v_assets, v_seen
+  from unnest(p_asset_ids, p_seen) with ordinality a (id, seen, i)
+  where a.id in (select unnest(v_failed));
+  if v_assets is null then
     perform autotag.refuse(409, 'nothing_to_retry', 'This upload has no failed image that can be tagged now.',
       'Check tagging_job() before you retry.');
   end if;
-  return autotag.enqueue(v_assets, p_seen);
+  v_reply := autotag.enqueue(v_assets, v_seen);
+  update autotag.jobs j set retry_of = v_job.id
+  where j.id = (v_reply ->> 'job_id')::uuid and (v_reply ->> 'image_count')::integer > 0;
+  return v_reply;
 end $$;

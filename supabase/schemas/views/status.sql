@@ -57,8 +57,9 @@ begin
       where w.queued > 0 and not w.ready and w.ready_at > p_now order by w.ready_at desc, w.workspace_id limit p_max)
       union all
       (select 'upload', u.workspace_id, u.id::text, (select count(*) from autotag.arrivals a where a.upload_id = u.id), u.seal_at,
-        'A quota is used up, or the workspace has as many unfinished images as it may have.'
-      from autotag.uploads u where u.postponed and u.seal_at > p_now order by u.seal_at desc, u.id limit p_max)
+        case when u.failures = 0 then 'A quota is used up, or the workspace has as many unfinished images as it may have.'
+          else 'Its rows are held, or the database refuses to write them; the log of the workers says why.' end
+      from autotag.uploads u where u.seal_at > p_now order by u.seal_at desc, u.id limit p_max)
       union all
       (select 'outcomes', u.workspace_id, null, count(*), min(u.next_at), 'Other transactions hold the rows of these images, or writing them takes too long.'
       from autotag.unstored u group by u.workspace_id order by 4 desc limit p_max)) x);

@@ -435,15 +435,18 @@ def behind(scene: Scene, caller: str, foreign: list[str]) -> list[Attempt]:
 
     for hidden in ([], None, assets, theirs, [None]):
         said = f"and hides {hidden}"
-        enqueue, retry = "select autotag.enqueue(%s::uuid[], %s::uuid[])", "select autotag.retry(%s, %s::uuid[])"
+        enqueue, retry = (
+            "select autotag.enqueue(%s::uuid[], %s::uuid[])",
+            "select autotag.retry(%s, %s::uuid[], %s::uuid[])",
+        )
         add(f"enqueues another's {said}", "PT404", enqueue, theirs, hidden)
         add(f"enqueues their own with another's {said}", "PT404", enqueue, [*assets, theirs[0]], hidden)
         for asset in foreign:
             add(f"enqueues {asset}, which names another's file, {said}", "PT403", enqueue, [asset], hidden)
         for job in (scene.ids["job"], scene.ids["cancelled job"]):
-            add(f"retries another's {job} {said}", "PT404", retry, job, hidden)
+            add(f"retries another's {job} {said}", "PT404", retry, job, theirs, hidden)
         add(f"enqueues their own {said}", "rows 1", enqueue, assets[1:], hidden)
-        add(f"retries their own {said}", "rows 1", retry, canceled, hidden)
+        add(f"retries their own {said}", "rows 1", retry, canceled, assets[:1], hidden)
     return found
 
 

@@ -36,6 +36,7 @@ from autotag.db.messages import (
     Question,
     Registered,
     Report,
+    Sealed,
     Sent,
     Settled,
     StageReport,
@@ -54,6 +55,7 @@ STAGES_TIMEOUT = 2.0  # report_stages, show_batch: then the stages are dropped
 STORE_TIMEOUT = 10.0  # store_waiting, postpone_stores, batch_answers
 KEEP_TIMEOUT = 10.0  # settle and batch_answers that only keep outcomes: they touch no row of the host's
 BATCH_TIMEOUT = 30.0  # other steps of a batch
+SEAL_TIMEOUT = 5.0  # seal_uploads: then that upload is postponed; 50,000 images take about two
 
 log = structlog.get_logger(__name__)
 
@@ -166,6 +168,17 @@ class Database:
             self.worker, slots, number, _version(question),
         )  # fmt: skip
         return Claim(row["tasks"], row["wait"], row["bound"], self._settings(question, row["question"]))
+
+    async def seal_uploads(self) -> Sealed:
+        """Makes a job of one upload of automatic mode that is complete. Not retried.
+
+        Raises:
+            Busy, TooSlow: writing the host's rows takes too long; the upload was postponed.
+        """
+        row = await self._connections.call_once(
+            "seal", "select sealed, more, wait, notices from autotag.seal_uploads(%s)", self.worker, within=SEAL_TIMEOUT
+        )
+        return make(Sealed, row)
 
     async def describe_tasks(self, number: int, tasks: Sequence[int]) -> list[Image]:
         """Describes images of the claim with this number. Those that the worker does not hold any more are missing.

@@ -17,20 +17,20 @@ from autotag.db.errors import CALL_ERRORS, Busy, NotHeld, TooSlow, VersionsDiffe
 from autotag.db.listening import KEEPALIVES, MAX_RETRY_DELAY
 from autotag.redact import safe_message
 
-Purpose = Literal["lease", "claim", "describe", "settle", "store", "batch", "stages", "other"]
+Purpose = Literal["lease", "claim", "describe", "settle", "seal", "store", "batch", "stages", "other"]
 
 #: Connections that a purpose may use at the same time. A call that writes or reads the host's rows takes as long as the
 #: host's triggers and locks do; so no purpose can use those of another.
 SHARES: dict[Purpose, int] = {
-    "lease": 1, "claim": 1, "describe": 1, "settle": 3, "store": 2, "batch": 2, "stages": 1, "other": 1,
+    "lease": 1, "claim": 1, "describe": 1, "settle": 3, "seal": 1, "store": 2, "batch": 2, "stages": 1, "other": 1,
 }  # fmt: skip
 #: These purposes together use at most HOST_SHARE connections: what they do can wait.
 HOST_PURPOSES: tuple[Purpose, ...] = ("store", "batch", "stages")
 HOST_SHARE = 3
-POOL_SIZE = sum(n for purpose, n in SHARES.items() if purpose not in HOST_PURPOSES) + HOST_SHARE  # 10, if all are busy
+POOL_SIZE = sum(n for purpose, n in SHARES.items() if purpose not in HOST_PURPOSES) + HOST_SHARE  # 11, if all are busy
 FIRST_RETRY_DELAY = 0.2  # max seconds until the first retry; twice as long each time, up to MAX_RETRY_DELAY
 #: Their callers handle `Busy` and `TooSlow`; the other calls are retried.
-_RAISING: tuple[Purpose, ...] = ("describe", "settle", "store", "batch", "stages")
+_RAISING: tuple[Purpose, ...] = ("describe", "settle", "seal", "store", "batch", "stages")
 
 log = structlog.get_logger(__name__)
 

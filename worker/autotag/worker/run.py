@@ -23,7 +23,7 @@ from autotag.images.load import Images
 from autotag.observability.metrics import SystemMetrics
 from autotag.openai.provider import Provider, fingerprint
 from autotag.redact import safe_message
-from autotag.worker import realtime
+from autotag.worker import realtime, uploads
 from autotag.worker.batch import BatchLane
 from autotag.worker.broadcast import deliver_outbox
 from autotag.worker.claims import Claims
@@ -163,6 +163,7 @@ class _ConnectedWorker:
                     self._tick,
                     self._deliver_outbox,
                     StoreLane(db, wake, slow).run,
+                    lambda: uploads.run(db, wake),
                     outcomes.run,
                     stages.run,
                 )

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 
 #: The topics of the database's notifications. One task waits for each.
-TOPICS = ("realtime", "batch", "store", "outbox", "version")
+TOPICS = ("realtime", "batch", "store", "uploads", "outbox", "version")
 
 
 class Wake:
