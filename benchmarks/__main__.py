@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks import batch, chaos, day, engine, eta, flood, growth, limiter, makespan, neighbours, push, soak
+from benchmarks import batch, bulk, chaos, day, engine, eta, flood, growth, limiter, makespan, neighbours, push, soak
 from benchmarks.report import Result
 from lab.ending import exit_on_signals, run
 
@@ -62,6 +62,13 @@ def limiter_command(as_json: Json = False) -> None:
     console = Console(stderr=True)
     result = limiter.measure(console)
     show_result(result, console, as_json, details=True)
+
+
+@app.command("bulk")
+def bulk_command(as_json: Json = False) -> None:
+    """Seconds of enqueueing, cancelling and retrying 50,000 images, under a statement timeout of 8 s."""
+    console = Console(stderr=True)
+    show_result(bulk.measure(console), console, as_json, details=True)
 
 
 @app.command("growth")

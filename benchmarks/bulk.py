@@ -1,0 +1,62 @@
+"""Uploads of 50,000 images: the calls of one connection, under the statement timeout of a Supabase project."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import psycopg
+from rich.console import Console
+
+from benchmarks.report import Figure, Result
+from lab.postgres import LocalPostgres, install_autotag, local_postgres, machine_binaries
+
+IMAGES = 50_000  # the largest upload (settings.job_max_images)
+REPEATS = 8  # of the same ids; from the sixth on, a connection keeps its plans
+ROUNDS = 2  # of cancel and retry
+TIMEOUT = "8s"  # statement_timeout of the role authenticated in Supabase projects
+
+
+def measure(console: Console) -> Result:
+    """Times each call. The figures are the slowest of their kind."""
+    with local_postgres(machine_binaries(), {"max_wal_size": "8GB"}) as server:
+        connection, assets = _fill(server)
+        console.print(f"enqueueing {IMAGES:,} images …")
+        seconds: dict[str, list[float]] = {"new": [], "again": [], "cancel": [], "retry": []}
+        job = _timed(connection, seconds["new"], "enqueue_tagging", assets)["job_id"]
+        for _ in range(REPEATS):
+            assert _timed(connection, seconds["again"], "enqueue_tagging", assets)["skipped"] == IMAGES
+        for _ in range(ROUNDS):
+            assert _timed(connection, seconds["cancel"], "cancel_tagging", job)["cancelled"] == IMAGES
+            job = _timed(connection, seconds["retry"], "retry_tagging", job)["job_id"]
+        connection.close()
+    bars = {"new": 3.0, "again": 1.5, "cancel": 3.0, "retry": 3.0}
+    figures = {f"{kind}_s": Figure(max(seconds[kind]), bar, "lower") for kind, bar in bars.items()}
+    details = {f"seconds of {kind}": [round(s, 2) for s in times] for kind, times in seconds.items()}
+    return Result("bulk", figures, details)
+
+
+def _fill(server: LocalPostgres) -> tuple[psycopg.Connection[Any], list[Any]]:
+    """A database with one workspace and its images, and the connection that all calls use."""
+    install_autotag(server)
+    connection = psycopg.connect(server.url(), autocommit=True)
+    connection.execute("update autotag.settings set live_images_max = 1000000")
+    rows = connection.execute(
+        "with w as (insert into public.workspaces (name) values ('bulk') returning id)"
+        " insert into public.assets (workspace_id, storage_path) select w.id, w.id || '/' || n || '.jpg'"
+        " from w, generate_series(1, %s) n returning id",
+        (IMAGES,),
+    ).fetchall()
+    connection.execute("vacuum analyze public.assets")
+    connection.execute(f"set statement_timeout = '{TIMEOUT}'".encode())
+    return connection, [row[0] for row in rows]
+
+
+def _timed(connection: psycopg.Connection[Any], times: list[float], function: str, argument: object) -> dict[str, Any]:
+    """Calls a public function and adds the seconds that it took."""
+    started = time.perf_counter()
+    row = connection.execute(f"select public.{function}(%s)".encode(), (argument,)).fetchone()
+    times.append(time.perf_counter() - started)
+    assert row
+    result: dict[str, Any] = row[0]
+    return result
