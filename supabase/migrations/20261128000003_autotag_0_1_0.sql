@@ -762,6 +762,7 @@ create table autotag.provider_reports (
   answers autotag.answer[] not null default '{}',   -- without their results (record_outcomes) …
   asked_at timestamptz,                  -- … and when the batch's file was built, if they are of a batch
   form_changed boolean not null default false,   -- a parameter was refused, and the model's row has its next form
+  routine boolean not null default false,   -- no error, while tagging works: such reports are applied together
   windows jsonb not null default '[]'    -- corrections of windows that were held: [{workspace_id, reserved_at, requests, units}]
 );
 alter table autotag.provider_reports enable row level security;
@@ -3278,47 +3279,92 @@ begin
   return autotag.refill(v_provider, autotag.now());
 end $$;
 
--- Applies what calls have reported about the provider, if the provider row is free; else the next lock_provider() does. It comes
--- last in its transaction, which may hold locks of a tenant, and does not wait. Returns sentences for the operator's log: [{event,
--- notice}]. Locks: provider (skip locked).
+-- Applies what calls have reported about the provider, or leaves it to the next lock_provider(): if the provider row is not free, and
+-- always if it is routine and images are queued, because the claim that comes soon applies all such reports together, which costs as
+-- much as one. It comes last in its transaction, which may hold locks of a tenant, and does not wait. Returns sentences for the
+-- operator's log: [{event, notice}]. Locks: provider (skip locked).
 create or replace function autotag.report_provider(p_report autotag.provider_reports) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_failed boolean := exists (select from unnest(p_report.answers) a where a.error is not null);
+  v_steady boolean;            -- tagging works
+  v_queued boolean;
 begin
-  perform from autotag.provider_limits for update skip locked;
-  if found then
-    return autotag.apply_report(p_report);
+  select p.proven_at is not null and p.account_error is null, p.waiting_images > 0 and p.waiting_at > autotag.now() - interval '2 s'
+  into v_steady, v_queued from autotag.provider_limits p;
+  p_report.routine := not v_failed and v_steady and not p_report.form_changed and p_report.asked_at is null
+    and not coalesce(p_report.observed ? 'retry_after', false);
+  if not (p_report.routine and v_queued) then
+    perform from autotag.provider_limits for update skip locked;
+    if found then
+      return autotag.apply_report(p_report);
+    end if;
   end if;
   -- results are not needed, and large
-  insert into autotag.provider_reports (worker_id, at, requests, tokens, observed, answers, asked_at, form_changed, windows)
+  insert into autotag.provider_reports (worker_id, at, requests, tokens, observed, answers, asked_at, form_changed, windows, routine)
   select p_report.worker_id, p_report.at, p_report.requests, p_report.tokens, p_report.observed, array(
       select row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens, a.output_tokens, null, a.error, a.usage,
         a.called, null, a.asset_id)::autotag.answer from unnest(p_report.answers) a),
-    p_report.asked_at, p_report.form_changed, p_report.windows;
-  if p_report.form_changed or exists (select from unnest(p_report.answers) a where a.error is not null)
-     or exists (select from autotag.provider_limits p where p.proven_at is null or p.account_error is not null) then
+    p_report.asked_at, p_report.form_changed, p_report.windows, p_report.routine;
+  if p_report.form_changed or v_failed or not v_steady then
     perform pg_notify('autotag', 'realtime');   -- a claim applies it at once
   end if;
   return '[]'::jsonb;
 end $$;
 
--- Applies all reports that wait, in their order; one that raises is dropped, because every claim comes here. The caller holds the
--- provider row.
+-- Applies all reports that wait: the routine ones together, the others by themselves, in their order. One that raises is dropped,
+-- because every claim comes here. The caller holds the provider row.
 create or replace function autotag.apply_reports() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_report autotag.provider_reports;
+  v_sum autotag.provider_reports;   -- of the routine ones
 begin
+  v_sum.at := autotag.now();
+  v_sum.requests := 0;
+  v_sum.tokens := 0;
+  v_sum.answers := array[]::autotag.answer[];
+  v_sum.windows := '[]';
   for v_report in
     with taken as (delete from autotag.provider_reports r where r.id > 0 returning r.*) select t.* from taken t order by t.id
   loop
     begin
-      perform autotag.apply_report(v_report);
+      if v_report.routine then
+        perform autotag.apply_sent(v_report);
+        v_sum.worker_id := v_report.worker_id;
+        v_sum.requests := v_sum.requests + v_report.requests;
+        v_sum.tokens := v_sum.tokens + v_report.tokens;
+        v_sum.answers := v_sum.answers || v_report.answers;
+        v_sum.windows := v_sum.windows || v_report.windows;
+        if v_report.observed - '{sent,sent_age}'::text[] <> '{}' then   -- the newest headers count
+          v_sum.observed := v_report.observed - '{sent,sent_age}'::text[];
+          v_sum.at := v_report.at;
+        end if;
+      else
+        perform autotag.apply_report(v_report);
+      end if;
     exception when others or assert_failure then
       raise warning 'autotag could not apply a report of worker %: %', v_report.worker_id, sqlerrm;
     end;
   end loop;
+  if v_sum.worker_id is not null then
+    perform autotag.apply_report(v_sum);
+  end if;
+exception when others or assert_failure then
+  raise warning 'autotag could not apply the reports of workers: %', sqlerrm;
+end $$;
+
+-- Counts the calls that a report says were sent. The caller holds the provider row.
+create or replace function autotag.apply_sent(p_report autotag.provider_reports) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_report.observed ? 'sent' then
+    perform autotag.record_sent(p_report.worker_id, autotag.clean_number(p_report.observed, 'sent', 0, 100000)::integer,
+      coalesce(autotag.clean_number(p_report.observed, 'sent_age', 0, 3600), 0) + autotag.real_seconds(autotag.now() - p_report.at));
+  end if;
 end $$;
 
 -- Applies one report: refunds, response headers, the account, and what was learned. The caller holds the provider row. Returns
@@ -3331,10 +3377,7 @@ declare
   v_held jsonb;
   v_changed text;
 begin
-  if p_report.observed ? 'sent' then
-    perform autotag.record_sent(p_report.worker_id, autotag.clean_number(p_report.observed, 'sent', 0, 100000)::integer,
-      coalesce(autotag.clean_number(p_report.observed, 'sent_age', 0, 3600), 0) + v_late);
-  end if;
+  perform autotag.apply_sent(p_report);
   -- The refund comes first: after it, the headers may still lower the mirror.
   if p_report.requests <> 0 or p_report.tokens <> 0 then
     perform autotag.refund_provider(p_report.requests, p_report.tokens);
@@ -3866,7 +3909,8 @@ begin
     update autotag.queues q set joined = true where not q.joined returning q.workspace_id, q.queued
   )
   insert into autotag.workspaces as w (workspace_id, queued, virtual_time)
-  select n.workspace_id, sum(n.queued), p_virtual_time from new n where n.queued > 0 group by n.workspace_id
+  -- also where nothing is queued yet (a batch without express images): requeue_due() adds to this row
+  select n.workspace_id, sum(n.queued), p_virtual_time from new n group by n.workspace_id
   on conflict (workspace_id) do update
   set queued = w.queued + excluded.queued, ready = true,
       virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end;
@@ -3903,11 +3947,12 @@ begin
     set queued = q.queued + v_queue.tasks,
         overdue_at = case when q.queued = 0 then excluded.overdue_at else q.overdue_at end, cursor = least(q.cursor, v_queue.first_task - 1),
         output_tokens = greatest(q.output_tokens, v_queue.output_tokens);
-    update autotag.workspaces w
-    set queued = w.queued + v_queue.tasks, ready = true,
-        virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end
-    from autotag.queues q
-    where w.workspace_id = v_queue.workspace_id and q.job_id = v_queue.job_id and q.joined;
+    -- the workspace has no row yet if all its images were in batches
+    insert into autotag.workspaces as w (workspace_id, queued, virtual_time)
+    select q.workspace_id, v_queue.tasks, p_virtual_time from autotag.queues q where q.job_id = v_queue.job_id and q.joined
+    on conflict (workspace_id) do update
+    set queued = w.queued + excluded.queued, ready = true,
+        virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end;
   end loop;
   perform autotag.join_queues(p_virtual_time);
 end $$;
@@ -3915,7 +3960,7 @@ end $$;
 -- Checks the counts of queues and workspaces, and corrects those that are wrong; deletes the queues of finished uploads. Retries
 -- workspaces whose next image exceeds the window's limit: the limit may have been raised. Called by tick(). Locks: provider.
 create or replace function autotag.repair_queues() returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off set jit = off
 as $$
 begin
   perform autotag.lock_provider();
@@ -3930,6 +3975,9 @@ begin
       where t.job_id = e.job_id and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null and t.finished_at is null) n
     where e.queued = 0) c
   where q.job_id = c.job_id and c.waiting > 0;
+  insert into autotag.workspaces (workspace_id, virtual_time)
+  select q.workspace_id, p.virtual_time from autotag.queues q, autotag.provider_limits p where q.joined and q.queued > 0
+  on conflict do nothing;
   update autotag.workspaces w set queued = c.queued
   from (
     select s.workspace_id, coalesce(sum(q.queued) filter (where q.joined), 0)::integer as queued
@@ -4200,7 +4248,7 @@ declare
 begin
   tasks := '{}';
   p_slots := least(p_slots, 1000);   -- with 8 kB of URL each, of escaped bytes, describe_tasks() returns less than 50 MB
-  if p_slots is null or p_slots < 1 then
+  if p_slots is null or p_slots < 1 or p_claim is null then
     return;
   end if;
   v_provider := autotag.sync_question(autotag.lock_provider());
@@ -4635,7 +4683,7 @@ begin
   if v_provider.question_version is distinct from p_question then
     question := v_provider.question || jsonb_build_object('version', v_provider.question_version);
   end if;
-  if not autotag.lock_worker(p_worker) then
+  if p_claim is null or not autotag.lock_worker(p_worker) then
     wait := 1;  -- its next heartbeat returns false, and it registers again
     return;
   end if;
@@ -5205,7 +5253,7 @@ begin
       case when x.images::bigint * p.tokens_per_image + b.extra_tokens > 1.2 * p.queued_batch_tokens
         then p.queued_batch_tokens * x.images / (x.images::bigint * p.tokens_per_image + b.extra_tokens) end)) as images) m
     where b.state = 'planned' and b.worker_id is null and x.images > 1 and x.images > m.images
-    order by b.id limit 20
+    limit 20   -- in no order: one by id would read all batches that ever were
   loop
     perform from autotag.jobs j where j.id = v_found.job_id for no key update skip locked;
     continue when not found;
@@ -5982,6 +6030,8 @@ begin
   where j.cancelled_at is not null or t.failures + r.failures >= v_max;
   update autotag.tasks t
   set lane = 'realtime', worker_id = null, claim = null, batch_id = null,
+      -- tagging_job() derives the stage of a batch's image; from here on, the task has it
+      stage = coalesce((select autotag.batch_stage(b.state, b.running_at, b.submitted_at) from autotag.batches b where b.id = t.batch_id), t.stage),
       failures = t.failures + r.failures,
       min_output_tokens = coalesce(r.output_tokens, t.min_output_tokens),
       error_code = case when r.suspect then r.code else t.error_code end,
@@ -6719,9 +6769,10 @@ begin
   if not autotag.is_own_worker(p_worker) then
     return '[]'::jsonb;
   end if;
+  p_limit := greatest(least(coalesce(p_limit, 0), 1000), 0);
   for v_row in
     select u.* from autotag.unstored u where u.workspace_id = p_workspace_id and u.next_at <= v_now
-    order by u.next_at, u.task_id limit greatest(least(p_limit, 1000), 0) for update skip locked
+    order by u.next_at, u.task_id limit p_limit for update skip locked
   loop
     if p_limit = 1 and v_row.timeouts + 1 >= v_max then
       select * into v_task from autotag.tasks t where t.id = v_row.task_id;
@@ -6967,14 +7018,16 @@ begin
   end if;
 end $$;
 
--- The stage of the images of a batch that have no outcome yet.
-create or replace function autotag.batch_stage(p_state text, p_running_at timestamptz) returns text
+-- The stage of the images of a batch that have no outcome yet. A batch that is planned again stays where it was: stages move only
+-- forward.
+create or replace function autotag.batch_stage(p_state text, p_running_at timestamptz, p_submitted_at timestamptz) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-  select case when p_state = 'planned' then 'queued'
-    when p_state in ('preparing', 'uploading', 'creating') then 'preparing'
-    when p_state = 'submitted' then case when p_running_at is null then 'submitted' else 'processing' end
-    else 'completing' end
+  select case when p_state not in ('planned', 'preparing', 'uploading', 'creating', 'submitted') then 'completing'
+    when p_running_at is not null then 'processing'
+    when p_submitted_at is not null then 'submitted'
+    when p_state = 'planned' then 'queued'
+    else 'preparing' end
 $$;
 
 -- Progress of a job in percent: finished images count fully, those that OpenAI has done in its batches 90 %.
@@ -7055,7 +7108,7 @@ begin
     from autotag.tasks t left join autotag.batches b on b.id = t.batch_id
     cross join lateral (select case when t.finished_at is not null then t.stage
       when t.retry_at = 'infinity' then 'completing'   -- its outcome waits for the host's row
-      when b.id is not null then autotag.batch_stage(b.state, b.running_at)
+      when b.id is not null then autotag.batch_stage(b.state, b.running_at, b.submitted_at)
       else t.stage end as stage) o
     where t.job_id = v_job.id group by o.stage) c using (stage);
   -- the most frequent error
@@ -7995,15 +8048,16 @@ end $$;
 -- Ends uploads without a task that could end: their tasks were deleted by hand. What is missing counts as failed. Called by tick().
 -- Locks: jobs (skip locked).
 create or replace function autotag.end_empty_jobs() returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off set jit = off
 as $$
 declare
   v_job autotag.jobs;
 begin
   for v_job in
     select j.* from autotag.jobs j
-    where j.finished_at is null and not exists (select from autotag.tasks t where t.job_id = j.id and t.finished_at is null)
-    order by j.id limit 100 for no key update skip locked
+    -- a look-up per live upload: a join may read all live images, and an order by id all uploads that were ever finished
+    where j.finished_at is null and (select t.id from autotag.tasks t where t.job_id = j.id and t.finished_at is null limit 1) is null
+    limit 100 for no key update skip locked
   loop
     -- a report may have ended the last one between the query and the lock
     select * into v_job from autotag.jobs j where j.id = v_job.id;

@@ -39,15 +39,16 @@ end $$;
 -- Ends uploads without a task that could end: their tasks were deleted by hand. What is missing counts as failed. Called by tick().
 -- Locks: jobs (skip locked).
 create or replace function autotag.end_empty_jobs() returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off set jit = off
 as $$
 declare
   v_job autotag.jobs;
 begin
   for v_job in
     select j.* from autotag.jobs j
-    where j.finished_at is null and not exists (select from autotag.tasks t where t.job_id = j.id and t.finished_at is null)
-    order by j.id limit 100 for no key update skip locked
+    -- a look-up per live upload: a join may read all live images, and an order by id all uploads that were ever finished
+    where j.finished_at is null and (select t.id from autotag.tasks t where t.job_id = j.id and t.finished_at is null limit 1) is null
+    limit 100 for no key update skip locked
   loop
     -- a report may have ended the last one between the query and the lock
     select * into v_job from autotag.jobs j where j.id = v_job.id;

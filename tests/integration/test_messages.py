@@ -27,6 +27,7 @@ READ: dict[type, list[tuple[str, str]]] = {
     # m.Sent is a part of it
     m.ObservedLimits: [
         ("apply_report", "p_report.observed"),
+        ("apply_sent", "p_report.observed"),
         ("update_provider_limits", "v_seen"),
         ("place_unclear", "p_observed"),
     ],

@@ -135,16 +135,19 @@ async def test_token_limit_exceeded_means_wait_and_the_file_is_used_again(few: L
 
 
 async def test_a_batch_that_openai_never_accepts_gets_smaller(few: Library) -> None:
-    """The account's queue takes a third of the batch: what fits goes by batch, and nothing waits for ever."""
+    """The account's queue takes a part of the batch: what fits goes by batch, and nothing waits for ever."""
     few.stack.configure(batch_poll_interval="0.2 s", batch_patience="1 day")
     few.watch_failures()
     assets = await few.upload(16)
     plan = few.stack.simulator.plan
-    plan.queued_batch_tokens = 6 * few.sql("select tokens_per_image from autotag.provider_limits")[0]["tokens_per_image"]
+    plan.queued_batch_tokens = (
+        6 * few.sql("select tokens_per_image from autotag.provider_limits")[0]["tokens_per_image"]
+    )
     async with worker(few.stack):
         [job] = await few.finished(few.enqueue(assets))
     assert job["completed"] == 16
-    assert {b["request_counts"]["total"] for b in batches(few) if b["status"] == "completed"} <= {2, 3, 4, 5, 6}
+    assert [b["status"] for b in batches(few)].count("failed") >= 3
+    assert max(b["request_counts"]["total"] for b in batches(few) if b["status"] == "completed") <= 8
     assert (single_calls(few), few.failures()) == (0, 0)
     check_books(few)
 

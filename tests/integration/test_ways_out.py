@@ -25,7 +25,9 @@ class Engine:
         self.sql("update autotag.settings set test_clock = true, express_images = 0, chunk_max_images = 10")
         self.set_time(0)
         self.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)
-        self.sql("update autotag.provider_limits set proven_at = '-infinity', tokens_per_image = 1000, output_tokens = 100")
+        self.sql(
+            "update autotag.provider_limits set proven_at = '-infinity', tokens_per_image = 1000, output_tokens = 100"
+        )
         self.sql("insert into public.workspaces (name) values ('w')")
 
     def sql(self, query: str, *values: object) -> list[Any]:
@@ -33,7 +35,9 @@ class Engine:
         return cursor.fetchall() if cursor.description else []
 
     def set_time(self, at: float) -> None:
-        self.sql("select set_config('autotag.now', (timestamptz '2030-01-01' + make_interval(secs => %s))::text, false)", at)
+        self.sql(
+            "select set_config('autotag.now', (timestamptz '2030-01-01' + make_interval(secs => %s))::text, false)", at
+        )
 
     def upload(self, images: int) -> str:
         [(job,)] = self.sql(
@@ -54,7 +58,9 @@ class Engine:
                 " openai_status = 'validating', input_file_id = 'file-' || id, openai_batch_id = 'batch-' || id || attempt where id = %s",
                 batch["batch"],
             )
-        return [i for (i,) in self.sql("select openai_batch_id from autotag.batches where state = 'submitted' order by 1")]
+        return [
+            i for (i,) in self.sql("select openai_batch_id from autotag.batches where state = 'submitted' order by 1")
+        ]
 
     def poll(self, ids: list[str], **status: str) -> None:
         self.sql("update autotag.workers set poll_assigned_at = autotag.now()")
@@ -79,7 +85,7 @@ def engine(postgres: LocalPostgres, database: str) -> Iterator[Engine]:
 def test_a_batch_that_is_always_refused_gets_smaller_and_ends_as_single_calls(engine: Engine) -> None:
     engine.upload(40)
     sizes = []
-    for minute in range(0, 60):
+    for minute in range(60):
         engine.set_time(70 * minute)
         engine.refuse(engine.submit())
         sizes.append(max(engine.planned(), default=0))
@@ -93,7 +99,12 @@ def test_a_batch_that_is_always_refused_gets_smaller_and_ends_as_single_calls(en
     [(reason,)] = engine.sql("select fallback from autotag.jobs")
     assert reason == "The AI service did not accept a batch of these images, so they are sent as single calls."
     # its files are deleted at OpenAI
-    assert engine.sql("select count(*) from autotag.batches where input_file_id is not null and state in ('done', 'cancelled')")[0][0] > 3
+    assert (
+        engine.sql(
+            "select count(*) from autotag.batches where input_file_id is not null and state in ('done', 'cancelled')"
+        )[0][0]
+        > 3
+    )
 
 
 def test_a_batch_that_is_refused_while_others_are_in_the_queue_waits_as_it_is(engine: Engine) -> None:
@@ -110,13 +121,18 @@ def test_a_batch_that_is_refused_while_others_are_in_the_queue_waits_as_it_is(en
 
 def test_a_limit_that_the_provider_states_is_learned(engine: Engine) -> None:
     engine.upload(40)
-    engine.refuse(engine.submit(), "Enqueued token limit reached for m in organization org-x. Limit: 15,000 enqueued tokens. Please try again.")
+    engine.refuse(
+        engine.submit(),
+        "Enqueued token limit reached for m in organization org-x. Limit: 15,000 enqueued tokens. Please try again.",
+    )
     assert engine.sql("select queued_batch_tokens from autotag.provider_limits") == [(15_000,)]
     engine.sql("select autotag.tick()")
     assert max(engine.planned()) <= 15
     assert sum(engine.planned()) == 40
     engine.refuse(engine.submit())
-    assert engine.sql("select queued_batch_tokens from autotag.provider_limits") == [(15_000,)], "no figure, nothing learned"
+    assert engine.sql("select queued_batch_tokens from autotag.provider_limits") == [(15_000,)], (
+        "no figure, nothing learned"
+    )
 
 
 @pytest.mark.parametrize("limit", [
@@ -132,7 +148,9 @@ def test_a_limit_lowered_below_a_planned_batch_splits_it(engine: Engine, limit: 
     engine.sql("select autotag.tick()")
     assert [n <= 15 for n in engine.planned()] == [True, True, True]
     assert sum(engine.planned()) == 40
-    assert engine.sql("select count(*) from autotag.tasks t join autotag.batches b on b.id = t.batch_id where b.state = 'planned'") == [(40,)]
+    assert engine.sql(
+        "select count(*) from autotag.tasks t join autotag.batches b on b.id = t.batch_id where b.state = 'planned'"
+    ) == [(40,)]
     assert engine.submit(), "the first part goes on"
 
 
@@ -145,7 +163,9 @@ def test_a_split_batch_counts_its_images_once_in_the_window(engine: Engine) -> N
     assert engine.planned() == [20, 20]
     engine.set_time(300)
     assert len(engine.submit()) == 2, "both parts fit into the hour that had admitted the whole"
-    [(requests, units)] = engine.sql("select requests, units from public.workspace_rate_limits where request_type = 'batch'")
+    [(requests, units)] = engine.sql(
+        "select requests, units from public.workspace_rate_limits where request_type = 'batch'"
+    )
     assert (sum(requests), sum(units)) == (2, 40)
 
 
@@ -175,12 +195,16 @@ def test_a_queue_whose_job_was_deleted_repairs_itself(engine: Engine) -> None:
     other = engine.upload(2)
     for number in range(2, 6):
         engine.sql("select from autotag.claim(%s, 10, %s)", WORKER, number)
-    assert engine.sql("select job_id::text, count(*) from autotag.tasks where worker_id is not null group by 1") == [(other, 2)]
+    assert engine.sql("select job_id::text, count(*) from autotag.tasks where worker_id is not null group by 1") == [
+        (other, 2)
+    ]
     assert engine.sql("select queued from autotag.workspaces") == [(0,)]
 
 
 def test_what_waits_without_a_time_has_a_reason(engine: Engine) -> None:
-    engine.sql("insert into public.workspace_rate_limits (workspace_id, request_type, max_units) select id, 'realtime', 500 from public.workspaces")
+    engine.sql(
+        "insert into public.workspace_rate_limits (workspace_id, request_type, max_units) select id, 'realtime', 500 from public.workspaces"
+    )
     engine.upload(3)
     engine.sql("select from autotag.claim(%s, 10, 1)", WORKER)
     [(waiting,)] = engine.sql("select autotag.status() -> 'waiting'")
@@ -193,3 +217,14 @@ def test_what_waits_without_a_time_has_a_reason(engine: Engine) -> None:
     engine.sql("select autotag.tick()")
     engine.sql("select from autotag.claim(%s, 10, 2)", WORKER)
     assert engine.sql("select autotag.status() -> 'waiting'") == [([],)]
+
+
+def test_images_of_a_batch_become_single_calls_in_a_workspace_that_had_none(engine: Engine) -> None:
+    engine.upload(40)
+    engine.sql("select from autotag.claim(%s, 10, 1)", WORKER)  # it has seen the upload's queue, which is empty
+    engine.sql(
+        "update autotag.tasks set lane = 'realtime', batch_id = null, retry_at = autotag.now() where id = (select min(id) from autotag.tasks)"
+    )
+    for number in (2, 3):
+        engine.sql("select from autotag.claim(%s, 10, %s)", WORKER, number)
+    assert engine.sql("select count(*) from autotag.tasks where worker_id is not null") == [(1,)]

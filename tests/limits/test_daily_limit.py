@@ -100,7 +100,9 @@ def test_an_upload_that_does_not_fit_into_the_day_goes_by_batch(library: Library
     told = library.enqueue(library.insert([f"{i}.jpg" for i in range(30)]))
     assert (told["strategy"], told["batches"]) == ("batch", 1)
     fallback = library.job(told["job_id"])["fallback"]
-    assert fallback == "Single calls would have waited about 27 min for the limits, so these images go by batch."
+    assert (
+        fallback == "Single calls would have waited about 27 min for the limits, so these images are sent in a batch."
+    )
     large = library.enqueue(library.insert([f"b{i}.jpg" for i in range(100)]))
     assert large["strategy"] == "batch"
     assert claim(library)["n"] == 3, "its express images take what is left"

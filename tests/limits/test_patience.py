@@ -50,7 +50,8 @@ class Workspace:
 
     def set_time(self, at: float) -> None:
         self._sql.execute(
-            "select set_config('autotag.now', (timestamptz '2030-01-01' + make_interval(secs => %s))::text, false)", (at,)
+            "select set_config('autotag.now', (timestamptz '2030-01-01' + make_interval(secs => %s))::text, false)",
+            (at,),
         )
 
     def upload(self, images: int, at: float) -> Upload:

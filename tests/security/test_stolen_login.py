@@ -264,6 +264,8 @@ def values(scene: Scene, kind: str, name: str) -> list[Any]:
              "queued", "completed", "batch_good", "file-1", "batch.completed", "0.1.0", "99999999999999.1", "0.1.0" + HOSTILE]  # fmt: skip
     if name == "p_version":
         texts.insert(0, "0.1.0")
+    if name == "p_claim":
+        return [2, None, 1, 0, -1, 2**31 - 1, -(2**31)]  # 1 was its last
     if name == "p_event_type":
         texts.insert(0, "batch.completed")
     hostile: dict[str, list[Any]] = {
@@ -447,7 +449,7 @@ def drain(scene: Scene) -> str | None:
     own = [*scene.tasks[scene.good]]
     for _ in range(200):
         told = json.dumps([{**task, "result": good, "usage": usage} for task in own])
-        sent = json.dumps({"sent": len(own), "sent_age": 0})
+        sent: str | None = json.dumps({"sent": len(own), "sent_age": 0})
         for workspace in scene.workspaces:
             scene.as_(WORKER_ROLE, "select autotag.settle(%s, %s, %s, %s)", scene.good, workspace, told, sent)
             sent = None

@@ -52,7 +52,7 @@ begin
   if v_provider.question_version is distinct from p_question then
     question := v_provider.question || jsonb_build_object('version', v_provider.question_version);
   end if;
-  if not autotag.lock_worker(p_worker) then
+  if p_claim is null or not autotag.lock_worker(p_worker) then
     wait := 1;  -- its next heartbeat returns false, and it registers again
     return;
   end if;

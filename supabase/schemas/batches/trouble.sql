@@ -270,7 +270,7 @@ begin
       case when x.images::bigint * p.tokens_per_image + b.extra_tokens > 1.2 * p.queued_batch_tokens
         then p.queued_batch_tokens * x.images / (x.images::bigint * p.tokens_per_image + b.extra_tokens) end)) as images) m
     where b.state = 'planned' and b.worker_id is null and x.images > 1 and x.images > m.images
-    order by b.id limit 20
+    limit 20   -- in no order: one by id would read all batches that ever were
   loop
     perform from autotag.jobs j where j.id = v_found.job_id for no key update skip locked;
     continue when not found;

@@ -26,6 +26,8 @@ begin
   where j.cancelled_at is not null or t.failures + r.failures >= v_max;
   update autotag.tasks t
   set lane = 'realtime', worker_id = null, claim = null, batch_id = null,
+      -- tagging_job() derives the stage of a batch's image; from here on, the task has it
+      stage = coalesce((select autotag.batch_stage(b.state, b.running_at, b.submitted_at) from autotag.batches b where b.id = t.batch_id), t.stage),
       failures = t.failures + r.failures,
       min_output_tokens = coalesce(r.output_tokens, t.min_output_tokens),
       error_code = case when r.suspect then r.code else t.error_code end,

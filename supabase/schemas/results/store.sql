@@ -96,9 +96,10 @@ begin
   if not autotag.is_own_worker(p_worker) then
     return '[]'::jsonb;
   end if;
+  p_limit := greatest(least(coalesce(p_limit, 0), 1000), 0);
   for v_row in
     select u.* from autotag.unstored u where u.workspace_id = p_workspace_id and u.next_at <= v_now
-    order by u.next_at, u.task_id limit greatest(least(p_limit, 1000), 0) for update skip locked
+    order by u.next_at, u.task_id limit p_limit for update skip locked
   loop
     if p_limit = 1 and v_row.timeouts + 1 >= v_max then
       select * into v_task from autotag.tasks t where t.id = v_row.task_id;

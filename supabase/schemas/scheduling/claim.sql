@@ -35,7 +35,7 @@ declare
 begin
   tasks := '{}';
   p_slots := least(p_slots, 1000);   -- with 8 kB of URL each, of escaped bytes, describe_tasks() returns less than 50 MB
-  if p_slots is null or p_slots < 1 then
+  if p_slots is null or p_slots < 1 or p_claim is null then
     return;
   end if;
   v_provider := autotag.sync_question(autotag.lock_provider());

@@ -54,47 +54,92 @@ begin
   return autotag.refill(v_provider, autotag.now());
 end $$;
 
--- Applies what calls have reported about the provider, if the provider row is free; else the next lock_provider() does. It comes
--- last in its transaction, which may hold locks of a tenant, and does not wait. Returns sentences for the operator's log: [{event,
--- notice}]. Locks: provider (skip locked).
+-- Applies what calls have reported about the provider, or leaves it to the next lock_provider(): if the provider row is not free, and
+-- always if it is routine and images are queued, because the claim that comes soon applies all such reports together, which costs as
+-- much as one. It comes last in its transaction, which may hold locks of a tenant, and does not wait. Returns sentences for the
+-- operator's log: [{event, notice}]. Locks: provider (skip locked).
 create or replace function autotag.report_provider(p_report autotag.provider_reports) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_failed boolean := exists (select from unnest(p_report.answers) a where a.error is not null);
+  v_steady boolean;            -- tagging works
+  v_queued boolean;
 begin
-  perform from autotag.provider_limits for update skip locked;
-  if found then
-    return autotag.apply_report(p_report);
+  select p.proven_at is not null and p.account_error is null, p.waiting_images > 0 and p.waiting_at > autotag.now() - interval '2 s'
+  into v_steady, v_queued from autotag.provider_limits p;
+  p_report.routine := not v_failed and v_steady and not p_report.form_changed and p_report.asked_at is null
+    and not coalesce(p_report.observed ? 'retry_after', false);
+  if not (p_report.routine and v_queued) then
+    perform from autotag.provider_limits for update skip locked;
+    if found then
+      return autotag.apply_report(p_report);
+    end if;
   end if;
   -- results are not needed, and large
-  insert into autotag.provider_reports (worker_id, at, requests, tokens, observed, answers, asked_at, form_changed, windows)
+  insert into autotag.provider_reports (worker_id, at, requests, tokens, observed, answers, asked_at, form_changed, windows, routine)
   select p_report.worker_id, p_report.at, p_report.requests, p_report.tokens, p_report.observed, array(
       select row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens, a.output_tokens, null, a.error, a.usage,
         a.called, null, a.asset_id)::autotag.answer from unnest(p_report.answers) a),
-    p_report.asked_at, p_report.form_changed, p_report.windows;
-  if p_report.form_changed or exists (select from unnest(p_report.answers) a where a.error is not null)
-     or exists (select from autotag.provider_limits p where p.proven_at is null or p.account_error is not null) then
+    p_report.asked_at, p_report.form_changed, p_report.windows, p_report.routine;
+  if p_report.form_changed or v_failed or not v_steady then
     perform pg_notify('autotag', 'realtime');   -- a claim applies it at once
   end if;
   return '[]'::jsonb;
 end $$;
 
--- Applies all reports that wait, in their order; one that raises is dropped, because every claim comes here. The caller holds the
--- provider row.
+-- Applies all reports that wait: the routine ones together, the others by themselves, in their order. One that raises is dropped,
+-- because every claim comes here. The caller holds the provider row.
 create or replace function autotag.apply_reports() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_report autotag.provider_reports;
+  v_sum autotag.provider_reports;   -- of the routine ones
 begin
+  v_sum.at := autotag.now();
+  v_sum.requests := 0;
+  v_sum.tokens := 0;
+  v_sum.answers := array[]::autotag.answer[];
+  v_sum.windows := '[]';
   for v_report in
     with taken as (delete from autotag.provider_reports r where r.id > 0 returning r.*) select t.* from taken t order by t.id
   loop
     begin
-      perform autotag.apply_report(v_report);
+      if v_report.routine then
+        perform autotag.apply_sent(v_report);
+        v_sum.worker_id := v_report.worker_id;
+        v_sum.requests := v_sum.requests + v_report.requests;
+        v_sum.tokens := v_sum.tokens + v_report.tokens;
+        v_sum.answers := v_sum.answers || v_report.answers;
+        v_sum.windows := v_sum.windows || v_report.windows;
+        if v_report.observed - '{sent,sent_age}'::text[] <> '{}' then   -- the newest headers count
+          v_sum.observed := v_report.observed - '{sent,sent_age}'::text[];
+          v_sum.at := v_report.at;
+        end if;
+      else
+        perform autotag.apply_report(v_report);
+      end if;
     exception when others or assert_failure then
       raise warning 'autotag could not apply a report of worker %: %', v_report.worker_id, sqlerrm;
     end;
   end loop;
+  if v_sum.worker_id is not null then
+    perform autotag.apply_report(v_sum);
+  end if;
+exception when others or assert_failure then
+  raise warning 'autotag could not apply the reports of workers: %', sqlerrm;
+end $$;
+
+-- Counts the calls that a report says were sent. The caller holds the provider row.
+create or replace function autotag.apply_sent(p_report autotag.provider_reports) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_report.observed ? 'sent' then
+    perform autotag.record_sent(p_report.worker_id, autotag.clean_number(p_report.observed, 'sent', 0, 100000)::integer,
+      coalesce(autotag.clean_number(p_report.observed, 'sent_age', 0, 3600), 0) + autotag.real_seconds(autotag.now() - p_report.at));
+  end if;
 end $$;
 
 -- Applies one report: refunds, response headers, the account, and what was learned. The caller holds the provider row. Returns
@@ -107,10 +152,7 @@ declare
   v_held jsonb;
   v_changed text;
 begin
-  if p_report.observed ? 'sent' then
-    perform autotag.record_sent(p_report.worker_id, autotag.clean_number(p_report.observed, 'sent', 0, 100000)::integer,
-      coalesce(autotag.clean_number(p_report.observed, 'sent_age', 0, 3600), 0) + v_late);
-  end if;
+  perform autotag.apply_sent(p_report);
   -- The refund comes first: after it, the headers may still lower the mirror.
   if p_report.requests <> 0 or p_report.tokens <> 0 then
     perform autotag.refund_provider(p_report.requests, p_report.tokens);

@@ -10,7 +10,8 @@ begin
     update autotag.queues q set joined = true where not q.joined returning q.workspace_id, q.queued
   )
   insert into autotag.workspaces as w (workspace_id, queued, virtual_time)
-  select n.workspace_id, sum(n.queued), p_virtual_time from new n where n.queued > 0 group by n.workspace_id
+  -- also where nothing is queued yet (a batch without express images): requeue_due() adds to this row
+  select n.workspace_id, sum(n.queued), p_virtual_time from new n group by n.workspace_id
   on conflict (workspace_id) do update
   set queued = w.queued + excluded.queued, ready = true,
       virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end;
@@ -47,11 +48,12 @@ begin
     set queued = q.queued + v_queue.tasks,
         overdue_at = case when q.queued = 0 then excluded.overdue_at else q.overdue_at end, cursor = least(q.cursor, v_queue.first_task - 1),
         output_tokens = greatest(q.output_tokens, v_queue.output_tokens);
-    update autotag.workspaces w
-    set queued = w.queued + v_queue.tasks, ready = true,
-        virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end
-    from autotag.queues q
-    where w.workspace_id = v_queue.workspace_id and q.job_id = v_queue.job_id and q.joined;
+    -- the workspace has no row yet if all its images were in batches
+    insert into autotag.workspaces as w (workspace_id, queued, virtual_time)
+    select q.workspace_id, v_queue.tasks, p_virtual_time from autotag.queues q where q.job_id = v_queue.job_id and q.joined
+    on conflict (workspace_id) do update
+    set queued = w.queued + excluded.queued, ready = true,
+        virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end;
   end loop;
   perform autotag.join_queues(p_virtual_time);
 end $$;
@@ -59,7 +61,7 @@ end $$;
 -- Checks the counts of queues and workspaces, and corrects those that are wrong; deletes the queues of finished uploads. Retries
 -- workspaces whose next image exceeds the window's limit: the limit may have been raised. Called by tick(). Locks: provider.
 create or replace function autotag.repair_queues() returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off
+language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off set jit = off
 as $$
 begin
   perform autotag.lock_provider();
@@ -74,6 +76,9 @@ begin
       where t.job_id = e.job_id and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null and t.finished_at is null) n
     where e.queued = 0) c
   where q.job_id = c.job_id and c.waiting > 0;
+  insert into autotag.workspaces (workspace_id, virtual_time)
+  select q.workspace_id, p.virtual_time from autotag.queues q, autotag.provider_limits p where q.joined and q.queued > 0
+  on conflict do nothing;
   update autotag.workspaces w set queued = c.queued
   from (
     select s.workspace_id, coalesce(sum(q.queued) filter (where q.joined), 0)::integer as queued

@@ -34,6 +34,7 @@ create table autotag.provider_reports (
   answers autotag.answer[] not null default '{}',   -- without their results (record_outcomes) …
   asked_at timestamptz,                  -- … and when the batch's file was built, if they are of a batch
   form_changed boolean not null default false,   -- a parameter was refused, and the model's row has its next form
+  routine boolean not null default false,   -- no error, while tagging works: such reports are applied together
   windows jsonb not null default '[]'    -- corrections of windows that were held: [{workspace_id, reserved_at, requests, units}]
 );
 alter table autotag.provider_reports enable row level security;

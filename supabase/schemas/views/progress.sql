@@ -53,14 +53,16 @@ begin
   end if;
 end $$;
 
--- The stage of the images of a batch that have no outcome yet.
-create or replace function autotag.batch_stage(p_state text, p_running_at timestamptz) returns text
+-- The stage of the images of a batch that have no outcome yet. A batch that is planned again stays where it was: stages move only
+-- forward.
+create or replace function autotag.batch_stage(p_state text, p_running_at timestamptz, p_submitted_at timestamptz) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-  select case when p_state = 'planned' then 'queued'
-    when p_state in ('preparing', 'uploading', 'creating') then 'preparing'
-    when p_state = 'submitted' then case when p_running_at is null then 'submitted' else 'processing' end
-    else 'completing' end
+  select case when p_state not in ('planned', 'preparing', 'uploading', 'creating', 'submitted') then 'completing'
+    when p_running_at is not null then 'processing'
+    when p_submitted_at is not null then 'submitted'
+    when p_state = 'planned' then 'queued'
+    else 'preparing' end
 $$;
 
 -- Progress of a job in percent: finished images count fully, those that OpenAI has done in its batches 90 %.
@@ -141,7 +143,7 @@ begin
     from autotag.tasks t left join autotag.batches b on b.id = t.batch_id
     cross join lateral (select case when t.finished_at is not null then t.stage
       when t.retry_at = 'infinity' then 'completing'   -- its outcome waits for the host's row
-      when b.id is not null then autotag.batch_stage(b.state, b.running_at)
+      when b.id is not null then autotag.batch_stage(b.state, b.running_at, b.submitted_at)
       else t.stage end as stage) o
     where t.job_id = v_job.id group by o.stage) c using (stage);
   -- the most frequent error

@@ -1,7 +1,7 @@
 -- Counts of queues and workspaces are kept by claims. repair_queues(), which tick() calls, corrects each way in which they can be wrong.
 begin;
 \ir ../setup.psql
-select plan(17);
+select plan(19);
 update autotag.settings set realtime_max_images = 50, realtime_requests_per_minute = 1000, realtime_tokens_per_minute = 1000000;
 select pg_temp.upload(6), pg_temp.upload(4, 2);
 create function pg_temp.counts() returns text language sql as $$
@@ -34,11 +34,20 @@ select autotag.repair_queues();
 select is(pg_temp.claim_images(50), 'nothing', 'a queue that counts too many releases what there is');
 select is(pg_temp.counts(), '1: 0 of 0, 2: 0 of 0', 'and its count is right again');
 
+delete from autotag.workspaces;
+select pg_temp.upload(2);
+update autotag.queues set joined = true where not joined;
+select is(pg_temp.claim_images(50), 'nothing', 'a queue that counts as joined in a workspace without a row is never served');
+select autotag.repair_queues();
+select is(pg_temp.claim_images(50), '1: 2', 'until it is repaired');
+update autotag.workspaces set virtual_time = 0;
+insert into autotag.workspaces (workspace_id) values (pg_temp.workspace_id(2)) on conflict do nothing;
+
 -- Requeued images come back with the claim after their delay.
 select pg_temp.settle_all('{"error": {"kind": "transient", "code": "timeout", "message": "Late."}}');
 select is(pg_temp.counts(), '1: 0 of 0, 2: 0 of 0', 'requeued images are not counted while they are delayed');
 select pg_temp.set_time(60);
-select is(pg_temp.claim_images(50), '1: 6, 2: 7', 'then all of them are released');
+select is(pg_temp.claim_images(50), '1: 8, 2: 7', 'then all of them are released');
 select is(pg_temp.counts(), '1: 0 of 0, 2: 0 of 0', 'and the counts are right');
 
 -- A queue is deleted with its job.
@@ -48,7 +57,7 @@ delete from autotag.jobs where workspace_id = pg_temp.workspace_id(3);
 select autotag.repair_queues();
 select is(pg_temp.counts(), '1: 0 of 0, 2: 0 of 0, 3: 0 of 0', 'its workspace counts nothing');
 select pg_temp.settle_all(jsonb_build_object('result', pg_temp.result()));
-select is((select count(*)::integer from autotag.queues), 3, 'the queues of finished jobs are still there');
+select is((select count(*)::integer from autotag.queues), 4, 'the queues of finished jobs are still there');
 select autotag.tick();
 select is((select count(*)::integer from autotag.queues), 0, 'until the next tick');
 select * from finish();

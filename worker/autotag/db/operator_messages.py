@@ -177,7 +177,7 @@ class TodayStatus(TypedDict):
 
 
 class Waiting(TypedDict):
-    """What waits, and why. kind: ``batch``, ``workspace``, ``upload`` or ``outcomes``; until: ISO, None without a time."""
+    """What waits, and why. kind: ``batch``, ``workspace``, ``upload`` or ``outcomes``; until: ISO; None: no time."""
 
     kind: str
     workspace_id: str

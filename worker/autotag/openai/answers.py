@@ -57,7 +57,7 @@ def read_completion(completion: dict[str, Any], max_tags: int) -> TagResult:
     choice, message = _read_choice(completion)
     finish = str(choice.get("finish_reason") or "").lower()
     refusal = message.get("refusal")
-    if refusal or finish != "stop" and WITHHELD.search(finish):
+    if refusal or (finish != "stop" and WITHHELD.search(finish)):
         raise image_error("refused", "The AI declined to describe this image.")
     content = _content(message)
     answer = _find_answer(content)
