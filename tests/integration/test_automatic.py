@@ -149,7 +149,7 @@ def test_uploads_without_quota_wait_until_it_renews(sealer: Library) -> None:
     sealer.sql("insert into autotag.quotas (scope, period, max_images, user_id) values ('user', 'day', 0, %s)",
                sealer.member.user)  # fmt: skip
     crowd(sealer, 40)
-    seal(sealer, most=2)
+    seal(sealer, most=3)
     renewed = "select count(*) as n from autotag.uploads where seal_at = (select renews_at from autotag.quotas_left(null, %s))"
     assert sealer.sql(renewed, sealer.member.user) == [{"n": 40}]
     insert_everywhere(sealer, "y.jpg")

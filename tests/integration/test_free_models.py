@@ -9,9 +9,8 @@ from typing import Any
 import psycopg
 import pytest
 
+from sealing import WORKER, jobs, seal
 from support import Library, audit, worker
-
-WORKER = "00000000-0000-4000-8000-000000000001"
 
 
 def rows(library: Library, count: int) -> list[str]:
@@ -48,7 +47,7 @@ def test_batches_and_retries_of_a_free_model_do_too(free: Library) -> None:
     assert free.enqueue(rows(free, 100))["batches"] == 1
     free.enqueue(rows(free, 1))
     free.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)
-    [task] = free.sql("select tasks from autotag.claim(%s, 1)", WORKER)[0]["tasks"]
+    [task] = free.claim(WORKER, 1)["images"]
     error = {"kind": "image", "code": "bad_answer", "message": "No JSON.", "retry": True, "origin": "provider"}
     usage = {
         "input": 100,
@@ -60,31 +59,25 @@ def test_batches_and_retries_of_a_free_model_do_too(free: Library) -> None:
         "tier": "default",
     }
     report = [{"task": task["task"], "attempt": task["attempt"], "error": error, "usage": usage}]
-    free.sql("select autotag.settle(%s, %s)", WORKER, json.dumps(report))
+    free.sql("select autotag.settle(%s, %s, %s)", WORKER, free.member.workspace, json.dumps(report))
     assert (
         free.sql("select error_code, finished_at from autotag.tasks where id = %s", task["task"])[0]["finished_at"]
         is None
     )
 
 
-def test_automatic_uploads_of_a_free_model_do_not_wait_for_next_month(free: Library) -> None:
-    free.stack.configure(upload_quiet="0.001 s")
-    free.sql("select autotag.set_automatic(true)")
+def test_automatic_uploads_of_a_free_model_do_not_wait_for_next_month(free: Library, sealer: Library) -> None:
     free.sql(
         "insert into autotag.quotas (scope, period, workspace_id, max_images) values ('workspace', 'month', %s, 0)",
         free.member.workspace,
     )
     free.insert(["a.jpg"])
-    free.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)
-    free.sql("update autotag.uploads set seal_at = now()")
-    free.sql("select autotag.claim(%s, 1)", WORKER)
+    seal(sealer)
     [waits] = free.sql("select seal_at > now() as so from autotag.uploads")
     assert waits["so"], "the quota of images has no room"
     free.sql("delete from autotag.quotas where max_images = 0")
-    free.sql("select autotag.claim(%s, 1)", WORKER)  # the claim after one that changed an upload only releases
-    free.sql("update autotag.uploads set seal_at = now()")
-    free.sql("select autotag.claim(%s, 1)", WORKER)
-    assert free.sql("select image_count from autotag.jobs") == [{"image_count": 1}]
+    seal(sealer)
+    assert jobs(free) == [1]
 
 
 @pytest.mark.parametrize("tier", ["default", "batch", "flex", "unknown", "scale", "made-up"])

@@ -15,6 +15,7 @@ import psycopg
 import pytest
 
 from lab.openai_sim.faults import Fault
+from sealing import jobs, seal
 from support import PATIENCE, Library, audit, until, worker
 
 
@@ -334,7 +335,7 @@ def test_an_upload_sees_a_retry_elsewhere_that_is_not_committed(library: Library
     report = [{"task": task["task"], "attempt": task["attempt"], "error": UNUSABLE, "usage": {
         "input": 9, "cached": 0, "cache_write": 0, "output": 9, "reasoning": 0, "model": "gpt-6-luna", "tier": "default"}}]  # fmt: skip
     with ThreadPoolExecutor(1) as pool, psycopg.connect(library.stack.database_url()) as connection:
-        connection.execute("select autotag.settle(%s, %s)", (WORKER, json.dumps(report)))
+        connection.execute("select autotag.settle(%s, %s, %s)", (WORKER, library.member.workspace, json.dumps(report)))
         waits = pool.submit(accepted, there, assets)
         wait_for_lock(library)
         connection.commit()
@@ -344,32 +345,25 @@ def test_an_upload_sees_a_retry_elsewhere_that_is_not_committed(library: Library
     assert billed["n"] + live["n"] == 2
 
 
-def test_no_claim_waits_for_or_fails_with_an_upload_of_a_user_with_a_quota(library: Library) -> None:
+def test_no_seal_waits_for_or_fails_with_an_upload_of_a_user_with_a_quota(sealer: Library) -> None:
     """Two automatic uploads of a user, who has an upload in a transaction that is open: it may take what the quota has left."""
-    library.stack.configure(upload_quiet="0.001 s")
-    library.sql("select autotag.set_automatic(true)")
-    allow(library, max_images=3, scope="user")
-    there, claims = elsewhere(library), json.dumps({"role": "authenticated", "sub": library.member.user})
-    first = rows(library, 2)
-    library.sql("delete from autotag.uploads where true")
-    with psycopg.connect(library.stack.database_url(), autocommit=True) as member:
+    sealer.sql("select autotag.set_automatic(false)")
+    allow(sealer, max_images=3, scope="user")
+    first, there = rows(sealer, 2), elsewhere(sealer)
+    sealer.sql("select autotag.set_automatic(true)")
+    claims = json.dumps({"role": "authenticated", "sub": sealer.member.user})
+    with psycopg.connect(sealer.stack.database_url(), autocommit=True) as member:
         member.execute("select set_config('request.jwt.claims', %s, false)", (claims,))
         member.execute("insert into public.assets (workspace_id, storage_path) select %s, %s || '/' || i || '.jpg'"
                        " from generate_series(1, 2) i", (there.member.workspace, there.member.workspace))  # fmt: skip
-    library.sql("update autotag.uploads set seal_at = now()")
-    library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)
-    with psycopg.connect(library.stack.database_url()) as connection:
+    with psycopg.connect(sealer.stack.database_url()) as connection:
         connection.execute("select set_config('request.jwt.claims', %s, true)", (claims,))
         connection.execute("select public.enqueue_tagging(%s::uuid[])", (first,))
-        with psycopg.connect(library.stack.database_url(), autocommit=True) as engine:
-            engine.execute(f"set statement_timeout = '{PATIENCE / 4:g} s'")
-            engine.execute("select autotag.claim(%s, 10)", (WORKER,))
-        assert library.sql("select image_count from autotag.jobs") == []
+        seal(sealer)
+        assert jobs(there) == []
         connection.commit()
-    for _ in range(3):  # the claim after one that changed an upload only releases
-        library.sql("update autotag.uploads set seal_at = now()")
-        library.sql("select autotag.claim(%s, 10)", WORKER)
-    assert sorted(row["image_count"] for row in library.sql("select image_count from autotag.jobs")) == [1, 2]
+    seal(sealer)
+    assert (jobs(sealer), jobs(there)) == ([2], [1])
 
 
 def wait_for_lock(library: Library) -> None:
