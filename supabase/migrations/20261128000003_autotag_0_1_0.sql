@@ -2059,38 +2059,48 @@ end $$;
 
 -- Nothing twice: a call that is repeated, because its reply was lost, does not pay for its images again.
 
--- Those of these pictures that are being tagged or were tagged a moment ago: they belong to a job of the workspace that still runs or has
--- finished within repeat_window, with the location that they had then, and did not fail there. It reads only tables of autotag, so
--- that it knows of every image that was tagged until now, whatever the image's row showed earlier.
+-- Those of these images that are being tagged, or were tagged a moment ago: they belong to a job of the workspace that still runs or has
+-- finished within repeat_window, with the location that they had then, and did not fail there. It reads only tables of autotag, in
+-- one snapshot, so that it knows of every image that was tagged until now, whatever the image's row showed earlier.
 create or replace function autotag.find_repeats(p_workspace_id uuid, p_pictures autotag.picture[]) returns autotag.repeated[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_nestloop = off
 as $$
 declare
-  v_recent uuid[];
+  v_live autotag.repeated[];
 begin
   if p_pictures = '{}' then
     return array[]::autotag.repeated[];   -- almost always: nothing is read for new images
   end if;
-  v_recent := array(
-    select j.id from autotag.jobs j where j.workspace_id = p_workspace_id and j.finished_at is null
-    union all
-    select j.id from autotag.jobs j
-    where j.finished_at > autotag.now() - (select s.repeat_window from autotag.settings s) and j.workspace_id = p_workspace_id);
-  return array(
+  v_live := array(
+    -- one that moved here while it is tagged belongs to a job of another workspace
+    select row(t.asset_id, case when t.workspace_id = p_workspace_id then t.job_id end)::autotag.repeated
+    from autotag.tasks t where t.asset_id = any (array(select p.asset_id from unnest(p_pictures) p)) and t.finished_at is null);
+  p_pictures := array(select p from unnest(p_pictures) p where p.asset_id not in (select l.asset_id from unnest(v_live) l));
+  if p_pictures = '{}' then
+    return v_live;
+  end if;
+  return v_live || array(
     with recent as materialized (
-      select p.job_id, unnest(p.marks) as mark from autotag.pictures p where p.job_id = any (v_recent)
+      select p.job_id, unnest(p.marks) as mark from autotag.pictures p
+      where p.job_id = any (array(
+        select j.id from autotag.jobs j where j.workspace_id = p_workspace_id and j.finished_at is null
+        union all
+        select j.id from autotag.jobs j
+        where j.finished_at > autotag.now() - (select s.repeat_window from autotag.settings s) and j.workspace_id = p_workspace_id))
+    ), met as materialized (
+      select a.asset_id, r.job_id from unnest(p_pictures) a join recent r on r.mark = a.mark
     ), failed as materialized (
-      select t.job_id, t.asset_id from autotag.tasks t where t.job_id = any (v_recent) and t.finished_at is not null
+      select t.job_id, t.asset_id from autotag.tasks t
+      where t.job_id = any (array(select distinct m.job_id from met m)) and t.finished_at is not null
     )
-    select row(a.asset_id, (array_agg(r.job_id))[1])::autotag.repeated
-    from unnest(p_pictures) a join recent r on r.mark = a.mark
-    where (r.job_id, a.asset_id) not in (select f.job_id, f.asset_id from failed f)
-    group by a.asset_id);
+    select row(m.asset_id, (array_agg(m.job_id))[1])::autotag.repeated from met m
+    where (m.job_id, m.asset_id) not in (select f.job_id, f.asset_id from failed f)
+    group by m.asset_id);
 end $$;
 
--- Makes a job of an upload without the images that were tagged a moment ago. Returns what start_job() does; the repeated images are
--- skipped, too. If nothing is left, the reply names their job, or null if they belong to several.
+-- Makes a job of an upload without the repeated images (find_repeats). Returns what start_job() does; the repeated images are skipped,
+-- too. If nothing is left, the reply names their job, or null if they belong to several.
 -- p_images, p_marks: all images, each once, and the marks of their pictures. p_suspects: those that may have been enqueued before.
 -- Locks: as in start_job().
 create or replace function autotag.start_once(
@@ -2119,7 +2129,7 @@ begin
     where a.id not in (select r.asset_id from unnest(v_repeated) r);
   end if;
   if p_asset_ids is null then
-    v_jobs := array(select distinct r.job_id from unnest(v_repeated) r);
+    v_jobs := array(select distinct r.job_id from unnest(v_repeated) r where r.job_id is not null);
     select * into v_job from autotag.jobs j where cardinality(v_jobs) = 1 and j.id = v_jobs[1];
     return autotag.describe_repeat(v_job, v_skipped);
   end if;

@@ -666,7 +666,8 @@ def test_a_report_of_usage_is_believed_up_to_a_bound(scene: Scene) -> None:
     scene.rows("update autotag.tasks set reserved_at = autotag.now() where worker_id = %s", scene.thief)
     task = scene.tasks[scene.thief][0]
     lie = dict.fromkeys(("input", "cached", "cache_write", "output", "reasoning"), 10_000_000)
-    scene.as_(THIEF_ROLE, "select autotag.settle(%s, %s)", scene.thief, json.dumps([
+    workspace = scene.value("select workspace_id from autotag.tasks where id = %s", task["task"])
+    scene.as_(THIEF_ROLE, "select autotag.settle(%s, %s, %s)", scene.thief, workspace, json.dumps([
         {**task, "result": {"tags": ["a"]}, "usage": {**lie, "model": "gpt-5.6-sol", "tier": "priority"}}]))  # fmt: skip
     [row] = scene.rows("""select u.cost, u.input_tokens, u.output_tokens, autotag.price_tokens('gpt-6-luna', 'default',
       u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens) as asked, (autotag.believable_usage()).input as bound
