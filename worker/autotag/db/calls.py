@@ -28,7 +28,6 @@ from autotag.db.messages import (
     DatabaseSettings,
     ErrorReport,
     Image,
-    Metrics,
     Notice,
     ObservedLimits,
     PolledBatch,
@@ -45,6 +44,7 @@ from autotag.db.messages import (
     Unstored,
     make,
 )  # fmt: skip
+from autotag.db.operator_messages import Metrics
 from autotag.db.rows import BatchClaimRow, ClaimRow
 
 # Seconds that a call may take before it is cancelled. They bound what the host's triggers and locks can cost.
