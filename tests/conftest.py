@@ -99,6 +99,11 @@ def database(postgres: LocalPostgres) -> Iterator[str]:
 def bare(postgres: LocalPostgres) -> Iterator[str]:
     """The name of a fresh database as a Supabase project has it, without autotag and without any table."""
     with copied_database(postgres, BARE_TEMPLATE) as name:
+        with psycopg.connect(postgres.url("supabase_admin", name), autocommit=True) as connection:
+            # a copy has not the settings that belong to the name of its template (lab/baseline.sql)
+            connection.execute(
+                sql.SQL('alter database {} set search_path = "$user", public, extensions').format(sql.Identifier(name))
+            )
         yield name
 
 

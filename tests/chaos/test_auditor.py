@@ -200,4 +200,4 @@ def test_an_image_may_end_as_those_who_uploaded_it_say(books: Books, end: str) -
 
 
 def test_there_is_a_point_before_and_after_every_step() -> None:
-    assert len(POINTS) == len(set(POINTS)) == 40
+    assert len(POINTS) == len(set(POINTS)) == 44

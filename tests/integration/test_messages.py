@@ -146,7 +146,7 @@ def test_what_waits_for_realtime(library: Library) -> None:
 
 
 def test_operators(library: Library) -> None:
-    check(m.Metrics, value(library, "autotag.metrics()"))
+    check(o.Metrics, value(library, "autotag.metrics()"))
     library.insert(["a.jpg"])
     diagnosis = value(library, "autotag.diagnose()")
     check(o.Diagnosis, diagnosis)

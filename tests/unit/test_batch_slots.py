@@ -131,7 +131,7 @@ async def test_a_harvest_that_is_busy_starts_anew_later() -> None:
     db = FakeDatabase(Busy("cancel_tagging"))
     provider = await harvest(db)
     assert provider.reads == 2
-    assert [len(answers) for answers, _ in db.calls] == [500, 500, 500, 200]
+    assert [len(answers) for answers, _ in db.calls] == [1000, 1000, 200]
     assert db.finished == 2, "the last step is repeated by itself"
     assert db.calls[1][0][0] == {**db.calls[1][0][0], "task": 1, "mark": MARK}
 
@@ -140,4 +140,4 @@ async def test_answers_for_slow_rows_are_kept_for_the_store_lane() -> None:
     db = FakeDatabase(TooSlow("ten seconds"))
     provider = await harvest(db)
     assert provider.reads == 1
-    assert [(len(answers), keep) for answers, keep in db.calls] == [(500, False), (500, True), (500, True), (200, True)]
+    assert [(len(answers), keep) for answers, keep in db.calls] == [(1000, False), (1000, True), (200, True)]

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -21,7 +20,7 @@ from autotag import redact
 from autotag.cli import app as cli
 from autotag.cli.console import fail
 from autotag.config import DoctorSettings, SettingsError, load_settings, read_connection
-from autotag.db import calls
+from autotag.db import connections
 from autotag.images.storage import read_reply
 from autotag.openai.classify import classify_status
 from autotag.openai.output import read_line
@@ -104,8 +103,7 @@ def test_what_a_driver_says(secret: str, capsys: pytest.CaptureFixture[str]) -> 
     fail(f"it does not work: {error}")
     assert secret not in capsys.readouterr().err
     with structlog.testing.capture_logs() as lines:
-        state = SimpleNamespace(outcome=SimpleNamespace(exception=lambda: error), attempt_number=1)
-        calls._log_retry(state)  # type: ignore[arg-type]
+        connections._log_retry(error)
     assert secret not in str(lines)
 
 

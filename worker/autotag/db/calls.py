@@ -29,7 +29,6 @@ from autotag.db.messages import (
     DatabaseSettings,
     ErrorReport,
     Image,
-    Metrics,
     Notice,
     ObservedLimits,
     PolledBatch,
@@ -43,6 +42,7 @@ from autotag.db.messages import (
     Submitted,
     make,
 )  # fmt: skip
+from autotag.db.operator_messages import Metrics
 from autotag.db.rows import BatchClaimRow, ClaimRow
 
 # Seconds that a call may take before it is cancelled. They bound what the host's triggers and locks can cost.

@@ -38,6 +38,10 @@ set_json_dumps(orjson.dumps)
 set_json_loads(orjson.loads)
 
 
+def _log_retry(error: BaseException) -> None:
+    log.warning("database_retry", error=safe_message(error))
+
+
 class Connections:
     """A pool of connections, opened as they are needed and closed when they have been idle."""
 
@@ -92,7 +96,7 @@ class Connections:
             except CALL_ERRORS as error:
                 if not retried(error):
                     raise
-                log.warning("database_retry", error=safe_message(error))
+                _log_retry(error)
             await asyncio.sleep(random.uniform(0, delay))
             delay = min(2 * delay, MAX_RETRY_DELAY)
 

@@ -352,3 +352,31 @@ class ComparisonStep(TypedDict):
     cap: NotRequired[int]
     wait: NotRequired[float]
     message: NotRequired[str]
+
+
+class Metrics(TypedDict):
+    """Counts and ages (seconds) of the whole system (``autotag.metrics``)."""
+
+    queued: int
+    queued_workspaces: int
+    oldest_queued: float | None
+    delayed: int
+    live: int
+    work: int
+    batches: dict[str, int]  # by state
+    oldest_batch: float | None
+    requests_left: float
+    requests_per_minute: int
+    tokens_left: float
+    tokens_per_minute: int
+    blocked_seconds: float
+    account_error: int  # 1: tagging is paused
+    workers: int
+    outbox: int
+    oldest_message: float | None
+    unstored: int
+    oldest_unstored: float | None
+    images_today: int
+    cost_today: float
+    unpriced_today: int
+    shutdown_days: int | None

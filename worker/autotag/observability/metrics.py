@@ -17,7 +17,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from autotag.db.messages import BatchAnswer, Metrics, Report
+from autotag.db.messages import BatchAnswer, Report
+from autotag.db.operator_messages import Metrics
 
 SAMPLE_INTERVAL = 5.0  # seconds between queries of the database; scrapes in between get the last result
 READ_TIMEOUT = 5.0  # seconds for such a query
