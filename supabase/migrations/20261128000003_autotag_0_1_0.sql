@@ -651,6 +651,7 @@ alter table autotag.uploads enable row level security;
 -- stored a moment ago is not tagged again (repeat_window). 8 bytes an image, and no write when it is tagged.
 create table autotag.pictures (
   job_id uuid primary key references autotag.jobs on delete cascade,
+  workspace_id uuid not null,
   marks bigint[] not null
 );
 alter table autotag.pictures alter column marks set storage external;   -- hashes do not shrink
@@ -2137,12 +2138,12 @@ begin
   end if;
   v_reply := autotag.start_job(p_workspace_id, v_user, p_asset_ids, p_seen);
   v_reply := v_reply || jsonb_build_object('skipped', (v_reply ->> 'skipped')::integer + v_skipped);
-  perform autotag.record_pictures(v_reply, p_images, p_marks);
+  perform autotag.record_pictures(p_workspace_id, v_reply, p_images, p_marks);
   return v_reply;
 end $$;
 
 -- Records the pictures of a new job. p_reply: of start_job(); p_images, p_marks: the images of its call, and the marks of their pictures.
-create or replace function autotag.record_pictures(p_reply jsonb, p_images uuid[], p_marks bigint[]) returns void
+create or replace function autotag.record_pictures(p_workspace_id uuid, p_reply jsonb, p_images uuid[], p_marks bigint[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
@@ -2156,7 +2157,7 @@ begin
       select i.mark from unnest(p_images, p_marks) i (id, mark)
       where i.id in (select t.asset_id from autotag.tasks t where t.job_id = v_job_id));
   end if;
-  insert into autotag.pictures (job_id, marks) values (v_job_id, p_marks);
+  insert into autotag.pictures (job_id, workspace_id, marks) values (v_job_id, p_workspace_id, p_marks);
 end $$;
 
 -- The reply to a call that was made before: its job, with all images skipped.
@@ -2539,7 +2540,7 @@ begin
     return 0;
   end if;
   v_job := autotag.start_job(p_workspace_id, p_user_id, v_assets);
-  perform autotag.record_pictures(v_job, v_assets, v_marks);
+  perform autotag.record_pictures(p_workspace_id, v_job, v_assets, v_marks);
   return least((v_job ->> 'image_count')::integer, 1);
 end $$;
 

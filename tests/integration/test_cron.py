@@ -82,7 +82,7 @@ def test_housekeeping_keeps_every_table_bounded(library: Library) -> None:
         insert into autotag.webhooks select 'wh_' || id, 'batch_1', created_at from autotag.jobs;
         insert into autotag.outbox (topic, event, payload, private, created_at)
         select 't', 'e', '{}', true, created_at from autotag.jobs;
-        insert into autotag.pictures select id, '{1}' from autotag.jobs;
+        insert into autotag.pictures select id, workspace_id, '{1}' from autotag.jobs;
         insert into autotag.uploads (workspace_id, uploader, seal_at) select workspace_id, workspace_id, created_at from autotag.jobs;
         insert into autotag.durations (images, started_at, seconds) select 100, created_at, 60 from autotag.jobs;
         insert into autotag.learned (model, image_detail, reasoning_effort, max_tags, tag_language, learned_at)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from psycopg.types.json import Jsonb
 
+from autotag.db import lanes as l
 from autotag.db import messages as m
 from autotag.db import operator_messages as o
 from autotag.db import rows as r
@@ -39,7 +40,8 @@ READ: dict[type, list[tuple[str, str]]] = {
 
 #: Each row that a function answers with, and that function.
 ROWS: dict[type, str] = {
-    r.ClaimRow: "claim", r.BatchClaimRow: "claim_batches", m.Beat: "heartbeat", m.Unstored: "list_unstored",
+    r.ClaimRow: "claim", r.BatchClaimRow: "claim_batches", m.Beat: "heartbeat", l.Unstored: "list_unstored",
+    l.Sealed: "seal_uploads",
     o.UsageRow: "list_usage",
 }  # fmt: skip
 
@@ -106,10 +108,10 @@ def test_single_calls(library: Library) -> None:
         check(m.Notice, notice)
     assert settled["notices"]
     [unstored] = library.sql("select * from autotag.list_unstored(%s)", WORKER)
-    check(m.Unstored, unstored)
+    check(l.Unstored, unstored)
     assert [str(waiting) for waiting in unstored["workspaces"]] == [str(workspace)]
     stored = value(library, "autotag.store_waiting(%s, %s, 10)", WORKER, workspace)
-    check(m.Stored, stored)
+    check(l.Stored, stored)
     assert stored["stored"] == 2
     assert value(library, "autotag.postpone_stores(%s, %s, 10)", WORKER, workspace) == []
     assert value(library, "autotag.report_stages(%s, null, '[]', %s)", WORKER, {"sent": 2, "sent_age": 0.5}) == []

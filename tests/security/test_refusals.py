@@ -105,8 +105,9 @@ def test_a_failed_image_that_moved_to_others_is_not_retried_and_not_named(tenant
         tenants.theirs.member.workspace,
         tenants.our_assets[0],
     )
-    assert ours.rpc("public.retry_tagging", job)["image_count"] == 2
-    ours.rpc("public.cancel_tagging", job)
+    again = ours.rpc("public.retry_tagging", job)
+    assert again["image_count"] == 2
+    ours.rpc("public.cancel_tagging", again["job_id"])
     ours.sql("update public.assets set workspace_id = %s where workspace_id = %s", tenants.theirs.member.workspace,
              ours.member.workspace)  # fmt: skip
     told = tenants.refusal("public.retry_tagging", job)

@@ -11,7 +11,8 @@ import psycopg
 import pytest
 
 from autotag.db import Busy, Database, TooSlow
-from autotag.db.messages import Notice, Stored, Unstored
+from autotag.db.lanes import Stored, Unstored
+from autotag.db.messages import Notice
 from autotag.worker import store
 from autotag.worker.slow import SlowWorkspaces
 from autotag.worker.store import MAX_LIMIT, STORES, StoreLane

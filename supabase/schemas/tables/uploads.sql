@@ -38,6 +38,7 @@ alter table autotag.uploads enable row level security;
 -- stored a moment ago is not tagged again (repeat_window). 8 bytes an image, and no write when it is tagged.
 create table autotag.pictures (
   job_id uuid primary key references autotag.jobs on delete cascade,
+  workspace_id uuid not null,
   marks bigint[] not null
 );
 alter table autotag.pictures alter column marks set storage external;   -- hashes do not shrink

@@ -274,6 +274,6 @@ begin
     return 0;
   end if;
   v_job := autotag.start_job(p_workspace_id, p_user_id, v_assets);
-  perform autotag.record_pictures(v_job, v_assets, v_marks);
+  perform autotag.record_pictures(p_workspace_id, v_job, v_assets, v_marks);
   return least((v_job ->> 'image_count')::integer, 1);
 end $$;

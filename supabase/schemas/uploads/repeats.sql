@@ -76,12 +76,12 @@ begin
   end if;
   v_reply := autotag.start_job(p_workspace_id, v_user, p_asset_ids, p_seen);
   v_reply := v_reply || jsonb_build_object('skipped', (v_reply ->> 'skipped')::integer + v_skipped);
-  perform autotag.record_pictures(v_reply, p_images, p_marks);
+  perform autotag.record_pictures(p_workspace_id, v_reply, p_images, p_marks);
   return v_reply;
 end $$;
 
 -- Records the pictures of a new job. p_reply: of start_job(); p_images, p_marks: the images of its call, and the marks of their pictures.
-create or replace function autotag.record_pictures(p_reply jsonb, p_images uuid[], p_marks bigint[]) returns void
+create or replace function autotag.record_pictures(p_workspace_id uuid, p_reply jsonb, p_images uuid[], p_marks bigint[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
@@ -95,7 +95,7 @@ begin
       select i.mark from unnest(p_images, p_marks) i (id, mark)
       where i.id in (select t.asset_id from autotag.tasks t where t.job_id = v_job_id));
   end if;
-  insert into autotag.pictures (job_id, marks) values (v_job_id, p_marks);
+  insert into autotag.pictures (job_id, workspace_id, marks) values (v_job_id, p_workspace_id, p_marks);
 end $$;
 
 -- The reply to a call that was made before: its job, with all images skipped.

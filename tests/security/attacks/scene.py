@@ -24,7 +24,7 @@ from support import PATIENCE, Library
 SCHEMAS = ("autotag", "public", "storage", "realtime", "auth", "cron")
 #: Columns that change by themselves while a worker runs.
 VOLATILE = {
-    "autotag.workers": ("last_heartbeat_at",), "autotag.provider_limits": ("next_poll_at", "checked_at", "refilled_at"),
+    "autotag.workers": ("last_heartbeat_at", "claim", "batch_claim"), "autotag.provider_limits": ("next_poll_at", "checked_at", "refilled_at"),
     "autotag.clock": ("ticked_at",),
 }  # fmt: skip
 SECRET_TAG, SECRET_CAPTION = "tag-only-its-members-see", "A caption that only its members see."

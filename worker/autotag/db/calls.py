@@ -18,6 +18,7 @@ from psycopg.types.json import Jsonb
 
 from autotag.db.connections import Connections
 from autotag.db.errors import Refused
+from autotag.db.lanes import Sealed, Stored, Unstored
 from autotag.db.messages import (
     Batch,
     BatchAnswer,
@@ -35,13 +36,10 @@ from autotag.db.messages import (
     Question,
     Registered,
     Report,
-    Sealed,
     Sent,
     Settled,
     StageReport,
-    Stored,
     Submitted,
-    Unstored,
     make,
 )  # fmt: skip
 from autotag.db.operator_messages import Metrics
