@@ -196,7 +196,7 @@ async def test_live_work_the_account_and_a_429_hold_it_up(tagged: Library) -> No
     assert 6 < held["wait"] <= 7
     tagged.sql(
         "update autotag.provider_limits set blocked_until = '-infinity', account_error = 'Storage refused the key.',"
-        " account_error_from = 'storage'"
+        " account_error_from = 'storage', account_error_at = autotag.now()"
     )
     held = admit(tagged, **asked)
     assert (held["reason"], held["message"]) == ("account", "Storage refused the key.")
