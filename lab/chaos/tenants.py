@@ -48,13 +48,14 @@ HOST = """
     create table public.hostile_automatic (workspace_id uuid primary key);
     create table public.hostile_counters (workspace_id uuid primary key, n bigint not null default 0);
     create table public.hostile_log (asset_id uuid not null, what text not null, at timestamptz not null default now());
+    -- autotag's own trigger (collect_inserted), for the rows of some workspaces only
     create function public.hostile_collect() returns trigger language plpgsql as $$
-    declare
-      v_assets uuid[] := array(select a.id from added a join public.hostile_automatic h using (workspace_id));
     begin
-      if v_assets <> '{}' then
-        perform autotag.collect(v_assets);
-      end if;
+      perform autotag.collect(array_agg(a.id), array_agg(a.workspace_id))
+      from added a join public.hostile_automatic h using (workspace_id) having count(*) > 0;
+      return null;
+    exception when others or assert_failure then
+      raise warning 'autotag could not collect new images: %', sqlerrm;
       return null;
     end $$;
     create trigger hostile_collect after insert on public.assets
