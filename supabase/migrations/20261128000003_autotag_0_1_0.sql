@@ -1556,9 +1556,11 @@ begin
       || jsonb_build_object('message', v_provider.account_error);
   elsif v_provider.blocked_until > v_now then
     return autotag.retry_later('retry_after', v_now, v_provider.blocked_until);
-  -- A workspace whose next image never fits its window (ready_at is infinite) does not hold others back.
+  -- A workspace whose next image never fits its window (ready_at is infinite) does not hold others back. Queues that no claim has
+  -- counted yet (not joined) wait, too.
   elsif v_provider.account_error is null
-    and exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')) then
+    and (exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity'))
+      or exists (select from autotag.queues q where not q.joined and q.queued > 0)) then
     return autotag.retry_later('live', v_now, v_now + autotag.clock_interval(1));
   end if;
   v_next := v_now + interval '1 min' * greatest(0,
@@ -1775,7 +1777,8 @@ create or replace function autotag.count_waiting(out workspaces bigint, out imag
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  select count(distinct q.workspace_id), coalesce(sum(q.queued), 0) into workspaces, images from autotag.queues q where q.queued > 0;
+  select count(distinct q.workspace_id), coalesce(sum(q.queued), 0) into workspaces, images
+  from autotag.queues q join autotag.jobs j on j.id = q.job_id and j.cancelled_at is null where q.queued > 0;
 end $$;
 
 -- How long the last of p_images more single calls of a workspace would wait for its window, for its fair share of the provider's
@@ -1791,7 +1794,8 @@ declare
   v_settings autotag.settings;
   v_max_requests integer;
   v_max_units integer;
-  v_queued bigint := coalesce((select sum(q.queued) from autotag.queues q where q.workspace_id = p_workspace_id and q.queued > 0), 0);
+  v_queued bigint := coalesce((select sum(q.queued) from autotag.queues q join autotag.jobs j on j.id = q.job_id and j.cancelled_at is null  -- the next claim clears those
+    where q.workspace_id = p_workspace_id and q.queued > 0), 0);
   v_own bigint := v_queued + p_images;
   v_everybody bigint;
 begin
@@ -3299,10 +3303,11 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_failed boolean := exists (select from unnest(p_report.answers) a where a.error is not null);
-  v_steady boolean;            -- tagging works
+  v_steady boolean;            -- tagging works, and what the provider supports is known
   v_queued boolean;
 begin
-  select p.proven_at is not null and p.account_error is null, p.waiting_images > 0 and p.waiting_at > autotag.now() - interval '2 s'
+  select p.proven_at is not null and p.account_error is null and p.has_rate_headers is not null,
+    p.waiting_images > 0 and p.waiting_at > autotag.now() - interval '2 s'
   into v_steady, v_queued from autotag.provider_limits p;
   p_report.routine := not v_failed and v_steady and not p_report.form_changed and p_report.asked_at is null
     and not coalesce(p_report.observed ? 'retry_after', false);
@@ -3312,11 +3317,11 @@ begin
       return autotag.apply_report(p_report);
     end if;
   end if;
-  -- results are not needed, and large
+  -- results are not needed, and large; of the usage, what is learned
   insert into autotag.provider_reports (worker_id, at, requests, tokens, observed, answers, asked_at, form_changed, windows, routine)
   select p_report.worker_id, p_report.at, p_report.requests, p_report.tokens, p_report.observed, array(
-      select row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens, a.output_tokens, null, a.error, a.usage,
-        a.called, null, a.asset_id)::autotag.answer from unnest(p_report.answers) a),
+      select row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens, a.output_tokens, null, a.error,
+        case when a.usage is not null then jsonb_build_object('input', a.usage -> 'input', 'output', a.usage -> 'output') end, a.called, null, a.asset_id)::autotag.answer from unnest(p_report.answers) a),
     p_report.asked_at, p_report.form_changed, p_report.windows, p_report.routine;
   if p_report.form_changed or v_failed or not v_steady then
     perform pg_notify('autotag', 'realtime');   -- a claim applies it at once
@@ -5975,6 +5980,21 @@ begin
     'model', nullif(autotag.printable(v_model, 100), ''), 'tier', nullif(autotag.printable(v_tier, 20), ''));
 end $$;
 
+-- Validates what a worker has observed of the provider's limits: the numbers among those that update_provider_limits() and
+-- record_sent() read, which bound them further. Null: nothing.
+create or replace function autotag.clean_observed(p_observed jsonb) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_observed is null or jsonb_typeof(p_observed) <> 'object' then
+    return null;
+  end if;
+  return (
+    select jsonb_object_agg(n, autotag.clean_number(p_observed, n, 0, 2000000000))
+    from unnest('{requests_limit,requests_left,tokens_limit,tokens_left,day_limit,day_left,unclear_limit,unclear_left,age,retry_after,sent,sent_age}'::text[]) n
+    where jsonb_typeof(p_observed -> n) = 'number');
+end $$;
+
 -- A worker reports the stages of its single calls of one workspace: [{task, attempt, stage}], stages between `queued` and
 -- `completed`. Ignores tasks that the worker does not hold (any more), and workers of another login. Only `processing` is written to
 -- the host's row, because each write fires the host's triggers, webhooks and Postgres Changes; the others show in tagging_job().
@@ -6366,7 +6386,7 @@ declare
 begin
   v_report.worker_id := p_worker;
   v_report.at := autotag.now();
-  v_report.observed := p_observed;
+  v_report.observed := autotag.clean_observed(p_observed);
   v_report.form_changed := false;
   v_report.windows := '[]';
   -- Refund the over-reservation: everything if no call was made or it got a 429, otherwise all but the prompt and the cap.

@@ -196,7 +196,7 @@ async def test_live_work_the_account_and_a_429_hold_it_up(tagged: Library) -> No
     assert 6 < held["wait"] <= 7
     tagged.sql(
         "update autotag.provider_limits set blocked_until = '-infinity', account_error = 'Storage refused the key.',"
-        " account_error_from = 'storage'"
+        " account_error_from = 'storage', account_error_at = autotag.now()"
     )
     held = admit(tagged, **asked)
     assert (held["reason"], held["message"]) == ("account", "Storage refused the key.")
@@ -209,6 +209,9 @@ async def test_live_work_the_account_and_a_429_hold_it_up(tagged: Library) -> No
     held = admit(tagged, **asked)
     assert (held["admitted"], held["reason"], held["wait"]) == (False, "live", pytest.approx(1, abs=0.1))
     # what no limit can ever hold is no live work, and no comparison either
+    tagged.sql("select autotag.join_queues(virtual_time) from autotag.provider_limits")  # as the next claim does
+    held = admit(tagged, **asked)
+    assert (held["admitted"], held["reason"]) == (False, "live")
     tagged.sql("update autotag.workspaces set ready = false, ready_at = 'infinity'")
     assert admit(tagged, **asked)["admitted"]
     tagged.sql("update public.workspace_rate_limits set max_units = 10")

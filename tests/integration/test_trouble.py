@@ -8,12 +8,14 @@ import json
 import signal
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 import psycopg
 import pytest
 from structlog.testing import capture_logs
 
 from autotag.db import Database
+from autotag.db.messages import Beat
 from lab.openai_sim.faults import Fault
 from lab.pictures import Drawing, draw
 from lab.stack import Stack, worker_process
@@ -310,12 +312,12 @@ async def test_a_worker_whose_heartbeat_loses_the_cancellation_stops_and_stays_a
     """As `asyncio.wait_for` does before Python 3.12: the heartbeat goes on, and finds that the worker has left."""
     beating, lost = asyncio.Event(), asyncio.Event()
 
-    async def heartbeat(db: Database) -> tuple[bool, bool]:
+    async def heartbeat(db: Database, *claims: Sequence[int]) -> Beat:
         beating.set()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
         lost.set()
-        return False, False
+        return Beat(alive=False, lost=False, tick_due=False)
 
     monkeypatch.setattr(Database, "heartbeat", heartbeat)
     async with worker(library.stack) as wake, asyncio.timeout(PATIENCE):

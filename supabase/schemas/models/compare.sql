@@ -114,9 +114,11 @@ begin
       || jsonb_build_object('message', v_provider.account_error);
   elsif v_provider.blocked_until > v_now then
     return autotag.retry_later('retry_after', v_now, v_provider.blocked_until);
-  -- A workspace whose next image never fits its window (ready_at is infinite) does not hold others back.
+  -- A workspace whose next image never fits its window (ready_at is infinite) does not hold others back. Queues that no claim has
+  -- counted yet (not joined) wait, too.
   elsif v_provider.account_error is null
-    and exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')) then
+    and (exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity'))
+      or exists (select from autotag.queues q where not q.joined and q.queued > 0)) then
     return autotag.retry_later('live', v_now, v_now + autotag.clock_interval(1));
   end if;
   v_next := v_now + interval '1 min' * greatest(0,

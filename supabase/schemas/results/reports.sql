@@ -153,6 +153,21 @@ begin
     'model', nullif(autotag.printable(v_model, 100), ''), 'tier', nullif(autotag.printable(v_tier, 20), ''));
 end $$;
 
+-- Validates what a worker has observed of the provider's limits: the numbers among those that update_provider_limits() and
+-- record_sent() read, which bound them further. Null: nothing.
+create or replace function autotag.clean_observed(p_observed jsonb) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_observed is null or jsonb_typeof(p_observed) <> 'object' then
+    return null;
+  end if;
+  return (
+    select jsonb_object_agg(n, autotag.clean_number(p_observed, n, 0, 2000000000))
+    from unnest('{requests_limit,requests_left,tokens_limit,tokens_left,day_limit,day_left,unclear_limit,unclear_left,age,retry_after,sent,sent_age}'::text[]) n
+    where jsonb_typeof(p_observed -> n) = 'number');
+end $$;
+
 -- A worker reports the stages of its single calls of one workspace: [{task, attempt, stage}], stages between `queued` and
 -- `completed`. Ignores tasks that the worker does not hold (any more), and workers of another login. Only `processing` is written to
 -- the host's row, because each write fires the host's triggers, webhooks and Postgres Changes; the others show in tagging_job().

@@ -87,7 +87,7 @@ declare
 begin
   v_report.worker_id := p_worker;
   v_report.at := autotag.now();
-  v_report.observed := p_observed;
+  v_report.observed := autotag.clean_observed(p_observed);
   v_report.form_changed := false;
   v_report.windows := '[]';
   -- Refund the over-reservation: everything if no call was made or it got a 429, otherwise all but the prompt and the cap.

@@ -63,10 +63,11 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_failed boolean := exists (select from unnest(p_report.answers) a where a.error is not null);
-  v_steady boolean;            -- tagging works
+  v_steady boolean;            -- tagging works, and what the provider supports is known
   v_queued boolean;
 begin
-  select p.proven_at is not null and p.account_error is null, p.waiting_images > 0 and p.waiting_at > autotag.now() - interval '2 s'
+  select p.proven_at is not null and p.account_error is null and p.has_rate_headers is not null,
+    p.waiting_images > 0 and p.waiting_at > autotag.now() - interval '2 s'
   into v_steady, v_queued from autotag.provider_limits p;
   p_report.routine := not v_failed and v_steady and not p_report.form_changed and p_report.asked_at is null
     and not coalesce(p_report.observed ? 'retry_after', false);
@@ -76,11 +77,11 @@ begin
       return autotag.apply_report(p_report);
     end if;
   end if;
-  -- results are not needed, and large
+  -- results are not needed, and large; of the usage, what is learned
   insert into autotag.provider_reports (worker_id, at, requests, tokens, observed, answers, asked_at, form_changed, windows, routine)
   select p_report.worker_id, p_report.at, p_report.requests, p_report.tokens, p_report.observed, array(
-      select row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens, a.output_tokens, null, a.error, a.usage,
-        a.called, null, a.asset_id)::autotag.answer from unnest(p_report.answers) a),
+      select row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens, a.output_tokens, null, a.error,
+        case when a.usage is not null then jsonb_build_object('input', a.usage -> 'input', 'output', a.usage -> 'output') end, a.called, null, a.asset_id)::autotag.answer from unnest(p_report.answers) a),
     p_report.asked_at, p_report.form_changed, p_report.windows, p_report.routine;
   if p_report.form_changed or v_failed or not v_steady then
     perform pg_notify('autotag', 'realtime');   -- a claim applies it at once
