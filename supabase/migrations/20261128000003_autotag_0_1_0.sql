@@ -1778,7 +1778,9 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   select count(distinct q.workspace_id), coalesce(sum(q.queued), 0) into workspaces, images
-  from autotag.queues q join autotag.jobs j on j.id = q.job_id and j.cancelled_at is null where q.queued > 0;
+  from autotag.queues q
+  -- a look-up per queue: a join may read all uploads that were ever finished
+  where q.queued > 0 and (select j.cancelled_at from autotag.jobs j where j.id = q.job_id) is null;
 end $$;
 
 -- How long the last of p_images more single calls of a workspace would wait for its window, for its fair share of the provider's
@@ -1794,8 +1796,8 @@ declare
   v_settings autotag.settings;
   v_max_requests integer;
   v_max_units integer;
-  v_queued bigint := coalesce((select sum(q.queued) from autotag.queues q join autotag.jobs j on j.id = q.job_id and j.cancelled_at is null  -- the next claim clears those
-    where q.workspace_id = p_workspace_id and q.queued > 0), 0);
+  v_queued bigint := coalesce((select sum(q.queued) from autotag.queues q where q.workspace_id = p_workspace_id and q.queued > 0
+      and (select j.cancelled_at from autotag.jobs j where j.id = q.job_id) is null), 0);
   v_own bigint := v_queued + p_images;
   v_everybody bigint;
 begin
