@@ -86,6 +86,25 @@ def test_what_is_held_is_stored_later(
     assert session.execute("select sum(images) from autotag.usage").fetchone() == (IMAGES,), "each is paid once"
 
 
+def test_an_outcome_is_not_lost_while_the_stage_of_its_image_is_reported(
+    postgres: LocalPostgres, database: str, session: psycopg.Connection[Any]
+) -> None:
+    """The report of stages holds the tasks until it commits: the worker is told to settle again."""
+    with psycopg.connect(postgres.url("supabase_admin", database)) as reporting:
+        stages = [
+            {"task": task, "attempt": attempt, "stage": "processing"}
+            for task, attempt in session.execute("select id, attempt from autotag.tasks order by id limit 3").fetchall()
+        ]
+        reporting.execute("select autotag.report_stages(%s, %s, %s)", (WORKER, WORKSPACE, Jsonb(stages)))
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            settle(session)
+        reporting.commit()
+    assert settle(session)["accepted"] == IMAGES
+    assert tagged(session) == IMAGES
+    assert session.execute("select completed, failed from autotag.jobs").fetchone() == (IMAGES, 0)
+    assert session.execute("select sum(images) from autotag.usage").fetchone() == (IMAGES,), "each is paid once"
+
+
 def test_a_row_that_is_held_while_it_is_refused_is_tried_again(
     postgres: LocalPostgres, database: str, session: psycopg.Connection[Any]
 ) -> None:
