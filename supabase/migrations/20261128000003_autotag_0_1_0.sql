@@ -3947,7 +3947,8 @@ begin
   end if;
   perform autotag.keep(array(
     select row(t.id, t.job_id, t.asset_id, null, 'cancelled', 'Tagging was cancelled.', null)::autotag.finished
-    from autotag.tasks t join autotag.jobs j on j.id = t.job_id where t.retry_at <= p_now and j.cancelled_at is not null), false);
+    from autotag.tasks t join autotag.jobs j on j.id = t.job_id where t.retry_at <= p_now and j.cancelled_at is not null
+    order by t.id for update of t skip locked), false);   -- keep() would wait
   for v_queue in
     with due as (
       select t.id from autotag.tasks t where t.retry_at <= p_now order by t.id limit 10000 for update skip locked
@@ -6187,8 +6188,8 @@ end $$;
 --   * A refused parameter: the model's row gets its next request form, and the image is retried at once.
 --   * An error of the provider or an unreadable answer while the question is not proven: it becomes an account error, because the
 --     configuration is probably wrong.
---   * A second account error of one image, although others have succeeded meanwhile: it counts as a failure of the image, so that
---     one image cannot pause tagging forever.
+--   * A second account error of one image, although others had succeeded before it was asked: it counts as a failure of the image,
+--     so that one image cannot pause tagging forever.
 -- form_changed: the model's row got another form, which the caller reports (report_provider).
 -- p_asked_at: when a batch's file was built; null: single calls, which have their own times. Locks: the model's row without waiting.
 create or replace function autotag.reclassify_errors(
@@ -6222,7 +6223,7 @@ begin
       elsif v_answer.error ->> 'kind' = 'account' and (
           -- too large for this provider: a smaller image may pass, so this image may be the cause
           v_answer.error ->> 'code' = any (v_suspects)
-          or v_provider.proven_at is not null
+          or v_asked_at >= v_provider.proven_at
             and exists (select from autotag.tasks t where t.id = v_answer.task and t.error_code is not null)) then
         v_answer.error := v_answer.error || '{"counts": true}';
       end if;
@@ -6708,7 +6709,8 @@ end $$;
 
 -- Keeps outcomes for store_waiting(). Their tasks end for workers and queues, and stay live until they are stored. p_tried: their
 -- rows were just tried in vain, so the next try is delayed: by a quarter of a second, twice as long each time, at most a minute.
--- Locks: tasks (skip locked: another transaction that ends the task wins).
+-- Locks: tasks by id. It waits for them, because an outcome that is not kept is lost: another transaction may just report the image's
+-- stage. In finish() it waits no longer than lock_timeout, and raises; then the worker settles again.
 create or replace function autotag.keep(p_items autotag.finished[], p_tried boolean default true) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -6721,7 +6723,7 @@ begin
   with live as (
     select t.id, t.workspace_id, t.batch_id, i.result, i.code, i.message, i.mark
     from autotag.tasks t join unnest(p_items) i on i.task = t.id
-    where t.finished_at is null order by t.id for update of t skip locked
+    where t.finished_at is null order by t.id for update of t
   ), kept as (
     insert into autotag.unstored as u (task_id, workspace_id, batch_id, result, error_code, error, mark, tries, next_at, kept_at)
     select l.id, l.workspace_id, l.batch_id, l.result, l.code, l.message, l.mark, p_tried::integer,

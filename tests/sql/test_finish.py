@@ -86,6 +86,25 @@ def test_what_is_held_is_stored_later(
     assert session.execute("select sum(images) from autotag.usage").fetchone() == (IMAGES,), "each is paid once"
 
 
+def test_an_outcome_is_not_lost_while_the_stage_of_its_image_is_reported(
+    postgres: LocalPostgres, database: str, session: psycopg.Connection[Any]
+) -> None:
+    """The report of stages holds the tasks until it commits: the worker is told to settle again."""
+    with psycopg.connect(postgres.url("supabase_admin", database)) as reporting:
+        stages = [
+            {"task": task, "attempt": attempt, "stage": "processing"}
+            for task, attempt in session.execute("select id, attempt from autotag.tasks order by id limit 3").fetchall()
+        ]
+        reporting.execute("select autotag.report_stages(%s, %s, %s)", (WORKER, WORKSPACE, Jsonb(stages)))
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            settle(session)
+        reporting.commit()
+    assert settle(session)["accepted"] == IMAGES
+    assert tagged(session) == IMAGES
+    assert session.execute("select completed, failed from autotag.jobs").fetchone() == (IMAGES, 0)
+    assert session.execute("select sum(images) from autotag.usage").fetchone() == (IMAGES,), "each is paid once"
+
+
 def test_a_row_that_is_held_while_it_is_refused_is_tried_again(
     postgres: LocalPostgres, database: str, session: psycopg.Connection[Any]
 ) -> None:
@@ -125,3 +144,23 @@ def test_a_report_of_the_provider_that_raises_stops_no_claim(session: psycopg.Co
     session.execute("update autotag.provider_reports set tokens = -1 * tokens where tokens = 5")
     assert session.execute("select (autotag.claim(%s, 1, 2)).tasks", (WORKER,)).fetchone() == ([],)
     assert session.execute("select count(*) from autotag.provider_reports").fetchone() == (0,)
+
+
+@pytest.mark.parametrize(("asked", "failures"), [("before", 0), ("after", 1)])
+def test_a_second_account_error_counts_if_others_succeeded_before_it_was_asked(
+    session: psycopg.Connection[Any], asked: str, failures: int
+) -> None:
+    """A probe whose answer comes late says nothing of its image, although tagging works again meanwhile."""
+    sign = {"before": "+", "after": "-"}[asked]
+    session.execute(
+        "update autotag.tasks set error_code = 'insufficient_quota' where id = (select min(id) from autotag.tasks)"
+    )
+    session.execute(
+        f"update autotag.provider_limits set proven_at = (select min(reserved_at) from autotag.tasks) {sign} interval '1 s'".encode()
+    )
+    error = {"kind": "account", "code": "insufficient_quota", "message": "m", "origin": "provider"}
+    row = session.execute("select id, attempt from autotag.tasks order by id limit 1").fetchone()
+    assert row is not None
+    report = [{"task": row[0], "attempt": row[1], "error": error}]
+    session.execute("select autotag.settle(%s, %s, %s)", (WORKER, WORKSPACE, Jsonb(report)))
+    assert session.execute("select failures from autotag.tasks where id = %s", (row[0],)).fetchone() == (failures,)

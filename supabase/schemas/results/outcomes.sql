@@ -150,8 +150,8 @@ end $$;
 --   * A refused parameter: the model's row gets its next request form, and the image is retried at once.
 --   * An error of the provider or an unreadable answer while the question is not proven: it becomes an account error, because the
 --     configuration is probably wrong.
---   * A second account error of one image, although others have succeeded meanwhile: it counts as a failure of the image, so that
---     one image cannot pause tagging forever.
+--   * A second account error of one image, although others had succeeded before it was asked: it counts as a failure of the image,
+--     so that one image cannot pause tagging forever.
 -- form_changed: the model's row got another form, which the caller reports (report_provider).
 -- p_asked_at: when a batch's file was built; null: single calls, which have their own times. Locks: the model's row without waiting.
 create or replace function autotag.reclassify_errors(
@@ -185,7 +185,7 @@ begin
       elsif v_answer.error ->> 'kind' = 'account' and (
           -- too large for this provider: a smaller image may pass, so this image may be the cause
           v_answer.error ->> 'code' = any (v_suspects)
-          or v_provider.proven_at is not null
+          or v_asked_at >= v_provider.proven_at
             and exists (select from autotag.tasks t where t.id = v_answer.task and t.error_code is not null)) then
         v_answer.error := v_answer.error || '{"counts": true}';
       end if;

@@ -2,7 +2,8 @@
 
 -- Keeps outcomes for store_waiting(). Their tasks end for workers and queues, and stay live until they are stored. p_tried: their
 -- rows were just tried in vain, so the next try is delayed: by a quarter of a second, twice as long each time, at most a minute.
--- Locks: tasks (skip locked: another transaction that ends the task wins).
+-- Locks: tasks by id. It waits for them, because an outcome that is not kept is lost: another transaction may just report the image's
+-- stage. In finish() it waits no longer than lock_timeout, and raises; then the worker settles again.
 create or replace function autotag.keep(p_items autotag.finished[], p_tried boolean default true) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -15,7 +16,7 @@ begin
   with live as (
     select t.id, t.workspace_id, t.batch_id, i.result, i.code, i.message, i.mark
     from autotag.tasks t join unnest(p_items) i on i.task = t.id
-    where t.finished_at is null order by t.id for update of t skip locked
+    where t.finished_at is null order by t.id for update of t
   ), kept as (
     insert into autotag.unstored as u (task_id, workspace_id, batch_id, result, error_code, error, mark, tries, next_at, kept_at)
     select l.id, l.workspace_id, l.batch_id, l.result, l.code, l.message, l.mark, p_tried::integer,

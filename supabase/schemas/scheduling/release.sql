@@ -30,7 +30,8 @@ begin
   end if;
   perform autotag.keep(array(
     select row(t.id, t.job_id, t.asset_id, null, 'cancelled', 'Tagging was cancelled.', null)::autotag.finished
-    from autotag.tasks t join autotag.jobs j on j.id = t.job_id where t.retry_at <= p_now and j.cancelled_at is not null), false);
+    from autotag.tasks t join autotag.jobs j on j.id = t.job_id where t.retry_at <= p_now and j.cancelled_at is not null
+    order by t.id for update of t skip locked), false);   -- keep() would wait
   for v_queue in
     with due as (
       select t.id from autotag.tasks t where t.retry_at <= p_now order by t.id limit 10000 for update skip locked
