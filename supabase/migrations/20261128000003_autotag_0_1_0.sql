@@ -3305,10 +3305,14 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_failed boolean := exists (select from unnest(p_report.answers) a where a.error is not null);
-  v_steady boolean;            -- tagging works, and what the provider supports is known
+  v_steady boolean;            -- tagging works, and the report shows nothing new of what the provider supports and allows
   v_queued boolean;
 begin
-  select p.proven_at is not null and p.account_error is null and p.has_rate_headers is not null,
+  select p.proven_at is not null and p.account_error is null and p.has_rate_headers is not null and not exists (
+      select from jsonb_each(autotag.place_unclear(p_report.observed, p)) o
+      where o.value <> case o.key when 'requests_limit' then to_jsonb(p.requests_per_minute)
+        when 'tokens_limit' then to_jsonb(p.tokens_per_minute)
+        when 'day_limit' then coalesce(to_jsonb(p.requests_per_day), 'null') end),
     p.waiting_images > 0 and p.waiting_at > autotag.now() - interval '2 s'
   into v_steady, v_queued from autotag.provider_limits p;
   p_report.routine := not v_failed and v_steady and not p_report.form_changed and p_report.asked_at is null
@@ -4439,6 +4443,9 @@ begin
     where w.ready_at < 'infinity'
     union all
     select min(t.retry_at) from autotag.tasks t where t.retry_at < 'infinity'
+    union all  -- batches become single calls: reroute_upload() left them, because another transaction held their upload
+    select p_provider.refilled_at + autotag.clock_interval(1) where p_provider.has_batches is false
+      and exists (select from autotag.batches b where b.state in ('planned', 'preparing', 'uploading') and b.worker_id is null)
     union all  -- the day is used up: waiting calls may become due for a batch
     select p_provider.refilled_at + interval '1 min' where p_provider.day_left < 1 and p_provider.has_batches is distinct from false
       and exists (select from autotag.workspaces w where w.queued > 0)

@@ -86,6 +86,7 @@ class Scene:
     batch: dict[str, str] = field(default_factory=dict)
     batch_tasks: dict[str, list[int]] = field(default_factory=dict)
     workspaces: list[str] = field(default_factory=list)
+    home: dict[str, str] = field(default_factory=dict)  # worker -> the workspace of its first single call
     theirs: list[int] = field(default_factory=list)  # tasks that the good worker holds, or the provider has
     their_assets: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)  # all of which something may change
@@ -154,6 +155,8 @@ def set_the_scene(scene: Scene) -> Scene:
         scene.tasks[worker] = [
             {"task": task["task"], "attempt": task["attempt"]} for task in scene.claim(login, worker, images)
         ]
+        first = scene.tasks[worker][0]["task"]
+        scene.home[worker] = str(value("select workspace_id from autotag.tasks where id = %s", first))
         [batch] = scene.as_(login, "select batches from autotag.claim_batches(%s, 1, 1)", worker)
         scene.batch[worker] = batch["batch"]
         scene.batch_tasks[worker] = [row["id"] for row in rows(
@@ -257,7 +260,9 @@ def seen(scene: Scene) -> list[Any]:
 
 def values(scene: Scene, kind: str, name: str) -> list[Any]:
     """Hostile values of a type; the first is what the thief would honestly say."""
-    own = {"p_worker": scene.thief, "p_batch": scene.batch[scene.thief]}.get(name)
+    own = {"p_worker": scene.thief, "p_batch": scene.batch[scene.thief], "p_workspace_id": scene.home[scene.thief]}.get(
+        name
+    )
     ids = [own or scene.workspaces[0], None, scene.good, scene.thief, *scene.batch.values(), scene.workspaces[1], str(uuid.uuid4()),
            "00000000-0000-0000-0000-000000000000"]  # fmt: skip
     texts = ["creating", None, "", LONG, HOSTILE, "preparing", "uploading", "planned", "submitted", "ended", "done", "cancelled",
@@ -318,7 +323,10 @@ def attempts(scene: Scene) -> Iterator[Attempt]:
             for value in choice[1:]:
                 yield Attempt(function, places, (*honest[:at], value, *honest[at + 1 :]))
         if "p_worker" in names:
-            other = {"p_worker": scene.good, "p_batch": scene.batch[scene.good], "p_state": "uploading"}
+            other = {
+                "p_worker": scene.good, "p_batch": scene.batch[scene.good], "p_state": "uploading",
+                "p_workspace_id": scene.home[scene.good],
+            }  # fmt: skip
             # what would do most: half of a batch is split off, all that is held is given back
             most = {
                 "bigint": scene.batch_tasks[scene.good][4],

@@ -164,3 +164,30 @@ def test_a_second_account_error_counts_if_others_succeeded_before_it_was_asked(
     report = [{"task": row[0], "attempt": row[1], "error": error}]
     session.execute("select autotag.settle(%s, %s, %s)", (WORKER, WORKSPACE, Jsonb(report)))
     assert session.execute("select failures from autotag.tasks where id = %s", (row[0],)).fetchone() == (failures,)
+
+
+@pytest.mark.parametrize(("learns", "news"), [
+    ("has_rate_headers = null", True),
+    ("requests_per_minute = 400", True),
+    ("requests_per_day = null", True),
+    ("requests_per_day = 10000", False),
+])  # fmt: skip
+def test_a_report_that_shows_something_new_does_not_wait_for_a_claim(
+    session: psycopg.Connection[Any], learns: str, news: bool
+) -> None:
+    """While images are queued, what is routine is left to the next claim."""
+    session.execute(
+        "update autotag.provider_limits set waiting_images = 1, waiting_at = autotag.now(), has_rate_headers = true"
+    )
+    session.execute(f"update autotag.provider_limits set {learns}".encode())
+    rows = session.execute("select id, attempt from autotag.tasks order by id limit 1").fetchall()
+    reports = [{"task": task, "attempt": attempt, "result": RESULT} for task, attempt in rows]
+    seen = {"requests_limit": 500, "tokens_limit": 200_000, "day_limit": 10_000, "tokens_left": 9}
+    row = session.execute(
+        "select autotag.settle(%s, %s, %s, %s)", (WORKER, WORKSPACE, Jsonb(reports), Jsonb(seen))
+    ).fetchone()
+    assert row is not None
+    left = session.execute("select count(*) from autotag.provider_reports").fetchone()
+    assert left == (0 if news else 1,)
+    told = [notice["event"] for notice in row[0]["notices"]]
+    assert told == (["provider_limits_changed"] if news and "has_rate" not in learns else [])

@@ -207,6 +207,9 @@ begin
     where w.ready_at < 'infinity'
     union all
     select min(t.retry_at) from autotag.tasks t where t.retry_at < 'infinity'
+    union all  -- batches become single calls: reroute_upload() left them, because another transaction held their upload
+    select p_provider.refilled_at + autotag.clock_interval(1) where p_provider.has_batches is false
+      and exists (select from autotag.batches b where b.state in ('planned', 'preparing', 'uploading') and b.worker_id is null)
     union all  -- the day is used up: waiting calls may become due for a batch
     select p_provider.refilled_at + interval '1 min' where p_provider.day_left < 1 and p_provider.has_batches is distinct from false
       and exists (select from autotag.workspaces w where w.queued > 0)

@@ -63,10 +63,14 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_failed boolean := exists (select from unnest(p_report.answers) a where a.error is not null);
-  v_steady boolean;            -- tagging works, and what the provider supports is known
+  v_steady boolean;            -- tagging works, and the report shows nothing new of what the provider supports and allows
   v_queued boolean;
 begin
-  select p.proven_at is not null and p.account_error is null and p.has_rate_headers is not null,
+  select p.proven_at is not null and p.account_error is null and p.has_rate_headers is not null and not exists (
+      select from jsonb_each(autotag.place_unclear(p_report.observed, p)) o
+      where o.value <> case o.key when 'requests_limit' then to_jsonb(p.requests_per_minute)
+        when 'tokens_limit' then to_jsonb(p.tokens_per_minute)
+        when 'day_limit' then coalesce(to_jsonb(p.requests_per_day), 'null') end),
     p.waiting_images > 0 and p.waiting_at > autotag.now() - interval '2 s'
   into v_steady, v_queued from autotag.provider_limits p;
   p_report.routine := not v_failed and v_steady and not p_report.form_changed and p_report.asked_at is null
