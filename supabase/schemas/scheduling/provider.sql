@@ -170,7 +170,9 @@ begin
   if p_report.form_changed then
     -- The new form is a new question, so answers to the old form prove nothing about it. It is tried at once.
     perform autotag.sync_question(p) from autotag.provider_limits p;
-    update autotag.provider_limits p set probe_at = null where p.proven_at is null;
+    -- A probe that was released after the report asks in the new form already.
+    update autotag.provider_limits p set probe_at = null
+    where p.proven_at is null and p.probe_at <= p_report.at + (select s.account_probe_interval from autotag.settings s);
   end if;
   if p_report.windows <> '[]' and p_report.at > autotag.now() - interval '1 min' then
     v_held := autotag.correct_windows(p_report.windows);
