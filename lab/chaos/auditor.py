@@ -19,7 +19,8 @@ METADATA_KEY = "autotag_batch"
 PUBLIC_TOPIC, WORKSPACE_TOPIC = "batch-updates", "tagging:"
 PUBLIC_KEYS = {"batch_id", "id"}  # all that everybody may learn
 EVENTS = {"job-progress", "job-complete", "batch-complete"}
-#: Seconds between the provider's answer and the moment from which it may no longer be lost with its worker, on a busy machine.
+#: Seconds between the provider's answer and the moment from which it may no longer be lost with its worker, also on a
+#: busy machine.
 UNREPORTED = 5.0
 #: What an image may become: `tagged`, `gone` (its row was deleted), `moved` (to another workspace before it was
 #: tagged), `untouched` (nobody asked for tags), `anything` (nobody knows what became of its row), or the code of an
