@@ -129,11 +129,12 @@ begin
       raise warning 'autotag could not apply a report of worker %: %', v_report.worker_id, sqlerrm;
     end;
   end loop;
-  if v_sum.worker_id is not null then
-    perform autotag.apply_report(v_sum);
-  end if;
-exception when others or assert_failure then
-  raise warning 'autotag could not apply the reports of workers: %', sqlerrm;
+  -- In a block of its own: an error of the whole function would take back the deletion, and every claim would meet it again.
+  begin
+    perform autotag.apply_report(v_sum) where v_sum.worker_id is not null;
+  exception when others or assert_failure then
+    raise warning 'autotag could not apply the reports of workers: %', sqlerrm;
+  end;
 end $$;
 
 -- Counts the calls that a report says were sent. The caller holds the provider row.
