@@ -26,6 +26,7 @@ from lab.pictures import Drawing, draw
 from lab.stack import Member, Stack
 
 PATIENCE = 120.0  # seconds; only a broken promise takes so long, also on a machine that is busy with other things
+SOON = 20.0  # seconds that something inside one process may take; only a broken promise takes so long
 
 #: Connections that are free, by URL. A call over a new one takes 17 ms of processor time: the password, the catalogue, the
 #: functions; over one that is there, 2 ms.
@@ -224,6 +225,15 @@ def compress(stack: Stack, speed: float) -> None:
     """Speeds up autotag's clock by a factor."""
     stack.compress(speed)
     close_connections()
+
+
+async def soon(condition: Callable[[], bool]) -> None:
+    """Waits for something that this event loop brings about by itself."""
+    async with asyncio.timeout(SOON):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.001)
 
 
 async def until(condition: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:

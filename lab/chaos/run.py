@@ -26,6 +26,7 @@ from lab.chaos.forks import Forked, Forks, fork_server
 from lab.chaos.hostile_triggers import ALL_KINDS
 from lab.chaos.hostilities import Hostility, happen_often
 from lab.chaos.tenants import Ledger, Project, Tenant, open_project
+from lab.chaos.ticks import ticking
 from lab.openai_sim.faults import Fault
 from lab.pictures import draw
 from lab.postgres import LocalPostgres
@@ -335,25 +336,14 @@ class Chaos:
 
         return await asyncio.to_thread(ask)
 
-    @contextlib.asynccontextmanager
-    async def _ticks(self) -> AsyncIterator[None]:
+    def _ticks(self) -> contextlib.AbstractAsyncContextManager[None]:
         """The scheduler's part, more often than it would."""
 
         def tick() -> None:
-            with contextlib.suppress(psycopg.OperationalError), self._connect() as owner:
+            with self._connect() as owner:
                 owner.execute("select autotag.tick()")
 
-        async def forever() -> None:
-            while True:
-                await asyncio.to_thread(tick)
-                await asyncio.sleep(TICK)
-
-        task = asyncio.create_task(forever())
-        try:
-            yield
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        return ticking(lambda: asyncio.to_thread(tick), TICK)
 
     @contextlib.asynccontextmanager
     async def _client(self) -> AsyncIterator[None]:

@@ -20,6 +20,7 @@ import psycopg
 from psycopg_pool import AsyncConnectionPool
 
 from lab.chaos.auditor import ANYTHING, TAGGED
+from lab.chaos.ticks import ticking
 from lab.openai_sim.limits import Limits
 from lab.pictures import Drawing
 from lab.stack import WORKER_ROLE, Member, Stack
@@ -140,22 +141,9 @@ class Project:
             await admin.execute(f"alter role {WORKER_ROLE} reset all".encode())
             await admin.commit()
 
-    @contextlib.asynccontextmanager
-    async def ticks(self) -> AsyncIterator[None]:
+    def ticks(self) -> contextlib.AbstractAsyncContextManager[None]:
         """The scheduler's part, more often than it would."""
-
-        async def forever() -> None:
-            while True:
-                with contextlib.suppress(psycopg.Error):
-                    await self.execute("select autotag.tick()")
-                await asyncio.sleep(TICK)
-
-        task = asyncio.create_task(forever())
-        try:
-            yield
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        return ticking(lambda: self.execute("select autotag.tick()"), TICK)
 
     @contextlib.asynccontextmanager
     async def connect(self, user: str = "postgres") -> AsyncIterator[psycopg.AsyncConnection[Any]]:

@@ -14,8 +14,8 @@ from autotag.db import Busy, Claim, Database, DatabaseSettings, Image, Question,
 from autotag.worker import realtime
 from autotag.worker.claims import Claims
 from autotag.worker.wake import Wake
+from support import soon
 
-PATIENCE = 20.0  # seconds; only a broken promise takes so long
 SETTINGS = DatabaseSettings(Question(1, "m", "low", 10, "English"), 60, 1000)
 
 
@@ -92,13 +92,6 @@ class Bench:
         self.wake.request_stop()
         await lane
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(PATIENCE):
-            while True:
-                if condition():
-                    return
-                await asyncio.sleep(0.001)
-
 
 @pytest.fixture(autouse=True)
 def no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +103,7 @@ async def test_a_claim_whose_reply_is_lost_is_repeated_with_its_number() -> None
     bench = Bench(range(10))
     bench.db.lose = [psycopg.InternalError("first"), psycopg.InternalError("second")]
     async with bench.running():
-        await bench.until(lambda: len(bench.tagged) == 10)
+        await soon(lambda: len(bench.tagged) == 10)
     assert [number for number, _ in bench.db.claims[:4]] == [1, 1, 1, 2]
     assert sorted(bench.tagged) == list(range(10)), "each image once"
     assert bench.claims.listed() == [bench.db.claims[-1][0]]
@@ -129,7 +122,7 @@ async def test_images_whose_description_fails_are_described_later_and_none_is_lo
 
     bench.db.refuse = refuse
     async with bench.running(slots=20):
-        await bench.until(lambda: len(bench.tagged) == 8)
+        await soon(lambda: len(bench.tagged) == 8)
     assert bench.tagged[-1] == 4, "the others did not wait for it"
     assert bench.db.descriptions[:3] == [list(range(8))] * 3, "together at first"
 
@@ -146,21 +139,21 @@ async def test_the_lane_goes_on_while_a_description_is_held() -> None:
 
     bench.db.describe_tasks = held  # type: ignore[method-assign]
     async with bench.running(slots=4):
-        await bench.until(lambda: len(bench.db.claims) >= 1)
+        await soon(lambda: len(bench.db.claims) >= 1)
         bench.db.queue = [7]
         bench.wake.notify("realtime")
-        await bench.until(lambda: bench.tagged == [7])
+        await soon(lambda: bench.tagged == [7])
         assert bench.db.claims[1] == (2, 1), "undescribed images have slots"
         assert bench.claims.listed()[0] == 1
         release.set()
-        await bench.until(lambda: sorted(bench.tagged) == [0, 1, 2, 7])
+        await soon(lambda: sorted(bench.tagged) == [0, 1, 2, 7])
 
 
 async def test_an_image_that_is_gone_frees_its_slot_and_its_claim() -> None:
     bench = Bench(range(8))
     bench.db.gone = {0, 1, 2, 3}
     async with bench.running(slots=4):
-        await bench.until(lambda: sorted(bench.tagged) == [4, 5, 6, 7])
+        await soon(lambda: sorted(bench.tagged) == [4, 5, 6, 7])
     assert 1 not in bench.claims.listed()
 
 
@@ -168,4 +161,4 @@ async def test_a_stopping_worker_does_not_wait_for_descriptions() -> None:
     bench = Bench(range(3))
     bench.db.refuse = lambda _: TooSlow("for ever")
     async with bench.running():
-        await bench.until(lambda: len(bench.db.descriptions) > 5)
+        await soon(lambda: len(bench.db.descriptions) > 5)

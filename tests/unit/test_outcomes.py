@@ -20,6 +20,7 @@ from autotag.worker.observations import Observations
 from autotag.worker.outcomes import MAX_REPORTS, MAX_TRIES, SETTLES, WHOLE_TRIES, Outcomes
 from autotag.worker.slow import SLOW_FOR, SlowWorkspaces
 from autotag.worker.stages import Stages
+from support import soon
 
 PATIENCE = 20.0  # seconds; only a broken promise takes so long
 BLUE, RED, GREEN, GREY = "blue", "red", "green", "grey"
@@ -79,13 +80,6 @@ class Bench:
         async with asyncio.timeout(PATIENCE):
             await self.outcomes.idle.wait()
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(PATIENCE):
-            while True:
-                if condition():
-                    return
-                await asyncio.sleep(0.001)
-
 
 def image(workspace: str, task: int, claim: int = 1) -> Image:
     return Image(task, f"asset {task}", "assets", "a.jpg", None, attempt=1, workspace=workspace, mark="m", claim=claim)
@@ -127,11 +121,11 @@ async def test_a_workspace_has_one_call_at_a_time_and_others_do_not_wait_for_it(
 
     bench.db.react = hold_blue
     bench.add(BLUE, 1)
-    await bench.until(lambda: len(bench.db.calls) == 1)
+    await soon(lambda: len(bench.db.calls) == 1)
     bench.add(BLUE, 2, 3)
     for task in range(10, 20):
         bench.add(RED, task)
-        await bench.until(lambda task=task: task in bench.db.calls[-1].tasks)  # type: ignore[misc]
+        await soon(lambda task=task: task in bench.db.calls[-1].tasks)  # type: ignore[misc]
     assert [call.tasks for call in bench.db.calls if call.workspace == BLUE] == [[1]]
     release.set()
     await bench.idle()
@@ -243,7 +237,7 @@ async def test_an_image_is_held_until_it_is_settled(bench: Bench) -> None:
         assert bench.claims.number() == number
         bench.claims.receive(1)
     bench.add(BLUE, 1, claim=1)
-    await bench.until(lambda: len(bench.db.calls) == 1)
+    await soon(lambda: len(bench.db.calls) == 1)
     assert bench.claims.listed() == [1, 2]
     release.set()
     await bench.idle()
@@ -276,13 +270,13 @@ async def test_stages_are_reported_by_workspace_and_dropped_where_it_is_slow(ben
         bench.stages.reach(image(workspace, task), "processing")
     bench.stages.forget(image(GREEN, 4))
     bench.observations.count_sent()
-    await bench.until(lambda: len(bench.db.stages) == 2)
+    await soon(lambda: len(bench.db.stages) == 2)
     assert [(workspace, tasks) for workspace, tasks, _ in bench.db.stages] == [(BLUE, [1]), (RED, [2, 3])]
     assert all(sent and sent["sent"] == 1 for _, _, sent in bench.db.stages), "a call that failed reported nothing"
     assert BLUE in bench.slow
     bench.stages.reach(image(BLUE, 5), "processing")
     bench.stages.reach(image(GREY, 6), "processing")
-    await bench.until(lambda: len(bench.db.stages) == 3)
+    await soon(lambda: len(bench.db.stages) == 3)
     assert bench.db.stages[-1] == (GREY, [6], None)
 
 
@@ -290,7 +284,7 @@ async def test_sent_calls_are_reported_although_every_workspace_is_slow(bench: B
     bench.db.refuse_stages = lambda workspace: psycopg.DataError("no") if workspace else None
     bench.stages.reach(image(BLUE, 1), "processing")
     bench.observations.count_sent()
-    await bench.until(lambda: len(bench.db.stages) == 2)
+    await soon(lambda: len(bench.db.stages) == 2)
     workspace, tasks, sent = bench.db.stages[-1]
     assert (workspace, tasks) == (None, [])
     assert sent is not None

@@ -17,8 +17,8 @@ from autotag.worker import store
 from autotag.worker.slow import SlowWorkspaces
 from autotag.worker.store import MAX_LIMIT, STORES, StoreLane
 from autotag.worker.wake import Wake
+from support import soon
 
-PATIENCE = 20.0  # seconds; only a broken promise takes so long
 BLUE, RED = "blue", "red"
 
 
@@ -74,13 +74,6 @@ class Bench:
         self.db, self.wake, self.slow = FakeDatabase(), Wake(), SlowWorkspaces()
         self.lane = StoreLane(cast("Database", self.db), self.wake, self.slow)
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(PATIENCE):
-            while True:
-                if condition():
-                    return
-                await asyncio.sleep(0.001)
-
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         task = asyncio.create_task(self.lane.run())
@@ -101,32 +94,32 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
 async def test_the_lane_stores_what_waits_at_its_start_and_after_a_notification(bench: Bench) -> None:
     bench.db.waiting = {BLUE: 3}
     async with bench.running():
-        await bench.until(lambda: not bench.db.waiting[BLUE])
+        await soon(lambda: not bench.db.waiting[BLUE])
         bench.db.waiting[RED] = 2 * MAX_LIMIT
         bench.wake.notify("store")
-        await bench.until(lambda: not bench.db.waiting[RED])
+        await soon(lambda: not bench.db.waiting[RED])
     assert bench.db.calls == [(BLUE, MAX_LIMIT), (RED, MAX_LIMIT), (RED, MAX_LIMIT)]
 
 
 async def test_the_lane_wakes_by_itself_when_outcomes_are_due(bench: Bench) -> None:
     bench.db.later = 0.01
     async with bench.running():
-        await bench.until(lambda: bench.db.lists == 1)
+        await soon(lambda: bench.db.lists == 1)
         bench.db.waiting = {BLUE: 1}
-        await bench.until(lambda: not bench.db.waiting[BLUE])
+        await soon(lambda: not bench.db.waiting[BLUE])
 
 
 async def test_without_notifications_the_lane_polls(bench: Bench) -> None:
     bench.wake.poll_every = 0.01
     async with bench.running():
-        await bench.until(lambda: bench.db.lists > 3)
+        await soon(lambda: bench.db.lists > 3)
 
 
 async def test_after_a_timeout_fewer_are_tried_and_others_go_first(bench: Bench) -> None:
     bench.db.waiting = {BLUE: 8, **{f"workspace {n}": 1 for n in range(20)}}
     bench.db.slow = {BLUE: 3}
     async with bench.running():
-        await bench.until(lambda: not any(bench.db.waiting.values()))
+        await soon(lambda: not any(bench.db.waiting.values()))
     assert bench.db.of(BLUE)[:4] == [500, 50, 5, 1]
     assert bench.db.postponed[:3] == [(BLUE, 500), (BLUE, 50), (BLUE, 5)], "with the limit that took too long"
     order = [workspace for workspace, _ in bench.db.calls]
@@ -140,9 +133,9 @@ async def test_after_a_timeout_fewer_are_tried_and_others_go_first(bench: Bench)
 async def test_the_number_grows_again_after_successes(bench: Bench) -> None:
     bench.db.waiting, bench.db.slow = {BLUE: 2000}, {BLUE: 1}
     async with bench.running():
-        await bench.until(lambda: 1 in bench.db.of(BLUE))
+        await soon(lambda: 1 in bench.db.of(BLUE))
         bench.db.slow = {}
-        await bench.until(lambda: not bench.db.waiting[BLUE])
+        await soon(lambda: not bench.db.waiting[BLUE])
     grown = bench.db.of(BLUE)[bench.db.of(BLUE).index(1) :]
     assert grown[:10] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 500]
 
@@ -151,7 +144,7 @@ async def test_calls_that_succeed_slowly_do_not_grow(bench: Bench, monkeypatch: 
     monkeypatch.setattr(store, "GROWTH_SECONDS", 0.0)
     bench.db.waiting, bench.db.slow = {BLUE: 20}, {BLUE: 5}
     async with bench.running():
-        await bench.until(lambda: not bench.db.waiting[BLUE])
+        await soon(lambda: not bench.db.waiting[BLUE])
     assert bench.db.of(BLUE) == [500, 50, 5, 5, 5, 5]
 
 
@@ -171,7 +164,7 @@ async def test_what_another_worker_stores_is_not_asked_for_without_end(bench: Be
     bench.db.waiting = {BLUE: 1}
     started = asyncio.get_running_loop().time()
     async with bench.running():
-        await bench.until(lambda: not bench.db.waiting[BLUE])
+        await soon(lambda: not bench.db.waiting[BLUE])
     assert asyncio.get_running_loop().time() - started >= 0.01 + 0.02 + 0.04 + 0.08
     assert len(bench.db.calls) == 5
 
@@ -187,4 +180,4 @@ async def test_no_error_ends_the_lane(bench: Bench, error: Exception) -> None:
     bench.db.refuse = refuse
     bench.db.waiting = {BLUE: 1, RED: 1}
     async with bench.running():
-        await bench.until(lambda: not any(bench.db.waiting.values()))
+        await soon(lambda: not any(bench.db.waiting.values()))
