@@ -215,6 +215,7 @@ async def test_a_reply_that_is_lost_loses_no_image(library: Library, neighbour: 
     assets, others = await library.upload(8), await neighbour.upload(8, seed=2)
     jobs = library.enqueue(assets), neighbour.enqueue(others)
     stack = library.stack
+    stack.simulator.plan.latency = (0.5, 1.0)  # longer than a stage must last to be reported
     proxy = Proxy(stack.database_url())
     proxy.cut_reply(statement, times=2)
     async with proxy.serve(), working(library, DATABASE_URL=proxy.url(stack.worker_environment()["DATABASE_URL"])):

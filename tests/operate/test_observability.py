@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,11 @@ async def test_ready_means_the_database_answers_and_the_account_works(
         assert await status(f"{url}/readyz") == (200, None)
 
 
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 async def test_the_end_of_the_model_and_answers_without_a_price_are_metrics(library: Library) -> None:
     stack, port = library.stack, free_port()
     url = f"http://127.0.0.1:{port}"
@@ -156,6 +162,7 @@ async def test_the_end_of_the_model_and_answers_without_a_price_are_metrics(libr
     )
     async with worker(stack, http=f"127.0.0.1:{port}"):
         await until(lambda: library.sql("select 1 from autotag.workers where lease_until > now()") != [], "the worker")
+        await until(lambda: is_open(port), "its port, which opens after it has registered")
         assert (await scrape(url))[metrics.SHUTDOWN_DAYS,] == 40
 
 

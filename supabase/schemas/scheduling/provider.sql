@@ -54,10 +54,10 @@ begin
   return autotag.refill(v_provider, autotag.now());
 end $$;
 
--- Applies what calls have reported about the provider, or leaves it to the next lock_provider(): if the provider row is not free, and
--- always if it is routine and images are queued, because the claim that comes soon applies all such reports together, which costs as
--- much as one. It comes last in its transaction, which may hold locks of a tenant, and does not wait. Returns sentences for the
--- operator's log: [{event, notice}]. Locks: provider (skip locked).
+-- Applies what calls have reported about the provider. A routine report is left to the next lock_provider() if the provider row is not
+-- free, and always while images are queued: the claim that comes soon applies all such reports together, which costs as much as one.
+-- It comes last in its transaction, which may hold locks of a tenant; who holds the provider row waits for none of those, so a report
+-- that says something new can wait for the row. Returns sentences for the operator's log: [{event, notice}]. Locks: provider.
 create or replace function autotag.report_provider(p_report autotag.provider_reports) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -75,21 +75,22 @@ begin
   into v_steady, v_queued from autotag.provider_limits p;
   p_report.routine := not v_failed and v_steady and not p_report.form_changed and p_report.asked_at is null
     and not coalesce(p_report.observed ? 'retry_after', false);
-  if not (p_report.routine and v_queued) then
+  if not p_report.routine then
+    perform from autotag.provider_limits for update;
+    return autotag.apply_report(p_report);
+  end if;
+  if not v_queued then
     perform from autotag.provider_limits for update skip locked;
     if found then
       return autotag.apply_report(p_report);
     end if;
   end if;
   -- results are not needed, and large; of the usage, what is learned
-  insert into autotag.provider_reports (worker_id, at, requests, tokens, observed, answers, asked_at, form_changed, windows, routine)
+  insert into autotag.provider_reports (worker_id, at, requests, tokens, observed, answers, windows, routine)
   select p_report.worker_id, p_report.at, p_report.requests, p_report.tokens, p_report.observed, array(
-      select row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens, a.output_tokens, null, a.error,
+      select row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens, a.output_tokens, null, null,
         case when a.usage is not null then jsonb_build_object('input', a.usage -> 'input', 'output', a.usage -> 'output') end, a.called, null, a.asset_id)::autotag.answer from unnest(p_report.answers) a),
-    p_report.asked_at, p_report.form_changed, p_report.windows, p_report.routine;
-  if p_report.form_changed or v_failed or not v_steady then
-    perform pg_notify('autotag', 'realtime');   -- a claim applies it at once
-  end if;
+    p_report.windows, true;
   return '[]'::jsonb;
 end $$;
 
