@@ -22,6 +22,9 @@ EVENTS = {"job-progress", "job-complete", "batch-complete"}
 #: Seconds between the provider's answer and the moment from which it may no longer be lost with its worker, also on a
 #: busy machine.
 UNREPORTED = 5.0
+#: Seconds for which a request may lie in the simulator's socket before it is read, also on a busy machine: its worker may
+#: have been killed meanwhile.
+UNREAD = 1.0
 #: What an image may become: `tagged`, `gone` (its row was deleted), `moved` (to another workspace before it was
 #: tagged), `untouched` (nobody asked for tags), `anything` (nobody knows what became of its row), or the code of an
 #: error that it fails with.
@@ -187,14 +190,21 @@ def _pictures(books: Books) -> list[str]:
         elif repeated > excused:
             found.append(
                 f"{_name(picture)} was uploaded {wanted} times and paid {by_batch[picture] + len(calls)} times,"
-                f" of which {excused} may have died with a worker"
+                f" of which {excused} may have died with a worker ({_relate(calls, books.kills or ())})"
             )
     return found
 
 
 def _may_have_died(call: dict[str, Any], kills: Sequence[float]) -> bool:
     """Whether a worker was killed while a single call was in flight or its answer not yet reported."""
-    return any(call["at"] <= kill <= (call.get("done") or call["at"]) + UNREPORTED for kill in kills)
+    return any(call["at"] - UNREAD <= kill <= (call.get("done") or call["at"]) + UNREPORTED for kill in kills)
+
+
+def _relate(calls: Sequence[dict[str, Any]], kills: Sequence[float]) -> str:
+    """The calls and the kills as seconds since the first call, for whoever looks for the cause."""
+    start = min(call["at"] for call in calls)
+    times = ", ".join(f"{call['at'] - start:.1f}–{(call.get('done') or call['at']) - start:.1f}" for call in calls)
+    return f"calls at {times} s; kills at {', '.join(f'{kill - start:.1f}' for kill in kills) or 'no time'}"
 
 
 def _name(picture: frozenset[str]) -> str:

@@ -3318,12 +3318,13 @@ begin
   p_report.routine := not v_failed and v_steady and not p_report.form_changed and p_report.asked_at is null
     and not coalesce(p_report.observed ? 'retry_after', false);
   if not p_report.routine then
-    perform from autotag.provider_limits for update;
+    perform autotag.lock_provider();
     return autotag.apply_report(p_report);
   end if;
   if not v_queued then
     perform from autotag.provider_limits for update skip locked;
     if found then
+      perform autotag.lock_provider();
       return autotag.apply_report(p_report);
     end if;
   end if;
