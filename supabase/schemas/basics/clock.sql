@@ -7,10 +7,11 @@ create or replace function autotag.speed() returns double precision
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if not (select s.test_clock from autotag.settings s) then
+  -- most often nothing is set, and then settings need not be read: 2 µs instead of 10
+  if coalesce(current_setting('autotag.speed', true), '') = '' or not (select s.test_clock from autotag.settings s) then
     return 1;
   end if;
-  return coalesce(nullif(current_setting('autotag.speed', true), '')::double precision, 1);
+  return current_setting('autotag.speed')::double precision;
 end $$;
 
 -- The current time, for all of autotag. It advances within a transaction, so that time spent waiting for a lock counts.
@@ -18,7 +19,8 @@ create or replace function autotag.now() returns timestamptz
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if not (select s.test_clock from autotag.settings s) then
+  if coalesce(current_setting('autotag.now', true), '') = '' and coalesce(current_setting('autotag.speed', true), '') = ''
+    or not (select s.test_clock from autotag.settings s) then
     return clock_timestamp();
   end if;
   return coalesce(nullif(current_setting('autotag.now', true), '')::timestamptz,

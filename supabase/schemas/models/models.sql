@@ -2,14 +2,15 @@
 
 -- Whether the row p_row covers the model p_model.
 create or replace function autotag.names_model(p_row text, p_model text) returns boolean
-language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-  select p_model = p_row
+begin
+  return p_model = p_row
     or right(p_row, 1) = '*' and starts_with(p_model, left(p_row, -1))
     -- a request for mistral-small-latest is answered by mistral-small-2506
     or right(p_row, 7) = '-latest' and starts_with(p_model, left(p_row, -6))
-    or starts_with(p_model, p_row) and substr(p_model, length(p_row) + 1) ~ '^[-@](latest|\d{4}-?\d{2}-?\d{2}|\d{4})$'
-$$;
+    or starts_with(p_model, p_row) and substr(p_model, length(p_row) + 1) ~ '^[-@](latest|\d{4}-?\d{2}-?\d{2}|\d{4})$';
+end $$;
 
 -- The row of a model; all columns are null when there is none.
 create or replace function autotag.find_model(p_model text) returns autotag.models

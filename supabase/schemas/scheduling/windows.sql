@@ -16,12 +16,18 @@ $$;
 
 -- Key of the advisory lock of inserting a window, and of that of an upload that is being cancelled (exclusive) or served (shared).
 create or replace function autotag.window_key(p_workspace_id uuid, p_request_type text) returns bigint
-language sql immutable set search_path = pg_catalog, pg_temp
-as $$ select hashtextextended('autotag.window ' || p_request_type || p_workspace_id, 0) $$;
+language plpgsql immutable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return hashtextextended('autotag.window ' || p_request_type || p_workspace_id, 0);
+end $$;
 
 create or replace function autotag.job_key(p_job_id uuid) returns bigint
-language sql immutable set search_path = pg_catalog, pg_temp
-as $$ select hashtextextended('autotag.job ' || p_job_id, 0) $$;
+language plpgsql immutable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return hashtextextended('autotag.job ' || p_job_id, 0);
+end $$;
 
 -- Whoever inserts a window has its advisory lock. claim() takes it without waiting, or passes the workspace over: its own insert would
 -- wait for the other transaction.

@@ -82,7 +82,8 @@ end $$;
 
 -- Records the pictures of a new job. p_reply: of start_job(); p_images, p_marks: the images of its call, and the marks of their pictures.
 create or replace function autotag.record_pictures(p_workspace_id uuid, p_reply jsonb, p_images uuid[], p_marks bigint[]) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
 as $$
 declare
   v_job_id uuid := (p_reply ->> 'job_id')::uuid;
