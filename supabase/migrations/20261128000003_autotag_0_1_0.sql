@@ -751,20 +751,35 @@ create index unstored_workspace_idx on autotag.unstored (workspace_id, next_at);
 create index unstored_batch_idx on autotag.unstored (batch_id) where batch_id is not null;
 alter table autotag.unstored enable row level security;
 
--- What one report of outcomes says about the provider. The report itself does not wait for the provider row: if another
--- transaction holds it, the next transaction that locks the row applies what is here (lock_provider).
+-- What a worker's report says about the provider (report_provider).
+create type autotag.provider_report as (
+  worker_id uuid,
+  at timestamptz,
+  requests integer,            -- to give back to the bucket
+  tokens bigint,
+  observed jsonb,              -- limits from response headers (update_provider_limits), and calls sent (record_sent)
+  answers autotag.answer[],    -- record_outcomes() …
+  asked_at timestamptz,        -- … and when the batch's file was built, if they are of a batch
+  form_changed boolean,        -- a parameter was refused, and the model's row has its next form
+  inputs integer[],            -- prompt and answer tokens to learn from, where there are no answers
+  outputs integer[],
+  windows jsonb                -- corrections of windows that were held: [{workspace_id, reserved_at, requests, units}]
+);
+
+-- Reports that can wait: nothing in them is new. The next transaction that locks the provider row applies them together
+-- (lock_provider), which costs as much as one.
 create table autotag.provider_reports (
   id bigint generated always as identity primary key,
-  worker_id uuid,
+  worker_id uuid,                        -- null: corrections of windows only
   at timestamptz not null,
-  requests integer not null default 0,   -- to give back to the bucket
+  requests integer not null default 0,
   tokens bigint not null default 0,
-  observed jsonb,                        -- limits from response headers (update_provider_limits), and calls sent (record_sent)
-  answers autotag.answer[] not null default '{}',   -- without their results (record_outcomes) …
-  asked_at timestamptz,                  -- … and when the batch's file was built, if they are of a batch
-  form_changed boolean not null default false,   -- a parameter was refused, and the model's row has its next form
-  routine boolean not null default false,   -- no error, while tagging works: such reports are applied together
-  windows jsonb not null default '[]'    -- corrections of windows that were held: [{workspace_id, reserved_at, requests, units}]
+  sent integer not null default 0,       -- calls sent (record_sent) …
+  sent_at timestamptz,                   -- … and when the first of them was
+  observed jsonb,                        -- limits from response headers
+  inputs integer[] not null default '{}',
+  outputs integer[] not null default '{}',
+  windows jsonb not null default '[]'
 );
 alter table autotag.provider_reports enable row level security;
 
@@ -1415,7 +1430,7 @@ declare
   v_memory integer := (select s.learning_memory from autotag.settings s);
   v_max_allowed integer;
 begin
-  if cardinality(p_inputs) = 0 then
+  if p_inputs is null or cardinality(p_inputs) = 0 then
     return;
   end if;
   select * into v_provider from autotag.provider_limits;
@@ -3310,13 +3325,14 @@ end $$;
 -- free, and always while images are queued: the claim that comes soon applies all such reports together, which costs as much as one.
 -- It comes last in its transaction, which may hold locks of a tenant; who holds the provider row waits for none of those, so a report
 -- that says something new can wait for the row. Returns sentences for the operator's log: [{event, notice}]. Locks: provider.
-create or replace function autotag.report_provider(p_report autotag.provider_reports) returns jsonb
+create or replace function autotag.report_provider(p_report autotag.provider_report) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_failed boolean := exists (select from unnest(p_report.answers) a where a.error is not null);
   v_steady boolean;            -- tagging works, and the report shows nothing new of what the provider supports and allows
   v_queued boolean;
+  v_learnt record;
 begin
   select p.proven_at is not null and p.account_error is null and p.has_rate_headers is not null and not exists (
       select from jsonb_each(autotag.place_unclear(p_report.observed, p)) o
@@ -3325,9 +3341,8 @@ begin
         when 'day_limit' then coalesce(to_jsonb(p.requests_per_day), 'null') end),
     p.waiting_images > 0 and p.waiting_at > autotag.now() - interval '2 s'
   into v_steady, v_queued from autotag.provider_limits p;
-  p_report.routine := not v_failed and v_steady and not p_report.form_changed and p_report.asked_at is null
-    and not coalesce(p_report.observed ? 'retry_after', false);
-  if not p_report.routine then
+  if v_failed or not v_steady or p_report.form_changed or p_report.asked_at is not null
+    or coalesce(p_report.observed ? 'retry_after', false) then
     perform autotag.lock_provider();
     return autotag.apply_report(p_report);
   end if;
@@ -3338,61 +3353,53 @@ begin
       return autotag.apply_report(p_report);
     end if;
   end if;
-  -- results are not needed, and large; of the usage, what is learned
-  insert into autotag.provider_reports (worker_id, at, requests, tokens, observed, answers, windows, routine)
-  select p_report.worker_id, p_report.at, p_report.requests, p_report.tokens, p_report.observed, array(
-      select row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens, a.output_tokens, null, null,
-        case when a.usage is not null then jsonb_build_object('input', a.usage -> 'input', 'output', a.usage -> 'output') end, a.called, null, a.asset_id)::autotag.answer from unnest(p_report.answers) a),
-    p_report.windows, true;
+  v_learnt := autotag.tokens_to_learn(p_report.answers);
+  insert into autotag.provider_reports (worker_id, at, requests, tokens, sent, sent_at, observed, inputs, outputs, windows)
+  values (p_report.worker_id, p_report.at, p_report.requests, p_report.tokens,
+    coalesce(autotag.clean_number(p_report.observed, 'sent', 0, 100000), 0),
+    p_report.at - autotag.clock_interval(coalesce(autotag.clean_number(p_report.observed, 'sent_age', 0, 3600), 0)),
+    nullif(p_report.observed - '{sent,sent_age}'::text[], '{}'), v_learnt.inputs, v_learnt.outputs, p_report.windows);
   return '[]'::jsonb;
 end $$;
 
--- Applies all reports that wait: the routine ones together, the others by themselves, in their order. One that raises is dropped,
--- because every claim comes here. The caller holds the provider row.
+-- Applies all reports that wait, together. If that raises, they are dropped, because every claim comes here. The caller holds the
+-- provider row.
 create or replace function autotag.apply_reports() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_report autotag.provider_reports;
-  v_sum autotag.provider_reports;   -- of the routine ones
+  v_reports autotag.provider_reports[];
+  v_sent record;
+  v_sum autotag.provider_report;
 begin
-  v_sum.at := autotag.now();
-  v_sum.requests := 0;
-  v_sum.tokens := 0;
-  v_sum.answers := array[]::autotag.answer[];
-  v_sum.windows := '[]';
-  for v_report in
-    with taken as (delete from autotag.provider_reports r where r.id > 0 returning r.*) select t.* from taken t order by t.id
-  loop
-    begin
-      if v_report.routine then
-        perform autotag.apply_sent(v_report);
-        v_sum.worker_id := v_report.worker_id;
-        v_sum.requests := v_sum.requests + v_report.requests;
-        v_sum.tokens := v_sum.tokens + v_report.tokens;
-        v_sum.answers := v_sum.answers || v_report.answers;
-        v_sum.windows := v_sum.windows || v_report.windows;
-        if v_report.observed - '{sent,sent_age}'::text[] <> '{}' then   -- the newest headers count
-          v_sum.observed := v_report.observed - '{sent,sent_age}'::text[];
-          v_sum.at := v_report.at;
-        end if;
-      else
-        perform autotag.apply_report(v_report);
-      end if;
-    exception when others or assert_failure then
-      raise warning 'autotag could not apply a report of worker %: %', v_report.worker_id, sqlerrm;
-    end;
-  end loop;
+  with taken as (delete from autotag.provider_reports r where r.id > 0 returning r as report)
+  select array_agg(t.report) into v_reports from taken t;
   -- In a block of its own: an error of the whole function would take back the deletion, and every claim would meet it again.
   begin
-    perform autotag.apply_report(v_sum) where v_sum.worker_id is not null;
+    for v_sent in
+      select r.worker_id as worker, sum(r.sent)::integer as calls, min(r.sent_at) as since
+      from unnest(v_reports) r where r.sent > 0 group by r.worker_id
+    loop
+      perform autotag.record_sent(v_sent.worker, v_sent.calls, autotag.real_seconds(autotag.now() - v_sent.since));
+    end loop;
+    select o.observed, o.at into v_sum.observed, v_sum.at   -- the newest headers count
+    from unnest(v_reports) o where o.observed is not null order by o.at desc limit 1;
+    v_sum.at := coalesce(v_sum.at, autotag.now());
+    select sum(r.requests), sum(r.tokens) into v_sum.requests, v_sum.tokens from unnest(v_reports) r;
+    -- what was asked before the question changed teaches nothing
+    v_sum.inputs := array(
+      select unnest(r.inputs) from unnest(v_reports) r join autotag.provider_limits p on r.at >= p.question_since);
+    v_sum.outputs := array(
+      select unnest(r.outputs) from unnest(v_reports) r join autotag.provider_limits p on r.at >= p.question_since);
+    select coalesce(jsonb_agg(w), '[]') into v_sum.windows from unnest(v_reports) r cross join lateral jsonb_array_elements(r.windows) w;
+    perform autotag.apply_report(v_sum);
   exception when others or assert_failure then
     raise warning 'autotag could not apply the reports of workers: %', sqlerrm;
   end;
 end $$;
 
 -- Counts the calls that a report says were sent. The caller holds the provider row.
-create or replace function autotag.apply_sent(p_report autotag.provider_reports) returns void
+create or replace function autotag.apply_sent(p_report autotag.provider_report) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -3404,7 +3411,7 @@ end $$;
 
 -- Applies one report: refunds, response headers, the account, and what was learned. The caller holds the provider row. Returns
 -- sentences for the operator's log: [{event, notice}]. Locks: windows by workspace (skip locked).
-create or replace function autotag.apply_report(p_report autotag.provider_reports) returns jsonb
+create or replace function autotag.apply_report(p_report autotag.provider_report) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -3421,7 +3428,10 @@ begin
     v_changed := autotag.update_provider_limits(p_report.observed || jsonb_build_object('age',
       coalesce(autotag.clean_number(p_report.observed, 'age', 0, 3600), 0) + v_late));
   end if;
-  perform autotag.record_outcomes(p_report.worker_id, p_report.answers, p_report.asked_at);
+  perform autotag.learn(p_report.inputs, p_report.outputs);
+  if p_report.answers <> '{}' then
+    perform autotag.record_outcomes(p_report.worker_id, p_report.answers, p_report.asked_at);
+  end if;
   if p_report.form_changed then
     -- The new form is a new question, so answers to the old form prove nothing about it. It is tried at once.
     perform autotag.sync_question(p) from autotag.provider_limits p;
@@ -3432,7 +3442,7 @@ begin
   if p_report.windows <> '[]' and p_report.at > autotag.now() - interval '1 min' then
     v_held := autotag.correct_windows(p_report.windows);
     if v_held <> '[]' then
-      insert into autotag.provider_reports (worker_id, at, windows) values (p_report.worker_id, p_report.at, v_held);
+      insert into autotag.provider_reports (at, windows) values (p_report.at, v_held);
     end if;
   end if;
   return case when v_changed is null then '[]'::jsonb
@@ -3452,7 +3462,7 @@ declare
 begin
   -- a worker cannot have sent more calls than were released to it
   update autotag.workers w set unsent = greatest(0, w.unsent - greatest(p_calls, 0))
-  where w.id = p_worker and w.login = session_user;
+  where w.id = p_worker;   -- whoever passes this has checked that the worker is the login's own
   update autotag.provider_limits p
   set requests_left = v_provider.requests_left + case
         when v_provider.requests_left >= v_provider.requests_per_minute * v_share - v_unsent
@@ -5757,7 +5767,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp set rand
 as $$
 declare
   v_batch autotag.batches;
-  v_report autotag.provider_reports;
+  v_report autotag.provider_report;
   v_judged record;
   v_answers autotag.answer[];
   v_again autotag.answer[];    -- of these, the errors that allow a retry
@@ -6259,6 +6269,23 @@ begin
   form_changed := cardinality(v_settled) > 0;
 end $$;
 
+-- The prompt and answer tokens of answers to the present question, for learn(). p_asked_at: as in reclassify_errors().
+create or replace function autotag.tokens_to_learn(
+  p_answers autotag.answer[], p_asked_at timestamptz default null, out inputs integer[], out outputs integer[]
+)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  select coalesce(array_agg((a.usage -> 'input')::integer), '{}'),
+    -- the length of a cut-off answer is unknown: it is estimated by the cap of the retry
+    coalesce(array_agg(case when a.error ->> 'code' = 'answer_too_long' then coalesce(autotag.next_cap(a), 1)
+      else greatest((a.usage -> 'output')::integer, 1) end), '{}')
+  into inputs, outputs
+  from unnest(p_answers) a
+  where (a.usage -> 'input')::integer > 0
+    and coalesce(p_asked_at, a.reserved_at) >= (select p.question_since from autotag.provider_limits p);
+end $$;
+
 -- Applies answers to the account and the estimates: an account error pauses tagging, a usable answer resumes it, and the usage of
 -- answers to the present question is learned. p_worker: whose answers they are. p_asked_at: as in reclassify_errors(). The caller
 -- holds the provider row.
@@ -6268,23 +6295,18 @@ as $$
 declare
   v_provider autotag.provider_limits;
   v_error jsonb;
-  v_inputs integer[];
-  v_outputs integer[];
+  v_learnt record;
   v_good boolean;
   v_works boolean;             -- one of them was asked after the last account error or change of address, so tagging works now
 begin
   select * into v_provider from autotag.provider_limits;
-  select array_agg((a.usage -> 'input')::integer) filter (where (a.usage -> 'input')::integer > 0),
-    -- the length of a cut-off answer is unknown: it is estimated by the cap of the retry
-    array_agg(case when a.error ->> 'code' = 'answer_too_long' then coalesce(autotag.next_cap(a), 1)
-      else greatest((a.usage -> 'output')::integer, 1) end) filter (where (a.usage -> 'input')::integer > 0),
-    coalesce(bool_or(a.error is null), false),
+  v_learnt := autotag.tokens_to_learn(p_answers, p_asked_at);
+  perform autotag.learn(v_learnt.inputs, v_learnt.outputs);
+  select coalesce(bool_or(a.error is null), false),
     coalesce(bool_or(a.error is null and coalesce(p_asked_at, a.reserved_at) >=
       greatest(v_provider.account_error_at, v_provider.fingerprint_since)), false)
-  into v_inputs, v_outputs, v_good, v_works
-  from unnest(p_answers) a
-  where coalesce(p_asked_at, a.reserved_at) >= v_provider.question_since and (a.usage is not null or a.error is null);
-  perform autotag.learn(coalesce(v_inputs, '{}'), coalesce(v_outputs, '{}'));
+  into v_good, v_works
+  from unnest(p_answers) a where coalesce(p_asked_at, a.reserved_at) >= v_provider.question_since;
   if v_good then
     update autotag.provider_limits p set has_rate_headers = false where p.has_rate_headers is null;
   end if;
@@ -6345,7 +6367,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp set plan
 as $$
 declare
   v_answers autotag.answer[];
-  v_report autotag.provider_reports;
+  v_report autotag.provider_report;
   v_judged record;
   v_notices jsonb;
 begin
@@ -6404,16 +6426,17 @@ begin
 end $$;
 
 -- What these calls have to say about the provider: the reservations that they did not use, and p_observed (as in settle).
-create or replace function autotag.summarize_calls(p_worker uuid, p_answers autotag.answer[], p_observed jsonb) returns autotag.provider_reports
+create or replace function autotag.summarize_calls(p_worker uuid, p_answers autotag.answer[], p_observed jsonb) returns autotag.provider_report
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_report autotag.provider_reports;
+  v_report autotag.provider_report;
 begin
   v_report.worker_id := p_worker;
   v_report.at := autotag.now();
   v_report.observed := autotag.clean_observed(p_observed);
   v_report.form_changed := false;
+  v_report.answers := array[]::autotag.answer[];
   v_report.windows := '[]';
   -- Refund the over-reservation: everything if no call was made or it got a 429, otherwise all but the prompt and the cap.
   select coalesce(sum(u.requests), 0)::integer, coalesce(sum(u.tokens), 0)::bigint into v_report.requests, v_report.tokens

@@ -75,7 +75,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp set rand
 as $$
 declare
   v_batch autotag.batches;
-  v_report autotag.provider_reports;
+  v_report autotag.provider_report;
   v_judged record;
   v_answers autotag.answer[];
   v_again autotag.answer[];    -- of these, the errors that allow a retry

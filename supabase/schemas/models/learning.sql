@@ -163,7 +163,7 @@ declare
   v_memory integer := (select s.learning_memory from autotag.settings s);
   v_max_allowed integer;
 begin
-  if cardinality(p_inputs) = 0 then
+  if p_inputs is null or cardinality(p_inputs) = 0 then
     return;
   end if;
   select * into v_provider from autotag.provider_limits;

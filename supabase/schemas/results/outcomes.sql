@@ -198,6 +198,23 @@ begin
   form_changed := cardinality(v_settled) > 0;
 end $$;
 
+-- The prompt and answer tokens of answers to the present question, for learn(). p_asked_at: as in reclassify_errors().
+create or replace function autotag.tokens_to_learn(
+  p_answers autotag.answer[], p_asked_at timestamptz default null, out inputs integer[], out outputs integer[]
+)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  select coalesce(array_agg((a.usage -> 'input')::integer), '{}'),
+    -- the length of a cut-off answer is unknown: it is estimated by the cap of the retry
+    coalesce(array_agg(case when a.error ->> 'code' = 'answer_too_long' then coalesce(autotag.next_cap(a), 1)
+      else greatest((a.usage -> 'output')::integer, 1) end), '{}')
+  into inputs, outputs
+  from unnest(p_answers) a
+  where (a.usage -> 'input')::integer > 0
+    and coalesce(p_asked_at, a.reserved_at) >= (select p.question_since from autotag.provider_limits p);
+end $$;
+
 -- Applies answers to the account and the estimates: an account error pauses tagging, a usable answer resumes it, and the usage of
 -- answers to the present question is learned. p_worker: whose answers they are. p_asked_at: as in reclassify_errors(). The caller
 -- holds the provider row.
@@ -207,23 +224,18 @@ as $$
 declare
   v_provider autotag.provider_limits;
   v_error jsonb;
-  v_inputs integer[];
-  v_outputs integer[];
+  v_learnt record;
   v_good boolean;
   v_works boolean;             -- one of them was asked after the last account error or change of address, so tagging works now
 begin
   select * into v_provider from autotag.provider_limits;
-  select array_agg((a.usage -> 'input')::integer) filter (where (a.usage -> 'input')::integer > 0),
-    -- the length of a cut-off answer is unknown: it is estimated by the cap of the retry
-    array_agg(case when a.error ->> 'code' = 'answer_too_long' then coalesce(autotag.next_cap(a), 1)
-      else greatest((a.usage -> 'output')::integer, 1) end) filter (where (a.usage -> 'input')::integer > 0),
-    coalesce(bool_or(a.error is null), false),
+  v_learnt := autotag.tokens_to_learn(p_answers, p_asked_at);
+  perform autotag.learn(v_learnt.inputs, v_learnt.outputs);
+  select coalesce(bool_or(a.error is null), false),
     coalesce(bool_or(a.error is null and coalesce(p_asked_at, a.reserved_at) >=
       greatest(v_provider.account_error_at, v_provider.fingerprint_since)), false)
-  into v_inputs, v_outputs, v_good, v_works
-  from unnest(p_answers) a
-  where coalesce(p_asked_at, a.reserved_at) >= v_provider.question_since and (a.usage is not null or a.error is null);
-  perform autotag.learn(coalesce(v_inputs, '{}'), coalesce(v_outputs, '{}'));
+  into v_good, v_works
+  from unnest(p_answers) a where coalesce(p_asked_at, a.reserved_at) >= v_provider.question_since;
   if v_good then
     update autotag.provider_limits p set has_rate_headers = false where p.has_rate_headers is null;
   end if;

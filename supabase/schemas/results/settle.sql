@@ -20,7 +20,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp set plan
 as $$
 declare
   v_answers autotag.answer[];
-  v_report autotag.provider_reports;
+  v_report autotag.provider_report;
   v_judged record;
   v_notices jsonb;
 begin
@@ -79,16 +79,17 @@ begin
 end $$;
 
 -- What these calls have to say about the provider: the reservations that they did not use, and p_observed (as in settle).
-create or replace function autotag.summarize_calls(p_worker uuid, p_answers autotag.answer[], p_observed jsonb) returns autotag.provider_reports
+create or replace function autotag.summarize_calls(p_worker uuid, p_answers autotag.answer[], p_observed jsonb) returns autotag.provider_report
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_report autotag.provider_reports;
+  v_report autotag.provider_report;
 begin
   v_report.worker_id := p_worker;
   v_report.at := autotag.now();
   v_report.observed := autotag.clean_observed(p_observed);
   v_report.form_changed := false;
+  v_report.answers := array[]::autotag.answer[];
   v_report.windows := '[]';
   -- Refund the over-reservation: everything if no call was made or it got a 429, otherwise all but the prompt and the cap.
   select coalesce(sum(u.requests), 0)::integer, coalesce(sum(u.tokens), 0)::bigint into v_report.requests, v_report.tokens

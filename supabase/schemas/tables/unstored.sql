@@ -22,20 +22,35 @@ create index unstored_workspace_idx on autotag.unstored (workspace_id, next_at);
 create index unstored_batch_idx on autotag.unstored (batch_id) where batch_id is not null;
 alter table autotag.unstored enable row level security;
 
--- What one report of outcomes says about the provider. The report itself does not wait for the provider row: if another
--- transaction holds it, the next transaction that locks the row applies what is here (lock_provider).
+-- What a worker's report says about the provider (report_provider).
+create type autotag.provider_report as (
+  worker_id uuid,
+  at timestamptz,
+  requests integer,            -- to give back to the bucket
+  tokens bigint,
+  observed jsonb,              -- limits from response headers (update_provider_limits), and calls sent (record_sent)
+  answers autotag.answer[],    -- record_outcomes() …
+  asked_at timestamptz,        -- … and when the batch's file was built, if they are of a batch
+  form_changed boolean,        -- a parameter was refused, and the model's row has its next form
+  inputs integer[],            -- prompt and answer tokens to learn from, where there are no answers
+  outputs integer[],
+  windows jsonb                -- corrections of windows that were held: [{workspace_id, reserved_at, requests, units}]
+);
+
+-- Reports that can wait: nothing in them is new. The next transaction that locks the provider row applies them together
+-- (lock_provider), which costs as much as one.
 create table autotag.provider_reports (
   id bigint generated always as identity primary key,
-  worker_id uuid,
+  worker_id uuid,                        -- null: corrections of windows only
   at timestamptz not null,
-  requests integer not null default 0,   -- to give back to the bucket
+  requests integer not null default 0,
   tokens bigint not null default 0,
-  observed jsonb,                        -- limits from response headers (update_provider_limits), and calls sent (record_sent)
-  answers autotag.answer[] not null default '{}',   -- without their results (record_outcomes) …
-  asked_at timestamptz,                  -- … and when the batch's file was built, if they are of a batch
-  form_changed boolean not null default false,   -- a parameter was refused, and the model's row has its next form
-  routine boolean not null default false,   -- no error, while tagging works: such reports are applied together
-  windows jsonb not null default '[]'    -- corrections of windows that were held: [{workspace_id, reserved_at, requests, units}]
+  sent integer not null default 0,       -- calls sent (record_sent) …
+  sent_at timestamptz,                   -- … and when the first of them was
+  observed jsonb,                        -- limits from response headers
+  inputs integer[] not null default '{}',
+  outputs integer[] not null default '{}',
+  windows jsonb not null default '[]'
 );
 alter table autotag.provider_reports enable row level security;
 
