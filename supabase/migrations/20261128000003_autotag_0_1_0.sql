@@ -3778,7 +3778,7 @@ $$;
 -- Releases what a worker holds, except what it got by the claims p_claims and p_batch_claims. p_lost: its lease has ended; then each
 -- image counts a failure, so that an image that crashes its worker does not do so forever. Returns how many tasks and batches it
 -- released, and whether there are more: what another transaction holds (the worker's last report, a cancellation) is left out.
--- Locks: batches, tasks (both skip locked).
+-- Locks: batches, tasks (both skip locked), the worker.
 create or replace function autotag.release_held(
   p_worker uuid, p_claims integer[], p_batch_claims integer[], p_lost boolean, out released integer, out more boolean
 )
@@ -3803,6 +3803,8 @@ begin
   from unnest(v_tasks) t having count(*) > 0;
   perform pg_notify('autotag', 'realtime') where v_tasks <> '{}';
   perform pg_notify('autotag', 'batch') where v_batches <> '{}';
+  -- a lost call was never sent; of a worker that ends, nothing is counted any more
+  update autotag.workers w set unsent = greatest(0, w.unsent - cardinality(v_tasks)) where w.id = p_worker and v_tasks <> '{}';
   released := cardinality(v_tasks) + cardinality(v_batches);
   more := exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims))
     or exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims));
@@ -4143,7 +4145,7 @@ begin
   tokens := 0;
   if v_queue.job_id is null then
     v_ready_at := (
-      select min(q.ready_at) from autotag.queues q where q.workspace_id = p_workspace.workspace_id and q.queued > 0);
+      select min(q.ready_at) from autotag.queues q where q.workspace_id = p_workspace.workspace_id and q.joined and q.queued > 0);
     if v_ready_at is null then   -- its last queue was deleted with its job
       update autotag.workspaces w set queued = 0 where w.workspace_id = p_workspace.workspace_id;
       return;
@@ -4194,7 +4196,8 @@ end $$;
 
 -- The queue of a workspace that is served next, of those that are ready: the one that is overdue for the longest time, else the one
 -- with the fewest released. So small uploads pass large ones, and every upload ends: when it is overdue, only those that were overdue
--- before it go first. Null: none is ready. A queue whose upload is being cancelled in an open transaction is not ready for a second.
+-- before it go first. Null: none is ready. A queue that was committed after join_queues() is left to the next claim: its workspace
+-- does not count it yet. A queue whose upload is being cancelled in an open transaction is not ready for a second.
 -- Locks: its job (advisory, shared).
 create or replace function autotag.next_queue(p_workspace_id uuid, p_now timestamptz) returns autotag.queues
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
@@ -4204,11 +4207,11 @@ declare
 begin
   loop
     select * into v_queue from autotag.queues q
-    where q.workspace_id = p_workspace_id and q.queued > 0 and q.overdue_at <= p_now and q.ready_at <= p_now
+    where q.workspace_id = p_workspace_id and q.joined and q.queued > 0 and q.overdue_at <= p_now and q.ready_at <= p_now
     order by q.overdue_at, q.job_id limit 1;
     if not found then
       select * into v_queue from autotag.queues q
-      where q.workspace_id = p_workspace_id and q.queued > 0 and q.ready_at <= p_now
+      where q.workspace_id = p_workspace_id and q.joined and q.queued > 0 and q.ready_at <= p_now
       order by q.released, q.job_id limit 1;
     end if;
     exit when not found or pg_try_advisory_xact_lock_shared(autotag.job_key(v_queue.job_id));

@@ -197,7 +197,7 @@ begin
   tokens := 0;
   if v_queue.job_id is null then
     v_ready_at := (
-      select min(q.ready_at) from autotag.queues q where q.workspace_id = p_workspace.workspace_id and q.queued > 0);
+      select min(q.ready_at) from autotag.queues q where q.workspace_id = p_workspace.workspace_id and q.joined and q.queued > 0);
     if v_ready_at is null then   -- its last queue was deleted with its job
       update autotag.workspaces w set queued = 0 where w.workspace_id = p_workspace.workspace_id;
       return;
@@ -248,7 +248,8 @@ end $$;
 
 -- The queue of a workspace that is served next, of those that are ready: the one that is overdue for the longest time, else the one
 -- with the fewest released. So small uploads pass large ones, and every upload ends: when it is overdue, only those that were overdue
--- before it go first. Null: none is ready. A queue whose upload is being cancelled in an open transaction is not ready for a second.
+-- before it go first. Null: none is ready. A queue that was committed after join_queues() is left to the next claim: its workspace
+-- does not count it yet. A queue whose upload is being cancelled in an open transaction is not ready for a second.
 -- Locks: its job (advisory, shared).
 create or replace function autotag.next_queue(p_workspace_id uuid, p_now timestamptz) returns autotag.queues
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
@@ -258,11 +259,11 @@ declare
 begin
   loop
     select * into v_queue from autotag.queues q
-    where q.workspace_id = p_workspace_id and q.queued > 0 and q.overdue_at <= p_now and q.ready_at <= p_now
+    where q.workspace_id = p_workspace_id and q.joined and q.queued > 0 and q.overdue_at <= p_now and q.ready_at <= p_now
     order by q.overdue_at, q.job_id limit 1;
     if not found then
       select * into v_queue from autotag.queues q
-      where q.workspace_id = p_workspace_id and q.queued > 0 and q.ready_at <= p_now
+      where q.workspace_id = p_workspace_id and q.joined and q.queued > 0 and q.ready_at <= p_now
       order by q.released, q.job_id limit 1;
     end if;
     exit when not found or pg_try_advisory_xact_lock_shared(autotag.job_key(v_queue.job_id));

@@ -156,7 +156,7 @@ $$;
 -- Releases what a worker holds, except what it got by the claims p_claims and p_batch_claims. p_lost: its lease has ended; then each
 -- image counts a failure, so that an image that crashes its worker does not do so forever. Returns how many tasks and batches it
 -- released, and whether there are more: what another transaction holds (the worker's last report, a cancellation) is left out.
--- Locks: batches, tasks (both skip locked).
+-- Locks: batches, tasks (both skip locked), the worker.
 create or replace function autotag.release_held(
   p_worker uuid, p_claims integer[], p_batch_claims integer[], p_lost boolean, out released integer, out more boolean
 )
@@ -181,6 +181,8 @@ begin
   from unnest(v_tasks) t having count(*) > 0;
   perform pg_notify('autotag', 'realtime') where v_tasks <> '{}';
   perform pg_notify('autotag', 'batch') where v_batches <> '{}';
+  -- a lost call was never sent; of a worker that ends, nothing is counted any more
+  update autotag.workers w set unsent = greatest(0, w.unsent - cardinality(v_tasks)) where w.id = p_worker and v_tasks <> '{}';
   released := cardinality(v_tasks) + cardinality(v_batches);
   more := exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims))
     or exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims));
