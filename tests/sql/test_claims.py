@@ -27,7 +27,7 @@ def session(postgres: LocalPostgres, database: str) -> Iterator[psycopg.Connecti
             insert into public.workspaces (id, name) values ('{WORKSPACE}', 'w');
             insert into public.assets (workspace_id, storage_path) select '{WORKSPACE}', '{WORKSPACE}/p' || i from generate_series(1, 12) i;
             select autotag.register_worker('{WORKER}', 'h', autotag.schema_version(), true);
-            update autotag.provider_limits set proven_at = now(), has_rate_headers = true;
+            update autotag.provider_limits set proven_at = now(), has_rate_headers = true, tokens_per_minute = 10000000, tokens_left = 10000000;
             select public.enqueue_tagging(array(select id from public.assets order by storage_path limit 5))""".encode()
         )
         yield connection
