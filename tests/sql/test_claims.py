@@ -23,7 +23,7 @@ def session(postgres: LocalPostgres, database: str) -> Iterator[psycopg.Connecti
     with psycopg.connect(postgres.url("supabase_admin", database), autocommit=True) as connection:
         connection.execute(
             f"""
-            update autotag.settings set test_clock = true, realtime_requests_per_minute = 1000, realtime_tokens_per_minute = 10000000;
+            update autotag.settings set test_clock = true, realtime_max_images = 20, realtime_requests_per_minute = 1000, realtime_tokens_per_minute = 10000000;
             insert into public.workspaces (id, name) values ('{WORKSPACE}', 'w');
             insert into public.assets (workspace_id, storage_path) select '{WORKSPACE}', '{WORKSPACE}/p' || i from generate_series(1, 12) i;
             select autotag.register_worker('{WORKER}', 'h', autotag.schema_version(), true);
