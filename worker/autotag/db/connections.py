@@ -1,4 +1,4 @@
-"""The connections of a worker: one pool, in which every purpose has its share, and the retries of its calls."""
+"""The connections of a worker, which every purpose has its own share of, and the retries of its calls."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from autotag.redact import safe_message
 Purpose = Literal["lease", "claim", "describe", "settle", "seal", "store", "batch", "stages", "other"]
 
 #: Connections that a purpose may use at the same time. A call that writes or reads the host's rows takes as long as the
-#: host's triggers and locks do; so no purpose can use those of another.
+#: host's triggers and locks do; so no purpose can use those of another. Nor would that be fast: a connection plans the
+#: statements of each function once, which takes 0.1 s for a claim.
 SHARES: dict[Purpose, int] = {
     "lease": 1, "claim": 1, "describe": 1, "settle": 3, "seal": 1, "store": 2, "batch": 2, "stages": 1, "other": 1,
 }  # fmt: skip
-#: These purposes together use at most HOST_SHARE connections: what they do can wait.
+#: These purposes share HOST_SHARE connections: what they do can wait.
 HOST_PURPOSES: tuple[Purpose, ...] = ("store", "batch", "stages")
 HOST_SHARE = 3
 POOL_SIZE = sum(n for purpose, n in SHARES.items() if purpose not in HOST_PURPOSES) + HOST_SHARE  # 11, if all are busy
@@ -43,7 +44,7 @@ def _log_retry(error: BaseException) -> None:
 
 
 class Connections:
-    """A pool of connections, opened as they are needed and closed when they have been idle."""
+    """Pools of connections, opened as they are needed and closed when they have been idle."""
 
     def __init__(self, url: str, *, prepare: bool = True) -> None:
         """
@@ -51,36 +52,43 @@ class Connections:
             url: connection URL.
             prepare: use prepared statements (impossible behind a transaction pooler).
         """
-        every, host = asyncio.Semaphore(POOL_SIZE), asyncio.Semaphore(HOST_SHARE)
-        self._shares = {
-            purpose: (asyncio.Semaphore(n), host if purpose in HOST_PURPOSES else every)
+
+        def pool(size: int, open_always: int = 0) -> AsyncConnectionPool:
+            return AsyncConnectionPool(
+                url,
+                min_size=open_always,
+                max_size=size,
+                open=False,
+                num_workers=1,
+                kwargs={
+                    "autocommit": True,
+                    "row_factory": dict_row,
+                    "application_name": "autotag",
+                    "prepare_threshold": 5 if prepare else None,
+                    **KEEPALIVES,
+                },
+            )
+
+        host = pool(HOST_SHARE)
+        self._pools: dict[Purpose, AsyncConnectionPool] = {
+            purpose: host if purpose in HOST_PURPOSES else pool(n, open_always=int(purpose == "lease"))
             for purpose, n in SHARES.items()
         }
-        self._pool = AsyncConnectionPool(
-            url,
-            min_size=1,
-            max_size=POOL_SIZE,
-            open=False,
-            kwargs={
-                "autocommit": True,
-                "row_factory": dict_row,
-                "application_name": "autotag",
-                "prepare_threshold": 5 if prepare else None,
-                **KEEPALIVES,
-            },
-        )
+        self._shares = {purpose: asyncio.Semaphore(n) for purpose, n in SHARES.items()}
 
     async def open(self) -> None:
-        """Opens the pool.
+        """Opens the connection that is always open.
 
         Raises:
             psycopg_pool.PoolTimeout: no connection within 30 seconds.
         """
-        await self._pool.open(wait=True)
+        for pool in set(self._pools.values()):
+            await pool.open(wait=True)
 
     async def close(self) -> None:
-        """Closes the pool."""
-        await self._pool.close()
+        """Closes all connections."""
+        for pool in set(self._pools.values()):
+            await pool.close()
 
     async def call(self, purpose: Purpose, statement: str, *arguments: object, within: float | None = None) -> Any:
         """Executes one statement and returns its row. Retries after a broken connection; see `call_once`.
@@ -114,8 +122,7 @@ class Connections:
             Busy, TooSlow, NotHeld, VersionsDiffer: see there.
             psycopg.Error: any other error.
         """
-        own, shared = self._shares[purpose]
-        async with own, shared, self._pool.connection() as connection:
+        async with self._shares[purpose], self._pools[purpose].connection() as connection:
             try:
                 async with asyncio.timeout(within):
                     cursor = await connection.execute(statement, arguments)
