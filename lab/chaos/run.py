@@ -40,6 +40,7 @@ SETTINGS = {
     "batch_poll_interval": "0.3 s", "batch_create_grace": "0.5 s", "lease": "2 s", "account_probe_interval": "0.3 s",
     "realtime_requests_per_minute": 100_000, "realtime_tokens_per_minute": 2_000_000_000, "max_failures": 1000,
     "batch_batches_per_hour": 100_000, "batch_images_per_hour": 10_000_000, "broadcast_interval": "0.2 s",
+    "upload_quiet": "0.3 s", "upload_longest": "3 s",
 }  # fmt: skip
 SLOTS = 4  # of each worker: so many answers can die with it
 KILLS_PER_ROUND = 10

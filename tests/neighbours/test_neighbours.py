@@ -83,7 +83,7 @@ async def test_an_open_transaction_on_one_image_holds_up_that_image_alone(
 
 
 async def test_an_open_enqueue_holds_up_nothing_that_was_there_before(library: Library, neighbour: Library) -> None:
-    assets, later = await library.upload(30), await library.upload(4, seed=3)
+    assets, later = await library.upload(20), await library.upload(4, seed=3)  # fewer than the 30 calls of a minute
     others = await neighbour.upload(8, seed=2)
     jobs = library.enqueue(assets), neighbour.enqueue(others)
     claims = json.dumps({"role": "authenticated", "sub": library.member.user})
