@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import psycopg
 from realtime import AsyncRealtimeClient
@@ -27,6 +26,7 @@ from lab.chaos.hostile_triggers import ALL_KINDS
 from lab.chaos.hostilities import Hostility, happen_often
 from lab.chaos.tenants import Ledger, Project, Tenant, open_project
 from lab.chaos.ticks import ticking
+from lab.kept import KeptConnections
 from lab.openai_sim.faults import Fault
 from lab.pictures import draw
 from lab.postgres import LocalPostgres
@@ -105,6 +105,7 @@ class Chaos:
         self.report = Report()
         self._stack = stack
         self._server = server
+        self._owner = KeptConnections(stack.database_url())
         self._random = random.Random(seed)
         self._workers = workers
         self._dooms = self._endless_dooms()
@@ -141,6 +142,7 @@ class Chaos:
         plan.latency, plan.batch_latency = (0.01, 0.1), (0.3, 0.8)
         await self._store_pictures()
         async with contextlib.AsyncExitStack() as around:
+            around.callback(self._owner.close)
             if neighbours:
                 await self._move_in(await around.enter_async_context(open_project(self._stack)))
             forks = await around.enter_async_context(fork_server())
@@ -287,7 +289,7 @@ class Chaos:
         for number, size in enumerate(UPLOADS):
             member, files = list(self._files.items())[number % 2]
             chosen = self._random.sample(files, size)
-            with self._connect() as owner:
+            with self._owner.transaction() as owner:
                 ids = [
                     str(row[0])
                     for path, _ in chosen
@@ -309,21 +311,13 @@ class Chaos:
 
     # -- around it
 
-    def _connect(self) -> psycopg.Connection[Any]:
-        """A connection as the owner, however long the server takes to come back."""
-        while True:
-            try:
-                return psycopg.connect(self._stack.database_url(), connect_timeout=2)
-            except psycopg.OperationalError:
-                time.sleep(0.1)
-
     async def _live(self, *, of_ours: bool = False) -> bool:
         """Whether any upload has not ended, or any of ours, which are not the neighbours'."""
         ours = [member.workspace for member in self._files] if of_ours else None
 
         def ask() -> bool:
             try:
-                with self._connect() as owner:
+                with self._owner.transaction() as owner:
                     row = owner.execute(
                         """select exists (select from autotag.jobs j where j.finished_at is null
                              and (%(ours)s::uuid[] is null or j.workspace_id = any (%(ours)s)))
@@ -341,7 +335,7 @@ class Chaos:
         """The scheduler's part, more often than it would."""
 
         def tick() -> None:
-            with self._connect() as owner:
+            with self._owner.transaction() as owner:
                 owner.execute("select autotag.tick()")
 
         return ticking(lambda: asyncio.to_thread(tick), TICK)

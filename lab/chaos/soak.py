@@ -74,23 +74,24 @@ class Soak(Chaos):
                 lived.lost.append(f"the steady worker ended with {steady.returncode}; its log is {self._log}")
         lived.images = len(self._truth)
         lived.lost += self._missing()
+        self._owner.close()
         return lived
 
     def _lift_daily_limit(self) -> None:
         """An hour of this makes more than tier 1's 10,000 single calls a day: the rest would wait for tomorrow."""
         self._stack.simulator.limits.day = None
-        with self._connect() as owner:
+        with self._owner.transaction() as owner:
             owner.execute("update autotag.provider_limits set requests_per_day = null")
 
     def _count_live(self) -> int:
-        with self._connect() as owner:
+        with self._owner.transaction() as owner:
             row = owner.execute("select count(*) from autotag.jobs where finished_at is null").fetchone()
         assert row is not None
         return int(row[0])
 
     def _missing(self) -> list[str]:
         """Images without their own tags."""
-        with self._connect() as owner:
+        with self._owner.transaction() as owner:
             rows = owner.execute("select id::text, tagging_stage, tags, tagging_error from public.assets").fetchall()
         return [
             f"image {asset} ended as {stage}: {error}" for asset, stage, tags, error in rows
@@ -135,7 +136,7 @@ class Soak(Chaos):
                 )
 
     def _execute(self, statement: str) -> int:
-        with self._connect() as owner:
+        with self._owner.transaction() as owner:
             row = owner.execute(statement.encode()).fetchone()
         return int(row[0] or 0) if row and isinstance(row[0], int) else 0
 
