@@ -11,7 +11,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -47,7 +47,7 @@ KILLS_PER_ROUND = 10
 NEIGHBOURS_AT_ONCE, NEIGHBOUR_FILES = 6, 14
 MOST_IMAGES = 100  # uploaded by a neighbour each time
 FAULTS_AT_ONCE = 4
-LIFE = 7.0  # seconds a worker has to reach its point before it is killed wherever it is
+LIFE = 5.0  # seconds a worker has to reach its point before it is killed wherever it is
 HEARING = 10.0  # seconds that the last broadcast may take to the client
 ROUND_END = 90.0  # seconds that healthy workers may take to end a round
 TICK = 0.3  # seconds between ticks, in place of pg_cron's minute
@@ -101,13 +101,16 @@ class Report:
 class Chaos:
     """One stack under attack."""
 
-    def __init__(self, stack: Stack, server: LocalPostgres, *, seed: int, workers: int = 3) -> None:
+    def __init__(
+        self, stack: Stack, server: LocalPostgres, *, seed: int, workers: int = 3, points: Sequence[str] = POINTS
+    ) -> None:
         self.report = Report()
         self._stack = stack
         self._server = server
         self._owner = KeptConnections(stack.database_url())
         self._random = random.Random(seed)
         self._workers = workers
+        self._points = points
         self._dooms = self._endless_dooms()
         self._truth: dict[str, frozenset[str]] = {}
         self._pictures: Counter[frozenset[str]] = Counter()
@@ -121,8 +124,8 @@ class Chaos:
     def _endless_dooms(self) -> Iterator[str | None]:
         """Every point in a random order, with deaths at any time in between, again and again."""
         while True:
-            points: list[str | None] = [*POINTS]
-            points += [None] * (len(POINTS) // 4)
+            points: list[str | None] = [*self._points]
+            points += [None] * (len(points) // 4)
             self._random.shuffle(points)
             yield from points
 
