@@ -18,7 +18,7 @@ from lab.stack import worker_process
 
 KEEP = "10 s"  # finished uploads are kept: a month's retention in a sixth of a minute
 HOUSEKEEPING = 5.0  # seconds: a day's
-RESTART = 5.0  # seconds that the other worker lives
+RESTART = 4.0  # seconds that the other worker lives
 FAULTS_EVERY = 4.0  # seconds
 SAMPLE = 1.0  # seconds
 MOST_LIVE = 4  # uploads of each size under way
@@ -43,8 +43,14 @@ class Lived:
 class Soak(Chaos):
     """One stack for a long time."""
 
-    async def live(self, seconds: float, told: Callable[[str], None]) -> Lived:
-        """So many seconds of it, and then as long as what is under way takes."""
+    async def live(self, seconds: float, told: Callable[[str], None], pause: float = 0.1) -> Lived:
+        """So many seconds of it, and then as long as what is under way takes.
+
+        Args:
+            seconds: how long.
+            told: hears of it twice a minute.
+            pause: seconds between two rounds of uploads, at least.
+        """
         lived = Lived()
         self._stack.configure(**SETTINGS | {"keep_finished": KEEP})
         self._lift_daily_limit()
@@ -64,7 +70,7 @@ class Soak(Chaos):
                 if await asyncio.to_thread(self._count_live) < MOST_LIVE:
                     await asyncio.to_thread(self._upload)
                     lived.uploads += 1
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(pause)
             for helper in helpers:
                 helper.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
