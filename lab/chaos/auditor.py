@@ -22,8 +22,8 @@ EVENTS = {"job-progress", "job-complete", "batch-complete"}
 #: Seconds between the provider's answer and the moment from which it may no longer be lost with its worker, also on a
 #: busy machine.
 UNREPORTED = 5.0
-#: Seconds for which a request may lie in the simulator's socket before it is read, on a busy machine. Its worker may have
-#: been killed meanwhile.
+#: Seconds for which a request may lie in the simulator's socket before it is read, on a busy machine; its worker may
+#: have been killed meanwhile.
 UNREAD = 1.0
 #: What an image may become: `tagged`, `gone` (its row was deleted), `moved` (to another workspace before it was
 #: tagged), `untouched` (nobody asked for tags), `anything` (nobody knows what became of its row), or the code of an

@@ -7,7 +7,6 @@ is asked once about each picture.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Iterator
