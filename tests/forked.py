@@ -7,14 +7,15 @@ starts at all, other tests see (`test_wheel`, `test_a_worker_that_does_not_fit_s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from functools import cache
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from unittest import mock
 
@@ -43,6 +44,21 @@ async def run_command(*arguments: str, environment: Mapping[str, str]) -> tuple[
         process.start()
         await asyncio.to_thread(process.join)
         return process.exitcode or 0, out.read().decode(), error.read().decode()
+
+
+@contextlib.asynccontextmanager
+async def worker_process(environment: Mapping[str, str]) -> AsyncIterator[ForkServerProcess]:
+    """A process of `autotag worker`, stopped with SIGTERM at the end; what it has logged is printed then."""
+    with tempfile.NamedTemporaryFile() as log:
+        own = {"PATH": os.environ["PATH"], **environment}
+        process = context().Process(target=become, args=(("worker",), own, log.name, log.name))
+        process.start()
+        try:
+            yield process
+        finally:
+            process.terminate()
+            await asyncio.to_thread(process.join)
+            print(log.read().decode())
 
 
 def become(arguments: tuple[str, ...], environment: dict[str, str], *outputs: str) -> None:

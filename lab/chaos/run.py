@@ -11,11 +11,10 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import psycopg
 from realtime import AsyncRealtimeClient
@@ -27,6 +26,7 @@ from lab.chaos.hostile_triggers import ALL_KINDS
 from lab.chaos.hostilities import Hostility, happen_often
 from lab.chaos.tenants import Ledger, Project, Tenant, open_project
 from lab.chaos.ticks import ticking
+from lab.kept import KeptConnections
 from lab.openai_sim.faults import Fault
 from lab.pictures import draw
 from lab.postgres import LocalPostgres
@@ -40,13 +40,14 @@ SETTINGS = {
     "batch_poll_interval": "0.3 s", "batch_create_grace": "0.5 s", "lease": "2 s", "account_probe_interval": "0.3 s",
     "realtime_requests_per_minute": 100_000, "realtime_tokens_per_minute": 2_000_000_000, "max_failures": 1000,
     "batch_batches_per_hour": 100_000, "batch_images_per_hour": 10_000_000, "broadcast_interval": "0.2 s",
+    "upload_quiet": "0.3 s", "upload_longest": "3 s",
 }  # fmt: skip
 SLOTS = 4  # of each worker: so many answers can die with it
 KILLS_PER_ROUND = 10
 NEIGHBOURS_AT_ONCE, NEIGHBOUR_FILES = 6, 14
 MOST_IMAGES = 100  # uploaded by a neighbour each time
 FAULTS_AT_ONCE = 4
-LIFE = 7.0  # seconds a worker has to reach its point before it is killed wherever it is
+LIFE = 5.0  # seconds a worker has to reach its point before it is killed wherever it is
 HEARING = 10.0  # seconds that the last broadcast may take to the client
 ROUND_END = 90.0  # seconds that healthy workers may take to end a round
 TICK = 0.3  # seconds between ticks, in place of pg_cron's minute
@@ -100,12 +101,16 @@ class Report:
 class Chaos:
     """One stack under attack."""
 
-    def __init__(self, stack: Stack, server: LocalPostgres, *, seed: int, workers: int = 3) -> None:
+    def __init__(
+        self, stack: Stack, server: LocalPostgres, *, seed: int, workers: int = 3, points: Sequence[str] = POINTS
+    ) -> None:
         self.report = Report()
         self._stack = stack
         self._server = server
+        self._owner = KeptConnections(stack.database_url())
         self._random = random.Random(seed)
         self._workers = workers
+        self._points = points
         self._dooms = self._endless_dooms()
         self._truth: dict[str, frozenset[str]] = {}
         self._pictures: Counter[frozenset[str]] = Counter()
@@ -119,8 +124,8 @@ class Chaos:
     def _endless_dooms(self) -> Iterator[str | None]:
         """Every point in a random order, with deaths at any time in between, again and again."""
         while True:
-            points: list[str | None] = [*POINTS]
-            points += [None] * (len(POINTS) // 4)
+            points: list[str | None] = [*self._points]
+            points += [None] * (len(points) // 4)
             self._random.shuffle(points)
             yield from points
 
@@ -140,6 +145,7 @@ class Chaos:
         plan.latency, plan.batch_latency = (0.01, 0.1), (0.3, 0.8)
         await self._store_pictures()
         async with contextlib.AsyncExitStack() as around:
+            around.callback(self._owner.close)
             if neighbours:
                 await self._move_in(await around.enter_async_context(open_project(self._stack)))
             forks = await around.enter_async_context(fork_server())
@@ -286,7 +292,7 @@ class Chaos:
         for number, size in enumerate(UPLOADS):
             member, files = list(self._files.items())[number % 2]
             chosen = self._random.sample(files, size)
-            with self._connect() as owner:
+            with self._owner.transaction() as owner:
                 ids = [
                     str(row[0])
                     for path, _ in chosen
@@ -308,21 +314,13 @@ class Chaos:
 
     # -- around it
 
-    def _connect(self) -> psycopg.Connection[Any]:
-        """A connection as the owner, however long the server takes to come back."""
-        while True:
-            try:
-                return psycopg.connect(self._stack.database_url(), connect_timeout=2)
-            except psycopg.OperationalError:
-                time.sleep(0.1)
-
     async def _live(self, *, of_ours: bool = False) -> bool:
         """Whether any upload has not ended, or any of ours, which are not the neighbours'."""
         ours = [member.workspace for member in self._files] if of_ours else None
 
         def ask() -> bool:
             try:
-                with self._connect() as owner:
+                with self._owner.transaction() as owner:
                     row = owner.execute(
                         """select exists (select from autotag.jobs j where j.finished_at is null
                              and (%(ours)s::uuid[] is null or j.workspace_id = any (%(ours)s)))
@@ -340,7 +338,7 @@ class Chaos:
         """The scheduler's part, more often than it would."""
 
         def tick() -> None:
-            with self._connect() as owner:
+            with self._owner.transaction() as owner:
                 owner.execute("select autotag.tick()")
 
         return ticking(lambda: asyncio.to_thread(tick), TICK)

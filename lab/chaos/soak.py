@@ -18,7 +18,7 @@ from lab.stack import worker_process
 
 KEEP = "10 s"  # finished uploads are kept: a month's retention in a sixth of a minute
 HOUSEKEEPING = 5.0  # seconds: a day's
-RESTART = 5.0  # seconds that the other worker lives
+RESTART = 4.0  # seconds that the other worker lives
 FAULTS_EVERY = 4.0  # seconds
 SAMPLE = 1.0  # seconds
 MOST_LIVE = 4  # uploads of each size under way
@@ -43,8 +43,14 @@ class Lived:
 class Soak(Chaos):
     """One stack for a long time."""
 
-    async def live(self, seconds: float, told: Callable[[str], None]) -> Lived:
-        """So many seconds of it, and then as long as what is under way takes."""
+    async def live(self, seconds: float, told: Callable[[str], None], pause: float = 0.1) -> Lived:
+        """So many seconds of it, and then as long as what is under way takes.
+
+        Args:
+            seconds: how long.
+            told: hears of it twice a minute.
+            pause: seconds between two rounds of uploads, at least.
+        """
         lived = Lived()
         self._stack.configure(**SETTINGS | {"keep_finished": KEEP})
         self._lift_daily_limit()
@@ -64,7 +70,7 @@ class Soak(Chaos):
                 if await asyncio.to_thread(self._count_live) < MOST_LIVE:
                     await asyncio.to_thread(self._upload)
                     lived.uploads += 1
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(pause)
             for helper in helpers:
                 helper.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
@@ -74,23 +80,24 @@ class Soak(Chaos):
                 lived.lost.append(f"the steady worker ended with {steady.returncode}; its log is {self._log}")
         lived.images = len(self._truth)
         lived.lost += self._missing()
+        self._owner.close()
         return lived
 
     def _lift_daily_limit(self) -> None:
         """An hour of this makes more than tier 1's 10,000 single calls a day: the rest would wait for tomorrow."""
         self._stack.simulator.limits.day = None
-        with self._connect() as owner:
+        with self._owner.transaction() as owner:
             owner.execute("update autotag.provider_limits set requests_per_day = null")
 
     def _count_live(self) -> int:
-        with self._connect() as owner:
+        with self._owner.transaction() as owner:
             row = owner.execute("select count(*) from autotag.jobs where finished_at is null").fetchone()
         assert row is not None
         return int(row[0])
 
     def _missing(self) -> list[str]:
         """Images without their own tags."""
-        with self._connect() as owner:
+        with self._owner.transaction() as owner:
             rows = owner.execute("select id::text, tagging_stage, tags, tagging_error from public.assets").fetchall()
         return [
             f"image {asset} ended as {stage}: {error}" for asset, stage, tags, error in rows
@@ -135,7 +142,7 @@ class Soak(Chaos):
                 )
 
     def _execute(self, statement: str) -> int:
-        with self._connect() as owner:
+        with self._owner.transaction() as owner:
             row = owner.execute(statement.encode()).fetchone()
         return int(row[0] or 0) if row and isinstance(row[0], int) else 0
 

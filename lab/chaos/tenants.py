@@ -49,7 +49,8 @@ HOST = """
     create table public.hostile_automatic (workspace_id uuid primary key);
     create table public.hostile_counters (workspace_id uuid primary key, n bigint not null default 0);
     create table public.hostile_log (asset_id uuid not null, what text not null, at timestamptz not null default now());
-    -- autotag's own trigger (collect_inserted), for the rows of some workspaces only
+    -- autotag's own trigger (collect_inserted), for the rows of some workspaces only. Its name says that automatic mode
+    -- is on: workers look for uploads every upload_quiet, and not once a minute.
     create function public.hostile_collect() returns trigger language plpgsql as $$
     begin
       perform autotag.collect(array_agg(a.id), array_agg(a.workspace_id))
@@ -59,7 +60,7 @@ HOST = """
       raise warning 'autotag could not collect new images: %', sqlerrm;
       return null;
     end $$;
-    create trigger hostile_collect after insert on public.assets
+    create trigger autotag_collect after insert on public.assets
       referencing new table as added for each statement execute function public.hostile_collect();
     alter function realtime.send(jsonb, text, text, boolean) rename to send_quietly;
     create function realtime.send(payload jsonb, event text, topic text, private boolean default true)

@@ -39,6 +39,8 @@ def settings(stack: Stack, **changes: Any) -> DoctorSettings:
 
 
 async def examined(stack: Stack, **changes: Any) -> dict[str, doctor.Finding]:
+    # Of test broadcasts within 0.2 s the second one is ignored, and the doctor would wait for it until its timeout.
+    as_owner(stack, "update autotag.clock set probed_at = '-infinity'")
     return {finding.check: finding for finding in await doctor.examine(settings(stack, **changes))}
 
 
