@@ -131,8 +131,7 @@ begin
       case when a.i > p_plan.express then b.id end
     from unnest(p_asset_ids, p_seen) with ordinality a (id, seen, i)
     left join autotag.batches b on b.job_id = p_job.id
-      and a.i > (b.ordinal - 1)::bigint * p_job.image_count / p_plan.batches
-      and a.i <= b.ordinal::bigint * p_job.image_count / p_plan.batches
+      and b.ordinal = (a.i * p_plan.batches + p_job.image_count - 1) / p_job.image_count
     order by a.i
     returning id
   )
