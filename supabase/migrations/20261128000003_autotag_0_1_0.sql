@@ -116,7 +116,7 @@ create table autotag.settings (
   batch_batches_per_hour integer not null default 10 check (batch_batches_per_hour > 0),
   -- images in those batches
   batch_images_per_hour integer not null default 5000 check (batch_images_per_hour > 0),
-  -- single calls that would wait longer are sent in a batch instead
+  -- single calls that would wait longer are sent in a batch instead, if that is expected to be done sooner
   realtime_max_wait interval not null default '10 min' check (realtime_max_wait > '0'),
   -- how long newer uploads of its workspace may pass an upload whose single calls wait; uploads of more than chunk_max_images
   -- images can be passed for longer, in proportion
@@ -2020,6 +2020,7 @@ create or replace function autotag.plan_upload(p_workspace_id uuid, p_images int
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_now timestamptz := autotag.now();
   v_settings autotag.settings;
   v_plan autotag.upload_plan;
   v_left record;
@@ -2031,7 +2032,9 @@ begin
     if (select p.has_batches from autotag.provider_limits p) = false then
       v_plan.fallback := case when p_images > v_settings.chunk_max_images
         then 'The AI provider has no Batch API, so these images are sent as single calls.' end;
-    elsif v_plan.wait > v_settings.realtime_max_wait then
+    -- A batch that has to wait for its workspace's window, or that takes longer than the wait, would make it worse.
+    elsif v_plan.wait > v_settings.realtime_max_wait
+      and v_now + v_plan.wait > (autotag.predict_new_batch(p_workspace_id, p_images, v_now)).ends_at then
       v_plan.strategy := 'batch';
       v_plan.fallback := format('Single calls would have waited about %s min for the limits, so these images are sent in a batch.',
         ceil(extract(epoch from v_plan.wait) / 60));
@@ -3575,17 +3578,15 @@ begin
     then interval '1 day' * ((p_calls - p_provider.day_left) / p_provider.requests_per_day) end;
 end $$;
 
--- Whether the day's requests are used up, so that the single calls that wait would go on waiting for longer than
--- realtime_max_wait.
-create or replace function autotag.is_day_used_up(p_provider autotag.provider_limits) returns boolean
+-- How long the single calls that wait would go on waiting because the day's requests are used up; null: they are not.
+create or replace function autotag.wait_when_day_is_used_up(p_provider autotag.provider_limits) returns interval
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_provider.requests_per_day is null or p_provider.day_left >= 1 then
-    return false;
+    return null;
   end if;
-  return coalesce(autotag.wait_for_day(p_provider, (select c.images from autotag.count_waiting() c))
-    > (select s.realtime_max_wait from autotag.settings s), false);
+  return autotag.wait_for_day(p_provider, (select c.images from autotag.count_waiting() c));
 end $$;
 
 -- Returns reservations that calls did not use to the bucket. If calls used more than they reserved (p_tokens < 0), the bucket
@@ -4351,15 +4352,18 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := p_provider.refilled_at;
+  v_wait interval;
 begin
   -- 429s have persisted for realtime_max_wait: single calls that have waited as long go into batches.
   if p_provider.limited_since <= v_now - (select s.realtime_max_wait from autotag.settings s)
      and p_provider.limited_at > v_now - interval '1 min' and p_provider.has_batches is distinct from false
-     and autotag.single_calls_to_batch(v_now, 'The AI service kept refusing single calls, so the rest of these images go by batch.') then
+     and autotag.single_calls_to_batch(v_now, null, 'The AI service kept refusing single calls, so the rest of these images go by batch.') then
     return true;
   end if;
-  if p_provider.has_batches is distinct from false and autotag.is_day_used_up(p_provider)
-     and autotag.single_calls_to_batch(v_now, 'The AI service allows no more single calls today, so the rest of these images go by batch.') then
+  v_wait := autotag.wait_when_day_is_used_up(p_provider);
+  if p_provider.has_batches is distinct from false and v_wait > (select s.realtime_max_wait from autotag.settings s)
+    and autotag.single_calls_to_batch(v_now, v_wait,
+      'The AI service allows no more single calls today, so the rest of these images go by batch.') then
     return true;
   end if;
   -- The provider has no Batch API, which was not known when these batches were planned.
@@ -5396,22 +5400,31 @@ begin
   perform pg_notify('autotag', 'realtime');
 end $$;
 
--- Puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait. p_reason: a sentence for the
--- user. False: there is no such upload that no other transaction holds. One upload per call. Called by claim(), which holds the
--- provider row. Locks: job, tasks by id (both skip locked).
-create or replace function autotag.single_calls_to_batch(p_now timestamptz, p_reason text) returns boolean
+-- Puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait and that is expected to be faster.
+-- p_wait: what the single calls would wait; null: nobody knows, and a batch has to start within realtime_max_wait. p_reason: a
+-- sentence for the user. The upload of the workspace with the fewest batches that wait goes first. False: there is no such upload that
+-- no other transaction holds. One upload per call. Called by claim(), which holds the provider row. Locks: job, tasks by id (both
+-- skip locked).
+create or replace function autotag.single_calls_to_batch(p_now timestamptz, p_wait interval, p_reason text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_max_wait interval := (select s.realtime_max_wait from autotag.settings s);
   v_job autotag.jobs;
   v_tasks bigint[];
+  v_batch record;
 begin
   select j.* into v_job
   from autotag.queues q join autotag.jobs j on j.id = q.job_id
-  where q.queued > 0 and j.cancelled_at is null
-    and j.created_at <= p_now - (select s.realtime_max_wait from autotag.settings s)
-  order by j.created_at limit 1 for no key update of j skip locked;
+  where q.queued > 0 and j.cancelled_at is null and j.created_at <= p_now - v_max_wait
+  order by (select count(*) from autotag.batches b
+    where b.workspace_id = j.workspace_id and b.state = 'planned' and b.admitted_at is null), j.created_at
+  limit 1 for no key update of j skip locked;
   if not found then
+    return false;
+  end if;
+  v_batch := autotag.predict_new_batch(v_job.workspace_id, (select q.queued from autotag.queues q where q.job_id = v_job.id), p_now);
+  if case when p_wait is null then v_batch.starts_at > p_now + v_max_wait else v_batch.ends_at >= p_now + p_wait end then
     return false;
   end if;
   v_tasks := array(
@@ -7383,6 +7396,25 @@ begin
     p_batch.running_at, p_batch.request_done::double precision / greatest(p_batch.request_total, 1), p_batch.id);
   p50 := v_started + make_interval(secs => v_seconds.p50);
   p90 := v_started + make_interval(secs => v_seconds.p90);
+end $$;
+
+-- When one more batch of p_images images would start and end, behind all batches of the workspace that wait for its window.
+create or replace function autotag.predict_new_batch(
+  p_workspace_id uuid, p_images integer, p_now timestamptz, out starts_at timestamptz, out ends_at timestamptz
+)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches;
+begin
+  v_batch.workspace_id := p_workspace_id;
+  v_batch.state := 'planned';
+  v_batch.image_count := p_images;
+  v_batch.express_count := 0;
+  v_batch.created_at := 'infinity';   -- later than the others
+  v_batch.ordinal := 1;
+  starts_at := autotag.batch_start_eta(v_batch, p_now);
+  ends_at := (autotag.batch_eta(v_batch, p_now)).p50;
 end $$;
 
 -- Predicts the end of a job and stores it: its last batch, or the last of its single calls, which wait for the limits and for

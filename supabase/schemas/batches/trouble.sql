@@ -347,22 +347,31 @@ begin
   perform pg_notify('autotag', 'realtime');
 end $$;
 
--- Puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait. p_reason: a sentence for the
--- user. False: there is no such upload that no other transaction holds. One upload per call. Called by claim(), which holds the
--- provider row. Locks: job, tasks by id (both skip locked).
-create or replace function autotag.single_calls_to_batch(p_now timestamptz, p_reason text) returns boolean
+-- Puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait and that is expected to be faster.
+-- p_wait: what the single calls would wait; null: nobody knows, and a batch has to start within realtime_max_wait. p_reason: a
+-- sentence for the user. The upload of the workspace with the fewest batches that wait goes first. False: there is no such upload that
+-- no other transaction holds. One upload per call. Called by claim(), which holds the provider row. Locks: job, tasks by id (both
+-- skip locked).
+create or replace function autotag.single_calls_to_batch(p_now timestamptz, p_wait interval, p_reason text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_max_wait interval := (select s.realtime_max_wait from autotag.settings s);
   v_job autotag.jobs;
   v_tasks bigint[];
+  v_batch record;
 begin
   select j.* into v_job
   from autotag.queues q join autotag.jobs j on j.id = q.job_id
-  where q.queued > 0 and j.cancelled_at is null
-    and j.created_at <= p_now - (select s.realtime_max_wait from autotag.settings s)
-  order by j.created_at limit 1 for no key update of j skip locked;
+  where q.queued > 0 and j.cancelled_at is null and j.created_at <= p_now - v_max_wait
+  order by (select count(*) from autotag.batches b
+    where b.workspace_id = j.workspace_id and b.state = 'planned' and b.admitted_at is null), j.created_at
+  limit 1 for no key update of j skip locked;
   if not found then
+    return false;
+  end if;
+  v_batch := autotag.predict_new_batch(v_job.workspace_id, (select q.queued from autotag.queues q where q.job_id = v_job.id), p_now);
+  if case when p_wait is null then v_batch.starts_at > p_now + v_max_wait else v_batch.ends_at >= p_now + p_wait end then
     return false;
   end if;
   v_tasks := array(
