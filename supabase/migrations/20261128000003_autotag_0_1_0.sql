@@ -4360,7 +4360,7 @@ begin
      and autotag.single_calls_to_batch(v_now, null, 'The AI service kept refusing single calls, so the rest of these images go by batch.') then
     return true;
   end if;
-  v_wait := autotag.wait_when_day_is_used_up(p_provider);
+  v_wait := coalesce(autotag.wait_when_day_is_used_up(p_provider), interval '0');   -- `null and f()` calls f()
   if p_provider.has_batches is distinct from false and v_wait > (select s.realtime_max_wait from autotag.settings s)
     and autotag.single_calls_to_batch(v_now, v_wait,
       'The AI service allows no more single calls today, so the rest of these images go by batch.') then
@@ -5424,7 +5424,7 @@ begin
     return false;
   end if;
   v_batch := autotag.predict_new_batch(v_job.workspace_id, (select q.queued from autotag.queues q where q.job_id = v_job.id), p_now);
-  if case when p_wait is null then v_batch.starts_at > p_now + v_max_wait else v_batch.ends_at >= p_now + p_wait end then
+  if (case when p_wait is null then v_batch.starts_at > p_now + v_max_wait else v_batch.ends_at >= p_now + p_wait end) then
     return false;
   end if;
   v_tasks := array(

@@ -252,3 +252,45 @@ def test_many_images_are_placed_in_many_batches_at_once(engine: Engine) -> None:
     engine.sql("update autotag.tasks set batch_id = %s where job_id = %s", batch, job)
     engine.sql("select autotag.split_batch(b, 50000, 'test') from autotag.batches b where id = %s", batch)
     assert engine.sql("select count(distinct batch_id) from autotag.tasks where job_id = %s", job) == [(50_000,)]
+
+
+# -- single calls that would wait too long
+
+
+def test_many_small_uploads_do_not_become_batches_that_wait_for_days(engine: Engine) -> None:
+    """1,000 images one by one: single calls need half an hour, 670 batches of one image three days."""
+    for _ in range(1000):
+        engine.upload(1)
+    assert engine.sql("select count(*) from autotag.batches") == [(0,)]
+    [(latest,)] = engine.sql("select max(extract(epoch from eta - autotag.now()))::float / 60 from autotag.jobs")
+    assert latest < 40
+
+
+def test_single_calls_become_batches_only_while_these_are_faster(engine: Engine) -> None:
+    engine.sql("update autotag.provider_limits set blocked_until = autotag.now() + interval '2 h'")
+    jobs = [engine.upload(1) for _ in range(40)]
+    strategies = [engine.sql("select strategy from autotag.jobs where id = %s", job)[0][0] for job in jobs]
+    assert strategies == ["batch"] * 20 + ["realtime"] * 20, "the batches of two hours, then single calls"
+
+
+def test_waiting_calls_move_to_the_batch_api_only_while_it_is_faster(engine: Engine) -> None:
+    """The day's requests are used up: 240 a day are 10 an hour."""
+    for _ in range(40):
+        engine.upload(1)
+    engine.sql("update autotag.provider_limits set requests_per_day = 240, day_left = 0, refilled_at = autotag.now() + interval '11 min'")
+    engine.set_time(660)
+    for number in range(1, 100):
+        engine.sql("select from autotag.claim(%s, 10, %s)", WORKER, number)
+    [(batches, wait)] = engine.sql("select count(*), autotag.wait_for_day(autotag.refilled_provider(autotag.now()), 40) from autotag.batches")
+    assert 10 <= batches < 40, wait
+
+
+def test_refused_calls_move_to_the_batch_api_while_batches_start_soon(engine: Engine) -> None:
+    for _ in range(40):
+        engine.upload(1)
+    engine.set_time(660)
+    engine.sql("""update autotag.provider_limits set limited_since = autotag.now() - interval '11 min', limited_at = autotag.now(),
+      blocked_until = autotag.now() + interval '1 min'""")
+    for number in range(1, 100):
+        engine.sql("select from autotag.claim(%s, 10, %s)", WORKER, number)
+    assert engine.sql("select count(*) from autotag.batches") == [(10,)], "an hour's"

@@ -371,7 +371,7 @@ begin
     return false;
   end if;
   v_batch := autotag.predict_new_batch(v_job.workspace_id, (select q.queued from autotag.queues q where q.job_id = v_job.id), p_now);
-  if case when p_wait is null then v_batch.starts_at > p_now + v_max_wait else v_batch.ends_at >= p_now + p_wait end then
+  if (case when p_wait is null then v_batch.starts_at > p_now + v_max_wait else v_batch.ends_at >= p_now + p_wait end) then
     return false;
   end if;
   v_tasks := array(

@@ -97,7 +97,7 @@ begin
      and autotag.single_calls_to_batch(v_now, null, 'The AI service kept refusing single calls, so the rest of these images go by batch.') then
     return true;
   end if;
-  v_wait := autotag.wait_when_day_is_used_up(p_provider);
+  v_wait := coalesce(autotag.wait_when_day_is_used_up(p_provider), interval '0');   -- `null and f()` calls f()
   if p_provider.has_batches is distinct from false and v_wait > (select s.realtime_max_wait from autotag.settings s)
     and autotag.single_calls_to_batch(v_now, v_wait,
       'The AI service allows no more single calls today, so the rest of these images go by batch.') then
