@@ -116,7 +116,7 @@ create table autotag.settings (
   batch_batches_per_hour integer not null default 10 check (batch_batches_per_hour > 0),
   -- images in those batches
   batch_images_per_hour integer not null default 5000 check (batch_images_per_hour > 0),
-  -- single calls that would wait longer are sent in a batch instead
+  -- single calls that would wait longer are sent in a batch instead, if that is expected to be done sooner
   realtime_max_wait interval not null default '10 min' check (realtime_max_wait > '0'),
   -- how long newer uploads of its workspace may pass an upload whose single calls wait; uploads of more than chunk_max_images
   -- images can be passed for longer, in proportion
@@ -479,7 +479,9 @@ create table autotag.batches (
   claim integer not null default 0,
   attempt integer not null default 0,
   failures integer not null default 0,
+  crashes integer not null default 0,    -- workers that died while they built its file
   not_before timestamptz not null default '-infinity',
+  waits_for_window boolean not null default false,   -- not_before is when the workspace's window will have room (put_off)
   admitted_at timestamptz,               -- when it was admitted to the workspace's window; it is admitted once
   output_tokens integer,                 -- the cap of its answers
   asked_at timestamptz,                  -- when its file was built; shows which question it asks
@@ -2018,6 +2020,7 @@ create or replace function autotag.plan_upload(p_workspace_id uuid, p_images int
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_now timestamptz := autotag.now();
   v_settings autotag.settings;
   v_plan autotag.upload_plan;
   v_left record;
@@ -2029,7 +2032,9 @@ begin
     if (select p.has_batches from autotag.provider_limits p) = false then
       v_plan.fallback := case when p_images > v_settings.chunk_max_images
         then 'The AI provider has no Batch API, so these images are sent as single calls.' end;
-    elsif v_plan.wait > v_settings.realtime_max_wait then
+    -- A batch that has to wait for its workspace's window, or that takes longer than the wait, would make it worse.
+    elsif v_plan.wait > v_settings.realtime_max_wait
+      and v_now + v_plan.wait > (autotag.predict_new_batch(p_workspace_id, p_images, v_now)).ends_at then
       v_plan.strategy := 'batch';
       v_plan.fallback := format('Single calls would have waited about %s min for the limits, so these images are sent in a batch.',
         ceil(extract(epoch from v_plan.wait) / 60));
@@ -2073,8 +2078,7 @@ begin
       case when a.i > p_plan.express then b.id end
     from unnest(p_asset_ids, p_seen) with ordinality a (id, seen, i)
     left join autotag.batches b on b.job_id = p_job.id
-      and a.i > (b.ordinal - 1)::bigint * p_job.image_count / p_plan.batches
-      and a.i <= b.ordinal::bigint * p_job.image_count / p_plan.batches
+      and b.ordinal = (a.i * p_plan.batches + p_job.image_count - 1) / p_job.image_count
     order by a.i
     returning id
   )
@@ -3574,17 +3578,15 @@ begin
     then interval '1 day' * ((p_calls - p_provider.day_left) / p_provider.requests_per_day) end;
 end $$;
 
--- Whether the day's requests are used up, so that the single calls that wait would go on waiting for longer than
--- realtime_max_wait.
-create or replace function autotag.is_day_used_up(p_provider autotag.provider_limits) returns boolean
+-- How long the single calls that wait would go on waiting because the day's requests are used up; null: they are not.
+create or replace function autotag.wait_when_day_is_used_up(p_provider autotag.provider_limits) returns interval
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_provider.requests_per_day is null or p_provider.day_left >= 1 then
-    return false;
+    return null;
   end if;
-  return coalesce(autotag.wait_for_day(p_provider, (select c.images from autotag.count_waiting() c))
-    > (select s.realtime_max_wait from autotag.settings s), false);
+  return autotag.wait_for_day(p_provider, (select c.images from autotag.count_waiting() c));
 end $$;
 
 -- Returns reservations that calls did not use to the bucket. If calls used more than they reserved (p_tokens < 0), the bucket
@@ -4353,15 +4355,18 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := p_provider.refilled_at;
+  v_wait interval;
 begin
   -- 429s have persisted for realtime_max_wait: single calls that have waited as long go into batches.
   if p_provider.limited_since <= v_now - (select s.realtime_max_wait from autotag.settings s)
      and p_provider.limited_at > v_now - interval '1 min' and p_provider.has_batches is distinct from false
-     and autotag.single_calls_to_batch(v_now, 'The AI service kept refusing single calls, so the rest of these images go by batch.') then
+     and autotag.single_calls_to_batch(v_now, null, 'The AI service kept refusing single calls, so the rest of these images go by batch.') then
     return true;
   end if;
-  if p_provider.has_batches is distinct from false and autotag.is_day_used_up(p_provider)
-     and autotag.single_calls_to_batch(v_now, 'The AI service allows no more single calls today, so the rest of these images go by batch.') then
+  v_wait := coalesce(autotag.wait_when_day_is_used_up(p_provider), interval '0');   -- `null and f()` calls f()
+  if p_provider.has_batches is distinct from false and v_wait > (select s.realtime_max_wait from autotag.settings s)
+    and autotag.single_calls_to_batch(v_now, v_wait,
+      'The AI service allows no more single calls today, so the rest of these images go by batch.') then
     return true;
   end if;
   -- The provider has no Batch API, which was not known when these batches were planned.
@@ -4504,10 +4509,8 @@ create or replace function autotag.must_prove_first(p_provider autotag.provider_
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return p_provider.proven_at is null and exists (
-    select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
-    union all select from autotag.tasks t where t.retry_at < 'infinity' or t.worker_id is not null
-    union all select from autotag.batches b where b.state = 'planned' and b.image_count - b.express_count > 1);
+  return p_provider.proven_at is null and (autotag.has_single_calls() or exists (
+    select from autotag.batches b where b.state = 'planned' and b.image_count - b.express_count > 1));
 end $$;
 
 -- The next batches to work on, at most p_slots, in the order that claim_batches() describes.
@@ -4562,7 +4565,6 @@ declare
   v_batch autotag.batches;
   v_images integer;
   v_tokens bigint;
-  v_opens_at timestamptz;      -- when the workspace's window has room; null: now
   v_held boolean := false;     -- the provider's queue is kept free for a batch that no other may overtake any more
 begin
   ids := array[]::uuid[];
@@ -4575,13 +4577,9 @@ begin
   loop
     if v_batch.state = 'planned' then
       v_images := v_batch.image_count - v_batch.express_count;
-      if v_batch.admitted_at is null then
-        v_opens_at := autotag.window_opens_at(v_batch);
-        if v_opens_at is not null then  -- out of the order, so that other workspaces do not wait for this one's window
-          update autotag.batches b set not_before = v_opens_at where b.id = v_batch.id;
-          again := true;
-          continue;
-        end if;
+      if v_batch.admitted_at is null and autotag.put_off(v_batch, p_now) then
+        again := true;
+        continue;
       end if;
       v_tokens := v_images::bigint * p_provider.tokens_per_image + v_batch.extra_tokens;
       -- An empty queue takes any batch, because waiting could not make more room.
@@ -4637,24 +4635,44 @@ begin
   return v_batches;
 end $$;
 
--- When the window of a planned batch's workspace has room for it; null: now; infinity: never with the present limits (split_oversized() splits it).
-create or replace function autotag.window_opens_at(p_batch autotag.batches) returns timestamptz
+-- If the window of a planned batch's workspace has no room for it: puts it off until it has (infinity: never with the present limits;
+-- split_oversized() splits it), so that other workspaces do not wait. With it go all batches of the workspace that cannot have room
+-- either, because they are later or larger: one by one, 3,000 batches took 751 claims. False: there is room. The caller holds the
+-- provider row and the batch. Locks: batches (skip locked).
+create or replace function autotag.put_off(p_batch autotag.batches, p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_images integer := p_batch.image_count - p_batch.express_count;
+  v_max_requests integer := (select l.max_requests from autotag.window_limits(p_batch.workspace_id, 'batch') l);
   v_ahead integer;             -- planned batches of earlier uploads, which need room in the same window
+  v_later_at timestamptz;      -- when the window has room for one more batch after those; null: now
+  v_larger_at timestamptz;     -- when it has room for these images; null: now
 begin
   -- The first batch of an upload goes before later batches of earlier uploads, but it must not take the room in the window that
   -- they were planned for.
   select count(*) into v_ahead from autotag.batches b
   where b.workspace_id = p_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
     and b.created_at < p_batch.created_at;
-  return (
-    select max(coalesce(a.retry_at, 'infinity'))
-    -- at most a whole window: more would never fit, and this batch would wait without a time
-    from (values (least(v_ahead + 1, (select l.max_requests from autotag.window_limits(p_batch.workspace_id, 'batch') l)), 0), (1, p_batch.image_count - p_batch.express_count)) w (batches, images)
-    cross join lateral autotag.admit(p_batch.workspace_id, 'batch', w.batches, w.images, false, p_take => false) a
-    where a.admitted = 0);
+  -- at most a whole window: more would never fit, and this batch would wait without a time
+  select coalesce(a.retry_at, 'infinity') into v_later_at
+  from autotag.admit(p_batch.workspace_id, 'batch', least(v_ahead + 1, v_max_requests), 0, false, p_take => false) a where a.admitted = 0;
+  select coalesce(a.retry_at, 'infinity') into v_larger_at
+  from autotag.admit(p_batch.workspace_id, 'batch', 1, v_images, false, p_take => false) a where a.admitted = 0;
+  if v_later_at is null and v_larger_at is null then
+    return false;
+  end if;
+  update autotag.batches b
+  set waits_for_window = true, not_before = greatest(case when b.created_at >= p_batch.created_at then v_later_at end,
+    case when b.image_count - b.express_count >= v_images then v_larger_at end)
+  where b.id in (
+    select o.id from autotag.batches o
+    where o.workspace_id = p_batch.workspace_id and o.state = 'planned' and o.worker_id is null and o.admitted_at is null
+      and o.not_before <= p_now
+      and (v_later_at is not null and o.created_at >= p_batch.created_at
+        or v_larger_at is not null and o.image_count - o.express_count >= v_images)
+    for no key update skip locked);
+  return true;
 end $$;
 
 -- Assigns a batch to a worker and sets the state in which it continues. p_batch has its new admitted_at and reserved_tokens.
@@ -4993,7 +5011,7 @@ begin
   set state = 'submitted', worker_id = null, openai_batch_id = p_openai_batch_id,
       openai_status = coalesce(autotag.clean_status(p_status), 'validating'),
       input_file_id = coalesce(autotag.clean_id(p_input_file_id), b.input_file_id), submitted_at = v_now, progress_at = v_now,
-      missing_polls = 0, running_at = null,
+      not_before = v_now, missing_polls = 0, running_at = null,
       predicted_seconds = (autotag.predict_batch(b.image_count - b.express_count, v_now, v_now, null, 0, b.id)).p50
   where b.id = p_batch;
   perform autotag.broadcast_progress(v_batch.job_id, autotag.refresh_eta(v_batch.job_id));
@@ -5152,6 +5170,20 @@ begin
   where p_error ->> 'retry_after' is not null;
 end $$;
 
+-- Whether a single call is queued, requeued or in flight, which can try a question that is not proven. Every claim asks this while the
+-- question is not proven. No index has worker_id, so the calls in flight are found through the queues, as leased_tasks() does.
+create or replace function autotag.has_single_calls() returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off
+  set jit = off
+as $$
+begin
+  return exists (
+    select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
+    union all select from autotag.tasks t where t.retry_at < 'infinity'
+    union all select from autotag.queues q where q.reached > 0 and (
+      select t.id from autotag.tasks t where t.job_id = q.job_id and t.id <= q.reached and t.worker_id is not null limit 1) is not null);
+end $$;
+
 -- Queues one image of a planned batch as a single call, to try a question that is not proven. False: single calls are queued or
 -- in flight that can try it, or no planned batch has a second image. Called by claim(), which holds the provider row.
 -- Locks: job, batch, task (all skip locked).
@@ -5162,9 +5194,7 @@ declare
   v_batch autotag.batches;
   v_task bigint;
 begin
-  if exists (
-    select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
-    union all select from autotag.tasks t where t.retry_at < 'infinity' or t.worker_id is not null) then
+  if autotag.has_single_calls() then
     return false;
   end if;
   select b.* into v_batch from autotag.batches b join autotag.jobs j on j.id = b.job_id
@@ -5276,16 +5306,25 @@ begin
   )
   update autotag.tasks t set batch_id = m.id
   from unnest(v_tasks) with ordinality u (id, i)
-  join made m on u.i > (m.ordinal - v_last - 1)::bigint * v_count / p_parts and u.i <= (m.ordinal - v_last)::bigint * v_count / p_parts
+  join made m on m.ordinal = v_last + (u.i * p_parts + v_count - 1) / v_count
   where t.id = u.id;
-  if p_batch.admitted_at is not null and p_parts > 1 then
+  perform autotag.give_back_images(p_batch, v_count - v_count / p_parts);
+  perform pg_notify('autotag', 'batch');
+end $$;
+
+-- Gives images of a batch back to its workspace's window, which admitted it with them, if it still counts them and no other transaction
+-- holds it. Locks: window (skip locked).
+create or replace function autotag.give_back_images(p_batch autotag.batches, p_images integer) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_batch.admitted_at is not null and p_images > 0 then
     perform from public.workspace_rate_limits w
     where w.workspace_id = p_batch.workspace_id and w.request_type = 'batch' for no key update skip locked;
     if found then
-      perform autotag.correct_window(p_batch.workspace_id, 'batch', p_batch.admitted_at, 0, v_count / p_parts - v_count);
+      perform autotag.correct_window(p_batch.workspace_id, 'batch', p_batch.admitted_at, 0, -p_images);
     end if;
   end if;
-  perform pg_notify('autotag', 'batch');
 end $$;
 
 -- Splits planned batches that no limit admits any more, because it was lowered after they were planned: the images or requests of one
@@ -5322,18 +5361,23 @@ end $$;
 
 -- Retries a batch's images without an answer, in the cheapest way allowed: in new batches if p_by_batch and there are more than
 -- chunk_max_images, else as single calls. p_failures are added to the images without a recorded error (batch_answers() counted
--- the others). Images that reach max_failures fail with their recorded error, or else with p_code and p_message.
--- The caller holds job and batch. Locks: tasks by id.
+-- the others). Images that reach max_failures fail with their recorded error, or else with p_code and p_message. The others wait
+-- like a single call with as many failures, and at least as long as an error of the batch's images asked (leave_to_finish).
+-- The caller holds job and batch. Locks: tasks by id, window (skip locked).
 create or replace function autotag.requeue_batch(
   p_batch autotag.batches, p_by_batch boolean, p_failures integer, p_code text, p_message text
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_now timestamptz := autotag.now();
   v_settings autotag.settings;
   v_tasks bigint[] := autotag.lock_batch_tasks(p_batch.id);
   v_job autotag.jobs;
   v_again bigint[] := array[]::bigint[];
+  v_failures integer;          -- the most of one of them
+  v_wait double precision := case when p_batch.worker_id is not null and p_batch.not_before > v_now
+    then extract(epoch from p_batch.not_before - v_now) else 0 end;
 begin
   select * into v_settings from autotag.settings;
   select * into v_job from autotag.jobs j where j.id = p_batch.job_id;
@@ -5344,34 +5388,46 @@ begin
       update autotag.tasks t set failures = t.failures + case when t.error_code is null then p_failures else 0 end
       where t.id = any (v_tasks)
         and t.failures + case when t.error_code is null then p_failures else 0 end < v_settings.max_failures
-      returning t.id
+      returning t.id, t.failures
     )
-    select coalesce(array_agg(a.id order by a.id), '{}') into v_again from again a;
+    select coalesce(array_agg(a.id order by a.id), '{}'), max(a.failures) into v_again, v_failures from again a;
   end if;
   perform autotag.keep(autotag.requeue(jsonb_agg(jsonb_build_object(
-    'task', t.id, 'failures', case when t.error_code is null then p_failures else 0 end,
+    'task', t.id, 'failures', x.more, 'delay', greatest(v_wait, autotag.growing_delay(t.failures + x.more - 1, v_settings)),
     'code', coalesce(t.error_code, p_code), 'message', coalesce(t.error, p_message)))), false)
-  from autotag.tasks t where t.id = any (v_tasks) and t.id not in (select unnest(v_again)) having count(*) > 0;
-  perform autotag.place_in_batches(v_job, v_again);
+  from autotag.tasks t cross join lateral (select case when t.error_code is null then p_failures else 0 end as more) x
+  where t.id = any (v_tasks) and t.id not in (select unnest(v_again)) having count(*) > 0;
+  perform autotag.place_in_batches(v_job, v_again,
+    v_now + make_interval(secs => greatest(v_wait, autotag.growing_delay(greatest(v_failures - 1, 0), v_settings))),
+    case when p_batch.openai_batch_id is null then p_batch end);
   perform pg_notify('autotag', 'realtime');
 end $$;
 
--- Puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait. p_reason: a sentence for the
--- user. False: there is no such upload that no other transaction holds. One upload per call. Called by claim(), which holds the
--- provider row. Locks: job, tasks by id (both skip locked).
-create or replace function autotag.single_calls_to_batch(p_now timestamptz, p_reason text) returns boolean
+-- Puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait and that is expected to be faster.
+-- p_wait: what the single calls would wait; null: nobody knows, and a batch has to start within realtime_max_wait. p_reason: a
+-- sentence for the user. The upload of the workspace with the fewest batches that wait goes first. False: there is no such upload that
+-- no other transaction holds. One upload per call. Called by claim(), which holds the provider row. Locks: job, tasks by id (both
+-- skip locked).
+create or replace function autotag.single_calls_to_batch(p_now timestamptz, p_wait interval, p_reason text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_max_wait interval := (select s.realtime_max_wait from autotag.settings s);
   v_job autotag.jobs;
   v_tasks bigint[];
+  v_batch record;
 begin
   select j.* into v_job
   from autotag.queues q join autotag.jobs j on j.id = q.job_id
-  where q.queued > 0 and j.cancelled_at is null
-    and j.created_at <= p_now - (select s.realtime_max_wait from autotag.settings s)
-  order by j.created_at limit 1 for no key update of j skip locked;
+  where q.queued > 0 and j.cancelled_at is null and j.created_at <= p_now - v_max_wait
+  order by (select count(*) from autotag.batches b
+    where b.workspace_id = j.workspace_id and b.state = 'planned' and b.admitted_at is null), j.created_at
+  limit 1 for no key update of j skip locked;
   if not found then
+    return false;
+  end if;
+  v_batch := autotag.predict_new_batch(v_job.workspace_id, (select q.queued from autotag.queues q where q.job_id = v_job.id), p_now);
+  if (case when p_wait is null then v_batch.starts_at > p_now + v_max_wait else v_batch.ends_at >= p_now + p_wait end) then
     return false;
   end if;
   v_tasks := array(
@@ -5722,12 +5778,17 @@ begin
   end if;
 end $$;
 
--- Puts tasks of a job, in this order, into new planned batches of the job. The caller holds job and tasks.
-create or replace function autotag.place_in_batches(p_job autotag.jobs, p_tasks bigint[]) returns void
+-- Puts tasks of a job, in this order, into new planned batches of the job. p_not_before: when they may start. p_from: the batch that
+-- they come from, if OpenAI never had it: the first new one takes over its admission to the workspace's window. The caller holds job
+-- and tasks. Locks: window (skip locked).
+create or replace function autotag.place_in_batches(
+  p_job autotag.jobs, p_tasks bigint[], p_not_before timestamptz default '-infinity', p_from autotag.batches default null
+) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_count integer := cardinality(p_tasks);
+  v_last integer := (select coalesce(max(b.ordinal), 0) from autotag.batches b where b.job_id = p_job.id);
   v_left record;
   v_batches integer;
 begin
@@ -5736,23 +5797,19 @@ begin
   end if;
   select * into v_left from autotag.batches_left(p_job.workspace_id);
   v_batches := autotag.plan_batches(v_count, v_left.batches, v_left.window_images);
-  with made as (
-    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, extra_tokens, created_at)
-    select p_job.id, p_job.workspace_id,
-      (select coalesce(max(b.ordinal), 0) from autotag.batches b where b.job_id = p_job.id) + n,
-      (n::bigint * v_count / v_batches - (n - 1)::bigint * v_count / v_batches)::integer, (
-        select coalesce(sum(greatest(t.min_output_tokens - p.output_tokens, 0)), 0)
-        from autotag.provider_limits p, unnest(p_tasks) with ordinality u (id, i) join autotag.tasks t on t.id = u.id
-        where u.i > (n - 1) * v_count / v_batches and u.i <= n * v_count / v_batches), autotag.now()
-    from generate_series(1, v_batches) n
+  with placed as materialized (
+    -- batches of equal size (or one less); a join by ranges would compare each task with each batch
+    select u.id, v_last + (u.i * v_batches + v_count - 1) / v_count as ordinal from unnest(p_tasks) with ordinality u (id, i)
+  ), made as (
+    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, extra_tokens, created_at, not_before, admitted_at)
+    select p_job.id, p_job.workspace_id, x.ordinal, count(*), sum(greatest(t.min_output_tokens - p.output_tokens, 0)), autotag.now(),
+      p_not_before, case when x.ordinal = v_last + 1 then p_from.admitted_at end
+    from placed x join autotag.tasks t on t.id = x.id cross join autotag.provider_limits p group by x.ordinal
     returning id, ordinal
-  ), numbered as (
-    select m.id, row_number() over (order by m.ordinal) as n from made m
   )
   update autotag.tasks t set lane = 'batch', batch_id = b.id, error_code = null, error = null
-  from unnest(p_tasks) with ordinality u (id, i)
-  join numbered b on u.i > (b.n - 1) * v_count / v_batches and u.i <= b.n * v_count / v_batches
-  where t.id = u.id;
+  from placed x join made b on b.ordinal = x.ordinal where t.id = x.id;
+  perform autotag.give_back_images(p_from, p_from.image_count - p_from.express_count - v_count / v_batches);
   perform autotag.refresh_eta(p_job.id);
   perform pg_notify('autotag', 'batch');
 end $$;
@@ -5792,7 +5849,7 @@ begin
 
   if exists (select from unnest(v_answers) a where a.error is not null) then
     v_answers := autotag.judge_retries(v_answers);
-    v_again := autotag.leave_to_finish(v_answers);
+    v_again := autotag.leave_to_finish(v_batch.id, v_answers);
     v_answers := array(select a from unnest(v_answers) a where a.task not in (select g.task from unnest(v_again) g));
   end if;
   v_notices := autotag.apply_answers(v_batch.workspace_id, v_answers, not p_keep);
@@ -5832,8 +5889,8 @@ begin
 end $$;
 
 -- Records the errors that allow a retry on their tasks, and returns those answers: batch_finish() retries all images without an
--- answer together. The caller holds the batch and its job. Locks: tasks.
-create or replace function autotag.leave_to_finish(p_answers autotag.answer[]) returns autotag.answer[]
+-- answer together, and not before the time that an error asks for. The caller holds the batch and its job. Locks: tasks.
+create or replace function autotag.leave_to_finish(p_batch uuid, p_answers autotag.answer[]) returns autotag.answer[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -5848,6 +5905,10 @@ begin
       min_output_tokens = coalesce(autotag.next_cap(a), t.min_output_tokens)
   from unnest(v_again) a join autotag.error_kinds k on k.kind = a.error ->> 'kind'
   where t.id = a.task;
+  update autotag.batches b set not_before = greatest(b.not_before, a.until)
+  from (
+    select autotag.now() + make_interval(secs => max((x.error ->> 'retry_after')::double precision)) as until from unnest(v_again) x) a
+  where b.id = p_batch and a.until is not null;
   return v_again;
 end $$;
 
@@ -6183,9 +6244,7 @@ begin
       'delay', case
         -- longer than the probe interval, so that the next probe is another image
         when k.pauses then extract(epoch from p_settings.account_probe_interval) + 1
-        when k.delays then greatest((a.error ->> 'retry_after')::double precision,
-          (0.8 + random() / 5) * least(extract(epoch from p_settings.retry_delay_max),
-            extract(epoch from p_settings.retry_delay) * power(2, t.failures))) end))
+        when k.delays then greatest((a.error ->> 'retry_after')::double precision, autotag.growing_delay(t.failures, p_settings)) end))
   into v_tries
   from unnest(p_answers) a
   join autotag.tasks t on t.id = a.task
@@ -6196,6 +6255,15 @@ begin
   end if;
   perform pg_notify('autotag', 'realtime');
   return autotag.requeue(v_tries);
+end $$;
+
+-- Seconds until the next try of an image that had failed p_failures times before its last failure; null: it has not failed.
+create or replace function autotag.growing_delay(p_failures integer, p_settings autotag.settings) returns double precision
+language plpgsql volatile set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case when p_failures >= 0 then (0.8 + random() / 5) * least(extract(epoch from p_settings.retry_delay_max),
+    extract(epoch from p_settings.retry_delay) * power(2, least(p_failures, 20))) end;
 end $$;
 
 -- The highest cap that an answer of a workspace may have: max_output_tokens, or less if less fits into its window and into the
@@ -7333,6 +7401,25 @@ begin
   p90 := v_started + make_interval(secs => v_seconds.p90);
 end $$;
 
+-- When one more batch of p_images images would start and end, behind all batches of the workspace that wait for its window.
+create or replace function autotag.predict_new_batch(
+  p_workspace_id uuid, p_images integer, p_now timestamptz, out starts_at timestamptz, out ends_at timestamptz
+)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches;
+begin
+  v_batch.workspace_id := p_workspace_id;
+  v_batch.state := 'planned';
+  v_batch.image_count := p_images;
+  v_batch.express_count := 0;
+  v_batch.created_at := 'infinity';   -- later than the others
+  v_batch.ordinal := 1;
+  starts_at := autotag.batch_start_eta(v_batch, p_now);
+  ends_at := (autotag.batch_eta(v_batch, p_now)).p50;
+end $$;
+
 -- Predicts the end of a job and stores it: its last batch, or the last of its single calls, which wait for the limits and for
 -- their chunks. p_wait: the wait for the limits, if the caller has computed it. The caller holds the job's lock.
 create or replace function autotag.refresh_eta(p_job_id uuid, p_wait interval default null) returns timestamptz
@@ -8101,13 +8188,7 @@ begin
   perform autotag.expire_worker();
   perform autotag.split_oversized();
   perform autotag.end_empty_jobs();
-  -- Retry batches that wait for the window, if it has room already (a raised limit, a cancelled upload).
-  update autotag.batches b set not_before = v_now
-  where b.id in (
-    select w.id from autotag.batches w
-    where w.state = 'planned' and w.admitted_at is null and w.not_before > v_now
-      and (select a.admitted > 0 from autotag.admit(w.workspace_id, 'batch', 1, 0, false, false) a)
-    for update skip locked);
+  perform autotag.look_at_windows(v_now);
   if exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at <= v_now))
      or exists (select from autotag.tasks t where t.retry_at <= v_now) then
     perform pg_notify('autotag', 'realtime');
@@ -8127,6 +8208,25 @@ begin
   perform autotag.repair_queues();
   perform autotag.retry_features(v_now - (select s.model_check_interval from autotag.settings s));
   update autotag.clock set ticked_at = v_now;
+end $$;
+
+-- Lets batches that wait for their workspace's window start, if it has room already (a raised limit, a cancelled upload): of each size
+-- as many as would fit. Called by tick(). Locks: batches (skip locked).
+create or replace function autotag.look_at_windows(p_now timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update autotag.batches b set not_before = p_now
+  where b.id in (
+    select w.id
+    from (
+      select x.workspace_id, x.image_count - x.express_count as images, array_agg(x.id order by x.created_at, x.ordinal) as ids
+      from autotag.batches x
+      where x.state = 'planned' and x.admitted_at is null and x.worker_id is null and x.waits_for_window and x.not_before > p_now
+      group by 1, 2) g
+    cross join lateral autotag.admit(g.workspace_id, 'batch', cardinality(g.ids), g.images, true, p_take => false) a
+    join autotag.batches w on w.id = any (g.ids[1 : a.admitted])
+    for no key update of w skip locked);
 end $$;
 
 -- Ends uploads without a task that could end: their tasks were deleted by hand. What is missing counts as failed. Called by tick().

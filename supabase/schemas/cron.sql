@@ -8,13 +8,7 @@ begin
   perform autotag.expire_worker();
   perform autotag.split_oversized();
   perform autotag.end_empty_jobs();
-  -- Retry batches that wait for the window, if it has room already (a raised limit, a cancelled upload).
-  update autotag.batches b set not_before = v_now
-  where b.id in (
-    select w.id from autotag.batches w
-    where w.state = 'planned' and w.admitted_at is null and w.not_before > v_now
-      and (select a.admitted > 0 from autotag.admit(w.workspace_id, 'batch', 1, 0, false, false) a)
-    for update skip locked);
+  perform autotag.look_at_windows(v_now);
   if exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at <= v_now))
      or exists (select from autotag.tasks t where t.retry_at <= v_now) then
     perform pg_notify('autotag', 'realtime');
@@ -34,6 +28,25 @@ begin
   perform autotag.repair_queues();
   perform autotag.retry_features(v_now - (select s.model_check_interval from autotag.settings s));
   update autotag.clock set ticked_at = v_now;
+end $$;
+
+-- Lets batches that wait for their workspace's window start, if it has room already (a raised limit, a cancelled upload): of each size
+-- as many as would fit. Called by tick(). Locks: batches (skip locked).
+create or replace function autotag.look_at_windows(p_now timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update autotag.batches b set not_before = p_now
+  where b.id in (
+    select w.id
+    from (
+      select x.workspace_id, x.image_count - x.express_count as images, array_agg(x.id order by x.created_at, x.ordinal) as ids
+      from autotag.batches x
+      where x.state = 'planned' and x.admitted_at is null and x.worker_id is null and x.waits_for_window and x.not_before > p_now
+      group by 1, 2) g
+    cross join lateral autotag.admit(g.workspace_id, 'batch', cardinality(g.ids), g.images, true, p_take => false) a
+    join autotag.batches w on w.id = any (g.ids[1 : a.admitted])
+    for no key update of w skip locked);
 end $$;
 
 -- Ends uploads without a task that could end: their tasks were deleted by hand. What is missing counts as failed. Called by tick().

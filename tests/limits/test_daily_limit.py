@@ -97,11 +97,11 @@ def test_a_small_daily_limit_can_be_corrected_within_the_hour(seen: Callable[...
 def test_an_upload_that_does_not_fit_into_the_day_goes_by_batch(library: Library) -> None:
     library.stack.configure(**WIDE)
     library.sql("update autotag.provider_limits set requests_per_day = 1440, day_left = 3, refilled_at = now()")
-    told = library.enqueue(library.insert([f"{i}.jpg" for i in range(30)]))
+    told = library.enqueue(library.insert([f"{i}.jpg" for i in range(50)]))
     assert (told["strategy"], told["batches"]) == ("batch", 1)
     fallback = library.job(told["job_id"])["fallback"]
     assert (
-        fallback == "Single calls would have waited about 27 min for the limits, so these images are sent in a batch."
+        fallback == "Single calls would have waited about 47 min for the limits, so these images are sent in a batch."
     )
     large = library.enqueue(library.insert([f"b{i}.jpg" for i in range(100)]))
     assert large["strategy"] == "batch"

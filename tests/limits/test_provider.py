@@ -199,7 +199,7 @@ def test_what_was_not_used_is_given_back(library: Library, called: bool) -> None
 
 async def test_an_upload_that_would_wait_too_long_goes_by_batch_and_says_so(library: Library) -> None:
     stack = library.stack
-    stack.configure(realtime_requests_per_minute=5, realtime_max_wait="2 min")
+    stack.configure(realtime_requests_per_minute=5, realtime_max_wait="2 min", batch_seconds=60)
     assets = await library.upload(30)
     async with worker(stack):
         told = library.enqueue(assets)

@@ -27,12 +27,17 @@ begin
   end if;
 end $$;
 
--- Puts tasks of a job, in this order, into new planned batches of the job. The caller holds job and tasks.
-create or replace function autotag.place_in_batches(p_job autotag.jobs, p_tasks bigint[]) returns void
+-- Puts tasks of a job, in this order, into new planned batches of the job. p_not_before: when they may start. p_from: the batch that
+-- they come from, if OpenAI never had it: the first new one takes over its admission to the workspace's window. The caller holds job
+-- and tasks. Locks: window (skip locked).
+create or replace function autotag.place_in_batches(
+  p_job autotag.jobs, p_tasks bigint[], p_not_before timestamptz default '-infinity', p_from autotag.batches default null
+) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_count integer := cardinality(p_tasks);
+  v_last integer := (select coalesce(max(b.ordinal), 0) from autotag.batches b where b.job_id = p_job.id);
   v_left record;
   v_batches integer;
 begin
@@ -41,23 +46,19 @@ begin
   end if;
   select * into v_left from autotag.batches_left(p_job.workspace_id);
   v_batches := autotag.plan_batches(v_count, v_left.batches, v_left.window_images);
-  with made as (
-    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, extra_tokens, created_at)
-    select p_job.id, p_job.workspace_id,
-      (select coalesce(max(b.ordinal), 0) from autotag.batches b where b.job_id = p_job.id) + n,
-      (n::bigint * v_count / v_batches - (n - 1)::bigint * v_count / v_batches)::integer, (
-        select coalesce(sum(greatest(t.min_output_tokens - p.output_tokens, 0)), 0)
-        from autotag.provider_limits p, unnest(p_tasks) with ordinality u (id, i) join autotag.tasks t on t.id = u.id
-        where u.i > (n - 1) * v_count / v_batches and u.i <= n * v_count / v_batches), autotag.now()
-    from generate_series(1, v_batches) n
+  with placed as materialized (
+    -- batches of equal size (or one less); a join by ranges would compare each task with each batch
+    select u.id, v_last + (u.i * v_batches + v_count - 1) / v_count as ordinal from unnest(p_tasks) with ordinality u (id, i)
+  ), made as (
+    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, extra_tokens, created_at, not_before, admitted_at)
+    select p_job.id, p_job.workspace_id, x.ordinal, count(*), sum(greatest(t.min_output_tokens - p.output_tokens, 0)), autotag.now(),
+      p_not_before, case when x.ordinal = v_last + 1 then p_from.admitted_at end
+    from placed x join autotag.tasks t on t.id = x.id cross join autotag.provider_limits p group by x.ordinal
     returning id, ordinal
-  ), numbered as (
-    select m.id, row_number() over (order by m.ordinal) as n from made m
   )
   update autotag.tasks t set lane = 'batch', batch_id = b.id, error_code = null, error = null
-  from unnest(p_tasks) with ordinality u (id, i)
-  join numbered b on u.i > (b.n - 1) * v_count / v_batches and u.i <= b.n * v_count / v_batches
-  where t.id = u.id;
+  from placed x join made b on b.ordinal = x.ordinal where t.id = x.id;
+  perform autotag.give_back_images(p_from, p_from.image_count - p_from.express_count - v_count / v_batches);
   perform autotag.refresh_eta(p_job.id);
   perform pg_notify('autotag', 'batch');
 end $$;
@@ -97,7 +98,7 @@ begin
 
   if exists (select from unnest(v_answers) a where a.error is not null) then
     v_answers := autotag.judge_retries(v_answers);
-    v_again := autotag.leave_to_finish(v_answers);
+    v_again := autotag.leave_to_finish(v_batch.id, v_answers);
     v_answers := array(select a from unnest(v_answers) a where a.task not in (select g.task from unnest(v_again) g));
   end if;
   v_notices := autotag.apply_answers(v_batch.workspace_id, v_answers, not p_keep);
@@ -137,8 +138,8 @@ begin
 end $$;
 
 -- Records the errors that allow a retry on their tasks, and returns those answers: batch_finish() retries all images without an
--- answer together. The caller holds the batch and its job. Locks: tasks.
-create or replace function autotag.leave_to_finish(p_answers autotag.answer[]) returns autotag.answer[]
+-- answer together, and not before the time that an error asks for. The caller holds the batch and its job. Locks: tasks.
+create or replace function autotag.leave_to_finish(p_batch uuid, p_answers autotag.answer[]) returns autotag.answer[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -153,6 +154,10 @@ begin
       min_output_tokens = coalesce(autotag.next_cap(a), t.min_output_tokens)
   from unnest(v_again) a join autotag.error_kinds k on k.kind = a.error ->> 'kind'
   where t.id = a.task;
+  update autotag.batches b set not_before = greatest(b.not_before, a.until)
+  from (
+    select autotag.now() + make_interval(secs => max((x.error ->> 'retry_after')::double precision)) as until from unnest(v_again) x) a
+  where b.id = p_batch and a.until is not null;
   return v_again;
 end $$;
 

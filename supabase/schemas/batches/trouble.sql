@@ -114,6 +114,20 @@ begin
   where p_error ->> 'retry_after' is not null;
 end $$;
 
+-- Whether a single call is queued, requeued or in flight, which can try a question that is not proven. Every claim asks this while the
+-- question is not proven. No index has worker_id, so the calls in flight are found through the queues, as leased_tasks() does.
+create or replace function autotag.has_single_calls() returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off
+  set jit = off
+as $$
+begin
+  return exists (
+    select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
+    union all select from autotag.tasks t where t.retry_at < 'infinity'
+    union all select from autotag.queues q where q.reached > 0 and (
+      select t.id from autotag.tasks t where t.job_id = q.job_id and t.id <= q.reached and t.worker_id is not null limit 1) is not null);
+end $$;
+
 -- Queues one image of a planned batch as a single call, to try a question that is not proven. False: single calls are queued or
 -- in flight that can try it, or no planned batch has a second image. Called by claim(), which holds the provider row.
 -- Locks: job, batch, task (all skip locked).
@@ -124,9 +138,7 @@ declare
   v_batch autotag.batches;
   v_task bigint;
 begin
-  if exists (
-    select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
-    union all select from autotag.tasks t where t.retry_at < 'infinity' or t.worker_id is not null) then
+  if autotag.has_single_calls() then
     return false;
   end if;
   select b.* into v_batch from autotag.batches b join autotag.jobs j on j.id = b.job_id
@@ -238,16 +250,25 @@ begin
   )
   update autotag.tasks t set batch_id = m.id
   from unnest(v_tasks) with ordinality u (id, i)
-  join made m on u.i > (m.ordinal - v_last - 1)::bigint * v_count / p_parts and u.i <= (m.ordinal - v_last)::bigint * v_count / p_parts
+  join made m on m.ordinal = v_last + (u.i * p_parts + v_count - 1) / v_count
   where t.id = u.id;
-  if p_batch.admitted_at is not null and p_parts > 1 then
+  perform autotag.give_back_images(p_batch, v_count - v_count / p_parts);
+  perform pg_notify('autotag', 'batch');
+end $$;
+
+-- Gives images of a batch back to its workspace's window, which admitted it with them, if it still counts them and no other transaction
+-- holds it. Locks: window (skip locked).
+create or replace function autotag.give_back_images(p_batch autotag.batches, p_images integer) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_batch.admitted_at is not null and p_images > 0 then
     perform from public.workspace_rate_limits w
     where w.workspace_id = p_batch.workspace_id and w.request_type = 'batch' for no key update skip locked;
     if found then
-      perform autotag.correct_window(p_batch.workspace_id, 'batch', p_batch.admitted_at, 0, v_count / p_parts - v_count);
+      perform autotag.correct_window(p_batch.workspace_id, 'batch', p_batch.admitted_at, 0, -p_images);
     end if;
   end if;
-  perform pg_notify('autotag', 'batch');
 end $$;
 
 -- Splits planned batches that no limit admits any more, because it was lowered after they were planned: the images or requests of one
@@ -284,18 +305,23 @@ end $$;
 
 -- Retries a batch's images without an answer, in the cheapest way allowed: in new batches if p_by_batch and there are more than
 -- chunk_max_images, else as single calls. p_failures are added to the images without a recorded error (batch_answers() counted
--- the others). Images that reach max_failures fail with their recorded error, or else with p_code and p_message.
--- The caller holds job and batch. Locks: tasks by id.
+-- the others). Images that reach max_failures fail with their recorded error, or else with p_code and p_message. The others wait
+-- like a single call with as many failures, and at least as long as an error of the batch's images asked (leave_to_finish).
+-- The caller holds job and batch. Locks: tasks by id, window (skip locked).
 create or replace function autotag.requeue_batch(
   p_batch autotag.batches, p_by_batch boolean, p_failures integer, p_code text, p_message text
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_now timestamptz := autotag.now();
   v_settings autotag.settings;
   v_tasks bigint[] := autotag.lock_batch_tasks(p_batch.id);
   v_job autotag.jobs;
   v_again bigint[] := array[]::bigint[];
+  v_failures integer;          -- the most of one of them
+  v_wait double precision := case when p_batch.worker_id is not null and p_batch.not_before > v_now
+    then extract(epoch from p_batch.not_before - v_now) else 0 end;
 begin
   select * into v_settings from autotag.settings;
   select * into v_job from autotag.jobs j where j.id = p_batch.job_id;
@@ -306,34 +332,46 @@ begin
       update autotag.tasks t set failures = t.failures + case when t.error_code is null then p_failures else 0 end
       where t.id = any (v_tasks)
         and t.failures + case when t.error_code is null then p_failures else 0 end < v_settings.max_failures
-      returning t.id
+      returning t.id, t.failures
     )
-    select coalesce(array_agg(a.id order by a.id), '{}') into v_again from again a;
+    select coalesce(array_agg(a.id order by a.id), '{}'), max(a.failures) into v_again, v_failures from again a;
   end if;
   perform autotag.keep(autotag.requeue(jsonb_agg(jsonb_build_object(
-    'task', t.id, 'failures', case when t.error_code is null then p_failures else 0 end,
+    'task', t.id, 'failures', x.more, 'delay', greatest(v_wait, autotag.growing_delay(t.failures + x.more - 1, v_settings)),
     'code', coalesce(t.error_code, p_code), 'message', coalesce(t.error, p_message)))), false)
-  from autotag.tasks t where t.id = any (v_tasks) and t.id not in (select unnest(v_again)) having count(*) > 0;
-  perform autotag.place_in_batches(v_job, v_again);
+  from autotag.tasks t cross join lateral (select case when t.error_code is null then p_failures else 0 end as more) x
+  where t.id = any (v_tasks) and t.id not in (select unnest(v_again)) having count(*) > 0;
+  perform autotag.place_in_batches(v_job, v_again,
+    v_now + make_interval(secs => greatest(v_wait, autotag.growing_delay(greatest(v_failures - 1, 0), v_settings))),
+    case when p_batch.openai_batch_id is null then p_batch end);
   perform pg_notify('autotag', 'realtime');
 end $$;
 
--- Puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait. p_reason: a sentence for the
--- user. False: there is no such upload that no other transaction holds. One upload per call. Called by claim(), which holds the
--- provider row. Locks: job, tasks by id (both skip locked).
-create or replace function autotag.single_calls_to_batch(p_now timestamptz, p_reason text) returns boolean
+-- Puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait and that is expected to be faster.
+-- p_wait: what the single calls would wait; null: nobody knows, and a batch has to start within realtime_max_wait. p_reason: a
+-- sentence for the user. The upload of the workspace with the fewest batches that wait goes first. False: there is no such upload that
+-- no other transaction holds. One upload per call. Called by claim(), which holds the provider row. Locks: job, tasks by id (both
+-- skip locked).
+create or replace function autotag.single_calls_to_batch(p_now timestamptz, p_wait interval, p_reason text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_max_wait interval := (select s.realtime_max_wait from autotag.settings s);
   v_job autotag.jobs;
   v_tasks bigint[];
+  v_batch record;
 begin
   select j.* into v_job
   from autotag.queues q join autotag.jobs j on j.id = q.job_id
-  where q.queued > 0 and j.cancelled_at is null
-    and j.created_at <= p_now - (select s.realtime_max_wait from autotag.settings s)
-  order by j.created_at limit 1 for no key update of j skip locked;
+  where q.queued > 0 and j.cancelled_at is null and j.created_at <= p_now - v_max_wait
+  order by (select count(*) from autotag.batches b
+    where b.workspace_id = j.workspace_id and b.state = 'planned' and b.admitted_at is null), j.created_at
+  limit 1 for no key update of j skip locked;
   if not found then
+    return false;
+  end if;
+  v_batch := autotag.predict_new_batch(v_job.workspace_id, (select q.queued from autotag.queues q where q.job_id = v_job.id), p_now);
+  if (case when p_wait is null then v_batch.starts_at > p_now + v_max_wait else v_batch.ends_at >= p_now + p_wait end) then
     return false;
   end if;
   v_tasks := array(

@@ -111,7 +111,7 @@ begin
   set state = 'submitted', worker_id = null, openai_batch_id = p_openai_batch_id,
       openai_status = coalesce(autotag.clean_status(p_status), 'validating'),
       input_file_id = coalesce(autotag.clean_id(p_input_file_id), b.input_file_id), submitted_at = v_now, progress_at = v_now,
-      missing_polls = 0, running_at = null,
+      not_before = v_now, missing_polls = 0, running_at = null,
       predicted_seconds = (autotag.predict_batch(b.image_count - b.express_count, v_now, v_now, null, 0, b.id)).p50
   where b.id = p_batch;
   perform autotag.broadcast_progress(v_batch.job_id, autotag.refresh_eta(v_batch.job_id));

@@ -109,9 +109,7 @@ begin
       'delay', case
         -- longer than the probe interval, so that the next probe is another image
         when k.pauses then extract(epoch from p_settings.account_probe_interval) + 1
-        when k.delays then greatest((a.error ->> 'retry_after')::double precision,
-          (0.8 + random() / 5) * least(extract(epoch from p_settings.retry_delay_max),
-            extract(epoch from p_settings.retry_delay) * power(2, t.failures))) end))
+        when k.delays then greatest((a.error ->> 'retry_after')::double precision, autotag.growing_delay(t.failures, p_settings)) end))
   into v_tries
   from unnest(p_answers) a
   join autotag.tasks t on t.id = a.task
@@ -122,6 +120,15 @@ begin
   end if;
   perform pg_notify('autotag', 'realtime');
   return autotag.requeue(v_tries);
+end $$;
+
+-- Seconds until the next try of an image that had failed p_failures times before its last failure; null: it has not failed.
+create or replace function autotag.growing_delay(p_failures integer, p_settings autotag.settings) returns double precision
+language plpgsql volatile set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case when p_failures >= 0 then (0.8 + random() / 5) * least(extract(epoch from p_settings.retry_delay_max),
+    extract(epoch from p_settings.retry_delay) * power(2, least(p_failures, 20))) end;
 end $$;
 
 -- The highest cap that an answer of a workspace may have: max_output_tokens, or less if less fits into its window and into the

@@ -89,15 +89,18 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := p_provider.refilled_at;
+  v_wait interval;
 begin
   -- 429s have persisted for realtime_max_wait: single calls that have waited as long go into batches.
   if p_provider.limited_since <= v_now - (select s.realtime_max_wait from autotag.settings s)
      and p_provider.limited_at > v_now - interval '1 min' and p_provider.has_batches is distinct from false
-     and autotag.single_calls_to_batch(v_now, 'The AI service kept refusing single calls, so the rest of these images go by batch.') then
+     and autotag.single_calls_to_batch(v_now, null, 'The AI service kept refusing single calls, so the rest of these images go by batch.') then
     return true;
   end if;
-  if p_provider.has_batches is distinct from false and autotag.is_day_used_up(p_provider)
-     and autotag.single_calls_to_batch(v_now, 'The AI service allows no more single calls today, so the rest of these images go by batch.') then
+  v_wait := coalesce(autotag.wait_when_day_is_used_up(p_provider), interval '0');   -- `null and f()` calls f()
+  if p_provider.has_batches is distinct from false and v_wait > (select s.realtime_max_wait from autotag.settings s)
+    and autotag.single_calls_to_batch(v_now, v_wait,
+      'The AI service allows no more single calls today, so the rest of these images go by batch.') then
     return true;
   end if;
   -- The provider has no Batch API, which was not known when these batches were planned.

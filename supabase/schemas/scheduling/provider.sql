@@ -307,17 +307,15 @@ begin
     then interval '1 day' * ((p_calls - p_provider.day_left) / p_provider.requests_per_day) end;
 end $$;
 
--- Whether the day's requests are used up, so that the single calls that wait would go on waiting for longer than
--- realtime_max_wait.
-create or replace function autotag.is_day_used_up(p_provider autotag.provider_limits) returns boolean
+-- How long the single calls that wait would go on waiting because the day's requests are used up; null: they are not.
+create or replace function autotag.wait_when_day_is_used_up(p_provider autotag.provider_limits) returns interval
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_provider.requests_per_day is null or p_provider.day_left >= 1 then
-    return false;
+    return null;
   end if;
-  return coalesce(autotag.wait_for_day(p_provider, (select c.images from autotag.count_waiting() c))
-    > (select s.realtime_max_wait from autotag.settings s), false);
+  return autotag.wait_for_day(p_provider, (select c.images from autotag.count_waiting() c));
 end $$;
 
 -- Returns reservations that calls did not use to the bucket. If calls used more than they reserved (p_tokens < 0), the bucket

@@ -21,7 +21,9 @@ create table autotag.batches (
   claim integer not null default 0,
   attempt integer not null default 0,
   failures integer not null default 0,
+  crashes integer not null default 0,    -- workers that died while they built its file
   not_before timestamptz not null default '-infinity',
+  waits_for_window boolean not null default false,   -- not_before is when the workspace's window will have room (put_off)
   admitted_at timestamptz,               -- when it was admitted to the workspace's window; it is admitted once
   output_tokens integer,                 -- the cap of its answers
   asked_at timestamptz,                  -- when its file was built; shows which question it asks

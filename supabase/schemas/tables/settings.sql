@@ -33,7 +33,7 @@ create table autotag.settings (
   batch_batches_per_hour integer not null default 10 check (batch_batches_per_hour > 0),
   -- images in those batches
   batch_images_per_hour integer not null default 5000 check (batch_images_per_hour > 0),
-  -- single calls that would wait longer are sent in a batch instead
+  -- single calls that would wait longer are sent in a batch instead, if that is expected to be done sooner
   realtime_max_wait interval not null default '10 min' check (realtime_max_wait > '0'),
   -- how long newer uploads of its workspace may pass an upload whose single calls wait; uploads of more than chunk_max_images
   -- images can be passed for longer, in proportion

@@ -76,6 +76,7 @@ create or replace function autotag.plan_upload(p_workspace_id uuid, p_images int
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_now timestamptz := autotag.now();
   v_settings autotag.settings;
   v_plan autotag.upload_plan;
   v_left record;
@@ -87,7 +88,9 @@ begin
     if (select p.has_batches from autotag.provider_limits p) = false then
       v_plan.fallback := case when p_images > v_settings.chunk_max_images
         then 'The AI provider has no Batch API, so these images are sent as single calls.' end;
-    elsif v_plan.wait > v_settings.realtime_max_wait then
+    -- A batch that has to wait for its workspace's window, or that takes longer than the wait, would make it worse.
+    elsif v_plan.wait > v_settings.realtime_max_wait
+      and v_now + v_plan.wait > (autotag.predict_new_batch(p_workspace_id, p_images, v_now)).ends_at then
       v_plan.strategy := 'batch';
       v_plan.fallback := format('Single calls would have waited about %s min for the limits, so these images are sent in a batch.',
         ceil(extract(epoch from v_plan.wait) / 60));
@@ -131,8 +134,7 @@ begin
       case when a.i > p_plan.express then b.id end
     from unnest(p_asset_ids, p_seen) with ordinality a (id, seen, i)
     left join autotag.batches b on b.job_id = p_job.id
-      and a.i > (b.ordinal - 1)::bigint * p_job.image_count / p_plan.batches
-      and a.i <= b.ordinal::bigint * p_job.image_count / p_plan.batches
+      and b.ordinal = (a.i * p_plan.batches + p_job.image_count - 1) / p_job.image_count
     order by a.i
     returning id
   )

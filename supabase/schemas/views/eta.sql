@@ -120,6 +120,25 @@ begin
   p90 := v_started + make_interval(secs => v_seconds.p90);
 end $$;
 
+-- When one more batch of p_images images would start and end, behind all batches of the workspace that wait for its window.
+create or replace function autotag.predict_new_batch(
+  p_workspace_id uuid, p_images integer, p_now timestamptz, out starts_at timestamptz, out ends_at timestamptz
+)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches;
+begin
+  v_batch.workspace_id := p_workspace_id;
+  v_batch.state := 'planned';
+  v_batch.image_count := p_images;
+  v_batch.express_count := 0;
+  v_batch.created_at := 'infinity';   -- later than the others
+  v_batch.ordinal := 1;
+  starts_at := autotag.batch_start_eta(v_batch, p_now);
+  ends_at := (autotag.batch_eta(v_batch, p_now)).p50;
+end $$;
+
 -- Predicts the end of a job and stores it: its last batch, or the last of its single calls, which wait for the limits and for
 -- their chunks. p_wait: the wait for the limits, if the caller has computed it. The caller holds the job's lock.
 create or replace function autotag.refresh_eta(p_job_id uuid, p_wait interval default null) returns timestamptz

@@ -1,0 +1,296 @@
+"""Batches in their turn: a full window costs few claims, and what is retried waits, as single calls do."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+
+from lab.postgres import LocalPostgres
+
+WORKER = uuid.UUID("99999999-0000-4000-8000-000000000001")
+HOUR = 3600
+
+
+class Engine:
+    """The engine with one worker, whose question is proven, under a clock that the test sets."""
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self.connection = connection
+        self.claims = 0
+        self.sql("update autotag.settings set test_clock = true, express_images = 0")
+        self.set_time(0)
+        self.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)
+        self.sql("""update autotag.provider_limits set proven_at = '-infinity', tokens_per_image = 1000, output_tokens = 100,
+              queued_batch_tokens = 1000000000""")
+        self.sql("insert into public.workspaces (name) values ('w')")
+
+    def sql(self, query: str, *values: object) -> list[Any]:
+        cursor = self.connection.execute(query.encode(), values or None)
+        return cursor.fetchall() if cursor.description else []
+
+    def set_time(self, at: float) -> None:
+        """Sets autotag's clock, in seconds; the worker stays alive."""
+        self.sql(
+            "select set_config('autotag.now', (timestamptz '2030-01-01' + make_interval(secs => %s))::text, false)", at
+        )
+        self.sql("update autotag.workers set lease_until = autotag.now() + interval '1 day'")
+
+    def upload(self, images: int) -> str:
+        [(job,)] = self.sql(
+            """with added as (
+              insert into public.assets (workspace_id, storage_path)
+              select w.id, w.id || '/p' from public.workspaces w, generate_series(1, %s) returning id)
+            select public.enqueue_tagging((select array_agg(id) from added)) ->> 'job_id'""", images,
+        )  # fmt: skip
+        return str(job)
+
+    def claim_batches(self, slots: int = 4) -> tuple[list[dict[str, Any]], float | None]:
+        """The batches of one claim, and in how many seconds the worker would claim again."""
+        self.claims += 1
+        [(batches, wait)] = self.sql(
+            "select batches, wait from autotag.claim_batches(%s, %s, %s)", WORKER, slots, self.claims
+        )
+        return batches, wait
+
+    def claim_all(self) -> tuple[int, int]:
+        """Claims as a worker does, until it would wait. Returns how many claims that takes, and the batches that it got."""
+        for claims in range(1, 1000):
+            batches, wait = self.claim_batches()
+            self.sql("update autotag.batches set state = 'done', worker_id = null, reserved_tokens = 0 where worker_id is not null")
+            self.started += len(batches)
+            if not batches and wait != 0:
+                return claims, self.started
+        raise AssertionError("the worker never waits")
+
+    started = 0
+
+    def due(self) -> int:
+        [(due,)] = self.sql("select count(*) from autotag.batches where state = 'planned' and not_before <= autotag.now()")
+        return int(due)
+
+
+@pytest.fixture
+def engine(postgres: LocalPostgres, database: str) -> Iterator[Engine]:
+    with psycopg.connect(postgres.url("supabase_admin", database), autocommit=True) as connection:
+        yield Engine(connection)
+
+
+# -- a full window
+
+
+@pytest.mark.parametrize("sizes", [[60] * 100, [60 + n for n in range(100)], [160 - n for n in range(100)]])
+def test_a_workspace_whose_window_is_full_costs_a_few_claims(engine: Engine, sizes: list[int]) -> None:
+    engine.sql("update autotag.settings set live_images_max = 1000000")
+    for second, images in enumerate(sizes):
+        engine.set_time(second)
+        engine.upload(images)
+    claims, started = engine.claim_all()
+    assert (started, claims) == (10, pytest.approx(5, abs=2))
+    assert engine.due() == 0, "all others wait for the window"
+    engine.set_time(HOUR + 200)
+    claims, started = engine.claim_all()
+    assert (started, claims) == (20, pytest.approx(5, abs=2)), "and start when it has room"
+
+
+def test_a_batch_without_room_holds_back_only_larger_and_later_ones(engine: Engine) -> None:
+    engine.sql("update autotag.settings set batch_images_per_hour = 200, chunk_max_images = 10")
+    engine.upload(150)
+    engine.claim_all()
+    for second, images in enumerate([60, 60, 40, 70, 10 + 1], 1):
+        engine.set_time(second)
+        engine.upload(images)
+    assert engine.claim_all()[1] == 2, "the one of 40 has room; that of 11 has not then"
+    assert engine.sql(
+        "select image_count from autotag.batches where state = 'planned' order by created_at"
+    ) == [(60,), (60,), (70,), (11,)]
+
+
+def test_a_minute_does_not_wake_batches_that_have_no_room(engine: Engine) -> None:
+    """The window is full of images only: it has room for more batches, but for none of these."""
+    engine.sql("update autotag.settings set batch_images_per_hour = 100, chunk_max_images = 10, realtime_max_wait = '1 day'")
+    for second in range(20):
+        engine.set_time(second)
+        engine.upload(60)
+    assert engine.claim_all()[1] == 1
+    engine.set_time(60)
+    engine.sql("select autotag.tick()")
+    assert engine.due() == 0
+    engine.sql("update autotag.settings set batch_images_per_hour = 240")
+    engine.sql("select autotag.tick()")
+    assert engine.due() == 3, "a raised limit wakes as many as it admits"
+    assert engine.claim_all()[1] == 4
+
+
+# -- retries
+
+
+def fail_to_build(engine: Engine, batch: dict[str, Any], **error: Any) -> None:
+    """What a worker reports that could prepare none of a batch's images."""
+    failed = {"kind": "transient", "code": "storage_error", "message": "Storage answered 503.", "origin": "storage", **error}
+    reports = [
+        {"task": task, "error": failed}
+        for (task,) in engine.sql("select id from autotag.tasks where batch_id = %s and finished_at is null", batch["batch"])
+    ]
+    engine.sql("select autotag.batch_answers(%s, %s, %s, %s)", WORKER, batch["batch"], batch["attempt"], json.dumps(reports))
+    engine.sql("select autotag.batch_finish(%s, %s, %s)", WORKER, batch["batch"], batch["attempt"])
+
+
+def test_images_of_a_batch_wait_longer_with_each_failure(engine: Engine) -> None:
+    engine.upload(100)
+    at, waits = 0.0, []
+    for _ in range(8):
+        [batch], _ = engine.claim_batches()
+        fail_to_build(engine, batch)
+        if not engine.sql("select 1 from autotag.batches where state = 'planned'"):
+            break
+        [(wait,)] = engine.sql("select extract(epoch from not_before - autotag.now())::float from autotag.batches where state = 'planned'")
+        assert engine.claim_batches()[0] == []
+        engine.sql("select autotag.tick()")
+        assert engine.claim_batches()[0] == [], "nor does the minute end the delay"
+        waits.append(wait)
+        at += wait + 0.001
+        engine.set_time(at)
+    assert waits == [pytest.approx(full * 0.9, rel=0.12) for full in (2, 4, 8, 16, 32, 60, 60)]
+    assert engine.sql("select count(*) from autotag.unstored where error_code = 'storage_error'") == [(100,)]
+    assert engine.sql("select requests from public.workspace_rate_limits where request_type = 'batch'") == [([1],)], (
+        "OpenAI never had a batch, so all these rounds are one batch of the hour"
+    )
+
+
+@pytest.mark.parametrize("images", [100, 55])
+def test_images_of_a_batch_wait_as_long_as_an_error_asks(engine: Engine, images: int) -> None:
+    engine.upload(images)
+    [batch], _ = engine.claim_batches()
+    if images == 55:
+        engine.sql("update autotag.settings set chunk_max_images = 60")  # they go on as single calls
+    fail_to_build(engine, batch, retry_after=300)
+    due = """select extract(epoch from coalesce(t.retry_at, b.not_before) - autotag.now())::integer, count(*)
+      from autotag.tasks t left join autotag.batches b on b.id = t.batch_id group by 1"""
+    assert engine.sql(due) == [(300, images)]
+
+
+def test_a_batch_that_opened_with_an_error_is_harvested_as_soon_as_it_has_ended(engine: Engine) -> None:
+    engine.upload(100)
+    [batch], _ = engine.claim_batches()
+    [(task,)] = engine.sql("select min(id) from autotag.tasks")
+    error = {"kind": "transient", "code": "storage_error", "message": "503", "origin": "storage", "retry_after": 600}
+    engine.sql(
+        "select autotag.batch_answers(%s, %s, %s, %s)", WORKER, batch["batch"], batch["attempt"],
+        json.dumps([{"task": task, "error": error}]),
+    )  # fmt: skip
+    for state, file in (("uploading", None), ("creating", "file-1")):
+        engine.sql("select autotag.batch_step(%s, %s, %s, %s, %s)", WORKER, batch["batch"], batch["attempt"], state, file)
+    engine.sql("select autotag.batch_submitted(%s, %s, %s, 'batch-1', 'validating', 'file-1')", WORKER, batch["batch"], batch["attempt"])
+    engine.set_time(120)
+    engine.claim_batches()
+    engine.sql("select autotag.record_poll(%s, %s)", WORKER, json.dumps([{"id": "batch-1", "status": "completed"}]))
+    assert [b["state"] for b in engine.claim_batches()[0]] == ["harvesting"]
+
+
+# -- costs that grow with what waits
+
+
+def test_a_question_that_is_not_proven_reads_no_more_images(engine: Engine) -> None:
+    """Every claim asks whether a single call could try it. Without an index that reads all images, under the provider row."""
+    engine.upload(100)
+    engine.sql("update autotag.provider_limits set proven_at = null, probe_at = autotag.now() + interval '1 h'")
+    scans = "select seq_scan from pg_stat_xact_all_tables where relid = 'autotag.tasks'::regclass"
+    before = engine.sql(scans)
+    with engine.connection.transaction():
+        engine.claim_batches()
+        engine.sql("select from autotag.claim(%s, 10, 1)", WORKER)
+        engine.sql("select autotag.release_probe()")
+        assert engine.sql(scans) == before
+
+
+def test_a_single_call_in_flight_tries_the_question(engine: Engine) -> None:
+    engine.upload(3)
+    engine.upload(100)
+    engine.sql("update autotag.provider_limits set proven_at = null, probe_at = null")
+    assert engine.sql("select cardinality(tasks) from autotag.claim(%s, 10, 1)", WORKER) == [(1,)]
+    engine.sql("update autotag.workspaces set queued = 0")
+    assert engine.sql("select autotag.has_single_calls(), autotag.release_probe()") == [(True, False)]
+    engine.sql("update autotag.tasks set worker_id = null where worker_id is not null")
+    assert engine.sql("select autotag.has_single_calls()") == [(False,)]
+
+
+@pytest.mark.parametrize(("images", "batches"), [(7, 3), (10, 10), (11, 4), (100, 7)])
+def test_images_are_spread_evenly_over_batches_in_their_order(engine: Engine, images: int, batches: int) -> None:
+    engine.sql(
+        "update autotag.settings set realtime_max_images = 0, chunk_max_images = 0, batch_max_images = 0, batch_split_images = %s",
+        -(-images // batches),
+    )
+    job = engine.upload(images)
+    spread = """select array_agg(n order by o), bool_and(n = b), bool_and(lower > coalesce(before, 0)) from (
+        select b.ordinal o, count(*) n, max(b.image_count) b, min(t.id) as lower, lag(max(t.id)) over (order by b.ordinal) as before
+        from autotag.tasks t join autotag.batches b on b.id = t.batch_id where b.state = 'planned' group by 1) s"""
+    [(sizes, counted, ordered)] = engine.sql(spread)
+    assert (len(sizes), sum(sizes), max(sizes) - min(sizes) <= 1, counted, ordered) == (-(-images // -(-images // batches)), images, True, True, True)
+    engine.sql("update autotag.batches set state = 'cancelled'")
+    engine.sql(
+        "select autotag.place_in_batches(j, (select array_agg(id order by id) from autotag.tasks)) from autotag.jobs j where id = %s", job
+    )
+    assert engine.sql(spread)[0][1:] == (True, True)
+    assert sorted(engine.sql(spread)[0][0]) == sorted(sizes)
+
+
+def test_many_images_are_placed_in_many_batches_at_once(engine: Engine) -> None:
+    """50,000 images in as many batches: a comparison of each image with each batch took hours, and its numbers no integer."""
+    engine.sql("""update autotag.settings set realtime_max_images = 0, chunk_max_images = 0, batch_max_images = 0,
+      batch_max_requests = 1""")
+    engine.sql("set statement_timeout = '60 s'")
+    job = engine.upload(50_000)
+    engine.sql(
+        "select autotag.place_in_batches(j, (select array_agg(id order by id) from autotag.tasks)) from autotag.jobs j where id = %s", job
+    )
+    [(batch,)] = engine.sql("select id from autotag.batches where job_id = %s order by ordinal desc limit 1", job)
+    engine.sql("update autotag.tasks set batch_id = %s where job_id = %s", batch, job)
+    engine.sql("select autotag.split_batch(b, 50000, 'test') from autotag.batches b where id = %s", batch)
+    assert engine.sql("select count(distinct batch_id) from autotag.tasks where job_id = %s", job) == [(50_000,)]
+
+
+# -- single calls that would wait too long
+
+
+def test_many_small_uploads_do_not_become_batches_that_wait_for_days(engine: Engine) -> None:
+    """1,000 images one by one: single calls need half an hour, 670 batches of one image three days."""
+    for _ in range(1000):
+        engine.upload(1)
+    assert engine.sql("select count(*) from autotag.batches") == [(0,)]
+    [(latest,)] = engine.sql("select max(extract(epoch from eta - autotag.now()))::float / 60 from autotag.jobs")
+    assert latest < 40
+
+
+def test_single_calls_become_batches_only_while_these_are_faster(engine: Engine) -> None:
+    engine.sql("update autotag.provider_limits set blocked_until = autotag.now() + interval '2 h'")
+    jobs = [engine.upload(1) for _ in range(40)]
+    strategies = [engine.sql("select strategy from autotag.jobs where id = %s", job)[0][0] for job in jobs]
+    assert strategies == ["batch"] * 20 + ["realtime"] * 20, "the batches of two hours, then single calls"
+
+
+def test_waiting_calls_move_to_the_batch_api_only_while_it_is_faster(engine: Engine) -> None:
+    """The day's requests are used up: 240 a day are 10 an hour."""
+    for _ in range(40):
+        engine.upload(1)
+    engine.sql("update autotag.provider_limits set requests_per_day = 240, day_left = 0, refilled_at = autotag.now() + interval '11 min'")
+    engine.set_time(660)
+    for number in range(1, 100):
+        engine.sql("select from autotag.claim(%s, 10, %s)", WORKER, number)
+    [(batches, wait)] = engine.sql("select count(*), autotag.wait_for_day(autotag.refilled_provider(autotag.now()), 40) from autotag.batches")
+    assert 10 <= batches < 40, wait
+
+
+def test_refused_calls_move_to_the_batch_api_while_batches_start_soon(engine: Engine) -> None:
+    for _ in range(40):
+        engine.upload(1)
+    engine.set_time(660)
+    engine.sql("""update autotag.provider_limits set limited_since = autotag.now() - interval '11 min', limited_at = autotag.now(),
+      blocked_until = autotag.now() + interval '1 min'""")
+    for number in range(1, 100):
+        engine.sql("select from autotag.claim(%s, 10, %s)", WORKER, number)
+    assert engine.sql("select count(*) from autotag.batches") == [(10,)], "an hour's"
