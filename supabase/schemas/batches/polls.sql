@@ -72,6 +72,17 @@ begin
     where i.id is not null and i.status is not null);
 end $$;
 
+-- Bounds a poll's counts by the batch: it has at most as many lines as images, and at most all of them are done. A total of 0 is
+-- unknown.
+create or replace function autotag.bound_counts(p_poll autotag.batch_poll, p_batch autotag.batches) returns autotag.batch_poll
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  p_poll.total := greatest(p_batch.request_total, least(p_poll.total, p_batch.image_count - p_batch.express_count));
+  p_poll.done := least(p_poll.done, coalesce(nullif(p_poll.total, 0), p_batch.image_count - p_batch.express_count));
+  return p_poll;
+end $$;
+
 -- Applies a poll to the account: a poll that works ends the pause that a failed poll began, and a batch that failed with an
 -- account error (p_error: no credit) pauses tagging, as a single call would. p_limit: of the provider's queue, if it stated it.
 -- Locks: provider, in these cases.
@@ -118,6 +129,7 @@ begin
     where b.id = any (p_batches) order by b.id
   loop
     select * into v_batch from autotag.batches b where b.openai_batch_id = v_poll.id and b.state = 'submitted';
+    v_poll := autotag.bound_counts(v_poll, v_batch);
     if v_poll.status = 'gone' then
       perform autotag.count_missing_poll(v_batch, p_look);
     elsif v_poll.status = 'failed' and v_poll.error_code = 'token_limit_exceeded' then
@@ -177,7 +189,7 @@ declare
   v_batch autotag.batches;
 begin
   update autotag.batches b
-  set openai_status = p_polled.status, request_total = greatest(b.request_total, p_polled.total),
+  set openai_status = p_polled.status, request_total = p_polled.total,
       request_done = greatest(b.request_done, p_polled.done), progress_at = p_now, missing_polls = 0,
       running_at = coalesce(b.running_at, case when p_polled.status = 'in_progress' then p_now end),
       output_file_id = p_polled.output_file_id, error_file_id = p_polled.error_file_id, error = p_polled.error
