@@ -945,12 +945,13 @@ begin
   end if;
 end $$;
 
--- Validates a batch's status as the provider returns it. Null: invalid. `gone`: the provider does not know the batch.
+-- Validates a batch's status as the provider returns it. Null: invalid. `gone`: the provider does not know the batch. `unread`: the
+-- worker cannot read it.
 create or replace function autotag.clean_status(p_status text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select case when p_status in
-    ('validating', 'failed', 'in_progress', 'finalizing', 'completed', 'expired', 'cancelling', 'cancelled', 'gone')
+    ('validating', 'failed', 'in_progress', 'finalizing', 'completed', 'expired', 'cancelling', 'cancelled', 'gone', 'unread')
     then p_status end
 $$;
 
@@ -4716,7 +4717,7 @@ $$;
 --     since: epoch seconds; the batch and its files at OpenAI are not older. keep_files: seconds after which the provider is to
 --     delete its files; null: the provider supports no expiry.
 --   poll: [{id, since}] of all batches in flight if a poll is due, else null.
---   cancel: ids of those to cancel at OpenAI before the poll.
+--   cancel: ids of those to cancel at OpenAI after the poll; at most 100 at a time, of all workspaces alike.
 --   files: ids of files to delete at OpenAI (reported with files_deleted).
 --   question: as in claim().
 --   look_up: name of the model to check at the provider now (provider_checked), else null.
@@ -4831,10 +4832,15 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   select jsonb_agg(jsonb_build_object('id', b.openai_batch_id, 'since', autotag.real_epoch(b.created_at))
-           order by b.ordinal, b.created_at),
-         jsonb_agg(b.openai_batch_id) filter (where b.cancel_requested)
-  into poll, cancel
+           order by b.ordinal, b.created_at)
+  into poll
   from autotag.batches b where b.state = 'submitted';
+  -- In random order, so that one that the provider refuses stops no other for long.
+  select jsonb_agg(c.id) into cancel
+  from (
+    select b.openai_batch_id as id from autotag.batches b
+    where b.state = 'submitted' and b.cancel_requested and b.openai_status is distinct from 'cancelling'
+    order by row_number() over (partition by b.workspace_id order by random()) limit 100) c;
   select coalesce(jsonb_agg(f.id), '[]') into files
   from (
     select unnest(array[b.input_file_id, b.output_file_id, b.error_file_id]) as id
@@ -5509,13 +5515,14 @@ end $$;
 -- A worker reports a poll of the batches at OpenAI: they progress, end, get lost or get stuck.
 
 -- Records a poll: [{id, status, output_file_id, error_file_id, total, done, error_code, error, error_kind}]. Status `gone`:
--- OpenAI does not know the batch (any more, or with this key). What happens to a batch:
+-- OpenAI does not know the batch (any more, or with this key); `unread`: the worker cannot read its state. What happens to a batch:
 --   it has ended                       it waits to be harvested
 --   it failed: OpenAI's queue is full  it is planned again, which is no failure; if it is too large for the queue, in halves, and at
 --                                      last as single calls (refuse_tokens)
 --   gone in several polls in a row     it ends, and its images are retried
 --   no progress for too long           it is cancelled, if the limits admit its images as single calls
---   in flight for two days             it ends as if it were gone: OpenAI's window is 24 h
+--   in flight for two days, or unread  it ends as if it were gone: OpenAI's window is 24 h
+--     after two days
 -- Ignores workers without an assigned poll, batches that are not in flight, and invalid elements. Writes only rows that change.
 -- A batch that another transaction holds is left to the next poll, so a worker reports many batches in several calls. Returns the
 -- batches for which the worker calls show_batch() next.
@@ -5640,6 +5647,12 @@ begin
     v_poll := autotag.bound_counts(v_poll, v_batch);
     if v_poll.status = 'gone' then
       perform autotag.count_missing_poll(v_batch, p_look);
+    elsif v_poll.status in ('validating', 'in_progress', 'finalizing', 'cancelling', 'unread')
+      and v_batch.submitted_at <= p_now - 2 * v_settings.batch_give_up_after then
+      perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI never finished the batch of this image.');
+      perform autotag.end_batch(v_batch, 'OpenAI has not finished this batch within two days.');
+    elsif v_poll.status = 'unread' then
+      null;
     elsif v_poll.status = 'failed' and v_poll.error_code = 'token_limit_exceeded' then
       perform autotag.refuse_tokens(v_batch, v_poll.error, v_settings, p_now);
     -- If single calls work, an account error counts: after max_bad_answers, this account or deployment cannot do batches.
@@ -5653,10 +5666,6 @@ begin
     elsif v_batch.openai_status is distinct from v_poll.status or v_batch.request_done < v_poll.done or v_batch.missing_polls > 0 then
       perform autotag.move_batch(v_batch, v_poll, p_now);
       v_changed := array_append(v_changed, v_batch.id);
-    elsif v_poll.status in ('validating', 'in_progress', 'finalizing', 'cancelling')
-      and v_batch.submitted_at <= p_now - 2 * v_settings.batch_give_up_after then
-      perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI never finished the batch of this image.');
-      perform autotag.end_batch(v_batch, 'OpenAI has not finished this batch within two days.');
     elsif not v_batch.cancel_requested and v_poll.status in ('validating', 'in_progress', 'finalizing')
       and (v_batch.progress_at <= p_now - v_settings.batch_stuck_after
         or v_batch.submitted_at <= p_now - v_settings.batch_give_up_after)

@@ -1,13 +1,14 @@
 -- A worker reports a poll of the batches at OpenAI: they progress, end, get lost or get stuck.
 
 -- Records a poll: [{id, status, output_file_id, error_file_id, total, done, error_code, error, error_kind}]. Status `gone`:
--- OpenAI does not know the batch (any more, or with this key). What happens to a batch:
+-- OpenAI does not know the batch (any more, or with this key); `unread`: the worker cannot read its state. What happens to a batch:
 --   it has ended                       it waits to be harvested
 --   it failed: OpenAI's queue is full  it is planned again, which is no failure; if it is too large for the queue, in halves, and at
 --                                      last as single calls (refuse_tokens)
 --   gone in several polls in a row     it ends, and its images are retried
 --   no progress for too long           it is cancelled, if the limits admit its images as single calls
---   in flight for two days             it ends as if it were gone: OpenAI's window is 24 h
+--   in flight for two days, or unread  it ends as if it were gone: OpenAI's window is 24 h
+--     after two days
 -- Ignores workers without an assigned poll, batches that are not in flight, and invalid elements. Writes only rows that change.
 -- A batch that another transaction holds is left to the next poll, so a worker reports many batches in several calls. Returns the
 -- batches for which the worker calls show_batch() next.
@@ -132,6 +133,12 @@ begin
     v_poll := autotag.bound_counts(v_poll, v_batch);
     if v_poll.status = 'gone' then
       perform autotag.count_missing_poll(v_batch, p_look);
+    elsif v_poll.status in ('validating', 'in_progress', 'finalizing', 'cancelling', 'unread')
+      and v_batch.submitted_at <= p_now - 2 * v_settings.batch_give_up_after then
+      perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI never finished the batch of this image.');
+      perform autotag.end_batch(v_batch, 'OpenAI has not finished this batch within two days.');
+    elsif v_poll.status = 'unread' then
+      null;
     elsif v_poll.status = 'failed' and v_poll.error_code = 'token_limit_exceeded' then
       perform autotag.refuse_tokens(v_batch, v_poll.error, v_settings, p_now);
     -- If single calls work, an account error counts: after max_bad_answers, this account or deployment cannot do batches.
@@ -145,10 +152,6 @@ begin
     elsif v_batch.openai_status is distinct from v_poll.status or v_batch.request_done < v_poll.done or v_batch.missing_polls > 0 then
       perform autotag.move_batch(v_batch, v_poll, p_now);
       v_changed := array_append(v_changed, v_batch.id);
-    elsif v_poll.status in ('validating', 'in_progress', 'finalizing', 'cancelling')
-      and v_batch.submitted_at <= p_now - 2 * v_settings.batch_give_up_after then
-      perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI never finished the batch of this image.');
-      perform autotag.end_batch(v_batch, 'OpenAI has not finished this batch within two days.');
     elsif not v_batch.cancel_requested and v_poll.status in ('validating', 'in_progress', 'finalizing')
       and (v_batch.progress_at <= p_now - v_settings.batch_stuck_after
         or v_batch.submitted_at <= p_now - v_settings.batch_give_up_after)
