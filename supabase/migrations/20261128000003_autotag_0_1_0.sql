@@ -947,12 +947,13 @@ begin
   end if;
 end $$;
 
--- Validates a batch's status as the provider returns it. Null: invalid. `gone`: the provider does not know the batch.
+-- Validates a batch's status as the provider returns it. Null: invalid. `gone`: the provider does not know the batch. `unread`: the
+-- worker cannot read it.
 create or replace function autotag.clean_status(p_status text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select case when p_status in
-    ('validating', 'failed', 'in_progress', 'finalizing', 'completed', 'expired', 'cancelling', 'cancelled', 'gone')
+    ('validating', 'failed', 'in_progress', 'finalizing', 'completed', 'expired', 'cancelling', 'cancelled', 'gone', 'unread')
     then p_status end
 $$;
 
@@ -1790,6 +1791,9 @@ begin
         case when p_images > s.realtime_max_images then 60 * ((p_images - 1) / s.realtime_requests_per_minute) end,
         extract(epoch from autotag.wait_for_day(autotag.refilled_provider(v_now), p_images)), 0) end
   from autotag.settings s);
+exception when others then
+  raise warning 'autotag could not estimate a duration: %', sqlerrm;
+  return null;
 end $$;
 
 -- The single calls that wait to be released, in all workspaces.
@@ -1812,15 +1816,18 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
-  v_provider autotag.provider_limits := autotag.refilled_provider(v_now);
+  v_provider autotag.provider_limits;
   v_settings autotag.settings;
   v_max_requests integer;
   v_max_units integer;
-  v_queued bigint := coalesce((select sum(q.queued) from autotag.queues q where q.workspace_id = p_workspace_id and q.queued > 0
-      and (select j.cancelled_at from autotag.jobs j where j.id = q.job_id) is null), 0);
-  v_own bigint := v_queued + p_images;
+  v_queued bigint;
+  v_own bigint;
   v_everybody bigint;
 begin
+  v_provider := autotag.refilled_provider(v_now);
+  v_queued := coalesce((select sum(q.queued) from autotag.queues q where q.workspace_id = p_workspace_id and q.queued > 0
+      and (select j.cancelled_at from autotag.jobs j where j.id = q.job_id) is null), 0);
+  v_own := v_queued + p_images;
   select * into v_settings from autotag.settings;
   if not p_counted or v_provider.waiting_at < v_now - interval '2 s' then
     select c.workspaces, c.images into v_provider.waiting_workspaces, v_provider.waiting_images
@@ -1839,6 +1846,9 @@ begin
     (v_own * v_provider.tokens_per_image - v_max_units)::double precision / v_max_units,
     (v_everybody - v_provider.requests_left) / v_provider.requests_per_minute,
     (v_everybody * v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute));
+exception when others then
+  raise warning 'autotag could not predict a wait: %', sqlerrm;
+  return null;
 end $$;
 
 -- enqueue_tagging: checks an upload and makes it a job.
@@ -4728,7 +4738,7 @@ $$;
 --     since: epoch seconds; the batch and its files at OpenAI are not older. keep_files: seconds after which the provider is to
 --     delete its files; null: the provider supports no expiry.
 --   poll: [{id, since}] of all batches in flight if a poll is due, else null.
---   cancel: ids of those to cancel at OpenAI before the poll.
+--   cancel: ids of those to cancel at OpenAI after the poll; at most 100 at a time, of all workspaces alike.
 --   files: ids of files to delete at OpenAI (reported with files_deleted).
 --   question: as in claim().
 --   look_up: name of the model to check at the provider now (provider_checked), else null.
@@ -4843,10 +4853,15 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   select jsonb_agg(jsonb_build_object('id', b.openai_batch_id, 'since', autotag.real_epoch(b.created_at))
-           order by b.ordinal, b.created_at),
-         jsonb_agg(b.openai_batch_id) filter (where b.cancel_requested)
-  into poll, cancel
+           order by b.ordinal, b.created_at)
+  into poll
   from autotag.batches b where b.state = 'submitted';
+  -- In random order, so that one that the provider refuses stops no other for long.
+  select jsonb_agg(c.id) into cancel
+  from (
+    select b.openai_batch_id as id from autotag.batches b
+    where b.state = 'submitted' and b.cancel_requested and b.openai_status is distinct from 'cancelling'
+    order by row_number() over (partition by b.workspace_id order by random()) limit 100) c;
   select coalesce(jsonb_agg(f.id), '[]') into files
   from (
     select unnest(array[b.input_file_id, b.output_file_id, b.error_file_id]) as id
@@ -5559,13 +5574,14 @@ end $$;
 -- A worker reports a poll of the batches at OpenAI: they progress, end, get lost or get stuck.
 
 -- Records a poll: [{id, status, output_file_id, error_file_id, total, done, error_code, error, error_kind}]. Status `gone`:
--- OpenAI does not know the batch (any more, or with this key). What happens to a batch:
+-- OpenAI does not know the batch (any more, or with this key); `unread`: the worker cannot read its state. What happens to a batch:
 --   it has ended                       it waits to be harvested
 --   it failed: OpenAI's queue is full  it is planned again, which is no failure; if it is too large for the queue, in halves, and at
 --                                      last as single calls (refuse_tokens)
 --   gone in several polls in a row     it ends, and its images are retried
 --   no progress for too long           it is cancelled, if the limits admit its images as single calls
---   in flight for two days             it ends as if it were gone: OpenAI's window is 24 h
+--   in flight for two days, or unread  it ends as if it were gone: OpenAI's window is 24 h
+--     after two days
 -- Ignores workers without an assigned poll, batches that are not in flight, and invalid elements. Writes only rows that change.
 -- A batch that another transaction holds is left to the next poll, so a worker reports many batches in several calls. Returns the
 -- batches for which the worker calls show_batch() next.
@@ -5630,6 +5646,17 @@ begin
     where i.id is not null and i.status is not null);
 end $$;
 
+-- Bounds a poll's counts by the batch: it has at most as many lines as images, and at most all of them are done. A total of 0 is
+-- unknown.
+create or replace function autotag.bound_counts(p_poll autotag.batch_poll, p_batch autotag.batches) returns autotag.batch_poll
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  p_poll.total := greatest(p_batch.request_total, least(p_poll.total, p_batch.image_count - p_batch.express_count));
+  p_poll.done := least(p_poll.done, coalesce(nullif(p_poll.total, 0), p_batch.image_count - p_batch.express_count));
+  return p_poll;
+end $$;
+
 -- Applies a poll to the account: a poll that works ends the pause that a failed poll began, and a batch that failed with an
 -- account error (p_error: no credit) pauses tagging, as a single call would. p_limit: of the provider's queue, if it stated it.
 -- Locks: provider, in these cases.
@@ -5676,8 +5703,15 @@ begin
     where b.id = any (p_batches) order by b.id
   loop
     select * into v_batch from autotag.batches b where b.openai_batch_id = v_poll.id and b.state = 'submitted';
+    v_poll := autotag.bound_counts(v_poll, v_batch);
     if v_poll.status = 'gone' then
       perform autotag.count_missing_poll(v_batch, p_look);
+    elsif v_poll.status in ('validating', 'in_progress', 'finalizing', 'cancelling', 'unread')
+      and v_batch.submitted_at <= p_now - 2 * v_settings.batch_give_up_after then
+      perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI never finished the batch of this image.');
+      perform autotag.end_batch(v_batch, 'OpenAI has not finished this batch within two days.');
+    elsif v_poll.status = 'unread' then
+      null;
     elsif v_poll.status = 'failed' and v_poll.error_code = 'token_limit_exceeded' then
       perform autotag.refuse_tokens(v_batch, v_poll.error, v_settings, p_now);
     -- If single calls work, an account error counts: after max_bad_answers, this account or deployment cannot do batches.
@@ -5691,10 +5725,6 @@ begin
     elsif v_batch.openai_status is distinct from v_poll.status or v_batch.request_done < v_poll.done or v_batch.missing_polls > 0 then
       perform autotag.move_batch(v_batch, v_poll, p_now);
       v_changed := array_append(v_changed, v_batch.id);
-    elsif v_poll.status in ('validating', 'in_progress', 'finalizing', 'cancelling')
-      and v_batch.submitted_at <= p_now - 2 * v_settings.batch_give_up_after then
-      perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI never finished the batch of this image.');
-      perform autotag.end_batch(v_batch, 'OpenAI has not finished this batch within two days.');
     elsif not v_batch.cancel_requested and v_poll.status in ('validating', 'in_progress', 'finalizing')
       and (v_batch.progress_at <= p_now - v_settings.batch_stuck_after
         or v_batch.submitted_at <= p_now - v_settings.batch_give_up_after)
@@ -5735,7 +5765,7 @@ declare
   v_batch autotag.batches;
 begin
   update autotag.batches b
-  set openai_status = p_polled.status, request_total = greatest(b.request_total, p_polled.total),
+  set openai_status = p_polled.status, request_total = p_polled.total,
       request_done = greatest(b.request_done, p_polled.done), progress_at = p_now, missing_polls = 0,
       running_at = coalesce(b.running_at, case when p_polled.status = 'in_progress' then p_now end),
       output_file_id = p_polled.output_file_id, error_file_id = p_polled.error_file_id, error = p_polled.error
@@ -7281,7 +7311,9 @@ end $$;
 
 -- Predicts when a job ends. Single calls: from their schedule under the present limits and queues. Batches: from the durations
 -- of earlier ones (by size and time of day, the newest weigh most), and once a batch makes progress, from its pace. Users see
--- the median; the 90th percentile is available too.
+-- the median; the 90th percentile is available too. Predictions are made inside uploads, reports and polls, and read what providers
+-- and operators set, so none of them raises: predict_batch, batch_eta, predict_new_batch, predict_job, predict_wait and estimate_seconds warn and return
+-- null (about 5 µs, of the millisecond that a prediction takes).
 
 -- Possible durations of a batch of p_images images that starts at p_started, in seconds with weights: those of recent batches
 -- and a prior with a median of settings.batch_seconds (45 min), from a third (15 min) to 16 times that (12 h); OpenAI promises
@@ -7310,17 +7342,27 @@ begin
       select f.heading, f.images, f.submitted_at, p_now, 2.0
       from (
         select b.image_count - b.express_count as images, b.submitted_at,
-          case when b.request_done > 0.1 * b.request_total and b.running_at is not null
-            then autotag.projected_duration(b.submitted_at, b.running_at, p_now, b.request_done::double precision / b.request_total)
+          case when d.share > 0.1 and b.running_at is not null
+            then autotag.projected_duration(b.submitted_at, b.running_at, p_now, d.share)
             else 2 * nullif(greatest(date_part('epoch', p_now - b.submitted_at) - b.predicted_seconds, 0), 0)
               + b.predicted_seconds end as heading
-        from autotag.batches b where b.state = 'submitted' and b.id is distinct from p_except
+        from autotag.batches b cross join lateral (select autotag.share_done(b) as share offset 0) d
+        where b.state = 'submitted' and b.id is distinct from p_except
         order by b.submitted_at desc limit 50) f
       where f.heading is not null
     ) s
     union all
     select v_settings.batch_seconds * x, 0.3
     from unnest(array[0.33, 0.5, 0.75, 1, 2, 5, 16]::double precision[]) x;
+end $$;
+
+-- How much of a batch is done, from 0 to 1: of the lines that the provider counts, or of its images if the provider does not say.
+create or replace function autotag.share_done(p_batch autotag.batches) returns double precision
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return least(1, p_batch.request_done::double precision
+    / coalesce(nullif(p_batch.request_total, 0), p_batch.image_count - p_batch.express_count));
 end $$;
 
 -- Total duration of a batch whose share p_share is done: the wait until p_running, then a constant pace.
@@ -7342,11 +7384,13 @@ create or replace function autotag.predict_batch(
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_age double precision := greatest(date_part('epoch', p_now - p_started), 0);
-  v_trust double precision := case when p_running is null then 0 else least(1, 3 * p_share) end;
+  v_age double precision;
+  v_trust double precision;
   v_heading double precision;
   v_unsure double precision;    -- ln(p90 / p50) of the history, weighted by 1 - v_trust
 begin
+  v_age := greatest(date_part('epoch', p_now - p_started), 0);
+  v_trust := case when p_running is null then 0 else least(1, 3 * p_share) end;
   select min(l.seconds) filter (where l.upto >= 0.5 * l.total), min(l.seconds) filter (where l.upto >= 0.9 * l.total)
   into p50, p90
   from (
@@ -7362,6 +7406,9 @@ begin
     -- In one case of ten the rest takes a third longer than at the pace so far.
     p90 := exp(v_unsure) * (p50 + v_trust * (p50 - v_age) / 3);
   end if;
+exception when others then
+  raise warning 'autotag could not predict a batch: %', sqlerrm;
+  p50 := null; p90 := null;
 end $$;
 
 -- When a batch may start. A batch that the workspace's window has not admitted waits until the window has room for the batches
@@ -7392,13 +7439,17 @@ create or replace function autotag.batch_eta(p_batch autotag.batches, p_now time
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_started timestamptz := coalesce(p_batch.submitted_at, autotag.batch_start_eta(p_batch, p_now));
+  v_started timestamptz;
   v_seconds record;
 begin
+  v_started := coalesce(p_batch.submitted_at, autotag.batch_start_eta(p_batch, p_now));
   v_seconds := autotag.predict_batch(p_batch.image_count - p_batch.express_count, v_started, greatest(p_now, v_started),
-    p_batch.running_at, p_batch.request_done::double precision / greatest(p_batch.request_total, 1), p_batch.id);
+    p_batch.running_at, autotag.share_done(p_batch), p_batch.id);
   p50 := v_started + make_interval(secs => v_seconds.p50);
   p90 := v_started + make_interval(secs => v_seconds.p90);
+exception when others then
+  raise warning 'autotag could not predict the end of a batch: %', sqlerrm;
+  p50 := null; p90 := null;
 end $$;
 
 -- When one more batch of p_images images would start and end, behind all batches of the workspace that wait for its window.
@@ -7418,19 +7469,21 @@ begin
   v_batch.ordinal := 1;
   starts_at := autotag.batch_start_eta(v_batch, p_now);
   ends_at := (autotag.batch_eta(v_batch, p_now)).p50;
+exception when others then
+  raise warning 'autotag could not predict the start of a batch: %', sqlerrm;
+  starts_at := null; ends_at := null;
 end $$;
 
--- Predicts the end of a job and stores it: its last batch, or the last of its single calls, which wait for the limits and for
--- their chunks. p_wait: the wait for the limits, if the caller has computed it. The caller holds the job's lock.
-create or replace function autotag.refresh_eta(p_job_id uuid, p_wait interval default null) returns timestamptz
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+-- Predicts the end of a job: its last batch, or the last of its single calls, which wait for the limits and for their chunks.
+-- p_wait: the wait for the limits, if the caller has computed it.
+create or replace function autotag.predict_job(p_job_id uuid, p_wait interval, out p50 timestamptz, out p90 timestamptz)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
   v_settings autotag.settings;
   v_single interval;
   v_batches record;
-  v_eta timestamptz;
 begin
   select * into v_settings from autotag.settings;
   v_single := make_interval(secs => v_settings.call_seconds) + coalesce((
@@ -7445,8 +7498,24 @@ begin
     from autotag.batches b where b.job_id = p_job_id and b.state not in ('done', 'cancelled')
     order by b.openai_batch_id, b.not_before, b.image_count - b.express_count, b.ordinal desc) d
   cross join lateral autotag.batch_eta(d.batch, v_now) e;
-  update autotag.jobs j
-  set eta = greatest(v_now + v_single, v_batches.p50), eta_p90 = greatest(v_now + 2 * v_single, v_batches.p90)
+  p50 := greatest(v_now + v_single, v_batches.p50);
+  p90 := greatest(v_now + 2 * v_single, v_batches.p90);
+exception when others then
+  raise warning 'autotag could not predict the end of an upload: %', sqlerrm;
+  p50 := null; p90 := null;
+end $$;
+
+-- Predicts the end of a job (predict_job) and stores it. The caller holds the job's lock.
+create or replace function autotag.refresh_eta(p_job_id uuid, p_wait interval default null) returns timestamptz
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_end record;
+  v_eta timestamptz;
+begin
+  -- The write is outside of predict_job()'s subtransaction, which would have to get an id for it.
+  v_end := autotag.predict_job(p_job_id, p_wait);
+  update autotag.jobs j set eta = v_end.p50, eta_p90 = v_end.p90
   where j.id = p_job_id and j.finished_at is null
   returning j.eta into v_eta;
   return v_eta;
@@ -8124,7 +8193,7 @@ begin
     'type', v_type,
     'chunks', case v_type when 'realtime' then 1
       when 'realtime-chunked' then ceil(p_images::numeric / v_settings.chunk_size) else 0 end,
-    'delay_ms', case v_type when 'realtime-chunked' then (extract(epoch from v_settings.chunk_delay) * 1000)::integer else 0 end,
+    'delay_ms', case v_type when 'realtime-chunked' then (extract(epoch from v_settings.chunk_delay) * 1000)::bigint else 0 end,
     'batches', v_batches,
     'estimate_seconds', autotag.estimate_seconds(p_images, v_batches))
     -- why that many images are not sent in a batch

@@ -46,7 +46,7 @@ begin
     'type', v_type,
     'chunks', case v_type when 'realtime' then 1
       when 'realtime-chunked' then ceil(p_images::numeric / v_settings.chunk_size) else 0 end,
-    'delay_ms', case v_type when 'realtime-chunked' then (extract(epoch from v_settings.chunk_delay) * 1000)::integer else 0 end,
+    'delay_ms', case v_type when 'realtime-chunked' then (extract(epoch from v_settings.chunk_delay) * 1000)::bigint else 0 end,
     'batches', v_batches,
     'estimate_seconds', autotag.estimate_seconds(p_images, v_batches))
     -- why that many images are not sent in a batch

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import json
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from benchmarks import eta
@@ -200,3 +204,64 @@ def test_a_batch_that_ended_in_the_future_fails_nothing(library: Library) -> Non
     library.sql("update autotag.settings set eta_half_life_days = 0.001")
     remember(library, 600, days_ago=-30)
     assert predict(library)[0] == 600
+
+
+COUNTS = st.integers(-1, 60_000) | st.sampled_from([0, 1, 95, 2**31, 10**30])
+POSITIVE = st.floats(min_value=0, exclude_min=True) | st.sampled_from([1e-308, 0.5, 1e300, float("inf"), float("nan")])
+STATUSES = st.sampled_from(["validating", "in_progress", "finalizing", "completed", "cancelling", "gone"])
+
+
+@pytest.fixture
+def polled(library: Library) -> Iterator[psycopg.Connection[Any]]:
+    """A connection of the owner, with two batches in flight of one workspace and a worker that polls."""
+    library.enqueue(library.insert([f"{i}.jpg" for i in range(300)]))
+    with psycopg.connect(library.stack.database_url(), autocommit=True) as connection:
+        connection.execute("update autotag.batches set state = 'submitted', openai_batch_id = 'b-' || ordinal,"
+            " submitted_at = now() - interval '1 h', progress_at = now(), predicted_seconds = 600,"
+            " openai_status = 'validating' where ordinal < 3")  # fmt: skip
+        connection.execute("select autotag.register_worker(gen_random_uuid(), 'h', autotag.schema_version(), true)")
+        connection.execute("update autotag.workers set poll_assigned_at = now()")
+        yield connection
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    polls=st.lists(st.tuples(STATUSES, COUNTS, COUNTS), min_size=1, max_size=3),
+    call_seconds=POSITIVE, batch_seconds=POSITIVE, half_life=POSITIVE,
+    chunk_delay=st.sampled_from(["0", "2 s", "178000000 years"]),
+)  # fmt: skip
+@example(polls=[("in_progress", 0, 5)], call_seconds=4, batch_seconds=2700, half_life=1, chunk_delay="2 s")
+@example(polls=[("in_progress", 95, 20)], call_seconds=1e300, batch_seconds=1e300, half_life=1, chunk_delay="2 s")
+def test_no_poll_and_no_setting_makes_a_prediction_fail(
+    polled: psycopg.Connection[Any],
+    library: Library,
+    polls: list[tuple[str, int, int]],
+    call_seconds: float,
+    batch_seconds: float,
+    half_life: float,
+    chunk_delay: str,
+) -> None:
+    """Predictions are made inside polls, uploads and outcomes of all tenants: none of these may fail because of one."""
+    with polled.transaction(force_rollback=True):
+        polled.execute(
+            "update autotag.settings set call_seconds = %s, batch_seconds = %s, eta_half_life_days = %s, chunk_delay = %s",
+            (call_seconds, batch_seconds, half_life, chunk_delay),
+        )
+        for status, total, done in polls:
+            poll = json.dumps([{"id": "b-1", "status": status, "total": total, "done": done}])
+            polled.execute("select autotag.record_poll((select id from autotag.workers), %s)", (poll,))
+        [row] = polled.execute("select request_total, request_done, image_count - express_count"
+            " from autotag.batches where ordinal = 1")  # fmt: skip
+        assert 0 <= row[1] <= (row[0] or row[2]) <= row[2], "no more is done than there is"
+        polled.execute("select autotag.show_batch((select id from autotag.workers), b.id, 0, 1) from autotag.batches b")
+        polled.execute("update autotag.jobs set broadcast_at = '-infinity'")
+        polled.execute("select autotag.count_finished(id, 1, 0) from autotag.jobs")
+        polled.execute("select autotag.status(), public.tagging_strategy(10), public.tagging_strategy(1000)")
+        for images in (1, 20, 60):
+            polled.execute(
+                "with mine as (insert into public.workspaces (name) values ('another') returning id), added as ("
+                "  insert into public.assets (workspace_id, storage_path) select m.id, m.id || '/' || i"
+                "  from mine m, generate_series(1, %s) i returning id)"
+                " select public.enqueue_tagging((select array_agg(id) from added))",
+                (images,),
+            )

@@ -62,7 +62,7 @@ class Engine:
             i for (i,) in self.sql("select openai_batch_id from autotag.batches where state = 'submitted' order by 1")
         ]
 
-    def poll(self, ids: list[str], **status: str) -> None:
+    def poll(self, ids: list[str], **status: object) -> None:
         self.sql("update autotag.workers set poll_assigned_at = autotag.now()")
         self.sql("select autotag.record_poll(%s, %s)", WORKER, json.dumps([{"id": i, **status} for i in ids]))
 
@@ -228,3 +228,41 @@ def test_images_of_a_batch_become_single_calls_in_a_workspace_that_had_none(engi
     for number in (2, 3):
         engine.sql("select from autotag.claim(%s, 10, %s)", WORKER, number)
     assert engine.sql("select count(*) from autotag.tasks where worker_id is not null") == [(1,)]
+
+
+def test_a_batch_that_cannot_be_read_or_never_ends_is_over_after_two_days(engine: Engine) -> None:
+    """Its images are asked again, whatever its polls say until then."""
+    engine.upload(40)
+    [batch] = engine.submit()
+    for hour in range(0, 47, 4):
+        engine.set_time(3600 * hour)
+        engine.poll([batch], status="unread" if hour % 8 else "validating")
+        assert engine.sql("select state from autotag.batches") == [("submitted",)]
+        engine.poll([batch], status="in_progress", total=40, done=1)  # such a provider changes it at every poll
+    engine.set_time(3600 * 46)
+    engine.poll([batch], status="unread")
+    assert engine.sql("select state, error from autotag.batches where openai_batch_id = %s", batch) == [
+        ("done", "OpenAI has not finished this batch within two days.")
+    ]
+    assert engine.sql("select failures, count(*) from autotag.tasks group by 1") == [(1, 40)]
+
+
+def test_cancellations_are_few_at_a_time_and_of_all_workspaces(engine: Engine) -> None:
+    """Those that the provider is cancelling already are not among them."""
+    engine.sql(
+        "insert into autotag.jobs (workspace_id, strategy, image_count, created_at)"
+        " select gen_random_uuid(), 'batch', 5000, autotag.now() from generate_series(1, 2)"
+    )
+    engine.sql(
+        "insert into autotag.batches (job_id, workspace_id, ordinal, image_count, created_at, state, openai_batch_id,"
+        "  openai_status, submitted_at, cancel_requested)"
+        " select j.id, j.workspace_id, n, 10, autotag.now(), 'submitted', j.id || '-' || n,"
+        "  case when n % 2 = 0 then 'cancelling' else 'in_progress' end, autotag.now(), j.id = first.id or n < 8"
+        " from (select id from autotag.jobs limit 1) first, autotag.jobs j, generate_series(1, 1000) n"
+    )
+    [(cancel,)] = engine.sql("select cancel from autotag.list_polls()")
+    counts = engine.sql(
+        "select openai_status, count(*) from autotag.batches where openai_batch_id in"
+        " (select jsonb_array_elements_text(%s)) group by job_id, 1 order by 2", json.dumps(cancel),
+    )  # fmt: skip
+    assert counts == [("in_progress", 4), ("in_progress", 96)]

@@ -97,12 +97,13 @@ begin
   end if;
 end $$;
 
--- Validates a batch's status as the provider returns it. Null: invalid. `gone`: the provider does not know the batch.
+-- Validates a batch's status as the provider returns it. Null: invalid. `gone`: the provider does not know the batch. `unread`: the
+-- worker cannot read it.
 create or replace function autotag.clean_status(p_status text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select case when p_status in
-    ('validating', 'failed', 'in_progress', 'finalizing', 'completed', 'expired', 'cancelling', 'cancelled', 'gone')
+    ('validating', 'failed', 'in_progress', 'finalizing', 'completed', 'expired', 'cancelling', 'cancelled', 'gone', 'unread')
     then p_status end
 $$;
 

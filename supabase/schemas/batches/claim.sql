@@ -24,7 +24,7 @@ $$;
 --     since: epoch seconds; the batch and its files at OpenAI are not older. keep_files: seconds after which the provider is to
 --     delete its files; null: the provider supports no expiry.
 --   poll: [{id, since}] of all batches in flight if a poll is due, else null.
---   cancel: ids of those to cancel at OpenAI before the poll.
+--   cancel: ids of those to cancel at OpenAI after the poll; at most 100 at a time, of all workspaces alike.
 --   files: ids of files to delete at OpenAI (reported with files_deleted).
 --   question: as in claim().
 --   look_up: name of the model to check at the provider now (provider_checked), else null.
@@ -139,10 +139,15 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   select jsonb_agg(jsonb_build_object('id', b.openai_batch_id, 'since', autotag.real_epoch(b.created_at))
-           order by b.ordinal, b.created_at),
-         jsonb_agg(b.openai_batch_id) filter (where b.cancel_requested)
-  into poll, cancel
+           order by b.ordinal, b.created_at)
+  into poll
   from autotag.batches b where b.state = 'submitted';
+  -- In random order, so that one that the provider refuses stops no other for long.
+  select jsonb_agg(c.id) into cancel
+  from (
+    select b.openai_batch_id as id from autotag.batches b
+    where b.state = 'submitted' and b.cancel_requested and b.openai_status is distinct from 'cancelling'
+    order by row_number() over (partition by b.workspace_id order by random()) limit 100) c;
   select coalesce(jsonb_agg(f.id), '[]') into files
   from (
     select unnest(array[b.input_file_id, b.output_file_id, b.error_file_id]) as id

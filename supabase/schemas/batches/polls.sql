@@ -1,13 +1,14 @@
 -- A worker reports a poll of the batches at OpenAI: they progress, end, get lost or get stuck.
 
 -- Records a poll: [{id, status, output_file_id, error_file_id, total, done, error_code, error, error_kind}]. Status `gone`:
--- OpenAI does not know the batch (any more, or with this key). What happens to a batch:
+-- OpenAI does not know the batch (any more, or with this key); `unread`: the worker cannot read its state. What happens to a batch:
 --   it has ended                       it waits to be harvested
 --   it failed: OpenAI's queue is full  it is planned again, which is no failure; if it is too large for the queue, in halves, and at
 --                                      last as single calls (refuse_tokens)
 --   gone in several polls in a row     it ends, and its images are retried
 --   no progress for too long           it is cancelled, if the limits admit its images as single calls
---   in flight for two days             it ends as if it were gone: OpenAI's window is 24 h
+--   in flight for two days, or unread  it ends as if it were gone: OpenAI's window is 24 h
+--     after two days
 -- Ignores workers without an assigned poll, batches that are not in flight, and invalid elements. Writes only rows that change.
 -- A batch that another transaction holds is left to the next poll, so a worker reports many batches in several calls. Returns the
 -- batches for which the worker calls show_batch() next.
@@ -72,6 +73,17 @@ begin
     where i.id is not null and i.status is not null);
 end $$;
 
+-- Bounds a poll's counts by the batch: it has at most as many lines as images, and at most all of them are done. A total of 0 is
+-- unknown.
+create or replace function autotag.bound_counts(p_poll autotag.batch_poll, p_batch autotag.batches) returns autotag.batch_poll
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  p_poll.total := greatest(p_batch.request_total, least(p_poll.total, p_batch.image_count - p_batch.express_count));
+  p_poll.done := least(p_poll.done, coalesce(nullif(p_poll.total, 0), p_batch.image_count - p_batch.express_count));
+  return p_poll;
+end $$;
+
 -- Applies a poll to the account: a poll that works ends the pause that a failed poll began, and a batch that failed with an
 -- account error (p_error: no credit) pauses tagging, as a single call would. p_limit: of the provider's queue, if it stated it.
 -- Locks: provider, in these cases.
@@ -118,8 +130,15 @@ begin
     where b.id = any (p_batches) order by b.id
   loop
     select * into v_batch from autotag.batches b where b.openai_batch_id = v_poll.id and b.state = 'submitted';
+    v_poll := autotag.bound_counts(v_poll, v_batch);
     if v_poll.status = 'gone' then
       perform autotag.count_missing_poll(v_batch, p_look);
+    elsif v_poll.status in ('validating', 'in_progress', 'finalizing', 'cancelling', 'unread')
+      and v_batch.submitted_at <= p_now - 2 * v_settings.batch_give_up_after then
+      perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI never finished the batch of this image.');
+      perform autotag.end_batch(v_batch, 'OpenAI has not finished this batch within two days.');
+    elsif v_poll.status = 'unread' then
+      null;
     elsif v_poll.status = 'failed' and v_poll.error_code = 'token_limit_exceeded' then
       perform autotag.refuse_tokens(v_batch, v_poll.error, v_settings, p_now);
     -- If single calls work, an account error counts: after max_bad_answers, this account or deployment cannot do batches.
@@ -133,10 +152,6 @@ begin
     elsif v_batch.openai_status is distinct from v_poll.status or v_batch.request_done < v_poll.done or v_batch.missing_polls > 0 then
       perform autotag.move_batch(v_batch, v_poll, p_now);
       v_changed := array_append(v_changed, v_batch.id);
-    elsif v_poll.status in ('validating', 'in_progress', 'finalizing', 'cancelling')
-      and v_batch.submitted_at <= p_now - 2 * v_settings.batch_give_up_after then
-      perform autotag.requeue_batch(v_batch, true, 1, 'batch_gone', 'OpenAI never finished the batch of this image.');
-      perform autotag.end_batch(v_batch, 'OpenAI has not finished this batch within two days.');
     elsif not v_batch.cancel_requested and v_poll.status in ('validating', 'in_progress', 'finalizing')
       and (v_batch.progress_at <= p_now - v_settings.batch_stuck_after
         or v_batch.submitted_at <= p_now - v_settings.batch_give_up_after)
@@ -177,7 +192,7 @@ declare
   v_batch autotag.batches;
 begin
   update autotag.batches b
-  set openai_status = p_polled.status, request_total = greatest(b.request_total, p_polled.total),
+  set openai_status = p_polled.status, request_total = p_polled.total,
       request_done = greatest(b.request_done, p_polled.done), progress_at = p_now, missing_polls = 0,
       running_at = coalesce(b.running_at, case when p_polled.status = 'in_progress' then p_now end),
       output_file_id = p_polled.output_file_id, error_file_id = p_polled.error_file_id, error = p_polled.error

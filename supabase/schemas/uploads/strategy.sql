@@ -47,6 +47,9 @@ begin
         case when p_images > s.realtime_max_images then 60 * ((p_images - 1) / s.realtime_requests_per_minute) end,
         extract(epoch from autotag.wait_for_day(autotag.refilled_provider(v_now), p_images)), 0) end
   from autotag.settings s);
+exception when others then
+  raise warning 'autotag could not estimate a duration: %', sqlerrm;
+  return null;
 end $$;
 
 -- The single calls that wait to be released, in all workspaces.
@@ -69,15 +72,18 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
-  v_provider autotag.provider_limits := autotag.refilled_provider(v_now);
+  v_provider autotag.provider_limits;
   v_settings autotag.settings;
   v_max_requests integer;
   v_max_units integer;
-  v_queued bigint := coalesce((select sum(q.queued) from autotag.queues q where q.workspace_id = p_workspace_id and q.queued > 0
-      and (select j.cancelled_at from autotag.jobs j where j.id = q.job_id) is null), 0);
-  v_own bigint := v_queued + p_images;
+  v_queued bigint;
+  v_own bigint;
   v_everybody bigint;
 begin
+  v_provider := autotag.refilled_provider(v_now);
+  v_queued := coalesce((select sum(q.queued) from autotag.queues q where q.workspace_id = p_workspace_id and q.queued > 0
+      and (select j.cancelled_at from autotag.jobs j where j.id = q.job_id) is null), 0);
+  v_own := v_queued + p_images;
   select * into v_settings from autotag.settings;
   if not p_counted or v_provider.waiting_at < v_now - interval '2 s' then
     select c.workspaces, c.images into v_provider.waiting_workspaces, v_provider.waiting_images
@@ -96,4 +102,7 @@ begin
     (v_own * v_provider.tokens_per_image - v_max_units)::double precision / v_max_units,
     (v_everybody - v_provider.requests_left) / v_provider.requests_per_minute,
     (v_everybody * v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute));
+exception when others then
+  raise warning 'autotag could not predict a wait: %', sqlerrm;
+  return null;
 end $$;

@@ -1,6 +1,8 @@
 -- Predicts when a job ends. Single calls: from their schedule under the present limits and queues. Batches: from the durations
 -- of earlier ones (by size and time of day, the newest weigh most), and once a batch makes progress, from its pace. Users see
--- the median; the 90th percentile is available too.
+-- the median; the 90th percentile is available too. Predictions are made inside uploads, reports and polls, and read what providers
+-- and operators set, so none of them raises: predict_batch, batch_eta, predict_new_batch, predict_job, predict_wait and estimate_seconds warn and return
+-- null (about 5 µs, of the millisecond that a prediction takes).
 
 -- Possible durations of a batch of p_images images that starts at p_started, in seconds with weights: those of recent batches
 -- and a prior with a median of settings.batch_seconds (45 min), from a third (15 min) to 16 times that (12 h); OpenAI promises
@@ -29,17 +31,27 @@ begin
       select f.heading, f.images, f.submitted_at, p_now, 2.0
       from (
         select b.image_count - b.express_count as images, b.submitted_at,
-          case when b.request_done > 0.1 * b.request_total and b.running_at is not null
-            then autotag.projected_duration(b.submitted_at, b.running_at, p_now, b.request_done::double precision / b.request_total)
+          case when d.share > 0.1 and b.running_at is not null
+            then autotag.projected_duration(b.submitted_at, b.running_at, p_now, d.share)
             else 2 * nullif(greatest(date_part('epoch', p_now - b.submitted_at) - b.predicted_seconds, 0), 0)
               + b.predicted_seconds end as heading
-        from autotag.batches b where b.state = 'submitted' and b.id is distinct from p_except
+        from autotag.batches b cross join lateral (select autotag.share_done(b) as share offset 0) d
+        where b.state = 'submitted' and b.id is distinct from p_except
         order by b.submitted_at desc limit 50) f
       where f.heading is not null
     ) s
     union all
     select v_settings.batch_seconds * x, 0.3
     from unnest(array[0.33, 0.5, 0.75, 1, 2, 5, 16]::double precision[]) x;
+end $$;
+
+-- How much of a batch is done, from 0 to 1: of the lines that the provider counts, or of its images if the provider does not say.
+create or replace function autotag.share_done(p_batch autotag.batches) returns double precision
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return least(1, p_batch.request_done::double precision
+    / coalesce(nullif(p_batch.request_total, 0), p_batch.image_count - p_batch.express_count));
 end $$;
 
 -- Total duration of a batch whose share p_share is done: the wait until p_running, then a constant pace.
@@ -61,11 +73,13 @@ create or replace function autotag.predict_batch(
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_age double precision := greatest(date_part('epoch', p_now - p_started), 0);
-  v_trust double precision := case when p_running is null then 0 else least(1, 3 * p_share) end;
+  v_age double precision;
+  v_trust double precision;
   v_heading double precision;
   v_unsure double precision;    -- ln(p90 / p50) of the history, weighted by 1 - v_trust
 begin
+  v_age := greatest(date_part('epoch', p_now - p_started), 0);
+  v_trust := case when p_running is null then 0 else least(1, 3 * p_share) end;
   select min(l.seconds) filter (where l.upto >= 0.5 * l.total), min(l.seconds) filter (where l.upto >= 0.9 * l.total)
   into p50, p90
   from (
@@ -81,6 +95,9 @@ begin
     -- In one case of ten the rest takes a third longer than at the pace so far.
     p90 := exp(v_unsure) * (p50 + v_trust * (p50 - v_age) / 3);
   end if;
+exception when others then
+  raise warning 'autotag could not predict a batch: %', sqlerrm;
+  p50 := null; p90 := null;
 end $$;
 
 -- When a batch may start. A batch that the workspace's window has not admitted waits until the window has room for the batches
@@ -111,13 +128,17 @@ create or replace function autotag.batch_eta(p_batch autotag.batches, p_now time
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_started timestamptz := coalesce(p_batch.submitted_at, autotag.batch_start_eta(p_batch, p_now));
+  v_started timestamptz;
   v_seconds record;
 begin
+  v_started := coalesce(p_batch.submitted_at, autotag.batch_start_eta(p_batch, p_now));
   v_seconds := autotag.predict_batch(p_batch.image_count - p_batch.express_count, v_started, greatest(p_now, v_started),
-    p_batch.running_at, p_batch.request_done::double precision / greatest(p_batch.request_total, 1), p_batch.id);
+    p_batch.running_at, autotag.share_done(p_batch), p_batch.id);
   p50 := v_started + make_interval(secs => v_seconds.p50);
   p90 := v_started + make_interval(secs => v_seconds.p90);
+exception when others then
+  raise warning 'autotag could not predict the end of a batch: %', sqlerrm;
+  p50 := null; p90 := null;
 end $$;
 
 -- When one more batch of p_images images would start and end, behind all batches of the workspace that wait for its window.
@@ -137,19 +158,21 @@ begin
   v_batch.ordinal := 1;
   starts_at := autotag.batch_start_eta(v_batch, p_now);
   ends_at := (autotag.batch_eta(v_batch, p_now)).p50;
+exception when others then
+  raise warning 'autotag could not predict the start of a batch: %', sqlerrm;
+  starts_at := null; ends_at := null;
 end $$;
 
--- Predicts the end of a job and stores it: its last batch, or the last of its single calls, which wait for the limits and for
--- their chunks. p_wait: the wait for the limits, if the caller has computed it. The caller holds the job's lock.
-create or replace function autotag.refresh_eta(p_job_id uuid, p_wait interval default null) returns timestamptz
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+-- Predicts the end of a job: its last batch, or the last of its single calls, which wait for the limits and for their chunks.
+-- p_wait: the wait for the limits, if the caller has computed it.
+create or replace function autotag.predict_job(p_job_id uuid, p_wait interval, out p50 timestamptz, out p90 timestamptz)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
   v_settings autotag.settings;
   v_single interval;
   v_batches record;
-  v_eta timestamptz;
 begin
   select * into v_settings from autotag.settings;
   v_single := make_interval(secs => v_settings.call_seconds) + coalesce((
@@ -164,8 +187,24 @@ begin
     from autotag.batches b where b.job_id = p_job_id and b.state not in ('done', 'cancelled')
     order by b.openai_batch_id, b.not_before, b.image_count - b.express_count, b.ordinal desc) d
   cross join lateral autotag.batch_eta(d.batch, v_now) e;
-  update autotag.jobs j
-  set eta = greatest(v_now + v_single, v_batches.p50), eta_p90 = greatest(v_now + 2 * v_single, v_batches.p90)
+  p50 := greatest(v_now + v_single, v_batches.p50);
+  p90 := greatest(v_now + 2 * v_single, v_batches.p90);
+exception when others then
+  raise warning 'autotag could not predict the end of an upload: %', sqlerrm;
+  p50 := null; p90 := null;
+end $$;
+
+-- Predicts the end of a job (predict_job) and stores it. The caller holds the job's lock.
+create or replace function autotag.refresh_eta(p_job_id uuid, p_wait interval default null) returns timestamptz
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_end record;
+  v_eta timestamptz;
+begin
+  -- The write is outside of predict_job()'s subtransaction, which would have to get an id for it.
+  v_end := autotag.predict_job(p_job_id, p_wait);
+  update autotag.jobs j set eta = v_end.p50, eta_p90 = v_end.p90
   where j.id = p_job_id and j.finished_at is null
   returning j.eta into v_eta;
   return v_eta;

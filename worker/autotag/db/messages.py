@@ -176,7 +176,7 @@ class BatchClaim:
         wait: seconds until the next useful claim; None: until a notification.
         settings: for these batches.
         poll: batches to poll.
-        cancel: OpenAI's ids of batches to cancel before the poll.
+        cancel: OpenAI's ids of batches to cancel after the poll.
         files: files to delete.
         look_up: the model to check at the provider; None: no check is due.
     """
@@ -316,8 +316,8 @@ class ObservedLimits(Limits, total=False):
 class PolledBatch(TypedDict):
     """The state of a batch at OpenAI, in the form that ``autotag.record_poll`` expects.
 
-    status: OpenAI's, or ``gone`` if OpenAI does not find the batch. total: lines of its input file. done: lines that
-    have an answer.
+    status: OpenAI's, ``gone`` if OpenAI does not find the batch, or ``unread`` if its state cannot be read. total:
+    lines of its input file. done: lines that have an answer.
     """
 
     id: str

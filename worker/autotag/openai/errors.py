@@ -53,7 +53,8 @@ def classify(error: openai.APIError) -> TaggingError:
 
 def no_answer() -> TaggingError:
     """The error of an answer with status 200 that cannot be parsed."""
-    return TaggingError("transient", "provider_error", "The AI service gave no answer.", origin="provider")
+    message = "The AI service gave no answer."
+    return TaggingError("transient", "provider_error", message, origin="provider", status=200)
 
 
 def classify_batch_error(error: TaggingError) -> TaggingError:

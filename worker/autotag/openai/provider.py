@@ -121,12 +121,16 @@ class Provider:
             )
 
     async def batches_since(self, since: float) -> AsyncIterator[ProviderBatch]:
-        """Yields the batches created after ``since`` (epoch seconds), the newest first."""
+        """Yields the batches created after ``since`` (epoch seconds), the newest first. Odd ones are left out."""
         with classified_errors():
-            async for batch in self._client.batches.list(limit=LIST_PAGE):
+            async for item in self._client.batches.list(limit=LIST_PAGE):
+                try:
+                    batch = read_batch(item)
+                except TaggingError:
+                    continue
                 if batch.created_at < since - CLOCK_SKEW:
                     return
-                yield read_batch(batch)
+                yield batch
 
     async def retrieve_batch(self, batch_id: str) -> ProviderBatch:
         """Gets a batch by its id."""

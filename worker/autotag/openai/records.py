@@ -13,6 +13,7 @@ from openai.types import Batch
 
 from autotag.db.messages import Kind, Limits
 from autotag.openai.classify import MESSAGE_LENGTH, classify_status
+from autotag.openai.errors import no_answer
 from autotag.redact import redact
 from autotag.texts import clean_text
 
@@ -92,18 +93,34 @@ class Delivery:
 
 
 def read_batch(batch: Batch) -> ProviderBatch:
-    """Converts a batch of the SDK."""
+    """Converts a batch of the SDK, which does not validate it. A count that is none is 0.
+
+    Raises:
+        TaggingError: this is not a batch.
+    """
+    try:
+        return _read_batch(batch)
+    except (AttributeError, TypeError, ValueError, LookupError):
+        raise no_answer() from None
+
+
+def _read_batch(batch: Batch) -> ProviderBatch:
     counts = batch.request_counts
     errors = (batch.errors.data or []) if batch.errors else []
     first = errors[0] if errors else None
     return ProviderBatch(
-        id=batch.id, status=batch.status, created_at=batch.created_at, metadata=batch.metadata or {},
+        id=batch.id, status=batch.status, created_at=float(batch.created_at), metadata=batch.metadata or {},
         input_file_id=batch.input_file_id, output_file_id=batch.output_file_id, error_file_id=batch.error_file_id,
-        total=counts.total if counts else 0, done=counts.completed + counts.failed if counts else 0,
+        total=_count(counts, "total"), done=_count(counts, "completed") + _count(counts, "failed"),
         # classified like other errors: for example, missing credit is an error of the account, not of the batch
         fault=None if first is None else BatchFault(
             _clean(first.code), _clean(first.message), classify_status(400, {"error": first.model_dump()}, {}).kind),
     )  # fmt: skip
+
+
+def _count(counts: object, name: str) -> int:
+    count = getattr(counts, name, 0)
+    return count if type(count) is int else 0
 
 
 def read_date(headers: Mapping[str, str]) -> float | None:

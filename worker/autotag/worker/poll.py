@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Awaitable, Callable, Sequence, Set
 
 import structlog
 
-from autotag.db import BatchClaim, Database
+from autotag.db import CALL_ERRORS, BatchClaim, Database
 from autotag.db.messages import PolledBatch, ProviderFacts, Submitted
 from autotag.errors import TaggingError
 from autotag.openai.provider import Provider
 from autotag.openai.records import ProviderBatch
+from autotag.redact import safe_message
 from autotag.worker.files import Files
 from autotag.worker.show import BatchStages
 
 MAX_POLLED = 10  # batches per record_poll, which locks their uploads
+RUNNING = ("validating", "in_progress", "finalizing", "unread")  # statuses of batches that can be cancelled
 
 log = structlog.get_logger(__name__)
 
@@ -29,32 +32,68 @@ class Poller:
         self._stages = stages
 
     async def poll(self, claim: BatchClaim) -> None:
-        """Cancels batches, polls those in flight, deletes files, and checks the model, as far as the claim asks for it.
+        """Polls the batches in flight, cancels batches, deletes files, and checks the model, as far as the claim asks
+        for it.
 
-        Results and errors are reported to the database.
+        Results and errors are reported to the database. An error costs its batch or its step; the rest goes on unless
+        the provider asks to wait, cannot be reached, or refuses the account.
         """
-        try:
-            await self._poll(claim)
-        except Exception:  # the next poll does what this one did not
-            log.exception("poll_failed")
+        ended: set[str] = set()
+        steps: tuple[Callable[[], Awaitable[None]], ...] = (
+            lambda: self._poll_batches(claim.poll, ended),  # first: cancellations can be many, and they change nothing
+            lambda: self._cancel(claim.cancel, ended),
+            lambda: self._files.delete(claim.files),
+            lambda: self._check_model(claim.look_up),
+        )
+        for step in steps:
+            try:
+                await step()
+            except TaggingError as error:
+                log.warning("poll_failed", kind=error.kind, code=error.code, message=error.message)
+                try:
+                    await self._db.report_poll_failure(error.as_json())
+                except CALL_ERRORS as problem:
+                    log.error("failure_not_reported", error=safe_message(problem))
+                if _stops(error):
+                    return
+            except Exception:  # the next poll does what this step did not
+                log.exception("poll_failed")
 
-    async def _poll(self, claim: BatchClaim) -> None:
-        try:
-            for batch_id in claim.cancel:
-                await self._cancel(batch_id)
-            if claim.poll:
-                polled = await self._poll_batches(claim.poll)
-                for first in range(0, len(polled), MAX_POLLED):
-                    self._stages.show(await self._db.record_poll(polled[first : first + MAX_POLLED]))
-            await self._files.delete(claim.files)
-            if claim.look_up:
-                await self._check_model(claim.look_up)
-        except TaggingError as error:
-            log.warning("poll_failed", kind=error.kind, code=error.code, message=error.message)
-            await self._db.report_poll_failure(error.as_json())
+    async def _poll_batches(self, submitted: Sequence[Submitted], ended: set[str]) -> None:
+        """Reports the current states of batches, with as few list calls as possible. Adds those to ``ended`` that
+        cannot be cancelled any more.
 
-    async def _poll_batches(self, submitted: Sequence[Submitted]) -> list[PolledBatch]:
-        """The current state of batches, with as few list calls as possible."""
+        Raises:
+            TaggingError: the provider stops the poll; what it had said before is reported.
+        """
+        if not submitted:
+            return
+        polled = await self._list(submitted)
+        await self._report(polled)
+        # not listed: the provider's clock is off, or the batch is gone
+        missing = list({batch.id for batch in submitted} - {batch["id"] for batch in polled})
+        random.shuffle(missing)  # so that each has its turn if the provider asks to wait after some of them
+        stopped: TaggingError | None = None
+        retrieved: list[PolledBatch] = []
+        for batch_id in missing:
+            try:
+                retrieved.append(await self._retrieve(batch_id))
+            except TaggingError as error:
+                log.warning("batch_unread", openai_batch=batch_id, code=error.code, message=error.message)
+                if error.retry_after or (error.kind == "account" and not polled and not retrieved):
+                    stopped = error
+                    break
+                retrieved.append({"id": batch_id, "status": "unread"})
+                if error.status is None:
+                    stopped = error
+                    break
+        await self._report(retrieved)
+        ended.update(batch["id"] for batch in (*polled, *retrieved) if batch["status"] not in RUNNING)
+        if stopped:
+            raise stopped
+
+    async def _list(self, submitted: Sequence[Submitted]) -> list[PolledBatch]:
+        """The states of those batches that the provider lists."""
         polled: dict[str, PolledBatch] = {}
         ids = {batch.id for batch in submitted}
         try:
@@ -64,25 +103,49 @@ class Poller:
                     if len(polled) == len(ids):
                         break
         except TaggingError as error:
-            if error.status != 404:
+            if error.status not in (200, 404):
                 raise
             log.warning("batches_not_listed", hint="The provider cannot list batches, so each is requested by its id.")
-        for batch_id in ids - polled.keys():  # not listed: the provider's clock is off, or the batch is gone
-            try:
-                polled[batch_id] = polled_batch(await self._provider.retrieve_batch(batch_id))
-            except TaggingError as error:
-                if error.status not in (403, 404):
-                    raise
-                log.warning("batch_gone", openai_batch=batch_id)
-                polled[batch_id] = {"id": batch_id, "status": "gone"}
         return list(polled.values())
 
-    async def _check_model(self, model: str) -> None:
+    async def _retrieve(self, batch_id: str) -> PolledBatch:
+        """The state of one batch."""
+        try:
+            return polled_batch(await self._provider.retrieve_batch(batch_id))
+        except TaggingError as error:
+            if error.status not in (403, 404):
+                raise
+            log.warning("batch_gone", openai_batch=batch_id)
+            return {"id": batch_id, "status": "gone"}
+
+    async def _report(self, polled: Sequence[PolledBatch]) -> None:
+        """Reports states. If a report raises, each of its batches is reported alone; one that raises alone, as unread,
+        so that it ends at last."""
+        for first in range(0, len(polled), MAX_POLLED):
+            part = list(polled[first : first + MAX_POLLED])
+            if await self._record(part):
+                continue
+            for batch in part:
+                if not await self._record([batch]):
+                    await self._record([{"id": batch["id"], "status": "unread"}])
+
+    async def _record(self, polled: list[PolledBatch]) -> bool:
+        """Reports states in one call; returns whether that worked."""
+        try:
+            self._stages.show(await self._db.record_poll(polled))
+            return True
+        except (*CALL_ERRORS, TypeError, ValueError) as error:  # the last two: it cannot be sent as JSON
+            log.error("poll_not_recorded", batches=[batch["id"] for batch in polled], error=safe_message(error))
+            return False
+
+    async def _check_model(self, model: str | None) -> None:
         """Reports the model's shutdown date and whether there is a Batch API, as far as the provider answers.
 
         Raises:
             TaggingError: the provider is unavailable or busy; the check is repeated in ten minutes.
         """
+        if model is None:
+            return
         facts: ProviderFacts = {"model": model}
         try:
             details = await self._provider.retrieve_model(model)
@@ -98,18 +161,26 @@ class Poller:
         if notice:
             log.warning("model_shuts_down", message=notice)
 
-    async def _cancel(self, batch_id: str) -> None:
-        """Cancels a batch. If it has just ended, cancelling fails, and the poll reports its end.
+    async def _cancel(self, batch_ids: Sequence[str], ended: Set[str]) -> None:
+        """Cancels batches, except those that have ``ended``.
 
         Raises:
-            TaggingError: the provider asks to wait.
+            TaggingError: the provider asks to wait; the next poll cancels the others.
         """
-        try:
-            await self._provider.cancel_batch(batch_id)
-        except TaggingError as error:
-            if error.retry_after:
-                raise
-            log.warning("batch_not_cancelled", openai_batch=batch_id, error=error.code)
+        for batch_id in batch_ids:
+            if batch_id in ended:
+                continue
+            try:
+                await self._provider.cancel_batch(batch_id)
+            except TaggingError as error:  # it may just have ended: then the next poll says so
+                if error.retry_after or error.status is None:
+                    raise
+                log.warning("batch_not_cancelled", openai_batch=batch_id, error=error.code)
+
+
+def _stops(error: TaggingError) -> bool:
+    """Whether the rest of a poll would fail, too."""
+    return bool(error.retry_after) or error.status is None or error.kind == "account"
 
 
 def polled_batch(batch: ProviderBatch) -> PolledBatch:

@@ -1,0 +1,182 @@
+"""Polls of the batches in flight: an error costs one batch, and cancellations delay nobody's poll."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+import psycopg
+import pytest
+from openai.types import Batch as ListedBatch
+
+from autotag.db import BatchClaim, DatabaseSettings, Question
+from autotag.db.messages import ErrorReport, PolledBatch, Submitted
+from autotag.errors import TaggingError
+from autotag.openai.records import ProviderBatch, read_batch
+from autotag.worker.files import Files
+from autotag.worker.poll import MAX_POLLED, Poller
+
+SETTINGS = DatabaseSettings(Question(1, "m", "low", 10, "English"), 60, 1000)
+IDS = [f"batch_{i}" for i in range(2 * MAX_POLLED + 5)]
+ODD = IDS[3]
+
+
+def running(name: str) -> ProviderBatch:
+    return ProviderBatch(name, "in_progress", 1, {}, "file-1", None, None, 10, 5, None)
+
+
+class FakeProvider:
+    """Lists and retrieves batches, and raises what the test wants."""
+
+    def __init__(self, listed: list[str]) -> None:
+        self.listed = listed
+        self.list_error: TaggingError | None = None
+        self.retrieve_errors: dict[str, TaggingError] = {}
+        self.cancel_errors: dict[str, TaggingError] = {}
+        self.calls: list[str] = []
+
+    async def batches_since(self, _: float) -> AsyncIterator[ProviderBatch]:
+        self.calls.append("list")
+        for name in self.listed:
+            yield running(name)
+        if self.list_error:
+            raise self.list_error
+
+    async def retrieve_batch(self, name: str) -> ProviderBatch:
+        self.calls.append(f"retrieve {name}")
+        if name in self.retrieve_errors:
+            raise self.retrieve_errors[name]
+        return running(name)
+
+    async def cancel_batch(self, name: str) -> None:
+        self.calls.append(f"cancel {name}")
+        if name in self.cancel_errors:
+            raise self.cancel_errors[name]
+
+    async def delete_file(self, name: str) -> None:
+        self.calls.append(f"delete {name}")
+
+
+class FakeDatabase:
+    """Notes what is reported; a report that has a batch in `refused` raises."""
+
+    def __init__(self) -> None:
+        self.refused: dict[tuple[str, str], Exception] = {}
+        self.states: dict[str, str] = {}
+        self.failures: list[ErrorReport] = []
+
+    async def record_poll(self, polled: list[PolledBatch]) -> list[str]:
+        for batch in polled:
+            if error := self.refused.get((batch["id"], batch["status"])):
+                raise error
+        self.states |= {batch["id"]: batch["status"] for batch in polled}
+        return []
+
+    async def report_poll_failure(self, error: ErrorReport) -> None:
+        self.failures.append(error)
+
+    async def files_deleted(self, _: list[str]) -> None:
+        pass
+
+
+class NoStages:
+    def show(self, _: object) -> None:
+        pass
+
+
+async def poll(provider: FakeProvider, db: FakeDatabase, **more: list[str]) -> None:
+    given: Any = (cast("Any", db), cast("Any", provider))
+    claim = BatchClaim([], None, SETTINGS, poll=[Submitted(name, 0) for name in IDS], **more)
+    await Poller(*given, Files(*given), cast("Any", NoStages())).poll(claim)
+
+
+async def test_cancellations_come_after_the_poll_and_stop_nothing_of_it() -> None:
+    provider, db = FakeProvider(IDS), FakeDatabase()
+    provider.cancel_errors = {
+        IDS[0]: TaggingError("transient", "http_500", "m", status=500),
+        IDS[2]: TaggingError("rate_limit", "rate_limited", "m", status=429, retry_after=5),
+    }
+    await poll(provider, db, cancel=IDS[:4])
+    assert set(db.states) == set(IDS)
+    assert provider.calls == ["list", *(f"cancel {name}" for name in IDS[:3])], "after retry-after, no more calls"
+    assert [error["retry_after"] for error in db.failures] == [5]
+
+
+async def test_batches_that_have_ended_are_not_cancelled() -> None:
+    provider, db = FakeProvider([name for name in IDS if name != ODD]), FakeDatabase()
+    provider.retrieve_errors[ODD] = TaggingError("image", "not_found", "m", status=404)
+    await poll(provider, db, cancel=[ODD, IDS[4]])
+    assert db.states[ODD] == "gone"
+    assert provider.calls[-1] == f"cancel {IDS[4]}"
+    assert f"cancel {ODD}" not in provider.calls
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 409, 500, None])
+async def test_a_batch_that_cannot_be_read_costs_no_other(status: int | None) -> None:
+    provider, db = FakeProvider([name for name in IDS if name != ODD]), FakeDatabase()
+    kind: Any = "account" if status == 401 else "transient"
+    provider.retrieve_errors[ODD] = TaggingError(kind, "code", "m", status=status)
+    await poll(provider, db, files=["file-1"])
+    assert db.states == {name: "unread" if name == ODD else "in_progress" for name in IDS}
+    assert len(db.failures) == (status is None), "only a provider that cannot be reached fails the poll"
+    assert ("delete file-1" in provider.calls) == (status is not None)
+
+
+async def test_a_provider_that_refuses_the_account_fails_the_poll_and_no_batch() -> None:
+    provider, db = FakeProvider([]), FakeDatabase()
+    provider.list_error = TaggingError("account", "no_route", "m", status=404)
+    provider.retrieve_errors = {name: TaggingError("account", "bad_key", "m", status=401) for name in IDS}
+    await poll(provider, db)
+    assert (db.states, len(provider.calls), [error["code"] for error in db.failures]) == ({}, 2, ["bad_key"])
+
+
+async def test_a_provider_that_asks_to_wait_keeps_what_it_had_said() -> None:
+    """And the next poll begins with other batches."""
+    first = set()
+    for _ in range(20):
+        provider, db = FakeProvider(IDS[:5]), FakeDatabase()
+        wait = TaggingError("rate_limit", "rate_limited", "m", status=429, retry_after=3)
+        provider.retrieve_errors = dict.fromkeys(IDS, wait)
+        await poll(provider, db)
+        assert set(db.states) == set(IDS[:5])
+        assert [error["retry_after"] for error in db.failures] == [3]
+        first.add(provider.calls[1])
+    assert len(first) > 1
+
+
+@pytest.mark.parametrize("error", [psycopg.errors.DivisionByZero("x"), TypeError("surrogates not allowed")])
+async def test_a_report_that_raises_costs_its_batch(error: Exception) -> None:
+    provider, db = FakeProvider(IDS), FakeDatabase()
+    db.refused[ODD, "in_progress"] = error
+    await poll(provider, db)
+    assert db.states == {name: "unread" if name == ODD else "in_progress" for name in IDS}
+    db.refused[ODD, "unread"] = error
+    db.states.clear()
+    await poll(provider, db)
+    assert set(db.states) == set(IDS) - {ODD}
+
+
+COUNTS = {"total": 10, "completed": 4, "failed": 1}
+
+
+@pytest.mark.parametrize(
+    ("counts", "read"),
+    [
+        (COUNTS, (10, 5)), (None, (0, 0)), ({}, (0, 0)), ({**COUNTS, "completed": None}, (10, 1)),
+        ({**COUNTS, "failed": "x"}, (10, 4)), ("many", (0, 0)), ([1], (0, 0)), ({**COUNTS, "total": 1.5}, (0, 5)),
+    ],
+)  # fmt: skip
+def test_odd_counts_are_none(counts: object, read: tuple[int, int]) -> None:
+    listed = ListedBatch.construct(
+        id="batch_1", status="in_progress", created_at=1, input_file_id="f", request_counts=counts
+    )
+    batch = read_batch(listed)
+    assert (batch.total, batch.done) == read
+
+
+@pytest.mark.parametrize("odd", [{"created_at": None}, {"errors": "failed"}, {"errors": {"data": 7}}])
+def test_what_is_no_batch_is_an_error_of_this_answer(odd: dict[str, Any]) -> None:
+    fields = {"id": "batch_1", "status": "failed", "created_at": 1, "input_file_id": "f", **odd}
+    with pytest.raises(TaggingError) as raised:
+        read_batch(ListedBatch.construct(**fields))
+    assert raised.value.status == 200
