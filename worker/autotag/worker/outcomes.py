@@ -139,7 +139,7 @@ class Outcomes:
         try:
             with timed(SECONDS, "settled"), traces.step("settle", [answer.span for answer in answers]):
                 settled = await self._db.settle(workspace, reports, observed, keep=keep)
-        except Exception as error:  # also what cannot be sent as JSON
+        except Exception as error:  # noqa: BLE001 (also what cannot be sent as JSON)
             self._observations.put_back(observed, taken)
             return self._judge(workspace, queue, answers, error, keep)
         if settled.busy:
