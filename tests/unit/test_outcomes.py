@@ -11,7 +11,7 @@ from typing import cast
 import psycopg
 import pytest
 
-from autotag.db import Busy, Database, Image, Settled, TooSlow
+from autotag.db import Busy, Database, Image, NotHeld, Settled, TooSlow, VersionsDiffer
 from autotag.db.messages import Notice, ObservedLimits, Report, Sent, StageReport
 from autotag.worker import outcomes as outcomes_module
 from autotag.worker import stages as stages_module
@@ -209,6 +209,48 @@ async def test_a_report_that_raises_costs_its_image_alone(bench: Bench, error: E
     assert len(tries) == WHOLE_TRIES + 1
     assert tries[-1].reports[0]["error"]["code"] == "internal_error"
     assert settled[-1] == 13, "the others did not wait for it"
+
+
+@pytest.mark.parametrize("error", [
+    NotHeld("PT409"), VersionsDiffer("PT426", "upgrade"), psycopg.OperationalError("gone"), KeyError("result"),
+    RuntimeError("bug"), TimeoutError(), ExceptionGroup("several", [ValueError()]),
+])  # fmt: skip
+async def test_whatever_a_call_raises_no_answer_is_lost(bench: Bench, error: Exception) -> None:
+    """The calls of other workspaces that are under way go on, and the workspace's own turns too."""
+    settled: list[int] = []
+    release, raised = asyncio.Event(), 0
+
+    async def react(call: Call) -> None:
+        nonlocal raised
+        if call.workspace == RED:
+            await release.wait()
+        elif raised < 3:
+            raised += 1
+            raise error
+        settled.extend(call.tasks)
+
+    bench.db.react = react
+    bench.add(RED, 1)
+    await soon(lambda: len(bench.db.calls) == 1)
+    bench.add(BLUE, 2, 3)
+    await soon(lambda: sorted(settled) == [2, 3])
+    bench.add(BLUE, 4)
+    await soon(lambda: sorted(settled) == [2, 3, 4])
+    release.set()
+    await bench.idle()
+    assert sorted(settled) == [1, 2, 3, 4]
+    assert len([call for call in bench.db.calls if call.workspace == RED]) == 1, "it was not cancelled"
+
+
+async def test_a_bug_after_a_call_stops_no_workspace(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(outcomes_module, "count_answers", fail)
+    for task in (1, 2):
+        bench.add(BLUE, task)
+        await bench.idle()
+    await soon(lambda: [call.tasks for call in bench.db.calls] == [[1], [2]])
 
 
 async def test_a_report_that_always_raises_is_dropped(bench: Bench) -> None:

@@ -148,6 +148,36 @@ async def test_calls_that_succeed_slowly_do_not_grow(bench: Bench, monkeypatch: 
     assert bench.db.of(BLUE) == [500, 50, 5, 5, 5, 5]
 
 
+async def test_slow_workspaces_share_one_turn(bench: Bench) -> None:
+    """A quiet workspace does not wait for them, however many there are."""
+    slow = [f"slow {n}" for n in range(6)]
+    for workspace in slow:
+        bench.slow.mark(workspace)
+    bench.db.waiting = dict.fromkeys(slow, 1)
+    held, together = asyncio.Event(), 0
+    store_waiting = bench.db.store_waiting
+
+    async def hold_the_slow(workspace: str, limit: int) -> Stored:
+        nonlocal together
+        if workspace in slow:
+            together += 1
+            await held.wait()
+            together -= 1
+        return await store_waiting(workspace, limit)
+
+    bench.db.store_waiting = hold_the_slow  # type: ignore[method-assign]
+    async with bench.running():
+        await soon(lambda: together == 1)
+        for n in range(5):
+            bench.db.waiting[f"quiet {n}"] = 1
+            bench.wake.notify("store")
+            await soon(lambda n=n: not bench.db.waiting[f"quiet {n}"])  # type: ignore[misc]
+            assert together == 1
+        held.set()
+        await soon(lambda: not any(bench.db.waiting.values()))
+    assert [workspace for workspace, _ in bench.db.calls if workspace in slow] == slow, "in turn"
+
+
 async def test_what_another_worker_stores_is_not_asked_for_without_end(bench: Bench) -> None:
     """Another worker holds the rows: nothing is stored, although more is due."""
     held = 5
@@ -169,9 +199,11 @@ async def test_what_another_worker_stores_is_not_asked_for_without_end(bench: Be
     assert len(bench.db.calls) == 5
 
 
-@pytest.mark.parametrize("error", [psycopg.InternalError("bug"), Busy("deadlock"), TooSlow("ten seconds")])
+@pytest.mark.parametrize(
+    "error", [psycopg.InternalError("bug"), Busy("deadlock"), TooSlow("ten seconds"), RuntimeError("bug")]
+)
 async def test_no_error_ends_the_lane(bench: Bench, error: Exception) -> None:
-    left = {"list": 3, BLUE: 3}
+    left = {"list": 0 if isinstance(error, RuntimeError) else 3, BLUE: 3}
 
     def refuse(what: str) -> Exception | None:
         left[what] = left.get(what, 0) - 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import structlog
 
-from autotag.db import CALL_ERRORS, Busy, Database, Image, TooSlow
+from autotag.db import Busy, Database, Image, TooSlow
 from autotag.db.messages import Outcome, Report
 from autotag.errors import TaggingError
 from autotag.observability import traces
@@ -117,7 +117,11 @@ class Outcomes:
                 answers = [queue.alone.popleft()]
             else:
                 answers, queue.answers = queue.answers[:MAX_REPORTS], queue.answers[MAX_REPORTS:]
-            delay = await self._settle(workspace, queue, answers)
+            try:
+                delay = await self._settle(workspace, queue, answers)
+            except Exception:  # a bug, after the database has the answers
+                log.exception("task_failed")
+                delay = BUSY_DELAY
             if not queue.answers and not queue.alone:
                 del self._queues[workspace]
             elif delay:
@@ -126,26 +130,28 @@ class Outcomes:
                 self._turns.put_nowait(workspace)
 
     async def _settle(self, workspace: str, queue: _Queue, answers: list[_Answer]) -> float:
-        """Settles answers, or puts them back; returns the seconds until the workspace's next turn."""
+        """Settles answers, or puts them back; returns the seconds until the workspace's next turn.
+        Whatever the call raises, no answer is lost: an exception would end the other calls, and the turns of this
+        workspace."""
         keep = workspace in self._slow
         observed, taken = self._observations.take(), time.monotonic()
         reports = [answer.report for answer in answers]
         try:
             with timed(SECONDS, "settled"), traces.step("settle", [answer.span for answer in answers]):
                 settled = await self._db.settle(workspace, reports, observed, keep=keep)
-        except (*CALL_ERRORS, TypeError, ValueError) as error:  # the last two: it cannot be sent as JSON
+        except Exception as error:  # noqa: BLE001 (also what cannot be sent as JSON)
             self._observations.put_back(observed, taken)
             return self._judge(workspace, queue, answers, error, keep)
         if settled.busy:
             self._observations.put_back(observed, taken)
             return self._put_back(queue, answers)
         queue.busy = 0
+        self._forget(answers)
         count_answers("realtime", reports)
         # After a broken connection or a timeout, an earlier call may have settled them.
         if settled.accepted < len(reports):
             log.warning("late_reports_refused", refused=len(reports) - settled.accepted)
         log_notices(settled.notices)
-        self._forget(answers)
         return 0
 
     def _judge(self, workspace: str, queue: _Queue, answers: list[_Answer], error: Exception, keep: bool) -> float:

@@ -26,7 +26,8 @@ log = structlog.get_logger(__name__)
 class StoreLane:
     """Stores waiting outcomes, one workspace per call, in turn.
 
-    A workspace that takes too long delays no other for long: it waits behind them, with fewer images in its next call.
+    A workspace that takes too long delays no other for long: it waits behind them, with fewer images in its next call,
+    and all such workspaces share one turn.
     """
 
     def __init__(self, db: Database, wake: Wake, slow: SlowWorkspaces) -> None:
@@ -39,18 +40,18 @@ class StoreLane:
         self._db = db
         self._wake = wake
         self._slow = slow
-        self._turns: asyncio.Queue[str] = asyncio.Queue()
-        self._active: set[str] = set()  # in _turns, or a call runs
+        self._turns: dict[str, None] = {}  # workspaces that wait for their turn, in this order
+        self._running: set[str] = set()  # workspaces whose turn it is
         self._limits: dict[str, int] = {}  # of workspaces with less than MAX_LIMIT
         self._backoffs: dict[str, tuple[float, float]] = {}  # not before (`time.monotonic`), and the seconds it waits
 
     async def run(self) -> None:
         """Stores outcomes until it is cancelled."""
         async with asyncio.TaskGroup() as storing:
-            for _ in range(STORES):
-                storing.create_task(self._take_turns())
             while True:
-                await self._wake.wait("store", await self._list())
+                wait = await self._list()
+                self._give_turns(storing)
+                await self._wake.wait("store", wait)
 
     async def _list(self) -> float | None:
         """Puts the due workspaces into the queue; returns the seconds until the next are due (None: until a
@@ -63,28 +64,46 @@ class StoreLane:
         now = time.monotonic()
         waits = [] if unstored.wait is None else [unstored.wait]
         for workspace in unstored.workspaces:
-            if workspace in self._active:
+            if workspace in self._running or workspace in self._turns:
                 continue
             not_before, _ = self._backoffs.get(workspace, (0.0, 0.0))
             if not_before > now:
                 waits.append(not_before - now)
             else:
-                self._active.add(workspace)
-                self._turns.put_nowait(workspace)
+                self._turns[workspace] = None
         if self._backoffs:
             due = set(unstored.workspaces)
             self._backoffs = {w: b for w, b in self._backoffs.items() if w in due}
         return min(waits, default=None)
 
-    async def _take_turns(self) -> None:
-        while True:
-            workspace = await self._turns.get()
+    def _give_turns(self, storing: asyncio.TaskGroup) -> None:
+        """Starts the next turns. All but one are for workspaces that are not known as slow: a call for a slow one may
+        take ten seconds, and there may be many of them."""
+        for workspace in list(self._turns):
+            if len(self._running) == STORES:
+                return
+            if self._is_slow(workspace) and any(self._is_slow(other) for other in self._running):
+                continue
+            del self._turns[workspace]
+            self._running.add(workspace)
+            storing.create_task(self._take_turn(workspace, storing))
+
+    def _is_slow(self, workspace: str) -> bool:
+        return workspace in self._limits or workspace in self._slow
+
+    async def _take_turn(self, workspace: str, storing: asyncio.TaskGroup) -> None:
+        try:
             more = await self._store(workspace)
-            if more:
-                self._turns.put_nowait(workspace)
-            else:
-                self._active.remove(workspace)
-                self._wake.notify("store")  # others may be due, or this one later
+        except Exception:  # a bug
+            log.exception("task_failed")
+            more = self._back_off(workspace)
+        finally:
+            self._running.remove(workspace)
+        if more:
+            self._turns[workspace] = None
+        else:
+            self._wake.notify("store")  # others may be due, or this one later
+        self._give_turns(storing)
 
     async def _store(self, workspace: str) -> bool:
         """Stores outcomes of a workspace; returns whether to go on at its next turn."""
@@ -104,7 +123,7 @@ class StoreLane:
             self._backoffs.pop(workspace, None)
             if time.monotonic() - started < GROWTH_SECONDS:
                 self._limit(workspace, 2 * limit)
-        elif stored.more:  # another worker stores them
+        elif stored.more:  # all are held, or another worker stores them
             return self._back_off(workspace)
         return stored.more
 
