@@ -61,7 +61,9 @@ class Engine:
         """Claims as a worker does, until it would wait. Returns how many claims that takes, and the batches that it got."""
         for claims in range(1, 1000):
             batches, wait = self.claim_batches()
-            self.sql("update autotag.batches set state = 'done', worker_id = null, reserved_tokens = 0 where worker_id is not null")
+            self.sql(
+                "update autotag.batches set state = 'done', worker_id = null, reserved_tokens = 0 where worker_id is not null"
+            )
             self.started += len(batches)
             if not batches and wait != 0:
                 return claims, self.started
@@ -70,7 +72,9 @@ class Engine:
     started = 0
 
     def due(self) -> int:
-        [(due,)] = self.sql("select count(*) from autotag.batches where state = 'planned' and not_before <= autotag.now()")
+        [(due,)] = self.sql(
+            "select count(*) from autotag.batches where state = 'planned' and not_before <= autotag.now()"
+        )
         return int(due)
 
 
@@ -105,14 +109,19 @@ def test_a_batch_without_room_holds_back_only_larger_and_later_ones(engine: Engi
         engine.set_time(second)
         engine.upload(images)
     assert engine.claim_all()[1] == 2, "the one of 40 has room; that of 11 has not then"
-    assert engine.sql(
-        "select image_count from autotag.batches where state = 'planned' order by created_at"
-    ) == [(60,), (60,), (70,), (11,)]
+    assert engine.sql("select image_count from autotag.batches where state = 'planned' order by created_at") == [
+        (60,),
+        (60,),
+        (70,),
+        (11,),
+    ]
 
 
 def test_a_minute_does_not_wake_batches_that_have_no_room(engine: Engine) -> None:
     """The window is full of images only: it has room for more batches, but for none of these."""
-    engine.sql("update autotag.settings set batch_images_per_hour = 100, chunk_max_images = 10, realtime_max_wait = '1 day'")
+    engine.sql(
+        "update autotag.settings set batch_images_per_hour = 100, chunk_max_images = 10, realtime_max_wait = '1 day'"
+    )
     for second in range(20):
         engine.set_time(second)
         engine.upload(60)
@@ -131,12 +140,22 @@ def test_a_minute_does_not_wake_batches_that_have_no_room(engine: Engine) -> Non
 
 def fail_to_build(engine: Engine, batch: dict[str, Any], **error: Any) -> None:
     """What a worker reports that could prepare none of a batch's images."""
-    failed = {"kind": "transient", "code": "storage_error", "message": "Storage answered 503.", "origin": "storage", **error}
+    failed = {
+        "kind": "transient",
+        "code": "storage_error",
+        "message": "Storage answered 503.",
+        "origin": "storage",
+        **error,
+    }
     reports = [
         {"task": task, "error": failed}
-        for (task,) in engine.sql("select id from autotag.tasks where batch_id = %s and finished_at is null", batch["batch"])
+        for (task,) in engine.sql(
+            "select id from autotag.tasks where batch_id = %s and finished_at is null", batch["batch"]
+        )
     ]
-    engine.sql("select autotag.batch_answers(%s, %s, %s, %s)", WORKER, batch["batch"], batch["attempt"], json.dumps(reports))
+    engine.sql(
+        "select autotag.batch_answers(%s, %s, %s, %s)", WORKER, batch["batch"], batch["attempt"], json.dumps(reports)
+    )
     engine.sql("select autotag.batch_finish(%s, %s, %s)", WORKER, batch["batch"], batch["attempt"])
 
 
@@ -148,7 +167,9 @@ def test_images_of_a_batch_wait_longer_with_each_failure(engine: Engine) -> None
         fail_to_build(engine, batch)
         if not engine.sql("select 1 from autotag.batches where state = 'planned'"):
             break
-        [(wait,)] = engine.sql("select extract(epoch from not_before - autotag.now())::float from autotag.batches where state = 'planned'")
+        [(wait,)] = engine.sql(
+            "select extract(epoch from not_before - autotag.now())::float from autotag.batches where state = 'planned'"
+        )
         assert engine.claim_batches()[0] == []
         engine.sql("select autotag.tick()")
         assert engine.claim_batches()[0] == [], "nor does the minute end the delay"
@@ -184,8 +205,15 @@ def test_a_batch_that_opened_with_an_error_is_harvested_as_soon_as_it_has_ended(
         json.dumps([{"task": task, "error": error}]),
     )  # fmt: skip
     for state, file in (("uploading", None), ("creating", "file-1")):
-        engine.sql("select autotag.batch_step(%s, %s, %s, %s, %s)", WORKER, batch["batch"], batch["attempt"], state, file)
-    engine.sql("select autotag.batch_submitted(%s, %s, %s, 'batch-1', 'validating', 'file-1')", WORKER, batch["batch"], batch["attempt"])
+        engine.sql(
+            "select autotag.batch_step(%s, %s, %s, %s, %s)", WORKER, batch["batch"], batch["attempt"], state, file
+        )
+    engine.sql(
+        "select autotag.batch_submitted(%s, %s, %s, 'batch-1', 'validating', 'file-1')",
+        WORKER,
+        batch["batch"],
+        batch["attempt"],
+    )
     engine.set_time(120)
     engine.claim_batches()
     engine.sql("select autotag.record_poll(%s, %s)", WORKER, json.dumps([{"id": "batch-1", "status": "completed"}]))
@@ -230,10 +258,17 @@ def test_images_are_spread_evenly_over_batches_in_their_order(engine: Engine, im
         select b.ordinal o, count(*) n, max(b.image_count) b, min(t.id) as lower, lag(max(t.id)) over (order by b.ordinal) as before
         from autotag.tasks t join autotag.batches b on b.id = t.batch_id where b.state = 'planned' group by 1) s"""
     [(sizes, counted, ordered)] = engine.sql(spread)
-    assert (len(sizes), sum(sizes), max(sizes) - min(sizes) <= 1, counted, ordered) == (-(-images // -(-images // batches)), images, True, True, True)
+    assert (len(sizes), sum(sizes), max(sizes) - min(sizes) <= 1, counted, ordered) == (
+        -(-images // -(-images // batches)),
+        images,
+        True,
+        True,
+        True,
+    )
     engine.sql("update autotag.batches set state = 'cancelled'")
     engine.sql(
-        "select autotag.place_in_batches(j, (select array_agg(id order by id) from autotag.tasks)) from autotag.jobs j where id = %s", job
+        "select autotag.place_in_batches(j, (select array_agg(id order by id) from autotag.tasks)) from autotag.jobs j where id = %s",
+        job,
     )
     assert engine.sql(spread)[0][1:] == (True, True)
     assert sorted(engine.sql(spread)[0][0]) == sorted(sizes)
@@ -246,7 +281,8 @@ def test_many_images_are_placed_in_many_batches_at_once(engine: Engine) -> None:
     engine.sql("set statement_timeout = '60 s'")
     job = engine.upload(50_000)
     engine.sql(
-        "select autotag.place_in_batches(j, (select array_agg(id order by id) from autotag.tasks)) from autotag.jobs j where id = %s", job
+        "select autotag.place_in_batches(j, (select array_agg(id order by id) from autotag.tasks)) from autotag.jobs j where id = %s",
+        job,
     )
     [(batch,)] = engine.sql("select id from autotag.batches where job_id = %s order by ordinal desc limit 1", job)
     engine.sql("update autotag.tasks set batch_id = %s where job_id = %s", batch, job)
@@ -277,11 +313,15 @@ def test_waiting_calls_move_to_the_batch_api_only_while_it_is_faster(engine: Eng
     """The day's requests are used up: 240 a day are 10 an hour."""
     for _ in range(40):
         engine.upload(1)
-    engine.sql("update autotag.provider_limits set requests_per_day = 240, day_left = 0, refilled_at = autotag.now() + interval '11 min'")
+    engine.sql(
+        "update autotag.provider_limits set requests_per_day = 240, day_left = 0, refilled_at = autotag.now() + interval '11 min'"
+    )
     engine.set_time(660)
     for number in range(1, 100):
         engine.sql("select from autotag.claim(%s, 10, %s)", WORKER, number)
-    [(batches, wait)] = engine.sql("select count(*), autotag.wait_for_day(autotag.refilled_provider(autotag.now()), 40) from autotag.batches")
+    [(batches, wait)] = engine.sql(
+        "select count(*), autotag.wait_for_day(autotag.refilled_provider(autotag.now()), 40) from autotag.batches"
+    )
     assert 10 <= batches < 40, wait
 
 
