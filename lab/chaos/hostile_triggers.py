@@ -190,6 +190,17 @@ class Changing(Trigger):
         await self.tenant.enqueue(assets)
 
 
+class Setting(Trigger):
+    """A trigger sets parameters of the session, which outlive the transaction."""
+
+    name = "a trigger sets parameters of the session"
+    body = """
+        {fired}
+        perform set_config('statement_timeout', '1', false), set_config('default_transaction_read_only', 'on', false),
+          set_config('default_transaction_isolation', 'serializable', false), set_config('search_path', 'nowhere', false);
+        return new;"""
+
+
 class Slow(Trigger):
     """A trigger sleeps as long as this lasts."""
 
@@ -297,7 +308,7 @@ class AutomaticRefusal(Trigger, Automatic):
 
 TRIGGERS: tuple[type[Hostility], ...] = (
     Raising, Asserting, Dividing, Shutting, NotHeldRaising, VersionRaising, LockRaising, DeadlockRaising, CancelRaising,
-    SerializationRaising, RaisingAtCommit, RaisingForStatement, Swallowing, Changing, Slow, Logging, LoggingAtCommit,
+    SerializationRaising, RaisingAtCommit, RaisingForStatement, Swallowing, Changing, Setting, Slow, Logging, LoggingAtCommit,
     Counting, Check, AutomaticRefusal,
 )  # fmt: skip
 

@@ -86,6 +86,9 @@ begin
     from autotag.workspaces s left join autotag.queues q on q.workspace_id = s.workspace_id and q.queued > 0
     group by s.workspace_id) c
   where w.workspace_id = c.workspace_id and w.queued <> c.queued;
+  if found then
+    perform pg_notify('autotag', 'realtime');
+  end if;
   update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at = 'infinity';
 end $$;
 

@@ -25,6 +25,8 @@ Purpose = Literal["lease", "claim", "describe", "settle", "seal", "store", "batc
 SHARES: dict[Purpose, int] = {
     "lease": 1, "claim": 1, "describe": 1, "settle": 3, "seal": 1, "store": 2, "batch": 2, "stages": 1, "other": 1,
 }  # fmt: skip
+#: Triggers, functions and policies of the host's run in the sessions of these purposes.
+FOREIGN_CODE: tuple[Purpose, ...] = ("describe", "settle", "seal", "store", "batch", "stages")
 #: These purposes share HOST_SHARE connections: what they do can wait.
 HOST_PURPOSES: tuple[Purpose, ...] = ("store", "batch", "stages")
 HOST_SHARE = 3
@@ -43,6 +45,11 @@ def _log_retry(error: BaseException) -> None:
     log.warning("database_retry", error=safe_message(error))
 
 
+async def _reset(connection: psycopg.AsyncConnection[Any]) -> None:
+    """Undoes what the host's code has set for the session, a `statement_timeout` for example."""
+    await connection.execute("reset all")
+
+
 class Connections:
     """Pools of connections, opened as they are needed and closed when they have been idle."""
 
@@ -53,11 +60,12 @@ class Connections:
             prepare: use prepared statements (impossible behind a transaction pooler).
         """
 
-        def pool(size: int, open_always: int = 0) -> AsyncConnectionPool:
+        def pool(purpose: Purpose, size: int) -> AsyncConnectionPool:
             return AsyncConnectionPool(
                 url,
-                min_size=open_always,
+                min_size=1 if purpose == "lease" else 0,
                 max_size=size,
+                reset=_reset if purpose in FOREIGN_CODE else None,
                 open=False,
                 num_workers=1,
                 kwargs={
@@ -69,10 +77,9 @@ class Connections:
                 },
             )
 
-        host = pool(HOST_SHARE)
+        host = pool("store", HOST_SHARE)
         self._pools: dict[Purpose, AsyncConnectionPool] = {
-            purpose: host if purpose in HOST_PURPOSES else pool(n, open_always=int(purpose == "lease"))
-            for purpose, n in SHARES.items()
+            purpose: host if purpose in HOST_PURPOSES else pool(purpose, n) for purpose, n in SHARES.items()
         }
         self._shares = {purpose: asyncio.Semaphore(n) for purpose, n in SHARES.items()}
 
