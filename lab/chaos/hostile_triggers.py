@@ -197,7 +197,8 @@ class Setting(Trigger):
     body = """
         {fired}
         perform set_config('statement_timeout', '1', false), set_config('default_transaction_read_only', 'on', false),
-          set_config('default_transaction_isolation', 'serializable', false), set_config('search_path', 'nowhere', false);
+          set_config('default_transaction_isolation', 'serializable', false),
+          set_config('search_path', 'nowhere', false);
         return new;"""
 
 
@@ -308,8 +309,8 @@ class AutomaticRefusal(Trigger, Automatic):
 
 TRIGGERS: tuple[type[Hostility], ...] = (
     Raising, Asserting, Dividing, Shutting, NotHeldRaising, VersionRaising, LockRaising, DeadlockRaising, CancelRaising,
-    SerializationRaising, RaisingAtCommit, RaisingForStatement, Swallowing, Changing, Setting, Slow, Logging, LoggingAtCommit,
-    Counting, Check, AutomaticRefusal,
+    SerializationRaising, RaisingAtCommit, RaisingForStatement, Swallowing, Changing, Setting, Slow, Logging,
+    LoggingAtCommit, Counting, Check, AutomaticRefusal,
 )  # fmt: skip
 
 ALL_KINDS = (*KINDS, *UPLOADS, *TRIGGERS)
