@@ -3693,8 +3693,10 @@ $$;
 -- Extends the worker's lease. alive: false if the lease had ended and what the worker held has been released, so it has to
 -- register again. lost: the worker holds images of a claim that it does not list in p_claims, or batches of one that it does not list
 -- in p_batch_claims, because the reply was lost; it calls release_lost() next. tick_due: the worker calls tick_if_due() next, in a transaction of its own, because a tick takes many locks.
+-- settings: worker_settings() now; the worker follows them, so lease_until, which each beat sets, ends by the lease that it knows.
 create or replace function autotag.heartbeat(
-  p_worker uuid, p_claims integer[], p_batch_claims integer[], out alive boolean, out lost boolean, out tick_due boolean
+  p_worker uuid, p_claims integer[], p_batch_claims integer[], out alive boolean, out lost boolean, out tick_due boolean,
+  out settings jsonb
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3713,6 +3715,7 @@ begin
   lost := exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims))
     or exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims));
   tick_due := autotag.is_tick_due(v_now);
+  settings := autotag.worker_settings();
 end $$;
 
 -- Whether there are workers, and no beat for half a lease: the database could not be reached, because workers beat three times in a

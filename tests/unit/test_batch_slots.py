@@ -18,7 +18,7 @@ from autotag.worker.slots import BatchSlots
 from autotag.worker.wake import Wake
 
 PATIENCE = 20.0  # seconds; only a broken promise takes so long
-SETTINGS = DatabaseSettings(Question(1, "m", "low", 10, "English"), 60, 1000)
+SETTINGS = DatabaseSettings(Question(1, "m", "low", 10, "English"), 1000)
 MARK = "00000000-0000-4000-8000-000000000001"
 LINE = (
     b'{"custom_id": "%d-' + MARK.encode() + b'", "response": {"status_code": 200, "body": {"choices": [{"message":'
