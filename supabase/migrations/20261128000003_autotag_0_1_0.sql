@@ -539,6 +539,7 @@ create table autotag.workers (
   started_at timestamptz not null,
   last_heartbeat_at timestamptz not null,
   lease_until timestamptz not null,
+  resumed_at timestamptz not null default '-infinity',   -- when it was the first to beat after nobody could (can_expire)
   unsent integer not null default 0,         -- calls released to it that it has not sent yet
   claim integer not null default 0,          -- number of its last claim, and of its last claim of batches; the worker counts them
   batch_claim integer not null default 0,
@@ -3663,12 +3664,12 @@ begin
     update autotag.provider_limits
     set proven_at = null, probe_at = null, account_error = null, account_error_from = null, account_error_at = null;
   end if;
-  insert into autotag.workers (id, host, version, listening, started_at, last_heartbeat_at, lease_until, base_url, fingerprint)
+  insert into autotag.workers (id, host, version, listening, started_at, last_heartbeat_at, lease_until, resumed_at, base_url, fingerprint)
   select p_worker, coalesce(autotag.printable(p_host, 100), ''), autotag.printable(p_version, 50), coalesce(p_listening, false),
-    v_now, v_now, v_now + s.lease, p_base_url, p_fingerprint
+    v_now, v_now, v_now + s.lease, case when autotag.is_silent(v_now) then v_now else '-infinity' end, p_base_url, p_fingerprint
   from autotag.settings s
   on conflict (id) do update set version = excluded.version, listening = excluded.listening, last_heartbeat_at = excluded.last_heartbeat_at,
-    lease_until = excluded.lease_until, unsent = 0, base_url = excluded.base_url,
+    lease_until = excluded.lease_until, resumed_at = greatest(autotag.workers.resumed_at, excluded.resumed_at), unsent = 0, base_url = excluded.base_url,
     fingerprint = excluded.fingerprint
   where autotag.workers.login = session_user;
   return autotag.worker_settings();
@@ -3694,8 +3695,10 @@ $$;
 -- Extends the worker's lease. alive: false if the lease had ended and what the worker held has been released, so it has to
 -- register again. lost: the worker holds images of a claim that it does not list in p_claims, or batches of one that it does not list
 -- in p_batch_claims, because the reply was lost; it calls release_lost() next. tick_due: the worker calls tick_if_due() next, in a transaction of its own, because a tick takes many locks.
+-- settings: worker_settings() now; the worker follows them, so lease_until, which each beat sets, ends by the lease that it knows.
 create or replace function autotag.heartbeat(
-  p_worker uuid, p_claims integer[], p_batch_claims integer[], out alive boolean, out lost boolean, out tick_due boolean
+  p_worker uuid, p_claims integer[], p_batch_claims integer[], out alive boolean, out lost boolean, out tick_due boolean,
+  out settings jsonb
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3704,7 +3707,8 @@ declare
   v_version text;
 begin
   update autotag.workers w
-  set last_heartbeat_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s)
+  set last_heartbeat_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s),
+      resumed_at = case when autotag.is_silent(v_now) then v_now else w.resumed_at end
   where w.id = p_worker and w.login = session_user returning w.version into v_version;
   alive := found;
   if alive then
@@ -3713,6 +3717,29 @@ begin
   lost := exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims))
     or exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims));
   tick_due := autotag.is_tick_due(v_now);
+  settings := autotag.worker_settings();
+end $$;
+
+-- Whether there are workers, and no beat for half a lease: the database could not be reached, because workers beat three times in a
+-- lease.
+create or replace function autotag.is_silent(p_now timestamptz) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (select max(w.last_heartbeat_at) < p_now - (select s.lease from autotag.settings s) / 2 from autotag.workers w);
+end $$;
+
+-- Whether there is a worker whose lease has ended, and expire_worker() may release what it held. Workers that could not reach the
+-- database may still hold answers that were paid for. So none is expired while nobody beats, nor for one lease after the first beat
+-- that follows. Without any worker there would be nobody to take the work anyway; after a day it is released nevertheless.
+create or replace function autotag.can_expire(p_now timestamptz) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select min(w.lease_until) < p_now and (min(w.lease_until) < p_now - interval '1 day'
+      or max(w.last_heartbeat_at) >= p_now - s.lease and max(w.resumed_at) <= p_now - s.lease)
+    from autotag.settings s, autotag.workers w group by s.lease);
 end $$;
 
 -- Whether a worker belongs to the caller and has a lease. Without a lease it must get no work, because no expiry would release
@@ -3856,7 +3883,7 @@ begin
   return (autotag.release_held(p_worker, coalesce(p_claims, '{}'), coalesce(p_batch_claims, '{}'), true)).released;
 end $$;
 
--- Releases what one worker with an ended lease held, and deletes that worker; if another transaction holds some of it, the next
+-- Releases what one worker with an ended lease held, as soon as can_expire(), and deletes that worker; if another transaction holds some of it, the next
 -- tick goes on. One per transaction. Returns whether there was one whose work was released. Called by tick().
 -- Locks: provider (a transaction that holds it may wait for a worker's row, as record_sent() does, so it comes first); the worker's
 -- row, which the worker itself does not wait for (lock_worker); release_held.
@@ -3866,7 +3893,7 @@ as $$
 declare
   v_worker uuid;
 begin
-  if not exists (select from autotag.workers w where w.lease_until < autotag.now()) then
+  if not coalesce(autotag.can_expire(autotag.now()), false) then
     return false;
   end if;
   perform from autotag.provider_limits for update;
@@ -8363,7 +8390,7 @@ begin
   delete from autotag.workspaces w
   where w.queued = 0 and not exists (
     select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
-  delete from autotag.workers w where w.lease_until < v_now - interval '1 day';
+  delete from autotag.workers w where w.lease_until < v_now - interval '2 days';   -- can_expire() lets them go after one
   update autotag.clock set housekeeping_at = v_now;
 end $$;
 
@@ -8380,13 +8407,13 @@ end $$;
 create or replace trigger autotag_delete_tasks after delete on autotag.jobs referencing old table as gone
   for each statement execute function autotag.delete_tasks();
 
--- Whether tick() is overdue, or a worker's lease has ended.
+-- Whether tick() is overdue, or can expire a worker.
 create or replace function autotag.is_tick_due(p_now timestamptz) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return exists (select from autotag.clock c where c.ticked_at <= p_now - interval '59 s')
-    or exists (select from autotag.workers w where w.lease_until < p_now);
+    or coalesce(autotag.can_expire(p_now), false);
 end $$;
 
 -- Called after a heartbeat that says so: runs tick() and housekeeping() if they are overdue. One caller at a time; others do not wait.
@@ -8409,7 +8436,7 @@ begin
     perform autotag.housekeeping();   -- first, because tick() holds the provider row from its first expired worker on
   end if;
   perform autotag.tick();
-  return exists (select from autotag.workers w where w.lease_until < v_now);
+  return coalesce(autotag.can_expire(v_now), false);
 end $$;
 
 -- Schedules both in pg_cron under fixed names, so that scheduling again changes nothing. False: pg_cron is not installed.

@@ -111,7 +111,7 @@ begin
   delete from autotag.workspaces w
   where w.queued = 0 and not exists (
     select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
-  delete from autotag.workers w where w.lease_until < v_now - interval '1 day';
+  delete from autotag.workers w where w.lease_until < v_now - interval '2 days';   -- can_expire() lets them go after one
   update autotag.clock set housekeeping_at = v_now;
 end $$;
 
@@ -128,13 +128,13 @@ end $$;
 create or replace trigger autotag_delete_tasks after delete on autotag.jobs referencing old table as gone
   for each statement execute function autotag.delete_tasks();
 
--- Whether tick() is overdue, or a worker's lease has ended.
+-- Whether tick() is overdue, or can expire a worker.
 create or replace function autotag.is_tick_due(p_now timestamptz) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return exists (select from autotag.clock c where c.ticked_at <= p_now - interval '59 s')
-    or exists (select from autotag.workers w where w.lease_until < p_now);
+    or coalesce(autotag.can_expire(p_now), false);
 end $$;
 
 -- Called after a heartbeat that says so: runs tick() and housekeeping() if they are overdue. One caller at a time; others do not wait.
@@ -157,7 +157,7 @@ begin
     perform autotag.housekeeping();   -- first, because tick() holds the provider row from its first expired worker on
   end if;
   perform autotag.tick();
-  return exists (select from autotag.workers w where w.lease_until < v_now);
+  return coalesce(autotag.can_expire(v_now), false);
 end $$;
 
 -- Schedules both in pg_cron under fixed names, so that scheduling again changes nothing. False: pg_cron is not installed.

@@ -14,6 +14,7 @@ import pytest
 import autotag
 from autotag.db import Busy, Database, TooSlow
 from autotag.db.connections import HOST_PURPOSES, HOST_SHARE, POOL_SIZE, SHARES, Connections, Purpose
+from autotag.db.messages import Registered
 from support import PATIENCE, Library, until
 
 SLEEPERS = "select count(*) as n from pg_stat_activity where state = 'active' and query like 'select pg_sleep%%'"
@@ -104,6 +105,9 @@ async def test_outcomes_that_were_committed_just_before_the_timeout_count_once(l
         assert usage["n"] == 1, json.dumps(usage, default=str)
         beat = await db.heartbeat([1], [0])
         assert (beat.alive, beat.lost) == (True, False)
+        library.stack.configure(lease="6 s", batch_max_bytes=1234)
+        assert (await db.heartbeat([1], [0])).settings == Registered(6, 1234), "settings need no restart"
+        assert (await db.claim_batches(1, 1)).settings.batch_max_bytes == 1234
     finally:
         await db.close()
 

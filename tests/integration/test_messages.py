@@ -99,6 +99,7 @@ def test_single_calls(library: Library) -> None:
         check(m.Image, {**image, "claim": 1})  # the worker adds the claim's number
     [beat] = library.sql("select * from autotag.heartbeat(%s, '{1}', '{0}')", WORKER)
     check(m.Beat, beat)
+    check(m.Registered, beat["settings"])
     workspace = library.member.workspace
     reports = [{"task": image["task"], "attempt": image["attempt"], "called": False,
                 "error": {"kind": "image", "code": "answer_too_long"}} for image in images]  # fmt: skip

@@ -15,7 +15,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from autotag.db import Database
-from autotag.db.messages import Beat
+from autotag.db.messages import Beat, Registered
 from lab.openai_sim.faults import Fault
 from lab.pictures import Drawing, draw
 from lab.stack import Stack, worker_process
@@ -317,7 +317,7 @@ async def test_a_worker_whose_heartbeat_loses_the_cancellation_stops_and_stays_a
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
         lost.set()
-        return Beat(alive=False, lost=False, tick_due=False)
+        return Beat(alive=False, lost=False, tick_due=False, settings=Registered(60, 1000))
 
     monkeypatch.setattr(Database, "heartbeat", heartbeat)
     async with worker(library.stack) as wake, asyncio.timeout(PATIENCE):
@@ -369,3 +369,19 @@ async def test_a_claim_that_fails_is_not_asked_again_in_a_hurry(library: Library
             seconds = time.monotonic() - before
             library.sql("drop trigger broken on autotag.queues")
     assert sum(entry["event"] == "claim_failed" for entry in logs) < 6 + 2 * seconds
+
+
+async def test_a_running_worker_follows_another_lease(library: Library) -> None:
+    """Settings need no restart: with a shorter lease it beats more often, so its lease does not end between two beats."""
+    beats = "select last_heartbeat_at as at, lease_until - last_heartbeat_at as lease from autotag.workers"
+    async with worker(library.stack) as wake:
+        await until(lambda: library.sql(beats) != [], "the worker")
+        [first] = library.sql(beats)
+        library.stack.configure(lease="6 s")
+        wake.notify("version")  # makes the heart beat at once
+        await until(lambda: library.sql(beats)[0]["at"] != first["at"], "a beat")
+        [second] = library.sql(beats)
+        assert second["lease"].total_seconds() == 6
+        await until(lambda: library.sql(beats)[0]["at"] != second["at"], "the next beat")
+        [third] = library.sql(beats)
+    assert (third["at"] - second["at"]).total_seconds() < 12, "20 s with the former lease"

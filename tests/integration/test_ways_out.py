@@ -266,3 +266,87 @@ def test_cancellations_are_few_at_a_time_and_of_all_workspaces(engine: Engine) -
         " (select jsonb_array_elements_text(%s)) group by job_id, 1 order by 2", json.dumps(cancel),
     )  # fmt: skip
     assert counts == [("in_progress", 4), ("in_progress", 96)]
+
+
+class Crew:
+    """Workers of the engine, of which the first may hold an image."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.others = [uuid.uuid4(), uuid.uuid4()]
+        engine.sql("update autotag.settings set lease = '60 s'")
+        for other in self.others:
+            engine.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", other)
+        engine.upload(1)
+        assert engine.sql("select tasks from autotag.claim(%s, 1, 1)", WORKER) != [([],)]
+
+    def beat(self, worker: uuid.UUID) -> None:
+        """A heartbeat, and what follows."""
+        [(alive, due)] = self.engine.sql("select alive, tick_due from autotag.heartbeat(%s, '{1}', '{0}')", worker)
+        assert alive
+        if due:
+            self.engine.sql("select autotag.tick_if_due()")
+        self.engine.sql("select autotag.tick()")  # pg_cron
+
+    def holds(self) -> bool:
+        """Whether the first worker still has its image."""
+        return self.engine.sql("select failures from autotag.tasks where worker_id is not null") == [(0,)]
+
+
+def test_a_worker_that_stops_beating_loses_its_image_when_its_lease_ends(engine: Engine) -> None:
+    crew = Crew(engine)
+    for at in (20, 40, 59):
+        engine.set_time(at)
+        crew.beat(crew.others[0])
+        assert crew.holds()
+    engine.set_time(61)
+    crew.beat(crew.others[0])
+    assert not crew.holds()
+    assert engine.sql("select failures from autotag.tasks") == [(1,)]
+
+
+@pytest.mark.parametrize("outage", [55, 61, 200, 3600, 40_000])
+def test_while_nobody_could_beat_nobody_is_taken_for_dead(engine: Engine, outage: int) -> None:
+    """After an outage of the database the first to beat does not take the others' images: they get a lease's time."""
+    crew = Crew(engine)
+    engine.set_time(15)
+    engine.sql("select autotag.heartbeat(%s, '{1}', '{0}')", crew.others[0])  # so the first worker's lease ends first
+    engine.set_time(15 + outage / 2)
+    engine.sql("select autotag.tick()")  # by pg_cron, if only the network is down
+    engine.set_time(15 + outage)
+    crew.beat(crew.others[0])
+    assert crew.holds()
+    engine.set_time(15 + outage + 20)
+    crew.beat(crew.others[1])
+    for later in (20, 40, 61, 70, 95):
+        engine.set_time(15 + outage + later)
+        crew.beat(WORKER)
+        crew.beat(crew.others[0])
+        assert crew.holds(), "it has beaten within its lease"
+        assert crew.engine.sql("select count(*) from autotag.workers where id = %s", crew.others[1]) == [
+            (0 if later > 80 else 1,)
+        ]
+
+
+def test_the_lease_of_the_only_worker_ends_when_another_has_come_for_a_lease(engine: Engine) -> None:
+    crew = Crew(engine)
+    engine.sql("delete from autotag.workers where id = any (%s)", crew.others)
+    engine.set_time(100)
+    engine.sql("select autotag.tick()")
+    engine.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", crew.others[0])
+    for at in (120, 140, 159):
+        engine.set_time(at)
+        crew.beat(crew.others[0])
+        assert crew.holds()
+    engine.set_time(161)
+    crew.beat(crew.others[0])
+    assert not crew.holds()
+
+
+def test_without_any_worker_what_they_held_is_free_after_a_day(engine: Engine) -> None:
+    crew = Crew(engine)
+    engine.set_time(100_000)
+    for _ in range(3):
+        engine.sql("select autotag.tick()")
+    assert not crew.holds()
+    assert engine.sql("select 1 from autotag.workers") == []

@@ -173,8 +173,11 @@ def test_a_process_whose_heart_has_stopped_is_not_healthy(monkeypatch: pytest.Mo
     assert health.problem() is None
     now[0] += 100
     assert "No heartbeat" in (health.problem() or "")
-    health.beat()
+    health.beat(20)
     assert health.problem() is None
+    health.beat(1)
+    now[0] += 4
+    assert "No heartbeat" in (health.problem() or ""), "the lease has become shorter"
 
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"

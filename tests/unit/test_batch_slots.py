@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
+import psycopg
 import pytest
 
 from autotag.db import Batch, Busy, Database, DatabaseSettings, Question, Settled, TooSlow
@@ -18,7 +19,7 @@ from autotag.worker.slots import BatchSlots
 from autotag.worker.wake import Wake
 
 PATIENCE = 20.0  # seconds; only a broken promise takes so long
-SETTINGS = DatabaseSettings(Question(1, "m", "low", 10, "English"), 60, 1000)
+SETTINGS = DatabaseSettings(Question(1, "m", "low", 10, "English"), 1000)
 MARK = "00000000-0000-4000-8000-000000000001"
 LINE = (
     b'{"custom_id": "%d-' + MARK.encode() + b'", "response": {"status_code": 200, "body": {"choices": [{"message":'
@@ -84,11 +85,19 @@ class FakeDatabase:
         self.errors = list(errors)
         self.calls: list[tuple[list[BatchAnswer], bool]] = []
         self.finished = 0
+        self.odd: dict[int, Exception] = {}  # what an answer raises as it is, by task …
+        self.lost: dict[int, Exception] = {}  # … and every report of it
+        self.stored: dict[int, str] = {}
 
     async def batch_answers(self, _: Batch, answers: list[BatchAnswer], *, keep: bool = False) -> Settled:
         self.calls.append((answers, keep))
         if self.errors:
             raise self.errors.pop(0)
+        codes = {answer["task"]: answer.get("error", {}).get("code", "") for answer in answers}
+        for task, code in codes.items():
+            if error := self.lost.get(task) or (code != "internal_error" and self.odd.get(task)):
+                raise error
+        self.stored |= codes
         return Settled(len(answers), [])
 
     async def batch_finish(self, _: Batch) -> None:
@@ -141,3 +150,31 @@ async def test_answers_for_slow_rows_are_kept_for_the_store_lane() -> None:
     provider = await harvest(db)
     assert provider.reads == 1
     assert [(len(answers), keep) for answers, keep in db.calls] == [(1000, False), (1000, True), (200, True)]
+
+
+@pytest.mark.parametrize("error", [psycopg.errors.DivisionByZero("x"), TypeError("surrogates not allowed")])
+async def test_an_answer_that_raises_costs_its_image(error: Exception) -> None:
+    """As for single calls: its outcome is lost, and the others of its page are stored."""
+    db = FakeDatabase()
+    db.odd = {7: error, 1150: error}
+    provider = await harvest(db)
+    assert provider.reads == 1
+    assert db.stored == {task: "internal_error" if task in db.odd else "no_tags" for task in range(1, 1201)}
+    assert len(db.calls) < 2 + 2 * 25, "by halves"
+
+
+async def test_an_answer_that_raises_in_every_form_costs_its_image() -> None:
+    db = FakeDatabase()
+    db.lost = {1: psycopg.errors.DivisionByZero("x")}
+    await harvest(db)
+    assert set(db.stored) == set(range(2, 1201))
+
+
+async def test_where_no_answer_can_be_stored_the_batch_is_not_over() -> None:
+    """Otherwise all its images would be asked, and paid, again."""
+    db = FakeDatabase()
+    db.lost = dict.fromkeys(range(1, 1201), psycopg.errors.UndefinedFunction("x"))
+    with pytest.raises(psycopg.errors.UndefinedFunction):
+        await harvest(db)
+    assert db.finished == 0
+    assert len(db.calls) < 50

@@ -16,7 +16,7 @@ from autotag.worker.claims import Claims
 from autotag.worker.wake import Wake
 from support import soon
 
-SETTINGS = DatabaseSettings(Question(1, "m", "low", 10, "English"), 60, 1000)
+SETTINGS = DatabaseSettings(Question(1, "m", "low", 10, "English"), 1000)
 
 
 def test_a_claim_without_a_reply_keeps_its_number() -> None:

@@ -16,7 +16,7 @@ from autotag.openai.records import ProviderBatch, read_batch
 from autotag.worker.files import Files
 from autotag.worker.poll import MAX_POLLED, Poller
 
-SETTINGS = DatabaseSettings(Question(1, "m", "low", 10, "English"), 60, 1000)
+SETTINGS = DatabaseSettings(Question(1, "m", "low", 10, "English"), 1000)
 IDS = [f"batch_{i}" for i in range(2 * MAX_POLLED + 5)]
 ODD = IDS[3]
 

@@ -29,12 +29,12 @@ begin
     update autotag.provider_limits
     set proven_at = null, probe_at = null, account_error = null, account_error_from = null, account_error_at = null;
   end if;
-  insert into autotag.workers (id, host, version, listening, started_at, last_heartbeat_at, lease_until, base_url, fingerprint)
+  insert into autotag.workers (id, host, version, listening, started_at, last_heartbeat_at, lease_until, resumed_at, base_url, fingerprint)
   select p_worker, coalesce(autotag.printable(p_host, 100), ''), autotag.printable(p_version, 50), coalesce(p_listening, false),
-    v_now, v_now, v_now + s.lease, p_base_url, p_fingerprint
+    v_now, v_now, v_now + s.lease, case when autotag.is_silent(v_now) then v_now else '-infinity' end, p_base_url, p_fingerprint
   from autotag.settings s
   on conflict (id) do update set version = excluded.version, listening = excluded.listening, last_heartbeat_at = excluded.last_heartbeat_at,
-    lease_until = excluded.lease_until, unsent = 0, base_url = excluded.base_url,
+    lease_until = excluded.lease_until, resumed_at = greatest(autotag.workers.resumed_at, excluded.resumed_at), unsent = 0, base_url = excluded.base_url,
     fingerprint = excluded.fingerprint
   where autotag.workers.login = session_user;
   return autotag.worker_settings();
@@ -60,8 +60,10 @@ $$;
 -- Extends the worker's lease. alive: false if the lease had ended and what the worker held has been released, so it has to
 -- register again. lost: the worker holds images of a claim that it does not list in p_claims, or batches of one that it does not list
 -- in p_batch_claims, because the reply was lost; it calls release_lost() next. tick_due: the worker calls tick_if_due() next, in a transaction of its own, because a tick takes many locks.
+-- settings: worker_settings() now; the worker follows them, so lease_until, which each beat sets, ends by the lease that it knows.
 create or replace function autotag.heartbeat(
-  p_worker uuid, p_claims integer[], p_batch_claims integer[], out alive boolean, out lost boolean, out tick_due boolean
+  p_worker uuid, p_claims integer[], p_batch_claims integer[], out alive boolean, out lost boolean, out tick_due boolean,
+  out settings jsonb
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -70,7 +72,8 @@ declare
   v_version text;
 begin
   update autotag.workers w
-  set last_heartbeat_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s)
+  set last_heartbeat_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s),
+      resumed_at = case when autotag.is_silent(v_now) then v_now else w.resumed_at end
   where w.id = p_worker and w.login = session_user returning w.version into v_version;
   alive := found;
   if alive then
@@ -79,6 +82,29 @@ begin
   lost := exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims))
     or exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims));
   tick_due := autotag.is_tick_due(v_now);
+  settings := autotag.worker_settings();
+end $$;
+
+-- Whether there are workers, and no beat for half a lease: the database could not be reached, because workers beat three times in a
+-- lease.
+create or replace function autotag.is_silent(p_now timestamptz) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (select max(w.last_heartbeat_at) < p_now - (select s.lease from autotag.settings s) / 2 from autotag.workers w);
+end $$;
+
+-- Whether there is a worker whose lease has ended, and expire_worker() may release what it held. Workers that could not reach the
+-- database may still hold answers that were paid for. So none is expired while nobody beats, nor for one lease after the first beat
+-- that follows. Without any worker there would be nobody to take the work anyway; after a day it is released nevertheless.
+create or replace function autotag.can_expire(p_now timestamptz) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select min(w.lease_until) < p_now and (min(w.lease_until) < p_now - interval '1 day'
+      or max(w.last_heartbeat_at) >= p_now - s.lease and max(w.resumed_at) <= p_now - s.lease)
+    from autotag.settings s, autotag.workers w group by s.lease);
 end $$;
 
 -- Whether a worker belongs to the caller and has a lease. Without a lease it must get no work, because no expiry would release
@@ -222,7 +248,7 @@ begin
   return (autotag.release_held(p_worker, coalesce(p_claims, '{}'), coalesce(p_batch_claims, '{}'), true)).released;
 end $$;
 
--- Releases what one worker with an ended lease held, and deletes that worker; if another transaction holds some of it, the next
+-- Releases what one worker with an ended lease held, as soon as can_expire(), and deletes that worker; if another transaction holds some of it, the next
 -- tick goes on. One per transaction. Returns whether there was one whose work was released. Called by tick().
 -- Locks: provider (a transaction that holds it may wait for a worker's row, as record_sent() does, so it comes first); the worker's
 -- row, which the worker itself does not wait for (lock_worker); release_held.
@@ -232,7 +258,7 @@ as $$
 declare
   v_worker uuid;
 begin
-  if not exists (select from autotag.workers w where w.lease_until < autotag.now()) then
+  if not coalesce(autotag.can_expire(autotag.now()), false) then
     return false;
   end if;
   perform from autotag.provider_limits for update;

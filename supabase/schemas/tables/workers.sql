@@ -8,6 +8,7 @@ create table autotag.workers (
   started_at timestamptz not null,
   last_heartbeat_at timestamptz not null,
   lease_until timestamptz not null,
+  resumed_at timestamptz not null default '-infinity',   -- when it was the first to beat after nobody could (can_expire)
   unsent integer not null default 0,         -- calls released to it that it has not sent yet
   claim integer not null default 0,          -- number of its last claim, and of its last claim of batches; the worker counts them
   batch_claim integer not null default 0,

@@ -77,9 +77,7 @@ class Database:
         """The settings for the images of a claim; see `_question_of`."""
         if self._registered is None:
             raise RuntimeError("A worker must register before it claims.")
-        return DatabaseSettings(
-            self._question_of(sent, changed), self._registered.lease_seconds, self._registered.batch_max_bytes
-        )
+        return DatabaseSettings(self._question_of(sent, changed), self._registered.batch_max_bytes)
 
     def _question_of(self, sent: Question | None, changed: Mapping[str, object] | None) -> Question:
         """The question for the images of a claim.
@@ -136,10 +134,11 @@ class Database:
             VersionsDiffer: the schema has been upgraded.
         """
         row = await self._connections.call_once(
-            "lease", "select alive, lost, tick_due from autotag.heartbeat(%s, %s::integer[], %s::integer[])",
+            "lease", "select alive, lost, tick_due, settings from autotag.heartbeat(%s, %s::integer[], %s::integer[])",
             self.worker, list(claims), list(batch_claims), within=LEASE_TIMEOUT,
         )  # fmt: skip
-        return make(Beat, row)
+        self._registered = make(Registered, row["settings"])
+        return make(Beat, {**row, "settings": self._registered})
 
     async def release_lost(self, claims: Sequence[int], batch_claims: Sequence[int]) -> int:
         """Releases what this worker holds by other claims than these, because their replies were lost; returns the

@@ -51,7 +51,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Registered:
-    """The settings that a worker gets when it registers (``autotag.worker_settings``).
+    """The settings that a worker gets when it registers and with each heartbeat (``autotag.worker_settings``).
 
     lease_seconds: seconds of its lease. batch_max_bytes: max bytes of a batch's input file.
     """
@@ -62,11 +62,9 @@ class Registered:
 
 @dataclass(frozen=True)
 class DatabaseSettings:
-    """The settings for the images of a claim: the claim's question, and the values of the worker's last registration
-    (`Registered`)."""
+    """The settings for the images of a claim: the claim's question, and those of the last heartbeat (`Registered`)."""
 
     question: Question
-    lease_seconds: float
     batch_max_bytes: int
 
 
@@ -102,11 +100,13 @@ class Beat:
         alive: the worker has its lease; if not, it must register again.
         lost: the worker holds work that it does not know of; it calls `Database.release_lost` next.
         tick_due: `Database.tick_if_due` has something to do.
+        settings: as they are now.
     """
 
     alive: bool
     lost: bool
     tick_due: bool
+    settings: Registered
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ class Health:
         self._max_silence = interval * MAX_MISSED_BEATS
         self._beat_at = time.monotonic()
 
-    def beat(self) -> None:
-        """Notes that a heartbeat has ended, with or without an error."""
+    def beat(self, interval: float) -> None:
+        """Notes that a heartbeat has ended, with or without an error. ``interval``: seconds until the next one."""
+        self._max_silence = interval * MAX_MISSED_BEATS
         self._beat_at = time.monotonic()
 
     def problem(self) -> str | None:

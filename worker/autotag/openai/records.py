@@ -109,7 +109,8 @@ def _read_batch(batch: Batch) -> ProviderBatch:
     errors = (batch.errors.data or []) if batch.errors else []
     first = errors[0] if errors else None
     return ProviderBatch(
-        id=batch.id, status=batch.status, created_at=float(batch.created_at), metadata=batch.metadata or {},
+        id=batch.id, status=batch.status, created_at=float(batch.created_at),
+        metadata=batch.metadata if isinstance(batch.metadata, Mapping) else {},
         input_file_id=batch.input_file_id, output_file_id=batch.output_file_id, error_file_id=batch.error_file_id,
         total=_count(counts, "total"), done=_count(counts, "completed") + _count(counts, "failed"),
         # classified like other errors: for example, missing credit is an error of the account, not of the batch

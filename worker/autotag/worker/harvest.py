@@ -6,18 +6,25 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+import psycopg
 import structlog
 
 from autotag.db import Batch, Database, DatabaseSettings, TooSlow
 from autotag.db.messages import BatchAnswer
+from autotag.errors import TaggingError
 from autotag.observability.metrics import count_answers
 from autotag.openai.output import read_line
 from autotag.openai.provider import Provider
+from autotag.redact import safe_message
 from autotag.worker.files import Files
 from autotag.worker.notices import log_notices
 from autotag.worker.slots import BatchSlots
 
+MAX_LOST = 5  # single answers that raise in every form before the rest is not tried, if none could be stored
 MAX_ANSWERS = 1000  # answers stored in one call; with 500 it takes 6 µs longer for each
+
+#: What a report raises because of its contents; the last two: it cannot be sent as JSON.
+REPORT_ERRORS = (psycopg.Error, TypeError, ValueError)
 
 log = structlog.get_logger(__name__)
 
@@ -107,9 +114,53 @@ async def store_answers(db: Database, batch: Batch, answers: list[BatchAnswer], 
     Returns:
         Whether the rows are slow.
 
+    An answer that raises costs its image: the answers are stored by halves, down to the single one, which becomes an
+    error of its image. If that raises too, the image stays without an answer, unless nothing at all could be stored.
+
     Raises:
         Busy, TooSlow: another transaction holds the batch; nothing was stored.
+        psycopg.Error, TypeError, ValueError: no answer could be stored.
     """
+    lost: list[Exception] = []
+    stored, slow = await _store_parts(db, batch, answers, slow, lost)
+    if lost and not stored:
+        raise lost[0]
+    return slow
+
+
+async def _store_parts(
+    db: Database, batch: Batch, answers: list[BatchAnswer], slow: bool, lost: list[Exception]
+) -> tuple[bool, bool]:
+    """Stores answers, if necessary in parts; returns whether any were stored, and whether the rows are slow. ``lost``
+    gets the errors of single answers that could not even be reported as errors."""
+    try:
+        return True, await _store_together(db, batch, answers, slow)
+    except REPORT_ERRORS as error:
+        log.error("answers_not_stored", batch=batch.batch, images=len(answers), error=safe_message(error))
+    if len(answers) == 1:
+        try:
+            return True, await _store_together(db, batch, [_lost_outcome(answers[0])], slow)
+        except REPORT_ERRORS as error:
+            log.error("report_dropped", task=answers[0]["task"], error=safe_message(error))
+            lost.append(error)
+            return False, slow
+    half = len(answers) // 2
+    stored = False
+    for part in (answers[:half], answers[half:]):
+        if stored or len(lost) < MAX_LOST:
+            done, slow = await _store_parts(db, batch, part, slow, lost)
+            stored = stored or done
+    return stored, slow
+
+
+def _lost_outcome(answer: BatchAnswer) -> BatchAnswer:
+    """What is reported of an image whose answer raises, as for single calls."""
+    error = TaggingError("transient", "internal_error", "The outcome of this image could not be stored.")
+    return {"task": answer["task"], "error": error.as_json()}
+
+
+async def _store_together(db: Database, batch: Batch, answers: list[BatchAnswer], slow: bool) -> bool:
+    """Stores answers in one call; returns whether the rows are slow."""
     try:
         stored = await db.batch_answers(batch, answers, keep=slow)
     except TooSlow:

@@ -15,7 +15,7 @@ import structlog
 
 import autotag
 from autotag.config import Settings
-from autotag.db import CALL_ERRORS, Database, Registered, VersionsDiffer, can_listen, listen
+from autotag.db import CALL_ERRORS, Database, VersionsDiffer, can_listen, listen
 from autotag.http import webhook
 from autotag.http.health import Health, make_app
 from autotag.http.serve import serve
@@ -114,29 +114,31 @@ class _ConnectedWorker:
         self._version_error: VersionsDiffer | None = None
         self._claims, self._batch_claims = Claims(), Claims()
         self._tick_due = asyncio.Event()
+        self._pause = 0.0  # seconds between heartbeats, by the lease that the database said last
 
     async def run(self) -> None:
         """See `Worker.run`."""
-        registered = await self._register()
-        await self._work(registered.lease_seconds / HEARTBEATS_PER_LEASE)
+        await self._register()
+        await self._work()
         if self._version_error:
             raise self._version_error
 
-    async def _register(self) -> Registered:
+    async def _register(self) -> None:
         """Registers the worker. The question to the model is not included: it comes with every claim."""
         settings = self._settings
         key = fingerprint(settings.openai_api_key.get_secret_value(), settings.openai_base_url)
-        return await self._db.register(
+        registered = await self._db.register(
             socket.gethostname(), autotag.__version__, self._wake.poll_every is None, settings.openai_base_url, key
         )
+        self._pause = registered.lease_seconds / HEARTBEATS_PER_LEASE
 
-    async def _work(self, beat: float) -> None:
-        """Runs all lanes and the background tasks. ``beat``: seconds between heartbeats."""
+    async def _work(self) -> None:
+        """Runs all lanes and the background tasks."""
         settings, wake, db = self._settings, self._wake, self._db
         observations, slow = Observations(), SlowWorkspaces()
         stages = Stages(db, observations, slow)
         outcomes = Outcomes(db, stages, observations, self._claims, slow)
-        health = Health(beat)
+        health = Health(self._pause)
         async with (
             Provider(
                 settings.openai_api_key.get_secret_value(), settings.openai_base_url, settings.call_timeout
@@ -159,7 +161,7 @@ class _ConnectedWorker:
                 background.create_task(_keep_running(work))
                 for work in (
                     *([self._listen] if wake.poll_every is None else []),
-                    lambda: self._heartbeat(beat, health),
+                    lambda: self._heartbeat(health),
                     self._tick,
                     self._deliver_outbox,
                     StoreLane(db, wake, slow).run,
@@ -221,13 +223,13 @@ class _ConnectedWorker:
     async def _listen(self) -> None:
         await listen(self._url, self._wake.notify)
 
-    async def _heartbeat(self, seconds: float, health: Health) -> None:
-        pause = seconds
+    async def _heartbeat(self, health: Health) -> None:
+        pause = self._pause
         while True:
             await self._wake.sleep("version", pause)  # without a delay after an upgrade of the schema
-            pause = seconds
             try:
                 await self._beat()
+                pause = self._pause
             except VersionsDiffer as error:
                 self._log.error("version_differs", error=str(error), hint=error.hint)
                 self._version_error = error
@@ -235,11 +237,12 @@ class _ConnectedWorker:
                 return
             except CALL_ERRORS as error:
                 self._log.error("heartbeat_failed", error=safe_message(error))
-                pause = HEARTBEAT_RETRY
-            health.beat()
+                pause = min(HEARTBEAT_RETRY, self._pause)
+            health.beat(self._pause)
 
     async def _beat(self) -> None:
         beat = await self._db.heartbeat(self._claims.listed(), self._batch_claims.listed())
+        self._pause = beat.settings.lease_seconds / HEARTBEATS_PER_LEASE
         if not beat.alive and not self._wake.stop.is_set():  # a stopping worker has released its lease itself
             self._log.error("lease_lost", hint="The database was unreachable for longer than the lease.")
             await self._register()
