@@ -2989,9 +2989,11 @@ end $$;
 -- allowed while every quota of its workspace and user has room for it beside what is billed and reserved, at the price of a single
 -- call with its new cap. Returns the answers, with the errors of the others changed to `quota_exceeded`, which ends their images.
 -- So what is billed exceeds a quota by at most one answer for each image that is being tagged.
--- The caller has added the usage of these answers. Uploads of the same user or into the same workspace wait until it has committed
--- (lock_quotas), unless one of them is running already: it does not wait for them, and judges without the lock.
-create or replace function autotag.judge_retries(p_answers autotag.answer[]) returns autotag.answer[]
+-- The usage of these answers counts, although the caller adds it later (add_usage; p_batch and p_asked_at: as there). Uploads of the
+-- same user or into the same workspace wait until it has committed (lock_quotas), unless one of them is running already: it does not
+-- wait for them, and judges without the lock.
+create or replace function autotag.judge_retries(p_answers autotag.answer[], p_batch boolean, p_asked_at timestamptz default null)
+returns autotag.answer[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
@@ -3014,8 +3016,12 @@ begin
     join autotag.tasks t on t.id = a.task and t.finished_at is null
     join autotag.jobs j on j.id = a.job_id and j.cancelled_at is null
     where a.usage is not null and a.error is not null and not autotag.is_final(a, t.failures)
+  ), billed as materialized (
+    select * from autotag.count_usage(p_answers, p_batch, null, p_asked_at)
   ), limits as materialized (
-    select o.workspace_id, o.user_id, q.*
+    select o.workspace_id, o.user_id, q.*, (
+      select coalesce(sum(case q.kind when 'images' then greatest(b.requests, b.images) else b.cost end), 0)
+      from billed b where q.scope = 'workspace' or b.user_id = o.user_id) as more_billed
     from (select distinct y.workspace_id, y.user_id from tries y) o
     cross join lateral autotag.quota_use(o.workspace_id, o.user_id, v_prices) q
   ), placed as (
@@ -3031,7 +3037,7 @@ begin
   into v_refused
   from (
     select distinct on (p.task) p.task, p.scope, p.period from placed p
-    where p.billed + p.reserved + p.change > p.maximum and not (p.kind = 'cost' and v_prices.free)
+    where p.billed + p.more_billed + p.reserved + p.change > p.maximum and not (p.kind = 'cost' and v_prices.free)
     order by p.task, p.renews_at desc) f;
   return array(
     select case when v_refused ? a.task::text then row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens,
@@ -5759,7 +5765,7 @@ end $$;
 -- allows a retry is only recorded on its task, once, with its failure; batch_finish() retries these images, because only then
 -- their number is known. p_keep: as in settle(). Returns {accepted, notices: [{event, notice}]}: how many tasks ended, and
 -- sentences for the log.
--- Locks: job, batch, usage, tasks, assets (finish), provider (skip locked).
+-- Locks: job, batch, tasks, assets (finish), usage, provider (skip locked).
 create or replace function autotag.batch_answers(
   p_worker uuid, p_batch uuid, p_attempt integer, p_answers jsonb, p_keep boolean default false
 ) returns jsonb
@@ -5785,14 +5791,13 @@ begin
     v_report.form_changed := v_judged.form_changed;
   end if;
   v_report.answers := v_answers;
-  perform autotag.add_usage(v_answers, true, null, v_batch.asked_at);
-
   if exists (select from unnest(v_answers) a where a.error is not null) then
-    v_answers := autotag.judge_retries(v_answers);
+    v_answers := autotag.judge_retries(v_answers, true, v_batch.asked_at);
     v_again := autotag.leave_to_finish(v_answers);
     v_answers := array(select a from unnest(v_answers) a where a.task not in (select g.task from unnest(v_again) g));
   end if;
   v_notices := autotag.apply_answers(v_batch.workspace_id, v_answers, not p_keep);
+  perform autotag.add_usage(v_report.answers, true, null, v_batch.asked_at);
   return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices || autotag.report_provider(v_report));
 end $$;
 
@@ -6359,7 +6364,7 @@ end $$;
 --
 -- Only this transaction writes the host's rows of these images, and it writes those of one workspace. So it holds nothing that
 -- other workspaces need, until the end: report_provider() takes the provider row if it is free.
--- Locks: the worker's workspace (advisory), usage, window (skip locked), tasks, jobs, assets (finish), provider (skip locked).
+-- Locks: the worker's workspace (advisory), window (skip locked), tasks, jobs, assets (finish), usage, provider (skip locked).
 create or replace function autotag.settle(
   p_worker uuid, p_workspace_id uuid, p_reports jsonb, p_observed jsonb default null, p_keep boolean default false
 ) returns jsonb
@@ -6388,12 +6393,12 @@ begin
     v_report.form_changed := v_judged.form_changed;
   end if;
   v_report.answers := v_answers;
-  perform autotag.add_usage(v_answers, false);
   v_report.windows := autotag.correct_windows(autotag.window_corrections(v_answers));
   if exists (select from unnest(v_answers) a where a.error is not null) then
-    v_answers := autotag.judge_retries(v_answers);
+    v_answers := autotag.judge_retries(v_answers, false);
   end if;
   v_notices := autotag.apply_answers(p_workspace_id, v_answers, not p_keep);
+  perform autotag.add_usage(v_answers, false);
   return jsonb_build_object('accepted', cardinality(v_answers), 'busy', false,
     'notices', v_notices || autotag.report_provider(v_report));
 end $$;
@@ -6891,44 +6896,16 @@ end $$;
 
 -- Usage per workspace and user, and its cost.
 
--- Adds the usage of these answers, each by its model (not given: the one in p_question; null: the present one) and service
--- tier. What was asked since the question changed costs at most as much as the model and tier that were asked. Answers without
--- figures get the tier `unknown` and no cost. A row without a cost is priced as a whole as soon as its model has a price. An answer
--- without a job (a comparison) counts as a request, not as a tagged image.
+-- Adds the usage of these answers (count_usage). A row without a cost is priced as a whole as soon as its model has a price.
+-- Settles of one workspace write the same row, so this comes after the host's rows: another worker's settle waits for it until this
+-- transaction ends. Locks: usage by key.
 create or replace function autotag.add_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb default null, p_asked_at timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_question jsonb := p_question;
-  v_since timestamptz := timestamptz '-infinity';   -- since when it is the question
 begin
-  if v_question is null then
-    select p.question, p.question_since into v_question, v_since from autotag.provider_limits p;
-  end if;
   insert into autotag.usage as u (workspace_id, user_id, day, model, service_tier, images, requests,
     input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost)
-  select t.workspace_id, t.user_id, t.day, t.model, t.tier, t.images, t.requests, t.input, t.cached, t.cache_write, t.output, t.reasoning,
-    autotag.price_answers(case when t.present then v_question end, t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
-  from (
-    select b.workspace_id, j.user_id, (autotag.now() at time zone 'utc')::date as day, b.model, b.tier,
-      sum(b.images) as images, sum(b.requests) as requests, sum(b.input) as input, sum(b.cached) as cached,
-      sum(b.cache_write) as cache_write, sum(b.output) as output, sum(b.reasoning) as reasoning, bool_and(b.present) as present
-    from (
-      select a.job_id, a.workspace_id, coalesce(a.usage ->> 'model', v_question ->> 'model') as model,
-        case when a.usage is null then 'unknown' when p_batch then 'batch' else coalesce(a.usage ->> 'tier', 'default') end as tier,
-        count(*) filter (where a.error is null and a.job_id is not null) as images, count(*) as requests,
-        coalesce(sum((a.usage -> 'input')::integer), 0) as input,
-        coalesce(sum(least((a.usage -> 'cached')::integer, (a.usage -> 'input')::integer)), 0) as cached,
-        coalesce(sum((a.usage -> 'cache_write')::integer), 0) as cache_write,
-        coalesce(sum((a.usage -> 'output')::integer), 0) as output,
-        coalesce(sum((a.usage -> 'reasoning')::integer), 0) as reasoning,
-        bool_and(p_question is not null or coalesce(coalesce(p_asked_at, a.reserved_at) >= v_since, false)) as present
-      from unnest(p_answers) a
-      where a.usage is not null or a.error is null
-      group by 1, 2, 3, 4) b
-    left join autotag.jobs j on j.id = b.job_id
-    group by b.workspace_id, j.user_id, b.model, b.tier
-    order by b.workspace_id, j.user_id, b.model, b.tier) t
+  select c.* from autotag.count_usage(p_answers, p_batch, p_question, p_asked_at) c
   on conflict (workspace_id, day, user_id, model, service_tier) do update set
     images = u.images + excluded.images, requests = u.requests + excluded.requests,
     input_tokens = u.input_tokens + excluded.input_tokens,
@@ -6938,6 +6915,47 @@ begin
     reasoning_tokens = u.reasoning_tokens + excluded.reasoning_tokens,
     cost = excluded.cost + coalesce(u.cost, autotag.price_tokens(u.model, u.service_tier,
       u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens));
+end $$;
+
+-- The usage of these answers, each by its model (not given: the one in p_question; null: the present one) and service
+-- tier. What was asked since the question changed costs at most as much as the model and tier that were asked. Answers without
+-- figures get the tier `unknown` and no cost. An answer without a job (a comparison) counts as a request, not as a tagged image.
+create or replace function autotag.count_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb, p_asked_at timestamptz)
+returns table (workspace_id uuid, user_id uuid, day date, model text, service_tier text, images bigint, requests bigint, input_tokens bigint,
+  cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_question jsonb := p_question;
+  v_since timestamptz := timestamptz '-infinity';   -- since when it is the question
+begin
+  if v_question is null then
+    select p.question, p.question_since into v_question, v_since from autotag.provider_limits p;
+  end if;
+  return query
+    select t.workspace_id, t.user_id, t.day, t.model, t.tier, t.images, t.requests, t.input, t.cached, t.cache_write, t.output, t.reasoning,
+      autotag.price_answers(case when t.present then v_question end, t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
+    from (
+      select b.workspace_id, j.user_id, (autotag.now() at time zone 'utc')::date as day, b.model, b.tier,
+        sum(b.images)::bigint as images, sum(b.requests)::bigint as requests, sum(b.input)::bigint as input, sum(b.cached)::bigint as cached,
+        sum(b.cache_write)::bigint as cache_write, sum(b.output)::bigint as output, sum(b.reasoning)::bigint as reasoning,
+        bool_and(b.present) as present
+      from (
+        select a.job_id, a.workspace_id, coalesce(a.usage ->> 'model', v_question ->> 'model') as model,
+          case when a.usage is null then 'unknown' when p_batch then 'batch' else coalesce(a.usage ->> 'tier', 'default') end as tier,
+          count(*) filter (where a.error is null and a.job_id is not null) as images, count(*) as requests,
+          coalesce(sum((a.usage -> 'input')::integer), 0) as input,
+          coalesce(sum(least((a.usage -> 'cached')::integer, (a.usage -> 'input')::integer)), 0) as cached,
+          coalesce(sum((a.usage -> 'cache_write')::integer), 0) as cache_write,
+          coalesce(sum((a.usage -> 'output')::integer), 0) as output,
+          coalesce(sum((a.usage -> 'reasoning')::integer), 0) as reasoning,
+          bool_and(p_question is not null or coalesce(coalesce(p_asked_at, a.reserved_at) >= v_since, false)) as present
+        from unnest(p_answers) a
+        where a.usage is not null or a.error is null
+        group by 1, 2, 3, 4) b
+      left join autotag.jobs j on j.id = b.job_id
+      group by b.workspace_id, j.user_id, b.model, b.tier
+      order by b.workspace_id, j.user_id, b.model, b.tier) t;
 end $$;
 
 -- Price of answers of one model and tier (price_tokens) to a question: at most that of the model and tier that the question names,

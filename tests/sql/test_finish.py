@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from lab.postgres import LocalPostgres
+from support import PATIENCE
 
 WORKER = "00000000-0000-4000-8000-00000000000a"
 WORKSPACE = "00000000-0000-4000-8000-000000000001"
@@ -194,3 +197,98 @@ def test_a_report_that_shows_something_new_does_not_wait_for_a_claim(
     assert left == (0 if news else 1,)
     told = [notice["event"] for notice in row[0]["notices"]]
     assert told == (["provider_limits_changed"] if news and "has_rate" not in learns else [])
+
+
+SECOND = "00000000-0000-4000-8000-00000000000b"
+#: The host's rows are slow while somebody holds this lock, as with a trigger that waits for another server.
+GATE = 42
+SLOW_TRIGGER = f"""
+    create function public.wait() returns trigger language plpgsql as $$
+    begin
+      while exists (select from pg_locks where locktype = 'advisory' and objid = {GATE}) loop
+        perform pg_sleep(0.01);
+      end loop;
+      return new;
+    end $$;
+    create trigger wait before update on public.assets for each row
+      when (new.tagging_stage in ('completed', 'failed')) execute function public.wait()"""
+OUTCOMES = {
+    "tags": {"result": RESULT},
+    "errors that a quota judges": {"error": {"kind": "image", "code": "bad_answer", "message": "m", "retry": True}},
+}
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+@pytest.mark.parametrize("keep", [False, True], ids=["store", "keep"])
+def test_answers_are_durable_while_another_worker_waits_for_the_same_tenants_rows(
+    postgres: LocalPostgres, database: str, session: psycopg.Connection[Any], outcome: str, keep: bool
+) -> None:
+    """The usage of the workspace has one row a day: whoever writes it must not go on to write the host's rows."""
+    session.execute(SLOW_TRIGGER)
+    session.execute("insert into autotag.quotas (scope, period, max_images) values ('workspace', 'day', 0)")
+    session.execute("select autotag.register_worker(%s, 'h', autotag.schema_version(), true)", (SECOND,))
+    session.execute("update autotag.tasks set worker_id = %s where id %% 2 = 1", (SECOND,))
+    usage = {"input": 700, "output": 100, "model": "m", "tier": "default"}
+    reports = {
+        worker: Jsonb([
+            {"task": task, "attempt": attempt, "called": True, "usage": usage, **(OUTCOMES[outcome] if worker == WORKER else {"result": RESULT})}
+            for task, attempt in session.execute("select id, attempt from autotag.tasks where worker_id = %s", (worker,)).fetchall()
+        ])
+        for worker in (WORKER, SECOND)
+    }  # fmt: skip
+    with psycopg.connect(postgres.url("supabase_admin", database), autocommit=True) as other:
+        other.execute("select pg_advisory_lock(%s)", (GATE,))
+        slow = threading.Thread(
+            target=session.execute, args=("select autotag.settle(%s, %s, %s)", (WORKER, WORKSPACE, reports[WORKER]))
+        )
+        slow.start()
+        sleeps = "select wait_event = 'PgSleep' from pg_stat_activity where pid = %s"
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while other.execute(sleeps, (session.info.backend_pid,)).fetchone() != (True,):
+                assert time.monotonic() < deadline, "the first settle does not write the host's rows"
+            other.execute("select set_config('statement_timeout', '5s', false)")
+            row = other.execute(
+                "select autotag.settle(%s, %s, %s, null, %s)", (SECOND, WORKSPACE, reports[SECOND], keep)
+            ).fetchone()
+            assert row is not None
+            assert row[0]["accepted"] == IMAGES // 2
+            assert slow.is_alive(), "this shows nothing"
+        finally:
+            other.execute("select pg_advisory_unlock(%s)", (GATE,))
+            slow.join(PATIENCE)
+    assert session.execute("select sum(requests) from autotag.usage").fetchone() == (IMAGES,), "each is paid once"
+
+
+def test_the_usage_of_a_batch_is_added_after_the_hosts_rows_are_written(session: psycopg.Connection[Any]) -> None:
+    """What the trigger sees is what another session would wait for."""
+    session.execute("""
+        create table public.seen (requests bigint);
+        create function public.look() returns trigger language plpgsql security definer as $$
+        begin
+          insert into public.seen select coalesce(sum(u.requests), 0) from autotag.usage u;
+          return new;
+        end $$;
+        create trigger look before update on public.assets for each row
+          when (new.tagging_stage in ('completed', 'failed')) execute function public.look()""")
+    session.execute("insert into autotag.quotas (scope, period, max_images) values ('workspace', 'day', 0)")
+    row = session.execute(
+        """
+        with made as (
+          insert into autotag.batches (job_id, workspace_id, ordinal, image_count, created_at, state, worker_id, attempt, asked_at)
+          select j.id, j.workspace_id, 1, %s, now(), 'preparing', %s, 1, now() from autotag.jobs j returning id)
+        select id from made""",
+        (IMAGES, WORKER),
+    ).fetchone()
+    assert row is not None
+    session.execute("update autotag.tasks set batch_id = %s, worker_id = null, claim = null, lane = 'batch'", row)
+    usage = {"input": 700, "output": 100, "model": "m", "tier": "default"}
+    bad = {"error": {"kind": "image", "code": "bad_answer", "message": "m", "retry": True}}
+    answers = [
+        {"task": task, "usage": usage, **(bad if task % 2 else {"result": RESULT})}
+        for (task,) in session.execute("select id from autotag.tasks").fetchall()
+    ]
+    session.execute("select autotag.batch_answers(%s, %s, 1, %s)", (WORKER, row[0], Jsonb(answers)))
+    assert session.execute("select distinct requests from public.seen").fetchall() == [(0,)]
+    assert session.execute("select sum(requests), sum(images) from autotag.usage").fetchone() == (IMAGES, IMAGES // 2)
+    assert session.execute("select distinct error_code from autotag.tasks").fetchall() == [("quota_exceeded",)]
