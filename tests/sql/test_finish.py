@@ -132,6 +132,87 @@ def test_a_row_that_is_held_while_it_is_refused_is_tried_again(
     assert session.execute("select n from public.audit").fetchone() == (1,), "the row says that it failed"
 
 
+def raise_on(session: psycopg.Connection[Any], stage: str, state: str, path: str = "%/p3") -> None:
+    """A trigger of the host's raises this when rows with such a path get this stage."""
+    session.execute(
+        f"""
+        create or replace function public.raise_{stage}() returns trigger language plpgsql as $$
+        begin
+          raise exception 'the host says no' using errcode = '{state}';
+        end $$;
+        drop trigger if exists raise_{stage} on public.assets;
+        create trigger raise_{stage} before update on public.assets for each row
+          when (new.tagging_stage = '{stage}' and new.storage_path like '{path}') execute function public.raise_{stage}()""".encode()
+    )
+
+
+def tries_until_all_ended(session: psycopg.Connection[Any], most: int) -> tuple[int, list[str]]:
+    """How often the outcomes that wait are tried until none waits, and the log's last sentences."""
+    for tries in range(1, most + 1):
+        session.execute("update autotag.unstored set next_at = '-infinity'")
+        row = session.execute("select autotag.store_waiting(%s, %s, 100)", (WORKER, WORKSPACE)).fetchone()
+        assert row is not None
+        if session.execute("select from autotag.unstored").fetchone() is None:
+            return tries, [notice["event"] for notice in row[0]["notices"]]
+    raise AssertionError(f"an outcome still waits after {most} tries")
+
+
+@pytest.mark.parametrize(("state", "tries"), [
+    ("42703", 8), ("53100", 20), ("58030", 20), ("XX001", 20), ("55P03", 64), ("40001", 64), ("40P01", 64),
+])  # fmt: skip
+def test_an_error_that_may_pass_is_waited_for_but_not_for_ever(
+    session: psycopg.Connection[Any], state: str, tries: int
+) -> None:
+    """The other images have their tags at once, and every job ends."""
+    raise_on(session, "completed", state)
+    reply = settle(session)
+    assert tagged(session) == IMAGES - 1
+    assert [notice["event"] for notice in reply["notices"]] == ["store_failed"]
+    assert "the host says no" in reply["notices"][0]["notice"]
+    assert tries_until_all_ended(session, 70) == (tries, ["not_stored"])
+    assert session.execute("select error_code from autotag.tasks").fetchall() == [("not_stored",)]
+    assert session.execute("select finished_at is not null from autotag.jobs").fetchone() == (True,)
+
+
+@pytest.mark.parametrize("state", ["40001", "55P03"])
+def test_images_that_all_raise_a_locks_error_end_too(session: psycopg.Connection[Any], state: str) -> None:
+    """None hides behind the others, although a try gives up after a few waits."""
+    raise_on(session, "completed", state, "%")
+    settle(session)
+    tries_until_all_ended(session, 70)
+    assert session.execute("select completed, failed from autotag.jobs").fetchone() == (0, IMAGES)
+
+
+@pytest.mark.parametrize("state", ["42703", "53100", "40001"])
+def test_a_row_that_was_held_for_long_has_all_its_patience_left(
+    postgres: LocalPostgres, database: str, session: psycopg.Connection[Any], state: str
+) -> None:
+    with psycopg.connect(postgres.url("supabase_admin", database)) as tenant:
+        tenant.execute("select from public.assets where storage_path like '%/p3' for update")
+        settle(session)
+        for _ in range(70):
+            session.execute("update autotag.unstored set next_at = '-infinity'")
+            assert store(session) == 0
+        tenant.rollback()
+    raise_on(session, "completed", state)
+    for _ in range(8):
+        session.execute("update autotag.unstored set next_at = '-infinity'")
+        assert store(session) == 0, "it was held, and raises for the first times now"
+    session.execute("drop trigger raise_completed on public.assets")
+    session.execute("update autotag.unstored set next_at = '-infinity'")
+    assert store(session) == 1
+    assert tagged(session) == IMAGES
+
+
+@pytest.mark.parametrize("state", ["55P03", "40001", "40P01"])
+def test_a_row_that_cannot_even_say_that_it_failed_ends(session: psycopg.Connection[Any], state: str) -> None:
+    raise_on(session, "completed", "P0001")
+    raise_on(session, "failed", state)
+    assert [notice["event"] for notice in settle(session)["notices"]] == ["store_failed"], "that may pass"
+    assert tries_until_all_ended(session, 70) == (64, ["not_stored"])
+    assert session.execute("select completed, failed from autotag.jobs").fetchone() == (IMAGES - 1, 1)
+
+
 def test_a_broadcast_that_raises_undoes_nothing(session: psycopg.Connection[Any]) -> None:
     session.execute("""
         create or replace function realtime.send(payload jsonb, event text, topic text, private boolean default true) returns void

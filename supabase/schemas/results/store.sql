@@ -2,9 +2,10 @@
 
 -- Keeps outcomes for store_waiting(). Their tasks end for workers and queues, and stay live until they are stored. p_tried: their
 -- rows were just tried in vain, so the next try is delayed: by a quarter of a second, twice as long each time, at most a minute.
+-- p_costs: the part of an image's patience that its error used up (keep_error).
 -- Locks: tasks by id. It waits for them, because an outcome that is not kept is lost: another transaction may just report the image's
 -- stage. In finish() it waits no longer than lock_timeout, and raises; then the worker settles again.
-create or replace function autotag.keep(p_items autotag.finished[], p_tried boolean default true) returns void
+create or replace function autotag.keep(p_items autotag.finished[], p_tried boolean default true, p_costs numeric default 0) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
@@ -18,12 +19,12 @@ begin
     from autotag.tasks t join unnest(p_items) i on i.task = t.id
     where t.finished_at is null order by t.id for update of t
   ), kept as (
-    insert into autotag.unstored as u (task_id, workspace_id, batch_id, result, error_code, error, mark, tries, next_at, kept_at)
-    select l.id, l.workspace_id, l.batch_id, l.result, l.code, l.message, l.mark, p_tried::integer,
+    insert into autotag.unstored as u (task_id, workspace_id, batch_id, result, error_code, error, mark, tries, patience_used, next_at, kept_at)
+    select l.id, l.workspace_id, l.batch_id, l.result, l.code, l.message, l.mark, p_tried::integer, p_costs,
       v_now + case when p_tried then interval '0.25 s' else interval '0' end, v_now
     from live l
     on conflict (task_id) do update
-    set tries = u.tries + 1, result = excluded.result, error_code = excluded.error_code, error = excluded.error,
+    set tries = u.tries + 1, patience_used = u.patience_used + p_costs, result = excluded.result, error_code = excluded.error_code, error = excluded.error,
         next_at = v_now + least(interval '1 min', interval '0.25 s' * power(2, least(u.tries, 10)))
     returning u.task_id
   )
@@ -72,7 +73,7 @@ begin
   into v_items, v_batches
   from autotag.unstored u join autotag.tasks t on t.id = u.task_id and t.finished_at is null
   where u.task_id = any (v_due);
-  v_notices := autotag.finish(p_workspace_id, v_items, true);
+  v_notices := autotag.finish(p_workspace_id, v_items, true, interval '1 s');
   delete from autotag.unstored u
   where u.task_id = any (v_due) and not exists (select from autotag.tasks t where t.id = u.task_id and t.finished_at is null);
   perform autotag.announce_stored(v_batches);
