@@ -18,6 +18,7 @@ WORKER = "00000000-0000-4000-8000-00000000000a"
 WORKSPACE = "00000000-0000-4000-8000-000000000001"
 RESULT = {"tags": ["a"], "confidence": {"a": 1}, "caption": "c", "model": "m"}
 IMAGES = 8
+STORE = "select autotag.store_waiting(%(worker)s, %(workspace)s, autotag.pick_unstored(%(worker)s, %(workspace)s, 100))"
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def settle(session: psycopg.Connection[Any]) -> dict[str, Any]:
 
 def store(session: psycopg.Connection[Any]) -> int:
     session.execute("select set_config('autotag.now', (now() + interval '1 h')::text, false)")
-    row = session.execute("select autotag.store_waiting(%s, %s, 100)", (WORKER, WORKSPACE)).fetchone()
+    row = session.execute(STORE, {"worker": WORKER, "workspace": WORKSPACE}).fetchone()
     assert row is not None
     return int(row[0]["stored"])
 
@@ -150,7 +151,7 @@ def tries_until_all_ended(session: psycopg.Connection[Any], most: int) -> tuple[
     """How often the outcomes that wait are tried until none waits, and the log's last sentences."""
     for tries in range(1, most + 1):
         session.execute("update autotag.unstored set next_at = '-infinity'")
-        row = session.execute("select autotag.store_waiting(%s, %s, 100)", (WORKER, WORKSPACE)).fetchone()
+        row = session.execute(STORE, {"worker": WORKER, "workspace": WORKSPACE}).fetchone()
         assert row is not None
         if session.execute("select from autotag.unstored").fetchone() is None:
             return tries, [notice["event"] for notice in row[0]["notices"]]
@@ -251,6 +252,26 @@ def test_a_second_account_error_counts_if_others_succeeded_before_it_was_asked(
     report = [{"task": row[0], "attempt": row[1], "error": error}]
     session.execute("select autotag.settle(%s, %s, %s)", (WORKER, WORKSPACE, Jsonb(report)))
     assert session.execute("select failures from autotag.tasks where id = %s", (row[0],)).fetchone() == (failures,)
+
+
+def test_the_list_of_what_waits_does_not_read_all_of_it(session: psycopg.Connection[Any]) -> None:
+    """Every outcome that is kept wakes all workers to ask for it, and a slow tenant may have many."""
+    session.execute("""
+        insert into autotag.unstored (task_id, workspace_id, result, next_at, kept_at)
+        select i, md5((i % 3)::text)::uuid, '{}', autotag.now() + case i % 3 when 0 then -i when 1 then -1 else i end * interval '1 s',
+          now() from generate_series(1, 6000) i""")
+    session.execute("analyze autotag.unstored")
+    read = "select coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0) from pg_stat_xact_user_tables where relid = 'autotag.unstored'::regclass"
+    with session.transaction():
+        row = session.execute("select workspaces::text[], wait from autotag.list_unstored(%s)", (WORKER,)).fetchone()
+        rows = session.execute(read).fetchone()
+    due = session.execute("select md5('0')::uuid::text, md5('1')::uuid::text").fetchone()
+    assert row is not None
+    assert rows is not None
+    assert due is not None
+    assert row[0] == list(due), "the one that waits longest comes first"
+    assert 0 < row[1] <= 2
+    assert rows[0] < 20
 
 
 @pytest.mark.parametrize(("learns", "news"), [
