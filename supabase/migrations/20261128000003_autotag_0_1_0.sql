@@ -743,8 +743,9 @@ create table autotag.unstored (
   error_code text,                       -- … or these two
   error text,
   mark uuid,                             -- of the picture that the model saw (describe_assets)
-  tries integer not null default 0,      -- attempts to write the row …
+  tries integer not null default 0,      -- attempts to write the row: they set the delay of the next one …
   timeouts integer not null default 0,   -- … and how many of them took too long
+  patience_used numeric not null default 0,   -- by errors that may pass; 1 is all of it (keep_error)
   next_at timestamptz not null,
   kept_at timestamptz not null,
   check ((result is null) = (error_code is not null))
@@ -3004,9 +3005,11 @@ end $$;
 -- allowed while every quota of its workspace and user has room for it beside what is billed and reserved, at the price of a single
 -- call with its new cap. Returns the answers, with the errors of the others changed to `quota_exceeded`, which ends their images.
 -- So what is billed exceeds a quota by at most one answer for each image that is being tagged.
--- The caller has added the usage of these answers. Uploads of the same user or into the same workspace wait until it has committed
--- (lock_quotas), unless one of them is running already: it does not wait for them, and judges without the lock.
-create or replace function autotag.judge_retries(p_answers autotag.answer[]) returns autotag.answer[]
+-- The usage of these answers counts, although the caller adds it later (add_usage; p_batch and p_asked_at: as there). Uploads of the
+-- same user or into the same workspace wait until it has committed (lock_quotas), unless one of them is running already: it does not
+-- wait for them, and judges without the lock.
+create or replace function autotag.judge_retries(p_answers autotag.answer[], p_batch boolean, p_asked_at timestamptz default null)
+returns autotag.answer[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
@@ -3029,8 +3032,12 @@ begin
     join autotag.tasks t on t.id = a.task and t.finished_at is null
     join autotag.jobs j on j.id = a.job_id and j.cancelled_at is null
     where a.usage is not null and a.error is not null and not autotag.is_final(a, t.failures)
+  ), billed as materialized (
+    select * from autotag.count_usage(p_answers, p_batch, null, p_asked_at)
   ), limits as materialized (
-    select o.workspace_id, o.user_id, q.*
+    select o.workspace_id, o.user_id, q.*, (
+      select coalesce(sum(case q.kind when 'images' then greatest(b.requests, b.images) else b.cost end), 0)
+      from billed b where q.scope = 'workspace' or b.user_id = o.user_id) as more_billed
     from (select distinct y.workspace_id, y.user_id from tries y) o
     cross join lateral autotag.quota_use(o.workspace_id, o.user_id, v_prices) q
   ), placed as (
@@ -3046,7 +3053,7 @@ begin
   into v_refused
   from (
     select distinct on (p.task) p.task, p.scope, p.period from placed p
-    where p.billed + p.reserved + p.change > p.maximum and not (p.kind = 'cost' and v_prices.free)
+    where p.billed + p.more_billed + p.reserved + p.change > p.maximum and not (p.kind = 'cost' and v_prices.free)
     order by p.task, p.renews_at desc) f;
   return array(
     select case when v_refused ? a.task::text then row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens,
@@ -5879,7 +5886,7 @@ end $$;
 -- allows a retry is only recorded on its task, once, with its failure; batch_finish() retries these images, because only then
 -- their number is known. p_keep: as in settle(). Returns {accepted, notices: [{event, notice}]}: how many tasks ended, and
 -- sentences for the log.
--- Locks: job, batch, usage, tasks, assets (finish), provider (skip locked).
+-- Locks: job, batch, tasks, assets (finish), usage, provider (skip locked).
 create or replace function autotag.batch_answers(
   p_worker uuid, p_batch uuid, p_attempt integer, p_answers jsonb, p_keep boolean default false
 ) returns jsonb
@@ -5905,14 +5912,13 @@ begin
     v_report.form_changed := v_judged.form_changed;
   end if;
   v_report.answers := v_answers;
-  perform autotag.add_usage(v_answers, true, null, v_batch.asked_at);
-
   if exists (select from unnest(v_answers) a where a.error is not null) then
-    v_answers := autotag.judge_retries(v_answers);
+    v_answers := autotag.judge_retries(v_answers, true, v_batch.asked_at);
     v_again := autotag.leave_to_finish(v_batch.id, v_answers);
     v_answers := array(select a from unnest(v_answers) a where a.task not in (select g.task from unnest(v_again) g));
   end if;
   v_notices := autotag.apply_answers(v_batch.workspace_id, v_answers, not p_keep);
+  perform autotag.add_usage(v_report.answers, true, null, v_batch.asked_at);
   return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices || autotag.report_provider(v_report));
 end $$;
 
@@ -6490,7 +6496,7 @@ end $$;
 --
 -- Only this transaction writes the host's rows of these images, and it writes those of one workspace. So it holds nothing that
 -- other workspaces need, until the end: report_provider() takes the provider row if it is free.
--- Locks: the worker's workspace (advisory), usage, window (skip locked), tasks, jobs, assets (finish), provider (skip locked).
+-- Locks: the worker's workspace (advisory), window (skip locked), tasks, jobs, assets (finish), usage, provider (skip locked).
 create or replace function autotag.settle(
   p_worker uuid, p_workspace_id uuid, p_reports jsonb, p_observed jsonb default null, p_keep boolean default false
 ) returns jsonb
@@ -6519,12 +6525,12 @@ begin
     v_report.form_changed := v_judged.form_changed;
   end if;
   v_report.answers := v_answers;
-  perform autotag.add_usage(v_answers, false);
   v_report.windows := autotag.correct_windows(autotag.window_corrections(v_answers));
   if exists (select from unnest(v_answers) a where a.error is not null) then
-    v_answers := autotag.judge_retries(v_answers);
+    v_answers := autotag.judge_retries(v_answers, false);
   end if;
   v_notices := autotag.apply_answers(p_workspace_id, v_answers, not p_keep);
+  perform autotag.add_usage(v_answers, false);
   return jsonb_build_object('accepted', cardinality(v_answers), 'busy', false,
     'notices', v_notices || autotag.report_provider(v_report));
 end $$;
@@ -6629,31 +6635,36 @@ begin
 end $$;
 
 -- Writing outcomes to the host's rows. The host's triggers, constraints and transactions can refuse or hold up any row, so: the
--- bulk first; if it raises, halves of it, down to the single row. A row that is held is kept for later (unstored). A row that
--- raises fails with the code not_stored. So one row costs its own image, and nobody waits.
+-- bulk first; if it raises, halves of it, down to the single row. A row that is held is kept for later (unstored), and so is one
+-- whose error may pass, for a while. Otherwise a row that raises fails with the code not_stored. So one row costs its own image,
+-- nobody waits, and every image ends.
 
 -- Stores the outcomes of images of one workspace: tags or failures, the counts, progress and broadcasts. Outcomes of tasks that
 -- have ended meanwhile are dropped. p_own: the transaction is autotag's own, so constraints that the host has deferred are checked
 -- here, where an error costs one image. Returns sentences for the operator's log: [{event, notice}].
+-- p_waits: how long its parts may wait for locks in vain; then the rest is kept without another try. 150 ms are three parts, and a
+-- second finds one image in 500 whose trigger waits for a lock.
 -- The caller does not hold the provider row. Locks: tasks, jobs by id, assets; it waits for none longer than lock_timeout.
-create or replace function autotag.finish(p_workspace_id uuid, p_items autotag.finished[], p_own boolean) returns jsonb
+create or replace function autotag.finish(
+  p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_waits interval default interval '150 ms'
+) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
 begin
   if cardinality(p_items) = 0 then
     return '[]'::jsonb;
   end if;
-  return (autotag.finish_apart(p_workspace_id, p_items, p_own, 0)).notices;
+  return (autotag.finish_apart(p_workspace_id, p_items, p_own, p_waits)).notices;
 end $$;
 
--- The same, in halves where they cannot be stored together. p_waits: how many of its parts have waited for a lock in vain; after
--- three, the rest is kept without another try.
+-- The same, in halves where they cannot be stored together. waits_left: of p_waits.
 create or replace function autotag.finish_apart(
-  p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_waits integer, out notices jsonb, out waits integer
+  p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_waits interval, out notices jsonb, out waits_left interval
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_began timestamptz := clock_timestamp();
   v_half integer := cardinality(p_items) / 2;
   v_state text;
   v_error text;
@@ -6661,11 +6672,11 @@ declare
   v_held uuid[];
 begin
   notices := '[]';
-  waits := p_waits;
+  waits_left := p_waits;
   if cardinality(p_items) = 0 then
     return;
   end if;
-  if waits >= 3 then
+  if waits_left <= interval '0' then
     perform autotag.keep(p_items);
     return;
   end if;
@@ -6675,34 +6686,35 @@ begin
   exception when others or assert_failure then
     get stacked diagnostics v_state = returned_sqlstate, v_error = message_text;
   end;
-  if v_state in ('55P03', '40P01', '40001') then   -- lock_not_available, deadlock_detected, serialization_failure
-    waits := waits + 1;
-    if v_half = 0 then
-      perform autotag.keep(p_items);
-      return;
-    end if;
+  if autotag.is_lock_error(v_state) then
+    waits_left := waits_left - (clock_timestamp() - v_began);
+  end if;
+  if v_half = 0 and v_state = 'AT001' then   -- raised by judge_unwritten()
+    perform autotag.tag_again(p_items[1].task);
+    return;
+  elsif v_half = 0 then
+    notices := coalesce(autotag.keep_error(p_items, v_state, v_error), autotag.refuse_row(p_workspace_id, p_items, p_own, v_error));
+    return;
+  elsif autotag.is_lock_error(v_state) then
     -- Keep the images whose rows are held, and try the others at once.
     v_held := autotag.try_held(p_items);
     perform autotag.keep(array(select i from unnest(p_items) i where i.asset_id in (select unnest(v_held))));
     p_items := array(select i from unnest(p_items) i where i.asset_id not in (select unnest(v_held)));
     v_half := cardinality(p_items) / 2;
-  elsif v_half = 0 and v_state = 'AT001' then   -- raised by judge_unwritten()
-    perform autotag.tag_again(p_items[1].task);
-    return;
-  elsif v_half = 0 and autotag.may_pass(v_state, p_items[1].task) then
-    perform autotag.keep(p_items);
-    notices := jsonb_build_array(jsonb_build_object('event', 'store_failed', 'notice', format(
-      'The outcome of image %s could not be stored yet: %s', p_items[1].asset_id, autotag.printable(v_error, 500))));
-    return;
-  elsif v_half = 0 then
-    notices := autotag.refuse_row(p_workspace_id, p_items, p_own, v_error);
-    return;
   end if;
-  v_part := autotag.finish_apart(p_workspace_id, p_items[:v_half], p_own, waits);
+  v_part := autotag.finish_apart(p_workspace_id, p_items[:v_half], p_own, waits_left);
   notices := v_part.notices;
-  v_part := autotag.finish_apart(p_workspace_id, p_items[v_half + 1:], p_own, v_part.waits);
+  v_part := autotag.finish_apart(p_workspace_id, p_items[v_half + 1:], p_own, v_part.waits_left);
   notices := notices || v_part.notices;
-  waits := v_part.waits;
+  waits_left := v_part.waits_left;
+end $$;
+
+-- Whether an error says that a lock was not free: lock_not_available, deadlock_detected, serialization_failure.
+create or replace function autotag.is_lock_error(p_state text) returns boolean
+language plpgsql immutable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return p_state in ('55P03', '40P01', '40001');
 end $$;
 
 -- The picture of an image was replaced after the model saw it: the image is queued again, and its answer is dropped, also where it was
@@ -6722,18 +6734,35 @@ begin
   end if;
 end $$;
 
--- Whether an error that writing an image's row raised may pass, so that its outcome is kept. Lack of resources and failures of the
--- server do: they get twenty tries, which take a quarter of an hour. Missing columns, tables or privileges are mistakes in the adapter or
--- in a trigger, which somebody may be mending: eight tries, a minute. All other errors are the row's own.
-create or replace function autotag.may_pass(p_state text, p_task bigint) returns boolean
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+-- Writing the row of one image raised this error: keeps its outcome if the error may pass. Null: it does not, or has not passed.
+-- Otherwise sentences for the operator's log: [{event, notice}].
+--   * A row that another transaction holds is waited for as long as it takes.
+--   * Other errors use up patience: a lock's error of a row that is free comes from a trigger, which waits for something else or
+--     raises it itself. It is tried 64 times, an hour.
+--   * Lack of resources and failures of the server: twenty tries, a quarter of an hour.
+--   * Missing columns, tables or privileges are mistakes in the adapter or in a trigger, which somebody may be mending: eight
+--     tries, a minute.
+--   * All others are the row's own.
+create or replace function autotag.keep_error(p_items autotag.finished[], p_state text, p_error text) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_costs numeric := case when autotag.is_lock_error(p_state) then 1.0 / 64 when left(p_state, 2) in ('53', '58', 'XX') then 1.0 / 20
+    when left(p_state, 2) = '42' then 1.0 / 8 end;
 begin
-  return coalesce((select u.tries from autotag.unstored u where u.task_id = p_task), 0)
-    < case when left(p_state, 2) in ('53', '58', 'XX') then 20 when left(p_state, 2) = '42' then 8 else 0 end;
+  if autotag.is_lock_error(p_state) and autotag.try_held(p_items) <> '{}' then
+    perform autotag.keep(p_items);
+    return '[]'::jsonb;
+  elsif v_costs is null or exists (select from autotag.unstored u where u.task_id = p_items[1].task and u.patience_used >= 1) then
+    return null;
+  end if;
+  perform autotag.keep(p_items, true, v_costs);
+  return jsonb_build_array(jsonb_build_object('event', 'store_failed', 'notice', format(
+    'The outcome of image %s could not be stored yet: %s', p_items[1].asset_id, autotag.printable(p_error, 500))));
 end $$;
 
--- The images of these whose rows or jobs another transaction holds; all of them if even the table is held.
+-- The images of these whose rows or jobs another transaction holds; all of them if even the table is held; none if it cannot be
+-- found out.
 create or replace function autotag.try_held(p_items autotag.finished[]) returns uuid[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -6745,7 +6774,7 @@ begin
   return autotag.held_assets(array(select i.asset_id from unnest(p_items) i))
     || array(select i.asset_id from unnest(p_items) i where i.job_id not in (select unnest(v_jobs)));
 exception when others then
-  return array(select i.asset_id from unnest(p_items) i);
+  return array(select i.asset_id from unnest(p_items) i where autotag.is_lock_error(sqlstate));
 end $$;
 
 -- The host refuses to store the outcome of one image, with this error: the image fails with the code not_stored, and its row shows
@@ -6755,6 +6784,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_item autotag.finished := p_items[1];
+  v_notices jsonb;
 begin
   if v_item.result is not null then
     v_item.result := null;
@@ -6763,12 +6793,14 @@ begin
   end if;
   begin
     perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own);
-  exception
-    when lock_not_available or deadlock_detected then
-      perform autotag.keep(p_items);   -- its row is held now, so it is tried again
-      return '[]'::jsonb;
-    when others or assert_failure then
-      perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own, false);
+  exception when others or assert_failure then
+    if autotag.is_lock_error(sqlstate) then
+      v_notices := autotag.keep_error(p_items, sqlstate, sqlerrm);   -- its row is held now, so all is tried again
+    end if;
+    if v_notices is not null then
+      return v_notices;
+    end if;
+    perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own, false);
   end;
   return jsonb_build_array(jsonb_build_object('event', 'not_stored', 'notice',
     format('The database refused to store the outcome of image %s: %s', v_item.asset_id, autotag.printable(p_error, 500))));
@@ -6886,9 +6918,10 @@ end $$;
 
 -- Keeps outcomes for store_waiting(). Their tasks end for workers and queues, and stay live until they are stored. p_tried: their
 -- rows were just tried in vain, so the next try is delayed: by a quarter of a second, twice as long each time, at most a minute.
+-- p_costs: the part of an image's patience that its error used up (keep_error).
 -- Locks: tasks by id. It waits for them, because an outcome that is not kept is lost: another transaction may just report the image's
 -- stage. In finish() it waits no longer than lock_timeout, and raises; then the worker settles again.
-create or replace function autotag.keep(p_items autotag.finished[], p_tried boolean default true) returns void
+create or replace function autotag.keep(p_items autotag.finished[], p_tried boolean default true, p_costs numeric default 0) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
@@ -6902,12 +6935,12 @@ begin
     from autotag.tasks t join unnest(p_items) i on i.task = t.id
     where t.finished_at is null order by t.id for update of t
   ), kept as (
-    insert into autotag.unstored as u (task_id, workspace_id, batch_id, result, error_code, error, mark, tries, next_at, kept_at)
-    select l.id, l.workspace_id, l.batch_id, l.result, l.code, l.message, l.mark, p_tried::integer,
+    insert into autotag.unstored as u (task_id, workspace_id, batch_id, result, error_code, error, mark, tries, patience_used, next_at, kept_at)
+    select l.id, l.workspace_id, l.batch_id, l.result, l.code, l.message, l.mark, p_tried::integer, p_costs,
       v_now + case when p_tried then interval '0.25 s' else interval '0' end, v_now
     from live l
     on conflict (task_id) do update
-    set tries = u.tries + 1, result = excluded.result, error_code = excluded.error_code, error = excluded.error,
+    set tries = u.tries + 1, patience_used = u.patience_used + p_costs, result = excluded.result, error_code = excluded.error_code, error = excluded.error,
         next_at = v_now + least(interval '1 min', interval '0.25 s' * power(2, least(u.tries, 10)))
     returning u.task_id
   )
@@ -6916,25 +6949,49 @@ begin
   perform pg_notify('autotag', 'store');
 end $$;
 
--- What waits for the host: the workspaces with outcomes that are due, and the seconds until the next are (null: none).
+-- What waits for the host: the workspaces with outcomes that are due, and the seconds until the next are (null: none). It jumps over
+-- the index from workspace to workspace, because every outcome that is kept wakes all workers to call it. (The plan is kept, as in
+-- read_reports().)
 create or replace function autotag.list_unstored(p_worker uuid, out workspaces uuid[], out wait double precision)
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set enable_bitmapscan = off set jit = off
 as $$
 declare
   v_now timestamptz := autotag.now();
 begin
   workspaces := '{}';
   if autotag.is_own_worker(p_worker) then
-    workspaces := array(
-      select u.workspace_id from autotag.unstored u where u.next_at <= v_now group by u.workspace_id order by min(u.next_at) limit 1000);
+    with recursive found as (
+      (select u.workspace_id, u.next_at from autotag.unstored u order by u.workspace_id, u.next_at limit 1)
+      union all
+      select n.* from found f
+      cross join lateral (
+        select u.workspace_id, u.next_at from autotag.unstored u where u.workspace_id > f.workspace_id
+        order by u.workspace_id, u.next_at limit 1) n
+    )
+    select coalesce((array_agg(f.workspace_id order by f.next_at) filter (where f.next_at <= v_now))[:1000], '{}') into workspaces from found f;
     wait := autotag.real_seconds((select min(u.next_at) from autotag.unstored u where u.next_at > v_now) - v_now);
   end if;
 end $$;
 
--- Stores at most p_limit outcomes of a workspace that are due. Those whose rows are still held wait longer. Ends the batches whose
--- last answer is stored. Returns {stored, more (whether others are due), notices: [{event, notice}]}.
+-- At most p_limit outcomes of a workspace that are due, for store_waiting(), by their tasks. Not those that another worker stores at
+-- the moment. It is a call of its own, so that the worker knows what it tried, whatever comes of it (postpone_stores).
+create or replace function autotag.pick_unstored(p_worker uuid, p_workspace_id uuid, p_limit integer) returns bigint[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_now timestamptz := autotag.now();
+begin
+  return array(
+    select u.task_id from autotag.unstored u
+    where u.workspace_id = p_workspace_id and u.next_at <= v_now and autotag.is_own_worker(p_worker)
+    order by u.next_at, u.task_id limit greatest(least(p_limit, 1000), 0) for update skip locked);
+end $$;
+
+-- Stores these outcomes of a workspace (pick_unstored) if they are still due. Those whose rows are still held wait longer. Ends the
+-- batches whose last answer is stored. Returns {stored, more (whether others are due), notices: [{event, notice}]}.
 -- Locks: unstored (skip locked), then as in finish(), batches.
-create or replace function autotag.store_waiting(p_worker uuid, p_workspace_id uuid, p_limit integer) returns jsonb
+create or replace function autotag.store_waiting(p_worker uuid, p_workspace_id uuid, p_tasks bigint[]) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
@@ -6945,18 +7002,19 @@ declare
   v_notices jsonb;
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
+  perform autotag.check_ids(cardinality(p_tasks));
   if not autotag.is_own_worker(p_worker) then
     return jsonb_build_object('stored', 0, 'more', false, 'notices', '[]'::jsonb);
   end if;
   v_due := array(
-    select u.task_id from autotag.unstored u where u.workspace_id = p_workspace_id and u.next_at <= v_now
-    order by u.next_at, u.task_id limit greatest(least(p_limit, 1000), 0) for update skip locked);
+    select u.task_id from autotag.unstored u
+    where u.task_id = any (p_tasks) and u.workspace_id = p_workspace_id and u.next_at <= v_now limit 1000 for update skip locked);
   select coalesce(array_agg(row(t.id, t.job_id, t.asset_id, u.result, u.error_code, u.error, u.mark)::autotag.finished order by t.id), '{}'),
     array_agg(distinct u.batch_id) filter (where u.batch_id is not null)
   into v_items, v_batches
   from autotag.unstored u join autotag.tasks t on t.id = u.task_id and t.finished_at is null
   where u.task_id = any (v_due);
-  v_notices := autotag.finish(p_workspace_id, v_items, true);
+  v_notices := autotag.finish(p_workspace_id, v_items, true, interval '1 s');
   delete from autotag.unstored u
   where u.task_id = any (v_due) and not exists (select from autotag.tasks t where t.id = u.task_id and t.finished_at is null);
   perform autotag.announce_stored(v_batches);
@@ -6966,27 +7024,29 @@ begin
     'notices', v_notices);
 end $$;
 
--- store_waiting() took too long and was cancelled: the outcomes that it tried wait longer. p_limit: as it was given there. Where it
--- was one, this image's own row is to blame: after max_failures such timeouts it fails with the code not_stored, and its row is
--- not touched again. Returns sentences for the operator's log: [{event, notice}]. Locks: unstored (skip locked), then as in finish().
-create or replace function autotag.postpone_stores(p_worker uuid, p_workspace_id uuid, p_limit integer) returns jsonb
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+-- store_waiting() took too long for these outcomes and was cancelled: they wait longer. If it is one, this image's own row is to
+-- blame: after max_failures such timeouts it fails with the code not_stored, and its row is not touched again. Returns sentences for
+-- the operator's log: [{event, notice}]. Locks: unstored (skip locked), then as in finish().
+create or replace function autotag.postpone_stores(p_worker uuid, p_workspace_id uuid, p_tasks bigint[]) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_now timestamptz := autotag.now();
   v_max integer := (select s.max_failures from autotag.settings s);
+  v_alone boolean := cardinality(p_tasks) = 1;
   v_row autotag.unstored;
   v_task autotag.tasks;
 begin
+  perform autotag.check_ids(cardinality(p_tasks));
   if not autotag.is_own_worker(p_worker) then
     return '[]'::jsonb;
   end if;
-  p_limit := greatest(least(coalesce(p_limit, 0), 1000), 0);
   for v_row in
-    select u.* from autotag.unstored u where u.workspace_id = p_workspace_id and u.next_at <= v_now
-    order by u.next_at, u.task_id limit p_limit for update skip locked
+    select u.* from autotag.unstored u
+    where u.task_id = any (p_tasks) and u.workspace_id = p_workspace_id and u.next_at <= v_now
+    limit 1000 for update skip locked
   loop
-    if p_limit = 1 and v_row.timeouts + 1 >= v_max then
+    if v_alone and v_row.timeouts + 1 >= v_max then
       select * into v_task from autotag.tasks t where t.id = v_row.task_id;
       perform autotag.write_outcomes(p_workspace_id, array[row(v_task.id, v_task.job_id, v_task.asset_id, null, 'not_stored',
         'The database took too long to store the tags of this image.', null)::autotag.finished], true, false);
@@ -6994,8 +7054,8 @@ begin
         'Writing the row of image %s took too long %s times. A trigger on the table is probably slow.', v_task.asset_id, v_max)));
     end if;
     update autotag.unstored u
-    set tries = u.tries + 1, timeouts = u.timeouts + (p_limit = 1)::integer,
-        next_at = v_now + case when p_limit = 1 then least(interval '1 min', interval '0.25 s' * power(2, least(u.tries, 10)))
+    set tries = u.tries + 1, timeouts = u.timeouts + v_alone::integer,
+        next_at = v_now + case when v_alone then least(interval '1 min', interval '0.25 s' * power(2, least(u.tries, 10)))
           else interval '0' end
     where u.task_id = v_row.task_id;
   end loop;
@@ -7022,44 +7082,16 @@ end $$;
 
 -- Usage per workspace and user, and its cost.
 
--- Adds the usage of these answers, each by its model (not given: the one in p_question; null: the present one) and service
--- tier. What was asked since the question changed costs at most as much as the model and tier that were asked. Answers without
--- figures get the tier `unknown` and no cost. A row without a cost is priced as a whole as soon as its model has a price. An answer
--- without a job (a comparison) counts as a request, not as a tagged image.
+-- Adds the usage of these answers (count_usage). A row without a cost is priced as a whole as soon as its model has a price.
+-- Settles of one workspace write the same row, so this comes after the host's rows: another worker's settle waits for it until this
+-- transaction ends. Locks: usage by key.
 create or replace function autotag.add_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb default null, p_asked_at timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_question jsonb := p_question;
-  v_since timestamptz := timestamptz '-infinity';   -- since when it is the question
 begin
-  if v_question is null then
-    select p.question, p.question_since into v_question, v_since from autotag.provider_limits p;
-  end if;
   insert into autotag.usage as u (workspace_id, user_id, day, model, service_tier, images, requests,
     input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost)
-  select t.workspace_id, t.user_id, t.day, t.model, t.tier, t.images, t.requests, t.input, t.cached, t.cache_write, t.output, t.reasoning,
-    autotag.price_answers(case when t.present then v_question end, t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
-  from (
-    select b.workspace_id, j.user_id, (autotag.now() at time zone 'utc')::date as day, b.model, b.tier,
-      sum(b.images) as images, sum(b.requests) as requests, sum(b.input) as input, sum(b.cached) as cached,
-      sum(b.cache_write) as cache_write, sum(b.output) as output, sum(b.reasoning) as reasoning, bool_and(b.present) as present
-    from (
-      select a.job_id, a.workspace_id, coalesce(a.usage ->> 'model', v_question ->> 'model') as model,
-        case when a.usage is null then 'unknown' when p_batch then 'batch' else coalesce(a.usage ->> 'tier', 'default') end as tier,
-        count(*) filter (where a.error is null and a.job_id is not null) as images, count(*) as requests,
-        coalesce(sum((a.usage -> 'input')::integer), 0) as input,
-        coalesce(sum(least((a.usage -> 'cached')::integer, (a.usage -> 'input')::integer)), 0) as cached,
-        coalesce(sum((a.usage -> 'cache_write')::integer), 0) as cache_write,
-        coalesce(sum((a.usage -> 'output')::integer), 0) as output,
-        coalesce(sum((a.usage -> 'reasoning')::integer), 0) as reasoning,
-        bool_and(p_question is not null or coalesce(coalesce(p_asked_at, a.reserved_at) >= v_since, false)) as present
-      from unnest(p_answers) a
-      where a.usage is not null or a.error is null
-      group by 1, 2, 3, 4) b
-    left join autotag.jobs j on j.id = b.job_id
-    group by b.workspace_id, j.user_id, b.model, b.tier
-    order by b.workspace_id, j.user_id, b.model, b.tier) t
+  select c.* from autotag.count_usage(p_answers, p_batch, p_question, p_asked_at) c
   on conflict (workspace_id, day, user_id, model, service_tier) do update set
     images = u.images + excluded.images, requests = u.requests + excluded.requests,
     input_tokens = u.input_tokens + excluded.input_tokens,
@@ -7069,6 +7101,47 @@ begin
     reasoning_tokens = u.reasoning_tokens + excluded.reasoning_tokens,
     cost = excluded.cost + coalesce(u.cost, autotag.price_tokens(u.model, u.service_tier,
       u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens));
+end $$;
+
+-- The usage of these answers, each by its model (not given: the one in p_question; null: the present one) and service
+-- tier. What was asked since the question changed costs at most as much as the model and tier that were asked. Answers without
+-- figures get the tier `unknown` and no cost. An answer without a job (a comparison) counts as a request, not as a tagged image.
+create or replace function autotag.count_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb, p_asked_at timestamptz)
+returns table (workspace_id uuid, user_id uuid, day date, model text, service_tier text, images bigint, requests bigint, input_tokens bigint,
+  cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_question jsonb := p_question;
+  v_since timestamptz := timestamptz '-infinity';   -- since when it is the question
+begin
+  if v_question is null then
+    select p.question, p.question_since into v_question, v_since from autotag.provider_limits p;
+  end if;
+  return query
+    select t.workspace_id, t.user_id, t.day, t.model, t.tier, t.images, t.requests, t.input, t.cached, t.cache_write, t.output, t.reasoning,
+      autotag.price_answers(case when t.present then v_question end, t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
+    from (
+      select b.workspace_id, j.user_id, (autotag.now() at time zone 'utc')::date as day, b.model, b.tier,
+        sum(b.images)::bigint as images, sum(b.requests)::bigint as requests, sum(b.input)::bigint as input, sum(b.cached)::bigint as cached,
+        sum(b.cache_write)::bigint as cache_write, sum(b.output)::bigint as output, sum(b.reasoning)::bigint as reasoning,
+        bool_and(b.present) as present
+      from (
+        select a.job_id, a.workspace_id, coalesce(a.usage ->> 'model', v_question ->> 'model') as model,
+          case when a.usage is null then 'unknown' when p_batch then 'batch' else coalesce(a.usage ->> 'tier', 'default') end as tier,
+          count(*) filter (where a.error is null and a.job_id is not null) as images, count(*) as requests,
+          coalesce(sum((a.usage -> 'input')::integer), 0) as input,
+          coalesce(sum(least((a.usage -> 'cached')::integer, (a.usage -> 'input')::integer)), 0) as cached,
+          coalesce(sum((a.usage -> 'cache_write')::integer), 0) as cache_write,
+          coalesce(sum((a.usage -> 'output')::integer), 0) as output,
+          coalesce(sum((a.usage -> 'reasoning')::integer), 0) as reasoning,
+          bool_and(p_question is not null or coalesce(coalesce(p_asked_at, a.reserved_at) >= v_since, false)) as present
+        from unnest(p_answers) a
+        where a.usage is not null or a.error is null
+        group by 1, 2, 3, 4) b
+      left join autotag.jobs j on j.id = b.job_id
+      group by b.workspace_id, j.user_id, b.model, b.tier
+      order by b.workspace_id, j.user_id, b.model, b.tier) t;
 end $$;
 
 -- Price of answers of one model and tier (price_tokens) to a question: at most that of the model and tier that the question names,
@@ -8512,7 +8585,7 @@ grant execute on function public.openai_webhook, autotag.receive_webhook to serv
 grant execute on function
   autotag.register_worker, autotag.worker_settings, autotag.heartbeat, autotag.tick_if_due,
   autotag.release_worker, autotag.release_lost, autotag.claim, autotag.describe_tasks, autotag.seal_uploads, autotag.report_stages, autotag.settle,
-  autotag.list_unstored, autotag.store_waiting, autotag.postpone_stores,
+  autotag.list_unstored, autotag.pick_unstored, autotag.store_waiting, autotag.postpone_stores,
   autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted, autotag.show_batch,
   autotag.report_batch_failure, autotag.report_poll_failure, autotag.files_deleted, autotag.provider_checked, autotag.record_poll, autotag.batch_answers, autotag.batch_finish,
   autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_test_broadcast, autotag.status, autotag.metrics

@@ -111,10 +111,12 @@ def test_single_calls(library: Library) -> None:
     [unstored] = library.sql("select * from autotag.list_unstored(%s)", WORKER)
     check(l.Unstored, unstored)
     assert [str(waiting) for waiting in unstored["workspaces"]] == [str(workspace)]
-    stored = value(library, "autotag.store_waiting(%s, %s, 10)", WORKER, workspace)
+    picked = value(library, "autotag.pick_unstored(%s, %s, 10)", WORKER, workspace)
+    assert picked == sorted(image["task"] for image in images)
+    stored = value(library, "autotag.store_waiting(%s, %s, %s)", WORKER, workspace, Plain(picked))
     check(l.Stored, stored)
     assert stored["stored"] == 2
-    assert value(library, "autotag.postpone_stores(%s, %s, 10)", WORKER, workspace) == []
+    assert value(library, "autotag.postpone_stores(%s, %s, %s)", WORKER, workspace, Plain(picked)) == []
     assert value(library, "autotag.report_stages(%s, null, '[]', %s)", WORKER, {"sent": 2, "sent_age": 0.5}) == []
 
 

@@ -45,6 +45,7 @@ DECISIONS = {
     "tick_if_due": "runs what is overdue, as pg_cron does",
     "list_unstored": "workspaces whose outcomes wait for the host's rows",
     "metrics": "counts",
+    "pick_unstored": "ids of images whose outcomes wait for the host's rows",
     "postpone_stores": "puts off outcomes that wait; says of one image at a time that its row is slow, as it could fail an image that it claims",
     "report_poll_failure": "puts off the looks at the provider, an hour at most",
     "provider_checked": "says the end of the model that is asked, and whether there is a Batch API, when it was asked for that",
@@ -465,7 +466,14 @@ def drain(scene: Scene) -> str | None:
         [waiting] = scene.rows("select workspaces from autotag.list_unstored(%s)", scene.good)
         scene.become(None)
         for workspace in waiting["workspaces"]:
-            scene.as_(WORKER_ROLE, "select autotag.store_waiting(%s, %s, 1000)", scene.good, workspace)
+            scene.as_(
+                WORKER_ROLE,
+                "select autotag.store_waiting(%s, %s, autotag.pick_unstored(%s, %s, 1000))",
+                scene.good,
+                workspace,
+                scene.good,
+                workspace,
+            )
         for batch in scene.rows("select id, attempt, state from autotag.batches where worker_id = %s", scene.good):
             lines = scene.rows("select id from autotag.tasks where batch_id = %s", batch["id"])
             answers = json.dumps([{"task": line["id"], "result": good, "usage": usage} for line in lines])

@@ -45,6 +45,7 @@ def reports(n: int, what: str) -> str:
 BATCH = f"(select id from autotag.batches where worker_id = '{WORKER}' and state = 'preparing')"
 LINES = f"(select jsonb_agg(jsonb_build_object('task', t.id) || {RESULT} order by t.id desc) from autotag.tasks t where t.batch_id = {BATCH})"
 ASSETS = f"(select array_agg(id order by id desc) from public.assets where workspace_id = {workspace(8)})"
+UNSTORED = f"array(select task_id from autotag.unstored where workspace_id = {workspace(3)} order by task_id desc)"
 SEEN = '[{"id": "batch_1", "status": "failed", "total": 11, "done": 11, "error_kind": "account", "error": "e"}]'
 REPORT = f"""
   (select jsonb_build_object('reserved', 1000, 'reserved_at', w.admitted_at[1], 'cap', 100, 'called', true) || {ERROR}
@@ -70,8 +71,8 @@ SERVANTS = {
     "settle another workspace": f"select autotag.settle('{WORKER}', {workspace(2)}, {reports(2, RESULT)}, {SENT})",
     "settle errors": f"select autotag.settle('{WORKER}', {workspace(1)}, {reports(1, ERROR)})",
     "settle and keep": f"select autotag.settle('{WORKER}', {workspace(1)}, {reports(1, RESULT)}, null, true)",
-    "store_waiting": f"select autotag.store_waiting('{WORKER}', {workspace(3)}, 100)",
-    "postpone_stores": f"select autotag.postpone_stores('{WORKER}', {workspace(3)}, 1)",
+    "store_waiting": f"select autotag.store_waiting('{WORKER}', {workspace(3)}, {UNSTORED})",
+    "postpone_stores": f"select autotag.postpone_stores('{WORKER}', {workspace(3)}, ({UNSTORED})[:1])",
     "batch_step": f"select autotag.batch_step('{WORKER}', {BATCH}, 1, 'uploading')",
     "batch_split": f"select autotag.batch_split('{WORKER}', {BATCH}, 1, (select min(id) from autotag.tasks where batch_id = {BATCH}))",
     "batch_submitted": f"select autotag.batch_submitted('{WORKER}', id, 1, 'batch_2', 'validating', 'f') from autotag.batches where state = 'creating'",

@@ -68,7 +68,7 @@ end $$;
 -- allows a retry is only recorded on its task, once, with its failure; batch_finish() retries these images, because only then
 -- their number is known. p_keep: as in settle(). Returns {accepted, notices: [{event, notice}]}: how many tasks ended, and
 -- sentences for the log.
--- Locks: job, batch, usage, tasks, assets (finish), provider (skip locked).
+-- Locks: job, batch, tasks, assets (finish), usage, provider (skip locked).
 create or replace function autotag.batch_answers(
   p_worker uuid, p_batch uuid, p_attempt integer, p_answers jsonb, p_keep boolean default false
 ) returns jsonb
@@ -94,14 +94,13 @@ begin
     v_report.form_changed := v_judged.form_changed;
   end if;
   v_report.answers := v_answers;
-  perform autotag.add_usage(v_answers, true, null, v_batch.asked_at);
-
   if exists (select from unnest(v_answers) a where a.error is not null) then
-    v_answers := autotag.judge_retries(v_answers);
+    v_answers := autotag.judge_retries(v_answers, true, v_batch.asked_at);
     v_again := autotag.leave_to_finish(v_batch.id, v_answers);
     v_answers := array(select a from unnest(v_answers) a where a.task not in (select g.task from unnest(v_again) g));
   end if;
   v_notices := autotag.apply_answers(v_batch.workspace_id, v_answers, not p_keep);
+  perform autotag.add_usage(v_report.answers, true, null, v_batch.asked_at);
   return jsonb_build_object('accepted', cardinality(v_answers), 'notices', v_notices || autotag.report_provider(v_report));
 end $$;
 

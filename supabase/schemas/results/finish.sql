@@ -1,29 +1,34 @@
 -- Writing outcomes to the host's rows. The host's triggers, constraints and transactions can refuse or hold up any row, so: the
--- bulk first; if it raises, halves of it, down to the single row. A row that is held is kept for later (unstored). A row that
--- raises fails with the code not_stored. So one row costs its own image, and nobody waits.
+-- bulk first; if it raises, halves of it, down to the single row. A row that is held is kept for later (unstored), and so is one
+-- whose error may pass, for a while. Otherwise a row that raises fails with the code not_stored. So one row costs its own image,
+-- nobody waits, and every image ends.
 
 -- Stores the outcomes of images of one workspace: tags or failures, the counts, progress and broadcasts. Outcomes of tasks that
 -- have ended meanwhile are dropped. p_own: the transaction is autotag's own, so constraints that the host has deferred are checked
 -- here, where an error costs one image. Returns sentences for the operator's log: [{event, notice}].
+-- p_waits: how long its parts may wait for locks in vain; then the rest is kept without another try. 150 ms are three parts, and a
+-- second finds one image in 500 whose trigger waits for a lock.
 -- The caller does not hold the provider row. Locks: tasks, jobs by id, assets; it waits for none longer than lock_timeout.
-create or replace function autotag.finish(p_workspace_id uuid, p_items autotag.finished[], p_own boolean) returns jsonb
+create or replace function autotag.finish(
+  p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_waits interval default interval '150 ms'
+) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
 begin
   if cardinality(p_items) = 0 then
     return '[]'::jsonb;
   end if;
-  return (autotag.finish_apart(p_workspace_id, p_items, p_own, 0)).notices;
+  return (autotag.finish_apart(p_workspace_id, p_items, p_own, p_waits)).notices;
 end $$;
 
--- The same, in halves where they cannot be stored together. p_waits: how many of its parts have waited for a lock in vain; after
--- three, the rest is kept without another try.
+-- The same, in halves where they cannot be stored together. waits_left: of p_waits.
 create or replace function autotag.finish_apart(
-  p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_waits integer, out notices jsonb, out waits integer
+  p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_waits interval, out notices jsonb, out waits_left interval
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_began timestamptz := clock_timestamp();
   v_half integer := cardinality(p_items) / 2;
   v_state text;
   v_error text;
@@ -31,11 +36,11 @@ declare
   v_held uuid[];
 begin
   notices := '[]';
-  waits := p_waits;
+  waits_left := p_waits;
   if cardinality(p_items) = 0 then
     return;
   end if;
-  if waits >= 3 then
+  if waits_left <= interval '0' then
     perform autotag.keep(p_items);
     return;
   end if;
@@ -45,34 +50,35 @@ begin
   exception when others or assert_failure then
     get stacked diagnostics v_state = returned_sqlstate, v_error = message_text;
   end;
-  if v_state in ('55P03', '40P01', '40001') then   -- lock_not_available, deadlock_detected, serialization_failure
-    waits := waits + 1;
-    if v_half = 0 then
-      perform autotag.keep(p_items);
-      return;
-    end if;
+  if autotag.is_lock_error(v_state) then
+    waits_left := waits_left - (clock_timestamp() - v_began);
+  end if;
+  if v_half = 0 and v_state = 'AT001' then   -- raised by judge_unwritten()
+    perform autotag.tag_again(p_items[1].task);
+    return;
+  elsif v_half = 0 then
+    notices := coalesce(autotag.keep_error(p_items, v_state, v_error), autotag.refuse_row(p_workspace_id, p_items, p_own, v_error));
+    return;
+  elsif autotag.is_lock_error(v_state) then
     -- Keep the images whose rows are held, and try the others at once.
     v_held := autotag.try_held(p_items);
     perform autotag.keep(array(select i from unnest(p_items) i where i.asset_id in (select unnest(v_held))));
     p_items := array(select i from unnest(p_items) i where i.asset_id not in (select unnest(v_held)));
     v_half := cardinality(p_items) / 2;
-  elsif v_half = 0 and v_state = 'AT001' then   -- raised by judge_unwritten()
-    perform autotag.tag_again(p_items[1].task);
-    return;
-  elsif v_half = 0 and autotag.may_pass(v_state, p_items[1].task) then
-    perform autotag.keep(p_items);
-    notices := jsonb_build_array(jsonb_build_object('event', 'store_failed', 'notice', format(
-      'The outcome of image %s could not be stored yet: %s', p_items[1].asset_id, autotag.printable(v_error, 500))));
-    return;
-  elsif v_half = 0 then
-    notices := autotag.refuse_row(p_workspace_id, p_items, p_own, v_error);
-    return;
   end if;
-  v_part := autotag.finish_apart(p_workspace_id, p_items[:v_half], p_own, waits);
+  v_part := autotag.finish_apart(p_workspace_id, p_items[:v_half], p_own, waits_left);
   notices := v_part.notices;
-  v_part := autotag.finish_apart(p_workspace_id, p_items[v_half + 1:], p_own, v_part.waits);
+  v_part := autotag.finish_apart(p_workspace_id, p_items[v_half + 1:], p_own, v_part.waits_left);
   notices := notices || v_part.notices;
-  waits := v_part.waits;
+  waits_left := v_part.waits_left;
+end $$;
+
+-- Whether an error says that a lock was not free: lock_not_available, deadlock_detected, serialization_failure.
+create or replace function autotag.is_lock_error(p_state text) returns boolean
+language plpgsql immutable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return p_state in ('55P03', '40P01', '40001');
 end $$;
 
 -- The picture of an image was replaced after the model saw it: the image is queued again, and its answer is dropped, also where it was
@@ -92,18 +98,35 @@ begin
   end if;
 end $$;
 
--- Whether an error that writing an image's row raised may pass, so that its outcome is kept. Lack of resources and failures of the
--- server do: they get twenty tries, which take a quarter of an hour. Missing columns, tables or privileges are mistakes in the adapter or
--- in a trigger, which somebody may be mending: eight tries, a minute. All other errors are the row's own.
-create or replace function autotag.may_pass(p_state text, p_task bigint) returns boolean
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+-- Writing the row of one image raised this error: keeps its outcome if the error may pass. Null: it does not, or has not passed.
+-- Otherwise sentences for the operator's log: [{event, notice}].
+--   * A row that another transaction holds is waited for as long as it takes.
+--   * Other errors use up patience: a lock's error of a row that is free comes from a trigger, which waits for something else or
+--     raises it itself. It is tried 64 times, an hour.
+--   * Lack of resources and failures of the server: twenty tries, a quarter of an hour.
+--   * Missing columns, tables or privileges are mistakes in the adapter or in a trigger, which somebody may be mending: eight
+--     tries, a minute.
+--   * All others are the row's own.
+create or replace function autotag.keep_error(p_items autotag.finished[], p_state text, p_error text) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_costs numeric := case when autotag.is_lock_error(p_state) then 1.0 / 64 when left(p_state, 2) in ('53', '58', 'XX') then 1.0 / 20
+    when left(p_state, 2) = '42' then 1.0 / 8 end;
 begin
-  return coalesce((select u.tries from autotag.unstored u where u.task_id = p_task), 0)
-    < case when left(p_state, 2) in ('53', '58', 'XX') then 20 when left(p_state, 2) = '42' then 8 else 0 end;
+  if autotag.is_lock_error(p_state) and autotag.try_held(p_items) <> '{}' then
+    perform autotag.keep(p_items);
+    return '[]'::jsonb;
+  elsif v_costs is null or exists (select from autotag.unstored u where u.task_id = p_items[1].task and u.patience_used >= 1) then
+    return null;
+  end if;
+  perform autotag.keep(p_items, true, v_costs);
+  return jsonb_build_array(jsonb_build_object('event', 'store_failed', 'notice', format(
+    'The outcome of image %s could not be stored yet: %s', p_items[1].asset_id, autotag.printable(p_error, 500))));
 end $$;
 
--- The images of these whose rows or jobs another transaction holds; all of them if even the table is held.
+-- The images of these whose rows or jobs another transaction holds; all of them if even the table is held; none if it cannot be
+-- found out.
 create or replace function autotag.try_held(p_items autotag.finished[]) returns uuid[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -115,7 +138,7 @@ begin
   return autotag.held_assets(array(select i.asset_id from unnest(p_items) i))
     || array(select i.asset_id from unnest(p_items) i where i.job_id not in (select unnest(v_jobs)));
 exception when others then
-  return array(select i.asset_id from unnest(p_items) i);
+  return array(select i.asset_id from unnest(p_items) i where autotag.is_lock_error(sqlstate));
 end $$;
 
 -- The host refuses to store the outcome of one image, with this error: the image fails with the code not_stored, and its row shows
@@ -125,6 +148,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_item autotag.finished := p_items[1];
+  v_notices jsonb;
 begin
   if v_item.result is not null then
     v_item.result := null;
@@ -133,12 +157,14 @@ begin
   end if;
   begin
     perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own);
-  exception
-    when lock_not_available or deadlock_detected then
-      perform autotag.keep(p_items);   -- its row is held now, so it is tried again
-      return '[]'::jsonb;
-    when others or assert_failure then
-      perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own, false);
+  exception when others or assert_failure then
+    if autotag.is_lock_error(sqlstate) then
+      v_notices := autotag.keep_error(p_items, sqlstate, sqlerrm);   -- its row is held now, so all is tried again
+    end if;
+    if v_notices is not null then
+      return v_notices;
+    end if;
+    perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own, false);
   end;
   return jsonb_build_array(jsonb_build_object('event', 'not_stored', 'notice',
     format('The database refused to store the outcome of image %s: %s', v_item.asset_id, autotag.printable(p_error, 500))));

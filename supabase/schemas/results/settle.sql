@@ -12,7 +12,7 @@
 --
 -- Only this transaction writes the host's rows of these images, and it writes those of one workspace. So it holds nothing that
 -- other workspaces need, until the end: report_provider() takes the provider row if it is free.
--- Locks: the worker's workspace (advisory), usage, window (skip locked), tasks, jobs, assets (finish), provider (skip locked).
+-- Locks: the worker's workspace (advisory), window (skip locked), tasks, jobs, assets (finish), usage, provider (skip locked).
 create or replace function autotag.settle(
   p_worker uuid, p_workspace_id uuid, p_reports jsonb, p_observed jsonb default null, p_keep boolean default false
 ) returns jsonb
@@ -41,12 +41,12 @@ begin
     v_report.form_changed := v_judged.form_changed;
   end if;
   v_report.answers := v_answers;
-  perform autotag.add_usage(v_answers, false);
   v_report.windows := autotag.correct_windows(autotag.window_corrections(v_answers));
   if exists (select from unnest(v_answers) a where a.error is not null) then
-    v_answers := autotag.judge_retries(v_answers);
+    v_answers := autotag.judge_retries(v_answers, false);
   end if;
   v_notices := autotag.apply_answers(p_workspace_id, v_answers, not p_keep);
+  perform autotag.add_usage(v_answers, false);
   return jsonb_build_object('accepted', cardinality(v_answers), 'busy', false,
     'notices', v_notices || autotag.report_provider(v_report));
 end $$;

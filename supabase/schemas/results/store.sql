@@ -2,9 +2,10 @@
 
 -- Keeps outcomes for store_waiting(). Their tasks end for workers and queues, and stay live until they are stored. p_tried: their
 -- rows were just tried in vain, so the next try is delayed: by a quarter of a second, twice as long each time, at most a minute.
+-- p_costs: the part of an image's patience that its error used up (keep_error).
 -- Locks: tasks by id. It waits for them, because an outcome that is not kept is lost: another transaction may just report the image's
 -- stage. In finish() it waits no longer than lock_timeout, and raises; then the worker settles again.
-create or replace function autotag.keep(p_items autotag.finished[], p_tried boolean default true) returns void
+create or replace function autotag.keep(p_items autotag.finished[], p_tried boolean default true, p_costs numeric default 0) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
@@ -18,12 +19,12 @@ begin
     from autotag.tasks t join unnest(p_items) i on i.task = t.id
     where t.finished_at is null order by t.id for update of t
   ), kept as (
-    insert into autotag.unstored as u (task_id, workspace_id, batch_id, result, error_code, error, mark, tries, next_at, kept_at)
-    select l.id, l.workspace_id, l.batch_id, l.result, l.code, l.message, l.mark, p_tried::integer,
+    insert into autotag.unstored as u (task_id, workspace_id, batch_id, result, error_code, error, mark, tries, patience_used, next_at, kept_at)
+    select l.id, l.workspace_id, l.batch_id, l.result, l.code, l.message, l.mark, p_tried::integer, p_costs,
       v_now + case when p_tried then interval '0.25 s' else interval '0' end, v_now
     from live l
     on conflict (task_id) do update
-    set tries = u.tries + 1, result = excluded.result, error_code = excluded.error_code, error = excluded.error,
+    set tries = u.tries + 1, patience_used = u.patience_used + p_costs, result = excluded.result, error_code = excluded.error_code, error = excluded.error,
         next_at = v_now + least(interval '1 min', interval '0.25 s' * power(2, least(u.tries, 10)))
     returning u.task_id
   )
@@ -32,25 +33,49 @@ begin
   perform pg_notify('autotag', 'store');
 end $$;
 
--- What waits for the host: the workspaces with outcomes that are due, and the seconds until the next are (null: none).
+-- What waits for the host: the workspaces with outcomes that are due, and the seconds until the next are (null: none). It jumps over
+-- the index from workspace to workspace, because every outcome that is kept wakes all workers to call it. (The plan is kept, as in
+-- read_reports().)
 create or replace function autotag.list_unstored(p_worker uuid, out workspaces uuid[], out wait double precision)
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set enable_bitmapscan = off set jit = off
 as $$
 declare
   v_now timestamptz := autotag.now();
 begin
   workspaces := '{}';
   if autotag.is_own_worker(p_worker) then
-    workspaces := array(
-      select u.workspace_id from autotag.unstored u where u.next_at <= v_now group by u.workspace_id order by min(u.next_at) limit 1000);
+    with recursive found as (
+      (select u.workspace_id, u.next_at from autotag.unstored u order by u.workspace_id, u.next_at limit 1)
+      union all
+      select n.* from found f
+      cross join lateral (
+        select u.workspace_id, u.next_at from autotag.unstored u where u.workspace_id > f.workspace_id
+        order by u.workspace_id, u.next_at limit 1) n
+    )
+    select coalesce((array_agg(f.workspace_id order by f.next_at) filter (where f.next_at <= v_now))[:1000], '{}') into workspaces from found f;
     wait := autotag.real_seconds((select min(u.next_at) from autotag.unstored u where u.next_at > v_now) - v_now);
   end if;
 end $$;
 
--- Stores at most p_limit outcomes of a workspace that are due. Those whose rows are still held wait longer. Ends the batches whose
--- last answer is stored. Returns {stored, more (whether others are due), notices: [{event, notice}]}.
+-- At most p_limit outcomes of a workspace that are due, for store_waiting(), by their tasks. Not those that another worker stores at
+-- the moment. It is a call of its own, so that the worker knows what it tried, whatever comes of it (postpone_stores).
+create or replace function autotag.pick_unstored(p_worker uuid, p_workspace_id uuid, p_limit integer) returns bigint[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_now timestamptz := autotag.now();
+begin
+  return array(
+    select u.task_id from autotag.unstored u
+    where u.workspace_id = p_workspace_id and u.next_at <= v_now and autotag.is_own_worker(p_worker)
+    order by u.next_at, u.task_id limit greatest(least(p_limit, 1000), 0) for update skip locked);
+end $$;
+
+-- Stores these outcomes of a workspace (pick_unstored) if they are still due. Those whose rows are still held wait longer. Ends the
+-- batches whose last answer is stored. Returns {stored, more (whether others are due), notices: [{event, notice}]}.
 -- Locks: unstored (skip locked), then as in finish(), batches.
-create or replace function autotag.store_waiting(p_worker uuid, p_workspace_id uuid, p_limit integer) returns jsonb
+create or replace function autotag.store_waiting(p_worker uuid, p_workspace_id uuid, p_tasks bigint[]) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
@@ -61,18 +86,19 @@ declare
   v_notices jsonb;
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
+  perform autotag.check_ids(cardinality(p_tasks));
   if not autotag.is_own_worker(p_worker) then
     return jsonb_build_object('stored', 0, 'more', false, 'notices', '[]'::jsonb);
   end if;
   v_due := array(
-    select u.task_id from autotag.unstored u where u.workspace_id = p_workspace_id and u.next_at <= v_now
-    order by u.next_at, u.task_id limit greatest(least(p_limit, 1000), 0) for update skip locked);
+    select u.task_id from autotag.unstored u
+    where u.task_id = any (p_tasks) and u.workspace_id = p_workspace_id and u.next_at <= v_now limit 1000 for update skip locked);
   select coalesce(array_agg(row(t.id, t.job_id, t.asset_id, u.result, u.error_code, u.error, u.mark)::autotag.finished order by t.id), '{}'),
     array_agg(distinct u.batch_id) filter (where u.batch_id is not null)
   into v_items, v_batches
   from autotag.unstored u join autotag.tasks t on t.id = u.task_id and t.finished_at is null
   where u.task_id = any (v_due);
-  v_notices := autotag.finish(p_workspace_id, v_items, true);
+  v_notices := autotag.finish(p_workspace_id, v_items, true, interval '1 s');
   delete from autotag.unstored u
   where u.task_id = any (v_due) and not exists (select from autotag.tasks t where t.id = u.task_id and t.finished_at is null);
   perform autotag.announce_stored(v_batches);
@@ -82,27 +108,29 @@ begin
     'notices', v_notices);
 end $$;
 
--- store_waiting() took too long and was cancelled: the outcomes that it tried wait longer. p_limit: as it was given there. Where it
--- was one, this image's own row is to blame: after max_failures such timeouts it fails with the code not_stored, and its row is
--- not touched again. Returns sentences for the operator's log: [{event, notice}]. Locks: unstored (skip locked), then as in finish().
-create or replace function autotag.postpone_stores(p_worker uuid, p_workspace_id uuid, p_limit integer) returns jsonb
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+-- store_waiting() took too long for these outcomes and was cancelled: they wait longer. If it is one, this image's own row is to
+-- blame: after max_failures such timeouts it fails with the code not_stored, and its row is not touched again. Returns sentences for
+-- the operator's log: [{event, notice}]. Locks: unstored (skip locked), then as in finish().
+create or replace function autotag.postpone_stores(p_worker uuid, p_workspace_id uuid, p_tasks bigint[]) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_now timestamptz := autotag.now();
   v_max integer := (select s.max_failures from autotag.settings s);
+  v_alone boolean := cardinality(p_tasks) = 1;
   v_row autotag.unstored;
   v_task autotag.tasks;
 begin
+  perform autotag.check_ids(cardinality(p_tasks));
   if not autotag.is_own_worker(p_worker) then
     return '[]'::jsonb;
   end if;
-  p_limit := greatest(least(coalesce(p_limit, 0), 1000), 0);
   for v_row in
-    select u.* from autotag.unstored u where u.workspace_id = p_workspace_id and u.next_at <= v_now
-    order by u.next_at, u.task_id limit p_limit for update skip locked
+    select u.* from autotag.unstored u
+    where u.task_id = any (p_tasks) and u.workspace_id = p_workspace_id and u.next_at <= v_now
+    limit 1000 for update skip locked
   loop
-    if p_limit = 1 and v_row.timeouts + 1 >= v_max then
+    if v_alone and v_row.timeouts + 1 >= v_max then
       select * into v_task from autotag.tasks t where t.id = v_row.task_id;
       perform autotag.write_outcomes(p_workspace_id, array[row(v_task.id, v_task.job_id, v_task.asset_id, null, 'not_stored',
         'The database took too long to store the tags of this image.', null)::autotag.finished], true, false);
@@ -110,8 +138,8 @@ begin
         'Writing the row of image %s took too long %s times. A trigger on the table is probably slow.', v_task.asset_id, v_max)));
     end if;
     update autotag.unstored u
-    set tries = u.tries + 1, timeouts = u.timeouts + (p_limit = 1)::integer,
-        next_at = v_now + case when p_limit = 1 then least(interval '1 min', interval '0.25 s' * power(2, least(u.tries, 10)))
+    set tries = u.tries + 1, timeouts = u.timeouts + v_alone::integer,
+        next_at = v_now + case when v_alone then least(interval '1 min', interval '0.25 s' * power(2, least(u.tries, 10)))
           else interval '0' end
     where u.task_id = v_row.task_id;
   end loop;

@@ -1,43 +1,15 @@
 -- Usage per workspace and user, and its cost.
 
--- Adds the usage of these answers, each by its model (not given: the one in p_question; null: the present one) and service
--- tier. What was asked since the question changed costs at most as much as the model and tier that were asked. Answers without
--- figures get the tier `unknown` and no cost. A row without a cost is priced as a whole as soon as its model has a price. An answer
--- without a job (a comparison) counts as a request, not as a tagged image.
+-- Adds the usage of these answers (count_usage). A row without a cost is priced as a whole as soon as its model has a price.
+-- Settles of one workspace write the same row, so this comes after the host's rows: another worker's settle waits for it until this
+-- transaction ends. Locks: usage by key.
 create or replace function autotag.add_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb default null, p_asked_at timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_question jsonb := p_question;
-  v_since timestamptz := timestamptz '-infinity';   -- since when it is the question
 begin
-  if v_question is null then
-    select p.question, p.question_since into v_question, v_since from autotag.provider_limits p;
-  end if;
   insert into autotag.usage as u (workspace_id, user_id, day, model, service_tier, images, requests,
     input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost)
-  select t.workspace_id, t.user_id, t.day, t.model, t.tier, t.images, t.requests, t.input, t.cached, t.cache_write, t.output, t.reasoning,
-    autotag.price_answers(case when t.present then v_question end, t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
-  from (
-    select b.workspace_id, j.user_id, (autotag.now() at time zone 'utc')::date as day, b.model, b.tier,
-      sum(b.images) as images, sum(b.requests) as requests, sum(b.input) as input, sum(b.cached) as cached,
-      sum(b.cache_write) as cache_write, sum(b.output) as output, sum(b.reasoning) as reasoning, bool_and(b.present) as present
-    from (
-      select a.job_id, a.workspace_id, coalesce(a.usage ->> 'model', v_question ->> 'model') as model,
-        case when a.usage is null then 'unknown' when p_batch then 'batch' else coalesce(a.usage ->> 'tier', 'default') end as tier,
-        count(*) filter (where a.error is null and a.job_id is not null) as images, count(*) as requests,
-        coalesce(sum((a.usage -> 'input')::integer), 0) as input,
-        coalesce(sum(least((a.usage -> 'cached')::integer, (a.usage -> 'input')::integer)), 0) as cached,
-        coalesce(sum((a.usage -> 'cache_write')::integer), 0) as cache_write,
-        coalesce(sum((a.usage -> 'output')::integer), 0) as output,
-        coalesce(sum((a.usage -> 'reasoning')::integer), 0) as reasoning,
-        bool_and(p_question is not null or coalesce(coalesce(p_asked_at, a.reserved_at) >= v_since, false)) as present
-      from unnest(p_answers) a
-      where a.usage is not null or a.error is null
-      group by 1, 2, 3, 4) b
-    left join autotag.jobs j on j.id = b.job_id
-    group by b.workspace_id, j.user_id, b.model, b.tier
-    order by b.workspace_id, j.user_id, b.model, b.tier) t
+  select c.* from autotag.count_usage(p_answers, p_batch, p_question, p_asked_at) c
   on conflict (workspace_id, day, user_id, model, service_tier) do update set
     images = u.images + excluded.images, requests = u.requests + excluded.requests,
     input_tokens = u.input_tokens + excluded.input_tokens,
@@ -47,6 +19,47 @@ begin
     reasoning_tokens = u.reasoning_tokens + excluded.reasoning_tokens,
     cost = excluded.cost + coalesce(u.cost, autotag.price_tokens(u.model, u.service_tier,
       u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens));
+end $$;
+
+-- The usage of these answers, each by its model (not given: the one in p_question; null: the present one) and service
+-- tier. What was asked since the question changed costs at most as much as the model and tier that were asked. Answers without
+-- figures get the tier `unknown` and no cost. An answer without a job (a comparison) counts as a request, not as a tagged image.
+create or replace function autotag.count_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb, p_asked_at timestamptz)
+returns table (workspace_id uuid, user_id uuid, day date, model text, service_tier text, images bigint, requests bigint, input_tokens bigint,
+  cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_question jsonb := p_question;
+  v_since timestamptz := timestamptz '-infinity';   -- since when it is the question
+begin
+  if v_question is null then
+    select p.question, p.question_since into v_question, v_since from autotag.provider_limits p;
+  end if;
+  return query
+    select t.workspace_id, t.user_id, t.day, t.model, t.tier, t.images, t.requests, t.input, t.cached, t.cache_write, t.output, t.reasoning,
+      autotag.price_answers(case when t.present then v_question end, t.model, t.tier, t.input, t.cached, t.cache_write, t.output)
+    from (
+      select b.workspace_id, j.user_id, (autotag.now() at time zone 'utc')::date as day, b.model, b.tier,
+        sum(b.images)::bigint as images, sum(b.requests)::bigint as requests, sum(b.input)::bigint as input, sum(b.cached)::bigint as cached,
+        sum(b.cache_write)::bigint as cache_write, sum(b.output)::bigint as output, sum(b.reasoning)::bigint as reasoning,
+        bool_and(b.present) as present
+      from (
+        select a.job_id, a.workspace_id, coalesce(a.usage ->> 'model', v_question ->> 'model') as model,
+          case when a.usage is null then 'unknown' when p_batch then 'batch' else coalesce(a.usage ->> 'tier', 'default') end as tier,
+          count(*) filter (where a.error is null and a.job_id is not null) as images, count(*) as requests,
+          coalesce(sum((a.usage -> 'input')::integer), 0) as input,
+          coalesce(sum(least((a.usage -> 'cached')::integer, (a.usage -> 'input')::integer)), 0) as cached,
+          coalesce(sum((a.usage -> 'cache_write')::integer), 0) as cache_write,
+          coalesce(sum((a.usage -> 'output')::integer), 0) as output,
+          coalesce(sum((a.usage -> 'reasoning')::integer), 0) as reasoning,
+          bool_and(p_question is not null or coalesce(coalesce(p_asked_at, a.reserved_at) >= v_since, false)) as present
+        from unnest(p_answers) a
+        where a.usage is not null or a.error is null
+        group by 1, 2, 3, 4) b
+      left join autotag.jobs j on j.id = b.job_id
+      group by b.workspace_id, j.user_id, b.model, b.tier
+      order by b.workspace_id, j.user_id, b.model, b.tier) t;
 end $$;
 
 -- Price of answers of one model and tier (price_tokens) to a question: at most that of the model and tier that the question names,

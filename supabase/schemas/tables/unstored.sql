@@ -11,8 +11,9 @@ create table autotag.unstored (
   error_code text,                       -- … or these two
   error text,
   mark uuid,                             -- of the picture that the model saw (describe_assets)
-  tries integer not null default 0,      -- attempts to write the row …
+  tries integer not null default 0,      -- attempts to write the row: they set the delay of the next one …
   timeouts integer not null default 0,   -- … and how many of them took too long
+  patience_used numeric not null default 0,   -- by errors that may pass; 1 is all of it (keep_error)
   next_at timestamptz not null,
   kept_at timestamptz not null,
   check ((result is null) = (error_code is not null))

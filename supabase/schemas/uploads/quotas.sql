@@ -183,9 +183,11 @@ end $$;
 -- allowed while every quota of its workspace and user has room for it beside what is billed and reserved, at the price of a single
 -- call with its new cap. Returns the answers, with the errors of the others changed to `quota_exceeded`, which ends their images.
 -- So what is billed exceeds a quota by at most one answer for each image that is being tagged.
--- The caller has added the usage of these answers. Uploads of the same user or into the same workspace wait until it has committed
--- (lock_quotas), unless one of them is running already: it does not wait for them, and judges without the lock.
-create or replace function autotag.judge_retries(p_answers autotag.answer[]) returns autotag.answer[]
+-- The usage of these answers counts, although the caller adds it later (add_usage; p_batch and p_asked_at: as there). Uploads of the
+-- same user or into the same workspace wait until it has committed (lock_quotas), unless one of them is running already: it does not
+-- wait for them, and judges without the lock.
+create or replace function autotag.judge_retries(p_answers autotag.answer[], p_batch boolean, p_asked_at timestamptz default null)
+returns autotag.answer[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
@@ -208,8 +210,12 @@ begin
     join autotag.tasks t on t.id = a.task and t.finished_at is null
     join autotag.jobs j on j.id = a.job_id and j.cancelled_at is null
     where a.usage is not null and a.error is not null and not autotag.is_final(a, t.failures)
+  ), billed as materialized (
+    select * from autotag.count_usage(p_answers, p_batch, null, p_asked_at)
   ), limits as materialized (
-    select o.workspace_id, o.user_id, q.*
+    select o.workspace_id, o.user_id, q.*, (
+      select coalesce(sum(case q.kind when 'images' then greatest(b.requests, b.images) else b.cost end), 0)
+      from billed b where q.scope = 'workspace' or b.user_id = o.user_id) as more_billed
     from (select distinct y.workspace_id, y.user_id from tries y) o
     cross join lateral autotag.quota_use(o.workspace_id, o.user_id, v_prices) q
   ), placed as (
@@ -225,7 +231,7 @@ begin
   into v_refused
   from (
     select distinct on (p.task) p.task, p.scope, p.period from placed p
-    where p.billed + p.reserved + p.change > p.maximum and not (p.kind = 'cost' and v_prices.free)
+    where p.billed + p.more_billed + p.reserved + p.change > p.maximum and not (p.kind = 'cost' and v_prices.free)
     order by p.task, p.renews_at desc) f;
   return array(
     select case when v_refused ? a.task::text then row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens,

@@ -45,7 +45,8 @@ select autotag.batch_finish(pg_temp.worker_id(), b.id, b.attempt) from batch b;
 select is((select state from autotag.batches), 'done', 'the batch has ended');
 select autotag.tick();
 select is(pg_temp.batch_complete(), 0, 'it is not complete, because answers are not stored');
-select autotag.store_waiting(pg_temp.worker_id(), pg_temp.workspace_id(1), 29);
+select autotag.store_waiting(pg_temp.worker_id(), pg_temp.workspace_id(1),
+  autotag.pick_unstored(pg_temp.worker_id(), pg_temp.workspace_id(1), 29));
 select is(pg_temp.batch_complete(), 0, 'nor is it before the last of them');
 select is(pg_temp.store(), 1, 'the last one is stored');
 select is(pg_temp.batch_complete(), 2, 'now batch-complete is broadcast, to everybody and to the workspace');

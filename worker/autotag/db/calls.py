@@ -50,7 +50,7 @@ LEASE_TIMEOUT = 10.0  # heartbeat, release_lost
 DESCRIBE_TIMEOUT = 10.0  # describe_tasks, batch_images: a transaction of the host's can hold its whole table
 SETTLE_TIMEOUT = 2.0  # settle: then the outcomes are kept for the store lane
 STAGES_TIMEOUT = 2.0  # report_stages, show_batch: then the stages are dropped
-STORE_TIMEOUT = 10.0  # store_waiting, postpone_stores, batch_answers
+STORE_TIMEOUT = 10.0  # pick_unstored, store_waiting, postpone_stores, batch_answers
 KEEP_TIMEOUT = 10.0  # settle and batch_answers that only keep outcomes: they touch no row of the host's
 BATCH_TIMEOUT = 30.0  # other steps of a batch
 SEAL_TIMEOUT = 5.0  # seal_uploads: then that upload is postponed; 50,000 images take about two
@@ -230,27 +230,38 @@ class Database:
         )
         return make(Unstored, row)
 
-    async def store_waiting(self, workspace: str, limit: int) -> Stored:
-        """Stores at most ``limit`` outcomes of a workspace that waited for the host's rows.
+    async def pick_unstored(self, workspace: str, limit: int) -> list[int]:
+        """At most ``limit`` outcomes of a workspace that are due, by their tasks.
 
         Raises:
-            Busy, TooSlow: writing the rows takes too long; call `postpone_stores` with the same limit next.
+            Busy, TooSlow: as below.
         """
         row = await self._connections.call(
-            "store", "select autotag.store_waiting(%s, %s, %s) as result",
-            self.worker, workspace, limit, within=STORE_TIMEOUT,
+            "store", "select autotag.pick_unstored(%s, %s, %s) as tasks", self.worker, workspace, limit,
+            within=STORE_TIMEOUT)  # fmt: skip
+        return cast("list[int]", row["tasks"])
+
+    async def store_waiting(self, workspace: str, tasks: Sequence[int]) -> Stored:
+        """Stores outcomes of a workspace that waited for the host's rows.
+
+        Raises:
+            Busy, TooSlow: writing the rows takes too long; call `postpone_stores` with the same tasks next.
+        """
+        row = await self._connections.call(
+            "store", "select autotag.store_waiting(%s, %s, %s::bigint[]) as result",
+            self.worker, workspace, list(tasks), within=STORE_TIMEOUT,
         )  # fmt: skip
         return make(Stored, row["result"])
 
-    async def postpone_stores(self, workspace: str, limit: int) -> list[Notice]:
+    async def postpone_stores(self, workspace: str, tasks: Sequence[int]) -> list[Notice]:
         """Delays the outcomes that `store_waiting` could not store; returns notices for the log.
 
         Raises:
             Busy, TooSlow: as above.
         """
         row = await self._connections.call(
-            "store", "select autotag.postpone_stores(%s, %s, %s) as notices",
-            self.worker, workspace, limit, within=STORE_TIMEOUT,
+            "store", "select autotag.postpone_stores(%s, %s, %s::bigint[]) as notices",
+            self.worker, workspace, list(tasks), within=STORE_TIMEOUT,
         )  # fmt: skip
         return cast("list[Notice]", row["notices"])
 

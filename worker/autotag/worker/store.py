@@ -109,15 +109,17 @@ class StoreLane:
         """Stores outcomes of a workspace; returns whether to go on at its next turn."""
         limit = self._limits.get(workspace, MAX_LIMIT)
         started = time.monotonic()
+        tasks: list[int] = []
         try:
-            stored = await self._db.store_waiting(workspace, limit)
+            tasks = await self._db.pick_unstored(workspace, limit)
+            stored = await self._db.store_waiting(workspace, tasks)
         except CALL_ERRORS as error:
             if isinstance(error, Busy):
                 return self._back_off(workspace)
-            log.warning("store_failed", workspace=workspace, images=limit, error=safe_message(error))
+            log.warning("store_failed", workspace=workspace, images=len(tasks), error=safe_message(error))
             if isinstance(error, TooSlow):
                 self._slow.mark(workspace)
-            return await self._postpone(workspace, limit)
+            return await self._postpone(workspace, limit, tasks)
         log_notices(stored.notices)
         if stored.stored:
             self._backoffs.pop(workspace, None)
@@ -127,11 +129,11 @@ class StoreLane:
             return self._back_off(workspace)
         return stored.more
 
-    async def _postpone(self, workspace: str, limit: int) -> bool:
+    async def _postpone(self, workspace: str, limit: int, tasks: list[int]) -> bool:
         """After a call that failed: the next one has fewer outcomes."""
         self._limit(workspace, limit // 10)
         try:
-            log_notices(await self._db.postpone_stores(workspace, limit))
+            log_notices(await self._db.postpone_stores(workspace, tasks))
             return True
         except CALL_ERRORS as error:
             log.error("postpone_failed", workspace=workspace, error=safe_message(error))
