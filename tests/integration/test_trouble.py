@@ -334,7 +334,7 @@ async def test_a_late_report_is_refused(library: Library, stack: Stack) -> None:
     for name in (late, current):
         library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", name)
     [first] = library.claim(late, 1)["images"]
-    library.sql("select autotag.release_held(%s, '{}', '{}', true)", late)
+    library.sql("select autotag.release_held(%s, '{}', '{}', 'crashed')", late)
     [second] = library.claim(current, 1)["images"]
     assert (first["task"], first["attempt"] + 1) == (second["task"], second["attempt"])
     result = {"tags": ["late"], "confidence": {"late": 1}, "caption": "Late."}

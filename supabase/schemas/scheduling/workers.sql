@@ -179,12 +179,12 @@ as $$
   where q.reached > 0 and t.worker_id = p_worker
 $$;
 
--- Releases what a worker holds, except what it got by the claims p_claims and p_batch_claims. p_lost: its lease has ended; then each
--- image counts a failure, so that an image that crashes its worker does not do so forever. Returns how many tasks and batches it
--- released, and whether there are more: what another transaction holds (the worker's last report, a cancellation) is left out.
--- Locks: batches, tasks (both skip locked), the worker.
+-- Releases what a worker holds, except what it got by the claims p_claims and p_batch_claims. p_cause: `stopped`; `lost` (the worker does
+-- not know of it: each image counts a failure); or `crashed` (its lease has ended: see blame_crash()). Returns how many tasks and batches
+-- it released, and whether there are more: what another transaction holds (the worker's last report, a cancellation) is left out.
+-- Locks: batches, tasks (both skip locked); job (skip locked), its batch's tasks; the worker.
 create or replace function autotag.release_held(
-  p_worker uuid, p_claims integer[], p_batch_claims integer[], p_lost boolean, out released integer, out more boolean
+  p_worker uuid, p_claims integer[], p_batch_claims integer[], p_cause text, out released integer, out more boolean
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -198,13 +198,17 @@ declare
 begin
   -- Wait until OpenAI shows what the worker's last request may have created, before another worker looks for it.
   update autotag.batches b
-  set worker_id = null, not_before = case when b.state <> 'creating' then b.not_before
-    else autotag.now() + (select s.batch_create_grace from autotag.settings s) end
+  set worker_id = null, crashes = b.crashes + (p_cause = 'crashed' and b.state in ('preparing', 'uploading'))::integer,
+      not_before = case when b.state <> 'creating' then b.not_before
+        else autotag.now() + (select s.batch_create_grace from autotag.settings s) end
   where b.id = any (v_batches);
-  perform autotag.keep(autotag.requeue(jsonb_agg(jsonb_build_object(
-    'task', t, 'failures', case when p_lost then 1 else 0 end,
-    'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.'))), false)
-  from unnest(v_tasks) t having count(*) > 0;
+  if p_cause = 'crashed' then
+    perform autotag.take_apart(v_batches);
+  end if;
+  perform autotag.keep(autotag.requeue(case when p_cause = 'crashed' then autotag.blame_crash(v_tasks)
+    else (select jsonb_agg(jsonb_build_object('task', t, 'failures', (p_cause = 'lost')::integer,
+      'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.')) from unnest(v_tasks) t) end), false)
+  where v_tasks <> '{}';
   perform pg_notify('autotag', 'realtime') where v_tasks <> '{}';
   perform pg_notify('autotag', 'batch') where v_batches <> '{}';
   -- a lost call was never sent; of a worker that ends, nothing is counted any more
@@ -212,6 +216,53 @@ begin
   released := cardinality(v_tasks) + cardinality(v_batches);
   more := exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims))
     or exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims));
+end $$;
+
+-- A worker died that held these images, and any of them may be the cause. Counts the crash for each, and returns their tries for
+-- requeue(). Only the image with the most crashes counts a failure, if there is one: an image that kills its worker is in every crash,
+-- the others by chance. To tell them apart, those that were in an earlier crash wait for different times, so that others are held with
+-- each. After 3 * max_failures crashes an image fails in any case. The caller holds the tasks.
+create or replace function autotag.blame_crash(p_tasks bigint[]) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_settings autotag.settings;
+  v_tries jsonb;
+begin
+  select * into v_settings from autotag.settings;
+  update autotag.tasks t set crashes = coalesce(t.crashes, 0) + 1 where t.id = any (p_tasks);
+  with held as (
+    select t.id, t.crashes, rank() over (order by t.crashes desc) as place, count(*) over (partition by t.crashes) as equals
+    from autotag.tasks t where t.id = any (p_tasks)
+  )
+  select jsonb_agg(jsonb_build_object(
+    'task', h.id, 'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.',
+    'failures', case when h.crashes >= 3 * v_settings.max_failures then v_settings.max_failures
+      else (h.place = 1 and h.equals = 1)::integer end,
+    'delay', coalesce(random() * autotag.growing_delay(h.crashes - 2, v_settings), 0)))
+  into v_tries from held h;
+  return v_tries;
+end $$;
+
+-- Sends the images of those batches as single calls whose file three workers could not build because they died: there the failures
+-- name the image. A batch whose upload another transaction holds is built once more. The caller holds the batches and the provider row.
+-- Locks: job (skip locked), tasks.
+create or replace function autotag.take_apart(p_batches uuid[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_batch autotag.batches;
+  v_reason constant text := 'Workers stopped while they prepared a batch of these images, so they are sent as single calls.';
+begin
+  for v_batch in
+    select b.* from autotag.batches b where b.id = any (p_batches) and b.state in ('preparing', 'uploading') and b.crashes >= 3 order by b.id
+  loop
+    perform from autotag.jobs j where j.id = v_batch.job_id for no key update skip locked;
+    continue when not found;
+    perform autotag.requeue_batch(v_batch, false, 0, 'worker_lost', 'Tagging this image was interrupted too often.');
+    perform autotag.end_batch(v_batch, v_reason);
+    update autotag.jobs j set fallback = v_reason where j.id = v_batch.job_id;
+  end loop;
 end $$;
 
 -- A worker stops: releases everything it holds and deletes it. Returns how many tasks and batches. If another transaction holds some
@@ -226,7 +277,7 @@ begin
     return 0;
   end if;
   perform from autotag.workers w where w.id = p_worker for update;
-  v_release := autotag.release_held(p_worker, '{}', '{}', false);
+  v_release := autotag.release_held(p_worker, '{}', '{}', 'stopped');
   if v_release.more then
     update autotag.workers w set lease_until = autotag.now() where w.id = p_worker;
   else
@@ -245,7 +296,7 @@ begin
   if not autotag.is_own_worker(p_worker) then
     return 0;
   end if;
-  return (autotag.release_held(p_worker, coalesce(p_claims, '{}'), coalesce(p_batch_claims, '{}'), true)).released;
+  return (autotag.release_held(p_worker, coalesce(p_claims, '{}'), coalesce(p_batch_claims, '{}'), 'lost')).released;
 end $$;
 
 -- Releases what one worker with an ended lease held, as soon as can_expire(), and deletes that worker; if another transaction holds some of it, the next
@@ -267,7 +318,7 @@ begin
   if not found then
     return false;
   end if;
-  if (autotag.release_held(v_worker, '{}', '{}', true)).more then
+  if (autotag.release_held(v_worker, '{}', '{}', 'crashed')).more then
     update autotag.workers w set lease_until = autotag.now() where w.id = v_worker;   -- so others with ended leases come first
     return false;
   end if;

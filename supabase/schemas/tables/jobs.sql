@@ -79,6 +79,7 @@ create table autotag.tasks (
   lane text not null check (lane in ('realtime', 'batch')),
   attempt integer not null default 0,   -- grows with every claim; a report with an older attempt is refused
   failures integer not null default 0,
+  crashes integer,                      -- workers that died while they held it (blame_crash); null: none
   worker_id uuid,                       -- the worker that holds it (realtime lane) …
   claim integer,                        -- … and the number of the claim that gave it to the worker
   batch_id uuid,                        -- its batch (batch lane)
