@@ -4005,7 +4005,8 @@ end $$;
 -- that they may see. p_users[i]: the uploader; null: the service role.
 -- refused: what describe_assets() refuses, or `hidden_file` (the uploader may not see it). A row that no longer exists or has
 -- moved to another workspace is missing from the result. If the host's rows cannot be read together, each is read by itself, and
--- one that raises is refused as `unreadable_row`.
+-- one that raises is refused: as `unreadable_row`, or as `unreadable_now` where the error may pass (the adapter is being changed, a
+-- page of the table cannot be read). Then the worker reports a transient error, so its slot is free, and the image is tried again.
 -- p_workspace_ids[i], p_seen[i]: tasks.workspace_id and tasks.seen of p_asset_ids[i].
 create or replace function autotag.locate(p_asset_ids uuid[], p_workspace_ids uuid[], p_seen uuid[], p_users uuid[])
 returns table (asset_id uuid, bucket text, path text, url text, refused text, mark uuid)
@@ -4014,11 +4015,15 @@ as $$
 begin
   -- locate_together() has read all rows before it returns the first. An error does not take back what return query has returned.
   return query select l.* from autotag.locate_together(p_asset_ids, p_workspace_ids, p_seen, p_users) l;
--- errors that the data of a row can cause; others concern all rows, and the worker asks again
-exception when data_exception or integrity_constraint_violation or plpgsql_error or triggered_action_exception then
+exception when others or assert_failure then
   if cardinality(p_asset_ids) = 1 then
-    return query select p_asset_ids[1], null::text, null::text, null::text, 'unreadable_row', null::uuid;
+    raise warning 'autotag could not read the row of image %: %', p_asset_ids[1], sqlerrm;
+    -- the first are errors that the data of a row can cause
+    return query select p_asset_ids[1], null::text, null::text, null::text,
+      case when left(sqlstate, 2) in ('22', '23', 'P0', '09') then 'unreadable_row' else 'unreadable_now' end, null::uuid;
     return;
+  elsif autotag.is_lock_error(sqlstate) then
+    raise;   -- probably the whole table is held: each row would wait again
   end if;
   return query
     select l.* from generate_subscripts(p_asset_ids, 1) i

@@ -168,6 +168,38 @@ async def test_an_image_whose_tags_are_refused_fails_alone(
     check_money(library.stack)
 
 
+@pytest.mark.parametrize("images", [8, 60], ids=["single calls", "batch"])
+async def test_an_image_whose_row_cannot_be_read_ends_alone(library: Library, neighbour: Library, images: int) -> None:
+    """A damaged page of the table, a view that raises, an adapter that is being changed: that may pass, but it need not."""
+    library.stack.configure(max_failures="3")
+    assets, others = await library.upload(images), await neighbour.upload(8, seed=2)
+    jobs = library.enqueue(assets), neighbour.enqueue(others)
+    library.sql(f"""
+        alter function autotag.describe_assets(uuid[]) rename to describe_assets_before;
+        create function autotag.describe_assets(p_asset_ids uuid[])
+        returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url text, refused text, mark uuid, stage text)
+        language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
+        begin
+          if '{assets[2]}' = any (p_asset_ids) then
+            raise exception 'invalid page in block 7' using errcode = 'XX001';
+          end if;
+          return query select * from autotag.describe_assets_before(p_asset_ids);
+        end $$""")
+    async with working(library):
+        [done] = await library.finished(jobs[0])
+        await neighbour.finished(jobs[1])
+    assert (done["completed"], done["failed"]) == (images - 1, 1)
+    library.check_tags([asset for asset in assets if asset != assets[2]])
+    neighbour.check_tags()
+    row = library.assets()[assets[2]]
+    assert (row["tagging_stage"], row["tagging_error"]) == (
+        "failed", "The image's row in the database cannot be read.",
+    )  # fmt: skip
+    [task] = library.sql("select error_code from autotag.tasks where asset_id = %s", assets[2])
+    assert task["error_code"] == "unreadable_row"
+    check_asked_once(library.stack)
+
+
 async def test_a_slow_trigger_of_one_workspace_does_not_hold_up_another(library: Library, neighbour: Library) -> None:
     assets, others = await library.upload(8), await neighbour.upload(8, seed=2)
     library.sql(f"""

@@ -127,6 +127,28 @@ async def test_images_whose_description_fails_are_described_later_and_none_is_lo
     assert bench.db.descriptions[:3] == [list(range(8))] * 3, "together at first"
 
 
+async def test_an_odd_image_is_isolated_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The halves do not wait: the growing delay is the odd image's own."""
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(0)
+
+    bench = Bench(range(8))
+    bench.db.refuse = lambda tasks: psycopg.InternalError("bug") if 4 in tasks and pauses.count(5.0) < 1 else None
+    for name, seconds in (("DESCRIBE_RETRY", 1.0), ("MAX_DESCRIBE_RETRY", 5.0)):
+        monkeypatch.setattr(realtime, name, seconds)
+    monkeypatch.setattr("autotag.worker.realtime.asyncio.sleep", pause)
+    async with bench.running(slots=20):
+        async with asyncio.timeout(10):
+            while len(bench.tagged) < 8:
+                await sleep(0.001)
+    assert pauses == [1.0, 2.0, 5.0]
+    assert bench.tagged[-1] == 4
+
+
 async def test_the_lane_goes_on_while_a_description_is_held() -> None:
     bench = Bench(range(3))
     release = asyncio.Event()

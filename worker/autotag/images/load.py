@@ -17,6 +17,7 @@ from autotag.images.storage import Storage, file_missing
 from autotag.images.urls import Urls
 
 PREPARE_THREADS = 2
+UNREADABLE = "The image's row in the database cannot be read."
 FETCHES = 32  # max files in memory, each of up to AUTOTAG_IMAGE_MAX_BYTES
 
 
@@ -69,6 +70,10 @@ class Images:
                 raise image_error("foreign_file", "The image's row names a file that does not belong to its workspace.")
             if image.refused == "location_too_long":
                 raise image_error("location_too_long", "The URL, path or bucket name of the image is too long.")
+            if image.refused == "unreadable_row":
+                raise image_error("unreadable_row", UNREADABLE)
+            if image.refused == "unreadable_now":
+                raise TaggingError("transient", "unreadable_row", UNREADABLE)
             if image.refused is not None:  # hidden_file: do not reveal whether the file exists
                 raise file_missing()
             if image.path is not None and image.bucket is not None:

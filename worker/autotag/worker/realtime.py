@@ -20,7 +20,7 @@ RECLAIM_SHARE = 4  # … or earlier, when one in RECLAIM_SHARE slots is free
 CLAIM_RETRY = 1.0  # seconds to wait after a failed claim
 DESCRIBE_RETRY = 0.5  # seconds to wait after a failed call of describe_tasks; twice as long each time …
 MAX_DESCRIBE_RETRY = 10.0  # … but no longer than this
-WHOLE_DESCRIPTIONS = 3  # after so many failures, each half of the images is described by itself
+WHOLE_DESCRIPTIONS = 3  # after so many failures, each half of the images is described by itself, without a wait
 
 log = structlog.get_logger(__name__)
 
@@ -167,8 +167,9 @@ class Descriptions:
             except CALL_ERRORS as error:
                 failures += 1
                 log.error("describe_failed", images=len(tasks), failures=failures, error=safe_message(error))
-            await asyncio.sleep(min(MAX_DESCRIBE_RETRY, DESCRIBE_RETRY * 2.0 ** (failures - 1)))
-            if failures >= WHOLE_DESCRIPTIONS and len(tasks) > 1:
+            if failures < WHOLE_DESCRIPTIONS or len(tasks) == 1:
+                await asyncio.sleep(min(MAX_DESCRIBE_RETRY, DESCRIBE_RETRY * 2.0 ** (failures - 1)))
+            else:
                 half = len(tasks) // 2
                 await asyncio.gather(*(
                     self._describe(number, part, settings, failures) for part in (tasks[:half], tasks[half:])
