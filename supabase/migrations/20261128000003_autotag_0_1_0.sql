@@ -444,6 +444,7 @@ create unique index tasks_live_asset_idx on autotag.tasks (asset_id) where finis
 create index tasks_job_id_idx on autotag.tasks (job_id, id);
 create index tasks_batch_idx on autotag.tasks (batch_id, id) where batch_id is not null;
 create index tasks_cut_off_idx on autotag.tasks (job_id) where min_output_tokens is not null and finished_at is null;
+create index tasks_suspects_idx on autotag.tasks (workspace_id, retry_at) where crashes >= 2 and finished_at is null;
 create index tasks_retry_at_idx on autotag.tasks (retry_at) where retry_at is not null;
 alter table autotag.tasks enable row level security;
 
@@ -3863,8 +3864,8 @@ end $$;
 
 -- A worker died that held these images, and any of them may be the cause. Counts the crash for each, and returns their tries for
 -- requeue(). Only the image with the most crashes counts a failure, if there is one: an image that kills its worker is in every crash,
--- the others by chance. To tell them apart, those that were in an earlier crash wait for different times, so that others are held with
--- each. After 3 * max_failures crashes an image fails in any case. The caller holds the tasks.
+-- the others by chance. To tell them apart, those of two crashes are released one at a time (hold_suspects), and those that crashed
+-- more often later than others. After 3 * max_failures crashes an image fails in any case. The caller holds the tasks.
 create or replace function autotag.blame_crash(p_tasks bigint[]) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -3882,7 +3883,7 @@ begin
     'task', h.id, 'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.',
     'failures', case when h.crashes >= 3 * v_settings.max_failures then v_settings.max_failures
       else (h.place = 1 and h.equals = 1)::integer end,
-    'delay', coalesce(random() * autotag.growing_delay(h.crashes - 2, v_settings), 0)))
+    'delay', coalesce(autotag.growing_delay(h.crashes - 2, v_settings), 0)))
   into v_tries from held h;
   return v_tries;
 end $$;
@@ -4068,6 +4069,23 @@ begin
       virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end;
 end $$;
 
+-- Images that were in two crashes of workers (blame_crash) are released one at a time in each workspace: those that are due while another
+-- one is queued or in flight wait for another second. So the next crash tells which of them is the cause. Called by requeue_due().
+-- Locks: tasks (skip locked).
+create or replace function autotag.hold_suspects(p_now timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+begin
+  with suspects as (
+    select s.id, s.retry_at, row_number() over (partition by s.workspace_id order by s.retry_at nulls first, s.id) as turn
+    from autotag.tasks s where s.crashes >= 2 and s.finished_at is null and s.retry_at is distinct from 'infinity'
+  ), early as (
+    select t.id from autotag.tasks t
+    where t.id = any (array(select s.id from suspects s where s.turn > 1 and s.retry_at <= p_now)) order by t.id for update skip locked
+  )
+  update autotag.tasks t set retry_at = p_now + interval '1 s' from early e where t.id = e.id;
+end $$;
+
 -- Puts requeued tasks that are due into their queues; those whose upload was cancelled while they were requeued end instead. The caller
 -- holds the provider row. Locks: tasks (skip locked: those of an upload that is being cancelled).
 create or replace function autotag.requeue_due(p_now timestamptz, p_virtual_time double precision) returns void
@@ -4083,6 +4101,7 @@ begin
     select row(t.id, t.job_id, t.asset_id, null, 'cancelled', 'Tagging was cancelled.', null)::autotag.finished
     from autotag.tasks t join autotag.jobs j on j.id = t.job_id where t.retry_at <= p_now and j.cancelled_at is not null
     order by t.id for update of t skip locked), false);   -- keep() would wait
+  perform autotag.hold_suspects(p_now);
   for v_queue in
     with due as (
       select t.id from autotag.tasks t where t.retry_at <= p_now order by t.id limit 10000 for update skip locked

@@ -10,10 +10,11 @@ from typing import Any
 import psycopg
 import pytest
 
+from engine import Engine
 from lab.postgres import LocalPostgres
-from limits.test_batch_turns import Engine
 
 LEASE = 61  # seconds
+ANOTHER = uuid.UUID("99999999-0000-4000-8000-00000000000b")
 
 
 class Crashing(Engine):
@@ -29,7 +30,9 @@ class Crashing(Engine):
         self.sql("update autotag.provider_limits set proven_at = '-infinity'")
 
     def crash(self) -> None:
-        """The worker dies, and its lease ends."""
+        """The worker dies, and its lease ends. Another one goes on beating, so it is no outage of the database."""
+        self.sql("select autotag.register_worker(%s, 'another', autotag.schema_version(), true)", ANOTHER)
+        self.sql("update autotag.workers set resumed_at = '-infinity'")
         self.sql("update autotag.workers set lease_until = autotag.now() - interval '1 s' where id = %s", self.worker)
         self.sql("select autotag.tick()")
         self.sql("select autotag.tick()")
@@ -107,7 +110,8 @@ def test_workers_that_are_killed_again_and_again_fail_no_image(engine: Crashing)
             engine.pass_time(1)
         engine.crash()
     assert failed(engine) == []
-    assert engine.sql("select max(failures), min(crashes) from autotag.tasks") == [(0, 9)]
+    [(failures,)] = engine.sql("select max(failures) from autotag.tasks")
+    assert failures < 4, "they take turns"
 
 
 def test_an_image_that_was_held_alone_is_the_one(engine: Crashing) -> None:
@@ -122,18 +126,25 @@ def test_an_image_that_was_held_alone_is_the_one(engine: Crashing) -> None:
     assert len(failed(engine)) == 1
 
 
-def test_images_that_crash_only_together_fail_too(engine: Crashing) -> None:
-    """Nothing tells these two apart."""
-    engine.upload(2)
-    for crashes in range(1, 30):
+def test_images_that_were_in_two_crashes_are_held_one_at_a_time(engine: Crashing) -> None:
+    """So images that crash only together are tagged; and another one does not wait for them."""
+    engine.upload(5)
+    for _ in range(2):
         engine.start()
-        while engine.sql("select count(*) from autotag.tasks where worker_id is null and coalesce(retry_at, '-infinity') < 'infinity'") != [(0,)]:
-            engine.claim()
-            engine.pass_time(1)
+        assert len(engine.claim()) == 5
+        engine.pass_time(LEASE)
         engine.crash()
-        if failed(engine):
-            break
-    assert (crashes, len(failed(engine))) == (24, 2)
+    engine.upload(3)
+    engine.start()
+    tagged: list[int] = []
+    for _ in range(100):
+        tasks = engine.claim()
+        assert len(tasks) <= (1 if tagged else 4)
+        engine.finish(tasks)
+        tagged += tasks
+        engine.pass_time(1)
+    assert len(tagged) == 8
+    assert failed(engine) == []
 
 
 def test_a_worker_that_stops_or_loses_a_reply_is_no_crash(engine: Crashing) -> None:
@@ -164,7 +175,9 @@ def test_a_batch_that_kills_three_workers_goes_on_as_single_calls(engine: Crashi
     assert len(engine.claim()) == 60
 
 
-def test_a_batch_whose_upload_is_held_waits_for_nobody(engine: Crashing, postgres: LocalPostgres, database: str) -> None:
+def test_a_batch_whose_upload_is_held_waits_for_nobody(
+    engine: Crashing, postgres: LocalPostgres, database: str
+) -> None:
     engine.upload(60)
     engine.sql("update autotag.batches set crashes = 2")
     engine.start()

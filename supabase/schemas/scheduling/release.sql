@@ -17,6 +17,23 @@ begin
       virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end;
 end $$;
 
+-- Images that were in two crashes of workers (blame_crash) are released one at a time in each workspace: those that are due while another
+-- one is queued or in flight wait for another second. So the next crash tells which of them is the cause. Called by requeue_due().
+-- Locks: tasks (skip locked).
+create or replace function autotag.hold_suspects(p_now timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+begin
+  with suspects as (
+    select s.id, s.retry_at, row_number() over (partition by s.workspace_id order by s.retry_at nulls first, s.id) as turn
+    from autotag.tasks s where s.crashes >= 2 and s.finished_at is null and s.retry_at is distinct from 'infinity'
+  ), early as (
+    select t.id from autotag.tasks t
+    where t.id = any (array(select s.id from suspects s where s.turn > 1 and s.retry_at <= p_now)) order by t.id for update skip locked
+  )
+  update autotag.tasks t set retry_at = p_now + interval '1 s' from early e where t.id = e.id;
+end $$;
+
 -- Puts requeued tasks that are due into their queues; those whose upload was cancelled while they were requeued end instead. The caller
 -- holds the provider row. Locks: tasks (skip locked: those of an upload that is being cancelled).
 create or replace function autotag.requeue_due(p_now timestamptz, p_virtual_time double precision) returns void
@@ -32,6 +49,7 @@ begin
     select row(t.id, t.job_id, t.asset_id, null, 'cancelled', 'Tagging was cancelled.', null)::autotag.finished
     from autotag.tasks t join autotag.jobs j on j.id = t.job_id where t.retry_at <= p_now and j.cancelled_at is not null
     order by t.id for update of t skip locked), false);   -- keep() would wait
+  perform autotag.hold_suspects(p_now);
   for v_queue in
     with due as (
       select t.id from autotag.tasks t where t.retry_at <= p_now order by t.id limit 10000 for update skip locked

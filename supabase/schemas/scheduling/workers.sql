@@ -220,8 +220,8 @@ end $$;
 
 -- A worker died that held these images, and any of them may be the cause. Counts the crash for each, and returns their tries for
 -- requeue(). Only the image with the most crashes counts a failure, if there is one: an image that kills its worker is in every crash,
--- the others by chance. To tell them apart, those that were in an earlier crash wait for different times, so that others are held with
--- each. After 3 * max_failures crashes an image fails in any case. The caller holds the tasks.
+-- the others by chance. To tell them apart, those of two crashes are released one at a time (hold_suspects), and those that crashed
+-- more often later than others. After 3 * max_failures crashes an image fails in any case. The caller holds the tasks.
 create or replace function autotag.blame_crash(p_tasks bigint[]) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -239,7 +239,7 @@ begin
     'task', h.id, 'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.',
     'failures', case when h.crashes >= 3 * v_settings.max_failures then v_settings.max_failures
       else (h.place = 1 and h.equals = 1)::integer end,
-    'delay', coalesce(random() * autotag.growing_delay(h.crashes - 2, v_settings), 0)))
+    'delay', coalesce(autotag.growing_delay(h.crashes - 2, v_settings), 0)))
   into v_tries from held h;
   return v_tries;
 end $$;

@@ -100,6 +100,7 @@ create unique index tasks_live_asset_idx on autotag.tasks (asset_id) where finis
 create index tasks_job_id_idx on autotag.tasks (job_id, id);
 create index tasks_batch_idx on autotag.tasks (batch_id, id) where batch_id is not null;
 create index tasks_cut_off_idx on autotag.tasks (job_id) where min_output_tokens is not null and finished_at is null;
+create index tasks_suspects_idx on autotag.tasks (workspace_id, retry_at) where crashes >= 2 and finished_at is null;
 create index tasks_retry_at_idx on autotag.tasks (retry_at) where retry_at is not null;
 alter table autotag.tasks enable row level security;
 
