@@ -27,9 +27,10 @@ SHARES: dict[Purpose, int] = {
 }  # fmt: skip
 #: Triggers, functions and policies of the host's run in the sessions of these purposes.
 FOREIGN_CODE: tuple[Purpose, ...] = ("describe", "settle", "seal", "store", "batch", "stages")
-#: These purposes share HOST_SHARE connections: what they do can wait. So a worker opens at most 11, and one that listens.
+#: These purposes share HOST_SHARE connections: what they do can wait.
 HOST_PURPOSES: tuple[Purpose, ...] = ("store", "batch", "stages")
 HOST_SHARE = 3
+POOL_SIZE = sum(n for purpose, n in SHARES.items() if purpose not in HOST_PURPOSES) + HOST_SHARE  # 11, if all are busy
 FIRST_RETRY_DELAY = 0.2  # max seconds until the first retry; twice as long each time, up to MAX_RETRY_DELAY
 #: Their callers handle `Busy` and `TooSlow`; the other calls are retried.
 _RAISING: tuple[Purpose, ...] = ("describe", "settle", "seal", "store", "batch", "stages")
