@@ -13,7 +13,7 @@ import pytest
 
 import autotag
 from autotag.db import Busy, Database, TooSlow
-from autotag.db.connections import HOST_PURPOSES, HOST_SHARE, POOL_SIZE, SHARES, Connections, Purpose
+from autotag.db.connections import FOREIGN_CODE, HOST_PURPOSES, HOST_SHARE, POOL_SIZE, SHARES, Connections, Purpose
 from autotag.db.messages import Registered
 from support import PATIENCE, Library, until
 
@@ -35,24 +35,33 @@ async def backend(connections: Connections, purpose: Purpose) -> int:
 async def test_a_cancelled_statement_ends_in_the_server_and_leaves_the_connection_usable(
     library: Library, connections: Connections
 ) -> None:
-    before = await backend(connections, "settle")
+    before = await backend(connections, "describe")
     for _ in range(3):
         with pytest.raises(TooSlow):
-            await connections.call_once("settle", "select pg_sleep(%s)", PATIENCE, within=0.1)
+            await connections.call_once("describe", "select pg_sleep(%s)", PATIENCE, within=0.1)
         assert library.sql(SLEEPERS)[0]["n"] == 0, "the server goes on with it"
-        assert await backend(connections, "settle") == before, "the connection was given up"
+        assert await backend(connections, "describe") == before, "the connection was given up"
 
 
 async def test_errors_that_callers_handle_have_names(library: Library, connections: Connections) -> None:
-    await connections.call_once("settle", "select set_config('statement_timeout', '50ms', false)")
+    await connections.call_once("claim", "select set_config('statement_timeout', '50ms', false)")
     with pytest.raises(TooSlow):
-        await connections.call("settle", "select pg_sleep(%s)", PATIENCE)
-    await connections.call_once("settle", "select set_config('lock_timeout', '20ms', false)")
+        await connections.call_once("claim", "select pg_sleep(%s)", PATIENCE)
+    await connections.call_once("claim", "select set_config('lock_timeout', '20ms', false)")
     assets = library.insert(["a.jpg"])
     with psycopg.connect(library.stack.database_url()) as other:
         other.execute("select from public.assets where id = %s for update", (assets[0],))
         with pytest.raises(Busy):
-            await connections.call("settle", "select id from public.assets for update")
+            await connections.call_once("claim", "select id from public.assets for update")
+
+
+@pytest.mark.parametrize("purpose", FOREIGN_CODE)
+async def test_what_foreign_code_sets_for_a_session_is_undone(connections: Connections, purpose: Purpose) -> None:
+    for _ in range(2 * SHARES[purpose]):
+        await connections.call_once(purpose, "select set_config('statement_timeout', '1ms', false)")
+    for _ in range(2 * SHARES[purpose]):
+        row = await connections.call_once(purpose, "select current_setting('statement_timeout') as t")
+        assert row["t"] == "0"
 
 
 async def test_every_purpose_gets_a_connection_while_the_others_are_stuck(

@@ -482,7 +482,7 @@ def drain(scene: Scene) -> str | None:
             scene.as_(WORKER_ROLE, "select autotag.batch_finish(%s, %s, %s)", *held)
         if not scene.value("select count(*) from autotag.tasks where finished_at is null"):
             return None
-        scene.advance(60 if own else 120)  # a lease is 150 s
+        scene.advance(60 if own else 70)  # a lease is 150 s, and half of it without a beat is an outage
         scene.as_(WORKER_ROLE, "select autotag.heartbeat(%s, '{}', '{}')", scene.good)
         scene.as_(WORKER_ROLE, "select autotag.tick_if_due()")
         claimed = scene.claim(WORKER_ROLE, scene.good, 1000)
