@@ -90,7 +90,7 @@ def _prepare(server: LocalPostgres) -> list[str]:
 def _reset_windows(server: LocalPostgres, *, fill: bool = False) -> None:
     """Empties every window, or fills each with a minute of evenly spread calls; vacuums the tables."""
     with psycopg.connect(server.url(), autocommit=True) as owner:
-        owner.execute("truncate public.workspace_rate_limits")
+        owner.execute("truncate autotag.windows")
         if fill:
             owner.execute(
                 "insert into public.workspace_rate_limits (workspace_id, request_type, admitted_at, requests, units)"
@@ -99,7 +99,7 @@ def _reset_windows(server: LocalPostgres, *, fill: bool = False) -> None:
                 "   array_fill(1, array[30]), array_fill(1000, array[30])"
                 " from public.plain"
             )
-            owner.execute("vacuum analyze public.workspace_rate_limits")
+            owner.execute("vacuum analyze autotag.windows")
         owner.execute("vacuum public.plain")
 
 

@@ -234,9 +234,7 @@ async def _autotag(
     owners = {d.tags: u.workspace for u, share in zip(mix, shares, strict=True) for d in share}
     database = stack.database_url()
     with psycopg.connect(stack.database_url("supabase_admin"), autocommit=True) as owner:
-        owner.execute(
-            "truncate autotag.jobs, autotag.workspaces, autotag.workers, public.workspace_rate_limits cascade"
-        )
+        owner.execute("truncate autotag.jobs, autotag.workspaces, autotag.workers, autotag.windows cascade")
         owner.execute("update autotag.provider_limits set refilled_at = '-infinity', blocked_until = '-infinity'")
     # A call's way to the provider takes real time, which is not compressed, so scale the margin up to keep it.
     stack.compress(speed)

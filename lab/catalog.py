@@ -19,6 +19,7 @@ PARTS = {
           (select string_agg(o, ',' order by o) from unnest(c.reloptions) o),
           (select string_agg(g::text, ',' order by g::text) from unnest(c.relacl) g))
         from pg_class c where c.relkind in ('r', 'p', 'v') and {ours}""",
+    "views": "select c.oid::regclass::text, pg_get_viewdef(c.oid) from pg_class c where c.relkind = 'v' and {ours}",
     "constraints": """
         select c.oid::regclass || '.' || k.conname, pg_get_constraintdef(k.oid) from pg_constraint k
         join pg_class c on c.oid = k.conrelid where {ours}""",

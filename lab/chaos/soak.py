@@ -24,7 +24,7 @@ SAMPLE = 1.0  # seconds
 MOST_LIVE = 4  # uploads of each size under way
 SIZES = """
     select coalesce(sum(pg_total_relation_size(c.oid)), 0)::bigint from pg_class c
-    where c.relkind = 'r' and (c.relnamespace = 'autotag'::regnamespace or c.relname = 'workspace_rate_limits')"""
+    where c.relkind = 'r' and c.relnamespace = 'autotag'::regnamespace"""
 
 
 @dataclass

@@ -250,16 +250,14 @@ class Rest:
     async def _update(self, request: Request, claims: dict[str, Any]) -> Response:
         values = await _json(request)
         query = parse_query(request.query_params.multi_items(), request.path_params["table"])
-        assignments = sql.SQL(", ").join(
-            sql.SQL("{0} = v.{0}").format(sql.Identifier(column)) for column in sorted(values)
-        )
+        names = sql.SQL(", ").join(map(sql.Identifier, sorted(values)))
         async with as_caller(self._pool, claims) as connection:
             table = await self._table(connection, request)
             statement = sql.SQL(
-                "update {table} as t set {set} from json_populate_record(null::{table}, %s::json) v"
-                " where t.ctid in (select ctid from {table}{where})"
-            ).format(table=table, set=assignments, where=Query(where=query.where).clauses())
-            return await self._write(connection, request, statement, [json.dumps(values), *query.values], 204, "t")
+                "update {table} set ({names}) ="
+                " (select {names} from json_populate_record(null::{table}, %s::json)){where}"
+            ).format(table=table, names=names, where=Query(where=query.where).clauses())
+            return await self._write(connection, request, statement, [json.dumps(values), *query.values], 204)
 
     async def _delete(self, request: Request, claims: dict[str, Any]) -> Response:
         query = parse_query(request.query_params.multi_items(), request.path_params["table"])
@@ -270,7 +268,7 @@ class Rest:
 
     async def _write(
         self, connection: AsyncConnection[Any], request: Request, statement: sql.Composed, values: list[Any],
-        status: int, table: str | None = None,
+        status: int,
     ) -> Response:  # fmt: skip
         """Runs a write; with ``Prefer: return=representation``, responds with its rows."""
         preferences = _preferences(request)
@@ -279,11 +277,10 @@ class Rest:
             await connection.execute(statement, values)
             return _respond(request, status, "", unknown, preferences)
         query = parse_query([(k, v) for k, v in request.query_params.multi_items() if k == "select"])
-        returned = sql.SQL("{}.*").format(sql.Identifier(table)) if table else sql.SQL("*")
         cursor = await connection.execute(
             sql.SQL(
-                "with w as ({} returning {}) select " + _AGGREGATE + ", count(*)::int from (select {} from w) r"
-            ).format(statement, returned, query.columns()),
+                "with w as ({} returning *) select " + _AGGREGATE + ", count(*)::int from (select {} from w) r"
+            ).format(statement, query.columns()),
             values,
         )
         body, count = cast("tuple[str, int]", await cursor.fetchone())

@@ -268,7 +268,7 @@ alter table autotag.learned enable row level security;
 -- share one element. An admission costs one update of a narrow row, and removes the elements that have left the window.
 --
 -- The provider's limit is a bucket that refills continuously, because that is how the provider meters.
-create table public.workspace_rate_limits (
+create table autotag.windows (
   workspace_id uuid not null,
   request_type text not null check (request_type in ('realtime', 'batch')),
   -- the workspace's own limits; null: the defaults in autotag.settings
@@ -280,7 +280,11 @@ create table public.workspace_rate_limits (
   units integer[] not null default '{}',
   primary key (workspace_id, request_type)
 ) with (fillfactor = 50);
-alter table public.workspace_rate_limits enable row level security;
+alter table autotag.windows enable row level security;
+-- What the host sees of it. It is a view because windows are written while the provider row is held: a trigger or a foreign key of the
+-- host's on a table would run there, and one that raises would stop every tenant.
+create view public.workspace_rate_limits with (security_invoker = true) as
+  select w.workspace_id, w.request_type, w.max_requests, w.max_units, w.admitted_at, w.requests, w.units from autotag.windows w;
 
 create table autotag.provider_limits (
   id boolean primary key default true check (id),
@@ -1841,7 +1845,7 @@ begin
   v_everybody := v_own + least(greatest(v_provider.waiting_images - v_queued, 0),
     v_own * greatest(v_provider.waiting_workspaces - (v_queued > 0)::integer, 0));
   select l.max_requests, l.max_units into v_max_requests, v_max_units
-  from public.workspace_rate_limits l where l.workspace_id = p_workspace_id and l.request_type = 'realtime';
+  from autotag.windows l where l.workspace_id = p_workspace_id and l.request_type = 'realtime';
   v_max_requests := coalesce(v_max_requests, v_settings.realtime_requests_per_minute);
   v_max_units := coalesce(v_max_units, v_settings.realtime_tokens_per_minute);
   return greatest(autotag.wait_for_day(v_provider, v_everybody),
@@ -3077,7 +3081,7 @@ as $$
          coalesce(w.max_units, case p_request_type
            when 'realtime' then s.realtime_tokens_per_minute else s.batch_images_per_hour end)
   from autotag.settings s
-  left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = p_request_type
+  left join autotag.windows w on w.workspace_id = p_workspace_id and w.request_type = p_request_type
 $$;
 
 -- Key of the advisory lock of inserting a window, and of that of an upload that is being cancelled (exclusive) or served (shared).
@@ -3105,7 +3109,7 @@ begin
   return new;
 end $$;
 
-create or replace trigger autotag_lock_new_window before insert on public.workspace_rate_limits
+create or replace trigger autotag_lock_new_window before insert on autotag.windows
   for each row execute function autotag.lock_new_window();
 
 -- Locks one window, or the right to insert it. False: another transaction holds it.
@@ -3113,10 +3117,10 @@ create or replace function autotag.try_window(p_workspace_id uuid, p_request_typ
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform from public.workspace_rate_limits w
+  perform from autotag.windows w
   where w.workspace_id = p_workspace_id and w.request_type = p_request_type for no key update skip locked;
   return found or not exists (
-      select from public.workspace_rate_limits w where w.workspace_id = p_workspace_id and w.request_type = p_request_type)
+      select from autotag.windows w where w.workspace_id = p_workspace_id and w.request_type = p_request_type)
     and pg_try_advisory_xact_lock(autotag.window_key(p_workspace_id, p_request_type));
 end $$;
 
@@ -3164,7 +3168,7 @@ begin
     into v_ctid, v_xmin, v_test_clock, v_max_requests, v_max_units, v_each, v_at, v_requests, v_units
     from autotag.settings s
     cross join autotag.provider_limits p
-    left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = p_request_type;
+    left join autotag.windows w on w.workspace_id = p_workspace_id and w.request_type = p_request_type;
 
     -- Time never runs backwards within a row.
     v_count := cardinality(v_at);
@@ -3192,18 +3196,18 @@ begin
     exit when admitted = 0 or not p_take;
 
     if v_ctid is null then
-      insert into public.workspace_rate_limits (workspace_id, request_type) values (p_workspace_id, p_request_type)
+      insert into autotag.windows (workspace_id, request_type) values (p_workspace_id, p_request_type)
       on conflict do nothing;
       continue;
     end if;
     if v_count > 0 and v_at[v_count] = at then
-      update public.workspace_rate_limits w
+      update autotag.windows w
       set requests = v_requests[v_old + 1 : v_count - 1] || (v_requests[v_count] + admitted),
           units = v_units[v_old + 1 : v_count - 1] || (v_units[v_count] + admitted * v_each),
           admitted_at = v_at[v_old + 1 :]
       where w.ctid = v_ctid and w.xmin = v_xmin;
     else
-      update public.workspace_rate_limits w
+      update autotag.windows w
       set requests = v_requests[v_old + 1 :] || admitted,
           units = v_units[v_old + 1 :] || (admitted * v_each),
           admitted_at = v_at[v_old + 1 :] || at
@@ -3239,7 +3243,7 @@ create or replace function autotag.correct_window(
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  update public.workspace_rate_limits w
+  update autotag.windows w
   set requests[array_position(w.admitted_at, p_at)] =
         greatest(0, w.requests[array_position(w.admitted_at, p_at)] + p_requests_delta),
       units[array_position(w.admitted_at, p_at)] =
@@ -4222,14 +4226,14 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_free uuid[] := array(
-    select w.workspace_id from public.workspace_rate_limits w
+    select w.workspace_id from autotag.windows w
     where w.workspace_id = any (p_workspaces) and w.request_type = 'realtime' order by w.workspace_id for no key update skip locked);
 begin
   if cardinality(v_free) < cardinality(p_workspaces) then
     v_free := v_free || array(
       select w from unnest(p_workspaces) w
       where w <> all (v_free)
-        and not exists (select from public.workspace_rate_limits l where l.workspace_id = w and l.request_type = 'realtime')
+        and not exists (select from autotag.windows l where l.workspace_id = w and l.request_type = 'realtime')
         and pg_try_advisory_xact_lock(autotag.window_key(w, 'realtime')));
     update autotag.workspaces w set ready = false, ready_at = p_now + interval '1 s'
     where w.workspace_id = any (p_workspaces) and w.workspace_id <> all (v_free);
@@ -4741,13 +4745,13 @@ begin
     select distinct b.workspace_id from autotag.batches b
     where b.id = any (v_batches) and b.state = 'planned' and b.admitted_at is null);
   v_free := array(
-    select l.workspace_id from public.workspace_rate_limits l
+    select l.workspace_id from autotag.windows l
     where l.request_type = 'batch' and l.workspace_id = any (v_workspaces)
     order by l.workspace_id for no key update skip locked);
   v_free := v_free || array(
     select w from unnest(v_workspaces) w
     where w <> all (v_free)
-      and not exists (select from public.workspace_rate_limits l where l.workspace_id = w and l.request_type = 'batch')
+      and not exists (select from autotag.windows l where l.workspace_id = w and l.request_type = 'batch')
       and pg_try_advisory_xact_lock(autotag.window_key(w, 'batch')));
   with held as (
     update autotag.batches b set not_before = p_now + interval '1 s'
@@ -4836,7 +4840,7 @@ as $$
            - (select count(*)::integer from autotag.batches b where b.workspace_id = p_workspace_id and b.state = 'planned'),
          l.max_units
   from autotag.window_limits(p_workspace_id, 'batch') l
-  left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = 'batch'
+  left join autotag.windows w on w.workspace_id = p_workspace_id and w.request_type = 'batch'
   left join lateral generate_subscripts(w.admitted_at, 1) i on true
   group by l.max_requests, l.max_units
 $$;
@@ -5447,7 +5451,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_batch.admitted_at is not null and p_images > 0 then
-    perform from public.workspace_rate_limits w
+    perform from autotag.windows w
     where w.workspace_id = p_batch.workspace_id and w.request_type = 'batch' for no key update skip locked;
     if found then
       perform autotag.correct_window(p_batch.workspace_id, 'batch', p_batch.admitted_at, 0, -p_images);
@@ -6696,12 +6700,12 @@ begin
     select c.* from jsonb_to_recordset(p_corrections) c (workspace_id uuid, reserved_at timestamptz, requests integer, units integer)
     order by c.workspace_id, c.reserved_at
   loop
-    perform from public.workspace_rate_limits w
+    perform from autotag.windows w
     where w.workspace_id = v_window.workspace_id and w.request_type = 'realtime' for no key update skip locked;
     if found then
       perform autotag.correct_window(v_window.workspace_id, 'realtime', v_window.reserved_at, v_window.requests, v_window.units);
     elsif exists (
-      select from public.workspace_rate_limits w
+      select from autotag.windows w
       where w.workspace_id = v_window.workspace_id and w.request_type = 'realtime'
         and w.admitted_at[cardinality(w.admitted_at)] > autotag.now() - interval '1 min') then
       v_held := v_held || to_jsonb(v_window);
@@ -8500,7 +8504,7 @@ begin
 end $$;
 
 -- Runs daily: deletes what is no longer needed. An upload that a tenant's transaction holds is left to the next day.
--- Locks: finished jobs, windows, uploads and arrivals (all skip locked), usage; provider, then workspaces and workers.
+-- Locks: finished jobs, windows, uploads and arrivals (all skip locked), usage; provider, then what is learned, workspaces and workers.
 create or replace function autotag.housekeeping() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -8511,9 +8515,9 @@ begin
   where j.id in (
     select f.id from autotag.jobs f
     where f.finished_at < v_now - (select s.keep_finished from autotag.settings s) order by f.id for update skip locked);
-  delete from public.workspace_rate_limits l
+  delete from autotag.windows l
   using (
-    select w.workspace_id, w.request_type from public.workspace_rate_limits w
+    select w.workspace_id, w.request_type from autotag.windows w
     where w.max_requests is null and w.max_units is null
       and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h'
     for update skip locked) old
@@ -8530,12 +8534,12 @@ begin
     where a.upload_id is not null and not exists (select from autotag.uploads u where u.id = a.upload_id) for update skip locked);
   delete from autotag.webhooks w where w.received_at < v_now - interval '4 days';  -- OpenAI retries for three days
   delete from autotag.durations d where d.started_at < v_now - interval '90 days';
-  delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- not used for 90 days
   delete from autotag.outbox o where o.created_at < v_now - interval '1 day';
   delete from autotag.usage u
   where u.day < (v_now at time zone 'utc')::date - (select s.keep_usage from autotag.settings s);
   -- Last, because these need the provider row. Workspaces without work; a workspace whose upload has just begun comes back with it.
   perform from autotag.provider_limits for update;
+  delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- not used for 90 days
   delete from autotag.workspaces w
   where w.queued = 0 and not exists (
     select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
@@ -8635,8 +8639,8 @@ grant usage on schema autotag to authenticated, service_role, autotag_worker, au
 revoke all on all functions in schema autotag from public, anon, authenticated, service_role;
 revoke all on all tables in schema autotag from public, anon, authenticated, service_role;
 revoke all on public.workspace_rate_limits from anon, authenticated;
-grant select on public.workspace_rate_limits to authenticated;
-grant all on public.workspace_rate_limits to service_role;
+grant select on autotag.windows, public.workspace_rate_limits to authenticated;
+grant all on autotag.windows, public.workspace_rate_limits to service_role;
 revoke all on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage
@@ -8681,8 +8685,8 @@ grant execute on function
 grant execute on function autotag.schema_version to autotag_worker, autotag_operator, service_role;
 
 -- row level security
-drop policy if exists "members see the limits of their workspaces" on public.workspace_rate_limits;
-create policy "members see the limits of their workspaces" on public.workspace_rate_limits for select to authenticated
+drop policy if exists "members see the limits of their workspaces" on autotag.windows;
+create policy "members see the limits of their workspaces" on autotag.windows for select to authenticated
   using ((select autotag.is_member(workspace_id)));
 
 do $$

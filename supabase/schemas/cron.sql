@@ -72,7 +72,7 @@ begin
 end $$;
 
 -- Runs daily: deletes what is no longer needed. An upload that a tenant's transaction holds is left to the next day.
--- Locks: finished jobs, windows, uploads and arrivals (all skip locked), usage; provider, then workspaces and workers.
+-- Locks: finished jobs, windows, uploads and arrivals (all skip locked), usage; provider, then what is learned, workspaces and workers.
 create or replace function autotag.housekeeping() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -83,9 +83,9 @@ begin
   where j.id in (
     select f.id from autotag.jobs f
     where f.finished_at < v_now - (select s.keep_finished from autotag.settings s) order by f.id for update skip locked);
-  delete from public.workspace_rate_limits l
+  delete from autotag.windows l
   using (
-    select w.workspace_id, w.request_type from public.workspace_rate_limits w
+    select w.workspace_id, w.request_type from autotag.windows w
     where w.max_requests is null and w.max_units is null
       and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h'
     for update skip locked) old
@@ -102,12 +102,12 @@ begin
     where a.upload_id is not null and not exists (select from autotag.uploads u where u.id = a.upload_id) for update skip locked);
   delete from autotag.webhooks w where w.received_at < v_now - interval '4 days';  -- OpenAI retries for three days
   delete from autotag.durations d where d.started_at < v_now - interval '90 days';
-  delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- not used for 90 days
   delete from autotag.outbox o where o.created_at < v_now - interval '1 day';
   delete from autotag.usage u
   where u.day < (v_now at time zone 'utc')::date - (select s.keep_usage from autotag.settings s);
   -- Last, because these need the provider row. Workspaces without work; a workspace whose upload has just begun comes back with it.
   perform from autotag.provider_limits for update;
+  delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- not used for 90 days
   delete from autotag.workspaces w
   where w.queued = 0 and not exists (
     select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);

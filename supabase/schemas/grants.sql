@@ -7,8 +7,8 @@ grant usage on schema autotag to authenticated, service_role, autotag_worker, au
 revoke all on all functions in schema autotag from public, anon, authenticated, service_role;
 revoke all on all tables in schema autotag from public, anon, authenticated, service_role;
 revoke all on public.workspace_rate_limits from anon, authenticated;
-grant select on public.workspace_rate_limits to authenticated;
-grant all on public.workspace_rate_limits to service_role;
+grant select on autotag.windows, public.workspace_rate_limits to authenticated;
+grant all on autotag.windows, public.workspace_rate_limits to service_role;
 revoke all on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage
@@ -53,8 +53,8 @@ grant execute on function
 grant execute on function autotag.schema_version to autotag_worker, autotag_operator, service_role;
 
 -- row level security
-drop policy if exists "members see the limits of their workspaces" on public.workspace_rate_limits;
-create policy "members see the limits of their workspaces" on public.workspace_rate_limits for select to authenticated
+drop policy if exists "members see the limits of their workspaces" on autotag.windows;
+create policy "members see the limits of their workspaces" on autotag.windows for select to authenticated
   using ((select autotag.is_member(workspace_id)));
 
 do $$

@@ -45,20 +45,6 @@ isOneToOne: false
       referencedColumns: ["id"]
     }
                   ]
-                },"workspace_rate_limits": {
-                  Row: {
-                    "admitted_at": (string)[],"max_requests": number | null,"max_units": number | null,"request_type": string,"requests": (number)[],"units": (number)[],"workspace_id": string
-                  }
-                  ComputedFields: never
-                  Insert: {
-                    "admitted_at"?: (string)[],"max_requests"?: number | null,"max_units"?: number | null,"request_type": string,"requests"?: (number)[],"units"?: (number)[],"workspace_id": string
-                  }
-                  Update: {
-                    "admitted_at"?: (string)[],"max_requests"?: number | null,"max_units"?: number | null,"request_type"?: string,"requests"?: (number)[],"units"?: (number)[],"workspace_id"?: string
-                  }
-                  Relationships: [
-                    
-                  ]
                 },"workspaces": {
                   Row: {
                     "created_at": string,"id": string,"name": string
@@ -76,7 +62,21 @@ isOneToOne: false
                 }
           }
           Views: {
-            [_ in never]: never
+            "workspace_rate_limits": {
+                  Row: {
+                    "admitted_at": (string)[],"max_requests": number | null,"max_units": number | null,"request_type": string,"requests": (number)[],"units": (number)[],"workspace_id": string
+                  }
+                  ComputedFields: never
+                  Insert: {
+                           "admitted_at"?: (string)[] | null,"max_requests"?: number | null,"max_units"?: number | null,"request_type"?: string | null,"requests"?: (number)[] | null,"units"?: (number)[] | null,"workspace_id"?: string | null
+                         }
+                        Update: {
+                           "admitted_at"?: (string)[] | null,"max_requests"?: number | null,"max_units"?: number | null,"request_type"?: string | null,"requests"?: (number)[] | null,"units"?: (number)[] | null,"workspace_id"?: string | null
+                         }
+                        Relationships: [
+                    
+                  ]
+                }
           }
           Functions: {
             "cancel_tagging":

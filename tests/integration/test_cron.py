@@ -97,7 +97,7 @@ def test_housekeeping_keeps_every_table_bounded(library: Library) -> None:
         "autotag.jobs": 29, "autotag.queues": 29, "autotag.tasks": 29, "autotag.batches": 29,  # keep_finished: 30 days
         "autotag.webhooks": 3, "autotag.usage": 200,  # keep_usage: 800 days
         "autotag.durations": 89, "autotag.quotas": 0,
-        "autotag.workspaces": 0, "autotag.workers": 1, "autotag.outbox": 0, "public.workspace_rate_limits": 0,
+        "autotag.workspaces": 0, "autotag.workers": 1, "autotag.outbox": 0, "autotag.windows": 0,
         "autotag.unstored": 29, "autotag.provider_reports": 0,
         "autotag.uploads": 0, "autotag.arrivals": 0, "autotag.pictures": 0,
         "autotag.settings": 1, "autotag.provider_limits": 1, "autotag.clock": 1,
@@ -117,8 +117,7 @@ def test_housekeeping_repairs_an_image_that_waits_in_no_upload(library: Library)
 
 def sizes(library: Library) -> dict[str, int]:
     names = library.sql("""select case when relnamespace = 'public'::regnamespace then 'public.' else '' end
-        || oid::regclass::text as name from pg_class where relkind = 'r' and (relnamespace = 'autotag'::regnamespace
-        or oid = 'public.workspace_rate_limits'::regclass)""")
+        || oid::regclass::text as name from pg_class where relkind = 'r' and relnamespace = 'autotag'::regnamespace""")
     return {row["name"]: library.sql(f"select count(*) as n from {row['name']}")[0]["n"] for row in names}
 
 

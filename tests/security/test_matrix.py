@@ -74,7 +74,8 @@ def test_users_reach_autotag_only_by_the_wrappers(stack: Stack) -> None:
 
 def test_tables_and_sequences(stack: Stack) -> None:
     found = rows(stack, """
-        select c.oid::regclass::text as name, c.relkind::text as kind, c.relrowsecurity as secured, n.nspname as schema,
+        select c.oid::regclass::text as name, c.relkind::text as kind,
+          c.relrowsecurity or 'security_invoker=true' = any (c.reloptions) as secured, n.nspname as schema,
           coalesce((select jsonb_object_agg(x.role, x.rights) from (
             select r.rolname as role, array_agg(distinct lower(a.privilege_type)) as rights
             from aclexplode(c.relacl) a join pg_roles r on r.oid = a.grantee

@@ -569,7 +569,7 @@ def fingerprint(scene: Scene, without: tuple[str, ...] = ()) -> str:
     if not scene.tables:
         scene.tables = [row["name"] for row in scene.rows("""
           select oid::regclass::text as name from pg_class where relkind = 'r' and (relnamespace = 'autotag'::regnamespace
-            or oid in ('public.assets'::regclass, 'public.workspace_rate_limits'::regclass)) order by 1""")]  # fmt: skip
+            or oid = 'public.assets'::regclass) order by 1""")]  # fmt: skip
     parts = ", ".join(
         f"(select md5(coalesce(string_agg(t::text, ' ' order by t::text), '')) from {table} t)"
         for table in scene.tables

@@ -3,6 +3,7 @@ between, or several logins."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,3 +102,32 @@ def test_a_report_that_waited_counts_whoever_applies_it(session: psycopg.Connect
         session.execute("reset session authorization")
         session.execute("drop role other")
     assert unsent(session) == 0
+
+
+def test_what_the_host_hangs_on_the_limits_of_workspaces_does_not_run_in_claims(
+    session: psycopg.Connection[Any],
+) -> None:
+    """Windows are written while the provider row is held, which every tenant needs. The host's triggers and foreign keys may raise."""
+    session.execute(
+        """create function public.refuse() returns trigger language plpgsql as $$ begin raise 'no'; end $$"""
+    )
+    view = "public.workspace_rate_limits"
+    allowed = []
+    for statement in (
+        *(
+            f"create trigger t_{time}_{event}_{each} {time.replace('_', ' ')} {event} on {view}"
+            f" for each {each} execute function public.refuse()"
+            for time in ("before", "after", "instead_of")
+            for event in ("insert", "update", "delete")
+            for each in ("row", "statement")
+        ),
+        f"alter table {view} add foreign key (workspace_id) references public.workspaces on delete restrict",
+        f"alter table {view} add check (cardinality(requests) < 1)",
+        f"create unique index on {view} ((true))",
+    ):
+        with contextlib.suppress(psycopg.errors.WrongObjectType, psycopg.errors.FeatureNotSupported):
+            session.execute(statement.encode())
+            allowed.append(statement)
+    assert len(allowed) == 9, "statement triggers, and instead of"
+    assert len(claim(session, 1)) == 5
+    assert session.execute("select requests from public.workspace_rate_limits").fetchone() == ([5],)

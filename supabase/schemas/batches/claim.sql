@@ -9,7 +9,7 @@ as $$
            - (select count(*)::integer from autotag.batches b where b.workspace_id = p_workspace_id and b.state = 'planned'),
          l.max_units
   from autotag.window_limits(p_workspace_id, 'batch') l
-  left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = 'batch'
+  left join autotag.windows w on w.workspace_id = p_workspace_id and w.request_type = 'batch'
   left join lateral generate_subscripts(w.admitted_at, 1) i on true
   group by l.max_requests, l.max_units
 $$;

@@ -263,7 +263,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_batch.admitted_at is not null and p_images > 0 then
-    perform from public.workspace_rate_limits w
+    perform from autotag.windows w
     where w.workspace_id = p_batch.workspace_id and w.request_type = 'batch' for no key update skip locked;
     if found then
       perform autotag.correct_window(p_batch.workspace_id, 'batch', p_batch.admitted_at, 0, -p_images);

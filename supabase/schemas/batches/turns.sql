@@ -130,13 +130,13 @@ begin
     select distinct b.workspace_id from autotag.batches b
     where b.id = any (v_batches) and b.state = 'planned' and b.admitted_at is null);
   v_free := array(
-    select l.workspace_id from public.workspace_rate_limits l
+    select l.workspace_id from autotag.windows l
     where l.request_type = 'batch' and l.workspace_id = any (v_workspaces)
     order by l.workspace_id for no key update skip locked);
   v_free := v_free || array(
     select w from unnest(v_workspaces) w
     where w <> all (v_free)
-      and not exists (select from public.workspace_rate_limits l where l.workspace_id = w and l.request_type = 'batch')
+      and not exists (select from autotag.windows l where l.workspace_id = w and l.request_type = 'batch')
       and pg_try_advisory_xact_lock(autotag.window_key(w, 'batch')));
   with held as (
     update autotag.batches b set not_before = p_now + interval '1 s'

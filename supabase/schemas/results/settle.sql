@@ -136,12 +136,12 @@ begin
     select c.* from jsonb_to_recordset(p_corrections) c (workspace_id uuid, reserved_at timestamptz, requests integer, units integer)
     order by c.workspace_id, c.reserved_at
   loop
-    perform from public.workspace_rate_limits w
+    perform from autotag.windows w
     where w.workspace_id = v_window.workspace_id and w.request_type = 'realtime' for no key update skip locked;
     if found then
       perform autotag.correct_window(v_window.workspace_id, 'realtime', v_window.reserved_at, v_window.requests, v_window.units);
     elsif exists (
-      select from public.workspace_rate_limits w
+      select from autotag.windows w
       where w.workspace_id = v_window.workspace_id and w.request_type = 'realtime'
         and w.admitted_at[cardinality(w.admitted_at)] > autotag.now() - interval '1 min') then
       v_held := v_held || to_jsonb(v_window);

@@ -170,14 +170,14 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_free uuid[] := array(
-    select w.workspace_id from public.workspace_rate_limits w
+    select w.workspace_id from autotag.windows w
     where w.workspace_id = any (p_workspaces) and w.request_type = 'realtime' order by w.workspace_id for no key update skip locked);
 begin
   if cardinality(v_free) < cardinality(p_workspaces) then
     v_free := v_free || array(
       select w from unnest(p_workspaces) w
       where w <> all (v_free)
-        and not exists (select from public.workspace_rate_limits l where l.workspace_id = w and l.request_type = 'realtime')
+        and not exists (select from autotag.windows l where l.workspace_id = w and l.request_type = 'realtime')
         and pg_try_advisory_xact_lock(autotag.window_key(w, 'realtime')));
     update autotag.workspaces w set ready = false, ready_at = p_now + interval '1 s'
     where w.workspace_id = any (p_workspaces) and w.workspace_id <> all (v_free);

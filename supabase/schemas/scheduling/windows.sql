@@ -11,7 +11,7 @@ as $$
          coalesce(w.max_units, case p_request_type
            when 'realtime' then s.realtime_tokens_per_minute else s.batch_images_per_hour end)
   from autotag.settings s
-  left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = p_request_type
+  left join autotag.windows w on w.workspace_id = p_workspace_id and w.request_type = p_request_type
 $$;
 
 -- Key of the advisory lock of inserting a window, and of that of an upload that is being cancelled (exclusive) or served (shared).
@@ -39,7 +39,7 @@ begin
   return new;
 end $$;
 
-create or replace trigger autotag_lock_new_window before insert on public.workspace_rate_limits
+create or replace trigger autotag_lock_new_window before insert on autotag.windows
   for each row execute function autotag.lock_new_window();
 
 -- Locks one window, or the right to insert it. False: another transaction holds it.
@@ -47,10 +47,10 @@ create or replace function autotag.try_window(p_workspace_id uuid, p_request_typ
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform from public.workspace_rate_limits w
+  perform from autotag.windows w
   where w.workspace_id = p_workspace_id and w.request_type = p_request_type for no key update skip locked;
   return found or not exists (
-      select from public.workspace_rate_limits w where w.workspace_id = p_workspace_id and w.request_type = p_request_type)
+      select from autotag.windows w where w.workspace_id = p_workspace_id and w.request_type = p_request_type)
     and pg_try_advisory_xact_lock(autotag.window_key(p_workspace_id, p_request_type));
 end $$;
 
@@ -98,7 +98,7 @@ begin
     into v_ctid, v_xmin, v_test_clock, v_max_requests, v_max_units, v_each, v_at, v_requests, v_units
     from autotag.settings s
     cross join autotag.provider_limits p
-    left join public.workspace_rate_limits w on w.workspace_id = p_workspace_id and w.request_type = p_request_type;
+    left join autotag.windows w on w.workspace_id = p_workspace_id and w.request_type = p_request_type;
 
     -- Time never runs backwards within a row.
     v_count := cardinality(v_at);
@@ -126,18 +126,18 @@ begin
     exit when admitted = 0 or not p_take;
 
     if v_ctid is null then
-      insert into public.workspace_rate_limits (workspace_id, request_type) values (p_workspace_id, p_request_type)
+      insert into autotag.windows (workspace_id, request_type) values (p_workspace_id, p_request_type)
       on conflict do nothing;
       continue;
     end if;
     if v_count > 0 and v_at[v_count] = at then
-      update public.workspace_rate_limits w
+      update autotag.windows w
       set requests = v_requests[v_old + 1 : v_count - 1] || (v_requests[v_count] + admitted),
           units = v_units[v_old + 1 : v_count - 1] || (v_units[v_count] + admitted * v_each),
           admitted_at = v_at[v_old + 1 :]
       where w.ctid = v_ctid and w.xmin = v_xmin;
     else
-      update public.workspace_rate_limits w
+      update autotag.windows w
       set requests = v_requests[v_old + 1 :] || admitted,
           units = v_units[v_old + 1 :] || (admitted * v_each),
           admitted_at = v_at[v_old + 1 :] || at
@@ -173,7 +173,7 @@ create or replace function autotag.correct_window(
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  update public.workspace_rate_limits w
+  update autotag.windows w
   set requests[array_position(w.admitted_at, p_at)] =
         greatest(0, w.requests[array_position(w.admitted_at, p_at)] + p_requests_delta),
       units[array_position(w.admitted_at, p_at)] =

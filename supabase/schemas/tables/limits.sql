@@ -5,7 +5,7 @@
 -- share one element. An admission costs one update of a narrow row, and removes the elements that have left the window.
 --
 -- The provider's limit is a bucket that refills continuously, because that is how the provider meters.
-create table public.workspace_rate_limits (
+create table autotag.windows (
   workspace_id uuid not null,
   request_type text not null check (request_type in ('realtime', 'batch')),
   -- the workspace's own limits; null: the defaults in autotag.settings
@@ -17,7 +17,11 @@ create table public.workspace_rate_limits (
   units integer[] not null default '{}',
   primary key (workspace_id, request_type)
 ) with (fillfactor = 50);
-alter table public.workspace_rate_limits enable row level security;
+alter table autotag.windows enable row level security;
+-- What the host sees of it. It is a view because windows are written while the provider row is held: a trigger or a foreign key of the
+-- host's on a table would run there, and one that raises would stop every tenant.
+create view public.workspace_rate_limits with (security_invoker = true) as
+  select w.workspace_id, w.request_type, w.max_requests, w.max_units, w.admitted_at, w.requests, w.units from autotag.windows w;
 
 create table autotag.provider_limits (
   id boolean primary key default true check (id),

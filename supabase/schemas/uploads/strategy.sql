@@ -93,7 +93,7 @@ begin
   v_everybody := v_own + least(greatest(v_provider.waiting_images - v_queued, 0),
     v_own * greatest(v_provider.waiting_workspaces - (v_queued > 0)::integer, 0));
   select l.max_requests, l.max_units into v_max_requests, v_max_units
-  from public.workspace_rate_limits l where l.workspace_id = p_workspace_id and l.request_type = 'realtime';
+  from autotag.windows l where l.workspace_id = p_workspace_id and l.request_type = 'realtime';
   v_max_requests := coalesce(v_max_requests, v_settings.realtime_requests_per_minute);
   v_max_units := coalesce(v_max_units, v_settings.realtime_tokens_per_minute);
   return greatest(autotag.wait_for_day(v_provider, v_everybody),

@@ -91,8 +91,8 @@ def read_facts(url: str) -> Facts:
                 from pg_class c join pg_namespace n on n.oid = c.relnamespace
                 where c.relkind in ('r', 'p') and n.nspname not in ('autotag', 'auth', 'storage', 'realtime',
                   'extensions', 'supabase_migrations', 'vault', 'cron', 'net', 'graphql', 'graphql_public', 'pgsodium',
-                  'information_schema', 'supabase_functions', '_realtime', '_analytics') and n.nspname not like 'pg\\_%'
-                  and c.relname <> 'workspace_rate_limits'""")
+                  'information_schema', 'supabase_functions', '_realtime', '_analytics')
+                  and n.nspname not like 'pg\\_%'""")
             if columns
         }
         buckets = _column(connection, "storage.buckets", "select id from storage.buckets order by id")
