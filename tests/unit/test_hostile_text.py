@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import unicodedata
 from datetime import date
 from decimal import Decimal
@@ -102,6 +103,7 @@ def status_of(text: str) -> dict[str, Any]:
                   "failed": 1, "progress": 1, "created_at": now, "eta": None, "eta_p90": None}],
         "batches": [{"batch": text, "openai_batch_id": text, "state": text, "openai_status": text, "images": 1,
                      "done": 1, "submitted_at": None, "created_at": now, "eta": None, "eta_p90": None, "error": text}],
+        "waiting": [{"kind": text, "workspace_id": text, "id": text, "images": 1, "reason": text, "until": None}],
         "errors": [{"images": 1, "code": text, "message": text, "last_at": now}],
     }  # fmt: skip
 
@@ -112,6 +114,24 @@ def test_status(text: str) -> None:
     assert is_harmless(shown)
     assert shown.count("\nautotag: all is well") == 0
     assert len(shown) < 60_000
+
+
+def test_status_says_what_waits_and_why_but_not_for_the_next_minute() -> None:
+    status = status_of("w")
+    status["waiting"] = [
+        {"kind": kind, "workspace_id": "w" * 36, "id": of, "images": 1200, "reason": reason, "until": until}
+        for kind, of, reason, until in (
+            ("batch", "b" * 36, "The hour is used up.", "2026-11-28T12:42:00+00:00"),
+            ("workspace", None, "The minute is used up.", "2026-11-28T12:00:30+00:00"),
+            ("workspace", None, "It never fits.", None),
+            ("outcomes", None, "The rows are held.", "2026-11-28T12:00:05+00:00"),
+        )
+    ]
+    lines = [re.split(r" {2,}", line.strip()) for line in printed(render(status)).splitlines()]
+    assert ["a batch", "wwwwwwww", "bbbbbbbb", "1,200", "42 min", "The hour is used up."] in lines
+    assert ["single calls", "wwwwwwww", "1,200", "ever", "It never fits."] in lines
+    assert ["tags to store", "wwwwwwww", "1,200", "5 s", "The rows are held."] in lines
+    assert not any("The minute is used up." in line for line in lines)
 
 
 @every_hostile_text

@@ -20,6 +20,7 @@ from autotag.db.operator_messages import (
     ModelStatus,
     ProviderStatus,
     SystemStatus,
+    Waiting,
     WorkerStatus,
 )  # fmt: skip
 from autotag.money import dollars, total
@@ -27,6 +28,10 @@ from autotag.texts import printable_all
 
 #: Who refused (``account_error_from``), for a reader. Any other value means the AI provider.
 ORIGINS = {"storage": "Storage", "host": "the host of an image", "worker": "the worker"}
+
+#: What waits (``Waiting.kind``), for a reader.
+WAITING = {"batch": "a batch", "workspace": "single calls", "upload": "an upload", "outcomes": "tags to store"}
+LONG_WAIT = 60.0  # seconds; a shorter wait for the workspace's window is the normal course
 
 
 def render(status: SystemStatus) -> RenderableType:
@@ -44,6 +49,9 @@ def render(status: SystemStatus) -> RenderableType:
         parts.append(_jobs(status["jobs"], now))
     if status["batches"]:
         parts.append(_batches(status["batches"], now))
+    waiting = [wait for wait in status["waiting"] if _is_long(wait, now)]
+    if waiting:
+        parts.append(_waiting(waiting, now))
     if status["errors"]:
         parts.append(_errors(status["errors"], now))
     return Group(*(part for pair in ((part, Text()) for part in parts) for part in pair))
@@ -178,6 +186,25 @@ def _batches(batches: list[BatchStatus], now: datetime) -> Table:
         )  # fmt: skip
         if batch["error"]:
             table.add_row("", cell(batch["error"], "yellow"))
+    return table
+
+
+def _is_long(wait: Waiting, now: datetime) -> bool:
+    """Whether something waits longer than for a window of a minute; outcomes wait for a row that is held."""
+    if wait["kind"] == "outcomes" or wait["until"] is None:
+        return True
+    return (datetime.fromisoformat(wait["until"]) - now).total_seconds() > LONG_WAIT
+
+
+def _waiting(waiting: list[Waiting], now: datetime) -> Table:
+    table = _table("what waits", "what", "workspace", "id", "images", "for", "why", right=("images", "for"))
+    for wait in waiting:
+        left = duration((datetime.fromisoformat(wait["until"]) - now).total_seconds()) if wait["until"] else "ever"
+        table.add_row(
+            WAITING.get(wait["kind"], cell(wait["kind"])), cell(wait["workspace_id"][:8]), cell((wait["id"] or "")[:8]),
+            f"{wait['images']:,}", left if wait["until"] else f"[red]{left}[/]",
+            cell(wait["reason"], "" if wait["until"] else "red"),
+        )  # fmt: skip
     return table
 
 
