@@ -132,8 +132,8 @@ begin
   loop
     if v_alone and v_row.timeouts + 1 >= v_max then
       select * into v_task from autotag.tasks t where t.id = v_row.task_id;
-      perform autotag.write_outcomes(p_workspace_id, array[row(v_task.id, v_task.job_id, v_task.asset_id, null, 'not_stored',
-        'The database took too long to store the tags of this image.', null)::autotag.finished], true, false);
+      perform autotag.count_ended(autotag.write_outcomes(p_workspace_id, array[row(v_task.id, v_task.job_id, v_task.asset_id, null,
+        'not_stored', 'The database took too long to store the tags of this image.', null)::autotag.finished], true, false));
       return jsonb_build_array(jsonb_build_object('event', 'not_stored', 'notice', format(
         'Writing the row of image %s took too long %s times. A trigger on the table is probably slow.', v_task.asset_id, v_max)));
     end if;
