@@ -17,7 +17,7 @@ import structlog
 from psycopg.types.json import Jsonb
 
 from autotag.db.connections import Connections
-from autotag.db.errors import Refused
+from autotag.db.errors import Refused, refusal
 from autotag.db.lanes import Sealed, Stored, Unstored
 from autotag.db.messages import (
     Batch,
@@ -253,15 +253,15 @@ class Database:
         )  # fmt: skip
         return make(Stored, row["result"])
 
-    async def postpone_stores(self, workspace: str, tasks: Sequence[int]) -> list[Notice]:
-        """Delays the outcomes that `store_waiting` could not store; returns notices for the log.
+    async def postpone_stores(self, workspace: str, tasks: Sequence[int], *, lost: bool = False) -> list[Notice]:
+        """Delays the outcomes that `store_waiting` could not store; returns notices for the log. lost: it raised `Lost`.
 
         Raises:
             Busy, TooSlow: as above.
         """
         row = await self._connections.call(
-            "store", "select autotag.postpone_stores(%s, %s, %s::bigint[]) as notices",
-            self.worker, workspace, list(tasks), within=STORE_TIMEOUT,
+            "store", "select autotag.postpone_stores(%s, %s, %s::bigint[], %s) as notices",
+            self.worker, workspace, list(tasks), lost, within=STORE_TIMEOUT,
         )  # fmt: skip
         return cast("list[Notice]", row["notices"])
 
@@ -378,7 +378,7 @@ class Database:
                 "other", "select autotag.receive_webhook(%s, %s, %s) as result", webhook_id, event_type, openai_batch_id
             )
         except psycopg.DatabaseError as error:
-            if error.sqlstate != "PT400":
+            if (refusal(error) or {}).get("code") != "bad_webhook":
                 raise
             raise Refused(str(error.diag.message_primary), error.diag.message_hint, None) from None
         return str(row["result"])
