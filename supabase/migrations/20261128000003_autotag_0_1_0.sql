@@ -886,6 +886,15 @@ as $$
   select '[\u0001-\u001f\u007f-\u00a0\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u1680\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f\u3000\ue000-\uf8ff\ufdd0-\ufdef\ufeff\ufff0-\ufffb\ufffe\uffff\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U00040000-\U000e00ff\U000e01f0-\U000e0fff\U000f0000-\U0010ffff]'
 $$;
 
+-- Names for a sentence: at most five, and how many more there are.
+create or replace function autotag.name_some(p_names text[]) returns text
+language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return array_to_string(p_names[:5], ', ')
+    || case when cardinality(p_names) > 5 then format(' and %s more', cardinality(p_names) - 5) else '' end;
+end $$;
+
 -- Whether a text is printable.
 create or replace function autotag.is_plain(p_text text) returns boolean
 language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
@@ -1940,7 +1949,7 @@ begin
   ), found as materialized (
     select t.asset_id, t.refused, t.stage, t.mark from there t where t.workspace_id in (select w.id from theirs w)
   )
-  select (select array_agg(w.id) from theirs w), (select count(*) from found), (select count(distinct id) from unnest(p_asset_ids) id),
+  select (select array_agg(w.id order by w.id) from theirs w), (select count(*) from found), (select count(distinct id) from unnest(p_asset_ids) id),
     array(select distinct id from unnest(p_asset_ids) id except select f.asset_id from found f order by 1 limit 5),
     array(select f.asset_id from found f where f.refused = 'foreign_file' order by 1 limit 5),
     array(select f.asset_id from found f where f.refused = 'location_too_long' order by 1 limit 5),
@@ -1953,8 +1962,9 @@ begin
       'Insert the assets before you enqueue them.', jsonb_build_object('asset_ids', v_missing));
   end if;
   if cardinality(v_workspaces) > 1 then
-    perform autotag.refuse(400, 'several_workspaces', 'The images belong to more than one workspace.',
-      'Make one upload for each workspace.', jsonb_build_object('workspace_ids', v_workspaces));
+    perform autotag.refuse(400, 'several_workspaces',
+      format('The images belong to %s workspaces: %s.', cardinality(v_workspaces), autotag.name_some(v_workspaces::text[])),
+      'Make one upload for each workspace.', jsonb_build_object('workspace_ids', v_workspaces[:5]));
   end if;
   if v_foreign <> '{}' then
     perform autotag.refuse(403, 'foreign_file', 'An image names a file that does not belong to its workspace.',
@@ -4596,6 +4606,32 @@ begin
         on d.asset_id = r.asset_id) i);
 end $$;
 
+-- Describing these images, each by itself, ended the session each time (a damaged row crashes the server process): each counts a failure
+-- and is tried again later. Ignores tasks that the worker does not hold. Locks: tasks by id (skip locked).
+create or replace function autotag.report_unreadable(p_worker uuid, p_tasks bigint[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_settings autotag.settings;
+  v_tries jsonb;
+begin
+  perform autotag.check_ids(cardinality(p_tasks));
+  if not autotag.is_own_worker(p_worker) then
+    return;
+  end if;
+  select * into v_settings from autotag.settings;
+  select jsonb_agg(jsonb_build_object('task', h.id, 'failures', 1, 'delay', autotag.growing_delay(h.failures, v_settings),
+    'code', 'unreadable_row', 'message', 'The image''s row in the database cannot be read.'))
+  into v_tries
+  from (
+    select t.id, t.failures from autotag.tasks t where t.id = any (p_tasks) and t.worker_id = p_worker
+    order by t.id for update skip locked) h;
+  if v_tries is not null then
+    perform autotag.keep(autotag.requeue(v_tries), false);
+    perform pg_notify('autotag', 'realtime');
+  end if;
+end $$;
+
 -- Why a claim with free slots released no more; null: nothing is queued. p_provider: the row after the claim.
 create or replace function autotag.describe_bound(p_provider autotag.provider_limits) returns text
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -6955,15 +6991,15 @@ end $$;
 --   * Other errors use up patience: a lock's error of a row that is free comes from a trigger, which waits for something else or
 --     raises it itself. It is tried 64 times, an hour.
 --   * Lack of resources and failures of the server: twenty tries, a quarter of an hour.
---   * Missing columns, tables or privileges are mistakes in the adapter or in a trigger, which somebody may be mending: eight
---     tries, a minute.
+--   * Missing columns, tables or privileges are mistakes in the adapter or in a trigger, and a rule on the table (0A) prevents every
+--     update (diagnose_rules); somebody may be mending that: eight tries, a minute.
 --   * All others are the row's own.
 create or replace function autotag.keep_error(p_items autotag.finished[], p_state text, p_error text) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_costs numeric := case when autotag.is_lock_error(p_state) then 1.0 / 64 when left(p_state, 2) in ('53', '58', 'XX') then 1.0 / 20
-    when left(p_state, 2) = '42' then 1.0 / 8 end;
+    when left(p_state, 2) in ('42', '0A') then 1.0 / 8 end;
 begin
   if autotag.is_lock_error(p_state) and autotag.try_held(p_items) <> '{}' then
     perform autotag.keep(p_items);
@@ -8104,7 +8140,7 @@ declare
   v_now timestamptz := autotag.now();
   v_owners text;               -- logins of live workers that may do everything
 begin
-  select string_agg(distinct w.login::text, ', ') into v_owners
+  select autotag.name_some(array_agg(distinct w.login::text)) into v_owners
   from autotag.workers w where w.lease_until > v_now and autotag.is_owner(w.login);
   return case
     when p_logins = '{}' then autotag.finding('roles', 'warning',
@@ -8112,8 +8148,8 @@ begin
       'create role tagger login in role autotag_worker;   -- then its password with psql''s \password tagger')
     when v_owners is not null then autotag.finding('roles', 'warning',
       format('A worker is logged in as %s, which may do everything.', v_owners),
-      format('Use a login for workers (%s) in its DATABASE_URL and restart it.', array_to_string(p_logins, ', ')))
-    else autotag.finding('roles', 'ok', format('Workers may log in as %s.', array_to_string(p_logins, ', '))) end;
+      format('Use a login for workers (%s) in its DATABASE_URL and restart it.', autotag.name_some(p_logins::text[])))
+    else autotag.finding('roles', 'ok', format('Workers may log in as %s.', autotag.name_some(p_logins::text[]))) end;
 end $$;
 
 -- Whether signed-in users may call the RPCs, anon may call none of autotag's functions, and the API does not expose their schema.
@@ -8123,7 +8159,7 @@ as $$
 declare
   v_problem text;
 begin
-  select string_agg(p.oid::regprocedure::text, ', ') into v_problem
+  select autotag.name_some(array_agg(p.oid::regprocedure::text)) into v_problem
   from pg_catalog.pg_proc p
   where p.pronamespace in ('autotag'::regnamespace) and has_function_privilege('anon', p.oid, 'execute');
   return case
@@ -8200,6 +8236,23 @@ begin
       then 'Add a policy that lets users insert only rows that name them as the uploader (… = (select auth.uid())).' end);
 end $$;
 
+-- Whether a rule on the host's table prevents updates. Postgres rewrites `update … returning` by no rule but an unconditional one with
+-- `returning` of its own, and cannot rewrite it at all within `with`: tags are paid for and cannot be stored.
+create or replace function autotag.diagnose_rules() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rules text[] := array(
+    select r.rulename::text from pg_rewrite r
+    where r.ev_class = autotag.image_table() and r.ev_type = '2' and r.ev_enabled <> 'D' order by 1);
+begin
+  return case when v_rules = '{}' then autotag.finding('rules', 'ok', 'No rule changes the updates of the table of images.')
+    else autotag.finding('rules', 'error',
+      format('%s has a rule on update (%s), so no tags can be stored there: every image is paid for and fails.',
+        autotag.image_table(), autotag.name_some(v_rules)),
+      format('Use a trigger instead, and: drop rule %I on %s;', v_rules[1], autotag.image_table())) end;
+end $$;
+
 -- Whether the adapter's functions fit the host's tables, and whether rows name the right files. sample: as in sample_image().
 create or replace function autotag.diagnose_host(out findings jsonb, out sample jsonb)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -8210,7 +8263,8 @@ begin
   perform from autotag.tagged_assets('00000000-0000-0000-0000-000000000000', 1);
   sample := autotag.sample_image();
   findings := jsonb_build_array(
-    autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.'), autotag.diagnose_files());
+    autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.'),
+    autotag.diagnose_rules(), autotag.diagnose_files());
 exception when others then
   findings := jsonb_build_array(autotag.finding('host adapter', 'error',
     'The adapter does not fit the host''s tables: ' || sqlerrm,
@@ -8237,7 +8291,7 @@ begin
   if v_jobs is distinct from array['autotag-housekeeping', 'autotag-tick'] then
     return autotag.finding('pg_cron', 'error',
       format('The jobs autotag-tick and autotag-housekeeping should be scheduled; these are: %s.',
-        coalesce(array_to_string(v_jobs, ', '), 'none')),
+        coalesce(autotag.name_some(v_jobs), 'none')),
       'select autotag.schedule_cron();');
   end if;
   execute format('select concat(x.jobname, '': '', x.return_message) from (
@@ -8313,7 +8367,7 @@ declare
   v_polling integer;
   v_versions text;
 begin
-  select count(*)::integer, count(*) filter (where not w.listening)::integer, string_agg(distinct w.version, ', ')
+  select count(*)::integer, count(*) filter (where not w.listening)::integer, autotag.name_some(array_agg(distinct w.version))
   into v_workers, v_polling, v_versions
   from autotag.workers w where w.lease_until > v_now;
   return case
@@ -8817,7 +8871,7 @@ grant execute on function public.openai_webhook, autotag.receive_webhook to serv
 -- workers: their reports are validated (results/reports.sql), and they can act only on what they hold
 grant execute on function
   autotag.register_worker, autotag.worker_settings, autotag.heartbeat, autotag.tick_if_due,
-  autotag.release_worker, autotag.release_lost, autotag.claim, autotag.describe_tasks, autotag.seal_uploads, autotag.report_stages, autotag.settle,
+  autotag.release_worker, autotag.release_lost, autotag.claim, autotag.describe_tasks, autotag.report_unreadable, autotag.seal_uploads, autotag.report_stages, autotag.settle,
   autotag.list_unstored, autotag.pick_unstored, autotag.store_waiting, autotag.postpone_stores,
   autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted, autotag.show_batch,
   autotag.report_batch_failure, autotag.report_poll_failure, autotag.files_deleted, autotag.provider_checked, autotag.record_poll, autotag.batch_answers, autotag.batch_finish,

@@ -195,6 +195,16 @@ def test_a_rule_that_does_not_fit_all_rows_is_not_taken(postgres: LocalPostgres,
     assert find(url, "workspace-folder").files.name == "workspace-folder"
 
 
+def test_a_table_with_a_rule_on_update_is_not_taken(postgres: LocalPostgres, bare: str) -> None:
+    """No tags could be stored there: each image would be paid for and fail."""
+    url = prepare(postgres, bare, PLAIN)
+    with psycopg.connect(url) as connection:
+        [[table]] = connection.execute("select relname from pg_class where relname in ('assets', 'photos', 'images')").fetchall()
+        connection.execute(f"create rule sometimes as on update to public.{table} where old.id is null do instead nothing".encode())
+    with pytest.raises(HostError, match='drop rule "sometimes"'):
+        find(url)
+
+
 def test_a_person_is_asked_when_rows_and_policies_disagree(postgres: LocalPostgres, bare: str) -> None:
     url = prepare(postgres, bare, PLAIN + FOLDERNAME + FOLDER_OF_USER)
     insert(url, [{"storage_path": "{w1}/a.jpg"}])

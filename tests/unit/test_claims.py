@@ -60,6 +60,10 @@ class FakeDatabase:
         self.refuse: Callable[[list[int]], Exception | None] = lambda _: None
         self.gone: set[int] = set()
         self.sent = 0
+        self.unreadable: list[int] = []
+
+    async def report_unreadable(self, tasks: Sequence[int]) -> None:
+        self.unreadable += tasks
 
     async def report_stages(self, workspace: str | None, stages: list[StageReport], sent: Sent | None) -> list[Notice]:
         assert workspace is None
@@ -204,13 +208,13 @@ async def test_calls_for_images_that_are_gone_count_as_sent_soon() -> None:
 
 
 async def test_an_image_whose_row_ends_the_session_is_given_up_and_the_others_are_tagged() -> None:
-    """The database takes it back with the next heartbeat, which counts a failure: in the end the image fails."""
     bench = Bench(range(8))
     bench.db.refuse = lambda tasks: Lost("each time") if 4 in tasks else None
     async with bench.running(slots=20):
         await soon(lambda: len(bench.tagged) == 7 and 1 not in bench.claims.listed()[:-1])
         assert bench.db.descriptions.count([4]) == 1
         assert bench.db.descriptions.count(list(range(8))) == 1, "halved at once"
+        assert bench.db.unreadable == [4]
         await soon(lambda: bench.claims.listed() == [bench.db.claims[-1][0]])
 
 

@@ -212,15 +212,15 @@ end $$;
 --   * Other errors use up patience: a lock's error of a row that is free comes from a trigger, which waits for something else or
 --     raises it itself. It is tried 64 times, an hour.
 --   * Lack of resources and failures of the server: twenty tries, a quarter of an hour.
---   * Missing columns, tables or privileges are mistakes in the adapter or in a trigger, which somebody may be mending: eight
---     tries, a minute.
+--   * Missing columns, tables or privileges are mistakes in the adapter or in a trigger, and a rule on the table (0A) prevents every
+--     update (diagnose_rules); somebody may be mending that: eight tries, a minute.
 --   * All others are the row's own.
 create or replace function autotag.keep_error(p_items autotag.finished[], p_state text, p_error text) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_costs numeric := case when autotag.is_lock_error(p_state) then 1.0 / 64 when left(p_state, 2) in ('53', '58', 'XX') then 1.0 / 20
-    when left(p_state, 2) = '42' then 1.0 / 8 end;
+    when left(p_state, 2) in ('42', '0A') then 1.0 / 8 end;
 begin
   if autotag.is_lock_error(p_state) and autotag.try_held(p_items) <> '{}' then
     perform autotag.keep(p_items);

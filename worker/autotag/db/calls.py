@@ -189,6 +189,12 @@ class Database:
         )  # fmt: skip
         return [make(Image, {**image, "claim": number}) for image in row["images"]]
 
+    async def report_unreadable(self, tasks: Sequence[int]) -> None:
+        """Reports images whose description raised `Lost` by itself."""
+        await self._connections.call(
+            "other", "select autotag.report_unreadable(%s, %s::bigint[])", self.worker, list(tasks)
+        )
+
     async def report_stages(self, workspace: str | None, stages: list[StageReport], sent: Sent | None) -> list[Notice]:
         """Reports stages of images of one workspace, and calls that were sent (also without a workspace); returns
         notices for the log. Not retried: the next stage or the outcome follows.

@@ -48,7 +48,7 @@ def _log_retry(error: BaseException) -> None:
 
 async def _reset(connection: psycopg.AsyncConnection[Any]) -> None:
     """Undoes what the host's code has set for the session, a `statement_timeout` for example."""
-    await connection.execute("reset all")
+    await connection.execute("reset all", prepare=False)
 
 
 class Connections:

@@ -173,9 +173,8 @@ class Descriptions:
                 log.error("describe_failed", images=len(tasks), failures=failures, error=safe_message(error))
                 lost = isinstance(error, Lost)
             if lost and len(tasks) == 1:
-                # Its row ends the session. The next heartbeat does not list it, so it is taken back and counts a failure.
-                self._claims.drop(number)
-                self._calls.cancel(1)
+                await self._db.report_unreadable(tasks)
+                self._drop(number, 1)
                 return
             if len(tasks) == 1 or failures < WHOLE_DESCRIPTIONS and not lost:
                 await asyncio.sleep(min(MAX_DESCRIBE_RETRY, DESCRIBE_RETRY * 2.0 ** (failures - 1)))
@@ -189,6 +188,9 @@ class Descriptions:
             self._calls.start(image, self._tag_image(image, settings))
         missing = len(tasks) - len(images)  # their uploads were cancelled meanwhile
         if missing:
-            self._claims.drop(number, missing)
-            self._calls.cancel(missing)
-            self._stages.drop(missing)
+            self._drop(number, missing)
+
+    def _drop(self, number: int, images: int) -> None:
+        self._claims.drop(number, images)
+        self._calls.cancel(images)
+        self._stages.drop(images)
