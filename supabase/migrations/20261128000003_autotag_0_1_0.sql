@@ -6796,13 +6796,13 @@ as $$
 declare
   v_parts autotag.parts := autotag.first_part(cardinality(p_items));
   v_next integer := 1;                     -- of p_items, the first one after v_items
-  v_items autotag.finished[] := '{}';      -- to be stored next: at most 1,000 at a time, because each part copies them
+  v_items autotag.finished[] := array[]::autotag.finished[];   -- to be stored next: at most 1,000 at a time, because each part copies them
   v_part autotag.finished[];
-  v_unshown autotag.finished[] := '{}';    -- outcomes that the host's rows refuse to show
+  v_unshown autotag.finished[] := array[]::autotag.finished[];   -- outcomes that the host's rows refuse to show
   v_try record;
   v_odd record;
-  v_ended autotag.ended[] := '{}';
-  v_notices jsonb := '[]';
+  v_ended autotag.ended[] := array[]::autotag.ended[];
+  v_notices jsonb := '[]'::jsonb;
 begin
   loop
     if v_items = '{}' then
@@ -6904,8 +6904,8 @@ as $$
 declare
   v_try record;
 begin
-  ended := '{}';
-  unshown := '{}';
+  ended := array[]::autotag.ended[];
+  unshown := array[]::autotag.finished[];
   notices := '[]';
   -- Whoever raised AT001: judge_unwritten(), or the host.
   if p_state = 'AT001' and autotag.is_replaced(p_workspace_id, p_item) then
@@ -6924,11 +6924,11 @@ begin
     v_try := autotag.try_outcomes(p_workspace_id, unshown, p_own);
     if v_try.state is null then
       ended := v_try.ended;
-      unshown := '{}';
+      unshown := array[]::autotag.finished[];
     elsif autotag.is_lock_error(v_try.state) then
       notices := autotag.keep_error(array[p_item], v_try.state, v_try.error);   -- its row is held now, so all is tried again
       if notices is not null then
-        unshown := '{}';
+        unshown := array[]::autotag.finished[];
         return;
       end if;
     end if;
@@ -7565,11 +7565,12 @@ create or replace function autotag.free_assets(p_asset_ids uuid[]) returns uuid[
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_held uuid[] := autotag.held_assets(p_asset_ids);
+  v_held uuid[];
 begin
+  v_held := autotag.held_assets(p_asset_ids);
   return array(select a from unnest(p_asset_ids) a where a not in (select unnest(v_held)));
 exception when others or assert_failure then
-  return '{}';
+  return array[]::uuid[];
 end $$;
 
 -- The stage of the images of a batch that have no outcome yet. A batch that is planned again stays where it was: stages move only

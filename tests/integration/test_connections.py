@@ -223,4 +223,6 @@ async def test_autotags_own_refusals_have_names(library: Library, connections: C
             "batch", "select autotag.batch_finish(%s, %s, 1)", uuid.UUID(int=1), uuid.UUID(int=2)
         )
     with pytest.raises(VersionsDiffer):
-        await connections.call_once("lease", "select autotag.register_worker(%s, 'test', '9.9.9', true)", uuid.UUID(int=1))
+        await connections.call_once(
+            "lease", "select autotag.register_worker(%s, 'test', '9.9.9', true)", uuid.UUID(int=1)
+        )

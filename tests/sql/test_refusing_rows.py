@@ -13,7 +13,9 @@ from lab.postgres import LocalPostgres
 WORKSPACE = "00000000-0000-4000-8000-000000000001"
 IMAGES = 10_000
 ODD = "storage_path ~ '/p[0-9]*[37]7$'"  # 2 %
-STAGES = "select coalesce(tagging_stage, 'none'), {odd}, count(*)::integer from public.assets group by 1, 2 order by 1, 2"
+STAGES = (
+    "select coalesce(tagging_stage, 'none'), {odd}, count(*)::integer from public.assets group by 1, 2 order by 1, 2"
+)
 #: Rows of a table that were written since the transaction began, also by what was undone.
 WRITTEN = "select n_tup_upd + n_tup_del from pg_stat_xact_user_tables where relid = %s::regclass"
 
@@ -55,7 +57,9 @@ def test_an_upload_with_rows_that_raise_is_shown_and_cancelled_without_doing_the
     assert stages(session) == [("none", True, refused), ("queued", False, IMAGES - refused)]
     with session.transaction():
         assert value(session, "select public.cancel_tagging(%s) ->> 'cancelled'", job) == str(IMAGES)
-        written = {table: value(session, WRITTEN, table) for table in ("public.assets", "autotag.tasks", "autotag.jobs")}
+        written = {
+            table: value(session, WRITTEN, table) for table in ("public.assets", "autotag.tasks", "autotag.jobs")
+        }
     assert stages(session) == [("failed", False, IMAGES - refused), ("none", True, refused)]
     assert session.execute("select error_code, count(*)::integer from autotag.tasks group by 1").fetchall() == [
         ("cancelled", IMAGES)

@@ -62,7 +62,7 @@ class FakeDatabase:
         self.sent = 0
         self.unreadable: list[int] = []
 
-    async def report_unreadable(self, tasks: Sequence[int]) -> None:
+    async def report_unreadable(self, tasks: list[int]) -> None:
         self.unreadable += tasks
 
     async def report_stages(self, workspace: str | None, stages: list[StageReport], sent: Sent | None) -> list[Notice]:

@@ -17,13 +17,13 @@ as $$
 declare
   v_parts autotag.parts := autotag.first_part(cardinality(p_items));
   v_next integer := 1;                     -- of p_items, the first one after v_items
-  v_items autotag.finished[] := '{}';      -- to be stored next: at most 1,000 at a time, because each part copies them
+  v_items autotag.finished[] := array[]::autotag.finished[];   -- to be stored next: at most 1,000 at a time, because each part copies them
   v_part autotag.finished[];
-  v_unshown autotag.finished[] := '{}';    -- outcomes that the host's rows refuse to show
+  v_unshown autotag.finished[] := array[]::autotag.finished[];   -- outcomes that the host's rows refuse to show
   v_try record;
   v_odd record;
-  v_ended autotag.ended[] := '{}';
-  v_notices jsonb := '[]';
+  v_ended autotag.ended[] := array[]::autotag.ended[];
+  v_notices jsonb := '[]'::jsonb;
 begin
   loop
     if v_items = '{}' then
@@ -125,8 +125,8 @@ as $$
 declare
   v_try record;
 begin
-  ended := '{}';
-  unshown := '{}';
+  ended := array[]::autotag.ended[];
+  unshown := array[]::autotag.finished[];
   notices := '[]';
   -- Whoever raised AT001: judge_unwritten(), or the host.
   if p_state = 'AT001' and autotag.is_replaced(p_workspace_id, p_item) then
@@ -145,11 +145,11 @@ begin
     v_try := autotag.try_outcomes(p_workspace_id, unshown, p_own);
     if v_try.state is null then
       ended := v_try.ended;
-      unshown := '{}';
+      unshown := array[]::autotag.finished[];
     elsif autotag.is_lock_error(v_try.state) then
       notices := autotag.keep_error(array[p_item], v_try.state, v_try.error);   -- its row is held now, so all is tried again
       if notices is not null then
-        unshown := '{}';
+        unshown := array[]::autotag.finished[];
         return;
       end if;
     end if;

@@ -74,11 +74,12 @@ create or replace function autotag.free_assets(p_asset_ids uuid[]) returns uuid[
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_held uuid[] := autotag.held_assets(p_asset_ids);
+  v_held uuid[];
 begin
+  v_held := autotag.held_assets(p_asset_ids);
   return array(select a from unnest(p_asset_ids) a where a not in (select unnest(v_held)));
 exception when others or assert_failure then
-  return '{}';
+  return array[]::uuid[];
 end $$;
 
 -- The stage of the images of a batch that have no outcome yet. A batch that is planned again stays where it was: stages move only

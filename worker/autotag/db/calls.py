@@ -189,11 +189,9 @@ class Database:
         )  # fmt: skip
         return [make(Image, {**image, "claim": number}) for image in row["images"]]
 
-    async def report_unreadable(self, tasks: Sequence[int]) -> None:
+    async def report_unreadable(self, tasks: list[int]) -> None:
         """Reports images whose description raised `Lost` by itself."""
-        await self._connections.call(
-            "other", "select autotag.report_unreadable(%s, %s::bigint[])", self.worker, list(tasks)
-        )
+        await self._connections.call("other", "select autotag.report_unreadable(%s, %s::bigint[])", self.worker, tasks)
 
     async def report_stages(self, workspace: str | None, stages: list[StageReport], sent: Sent | None) -> list[Notice]:
         """Reports stages of images of one workspace, and calls that were sent (also without a workspace); returns
@@ -310,11 +308,8 @@ class Database:
         """Records that the batch was created at the provider."""
         await self._batch(
             "select autotag.batch_submitted(%s, %s, %s, %s, %s, %s) as result",
-            batch,
-            openai_batch_id,
-            status,
-            input_file_id,
-        )
+            batch, openai_batch_id, status, input_file_id,
+        )  # fmt: skip
 
     async def report_batch_failure(self, batch: Batch, error: ErrorReport) -> None:
         """Reports that a step of a batch failed, and releases the batch."""

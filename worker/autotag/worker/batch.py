@@ -134,5 +134,6 @@ class BatchLane:
             await self._slots.retry(lambda: self._db.report_batch_failure(batch, error.as_json()))
         except NotHeld:
             log.warning("batch_not_held", batch=batch.batch)
-        except (psycopg.Error, Lost) as problem:  # the next heartbeat does not list the batch, so the database takes it back
+        except (psycopg.Error, Lost) as problem:
+            # The next heartbeat does not list the batch, so the database takes it back.
             log.error("failure_not_reported", batch=batch.batch, error=safe_message(problem))
