@@ -316,9 +316,9 @@ class AutomaticRefusal(Trigger, Automatic):
 
 
 TRIGGERS: tuple[type[Hostility], ...] = (
-    Raising, Asserting, Dividing, Shutting, ReplacedRaising, NotHeldRaising, VersionRaising, LockRaising, DeadlockRaising, CancelRaising,
-    SerializationRaising, RaisingAtCommit, RaisingForStatement, Swallowing, Changing, Setting, Deallocating, Slow, Logging,
-    LoggingAtCommit, Counting, Check, AutomaticRefusal,
+    Raising, Asserting, Dividing, Shutting, ReplacedRaising, NotHeldRaising, VersionRaising, LockRaising,
+    DeadlockRaising, CancelRaising, SerializationRaising, RaisingAtCommit, RaisingForStatement, Swallowing, Changing,
+    Setting, Deallocating, Slow, Logging, LoggingAtCommit, Counting, Check, AutomaticRefusal,
 )  # fmt: skip
 
 ALL_KINDS = (*KINDS, *UPLOADS, *TRIGGERS)

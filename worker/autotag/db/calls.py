@@ -258,7 +258,7 @@ class Database:
         return make(Stored, row["result"])
 
     async def postpone_stores(self, workspace: str, tasks: Sequence[int], *, lost: bool = False) -> list[Notice]:
-        """Delays the outcomes that `store_waiting` could not store; returns notices for the log. lost: it raised `Lost`.
+        """Delays the outcomes that `store_waiting` could not store; returns notices. lost: it raised `Lost`.
 
         Raises:
             Busy, TooSlow: as above.

@@ -57,7 +57,7 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool) -> Survey:
 
 
 def _check_rules(facts: Facts, host: Host) -> None:
-    """Refuses a table with a rule on update: Postgres cannot rewrite autotag's updates by it, so no tags could be stored."""
+    """Refuses a table with a rule on update: Postgres cannot apply it to autotag's updates, so no tags are stored."""
     rules = facts.tables[host.table].rules
     if rules:
         raise HostError(

@@ -124,8 +124,8 @@ class BatchLane:
             logger.error("batch_step_failed", kind=failure.kind, code=failure.code, message=failure.message)
             await self._report_failure(batch, failure)
         except Exception as error:
-            # A bug, a full disk, or a row that ends the session. Report it, so that the batch is retried with growing delays instead of staying
-            # claimed until the worker ends.
+            # A bug, a full disk, or a row that ends the session. Report it, so that the batch is retried with growing
+            # delays instead of staying claimed until the worker ends.
             logger.exception("batch_failed")
             await self._report_failure(batch, TaggingError("transient", "internal_error", type(error).__name__))
 

@@ -176,7 +176,7 @@ class Descriptions:
                 await self._db.report_unreadable(tasks)
                 self._drop(number, 1)
                 return
-            if len(tasks) == 1 or failures < WHOLE_DESCRIPTIONS and not lost:
+            if len(tasks) == 1 or (failures < WHOLE_DESCRIPTIONS and not lost):
                 await asyncio.sleep(min(MAX_DESCRIBE_RETRY, DESCRIBE_RETRY * 2.0 ** (failures - 1)))
             else:
                 half = len(tasks) // 2

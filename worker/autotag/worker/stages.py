@@ -35,8 +35,8 @@ class Stages:
         self._dropped = False  # calls were dropped since the last report
 
     def drop(self, calls: int) -> None:
-        """Notes released calls that will not be sent and have no outcome: without a report, the database would keep room
-        for them in the provider's limits until the lease ends."""
+        """Notes released calls that will not be sent and have no outcome. Without a report, the database would keep
+        room for them in the provider's limits until the lease ends."""
         self._observations.count_sent(calls)
         self._dropped = True
         self._due.set()
