@@ -2422,9 +2422,10 @@ end $$;
 --   sealed: how many jobs were made.   more: another upload is due.
 --   wait: seconds until the next call; null: automatic mode is off, and nothing waits.
 --   notices: [{event, notice}] for the log.
+-- p_quiet: earlier calls ended their session, so a row probably does that to whoever writes it: `queued` is not shown on the rows (show).
 -- Locks: quotas (without waiting), one user's uploads and arrivals (skip locked), then as in start_job().
 create or replace function autotag.seal_uploads(
-  p_worker uuid, out sealed integer, out more boolean, out wait double precision, out notices jsonb
+  p_worker uuid, p_quiet boolean default false, out sealed integer, out more boolean, out wait double precision, out notices jsonb
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2435,7 +2436,8 @@ declare
   v_result record;
   v_done boolean := false;
 begin
-  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
+  perform set_config('request.jwt.claims', '', true),   -- triggers on the host's tables trust these claims
+    set_config('autotag.quiet', p_quiet::text, true);
   sealed := 0;
   more := false;
   notices := '[]';
@@ -7511,8 +7513,8 @@ as $$
 $$;
 
 -- Shows a stage on the host's rows of images of one workspace, where the host lets it: a row that is held or that raises is left
--- out, because the image's outcome follows. It goes on in parts as finish() does, and waits for locks as long. The caller does not hold
--- the provider row. Locks: assets.
+-- out, because the image's outcome follows. It goes on in parts as finish() does, and waits for locks as long. autotag.quiet: shows
+-- nothing (seal_uploads). The caller does not hold the provider row. Locks: assets.
 create or replace function autotag.show(
   p_workspace_id uuid, p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz
 ) returns void
@@ -7526,6 +7528,9 @@ declare
   v_free uuid[];               -- of v_part, the rows that nobody holds
   v_try record;
 begin
+  if current_setting('autotag.quiet', true) = 'true' then
+    return;
+  end if;
   while v_next <= cardinality(p_asset_ids) and v_waits > interval '0' loop
     v_part := p_asset_ids[v_next : v_next + v_parts.size - 1];
     v_try := autotag.try_stage(p_workspace_id, v_part, p_stage, p_progress, p_eta);

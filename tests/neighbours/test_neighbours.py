@@ -319,6 +319,29 @@ async def test_automatic_mode_takes_no_harm_from_a_row_that_refuses(library: Lib
     neighbour.check_tags()
 
 
+async def test_automatic_mode_goes_on_where_a_row_ends_the_session(library: Library, neighbour: Library) -> None:
+    """A row ends the session of whoever writes `queued` to it: that upload begins without it."""
+    library.stack.configure(upload_quiet="0.1 s")
+    library.sql("select autotag.set_automatic(true)")
+    end_sessions(library)
+    library.sql(f"""
+        create function public.be_deadly() returns trigger language plpgsql as $$
+        begin
+          perform public.end_session();
+          return new;
+        end $$;
+        create trigger be_deadly before update on public.assets for each row
+          when (new.workspace_id = '{library.member.workspace}' and new.tagging_stage = 'queued') execute function public.be_deadly()""")
+    async with working(library):
+        await library.upload(3)
+        await neighbour.upload(8, seed=2)
+        await until(lambda: all_but(neighbour), "the other workspace's images")
+        await until(lambda: all_but(library), "the upload with the deadly rows")
+    library.check_tags()
+    neighbour.check_tags()
+    check_asked_once(library.stack)
+
+
 @pytest.mark.parametrize("statement", ["autotag.claim(", "autotag.settle(", "autotag.report_stages("])
 async def test_a_reply_that_is_lost_loses_no_image(library: Library, neighbour: Library, statement: str) -> None:
     """The statement has been committed, and the connection breaks before the worker learns what it said."""

@@ -94,9 +94,10 @@ end $$;
 --   sealed: how many jobs were made.   more: another upload is due.
 --   wait: seconds until the next call; null: automatic mode is off, and nothing waits.
 --   notices: [{event, notice}] for the log.
+-- p_quiet: earlier calls ended their session, so a row probably does that to whoever writes it: `queued` is not shown on the rows (show).
 -- Locks: quotas (without waiting), one user's uploads and arrivals (skip locked), then as in start_job().
 create or replace function autotag.seal_uploads(
-  p_worker uuid, out sealed integer, out more boolean, out wait double precision, out notices jsonb
+  p_worker uuid, p_quiet boolean default false, out sealed integer, out more boolean, out wait double precision, out notices jsonb
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -107,7 +108,8 @@ declare
   v_result record;
   v_done boolean := false;
 begin
-  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
+  perform set_config('request.jwt.claims', '', true),   -- triggers on the host's tables trust these claims
+    set_config('autotag.quiet', p_quiet::text, true);
   sealed := 0;
   more := false;
   notices := '[]';

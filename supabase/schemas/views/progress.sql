@@ -20,8 +20,8 @@ as $$
 $$;
 
 -- Shows a stage on the host's rows of images of one workspace, where the host lets it: a row that is held or that raises is left
--- out, because the image's outcome follows. It goes on in parts as finish() does, and waits for locks as long. The caller does not hold
--- the provider row. Locks: assets.
+-- out, because the image's outcome follows. It goes on in parts as finish() does, and waits for locks as long. autotag.quiet: shows
+-- nothing (seal_uploads). The caller does not hold the provider row. Locks: assets.
 create or replace function autotag.show(
   p_workspace_id uuid, p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz
 ) returns void
@@ -35,6 +35,9 @@ declare
   v_free uuid[];               -- of v_part, the rows that nobody holds
   v_try record;
 begin
+  if current_setting('autotag.quiet', true) = 'true' then
+    return;
+  end if;
   while v_next <= cardinality(p_asset_ids) and v_waits > interval '0' loop
     v_part := p_asset_ids[v_next : v_next + v_parts.size - 1];
     v_try := autotag.try_stage(p_workspace_id, v_part, p_stage, p_progress, p_eta);

@@ -166,15 +166,15 @@ class Database:
         )  # fmt: skip
         return Claim(row["tasks"], row["wait"], row["bound"], self._settings(question, row["question"]))
 
-    async def seal_uploads(self) -> Sealed:
-        """Makes a job of one upload of automatic mode that is complete. Not retried.
+    async def seal_uploads(self, *, quiet: bool = False) -> Sealed:
+        """Makes a job of one upload of automatic mode that is complete. Not retried. quiet: does not show it on rows.
 
         Raises:
             Busy, TooSlow: writing the host's rows takes too long; the upload was postponed.
         """
         row = await self._connections.call_once(
-            "seal", "select sealed, more, wait, notices from autotag.seal_uploads(%s)", self.worker, within=SEAL_TIMEOUT
-        )
+            "seal", "select sealed, more, wait, notices from autotag.seal_uploads(%s, %s)", self.worker, quiet,
+            within=SEAL_TIMEOUT)  # fmt: skip
         return make(Sealed, row)
 
     async def describe_tasks(self, number: int, tasks: Sequence[int]) -> list[Image]:
