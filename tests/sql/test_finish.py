@@ -159,7 +159,7 @@ def tries_until_all_ended(session: psycopg.Connection[Any], most: int) -> tuple[
 
 
 @pytest.mark.parametrize(("state", "tries"), [
-    ("42703", 8), ("53100", 20), ("58030", 20), ("XX001", 20), ("55P03", 64), ("40001", 64), ("40P01", 64),
+    ("42703", 8), ("0A000", 8), ("53100", 20), ("58030", 20), ("XX001", 20), ("55P03", 64), ("40001", 64), ("40P01", 64),
 ])  # fmt: skip
 def test_an_error_that_may_pass_is_waited_for_but_not_for_ever(
     session: psycopg.Connection[Any], state: str, tries: int
