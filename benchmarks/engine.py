@@ -196,7 +196,7 @@ async def _work(db: Database, url: str, images: int, times: list[float]) -> None
 
     helpers = [asyncio.create_task(work) for work in (
         listen(url, wake.notify), outcomes.run(), stages.run())]  # fmt: skip
-    await realtime.run(db, wake, claims, Settings.model_fields["slots"].default, answer, deadline=10)
+    await realtime.run(db, wake, claims, stages, Settings.model_fields["slots"].default, answer, deadline=10)
     await outcomes.idle.wait()
     for helper in helpers:
         helper.cancel()

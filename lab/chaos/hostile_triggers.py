@@ -110,6 +110,7 @@ Asserting = refusing("a trigger's assertion fails", "assert false, 'not this one
 Dividing = refusing("a trigger divides by zero", "perform 1 / 0;")
 #: Errors that mean "the server is going down", "you lost the lease" and "the schema was upgraded" elsewhere.
 Shutting = refusing("a trigger raises admin_shutdown", "raise exception 'not this one' using errcode = '57P01';")
+ReplacedRaising = refusing("a trigger raises AT001", "raise exception 'not this one' using errcode = 'AT001';")
 NotHeldRaising = refusing("a trigger raises PT409", "raise exception 'not this one' using errcode = 'PT409';")
 VersionRaising = refusing("a trigger raises PT426", "raise exception 'not this one' using errcode = 'PT426';")
 
@@ -200,6 +201,13 @@ class Setting(Trigger):
           set_config('default_transaction_isolation', 'serializable', false),
           set_config('search_path', 'nowhere', false);
         return new;"""
+
+
+class Deallocating(Trigger):
+    """A trigger removes the session's prepared statements."""
+
+    name = "a trigger deallocates all prepared statements"
+    body = "{fired} deallocate all; return new;"
 
 
 class Slow(Trigger):
@@ -308,9 +316,9 @@ class AutomaticRefusal(Trigger, Automatic):
 
 
 TRIGGERS: tuple[type[Hostility], ...] = (
-    Raising, Asserting, Dividing, Shutting, NotHeldRaising, VersionRaising, LockRaising, DeadlockRaising, CancelRaising,
-    SerializationRaising, RaisingAtCommit, RaisingForStatement, Swallowing, Changing, Setting, Slow, Logging,
-    LoggingAtCommit, Counting, Check, AutomaticRefusal,
+    Raising, Asserting, Dividing, Shutting, ReplacedRaising, NotHeldRaising, VersionRaising, LockRaising,
+    DeadlockRaising, CancelRaising, SerializationRaising, RaisingAtCommit, RaisingForStatement, Swallowing, Changing,
+    Setting, Deallocating, Slow, Logging, LoggingAtCommit, Counting, Check, AutomaticRefusal,
 )  # fmt: skip
 
 ALL_KINDS = (*KINDS, *UPLOADS, *TRIGGERS)

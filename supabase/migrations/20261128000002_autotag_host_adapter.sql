@@ -32,6 +32,13 @@ as $$
   select exists (select from public.workspace_members m where m.workspace_id = p_workspace_id and m.user_id = (select auth.uid()))
 $$;
 
+-- The table of images, for `autotag doctor`.
+create or replace function autotag.image_table() returns regclass
+language sql stable set search_path = pg_catalog, pg_temp
+as $$
+  select 'public.assets'::regclass
+$$;
+
 -- Name of the rule for the files that a workspace's rows may name (docs/install.md, "Whose a file is").
 create or replace function autotag.file_rule() returns text
 language sql immutable set search_path = pg_catalog, pg_temp

@@ -804,6 +804,17 @@ create type autotag.finished as (
   mark uuid                    -- as in unstored
 );
 
+-- Rows of the host that are written in parts, because some of them raise (next_part).
+create type autotag.parts as (
+  size integer,                -- of the next part
+  odd integer,                 -- of so many next rows one raises; 0: unknown
+  written integer,             -- rows until now, and 64 …
+  raised integer               -- … and those that raised
+);
+
+-- Images of a job that have ended, for its counts (count_ended).
+create type autotag.ended as (job_id uuid, completed integer, failed integer);
+
 -- autotag's clock. Tests can change it; all other code reads the time here.
 
 -- How much faster autotag's clock runs than real time: 1, except in tests and benchmarks that compress time
@@ -878,6 +889,15 @@ language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select '[\u0001-\u001f\u007f-\u00a0\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u1680\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f\u3000\ue000-\uf8ff\ufdd0-\ufdef\ufeff\ufff0-\ufffb\ufffe\uffff\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U00040000-\U000e00ff\U000e01f0-\U000e0fff\U000f0000-\U0010ffff]'
 $$;
+
+-- Names for a sentence: at most five, and how many more there are.
+create or replace function autotag.name_some(p_names text[]) returns text
+language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return array_to_string(p_names[:5], ', ')
+    || case when cardinality(p_names) > 5 then format(' and %s more', cardinality(p_names) - 5) else '' end;
+end $$;
 
 -- Whether a text is printable.
 create or replace function autotag.is_plain(p_text text) returns boolean
@@ -1933,7 +1953,7 @@ begin
   ), found as materialized (
     select t.asset_id, t.refused, t.stage, t.mark from there t where t.workspace_id in (select w.id from theirs w)
   )
-  select (select array_agg(w.id) from theirs w), (select count(*) from found), (select count(distinct id) from unnest(p_asset_ids) id),
+  select (select array_agg(w.id order by w.id) from theirs w), (select count(*) from found), (select count(distinct id) from unnest(p_asset_ids) id),
     array(select distinct id from unnest(p_asset_ids) id except select f.asset_id from found f order by 1 limit 5),
     array(select f.asset_id from found f where f.refused = 'foreign_file' order by 1 limit 5),
     array(select f.asset_id from found f where f.refused = 'location_too_long' order by 1 limit 5),
@@ -1946,8 +1966,9 @@ begin
       'Insert the assets before you enqueue them.', jsonb_build_object('asset_ids', v_missing));
   end if;
   if cardinality(v_workspaces) > 1 then
-    perform autotag.refuse(400, 'several_workspaces', 'The images belong to more than one workspace.',
-      'Make one upload for each workspace.', jsonb_build_object('workspace_ids', v_workspaces));
+    perform autotag.refuse(400, 'several_workspaces',
+      format('The images belong to %s workspaces: %s.', cardinality(v_workspaces), autotag.name_some(v_workspaces::text[])),
+      'Make one upload for each workspace.', jsonb_build_object('workspace_ids', v_workspaces[:5]));
   end if;
   if v_foreign <> '{}' then
     perform autotag.refuse(403, 'foreign_file', 'An image names a file that does not belong to its workspace.',
@@ -2405,9 +2426,10 @@ end $$;
 --   sealed: how many jobs were made.   more: another upload is due.
 --   wait: seconds until the next call; null: automatic mode is off, and nothing waits.
 --   notices: [{event, notice}] for the log.
+-- p_quiet: earlier calls ended their session, so a row probably does that to whoever writes it: `queued` is not shown on the rows (show).
 -- Locks: quotas (without waiting), one user's uploads and arrivals (skip locked), then as in start_job().
 create or replace function autotag.seal_uploads(
-  p_worker uuid, out sealed integer, out more boolean, out wait double precision, out notices jsonb
+  p_worker uuid, p_quiet boolean default false, out sealed integer, out more boolean, out wait double precision, out notices jsonb
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2418,7 +2440,8 @@ declare
   v_result record;
   v_done boolean := false;
 begin
-  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
+  perform set_config('request.jwt.claims', '', true),   -- triggers on the host's tables trust these claims
+    set_config('autotag.quiet', p_quiet::text, true);
   sealed := 0;
   more := false;
   notices := '[]';
@@ -2493,8 +2516,7 @@ begin
     delete from autotag.uploads u where u.id = any (v_due);
     return;
   end if;
-  v_room := least(autotag.live_capacity(p_workspace_id), (select s.job_max_images from autotag.settings s),
-    (select min(q.images_left) from autotag.quotas_left(p_workspace_id, v_user) q));
+  v_room := autotag.room_for_upload(p_workspace_id, v_user);
   if v_room < 1 then
     perform autotag.postpone_upload(p_workspace_id, p_uploader, v_due, p_now);
     return;
@@ -2538,21 +2560,42 @@ end $$;
 -- Tries to make a job of these images. Its errors are returned, not raised: state is their SQLSTATE, null: none. p_keep: false: the try
 -- is undone in any case. It waits 50 ms at most for each row of the host that another transaction holds. Constraints that the host has
 -- deferred are checked here, not at the commit, where an error would undo everything. jobs: how many were made, 0 or 1.
+-- The host may raise the SQLSTATEs of autotag, too: PT429 is returned only if there is not enough room; otherwise it is P0001.
 create or replace function autotag.try_upload(
   p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_keep boolean, out jobs integer, out state text, out error text
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
+declare
+  v_started boolean := false;
+  v_undone boolean := false;
 begin
   jobs := autotag.start_upload(p_workspace_id, p_user_id, p_asset_ids);
+  v_started := true;
   set constraints all immediate;
   if not p_keep then
-    raise exception using errcode = 'AT002';
+    v_undone := true;
+    raise exception 'undone';
   end if;
 exception when others or assert_failure or query_canceled then
-  get stacked diagnostics state = returned_sqlstate, error = message_text;
   jobs := 0;
-  state := nullif(state, 'AT002');
+  if v_undone then
+    return;
+  end if;
+  get stacked diagnostics state = returned_sqlstate, error = message_text;
+  if left(state, 2) in ('AT', 'PT') and (state <> 'PT429' or v_started
+    or autotag.room_for_upload(p_workspace_id, p_user_id) >= cardinality(p_asset_ids)) then
+    state := 'P0001';
+  end if;
+end $$;
+
+-- How many images of automatic mode one more job of a workspace and uploader may have.
+create or replace function autotag.room_for_upload(p_workspace_id uuid, p_user_id uuid) returns integer
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return least(autotag.live_capacity(p_workspace_id), (select s.job_max_images from autotag.settings s),
+    (select min(q.images_left) from autotag.quotas_left(p_workspace_id, p_user_id) q));
 end $$;
 
 -- Makes a job of these images of an upload, and returns how many jobs were made: 0 or 1. Left out are images that are gone, that have no
@@ -4567,6 +4610,32 @@ begin
         array(select workspace_id from released order by id), array(select seen from released order by id),
         array(select u.user_id from released o join uploads u on u.id = o.job_id order by o.id)) d
         on d.asset_id = r.asset_id) i);
+end $$;
+
+-- Describing these images, each by itself, ended the session each time (a damaged row crashes the server process): each counts a failure
+-- and is tried again later. Ignores tasks that the worker does not hold. Locks: tasks by id (skip locked).
+create or replace function autotag.report_unreadable(p_worker uuid, p_tasks bigint[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_settings autotag.settings;
+  v_tries jsonb;
+begin
+  perform autotag.check_ids(cardinality(p_tasks));
+  if not autotag.is_own_worker(p_worker) then
+    return;
+  end if;
+  select * into v_settings from autotag.settings;
+  select jsonb_agg(jsonb_build_object('task', h.id, 'failures', 1, 'delay', autotag.growing_delay(h.failures, v_settings),
+    'code', 'unreadable_row', 'message', 'The image''s row in the database cannot be read.'))
+  into v_tries
+  from (
+    select t.id, t.failures from autotag.tasks t where t.id = any (p_tasks) and t.worker_id = p_worker
+    order by t.id for update skip locked) h;
+  if v_tries is not null then
+    perform autotag.keep(autotag.requeue(v_tries), false);
+    perform pg_notify('autotag', 'realtime');
+  end if;
 end $$;
 
 -- Why a claim with free slots released no more; null: nothing is queued. p_provider: the row after the claim.
@@ -6715,8 +6784,8 @@ begin
 end $$;
 
 -- Writing outcomes to the host's rows. The host's triggers, constraints and transactions can refuse or hold up any row, so: the
--- bulk first; if it raises, halves of it, down to the single row. A row that is held is kept for later (unstored), and so is one
--- whose error may pass, for a while. Otherwise a row that raises fails with the code not_stored. So one row costs its own image,
+-- bulk first; if it raises, smaller parts (next_part), down to the single row. A row that is held is kept for later (unstored), and so is
+-- one whose error may pass, for a while. Otherwise a row that raises fails with the code not_stored. So one row costs its own image,
 -- nobody waits, and every image ends.
 
 -- Stores the outcomes of images of one workspace: tags or failures, the counts, progress and broadcasts. Outcomes of tasks that
@@ -6730,63 +6799,171 @@ create or replace function autotag.finish(
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
+declare
+  v_parts autotag.parts := autotag.first_part(cardinality(p_items));
+  v_next integer := 1;                     -- of p_items, the first one after v_items
+  v_items autotag.finished[] := array[]::autotag.finished[];   -- to be stored next: at most 1,000 at a time, because each part copies them
+  v_part autotag.finished[];
+  v_unshown autotag.finished[] := array[]::autotag.finished[];   -- outcomes that the host's rows refuse to show
+  v_try record;
+  v_odd record;
+  v_ended autotag.ended[] := array[]::autotag.ended[];
+  v_notices jsonb := '[]'::jsonb;
 begin
-  if cardinality(p_items) = 0 then
-    return '[]'::jsonb;
+  loop
+    if v_items = '{}' then
+      v_items := p_items[v_next : v_next + greatest(v_parts.size, 1000) - 1];
+      v_next := v_next + cardinality(v_items);
+      exit when v_items = '{}';
+    end if;
+    if p_waits <= interval '0' then
+      perform autotag.keep(v_items || p_items[v_next:]);
+      exit;
+    end if;
+    v_part := v_items[:v_parts.size];
+    v_items := v_items[v_parts.size + 1:];
+    v_try := autotag.try_outcomes(p_workspace_id, v_part, p_own);
+    v_parts := autotag.next_part(v_parts, cardinality(v_part), v_try.state is not null);
+    if autotag.is_lock_error(v_try.state) then
+      p_waits := p_waits - v_try.took;
+    end if;
+    if v_try.state is null then
+      v_ended := v_ended || v_try.ended;
+      continue;
+    elsif cardinality(v_part) = 1 then
+      v_odd := autotag.end_odd(p_workspace_id, v_part[1], p_own, v_try.state, v_try.error);
+      v_ended := v_ended || v_odd.ended;
+      v_unshown := v_unshown || v_odd.unshown;
+      v_notices := v_notices || v_odd.notices;
+      continue;
+    elsif autotag.is_lock_error(v_try.state) then
+      v_part := autotag.keep_held(v_part);
+    end if;
+    if cardinality(v_part) > 1000 then     -- the first try, of all
+      p_items := v_part;
+      v_next := 1;
+    else
+      v_items := v_part || v_items;
+    end if;
+  end loop;
+  if v_unshown <> '{}' then
+    v_ended := v_ended || autotag.write_outcomes(p_workspace_id, v_unshown, p_own, false);
   end if;
-  return (autotag.finish_apart(p_workspace_id, p_items, p_own, p_waits)).notices;
+  -- Once for all parts: each update of a job's row makes the next one slower, as long as this transaction runs.
+  perform autotag.count_ended(v_ended);
+  return v_notices;
 end $$;
 
--- The same, in halves where they cannot be stored together. waits_left: of p_waits.
-create or replace function autotag.finish_apart(
-  p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_waits interval, out notices jsonb, out waits_left interval
+-- The first part of p_count rows that are written together if they can be: all of them.
+create or replace function autotag.first_part(p_count integer) returns autotag.parts
+language plpgsql immutable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return row(greatest(p_count, 1), 0, 64, 0)::autotag.parts;
+end $$;
+
+-- The next part, after one of p_size rows was written, or raised (p_raised). After a part that raised come halves, down to the row that
+-- raises. A part whose rows are not known to raise has half as many as there were rows for one that raises. So each row is tried
+-- twice, however many raise. (Halves of the whole try all of it again for each halving: 50,000 with 1 % that raise took 60 s.)
+create or replace function autotag.next_part(p_parts autotag.parts, p_size integer, p_raised boolean) returns autotag.parts
+language plpgsql immutable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_raised and p_size > 1 then
+    p_parts.odd := p_size;
+  elsif p_raised then
+    p_parts.odd := 0;
+    p_parts.raised := p_parts.raised + 1;
+  else
+    p_parts.odd := greatest(p_parts.odd - p_size, 0);
+    p_parts.written := p_parts.written + p_size;
+  end if;
+  p_parts.size := greatest(least(1000, p_parts.written / (2 * (p_parts.raised + 1)),
+    case when p_parts.odd > 0 then p_parts.odd / 2 end), 1);
+  return p_parts;
+end $$;
+
+-- Stores outcomes together (write_outcomes). Its error is returned, not raised: state is its SQLSTATE, null: none. took: how long.
+create or replace function autotag.try_outcomes(
+  p_workspace_id uuid, p_items autotag.finished[], p_own boolean,
+  out ended autotag.ended[], out state text, out error text, out took interval
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_began timestamptz := clock_timestamp();
-  v_half integer := cardinality(p_items) / 2;
-  v_state text;
-  v_error text;
-  v_part record;
-  v_held uuid[];
 begin
+  ended := autotag.write_outcomes(p_workspace_id, p_items, p_own);
+exception when others or assert_failure then
+  get stacked diagnostics state = returned_sqlstate, error = message_text;
+  took := clock_timestamp() - v_began;
+end $$;
+
+-- Decides what becomes of one image whose outcome raised this: it is tagged again (its picture was replaced), kept (keep_error), or
+-- refused. unshown: the outcome, if its row did not take it in any form; the caller stores it without the row.
+create or replace function autotag.end_odd(
+  p_workspace_id uuid, p_item autotag.finished, p_own boolean, p_state text, p_error text,
+  out ended autotag.ended[], out unshown autotag.finished[], out notices jsonb
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_try record;
+begin
+  ended := array[]::autotag.ended[];
+  unshown := array[]::autotag.finished[];
   notices := '[]';
-  waits_left := p_waits;
-  if cardinality(p_items) = 0 then
+  -- Whoever raised AT001: judge_unwritten(), or the host.
+  if p_state = 'AT001' and autotag.is_replaced(p_workspace_id, p_item) then
+    perform autotag.tag_again(p_item.task);
     return;
   end if;
-  if waits_left <= interval '0' then
-    perform autotag.keep(p_items);
+  notices := autotag.keep_error(array[p_item], p_state, p_error);
+  if notices is not null then
     return;
   end if;
-  begin
-    perform autotag.write_outcomes(p_workspace_id, p_items, p_own);
-    return;
-  exception when others or assert_failure then
-    get stacked diagnostics v_state = returned_sqlstate, v_error = message_text;
-  end;
-  if autotag.is_lock_error(v_state) then
-    waits_left := waits_left - (clock_timestamp() - v_began);
+  unshown := array[p_item];
+  if p_item.result is not null then
+    unshown[1].result := null;
+    unshown[1].code := 'not_stored';
+    unshown[1].message := 'The database refused to store the tags of this image.';
+    v_try := autotag.try_outcomes(p_workspace_id, unshown, p_own);
+    if v_try.state is null then
+      ended := v_try.ended;
+      unshown := array[]::autotag.finished[];
+    elsif autotag.is_lock_error(v_try.state) then
+      notices := autotag.keep_error(array[p_item], v_try.state, v_try.error);   -- its row is held now, so all is tried again
+      if notices is not null then
+        unshown := array[]::autotag.finished[];
+        return;
+      end if;
+    end if;
   end if;
-  if v_half = 0 and v_state = 'AT001' then   -- raised by judge_unwritten()
-    perform autotag.tag_again(p_items[1].task);
-    return;
-  elsif v_half = 0 then
-    notices := coalesce(autotag.keep_error(p_items, v_state, v_error), autotag.refuse_row(p_workspace_id, p_items, p_own, v_error));
-    return;
-  elsif autotag.is_lock_error(v_state) then
-    -- Keep the images whose rows are held, and try the others at once.
-    v_held := autotag.try_held(p_items);
-    perform autotag.keep(array(select i from unnest(p_items) i where i.asset_id in (select unnest(v_held))));
-    p_items := array(select i from unnest(p_items) i where i.asset_id not in (select unnest(v_held)));
-    v_half := cardinality(p_items) / 2;
-  end if;
-  v_part := autotag.finish_apart(p_workspace_id, p_items[:v_half], p_own, waits_left);
-  notices := v_part.notices;
-  v_part := autotag.finish_apart(p_workspace_id, p_items[v_half + 1:], p_own, v_part.waits_left);
-  notices := notices || v_part.notices;
-  waits_left := v_part.waits_left;
+  notices := jsonb_build_array(jsonb_build_object('event', 'not_stored', 'notice',
+    format('The database refused to store the outcome of image %s: %s', p_item.asset_id, autotag.printable(p_error, 500))));
+end $$;
+
+-- Whether the row of an image names another picture than the one that the model saw.
+create or replace function autotag.is_replaced(p_workspace_id uuid, p_item autotag.finished) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return p_item.result is not null and p_item.mark is not null and exists (
+    select from autotag.describe_assets(array[p_item.asset_id]) d
+    where d.workspace_id = p_workspace_id and d.mark is distinct from p_item.mark);
+exception when others or assert_failure then
+  return false;
+end $$;
+
+-- Keeps those of these images whose rows are held, and returns the others.
+create or replace function autotag.keep_held(p_items autotag.finished[]) returns autotag.finished[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_held uuid[] := autotag.try_held(p_items);
+begin
+  perform autotag.keep(array(select i from unnest(p_items) i where i.asset_id in (select unnest(v_held))));
+  return array(select i from unnest(p_items) i where i.asset_id not in (select unnest(v_held)));
 end $$;
 
 -- Whether an error says that a lock was not free: lock_not_available, deadlock_detected, serialization_failure.
@@ -6820,15 +6997,15 @@ end $$;
 --   * Other errors use up patience: a lock's error of a row that is free comes from a trigger, which waits for something else or
 --     raises it itself. It is tried 64 times, an hour.
 --   * Lack of resources and failures of the server: twenty tries, a quarter of an hour.
---   * Missing columns, tables or privileges are mistakes in the adapter or in a trigger, which somebody may be mending: eight
---     tries, a minute.
+--   * Missing columns, tables or privileges are mistakes in the adapter or in a trigger, and a rule on the table (0A) prevents every
+--     update (diagnose_rules); somebody may be mending that: eight tries, a minute.
 --   * All others are the row's own.
 create or replace function autotag.keep_error(p_items autotag.finished[], p_state text, p_error text) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_costs numeric := case when autotag.is_lock_error(p_state) then 1.0 / 64 when left(p_state, 2) in ('53', '58', 'XX') then 1.0 / 20
-    when left(p_state, 2) = '42' then 1.0 / 8 end;
+    when left(p_state, 2) in ('42', '0A') then 1.0 / 8 end;
 begin
   if autotag.is_lock_error(p_state) and autotag.try_held(p_items) <> '{}' then
     perform autotag.keep(p_items);
@@ -6857,47 +7034,18 @@ exception when others then
   return array(select i.asset_id from unnest(p_items) i where autotag.is_lock_error(sqlstate));
 end $$;
 
--- The host refuses to store the outcome of one image, with this error: the image fails with the code not_stored, and its row shows
--- that if the host lets it.
-create or replace function autotag.refuse_row(p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_error text) returns jsonb
-language plpgsql security definer set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_item autotag.finished := p_items[1];
-  v_notices jsonb;
-begin
-  if v_item.result is not null then
-    v_item.result := null;
-    v_item.code := 'not_stored';
-    v_item.message := 'The database refused to store the tags of this image.';
-  end if;
-  begin
-    perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own);
-  exception when others or assert_failure then
-    if autotag.is_lock_error(sqlstate) then
-      v_notices := autotag.keep_error(p_items, sqlstate, sqlerrm);   -- its row is held now, so all is tried again
-    end if;
-    if v_notices is not null then
-      return v_notices;
-    end if;
-    perform autotag.write_outcomes(p_workspace_id, array[v_item], p_own, false);
-  end;
-  return jsonb_build_array(jsonb_build_object('event', 'not_stored', 'notice',
-    format('The database refused to store the outcome of image %s: %s', v_item.asset_id, autotag.printable(p_error, 500))));
-end $$;
-
 -- Stores these outcomes together, or raises. An image whose row is gone or has moved counts as completed. One whose picture was
--- replaced is tagged again. p_show: write the host's rows. Outcomes of tasks that have ended meanwhile are dropped.
+-- replaced is tagged again. p_show: write the host's rows. Outcomes of tasks that have ended meanwhile are dropped. Returns what the
+-- caller has to count (count_ended).
 create or replace function autotag.write_outcomes(
   p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_show boolean default true
-) returns void
+) returns autotag.ended[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_tagged autotag.finished[];
   v_failed autotag.finished[] := array(select i from unnest(p_items) i where i.result is null);
   v_written uuid[];
-  v_job record;
 begin
   perform from autotag.jobs j
   where j.id = any (array(select distinct i.job_id from unnest(p_items) i)) order by j.id for no key update;
@@ -6917,9 +7065,20 @@ begin
   if p_own and p_show then
     set constraints all immediate;
   end if;
+  return array(
+    select row(i.job_id, count(i.result), count(i.code))::autotag.ended from unnest(v_tagged || v_failed) i group by i.job_id);
+end $$;
+
+-- Counts the images that have ended in their jobs. The caller holds the jobs.
+create or replace function autotag.count_ended(p_ended autotag.ended[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_job record;
+begin
   for v_job in
-    select i.job_id as id, count(i.result)::integer as completed, count(i.code)::integer as failed
-    from unnest(v_tagged || v_failed) i group by i.job_id order by i.job_id
+    select e.job_id as id, sum(e.completed)::integer as completed, sum(e.failed)::integer as failed
+    from unnest(p_ended) e group by e.job_id order by e.job_id
   loop
     perform autotag.count_finished(v_job.id, v_job.completed, v_job.failed);
   end loop;
@@ -6948,7 +7107,7 @@ begin
 end $$;
 
 -- Looks at tagged images whose rows were not written. Returns if all of them are gone or have moved. Raises AT001 if a picture was
--- replaced after the model saw it: its task is queued again (finish_apart). Raises if a row is there but did not change: a trigger
+-- replaced after the model saw it: its task is queued again (end_odd). Raises if a row is there but did not change: a trigger
 -- of the host has refused it silently.
 create or replace function autotag.judge_unwritten(p_workspace_id uuid, p_items autotag.finished[], p_written uuid[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -6969,17 +7128,20 @@ begin
 end $$;
 
 -- Fails tasks and shows that on the host's rows (p_show). Returns those that had not ended. The caller holds their jobs and counts
--- them.
+-- them. (The plan is kept, as in read_reports(): planning takes 0.2 ms, and 2 ms after a part of 10,000 has raised, because the planner
+-- looks for the ends of the index among what that part left.)
 create or replace function autotag.fail_tasks(p_workspace_id uuid, p_items autotag.finished[], p_show boolean)
 returns autotag.finished[]
-language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
 as $$
 declare
+  v_now timestamptz := autotag.now();   -- a call for each row takes a tenth of all
   v_failed autotag.finished[];
 begin
   with failed as (
     update autotag.tasks t
-    set stage = 'failed', error_code = i.code, error = i.message, finished_at = autotag.now(),
+    set stage = 'failed', error_code = i.code, error = i.message, finished_at = v_now,
         worker_id = null, claim = null, retry_at = null
     from unnest(p_items) i
     where t.id = i.task and t.finished_at is null
@@ -7105,15 +7267,18 @@ begin
 end $$;
 
 -- store_waiting() took too long for these outcomes and was cancelled: they wait longer. If it is one, this image's own row is to
--- blame: after max_failures such timeouts it fails with the code not_stored, and its row is not touched again. Returns sentences for
--- the operator's log: [{event, notice}]. Locks: unstored (skip locked), then as in finish().
-create or replace function autotag.postpone_stores(p_worker uuid, p_workspace_id uuid, p_tasks bigint[]) returns jsonb
+-- blame: after max_failures such timeouts it fails with the code not_stored, and its row is not touched again. p_lost: it ended its
+-- connection several times, which counts as three timeouts: a row that crashes the server process must not do so for long. Returns
+-- sentences for the operator's log: [{event, notice}]. Locks: unstored (skip locked), then as in finish().
+create or replace function autotag.postpone_stores(p_worker uuid, p_workspace_id uuid, p_tasks bigint[], p_lost boolean default false)
+returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_now timestamptz := autotag.now();
   v_max integer := (select s.max_failures from autotag.settings s);
   v_alone boolean := cardinality(p_tasks) = 1;
+  v_timeouts integer := case when v_alone then 1 + 2 * p_lost::integer else 0 end;
   v_row autotag.unstored;
   v_task autotag.tasks;
 begin
@@ -7126,15 +7291,17 @@ begin
     where u.task_id = any (p_tasks) and u.workspace_id = p_workspace_id and u.next_at <= v_now
     limit 1000 for update skip locked
   loop
-    if v_alone and v_row.timeouts + 1 >= v_max then
+    if v_alone and v_row.timeouts + v_timeouts >= v_max then
       select * into v_task from autotag.tasks t where t.id = v_row.task_id;
-      perform autotag.write_outcomes(p_workspace_id, array[row(v_task.id, v_task.job_id, v_task.asset_id, null, 'not_stored',
-        'The database took too long to store the tags of this image.', null)::autotag.finished], true, false);
-      return jsonb_build_array(jsonb_build_object('event', 'not_stored', 'notice', format(
-        'Writing the row of image %s took too long %s times. A trigger on the table is probably slow.', v_task.asset_id, v_max)));
+      perform autotag.count_ended(autotag.write_outcomes(p_workspace_id, array[row(v_task.id, v_task.job_id, v_task.asset_id, null,
+        'not_stored', case when p_lost then 'The database could not store the tags of this image.'
+          else 'The database took too long to store the tags of this image.' end, null)::autotag.finished], true, false));
+      return jsonb_build_array(jsonb_build_object('event', 'not_stored', 'notice', format(case when p_lost
+        then 'Writing the row of image %s ended the session each time. A trigger on the table does that, or the row is damaged.'
+        else 'Writing the row of image %s took too long %s times. A trigger on the table is probably slow.' end, v_task.asset_id, v_max)));
     end if;
     update autotag.unstored u
-    set tries = u.tries + 1, timeouts = u.timeouts + v_alone::integer,
+    set tries = u.tries + 1, timeouts = u.timeouts + v_timeouts,
         next_at = v_now + case when v_alone then least(interval '1 min', interval '0.25 s' * power(2, least(u.tries, 10)))
           else interval '0' end
     where u.task_id = v_row.task_id;
@@ -7350,37 +7517,69 @@ as $$
 $$;
 
 -- Shows a stage on the host's rows of images of one workspace, where the host lets it: a row that is held or that raises is left
--- out, because the image's outcome follows. The caller does not hold the provider row. Locks: assets.
+-- out, because the image's outcome follows. It goes on in parts as finish() does, and waits for locks as long. autotag.quiet: shows
+-- nothing (seal_uploads). The caller does not hold the provider row. Locks: assets.
 create or replace function autotag.show(
   p_workspace_id uuid, p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
 declare
-  v_half integer := cardinality(p_asset_ids) / 2;
+  v_parts autotag.parts := autotag.first_part(cardinality(p_asset_ids));
+  v_waits interval := interval '150 ms';
+  v_next integer := 1;
+  v_part uuid[];
+  v_free uuid[];               -- of v_part, the rows that nobody holds
+  v_try record;
+begin
+  if current_setting('autotag.quiet', true) = 'true' then
+    return;
+  end if;
+  while v_next <= cardinality(p_asset_ids) and v_waits > interval '0' loop
+    v_part := p_asset_ids[v_next : v_next + v_parts.size - 1];
+    v_try := autotag.try_stage(p_workspace_id, v_part, p_stage, p_progress, p_eta);
+    v_parts := autotag.next_part(v_parts, cardinality(v_part), v_try.state is not null);
+    if v_try.state is null or cardinality(v_part) = 1 then
+      v_next := v_next + cardinality(v_part);
+    elsif autotag.is_lock_error(v_try.state) then
+      v_free := autotag.free_assets(v_part);
+      if cardinality(v_free) < cardinality(v_part) then
+        p_asset_ids := v_free || p_asset_ids[v_next + cardinality(v_part):];
+        v_next := 1;
+      end if;
+    end if;
+    if autotag.is_lock_error(v_try.state) then
+      v_waits := v_waits - v_try.took;
+    end if;
+  end loop;
+end $$;
+
+-- Shows a stage on all these rows (show_stage). Its error is returned as in try_outcomes().
+create or replace function autotag.try_stage(
+  p_workspace_id uuid, p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz, out state text, out took interval
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_began timestamptz := clock_timestamp();
+begin
+  perform autotag.show_stage(p_asset_ids, p_workspace_id, p_stage, p_progress, p_eta);
+exception when others or assert_failure then
+  get stacked diagnostics state = returned_sqlstate;
+  took := clock_timestamp() - v_began;
+end $$;
+
+-- Those of these images whose rows no other transaction holds; none if it cannot be found out, because even the table is held.
+create or replace function autotag.free_assets(p_asset_ids uuid[]) returns uuid[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
   v_held uuid[];
 begin
-  if coalesce(cardinality(p_asset_ids), 0) = 0 then
-    return;
-  end if;
-  begin
-    perform autotag.show_stage(p_asset_ids, p_workspace_id, p_stage, p_progress, p_eta);
-    return;
-  exception when lock_not_available or deadlock_detected then
-    begin
-      v_held := autotag.held_assets(p_asset_ids);
-      perform autotag.show_stage(array(select a from unnest(p_asset_ids) a where a not in (select unnest(v_held))), p_workspace_id, p_stage, p_progress, p_eta);
-    exception when others or assert_failure then
-      null;
-    end;
-    return;
-  when others or assert_failure then
-    null;
-  end;
-  if v_half > 0 then
-    perform autotag.show(p_workspace_id, p_asset_ids[:v_half], p_stage, p_progress, p_eta);
-    perform autotag.show(p_workspace_id, p_asset_ids[v_half + 1:], p_stage, p_progress, p_eta);
-  end if;
+  v_held := autotag.held_assets(p_asset_ids);
+  return array(select a from unnest(p_asset_ids) a where a not in (select unnest(v_held)));
+exception when others or assert_failure then
+  return array[]::uuid[];
 end $$;
 
 -- The stage of the images of a batch that have no outcome yet. A batch that is planned again stays where it was: stages move only
@@ -7951,7 +8150,7 @@ declare
   v_now timestamptz := autotag.now();
   v_owners text;               -- logins of live workers that may do everything
 begin
-  select string_agg(distinct w.login::text, ', ') into v_owners
+  select autotag.name_some(array_agg(distinct w.login::text)) into v_owners
   from autotag.workers w where w.lease_until > v_now and autotag.is_owner(w.login);
   return case
     when p_logins = '{}' then autotag.finding('roles', 'warning',
@@ -7959,8 +8158,8 @@ begin
       'create role tagger login in role autotag_worker;   -- then its password with psql''s \password tagger')
     when v_owners is not null then autotag.finding('roles', 'warning',
       format('A worker is logged in as %s, which may do everything.', v_owners),
-      format('Use a login for workers (%s) in its DATABASE_URL and restart it.', array_to_string(p_logins, ', ')))
-    else autotag.finding('roles', 'ok', format('Workers may log in as %s.', array_to_string(p_logins, ', '))) end;
+      format('Use a login for workers (%s) in its DATABASE_URL and restart it.', autotag.name_some(p_logins::text[])))
+    else autotag.finding('roles', 'ok', format('Workers may log in as %s.', autotag.name_some(p_logins::text[]))) end;
 end $$;
 
 -- Whether signed-in users may call the RPCs, anon may call none of autotag's functions, and the API does not expose their schema.
@@ -7970,7 +8169,7 @@ as $$
 declare
   v_problem text;
 begin
-  select string_agg(p.oid::regprocedure::text, ', ') into v_problem
+  select autotag.name_some(array_agg(p.oid::regprocedure::text)) into v_problem
   from pg_catalog.pg_proc p
   where p.pronamespace in ('autotag'::regnamespace) and has_function_privilege('anon', p.oid, 'execute');
   return case
@@ -8047,6 +8246,23 @@ begin
       then 'Add a policy that lets users insert only rows that name them as the uploader (… = (select auth.uid())).' end);
 end $$;
 
+-- Whether a rule on the host's table prevents updates. Postgres rewrites `update … returning` by no rule but an unconditional one with
+-- `returning` of its own, and cannot rewrite it at all within `with`: tags are paid for and cannot be stored.
+create or replace function autotag.diagnose_rules() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rules text[] := array(
+    select r.rulename::text from pg_rewrite r
+    where r.ev_class = autotag.image_table() and r.ev_type = '2' and r.ev_enabled <> 'D' order by 1);
+begin
+  return case when v_rules = '{}' then autotag.finding('rules', 'ok', 'No rule changes the updates of the table of images.')
+    else autotag.finding('rules', 'error',
+      format('%s has a rule on update (%s), so no tags can be stored there: every image is paid for and fails.',
+        autotag.image_table(), autotag.name_some(v_rules)),
+      format('Use a trigger instead, and: drop rule %I on %s;', v_rules[1], autotag.image_table())) end;
+end $$;
+
 -- Whether the adapter's functions fit the host's tables, and whether rows name the right files. sample: as in sample_image().
 create or replace function autotag.diagnose_host(out findings jsonb, out sample jsonb)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -8057,7 +8273,8 @@ begin
   perform from autotag.tagged_assets('00000000-0000-0000-0000-000000000000', 1);
   sample := autotag.sample_image();
   findings := jsonb_build_array(
-    autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.'), autotag.diagnose_files());
+    autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.'),
+    autotag.diagnose_rules(), autotag.diagnose_files());
 exception when others then
   findings := jsonb_build_array(autotag.finding('host adapter', 'error',
     'The adapter does not fit the host''s tables: ' || sqlerrm,
@@ -8084,7 +8301,7 @@ begin
   if v_jobs is distinct from array['autotag-housekeeping', 'autotag-tick'] then
     return autotag.finding('pg_cron', 'error',
       format('The jobs autotag-tick and autotag-housekeeping should be scheduled; these are: %s.',
-        coalesce(array_to_string(v_jobs, ', '), 'none')),
+        coalesce(autotag.name_some(v_jobs), 'none')),
       'select autotag.schedule_cron();');
   end if;
   execute format('select concat(x.jobname, '': '', x.return_message) from (
@@ -8160,7 +8377,7 @@ declare
   v_polling integer;
   v_versions text;
 begin
-  select count(*)::integer, count(*) filter (where not w.listening)::integer, string_agg(distinct w.version, ', ')
+  select count(*)::integer, count(*) filter (where not w.listening)::integer, autotag.name_some(array_agg(distinct w.version))
   into v_workers, v_polling, v_versions
   from autotag.workers w where w.lease_until > v_now;
   return case
@@ -8664,7 +8881,7 @@ grant execute on function public.openai_webhook, autotag.receive_webhook to serv
 -- workers: their reports are validated (results/reports.sql), and they can act only on what they hold
 grant execute on function
   autotag.register_worker, autotag.worker_settings, autotag.heartbeat, autotag.tick_if_due,
-  autotag.release_worker, autotag.release_lost, autotag.claim, autotag.describe_tasks, autotag.seal_uploads, autotag.report_stages, autotag.settle,
+  autotag.release_worker, autotag.release_lost, autotag.claim, autotag.describe_tasks, autotag.report_unreadable, autotag.seal_uploads, autotag.report_stages, autotag.settle,
   autotag.list_unstored, autotag.pick_unstored, autotag.store_waiting, autotag.postpone_stores,
   autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted, autotag.show_batch,
   autotag.report_batch_failure, autotag.report_poll_failure, autotag.files_deleted, autotag.provider_checked, autotag.record_poll, autotag.batch_answers, autotag.batch_finish,

@@ -68,6 +68,8 @@ async def test_all_is_well(library: Library) -> None:
         ("create or replace function autotag.schema_version() returns text language sql immutable parallel safe"
          " set search_path = '' as 'select ''9.9.9''::text'", "schema", "warning", "is of version 9.9.9"),
         ("alter table public.assets drop column storage_path cascade", "host adapter", "error", "storage_path"),
+        ("create rule sometimes as on update to public.assets where old.id is null do instead nothing", "rules", "error", "(sometimes)"),
+        ("create rule also as on update to public.assets do also select 1", "rules", "error", "no tags can be stored"),
         ("update autotag.settings set test_clock = true", "clock", "error", "change autotag's time"),
         ("update autotag.clock set ticked_at = now() - interval '1 h'", "clock", "error", "last ran 01:00:00 ago"),
         ("update autotag.settings set model = 'gpt-none'", "api", "error", "does not have the model gpt-none"),

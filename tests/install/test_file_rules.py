@@ -14,6 +14,7 @@ from autotag.install.facts import read_facts
 from autotag.install.files import find_rule, users_see_files
 from autotag.install.host import Choices, Host, HostError, propose
 from autotag.install.migrations import apply_migrations
+from autotag.install.survey import refuse_to_ask, survey
 from lab.postgres import LocalPostgres
 
 W1, W2, U1, U2 = (str(uuid.uuid4()) for _ in range(4))
@@ -193,6 +194,15 @@ def test_a_rule_that_does_not_fit_all_rows_is_not_taken(postgres: LocalPostgres,
     assert "--file-rule" in str(refused.value)
     assert "1 fit workspace-folder" in str(refused.value)
     assert find(url, "workspace-folder").files.name == "workspace-folder"
+
+
+def test_a_table_with_a_rule_on_update_is_not_taken(postgres: LocalPostgres, bare: str) -> None:
+    """No tags could be stored there: each image would be paid for and fail."""
+    url = prepare(postgres, bare, PLAIN)
+    with psycopg.connect(url) as connection:
+        connection.execute("create rule sometimes as on update to assets where old.id is null do instead nothing")
+    with pytest.raises(HostError, match='drop rule "sometimes"'):
+        survey(url, Choices(), refuse_to_ask, may_ask=False)
 
 
 def test_a_person_is_asked_when_rows_and_policies_disagree(postgres: LocalPostgres, bare: str) -> None:

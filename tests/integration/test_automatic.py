@@ -168,15 +168,16 @@ REFUSE = """
     create function public.refuse() returns trigger language plpgsql as $$
     begin
       if new.storage_path ~ 'odd' and new.tagging_stage = 'queued' then
-        raise exception 'no';
+        raise exception 'no' using errcode = 'P0001';
       end if;
       return new;
     end $$;"""
 
 
-def test_an_image_that_a_deferred_constraint_refuses_fails_by_itself(sealer: Library) -> None:
-    """It raises at the commit, where it would undo the upload."""
-    sealer.sql(f"""{REFUSE}
+@pytest.mark.parametrize("state", ["P0001", "PT429", "AT001", "AT002"])
+def test_an_image_that_a_deferred_constraint_refuses_fails_by_itself(sealer: Library, state: str) -> None:
+    """It raises at the commit, where it would undo the upload; also with a SQLSTATE that autotag raises itself."""
+    sealer.sql(f"""{REFUSE.replace("P0001", state)}
         create constraint trigger refuse after update on public.assets deferrable initially deferred
         for each row execute function public.refuse()""")
     other = Library(sealer.stack, sealer.stack.add_member())
@@ -192,10 +193,12 @@ def test_an_image_that_a_deferred_constraint_refuses_fails_by_itself(sealer: Lib
     assert sealer.sql("select 1 from autotag.arrivals union all select 1 from autotag.uploads") == []
 
 
-def test_an_image_whose_stage_a_trigger_refuses_is_tagged_without_it(sealer: Library) -> None:
-    """As after a call of enqueue_tagging."""
+@pytest.mark.parametrize("state", ["P0001", "55P03", "40P01"])
+def test_an_image_whose_stage_a_trigger_refuses_is_tagged_without_it(sealer: Library, state: str) -> None:
+    """As after a call of enqueue_tagging. The other rows show it, whatever the trigger raises."""
     sealer.sql(
-        f"{REFUSE} create trigger refuse before update on public.assets for each row execute function public.refuse()"
+        f"{REFUSE.replace('P0001', state)}"
+        "create trigger refuse before update on public.assets for each row execute function public.refuse()"
     )
     assets = sealer.insert([f"{'odd' if n in (3, 17) else n}{n}.jpg" for n in range(30)])
     seal(sealer)

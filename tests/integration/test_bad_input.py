@@ -60,6 +60,18 @@ def test_assets_of_two_workspaces_of_the_same_user(library: Library, stack: Stac
     )  # fmt: skip
 
 
+def test_assets_of_many_workspaces_name_five_of_them(library: Library, stack: Stack) -> None:
+    assets = library.insert(["a.jpg"])
+    for _ in range(6):
+        other = Library(stack)
+        library.sql("insert into public.workspace_members values (%s, %s)", other.member.workspace, library.member.user)
+        assets += other.insert(["x.jpg"])
+    _, code, message, detail = refused(library, assets)
+    assert (code, len(detail["workspace_ids"])) == ("several_workspaces", 5)
+    assert "7 workspaces" in message
+    assert message.endswith("and 2 more.")
+
+
 def test_50001_assets(library: Library) -> None:
     ids = [str(uuid.UUID(int=i)) for i in range(50_001)]
     status, code, _, detail = refused(library, ids)

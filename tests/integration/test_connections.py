@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,9 +13,19 @@ import psycopg
 import pytest
 
 import autotag
-from autotag.db import Busy, Database, TooSlow
-from autotag.db.connections import FOREIGN_CODE, HOST_PURPOSES, HOST_SHARE, POOL_SIZE, SHARES, Connections, Purpose
+from autotag.db import Busy, Database, Lost, NotHeld, TooSlow, VersionsDiffer
+from autotag.db.connections import (
+    FOREIGN_CODE,
+    HOST_PURPOSES,
+    HOST_SHARE,
+    MAX_LOSSES,
+    POOL_SIZE,
+    SHARES,
+    Connections,
+    Purpose,
+)
 from autotag.db.messages import Registered
+from lab.proxy import Proxy
 from support import PATIENCE, Library, until
 
 SLEEPERS = "select count(*) as n from pg_stat_activity where state = 'active' and query like 'select pg_sleep%%'"
@@ -140,3 +151,78 @@ async def test_what_the_worker_does_not_list_is_taken_back(library: Library) -> 
         assert row["worker_id"] == db.worker
     finally:
         await db.close()
+
+
+REMOVE = "create function public.deallocate() returns integer language plpgsql as $$ begin {}; return 1; end $$"
+
+
+@pytest.mark.parametrize(
+    ("code", "moments"), [("deallocate all", {10, 20}), ("prepare _pg3_0 as select 1", {2})], ids=["remove", "add"]
+)
+async def test_prepared_statements_of_foreign_code_do_no_harm(
+    library: Library, connections: Connections, code: str, moments: set[int]
+) -> None:
+    """The next calls over the connection would fail, and a settle that fails costs answers."""
+    library.sql(REMOVE.format(code).replace("%", "%%"))
+    before = await backend(connections, "describe")
+    for number in range(30):  # from the sixth call on, psycopg prepares a statement
+        row = await connections.call_once("describe", "select %s::integer as n", number)
+        assert row["n"] == number
+        if number in moments:
+            await connections.call_once("describe", "select public.deallocate()")
+    assert await backend(connections, "describe") == before, "the connection was given up"
+
+
+async def test_a_call_that_ends_its_session_each_time_is_given_up(library: Library, connections: Connections) -> None:
+    with psycopg.connect(library.stack.database_url("supabase_admin"), autocommit=True) as admin:
+        admin.execute("""
+            create sequence public.ended;
+            create function public.die() returns void language plpgsql security definer as $$
+            begin
+              perform nextval('public.ended'), pg_terminate_backend(pg_backend_pid());
+              perform pg_sleep(60);
+            end $$""")
+        with pytest.raises(Lost):
+            await connections.call("settle", "select public.die()")
+        assert admin.execute("select last_value from public.ended").fetchone() == (MAX_LOSSES + 1,)
+
+
+async def test_a_server_that_is_away_uses_up_no_tries(library: Library) -> None:
+    """The first connection is lost with the call, and then there is none that can be used."""
+    proxy = Proxy(library.stack.database_url())
+    connections = Connections(proxy.url())
+    try:
+        async with proxy.serve():
+            await connections.open()
+            await backend(connections, "settle")
+        for _ in range(10):
+            proxy.reset(random.Random(1))
+            await asyncio.sleep(0.05)
+        call = asyncio.create_task(connections.call("settle", "select 7 as n"))
+        _, still = await asyncio.wait([call], timeout=3)
+        assert still, "it does not wait for the server"
+        async with proxy.serve(), asyncio.timeout(PATIENCE):
+            assert (await call)["n"] == 7
+    finally:
+        await connections.close()
+
+
+@pytest.mark.parametrize("state", ["PT409", "PT426", "PT503"])
+async def test_what_foreign_code_raises_is_not_taken_for_autotags_own(connections: Connections, state: str) -> None:
+    """PT409 would stop the work on a batch, and PT426 the worker."""
+    with pytest.raises(psycopg.DatabaseError, match="the host says no"):
+        await connections.call_once(
+            "batch", f"do $$ begin raise exception 'the host says no' using errcode = '{state}'; end $$"
+        )
+
+
+async def test_autotags_own_refusals_have_names(library: Library, connections: Connections) -> None:
+    library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", uuid.UUID(int=1))
+    with pytest.raises(NotHeld):
+        await connections.call_once(
+            "batch", "select autotag.batch_finish(%s, %s, 1)", uuid.UUID(int=1), uuid.UUID(int=2)
+        )
+    with pytest.raises(VersionsDiffer):
+        await connections.call_once(
+            "lease", "select autotag.register_worker(%s, 'test', '9.9.9', true)", uuid.UUID(int=1)
+        )

@@ -200,6 +200,84 @@ async def test_an_image_whose_row_cannot_be_read_ends_alone(library: Library, ne
     check_asked_once(library.stack)
 
 
+def end_sessions(library: Library) -> None:
+    """A function that ends the session that calls it, as a damaged row does that crashes the server process."""
+    with psycopg.connect(library.stack.database_url("supabase_admin"), autocommit=True) as admin:
+        admin.execute("""
+            create sequence public.ended;
+            grant all on public.ended to public;
+            create function public.end_session() returns boolean language plpgsql volatile security definer as $$
+            begin
+              perform nextval('public.ended'), pg_terminate_backend(pg_backend_pid());
+              perform pg_sleep(60);
+              return true;
+            end $$""")
+
+
+def ended_sessions(library: Library) -> int:
+    [row] = library.sql("select case when is_called then last_value else 0 end as n from public.ended")
+    return int(row["n"])
+
+
+@pytest.mark.parametrize("images", [8, 60], ids=["single calls", "batch"])
+async def test_an_image_whose_row_ends_the_session_fails_alone(
+    library: Library, neighbour: Library, images: int
+) -> None:
+    """Each time its outcome is written, the connection is lost: that is not the network."""
+    assets, others = await library.upload(images), await neighbour.upload(images, seed=2)
+    end_sessions(library)
+    library.sql(f"""
+        create function public.be_deadly() returns trigger language plpgsql as $$
+        begin
+          perform public.end_session();
+          return new;
+        end $$;
+        create trigger be_deadly before update on public.assets for each row
+          when (new.id = '{assets[2]}' and new.tagging_stage in ('completed', 'failed')) execute function public.be_deadly()""")
+    jobs = library.enqueue(assets), neighbour.enqueue(others)
+    async with working(library):
+        await neighbour.finished(jobs[1])
+        [done] = await library.finished(jobs[0])
+    assert (done["completed"], done["failed"]) == (images - 1, 1)
+    library.check_tags([asset for asset in assets if asset != assets[2]])
+    neighbour.check_tags()
+    [task] = library.sql("select error_code from autotag.tasks where asset_id = %s", assets[2])
+    assert task["error_code"] == "not_stored"
+    assert ended_sessions(library) < 40
+    check_asked_once(library.stack)
+    check_money(library.stack)
+
+
+@pytest.mark.parametrize("images", [5, 16], ids=["single calls", "batch"])
+async def test_an_image_whose_row_ends_the_session_that_reads_it_fails_alone(
+    library: Library, neighbour: Library, images: int
+) -> None:
+    library.stack.configure(max_failures="2", chunk_max_images="10")
+    assets, others = await library.upload(images), await neighbour.upload(8, seed=2)
+    end_sessions(library)
+    jobs = library.enqueue(assets), neighbour.enqueue(others)
+    library.sql(f"""
+        alter function autotag.describe_assets(uuid[]) rename to describe_assets_before;
+        create function autotag.describe_assets(p_asset_ids uuid[])
+        returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url text, refused text, mark uuid, stage text)
+        language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
+        begin
+          if '{assets[-1]}' = any (p_asset_ids) then
+            perform public.end_session();
+          end if;
+          return query select * from autotag.describe_assets_before(p_asset_ids);
+        end $$""")
+    async with working(library):
+        await neighbour.finished(jobs[1])
+        [done] = await library.finished(jobs[0])
+    assert (done["completed"], done["failed"]) == (images - 1, 1)
+    library.check_tags(assets[:-1])
+    neighbour.check_tags()
+    [task] = library.sql("select error_code from autotag.tasks where asset_id = %s", assets[-1])
+    assert task["error_code"] == "unreadable_row"
+    check_asked_once(library.stack)
+
+
 async def test_a_slow_trigger_of_one_workspace_does_not_hold_up_another(library: Library, neighbour: Library) -> None:
     assets, others = await library.upload(8), await neighbour.upload(8, seed=2)
     library.sql(f"""
@@ -239,6 +317,29 @@ async def test_automatic_mode_takes_no_harm_from_a_row_that_refuses(library: Lib
             lambda: not library.sql("select from autotag.jobs where finished_at is null"), "the refused images to fail"
         )
     neighbour.check_tags()
+
+
+async def test_automatic_mode_goes_on_where_a_row_ends_the_session(library: Library, neighbour: Library) -> None:
+    """A row ends the session of whoever writes `queued` to it: that upload begins without it."""
+    library.stack.configure(upload_quiet="0.1 s")
+    library.sql("select autotag.set_automatic(true)")
+    end_sessions(library)
+    library.sql(f"""
+        create function public.be_deadly() returns trigger language plpgsql as $$
+        begin
+          perform public.end_session();
+          return new;
+        end $$;
+        create trigger be_deadly before update on public.assets for each row
+          when (new.workspace_id = '{library.member.workspace}' and new.tagging_stage = 'queued') execute function public.be_deadly()""")
+    async with working(library):
+        await library.upload(3)
+        await neighbour.upload(8, seed=2)
+        await until(lambda: all_but(neighbour), "the other workspace's images")
+        await until(lambda: all_but(library), "the upload with the deadly rows")
+    library.check_tags()
+    neighbour.check_tags()
+    check_asked_once(library.stack)
 
 
 @pytest.mark.parametrize("statement", ["autotag.claim(", "autotag.settle(", "autotag.report_stages("])

@@ -39,6 +39,7 @@ DECISIONS = {
     "claim": "gets what waits, within all limits",
     "claim_batches": "gets batches that wait, and the look at the provider when it is due",
     "describe_tasks": "describes the images that it holds",
+    "report_unreadable": "counts a failure of images that it holds",
     "diagnose": "counts, names of logins, and one image that is not its own",
     "files_deleted": "leaves files of batches that are over to expire at the provider",
     "heartbeat": "keeps its own worker alive",
@@ -656,7 +657,7 @@ LOOK = "create or replace function autotag.is_poll_assigned(p_worker uuid) retur
 #: What tells logins apart, replaced, and the functions that stand behind it: each alone has to be noticed. (Of the scene's
 #: there is nothing that files_deleted, report_poll_failure, batch_submitted and claim_batches could do in the other's name.)
 TOLD_APART = {
-    "batch_images": OWN, "settle": OWN, "report_stages": OWN, "release_worker": OWN, "release_lost": OWN, "describe_tasks": OWN, "batch_answers": OWN,
+    "batch_images": OWN, "settle": OWN, "report_stages": OWN, "release_worker": OWN, "release_lost": OWN, "describe_tasks": OWN, "report_unreadable": OWN, "batch_answers": OWN,
     "batch_finish": OWN, "batch_split": OWN, "report_batch_failure": OWN, "batch_step": OWN, "claim": LEASE, "record_poll": LOOK,
     "provider_checked": LOOK,
 }  # fmt: skip

@@ -159,7 +159,7 @@ def tries_until_all_ended(session: psycopg.Connection[Any], most: int) -> tuple[
 
 
 @pytest.mark.parametrize(("state", "tries"), [
-    ("42703", 8), ("53100", 20), ("58030", 20), ("XX001", 20), ("55P03", 64), ("40001", 64), ("40P01", 64),
+    ("42703", 8), ("0A000", 8), ("53100", 20), ("58030", 20), ("XX001", 20), ("55P03", 64), ("40001", 64), ("40P01", 64),
 ])  # fmt: skip
 def test_an_error_that_may_pass_is_waited_for_but_not_for_ever(
     session: psycopg.Connection[Any], state: str, tries: int
@@ -173,6 +173,17 @@ def test_an_error_that_may_pass_is_waited_for_but_not_for_ever(
     assert tries_until_all_ended(session, 70) == (tries, ["not_stored"])
     assert session.execute("select error_code from autotag.tasks").fetchall() == [("not_stored",)]
     assert session.execute("select finished_at is not null from autotag.jobs").fetchone() == (True,)
+
+
+@pytest.mark.parametrize("state", ["AT001", "AT002", "PT409", "PT429", "0L000"])
+def test_an_error_of_autotags_own_is_the_rows_refusal_if_the_host_raises_it(
+    session: psycopg.Connection[Any], state: str
+) -> None:
+    """AT001 says that a picture was replaced. Were the host believed, its image would be asked and paid for again."""
+    raise_on(session, "completed", state)
+    assert [notice["event"] for notice in settle(session)["notices"]] == ["not_stored"]
+    assert tagged(session) == IMAGES - 1
+    assert session.execute("select error_code from autotag.tasks").fetchall() == [("not_stored",)]
 
 
 @pytest.mark.parametrize("state", ["40001", "55P03"])

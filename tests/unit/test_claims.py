@@ -10,9 +10,13 @@ from typing import cast
 import psycopg
 import pytest
 
-from autotag.db import Busy, Claim, Database, DatabaseSettings, Image, Question, TooSlow
+from autotag.db import Busy, Claim, Database, DatabaseSettings, Image, Lost, Question, TooSlow
+from autotag.db.messages import Notice, Sent, StageReport
 from autotag.worker import realtime
 from autotag.worker.claims import Claims
+from autotag.worker.observations import Observations
+from autotag.worker.slow import SlowWorkspaces
+from autotag.worker.stages import Stages
 from autotag.worker.wake import Wake
 from support import soon
 
@@ -55,6 +59,18 @@ class FakeDatabase:
         self.given: dict[int, list[int]] = {}
         self.refuse: Callable[[list[int]], Exception | None] = lambda _: None
         self.gone: set[int] = set()
+        self.sent = 0
+        self.unreadable: list[int] = []
+
+    async def report_unreadable(self, tasks: list[int]) -> None:
+        self.unreadable += tasks
+
+    async def report_stages(self, workspace: str | None, stages: list[StageReport], sent: Sent | None) -> list[Notice]:
+        assert workspace is None
+        assert not stages
+        assert sent
+        self.sent += sent["sent"]
+        return []
 
     async def claim(self, number: int, slots: int) -> Claim:
         self.claims.append((number, slots))
@@ -77,6 +93,8 @@ class Bench:
     def __init__(self, queue: Sequence[int]) -> None:
         self.db, self.wake, self.claims = FakeDatabase(queue), Wake(), Claims()
         self.tagged: list[int] = []
+        self.observations = Observations()
+        self.stages = Stages(cast("Database", self.db), self.observations, SlowWorkspaces())
 
     async def tag(self, image: Image, _: DatabaseSettings) -> None:
         self.tagged.append(image.task)
@@ -85,7 +103,7 @@ class Bench:
     @contextlib.asynccontextmanager
     async def running(self, slots: int = 4) -> AsyncIterator[None]:
         lane = asyncio.create_task(
-            realtime.run(cast("Database", self.db), self.wake, self.claims, slots, self.tag, deadline=1)
+            realtime.run(cast("Database", self.db), self.wake, self.claims, self.stages, slots, self.tag, deadline=1)
         )
         yield
         assert not lane.done(), "data ended the worker"
@@ -177,6 +195,27 @@ async def test_an_image_that_is_gone_frees_its_slot_and_its_claim() -> None:
     async with bench.running(slots=4):
         await soon(lambda: sorted(bench.tagged) == [4, 5, 6, 7])
     assert 1 not in bench.claims.listed()
+
+
+async def test_calls_for_images_that_are_gone_count_as_sent_soon() -> None:
+    """The database keeps room for released calls in the provider's limits until they are sent."""
+    bench = Bench(range(8))
+    bench.db.gone = set(range(8))
+    reporting = asyncio.create_task(bench.stages.run())
+    async with bench.running(slots=20):
+        await soon(lambda: bench.db.sent == 8)
+    reporting.cancel()
+
+
+async def test_an_image_whose_row_ends_the_session_is_given_up_and_the_others_are_tagged() -> None:
+    bench = Bench(range(8))
+    bench.db.refuse = lambda tasks: Lost("each time") if 4 in tasks else None
+    async with bench.running(slots=20):
+        await soon(lambda: len(bench.tagged) == 7 and 1 not in bench.claims.listed()[:-1])
+        assert bench.db.descriptions.count([4]) == 1
+        assert bench.db.descriptions.count(list(range(8))) == 1, "halved at once"
+        assert bench.db.unreadable == [4]
+        await soon(lambda: bench.claims.listed() == [bench.db.claims[-1][0]])
 
 
 async def test_a_stopping_worker_does_not_wait_for_descriptions() -> None:

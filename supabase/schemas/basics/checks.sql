@@ -21,6 +21,15 @@ as $$
   select '[\u0001-\u001f\u007f-\u00a0\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u1680\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f\u3000\ue000-\uf8ff\ufdd0-\ufdef\ufeff\ufff0-\ufffb\ufffe\uffff\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U00040000-\U000e00ff\U000e01f0-\U000e0fff\U000f0000-\U0010ffff]'
 $$;
 
+-- Names for a sentence: at most five, and how many more there are.
+create or replace function autotag.name_some(p_names text[]) returns text
+language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return array_to_string(p_names[:5], ', ')
+    || case when cardinality(p_names) > 5 then format(' and %s more', cardinality(p_names) - 5) else '' end;
+end $$;
+
 -- Whether a text is printable.
 create or replace function autotag.is_plain(p_text text) returns boolean
 language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp

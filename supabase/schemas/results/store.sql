@@ -109,15 +109,18 @@ begin
 end $$;
 
 -- store_waiting() took too long for these outcomes and was cancelled: they wait longer. If it is one, this image's own row is to
--- blame: after max_failures such timeouts it fails with the code not_stored, and its row is not touched again. Returns sentences for
--- the operator's log: [{event, notice}]. Locks: unstored (skip locked), then as in finish().
-create or replace function autotag.postpone_stores(p_worker uuid, p_workspace_id uuid, p_tasks bigint[]) returns jsonb
+-- blame: after max_failures such timeouts it fails with the code not_stored, and its row is not touched again. p_lost: it ended its
+-- connection several times, which counts as three timeouts: a row that crashes the server process must not do so for long. Returns
+-- sentences for the operator's log: [{event, notice}]. Locks: unstored (skip locked), then as in finish().
+create or replace function autotag.postpone_stores(p_worker uuid, p_workspace_id uuid, p_tasks bigint[], p_lost boolean default false)
+returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_now timestamptz := autotag.now();
   v_max integer := (select s.max_failures from autotag.settings s);
   v_alone boolean := cardinality(p_tasks) = 1;
+  v_timeouts integer := case when v_alone then 1 + 2 * p_lost::integer else 0 end;
   v_row autotag.unstored;
   v_task autotag.tasks;
 begin
@@ -130,15 +133,17 @@ begin
     where u.task_id = any (p_tasks) and u.workspace_id = p_workspace_id and u.next_at <= v_now
     limit 1000 for update skip locked
   loop
-    if v_alone and v_row.timeouts + 1 >= v_max then
+    if v_alone and v_row.timeouts + v_timeouts >= v_max then
       select * into v_task from autotag.tasks t where t.id = v_row.task_id;
-      perform autotag.write_outcomes(p_workspace_id, array[row(v_task.id, v_task.job_id, v_task.asset_id, null, 'not_stored',
-        'The database took too long to store the tags of this image.', null)::autotag.finished], true, false);
-      return jsonb_build_array(jsonb_build_object('event', 'not_stored', 'notice', format(
-        'Writing the row of image %s took too long %s times. A trigger on the table is probably slow.', v_task.asset_id, v_max)));
+      perform autotag.count_ended(autotag.write_outcomes(p_workspace_id, array[row(v_task.id, v_task.job_id, v_task.asset_id, null,
+        'not_stored', case when p_lost then 'The database could not store the tags of this image.'
+          else 'The database took too long to store the tags of this image.' end, null)::autotag.finished], true, false));
+      return jsonb_build_array(jsonb_build_object('event', 'not_stored', 'notice', format(case when p_lost
+        then 'Writing the row of image %s ended the session each time. A trigger on the table does that, or the row is damaged.'
+        else 'Writing the row of image %s took too long %s times. A trigger on the table is probably slow.' end, v_task.asset_id, v_max)));
     end if;
     update autotag.unstored u
-    set tries = u.tries + 1, timeouts = u.timeouts + v_alone::integer,
+    set tries = u.tries + 1, timeouts = u.timeouts + v_timeouts,
         next_at = v_now + case when v_alone then least(interval '1 min', interval '0.25 s' * power(2, least(u.tries, 10)))
           else interval '0' end
     where u.task_id = v_row.task_id;

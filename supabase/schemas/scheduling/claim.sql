@@ -176,6 +176,32 @@ begin
         on d.asset_id = r.asset_id) i);
 end $$;
 
+-- Describing these images, each by itself, ended the session each time (a damaged row crashes the server process): each counts a failure
+-- and is tried again later. Ignores tasks that the worker does not hold. Locks: tasks by id (skip locked).
+create or replace function autotag.report_unreadable(p_worker uuid, p_tasks bigint[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_settings autotag.settings;
+  v_tries jsonb;
+begin
+  perform autotag.check_ids(cardinality(p_tasks));
+  if not autotag.is_own_worker(p_worker) then
+    return;
+  end if;
+  select * into v_settings from autotag.settings;
+  select jsonb_agg(jsonb_build_object('task', h.id, 'failures', 1, 'delay', autotag.growing_delay(h.failures, v_settings),
+    'code', 'unreadable_row', 'message', 'The image''s row in the database cannot be read.'))
+  into v_tries
+  from (
+    select t.id, t.failures from autotag.tasks t where t.id = any (p_tasks) and t.worker_id = p_worker
+    order by t.id for update skip locked) h;
+  if v_tries is not null then
+    perform autotag.keep(autotag.requeue(v_tries), false);
+    perform pg_notify('autotag', 'realtime');
+  end if;
+end $$;
+
 -- Why a claim with free slots released no more; null: nothing is queued. p_provider: the row after the claim.
 create or replace function autotag.describe_bound(p_provider autotag.provider_limits) returns text
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp

@@ -65,3 +65,14 @@ create type autotag.finished as (
   message text,
   mark uuid                    -- as in unstored
 );
+
+-- Rows of the host that are written in parts, because some of them raise (next_part).
+create type autotag.parts as (
+  size integer,                -- of the next part
+  odd integer,                 -- of so many next rows one raises; 0: unknown
+  written integer,             -- rows until now, and 64 …
+  raised integer               -- … and those that raised
+);
+
+-- Images of a job that have ended, for its counts (count_ended).
+create type autotag.ended as (job_id uuid, completed integer, failed integer);

@@ -94,9 +94,10 @@ end $$;
 --   sealed: how many jobs were made.   more: another upload is due.
 --   wait: seconds until the next call; null: automatic mode is off, and nothing waits.
 --   notices: [{event, notice}] for the log.
+-- p_quiet: earlier calls ended their session, so a row probably does that to whoever writes it: `queued` is not shown on the rows (show).
 -- Locks: quotas (without waiting), one user's uploads and arrivals (skip locked), then as in start_job().
 create or replace function autotag.seal_uploads(
-  p_worker uuid, out sealed integer, out more boolean, out wait double precision, out notices jsonb
+  p_worker uuid, p_quiet boolean default false, out sealed integer, out more boolean, out wait double precision, out notices jsonb
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -107,7 +108,8 @@ declare
   v_result record;
   v_done boolean := false;
 begin
-  perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
+  perform set_config('request.jwt.claims', '', true),   -- triggers on the host's tables trust these claims
+    set_config('autotag.quiet', p_quiet::text, true);
   sealed := 0;
   more := false;
   notices := '[]';
@@ -182,8 +184,7 @@ begin
     delete from autotag.uploads u where u.id = any (v_due);
     return;
   end if;
-  v_room := least(autotag.live_capacity(p_workspace_id), (select s.job_max_images from autotag.settings s),
-    (select min(q.images_left) from autotag.quotas_left(p_workspace_id, v_user) q));
+  v_room := autotag.room_for_upload(p_workspace_id, v_user);
   if v_room < 1 then
     perform autotag.postpone_upload(p_workspace_id, p_uploader, v_due, p_now);
     return;
@@ -227,21 +228,42 @@ end $$;
 -- Tries to make a job of these images. Its errors are returned, not raised: state is their SQLSTATE, null: none. p_keep: false: the try
 -- is undone in any case. It waits 50 ms at most for each row of the host that another transaction holds. Constraints that the host has
 -- deferred are checked here, not at the commit, where an error would undo everything. jobs: how many were made, 0 or 1.
+-- The host may raise the SQLSTATEs of autotag, too: PT429 is returned only if there is not enough room; otherwise it is P0001.
 create or replace function autotag.try_upload(
   p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_keep boolean, out jobs integer, out state text, out error text
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
+declare
+  v_started boolean := false;
+  v_undone boolean := false;
 begin
   jobs := autotag.start_upload(p_workspace_id, p_user_id, p_asset_ids);
+  v_started := true;
   set constraints all immediate;
   if not p_keep then
-    raise exception using errcode = 'AT002';
+    v_undone := true;
+    raise exception 'undone';
   end if;
 exception when others or assert_failure or query_canceled then
-  get stacked diagnostics state = returned_sqlstate, error = message_text;
   jobs := 0;
-  state := nullif(state, 'AT002');
+  if v_undone then
+    return;
+  end if;
+  get stacked diagnostics state = returned_sqlstate, error = message_text;
+  if left(state, 2) in ('AT', 'PT') and (state <> 'PT429' or v_started
+    or autotag.room_for_upload(p_workspace_id, p_user_id) >= cardinality(p_asset_ids)) then
+    state := 'P0001';
+  end if;
+end $$;
+
+-- How many images of automatic mode one more job of a workspace and uploader may have.
+create or replace function autotag.room_for_upload(p_workspace_id uuid, p_user_id uuid) returns integer
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return least(autotag.live_capacity(p_workspace_id), (select s.job_max_images from autotag.settings s),
+    (select min(q.images_left) from autotag.quotas_left(p_workspace_id, p_user_id) q));
 end $$;
 
 -- Makes a job of these images of an upload, and returns how many jobs were made: 0 or 1. Left out are images that are gone, that have no

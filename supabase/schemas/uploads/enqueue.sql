@@ -72,7 +72,7 @@ begin
   ), found as materialized (
     select t.asset_id, t.refused, t.stage, t.mark from there t where t.workspace_id in (select w.id from theirs w)
   )
-  select (select array_agg(w.id) from theirs w), (select count(*) from found), (select count(distinct id) from unnest(p_asset_ids) id),
+  select (select array_agg(w.id order by w.id) from theirs w), (select count(*) from found), (select count(distinct id) from unnest(p_asset_ids) id),
     array(select distinct id from unnest(p_asset_ids) id except select f.asset_id from found f order by 1 limit 5),
     array(select f.asset_id from found f where f.refused = 'foreign_file' order by 1 limit 5),
     array(select f.asset_id from found f where f.refused = 'location_too_long' order by 1 limit 5),
@@ -85,8 +85,9 @@ begin
       'Insert the assets before you enqueue them.', jsonb_build_object('asset_ids', v_missing));
   end if;
   if cardinality(v_workspaces) > 1 then
-    perform autotag.refuse(400, 'several_workspaces', 'The images belong to more than one workspace.',
-      'Make one upload for each workspace.', jsonb_build_object('workspace_ids', v_workspaces));
+    perform autotag.refuse(400, 'several_workspaces',
+      format('The images belong to %s workspaces: %s.', cardinality(v_workspaces), autotag.name_some(v_workspaces::text[])),
+      'Make one upload for each workspace.', jsonb_build_object('workspace_ids', v_workspaces[:5]));
   end if;
   if v_foreign <> '{}' then
     perform autotag.refuse(403, 'foreign_file', 'An image names a file that does not belong to its workspace.',

@@ -30,7 +30,7 @@ declare
   v_now timestamptz := autotag.now();
   v_owners text;               -- logins of live workers that may do everything
 begin
-  select string_agg(distinct w.login::text, ', ') into v_owners
+  select autotag.name_some(array_agg(distinct w.login::text)) into v_owners
   from autotag.workers w where w.lease_until > v_now and autotag.is_owner(w.login);
   return case
     when p_logins = '{}' then autotag.finding('roles', 'warning',
@@ -38,8 +38,8 @@ begin
       'create role tagger login in role autotag_worker;   -- then its password with psql''s \password tagger')
     when v_owners is not null then autotag.finding('roles', 'warning',
       format('A worker is logged in as %s, which may do everything.', v_owners),
-      format('Use a login for workers (%s) in its DATABASE_URL and restart it.', array_to_string(p_logins, ', ')))
-    else autotag.finding('roles', 'ok', format('Workers may log in as %s.', array_to_string(p_logins, ', '))) end;
+      format('Use a login for workers (%s) in its DATABASE_URL and restart it.', autotag.name_some(p_logins::text[])))
+    else autotag.finding('roles', 'ok', format('Workers may log in as %s.', autotag.name_some(p_logins::text[]))) end;
 end $$;
 
 -- Whether signed-in users may call the RPCs, anon may call none of autotag's functions, and the API does not expose their schema.
@@ -49,7 +49,7 @@ as $$
 declare
   v_problem text;
 begin
-  select string_agg(p.oid::regprocedure::text, ', ') into v_problem
+  select autotag.name_some(array_agg(p.oid::regprocedure::text)) into v_problem
   from pg_catalog.pg_proc p
   where p.pronamespace in ('autotag'::regnamespace) and has_function_privilege('anon', p.oid, 'execute');
   return case

@@ -45,6 +45,23 @@ begin
       then 'Add a policy that lets users insert only rows that name them as the uploader (… = (select auth.uid())).' end);
 end $$;
 
+-- Whether a rule on the host's table prevents updates. Postgres rewrites `update … returning` by no rule but an unconditional one with
+-- `returning` of its own, and cannot rewrite it at all within `with`: tags are paid for and cannot be stored.
+create or replace function autotag.diagnose_rules() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rules text[] := array(
+    select r.rulename::text from pg_rewrite r
+    where r.ev_class = autotag.image_table() and r.ev_type = '2' and r.ev_enabled <> 'D' order by 1);
+begin
+  return case when v_rules = '{}' then autotag.finding('rules', 'ok', 'No rule changes the updates of the table of images.')
+    else autotag.finding('rules', 'error',
+      format('%s has a rule on update (%s), so no tags can be stored there: every image is paid for and fails.',
+        autotag.image_table(), autotag.name_some(v_rules)),
+      format('Use a trigger instead, and: drop rule %I on %s;', v_rules[1], autotag.image_table())) end;
+end $$;
+
 -- Whether the adapter's functions fit the host's tables, and whether rows name the right files. sample: as in sample_image().
 create or replace function autotag.diagnose_host(out findings jsonb, out sample jsonb)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -55,7 +72,8 @@ begin
   perform from autotag.tagged_assets('00000000-0000-0000-0000-000000000000', 1);
   sample := autotag.sample_image();
   findings := jsonb_build_array(
-    autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.'), autotag.diagnose_files());
+    autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.'),
+    autotag.diagnose_rules(), autotag.diagnose_files());
 exception when others then
   findings := jsonb_build_array(autotag.finding('host adapter', 'error',
     'The adapter does not fit the host''s tables: ' || sqlerrm,

@@ -18,7 +18,7 @@ begin
   if v_jobs is distinct from array['autotag-housekeeping', 'autotag-tick'] then
     return autotag.finding('pg_cron', 'error',
       format('The jobs autotag-tick and autotag-housekeeping should be scheduled; these are: %s.',
-        coalesce(array_to_string(v_jobs, ', '), 'none')),
+        coalesce(autotag.name_some(v_jobs), 'none')),
       'select autotag.schedule_cron();');
   end if;
   execute format('select concat(x.jobname, '': '', x.return_message) from (
@@ -94,7 +94,7 @@ declare
   v_polling integer;
   v_versions text;
 begin
-  select count(*)::integer, count(*) filter (where not w.listening)::integer, string_agg(distinct w.version, ', ')
+  select count(*)::integer, count(*) filter (where not w.listening)::integer, autotag.name_some(array_agg(distinct w.version))
   into v_workers, v_polling, v_versions
   from autotag.workers w where w.lease_until > v_now;
   return case

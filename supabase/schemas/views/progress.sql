@@ -20,37 +20,69 @@ as $$
 $$;
 
 -- Shows a stage on the host's rows of images of one workspace, where the host lets it: a row that is held or that raises is left
--- out, because the image's outcome follows. The caller does not hold the provider row. Locks: assets.
+-- out, because the image's outcome follows. It goes on in parts as finish() does, and waits for locks as long. autotag.quiet: shows
+-- nothing (seal_uploads). The caller does not hold the provider row. Locks: assets.
 create or replace function autotag.show(
   p_workspace_id uuid, p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
 declare
-  v_half integer := cardinality(p_asset_ids) / 2;
+  v_parts autotag.parts := autotag.first_part(cardinality(p_asset_ids));
+  v_waits interval := interval '150 ms';
+  v_next integer := 1;
+  v_part uuid[];
+  v_free uuid[];               -- of v_part, the rows that nobody holds
+  v_try record;
+begin
+  if current_setting('autotag.quiet', true) = 'true' then
+    return;
+  end if;
+  while v_next <= cardinality(p_asset_ids) and v_waits > interval '0' loop
+    v_part := p_asset_ids[v_next : v_next + v_parts.size - 1];
+    v_try := autotag.try_stage(p_workspace_id, v_part, p_stage, p_progress, p_eta);
+    v_parts := autotag.next_part(v_parts, cardinality(v_part), v_try.state is not null);
+    if v_try.state is null or cardinality(v_part) = 1 then
+      v_next := v_next + cardinality(v_part);
+    elsif autotag.is_lock_error(v_try.state) then
+      v_free := autotag.free_assets(v_part);
+      if cardinality(v_free) < cardinality(v_part) then
+        p_asset_ids := v_free || p_asset_ids[v_next + cardinality(v_part):];
+        v_next := 1;
+      end if;
+    end if;
+    if autotag.is_lock_error(v_try.state) then
+      v_waits := v_waits - v_try.took;
+    end if;
+  end loop;
+end $$;
+
+-- Shows a stage on all these rows (show_stage). Its error is returned as in try_outcomes().
+create or replace function autotag.try_stage(
+  p_workspace_id uuid, p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz, out state text, out took interval
+)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_began timestamptz := clock_timestamp();
+begin
+  perform autotag.show_stage(p_asset_ids, p_workspace_id, p_stage, p_progress, p_eta);
+exception when others or assert_failure then
+  get stacked diagnostics state = returned_sqlstate;
+  took := clock_timestamp() - v_began;
+end $$;
+
+-- Those of these images whose rows no other transaction holds; none if it cannot be found out, because even the table is held.
+create or replace function autotag.free_assets(p_asset_ids uuid[]) returns uuid[]
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
   v_held uuid[];
 begin
-  if coalesce(cardinality(p_asset_ids), 0) = 0 then
-    return;
-  end if;
-  begin
-    perform autotag.show_stage(p_asset_ids, p_workspace_id, p_stage, p_progress, p_eta);
-    return;
-  exception when lock_not_available or deadlock_detected then
-    begin
-      v_held := autotag.held_assets(p_asset_ids);
-      perform autotag.show_stage(array(select a from unnest(p_asset_ids) a where a not in (select unnest(v_held))), p_workspace_id, p_stage, p_progress, p_eta);
-    exception when others or assert_failure then
-      null;
-    end;
-    return;
-  when others or assert_failure then
-    null;
-  end;
-  if v_half > 0 then
-    perform autotag.show(p_workspace_id, p_asset_ids[:v_half], p_stage, p_progress, p_eta);
-    perform autotag.show(p_workspace_id, p_asset_ids[v_half + 1:], p_stage, p_progress, p_eta);
-  end if;
+  v_held := autotag.held_assets(p_asset_ids);
+  return array(select a from unnest(p_asset_ids) a where a not in (select unnest(v_held)));
+exception when others or assert_failure then
+  return array[]::uuid[];
 end $$;
 
 -- The stage of the images of a batch that have no outcome yet. A batch that is planned again stays where it was: stages move only

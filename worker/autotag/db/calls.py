@@ -17,7 +17,7 @@ import structlog
 from psycopg.types.json import Jsonb
 
 from autotag.db.connections import Connections
-from autotag.db.errors import Refused
+from autotag.db.errors import Refused, refusal
 from autotag.db.lanes import Sealed, Stored, Unstored
 from autotag.db.messages import (
     Batch,
@@ -166,15 +166,15 @@ class Database:
         )  # fmt: skip
         return Claim(row["tasks"], row["wait"], row["bound"], self._settings(question, row["question"]))
 
-    async def seal_uploads(self) -> Sealed:
-        """Makes a job of one upload of automatic mode that is complete. Not retried.
+    async def seal_uploads(self, *, quiet: bool = False) -> Sealed:
+        """Makes a job of one upload of automatic mode that is complete. Not retried. quiet: does not show it on rows.
 
         Raises:
             Busy, TooSlow: writing the host's rows takes too long; the upload was postponed.
         """
         row = await self._connections.call_once(
-            "seal", "select sealed, more, wait, notices from autotag.seal_uploads(%s)", self.worker, within=SEAL_TIMEOUT
-        )
+            "seal", "select sealed, more, wait, notices from autotag.seal_uploads(%s, %s)", self.worker, quiet,
+            within=SEAL_TIMEOUT)  # fmt: skip
         return make(Sealed, row)
 
     async def describe_tasks(self, number: int, tasks: Sequence[int]) -> list[Image]:
@@ -188,6 +188,10 @@ class Database:
             self.worker, list(tasks), within=DESCRIBE_TIMEOUT,
         )  # fmt: skip
         return [make(Image, {**image, "claim": number}) for image in row["images"]]
+
+    async def report_unreadable(self, tasks: list[int]) -> None:
+        """Reports images whose description raised `Lost` by itself."""
+        await self._connections.call("other", "select autotag.report_unreadable(%s, %s::bigint[])", self.worker, tasks)
 
     async def report_stages(self, workspace: str | None, stages: list[StageReport], sent: Sent | None) -> list[Notice]:
         """Reports stages of images of one workspace, and calls that were sent (also without a workspace); returns
@@ -253,15 +257,15 @@ class Database:
         )  # fmt: skip
         return make(Stored, row["result"])
 
-    async def postpone_stores(self, workspace: str, tasks: Sequence[int]) -> list[Notice]:
-        """Delays the outcomes that `store_waiting` could not store; returns notices for the log.
+    async def postpone_stores(self, workspace: str, tasks: Sequence[int], *, lost: bool = False) -> list[Notice]:
+        """Delays the outcomes that `store_waiting` could not store; returns notices. lost: it raised `Lost`.
 
         Raises:
             Busy, TooSlow: as above.
         """
         row = await self._connections.call(
-            "store", "select autotag.postpone_stores(%s, %s, %s::bigint[]) as notices",
-            self.worker, workspace, list(tasks), within=STORE_TIMEOUT,
+            "store", "select autotag.postpone_stores(%s, %s, %s::bigint[], %s) as notices",
+            self.worker, workspace, list(tasks), lost, within=STORE_TIMEOUT,
         )  # fmt: skip
         return cast("list[Notice]", row["notices"])
 
@@ -304,11 +308,8 @@ class Database:
         """Records that the batch was created at the provider."""
         await self._batch(
             "select autotag.batch_submitted(%s, %s, %s, %s, %s, %s) as result",
-            batch,
-            openai_batch_id,
-            status,
-            input_file_id,
-        )
+            batch, openai_batch_id, status, input_file_id,
+        )  # fmt: skip
 
     async def report_batch_failure(self, batch: Batch, error: ErrorReport) -> None:
         """Reports that a step of a batch failed, and releases the batch."""
@@ -378,7 +379,7 @@ class Database:
                 "other", "select autotag.receive_webhook(%s, %s, %s) as result", webhook_id, event_type, openai_batch_id
             )
         except psycopg.DatabaseError as error:
-            if error.sqlstate != "PT400":
+            if (refusal(error) or {}).get("code") != "bad_webhook":
                 raise
             raise Refused(str(error.diag.message_primary), error.diag.message_hint, None) from None
         return str(row["result"])

@@ -13,7 +13,7 @@ from psycopg.rows import dict_row
 from psycopg.types.json import set_json_dumps, set_json_loads
 from psycopg_pool import AsyncConnectionPool
 
-from autotag.db.errors import CALL_ERRORS, Busy, NotHeld, TooSlow, VersionsDiffer
+from autotag.db.errors import CALL_ERRORS, Busy, Lost, NotHeld, TooSlow, VersionsDiffer, refusal
 from autotag.db.listening import KEEPALIVES, MAX_RETRY_DELAY
 from autotag.redact import safe_message
 
@@ -32,7 +32,8 @@ HOST_PURPOSES: tuple[Purpose, ...] = ("store", "batch", "stages")
 HOST_SHARE = 3
 POOL_SIZE = sum(n for purpose, n in SHARES.items() if purpose not in HOST_PURPOSES) + HOST_SHARE  # 11, if all are busy
 FIRST_RETRY_DELAY = 0.2  # max seconds until the first retry; twice as long each time, up to MAX_RETRY_DELAY
-#: Their callers handle `Busy` and `TooSlow`; the other calls are retried.
+MAX_LOSSES = 3  # how often a call may lose a connection that was usable just before, until it raises `Lost`
+#: Their callers handle `Busy`, `TooSlow` and `Lost`; the other calls are retried.
 _RAISING: tuple[Purpose, ...] = ("describe", "settle", "seal", "store", "batch", "stages")
 
 log = structlog.get_logger(__name__)
@@ -47,7 +48,7 @@ def _log_retry(error: BaseException) -> None:
 
 async def _reset(connection: psycopg.AsyncConnection[Any]) -> None:
     """Undoes what the host's code has set for the session, a `statement_timeout` for example."""
-    await connection.execute("reset all")
+    await connection.execute("reset all", prepare=False)
 
 
 class Connections:
@@ -101,16 +102,24 @@ class Connections:
         """Executes one statement and returns its row. Retries after a broken connection; see `call_once`.
 
         Raises:
-            Busy, TooSlow: only for the purposes whose callers handle them; the others are retried.
+            Busy, TooSlow, Lost: only for the purposes whose callers handle them; the others are retried.
         """
         retried = _is_broken if purpose in _RAISING else _is_temporary
         delay = FIRST_RETRY_DELAY
+        broken = False  # the last connection; then the next one is tried first
+        losses = 0
         while True:
             try:
-                return await self.call_once(purpose, statement, *arguments, within=within)
+                return await self._call(purpose, statement, arguments, within, check=broken)
+            except Lost as error:
+                losses += 1
+                if losses == MAX_LOSSES and purpose in _RAISING:
+                    raise
+                _log_retry(error)
             except CALL_ERRORS as error:
                 if not retried(error):
                     raise
+                broken = broken or _is_broken(error)
                 _log_retry(error)
             await asyncio.sleep(random.uniform(0, delay))
             delay = min(2 * delay, MAX_RETRY_DELAY)
@@ -129,26 +138,54 @@ class Connections:
             Busy, TooSlow, NotHeld, VersionsDiffer: see there.
             psycopg.Error: any other error.
         """
+        return await self._call(purpose, statement, arguments, within, check=False)
+
+    async def _call(
+        self, purpose: Purpose, statement: str, arguments: tuple[object, ...], within: float | None, *, check: bool
+    ) -> Any:
+        """`call_once`. check: try the connection first; if the statement loses it then, raise `Lost`."""
         async with self._shares[purpose], self._pools[purpose].connection() as connection:
+            if check:
+                await AsyncConnectionPool.check_connection(connection)
             try:
                 async with asyncio.timeout(within):
-                    cursor = await connection.execute(statement, arguments)
-                    return await cursor.fetchone()
+                    return await _execute(connection, statement, arguments)
             except TimeoutError:
                 raise TooSlow(f"The call took longer than {within} seconds.") from None
             except psycopg.DatabaseError as error:
+                if check and _is_lost(error, connection):
+                    raise Lost(f"The connection was lost: {safe_message(error)}") from None
                 meaning = _meaning(error)
                 raise (error if meaning is None else meaning) from None
 
 
+async def _execute(connection: psycopg.AsyncConnection[Any], statement: str, arguments: tuple[object, ...]) -> Any:
+    """Executes one statement and returns its row. If the host's code has changed the session's prepared statements
+    (`deallocate all`), nothing was done, and it is executed again without them."""
+    try:
+        cursor = await connection.execute(statement, arguments)
+    except (psycopg.errors.InvalidSqlStatementName, psycopg.errors.DuplicatePreparedStatement):
+        await connection.execute("deallocate all")  # then psycopg knows of none either
+        cursor = await connection.execute(statement, arguments, prepare=False)
+    return await cursor.fetchone()
+
+
+def _is_lost(error: psycopg.DatabaseError, connection: psycopg.AsyncConnection[Any]) -> bool:
+    """Whether the server has ended the session, or broke off."""
+    return connection.closed or error.diag.severity_nonlocalized == "FATAL"
+
+
 def _meaning(error: psycopg.DatabaseError) -> Exception | None:
     """The exception for an error that callers handle; None: they do not."""
-    match error.sqlstate:
-        case "PT409":
+    match (refusal(error) or {}).get("code"):
+        case "batch_not_held":
             return NotHeld(str(error))
-        case "PT426":
+        case "versions_differ":
             return VersionsDiffer(str(error.diag.message_primary), str(error.diag.message_hint))
-        case "PT503" | "55P03" | "40P01" | "40001":  # busy, lock_not_available, deadlock, serialization_failure
+        case "busy":
+            return Busy(str(error))
+    match error.sqlstate:
+        case "55P03" | "40P01" | "40001":  # lock_not_available, deadlock, serialization_failure
             return Busy(str(error))
         case "57014":  # query_canceled: the login has a statement_timeout
             return TooSlow(str(error))

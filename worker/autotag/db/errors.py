@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import psycopg
 
 
@@ -15,6 +18,11 @@ class Busy(Exception):
 
 class TooSlow(TimeoutError):
     """The call took too long and was cancelled. Nothing was done, unless it had just been committed."""
+
+
+class Lost(TooSlow):
+    """The call lost its connection each time while it ran, although the server could be reached before. So the call is
+    probably the cause: a trigger ends its session, or a damaged row crashes the server process."""
 
 
 class VersionsDiffer(Exception):
@@ -36,3 +44,12 @@ class Refused(Exception):
 
 #: What a call raises if the database, the host's rows or the arguments are the cause.
 CALL_ERRORS = (psycopg.Error, Busy, TooSlow)
+
+
+def refusal(error: psycopg.Error) -> dict[str, Any] | None:
+    """The detail of an error that `autotag.refuse` raised, with its ``code``; None: something else raised it. A trigger
+    of the host's may raise the same SQLSTATE."""
+    if "autotag.refuse(" not in (error.diag.context or "").partition("\n")[0]:
+        return None
+    detail: dict[str, Any] = json.loads(error.diag.message_detail or "{}")
+    return detail

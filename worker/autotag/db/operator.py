@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import date
 from typing import Any, cast
 
@@ -10,7 +9,7 @@ import psycopg
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from autotag.db.errors import Refused
+from autotag.db.errors import Refused, refusal
 from autotag.db.messages import ObservedLimits, make
 from autotag.db.operator_messages import (
     Admission,
@@ -66,9 +65,9 @@ class Operator:
         try:
             row = await (await self._connection.execute(statement, arguments)).fetchone()
         except psycopg.DatabaseError as error:
-            if not (error.sqlstate or "").startswith("PT"):
+            detail = refusal(error)
+            if detail is None:
                 raise
-            detail = json.loads(error.diag.message_detail or "{}")
             raise Refused(str(error.diag.message_primary), error.diag.message_hint, detail.get("retry_after")) from None
         return row[0] if row else None
 

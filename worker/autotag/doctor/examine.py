@@ -23,6 +23,7 @@ from autotag.errors import TaggingError
 from autotag.images.storage import Storage
 from autotag.operate.follow import read_payload
 from autotag.redact import safe_message
+from autotag.texts import name_some
 
 CONNECT_TIMEOUT = 10  # seconds
 BROADCAST_TIMEOUT = 10.0  # seconds; the first join after a quiet period can take a second
@@ -170,7 +171,7 @@ async def _storage(settings: DoctorSettings, sample: db.StoredFile | None) -> Fi
         if error.kind == "image" and sample:
             return _unreadable_sample(error, sample, buckets)
         return Finding(check, "error", error.message, STORAGE_FIXES[error.code])
-    names = ", ".join(sorted(buckets)) or "none"
+    names = name_some(sorted(buckets)) or "none"
     return Finding(check, "ok", f"Readable; buckets: {names}." + (" The newest image could be read." if sample else ""))
 
 
@@ -178,7 +179,7 @@ def _unreadable_sample(error: TaggingError, sample: db.StoredFile, buckets: froz
     """The key works, but the newest image cannot be read, because of its bucket or of this one file."""
     check, bucket = "storage", sample["bucket"]
     if bucket not in buckets:
-        names = ", ".join(sorted(buckets)) or "none"
+        names = name_some(sorted(buckets)) or "none"
         return Finding(
             check, "error",
             f"The key works, but the newest image names the bucket {bucket}, which does not exist (buckets: {names}).",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autotag.install.facts import Facts, Table
+from autotag.texts import name_some
 
 #: Names that projects use for their tables and columns, the most likely first.
 TABLES = ("assets", "images", "photos", "pictures", "media", "files", "uploads")
@@ -171,7 +172,7 @@ def _table(facts: Facts, wanted: str | None, ask: Ask) -> Table:
 def _existing(table: Table, option: str, name: str, kinds: Sequence[str]) -> str:
     kind = table.columns.get(name)
     if kind is None:
-        raise HostError(f"{table.name} has no column {name} ({option}); it has {', '.join(table.columns)}.")
+        raise HostError(f"{table.name} has no column {name} ({option}); it has {name_some(list(table.columns))}.")
     if kind not in kinds:
         raise HostError(f"{table.name}.{name} is {kind}; autotag needs {' or '.join(kinds)} there ({option}).")
     return name

@@ -13,6 +13,7 @@ from autotag.install.facts import Facts, read_facts
 from autotag.install.files import find_rule, users_see_files
 from autotag.install.host import Ask, Choices, FileRule, Host, HostError, propose
 from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, Migration, spending_limit
+from autotag.texts import name_some
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,20 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool) -> Survey:
         host = propose(facts, choices, _first_answer)
         return Survey(facts, replace(host, files=FileRule(facts.file_rule or "none", ())), keeps_adapter=True)
     host = propose(facts, choices, ask)
+    _check_rules(facts, host)
     rule = find_rule(url, facts, host, choices.file_rule or facts.file_rule, ask, may_ask=may_ask)
     visible = host.path is not None and users_see_files(facts, rule)
     return Survey(facts, replace(host, files=rule, users_see_files=visible), keeps_adapter=False)
+
+
+def _check_rules(facts: Facts, host: Host) -> None:
+    """Refuses a table with a rule on update: Postgres cannot apply it to autotag's updates, so no tags are stored."""
+    rules = facts.tables[host.table].rules
+    if rules:
+        raise HostError(
+            f"{host.table} has a rule on update ({rules[0]}), so no tags can be stored there. "
+            f'Use a trigger instead, and: drop rule "{rules[0]}" on {host.table};'
+        )
 
 
 def _first_answer(_option: str, _question: str, answers: Sequence[str]) -> str:
@@ -64,7 +76,7 @@ def refuse_to_ask(option: str, question: str, answers: Sequence[str]) -> str:
     Raises:
         HostError: always; it names the option that answers the question.
     """
-    choice = f" (one of {', '.join(answers)})" if answers else ""
+    choice = f" (one of {name_some(answers)})" if answers else ""
     raise HostError(f"{question} Set {option}{choice}.")
 
 

@@ -11,7 +11,7 @@ import asyncio
 import psycopg
 import structlog
 
-from autotag.db import Batch, Database, DatabaseSettings, NotHeld
+from autotag.db import Batch, Database, DatabaseSettings, Lost, NotHeld
 from autotag.errors import TaggingError
 from autotag.images.load import Images
 from autotag.observability.metrics import BATCH_SECONDS, IN_FLIGHT, timed
@@ -124,8 +124,8 @@ class BatchLane:
             logger.error("batch_step_failed", kind=failure.kind, code=failure.code, message=failure.message)
             await self._report_failure(batch, failure)
         except Exception as error:
-            # A bug, or a full disk. Report it, so that the batch is retried with growing delays instead of staying
-            # claimed until the worker ends.
+            # A bug, a full disk, or a row that ends the session. Report it, so that the batch is retried with growing
+            # delays instead of staying claimed until the worker ends.
             logger.exception("batch_failed")
             await self._report_failure(batch, TaggingError("transient", "internal_error", type(error).__name__))
 
@@ -134,5 +134,6 @@ class BatchLane:
             await self._slots.retry(lambda: self._db.report_batch_failure(batch, error.as_json()))
         except NotHeld:
             log.warning("batch_not_held", batch=batch.batch)
-        except psycopg.Error as problem:  # the next heartbeat does not list the batch, so the database takes it back
+        except (psycopg.Error, Lost) as problem:
+            # The next heartbeat does not list the batch, so the database takes it back.
             log.error("failure_not_reported", batch=batch.batch, error=safe_message(problem))

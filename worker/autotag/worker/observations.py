@@ -32,10 +32,10 @@ class Observations:
         if wait:
             self._limits["retry_after"] = wait
 
-    def count_sent(self) -> None:
-        """Counts a released call that was sent now, or that will not be sent."""
+    def count_sent(self, calls: int = 1) -> None:
+        """Counts released calls that were sent now, or that will not be sent."""
         self._first_sent = self._first_sent if self._sent else time.monotonic()
-        self._sent += 1
+        self._sent += calls
 
     def take_sent(self) -> Sent | None:
         """Takes the number of calls sent since the last report; None if there were none."""

@@ -9,10 +9,11 @@ from typing import Any
 import psycopg
 import structlog
 
-from autotag.db import CALL_ERRORS, Claim, Database, DatabaseSettings, Image
+from autotag.db import CALL_ERRORS, Claim, Database, DatabaseSettings, Image, Lost
 from autotag.observability.metrics import CLAIMED, CLAIMS, IN_FLIGHT, SECONDS
 from autotag.redact import safe_message
 from autotag.worker.claims import Claims
+from autotag.worker.stages import Stages
 from autotag.worker.wake import Wake
 
 RECLAIM_DELAY = 0.05  # seconds from the first free slot to the next claim, if all slots were busy …
@@ -27,19 +28,22 @@ log = structlog.get_logger(__name__)
 TagImage = Callable[[Image, DatabaseSettings], Coroutine[Any, Any, None]]
 
 
-async def run(db: Database, wake: Wake, claims: Claims, slots: int, tag_image: TagImage, deadline: float) -> None:
+async def run(
+    db: Database, wake: Wake, claims: Claims, stages: Stages, slots: int, tag_image: TagImage, deadline: float
+) -> None:
     """Runs the lane until the worker stops.
 
     Args:
         db: the database.
         wake: wakes the lane.
         claims: numbers the claims.
+        stages: report calls that are dropped.
         slots: max single calls in flight.
         tag_image: tags an image and reports the outcome (`Tagger.tag`).
         deadline: seconds that calls in flight have to finish when the worker stops.
     """
     calls = Slots(wake, slots)
-    descriptions = Descriptions(db, claims, calls, tag_image)
+    descriptions = Descriptions(db, claims, stages, calls, tag_image)
     bound: str | None = None
     while not wake.stop.is_set():
         wait: float | None = None
@@ -143,8 +147,8 @@ class Descriptions:
     It reads the host's tables, so a transaction that holds a whole table delays it. The lane goes on meanwhile.
     """
 
-    def __init__(self, db: Database, claims: Claims, calls: Slots, tag_image: TagImage) -> None:
-        self._db, self._claims, self._calls, self._tag_image = db, claims, calls, tag_image
+    def __init__(self, db: Database, claims: Claims, stages: Stages, calls: Slots, tag_image: TagImage) -> None:
+        self._db, self._claims, self._stages, self._calls, self._tag_image = db, claims, stages, calls, tag_image
         self._running: set[asyncio.Task[None]] = set()
 
     def start(self, number: int, claim: Claim) -> None:
@@ -167,7 +171,12 @@ class Descriptions:
             except CALL_ERRORS as error:
                 failures += 1
                 log.error("describe_failed", images=len(tasks), failures=failures, error=safe_message(error))
-            if failures < WHOLE_DESCRIPTIONS or len(tasks) == 1:
+                lost = isinstance(error, Lost)
+            if lost and len(tasks) == 1:
+                await self._db.report_unreadable(tasks)
+                self._drop(number, 1)
+                return
+            if len(tasks) == 1 or (failures < WHOLE_DESCRIPTIONS and not lost):
                 await asyncio.sleep(min(MAX_DESCRIBE_RETRY, DESCRIBE_RETRY * 2.0 ** (failures - 1)))
             else:
                 half = len(tasks) // 2
@@ -179,5 +188,9 @@ class Descriptions:
             self._calls.start(image, self._tag_image(image, settings))
         missing = len(tasks) - len(images)  # their uploads were cancelled meanwhile
         if missing:
-            self._claims.drop(number, missing)
-            self._calls.cancel(missing)
+            self._drop(number, missing)
+
+    def _drop(self, number: int, images: int) -> None:
+        self._claims.drop(number, images)
+        self._calls.cancel(images)
+        self._stages.drop(images)

@@ -173,7 +173,7 @@ class _ConnectedWorker:
             self._log.info("worker_started", slots=settings.slots)
             async with asyncio.TaskGroup() as lanes:
                 lanes.create_task(
-                    realtime.run(db, wake, self._claims, settings.slots, tagger.tag, settings.stop_deadline)
+                    realtime.run(db, wake, self._claims, stages, settings.slots, tagger.tag, settings.stop_deadline)
                 )
                 lanes.create_task(batches.run(settings.stop_deadline))
             await self._release_work(outcomes)

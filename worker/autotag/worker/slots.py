@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import structlog
 
-from autotag.db import Busy, TooSlow
+from autotag.db import Busy, Lost, TooSlow
 from autotag.redact import safe_message
 from autotag.worker.wake import Wake
 
@@ -56,11 +56,17 @@ class BatchSlots:
         self._turns.release()
 
     async def retry(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Calls until the batch is not busy; returns the result. The caller has a slot; it is given back in between."""
+        """Calls until the batch is not busy; returns the result. The caller has a slot; it is given back in between.
+
+        Raises:
+            Lost: the call ends its connection each time.
+        """
         delay = BUSY_DELAY
         while True:
             try:
                 return await call()
+            except Lost:
+                raise
             except (Busy, TooSlow) as error:
                 log.warning("batch_busy", retry_in=delay, error=safe_message(error))
             self._turns.release()

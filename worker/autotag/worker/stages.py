@@ -32,6 +32,14 @@ class Stages:
         self._slow = slow
         self._reached: dict[str, dict[int, StageReport]] = {}  # by workspace and task
         self._due = asyncio.Event()
+        self._dropped = False  # calls were dropped since the last report
+
+    def drop(self, calls: int) -> None:
+        """Notes released calls that will not be sent and have no outcome. Without a report, the database would keep
+        room for them in the provider's limits until the lease ends."""
+        self._observations.count_sent(calls)
+        self._dropped = True
+        self._due.set()
 
     def reach(self, image: Image, stage: Stage) -> None:
         """Notes that the image has reached a stage."""
@@ -53,9 +61,10 @@ class Stages:
             await self._due.wait()
             self._due.clear()
             await asyncio.sleep(STAGE_DELAY)
-            if not any(self._reached.values()):
+            if not any(self._reached.values()) and not self._dropped:
                 self._reached.clear()
                 continue
+            self._dropped = False
             sent, taken = self._observations.take_sent(), time.monotonic()
             for workspace in list(self._reached):
                 stages = list(self._reached.pop(workspace).values())

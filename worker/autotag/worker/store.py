@@ -7,7 +7,7 @@ import time
 
 import structlog
 
-from autotag.db import CALL_ERRORS, Busy, Database, TooSlow
+from autotag.db import CALL_ERRORS, Busy, Database, Lost, TooSlow
 from autotag.redact import safe_message
 from autotag.worker.notices import log_notices
 from autotag.worker.slow import SlowWorkspaces
@@ -119,7 +119,7 @@ class StoreLane:
             log.warning("store_failed", workspace=workspace, images=len(tasks), error=safe_message(error))
             if isinstance(error, TooSlow):
                 self._slow.mark(workspace)
-            return await self._postpone(workspace, limit, tasks)
+            return await self._postpone(workspace, len(tasks) or limit, tasks, lost=isinstance(error, Lost))
         log_notices(stored.notices)
         if stored.stored:
             self._backoffs.pop(workspace, None)
@@ -129,11 +129,11 @@ class StoreLane:
             return self._back_off(workspace)
         return stored.more
 
-    async def _postpone(self, workspace: str, limit: int, tasks: list[int]) -> bool:
-        """After a call that failed: the next one has fewer outcomes."""
-        self._limit(workspace, limit // 10)
+    async def _postpone(self, workspace: str, tried: int, tasks: list[int], *, lost: bool) -> bool:
+        """After a call that failed: the next one has a tenth of its outcomes."""
+        self._limit(workspace, tried // 10)
         try:
-            log_notices(await self._db.postpone_stores(workspace, tasks))
+            log_notices(await self._db.postpone_stores(workspace, tasks, lost=lost))
             return True
         except CALL_ERRORS as error:
             log.error("postpone_failed", workspace=workspace, error=safe_message(error))
