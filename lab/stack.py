@@ -10,7 +10,8 @@ import signal
 import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
@@ -52,6 +53,7 @@ class Stack:
     openai_url: str
     openai_key: str
     simulator: Simulator
+    files: Path | None = None  # the local edge's folder
 
     def database_url(self, user: str = "postgres") -> str:
         """The database as a different role; in this stack every role has the owner's password."""
@@ -170,7 +172,7 @@ async def edge_stack(
                 "ANON_KEY": tokens.sign(secret, "anon"), "SERVICE_ROLE_KEY": tokens.sign(secret, "service_role"),
             }  # fmt: skip
             async with project_stack(project, plan=plan) as stack:
-                yield stack
+                yield replace(stack, files=files)
 
 
 @contextlib.asynccontextmanager

@@ -55,7 +55,8 @@ def postgres(machine_postgres: bool) -> Iterator[LocalPostgres]:
     }
     settings = {"max_wal_size": "256MB", **(cron if machine_postgres else {})}
     binaries = machine_binaries() if machine_postgres else None
-    with local_postgres(binaries, settings, parent=place_of_data()) as server:
+    # A test opens some forty connections. How passwords are checked is not what it tests.
+    with local_postgres(binaries, settings, parent=place_of_data(), auth="md5") as server:
         install_autotag(server)
         with psycopg.connect(server.url("supabase_admin"), autocommit=True) as connection:
             if machine_postgres:
