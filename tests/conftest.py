@@ -58,6 +58,7 @@ def postgres(machine_postgres: bool) -> Iterator[LocalPostgres]:
     # A test opens some forty connections. How passwords are checked is not what it tests.
     with local_postgres(binaries, settings, parent=place_of_data(), auth="md5") as server:
         install_autotag(server)
+        leave_a_dead_worker(server)
         with psycopg.connect(server.url("supabase_admin"), autocommit=True) as connection:
             if machine_postgres:
                 connection.execute("create extension pg_stat_statements with schema extensions")
@@ -66,6 +67,15 @@ def postgres(machine_postgres: bool) -> Iterator[LocalPostgres]:
         install_autotag(server, TEMPLATE)
         install_baseline(server, BARE_TEMPLATE)
         yield server
+
+
+def leave_a_dead_worker(server: LocalPostgres) -> None:
+    """For test_cron: pg_cron has a minute to take back what it held, while other tests run."""
+    with psycopg.connect(server.url(), autocommit=True) as connection:
+        connection.execute(
+            "insert into autotag.workers values"
+            " (gen_random_uuid(), 'gone', '0', true, now(), now(), now() - interval '1 min')"
+        )
 
 
 @contextmanager
@@ -110,11 +120,11 @@ def bare(postgres: LocalPostgres) -> Iterator[str]:
 
 @pytest.fixture
 async def stack(postgres: LocalPostgres, database: str) -> AsyncIterator[Stack]:
-    """The Supabase edge and the OpenAI simulator around a fresh database; batches take a second."""
+    """The Supabase edge and the OpenAI simulator around a fresh database; batches take a third of a second."""
     async with local_stack(postgres, database) as running:
         running.simulator.plan.latency = (0.01, 0.05)
-        running.simulator.plan.batch_latency = (0.5, 1.0)
-        running.configure(batch_poll_interval="0.3 s", chunk_delay="0.1 s", retry_delay="0.1 s", broadcast_interval="0")
+        running.simulator.plan.batch_latency = (0.2, 0.4)
+        running.configure(batch_poll_interval="0.2 s", chunk_delay="0.1 s", retry_delay="0.1 s", broadcast_interval="0")
         running.prove()
         yield running
 

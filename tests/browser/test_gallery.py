@@ -94,7 +94,7 @@ async def test_a_few_images_live_in_two_windows_and_in_no_strangers(gallery: Gal
 async def test_many_images_pass_through_every_stage(gallery: Gallery) -> None:
     stack = gallery.library.stack
     stack.configure(broadcast_interval="0.2 s", express_images=0)
-    stack.simulator.plan.batch_latency = (8, 8)
+    stack.simulator.plan.batch_latency = (4, 4)
     async with worker(stack):
         seen = await gallery.play("many", gallery.files(60))
     texts = seen["seen"]
@@ -110,7 +110,7 @@ async def test_while_three_hundred_images_are_tagged_nothing_is_polled(gallery: 
     """Every request of the page answers a message; with messages a second apart there are few of them."""
     stack = gallery.library.stack
     stack.configure(broadcast_interval="1 s")
-    stack.simulator.plan.batch_latency = (6, 8)
+    stack.simulator.plan.batch_latency = (3, 4)
     async with worker(stack):
         seen = await gallery.play("patient", gallery.files(300))
     told = gallery.library.sql("select count(*) as n from realtime.messages where topic like 'tagging:%%'")[0]["n"]
