@@ -7,6 +7,7 @@ import shutil
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psycopg
@@ -17,7 +18,7 @@ from lab.machine import read_authorities_once
 from lab.postgres import LocalPostgres, install_autotag, install_baseline, local_postgres, machine_binaries
 from lab.stack import Stack, local_stack
 from sealing import WORKER
-from support import Library, close_connections
+from support import Library, close_connections, connected
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE, BARE_TEMPLATE = "autotag_template", "bare_template"
@@ -121,7 +122,8 @@ def bare(postgres: LocalPostgres) -> Iterator[str]:
 @pytest.fixture
 async def stack(postgres: LocalPostgres, database: str) -> AsyncIterator[Stack]:
     """The Supabase edge and the OpenAI simulator around a fresh database; batches take a third of a second."""
-    async with local_stack(postgres, database) as running:
+    async with local_stack(postgres, database) as local:
+        running = replace(local, connect=connected)
         running.simulator.plan.latency = (0.01, 0.05)
         running.simulator.plan.batch_latency = (0.2, 0.4)
         running.configure(batch_poll_interval="0.2 s", chunk_delay="0.1 s", retry_delay="0.1 s", broadcast_interval="0")
