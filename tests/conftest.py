@@ -26,6 +26,16 @@ MEMORY = Path("/dev/shm")
 read_authorities_once()  # 0.15 s less of each test with a worker
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: takes more than ten seconds, most of which it waits")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones come first. So they are behind each other in one process, while the others keep the processor busy; and
+    none of them begins when everything else has ended."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def skip(reason: str) -> None:
     """Skips loudly; in CI nothing may be skipped."""
     if os.environ.get("CI") == "true":

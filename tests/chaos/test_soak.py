@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from rich.console import Console
 
 from benchmarks import soak
@@ -11,6 +12,7 @@ PACE = 2.0
 PAUSE = 1.5  # seconds between rounds of uploads, which would keep a machine busy for as long as it lasts
 
 
+@pytest.mark.long
 async def test_restarts_and_faults_leave_nothing_behind() -> None:
     """Nothing lost; the worker that is never restarted, and the tables, as large at the end as after a while."""
     result = await soak.measure(Console(stderr=True), minutes=MINUTES, seed=1, pause=PAUSE, pace=PACE)

@@ -621,6 +621,7 @@ def test_every_function_of_a_worker_has_a_decision(scene: Scene) -> None:
     assert {name for name, _, _ in granted(scene)} == set(DECISIONS)
 
 
+@pytest.mark.long
 def test_a_stolen_login_wastes_nothing_but_its_own(scene: Scene) -> None:
     found, count = find(scene)
     assert found == [], "\n".join(found)
