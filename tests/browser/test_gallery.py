@@ -95,8 +95,8 @@ async def test_a_few_images_live_in_two_windows_and_in_no_strangers(gallery: Gal
 @pytest.mark.long
 async def test_many_images_pass_through_every_stage(gallery: Gallery) -> None:
     stack = gallery.library.stack
-    stack.configure(broadcast_interval="0.2 s", express_images=0)
-    stack.simulator.plan.batch_latency = (4, 4)
+    stack.configure(broadcast_interval="0.2 s", express_images=0, batch_poll_interval="0.3 s")
+    stack.simulator.plan.batch_latency = (8, 8)  # in half of it, the page misses a stage on a busy machine
     async with worker(stack):
         seen = await gallery.play("many", gallery.files(60))
     texts = seen["seen"]
