@@ -93,6 +93,7 @@ def local_postgres(
     settings: Mapping[str, str] | None = None,
     superuser: str = "supabase_admin",
     parent: Path | None = None,
+    auth: str = "scram-sha-256",
 ) -> Iterator[LocalPostgres]:
     """Starts a server; stops it and removes its files at the end.
 
@@ -101,6 +102,7 @@ def local_postgres(
         settings: server settings, e.g. ``{"shared_preload_libraries": "pg_cron"}``.
         superuser: the bootstrap role. As on hosted Supabase, ``postgres`` (from the baseline) is not a superuser.
         parent: the folder for its files; None: the system's temporary one.
+        auth: how passwords are checked. ``md5`` saves 4 of the 10 ms of processor time that a connection takes.
 
     Raises:
         RuntimeError: the server did not start; the message contains the end of its log.
@@ -108,7 +110,7 @@ def local_postgres(
     with temporary_folder("autotag-pg-", parent) as root:
         password, port = secrets.token_hex(12), free_port()
         cluster = _Cluster(root, binaries or wheel_binaries())
-        cluster.make(superuser, password)
+        cluster.make(superuser, password, auth)
         options = {
             "listen_addresses": "127.0.0.1",
             "port": str(port),
@@ -147,7 +149,7 @@ class _Cluster:
             shutil.copytree(binaries.parent, root / "postgres", symlinks=True)
             self._binaries = root / "postgres" / binaries.name
 
-    def make(self, superuser: str, password: str) -> None:
+    def make(self, superuser: str, password: str, auth: str) -> None:
         secret = self._root / "password"
         secret.write_text(password)
         if self._user:
@@ -155,7 +157,7 @@ class _Cluster:
                 os.chown(path, self._user.pw_uid, self._user.pw_gid)
         subprocess.run(
             [self._binaries / "initdb", "-D", self.data, "-U", superuser, f"--pwfile={secret}",
-             "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C.UTF-8", "--no-sync"],
+             f"--auth={auth}", "--encoding=UTF8", "--locale=C.UTF-8", "--no-sync"],
             check=True, capture_output=True, **self._process_options(),
         )  # fmt: skip
 

@@ -9,8 +9,10 @@ import secrets
 import signal
 import sys
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
@@ -40,6 +42,11 @@ class Member:
     token: str
 
 
+def connect_anew(url: str) -> AbstractContextManager[psycopg.Connection[Any]]:
+    """A new connection that commits by itself, closed at the end."""
+    return psycopg.connect(url, autocommit=True)
+
+
 @dataclass(frozen=True)
 class Stack:
     """The addresses and keys of a running stack, with a Supabase project's names."""
@@ -52,6 +59,8 @@ class Stack:
     openai_url: str
     openai_key: str
     simulator: Simulator
+    files: Path | None = None  # the local edge's folder
+    connect: Callable[[str], AbstractContextManager[psycopg.Connection[Any]]] = connect_anew
 
     def database_url(self, user: str = "postgres") -> str:
         """The database as a different role; in this stack every role has the owner's password."""
@@ -83,7 +92,7 @@ class Stack:
     def add_member(self, name: str = "workspace", workspace: str | None = None) -> Member:
         """A new user in an existing workspace (``workspace``) or a new one."""
         user = str(uuid.uuid4())
-        with psycopg.connect(self.database_url(), autocommit=True) as connection:
+        with self.connect(self.database_url()) as connection:
             connection.execute("insert into auth.users (id, email) values (%s, %s)", (user, f"{user}@example.org"))
             if workspace is None:
                 row = connection.execute(
@@ -97,12 +106,12 @@ class Stack:
     def configure(self, **columns: Any) -> None:
         """Updates columns of ``autotag.settings``."""
         assignments = sql.SQL(", ").join(sql.SQL("{} = %s").format(sql.Identifier(name)) for name in columns)
-        with psycopg.connect(self.database_url(), autocommit=True) as connection:
+        with self.connect(self.database_url()) as connection:
             connection.execute(sql.SQL("update autotag.settings set {}").format(assignments), list(columns.values()))
 
     def prove(self) -> None:
         """Marks this provider as proven, so that autotag sends no probe first."""
-        with psycopg.connect(self.database_url(), autocommit=True) as connection:
+        with self.connect(self.database_url()) as connection:
             connection.execute(
                 "update autotag.provider_limits set base_url = %s, fingerprint = %s, proven_at = now()",
                 (self.openai_url, fingerprint(self.openai_key, self.openai_url)),
@@ -115,13 +124,14 @@ class Stack:
             connection.execute(
                 sql.SQL("alter database {} set autotag.speed = {}").format(name, sql.Literal(str(speed)))
             )
-        self.configure(test_clock=True, lease=f"{60 * speed} s")
+        anew = replace(self, connect=connect_anew)  # a connection that was there before has not that clock
+        anew.configure(test_clock=True, lease=f"{60 * speed} s")
 
     @contextlib.contextmanager
     def configured(self, **columns: Any) -> Iterator[None]:
         """Updates columns of ``autotag.settings`` while the context is open."""
         names = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(name)) for name in columns)
-        with psycopg.connect(self.database_url(), autocommit=True) as connection:
+        with self.connect(self.database_url()) as connection:
             before = connection.execute(sql.SQL("select {} from autotag.settings").format(names)).fetchone()
         self.configure(**columns)
         try:
@@ -170,7 +180,7 @@ async def edge_stack(
                 "ANON_KEY": tokens.sign(secret, "anon"), "SERVICE_ROLE_KEY": tokens.sign(secret, "service_role"),
             }  # fmt: skip
             async with project_stack(project, plan=plan) as stack:
-                yield stack
+                yield replace(stack, files=files)
 
 
 @contextlib.asynccontextmanager

@@ -7,6 +7,7 @@ import shutil
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psycopg
@@ -17,12 +18,22 @@ from lab.machine import read_authorities_once
 from lab.postgres import LocalPostgres, install_autotag, install_baseline, local_postgres, machine_binaries
 from lab.stack import Stack, local_stack
 from sealing import WORKER
-from support import Library, close_connections
+from support import Library, close_connections, connected
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE, BARE_TEMPLATE = "autotag_template", "bare_template"
 MEMORY = Path("/dev/shm")
 read_authorities_once()  # 0.15 s less of each test with a worker
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: takes more than ten seconds, most of which it waits")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones come first. So they are behind each other in one process, while the others keep the processor busy; and
+    none of them begins when everything else has ended."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def skip(reason: str) -> None:
@@ -55,8 +66,10 @@ def postgres(machine_postgres: bool) -> Iterator[LocalPostgres]:
     }
     settings = {"max_wal_size": "256MB", **(cron if machine_postgres else {})}
     binaries = machine_binaries() if machine_postgres else None
-    with local_postgres(binaries, settings, parent=place_of_data()) as server:
+    # A test opens some forty connections. How passwords are checked is not what it tests.
+    with local_postgres(binaries, settings, parent=place_of_data(), auth="md5") as server:
         install_autotag(server)
+        leave_a_dead_worker(server)
         with psycopg.connect(server.url("supabase_admin"), autocommit=True) as connection:
             if machine_postgres:
                 connection.execute("create extension pg_stat_statements with schema extensions")
@@ -65,6 +78,15 @@ def postgres(machine_postgres: bool) -> Iterator[LocalPostgres]:
         install_autotag(server, TEMPLATE)
         install_baseline(server, BARE_TEMPLATE)
         yield server
+
+
+def leave_a_dead_worker(server: LocalPostgres) -> None:
+    """For test_cron: pg_cron has a minute to take back what it held, while other tests run."""
+    with psycopg.connect(server.url(), autocommit=True) as connection:
+        connection.execute(
+            "insert into autotag.workers values"
+            " (gen_random_uuid(), 'gone', '0', true, now(), now(), now() - interval '1 min')"
+        )
 
 
 @contextmanager
@@ -109,11 +131,12 @@ def bare(postgres: LocalPostgres) -> Iterator[str]:
 
 @pytest.fixture
 async def stack(postgres: LocalPostgres, database: str) -> AsyncIterator[Stack]:
-    """The Supabase edge and the OpenAI simulator around a fresh database; batches take a second."""
-    async with local_stack(postgres, database) as running:
+    """The Supabase edge and the OpenAI simulator around a fresh database; batches take a third of a second."""
+    async with local_stack(postgres, database) as local:
+        running = replace(local, connect=connected)
         running.simulator.plan.latency = (0.01, 0.05)
-        running.simulator.plan.batch_latency = (0.5, 1.0)
-        running.configure(batch_poll_interval="0.3 s", chunk_delay="0.1 s", retry_delay="0.1 s", broadcast_interval="0")
+        running.simulator.plan.batch_latency = (0.2, 0.4)
+        running.configure(batch_poll_interval="0.2 s", chunk_delay="0.1 s", retry_delay="0.1 s", broadcast_interval="0")
         running.prove()
         yield running
 

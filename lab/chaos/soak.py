@@ -10,13 +10,14 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 from lab.chaos.forks import Forks, fork_server
 from lab.chaos.run import SETTINGS, Chaos
 from lab.machine import memory
 from lab.stack import worker_process
 
-KEEP = "10 s"  # finished uploads are kept: a month's retention in a sixth of a minute
+KEEP = 10.0  # seconds: finished uploads are kept: a month's retention in a sixth of a minute
 HOUSEKEEPING = 5.0  # seconds: a day's
 RESTART = 4.0  # seconds that the other worker lives
 FAULTS_EVERY = 4.0  # seconds
@@ -43,16 +44,17 @@ class Lived:
 class Soak(Chaos):
     """One stack for a long time."""
 
-    async def live(self, seconds: float, told: Callable[[str], None], pause: float = 0.1) -> Lived:
+    async def live(self, seconds: float, told: Callable[[str], None], pause: float = 0.1, pace: float = 1.0) -> Lived:
         """So many seconds of it, and then as long as what is under way takes.
 
         Args:
             seconds: how long.
             told: hears of it twice a minute.
             pause: seconds between two rounds of uploads, at least.
+            pace: how many times faster than usual restarts, faults and housekeeping follow each other.
         """
         lived = Lived()
-        self._stack.configure(**SETTINGS | {"keep_finished": KEEP})
+        self._stack.configure(**SETTINGS | {"keep_finished": timedelta(seconds=KEEP / pace)})
         self._lift_daily_limit()
         plan = self._stack.simulator.plan
         plan.latency, plan.batch_latency = (0.01, 0.1), (0.3, 0.8)
@@ -60,10 +62,10 @@ class Soak(Chaos):
         until = time.monotonic() + seconds
         async with self._ticks(), fork_server() as forks, self._steady() as steady:
             around = (
-                self._restart(forks, lived),
-                self._trouble(lived),
-                self._keep_house(),
-                self._sample(steady.pid, lived, told),
+                self._restart(forks, lived, pace),
+                self._trouble(lived, pace),
+                self._keep_house(pace),
+                self._sample(steady.pid, lived, told, pace),
             )
             helpers = [asyncio.create_task(work) for work in around]
             while time.monotonic() < until:
@@ -111,28 +113,28 @@ class Soak(Chaos):
             async with worker_process(self._environment(), log) as process:
                 yield process
 
-    async def _restart(self, forks: Forks, lived: Lived) -> None:
+    async def _restart(self, forks: Forks, lived: Lived, pace: float) -> None:
         for number in itertools.count():
             async with self._worker(forks) as worker:
-                await asyncio.sleep(RESTART)
+                await asyncio.sleep(RESTART / pace)
                 worker.send_signal(signal.SIGKILL if number % 2 else signal.SIGTERM)
                 await worker.wait()
                 lived.restarts += 1
 
-    async def _trouble(self, lived: Lived) -> None:
+    async def _trouble(self, lived: Lived, pace: float) -> None:
         while True:
-            await asyncio.sleep(FAULTS_EVERY)
+            await asyncio.sleep(FAULTS_EVERY / pace)
             self._add_faults()
             lived.faults = self.report.faults
 
-    async def _keep_house(self) -> None:
+    async def _keep_house(self, pace: float) -> None:
         while True:
-            await asyncio.sleep(HOUSEKEEPING)
+            await asyncio.sleep(HOUSEKEEPING / pace)
             await asyncio.to_thread(self._execute, "select autotag.housekeeping()")
 
-    async def _sample(self, pid: int, lived: Lived, told: Callable[[str], None]) -> None:
+    async def _sample(self, pid: int, lived: Lived, told: Callable[[str], None], pace: float) -> None:
         for number in itertools.count():
-            await asyncio.sleep(SAMPLE)
+            await asyncio.sleep(SAMPLE / pace)
             lived.memory.append(memory(pid, "VmRSS"))
             lived.tables.append(await asyncio.to_thread(self._execute, SIZES) / 1e6)
             if number % 30 == 29:

@@ -20,7 +20,8 @@ async def as_caller(
     """A transaction with the role and claims of a verified token and the headers of the request. An unknown role
     becomes anon."""
     role = claims.get("role") if claims.get("role") in ROLES else "anon"
-    async with pool.connection() as connection, connection.transaction():
+    # In a pipeline, the beginning of the transaction and the role are sent together with the first statement.
+    async with pool.connection() as connection, connection.pipeline(), connection.transaction():
         await connection.execute(
             sql.SQL(
                 "select set_config('request.jwt.claims', %s, true), set_config('request.headers', %s, true),"

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import uuid
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.message import Message
 from fnmatch import fnmatch
@@ -29,6 +30,9 @@ from lab.edge.tokens import TokenError, bearer, sign, verify
 
 #: Object names that the real server accepts.
 KEY = re.compile(r"[\w/!.*'() &$=;:+,?@-]+", re.ASCII)
+
+
+StoredFile = tuple[str, str, bytes]  # path, content type, content
 
 
 class StorageError(Exception):
@@ -118,6 +122,10 @@ class Storage:
             StorageError: the bucket or the object does not exist for the caller.
         """
         await self._bucket(bucket)
+        return await self._row(claims, bucket, path)
+
+    async def _row(self, claims: dict[str, Any], bucket: str, path: str) -> dict[str, Any]:
+        """The same for a bucket that exists."""
         async with as_caller(self._pool, claims) as connection:
             cursor = await connection.execute(
                 "select id::text, version, metadata, created_at, updated_at from storage.objects"
@@ -173,11 +181,7 @@ class Storage:
             )
         upsert = request.headers.get("x-upsert") == "true" or request.method == "PUT"
         version = str(uuid.uuid4())
-        metadata = {
-            "eTag": f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"', "size": len(data), "mimetype": kind,
-            "cacheControl": request.headers.get("cache-control", "max-age=3600"),
-            "lastModified": _timestamp(datetime.now(UTC)), "contentLength": len(data), "httpStatusCode": 200,
-        }  # fmt: skip
+        metadata = _describe(data, kind, request.headers.get("cache-control", "max-age=3600"))
         try:
             async with as_caller(self._pool, claims) as connection:
                 cursor = await connection.execute(
@@ -218,14 +222,14 @@ class Storage:
         bucket, path = request.path_params["bucket"], request.path_params["path"]
         if (await self._bucket(bucket))["public"]:
             claims = {"role": "service_role"}
-        stored = await self._object(claims, bucket, path)
+        stored = await self._row(claims, bucket, path)
         return self._send(stored, stored["metadata"]["cacheControl"])
 
     async def _get_public(self, request: Request) -> Response:
         bucket, path = request.path_params["bucket"], request.path_params["path"]
         if not (await self._bucket(bucket))["public"]:
             raise _no_bucket()
-        stored = await self._object({"role": "service_role"}, bucket, path)
+        stored = await self._row({"role": "service_role"}, bucket, path)
         return self._send(stored, stored["metadata"]["cacheControl"])
 
     async def _info(self, request: Request) -> Response:
@@ -306,6 +310,38 @@ class Storage:
         for _, version in rows:
             self._file(version).unlink(missing_ok=True)
         return _compact([{"name": name, "bucket_id": bucket} for name, _ in rows])
+
+
+def put_files(connection: psycopg.Connection[Any], folder: Path, bucket: str, files: Sequence[StoredFile]) -> None:
+    """Stores files as the service role's uploads do: each of those takes 9 ms of processor time.
+
+    Args:
+        connection: as the project's owner.
+        folder: where the edge has its files.
+        bucket: an existing bucket.
+        files: path, content type and bytes of each.
+    """
+    rows = []
+    for path, kind, data in files:
+        version = str(uuid.uuid4())
+        (folder / version).write_bytes(data)
+        rows.append({"name": path, "version": version, "metadata": _describe(data, kind, "max-age=3600")})
+    with connection.transaction():
+        connection.execute("set local role service_role")
+        connection.execute(
+            "insert into storage.objects (bucket_id, name, version, metadata)"
+            " select %s, r.name, r.version, r.metadata"
+            " from jsonb_to_recordset(%s) r (name text, version text, metadata jsonb)",
+            (bucket, json.dumps(rows)),
+        )
+
+
+def _describe(data: bytes, kind: str, cache: str) -> dict[str, Any]:
+    return {
+        "eTag": f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"', "size": len(data), "mimetype": kind,
+        "cacheControl": cache, "lastModified": _timestamp(datetime.now(UTC)), "contentLength": len(data),
+        "httpStatusCode": 200,
+    }  # fmt: skip
 
 
 def _token_message(error: TokenError) -> str:

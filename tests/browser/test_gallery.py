@@ -73,6 +73,7 @@ async def gallery(library: Library, tmp_path: Path) -> AsyncIterator[Gallery]:
         yield Gallery(library, address(url, library.member), address(url, library.stack.add_member()), tmp_path)
 
 
+@pytest.mark.long
 async def test_a_few_images_live_in_two_windows_and_in_no_strangers(gallery: Gallery) -> None:
     files = gallery.files(8)
     async with worker(gallery.library.stack):
@@ -91,10 +92,11 @@ async def test_a_few_images_live_in_two_windows_and_in_no_strangers(gallery: Gal
     audit(gallery.library.stack)
 
 
+@pytest.mark.long
 async def test_many_images_pass_through_every_stage(gallery: Gallery) -> None:
     stack = gallery.library.stack
-    stack.configure(broadcast_interval="0.2 s", express_images=0)
-    stack.simulator.plan.batch_latency = (8, 8)
+    stack.configure(broadcast_interval="0.2 s", express_images=0, batch_poll_interval="0.3 s")
+    stack.simulator.plan.batch_latency = (8, 8)  # in half of it, the page misses a stage on a busy machine
     async with worker(stack):
         seen = await gallery.play("many", gallery.files(60))
     texts = seen["seen"]
@@ -106,11 +108,12 @@ async def test_many_images_pass_through_every_stage(gallery: Gallery) -> None:
     assert seen["assets"] <= told + 5, "it fetches when it is told, and not by the clock"
 
 
+@pytest.mark.long
 async def test_while_three_hundred_images_are_tagged_nothing_is_polled(gallery: Gallery) -> None:
     """Every request of the page answers a message; with messages a second apart there are few of them."""
     stack = gallery.library.stack
     stack.configure(broadcast_interval="1 s")
-    stack.simulator.plan.batch_latency = (6, 8)
+    stack.simulator.plan.batch_latency = (3, 4)
     async with worker(stack):
         seen = await gallery.play("patient", gallery.files(300))
     told = gallery.library.sql("select count(*) as n from realtime.messages where topic like 'tagging:%%'")[0]["n"]

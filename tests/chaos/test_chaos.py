@@ -26,6 +26,7 @@ async def own_stack(machine_postgres: bool) -> AsyncIterator[tuple[Stack, LocalP
             yield stack, server
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("neighbours", [False, True], ids=["alone", "beside hostile tenants"])
 async def test_whatever_dies_nothing_is_lost_and_nothing_paid_twice(
     own_stack: tuple[Stack, LocalPostgres], neighbours: bool

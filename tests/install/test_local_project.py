@@ -58,6 +58,7 @@ def test_the_seed_gives_two_workspaces_that_do_not_see_each_other(postgres: Loca
         assert row == (seen, min(seen, 1))
 
 
+@pytest.mark.long
 async def test_the_demo_runs_against_the_variables_of_supabase_status(postgres: LocalPostgres, bare: str) -> None:
     supabase("db", "push", "--include-seed", f"--remote={postgres.url(database=bare)}", "--yes", "--workdir", str(ROOT))
     async with edge_stack(postgres, bare) as stack:

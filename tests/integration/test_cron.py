@@ -34,11 +34,10 @@ def test_the_jobs_are_scheduled_once(postgres: LocalPostgres, machine_postgres: 
 
 
 async def test_pg_cron_runs_the_tick(postgres: LocalPostgres, machine_postgres: bool) -> None:
-    """Not called by us: pg_cron itself takes back what a dead worker held, and its command for the day works."""
+    """Not called by us: pg_cron itself takes back what a dead worker held (`leave_a_dead_worker`), and its command for
+    the day works."""
     if not machine_postgres:
         skip("pg_cron needs Debian's Postgres")
-    rows(postgres, "insert into autotag.workers values"
-         " (gen_random_uuid(), 'gone', '0', true, now(), now(), now() - interval '1 min')")  # fmt: skip
 
     def taken_back() -> bool:
         return rows(postgres, "select 1 from autotag.workers where host = 'gone'") == []

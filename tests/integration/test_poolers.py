@@ -66,6 +66,7 @@ def warnings(logs: list[Any]) -> list[str]:
     return [entry["event"] for entry in logs if entry["log_level"] in ("warning", "error")]
 
 
+@pytest.mark.long
 async def test_behind_a_transaction_pooler_the_worker_polls_and_warns_once(library: Library) -> None:
     """LISTEN is impossible there, and so are prepared statements: more than five calls of each go through."""
     assets = [await library.upload(8, seed=seed) for seed in (1, 2)]

@@ -157,6 +157,7 @@ async def test_a_worker_with_a_wrong_address_costs_no_image_and_is_in_nobodys_wa
     assert provider(fresh)["account_error"] is None
 
 
+@pytest.mark.long
 async def test_a_wrong_key_that_is_rolled_out_beside_the_right_one_costs_a_call_and_no_image(wide: Library) -> None:
     stack = wide.stack
     compress(stack, SPEED)
@@ -242,6 +243,7 @@ async def test_a_form_that_is_refused_in_the_middle_of_a_run_makes_way_for_the_n
 # -- in the middle of a run
 
 
+@pytest.mark.long
 async def test_credit_that_runs_out_in_the_middle_of_a_run_fails_no_image(wide: Library) -> None:
     """What was in flight when it ran out, and was answered, does not start everything again."""
     stack = wide.stack

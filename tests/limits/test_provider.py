@@ -250,6 +250,7 @@ async def test_waiting_ends_when_the_limit_says_so_and_what_waited_goes_on_toget
 # -- the worker
 
 
+@pytest.mark.long
 async def test_an_idle_worker_asks_at_most_four_times_a_minute(
     postgres: LocalPostgres, library: Library, machine_postgres: bool
 ) -> None:

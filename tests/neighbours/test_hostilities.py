@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -159,10 +160,13 @@ async def end_session(street: Street) -> None:
 
 
 async def lose_reply(street: Street) -> None:
-    lost = street.crew.proxy.cuts
-    assert street.crew.proxy.lose_reply(street.rng)
+    lost, asked_at = street.crew.proxy.cuts, -math.inf
 
     async def happened() -> bool:
+        nonlocal asked_at
+        if time.monotonic() - asked_at > 2:  # seconds; a connection that was picked may have nothing more to say
+            asked_at = time.monotonic()
+            assert street.crew.proxy.lose_reply(street.rng)
         return street.crew.proxy.cuts > lost
 
     await until(happened, "a reply to be lost")

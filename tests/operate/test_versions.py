@@ -73,6 +73,7 @@ async def test_an_upgrade_with_work_in_flight_loses_nothing(library: Library, mo
     assert len(answered_pictures(stack)) == len(set(answered_pictures(stack))), "nothing was asked twice"
 
 
+@pytest.mark.long
 async def test_a_rolling_restart_under_load_loses_nothing_and_delays_nobody(library: Library) -> None:
     """Three processes, each replaced by a new one while uploads come in: no image fails, none is asked twice, and none
     waits for a lease to run out."""

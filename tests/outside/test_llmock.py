@@ -96,6 +96,7 @@ async def upload_everything(stack: Stack) -> list[tuple[Library, list[str], dict
     return uploads
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [1])
 async def test_a_stranger_finds_no_fault_with_how_calls_are_tried_again(
     stack: Stack, tmp_path: Path, seed: int

@@ -121,6 +121,7 @@ async def test_slow_connections_and_rubbish_hold_up_nobody(running: Running, loa
     assert ("uvicorn.error" if loaded == "http" else "webhook_refused") in {event for event, _ in kinds}
 
 
+@pytest.mark.long
 async def test_tagging_goes_on_beside_the_flood(postgres: LocalPostgres, database: str) -> None:
     """A look at what `./scripts/bench flood` measures for minutes: the bounds are wide here, and the time is short."""
     console = Console(stderr=True)
