@@ -421,7 +421,7 @@ create table autotag.tasks (
   job_id uuid not null,                 -- of autotag.jobs; without a foreign key, whose checks cost 10 µs an image (delete_tasks)
   workspace_id uuid not null,
   asset_id uuid not null,
-  seen uuid,                            -- md5 of the file that the caller of enqueue_tagging may see; null: not checked
+  visible_mark uuid,                    -- md5 of the file that the caller of enqueue_tagging may see; null: not checked
   stage text not null default 'queued' check (stage in
     ('queued', 'preparing', 'submitted', 'processing', 'completing', 'failed')),
   lane text not null check (lane in ('realtime', 'batch')),
@@ -1919,10 +1919,10 @@ end $$;
 -- just been tagged (find_repeats). It may run in a long transaction of the tenant's, so it locks no row that a worker needs: it takes
 -- advisory locks (lock_quotas) and inserts new rows.
 --
--- p_seen[i]: the mark of the file of p_asset_ids[i] that the caller may see (`visible_file_marks`), which matches no file if the
+-- p_visible_marks[i]: the mark of the file of p_asset_ids[i] that the caller may see (`visible_file_marks`), which matches no file if the
 -- caller may not see it; null: not checked. If the image's file has another mark when a worker claims it, the image fails as if
 -- the file did not exist.
-create or replace function autotag.enqueue(p_asset_ids uuid[], p_seen uuid[] default null) returns jsonb
+create or replace function autotag.enqueue(p_asset_ids uuid[], p_visible_marks uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -1978,16 +1978,16 @@ begin
     perform autotag.refuse(400, 'location_too_long', 'The URL, path or bucket name of an image is too long.',
       'A URL may have 8,192 bytes, a path 1,024 and a bucket name 100.', jsonb_build_object('asset_ids', v_long));
   end if;
-  return autotag.start_once(v_workspaces[1], p_asset_ids, p_seen, v_images, v_marks, v_suspects);
+  return autotag.start_once(v_workspaces[1], p_asset_ids, p_visible_marks, v_images, v_marks, v_suspects);
 end $$;
 
 -- Starts the job of an upload: its strategy, batches and tasks.
 
 -- Makes a job of those images that are not being tagged already. All belong to p_workspace_id.
--- p_seen: as in enqueue(). Returns {job_id, strategy, image_count, skipped, batches, eta}.
+-- p_visible_marks: as in enqueue(). Returns {job_id, strategy, image_count, skipped, batches, eta}.
 -- Locks: workspace, user (lock_quotas), assets (show); all rows of autotag are new.
 create or replace function autotag.start_job(
-  p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_seen uuid[] default null
+  p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_visible_marks uuid[] default null
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
 as $$
@@ -1996,7 +1996,7 @@ declare
   v_asked integer := (select count(distinct id) from unnest(p_asset_ids) id);
   v_live uuid[];               -- those of p_asset_ids that are being tagged already
   v_new uuid[];
-  v_new_seen uuid[];           -- p_seen of each of them
+  v_new_marks uuid[];           -- p_visible_marks of each of them
   v_count integer;
   v_plan autotag.upload_plan;
   v_job autotag.jobs;
@@ -2005,8 +2005,8 @@ begin
   perform autotag.lock_quotas(p_workspace_id, p_user_id);
   -- The new images, each once, in the order of the upload.
   v_live := array(select t.asset_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null);
-  select coalesce(array_agg(a.id order by a.i), '{}'), array_agg(a.seen order by a.i) into v_new, v_new_seen
-  from (select distinct on (u.id) u.* from unnest(p_asset_ids, p_seen) with ordinality u (id, seen, i) order by u.id, u.i) a
+  select coalesce(array_agg(a.id order by a.i), '{}'), array_agg(a.visible_mark order by a.i) into v_new, v_new_marks
+  from (select distinct on (u.id) u.* from unnest(p_asset_ids, p_visible_marks) with ordinality u (id, visible_mark, i) order by u.id, u.i) a
   where a.id not in (select unnest(v_live));   -- hashed, where `<> all` compares each with each in a generic plan
   v_count := cardinality(v_new);
   if v_count = 0 then
@@ -2019,7 +2019,7 @@ begin
   insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent)
   values (p_workspace_id, p_user_id, v_plan.strategy, v_plan.fallback, v_count, v_now, autotag.request_traceparent())
   returning * into v_job;
-  v_first_task := autotag.add_tasks(v_job, v_plan, v_new, v_new_seen);
+  v_first_task := autotag.add_tasks(v_job, v_plan, v_new, v_new_marks);
   insert into autotag.queues (job_id, workspace_id, queued, overdue_at, cursor, chunk)
   values (v_job.id, p_workspace_id, v_plan.express, autotag.patience_ends_at(v_plan.express, v_now), v_first_task - 1, v_plan.chunk);
   v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
@@ -2094,7 +2094,7 @@ begin
 end $$;
 
 -- Inserts a job's batches and tasks, in upload order, and returns the id of the first task.
-create or replace function autotag.add_tasks(p_job autotag.jobs, p_plan autotag.upload_plan, p_asset_ids uuid[], p_seen uuid[])
+create or replace function autotag.add_tasks(p_job autotag.jobs, p_plan autotag.upload_plan, p_asset_ids uuid[], p_visible_marks uuid[])
 returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2111,11 +2111,11 @@ begin
   end if;
 
   with placed as (
-    insert into autotag.tasks (job_id, workspace_id, asset_id, seen, lane, batch_id)
-    select p_job.id, p_job.workspace_id, a.id, a.seen,
+    insert into autotag.tasks (job_id, workspace_id, asset_id, visible_mark, lane, batch_id)
+    select p_job.id, p_job.workspace_id, a.id, a.visible_mark,
       case when a.i <= p_plan.express then 'realtime' else 'batch' end,
       case when a.i > p_plan.express then b.id end
-    from unnest(p_asset_ids, p_seen) with ordinality a (id, seen, i)
+    from unnest(p_asset_ids, p_visible_marks) with ordinality a (id, visible_mark, i)
     left join autotag.batches b on b.job_id = p_job.id
       and b.ordinal = (a.i * p_plan.batches + p_job.image_count - 1) / p_job.image_count
     order by a.i
@@ -2172,7 +2172,7 @@ end $$;
 -- p_images, p_marks: all images, each once, and the marks of their pictures. p_suspects: those that may have been enqueued before.
 -- Locks: as in start_job().
 create or replace function autotag.start_once(
-  p_workspace_id uuid, p_asset_ids uuid[], p_seen uuid[], p_images uuid[], p_marks bigint[], p_suspects autotag.picture[]
+  p_workspace_id uuid, p_asset_ids uuid[], p_visible_marks uuid[], p_images uuid[], p_marks bigint[], p_suspects autotag.picture[]
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2192,8 +2192,8 @@ begin
   v_repeated := autotag.find_repeats(p_workspace_id, p_suspects);
   v_skipped := cardinality(v_repeated);
   if v_skipped > 0 then
-    select array_agg(a.id order by a.i), array_agg(a.seen order by a.i) into p_asset_ids, p_seen
-    from unnest(p_asset_ids, p_seen) with ordinality a (id, seen, i)
+    select array_agg(a.id order by a.i), array_agg(a.visible_mark order by a.i) into p_asset_ids, p_visible_marks
+    from unnest(p_asset_ids, p_visible_marks) with ordinality a (id, visible_mark, i)
     where a.id not in (select r.asset_id from unnest(v_repeated) r);
   end if;
   if p_asset_ids is null then
@@ -2201,7 +2201,7 @@ begin
     select * into v_job from autotag.jobs j where cardinality(v_jobs) = 1 and j.id = v_jobs[1];
     return autotag.describe_repeat(v_job, v_skipped);
   end if;
-  v_reply := autotag.start_job(p_workspace_id, v_user, p_asset_ids, p_seen);
+  v_reply := autotag.start_job(p_workspace_id, v_user, p_asset_ids, p_visible_marks);
   v_reply := v_reply || jsonb_build_object('skipped', (v_reply ->> 'skipped')::integer + v_skipped);
   perform autotag.record_pictures(p_workspace_id, v_reply, p_images, p_marks);
   return v_reply;
@@ -2296,9 +2296,9 @@ end $$;
 
 -- retry_tagging: enqueues the failed images of a job as a new job. A call that is repeated while that job runs, or within
 -- repeat_window of its end, returns that job again. Once it was cancelled, another call makes another job.
--- p_asset_ids: failed_assets(), as it was when the caller's rights to the files were checked; p_seen: as in enqueue, for them.
+-- p_asset_ids: failed_assets(), as it was when the caller's rights to the files were checked; p_visible_marks: as in enqueue, for them.
 -- Locks: the job (advisory: calls for one job run one after the other), then as in enqueue().
-create or replace function autotag.retry(p_job_id uuid, p_asset_ids uuid[], p_seen uuid[] default null) returns jsonb
+create or replace function autotag.retry(p_job_id uuid, p_asset_ids uuid[], p_visible_marks uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -2306,7 +2306,7 @@ declare
   v_retry autotag.jobs;
   v_failed uuid[];
   v_assets uuid[];
-  v_seen uuid[];
+  v_visible_marks uuid[];
   v_reply jsonb;
 begin
   perform pg_advisory_xact_lock(hashtextextended('autotag.retry ' || v_job.id, 0));
@@ -2317,14 +2317,14 @@ begin
     return autotag.describe_repeat(v_retry, v_retry.image_count);
   end if;
   v_failed := autotag.failed_assets(v_job.id);
-  select array_agg(a.id order by a.i), array_agg(a.seen order by a.i) into v_assets, v_seen
-  from unnest(p_asset_ids, p_seen) with ordinality a (id, seen, i)
+  select array_agg(a.id order by a.i), array_agg(a.visible_mark order by a.i) into v_assets, v_visible_marks
+  from unnest(p_asset_ids, p_visible_marks) with ordinality a (id, visible_mark, i)
   where a.id in (select unnest(v_failed));
   if v_assets is null then
     perform autotag.refuse(409, 'nothing_to_retry', 'This upload has no failed image that can be tagged now.',
       'Check tagging_job() before you retry.');
   end if;
-  v_reply := autotag.enqueue(v_assets, v_seen);
+  v_reply := autotag.enqueue(v_assets, v_visible_marks);
   update autotag.jobs j set retry_of = v_job.id
   where j.id = (v_reply ->> 'job_id')::uuid and (v_reply ->> 'image_count')::integer > 0;
   return v_reply;
@@ -4055,14 +4055,14 @@ end $$;
 -- moved to another workspace is missing from the result. If the host's rows cannot be read together, each is read by itself, and
 -- one that raises is refused: as `unreadable_row`, or as `unreadable_now` where the error may pass (the adapter is being changed, a
 -- page of the table cannot be read). Then the worker reports a transient error, so its slot is free, and the image is tried again.
--- p_workspace_ids[i], p_seen[i]: tasks.workspace_id and tasks.seen of p_asset_ids[i].
-create or replace function autotag.locate(p_asset_ids uuid[], p_workspace_ids uuid[], p_seen uuid[], p_users uuid[])
+-- p_workspace_ids[i], p_visible_marks[i]: tasks.workspace_id and tasks.visible_mark of p_asset_ids[i].
+create or replace function autotag.locate(p_asset_ids uuid[], p_workspace_ids uuid[], p_visible_marks uuid[], p_users uuid[])
 returns table (asset_id uuid, bucket text, path text, url text, refused text, mark uuid)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   -- locate_together() has read all rows before it returns the first. An error does not take back what return query has returned.
-  return query select l.* from autotag.locate_together(p_asset_ids, p_workspace_ids, p_seen, p_users) l;
+  return query select l.* from autotag.locate_together(p_asset_ids, p_workspace_ids, p_visible_marks, p_users) l;
 exception when others or assert_failure then
   if cardinality(p_asset_ids) = 1 then
     raise warning 'autotag could not read the row of image %: %', p_asset_ids[1], sqlerrm;
@@ -4075,11 +4075,11 @@ exception when others or assert_failure then
   end if;
   return query
     select l.* from generate_subscripts(p_asset_ids, 1) i
-    cross join lateral autotag.locate(p_asset_ids[i : i], p_workspace_ids[i : i], p_seen[i : i], p_users[i : i]) l;
+    cross join lateral autotag.locate(p_asset_ids[i : i], p_workspace_ids[i : i], p_visible_marks[i : i], p_users[i : i]) l;
 end $$;
 
 -- The same; raises if one row does.
-create or replace function autotag.locate_together(p_asset_ids uuid[], p_workspace_ids uuid[], p_seen uuid[], p_users uuid[])
+create or replace function autotag.locate_together(p_asset_ids uuid[], p_workspace_ids uuid[], p_visible_marks uuid[], p_users uuid[])
 returns table (asset_id uuid, bucket text, path text, url text, refused text, mark uuid)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4087,11 +4087,11 @@ begin
   return query
     select d.asset_id, case when r.refused is null then d.bucket end, case when r.refused is null then d.path end,
       case when r.refused is null then d.url end, r.refused, d.mark
-    from unnest(p_asset_ids, p_workspace_ids, p_seen, p_users) t (asset_id, workspace_id, seen, user_id)
+    from unnest(p_asset_ids, p_workspace_ids, p_visible_marks, p_users) t (asset_id, workspace_id, visible_mark, user_id)
     join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
     cross join lateral (select case
       when d.refused is not null then d.refused
-      when t.seen is not null and t.seen <> autotag.file_mark(d.bucket, d.path)
+      when t.visible_mark is not null and t.visible_mark <> autotag.file_mark(d.bucket, d.path)
         and not autotag.may_see_file(t.user_id, d.bucket, d.path) then 'hidden_file' end as refused
       offset 0  -- evaluate the case once per image, not once per use
     ) r;
@@ -4595,7 +4595,7 @@ begin
   end if;
   return (
     with released as materialized (
-      select t.id, t.attempt, t.asset_id, t.workspace_id, t.seen, t.job_id, t.output_tokens from autotag.tasks t
+      select t.id, t.attempt, t.asset_id, t.workspace_id, t.visible_mark, t.job_id, t.output_tokens from autotag.tasks t
       where t.id = any (p_tasks) and t.worker_id = p_worker
     ), uploads as materialized (
       select j.id, j.user_id, j.traceparent, round(autotag.real_seconds(autotag.now() - j.created_at)::numeric, 3) as waited
@@ -4607,7 +4607,7 @@ begin
         d.bucket, d.path, d.url, d.refused, d.mark
       from released r join uploads u on u.id = r.job_id
       left join autotag.locate(array(select asset_id from released order by id),
-        array(select workspace_id from released order by id), array(select seen from released order by id),
+        array(select workspace_id from released order by id), array(select visible_mark from released order by id),
         array(select u.user_id from released o join uploads u on u.id = o.job_id order by o.id)) d
         on d.asset_id = r.asset_id) i);
 end $$;
@@ -5109,7 +5109,7 @@ create or replace function autotag.batch_images(
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   with page as (
-    select t.id, t.asset_id, t.workspace_id, t.seen, j.user_id, greatest(t.min_output_tokens, b.output_tokens) as cap
+    select t.id, t.asset_id, t.workspace_id, t.visible_mark, j.user_id, greatest(t.min_output_tokens, b.output_tokens) as cap
     from autotag.tasks t join autotag.batches b on b.id = t.batch_id join autotag.jobs j on j.id = b.job_id
     where t.batch_id = p_batch and t.id > p_after and t.finished_at is null
       and b.worker_id = p_worker and b.attempt = p_attempt and autotag.is_own_worker(p_worker)
@@ -5119,7 +5119,8 @@ as $$
     'bucket', d.bucket, 'path', d.path, 'url', d.url, 'refused', d.refused, 'mark', d.mark, 'cap', p.cap) order by p.id), '[]')
   from page p
   left join autotag.locate(array(select asset_id from page order by id),
-    array(select workspace_id from page order by id), array(select seen from page order by id), array(select user_id from page order by id)) d
+    array(select workspace_id from page order by id), array(select visible_mark from page order by id),
+    array(select user_id from page order by id)) d
     on d.asset_id = p.asset_id
 $$;
 

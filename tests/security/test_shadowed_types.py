@@ -108,7 +108,7 @@ class Scene:
         named = {
             "p_worker": [WORKER], "p_batch": [self.batch], "p_job_id": [self.job, self.failed], "job_id": [self.job, self.failed],
             "p_version": [autotag.__version__], "p_event_type": ["batch.completed"], "p_topic": [f"tagging:{self.library.member.workspace}"],
-            "p_state": ["uploading"], "p_seen": [[]], "p_report": [json.dumps({**report, "reserved": 1, "cap": 1})], "topic": [f"tagging:{self.library.member.workspace}"],
+            "p_state": ["uploading"], "p_visible_marks": [[]], "p_report": [json.dumps({**report, "reserved": 1, "cap": 1})], "topic": [f"tagging:{self.library.member.workspace}"],
             "p_model": ["gpt-6-luna"], "p_effort": ["none"], "p_after": [None],
         }  # fmt: skip
         kinds: dict[str, list[Any]] = {

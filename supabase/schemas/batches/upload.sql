@@ -8,7 +8,7 @@ create or replace function autotag.batch_images(
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   with page as (
-    select t.id, t.asset_id, t.workspace_id, t.seen, j.user_id, greatest(t.min_output_tokens, b.output_tokens) as cap
+    select t.id, t.asset_id, t.workspace_id, t.visible_mark, j.user_id, greatest(t.min_output_tokens, b.output_tokens) as cap
     from autotag.tasks t join autotag.batches b on b.id = t.batch_id join autotag.jobs j on j.id = b.job_id
     where t.batch_id = p_batch and t.id > p_after and t.finished_at is null
       and b.worker_id = p_worker and b.attempt = p_attempt and autotag.is_own_worker(p_worker)
@@ -18,7 +18,8 @@ as $$
     'bucket', d.bucket, 'path', d.path, 'url', d.url, 'refused', d.refused, 'mark', d.mark, 'cap', p.cap) order by p.id), '[]')
   from page p
   left join autotag.locate(array(select asset_id from page order by id),
-    array(select workspace_id from page order by id), array(select seen from page order by id), array(select user_id from page order by id)) d
+    array(select workspace_id from page order by id), array(select visible_mark from page order by id),
+    array(select user_id from page order by id)) d
     on d.asset_id = p.asset_id
 $$;
 

@@ -159,7 +159,7 @@ begin
   end if;
   return (
     with released as materialized (
-      select t.id, t.attempt, t.asset_id, t.workspace_id, t.seen, t.job_id, t.output_tokens from autotag.tasks t
+      select t.id, t.attempt, t.asset_id, t.workspace_id, t.visible_mark, t.job_id, t.output_tokens from autotag.tasks t
       where t.id = any (p_tasks) and t.worker_id = p_worker
     ), uploads as materialized (
       select j.id, j.user_id, j.traceparent, round(autotag.real_seconds(autotag.now() - j.created_at)::numeric, 3) as waited
@@ -171,7 +171,7 @@ begin
         d.bucket, d.path, d.url, d.refused, d.mark
       from released r join uploads u on u.id = r.job_id
       left join autotag.locate(array(select asset_id from released order by id),
-        array(select workspace_id from released order by id), array(select seen from released order by id),
+        array(select workspace_id from released order by id), array(select visible_mark from released order by id),
         array(select u.user_id from released o join uploads u on u.id = o.job_id order by o.id)) d
         on d.asset_id = r.asset_id) i);
 end $$;

@@ -36,14 +36,14 @@ end $$;
 -- moved to another workspace is missing from the result. If the host's rows cannot be read together, each is read by itself, and
 -- one that raises is refused: as `unreadable_row`, or as `unreadable_now` where the error may pass (the adapter is being changed, a
 -- page of the table cannot be read). Then the worker reports a transient error, so its slot is free, and the image is tried again.
--- p_workspace_ids[i], p_seen[i]: tasks.workspace_id and tasks.seen of p_asset_ids[i].
-create or replace function autotag.locate(p_asset_ids uuid[], p_workspace_ids uuid[], p_seen uuid[], p_users uuid[])
+-- p_workspace_ids[i], p_visible_marks[i]: tasks.workspace_id and tasks.visible_mark of p_asset_ids[i].
+create or replace function autotag.locate(p_asset_ids uuid[], p_workspace_ids uuid[], p_visible_marks uuid[], p_users uuid[])
 returns table (asset_id uuid, bucket text, path text, url text, refused text, mark uuid)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   -- locate_together() has read all rows before it returns the first. An error does not take back what return query has returned.
-  return query select l.* from autotag.locate_together(p_asset_ids, p_workspace_ids, p_seen, p_users) l;
+  return query select l.* from autotag.locate_together(p_asset_ids, p_workspace_ids, p_visible_marks, p_users) l;
 exception when others or assert_failure then
   if cardinality(p_asset_ids) = 1 then
     raise warning 'autotag could not read the row of image %: %', p_asset_ids[1], sqlerrm;
@@ -56,11 +56,11 @@ exception when others or assert_failure then
   end if;
   return query
     select l.* from generate_subscripts(p_asset_ids, 1) i
-    cross join lateral autotag.locate(p_asset_ids[i : i], p_workspace_ids[i : i], p_seen[i : i], p_users[i : i]) l;
+    cross join lateral autotag.locate(p_asset_ids[i : i], p_workspace_ids[i : i], p_visible_marks[i : i], p_users[i : i]) l;
 end $$;
 
 -- The same; raises if one row does.
-create or replace function autotag.locate_together(p_asset_ids uuid[], p_workspace_ids uuid[], p_seen uuid[], p_users uuid[])
+create or replace function autotag.locate_together(p_asset_ids uuid[], p_workspace_ids uuid[], p_visible_marks uuid[], p_users uuid[])
 returns table (asset_id uuid, bucket text, path text, url text, refused text, mark uuid)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -68,11 +68,11 @@ begin
   return query
     select d.asset_id, case when r.refused is null then d.bucket end, case when r.refused is null then d.path end,
       case when r.refused is null then d.url end, r.refused, d.mark
-    from unnest(p_asset_ids, p_workspace_ids, p_seen, p_users) t (asset_id, workspace_id, seen, user_id)
+    from unnest(p_asset_ids, p_workspace_ids, p_visible_marks, p_users) t (asset_id, workspace_id, visible_mark, user_id)
     join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
     cross join lateral (select case
       when d.refused is not null then d.refused
-      when t.seen is not null and t.seen <> autotag.file_mark(d.bucket, d.path)
+      when t.visible_mark is not null and t.visible_mark <> autotag.file_mark(d.bucket, d.path)
         and not autotag.may_see_file(t.user_id, d.bucket, d.path) then 'hidden_file' end as refused
       offset 0  -- evaluate the case once per image, not once per use
     ) r;

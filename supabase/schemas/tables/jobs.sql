@@ -73,7 +73,7 @@ create table autotag.tasks (
   job_id uuid not null,                 -- of autotag.jobs; without a foreign key, whose checks cost 10 µs an image (delete_tasks)
   workspace_id uuid not null,
   asset_id uuid not null,
-  seen uuid,                            -- md5 of the file that the caller of enqueue_tagging may see; null: not checked
+  visible_mark uuid,                    -- md5 of the file that the caller of enqueue_tagging may see; null: not checked
   stage text not null default 'queued' check (stage in
     ('queued', 'preparing', 'submitted', 'processing', 'completing', 'failed')),
   lane text not null check (lane in ('realtime', 'batch')),

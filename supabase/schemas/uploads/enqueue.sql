@@ -38,10 +38,10 @@ end $$;
 -- just been tagged (find_repeats). It may run in a long transaction of the tenant's, so it locks no row that a worker needs: it takes
 -- advisory locks (lock_quotas) and inserts new rows.
 --
--- p_seen[i]: the mark of the file of p_asset_ids[i] that the caller may see (`visible_file_marks`), which matches no file if the
+-- p_visible_marks[i]: the mark of the file of p_asset_ids[i] that the caller may see (`visible_file_marks`), which matches no file if the
 -- caller may not see it; null: not checked. If the image's file has another mark when a worker claims it, the image fails as if
 -- the file did not exist.
-create or replace function autotag.enqueue(p_asset_ids uuid[], p_seen uuid[] default null) returns jsonb
+create or replace function autotag.enqueue(p_asset_ids uuid[], p_visible_marks uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -97,5 +97,5 @@ begin
     perform autotag.refuse(400, 'location_too_long', 'The URL, path or bucket name of an image is too long.',
       'A URL may have 8,192 bytes, a path 1,024 and a bucket name 100.', jsonb_build_object('asset_ids', v_long));
   end if;
-  return autotag.start_once(v_workspaces[1], p_asset_ids, p_seen, v_images, v_marks, v_suspects);
+  return autotag.start_once(v_workspaces[1], p_asset_ids, p_visible_marks, v_images, v_marks, v_suspects);
 end $$;

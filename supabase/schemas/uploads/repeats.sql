@@ -45,7 +45,7 @@ end $$;
 -- p_images, p_marks: all images, each once, and the marks of their pictures. p_suspects: those that may have been enqueued before.
 -- Locks: as in start_job().
 create or replace function autotag.start_once(
-  p_workspace_id uuid, p_asset_ids uuid[], p_seen uuid[], p_images uuid[], p_marks bigint[], p_suspects autotag.picture[]
+  p_workspace_id uuid, p_asset_ids uuid[], p_visible_marks uuid[], p_images uuid[], p_marks bigint[], p_suspects autotag.picture[]
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -65,8 +65,8 @@ begin
   v_repeated := autotag.find_repeats(p_workspace_id, p_suspects);
   v_skipped := cardinality(v_repeated);
   if v_skipped > 0 then
-    select array_agg(a.id order by a.i), array_agg(a.seen order by a.i) into p_asset_ids, p_seen
-    from unnest(p_asset_ids, p_seen) with ordinality a (id, seen, i)
+    select array_agg(a.id order by a.i), array_agg(a.visible_mark order by a.i) into p_asset_ids, p_visible_marks
+    from unnest(p_asset_ids, p_visible_marks) with ordinality a (id, visible_mark, i)
     where a.id not in (select r.asset_id from unnest(v_repeated) r);
   end if;
   if p_asset_ids is null then
@@ -74,7 +74,7 @@ begin
     select * into v_job from autotag.jobs j where cardinality(v_jobs) = 1 and j.id = v_jobs[1];
     return autotag.describe_repeat(v_job, v_skipped);
   end if;
-  v_reply := autotag.start_job(p_workspace_id, v_user, p_asset_ids, p_seen);
+  v_reply := autotag.start_job(p_workspace_id, v_user, p_asset_ids, p_visible_marks);
   v_reply := v_reply || jsonb_build_object('skipped', (v_reply ->> 'skipped')::integer + v_skipped);
   perform autotag.record_pictures(p_workspace_id, v_reply, p_images, p_marks);
   return v_reply;

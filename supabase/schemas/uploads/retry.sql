@@ -17,9 +17,9 @@ end $$;
 
 -- retry_tagging: enqueues the failed images of a job as a new job. A call that is repeated while that job runs, or within
 -- repeat_window of its end, returns that job again. Once it was cancelled, another call makes another job.
--- p_asset_ids: failed_assets(), as it was when the caller's rights to the files were checked; p_seen: as in enqueue, for them.
+-- p_asset_ids: failed_assets(), as it was when the caller's rights to the files were checked; p_visible_marks: as in enqueue, for them.
 -- Locks: the job (advisory: calls for one job run one after the other), then as in enqueue().
-create or replace function autotag.retry(p_job_id uuid, p_asset_ids uuid[], p_seen uuid[] default null) returns jsonb
+create or replace function autotag.retry(p_job_id uuid, p_asset_ids uuid[], p_visible_marks uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -27,7 +27,7 @@ declare
   v_retry autotag.jobs;
   v_failed uuid[];
   v_assets uuid[];
-  v_seen uuid[];
+  v_visible_marks uuid[];
   v_reply jsonb;
 begin
   perform pg_advisory_xact_lock(hashtextextended('autotag.retry ' || v_job.id, 0));
@@ -38,14 +38,14 @@ begin
     return autotag.describe_repeat(v_retry, v_retry.image_count);
   end if;
   v_failed := autotag.failed_assets(v_job.id);
-  select array_agg(a.id order by a.i), array_agg(a.seen order by a.i) into v_assets, v_seen
-  from unnest(p_asset_ids, p_seen) with ordinality a (id, seen, i)
+  select array_agg(a.id order by a.i), array_agg(a.visible_mark order by a.i) into v_assets, v_visible_marks
+  from unnest(p_asset_ids, p_visible_marks) with ordinality a (id, visible_mark, i)
   where a.id in (select unnest(v_failed));
   if v_assets is null then
     perform autotag.refuse(409, 'nothing_to_retry', 'This upload has no failed image that can be tagged now.',
       'Check tagging_job() before you retry.');
   end if;
-  v_reply := autotag.enqueue(v_assets, v_seen);
+  v_reply := autotag.enqueue(v_assets, v_visible_marks);
   update autotag.jobs j set retry_of = v_job.id
   where j.id = (v_reply ->> 'job_id')::uuid and (v_reply ->> 'image_count')::integer > 0;
   return v_reply;

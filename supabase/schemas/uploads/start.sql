@@ -1,10 +1,10 @@
 -- Starts the job of an upload: its strategy, batches and tasks.
 
 -- Makes a job of those images that are not being tagged already. All belong to p_workspace_id.
--- p_seen: as in enqueue(). Returns {job_id, strategy, image_count, skipped, batches, eta}.
+-- p_visible_marks: as in enqueue(). Returns {job_id, strategy, image_count, skipped, batches, eta}.
 -- Locks: workspace, user (lock_quotas), assets (show); all rows of autotag are new.
 create or replace function autotag.start_job(
-  p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_seen uuid[] default null
+  p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_visible_marks uuid[] default null
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
 as $$
@@ -13,7 +13,7 @@ declare
   v_asked integer := (select count(distinct id) from unnest(p_asset_ids) id);
   v_live uuid[];               -- those of p_asset_ids that are being tagged already
   v_new uuid[];
-  v_new_seen uuid[];           -- p_seen of each of them
+  v_new_marks uuid[];           -- p_visible_marks of each of them
   v_count integer;
   v_plan autotag.upload_plan;
   v_job autotag.jobs;
@@ -22,8 +22,8 @@ begin
   perform autotag.lock_quotas(p_workspace_id, p_user_id);
   -- The new images, each once, in the order of the upload.
   v_live := array(select t.asset_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null);
-  select coalesce(array_agg(a.id order by a.i), '{}'), array_agg(a.seen order by a.i) into v_new, v_new_seen
-  from (select distinct on (u.id) u.* from unnest(p_asset_ids, p_seen) with ordinality u (id, seen, i) order by u.id, u.i) a
+  select coalesce(array_agg(a.id order by a.i), '{}'), array_agg(a.visible_mark order by a.i) into v_new, v_new_marks
+  from (select distinct on (u.id) u.* from unnest(p_asset_ids, p_visible_marks) with ordinality u (id, visible_mark, i) order by u.id, u.i) a
   where a.id not in (select unnest(v_live));   -- hashed, where `<> all` compares each with each in a generic plan
   v_count := cardinality(v_new);
   if v_count = 0 then
@@ -36,7 +36,7 @@ begin
   insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent)
   values (p_workspace_id, p_user_id, v_plan.strategy, v_plan.fallback, v_count, v_now, autotag.request_traceparent())
   returning * into v_job;
-  v_first_task := autotag.add_tasks(v_job, v_plan, v_new, v_new_seen);
+  v_first_task := autotag.add_tasks(v_job, v_plan, v_new, v_new_marks);
   insert into autotag.queues (job_id, workspace_id, queued, overdue_at, cursor, chunk)
   values (v_job.id, p_workspace_id, v_plan.express, autotag.patience_ends_at(v_plan.express, v_now), v_first_task - 1, v_plan.chunk);
   v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
@@ -111,7 +111,7 @@ begin
 end $$;
 
 -- Inserts a job's batches and tasks, in upload order, and returns the id of the first task.
-create or replace function autotag.add_tasks(p_job autotag.jobs, p_plan autotag.upload_plan, p_asset_ids uuid[], p_seen uuid[])
+create or replace function autotag.add_tasks(p_job autotag.jobs, p_plan autotag.upload_plan, p_asset_ids uuid[], p_visible_marks uuid[])
 returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -128,11 +128,11 @@ begin
   end if;
 
   with placed as (
-    insert into autotag.tasks (job_id, workspace_id, asset_id, seen, lane, batch_id)
-    select p_job.id, p_job.workspace_id, a.id, a.seen,
+    insert into autotag.tasks (job_id, workspace_id, asset_id, visible_mark, lane, batch_id)
+    select p_job.id, p_job.workspace_id, a.id, a.visible_mark,
       case when a.i <= p_plan.express then 'realtime' else 'batch' end,
       case when a.i > p_plan.express then b.id end
-    from unnest(p_asset_ids, p_seen) with ordinality a (id, seen, i)
+    from unnest(p_asset_ids, p_visible_marks) with ordinality a (id, visible_mark, i)
     left join autotag.batches b on b.job_id = p_job.id
       and b.ordinal = (a.i * p_plan.batches + p_job.image_count - 1) / p_job.image_count
     order by a.i
