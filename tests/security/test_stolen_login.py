@@ -138,8 +138,10 @@ def scene(postgres: LocalPostgres, database: str) -> Iterator[Scene]:
     with psycopg.connect(postgres.url("supabase_admin", database), autocommit=True, row_factory=dict_row) as connection:
         for role in (WORKER_ROLE, THIEF_ROLE):
             with contextlib.suppress(psycopg.errors.DuplicateObject):
-                connection.execute(sql.SQL("create role {} login in role autotag_worker").format(sql.Identifier(role)))
+                connection.execute(sql.SQL("create role {} login").format(sql.Identifier(role)))
+            connection.execute(sql.SQL("grant autotag_worker to {}").format(sql.Identifier(role)))
         yield set_the_scene(Scene(connection))
+        connection.execute(sql.SQL("revoke autotag_worker from {}").format(sql.Identifier(THIEF_ROLE)))
 
 
 def set_the_scene(scene: Scene) -> Scene:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -12,10 +14,12 @@ import pytest
 
 from autotag.config import SettingsError, load_settings
 from autotag.errors import TaggingError
+from autotag.openai import http
 from autotag.openai.classify import classify_status
 from autotag.openai.errors import classified_errors
 from autotag.openai.headers import read_limits, retry_after
 from autotag.redact import redact
+from support import PATIENCE
 
 WEBHOOK_SECRET = "whsec_c2l4dGVlbiBieXRlcyBvciBtb3Jl"
 GOOD = {"DATABASE_URL": "postgresql://u:p@localhost/db", "OPENAI_API_KEY": "sk-1"}
@@ -230,6 +234,32 @@ def test_a_file_that_breaks_off_is_the_providers_trouble(error: Exception) -> No
         "provider_unreachable",
         "provider",
     )
+
+
+@pytest.mark.parametrize(("seconds", "connections"), [(0.05, 2), (PATIENCE, 1)])
+async def test_a_connection_that_the_server_may_be_closing_is_not_used(
+    seconds: float, connections: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that is sent while the server closes the connection would be lost."""
+    opened = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal opened
+        opened += 1
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+
+    assert http.KEEP_ALIVE < 5, "what uvicorn and Node wait"
+    monkeypatch.setattr(http, "KEEP_ALIVE", seconds)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, http.make_http() as client:
+        for _ in range(2):
+            assert (await client.get(url)).status_code == 200
+            await asyncio.sleep(0.1)  # longer than the first of the two, shorter than the second
+    assert opened == connections
 
 
 def test_the_form_of_a_connection_string_is_legible_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:

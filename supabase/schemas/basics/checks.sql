@@ -23,7 +23,7 @@ $$;
 
 -- Names for a sentence: at most five, and how many more there are.
 create or replace function autotag.name_some(p_names text[]) returns text
-language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
   return array_to_string(p_names[:5], ', ')

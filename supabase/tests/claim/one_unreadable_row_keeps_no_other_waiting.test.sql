@@ -14,7 +14,7 @@ begin
   end if;
   return md5(p_bucket || '/' || p_path)::uuid;
 end $$;
-update autotag.tasks set seen = md5('assets/' || storage_path)::uuid from public.assets a where a.id = asset_id;
+update autotag.tasks set visible_mark = md5('assets/' || storage_path)::uuid from public.assets a where a.id = asset_id;
 create temporary table tasks as select jsonb_array_elements((pg_temp.next_claim(5)).tasks) as task;
 select is((select count(*)::integer from tasks), 5, 'the claim gives all five images');
 select results_eq($$ select split_part(task ->> 'path', '/', 2) from tasks where task ->> 'refused' is null order by 1 $$,

@@ -35,6 +35,7 @@ from autotag.redact import redact
 from autotag.texts import clean_text, printable
 
 FETCH_TIMEOUT = 30.0  # seconds
+CONNECTIONS = 100  # to Storage
 KEY_CHECK_VALID = 10.0  # seconds that the result of a key check is used for all missing files
 FAILED_KEY_CHECK_VALID = 1.0  # seconds, if the key check failed with a transient error
 MAX_RETRY_AFTER = 120.0  # seconds; longer waits that Storage asks for are cut to this
@@ -67,9 +68,7 @@ class Storage:
         self._role = key_role(key)
         self._max_bytes = max_bytes
         headers = {"apikey": key, "Authorization": f"Bearer {key}", "Accept-Encoding": "identity"}
-        self._http = make_http(
-            timeout=timeout, limits=httpx2.Limits(max_connections=100), headers=headers, follow_redirects=False
-        )
+        self._http = make_http(CONNECTIONS, timeout=timeout, headers=headers, follow_redirects=False)
         self._key_check = asyncio.Lock()
         self._buckets: frozenset[str] | TaggingError = frozenset()
         self._buckets_valid_until = 0.0  # time.monotonic()
