@@ -81,11 +81,12 @@ def postgres(machine_postgres: bool) -> Iterator[LocalPostgres]:
 
 
 def leave_a_dead_worker(server: LocalPostgres) -> None:
-    """For test_cron: pg_cron has a minute to take back what it held, while other tests run."""
+    """For test_cron: pg_cron takes back what it held, while other tests run. It has been silent for more than a day, so it
+    does not matter how late the first tick is (autotag.can_expire)."""
     with psycopg.connect(server.url(), autocommit=True) as connection:
         connection.execute(
             "insert into autotag.workers values"
-            " (gen_random_uuid(), 'gone', '0', true, now(), now(), now() - interval '1 min')"
+            " (gen_random_uuid(), 'gone', '0', true, now() - interval '25 h', now() - interval '25 h', now() - interval '25 h')"
         )
 
 
