@@ -34,12 +34,13 @@ class Engine:
         )
         self.sql("update autotag.workers set lease_until = autotag.now() + interval '1 day'")
 
-    def upload(self, images: int) -> str:
+    def upload(self, images: int, workspace: str = "w") -> str:
+        """Enqueues images of a workspace of this name, which has to be there."""
         [(job,)] = self.sql(
             """with added as (
               insert into public.assets (workspace_id, storage_path)
-              select w.id, w.id || '/p' from public.workspaces w, generate_series(1, %s) returning id)
-            select public.enqueue_tagging((select array_agg(id) from added)) ->> 'job_id'""", images,
+              select w.id, w.id || '/p' from public.workspaces w, generate_series(1, %s) where w.name = %s returning id)
+            select public.enqueue_tagging((select array_agg(id) from added)) ->> 'job_id'""", images, workspace,
         )  # fmt: skip
         return str(job)
 

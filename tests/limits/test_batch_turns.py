@@ -72,6 +72,35 @@ def test_a_minute_does_not_wake_batches_that_have_no_room(engine: Engine) -> Non
     assert engine.claim_all()[1] == 4
 
 
+# -- slots of a worker
+
+
+def test_a_large_upload_leaves_one_slot_of_a_worker_to_the_others(engine: Engine) -> None:
+    engine.sql("insert into public.workspaces (name) values ('x'), ('y')")
+    engine.sql(
+        "update autotag.settings set batch_split_images = 60, batch_max_images = 100, batch_images_per_hour = 10000"
+    )
+    engine.upload(600)
+    assert engine.due() >= 6
+    first, _ = engine.claim_batches(4)
+    assert len(first) == 3
+    assert engine.claim_batches(1)[0] == [], "it has its share"
+    engine.upload(60, "x")
+    engine.upload(60, "y")
+    [batch], _ = engine.claim_batches(1)
+    assert engine.sql(
+        "select w.name from autotag.batches b join public.workspaces w on w.id = b.workspace_id where b.id = %s",
+        batch["batch"],
+    ) == [("x",)]
+    engine.sql("update autotag.batches set state = 'submitted', worker_id = null where id = %s", first[0]["batch"])
+    assert len(engine.claim_batches(1)[0]) == 1, "when one of its batches has ended, whoever is next goes on"
+
+
+def test_a_worker_with_one_slot_uses_it(engine: Engine) -> None:
+    engine.upload(200)
+    assert len(engine.claim_batches(1)[0]) == 1
+
+
 # -- retries
 
 

@@ -20,7 +20,7 @@ $$;
 --     error_file_id, keep_files}], in the order to work on them: batches that OpenAI has finished, batches in progress (they hold
 --     queued tokens), the first batch of each upload, the others. If the provider's queue is too short for all of them, the
 --     workspace with the fewest tokens in it goes first. Smaller batches overtake one that does not fit, until it has waited for
---     batch_patience; after that no planned batch starts before it.
+--     batch_patience; after that no planned batch starts before it. A workspace leaves one slot of each worker to the others.
 --     since: epoch seconds; the batch and its files at OpenAI are not older. keep_files: seconds after which the provider is to
 --     delete its files; null: the provider supports no expiry.
 --   poll: [{id, since}] of all batches in flight if a poll is due, else null.
@@ -76,7 +76,7 @@ begin
   end if;
 
   v_queue := autotag.measure_batch_queue(v_provider, v_now);
-  v_taken := autotag.take_batches(p_worker, autotag.rank_batches(v_slots, v_provider, v_queue, v_now), v_provider, v_queue, v_now);
+  v_taken := autotag.take_batches(p_worker, autotag.rank_batches(p_worker, v_slots, v_provider, v_queue, v_now), v_provider, v_queue, v_now);
   batches := autotag.describe_batches(v_taken.ids);
   perform pg_notify('autotag', 'realtime') where v_provider.proven_at is null;  -- that lane sends the probe
   v_polls := autotag.assign_poll(p_worker, v_provider, v_settings, v_now);

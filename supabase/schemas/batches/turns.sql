@@ -25,14 +25,17 @@ begin
     select from autotag.batches b where b.state = 'planned' and b.image_count - b.express_count > 1));
 end $$;
 
--- The next batches to work on, at most p_slots, in the order that claim_batches() describes.
+-- The next batches to work on, at most p_slots, in the order that claim_batches() describes. Planned ones of one workspace take all but
+-- one of the worker's slots: a large upload keeps a worker busy for minutes, and others would wait for it.
 create or replace function autotag.rank_batches(
-  p_slots integer, p_provider autotag.provider_limits, p_queue autotag.batch_queue, p_now timestamptz
+  p_worker uuid, p_slots integer, p_provider autotag.provider_limits, p_queue autotag.batch_queue, p_now timestamptz
 ) returns uuid[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_unproven boolean := autotag.must_prove_first(p_provider);
+  v_held uuid[] := array(select b.workspace_id from autotag.batches b where b.worker_id = p_worker);
+  v_share integer := greatest(p_slots + cardinality(v_held) - 1, 1);
 begin
   return array(
     with ready as (
@@ -47,19 +50,28 @@ begin
           or b.state in ('planned', 'preparing', 'uploading') and not v_unproven and p_provider.has_batches is distinct from false)
         and (b.state <> 'planned' or t.since <= p_queue.patient_since
           or p_queue.tokens = 0 or p_queue.tokens + t.tokens <= p_provider.queued_batch_tokens)
+    ), ranked as (
+      select r.id, r.workspace_id, r.state, row_number() over (
+        order by r.state in ('ended', 'harvesting') desc, r.state = 'planned', r.later,
+          -- tokens that its workspace has in the queue, plus those of its batches ahead of this one
+          case when p_queue.short and r.state = 'planned' then coalesce(q.tokens, 0) - r.tokens + r.tokens_until end,
+          r.since, r.created_at, r.ordinal) as place
+      from (
+        select r.*, sum(r.tokens) over (
+          partition by r.workspace_id, r.state = 'planned' order by r.later, r.since, r.created_at, r.ordinal) as tokens_until
+        from ready r) r
+      left join (
+        select b.workspace_id, sum(b.reserved_tokens) as tokens
+        from autotag.batches b where b.reserved_tokens > 0 group by b.workspace_id
+      ) q on q.workspace_id = r.workspace_id
     )
-    select r.id
-    from ready r
-    left join (
-      select b.workspace_id, sum(b.reserved_tokens) as tokens
-      from autotag.batches b where b.reserved_tokens > 0 group by b.workspace_id
-    ) q on q.workspace_id = r.workspace_id
-    order by r.state in ('ended', 'harvesting') desc, r.state = 'planned', r.later,
-      -- tokens that its workspace has in the queue, plus those of its batches ahead of this one
-      case when p_queue.short and r.state = 'planned' then coalesce(q.tokens, 0) - r.tokens + sum(r.tokens) over (
-        partition by r.workspace_id, r.state = 'planned' order by r.later, r.since, r.created_at, r.ordinal) end,
-      r.since, r.created_at, r.ordinal
-    limit p_slots);
+    select x.id
+    from (
+      select r.id, r.state, r.place, row_number() over (partition by r.workspace_id order by r.place)
+        + (select count(*) from unnest(v_held) h where h = r.workspace_id) as nth
+      from ranked r) x
+    where x.state <> 'planned' or x.nth <= v_share
+    order by x.place limit p_slots);
 end $$;
 
 -- Assigns the candidates that can go now to a worker, in their order: a batch in progress continues, and a planned one starts if

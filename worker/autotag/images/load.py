@@ -15,6 +15,7 @@ from autotag.errors import TaggingError, image_error
 from autotag.images.prepare import prepare
 from autotag.images.storage import Storage, file_missing
 from autotag.images.urls import Urls
+from autotag.turns import Turns
 
 PREPARE_THREADS = 2
 UNREADABLE = "The image's row in the database cannot be read."
@@ -44,8 +45,8 @@ class Images:
             transport: replaces the network for image URLs, in tests.
         """
         self._max_pixels = max_pixels
-        self._threads = asyncio.Semaphore(PREPARE_THREADS)
-        self._fetches = asyncio.Semaphore(FETCHES)
+        self._threads = Turns(PREPARE_THREADS)
+        self._fetches = Turns(FETCHES)
         self._urls = Urls(hosts, max_bytes, transport)
         self._storage = Storage(supabase_url, supabase_key, max_bytes) if supabase_url and supabase_key else None
 
@@ -65,7 +66,7 @@ class Images:
         Raises:
             TaggingError: ``image``, ``transient``, or ``account`` (Storage's key or address is wrong).
         """
-        async with self._fetches:
+        async with self._fetches.place(image.workspace):
             if image.refused == "foreign_file":
                 raise image_error("foreign_file", "The image's row names a file that does not belong to its workspace.")
             if image.refused == "location_too_long":
@@ -82,7 +83,7 @@ class Images:
                 data = await self._urls.fetch(image.url)
             else:
                 raise image_error("asset_missing", "The image was deleted.")
-            async with self._threads:
+            async with self._threads.place(image.workspace):
                 return await asyncio.to_thread(prepare, data, max_side, self._max_pixels)
 
     async def _from_storage(self, bucket: str, path: str) -> bytes:

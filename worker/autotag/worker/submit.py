@@ -19,6 +19,7 @@ from autotag.images.prepare import MAX_SIDE, data_url
 from autotag.openai.prompt import batch_line, custom_id, request_body
 from autotag.openai.provider import Provider
 from autotag.openai.records import ProviderBatch
+from autotag.turns import Turns
 from autotag.worker.files import Files, input_file_name
 from autotag.worker.harvest import store_answers
 from autotag.worker.show import BatchStages
@@ -61,7 +62,7 @@ class Submitter:
         self._files = files
         self._slots = slots
         self._stages = stages
-        self._fetches = asyncio.Semaphore(fetches)
+        self._fetches = Turns(fetches)
 
     async def submit(self, batch: Batch, settings: DatabaseSettings) -> None:
         """Submits a batch, starting at the step that its state names.
@@ -157,7 +158,7 @@ class Submitter:
         await self._slots.retry(lambda: self._db.batch_split(batch, last))
 
     async def _line(self, image: Image, question: Question) -> bytes | TaggingError:
-        async with self._fetches:
+        async with self._fetches.place(image.workspace):
             try:
                 jpeg = await self._images.load(image, MAX_SIDE[question.image_detail])
             except TaggingError as error:
