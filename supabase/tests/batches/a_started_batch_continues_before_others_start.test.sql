@@ -3,7 +3,7 @@ begin;
 \ir ../setup.psql
 select plan(4);
 select pg_temp.upload(1000);
-select is(pg_temp.claim_batches(2), '1/1 1/1', 'two batches of a large upload start');
+select is(pg_temp.claim_batches(3), '1/1 1/1', 'two batches of a large upload start; the third slot is for others');
 update autotag.provider_limits set queued_batch_tokens = (select sum(b.reserved_tokens) from autotag.batches b);
 select pg_temp.set_time(1), pg_temp.upload(60, 2);
 select pg_temp.set_time(2), pg_temp.upload(60, 3);
