@@ -214,6 +214,19 @@ def end_sessions(library: Library) -> None:
             end $$""")
 
 
+def end_sessions_of_updates(library: Library, when: str) -> None:
+    """An update of a row ends its session where this condition on ``new`` holds."""
+    end_sessions(library)
+    library.sql(f"""
+        create function public.be_deadly() returns trigger language plpgsql as $$
+        begin
+          perform public.end_session();
+          return new;
+        end $$;
+        create trigger be_deadly before update on public.assets for each row
+          when ({when}) execute function public.be_deadly()""")
+
+
 def ended_sessions(library: Library) -> int:
     [row] = library.sql("select case when is_called then last_value else 0 end as n from public.ended")
     return int(row["n"])
@@ -225,15 +238,7 @@ async def test_an_image_whose_row_ends_the_session_fails_alone(
 ) -> None:
     """Each time its outcome is written, the connection is lost: that is not the network."""
     assets, others = await library.upload(images), await neighbour.upload(images, seed=2)
-    end_sessions(library)
-    library.sql(f"""
-        create function public.be_deadly() returns trigger language plpgsql as $$
-        begin
-          perform public.end_session();
-          return new;
-        end $$;
-        create trigger be_deadly before update on public.assets for each row
-          when (new.id = '{assets[2]}' and new.tagging_stage in ('completed', 'failed')) execute function public.be_deadly()""")
+    end_sessions_of_updates(library, f"new.id = '{assets[2]}' and new.tagging_stage in ('completed', 'failed')")
     jobs = library.enqueue(assets), neighbour.enqueue(others)
     async with working(library):
         await neighbour.finished(jobs[1])
@@ -323,15 +328,9 @@ async def test_automatic_mode_goes_on_where_a_row_ends_the_session(library: Libr
     """A row ends the session of whoever writes `queued` to it: that upload begins without it."""
     library.stack.configure(upload_quiet="0.1 s")
     library.sql("select autotag.set_automatic(true)")
-    end_sessions(library)
-    library.sql(f"""
-        create function public.be_deadly() returns trigger language plpgsql as $$
-        begin
-          perform public.end_session();
-          return new;
-        end $$;
-        create trigger be_deadly before update on public.assets for each row
-          when (new.workspace_id = '{library.member.workspace}' and new.tagging_stage = 'queued') execute function public.be_deadly()""")
+    end_sessions_of_updates(
+        library, f"new.workspace_id = '{library.member.workspace}' and new.tagging_stage = 'queued'"
+    )
     async with working(library):
         await library.upload(3)
         await neighbour.upload(8, seed=2)

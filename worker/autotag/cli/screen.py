@@ -199,11 +199,11 @@ def _is_long(wait: Waiting, now: datetime) -> bool:
 def _waiting(waiting: list[Waiting], now: datetime) -> Table:
     table = _table("what waits", "what", "workspace", "id", "images", "for", "why", right=("images", "for"))
     for wait in waiting:
-        left = duration((datetime.fromisoformat(wait["until"]) - now).total_seconds()) if wait["until"] else "ever"
+        until, style = wait["until"], "" if wait["until"] else "red"
+        left = duration((datetime.fromisoformat(until) - now).total_seconds()) if until else "ever"
         table.add_row(
             WAITING.get(wait["kind"], cell(wait["kind"])), cell(wait["workspace_id"][:8]), cell((wait["id"] or "")[:8]),
-            f"{wait['images']:,}", left if wait["until"] else f"[red]{left}[/]",
-            cell(wait["reason"], "" if wait["until"] else "red"),
+            f"{wait['images']:,}", cell(left, style), cell(wait["reason"], style),
         )  # fmt: skip
     return table
 
