@@ -41,10 +41,10 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ({"OPENAI_API_KEY": ""}, "OPENAI_API_KEY is wrong"),
         ({"DATABASE_URL": "mysql://x/y"}, "DATABASE_URL is wrong"),
         (
-            {"DATABASE_URL": "postgresql://u:p/q@localhost/db"},
+            {"DATABASE_URL": "postgresql://u:p@localhost:x/db"},
             "DATABASE_URL is wrong: cannot be read as a connection string",
         ),
-        ({"DATABASE_URL": "host=localhost"}, "DATABASE_URL is wrong: must start with postgresql://"),
+        ({"DATABASE_URL": "localhost"}, "DATABASE_URL is wrong: must start with postgresql://"),
         (
             {"OPENAI_BASE_URL": "https://me:secret@api.example/v1"},
             "OPENAI_BASE_URL is wrong: has a user or password in it",
@@ -263,7 +263,7 @@ async def test_a_connection_that_the_server_may_be_closing_is_not_used(
 
 
 def test_the_form_of_a_connection_string_is_legible_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (GOOD | {"DATABASE_URL": "postgresql://u:p@q@localhost/db"}).items():
+    for name, value in (GOOD | {"DATABASE_URL": "postgresql://u:p@q@localhost:y/db"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError) as caught:
         load_settings()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from autotag.errors import TaggingError
 from autotag.openai.answers import TAG_LENGTH, normalise_tags, read_completion, read_usage
 from autotag.openai.output import read_line
 from autotag.openai.prompt import batch_line, request_body
+from autotag.tags import normalise
+from autotag.texts import JOINERS
 
 QUESTION = Question(1, "gpt-6-luna", "low", 10, "English", reasoning_effort="none")
 
@@ -70,7 +73,7 @@ def test_tags_are_trimmed_folded_deduplicated_limited_and_sorted() -> None:
         ("big\n sky", 7.0),
         ("dim", -1.0),
     ]
-    assert normalise_tags(tags, 3) == [("big sky", 1.0), ("strasse", 0.9), ("sea", 0.8)]
+    assert normalise_tags(tags, 3) == [("big sky", 1.0), ("straße", 0.9), ("sea", 0.8)]
 
 
 @given(st.lists(st.tuples(st.text(max_size=80), st.floats()), max_size=40), st.integers(1, 20))
@@ -80,10 +83,51 @@ def test_whatever_the_model_says_postgres_can_store_it(tags: list[tuple[str, flo
     assert len({tag for tag, _ in normal}) == len(normal)
     for tag, confidence in normal:
         assert 0 < len(tag) <= TAG_LENGTH
-        assert tag == tag.strip() == tag.casefold()
+        assert tag == normalise(tag), "it is stored the same however often it passes"
         assert "\0" not in tag
         tag.encode()
         assert 0 <= confidence <= 1
+
+
+@pytest.mark.parametrize(
+    ("given_tag", "stored"),
+    [
+        # lower case, not case folding
+        ("Straße", "straße"), ("WEIß", "weiß"), ("Zürich", "zürich"), ("ΣΊΣΥΦΟΣ", "σίσυφος"), ("ÉTÉ", "été"), ("Ёлка", "ёлка"),
+        ("İstanbul", "istanbul"), ("ŞİRİN", "şirin"), ("Ａ", "a"), ("ﬁre", "fire"), ("a\u0301rbol", "árbol"), ("Ⅳ", "iv"),
+        # joiners where a reader sees them, and nowhere else
+        ("می\u200cخواهم", "می\u200cخواهم"), ("क्\u200dष", "क्\u200dष"), ("ക്\u200d", "ക്"), ("👩\u200d👧", "👩\u200d👧"),
+        ("❤️\u200d🔥", "❤️\u200d🔥"), ("👩🏽\u200d🚀", "👩🏽\u200d🚀"), ("c\u200dat", "cat"), ("Auf\u200clage", "auflage"),
+        ("\u200dcat\u200c", "cat"), ("x\u202ey", "xy"), ("co\u00adoperate", "cooperate"),
+        # names
+        ("C#", "c#"), ("c#,", "c#"), ("C++", "c++"), (".NET", ".net"), ("Node.js", "node.js"), ("it's", "it's"), ("Don’t", "don’t"),
+        ("rock'n'roll", "rock'n'roll"), ("l’été", "l’été"), ("R&D", "r&d"), ("100%", "100%"), ("TCP/IP", "tcp/ip"), ("T-shirt", "t-shirt"),
+        ("@home", "@home"), ("$100", "$100"), ("<3", "<3"), ("cat (animal)", "cat (animal)"), ("(a) b (c)", "(a) b (c)"),
+        ("日本語・英語", "日本語・英語"), ("กรุงเทพฯ", "กรุงเทพฯ"), ("ק״ג", "ק״ג"),
+        # punctuation around a tag
+        ("#hashtag", "hashtag"), ("#C#", "c#"), ("東京。", "東京"), ("「東京」", "東京"), ("«chat»", "chat"), ("“cat”", "cat"), ("¿qué?", "qué"),
+        ("(cat)", "cat"), ("[cat]", "cat"), ("cat)", "cat"), ("**cat**", "cat"), ("_cat_", "cat"), ("`cat`", "cat"), ("- cat", "cat"),
+        ("• cat", "cat"), ("—cat—", "cat"), ("...cat", "cat"), ("cat…", "cat"), ("U.S.A.", "u.s.a"), ("'90s", "90s"), ("猫、", "猫"),
+        # nothing
+        ("", ""), (" ", ""), ("#", ""), ("...", ""), ("«»", ""), ("\u200d", ""), ("-", ""), (":)", ""),
+    ],
+)  # fmt: skip
+def test_a_tag_in_any_language_is_stored_as_a_reader_would_write_it(given_tag: str, stored: str) -> None:
+    assert normalise(given_tag) == stored
+    assert normalise(stored) == stored
+
+
+def test_a_caption_keeps_its_joiners() -> None:
+    caption = "می\u200cخواهم 👩\u200d👧 c\u200dat"
+    assert read_completion(completion(answer(caption=caption)), 10)["caption"] == "می\u200cخواهم 👩\u200d👧 cat"
+
+
+@given(st.text(max_size=60))
+def test_a_tag_is_the_same_in_capitals_and_with_punctuation_around(text: str) -> None:
+    tag = normalise(text)
+    assert normalise(tag) == tag
+    assert normalise(f"“{tag}”,") == tag
+    assert all(unicodedata.category(c)[0] != "C" or c in JOINERS for c in tag)
 
 
 def test_the_request_asks_for_a_strict_schema() -> None:

@@ -13,22 +13,16 @@ import re
 import string
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from psycopg import ProgrammingError
-from psycopg.conninfo import conninfo_to_dict
 from pydantic import AliasChoices, Field, PostgresDsn, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from autotag import connection_string
 from autotag.redact import remember, remember_connection
 
 #: Characters that are often pasted along with a key or URL: white space, quotes, and invisible characters.
 PASTED = string.whitespace + "\u00a0\u200b\ufeff" + "\"'`“”‘’"
 MIN_WEBHOOK_KEY = 16  # bytes; OpenAI's keys are longer
-URL_FORM = (
-    # Not written as one URL, because the log replaces passwords in URLs by ***.
-    "cannot be read as a connection string: postgresql:// and then user:password @ host:port/database without blanks,"
-    " in which the characters @ : / ? # % of a password are written as %40 %3A %2F %3F %23 %25"
-)
 
 
 def read_secret(value: str) -> str:
@@ -51,32 +45,12 @@ def read_secret(value: str) -> str:
 
 
 def read_connection(value: str) -> str:
-    """Like `read_secret`, for a connection string.
+    """Like `read_secret`, for a connection string; returns a URL (`connection_string.read`).
 
     Raises:
-        ValueError: the file cannot be read, or the connection string cannot be parsed.
+        ValueError: the file or the connection string cannot be read. The message contains no part of the password.
     """
-    value = read_secret(value)
-    check_connection(value)
-    return value
-
-
-def check_connection(value: str) -> None:
-    """Checks that a connection string is parsed as intended. Otherwise libpq's errors could contain parts of the
-    password.
-
-    Raises:
-        ValueError: the message contains no part of the connection string.
-    """
-    try:
-        parts = conninfo_to_dict(value)
-    except (ProgrammingError, UnicodeError):
-        raise ValueError(URL_FORM) from None
-    port = str(parts.get("port") or "")
-    # After an unescaped @ or /, libpq reads the rest of a password as host, port or database name.
-    misplaced = any("@" in str(parts.get(name) or "") for name in ("host", "dbname"))
-    if misplaced or not re.fullmatch(r"[\d,]*", port):
-        raise ValueError(URL_FORM)
+    return connection_string.read(read_secret(value))
 
 
 class Settings(BaseSettings):
@@ -151,14 +125,6 @@ class Settings(BaseSettings):
         """Before pydantic, whose messages name drivers that this program does not have."""
         if isinstance(value, str):
             value = read_connection(value)
-            if not value.startswith(("postgresql://", "postgres://")):
-                raise ValueError("must start with postgresql://")
-        return value
-
-    @field_validator("database_url")
-    @classmethod
-    def _check_database_url(cls, value: PostgresDsn) -> PostgresDsn:
-        check_connection(str(value))
         return value
 
     def model_post_init(self, context: Any, /) -> None:

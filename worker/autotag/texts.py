@@ -9,17 +9,41 @@ from typing import Any
 
 MAX_SHOWN = 500  # characters of an untrusted text that are shown
 JOINERS = "\u200c\u200d"  # zero-width joiners: Persian and many emojis need them; harmless in a terminal
+#: Scripts whose letters look the same with a joiner between them: the first word of their characters' names.
+WITHOUT_JOINERS = (
+    "LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "HEBREW", "CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "THAI",
+    "LAO", "COMBINING",
+)  # fmt: skip
 #: Characters that start a formula in spreadsheets, also in their full-width forms.
 FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 
 
 def clean_text(text: str) -> str:
-    """Removes control and invisible characters (Postgres cannot store NUL) and collapses runs of white space."""
+    """Removes control and invisible characters (Postgres cannot store NUL) and collapses runs of white space.
+
+    Zero-width joiners stay where they change what a reader sees: in scripts that have them, and in emojis.
+    """
     if text.isascii() and text.isprintable():
         return (re.sub(r" +", " ", text) if "  " in text else text).strip()
     normal = unicodedata.normalize("NFKC", text)
-    visible = "".join(" " if c.isspace() else c for c in normal if c.isspace() or unicodedata.category(c)[0] != "C")
+    visible = "".join(
+        " " if c.isspace() else c
+        for i, c in enumerate(normal)
+        if c.isspace() or unicodedata.category(c)[0] != "C" or (c in JOINERS and _joins(normal, i))
+    )
     return re.sub(r" +", " ", visible).strip()
+
+
+def _joins(text: str, place: int) -> bool:
+    """Whether the joiner at a place of a text stands between two characters that it changes."""
+    return 0 < place < len(text) - 1 and _is_joined(text[place - 1]) and _is_joined(text[place + 1])
+
+
+def _is_joined(character: str) -> bool:
+    category = unicodedata.category(character)
+    if category in ("So", "Sk"):  # emojis and their modifiers
+        return True
+    return category[0] in "LM" and unicodedata.name(character, "").split(" ")[0] not in WITHOUT_JOINERS
 
 
 def printable(text: object, length: int = MAX_SHOWN) -> str:

@@ -12,6 +12,7 @@ import psycopg
 import psycopg_pool
 
 from autotag.cli.console import fail
+from autotag.connection_string import how_to_reach
 from autotag.db import Refused, VersionsDiffer
 from autotag.install.host import HostError
 from autotag.redact import safe_message
@@ -34,11 +35,7 @@ NO_SCHEMA = (
 def unreachable(error: BaseException, *, local: bool = False) -> str:
     """The message when the database does not answer; ``local``: no one named a database, so it is the local stack's."""
     reason = printable(safe_message(error), MAX_REASON).rstrip(".")
-    fix = (
-        "start it with supabase start, or set DATABASE_URL"
-        if local
-        else "check DATABASE_URL, its password and the network"
-    )
+    fix = "start it with supabase start, or set DATABASE_URL" if local else how_to_reach(str(error))
     return f"The database cannot be reached ({reason}); {fix}."
 
 

@@ -17,6 +17,7 @@ from realtime import AsyncRealtimeClient, BroadcastPayload, RealtimeSubscribeSta
 import autotag
 from autotag import db
 from autotag.config import DoctorSettings, webhook_problem
+from autotag.connection_string import how_to_reach
 from autotag.doctor import provider
 from autotag.doctor.findings import Finding, compare_clocks
 from autotag.errors import TaggingError
@@ -45,7 +46,7 @@ async def examine(settings: DoctorSettings) -> list[Finding]:
         return [
             Finding(
                 "connection", "error", f"The database cannot be reached: {safe_message(error)}",
-                "Correct DATABASE_URL, or check the network.",
+                f"{how_to_reach(str(error))}.",
             ),
             await provider.check(settings, None),
         ]  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any
 from autotag.db.messages import TagResult, Usage
 from autotag.errors import TaggingError, image_error
 from autotag.openai.classify import error_in_answer
+from autotag.tags import normalise
 from autotag.texts import clean_text
 
 TAG_LENGTH = 50  # max characters; longer ones are sentences, not tags
@@ -271,13 +272,13 @@ def _confidence(value: Any, scale: float) -> float | None:
 
 
 def normalise_tags(tags: list[tuple[str, float | None]], max_tags: int) -> list[tuple[str, float | None]]:
-    """Trims and case-folds tags, drops duplicates and long ones, sorts by confidence, and keeps at most ``max_tags``.
+    """Normalises tags, drops duplicates and long ones, sorts by confidence, and keeps at most ``max_tags``.
 
     A tag without a confidence is sorted as 0.5. Tags with equal confidences keep the model's order.
     """
     best: dict[str, float | None] = {}
     for tag, confidence in tags:
-        name = clean_text(tag).casefold().strip(" #,.;:\"'")
+        name = normalise(tag)
         value = None
         if confidence is not None:
             value = 0.0 if math.isnan(confidence) else round(min(max(confidence, 0.0), 1.0), 3)
