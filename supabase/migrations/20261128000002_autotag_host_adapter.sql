@@ -7,6 +7,15 @@ set local statement_timeout = '30s';
 
 create schema if not exists autotag;
 
+-- The types of your ids. autotag declares its own columns, variables and parameters with the three domains; no other file names
+-- the type of an id. The columns of `keys` are the same types without a domain, for the functions that the API publishes
+-- (`autotag.keys.asset_ids%type`), because generated client types do not follow domains.
+create domain autotag.asset_id as uuid;
+create domain autotag.workspace_id as uuid;
+create domain autotag.user_id as uuid;
+create type autotag.keys as (
+  asset_id uuid, asset_ids uuid[], workspace_id uuid, user_id uuid);
+
 -- What your app reads to show the state of an image. Adding nullable columns does not rewrite the table, and the checks are
 -- NOT VALID because existing rows satisfy them by being null.
 alter table public.assets

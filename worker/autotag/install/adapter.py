@@ -21,6 +21,7 @@ def render(template: str, host: Host) -> str:
     values: dict[str, str] = {
         "table": table_name(host.table), "table_literal": literal(table_name(host.table)),
         "id": quote(host.id), "workspace": quote(host.workspace),
+        "id_type": host.id_type, "workspace_type": host.workspace_type, "user_type": host.user_type,
         "bucket": _bucket_code(host), "path": _path_code(host), "url": _url_code(host),
         "tags": quote(host.tags), "tags_type": host.tags_type, "tags_value": _tags_code(host.tags_type),
         "result": quote(host.result), "members": _members_code(host.members),

@@ -75,7 +75,8 @@ class Host:
 
     Attributes:
         table: qualified name of the table of images.
-        id, workspace: its uuid columns.
+        id, workspace: its columns with the keys.
+        id_type, workspace_type, user_type: the base types of keys: ``uuid``, ``bigint``, ``integer`` or ``text``.
         path, bucket_column, url: its columns that say where an image is; None: it has no such column.
         bucket: the bucket of rows that name none.
         tags, tags_type: the column for tags, and its type (``text[]`` or ``jsonb``).
@@ -88,6 +89,9 @@ class Host:
     table: str = "public.assets"
     id: str = "id"
     workspace: str = "workspace_id"
+    id_type: str = "uuid"
+    workspace_type: str = "uuid"
+    user_type: str = "uuid"
     path: str | None = "storage_path"
     bucket_column: str | None = "storage_bucket"
     bucket: str | None = "assets"
@@ -148,7 +152,10 @@ def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
         raise HostError(f"{table.name}.{tags} is {tags_type}; tags go into a text[] or jsonb column (--tags-column).")
     result = next((n for n in RESULTS if table.columns.get(n) == "jsonb"), "tagging_result")
     members = _members(facts, table, workspace, choices, ask)
-    return Host(table.name, id_column, workspace, path, bucket_column, bucket, url, tags, tags_type, result, members)
+    return Host(
+        table.name, id_column, workspace, path=path, bucket_column=bucket_column, bucket=bucket, url=url,
+        tags=tags, tags_type=tags_type, result=result, members=members,
+    )  # fmt: skip
 
 
 def _table(facts: Facts, wanted: str | None, ask: Ask) -> Table:

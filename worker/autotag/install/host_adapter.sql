@@ -7,6 +7,15 @@ set local statement_timeout = '30s';
 
 create schema if not exists autotag;
 
+-- The types of your ids. autotag declares its own columns, variables and parameters with the three domains; no other file names
+-- the type of an id. The columns of `keys` are the same types without a domain, for the functions that the API publishes
+-- (`autotag.keys.asset_ids%type`), because generated client types do not follow domains.
+create domain autotag.asset_id as {{ id_type }};
+create domain autotag.workspace_id as {{ workspace_type }};
+create domain autotag.user_id as {{ user_type }};
+create type autotag.keys as (
+  asset_id {{ id_type }}, asset_ids {{ id_type }}[], workspace_id {{ workspace_type }}, user_id {{ user_type }});
+
 -- What your app reads to show the state of an image. Adding nullable columns does not rewrite the table, and the checks are
 -- NOT VALID because existing rows satisfy them by being null.
 alter table {{ table }}
