@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
+import structlog
 import typer
 from rich.console import Console
 
@@ -20,6 +22,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON in 
 def main() -> None:
     """Benchmarks of autotag. Most figures are ratios of two measurements in the same run."""
     exit_on_signals()
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # stdout is for the result
 
 
 def show_result(result: Result, console: Console, as_json: bool, *, details: bool = False) -> None:
