@@ -9,6 +9,10 @@ import re
 
 from autotag.install.host import FileRule, Host, HostError, Members
 
+#: Base type of users' ids -> a value that is no user's id.
+NOBODY = {
+    "uuid": "00000000-0000-0000-0000-000000000000", "bigint": str(-(2**63)), "integer": str(-(2**31)), "text": "",
+}  # fmt: skip
 WORD_BEGINS, WORD_ENDS = r"\m", r"\M"  # in Postgres's regular expressions
 
 
@@ -22,6 +26,7 @@ def render(template: str, host: Host) -> str:
         "table": table_name(host.table), "table_literal": literal(table_name(host.table)),
         "id": quote(host.id), "workspace": quote(host.workspace),
         "id_type": host.id_type, "workspace_type": host.workspace_type, "user_type": host.user_type,
+        "caller": "(select auth.uid())", "nobody": literal(NOBODY[host.user_type]),
         "bucket": _bucket_code(host), "path": _path_code(host), "url": _url_code(host),
         "tags": quote(host.tags), "tags_type": host.tags_type, "tags_value": _tags_code(host.tags_type),
         "result": quote(host.result), "members": _members_code(host.members),
@@ -37,7 +42,10 @@ def render(template: str, host: Host) -> str:
 def _members_code(members: Members) -> str:
     if members.claim:
         path = literal("{" + ",".join(members.claim) + "}")
-        return f"select coalesce((select auth.jwt()) #> {path} ? p_workspace_id::text, false)"
+        return (
+            f"select coalesce(c.claim ? p_workspace_id::text or c.claim @> to_jsonb(p_workspace_id), false)"
+            f" from (select (select auth.jwt()) #> {path}) c (claim)"
+        )
     return (
         f"select exists (select from {table_name(members.table)} m where m.{quote(members.workspace)} ="
         f" p_workspace_id and m.{quote(members.user)} = (select auth.uid()))"
