@@ -12,7 +12,7 @@ begin
   if current_user <> 'authenticated' or p_user_id is null or p_path is null then
     return false;
   end if;
-  perform set_config('request.jwt.claims', jsonb_build_object('sub', p_user_id, 'role', 'authenticated')::text, true);
+  perform set_config('request.jwt.claims', jsonb_build_object('sub', p_user_id::text, 'role', 'authenticated')::text, true);
   v_visible := exists (select from storage.objects o where o.bucket_id = p_bucket and o.name = p_path);
   perform set_config('request.jwt.claims', '', true);
   return v_visible;

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 
-from autotag.install.host import FileRule, Host, HostError, Members
+from autotag.install.answers import HostError
+from autotag.install.host import FileRule, Host, Members
 
 #: Base type of users' ids -> a value that is no user's id.
 NOBODY = {
@@ -64,10 +65,12 @@ def file_code(host: Host, rule: FileRule) -> str:
     conditions = [f"f.bucket in ({', '.join(map(literal, rule.buckets))})"] if rule.buckets else []
     uploader = f"a.{quote(rule.uploader)}" if rule.uploader else ""
     if rule.name == "workspace-folder":
-        conditions.append(_in_folder(rule, f"{workspace}::text"))
+        conditions.append(_in_folder(rule, f"{workspace}::text", host.workspace_type))
     elif uploader:
         conditions.append(
-            _in_folder(rule, f"{uploader}::text") if rule.name == "uploader-folder" else _owned(f"= {uploader}::text")
+            _in_folder(rule, f"{uploader}::text", host.user_type)
+            if rule.name == "uploader-folder"
+            else _owned(f"= {uploader}::text")
         )
     else:
         conditions.append(f"starts_with(f.path, {literal(rule.prefix)})" if rule.prefix else "")
@@ -86,10 +89,13 @@ def of_members(members: Members, workspace: str) -> str:
     return f"from {table_name(members.table)} m where m.{quote(members.workspace)} = {workspace}"
 
 
-def _in_folder(rule: FileRule, folder: str) -> str:
+def _in_folder(rule: FileRule, folder: str, key_type: str) -> str:
+    """The condition that a path is in a folder that is named as a key."""
     if rule.prefix or rule.depth == 1:
         before = f"{literal(rule.prefix)} || " if rule.prefix else ""
-        return f"starts_with(f.path, {before}{folder} || '/')"
+        # the folder of the key `a` contains no folder of the key `a/b`
+        own = f" and strpos({folder}, '/') = 0" if key_type == "text" else ""
+        return f"starts_with(f.path, {before}{folder} || '/'){own}"
     return f"split_part(f.path, '/', {rule.depth}) = {folder}"
 
 

@@ -41,12 +41,16 @@ as $$
   {{ members }}
 $$;
 
--- Who the caller is; null: nobody.
+-- Who the caller is. Null: nobody that your tables can know, because there is no token, or because its claim is not of the type of
+-- your users' ids. Everything that needs the user asks this function.
 create or replace function autotag.caller() returns autotag.user_id
-language sql stable security definer set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
-  select {{ caller }}::autotag.user_id
-$$;
+begin
+  return {{ caller }};
+exception when invalid_text_representation or numeric_value_out_of_range then
+  return null;
+end $$;
 
 -- A value that is no user's id: automatic mode stores it as the uploader of rows that no user has inserted.
 create or replace function autotag.nobody() returns autotag.user_id
