@@ -474,7 +474,7 @@ def drain(scene: Scene) -> str | None:
         for workspace in homes(scene, own) or scene.workspaces[:1]:
             scene.as_(WORKER_ROLE, "select autotag.settle(%s, %s, %s, %s)", scene.good, workspace, told, sent)
             sent = None
-        [waiting] = scene.rows_as(WORKER_ROLE, "select workspaces from autotag.list_unstored(%s)", scene.good)
+        [waiting] = scene.rows_as(WORKER_ROLE, "select workspaces::text[] from autotag.list_unstored(%s)", scene.good)
         for workspace in waiting["workspaces"]:
             scene.as_(
                 WORKER_ROLE,

@@ -34,20 +34,16 @@ alter table public.assets
 -- policies run inside them. pg_temp is last everywhere: if it is not listed, Postgres looks there first for types, and a caller
 -- could replace jsonb by a type of their own whose code would run as the function's owner.
 
--- Whether the caller may act for a workspace. Called by every RPC and by the policy of Realtime topics.
-create or replace function autotag.is_member(p_workspace_id autotag.workspace_id) returns boolean
-language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
-as $$
-  select exists (select from public.workspace_members m where m.workspace_id = p_workspace_id and m.user_id = (select auth.uid()))
-$$;
-
 -- Who the caller is. Null: nobody that your tables can know, because there is no token, or because its claim is not of the type of
 -- your users' ids. Everything that needs the user asks this function.
 create or replace function autotag.caller() returns autotag.user_id
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
+declare
+  v_user_id autotag.user_id;
 begin
-  return (select auth.uid());
+  v_user_id := (select auth.uid());   -- not in `return`, whose cast would raise after the block has ended
+  return v_user_id;
 exception when invalid_text_representation or numeric_value_out_of_range then
   return null;
 end $$;
@@ -57,6 +53,13 @@ create or replace function autotag.nobody() returns autotag.user_id
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select '00000000-0000-0000-0000-000000000000'::autotag.user_id
+$$;
+
+-- Whether the caller may act for a workspace. Called by every RPC and by the policy of Realtime topics.
+create or replace function autotag.is_member(p_workspace_id autotag.workspace_id) returns boolean
+language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
+as $$
+  select exists (select from public.workspace_members m where m.workspace_id = p_workspace_id and m.user_id = (select autotag.caller()))
 $$;
 
 -- The table of images, for `autotag doctor`.

@@ -2,7 +2,7 @@
 
 -- The failed images of a job, in order, except those that no longer exist, moved to another workspace (which the caller may not
 -- know of), whose location is refused (describe_assets), or that a later job has tagged.
-create or replace function autotag.failed_assets(p_job_id uuid) returns uuid[]
+create or replace function autotag.failed_assets(p_job_id uuid) returns autotag.asset_id[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare

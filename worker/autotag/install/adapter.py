@@ -49,7 +49,7 @@ def _members_code(members: Members) -> str:
         )
     return (
         f"select exists (select from {table_name(members.table)} m where m.{quote(members.workspace)} ="
-        f" p_workspace_id and m.{quote(members.user)} = (select auth.uid()))"
+        f" p_workspace_id and m.{quote(members.user)} = (select autotag.caller()))"
     )
 
 
