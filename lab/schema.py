@@ -182,7 +182,9 @@ def next_migration(version: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-LATE = "set local check_function_bodies = off;  -- a function may stand before what it calls"
+LATE = """\
+set local check_function_bodies = off;  -- a function may stand before what it calls
+set local client_min_messages = warning;  -- without a notice for each %type"""
 HEADER = "-- autotag {version}. Made by scripts/release from supabase/schemas; what is released never changes."
 
 

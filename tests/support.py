@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import select
 import time
 from collections import Counter, defaultdict
@@ -188,6 +189,11 @@ def rpc(stack: Stack, user: str | dict[str, Any] | None, function: str, *argumen
         row = cursor.fetchone()
         assert row is not None
         return row[0]
+
+
+def base_type(kind: str) -> str:
+    """The base type of a type of the stand-alone stack, whose ids are uuids."""
+    return re.sub(r"^autotag\.(asset|workspace|user)_id\b", "uuid", kind)
 
 
 @contextlib.contextmanager

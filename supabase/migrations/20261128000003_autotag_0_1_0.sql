@@ -1,5 +1,6 @@
 -- autotag 0.1.0. Made by scripts/release from supabase/schemas; what is released never changes.
 set local check_function_bodies = off;  -- a function may stand before what it calls
+set local client_min_messages = warning;  -- without a notice for each %type
 -- autotag: every image of public.assets gets tags.
 --
 -- One upload is a *job*; each of its images is a *task*. A task is tagged in one of two ways (its *lane*):
@@ -269,7 +270,7 @@ alter table autotag.learned enable row level security;
 --
 -- The provider's limit is a bucket that refills continuously, because that is how the provider meters.
 create table autotag.windows (
-  workspace_id uuid not null,
+  workspace_id autotag.workspace_id not null,
   request_type text not null check (request_type in ('realtime', 'batch')),
   -- the workspace's own limits; null: the defaults in autotag.settings
   max_requests integer check (max_requests > 0),
@@ -280,6 +281,12 @@ create table autotag.windows (
   units integer[] not null default '{}',
   primary key (workspace_id, request_type)
 ) with (fillfactor = 50);
+-- The view below shows the column as it is, so that the host can insert into the view; and generated client types do not follow domains.
+do $$
+begin
+  execute (select format('alter table autotag.windows alter column workspace_id type %s', format_type(k.atttypid, null))
+    from pg_attribute k where k.attrelid = 'autotag.keys'::regclass and k.attname = 'workspace_id');
+end $$;
 alter table autotag.windows enable row level security;
 -- What the host sees of it. It is a view because windows are written while the provider row is held: a trigger or a foreign key of the
 -- host's on a table would run there, and one that raises would stop every tenant.
@@ -351,7 +358,7 @@ alter table autotag.provider_limits enable row level security;
 -- A workspace with single calls waiting: its place in fair queueing. Only the transaction that holds the provider row writes this
 -- table and queues (but for the insert of a new queue), so that no tenant's transaction can hold one of their rows.
 create table autotag.workspaces (
-  workspace_id uuid primary key,
+  workspace_id autotag.workspace_id primary key,
   queued integer not null default 0 check (queued >= 0),   -- the sum of its joined queues; repair_queues() checks it
   virtual_time double precision not null default 0,
   -- false: nothing may be released before ready_at (the window is full, or chunk_delay has not passed)
@@ -364,8 +371,8 @@ alter table autotag.workspaces enable row level security;
 
 create table autotag.jobs (
   id uuid primary key default gen_random_uuid(),
-  workspace_id uuid not null,
-  user_id uuid,                         -- the uploader; null: the service role
+  workspace_id autotag.workspace_id not null,
+  user_id autotag.user_id,                         -- the uploader; null: the service role
   strategy text not null check (strategy in ('realtime', 'realtime-chunked', 'batch', 'batch-parallel')),
   image_count integer not null check (image_count > 0),
   completed integer not null default 0,
@@ -394,7 +401,7 @@ alter table autotag.jobs enable row level security;
 -- released, so a claim never scans dead index entries. A row is deleted soon after its job has finished.
 create table autotag.queues (
   job_id uuid primary key references autotag.jobs on delete cascade,
-  workspace_id uuid not null,
+  workspace_id autotag.workspace_id not null,
   joined boolean not null default false,   -- counted in its workspace; enqueue_tagging inserts it, and the next claim counts it
   queued integer not null default 0 check (queued >= 0),
   released integer not null default 0,  -- the job with the fewest released goes first: small uploads pass large ones …
@@ -419,8 +426,8 @@ alter table autotag.queues enable row level security;
 create table autotag.tasks (
   id bigint generated always as identity primary key,
   job_id uuid not null,                 -- of autotag.jobs; without a foreign key, whose checks cost 10 µs an image (delete_tasks)
-  workspace_id uuid not null,
-  asset_id uuid not null,
+  workspace_id autotag.workspace_id not null,
+  asset_id autotag.asset_id not null,
   visible_mark uuid,                    -- md5 of the file that the caller of enqueue_tagging may see; null: not checked
   stage text not null default 'queued' check (stage in
     ('queued', 'preparing', 'submitted', 'processing', 'completing', 'failed')),
@@ -475,7 +482,7 @@ create type autotag.upload_plan as (
 create table autotag.batches (
   id uuid primary key default gen_random_uuid(),
   job_id uuid not null references autotag.jobs on delete cascade,
-  workspace_id uuid not null,
+  workspace_id autotag.workspace_id not null,
   ordinal integer not null,              -- 1 is the priority batch of its job
   image_count integer not null check (image_count > 0),   -- images of the upload in this batch …
   express_count integer not null default 0,               -- … and how many of them were sent as single calls (express)
@@ -563,8 +570,8 @@ alter table autotag.workers enable row level security;
 -- Usage: one row per workspace, user, day (UTC), model and service tier, from the figures that the provider returns.
 create table autotag.usage (
   id bigint generated always as identity primary key,
-  workspace_id uuid not null,
-  user_id uuid,
+  workspace_id autotag.workspace_id not null,
+  user_id autotag.user_id,
   day date not null,
   model text not null,                   -- the model that answered, as the provider names it
   service_tier text not null,            -- the tier it was billed at: default, flex, priority …, or batch
@@ -590,8 +597,8 @@ alter table autotag.usage enable row level security;
 -- general one. A null maximum is no limit, so a specific quota can also lift a general one.
 create table autotag.quotas (
   id bigint generated always as identity primary key,
-  workspace_id uuid,                     -- null: every workspace
-  user_id uuid,                          -- null: every user (scope user)
+  workspace_id autotag.workspace_id,                     -- null: every workspace
+  user_id autotag.user_id,                          -- null: every user (scope user)
   scope text not null check (scope in ('workspace', 'user')),
   period text not null check (period in ('day', 'month')),
   max_images integer check (max_images >= 0),
@@ -632,10 +639,10 @@ alter table autotag.durations enable row level security;
 -- A new image that has no job yet. Not unique: an image that comes twice is tagged once (start_upload).
 create table autotag.arrivals (
   id bigint generated always as identity primary key,
-  asset_id uuid not null,
-  workspace_id uuid not null,
-  -- the signed-in user; the zero uuid: the service role, or a token that names nobody. Not null, so that indexes compare it.
-  uploader uuid not null,
+  asset_id autotag.asset_id not null,
+  workspace_id autotag.workspace_id not null,
+  -- the signed-in user; nobody(): the service role, or a token that names nobody. Not null, so that indexes compare it.
+  uploader autotag.user_id not null,
   arrived_at timestamptz not null,       -- when the row was inserted; it may be old when its transaction commits
   upload_id bigint                       -- the postponed upload that it waits in; null: its upload may still grow
 ) with (fillfactor = 90);
@@ -647,8 +654,8 @@ alter table autotag.arrivals enable row level security;
 -- A complete upload that cannot become a job yet. Several may belong to one workspace and uploader; they are sealed together.
 create table autotag.uploads (
   id bigint generated always as identity primary key,
-  workspace_id uuid not null,
-  uploader uuid not null,
+  workspace_id autotag.workspace_id not null,
+  uploader autotag.user_id not null,
   seal_at timestamptz not null,                          -- when to try again
   failures integer not null default 0 check (failures >= 0)   -- attempts that raised; 0: it waits for room
 );
@@ -660,7 +667,7 @@ alter table autotag.uploads enable row level security;
 -- stored a moment ago is not tagged again (repeat_window). 8 bytes an image, and no write when it is tagged.
 create table autotag.pictures (
   job_id uuid primary key references autotag.jobs on delete cascade,
-  workspace_id uuid not null,
+  workspace_id autotag.workspace_id not null,
   marks bigint[] not null
 );
 alter table autotag.pictures alter column marks set storage external;   -- hashes do not shrink
@@ -668,13 +675,13 @@ alter table autotag.pictures enable row level security;
 
 -- The picture of an image, while it is enqueued.
 create type autotag.picture as (
-  asset_id uuid,
+  asset_id autotag.asset_id,
   mark bigint                  -- hash of id and location
 );
 
 -- An image that is being tagged or was a moment ago, and the job that it belongs to (find_repeats).
 create type autotag.repeated as (
-  asset_id uuid,
+  asset_id autotag.asset_id,
   job_id uuid
 );
 
@@ -711,7 +718,7 @@ create type autotag.answer as (
   task bigint,
   attempt integer,
   job_id uuid,
-  workspace_id uuid,
+  workspace_id autotag.workspace_id,
   reserved_at timestamptz,     -- single calls: settle() needs these two to correct the reservation
   reserved_tokens integer,
   output_tokens integer,       -- the cap of the answer, as it was requested
@@ -720,7 +727,7 @@ create type autotag.answer as (
   usage jsonb,                 -- as clean_usage() returns it; null: the provider gave no figures
   called boolean,              -- whether the call was sent
   mark uuid,                   -- of the picture that the model saw (describe_assets); null: not known
-  asset_id uuid
+  asset_id autotag.asset_id
 );
 
 -- The state of one batch, as a poll of OpenAI showed it.
@@ -743,7 +750,7 @@ create type autotag.batch_poll as (
 -- task stays live (retry_at = infinity) and belongs to no worker.
 create table autotag.unstored (
   task_id bigint primary key,            -- of autotag.tasks; without a foreign key, as tasks.job_id
-  workspace_id uuid not null,
+  workspace_id autotag.workspace_id not null,
   batch_id uuid,                         -- the batch whose answer it is: batch-complete waits for it
   result jsonb,                          -- either this …
   error_code text,                       -- … or these two
@@ -797,7 +804,7 @@ alter table autotag.provider_reports enable row level security;
 create type autotag.finished as (
   task bigint,
   job_id uuid,
-  asset_id uuid,
+  asset_id autotag.asset_id,
   result jsonb,                -- either this …
   code text,                   -- … or these two: the reason, and a sentence for the user
   message text,
@@ -1036,7 +1043,7 @@ begin
   return session_user <> 'authenticator' and current_setting('role') not in ('anon', 'authenticated');
 end $$;
 
-create or replace function autotag.check_member(p_workspace_id uuid) returns void
+create or replace function autotag.check_member(p_workspace_id autotag.workspace_id) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -1512,7 +1519,7 @@ end $$;
 -- (dollars, as single calls of the model in use; null: unknown), current_answers (number of answers behind that figure)}.
 -- p_effort null: the one in the model's row. Refuses an invalid model or effort, a workspace without tagged images, and more
 -- than a quota allows.
-create or replace function autotag.preview_comparison(p_workspace_id uuid, p_model text, p_effort text, p_sample integer)
+create or replace function autotag.preview_comparison(p_workspace_id autotag.workspace_id, p_model text, p_effort text, p_sample integer)
 returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1554,11 +1561,11 @@ begin
 end $$;
 
 -- The images to compare: [{asset_id, bucket, path, url, tags: [tag, …], caption, confidence: {tag: 0 to 1}, model}].
-create or replace function autotag.comparison_sample(p_workspace_id uuid, p_sample integer) returns jsonb
+create or replace function autotag.comparison_sample(p_workspace_id autotag.workspace_id, p_sample integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_assets uuid[];
+  v_assets autotag.asset_id[];
   v_sample jsonb;
 begin
   select array_agg(t.asset_id),
@@ -1568,7 +1575,7 @@ begin
   into v_assets, v_sample
   from autotag.tagged_assets(p_workspace_id, least(greatest(p_sample, 0), 1000)) t;
   return (
-    select coalesce(jsonb_agg(jsonb_build_object('asset_id', d.asset_id, 'bucket', d.bucket, 'path', d.path, 'url', d.url)
+    select coalesce(jsonb_agg(jsonb_build_object('asset_id', d.asset_id::text, 'bucket', d.bucket, 'path', d.path, 'url', d.url)
       || (v_sample -> d.asset_id::text) order by d.asset_id), '[]')
     from autotag.describe_assets(coalesce(v_assets, '{}')) d where d.refused is null);
 end $$;
@@ -1579,7 +1586,7 @@ end $$;
 -- reason: `account` (with the error as `message`), `retry_after`, `live`, `provider` or `window`.
 -- Refuses more than a quota allows, and an image that reserves more than the window's limit.
 -- Locks: provider, window (skip locked).
-create or replace function autotag.admit_comparison(p_workspace_id uuid, p_question jsonb, p_cap integer default null) returns jsonb
+create or replace function autotag.admit_comparison(p_workspace_id autotag.workspace_id, p_question jsonb, p_cap integer default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -1721,7 +1728,7 @@ end $$;
 -- only this comparison: live calls meet it themselves.
 -- Locks: window, usage, provider.
 create or replace function autotag.settle_comparison(
-  p_workspace_id uuid, p_question jsonb, p_report jsonb, p_observed jsonb default null
+  p_workspace_id autotag.workspace_id, p_question jsonb, p_report jsonb, p_observed jsonb default null
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1838,7 +1845,7 @@ end $$;
 -- How long the last of p_images more single calls of a workspace would wait for its window, for its fair share of the provider's
 -- bucket and of what the day has left, and for the end of a block (retry-after). p_counted: use claim()'s count of what waits in
 -- other workspaces if it is at most 2 s old, because counting takes longer the more workspaces there are.
-create or replace function autotag.predict_wait(p_workspace_id uuid, p_images integer, p_counted boolean default false)
+create or replace function autotag.predict_wait(p_workspace_id autotag.workspace_id, p_images integer, p_counted boolean default false)
 returns interval
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1882,7 +1889,7 @@ end $$;
 -- enqueue_tagging: checks an upload and makes it a job.
 
 -- How many more unfinished images a workspace may have (live_images_max).
-create or replace function autotag.live_capacity(p_workspace_id uuid) returns integer
+create or replace function autotag.live_capacity(p_workspace_id autotag.workspace_id) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -1893,7 +1900,7 @@ end $$;
 
 -- Refuses an upload with which the workspace would have more than live_images_max unfinished images. retry_after: seconds until
 -- enough of them are expected to be done; null: this upload alone is too large.
-create or replace function autotag.check_live_capacity(p_workspace_id uuid, p_images integer) returns void
+create or replace function autotag.check_live_capacity(p_workspace_id autotag.workspace_id, p_images integer) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -1922,29 +1929,29 @@ end $$;
 -- p_visible_marks[i]: the mark of the file of p_asset_ids[i] that the caller may see (`visible_file_marks`), which matches no file if the
 -- caller may not see it; null: not checked. If the image's file has another mark when a worker claims it, the image fails as if
 -- the file did not exist.
-create or replace function autotag.enqueue(p_asset_ids uuid[], p_visible_marks uuid[] default null) returns jsonb
+create or replace function autotag.enqueue(p_asset_ids autotag.asset_id[], p_visible_marks uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_found integer;
   v_asked integer;
-  v_missing uuid[];            -- ids that do not exist, at most 5
-  v_foreign uuid[];            -- images that name a file of another workspace, at most 5
-  v_long uuid[];               -- images whose URL, path or bucket name is too long, at most 5
-  v_workspaces uuid[];         -- workspaces of the images that the caller may act for
-  v_images uuid[];             -- the images, each once,
+  v_missing autotag.asset_id[];            -- ids that do not exist, at most 5
+  v_foreign autotag.asset_id[];            -- images that name a file of another workspace, at most 5
+  v_long autotag.asset_id[];               -- images whose URL, path or bucket name is too long, at most 5
+  v_workspaces autotag.workspace_id[];         -- workspaces of the images that the caller may act for
+  v_images autotag.asset_id[];             -- the images, each once,
   v_marks bigint[];            -- the marks of their pictures,
   v_suspects autotag.picture[];   -- and those that may have been enqueued before
 begin
   if array_ndims(p_asset_ids) > 1 or array_position(p_asset_ids, null) is not null then
     perform autotag.refuse(400, 'bad_asset_ids', 'asset_ids must be a plain list of ids.',
-      'Pass an array of uuids without nulls.');
+      'Pass an array of ids without nulls.');
   end if;
   perform autotag.check_image_count(cardinality(p_asset_ids));
 
   -- An image of another workspace is reported like one that does not exist, so that callers cannot find out which ids exist.
   with there as materialized (
-    select d.asset_id, d.workspace_id, d.refused, d.stage, uuid_hash_extended(d.asset_id, uuid_hash_extended(d.mark, 0)) as mark
+    select d.asset_id, d.workspace_id, d.refused, d.stage, hash_record_extended(row(d.asset_id, d.mark), 0) as mark
     from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
   ), theirs as materialized (
     -- offset 0: call is_member once per workspace, not once per image
@@ -1987,15 +1994,15 @@ end $$;
 -- p_visible_marks: as in enqueue(). Returns {job_id, strategy, image_count, skipped, batches, eta}.
 -- Locks: workspace, user (lock_quotas), assets (show); all rows of autotag are new.
 create or replace function autotag.start_job(
-  p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_visible_marks uuid[] default null
+  p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_asset_ids autotag.asset_id[], p_visible_marks uuid[] default null
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
 as $$
 declare
   v_now timestamptz := autotag.now();
   v_asked integer := (select count(distinct id) from unnest(p_asset_ids) id);
-  v_live uuid[];               -- those of p_asset_ids that are being tagged already
-  v_new uuid[];
+  v_live autotag.asset_id[];               -- those of p_asset_ids that are being tagged already
+  v_new autotag.asset_id[];
   v_new_marks uuid[];           -- p_visible_marks of each of them
   v_count integer;
   v_plan autotag.upload_plan;
@@ -2037,7 +2044,7 @@ end $$;
 
 -- The reply to an upload whose images are all being tagged already: their job, or null if they belong to several. Only a job of
 -- this workspace: an image that moved here while it is tagged belongs to a job of the workspace that it came from.
-create or replace function autotag.describe_live(p_workspace_id uuid, p_live uuid[], p_asked integer) returns jsonb
+create or replace function autotag.describe_live(p_workspace_id autotag.workspace_id, p_live autotag.asset_id[], p_asked integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -2055,7 +2062,7 @@ begin
 end $$;
 
 -- Plans an upload of p_images images. Reads only.
-create or replace function autotag.plan_upload(p_workspace_id uuid, p_images integer) returns autotag.upload_plan
+create or replace function autotag.plan_upload(p_workspace_id autotag.workspace_id, p_images integer) returns autotag.upload_plan
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -2094,7 +2101,7 @@ begin
 end $$;
 
 -- Inserts a job's batches and tasks, in upload order, and returns the id of the first task.
-create or replace function autotag.add_tasks(p_job autotag.jobs, p_plan autotag.upload_plan, p_asset_ids uuid[], p_visible_marks uuid[])
+create or replace function autotag.add_tasks(p_job autotag.jobs, p_plan autotag.upload_plan, p_asset_ids autotag.asset_id[], p_visible_marks uuid[])
 returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2130,7 +2137,7 @@ end $$;
 -- Those of these images that are being tagged, or were tagged a moment ago: they belong to a job of the workspace that still runs or has
 -- finished within repeat_window, with the location that they had then, and did not fail there. It reads only tables of autotag, in
 -- one snapshot, so that it knows of every image that was tagged until now, whatever the image's row showed earlier.
-create or replace function autotag.find_repeats(p_workspace_id uuid, p_pictures autotag.picture[]) returns autotag.repeated[]
+create or replace function autotag.find_repeats(p_workspace_id autotag.workspace_id, p_pictures autotag.picture[]) returns autotag.repeated[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_nestloop = off
 as $$
@@ -2172,12 +2179,12 @@ end $$;
 -- p_images, p_marks: all images, each once, and the marks of their pictures. p_suspects: those that may have been enqueued before.
 -- Locks: as in start_job().
 create or replace function autotag.start_once(
-  p_workspace_id uuid, p_asset_ids uuid[], p_visible_marks uuid[], p_images uuid[], p_marks bigint[], p_suspects autotag.picture[]
+  p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_visible_marks uuid[], p_images autotag.asset_id[], p_marks bigint[], p_suspects autotag.picture[]
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user uuid := (select auth.uid());
+  v_user autotag.user_id := autotag.caller();
   v_repeated autotag.repeated[];
   v_skipped integer;
   v_jobs uuid[];
@@ -2208,7 +2215,7 @@ begin
 end $$;
 
 -- Records the pictures of a new job. p_reply: of start_job(); p_images, p_marks: the images of its call, and the marks of their pictures.
-create or replace function autotag.record_pictures(p_workspace_id uuid, p_reply jsonb, p_images uuid[], p_marks bigint[]) returns void
+create or replace function autotag.record_pictures(p_workspace_id autotag.workspace_id, p_reply jsonb, p_images autotag.asset_id[], p_marks bigint[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
@@ -2281,12 +2288,12 @@ end $$;
 
 -- The failed images of a job, in order, except those that no longer exist, moved to another workspace (which the caller may not
 -- know of), whose location is refused (describe_assets), or that a later job has tagged.
-create or replace function autotag.failed_assets(p_job_id uuid) returns uuid[]
+create or replace function autotag.failed_assets(p_job_id uuid) returns autotag.asset_id[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_job autotag.jobs := autotag.visible_job(p_job_id);
-  v_failed uuid[] := array(
+  v_failed autotag.asset_id[] := array(
     select t.asset_id from autotag.tasks t where t.job_id = v_job.id and t.stage = 'failed' order by t.id);
 begin
   return array(
@@ -2298,14 +2305,14 @@ end $$;
 -- repeat_window of its end, returns that job again. Once it was cancelled, another call makes another job.
 -- p_asset_ids: failed_assets(), as it was when the caller's rights to the files were checked; p_visible_marks: as in enqueue, for them.
 -- Locks: the job (advisory: calls for one job run one after the other), then as in enqueue().
-create or replace function autotag.retry(p_job_id uuid, p_asset_ids uuid[], p_visible_marks uuid[] default null) returns jsonb
+create or replace function autotag.retry(p_job_id uuid, p_asset_ids autotag.asset_id[], p_visible_marks uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job autotag.jobs := autotag.visible_job(p_job_id);
   v_retry autotag.jobs;
-  v_failed uuid[];
-  v_assets uuid[];
+  v_failed autotag.asset_id[];
+  v_assets autotag.asset_id[];
   v_visible_marks uuid[];
   v_reply jsonb;
 begin
@@ -2336,25 +2343,25 @@ end $$;
 -- lock), forbid PREPARE TRANSACTION, and fail it while the queue of notifications is full. It is not needed either: an upload is not
 -- sealed before upload_quiet has passed, and a worker that looks that often sees each upload in time (seal_uploads: wait).
 
--- The signed-in user of the host's transaction; the zero uuid: nobody. Tokens of other identity providers have a `sub` that is no
--- uuid, and anything can stand in the claims of a direct connection: that is nobody, not an error.
-create or replace function autotag.find_uploader() returns uuid
+-- The signed-in user of the host's transaction, or nobody(). Tokens of other identity providers have a `sub` that is no id of a user,
+-- and anything can stand in the claims of a direct connection: that is nobody, not an error.
+create or replace function autotag.find_uploader() returns autotag.user_id
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return coalesce((select auth.uid()), '00000000-0000-0000-0000-000000000000');
+  return coalesce(autotag.caller(), autotag.nobody());
 exception when others or assert_failure then
-  return '00000000-0000-0000-0000-000000000000'::uuid;
+  return autotag.nobody();
 end $$;
 
 -- Collects the images that one statement inserted: their ids and workspaces; those without a workspace are left out. Whether there is
 -- a file or URL is found out when the upload is sealed. Called by the host's transaction, so it only inserts: it locks no row, and
 -- waits for nothing but a lock of the whole table (an upgrade of autotag), for 50 ms at most. Errors are caught by the trigger.
-create or replace function autotag.collect(p_asset_ids uuid[], p_workspace_ids uuid[]) returns void
+create or replace function autotag.collect(p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
 declare
-  v_uploader uuid := autotag.find_uploader();
+  v_uploader autotag.user_id := autotag.find_uploader();
   v_now timestamptz := autotag.now();
 begin
   insert into autotag.arrivals (asset_id, workspace_id, uploader, arrived_at)
@@ -2364,14 +2371,16 @@ begin
 end $$;
 
 -- At most p_limit uploads that may still grow, by workspace and uploader, with their first and last arrival. Only workspaces from
--- p_from to before p_before (null: all). It jumps from one upload to the next in the index, so its cost does not depend on how many
+-- p_from (null: the first) to before p_before (null: all). It jumps from one upload to the next in the index, so its cost does not depend on how many
 -- images they have: 10 µs for each upload.
-create or replace function autotag.list_arriving(p_from uuid, p_before uuid, p_limit integer)
-returns table (workspace_id uuid, uploader uuid, first_at timestamptz, last_at timestamptz)
+create or replace function autotag.list_arriving(p_from autotag.workspace_id, p_before autotag.workspace_id, p_limit integer)
+returns table (workspace_id autotag.workspace_id, uploader autotag.user_id, first_at timestamptz, last_at timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set enable_bitmapscan = off set jit = off
 as $$
 begin
+  p_from := coalesce(p_from, (
+    select a.workspace_id from autotag.arrivals a where a.upload_id is null order by a.workspace_id, a.uploader, a.arrived_at limit 1));
   return query
     with recursive found as (
       (select a.workspace_id, a.uploader, a.arrived_at from autotag.arrivals a
@@ -2383,7 +2392,7 @@ begin
         select a.workspace_id, a.uploader, a.arrived_at from autotag.arrivals a
         where a.upload_id is null and (a.workspace_id, a.uploader) > (f.workspace_id, f.uploader)
         order by a.workspace_id, a.uploader, a.arrived_at limit 1) n
-      where f.workspace_id < coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+      where p_before is null or f.workspace_id < p_before
     )
     select f.workspace_id, f.uploader, f.arrived_at, (
       select max(a.arrived_at) from autotag.arrivals a
@@ -2394,16 +2403,21 @@ end $$;
 -- Uploads, and when each is due: those that may still grow are complete when nothing has come for upload_quiet or their first image is
 -- upload_longest old; those that were postponed have a time. An image that becomes visible late, because its transaction was long, is
 -- as old as its row. One from the future was inserted before the clock was set back, and waits for nothing.
--- At most 2,000 of the former, from a random workspace on, and 1,000 of the latter: where there are more, each gets its chance.
+-- At most 2,000 of the former, from the workspace of a random arrival on, and 1,000 of the latter: where there are more, each gets its
+-- chance.
 create or replace function autotag.list_uploads(p_now timestamptz)
-returns table (workspace_id uuid, uploader uuid, due_at timestamptz, arriving boolean)
+returns table (workspace_id autotag.workspace_id, uploader autotag.user_id, due_at timestamptz, arriving boolean)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
 declare
   v_quiet interval;
   v_longest interval;
-  v_from uuid := gen_random_uuid();
+  v_from autotag.workspace_id := (
+    select a.workspace_id from autotag.arrivals a
+    where a.id >= (select f.id + floor(random() * (l.id - f.id + 1))::bigint
+      from (select i.id from autotag.arrivals i order by i.id limit 1) f, (select i.id from autotag.arrivals i order by i.id desc limit 1) l)
+    order by a.id limit 1);
 begin
   select s.upload_quiet, s.upload_longest into v_quiet, v_longest from autotag.settings s;
   return query
@@ -2412,7 +2426,7 @@ begin
     from (
       select * from autotag.list_arriving(v_from, null, 1000)
       union all
-      select * from autotag.list_arriving('00000000-0000-0000-0000-000000000000', v_from, 1000)) l;
+      select * from autotag.list_arriving(null, v_from, 1000)) l;
   return query
     select u.workspace_id, u.uploader, u.seal_at, false from autotag.uploads u where u.seal_at <= p_now order by u.seal_at limit 1000;
   return query
@@ -2435,6 +2449,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
+  v_nobody autotag.user_id := autotag.nobody();
   v_next timestamptz;
   v_upload record;
   v_result record;
@@ -2452,7 +2467,7 @@ begin
   for v_upload in
     select l.*
     from autotag.list_uploads(v_now) l
-    window users as (partition by coalesce(nullif(l.uploader, '00000000-0000-0000-0000-000000000000'), l.workspace_id), l.due_at > v_now)
+    window users as (partition by l.uploader, case when l.uploader = v_nobody then l.workspace_id end, l.due_at > v_now)
     order by l.due_at > v_now, (row_number() over (users order by l.due_at)) > 1, random() * (count(*) over users)
   loop
     if v_upload.due_at > v_now then
@@ -2460,7 +2475,7 @@ begin
     elsif v_done then
       more := true;
       exit;
-    elsif autotag.try_lock_quotas(v_upload.workspace_id, nullif(v_upload.uploader, '00000000-0000-0000-0000-000000000000')) then
+    elsif autotag.try_lock_quotas(v_upload.workspace_id, nullif(v_upload.uploader, v_nobody)) then
       v_result := autotag.seal_upload(v_upload.workspace_id, v_upload.uploader, v_now);
       sealed := v_result.sealed;
       notices := v_result.notices;
@@ -2488,18 +2503,18 @@ end $$;
 -- the live images or the quotas allow stay; the upload is postponed when there is no room. rest: others of its images are due.
 -- Where an earlier attempt raised or took too long, fewer images are tried, a quarter each time. The caller holds the quotas.
 create or replace function autotag.seal_upload(
-  p_workspace_id uuid, p_uploader uuid, p_now timestamptz, out sealed integer, out rest boolean, out notices jsonb
+  p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_now timestamptz, out sealed integer, out rest boolean, out notices jsonb
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user uuid := nullif(p_uploader, '00000000-0000-0000-0000-000000000000');
+  v_user autotag.user_id := nullif(p_uploader, autotag.nobody());
   v_room integer;
   v_waiting bigint;            -- the postponed upload of this uploader that still waits for room
   v_due bigint[];              -- those that are due
   v_failures integer;
   v_arrivals bigint[];
-  v_assets uuid[];
+  v_assets autotag.asset_id[];
   v_try record;
 begin
   sealed := 0;
@@ -2542,8 +2557,8 @@ begin
 end $$;
 
 -- The first p_limit images of one workspace and uploader that may still grow or belong to these postponed uploads.
-create or replace function autotag.take_arrivals(p_workspace_id uuid, p_uploader uuid, p_uploads bigint[], p_limit integer)
-returns table (id bigint, asset_id uuid)
+create or replace function autotag.take_arrivals(p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_uploads bigint[], p_limit integer)
+returns table (id bigint, asset_id autotag.asset_id)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
@@ -2562,7 +2577,7 @@ end $$;
 -- deferred are checked here, not at the commit, where an error would undo everything. jobs: how many were made, 0 or 1.
 -- The host may raise the SQLSTATEs of autotag, too: PT429 is returned only if there is not enough room; otherwise it is P0001.
 create or replace function autotag.try_upload(
-  p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_keep boolean, out jobs integer, out state text, out error text
+  p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_asset_ids autotag.asset_id[], p_keep boolean, out jobs integer, out state text, out error text
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
@@ -2590,7 +2605,7 @@ exception when others or assert_failure or query_canceled then
 end $$;
 
 -- How many images of automatic mode one more job of a workspace and uploader may have.
-create or replace function autotag.room_for_upload(p_workspace_id uuid, p_user_id uuid) returns integer
+create or replace function autotag.room_for_upload(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -2601,17 +2616,17 @@ end $$;
 -- Makes a job of these images of an upload, and returns how many jobs were made: 0 or 1. Left out are images that are gone, that have no
 -- file or URL, that are being tagged (start_job), and that have a result or an error already: then enqueue_tagging was called for
 -- them too, or the row was copied with its tags. An image that has moved to another workspace arrives there.
-create or replace function autotag.start_upload(p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[]) returns integer
+create or replace function autotag.start_upload(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_asset_ids autotag.asset_id[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_assets uuid[];
+  v_assets autotag.asset_id[];
   v_marks bigint[];            -- of their pictures
-  v_moved uuid[];
+  v_moved autotag.asset_id[];
   v_job jsonb;
 begin
   select array_agg(d.asset_id order by p.i) filter (where d.workspace_id = p_workspace_id),
-    array_agg(uuid_hash_extended(d.asset_id, uuid_hash_extended(d.mark, 0)) order by p.i) filter (where d.workspace_id = p_workspace_id),
+    array_agg(hash_record_extended(row(d.asset_id, d.mark), 0) order by p.i) filter (where d.workspace_id = p_workspace_id),
     array_agg(d.asset_id) filter (where d.workspace_id <> p_workspace_id)
   into v_assets, v_marks, v_moved
   from unnest(p_asset_ids) with ordinality p (id, i)
@@ -2621,7 +2636,7 @@ begin
     and (d.stage is null or d.stage not in ('completed', 'failed'));
   if v_moved is not null then
     insert into autotag.arrivals (asset_id, workspace_id, uploader, arrived_at)
-    select d.asset_id, d.workspace_id, coalesce(p_user_id, '00000000-0000-0000-0000-000000000000'), autotag.now()
+    select d.asset_id, d.workspace_id, coalesce(p_user_id, autotag.nobody()), autotag.now()
     from autotag.describe_assets(v_moved) d where d.workspace_id is not null;
   end if;
   if v_assets is null then
@@ -2635,7 +2650,7 @@ end $$;
 -- Automatic mode: uploads that cannot become a job yet, and images with which none can.
 
 -- Adds what has arrived of one workspace and uploader to a postponed upload. Locks: arrivals (skip locked).
-create or replace function autotag.join_upload(p_upload_id bigint, p_workspace_id uuid, p_uploader uuid) returns void
+create or replace function autotag.join_upload(p_upload_id bigint, p_workspace_id autotag.workspace_id, p_uploader autotag.user_id) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
@@ -2650,11 +2665,11 @@ end $$;
 -- expected to be done (1 min to 1 h). Where the quota is its user's in all workspaces, the user's other uploads that are due wait as
 -- long, so that one call settles a crowd of them. p_due: its postponed uploads that are due.
 -- Locks: uploads and arrivals (skip locked).
-create or replace function autotag.postpone_upload(p_workspace_id uuid, p_uploader uuid, p_due bigint[], p_now timestamptz) returns void
+create or replace function autotag.postpone_upload(p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_due bigint[], p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user uuid := nullif(p_uploader, '00000000-0000-0000-0000-000000000000');
+  v_user autotag.user_id := nullif(p_uploader, autotag.nobody());
   v_prices autotag.reservation_prices := autotag.price_reservations();
   v_until timestamptz;
   v_scope text;
@@ -2684,7 +2699,7 @@ begin
 end $$;
 
 -- Makes one postponed upload of what has arrived of a workspace and uploader, and of these postponed ones, which the caller has locked.
-create or replace function autotag.put_aside(p_workspace_id uuid, p_uploader uuid, p_due bigint[], p_until timestamptz) returns void
+create or replace function autotag.put_aside(p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_due bigint[], p_until timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -2706,16 +2721,16 @@ end $$;
 -- reason is not the image (a held row, a full disk), the images are postponed with growing delays (1 s to 10 min).
 -- p_arrivals[i] belongs to p_assets[i]; p_failures: attempts so far. ended: the arrivals that are settled.
 create or replace function autotag.seal_apart(
-  p_workspace_id uuid, p_uploader uuid, p_arrivals bigint[], p_assets uuid[], p_failures integer, p_state text, p_error text,
+  p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_arrivals bigint[], p_assets autotag.asset_id[], p_failures integer, p_state text, p_error text,
   out jobs integer, out ended bigint[], out notices jsonb
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user uuid := nullif(p_uploader, '00000000-0000-0000-0000-000000000000');
+  v_user autotag.user_id := nullif(p_uploader, autotag.nobody());
   v_odd jsonb := (autotag.find_odd(p_workspace_id, v_user, p_assets, p_state, p_error, 64)).odd;
-  v_good uuid[] := array(select a from unnest(p_assets) a except select (o ->> 'asset')::uuid from jsonb_array_elements(v_odd) o);
-  v_refused uuid[];
+  v_good autotag.asset_id[] := array(select a from unnest(p_assets) a except select (o ->> 'asset')::autotag.asset_id from jsonb_array_elements(v_odd) o);
+  v_refused autotag.asset_id[];
   v_upload_id bigint;
   v_try record;
 begin
@@ -2728,7 +2743,7 @@ begin
       v_good := '{}';
     end if;
   end if;
-  select coalesce(array_agg((o ->> 'asset')::uuid), '{}'), coalesce(jsonb_agg(jsonb_build_object('event', 'image_not_enqueued', 'notice',
+  select coalesce(array_agg((o ->> 'asset')::autotag.asset_id), '{}'), coalesce(jsonb_agg(jsonb_build_object('event', 'image_not_enqueued', 'notice',
     format('The database refused to enqueue image %s: %s', o ->> 'asset', autotag.printable(o ->> 'error', 500)))), '[]')
   into v_refused, notices
   from jsonb_array_elements(v_odd) o where autotag.is_refusal(o ->> 'state');
@@ -2751,13 +2766,13 @@ end $$;
 -- waited for a lock counts 20, and one that was cancelled because this call took too long is the last. What was not tried has the
 -- state 55000 and the error of its whole.
 create or replace function autotag.find_odd(
-  p_workspace_id uuid, p_user_id uuid, p_assets uuid[], p_state text, p_error text, p_budget integer, out odd jsonb, out budget integer
+  p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_assets autotag.asset_id[], p_state text, p_error text, p_budget integer, out odd jsonb, out budget integer
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_half integer := cardinality(p_assets) / 2;
-  v_part uuid[];
+  v_part autotag.asset_id[];
   v_try record;
 begin
   budget := p_budget - case p_state when '55P03' then 20 when '57014' then p_budget else 0 end;
@@ -2794,11 +2809,11 @@ begin
 end $$;
 
 -- Shows on the host's rows that these images failed, on each row that the host lets it.
-create or replace function autotag.show_refused(p_workspace_id uuid, p_assets uuid[]) returns void
+create or replace function autotag.show_refused(p_workspace_id autotag.workspace_id, p_assets autotag.asset_id[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
 declare
-  v_asset uuid;
+  v_asset autotag.asset_id;
 begin
   foreach v_asset in array p_assets loop
     begin
@@ -2829,7 +2844,7 @@ create or replace trigger autotag_resume_uploads after insert or update or delet
 
 -- Previews tagging existing images: {images, seconds, cost (dollars; null: unknown), model}. p_untagged: only those without
 -- tags; p_after, p_limit: as in backfill().
-create or replace function autotag.preview_backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
+create or replace function autotag.preview_backfill(p_workspace_id autotag.workspace_id, p_untagged boolean, p_after autotag.asset_id, p_limit integer)
 returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2851,11 +2866,11 @@ end $$;
 
 -- Makes one upload of the next p_limit existing images of a workspace (by id, after p_after): {job_id, images, last}. `last`
 -- is p_after for the next call; null: no more images. Refuses what enqueue_tagging refuses. Locks: the workspace (advisory).
-create or replace function autotag.backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer) returns jsonb
+create or replace function autotag.backfill(p_workspace_id autotag.workspace_id, p_untagged boolean, p_after autotag.asset_id, p_limit integer) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_assets uuid[];
+  v_assets autotag.asset_id[];
   v_job jsonb;
 begin
   perform autotag.check_image_count(p_limit);
@@ -2866,7 +2881,7 @@ begin
   end if;
   v_job := autotag.start_job(p_workspace_id, null, v_assets);
   return jsonb_build_object('job_id', v_job -> 'job_id', 'images', v_job -> 'image_count',
-    'last', v_assets[cardinality(v_assets)]);
+    'last', v_assets[cardinality(v_assets)]::text);
 end $$;
 
 -- What a workspace or a user may use per day or month.
@@ -2921,7 +2936,7 @@ end $$;
 -- The quotas that apply to a workspace and a user, and how much of each is used. billed: everything that was, including unusable
 -- answers. reserved: what is being tagged, until it is done, so that concurrent uploads cannot exceed the quota; an image whose
 -- answer was cut off reserves its larger cap. A user quota without a workspace counts the user's images in all workspaces.
-create or replace function autotag.quota_use(p_workspace_id uuid, p_user_id uuid, p_prices autotag.reservation_prices)
+create or replace function autotag.quota_use(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_prices autotag.reservation_prices)
 returns table (scope text, period text, kind text, maximum numeric, billed numeric, reserved numeric, renews_at timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2964,7 +2979,7 @@ end $$;
 
 -- What is left of each quota: the maximum less what is billed and reserved. images_left: how many more images that allows, at
 -- p_each dollars per image (null: what the model in use reserves). What costs nothing fits, even if the quota is used up.
-create or replace function autotag.quotas_left(p_workspace_id uuid, p_user_id uuid, p_each numeric default null)
+create or replace function autotag.quotas_left(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_each numeric default null)
 returns table (scope text, period text, kind text, maximum numeric, available numeric, images_left integer, renews_at timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2988,7 +3003,7 @@ end $$;
 -- quota is exceeded, and no image is tagged twice.
 -- p_wait false: for transactions that must not wait for a tenant's; returns false if another transaction holds a lock.
 -- Called at the start of start_job(), before it reads what is left, and where images are tried again.
-create or replace function autotag.lock_quotas(p_workspace_id uuid, p_user_id uuid, p_wait boolean default true) returns boolean
+create or replace function autotag.lock_quotas(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_wait boolean default true) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -3013,7 +3028,7 @@ begin
 end $$;
 
 -- Takes all of these locks without waiting, or none: one that was taken before another was busy would hold up its own workspace.
-create or replace function autotag.try_lock_quotas(p_workspace_id uuid, p_user_id uuid) returns boolean
+create or replace function autotag.try_lock_quotas(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -3027,7 +3042,7 @@ end $$;
 
 -- Refuses p_images images if a quota does not allow them: those of an upload (the caller has called lock_quotas(), so that
 -- no other upload reserves the same), or those of a comparison at p_each dollars.
-create or replace function autotag.check_quotas(p_workspace_id uuid, p_user_id uuid, p_images integer, p_each numeric default null)
+create or replace function autotag.check_quotas(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_images integer, p_each numeric default null)
 returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3114,7 +3129,7 @@ end $$;
 -- Exact sliding windows of workspaces.
 
 -- Length of a window, and a workspace's limits in it.
-create or replace function autotag.window_limits(p_workspace_id uuid, p_request_type text)
+create or replace function autotag.window_limits(p_workspace_id autotag.workspace_id, p_request_type text)
 returns table (length interval, max_requests integer, max_units integer) rows 1
 language sql stable set search_path = pg_catalog, pg_temp
 as $$
@@ -3128,7 +3143,7 @@ as $$
 $$;
 
 -- Key of the advisory lock of inserting a window, and of that of an upload that is being cancelled (exclusive) or served (shared).
-create or replace function autotag.window_key(p_workspace_id uuid, p_request_type text) returns bigint
+create or replace function autotag.window_key(p_workspace_id autotag.workspace_id, p_request_type text) returns bigint
 language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -3156,7 +3171,7 @@ create or replace trigger autotag_lock_new_window before insert on autotag.windo
   for each row execute function autotag.lock_new_window();
 
 -- Locks one window, or the right to insert it. False: another transaction holds it.
-create or replace function autotag.try_window(p_workspace_id uuid, p_request_type text) returns boolean
+create or replace function autotag.try_window(p_workspace_id autotag.workspace_id, p_request_type text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -3176,7 +3191,7 @@ end $$;
 -- Long: check_rate_limit calls this before every API call. It takes 22 µs, and each function with a search_path of its own would
 -- add 2.5 µs.
 create or replace function autotag.admit(
-  p_workspace_id uuid, p_request_type text, p_wanted integer, p_units_each integer, p_partial boolean,
+  p_workspace_id autotag.workspace_id, p_request_type text, p_wanted integer, p_units_each integer, p_partial boolean,
   out admitted integer, out retry_at timestamptz, out at timestamptz, p_take boolean default true
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
@@ -3281,7 +3296,7 @@ end $$;
 -- Corrects a reservation by the real use. p_at: the time that admit() returned; a reservation that has left its window needs
 -- no correction. If the use exceeds the limit, the window admits nothing until enough has left it.
 create or replace function autotag.correct_window(
-  p_workspace_id uuid, p_request_type text, p_at timestamptz, p_requests_delta integer, p_units_delta integer
+  p_workspace_id autotag.workspace_id, p_request_type text, p_at timestamptz, p_requests_delta integer, p_units_delta integer
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3298,7 +3313,7 @@ end $$;
 -- Whether p_images fit the workspace's window, all or nothing; p_take: count them if so. retry_after: exact seconds; 0: allowed;
 -- null: more than the limit, they never fit. reason: null, `window_full` (wait) or `exceeds_limit` (never).
 create or replace function autotag.take_allowance(
-  p_workspace_id uuid, p_request_type text, p_images integer, p_take boolean,
+  p_workspace_id autotag.workspace_id, p_request_type text, p_images integer, p_take boolean,
   out allowed boolean, out retry_after double precision, out reason text
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -4022,7 +4037,7 @@ end $$;
 -- Whether a signed-in user may see a file of Storage, by the policies on storage.objects. It is owned by the role authenticated, so
 -- row level security applies as it does to the user. Their token is not there: a policy sees only its `sub` and `role`, and one that
 -- asks for more says no.
-create or replace function autotag.may_see_file(p_user_id uuid, p_bucket text, p_path text) returns boolean
+create or replace function autotag.may_see_file(p_user_id autotag.user_id, p_bucket text, p_path text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -4031,7 +4046,7 @@ begin
   if current_user <> 'authenticated' or p_user_id is null or p_path is null then
     return false;
   end if;
-  perform set_config('request.jwt.claims', jsonb_build_object('sub', p_user_id, 'role', 'authenticated')::text, true);
+  perform set_config('request.jwt.claims', jsonb_build_object('sub', p_user_id::text, 'role', 'authenticated')::text, true);
   v_visible := exists (select from storage.objects o where o.bucket_id = p_bucket and o.name = p_path);
   perform set_config('request.jwt.claims', '', true);
   return v_visible;
@@ -4046,7 +4061,7 @@ begin
   alter function autotag.may_see_file owner to authenticated;
   revoke create on schema autotag from authenticated;
 exception when insufficient_privilege then
-  raise notice 'This login cannot give a function to the role authenticated, so a file that replaces another while it is tagged counts as hidden.';
+  raise warning 'This login cannot give a function to the role authenticated, so a file that replaces another while it is tagged counts as hidden.';
 end $$;
 
 -- Location of each image, as describe_assets() returns it, if its file is the one that the uploader was allowed to see, or another one
@@ -4056,8 +4071,8 @@ end $$;
 -- one that raises is refused: as `unreadable_row`, or as `unreadable_now` where the error may pass (the adapter is being changed, a
 -- page of the table cannot be read). Then the worker reports a transient error, so its slot is free, and the image is tried again.
 -- p_workspace_ids[i], p_visible_marks[i]: tasks.workspace_id and tasks.visible_mark of p_asset_ids[i].
-create or replace function autotag.locate(p_asset_ids uuid[], p_workspace_ids uuid[], p_visible_marks uuid[], p_users uuid[])
-returns table (asset_id uuid, bucket text, path text, url text, refused text, mark uuid)
+create or replace function autotag.locate(p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[], p_visible_marks uuid[], p_users autotag.user_id[])
+returns table (asset_id autotag.asset_id, bucket text, path text, url text, refused text, mark uuid)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -4079,8 +4094,8 @@ exception when others or assert_failure then
 end $$;
 
 -- The same; raises if one row does.
-create or replace function autotag.locate_together(p_asset_ids uuid[], p_workspace_ids uuid[], p_visible_marks uuid[], p_users uuid[])
-returns table (asset_id uuid, bucket text, path text, url text, refused text, mark uuid)
+create or replace function autotag.locate_together(p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[], p_visible_marks uuid[], p_users autotag.user_id[])
+returns table (asset_id autotag.asset_id, bucket text, path text, url text, refused text, mark uuid)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -4222,7 +4237,7 @@ declare
   v_now timestamptz := p_provider.refilled_at;
   v_room integer := autotag.room_left(p_provider, p_slots);   -- images that may still be released
   v_turn integer;              -- images of one workspace before the next one is served
-  v_workspaces uuid[];
+  v_workspaces autotag.workspace_id[];
   v_workspace autotag.workspaces;
   v_released record;
 begin
@@ -4264,11 +4279,11 @@ end $$;
 -- Locks the windows of these workspaces, and returns the workspaces that can be served now. One whose window another transaction
 -- holds (check_rate_limit in a transaction of the tenant's) is not ready for a second. The caller holds the provider row.
 -- Locks: windows by workspace (skip locked); for a workspace without one, the right to insert it (advisory).
-create or replace function autotag.lock_windows(p_workspaces uuid[], p_now timestamptz) returns uuid[]
+create or replace function autotag.lock_windows(p_workspaces autotag.workspace_id[], p_now timestamptz) returns autotag.workspace_id[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_free uuid[] := array(
+  v_free autotag.workspace_id[] := array(
     select w.workspace_id from autotag.windows w
     where w.workspace_id = any (p_workspaces) and w.request_type = 'realtime' order by w.workspace_id for no key update skip locked);
 begin
@@ -4371,7 +4386,7 @@ end $$;
 -- before it go first. Null: none is ready. A queue that was committed after join_queues() is left to the next claim: its workspace
 -- does not count it yet. A queue whose upload is being cancelled in an open transaction is not ready for a second.
 -- Locks: its job (advisory, shared).
-create or replace function autotag.next_queue(p_workspace_id uuid, p_now timestamptz) returns autotag.queues
+create or replace function autotag.next_queue(p_workspace_id autotag.workspace_id, p_now timestamptz) returns autotag.queues
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
@@ -4603,7 +4618,7 @@ begin
     )
     select coalesce(json_agg(i order by i.task), '[]')
     from (
-      select r.id as task, r.attempt, r.workspace_id as workspace, u.id as job, u.traceparent, u.waited, r.asset_id, r.output_tokens as cap,
+      select r.id as task, r.attempt, r.workspace_id::text as workspace, u.id as job, u.traceparent, u.waited, r.asset_id::text, r.output_tokens as cap,
         d.bucket, d.path, d.url, d.refused, d.mark
       from released r join uploads u on u.id = r.job_id
       left join autotag.locate(array(select asset_id from released order by id),
@@ -4718,7 +4733,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_unproven boolean := autotag.must_prove_first(p_provider);
-  v_held uuid[] := array(select b.workspace_id from autotag.batches b where b.worker_id = p_worker);
+  v_held autotag.workspace_id[] := array(select b.workspace_id from autotag.batches b where b.worker_id = p_worker);
   v_share integer := greatest(p_slots + cardinality(v_held) - 1, 1);
 begin
   return array(
@@ -4817,8 +4832,8 @@ create or replace function autotag.lock_candidates(p_candidates uuid[], p_now ti
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_workspaces uuid[];
-  v_free uuid[];
+  v_workspaces autotag.workspace_id[];
+  v_free autotag.workspace_id[];
   v_batches uuid[] := array(
     select b.id from autotag.batches b where b.id = any (p_candidates) order by b.id for no key update skip locked);
 begin
@@ -4914,7 +4929,7 @@ end $$;
 
 -- How many more batches a workspace can start within its window, after its planned ones (so the number may be negative), and the
 -- most images that one window admits. Reads only.
-create or replace function autotag.batches_left(p_workspace_id uuid, out batches integer, out window_images integer)
+create or replace function autotag.batches_left(p_workspace_id autotag.workspace_id, out batches integer, out window_images integer)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select (l.max_requests - coalesce(sum(w.requests[i]) filter (where w.admitted_at[i] > autotag.now() - l.length), 0))::integer
@@ -5127,7 +5142,7 @@ as $$
       and b.worker_id = p_worker and b.attempt = p_attempt and autotag.is_own_worker(p_worker)
     order by t.id limit greatest(least(p_limit, 1000), 0)
   )
-  select coalesce(jsonb_agg(jsonb_build_object('task', p.id, 'asset_id', p.asset_id,
+  select coalesce(jsonb_agg(jsonb_build_object('task', p.id, 'asset_id', p.asset_id::text,
     'bucket', d.bucket, 'path', d.path, 'url', d.url, 'refused', d.refused, 'mark', d.mark, 'cap', p.cap) order by p.id), '[]')
   from page p
   left join autotag.locate(array(select asset_id from page order by id),
@@ -6328,7 +6343,7 @@ end $$;
 -- the host's row, because each write fires the host's triggers, webhooks and Postgres Changes; the others show in tagging_job().
 -- p_sent: {sent, sent_age (seconds)}, as in record_sent(). Returns sentences for the operator's log, as settle() does.
 -- Locks: tasks by id (skip locked), jobs (skip locked), assets (show), provider (skip locked).
-create or replace function autotag.report_stages(p_worker uuid, p_workspace_id uuid, p_stages jsonb, p_sent jsonb default null) returns jsonb
+create or replace function autotag.report_stages(p_worker uuid, p_workspace_id autotag.workspace_id, p_stages jsonb, p_sent jsonb default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
@@ -6406,7 +6421,7 @@ end $$;
 -- `retry` says that another answer may help. Such retries end after max_bad_answers, because every answer is billed. After an
 -- answer that was cut off, the retry has four times the cap, up to max_cap(). p_marks[i]: the mark of the picture of p_answers[i].
 -- p_store: false: only keeps what has ended, for store_waiting(). Returns sentences for the operator's log: [{event, notice}].
-create or replace function autotag.apply_answers(p_workspace_id uuid, p_answers autotag.answer[], p_store boolean) returns jsonb
+create or replace function autotag.apply_answers(p_workspace_id autotag.workspace_id, p_answers autotag.answer[], p_store boolean) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -6497,7 +6512,7 @@ end $$;
 -- The highest cap that an answer of a workspace may have: max_output_tokens, or less if less fits into its window and into the
 -- provider's limit beside the prompt. An image with a higher cap would wait forever. (jit is off because the planner does not
 -- know that these tables have one row each, and would compile for their product.)
-create or replace function autotag.max_cap(p_workspace_id uuid) returns integer
+create or replace function autotag.max_cap(p_workspace_id autotag.workspace_id) returns integer
 language sql stable security definer set search_path = pg_catalog, pg_temp set jit = off
 as $$
   select greatest(s.min_output_tokens, least(s.max_output_tokens,
@@ -6660,7 +6675,7 @@ end $$;
 -- other workspaces need, until the end: report_provider() takes the provider row if it is free.
 -- Locks: the worker's workspace (advisory), window (skip locked), tasks, jobs, assets (finish), usage, provider (skip locked).
 create or replace function autotag.settle(
-  p_worker uuid, p_workspace_id uuid, p_reports jsonb, p_observed jsonb default null, p_keep boolean default false
+  p_worker uuid, p_workspace_id autotag.workspace_id, p_reports jsonb, p_observed jsonb default null, p_keep boolean default false
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
 as $$
@@ -6699,7 +6714,7 @@ end $$;
 
 -- Validates reports and returns those for tasks of the workspace that the worker holds, at most one per task. (The plan is kept.
 -- Without the settings, one that was made while the table was empty would read all of it when it is full.)
-create or replace function autotag.read_reports(p_worker uuid, p_workspace_id uuid, p_reports jsonb) returns autotag.answer[]
+create or replace function autotag.read_reports(p_worker uuid, p_workspace_id autotag.workspace_id, p_reports jsonb) returns autotag.answer[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
@@ -6779,7 +6794,7 @@ declare
   v_held jsonb := '[]'::jsonb;
 begin
   for v_window in
-    select c.* from jsonb_to_recordset(p_corrections) c (workspace_id uuid, reserved_at timestamptz, requests integer, units integer)
+    select c.* from jsonb_to_recordset(p_corrections) c (workspace_id autotag.workspace_id, reserved_at timestamptz, requests integer, units integer)
     order by c.workspace_id, c.reserved_at
   loop
     perform from autotag.windows w
@@ -6808,7 +6823,7 @@ end $$;
 -- second finds one image in 500 whose trigger waits for a lock.
 -- The caller does not hold the provider row. Locks: tasks, jobs by id, assets; it waits for none longer than lock_timeout.
 create or replace function autotag.finish(
-  p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_waits interval default interval '150 ms'
+  p_workspace_id autotag.workspace_id, p_items autotag.finished[], p_own boolean, p_waits interval default interval '150 ms'
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
@@ -6898,7 +6913,7 @@ end $$;
 
 -- Stores outcomes together (write_outcomes). Its error is returned, not raised: state is its SQLSTATE, null: none. took: how long.
 create or replace function autotag.try_outcomes(
-  p_workspace_id uuid, p_items autotag.finished[], p_own boolean,
+  p_workspace_id autotag.workspace_id, p_items autotag.finished[], p_own boolean,
   out ended autotag.ended[], out state text, out error text, out took interval
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -6915,7 +6930,7 @@ end $$;
 -- Decides what becomes of one image whose outcome raised this: it is tagged again (its picture was replaced), kept (keep_error), or
 -- refused. unshown: the outcome, if its row did not take it in any form; the caller stores it without the row.
 create or replace function autotag.end_odd(
-  p_workspace_id uuid, p_item autotag.finished, p_own boolean, p_state text, p_error text,
+  p_workspace_id autotag.workspace_id, p_item autotag.finished, p_own boolean, p_state text, p_error text,
   out ended autotag.ended[], out unshown autotag.finished[], out notices jsonb
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -6957,7 +6972,7 @@ begin
 end $$;
 
 -- Whether the row of an image names another picture than the one that the model saw.
-create or replace function autotag.is_replaced(p_workspace_id uuid, p_item autotag.finished) returns boolean
+create or replace function autotag.is_replaced(p_workspace_id autotag.workspace_id, p_item autotag.finished) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -6973,7 +6988,7 @@ create or replace function autotag.keep_held(p_items autotag.finished[]) returns
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_held uuid[] := autotag.try_held(p_items);
+  v_held autotag.asset_id[] := autotag.try_held(p_items);
 begin
   perform autotag.keep(array(select i from unnest(p_items) i where i.asset_id in (select unnest(v_held))));
   return array(select i from unnest(p_items) i where i.asset_id not in (select unnest(v_held)));
@@ -7033,7 +7048,7 @@ end $$;
 
 -- The images of these whose rows or jobs another transaction holds; all of them if even the table is held; none if it cannot be
 -- found out.
-create or replace function autotag.try_held(p_items autotag.finished[]) returns uuid[]
+create or replace function autotag.try_held(p_items autotag.finished[]) returns autotag.asset_id[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -7051,14 +7066,14 @@ end $$;
 -- replaced is tagged again. p_show: write the host's rows. Outcomes of tasks that have ended meanwhile are dropped. Returns what the
 -- caller has to count (count_ended).
 create or replace function autotag.write_outcomes(
-  p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_show boolean default true
+  p_workspace_id autotag.workspace_id, p_items autotag.finished[], p_own boolean, p_show boolean default true
 ) returns autotag.ended[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_tagged autotag.finished[];
   v_failed autotag.finished[] := array(select i from unnest(p_items) i where i.result is null);
-  v_written uuid[];
+  v_written autotag.asset_id[];
 begin
   perform from autotag.jobs j
   where j.id = any (array(select distinct i.job_id from unnest(p_items) i)) order by j.id for no key update;
@@ -7122,7 +7137,7 @@ end $$;
 -- Looks at tagged images whose rows were not written. Returns if all of them are gone or have moved. Raises AT001 if a picture was
 -- replaced after the model saw it: its task is queued again (end_odd). Raises if a row is there but did not change: a trigger
 -- of the host has refused it silently.
-create or replace function autotag.judge_unwritten(p_workspace_id uuid, p_items autotag.finished[], p_written uuid[]) returns void
+create or replace function autotag.judge_unwritten(p_workspace_id autotag.workspace_id, p_items autotag.finished[], p_written autotag.asset_id[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -7143,7 +7158,7 @@ end $$;
 -- Fails tasks and shows that on the host's rows (p_show). Returns those that had not ended. The caller holds their jobs and counts
 -- them. (The plan is kept, as in read_reports(): planning takes 0.2 ms, and 2 ms after a part of 10,000 has raised, because the planner
 -- looks for the ends of the index among what that part left.)
-create or replace function autotag.fail_tasks(p_workspace_id uuid, p_items autotag.finished[], p_show boolean)
+create or replace function autotag.fail_tasks(p_workspace_id autotag.workspace_id, p_items autotag.finished[], p_show boolean)
 returns autotag.finished[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
@@ -7207,7 +7222,7 @@ end $$;
 -- What waits for the host: the workspaces with outcomes that are due, and the seconds until the next are (null: none). It jumps over
 -- the index from workspace to workspace, because every outcome that is kept wakes all workers to call it. (The plan is kept, as in
 -- read_reports().)
-create or replace function autotag.list_unstored(p_worker uuid, out workspaces uuid[], out wait double precision)
+create or replace function autotag.list_unstored(p_worker uuid, out workspaces autotag.workspace_id[], out wait double precision)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set enable_bitmapscan = off set jit = off
 as $$
@@ -7231,7 +7246,7 @@ end $$;
 
 -- At most p_limit outcomes of a workspace that are due, for store_waiting(), by their tasks. Not those that another worker stores at
 -- the moment. It is a call of its own, so that the worker knows what it tried, whatever comes of it (postpone_stores).
-create or replace function autotag.pick_unstored(p_worker uuid, p_workspace_id uuid, p_limit integer) returns bigint[]
+create or replace function autotag.pick_unstored(p_worker uuid, p_workspace_id autotag.workspace_id, p_limit integer) returns bigint[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
@@ -7246,7 +7261,7 @@ end $$;
 -- Stores these outcomes of a workspace (pick_unstored) if they are still due. Those whose rows are still held wait longer. Ends the
 -- batches whose last answer is stored. Returns {stored, more (whether others are due), notices: [{event, notice}]}.
 -- Locks: unstored (skip locked), then as in finish(), batches.
-create or replace function autotag.store_waiting(p_worker uuid, p_workspace_id uuid, p_tasks bigint[]) returns jsonb
+create or replace function autotag.store_waiting(p_worker uuid, p_workspace_id autotag.workspace_id, p_tasks bigint[]) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
@@ -7283,7 +7298,7 @@ end $$;
 -- blame: after max_failures such timeouts it fails with the code not_stored, and its row is not touched again. p_lost: it ended its
 -- connection several times, which counts as three timeouts: a row that crashes the server process must not do so for long. Returns
 -- sentences for the operator's log: [{event, notice}]. Locks: unstored (skip locked), then as in finish().
-create or replace function autotag.postpone_stores(p_worker uuid, p_workspace_id uuid, p_tasks bigint[], p_lost boolean default false)
+create or replace function autotag.postpone_stores(p_worker uuid, p_workspace_id autotag.workspace_id, p_tasks bigint[], p_lost boolean default false)
 returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -7367,7 +7382,7 @@ end $$;
 -- tier. What was asked since the question changed costs at most as much as the model and tier that were asked. Answers without
 -- figures get the tier `unknown` and no cost. An answer without a job (a comparison) counts as a request, not as a tagged image.
 create or replace function autotag.count_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb, p_asked_at timestamptz)
-returns table (workspace_id uuid, user_id uuid, day date, model text, service_tier text, images bigint, requests bigint, input_tokens bigint,
+returns table (workspace_id autotag.workspace_id, user_id autotag.user_id, day date, model text, service_tier text, images bigint, requests bigint, input_tokens bigint,
   cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -7442,8 +7457,8 @@ create or replace trigger autotag_price_usage after insert or update of input_pr
 
 -- tagging_usage: rows per user, day, model and service tier, for members of the workspace. cost: dollars; null: the model has
 -- no price in autotag.models.
-create or replace function autotag.list_usage(p_workspace_id uuid, p_since date, p_until date)
-returns table (user_id uuid, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
+create or replace function autotag.list_usage(p_workspace_id autotag.workspace_id, p_since date, p_until date)
+returns table (user_id autotag.user_id, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
   cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -7476,7 +7491,7 @@ exception when others or assert_failure then
   raise warning 'autotag could not broadcast %: %', p_event, sqlerrm;
 end $$;
 
-create or replace function autotag.broadcast_to_workspace(p_workspace_id uuid, p_event text, p_payload jsonb) returns void
+create or replace function autotag.broadcast_to_workspace(p_workspace_id autotag.workspace_id, p_event text, p_payload jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -7499,14 +7514,23 @@ as $$
 $$;
 
 -- Whether the caller may join a private topic: tagging:<workspace_id> of one of their workspaces.
+-- The id has to be written as Postgres prints it, as in the topics of broadcasts.
 create or replace function autotag.may_listen(p_topic text) returns boolean
-language sql stable security definer set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-  select case
-    when octet_length(p_topic) = 44 and p_topic ~ '^tagging:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$'
-      then autotag.is_member(split_part(p_topic, ':', 2)::uuid)
-    else false end
-$$;
+declare
+  v_workspace_id autotag.workspace_id;
+begin
+  if starts_with(p_topic, 'tagging:') then
+    begin
+      v_workspace_id := substr(p_topic, 9)::autotag.workspace_id;
+    exception when data_exception then
+      return false;
+    end;
+    return coalesce(p_topic = 'tagging:' || v_workspace_id and autotag.is_member(v_workspace_id), false);
+  end if;
+  return false;
+end $$;
 
 -- What users see: stage, progress and eta of each image, and the counts of each upload. The adapter's show_stage and store_tags
 -- write the rows: queued, one or two stages in between (submitted, processing), and the end. Everything finer goes by broadcast and
@@ -7533,7 +7557,7 @@ $$;
 -- out, because the image's outcome follows. It goes on in parts as finish() does, and waits for locks as long. autotag.quiet: shows
 -- nothing (seal_uploads). The caller does not hold the provider row. Locks: assets.
 create or replace function autotag.show(
-  p_workspace_id uuid, p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz
+  p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_stage text, p_progress integer, p_eta timestamptz
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
@@ -7541,8 +7565,8 @@ declare
   v_parts autotag.parts := autotag.first_part(cardinality(p_asset_ids));
   v_waits interval := interval '150 ms';
   v_next integer := 1;
-  v_part uuid[];
-  v_free uuid[];               -- of v_part, the rows that nobody holds
+  v_part autotag.asset_id[];
+  v_free autotag.asset_id[];   -- of v_part, the rows that nobody holds
   v_try record;
 begin
   if current_setting('autotag.quiet', true) = 'true' then
@@ -7569,7 +7593,7 @@ end $$;
 
 -- Shows a stage on all these rows (show_stage). Its error is returned as in try_outcomes().
 create or replace function autotag.try_stage(
-  p_workspace_id uuid, p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz, out state text, out took interval
+  p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_stage text, p_progress integer, p_eta timestamptz, out state text, out took interval
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -7583,16 +7607,16 @@ exception when others or assert_failure then
 end $$;
 
 -- Those of these images whose rows no other transaction holds; none if it cannot be found out, because even the table is held.
-create or replace function autotag.free_assets(p_asset_ids uuid[]) returns uuid[]
+create or replace function autotag.free_assets(p_asset_ids autotag.asset_id[]) returns autotag.asset_id[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_held uuid[];
+  v_held autotag.asset_id[];
 begin
   v_held := autotag.held_assets(p_asset_ids);
   return array(select a from unnest(p_asset_ids) a where a not in (select unnest(v_held)));
 exception when others or assert_failure then
-  return array[]::uuid[];
+  return array[]::autotag.asset_id[];
 end $$;
 
 -- The stage of the images of a batch that have no outcome yet. A batch that is planned again stays where it was: stages move only
@@ -7849,7 +7873,7 @@ end $$;
 
 -- When one more batch of p_images images would start and end, behind all batches of the workspace that wait for its window.
 create or replace function autotag.predict_new_batch(
-  p_workspace_id uuid, p_images integer, p_now timestamptz, out starts_at timestamptz, out ends_at timestamptz
+  p_workspace_id autotag.workspace_id, p_images integer, p_now timestamptz, out starts_at timestamptz, out ends_at timestamptz
 )
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -7967,7 +7991,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (
-    select coalesce(jsonb_agg(jsonb_build_object('kind', x.kind, 'workspace_id', x.workspace_id, 'id', x.id, 'images', x.images,
+    select coalesce(jsonb_agg(jsonb_build_object('kind', x.kind, 'workspace_id', x.workspace_id::text, 'id', x.id, 'images', x.images,
       'reason', x.reason, 'until', nullif(x.until, 'infinity')) order by x.until desc, x.kind, x.workspace_id, x.id), '[]')
     from (
       (select 'batch' as kind, b.workspace_id, b.id::text as id, (b.image_count - b.express_count)::bigint as images, b.not_before as until,
@@ -8009,7 +8033,7 @@ begin
       'delayed', v_counts -> 'delayed', 'live', v_counts -> 'live'),
     'jobs', (
       select coalesce(jsonb_agg(to_jsonb(x) order by x.created_at), '[]') from (
-        select j.id as job_id, j.workspace_id, j.strategy, j.image_count, j.completed, j.failed,
+        select j.id as job_id, j.workspace_id::text, j.strategy, j.image_count, j.completed, j.failed,
           autotag.measure_progress(j) as progress, j.created_at, j.eta, j.eta_p90, j.fallback
         from autotag.jobs j where j.finished_at is null order by j.created_at limit p_max) x),
     'batches', (
@@ -8192,7 +8216,7 @@ begin
         where c ~ '^pgrst[.]db_schemas=(.*[, ])?"?autotag"?([, ]|$)')
       then autotag.finding('grants', 'error', 'The API exposes the schema autotag; only its functions in public are for users.',
         'Remove autotag from the exposed schemas (Project Settings, Data API), or: alter role authenticator set pgrst.db_schemas = ''public'';')
-    when not has_function_privilege('authenticated', 'public.enqueue_tagging(uuid[])', 'execute')
+    when not has_function_privilege('authenticated', 'public.enqueue_tagging'::regproc, 'execute')
       then autotag.finding('grants', 'error', 'Signed-in users may not call enqueue_tagging.',
         'grant execute on function public.enqueue_tagging to authenticated;')
     else autotag.finding('grants', 'ok', 'Signed-in users may call the RPCs, anon may call nothing.') end;
@@ -8281,7 +8305,7 @@ create or replace function autotag.diagnose_host(out findings jsonb, out sample 
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform from autotag.describe_assets(array['00000000-0000-0000-0000-000000000000']::uuid[]);
+  perform from autotag.describe_assets(array[null]::autotag.asset_id[]);
   perform autotag.is_member('00000000-0000-0000-0000-000000000000');
   perform from autotag.tagged_assets('00000000-0000-0000-0000-000000000000', 1);
   sample := autotag.sample_image();
@@ -8559,8 +8583,9 @@ on conflict (kind) do update set counts = excluded.counts, delays = excluded.del
   ends = excluded.ends, meaning = excluded.meaning, suspects = excluded.suspects;
 
 -- The public RPCs: thin wrappers with clean parameter names. grants.sql says who may call them. Errors are documented where
--- they are raised; each has a `code` in its detail.
-create or replace function public.enqueue_tagging(asset_ids uuid[]) returns jsonb
+-- they are raised; each has a `code` in its detail. Ids have the base types of the domains (autotag.keys), which generated client types
+-- name.
+create or replace function public.enqueue_tagging(asset_ids autotag.keys.asset_ids%type) returns jsonb
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -8576,10 +8601,10 @@ create or replace function public.retry_tagging(job_id uuid) returns jsonb
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_assets uuid[] := autotag.failed_assets(job_id);
+  v_asset_ids autotag.asset_id[] := autotag.failed_assets(job_id);
 begin
-  perform autotag.check_image_count(greatest(cardinality(v_assets), 1));   -- retry() judges 0 images
-  return autotag.retry(job_id, v_assets, autotag.visible_file_marks(v_assets));
+  perform autotag.check_image_count(greatest(cardinality(v_asset_ids), 1));   -- retry() judges 0 images
+  return autotag.retry(job_id, v_asset_ids, autotag.visible_file_marks(v_asset_ids));
 end $$;
 
 create or replace function public.tagging_job(job_id uuid) returns jsonb
@@ -8620,7 +8645,7 @@ language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select autotag.describe_strategy(image_count) $$;
 
 create or replace function public.check_rate_limit(
-  workspace_id uuid, request_type text, image_count integer,
+  workspace_id autotag.keys.workspace_id%type, request_type text, image_count integer,
   out allowed boolean, out retry_after double precision, out reason text
 )
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
@@ -8635,7 +8660,7 @@ end $$;
 
 -- The same without counting against the limit, for UIs.
 create or replace function public.peek_rate_limit(
-  workspace_id uuid, request_type text, image_count integer,
+  workspace_id autotag.keys.workspace_id%type, request_type text, image_count integer,
   out allowed boolean, out retry_after double precision, out reason text
 )
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
@@ -8648,8 +8673,8 @@ begin
   reason := v_answer.reason;
 end $$;
 
-create or replace function public.tagging_usage(workspace_id uuid, since date default '-infinity', until date default 'infinity')
-returns table (user_id uuid, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
+create or replace function public.tagging_usage(workspace_id autotag.keys.workspace_id%type, since date default '-infinity', until date default 'infinity')
+returns table (user_id autotag.keys.user_id%type, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
   cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
 language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select * from autotag.list_usage(workspace_id, since, until) $$;

@@ -1,6 +1,7 @@
 -- The public RPCs: thin wrappers with clean parameter names. grants.sql says who may call them. Errors are documented where
--- they are raised; each has a `code` in its detail.
-create or replace function public.enqueue_tagging(asset_ids uuid[]) returns jsonb
+-- they are raised; each has a `code` in its detail. Ids have the base types of the domains (autotag.keys), which generated client types
+-- name.
+create or replace function public.enqueue_tagging(asset_ids autotag.keys.asset_ids%type) returns jsonb
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -16,10 +17,10 @@ create or replace function public.retry_tagging(job_id uuid) returns jsonb
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_assets uuid[] := autotag.failed_assets(job_id);
+  v_asset_ids autotag.asset_id[] := autotag.failed_assets(job_id);
 begin
-  perform autotag.check_image_count(greatest(cardinality(v_assets), 1));   -- retry() judges 0 images
-  return autotag.retry(job_id, v_assets, autotag.visible_file_marks(v_assets));
+  perform autotag.check_image_count(greatest(cardinality(v_asset_ids), 1));   -- retry() judges 0 images
+  return autotag.retry(job_id, v_asset_ids, autotag.visible_file_marks(v_asset_ids));
 end $$;
 
 create or replace function public.tagging_job(job_id uuid) returns jsonb
@@ -60,7 +61,7 @@ language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select autotag.describe_strategy(image_count) $$;
 
 create or replace function public.check_rate_limit(
-  workspace_id uuid, request_type text, image_count integer,
+  workspace_id autotag.keys.workspace_id%type, request_type text, image_count integer,
   out allowed boolean, out retry_after double precision, out reason text
 )
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
@@ -75,7 +76,7 @@ end $$;
 
 -- The same without counting against the limit, for UIs.
 create or replace function public.peek_rate_limit(
-  workspace_id uuid, request_type text, image_count integer,
+  workspace_id autotag.keys.workspace_id%type, request_type text, image_count integer,
   out allowed boolean, out retry_after double precision, out reason text
 )
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
@@ -88,8 +89,8 @@ begin
   reason := v_answer.reason;
 end $$;
 
-create or replace function public.tagging_usage(workspace_id uuid, since date default '-infinity', until date default 'infinity')
-returns table (user_id uuid, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
+create or replace function public.tagging_usage(workspace_id autotag.keys.workspace_id%type, since date default '-infinity', until date default 'infinity')
+returns table (user_id autotag.keys.user_id%type, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
   cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
 language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select * from autotag.list_usage(workspace_id, since, until) $$;

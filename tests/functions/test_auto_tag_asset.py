@@ -28,7 +28,9 @@ async def test_an_old_client_gets_its_images_tagged(library: Library) -> None:
     library.check_tags()
 
 
-@pytest.mark.parametrize("body", [{}, [], "x", {"asset_id": 7}, {"asset_ids": []}, {"asset_ids": "abc"}, None])
+@pytest.mark.parametrize(
+    "body", [{}, [], "x", {"asset_id": 7.5}, {"asset_ids": [2**53]}, {"asset_ids": []}, {"asset_ids": "abc"}, None]
+)
 async def test_nonsense_is_refused(library: Library, body: Any) -> None:
     headers = {"authorization": f"Bearer {library.member.token}"}
     async with served("auto_tag_asset", library.stack) as url, httpx.AsyncClient() as client:

@@ -14,7 +14,7 @@ from lab.postgres import LocalPostgres
 
 VERSION = re.compile(r"autotag\.adapter_version\(\).*?select (\d+)", re.DOTALL)
 STEP = """\
-create or replace function autotag.count_assets(p_workspace_id uuid) returns bigint
+create or replace function autotag.count_assets(p_workspace_id autotag.workspace_id) returns bigint
 language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$ select count(*) from {{ table }} a where a.{{ workspace }} = p_workspace_id $$;
 create or replace function autotag.adapter_version() returns integer

@@ -10,9 +10,10 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
+from autotag.install.answers import HostError
 from autotag.install.facts import read_facts
 from autotag.install.files import find_rule, users_see_files
-from autotag.install.host import Choices, Host, HostError, propose
+from autotag.install.host import Choices, Host, propose
 from autotag.install.migrations import apply_migrations
 from autotag.install.survey import refuse_to_ask, survey
 from lab.postgres import LocalPostgres

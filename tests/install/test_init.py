@@ -21,8 +21,9 @@ from psycopg.rows import dict_row
 from typer.testing import CliRunner
 
 from autotag.cli.app import app
+from autotag.install.answers import HostError
 from autotag.install.facts import read_facts
-from autotag.install.host import Choices, FileRule, HostError, propose
+from autotag.install.host import Choices, FileRule, propose
 from autotag.install.migrations import migrations, write_migrations
 from cli_tools import supabase
 from lab.pictures import Drawing, draw
@@ -285,8 +286,8 @@ def test_no_negative_spending_limit(postgres: LocalPostgres, bare: str, project:
         (["--table", "nope"], "There is no table public.nope"),
         (["--path-column", "nope"], "has no column nope"),
         (["--path-column", "uploaded_by"], "is uuid; autotag needs text"),
-        (["--workspace-column", "storage_path"], "is text; autotag needs uuid"),
-        (["--members-table", "assets"], "needs the uuid columns"),
+        (["--workspace-column", "tags"], "is text[]; autotag needs uuid, bigint, integer or text"),
+        (["--members-table", "assets"], "needs a column workspace_id like that of the images"),
         (["--tags-column", "uploaded_by"], "tags go into a text[] or jsonb column"),
     ],
 )

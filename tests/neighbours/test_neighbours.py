@@ -175,9 +175,9 @@ async def test_an_image_whose_row_cannot_be_read_ends_alone(library: Library, ne
     assets, others = await library.upload(images), await neighbour.upload(8, seed=2)
     jobs = library.enqueue(assets), neighbour.enqueue(others)
     library.sql(f"""
-        alter function autotag.describe_assets(uuid[]) rename to describe_assets_before;
-        create function autotag.describe_assets(p_asset_ids uuid[])
-        returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url text, refused text, mark uuid, stage text)
+        alter function autotag.describe_assets(autotag.asset_id[]) rename to describe_assets_before;
+        create function autotag.describe_assets(p_asset_ids autotag.asset_id[])
+        returns table (asset_id autotag.asset_id, workspace_id autotag.workspace_id, bucket text, path text, url text, refused text, mark uuid, stage text)
         language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
         begin
           if '{assets[2]}' = any (p_asset_ids) then
@@ -262,9 +262,9 @@ async def test_an_image_whose_row_ends_the_session_that_reads_it_fails_alone(
     end_sessions(library)
     jobs = library.enqueue(assets), neighbour.enqueue(others)
     library.sql(f"""
-        alter function autotag.describe_assets(uuid[]) rename to describe_assets_before;
-        create function autotag.describe_assets(p_asset_ids uuid[])
-        returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url text, refused text, mark uuid, stage text)
+        alter function autotag.describe_assets(autotag.asset_id[]) rename to describe_assets_before;
+        create function autotag.describe_assets(p_asset_ids autotag.asset_id[])
+        returns table (asset_id autotag.asset_id, workspace_id autotag.workspace_id, bucket text, path text, url text, refused text, mark uuid, stage text)
         language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
         begin
           if '{assets[-1]}' = any (p_asset_ids) then

@@ -328,7 +328,7 @@ async def test_rows_that_anon_sees_are_found(scene: Scene) -> None:
 
 
 async def test_a_membership_of_everybody_is_found(scene: Scene) -> None:
-    broken(scene, "create or replace function autotag.is_member(p_workspace_id uuid) returns boolean language sql stable"
+    broken(scene, "create or replace function autotag.is_member(p_workspace_id autotag.workspace_id) returns boolean language sql stable"
                   " security definer set search_path = pg_catalog, pg_temp as 'select true'")  # fmt: skip
     attempts = [*api.rpcs(scene, "nobody"), *topics.private_topics(scene, "nobody")]
     found = await control(scene, "nobody", attempts, "as it is meant to be|joins private")
@@ -363,7 +363,7 @@ async def test_who_may_speak_on_a_private_topic_is_found(scene: Scene) -> None:
 
 async def test_a_quota_that_counts_nothing_is_found(scene: Scene) -> None:
     assets = await member.furnish(scene)
-    broken(scene, "create or replace function autotag.check_quotas(p_workspace_id uuid, p_user_id uuid, p_images integer,"
+    broken(scene, "create or replace function autotag.check_quotas(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_images integer,"
                   " p_each numeric default null) returns void language sql as ''", "grant update (tags) on public.assets to authenticated")  # fmt: skip
     attempts = [*member.tables(scene), *member.limits(scene, assets)]
     found = await control(scene, "member", attempts, "ten at the same time|changes assets.tags")

@@ -67,6 +67,7 @@ def test_users_reach_autotag_only_by_the_wrappers(stack: Stack) -> None:
                               where p.pronamespace = 'autotag'::regnamespace and not p.prosecdef"""):  # fmt: skip
         if row["name"] in wrapped:
             wrapped |= set(re.findall(r"\bautotag\.\w+", row["prosrc"]))
+    wrapped -= {"autotag.asset_id", "autotag.workspace_id", "autotag.user_id"}  # types
     groups = ("users_server_and_operators", "users_and_server", "users")
     allowed = {n for group in groups for n in DECISIONS["functions"][group] if "autotag." in n}
     assert allowed == wrapped | set(DECISIONS["functions"]["users"])
@@ -290,7 +291,7 @@ def test_too_many_images_are_refused_before_anything_looks_at_them(library: Libr
         realtime_max_images=1, chunk_max_images=1, chunk_size=1, express_images=0, batch_max_images=2, job_max_images=2
     )
     with psycopg.connect(stack.database_url("supabase_admin"), autocommit=True) as owner:
-        owner.execute("""create or replace function autotag.hidden_files(p_asset_ids uuid[]) returns uuid[] language plpgsql
+        owner.execute("""create or replace function autotag.hidden_files(p_asset_ids autotag.asset_id[]) returns uuid[] language plpgsql
                          set search_path = pg_catalog, pg_temp as 'begin raise exception ''looked at''; end'""")
     ids = [str(uuid.uuid4()) for _ in range(3)]
     for statement, value in (("public.enqueue_tagging(%s::uuid[])", ids), ("public.retry_tagging(%s)", job)):

@@ -22,7 +22,7 @@ from psycopg import sql
 
 import autotag
 from lab.stack import OPERATOR_ROLE, WORKER_ROLE
-from support import Library
+from support import Library, base_type
 
 SPY = "ran as another"
 SHARE = 0.8  # of the functions of each role that have to return
@@ -83,7 +83,7 @@ def callable_functions(connection: psycopg.Connection[Any]) -> list[tuple[str, d
           and pg_catalog.has_function_privilege(p.oid, 'execute')""")
     # Now that they are shadowed, Postgres names the schema of its own types.
     return [
-        (str(name), {n: kind.removeprefix("pg_catalog.") for n, kind in zip(names, types, strict=False)})
+        (str(name), {n: base_type(kind.removeprefix("pg_catalog.")) for n, kind in zip(names, types, strict=False)})
         for name, types, names in rows
     ]
 

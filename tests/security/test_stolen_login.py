@@ -24,6 +24,7 @@ from psycopg.rows import dict_row
 
 from lab.postgres import LocalPostgres
 from lab.stack import WORKER_ROLE
+from support import base_type
 
 THIEF_ROLE = "thief"
 #: What becomes of a stolen login's calls of each function.
@@ -321,7 +322,7 @@ def granted(scene: Scene) -> list[tuple[str, list[str], list[str]]]:
         coalesce(array(select n from unnest(p.proargnames, p.proargmodes) u (n, m) where coalesce(m, 'i') in ('i', 'b')), '{}') as names
       from pg_proc p where p.pronamespace = 'autotag'::regnamespace and has_function_privilege('autotag_worker', p.oid, 'execute')
       order by 1""")
-    return [(row["name"], list(row["names"]), list(row["kinds"])) for row in found]
+    return [(row["name"], list(row["names"]), [base_type(kind) for kind in row["kinds"]]) for row in found]
 
 
 def attempts(scene: Scene) -> Iterator[Attempt]:
@@ -473,7 +474,7 @@ def drain(scene: Scene) -> str | None:
         for workspace in homes(scene, own) or scene.workspaces[:1]:
             scene.as_(WORKER_ROLE, "select autotag.settle(%s, %s, %s, %s)", scene.good, workspace, told, sent)
             sent = None
-        [waiting] = scene.rows_as(WORKER_ROLE, "select workspaces from autotag.list_unstored(%s)", scene.good)
+        [waiting] = scene.rows_as(WORKER_ROLE, "select workspaces::text[] from autotag.list_unstored(%s)", scene.good)
         for workspace in waiting["workspaces"]:
             scene.as_(
                 WORKER_ROLE,

@@ -39,12 +39,12 @@ function parse(text: string): unknown {
   }
 }
 
-/** The ids in a body, or null if it has none. */
-function readIds(body: unknown): string[] | null {
+/** The ids in a body, or null if it has none. A number above 2^53 has lost digits in JSON.parse; send such ids as strings. */
+function readIds(body: unknown): (string | number)[] | null {
   if (typeof body !== 'object' || body === null) return null
   const { asset_id, assetId, asset_ids, assetIds } = body as Record<string, unknown>
   const ids = asset_ids ?? assetIds ?? [asset_id ?? assetId]
-  return Array.isArray(ids) && ids.length > 0 && ids.every((id) => typeof id === 'string') ? ids : null
+  return Array.isArray(ids) && ids.length > 0 && ids.every((id) => typeof id === 'string' || Number.isSafeInteger(id)) ? ids : null
 }
 
 export async function handle(request: Request): Promise<Response> {

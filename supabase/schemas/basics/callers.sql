@@ -14,7 +14,7 @@ begin
   return session_user <> 'authenticator' and current_setting('role') not in ('anon', 'authenticated');
 end $$;
 
-create or replace function autotag.check_member(p_workspace_id uuid) returns void
+create or replace function autotag.check_member(p_workspace_id autotag.workspace_id) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin

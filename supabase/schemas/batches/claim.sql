@@ -2,7 +2,7 @@
 
 -- How many more batches a workspace can start within its window, after its planned ones (so the number may be negative), and the
 -- most images that one window admits. Reads only.
-create or replace function autotag.batches_left(p_workspace_id uuid, out batches integer, out window_images integer)
+create or replace function autotag.batches_left(p_workspace_id autotag.workspace_id, out batches integer, out window_images integer)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select (l.max_requests - coalesce(sum(w.requests[i]) filter (where w.admitted_at[i] > autotag.now() - l.length), 0))::integer

@@ -34,7 +34,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_unproven boolean := autotag.must_prove_first(p_provider);
-  v_held uuid[] := array(select b.workspace_id from autotag.batches b where b.worker_id = p_worker);
+  v_held autotag.workspace_id[] := array(select b.workspace_id from autotag.batches b where b.worker_id = p_worker);
   v_share integer := greatest(p_slots + cardinality(v_held) - 1, 1);
 begin
   return array(
@@ -133,8 +133,8 @@ create or replace function autotag.lock_candidates(p_candidates uuid[], p_now ti
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_workspaces uuid[];
-  v_free uuid[];
+  v_workspaces autotag.workspace_id[];
+  v_free autotag.workspace_id[];
   v_batches uuid[] := array(
     select b.id from autotag.batches b where b.id = any (p_candidates) order by b.id for no key update skip locked);
 begin

@@ -34,11 +34,32 @@ alter table public.assets
 -- policies run inside them. pg_temp is last everywhere: if it is not listed, Postgres looks there first for types, and a caller
 -- could replace jsonb by a type of their own whose code would run as the function's owner.
 
+-- Who the caller is. Null: nobody that your tables can know, because there is no token, or because its claim is not of the type of
+-- your users' ids. Everything that needs the user asks this function.
+create or replace function autotag.caller() returns autotag.user_id
+language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
+as $$
+declare
+  v_user_id autotag.user_id;
+begin
+  v_user_id := (select auth.uid());   -- not in `return`, whose cast would raise after the block has ended
+  return v_user_id;
+exception when invalid_text_representation or numeric_value_out_of_range then
+  return null;
+end $$;
+
+-- A value that is no user's id: automatic mode stores it as the uploader of rows that no user has inserted.
+create or replace function autotag.nobody() returns autotag.user_id
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select '00000000-0000-0000-0000-000000000000'::autotag.user_id
+$$;
+
 -- Whether the caller may act for a workspace. Called by every RPC and by the policy of Realtime topics.
-create or replace function autotag.is_member(p_workspace_id uuid) returns boolean
+create or replace function autotag.is_member(p_workspace_id autotag.workspace_id) returns boolean
 language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
-  select exists (select from public.workspace_members m where m.workspace_id = p_workspace_id and m.user_id = (select auth.uid()))
+  select exists (select from public.workspace_members m where m.workspace_id = p_workspace_id and m.user_id = (select autotag.caller()))
 $$;
 
 -- The table of images, for `autotag doctor`.
@@ -73,8 +94,8 @@ $$;
 -- worker reads Storage with a key that opens every file) or `location_too_long`. The lengths are checked first: octet_length()
 -- reads only the header of a value, however large it is, and members can write large values. mark: of the picture, a hash of its
 -- location. stage: what the row shows.
-create or replace function autotag.describe_assets(p_asset_ids uuid[])
-returns table (asset_id uuid, workspace_id uuid, bucket text, path text, url text, refused text, mark uuid, stage text)
+create or replace function autotag.describe_assets(p_asset_ids autotag.asset_id[])
+returns table (asset_id autotag.asset_id, workspace_id autotag.workspace_id, bucket text, path text, url text, refused text, mark uuid, stage text)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
@@ -84,7 +105,7 @@ begin
            case when d.refused is null then d.url end, d.refused,
            case when d.refused is null then md5(coalesce(d.bucket || '/' || d.path, d.url, ''))::uuid end, d.stage
     from (
-      select a.id as id, a.workspace_id as workspace, f.bucket, f.path, f.url, a.tagging_stage as stage,
+      select a.id::autotag.asset_id as id, a.workspace_id::autotag.workspace_id as workspace, f.bucket, f.path, f.url, a.tagging_stage as stage,
              case when octet_length(f.url) > 8192 or octet_length(f.path) > 1024 or octet_length(f.bucket) > 100
                then 'location_too_long'
              when f.path is not null and not coalesce(
@@ -106,7 +127,7 @@ end $$;
 
 -- For `autotag doctor`: checks the files that rows name. checked: number of rows; foreign_files: how many of them name a file
 -- of another workspace, with up to three examples. may_write: why signed-in users can write such rows; null: they cannot.
-create or replace function autotag.check_files(p_rows integer, out checked integer, out foreign_files integer, out examples uuid[], out may_write text)
+create or replace function autotag.check_files(p_rows integer, out checked integer, out foreign_files integer, out examples autotag.asset_id[], out may_write text)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
 begin
@@ -139,8 +160,8 @@ end $$;
 
 -- The files of these images that visible_file_marks() has to check: those in workspaces of the signed-in caller. everybody: the bucket
 -- is public, or there is no file. No rows if no check is needed.
-create or replace function autotag.files_to_check(p_asset_ids uuid[])
-returns table (asset_id uuid, bucket text, path text, mark uuid, everybody boolean)
+create or replace function autotag.files_to_check(p_asset_ids autotag.asset_id[])
+returns table (asset_id autotag.asset_id, bucket text, path text, mark uuid, everybody boolean)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
 begin
@@ -161,7 +182,7 @@ end $$;
 
 -- For each image the mark of its file, if the caller may see that file; this runs as the caller, under row level security. A
 -- zero mark: they may not, or the file does not exist (yet), which looks the same. Null: not checked.
-create or replace function autotag.visible_file_marks(p_asset_ids uuid[]) returns uuid[]
+create or replace function autotag.visible_file_marks(p_asset_ids autotag.asset_id[]) returns uuid[]
 language plpgsql stable set search_path = pg_catalog, public, extensions, pg_temp
 as $$
 begin
@@ -176,8 +197,8 @@ begin
 end $$;
 
 -- The next images of a workspace that are not being tagged, by id after p_after. p_untagged: only those without tags.
-create or replace function autotag.list_assets(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
-returns uuid[]
+create or replace function autotag.list_assets(p_workspace_id autotag.workspace_id, p_untagged boolean, p_after autotag.asset_id, p_limit integer)
+returns autotag.asset_id[]
 language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
   select coalesce(array_agg(x.id order by x.id), '{}')
@@ -192,8 +213,8 @@ $$;
 -- At most p_limit images of a workspace that have tags, with what is stored about them; spread evenly by id, and the same at
 -- every call. tags: a JSON array. Images with more than 20,000 stored bytes of tags or result are left out: autotag never
 -- stores that much.
-create or replace function autotag.tagged_assets(p_workspace_id uuid, p_limit integer)
-returns table (asset_id uuid, tags jsonb, result jsonb)
+create or replace function autotag.tagged_assets(p_workspace_id autotag.workspace_id, p_limit integer)
+returns table (asset_id autotag.asset_id, tags jsonb, result jsonb)
 language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
   with tagged as (
@@ -215,13 +236,13 @@ $$;
 -- it wrote. A row that has moved to another workspace gets nothing, because it may be another image; nor does one whose picture
 -- is not the one that the model saw. p_results[i] and p_marks[i] belong to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0
 -- to 1}, caption, model}, with normalized tags, the most confident first; and the picture's mark (describe_assets; null: any).
-create or replace function autotag.store_tags(p_asset_ids uuid[], p_workspace_id uuid, p_results jsonb[], p_marks uuid[])
-returns uuid[]
+create or replace function autotag.store_tags(p_asset_ids autotag.asset_id[], p_workspace_id autotag.workspace_id, p_results jsonb[], p_marks uuid[])
+returns autotag.asset_id[]
 language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_seqscan = on
 as $$
 declare
-  v_written uuid[];
+  v_written autotag.asset_id[];
 begin
   with written as (
     update public.assets a
@@ -241,7 +262,7 @@ end $$;
 -- between progress never decreases, and rows that would not change are not written. A row that has moved to another workspace is
 -- not written. p_errors[i] belongs to p_asset_ids[i].
 create or replace function autotag.show_stage(
-  p_asset_ids uuid[], p_workspace_id uuid, p_stage text, p_progress integer, p_eta timestamptz default null, p_errors text[] default null
+  p_asset_ids autotag.asset_id[], p_workspace_id autotag.workspace_id, p_stage text, p_progress integer, p_eta timestamptz default null, p_errors text[] default null
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_seqscan = on
@@ -263,12 +284,12 @@ begin
 end $$;
 
 -- Those of these images whose rows another transaction holds at the moment. The other rows are locked.
-create or replace function autotag.held_assets(p_asset_ids uuid[]) returns uuid[]
+create or replace function autotag.held_assets(p_asset_ids autotag.asset_id[]) returns autotag.asset_id[]
 language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_seqscan = on
 as $$
 declare
-  v_free uuid[] := array(
+  v_free autotag.asset_id[] := array(
     select a.id from public.assets a where a.id = any (p_asset_ids) for no key update skip locked);
 begin
   return array(select a.id from public.assets a where a.id = any (p_asset_ids) and a.id not in (select unnest(v_free)));

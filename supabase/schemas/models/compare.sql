@@ -21,7 +21,7 @@ end $$;
 -- (dollars, as single calls of the model in use; null: unknown), current_answers (number of answers behind that figure)}.
 -- p_effort null: the one in the model's row. Refuses an invalid model or effort, a workspace without tagged images, and more
 -- than a quota allows.
-create or replace function autotag.preview_comparison(p_workspace_id uuid, p_model text, p_effort text, p_sample integer)
+create or replace function autotag.preview_comparison(p_workspace_id autotag.workspace_id, p_model text, p_effort text, p_sample integer)
 returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -63,11 +63,11 @@ begin
 end $$;
 
 -- The images to compare: [{asset_id, bucket, path, url, tags: [tag, …], caption, confidence: {tag: 0 to 1}, model}].
-create or replace function autotag.comparison_sample(p_workspace_id uuid, p_sample integer) returns jsonb
+create or replace function autotag.comparison_sample(p_workspace_id autotag.workspace_id, p_sample integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_assets uuid[];
+  v_assets autotag.asset_id[];
   v_sample jsonb;
 begin
   select array_agg(t.asset_id),
@@ -77,7 +77,7 @@ begin
   into v_assets, v_sample
   from autotag.tagged_assets(p_workspace_id, least(greatest(p_sample, 0), 1000)) t;
   return (
-    select coalesce(jsonb_agg(jsonb_build_object('asset_id', d.asset_id, 'bucket', d.bucket, 'path', d.path, 'url', d.url)
+    select coalesce(jsonb_agg(jsonb_build_object('asset_id', d.asset_id::text, 'bucket', d.bucket, 'path', d.path, 'url', d.url)
       || (v_sample -> d.asset_id::text) order by d.asset_id), '[]')
     from autotag.describe_assets(coalesce(v_assets, '{}')) d where d.refused is null);
 end $$;
@@ -88,7 +88,7 @@ end $$;
 -- reason: `account` (with the error as `message`), `retry_after`, `live`, `provider` or `window`.
 -- Refuses more than a quota allows, and an image that reserves more than the window's limit.
 -- Locks: provider, window (skip locked).
-create or replace function autotag.admit_comparison(p_workspace_id uuid, p_question jsonb, p_cap integer default null) returns jsonb
+create or replace function autotag.admit_comparison(p_workspace_id autotag.workspace_id, p_question jsonb, p_cap integer default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -230,7 +230,7 @@ end $$;
 -- only this comparison: live calls meet it themselves.
 -- Locks: window, usage, provider.
 create or replace function autotag.settle_comparison(
-  p_workspace_id uuid, p_question jsonb, p_report jsonb, p_observed jsonb default null
+  p_workspace_id autotag.workspace_id, p_question jsonb, p_report jsonb, p_observed jsonb default null
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$

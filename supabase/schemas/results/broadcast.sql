@@ -17,7 +17,7 @@ exception when others or assert_failure then
   raise warning 'autotag could not broadcast %: %', p_event, sqlerrm;
 end $$;
 
-create or replace function autotag.broadcast_to_workspace(p_workspace_id uuid, p_event text, p_payload jsonb) returns void
+create or replace function autotag.broadcast_to_workspace(p_workspace_id autotag.workspace_id, p_event text, p_payload jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -40,11 +40,20 @@ as $$
 $$;
 
 -- Whether the caller may join a private topic: tagging:<workspace_id> of one of their workspaces.
+-- The id has to be written as Postgres prints it, as in the topics of broadcasts.
 create or replace function autotag.may_listen(p_topic text) returns boolean
-language sql stable security definer set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-  select case
-    when octet_length(p_topic) = 44 and p_topic ~ '^tagging:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$'
-      then autotag.is_member(split_part(p_topic, ':', 2)::uuid)
-    else false end
-$$;
+declare
+  v_workspace_id autotag.workspace_id;
+begin
+  if starts_with(p_topic, 'tagging:') then
+    begin
+      v_workspace_id := substr(p_topic, 9)::autotag.workspace_id;
+    exception when data_exception then
+      return false;
+    end;
+    return coalesce(p_topic = 'tagging:' || v_workspace_id and autotag.is_member(v_workspace_id), false);
+  end if;
+  return false;
+end $$;

@@ -10,7 +10,7 @@
 -- second finds one image in 500 whose trigger waits for a lock.
 -- The caller does not hold the provider row. Locks: tasks, jobs by id, assets; it waits for none longer than lock_timeout.
 create or replace function autotag.finish(
-  p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_waits interval default interval '150 ms'
+  p_workspace_id autotag.workspace_id, p_items autotag.finished[], p_own boolean, p_waits interval default interval '150 ms'
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
@@ -100,7 +100,7 @@ end $$;
 
 -- Stores outcomes together (write_outcomes). Its error is returned, not raised: state is its SQLSTATE, null: none. took: how long.
 create or replace function autotag.try_outcomes(
-  p_workspace_id uuid, p_items autotag.finished[], p_own boolean,
+  p_workspace_id autotag.workspace_id, p_items autotag.finished[], p_own boolean,
   out ended autotag.ended[], out state text, out error text, out took interval
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -117,7 +117,7 @@ end $$;
 -- Decides what becomes of one image whose outcome raised this: it is tagged again (its picture was replaced), kept (keep_error), or
 -- refused. unshown: the outcome, if its row did not take it in any form; the caller stores it without the row.
 create or replace function autotag.end_odd(
-  p_workspace_id uuid, p_item autotag.finished, p_own boolean, p_state text, p_error text,
+  p_workspace_id autotag.workspace_id, p_item autotag.finished, p_own boolean, p_state text, p_error text,
   out ended autotag.ended[], out unshown autotag.finished[], out notices jsonb
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -159,7 +159,7 @@ begin
 end $$;
 
 -- Whether the row of an image names another picture than the one that the model saw.
-create or replace function autotag.is_replaced(p_workspace_id uuid, p_item autotag.finished) returns boolean
+create or replace function autotag.is_replaced(p_workspace_id autotag.workspace_id, p_item autotag.finished) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -175,7 +175,7 @@ create or replace function autotag.keep_held(p_items autotag.finished[]) returns
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_held uuid[] := autotag.try_held(p_items);
+  v_held autotag.asset_id[] := autotag.try_held(p_items);
 begin
   perform autotag.keep(array(select i from unnest(p_items) i where i.asset_id in (select unnest(v_held))));
   return array(select i from unnest(p_items) i where i.asset_id not in (select unnest(v_held)));
@@ -235,7 +235,7 @@ end $$;
 
 -- The images of these whose rows or jobs another transaction holds; all of them if even the table is held; none if it cannot be
 -- found out.
-create or replace function autotag.try_held(p_items autotag.finished[]) returns uuid[]
+create or replace function autotag.try_held(p_items autotag.finished[]) returns autotag.asset_id[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -253,14 +253,14 @@ end $$;
 -- replaced is tagged again. p_show: write the host's rows. Outcomes of tasks that have ended meanwhile are dropped. Returns what the
 -- caller has to count (count_ended).
 create or replace function autotag.write_outcomes(
-  p_workspace_id uuid, p_items autotag.finished[], p_own boolean, p_show boolean default true
+  p_workspace_id autotag.workspace_id, p_items autotag.finished[], p_own boolean, p_show boolean default true
 ) returns autotag.ended[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_tagged autotag.finished[];
   v_failed autotag.finished[] := array(select i from unnest(p_items) i where i.result is null);
-  v_written uuid[];
+  v_written autotag.asset_id[];
 begin
   perform from autotag.jobs j
   where j.id = any (array(select distinct i.job_id from unnest(p_items) i)) order by j.id for no key update;
@@ -324,7 +324,7 @@ end $$;
 -- Looks at tagged images whose rows were not written. Returns if all of them are gone or have moved. Raises AT001 if a picture was
 -- replaced after the model saw it: its task is queued again (end_odd). Raises if a row is there but did not change: a trigger
 -- of the host has refused it silently.
-create or replace function autotag.judge_unwritten(p_workspace_id uuid, p_items autotag.finished[], p_written uuid[]) returns void
+create or replace function autotag.judge_unwritten(p_workspace_id autotag.workspace_id, p_items autotag.finished[], p_written autotag.asset_id[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -345,7 +345,7 @@ end $$;
 -- Fails tasks and shows that on the host's rows (p_show). Returns those that had not ended. The caller holds their jobs and counts
 -- them. (The plan is kept, as in read_reports(): planning takes 0.2 ms, and 2 ms after a part of 10,000 has raised, because the planner
 -- looks for the ends of the index among what that part left.)
-create or replace function autotag.fail_tasks(p_workspace_id uuid, p_items autotag.finished[], p_show boolean)
+create or replace function autotag.fail_tasks(p_workspace_id autotag.workspace_id, p_items autotag.finished[], p_show boolean)
 returns autotag.finished[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off

@@ -43,7 +43,7 @@ end $$;
 -- `retry` says that another answer may help. Such retries end after max_bad_answers, because every answer is billed. After an
 -- answer that was cut off, the retry has four times the cap, up to max_cap(). p_marks[i]: the mark of the picture of p_answers[i].
 -- p_store: false: only keeps what has ended, for store_waiting(). Returns sentences for the operator's log: [{event, notice}].
-create or replace function autotag.apply_answers(p_workspace_id uuid, p_answers autotag.answer[], p_store boolean) returns jsonb
+create or replace function autotag.apply_answers(p_workspace_id autotag.workspace_id, p_answers autotag.answer[], p_store boolean) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -134,7 +134,7 @@ end $$;
 -- The highest cap that an answer of a workspace may have: max_output_tokens, or less if less fits into its window and into the
 -- provider's limit beside the prompt. An image with a higher cap would wait forever. (jit is off because the planner does not
 -- know that these tables have one row each, and would compile for their product.)
-create or replace function autotag.max_cap(p_workspace_id uuid) returns integer
+create or replace function autotag.max_cap(p_workspace_id autotag.workspace_id) returns integer
 language sql stable security definer set search_path = pg_catalog, pg_temp set jit = off
 as $$
   select greatest(s.min_output_tokens, least(s.max_output_tokens,

@@ -173,7 +173,7 @@ end $$;
 -- the host's row, because each write fires the host's triggers, webhooks and Postgres Changes; the others show in tagging_job().
 -- p_sent: {sent, sent_age (seconds)}, as in record_sent(). Returns sentences for the operator's log, as settle() does.
 -- Locks: tasks by id (skip locked), jobs (skip locked), assets (show), provider (skip locked).
-create or replace function autotag.report_stages(p_worker uuid, p_workspace_id uuid, p_stages jsonb, p_sent jsonb default null) returns jsonb
+create or replace function autotag.report_stages(p_worker uuid, p_workspace_id autotag.workspace_id, p_stages jsonb, p_sent jsonb default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare

@@ -14,7 +14,7 @@
 -- other workspaces need, until the end: report_provider() takes the provider row if it is free.
 -- Locks: the worker's workspace (advisory), window (skip locked), tasks, jobs, assets (finish), usage, provider (skip locked).
 create or replace function autotag.settle(
-  p_worker uuid, p_workspace_id uuid, p_reports jsonb, p_observed jsonb default null, p_keep boolean default false
+  p_worker uuid, p_workspace_id autotag.workspace_id, p_reports jsonb, p_observed jsonb default null, p_keep boolean default false
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan' set random_page_cost = 1.1
 as $$
@@ -53,7 +53,7 @@ end $$;
 
 -- Validates reports and returns those for tasks of the workspace that the worker holds, at most one per task. (The plan is kept.
 -- Without the settings, one that was made while the table was empty would read all of it when it is full.)
-create or replace function autotag.read_reports(p_worker uuid, p_workspace_id uuid, p_reports jsonb) returns autotag.answer[]
+create or replace function autotag.read_reports(p_worker uuid, p_workspace_id autotag.workspace_id, p_reports jsonb) returns autotag.answer[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
@@ -133,7 +133,7 @@ declare
   v_held jsonb := '[]'::jsonb;
 begin
   for v_window in
-    select c.* from jsonb_to_recordset(p_corrections) c (workspace_id uuid, reserved_at timestamptz, requests integer, units integer)
+    select c.* from jsonb_to_recordset(p_corrections) c (workspace_id autotag.workspace_id, reserved_at timestamptz, requests integer, units integer)
     order by c.workspace_id, c.reserved_at
   loop
     perform from autotag.windows w

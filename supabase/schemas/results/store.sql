@@ -36,7 +36,7 @@ end $$;
 -- What waits for the host: the workspaces with outcomes that are due, and the seconds until the next are (null: none). It jumps over
 -- the index from workspace to workspace, because every outcome that is kept wakes all workers to call it. (The plan is kept, as in
 -- read_reports().)
-create or replace function autotag.list_unstored(p_worker uuid, out workspaces uuid[], out wait double precision)
+create or replace function autotag.list_unstored(p_worker uuid, out workspaces autotag.workspace_id[], out wait double precision)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set enable_bitmapscan = off set jit = off
 as $$
@@ -60,7 +60,7 @@ end $$;
 
 -- At most p_limit outcomes of a workspace that are due, for store_waiting(), by their tasks. Not those that another worker stores at
 -- the moment. It is a call of its own, so that the worker knows what it tried, whatever comes of it (postpone_stores).
-create or replace function autotag.pick_unstored(p_worker uuid, p_workspace_id uuid, p_limit integer) returns bigint[]
+create or replace function autotag.pick_unstored(p_worker uuid, p_workspace_id autotag.workspace_id, p_limit integer) returns bigint[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
@@ -75,7 +75,7 @@ end $$;
 -- Stores these outcomes of a workspace (pick_unstored) if they are still due. Those whose rows are still held wait longer. Ends the
 -- batches whose last answer is stored. Returns {stored, more (whether others are due), notices: [{event, notice}]}.
 -- Locks: unstored (skip locked), then as in finish(), batches.
-create or replace function autotag.store_waiting(p_worker uuid, p_workspace_id uuid, p_tasks bigint[]) returns jsonb
+create or replace function autotag.store_waiting(p_worker uuid, p_workspace_id autotag.workspace_id, p_tasks bigint[]) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
@@ -112,7 +112,7 @@ end $$;
 -- blame: after max_failures such timeouts it fails with the code not_stored, and its row is not touched again. p_lost: it ended its
 -- connection several times, which counts as three timeouts: a row that crashes the server process must not do so for long. Returns
 -- sentences for the operator's log: [{event, notice}]. Locks: unstored (skip locked), then as in finish().
-create or replace function autotag.postpone_stores(p_worker uuid, p_workspace_id uuid, p_tasks bigint[], p_lost boolean default false)
+create or replace function autotag.postpone_stores(p_worker uuid, p_workspace_id autotag.workspace_id, p_tasks bigint[], p_lost boolean default false)
 returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$

@@ -25,7 +25,7 @@ end $$;
 -- tier. What was asked since the question changed costs at most as much as the model and tier that were asked. Answers without
 -- figures get the tier `unknown` and no cost. An answer without a job (a comparison) counts as a request, not as a tagged image.
 create or replace function autotag.count_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb, p_asked_at timestamptz)
-returns table (workspace_id uuid, user_id uuid, day date, model text, service_tier text, images bigint, requests bigint, input_tokens bigint,
+returns table (workspace_id autotag.workspace_id, user_id autotag.user_id, day date, model text, service_tier text, images bigint, requests bigint, input_tokens bigint,
   cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -100,8 +100,8 @@ create or replace trigger autotag_price_usage after insert or update of input_pr
 
 -- tagging_usage: rows per user, day, model and service tier, for members of the workspace. cost: dollars; null: the model has
 -- no price in autotag.models.
-create or replace function autotag.list_usage(p_workspace_id uuid, p_since date, p_until date)
-returns table (user_id uuid, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
+create or replace function autotag.list_usage(p_workspace_id autotag.workspace_id, p_since date, p_until date)
+returns table (user_id autotag.user_id, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
   cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

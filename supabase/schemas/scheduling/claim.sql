@@ -167,7 +167,7 @@ begin
     )
     select coalesce(json_agg(i order by i.task), '[]')
     from (
-      select r.id as task, r.attempt, r.workspace_id as workspace, u.id as job, u.traceparent, u.waited, r.asset_id, r.output_tokens as cap,
+      select r.id as task, r.attempt, r.workspace_id::text as workspace, u.id as job, u.traceparent, u.waited, r.asset_id::text, r.output_tokens as cap,
         d.bucket, d.path, d.url, d.refused, d.mark
       from released r join uploads u on u.id = r.job_id
       left join autotag.locate(array(select asset_id from released order by id),

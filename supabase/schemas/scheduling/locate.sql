@@ -3,7 +3,7 @@
 -- Whether a signed-in user may see a file of Storage, by the policies on storage.objects. It is owned by the role authenticated, so
 -- row level security applies as it does to the user. Their token is not there: a policy sees only its `sub` and `role`, and one that
 -- asks for more says no.
-create or replace function autotag.may_see_file(p_user_id uuid, p_bucket text, p_path text) returns boolean
+create or replace function autotag.may_see_file(p_user_id autotag.user_id, p_bucket text, p_path text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -12,7 +12,7 @@ begin
   if current_user <> 'authenticated' or p_user_id is null or p_path is null then
     return false;
   end if;
-  perform set_config('request.jwt.claims', jsonb_build_object('sub', p_user_id, 'role', 'authenticated')::text, true);
+  perform set_config('request.jwt.claims', jsonb_build_object('sub', p_user_id::text, 'role', 'authenticated')::text, true);
   v_visible := exists (select from storage.objects o where o.bucket_id = p_bucket and o.name = p_path);
   perform set_config('request.jwt.claims', '', true);
   return v_visible;
@@ -27,7 +27,7 @@ begin
   alter function autotag.may_see_file owner to authenticated;
   revoke create on schema autotag from authenticated;
 exception when insufficient_privilege then
-  raise notice 'This login cannot give a function to the role authenticated, so a file that replaces another while it is tagged counts as hidden.';
+  raise warning 'This login cannot give a function to the role authenticated, so a file that replaces another while it is tagged counts as hidden.';
 end $$;
 
 -- Location of each image, as describe_assets() returns it, if its file is the one that the uploader was allowed to see, or another one
@@ -37,8 +37,8 @@ end $$;
 -- one that raises is refused: as `unreadable_row`, or as `unreadable_now` where the error may pass (the adapter is being changed, a
 -- page of the table cannot be read). Then the worker reports a transient error, so its slot is free, and the image is tried again.
 -- p_workspace_ids[i], p_visible_marks[i]: tasks.workspace_id and tasks.visible_mark of p_asset_ids[i].
-create or replace function autotag.locate(p_asset_ids uuid[], p_workspace_ids uuid[], p_visible_marks uuid[], p_users uuid[])
-returns table (asset_id uuid, bucket text, path text, url text, refused text, mark uuid)
+create or replace function autotag.locate(p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[], p_visible_marks uuid[], p_users autotag.user_id[])
+returns table (asset_id autotag.asset_id, bucket text, path text, url text, refused text, mark uuid)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -60,8 +60,8 @@ exception when others or assert_failure then
 end $$;
 
 -- The same; raises if one row does.
-create or replace function autotag.locate_together(p_asset_ids uuid[], p_workspace_ids uuid[], p_visible_marks uuid[], p_users uuid[])
-returns table (asset_id uuid, bucket text, path text, url text, refused text, mark uuid)
+create or replace function autotag.locate_together(p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[], p_visible_marks uuid[], p_users autotag.user_id[])
+returns table (asset_id autotag.asset_id, bucket text, path text, url text, refused text, mark uuid)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin

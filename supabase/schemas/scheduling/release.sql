@@ -123,7 +123,7 @@ declare
   v_now timestamptz := p_provider.refilled_at;
   v_room integer := autotag.room_left(p_provider, p_slots);   -- images that may still be released
   v_turn integer;              -- images of one workspace before the next one is served
-  v_workspaces uuid[];
+  v_workspaces autotag.workspace_id[];
   v_workspace autotag.workspaces;
   v_released record;
 begin
@@ -165,11 +165,11 @@ end $$;
 -- Locks the windows of these workspaces, and returns the workspaces that can be served now. One whose window another transaction
 -- holds (check_rate_limit in a transaction of the tenant's) is not ready for a second. The caller holds the provider row.
 -- Locks: windows by workspace (skip locked); for a workspace without one, the right to insert it (advisory).
-create or replace function autotag.lock_windows(p_workspaces uuid[], p_now timestamptz) returns uuid[]
+create or replace function autotag.lock_windows(p_workspaces autotag.workspace_id[], p_now timestamptz) returns autotag.workspace_id[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_free uuid[] := array(
+  v_free autotag.workspace_id[] := array(
     select w.workspace_id from autotag.windows w
     where w.workspace_id = any (p_workspaces) and w.request_type = 'realtime' order by w.workspace_id for no key update skip locked);
 begin
@@ -272,7 +272,7 @@ end $$;
 -- before it go first. Null: none is ready. A queue that was committed after join_queues() is left to the next claim: its workspace
 -- does not count it yet. A queue whose upload is being cancelled in an open transaction is not ready for a second.
 -- Locks: its job (advisory, shared).
-create or replace function autotag.next_queue(p_workspace_id uuid, p_now timestamptz) returns autotag.queues
+create or replace function autotag.next_queue(p_workspace_id autotag.workspace_id, p_now timestamptz) returns autotag.queues
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
 as $$
 declare

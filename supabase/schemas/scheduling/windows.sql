@@ -1,7 +1,7 @@
 -- Exact sliding windows of workspaces.
 
 -- Length of a window, and a workspace's limits in it.
-create or replace function autotag.window_limits(p_workspace_id uuid, p_request_type text)
+create or replace function autotag.window_limits(p_workspace_id autotag.workspace_id, p_request_type text)
 returns table (length interval, max_requests integer, max_units integer) rows 1
 language sql stable set search_path = pg_catalog, pg_temp
 as $$
@@ -15,7 +15,7 @@ as $$
 $$;
 
 -- Key of the advisory lock of inserting a window, and of that of an upload that is being cancelled (exclusive) or served (shared).
-create or replace function autotag.window_key(p_workspace_id uuid, p_request_type text) returns bigint
+create or replace function autotag.window_key(p_workspace_id autotag.workspace_id, p_request_type text) returns bigint
 language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -43,7 +43,7 @@ create or replace trigger autotag_lock_new_window before insert on autotag.windo
   for each row execute function autotag.lock_new_window();
 
 -- Locks one window, or the right to insert it. False: another transaction holds it.
-create or replace function autotag.try_window(p_workspace_id uuid, p_request_type text) returns boolean
+create or replace function autotag.try_window(p_workspace_id autotag.workspace_id, p_request_type text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -63,7 +63,7 @@ end $$;
 -- Long: check_rate_limit calls this before every API call. It takes 22 µs, and each function with a search_path of its own would
 -- add 2.5 µs.
 create or replace function autotag.admit(
-  p_workspace_id uuid, p_request_type text, p_wanted integer, p_units_each integer, p_partial boolean,
+  p_workspace_id autotag.workspace_id, p_request_type text, p_wanted integer, p_units_each integer, p_partial boolean,
   out admitted integer, out retry_at timestamptz, out at timestamptz, p_take boolean default true
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
@@ -168,7 +168,7 @@ end $$;
 -- Corrects a reservation by the real use. p_at: the time that admit() returned; a reservation that has left its window needs
 -- no correction. If the use exceeds the limit, the window admits nothing until enough has left it.
 create or replace function autotag.correct_window(
-  p_workspace_id uuid, p_request_type text, p_at timestamptz, p_requests_delta integer, p_units_delta integer
+  p_workspace_id autotag.workspace_id, p_request_type text, p_at timestamptz, p_requests_delta integer, p_units_delta integer
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -185,7 +185,7 @@ end $$;
 -- Whether p_images fit the workspace's window, all or nothing; p_take: count them if so. retry_after: exact seconds; 0: allowed;
 -- null: more than the limit, they never fit. reason: null, `window_full` (wait) or `exceeds_limit` (never).
 create or replace function autotag.take_allowance(
-  p_workspace_id uuid, p_request_type text, p_images integer, p_take boolean,
+  p_workspace_id autotag.workspace_id, p_request_type text, p_images integer, p_take boolean,
   out allowed boolean, out retry_after double precision, out reason text
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp

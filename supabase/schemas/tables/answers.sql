@@ -5,7 +5,7 @@ create type autotag.answer as (
   task bigint,
   attempt integer,
   job_id uuid,
-  workspace_id uuid,
+  workspace_id autotag.workspace_id,
   reserved_at timestamptz,     -- single calls: settle() needs these two to correct the reservation
   reserved_tokens integer,
   output_tokens integer,       -- the cap of the answer, as it was requested
@@ -14,7 +14,7 @@ create type autotag.answer as (
   usage jsonb,                 -- as clean_usage() returns it; null: the provider gave no figures
   called boolean,              -- whether the call was sent
   mark uuid,                   -- of the picture that the model saw (describe_assets); null: not known
-  asset_id uuid
+  asset_id autotag.asset_id
 );
 
 -- The state of one batch, as a poll of OpenAI showed it.

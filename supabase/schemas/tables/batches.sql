@@ -11,7 +11,7 @@
 create table autotag.batches (
   id uuid primary key default gen_random_uuid(),
   job_id uuid not null references autotag.jobs on delete cascade,
-  workspace_id uuid not null,
+  workspace_id autotag.workspace_id not null,
   ordinal integer not null,              -- 1 is the priority batch of its job
   image_count integer not null check (image_count > 0),   -- images of the upload in this batch …
   express_count integer not null default 0,               -- … and how many of them were sent as single calls (express)

@@ -3,7 +3,7 @@
 -- A workspace with single calls waiting: its place in fair queueing. Only the transaction that holds the provider row writes this
 -- table and queues (but for the insert of a new queue), so that no tenant's transaction can hold one of their rows.
 create table autotag.workspaces (
-  workspace_id uuid primary key,
+  workspace_id autotag.workspace_id primary key,
   queued integer not null default 0 check (queued >= 0),   -- the sum of its joined queues; repair_queues() checks it
   virtual_time double precision not null default 0,
   -- false: nothing may be released before ready_at (the window is full, or chunk_delay has not passed)
@@ -16,8 +16,8 @@ alter table autotag.workspaces enable row level security;
 
 create table autotag.jobs (
   id uuid primary key default gen_random_uuid(),
-  workspace_id uuid not null,
-  user_id uuid,                         -- the uploader; null: the service role
+  workspace_id autotag.workspace_id not null,
+  user_id autotag.user_id,                         -- the uploader; null: the service role
   strategy text not null check (strategy in ('realtime', 'realtime-chunked', 'batch', 'batch-parallel')),
   image_count integer not null check (image_count > 0),
   completed integer not null default 0,
@@ -46,7 +46,7 @@ alter table autotag.jobs enable row level security;
 -- released, so a claim never scans dead index entries. A row is deleted soon after its job has finished.
 create table autotag.queues (
   job_id uuid primary key references autotag.jobs on delete cascade,
-  workspace_id uuid not null,
+  workspace_id autotag.workspace_id not null,
   joined boolean not null default false,   -- counted in its workspace; enqueue_tagging inserts it, and the next claim counts it
   queued integer not null default 0 check (queued >= 0),
   released integer not null default 0,  -- the job with the fewest released goes first: small uploads pass large ones …
@@ -71,8 +71,8 @@ alter table autotag.queues enable row level security;
 create table autotag.tasks (
   id bigint generated always as identity primary key,
   job_id uuid not null,                 -- of autotag.jobs; without a foreign key, whose checks cost 10 µs an image (delete_tasks)
-  workspace_id uuid not null,
-  asset_id uuid not null,
+  workspace_id autotag.workspace_id not null,
+  asset_id autotag.asset_id not null,
   visible_mark uuid,                    -- md5 of the file that the caller of enqueue_tagging may see; null: not checked
   stage text not null default 'queued' check (stage in
     ('queued', 'preparing', 'submitted', 'processing', 'completing', 'failed')),

@@ -6,7 +6,7 @@
 --
 -- The provider's limit is a bucket that refills continuously, because that is how the provider meters.
 create table autotag.windows (
-  workspace_id uuid not null,
+  workspace_id autotag.workspace_id not null,
   request_type text not null check (request_type in ('realtime', 'batch')),
   -- the workspace's own limits; null: the defaults in autotag.settings
   max_requests integer check (max_requests > 0),
@@ -17,6 +17,12 @@ create table autotag.windows (
   units integer[] not null default '{}',
   primary key (workspace_id, request_type)
 ) with (fillfactor = 50);
+-- The view below shows the column as it is, so that the host can insert into the view; and generated client types do not follow domains.
+do $$
+begin
+  execute (select format('alter table autotag.windows alter column workspace_id type %s', format_type(k.atttypid, null))
+    from pg_attribute k where k.attrelid = 'autotag.keys'::regclass and k.attname = 'workspace_id');
+end $$;
 alter table autotag.windows enable row level security;
 -- What the host sees of it. It is a view because windows are written while the provider row is held: a trigger or a foreign key of the
 -- host's on a table would run there, and one that raises would stop every tenant.

@@ -5,7 +5,7 @@
 -- task stays live (retry_at = infinity) and belongs to no worker.
 create table autotag.unstored (
   task_id bigint primary key,            -- of autotag.tasks; without a foreign key, as tasks.job_id
-  workspace_id uuid not null,
+  workspace_id autotag.workspace_id not null,
   batch_id uuid,                         -- the batch whose answer it is: batch-complete waits for it
   result jsonb,                          -- either this …
   error_code text,                       -- … or these two
@@ -59,7 +59,7 @@ alter table autotag.provider_reports enable row level security;
 create type autotag.finished as (
   task bigint,
   job_id uuid,
-  asset_id uuid,
+  asset_id autotag.asset_id,
   result jsonb,                -- either this …
   code text,                   -- … or these two: the reason, and a sentence for the user
   message text,

@@ -10,10 +10,10 @@
 -- A new image that has no job yet. Not unique: an image that comes twice is tagged once (start_upload).
 create table autotag.arrivals (
   id bigint generated always as identity primary key,
-  asset_id uuid not null,
-  workspace_id uuid not null,
-  -- the signed-in user; the zero uuid: the service role, or a token that names nobody. Not null, so that indexes compare it.
-  uploader uuid not null,
+  asset_id autotag.asset_id not null,
+  workspace_id autotag.workspace_id not null,
+  -- the signed-in user; nobody(): the service role, or a token that names nobody. Not null, so that indexes compare it.
+  uploader autotag.user_id not null,
   arrived_at timestamptz not null,       -- when the row was inserted; it may be old when its transaction commits
   upload_id bigint                       -- the postponed upload that it waits in; null: its upload may still grow
 ) with (fillfactor = 90);
@@ -25,8 +25,8 @@ alter table autotag.arrivals enable row level security;
 -- A complete upload that cannot become a job yet. Several may belong to one workspace and uploader; they are sealed together.
 create table autotag.uploads (
   id bigint generated always as identity primary key,
-  workspace_id uuid not null,
-  uploader uuid not null,
+  workspace_id autotag.workspace_id not null,
+  uploader autotag.user_id not null,
   seal_at timestamptz not null,                          -- when to try again
   failures integer not null default 0 check (failures >= 0)   -- attempts that raised; 0: it waits for room
 );
@@ -38,7 +38,7 @@ alter table autotag.uploads enable row level security;
 -- stored a moment ago is not tagged again (repeat_window). 8 bytes an image, and no write when it is tagged.
 create table autotag.pictures (
   job_id uuid primary key references autotag.jobs on delete cascade,
-  workspace_id uuid not null,
+  workspace_id autotag.workspace_id not null,
   marks bigint[] not null
 );
 alter table autotag.pictures alter column marks set storage external;   -- hashes do not shrink
@@ -46,12 +46,12 @@ alter table autotag.pictures enable row level security;
 
 -- The picture of an image, while it is enqueued.
 create type autotag.picture as (
-  asset_id uuid,
+  asset_id autotag.asset_id,
   mark bigint                  -- hash of id and location
 );
 
 -- An image that is being tagged or was a moment ago, and the job that it belongs to (find_repeats).
 create type autotag.repeated as (
-  asset_id uuid,
+  asset_id autotag.asset_id,
   job_id uuid
 );

@@ -3,8 +3,8 @@
 -- Usage: one row per workspace, user, day (UTC), model and service tier, from the figures that the provider returns.
 create table autotag.usage (
   id bigint generated always as identity primary key,
-  workspace_id uuid not null,
-  user_id uuid,
+  workspace_id autotag.workspace_id not null,
+  user_id autotag.user_id,
   day date not null,
   model text not null,                   -- the model that answered, as the provider names it
   service_tier text not null,            -- the tier it was billed at: default, flex, priority …, or batch
@@ -30,8 +30,8 @@ alter table autotag.usage enable row level security;
 -- general one. A null maximum is no limit, so a specific quota can also lift a general one.
 create table autotag.quotas (
   id bigint generated always as identity primary key,
-  workspace_id uuid,                     -- null: every workspace
-  user_id uuid,                          -- null: every user (scope user)
+  workspace_id autotag.workspace_id,                     -- null: every workspace
+  user_id autotag.user_id,                          -- null: every user (scope user)
   scope text not null check (scope in ('workspace', 'user')),
   period text not null check (period in ('day', 'month')),
   max_images integer check (max_images >= 0),

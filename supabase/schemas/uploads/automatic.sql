@@ -4,25 +4,25 @@
 -- lock), forbid PREPARE TRANSACTION, and fail it while the queue of notifications is full. It is not needed either: an upload is not
 -- sealed before upload_quiet has passed, and a worker that looks that often sees each upload in time (seal_uploads: wait).
 
--- The signed-in user of the host's transaction; the zero uuid: nobody. Tokens of other identity providers have a `sub` that is no
--- uuid, and anything can stand in the claims of a direct connection: that is nobody, not an error.
-create or replace function autotag.find_uploader() returns uuid
+-- The signed-in user of the host's transaction, or nobody(). Tokens of other identity providers have a `sub` that is no id of a user,
+-- and anything can stand in the claims of a direct connection: that is nobody, not an error.
+create or replace function autotag.find_uploader() returns autotag.user_id
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return coalesce((select auth.uid()), '00000000-0000-0000-0000-000000000000');
+  return coalesce(autotag.caller(), autotag.nobody());
 exception when others or assert_failure then
-  return '00000000-0000-0000-0000-000000000000'::uuid;
+  return autotag.nobody();
 end $$;
 
 -- Collects the images that one statement inserted: their ids and workspaces; those without a workspace are left out. Whether there is
 -- a file or URL is found out when the upload is sealed. Called by the host's transaction, so it only inserts: it locks no row, and
 -- waits for nothing but a lock of the whole table (an upgrade of autotag), for 50 ms at most. Errors are caught by the trigger.
-create or replace function autotag.collect(p_asset_ids uuid[], p_workspace_ids uuid[]) returns void
+create or replace function autotag.collect(p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
 declare
-  v_uploader uuid := autotag.find_uploader();
+  v_uploader autotag.user_id := autotag.find_uploader();
   v_now timestamptz := autotag.now();
 begin
   insert into autotag.arrivals (asset_id, workspace_id, uploader, arrived_at)
@@ -32,14 +32,16 @@ begin
 end $$;
 
 -- At most p_limit uploads that may still grow, by workspace and uploader, with their first and last arrival. Only workspaces from
--- p_from to before p_before (null: all). It jumps from one upload to the next in the index, so its cost does not depend on how many
+-- p_from (null: the first) to before p_before (null: all). It jumps from one upload to the next in the index, so its cost does not depend on how many
 -- images they have: 10 µs for each upload.
-create or replace function autotag.list_arriving(p_from uuid, p_before uuid, p_limit integer)
-returns table (workspace_id uuid, uploader uuid, first_at timestamptz, last_at timestamptz)
+create or replace function autotag.list_arriving(p_from autotag.workspace_id, p_before autotag.workspace_id, p_limit integer)
+returns table (workspace_id autotag.workspace_id, uploader autotag.user_id, first_at timestamptz, last_at timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set enable_bitmapscan = off set jit = off
 as $$
 begin
+  p_from := coalesce(p_from, (
+    select a.workspace_id from autotag.arrivals a where a.upload_id is null order by a.workspace_id, a.uploader, a.arrived_at limit 1));
   return query
     with recursive found as (
       (select a.workspace_id, a.uploader, a.arrived_at from autotag.arrivals a
@@ -51,7 +53,7 @@ begin
         select a.workspace_id, a.uploader, a.arrived_at from autotag.arrivals a
         where a.upload_id is null and (a.workspace_id, a.uploader) > (f.workspace_id, f.uploader)
         order by a.workspace_id, a.uploader, a.arrived_at limit 1) n
-      where f.workspace_id < coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+      where p_before is null or f.workspace_id < p_before
     )
     select f.workspace_id, f.uploader, f.arrived_at, (
       select max(a.arrived_at) from autotag.arrivals a
@@ -62,16 +64,21 @@ end $$;
 -- Uploads, and when each is due: those that may still grow are complete when nothing has come for upload_quiet or their first image is
 -- upload_longest old; those that were postponed have a time. An image that becomes visible late, because its transaction was long, is
 -- as old as its row. One from the future was inserted before the clock was set back, and waits for nothing.
--- At most 2,000 of the former, from a random workspace on, and 1,000 of the latter: where there are more, each gets its chance.
+-- At most 2,000 of the former, from the workspace of a random arrival on, and 1,000 of the latter: where there are more, each gets its
+-- chance.
 create or replace function autotag.list_uploads(p_now timestamptz)
-returns table (workspace_id uuid, uploader uuid, due_at timestamptz, arriving boolean)
+returns table (workspace_id autotag.workspace_id, uploader autotag.user_id, due_at timestamptz, arriving boolean)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
 declare
   v_quiet interval;
   v_longest interval;
-  v_from uuid := gen_random_uuid();
+  v_from autotag.workspace_id := (
+    select a.workspace_id from autotag.arrivals a
+    where a.id >= (select f.id + floor(random() * (l.id - f.id + 1))::bigint
+      from (select i.id from autotag.arrivals i order by i.id limit 1) f, (select i.id from autotag.arrivals i order by i.id desc limit 1) l)
+    order by a.id limit 1);
 begin
   select s.upload_quiet, s.upload_longest into v_quiet, v_longest from autotag.settings s;
   return query
@@ -80,7 +87,7 @@ begin
     from (
       select * from autotag.list_arriving(v_from, null, 1000)
       union all
-      select * from autotag.list_arriving('00000000-0000-0000-0000-000000000000', v_from, 1000)) l;
+      select * from autotag.list_arriving(null, v_from, 1000)) l;
   return query
     select u.workspace_id, u.uploader, u.seal_at, false from autotag.uploads u where u.seal_at <= p_now order by u.seal_at limit 1000;
   return query
@@ -103,6 +110,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
+  v_nobody autotag.user_id := autotag.nobody();
   v_next timestamptz;
   v_upload record;
   v_result record;
@@ -120,7 +128,7 @@ begin
   for v_upload in
     select l.*
     from autotag.list_uploads(v_now) l
-    window users as (partition by coalesce(nullif(l.uploader, '00000000-0000-0000-0000-000000000000'), l.workspace_id), l.due_at > v_now)
+    window users as (partition by l.uploader, case when l.uploader = v_nobody then l.workspace_id end, l.due_at > v_now)
     order by l.due_at > v_now, (row_number() over (users order by l.due_at)) > 1, random() * (count(*) over users)
   loop
     if v_upload.due_at > v_now then
@@ -128,7 +136,7 @@ begin
     elsif v_done then
       more := true;
       exit;
-    elsif autotag.try_lock_quotas(v_upload.workspace_id, nullif(v_upload.uploader, '00000000-0000-0000-0000-000000000000')) then
+    elsif autotag.try_lock_quotas(v_upload.workspace_id, nullif(v_upload.uploader, v_nobody)) then
       v_result := autotag.seal_upload(v_upload.workspace_id, v_upload.uploader, v_now);
       sealed := v_result.sealed;
       notices := v_result.notices;
@@ -156,18 +164,18 @@ end $$;
 -- the live images or the quotas allow stay; the upload is postponed when there is no room. rest: others of its images are due.
 -- Where an earlier attempt raised or took too long, fewer images are tried, a quarter each time. The caller holds the quotas.
 create or replace function autotag.seal_upload(
-  p_workspace_id uuid, p_uploader uuid, p_now timestamptz, out sealed integer, out rest boolean, out notices jsonb
+  p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_now timestamptz, out sealed integer, out rest boolean, out notices jsonb
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user uuid := nullif(p_uploader, '00000000-0000-0000-0000-000000000000');
+  v_user autotag.user_id := nullif(p_uploader, autotag.nobody());
   v_room integer;
   v_waiting bigint;            -- the postponed upload of this uploader that still waits for room
   v_due bigint[];              -- those that are due
   v_failures integer;
   v_arrivals bigint[];
-  v_assets uuid[];
+  v_assets autotag.asset_id[];
   v_try record;
 begin
   sealed := 0;
@@ -210,8 +218,8 @@ begin
 end $$;
 
 -- The first p_limit images of one workspace and uploader that may still grow or belong to these postponed uploads.
-create or replace function autotag.take_arrivals(p_workspace_id uuid, p_uploader uuid, p_uploads bigint[], p_limit integer)
-returns table (id bigint, asset_id uuid)
+create or replace function autotag.take_arrivals(p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_uploads bigint[], p_limit integer)
+returns table (id bigint, asset_id autotag.asset_id)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
@@ -230,7 +238,7 @@ end $$;
 -- deferred are checked here, not at the commit, where an error would undo everything. jobs: how many were made, 0 or 1.
 -- The host may raise the SQLSTATEs of autotag, too: PT429 is returned only if there is not enough room; otherwise it is P0001.
 create or replace function autotag.try_upload(
-  p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_keep boolean, out jobs integer, out state text, out error text
+  p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_asset_ids autotag.asset_id[], p_keep boolean, out jobs integer, out state text, out error text
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
@@ -258,7 +266,7 @@ exception when others or assert_failure or query_canceled then
 end $$;
 
 -- How many images of automatic mode one more job of a workspace and uploader may have.
-create or replace function autotag.room_for_upload(p_workspace_id uuid, p_user_id uuid) returns integer
+create or replace function autotag.room_for_upload(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -269,17 +277,17 @@ end $$;
 -- Makes a job of these images of an upload, and returns how many jobs were made: 0 or 1. Left out are images that are gone, that have no
 -- file or URL, that are being tagged (start_job), and that have a result or an error already: then enqueue_tagging was called for
 -- them too, or the row was copied with its tags. An image that has moved to another workspace arrives there.
-create or replace function autotag.start_upload(p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[]) returns integer
+create or replace function autotag.start_upload(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_asset_ids autotag.asset_id[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_assets uuid[];
+  v_assets autotag.asset_id[];
   v_marks bigint[];            -- of their pictures
-  v_moved uuid[];
+  v_moved autotag.asset_id[];
   v_job jsonb;
 begin
   select array_agg(d.asset_id order by p.i) filter (where d.workspace_id = p_workspace_id),
-    array_agg(uuid_hash_extended(d.asset_id, uuid_hash_extended(d.mark, 0)) order by p.i) filter (where d.workspace_id = p_workspace_id),
+    array_agg(hash_record_extended(row(d.asset_id, d.mark), 0) order by p.i) filter (where d.workspace_id = p_workspace_id),
     array_agg(d.asset_id) filter (where d.workspace_id <> p_workspace_id)
   into v_assets, v_marks, v_moved
   from unnest(p_asset_ids) with ordinality p (id, i)
@@ -289,7 +297,7 @@ begin
     and (d.stage is null or d.stage not in ('completed', 'failed'));
   if v_moved is not null then
     insert into autotag.arrivals (asset_id, workspace_id, uploader, arrived_at)
-    select d.asset_id, d.workspace_id, coalesce(p_user_id, '00000000-0000-0000-0000-000000000000'), autotag.now()
+    select d.asset_id, d.workspace_id, coalesce(p_user_id, autotag.nobody()), autotag.now()
     from autotag.describe_assets(v_moved) d where d.workspace_id is not null;
   end if;
   if v_assets is null then

@@ -2,7 +2,7 @@
 
 -- Previews tagging existing images: {images, seconds, cost (dollars; null: unknown), model}. p_untagged: only those without
 -- tags; p_after, p_limit: as in backfill().
-create or replace function autotag.preview_backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
+create or replace function autotag.preview_backfill(p_workspace_id autotag.workspace_id, p_untagged boolean, p_after autotag.asset_id, p_limit integer)
 returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -24,11 +24,11 @@ end $$;
 
 -- Makes one upload of the next p_limit existing images of a workspace (by id, after p_after): {job_id, images, last}. `last`
 -- is p_after for the next call; null: no more images. Refuses what enqueue_tagging refuses. Locks: the workspace (advisory).
-create or replace function autotag.backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer) returns jsonb
+create or replace function autotag.backfill(p_workspace_id autotag.workspace_id, p_untagged boolean, p_after autotag.asset_id, p_limit integer) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_assets uuid[];
+  v_assets autotag.asset_id[];
   v_job jsonb;
 begin
   perform autotag.check_image_count(p_limit);
@@ -39,5 +39,5 @@ begin
   end if;
   v_job := autotag.start_job(p_workspace_id, null, v_assets);
   return jsonb_build_object('job_id', v_job -> 'job_id', 'images', v_job -> 'image_count',
-    'last', v_assets[cardinality(v_assets)]);
+    'last', v_assets[cardinality(v_assets)]::text);
 end $$;

@@ -1,7 +1,7 @@
 -- enqueue_tagging: checks an upload and makes it a job.
 
 -- How many more unfinished images a workspace may have (live_images_max).
-create or replace function autotag.live_capacity(p_workspace_id uuid) returns integer
+create or replace function autotag.live_capacity(p_workspace_id autotag.workspace_id) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -12,7 +12,7 @@ end $$;
 
 -- Refuses an upload with which the workspace would have more than live_images_max unfinished images. retry_after: seconds until
 -- enough of them are expected to be done; null: this upload alone is too large.
-create or replace function autotag.check_live_capacity(p_workspace_id uuid, p_images integer) returns void
+create or replace function autotag.check_live_capacity(p_workspace_id autotag.workspace_id, p_images integer) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -41,29 +41,29 @@ end $$;
 -- p_visible_marks[i]: the mark of the file of p_asset_ids[i] that the caller may see (`visible_file_marks`), which matches no file if the
 -- caller may not see it; null: not checked. If the image's file has another mark when a worker claims it, the image fails as if
 -- the file did not exist.
-create or replace function autotag.enqueue(p_asset_ids uuid[], p_visible_marks uuid[] default null) returns jsonb
+create or replace function autotag.enqueue(p_asset_ids autotag.asset_id[], p_visible_marks uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_found integer;
   v_asked integer;
-  v_missing uuid[];            -- ids that do not exist, at most 5
-  v_foreign uuid[];            -- images that name a file of another workspace, at most 5
-  v_long uuid[];               -- images whose URL, path or bucket name is too long, at most 5
-  v_workspaces uuid[];         -- workspaces of the images that the caller may act for
-  v_images uuid[];             -- the images, each once,
+  v_missing autotag.asset_id[];            -- ids that do not exist, at most 5
+  v_foreign autotag.asset_id[];            -- images that name a file of another workspace, at most 5
+  v_long autotag.asset_id[];               -- images whose URL, path or bucket name is too long, at most 5
+  v_workspaces autotag.workspace_id[];         -- workspaces of the images that the caller may act for
+  v_images autotag.asset_id[];             -- the images, each once,
   v_marks bigint[];            -- the marks of their pictures,
   v_suspects autotag.picture[];   -- and those that may have been enqueued before
 begin
   if array_ndims(p_asset_ids) > 1 or array_position(p_asset_ids, null) is not null then
     perform autotag.refuse(400, 'bad_asset_ids', 'asset_ids must be a plain list of ids.',
-      'Pass an array of uuids without nulls.');
+      'Pass an array of ids without nulls.');
   end if;
   perform autotag.check_image_count(cardinality(p_asset_ids));
 
   -- An image of another workspace is reported like one that does not exist, so that callers cannot find out which ids exist.
   with there as materialized (
-    select d.asset_id, d.workspace_id, d.refused, d.stage, uuid_hash_extended(d.asset_id, uuid_hash_extended(d.mark, 0)) as mark
+    select d.asset_id, d.workspace_id, d.refused, d.stage, hash_record_extended(row(d.asset_id, d.mark), 0) as mark
     from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
   ), theirs as materialized (
     -- offset 0: call is_member once per workspace, not once per image

@@ -1,7 +1,7 @@
 -- Automatic mode: uploads that cannot become a job yet, and images with which none can.
 
 -- Adds what has arrived of one workspace and uploader to a postponed upload. Locks: arrivals (skip locked).
-create or replace function autotag.join_upload(p_upload_id bigint, p_workspace_id uuid, p_uploader uuid) returns void
+create or replace function autotag.join_upload(p_upload_id bigint, p_workspace_id autotag.workspace_id, p_uploader autotag.user_id) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
@@ -16,11 +16,11 @@ end $$;
 -- expected to be done (1 min to 1 h). Where the quota is its user's in all workspaces, the user's other uploads that are due wait as
 -- long, so that one call settles a crowd of them. p_due: its postponed uploads that are due.
 -- Locks: uploads and arrivals (skip locked).
-create or replace function autotag.postpone_upload(p_workspace_id uuid, p_uploader uuid, p_due bigint[], p_now timestamptz) returns void
+create or replace function autotag.postpone_upload(p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_due bigint[], p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user uuid := nullif(p_uploader, '00000000-0000-0000-0000-000000000000');
+  v_user autotag.user_id := nullif(p_uploader, autotag.nobody());
   v_prices autotag.reservation_prices := autotag.price_reservations();
   v_until timestamptz;
   v_scope text;
@@ -50,7 +50,7 @@ begin
 end $$;
 
 -- Makes one postponed upload of what has arrived of a workspace and uploader, and of these postponed ones, which the caller has locked.
-create or replace function autotag.put_aside(p_workspace_id uuid, p_uploader uuid, p_due bigint[], p_until timestamptz) returns void
+create or replace function autotag.put_aside(p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_due bigint[], p_until timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -72,16 +72,16 @@ end $$;
 -- reason is not the image (a held row, a full disk), the images are postponed with growing delays (1 s to 10 min).
 -- p_arrivals[i] belongs to p_assets[i]; p_failures: attempts so far. ended: the arrivals that are settled.
 create or replace function autotag.seal_apart(
-  p_workspace_id uuid, p_uploader uuid, p_arrivals bigint[], p_assets uuid[], p_failures integer, p_state text, p_error text,
+  p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_arrivals bigint[], p_assets autotag.asset_id[], p_failures integer, p_state text, p_error text,
   out jobs integer, out ended bigint[], out notices jsonb
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user uuid := nullif(p_uploader, '00000000-0000-0000-0000-000000000000');
+  v_user autotag.user_id := nullif(p_uploader, autotag.nobody());
   v_odd jsonb := (autotag.find_odd(p_workspace_id, v_user, p_assets, p_state, p_error, 64)).odd;
-  v_good uuid[] := array(select a from unnest(p_assets) a except select (o ->> 'asset')::uuid from jsonb_array_elements(v_odd) o);
-  v_refused uuid[];
+  v_good autotag.asset_id[] := array(select a from unnest(p_assets) a except select (o ->> 'asset')::autotag.asset_id from jsonb_array_elements(v_odd) o);
+  v_refused autotag.asset_id[];
   v_upload_id bigint;
   v_try record;
 begin
@@ -94,7 +94,7 @@ begin
       v_good := '{}';
     end if;
   end if;
-  select coalesce(array_agg((o ->> 'asset')::uuid), '{}'), coalesce(jsonb_agg(jsonb_build_object('event', 'image_not_enqueued', 'notice',
+  select coalesce(array_agg((o ->> 'asset')::autotag.asset_id), '{}'), coalesce(jsonb_agg(jsonb_build_object('event', 'image_not_enqueued', 'notice',
     format('The database refused to enqueue image %s: %s', o ->> 'asset', autotag.printable(o ->> 'error', 500)))), '[]')
   into v_refused, notices
   from jsonb_array_elements(v_odd) o where autotag.is_refusal(o ->> 'state');
@@ -117,13 +117,13 @@ end $$;
 -- waited for a lock counts 20, and one that was cancelled because this call took too long is the last. What was not tried has the
 -- state 55000 and the error of its whole.
 create or replace function autotag.find_odd(
-  p_workspace_id uuid, p_user_id uuid, p_assets uuid[], p_state text, p_error text, p_budget integer, out odd jsonb, out budget integer
+  p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_assets autotag.asset_id[], p_state text, p_error text, p_budget integer, out odd jsonb, out budget integer
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_half integer := cardinality(p_assets) / 2;
-  v_part uuid[];
+  v_part autotag.asset_id[];
   v_try record;
 begin
   budget := p_budget - case p_state when '55P03' then 20 when '57014' then p_budget else 0 end;
@@ -160,11 +160,11 @@ begin
 end $$;
 
 -- Shows on the host's rows that these images failed, on each row that the host lets it.
-create or replace function autotag.show_refused(p_workspace_id uuid, p_assets uuid[]) returns void
+create or replace function autotag.show_refused(p_workspace_id autotag.workspace_id, p_assets autotag.asset_id[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
 declare
-  v_asset uuid;
+  v_asset autotag.asset_id;
 begin
   foreach v_asset in array p_assets loop
     begin

@@ -50,7 +50,7 @@ end $$;
 -- The quotas that apply to a workspace and a user, and how much of each is used. billed: everything that was, including unusable
 -- answers. reserved: what is being tagged, until it is done, so that concurrent uploads cannot exceed the quota; an image whose
 -- answer was cut off reserves its larger cap. A user quota without a workspace counts the user's images in all workspaces.
-create or replace function autotag.quota_use(p_workspace_id uuid, p_user_id uuid, p_prices autotag.reservation_prices)
+create or replace function autotag.quota_use(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_prices autotag.reservation_prices)
 returns table (scope text, period text, kind text, maximum numeric, billed numeric, reserved numeric, renews_at timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -93,7 +93,7 @@ end $$;
 
 -- What is left of each quota: the maximum less what is billed and reserved. images_left: how many more images that allows, at
 -- p_each dollars per image (null: what the model in use reserves). What costs nothing fits, even if the quota is used up.
-create or replace function autotag.quotas_left(p_workspace_id uuid, p_user_id uuid, p_each numeric default null)
+create or replace function autotag.quotas_left(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_each numeric default null)
 returns table (scope text, period text, kind text, maximum numeric, available numeric, images_left integer, renews_at timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -117,7 +117,7 @@ end $$;
 -- quota is exceeded, and no image is tagged twice.
 -- p_wait false: for transactions that must not wait for a tenant's; returns false if another transaction holds a lock.
 -- Called at the start of start_job(), before it reads what is left, and where images are tried again.
-create or replace function autotag.lock_quotas(p_workspace_id uuid, p_user_id uuid, p_wait boolean default true) returns boolean
+create or replace function autotag.lock_quotas(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_wait boolean default true) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -142,7 +142,7 @@ begin
 end $$;
 
 -- Takes all of these locks without waiting, or none: one that was taken before another was busy would hold up its own workspace.
-create or replace function autotag.try_lock_quotas(p_workspace_id uuid, p_user_id uuid) returns boolean
+create or replace function autotag.try_lock_quotas(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -156,7 +156,7 @@ end $$;
 
 -- Refuses p_images images if a quota does not allow them: those of an upload (the caller has called lock_quotas(), so that
 -- no other upload reserves the same), or those of a comparison at p_each dollars.
-create or replace function autotag.check_quotas(p_workspace_id uuid, p_user_id uuid, p_images integer, p_each numeric default null)
+create or replace function autotag.check_quotas(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_images integer, p_each numeric default null)
 returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

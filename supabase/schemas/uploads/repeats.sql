@@ -3,7 +3,7 @@
 -- Those of these images that are being tagged, or were tagged a moment ago: they belong to a job of the workspace that still runs or has
 -- finished within repeat_window, with the location that they had then, and did not fail there. It reads only tables of autotag, in
 -- one snapshot, so that it knows of every image that was tagged until now, whatever the image's row showed earlier.
-create or replace function autotag.find_repeats(p_workspace_id uuid, p_pictures autotag.picture[]) returns autotag.repeated[]
+create or replace function autotag.find_repeats(p_workspace_id autotag.workspace_id, p_pictures autotag.picture[]) returns autotag.repeated[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_nestloop = off
 as $$
@@ -45,12 +45,12 @@ end $$;
 -- p_images, p_marks: all images, each once, and the marks of their pictures. p_suspects: those that may have been enqueued before.
 -- Locks: as in start_job().
 create or replace function autotag.start_once(
-  p_workspace_id uuid, p_asset_ids uuid[], p_visible_marks uuid[], p_images uuid[], p_marks bigint[], p_suspects autotag.picture[]
+  p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_visible_marks uuid[], p_images autotag.asset_id[], p_marks bigint[], p_suspects autotag.picture[]
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user uuid := (select auth.uid());
+  v_user autotag.user_id := autotag.caller();
   v_repeated autotag.repeated[];
   v_skipped integer;
   v_jobs uuid[];
@@ -81,7 +81,7 @@ begin
 end $$;
 
 -- Records the pictures of a new job. p_reply: of start_job(); p_images, p_marks: the images of its call, and the marks of their pictures.
-create or replace function autotag.record_pictures(p_workspace_id uuid, p_reply jsonb, p_images uuid[], p_marks bigint[]) returns void
+create or replace function autotag.record_pictures(p_workspace_id autotag.workspace_id, p_reply jsonb, p_images autotag.asset_id[], p_marks bigint[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$

@@ -2,12 +2,12 @@
 
 -- The failed images of a job, in order, except those that no longer exist, moved to another workspace (which the caller may not
 -- know of), whose location is refused (describe_assets), or that a later job has tagged.
-create or replace function autotag.failed_assets(p_job_id uuid) returns uuid[]
+create or replace function autotag.failed_assets(p_job_id uuid) returns autotag.asset_id[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_job autotag.jobs := autotag.visible_job(p_job_id);
-  v_failed uuid[] := array(
+  v_failed autotag.asset_id[] := array(
     select t.asset_id from autotag.tasks t where t.job_id = v_job.id and t.stage = 'failed' order by t.id);
 begin
   return array(
@@ -19,14 +19,14 @@ end $$;
 -- repeat_window of its end, returns that job again. Once it was cancelled, another call makes another job.
 -- p_asset_ids: failed_assets(), as it was when the caller's rights to the files were checked; p_visible_marks: as in enqueue, for them.
 -- Locks: the job (advisory: calls for one job run one after the other), then as in enqueue().
-create or replace function autotag.retry(p_job_id uuid, p_asset_ids uuid[], p_visible_marks uuid[] default null) returns jsonb
+create or replace function autotag.retry(p_job_id uuid, p_asset_ids autotag.asset_id[], p_visible_marks uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job autotag.jobs := autotag.visible_job(p_job_id);
   v_retry autotag.jobs;
-  v_failed uuid[];
-  v_assets uuid[];
+  v_failed autotag.asset_id[];
+  v_assets autotag.asset_id[];
   v_visible_marks uuid[];
   v_reply jsonb;
 begin

@@ -4,15 +4,15 @@
 -- p_visible_marks: as in enqueue(). Returns {job_id, strategy, image_count, skipped, batches, eta}.
 -- Locks: workspace, user (lock_quotas), assets (show); all rows of autotag are new.
 create or replace function autotag.start_job(
-  p_workspace_id uuid, p_user_id uuid, p_asset_ids uuid[], p_visible_marks uuid[] default null
+  p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_asset_ids autotag.asset_id[], p_visible_marks uuid[] default null
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
 as $$
 declare
   v_now timestamptz := autotag.now();
   v_asked integer := (select count(distinct id) from unnest(p_asset_ids) id);
-  v_live uuid[];               -- those of p_asset_ids that are being tagged already
-  v_new uuid[];
+  v_live autotag.asset_id[];               -- those of p_asset_ids that are being tagged already
+  v_new autotag.asset_id[];
   v_new_marks uuid[];           -- p_visible_marks of each of them
   v_count integer;
   v_plan autotag.upload_plan;
@@ -54,7 +54,7 @@ end $$;
 
 -- The reply to an upload whose images are all being tagged already: their job, or null if they belong to several. Only a job of
 -- this workspace: an image that moved here while it is tagged belongs to a job of the workspace that it came from.
-create or replace function autotag.describe_live(p_workspace_id uuid, p_live uuid[], p_asked integer) returns jsonb
+create or replace function autotag.describe_live(p_workspace_id autotag.workspace_id, p_live autotag.asset_id[], p_asked integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -72,7 +72,7 @@ begin
 end $$;
 
 -- Plans an upload of p_images images. Reads only.
-create or replace function autotag.plan_upload(p_workspace_id uuid, p_images integer) returns autotag.upload_plan
+create or replace function autotag.plan_upload(p_workspace_id autotag.workspace_id, p_images integer) returns autotag.upload_plan
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -111,7 +111,7 @@ begin
 end $$;
 
 -- Inserts a job's batches and tasks, in upload order, and returns the id of the first task.
-create or replace function autotag.add_tasks(p_job autotag.jobs, p_plan autotag.upload_plan, p_asset_ids uuid[], p_visible_marks uuid[])
+create or replace function autotag.add_tasks(p_job autotag.jobs, p_plan autotag.upload_plan, p_asset_ids autotag.asset_id[], p_visible_marks uuid[])
 returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -66,7 +66,7 @@ end $$;
 -- How long the last of p_images more single calls of a workspace would wait for its window, for its fair share of the provider's
 -- bucket and of what the day has left, and for the end of a block (retry-after). p_counted: use claim()'s count of what waits in
 -- other workspaces if it is at most 2 s old, because counting takes longer the more workspaces there are.
-create or replace function autotag.predict_wait(p_workspace_id uuid, p_images integer, p_counted boolean default false)
+create or replace function autotag.predict_wait(p_workspace_id autotag.workspace_id, p_images integer, p_counted boolean default false)
 returns interval
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -59,7 +59,7 @@ begin
         where c ~ '^pgrst[.]db_schemas=(.*[, ])?"?autotag"?([, ]|$)')
       then autotag.finding('grants', 'error', 'The API exposes the schema autotag; only its functions in public are for users.',
         'Remove autotag from the exposed schemas (Project Settings, Data API), or: alter role authenticator set pgrst.db_schemas = ''public'';')
-    when not has_function_privilege('authenticated', 'public.enqueue_tagging(uuid[])', 'execute')
+    when not has_function_privilege('authenticated', 'public.enqueue_tagging'::regproc, 'execute')
       then autotag.finding('grants', 'error', 'Signed-in users may not call enqueue_tagging.',
         'grant execute on function public.enqueue_tagging to authenticated;')
     else autotag.finding('grants', 'ok', 'Signed-in users may call the RPCs, anon may call nothing.') end;

@@ -143,7 +143,7 @@ end $$;
 
 -- When one more batch of p_images images would start and end, behind all batches of the workspace that wait for its window.
 create or replace function autotag.predict_new_batch(
-  p_workspace_id uuid, p_images integer, p_now timestamptz, out starts_at timestamptz, out ends_at timestamptz
+  p_workspace_id autotag.workspace_id, p_images integer, p_now timestamptz, out starts_at timestamptz, out ends_at timestamptz
 )
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -23,7 +23,7 @@ $$;
 -- out, because the image's outcome follows. It goes on in parts as finish() does, and waits for locks as long. autotag.quiet: shows
 -- nothing (seal_uploads). The caller does not hold the provider row. Locks: assets.
 create or replace function autotag.show(
-  p_workspace_id uuid, p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz
+  p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_stage text, p_progress integer, p_eta timestamptz
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
@@ -31,8 +31,8 @@ declare
   v_parts autotag.parts := autotag.first_part(cardinality(p_asset_ids));
   v_waits interval := interval '150 ms';
   v_next integer := 1;
-  v_part uuid[];
-  v_free uuid[];               -- of v_part, the rows that nobody holds
+  v_part autotag.asset_id[];
+  v_free autotag.asset_id[];   -- of v_part, the rows that nobody holds
   v_try record;
 begin
   if current_setting('autotag.quiet', true) = 'true' then
@@ -59,7 +59,7 @@ end $$;
 
 -- Shows a stage on all these rows (show_stage). Its error is returned as in try_outcomes().
 create or replace function autotag.try_stage(
-  p_workspace_id uuid, p_asset_ids uuid[], p_stage text, p_progress integer, p_eta timestamptz, out state text, out took interval
+  p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_stage text, p_progress integer, p_eta timestamptz, out state text, out took interval
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -73,16 +73,16 @@ exception when others or assert_failure then
 end $$;
 
 -- Those of these images whose rows no other transaction holds; none if it cannot be found out, because even the table is held.
-create or replace function autotag.free_assets(p_asset_ids uuid[]) returns uuid[]
+create or replace function autotag.free_assets(p_asset_ids autotag.asset_id[]) returns autotag.asset_id[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_held uuid[];
+  v_held autotag.asset_id[];
 begin
   v_held := autotag.held_assets(p_asset_ids);
   return array(select a from unnest(p_asset_ids) a where a not in (select unnest(v_held)));
 exception when others or assert_failure then
-  return array[]::uuid[];
+  return array[]::autotag.asset_id[];
 end $$;
 
 -- The stage of the images of a batch that have no outcome yet. A batch that is planned again stays where it was: stages move only

@@ -40,7 +40,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (
-    select coalesce(jsonb_agg(jsonb_build_object('kind', x.kind, 'workspace_id', x.workspace_id, 'id', x.id, 'images', x.images,
+    select coalesce(jsonb_agg(jsonb_build_object('kind', x.kind, 'workspace_id', x.workspace_id::text, 'id', x.id, 'images', x.images,
       'reason', x.reason, 'until', nullif(x.until, 'infinity')) order by x.until desc, x.kind, x.workspace_id, x.id), '[]')
     from (
       (select 'batch' as kind, b.workspace_id, b.id::text as id, (b.image_count - b.express_count)::bigint as images, b.not_before as until,
@@ -82,7 +82,7 @@ begin
       'delayed', v_counts -> 'delayed', 'live', v_counts -> 'live'),
     'jobs', (
       select coalesce(jsonb_agg(to_jsonb(x) order by x.created_at), '[]') from (
-        select j.id as job_id, j.workspace_id, j.strategy, j.image_count, j.completed, j.failed,
+        select j.id as job_id, j.workspace_id::text, j.strategy, j.image_count, j.completed, j.failed,
           autotag.measure_progress(j) as progress, j.created_at, j.eta, j.eta_p90, j.fallback
         from autotag.jobs j where j.finished_at is null order by j.created_at limit p_max) x),
     'batches', (

@@ -12,6 +12,6 @@ select pg_temp.set_time(31 * 86400);
 select autotag.housekeeping();
 select is((select count(*)::int from autotag.jobs), 1, 'then it is deleted');
 select is((select count(*)::int from autotag.tasks), 1, 'its tasks are deleted with it');
-select is((select workspace_id from autotag.workspaces), pg_temp.workspace_id(2), 'an unfinished job is kept at any age');
+select is((select workspace_id::uuid from autotag.workspaces), pg_temp.workspace_id(2), 'an unfinished job is kept at any age');
 select * from finish();
 rollback;

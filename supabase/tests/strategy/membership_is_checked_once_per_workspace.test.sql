@@ -4,7 +4,7 @@ begin;
 select plan(3);
 create sequence pg_temp.is_member_calls;
 grant usage on sequence pg_temp.is_member_calls to public;
-create or replace function autotag.is_member(p_workspace_id uuid) returns boolean language plpgsql stable security definer as $$
+create or replace function autotag.is_member(p_workspace_id autotag.workspace_id) returns boolean language plpgsql stable security definer as $$
 begin
   perform nextval('pg_temp.is_member_calls');
   return true;

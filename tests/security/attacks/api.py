@@ -13,6 +13,7 @@ import jwt
 
 from attacks.attempt import ANY, DENIED, MEANT, REFUSED, UNSEEN, Attempt, http, sql
 from attacks.scene import Scene
+from support import base_type
 
 INJECTIONS = (
     "'; drop table public.assets; --",
@@ -84,7 +85,10 @@ def functions(scene: Scene, schema: str = "public") -> list[tuple[str, dict[str,
            from pg_proc p where p.pronamespace = %s::regnamespace and p.prorettype <> 'trigger'::regtype order by 1""",
         schema,
     )
-    return [(row["name"], dict(zip(row["names"] or map(str, range(9)), row["types"], strict=False))) for row in rows]
+    return [
+        (row["name"], dict(zip(row["names"] or map(str, range(9)), map(base_type, row["types"]), strict=False)))
+        for row in rows
+    ]
 
 
 def tables(scene: Scene, *schemas: str) -> list[str]:
@@ -387,7 +391,7 @@ def statements(scene: Scene, caller: str) -> list[Attempt]:
         "select * from pg_authid", "select pg_read_file('/etc/passwd')", "select lo_import('/etc/passwd')", "copy public.assets from program 'id'",
         "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()", "select pg_reload_conf()",
         "create policy p on realtime.messages for insert with check (true)", "drop policy \"members see their workspaces\" on public.workspaces",
-        "alter function autotag.is_member(uuid) security invoker", "create or replace function autotag.is_member(p_workspace_id uuid) returns boolean language sql as 'select true'",
+        "alter function autotag.is_member(autotag.workspace_id) security invoker", "create or replace function autotag.is_member(p_workspace_id autotag.workspace_id) returns boolean language sql as 'select true'",
         "grant autotag_worker to authenticated", "grant execute on all functions in schema autotag to authenticated",
         "reassign owned by postgres to anon",
         "create publication p for all tables", "select lo_export(1, '/tmp/x')",

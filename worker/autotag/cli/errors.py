@@ -14,7 +14,7 @@ import psycopg_pool
 from autotag.cli.console import fail
 from autotag.connection_string import how_to_reach
 from autotag.db import Refused, VersionsDiffer
-from autotag.install.host import HostError
+from autotag.install.answers import HostError
 from autotag.redact import safe_message
 from autotag.texts import printable
 
@@ -67,7 +67,8 @@ def explain_errors(role: str) -> Iterator[None]:
         raise fail(not_permitted(error, role), FAILED) from None
     except (psycopg.errors.UndefinedFunction, psycopg.errors.InvalidSchemaName):
         raise fail(NO_SCHEMA, FAILED) from None
-    except psycopg.errors.InvalidTextRepresentation as error:  # such as: invalid input syntax for type uuid: "mine"
+    except (psycopg.errors.InvalidTextRepresentation, psycopg.errors.NumericValueOutOfRange) as error:
+        # such as: invalid input syntax for type uuid: "mine"
         raise fail(f"An option has a wrong value: {error.diag.message_primary}.", WRONG_USAGE) from None
 
 

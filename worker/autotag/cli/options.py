@@ -20,7 +20,7 @@ OFFERED_SPENDING_LIMIT = 20.0  # dollars a month
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 JsonAskingNothing = Annotated[bool, typer.Option("--json", help="Print JSON instead of text, and ask nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Start without asking.")]
-Workspace = Annotated[str, typer.Option("--workspace", metavar="ID", help="The workspace's id (a uuid).")]
+Workspace = Annotated[str, typer.Option("--workspace", metavar="ID", help="The workspace's id.")]
 
 # -- the options of init and migrate
 
@@ -56,8 +56,12 @@ def _host_option(name: str, text: str, metavar: str = "NAME") -> Any:
 
 
 Table = Annotated[str | None, _host_option("--table", "Table of the images, for example public.photos.")]
-IdColumn = Annotated[str | None, _host_option("--id-column", "Its key (uuid).")]
-WorkspaceColumn = Annotated[str | None, _host_option("--workspace-column", "Its column with the workspace (uuid).")]
+IdColumn = Annotated[
+    str | None, _host_option("--id-column", "Its key: a uuid, bigint, integer or text that is unique by itself.")
+]
+WorkspaceColumn = Annotated[
+    str | None, _host_option("--workspace-column", "Its column with the workspace (uuid, bigint, integer or text).")
+]
 PathColumn = Annotated[str | None, _host_option("--path-column", "Its column with the path of the file in Storage.")]
 Bucket = Annotated[str | None, _host_option("--bucket", "Storage bucket of images whose row names none.")]
 UrlColumn = Annotated[str | None, _host_option("--url-column", "Its column with an https URL of the image.")]
@@ -80,7 +84,7 @@ FileRule = Annotated[
     _host_option(
         "--file-rule",
         "Which files in Storage a row may name: workspace-folder, workspace-bucket, uploader-folder, owner, any, or a"
-        " function (uuid, text, text) of yours that returns boolean.",
+        " function of yours that takes a workspace's id, a bucket and a path.",
         "RULE",
     ),
 ]

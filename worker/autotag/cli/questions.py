@@ -9,7 +9,7 @@ import typer
 
 from autotag.cli.console import say
 from autotag.cli.options import OFFERED_SPENDING_LIMIT
-from autotag.install.host import Ask
+from autotag.install.answers import Ask
 from autotag.install.survey import refuse_to_ask
 
 

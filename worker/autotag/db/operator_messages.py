@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
 from typing import Literal, NotRequired, TypedDict
-from uuid import UUID
 
 from autotag.db.messages import ErrorReport, Image, Usage
 
@@ -206,7 +205,7 @@ class UsageRow(TypedDict):
     """The usage of one user, day, model and service tier (``autotag.list_usage``). cost: dollars; None: the model has
     no price."""
 
-    user_id: UUID | None
+    user_id: str | None
     day: date
     model: str
     service_tier: str

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import re
 
-from autotag.install.host import FileRule, Host, HostError, Members
+from autotag.install.answers import HostError
+from autotag.install.host import FileRule, Host, Members
 
+#: Base type of users' ids -> a value that is no user's id.
+NOBODY = {
+    "uuid": "00000000-0000-0000-0000-000000000000", "bigint": str(-(2**63)), "integer": str(-(2**31)), "text": "",
+}  # fmt: skip
 WORD_BEGINS, WORD_ENDS = r"\m", r"\M"  # in Postgres's regular expressions
 
 
@@ -22,6 +27,7 @@ def render(template: str, host: Host) -> str:
         "table": table_name(host.table), "table_literal": literal(table_name(host.table)),
         "id": quote(host.id), "workspace": quote(host.workspace),
         "id_type": host.id_type, "workspace_type": host.workspace_type, "user_type": host.user_type,
+        "caller": "(select auth.uid())", "nobody": literal(NOBODY[host.user_type]),
         "bucket": _bucket_code(host), "path": _path_code(host), "url": _url_code(host),
         "tags": quote(host.tags), "tags_type": host.tags_type, "tags_value": _tags_code(host.tags_type),
         "result": quote(host.result), "members": _members_code(host.members),
@@ -37,10 +43,13 @@ def render(template: str, host: Host) -> str:
 def _members_code(members: Members) -> str:
     if members.claim:
         path = literal("{" + ",".join(members.claim) + "}")
-        return f"select coalesce((select auth.jwt()) #> {path} ? p_workspace_id::text, false)"
+        return (
+            f"select coalesce(c.claim ? p_workspace_id::text or c.claim @> to_jsonb(p_workspace_id), false)"
+            f" from (select (select auth.jwt()) #> {path}) c (claim)"
+        )
     return (
         f"select exists (select from {table_name(members.table)} m where m.{quote(members.workspace)} ="
-        f" p_workspace_id and m.{quote(members.user)} = (select auth.uid()))"
+        f" p_workspace_id and m.{quote(members.user)} = (select autotag.caller()))"
     )
 
 
@@ -56,10 +65,12 @@ def file_code(host: Host, rule: FileRule) -> str:
     conditions = [f"f.bucket in ({', '.join(map(literal, rule.buckets))})"] if rule.buckets else []
     uploader = f"a.{quote(rule.uploader)}" if rule.uploader else ""
     if rule.name == "workspace-folder":
-        conditions.append(_in_folder(rule, f"{workspace}::text"))
+        conditions.append(_in_folder(rule, f"{workspace}::text", host.workspace_type))
     elif uploader:
         conditions.append(
-            _in_folder(rule, f"{uploader}::text") if rule.name == "uploader-folder" else _owned(f"= {uploader}::text")
+            _in_folder(rule, f"{uploader}::text", host.user_type)
+            if rule.name == "uploader-folder"
+            else _owned(f"= {uploader}::text")
         )
     else:
         conditions.append(f"starts_with(f.path, {literal(rule.prefix)})" if rule.prefix else "")
@@ -78,10 +89,13 @@ def of_members(members: Members, workspace: str) -> str:
     return f"from {table_name(members.table)} m where m.{quote(members.workspace)} = {workspace}"
 
 
-def _in_folder(rule: FileRule, folder: str) -> str:
+def _in_folder(rule: FileRule, folder: str, key_type: str) -> str:
+    """The condition that a path is in a folder that is named as a key."""
     if rule.prefix or rule.depth == 1:
         before = f"{literal(rule.prefix)} || " if rule.prefix else ""
-        return f"starts_with(f.path, {before}{folder} || '/')"
+        # the folder of the key `a` contains no folder of the key `a/b`
+        own = f" and strpos({folder}, '/') = 0" if key_type == "text" else ""
+        return f"starts_with(f.path, {before}{folder} || '/'){own}"
     return f"split_part(f.path, '/', {rule.depth}) = {folder}"
 
 

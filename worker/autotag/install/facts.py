@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import psycopg
 from psycopg import Connection
+
+from autotag.install.shape import read_shapes
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,14 @@ class Table:
         primary_key: its columns.
         policies: the expressions of its permissive policies.
         rules: that change its updates.
+        kind: ``r`` (a table), ``p`` (partitioned), ``v``, ``m`` (views) or ``f`` (foreign), as in pg_class.
+        base_types: column -> its type, of a domain the type below.
+        required: its columns that are not null.
+        keys: the columns of each unique index without a condition whose columns are all required.
+        generated: its columns that nobody can write.
+        loose: its columns with a collation in which different texts are equal.
+        partition_of: the table that it is a partition of.
+        has_children: other tables inherit from it.
     """
 
     name: str
@@ -25,6 +35,22 @@ class Table:
     primary_key: list[str] = field(default_factory=list)
     policies: list[str] = field(default_factory=list)
     rules: list[str] = field(default_factory=list)
+    kind: str = "r"
+    base_types: dict[str, str] = field(default_factory=dict)
+    required: frozenset[str] = frozenset()
+    keys: list[frozenset[str]] = field(default_factory=list)
+    generated: frozenset[str] = frozenset()
+    loose: frozenset[str] = frozenset()
+    partition_of: str | None = None
+    has_children: bool = False
+
+    def base_type(self, column: str) -> str | None:
+        """The type of a column, of a domain the type below; None: there is no such column."""
+        return self.base_types.get(column, self.columns.get(column))
+
+    def is_unique(self, columns: set[str]) -> bool:
+        """Whether exactly these columns are a key."""
+        return frozenset(columns) in (frozenset(self.primary_key), *self.keys)
 
     def texts(self) -> list[str]:
         """The columns that hold text."""
@@ -54,9 +80,11 @@ class Facts:
         applied: autotag's migrations in the database: name without ``autotag_`` -> version.
         storage_policies: of ``storage.objects``.
         users_read_objects: signed-in users have the privilege to select from ``storage.objects``.
-        file_functions: the project's functions (uuid, text, text) -> boolean; one of them could be the file rule.
+        file_functions: the project's functions (key, text, text) -> boolean, each with the type of its key; one of
+            them could be the file rule.
         file_rule: the file rule of the installed adapter; None: there is none.
         adapter: the version of the installed adapter; None: there is none.
+        views: the project's views and foreign tables by qualified name.
     """
 
     tables: dict[str, Table]
@@ -64,9 +92,10 @@ class Facts:
     applied: dict[str, str] = field(default_factory=dict)
     storage_policies: list[StoragePolicy] = field(default_factory=list)
     users_read_objects: bool = False
-    file_functions: list[str] = field(default_factory=list)
+    file_functions: list[tuple[str, str]] = field(default_factory=list)
     file_rule: str | None = None
     adapter: int | None = None
+    views: dict[str, Table] = field(default_factory=dict)
 
 
 def read_facts(url: str) -> Facts:
@@ -99,6 +128,9 @@ def read_facts(url: str) -> Facts:
                   and n.nspname not like 'pg\\_%'""")
             if columns
         }
+        shapes = read_shapes(connection)
+        tables = {name: replace(table, **shapes[name]) for name, table in tables.items()}
+        views = {name: Table(name, **shape) for name, shape in shapes.items() if shape["kind"] in "vmf"}
         buckets = _column(connection, "storage.buckets", "select id from storage.buckets order by id")
         policies = [
             StoragePolicy(text, reads)
@@ -113,14 +145,15 @@ def read_facts(url: str) -> Facts:
             " and has_table_privilege(oid, 'storage.objects', 'select')",
         )  # fmt: skip
         functions = connection.execute("""
-            select pronamespace::regnamespace::text || '.' || proname from pg_proc
-            where proargtypes = array['uuid'::regtype, 'text'::regtype, 'text'::regtype]::oidvector
+            select pronamespace::regnamespace::text || '.' || proname, format_type(proargtypes[0], null) from pg_proc
+            where pronargs = 3 and proargtypes[1] = 'text'::regtype and proargtypes[2] = 'text'::regtype
               and prorettype = 'boolean'::regtype and prokind = 'f'""")
         rule = connection.execute("select to_regprocedure('autotag.file_rule()') is not null").fetchone()
         installed = rule and rule[0] and connection.execute("select autotag.file_rule()").fetchone()
         return Facts(
             tables, buckets, applied_migrations(connection), policies, bool(readable),
-            [str(row[0]) for row in functions], installed[0] if installed else None, adapter_version(connection),
+            [(str(name), str(kind)) for name, kind in functions], installed[0] if installed else None,
+            adapter_version(connection), views,
         )  # fmt: skip
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import psycopg
 
 from autotag.install.adapter import file_code, lateral_code, of_members, quote, table_name
+from autotag.install.answers import Ask, HostError
 from autotag.install.facts import Facts, StoragePolicy
-from autotag.install.host import Ask, FileRule, Host, HostError, Members
+from autotag.install.host import FileRule, Host, Members
 
 MAX_ROWS = 100_000  # rows that are read; in a larger table the first ones
 MAX_DEPTH = 4  # segments of a path in which the folder is looked for
@@ -71,7 +72,7 @@ def find_rule(url: str, facts: Facts, host: Host, wanted: str | None, ask: Ask, 
         url: connection URL of the database's owner.
         facts: of the project.
         host: its tables; the rule in it is ignored.
-        wanted: the choice of the caller: one of `RULES`, or a function (uuid, text, text) -> boolean of the project.
+        wanted: the choice of the caller: one of `RULES`, or a function (key, text, text) -> boolean of the project.
         ask: called when the rows and the policies do not agree on one rule.
         may_ask: whether ``ask`` reaches a person. Without one the strictest rule that fits all rows is taken.
 
@@ -92,8 +93,8 @@ def _require_buckets(rule: FileRule) -> FileRule:
     """
     if rule.name in ("workspace-folder", "uploader-folder", "owner") and not rule.buckets:
         raise HostError(
-            f"Rows name more than {MAX_BUCKETS} buckets. Set --file-rule to workspace-bucket, any, or a function"
-            " (uuid, text, text) that returns boolean."
+            f"Rows name more than {MAX_BUCKETS} buckets. Set --file-rule to workspace-bucket, any, or a function of a"
+            " workspace's id, a bucket and a path that returns boolean."
         )
     return rule
 
@@ -125,8 +126,11 @@ def _wanted(wanted: str, facts: Facts, host: Host, rows: Rows) -> FileRule:
     if wanted == "any":
         return FileRule("any", ())
     if "." in wanted:
-        if wanted not in facts.file_functions:
-            raise HostError(f"There is no function {wanted}(uuid, text, text) that returns boolean (--file-rule).")
+        kinds = (host.workspace_type, facts.tables[host.table].columns[host.workspace])
+        if not any((wanted, kind) in facts.file_functions for kind in kinds):
+            raise HostError(
+                f"There is no function {wanted}({host.workspace_type}, text, text) that returns boolean (--file-rule)."
+            )
         return FileRule(wanted, ())
     if wanted not in RULES:
         raise HostError(f"{wanted} is not a file rule; set --file-rule to {', '.join(RULES)}, or a function.")
@@ -134,7 +138,7 @@ def _wanted(wanted: str, facts: Facts, host: Host, rows: Rows) -> FileRule:
     if found is None:
         raise HostError(
             f"The file rule {wanted} needs a table of members (--members-table); choose another --file-rule, or write a"
-            " function (uuid, text, text) that returns boolean."
+            f" function ({host.workspace_type}, text, text) that returns boolean."
         )
     return found
 
@@ -173,7 +177,8 @@ def _applies_to(policy: str, buckets: Sequence[str]) -> bool:
 
 def _read_rows(url: str, facts: Facts, host: Host) -> Rows:
     table = facts.tables[host.table]
-    uploader = next((name for name in UPLOADERS if table.columns.get(name) == "uuid" and name != host.workspace), None)
+    people = [name for name in UPLOADERS if table.base_type(name) == host.user_type and name != host.workspace]
+    uploader = people[0] if people else None
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
         source = f"""(select a.* from {table_name(host.table)} a limit {MAX_ROWS}) a
             cross join lateral (select {lateral_code(host)}) f

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from autotag.install.answers import Ask, HostError
 from autotag.install.facts import Facts, Table
+from autotag.install.keys import KEY_TYPES, check_table, check_written, find_id, key_columns, key_type
 from autotag.texts import name_some
 
 #: Names that projects use for their tables and columns, the most likely first.
@@ -31,10 +33,6 @@ CLAIM = re.compile(r"jwt\(\)(?: AS jwt\))?\s*((?:\)*\s*->>?\s*'[^']+'(?:::text)?
 NOT_EVERY_ROW = re.compile(
     r"status|state|deleted|removed|revoked|left_at|accepted|approved|active|pending|invit|expire"
 )
-
-
-class HostError(Exception):
-    """The project's tables cannot be used, or an option is missing or wrong. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +118,6 @@ class Choices:
     file_rule: str | None = None
 
 
-#: Gets the option, the question and the possible answers (empty: any), and returns the answer. Raises HostError when no
-#: person can be asked.
-Ask = Callable[[str, str, Sequence[str]], str]
-
-
 def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
     """The host's tables, from its schema, with the default file rule.
 
@@ -137,8 +130,14 @@ def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
         HostError: a table or column is missing or has the wrong type, or ``ask`` raised it.
     """
     table = _table(facts, choices.table, ask)
-    id_column = _column(table, "--id-column", choices.id, table.primary_key, ask, kinds=("uuid",))
-    workspace = _column(table, "--workspace-column", choices.workspace, WORKSPACES, ask, kinds=("uuid",))
+    check_table(table)
+    id_column = find_id(table, choices.id, ask)
+    id_type = _key(table, id_column, "--id-column")
+    workspace = choices.workspace or next((n for n in WORKSPACES if n in table.columns), None)
+    if workspace is None:
+        question = f"Which column of {table.name} is the workspace column?"
+        workspace = ask("--workspace-column", question, key_columns(table))
+    workspace_type = _key(table, workspace, "--workspace-column")
     path = _optional(table, "--path-column", choices.path, PATHS)
     url = _optional(table, "--url-column", choices.url, URLS)
     if not path and not url:
@@ -150,11 +149,13 @@ def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
     tags_type = table.columns.get(tags, "text[]")
     if tags_type not in ("text[]", "jsonb"):
         raise HostError(f"{table.name}.{tags} is {tags_type}; tags go into a text[] or jsonb column (--tags-column).")
-    result = next((n for n in RESULTS if table.columns.get(n) == "jsonb"), "tagging_result")
+    results = [n for n in RESULTS if table.columns.get(n) == "jsonb" and n not in table.generated]
+    result = results[0] if results else "tagging_result"
+    check_written(table, tags, result)
     members = _members(facts, table, workspace, choices, ask)
     return Host(
-        table.name, id_column, workspace, path=path, bucket_column=bucket_column, bucket=bucket, url=url,
-        tags=tags, tags_type=tags_type, result=result, members=members,
+        table.name, id_column, workspace, id_type, workspace_type, path=path, bucket_column=bucket_column,
+        bucket=bucket, url=url, tags=tags, tags_type=tags_type, result=result, members=members,
     )  # fmt: skip
 
 
@@ -171,6 +172,8 @@ def _table(facts: Facts, wanted: str | None, ask: Ask) -> Table:
         else:
             wanted = ask("--table", "Which table holds the images?", found or sorted(facts.tables))
     name = wanted if "." in wanted else f"public.{wanted}"
+    if name in facts.views:
+        check_table(facts.views[name])
     if name not in facts.tables:
         raise HostError(f"There is no table {name}; name the table of the images with --table.")
     return facts.tables[name]
@@ -185,15 +188,11 @@ def _existing(table: Table, option: str, name: str, kinds: Sequence[str]) -> str
     return name
 
 
-def _column(
-    table: Table, option: str, wanted: str | None, likely: Sequence[str], ask: Ask, kinds: Sequence[str]
-) -> str:
-    """A column that must exist."""
-    name = wanted or next((n for n in likely if n in table.columns), None)
-    if name is None:
-        possible = [n for n, kind in table.columns.items() if kind in kinds]
-        name = ask(option, f"Which column of {table.name} is the {option[2:].replace('-', ' ')}?", possible)
-    return _existing(table, option, name, kinds)
+def _key(table: Table, name: str, option: str) -> str:
+    """The base type of the ids in a column that must exist."""
+    if name not in table.columns:
+        _existing(table, option, name, ())
+    return key_type(table, name, option)
 
 
 def _optional(table: Table, option: str, wanted: str | None, likely: Sequence[str]) -> str | None:
@@ -222,7 +221,8 @@ def _members(facts: Facts, table: Table, workspace: str, choices: Choices, ask: 
     doubts: dict[str, str] = {}
     for other in facts.tables.values():
         user = next((n for n in USERS if other.columns.get(n) == "uuid"), None)
-        if user and other.name != table.name and other.columns.get(workspace) == "uuid":
+        same = KEY_TYPES.get(other.base_type(workspace) or "") == KEY_TYPES[table.base_type(workspace) or ""]
+        if user and other.name != table.name and same:
             found[other.name] = Members(other.name, workspace, user)
             doubts[other.name] = _doubts(other, workspace, user)
     if choices.members_table:
@@ -248,7 +248,10 @@ def _members(facts: Facts, table: Table, workspace: str, choices: Choices, ask: 
 def _chosen_members(chosen: str, found: Mapping[str, Members], workspace: str) -> Members:
     name = chosen if "." in chosen else f"public.{chosen}"
     if name not in found:
-        raise HostError(f"{name} needs the uuid columns {workspace} and one of {', '.join(USERS)} (--members-table).")
+        raise HostError(
+            f"{name} needs a column {workspace} like that of the images, and one of the uuid columns {', '.join(USERS)}"
+            " (--members-table)."
+        )
     return found[name]
 
 

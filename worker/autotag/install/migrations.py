@@ -12,8 +12,9 @@ import psycopg
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from autotag.install.adapter import render
+from autotag.install.answers import HostError
 from autotag.install.facts import adapter_version, applied_migrations
-from autotag.install.host import Host, HostError
+from autotag.install.host import Host
 
 HOST_BASELINE = "host_baseline"
 HOST_ADAPTER = "host_adapter"

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from autotag.install.answers import Ask, HostError
 from autotag.install.facts import Facts, read_facts
 from autotag.install.files import find_rule, users_see_files
-from autotag.install.host import Ask, Choices, FileRule, Host, HostError, propose
+from autotag.install.host import Choices, FileRule, Host, propose
 from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, Migration, spending_limit
 from autotag.texts import name_some
 

@@ -1,0 +1,126 @@
+"""What autotag can work with: the types of keys, ids that are unique, columns that can be written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from autotag.install.answers import Ask, HostError
+from autotag.install.facts import Table
+from autotag.texts import name_some
+
+#: The type of a key's column, below its domain -> the base type of autotag's ids.
+KEY_TYPES = {
+    "uuid": "uuid", "bigint": "bigint", "integer": "integer", "smallint": "integer", "text": "text",
+    "character varying": "text",
+}  # fmt: skip
+_TEXT = ("text", "character varying")
+_INTEGERS = ("integer", "smallint", "bigint")
+#: Types of the columns that the adapter adds, where a project has them already.
+_STAGE_COLUMNS = {
+    "tagging_stage": _TEXT, "tagging_progress": _INTEGERS, "tagging_eta": ("timestamp with time zone",),
+    "tagging_error": _TEXT,
+}  # fmt: skip
+_KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
+
+
+def key_type(table: Table, column: str, option: str) -> str:
+    """The base type of the ids in a column: ``uuid``, ``bigint``, ``integer`` or ``text``.
+
+    Raises:
+        HostError: autotag has no ids of the column's type.
+    """
+    kind = table.base_type(column)
+    if kind not in KEY_TYPES:
+        raise HostError(
+            f"{table.name}.{column} is {kind}; autotag needs uuid, bigint, integer or text there ({option})."
+        )
+    if column in table.loose:
+        raise HostError(
+            f"{table.name}.{column} has a collation in which different texts are equal; autotag needs a key with a"
+            f" deterministic collation ({option})."
+        )
+    return KEY_TYPES[kind]
+
+
+def key_columns(table: Table) -> list[str]:
+    """The columns whose type is that of a key."""
+    return [name for name in table.columns if table.base_type(name) in KEY_TYPES and name not in table.loose]
+
+
+def find_id(table: Table, wanted: str | None, ask: Ask) -> str:
+    """The column that identifies a row by itself.
+
+    Args:
+        table: of the images.
+        wanted: the choice of the caller.
+        ask: asked where the primary key has several columns, or there is none.
+
+    Raises:
+        HostError: no column does, or not the one that was chosen; or ``ask`` raised it.
+    """
+    if wanted is None and len(table.primary_key) == 1:
+        return table.primary_key[0]
+    unique = [name for name in key_columns(table) if table.is_unique({name})]
+    if wanted is not None:
+        if wanted not in table.columns or table.is_unique({wanted}):
+            return wanted
+        raise HostError(f"{_why_not(table, wanted)} {_what_to_do(table, wanted, unique)}")
+    key = f"has the primary key ({', '.join(table.primary_key)})" if table.primary_key else "has no primary key"
+    if not unique:
+        column = next((name for name in (*table.primary_key[::-1], *table.columns) if name == "id"), None)
+        raise HostError(
+            f"{table.name} {key}, so no column identifies an image by itself. {_what_to_do(table, column, unique)}"
+        )
+    answer = ask("--id-column", f"{table.name} {key}. Which column identifies an image by itself?", unique)
+    return find_id(table, answer, ask)
+
+
+def _why_not(table: Table, column: str) -> str:
+    if column not in table.required:
+        return f"{table.name}.{column} may be null, so it does not identify every image (--id-column)."
+    return f"{table.name}.{column} is not unique by itself, so one image's tags would go to several rows (--id-column)."
+
+
+def _what_to_do(table: Table, column: str | None, unique: Sequence[str]) -> str:
+    if unique:
+        return f"Set --id-column to {name_some(unique)}."
+    if table.kind == "p":
+        return "A partitioned table can have such a column only where it is partitioned by it."
+    if column is None:
+        return "Add a column with a unique id, or name another table (--table)."
+    required = "" if column in table.required else ", and set it not null"
+    return f'Add the constraint unique ("{column}"){required}, or name another column (--id-column).'
+
+
+def check_table(table: Table) -> None:
+    """Refuses what autotag cannot add columns to, or where an id may occur twice.
+
+    Raises:
+        HostError: it is a view or a foreign table, a partition, or has child tables.
+    """
+    if table.kind in _KINDS:
+        raise HostError(
+            f"{table.name} is {_KINDS[table.kind]}, which gets no more columns; name the table behind it (--table)."
+        )
+    if table.partition_of:
+        raise HostError(f"{table.name} is a partition of {table.partition_of}; name that table instead (--table).")
+    if table.has_children:
+        raise HostError(
+            f"{table.name} has child tables, in which an id may occur again; name a table without them (--table)."
+        )
+
+
+def check_written(table: Table, tags: str, result: str) -> None:
+    """Refuses columns that autotag could not write.
+
+    Raises:
+        HostError: one is generated, or has another type than the column that autotag would add.
+    """
+    for column in (tags, result, *_STAGE_COLUMNS):
+        if column in table.generated:
+            option = "another column for the tags with --tags-column" if column == tags else "it differently"
+            raise HostError(f"{table.name}.{column} is generated, so autotag cannot write it; name {option}.")
+    for column, kinds in {**_STAGE_COLUMNS, result: ("jsonb",)}.items():
+        kind = table.base_type(column)
+        if kind is not None and kind not in kinds:
+            raise HostError(f"{table.name}.{column} is {kind}; autotag needs a column of this name that is {kinds[0]}.")
