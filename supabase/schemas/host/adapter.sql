@@ -211,8 +211,9 @@ as $$
   order by a.id
 $$;
 
--- Stores the tags and everything else about finished images of a workspace, in one update per row. Returns the images whose rows
--- it wrote. A row that has moved to another workspace gets nothing, because it may be another image; nor does one whose picture
+-- Stores the tags and everything else about finished images of a workspace, in one update per row. Tags that a person typed stay, and
+-- those that a person removed stay away (merge_tags): this is decided from the row as the update finds it, so an edit that commits
+-- meanwhile counts. Values too large to be compared are not read; a size is in a value's header. Returns the images whose rows it wrote. A row that has moved to another workspace gets nothing, because it may be another image; nor does one whose picture
 -- is not the one that the model saw. p_results[i] and p_marks[i] belong to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0
 -- to 1}, caption, model}, with normalized tags, the most confident first; and the picture's mark (describe_assets; null: any).
 create or replace function autotag.store_tags(p_asset_ids uuid[], p_workspace_id uuid, p_results jsonb[], p_marks uuid[])
@@ -225,9 +226,12 @@ declare
 begin
   with written as (
     update public.assets a
-    set tags = array(select jsonb_array_elements_text(r.result -> 'tags')),
-        tagging_result = r.result - 'tags',
-        tagging_stage = 'completed', tagging_progress = 100, tagging_eta = null, tagging_error = null
+    set (tags, tagging_result, tagging_error) = (
+          select case when m.tags is null then a.tags else m.tags::text[] end, m.result, m.error
+          from autotag.merge_array(
+            case when pg_column_size(a.tags) <= 65536 then a.tags end, coalesce(pg_column_size(a.tags) > 65536, false),
+            case when pg_column_size(a.tagging_result) <= 200000 then a.tagging_result end, r.result, null) m),
+        tagging_stage = 'completed', tagging_progress = 100, tagging_eta = null
     from unnest(p_asset_ids, p_results, p_marks) as r (asset_id, result, mark)
     where a.id = r.asset_id and a.workspace_id = p_workspace_id
       and (r.mark is null or r.mark = md5(coalesce((case when a.storage_path is not null then coalesce(a.storage_bucket, 'assets') end)::text || '/' || (a.storage_path)::text, (a.image_url)::text, ''))::uuid)

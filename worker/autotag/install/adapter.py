@@ -23,7 +23,7 @@ def render(template: str, host: Host) -> str:
         "id": quote(host.id), "workspace": quote(host.workspace),
         "id_type": host.id_type, "workspace_type": host.workspace_type, "user_type": host.user_type,
         "bucket": _bucket_code(host), "path": _path_code(host), "url": _url_code(host),
-        "tags": quote(host.tags), "tags_type": host.tags_type, "tags_value": _tags_code(host.tags_type),
+        "tags": quote(host.tags), "tags_type": host.tags_type, **_merge_code(host),
         "result": quote(host.result), "members": _members_code(host.members),
         "file_rule": literal(host.files.name), "own_file": file_code(host, host.files),
         "users_see_files": "true" if host.users_see_files else "false", "policy_is_silent": _silent_policy_code(host),
@@ -129,8 +129,24 @@ def _bucket_code(host: Host) -> str:
     return f"case when a.{quote(host.path)} is not null then {value} end"
 
 
-def _tags_code(kind: str) -> str:
-    return "r.result -> 'tags'" if kind == "jsonb" else "array(select jsonb_array_elements_text(r.result -> 'tags'))"
+def _merge_code(host: Host) -> dict[str, str]:
+    """How the tags of a run are merged into a column of this type: the function, and its result as the column's value."""
+    if host.tags_type in ("jsonb", "json"):
+        merge, longest = "merge_json", ""
+    elif host.tags_type.startswith("character varying"):
+        # of the column as it is when tags are stored: autotag leaves out what is longer
+        merge, longest = "merge_array", (
+            ", (select nullif(c.atttypmod, -1) - 4 from pg_attribute c"
+            f" where c.attrelid = {literal(table_name(host.table))}::regclass and c.attname = {literal(host.tags)})"
+        )
+    else:
+        merge, longest = "merge_array", ", null"
+    column = f"a.{quote(host.tags)}"
+    return {
+        "merge": merge, "longest_tag": longest,
+        "merged_tags": f"case when m.tags is null then {column} else m.tags::{host.tags_type} end",
+        "current_tags": f"{column}::json" if host.tags_type == "jsonb" else column,
+    }  # fmt: skip
 
 
 def table_name(name: str) -> str:
