@@ -6461,7 +6461,7 @@ end $$;
 create or replace function autotag.merge_array(
   p_tags text[], p_large boolean, p_memory jsonb, p_answer jsonb, p_longest integer, out tags text[], out result jsonb, out error text
 )
-language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
   v_merged record;
@@ -6495,7 +6495,7 @@ end $$;
 create or replace function autotag.merge_json(
   p_tags json, p_large boolean, p_memory jsonb, p_answer jsonb, out tags json, out result jsonb, out error text
 )
-language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
   v_list text[];           -- the elements as JSON

@@ -227,10 +227,15 @@ begin
   with written as (
     update public.assets a
     set (tags, tagging_result, tagging_error) = (
+          -- nothing to compare with, as nearly always: a call of the function takes longer than the rest of the update
+          select (array(select jsonb_array_elements_text(r.result -> 'tags')))::text[], r.result - 'tags' || jsonb_build_object('given', r.result -> 'tags'), null
+          where a.tags is null and a.tagging_result is null
+          union all
           select case when m.tags is null then a.tags else m.tags::text[] end, m.result, m.error
           from autotag.merge_array(
-            case when pg_column_size(a.tags) <= 65536 then a.tags end, coalesce(pg_column_size(a.tags) > 65536, false),
-            case when pg_column_size(a.tagging_result) <= 200000 then a.tagging_result end, r.result, null) m),
+            case when pg_column_size(a.tags) <= 65536 then a.tags::text[] end, coalesce(pg_column_size(a.tags) > 65536, false),
+            case when pg_column_size(a.tagging_result) <= 200000 then a.tagging_result end, r.result, null) m
+          where a.tags is not null or a.tagging_result is not null),
         tagging_stage = 'completed', tagging_progress = 100, tagging_eta = null
     from unnest(p_asset_ids, p_results, p_marks) as r (asset_id, result, mark)
     where a.id = r.asset_id and a.workspace_id = p_workspace_id

@@ -131,22 +131,25 @@ def _bucket_code(host: Host) -> str:
 
 def _merge_code(host: Host) -> dict[str, str]:
     """How the tags of a run are merged into a column of this type: the function, and its result as the column's value."""
-    if host.tags_type in ("jsonb", "json"):
-        merge, longest = "merge_json", ""
-    elif host.tags_type.startswith("character varying"):
-        # of the column as it is when tags are stored: autotag leaves out what is longer
-        merge, longest = "merge_array", (
-            ", (select nullif(c.atttypmod, -1) - 4 from pg_attribute c"
-            f" where c.attrelid = {literal(table_name(host.table))}::regclass and c.attname = {literal(host.tags)})"
-        )
-    else:
-        merge, longest = "merge_array", ", null"
-    column = f"a.{quote(host.tags)}"
+    column, is_json = f"a.{quote(host.tags)}", host.tags_type in ("jsonb", "json")
+    new = "r.result -> 'tags'" if is_json else "array(select jsonb_array_elements_text(r.result -> 'tags'))"
+    limited = host.tags_type == "character varying[]"
+    # the length of a varchar(n): of the column as it is when tags are stored
+    longest = (
+        "(select nullif(c.atttypmod, -1) - 4 from pg_attribute c"
+        f" where c.attrelid = {literal(table_name(host.table))}::regclass and c.attname = {literal(host.tags)})"
+        if limited
+        else "null"
+    )
     return {
-        "merge": merge, "longest_tag": longest,
+        "merge": "merge_json" if is_json else "merge_array",
+        "longest_tag": "" if is_json else f", {longest}",
+        "and_no_limit": f" and {longest} is null" if limited else "",
+        "or_limit": f" or {longest} is not null" if limited else "",
+        "current_tags": f"{column}::{'json' if is_json else 'text[]'}",
+        "new_tags": f"({new})::{host.tags_type}",
         "merged_tags": f"case when m.tags is null then {column} else m.tags::{host.tags_type} end",
-        "current_tags": f"{column}::json" if host.tags_type == "jsonb" else column,
-    }  # fmt: skip
+    }
 
 
 def table_name(name: str) -> str:

@@ -227,10 +227,15 @@ begin
   with written as (
     update {{ table }} a
     set ({{ tags }}, {{ result }}, tagging_error) = (
+          -- nothing to compare with, as nearly always: a call of the function takes longer than the rest of the update
+          select {{ new_tags }}, r.result - 'tags' || jsonb_build_object('given', r.result -> 'tags'), null
+          where a.{{ tags }} is null and a.{{ result }} is null{{ and_no_limit }}
+          union all
           select {{ merged_tags }}, m.result, m.error
           from autotag.{{ merge }}(
             case when pg_column_size(a.{{ tags }}) <= 65536 then {{ current_tags }} end, coalesce(pg_column_size(a.{{ tags }}) > 65536, false),
-            case when pg_column_size(a.{{ result }}) <= 200000 then a.{{ result }} end, r.result{{ longest_tag }}) m),
+            case when pg_column_size(a.{{ result }}) <= 200000 then a.{{ result }} end, r.result{{ longest_tag }}) m
+          where a.{{ tags }} is not null or a.{{ result }} is not null{{ or_limit }}),
         tagging_stage = 'completed', tagging_progress = 100, tagging_eta = null
     from unnest(p_asset_ids, p_results, p_marks) as r (asset_id, result, mark)
     where a.{{ id }} = r.asset_id and a.{{ workspace }} = p_workspace_id
