@@ -287,7 +287,7 @@ def test_no_negative_spending_limit(postgres: LocalPostgres, bare: str, project:
         (["--path-column", "uploaded_by"], "is uuid; autotag needs text"),
         (["--workspace-column", "storage_path"], "is text; autotag needs uuid"),
         (["--members-table", "assets"], "needs the uuid columns"),
-        (["--tags-column", "uploaded_by"], "tags go into a text[] or jsonb column"),
+        (["--tags-column", "uploaded_by"], "tags go into a text[], varchar[]"),
     ],
 )
 def test_a_wrong_option_is_one_sentence(

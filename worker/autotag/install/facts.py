@@ -18,6 +18,7 @@ class Table:
         primary_key: its columns.
         policies: the expressions of its permissive policies.
         rules: that change its updates.
+        generated: its columns that Postgres computes.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Table:
     primary_key: list[str] = field(default_factory=list)
     policies: list[str] = field(default_factory=list)
     rules: list[str] = field(default_factory=list)
+    generated: list[str] = field(default_factory=list)
 
     def texts(self) -> list[str]:
         """The columns that hold text."""
@@ -80,8 +82,8 @@ def read_facts(url: str) -> Facts:
     """
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
         tables = {
-            name: Table(name, dict(columns), key or [], policies or [], rules or [])
-            for name, columns, key, policies, rules in connection.execute("""
+            name: Table(name, dict(columns), key or [], policies or [], rules or [], generated or [])
+            for name, columns, key, policies, rules, generated in connection.execute("""
                 select n.nspname || '.' || c.relname,
                   (select array_agg(array[a.attname, format_type(a.atttypid, null)] order by a.attnum)
                    from pg_attribute a where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped),
@@ -91,7 +93,9 @@ def read_facts(url: str) -> Facts:
                   (select array_agg(coalesce(p.qual, p.with_check)) from pg_policies p
                    where p.schemaname = n.nspname and p.tablename = c.relname and p.permissive = 'PERMISSIVE'),
                   (select array_agg(r.rulename::text order by r.rulename) from pg_rewrite r
-                   where r.ev_class = c.oid and r.ev_type = '2' and r.ev_enabled <> 'D')
+                   where r.ev_class = c.oid and r.ev_type = '2' and r.ev_enabled <> 'D'),
+                  (select array_agg(a.attname::text order by a.attnum) from pg_attribute a
+                   where a.attrelid = c.oid and a.attnum > 0 and a.attgenerated <> '')
                 from pg_class c join pg_namespace n on n.oid = c.relnamespace
                 where c.relkind in ('r', 'p') and n.nspname not in ('autotag', 'auth', 'storage', 'realtime',
                   'extensions', 'supabase_migrations', 'vault', 'cron', 'net', 'graphql', 'graphql_public', 'pgsodium',
