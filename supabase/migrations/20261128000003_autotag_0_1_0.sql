@@ -6537,6 +6537,16 @@ begin
   end if;
 end $$;
 
+-- A json value as jsonb; null if Postgres cannot read it ("\u0000", a number of a million digits).
+create or replace function autotag.read_json(p_json json) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return p_json::jsonb;
+exception when data_exception then
+  return null;
+end $$;
+
 -- The outcome of an image after its call: tags, a failure, or a retry.
 
 -- A plan that was cached while the tasks table was empty would scan all of it when it is full. So queries that join it are

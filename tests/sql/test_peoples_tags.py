@@ -26,7 +26,7 @@ from conftest import copied_database
 from lab.postgres import LocalPostgres
 from support import PATIENCE
 
-EXAMPLES = int(os.environ.get("AUTOTAG_EXAMPLES", "2000")) // 20
+EXAMPLES = int(os.environ.get("AUTOTAG_EXAMPLES", "2000")) // 40
 WORKSPACE = "00000000-0000-4000-8000-000000000001"
 IMAGE = "00000000-0000-4000-8000-0000000000aa"
 LONGEST = 12
@@ -328,8 +328,8 @@ def test_a_memory_of_1_mb_breaks_nothing(connection: psycopg.Connection[Any], ki
 def test_a_memory_that_is_full_forgets_nothing(connection: psycopg.Connection[Any]) -> None:
     with connection.transaction(force_rollback=True):
         row = Row(connection, "text[]")
-        for number in range(3):
-            row.edit([f"{number} {'x' * 60} {i}" for i in range(900)])
+        for number in range(5):
+            row.edit([f"{number} {'x' * 60} {i}" for i in range(500)])
             row.run(["sky"])
         row.edit(["aunt mary"])
         row.run(["sea"])

@@ -190,8 +190,8 @@ as $$
 $$;
 
 -- At most p_limit images of a workspace that have tags, with what is stored about them; spread evenly by id, and the same at
--- every call. tags: a JSON array. Images with more than 20,000 stored bytes of tags or result are left out: autotag never
--- stores that much.
+-- every call. tags: a JSON array. Images with more than 20,000 stored bytes of tags or result are left out: only people write that
+-- much.
 create or replace function autotag.tagged_assets(p_workspace_id uuid, p_limit integer)
 returns table (asset_id uuid, tags jsonb, result jsonb)
 language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
@@ -211,11 +211,12 @@ as $$
   order by a.id
 $$;
 
--- Stores the tags and everything else about finished images of a workspace, in one update per row. Tags that a person typed stay, and
--- those that a person removed stay away (merge_tags): this is decided from the row as the update finds it, so an edit that commits
--- meanwhile counts. Values too large to be compared are not read; a size is in a value's header. Returns the images whose rows it wrote. A row that has moved to another workspace gets nothing, because it may be another image; nor does one whose picture
--- is not the one that the model saw. p_results[i] and p_marks[i] belong to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0
--- to 1}, caption, model}, with normalized tags, the most confident first; and the picture's mark (describe_assets; null: any).
+-- Stores the tags and everything else about finished images of a workspace, in one update per row. What a person typed stays, and
+-- what a person removed stays away (autotag.merge_tags). The update compares the row as it finds it, so an edit that commits while it
+-- waits counts. Values too large to be compared are not read: a value's header has its size. Returns the images whose rows it wrote. A
+-- row that has moved to another workspace gets nothing, because it may be another image; nor does one whose picture is not the one
+-- that the model saw. p_results[i] and p_marks[i] belong to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0 to 1}, caption,
+-- model}, with normalized tags, the most confident first; and the picture's mark (describe_assets; null: any).
 create or replace function autotag.store_tags(p_asset_ids uuid[], p_workspace_id uuid, p_results jsonb[], p_marks uuid[])
 returns uuid[]
 language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'

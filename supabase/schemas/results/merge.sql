@@ -173,3 +173,13 @@ begin
     tags := ('[' || array_to_string(v_list, ', ') || ']')::json;
   end if;
 end $$;
+
+-- A json value as jsonb; null if Postgres cannot read it ("\u0000", a number of a million digits).
+create or replace function autotag.read_json(p_json json) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return p_json::jsonb;
+exception when data_exception then
+  return null;
+end $$;

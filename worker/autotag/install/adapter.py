@@ -146,6 +146,7 @@ def _merge_code(host: Host) -> dict[str, str]:
         "longest_tag": "" if is_json else f", {longest}",
         "and_no_limit": f" and {longest} is null" if limited else "",
         "or_limit": f" or {longest} is not null" if limited else "",
+        "tags_json": f"autotag.read_json({column})" if host.tags_type == "json" else f"to_jsonb({column})",
         "current_tags": f"{column}::{'json' if is_json else 'text[]'}",
         "new_tags": f"({new})::{host.tags_type}",
         "merged_tags": f"case when m.tags is null then {column} else m.tags::{host.tags_type} end",
