@@ -36,7 +36,9 @@ COLUMNS = {
     "citext[]": "citext[]", "jsonb": "jsonb not null default '[]'", "json": "json", "ai_tags": "text[]",
 }  # fmt: skip
 JSON = ("jsonb", "json")
-SEARCH_PATH = 'set search_path = "$user", public, extensions'  # Supabase's; a copy of a database does not have its settings
+SEARCH_PATH = (
+    'set search_path = "$user", public, extensions'  # Supabase's; a copy of a database does not have its settings
+)
 
 
 def table_of(kind: str) -> str:
@@ -118,10 +120,34 @@ def is_within(part: list[Any], whole: list[Any]) -> bool:
 
 MODEL_TAGS = ["beach", "sky", "aunt mary", "école", "straße", "c#", "wedding 2019", "a tag of many letters"]
 TYPED = st.sampled_from(
-    ["beach", "Beach", " BEACH", "sky", "aunt mary", "Aunt  Mary", "e\u0301cole", "École", "c#", "x", "", " ", "sea,", '"q"']
+    [
+        "beach",
+        "Beach",
+        " BEACH",
+        "sky",
+        "aunt mary",
+        "Aunt  Mary",
+        "e\u0301cole",
+        "École",
+        "c#",
+        "x",
+        "",
+        " ",
+        "sea,",
+        '"q"',
+    ]
 )
 ODD = st.sampled_from([None, 7, 1.50, True, {"a": [1]}, ["beach"]])
-MEMORIES = [None, "x", [], {}, 5, {"given": ["beach", "aunt mary"]}, {"removed": {"a": 1}, "given": 5}, {"confidence": {"sky": 1}}]
+MEMORIES = [
+    None,
+    "x",
+    [],
+    {},
+    5,
+    {"given": ["beach", "aunt mary"]},
+    {"removed": {"a": 1}, "given": 5},
+    {"confidence": {"sky": 1}},
+]
 STEPS = st.one_of(
     st.tuples(st.just("run"), st.lists(st.sampled_from(MODEL_TAGS), unique=True, max_size=5)),
     st.tuples(st.just("run"), st.lists(st.sampled_from(MODEL_TAGS), unique=True, max_size=5)),
@@ -167,7 +193,9 @@ class Row:
     def __init__(self, connection: psycopg.Connection[Any], kind: str) -> None:
         self.connection, self.kind, self.table = connection, kind, table_of(kind)
         self.column = "ai_tags" if kind == "ai_tags" else "tags"
-        self.sql(f"insert into public.{self.table} (id, workspace_id, storage_path) values ('{IMAGE}', '{WORKSPACE}', 'p')")
+        self.sql(
+            f"insert into public.{self.table} (id, workspace_id, storage_path) values ('{IMAGE}', '{WORKSPACE}', 'p')"
+        )
 
     def sql(self, statement: str, *values: object) -> list[Any]:
         cursor = self.connection.execute(statement.encode(), values or None)
@@ -228,7 +256,9 @@ def test_no_tag_of_a_person_is_lost_and_none_that_they_removed_returns(
                 check_run(row, oracle, theirs, expected, answer)
                 tags = expected
             elif what == "forget":
-                row.sql(f"update public.{row.table} set tagging_result = %s::jsonb", json.dumps(value) if value else None)
+                row.sql(
+                    f"update public.{row.table} set tagging_result = %s::jsonb", json.dumps(value) if value else None
+                )
                 oracle = Oracle()
             elif what == "stage":
                 memory = row.memory()

@@ -20,7 +20,9 @@ PATHS = ("storage_path", "file_path", "object_path", "image_path", "storage_key"
 BUCKETS = ("storage_bucket", "bucket", "bucket_id", "bucket_name")
 URLS = ("image_url", "public_url", "file_url", "photo_url", "source_url", "url", "src")
 TAGS = ("tags", "ai_tags", "labels", "keywords")
-RESULT = "tagging_result"  # by this name only: what an app keeps in a column of another name is not for autotag to replace
+RESULT = (
+    "tagging_result"  # by this name only: what an app keeps in a column of another name is not for autotag to replace
+)
 USERS = ("user_id", "member_id", "profile_id", "auth_user_id")
 TEXT = ("text", "character varying")
 #: Types of a column for tags, as Postgres prints them; also citext[] of any schema.
@@ -151,7 +153,9 @@ def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
     tags = choices.tags or next((n for n in TAGS if _holds_tags(table.columns.get(n, ""))), "tags")
     tags_type = _tags_type(table, tags)
     if table.columns.get(RESULT, "jsonb") != "jsonb":
-        raise HostError(f"{table.name}.{RESULT} is {table.columns[RESULT]}; rename it, because autotag adds a jsonb column of that name.")
+        raise HostError(
+            f"{table.name}.{RESULT} is {table.columns[RESULT]}; rename it, because autotag adds a jsonb column of that name."
+        )
     members = _members(facts, table, workspace, choices, ask)
     return Host(
         table.name, id_column, workspace, path=path, bucket_column=bucket_column, bucket=bucket, url=url,
@@ -170,7 +174,9 @@ def _tags_type(table: Table, tags: str) -> str:
     if tags in table.generated:
         raise HostError(f"{table.name}.{tags} is a generated column, which nobody can write; {other}.")
     if not _holds_tags(kind):
-        raise HostError(f"{table.name}.{tags} is {kind}; tags go into a text[], varchar[], citext[], jsonb or json column; {other}.")
+        raise HostError(
+            f"{table.name}.{tags} is {kind}; tags go into a text[], varchar[], citext[], jsonb or json column; {other}."
+        )
     return kind
 
 
