@@ -6418,7 +6418,8 @@ begin
     where k <> '' except select unnest(v_keys) order by 1);
   fresh := array(
     select (array_agg(t.tag order by t.i))[1] from unnest(v_answer, v_answer_keys) with ordinality t (tag, key, i)
-    where t.key not in (select k from unnest(v_keys || v_removed) k where k is not null) and length(t.tag) <= coalesce(p_longest, 50)
+    where t.key not in (select k from unnest(v_keys || v_removed) k where k is not null)
+      and (p_longest is null or length(t.tag) <= p_longest)
     group by t.key order by min(t.i));
   select coalesce(array_agg(t.i) filter (where t.given and not t.again), '{}'),
     coalesce(array_agg(t.tag order by t.i) filter (where t.given and t.again), '{}') || fresh,

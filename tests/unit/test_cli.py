@@ -169,7 +169,7 @@ def test_people_may_keep_tags_in_a_list_of_any_type(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "columns, generated, told",
+    ("columns", "generated", "told"),
     [
         (
             {"tags": "text"},

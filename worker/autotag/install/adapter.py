@@ -130,7 +130,7 @@ def _bucket_code(host: Host) -> str:
 
 
 def _merge_code(host: Host) -> dict[str, str]:
-    """How the tags of a run are merged into a column of this type: the function, and its result as the column's value."""
+    """How the tags of a run are merged into a column of this type: the function, and the column's value."""
     column, is_json = f"a.{quote(host.tags)}", host.tags_type in ("jsonb", "json")
     new = "r.result -> 'tags'" if is_json else "array(select jsonb_array_elements_text(r.result -> 'tags'))"
     limited = host.tags_type == "character varying[]"

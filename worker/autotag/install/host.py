@@ -154,7 +154,7 @@ def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
     tags_type = _tags_type(table, tags)
     if table.columns.get(RESULT, "jsonb") != "jsonb":
         raise HostError(
-            f"{table.name}.{RESULT} is {table.columns[RESULT]}; rename it, because autotag adds a jsonb column of that name."
+            f"{table.name}.{RESULT} is {table.columns[RESULT]}; rename it: autotag adds a jsonb column of that name."
         )
     members = _members(facts, table, workspace, choices, ask)
     return Host(
