@@ -30,7 +30,7 @@ begin
     and jsonb_typeof(p_memory -> p_list) = 'array', false) then
     return array(select e #>> '{}' from jsonb_array_elements(p_memory -> p_list) e where jsonb_typeof(e) = 'string');
   end if;
-  return '{}';
+  return array[]::text[];
 end $$;
 
 -- What the answer of a run changes. p_tags: the tags that are there; null: an element that is not a text. p_memory: tagging_result as it
