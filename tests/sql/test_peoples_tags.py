@@ -15,7 +15,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from autotag.install.adapter import render
@@ -148,16 +148,19 @@ MEMORIES = [
     {"removed": {"a": 1}, "given": 5},
     {"confidence": {"sky": 1}},
 ]
-STEPS = st.one_of(
-    st.tuples(st.just("run"), st.lists(st.sampled_from(MODEL_TAGS), unique=True, max_size=5)),
-    st.tuples(st.just("run"), st.lists(st.sampled_from(MODEL_TAGS), unique=True, max_size=5)),
-    st.tuples(st.just("add"), TYPED),
+RUN = st.tuples(st.just("run"), st.lists(st.sampled_from(MODEL_TAGS), unique=True, max_size=5))
+REMOVE = st.tuples(st.just("remove"), st.integers(0, 9))
+STEPS = st.one_of(  # what is there more than once happens more often
+    RUN, RUN, RUN, RUN, REMOVE, REMOVE, REMOVE,
+    st.tuples(st.just("add"), TYPED), st.tuples(st.just("add"), TYPED),
+    st.tuples(st.just("respell"), st.integers(0, 9)),
+    st.tuples(st.sampled_from(["double", "front", "reverse"]), st.integers(0, 9)),
     st.tuples(st.just("odd"), ODD),
-    st.tuples(st.sampled_from(["remove", "respell", "double", "front"]), st.integers(0, 9)),
-    st.tuples(st.just("clear"), st.booleans()),
-    st.tuples(st.just("reverse"), st.none()),
-    st.tuples(st.just("forget"), st.sampled_from(MEMORIES)),
-    st.tuples(st.just("stage"), st.sampled_from(["queued", "processing", "failed"])),
+    st.one_of(
+        st.tuples(st.just("clear"), st.booleans()),
+        st.tuples(st.just("forget"), st.sampled_from(MEMORIES)),
+        st.tuples(st.just("stage"), st.sampled_from(["queued", "processing", "failed"])),
+    ),
 )  # fmt: skip
 
 
@@ -241,7 +244,20 @@ class Row:
     max_examples=EXAMPLES, deadline=None, database=None, phases=[Phase.explicit, Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
-@given(history=st.lists(STEPS, min_size=4, max_size=14))
+@given(history=st.lists(STEPS, min_size=6, max_size=16))
+@example(history=[("run", ["beach"]), ("remove", 0), ("run", ["sky"]), ("run", ["sea"]), ("run", ["beach"])])
+@example(history=[("run", ["beach"]), ("respell", 0), ("run", ["sky"]), ("remove", 0), ("run", ["beach"])])
+@example(
+    history=[
+        ("run", ["beach"]),
+        ("remove", 0),
+        ("run", []),
+        ("add", "beach"),
+        ("run", []),
+        ("remove", 0),
+        ("run", ["beach"]),
+    ]
+)
 def test_no_tag_of_a_person_is_lost_and_none_that_they_removed_returns(
     connection: psycopg.Connection[Any], kind: str, history: list[tuple[str, Any]]
 ) -> None:
