@@ -211,8 +211,8 @@ as $$
 $$;
 
 -- At most p_limit images of a workspace that have tags, with what is stored about them; spread evenly by id, and the same at
--- every call. tags: a JSON array. Images with more than 20,000 stored bytes of tags or result are left out: autotag never
--- stores that much.
+-- every call. tags: a JSON array. Images with more than 20,000 stored bytes of tags or result are left out: only people write that
+-- much.
 create or replace function autotag.tagged_assets(p_workspace_id autotag.workspace_id, p_limit integer)
 returns table (asset_id autotag.asset_id, tags jsonb, result jsonb)
 language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
@@ -232,10 +232,12 @@ as $$
   order by a.id
 $$;
 
--- Stores the tags and everything else about finished images of a workspace, in one update per row. Returns the images whose rows
--- it wrote. A row that has moved to another workspace gets nothing, because it may be another image; nor does one whose picture
--- is not the one that the model saw. p_results[i] and p_marks[i] belong to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0
--- to 1}, caption, model}, with normalized tags, the most confident first; and the picture's mark (describe_assets; null: any).
+-- Stores the tags and everything else about finished images of a workspace, in one update per row. What a person typed stays, and
+-- what a person removed stays away (autotag.merge_tags). The update compares the row as it finds it, so an edit that commits while it
+-- waits counts. Values too large to be compared are not read: a value's header has its size. Returns the images whose rows it wrote. A
+-- row that has moved to another workspace gets nothing, because it may be another image; nor does one whose picture is not the one
+-- that the model saw. p_results[i] and p_marks[i] belong to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0 to 1}, caption,
+-- model}, with normalized tags, the most confident first; and the picture's mark (describe_assets; null: any).
 create or replace function autotag.store_tags(p_asset_ids autotag.asset_id[], p_workspace_id autotag.workspace_id, p_results jsonb[], p_marks uuid[])
 returns autotag.asset_id[]
 language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -246,9 +248,17 @@ declare
 begin
   with written as (
     update public.assets a
-    set tags = array(select jsonb_array_elements_text(r.result -> 'tags')),
-        tagging_result = r.result - 'tags',
-        tagging_stage = 'completed', tagging_progress = 100, tagging_eta = null, tagging_error = null
+    set (tags, tagging_result, tagging_error) = (
+          -- nothing to compare with, as nearly always: a call of the function takes longer than the rest of the update
+          select (array(select jsonb_array_elements_text(r.result -> 'tags')))::text[], r.result - 'tags' || jsonb_build_object('given', r.result -> 'tags'), null
+          where a.tags is null and a.tagging_result is null
+          union all
+          select case when m.tags is null then a.tags else m.tags::text[] end, m.result, m.error
+          from autotag.merge_array(
+            case when pg_column_size(a.tags) <= 65536 then a.tags::text[] end, coalesce(pg_column_size(a.tags) > 65536, false),
+            case when pg_column_size(a.tagging_result) <= 200000 then a.tagging_result end, r.result, null) m
+          where a.tags is not null or a.tagging_result is not null),
+        tagging_stage = 'completed', tagging_progress = 100, tagging_eta = null
     from unnest(p_asset_ids, p_results, p_marks) as r (asset_id, result, mark)
     where a.id = r.asset_id and a.workspace_id = p_workspace_id
       and (r.mark is null or r.mark = md5(coalesce((case when a.storage_path is not null then coalesce(a.storage_bucket, 'assets') end)::text || '/' || (a.storage_path)::text, (a.image_url)::text, ''))::uuid)

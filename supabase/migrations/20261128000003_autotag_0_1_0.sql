@@ -6376,6 +6376,193 @@ begin
   return case when p_sent is null then '[]'::jsonb else autotag.report_provider(autotag.summarize_calls(p_worker, '{}', p_sent)) end;
 end $$;
 
+-- People's tags and the tags of autotag are in one column. What autotag stores is decided here, by comparing the column with what it
+-- remembers in tagging_result. The memory has three lists:
+--
+--   given     tags that autotag gave and that are in the column, spelled as there. Every other tag of the column is a person's.
+--   added     people's tags, as autotag last saw them
+--   removed   what was in one of the two lists once and then not in the column, in normal form: people have removed it
+--
+-- Nothing else is remembered, so a tag that was removed and typed again between two runs counts as never touched. A tag that is in the
+-- column more than once, or that is spelled in another way than autotag gave it, is a person's.
+--
+-- Bounds: a list of 1,000 tags or 65,536 bytes takes 8 ms. Longer ones are left as they are, and the row says so.
+
+-- The normal form of tags, for comparison only: lower case, composed (NFC), without white space around it and with single spaces.
+-- Null stays null.
+create or replace function autotag.tag_keys(p_tags text[]) returns text[]
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return array(
+    select normalize(lower(case when u.tag ~ '\s' then btrim(regexp_replace(u.tag, '\s+', ' ', 'g')) else u.tag end))
+    from unnest(p_tags) with ordinality u (tag, i) order by u.i);
+end $$;
+
+-- A list of the memory; empty if the memory is not as merge_tags() leaves it.
+create or replace function autotag.recall_tags(p_memory jsonb, p_list text) returns text[]
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if coalesce(jsonb_typeof(p_memory) = 'object' and p_memory ?& '{given,confidence,caption,model}'
+    and jsonb_typeof(p_memory -> p_list) = 'array', false) then
+    return array(select e #>> '{}' from jsonb_array_elements(p_memory -> p_list) e where jsonb_typeof(e) = 'string');
+  end if;
+  return array[]::text[];
+end $$;
+
+-- What the answer of a run changes. p_tags: the tags that are there; null: an element that is not a text. p_memory: tagging_result as it
+-- is. p_answer: as in store_tags. p_longest: the column's limit of a tag's length, if it has one. dropped: the places of tags that an
+-- earlier run gave and this one does not. fresh: the tags to append. result: tagging_result as it will be.
+create or replace function autotag.merge_tags(
+  p_tags text[], p_memory jsonb, p_answer jsonb, p_longest integer, out dropped integer[], out fresh text[], out result jsonb
+)
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keys text[] := autotag.tag_keys(p_tags);
+  v_given text[] := autotag.recall_tags(p_memory, 'given');
+  v_added text[];
+  v_removed text[];
+  v_answer text[] := array(select jsonb_array_elements_text(p_answer -> 'tags'));
+  v_answer_keys text[] := autotag.tag_keys(v_answer);
+begin
+  v_removed := array(
+    select k from unnest(autotag.tag_keys(
+      v_given || autotag.recall_tags(p_memory, 'added') || autotag.recall_tags(p_memory, 'removed'))) k
+    where k <> '' except select unnest(v_keys) order by 1);
+  fresh := array(
+    select (array_agg(t.tag order by t.i))[1] from unnest(v_answer, v_answer_keys) with ordinality t (tag, key, i)
+    where t.key not in (select k from unnest(v_keys || v_removed) k where k is not null)
+      and (p_longest is null or length(t.tag) <= p_longest)
+    group by t.key order by min(t.i));
+  select coalesce(array_agg(t.i) filter (where t.given and not t.again), '{}'),
+    coalesce(array_agg(t.tag order by t.i) filter (where t.given and t.again), '{}') || fresh,
+    array_agg(t.tag order by t.i) filter (where not t.given)
+  into dropped, v_given, v_added
+  from (
+    select u.tag, u.i, u.key in (select unnest(v_answer_keys)) as again,
+      u.tag in (select unnest(v_given)) and count(*) over (partition by u.tag) = 1 as given
+    from unnest(p_tags, v_keys) with ordinality u (tag, key, i) where u.tag <> '') t;
+  result := autotag.remember_tags(p_answer || jsonb_build_object('confidence', (p_answer -> 'confidence') - array(
+    select t.tag from unnest(v_answer, v_answer_keys) t (tag, key)
+    where t.tag <> all (v_given) and t.key not in (select k from unnest(v_keys) k where k is not null))), v_given, v_added, v_removed);
+end $$;
+
+-- An answer without its tags, with the three lists.
+create or replace function autotag.remember_tags(p_answer jsonb, p_given text[], p_added text[], p_removed text[]) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return p_answer - 'tags' || jsonb_build_object('given', p_given)
+    || case when p_added <> '{}' then jsonb_build_object('added', p_added) else '{}' end
+    || case when p_removed <> '{}' then jsonb_build_object('removed', p_removed) else '{}' end;
+end $$;
+
+-- The same for a row whose tags autotag leaves as they are. It keeps the lists, so that nothing is forgotten, and says why.
+create or replace function autotag.leave_tags(p_memory jsonb, p_answer jsonb, p_reason text, out result jsonb, out error text)
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  result := autotag.remember_tags(p_answer, autotag.recall_tags(p_memory, 'given'), autotag.recall_tags(p_memory, 'added'),
+    autotag.recall_tags(p_memory, 'removed'));
+  error := case p_reason
+    when 'form' then 'The tags of this image are not a list, so they stay as they are.'
+    when 'size' then 'This image has too many tags to add to, so they stay as they are.'
+    else 'People have removed too many tags of this image to remember more, so its tags stay as they are.' end;
+end $$;
+
+-- Merges an answer into a column of texts (text[], varchar[], citext[]), for store_tags. p_large: the value is too large to be read
+-- (p_tags is null then). tags: the new value; null: as it is. error: what to tell the user.
+create or replace function autotag.merge_array(
+  p_tags text[], p_large boolean, p_memory jsonb, p_answer jsonb, p_longest integer, out tags text[], out result jsonb, out error text
+)
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+as $$
+declare
+  v_merged record;
+  v_reason text;
+begin
+  if coalesce(p_tags = '{}', not p_large) and p_memory is null and p_longest is null then
+    tags := array(select jsonb_array_elements_text(p_answer -> 'tags'));
+    result := p_answer - 'tags' || jsonb_build_object('given', p_answer -> 'tags');
+    return;
+  end if;
+  v_reason := case when p_large or cardinality(p_tags) > 1000 or pg_column_size(p_tags) > 65536 then 'size'
+    when array_ndims(p_tags) > 1 then 'form' end;
+  if v_reason is null then
+    v_merged := autotag.merge_tags(p_tags, p_memory, p_answer, p_longest);
+    v_reason := case when pg_column_size(v_merged.result) > 131072 then 'memory' end;
+  end if;
+  if v_reason is not null then
+    select l.result, l.error into result, error from autotag.leave_tags(p_memory, p_answer, v_reason) l;
+    return;
+  end if;
+  result := v_merged.result;
+  if v_merged.dropped <> '{}' then
+    tags := array(select u.tag from unnest(p_tags) with ordinality u (tag, i) where u.i <> all (v_merged.dropped) order by u.i)
+      || v_merged.fresh;
+  elsif p_tags is null or v_merged.fresh <> '{}' then
+    tags := p_tags || v_merged.fresh;
+  end if;
+end $$;
+
+-- The same for a column of JSON (jsonb, json). Elements stay as they are written, also those that are no texts.
+create or replace function autotag.merge_json(
+  p_tags json, p_large boolean, p_memory jsonb, p_answer jsonb, out tags json, out result jsonb, out error text
+)
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+as $$
+declare
+  v_list text[];           -- the elements as JSON
+  v_texts text[];          -- the same as texts
+  v_merged record;
+  v_reason text;
+begin
+  if not p_large and (p_tags is null or p_tags::text = '[]') and p_memory is null then
+    tags := p_answer -> 'tags';
+    result := p_answer - 'tags' || jsonb_build_object('given', p_answer -> 'tags');
+    return;
+  end if;
+  v_reason := case when p_large or octet_length(p_tags::text) > 65536 then 'size'
+    when coalesce(json_typeof(p_tags) not in ('array', 'null'), false) then 'form' end;
+  if v_reason is null and json_typeof(p_tags) = 'array' then
+    begin
+      select array_agg(e::text order by i), array_agg(case when json_typeof(e) = 'string' then e #>> '{}' end order by i)
+      into v_list, v_texts from json_array_elements(p_tags) with ordinality u (e, i);
+    exception when data_exception then
+      v_reason := 'form';   -- JSON can hold texts that Postgres cannot: "\u0000"
+    end;
+  end if;
+  if v_reason is null then
+    v_reason := case when cardinality(v_list) > 1000 then 'size' end;
+  end if;
+  if v_reason is null then
+    v_merged := autotag.merge_tags(v_texts, p_memory, p_answer, null);
+    v_reason := case when pg_column_size(v_merged.result) > 131072 then 'memory' end;
+  end if;
+  if v_reason is not null then
+    select l.result, l.error into result, error from autotag.leave_tags(p_memory, p_answer, v_reason) l;
+    return;
+  end if;
+  result := v_merged.result;
+  if v_list is null or v_merged.dropped <> '{}' or v_merged.fresh <> '{}' then
+    v_list := array(select u.e from unnest(v_list) with ordinality u (e, i) where u.i <> all (v_merged.dropped) order by u.i)
+      || array(select to_json(t)::text from unnest(v_merged.fresh) with ordinality u (t, i) order by u.i);
+    tags := ('[' || array_to_string(v_list, ', ') || ']')::json;
+  end if;
+end $$;
+
+-- A json value as jsonb; null if Postgres cannot read it ("\u0000", a number of a million digits).
+create or replace function autotag.read_json(p_json json) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return p_json::jsonb;
+exception when data_exception then
+  return null;
+end $$;
+
 -- The outcome of an image after its call: tags, a failure, or a retry.
 
 -- A plan that was cached while the tasks table was empty would scan all of it when it is full. So queries that join it are

@@ -288,7 +288,7 @@ def test_no_negative_spending_limit(postgres: LocalPostgres, bare: str, project:
         (["--path-column", "uploaded_by"], "is uuid; autotag needs text"),
         (["--workspace-column", "tags"], "is text[]; autotag needs uuid, bigint, integer or text"),
         (["--members-table", "assets"], "needs a column workspace_id like that of the images"),
-        (["--tags-column", "uploaded_by"], "tags go into a text[] or jsonb column"),
+        (["--tags-column", "uploaded_by"], "tags go into a text[], varchar[]"),
     ],
 )
 def test_a_wrong_option_is_one_sentence(

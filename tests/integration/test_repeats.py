@@ -246,3 +246,19 @@ async def test_a_file_that_was_not_checked_is_not_retried(library: Library) -> N
         "select autotag.retry(%s, %s::uuid[], %s::uuid[]) as reply", job["job_id"], [first["id"]], [None]
     )
     assert row["reply"]["image_count"] == 1
+
+
+async def test_what_a_person_typed_survives_every_run_and_what_they_removed_stays_away(library: Library) -> None:
+    [asset] = await library.upload(1)
+    library.sql("update public.assets set tags = '{aunt mary,wedding 2019}'")
+    drawn = library.drawings[asset].tags
+    gone = min(drawn)
+    async with worker(library.stack):
+        for expected in (drawn, drawn - {gone}, drawn - {gone}):
+            await library.finished(library.enqueue([asset]))
+            row = library.assets()[asset]
+            assert row["tags"][:2] == row["tagging_result"]["added"] == ["aunt mary", "wedding 2019"]
+            assert set(row["tags"][2:]) == set(row["tagging_result"]["given"]) == expected
+            library.sql("update public.assets set tags = array_remove(tags, %s)", gone)
+            shift(library, "1 h")
+    assert row["tagging_result"]["removed"] == [gone]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,39 @@ def test_a_person_who_names_no_table_of_members_learns_what_it_needs() -> None:
     assert propose(facts, Choices(), lambda *_: "members").members.table == "public.members"
     with pytest.raises(HostError, match=r"public\.memebrs needs the uuid columns workspace_id and one of user_id"):
         propose(facts, Choices(), lambda *_: "memebrs")
+
+
+@pytest.mark.parametrize("kind", ["text[]", "character varying[]", "citext[]", "extensions.citext[]", "jsonb", "json"])
+def test_people_may_keep_tags_in_a_list_of_any_type(kind: str) -> None:
+    host = propose(facts_of({"tags": kind}), Choices(members_claim="org"), refuse_to_ask)
+    assert (host.tags, host.tags_type) == ("tags", kind)
+
+
+@pytest.mark.parametrize(
+    ("columns", "generated", "told"),
+    [
+        (
+            {"tags": "text"},
+            [],
+            r"tags is text; tags go into a text\[\], .*; name another column with --tags-column \(ai_tags",
+        ),
+        ({"tags": "public.mood[]"}, [], r"tags is public\.mood\[\]; tags go into"),
+        ({"tags": "text[]"}, ["tags"], r"tags is a generated column, which nobody can write; name another"),
+        ({"tags": "text[]", "tagging_result": "text"}, [], r"tagging_result is text; rename it"),
+    ],
+)
+def test_a_column_that_cannot_hold_tags_is_refused(columns: dict[str, str], generated: list[str], told: str) -> None:
+    with pytest.raises(HostError, match=told):
+        propose(facts_of(columns, generated), Choices(members_claim="org"), refuse_to_ask)
+    assert (
+        propose(facts_of({"labels": "json", "tags": "text"}), Choices(members_claim="org"), refuse_to_ask).tags
+        == "labels"
+    )
+
+
+def facts_of(columns: dict[str, str], generated: Sequence[str] = ()) -> Facts:
+    every = {"id": "uuid", "workspace_id": "uuid", "image_url": "text", **columns}
+    return Facts({"public.assets": Table("public.assets", every, ["id"], generated=list(generated))}, [])
 
 
 def test_a_spending_limit_is_asked_for_once(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ PathColumn = Annotated[str | None, _host_option("--path-column", "Its column wit
 Bucket = Annotated[str | None, _host_option("--bucket", "Storage bucket of images whose row names none.")]
 UrlColumn = Annotated[str | None, _host_option("--url-column", "Its column with an https URL of the image.")]
 TagsColumn = Annotated[
-    str | None, _host_option("--tags-column", "Its column for the tags (text[] or jsonb); added if it is missing.")
+    str | None,
+    _host_option("--tags-column", "Its column for the tags (an array of text, or JSON); added if it is missing."),
 ]
 MembersTable = Annotated[
     str | None, _host_option("--members-table", "Table with a row for each member of a workspace.")

@@ -29,7 +29,7 @@ def render(template: str, host: Host) -> str:
         "id_type": host.id_type, "workspace_type": host.workspace_type, "user_type": host.user_type,
         "caller": "(select auth.uid())", "nobody": literal(NOBODY[host.user_type]),
         "bucket": _bucket_code(host), "path": _path_code(host), "url": _url_code(host),
-        "tags": quote(host.tags), "tags_type": host.tags_type, "tags_value": _tags_code(host.tags_type),
+        "tags": quote(host.tags), "tags_type": host.tags_type, **_merge_code(host),
         "result": quote(host.result), "members": _members_code(host.members),
         "file_rule": literal(host.files.name), "own_file": file_code(host, host.files),
         "users_see_files": "true" if host.users_see_files else "false", "policy_is_silent": _silent_policy_code(host),
@@ -143,8 +143,28 @@ def _bucket_code(host: Host) -> str:
     return f"case when a.{quote(host.path)} is not null then {value} end"
 
 
-def _tags_code(kind: str) -> str:
-    return "r.result -> 'tags'" if kind == "jsonb" else "array(select jsonb_array_elements_text(r.result -> 'tags'))"
+def _merge_code(host: Host) -> dict[str, str]:
+    """How the tags of a run are merged into a column of this type: the function, and the column's value."""
+    column, is_json = f"a.{quote(host.tags)}", host.tags_type in ("jsonb", "json")
+    new = "r.result -> 'tags'" if is_json else "array(select jsonb_array_elements_text(r.result -> 'tags'))"
+    limited = host.tags_type == "character varying[]"
+    # the length of a varchar(n): of the column as it is when tags are stored
+    longest = (
+        "(select nullif(c.atttypmod, -1) - 4 from pg_attribute c"
+        f" where c.attrelid = {literal(table_name(host.table))}::regclass and c.attname = {literal(host.tags)})"
+        if limited
+        else "null"
+    )
+    return {
+        "merge": "merge_json" if is_json else "merge_array",
+        "longest_tag": "" if is_json else f", {longest}",
+        "and_no_limit": f" and {longest} is null" if limited else "",
+        "or_limit": f" or {longest} is not null" if limited else "",
+        "tags_json": f"autotag.read_json({column})" if host.tags_type == "json" else f"to_jsonb({column})",
+        "current_tags": f"{column}::{'json' if is_json else 'text[]'}",
+        "new_tags": f"({new})::{host.tags_type}",
+        "merged_tags": f"case when m.tags is null then {column} else m.tags::{host.tags_type} end",
+    }
 
 
 def table_name(name: str) -> str:

@@ -22,9 +22,12 @@ PATHS = ("storage_path", "file_path", "object_path", "image_path", "storage_key"
 BUCKETS = ("storage_bucket", "bucket", "bucket_id", "bucket_name")
 URLS = ("image_url", "public_url", "file_url", "photo_url", "source_url", "url", "src")
 TAGS = ("tags", "ai_tags", "labels", "keywords")
-RESULTS = ("tagging_result", "ai_result", "tags_detail")
+#: By this name only: what an app keeps in a column of another name is not for autotag to replace.
+RESULT = "tagging_result"
 USERS = ("user_id", "member_id", "profile_id", "auth_user_id")
 TEXT = ("text", "character varying")
+#: Types of a column for tags, as Postgres prints them; also citext[] of any schema.
+TAG_TYPES = ("text[]", "character varying[]", "citext[]", "jsonb", "json")
 BUCKET = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9_!.*'() &$@=;:+,?-]{1,100}")  # what Storage takes (its isValidBucketName)
 #: `auth.jwt() -> 'app_metadata' ->> 'org_id'` as Postgres prints it in a policy.
 CLAIM = re.compile(r"jwt\(\)(?: AS jwt\))?\s*((?:\)*\s*->>?\s*'[^']+'(?:::text)?\s*)+)")
@@ -77,8 +80,8 @@ class Host:
         id_type, workspace_type, user_type: the base types of keys: ``uuid``, ``bigint``, ``integer`` or ``text``.
         path, bucket_column, url: its columns that say where an image is; None: it has no such column.
         bucket: the bucket of rows that name none.
-        tags, tags_type: the column for tags, and its type (``text[]`` or ``jsonb``).
-        result: the jsonb column for the whole answer.
+        tags, tags_type: the column for tags, and its type (one of `TAG_TYPES`).
+        result: the jsonb column for the whole answer, and for whose each tag is.
         members: who belongs to a workspace.
         files: which files a row may name.
         users_see_files: ask row level security whether the caller may see a file.
@@ -145,18 +148,31 @@ def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
         path = _existing(table, "--path-column", answer, TEXT)
     bucket_column = _optional(table, "", None, BUCKETS) if path else None
     bucket = _bucket(facts, choices.bucket, bucket_column, ask) if path else None
-    tags = choices.tags or next((n for n in TAGS if table.columns.get(n) in ("text[]", "jsonb")), "tags")
-    tags_type = table.columns.get(tags, "text[]")
-    if tags_type not in ("text[]", "jsonb"):
-        raise HostError(f"{table.name}.{tags} is {tags_type}; tags go into a text[] or jsonb column (--tags-column).")
-    results = [n for n in RESULTS if table.columns.get(n) == "jsonb" and n not in table.generated]
-    result = results[0] if results else "tagging_result"
-    check_written(table, tags, result)
+    tags = choices.tags or next((n for n in TAGS if _holds_tags(table.columns.get(n, ""))), "tags")
+    tags_type = _tags_type(table, tags)
+    check_written(table, tags, RESULT)
     members = _members(facts, table, workspace, choices, ask)
     return Host(
         table.name, id_column, workspace, id_type, workspace_type, path=path, bucket_column=bucket_column,
-        bucket=bucket, url=url, tags=tags, tags_type=tags_type, result=result, members=members,
+        bucket=bucket, url=url, tags=tags, tags_type=tags_type, result=RESULT, members=members,
     )  # fmt: skip
+
+
+def _holds_tags(kind: str) -> bool:
+    return kind in TAG_TYPES or kind.endswith(".citext[]")
+
+
+def _tags_type(table: Table, tags: str) -> str:
+    """The type of the column for tags; text[] if it does not exist yet."""
+    kind = table.columns.get(tags, "text[]")
+    other = "name another column with --tags-column (ai_tags, for example: autotag adds it if it does not exist)"
+    if tags in table.generated:
+        raise HostError(f"{table.name}.{tags} is a generated column, which nobody can write; {other}.")
+    if not _holds_tags(kind):
+        raise HostError(
+            f"{table.name}.{tags} is {kind}; tags go into a text[], varchar[], citext[], jsonb or json column; {other}."
+        )
+    return kind
 
 
 def _table(facts: Facts, wanted: str | None, ask: Ask) -> Table:

@@ -1,0 +1,425 @@
+"""People's tags belong to them: whatever people and runs do in turn, in every type of column, against an oracle of plain lists."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import time
+import unicodedata
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import strategies as st
+
+from autotag.install.adapter import render
+from autotag.install.host import Host
+from autotag.install.migrations import TEMPLATE
+from conftest import TEMPLATE as DATABASE
+from conftest import copied_database
+from lab.postgres import LocalPostgres
+from support import PATIENCE
+
+EXAMPLES = int(os.environ.get("AUTOTAG_EXAMPLES", "2000")) // 40
+WORKSPACE = "00000000-0000-4000-8000-000000000001"
+IMAGE = "00000000-0000-4000-8000-0000000000aa"
+LONGEST = 12
+#: A column's type -> how it is declared; `ai_tags` is a column of autotag's own beside the app's.
+COLUMNS = {
+    "text[]": "text[]", "varchar[]": "character varying[]", "varchar(n)[]": f"character varying({LONGEST})[]",
+    "citext[]": "citext[]", "jsonb": "jsonb not null default '[]'", "json": "json", "ai_tags": "text[]",
+}  # fmt: skip
+JSON = ("jsonb", "json")
+SEARCH_PATH = (
+    'set search_path = "$user", public, extensions'  # Supabase's; a copy of a database does not have its settings
+)
+
+
+def table_of(kind: str) -> str:
+    return "tags_" + re.sub(r"\W", "", kind.replace("(n)", "n"))
+
+
+@pytest.fixture(scope="module")
+def connection(postgres: LocalPostgres) -> Iterator[psycopg.Connection[Any]]:
+    """A database with a table of images for each type of column, and store_tags and show_stage as init writes them for it."""
+    with (
+        copied_database(postgres, DATABASE) as name,
+        psycopg.connect(postgres.url("supabase_admin", name), autocommit=True) as opened,
+    ):
+        opened.execute("create extension if not exists citext with schema extensions")
+        opened.execute(SEARCH_PATH)
+        opened.execute(f"insert into public.workspaces (id, name) values ('{WORKSPACE}', 'w')".encode())
+        for kind, declared in COLUMNS.items():
+            opened.execute(table_for(kind, declared).encode())
+        yield opened
+
+
+def table_for(kind: str, declared: str) -> str:
+    table, column = table_of(kind), "ai_tags" if kind == "ai_tags" else "tags"
+    tags_type = re.sub(r"\(\d+\)| not null.*", "", declared)
+    rendered = render(TEMPLATE.read_text(), replace(Host(), table=f"public.{table}", tags=column, tags_type=tags_type))
+    functions = "".join(
+        re.findall(r"create or replace function autotag\.(?:store_tags|show_stage)\(.*?\nend \$\$;", rendered, re.S)
+    )
+    return f"""
+        create table public.{table} (like public.assets including defaults);
+        alter table public.{table} drop tags, add {column} {declared};
+        {functions.replace("function autotag.", f"function public.{table}_")}"""
+
+
+# -- the oracle
+
+
+def key(tag: str) -> str:
+    """Two tags are the same if they differ in case, in white space or in how their letters are composed."""
+    return unicodedata.normalize("NFC", " ".join(tag.split()).lower())
+
+
+def keys(tags: list[Any]) -> set[str]:
+    return {key(tag) for tag in tags if isinstance(tag, str)} - {""}
+
+
+@dataclass
+class Oracle:
+    """What the column must be after each run, said with lists and sets.
+
+    Attributes:
+        ours: tags that autotag gave and that nobody has touched, as far as the last run has seen.
+        seen: normal forms of all tags that were there after the last run.
+        removed: normal forms of tags that people have removed.
+    """
+
+    ours: list[str] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    removed: set[str] = field(default_factory=set)
+
+    def run(self, found: list[Any], answer: list[str]) -> tuple[list[Any], list[Any]]:
+        """The people's tags and the whole column after a run that found this column and gave these tags."""
+        theirs = [tag not in self.ours or found.count(tag) > 1 or not isinstance(tag, str) for tag in found]
+        self.removed = (self.removed | self.seen) - keys(found)
+        kept = [tag for tag, own in zip(found, theirs, strict=True) if own or key(tag) in keys(answer)]
+        added = [tag for tag in answer if key(tag) not in keys(found) | self.removed]
+        self.ours = [t for t, own in zip(found, theirs, strict=True) if not own and key(t) in keys(answer)] + added
+        self.seen = keys(kept + added)
+        return [tag for tag, own in zip(found, theirs, strict=True) if own], kept + added
+
+
+def is_within(part: list[Any], whole: list[Any]) -> bool:
+    """Whether a list is what remains of another one when elements are left out."""
+    rest = iter(whole)
+    return all(any(one == other and type(one) is type(other) for other in rest) for one in part)
+
+
+# -- histories
+
+MODEL_TAGS = ["beach", "sky", "aunt mary", "école", "straße", "c#", "wedding 2019", "a tag of many letters"]
+TYPED = st.sampled_from(
+    [
+        "beach",
+        "Beach",
+        " BEACH",
+        "sky",
+        "aunt mary",
+        "Aunt  Mary",
+        "e\u0301cole",
+        "École",
+        "c#",
+        "x",
+        "",
+        " ",
+        "sea,",
+        '"q"',
+    ]
+)
+ODD = st.sampled_from([None, 7, 1.50, True, {"a": [1]}, ["beach"]])
+MEMORIES = [
+    None,
+    "x",
+    [],
+    {},
+    5,
+    {"given": ["beach", "aunt mary"]},
+    {"removed": {"a": 1}, "given": 5},
+    {"confidence": {"sky": 1}},
+]
+RUN = st.tuples(st.just("run"), st.lists(st.sampled_from(MODEL_TAGS), unique=True, max_size=5))
+REMOVE = st.tuples(st.just("remove"), st.integers(0, 9))
+STEPS = st.one_of(  # what is there more than once happens more often
+    RUN, RUN, RUN, RUN, REMOVE, REMOVE, REMOVE,
+    st.tuples(st.just("add"), TYPED), st.tuples(st.just("add"), TYPED),
+    st.tuples(st.just("respell"), st.integers(0, 9)),
+    st.tuples(st.sampled_from(["double", "front", "reverse"]), st.integers(0, 9)),
+    st.tuples(st.just("odd"), ODD),
+    st.one_of(
+        st.tuples(st.just("clear"), st.booleans()),
+        st.tuples(st.just("forget"), st.sampled_from(MEMORIES)),
+        st.tuples(st.just("stage"), st.sampled_from(["queued", "processing", "failed"])),
+    ),
+)  # fmt: skip
+
+
+def edited(tags: list[Any], what: str, value: Any) -> list[Any]:
+    """The column after a person's edit."""
+    place = value % len(tags) if tags and isinstance(value, int) else None
+    match what:
+        case "add" | "odd":
+            return [*tags, value]
+        case "clear":
+            return []
+        case "reverse":
+            return tags[::-1]
+        case _ if place is None:
+            return tags
+        case "remove":
+            text = tags[place]
+            if not isinstance(text, str):
+                return tags[:place] + tags[place + 1 :]
+            return [tag for tag in tags if not (isinstance(tag, str) and key(tag) == key(text))]
+        case "respell":
+            return [tag.swapcase() if i == place and isinstance(tag, str) else tag for i, tag in enumerate(tags)]
+        case "double":
+            return [*tags, tags[place]]
+        case "front":
+            return [tags[place], *tags[:place], *tags[place + 1 :]]
+    raise AssertionError(what)
+
+
+class Row:
+    """One image in a table of a type of column."""
+
+    def __init__(self, connection: psycopg.Connection[Any], kind: str) -> None:
+        self.connection, self.kind, self.table = connection, kind, table_of(kind)
+        self.column = "ai_tags" if kind == "ai_tags" else "tags"
+        self.sql(
+            f"insert into public.{self.table} (id, workspace_id, storage_path) values ('{IMAGE}', '{WORKSPACE}', 'p')"
+        )
+
+    def sql(self, statement: str, *values: object) -> list[Any]:
+        cursor = self.connection.execute(statement.encode(), values or None)
+        return cursor.fetchall() if cursor.description else []
+
+    def tags(self) -> list[Any]:
+        [(tags,)] = self.sql(f"select to_json({self.column}) from public.{self.table}")
+        return tags or []
+
+    def memory(self) -> Any:
+        [(memory,)] = self.sql(f"select tagging_result from public.{self.table}")
+        return memory
+
+    def error(self) -> Any:
+        [(error,)] = self.sql(f"select tagging_error from public.{self.table}")
+        return error
+
+    def write(self, value: str | list[str | None] | None) -> None:
+        """As a client does: an update of the column. value: JSON as text, or a list for an array."""
+        kind = self.kind if self.kind in JSON else COLUMNS[self.kind]
+        self.sql(f"update public.{self.table} set {self.column} = %s::{kind}", value)
+
+    def edit(self, tags: list[Any], null: bool = False) -> None:
+        if self.kind in JSON:
+            self.write("null" if null else json.dumps(tags))
+        else:
+            self.write(None if null else tags)
+
+    def run(self, tags: list[str], model: str = "m") -> None:
+        answer = {"tags": tags, "confidence": dict.fromkeys(tags, 0.5), "caption": "c", "model": model}
+        [(written,)] = self.sql(
+            f"select public.{self.table}_store_tags(array[%s::uuid], %s, array[%s::jsonb], array[null::uuid])",
+            IMAGE, WORKSPACE, json.dumps(answer),
+        )  # fmt: skip
+        assert [str(image) for image in written] == [IMAGE]
+
+    def stage(self, stage: str) -> None:
+        self.sql(f"select public.{self.table}_show_stage(array[%s::uuid], %s, %s, 10)", IMAGE, WORKSPACE, stage)
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+@settings(
+    max_examples=EXAMPLES, deadline=None, database=None, phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(history=st.lists(STEPS, min_size=6, max_size=16))
+@example(history=[("run", ["beach"]), ("remove", 0), ("run", ["sky"]), ("run", ["sea"]), ("run", ["beach"])])
+@example(history=[("run", ["beach"]), ("respell", 0), ("run", ["sky"]), ("remove", 0), ("run", ["beach"])])
+@example(
+    history=[
+        ("run", ["beach"]),
+        ("remove", 0),
+        ("run", []),
+        ("add", "beach"),
+        ("run", []),
+        ("remove", 0),
+        ("run", ["beach"]),
+    ]
+)
+def test_no_tag_of_a_person_is_lost_and_none_that_they_removed_returns(
+    connection: psycopg.Connection[Any], kind: str, history: list[tuple[str, Any]]
+) -> None:
+    with connection.transaction(force_rollback=True):
+        row, oracle = Row(connection, kind), Oracle()
+        tags: list[Any] = []
+        for number, (what, value) in enumerate(history):
+            if what == "run":
+                answer = [t for t in value if kind != "varchar(n)[]" or len(t) <= LONGEST]
+                theirs, expected = oracle.run(tags, answer)
+                row.run(value, f"model {number}")
+                check_run(row, oracle, theirs, expected, answer)
+                tags = expected
+            elif what == "forget":
+                row.sql(
+                    f"update public.{row.table} set tagging_result = %s::jsonb", json.dumps(value) if value else None
+                )
+                oracle = Oracle()
+            elif what == "stage":
+                memory = row.memory()
+                row.stage(value)
+                assert (row.tags(), row.memory()) == (tags, memory)
+            elif what != "odd" or kind in JSON or value is None:
+                tags = edited(tags, what, value)
+                row.edit(tags, null=what == "clear" and value)
+
+
+def check_run(row: Row, oracle: Oracle, theirs: list[Any], expected: list[Any], answer: list[str]) -> None:
+    stored = row.tags()
+    assert row.error() is None
+    assert is_within(theirs, stored), f"a person's tag is lost: {theirs} are not all in {stored}"
+    assert not keys(stored) & oracle.removed, f"a removed tag is back: {stored}, removed {oracle.removed}"
+    assert keys(stored) <= keys(theirs) | keys(answer), f"a tag that only an earlier run gave is there: {stored}"
+    assert keys(answer) <= keys(stored) | oracle.removed, f"a new tag is missing: {stored}"
+    assert json.dumps(stored) == json.dumps(expected)
+    memory = row.memory()
+    assert memory["given"] == oracle.ours
+    assert memory.get("added", []) == [t for t in theirs if isinstance(t, str) and t]
+    assert set(memory.get("removed", [])) == oracle.removed
+    assert keys(list(memory["confidence"])) == keys(answer) & keys(stored)
+
+
+# -- forms that nobody expects
+
+LARGE = "x" * 1_000_000
+STAYS = "so they stay as they are."
+ARRAYS: dict[str, tuple[str, str, str]] = {
+    "more than one dimension": ("'{{aunt,mary},{wedding,2019}}'", "a", "not a list"),
+    "10,000 tags": ("(select array_agg('t' || i) from generate_series(1, 10000) i)", "a", "too many"),
+    "a tag of 1 MB": (f"array[repeat('x', {len(LARGE)})]", "a", "too many"),
+    "1 MB that cannot be compressed": (
+        "array[(select string_agg(md5(i::text), '') from generate_series(1, 31250) i)]", "a", "too many",
+    ),
+}  # fmt: skip
+DOCUMENTS: dict[str, tuple[str, str, str]] = {
+    "an object": ("""'{"aunt": "mary"}'""", "a", "not a list"),
+    "a text": ("""'"aunt mary"'""", "a", "not a list"),
+    "a number": ("'5'", "a", "not a list"),
+    "10,000 tags": ("(select json_agg('t' || i) from generate_series(1, 10000) i)", "a", "too many"),
+    "a tag of 1 MB": (f"json_build_array(repeat('x', {len(LARGE)}))", "a", "too many"),
+}
+ONLY_JSON = {"a character that Postgres cannot read": (r"""'["\u0000", "aunt mary"]'""", "a", "not a list")}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_what_autotag_cannot_add_to_stays_as_it_is(connection: psycopg.Connection[Any], kind: str) -> None:
+    forms = {**DOCUMENTS, **(ONLY_JSON if kind == "json" else {})} if kind in JSON else ARRAYS
+    declared = kind if kind in JSON else re.sub(r"\(\d+\)", "", COLUMNS[kind])
+    for name, (value, tag, reason) in forms.items():
+        if kind == "varchar(n)[]" and "1 MB" in name:
+            continue
+        with connection.transaction(force_rollback=True):
+            row = Row(connection, kind)
+            row.run(["sky"])
+            row.edit([])
+            row.sql(f"update public.{row.table} set {row.column} = ({value})::{declared}")
+            image = f"md5({row.column}::text)"
+            before = row.sql(f"select {image} from public.{row.table}")
+            row.run([tag])
+            assert row.sql(f"select {image} from public.{row.table}") == before, name
+            assert reason in row.error(), name
+            assert row.error().endswith(STAYS)
+            row.edit(["aunt mary"])
+            row.run(["sky", "sea"])
+            assert (row.tags(), row.error()) == (["aunt mary", "sea"], None), f"{name}: what was removed is remembered"
+
+
+def test_elements_stay_as_they_are_written(connection: psycopg.Connection[Any]) -> None:
+    with connection.transaction(force_rollback=True):
+        row = Row(connection, "json")
+        row.write('[ "Aunt", {"b":1, "b":2}, 1.50, "\\u00e9" ]')
+        row.run(["sky"])
+        [(text,)] = row.sql(f"select tags::text from public.{row.table}")
+        assert text == '["Aunt", {"b":1, "b":2}, 1.50, "\\u00e9", "sky"]'
+    with connection.transaction(force_rollback=True):
+        row = Row(connection, "text[]")
+        row.sql(f"update public.{row.table} set tags = '[3:4]={{aunt,NULL}}'")
+        row.run([])
+        assert row.sql(f"select tags::text from public.{row.table}") == [("[3:4]={aunt,NULL}",)]
+        row.run(["sky"])
+        assert row.tags() == ["aunt", None, "sky"]
+
+
+@pytest.mark.parametrize("kind", ["text[]", "jsonb"])
+def test_a_memory_of_1_mb_breaks_nothing(connection: psycopg.Connection[Any], kind: str) -> None:
+    for memory in (json.dumps({"given": ["aunt mary"], "x": LARGE}), json.dumps([LARGE] * 3)):
+        with connection.transaction(force_rollback=True):
+            row = Row(connection, kind)
+            row.edit(["aunt mary"])
+            row.sql(f"update public.{row.table} set tagging_result = %s::jsonb", memory)
+            row.run(["sky"])
+            assert (row.tags(), row.error()) == (["aunt mary", "sky"], None)
+
+
+def test_a_memory_that_is_full_forgets_nothing(connection: psycopg.Connection[Any]) -> None:
+    with connection.transaction(force_rollback=True):
+        row = Row(connection, "text[]")
+        for number in range(5):
+            row.edit([f"{number} {'x' * 60} {i}" for i in range(500)])
+            row.run(["sky"])
+        assert "sky" not in row.tags()
+        assert "removed too many" in row.error()
+        first = f"0 {'x' * 60} 0"
+        row.edit(["aunt mary"])
+        row.run([first])
+        assert row.tags() == ["aunt mary"]
+        row.sql(f"update public.{row.table} set tagging_result = null")
+        row.run([first])
+        assert row.tags() == ["aunt mary", first], "without its memory autotag begins anew"
+
+
+# -- at the moment of storing
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_an_edit_that_commits_while_tags_are_stored_counts(
+    connection: psycopg.Connection[Any], postgres: LocalPostgres, kind: str
+) -> None:
+    """The update waits for the person's transaction, and then compares the row as it is after it."""
+    row = Row(connection, kind)
+    row.run(["beach", "sky"])
+    with psycopg.connect(connection.info.dsn, password=connection.info.password) as person:
+        person.execute(SEARCH_PATH)
+        edit(person, row, ["aunt mary", "sky"])
+        storing = threading.Thread(target=row.run, args=(["beach", "sea"],))
+        storing.start()
+        wait_for_lock(person, connection.info.backend_pid)
+        person.commit()
+        storing.join(PATIENCE)
+    assert row.tags() == ["aunt mary", "sea"]
+    assert row.memory()["removed"] == ["beach"]
+    row.sql(f"delete from public.{row.table}")
+
+
+def edit(connection: psycopg.Connection[Any], row: Row, tags: list[str]) -> None:
+    """A person's edit over another connection."""
+    other = copy(row)
+    other.connection = connection
+    other.edit(tags)
+
+
+def wait_for_lock(connection: psycopg.Connection[Any], pid: int) -> None:
+    until = time.monotonic() + PATIENCE
+    while connection.execute("select pg_blocking_pids(%s)", (pid,)).fetchone() == ([],):
+        assert time.monotonic() < until, "the update does not wait"
