@@ -230,7 +230,7 @@ class Row:
     def run(self, tags: list[str], model: str = "m") -> None:
         answer = {"tags": tags, "confidence": dict.fromkeys(tags, 0.5), "caption": "c", "model": model}
         [(written,)] = self.sql(
-            f"select public.{self.table}_store_tags(array[%s::uuid], %s, array[%s::jsonb], array[null::uuid])",
+            f"select public.{self.table}_store_tags(array[%s::uuid], %s, array[%s::jsonb], array[null::uuid])::uuid[]",
             IMAGE, WORKSPACE, json.dumps(answer),
         )  # fmt: skip
         assert [str(image) for image in written] == [IMAGE]
