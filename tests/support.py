@@ -110,7 +110,7 @@ class Library:
 
     def enqueue_as_server(self, assets: Sequence[str]) -> dict[str, Any]:
         """As the project's server, which sees every file and is not asked about any."""
-        [row] = self.sql("select public.enqueue_tagging(%s::uuid[]) as job", list(assets))
+        [row] = self.sql("select public.enqueue_tagging(%s) as job", array(assets))
         answer: dict[str, Any] = row["job"]
         return answer
 
@@ -184,8 +184,9 @@ def rpc(stack: Stack, user: str | dict[str, Any] | None, function: str, *argumen
             "select set_config('request.jwt.claims', %s, true), set_config('role', %s, true)",
             (claims, "authenticated" if user else "anon"),
         )
-        places = ", ".join("%s::uuid[]" if isinstance(a, list) else "%s" for a in arguments)
-        cursor = connection.execute(f"select {function}({places})", arguments)  # type: ignore[arg-type]
+        places = ", ".join("%s" for _ in arguments)
+        values = [array(a) if isinstance(a, list) else a for a in arguments]
+        cursor = connection.execute(f"select {function}({places})", values)  # type: ignore[arg-type]
         row = cursor.fetchone()
         assert row is not None
         return row[0]
@@ -194,6 +195,11 @@ def rpc(stack: Stack, user: str | dict[str, Any] | None, function: str, *argumen
 def base_type(kind: str) -> str:
     """The base type of a type of the stand-alone stack, whose ids are uuids."""
     return re.sub(r"^autotag\.(asset|workspace|user)_id\b", "uuid", kind)
+
+
+def array(texts: Sequence[str]) -> str:
+    """A list as text, which is an array of whatever type its place has."""
+    return "{" + ",".join('"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in texts) + "}"
 
 
 @contextlib.contextmanager

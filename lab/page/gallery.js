@@ -39,7 +39,7 @@ function timeLeft(eta) {
 function show(asset) {
   const before = assets.get(asset.id)
   assets.set(asset.id, { ...before, ...asset })
-  let item = document.querySelector(`[data-asset="${asset.id}"]`)
+  let item = document.querySelector(`[data-asset="${CSS.escape(asset.id)}"]`)
   if (!item) {
     item = $('image').content.firstElementChild.cloneNode(true)
     item.dataset.asset = asset.id
@@ -109,7 +109,7 @@ async function showPictures(rows) {
   const { data } = await supabase.storage.from('assets').createSignedUrls(rows.map((row) => row.storage_path), 3600)
   for (const [i, row] of rows.entries()) {
     const url = data?.[i]?.signedUrl
-    if (url) document.querySelector(`[data-asset="${row.id}"] img`).src = url
+    if (url) document.querySelector(`[data-asset="${CSS.escape(row.id)}"] img`).src = url
   }
 }
 
@@ -154,12 +154,12 @@ async function upload(files) {
     const path = `${workspace}/${crypto.randomUUID()}${file.name.match(/\.\w{1,5}$/)?.[0] ?? ''}`
     const { error } = await supabase.storage.from('assets').upload(path, file, { contentType: file.type })
     if (error) showError(error)
-    else stored.push({ id: crypto.randomUUID(), workspace_id: workspace, storage_path: path })
+    else stored.push({ workspace_id: workspace, storage_path: path })
   }
   if (!stored.length) return
-  const { error } = await supabase.from('assets').insert(stored)
+  const { data, error } = await supabase.from('assets').insert(stored).select('id')
   if (error) return showError(error)
-  await enqueue(stored.map((row) => row.id))
+  await enqueue(data.map((row) => row.id))
 }
 
 async function enqueue(ids) {

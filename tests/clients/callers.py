@@ -19,17 +19,20 @@ from postgrest import AsyncPostgrestClient
 from postgrest.exceptions import APIError
 from psycopg.rows import tuple_row
 
-from lab.stack import Stack
+from key_types import KeyedStack
 from supabase import AsyncClientOptions, acreate_client
 
 HERE = Path(__file__).parent
 LINE_MOST = 16_000_000  # bytes of one answer
 
-#: The arguments' types, for clients that speak SQL and have to say them.
-TYPES = {
-    "asset_ids": "uuid[]", "job_id": "uuid", "image_count": "integer", "workspace_id": "uuid", "request_type": "text",
-    "since": "date", "until": "date", "webhook_id": "text", "event_type": "text", "batch_id": "text",
-}  # fmt: skip
+
+def types_of(stack: KeyedStack) -> dict[str, str]:
+    """The arguments' types, for clients that speak SQL and have to say them."""
+    asset, workspace, _ = stack.keys.base
+    return {
+        "asset_ids": f"{asset}[]", "job_id": "uuid", "image_count": "integer", "workspace_id": workspace, "request_type": "text",
+        "since": "date", "until": "date", "webhook_id": "text", "event_type": "text", "batch_id": "text",
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ Call = Callable[[str, str, dict[str, Any]], Awaitable[Answer]]
 
 
 @contextlib.asynccontextmanager
-async def supabase_js(stack: Stack) -> AsyncIterator[Call]:
+async def supabase_js(stack: KeyedStack) -> AsyncIterator[Call]:
     process = await asyncio.create_subprocess_exec(
         "node", "--no-warnings", str(HERE / "contract.mjs"), limit=LINE_MOST,
         env={"PATH": os.environ["PATH"], "SUPABASE_URL": stack.supabase_url, "SUPABASE_ANON_KEY": stack.anon_key},
@@ -83,7 +86,7 @@ async def supabase_js(stack: Stack) -> AsyncIterator[Call]:
 
 
 @contextlib.asynccontextmanager
-async def supabase_py(stack: Stack) -> AsyncIterator[Call]:
+async def supabase_py(stack: KeyedStack) -> AsyncIterator[Call]:
     async def call(token: str, function: str, arguments: dict[str, Any]) -> Answer:
         options = AsyncClientOptions(headers={"Authorization": f"Bearer {token or stack.anon_key}"})
         client = await acreate_client(stack.supabase_url, stack.anon_key, options)
@@ -93,7 +96,7 @@ async def supabase_py(stack: Stack) -> AsyncIterator[Call]:
 
 
 @contextlib.asynccontextmanager
-async def postgrest_py(stack: Stack) -> AsyncIterator[Call]:
+async def postgrest_py(stack: KeyedStack) -> AsyncIterator[Call]:
     async with AsyncPostgrestClient(f"{stack.supabase_url}/rest/v1", headers={"apikey": stack.anon_key}) as client:
 
         async def call(token: str, function: str, arguments: dict[str, Any]) -> Answer:
@@ -109,17 +112,17 @@ async def _posted(request: Any) -> Answer:
         return Answer(error=error.json())
 
 
-def _claims(stack: Stack, token: str) -> dict[str, Any]:
+def _claims(stack: KeyedStack, token: str) -> dict[str, Any]:
     return jwt.decode(token or stack.anon_key, options={"verify_signature": False})
 
 
 @contextlib.asynccontextmanager
-async def psycopg_3(stack: Stack) -> AsyncIterator[Call]:
+async def psycopg_3(stack: KeyedStack) -> AsyncIterator[Call]:
     async with await psycopg.AsyncConnection.connect(stack.database_url("authenticator"), row_factory=tuple_row) as one:
 
         async def call(token: str, function: str, arguments: dict[str, Any]) -> Answer:
             claims = _claims(stack, token)
-            passed = ", ".join(f"{name} => %({name})s::{TYPES[name]}" for name in arguments)
+            passed = ", ".join(f"{name} => %({name})s::{types_of(stack)[name]}" for name in arguments)
             try:
                 async with one.transaction():
                     await one.execute(
@@ -137,7 +140,7 @@ async def psycopg_3(stack: Stack) -> AsyncIterator[Call]:
 
 
 @contextlib.asynccontextmanager
-async def pg_8000(stack: Stack) -> AsyncIterator[Call]:
+async def pg_8000(stack: KeyedStack) -> AsyncIterator[Call]:
     parts = urlsplit(stack.database_url("authenticator"))
     one = pg8000.native.Connection(
         parts.username, parts.hostname or "", parts.path[1:], parts.port or 5432, parts.password
@@ -145,7 +148,7 @@ async def pg_8000(stack: Stack) -> AsyncIterator[Call]:
 
     def run(token: str, function: str, arguments: dict[str, Any]) -> Answer:
         claims = _claims(stack, token)
-        passed = ", ".join(f"{name} => cast(:{name} as {TYPES[name]})" for name in arguments)
+        passed = ", ".join(f"{name} => cast(:{name} as {types_of(stack)[name]})" for name in arguments)
         one.run("begin")
         try:
             one.run(

@@ -1,22 +1,31 @@
-"""Every RPC, its errors and big arrays, through every client: all of them get the same answers."""
+"""Every RPC, its errors and big arrays, through every client and for every type of keys: all of them get the same answers."""
 
 from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
 import httpx
 import pytest
+import pytest_asyncio
 from callers import CALLERS, Answer, Call
 
-from conftest import ROOT
-from lab.stack import Member, Stack
-from support import Library, worker
+from conftest import BARE_TEMPLATE, ROOT, copied_database, quicken
+from key_types import KEYS, KeyedStack, install_keys
+from lab.postgres import LocalPostgres
+from lab.stack import Member, Stack, local_stack
+from support import Library, connected, worker
 
+#: One database, one edge and one simulator for each type of keys: every test has a workspace of its own.
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+KINDS = ("uuid", "bigint", "integer", "text")
 UNKNOWN = str(uuid.UUID(int=0))
+#: An id that no row has, and one that is none.
+NO_ROW = {"uuid": UNKNOWN, "bigint": 7, "integer": 7, "text": "no row"}
+WRONG = {"uuid": "no uuid", "bigint": "no number", "integer": "2.5"}
 
 
 @dataclass
@@ -25,20 +34,58 @@ class Client:
 
     call: Call
     library: Library
+    stack: KeyedStack
+
+    @property
+    def workspace(self) -> Any:
+        return self.stack.keys.natural(self.library.member.workspace, 1)
+
+    def insert(self, paths: list[str]) -> list[Any]:
+        return list(self.stack.keys.natural(self.library.insert(paths), 0))
 
     async def rpc(self, function: str, *, member: Member | None = None, **arguments: Any) -> Answer:
         return await self.call((member or self.library.member).token, function, arguments)
 
 
-@pytest.fixture(params=CALLERS)
-async def client(request: pytest.FixtureRequest, library: Library) -> AsyncIterator[Client]:
-    async with CALLERS[request.param](library.stack) as call:
-        yield Client(call, library)
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def keyed(kind: str, postgres: LocalPostgres) -> AsyncIterator[KeyedStack]:
+    with copied_database(postgres, BARE_TEMPLATE) as database:
+        install_keys(postgres, database, KEYS[kind])
+        async with local_stack(postgres, database) as local:
+            values = {field.name: getattr(local, field.name) for field in fields(Stack)}
+            stack = KeyedStack(**{**values, "connect": connected}, keys=KEYS[kind])
+            quicken(stack)
+            yield stack
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=CALLERS)
+async def call(request: pytest.FixtureRequest, keyed: KeyedStack) -> AsyncIterator[Call]:
+    async with CALLERS[request.param](keyed) as call:
+        yield call
+
+
+@pytest.fixture(scope="module")
+def many(keyed: KeyedStack) -> tuple[Member, list[Any]]:
+    """2,000 images of one workspace, for all clients: to insert them takes as long as to enqueue them."""
+    library = Library(keyed)
+    return library.member, list(keyed.keys.natural(library.insert([f"{i}.jpg" for i in range(2000)]), 0))
+
+
+@pytest.fixture
+def client(call: Call, keyed: KeyedStack) -> Iterator[Client]:
+    library = Library(keyed)
+    yield Client(call, library, keyed)
+    library.sql("truncate autotag.jobs, autotag.tasks, autotag.queues, autotag.workspaces, autotag.webhooks cascade")
 
 
 async def test_a_job_from_enqueue_to_usage(client: Client) -> None:
     library = client.library
-    assets = await library.upload(3)
+    assets = client.stack.keys.natural(await library.upload(3), 0)
     told = (await client.rpc("enqueue_tagging", asset_ids=assets)).data
     assert set(told) == {"job_id", "strategy", "image_count", "skipped", "batches", "eta"}
     assert (told["strategy"], told["image_count"], told["skipped"], told["batches"]) == ("realtime", 3, 0, 0)
@@ -49,16 +96,16 @@ async def test_a_job_from_enqueue_to_usage(client: Client) -> None:
     job = (await client.rpc("tagging_job", job_id=told["job_id"])).data
     assert {"job_id", "strategy", "stages", "progress", "eta", "error"} <= set(job)
     assert (job["stages"]["completed"], job["progress"], job["error"]) == (3, 100, None)
-    [day] = (await client.rpc("tagging_usage", workspace_id=library.member.workspace)).data
-    assert (day["images"], day["requests"], day["user_id"]) == (3, 3, library.member.user)
+    [day] = (await client.rpc("tagging_usage", workspace_id=client.workspace)).data
+    assert (day["images"], day["requests"], day["user_id"]) == (3, 3, client.stack.keys.natural(library.member.user, 2))
     assert day["input_tokens"] > 0
     assert (
-        await client.rpc("tagging_usage", workspace_id=library.member.workspace, since="2020-01-01", until="2020-01-02")
+        await client.rpc("tagging_usage", workspace_id=client.workspace, since="2020-01-01", until="2020-01-02")
     ).data == []
 
 
 async def test_cancel_and_retry(client: Client) -> None:
-    assets = client.library.insert(["a.jpg", "b.jpg"])
+    assets = client.insert(["a.jpg", "b.jpg"])
     job_id = (await client.rpc("enqueue_tagging", asset_ids=assets)).data["job_id"]
     nothing = await client.rpc("retry_tagging", job_id=job_id)
     assert (nothing.error or {})["code"] == "PT409"
@@ -72,20 +119,19 @@ async def test_what_would_happen_and_what_is_allowed(client: Client) -> None:
     plan = (await client.rpc("tagging_strategy", image_count=300)).data
     assert set(plan) == {"type", "chunks", "delay_ms", "batches", "estimate_seconds"}
     assert (plan["type"], plan["batches"]) == ("batch-parallel", 3)
-    workspace = client.library.member.workspace
-    limit = {"workspace_id": workspace, "request_type": "realtime", "image_count": 30}
+    limit = {"workspace_id": client.workspace, "request_type": "realtime", "image_count": 30}
     free = {"allowed": True, "retry_after": 0, "reason": None}
     assert (await client.rpc("peek_rate_limit", **limit)).data == free
     server_only = await client.rpc("check_rate_limit", **limit)
     assert (server_only.code, (server_only.error or {})["code"]) == ("service_only", "PT403")
-    client.library.stack.configure(members_may_take=True)
-    assert (await client.rpc("check_rate_limit", **limit)).data == free
-    for function in ("check_rate_limit", "peek_rate_limit"):
-        refused = (await client.rpc(function, **limit)).data
-        assert (refused["allowed"], refused["reason"]) == (False, "window_full")
-        assert 0 < refused["retry_after"] <= 60
-        never = (await client.rpc(function, **{**limit, "image_count": 31})).data
-        assert never == {"allowed": False, "retry_after": None, "reason": "exceeds_limit"}
+    with client.stack.configured(members_may_take=True):
+        assert (await client.rpc("check_rate_limit", **limit)).data == free
+        for function in ("check_rate_limit", "peek_rate_limit"):
+            refused = (await client.rpc(function, **limit)).data
+            assert (refused["allowed"], refused["reason"]) == (False, "window_full")
+            assert 0 < refused["retry_after"] <= 60
+            never = (await client.rpc(function, **{**limit, "image_count": 31})).data
+            assert never == {"allowed": False, "retry_after": None, "reason": "exceeds_limit"}
 
 
 async def test_the_server_side_hands_a_webhook_over(client: Client) -> None:
@@ -98,25 +144,24 @@ async def test_the_server_side_hands_a_webhook_over(client: Client) -> None:
     assert (await client.rpc("openai_webhook", **delivery)).code == "42501"
 
 
-async def test_5000_images_in_one_call(client: Client) -> None:
-    assets = client.library.insert([f"{i}.jpg" for i in range(5000)])
-    told = (await client.rpc("enqueue_tagging", asset_ids=assets)).data
-    assert (told["image_count"], told["strategy"], told["batches"]) == (5000, "batch-parallel", 10)
+async def test_2000_images_in_one_call(client: Client, many: tuple[Member, list[Any]]) -> None:
+    member, assets = many
+    told = (await client.rpc("enqueue_tagging", member=member, asset_ids=assets)).data
+    assert (told["image_count"], told["strategy"], told["batches"]) == (2000, "batch-parallel", 10)
 
 
 async def test_every_refusal_has_status_code_message_and_hint(client: Client) -> None:
     library = client.library
     stranger = library.stack.add_member("stranger")
-    [mine] = library.insert(["a.jpg"])
+    no_row = NO_ROW[client.stack.keys.base[0]]
+    [mine] = client.insert(["a.jpg"])
     job_id = (await client.rpc("enqueue_tagging", asset_ids=[mine])).data["job_id"]
-    library.stack.configure(live_images_max=2)
-    workspace = library.member.workspace
-    limit = {"workspace_id": workspace, "request_type": "realtime", "image_count": 1}
+    limit = {"workspace_id": client.workspace, "request_type": "realtime", "image_count": 1}
     cases: list[tuple[str, str, str, dict[str, Any]]] = [
         ("PT400", "no_images", "enqueue_tagging", {"asset_ids": []}),
-        ("PT404", "unknown_asset", "enqueue_tagging", {"asset_ids": [UNKNOWN]}),
-        ("PT413", "too_many_images", "enqueue_tagging", {"asset_ids": [str(uuid.UUID(int=i)) for i in range(50_001)]}),
-        ("PT429", "too_many_live_images", "enqueue_tagging", {"asset_ids": library.insert(["b.jpg", "c.jpg"])}),
+        ("PT404", "unknown_asset", "enqueue_tagging", {"asset_ids": [no_row]}),
+        ("PT413", "too_many_images", "enqueue_tagging", {"asset_ids": [mine] * 50_001}),
+        ("PT429", "too_many_live_images", "enqueue_tagging", {"asset_ids": client.insert(["b.jpg", "c.jpg"])}),
         ("PT404", "unknown_job", "tagging_job", {"job_id": UNKNOWN}),
         ("PT404", "unknown_job", "cancel_tagging", {"job_id": UNKNOWN}),
         ("PT404", "unknown_job", "retry_tagging", {"job_id": UNKNOWN}),
@@ -124,46 +169,53 @@ async def test_every_refusal_has_status_code_message_and_hint(client: Client) ->
         ("PT400", "no_images", "tagging_strategy", {"image_count": 0}),
         ("PT400", "unknown_request_type", "check_rate_limit", {**limit, "request_type": "hourly"}),
         ("PT400", "no_images", "check_rate_limit", {**limit, "image_count": -1}),
-        ("PT403", "not_a_member", "check_rate_limit", {**limit, "workspace_id": UNKNOWN}),
-        ("PT403", "not_a_member", "tagging_usage", {"workspace_id": UNKNOWN}),
+        ("PT403", "not_a_member", "check_rate_limit", {**limit, "workspace_id": no_row}),
+        ("PT403", "not_a_member", "tagging_usage", {"workspace_id": no_row}),
     ]
-    for status, code, function, arguments in cases:
-        answer = await client.rpc(function, **arguments)
+    with client.stack.configured(live_images_max=2):
+        answers = [await client.rpc(function, **arguments) for _, _, function, arguments in cases]
+        busy = await client.rpc("enqueue_tagging", asset_ids=client.insert(["d.jpg", "e.jpg"]))
+    for (status, code, function, _), answer in zip(cases, answers, strict=True):
         assert answer.error, (function, answer)
         assert (answer.error["code"], answer.code) == (status, code), function
         assert answer.error["message"], code
         assert answer.error["hint"], code
-    busy = await client.rpc("enqueue_tagging", asset_ids=library.insert(["d.jpg", "e.jpg"]))
     assert busy.detail["retry_after"] >= 1
     theirs = await client.rpc("enqueue_tagging", member=stranger, asset_ids=[mine])
     assert (theirs.code, (theirs.error or {})["code"]) == ("unknown_asset", "PT404")
 
 
 async def test_wrong_types_and_anon_are_refused_by_postgres_itself(client: Client) -> None:
-    wrong = await client.rpc("enqueue_tagging", asset_ids=["no uuid"])
-    assert (wrong.error or {})["code"] == "22P02"
-    anon = await client.call("", "enqueue_tagging", {"asset_ids": [UNKNOWN]})
+    asset = client.stack.keys.base[0]
+    if asset in WRONG:  # every text is an id
+        wrong = await client.rpc("enqueue_tagging", asset_ids=[WRONG[asset]])
+        assert (wrong.error or {})["code"] == "22P02"
+    anon = await client.call("", "enqueue_tagging", {"asset_ids": [NO_ROW[asset]]})
     assert (anon.error or {})["code"] == "42501"
 
 
-async def test_over_http_the_status_is_the_one_in_the_code(library: Library, stack: Stack) -> None:
-    stack.configure(live_images_max=1)
+async def test_over_http_the_status_is_the_one_in_the_code(keyed: KeyedStack) -> None:
+    library = Library(keyed)
+    [mine, *others] = keyed.keys.natural(library.insert(["a.jpg", "b.jpg"]), 0)
+    job = library.enqueue([str(mine)])
+    no_row = NO_ROW[keyed.keys.base[1]]
     cases = {
         400: ("enqueue_tagging", {"asset_ids": []}),
-        403: ("tagging_usage", {"workspace_id": UNKNOWN}),
+        403: ("tagging_usage", {"workspace_id": no_row}),
         404: ("tagging_job", {"job_id": UNKNOWN}),
-        409: ("retry_tagging", {"job_id": library.enqueue(library.insert(["a.jpg"]))["job_id"]}),
-        413: ("enqueue_tagging", {"asset_ids": [str(uuid.UUID(int=i)) for i in range(50_001)]}),
-        429: ("enqueue_tagging", {"asset_ids": library.insert(["b.jpg"])}),
+        409: ("retry_tagging", {"job_id": job["job_id"]}),
+        413: ("enqueue_tagging", {"asset_ids": [mine] * 50_001}),
+        429: ("enqueue_tagging", {"asset_ids": others}),
     }
-    headers = {"apikey": stack.anon_key, "authorization": f"Bearer {library.member.token}"}
-    async with httpx.AsyncClient(base_url=f"{stack.supabase_url}/rest/v1/rpc", headers=headers) as http:
-        for status, (function, arguments) in cases.items():
-            answer = await http.post(f"/{function}", json=arguments)
-            assert (answer.status_code, answer.json()["code"]) == (status, f"PT{status}")
+    headers = {"apikey": keyed.anon_key, "authorization": f"Bearer {library.member.token}"}
+    with keyed.configured(live_images_max=1):
+        async with httpx.AsyncClient(base_url=f"{keyed.supabase_url}/rest/v1/rpc", headers=headers) as http:
+            for status, (function, arguments) in cases.items():
+                answer = await http.post(f"/{function}", json=arguments)
+                assert (answer.status_code, answer.json()["code"]) == (status, f"PT{status}")
 
 
-def test_every_code_that_can_be_raised_is_documented() -> None:
+async def test_every_code_that_can_be_raised_is_documented() -> None:
     migrations = "".join(path.read_text() for path in (ROOT / "supabase" / "schemas").rglob("*.sql"))
     raised = set(re.findall(r"refuse\(\s*(\d{3}), '(\w+)'", migrations))
     assert len(raised) > 10

@@ -68,8 +68,10 @@ def explain_errors(role: str) -> Iterator[None]:
     except (psycopg.errors.UndefinedFunction, psycopg.errors.InvalidSchemaName):
         raise fail(NO_SCHEMA, FAILED) from None
     except (psycopg.errors.InvalidTextRepresentation, psycopg.errors.NumericValueOutOfRange) as error:
-        # such as: invalid input syntax for type uuid: "mine"
+        # invalid input syntax for type uuid: "mine", for example
         raise fail(f"An option has a wrong value: {error.diag.message_primary}.", WRONG_USAGE) from None
+    except UnicodeEncodeError:
+        raise fail("An option has a wrong value: it is not UTF-8.", WRONG_USAGE) from None
 
 
 @contextmanager
