@@ -1099,6 +1099,18 @@ begin
   end if;
 end $$;
 
+-- The same for a change of what a workspace's images are asked.
+create or replace function autotag.check_editor(p_workspace_id autotag.workspace_id) returns void
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.check_member(p_workspace_id);
+  if not autotag.is_service() and autotag.is_editor(p_workspace_id) is not true then
+    perform autotag.refuse(403, 'not_an_editor', 'You may not change what this workspace''s images are asked.',
+      'Ask who runs this project: autotag.is_editor() decides it.', jsonb_build_object('workspace_id', p_workspace_id));
+  end if;
+end $$;
+
 -- Returns the job. Refuses a job that does not exist or belongs to another workspace.
 create or replace function autotag.visible_job(p_job_id uuid) returns autotag.jobs
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -2060,8 +2072,7 @@ begin
   end if;
 end $$;
 
--- A profile for programs. own: whether it is the workspace's own; outdated: how many images of the workspace were tagged with an older
--- version, at most 10,000 (null: not asked, because the caller may not know).
+-- A profile for programs. own: whether it is the workspace's own, and not the one for all.
 create or replace function autotag.describe_profile(p_profile autotag.profiles) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2080,6 +2091,40 @@ begin
       select h.* from autotag.profiles h
       where h.workspace_id is null and p_workspace_id is null or h.workspace_id = p_workspace_id
       order by h.version desc limit 100) p);
+end $$;
+
+-- tagging_profile: what holds for a workspace, for its members.
+create or replace function autotag.read_profile(p_workspace_id autotag.workspace_id) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.check_member(p_workspace_id);
+  return autotag.describe_profile(autotag.profile_of(p_workspace_id));
+end $$;
+
+-- set_tagging_profile: saves changes of a workspace's profile (save_profile) for its editors, and returns what holds from now on. Images
+-- that were tagged before stay as they are, until `autotag enqueue --outdated`.
+create or replace function autotag.edit_profile(p_workspace_id autotag.workspace_id, p_changes jsonb) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.check_editor(p_workspace_id);
+  return autotag.describe_profile(autotag.save_profile(p_workspace_id, p_changes));
+end $$;
+
+-- For operators: the same without a check of the caller; null: the profile for all workspaces.
+create or replace function autotag.show_profile(p_workspace_id autotag.workspace_id) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return autotag.describe_profile(autotag.profile_of(p_workspace_id));
+end $$;
+
+create or replace function autotag.set_profile(p_workspace_id autotag.workspace_id, p_changes jsonb) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return autotag.describe_profile(autotag.save_profile(p_workspace_id, p_changes));
 end $$;
 
 -- Briefs: what the images of an upload are asked beside the question, what that costs in tokens, and what is kept of the answers.
@@ -3349,13 +3394,15 @@ create or replace trigger autotag_resume_uploads after insert or update or delet
 -- Tags images that existed before autotag (`autotag enqueue`).
 
 -- Previews tagging existing images: {images, seconds, cost (dollars; null: unknown), model}. p_untagged: only those without
--- tags; p_after, p_limit: as in backfill().
-create or replace function autotag.preview_backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
-returns jsonb
+-- tags; p_outdated: only those that an older version of the profile tagged; p_after, p_limit: as in backfill().
+create or replace function autotag.preview_backfill(
+  p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer, p_outdated boolean default false
+) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_images integer := cardinality(autotag.list_assets(p_workspace_id, p_untagged, p_after, p_limit));
+  v_images integer := cardinality(autotag.list_assets(p_workspace_id, p_untagged, p_after, p_limit,
+    case when p_outdated then (autotag.profile_of(p_workspace_id)).version end));
   v_settings autotag.settings;
   v_batches integer := 0;
 begin
@@ -3367,12 +3414,15 @@ begin
     v_batches := autotag.plan_batches(v_images, v_settings.batch_batches_per_hour, v_settings.batch_images_per_hour);
   end if;
   return jsonb_build_object('images', v_images, 'seconds', autotag.estimate_seconds(v_images, v_batches),
-    'cost', v_images * autotag.expected_cost(case when v_batches > 0 then 'batch' end), 'model', v_settings.model);
+    'cost', v_images * autotag.expected_cost(case when v_batches > 0 then 'batch' end, p_workspace_id => p_workspace_id),
+    'model', v_settings.model);
 end $$;
 
 -- Makes one upload of the next p_limit existing images of a workspace (by id, after p_after): {job_id, images, last}. `last`
 -- is p_after for the next call; null: no more images. Refuses what enqueue_tagging refuses. Locks: the workspace (advisory).
-create or replace function autotag.backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer) returns jsonb
+create or replace function autotag.backfill(
+  p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer, p_outdated boolean default false
+) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -3381,7 +3431,8 @@ declare
 begin
   perform autotag.check_image_count(p_limit);
   perform autotag.lock_quotas(p_workspace_id, null);
-  v_assets := autotag.list_assets(p_workspace_id, p_untagged, p_after, p_limit);
+  v_assets := autotag.list_assets(p_workspace_id, p_untagged, p_after, p_limit,
+    case when p_outdated then (autotag.profile_of(p_workspace_id)).version end);
   if v_assets = '{}' then
     return jsonb_build_object('job_id', null, 'images', 0, 'last', null);
   end if;
@@ -6774,7 +6825,7 @@ begin
     select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end,
       case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end,
       case when not v_canonical[i] then autotag.clean_result(e -> 'result')
-        else (e -> 'result') - 'fields' end, e #> '{result,fields}',
+        else (e -> 'result') - 'fields' end, e -> 'result' -> 'fields',
       nullif(e -> 'error', 'null'), u.usage,
       coalesce(u.usage -> 'input' between '0' and v_input and u.usage -> 'output' between '0' and '4000'
         and u.usage -> 'cached' between '0' and v_input and u.usage -> 'cache_write' between '0' and v_input
@@ -9194,6 +9245,17 @@ returns table (user_id uuid, day date, model text, service_tier text, images int
 language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select * from autotag.list_usage(workspace_id, since, until) $$;
 
+-- What the images of a workspace are asked: {version, own, instructions, language, tag_count, min_confidence, vocabulary_mode,
+-- add_parents, fields, created_at}. For its members.
+create or replace function public.tagging_profile(workspace_id autotag.keys.workspace_id%type) returns jsonb
+language sql stable security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.read_profile(workspace_id) $$;
+
+-- Changes it, by the same names; what is not named stays. For editors (autotag.is_editor) and services.
+create or replace function public.set_tagging_profile(workspace_id autotag.keys.workspace_id%type, profile jsonb) returns jsonb
+language sql security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.edit_profile(workspace_id, profile) $$;
+
 -- For the Edge Function that receives OpenAI's webhook where no worker has a public address: passes on a delivery that it has
 -- verified. Not for users.
 create or replace function public.openai_webhook(webhook_id text, event_type text, batch_id text) returns jsonb
@@ -9274,7 +9336,7 @@ begin
 end $$;
 
 -- Runs daily: deletes what is no longer needed. An upload that a tenant's transaction holds is left to the next day.
--- Locks: finished jobs, windows, uploads and arrivals (all skip locked), usage; provider, then what is learned, workspaces and workers.
+-- Locks: finished jobs, windows, uploads and arrivals (all skip locked), usage; provider, then what is learned, briefs, workspaces and workers.
 create or replace function autotag.housekeeping() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -9310,6 +9372,9 @@ begin
   -- Last, because these need the provider row. Workspaces without work; a workspace whose upload has just begun comes back with it.
   perform from autotag.provider_limits for update;
   delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- not used for 90 days
+  delete from autotag.briefs b   -- no upload that is kept was asked this
+  where b.created_at < v_now - interval '90 days' and not exists (select from autotag.learned l where l.brief_id = b.id)
+    and b.id not in (select j.brief_id from autotag.jobs j where j.brief_id is not null);
   delete from autotag.workspaces w
   where w.queued = 0 and not exists (
     select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
@@ -9413,7 +9478,8 @@ grant select on autotag.windows, public.workspace_rate_limits to authenticated;
 grant all on autotag.windows, public.workspace_rate_limits to service_role;
 revoke all on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
-  public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage
+  public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
+  public.tagging_profile, public.set_tagging_profile
   from public, anon;
 revoke all on function public.openai_webhook from public, anon, authenticated;
 
@@ -9421,6 +9487,7 @@ revoke all on function public.openai_webhook from public, anon, authenticated;
 grant execute on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
+  public.tagging_profile, public.set_tagging_profile, autotag.read_profile, autotag.edit_profile,
   autotag.check_image_count, autotag.enqueue, autotag.visible_file_marks, autotag.files_to_check, autotag.failed_assets,
   autotag.cancel, autotag.retry,
   autotag.describe_job,
@@ -9434,7 +9501,7 @@ grant execute on function public.openai_webhook, autotag.receive_webhook to serv
 -- workers: their reports are validated (results/reports.sql), and they can act only on what they hold
 grant execute on function
   autotag.register_worker, autotag.worker_settings, autotag.heartbeat, autotag.tick_if_due,
-  autotag.release_worker, autotag.release_lost, autotag.claim, autotag.describe_tasks, autotag.report_unreadable, autotag.seal_uploads, autotag.report_stages, autotag.settle,
+  autotag.release_worker, autotag.release_lost, autotag.claim, autotag.describe_tasks, autotag.describe_brief, autotag.report_unreadable, autotag.seal_uploads, autotag.report_stages, autotag.settle,
   autotag.list_unstored, autotag.pick_unstored, autotag.store_waiting, autotag.postpone_stores,
   autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted, autotag.show_batch,
   autotag.report_batch_failure, autotag.report_poll_failure, autotag.files_deleted, autotag.provider_checked, autotag.record_poll, autotag.batch_answers, autotag.batch_finish,
@@ -9448,6 +9515,7 @@ grant execute on function autotag.may_see_file to current_user;
 grant execute on function
   autotag.diagnose, autotag.send_test_broadcast, autotag.status, autotag.metrics,
   autotag.preview_backfill, autotag.backfill, autotag.list_usage,
+  autotag.show_profile, autotag.set_profile, autotag.profile_history,
   autotag.preview_comparison, autotag.comparison_sample, autotag.admit_comparison, autotag.settle_comparison
   to autotag_operator;
 

@@ -66,8 +66,7 @@ begin
   end if;
 end $$;
 
--- A profile for programs. own: whether it is the workspace's own; outdated: how many images of the workspace were tagged with an older
--- version, at most 10,000 (null: not asked, because the caller may not know).
+-- A profile for programs. own: whether it is the workspace's own, and not the one for all.
 create or replace function autotag.describe_profile(p_profile autotag.profiles) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -86,4 +85,38 @@ begin
       select h.* from autotag.profiles h
       where h.workspace_id is null and p_workspace_id is null or h.workspace_id = p_workspace_id
       order by h.version desc limit 100) p);
+end $$;
+
+-- tagging_profile: what holds for a workspace, for its members.
+create or replace function autotag.read_profile(p_workspace_id autotag.workspace_id) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.check_member(p_workspace_id);
+  return autotag.describe_profile(autotag.profile_of(p_workspace_id));
+end $$;
+
+-- set_tagging_profile: saves changes of a workspace's profile (save_profile) for its editors, and returns what holds from now on. Images
+-- that were tagged before stay as they are, until `autotag enqueue --outdated`.
+create or replace function autotag.edit_profile(p_workspace_id autotag.workspace_id, p_changes jsonb) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.check_editor(p_workspace_id);
+  return autotag.describe_profile(autotag.save_profile(p_workspace_id, p_changes));
+end $$;
+
+-- For operators: the same without a check of the caller; null: the profile for all workspaces.
+create or replace function autotag.show_profile(p_workspace_id autotag.workspace_id) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return autotag.describe_profile(autotag.profile_of(p_workspace_id));
+end $$;
+
+create or replace function autotag.set_profile(p_workspace_id autotag.workspace_id, p_changes jsonb) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return autotag.describe_profile(autotag.save_profile(p_workspace_id, p_changes));
 end $$;

@@ -83,7 +83,7 @@ begin
     select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end,
       case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end,
       case when not v_canonical[i] then autotag.clean_result(e -> 'result')
-        else (e -> 'result') - 'fields' end, e #> '{result,fields}',
+        else (e -> 'result') - 'fields' end, e -> 'result' -> 'fields',
       nullif(e -> 'error', 'null'), u.usage,
       coalesce(u.usage -> 'input' between '0' and v_input and u.usage -> 'output' between '0' and '4000'
         and u.usage -> 'cached' between '0' and v_input and u.usage -> 'cache_write' between '0' and v_input
