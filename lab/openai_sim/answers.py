@@ -76,7 +76,7 @@ def log_fields(request: CompletionRequest, answer: dict[str, Any], *, batch: boo
     cost = dollars(request.model.name, usage, request.tier, batch) if usage and request.model.prices else None
     return {
         "model": request.model.dated, "effort": request.effort, "cap": request.cap, "tier": request.tier,
-        "format": request.format, "tokens": request.metered, "usage": usage,
+        "format": request.format, "prefix": request.prefix, "tokens": request.metered, "usage": usage,
         "dollars": None if cost is None else str(cost),
     }  # fmt: skip
 

@@ -7,8 +7,8 @@ import uuid
 from collections import OrderedDict
 
 from autotag.db.connections import Connections
+from autotag.db.errors import NotHeld
 from autotag.db.messages import Brief, make
-from autotag.errors import TaggingError
 
 READ_TIMEOUT = 10.0  # seconds; it reads only tables of autotag
 KEPT = 200  # briefs; one with 500 tags has some 20 kB
@@ -26,7 +26,7 @@ class Briefs:
         """The brief with this number; None: the question alone is asked. Images that need the same one wait for it.
 
         Raises:
-            TaggingError: the worker does not hold an image that is asked this (any more).
+            NotHeld: the worker does not hold an image that is asked this (any more).
             psycopg.Error, Busy, TooSlow: the database failed.
         """
         if number is None:
@@ -47,5 +47,5 @@ class Briefs:
             "other", "select autotag.describe_brief(%s, %s) as brief", self._worker, number, within=READ_TIMEOUT
         )
         if row["brief"] is None:
-            raise TaggingError("transient", "no_brief", "What to ask about this image is not known.", origin="worker")
+            raise NotHeld("This worker holds no image that is asked this.")
         return make(Brief, row["brief"])

@@ -6,7 +6,7 @@ import time
 
 import structlog
 
-from autotag.db import DatabaseSettings, Image
+from autotag.db import DatabaseSettings, Image, NotHeld
 from autotag.db.briefs import Briefs
 from autotag.db.messages import Outcome
 from autotag.errors import TaggingError
@@ -82,6 +82,8 @@ class Tagger:
             if error.kind == "rate_limit" and error.origin == "provider":
                 self._observations.add_limits({**error.limits, "retry_after": error.retry_after}, sent)
             log_error(image, error)
+        except NotHeld:  # the lease has ended, and so has what its outcome is worth
+            outcome["error"] = TaggingError("transient", "not_held", "Tagging was interrupted.").as_json()
         except Exception as error:
             # A bug must not affect the other images in flight. It counts as a failure of this image, which is retried
             # and finally fails.
