@@ -37,7 +37,9 @@ def check_fields(library: Library, assets: list[str], fields: list[dict[str, Any
         seen, flag, count, note = (field["name"] for field in fields)
         assert set(result["fields"]) == {seen, flag, count, note}
         values = set(fields[0]["values"])
-        assert result["fields"][seen] in values & drawing.tags if values & drawing.tags else result["fields"][seen] is None
+        assert (
+            result["fields"][seen] in values & drawing.tags if values & drawing.tags else result["fields"][seen] is None
+        )
         assert result["fields"][flag] is (flag in drawing.tags)
         assert result["fields"][count] == len(drawing.tags)
         assert result["fields"][note] in drawing.tags
@@ -119,7 +121,9 @@ async def test_a_long_prompt_stays_within_the_limits(library: Library) -> None:
     save(library, vocabulary_mode="prefer", instructions="x" * 500)
     stack.configure(chunk_delay="0.01 s", realtime_requests_per_minute=10000, realtime_tokens_per_minute=10_000_000)
     stack.simulator.limits = stack.simulator.limits.of(500, 60_000, None)
-    library.sql("update autotag.provider_limits set tokens_per_minute = 60000, tokens_left = 60000, requests_per_day = null")
+    library.sql(
+        "update autotag.provider_limits set tokens_per_minute = 60000, tokens_left = 60000, requests_per_day = null"
+    )
     assets = await library.upload(30)
     async with worker(stack):
         await library.finished(library.enqueue(assets))
