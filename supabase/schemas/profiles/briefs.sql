@@ -98,13 +98,13 @@ begin
   return v_brief;
 end $$;
 
--- What one image of a brief reserves in the window of its workspace: no more than that holds, or it would wait for ever for the sake
--- of a long vocabulary. settle() corrects the window by the real use.
-create or replace function autotag.reserved_for(p_brief autotag.briefs, p_workspace_id autotag.workspace_id) returns integer
+-- What one image of a brief reserves, cut to what the window of its workspace holds: otherwise it would wait for ever for the sake of a
+-- long vocabulary. settle() corrects the window by the real use.
+create or replace function autotag.fit_window(p_tokens integer, p_workspace_id autotag.workspace_id) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return (select least(p_brief.tokens_per_image, l.max_units) from autotag.window_limits(p_workspace_id, 'realtime') l);
+  return (select least(p_tokens, l.max_units) from autotag.window_limits(p_workspace_id, 'realtime') l);
 end $$;
 
 -- How many tokens more than usual each image of a batch reserves in the provider's queue because of this brief (null: none).
