@@ -18,11 +18,17 @@ begin
   if v_profile.id is null then
     return v_brief;
   end if;
+  select * into v_provider from autotag.provider_limits;
+  if v_provider.question <> autotag.describe_question() then   -- the next claim makes it the present one
+    v_provider.question := autotag.describe_question();
+    v_provider.question_version := -1;
+  end if;
   v_vocabulary := case when v_profile.vocabulary_mode = 'open' then '[]' else coalesce(autotag.vocabulary_for_prompt(p_workspace_id), '[]') end;
   select * into v_brief from autotag.briefs b
   where b.profile_id = v_profile.id and md5(b.vocabulary::text) = md5(v_vocabulary::text) order by b.id limit 1;
   if found then
-    return v_brief;
+    return case when v_brief.question_version = v_provider.question_version then v_brief
+      else autotag.estimate_brief(v_brief, v_provider) end;
   end if;
   v_brief.profile_id := v_profile.id;
   v_brief.vocabulary := v_vocabulary;
@@ -33,7 +39,6 @@ begin
     select sum(10 + ceil(octet_length(f ->> 'name') / 3.0) + case f ->> 'kind' when 'text' then 60 when 'enum' then (
       select ceil(max(octet_length(e)) / 3.0) from jsonb_array_elements_text(f -> 'values') e) else 0 end)
     from jsonb_array_elements(v_profile.fields) f), 0);
-  select * into v_provider from autotag.provider_limits;
   return autotag.estimate_brief(v_brief, v_provider);
 end $$;
 
