@@ -1936,7 +1936,7 @@ language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_field jsonb;
-  v_names text[] := '{}';
+  v_names text[] := array[]::text[];
   v_values integer := 0;       -- of all enums
   v_length bigint := 0;        -- characters of all names and values
   v_one record;
@@ -2002,7 +2002,7 @@ create or replace function autotag.vocabulary_for_prompt(p_workspace_id autotag.
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return '[]';
+  return case when p_workspace_id is not null then jsonb_build_array() end;
 end $$;
 
 -- Saving a profile: `autotag profile set`, and set_tagging_profile for a person's page.
@@ -2049,7 +2049,7 @@ language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_types jsonb := '{"instructions": "string", "language": "string", "tag_count": "number", "min_confidence": "number",
-    "vocabulary_mode": "string", "add_parents": "boolean", "fields": "array"}';
+    "vocabulary_mode": "string", "add_parents": "boolean", "fields": "array"}'::jsonb;
   v_odd text;
 begin
   if p_changes is null or jsonb_typeof(p_changes) <> 'object' then

@@ -3,5 +3,5 @@ create or replace function autotag.vocabulary_for_prompt(p_workspace_id autotag.
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return '[]';
+  return case when p_workspace_id is not null then jsonb_build_array() end;
 end $$;
