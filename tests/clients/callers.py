@@ -31,7 +31,7 @@ def types_of(stack: KeyedStack) -> dict[str, str]:
     asset, workspace, _ = stack.keys.base
     return {
         "asset_ids": f"{asset}[]", "job_id": "uuid", "image_count": "integer", "workspace_id": workspace, "request_type": "text",
-        "since": "date", "until": "date", "webhook_id": "text", "event_type": "text", "batch_id": "text",
+        "since": "date", "until": "date", "webhook_id": "text", "event_type": "text", "batch_id": "text", "profile": "jsonb",
     }  # fmt: skip
 
 
@@ -116,12 +116,16 @@ def _claims(stack: KeyedStack, token: str) -> dict[str, Any]:
     return jwt.decode(token or stack.anon_key, options={"verify_signature": False})
 
 
+def _as_json(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: json.dumps(value) if isinstance(value, dict) else value for name, value in arguments.items()}
+
+
 @contextlib.asynccontextmanager
 async def psycopg_3(stack: KeyedStack) -> AsyncIterator[Call]:
     async with await psycopg.AsyncConnection.connect(stack.database_url("authenticator"), row_factory=tuple_row) as one:
 
         async def call(token: str, function: str, arguments: dict[str, Any]) -> Answer:
-            claims = _claims(stack, token)
+            claims, arguments = _claims(stack, token), _as_json(arguments)
             passed = ", ".join(f"{name} => %({name})s::{types_of(stack)[name]}" for name in arguments)
             try:
                 async with one.transaction():
@@ -147,7 +151,7 @@ async def pg_8000(stack: KeyedStack) -> AsyncIterator[Call]:
     )
 
     def run(token: str, function: str, arguments: dict[str, Any]) -> Answer:
-        claims = _claims(stack, token)
+        claims, arguments = _claims(stack, token), _as_json(arguments)
         passed = ", ".join(f"{name} => cast(:{name} as {types_of(stack)[name]})" for name in arguments)
         one.run("begin")
         try:

@@ -96,6 +96,7 @@ async def test_a_job_from_enqueue_to_usage(client: Client) -> None:
     job = (await client.rpc("tagging_job", job_id=told["job_id"])).data
     assert {"job_id", "strategy", "stages", "progress", "eta", "error"} <= set(job)
     assert (job["stages"]["completed"], job["progress"], job["error"]) == (3, 100, None)
+    assert (await client.rpc("tagging_profile", workspace_id=client.workspace)).data["version"] == 0
     [day] = (await client.rpc("tagging_usage", workspace_id=client.workspace)).data
     assert (day["images"], day["requests"], day["user_id"]) == (3, 3, client.stack.keys.natural(library.member.user, 2))
     assert day["input_tokens"] > 0
@@ -119,7 +120,8 @@ async def test_what_would_happen_and_what_is_allowed(client: Client) -> None:
     plan = (await client.rpc("tagging_strategy", image_count=300)).data
     assert set(plan) == {"type", "chunks", "delay_ms", "batches", "estimate_seconds"}
     assert (plan["type"], plan["batches"]) == ("batch-parallel", 3)
-    limit = {"workspace_id": client.workspace, "request_type": "realtime", "image_count": 30}
+    own = {"workspace_id": client.workspace}
+    limit = {**own, "request_type": "realtime", "image_count": 30}
     free = {"allowed": True, "retry_after": 0, "reason": None}
     assert (await client.rpc("peek_rate_limit", **limit)).data == free
     server_only = await client.rpc("check_rate_limit", **limit)
@@ -156,7 +158,8 @@ async def test_every_refusal_has_status_code_message_and_hint(client: Client) ->
     no_row = NO_ROW[client.stack.keys.base[0]]
     [mine] = client.insert(["a.jpg"])
     job_id = (await client.rpc("enqueue_tagging", asset_ids=[mine])).data["job_id"]
-    limit = {"workspace_id": client.workspace, "request_type": "realtime", "image_count": 1}
+    own = {"workspace_id": client.workspace}
+    limit = {**own, "request_type": "realtime", "image_count": 1}
     cases: list[tuple[str, str, str, dict[str, Any]]] = [
         ("PT400", "no_images", "enqueue_tagging", {"asset_ids": []}),
         ("PT404", "unknown_asset", "enqueue_tagging", {"asset_ids": [no_row]}),
@@ -171,6 +174,7 @@ async def test_every_refusal_has_status_code_message_and_hint(client: Client) ->
         ("PT400", "no_images", "check_rate_limit", {**limit, "image_count": -1}),
         ("PT403", "not_a_member", "check_rate_limit", {**limit, "workspace_id": no_row}),
         ("PT403", "not_a_member", "tagging_usage", {"workspace_id": no_row}),
+        ("PT403", "not_an_editor", "set_tagging_profile", {**own, "profile": {"tag_count": 5}}),
     ]
     with client.stack.configured(live_images_max=2):
         answers = [await client.rpc(function, **arguments) for _, _, function, arguments in cases]

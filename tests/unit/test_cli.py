@@ -98,7 +98,9 @@ class FakeOperator:
     def __init__(self, images: int, refusals: int = 0) -> None:
         self.left, self.refusals, self.number = images, refusals, 0
 
-    async def backfill(self, workspace: str, untagged: bool, after: str | None, limit: int) -> dict[str, Any]:
+    async def backfill(
+        self, workspace: str, untagged: bool, after: str | None, limit: int, *, outdated: bool
+    ) -> dict[str, Any]:
         if self.refusals:
             self.refusals -= 1
             raise Refused("Too many live images.", None, 0.0)
@@ -135,7 +137,7 @@ async def test_a_backfill_waits_for_room_and_says_why(monkeypatch: pytest.Monkey
 
 async def test_a_refusal_for_good_ends_a_backfill() -> None:
     class Refusing:
-        async def backfill(self, *_: Any) -> dict[str, Any]:
+        async def backfill(self, *_: Any, **__: Any) -> dict[str, Any]:
             raise Refused("No such workspace.", None, None)
 
     with pytest.raises(Refused, match="No such workspace"):

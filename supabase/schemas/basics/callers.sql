@@ -26,6 +26,18 @@ begin
   end if;
 end $$;
 
+-- The same for a change of what a workspace's images are asked.
+create or replace function autotag.check_editor(p_workspace_id autotag.workspace_id) returns void
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.check_member(p_workspace_id);
+  if not autotag.is_service() and autotag.is_editor(p_workspace_id) is not true then
+    perform autotag.refuse(403, 'not_an_editor', 'You may not change what this workspace''s images are asked.',
+      'Ask who runs this project: autotag.is_editor() decides it.', jsonb_build_object('workspace_id', p_workspace_id));
+  end if;
+end $$;
+
 -- Returns the job. Refuses a job that does not exist or belongs to another workspace.
 create or replace function autotag.visible_job(p_job_id uuid) returns autotag.jobs
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
