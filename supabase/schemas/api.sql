@@ -94,6 +94,23 @@ returns table (user_id uuid, day date, model text, service_tier text, images int
 language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select * from autotag.list_usage(workspace_id, since, until) $$;
 
+-- The vocabulary that holds for a workspace.
+create or replace function public.tagging_vocabulary(workspace_id autotag.keys.workspace_id%type) returns jsonb
+language sql stable security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.describe_vocabulary(workspace_id) $$;
+
+-- Replaces a workspace's own vocabulary.
+create or replace function public.set_tagging_vocabulary(workspace_id autotag.keys.workspace_id%type, entries jsonb) returns jsonb
+language sql security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.edit_vocabulary(workspace_id, entries, '{}', true) $$;
+
+-- Changes some of its entries, so that two people who edit it do not overwrite each other's.
+create or replace function public.edit_tagging_vocabulary(
+  workspace_id autotag.keys.workspace_id%type, entries jsonb default '[]', removed text[] default '{}'
+) returns jsonb
+language sql security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.edit_vocabulary(workspace_id, entries, removed, false) $$;
+
 -- For the Edge Function that receives OpenAI's webhook where no worker has a public address: passes on a delivery that it has
 -- verified. Not for users.
 create or replace function public.openai_webhook(webhook_id text, event_type text, batch_id text) returns jsonb

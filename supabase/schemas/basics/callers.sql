@@ -26,6 +26,23 @@ begin
   end if;
 end $$;
 
+-- Refuses callers who may not change what is asked about a workspace's images, and who is given which tags: its vocabulary and
+-- profiles. Members may if the adapter says so (is_editor). Null: for all workspaces, which only a service may change.
+create or replace function autotag.check_editor(p_workspace_id autotag.workspace_id) returns void
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if autotag.is_service() then
+    return;
+  end if;
+  perform autotag.check_member(p_workspace_id);
+  if not autotag.is_editor(p_workspace_id) then
+    perform autotag.refuse(403, 'not_an_editor', 'You may not change this for your workspace.',
+      'The project''s owner decides who may: autotag init --editors members, or autotag.is_editor() of your own.',
+      jsonb_build_object('workspace_id', p_workspace_id));
+  end if;
+end $$;
+
 -- Returns the job. Refuses a job that does not exist or belongs to another workspace.
 create or replace function autotag.visible_job(p_job_id uuid) returns autotag.jobs
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp

@@ -84,6 +84,7 @@ class Host:
         members: who belongs to a workspace.
         files: which files a row may name.
         users_see_files: ask row level security whether the caller may see a file.
+        editors: who may change a workspace's vocabulary and profiles beside the project's server: ``members`` or ``none``.
     """
 
     table: str = "public.assets"
@@ -102,6 +103,7 @@ class Host:
     members: Members = field(default_factory=lambda: Members("public.workspace_members", "workspace_id", "user_id"))
     files: FileRule = field(default_factory=FileRule)
     users_see_files: bool = True
+    editors: str = "none"
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class Choices:
     members_table: str | None = None
     members_claim: str | None = None
     file_rule: str | None = None
+    editors: str | None = None
 
 
 #: Gets the option, the question and the possible answers (empty: any), and returns the answer. Raises HostError when no
@@ -154,8 +157,14 @@ def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
     members = _members(facts, table, workspace, choices, ask)
     return Host(
         table.name, id_column, workspace, path=path, bucket_column=bucket_column, bucket=bucket, url=url,
-        tags=tags, tags_type=tags_type, result=result, members=members,
+        tags=tags, tags_type=tags_type, result=result, members=members, editors=_editors(choices.editors),
     )  # fmt: skip
+
+
+def _editors(wanted: str | None) -> str:
+    if wanted not in (None, "none", "members"):
+        raise HostError(f"--editors is none or members, not {wanted}.")
+    return wanted or "none"
 
 
 def _table(facts: Facts, wanted: str | None, ask: Ask) -> Table:
