@@ -55,7 +55,7 @@ def complete(
     """
     if variant == "error_in_200":
         return {"id": None, "choices": None, "error": {"message": "Provider returned error", "code": 429}}
-    content, refusal, finish = _content(picture, variant)
+    content, refusal, finish = _content(picture, variant, request.schema)
     content, finish, output, reasoning = _within_cap(request.cap, reasoning, content, refusal, finish)
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": refusal, "annotations": []}
     choices: list[dict[str, Any]] = [{"index": 0, "finish_reason": finish, "logprobs": None, "message": message}]
@@ -76,12 +76,12 @@ def log_fields(request: CompletionRequest, answer: dict[str, Any], *, batch: boo
     cost = dollars(request.model.name, usage, request.tier, batch) if usage and request.model.prices else None
     return {
         "model": request.model.dated, "effort": request.effort, "cap": request.cap, "tier": request.tier,
-        "format": request.format, "tokens": request.metered, "usage": usage,
+        "format": request.format, "prefix": request.prefix, "tokens": request.metered, "usage": usage,
         "dollars": None if cost is None else str(cost),
     }  # fmt: skip
 
 
-def _content(picture: Picture | None, variant: AnswerVariant | None) -> tuple[str | None, str | None, str]:
+def _content(picture: Picture | None, variant: AnswerVariant | None, schema: str) -> tuple[str | None, str | None, str]:
     """Content, refusal and finish_reason of an answer before the cap is applied."""
     match variant:
         case "refusal":
@@ -92,7 +92,7 @@ def _content(picture: Picture | None, variant: AnswerVariant | None) -> tuple[st
             return None, None, "stop"
         case "no_json":
             return "I see a picture.", None, "stop"
-    content = json.dumps(_tagging(picture, variant))
+    content = json.dumps(_tagging(picture, variant) | _fields(picture, schema), ensure_ascii=False)
     match variant:
         case "length":
             return content[:20], None, "length"
@@ -119,6 +119,24 @@ def _tagging(picture: Picture | None, variant: AnswerVariant | None) -> dict[str
         return {"caption": caption, "tags": [tag.title() for tag in tags]}
     listed = [{"tag": tag.title(), "confidence": _confidence(i, variant)} for i, tag in enumerate(tags)]
     return {"caption": caption, "tags": listed, **({"mood": "calm"} if variant == "extra_key" else {})}
+
+
+def _fields(picture: Picture | None, schema: str) -> dict[str, Any]:
+    """The fields that a strict schema asks for, by what is in the picture: an enum is the first of its values that is a
+    tag, a boolean whether its name is one, an integer the number of tags, and a text the most important tag."""
+    asked = json.loads(schema)["properties"].get("fields") if schema else None
+    if not asked:
+        return {}
+    tags = picture.tags if picture else ()
+    values: dict[str, Any] = {}
+    for name, field in asked["properties"].items():
+        kind = field["anyOf"][0]
+        values[name] = (
+            next((value for value in kind["enum"] if value in tags), None) if "enum" in kind
+            else name in tags if kind["type"] == "boolean" else len(tags) if kind["type"] == "integer"
+            else next(iter(tags), None)
+        )  # fmt: skip
+    return {"fields": values}
 
 
 def _confidence(position: int, variant: AnswerVariant | None) -> float | str:

@@ -31,6 +31,7 @@ class CompletionRequest:
     format: str | None = None  # the type of response_format
     text_tokens: int = 0
     image_tokens: int = 0
+    schema: str = ""  # the strict schema of the answer, as JSON
     prefix: str = ""  # hash of the model and all text before the first image
     prefix_tokens: int = 0
 
@@ -84,7 +85,7 @@ def parse_request(body: dict[str, Any], plan: Plan, *, batch: bool = False) -> C
     first = next((i for i, part in enumerate(messages) if isinstance(part, _Image)), len(messages))
     before = [str(part) for part in messages[:first]]
     return CompletionRequest(
-        model, effort, cap, tier, form,
+        model, effort, cap, tier, form, schema=schema,
         text_tokens=_text_tokens(texts, schema),
         image_tokens=sum(_image_tokens(image, model) for image in images),
         prefix=hashlib.sha256(json.dumps([model.dated, schema, before]).encode()).hexdigest(),

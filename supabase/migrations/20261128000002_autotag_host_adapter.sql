@@ -41,7 +41,7 @@ as $$
   select exists (select from public.workspace_members m where m.workspace_id = p_workspace_id and m.user_id = (select auth.uid()))
 $$;
 
--- Whether a signed-in user may change the vocabulary and the profiles of a workspace. Services may in any case.
+-- Whether the caller may change what the images of a workspace are asked: its profile and its vocabulary. Services always may.
 create or replace function autotag.is_editor(p_workspace_id autotag.workspace_id) returns boolean
 language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
@@ -182,8 +182,11 @@ begin
     order by a.i);
 end $$;
 
--- The next images of a workspace that are not being tagged, by id after p_after. p_untagged: only those without tags.
-create or replace function autotag.list_assets(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
+-- The next images of a workspace that are not being tagged, by id after p_after. p_untagged: only those without tags. p_older_than: only
+-- those that autotag has tagged with an older version of the profile; without one counts as version 0.
+create or replace function autotag.list_assets(
+  p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer, p_older_than integer default null
+)
 returns uuid[]
 language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
@@ -193,6 +196,8 @@ as $$
     where a.workspace_id = p_workspace_id and (p_after is null or a.id > p_after)
       and (a.tagging_stage is null or a.tagging_stage in ('completed', 'failed'))
       and (not p_untagged or a.tags is null)
+      and (p_older_than is null or a.tagging_result is not null and p_older_than > case
+        when jsonb_typeof(a.tagging_result -> 'profile') = 'number' then (a.tagging_result -> 'profile')::numeric else 0 end)
     order by a.id limit p_limit) x (id)
 $$;
 

@@ -253,11 +253,12 @@ create table autotag.learned (
   reasoning_effort text not null,        -- '': not sent
   max_tags integer not null,
   tag_language text not null,
+  brief_id bigint not null default 0,    -- of autotag.briefs; 0: the question alone
   answers bigint not null default 0,
   prompt jsonb not null default '{}',    -- {size: weight}
   output jsonb not null default '{}',
   learned_at timestamptz not null default '-infinity',
-  primary key (model, image_detail, reasoning_effort, max_tags, tag_language)
+  primary key (model, image_detail, reasoning_effort, max_tags, tag_language, brief_id)
 ) with (fillfactor = 50);
 alter table autotag.learned enable row level security;
 
@@ -379,6 +380,7 @@ create table autotag.jobs (
   progress integer not null default 0 check (progress between 0 and 100),
   broadcast_at timestamptz not null default '-infinity',   -- when job-progress was last broadcast
   traceparent text,                     -- of the HTTP request that made the job (W3C Trace Context), if it had one
+  brief_id bigint,                      -- what its images are asked (autotag.briefs); null: the question alone
   retry_of uuid,                        -- the job whose failed images it retries (retry_tagging)
   check (completed >= 0 and failed >= 0 and completed + failed <= image_count),
   check ((finished_at is not null) = (completed + failed = image_count))
@@ -720,7 +722,8 @@ create type autotag.answer as (
   usage jsonb,                 -- as clean_usage() returns it; null: the provider gave no figures
   called boolean,              -- whether the call was sent
   mark uuid,                   -- of the picture that the model saw (describe_assets); null: not known
-  asset_id uuid
+  asset_id uuid,
+  brief_id bigint              -- what its job is asked (autotag.briefs); null: the question alone
 );
 
 -- The state of one batch, as a poll of OpenAI showed it.
@@ -773,6 +776,7 @@ create type autotag.provider_report as (
   form_changed boolean,        -- a parameter was refused, and the model's row has its next form
   inputs integer[],            -- prompt and answer tokens to learn from, where there are no answers
   outputs integer[],
+  briefs bigint[],             -- what each of them was asked (autotag.answer)
   windows jsonb                -- corrections of windows that were held: [{workspace_id, reserved_at, requests, units}]
 );
 
@@ -789,6 +793,7 @@ create table autotag.provider_reports (
   observed jsonb,                        -- limits from response headers
   inputs integer[] not null default '{}',
   outputs integer[] not null default '{}',
+  briefs bigint[] not null default '{}',
   windows jsonb not null default '[]'
 );
 alter table autotag.provider_reports enable row level security;
@@ -837,6 +842,29 @@ create table autotag.profiles (
 );
 create unique index profiles_key on autotag.profiles (workspace_id, version) nulls not distinct;
 alter table autotag.profiles enable row level security;
+
+-- What the images of an upload are asked beside the question: a version of a profile, and the vocabulary of that moment. A job names its
+-- brief, so that all of it is asked the same, and a batch's answers are read as they were asked. A job without one is asked the
+-- question alone. Workers read a brief once.
+create table autotag.briefs (
+  id bigint generated always as identity primary key,
+  profile_id bigint not null,
+  vocabulary jsonb not null,             -- tags for the prompt; [] where the mode is open
+  tag_count integer,                     -- of its profile
+  extra_prompt integer not null,         -- first guess of the tokens that it adds to a prompt …
+  extra_output integer not null,         -- … and to an answer, beside its number of tags
+  -- What one image reserves and uses on average (as in provider_limits), and the version of the question that this holds for. Only
+  -- the transaction that holds the provider row updates a brief.
+  question_version bigint not null default -1,
+  tokens_per_image integer not null,
+  output_tokens integer not null,
+  prompt_mean integer not null,
+  output_mean integer not null,
+  created_at timestamptz not null
+) with (fillfactor = 50);
+-- Not unique: two first uploads may each insert one, and neither waits for the other's transaction.
+create index briefs_profile_idx on autotag.briefs (profile_id, md5(vocabulary::text));
+alter table autotag.briefs enable row level security;
 
 -- The tags that a workspace uses, in its own words. What an image gets of them is decided when its tags are stored (match_tags), by the
 -- vocabulary of that moment.
@@ -1116,8 +1144,8 @@ begin
   end if;
 end $$;
 
--- Refuses callers who may not change what is asked about a workspace's images, and who is given which tags: its vocabulary and
--- profiles. Members may if the adapter says so (is_editor). Null: for all workspaces, which only a service may change.
+-- The same for a change of what a workspace's images are asked and how they are tagged: its profile and its vocabulary. Null: those of all
+-- workspaces, which only a service may change.
 create or replace function autotag.check_editor(p_workspace_id autotag.workspace_id) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1126,10 +1154,9 @@ begin
     return;
   end if;
   perform autotag.check_member(p_workspace_id);
-  if not autotag.is_editor(p_workspace_id) then
-    perform autotag.refuse(403, 'not_an_editor', 'You may not change this for your workspace.',
-      'The project''s owner decides who may: autotag init --editors members, or autotag.is_editor() of your own.',
-      jsonb_build_object('workspace_id', p_workspace_id));
+  if autotag.is_editor(p_workspace_id) is not true then
+    perform autotag.refuse(403, 'not_an_editor', 'You may not change what this workspace''s images are asked.',
+      'Ask who runs this project: autotag.is_editor() decides it.', jsonb_build_object('workspace_id', p_workspace_id));
   end if;
 end $$;
 
@@ -1462,16 +1489,19 @@ end $$;
 
 -- Sets what one image reserves and what it uses on average, from what was learned about the present question, or from the
 -- first guess below 10 answers. Few answers get a margin of 2 / answers, because ten may not have included the largest.
--- The caller holds the provider row.
-create or replace function autotag.estimate_tokens(p_provider autotag.provider_limits) returns autotag.provider_limits
+-- p_brief: what is asked beside the question; the row that is returned then says what such an image needs. The caller holds the provider
+-- row.
+create or replace function autotag.estimate_tokens(p_provider autotag.provider_limits, p_brief autotag.briefs default null)
+returns autotag.provider_limits
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
   v_learned autotag.learned;
   v_question jsonb := p_provider.question;
-  v_prompt_guess integer := autotag.guess_prompt(v_question);
-  v_output_guess integer := autotag.guess_output(v_question);
+  v_prompt_guess integer := autotag.guess_prompt(v_question) + coalesce(p_brief.extra_prompt, 0);
+  v_output_guess integer := coalesce(p_brief.extra_output, 0)
+    + autotag.guess_output(v_question || jsonb_build_object('max_tags', coalesce(p_brief.tag_count, (v_question -> 'max_tags')::integer)));
   v_prompt integer := v_prompt_guess;
   v_output integer := v_output_guess;
   v_margin double precision;
@@ -1480,7 +1510,8 @@ begin
   select * into v_learned from autotag.learned l
   where l.model = v_question ->> 'model' and l.image_detail = v_question ->> 'image_detail'
     and l.reasoning_effort = coalesce(v_question ->> 'reasoning_effort', '')
-    and l.max_tags = (v_question ->> 'max_tags')::integer and l.tag_language = v_question ->> 'tag_language';
+    and l.max_tags = (v_question ->> 'max_tags')::integer and l.tag_language = v_question ->> 'tag_language'
+    and l.brief_id = coalesce(p_brief.id, 0);
   p_provider.prompt_mean := v_prompt;
   p_provider.output_mean := v_output / 3;
   if v_learned.answers >= 10 then
@@ -1535,13 +1566,34 @@ begin
   return p_provider;
 end $$;
 
--- Learns from the prompt and answer tokens (parallel arrays) of answers to a question (null: the present one). A prompt counts
--- as at most 20 times the first guess. The caller holds the provider row.
-create or replace function autotag.learn(p_inputs integer[], p_outputs integer[], p_question jsonb default null) returns void
+-- Learns from the prompt and answer tokens (parallel arrays) of answers to a question (null: the present one). p_briefs: what each was
+-- asked beside the question; null: nothing. The caller holds the provider row.
+create or replace function autotag.learn(p_inputs integer[], p_outputs integer[], p_question jsonb default null, p_briefs bigint[] default null)
+returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_group record;
+begin
+  if array_remove(p_briefs, null) = '{}' is not false then
+    perform autotag.learn_brief(null, p_inputs, p_outputs, p_question);
+    return;
+  end if;
+  for v_group in
+    select u.brief, array_agg(u.input) as inputs, array_agg(u.output) as outputs
+    from unnest(p_inputs, p_outputs, p_briefs) u (input, output, brief) group by u.brief order by u.brief
+  loop
+    perform autotag.learn_brief(v_group.brief, v_group.inputs, v_group.outputs, p_question);
+  end loop;
+end $$;
+
+-- Learns from answers that were all asked the same. A prompt counts as at most 20 times the first guess.
+create or replace function autotag.learn_brief(p_brief bigint, p_inputs integer[], p_outputs integer[], p_question jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits;
+  v_brief autotag.briefs;
   v_question jsonb;
   v_memory integer := (select s.learning_memory from autotag.settings s);
   v_max_allowed integer;
@@ -1551,20 +1603,30 @@ begin
   end if;
   select * into v_provider from autotag.provider_limits;
   v_question := coalesce(p_question, v_provider.question);
-  v_max_allowed := 20 * autotag.guess_prompt(v_question);
+  if p_brief is not null then
+    select * into v_brief from autotag.briefs b where b.id = p_brief;
+    if not found then
+      return;
+    end if;
+  end if;
+  v_max_allowed := 20 * (autotag.guess_prompt(v_question) + coalesce(v_brief.extra_prompt, 0));
   p_inputs := array(select least(i, v_max_allowed) from unnest(p_inputs) i);
   update autotag.learned l
   set answers = l.answers + cardinality(p_inputs), learned_at = autotag.now(),
       prompt = autotag.decayed_histogram(l.prompt, p_inputs, v_memory), output = autotag.decayed_histogram(l.output, p_outputs, v_memory)
   where l.model = v_question ->> 'model' and l.image_detail = v_question ->> 'image_detail'
     and l.reasoning_effort = coalesce(v_question ->> 'reasoning_effort', '')
-    and l.max_tags = (v_question ->> 'max_tags')::integer and l.tag_language = v_question ->> 'tag_language';
+    and l.max_tags = (v_question ->> 'max_tags')::integer and l.tag_language = v_question ->> 'tag_language' and l.brief_id = coalesce(p_brief, 0);
   if not found then
-    insert into autotag.learned (model, image_detail, reasoning_effort, max_tags, tag_language, answers, prompt, output, learned_at)
+    insert into autotag.learned (model, image_detail, reasoning_effort, max_tags, tag_language, brief_id, answers, prompt, output, learned_at)
     values (v_question ->> 'model', v_question ->> 'image_detail',
       coalesce(v_question ->> 'reasoning_effort', ''), (v_question ->> 'max_tags')::integer,
-      v_question ->> 'tag_language', cardinality(p_inputs),
+      v_question ->> 'tag_language', coalesce(p_brief, 0), cardinality(p_inputs),
       autotag.decayed_histogram('{}', p_inputs, v_memory), autotag.decayed_histogram('{}', p_outputs, v_memory), autotag.now());
+  end if;
+  if p_brief is not null then
+    perform autotag.refresh_brief(v_brief, v_provider);
+    return;
   end if;
   v_provider := autotag.estimate_tokens(v_provider);
   update autotag.provider_limits p
@@ -1632,7 +1694,7 @@ begin
     'current_cost_per_1000', round(1000 * autotag.question_cost(v_current, false), 4),
     'current_answers', coalesce((
       select l.answers from autotag.learned l
-      where l.model = v_current.question ->> 'model' and l.image_detail = v_current.question ->> 'image_detail'
+      where l.brief_id = 0 and l.model = v_current.question ->> 'model' and l.image_detail = v_current.question ->> 'image_detail'
         and l.reasoning_effort = coalesce(v_current.question ->> 'reasoning_effort', '')
         and l.max_tags = (v_current.question ->> 'max_tags')::integer
         and l.tag_language = v_current.question ->> 'tag_language'), 0));
@@ -2574,6 +2636,330 @@ begin
   return v_done - '{changed,removed}'::text[] || jsonb_build_object('counted', v_counted);
 end $$;
 
+-- Saving a profile: `autotag profile set`, and set_tagging_profile for a person's page.
+
+-- Saves a new version of a workspace's profile (null: of the one for all), and returns it. p_changes: what changes, by the names of the
+-- columns (instructions, language, tag_count, min_confidence, vocabulary_mode, add_parents, fields); null: as by default. The rest stays
+-- as it is in profile_of(), so a workspace's first own version begins with what holds for all. Without a change there is no new version.
+-- Locks: the workspace's profile (advisory).
+create or replace function autotag.save_profile(p_workspace_id autotag.workspace_id, p_changes jsonb) returns autotag.profiles
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_old autotag.profiles;
+  v_new autotag.profiles;
+begin
+  perform autotag.check_changes(p_changes);
+  perform pg_advisory_xact_lock(hashtextextended('autotag.profile ' || coalesce(p_workspace_id::text, ''), 0));
+  v_old := autotag.profile_of(p_workspace_id);
+  v_new := jsonb_populate_record(v_old, jsonb_strip_nulls(p_changes));
+  -- stripped of fields, too: a field without values or description is one where they are null
+  v_new.fields := coalesce(jsonb_strip_nulls(p_changes -> 'fields'), v_old.fields);
+  v_new.instructions := btrim(replace(v_new.instructions, E'\r\n', E'\n'), E' \n\t');
+  if p_changes ? 'instructions' and v_new.instructions = '' or p_changes -> 'instructions' = 'null' then v_new.instructions := ''; end if;
+  if p_changes -> 'language' = 'null' then v_new.language := null; end if;
+  if p_changes -> 'tag_count' = 'null' then v_new.tag_count := null; end if;
+  if p_changes -> 'min_confidence' = 'null' then v_new.min_confidence := 0; end if;
+  if p_changes -> 'vocabulary_mode' = 'null' then v_new.vocabulary_mode := 'open'; end if;
+  if p_changes -> 'add_parents' = 'null' then v_new.add_parents := false; end if;
+  if p_changes -> 'fields' = 'null' then v_new.fields := '[]'; end if;
+  if v_new = v_old then
+    return v_old;
+  end if;
+  insert into autotag.profiles (workspace_id, version, instructions, language, tag_count, min_confidence, vocabulary_mode, add_parents,
+    fields, created_at)
+  values (p_workspace_id, v_old.version + 1, v_new.instructions, v_new.language, v_new.tag_count, v_new.min_confidence,
+    v_new.vocabulary_mode, v_new.add_parents, v_new.fields, autotag.now())
+  returning * into v_new;
+  return v_new;
+end $$;
+
+-- Refuses changes of a profile that are not an object of the right names and types. check_profile() checks the values.
+create or replace function autotag.check_changes(p_changes jsonb) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_types jsonb := '{"instructions": "string", "language": "string", "tag_count": "number", "min_confidence": "number",
+    "vocabulary_mode": "string", "add_parents": "boolean", "fields": "array"}';
+  v_odd text;
+begin
+  if p_changes is null or jsonb_typeof(p_changes) <> 'object' then
+    perform autotag.refuse_profile('A profile has to be an object.');
+  elsif octet_length(p_changes::text) > 1000000 then
+    perform autotag.refuse_profile('A profile may have at most 1,000,000 bytes.');
+  end if;
+  select autotag.printable(c.key, 50) into v_odd from jsonb_object_keys(p_changes) c (key) where not v_types ? c.key limit 1;
+  if v_odd is not null then
+    perform autotag.refuse_profile(format('A profile has no %s; it has %s.', v_odd, (
+      select string_agg(t.key, ', ' order by t.key) from jsonb_object_keys(v_types) t (key))));
+  end if;
+  select format('%s has to be of the type %s', c.key, v_types ->> c.key) into v_odd
+  from jsonb_each(p_changes) c where jsonb_typeof(c.value) not in (v_types ->> c.key, 'null') limit 1;
+  if v_odd is not null then
+    perform autotag.refuse_profile(v_odd || '.');
+  elsif jsonb_typeof(p_changes -> 'tag_count') = 'number' and not coalesce(p_changes ->> 'tag_count' ~ '^\d{1,4}$', false) then
+    perform autotag.refuse_profile('The number of tags has to be a whole number from 1 to 50.');
+  elsif jsonb_typeof(p_changes -> 'min_confidence') = 'number' and not coalesce(p_changes -> 'min_confidence' between '0' and '1', false) then
+    perform autotag.refuse_profile('The minimum confidence has to be from 0 to 1.');
+  end if;
+end $$;
+
+-- A profile for programs. own: whether it is the workspace's own, and not the one for all.
+create or replace function autotag.describe_profile(p_profile autotag.profiles) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return to_jsonb(p_profile) - '{id,workspace_id}'::text[] || jsonb_build_object('own', p_profile.workspace_id is not null);
+end $$;
+
+-- All versions that a workspace's images can have been tagged with, the newest first, at most 100; null: of the profile for all.
+create or replace function autotag.profile_history(p_workspace_id autotag.workspace_id) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select coalesce(jsonb_agg(autotag.describe_profile(p) order by p.version desc), '[]')
+    from (
+      select h.* from autotag.profiles h
+      where h.workspace_id is null and p_workspace_id is null or h.workspace_id = p_workspace_id
+      order by h.version desc limit 100) p);
+end $$;
+
+-- tagging_profile: what holds for a workspace, for its members.
+create or replace function autotag.read_profile(p_workspace_id autotag.workspace_id) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.check_member(p_workspace_id);
+  return autotag.describe_profile(autotag.profile_of(p_workspace_id));
+end $$;
+
+-- set_tagging_profile: saves changes of a workspace's profile (save_profile) for its editors, and returns what holds from now on. Images
+-- that were tagged before stay as they are, until `autotag enqueue --outdated`.
+create or replace function autotag.edit_profile(p_workspace_id autotag.workspace_id, p_changes jsonb) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.check_editor(p_workspace_id);
+  return autotag.describe_profile(autotag.save_profile(p_workspace_id, p_changes));
+end $$;
+
+-- For operators: the same without a check of the caller; null: the profile for all workspaces.
+create or replace function autotag.show_profile(p_workspace_id autotag.workspace_id) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return autotag.describe_profile(autotag.profile_of(p_workspace_id));
+end $$;
+
+create or replace function autotag.set_profile(p_workspace_id autotag.workspace_id, p_changes jsonb) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return autotag.describe_profile(autotag.save_profile(p_workspace_id, p_changes));
+end $$;
+
+-- Briefs: what the images of an upload are asked beside the question, what that costs in tokens, and what is kept of the answers.
+
+-- The brief of a workspace at this moment. No row (profile_id is null): it has no profile, so the question alone is asked. id is null:
+-- no upload has been asked this yet. Reads only.
+--
+-- The first guess: a token of a prompt has three bytes. English has more than four, but lists of words, and other scripts, have fewer;
+-- ten answers later it is measured (learn). A field takes twenty tokens in the schema and ten in the answer, beside its texts; a short
+-- text takes 60.
+create or replace function autotag.compose_brief(p_workspace_id autotag.workspace_id) returns autotag.briefs
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_profile autotag.profiles := autotag.profile_of(p_workspace_id);
+  v_brief autotag.briefs;
+  v_vocabulary jsonb;
+  v_provider autotag.provider_limits;
+begin
+  if v_profile.id is null then
+    return v_brief;
+  end if;
+  v_vocabulary := case when v_profile.vocabulary_mode = 'open' then '[]' else coalesce(autotag.vocabulary_for_prompt(p_workspace_id), '[]') end;
+  select * into v_brief from autotag.briefs b
+  where b.profile_id = v_profile.id and md5(b.vocabulary::text) = md5(v_vocabulary::text) order by b.id limit 1;
+  if found then
+    return v_brief;
+  end if;
+  v_brief.profile_id := v_profile.id;
+  v_brief.vocabulary := v_vocabulary;
+  v_brief.tag_count := v_profile.tag_count;
+  v_brief.extra_prompt := 120 + 20 * jsonb_array_length(v_profile.fields)
+    + ceil(octet_length(concat(v_profile.instructions, v_profile.language, nullif(v_vocabulary, '[]'), nullif(v_profile.fields, '[]'))) / 3.0)::integer;
+  v_brief.extra_output := coalesce((
+    select sum(10 + ceil(octet_length(f ->> 'name') / 3.0) + case f ->> 'kind' when 'text' then 60 when 'enum' then (
+      select ceil(max(octet_length(e)) / 3.0) from jsonb_array_elements_text(f -> 'values') e) else 0 end)
+    from jsonb_array_elements(v_profile.fields) f), 0);
+  select * into v_provider from autotag.provider_limits;
+  return autotag.estimate_brief(v_brief, v_provider);
+end $$;
+
+-- A brief with what one image reserves and uses on average, for the question in p_provider.
+create or replace function autotag.estimate_brief(p_brief autotag.briefs, p_provider autotag.provider_limits) returns autotag.briefs
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_estimate autotag.provider_limits := autotag.estimate_tokens(p_provider, p_brief);
+begin
+  p_brief.question_version := p_provider.question_version;
+  p_brief.tokens_per_image := v_estimate.tokens_per_image;
+  p_brief.output_tokens := v_estimate.output_tokens;
+  p_brief.prompt_mean := v_estimate.prompt_mean;
+  p_brief.output_mean := v_estimate.output_mean;
+  return p_brief;
+end $$;
+
+-- The same, and stores it. The caller holds the provider row.
+create or replace function autotag.refresh_brief(p_brief autotag.briefs, p_provider autotag.provider_limits) returns autotag.briefs
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  p_brief := autotag.estimate_brief(p_brief, p_provider);
+  update autotag.briefs b
+  set question_version = p_brief.question_version, tokens_per_image = p_brief.tokens_per_image, output_tokens = p_brief.output_tokens,
+      prompt_mean = p_brief.prompt_mean, output_mean = p_brief.output_mean
+  where b.id = p_brief.id and (b.question_version, b.tokens_per_image, b.output_tokens, b.prompt_mean, b.output_mean)
+    is distinct from (p_brief.question_version, p_brief.tokens_per_image, p_brief.output_tokens, p_brief.prompt_mean, p_brief.output_mean);
+  return p_brief;
+end $$;
+
+-- The brief of a new upload, which is inserted if it is new; null: the question alone. It may run in a long transaction of the tenant's,
+-- so it only inserts.
+create or replace function autotag.make_brief(p_workspace_id autotag.workspace_id) returns bigint
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_brief autotag.briefs := autotag.compose_brief(p_workspace_id);
+begin
+  if v_brief.id is null and v_brief.profile_id is not null then
+    insert into autotag.briefs (profile_id, vocabulary, tag_count, extra_prompt, extra_output, question_version, tokens_per_image,
+      output_tokens, prompt_mean, output_mean, created_at)
+    values (v_brief.profile_id, v_brief.vocabulary, v_brief.tag_count, v_brief.extra_prompt, v_brief.extra_output, v_brief.question_version,
+      v_brief.tokens_per_image, v_brief.output_tokens, v_brief.prompt_mean, v_brief.output_mean, autotag.now())
+    returning id into v_brief.id;
+  end if;
+  return v_brief.id;
+end $$;
+
+-- The brief of a job, estimated for the present question; no row: it has none. The caller holds the provider row.
+create or replace function autotag.job_brief(p_job_id uuid, p_provider autotag.provider_limits) returns autotag.briefs
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_brief autotag.briefs;
+begin
+  select b.* into v_brief from autotag.jobs j join autotag.briefs b on b.id = j.brief_id where j.id = p_job_id;
+  if v_brief.question_version <> p_provider.question_version then
+    v_brief := autotag.refresh_brief(v_brief, p_provider);
+  end if;
+  return v_brief;
+end $$;
+
+-- What one image of a brief reserves in the window of its workspace: no more than that holds, or it would wait for ever for the sake
+-- of a long vocabulary. settle() corrects the window by the real use.
+create or replace function autotag.reserved_for(p_brief autotag.briefs, p_workspace_id autotag.workspace_id) returns integer
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (select least(p_brief.tokens_per_image, l.max_units) from autotag.window_limits(p_workspace_id, 'realtime') l);
+end $$;
+
+-- How many tokens more than usual each image of a batch reserves in the provider's queue because of this brief (null: none).
+create or replace function autotag.extra_tokens(p_brief bigint) returns bigint
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_brief is null then
+    return 0;
+  end if;
+  return coalesce((select greatest(b.tokens_per_image - p.tokens_per_image, 0) from autotag.briefs b, autotag.provider_limits p where b.id = p_brief), 0);
+end $$;
+
+-- The provider's row with what one image of a workspace reserves and uses now; null: of a workspace without a profile.
+create or replace function autotag.provider_for(p_workspace_id autotag.workspace_id) returns autotag.provider_limits
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_provider autotag.provider_limits;
+  v_brief autotag.briefs;
+begin
+  select * into v_provider from autotag.provider_limits;
+  if p_workspace_id is not null then
+    v_brief := autotag.compose_brief(p_workspace_id);
+  end if;
+  if v_brief.profile_id is not null then
+    v_provider.tokens_per_image := v_brief.tokens_per_image;
+    v_provider.output_tokens := v_brief.output_tokens;
+    v_provider.prompt_mean := v_brief.prompt_mean;
+    v_provider.output_mean := v_brief.output_mean;
+  end if;
+  return v_provider;
+end $$;
+
+-- A brief as a worker needs it for prompt and answer: {id, version (of the profile), instructions, language, tag_count, vocabulary_mode,
+-- vocabulary, fields}. Null: the worker holds no image that is asked this.
+create or replace function autotag.describe_brief(p_worker uuid, p_brief bigint) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+begin
+  if not autotag.is_own_worker(p_worker) or not exists (
+      select from autotag.tasks t join autotag.jobs j on j.id = t.job_id
+      where t.id = any (autotag.leased_tasks(p_worker)) and j.brief_id = p_brief
+      union all
+      select from autotag.batches b join autotag.jobs j on j.id = b.job_id where b.worker_id = p_worker and j.brief_id = p_brief) then
+    return null;
+  end if;
+  return (
+    select jsonb_build_object('id', b.id, 'version', p.version, 'instructions', p.instructions, 'language', p.language,
+      'tag_count', p.tag_count, 'vocabulary_mode', p.vocabulary_mode, 'vocabulary', b.vocabulary, 'fields', p.fields)
+    from autotag.briefs b join autotag.profiles p on p.id = b.profile_id where b.id = p_brief);
+end $$;
+
+-- What is stored of a result (clean_result) that was asked by this brief: the tags that are sure enough, no more than were asked for; the
+-- fields of its profile, from those that the worker reports; and the profile's version.
+create or replace function autotag.fit_result(p_result jsonb, p_fields jsonb, p_brief bigint) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_profile autotag.profiles;
+  v_tags text[];
+begin
+  select p.* into v_profile from autotag.briefs b join autotag.profiles p on p.id = b.profile_id where b.id = p_brief;
+  if not found or p_result is null then
+    return p_result;
+  end if;
+  v_tags := array(
+    select t.tag from jsonb_array_elements_text(p_result -> 'tags') with ordinality t (tag, i)
+    -- a tag whose confidence the model did not give is kept
+    where coalesce((p_result -> 'confidence' ->> t.tag)::real >= v_profile.min_confidence, true) order by t.i limit v_profile.tag_count);
+  return p_result || jsonb_build_object('tags', to_jsonb(v_tags), 'profile', v_profile.version,
+    'confidence', coalesce((
+      select jsonb_object_agg(c.key, c.value) from jsonb_each(p_result -> 'confidence') c where c.key = any (v_tags)), '{}'))
+    || case when v_profile.fields = '[]' then '{}' else jsonb_build_object('fields', autotag.clean_fields(p_fields, v_profile.fields)) end;
+end $$;
+
+-- The values of these fields ([{name, kind, values}]) in a worker's report; null where there is none of the right type. Of an enum only
+-- its own values, of an integer at most 53 bits (JavaScript's), of a text 200 characters.
+create or replace function autotag.clean_fields(p_report jsonb, p_fields jsonb) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select coalesce(jsonb_object_agg(f ->> 'name', case f ->> 'kind'
+      when 'boolean' then case when jsonb_typeof(v) = 'boolean' then v end
+      -- in jsonb's sort order only numbers lie between two numbers
+      when 'integer' then case when v between '-9007199254740991' and '9007199254740991'
+        then case when v::numeric = trunc(v::numeric) then to_jsonb(trunc(v::numeric)) end end
+      when 'enum' then case when jsonb_typeof(v) = 'string' and f -> 'values' @> v then v end
+      when 'text' then case when jsonb_typeof(v) = 'string' then to_jsonb(nullif(autotag.printable(v #>> '{}', 200), '')) end end), '{}')
+    from jsonb_array_elements(p_fields) f
+    cross join lateral (select case when jsonb_typeof(p_report) = 'object' then p_report -> (f ->> 'name') end as v) x);
+end $$;
+
 -- The strategy of an upload, the number of its batches, and its expected duration.
 
 -- Number of batches for an upload. Splitting never makes it slower: as long as the window admits enough batches, each has at
@@ -2820,8 +3206,9 @@ begin
   perform autotag.check_quotas(p_workspace_id, p_user_id, v_count);
 
   v_plan := autotag.plan_upload(p_workspace_id, v_count);
-  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent)
-  values (p_workspace_id, p_user_id, v_plan.strategy, v_plan.fallback, v_count, v_now, autotag.request_traceparent())
+  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent, brief_id)
+  values (p_workspace_id, p_user_id, v_plan.strategy, v_plan.fallback, v_count, v_now, autotag.request_traceparent(),
+    autotag.make_brief(p_workspace_id))
   returning * into v_job;
   v_first_task := autotag.add_tasks(v_job, v_plan, v_new, v_new_marks);
   insert into autotag.queues (job_id, workspace_id, queued, overdue_at, cursor, chunk)
@@ -2904,14 +3291,16 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_first_task bigint;
+  v_extra bigint := autotag.extra_tokens(p_job.brief_id);
 begin
   -- Ordinal 1 is the priority batch, which has the express images.
   if p_plan.batches > 0 then
-    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, express_count, created_at)
-    select p_job.id, p_job.workspace_id, b,
-      (b::bigint * p_job.image_count / p_plan.batches - (b - 1)::bigint * p_job.image_count / p_plan.batches)::integer,
-      case when b = 1 then p_plan.express else 0 end, p_job.created_at
-    from generate_series(1, p_plan.batches) b;
+    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, express_count, extra_tokens, created_at)
+    select p_job.id, p_job.workspace_id, b, n.images, n.express, (n.images - n.express) * v_extra, p_job.created_at
+    from generate_series(1, p_plan.batches) b
+    cross join lateral (
+      select (b::bigint * p_job.image_count / p_plan.batches - (b - 1)::bigint * p_job.image_count / p_plan.batches)::integer as images,
+        case when b = 1 then p_plan.express else 0 end as express) n;
   end if;
 
   with placed as (
@@ -2932,7 +3321,7 @@ end $$;
 -- Nothing twice: a call that is repeated, because its reply was lost, does not pay for its images again.
 
 -- Those of these images that are being tagged, or were tagged a moment ago: they belong to a job of the workspace that still runs or has
--- finished within repeat_window, with the location that they had then, and did not fail there. It reads only tables of autotag, in
+-- finished within repeat_window, with the location that they had then and the present brief, and did not fail there. It reads only tables of autotag, in
 -- one snapshot, so that it knows of every image that was tagged until now, whatever the image's row showed earlier.
 create or replace function autotag.find_repeats(p_workspace_id uuid, p_pictures autotag.picture[]) returns autotag.repeated[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -2940,6 +3329,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp s
 as $$
 declare
   v_live autotag.repeated[];
+  v_brief autotag.briefs;
 begin
   if p_pictures = '{}' then
     return array[]::autotag.repeated[];   -- almost always: nothing is read for new images
@@ -2952,14 +3342,18 @@ begin
   if p_pictures = '{}' then
     return v_live;
   end if;
+  -- The answer to another question is not what this call asks for.
+  v_brief := autotag.compose_brief(p_workspace_id);
   return v_live || array(
     with recent as materialized (
       select p.job_id, unnest(p.marks) as mark from autotag.pictures p
       where p.job_id = any (array(
-        select j.id from autotag.jobs j where j.workspace_id = p_workspace_id and j.finished_at is null
+        select j.id from autotag.jobs j
+        where j.workspace_id = p_workspace_id and j.finished_at is null and j.brief_id is not distinct from coalesce(v_brief.id, v_brief.profile_id * 0)
         union all
         select j.id from autotag.jobs j
-        where j.finished_at > autotag.now() - (select s.repeat_window from autotag.settings s) and j.workspace_id = p_workspace_id))
+        where j.finished_at > autotag.now() - (select s.repeat_window from autotag.settings s) and j.workspace_id = p_workspace_id
+          and j.brief_id is not distinct from coalesce(v_brief.id, v_brief.profile_id * 0)))
     ), met as materialized (
       select a.asset_id, r.job_id from unnest(p_pictures) a join recent r on r.mark = a.mark
     ), failed as materialized (
@@ -3459,7 +3853,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user uuid := nullif(p_uploader, '00000000-0000-0000-0000-000000000000');
-  v_prices autotag.reservation_prices := autotag.price_reservations();
+  v_prices autotag.reservation_prices := autotag.price_reservations(p_workspace_id);
   v_until timestamptz;
   v_scope text;
   v_other record;
@@ -3632,13 +4026,15 @@ create or replace trigger autotag_resume_uploads after insert or update or delet
 -- Tags images that existed before autotag (`autotag enqueue`).
 
 -- Previews tagging existing images: {images, seconds, cost (dollars; null: unknown), model}. p_untagged: only those without
--- tags; p_after, p_limit: as in backfill().
-create or replace function autotag.preview_backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
-returns jsonb
+-- tags; p_outdated: only those that an older version of the profile tagged; p_after, p_limit: as in backfill().
+create or replace function autotag.preview_backfill(
+  p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer, p_outdated boolean default false
+) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_images integer := cardinality(autotag.list_assets(p_workspace_id, p_untagged, p_after, p_limit));
+  v_images integer := cardinality(autotag.list_assets(p_workspace_id, p_untagged, p_after, p_limit,
+    case when p_outdated then (autotag.profile_of(p_workspace_id)).version end));
   v_settings autotag.settings;
   v_batches integer := 0;
 begin
@@ -3650,12 +4046,15 @@ begin
     v_batches := autotag.plan_batches(v_images, v_settings.batch_batches_per_hour, v_settings.batch_images_per_hour);
   end if;
   return jsonb_build_object('images', v_images, 'seconds', autotag.estimate_seconds(v_images, v_batches),
-    'cost', v_images * autotag.expected_cost(case when v_batches > 0 then 'batch' end), 'model', v_settings.model);
+    'cost', v_images * autotag.expected_cost(case when v_batches > 0 then 'batch' end, p_workspace_id => p_workspace_id),
+    'model', v_settings.model);
 end $$;
 
 -- Makes one upload of the next p_limit existing images of a workspace (by id, after p_after): {job_id, images, last}. `last`
 -- is p_after for the next call; null: no more images. Refuses what enqueue_tagging refuses. Locks: the workspace (advisory).
-create or replace function autotag.backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer) returns jsonb
+create or replace function autotag.backfill(
+  p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer, p_outdated boolean default false
+) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -3664,7 +4063,8 @@ declare
 begin
   perform autotag.check_image_count(p_limit);
   perform autotag.lock_quotas(p_workspace_id, null);
-  v_assets := autotag.list_assets(p_workspace_id, p_untagged, p_after, p_limit);
+  v_assets := autotag.list_assets(p_workspace_id, p_untagged, p_after, p_limit,
+    case when p_outdated then (autotag.profile_of(p_workspace_id)).version end);
   if v_assets = '{}' then
     return jsonb_build_object('job_id', null, 'images', 0, 'last', null);
   end if;
@@ -3688,14 +4088,15 @@ begin
     case when p_max then p_provider.output_tokens else p_provider.output_mean end);
 end $$;
 
--- The same for the present question.
-create or replace function autotag.expected_cost(p_tier text default null, p_max boolean default false) returns numeric
+-- The same for the present question, and for what a workspace asks beside it (p_workspace_id null: nothing).
+create or replace function autotag.expected_cost(
+  p_tier text default null, p_max boolean default false, p_workspace_id autotag.workspace_id default null
+) returns numeric
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_provider autotag.provider_limits;
+  v_provider autotag.provider_limits := autotag.provider_for(p_workspace_id);
 begin
-  select * into v_provider from autotag.provider_limits;
   v_provider.question := autotag.describe_question();
   return autotag.question_cost(v_provider, p_max, p_tier);
 end $$;
@@ -3703,22 +4104,22 @@ end $$;
 -- What images reserve in quotas of dollars: one as a single call and one in a batch, and each token of a cap above the usual one.
 -- Zero without a price: no dollars can be reserved then, and autotag doctor reports it. A price of zero (a model on one's own
 -- server) is a known price: such images fit into every quota of dollars.
-create or replace function autotag.price_reservations() returns autotag.reservation_prices
+create or replace function autotag.price_reservations(p_workspace_id autotag.workspace_id default null) returns autotag.reservation_prices
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_prices autotag.reservation_prices;
   v_question jsonb := autotag.describe_question();
 begin
-  v_prices.single := autotag.expected_cost(null, true);
-  v_prices.batch := autotag.expected_cost('batch', true);
+  v_prices.single := autotag.expected_cost(null, true, p_workspace_id);
+  v_prices.batch := autotag.expected_cost('batch', true, p_workspace_id);
   v_prices.token := autotag.price_tokens(
     v_question ->> 'model', coalesce(v_question ->> 'service_tier', 'default'), 0, 0, 0, 1);
   v_prices.free := coalesce(0 = all (array[v_prices.single, v_prices.batch, v_prices.token]), false);
   v_prices.single := coalesce(v_prices.single, 0);
   v_prices.batch := coalesce(v_prices.batch, 0);
   v_prices.token := coalesce(v_prices.token, 0);
-  v_prices.usual_cap := (select p.output_tokens from autotag.provider_limits p);
+  v_prices.usual_cap := (autotag.provider_for(p_workspace_id)).output_tokens;
   return v_prices;
 end $$;
 
@@ -3778,7 +4179,7 @@ begin
   if not exists (select from autotag.quotas) then
     return;
   end if;
-  v_prices := autotag.price_reservations();
+  v_prices := autotag.price_reservations(p_workspace_id);
   return query
     select u.scope, u.period, u.kind, u.maximum, greatest(u.maximum - u.billed - u.reserved, 0),
       case when u.kind = 'cost' and coalesce(p_each = 0, v_prices.free) then 2147483647
@@ -3875,7 +4276,7 @@ begin
   perform autotag.lock_quotas(o.workspace_id, o.user_id, false)
   from (select distinct a.workspace_id, j.user_id from unnest(p_answers) a join autotag.jobs j on j.id = a.job_id
     where a.error is not null and a.usage is not null) o;
-  v_prices := autotag.price_reservations();
+  v_prices := autotag.price_reservations(p_answers[1].workspace_id);
   with tries as materialized (
     select a.task, a.workspace_id, j.user_id,
       greatest(coalesce(autotag.next_cap(a), t.min_output_tokens) - v_prices.usual_cap, 0) * v_prices.token + v_prices.single as price,
@@ -3911,7 +4312,7 @@ begin
   return array(
     select case when v_refused ? a.task::text then row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens,
         a.output_tokens, a.result, a.error || jsonb_build_object('kind', 'image', 'code', 'quota_exceeded', 'retry', false,
-          'message', v_refused -> a.task::text), a.usage, a.called, a.mark, a.asset_id)::autotag.answer else a end
+          'message', v_refused -> a.task::text), a.usage, a.called, a.mark, a.asset_id, a.brief_id)::autotag.answer else a end
     from unnest(p_answers) a);
 end $$;
 
@@ -4229,11 +4630,11 @@ begin
     end if;
   end if;
   v_learnt := autotag.tokens_to_learn(p_report.answers);
-  insert into autotag.provider_reports (worker_id, at, requests, tokens, sent, sent_at, observed, inputs, outputs, windows)
+  insert into autotag.provider_reports (worker_id, at, requests, tokens, sent, sent_at, observed, inputs, outputs, briefs, windows)
   values (p_report.worker_id, p_report.at, p_report.requests, p_report.tokens,
     coalesce(autotag.clean_number(p_report.observed, 'sent', 0, 100000), 0),
     p_report.at - autotag.clock_interval(coalesce(autotag.clean_number(p_report.observed, 'sent_age', 0, 3600), 0)),
-    nullif(p_report.observed - '{sent,sent_age}'::text[], '{}'), v_learnt.inputs, v_learnt.outputs, p_report.windows);
+    nullif(p_report.observed - '{sent,sent_age}'::text[], '{}'), v_learnt.inputs, v_learnt.outputs, v_learnt.briefs, p_report.windows);
   return '[]'::jsonb;
 end $$;
 
@@ -4266,6 +4667,8 @@ begin
       select unnest(r.inputs) from unnest(v_reports) r join autotag.provider_limits p on r.at >= p.question_since);
     v_sum.outputs := array(
       select unnest(r.outputs) from unnest(v_reports) r join autotag.provider_limits p on r.at >= p.question_since);
+    v_sum.briefs := array(
+      select unnest(r.briefs) from unnest(v_reports) r join autotag.provider_limits p on r.at >= p.question_since);
     select coalesce(jsonb_agg(w), '[]') into v_sum.windows from unnest(v_reports) r cross join lateral jsonb_array_elements(r.windows) w;
     perform autotag.apply_report(v_sum);
   exception when others or assert_failure then
@@ -4303,7 +4706,7 @@ begin
     v_changed := autotag.update_provider_limits(p_report.observed || jsonb_build_object('age',
       coalesce(autotag.clean_number(p_report.observed, 'age', 0, 3600), 0) + v_late));
   end if;
-  perform autotag.learn(p_report.inputs, p_report.outputs);
+  perform autotag.learn(p_report.inputs, p_report.outputs, null, p_report.briefs);
   if p_report.answers <> '{}' then
     perform autotag.record_outcomes(p_report.worker_id, p_report.answers, p_report.asked_at);
   end if;
@@ -5103,7 +5506,7 @@ end $$;
 
 -- Releases the next images of one workspace: from its ready queue with the fewest released, at most one turn, and no more than
 -- its window admits. If it can release none, the workspace is not ready until the time when it can.
--- If an answer of the job was cut off, each image reserves the larger cap of that retry. p_tokens_left: what the provider's
+-- An image reserves what its brief needs. If an answer of the job was cut off, each reserves the larger cap of that retry. p_tokens_left: what the provider's
 -- bucket holds. tokens: what the images reserve together. Called by release_in_turn(), which holds the locks.
 create or replace function autotag.release_tasks(
   p_workspace autotag.workspaces, p_worker uuid, p_room integer, p_turn integer, p_provider autotag.provider_limits,
@@ -5115,6 +5518,8 @@ declare
   v_queue autotag.queues := autotag.next_queue(p_workspace.workspace_id, p_now);
   v_admitted record;
   v_each integer := p_provider.tokens_per_image;
+  v_cap integer := p_provider.output_tokens;
+  v_brief autotag.briefs;
   v_ready_at timestamptz;      -- when the workspace becomes ready; null: now
 begin
   ids := '{}';
@@ -5127,8 +5532,13 @@ begin
       return;
     end if;
   else
-    if v_queue.output_tokens > p_provider.output_tokens then
-      v_each := v_each + v_queue.output_tokens - p_provider.output_tokens;
+    v_brief := autotag.job_brief(v_queue.job_id, p_provider);
+    if v_brief.id is not null then
+      v_cap := v_brief.output_tokens;
+      v_each := autotag.reserved_for(v_brief, p_workspace.workspace_id);
+    end if;
+    v_each := v_each + greatest(v_queue.output_tokens - v_cap, 0);
+    if v_each > p_provider.tokens_per_image then
       -- Wait until the bucket holds this many tokens. An image that needs 90% of a minute's limit or more does not wait, because
       -- the bucket may never hold so much.
       if floor(p_tokens_left / v_each) < 1 and v_each < 0.9 * p_provider.tokens_per_minute then
@@ -5151,7 +5561,7 @@ begin
     return;
   end if;
 
-  ids := autotag.take_tasks(v_queue, p_worker, v_admitted.admitted, v_admitted.at, v_each, p_provider.output_tokens, p_now);
+  ids := autotag.take_tasks(v_queue, p_worker, v_admitted.admitted, v_admitted.at, v_each, v_cap, p_now);
   tokens := cardinality(ids)::bigint * v_each;
   if cardinality(ids) < v_admitted.admitted then   -- the upload was cancelled
     perform autotag.correct_window(p_workspace.workspace_id, 'realtime', v_admitted.at,
@@ -5384,7 +5794,7 @@ begin
 end $$;
 
 -- describe_tasks: what a worker needs for the tasks that a claim has released to it, by id: [{task, attempt, workspace, job,
--- traceparent, waited (seconds since the upload), asset_id, bucket, path, url, refused, mark, cap (max tokens of the answer)}]. An
+-- traceparent, waited (seconds since the upload), asset_id, bucket, path, url, refused, mark, cap (max tokens of the answer), brief}]. An
 -- asset that does not exist any more has neither path nor url. It reads the host's tables, which claim() does not: a transaction
 -- that holds a whole table delays this, and nobody else.
 create or replace function autotag.describe_tasks(p_worker uuid, p_tasks bigint[]) returns json
@@ -5402,12 +5812,12 @@ begin
       select t.id, t.attempt, t.asset_id, t.workspace_id, t.visible_mark, t.job_id, t.output_tokens from autotag.tasks t
       where t.id = any (p_tasks) and t.worker_id = p_worker
     ), uploads as materialized (
-      select j.id, j.user_id, j.traceparent, round(autotag.real_seconds(autotag.now() - j.created_at)::numeric, 3) as waited
+      select j.id, j.user_id, j.traceparent, j.brief_id, round(autotag.real_seconds(autotag.now() - j.created_at)::numeric, 3) as waited
       from autotag.jobs j where j.id = any (array(select r.job_id from released r))
     )
     select coalesce(json_agg(i order by i.task), '[]')
     from (
-      select r.id as task, r.attempt, r.workspace_id as workspace, u.id as job, u.traceparent, u.waited, r.asset_id, r.output_tokens as cap,
+      select r.id as task, r.attempt, r.workspace_id as workspace, u.id as job, u.traceparent, u.waited, r.asset_id, r.output_tokens as cap, u.brief_id as brief,
         d.bucket, d.path, d.url, d.refused, d.mark
       from released r join uploads u on u.id = r.job_id
       left join autotag.locate(array(select asset_id from released order by id),
@@ -5496,8 +5906,8 @@ declare
   v_queue autotag.batch_queue;
 begin
   v_queue.tokens := (select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.reserved_tokens > 0);
-  v_queue.short := v_queue.tokens + p_provider.tokens_per_image * (
-    select coalesce(sum(b.image_count - b.express_count), 0) from autotag.batches b
+  v_queue.short := v_queue.tokens + (
+    select coalesce(sum((b.image_count - b.express_count)::bigint * p_provider.tokens_per_image + b.extra_tokens), 0) from autotag.batches b
     where b.state = 'planned' and b.worker_id is null and b.not_before <= p_now) > p_provider.queued_batch_tokens;
   v_queue.patient_since := case when v_queue.short
     then p_now - (select s.batch_patience from autotag.settings s) else '-infinity' end;
@@ -5696,12 +6106,13 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   -- Its file asks an older question. In state `uploading` the worker finds the file by its name, deletes it and builds a new one.
+  v_brief autotag.briefs := autotag.job_brief(p_batch.job_id, p_provider);
   v_stale boolean := p_batch.state = 'planned' and coalesce(p_batch.asked_at < p_provider.question_since, false);
 begin
   update autotag.batches b
   set worker_id = p_worker, claim = (select w.batch_claim from autotag.workers w where w.id = p_worker), attempt = b.attempt + 1,
       admitted_at = p_batch.admitted_at, reserved_tokens = p_batch.reserved_tokens,
-      output_tokens = case when b.input_file_id is null or v_stale then p_provider.output_tokens else b.output_tokens end,
+      output_tokens = case when b.input_file_id is null or v_stale then coalesce(v_brief.output_tokens, p_provider.output_tokens) else b.output_tokens end,
       asked_at = case when b.input_file_id is null or v_stale then p_now else b.asked_at end,
       keep_files = p_provider.keep_files,
       input_file_id = case when v_stale then null else b.input_file_id end,
@@ -5733,7 +6144,7 @@ $$;
 -- claim_batches: assigns at most p_slots whole batches to a worker, and the poll of the provider if it is due. p_claim: the number of
 -- the claim, as in claim(); called again with the same number it returns the same batches. p_question: the version of the question that the worker has; null: none.
 --   batches: [{batch, attempt, state, image_count, since, cancelled, openai_batch_id, input_file_id, output_file_id,
---     error_file_id, keep_files}], in the order to work on them: batches that OpenAI has finished, batches in progress (they hold
+--     error_file_id, keep_files, brief}], in the order to work on them: batches that OpenAI has finished, batches in progress (they hold
 --     queued tokens), the first batch of each upload, the others. If the provider's queue is too short for all of them, the
 --     workspace with the fewest tokens in it goes first. Smaller batches overtake one that does not fit, until it has waited for
 --     batch_patience; after that no planned batch starts before it. A workspace leaves one slot of each worker to the others.
@@ -5845,7 +6256,8 @@ begin
       'batch', b.id, 'attempt', b.attempt, 'state', b.state, 'image_count', b.image_count,
       'since', autotag.real_epoch(b.created_at), 'cancelled', b.cancel_requested,
       'openai_batch_id', b.openai_batch_id, 'input_file_id', b.input_file_id,
-      'output_file_id', b.output_file_id, 'error_file_id', b.error_file_id, 'keep_files', b.keep_files) order by t.i), '[]')
+      'output_file_id', b.output_file_id, 'error_file_id', b.error_file_id, 'keep_files', b.keep_files,
+      'brief', (select j.brief_id from autotag.jobs j where j.id = b.job_id)) order by t.i), '[]')
     from unnest(p_ids) with ordinality t (id, i) join autotag.batches b on b.id = t.id);
 end $$;
 
@@ -5954,8 +6366,9 @@ begin
   if v_rest = '{}' or v_batch.state <> 'preparing' or cardinality(v_rest) >= v_batch.image_count - v_batch.express_count then
     return;
   end if;
-  insert into autotag.batches (job_id, workspace_id, ordinal, image_count, created_at)
-  select v_batch.job_id, v_batch.workspace_id, max(b.ordinal) + 1, cardinality(v_rest), v_batch.created_at
+  insert into autotag.batches (job_id, workspace_id, ordinal, image_count, extra_tokens, created_at)
+  select v_batch.job_id, v_batch.workspace_id, max(b.ordinal) + 1, cardinality(v_rest),
+    cardinality(v_rest) * autotag.extra_tokens((select j.brief_id from autotag.jobs j where j.id = v_batch.job_id)), v_batch.created_at
   from autotag.batches b where b.job_id = v_batch.job_id
   returning id into v_new;
   update autotag.batches b set image_count = b.image_count - cardinality(v_rest) where b.id = p_batch;
@@ -6835,7 +7248,8 @@ begin
     select u.id, v_last + (u.i * v_batches + v_count - 1) / v_count as ordinal from unnest(p_tasks) with ordinality u (id, i)
   ), made as (
     insert into autotag.batches (job_id, workspace_id, ordinal, image_count, extra_tokens, created_at, not_before, admitted_at)
-    select p_job.id, p_job.workspace_id, x.ordinal, count(*), sum(greatest(t.min_output_tokens - p.output_tokens, 0)), autotag.now(),
+    select p_job.id, p_job.workspace_id, x.ordinal, count(*),
+      sum(greatest(t.min_output_tokens - p.output_tokens, 0)) + count(*) * autotag.extra_tokens(p_job.brief_id), autotag.now(),
       p_not_before, case when x.ordinal = v_last + 1 then p_from.admitted_at end
     from placed x join autotag.tasks t on t.id = x.id cross join autotag.provider_limits p group by x.ordinal
     returning id, ordinal
@@ -6896,6 +7310,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp s
 as $$
 declare
   v_max_allowed record := autotag.believable_usage();
+  v_brief bigint := (select j.brief_id from autotag.jobs j where j.id = p_batch.job_id);   -- as its lines asked
 begin
   return array(
     with reported as materialized (
@@ -6911,9 +7326,9 @@ begin
       case when x.error is not null or x.result is null then autotag.clean_error(x.error, x.result) end,
       case when x.valid_usage then x.usage else autotag.clean_usage(x.usage, v_max_allowed.input,
         greatest(coalesce(4 * x.output_tokens + 4000, 100000), v_max_allowed.uncapped)) end,
-      true, x.mark, x.asset_id)::autotag.answer
+      true, x.mark, x.asset_id, v_brief)::autotag.answer
     from (
-      select distinct on (h.id) h.*, r.result, r.error, r.usage, r.valid_usage, r.mark
+      select distinct on (h.id) h.*, case when v_brief is null then r.result else autotag.fit_result(r.result, r.fields, v_brief) end as result, r.error, r.usage, r.valid_usage, r.mark
       -- where an error is recorded already, only a result is accepted: another error must not count twice
       from reported r join held h on h.id = r.task and (not h.failed or r.result is not null)
       where h.batch_id = p_batch.id and h.finished_at is null
@@ -7026,21 +7441,23 @@ begin
 end $$;
 
 -- Reads answers as workers report them, in their order: [{task, attempt, result | error, usage, called, mark}]. result: as clean_result()
--- returns it. valid_usage: clean_usage() would return this usage unchanged, whatever the cap was: the answer has at most 4,000 tokens,
+-- returns it; fields: as the worker gave them, for fit_result(). valid_usage: clean_usage() would return this usage unchanged, whatever the cap was: the answer has at most 4,000 tokens,
 -- and the prompt at most p_input. error and another usage are as the worker gave them.
 create or replace function autotag.read_answers(p_answers jsonb, p_input integer)
-returns table (task bigint, attempt integer, result jsonb, error jsonb, usage jsonb, valid_usage boolean, called boolean, mark uuid, place bigint)
+returns table (task bigint, attempt integer, result jsonb, fields jsonb, error jsonb, usage jsonb, valid_usage boolean, called boolean, mark uuid, place bigint)
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp rows 500
 as $$
 declare
   v_input jsonb := to_jsonb(p_input);
-  v_canonical boolean[] := autotag.canonical_results(array(select e -> 'result' from jsonb_array_elements(p_answers) e));
+  v_canonical boolean[] := autotag.canonical_results(array(
+    select case when jsonb_typeof(e -> 'result') = 'object' then (e -> 'result') - 'fields' end from jsonb_array_elements(p_answers) e));
 begin
   return query
     -- in jsonb's sort order only numbers lie between two numbers
     select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end,
       case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end,
-      case when v_canonical[i] then e -> 'result' else autotag.clean_result(e -> 'result') end,
+      case when not v_canonical[i] then autotag.clean_result(e -> 'result')
+        else (e -> 'result') - 'fields' end, e -> 'result' -> 'fields',
       nullif(e -> 'error', 'null'), u.usage,
       coalesce(u.usage -> 'input' between '0' and v_input and u.usage -> 'output' between '0' and '4000'
         and u.usage -> 'cached' between '0' and v_input and u.usage -> 'cache_write' between '0' and v_input
@@ -7374,7 +7791,7 @@ end $$;
 
 -- The prompt and answer tokens of answers to the present question, for learn(). p_asked_at: as in reclassify_errors().
 create or replace function autotag.tokens_to_learn(
-  p_answers autotag.answer[], p_asked_at timestamptz default null, out inputs integer[], out outputs integer[]
+  p_answers autotag.answer[], p_asked_at timestamptz default null, out inputs integer[], out outputs integer[], out briefs bigint[]
 )
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -7382,8 +7799,9 @@ begin
   select coalesce(array_agg((a.usage -> 'input')::integer), '{}'),
     -- the length of a cut-off answer is unknown: it is estimated by the cap of the retry
     coalesce(array_agg(case when a.error ->> 'code' = 'answer_too_long' then coalesce(autotag.next_cap(a), 1)
-      else greatest((a.usage -> 'output')::integer, 1) end), '{}')
-  into inputs, outputs
+      else greatest((a.usage -> 'output')::integer, 1) end), '{}'),
+    coalesce(array_agg(a.brief_id), '{}')
+  into inputs, outputs, briefs
   from unnest(p_answers) a
   where (a.usage -> 'input')::integer > 0
     and coalesce(p_asked_at, a.reserved_at) >= (select p.question_since from autotag.provider_limits p);
@@ -7404,7 +7822,7 @@ declare
 begin
   select * into v_provider from autotag.provider_limits;
   v_learnt := autotag.tokens_to_learn(p_answers, p_asked_at);
-  perform autotag.learn(v_learnt.inputs, v_learnt.outputs);
+  perform autotag.learn(v_learnt.inputs, v_learnt.outputs, null, v_learnt.briefs);
   select coalesce(bool_or(a.error is null), false),
     coalesce(bool_or(a.error is null and coalesce(p_asked_at, a.reserved_at) >=
       greatest(v_provider.account_error_at, v_provider.fingerprint_since)), false)
@@ -7515,6 +7933,7 @@ begin
       select * from autotag.read_answers(p_reports, v_max_allowed.input)
     ), held as materialized (
       select t.id, t.attempt, t.job_id, t.asset_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
+        (select j.brief_id from autotag.jobs j where j.id = t.job_id) as brief_id,
         greatest(coalesce(4 * t.output_tokens + 4000, 100000), v_max_allowed.uncapped) as max_output
       from autotag.tasks t
       where t.id = any (array(select r.task from reported r)) and t.worker_id = p_worker and t.workspace_id = p_workspace_id
@@ -7522,9 +7941,9 @@ begin
     select row(x.id, x.attempt, x.job_id, p_workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens, x.result,
       case when x.error is not null or x.result is null then autotag.clean_error(x.error, x.result) end,
       case when x.valid_usage then x.usage else autotag.clean_usage(x.usage, v_max_allowed.input, x.max_output) end,
-      x.called, x.mark, x.asset_id)::autotag.answer
+      x.called, x.mark, x.asset_id, x.brief_id)::autotag.answer
     from (
-      select distinct on (h.id) h.*, r.result, r.error, r.usage, r.valid_usage, r.called, r.mark
+      select distinct on (h.id) h.*, case when h.brief_id is null then r.result else autotag.fit_result(r.result, r.fields, h.brief_id) end as result, r.error, r.usage, r.valid_usage, r.called, r.mark
       from reported r join held h on h.id = r.task and h.attempt = r.attempt order by h.id, r.place) x);
 end $$;
 
@@ -9475,6 +9894,17 @@ create or replace function public.edit_tagging_vocabulary(
 language sql security invoker set search_path = pg_catalog, pg_temp
 as $$ select autotag.edit_vocabulary(workspace_id, entries, removed, false) $$;
 
+-- What the images of a workspace are asked: {version, own, instructions, language, tag_count, min_confidence, vocabulary_mode,
+-- add_parents, fields, created_at}. For its members.
+create or replace function public.tagging_profile(workspace_id autotag.keys.workspace_id%type) returns jsonb
+language sql stable security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.read_profile(workspace_id) $$;
+
+-- Changes it, by the same names; what is not named stays. For editors (autotag.is_editor) and services.
+create or replace function public.set_tagging_profile(workspace_id autotag.keys.workspace_id%type, profile jsonb) returns jsonb
+language sql security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.edit_profile(workspace_id, profile) $$;
+
 -- For the Edge Function that receives OpenAI's webhook where no worker has a public address: passes on a delivery that it has
 -- verified. Not for users.
 create or replace function public.openai_webhook(webhook_id text, event_type text, batch_id text) returns jsonb
@@ -9555,7 +9985,7 @@ begin
 end $$;
 
 -- Runs daily: deletes what is no longer needed. An upload that a tenant's transaction holds is left to the next day.
--- Locks: finished jobs, windows, uploads and arrivals (all skip locked), usage; provider, then what is learned, workspaces and workers.
+-- Locks: finished jobs, windows, uploads and arrivals (all skip locked), usage; provider, then what is learned, briefs, workspaces and workers.
 create or replace function autotag.housekeeping() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -9591,6 +10021,9 @@ begin
   -- Last, because these need the provider row. Workspaces without work; a workspace whose upload has just begun comes back with it.
   perform from autotag.provider_limits for update;
   delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- not used for 90 days
+  delete from autotag.briefs b   -- no upload that is kept was asked this
+  where b.created_at < v_now - interval '90 days' and not exists (select from autotag.learned l where l.brief_id = b.id)
+    and b.id not in (select j.brief_id from autotag.jobs j where j.brief_id is not null);
   delete from autotag.workspaces w
   where w.queued = 0 and not exists (
     select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
@@ -9695,7 +10128,8 @@ grant all on autotag.windows, public.workspace_rate_limits to service_role;
 revoke all on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
-  public.tagging_vocabulary, public.set_tagging_vocabulary, public.edit_tagging_vocabulary
+  public.tagging_vocabulary, public.set_tagging_vocabulary, public.edit_tagging_vocabulary,
+  public.tagging_profile, public.set_tagging_profile
   from public, anon;
 revoke all on function public.openai_webhook from public, anon, authenticated;
 
@@ -9703,6 +10137,7 @@ revoke all on function public.openai_webhook from public, anon, authenticated;
 grant execute on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
+  public.tagging_profile, public.set_tagging_profile, autotag.read_profile, autotag.edit_profile,
   autotag.check_image_count, autotag.enqueue, autotag.visible_file_marks, autotag.files_to_check, autotag.failed_assets,
   autotag.cancel, autotag.retry,
   autotag.describe_job,
@@ -9720,7 +10155,7 @@ grant execute on function public.openai_webhook, autotag.receive_webhook to serv
 -- workers: their reports are validated (results/reports.sql), and they can act only on what they hold
 grant execute on function
   autotag.register_worker, autotag.worker_settings, autotag.heartbeat, autotag.tick_if_due,
-  autotag.release_worker, autotag.release_lost, autotag.claim, autotag.describe_tasks, autotag.report_unreadable, autotag.seal_uploads, autotag.report_stages, autotag.settle,
+  autotag.release_worker, autotag.release_lost, autotag.claim, autotag.describe_tasks, autotag.describe_brief, autotag.report_unreadable, autotag.seal_uploads, autotag.report_stages, autotag.settle,
   autotag.list_unstored, autotag.pick_unstored, autotag.store_waiting, autotag.postpone_stores,
   autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted, autotag.show_batch,
   autotag.report_batch_failure, autotag.report_poll_failure, autotag.files_deleted, autotag.provider_checked, autotag.record_poll, autotag.batch_answers, autotag.batch_finish,
@@ -9734,6 +10169,7 @@ grant execute on function autotag.may_see_file to current_user;
 grant execute on function
   autotag.diagnose, autotag.send_test_broadcast, autotag.status, autotag.metrics,
   autotag.preview_backfill, autotag.backfill, autotag.list_usage,
+  autotag.show_profile, autotag.set_profile, autotag.profile_history,
   autotag.preview_comparison, autotag.comparison_sample, autotag.admit_comparison, autotag.settle_comparison
   to autotag_operator;
 

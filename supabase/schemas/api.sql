@@ -111,6 +111,17 @@ create or replace function public.edit_tagging_vocabulary(
 language sql security invoker set search_path = pg_catalog, pg_temp
 as $$ select autotag.edit_vocabulary(workspace_id, entries, removed, false) $$;
 
+-- What the images of a workspace are asked: {version, own, instructions, language, tag_count, min_confidence, vocabulary_mode,
+-- add_parents, fields, created_at}. For its members.
+create or replace function public.tagging_profile(workspace_id autotag.keys.workspace_id%type) returns jsonb
+language sql stable security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.read_profile(workspace_id) $$;
+
+-- Changes it, by the same names; what is not named stays. For editors (autotag.is_editor) and services.
+create or replace function public.set_tagging_profile(workspace_id autotag.keys.workspace_id%type, profile jsonb) returns jsonb
+language sql security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.edit_profile(workspace_id, profile) $$;
+
 -- For the Edge Function that receives OpenAI's webhook where no worker has a public address: passes on a delivery that it has
 -- verified. Not for users.
 create or replace function public.openai_webhook(webhook_id text, event_type text, batch_id text) returns jsonb

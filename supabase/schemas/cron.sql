@@ -72,7 +72,7 @@ begin
 end $$;
 
 -- Runs daily: deletes what is no longer needed. An upload that a tenant's transaction holds is left to the next day.
--- Locks: finished jobs, windows, uploads and arrivals (all skip locked), usage; provider, then what is learned, workspaces and workers.
+-- Locks: finished jobs, windows, uploads and arrivals (all skip locked), usage; provider, then what is learned, briefs, workspaces and workers.
 create or replace function autotag.housekeeping() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -108,6 +108,9 @@ begin
   -- Last, because these need the provider row. Workspaces without work; a workspace whose upload has just begun comes back with it.
   perform from autotag.provider_limits for update;
   delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- not used for 90 days
+  delete from autotag.briefs b   -- no upload that is kept was asked this
+  where b.created_at < v_now - interval '90 days' and not exists (select from autotag.learned l where l.brief_id = b.id)
+    and b.id not in (select j.brief_id from autotag.jobs j where j.brief_id is not null);
   delete from autotag.workspaces w
   where w.queued = 0 and not exists (
     select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);

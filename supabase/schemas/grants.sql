@@ -12,7 +12,8 @@ grant all on autotag.windows, public.workspace_rate_limits to service_role;
 revoke all on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
-  public.tagging_vocabulary, public.set_tagging_vocabulary, public.edit_tagging_vocabulary
+  public.tagging_vocabulary, public.set_tagging_vocabulary, public.edit_tagging_vocabulary,
+  public.tagging_profile, public.set_tagging_profile
   from public, anon;
 revoke all on function public.openai_webhook from public, anon, authenticated;
 
@@ -20,6 +21,7 @@ revoke all on function public.openai_webhook from public, anon, authenticated;
 grant execute on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
+  public.tagging_profile, public.set_tagging_profile, autotag.read_profile, autotag.edit_profile,
   autotag.check_image_count, autotag.enqueue, autotag.visible_file_marks, autotag.files_to_check, autotag.failed_assets,
   autotag.cancel, autotag.retry,
   autotag.describe_job,
@@ -37,7 +39,7 @@ grant execute on function public.openai_webhook, autotag.receive_webhook to serv
 -- workers: their reports are validated (results/reports.sql), and they can act only on what they hold
 grant execute on function
   autotag.register_worker, autotag.worker_settings, autotag.heartbeat, autotag.tick_if_due,
-  autotag.release_worker, autotag.release_lost, autotag.claim, autotag.describe_tasks, autotag.report_unreadable, autotag.seal_uploads, autotag.report_stages, autotag.settle,
+  autotag.release_worker, autotag.release_lost, autotag.claim, autotag.describe_tasks, autotag.describe_brief, autotag.report_unreadable, autotag.seal_uploads, autotag.report_stages, autotag.settle,
   autotag.list_unstored, autotag.pick_unstored, autotag.store_waiting, autotag.postpone_stores,
   autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted, autotag.show_batch,
   autotag.report_batch_failure, autotag.report_poll_failure, autotag.files_deleted, autotag.provider_checked, autotag.record_poll, autotag.batch_answers, autotag.batch_finish,
@@ -51,6 +53,7 @@ grant execute on function autotag.may_see_file to current_user;
 grant execute on function
   autotag.diagnose, autotag.send_test_broadcast, autotag.status, autotag.metrics,
   autotag.preview_backfill, autotag.backfill, autotag.list_usage,
+  autotag.show_profile, autotag.set_profile, autotag.profile_history,
   autotag.preview_comparison, autotag.comparison_sample, autotag.admit_comparison, autotag.settle_comparison
   to autotag_operator;
 

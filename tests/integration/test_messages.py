@@ -22,7 +22,7 @@ WORKER = "00000000-0000-4000-8000-000000000001"
 READ: dict[type, list[tuple[str, str]]] = {
     m.ErrorReport: [("clean_error", "p_error")],
     m.Usage: [("clean_usage", "p_usage")],
-    m.TagResult: [("clean_result", "p_result"), ("canonical_results", "r.result")],
+    m.TagResult: [("clean_result", "p_result"), ("canonical_results", "r.result"), ("read_answers", "e -> 'result'")],
     m.Report: [("read_answers", "e")],
     m.StageReport: [("report_stages", "e")],
     # m.Sent is a part of it
@@ -132,7 +132,7 @@ def test_batches(library: Library) -> None:
     images = value(library, "autotag.batch_images(%s, %s, %s, 0, 100)", *held)
     assert len(images) > 50
     for image in images:  # what is said of a single call besides has a default
-        assert set(image) == keys(m.Image) - {"attempt", "job", "traceparent", "waited", "workspace", "claim"}
+        assert set(image) == keys(m.Image) - {"attempt", "job", "traceparent", "waited", "workspace", "claim", "brief"}
     library.sql("update autotag.batches set state = 'creating'")
     library.sql("select autotag.batch_submitted(%s, %s, %s, 'batch_1', 'validating', 'file-1')", *held)
     library.sql("update autotag.provider_limits set next_poll_at = '-infinity'")

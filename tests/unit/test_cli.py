@@ -98,7 +98,9 @@ class FakeOperator:
     def __init__(self, images: int, refusals: int = 0) -> None:
         self.left, self.refusals, self.number = images, refusals, 0
 
-    async def backfill(self, workspace: str, untagged: bool, after: str | None, limit: int) -> dict[str, Any]:
+    async def backfill(
+        self, workspace: str, untagged: bool, after: str | None, limit: int, *, outdated: bool
+    ) -> dict[str, Any]:
         if self.refusals:
             self.refusals -= 1
             raise Refused("Too many live images.", None, 0.0)

@@ -26,8 +26,8 @@ begin
   end if;
 end $$;
 
--- Refuses callers who may not change what is asked about a workspace's images, and who is given which tags: its vocabulary and
--- profiles. Members may if the adapter says so (is_editor). Null: for all workspaces, which only a service may change.
+-- The same for a change of what a workspace's images are asked and how they are tagged: its profile and its vocabulary. Null: those of all
+-- workspaces, which only a service may change.
 create or replace function autotag.check_editor(p_workspace_id autotag.workspace_id) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -36,10 +36,9 @@ begin
     return;
   end if;
   perform autotag.check_member(p_workspace_id);
-  if not autotag.is_editor(p_workspace_id) then
-    perform autotag.refuse(403, 'not_an_editor', 'You may not change this for your workspace.',
-      'The project''s owner decides who may: autotag init --editors members, or autotag.is_editor() of your own.',
-      jsonb_build_object('workspace_id', p_workspace_id));
+  if autotag.is_editor(p_workspace_id) is not true then
+    perform autotag.refuse(403, 'not_an_editor', 'You may not change what this workspace''s images are asked.',
+      'Ask who runs this project: autotag.is_editor() decides it.', jsonb_build_object('workspace_id', p_workspace_id));
   end if;
 end $$;
 

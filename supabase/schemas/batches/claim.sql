@@ -17,7 +17,7 @@ $$;
 -- claim_batches: assigns at most p_slots whole batches to a worker, and the poll of the provider if it is due. p_claim: the number of
 -- the claim, as in claim(); called again with the same number it returns the same batches. p_question: the version of the question that the worker has; null: none.
 --   batches: [{batch, attempt, state, image_count, since, cancelled, openai_batch_id, input_file_id, output_file_id,
---     error_file_id, keep_files}], in the order to work on them: batches that OpenAI has finished, batches in progress (they hold
+--     error_file_id, keep_files, brief}], in the order to work on them: batches that OpenAI has finished, batches in progress (they hold
 --     queued tokens), the first batch of each upload, the others. If the provider's queue is too short for all of them, the
 --     workspace with the fewest tokens in it goes first. Smaller batches overtake one that does not fit, until it has waited for
 --     batch_patience; after that no planned batch starts before it. A workspace leaves one slot of each worker to the others.
@@ -129,7 +129,8 @@ begin
       'batch', b.id, 'attempt', b.attempt, 'state', b.state, 'image_count', b.image_count,
       'since', autotag.real_epoch(b.created_at), 'cancelled', b.cancel_requested,
       'openai_batch_id', b.openai_batch_id, 'input_file_id', b.input_file_id,
-      'output_file_id', b.output_file_id, 'error_file_id', b.error_file_id, 'keep_files', b.keep_files) order by t.i), '[]')
+      'output_file_id', b.output_file_id, 'error_file_id', b.error_file_id, 'keep_files', b.keep_files,
+      'brief', (select j.brief_id from autotag.jobs j where j.id = b.job_id)) order by t.i), '[]')
     from unnest(p_ids) with ordinality t (id, i) join autotag.batches b on b.id = t.id);
 end $$;
 

@@ -51,7 +51,8 @@ begin
     select u.id, v_last + (u.i * v_batches + v_count - 1) / v_count as ordinal from unnest(p_tasks) with ordinality u (id, i)
   ), made as (
     insert into autotag.batches (job_id, workspace_id, ordinal, image_count, extra_tokens, created_at, not_before, admitted_at)
-    select p_job.id, p_job.workspace_id, x.ordinal, count(*), sum(greatest(t.min_output_tokens - p.output_tokens, 0)), autotag.now(),
+    select p_job.id, p_job.workspace_id, x.ordinal, count(*),
+      sum(greatest(t.min_output_tokens - p.output_tokens, 0)) + count(*) * autotag.extra_tokens(p_job.brief_id), autotag.now(),
       p_not_before, case when x.ordinal = v_last + 1 then p_from.admitted_at end
     from placed x join autotag.tasks t on t.id = x.id cross join autotag.provider_limits p group by x.ordinal
     returning id, ordinal
@@ -112,6 +113,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp s
 as $$
 declare
   v_max_allowed record := autotag.believable_usage();
+  v_brief bigint := (select j.brief_id from autotag.jobs j where j.id = p_batch.job_id);   -- as its lines asked
 begin
   return array(
     with reported as materialized (
@@ -127,9 +129,9 @@ begin
       case when x.error is not null or x.result is null then autotag.clean_error(x.error, x.result) end,
       case when x.valid_usage then x.usage else autotag.clean_usage(x.usage, v_max_allowed.input,
         greatest(coalesce(4 * x.output_tokens + 4000, 100000), v_max_allowed.uncapped)) end,
-      true, x.mark, x.asset_id)::autotag.answer
+      true, x.mark, x.asset_id, v_brief)::autotag.answer
     from (
-      select distinct on (h.id) h.*, r.result, r.error, r.usage, r.valid_usage, r.mark
+      select distinct on (h.id) h.*, case when v_brief is null then r.result else autotag.fit_result(r.result, r.fields, v_brief) end as result, r.error, r.usage, r.valid_usage, r.mark
       -- where an error is recorded already, only a result is accepted: another error must not count twice
       from reported r join held h on h.id = r.task and (not h.failed or r.result is not null)
       where h.batch_id = p_batch.id and h.finished_at is null

@@ -8,8 +8,8 @@ declare
   v_queue autotag.batch_queue;
 begin
   v_queue.tokens := (select coalesce(sum(b.reserved_tokens), 0) from autotag.batches b where b.reserved_tokens > 0);
-  v_queue.short := v_queue.tokens + p_provider.tokens_per_image * (
-    select coalesce(sum(b.image_count - b.express_count), 0) from autotag.batches b
+  v_queue.short := v_queue.tokens + (
+    select coalesce(sum((b.image_count - b.express_count)::bigint * p_provider.tokens_per_image + b.extra_tokens), 0) from autotag.batches b
     where b.state = 'planned' and b.worker_id is null and b.not_before <= p_now) > p_provider.queued_batch_tokens;
   v_queue.patient_since := case when v_queue.short
     then p_now - (select s.batch_patience from autotag.settings s) else '-infinity' end;
@@ -208,12 +208,13 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   -- Its file asks an older question. In state `uploading` the worker finds the file by its name, deletes it and builds a new one.
+  v_brief autotag.briefs := autotag.job_brief(p_batch.job_id, p_provider);
   v_stale boolean := p_batch.state = 'planned' and coalesce(p_batch.asked_at < p_provider.question_since, false);
 begin
   update autotag.batches b
   set worker_id = p_worker, claim = (select w.batch_claim from autotag.workers w where w.id = p_worker), attempt = b.attempt + 1,
       admitted_at = p_batch.admitted_at, reserved_tokens = p_batch.reserved_tokens,
-      output_tokens = case when b.input_file_id is null or v_stale then p_provider.output_tokens else b.output_tokens end,
+      output_tokens = case when b.input_file_id is null or v_stale then coalesce(v_brief.output_tokens, p_provider.output_tokens) else b.output_tokens end,
       asked_at = case when b.input_file_id is null or v_stale then p_now else b.asked_at end,
       keep_files = p_provider.keep_files,
       input_file_id = case when v_stale then null else b.input_file_id end,

@@ -37,8 +37,9 @@ begin
   if v_rest = '{}' or v_batch.state <> 'preparing' or cardinality(v_rest) >= v_batch.image_count - v_batch.express_count then
     return;
   end if;
-  insert into autotag.batches (job_id, workspace_id, ordinal, image_count, created_at)
-  select v_batch.job_id, v_batch.workspace_id, max(b.ordinal) + 1, cardinality(v_rest), v_batch.created_at
+  insert into autotag.batches (job_id, workspace_id, ordinal, image_count, extra_tokens, created_at)
+  select v_batch.job_id, v_batch.workspace_id, max(b.ordinal) + 1, cardinality(v_rest),
+    cardinality(v_rest) * autotag.extra_tokens((select j.brief_id from autotag.jobs j where j.id = v_batch.job_id)), v_batch.created_at
   from autotag.batches b where b.job_id = v_batch.job_id
   returning id into v_new;
   update autotag.batches b set image_count = b.image_count - cardinality(v_rest) where b.id = p_batch;

@@ -56,7 +56,7 @@ begin
     'current_cost_per_1000', round(1000 * autotag.question_cost(v_current, false), 4),
     'current_answers', coalesce((
       select l.answers from autotag.learned l
-      where l.model = v_current.question ->> 'model' and l.image_detail = v_current.question ->> 'image_detail'
+      where l.brief_id = 0 and l.model = v_current.question ->> 'model' and l.image_detail = v_current.question ->> 'image_detail'
         and l.reasoning_effort = coalesce(v_current.question ->> 'reasoning_effort', '')
         and l.max_tags = (v_current.question ->> 'max_tags')::integer
         and l.tag_language = v_current.question ->> 'tag_language'), 0));

@@ -79,16 +79,19 @@ end $$;
 
 -- Sets what one image reserves and what it uses on average, from what was learned about the present question, or from the
 -- first guess below 10 answers. Few answers get a margin of 2 / answers, because ten may not have included the largest.
--- The caller holds the provider row.
-create or replace function autotag.estimate_tokens(p_provider autotag.provider_limits) returns autotag.provider_limits
+-- p_brief: what is asked beside the question; the row that is returned then says what such an image needs. The caller holds the provider
+-- row.
+create or replace function autotag.estimate_tokens(p_provider autotag.provider_limits, p_brief autotag.briefs default null)
+returns autotag.provider_limits
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_settings autotag.settings;
   v_learned autotag.learned;
   v_question jsonb := p_provider.question;
-  v_prompt_guess integer := autotag.guess_prompt(v_question);
-  v_output_guess integer := autotag.guess_output(v_question);
+  v_prompt_guess integer := autotag.guess_prompt(v_question) + coalesce(p_brief.extra_prompt, 0);
+  v_output_guess integer := coalesce(p_brief.extra_output, 0)
+    + autotag.guess_output(v_question || jsonb_build_object('max_tags', coalesce(p_brief.tag_count, (v_question -> 'max_tags')::integer)));
   v_prompt integer := v_prompt_guess;
   v_output integer := v_output_guess;
   v_margin double precision;
@@ -97,7 +100,8 @@ begin
   select * into v_learned from autotag.learned l
   where l.model = v_question ->> 'model' and l.image_detail = v_question ->> 'image_detail'
     and l.reasoning_effort = coalesce(v_question ->> 'reasoning_effort', '')
-    and l.max_tags = (v_question ->> 'max_tags')::integer and l.tag_language = v_question ->> 'tag_language';
+    and l.max_tags = (v_question ->> 'max_tags')::integer and l.tag_language = v_question ->> 'tag_language'
+    and l.brief_id = coalesce(p_brief.id, 0);
   p_provider.prompt_mean := v_prompt;
   p_provider.output_mean := v_output / 3;
   if v_learned.answers >= 10 then
@@ -152,13 +156,34 @@ begin
   return p_provider;
 end $$;
 
--- Learns from the prompt and answer tokens (parallel arrays) of answers to a question (null: the present one). A prompt counts
--- as at most 20 times the first guess. The caller holds the provider row.
-create or replace function autotag.learn(p_inputs integer[], p_outputs integer[], p_question jsonb default null) returns void
+-- Learns from the prompt and answer tokens (parallel arrays) of answers to a question (null: the present one). p_briefs: what each was
+-- asked beside the question; null: nothing. The caller holds the provider row.
+create or replace function autotag.learn(p_inputs integer[], p_outputs integer[], p_question jsonb default null, p_briefs bigint[] default null)
+returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_group record;
+begin
+  if array_remove(p_briefs, null) = '{}' is not false then
+    perform autotag.learn_brief(null, p_inputs, p_outputs, p_question);
+    return;
+  end if;
+  for v_group in
+    select u.brief, array_agg(u.input) as inputs, array_agg(u.output) as outputs
+    from unnest(p_inputs, p_outputs, p_briefs) u (input, output, brief) group by u.brief order by u.brief
+  loop
+    perform autotag.learn_brief(v_group.brief, v_group.inputs, v_group.outputs, p_question);
+  end loop;
+end $$;
+
+-- Learns from answers that were all asked the same. A prompt counts as at most 20 times the first guess.
+create or replace function autotag.learn_brief(p_brief bigint, p_inputs integer[], p_outputs integer[], p_question jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits;
+  v_brief autotag.briefs;
   v_question jsonb;
   v_memory integer := (select s.learning_memory from autotag.settings s);
   v_max_allowed integer;
@@ -168,20 +193,30 @@ begin
   end if;
   select * into v_provider from autotag.provider_limits;
   v_question := coalesce(p_question, v_provider.question);
-  v_max_allowed := 20 * autotag.guess_prompt(v_question);
+  if p_brief is not null then
+    select * into v_brief from autotag.briefs b where b.id = p_brief;
+    if not found then
+      return;
+    end if;
+  end if;
+  v_max_allowed := 20 * (autotag.guess_prompt(v_question) + coalesce(v_brief.extra_prompt, 0));
   p_inputs := array(select least(i, v_max_allowed) from unnest(p_inputs) i);
   update autotag.learned l
   set answers = l.answers + cardinality(p_inputs), learned_at = autotag.now(),
       prompt = autotag.decayed_histogram(l.prompt, p_inputs, v_memory), output = autotag.decayed_histogram(l.output, p_outputs, v_memory)
   where l.model = v_question ->> 'model' and l.image_detail = v_question ->> 'image_detail'
     and l.reasoning_effort = coalesce(v_question ->> 'reasoning_effort', '')
-    and l.max_tags = (v_question ->> 'max_tags')::integer and l.tag_language = v_question ->> 'tag_language';
+    and l.max_tags = (v_question ->> 'max_tags')::integer and l.tag_language = v_question ->> 'tag_language' and l.brief_id = coalesce(p_brief, 0);
   if not found then
-    insert into autotag.learned (model, image_detail, reasoning_effort, max_tags, tag_language, answers, prompt, output, learned_at)
+    insert into autotag.learned (model, image_detail, reasoning_effort, max_tags, tag_language, brief_id, answers, prompt, output, learned_at)
     values (v_question ->> 'model', v_question ->> 'image_detail',
       coalesce(v_question ->> 'reasoning_effort', ''), (v_question ->> 'max_tags')::integer,
-      v_question ->> 'tag_language', cardinality(p_inputs),
+      v_question ->> 'tag_language', coalesce(p_brief, 0), cardinality(p_inputs),
       autotag.decayed_histogram('{}', p_inputs, v_memory), autotag.decayed_histogram('{}', p_outputs, v_memory), autotag.now());
+  end if;
+  if p_brief is not null then
+    perform autotag.refresh_brief(v_brief, v_provider);
+    return;
   end if;
   v_provider := autotag.estimate_tokens(v_provider);
   update autotag.provider_limits p

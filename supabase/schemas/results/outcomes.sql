@@ -207,7 +207,7 @@ end $$;
 
 -- The prompt and answer tokens of answers to the present question, for learn(). p_asked_at: as in reclassify_errors().
 create or replace function autotag.tokens_to_learn(
-  p_answers autotag.answer[], p_asked_at timestamptz default null, out inputs integer[], out outputs integer[]
+  p_answers autotag.answer[], p_asked_at timestamptz default null, out inputs integer[], out outputs integer[], out briefs bigint[]
 )
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -215,8 +215,9 @@ begin
   select coalesce(array_agg((a.usage -> 'input')::integer), '{}'),
     -- the length of a cut-off answer is unknown: it is estimated by the cap of the retry
     coalesce(array_agg(case when a.error ->> 'code' = 'answer_too_long' then coalesce(autotag.next_cap(a), 1)
-      else greatest((a.usage -> 'output')::integer, 1) end), '{}')
-  into inputs, outputs
+      else greatest((a.usage -> 'output')::integer, 1) end), '{}'),
+    coalesce(array_agg(a.brief_id), '{}')
+  into inputs, outputs, briefs
   from unnest(p_answers) a
   where (a.usage -> 'input')::integer > 0
     and coalesce(p_asked_at, a.reserved_at) >= (select p.question_since from autotag.provider_limits p);
@@ -237,7 +238,7 @@ declare
 begin
   select * into v_provider from autotag.provider_limits;
   v_learnt := autotag.tokens_to_learn(p_answers, p_asked_at);
-  perform autotag.learn(v_learnt.inputs, v_learnt.outputs);
+  perform autotag.learn(v_learnt.inputs, v_learnt.outputs, null, v_learnt.briefs);
   select coalesce(bool_or(a.error is null), false),
     coalesce(bool_or(a.error is null and coalesce(p_asked_at, a.reserved_at) >=
       greatest(v_provider.account_error_at, v_provider.fingerprint_since)), false)

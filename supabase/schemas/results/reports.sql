@@ -67,21 +67,23 @@ begin
 end $$;
 
 -- Reads answers as workers report them, in their order: [{task, attempt, result | error, usage, called, mark}]. result: as clean_result()
--- returns it. valid_usage: clean_usage() would return this usage unchanged, whatever the cap was: the answer has at most 4,000 tokens,
+-- returns it; fields: as the worker gave them, for fit_result(). valid_usage: clean_usage() would return this usage unchanged, whatever the cap was: the answer has at most 4,000 tokens,
 -- and the prompt at most p_input. error and another usage are as the worker gave them.
 create or replace function autotag.read_answers(p_answers jsonb, p_input integer)
-returns table (task bigint, attempt integer, result jsonb, error jsonb, usage jsonb, valid_usage boolean, called boolean, mark uuid, place bigint)
+returns table (task bigint, attempt integer, result jsonb, fields jsonb, error jsonb, usage jsonb, valid_usage boolean, called boolean, mark uuid, place bigint)
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp rows 500
 as $$
 declare
   v_input jsonb := to_jsonb(p_input);
-  v_canonical boolean[] := autotag.canonical_results(array(select e -> 'result' from jsonb_array_elements(p_answers) e));
+  v_canonical boolean[] := autotag.canonical_results(array(
+    select case when jsonb_typeof(e -> 'result') = 'object' then (e -> 'result') - 'fields' end from jsonb_array_elements(p_answers) e));
 begin
   return query
     -- in jsonb's sort order only numbers lie between two numbers
     select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end,
       case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end,
-      case when v_canonical[i] then e -> 'result' else autotag.clean_result(e -> 'result') end,
+      case when not v_canonical[i] then autotag.clean_result(e -> 'result')
+        else (e -> 'result') - 'fields' end, e -> 'result' -> 'fields',
       nullif(e -> 'error', 'null'), u.usage,
       coalesce(u.usage -> 'input' between '0' and v_input and u.usage -> 'output' between '0' and '4000'
         and u.usage -> 'cached' between '0' and v_input and u.usage -> 'cache_write' between '0' and v_input

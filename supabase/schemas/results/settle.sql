@@ -65,6 +65,7 @@ begin
       select * from autotag.read_answers(p_reports, v_max_allowed.input)
     ), held as materialized (
       select t.id, t.attempt, t.job_id, t.asset_id, t.reserved_at, t.reserved_tokens, t.output_tokens,
+        (select j.brief_id from autotag.jobs j where j.id = t.job_id) as brief_id,
         greatest(coalesce(4 * t.output_tokens + 4000, 100000), v_max_allowed.uncapped) as max_output
       from autotag.tasks t
       where t.id = any (array(select r.task from reported r)) and t.worker_id = p_worker and t.workspace_id = p_workspace_id
@@ -72,9 +73,9 @@ begin
     select row(x.id, x.attempt, x.job_id, p_workspace_id, x.reserved_at, x.reserved_tokens, x.output_tokens, x.result,
       case when x.error is not null or x.result is null then autotag.clean_error(x.error, x.result) end,
       case when x.valid_usage then x.usage else autotag.clean_usage(x.usage, v_max_allowed.input, x.max_output) end,
-      x.called, x.mark, x.asset_id)::autotag.answer
+      x.called, x.mark, x.asset_id, x.brief_id)::autotag.answer
     from (
-      select distinct on (h.id) h.*, r.result, r.error, r.usage, r.valid_usage, r.called, r.mark
+      select distinct on (h.id) h.*, case when h.brief_id is null then r.result else autotag.fit_result(r.result, r.fields, h.brief_id) end as result, r.error, r.usage, r.valid_usage, r.called, r.mark
       from reported r join held h on h.id = r.task and h.attempt = r.attempt order by h.id, r.place) x);
 end $$;
 

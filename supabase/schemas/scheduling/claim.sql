@@ -144,7 +144,7 @@ begin
 end $$;
 
 -- describe_tasks: what a worker needs for the tasks that a claim has released to it, by id: [{task, attempt, workspace, job,
--- traceparent, waited (seconds since the upload), asset_id, bucket, path, url, refused, mark, cap (max tokens of the answer)}]. An
+-- traceparent, waited (seconds since the upload), asset_id, bucket, path, url, refused, mark, cap (max tokens of the answer), brief}]. An
 -- asset that does not exist any more has neither path nor url. It reads the host's tables, which claim() does not: a transaction
 -- that holds a whole table delays this, and nobody else.
 create or replace function autotag.describe_tasks(p_worker uuid, p_tasks bigint[]) returns json
@@ -162,12 +162,12 @@ begin
       select t.id, t.attempt, t.asset_id, t.workspace_id, t.visible_mark, t.job_id, t.output_tokens from autotag.tasks t
       where t.id = any (p_tasks) and t.worker_id = p_worker
     ), uploads as materialized (
-      select j.id, j.user_id, j.traceparent, round(autotag.real_seconds(autotag.now() - j.created_at)::numeric, 3) as waited
+      select j.id, j.user_id, j.traceparent, j.brief_id, round(autotag.real_seconds(autotag.now() - j.created_at)::numeric, 3) as waited
       from autotag.jobs j where j.id = any (array(select r.job_id from released r))
     )
     select coalesce(json_agg(i order by i.task), '[]')
     from (
-      select r.id as task, r.attempt, r.workspace_id as workspace, u.id as job, u.traceparent, u.waited, r.asset_id, r.output_tokens as cap,
+      select r.id as task, r.attempt, r.workspace_id as workspace, u.id as job, u.traceparent, u.waited, r.asset_id, r.output_tokens as cap, u.brief_id as brief,
         d.bucket, d.path, d.url, d.refused, d.mark
       from released r join uploads u on u.id = r.job_id
       left join autotag.locate(array(select asset_id from released order by id),

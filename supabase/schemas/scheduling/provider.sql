@@ -87,11 +87,11 @@ begin
     end if;
   end if;
   v_learnt := autotag.tokens_to_learn(p_report.answers);
-  insert into autotag.provider_reports (worker_id, at, requests, tokens, sent, sent_at, observed, inputs, outputs, windows)
+  insert into autotag.provider_reports (worker_id, at, requests, tokens, sent, sent_at, observed, inputs, outputs, briefs, windows)
   values (p_report.worker_id, p_report.at, p_report.requests, p_report.tokens,
     coalesce(autotag.clean_number(p_report.observed, 'sent', 0, 100000), 0),
     p_report.at - autotag.clock_interval(coalesce(autotag.clean_number(p_report.observed, 'sent_age', 0, 3600), 0)),
-    nullif(p_report.observed - '{sent,sent_age}'::text[], '{}'), v_learnt.inputs, v_learnt.outputs, p_report.windows);
+    nullif(p_report.observed - '{sent,sent_age}'::text[], '{}'), v_learnt.inputs, v_learnt.outputs, v_learnt.briefs, p_report.windows);
   return '[]'::jsonb;
 end $$;
 
@@ -124,6 +124,8 @@ begin
       select unnest(r.inputs) from unnest(v_reports) r join autotag.provider_limits p on r.at >= p.question_since);
     v_sum.outputs := array(
       select unnest(r.outputs) from unnest(v_reports) r join autotag.provider_limits p on r.at >= p.question_since);
+    v_sum.briefs := array(
+      select unnest(r.briefs) from unnest(v_reports) r join autotag.provider_limits p on r.at >= p.question_since);
     select coalesce(jsonb_agg(w), '[]') into v_sum.windows from unnest(v_reports) r cross join lateral jsonb_array_elements(r.windows) w;
     perform autotag.apply_report(v_sum);
   exception when others or assert_failure then
@@ -161,7 +163,7 @@ begin
     v_changed := autotag.update_provider_limits(p_report.observed || jsonb_build_object('age',
       coalesce(autotag.clean_number(p_report.observed, 'age', 0, 3600), 0) + v_late));
   end if;
-  perform autotag.learn(p_report.inputs, p_report.outputs);
+  perform autotag.learn(p_report.inputs, p_report.outputs, null, p_report.briefs);
   if p_report.answers <> '{}' then
     perform autotag.record_outcomes(p_report.worker_id, p_report.answers, p_report.asked_at);
   end if;

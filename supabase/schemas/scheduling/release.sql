@@ -200,7 +200,7 @@ end $$;
 
 -- Releases the next images of one workspace: from its ready queue with the fewest released, at most one turn, and no more than
 -- its window admits. If it can release none, the workspace is not ready until the time when it can.
--- If an answer of the job was cut off, each image reserves the larger cap of that retry. p_tokens_left: what the provider's
+-- An image reserves what its brief needs. If an answer of the job was cut off, each reserves the larger cap of that retry. p_tokens_left: what the provider's
 -- bucket holds. tokens: what the images reserve together. Called by release_in_turn(), which holds the locks.
 create or replace function autotag.release_tasks(
   p_workspace autotag.workspaces, p_worker uuid, p_room integer, p_turn integer, p_provider autotag.provider_limits,
@@ -212,6 +212,8 @@ declare
   v_queue autotag.queues := autotag.next_queue(p_workspace.workspace_id, p_now);
   v_admitted record;
   v_each integer := p_provider.tokens_per_image;
+  v_cap integer := p_provider.output_tokens;
+  v_brief autotag.briefs;
   v_ready_at timestamptz;      -- when the workspace becomes ready; null: now
 begin
   ids := '{}';
@@ -224,8 +226,13 @@ begin
       return;
     end if;
   else
-    if v_queue.output_tokens > p_provider.output_tokens then
-      v_each := v_each + v_queue.output_tokens - p_provider.output_tokens;
+    v_brief := autotag.job_brief(v_queue.job_id, p_provider);
+    if v_brief.id is not null then
+      v_cap := v_brief.output_tokens;
+      v_each := autotag.reserved_for(v_brief, p_workspace.workspace_id);
+    end if;
+    v_each := v_each + greatest(v_queue.output_tokens - v_cap, 0);
+    if v_each > p_provider.tokens_per_image then
       -- Wait until the bucket holds this many tokens. An image that needs 90% of a minute's limit or more does not wait, because
       -- the bucket may never hold so much.
       if floor(p_tokens_left / v_each) < 1 and v_each < 0.9 * p_provider.tokens_per_minute then
@@ -248,7 +255,7 @@ begin
     return;
   end if;
 
-  ids := autotag.take_tasks(v_queue, p_worker, v_admitted.admitted, v_admitted.at, v_each, p_provider.output_tokens, p_now);
+  ids := autotag.take_tasks(v_queue, p_worker, v_admitted.admitted, v_admitted.at, v_each, v_cap, p_now);
   tokens := cardinality(ids)::bigint * v_each;
   if cardinality(ids) < v_admitted.admitted then   -- the upload was cancelled
     perform autotag.correct_window(p_workspace.workspace_id, 'realtime', v_admitted.at,

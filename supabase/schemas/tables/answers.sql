@@ -14,7 +14,8 @@ create type autotag.answer as (
   usage jsonb,                 -- as clean_usage() returns it; null: the provider gave no figures
   called boolean,              -- whether the call was sent
   mark uuid,                   -- of the picture that the model saw (describe_assets); null: not known
-  asset_id uuid
+  asset_id uuid,
+  brief_id bigint              -- what its job is asked (autotag.briefs); null: the question alone
 );
 
 -- The state of one batch, as a poll of OpenAI showed it.

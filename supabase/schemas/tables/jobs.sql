@@ -31,6 +31,7 @@ create table autotag.jobs (
   progress integer not null default 0 check (progress between 0 and 100),
   broadcast_at timestamptz not null default '-infinity',   -- when job-progress was last broadcast
   traceparent text,                     -- of the HTTP request that made the job (W3C Trace Context), if it had one
+  brief_id bigint,                      -- what its images are asked (autotag.briefs); null: the question alone
   retry_of uuid,                        -- the job whose failed images it retries (retry_tagging)
   check (completed >= 0 and failed >= 0 and completed + failed <= image_count),
   check ((finished_at is not null) = (completed + failed = image_count))

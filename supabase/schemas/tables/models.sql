@@ -45,10 +45,11 @@ create table autotag.learned (
   reasoning_effort text not null,        -- '': not sent
   max_tags integer not null,
   tag_language text not null,
+  brief_id bigint not null default 0,    -- of autotag.briefs; 0: the question alone
   answers bigint not null default 0,
   prompt jsonb not null default '{}',    -- {size: weight}
   output jsonb not null default '{}',
   learned_at timestamptz not null default '-infinity',
-  primary key (model, image_detail, reasoning_effort, max_tags, tag_language)
+  primary key (model, image_detail, reasoning_effort, max_tags, tag_language, brief_id)
 ) with (fillfactor = 50);
 alter table autotag.learned enable row level security;

@@ -20,3 +20,26 @@ create table autotag.profiles (
 );
 create unique index profiles_key on autotag.profiles (workspace_id, version) nulls not distinct;
 alter table autotag.profiles enable row level security;
+
+-- What the images of an upload are asked beside the question: a version of a profile, and the vocabulary of that moment. A job names its
+-- brief, so that all of it is asked the same, and a batch's answers are read as they were asked. A job without one is asked the
+-- question alone. Workers read a brief once.
+create table autotag.briefs (
+  id bigint generated always as identity primary key,
+  profile_id bigint not null,
+  vocabulary jsonb not null,             -- tags for the prompt; [] where the mode is open
+  tag_count integer,                     -- of its profile
+  extra_prompt integer not null,         -- first guess of the tokens that it adds to a prompt …
+  extra_output integer not null,         -- … and to an answer, beside its number of tags
+  -- What one image reserves and uses on average (as in provider_limits), and the version of the question that this holds for. Only
+  -- the transaction that holds the provider row updates a brief.
+  question_version bigint not null default -1,
+  tokens_per_image integer not null,
+  output_tokens integer not null,
+  prompt_mean integer not null,
+  output_mean integer not null,
+  created_at timestamptz not null
+) with (fillfactor = 50);
+-- Not unique: two first uploads may each insert one, and neither waits for the other's transaction.
+create index briefs_profile_idx on autotag.briefs (profile_id, md5(vocabulary::text));
+alter table autotag.briefs enable row level security;

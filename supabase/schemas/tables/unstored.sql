@@ -35,6 +35,7 @@ create type autotag.provider_report as (
   form_changed boolean,        -- a parameter was refused, and the model's row has its next form
   inputs integer[],            -- prompt and answer tokens to learn from, where there are no answers
   outputs integer[],
+  briefs bigint[],             -- what each of them was asked (autotag.answer)
   windows jsonb                -- corrections of windows that were held: [{workspace_id, reserved_at, requests, units}]
 );
 
@@ -51,6 +52,7 @@ create table autotag.provider_reports (
   observed jsonb,                        -- limits from response headers
   inputs integer[] not null default '{}',
   outputs integer[] not null default '{}',
+  briefs bigint[] not null default '{}',
   windows jsonb not null default '[]'
 );
 alter table autotag.provider_reports enable row level security;

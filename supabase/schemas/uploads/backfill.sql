@@ -1,13 +1,15 @@
 -- Tags images that existed before autotag (`autotag enqueue`).
 
 -- Previews tagging existing images: {images, seconds, cost (dollars; null: unknown), model}. p_untagged: only those without
--- tags; p_after, p_limit: as in backfill().
-create or replace function autotag.preview_backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer)
-returns jsonb
+-- tags; p_outdated: only those that an older version of the profile tagged; p_after, p_limit: as in backfill().
+create or replace function autotag.preview_backfill(
+  p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer, p_outdated boolean default false
+) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_images integer := cardinality(autotag.list_assets(p_workspace_id, p_untagged, p_after, p_limit));
+  v_images integer := cardinality(autotag.list_assets(p_workspace_id, p_untagged, p_after, p_limit,
+    case when p_outdated then (autotag.profile_of(p_workspace_id)).version end));
   v_settings autotag.settings;
   v_batches integer := 0;
 begin
@@ -19,12 +21,15 @@ begin
     v_batches := autotag.plan_batches(v_images, v_settings.batch_batches_per_hour, v_settings.batch_images_per_hour);
   end if;
   return jsonb_build_object('images', v_images, 'seconds', autotag.estimate_seconds(v_images, v_batches),
-    'cost', v_images * autotag.expected_cost(case when v_batches > 0 then 'batch' end), 'model', v_settings.model);
+    'cost', v_images * autotag.expected_cost(case when v_batches > 0 then 'batch' end, p_workspace_id => p_workspace_id),
+    'model', v_settings.model);
 end $$;
 
 -- Makes one upload of the next p_limit existing images of a workspace (by id, after p_after): {job_id, images, last}. `last`
 -- is p_after for the next call; null: no more images. Refuses what enqueue_tagging refuses. Locks: the workspace (advisory).
-create or replace function autotag.backfill(p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer) returns jsonb
+create or replace function autotag.backfill(
+  p_workspace_id uuid, p_untagged boolean, p_after uuid, p_limit integer, p_outdated boolean default false
+) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -33,7 +38,8 @@ declare
 begin
   perform autotag.check_image_count(p_limit);
   perform autotag.lock_quotas(p_workspace_id, null);
-  v_assets := autotag.list_assets(p_workspace_id, p_untagged, p_after, p_limit);
+  v_assets := autotag.list_assets(p_workspace_id, p_untagged, p_after, p_limit,
+    case when p_outdated then (autotag.profile_of(p_workspace_id)).version end);
   if v_assets = '{}' then
     return jsonb_build_object('job_id', null, 'images', 0, 'last', null);
   end if;

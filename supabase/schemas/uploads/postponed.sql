@@ -21,7 +21,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user uuid := nullif(p_uploader, '00000000-0000-0000-0000-000000000000');
-  v_prices autotag.reservation_prices := autotag.price_reservations();
+  v_prices autotag.reservation_prices := autotag.price_reservations(p_workspace_id);
   v_until timestamptz;
   v_scope text;
   v_other record;

@@ -13,14 +13,15 @@ begin
     case when p_max then p_provider.output_tokens else p_provider.output_mean end);
 end $$;
 
--- The same for the present question.
-create or replace function autotag.expected_cost(p_tier text default null, p_max boolean default false) returns numeric
+-- The same for the present question, and for what a workspace asks beside it (p_workspace_id null: nothing).
+create or replace function autotag.expected_cost(
+  p_tier text default null, p_max boolean default false, p_workspace_id autotag.workspace_id default null
+) returns numeric
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_provider autotag.provider_limits;
+  v_provider autotag.provider_limits := autotag.provider_for(p_workspace_id);
 begin
-  select * into v_provider from autotag.provider_limits;
   v_provider.question := autotag.describe_question();
   return autotag.question_cost(v_provider, p_max, p_tier);
 end $$;
@@ -28,22 +29,22 @@ end $$;
 -- What images reserve in quotas of dollars: one as a single call and one in a batch, and each token of a cap above the usual one.
 -- Zero without a price: no dollars can be reserved then, and autotag doctor reports it. A price of zero (a model on one's own
 -- server) is a known price: such images fit into every quota of dollars.
-create or replace function autotag.price_reservations() returns autotag.reservation_prices
+create or replace function autotag.price_reservations(p_workspace_id autotag.workspace_id default null) returns autotag.reservation_prices
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_prices autotag.reservation_prices;
   v_question jsonb := autotag.describe_question();
 begin
-  v_prices.single := autotag.expected_cost(null, true);
-  v_prices.batch := autotag.expected_cost('batch', true);
+  v_prices.single := autotag.expected_cost(null, true, p_workspace_id);
+  v_prices.batch := autotag.expected_cost('batch', true, p_workspace_id);
   v_prices.token := autotag.price_tokens(
     v_question ->> 'model', coalesce(v_question ->> 'service_tier', 'default'), 0, 0, 0, 1);
   v_prices.free := coalesce(0 = all (array[v_prices.single, v_prices.batch, v_prices.token]), false);
   v_prices.single := coalesce(v_prices.single, 0);
   v_prices.batch := coalesce(v_prices.batch, 0);
   v_prices.token := coalesce(v_prices.token, 0);
-  v_prices.usual_cap := (select p.output_tokens from autotag.provider_limits p);
+  v_prices.usual_cap := (autotag.provider_for(p_workspace_id)).output_tokens;
   return v_prices;
 end $$;
 
@@ -103,7 +104,7 @@ begin
   if not exists (select from autotag.quotas) then
     return;
   end if;
-  v_prices := autotag.price_reservations();
+  v_prices := autotag.price_reservations(p_workspace_id);
   return query
     select u.scope, u.period, u.kind, u.maximum, greatest(u.maximum - u.billed - u.reserved, 0),
       case when u.kind = 'cost' and coalesce(p_each = 0, v_prices.free) then 2147483647
@@ -200,7 +201,7 @@ begin
   perform autotag.lock_quotas(o.workspace_id, o.user_id, false)
   from (select distinct a.workspace_id, j.user_id from unnest(p_answers) a join autotag.jobs j on j.id = a.job_id
     where a.error is not null and a.usage is not null) o;
-  v_prices := autotag.price_reservations();
+  v_prices := autotag.price_reservations(p_answers[1].workspace_id);
   with tries as materialized (
     select a.task, a.workspace_id, j.user_id,
       greatest(coalesce(autotag.next_cap(a), t.min_output_tokens) - v_prices.usual_cap, 0) * v_prices.token + v_prices.single as price,
@@ -236,6 +237,6 @@ begin
   return array(
     select case when v_refused ? a.task::text then row(a.task, a.attempt, a.job_id, a.workspace_id, a.reserved_at, a.reserved_tokens,
         a.output_tokens, a.result, a.error || jsonb_build_object('kind', 'image', 'code', 'quota_exceeded', 'retry', false,
-          'message', v_refused -> a.task::text), a.usage, a.called, a.mark, a.asset_id)::autotag.answer else a end
+          'message', v_refused -> a.task::text), a.usage, a.called, a.mark, a.asset_id, a.brief_id)::autotag.answer else a end
     from unnest(p_answers) a);
 end $$;

@@ -1,7 +1,7 @@
 -- Nothing twice: a call that is repeated, because its reply was lost, does not pay for its images again.
 
 -- Those of these images that are being tagged, or were tagged a moment ago: they belong to a job of the workspace that still runs or has
--- finished within repeat_window, with the location that they had then, and did not fail there. It reads only tables of autotag, in
+-- finished within repeat_window, with the location that they had then and the present brief, and did not fail there. It reads only tables of autotag, in
 -- one snapshot, so that it knows of every image that was tagged until now, whatever the image's row showed earlier.
 create or replace function autotag.find_repeats(p_workspace_id uuid, p_pictures autotag.picture[]) returns autotag.repeated[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -9,6 +9,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp s
 as $$
 declare
   v_live autotag.repeated[];
+  v_brief autotag.briefs;
 begin
   if p_pictures = '{}' then
     return array[]::autotag.repeated[];   -- almost always: nothing is read for new images
@@ -21,14 +22,18 @@ begin
   if p_pictures = '{}' then
     return v_live;
   end if;
+  -- The answer to another question is not what this call asks for.
+  v_brief := autotag.compose_brief(p_workspace_id);
   return v_live || array(
     with recent as materialized (
       select p.job_id, unnest(p.marks) as mark from autotag.pictures p
       where p.job_id = any (array(
-        select j.id from autotag.jobs j where j.workspace_id = p_workspace_id and j.finished_at is null
+        select j.id from autotag.jobs j
+        where j.workspace_id = p_workspace_id and j.finished_at is null and j.brief_id is not distinct from coalesce(v_brief.id, v_brief.profile_id * 0)
         union all
         select j.id from autotag.jobs j
-        where j.finished_at > autotag.now() - (select s.repeat_window from autotag.settings s) and j.workspace_id = p_workspace_id))
+        where j.finished_at > autotag.now() - (select s.repeat_window from autotag.settings s) and j.workspace_id = p_workspace_id
+          and j.brief_id is not distinct from coalesce(v_brief.id, v_brief.profile_id * 0)))
     ), met as materialized (
       select a.asset_id, r.job_id from unnest(p_pictures) a join recent r on r.mark = a.mark
     ), failed as materialized (

@@ -33,8 +33,9 @@ begin
   perform autotag.check_quotas(p_workspace_id, p_user_id, v_count);
 
   v_plan := autotag.plan_upload(p_workspace_id, v_count);
-  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent)
-  values (p_workspace_id, p_user_id, v_plan.strategy, v_plan.fallback, v_count, v_now, autotag.request_traceparent())
+  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent, brief_id)
+  values (p_workspace_id, p_user_id, v_plan.strategy, v_plan.fallback, v_count, v_now, autotag.request_traceparent(),
+    autotag.make_brief(p_workspace_id))
   returning * into v_job;
   v_first_task := autotag.add_tasks(v_job, v_plan, v_new, v_new_marks);
   insert into autotag.queues (job_id, workspace_id, queued, overdue_at, cursor, chunk)
@@ -117,14 +118,16 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_first_task bigint;
+  v_extra bigint := autotag.extra_tokens(p_job.brief_id);
 begin
   -- Ordinal 1 is the priority batch, which has the express images.
   if p_plan.batches > 0 then
-    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, express_count, created_at)
-    select p_job.id, p_job.workspace_id, b,
-      (b::bigint * p_job.image_count / p_plan.batches - (b - 1)::bigint * p_job.image_count / p_plan.batches)::integer,
-      case when b = 1 then p_plan.express else 0 end, p_job.created_at
-    from generate_series(1, p_plan.batches) b;
+    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, express_count, extra_tokens, created_at)
+    select p_job.id, p_job.workspace_id, b, n.images, n.express, (n.images - n.express) * v_extra, p_job.created_at
+    from generate_series(1, p_plan.batches) b
+    cross join lateral (
+      select (b::bigint * p_job.image_count / p_plan.batches - (b - 1)::bigint * p_job.image_count / p_plan.batches)::integer as images,
+        case when b = 1 then p_plan.express else 0 end as express) n;
   end if;
 
   with placed as (

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import autotag
-from autotag.cli import compare, doctor, enqueue, init, migrate, status, usage, watch, worker
+from autotag.cli import compare, doctor, enqueue, init, migrate, profile, status, usage, watch, worker
 from autotag.cli.console import tame_libraries
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ COMMANDS: dict[str, list[tuple[Callable[..., None], str]]] = {
     "Run": [(worker.worker, worker.HELP_END)],
     "Operate": [
         (status.status, status.HELP_END), (enqueue.enqueue, enqueue.HELP_END), (usage.usage, usage.HELP_END),
-        (watch.watch, watch.HELP_END), (compare.compare, compare.HELP_END),
+        (watch.watch, watch.HELP_END), (compare.compare, compare.HELP_END), (profile.profile, profile.HELP_END),
     ],
 }  # fmt: skip
 for heading, commands in COMMANDS.items():

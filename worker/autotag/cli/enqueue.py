@@ -22,10 +22,13 @@ MAX_IMAGES = 10_000_000
 HELP_END = help_end(
     environment=[OPERATOR_URL],
     exit_codes=EXIT_CODES | {INTERRUPTED: "stopped by Ctrl-C; the message says how to go on"},
-    examples=["autotag enqueue --workspace <id> --limit 5000", "autotag enqueue --workspace <id> --no-untagged --yes"],
+    examples=["autotag enqueue --workspace <id> --limit 5000", "autotag enqueue --workspace <id> --outdated --yes"],
 )
 Untagged = Annotated[
     bool, typer.Option("--untagged/--no-untagged", help="Skip images that have tags, or tag them again too.")
+]
+Outdated = Annotated[
+    bool, typer.Option("--outdated", help="Only images that an older version of the profile tagged (autotag profile).")
 ]
 Limit = Annotated[
     int, typer.Option(metavar="NUMBER", min=1, max=MAX_IMAGES, show_default=False, help="Maximum number of images.")
@@ -39,6 +42,7 @@ After = Annotated[
 def enqueue(
     workspace: Workspace,
     untagged: Untagged = True,
+    outdated: Outdated = False,
     limit: Limit = MAX_IMAGES,
     after: After = None,
     yes: Yes = False,
@@ -50,23 +54,31 @@ def enqueue(
     any time. It waits while the workspace's limits have no room. The workers do
     the tagging; this command ends when every image is enqueued.
     """
-    preview = run_as_operator(lambda operator: operator.preview_backfill(workspace, untagged, after, limit))
+    untagged = untagged and not outdated  # an image that is outdated has tags
+    preview = run_as_operator(
+        lambda operator: operator.preview_backfill(workspace, untagged, after, limit, outdated=outdated)
+    )
     if not as_json:
         if not preview["images"]:
-            say("This workspace has no image to enqueue: all have tags or are being tagged." if untagged else
+            say("This workspace has no image to enqueue: none was tagged with an older version of the profile."
+                if outdated else
+                "This workspace has no image to enqueue: all have tags or are being tagged." if untagged else
                 "This workspace has no image to enqueue: there is none, or all are being tagged.")  # fmt: skip
             return
         say(f"{count(preview['images'], 'image')}, {cost_of(preview)}, about {duration(preview['seconds'])}.")
         if not yes:
             typer.confirm("Start?", abort=True)
-    done = _enqueue(workspace, untagged, limit, after, preview["images"], quiet=as_json)
+    which = {"untagged": untagged, "outdated": outdated}
+    done = _enqueue(workspace, which, limit, after, preview["images"], quiet=as_json)
     if as_json:
         say_json({"images": done.images, "jobs": done.jobs, "last": done.last, "predicted": preview})
     else:
         say(f"{count(done.images, 'image')} in {count(done.jobs, 'upload')}. `autotag status --watch` shows them.")
 
 
-def _enqueue(workspace: str, untagged: bool, limit: int, after: str | None, expected: int, *, quiet: bool) -> Backfill:
+def _enqueue(
+    workspace: str, which: dict[str, bool], limit: int, after: str | None, expected: int, *, quiet: bool
+) -> Backfill:
     """Enqueues with a progress bar.
 
     Raises:
@@ -86,7 +98,7 @@ def _enqueue(workspace: str, untagged: bool, limit: int, after: str | None, expe
     try:
         with bar:
             return run_as_operator(lambda operator: backfill(
-                operator, workspace, untagged=untagged, after=after, limit=limit, on_progress=show_progress
+                operator, workspace, **which, after=after, limit=limit, on_progress=show_progress
             ))  # fmt: skip
     except KeyboardInterrupt:
         again = f" To go on, add --after {latest.last}." if latest.last else ""

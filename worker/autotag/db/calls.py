@@ -16,6 +16,7 @@ import psycopg
 import structlog
 from psycopg.types.json import Jsonb
 
+from autotag.db.briefs import Briefs
 from autotag.db.connections import Connections
 from autotag.db.errors import Refused, refusal
 from autotag.db.lanes import Sealed, Stored, Unstored
@@ -72,6 +73,7 @@ class Database:
         self._registered: Registered | None = None
         self._question: Question | None = None
         self._connections = Connections(url, prepare=prepare)
+        self.briefs = Briefs(self._connections, worker)
 
     def _settings(self, sent: Question | None, changed: Mapping[str, object] | None) -> DatabaseSettings:
         """The settings for the images of a claim; see `_question_of`."""
@@ -349,15 +351,13 @@ class Database:
     async def record_poll(self, polled: list[PolledBatch]) -> list[str]:
         """Reports the state of batches at the provider; returns those whose stage has changed (`show_batch`)."""
         row = await self._connections.call(
-            "other", "select autotag.record_poll(%s, %s)::text[] as batches", self.worker, Jsonb(polled)
-        )
+            "other", "select autotag.record_poll(%s, %s)::text[] as batches", self.worker, Jsonb(polled))  # fmt: skip
         return cast("list[str]", row["batches"])
 
     async def provider_checked(self, facts: ProviderFacts) -> str | None:
         """Reports facts about the provider; returns a warning for the log if the model shuts down soon."""
         row = await self._connections.call(
-            "other", "select autotag.provider_checked(%s, %s) as notice", self.worker, Jsonb(facts)
-        )
+            "other", "select autotag.provider_checked(%s, %s) as notice", self.worker, Jsonb(facts))  # fmt: skip
         return cast("str | None", row["notice"])
 
     async def report_poll_failure(self, error: ErrorReport) -> None:

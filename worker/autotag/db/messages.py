@@ -18,6 +18,8 @@ T = TypeVar("T")
 Kind = Literal["transient", "rate_limit", "account", "image"]
 #: Where an error comes from: the AI provider, Storage, the host of an image's URL, or this worker.
 Origin = Literal["provider", "storage", "host", "worker"]
+#: The value of a field.
+Value = bool | int | str | None
 #: The stages that a worker reports.
 Stage = Literal["preparing", "submitted", "processing", "completing"]
 
@@ -47,6 +49,37 @@ class Question:
     cap_parameter: Literal["max_completion_tokens", "max_tokens", "none"] = "max_completion_tokens"
     answer_format: Literal["json_schema", "json_object", "text"] = "json_schema"
     sends_detail: bool = True
+
+
+class Field(TypedDict):
+    """Something else that the model says about an image. ``values``: of an enum."""
+
+    name: str
+    kind: Literal["enum", "boolean", "integer", "text"]
+    values: NotRequired[list[str]]
+    description: NotRequired[str]
+
+
+@dataclass(frozen=True)
+class Brief:
+    """What an upload is asked beside the question (``autotag.describe_brief``); it never changes.
+
+    Attributes:
+        version: of the profile.
+        instructions: in the owner's words.
+        language: of tags and caption; None: tags as the question says.
+        tag_count: None: the question's ``max_tags``.
+        vocabulary: tags for the prompt, in their order.
+    """
+
+    id: int
+    version: int
+    instructions: str
+    vocabulary_mode: Literal["open", "prefer", "only"]
+    language: str | None = None
+    tag_count: int | None = None
+    vocabulary: list[str] = field(default_factory=list)
+    fields: list[Field] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -89,6 +122,7 @@ class Image:
     traceparent: str | None = None  # of the HTTP request that made the job
     waited: float = 0.0  # seconds from the upload to the claim
     refused: str | None = None
+    brief: int | None = None  # what its upload is asked beside the question (`Brief.id`)
     mark: str | None = None  # of this picture; its outcome names it, because the row may get another one meanwhile
     claim: int = 0  # number of the claim that released it; the worker adds it
 
@@ -159,6 +193,7 @@ class Batch:
     output_file_id: str | None
     error_file_id: str | None
     keep_files: int | None = None  # seconds after which the provider deletes its files; None: no expiry
+    brief: int | None = None  # as in `Image`
 
 
 @dataclass(frozen=True)
@@ -234,13 +269,14 @@ class TagResult(TypedDict):
     """The result of an answer (``autotag.clean_result``).
 
     tags: ordered by confidence. confidence: 0 to 1, by tag; missing for tags without one. caption: one sentence. model:
-    the model that answered.
+    the model that answered. fields: by name, if the brief has some (``autotag.clean_fields``); None: unknown.
     """
 
     tags: list[str]
     confidence: dict[str, float]
     caption: str
     model: str
+    fields: NotRequired[dict[str, Value]]
 
 
 class Outcome(TypedDict):

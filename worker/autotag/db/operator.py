@@ -24,10 +24,11 @@ from autotag.db.operator_messages import (
     SystemStatus,
     UsageRow,
 )  # fmt: skip
+from autotag.db.profiles import Profile, ProfileChanges
 
 
 class Operator:
-    """The database calls of the commands doctor, status, enqueue, usage and compare, on one connection."""
+    """The database calls of the commands doctor, status, enqueue, profile, usage and compare, on one connection."""
 
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
         self._connection = connection
@@ -87,19 +88,24 @@ class Operator:
         """The current state of the whole system."""
         return cast("SystemStatus", await self._value("select autotag.status()"))
 
-    async def preview_backfill(self, workspace: str, untagged: bool, after: str | None, limit: int) -> BackfillPreview:
+    async def preview_backfill(
+        self, workspace: str, untagged: bool, after: str | None, limit: int, *, outdated: bool = False
+    ) -> BackfillPreview:
         """Predicts a backfill."""
         return cast("BackfillPreview", await self._value(
-            "select autotag.preview_backfill(%s, %s, %s, %s)", workspace, untagged, after, limit))  # fmt: skip
+            "select autotag.preview_backfill(%s, %s, %s, %s, %s)", workspace, untagged, after, limit, outdated,
+        ))  # fmt: skip
 
-    async def backfill(self, workspace: str, untagged: bool, after: str | None, limit: int) -> BackfillPart:
+    async def backfill(
+        self, workspace: str, untagged: bool, after: str | None, limit: int, *, outdated: bool = False
+    ) -> BackfillPart:
         """Enqueues the next part of the existing images.
 
         Raises:
             Refused: the database refuses, with its message and the time of the next try.
         """
         return cast("BackfillPart", await self._value(
-            "select autotag.backfill(%s, %s, %s, %s)", workspace, untagged, after, limit))  # fmt: skip
+            "select autotag.backfill(%s, %s, %s, %s, %s)", workspace, untagged, after, limit, outdated))  # fmt: skip
 
     async def preview_comparison(
         self, workspace: str, model: str, effort: str | None, sample: int
@@ -134,6 +140,22 @@ class Operator:
             "select autotag.settle_comparison(%s, %s, %s, %s)",
             workspace, Jsonb(question), Jsonb(report), Jsonb(observed) if observed else None,
         ))  # fmt: skip
+
+    async def profile(self, workspace: str | None) -> Profile:
+        """What holds for a workspace; None: for all workspaces without an own profile."""
+        return cast("Profile", await self._value("select autotag.show_profile(%s)", workspace))
+
+    async def set_profile(self, workspace: str | None, changes: ProfileChanges) -> Profile:
+        """Saves changes as a new version, and returns it.
+
+        Raises:
+            Refused: a change is not possible.
+        """
+        return cast("Profile", await self._value("select autotag.set_profile(%s, %s)", workspace, Jsonb(changes)))
+
+    async def profile_history(self, workspace: str | None) -> list[Profile]:
+        """The versions of a workspace's own profile (None: of the one for all), the newest first."""
+        return cast("list[Profile]", await self._value("select autotag.profile_history(%s)", workspace))
 
     async def usage(self, workspace: str, since: date, until: date) -> list[UsageRow]:
         """Usage by user, day, model and service tier."""

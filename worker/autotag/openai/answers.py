@@ -10,13 +10,14 @@ import ast
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from autotag.db.messages import TagResult, Usage
+from autotag.db.messages import Field, TagResult, Usage
 from autotag.errors import TaggingError, image_error
 from autotag.openai.classify import error_in_answer
+from autotag.openai.fields import read_fields
 from autotag.tags import normalise
 from autotag.texts import clean_text
 
@@ -43,13 +44,17 @@ LIST_NAMES = ("tags", "labels", "keywords")
 WITHHELD = re.compile(r"content_filter|safety|recitation|prohibited|blocklist|spii|refusal", re.IGNORECASE)
 CUT_OFF = frozenset({"length", "max_tokens", "model_length"})
 
+#: Caption, tags with their confidences, and the object that has the fields.
+Answer = tuple[str, list[tuple[str, float | None]], Any]
+
 _THINKING = re.compile(r"<(think|thinking|thought|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
 _FENCE = re.compile(r"```[a-zA-Z]*\s*(.*?)```", re.DOTALL)
 _NUMBER = re.compile(r"\s*(-?\d+(?:[.,]\d+)?)\s*(%)?\s*")
 
 
-def read_completion(completion: dict[str, Any], max_tags: int) -> TagResult:
+def read_completion(completion: dict[str, Any], max_tags: int, fields: Sequence[Field] = ()) -> TagResult:
     """Parses a chat completion into the result that is stored. Confidences that the model did not give are left out.
+    fields: those that were asked for.
 
     Raises:
         TaggingError: ``image`` if the model refused, ran out of tokens or gave an unusable answer; otherwise an error
@@ -69,16 +74,19 @@ def read_completion(completion: dict[str, Any], max_tags: int) -> TagResult:
         # Text instead of JSON: the provider may ignore response_format (autotag.reclassify_errors).
         ignored = "response_format" if content.strip() and finish == "stop" else None
         raise image_error("bad_answer", "The AI's answer could not be read.", retry=True, parameter=ignored)
-    caption, raw_tags = answer
+    caption, raw_tags, raw_fields = answer
     tags = normalise_tags(raw_tags, max_tags)
     if not tags:
         raise image_error("no_tags", "The AI found nothing to tag in this image.", retry=True)
-    return {
+    result: TagResult = {
         "tags": [tag for tag, _ in tags],
         "confidence": {tag: confidence for tag, confidence in tags if confidence is not None},
         "caption": clean_text(caption[: 2 * CAPTION_LENGTH])[:CAPTION_LENGTH],
         "model": clean_text(str(completion.get("model") or "")[:MODEL_LENGTH]),
     }
+    if fields:
+        result["fields"] = read_fields(raw_fields, fields)
+    return result
 
 
 def _read_choice(completion: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -122,8 +130,8 @@ def _content(message: Mapping[str, Any]) -> str:
     return content if isinstance(content, str) and len(content) <= MAX_ANSWER else ""
 
 
-def _find_answer(content: str) -> tuple[str, list[tuple[str, float | None]]] | None:
-    """Caption and tags: from the whole text as JSON, or else from the last JSON object with tags in it."""
+def _find_answer(content: str) -> Answer | None:
+    """Caption, tags and fields: from the whole text as JSON, or else from the last JSON object with tags in it."""
     text = content.removeprefix("\ufeff").strip()
     whole = _parse(text)
     if text[:1] == '"' and text[-1:] == '"':  # JSON inside a JSON string
@@ -180,8 +188,8 @@ def _parse(text: str) -> Any:
         return None
 
 
-def _read_answer(value: Any, depth: int = 0) -> tuple[str, list[tuple[str, float | None]]] | None:
-    """Caption and tags of a parsed answer; None if it has no tags. The answer may be nested in an object or a list."""
+def _read_answer(value: Any, depth: int = 0) -> Answer | None:
+    """Caption, tags and fields of a parsed answer; None if it has no tags. It may be nested in an object or a list."""
     if isinstance(value, list) and len(value) == 1 and depth < 3:
         return _read_answer(value[0], depth + 1)
     if not isinstance(value, dict) or isinstance(value.get("properties"), dict):  # a copy of the schema
@@ -195,12 +203,13 @@ def _read_answer(value: Any, depth: int = 0) -> tuple[str, list[tuple[str, float
     if tags is None:
         return None
     caption = next((value[keys[name]] for name in CAPTION_NAMES if name in keys), "")
-    return caption if isinstance(caption, str) else "", tags
+    # A model that does not follow the schema may write the fields beside the tags.
+    return caption if isinstance(caption, str) else "", tags, value.get("fields", value)
 
 
-def _bare_list(listed: list[Any]) -> tuple[str, list[tuple[str, float | None]]] | None:
+def _bare_list(listed: list[Any]) -> Answer | None:
     tags = _read_tags(listed)
-    return ("", tags) if tags else None
+    return ("", tags, None) if tags else None
 
 
 def _read_tags(listed: Any) -> list[tuple[str, float | None]] | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
-from autotag.db.messages import BatchAnswer
+from autotag.db.messages import BatchAnswer, Field
 from autotag.errors import TaggingError
 from autotag.openai.answers import read_completion, read_usage
 from autotag.openai.classify import classify_status
@@ -29,7 +29,7 @@ async def read_lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         yield rest
 
 
-def read_line(line: bytes, max_tags: int) -> BatchAnswer | None:
+def read_line(line: bytes, max_tags: int, fields: Sequence[Field] = ()) -> BatchAnswer | None:
     """Parses one line of an output or error file; None if it is not a valid answer."""
     try:
         entry = json.loads(line)
@@ -50,7 +50,7 @@ def read_line(line: bytes, max_tags: int) -> BatchAnswer | None:
             # "completed" batches were seen to contain lines with status 0 or 5xx, or with only `error`.
             raise classify_status(status, body or entry.get("error"), {})
         report["usage"] = read_usage(body)
-        report["result"] = read_completion(body, max_tags)
+        report["result"] = read_completion(body, max_tags, fields)
     except TaggingError as error:
         report["error"] = error.as_json()
     return report

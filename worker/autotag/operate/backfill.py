@@ -28,7 +28,7 @@ class Backfill:
 
 
 async def backfill(
-    operator: Operator, workspace: str, *, untagged: bool, after: str | None, limit: int,
+    operator: Operator, workspace: str, *, untagged: bool, outdated: bool = False, after: str | None, limit: int,
     on_progress: Callable[[Backfill, str | None], None],
 ) -> Backfill:  # fmt: skip
     """Enqueues up to ``limit`` images of a workspace. Waits while the workspace's limits have no room.
@@ -37,6 +37,7 @@ async def backfill(
         operator: the database.
         workspace: the workspace's id.
         untagged: skip images that have tags.
+        outdated: skip images that the present version of the profile has tagged, and those that autotag has not.
         after: id of the last image that an earlier run enqueued; None: start with the first image.
         limit: maximum number of images.
         on_progress: called after every slice with the totals and None, and before every wait with the totals and the
@@ -51,7 +52,8 @@ async def backfill(
     done = Backfill(last=after)
     while done.images < limit:
         try:
-            part = await operator.backfill(workspace, untagged, done.last, min(SLICE, limit - done.images))
+            size = min(SLICE, limit - done.images)
+            part = await operator.backfill(workspace, untagged, done.last, size, outdated=outdated)
         except Refused as refused:
             if refused.retry_after is None:
                 raise

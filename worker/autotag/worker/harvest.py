@@ -14,6 +14,7 @@ from autotag.db.messages import BatchAnswer
 from autotag.errors import TaggingError
 from autotag.observability.metrics import count_answers
 from autotag.openai.output import read_line
+from autotag.openai.prompt import max_tags
 from autotag.openai.provider import Provider
 from autotag.redact import safe_message
 from autotag.worker.files import Files
@@ -84,11 +85,13 @@ class Harvester:
         self, batch: Batch, settings: DatabaseSettings, file_id: str
     ) -> AsyncGenerator[list[BatchAnswer], None]:
         """Yields pages of a file's answers for ``autotag.batch_answers``. Logs the number of unreadable lines."""
+        brief = await self._db.briefs.get(batch.brief)
+        most, fields = max_tags(settings.question, brief), brief.fields if brief else ()
         page: list[BatchAnswer] = []
         unreadable = 0
         async with aclosing(self._provider.read_file(file_id)) as lines:
             async for line in lines:
-                answer = read_line(line, settings.question.max_tags)
+                answer = read_line(line, most, fields)
                 if answer is None:
                     unreadable += 1
                     continue

@@ -153,7 +153,7 @@ class _ConnectedWorker:
             self._web(provider, health),
             asyncio.TaskGroup() as background,
         ):
-            tagger = Tagger(images, provider, outcomes, stages, observations)
+            tagger = Tagger(images, provider, outcomes, stages, observations, self._db.briefs)
             batches = BatchLane(
                 db, wake, self._batch_claims, images, provider, slots=settings.batch_slots, fetches=settings.fetches
             )

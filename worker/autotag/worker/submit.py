@@ -12,7 +12,7 @@ from typing import IO
 import structlog
 
 from autotag.db import Batch, Database, DatabaseSettings, Image, NotHeld, Question
-from autotag.db.messages import BatchAnswer
+from autotag.db.messages import BatchAnswer, Brief
 from autotag.errors import TaggingError
 from autotag.images.load import Images
 from autotag.images.prepare import MAX_SIDE, data_url
@@ -126,9 +126,10 @@ class Submitter:
 
         Images that fail are reported at once. Images that do not fit into the file become another batch.
         """
+        brief = await self._db.briefs.get(batch.brief)
         lines, last = 0, 0
         while page := await self._page(batch, last):
-            results = await asyncio.gather(*(self._line(image, settings.question) for image in page))
+            results = await asyncio.gather(*(self._line(image, settings.question, brief) for image in page))
             failed: list[BatchAnswer] = [
                 {"task": image.task, "error": line.as_json()}
                 for image, line in zip(page, results, strict=True)
@@ -157,7 +158,7 @@ class Submitter:
     async def _split(self, batch: Batch, last: int) -> None:
         await self._slots.retry(lambda: self._db.batch_split(batch, last))
 
-    async def _line(self, image: Image, question: Question) -> bytes | TaggingError:
+    async def _line(self, image: Image, question: Question, brief: Brief | None) -> bytes | TaggingError:
         async with self._fetches.place(image.workspace):
             try:
                 jpeg = await self._images.load(image, MAX_SIDE[question.image_detail])
@@ -165,4 +166,4 @@ class Submitter:
                 if error.kind == "account":
                     raise
                 return error
-            return batch_line(custom_id(image), request_body(question, data_url(jpeg), image.cap))
+            return batch_line(custom_id(image), request_body(question, data_url(jpeg), image.cap, brief))

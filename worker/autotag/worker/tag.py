@@ -6,7 +6,8 @@ import time
 
 import structlog
 
-from autotag.db import DatabaseSettings, Image
+from autotag.db import DatabaseSettings, Image, NotHeld
+from autotag.db.briefs import Briefs
 from autotag.db.messages import Outcome
 from autotag.errors import TaggingError
 from autotag.images.load import Images
@@ -14,7 +15,7 @@ from autotag.images.prepare import MAX_SIDE, data_url
 from autotag.observability import traces
 from autotag.observability.metrics import SECONDS, timed
 from autotag.openai.answers import read_completion, read_usage
-from autotag.openai.prompt import request_body
+from autotag.openai.prompt import max_tags, request_body
 from autotag.openai.provider import Provider
 from autotag.worker.observations import Observations
 from autotag.worker.outcomes import Outcomes
@@ -27,7 +28,13 @@ class Tagger:
     """Tags images, each with one call."""
 
     def __init__(
-        self, images: Images, provider: Provider, outcomes: Outcomes, stages: Stages, observations: Observations
+        self,
+        images: Images,
+        provider: Provider,
+        outcomes: Outcomes,
+        stages: Stages,
+        observations: Observations,
+        briefs: Briefs,
     ) -> None:
         """
         Args:
@@ -36,12 +43,14 @@ class Tagger:
             outcomes: gets the outcome of each image.
             stages: gets the stages of each image.
             observations: gets the provider's limits and the number of calls sent.
+            briefs: say what is asked beside the question.
         """
         self._images = images
         self._provider = provider
         self._outcomes = outcomes
         self._stages = stages
         self._observations = observations
+        self._briefs = briefs
 
     async def tag(self, image: Image, settings: DatabaseSettings) -> None:
         """Tags one image and reports the outcome. Raises nothing except when it is cancelled."""
@@ -54,22 +63,27 @@ class Tagger:
         sent = 0.0
         question = settings.question
         try:
+            brief = await self._briefs.get(image.brief)
             with timed(SECONDS, "fetched"), traces.step("fetch"):
                 jpeg = await self._images.load(image, MAX_SIDE[question.image_detail])
             self._stages.reach(image, "processing")
-            body = request_body(question, data_url(jpeg), image.cap)
+            body = request_body(question, data_url(jpeg), image.cap, brief)
             sent, outcome["called"] = time.monotonic(), True
             self._observations.count_sent()
             with timed(SECONDS, "called"), traces.step("call"):
                 completion = await self._provider.complete(body)
             self._observations.add_limits(completion.limits, sent)
             outcome["usage"] = read_usage(completion.body)
-            outcome["result"] = read_completion(completion.body, question.max_tags)
+            outcome["result"] = read_completion(
+                completion.body, max_tags(question, brief), brief.fields if brief else ()
+            )
         except TaggingError as error:
             outcome["error"] = error.as_json()
             if error.kind == "rate_limit" and error.origin == "provider":
                 self._observations.add_limits({**error.limits, "retry_after": error.retry_after}, sent)
             log_error(image, error)
+        except NotHeld:  # the lease has ended, and so has what its outcome is worth
+            outcome["error"] = TaggingError("transient", "not_held", "Tagging was interrupted.").as_json()
         except Exception as error:
             # A bug must not affect the other images in flight. It counts as a failure of this image, which is retried
             # and finally fails.

@@ -1,0 +1,38 @@
+"""Messages about profiles, between an operator's command and the database."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from autotag.db.messages import Field
+
+
+class ProfileChanges(TypedDict, total=False):
+    """What changes in a profile, in the form that ``autotag.save_profile`` expects; None: as by default."""
+
+    instructions: str | None
+    language: str | None
+    tag_count: int | None
+    min_confidence: float | None
+    vocabulary_mode: str | None
+    add_parents: bool | None
+    fields: list[Field] | None
+
+
+class Profile(TypedDict):
+    """A version of a profile (``autotag.describe_profile``).
+
+    version: 0: nobody has saved one. own: it is the workspace's own, and not the one for all. created_at: ISO; None:
+    version 0. For the others, see `ProfileChanges`.
+    """
+
+    version: int
+    own: bool
+    instructions: str
+    language: str | None
+    tag_count: int | None
+    min_confidence: float
+    vocabulary_mode: str
+    add_parents: bool
+    fields: list[Field]
+    created_at: str | None
