@@ -890,13 +890,10 @@ alter table autotag.vocabulary enable row level security;
 create table autotag.vocabulary_names (
   vocabulary_id bigint not null references autotag.vocabulary on delete cascade,
   workspace_id autotag.workspace_id,     -- of the entry
-  key text collate "C" not null,
-  grams bigint[] not null                -- key_grams(key, workspace_id), to find names that are nearly the same
+  key text collate "C" not null
 );
 create unique index vocabulary_names_key on autotag.vocabulary_names (workspace_id, key) nulls not distinct;
 create index vocabulary_names_entry_idx on autotag.vocabulary_names (vocabulary_id);
--- fastupdate off: the list of what is not yet in the index would be read by every search
-create index vocabulary_names_grams_idx on autotag.vocabulary_names using gin (grams) with (fastupdate = off);
 alter table autotag.vocabulary_names enable row level security;
 
 -- A tag of a model that the vocabulary knows.
@@ -1144,17 +1141,13 @@ begin
   end if;
 end $$;
 
--- The same for a change of what a workspace's images are asked and how they are tagged: its profile and its vocabulary. Null: those of all
--- workspaces, which only a service may change.
+-- The same for a change of what a workspace's images are asked and how they are tagged: its profile and its vocabulary.
 create or replace function autotag.check_editor(p_workspace_id autotag.workspace_id) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if autotag.is_service() then
-    return;
-  end if;
   perform autotag.check_member(p_workspace_id);
-  if autotag.is_editor(p_workspace_id) is not true then
+  if not autotag.is_service() and autotag.is_editor(p_workspace_id) is not true then
     perform autotag.refuse(403, 'not_an_editor', 'You may not change what this workspace''s images are asked.',
       'Ask who runs this project: autotag.is_editor() decides it.', jsonb_build_object('workspace_id', p_workspace_id));
   end if;
@@ -2075,18 +2068,14 @@ begin
   return v_key;
 end $$;
 
--- The trigrams of a key in their order, word by word as in pg_trgm, which need not be installed. They are hashed with their workspace, so that a
--- search in one workspace finds nothing of another.
-create or replace function autotag.key_grams(p_key text, p_workspace_id autotag.workspace_id) returns bigint[]
+-- The trigrams of a key, word by word as in pg_trgm.
+create or replace function autotag.key_grams(p_key text) returns text[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_seed bigint := hashtextextended(coalesce(p_workspace_id::text, ''), 0);
 begin
   return array(
-    select hashtextextended(substr('  ' || w.word || ' ', i, 3), v_seed)
-    from unnest(string_to_array(p_key, ' ')) with ordinality w (word, place) cross join lateral generate_series(1, length(w.word) + 1) i
-    group by 1 order by min(1000 * w.place + i));
+    select distinct substr('  ' || w || ' ', i, 3)
+    from unnest(string_to_array(p_key, ' ')) w cross join lateral generate_series(1, length(w) + 1) i);
 end $$;
 
 create or replace function autotag.refuse_vocabulary(
@@ -2180,8 +2169,8 @@ begin
     select v.id, v.workspace_id, autotag.tag_key(u.name) as key
     from autotag.vocabulary v cross join lateral unnest(v.tag || v.aliases) u (name) where v.id = any (p_entries)
   ), added as (
-    insert into autotag.vocabulary_names (vocabulary_id, workspace_id, key, grams)
-    select n.id, n.workspace_id, n.key, autotag.key_grams(n.key, n.workspace_id) from named n order by n.id, n.key
+    insert into autotag.vocabulary_names (vocabulary_id, workspace_id, key)
+    select n.id, n.workspace_id, n.key from named n order by n.id, n.key
     on conflict (workspace_id, key) do nothing returning vocabulary_id, key
   )
   select n.id, n.workspace_id, n.key into v_clash
@@ -2319,11 +2308,11 @@ begin
 end $$;
 
 -- For each of these keys, which no entry has, the entry with a name that is nearly the same: trigrams (of all that one or the other
--- has, 70 % are in both), and no other entry is within 10 % of it. Numbers have to be equal, and so do words of less than four letters
--- (“world war i” is not “world war ii”), and there are as many words. So it finds plurals and misspellings of longer words: of 6,000 pairs
--- in tests/cases/similar-tags.csv none is wrong.
--- The index finds names with both trigrams of a pair, of which few have both: of n trigrams at most 30 % may be missing, so one of any
--- 0.3 n + 1 pairs is there.
+-- has, 70 % are in both, as pg_trgm counts them, which need not be installed), and no other entry is within 10 % of it. The first three
+-- letters have to be equal, and so do numbers and words of less than four letters (is_spelling). So it finds plurals and misspellings of
+-- longer words.
+-- Only the 50 names before and behind a key by the alphabet are compared. So a key takes as long in a vocabulary of any size, and one
+-- whose names all begin alike holds nobody up.
 create or replace function autotag.find_similar(p_workspace_id autotag.workspace_id, p_keys text[]) returns table (key text, id bigint)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
@@ -2334,27 +2323,33 @@ declare
 begin
   return query
     with asked as materialized (
-      select k.key, o.workspace_id, autotag.key_grams(k.key, o.workspace_id) as grams
-      from unnest(p_keys) k (key) cross join (values (p_workspace_id), (null::autotag.workspace_id)) o (workspace_id)
-      where length(k.key) >= 4
-    ), found as materialized (
-      select distinct a.key, a.grams, n.vocabulary_id as id, n.workspace_id, n.key as name, n.grams as others
-      from asked a
-      cross join lateral generate_series(1, floor((1 - c_like) * cardinality(a.grams))::integer + 1) i
-      join autotag.vocabulary_names n on n.grams @> array[a.grams[i], a.grams[i + cardinality(a.grams) / 2]]
-      where cardinality(n.grams) between c_like * cardinality(a.grams) and cardinality(a.grams) / c_like
-        and n.workspace_id is not distinct from a.workspace_id
-    ), near as (
-      select f.*, cardinality(f.grams) + cardinality(f.others) as both,
-        cardinality(array(select unnest(f.grams) intersect select unnest(f.others)))::numeric as shared
-      from found f
+      select k.key collate "C" as key, left(k.key, 3) collate "C" as first, (left(k.key, 3) || U&'\+10FFFF') collate "C" as last,
+        autotag.key_grams(k.key) as grams
+      from unnest(p_keys) k (key) where length(k.key) >= 5
+    ), near as materialized (
+      select a.key, a.grams, n.vocabulary_id as id, n.key as name, n.general, autotag.key_grams(n.key) as others
+      from asked a cross join lateral (
+        (select x.vocabulary_id, x.key, false as general from autotag.vocabulary_names x
+         where x.workspace_id = p_workspace_id and x.key > a.key and x.key < a.last order by x.key limit 50)
+        union all
+        (select x.vocabulary_id, x.key, false from autotag.vocabulary_names x
+         where x.workspace_id = p_workspace_id and x.key < a.key and x.key >= a.first order by x.key desc limit 50)
+        union all
+        (select x.vocabulary_id, x.key, true from autotag.vocabulary_names x
+         where x.workspace_id is null and x.key > a.key and x.key < a.last order by x.key limit 50)
+        union all
+        (select x.vocabulary_id, x.key, true from autotag.vocabulary_names x
+         where x.workspace_id is null and x.key < a.key and x.key >= a.first order by x.key desc limit 50)) n
+      where length(n.key) between c_like * length(a.key) - 1 and length(a.key) / c_like + 2
+    ), compared as (
+      select n.*, (select count(*) from unnest(n.grams) g where g = any (n.others))::numeric as shared from near n
     ), best as (
-      select n.key, n.id, max(n.shared / (n.both - n.shared)) as likeness from near n
-      where n.shared >= c_like * (n.both - n.shared) and autotag.is_spelling(n.key, n.name)
-        and (n.workspace_id is not null or not exists (
+      select c.key, c.id, max(c.shared / (cardinality(c.grams) + cardinality(c.others) - c.shared)) as likeness from compared c
+      where c.shared >= c_like * (cardinality(c.grams) + cardinality(c.others) - c.shared) and autotag.is_spelling(c.key, c.name)
+        and not (c.general and exists (
           select from autotag.vocabulary g join autotag.vocabulary_names o on o.workspace_id = p_workspace_id and o.key = g.key
-          where g.id = n.id))
-      group by n.key, n.id
+          where g.id = c.id))
+      group by c.key, c.id
     ), ranked as (
       select b.key, b.id, b.likeness, lead(b.likeness) over w as next, row_number() over w as rank
       from best b window w as (partition by b.key order by b.likeness desc, b.id)
@@ -2468,7 +2463,9 @@ declare
   v_changed integer;
   v_written integer;
 begin
-  perform autotag.check_editor(p_workspace_id);
+  if p_workspace_id is not null or not autotag.is_service() then
+    perform autotag.check_editor(p_workspace_id);   -- the general one is the service's
+  end if;
   perform autotag.check_entries(p_entries);
   perform pg_advisory_xact_lock(hashtextextended('autotag.vocabulary ' || coalesce(p_workspace_id::text, ''), 0));
   v_entries := autotag.read_entries(p_workspace_id, p_entries, p_replace);
@@ -2618,7 +2615,6 @@ declare
   v_ids bigint[];              -- of the entry that has this name; null: none
   v_done jsonb;
 begin
-  perform autotag.check_editor(p_workspace_id);
   select coalesce(array_agg(c.tag), '{}'), coalesce(array_agg(c.uses), '{}'), coalesce(array_agg(f.id), '{}') into v_tags, v_uses, v_ids
   from (
     -- the spelling that most images have

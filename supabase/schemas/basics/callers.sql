@@ -26,17 +26,13 @@ begin
   end if;
 end $$;
 
--- The same for a change of what a workspace's images are asked and how they are tagged: its profile and its vocabulary. Null: those of all
--- workspaces, which only a service may change.
+-- The same for a change of what a workspace's images are asked and how they are tagged: its profile and its vocabulary.
 create or replace function autotag.check_editor(p_workspace_id autotag.workspace_id) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if autotag.is_service() then
-    return;
-  end if;
   perform autotag.check_member(p_workspace_id);
-  if autotag.is_editor(p_workspace_id) is not true then
+  if not autotag.is_service() and autotag.is_editor(p_workspace_id) is not true then
     perform autotag.refuse(403, 'not_an_editor', 'You may not change what this workspace''s images are asked.',
       'Ask who runs this project: autotag.is_editor() decides it.', jsonb_build_object('workspace_id', p_workspace_id));
   end if;

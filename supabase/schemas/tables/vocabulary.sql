@@ -22,13 +22,10 @@ alter table autotag.vocabulary enable row level security;
 create table autotag.vocabulary_names (
   vocabulary_id bigint not null references autotag.vocabulary on delete cascade,
   workspace_id autotag.workspace_id,     -- of the entry
-  key text collate "C" not null,
-  grams bigint[] not null                -- key_grams(key, workspace_id), to find names that are nearly the same
+  key text collate "C" not null
 );
 create unique index vocabulary_names_key on autotag.vocabulary_names (workspace_id, key) nulls not distinct;
 create index vocabulary_names_entry_idx on autotag.vocabulary_names (vocabulary_id);
--- fastupdate off: the list of what is not yet in the index would be read by every search
-create index vocabulary_names_grams_idx on autotag.vocabulary_names using gin (grams) with (fastupdate = off);
 alter table autotag.vocabulary_names enable row level security;
 
 -- A tag of a model that the vocabulary knows.

@@ -70,7 +70,9 @@ declare
   v_changed integer;
   v_written integer;
 begin
-  perform autotag.check_editor(p_workspace_id);
+  if p_workspace_id is not null or not autotag.is_service() then
+    perform autotag.check_editor(p_workspace_id);   -- the general one is the service's
+  end if;
   perform autotag.check_entries(p_entries);
   perform pg_advisory_xact_lock(hashtextextended('autotag.vocabulary ' || coalesce(p_workspace_id::text, ''), 0));
   v_entries := autotag.read_entries(p_workspace_id, p_entries, p_replace);
@@ -220,7 +222,6 @@ declare
   v_ids bigint[];              -- of the entry that has this name; null: none
   v_done jsonb;
 begin
-  perform autotag.check_editor(p_workspace_id);
   select coalesce(array_agg(c.tag), '{}'), coalesce(array_agg(c.uses), '{}'), coalesce(array_agg(f.id), '{}') into v_tags, v_uses, v_ids
   from (
     -- the spelling that most images have

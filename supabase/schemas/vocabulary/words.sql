@@ -28,18 +28,14 @@ begin
   return v_key;
 end $$;
 
--- The trigrams of a key in their order, word by word as in pg_trgm, which need not be installed. They are hashed with their workspace, so that a
--- search in one workspace finds nothing of another.
-create or replace function autotag.key_grams(p_key text, p_workspace_id autotag.workspace_id) returns bigint[]
+-- The trigrams of a key, word by word as in pg_trgm.
+create or replace function autotag.key_grams(p_key text) returns text[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_seed bigint := hashtextextended(coalesce(p_workspace_id::text, ''), 0);
 begin
   return array(
-    select hashtextextended(substr('  ' || w.word || ' ', i, 3), v_seed)
-    from unnest(string_to_array(p_key, ' ')) with ordinality w (word, place) cross join lateral generate_series(1, length(w.word) + 1) i
-    group by 1 order by min(1000 * w.place + i));
+    select distinct substr('  ' || w || ' ', i, 3)
+    from unnest(string_to_array(p_key, ' ')) w cross join lateral generate_series(1, length(w) + 1) i);
 end $$;
 
 create or replace function autotag.refuse_vocabulary(
@@ -133,8 +129,8 @@ begin
     select v.id, v.workspace_id, autotag.tag_key(u.name) as key
     from autotag.vocabulary v cross join lateral unnest(v.tag || v.aliases) u (name) where v.id = any (p_entries)
   ), added as (
-    insert into autotag.vocabulary_names (vocabulary_id, workspace_id, key, grams)
-    select n.id, n.workspace_id, n.key, autotag.key_grams(n.key, n.workspace_id) from named n order by n.id, n.key
+    insert into autotag.vocabulary_names (vocabulary_id, workspace_id, key)
+    select n.id, n.workspace_id, n.key from named n order by n.id, n.key
     on conflict (workspace_id, key) do nothing returning vocabulary_id, key
   )
   select n.id, n.workspace_id, n.key into v_clash
