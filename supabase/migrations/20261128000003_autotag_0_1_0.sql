@@ -2311,7 +2311,7 @@ end $$;
 -- has, 70 % are in both, as pg_trgm counts them, which need not be installed), and no other entry is within 10 % of it. The first three
 -- letters have to be equal, and so do numbers and words of less than four letters (is_spelling). So it finds plurals and misspellings of
 -- longer words.
--- Only the 50 names before and behind a key by the alphabet are compared. So a key takes as long in a vocabulary of any size, and one
+-- Only the 20 names before and behind a key by the alphabet are compared. So a key takes as long in a vocabulary of any size, and one
 -- whose names all begin alike holds nobody up.
 create or replace function autotag.find_similar(p_workspace_id autotag.workspace_id, p_keys text[]) returns table (key text, id bigint)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
@@ -2330,24 +2330,25 @@ begin
       select a.key, a.grams, n.vocabulary_id as id, n.key as name, n.general, autotag.key_grams(n.key) as others
       from asked a cross join lateral (
         (select x.vocabulary_id, x.key, false as general from autotag.vocabulary_names x
-         where x.workspace_id = p_workspace_id and x.key > a.key and x.key < a.last order by x.key limit 50)
+         where x.workspace_id = p_workspace_id and x.key > a.key and x.key < a.last order by x.key limit 20)
         union all
         (select x.vocabulary_id, x.key, false from autotag.vocabulary_names x
-         where x.workspace_id = p_workspace_id and x.key < a.key and x.key >= a.first order by x.key desc limit 50)
+         where x.workspace_id = p_workspace_id and x.key < a.key and x.key >= a.first order by x.key desc limit 20)
         union all
         (select x.vocabulary_id, x.key, true from autotag.vocabulary_names x
-         where x.workspace_id is null and x.key > a.key and x.key < a.last order by x.key limit 50)
+         where x.workspace_id is null and x.key > a.key and x.key < a.last order by x.key limit 20)
         union all
         (select x.vocabulary_id, x.key, true from autotag.vocabulary_names x
-         where x.workspace_id is null and x.key < a.key and x.key >= a.first order by x.key desc limit 50)) n
+         where x.workspace_id is null and x.key < a.key and x.key >= a.first order by x.key desc limit 20)) n
       where length(n.key) between c_like * length(a.key) - 1 and length(a.key) / c_like + 2
+        and length(n.key) - length(replace(n.key, ' ', '')) = length(a.key) - length(replace(a.key, ' ', ''))
     ), compared as (
       select n.*, (select count(*) from unnest(n.grams) g where g = any (n.others))::numeric as shared from near n
     ), best as (
       select c.key, c.id, max(c.shared / (cardinality(c.grams) + cardinality(c.others) - c.shared)) as likeness from compared c
       where c.shared >= c_like * (cardinality(c.grams) + cardinality(c.others) - c.shared) and autotag.is_spelling(c.key, c.name)
         and not (c.general and exists (
-          select from autotag.vocabulary g join autotag.vocabulary_names o on o.workspace_id = p_workspace_id and o.key = g.key
+          select from autotag.vocabulary g join autotag.vocabulary_names o on o.workspace_id = p_workspace_id and o.key in (g.key, c.name)
           where g.id = c.id))
       group by c.key, c.id
     ), ranked as (

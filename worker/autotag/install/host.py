@@ -84,7 +84,7 @@ class Host:
         members: who belongs to a workspace.
         files: which files a row may name.
         users_see_files: ask row level security whether the caller may see a file.
-        editors: who may change a workspace's vocabulary and profiles beside the project's server: ``members`` or ``none``.
+        editors: which users may change a workspace's vocabulary and profiles: ``members`` or ``none``.
     """
 
     table: str = "public.assets"

@@ -32,7 +32,10 @@ async def read_lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 def read_line(
     line: bytes, max_tags: int, fields: Sequence[Field] = (), *, may_be_empty: bool = False
 ) -> BatchAnswer | None:
-    """Parses one line of an output or error file; None if it is not a valid answer. For the rest, see `read_completion`."""
+    """Parses one line of an output or error file; None if it is not a valid answer.
+
+    For the other arguments, see `read_completion`.
+    """
     try:
         entry = json.loads(line)
         # Without a mark: the picture had none, or an earlier version made the line (`prompt.custom_id`).
