@@ -2059,10 +2059,10 @@ begin
   if v_key !~ '^[a-z0-9]+( [a-z0-9]+)*$' then   -- nearly every tag of a model is in this form already
     -- the lower case of İ has a second dot, and a final sigma is a sigma
     v_key := replace(lower(normalize(replace(v_key, 'İ', 'i'), NFKC)), 'ς', 'σ');
-    v_key := regexp_replace(v_key, '[''’‘ʼ\u200c\u200d]', '', 'g');
-    v_key := regexp_replace(v_key, autotag.punctuation() || '|' || autotag.unprintable(), ' ', 'g');
     -- # and % belong to the word before them, a full stop and @ to the one behind them
     v_key := regexp_replace(v_key, '(?<![[:alnum:]])[#%]|[.@](?![[:alnum:]])|(?<=\.)\.', ' ', 'g');
+    v_key := regexp_replace(v_key, '[''’‘ʼ\u200c\u200d]', '', 'g');
+    v_key := regexp_replace(v_key, autotag.punctuation() || '|' || autotag.unprintable(), ' ', 'g');
     v_key := btrim(regexp_replace(v_key, ' +', ' ', 'g'));
   end if;
   return v_key;
