@@ -16,21 +16,24 @@ from lab.openai_sim.vision import Picture
 
 CACHED_FROM = 1024  # tokens of an identical prefix
 CACHED_STEP = 128  # tokens
+CACHED_FOR = 300.0  # seconds since the last use
 
 
 class PromptCache:
-    """The prompt prefixes seen so far. Entries never expire."""
+    """The prompt prefixes of the last minutes, as OpenAI keeps them: at least five minutes after the last use."""
 
     def __init__(self) -> None:
-        self._seen: set[str] = set()
+        self._used: dict[str, float] = {}
 
     def use(self, request: CompletionRequest) -> tuple[int, int]:
         """Tokens of this prompt that are read from the cache and written to the cache."""
         if request.prefix_tokens < CACHED_FROM:
             return 0, 0
-        if request.prefix in self._seen:
+        now = time.monotonic()
+        last = self._used.get(request.prefix)
+        self._used[request.prefix] = now
+        if last is not None and now - last < CACHED_FOR:
             return request.prefix_tokens // CACHED_STEP * CACHED_STEP, 0
-        self._seen.add(request.prefix)
         return 0, request.prefix_tokens
 
 
@@ -112,7 +115,8 @@ def _tagging(picture: Picture | None, variant: AnswerVariant | None) -> dict[str
     tags = picture.tags if picture else ()
     if variant == "bad_schema":
         return {"seen": list(tags)}
-    caption = f"A {tags[4]} picture, {', '.join(tags[:4])}." if tags else "There is no picture."
+    kind = f"A {tags[4]} picture, " if len(tags) > 4 else "A picture: "
+    caption = f"{kind}{', '.join(tags[:4])}." if tags else "There is no picture."
     if variant == "no_tags":
         return {"caption": caption, "tags": []}
     if variant == "string_tags":
@@ -141,7 +145,7 @@ def _fields(picture: Picture | None, schema: str) -> dict[str, Any]:
 
 def _confidence(position: int, variant: AnswerVariant | None) -> float | str:
     """The confidence of the tag at a position; the first tag has the highest."""
-    confidence = round(0.99 - 0.05 * position, 2)
+    confidence = max(0.0, round(0.99 - 0.05 * position, 2))
     if variant == "word_confidence":
         return "high"
     return round(100 * confidence) if variant == "percent" else confidence

@@ -8,7 +8,7 @@ import random
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from starlette.applications import Starlette
@@ -212,6 +212,8 @@ class Simulator:
         self, request: CompletionRequest, picture: Picture | None, picture_digest: str, variant: AnswerVariant | None
     ) -> dict[str, Any]:
         """The completion for a checked request."""
+        if picture and self.plan.tags:
+            picture = replace(picture, tags=self.plan.tags(picture.tags))
         reasoning = draw_reasoning_tokens(request.effort, picture_digest, self.plan)
         return complete(request, picture, reasoning=reasoning, cache=self.prompt_cache, variant=variant)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lab.openai_sim.limits import RequestHeaders
@@ -36,6 +37,9 @@ class Plan:
     webhook_secret: str = field(default_factory=make_secret)  # signs the event
     #: reasoning tokens by effort, minimum and maximum; picture, effort and seed determine the number
     reasoning_tokens: dict[str, tuple[int, int]] = field(default_factory=REASONING_TOKENS.copy)
+
+    #: what pictures are tagged with instead of what is in them: gets the tags of a picture, returns others
+    tags: Callable[[tuple[str, ...]], tuple[str, ...]] | None = None
 
     # -- the account
     credit: bool = True  # False: 429 insufficient_quota

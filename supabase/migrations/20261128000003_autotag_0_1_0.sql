@@ -874,6 +874,48 @@ create table autotag.briefs (
 create index briefs_profile_idx on autotag.briefs (profile_id, md5(vocabulary::text));
 alter table autotag.briefs enable row level security;
 
+-- The tags that a workspace uses, in its own words. What an image gets of them is decided when its tags are stored (match_tags), by the
+-- vocabulary of that moment.
+
+--   insert into autotag.vocabulary (tag, aliases, parent) values ('cat', '{kitty, pussycat}', 'animal');
+-- Two triggers clean what comes in and refuse what would be ambiguous (vocabulary/words.sql).
+create table autotag.vocabulary (
+  id bigint generated always as identity primary key,
+  workspace_id autotag.workspace_id,     -- null: all workspaces; a workspace's own entry replaces the general one with its name
+  tag text not null check (length(tag) between 1 and 50),      -- as images get it
+  key text collate "C" not null,         -- tag_key(tag): what is compared
+  aliases text[] not null default '{}',  -- other names of it
+  description text check (length(description) between 1 and 500),   -- for the model, where the tag says too little
+  parent text check (length(parent) between 1 and 50),   -- the tag above it …
+  parent_key text collate "C",           -- … and its key
+  uses bigint not null default 0 check (uses >= 0)   -- images that have it, when they were last counted (count_uses)
+);
+create unique index vocabulary_key on autotag.vocabulary (workspace_id, key) nulls not distinct;
+create index vocabulary_uses_idx on autotag.vocabulary (workspace_id, uses desc, key);
+alter table autotag.vocabulary enable row level security;
+
+-- Every name of every entry: its tag and its aliases. The unique index is what makes a name mean one tag.
+create table autotag.vocabulary_names (
+  vocabulary_id bigint not null references autotag.vocabulary on delete cascade,
+  workspace_id autotag.workspace_id,     -- of the entry
+  key text collate "C" not null
+);
+create unique index vocabulary_names_key on autotag.vocabulary_names (workspace_id, key) nulls not distinct;
+create index vocabulary_names_entry_idx on autotag.vocabulary_names (vocabulary_id);
+alter table autotag.vocabulary_names enable row level security;
+
+-- A tag of a model that the vocabulary knows.
+create type autotag.known_tag as (
+  given text,                  -- as the model gave it
+  id bigint                    -- of the entry
+);
+
+-- An entry and one above it. depth: 1 is its parent.
+create type autotag.ancestor as (id bigint, above bigint, depth integer);
+
+-- An entry as it will be stored (read_entries).
+create type autotag.vocabulary_entry as (key text, tag text, aliases text[], description text, parent text, uses bigint);
+
 -- autotag's clock. Tests can change it; all other code reads the time here.
 
 -- How much faster autotag's clock runs than real time: 1, except in tests and benchmarks that compress time
@@ -1107,7 +1149,7 @@ begin
   end if;
 end $$;
 
--- The same for a change of what a workspace's images are asked.
+-- The same for a change of what a workspace's images are asked and how they are tagged: its profile and its vocabulary.
 create or replace function autotag.check_editor(p_workspace_id autotag.workspace_id) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2004,12 +2046,599 @@ begin
   end if;
 end $$;
 
--- The vocabulary of a workspace for the prompt: at most 500 tags, as a JSON array, sorted and the same at every call.
-create or replace function autotag.vocabulary_for_prompt(p_workspace_id autotag.workspace_id) returns jsonb
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+-- The words of a vocabulary: the form in which they are compared, and what may not be in one.
+
+-- Punctuation that separates words (a class of Unicode; those of ASCII but # % . @ and the apostrophe). Planning replaces the call by
+-- its value.
+create or replace function autotag.punctuation() returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select '[]!"&()*,/:;?[\\_{}`~\u00a1\u00a7\u00ab\u00b6-\u00b7\u00bb\u00bf\u055a-\u055f\u0589-\u058a\u05be\u05c0\u05c3\u05c6\u05f3-\u05f4\u0609-\u060a\u060c-\u060d\u061b\u061d-\u061f\u066a-\u066d\u06d4\u0700-\u070d\u07f7-\u07f9\u0830-\u083e\u085e\u0964-\u0965\u0970\u09fd\u0a76\u0af0\u0c77\u0c84\u0df4\u0e4f\u0e5a-\u0e5b\u0f04-\u0f0b\u0f0d-\u0f12\u0f14\u0f3a-\u0f3d\u0f85\u0fd0-\u0fd4\u0fd9-\u0fda\u104a-\u104f\u10fb\u1360-\u1368\u1400\u166e\u169b-\u169c\u16eb-\u16ed\u1735-\u1736\u17d4-\u17d6\u17d8-\u17da\u1800-\u180a\u1944-\u1945\u1a1e-\u1a1f\u1aa0-\u1aa6\u1aa8-\u1aad\u1b5a-\u1b60\u1b7d-\u1b7e\u1bfc-\u1bff\u1c3b-\u1c3f\u1c7e-\u1c7f\u1cc0-\u1cc7\u1cd3\u2010\u2012-\u2016\u2018-\u2023\u2027\u2030-\u2032\u2035\u2038-\u203b\u203d\u203f-\u2043\u2045-\u2046\u204a-\u2051\u2053-\u2056\u2058-\u205e\u2308-\u230b\u2768-\u2775\u27c5-\u27c6\u27e6-\u27ef\u2983-\u2998\u29d8-\u29db\u29fc-\u29fd\u2cf9-\u2cfc\u2cfe-\u2cff\u2d70\u2e00-\u2e2e\u2e30-\u2e4f\u2e52-\u2e5d\u3001-\u3003\u3008-\u3011\u3014-\u301f\u3030\u303d\u30a0\u30fb\ua4fe-\ua4ff\ua60d-\ua60f\ua673\ua67e\ua6f2-\ua6f7\ua874-\ua877\ua8ce-\ua8cf\ua8f8-\ua8fa\ua8fc\ua92e-\ua92f\ua95f\ua9c1-\ua9cd\ua9de-\ua9df\uaa5c-\uaa5f\uaade-\uaadf\uaaf0-\uaaf1\uabeb\ufd3e-\ufd3f\ufe45-\ufe46-]'
+$$;
+
+-- The form in which tags are compared: "T-Shirts!" and "t shirts" are one tag, "c#", ".net" and "100%" keep what makes them a name.
+-- '': there is nothing to compare. The worker's form of a tag (autotag/tags.py) has the same key as the text that it was made of.
+create or replace function autotag.tag_key(p_tag text) returns text
+language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_key text := p_tag;
+begin
+  if v_key !~ '^[a-z0-9]+( [a-z0-9]+)*$' then   -- nearly every tag of a model is in this form already
+    -- the lower case of İ has a second dot, and a final sigma is a sigma
+    v_key := replace(lower(normalize(replace(v_key, 'İ', 'i'), NFKC)), 'ς', 'σ');
+    -- # and % belong to the word before them, a full stop and @ to the one behind them
+    v_key := regexp_replace(v_key, '(?<![[:alnum:]])[#%]|[.@](?![[:alnum:]])|(?<=\.)\.', ' ', 'g');
+    v_key := regexp_replace(v_key, '[''’‘ʼ\u200c\u200d]', '', 'g');
+    v_key := regexp_replace(v_key, autotag.punctuation() || '|' || autotag.unprintable(), ' ', 'g');
+    v_key := btrim(regexp_replace(v_key, ' +', ' ', 'g'));
+  end if;
+  return v_key;
+end $$;
+
+-- The trigrams of a key, word by word as in pg_trgm.
+create or replace function autotag.key_grams(p_key text) returns text[]
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return case when p_workspace_id is not null then jsonb_build_array() end;
+  return array(
+    select distinct substr('  ' || w || ' ', i, 3)
+    from unnest(string_to_array(p_key, ' ')) w cross join lateral generate_series(1, length(w) + 1) i);
+end $$;
+
+create or replace function autotag.refuse_vocabulary(
+  p_message text, p_code text default 'bad_vocabulary', p_detail jsonb default '{}'
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.refuse(400, p_code, p_message, 'Correct it and try again; nothing was saved.', p_detail);
+end $$;
+
+-- A tag, alias or parent as it is stored, or refused. p_what: what it is. p_entry: the place of its entry in a list.
+create or replace function autotag.clean_word(p_word text, p_what text, p_entry bigint default null) returns text
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_word text := normalize(autotag.printable(p_word, 51), NFC);
+  v_detail jsonb := case when p_entry is null then '{}' else jsonb_build_object('entry', p_entry) end;
+begin
+  if length(v_word) > 50 then
+    perform autotag.refuse_vocabulary(format('The %s “%s” has more than 50 characters.', p_what, v_word), 'bad_vocabulary', v_detail);
+  elsif autotag.tag_key(v_word) = '' then
+    perform autotag.refuse_vocabulary(format('The %s “%s” has no letter and no digit.', p_what, v_word), 'bad_vocabulary', v_detail);
+  end if;
+  return v_word;
+end $$;
+
+-- Cleans an entry, or refuses it.
+create or replace function autotag.clean_vocabulary() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if new.tag is null then
+    perform autotag.refuse_vocabulary('An entry has no tag.');
+  elsif cardinality(new.aliases) > 100 then
+    perform autotag.refuse_vocabulary(format('The tag “%s” has %s aliases; at most 100 are possible.', new.tag, cardinality(new.aliases)));
+  end if;
+  new.tag := autotag.clean_word(new.tag, 'tag');
+  new.key := autotag.tag_key(new.tag);
+  new.aliases := array(
+    select (array_agg(a.word order by a.i))[1] from (
+      select autotag.clean_word(u.word, 'alias') as word, u.i from unnest(new.aliases) with ordinality u (word, i) where btrim(u.word) <> '') a
+    where autotag.tag_key(a.word) <> new.key group by autotag.tag_key(a.word) order by min(a.i));
+  new.description := nullif(autotag.printable(new.description, 501), '');
+  if length(new.description) > 500 then
+    perform autotag.refuse_vocabulary(format('The description of “%s” has more than 500 characters.', new.tag));
+  end if;
+  new.parent := case when btrim(new.parent) <> '' then autotag.clean_word(new.parent, 'parent') end;
+  new.parent_key := autotag.tag_key(new.parent);
+  return new;
+end $$;
+
+create or replace trigger autotag_clean before insert or update of tag, key, aliases, description, parent, parent_key on autotag.vocabulary
+  for each row execute function autotag.clean_vocabulary();
+
+-- Keeps the names of these entries, and refuses a name that has two tags, and an entry that is above itself.
+create or replace function autotag.keep_names() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_changed bigint[];
+begin
+  if tg_op = 'INSERT' then
+    v_changed := array(select n.id from new_rows n);
+  else
+    v_changed := array(
+      select n.id from new_rows n left join old_rows o on o.id = n.id
+      where (n.workspace_id, n.tag, n.aliases, n.parent_key) is distinct from (o.workspace_id, o.tag, o.aliases, o.parent_key));
+    delete from autotag.vocabulary_names n where n.vocabulary_id = any (v_changed);
+  end if;
+  if v_changed <> '{}' then
+    perform autotag.add_names(v_changed);
+    perform autotag.check_parents(v_changed);
+  end if;
+  return null;
+end $$;
+
+create or replace trigger autotag_names after insert on autotag.vocabulary
+  referencing new table as new_rows for each statement execute function autotag.keep_names();
+create or replace trigger autotag_names_changed after update on autotag.vocabulary
+  referencing old table as old_rows new table as new_rows for each statement execute function autotag.keep_names();
+
+-- Adds the names of these entries, or refuses.
+create or replace function autotag.add_names(p_entries bigint[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_clash record;
+begin
+  with named as materialized (
+    select v.id, v.workspace_id, autotag.tag_key(u.name) as key
+    from autotag.vocabulary v cross join lateral unnest(v.tag || v.aliases) u (name) where v.id = any (p_entries)
+  ), added as (
+    insert into autotag.vocabulary_names (vocabulary_id, workspace_id, key)
+    select n.id, n.workspace_id, n.key from named n order by n.id, n.key
+    on conflict (workspace_id, key) do nothing returning vocabulary_id, key
+  )
+  select n.id, n.workspace_id, n.key into v_clash
+  from named n left join added a on a.vocabulary_id = n.id and a.key = n.key where a.key is null order by n.id limit 1;
+  if found then
+    perform autotag.refuse_vocabulary(format('“%s” is a name of two tags: %s.', v_clash.key, (
+      select autotag.name_some(array_agg(format('“%s”', v.tag) order by v.key)) from autotag.vocabulary v
+      where v.id = v_clash.id or v.id = (
+        select n.vocabulary_id from autotag.vocabulary_names n
+        where n.workspace_id is not distinct from v_clash.workspace_id and n.key = v_clash.key))), 'two_tags',
+      jsonb_build_object('name', v_clash.key));
+  end if;
+end $$;
+
+-- Refuses entries that are above themselves or have more than ten above them. (General entries and those of a workspace can still
+-- be above each other; matching ends at the tenth.)
+create or replace function autotag.check_parents(p_entries bigint[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_workspace autotag.workspace_id;
+  v_ids bigint[];
+  v_deep bigint;
+begin
+  for v_workspace, v_ids in
+    select v.workspace_id, array_agg(v.id) from autotag.vocabulary v
+    where v.id = any (p_entries) and v.parent_key is not null group by v.workspace_id
+  loop
+    select a.id into v_deep from unnest(autotag.find_ancestors(v_workspace, v_ids, 11)) a
+    where a.above = a.id or a.depth = 11 order by a.id limit 1;
+    if found then
+      perform autotag.refuse_vocabulary(format(
+        'The tag “%s” is above itself, or more than ten tags are above it.', (select v.tag from autotag.vocabulary v where v.id = v_deep)), 'parent_cycle',
+        jsonb_build_object('name', (select v.key from autotag.vocabulary v where v.id = v_deep)));
+    end if;
+  end loop;
+end $$;
+
+-- Matching a model's tags with the vocabulary, when they are stored. Whatever the model answered and whenever it did: the vocabulary
+-- of that moment decides, so with the mode `only` no other tag reaches a row of the host.
+
+-- The results of images of one workspace as they are stored. write_outcomes(), the only caller of store_tags(), calls it.
+create or replace function autotag.match_results(p_workspace_id autotag.workspace_id, p_results jsonb[]) returns jsonb[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_profile autotag.profiles := autotag.profile_of(p_workspace_id);
+begin
+  if v_profile.vocabulary_mode = 'open' then
+    return p_results;
+  end if;
+  return autotag.match_tags(p_workspace_id, p_results, v_profile.vocabulary_mode, v_profile.add_parents);
+end $$;
+
+-- Replaces the tags of results by those of the vocabulary. p_mode: `prefer` keeps tags that it does not know, every other mode drops
+-- them. p_parents: adds the tags above, with the confidence of the tag below. Tags that become the same keep the highest confidence.
+-- The most confident come first, then in the model's order; at most 50.
+create or replace function autotag.match_tags(
+  p_workspace_id autotag.workspace_id, p_results jsonb[], p_mode text, p_parents boolean
+) returns jsonb[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set jit = off
+as $$
+declare
+  v_known autotag.known_tag[] := autotag.know_tags(p_workspace_id, array(
+    select distinct t.tag from unnest(p_results) r cross join lateral jsonb_array_elements_text(r -> 'tags') t (tag)));
+  v_above autotag.ancestor[] := array[]::autotag.ancestor[];
+begin
+  if p_parents then
+    v_above := autotag.find_ancestors(p_workspace_id, array(select distinct k.id from unnest(v_known) k), 10);
+  end if;
+  return array(
+    with given as materialized (
+      select r.i, t.tag, k.id, (r.result -> 'confidence' -> t.tag)::numeric as sure, t.place
+      from unnest(p_results) with ordinality r (result, i)
+      cross join lateral jsonb_array_elements_text(r.result -> 'tags') with ordinality t (tag, place)
+      left join unnest(v_known) k on k.given = t.tag
+    ), words as materialized (
+      select v.id, v.tag from autotag.vocabulary v
+      where v.id = any (array(select k.id from unnest(v_known) k union select a.above from unnest(v_above) a))
+    ), chosen as (
+      select g.i, coalesce(w.tag, g.tag) as tag, g.sure, g.place from given g left join words w on w.id = g.id
+      where w.id is not null or p_mode = 'prefer'
+      union all
+      select g.i, w.tag, g.sure, 1000 * a.depth + g.place
+      from given g join unnest(v_above) a on a.id = g.id join words w on w.id = a.above
+    ), merged as (
+      select c.i, c.tag, max(c.sure) as sure,
+        row_number() over (partition by c.i order by max(c.sure) desc nulls last, min(c.place)) as place
+      from chosen c group by c.i, c.tag
+    ), matched as (
+      select m.i, jsonb_agg(m.tag order by m.place) as tags, jsonb_object_agg(m.tag, m.sure) filter (where m.sure is not null) as sure
+      from merged m where m.place <= 50 group by m.i
+    )
+    select r.result || jsonb_build_object('tags', coalesce(m.tags, '[]'), 'confidence', coalesce(m.sure, '{}'))
+    from unnest(p_results) with ordinality r (result, i) left join matched m on m.i = r.i order by r.i);
+end $$;
+
+-- Those of these tags that the vocabulary knows: by their key, else because exactly one name is nearly the same.
+create or replace function autotag.know_tags(p_workspace_id autotag.workspace_id, p_tags text[]) returns autotag.known_tag[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keys text[] := array(select autotag.tag_key(t) from unnest(p_tags) with ordinality u (t, i) order by i);
+  v_names text[];              -- keys that are found …
+  v_ids bigint[];              -- … and their entries
+begin
+  select coalesce(array_agg(f.key), '{}'), coalesce(array_agg(f.id), '{}') into v_names, v_ids
+  from autotag.find_names(p_workspace_id, array(select distinct k from unnest(v_keys) k where k <> '')) f;
+  select v_names || coalesce(array_agg(s.key), '{}'), v_ids || coalesce(array_agg(s.id), '{}') into v_names, v_ids
+  from autotag.find_similar(p_workspace_id, array(
+    select distinct k from unnest(v_keys) k where k <> '' and k not in (select unnest(v_names)))) s;
+  return array(
+    select row(t.tag, n.id)::autotag.known_tag
+    from unnest(p_tags, v_keys) t (tag, key) join unnest(v_names, v_ids) n (key, id) on n.key = t.key);
+end $$;
+
+-- The entries that have these names for a workspace: its own, else the general ones, unless one of its own has their name. (The plan is
+-- kept, as in read_reports(): planning would take longer than the search. By lateral, because the planner does not know how many keys
+-- there are.)
+create or replace function autotag.find_names(p_workspace_id autotag.workspace_id, p_keys text[]) returns table (key text, id bigint)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
+as $$
+begin
+  return query
+    select k.key, f.id from unnest(p_keys) k (key)
+    cross join lateral (
+      select x.id from (
+        select n.vocabulary_id as id, 1 as rank from autotag.vocabulary_names n where n.workspace_id = p_workspace_id and n.key = k.key
+        union all
+        select n.vocabulary_id, 2 from autotag.vocabulary_names n join autotag.vocabulary g on g.id = n.vocabulary_id
+        where n.workspace_id is null and n.key = k.key and not exists (
+          select from autotag.vocabulary_names o where o.workspace_id = p_workspace_id and o.key = g.key)) x
+      order by x.rank limit 1) f;
+end $$;
+
+-- For each of these keys, which no entry has, the entry with a name that is nearly the same: trigrams (of all that one or the other
+-- has, 70 % are in both, as pg_trgm counts them, which need not be installed), and no other entry is within 10 % of it. The first three
+-- letters have to be equal, and so do numbers and words of less than four letters (is_spelling). So it finds plurals and misspellings of
+-- longer words.
+-- Only the 20 names before and behind a key by the alphabet are compared. So a key takes as long in a vocabulary of any size, and one
+-- whose names all begin alike holds nobody up.
+create or replace function autotag.find_similar(p_workspace_id autotag.workspace_id, p_keys text[]) returns table (key text, id bigint)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
+as $$
+declare
+  c_like constant numeric := 0.7;
+  c_apart constant numeric := 0.1;
+begin
+  return query
+    with asked as materialized (
+      select k.key collate "C" as key, left(k.key, 3) collate "C" as first, (left(k.key, 3) || U&'\+10FFFF') collate "C" as last,
+        autotag.key_grams(k.key) as grams
+      from unnest(p_keys) k (key) where length(k.key) >= 5
+    ), near as materialized (
+      select a.key, a.grams, n.vocabulary_id as id, n.key as name, n.general, autotag.key_grams(n.key) as others
+      from asked a cross join lateral (
+        (select x.vocabulary_id, x.key, false as general from autotag.vocabulary_names x
+         where x.workspace_id = p_workspace_id and x.key > a.key and x.key < a.last order by x.key limit 20)
+        union all
+        (select x.vocabulary_id, x.key, false from autotag.vocabulary_names x
+         where x.workspace_id = p_workspace_id and x.key < a.key and x.key >= a.first order by x.key desc limit 20)
+        union all
+        (select x.vocabulary_id, x.key, true from autotag.vocabulary_names x
+         where x.workspace_id is null and x.key > a.key and x.key < a.last order by x.key limit 20)
+        union all
+        (select x.vocabulary_id, x.key, true from autotag.vocabulary_names x
+         where x.workspace_id is null and x.key < a.key and x.key >= a.first order by x.key desc limit 20)) n
+      where length(n.key) between c_like * length(a.key) - 1 and length(a.key) / c_like + 2
+        and length(n.key) - length(replace(n.key, ' ', '')) = length(a.key) - length(replace(a.key, ' ', ''))
+    ), compared as (
+      select n.*, (select count(*) from unnest(n.grams) g where g = any (n.others))::numeric as shared from near n
+    ), best as (
+      select c.key, c.id, max(c.shared / (cardinality(c.grams) + cardinality(c.others) - c.shared)) as likeness from compared c
+      where c.shared >= c_like * (cardinality(c.grams) + cardinality(c.others) - c.shared) and autotag.is_spelling(c.key, c.name)
+        and not (c.general and exists (
+          select from autotag.vocabulary g join autotag.vocabulary_names o on o.workspace_id = p_workspace_id and o.key in (g.key, c.name)
+          where g.id = c.id))
+      group by c.key, c.id
+    ), ranked as (
+      select b.key, b.id, b.likeness, lead(b.likeness) over w as next, row_number() over w as rank
+      from best b window w as (partition by b.key order by b.likeness desc, b.id)
+    )
+    select r.key, r.id from ranked r where r.rank = 1 and coalesce(r.likeness - r.next >= c_apart, true);
+end $$;
+
+-- Whether two keys that look alike can be spellings of one tag: equal numbers, equal short words, and as many words.
+create or replace function autotag.is_spelling(p_one text, p_other text) returns boolean
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return regexp_replace(p_one, '\D', '', 'g') = regexp_replace(p_other, '\D', '', 'g') and not exists (
+    select from unnest(string_to_array(p_one, ' '), string_to_array(p_other, ' ')) w (one, other)
+    where w.one is null or w.other is null or w.one <> w.other and least(length(w.one), length(w.other)) < 4);
+end $$;
+
+-- Everything above these entries of a workspace's vocabulary, to p_depth. Above a parent that no entry has the name of is nothing.
+create or replace function autotag.find_ancestors(p_workspace_id autotag.workspace_id, p_entries bigint[], p_depth integer) returns autotag.ancestor[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_above autotag.ancestor[] := array[]::autotag.ancestor[];
+  v_level autotag.ancestor[] := array(select row(e, e, 0)::autotag.ancestor from unnest(p_entries) e);
+begin
+  for v_depth in 1 .. p_depth loop
+    v_level := array(
+      with tops as materialized (
+        select v.id, v.parent_key from autotag.vocabulary v
+        where v.id = any (array(select distinct l.above from unnest(v_level) l)) and v.parent_key is not null
+      ), parents as materialized (
+        select f.key, f.id from autotag.find_names(p_workspace_id, array(select distinct t.parent_key from tops t)) f
+      )
+      select row(l.id, p.id, v_depth)::autotag.ancestor
+      from unnest(v_level) l join tops t on t.id = l.above join parents p on p.key = t.parent_key);
+    exit when v_level = '{}';
+    v_above := v_above || v_level;
+  end loop;
+  return v_above;
+end $$;
+
+-- Reading and changing vocabularies: the prompt's list, the commands `autotag vocabulary`, and the calls for a page.
+
+-- The vocabulary of a workspace for the prompt: at most 500 tags, as a JSON array of "tag" or "tag: description", by key. A workspace's
+-- own come before general ones, then those that most images have. It only changes with the vocabulary, because the provider's prompt
+-- cache needs the same beginning in every call.
+create or replace function autotag.vocabulary_for_prompt(p_workspace_id autotag.workspace_id) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
+as $$
+begin
+  return (
+    select coalesce(jsonb_agg(p.tag || coalesce(': ' || p.description, '') order by p.key), '[]')
+    from (
+      select v.key, v.tag, case when length(v.description) > 80 then left(v.description, 79) || '…' else v.description end as description
+      from (
+        (select o.*, 1 as rank from autotag.vocabulary o where o.workspace_id = p_workspace_id order by o.uses desc, o.key limit 500)
+        union all
+        (select g.*, 2 from autotag.vocabulary g
+         where g.workspace_id is null and not exists (
+           select from autotag.vocabulary_names n where n.workspace_id = p_workspace_id and n.key = g.key)
+         order by g.uses desc, g.key limit 500)) v
+      order by v.rank, v.uses desc, v.key limit 500) p);
+end $$;
+
+-- The entries of a workspace (null: the general ones), by key: [{tag, aliases, description, parent, uses}]. For `autotag vocabulary
+-- export`.
+create or replace function autotag.list_vocabulary(p_workspace_id autotag.workspace_id) returns jsonb
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select coalesce(jsonb_agg(jsonb_build_object('tag', v.tag, 'aliases', v.aliases, 'description', v.description, 'parent', v.parent,
+    'uses', v.uses) order by v.key), '[]')
+  from autotag.vocabulary v where v.workspace_id is not distinct from p_workspace_id
+$$;
+
+-- tagging_vocabulary: what holds for a workspace, for its members: {mode, add_parents, may_edit, tags: [{tag, aliases, description,
+-- parent, general}]}. general: an entry for all workspaces, which members cannot change.
+create or replace function autotag.describe_vocabulary(p_workspace_id autotag.workspace_id) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_profile autotag.profiles;
+begin
+  perform autotag.check_member(p_workspace_id);
+  v_profile := autotag.profile_of(p_workspace_id);
+  return jsonb_build_object(
+    'mode', v_profile.vocabulary_mode, 'add_parents', v_profile.add_parents,
+    'may_edit', autotag.is_service() or autotag.is_editor(p_workspace_id),
+    'tags', (
+      select coalesce(jsonb_agg(jsonb_build_object('tag', v.tag, 'aliases', v.aliases, 'description', v.description,
+        'parent', v.parent, 'general', v.workspace_id is null) order by v.key), '[]')
+      from autotag.vocabulary v
+      where v.workspace_id = p_workspace_id or v.workspace_id is null and not exists (
+        select from autotag.vocabulary_names n where n.workspace_id = p_workspace_id and n.key = v.key)));
+end $$;
+
+-- Changes the vocabulary of a workspace (null: the general one): adds or changes p_entries ([{tag, aliases, description, parent, uses}];
+-- what an entry does not have stays), and deletes the tags p_removed; p_replace: deletes all others, too. A parent that is no name
+-- becomes an entry. Entries with the same tag become one, unless they contradict each other. Returns {tags (in all), added, changed,
+-- removed}. Locks: the workspace's vocabulary (advisory).
+create or replace function autotag.edit_vocabulary(
+  p_workspace_id autotag.workspace_id, p_entries jsonb, p_removed text[] default '{}', p_replace boolean default false
+) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_entries autotag.vocabulary_entry[];
+  v_stays text[];              -- keys of entries that do not change …
+  v_gone text[];               -- … and of those that are deleted or written anew
+  v_tags integer;
+  v_changed integer;
+  v_written integer;
+begin
+  if p_workspace_id is not null or not autotag.is_service() then
+    perform autotag.check_editor(p_workspace_id);   -- the general one is the service's
+  end if;
+  perform autotag.check_entries(p_entries);
+  perform pg_advisory_xact_lock(hashtextextended('autotag.vocabulary ' || coalesce(p_workspace_id::text, ''), 0));
+  v_entries := autotag.read_entries(p_workspace_id, p_entries, p_replace);
+  v_stays := array(
+    select v.key from unnest(v_entries) e join autotag.vocabulary v on v.workspace_id is not distinct from p_workspace_id and v.key = e.key
+    where (v.tag, v.aliases, v.description, v.parent, v.uses) is not distinct from (e.tag, e.aliases, e.description, e.parent, e.uses));
+  with gone as (
+    delete from autotag.vocabulary v
+    where v.workspace_id is not distinct from p_workspace_id and v.key <> all (v_stays)
+      and (p_replace or v.key in (select e.key from unnest(v_entries) e union all select autotag.tag_key(r) from unnest(p_removed) r))
+    returning v.key
+  )
+  select coalesce(array_agg(g.key), '{}') into v_gone from gone g;
+  insert into autotag.vocabulary (workspace_id, tag, aliases, description, parent, uses)
+  select p_workspace_id, e.tag, e.aliases, e.description, e.parent, e.uses from unnest(v_entries) e where e.key <> all (v_stays);
+  get diagnostics v_written = row_count;
+  select count(*) into v_tags from autotag.vocabulary v where v.workspace_id is not distinct from p_workspace_id;
+  if v_tags > 50000 then
+    perform autotag.refuse(413, 'vocabulary_too_large', format('%s tags are too many for one vocabulary.', v_tags),
+      'A vocabulary has at most 50,000 tags; nothing was saved.', '{"max_tags": 50000}');
+  end if;
+  select count(*) into v_changed from unnest(v_entries) e where e.key = any (v_gone);
+  return jsonb_build_object('tags', v_tags, 'added', v_written - v_changed, 'changed', v_changed, 'removed', cardinality(v_gone) - v_changed);
+end $$;
+
+-- Refuses what is no list of entries. `entry` in the detail is the place of the one that is wrong.
+create or replace function autotag.check_entries(p_entries jsonb) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_wrong record;
+begin
+  if p_entries is null or jsonb_typeof(p_entries) <> 'array' then
+    perform autotag.refuse_vocabulary('The entries have to be a list.');
+  elsif jsonb_array_length(p_entries) > 50000 or pg_column_size(p_entries) > 50000000 then
+    perform autotag.refuse(413, 'vocabulary_too_large', 'This list is too long.', 'A vocabulary has at most 50,000 tags; nothing was saved.',
+      '{"max_tags": 50000}');
+  end if;
+  select w.i, w.fault into v_wrong from (
+    select u.i, case
+      when jsonb_typeof(u.e) <> 'object' then 'is not an object'
+      when jsonb_typeof(u.e -> 'tag') is distinct from 'string' then 'has no tag'
+      when jsonb_typeof(u.e -> 'aliases') not in ('array', 'null') or jsonb_path_exists(u.e, 'strict $.aliases[*] ? (@.type() != "string")', '{}', true)
+        then 'has aliases that are no list of texts'
+      when jsonb_typeof(u.e -> 'description') not in ('string', 'null') then 'has a description that is no text'
+      when jsonb_typeof(u.e -> 'parent') not in ('string', 'null') then 'has a parent that is no text'
+      when u.e ? 'uses' and not coalesce(u.e ->> 'uses' ~ '^[0-9]{1,15}$', false) then 'has uses that are no number' end as fault
+    from jsonb_array_elements(p_entries) with ordinality u (e, i)) w
+  where w.fault is not null order by w.i limit 1;
+  if found then
+    perform autotag.refuse_vocabulary(format('Entry %s %s.', v_wrong.i, v_wrong.fault), 'bad_vocabulary',
+      jsonb_build_object('entry', v_wrong.i));
+  end if;
+end $$;
+
+-- The entries as they will be stored: cleaned, one for each tag, with what they leave as it is, and with parents that are no entry yet.
+create or replace function autotag.read_entries(p_workspace_id autotag.workspace_id, p_entries jsonb, p_replace boolean)
+returns autotag.vocabulary_entry[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_entries autotag.vocabulary_entry[];
+begin
+  v_entries := array(
+    with read as materialized (
+      select u.i, u.e, c.tag, autotag.tag_key(c.tag) as key,
+        case when btrim(u.e ->> 'parent') <> '' then autotag.clean_word(u.e ->> 'parent', 'parent', u.i) end as parent
+      from jsonb_array_elements(p_entries) with ordinality u (e, i)
+      cross join lateral (select autotag.clean_word(u.e ->> 'tag', 'tag', u.i) as tag offset 0) c
+    ), aliases as materialized (
+      select a.key, array_agg(a.word order by a.place) as words from (
+        select r.key, (array_agg(c.word order by r.i, x.place))[1] as word, min(r.i * 1000 + x.place) as place
+        from read r
+        cross join lateral jsonb_array_elements_text(coalesce(nullif(r.e -> 'aliases', 'null'), '[]')) with ordinality x (alias, place)
+        cross join lateral (select autotag.clean_word(x.alias, 'alias', r.i) as word offset 0) c
+        where btrim(x.alias) <> '' and autotag.tag_key(c.word) <> r.key group by r.key, autotag.tag_key(c.word)) a
+      group by a.key
+    ), merged as materialized (
+      select r.key, (array_agg(r.tag order by r.i))[1] as tag, max(r.i) as i, bool_or(r.e ? 'aliases') as has_aliases,
+        bool_or(r.e ? 'description') as has_description, bool_or(r.e ? 'parent') as has_parent,
+        array_agg(distinct d.text) filter (where d.text <> '') as descriptions,
+        array_agg(distinct autotag.tag_key(r.parent)) filter (where r.parent is not null) as parents,
+        min(r.parent) as parent, sum((r.e ->> 'uses')::bigint) as uses
+      from read r cross join lateral (select autotag.printable(r.e ->> 'description', 501) as text offset 0) d
+      group by r.key
+    )
+    select autotag.check_merged(row(m.key, m.tag,
+        case when m.has_aliases or v.id is null or p_replace then coalesce(a.words, '{}') else v.aliases end,
+        case when m.has_description or p_replace then m.descriptions[1] else v.description end,
+        case when m.has_parent or p_replace then m.parent else v.parent end,
+        coalesce(m.uses, v.uses, 0))::autotag.vocabulary_entry, m.descriptions, m.parents, m.i)
+    from merged m left join aliases a on a.key = m.key
+    left join autotag.vocabulary v on v.workspace_id is not distinct from p_workspace_id and v.key = m.key
+    order by m.i);
+  return v_entries || autotag.missing_parents(p_workspace_id, v_entries, p_replace);
+end $$;
+
+-- An entry, or its refusal: it was given several times with different descriptions or parents.
+create or replace function autotag.check_merged(p_entry autotag.vocabulary_entry, p_descriptions text[], p_parents text[], p_place bigint)
+returns autotag.vocabulary_entry
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if cardinality(p_descriptions) > 1 or cardinality(p_parents) > 1 then
+    perform autotag.refuse_vocabulary(format('The tag “%s” is there twice, with different %s.', p_entry.tag,
+      case when cardinality(p_parents) > 1 then 'parents' else 'descriptions' end), 'bad_vocabulary', jsonb_build_object('entry', p_place));
+  end if;
+  return p_entry;
+end $$;
+
+-- Entries for the parents that are no name of an entry, neither of p_entries nor of those that stay.
+create or replace function autotag.missing_parents(p_workspace_id autotag.workspace_id, p_entries autotag.vocabulary_entry[], p_replace boolean)
+returns autotag.vocabulary_entry[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_parents text[];
+  v_keys text[];
+begin
+  select array_agg(p.parent), array_agg(p.key) into v_parents, v_keys
+  from (
+    select autotag.tag_key(e.parent) as key, min(e.parent) as parent from unnest(p_entries) e where e.parent is not null group by 1) p
+  where p.key not in (
+    select e.key from unnest(p_entries) e
+    union all
+    select autotag.tag_key(a) from unnest(p_entries) e cross join lateral unnest(e.aliases) a);
+  return array(
+    select row(p.key, p.parent, '{}'::text[], null, null, coalesce(v.uses, 0))::autotag.vocabulary_entry
+    from unnest(v_parents, v_keys) p (parent, key)
+    left join autotag.vocabulary v on v.workspace_id is not distinct from p_workspace_id and v.key = p.key
+    where not exists (
+      -- when everything is replaced, only general entries stay
+      select from autotag.find_names(case when not p_replace then p_workspace_id end, array[p.key])
+      where not (p_replace and p_workspace_id is null))
+    order by p.key);
+end $$;
+
+-- Records how many images have each tag ({tag: images}) at the entries of a workspace (null: the general ones), and adds the tags that
+-- are no name yet and that at least p_min images have. Returns {tags (in all), added, counted}. Locks: as edit_vocabulary().
+create or replace function autotag.count_uses(p_workspace_id autotag.workspace_id, p_counts jsonb, p_min bigint) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_counted integer;
+  v_tags text[];
+  v_uses bigint[];
+  v_ids bigint[];              -- of the entry that has this name; null: none
+  v_done jsonb;
+begin
+  select coalesce(array_agg(c.tag), '{}'), coalesce(array_agg(c.uses), '{}'), coalesce(array_agg(f.id), '{}') into v_tags, v_uses, v_ids
+  from (
+    -- the spelling that most images have
+    select autotag.tag_key(c.key) as key, (array_agg(c.key order by c.value::bigint desc, c.key))[1] as tag, sum(c.value::bigint)::bigint as uses
+    from jsonb_each_text(p_counts) c where length(c.key) between 1 and 50 group by 1) c
+  left join lateral autotag.find_names(p_workspace_id, array[c.key]) f on true
+  where c.key <> '';
+  v_done := autotag.edit_vocabulary(p_workspace_id, (
+    select coalesce(jsonb_agg(jsonb_build_object('tag', t.tag, 'uses', t.uses)), '[]')
+    from unnest(v_tags, v_uses, v_ids) t (tag, uses, id) where t.id is null and t.uses >= p_min));
+  update autotag.vocabulary v set uses = t.uses
+  from (select x.id, sum(x.uses)::bigint as uses from unnest(v_uses, v_ids) x (uses, id) where x.id is not null group by x.id) t
+  where v.id = t.id and v.workspace_id is not distinct from p_workspace_id and v.uses <> t.uses;
+  get diagnostics v_counted = row_count;
+  return v_done - '{changed,removed}'::text[] || jsonb_build_object('counted', v_counted);
 end $$;
 
 -- Saving a profile: `autotag profile set`, and set_tagging_profile for a person's page.
@@ -7882,7 +8511,7 @@ begin
     v_tagged := autotag.end_tagged(array(select i from unnest(p_items) i where i.result is not null));
     if p_show and v_tagged <> '{}' then
       v_written := autotag.store_tags(array(select i.asset_id from unnest(v_tagged) i), p_workspace_id,
-        array(select i.result from unnest(v_tagged) i), array(select i.mark from unnest(v_tagged) i));
+        autotag.match_results(p_workspace_id, array(select i.result from unnest(v_tagged) i)), array(select i.mark from unnest(v_tagged) i));
       if coalesce(cardinality(v_written), 0) < cardinality(v_tagged) then
         perform autotag.judge_unwritten(p_workspace_id, v_tagged, v_written);
       end if;
@@ -9480,6 +10109,23 @@ returns table (user_id autotag.keys.user_id%type, day date, model text, service_
 language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select * from autotag.list_usage(workspace_id, since, until) $$;
 
+-- The vocabulary that holds for a workspace.
+create or replace function public.tagging_vocabulary(workspace_id autotag.keys.workspace_id%type) returns jsonb
+language sql stable security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.describe_vocabulary(workspace_id) $$;
+
+-- Replaces a workspace's own vocabulary.
+create or replace function public.set_tagging_vocabulary(workspace_id autotag.keys.workspace_id%type, entries jsonb) returns jsonb
+language sql security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.edit_vocabulary(workspace_id, entries, '{}', true) $$;
+
+-- Changes some of its entries, so that two people who edit it do not overwrite each other's.
+create or replace function public.edit_tagging_vocabulary(
+  workspace_id autotag.keys.workspace_id%type, entries jsonb default '[]', removed text[] default '{}'
+) returns jsonb
+language sql security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.edit_vocabulary(workspace_id, entries, removed, false) $$;
+
 -- What the images of a workspace are asked: {version, own, instructions, language, tag_count, min_confidence, vocabulary_mode,
 -- add_parents, fields, created_at}. For its members.
 create or replace function public.tagging_profile(workspace_id autotag.keys.workspace_id%type) returns jsonb
@@ -9714,6 +10360,7 @@ grant all on autotag.windows, public.workspace_rate_limits to service_role;
 revoke all on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
+  public.tagging_vocabulary, public.set_tagging_vocabulary, public.edit_tagging_vocabulary,
   public.tagging_profile, public.set_tagging_profile
   from public, anon;
 revoke all on function public.openai_webhook from public, anon, authenticated;
@@ -9727,6 +10374,10 @@ grant execute on function
   autotag.cancel, autotag.retry,
   autotag.describe_job,
   autotag.describe_strategy, autotag.take_allowance, autotag.list_usage
+  to authenticated, service_role;
+grant execute on function
+  public.tagging_vocabulary, public.set_tagging_vocabulary, public.edit_tagging_vocabulary,
+  autotag.describe_vocabulary, autotag.edit_vocabulary
   to authenticated, service_role;
 grant execute on function autotag.is_member, autotag.may_listen to authenticated;
 
@@ -9752,6 +10403,10 @@ grant execute on function
   autotag.preview_backfill, autotag.backfill, autotag.list_usage,
   autotag.show_profile, autotag.set_profile, autotag.profile_history,
   autotag.preview_comparison, autotag.comparison_sample, autotag.admit_comparison, autotag.settle_comparison
+  to autotag_operator;
+
+grant execute on function
+  autotag.edit_vocabulary, autotag.list_vocabulary, autotag.tags_in_use, autotag.count_uses
   to autotag_operator;
 
 -- everyone who has to compare versions

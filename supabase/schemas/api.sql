@@ -95,6 +95,23 @@ returns table (user_id autotag.keys.user_id%type, day date, model text, service_
 language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select * from autotag.list_usage(workspace_id, since, until) $$;
 
+-- The vocabulary that holds for a workspace.
+create or replace function public.tagging_vocabulary(workspace_id autotag.keys.workspace_id%type) returns jsonb
+language sql stable security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.describe_vocabulary(workspace_id) $$;
+
+-- Replaces a workspace's own vocabulary.
+create or replace function public.set_tagging_vocabulary(workspace_id autotag.keys.workspace_id%type, entries jsonb) returns jsonb
+language sql security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.edit_vocabulary(workspace_id, entries, '{}', true) $$;
+
+-- Changes some of its entries, so that two people who edit it do not overwrite each other's.
+create or replace function public.edit_tagging_vocabulary(
+  workspace_id autotag.keys.workspace_id%type, entries jsonb default '[]', removed text[] default '{}'
+) returns jsonb
+language sql security invoker set search_path = pg_catalog, pg_temp
+as $$ select autotag.edit_vocabulary(workspace_id, entries, removed, false) $$;
+
 -- What the images of a workspace are asked: {version, own, instructions, language, tag_count, min_confidence, vocabulary_mode,
 -- add_parents, fields, created_at}. For its members.
 create or replace function public.tagging_profile(workspace_id autotag.keys.workspace_id%type) returns jsonb

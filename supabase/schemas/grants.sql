@@ -12,6 +12,7 @@ grant all on autotag.windows, public.workspace_rate_limits to service_role;
 revoke all on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
+  public.tagging_vocabulary, public.set_tagging_vocabulary, public.edit_tagging_vocabulary,
   public.tagging_profile, public.set_tagging_profile
   from public, anon;
 revoke all on function public.openai_webhook from public, anon, authenticated;
@@ -25,6 +26,10 @@ grant execute on function
   autotag.cancel, autotag.retry,
   autotag.describe_job,
   autotag.describe_strategy, autotag.take_allowance, autotag.list_usage
+  to authenticated, service_role;
+grant execute on function
+  public.tagging_vocabulary, public.set_tagging_vocabulary, public.edit_tagging_vocabulary,
+  autotag.describe_vocabulary, autotag.edit_vocabulary
   to authenticated, service_role;
 grant execute on function autotag.is_member, autotag.may_listen to authenticated;
 
@@ -50,6 +55,10 @@ grant execute on function
   autotag.preview_backfill, autotag.backfill, autotag.list_usage,
   autotag.show_profile, autotag.set_profile, autotag.profile_history,
   autotag.preview_comparison, autotag.comparison_sample, autotag.admit_comparison, autotag.settle_comparison
+  to autotag_operator;
+
+grant execute on function
+  autotag.edit_vocabulary, autotag.list_vocabulary, autotag.tags_in_use, autotag.count_uses
   to autotag_operator;
 
 -- everyone who has to compare versions

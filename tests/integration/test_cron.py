@@ -103,6 +103,7 @@ def test_housekeeping_keeps_every_table_bounded(library: Library) -> None:
         "autotag.workspaces": 0, "autotag.workers": 1, "autotag.outbox": 0, "autotag.windows": 0,
         "autotag.unstored": 29, "autotag.provider_reports": 0,
         "autotag.uploads": 0, "autotag.arrivals": 0, "autotag.pictures": 0,
+        "autotag.vocabulary": 0, "autotag.vocabulary_names": 0,
         "autotag.settings": 1, "autotag.provider_limits": 1, "autotag.clock": 1,
         "autotag.error_kinds": 4, "autotag.models": 15, "autotag.learned": 89,  # one a day
         "autotag.profiles": 365,  # people wrote them

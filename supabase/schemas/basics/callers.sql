@@ -26,7 +26,7 @@ begin
   end if;
 end $$;
 
--- The same for a change of what a workspace's images are asked.
+-- The same for a change of what a workspace's images are asked and how they are tagged: its profile and its vocabulary.
 create or replace function autotag.check_editor(p_workspace_id autotag.workspace_id) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

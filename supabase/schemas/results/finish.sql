@@ -268,7 +268,7 @@ begin
     v_tagged := autotag.end_tagged(array(select i from unnest(p_items) i where i.result is not null));
     if p_show and v_tagged <> '{}' then
       v_written := autotag.store_tags(array(select i.asset_id from unnest(v_tagged) i), p_workspace_id,
-        array(select i.result from unnest(v_tagged) i), array(select i.mark from unnest(v_tagged) i));
+        autotag.match_results(p_workspace_id, array(select i.result from unnest(v_tagged) i)), array(select i.mark from unnest(v_tagged) i));
       if coalesce(cardinality(v_written), 0) < cardinality(v_tagged) then
         perform autotag.judge_unwritten(p_workspace_id, v_tagged, v_written);
       end if;

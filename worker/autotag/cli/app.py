@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import autotag
-from autotag.cli import compare, doctor, enqueue, init, migrate, profile, status, usage, watch, worker
+from autotag.cli import compare, doctor, enqueue, init, migrate, profile, status, usage, vocabulary, watch, worker
 from autotag.cli.console import tame_libraries
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ COMMANDS: dict[str, list[tuple[Callable[..., None], str]]] = {
     "Operate": [
         (status.status, status.HELP_END), (enqueue.enqueue, enqueue.HELP_END), (usage.usage, usage.HELP_END),
         (watch.watch, watch.HELP_END), (compare.compare, compare.HELP_END), (profile.profile, profile.HELP_END),
+        (vocabulary.vocabulary, vocabulary.HELP_END),
     ],
 }  # fmt: skip
 for heading, commands in COMMANDS.items():

@@ -42,6 +42,7 @@ def init(
     members_table: options.MembersTable = None,
     members_claim: options.MembersClaim = None,
     file_rule: options.FileRule = None,
+    editors: options.Editors = None,
     spending_limit: options.SpendingLimit = None,
     yes: options.AskNothing = False,
     as_json: options.JsonAskingNothing = False,
@@ -57,7 +58,7 @@ def init(
     """
     choices = Choices(
         table, id_column, workspace_column, path_column, bucket, url_column, tags_column, members_table, members_claim,
-        file_rule,
+        file_rule, editors,
     )  # fmt: skip
     interactive = on_terminal() and not (yes or as_json)
     url = options.read_database_url(database_url)

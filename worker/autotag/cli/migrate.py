@@ -38,6 +38,7 @@ def migrate(
     members_table: options.MembersTable = None,
     members_claim: options.MembersClaim = None,
     file_rule: options.FileRule = None,
+    editors: options.Editors = None,
     spending_limit: options.SpendingLimit = None,
     yes: options.AskNothing = False,
     as_json: options.JsonAskingNothing = False,
@@ -50,7 +51,7 @@ def migrate(
     """
     choices = Choices(
         table, id_column, workspace_column, path_column, bucket, url_column, tags_column, members_table, members_claim,
-        file_rule,
+        file_rule, editors,
     )  # fmt: skip
     url = options.read_database_url(database_url)
     interactive = on_terminal() and not (yes or as_json)

@@ -90,6 +90,15 @@ FileRule = Annotated[
     ),
 ]
 
+Editors = Annotated[
+    str | None,
+    _host_option(
+        "--editors",
+        "Who may change a workspace's vocabulary and profiles: none (the default: only your server), or members.",
+        "WHO",
+    ),
+]
+
 
 def read_database_url(value: str) -> str:
     """Reads the value of `DatabaseUrl`, or the file that it names, and keeps its password out of later messages.

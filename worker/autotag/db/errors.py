@@ -34,10 +34,14 @@ class VersionsDiffer(Exception):
 
 
 class Refused(Exception):
-    """The database refuses a call. retry_after: seconds until a retry can succeed; None: a retry does not help."""
+    """The database refuses a call. retry_after: seconds until a retry can succeed; None: a retry does not help. detail:
+    what else it says (`refusal`)."""
 
-    def __init__(self, message: str, hint: str | None, retry_after: float | None) -> None:
+    def __init__(
+        self, message: str, hint: str | None, retry_after: float | None, detail: dict[str, Any] | None = None
+    ) -> None:
         super().__init__(message)
+        self.detail = detail or {}
         self.hint = hint
         self.retry_after = retry_after
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import Any, cast
 
@@ -25,10 +26,11 @@ from autotag.db.operator_messages import (
     UsageRow,
 )  # fmt: skip
 from autotag.db.profiles import Profile, ProfileChanges
+from autotag.db.vocabulary import Entry, TagsInUse, UsesCounted, VocabularyChange
 
 
 class Operator:
-    """The database calls of the commands doctor, status, enqueue, profile, usage and compare, on one connection."""
+    """The database calls of the operator's commands, from doctor to vocabulary, on one connection."""
 
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
         self._connection = connection
@@ -69,7 +71,9 @@ class Operator:
             detail = refusal(error)
             if detail is None:
                 raise
-            raise Refused(str(error.diag.message_primary), error.diag.message_hint, detail.get("retry_after")) from None
+            raise Refused(
+                str(error.diag.message_primary), error.diag.message_hint, detail.get("retry_after"), detail
+            ) from None
         return row[0] if row else None
 
     async def schema_version(self) -> str:
@@ -156,6 +160,34 @@ class Operator:
     async def profile_history(self, workspace: str | None) -> list[Profile]:
         """The versions of a workspace's own profile (None: of the one for all), the newest first."""
         return cast("list[Profile]", await self._value("select autotag.profile_history(%s)", workspace))
+
+    async def list_vocabulary(self, workspace: str | None) -> list[Entry]:
+        """The entries of a workspace's own vocabulary (None: of the one for all)."""
+        return cast("list[Entry]", await self._value("select autotag.list_vocabulary(%s)", workspace))
+
+    async def edit_vocabulary(
+        self, workspace: str | None, entries: Sequence[Entry], *, replace: bool = False, dry_run: bool = False
+    ) -> VocabularyChange:
+        """Adds or changes entries; ``replace`` deletes all others. ``dry_run``: undoes it.
+
+        Raises:
+            Refused: an entry is not possible. Nothing was changed.
+        """
+        async with self._connection.transaction(force_rollback=dry_run):
+            return cast("VocabularyChange", await self._value(
+                "select autotag.edit_vocabulary(%s, %s, '{}', %s)", workspace, Jsonb(entries), replace))  # fmt: skip
+
+    async def tags_in_use(self, workspace: str | None, after: str | int | None, limit: int) -> TagsInUse:
+        """The tags of the next images by id."""
+        return cast("TagsInUse", await self._value("select autotag.tags_in_use(%s, %s, %s)", workspace, after, limit))
+
+    async def count_uses(
+        self, workspace: str | None, counts: Mapping[str, int], least: int, *, dry_run: bool = False
+    ) -> UsesCounted:
+        """Records how many images have each tag, and adds those that ``least`` have. ``dry_run``: undoes it."""
+        async with self._connection.transaction(force_rollback=dry_run):
+            return cast("UsesCounted", await self._value(
+                "select autotag.count_uses(%s, %s, %s)", workspace, Jsonb(dict(counts)), least))  # fmt: skip
 
     async def usage(self, workspace: str, since: date, until: date) -> list[UsageRow]:
         """Usage by user, day, model and service tier."""

@@ -31,6 +31,7 @@ def render(template: str, host: Host) -> str:
         "bucket": _bucket_code(host), "path": _path_code(host), "url": _url_code(host),
         "tags": quote(host.tags), "tags_type": host.tags_type, **_merge_code(host),
         "result": quote(host.result), "members": _members_code(host.members),
+        "editors": "autotag.is_member(p_workspace_id)" if host.editors == "members" else "false",
         "file_rule": literal(host.files.name), "own_file": file_code(host, host.files),
         "users_see_files": "true" if host.users_see_files else "false", "policy_is_silent": _silent_policy_code(host),
     }  # fmt: skip

@@ -85,6 +85,7 @@ class Host:
         members: who belongs to a workspace.
         files: which files a row may name.
         users_see_files: ask row level security whether the caller may see a file.
+        editors: which users may change a workspace's vocabulary and profiles: ``members`` or ``none``.
     """
 
     table: str = "public.assets"
@@ -103,6 +104,7 @@ class Host:
     members: Members = field(default_factory=lambda: Members("public.workspace_members", "workspace_id", "user_id"))
     files: FileRule = field(default_factory=FileRule)
     users_see_files: bool = True
+    editors: str = "none"
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class Choices:
     members_table: str | None = None
     members_claim: str | None = None
     file_rule: str | None = None
+    editors: str | None = None
 
 
 def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
@@ -155,6 +158,7 @@ def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
     return Host(
         table.name, id_column, workspace, id_type, workspace_type, path=path, bucket_column=bucket_column,
         bucket=bucket, url=url, tags=tags, tags_type=tags_type, result=RESULT, members=members,
+        editors=_editors(choices.editors),
     )  # fmt: skip
 
 
@@ -173,6 +177,12 @@ def _tags_type(table: Table, tags: str) -> str:
             f"{table.name}.{tags} is {kind}; tags go into a text[], varchar[], citext[], jsonb or json column; {other}."
         )
     return kind
+
+
+def _editors(wanted: str | None) -> str:
+    if wanted not in (None, "none", "members"):
+        raise HostError(f"--editors is none or members, not {wanted}.")
+    return wanted or "none"
 
 
 def _table(facts: Facts, wanted: str | None, ask: Ask) -> Table:

@@ -66,7 +66,7 @@ $$;
 create or replace function autotag.is_editor(p_workspace_id autotag.workspace_id) returns boolean
 language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
-  select false
+  select {{ editors }}
 $$;
 
 -- The table of images, for `autotag doctor`.
@@ -242,6 +242,24 @@ as $$
   from tagged t join {{ table }} a on a.{{ id }} = t.id
   where t.place * p_limit / t.found > (t.place - 1) * p_limit / t.found
   order by a.{{ id }}
+$$;
+
+-- What the next p_limit images by id after p_after have as tags, in a workspace or in all (null): {tags: {tag: images}, images, last (null:
+-- no more images)}. For `autotag vocabulary import --from-tags`.
+create or replace function autotag.tags_in_use(p_workspace_id autotag.workspace_id, p_after autotag.asset_id, p_limit integer) returns jsonb
+language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
+as $$
+  with page as materialized (
+    select a.{{ id }} as id, case when pg_column_size(a.{{ tags }}) <= 20000 then to_jsonb(a.{{ tags }}) end as tags
+    from {{ table }} a
+    where (p_workspace_id is null or a.{{ workspace }} = p_workspace_id) and (p_after is null or a.{{ id }} > p_after)
+    order by a.{{ id }} limit p_limit
+  ), counted as (
+    select t.tag #>> '{}' as tag, count(distinct p.id) as images
+    from page p cross join lateral jsonb_path_query(p.tags, 'strict $[*] ? (@.type() == "string")', '{}', true) t (tag) group by 1
+  )
+  select jsonb_build_object('images', (select count(*) from page), 'last', (select p.id from page p order by p.id desc limit 1),
+    'tags', (select coalesce(jsonb_object_agg(c.tag, c.images), '{}') from counted c where length(c.tag) between 1 and 50))
 $$;
 
 -- Stores the tags and everything else about finished images of a workspace, in one update per row. What a person typed stays, and

@@ -52,9 +52,11 @@ _FENCE = re.compile(r"```[a-zA-Z]*\s*(.*?)```", re.DOTALL)
 _NUMBER = re.compile(r"\s*(-?\d+(?:[.,]\d+)?)\s*(%)?\s*")
 
 
-def read_completion(completion: dict[str, Any], max_tags: int, fields: Sequence[Field] = ()) -> TagResult:
+def read_completion(
+    completion: dict[str, Any], max_tags: int, fields: Sequence[Field] = (), *, may_be_empty: bool = False
+) -> TagResult:
     """Parses a chat completion into the result that is stored. Confidences that the model did not give are left out.
-    fields: those that were asked for.
+    fields: those that were asked for. may_be_empty: an answer without tags is one (`prompt.may_be_empty`).
 
     Raises:
         TaggingError: ``image`` if the model refused, ran out of tokens or gave an unusable answer; otherwise an error
@@ -76,7 +78,7 @@ def read_completion(completion: dict[str, Any], max_tags: int, fields: Sequence[
         raise image_error("bad_answer", "The AI's answer could not be read.", retry=True, parameter=ignored)
     caption, raw_tags, raw_fields = answer
     tags = normalise_tags(raw_tags, max_tags)
-    if not tags:
+    if not tags and not may_be_empty:
         raise image_error("no_tags", "The AI found nothing to tag in this image.", retry=True)
     result: TagResult = {
         "tags": [tag for tag, _ in tags],

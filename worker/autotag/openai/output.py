@@ -29,8 +29,13 @@ async def read_lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         yield rest
 
 
-def read_line(line: bytes, max_tags: int, fields: Sequence[Field] = ()) -> BatchAnswer | None:
-    """Parses one line of an output or error file; None if it is not a valid answer."""
+def read_line(
+    line: bytes, max_tags: int, fields: Sequence[Field] = (), *, may_be_empty: bool = False
+) -> BatchAnswer | None:
+    """Parses one line of an output or error file; None if it is not a valid answer.
+
+    For the other arguments, see `read_completion`.
+    """
     try:
         entry = json.loads(line)
         # Without a mark: the picture had none, or an earlier version made the line (`prompt.custom_id`).
@@ -50,7 +55,7 @@ def read_line(line: bytes, max_tags: int, fields: Sequence[Field] = ()) -> Batch
             # "completed" batches were seen to contain lines with status 0 or 5xx, or with only `error`.
             raise classify_status(status, body or entry.get("error"), {})
         report["usage"] = read_usage(body)
-        report["result"] = read_completion(body, max_tags, fields)
+        report["result"] = read_completion(body, max_tags, fields, may_be_empty=may_be_empty)
     except TaggingError as error:
         report["error"] = error.as_json()
     return report

@@ -62,6 +62,11 @@ def max_tags(question: Question, brief: Brief | None) -> int:
     return brief.tag_count if brief and brief.tag_count else question.max_tags
 
 
+def may_be_empty(brief: Brief | None) -> bool:
+    """Whether an image may have no tags: none of a closed vocabulary fits. Otherwise the model is asked again."""
+    return brief is not None and brief.vocabulary_mode == "only"
+
+
 def system_message(question: Question, brief: Brief | None) -> str:
     """The rules, then what the owner adds, then the vocabulary: the same bytes for all images of a brief, so that the
     provider's prompt cache applies. What comes from the owner is a JSON string, so nothing in it ends it."""

@@ -14,7 +14,7 @@ from autotag.db.messages import BatchAnswer
 from autotag.errors import TaggingError
 from autotag.observability.metrics import count_answers
 from autotag.openai.output import read_line
-from autotag.openai.prompt import max_tags
+from autotag.openai.prompt import max_tags, may_be_empty
 from autotag.openai.provider import Provider
 from autotag.redact import safe_message
 from autotag.worker.files import Files
@@ -91,7 +91,7 @@ class Harvester:
         unreadable = 0
         async with aclosing(self._provider.read_file(file_id)) as lines:
             async for line in lines:
-                answer = read_line(line, most, fields)
+                answer = read_line(line, most, fields, may_be_empty=may_be_empty(brief))
                 if answer is None:
                     unreadable += 1
                     continue

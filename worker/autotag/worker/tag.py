@@ -15,7 +15,7 @@ from autotag.images.prepare import MAX_SIDE, data_url
 from autotag.observability import traces
 from autotag.observability.metrics import SECONDS, timed
 from autotag.openai.answers import read_completion, read_usage
-from autotag.openai.prompt import max_tags, request_body
+from autotag.openai.prompt import max_tags, may_be_empty, request_body
 from autotag.openai.provider import Provider
 from autotag.worker.observations import Observations
 from autotag.worker.outcomes import Outcomes
@@ -75,8 +75,9 @@ class Tagger:
             self._observations.add_limits(completion.limits, sent)
             outcome["usage"] = read_usage(completion.body)
             outcome["result"] = read_completion(
-                completion.body, max_tags(question, brief), brief.fields if brief else ()
-            )
+                completion.body, max_tags(question, brief), brief.fields if brief else (),
+                may_be_empty=may_be_empty(brief),
+            )  # fmt: skip
         except TaggingError as error:
             outcome["error"] = error.as_json()
             if error.kind == "rate_limit" and error.origin == "provider":

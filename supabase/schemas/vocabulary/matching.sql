@@ -1,0 +1,182 @@
+-- Matching a model's tags with the vocabulary, when they are stored. Whatever the model answered and whenever it did: the vocabulary
+-- of that moment decides, so with the mode `only` no other tag reaches a row of the host.
+
+-- The results of images of one workspace as they are stored. write_outcomes(), the only caller of store_tags(), calls it.
+create or replace function autotag.match_results(p_workspace_id autotag.workspace_id, p_results jsonb[]) returns jsonb[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_profile autotag.profiles := autotag.profile_of(p_workspace_id);
+begin
+  if v_profile.vocabulary_mode = 'open' then
+    return p_results;
+  end if;
+  return autotag.match_tags(p_workspace_id, p_results, v_profile.vocabulary_mode, v_profile.add_parents);
+end $$;
+
+-- Replaces the tags of results by those of the vocabulary. p_mode: `prefer` keeps tags that it does not know, every other mode drops
+-- them. p_parents: adds the tags above, with the confidence of the tag below. Tags that become the same keep the highest confidence.
+-- The most confident come first, then in the model's order; at most 50.
+create or replace function autotag.match_tags(
+  p_workspace_id autotag.workspace_id, p_results jsonb[], p_mode text, p_parents boolean
+) returns jsonb[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set jit = off
+as $$
+declare
+  v_known autotag.known_tag[] := autotag.know_tags(p_workspace_id, array(
+    select distinct t.tag from unnest(p_results) r cross join lateral jsonb_array_elements_text(r -> 'tags') t (tag)));
+  v_above autotag.ancestor[] := array[]::autotag.ancestor[];
+begin
+  if p_parents then
+    v_above := autotag.find_ancestors(p_workspace_id, array(select distinct k.id from unnest(v_known) k), 10);
+  end if;
+  return array(
+    with given as materialized (
+      select r.i, t.tag, k.id, (r.result -> 'confidence' -> t.tag)::numeric as sure, t.place
+      from unnest(p_results) with ordinality r (result, i)
+      cross join lateral jsonb_array_elements_text(r.result -> 'tags') with ordinality t (tag, place)
+      left join unnest(v_known) k on k.given = t.tag
+    ), words as materialized (
+      select v.id, v.tag from autotag.vocabulary v
+      where v.id = any (array(select k.id from unnest(v_known) k union select a.above from unnest(v_above) a))
+    ), chosen as (
+      select g.i, coalesce(w.tag, g.tag) as tag, g.sure, g.place from given g left join words w on w.id = g.id
+      where w.id is not null or p_mode = 'prefer'
+      union all
+      select g.i, w.tag, g.sure, 1000 * a.depth + g.place
+      from given g join unnest(v_above) a on a.id = g.id join words w on w.id = a.above
+    ), merged as (
+      select c.i, c.tag, max(c.sure) as sure,
+        row_number() over (partition by c.i order by max(c.sure) desc nulls last, min(c.place)) as place
+      from chosen c group by c.i, c.tag
+    ), matched as (
+      select m.i, jsonb_agg(m.tag order by m.place) as tags, jsonb_object_agg(m.tag, m.sure) filter (where m.sure is not null) as sure
+      from merged m where m.place <= 50 group by m.i
+    )
+    select r.result || jsonb_build_object('tags', coalesce(m.tags, '[]'), 'confidence', coalesce(m.sure, '{}'))
+    from unnest(p_results) with ordinality r (result, i) left join matched m on m.i = r.i order by r.i);
+end $$;
+
+-- Those of these tags that the vocabulary knows: by their key, else because exactly one name is nearly the same.
+create or replace function autotag.know_tags(p_workspace_id autotag.workspace_id, p_tags text[]) returns autotag.known_tag[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_keys text[] := array(select autotag.tag_key(t) from unnest(p_tags) with ordinality u (t, i) order by i);
+  v_names text[];              -- keys that are found …
+  v_ids bigint[];              -- … and their entries
+begin
+  select coalesce(array_agg(f.key), '{}'), coalesce(array_agg(f.id), '{}') into v_names, v_ids
+  from autotag.find_names(p_workspace_id, array(select distinct k from unnest(v_keys) k where k <> '')) f;
+  select v_names || coalesce(array_agg(s.key), '{}'), v_ids || coalesce(array_agg(s.id), '{}') into v_names, v_ids
+  from autotag.find_similar(p_workspace_id, array(
+    select distinct k from unnest(v_keys) k where k <> '' and k not in (select unnest(v_names)))) s;
+  return array(
+    select row(t.tag, n.id)::autotag.known_tag
+    from unnest(p_tags, v_keys) t (tag, key) join unnest(v_names, v_ids) n (key, id) on n.key = t.key);
+end $$;
+
+-- The entries that have these names for a workspace: its own, else the general ones, unless one of its own has their name. (The plan is
+-- kept, as in read_reports(): planning would take longer than the search. By lateral, because the planner does not know how many keys
+-- there are.)
+create or replace function autotag.find_names(p_workspace_id autotag.workspace_id, p_keys text[]) returns table (key text, id bigint)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
+as $$
+begin
+  return query
+    select k.key, f.id from unnest(p_keys) k (key)
+    cross join lateral (
+      select x.id from (
+        select n.vocabulary_id as id, 1 as rank from autotag.vocabulary_names n where n.workspace_id = p_workspace_id and n.key = k.key
+        union all
+        select n.vocabulary_id, 2 from autotag.vocabulary_names n join autotag.vocabulary g on g.id = n.vocabulary_id
+        where n.workspace_id is null and n.key = k.key and not exists (
+          select from autotag.vocabulary_names o where o.workspace_id = p_workspace_id and o.key = g.key)) x
+      order by x.rank limit 1) f;
+end $$;
+
+-- For each of these keys, which no entry has, the entry with a name that is nearly the same: trigrams (of all that one or the other
+-- has, 70 % are in both, as pg_trgm counts them, which need not be installed), and no other entry is within 10 % of it. The first three
+-- letters have to be equal, and so do numbers and words of less than four letters (is_spelling). So it finds plurals and misspellings of
+-- longer words.
+-- Only the 20 names before and behind a key by the alphabet are compared. So a key takes as long in a vocabulary of any size, and one
+-- whose names all begin alike holds nobody up.
+create or replace function autotag.find_similar(p_workspace_id autotag.workspace_id, p_keys text[]) returns table (key text, id bigint)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
+as $$
+declare
+  c_like constant numeric := 0.7;
+  c_apart constant numeric := 0.1;
+begin
+  return query
+    with asked as materialized (
+      select k.key collate "C" as key, left(k.key, 3) collate "C" as first, (left(k.key, 3) || U&'\+10FFFF') collate "C" as last,
+        autotag.key_grams(k.key) as grams
+      from unnest(p_keys) k (key) where length(k.key) >= 5
+    ), near as materialized (
+      select a.key, a.grams, n.vocabulary_id as id, n.key as name, n.general, autotag.key_grams(n.key) as others
+      from asked a cross join lateral (
+        (select x.vocabulary_id, x.key, false as general from autotag.vocabulary_names x
+         where x.workspace_id = p_workspace_id and x.key > a.key and x.key < a.last order by x.key limit 20)
+        union all
+        (select x.vocabulary_id, x.key, false from autotag.vocabulary_names x
+         where x.workspace_id = p_workspace_id and x.key < a.key and x.key >= a.first order by x.key desc limit 20)
+        union all
+        (select x.vocabulary_id, x.key, true from autotag.vocabulary_names x
+         where x.workspace_id is null and x.key > a.key and x.key < a.last order by x.key limit 20)
+        union all
+        (select x.vocabulary_id, x.key, true from autotag.vocabulary_names x
+         where x.workspace_id is null and x.key < a.key and x.key >= a.first order by x.key desc limit 20)) n
+      where length(n.key) between c_like * length(a.key) - 1 and length(a.key) / c_like + 2
+        and length(n.key) - length(replace(n.key, ' ', '')) = length(a.key) - length(replace(a.key, ' ', ''))
+    ), compared as (
+      select n.*, (select count(*) from unnest(n.grams) g where g = any (n.others))::numeric as shared from near n
+    ), best as (
+      select c.key, c.id, max(c.shared / (cardinality(c.grams) + cardinality(c.others) - c.shared)) as likeness from compared c
+      where c.shared >= c_like * (cardinality(c.grams) + cardinality(c.others) - c.shared) and autotag.is_spelling(c.key, c.name)
+        and not (c.general and exists (
+          select from autotag.vocabulary g join autotag.vocabulary_names o on o.workspace_id = p_workspace_id and o.key in (g.key, c.name)
+          where g.id = c.id))
+      group by c.key, c.id
+    ), ranked as (
+      select b.key, b.id, b.likeness, lead(b.likeness) over w as next, row_number() over w as rank
+      from best b window w as (partition by b.key order by b.likeness desc, b.id)
+    )
+    select r.key, r.id from ranked r where r.rank = 1 and coalesce(r.likeness - r.next >= c_apart, true);
+end $$;
+
+-- Whether two keys that look alike can be spellings of one tag: equal numbers, equal short words, and as many words.
+create or replace function autotag.is_spelling(p_one text, p_other text) returns boolean
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return regexp_replace(p_one, '\D', '', 'g') = regexp_replace(p_other, '\D', '', 'g') and not exists (
+    select from unnest(string_to_array(p_one, ' '), string_to_array(p_other, ' ')) w (one, other)
+    where w.one is null or w.other is null or w.one <> w.other and least(length(w.one), length(w.other)) < 4);
+end $$;
+
+-- Everything above these entries of a workspace's vocabulary, to p_depth. Above a parent that no entry has the name of is nothing.
+create or replace function autotag.find_ancestors(p_workspace_id autotag.workspace_id, p_entries bigint[], p_depth integer) returns autotag.ancestor[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_above autotag.ancestor[] := array[]::autotag.ancestor[];
+  v_level autotag.ancestor[] := array(select row(e, e, 0)::autotag.ancestor from unnest(p_entries) e);
+begin
+  for v_depth in 1 .. p_depth loop
+    v_level := array(
+      with tops as materialized (
+        select v.id, v.parent_key from autotag.vocabulary v
+        where v.id = any (array(select distinct l.above from unnest(v_level) l)) and v.parent_key is not null
+      ), parents as materialized (
+        select f.key, f.id from autotag.find_names(p_workspace_id, array(select distinct t.parent_key from tops t)) f
+      )
+      select row(l.id, p.id, v_depth)::autotag.ancestor
+      from unnest(v_level) l join tops t on t.id = l.above join parents p on p.key = t.parent_key);
+    exit when v_level = '{}';
+    v_above := v_above || v_level;
+  end loop;
+  return v_above;
+end $$;

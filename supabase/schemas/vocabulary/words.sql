@@ -1,0 +1,170 @@
+-- The words of a vocabulary: the form in which they are compared, and what may not be in one.
+
+-- Punctuation that separates words (a class of Unicode; those of ASCII but # % . @ and the apostrophe). Planning replaces the call by
+-- its value.
+create or replace function autotag.punctuation() returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+  select '[]!"&()*,/:;?[\\_{}`~\u00a1\u00a7\u00ab\u00b6-\u00b7\u00bb\u00bf\u055a-\u055f\u0589-\u058a\u05be\u05c0\u05c3\u05c6\u05f3-\u05f4\u0609-\u060a\u060c-\u060d\u061b\u061d-\u061f\u066a-\u066d\u06d4\u0700-\u070d\u07f7-\u07f9\u0830-\u083e\u085e\u0964-\u0965\u0970\u09fd\u0a76\u0af0\u0c77\u0c84\u0df4\u0e4f\u0e5a-\u0e5b\u0f04-\u0f0b\u0f0d-\u0f12\u0f14\u0f3a-\u0f3d\u0f85\u0fd0-\u0fd4\u0fd9-\u0fda\u104a-\u104f\u10fb\u1360-\u1368\u1400\u166e\u169b-\u169c\u16eb-\u16ed\u1735-\u1736\u17d4-\u17d6\u17d8-\u17da\u1800-\u180a\u1944-\u1945\u1a1e-\u1a1f\u1aa0-\u1aa6\u1aa8-\u1aad\u1b5a-\u1b60\u1b7d-\u1b7e\u1bfc-\u1bff\u1c3b-\u1c3f\u1c7e-\u1c7f\u1cc0-\u1cc7\u1cd3\u2010\u2012-\u2016\u2018-\u2023\u2027\u2030-\u2032\u2035\u2038-\u203b\u203d\u203f-\u2043\u2045-\u2046\u204a-\u2051\u2053-\u2056\u2058-\u205e\u2308-\u230b\u2768-\u2775\u27c5-\u27c6\u27e6-\u27ef\u2983-\u2998\u29d8-\u29db\u29fc-\u29fd\u2cf9-\u2cfc\u2cfe-\u2cff\u2d70\u2e00-\u2e2e\u2e30-\u2e4f\u2e52-\u2e5d\u3001-\u3003\u3008-\u3011\u3014-\u301f\u3030\u303d\u30a0\u30fb\ua4fe-\ua4ff\ua60d-\ua60f\ua673\ua67e\ua6f2-\ua6f7\ua874-\ua877\ua8ce-\ua8cf\ua8f8-\ua8fa\ua8fc\ua92e-\ua92f\ua95f\ua9c1-\ua9cd\ua9de-\ua9df\uaa5c-\uaa5f\uaade-\uaadf\uaaf0-\uaaf1\uabeb\ufd3e-\ufd3f\ufe45-\ufe46-]'
+$$;
+
+-- The form in which tags are compared: "T-Shirts!" and "t shirts" are one tag, "c#", ".net" and "100%" keep what makes them a name.
+-- '': there is nothing to compare. The worker's form of a tag (autotag/tags.py) has the same key as the text that it was made of.
+create or replace function autotag.tag_key(p_tag text) returns text
+language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_key text := p_tag;
+begin
+  if v_key !~ '^[a-z0-9]+( [a-z0-9]+)*$' then   -- nearly every tag of a model is in this form already
+    -- the lower case of İ has a second dot, and a final sigma is a sigma
+    v_key := replace(lower(normalize(replace(v_key, 'İ', 'i'), NFKC)), 'ς', 'σ');
+    -- # and % belong to the word before them, a full stop and @ to the one behind them
+    v_key := regexp_replace(v_key, '(?<![[:alnum:]])[#%]|[.@](?![[:alnum:]])|(?<=\.)\.', ' ', 'g');
+    v_key := regexp_replace(v_key, '[''’‘ʼ\u200c\u200d]', '', 'g');
+    v_key := regexp_replace(v_key, autotag.punctuation() || '|' || autotag.unprintable(), ' ', 'g');
+    v_key := btrim(regexp_replace(v_key, ' +', ' ', 'g'));
+  end if;
+  return v_key;
+end $$;
+
+-- The trigrams of a key, word by word as in pg_trgm.
+create or replace function autotag.key_grams(p_key text) returns text[]
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return array(
+    select distinct substr('  ' || w || ' ', i, 3)
+    from unnest(string_to_array(p_key, ' ')) w cross join lateral generate_series(1, length(w) + 1) i);
+end $$;
+
+create or replace function autotag.refuse_vocabulary(
+  p_message text, p_code text default 'bad_vocabulary', p_detail jsonb default '{}'
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.refuse(400, p_code, p_message, 'Correct it and try again; nothing was saved.', p_detail);
+end $$;
+
+-- A tag, alias or parent as it is stored, or refused. p_what: what it is. p_entry: the place of its entry in a list.
+create or replace function autotag.clean_word(p_word text, p_what text, p_entry bigint default null) returns text
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_word text := normalize(autotag.printable(p_word, 51), NFC);
+  v_detail jsonb := case when p_entry is null then '{}' else jsonb_build_object('entry', p_entry) end;
+begin
+  if length(v_word) > 50 then
+    perform autotag.refuse_vocabulary(format('The %s “%s” has more than 50 characters.', p_what, v_word), 'bad_vocabulary', v_detail);
+  elsif autotag.tag_key(v_word) = '' then
+    perform autotag.refuse_vocabulary(format('The %s “%s” has no letter and no digit.', p_what, v_word), 'bad_vocabulary', v_detail);
+  end if;
+  return v_word;
+end $$;
+
+-- Cleans an entry, or refuses it.
+create or replace function autotag.clean_vocabulary() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if new.tag is null then
+    perform autotag.refuse_vocabulary('An entry has no tag.');
+  elsif cardinality(new.aliases) > 100 then
+    perform autotag.refuse_vocabulary(format('The tag “%s” has %s aliases; at most 100 are possible.', new.tag, cardinality(new.aliases)));
+  end if;
+  new.tag := autotag.clean_word(new.tag, 'tag');
+  new.key := autotag.tag_key(new.tag);
+  new.aliases := array(
+    select (array_agg(a.word order by a.i))[1] from (
+      select autotag.clean_word(u.word, 'alias') as word, u.i from unnest(new.aliases) with ordinality u (word, i) where btrim(u.word) <> '') a
+    where autotag.tag_key(a.word) <> new.key group by autotag.tag_key(a.word) order by min(a.i));
+  new.description := nullif(autotag.printable(new.description, 501), '');
+  if length(new.description) > 500 then
+    perform autotag.refuse_vocabulary(format('The description of “%s” has more than 500 characters.', new.tag));
+  end if;
+  new.parent := case when btrim(new.parent) <> '' then autotag.clean_word(new.parent, 'parent') end;
+  new.parent_key := autotag.tag_key(new.parent);
+  return new;
+end $$;
+
+create or replace trigger autotag_clean before insert or update of tag, key, aliases, description, parent, parent_key on autotag.vocabulary
+  for each row execute function autotag.clean_vocabulary();
+
+-- Keeps the names of these entries, and refuses a name that has two tags, and an entry that is above itself.
+create or replace function autotag.keep_names() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_changed bigint[];
+begin
+  if tg_op = 'INSERT' then
+    v_changed := array(select n.id from new_rows n);
+  else
+    v_changed := array(
+      select n.id from new_rows n left join old_rows o on o.id = n.id
+      where (n.workspace_id, n.tag, n.aliases, n.parent_key) is distinct from (o.workspace_id, o.tag, o.aliases, o.parent_key));
+    delete from autotag.vocabulary_names n where n.vocabulary_id = any (v_changed);
+  end if;
+  if v_changed <> '{}' then
+    perform autotag.add_names(v_changed);
+    perform autotag.check_parents(v_changed);
+  end if;
+  return null;
+end $$;
+
+create or replace trigger autotag_names after insert on autotag.vocabulary
+  referencing new table as new_rows for each statement execute function autotag.keep_names();
+create or replace trigger autotag_names_changed after update on autotag.vocabulary
+  referencing old table as old_rows new table as new_rows for each statement execute function autotag.keep_names();
+
+-- Adds the names of these entries, or refuses.
+create or replace function autotag.add_names(p_entries bigint[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_clash record;
+begin
+  with named as materialized (
+    select v.id, v.workspace_id, autotag.tag_key(u.name) as key
+    from autotag.vocabulary v cross join lateral unnest(v.tag || v.aliases) u (name) where v.id = any (p_entries)
+  ), added as (
+    insert into autotag.vocabulary_names (vocabulary_id, workspace_id, key)
+    select n.id, n.workspace_id, n.key from named n order by n.id, n.key
+    on conflict (workspace_id, key) do nothing returning vocabulary_id, key
+  )
+  select n.id, n.workspace_id, n.key into v_clash
+  from named n left join added a on a.vocabulary_id = n.id and a.key = n.key where a.key is null order by n.id limit 1;
+  if found then
+    perform autotag.refuse_vocabulary(format('“%s” is a name of two tags: %s.', v_clash.key, (
+      select autotag.name_some(array_agg(format('“%s”', v.tag) order by v.key)) from autotag.vocabulary v
+      where v.id = v_clash.id or v.id = (
+        select n.vocabulary_id from autotag.vocabulary_names n
+        where n.workspace_id is not distinct from v_clash.workspace_id and n.key = v_clash.key))), 'two_tags',
+      jsonb_build_object('name', v_clash.key));
+  end if;
+end $$;
+
+-- Refuses entries that are above themselves or have more than ten above them. (General entries and those of a workspace can still
+-- be above each other; matching ends at the tenth.)
+create or replace function autotag.check_parents(p_entries bigint[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_workspace autotag.workspace_id;
+  v_ids bigint[];
+  v_deep bigint;
+begin
+  for v_workspace, v_ids in
+    select v.workspace_id, array_agg(v.id) from autotag.vocabulary v
+    where v.id = any (p_entries) and v.parent_key is not null group by v.workspace_id
+  loop
+    select a.id into v_deep from unnest(autotag.find_ancestors(v_workspace, v_ids, 11)) a
+    where a.above = a.id or a.depth = 11 order by a.id limit 1;
+    if found then
+      perform autotag.refuse_vocabulary(format(
+        'The tag “%s” is above itself, or more than ten tags are above it.', (select v.tag from autotag.vocabulary v where v.id = v_deep)), 'parent_cycle',
+        jsonb_build_object('name', (select v.key from autotag.vocabulary v where v.id = v_deep)));
+    end if;
+  end loop;
+end $$;
