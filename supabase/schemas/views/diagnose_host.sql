@@ -68,6 +68,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform from autotag.describe_assets(array['00000000-0000-0000-0000-000000000000']::uuid[]);
+  perform autotag.caller();
   perform autotag.is_member('00000000-0000-0000-0000-000000000000');
   perform from autotag.tagged_assets('00000000-0000-0000-0000-000000000000', 1);
   sample := autotag.sample_image();

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import psycopg
 from psycopg import Connection
+
+from autotag.install.details import read_details, read_member_functions
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,15 @@ class Table:
         primary_key: its columns.
         policies: the expressions of its permissive policies.
         rules: that change its updates.
+        kind: what it is: ``r`` (a table), ``p`` (partitioned), ``v``, ``m`` (views) or ``f`` (foreign), as in pg_class.
+        required: its columns that are not null.
+        keys: its columns that are unique together, each row once: of the primary key and of unique indexes on plain columns
+            that are not null, without a condition.
+        references: column -> the table and column of its foreign key.
+        base_types: column -> its type, of a domain the type below.
+        labels: column -> the labels of its enum.
+        checks: the conditions of its constraints.
+        defaults: column -> its default.
     """
 
     name: str
@@ -25,6 +36,22 @@ class Table:
     primary_key: list[str] = field(default_factory=list)
     policies: list[str] = field(default_factory=list)
     rules: list[str] = field(default_factory=list)
+    kind: str = "r"
+    required: frozenset[str] = frozenset()
+    keys: list[frozenset[str]] = field(default_factory=list)
+    references: dict[str, tuple[str, str]] = field(default_factory=dict)
+    base_types: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, list[str]] = field(default_factory=dict)
+    checks: list[str] = field(default_factory=list)
+    defaults: dict[str, str] = field(default_factory=dict)
+
+    def base_type(self, column: str) -> str | None:
+        """The type of a column, of a domain the type below; None: there is no such column."""
+        return self.base_types.get(column, self.columns.get(column))
+
+    def is_unique(self, columns: set[str]) -> bool:
+        """Whether exactly these columns are a key."""
+        return frozenset(columns) in (frozenset(self.primary_key), *self.keys)
 
     def texts(self) -> list[str]:
         """The columns that hold text."""
@@ -57,6 +84,9 @@ class Facts:
         file_functions: the project's functions (uuid, text, text) -> boolean; one of them could be the file rule.
         file_rule: the file rule of the installed adapter; None: there is none.
         adapter: the version of the installed adapter; None: there is none.
+        views: the project's views and foreign tables by qualified name.
+        member_functions: the project's functions that take one argument and return a boolean: name -> types of the argument.
+        all_policies: the expressions of all permissive policies of the project's tables.
     """
 
     tables: dict[str, Table]
@@ -67,6 +97,9 @@ class Facts:
     file_functions: list[str] = field(default_factory=list)
     file_rule: str | None = None
     adapter: int | None = None
+    views: dict[str, Table] = field(default_factory=dict)
+    member_functions: dict[str, list[str]] = field(default_factory=dict)
+    all_policies: list[str] = field(default_factory=list)
 
 
 def read_facts(url: str) -> Facts:
@@ -99,6 +132,13 @@ def read_facts(url: str) -> Facts:
                   and n.nspname not like 'pg\\_%'""")
             if columns
         }
+        details = read_details(connection)
+        tables = {name: replace(table, **details.get(name, {})) for name, table in tables.items()}
+        views = {
+            name: Table(name, **found)
+            for name, found in details.items()
+            if name not in tables and found["kind"] in "vmf"
+        }
         buckets = _column(connection, "storage.buckets", "select id from storage.buckets order by id")
         policies = [
             StoragePolicy(text, reads)
@@ -121,6 +161,7 @@ def read_facts(url: str) -> Facts:
         return Facts(
             tables, buckets, applied_migrations(connection), policies, bool(readable),
             [str(row[0]) for row in functions], installed[0] if installed else None, adapter_version(connection),
+            views, read_member_functions(connection), [p for table in tables.values() for p in table.policies],
         )  # fmt: skip
 
 

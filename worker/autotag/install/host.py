@@ -6,10 +6,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from autotag.install.answers import Ask as Ask
+from autotag.install.answers import HostError as HostError
+from autotag.install.conditions import check_form
 from autotag.install.facts import Facts, Table
+from autotag.install.members import Members as Members
+from autotag.install.members import find_members, read_claim, snake
 from autotag.texts import name_some
 
 #: Names that projects use for their tables and columns, the most likely first.
@@ -21,33 +26,11 @@ BUCKETS = ("storage_bucket", "bucket", "bucket_id", "bucket_name")
 URLS = ("image_url", "public_url", "file_url", "photo_url", "source_url", "url", "src")
 TAGS = ("tags", "ai_tags", "labels", "keywords")
 RESULTS = ("tagging_result", "ai_result", "tags_detail")
-USERS = ("user_id", "member_id", "profile_id", "auth_user_id")
+#: Columns that may hold the id of an object in Storage, where no foreign key says so.
+OBJECTS = ("object_id", "storage_object_id", "file_id", "storage_id")
+OWNERS = ("user_id", "owner_id", "profile_id", "created_by", "uploaded_by", "author_id", "owner")
 TEXT = ("text", "character varying")
 BUCKET = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9_!.*'() &$@=;:+,?-]{1,100}")  # what Storage takes (its isValidBucketName)
-#: `auth.jwt() -> 'app_metadata' ->> 'org_id'` as Postgres prints it in a policy.
-CLAIM = re.compile(r"jwt\(\)(?: AS jwt\))?\s*((?:\)*\s*->>?\s*'[^']+'(?:::text)?\s*)+)")
-
-#: Columns which suggest that not every row of a table of members is a current member.
-NOT_EVERY_ROW = re.compile(
-    r"status|state|deleted|removed|revoked|left_at|accepted|approved|active|pending|invit|expire"
-)
-
-
-class HostError(Exception):
-    """The project's tables cannot be used, or an option is missing or wrong. The message says what to do."""
-
-
-@dataclass(frozen=True)
-class Members:
-    """Who belongs to a workspace: the rows of a table, or a claim of the JWT (a string or an array of strings)."""
-
-    table: str = ""
-    workspace: str = ""
-    user: str = ""
-    claim: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"claim {'.'.join(self.claim)}" if self.claim else f"{self.table} ({self.workspace}, {self.user})"
 
 
 @dataclass(frozen=True)
@@ -83,6 +66,11 @@ class Host:
         result: the jsonb column for the whole answer.
         members: who belongs to a workspace.
         files: which files a row may name.
+        caller: the path of the claim that says who the caller is; empty: ``auth.uid()``.
+        where: a condition on the rows ``a`` of the table; autotag leaves out the others. None: every row counts.
+        object: its column with the id of an object in Storage, instead of ``path``.
+        full_paths: paths begin with the name of their bucket.
+        storage_hosts: where the project serves its Storage; URLs of these hosts are files.
         users_see_files: ask row level security whether the caller may see a file.
     """
 
@@ -102,6 +90,16 @@ class Host:
     members: Members = field(default_factory=lambda: Members("public.workspace_members", "workspace_id", "user_id"))
     files: FileRule = field(default_factory=FileRule)
     users_see_files: bool = True
+    caller: tuple[str, ...] = ()
+    where: str | None = None
+    object: str | None = None
+    full_paths: bool = False
+    storage_hosts: tuple[str, ...] = ()
+
+    @property
+    def names_files(self) -> bool:
+        """Whether rows may name files in Storage."""
+        return bool(self.path or self.object or self.storage_hosts)
 
 
 @dataclass(frozen=True)
@@ -118,11 +116,16 @@ class Choices:
     members_table: str | None = None
     members_claim: str | None = None
     file_rule: str | None = None
-
-
-#: Gets the option, the question and the possible answers (empty: any), and returns the answer. Raises HostError when no
-#: person can be asked.
-Ask = Callable[[str, str, Sequence[str]], str]
+    owner: str | None = None
+    members_workspace: str | None = None
+    members_user: str | None = None
+    members_where: str | None = None
+    members_function: str | None = None
+    caller_claim: str | None = None
+    where: str | None = None
+    object: str | None = None
+    full_paths: bool | None = None
+    project_url: str | None = None
 
 
 def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
@@ -138,24 +141,69 @@ def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
     """
     table = _table(facts, choices.table, ask)
     id_column = _column(table, "--id-column", choices.id, table.primary_key, ask, kinds=("uuid",))
-    workspace = _column(table, "--workspace-column", choices.workspace, WORKSPACES, ask, kinds=("uuid",))
-    path = _optional(table, "--path-column", choices.path, PATHS)
-    url = _optional(table, "--url-column", choices.url, URLS)
-    if not path and not url:
-        answer = ask("--path-column", f"Which column of {table.name} holds the path in Storage?", table.texts())
-        path = _existing(table, "--path-column", answer, TEXT)
+    caller = read_claim(choices.caller_claim, "--caller-claim") if choices.caller_claim else ()
+    workspace, owned = _workspace(table, choices, ask)
+    path, url, object_column = _places(table, choices, ask)
     bucket_column = _optional(table, "", None, BUCKETS) if path else None
-    bucket = _bucket(facts, choices.bucket, bucket_column, ask) if path else None
+    bucket = _bucket(facts, choices, bucket_column, ask) if path else None
     tags = choices.tags or next((n for n in TAGS if table.columns.get(n) in ("text[]", "jsonb")), "tags")
     tags_type = table.columns.get(tags, "text[]")
     if tags_type not in ("text[]", "jsonb"):
         raise HostError(f"{table.name}.{tags} is {tags_type}; tags go into a text[] or jsonb column (--tags-column).")
     result = next((n for n in RESULTS if table.columns.get(n) == "jsonb"), "tagging_result")
-    members = _members(facts, table, workspace, choices, ask)
+    kind = table.base_type(workspace) or "uuid"
+    members = Members(owner=True, user_type=kind) if owned else find_members(facts, table, workspace, choices, ask)
+    # The ids of Supabase's own users are uuids. Those of another login are of the type that the project stores them in.
+    user_type = ("text" if members.claim or members.function else members.user_type) if caller else "uuid"
     return Host(
         table.name, id_column, workspace, path=path, bucket_column=bucket_column, bucket=bucket, url=url,
-        tags=tags, tags_type=tags_type, result=result, members=members,
+        tags=tags, tags_type=tags_type, result=result, members=members, user_type=_key_type(user_type), caller=caller,
+        where=check_form(choices.where, "--where") if choices.where else None, object=object_column,
+        full_paths=bool(choices.full_paths),
     )  # fmt: skip
+
+
+def _key_type(kind: str) -> str:
+    return "text" if kind == "character varying" else kind
+
+
+def _workspace(table: Table, choices: Choices, ask: Ask) -> tuple[str, bool]:
+    """The column with the workspace, and whether each user is a workspace of their own."""
+    if choices.owner:
+        if choices.workspace:
+            raise HostError("--owner-column and --workspace-column exclude each other: the owner is the workspace.")
+        return _existing(table, "--owner-column", choices.owner, ("uuid",)), True
+    if not choices.workspace and not any(_likely(table.columns, WORKSPACES)):
+        owners = [name for name in _likely(table.columns, OWNERS) if table.columns[name] == "uuid"]
+        if owners:
+            question = (
+                f"{table.name} has no column with a workspace. If each user has images of their own and no others see them,"
+                " name the column with the user; otherwise set --workspace-column."
+            )
+            answer = ask("--owner-column", question, owners)
+            return _existing(table, "--owner-column", answer, ("uuid",)), answer in owners
+    return _column(table, "--workspace-column", choices.workspace, WORKSPACES, ask, kinds=("uuid",)), False
+
+
+def _places(table: Table, choices: Choices, ask: Ask) -> tuple[str | None, str | None, str | None]:
+    """The columns that say where an image is: path, URL, object of Storage."""
+    path = _optional(table, "--path-column", choices.path, PATHS)
+    url = _optional(table, "--url-column", choices.url, URLS)
+    referring = [name for name, target in table.references.items() if target == ("storage.objects", "id")]
+    if choices.object:
+        if choices.path:
+            raise HostError("--object-column and --path-column exclude each other: each says which file a row names.")
+        return None, url, _existing(table, "--object-column", choices.object, ("uuid",))
+    if not path and len(referring) == 1:
+        return None, url, referring[0]
+    if not path and not url:
+        objects = [name for name in _likely(table.columns, OBJECTS) if table.columns[name] == "uuid"]
+        if objects:
+            question = f"Which column of {table.name} has the id of an object in Storage? Or set --path-column or --url-column."
+            return None, None, _existing(table, "--object-column", ask("--object-column", question, objects), ("uuid",))
+        answer = ask("--path-column", f"Which column of {table.name} holds the path in Storage?", table.texts())
+        path = _existing(table, "--path-column", answer, TEXT)
+    return path, url, None
 
 
 def _table(facts: Facts, wanted: str | None, ask: Ask) -> Table:
@@ -164,12 +212,14 @@ def _table(facts: Facts, wanted: str | None, ask: Ask) -> Table:
             "The database has no table of images yet; create it first, or let autotag migrate --stand-alone create one."
         )
     if wanted is None:
-        found = [f"public.{name}" for name in TABLES if f"public.{name}" in facts.tables]
+        public = {name.removeprefix("public."): name for name in facts.tables if name.startswith("public.")}
+        found = [public[name] for name in _likely(public, (*TABLES, *(name.removesuffix("s") for name in TABLES)))]
         # `assets` is the usual name. A table of another name is taken only if it is the only candidate.
-        if found and (found[0] == "public.assets" or len(found) == 1):
+        if found and (found[0] in ("public.assets", "public.Asset") or len(found) == 1):
             wanted = found[0]
         else:
             wanted = ask("--table", "Which table holds the images?", found or sorted(facts.tables))
+    wanted = wanted.replace('"', "")
     name = wanted if "." in wanted else f"public.{wanted}"
     if name not in facts.tables:
         raise HostError(f"There is no table {name}; name the table of the images with --table.")
@@ -189,7 +239,7 @@ def _column(
     table: Table, option: str, wanted: str | None, likely: Sequence[str], ask: Ask, kinds: Sequence[str]
 ) -> str:
     """A column that must exist."""
-    name = wanted or next((n for n in likely if n in table.columns), None)
+    name = wanted or next(iter(_likely(table.columns, likely)), None)
     if name is None:
         possible = [n for n, kind in table.columns.items() if kind in kinds]
         name = ask(option, f"Which column of {table.name} is the {option[2:].replace('-', ' ')}?", possible)
@@ -200,80 +250,42 @@ def _optional(table: Table, option: str, wanted: str | None, likely: Sequence[st
     """A column that may be missing."""
     if wanted:
         return _existing(table, option, wanted, TEXT)
-    return next((name for name in likely if table.columns.get(name) in TEXT), None)
+    return next((name for name in _likely(table.columns, likely) if table.columns[name] in TEXT), None)
 
 
-def _bucket(facts: Facts, wanted: str | None, column: str | None, ask: Ask) -> str | None:
+def _likely(columns: Iterable[str], likely: Sequence[str]) -> list[str]:
+    """The columns with a likely name, the most likely first; ``workspaceId`` is ``workspace_id``."""
+    names: dict[str, str] = {}
+    for name in columns:
+        names.setdefault(snake(name), name)
+    exact = set(columns)
+    found = (name if name in exact else names.get(snake(name)) for name in likely)
+    return [name for name in found if name is not None]
+
+
+def _bucket(facts: Facts, choices: Choices, column: str | None, ask: Ask) -> str | None:
+    wanted = choices.bucket
     if wanted and not BUCKET.fullmatch(wanted):
         raise HostError(f"{wanted!r} is not a valid name of a bucket (--bucket).")
     if wanted or (column and not facts.buckets):
         return wanted
     if len(facts.buckets) == 1:
         return facts.buckets[0]
-    if column:
+    if column or choices.full_paths:
         return None  # every row names its bucket
     return ask("--bucket", "Which Storage bucket holds the images?", facts.buckets)
-
-
-def _members(facts: Facts, table: Table, workspace: str, choices: Choices, ask: Ask) -> Members:
-    if choices.members_claim:
-        return Members(claim=tuple(choices.members_claim.split(".")))
-    found: dict[str, Members] = {}
-    doubts: dict[str, str] = {}
-    for other in facts.tables.values():
-        user = next((n for n in USERS if other.columns.get(n) == "uuid"), None)
-        if user and other.name != table.name and other.columns.get(workspace) == "uuid":
-            found[other.name] = Members(other.name, workspace, user)
-            doubts[other.name] = _doubts(other, workspace, user)
-    if choices.members_table:
-        return _chosen_members(choices.members_table, found, workspace)
-    likely = [name for name in found if "member" in name] or list(found)
-    if len(likely) == 1 and not doubts[likely[0]]:
-        return found[likely[0]]
-    if not likely:
-        claim = _claim_in(table.policies)
-        if claim:
-            return Members(claim=claim)
-        answer = ask(
-            "--members-claim",
-            "Which claim of the JWT names the workspaces of a user (for example app_metadata.org_ids)?", (),
-        )  # fmt: skip
-        return Members(claim=tuple(answer.split(".")))
-    reasons = "; ".join(f"{name} {doubts[name]}" for name in sorted(likely) if doubts[name])
-    question = "Which table lists the members of a workspace? Every user with a row in it may act for that workspace"
-    answer = ask("--members-table", f"{question}{f' ({reasons})' if reasons else ''}.", sorted(likely))
-    return _chosen_members(answer, found, workspace)
-
-
-def _chosen_members(chosen: str, found: Mapping[str, Members], workspace: str) -> Members:
-    name = chosen if "." in chosen else f"public.{chosen}"
-    if name not in found:
-        raise HostError(f"{name} needs the uuid columns {workspace} and one of {', '.join(USERS)} (--members-table).")
-    return found[name]
-
-
-def _doubts(table: Table, workspace: str, user: str) -> str:
-    """Why a row of a table may not be a membership; empty: every row is one."""
-    if set(table.primary_key) != {workspace, user}:
-        return f"has a key other than {workspace} and {user}"
-    telling = [name for name in table.columns if NOT_EVERY_ROW.search(name)]
-    return f"has the column {telling[0]}, so not every row may be a member" if telling else ""
-
-
-def _claim_in(policies: Sequence[str]) -> tuple[str, ...]:
-    """The claim that the table's policies compare with a column; empty: there is none."""
-    for policy in policies:
-        match = CLAIM.search(policy)
-        if match and "user_metadata" not in match[1]:  # users write it themselves
-            return tuple(re.findall(r"'([^']+)'", match[1]))
-    return ()
 
 
 def describe(host: Host, facts: Facts) -> dict[str, str]:
     """The host as text for people: the name of a fact -> the fact."""
     columns = facts.tables[host.table].columns if host.table in facts.tables else {}
-    places = [f"bucket {host.bucket_column or host.bucket}, path {host.path}"] if host.path else []
+    bucket = host.bucket_column or host.bucket or "in the path"
+    places = [f"bucket {bucket}, path {host.path}"] if host.path else []
+    if host.path and host.full_paths and bucket != "in the path":
+        places[0] += ", which begins with the bucket"
+    places += [f"object of Storage {host.object}"] if host.object else []
     places += [f"url {host.url}"] if host.url else []
+    places += [f"URLs of {', '.join(host.storage_hosts)} are files"] if host.storage_hosts else []
     added = [name for name in (host.tags, host.result) if name not in columns]
     return {
         "images": f"{host.table} (id {host.id}, workspace {host.workspace})",
@@ -282,6 +294,8 @@ def describe(host: Host, facts: Facts) -> dict[str, str]:
         + (f"; added: {', '.join(added)}" if added else ""),
         "members": str(host.members),
         "whose a file is": _describe_files(host),
+        **({"who a caller is": f"claim {'.'.join(host.caller)} ({host.user_type})"} if host.caller else {}),
+        **({"only rows where": host.where} if host.where else {}),
     }
 
 

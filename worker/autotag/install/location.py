@@ -1,0 +1,125 @@
+"""Writes as SQL where the image of a row is: a file in Storage or a URL, as people leave it in their columns.
+
+A path is read as supabase-js leaves it: without blanks around it, each run of slashes as one. An empty string is null. A path may
+begin with the name of its bucket (``fullPath`` of an upload's reply). Whether it does is not looked up for each image: `init` looks
+at the existing rows (`files.find_full_paths`). If they say no, or there are none, a path is taken as it stands if the file rule
+allows it so; otherwise, if it begins with the name of its bucket, without that name.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from autotag.install.host import Host
+
+BLANKS = r"e' \t\r\n'"
+#: Words of SQL that are no names without quotes (pg_get_keywords, catcode R and T; Postgres 15 to 18).
+RESERVED = frozenset(
+    ["all", "analyse", "analyze", "and", "any", "array", "as", "asc", "asymmetric", "authorization", "binary", "both", "case", "cast", "check", "collate", "collation", "column", "concurrently", "constraint", "create", "cross", "current_catalog", "current_date", "current_role", "current_schema", "current_time", "current_timestamp", "current_user", "default", "deferrable", "desc", "distinct", "do", "else", "end", "except", "false", "fetch", "for", "foreign", "freeze", "from", "full", "grant", "group", "having", "ilike", "in", "initially", "inner", "intersect", "into", "is", "isnull", "join", "lateral", "leading", "left", "like", "limit", "localtime", "localtimestamp", "natural", "not", "notnull", "null", "offset", "on", "only", "or", "order", "outer", "overlaps", "placing", "primary", "references", "returning", "right", "select", "session_user", "similar", "some", "symmetric", "system_user", "table", "tablesample", "then", "to", "trailing", "true", "union", "unique", "user", "using", "variadic", "verbose", "when", "where", "window", "with"]
+)
+MAX_URL, MAX_PATH, MAX_BUCKET = 8192, 1024, 100  # bytes; docs/install.md names them
+
+
+def location_code(host: Host, as_written: str | None, guard: str) -> str:
+    """The joins behind the table ``a`` that give ``f`` (bucket, path, url).
+
+    Args:
+        host: the project's tables.
+        as_written: the file rule for a path as it stands (``s``); None: the rule says nothing about that.
+        guard: the condition that the values of a row may be read; they may be gigabytes.
+    """
+    joins = []
+    if host.object:
+        joins.append(f"left join storage.objects o on o.id = a.{quote(host.object)}")
+    values = {"bucket": _bucket(host), "path": _path(host), "url": _url(host)}
+    columns = ", ".join(f"case when {guard} then {code} end as {name}" for name, code in values.items())
+    joins.append(f"cross join lateral (select {columns} offset 0) s")
+    path = "s.path"
+    if host.path and (host.full_paths or as_written):
+        with_bucket = "starts_with(s.path, s.bucket || '/')"
+        with_bucket += "" if host.full_paths else f" and not coalesce({as_written}, false)"
+        path = f"case when {with_bucket} then substr(s.path, length(s.bucket) + 2) else s.path end"
+    bucket, url = "case when s.path is not null then s.bucket end", "s.url"
+    if host.storage_hosts:
+        joins.append(
+            "cross join lateral (select case when s.path is null then autotag.storage_file(s.url) end as file offset 0) u"
+        )
+        bucket, path = f"coalesce(u.file[1], {bucket})", f"coalesce(u.file[2], {path})"
+        url = "case when u.file is null then s.url end"
+    joins.append(f"cross join lateral (select {bucket} as bucket, {path} as path, {url} as url offset 0) f")
+    return "\n      ".join(joins)
+
+
+def _path(host: Host) -> str:
+    if host.object:
+        return "o.name"
+    if not host.path:
+        return "null::text"
+    text = _text(host.path)
+    single = f"case when strpos({text}, '//') > 0 then regexp_replace({text}, '/+', '/', 'g') else {text} end"
+    return f"case when {text} !~* '^https?://' then nullif(btrim({single}, '/'), '') end"
+
+
+def _bucket(host: Host) -> str:
+    if host.object:
+        return "o.bucket_id"
+    names = [f"nullif(a.{quote(host.bucket_column)}::text, '')"] if host.bucket_column else []
+    names += [literal(host.bucket)] if host.bucket else []
+    if host.path and host.full_paths and not host.bucket:
+        names.append(f"split_part({_path(host)}, '/', 1)")
+    return f"coalesce({', '.join(names)})" if names else "null::text"
+
+
+def _url(host: Host) -> str:
+    """The URL of a row. A column of paths may have URLs in some rows."""
+    column = f"nullif({_text(host.url)}, '')" if host.url else ""
+    in_path = f"case when {_text(host.path)} ~* '^https?://' then {_text(host.path)} end" if host.path else ""
+    both = [code for code in (in_path, column) if code]
+    return f"coalesce({', '.join(both)})" if both else "null::text"
+
+
+def _text(column: str) -> str:
+    return f"btrim(a.{quote(column)}, {BLANKS})"
+
+
+def too_long_code(host: Host) -> str:
+    """The condition that a value is longer than a location can be. It reads no value, only its length."""
+    limits = {host.url: MAX_URL, host.path: MAX_PATH, host.bucket_column: MAX_BUCKET}
+    checks = [f"coalesce(octet_length(a.{quote(name)}) > {most}, false)" for name, most in limits.items() if name]
+    return " or ".join(checks) or "false"
+
+
+def mark_code(host: Host) -> str:
+    """The mark of the picture of the row ``a``: a hash of the columns that say where it is, as they stand."""
+    places = []
+    if host.object:
+        places.append(f"a.{quote(host.object)}::text")
+    if host.path:
+        default = literal(host.bucket or "")
+        bucket = (
+            f"coalesce(nullif(a.{quote(host.bucket_column)}::text, ''), {default})" if host.bucket_column else default
+        )
+        places.append(f"{bucket} || '/' || nullif({_text(host.path)}, '')")
+    if host.url:  # a new signature of the same file is no new picture
+        places.append(f"split_part(a.{quote(host.url)}, '?token=', 1)")
+    return f"md5(coalesce({', '.join(places)}, ''))::uuid"
+
+
+def table_name(name: str) -> str:
+    """A qualified name as SQL writes it."""
+    return ".".join(quote(part) for part in name.split(".", 1))
+
+
+def quote(name: str) -> str:
+    """An identifier as SQL writes it."""
+    plain = re.fullmatch(r"[a-z_][a-z0-9_]*", name) and name not in RESERVED
+    return name if plain else '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """A string as SQL writes it. It contains no ``$``, so it can be in the ``$$`` body of a function."""
+    if "$" not in text:
+        return "'" + text.replace("'", "''") + "'"
+    return "E'" + text.replace("\\", "\\\\").replace("'", "''").replace("$", "\\044") + "'"
