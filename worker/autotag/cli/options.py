@@ -99,13 +99,14 @@ ObjectColumn = Annotated[
 FullPaths = Annotated[
     bool | None,
     typer.Option(
-        "--full-paths/--no-full-paths", help="Whether paths begin with the name of their bucket (fullPath in supabase-js).",
+        "--full-paths/--no-full-paths",
+        help="Whether paths begin with the name of their bucket (fullPath in supabase-js).",
         rich_help_panel=_TABLES, show_default=False,
     ),
 ]  # fmt: skip
 Where = Annotated[
     str | None,
-    _host_option("--where", "Which rows are images to tag, for example deleted_at is null; the others are left out.", "CONDITION"),
+    _host_option("--where", "Which rows are to be tagged, for example deleted_at is null.", "CONDITION"),
 ]  # fmt: skip
 MembersWorkspaceColumn = Annotated[
     str | None, _host_option("--members-workspace-column", "Column of the table of members with the workspace.")
@@ -116,7 +117,7 @@ MembersUserColumn = Annotated[
 MembersWhere = Annotated[
     str | None,
     _host_option(
-        "--members-where", "Which of its rows are members now, for example status = 'active' and left_at is null.", "CONDITION"
+        "--members-where", "Which of its rows are members now, for example status = 'active'.", "CONDITION"
     ),
 ]  # fmt: skip
 MembersFunction = Annotated[
@@ -161,9 +162,10 @@ def with_choices(command: Callable[..., None]) -> Callable[..., None]:
     for name, parameter in inspect.signature(command).parameters.items():
         named = CHOICES if name == "choices" else {name: hints[name]}
         defaults = None if name == "choices" else parameter.default
-        parameters += [
-            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=defaults, annotation=kind) for n, kind in named.items()
-        ]  # fmt: skip
+        for option, kind in named.items():
+            parameters.append(
+                inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=defaults, annotation=kind)
+            )
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run

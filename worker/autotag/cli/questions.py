@@ -59,9 +59,8 @@ def say_examples(examples: Sequence[Mapping[str, Any]] | None, notes: Sequence[s
     else:
         say("Please check what the adapter answers for these rows:")
     for example in examples or ():
+        where = example["image"] or REFUSED.get(example["refused"], "nowhere: the row names no file or URL")
         say(f"  image {example['id']}")
         say(f"    who may tag it:   {example['who']}")
-        say(
-            f"    where it is:      {example['image'] or REFUSED.get(example['refused'], 'nowhere: the row names no file or URL')}"
-        )
+        say(f"    where it is:      {where}")
         say(f"    tags:             {example['tags'] or 'none'}")

@@ -1,4 +1,4 @@
-"""Reads what decides whether a table can be trusted: its keys, references and constraints; and functions that name members."""
+"""Reads what decides whether a table can be trusted: its keys, references and constraints; and functions about members."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ from typing import Any
 
 from psycopg import Connection
 
-#: Schemas that belong to Supabase, to Postgres or to autotag.
-NOT_THE_PROJECTS = """'autotag', 'auth', 'storage', 'realtime', 'extensions', 'supabase_migrations', 'vault', 'cron', 'net',
-    'graphql', 'graphql_public', 'pgsodium', 'information_schema', 'supabase_functions', '_realtime', '_analytics', 'pgbouncer'"""
-
 
 def read_details(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
-    """The attributes of `facts.Table` behind ``rules``, and its columns, of every table and view: qualified name -> them."""
+    """Attributes of `facts.Table`, for every table and view: qualified name -> ``columns`` and those behind ``rules``."""
     rows = connection.execute(
-        f"""
+        """
         select n.nspname || '.' || c.relname, c.relkind::text, a.columns, a.base_types, a.required, a.labels, a.defaults,
           (select jsonb_agg(k.names) from (
              select (select jsonb_agg(u.attname) from pg_attribute u
@@ -41,8 +37,10 @@ def read_details(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str,
           from pg_attribute a join pg_type t on t.oid = a.atttypid
           left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
           where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped) a
-        where c.relkind in ('r', 'p', 'v', 'm', 'f') and n.nspname not in ({NOT_THE_PROJECTS})
-          and n.nspname not like 'pg\\_%' and a.columns is not null""".encode()
+        where c.relkind in ('r', 'p', 'v', 'm', 'f') and n.nspname not in ('autotag', 'auth', 'storage', 'realtime', 'extensions', 'supabase_migrations', 'vault', 'cron', 'net',
+            'graphql', 'graphql_public', 'pgsodium', 'information_schema', 'supabase_functions', '_realtime', '_analytics',
+            'pgbouncer')
+          and n.nspname not like 'pg\\_%' and a.columns is not null"""
     ).fetchall()
     return {
         row[0]: {
@@ -55,14 +53,16 @@ def read_details(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str,
 
 
 def read_member_functions(connection: Connection[tuple[Any, ...]]) -> dict[str, list[str]]:
-    """The project's functions that can be called with one argument and return one boolean: name -> types of the argument."""
+    """The project's functions that can be called with one argument and return one boolean: name -> its types."""
     rows = connection.execute(
-        f"""
+        """
         select n.nspname || '.' || p.proname, array_agg(format_type(p.proargtypes[0], null))
         from pg_proc p join pg_namespace n on n.oid = p.pronamespace
         where p.prorettype = 'boolean'::regtype and p.prokind = 'f' and not p.proretset and p.pronargs >= 1
-          and p.pronargs - p.pronargdefaults <= 1 and n.nspname not in ({NOT_THE_PROJECTS}) and n.nspname not like 'pg\\_%'
+          and p.pronargs - p.pronargdefaults <= 1 and n.nspname not in ('autotag', 'auth', 'storage', 'realtime', 'extensions', 'supabase_migrations', 'vault', 'cron', 'net',
+            'graphql', 'graphql_public', 'pgsodium', 'information_schema', 'supabase_functions', '_realtime', '_analytics',
+            'pgbouncer') and n.nspname not like 'pg\\_%'
           and not exists (select from pg_depend d where d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.deptype = 'e')
-        group by 1""".encode()
+        group by 1"""
     ).fetchall()
     return dict(rows)

@@ -22,8 +22,8 @@ class Table:
         rules: that change its updates.
         kind: what it is: ``r`` (a table), ``p`` (partitioned), ``v``, ``m`` (views) or ``f`` (foreign), as in pg_class.
         required: its columns that are not null.
-        keys: its columns that are unique together, each row once: of the primary key and of unique indexes on plain columns
-            that are not null, without a condition.
+        keys: its columns that are unique together: of the primary key and of unique indexes on plain columns that are not
+            null, without a condition.
         references: column -> the table and column of its foreign key.
         base_types: column -> its type, of a domain the type below.
         labels: column -> the labels of its enum.
@@ -85,7 +85,8 @@ class Facts:
         file_rule: the file rule of the installed adapter; None: there is none.
         adapter: the version of the installed adapter; None: there is none.
         views: the project's views and foreign tables by qualified name.
-        member_functions: the project's functions that take one argument and return a boolean: name -> types of the argument.
+        member_functions: the project's functions that take one argument and return a boolean: name -> the argument's
+            types.
         all_policies: the expressions of all permissive policies of the project's tables.
     """
 

@@ -1,8 +1,8 @@
 """Finds who may act for a workspace.
 
 A guess here would be a permission, so without a person only what is certain is taken: one table whose key is exactly the
-workspace and the user, where no column suggests that a row may be something else than a current member; or the claim of the token
-that the policies of the table of images compare with the workspace. Anything else is asked for.
+workspace and the user, where no column suggests that a row may be something else than a current member; or the claim of
+the token that the policies of the table of images compare with the workspace. Anything else is asked for.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def find_members(facts: Facts, table: Table, workspace: str, choices: Choices, a
         return _function(facts, table, workspace, choices.members_function)
     if choices.members_table:
         return _chosen_table(facts, table, workspace, choices, choices.members_table)
-    candidates = [found for other in [*facts.tables.values(), *facts.views.values()]
-                  if other.name != table.name and (found := _candidate(facts, table, workspace, other, choices))]  # fmt: skip
+    others = [other for other in [*facts.tables.values(), *facts.views.values()] if other.name != table.name]
+    candidates = [found for other in others if (found := _candidate(facts, table, workspace, other, choices))]
     certain = [c for c in candidates if not c.doubts]
     rivals = [c for c in candidates if c.doubts and _sounds_like_members(c.members.table)]
     if len(certain) == 1 and not rivals:
@@ -155,9 +155,9 @@ def _ask(
     others = "--members-function, --members-claim or --owner-column"
     if not likely and not functions:
         question = (
-            "Which claim of the JWT names the workspaces of a user (for example app_metadata.org_ids)? If a table lists the"
-            " members, set --members-table, --members-workspace-column and --members-user-column; if a function decides,"
-            " --members-function; if each user has a workspace of their own, --owner-column."
+            "Which claim of the JWT names the workspaces of a user (for example app_metadata.org_ids)? If a table lists"
+            " the members, set --members-table, --members-workspace-column and --members-user-column; if a function"
+            " decides, --members-function; if each user has a workspace of their own, --owner-column."
         )
         return Members(claim=read_claim(ask("--members-claim", question, ()), "--members-claim"))
     reasons = "; ".join(
@@ -174,10 +174,8 @@ def _ask(
     doubts = next((c.doubts for c in candidates if c.members.table == chosen.table), [])
     if not chosen.where and doubts:
         every = "every row"
-        condition = ask(
-            "--members-where",
-            f"{chosen.table} {'; it '.join(doubts)}. Which of its rows are members now, for example status = 'active'?", [every],
-        )  # fmt: skip
+        question = f"{chosen.table} {'; it '.join(doubts)}. Which of its rows are members now (status = 'active')?"
+        condition = ask("--members-where", question, [every])
         return chosen if condition == every else replace(chosen, where=check_form(condition, "--members-where"))
     return chosen
 
@@ -199,7 +197,7 @@ def _functions(facts: Facts, kind: str) -> list[str]:
 def _chosen_table(facts: Facts, table: Table, workspace: str, choices: Choices, wanted: str) -> Members:
     name = _plain(wanted)
     other = facts.tables.get(name) or facts.views.get(name)
-    found = other and _members_of(facts, table, workspace, other, choices)
+    found = _members_of(facts, table, workspace, other, choices) if other is not None else None
     if other is None or found is None or other.name == table.name:
         if other is not None and (choices.members_workspace or choices.members_user):
             raise HostError(

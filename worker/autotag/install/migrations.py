@@ -11,7 +11,8 @@ from pathlib import Path
 import psycopg
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from autotag.install.adapter import TEMPLATE, render
+from autotag.install.adapter import TEMPLATE as TEMPLATE
+from autotag.install.adapter import render
 from autotag.install.facts import adapter_version, applied_migrations
 from autotag.install.host import Host, HostError
 

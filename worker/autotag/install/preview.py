@@ -1,7 +1,7 @@
 """Shows what an adapter answers for rows of the project, before anything is written.
 
-The adapter is created in a transaction that is rolled back. It is one round trip, so the table's lock is held for milliseconds; if
-the lock is not free within a second, nothing is shown.
+The adapter is created in a transaction that is rolled back. It is one round trip, so the table's lock is held for
+milliseconds; if the lock is not free within a second, nothing is shown.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ def _question(host: Host) -> str:
         users = f"array(select {user} {members} order by 1 limit {USERS}), (select count(*) {members})"
     if host.members.owner:
         users = "array[d.workspace_id::text], 1::bigint"
-    tags = f"a.{quote(host.tags)}"
+    tags, key, table = f"a.{quote(host.tags)}", f"a.{quote(host.id)}", table_name(host.table)
     return f"""select d.asset_id::text, d.workspace_id::text, {users}, d.bucket, d.path, d.url, d.refused,
         case when pg_column_size({tags}) <= 20000 then left({tags}::text, {SHOWN}) end
-      from autotag.describe_assets(array(select a.{quote(host.id)} from {table_name(host.table)} a{counted} limit {ROWS})) d
-      join {table_name(host.table)} a on a.{quote(host.id)} = d.asset_id order by 1"""
+      from autotag.describe_assets(array(select {key} from {table} a{counted} limit {ROWS})) d
+      join {table} a on {key} = d.asset_id order by 1"""
 
 
 def _example(host: Host, row: tuple[Any, ...]) -> Example:

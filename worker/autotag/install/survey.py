@@ -74,7 +74,7 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
 def _find_files(
     url: str, facts: Facts, host: Host, choices: Choices, ask: Ask, *, may_ask: bool
 ) -> tuple[Host, tuple[str, ...]]:
-    """The host with its file rule. URLs of its Storage are files only where a rule fits them; otherwise they stay URLs."""
+    """The host with its file rule. URLs of its Storage are files where a rule fits them; otherwise they stay URLs."""
     wanted = choices.file_rule or facts.file_rule
     if host.storage_hosts and not choices.file_rule:
         try:
@@ -82,8 +82,8 @@ def _find_files(
         except HostError:
             plain = replace(host, storage_hosts=())
             note = (
-                f"No rule fits the files of {', '.join(host.storage_hosts)} that rows name by URL, so these URLs are fetched like"
-                " others (AUTOTAG_IMAGE_HOSTS). Set --file-rule to read them through Storage."
+                f"No rule fits the files of {', '.join(host.storage_hosts)} that rows name by URL, so these URLs are"
+                " fetched like others (AUTOTAG_IMAGE_HOSTS). Set --file-rule to read them through Storage."
             )
             rule = find_rule(url, facts, plain, wanted, ask, may_ask=may_ask)
             return replace(plain, files=rule), (note,) if host.url else ()

@@ -1,0 +1,165 @@
+"""autotag meets projects as people have them: what `init` says of their schemas, who may then tag, and which rows get which tags.
+
+`schemas/cases.toml` is the table. Each case has a database, and everything happens in SQL: a worker would add nothing to it.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from autotag.install.host import Choices, Host, HostError, describe
+from autotag.install.location import quote, table_name
+from autotag.install.migrations import apply_migrations
+from autotag.install.preview import show_examples
+from autotag.install.survey import refuse_to_ask, survey
+from lab.postgres import LocalPostgres
+
+FOLDER = Path(__file__).parent / "schemas"
+CASES: list[dict[str, Any]] = tomllib.loads((FOLDER / "cases.toml").read_text())["case"]
+IDS = {
+    f"{letter}{n}": f"00000000-0000-4000-8000-0000000{code}{n}"
+    for letter, code in (("w", "000a"), ("u", "000b"), ("i", "000c"), ("o", "000d"))
+    for n in range(1, 8)
+}
+#: Parts of autotag that other cases wait for.
+WAITING = {"keys", "people"}
+
+
+def fill(value: Any) -> Any:
+    """Replaces {w1} and the like by uuids."""
+    if isinstance(value, str):
+        for name, key in IDS.items():
+            value = value.replace(f"{{{name}}}", key)
+        return value
+    if isinstance(value, list):
+        return [fill(one) for one in value]
+    return {fill(name): fill(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case["name"])
+def case(request: pytest.FixtureRequest) -> dict[str, Any]:
+    found: dict[str, Any] = fill(request.param)
+    if found.get("needs") in WAITING:
+        pytest.skip(f"waits for the part of issue 22 about {found['needs']}")
+    return found
+
+
+@pytest.fixture
+def url(postgres: LocalPostgres, bare: str, case: dict[str, Any]) -> Iterator[str]:
+    """A project with the case's schema, two users and a bucket."""
+    with psycopg.connect(postgres.url(database=bare), autocommit=True) as owner:
+        owner.execute("insert into auth.users (id) values (%s), (%s)", (IDS["u1"], IDS["u2"]))
+        owner.execute("insert into storage.buckets (id, name) values ('library', 'library')")
+        owner.execute(fill((FOLDER / f"{case['schema']}.sql").read_text()).encode())
+    yield postgres.url(database=bare)
+
+
+def test_a_schema(case: dict[str, Any], url: str) -> None:
+    choices = Choices(**case.get("options", {}))
+    if "says" in case:
+        with pytest.raises(HostError) as told:
+            found = survey(url, choices, refuse_to_ask, may_ask=False)
+            show_examples(url, found)
+        assert [text for text in case["says"] if text not in str(told.value)] == [], str(told.value)
+        assert len(str(told.value).splitlines()) == 1
+        return
+    found = survey(url, choices, refuse_to_ask, may_ask=False)
+    host = found.host
+    told_host = describe(host, found.facts)
+    assert {name: told_host.get(name) for name in case.get("host", {})} == case.get("host", {})
+    own, skipped = [[IDS.get(name, name) for name in case.get(key, default)] for key, default in (("own", ["i1"]), ("skipped", []))]
+    check_examples(url, show_examples(url, found), own)
+    apply_migrations(url, host=host)
+    with psycopg.connect(url, autocommit=True) as owner:
+        owner.execute(case.get("change", "select").encode())
+        places = {place["id"]: place["place"] for place in described(owner, [*own, *skipped])}
+        wanted = {IDS.get(name, name): place for name, place in case.get("places", {}).items()}
+        assert {key: places[key] for key in wanted} == wanted
+        if "change" not in case or not any(place.startswith("refused") for place in wanted.values()):
+            check_callers(owner, host, case, own, skipped)
+
+
+def check_examples(url: str, examples: list[dict[str, Any]] | None, own: list[str]) -> None:
+    """init shows real rows, and leaves nothing behind."""
+    assert examples
+    assert len(examples) <= 3
+    assert own[0] in [example["id"] for example in examples]
+    with psycopg.connect(url) as owner:
+        assert owner.execute("select to_regnamespace('autotag')").fetchone() == (None,)
+
+
+def described(owner: psycopg.Connection[Any], assets: list[str]) -> list[dict[str, Any]]:
+    rows = owner.execute(
+        sql.SQL("select asset_id::text, refused, bucket, path, url from autotag.describe_assets({}) d").format(listed(assets))
+    ).fetchall()
+    return [
+        {"id": key, "place": f"refused: {refused}" if refused else f"{bucket}/{path}" if path else link or ""}
+        for key, refused, bucket, path, link in rows
+    ]
+
+
+def listed(assets: list[str]) -> sql.Composable:
+    """The ids as the argument of a function, whatever their type is."""
+    return sql.Literal("{" + ",".join(json.dumps(asset) for asset in assets) + "}")
+
+
+def call(owner: psycopg.Connection[Any], claims: dict[str, Any] | None, statement: sql.Composable) -> Any:
+    """What a statement returns to a caller with this token; the sqlstate if it refuses."""
+    try:
+        with owner.transaction():
+            if claims is not None:
+                token = json.dumps({"role": "authenticated", **claims})
+                owner.execute("select set_config('request.jwt.claims', %s, true)", (token,))
+                owner.execute("set local role authenticated")
+            row = owner.execute(statement).fetchone()
+            return row and row[0]
+    except psycopg.Error as error:
+        return error.sqlstate
+
+
+def check_callers(
+    owner: psycopg.Connection[Any], host: Host, case: dict[str, Any], own: list[str], skipped: list[str]
+) -> None:
+    """A stranger and another login get nothing, a member gets the right tags on the right rows."""
+    enqueue = sql.SQL("select public.enqueue_tagging({})").format(listed([*own, *skipped]))
+    assert call(owner, case.get("stranger", {"sub": IDS["u2"]}), enqueue) == "PT404"
+    assert call(owner, case.get("other", {"sub": "user_2abc"}), enqueue) == case.get("refused", "PT403")
+    member = case.get("member", {"sub": IDS["u1"]})
+    reply = call(owner, member, enqueue)
+    assert isinstance(reply, dict), reply
+    assert (reply["image_count"], reply["skipped"]) == (len(own), len(skipped))
+    assert call(owner, member, sql.SQL("select public.tagging_job({})").format(sql.Literal(reply["job_id"])))["stages"]
+    [(user, who)] = owner.execute("select user_id::text, autotag.caller()::text from autotag.jobs").fetchall()
+    assert (user, who) == (member.get("sub"), None)
+
+    for asset in own:  # as a worker would
+        result = json.dumps({"tags": [f"tag of {asset}"], "confidence": {}, "caption": "c", "model": "m"})
+        owner.execute(
+            sql.SQL(
+                "select autotag.store_tags(array[d.asset_id], d.workspace_id, array[{}::jsonb], array[d.mark])"
+                " from autotag.describe_assets({}) d"
+            ).format(sql.Literal(result), listed([asset]))
+        )
+    tags, table = quote(case.get("tags", "tags")), table_name(host.table)
+    rows = owner.execute(
+        f"select a.{quote(host.id)}::text, to_jsonb(a.{tags}), a.{quote(host.workspace)}::text from {table} a".encode()
+    ).fetchall()
+    assert {key: [f"tag of {key}"] for key in own} == {key: found for key, found, _ in rows if found}
+    workspace = next(space for key, _, space in rows if key == own[0])
+    untagged = owner.execute(
+        sql.SQL("select autotag.list_assets({}, true, null, 100)::text[]").format(sql.Literal(workspace))
+    ).fetchone()
+    assert untagged == ([],), "all that may be tagged is being tagged"
+
+
+def test_each_schema_has_a_case() -> None:
+    assert {path.stem for path in FOLDER.glob("*.sql")} == {case["schema"] for case in CASES}
+    assert len({case["name"] for case in CASES}) == len(CASES)
