@@ -152,7 +152,7 @@ begin
         offset 0
       ) c
       cross join lateral (select case when not c.too_long then coalesce(nullif(a.storage_bucket::text, ''), 'assets') end as bucket, case when not c.too_long then case when btrim(a.storage_path, e' \t\r\n') !~* '^https?://' then nullif(btrim(case when strpos(btrim(a.storage_path, e' \t\r\n'), '//') > 0 then regexp_replace(btrim(a.storage_path, e' \t\r\n'), '/+', '/', 'g') else btrim(a.storage_path, e' \t\r\n') end, '/'), '') end end as path, case when not c.too_long then coalesce(case when btrim(a.storage_path, e' \t\r\n') ~* '^https?://' then btrim(a.storage_path, e' \t\r\n') end, nullif(btrim(a.image_url, e' \t\r\n'), '')) end as url offset 0) s
-      cross join lateral (select case when s.path is not null then s.bucket end as bucket, case when starts_with(s.path, s.bucket || '/') and not coalesce(s.bucket in ('assets') and starts_with(s.path, a.workspace_id::text || '/'), false) then substr(s.path, length(s.bucket) + 2) else s.path end as path, s.url as url offset 0) f
+      cross join lateral (select case when s.path is not null then s.bucket end as bucket, (case when starts_with(s.path, s.bucket || '/') and not coalesce(s.bucket in ('assets') and starts_with(s.path, a.workspace_id::text || '/'), false) then substr(s.path, length(s.bucket) + 2) else s.path end)::text as path, s.url as url offset 0) f
       where a.id = any (p_asset_ids)
       offset 0  -- evaluate `refused` once per row, not once per use
     ) d;

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +52,20 @@ def case(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @pytest.fixture
-def url(postgres: LocalPostgres, bare: str, case: dict[str, Any]) -> Iterator[str]:
+def url(postgres: LocalPostgres, bare: str, case: dict[str, Any]) -> str:
     """A project with the case's schema, two users and a bucket."""
     with psycopg.connect(postgres.url(database=bare), autocommit=True) as owner:
         owner.execute("insert into auth.users (id) values (%s), (%s)", (IDS["u1"], IDS["u2"]))
         owner.execute("insert into storage.buckets (id, name) values ('library', 'library')")
         owner.execute(fill((FOLDER / f"{case['schema']}.sql").read_text()).encode())
-    yield postgres.url(database=bare)
+    return postgres.url(database=bare)
 
 
 def test_a_schema(case: dict[str, Any], url: str) -> None:
     choices = Choices(**case.get("options", {}))
     if "says" in case:
         with pytest.raises(HostError) as told:
-            found = survey(url, choices, refuse_to_ask, may_ask=False)
-            show_examples(url, found)
+            show_examples(url, survey(url, choices, refuse_to_ask, may_ask=False))
         assert [text for text in case["says"] if text not in str(told.value)] == [], str(told.value)
         assert len(str(told.value).splitlines()) == 1
         return
@@ -75,7 +73,9 @@ def test_a_schema(case: dict[str, Any], url: str) -> None:
     host = found.host
     told_host = describe(host, found.facts)
     assert {name: told_host.get(name) for name in case.get("host", {})} == case.get("host", {})
-    own, skipped = [[IDS.get(name, name) for name in case.get(key, default)] for key, default in (("own", ["i1"]), ("skipped", []))]
+    own, skipped = [
+        [IDS.get(name, name) for name in case.get(key, default)] for key, default in (("own", ["i1"]), ("skipped", []))
+    ]
     check_examples(url, show_examples(url, found), own)
     apply_migrations(url, host=host)
     with psycopg.connect(url, autocommit=True) as owner:
@@ -98,7 +98,9 @@ def check_examples(url: str, examples: list[dict[str, Any]] | None, own: list[st
 
 def described(owner: psycopg.Connection[Any], assets: list[str]) -> list[dict[str, Any]]:
     rows = owner.execute(
-        sql.SQL("select asset_id::text, refused, bucket, path, url from autotag.describe_assets({}) d").format(listed(assets))
+        sql.SQL("select asset_id::text, refused, bucket, path, url from autotag.describe_assets({}) d").format(
+            listed(assets)
+        )
     ).fetchall()
     return [
         {"id": key, "place": f"refused: {refused}" if refused else f"{bucket}/{path}" if path else link or ""}
@@ -129,6 +131,8 @@ def check_callers(
     owner: psycopg.Connection[Any], host: Host, case: dict[str, Any], own: list[str], skipped: list[str]
 ) -> None:
     """A stranger and another login get nothing, a member gets the right tags on the right rows."""
+    before = untagged(owner, host, own[0])
+    assert (set(own) - before, before & set(skipped)) == (set(), set()), "null and empty lists are no tags"
     enqueue = sql.SQL("select public.enqueue_tagging({})").format(listed([*own, *skipped]))
     assert call(owner, case.get("stranger", {"sub": IDS["u2"]}), enqueue) == "PT404"
     assert call(owner, case.get("other", {"sub": "user_2abc"}), enqueue) == case.get("refused", "PT403")
@@ -149,15 +153,19 @@ def check_callers(
             ).format(sql.Literal(result), listed([asset]))
         )
     tags, table = quote(case.get("tags", "tags")), table_name(host.table)
-    rows = owner.execute(
-        f"select a.{quote(host.id)}::text, to_jsonb(a.{tags}), a.{quote(host.workspace)}::text from {table} a".encode()
-    ).fetchall()
-    assert {key: [f"tag of {key}"] for key in own} == {key: found for key, found, _ in rows if found}
-    workspace = next(space for key, _, space in rows if key == own[0])
-    untagged = owner.execute(
-        sql.SQL("select autotag.list_assets({}, true, null, 100)::text[]").format(sql.Literal(workspace))
+    rows = owner.execute(f"select a.{quote(host.id)}::text, to_jsonb(a.{tags}) from {table} a".encode()).fetchall()
+    assert {key: [f"tag of {key}"] for key in own} == {key: found for key, found in rows if found}
+    assert untagged(owner, host, own[0]) & {*own, *skipped} == set()
+
+
+def untagged(owner: psycopg.Connection[Any], host: Host, asset: str) -> set[str]:
+    """The images that `autotag enqueue` would tag in the workspace of this image."""
+    row = owner.execute(
+        f"select autotag.list_assets(a.{quote(host.workspace)}, true, null, 100)::text[] from {table_name(host.table)} a"
+        f" where a.{quote(host.id)}::text = '{asset}'".encode()
     ).fetchone()
-    assert untagged == ([],), "all that may be tagged is being tagged"
+    assert row
+    return set(row[0])
 
 
 def test_each_schema_has_a_case() -> None:

@@ -80,9 +80,7 @@ begin
     array(select row(f.asset_id, f.mark)::autotag.picture from found f where f.stage <> 'failed' and f.refused is null)
   into v_workspaces, v_found, v_asked, v_missing, v_foreign, v_long, v_images, v_marks, v_suspects;
   if v_found < v_asked then
-    if v_workspaces is null then
-      perform autotag.check_caller();
-    end if;
+    perform autotag.check_caller() where v_workspaces is null;
     perform autotag.refuse(404, 'unknown_asset',
       format('%s of the %s images do not exist.', v_asked - v_found, v_asked),
       'Insert the assets before you enqueue them.', jsonb_build_object('asset_ids', v_missing));

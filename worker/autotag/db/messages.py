@@ -74,7 +74,8 @@ class Image:
 
     It has no location if the asset was deleted, or if its file is ``refused``: ``foreign_file`` (the file belongs to
     another workspace), ``location_too_long``, ``filtered`` (the project's row filter leaves it out), ``hidden_file``
-    (the caller may not see the file), ``unreadable_row`` (reading the asset raises) or ``unreadable_now`` (that may pass).
+    (the caller may not see the file), ``unreadable_row`` (reading the asset raises) or ``unreadable_now`` (that may
+    pass).
     """
 
     task: int

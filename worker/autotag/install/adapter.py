@@ -63,17 +63,17 @@ def _members_code(host: Host) -> str:
     if members.owner:
         return f"select coalesce(p_workspace_id = {_caller_as(host, host.workspace_type)}, false)"
     if members.function:
-        # Without a user the answer is no. Such a function mostly reads auth.uid(), which raises where `sub` is no uuid.
+        # Such a function mostly reads auth.uid(), which raises where `sub` is no uuid.
         return (
             "select case when autotag.caller() is null then false else"
             f" coalesce({table_name(members.function)}(p_workspace_id), false) end"
         )
     if members.claim:
         claim, workspace = f"((select auth.jwt()) #> {_claim_path(members.claim)})", "p_workspace_id::text"
+        listed = f"exists (select from jsonb_array_elements_text{claim} e (id) where e.id = {workspace})"
         return (
-            f"select coalesce(case jsonb_typeof{claim} when 'array' then exists (select from jsonb_array_elements_text{claim}"
-            f" e (id) where e.id = {workspace}) when 'object' then {claim} ? {workspace}"
-            f" else {claim} #>> '{{}}' = {workspace} end, false)"
+            f"select coalesce(case jsonb_typeof{claim} when 'array' then {listed}"
+            f" when 'object' then {claim} ? {workspace} else {claim} #>> '{{}}' = {workspace} end, false)"
         )
     condition = f"m.{quote(members.user)} = (select {_caller_as(host, members.user_type)})"
     return f"select exists (select {of_members(members, 'p_workspace_id')} and {condition})"
@@ -164,7 +164,8 @@ def _list_code(values: Sequence[str]) -> str:
 def _full_path_text(host: Host) -> str:
     if host.full_paths:
         return "Paths begin with the name of their bucket (fullPath)."
-    return "A path that\n-- breaks the file rule and begins with the name of its bucket is read without that name (fullPath)."
+    text = "A path that\n-- breaks the file rule and begins with the name of its bucket is read without that name"
+    return f"{text} (fullPath)."
 
 
 def _untagged_code(host: Host) -> str:

@@ -1,7 +1,7 @@
 """Checks the conditions that a project's owner gives (``--where``, ``--members-where``) for the adapter.
 
-They are the owner's own code. But a slip must be one sentence before anything is written, and a condition must stay one: it
-cannot end its parenthesis or the function around it, and it has no comment that swallows what follows.
+They are the owner's own code. But a slip must be one sentence before anything is written, and a condition must stay
+one: it cannot end its parenthesis or the function around it, and it has no comment that swallows what follows.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def check_form(condition: str, option: str) -> str:
     """Returns the condition without white space around it.
 
     Raises:
-        HostError: it is empty or too long, it ends a parenthesis that it did not begin, or it has a comment, a semicolon
-            or a dollar sign outside a string, or ``$$`` anywhere.
+        HostError: it is empty or too long, it ends a parenthesis that it did not begin, or it has a comment, a
+            semicolon or a dollar sign outside a string, or ``$$`` anywhere.
     """
     text = condition.strip()
     if not text or len(text) > MAX_LENGTH:

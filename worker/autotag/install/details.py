@@ -1,4 +1,4 @@
-"""Reads what decides whether a table can be trusted: its keys, references and constraints; and functions about members."""
+"""Reads what decides whether a table can be trusted: keys, references, constraints; and functions about members."""
 
 from __future__ import annotations
 
@@ -6,41 +6,52 @@ from typing import Any
 
 from psycopg import Connection
 
+#: Schemas that belong to Supabase, to Postgres or to autotag.
+NOT_THE_PROJECTS = (
+    "autotag", "auth", "storage", "realtime", "extensions", "supabase_migrations", "vault", "cron", "net", "graphql",
+    "graphql_public", "pgsodium", "information_schema", "supabase_functions", "_realtime", "_analytics", "pgbouncer",
+)  # fmt: skip
+
 
 def read_details(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
-    """Attributes of `facts.Table`, for every table and view: qualified name -> ``columns`` and those behind ``rules``."""
+    """Attributes of `facts.Table`, of every table and view: qualified name -> ``columns``, those behind ``rules``."""
     rows = connection.execute(
         """
-        select n.nspname || '.' || c.relname, c.relkind::text, a.columns, a.base_types, a.required, a.labels, a.defaults,
+        select n.nspname || '.' || c.relname, c.relkind::text, a.columns, a.base_types, a.required, a.labels,
+          a.defaults,
           (select jsonb_agg(k.names) from (
              select (select jsonb_agg(u.attname) from pg_attribute u
                      where u.attrelid = c.oid and u.attnum = any (i.indkey[0 : i.indnkeyatts - 1])) as names
              from pg_index i
              where i.indrelid = c.oid and i.indisunique and i.indisvalid and i.indpred is null and i.indexprs is null
-               and not exists (select from pg_attribute u where u.attrelid = c.oid
-                 and u.attnum = any (i.indkey[0 : i.indnkeyatts - 1]) and not u.attnotnull)) k),
-          (select jsonb_object_agg(s.attname, jsonb_build_array(fn.nspname || '.' || fc.relname, t.attname))
-           from pg_constraint f join pg_class fc on fc.oid = f.confrelid join pg_namespace fn on fn.oid = fc.relnamespace
+               and not exists (
+                 select from pg_attribute u
+                 where u.attrelid = c.oid and u.attnum = any (i.indkey[0 : i.indnkeyatts - 1])
+                   and not u.attnotnull)) k),
+          (select jsonb_object_agg(s.attname, array[fn.nspname || '.' || fc.relname, t.attname])
+           from pg_constraint f
+           join pg_class fc on fc.oid = f.confrelid join pg_namespace fn on fn.oid = fc.relnamespace
            cross join lateral unnest(f.conkey, f.confkey) p (here, there)
            join pg_attribute s on s.attrelid = f.conrelid and s.attnum = p.here
            join pg_attribute t on t.attrelid = f.confrelid and t.attnum = p.there
            where f.conrelid = c.oid and f.contype = 'f'),
-          (select jsonb_agg(pg_get_constraintdef(k.oid)) from pg_constraint k where k.conrelid = c.oid and k.contype = 'c')
+          (select jsonb_agg(pg_get_constraintdef(k.oid)) from pg_constraint k
+           where k.conrelid = c.oid and k.contype = 'c')
         from pg_class c join pg_namespace n on n.oid = c.relnamespace
         cross join lateral (
           select jsonb_object_agg(a.attname, format_type(a.atttypid, null)) as columns,
             jsonb_object_agg(a.attname, format_type(coalesce(nullif(t.typbasetype, 0), t.oid), null)) as base_types,
             jsonb_agg(a.attname) filter (where a.attnotnull) as required,
-            jsonb_object_agg(a.attname, (select jsonb_agg(e.enumlabel) from pg_enum e where e.enumtypid = t.oid))
+            jsonb_object_agg(a.attname, (
+              select jsonb_agg(e.enumlabel) from pg_enum e where e.enumtypid = t.oid))
               filter (where t.typtype = 'e') as labels,
             jsonb_object_agg(a.attname, pg_get_expr(d.adbin, d.adrelid)) filter (where d.oid is not null) as defaults
           from pg_attribute a join pg_type t on t.oid = a.atttypid
           left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
           where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped) a
-        where c.relkind in ('r', 'p', 'v', 'm', 'f') and n.nspname not in ('autotag', 'auth', 'storage', 'realtime', 'extensions', 'supabase_migrations', 'vault', 'cron', 'net',
-            'graphql', 'graphql_public', 'pgsodium', 'information_schema', 'supabase_functions', '_realtime', '_analytics',
-            'pgbouncer')
-          and n.nspname not like 'pg\\_%' and a.columns is not null"""
+        where c.relkind in ('r', 'p', 'v', 'm', 'f') and n.nspname <> all (%s) and n.nspname not like 'pg\\_%%'
+          and a.columns is not null""",
+        (list(NOT_THE_PROJECTS),),
     ).fetchall()
     return {
         row[0]: {
@@ -59,10 +70,10 @@ def read_member_functions(connection: Connection[tuple[Any, ...]]) -> dict[str, 
         select n.nspname || '.' || p.proname, array_agg(format_type(p.proargtypes[0], null))
         from pg_proc p join pg_namespace n on n.oid = p.pronamespace
         where p.prorettype = 'boolean'::regtype and p.prokind = 'f' and not p.proretset and p.pronargs >= 1
-          and p.pronargs - p.pronargdefaults <= 1 and n.nspname not in ('autotag', 'auth', 'storage', 'realtime', 'extensions', 'supabase_migrations', 'vault', 'cron', 'net',
-            'graphql', 'graphql_public', 'pgsodium', 'information_schema', 'supabase_functions', '_realtime', '_analytics',
-            'pgbouncer') and n.nspname not like 'pg\\_%'
-          and not exists (select from pg_depend d where d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.deptype = 'e')
-        group by 1"""
+          and p.pronargs - p.pronargdefaults <= 1 and n.nspname <> all (%s) and n.nspname not like 'pg\\_%%'
+          and not exists (
+            select from pg_depend d where d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.deptype = 'e')
+        group by 1""",
+        (list(NOT_THE_PROJECTS),),
     ).fetchall()
     return dict(rows)

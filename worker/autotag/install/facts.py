@@ -22,8 +22,8 @@ class Table:
         rules: that change its updates.
         kind: what it is: ``r`` (a table), ``p`` (partitioned), ``v``, ``m`` (views) or ``f`` (foreign), as in pg_class.
         required: its columns that are not null.
-        keys: its columns that are unique together: of the primary key and of unique indexes on plain columns that are not
-            null, without a condition.
+        keys: its columns that are unique together: of the primary key and of unique indexes on plain columns that are
+            not null, without a condition.
         references: column -> the table and column of its foreign key.
         base_types: column -> its type, of a domain the type below.
         labels: column -> the labels of its enum.

@@ -175,7 +175,8 @@ def _applies_to(policy: str, buckets: Sequence[str]) -> bool:
 def find_full_paths(url: str, host: Host) -> bool:
     """Whether paths begin with the name of their bucket, as ``fullPath`` in the reply to an upload does.
 
-    A folder may have the name of its bucket, so the objects in Storage decide. Where Storage has neither, all rows must begin so.
+    A folder may have the name of its bucket, so the objects in Storage decide. Where Storage has neither, all rows must
+    begin so.
     """
     if not host.path or not (host.bucket or host.bucket_column):
         return False
@@ -185,7 +186,8 @@ def find_full_paths(url: str, host: Host) -> bool:
             for path in ("f.path", "substr(f.path, length(f.bucket) + 2)")
         )
         [(rows, begin, as_written, shorter)] = _runner(connection)(f"""
-            select count(*), count(*) filter (where b), count(*) filter (where b and {stands}), count(*) filter (where b and {without})
+            select count(*), count(*) filter (where b), count(*) filter (where b and {stands}),
+              count(*) filter (where b and {without})
             from {_source(replace(host, storage_hosts=()), 1000)}
             cross join lateral (select starts_with(f.path, f.bucket || '/') as b) x where f.path is not null""")
     return bool(shorter > as_written or (begin and begin == rows and as_written == shorter == 0))
@@ -202,9 +204,8 @@ def _source(host: Host, rows: int = MAX_ROWS) -> str:
 
 def _read_urls(connection: psycopg.Connection[Any], host: Host) -> None:
     """Makes the adapter's functions that read URLs of Storage, for this connection."""
-    names = "storage_hosts|percent_decode|storage_file"
-    found = re.findall(rf"create or replace function autotag\.(?:{names})\(.*?\n\$\$;|"
-                       rf"create or replace function autotag\.(?:{names})\(.*?\nend \$\$;", TEMPLATE.read_text(), re.DOTALL)  # fmt: skip
+    begin = r"create or replace function autotag\.(?:storage_hosts|percent_decode|storage_file)\("
+    found = re.findall(rf"{begin}.*?\n(?:end )?\$\$;", TEMPLATE.read_text(), re.DOTALL)
     for text in found:
         connection.execute(render(text, host).replace("autotag.", "pg_temp.").encode())
 

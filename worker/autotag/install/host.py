@@ -177,8 +177,8 @@ def _workspace(table: Table, choices: Choices, ask: Ask) -> tuple[str, bool]:
         owners = [name for name in _likely(table.columns, OWNERS) if table.columns[name] == "uuid"]
         if owners:
             question = (
-                f"{table.name} has no column with a workspace. If each user has images of their own and no others see them,"
-                " name the column with the user; otherwise set --workspace-column."
+                f"{table.name} has no column with a workspace. If each user has images of their own and no others see"
+                " them, name the column with the user; otherwise set --workspace-column."
             )
             answer = ask("--owner-column", question, owners)
             return _existing(table, "--owner-column", answer, ("uuid",)), answer in owners
@@ -199,8 +199,9 @@ def _places(table: Table, choices: Choices, ask: Ask) -> tuple[str | None, str |
     if not path and not url:
         objects = [name for name in _likely(table.columns, OBJECTS) if table.columns[name] == "uuid"]
         if objects:
-            question = f"Which column of {table.name} has the id of an object in Storage? Or set --path-column or --url-column."
-            return None, None, _existing(table, "--object-column", ask("--object-column", question, objects), ("uuid",))
+            question = f"Which column of {table.name} has the id of an object in Storage (or set --path-column)?"
+            answer = ask("--object-column", question, objects)
+            return None, None, _existing(table, "--object-column", answer, ("uuid",))
         answer = ask("--path-column", f"Which column of {table.name} holds the path in Storage?", table.texts())
         path = _existing(table, "--path-column", answer, TEXT)
     return path, url, None

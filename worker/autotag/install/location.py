@@ -2,9 +2,9 @@
 
 A path is read as supabase-js leaves it: without blanks around it, each run of slashes as one. An empty string is null.
 
-A path may begin with the name of its bucket (``fullPath`` of an upload's reply). Whether it does is not looked up for each
-image: `init` looks at the existing rows (`files.find_full_paths`). If they say no, or there are none, a path is taken as it
-stands if the file rule allows it so; otherwise, if it begins with the name of its bucket, without that name.
+A path may begin with the name of its bucket (``fullPath`` of an upload's reply). Whether it does is not looked up for
+each image: `init` looks at the existing rows (`files.find_full_paths`). If they say no, or there are none, a path is
+taken as it stands if the file rule allows it so; otherwise, if it begins with its bucket's name, without that name.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ BLANKS = r"e' \t\r\n'"
 #: Words of SQL that are no names without quotes (pg_get_keywords, catcode R and T; Postgres 15 to 18).
 RESERVED = frozenset(
     """
-    all analyse analyze and any array as asc asymmetric authorization binary both case cast check collate collation column
-    concurrently constraint create cross current_catalog current_date current_role current_schema current_time
-    current_timestamp current_user default deferrable desc distinct do else end except false fetch for foreign freeze from
-    full grant group having ilike in initially inner intersect into is isnull join lateral leading left like limit localtime
-    localtimestamp natural not notnull null offset on only or order outer overlaps placing primary references returning
-    right select session_user similar some symmetric system_user table tablesample then to trailing true union unique user
-    using variadic verbose when where window with
+    all analyse analyze and any array as asc asymmetric authorization binary both case cast check collate
+    collation column concurrently constraint create cross current_catalog current_date current_role current_schema
+    current_time current_timestamp current_user default deferrable desc distinct do else end except false fetch
+    for foreign freeze from full grant group having ilike in initially inner intersect into is isnull join lateral
+    leading left like limit localtime localtimestamp natural not notnull null offset on only or order outer
+    overlaps placing primary references returning right select session_user similar some symmetric system_user
+    table tablesample then to trailing true union unique user using variadic verbose when where window with
     """.split()  # noqa: SIM905 - a list would have a line for each
 )
 MAX_URL, MAX_PATH, MAX_BUCKET = 8192, 1024, 100  # bytes; docs/install.md names them
@@ -56,7 +56,7 @@ def location_code(host: Host, as_written: str | None, guard: str) -> str:
         joins.append(f"cross join lateral (select {file} as file offset 0) u")
         bucket, path = f"coalesce(u.file[1], {bucket})", f"coalesce(u.file[2], {path})"
         url = "case when u.file is null then s.url end"
-    joins.append(f"cross join lateral (select {bucket} as bucket, {path} as path, {url} as url offset 0) f")
+    joins.append(f"cross join lateral (select {bucket} as bucket, ({path})::text as path, {url} as url offset 0) f")
     return "\n      ".join(joins)
 
 

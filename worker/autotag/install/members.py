@@ -1,8 +1,8 @@
 """Finds who may act for a workspace.
 
-A guess here would be a permission, so without a person only what is certain is taken: one table whose key is exactly the
-workspace and the user, where no column suggests that a row may be something else than a current member; or the claim of
-the token that the policies of the table of images compare with the workspace. Anything else is asked for.
+A guess here would be a permission, so without a person only what is certain is taken: one table whose key is exactly
+the workspace and the user, where no column suggests that a row may be something else than a current member; or the
+claim of the token that the policies of the table of images compare with the workspace. Anything else is asked for.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Members:
         table, workspace, user: a table and its columns with the keys; a row is a membership.
         user_type: the type of the column with the user.
         where: a condition on the rows ``m`` of the table; None: every row is a membership.
-        claim: the path of a claim of the JWT: a string, an array of strings, or an object whose keys are the workspaces.
+        claim: the path of a claim of the JWT: a string, an array of strings, or an object whose keys are workspaces.
         function: a function of the project that takes a workspace and returns whether the caller is a member.
         owner: each user is a workspace of their own.
     """
@@ -152,7 +152,6 @@ def _ask(
     functions = [name for name in _functions(facts, table.base_type(workspace) or "") if _sounds_like_members(name)]
     tables = sorted(c.members.table for c in candidates)
     likely = [name for name in tables if _sounds_like_members(name)] or tables
-    others = "--members-function, --members-claim or --owner-column"
     if not likely and not functions:
         question = (
             "Which claim of the JWT names the workspaces of a user (for example app_metadata.org_ids)? If a table lists"
@@ -163,11 +162,18 @@ def _ask(
     reasons = "; ".join(
         f"{c.members.table} {c.doubts[0]}" for c in candidates if c.doubts and c.members.table in likely
     )
-    question = (
-        "Which table lists the members of a workspace? Every user with a row in it may act for that workspace"
-        f"{f' ({reasons})' if reasons else ''}. Or set {others}."
-    )
-    answer = ask("--members-table", question, [*likely, *functions])
+    named = f" ({name_some(functions)})" if functions else ""
+    others = f"For another way, set --members-function{named}, --members-claim or --owner-column."
+    if likely:
+        question = (
+            "Which table lists the members of a workspace? Every user with a row in it may act for that workspace"
+        )
+        question = f"{question}{f' ({reasons})' if reasons else ''}. {others}"
+        answer = ask("--members-table", question, likely)
+    else:
+        question = "Which function says whether the caller is a member of a workspace? If a table lists them, set"
+        question += " --members-table; otherwise --members-claim or --owner-column."
+        answer = ask("--members-function", question, functions)
     if _plain(answer) in functions:
         return _function(facts, table, workspace, answer)
     chosen = _chosen_table(facts, table, workspace, choices, answer)
