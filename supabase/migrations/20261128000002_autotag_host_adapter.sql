@@ -149,9 +149,8 @@ begin
       from public.assets a
       cross join lateral (
         select coalesce(true, false) as counts, coalesce(octet_length(a.image_url) > 8192, false) or coalesce(octet_length(a.storage_path) > 1024, false) or coalesce(octet_length(a.storage_bucket) > 100, false) as too_long
-        offset 0
       ) c
-      cross join lateral (select case when not c.too_long then coalesce(nullif(a.storage_bucket::text, ''), 'assets') end as bucket, case when not c.too_long then case when btrim(a.storage_path, e' \t\r\n') !~* '^https?://' then nullif(btrim(case when strpos(btrim(a.storage_path, e' \t\r\n'), '//') > 0 then regexp_replace(btrim(a.storage_path, e' \t\r\n'), '/+', '/', 'g') else btrim(a.storage_path, e' \t\r\n') end, '/'), '') end end as path, case when not c.too_long then coalesce(case when btrim(a.storage_path, e' \t\r\n') ~* '^https?://' then btrim(a.storage_path, e' \t\r\n') end, nullif(btrim(a.image_url, e' \t\r\n'), '')) end as url offset 0) s
+      cross join lateral (select case when not c.too_long then coalesce(nullif(a.storage_bucket::text, ''), 'assets') end as bucket, case when not c.too_long then case when strpos(a.storage_path, '//') = 0 then nullif(btrim(a.storage_path, e' \t\r\n/'), '') when a.storage_path !~* '^\s*https?://' then nullif(btrim(regexp_replace(a.storage_path, '/+', '/', 'g'), e' \t\r\n/'), '') end end as path, case when not c.too_long then coalesce(case when strpos(a.storage_path, '//') > 0 and a.storage_path ~* '^\s*https?://' then btrim(a.storage_path, e' \t\r\n') end, nullif(btrim(a.image_url, e' \t\r\n'), '')) end as url) s
       cross join lateral (select case when s.path is not null then s.bucket end as bucket, (case when starts_with(s.path, s.bucket || '/') and not coalesce(s.bucket in ('assets') and starts_with(s.path, a.workspace_id::text || '/'), false) then substr(s.path, length(s.bucket) + 2) else s.path end)::text as path, s.url as url offset 0) f
       where a.id = any (p_asset_ids)
       offset 0  -- evaluate `refused` once per row, not once per use

@@ -148,7 +148,6 @@ begin
       from {{ table }} a
       cross join lateral (
         select coalesce({{ counts }}, false) as counts, {{ too_long }} as too_long
-        offset 0
       ) c
       {{ location }}
       where a.{{ id }} = any (p_asset_ids)
