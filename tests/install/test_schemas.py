@@ -15,9 +15,9 @@ import pytest
 from psycopg import sql
 
 from autotag.install.host import Choices, Host, HostError, describe
-from autotag.install.location import quote, table_name
 from autotag.install.migrations import apply_migrations
 from autotag.install.preview import show_examples
+from autotag.install.quoting import quote, table_name
 from autotag.install.survey import refuse_to_ask, survey
 from lab.postgres import LocalPostgres
 
@@ -166,6 +166,44 @@ def untagged(owner: psycopg.Connection[Any], host: Host, asset: str) -> set[str]
     ).fetchone()
     assert row
     return set(row[0])
+
+
+BIN = {
+    "name": "the bin",
+    "schema": "soft_delete",
+    "options": {"where": "deleted_at is null and mime_type like 'image/%'"},
+}
+
+
+@pytest.mark.parametrize("case", [fill(BIN)], ids=["the bin"])
+def test_rows_in_the_bin_and_unknown_logins_in_automatic_mode(url: str, case: dict[str, Any]) -> None:
+    """The project's own insert goes through with any token, and a row that goes to the bin later is not sent."""
+    apply_migrations(url, host=survey(url, Choices(**case["options"]), refuse_to_ask, may_ask=False).host)
+    with psycopg.connect(url, autocommit=True) as owner:
+        owner.execute("select autotag.set_automatic(true)")
+        with owner.transaction():
+            owner.execute(
+                """select set_config('request.jwt.claims', '{"sub": "auth0|123", "role": "authenticated"}', true)"""
+            )
+            owner.execute(
+                "insert into public.assets select i, %s, %s::text || '/x.jpg', 'image/jpeg', d from (values"
+                " (%s::uuid, null), (%s, now())) v (i, d)",
+                (IDS["w1"], IDS["w1"], IDS["i6"], IDS["i7"]),
+            )
+        arrived = owner.execute("select asset_id::text, uploader::text from autotag.arrivals order by 1").fetchall()
+        nobody = "00000000-0000-0000-0000-000000000000"
+        assert arrived == [(IDS["i6"], nobody), (IDS["i7"], nobody)]
+        made = owner.execute(
+            "select autotag.start_upload(%s, null, %s::uuid[])", (IDS["w1"], [IDS["i6"], IDS["i7"]])
+        ).fetchone()
+        assert made == (1,)
+        assert owner.execute("select asset_id::text from autotag.tasks").fetchall() == [(IDS["i6"],)]
+        owner.execute("update public.assets set deleted_at = now() where id = %s", (IDS["i6"],))
+        located = owner.execute(
+            "select l.path, l.refused from autotag.locate(%s::uuid[], %s::uuid[], %s::uuid[], %s::uuid[]) l",
+            ([IDS["i6"]], [IDS["w1"]], [None], [None]),
+        ).fetchall()
+        assert located == [(None, "filtered")]
 
 
 def test_each_schema_has_a_case() -> None:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autotag.install.host import FileRule, Host, HostError, Members
-from autotag.install.location import literal, location_code, mark_code, quote, table_name, too_long_code
+from autotag.install.location import location_code, mark_code, too_long_code
+from autotag.install.quoting import literal, quote, table_name
 
 TEMPLATE = Path(__file__).parent / "host_adapter.sql"
 WORD_BEGINS, WORD_ENDS = r"\m", r"\M"  # in Postgres's regular expressions

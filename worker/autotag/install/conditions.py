@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 
 from autotag.install.answers import HostError
-from autotag.install.location import table_name
+from autotag.install.quoting import table_name
 
 MAX_LENGTH = 2000  # characters
 #: A string or a quoted name is one token. A string of the form E'…' may escape its quote.

@@ -135,11 +135,7 @@ def read_facts(url: str) -> Facts:
         }
         details = read_details(connection)
         tables = {name: replace(table, **details.get(name, {})) for name, table in tables.items()}
-        views = {
-            name: Table(name, **found)
-            for name, found in details.items()
-            if name not in tables and found["kind"] in "vmf"
-        }
+        views = {name: Table(name, **found) for name, found in details.items() if found["kind"] in "vmf"}
         buckets = _column(connection, "storage.buckets", "select id from storage.buckets order by id")
         policies = [
             StoragePolicy(text, reads)
@@ -153,17 +149,22 @@ def read_facts(url: str) -> Facts:
             "select 1 from pg_roles where rolname = 'authenticated' and has_schema_privilege(oid, 'storage', 'usage')"
             " and has_table_privilege(oid, 'storage.objects', 'select')",
         )  # fmt: skip
-        functions = connection.execute("""
-            select pronamespace::regnamespace::text || '.' || proname from pg_proc
-            where proargtypes = array['uuid'::regtype, 'text'::regtype, 'text'::regtype]::oidvector
-              and prorettype = 'boolean'::regtype and prokind = 'f'""")
         rule = connection.execute("select to_regprocedure('autotag.file_rule()') is not null").fetchone()
         installed = rule and rule[0] and connection.execute("select autotag.file_rule()").fetchone()
         return Facts(
             tables, buckets, applied_migrations(connection), policies, bool(readable),
-            [str(row[0]) for row in functions], installed[0] if installed else None, adapter_version(connection),
+            _file_functions(connection), installed[0] if installed else None, adapter_version(connection),
             views, read_member_functions(connection), [p for table in tables.values() for p in table.policies],
         )  # fmt: skip
+
+
+def _file_functions(connection: Connection[tuple[str, ...]]) -> list[str]:
+    """The project's functions (uuid, text, text) -> boolean."""
+    rows = connection.execute("""
+        select pronamespace::regnamespace::text || '.' || proname from pg_proc
+        where proargtypes = array['uuid'::regtype, 'text'::regtype, 'text'::regtype]::oidvector
+          and prorettype = 'boolean'::regtype and prokind = 'f'""")
+    return [str(row[0]) for row in rows]
 
 
 def _column(connection: Connection[tuple[str, ...]], table: str, statement: str) -> list[str]:

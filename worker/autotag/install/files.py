@@ -17,7 +17,8 @@ import psycopg
 from autotag.install.adapter import TEMPLATE, file_code, of_members, place_code, render
 from autotag.install.facts import Facts, StoragePolicy
 from autotag.install.host import Ask, FileRule, Host, HostError, Members
-from autotag.install.location import quote, table_name, too_long_code
+from autotag.install.location import too_long_code
+from autotag.install.quoting import quote, table_name
 
 MAX_ROWS = 100_000  # rows that are read; in a larger table the first ones
 MAX_DEPTH = 4  # segments of a path in which the folder is looked for

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from autotag.install.answers import Ask as Ask
+from autotag.install.answers import Choices as Choices
 from autotag.install.answers import HostError as HostError
 from autotag.install.conditions import check_form
 from autotag.install.facts import Facts, Table
@@ -100,32 +101,6 @@ class Host:
     def names_files(self) -> bool:
         """Whether rows may name files in Storage."""
         return bool(self.path or self.object or self.storage_hosts)
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What the caller decides; None: `propose` and `files.find_rule` decide."""
-
-    table: str | None = None
-    id: str | None = None
-    workspace: str | None = None
-    path: str | None = None
-    bucket: str | None = None
-    url: str | None = None
-    tags: str | None = None
-    members_table: str | None = None
-    members_claim: str | None = None
-    file_rule: str | None = None
-    owner: str | None = None
-    members_workspace: str | None = None
-    members_user: str | None = None
-    members_where: str | None = None
-    members_function: str | None = None
-    caller_claim: str | None = None
-    where: str | None = None
-    object: str | None = None
-    full_paths: bool | None = None
-    project_url: str | None = None
 
 
 def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:

@@ -9,26 +9,11 @@ taken as it stands if the file rule allows it so; otherwise, if it begins with i
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from autotag.install.host import Host
+from autotag.install.host import Host
+from autotag.install.quoting import literal, quote
 
 BLANKS, ENDS = r"e' \t\r\n'", r"e' \t\r\n/'"  # around a URL; around a path
 IS_URL = r"'^\s*https?://'"
-#: Words of SQL that are no names without quotes (pg_get_keywords, catcode R and T; Postgres 15 to 18).
-RESERVED = frozenset(
-    """
-    all analyse analyze and any array as asc asymmetric authorization binary both case cast check collate
-    collation column concurrently constraint create cross current_catalog current_date current_role current_schema
-    current_time current_timestamp current_user default deferrable desc distinct do else end except false fetch
-    for foreign freeze from full grant group having ilike in initially inner intersect into is isnull join lateral
-    leading left like limit localtime localtimestamp natural not notnull null offset on only or order outer
-    overlaps placing primary references returning right select session_user similar some symmetric system_user
-    table tablesample then to trailing true union unique user using variadic verbose when where window with
-    """.split()  # noqa: SIM905 - a list would have a line for each
-)
 MAX_URL, MAX_PATH, MAX_BUCKET = 8192, 1024, 100  # bytes; docs/install.md names them
 
 
@@ -52,7 +37,7 @@ def location_code(host: Host, as_written: str | None, guard: str) -> str:
         with_bucket += "" if host.full_paths else f" and not coalesce({as_written}, false)"
         path = f"case when {with_bucket} then substr(s.path, length(s.bucket) + 2) else s.path end"
     bucket, url = "case when s.path is not null then s.bucket end", "s.url"
-    # `offset 0` behind f keeps the planner from writing its expressions once for each use. Behind s it costs 2 µs an image.
+    # `offset 0` keeps the planner from writing the expressions of f once for each use. Behind s it costs 2 µs an image.
     if host.storage_hosts:
         file = "case when s.path is null then autotag.storage_file(s.url) end"
         joins.append(f"cross join lateral (select {file} as file offset 0) u")
@@ -122,21 +107,3 @@ def mark_code(host: Host) -> str:
     if host.url:  # a new signature of the same file is no new picture
         places.append(f"split_part(a.{quote(host.url)}, '?token=', 1)")
     return f"md5(coalesce({', '.join(places)}, ''))::uuid"
-
-
-def table_name(name: str) -> str:
-    """A qualified name as SQL writes it."""
-    return ".".join(quote(part) for part in name.split(".", 1))
-
-
-def quote(name: str) -> str:
-    """An identifier as SQL writes it."""
-    plain = re.fullmatch(r"[a-z_][a-z0-9_]*", name) and name not in RESERVED
-    return name if plain else '"' + name.replace('"', '""') + '"'
-
-
-def literal(text: str) -> str:
-    """A string as SQL writes it. It contains no ``$``, so it can be in the ``$$`` body of a function."""
-    if "$" not in text:
-        return "'" + text.replace("'", "''") + "'"
-    return "E'" + text.replace("\\", "\\\\").replace("'", "''").replace("$", "\\044") + "'"

@@ -10,15 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
-from autotag.install.answers import Ask, HostError
+from autotag.install.answers import Ask, Choices, HostError
 from autotag.install.conditions import check_form
+from autotag.install.facts import Facts, Table
 from autotag.texts import name_some
-
-if TYPE_CHECKING:
-    from autotag.install.facts import Facts, Table
-    from autotag.install.host import Choices
 
 USERS = ("user_id", "member_id", "profile_id", "auth_user_id")
 #: Names of tables that list people who belong somewhere, and names of tables that do not although they sound like it.

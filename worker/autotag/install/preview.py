@@ -13,7 +13,7 @@ import psycopg
 
 from autotag.install.adapter import TEMPLATE, of_members, render
 from autotag.install.host import Host, HostError
-from autotag.install.location import quote, table_name
+from autotag.install.quoting import quote, table_name
 from autotag.install.survey import Survey
 from autotag.texts import clean_text, printable
 
