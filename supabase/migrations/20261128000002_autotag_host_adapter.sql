@@ -4,6 +4,7 @@
 -- Give up if a lock is not free within a second, so that no query of yours waits behind it. Run the file again then.
 set local lock_timeout = '1s';
 set local statement_timeout = '30s';
+set local check_function_bodies = off;  -- some functions call what the next migration makes
 
 create schema if not exists autotag;
 
@@ -34,8 +35,8 @@ alter table public.assets
 -- policies run inside them. pg_temp is last everywhere: if it is not listed, Postgres looks there first for types, and a caller
 -- could replace jsonb by a type of their own whose code would run as the function's owner.
 
--- Who the caller is. Null: nobody that your tables can know, because there is no token, or because its claim is not of the type of
--- your users' ids. Everything that needs the user asks this function.
+-- Who the caller is: auth.uid(), Supabase's own logins. Null: nobody that your tables can know, because there is no token, or because its claim is
+-- not of the type of your users' ids. Everything that needs the user asks this function.
 create or replace function autotag.caller() returns autotag.user_id
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
@@ -91,42 +92,84 @@ as $$
   select true
 $$;
 
+-- The hosts at which this project serves its Storage. An image URL of Storage there names one of your own files, so it is read through
+-- Storage and the file rule holds for it. Any other URL is fetched like a browser would, if the worker's AUTOTAG_IMAGE_HOSTS allow it.
+create or replace function autotag.storage_hosts() returns text[]
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$
+  select '{}'::text[]
+$$;
+
+-- {bucket, path} of the file that a URL of the project's own Storage names: public, signed, authenticated or rendered. Null: any other
+-- URL. One that cannot be decoded gets a bucket without a name, which the file rule refuses.
+create or replace function autotag.storage_file(p_url text) returns text[]
+language plpgsql immutable set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_found text[] := regexp_match(p_url,
+    '^https?://([^/?#@\\]+)/storage/v1/(?:object/(?:(?:public|sign|authenticated)/)?|render/image/(?:public|sign|authenticated)/)([^/?#]+)/([^?#]+)', 'i');
+begin
+  if v_found is null or regexp_replace(lower(v_found[1]), ':(443|80)$', '') <> all (autotag.storage_hosts()) then
+    return null;
+  end if;
+  return array[autotag.percent_decode(v_found[2]), btrim(regexp_replace(autotag.percent_decode(v_found[3]), '/+', '/', 'g'), '/')];
+exception when character_not_in_repertoire or untranslatable_character then
+  return array['', '']::text[];
+end $$;
+
+-- Replaces %20 and the like in a part of a URL. Raises where the bytes are not UTF-8.
+create or replace function autotag.percent_decode(p_text text) returns text
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$
+  select case when strpos(p_text, '%') = 0 then p_text else (
+    select convert_from(string_agg(
+      case when p.part[1] ~ '^%[0-9A-Fa-f]{2}$' then decode(substr(p.part[1], 2), 'hex') else convert_to(p.part[1], 'UTF8') end,
+      ''::bytea order by p.i), 'UTF8')
+    from regexp_matches(p_text, '%[0-9A-Fa-f]{2}|[^%]+|%', 'g') with ordinality p (part, i)) end
+$$;
+
 -- describe_assets, store_tags and show_stage find images by key. A connection that kept a plan from when the table was small would
 -- read all of it later. So describe_assets, which only reads, keeps a plan that uses the key's index (planning again takes a third
 -- of its call). The others are planned at every call (`force_custom_plan`), and allow every kind of plan (`enable_seqscan`) that
 -- their callers forbid, because your triggers run inside.
 
 -- Workspace and location of images: a Storage bucket and path, or an https URL. Images that do not exist (any more) are missing
--- from the result. A row that is refused has no location. refused: `foreign_file` (it names a file of another workspace, and the
--- worker reads Storage with a key that opens every file) or `location_too_long`. The lengths are checked first: octet_length()
--- reads only the header of a value, however large it is, and members can write large values. mark: of the picture, a hash of its
--- location. stage: what the row shows.
+-- from the result. A row that is refused has no location. refused: `filtered` (the row filter leaves it out), `foreign_file` (it
+-- names a file of another workspace, and the worker reads Storage with a key that opens every file) or `location_too_long`. The
+-- lengths are checked first: octet_length() reads only the header of a value, however large it is, and members can write large
+-- values. mark: of the picture, a hash of its location. stage: what the row shows.
+-- A path is read as supabase-js leaves it: without blanks around it, and each run of slashes counts as one. An empty path or URL is
+-- none. A URL of your own Storage is the file that it names (storage_file). A path that
+-- breaks the file rule and begins with the name of its bucket is read without that name (fullPath).
 create or replace function autotag.describe_assets(p_asset_ids autotag.asset_id[])
 returns table (asset_id autotag.asset_id, workspace_id autotag.workspace_id, bucket text, path text, url text, refused text, mark uuid, stage text)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
+#variable_conflict use_column
 begin
   return query
     select d.id, d.workspace, case when d.refused is null then d.bucket end, case when d.refused is null then d.path end,
            case when d.refused is null then d.url end, d.refused,
-           case when d.refused is null then md5(coalesce(d.bucket || '/' || d.path, d.url, ''))::uuid end, d.stage
+           case when d.refused is null then d.mark end, d.stage
     from (
       select a.id::autotag.asset_id as id, a.workspace_id::autotag.workspace_id as workspace, f.bucket, f.path, f.url, a.tagging_stage as stage,
-             case when octet_length(f.url) > 8192 or octet_length(f.path) > 1024 or octet_length(f.bucket) > 100
-               then 'location_too_long'
+             case when not c.counts then 'filtered'
+             when c.too_long then 'location_too_long'
              when f.path is not null and not coalesce(
                -- a bucket name that Storage allows, and a path that cannot leave the bucket
                f.bucket ~ '^[A-Za-z0-9_!.*''() &$@=;:+,?-]+$' and f.bucket !~ '^[.]{1,2}$'
                and f.path !~ '(^|/)[.]{0,2}(/|$)' and f.path !~ '[\\[:cntrl:]]'
                -- the file rule
                and f.bucket in ('assets') and starts_with(f.path, a.workspace_id::text || '/')
-             , false) then 'foreign_file' end as refused
-      from public.assets a cross join lateral (
-        select case when a.storage_path is not null then coalesce(a.storage_bucket, 'assets') end::text as bucket,
-               a.storage_path::text as path,
-               a.image_url::text as url
-      ) f
+             , false) then 'foreign_file' end as refused,
+             case when c.counts and not c.too_long then md5(coalesce(coalesce(nullif(a.storage_bucket::text, ''), 'assets') || '/' || nullif(btrim(a.storage_path, e' \t\r\n'), ''), split_part(a.image_url, '?token=', 1), ''))::uuid end as mark
+      from public.assets a
+      cross join lateral (
+        select coalesce(true, false) as counts, coalesce(octet_length(a.image_url) > 8192, false) or coalesce(octet_length(a.storage_path) > 1024, false) or coalesce(octet_length(a.storage_bucket) > 100, false) as too_long
+      ) c
+      cross join lateral (select case when not c.too_long then coalesce(nullif(a.storage_bucket::text, ''), 'assets') end as bucket, case when not c.too_long then case when strpos(a.storage_path, '//') = 0 then nullif(btrim(a.storage_path, e' \t\r\n/'), '') when a.storage_path !~* '^\s*https?://' then nullif(btrim(regexp_replace(a.storage_path, '/+', '/', 'g'), e' \t\r\n/'), '') end end as path, case when not c.too_long then coalesce(case when strpos(a.storage_path, '//') > 0 and a.storage_path ~* '^\s*https?://' then btrim(a.storage_path, e' \t\r\n') end, nullif(btrim(a.image_url, e' \t\r\n'), '')) end as url) s
+      cross join lateral (select case when s.path is not null then s.bucket end as bucket, (case when starts_with(s.path, s.bucket || '/') and not coalesce(s.bucket in ('assets') and starts_with(s.path, a.workspace_id::text || '/'), false) then substr(s.path, length(s.bucket) + 2) else s.path end)::text as path, s.url as url offset 0) f
       where a.id = any (p_asset_ids)
       offset 0  -- evaluate `refused` once per row, not once per use
     ) d;
@@ -203,8 +246,9 @@ begin
     order by a.i);
 end $$;
 
--- The next images of a workspace that are not being tagged, by id after p_after. p_untagged: only those without tags. p_older_than: only
--- those that autotag has tagged with an older version of the profile; without one counts as version 0.
+-- The next images of a workspace that are not being tagged and that the row filter does not leave out, by id after p_after.
+-- p_untagged: only those without tags: null and an empty list are none. p_older_than: only those that autotag has tagged with an older
+-- version of the profile; without one counts as version 0.
 create or replace function autotag.list_assets(
   p_workspace_id autotag.workspace_id, p_untagged boolean, p_after autotag.asset_id, p_limit integer, p_older_than integer default null
 )
@@ -216,9 +260,10 @@ as $$
     select a.id from public.assets a
     where a.workspace_id = p_workspace_id and (p_after is null or a.id > p_after)
       and (a.tagging_stage is null or a.tagging_stage in ('completed', 'failed'))
-      and (not p_untagged or a.tags is null)
+      and (not p_untagged or (a.tags is null or cardinality(a.tags) = 0))
       and (p_older_than is null or a.tagging_result is not null and p_older_than > case
         when jsonb_typeof(a.tagging_result -> 'profile') = 'number' then (a.tagging_result -> 'profile')::numeric else 0 end)
+      and true
     order by a.id limit p_limit) x (id)
 $$;
 
@@ -232,7 +277,7 @@ as $$
   with tagged as (
     select a.id as id, row_number() over (order by a.id) as place, count(*) over () as found
     from public.assets a
-    where a.workspace_id = p_workspace_id
+    where a.workspace_id = p_workspace_id and true
       and case when pg_column_size(a.tags) <= 20000 and coalesce(pg_column_size(a.tagging_result), 0) <= 20000
         then jsonb_path_exists(to_jsonb(a.tags), 'strict $[*] ? (@.type() == "string")', '{}', true) end
   )
@@ -252,7 +297,7 @@ as $$
   with page as materialized (
     select a.id as id, case when pg_column_size(a.tags) <= 20000 then to_jsonb(a.tags) end as tags
     from public.assets a
-    where (p_workspace_id is null or a.workspace_id = p_workspace_id) and (p_after is null or a.id > p_after)
+    where (p_workspace_id is null or a.workspace_id = p_workspace_id) and (p_after is null or a.id > p_after) and true
     order by a.id limit p_limit
   ), counted as (
     select t.tag #>> '{}' as tag, count(distinct p.id) as images
@@ -291,7 +336,7 @@ begin
         tagging_stage = 'completed', tagging_progress = 100, tagging_eta = null
     from unnest(p_asset_ids, p_results, p_marks) as r (asset_id, result, mark)
     where a.id = r.asset_id and a.workspace_id = p_workspace_id
-      and (r.mark is null or r.mark = md5(coalesce((case when a.storage_path is not null then coalesce(a.storage_bucket, 'assets') end)::text || '/' || (a.storage_path)::text, (a.image_url)::text, ''))::uuid)
+      and (r.mark is null or r.mark = md5(coalesce(coalesce(nullif(a.storage_bucket::text, ''), 'assets') || '/' || nullif(btrim(a.storage_path, e' \t\r\n'), ''), split_part(a.image_url, '?token=', 1), ''))::uuid)
     returning a.id as id
   )
   select array_agg(w.id) into v_written from written w;

@@ -1137,6 +1137,17 @@ begin
   return session_user <> 'authenticator' and current_setting('role') not in ('anon', 'authenticated');
 end $$;
 
+-- Refuses a token that names no user: its claim is not of the type of the users' ids, as where another service signs people in.
+create or replace function autotag.check_caller() returns void
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not autotag.is_service() and autotag.caller() is null then
+    perform autotag.refuse(403, 'unknown_caller', 'Your token does not say who you are in a way that this project knows.',
+      'Sign in as a user of this project. Where Clerk, Auth0 or another service signs people in: autotag init --caller-claim sub.');
+  end if;
+end $$;
+
 create or replace function autotag.check_member(p_workspace_id autotag.workspace_id) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3120,7 +3131,7 @@ begin
 end $$;
 
 -- enqueue_tagging: makes one upload one job. Idempotent: images that are being tagged already are skipped, and so are those that have
--- just been tagged (find_repeats). It may run in a long transaction of the tenant's, so it locks no row that a worker needs: it takes
+-- just been tagged (find_repeats) and those that the row filter leaves out. It may run in a long transaction of the tenant's, so it locks no row that a worker needs: it takes
 -- advisory locks (lock_quotas) and inserts new rows.
 --
 -- p_visible_marks[i]: the mark of the file of p_asset_ids[i] that the caller may see (`visible_file_marks`), which matches no file if the
@@ -3161,10 +3172,11 @@ begin
     array(select distinct id from unnest(p_asset_ids) id except select f.asset_id from found f order by 1 limit 5),
     array(select f.asset_id from found f where f.refused = 'foreign_file' order by 1 limit 5),
     array(select f.asset_id from found f where f.refused = 'location_too_long' order by 1 limit 5),
-    array(select f.asset_id from found f), array(select f.mark from found f),
-    array(select row(f.asset_id, f.mark)::autotag.picture from found f where f.stage <> 'failed')
+    array(select f.asset_id from found f where f.refused is null), array(select f.mark from found f where f.refused is null),
+    array(select row(f.asset_id, f.mark)::autotag.picture from found f where f.stage <> 'failed' and f.refused is null)
   into v_workspaces, v_found, v_asked, v_missing, v_foreign, v_long, v_images, v_marks, v_suspects;
   if v_found < v_asked then
+    perform autotag.check_caller() where v_workspaces is null;
     perform autotag.refuse(404, 'unknown_asset',
       format('%s of the %s images do not exist.', v_asked - v_found, v_asked),
       'Insert the assets before you enqueue them.', jsonb_build_object('asset_ids', v_missing));
@@ -3379,9 +3391,10 @@ begin
     group by m.asset_id);
 end $$;
 
--- Makes a job of an upload without the repeated images (find_repeats). Returns what start_job() does; the repeated images are skipped,
--- too. If nothing is left, the reply names their job, or null if they belong to several.
--- p_images, p_marks: all images, each once, and the marks of their pictures. p_suspects: those that may have been enqueued before.
+-- Makes a job of an upload without the repeated images (find_repeats) and without those that the row filter leaves out. Returns what
+-- start_job() does; the images left out are skipped, too. If nothing is left, the reply names the job of the repeated images, or null
+-- if they belong to several, or to none.
+-- p_images, p_marks: all images that the filter lets pass, each once, and the marks of their pictures. p_suspects: those that may have been enqueued before.
 -- Locks: as in start_job().
 create or replace function autotag.start_once(
   p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_visible_marks uuid[], p_images autotag.asset_id[], p_marks bigint[], p_suspects autotag.picture[]
@@ -3403,10 +3416,13 @@ begin
   end if;
   v_repeated := autotag.find_repeats(p_workspace_id, p_suspects);
   v_skipped := cardinality(v_repeated);
+  if cardinality(p_images) < cardinality(p_asset_ids) then   -- filtered, or named twice
+    v_skipped := v_skipped + (select count(distinct id)::integer from unnest(p_asset_ids) id) - cardinality(p_images);
+  end if;
   if v_skipped > 0 then
     select array_agg(a.id order by a.i), array_agg(a.visible_mark order by a.i) into p_asset_ids, p_visible_marks
     from unnest(p_asset_ids, p_visible_marks) with ordinality a (id, visible_mark, i)
-    where a.id not in (select r.asset_id from unnest(v_repeated) r);
+    where a.id in (select unnest(p_images)) and a.id not in (select r.asset_id from unnest(v_repeated) r);
   end if;
   if p_asset_ids is null then
     v_jobs := array(select distinct r.job_id from unnest(v_repeated) r where r.job_id is not null);
@@ -3548,8 +3564,8 @@ end $$;
 -- lock), forbid PREPARE TRANSACTION, and fail it while the queue of notifications is full. It is not needed either: an upload is not
 -- sealed before upload_quiet has passed, and a worker that looks that often sees each upload in time (seal_uploads: wait).
 
--- The signed-in user of the host's transaction, or nobody(). Tokens of other identity providers have a `sub` that is no id of a user,
--- and anything can stand in the claims of a direct connection: that is nobody, not an error.
+-- The signed-in user of the host's transaction (caller); nobody(): nobody. Anything can stand in the claims of a direct
+-- connection: that is nobody, not an error.
 create or replace function autotag.find_uploader() returns autotag.user_id
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3818,8 +3834,8 @@ begin
     (select min(q.images_left) from autotag.quotas_left(p_workspace_id, p_user_id) q));
 end $$;
 
--- Makes a job of these images of an upload, and returns how many jobs were made: 0 or 1. Left out are images that are gone, that have no
--- file or URL, that are being tagged (start_job), and that have a result or an error already: then enqueue_tagging was called for
+-- Makes a job of these images of an upload, and returns how many jobs were made: 0 or 1. Left out are images that are gone, that the
+-- row filter leaves out, that have no file or URL, that are being tagged (start_job), and that have a result or an error already: then enqueue_tagging was called for
 -- them too, or the row was copied with its tags. An image that has moved to another workspace arrives there.
 create or replace function autotag.start_upload(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_asset_ids autotag.asset_id[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -3838,7 +3854,7 @@ begin
   join autotag.describe_assets(p_asset_ids) d on d.asset_id = p.id
   -- a row whose location is refused becomes a task, which fails with the reason
   where (d.path is not null or d.url is not null or d.refused is not null)
-    and (d.stage is null or d.stage not in ('completed', 'failed'));
+    and d.refused is distinct from 'filtered' and (d.stage is null or d.stage not in ('completed', 'failed'));
   if v_moved is not null then
     insert into autotag.arrivals (asset_id, workspace_id, uploader, arrived_at)
     select d.asset_id, d.workspace_id, coalesce(p_user_id, autotag.nobody()), autotag.now()
@@ -9736,8 +9752,9 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform from autotag.describe_assets(array[null]::autotag.asset_id[]);
-  perform autotag.is_member('00000000-0000-0000-0000-000000000000');
-  perform from autotag.tagged_assets('00000000-0000-0000-0000-000000000000', 1);
+  perform autotag.caller();
+  perform autotag.is_member(null);
+  perform from autotag.tagged_assets(null, 1);
   sample := autotag.sample_image();
   findings := jsonb_build_array(
     autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.'),

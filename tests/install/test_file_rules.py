@@ -350,7 +350,7 @@ def test_what_rows_and_buckets_are_called_is_no_sql(postgres: LocalPostgres, bar
     "name", ["a'b", "a$b", "a$$b", "$$", "a\\b", "\\044$", "'$'", "$a$", "public.assets", "{{ table }}", "a.id"]
 )
 def test_a_string_stays_the_string_it_was(postgres: LocalPostgres, name: str) -> None:
-    from autotag.install.adapter import literal
+    from autotag.install.quoting import literal
 
     text = f"do $$ begin perform set_config('my.text', {literal(name)}, true); end $$"
     with psycopg.connect(postgres.url()) as connection:

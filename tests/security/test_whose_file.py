@@ -19,15 +19,18 @@ from support import Library, rpc, store_file, until, worker
 #: Files that a row of the workspace {own} must not name; {theirs} is another one.
 FOREIGN = [
     ("assets", "{theirs}/secret.jpg"), ("assets", "{own}/../{theirs}/secret.jpg"), ("assets", "./{theirs}/secret.jpg"),
-    ("assets", "{own}/./secret.jpg"), ("assets", "{own}//secret.jpg"), ("assets", "/{own}/secret.jpg"), ("assets", "{own}"),
-    ("assets", "{own}/"), ("assets", ""), ("assets", "{OWN}/secret.jpg"), ("assets", "{own}\\..\\{theirs}\\secret.jpg"),
+    ("assets", "{own}/./secret.jpg"), ("assets", "{own}//..//{theirs}/secret.jpg"), ("assets", "/{theirs}/secret.jpg"),
+    ("assets", "{own}"), ("assets", "{own}/"), ("assets", "assets/{theirs}/secret.jpg"), ("assets", "assets/assets/{own}/secret.jpg"),
+    ("assets", "{OWN}/secret.jpg"), ("assets", "{own}\\..\\{theirs}\\secret.jpg"),
     ("assets", "x/{own}/secret.jpg"), ("assets", "{own}x/secret.jpg"), ("assets", "%2e%2e/{theirs}/secret.jpg"),
     ("assets", "{own}/a\nb.jpg"), ("assets", "secret.jpg"), ("assets", "{theirs}"), ("assets", "..\\{own}/secret.jpg"),
     ("private", "{own}/secret.jpg"), ("assets/../private", "{own}/secret.jpg"), ("..", "{own}/secret.jpg"), (".", "{own}/a"),
-    ("", "{own}/secret.jpg"), ("assets/{theirs}", "{own}/secret.jpg"), ("Assets", "{own}/secret.jpg"), ("assets ", "{own}/a"),
+    ("", "{theirs}/secret.jpg"), ("assets/{theirs}", "{own}/secret.jpg"), ("Assets", "{own}/secret.jpg"), ("assets ", "{own}/a"),
     ("assets?", "{own}/a.jpg"), ("assets#", "{own}/a.jpg"), ("ａssets", "{own}/a.jpg"),
 ]  # fmt: skip
-OWN = [("assets", "{own}/a.jpg"), (None, "{own}/a.jpg"), (None, "{own}/b c/ä (1).jpg"), (None, "{own}/..a/b..jpg")]
+OWN = [("assets", "{own}/a.jpg"), (None, "{own}/a.jpg"), (None, "{own}/b c/ä (1).jpg"), (None, "{own}/..a/b..jpg"),
+       # as supabase-js leaves them
+       ("assets", "{own}//a.jpg"), ("assets", "/{own}/a.jpg "), ("assets", "assets/{own}/a.jpg"), ("", "{own}/a.jpg"), ("assets", "")]  # fmt: skip
 
 
 def row(library: Library, bucket: str | None, path: str) -> str:

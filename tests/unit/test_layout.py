@@ -15,7 +15,9 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "worker" / "autotag"
 # install/ works before there is any function to call: it looks at the project and applies the migrations.
-ALLOWED = {f"install/{name}.py" for name in ("adapter", "facts", "files", "migrations")}
+ALLOWED = {
+    f"install/{name}.py" for name in ("adapter", "conditions", "details", "facts", "files", "migrations", "preview")
+}
 #: Every module of ours that is no test, by its name.
 MODULES = {
     ".".join(path.relative_to(top).with_suffix("").parts).removesuffix(".__init__"): path

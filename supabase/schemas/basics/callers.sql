@@ -14,6 +14,17 @@ begin
   return session_user <> 'authenticator' and current_setting('role') not in ('anon', 'authenticated');
 end $$;
 
+-- Refuses a token that names no user: its claim is not of the type of the users' ids, as where another service signs people in.
+create or replace function autotag.check_caller() returns void
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not autotag.is_service() and autotag.caller() is null then
+    perform autotag.refuse(403, 'unknown_caller', 'Your token does not say who you are in a way that this project knows.',
+      'Sign in as a user of this project. Where Clerk, Auth0 or another service signs people in: autotag init --caller-claim sub.');
+  end if;
+end $$;
+
 create or replace function autotag.check_member(p_workspace_id autotag.workspace_id) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

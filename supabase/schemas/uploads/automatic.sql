@@ -4,8 +4,8 @@
 -- lock), forbid PREPARE TRANSACTION, and fail it while the queue of notifications is full. It is not needed either: an upload is not
 -- sealed before upload_quiet has passed, and a worker that looks that often sees each upload in time (seal_uploads: wait).
 
--- The signed-in user of the host's transaction, or nobody(). Tokens of other identity providers have a `sub` that is no id of a user,
--- and anything can stand in the claims of a direct connection: that is nobody, not an error.
+-- The signed-in user of the host's transaction (caller); nobody(): nobody. Anything can stand in the claims of a direct
+-- connection: that is nobody, not an error.
 create or replace function autotag.find_uploader() returns autotag.user_id
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -274,8 +274,8 @@ begin
     (select min(q.images_left) from autotag.quotas_left(p_workspace_id, p_user_id) q));
 end $$;
 
--- Makes a job of these images of an upload, and returns how many jobs were made: 0 or 1. Left out are images that are gone, that have no
--- file or URL, that are being tagged (start_job), and that have a result or an error already: then enqueue_tagging was called for
+-- Makes a job of these images of an upload, and returns how many jobs were made: 0 or 1. Left out are images that are gone, that the
+-- row filter leaves out, that have no file or URL, that are being tagged (start_job), and that have a result or an error already: then enqueue_tagging was called for
 -- them too, or the row was copied with its tags. An image that has moved to another workspace arrives there.
 create or replace function autotag.start_upload(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_asset_ids autotag.asset_id[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -294,7 +294,7 @@ begin
   join autotag.describe_assets(p_asset_ids) d on d.asset_id = p.id
   -- a row whose location is refused becomes a task, which fails with the reason
   where (d.path is not null or d.url is not null or d.refused is not null)
-    and (d.stage is null or d.stage not in ('completed', 'failed'));
+    and d.refused is distinct from 'filtered' and (d.stage is null or d.stage not in ('completed', 'failed'));
   if v_moved is not null then
     insert into autotag.arrivals (asset_id, workspace_id, uploader, arrived_at)
     select d.asset_id, d.workspace_id, coalesce(p_user_id, autotag.nobody()), autotag.now()

@@ -35,7 +35,7 @@ begin
 end $$;
 
 -- enqueue_tagging: makes one upload one job. Idempotent: images that are being tagged already are skipped, and so are those that have
--- just been tagged (find_repeats). It may run in a long transaction of the tenant's, so it locks no row that a worker needs: it takes
+-- just been tagged (find_repeats) and those that the row filter leaves out. It may run in a long transaction of the tenant's, so it locks no row that a worker needs: it takes
 -- advisory locks (lock_quotas) and inserts new rows.
 --
 -- p_visible_marks[i]: the mark of the file of p_asset_ids[i] that the caller may see (`visible_file_marks`), which matches no file if the
@@ -76,10 +76,11 @@ begin
     array(select distinct id from unnest(p_asset_ids) id except select f.asset_id from found f order by 1 limit 5),
     array(select f.asset_id from found f where f.refused = 'foreign_file' order by 1 limit 5),
     array(select f.asset_id from found f where f.refused = 'location_too_long' order by 1 limit 5),
-    array(select f.asset_id from found f), array(select f.mark from found f),
-    array(select row(f.asset_id, f.mark)::autotag.picture from found f where f.stage <> 'failed')
+    array(select f.asset_id from found f where f.refused is null), array(select f.mark from found f where f.refused is null),
+    array(select row(f.asset_id, f.mark)::autotag.picture from found f where f.stage <> 'failed' and f.refused is null)
   into v_workspaces, v_found, v_asked, v_missing, v_foreign, v_long, v_images, v_marks, v_suspects;
   if v_found < v_asked then
+    perform autotag.check_caller() where v_workspaces is null;
     perform autotag.refuse(404, 'unknown_asset',
       format('%s of the %s images do not exist.', v_asked - v_found, v_asked),
       'Insert the assets before you enqueue them.', jsonb_build_object('asset_ids', v_missing));

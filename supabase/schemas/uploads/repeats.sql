@@ -45,9 +45,10 @@ begin
     group by m.asset_id);
 end $$;
 
--- Makes a job of an upload without the repeated images (find_repeats). Returns what start_job() does; the repeated images are skipped,
--- too. If nothing is left, the reply names their job, or null if they belong to several.
--- p_images, p_marks: all images, each once, and the marks of their pictures. p_suspects: those that may have been enqueued before.
+-- Makes a job of an upload without the repeated images (find_repeats) and without those that the row filter leaves out. Returns what
+-- start_job() does; the images left out are skipped, too. If nothing is left, the reply names the job of the repeated images, or null
+-- if they belong to several, or to none.
+-- p_images, p_marks: all images that the filter lets pass, each once, and the marks of their pictures. p_suspects: those that may have been enqueued before.
 -- Locks: as in start_job().
 create or replace function autotag.start_once(
   p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_visible_marks uuid[], p_images autotag.asset_id[], p_marks bigint[], p_suspects autotag.picture[]
@@ -69,10 +70,13 @@ begin
   end if;
   v_repeated := autotag.find_repeats(p_workspace_id, p_suspects);
   v_skipped := cardinality(v_repeated);
+  if cardinality(p_images) < cardinality(p_asset_ids) then   -- filtered, or named twice
+    v_skipped := v_skipped + (select count(distinct id)::integer from unnest(p_asset_ids) id) - cardinality(p_images);
+  end if;
   if v_skipped > 0 then
     select array_agg(a.id order by a.i), array_agg(a.visible_mark order by a.i) into p_asset_ids, p_visible_marks
     from unnest(p_asset_ids, p_visible_marks) with ordinality a (id, visible_mark, i)
-    where a.id not in (select r.asset_id from unnest(v_repeated) r);
+    where a.id in (select unnest(p_images)) and a.id not in (select r.asset_id from unnest(v_repeated) r);
   end if;
   if p_asset_ids is null then
     v_jobs := array(select distinct r.job_id from unnest(v_repeated) r where r.job_id is not null);

@@ -68,8 +68,9 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform from autotag.describe_assets(array[null]::autotag.asset_id[]);
-  perform autotag.is_member('00000000-0000-0000-0000-000000000000');
-  perform from autotag.tagged_assets('00000000-0000-0000-0000-000000000000', 1);
+  perform autotag.caller();
+  perform autotag.is_member(null);
+  perform from autotag.tagged_assets(null, 1);
   sample := autotag.sample_image();
   findings := jsonb_build_array(
     autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.'),

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from autotag.cli import options
 from autotag.cli.console import say, say_json
 from autotag.cli.errors import LOCAL_DATABASE, explain_install_errors
-from autotag.cli.questions import answerer, ask_spending_limit, on_terminal, show_host
+from autotag.cli.questions import answerer, ask_spending_limit, on_terminal, say_examples, show_host
 from autotag.install.host import Choices, describe
 from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, project_folder, write_migrations
-from autotag.install.survey import plan_spending_limit, survey
+from autotag.install.preview import show_examples
+from autotag.install.survey import Survey, plan_spending_limit, survey
 
 HELP_END = options.help_end(
     environment=[options.OWNER_URL],
@@ -29,20 +30,11 @@ STATES = {"written": "written", "there": "is there already", "differs": "is ther
 Project = Annotated[Path, typer.Argument(help="The Supabase project's folder.", file_okay=False)]
 
 
+@options.with_choices
 def init(
     project: Project = Path(),
     database_url: options.DatabaseUrl = LOCAL_DATABASE,
-    table: options.Table = None,
-    id_column: options.IdColumn = None,
-    workspace_column: options.WorkspaceColumn = None,
-    path_column: options.PathColumn = None,
-    bucket: options.Bucket = None,
-    url_column: options.UrlColumn = None,
-    tags_column: options.TagsColumn = None,
-    members_table: options.MembersTable = None,
-    members_claim: options.MembersClaim = None,
-    file_rule: options.FileRule = None,
-    editors: options.Editors = None,
+    choices: Choices = Choices(),  # noqa: B008 - the decorator replaces it by options
     spending_limit: options.SpendingLimit = None,
     yes: options.AskNothing = False,
     as_json: options.JsonAskingNothing = False,
@@ -56,29 +48,33 @@ def init(
     Run it again at any time: it never overwrites a file. Afterwards run
     supabase db push, which applies the migrations.
     """
-    choices = Choices(
-        table, id_column, workspace_column, path_column, bucket, url_column, tags_column, members_table, members_claim,
-        file_rule, editors,
-    )  # fmt: skip
     interactive = on_terminal() and not (yes or as_json)
     url = options.read_database_url(database_url)
     with explain_install_errors(url):
         folder = project_folder(project)
-        found = survey(url, choices, answerer(interactive), may_ask=interactive)
+        found = survey(url, choices, answerer(interactive), may_ask=interactive, folder=folder)
+        examples = show_examples(url, found)
+        host = describe(found.host, found.facts)
+        if not as_json:
+            _show_survey(found, host, examples)
         ask_limit = ask_spending_limit if interactive else None
         limit = plan_spending_limit(spending_limit, found.facts, folder, ask_limit)
         files = write_migrations(folder, found.host, found.facts.applied, adapter=found.facts.adapter, extra=limit)
     if found.keeps_adapter:  # it was not rendered from answers, so a difference means nothing
         files = {name: "there" if name.endswith(f"{HOST_ADAPTER}.sql") else state for name, state in files.items()}
-    host = describe(found.host, found.facts)
     if as_json:
-        say_json({"folder": str(folder), "host": host, "files": files})
+        say_json({"folder": str(folder), "host": host, "examples": examples, "notes": found.notes, "files": files})
     else:
-        if found.keeps_adapter:
-            say(f"The database has its host adapter (file rule {found.host.files.name}); it stays as it is.")
-        else:
-            show_host(host)
         _show_files(files, found.facts.applied)
+
+
+def _show_survey(found: Survey, host: Mapping[str, str], examples: Sequence[Mapping[str, Any]] | None) -> None:
+    """Prints what was found, before anything is written."""
+    if found.keeps_adapter:
+        say(f"The database has its host adapter (file rule {found.host.files.name}); it stays as it is.")
+    else:
+        show_host(host)
+        say_examples(examples, found.notes)
 
 
 def _show_files(files: Mapping[str, str], applied: Sequence[str] | Mapping[str, str]) -> None:

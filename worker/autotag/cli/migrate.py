@@ -25,20 +25,11 @@ StandAlone = Annotated[
 ]
 
 
+@options.with_choices
 def migrate(
     database_url: options.DatabaseUrl = LOCAL_DATABASE,
     stand_alone: StandAlone = False,
-    table: options.Table = None,
-    id_column: options.IdColumn = None,
-    workspace_column: options.WorkspaceColumn = None,
-    path_column: options.PathColumn = None,
-    bucket: options.Bucket = None,
-    url_column: options.UrlColumn = None,
-    tags_column: options.TagsColumn = None,
-    members_table: options.MembersTable = None,
-    members_claim: options.MembersClaim = None,
-    file_rule: options.FileRule = None,
-    editors: options.Editors = None,
+    choices: Choices = Choices(),  # noqa: B008 - the decorator replaces it by options
     spending_limit: options.SpendingLimit = None,
     yes: options.AskNothing = False,
     as_json: options.JsonAskingNothing = False,
@@ -49,10 +40,6 @@ def migrate(
     database has already, from this command or from supabase db push, are
     skipped.
     """
-    choices = Choices(
-        table, id_column, workspace_column, path_column, bucket, url_column, tags_column, members_table, members_claim,
-        file_rule, editors,
-    )  # fmt: skip
     url = options.read_database_url(database_url)
     interactive = on_terminal() and not (yes or as_json)
     with explain_install_errors(url):

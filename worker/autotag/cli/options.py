@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 from rich.markup import escape
@@ -11,6 +13,7 @@ from rich.markup import escape
 from autotag.cli.console import fail
 from autotag.cli.errors import WRONG_USAGE
 from autotag.config import Settings, SettingsError, load_settings, read_connection
+from autotag.install.host import Choices
 from autotag.redact import remember_connection
 
 S = TypeVar("S", bound=Settings)
@@ -98,6 +101,89 @@ Editors = Annotated[
         "WHO",
     ),
 ]
+
+
+OwnerColumn = Annotated[
+    str | None,
+    _host_option("--owner-column", "Its column with the user who owns an image, where each user is a workspace."),
+]
+ObjectColumn = Annotated[
+    str | None, _host_option("--object-column", "Its column with the id of an object in Storage, instead of a path.")
+]
+FullPaths = Annotated[
+    bool | None,
+    typer.Option(
+        "--full-paths/--no-full-paths",
+        help="Whether paths begin with the name of their bucket (fullPath in supabase-js).",
+        rich_help_panel=_TABLES, show_default=False,
+    ),
+]  # fmt: skip
+Where = Annotated[
+    str | None,
+    _host_option("--where", "Which rows are to be tagged, for example deleted_at is null.", "CONDITION"),
+]  # fmt: skip
+MembersWorkspaceColumn = Annotated[
+    str | None, _host_option("--members-workspace-column", "Column of the table of members with the workspace.")
+]
+MembersUserColumn = Annotated[
+    str | None, _host_option("--members-user-column", "Column of the table of members with the user.")
+]
+MembersWhere = Annotated[
+    str | None,
+    _host_option(
+        "--members-where", "Which of its rows are members now, for example status = 'active'.", "CONDITION"
+    ),
+]  # fmt: skip
+MembersFunction = Annotated[
+    str | None,
+    _host_option("--members-function", "Or a function of yours: (workspace) returns boolean, about the caller."),
+]
+CallerClaim = Annotated[
+    str | None,
+    _host_option(
+        "--caller-claim",
+        "The claim of the JWT that says who the caller is, where Clerk, Auth0, Firebase or WorkOS sign people in: sub."
+        " Default: auth.uid().",
+        "CLAIM",
+    ),
+]  # fmt: skip
+ProjectUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--project-url", metavar="URL", envvar=["AUTOTAG_SUPABASE_URL", "SUPABASE_URL"], show_envvar=False,
+        help="The project's URL. Image URLs of its Storage are read as files.", rich_help_panel=_TABLES,
+    ),
+]  # fmt: skip
+#: The attributes of `Choices`, each with its option.
+CHOICES = {
+    "table": Table, "id": IdColumn, "workspace": WorkspaceColumn, "owner": OwnerColumn, "path": PathColumn,
+    "bucket": Bucket, "full_paths": FullPaths, "object": ObjectColumn, "url": UrlColumn, "project_url": ProjectUrl,
+    "tags": TagsColumn, "where": Where, "members_table": MembersTable, "members_workspace": MembersWorkspaceColumn,
+    "members_user": MembersUserColumn, "members_where": MembersWhere, "members_claim": MembersClaim,
+    "members_function": MembersFunction, "caller_claim": CallerClaim, "file_rule": FileRule,
+    "editors": Editors,
+}  # fmt: skip
+
+
+def with_choices(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of `CHOICES` in place of its parameter ``choices``."""
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        command(choices=Choices(**{name: values.pop(name) for name in CHOICES}), **values)
+
+    hints = get_type_hints(command, include_extras=True)
+    parameters = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        named = CHOICES if name == "choices" else {name: hints[name]}
+        defaults = None if name == "choices" else parameter.default
+        for option, kind in named.items():
+            parameters.append(
+                inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=defaults, annotation=kind)
+            )
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
 
 
 def read_database_url(value: str) -> str:

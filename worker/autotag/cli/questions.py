@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import typer
 
@@ -11,6 +12,13 @@ from autotag.cli.console import say
 from autotag.cli.options import OFFERED_SPENDING_LIMIT
 from autotag.install.answers import Ask
 from autotag.install.survey import refuse_to_ask
+
+#: Why a row is refused -> what a person is told.
+REFUSED = {
+    "foreign_file": "refused: the file rule does not let it name this file",
+    "location_too_long": "refused: its location is too long",
+    "filtered": "left out by --where",
+}
 
 
 def on_terminal() -> bool:
@@ -38,3 +46,21 @@ def show_host(found: Mapping[str, str]) -> None:
     """Prints what a survey found: a line for each fact."""
     for name, value in found.items():
         say(f"{name + ':':<20} {value}")
+
+
+def say_examples(examples: Sequence[Mapping[str, Any]] | None, notes: Sequence[str]) -> None:
+    """Prints what the adapter answers for a few rows, and what else a person should know."""
+    for note in notes:
+        say(note)
+    if examples is None:
+        say("What the adapter answers for your rows is not shown: it could not be tried now.")
+    elif not examples:
+        say("The table has no rows yet that would be tagged, so there is no example to show.")
+    else:
+        say("Please check what the adapter answers for these rows:")
+    for example in examples or ():
+        where = example["image"] or REFUSED.get(example["refused"], "nowhere: the row names no file or URL")
+        say(f"  image {example['id']}")
+        say(f"    who may tag it:   {example['who']}")
+        say(f"    where it is:      {where}")
+        say(f"    tags:             {example['tags'] or 'none'}")

@@ -106,8 +106,9 @@ class Image:
     """An image to tag, and its location: a Storage bucket and path, or a URL.
 
     It has no location if the asset was deleted, or if its file is ``refused``: ``foreign_file`` (the file belongs to
-    another workspace), ``location_too_long``, ``hidden_file`` (the caller may not see the file), ``unreadable_row``
-    (reading the asset raises) or ``unreadable_now`` (that may pass).
+    another workspace), ``location_too_long``, ``filtered`` (the project's row filter leaves it out), ``hidden_file``
+    (the caller may not see the file), ``unreadable_row`` (reading the asset raises) or ``unreadable_now`` (that may
+    pass).
     """
 
     task: int

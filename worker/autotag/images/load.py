@@ -71,6 +71,10 @@ class Images:
                 raise image_error("foreign_file", "The image's row names a file that does not belong to its workspace.")
             if image.refused == "location_too_long":
                 raise image_error("location_too_long", "The URL, path or bucket name of the image is too long.")
+            if image.refused == "filtered":
+                raise image_error(
+                    "filtered", "The image's row is one that is not to be tagged (the project's row filter)."
+                )
             if image.refused == "unreadable_row":
                 raise image_error("unreadable_row", UNREADABLE)
             if image.refused == "unreadable_now":

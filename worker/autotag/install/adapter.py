@@ -6,10 +6,15 @@ Names and strings of the project are quoted, so none of them becomes SQL.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 from autotag.install.answers import HostError
 from autotag.install.host import FileRule, Host, Members
+from autotag.install.location import location_code, mark_code, too_long_code
+from autotag.install.quoting import literal, quote, table_name
 
+TEMPLATE = Path(__file__).parent / "host_adapter.sql"
 #: Base type of users' ids -> a value that is no user's id.
 NOBODY = {
     "uuid": "00000000-0000-0000-0000-000000000000", "bigint": str(-(2**63)), "integer": str(-(2**31)), "text": "",
@@ -27,11 +32,14 @@ def render(template: str, host: Host) -> str:
         "table": table_name(host.table), "table_literal": literal(table_name(host.table)),
         "id": quote(host.id), "workspace": quote(host.workspace),
         "id_type": host.id_type, "workspace_type": host.workspace_type, "user_type": host.user_type,
-        "caller": "(select auth.uid())", "nobody": literal(NOBODY[host.user_type]),
-        "bucket": _bucket_code(host), "path": _path_code(host), "url": _url_code(host),
-        "tags": quote(host.tags), "tags_type": host.tags_type, **_merge_code(host),
-        "result": quote(host.result), "members": _members_code(host.members),
+        "nobody": literal(NOBODY[host.user_type]),
         "editors": "autotag.is_member(p_workspace_id)" if host.editors == "members" else "false",
+        "caller": _caller_code(host), "caller_text": _caller_text(host), "members": _members_code(host),
+        "location": place_code(host, host.files), "mark": mark_code(host), "too_long": too_long_code(host),
+        "storage_hosts": _list_code(host.storage_hosts), "full_path_text": _full_path_text(host),
+        "counts": f"({host.where})" if host.where else "true",
+        "tags": quote(host.tags), "tags_type": host.tags_type, **_merge_code(host),
+        "untagged": _untagged_code(host), "result": quote(host.result),
         "file_rule": literal(host.files.name), "own_file": file_code(host, host.files),
         "users_see_files": "true" if host.users_see_files else "false", "policy_is_silent": _silent_policy_code(host),
     }  # fmt: skip
@@ -41,44 +49,80 @@ def render(template: str, host: Host) -> str:
     return re.sub(r"\{\{ (\w+) \}\}", lambda match: values[match[1]], template)
 
 
-def _members_code(members: Members) -> str:
-    if members.claim:
-        path = literal("{" + ",".join(members.claim) + "}")
+def _caller_code(host: Host) -> str:
+    if not host.caller:
+        return "(select auth.uid())"
+    return f"nullif((select auth.jwt()) #>> {_claim_path(host.caller)}, '')"
+
+
+def _caller_text(host: Host) -> str:
+    return f"the claim {'.'.join(host.caller)} of their token" if host.caller else "auth.uid(), Supabase's own logins"
+
+
+def _claim_path(claim: Sequence[str]) -> str:
+    """A path of claims as an array of SQL."""
+    if all(re.fullmatch(r"\w+", part) for part in claim):
+        return literal("{" + ",".join(claim) + "}")
+    return f"array[{', '.join(map(literal, claim))}]"
+
+
+def _members_code(host: Host) -> str:
+    members = host.members
+    if members.owner:
+        return f"select coalesce(p_workspace_id = {_caller_as(host, host.workspace_type)}, false)"
+    if members.function:
+        # Such a function mostly reads auth.uid(), which raises where `sub` is no uuid.
         return (
-            f"select coalesce(c.claim ? p_workspace_id::text or c.claim @> to_jsonb(p_workspace_id), false)"
-            f" from (select (select auth.jwt()) #> {path}) c (claim)"
+            "select case when autotag.caller() is null then false else"
+            f" coalesce({table_name(members.function)}(p_workspace_id), false) end"
         )
-    return (
-        f"select exists (select from {table_name(members.table)} m where m.{quote(members.workspace)} ="
-        f" p_workspace_id and m.{quote(members.user)} = (select autotag.caller()))"
-    )
+    if members.claim:
+        claim, workspace = f"((select auth.jwt()) #> {_claim_path(members.claim)})", "p_workspace_id::text"
+        listed = f"exists (select from jsonb_array_elements_text{claim} e (id) where e.id = {workspace})"
+        return (
+            f"select coalesce(case jsonb_typeof{claim} when 'array' then {listed}"
+            f" when 'object' then {claim} ? {workspace} else {claim} #>> '{{}}' = {workspace} end, false)"
+        )
+    condition = f"m.{quote(members.user)} = (select {_caller_as(host, members.user_type)})"
+    return f"select exists (select {of_members(members, 'p_workspace_id')} and {condition})"
 
 
-def file_code(host: Host, rule: FileRule) -> str:
+def _caller_as(host: Host, kind: str) -> str:
+    """The caller, as a value of the type of the column that it is compared with, so that the column's index is used."""
+    return "autotag.caller()" if kind == host.user_type else f"autotag.caller()::{kind}"
+
+
+def place_code(host: Host, rule: FileRule, guard: str = "not c.too_long") -> str:
+    """The joins that give the place ``f`` (bucket, path, url) of the image of the row ``a``."""
+    as_written = file_code(host, rule, "s") if rule.name not in ("any", "none", "workspace-bucket") else None
+    return location_code(host, as_written, guard)
+
+
+def file_code(host: Host, rule: FileRule, f: str = "f") -> str:
     """The condition that the row ``a`` may name the file (``f.bucket``, ``f.path``)."""
     workspace = f"a.{quote(host.workspace)}"
     if "." in rule.name:
-        return f"{table_name(rule.name)}({workspace}, f.bucket, f.path)"
+        return f"{table_name(rule.name)}({workspace}, {f}.bucket, {f}.path)"
     if rule.name in ("any", "none"):
         return "true"
     if rule.name == "workspace-bucket":
-        return f"f.bucket = {workspace}::text"
-    conditions = [f"f.bucket in ({', '.join(map(literal, rule.buckets))})"] if rule.buckets else []
+        return f"{f}.bucket = {workspace}::text"
+    conditions = [f"{f}.bucket in ({', '.join(map(literal, rule.buckets))})"] if rule.buckets else []
     uploader = f"a.{quote(rule.uploader)}" if rule.uploader else ""
     if rule.name == "workspace-folder":
-        conditions.append(_in_folder(rule, f"{workspace}::text", host.workspace_type))
+        conditions.append(_in_folder(rule, f"{workspace}::text", host.workspace_type, f))
     elif uploader:
         conditions.append(
-            _in_folder(rule, f"{uploader}::text", host.user_type)
+            _in_folder(rule, f"{uploader}::text", host.user_type, f)
             if rule.name == "uploader-folder"
-            else _owned(f"= {uploader}::text")
+            else _owned(f"= {uploader}::text", f)
         )
     else:
-        conditions.append(f"starts_with(f.path, {literal(rule.prefix)})" if rule.prefix else "")
+        conditions.append(f"starts_with({f}.path, {literal(rule.prefix)})" if rule.prefix else "")
         is_member = f"in (select m.{quote(host.members.user)}::text {of_members(host.members, workspace)})"
-        folder = f"split_part(f.path, '/', {rule.depth})"
-        conditions.append(f"{folder} {is_member}" if rule.name == "uploader-folder" else _owned(is_member))
-    if rule.name != "workspace-folder" and uploader:
+        folder = f"split_part({f}.path, '/', {rule.depth})"
+        conditions.append(f"{folder} {is_member}" if rule.name == "uploader-folder" else _owned(is_member, f))
+    if rule.name != "workspace-folder" and uploader and host.members.table:
         conditions.append(
             f"exists (select {of_members(host.members, workspace)} and m.{quote(host.members.user)} = {uploader})"
         )
@@ -87,44 +131,33 @@ def file_code(host: Host, rule: FileRule) -> str:
 
 def of_members(members: Members, workspace: str) -> str:
     """The ``from`` clause with the rows ``m`` of a workspace's members."""
-    return f"from {table_name(members.table)} m where m.{quote(members.workspace)} = {workspace}"
+    current = f" and ({members.where})" if members.where else ""
+    return f"from {table_name(members.table)} m where m.{quote(members.workspace)} = {workspace}{current}"
 
 
-def _in_folder(rule: FileRule, folder: str, key_type: str) -> str:
+def _in_folder(rule: FileRule, folder: str, key_type: str, f: str) -> str:
     """The condition that a path is in a folder that is named as a key."""
     if rule.prefix or rule.depth == 1:
         before = f"{literal(rule.prefix)} || " if rule.prefix else ""
         # the folder of the key `a` contains no folder of the key `a/b`
         own = f" and strpos({folder}, '/') = 0" if key_type == "text" else ""
-        return f"starts_with(f.path, {before}{folder} || '/'){own}"
-    return f"split_part(f.path, '/', {rule.depth}) = {folder}"
+        return f"starts_with({f}.path, {before}{folder} || '/'){own}"
+    return f"split_part({f}.path, '/', {rule.depth}) = {folder}"
 
 
-def _owned(condition: str) -> str:
+def _owned(condition: str, f: str) -> str:
     """The condition that an object's owner meets ``condition``. Older releases of Storage only have ``owner``."""
     owner = "coalesce(to_jsonb(o) ->> 'owner_id', to_jsonb(o) ->> 'owner')"
-    this_file = "o.bucket_id = f.bucket and o.name = f.path"
+    this_file = f"o.bucket_id = {f}.bucket and o.name = {f}.path"
     return f"exists (select from storage.objects o where {this_file} and {owner} {condition})"
-
-
-def lateral_code(host: Host) -> str:
-    """The bucket and path of the image of the row ``a``, as columns."""
-    return f"{_bucket_code(host)}::text as bucket, {_path_code(host)}::text as path"
-
-
-def _path_code(host: Host) -> str:
-    return f"a.{quote(host.path)}" if host.path else "null"
-
-
-def _url_code(host: Host) -> str:
-    return f"a.{quote(host.url)}" if host.url else "null"
 
 
 def _silent_policy_code(host: Host) -> str:
     """The condition that a policy leaves the file of a row open, or the uploader where the rule needs one."""
-    if not host.path:
+    if host.files.name == "none":
         return "false"
-    missing = [_not_in_policy(name) for name in (host.path, host.files.uploader) if name]
+    places = (host.path, host.object, host.url if host.storage_hosts else None)
+    missing = [_not_in_policy(name) for name in (*places, host.files.uploader) if name]
     return missing[0] if len(missing) == 1 else f"({' or '.join(missing)})"
 
 
@@ -135,13 +168,23 @@ def _not_in_policy(column: str) -> str:
     return f"strpos({expression}, {literal(column)}) = 0"
 
 
-def _bucket_code(host: Host) -> str:
-    if not host.path:
-        return "null"
-    default = literal(host.bucket) if host.bucket else ""
-    column = f"a.{quote(host.bucket_column)}" if host.bucket_column else ""
-    value = f"coalesce({column}, {default})" if column and default else column or default
-    return f"case when a.{quote(host.path)} is not null then {value} end"
+def _list_code(values: Sequence[str]) -> str:
+    return f"array[{', '.join(map(literal, values))}]" if values else "'{}'"
+
+
+def _full_path_text(host: Host) -> str:
+    if host.full_paths:
+        return "Paths begin with the name of their bucket (fullPath)."
+    text = "A path that\n-- breaks the file rule and begins with the name of its bucket is read without that name"
+    return f"{text} (fullPath)."
+
+
+def _untagged_code(host: Host) -> str:
+    """The condition that the row ``a`` has no tags: null, or an empty list of whatever type."""
+    tags = f"a.{quote(host.tags)}"
+    as_json = f"autotag.read_json({tags})" if host.tags_type == "json" else tags
+    empty = f"cardinality({tags}) = 0" if host.tags_type.endswith("[]") else f"{as_json} in ('[]', '{{}}', 'null')"
+    return f"({tags} is null or {empty})"
 
 
 def _merge_code(host: Host) -> dict[str, str]:
@@ -166,20 +209,3 @@ def _merge_code(host: Host) -> dict[str, str]:
         "new_tags": f"({new})::{host.tags_type}",
         "merged_tags": f"case when m.tags is null then {column} else m.tags::{host.tags_type} end",
     }
-
-
-def table_name(name: str) -> str:
-    """A qualified name as SQL writes it."""
-    return ".".join(quote(part) for part in name.split(".", 1))
-
-
-def quote(name: str) -> str:
-    """An identifier as SQL writes it."""
-    return name if re.fullmatch(r"[a-z_][a-z0-9_]*", name) else '"' + name.replace('"', '""') + '"'
-
-
-def literal(text: str) -> str:
-    """A string as SQL writes it. It contains no ``$``, so it can be in the ``$$`` body of a function."""
-    if "$" not in text:
-        return "'" + text.replace("'", "''") + "'"
-    return "E'" + text.replace("\\", "\\\\").replace("'", "''").replace("$", "\\044") + "'"

@@ -1,8 +1,9 @@
-"""How a survey asks, and how it says that it cannot go on."""
+"""What a survey is told and what it asks, and how it says that it cannot go on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 #: Gets the option, the question and the possible answers (empty: any), and returns the answer. Raises HostError when no
 #: person can be asked.
@@ -11,3 +12,30 @@ Ask = Callable[[str, str, Sequence[str]], str]
 
 class HostError(Exception):
     """The project's tables cannot be used, or an option is missing or wrong. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the caller decides; None: `propose` and `files.find_rule` decide."""
+
+    table: str | None = None
+    id: str | None = None
+    workspace: str | None = None
+    path: str | None = None
+    bucket: str | None = None
+    url: str | None = None
+    tags: str | None = None
+    members_table: str | None = None
+    members_claim: str | None = None
+    file_rule: str | None = None
+    editors: str | None = None
+    owner: str | None = None
+    members_workspace: str | None = None
+    members_user: str | None = None
+    members_where: str | None = None
+    members_function: str | None = None
+    caller_claim: str | None = None
+    where: str | None = None
+    object: str | None = None
+    full_paths: bool | None = None
+    project_url: str | None = None

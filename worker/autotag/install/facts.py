@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import psycopg
 from psycopg import Connection
 
-from autotag.install.shape import read_shapes
+from autotag.install.details import read_details, read_member_functions
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,15 @@ class Table:
         primary_key: its columns.
         policies: the expressions of its permissive policies.
         rules: that change its updates.
-        kind: ``r`` (a table), ``p`` (partitioned), ``v``, ``m`` (views) or ``f`` (foreign), as in pg_class.
-        base_types: column -> its type, of a domain the type below.
+        kind: what it is: ``r`` (a table), ``p`` (partitioned), ``v``, ``m`` (views) or ``f`` (foreign), as in pg_class.
         required: its columns that are not null.
-        keys: the columns of each unique index without a condition whose columns are all required.
+        keys: its columns that are unique together: of the primary key and of unique indexes on plain columns that are
+            not null, without a condition.
+        references: column -> the table and column of its foreign key.
+        base_types: column -> its type, of a domain the type below.
+        labels: column -> the labels of its enum.
+        checks: the conditions of its constraints.
+        defaults: column -> its default.
         generated: its columns that nobody can write.
         loose: its columns with a collation in which different texts are equal.
         partition_of: the table that it is a partition of.
@@ -36,9 +41,13 @@ class Table:
     policies: list[str] = field(default_factory=list)
     rules: list[str] = field(default_factory=list)
     kind: str = "r"
-    base_types: dict[str, str] = field(default_factory=dict)
     required: frozenset[str] = frozenset()
     keys: list[frozenset[str]] = field(default_factory=list)
+    references: dict[str, tuple[str, str]] = field(default_factory=dict)
+    base_types: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, list[str]] = field(default_factory=dict)
+    checks: list[str] = field(default_factory=list)
+    defaults: dict[str, str] = field(default_factory=dict)
     generated: frozenset[str] = frozenset()
     loose: frozenset[str] = frozenset()
     partition_of: str | None = None
@@ -85,6 +94,9 @@ class Facts:
         file_rule: the file rule of the installed adapter; None: there is none.
         adapter: the version of the installed adapter; None: there is none.
         views: the project's views and foreign tables by qualified name.
+        member_functions: the project's functions that take one argument and return a boolean: name -> the argument's
+            types.
+        all_policies: the expressions of all permissive policies of the project's tables.
     """
 
     tables: dict[str, Table]
@@ -96,6 +108,8 @@ class Facts:
     file_rule: str | None = None
     adapter: int | None = None
     views: dict[str, Table] = field(default_factory=dict)
+    member_functions: dict[str, list[str]] = field(default_factory=dict)
+    all_policies: list[str] = field(default_factory=list)
 
 
 def read_facts(url: str) -> Facts:
@@ -128,9 +142,9 @@ def read_facts(url: str) -> Facts:
                   and n.nspname not like 'pg\\_%'""")
             if columns
         }
-        shapes = read_shapes(connection)
-        tables = {name: replace(table, **shapes[name]) for name, table in tables.items()}
-        views = {name: Table(name, **shape) for name, shape in shapes.items() if shape["kind"] in "vmf"}
+        details = read_details(connection)
+        tables = {name: replace(table, **details.get(name, {})) for name, table in tables.items()}
+        views = {name: Table(name, **found) for name, found in details.items() if found["kind"] in "vmf"}
         buckets = _column(connection, "storage.buckets", "select id from storage.buckets order by id")
         policies = [
             StoragePolicy(text, reads)
@@ -144,17 +158,22 @@ def read_facts(url: str) -> Facts:
             "select 1 from pg_roles where rolname = 'authenticated' and has_schema_privilege(oid, 'storage', 'usage')"
             " and has_table_privilege(oid, 'storage.objects', 'select')",
         )  # fmt: skip
-        functions = connection.execute("""
-            select pronamespace::regnamespace::text || '.' || proname, format_type(proargtypes[0], null) from pg_proc
-            where pronargs = 3 and proargtypes[1] = 'text'::regtype and proargtypes[2] = 'text'::regtype
-              and prorettype = 'boolean'::regtype and prokind = 'f'""")
         rule = connection.execute("select to_regprocedure('autotag.file_rule()') is not null").fetchone()
         installed = rule and rule[0] and connection.execute("select autotag.file_rule()").fetchone()
         return Facts(
             tables, buckets, applied_migrations(connection), policies, bool(readable),
-            [(str(name), str(kind)) for name, kind in functions], installed[0] if installed else None,
-            adapter_version(connection), views,
+            _file_functions(connection), installed[0] if installed else None, adapter_version(connection),
+            views, read_member_functions(connection), [p for table in tables.values() for p in table.policies],
         )  # fmt: skip
+
+
+def _file_functions(connection: Connection[tuple[str, ...]]) -> list[tuple[str, str]]:
+    """The project's functions (key, text, text) -> boolean, each with the type of its key."""
+    rows = connection.execute("""
+        select pronamespace::regnamespace::text || '.' || proname, format_type(proargtypes[0], null) from pg_proc
+        where pronargs = 3 and proargtypes[1] = 'text'::regtype and proargtypes[2] = 'text'::regtype
+          and prorettype = 'boolean'::regtype and prokind = 'f'""")
+    return [(str(name), str(kind)) for name, kind in rows]
 
 
 def _column(connection: Connection[tuple[str, ...]], table: str, statement: str) -> list[str]:

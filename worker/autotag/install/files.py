@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psycopg
 
-from autotag.install.adapter import file_code, lateral_code, of_members, quote, table_name
+from autotag.install.adapter import TEMPLATE, file_code, of_members, place_code, render
 from autotag.install.answers import Ask, HostError
 from autotag.install.facts import Facts, StoragePolicy
 from autotag.install.host import FileRule, Host, Members
+from autotag.install.keys import KEY_TYPES
+from autotag.install.location import too_long_code
+from autotag.install.quoting import quote, table_name
 
 MAX_ROWS = 100_000  # rows that are read; in a larger table the first ones
 MAX_DEPTH = 4  # segments of a path in which the folder is looked for
@@ -80,7 +83,7 @@ def find_rule(url: str, facts: Facts, host: Host, wanted: str | None, ask: Ask, 
         HostError: there is no such rule, or none fits.
         psycopg.OperationalError: the database cannot be reached.
     """
-    if host.path is None:
+    if not host.names_files:
         return FileRule("none")
     return _require_buckets(_find(_read_rows(url, facts, host), facts, host, wanted, ask, may_ask=may_ask))
 
@@ -175,17 +178,58 @@ def _applies_to(policy: str, buckets: Sequence[str]) -> bool:
     return not named or not buckets or any(bucket.replace("'", "''") in named for bucket in buckets)
 
 
+def find_full_paths(url: str, host: Host) -> bool:
+    """Whether paths begin with the name of their bucket, as ``fullPath`` in the reply to an upload does.
+
+    A folder may have the name of its bucket, so the objects in Storage decide. Where Storage has neither, all rows must
+    begin so.
+    """
+    if not host.path or not (host.bucket or host.bucket_column):
+        return False
+    with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
+        stands, without = (
+            f"exists (select from storage.objects o where o.bucket_id = f.bucket and o.name = {path})"
+            for path in ("f.path", "substr(f.path, length(f.bucket) + 2)")
+        )
+        [(rows, begin, as_written, shorter)] = _runner(connection)(f"""
+            select count(*), count(*) filter (where b), count(*) filter (where b and {stands}),
+              count(*) filter (where b and {without})
+            from {_source(replace(host, storage_hosts=()), 1000)}
+            cross join lateral (select starts_with(f.path, f.bucket || '/') as b) x where f.path is not null""")
+    return bool(shorter > as_written or (begin and begin == rows and as_written == shorter == 0))
+
+
+def _source(host: Host, rows: int = MAX_ROWS) -> str:
+    """The rows ``a`` that count, each with its place ``f``."""
+    counted = f" where ({host.where})" if host.where else ""
+    place = place_code(host, FileRule("none"), f"not ({too_long_code(host)})")
+    return f"(select a.* from {table_name(host.table)} a{counted} limit {rows}) a {place}".replace(
+        "autotag.", "pg_temp."
+    )
+
+
+def _read_urls(connection: psycopg.Connection[Any], host: Host) -> None:
+    """Makes the adapter's functions that read URLs of Storage, for this connection."""
+    begin = r"create or replace function autotag\.(?:storage_hosts|percent_decode|storage_file)\("
+    found = re.findall(rf"{begin}.*?\n(?:end )?\$\$;", TEMPLATE.read_text(), re.DOTALL)
+    for text in found:
+        connection.execute(render(text, host).replace("autotag.", "pg_temp.").encode())
+
+
 def _read_rows(url: str, facts: Facts, host: Host) -> Rows:
     table = facts.tables[host.table]
-    people = [name for name in UPLOADERS if table.base_type(name) == host.user_type and name != host.workspace]
-    uploader = people[0] if people else None
+    kinds = {name: KEY_TYPES.get(table.base_type(name) or "") for name in UPLOADERS}
+    uploader = next((name for name, kind in kinds.items() if kind == host.user_type and name != host.workspace), None)
+    if host.members.owner:
+        uploader = host.workspace
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
-        source = f"""(select a.* from {table_name(host.table)} a limit {MAX_ROWS}) a
-            cross join lateral (select {lateral_code(host)}) f
-            where octet_length(f.path) <= 1024"""
+        if host.storage_hosts:
+            _read_urls(connection, host)
+        source = _source(host)
         run = _runner(connection)
         [(count, buckets)] = run(f"""select count(*),
-            (array_agg(distinct f.bucket) filter (where f.bucket is not null))[1:{MAX_BUCKETS + 1}] from {source}""")
+            (array_agg(distinct f.bucket) filter (where f.bucket is not null))[1:{MAX_BUCKETS + 1}] from {source}
+            where f.path is not null""")
         rows = Rows(count, sorted(buckets or []))
         listed = _listed(rows.buckets, facts, host)
         workspace, person = f"a.{quote(host.workspace)}::text", _person(host.members, uploader, host)
@@ -200,7 +244,7 @@ def _read_rows(url: str, facts: Facts, host: Host) -> Rows:
             ]
         for rule in rules:
             code = file_code(host, rule)
-            [(fits,)] = run(f"select count(*) filter (where {code}) from {source}")
+            [(fits,)] = run(f"select count(*) filter (where {code}) from {source} where f.path is not null")
             rows.fits.append(Fit(rule, fits))
     return rows
 
@@ -219,7 +263,9 @@ def _listed(named: Sequence[str], facts: Facts, host: Host) -> tuple[str, ...]:
 
 def _person(members: Members, uploader: str | None, host: Host) -> str:
     """The condition that a folder ({}) belongs to the uploader or to a member; empty: there is no table of members."""
-    if members.claim:  # a token names the workspaces of its own user, not those of the user in a row
+    if (
+        not members.table and not members.owner
+    ):  # a token or a function names the workspaces of its own user, not those of the user in a row
         return ""
     if uploader:
         return f"{{}} = a.{quote(uploader)}::text"
@@ -236,7 +282,7 @@ def _folder(
     found = run(f"""
         select d, count(*), min(before), max(before) from (
           select d, array_to_string((string_to_array(f.path, '/'))[1:d - 1], '/') as before
-          from {source.replace(" where ", f" cross join generate_series(1, {MAX_DEPTH}) d where ")} and {segment}) x
+          from {source} cross join generate_series(1, {MAX_DEPTH}) d where f.path is not null and {segment}) x
         group by d order by count(*) desc, d limit 1""")
     if not found:
         return FileRule(name, buckets, uploader=uploader)

@@ -6,12 +6,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from autotag.install.answers import Ask, HostError
+from autotag.install.answers import Ask as Ask
+from autotag.install.answers import Choices as Choices
+from autotag.install.answers import HostError as HostError
+from autotag.install.conditions import check_form
 from autotag.install.facts import Facts, Table
 from autotag.install.keys import KEY_TYPES, check_table, check_written, find_id, key_columns, key_type
+from autotag.install.members import Members as Members
+from autotag.install.members import find_members, read_claim, snake
 from autotag.texts import name_some
 
 #: Names that projects use for their tables and columns, the most likely first.
@@ -24,31 +29,13 @@ URLS = ("image_url", "public_url", "file_url", "photo_url", "source_url", "url",
 TAGS = ("tags", "ai_tags", "labels", "keywords")
 #: By this name only: what an app keeps in a column of another name is not for autotag to replace.
 RESULT = "tagging_result"
-USERS = ("user_id", "member_id", "profile_id", "auth_user_id")
+#: Columns that may hold the id of an object in Storage, where no foreign key says so.
+OBJECTS = ("object_id", "storage_object_id", "file_id", "storage_id")
+OWNERS = ("user_id", "owner_id", "profile_id", "created_by", "uploaded_by", "author_id", "owner")
 TEXT = ("text", "character varying")
 #: Types of a column for tags, as Postgres prints them; also citext[] of any schema.
 TAG_TYPES = ("text[]", "character varying[]", "citext[]", "jsonb", "json")
 BUCKET = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9_!.*'() &$@=;:+,?-]{1,100}")  # what Storage takes (its isValidBucketName)
-#: `auth.jwt() -> 'app_metadata' ->> 'org_id'` as Postgres prints it in a policy.
-CLAIM = re.compile(r"jwt\(\)(?: AS jwt\))?\s*((?:\)*\s*->>?\s*'[^']+'(?:::text)?\s*)+)")
-
-#: Columns which suggest that not every row of a table of members is a current member.
-NOT_EVERY_ROW = re.compile(
-    r"status|state|deleted|removed|revoked|left_at|accepted|approved|active|pending|invit|expire"
-)
-
-
-@dataclass(frozen=True)
-class Members:
-    """Who belongs to a workspace: the rows of a table, or a claim of the JWT (a string or an array of strings)."""
-
-    table: str = ""
-    workspace: str = ""
-    user: str = ""
-    claim: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"claim {'.'.join(self.claim)}" if self.claim else f"{self.table} ({self.workspace}, {self.user})"
 
 
 @dataclass(frozen=True)
@@ -84,6 +71,11 @@ class Host:
         result: the jsonb column for the whole answer, and for whose each tag is.
         members: who belongs to a workspace.
         files: which files a row may name.
+        caller: the path of the claim that says who the caller is; empty: ``auth.uid()``.
+        where: a condition on the rows ``a`` of the table; autotag leaves out the others. None: every row counts.
+        object: its column with the id of an object in Storage, instead of ``path``.
+        full_paths: paths begin with the name of their bucket.
+        storage_hosts: where the project serves its Storage; URLs of these hosts are files.
         users_see_files: ask row level security whether the caller may see a file.
         editors: which users may change a workspace's vocabulary and profiles: ``members`` or ``none``.
     """
@@ -104,24 +96,17 @@ class Host:
     members: Members = field(default_factory=lambda: Members("public.workspace_members", "workspace_id", "user_id"))
     files: FileRule = field(default_factory=FileRule)
     users_see_files: bool = True
+    caller: tuple[str, ...] = ()
+    where: str | None = None
+    object: str | None = None
+    full_paths: bool = False
+    storage_hosts: tuple[str, ...] = ()
     editors: str = "none"
 
-
-@dataclass(frozen=True)
-class Choices:
-    """What the caller decides; None: `propose` and `files.find_rule` decide."""
-
-    table: str | None = None
-    id: str | None = None
-    workspace: str | None = None
-    path: str | None = None
-    bucket: str | None = None
-    url: str | None = None
-    tags: str | None = None
-    members_table: str | None = None
-    members_claim: str | None = None
-    file_rule: str | None = None
-    editors: str | None = None
+    @property
+    def names_files(self) -> bool:
+        """Whether rows may name files in Storage."""
+        return bool(self.path or self.object or self.storage_hosts)
 
 
 def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
@@ -138,27 +123,26 @@ def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
     table = _table(facts, choices.table, ask)
     check_table(table)
     id_column = find_id(table, choices.id, ask)
-    id_type = _key(table, id_column, "--id-column")
-    workspace = choices.workspace or next((n for n in WORKSPACES if n in table.columns), None)
-    if workspace is None:
-        question = f"Which column of {table.name} is the workspace column?"
-        workspace = ask("--workspace-column", question, key_columns(table))
-    workspace_type = _key(table, workspace, "--workspace-column")
-    path = _optional(table, "--path-column", choices.path, PATHS)
-    url = _optional(table, "--url-column", choices.url, URLS)
-    if not path and not url:
-        answer = ask("--path-column", f"Which column of {table.name} holds the path in Storage?", table.texts())
-        path = _existing(table, "--path-column", answer, TEXT)
+    caller = read_claim(choices.caller_claim, "--caller-claim") if choices.caller_claim else ()
+    workspace, owned = _workspace(table, choices, ask)
+    path, url, object_column = _places(table, choices, ask)
     bucket_column = _optional(table, "", None, BUCKETS) if path else None
-    bucket = _bucket(facts, choices.bucket, bucket_column, ask) if path else None
+    bucket = _bucket(facts, choices, bucket_column, ask) if path else None
     tags = choices.tags or next((n for n in TAGS if _holds_tags(table.columns.get(n, ""))), "tags")
     tags_type = _tags_type(table, tags)
     check_written(table, tags, RESULT)
-    members = _members(facts, table, workspace, choices, ask)
+    workspace_type = _key(table, workspace, "--owner-column" if owned else "--workspace-column")
+    members = (
+        Members(owner=True, user_type=workspace_type) if owned else find_members(facts, table, workspace, choices, ask)
+    )
+    # The ids of Supabase's own users are uuids. Those of another login are of the type that the project stores them in.
+    user_type = ("text" if members.claim or members.function else members.user_type) if caller else "uuid"
     return Host(
-        table.name, id_column, workspace, id_type, workspace_type, path=path, bucket_column=bucket_column,
-        bucket=bucket, url=url, tags=tags, tags_type=tags_type, result=RESULT, members=members,
-        editors=_editors(choices.editors),
+        table.name, id_column, workspace, _key(table, id_column, "--id-column"), workspace_type,
+        KEY_TYPES.get(user_type, user_type), path=path, bucket_column=bucket_column, bucket=bucket, url=url, tags=tags,
+        tags_type=tags_type, result=RESULT, members=members, caller=caller,
+        where=check_form(choices.where, "--where") if choices.where else None, object=object_column,
+        full_paths=bool(choices.full_paths), editors=_editors(choices.editors),
     )  # fmt: skip
 
 
@@ -185,18 +169,64 @@ def _editors(wanted: str | None) -> str:
     return wanted or "none"
 
 
+def _workspace(table: Table, choices: Choices, ask: Ask) -> tuple[str, bool]:
+    """The column with the workspace, and whether each user is a workspace of their own."""
+    if choices.owner:
+        if choices.workspace:
+            raise HostError("--owner-column and --workspace-column exclude each other: the owner is the workspace.")
+        return _key_column(table, "--owner-column", choices.owner), True
+    if not choices.workspace and not any(_likely(table.columns, WORKSPACES)):
+        owners = [name for name in _likely(table.columns, OWNERS) if name in key_columns(table)]
+        if owners:
+            question = (
+                f"{table.name} has no column with a workspace. If each user has images of their own and no others see"
+                " them, name the column with the user; otherwise set --workspace-column."
+            )
+            answer = ask("--owner-column", question, owners)
+            return _key_column(table, "--owner-column", answer), answer in owners
+    name = choices.workspace or next(iter(_likely(table.columns, WORKSPACES)), None)
+    if name is None:
+        question = f"Which column of {table.name} is the workspace column?"
+        name = ask("--workspace-column", question, key_columns(table))
+    return _key_column(table, "--workspace-column", name), False
+
+
+def _places(table: Table, choices: Choices, ask: Ask) -> tuple[str | None, str | None, str | None]:
+    """The columns that say where an image is: path, URL, object of Storage."""
+    path = _optional(table, "--path-column", choices.path, PATHS)
+    url = _optional(table, "--url-column", choices.url, URLS)
+    referring = [name for name, target in table.references.items() if target == ("storage.objects", "id")]
+    if choices.object:
+        if choices.path:
+            raise HostError("--object-column and --path-column exclude each other: each says which file a row names.")
+        return None, url, _existing(table, "--object-column", choices.object, ("uuid",))
+    if not path and len(referring) == 1:
+        return None, url, referring[0]
+    if not path and not url:
+        objects = [name for name in _likely(table.columns, OBJECTS) if table.columns[name] == "uuid"]
+        if objects:
+            question = f"Which column of {table.name} has the id of an object in Storage (or set --path-column)?"
+            answer = ask("--object-column", question, objects)
+            return None, None, _existing(table, "--object-column", answer, ("uuid",))
+        answer = ask("--path-column", f"Which column of {table.name} holds the path in Storage?", table.texts())
+        path = _existing(table, "--path-column", answer, TEXT)
+    return path, url, None
+
+
 def _table(facts: Facts, wanted: str | None, ask: Ask) -> Table:
     if not facts.tables:
         raise HostError(
             "The database has no table of images yet; create it first, or let autotag migrate --stand-alone create one."
         )
     if wanted is None:
-        found = [f"public.{name}" for name in TABLES if f"public.{name}" in facts.tables]
+        public = {name.removeprefix("public."): name for name in facts.tables if name.startswith("public.")}
+        found = [public[name] for name in _likely(public, (*TABLES, *(name.removesuffix("s") for name in TABLES)))]
         # `assets` is the usual name. A table of another name is taken only if it is the only candidate.
-        if found and (found[0] == "public.assets" or len(found) == 1):
+        if found and (found[0] in ("public.assets", "public.Asset") or len(found) == 1):
             wanted = found[0]
         else:
             wanted = ask("--table", "Which table holds the images?", found or sorted(facts.tables))
+    wanted = wanted.replace('"', "")
     name = wanted if "." in wanted else f"public.{wanted}"
     if name in facts.views:
         check_table(facts.views[name])
@@ -221,88 +251,52 @@ def _key(table: Table, name: str, option: str) -> str:
     return key_type(table, name, option)
 
 
+def _key_column(table: Table, option: str, name: str) -> str:
+    """A column that must exist and hold ids."""
+    _key(table, name, option)
+    return name
+
+
 def _optional(table: Table, option: str, wanted: str | None, likely: Sequence[str]) -> str | None:
     """A column that may be missing."""
     if wanted:
         return _existing(table, option, wanted, TEXT)
-    return next((name for name in likely if table.columns.get(name) in TEXT), None)
+    return next((name for name in _likely(table.columns, likely) if table.columns[name] in TEXT), None)
 
 
-def _bucket(facts: Facts, wanted: str | None, column: str | None, ask: Ask) -> str | None:
+def _likely(columns: Iterable[str], likely: Sequence[str]) -> list[str]:
+    """The columns with a likely name, the most likely first; ``workspaceId`` is ``workspace_id``."""
+    names: dict[str, str] = {}
+    for name in columns:
+        names.setdefault(snake(name), name)
+    exact = set(columns)
+    found = (name if name in exact else names.get(snake(name)) for name in likely)
+    return [name for name in found if name is not None]
+
+
+def _bucket(facts: Facts, choices: Choices, column: str | None, ask: Ask) -> str | None:
+    wanted = choices.bucket
     if wanted and not BUCKET.fullmatch(wanted):
         raise HostError(f"{wanted!r} is not a valid name of a bucket (--bucket).")
     if wanted or (column and not facts.buckets):
         return wanted
     if len(facts.buckets) == 1:
         return facts.buckets[0]
-    if column:
+    if column or choices.full_paths:
         return None  # every row names its bucket
     return ask("--bucket", "Which Storage bucket holds the images?", facts.buckets)
-
-
-def _members(facts: Facts, table: Table, workspace: str, choices: Choices, ask: Ask) -> Members:
-    if choices.members_claim:
-        return Members(claim=tuple(choices.members_claim.split(".")))
-    found: dict[str, Members] = {}
-    doubts: dict[str, str] = {}
-    for other in facts.tables.values():
-        user = next((n for n in USERS if other.columns.get(n) == "uuid"), None)
-        same = KEY_TYPES.get(other.base_type(workspace) or "") == KEY_TYPES[table.base_type(workspace) or ""]
-        if user and other.name != table.name and same:
-            found[other.name] = Members(other.name, workspace, user)
-            doubts[other.name] = _doubts(other, workspace, user)
-    if choices.members_table:
-        return _chosen_members(choices.members_table, found, workspace)
-    likely = [name for name in found if "member" in name] or list(found)
-    if len(likely) == 1 and not doubts[likely[0]]:
-        return found[likely[0]]
-    if not likely:
-        claim = _claim_in(table.policies)
-        if claim:
-            return Members(claim=claim)
-        answer = ask(
-            "--members-claim",
-            "Which claim of the JWT names the workspaces of a user (for example app_metadata.org_ids)?", (),
-        )  # fmt: skip
-        return Members(claim=tuple(answer.split(".")))
-    reasons = "; ".join(f"{name} {doubts[name]}" for name in sorted(likely) if doubts[name])
-    question = "Which table lists the members of a workspace? Every user with a row in it may act for that workspace"
-    answer = ask("--members-table", f"{question}{f' ({reasons})' if reasons else ''}.", sorted(likely))
-    return _chosen_members(answer, found, workspace)
-
-
-def _chosen_members(chosen: str, found: Mapping[str, Members], workspace: str) -> Members:
-    name = chosen if "." in chosen else f"public.{chosen}"
-    if name not in found:
-        raise HostError(
-            f"{name} needs a column {workspace} like that of the images, and one of the uuid columns {', '.join(USERS)}"
-            " (--members-table)."
-        )
-    return found[name]
-
-
-def _doubts(table: Table, workspace: str, user: str) -> str:
-    """Why a row of a table may not be a membership; empty: every row is one."""
-    if set(table.primary_key) != {workspace, user}:
-        return f"has a key other than {workspace} and {user}"
-    telling = [name for name in table.columns if NOT_EVERY_ROW.search(name)]
-    return f"has the column {telling[0]}, so not every row may be a member" if telling else ""
-
-
-def _claim_in(policies: Sequence[str]) -> tuple[str, ...]:
-    """The claim that the table's policies compare with a column; empty: there is none."""
-    for policy in policies:
-        match = CLAIM.search(policy)
-        if match and "user_metadata" not in match[1]:  # users write it themselves
-            return tuple(re.findall(r"'([^']+)'", match[1]))
-    return ()
 
 
 def describe(host: Host, facts: Facts) -> dict[str, str]:
     """The host as text for people: the name of a fact -> the fact."""
     columns = facts.tables[host.table].columns if host.table in facts.tables else {}
-    places = [f"bucket {host.bucket_column or host.bucket}, path {host.path}"] if host.path else []
+    bucket = host.bucket_column or host.bucket or "in the path"
+    places = [f"bucket {bucket}, path {host.path}"] if host.path else []
+    if host.path and host.full_paths and bucket != "in the path":
+        places[0] += ", which begins with the bucket"
+    places += [f"object of Storage {host.object}"] if host.object else []
     places += [f"url {host.url}"] if host.url else []
+    places += [f"URLs of {', '.join(host.storage_hosts)} are files"] if host.storage_hosts else []
     added = [name for name in (host.tags, host.result) if name not in columns]
     return {
         "images": f"{host.table} (id {host.id}, workspace {host.workspace})",
@@ -311,6 +305,8 @@ def describe(host: Host, facts: Facts) -> dict[str, str]:
         + (f"; added: {', '.join(added)}" if added else ""),
         "members": str(host.members),
         "whose a file is": _describe_files(host),
+        **({"who a caller is": f"claim {'.'.join(host.caller)} ({host.user_type})"} if host.caller else {}),
+        **({"only rows where": host.where} if host.where else {}),
     }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import psycopg
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from autotag.install.adapter import TEMPLATE as TEMPLATE
 from autotag.install.adapter import render
 from autotag.install.answers import HostError
 from autotag.install.facts import adapter_version, applied_migrations
@@ -19,7 +20,6 @@ from autotag.install.host import Host
 HOST_BASELINE = "host_baseline"
 HOST_ADAPTER = "host_adapter"
 SPENDING_LIMIT = "spending_limit"
-TEMPLATE = Path(__file__).parent / "host_adapter.sql"
 #: Version of the adapter -> the template of what that version adds. An existing adapter belongs to its project and is
 #: never written again, so a newer version comes as a migration of its own.
 ADAPTER_STEPS: dict[int, str] = {}

@@ -1,0 +1,9 @@
+create table public.workspaces (id uuid primary key, name text);
+insert into public.workspaces values ('{w1}'), ('{w2}');
+create table public.workspace_members (
+  workspace_id uuid references public.workspaces, user_id uuid references auth.users, primary key (workspace_id, user_id));
+insert into public.workspace_members values ('{w1}', '{u1}'), ('{w2}', '{u2}');
+-- One bucket, and in it a folder of the same name.
+insert into storage.objects (bucket_id, name) values ('library', 'library/{w1}/a.jpg'), ('library', 'library/{w2}/b.jpg');
+create table public.assets (id uuid primary key, workspace_id uuid not null, storage_path text, tags text[]);
+insert into public.assets values ('{i1}', '{w1}', 'library/{w1}/a.jpg'), ('{i2}', '{w2}', 'library/{w2}/b.jpg');

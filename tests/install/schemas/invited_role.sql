@@ -1,0 +1,9 @@
+create table public.workspaces (id uuid primary key, name text);
+insert into public.workspaces values ('{w1}'), ('{w2}');
+-- The role says that somebody was only invited.
+create type public.member_role as enum ('owner', 'editor', 'invited');
+create table public.workspace_members (workspace_id uuid, user_id uuid, role public.member_role, primary key (workspace_id, user_id));
+insert into public.workspace_members values ('{w1}', '{u1}', 'owner'), ('{w1}', '{u2}', 'invited');
+create table public.assets (
+  id uuid primary key, workspace_id uuid not null references public.workspaces, storage_path text, tags text[]);
+insert into public.assets values ('{i1}', '{w1}', '{w1}/a.jpg'), ('{i2}', '{w2}', '{w2}/b.jpg');

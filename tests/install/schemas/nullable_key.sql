@@ -1,0 +1,7 @@
+create table public.workspaces (id uuid primary key, name text);
+insert into public.workspaces values ('{w1}'), ('{w2}');
+create table public.workspace_members (id uuid primary key default gen_random_uuid(), workspace_id uuid not null, user_id uuid, unique (workspace_id, user_id));
+insert into public.workspace_members (workspace_id, user_id) values ('{w1}', '{u1}'), ('{w1}', null), ('{w1}', null);
+create table public.assets (
+  id uuid primary key, workspace_id uuid not null references public.workspaces, storage_path text, tags text[]);
+insert into public.assets values ('{i1}', '{w1}', '{w1}/a.jpg'), ('{i2}', '{w2}', '{w2}/b.jpg');

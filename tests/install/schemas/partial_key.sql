@@ -1,0 +1,9 @@
+create table public.workspaces (id uuid primary key, name text);
+insert into public.workspaces values ('{w1}'), ('{w2}');
+-- The key holds only for some of the rows, so a row may be something else than a membership.
+create table public.workspace_members (id uuid primary key default gen_random_uuid(), workspace_id uuid not null, user_id uuid not null, note text);
+create unique index on public.workspace_members (workspace_id, user_id) where note is null;
+insert into public.workspace_members (workspace_id, user_id) values ('{w1}', '{u1}');
+create table public.assets (
+  id uuid primary key, workspace_id uuid not null references public.workspaces, storage_path text, tags text[]);
+insert into public.assets values ('{i1}', '{w1}', '{w1}/a.jpg'), ('{i2}', '{w2}', '{w2}/b.jpg');

@@ -1,0 +1,8 @@
+create table public.workspaces (id uuid primary key, name text);
+insert into public.workspaces values ('{w1}'), ('{w2}');
+-- A policy reads the token, but no claim in it names a workspace.
+create table public.assets (
+  id uuid primary key, workspace_id uuid not null references public.workspaces, storage_path text, tags text[]);
+insert into public.assets values ('{i1}', '{w1}', '{w1}/a.jpg'), ('{i2}', '{w2}', '{w2}/b.jpg');
+alter table public.assets enable row level security;
+create policy "second factor" on public.assets to authenticated using ((select auth.jwt() ->> 'aal') = 'aal2');

@@ -1,0 +1,332 @@
+"""Finds who may act for a workspace.
+
+A guess here would be a permission, so without a person only what is certain is taken: one table whose key is exactly
+the workspace and the user, where no column suggests that a row may be something else than a current member; or the
+claim of the token that the policies of the table of images compare with the workspace. Anything else is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from autotag.install.answers import Ask, Choices, HostError
+from autotag.install.conditions import check_form
+from autotag.install.facts import Facts, Table
+from autotag.texts import name_some
+
+USERS = ("user_id", "member_id", "profile_id", "auth_user_id")
+#: Names of tables that list people who belong somewhere, and names of tables that do not although they sound like it.
+LIKE_MEMBERS = re.compile(
+    r"member|user|account|people|person|staff|employee|collaborat|participa|seat|crew|profile|role"
+)
+UNLIKE_MEMBERS = re.compile(
+    r"(?:^|_)(?:logs?|audits?|events?|histor\w*|visit\w*|views?|seen|reads?|activit\w*|sessions?|favou?rit\w*|stars?|follow\w*"
+    r"|likes?|bookmark\w*|subscri\w*|notif\w*|requests?|invit\w*|pending|appli\w*|wait\w*|bans?|banned|block\w*|mute\w*"
+    r"|reports?|tokens?|devices?|settings?|preferences?|usages?|archiv\w*|former|ex|deleted|old)(?=_|$)"
+)
+#: Columns of a table of members that say nothing about whether its row is one.
+HARMLESS = re.compile(
+    r"id|uuid|(\w+_)?role(_id|s|_name)?|permissions?|(created|inserted|updated|modified|joined|added)(_at|_on|_date)?"
+    r"|(created|updated|added)_by(_id)?|position|sort_order|title|nick(_?name)?|display_name|job_title|is_(owner|admin|default|primary)"
+    r"|notes?|colou?r|settings|preferences|metadata"
+)
+#: Words which suggest that not every row of a table of members is a current member.
+NOT_EVERY_ROW = re.compile(
+    r"status|state|deleted|removed|revoked|left|accepted|approved|active|pending|invit|expire|ban|block|suspend|reject|guest|request"
+)
+KEYS = ("uuid", "text", "character varying", "bigint", "integer")
+#: `auth.jwt() -> 'app_metadata' ->> 'org_id'` in a policy without parentheses, casts, `select` and white space.
+CLAIM = r"auth\.jwt((?:->>?'[^']+')+)"
+
+
+@dataclass(frozen=True)
+class Members:
+    """Who belongs to a workspace: exactly one of these.
+
+    Attributes:
+        table, workspace, user: a table and its columns with the keys; a row is a membership.
+        user_type: the type of the column with the user.
+        where: a condition on the rows ``m`` of the table; None: every row is a membership.
+        claim: the path of a claim of the JWT: a string, an array of strings, or an object whose keys are workspaces.
+        function: a function of the project that takes a workspace and returns whether the caller is a member.
+        owner: each user is a workspace of their own.
+    """
+
+    table: str = ""
+    workspace: str = ""
+    user: str = ""
+    claim: tuple[str, ...] = ()
+    user_type: str = "uuid"
+    where: str | None = None
+    function: str = ""
+    owner: bool = False
+
+    def __str__(self) -> str:
+        if self.owner:
+            return "each user has a workspace of their own"
+        if self.function:
+            return f"whom {self.function}(workspace) accepts"
+        if self.claim:
+            return f"claim {'.'.join(self.claim)}"
+        return f"{self.table} ({self.workspace}, {self.user})" + (f" where {self.where}" if self.where else "")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A table that may list members, and why its rows may not be members."""
+
+    members: Members
+    doubts: list[str] = field(default_factory=list)
+
+
+def read_claim(text: str, option: str) -> tuple[str, ...]:
+    """The path of a claim: parts between dots. A name with ``://`` is one part, as Auth0's own names are.
+
+    Raises:
+        HostError: a part is empty or not printable, or users write the claim themselves.
+    """
+    parts = (text,) if "://" in text else tuple(text.split("."))
+    if not all(part and part.isprintable() and "$$" not in part for part in parts):
+        raise HostError(f"{text!r} is not the name of a claim ({option}); write for example app_metadata.org_ids.")
+    if any("user_meta" in part for part in parts):
+        raise HostError(f"Users write {text} themselves, so it proves nothing; choose another claim ({option}).")
+    return parts
+
+
+def find_members(facts: Facts, table: Table, workspace: str, choices: Choices, ask: Ask) -> Members:
+    """Who belongs to the workspace of an image.
+
+    Args:
+        facts: of the project.
+        table: the table of images.
+        workspace: its column with the workspace.
+        choices: what the caller decides.
+        ask: answers what is not certain.
+
+    Raises:
+        HostError: a choice does not fit the project, or ``ask`` raised it.
+    """
+    _refuse_several(choices)
+    if choices.members_claim:
+        return Members(claim=read_claim(choices.members_claim, "--members-claim"))
+    if choices.members_function:
+        return _function(facts, table, workspace, choices.members_function)
+    if choices.members_table:
+        return _chosen_table(facts, table, workspace, choices, choices.members_table)
+    others = [other for other in [*facts.tables.values(), *facts.views.values()] if other.name != table.name]
+    candidates = [found for other in others if (found := _candidate(facts, table, workspace, other, choices))]
+    certain = [c for c in candidates if not c.doubts]
+    rivals = [c for c in candidates if c.doubts and _sounds_like_members(c.members.table)]
+    if len(certain) == 1 and not rivals:
+        return _with_condition(certain[0].members, choices)
+    claim = _claim_in(table.policies, workspace)
+    if claim and not certain and not rivals:
+        return Members(claim=claim)
+    return _ask(facts, table, workspace, choices, candidates, ask)
+
+
+def _refuse_several(choices: Choices) -> None:
+    named = {
+        "--members-table": choices.members_table, "--members-claim": choices.members_claim,
+        "--members-function": choices.members_function, "--owner-column": choices.owner,
+    }  # fmt: skip
+    given = [option for option, value in named.items() if value]
+    if len(given) > 1:
+        raise HostError(f"{' and '.join(given)} exclude each other: each says who may act for a workspace.")
+    details = choices.members_workspace or choices.members_user or choices.members_where
+    if details and any(option in given for option in given if option != "--members-table"):
+        raise HostError(
+            f"--members-workspace-column, --members-user-column and --members-where do not go with {given[0]}."
+        )
+
+
+def _ask(
+    facts: Facts, table: Table, workspace: str, choices: Choices, candidates: Sequence[Candidate], ask: Ask
+) -> Members:
+    functions = [name for name in _functions(facts, table.base_type(workspace) or "") if _sounds_like_members(name)]
+    tables = sorted(c.members.table for c in candidates)
+    likely = [name for name in tables if _sounds_like_members(name)] or tables
+    if not likely and not functions:
+        question = (
+            "Which claim of the JWT names the workspaces of a user (for example app_metadata.org_ids)? If a table lists"
+            " the members, set --members-table, --members-workspace-column and --members-user-column; if a function"
+            " decides, --members-function; if each user has a workspace of their own, --owner-column."
+        )
+        return Members(claim=read_claim(ask("--members-claim", question, ()), "--members-claim"))
+    reasons = "; ".join(
+        f"{c.members.table} {c.doubts[0]}" for c in candidates if c.doubts and c.members.table in likely
+    )
+    named = f" ({name_some(functions)})" if functions else ""
+    others = f"For another way, set --members-function{named}, --members-claim or --owner-column."
+    if likely:
+        question = (
+            "Which table lists the members of a workspace? Every user with a row in it may act for that workspace"
+        )
+        question = f"{question}{f' ({reasons})' if reasons else ''}. {others}"
+        answer = ask("--members-table", question, likely)
+    else:
+        question = "Which function says whether the caller is a member of a workspace? If a table lists them, set"
+        question += " --members-table; otherwise --members-claim or --owner-column."
+        answer = ask("--members-function", question, functions)
+    if _plain(answer) in functions:
+        return _function(facts, table, workspace, answer)
+    chosen = _chosen_table(facts, table, workspace, choices, answer)
+    doubts = next((c.doubts for c in candidates if c.members.table == chosen.table), [])
+    if not chosen.where and doubts:
+        every = "every row"
+        question = f"{chosen.table} {'; it '.join(doubts)}. Which of its rows are members now (status = 'active')?"
+        condition = ask("--members-where", question, [every])
+        return chosen if condition == every else replace(chosen, where=check_form(condition, "--members-where"))
+    return chosen
+
+
+def _function(facts: Facts, table: Table, workspace: str, wanted: str) -> Members:
+    name, kind = _plain(wanted.partition("(")[0]), table.base_type(workspace) or ""
+    if name not in _functions(facts, kind):
+        raise HostError(
+            f"There is no function {name}({kind}) that returns boolean (--members-function); it gets a workspace, and"
+            " answers whether the caller is a member."
+        )
+    return Members(function=name)
+
+
+def _functions(facts: Facts, kind: str) -> list[str]:
+    return [name for name, kinds in facts.member_functions.items() if kind in kinds]
+
+
+def _chosen_table(facts: Facts, table: Table, workspace: str, choices: Choices, wanted: str) -> Members:
+    name = _plain(wanted)
+    other = facts.tables.get(name) or facts.views.get(name)
+    found = _members_of(facts, table, workspace, other, choices) if other is not None else None
+    if other is None or found is None or other.name == table.name:
+        if other is not None and (choices.members_workspace or choices.members_user):
+            raise HostError(
+                f"{name} lacks one of the columns that the options name; it has {name_some(list(other.columns))}."
+            )
+        kind = table.base_type(workspace)
+        raise HostError(
+            f"{name} needs the {kind} columns {workspace} and one of {', '.join(USERS)} (--members-table); if they have"
+            " other names, set --members-workspace-column and --members-user-column."
+        )
+    return _with_condition(found, choices)
+
+
+def _with_condition(members: Members, choices: Choices) -> Members:
+    where = choices.members_where
+    return replace(members, where=check_form(where, "--members-where")) if where else members
+
+
+def _candidate(facts: Facts, table: Table, workspace: str, other: Table, choices: Choices) -> Candidate | None:
+    """The table as one of members; None: it lacks the columns."""
+    members = _members_of(facts, table, workspace, other, choices)
+    if members is None or members.workspace == members.user:
+        return None
+    return Candidate(members, _doubts(facts, table, workspace, other, members, choices))
+
+
+def _members_of(facts: Facts, table: Table, workspace: str, other: Table, choices: Choices) -> Members | None:
+    kind, target = table.base_type(workspace), table.references.get(workspace)
+    column = choices.members_workspace
+    if column is None:
+        same = [n for n, to in other.references.items() if target and to == target]
+        same += [n for n in other.columns if snake(n) == snake(workspace)]
+        # the table of workspaces itself, with the user who owns one
+        own = [target[1]] if target and target[0] == other.name else []
+        column = next((n for n in [*same, *own] if other.base_type(n) == kind), None)
+    user = choices.members_user or _user_column(facts, other, column, choices)
+    if column is None or user is None or other.base_type(column) != kind or other.base_type(user) not in KEYS:
+        return None
+    return Members(other.name, column, user, user_type=other.base_type(user) or "")
+
+
+def _user_column(facts: Facts, other: Table, workspace: str | None, choices: Choices) -> str | None:
+    """The column with the user: by its key, its reference, then its name."""
+    kinds = KEYS if choices.caller_claim else ("uuid", "text", "character varying")
+    possible = [n for n in other.columns if n != workspace and other.base_type(n) in kinds]
+    named = [n for name in USERS for n in possible if snake(n) == name]
+    referring = [n for n in possible if n in other.references and _is_user(facts, other.references[n])]
+    keyed = [n for n in [*named, *referring] if workspace and other.is_unique({workspace, n})]
+    owners = [n for n in possible if snake(n) in ("owner_id", "owner", "owner_user_id", "created_by")]
+    return next(iter([*keyed, *named, *referring, *owners]), None)
+
+
+def _is_user(facts: Facts, target: tuple[str, str]) -> bool:
+    """Whether a column refers to a user's id: of auth.users, or of a table with the same keys."""
+    if target == ("auth.users", "id"):
+        return True
+    table = facts.tables.get(target[0])
+    return table is not None and table.references.get(target[1]) == ("auth.users", "id")
+
+
+def _doubts(facts: Facts, table: Table, workspace: str, other: Table, members: Members, choices: Choices) -> list[str]:
+    """Why a row of a table may not be a membership; empty: every row is one."""
+    doubts = []
+    kinds = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "p": "partitioned"}
+    if other.kind in kinds:
+        doubts.append(f"is {kinds[other.kind]}")
+    if not other.is_unique({members.workspace, members.user}):
+        doubts.append(f"has a key other than {members.workspace} and {members.user}")
+    doubts += _telling(other, members)
+    here, there = table.references.get(workspace), other.references.get(members.workspace)
+    if here and there and here != there:
+        doubts.append(f"refers to {there[0]}, where {table.name} refers to {here[0]}")
+    person = other.references.get(members.user)
+    if person and not choices.caller_claim and not _is_user(facts, person):
+        doubts.append(f"refers to {person[0]} for its users, which does not refer to auth.users")
+    short = other.name.rpartition(".")[2]
+    in_policies = any(
+        "uid()" in policy and re.search(rf"\b{re.escape(short)}\b", policy) for policy in facts.all_policies
+    )
+    if UNLIKE_MEMBERS.search(snake(short)) or not (in_policies or LIKE_MEMBERS.search(snake(short))):
+        doubts.append("does not sound like a list of members")
+    return doubts
+
+
+def _telling(other: Table, members: Members) -> list[str]:
+    """Columns and values which suggest that not every row is a member."""
+    columns = [
+        n for n in other.columns if n not in (members.workspace, members.user) and not HARMLESS.fullmatch(snake(n))
+    ]
+    found = [f"has the column {columns[0]}, so not every row may be a member"] if columns else []
+    for column, labels in other.labels.items():
+        word = next((label for label in labels if NOT_EVERY_ROW.search(label.lower())), None)
+        if word and column not in columns:
+            found.append(f"has the value {word} in {column}, so not every row may be a member")
+    values = [value for check in other.checks for value in re.findall(r"'([^']+)'", check)]
+    word = next((value for value in values if NOT_EVERY_ROW.search(value.lower())), None)
+    if word:
+        found.append(f"has the value {word} in a constraint, so not every row may be a member")
+    return found
+
+
+def _sounds_like_members(name: str) -> bool:
+    short = snake(name.rpartition(".")[2])
+    return bool(LIKE_MEMBERS.search(short)) and not UNLIKE_MEMBERS.search(short)
+
+
+def _claim_in(policies: Sequence[str], workspace: str) -> tuple[str, ...]:
+    """The claim that the table's policies compare with the workspace; empty: there is none."""
+    column = rf"(?:\w+\.)?{re.escape(workspace)}"
+    for policy in policies:
+        text = re.sub(
+            r"::\w+(\[\])?|\bselect\b|\bas (u?id|jwt|\"?\w+\"?)(?=\))|[()\s\"]", "", policy, flags=re.IGNORECASE
+        )
+        match = re.search(rf"(?<!\w){column}=(?:any)?[\w]*?{CLAIM}", text, re.IGNORECASE) or re.search(
+            rf"{CLAIM}={column}(?!\w)", text
+        )
+        if match and "user_meta" not in match[1]:  # users write it themselves
+            return tuple(re.findall(r"'([^']+)'", match[1]))
+    return ()
+
+
+def _plain(name: str) -> str:
+    """A qualified name without quotes."""
+    bare = name.replace('"', "").strip()
+    return bare if "." in bare else f"public.{bare}"
+
+
+def snake(name: str) -> str:
+    """``organizationId`` -> ``organization_id``."""
+    return re.sub(r"(?<=[a-z0-9])([A-Z])", r"_\1", name).lower()

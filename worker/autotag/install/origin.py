@@ -1,0 +1,51 @@
+"""Finds the hosts at which a project serves its Storage."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from psycopg.conninfo import conninfo_to_dict
+
+from autotag.install.answers import HostError
+
+REF = re.compile(r"[a-z0-9]{16,24}")
+LOCAL_PORT = "54322"  # of the database of `supabase start`
+LOCAL_HOSTS = ("127.0.0.1:54321", "localhost:54321")
+
+
+def storage_hosts(database_url: str, project_url: str | None, folder: Path | None) -> tuple[str, ...]:
+    """The hosts of a project's own API: of its URL, of the project that its folder is linked to, and of its database.
+
+    Args:
+        database_url: connection URL of the database's owner.
+        project_url: such as ``https://<ref>.supabase.co``; None: not given.
+        folder: the project's migrations; None: there is no folder.
+
+    Raises:
+        HostError: ``project_url`` is not the URL of an API.
+    """
+    hosts = [_host_of(project_url)] if project_url else []
+    linked = folder.parent / ".temp" / "project-ref" if folder else None
+    refs = [linked.read_text().strip()] if linked and linked.is_file() else []
+    server = conninfo_to_dict(database_url)
+    name, user = str(server.get("host") or ""), str(server.get("user") or "")
+    if match := re.fullmatch(r"db\.(\w+)\.supabase\.co", name):
+        refs.append(match[1])
+    if name.endswith(".pooler.supabase.com"):
+        refs.append(user.rpartition(".")[2])
+    hosts += [f"{ref}.supabase.co" for ref in refs if REF.fullmatch(ref)]
+    if name in ("127.0.0.1", "localhost") and str(server.get("port")) == LOCAL_PORT:
+        hosts += LOCAL_HOSTS
+    return tuple(dict.fromkeys(hosts))
+
+
+def _host_of(url: str) -> str:
+    parts = urlsplit(url.strip())
+    host = (parts.netloc.rpartition("@")[2]).lower().removesuffix(":443")
+    if parts.scheme not in ("http", "https") or not re.fullmatch(r"[a-z0-9.-]+(:\d+)?|\[[0-9a-f:]+\](:\d+)?", host):
+        raise HostError(
+            f"{url!r} is not the URL of a project (--project-url); write for example https://<ref>.supabase.co."
+        )
+    return host

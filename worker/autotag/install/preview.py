@@ -1,0 +1,113 @@
+"""Shows what an adapter answers for rows of the project, before anything is written.
+
+The adapter is created in a transaction that is rolled back. It is one round trip, so the table's lock is held for
+milliseconds; if the lock is not free within a second, nothing is shown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psycopg
+
+from autotag.install.adapter import TEMPLATE, of_members, render
+from autotag.install.host import Host, HostError
+from autotag.install.quoting import quote, table_name
+from autotag.install.survey import Survey
+from autotag.texts import clean_text, printable
+
+ROWS = 3
+USERS = 5  # that are named of each workspace
+SHOWN = 200  # characters of a value
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the adapter answers for one row.
+
+    Attributes:
+        id, workspace: its keys.
+        users: up to five users who may act for its workspace; None: their tokens or a function say it.
+        user_count: how many they are; None: not known.
+        who: the same as text.
+        image: where its image is, as text; None: nowhere.
+        refused: why autotag does not tag it; None: it does.
+        tags: those that are there, as text; None: there are none.
+    """
+
+    id: str
+    workspace: str | None
+    users: list[str] | None
+    user_count: int | None
+    who: str
+    image: str | None
+    refused: str | None
+    tags: str | None
+
+
+def show_examples(url: str, found: Survey) -> list[dict[str, Any]] | None:
+    """What the adapter answers for three rows; empty: the table has none. None: it cannot be tried now.
+
+    Raises:
+        HostError: the adapter does not fit the project's tables.
+        psycopg.OperationalError: the database cannot be reached.
+    """
+    if found.keeps_adapter or found.facts.adapter is not None:
+        return None
+    statements = f"begin; {render(TEMPLATE.read_text(), found.host)}; {_question(found.host)}; rollback"
+    with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
+        try:
+            cursor = connection.execute(statements.encode())
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled, psycopg.errors.InsufficientPrivilege):
+            return None
+        except psycopg.OperationalError:
+            raise
+        except psycopg.Error as error:
+            reason = (error.diag.message_primary or str(error)).splitlines()[0]
+            raise HostError(f"The adapter does not fit {found.host.table}: {printable(reason, 300)}.") from None
+        rows: list[tuple[Any, ...]] = []
+        while True:
+            if cursor.description:
+                rows = cursor.fetchall()
+            if not cursor.nextset():
+                break
+    return [asdict(_example(found.host, row)) for row in rows]
+
+
+def _question(host: Host) -> str:
+    counted = f" where ({host.where})" if host.where else ""
+    users = "null::text[], null::bigint"
+    if host.members.table:
+        members = of_members(host.members, "d.workspace_id")
+        user = f"m.{quote(host.members.user)}::text"
+        users = f"array(select {user} {members} order by 1 limit {USERS}), (select count(*) {members})"
+    if host.members.owner:
+        users = "array[d.workspace_id::text], 1::bigint"
+    tags, key, table = f"a.{quote(host.tags)}", f"a.{quote(host.id)}", table_name(host.table)
+    return f"""select d.asset_id::text, d.workspace_id::text, {users}, d.bucket, d.path, d.url, d.refused,
+        case when pg_column_size({tags}) <= 20000 then left({tags}::text, {SHOWN}) end
+      from autotag.describe_assets(array(select {key} from {table} a{counted} limit {ROWS})) d
+      join {table} a on {key} = d.asset_id order by 1"""
+
+
+def _example(host: Host, row: tuple[Any, ...]) -> Example:
+    key, workspace, users, count, bucket, path, url, refused, tags = row
+    image = f"bucket {bucket}, path {path}" if path else url
+    return Example(
+        key, workspace, users, count, _who(host, workspace, users, count), image and clean_text(image)[:SHOWN], refused,
+        clean_text(tags) if tags not in (None, "{}", "[]", "null") else None,
+    )  # fmt: skip
+
+
+def _who(host: Host, workspace: str | None, users: list[str] | None, count: int | None) -> str:
+    if workspace is None:
+        return "nobody: the row has no workspace"
+    if users is None:
+        if host.members.function:
+            return f"whom {host.members.function}({workspace}) accepts"
+        return f"users whose claim {'.'.join(host.members.claim)} names {workspace}"
+    if not users:
+        return f"nobody: workspace {workspace} has no members"
+    more = f" and {count - len(users)} more" if count and count > len(users) else ""
+    return f"{', '.join(users)}{more}"
