@@ -270,7 +270,9 @@ def test_an_edit_changes_what_it_names(session: psycopg.Connection[Any]) -> None
 
 
 def test_plain_sql_keeps_names_too(session: psycopg.Connection[Any]) -> None:
-    session.execute("insert into autotag.vocabulary (tag, aliases) values (' T-Shirt ', '{tee,null,TEE}'), ('hat', '{}')")
+    session.execute(
+        "insert into autotag.vocabulary (tag, aliases) values (' T-Shirt ', '{tee,null,TEE}'), ('hat', '{}')"
+    )
     session.execute("update autotag.vocabulary set aliases = '{cap}' where tag = 'hat'")
     for clash in ("update autotag.vocabulary set aliases = '{tee}' where tag = 'hat'", "insert into autotag.vocabulary (tag) values ('CAP')",
                   "update autotag.vocabulary set parent = 'hat' where tag = 'hat'"):  # fmt: skip
