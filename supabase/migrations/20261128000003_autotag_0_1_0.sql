@@ -548,7 +548,8 @@ create table autotag.workers (
   last_heartbeat_at timestamptz not null,
   lease_until timestamptz not null,
   resumed_at timestamptz not null default '-infinity',   -- when it was the first to beat after nobody could (can_expire)
-  unsent integer not null default 0,         -- calls released to it that it has not sent yet
+  unsent integer not null default 0,         -- calls released to it that it has not sent yet …
+  unsent_extra bigint not null default 0,    -- … and the tokens that they reserve beyond the usual
   claim integer not null default 0,          -- number of its last claim, and of its last claim of batches; the worker counts them
   batch_claim integer not null default 0,
   base_url text,                             -- the provider's address that it calls …
@@ -1977,7 +1978,7 @@ language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_field jsonb;
-  v_names text[] := '{}';
+  v_names text[] := array[]::text[];
   v_values integer := 0;       -- of all enums
   v_length bigint := 0;        -- characters of all names and values
   v_one record;
@@ -2682,7 +2683,7 @@ language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_types jsonb := '{"instructions": "string", "language": "string", "tag_count": "number", "min_confidence": "number",
-    "vocabulary_mode": "string", "add_parents": "boolean", "fields": "array"}';
+    "vocabulary_mode": "string", "add_parents": "boolean", "fields": "array"}'::jsonb;
   v_odd text;
 begin
   if p_changes is null or jsonb_typeof(p_changes) <> 'object' then
@@ -2781,11 +2782,17 @@ begin
   if v_profile.id is null then
     return v_brief;
   end if;
+  select * into v_provider from autotag.provider_limits;
+  if v_provider.question <> autotag.describe_question() then   -- the next claim makes it the present one
+    v_provider.question := autotag.describe_question();
+    v_provider.question_version := -1;
+  end if;
   v_vocabulary := case when v_profile.vocabulary_mode = 'open' then '[]' else coalesce(autotag.vocabulary_for_prompt(p_workspace_id), '[]') end;
   select * into v_brief from autotag.briefs b
   where b.profile_id = v_profile.id and md5(b.vocabulary::text) = md5(v_vocabulary::text) order by b.id limit 1;
   if found then
-    return v_brief;
+    return case when v_brief.question_version = v_provider.question_version then v_brief
+      else autotag.estimate_brief(v_brief, v_provider) end;
   end if;
   v_brief.profile_id := v_profile.id;
   v_brief.vocabulary := v_vocabulary;
@@ -2796,7 +2803,6 @@ begin
     select sum(10 + ceil(octet_length(f ->> 'name') / 3.0) + case f ->> 'kind' when 'text' then 60 when 'enum' then (
       select ceil(max(octet_length(e)) / 3.0) from jsonb_array_elements_text(f -> 'values') e) else 0 end)
     from jsonb_array_elements(v_profile.fields) f), 0);
-  select * into v_provider from autotag.provider_limits;
   return autotag.estimate_brief(v_brief, v_provider);
 end $$;
 
@@ -2861,13 +2867,13 @@ begin
   return v_brief;
 end $$;
 
--- What one image of a brief reserves in the window of its workspace: no more than that holds, or it would wait for ever for the sake
--- of a long vocabulary. settle() corrects the window by the real use.
-create or replace function autotag.reserved_for(p_brief autotag.briefs, p_workspace_id autotag.workspace_id) returns integer
+-- What one image of a brief reserves, cut to what the window of its workspace holds: otherwise it would wait for ever for the sake of a
+-- long vocabulary. settle() corrects the window by the real use.
+create or replace function autotag.fit_window(p_tokens integer, p_workspace_id autotag.workspace_id) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return (select least(p_brief.tokens_per_image, l.max_units) from autotag.window_limits(p_workspace_id, 'realtime') l);
+  return (select least(p_tokens, l.max_units) from autotag.window_limits(p_workspace_id, 'realtime') l);
 end $$;
 
 -- How many tokens more than usual each image of a batch reserves in the provider's queue because of this brief (null: none).
@@ -3043,8 +3049,12 @@ declare
   v_queued bigint;
   v_own bigint;
   v_everybody bigint;
+  v_each integer;              -- tokens that an image of this workspace reserves
 begin
   v_provider := autotag.refilled_provider(v_now);
+  v_each := coalesce((
+    select b.tokens_per_image from autotag.jobs j join autotag.briefs b on b.id = j.brief_id
+    where j.workspace_id = p_workspace_id and j.finished_at is null order by j.created_at desc limit 1), v_provider.tokens_per_image);
   v_queued := coalesce((select sum(q.queued) from autotag.queues q where q.workspace_id = p_workspace_id and q.queued > 0
       and (select j.cancelled_at from autotag.jobs j where j.id = q.job_id) is null), 0);
   v_own := v_queued + p_images;
@@ -3063,9 +3073,9 @@ begin
   return greatest(autotag.wait_for_day(v_provider, v_everybody),
     case when v_provider.blocked_until > v_now then v_provider.blocked_until - v_now end, interval '1 min' * greatest(0,
     (v_own - v_max_requests)::double precision / v_max_requests,
-    (v_own * v_provider.tokens_per_image - v_max_units)::double precision / v_max_units,
+    (v_own * v_each - v_max_units)::double precision / v_max_units,
     (v_everybody - v_provider.requests_left) / v_provider.requests_per_minute,
-    (v_everybody * v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute));
+    (v_own * v_each + (v_everybody - v_own) * v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute));
 exception when others then
   raise warning 'autotag could not predict a wait: %', sqlerrm;
   return null;
@@ -3344,7 +3354,7 @@ begin
   if p_pictures = '{}' then
     return v_live;
   end if;
-  -- The answer to another question is not what this call asks for.
+  -- The answer to another question is not what this call asks for. (0: no job has been asked this yet.)
   v_brief := autotag.compose_brief(p_workspace_id);
   return v_live || array(
     with recent as materialized (
@@ -4556,14 +4566,15 @@ declare
     then greatest(0, extract(epoch from p_now - p_provider.refilled_at) / 60) else 1440 end;
   v_share double precision;    -- share of a minute's limit that may be used at once
   v_unsent integer;
+  v_extra bigint;              -- tokens that the unsent calls reserve beyond the usual
 begin
-  select 1 - extract(epoch from s.provider_margin) / 60, (select coalesce(sum(w.unsent), 0) from autotag.workers w)
-  into v_share, v_unsent from autotag.settings s;
+  select 1 - extract(epoch from s.provider_margin) / 60 into v_share from autotag.settings s;
+  select coalesce(sum(w.unsent), 0), coalesce(sum(w.unsent_extra), 0) into v_unsent, v_extra from autotag.workers w;
   -- Limit the estimate to what one minute can hold; a first guess above a small limit would never be admitted.
   p_provider.tokens_per_image := least(p_provider.tokens_per_image, greatest((0.9 * p_provider.tokens_per_minute)::integer, 1));
   p_provider.requests_left := least(p_provider.requests_per_minute * v_share - v_unsent,
     p_provider.requests_left + v_minutes * p_provider.requests_per_minute);
-  p_provider.tokens_left := least(p_provider.tokens_per_minute * v_share - v_unsent::bigint * p_provider.tokens_per_image,
+  p_provider.tokens_left := least(p_provider.tokens_per_minute * v_share - v_unsent::bigint * p_provider.tokens_per_image - v_extra,
     p_provider.tokens_left + v_minutes * p_provider.tokens_per_minute);
   p_provider.day_left := case when p_provider.requests_per_day is null then 'infinity'
     else least(p_provider.requests_per_day,
@@ -4738,10 +4749,13 @@ declare
   v_provider autotag.provider_limits := autotag.lock_provider();
   v_share double precision := (select 1 - extract(epoch from s.provider_margin) / 60 from autotag.settings s);
   v_unsent integer := (select coalesce(sum(w.unsent), 0) from autotag.workers w);
+  v_extra bigint := (select coalesce(sum(w.unsent_extra), 0) from autotag.workers w);
   v_minutes double precision := extract(epoch from autotag.clock_interval(least(greatest(p_age, 0), 3600))) / 60;
 begin
   -- a worker cannot have sent more calls than were released to it
-  update autotag.workers w set unsent = greatest(0, w.unsent - greatest(p_calls, 0))
+  update autotag.workers w
+  set unsent = greatest(0, w.unsent - greatest(p_calls, 0)),
+      unsent_extra = w.unsent_extra * greatest(0, w.unsent - greatest(p_calls, 0)) / greatest(w.unsent, 1)
   where w.id = p_worker;   -- whoever passes this has checked that the worker is the login's own
   update autotag.provider_limits p
   set requests_left = v_provider.requests_left + case
@@ -4749,7 +4763,7 @@ begin
         then v_minutes * v_provider.requests_per_minute else 0 end,
       tokens_left = v_provider.tokens_left + case
         when v_provider.tokens_left >= v_provider.tokens_per_minute * v_share
-          - v_unsent::bigint * v_provider.tokens_per_image
+          - v_unsent::bigint * v_provider.tokens_per_image - v_extra
         then v_minutes * v_provider.tokens_per_minute else 0 end,
       day_left = v_provider.day_left, refilled_at = v_provider.refilled_at;
 end $$;
@@ -4934,7 +4948,7 @@ begin
     v_now, v_now, v_now + s.lease, case when autotag.is_silent(v_now) then v_now else '-infinity' end, p_base_url, p_fingerprint
   from autotag.settings s
   on conflict (id) do update set version = excluded.version, listening = excluded.listening, last_heartbeat_at = excluded.last_heartbeat_at,
-    lease_until = excluded.lease_until, resumed_at = greatest(autotag.workers.resumed_at, excluded.resumed_at), unsent = 0, base_url = excluded.base_url,
+    lease_until = excluded.lease_until, resumed_at = greatest(autotag.workers.resumed_at, excluded.resumed_at), unsent = 0, unsent_extra = 0, base_url = excluded.base_url,
     fingerprint = excluded.fingerprint
   where autotag.workers.login = session_user;
   return autotag.worker_settings();
@@ -5112,7 +5126,10 @@ begin
   perform pg_notify('autotag', 'realtime') where v_tasks <> '{}';
   perform pg_notify('autotag', 'batch') where v_batches <> '{}';
   -- a lost call was never sent; of a worker that ends, nothing is counted any more
-  update autotag.workers w set unsent = greatest(0, w.unsent - cardinality(v_tasks)) where w.id = p_worker and v_tasks <> '{}';
+  update autotag.workers w
+  set unsent = greatest(0, w.unsent - cardinality(v_tasks)),
+      unsent_extra = w.unsent_extra * greatest(0, w.unsent - cardinality(v_tasks)) / greatest(w.unsent, 1)
+  where w.id = p_worker and v_tasks <> '{}';
   released := cardinality(v_tasks) + cardinality(v_batches);
   more := exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims))
     or exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims));
@@ -5537,9 +5554,12 @@ begin
     v_brief := autotag.job_brief(v_queue.job_id, p_provider);
     if v_brief.id is not null then
       v_cap := v_brief.output_tokens;
-      v_each := autotag.reserved_for(v_brief, p_workspace.workspace_id);
+      v_each := v_brief.tokens_per_image;
     end if;
     v_each := v_each + greatest(v_queue.output_tokens - v_cap, 0);
+    if v_brief.id is not null then
+      v_each := autotag.fit_window(v_each, p_workspace.workspace_id);
+    end if;
     if v_each > p_provider.tokens_per_image then
       -- Wait until the bucket holds this many tokens. An image that needs 90% of a minute's limit or more does not wait, because
       -- the bucket may never hold so much.
@@ -5726,7 +5746,10 @@ begin
   v_provider := autotag.take_from_bucket(v_provider, cardinality(v_released.ids), v_released.tokens);
   tasks := v_released.ids;
   if tasks <> '{}' then
-    update autotag.workers w set unsent = w.unsent + cardinality(v_released.ids) where w.id = p_worker;
+    update autotag.workers w
+    set unsent = w.unsent + cardinality(v_released.ids),
+        unsent_extra = w.unsent_extra + greatest(v_released.tokens - cardinality(v_released.ids)::bigint * v_provider.tokens_per_image, 0)
+    where w.id = p_worker;
   end if;
   bound := case when cardinality(tasks) = p_slots then 'slots' else autotag.describe_bound(v_provider) end;
   -- After an upload was rerouted, another one may be due.

@@ -97,8 +97,14 @@ isOneToOne: false
 "retry_tagging":
 { Args: { "job_id": string }; Returns: Json
                            },
+"set_tagging_profile":
+{ Args: { "profile": Json,"workspace_id": string }; Returns: Json
+                           },
 "tagging_job":
 { Args: { "job_id": string }; Returns: Json
+                           },
+"tagging_profile":
+{ Args: { "workspace_id": string }; Returns: Json
                            },
 "tagging_strategy":
 { Args: { "image_count": number }; Returns: Json

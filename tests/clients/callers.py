@@ -28,7 +28,7 @@ LINE_MOST = 16_000_000  # bytes of one answer
 #: The arguments' types, for clients that speak SQL and have to say them.
 TYPES = {
     "asset_ids": "uuid[]", "job_id": "uuid", "image_count": "integer", "workspace_id": "uuid", "request_type": "text",
-    "since": "date", "until": "date", "webhook_id": "text", "event_type": "text", "batch_id": "text",
+    "since": "date", "until": "date", "webhook_id": "text", "event_type": "text", "batch_id": "text", "profile": "jsonb",
 }  # fmt: skip
 
 
@@ -113,12 +113,16 @@ def _claims(stack: Stack, token: str) -> dict[str, Any]:
     return jwt.decode(token or stack.anon_key, options={"verify_signature": False})
 
 
+def _as_json(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: json.dumps(value) if isinstance(value, dict) else value for name, value in arguments.items()}
+
+
 @contextlib.asynccontextmanager
 async def psycopg_3(stack: Stack) -> AsyncIterator[Call]:
     async with await psycopg.AsyncConnection.connect(stack.database_url("authenticator"), row_factory=tuple_row) as one:
 
         async def call(token: str, function: str, arguments: dict[str, Any]) -> Answer:
-            claims = _claims(stack, token)
+            claims, arguments = _claims(stack, token), _as_json(arguments)
             passed = ", ".join(f"{name} => %({name})s::{TYPES[name]}" for name in arguments)
             try:
                 async with one.transaction():
@@ -144,7 +148,7 @@ async def pg_8000(stack: Stack) -> AsyncIterator[Call]:
     )
 
     def run(token: str, function: str, arguments: dict[str, Any]) -> Answer:
-        claims = _claims(stack, token)
+        claims, arguments = _claims(stack, token), _as_json(arguments)
         passed = ", ".join(f"{name} => cast(:{name} as {TYPES[name]})" for name in arguments)
         one.run("begin")
         try:

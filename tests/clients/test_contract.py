@@ -49,6 +49,7 @@ async def test_a_job_from_enqueue_to_usage(client: Client) -> None:
     job = (await client.rpc("tagging_job", job_id=told["job_id"])).data
     assert {"job_id", "strategy", "stages", "progress", "eta", "error"} <= set(job)
     assert (job["stages"]["completed"], job["progress"], job["error"]) == (3, 100, None)
+    assert (await client.rpc("tagging_profile", workspace_id=library.member.workspace)).data["version"] == 0
     [day] = (await client.rpc("tagging_usage", workspace_id=library.member.workspace)).data
     assert (day["images"], day["requests"], day["user_id"]) == (3, 3, library.member.user)
     assert day["input_tokens"] > 0
@@ -126,6 +127,7 @@ async def test_every_refusal_has_status_code_message_and_hint(client: Client) ->
         ("PT400", "no_images", "check_rate_limit", {**limit, "image_count": -1}),
         ("PT403", "not_a_member", "check_rate_limit", {**limit, "workspace_id": UNKNOWN}),
         ("PT403", "not_a_member", "tagging_usage", {"workspace_id": UNKNOWN}),
+        ("PT403", "not_an_editor", "set_tagging_profile", {"workspace_id": workspace, "profile": {"tag_count": 5}}),
     ]
     for status, code, function, arguments in cases:
         answer = await client.rpc(function, **arguments)

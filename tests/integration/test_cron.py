@@ -84,6 +84,10 @@ def test_housekeeping_keeps_every_table_bounded(library: Library) -> None:
         insert into autotag.pictures select id, workspace_id, '{1}' from autotag.jobs;
         insert into autotag.uploads (workspace_id, uploader, seal_at) select workspace_id, workspace_id, created_at from autotag.jobs;
         insert into autotag.durations (images, started_at, seconds) select 100, created_at, 60 from autotag.jobs;
+        insert into autotag.profiles (workspace_id, version, created_at) select workspace_id, 1, created_at from autotag.jobs;
+        insert into autotag.briefs (profile_id, vocabulary, extra_prompt, extra_output, tokens_per_image, output_tokens, prompt_mean,
+          output_mean, created_at)
+        select id, '[]', 0, 0, 1, 1, 1, 1, created_at from autotag.profiles;
         insert into autotag.learned (model, image_detail, reasoning_effort, max_tags, tag_language, learned_at)
         select 'm' || id, 'low', '', 10, 'English', created_at from autotag.jobs;
         insert into autotag.usage (workspace_id, day, model, service_tier)
@@ -102,6 +106,8 @@ def test_housekeeping_keeps_every_table_bounded(library: Library) -> None:
         "autotag.vocabulary": 0, "autotag.vocabulary_names": 0,
         "autotag.settings": 1, "autotag.provider_limits": 1, "autotag.clock": 1,
         "autotag.error_kinds": 4, "autotag.models": 15, "autotag.learned": 89,  # one a day
+        "autotag.profiles": 365,  # people wrote them
+        "autotag.briefs": 89,  # 90 days
     }  # fmt: skip
     assert set(left) == set(kept), "a new table needs a rule for what is kept of it"
     for table, most in kept.items():

@@ -145,6 +145,10 @@ RPCS: dict[str, tuple[Callable[[dict[str, str]], tuple[str, tuple[object, ...]]]
                                       {"member": "PT403", "stranger": "PT403", "service": "ok"}),
     "public.edit_tagging_vocabulary": (lambda of: ("%s", (of["workspace"],)),
                                        {"member": "PT403", "stranger": "PT403", "service": "ok"}),
+    "public.tagging_profile": (lambda of: ("%s", (of["workspace"],)),
+                               {"member": "ok", "stranger": "PT403", "service": "ok"}),
+    "public.set_tagging_profile": (lambda of: ("%s, '{}'", (of["workspace"],)),
+                                   {"member": "PT403", "stranger": "PT403", "service": "ok"}),
     "public.openai_webhook": (lambda of: ("'wh_1', 'batch.completed', 'batch_1'", ()), {"service": "ok"}),
 }  # fmt: skip
 

@@ -137,7 +137,7 @@ async def test_a_backfill_waits_for_room_and_says_why(monkeypatch: pytest.Monkey
 
 async def test_a_refusal_for_good_ends_a_backfill() -> None:
     class Refusing:
-        async def backfill(self, *_: Any) -> dict[str, Any]:
+        async def backfill(self, *_: Any, **__: Any) -> dict[str, Any]:
             raise Refused("No such workspace.", None, None)
 
     with pytest.raises(Refused, match="No such workspace"):

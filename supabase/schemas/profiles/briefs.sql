@@ -18,11 +18,17 @@ begin
   if v_profile.id is null then
     return v_brief;
   end if;
+  select * into v_provider from autotag.provider_limits;
+  if v_provider.question <> autotag.describe_question() then   -- the next claim makes it the present one
+    v_provider.question := autotag.describe_question();
+    v_provider.question_version := -1;
+  end if;
   v_vocabulary := case when v_profile.vocabulary_mode = 'open' then '[]' else coalesce(autotag.vocabulary_for_prompt(p_workspace_id), '[]') end;
   select * into v_brief from autotag.briefs b
   where b.profile_id = v_profile.id and md5(b.vocabulary::text) = md5(v_vocabulary::text) order by b.id limit 1;
   if found then
-    return v_brief;
+    return case when v_brief.question_version = v_provider.question_version then v_brief
+      else autotag.estimate_brief(v_brief, v_provider) end;
   end if;
   v_brief.profile_id := v_profile.id;
   v_brief.vocabulary := v_vocabulary;
@@ -33,7 +39,6 @@ begin
     select sum(10 + ceil(octet_length(f ->> 'name') / 3.0) + case f ->> 'kind' when 'text' then 60 when 'enum' then (
       select ceil(max(octet_length(e)) / 3.0) from jsonb_array_elements_text(f -> 'values') e) else 0 end)
     from jsonb_array_elements(v_profile.fields) f), 0);
-  select * into v_provider from autotag.provider_limits;
   return autotag.estimate_brief(v_brief, v_provider);
 end $$;
 
@@ -98,13 +103,13 @@ begin
   return v_brief;
 end $$;
 
--- What one image of a brief reserves in the window of its workspace: no more than that holds, or it would wait for ever for the sake
--- of a long vocabulary. settle() corrects the window by the real use.
-create or replace function autotag.reserved_for(p_brief autotag.briefs, p_workspace_id autotag.workspace_id) returns integer
+-- What one image of a brief reserves, cut to what the window of its workspace holds: otherwise it would wait for ever for the sake of a
+-- long vocabulary. settle() corrects the window by the real use.
+create or replace function autotag.fit_window(p_tokens integer, p_workspace_id autotag.workspace_id) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return (select least(p_brief.tokens_per_image, l.max_units) from autotag.window_limits(p_workspace_id, 'realtime') l);
+  return (select least(p_tokens, l.max_units) from autotag.window_limits(p_workspace_id, 'realtime') l);
 end $$;
 
 -- How many tokens more than usual each image of a batch reserves in the provider's queue because of this brief (null: none).

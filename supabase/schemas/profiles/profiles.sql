@@ -65,7 +65,7 @@ language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_field jsonb;
-  v_names text[] := '{}';
+  v_names text[] := array[]::text[];
   v_values integer := 0;       -- of all enums
   v_length bigint := 0;        -- characters of all names and values
   v_one record;

@@ -42,7 +42,7 @@ language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_types jsonb := '{"instructions": "string", "language": "string", "tag_count": "number", "min_confidence": "number",
-    "vocabulary_mode": "string", "add_parents": "boolean", "fields": "array"}';
+    "vocabulary_mode": "string", "add_parents": "boolean", "fields": "array"}'::jsonb;
   v_odd text;
 begin
   if p_changes is null or jsonb_typeof(p_changes) <> 'object' then

@@ -74,7 +74,10 @@ begin
   v_provider := autotag.take_from_bucket(v_provider, cardinality(v_released.ids), v_released.tokens);
   tasks := v_released.ids;
   if tasks <> '{}' then
-    update autotag.workers w set unsent = w.unsent + cardinality(v_released.ids) where w.id = p_worker;
+    update autotag.workers w
+    set unsent = w.unsent + cardinality(v_released.ids),
+        unsent_extra = w.unsent_extra + greatest(v_released.tokens - cardinality(v_released.ids)::bigint * v_provider.tokens_per_image, 0)
+    where w.id = p_worker;
   end if;
   bound := case when cardinality(tasks) = p_slots then 'slots' else autotag.describe_bound(v_provider) end;
   -- After an upload was rerouted, another one may be due.

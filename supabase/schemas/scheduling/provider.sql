@@ -11,14 +11,15 @@ declare
     then greatest(0, extract(epoch from p_now - p_provider.refilled_at) / 60) else 1440 end;
   v_share double precision;    -- share of a minute's limit that may be used at once
   v_unsent integer;
+  v_extra bigint;              -- tokens that the unsent calls reserve beyond the usual
 begin
-  select 1 - extract(epoch from s.provider_margin) / 60, (select coalesce(sum(w.unsent), 0) from autotag.workers w)
-  into v_share, v_unsent from autotag.settings s;
+  select 1 - extract(epoch from s.provider_margin) / 60 into v_share from autotag.settings s;
+  select coalesce(sum(w.unsent), 0), coalesce(sum(w.unsent_extra), 0) into v_unsent, v_extra from autotag.workers w;
   -- Limit the estimate to what one minute can hold; a first guess above a small limit would never be admitted.
   p_provider.tokens_per_image := least(p_provider.tokens_per_image, greatest((0.9 * p_provider.tokens_per_minute)::integer, 1));
   p_provider.requests_left := least(p_provider.requests_per_minute * v_share - v_unsent,
     p_provider.requests_left + v_minutes * p_provider.requests_per_minute);
-  p_provider.tokens_left := least(p_provider.tokens_per_minute * v_share - v_unsent::bigint * p_provider.tokens_per_image,
+  p_provider.tokens_left := least(p_provider.tokens_per_minute * v_share - v_unsent::bigint * p_provider.tokens_per_image - v_extra,
     p_provider.tokens_left + v_minutes * p_provider.tokens_per_minute);
   p_provider.day_left := case when p_provider.requests_per_day is null then 'infinity'
     else least(p_provider.requests_per_day,
@@ -193,10 +194,13 @@ declare
   v_provider autotag.provider_limits := autotag.lock_provider();
   v_share double precision := (select 1 - extract(epoch from s.provider_margin) / 60 from autotag.settings s);
   v_unsent integer := (select coalesce(sum(w.unsent), 0) from autotag.workers w);
+  v_extra bigint := (select coalesce(sum(w.unsent_extra), 0) from autotag.workers w);
   v_minutes double precision := extract(epoch from autotag.clock_interval(least(greatest(p_age, 0), 3600))) / 60;
 begin
   -- a worker cannot have sent more calls than were released to it
-  update autotag.workers w set unsent = greatest(0, w.unsent - greatest(p_calls, 0))
+  update autotag.workers w
+  set unsent = greatest(0, w.unsent - greatest(p_calls, 0)),
+      unsent_extra = w.unsent_extra * greatest(0, w.unsent - greatest(p_calls, 0)) / greatest(w.unsent, 1)
   where w.id = p_worker;   -- whoever passes this has checked that the worker is the login's own
   update autotag.provider_limits p
   set requests_left = v_provider.requests_left + case
@@ -204,7 +208,7 @@ begin
         then v_minutes * v_provider.requests_per_minute else 0 end,
       tokens_left = v_provider.tokens_left + case
         when v_provider.tokens_left >= v_provider.tokens_per_minute * v_share
-          - v_unsent::bigint * v_provider.tokens_per_image
+          - v_unsent::bigint * v_provider.tokens_per_image - v_extra
         then v_minutes * v_provider.tokens_per_minute else 0 end,
       day_left = v_provider.day_left, refilled_at = v_provider.refilled_at;
 end $$;

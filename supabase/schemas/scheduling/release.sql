@@ -229,9 +229,12 @@ begin
     v_brief := autotag.job_brief(v_queue.job_id, p_provider);
     if v_brief.id is not null then
       v_cap := v_brief.output_tokens;
-      v_each := autotag.reserved_for(v_brief, p_workspace.workspace_id);
+      v_each := v_brief.tokens_per_image;
     end if;
     v_each := v_each + greatest(v_queue.output_tokens - v_cap, 0);
+    if v_brief.id is not null then
+      v_each := autotag.fit_window(v_each, p_workspace.workspace_id);
+    end if;
     if v_each > p_provider.tokens_per_image then
       -- Wait until the bucket holds this many tokens. An image that needs 90% of a minute's limit or more does not wait, because
       -- the bucket may never hold so much.

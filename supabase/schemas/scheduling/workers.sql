@@ -34,7 +34,7 @@ begin
     v_now, v_now, v_now + s.lease, case when autotag.is_silent(v_now) then v_now else '-infinity' end, p_base_url, p_fingerprint
   from autotag.settings s
   on conflict (id) do update set version = excluded.version, listening = excluded.listening, last_heartbeat_at = excluded.last_heartbeat_at,
-    lease_until = excluded.lease_until, resumed_at = greatest(autotag.workers.resumed_at, excluded.resumed_at), unsent = 0, base_url = excluded.base_url,
+    lease_until = excluded.lease_until, resumed_at = greatest(autotag.workers.resumed_at, excluded.resumed_at), unsent = 0, unsent_extra = 0, base_url = excluded.base_url,
     fingerprint = excluded.fingerprint
   where autotag.workers.login = session_user;
   return autotag.worker_settings();
@@ -212,7 +212,10 @@ begin
   perform pg_notify('autotag', 'realtime') where v_tasks <> '{}';
   perform pg_notify('autotag', 'batch') where v_batches <> '{}';
   -- a lost call was never sent; of a worker that ends, nothing is counted any more
-  update autotag.workers w set unsent = greatest(0, w.unsent - cardinality(v_tasks)) where w.id = p_worker and v_tasks <> '{}';
+  update autotag.workers w
+  set unsent = greatest(0, w.unsent - cardinality(v_tasks)),
+      unsent_extra = w.unsent_extra * greatest(0, w.unsent - cardinality(v_tasks)) / greatest(w.unsent, 1)
+  where w.id = p_worker and v_tasks <> '{}';
   released := cardinality(v_tasks) + cardinality(v_batches);
   more := exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims))
     or exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims));

@@ -9,7 +9,8 @@ create table autotag.workers (
   last_heartbeat_at timestamptz not null,
   lease_until timestamptz not null,
   resumed_at timestamptz not null default '-infinity',   -- when it was the first to beat after nobody could (can_expire)
-  unsent integer not null default 0,         -- calls released to it that it has not sent yet
+  unsent integer not null default 0,         -- calls released to it that it has not sent yet …
+  unsent_extra bigint not null default 0,    -- … and the tokens that they reserve beyond the usual
   claim integer not null default 0,          -- number of its last claim, and of its last claim of batches; the worker counts them
   batch_claim integer not null default 0,
   base_url text,                             -- the provider's address that it calls …

@@ -22,7 +22,7 @@ begin
   if p_pictures = '{}' then
     return v_live;
   end if;
-  -- The answer to another question is not what this call asks for.
+  -- The answer to another question is not what this call asks for. (0: no job has been asked this yet.)
   v_brief := autotag.compose_brief(p_workspace_id);
   return v_live || array(
     with recent as materialized (

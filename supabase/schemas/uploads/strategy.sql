@@ -79,8 +79,12 @@ declare
   v_queued bigint;
   v_own bigint;
   v_everybody bigint;
+  v_each integer;              -- tokens that an image of this workspace reserves
 begin
   v_provider := autotag.refilled_provider(v_now);
+  v_each := coalesce((
+    select b.tokens_per_image from autotag.jobs j join autotag.briefs b on b.id = j.brief_id
+    where j.workspace_id = p_workspace_id and j.finished_at is null order by j.created_at desc limit 1), v_provider.tokens_per_image);
   v_queued := coalesce((select sum(q.queued) from autotag.queues q where q.workspace_id = p_workspace_id and q.queued > 0
       and (select j.cancelled_at from autotag.jobs j where j.id = q.job_id) is null), 0);
   v_own := v_queued + p_images;
@@ -99,9 +103,9 @@ begin
   return greatest(autotag.wait_for_day(v_provider, v_everybody),
     case when v_provider.blocked_until > v_now then v_provider.blocked_until - v_now end, interval '1 min' * greatest(0,
     (v_own - v_max_requests)::double precision / v_max_requests,
-    (v_own * v_provider.tokens_per_image - v_max_units)::double precision / v_max_units,
+    (v_own * v_each - v_max_units)::double precision / v_max_units,
     (v_everybody - v_provider.requests_left) / v_provider.requests_per_minute,
-    (v_everybody * v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute));
+    (v_own * v_each + (v_everybody - v_own) * v_provider.tokens_per_image - v_provider.tokens_left) / v_provider.tokens_per_minute));
 exception when others then
   raise warning 'autotag could not predict a wait: %', sqlerrm;
   return null;

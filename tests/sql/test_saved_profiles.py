@@ -187,12 +187,13 @@ def test_members_read_a_profile_and_editors_change_it(session: psycopg.Connectio
              ("public.tagging_profile(%s)", None, "no_workspace"),
              ("public.set_tagging_profile(%s, '{\"tag_count\": 4}')", None, "no_workspace")]  # fmt: skip
     for call, workspace, code in calls:
-        try:
-            with session.transaction():
-                answer = value(session, call, workspace)
-            assert (code, answer["tag_count"], answer["own"]) == (None, 4, True)
-        except psycopg.DatabaseError as error:
-            assert json.loads(error.diag.message_detail or "{}").get("code") == code
+        if code is None:
+            answer = value(session, call, workspace)
+            assert (answer["tag_count"], answer["own"]) == (4, True)
+            continue
+        with pytest.raises(psycopg.DatabaseError) as caught, session.transaction():
+            value(session, call, workspace)
+        assert json.loads(caught.value.diag.message_detail or "{}").get("code") == code
     for closed in ("autotag.set_profile(%s, '{}')", "autotag.show_profile(%s)", "autotag.save_profile(%s, '{}')"):
         with pytest.raises(psycopg.errors.InsufficientPrivilege), session.transaction():
             value(session, closed, OWN)
@@ -345,4 +346,54 @@ def test_no_image_waits_for_ever_because_of_a_long_vocabulary(session: psycopg.C
     )
     brief = value(session, "autotag.make_brief(%s)", OWN)
     assert value(session, "tokens_per_image from autotag.briefs where id = %s", brief) > 1300
-    assert value(session, "autotag.reserved_for(b, %s) from autotag.briefs b where b.id = %s", OWN, brief) == 1300
+    assert value(session, "autotag.fit_window(5000, %s)", OWN) == 1300
+
+
+def test_an_upload_is_made_while_nothing_is_known_of_the_provider(session: psycopg.Connection[Any]) -> None:
+    save(session, OWN, {"tag_count": 20})
+    session.execute("select autotag.forget_provider()")
+    brief = value(session, "autotag.make_brief(%s)", OWN)
+    before = session.execute(
+        "select question_version, output_tokens from autotag.briefs where id = %s", (brief,)
+    ).fetchone()
+    assert before == (-1, 700)
+    session.execute(
+        "update autotag.settings set max_tags = 5; select autotag.sync_question(p) from autotag.provider_limits p"
+    )
+    session.execute("insert into public.workspaces (id, name) values (%s, 'w')", (OWN,))
+    assert value(session, "(autotag.job_brief(gen_random_uuid(), p)).id from autotag.provider_limits p") is None
+    session.execute("select autotag.refresh_brief(b, p) from autotag.briefs b, autotag.provider_limits p")
+    after = session.execute(
+        "select b.question_version = p.question_version, b.output_tokens from autotag.briefs b, autotag.provider_limits p"
+    )
+    assert after.fetchone() == (True, 700), "by the profile's own number of tags"
+
+
+def test_a_worker_learns_only_what_its_images_are_asked(session: psycopg.Connection[Any]) -> None:
+    workers = ["00000000-0000-4000-8000-00000000000a", "00000000-0000-4000-8000-00000000000b"]
+    session.execute("insert into public.workspaces (id, name) values (%s, 'w')", (OWN,))
+    save(session, OWN, {"instructions": "Name the style.", "fields": named("note")})
+    assets = session.execute(
+        "insert into public.assets (workspace_id, storage_path) select %s, %s || '/' || n from generate_series(1, 3) n returning id",
+        (OWN, OWN)).fetchall()  # fmt: skip
+    session.execute("select autotag.start_job(%s, null, %s)", (OWN, [asset for (asset,) in assets]))
+    for worker in workers:
+        session.execute("select autotag.register_worker(%s, 'h', autotag.schema_version(), true)", (worker,))
+    claimed = session.execute("select tasks from autotag.claim(%s, 10, 1)", (workers[0],)).fetchone()
+    assert claimed
+    [brief] = {image["brief"] for image in value(session, "autotag.describe_tasks(%s, %s)", workers[0], claimed[0])}
+    asked = value(session, "autotag.describe_brief(%s, %s)", workers[0], brief)
+    assert set(asked) == {
+        "id",
+        "version",
+        "instructions",
+        "language",
+        "tag_count",
+        "vocabulary_mode",
+        "vocabulary",
+        "fields",
+    }
+    assert (asked["instructions"], asked["fields"], asked["vocabulary"]) == ("Name the style.", named("note"), [])
+    assert value(session, "autotag.describe_brief(%s, %s)", workers[1], brief) is None
+    assert value(session, "autotag.describe_brief(%s, %s)", workers[0], brief + 1) is None
+    assert value(session, "autotag.describe_brief(gen_random_uuid(), %s)", brief) is None
