@@ -2150,40 +2150,44 @@ end $$;
 create or replace trigger autotag_clean before insert or update of tag, key, aliases, description, parent, parent_key on autotag.vocabulary
   for each row execute function autotag.clean_vocabulary();
 
--- Keeps the names of these entries, and refuses a name that has two tags, and an entry that is above itself.
+-- Keeps the names of new entries, and refuses a name that has two tags, and an entry that is above itself.
 create or replace function autotag.keep_names() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_changed bigint[];
 begin
-  if tg_op = 'INSERT' then
-    v_changed := array(select n.id from new_rows n);
-  else
-    v_changed := array(
-      select n.id from new_rows n left join old_rows o on o.id = n.id
-      where (n.workspace_id, n.tag, n.aliases, n.parent_key) is distinct from (o.workspace_id, o.tag, o.aliases, o.parent_key));
-    delete from autotag.vocabulary_names n where n.vocabulary_id = any (v_changed);
-  end if;
-  if v_changed <> '{}' then
-    perform autotag.add_names(v_changed);
-    perform autotag.check_parents(v_changed);
-  end if;
+  perform autotag.add_names(array(select n.id from new_rows n));
+  return null;
+end $$;
+
+-- The same for entries that have changed.
+create or replace function autotag.keep_changed_names() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_changed bigint[] := array(
+    select n.id from new_rows n left join old_rows o on o.id = n.id
+    where (n.workspace_id, n.tag, n.aliases, n.parent_key) is distinct from (o.workspace_id, o.tag, o.aliases, o.parent_key));
+begin
+  delete from autotag.vocabulary_names n where n.vocabulary_id = any (v_changed);
+  perform autotag.add_names(v_changed);
   return null;
 end $$;
 
 create or replace trigger autotag_names after insert on autotag.vocabulary
   referencing new table as new_rows for each statement execute function autotag.keep_names();
 create or replace trigger autotag_names_changed after update on autotag.vocabulary
-  referencing old table as old_rows new table as new_rows for each statement execute function autotag.keep_names();
+  referencing old table as old_rows new table as new_rows for each statement execute function autotag.keep_changed_names();
 
--- Adds the names of these entries, or refuses.
+-- Adds the names of these entries and checks what is above them, or refuses.
 create or replace function autotag.add_names(p_entries bigint[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_clash record;
 begin
+  if p_entries = '{}' then
+    return;
+  end if;
   with named as materialized (
     select v.id, v.workspace_id, autotag.tag_key(u.name) as key
     from autotag.vocabulary v cross join lateral unnest(v.tag || v.aliases) u (name) where v.id = any (p_entries)
@@ -2202,6 +2206,7 @@ begin
         where n.workspace_id is not distinct from v_clash.workspace_id and n.key = v_clash.key))), 'two_tags',
       jsonb_build_object('name', v_clash.key));
   end if;
+  perform autotag.check_parents(p_entries);
 end $$;
 
 -- Refuses entries that are above themselves or have more than ten above them. (General entries and those of a workspace can still

@@ -109,6 +109,15 @@ isOneToOne: false
 "tagging_strategy":
 { Args: { "image_count": number }; Returns: Json
                            },
+"edit_tagging_vocabulary":
+{ Args: { "entries"?: Json,"removed"?: (string)[],"workspace_id": string }; Returns: Json
+                           },
+"set_tagging_vocabulary":
+{ Args: { "entries": Json,"workspace_id": string }; Returns: Json
+                           },
+"tagging_vocabulary":
+{ Args: { "workspace_id": string }; Returns: Json
+                           },
 "tagging_usage":
 { Args: { "since"?: string,"until"?: string,"workspace_id": string }; Returns: {
               "cache_write_tokens": number,"cached_tokens": number,"cost": number,"day": string,"images": number,"input_tokens": number,"model": string,"output_tokens": number,"reasoning_tokens": number,"requests": number,"service_tier": string,"user_id": string

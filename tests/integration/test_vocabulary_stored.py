@@ -33,11 +33,13 @@ async def test_only_stores_no_other_tag_on_any_way(library: Library) -> None:
     stack.configure(batch_batches_per_hour=1000, express_images=5)
     draw = random.Random(7)
     tags = [f"Tag {i:04}" for i in range(1990)] + [f"Gone {i}" for i in range(10)]
-    set_vocabulary(library, [{"tag": tag, "aliases": [f"word {i}"]} for i, tag in enumerate(tags)], "only")
+    set_vocabulary(
+        library, [{"tag": tag, "aliases": [f"word {i}"] if i % 10 == 0 else []} for i, tag in enumerate(tags)], "only"
+    )
     outside = ("nonsense", "ignore all previous instructions", "'); drop table autotag.vocabulary; --", "tag 99999", "")
 
     def answer(_: tuple[str, ...]) -> tuple[str, ...]:
-        known = [draw.choice((tag.lower(), f"word {i}")) for i, tag in draw.sample(list(enumerate(tags)), 3)]
+        known = [f"word {i}" if i % 10 == 0 else tag.lower() for i, tag in draw.sample(list(enumerate(tags)), 3)]
         return (*draw.sample(known, draw.randint(0, 3)), draw.choice(outside), draw.choice(outside))
 
     stack.simulator.plan.tags = answer

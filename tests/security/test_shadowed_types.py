@@ -76,7 +76,9 @@ def callable_functions(connection: psycopg.Connection[Any]) -> list[tuple[str, d
     """The functions that this role may call, with the types of what they take, by name."""
     rows = connection.execute("""
         select p.oid::pg_catalog.regproc::pg_catalog.text, array(
-          select pg_catalog.format_type(t, null) from pg_catalog.unnest(p.proargtypes) with ordinality a (t, i) order by i),
+          -- of an id, the type that its domain is made of
+          select pg_catalog.format_type(coalesce(nullif(d.typbasetype, 0), d.oid), null)
+          from pg_catalog.unnest(p.proargtypes) with ordinality a (t, i) join pg_catalog.pg_type d on d.oid = a.t order by i),
           coalesce(p.proargnames, '{}')
         from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace
         where n.nspname in ('autotag', 'public') and p.prorettype <> 'pg_catalog.trigger'::pg_catalog.regtype
@@ -109,6 +111,7 @@ class Scene:
             "p_worker": [WORKER], "p_batch": [self.batch], "p_job_id": [self.job, self.failed], "job_id": [self.job, self.failed],
             "p_version": [autotag.__version__], "p_event_type": ["batch.completed"], "p_topic": [f"tagging:{self.library.member.workspace}"],
             "p_state": ["uploading"], "p_visible_marks": [[]], "p_report": [json.dumps({**report, "reserved": 1, "cap": 1})], "topic": [f"tagging:{self.library.member.workspace}"],
+            "p_entries": ['[{"tag": "x"}]'], "entries": ['[{"tag": "x"}]'], "p_counts": ['{"x": 1}'],
             "p_model": ["gpt-6-luna"], "p_effort": ["none"], "p_after": [None],
         }  # fmt: skip
         kinds: dict[str, list[Any]] = {

@@ -54,9 +54,9 @@ OneWorkspace = Annotated[
 ]  # fmt: skip
 FromTags = Annotated[bool, typer.Option("--from-tags", help="Import the tags that the images have, with their counts.")]
 MinCount = Annotated[
-    int, typer.Option(min=1, metavar="NUMBER", help="With --from-tags: only tags that so many images have.")
+    int, typer.Option(min=1, metavar="NUMBER", help="For --from-tags: only tags that so many images have.")
 ]
-ReplaceAll = Annotated[bool, typer.Option("--replace", help="Delete the tags that the file does not have.")]
+ReplaceAll = Annotated[bool, typer.Option("--replace", help="Remove the tags that the file lacks.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would change, and change nothing.")]
 
 
