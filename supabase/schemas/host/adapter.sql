@@ -39,8 +39,11 @@ alter table public.assets
 create or replace function autotag.caller() returns autotag.user_id
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
+declare
+  v_user autotag.user_id;
 begin
-  return (select auth.uid());
+  v_user := (select auth.uid());   -- `return` would convert it outside the block, where its error is not caught
+  return v_user;
 exception when invalid_text_representation or numeric_value_out_of_range then
   return null;
 end $$;

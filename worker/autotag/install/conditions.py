@@ -21,7 +21,8 @@ TOKEN = re.compile(
 )
 FORBIDDEN = {
     ";": "a semicolon", "--": "a comment", "/*": "a comment", "$": "a dollar sign", "'": "a string without an end",
-    "E'": "a string without an end", "e'": "a string without an end", '"': "a name without an end", "\\": "a backslash", "\0": "a zero byte",
+    "E'": "a string without an end", "e'": "a string without an end",
+    '"': "a name without an end", "\\": "a backslash", "\0": "a zero byte",
 }  # fmt: skip
 
 
