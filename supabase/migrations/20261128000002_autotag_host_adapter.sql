@@ -41,10 +41,10 @@ create or replace function autotag.caller() returns autotag.user_id
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
 declare
-  v_user_id autotag.user_id;
+  v_user autotag.user_id;
 begin
-  v_user_id := (select auth.uid());   -- not in `return`, whose cast would raise after the block has ended
-  return v_user_id;
+  v_user := (select auth.uid());   -- `return` would convert it outside the block, where its error is not caught
+  return v_user;
 exception when invalid_text_representation or numeric_value_out_of_range then
   return null;
 end $$;

@@ -14,6 +14,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from autotag.install.adapter import TEMPLATE, render
 from autotag.install.host import Choices, Host, HostError, describe
 from autotag.install.migrations import apply_migrations
 from autotag.install.preview import show_examples
@@ -204,6 +205,28 @@ def test_rows_in_the_bin_and_unknown_logins_in_automatic_mode(url: str, case: di
             ([IDS["i6"]], [IDS["w1"]], [None], [None]),
         ).fetchall()
         assert located == [(None, "filtered")]
+
+
+NUMBERS = """
+    create table public.organization_members (org_id uuid, user_id bigint, primary key (org_id, user_id));
+    insert into public.organization_members values ('{w1}', 7);
+    create table public.assets (id uuid primary key, org_id uuid, image_url text);"""
+
+
+def test_a_caller_whose_claim_is_of_another_type_is_nobody(postgres: LocalPostgres, bare: str) -> None:
+    """Whatever stands in the token: the caller is null and a member of nothing, and nothing raises."""
+    url = postgres.url(database=bare)
+    with psycopg.connect(url, autocommit=True) as owner:
+        owner.execute(fill(NUMBERS).encode())
+        host = survey(url, Choices(caller_claim="app.uid"), refuse_to_ask, may_ask=False).host
+        with owner.transaction():
+            owner.execute(render(TEMPLATE.read_text(), host).encode())
+        for uid, expected in ((7, (7, True)), ("7", (7, True)), (8, (8, False)), ("", (None, False)), ("auth0|7", (None, False)),
+                              ("9" * 30, (None, False)), ([7], (None, False)), ({"id": 7}, (None, False)), (None, (None, False))):  # fmt: skip
+            with owner.transaction():
+                owner.execute("select set_config('request.jwt.claims', %s, true)", (json.dumps({"app": {"uid": uid}}),))
+                told = owner.execute("select autotag.caller(), autotag.is_member(%s)", (IDS["w1"],)).fetchone()
+                assert told == expected, uid
 
 
 def test_each_schema_has_a_case() -> None:

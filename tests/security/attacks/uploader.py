@@ -26,7 +26,7 @@ BYTES_MOST, PIXELS_MOST = 2_000_000, 20_000_000  # of the worker that meets thes
 FOUND = r"completed"
 NO_IMAGE = r"empty_file|not_an_image|unreadable_image|damaged_image|unsupported_format"
 LARGE = r"image_too_large|file_too_large"
-REFUSED = r"url_refused|location_too_long"
+REFUSED = r"url_refused|location_too_long|asset_missing"  # a blank address is none
 MISSING = r"file_missing|foreign_file|location_too_long"
 ESCAPES = "\x1b[2J\x1b]0;owned\x07"
 #: The operator's mistake: hosts that lead inside are allowed.

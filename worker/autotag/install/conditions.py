@@ -17,10 +17,11 @@ from autotag.install.quoting import table_name
 MAX_LENGTH = 2000  # characters
 #: A string or a quoted name is one token. A string of the form E'…' may escape its quote.
 TOKEN = re.compile(
-    r"""[eE]'(?:[^'\\]|\\.|'')*' | '(?:[^']|'')*' | "(?:[^"]|"")*" | \w+ | --|/\*|. """, re.VERBOSE | re.DOTALL
+    r"""[eE]'(?:[^'\\]|\\.|'')*' | [eE]' | '(?:[^']|'')*' | "(?:[^"]|"")*" | \w+ | --|/\*|. """, re.VERBOSE | re.DOTALL
 )
 FORBIDDEN = {
     ";": "a semicolon", "--": "a comment", "/*": "a comment", "$": "a dollar sign", "'": "a string without an end",
+    "E'": "a string without an end", "e'": "a string without an end",
     '"': "a name without an end", "\\": "a backslash", "\0": "a zero byte",
 }  # fmt: skip
 
