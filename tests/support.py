@@ -197,9 +197,15 @@ def base_type(kind: str) -> str:
     return re.sub(r"^autotag\.(asset|workspace|user)_id\b", "uuid", kind)
 
 
-def array(texts: Sequence[str]) -> str:
+def array(values: Sequence[Any]) -> str:
     """A list as text, which is an array of whatever type its place has."""
-    return "{" + ",".join('"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in texts) + "}"
+
+    def element(value: Any) -> str:
+        if isinstance(value, list):
+            return array(value)
+        return "null" if value is None else '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+    return "{" + ",".join(map(element, values)) + "}"
 
 
 @contextlib.contextmanager

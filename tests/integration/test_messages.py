@@ -108,9 +108,9 @@ def test_single_calls(library: Library) -> None:
     for notice in settled["notices"]:
         check(m.Notice, notice)
     assert settled["notices"]
-    [unstored] = library.sql("select * from autotag.list_unstored(%s)", WORKER)
+    [unstored] = library.sql("select workspaces::text[] as workspaces, wait from autotag.list_unstored(%s)", WORKER)
     check(l.Unstored, unstored)
-    assert [str(waiting) for waiting in unstored["workspaces"]] == [str(workspace)]
+    assert unstored["workspaces"] == [str(workspace)]
     picked = value(library, "autotag.pick_unstored(%s, %s, 10)", WORKER, workspace)
     assert picked == sorted(image["task"] for image in images)
     stored = value(library, "autotag.store_waiting(%s, %s, %s)", WORKER, workspace, Plain(picked))

@@ -160,7 +160,10 @@ def test_a_person_who_names_no_table_of_members_learns_what_it_needs() -> None:
     ]
     facts = Facts({table.name: table for table in tables}, [])
     assert propose(facts, Choices(), lambda *_: "members").members.table == "public.members"
-    with pytest.raises(HostError, match=r"public\.memebrs needs the uuid columns workspace_id and one of user_id"):
+    with pytest.raises(
+        HostError,
+        match=r"public\.memebrs needs a column workspace_id like that of the images, and one of the uuid columns user_id",
+    ):
         propose(facts, Choices(), lambda *_: "memebrs")
 
 

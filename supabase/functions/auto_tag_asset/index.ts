@@ -44,7 +44,9 @@ function readIds(body: unknown): (string | number)[] | null {
   if (typeof body !== 'object' || body === null) return null
   const { asset_id, assetId, asset_ids, assetIds } = body as Record<string, unknown>
   const ids = asset_ids ?? assetIds ?? [asset_id ?? assetId]
-  return Array.isArray(ids) && ids.length > 0 && ids.every((id) => typeof id === 'string' || Number.isSafeInteger(id)) ? ids : null
+  return Array.isArray(ids) && ids.length > 0 && ids.every((id) => typeof id === 'string' || Number.isSafeInteger(id))
+    ? ids
+    : null
 }
 
 export async function handle(request: Request): Promise<Response> {

@@ -76,7 +76,8 @@ declare
   v_longest interval;
   v_from autotag.workspace_id := (
     select a.workspace_id from autotag.arrivals a
-    where a.id >= (select f.id + floor(random() * (l.id - f.id + 1))::bigint
+    where exists (select from autotag.arrivals e where e.upload_id is null)   -- otherwise nothing is read
+      and a.id >= (select f.id + floor(random() * (l.id - f.id + 1))::bigint
       from (select i.id from autotag.arrivals i order by i.id limit 1) f, (select i.id from autotag.arrivals i order by i.id desc limit 1) l)
     order by a.id limit 1);
 begin
