@@ -30,7 +30,7 @@ IDS = {
     for n in range(1, 8)
 }
 #: Parts of autotag that other cases wait for.
-WAITING = {"keys", "people"}
+WAITING: set[str] = set()
 
 
 def fill(value: Any) -> Any:
