@@ -156,6 +156,9 @@ def quoted(kind: str) -> str:
 
 def set_the_scene(library: Library) -> Scene:
     library.stack.prove()
+    library.sql("""create or replace function autotag.is_editor(p_workspace_id autotag.workspace_id) returns boolean
+      language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
+      as $$ select autotag.is_member(p_workspace_id) $$""")  # so that members get that far
     folder = library.member.workspace
     [asset] = library.insert([f"{folder}/a.jpg"])
     failed = library.enqueue(library.insert([f"{folder}/b.jpg"]))["job_id"]
