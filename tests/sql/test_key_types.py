@@ -9,9 +9,11 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import sql
+from typer.testing import CliRunner
 
+from autotag.cli.app import app
 from conftest import BARE_TEMPLATE, copied_database
-from key_types import KEYS, Keys, install_keys, new_user
+from key_types import HOSTILE, KEYS, Keys, install_keys, new_user
 from lab.postgres import LocalPostgres
 
 WORKER = "99999999-0000-4000-8000-000000000001"
@@ -372,3 +374,57 @@ def test_a_zero_is_no_user_and_no_key_is_guessed(project: Project) -> None:
     if nonsense is not None and project.keys.base[2] != "uuid":
         assert project.as_user(nonsense, "select autotag.may_listen(%s)", f"tagging:{project.workspace}") is False
     assert project.one("select autotag.nobody() is not null")
+
+
+#: Base type -> ids that are hard to carry.
+ODD = {
+    "uuid": ["00000000-0000-0000-0000-000000000000", "ffffffff-ffff-ffff-ffff-ffffffffffff"],
+    "bigint": ["0", "-1", str(2**53 + 1), str(2**63 - 1), str(-(2**63))],
+    "integer": ["0", "-1", str(2**31 - 1), str(-(2**31))],
+    "text": ["", " ", "null", "NULL", "{}", "{a,b}", "a,b", '"', "\\", "\\\\", "'", "%s", "%", "_", "é\U0001f984", "x" * 300, "1", "[1]", "\t\n", "a/b"],
+}  # fmt: skip
+
+
+def test_odd_ids_survive_every_way(project: Project) -> None:
+    kind = project.keys.base[0]
+    odd = [text for text in ODD[kind] if text or project.keys is not KEYS["mixed"]]
+    for text in odd:
+        project.sql(
+            "insert into public.assets (id, workspace_id, image_url) values (%s, %s, 'https://x.org/a')",
+            text,
+            project.workspace,
+        )
+    job = project.enqueue(odd)
+    assert job["image_count"] == len(odd)
+    images = project.claim()
+    while found := project.claim():
+        images += found
+    assert sorted(image["asset_id"] for image in images) == sorted(odd)
+    assert project.settle(images)["accepted"] == len(images)
+    assert project.rows() == dict.fromkeys(odd, ("completed", ["red"]))
+    again = project.one("select jsonb_agg(asset_id) from autotag.tagged_assets(%s, 100)", project.workspace)
+    assert sorted(again, key=str) == sorted(project.keys.natural(odd, 0), key=str)
+    last = max(odd, key=lambda text: project.one("select count(*) from public.assets where id <= %s", text))
+    assert project.one("select cardinality(autotag.list_assets(%s, false, %s, 10))", project.workspace, last) == 0
+
+
+def test_commands_report_a_wrong_id_with_a_sentence(
+    keyed: tuple[psycopg.Connection[Any], Keys], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection, keys = keyed
+    info = connection.info
+    monkeypatch.setenv(
+        "DATABASE_URL", f"postgresql://{info.user}:{info.password}@{info.host}:{info.port}/{info.dbname}"
+    )
+    for wrong in {"uuid": ["mine"], "bigint": ["mine", "9" * 30], "integer": ["mine", str(2**40)], "text": []}[
+        keys.base[1]
+    ]:
+        for command in ("usage", "enqueue"):
+            done = CliRunner().invoke(app, [command, "--workspace", wrong])
+            assert done.exit_code == 2, done.output
+            assert "An option has a wrong value: " in done.output
+            assert len(done.output.strip().splitlines()) <= 3, done.output
+    right = CliRunner().invoke(
+        app, ["usage", "--workspace", {"uuid": "0" * 32, "text": HOSTILE}.get(keys.base[1], "7"), "--json"]
+    )
+    assert right.exit_code == 0, right.output
