@@ -85,6 +85,9 @@ isOneToOne: false
 "check_rate_limit":
 { Args: { "image_count": number,"request_type": string,"workspace_id": string }; Returns: Record<string, unknown>
                            },
+"edit_tagging_vocabulary":
+{ Args: { "entries"?: Json,"removed"?: (string)[],"workspace_id": string }; Returns: Json
+                           },
 "enqueue_tagging":
 { Args: { "asset_ids": (string)[] }; Returns: Json
                            },
@@ -100,6 +103,9 @@ isOneToOne: false
 "set_tagging_profile":
 { Args: { "profile": Json,"workspace_id": string }; Returns: Json
                            },
+"set_tagging_vocabulary":
+{ Args: { "entries": Json,"workspace_id": string }; Returns: Json
+                           },
 "tagging_job":
 { Args: { "job_id": string }; Returns: Json
                            },
@@ -109,19 +115,13 @@ isOneToOne: false
 "tagging_strategy":
 { Args: { "image_count": number }; Returns: Json
                            },
-"edit_tagging_vocabulary":
-{ Args: { "entries"?: Json,"removed"?: (string)[],"workspace_id": string }; Returns: Json
-                           },
-"set_tagging_vocabulary":
-{ Args: { "entries": Json,"workspace_id": string }; Returns: Json
-                           },
-"tagging_vocabulary":
-{ Args: { "workspace_id": string }; Returns: Json
-                           },
 "tagging_usage":
 { Args: { "since"?: string,"until"?: string,"workspace_id": string }; Returns: {
               "cache_write_tokens": number,"cached_tokens": number,"cost": number,"day": string,"images": number,"input_tokens": number,"model": string,"output_tokens": number,"reasoning_tokens": number,"requests": number,"service_tier": string,"user_id": string
             }[]
+                           },
+"tagging_vocabulary":
+{ Args: { "workspace_id": string }; Returns: Json
                            }
           }
           Enums: {

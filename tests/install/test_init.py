@@ -287,7 +287,7 @@ def test_no_negative_spending_limit(postgres: LocalPostgres, bare: str, project:
         (["--path-column", "nope"], "has no column nope"),
         (["--path-column", "uploaded_by"], "is uuid; autotag needs text"),
         (["--workspace-column", "tags"], "is text[]; autotag needs uuid, bigint, integer or text"),
-        (["--members-table", "assets"], "needs a column workspace_id like that of the images"),
+        (["--members-table", "assets"], "needs the uuid columns workspace_id and one of"),
         (["--tags-column", "uploaded_by"], "tags go into a text[], varchar[]"),
     ],
 )

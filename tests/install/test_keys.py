@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[str, dict[str, str], str]] = {
                     " for values with (modulus 1, remainder 0);", {}, "public.assets is a partition of public.all_of_them; name that table instead (--table)."),
     "child tables": (f"create table public.assets (id uuid primary key, {UUID}); create table public.more () inherits (public.assets);", {}, "public.assets has child tables, in which an id may occur again"),
     "a view": (f"create table public.photos (id uuid primary key, {UUID}); create view public.assets as select * from public.photos;", {"table": "assets"}, "public.assets is a view, which gets no more columns; name the table behind it (--table)."),
-    "generated tags": ("create table public.assets (id uuid primary key, storage_path text, workspace_id uuid, raw text[], tags text[] generated always as (raw) stored);", {}, "public.assets.tags is generated, so autotag cannot write it; name another column for the tags with --tags-column."),
+    "generated tags": ("create table public.assets (id uuid primary key, storage_path text, workspace_id uuid, raw text[], tags text[] generated always as (raw) stored);", {}, "public.assets.tags is a generated column, which nobody can write; name another column with --tags-column"),
     "a stage of another type": (f"create table public.assets (id uuid primary key, {UUID}, tagging_stage integer);", {}, "public.assets.tagging_stage is integer; autotag needs a column of this name that is text."),
     "a missing column": (f"create table public.assets (id uuid primary key, {UUID});", {"id": "nope"}, "public.assets has no column nope (--id-column)"),
 }  # fmt: skip

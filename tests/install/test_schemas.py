@@ -29,8 +29,6 @@ IDS = {
     for letter, code in (("w", "000a"), ("u", "000b"), ("i", "000c"), ("o", "000d"))
     for n in range(1, 8)
 }
-#: Parts of autotag that other cases wait for.
-WAITING: set[str] = set()
 
 
 def fill(value: Any) -> Any:
@@ -47,8 +45,6 @@ def fill(value: Any) -> Any:
 @pytest.fixture(params=CASES, ids=lambda case: case["name"])
 def case(request: pytest.FixtureRequest) -> dict[str, Any]:
     found: dict[str, Any] = fill(request.param)
-    if found.get("needs") in WAITING:
-        pytest.skip(f"waits for the part of issue 22 about {found['needs']}")
     return found
 
 

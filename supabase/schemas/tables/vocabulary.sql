@@ -20,6 +20,7 @@ alter table autotag.vocabulary enable row level security;
 
 -- Every name of every entry: its tag and its aliases. The unique index is what makes a name mean one tag.
 create table autotag.vocabulary_names (
+  id bigint generated always as identity primary key,
   vocabulary_id bigint not null references autotag.vocabulary on delete cascade,
   workspace_id autotag.workspace_id,     -- of the entry
   key text collate "C" not null

@@ -275,6 +275,8 @@ def _doubts(facts: Facts, table: Table, workspace: str, other: Table, members: M
     person = other.references.get(members.user)
     if person and not choices.caller_claim and not _is_user(facts, person):
         doubts.append(f"refers to {person[0]} for its users, which does not refer to auth.users")
+    if members.user_type != "uuid" and not choices.caller_claim:
+        doubts.append(f"has {members.user_type} ids of users, where Supabase's own are uuids (--caller-claim)")
     short = other.name.rpartition(".")[2]
     in_policies = any(
         "uid()" in policy and re.search(rf"\b{re.escape(short)}\b", policy) for policy in facts.all_policies
