@@ -5556,6 +5556,20 @@ begin
       floor(p_provider.day_left), floor(p_provider.tokens_left / p_provider.tokens_per_image)) end;
 end $$;
 
+-- What each image of an upload reserves: its tokens, and those of them that its answer may have (the cap).
+create or replace function autotag.reserve_for(p_queue autotag.queues, p_provider autotag.provider_limits, out each integer, out cap integer)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_brief autotag.briefs := autotag.job_brief(p_queue.job_id, p_provider);
+begin
+  cap := coalesce(v_brief.output_tokens, p_provider.output_tokens);
+  each := coalesce(v_brief.tokens_per_image, p_provider.tokens_per_image) + greatest(p_queue.output_tokens - cap, 0);
+  if v_brief.id is not null then
+    each := autotag.fit_window(each, p_queue.workspace_id);
+  end if;
+end $$;
+
 -- Releases the next images of one workspace: from its ready queue with the fewest released, at most one turn, and no more than
 -- its window admits. If it can release none, the workspace is not ready until the time when it can.
 -- An image reserves what its brief needs. If an answer of the job was cut off, each reserves the larger cap of that retry. p_tokens_left: what the provider's
@@ -5569,9 +5583,8 @@ as $$
 declare
   v_queue autotag.queues := autotag.next_queue(p_workspace.workspace_id, p_now);
   v_admitted record;
-  v_each integer := p_provider.tokens_per_image;
-  v_cap integer := p_provider.output_tokens;
-  v_brief autotag.briefs;
+  v_each integer;              -- tokens that each image reserves
+  v_cap integer;               -- the cap on its answer
   v_ready_at timestamptz;      -- when the workspace becomes ready; null: now
 begin
   ids := '{}';
@@ -5584,15 +5597,7 @@ begin
       return;
     end if;
   else
-    v_brief := autotag.job_brief(v_queue.job_id, p_provider);
-    if v_brief.id is not null then
-      v_cap := v_brief.output_tokens;
-      v_each := v_brief.tokens_per_image;
-    end if;
-    v_each := v_each + greatest(v_queue.output_tokens - v_cap, 0);
-    if v_brief.id is not null then
-      v_each := autotag.fit_window(v_each, p_workspace.workspace_id);
-    end if;
+    select r.each, r.cap into v_each, v_cap from autotag.reserve_for(v_queue, p_provider) r;
     if v_each > p_provider.tokens_per_image then
       -- Wait until the bucket holds this many tokens. An image that needs 90% of a minute's limit or more does not wait, because
       -- the bucket may never hold so much.
@@ -5735,7 +5740,6 @@ as $$
 declare
   v_provider autotag.provider_limits;
   v_now timestamptz;
-  v_last integer;              -- number of the worker's last claim
   v_released record;
 begin
   tasks := '{}';
@@ -5753,8 +5757,7 @@ begin
     bound := 'lease';
     return;
   end if;
-  select w.claim into v_last from autotag.workers w where w.id = p_worker;
-  if v_last >= p_claim then
+  if (select w.claim from autotag.workers w where w.id = p_worker) >= p_claim then
     tasks := array(select t.id from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim = p_claim order by t.id);
     wait := 0;
     return;
@@ -5778,12 +5781,10 @@ begin
   v_provider.virtual_time := v_released.virtual_time;
   v_provider := autotag.take_from_bucket(v_provider, cardinality(v_released.ids), v_released.tokens);
   tasks := v_released.ids;
-  if tasks <> '{}' then
-    update autotag.workers w
-    set unsent = w.unsent + cardinality(v_released.ids),
-        unsent_extra = w.unsent_extra + greatest(v_released.tokens - cardinality(v_released.ids)::bigint * v_provider.tokens_per_image, 0)
-    where w.id = p_worker;
-  end if;
+  update autotag.workers w
+  set unsent = w.unsent + cardinality(tasks),
+      unsent_extra = w.unsent_extra + greatest(v_released.tokens - cardinality(tasks)::bigint * v_provider.tokens_per_image, 0)
+  where w.id = p_worker and tasks <> '{}';
   bound := case when cardinality(tasks) = p_slots then 'slots' else autotag.describe_bound(v_provider) end;
   -- After an upload was rerouted, another one may be due.
   wait := case when v_provider.rerouted then 0 else autotag.real_seconds(autotag.next_release(v_provider) - v_now) end;

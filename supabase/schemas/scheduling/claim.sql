@@ -30,7 +30,6 @@ as $$
 declare
   v_provider autotag.provider_limits;
   v_now timestamptz;
-  v_last integer;              -- number of the worker's last claim
   v_released record;
 begin
   tasks := '{}';
@@ -48,8 +47,7 @@ begin
     bound := 'lease';
     return;
   end if;
-  select w.claim into v_last from autotag.workers w where w.id = p_worker;
-  if v_last >= p_claim then
+  if (select w.claim from autotag.workers w where w.id = p_worker) >= p_claim then
     tasks := array(select t.id from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim = p_claim order by t.id);
     wait := 0;
     return;
@@ -73,12 +71,10 @@ begin
   v_provider.virtual_time := v_released.virtual_time;
   v_provider := autotag.take_from_bucket(v_provider, cardinality(v_released.ids), v_released.tokens);
   tasks := v_released.ids;
-  if tasks <> '{}' then
-    update autotag.workers w
-    set unsent = w.unsent + cardinality(v_released.ids),
-        unsent_extra = w.unsent_extra + greatest(v_released.tokens - cardinality(v_released.ids)::bigint * v_provider.tokens_per_image, 0)
-    where w.id = p_worker;
-  end if;
+  update autotag.workers w
+  set unsent = w.unsent + cardinality(tasks),
+      unsent_extra = w.unsent_extra + greatest(v_released.tokens - cardinality(tasks)::bigint * v_provider.tokens_per_image, 0)
+  where w.id = p_worker and tasks <> '{}';
   bound := case when cardinality(tasks) = p_slots then 'slots' else autotag.describe_bound(v_provider) end;
   -- After an upload was rerouted, another one may be due.
   wait := case when v_provider.rerouted then 0 else autotag.real_seconds(autotag.next_release(v_provider) - v_now) end;

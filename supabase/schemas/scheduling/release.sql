@@ -198,6 +198,20 @@ begin
       floor(p_provider.day_left), floor(p_provider.tokens_left / p_provider.tokens_per_image)) end;
 end $$;
 
+-- What each image of an upload reserves: its tokens, and those of them that its answer may have (the cap).
+create or replace function autotag.reserve_for(p_queue autotag.queues, p_provider autotag.provider_limits, out each integer, out cap integer)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_brief autotag.briefs := autotag.job_brief(p_queue.job_id, p_provider);
+begin
+  cap := coalesce(v_brief.output_tokens, p_provider.output_tokens);
+  each := coalesce(v_brief.tokens_per_image, p_provider.tokens_per_image) + greatest(p_queue.output_tokens - cap, 0);
+  if v_brief.id is not null then
+    each := autotag.fit_window(each, p_queue.workspace_id);
+  end if;
+end $$;
+
 -- Releases the next images of one workspace: from its ready queue with the fewest released, at most one turn, and no more than
 -- its window admits. If it can release none, the workspace is not ready until the time when it can.
 -- An image reserves what its brief needs. If an answer of the job was cut off, each reserves the larger cap of that retry. p_tokens_left: what the provider's
@@ -211,9 +225,8 @@ as $$
 declare
   v_queue autotag.queues := autotag.next_queue(p_workspace.workspace_id, p_now);
   v_admitted record;
-  v_each integer := p_provider.tokens_per_image;
-  v_cap integer := p_provider.output_tokens;
-  v_brief autotag.briefs;
+  v_each integer;              -- tokens that each image reserves
+  v_cap integer;               -- the cap on its answer
   v_ready_at timestamptz;      -- when the workspace becomes ready; null: now
 begin
   ids := '{}';
@@ -226,15 +239,7 @@ begin
       return;
     end if;
   else
-    v_brief := autotag.job_brief(v_queue.job_id, p_provider);
-    if v_brief.id is not null then
-      v_cap := v_brief.output_tokens;
-      v_each := v_brief.tokens_per_image;
-    end if;
-    v_each := v_each + greatest(v_queue.output_tokens - v_cap, 0);
-    if v_brief.id is not null then
-      v_each := autotag.fit_window(v_each, p_workspace.workspace_id);
-    end if;
+    select r.each, r.cap into v_each, v_cap from autotag.reserve_for(v_queue, p_provider) r;
     if v_each > p_provider.tokens_per_image then
       -- Wait until the bucket holds this many tokens. An image that needs 90% of a minute's limit or more does not wait, because
       -- the bucket may never hold so much.
