@@ -7689,6 +7689,7 @@ declare
   v_given text[] := autotag.recall_tags(p_memory, 'given');
   v_added text[];
   v_removed text[];
+  v_kept text[];               -- the keys of what stays in the column
   v_answer text[] := array(select jsonb_array_elements_text(p_answer -> 'tags'));
   v_answer_keys text[] := autotag.tag_keys(v_answer);
 begin
@@ -7696,19 +7697,21 @@ begin
     select k from unnest(autotag.tag_keys(
       v_given || autotag.recall_tags(p_memory, 'added') || autotag.recall_tags(p_memory, 'removed'))) k
     where k <> '' except select unnest(v_keys) order by 1);
-  fresh := array(
-    select (array_agg(t.tag order by t.i))[1] from unnest(v_answer, v_answer_keys) with ordinality t (tag, key, i)
-    where t.key not in (select k from unnest(v_keys || v_removed) k where k is not null)
-      and (p_longest is null or length(t.tag) <= p_longest)
-    group by t.key order by min(t.i));
   select coalesce(array_agg(t.i) filter (where t.given and not t.again), '{}'),
-    coalesce(array_agg(t.tag order by t.i) filter (where t.given and t.again), '{}') || fresh,
-    array_agg(t.tag order by t.i) filter (where not t.given)
-  into dropped, v_given, v_added
+    coalesce(array_agg(t.tag order by t.i) filter (where t.given and t.again), '{}'),
+    array_agg(t.tag order by t.i) filter (where not t.given),
+    coalesce(array_agg(t.key) filter (where not t.given or t.again), '{}')
+  into dropped, v_given, v_added, v_kept
   from (
-    select u.tag, u.i, u.key in (select unnest(v_answer_keys)) as again,
+    select u.tag, u.i, u.key, u.tag = any (v_answer) as again,
       u.tag in (select unnest(v_given)) and count(*) over (partition by u.tag) = 1 as given
     from unnest(p_tags, v_keys) with ordinality u (tag, key, i) where u.tag <> '') t;
+  fresh := array(
+    select (array_agg(t.tag order by t.i))[1] from unnest(v_answer, v_answer_keys) with ordinality t (tag, key, i)
+    where t.key not in (select k from unnest(v_kept || v_removed) k where k is not null)
+      and (p_longest is null or length(t.tag) <= p_longest)
+    group by t.key order by min(t.i));
+  v_given := v_given || fresh;
   result := autotag.remember_tags(p_answer || jsonb_build_object('confidence', (p_answer -> 'confidence') - array(
     select t.tag from unnest(v_answer, v_answer_keys) t (tag, key)
     where t.tag <> all (v_given) and t.key not in (select k from unnest(v_keys) k where k is not null))), v_given, v_added, v_removed);

@@ -103,9 +103,9 @@ class Oracle:
         """The people's tags and the whole column after a run that found this column and gave these tags."""
         theirs = [tag not in self.ours or found.count(tag) > 1 or not isinstance(tag, str) for tag in found]
         self.removed = (self.removed | self.seen) - keys(found)
-        kept = [tag for tag, own in zip(found, theirs, strict=True) if own or key(tag) in keys(answer)]
-        added = [tag for tag in answer if key(tag) not in keys(found) | self.removed]
-        self.ours = [t for t, own in zip(found, theirs, strict=True) if not own and key(t) in keys(answer)] + added
+        kept = [tag for tag, own in zip(found, theirs, strict=True) if own or tag in answer]
+        added = [tag for tag in answer if key(tag) not in keys(kept) | self.removed]
+        self.ours = [t for t, own in zip(found, theirs, strict=True) if not own and t in answer] + added
         self.seen = keys(kept + added)
         return [tag for tag, own in zip(found, theirs, strict=True) if own], kept + added
 
@@ -118,7 +118,7 @@ def is_within(part: list[Any], whole: list[Any]) -> bool:
 
 # -- histories
 
-MODEL_TAGS = ["beach", "sky", "aunt mary", "école", "straße", "c#", "wedding 2019", "a tag of many letters"]
+MODEL_TAGS = ["beach", "Beach", "sky", "aunt mary", "école", "straße", "c#", "wedding 2019", "a tag of many letters"]
 TYPED = st.sampled_from(
     [
         "beach",
@@ -148,7 +148,7 @@ MEMORIES = [
     {"removed": {"a": 1}, "given": 5},
     {"confidence": {"sky": 1}},
 ]
-RUN = st.tuples(st.just("run"), st.lists(st.sampled_from(MODEL_TAGS), unique=True, max_size=5))
+RUN = st.tuples(st.just("run"), st.lists(st.sampled_from(MODEL_TAGS), unique_by=key, max_size=5))
 REMOVE = st.tuples(st.just("remove"), st.integers(0, 9))
 EDITS = [
     st.tuples(st.just("add"), TYPED),
