@@ -39,7 +39,8 @@ class Keys:
     @property
     def host(self) -> Host:
         asset, workspace, user = self.base
-        return replace(Host(), id_type=asset, workspace_type=workspace, user_type=user)
+        members = replace(Host().members, user_type=user)
+        return replace(Host(), id_type=asset, workspace_type=workspace, user_type=user, members=members)
 
     def natural(self, ids: Any, place: int) -> Any:
         """Ids (one or a list of text) as JSON has them; place: of the base type."""

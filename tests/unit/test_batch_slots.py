@@ -88,6 +88,10 @@ class FakeDatabase:
         self.odd: dict[int, Exception] = {}  # what an answer raises as it is, by task …
         self.lost: dict[int, Exception] = {}  # … and every report of it
         self.stored: dict[int, str] = {}
+        self.briefs = self
+
+    async def get(self, _: int | None) -> None:
+        """No brief."""
 
     async def batch_answers(self, _: Batch, answers: list[BatchAnswer], *, keep: bool = False) -> Settled:
         self.calls.append((answers, keep))

@@ -162,7 +162,7 @@ def test_a_person_who_names_no_table_of_members_learns_what_it_needs() -> None:
     assert propose(facts, Choices(), lambda *_: "members").members.table == "public.members"
     with pytest.raises(
         HostError,
-        match=r"public\.memebrs needs a column workspace_id like that of the images, and one of the uuid columns user_id",
+        match=r"public\.memebrs needs the uuid columns workspace_id and one of user_id",
     ):
         propose(facts, Choices(), lambda *_: "memebrs")
 
@@ -183,7 +183,11 @@ def test_people_may_keep_tags_in_a_list_of_any_type(kind: str) -> None:
         ),
         ({"tags": "public.mood[]"}, [], r"tags is public\.mood\[\]; tags go into"),
         ({"tags": "text[]"}, ["tags"], r"tags is a generated column, which nobody can write; name another"),
-        ({"tags": "text[]", "tagging_result": "text"}, [], r"tagging_result is text; rename it"),
+        (
+            {"tags": "text[]", "tagging_result": "text"},
+            [],
+            r"tagging_result is text; autotag needs a column of this name that is jsonb",
+        ),
     ],
 )
 def test_a_column_that_cannot_hold_tags_is_refused(columns: dict[str, str], generated: list[str], told: str) -> None:

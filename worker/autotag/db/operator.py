@@ -193,9 +193,9 @@ class Operator:
         """Usage by user, day, model and service tier."""
         async with self._connection.cursor(row_factory=dict_row) as cursor:
             await cursor.execute(
-                "select u.user_id::text, u.day, u.model, u.service_tier, u.images, u.requests,"
-                " u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens, u.reasoning_tokens, u.cost"
-                " from autotag.list_usage(%s, %s, %s) u",
+                """select u.user_id::text, u.day, u.model, u.service_tier, u.images, u.requests, u.input_tokens,
+                u.cached_tokens, u.cache_write_tokens, u.output_tokens, u.reasoning_tokens, u.cost
+                from autotag.list_usage(%s, %s, %s) u""",
                 (workspace, since, until),
             )
             return cast("list[UsageRow]", await cursor.fetchall())

@@ -12,62 +12,61 @@ NOT_THE_PROJECTS = (
     "graphql_public", "pgsodium", "information_schema", "supabase_functions", "_realtime", "_analytics", "pgbouncer",
 )  # fmt: skip
 
+_DETAILS = r"""
+with recursive domains (oid, base) as (
+  select t.oid, t.typbasetype from pg_type t where t.typtype = 'd'
+  union all
+  select d.oid, t.typbasetype from domains d join pg_type t on t.oid = d.base and t.typtype = 'd'
+), bases as (
+  select d.oid, d.base from domains d join pg_type t on t.oid = d.base and t.typtype <> 'd'
+)
+select n.nspname || '.' || c.relname, c.relkind::text, a.columns, a.base_types, a.required, a.labels,
+  a.defaults,
+  (select jsonb_agg(k.names) from (
+     select (select jsonb_agg(u.attname) from pg_attribute u
+             where u.attrelid = c.oid and u.attnum = any (i.indkey[0 : i.indnkeyatts - 1])) as names
+     from pg_index i
+     where i.indrelid = c.oid and i.indisunique and i.indisvalid and i.indpred is null and i.indexprs is null
+       and not exists (
+         select from pg_attribute u
+         where u.attrelid = c.oid and u.attnum = any (i.indkey[0 : i.indnkeyatts - 1])
+           and not u.attnotnull)) k),
+  (select jsonb_object_agg(s.attname, array[fn.nspname || '.' || fc.relname, t.attname])
+   from pg_constraint f
+   join pg_class fc on fc.oid = f.confrelid join pg_namespace fn on fn.oid = fc.relnamespace
+   cross join lateral unnest(f.conkey, f.confkey) p (here, there)
+   join pg_attribute s on s.attrelid = f.conrelid and s.attnum = p.here
+   join pg_attribute t on t.attrelid = f.confrelid and t.attnum = p.there
+   where f.conrelid = c.oid and f.contype = 'f'),
+  (select jsonb_agg(pg_get_constraintdef(k.oid)) from pg_constraint k
+   where k.conrelid = c.oid and k.contype = 'c'),
+  a.generated, a.loose,
+  (select pn.nspname || '.' || pc.relname from pg_inherits h
+   join pg_class pc on pc.oid = h.inhparent join pg_namespace pn on pn.oid = pc.relnamespace
+   where h.inhrelid = c.oid and c.relispartition),
+  c.relkind = 'r' and exists (select from pg_inherits h where h.inhparent = c.oid)
+from pg_class c join pg_namespace n on n.oid = c.relnamespace
+cross join lateral (
+  select jsonb_object_agg(a.attname, format_type(a.atttypid, null)) as columns,
+    jsonb_object_agg(a.attname, format_type(coalesce(b.base, t.oid), null)) as base_types,
+    jsonb_agg(a.attname) filter (where a.attnotnull) as required,
+    jsonb_agg(a.attname) filter (where a.attgenerated <> '') as generated,
+    jsonb_agg(a.attname) filter (where not l.collisdeterministic) as loose,
+    jsonb_object_agg(a.attname, (
+      select jsonb_agg(e.enumlabel) from pg_enum e where e.enumtypid = t.oid))
+      filter (where t.typtype = 'e') as labels,
+    jsonb_object_agg(a.attname, pg_get_expr(d.adbin, d.adrelid)) filter (where d.oid is not null) as defaults
+  from pg_attribute a join pg_type t on t.oid = a.atttypid
+  left join bases b on b.oid = a.atttypid left join pg_collation l on l.oid = a.attcollation
+  left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
+  where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped) a
+where c.relkind in ('r', 'p', 'v', 'm', 'f') and n.nspname <> all (%s) and n.nspname not like 'pg\_%%'
+  and a.columns is not null"""
+
 
 def read_details(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
     """Attributes of `facts.Table`, of every table and view: qualified name -> ``columns``, those behind ``rules``."""
-    rows = connection.execute(
-        r"""
-        with recursive domains (oid, base) as (
-          select t.oid, t.typbasetype from pg_type t where t.typtype = 'd'
-          union all
-          select d.oid, t.typbasetype from domains d join pg_type t on t.oid = d.base and t.typtype = 'd'
-        ), bases as (
-          select d.oid, d.base from domains d join pg_type t on t.oid = d.base and t.typtype <> 'd'
-        )
-        select n.nspname || '.' || c.relname, c.relkind::text, a.columns, a.base_types, a.required, a.labels,
-          a.defaults,
-          (select jsonb_agg(k.names) from (
-             select (select jsonb_agg(u.attname) from pg_attribute u
-                     where u.attrelid = c.oid and u.attnum = any (i.indkey[0 : i.indnkeyatts - 1])) as names
-             from pg_index i
-             where i.indrelid = c.oid and i.indisunique and i.indisvalid and i.indpred is null and i.indexprs is null
-               and not exists (
-                 select from pg_attribute u
-                 where u.attrelid = c.oid and u.attnum = any (i.indkey[0 : i.indnkeyatts - 1])
-                   and not u.attnotnull)) k),
-          (select jsonb_object_agg(s.attname, array[fn.nspname || '.' || fc.relname, t.attname])
-           from pg_constraint f
-           join pg_class fc on fc.oid = f.confrelid join pg_namespace fn on fn.oid = fc.relnamespace
-           cross join lateral unnest(f.conkey, f.confkey) p (here, there)
-           join pg_attribute s on s.attrelid = f.conrelid and s.attnum = p.here
-           join pg_attribute t on t.attrelid = f.confrelid and t.attnum = p.there
-           where f.conrelid = c.oid and f.contype = 'f'),
-          (select jsonb_agg(pg_get_constraintdef(k.oid)) from pg_constraint k
-           where k.conrelid = c.oid and k.contype = 'c'),
-          a.generated, a.loose,
-          (select pn.nspname || '.' || pc.relname from pg_inherits h
-           join pg_class pc on pc.oid = h.inhparent join pg_namespace pn on pn.oid = pc.relnamespace
-           where h.inhrelid = c.oid and c.relispartition),
-          c.relkind = 'r' and exists (select from pg_inherits h where h.inhparent = c.oid)
-        from pg_class c join pg_namespace n on n.oid = c.relnamespace
-        cross join lateral (
-          select jsonb_object_agg(a.attname, format_type(a.atttypid, null)) as columns,
-            jsonb_object_agg(a.attname, format_type(coalesce(b.base, t.oid), null)) as base_types,
-            jsonb_agg(a.attname) filter (where a.attnotnull) as required,
-            jsonb_agg(a.attname) filter (where a.attgenerated <> '') as generated,
-            jsonb_agg(a.attname) filter (where not l.collisdeterministic) as loose,
-            jsonb_object_agg(a.attname, (
-              select jsonb_agg(e.enumlabel) from pg_enum e where e.enumtypid = t.oid))
-              filter (where t.typtype = 'e') as labels,
-            jsonb_object_agg(a.attname, pg_get_expr(d.adbin, d.adrelid)) filter (where d.oid is not null) as defaults
-          from pg_attribute a join pg_type t on t.oid = a.atttypid
-          left join bases b on b.oid = a.atttypid left join pg_collation l on l.oid = a.attcollation
-          left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
-          where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped) a
-        where c.relkind in ('r', 'p', 'v', 'm', 'f') and n.nspname <> all (%s) and n.nspname not like 'pg\_%%'
-          and a.columns is not null""",
-        (list(NOT_THE_PROJECTS),),
-    ).fetchall()
+    rows = connection.execute(_DETAILS.encode(), (list(NOT_THE_PROJECTS),)).fetchall()
     return {
         row[0]: {
             "kind": row[1], "columns": row[2], "base_types": row[3], "required": frozenset(row[4] or []),
