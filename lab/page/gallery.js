@@ -109,12 +109,12 @@ async function showPictures(rows) {
 
 let fetching = null
 let again = false
-/** Runs one fetch at a time. Calls during a fetch cause one more fetch after it. */
-function refresh() {
+/** Runs one fetch at a time. Calls during a fetch cause one more fetch after it, and end with that one. */
+export function refresh() {
   if (fetching) { again = true; return fetching }
   fetching = refetch().finally(() => {
     fetching = null
-    if (again) { again = false; refresh() }
+    if (again) { again = false; return refresh() }
   })
   return fetching
 }

@@ -118,6 +118,7 @@ const scenarios = {
         await page.waitForFunction(([card, jobs]) => document.querySelectorAll('.job').length === jobs
           && [...document.querySelectorAll('.job .cancel')].every((button) => button.hidden)
           && document.querySelector(card).dataset.stage === 'completed', [card, jobs])
+        await page.evaluate(async () => (await import('./gallery.js')).refresh()) // the broadcast's own may still run
       }
       const rows = async (page) => (await shown(page)).find((item) => item.id === id)
       return [await rows(one), await rows(two)]
@@ -127,6 +128,7 @@ const scenarios = {
     await one.waitForFunction((card) => document.activeElement === document.querySelector(`${card} .add input`), card)
     await type(two, 'wedding') // this window has not seen what the other one has done
     const rerun = await again(2)
+    if (given.shots) await one.locator(card).screenshot({ path: `${given.shots}/tags.png` })
     await one.click('#asked summary')
     await one.fill('#word', wanted.toUpperCase())
     await one.press('#word', 'Enter')
