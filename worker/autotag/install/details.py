@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from psycopg import Connection
@@ -11,6 +12,28 @@ NOT_THE_PROJECTS = (
     "autotag", "auth", "storage", "realtime", "extensions", "supabase_migrations", "vault", "cron", "net", "graphql",
     "graphql_public", "pgsodium", "information_schema", "supabase_functions", "_realtime", "_analytics", "pgbouncer",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Gin:
+    """A GIN index: it finds rows by the elements of its columns.
+
+    Attributes:
+        name: without the schema, which is the table's.
+        columns: that it has as they are; expressions are left out.
+        valid: it is built.
+        partial: it has only some rows.
+    """
+
+    name: str
+    columns: frozenset[str]
+    valid: bool
+    partial: bool
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row can be found with it."""
+        return self.valid and not self.partial
 
 
 def read_details(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
@@ -48,7 +71,12 @@ def read_details(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str,
           (select pn.nspname || '.' || pc.relname from pg_inherits h
            join pg_class pc on pc.oid = h.inhparent join pg_namespace pn on pn.oid = pc.relnamespace
            where h.inhrelid = c.oid and c.relispartition),
-          c.relkind = 'r' and exists (select from pg_inherits h where h.inhparent = c.oid)
+          c.relkind = 'r' and exists (select from pg_inherits h where h.inhparent = c.oid),
+          (select jsonb_agg(jsonb_build_object('name', x.relname, 'gin', m.amname = 'gin', 'valid', i.indisvalid,
+             'partial', i.indpred is not null, 'columns', array(
+               select u.attname from pg_attribute u where u.attrelid = c.oid and u.attnum = any (i.indkey))))
+           from pg_index i join pg_class x on x.oid = i.indexrelid join pg_am m on m.oid = x.relam
+           where i.indrelid = c.oid)
         from pg_class c join pg_namespace n on n.oid = c.relnamespace
         cross join lateral (
           select jsonb_object_agg(a.attname, format_type(a.atttypid, null)) as columns,
@@ -74,7 +102,8 @@ def read_details(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str,
             "labels": row[5] or {}, "defaults": row[6] or {}, "keys": [frozenset(key) for key in row[7] or []],
             "references": {column: tuple(target) for column, target in (row[8] or {}).items()}, "checks": row[9] or [],
             "generated": frozenset(row[10] or []), "loose": frozenset(row[11] or []), "partition_of": row[12],
-            "has_children": row[13],
+            "has_children": row[13], "indexes": frozenset(index["name"] for index in row[14] or []),
+            "gin": [Gin(i["name"], frozenset(i["columns"]), i["valid"], i["partial"]) for i in row[14] or [] if i["gin"]],
         }
         for row in rows
     }  # fmt: skip
