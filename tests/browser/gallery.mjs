@@ -137,7 +137,6 @@ const scenarios = {
     await one.click('#save')
     await one.waitForFunction(() => document.getElementById('asked-said').textContent.startsWith('Saved'))
     const only = await again(3)
-    await shot(one, 'editor', 900)
     const refusals = await stranger.evaluate(async (id) => {
       const { supabase, workspace } = await import('./client.js')
       const call = async (name, more = {}) => {

@@ -75,7 +75,9 @@ def test_it_is_offered_where_it_is_missing_and_then_no_more(url: str) -> None:
             connection.execute(statement.encode())
             connection.execute(statement.encode())  # a second time: no error
             wanted = """'["a"]'""" if "json" in facts.tables[f"public.{table}"].columns["tags"] else "'{a}'"
-            plan = connection.execute(f'explain select * from public."{table}" where tags @> {wanted}'.encode()).fetchall()
+            plan = connection.execute(
+                f'explain select * from public."{table}" where tags @> {wanted}'.encode()
+            ).fetchall()
             assert any("Bitmap Index Scan" in line for (line,) in plan), (table, plan)
     facts = read_facts(url)
     assert {table: offer(facts, table) for table in OFFERED} == dict.fromkeys(OFFERED, TagIndex())

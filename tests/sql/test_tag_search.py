@@ -44,10 +44,15 @@ def test_the_documented_queries_use_the_index_and_show_members_their_own(session
     with session, session.transaction():
         session.execute("set local enable_seqscan = off")
         for operator, wanted in (("@>", "{all,tag 5}"), ("&&", "{tag 5,tag 6}")):
-            plan = rows(f"explain select * from public.assets where workspace_id = %s and tags {operator} %s", MINE, wanted)
+            plan = rows(
+                f"explain select * from public.assets where workspace_id = %s and tags {operator} %s", MINE, wanted
+            )
             assert any("Bitmap Index Scan on assets_tags_idx" in str(line) for (line,) in plan), plan
         for user, own in ((MEMBER, True), (STRANGER, False)):
-            session.execute("select set_config('request.jwt.claims', %s, true)", (json.dumps({"sub": user, "role": "authenticated"}),))
+            session.execute(
+                "select set_config('request.jwt.claims', %s, true)",
+                (json.dumps({"sub": user, "role": "authenticated"}),),
+            )
             session.execute("set local role authenticated")
             scans = "select pg_stat_get_xact_numscans('public.assets_tags_idx'::regclass)"
             before = rows(scans)

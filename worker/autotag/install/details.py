@@ -71,12 +71,7 @@ def read_details(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str,
           (select pn.nspname || '.' || pc.relname from pg_inherits h
            join pg_class pc on pc.oid = h.inhparent join pg_namespace pn on pn.oid = pc.relnamespace
            where h.inhrelid = c.oid and c.relispartition),
-          c.relkind = 'r' and exists (select from pg_inherits h where h.inhparent = c.oid),
-          (select jsonb_agg(jsonb_build_object('name', x.relname, 'gin', m.amname = 'gin', 'valid', i.indisvalid,
-             'partial', i.indpred is not null, 'columns', array(
-               select u.attname from pg_attribute u where u.attrelid = c.oid and u.attnum = any (i.indkey))))
-           from pg_index i join pg_class x on x.oid = i.indexrelid join pg_am m on m.oid = x.relam
-           where i.indrelid = c.oid)
+          c.relkind = 'r' and exists (select from pg_inherits h where h.inhparent = c.oid)
         from pg_class c join pg_namespace n on n.oid = c.relnamespace
         cross join lateral (
           select jsonb_object_agg(a.attname, format_type(a.atttypid, null)) as columns,
@@ -102,11 +97,30 @@ def read_details(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str,
             "labels": row[5] or {}, "defaults": row[6] or {}, "keys": [frozenset(key) for key in row[7] or []],
             "references": {column: tuple(target) for column, target in (row[8] or {}).items()}, "checks": row[9] or [],
             "generated": frozenset(row[10] or []), "loose": frozenset(row[11] or []), "partition_of": row[12],
-            "has_children": row[13], "indexes": frozenset(index["name"] for index in row[14] or []),
-            "gin": [Gin(i["name"], frozenset(i["columns"]), i["valid"], i["partial"]) for i in row[14] or [] if i["gin"]],
+            "has_children": row[13],
         }
         for row in rows
     }  # fmt: skip
+
+
+def read_indexes(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
+    """The attributes ``indexes`` and ``gin`` of `facts.Table`, of every table that has indexes: its name -> them."""
+    rows = connection.execute(
+        """
+        select n.nspname || '.' || c.relname, x.relname::text, m.amname = 'gin', i.indisvalid, i.indpred is not null, array(
+          select u.attname::text from pg_attribute u where u.attrelid = c.oid and u.attnum = any (i.indkey))
+        from pg_index i join pg_class c on c.oid = i.indrelid join pg_namespace n on n.oid = c.relnamespace
+        join pg_class x on x.oid = i.indexrelid join pg_am m on m.oid = x.relam
+        where n.nspname <> all (%s) and n.nspname not like 'pg\\_%%'""",
+        (list(NOT_THE_PROJECTS),),
+    ).fetchall()
+    found: dict[str, dict[str, Any]] = {}
+    for table, name, is_gin, valid, partial, columns in rows:
+        indexes = found.setdefault(table, {"indexes": set(), "gin": []})
+        indexes["indexes"].add(name)
+        if is_gin:
+            indexes["gin"].append(Gin(name, frozenset(columns), valid, partial))
+    return found
 
 
 def read_member_functions(connection: Connection[tuple[Any, ...]]) -> dict[str, list[str]]:

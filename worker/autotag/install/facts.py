@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import psycopg
 from psycopg import Connection
 
-from autotag.install.details import Gin, read_details, read_member_functions
+from autotag.install.details import Gin, read_details, read_indexes, read_member_functions
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Table:
     loose: frozenset[str] = frozenset()
     partition_of: str | None = None
     has_children: bool = False
-    indexes: frozenset[str] = frozenset()
+    indexes: set[str] = field(default_factory=set)
     gin: list[Gin] = field(default_factory=list)
 
     def base_type(self, column: str) -> str | None:
@@ -146,8 +146,10 @@ def read_facts(url: str) -> Facts:
                   and n.nspname not like 'pg\\_%'""")
             if columns
         }
-        details = read_details(connection)
-        tables = {name: replace(table, **details.get(name, {})) for name, table in tables.items()}
+        details, indexes = read_details(connection), read_indexes(connection)
+        tables = {
+            name: replace(table, **details.get(name, {}), **indexes.get(name, {})) for name, table in tables.items()
+        }
         views = {name: Table(name, **found) for name, found in details.items() if found["kind"] in "vmf"}
         buckets = _column(connection, "storage.buckets", "select id from storage.buckets order by id")
         policies = [
