@@ -89,8 +89,12 @@ const scenarios = {
     const before = two.asked.length
     await two.waitForTimeout(3000)
     await one.click('#usage summary')
+    await one.click('#asked summary')
+    await one.waitForFunction(() => document.getElementById('asked-who').textContent !== '')
+    const writable = await one.$$eval('#asked input, #asked textarea, #asked select, #asked button', (fields) => fields.filter(
+      (field) => field.checkVisibility() && !field.readOnly && !field.disabled).map((field) => field.id))
     return {
-      one: await shown(one), two: await shown(two), other: await shown(other), askedWhileIdle: two.asked.length - before,
+      writable, one: await shown(one), two: await shown(two), other: await shown(other), askedWhileIdle: two.asked.length - before,
       usage: await one.$$eval('#usage tbody tr', (rows) => rows.map((row) => row.innerText)),
       problems: [...one.problems, ...two.problems, ...other.problems],
     }

@@ -97,6 +97,7 @@ async def test_a_few_images_live_in_two_windows_and_in_no_strangers(gallery: Gal
         )
     assert sorted(map(frozenset, tags.values()), key=sorted) == sorted((d.tags for d in draw(8)), key=sorted)
     assert seen["other"] == []
+    assert seen["writable"] == [], "members who are no editors only read vocabulary and instructions"
     assert seen["askedWhileIdle"] == 0, "no polling"
     [row] = seen["usage"]
     assert row.split("\t")[1] == "8"
