@@ -107,8 +107,8 @@ def read_indexes(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str,
     """The attributes ``indexes`` and ``gin`` of `facts.Table`, of every table that has indexes: its name -> them."""
     rows = connection.execute(
         """
-        select n.nspname || '.' || c.relname, x.relname::text, m.amname = 'gin', i.indisvalid, i.indpred is not null, array(
-          select u.attname::text from pg_attribute u where u.attrelid = c.oid and u.attnum = any (i.indkey))
+        select n.nspname || '.' || c.relname, x.relname::text, m.amname = 'gin', i.indisvalid, i.indpred is not null,
+          array(select u.attname::text from pg_attribute u where u.attrelid = c.oid and u.attnum = any (i.indkey))
         from pg_index i join pg_class c on c.oid = i.indrelid join pg_namespace n on n.oid = c.relnamespace
         join pg_class x on x.oid = i.indexrelid join pg_am m on m.oid = x.relam
         where n.nspname <> all (%s) and n.nspname not like 'pg\\_%%'""",

@@ -1,7 +1,7 @@
-"""The index that makes searching by tag fast. It is the project's, and autotag needs it for nothing, so init only offers it.
+"""The index that makes searching by tag fast. autotag itself does not need it, so init only offers it.
 
-It cannot be a migration: ``create index concurrently`` runs in no transaction, and without ``concurrently`` nobody could write
-to the table meanwhile.
+It cannot be a migration: ``create index concurrently`` runs in no transaction, and without ``concurrently`` nobody
+could write to the table meanwhile.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def offer_index(host: Host, facts: Facts) -> TagIndex:
         if host.tags in index.columns and not index.valid:
             there = f"{quote(schema)}.{quote(index.name)}"
             return TagIndex(
-                note=f"The index {there} on {column} is not valid: its build still runs, or has failed. If it has failed:"
-                f" drop index concurrently {there}; and run this command again."
+                note=f"The index {there} on {column} is not valid: its build still runs, or has failed. If it has"
+                f" failed: drop index concurrently {there}; and run this command again."
             )
     wanted = f"{name}_{host.tags}_idx"
     if wanted in table.indexes:  # an index of another kind
@@ -55,7 +55,7 @@ def offer_index(host: Host, facts: Facts) -> TagIndex:
     if partitioned:
         return TagIndex(
             statement,
-            f"{host.table} is partitioned, so nobody can write to it while the index is built. If it is large, create the"
-            " index concurrently on each partition first.",
+            f"{host.table} is partitioned, so nobody can write to it while the index is built. If it is large, create"
+            " the index concurrently on each partition first.",
         )
     return TagIndex(statement)
