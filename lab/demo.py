@@ -184,7 +184,7 @@ async def start_stack(console: Console, cleanup: contextlib.AsyncExitStack, proj
         return await cleanup.enter_async_context(supabase_stack(project, plan=plan))
     with console.status("Starting Postgres, the Supabase edge and the OpenAI simulator…"):
         postgres = cleanup.enter_context(local_postgres())
-        await asyncio.to_thread(install_autotag, postgres)
+        await asyncio.to_thread(install_autotag, postgres, editors="members")  # who try the gallery edit its vocabulary
         return await cleanup.enter_async_context(local_stack(postgres, plan=plan))
 
 

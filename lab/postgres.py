@@ -26,6 +26,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from autotag.install.host import Host
 from autotag.install.migrations import apply_migrations
 from lab.ending import group, temporary_folder
 
@@ -211,7 +212,13 @@ def install_baseline(server: LocalPostgres, database: str = "postgres", superuse
             )
 
 
-def install_autotag(server: LocalPostgres, database: str = "postgres") -> None:
-    """Applies the baseline and every migration, including the host baseline."""
+def install_autotag(server: LocalPostgres, database: str = "postgres", *, editors: str = "none") -> None:
+    """Applies the baseline and every migration, including the host baseline.
+
+    Args:
+        server: the server.
+        database: its database.
+        editors: which users may change vocabularies and profiles: ``none`` or ``members``.
+    """
     install_baseline(server, database)
-    apply_migrations(server.url(database=database), with_host_baseline=True)
+    apply_migrations(server.url(database=database), host=Host(editors=editors), with_host_baseline=True)

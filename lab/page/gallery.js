@@ -1,17 +1,13 @@
 // A gallery of tagged images. docs/frontend.md explains the essential twenty lines: enqueue, listen, refetch.
-// The address has the workspace and the member's JWT: #workspace=…&token=…. /config.json has the project's URL and key.
 
-const config = await (await fetch('config.json')).json()
-const parameters = new URLSearchParams(location.hash.slice(1))
-const workspace = parameters.get('workspace')
-const token = parameters.get('token')
-const supabase = window.supabase.createClient(config.url, config.anonKey, { accessToken: async () => token })
+import { refreshAsked } from './asked.js'
+import { $, element, showError, supabase, token, workspace } from './client.js'
+import { COLUMNS, makeEditable, showTags } from './tags.js'
 
-const COLUMNS = 'id, storage_path, tagging_stage, tagging_progress, tagging_eta, tagging_error, tags, tagging_result'
 const MAX_SHOWN = 500 // images; the newest ones
-const $ = (id) => document.getElementById(id)
 const jobs = new Map() // uploads of this window and those announced by broadcasts, by job id
-const assets = new Map() // rows by id
+const assets = new Map() // rows by id, which is a number or text, as the project's keys are
+const RETRY = { completed: 'Tag again', failed: 'Try again' } // what the button says
 
 // -- rendering
 
@@ -36,14 +32,17 @@ function timeLeft(eta) {
   return minutes < 90 ? ` (~${minutes} min)` : ` (~${Math.round(minutes / 60)} h)`
 }
 
+/** The element of an image. */
+const card = (id) => document.querySelector(`[data-asset="${CSS.escape(id)}"]`)
+
 function show(asset) {
-  const before = assets.get(asset.id)
-  assets.set(asset.id, { ...before, ...asset })
-  let item = document.querySelector(`[data-asset="${CSS.escape(asset.id)}"]`)
+  assets.set(asset.id, asset)
+  let item = card(asset.id)
   if (!item) {
     item = $('image').content.firstElementChild.cloneNode(true)
     item.dataset.asset = asset.id
     item.querySelector('.retry').onclick = () => enqueue([asset.id])
+    item.removeTag = makeEditable(item, () => assets.get(asset.id), (row) => { show(row); refresh() })
     $('images').append(item)
   }
   const { text, bar } = describe(asset)
@@ -53,13 +52,13 @@ function show(asset) {
   progress.hidden = bar === undefined
   progress.value = bar ?? 0
   progress.setAttribute('aria-label', text)
-  const tags = item.querySelector('.tags')
-  tags.hidden = asset.tagging_stage !== 'completed'
-  tags.replaceChildren(...(asset.tags ?? []).map((tag) => Object.assign(document.createElement('li'), { textContent: tag })))
+  showTags(item, asset, item.removeTag)
   const error = item.querySelector('.error')
-  error.hidden = asset.tagging_stage !== 'failed'
+  error.hidden = !(asset.tagging_error && asset.tagging_stage in RETRY) // also where autotag left the tags as they are
   error.textContent = asset.tagging_error ?? ''
-  item.querySelector('.retry').hidden = asset.tagging_stage !== 'failed'
+  const retry = item.querySelector('.retry')
+  retry.hidden = !(asset.tagging_stage in RETRY)
+  retry.textContent = RETRY[asset.tagging_stage] ?? ''
   item.querySelector('img').alt = asset.tagging_result?.caption ?? `Image, ${text.toLowerCase()}`
   $('count').textContent = `(${assets.size})`
 }
@@ -88,11 +87,6 @@ function showJob(job) {
   $('jobs-section').hidden = false
 }
 
-/** Shows an error. Every error of the SQL API has a message and a hint that says what to do. */
-function showError(error) {
-  $('notice').textContent = error ? [error.message, error.hint].filter(Boolean).join(' ') : ''
-}
-
 // -- fetching: after each broadcast and each (re)subscription, never by polling
 
 async function refetch() {
@@ -109,18 +103,18 @@ async function showPictures(rows) {
   const { data } = await supabase.storage.from('assets').createSignedUrls(rows.map((row) => row.storage_path), 3600)
   for (const [i, row] of rows.entries()) {
     const url = data?.[i]?.signedUrl
-    if (url) document.querySelector(`[data-asset="${CSS.escape(row.id)}"] img`).src = url
+    if (url) card(row.id).querySelector('img').src = url
   }
 }
 
 let fetching = null
 let again = false
-/** Runs one fetch at a time. Calls during a fetch cause one more fetch after it. */
-function refresh() {
+/** Runs one fetch at a time. Calls during a fetch cause one more fetch after it, and end with that one. */
+export function refresh() {
   if (fetching) { again = true; return fetching }
   fetching = refetch().finally(() => {
     fetching = null
-    if (again) { again = false; refresh() }
+    if (again) { again = false; return refresh() }
   })
   return fetching
 }
@@ -136,11 +130,8 @@ async function refreshUsage() {
     days.set(row.day, day)
   }
   document.querySelector('#usage tbody').replaceChildren(...[...days].map(([day, used]) => {
-    const line = document.createElement('tr')
-    for (const text of [day, used.images, used.tokens.toLocaleString('en'), `$${used.cost.toFixed(4)}`]) {
-      line.append(Object.assign(document.createElement('td'), { textContent: text }))
-    }
-    return line
+    const cells = [day, used.images, used.tokens.toLocaleString('en'), `$${used.cost.toFixed(4)}`]
+    return element('tr', {}, ...cells.map((text) => element('td', { textContent: text })))
   }))
 }
 
@@ -166,7 +157,8 @@ async function enqueue(ids) {
   showError(null)
   const { data, error } = await supabase.rpc('enqueue_tagging', { asset_ids: ids })
   if (error) showError(error)
-  else showJob(data)
+  else if (data.image_count) showJob(data)
+  else showError({ message: 'Nothing to do: these images are being tagged, or were tagged a moment ago.', hint: 'Try again in a minute.' })
   await refresh()
 }
 
@@ -199,6 +191,7 @@ if (!workspace || !token) {
       $('connection').textContent = status === 'SUBSCRIBED' ? 'Live' : 'Disconnected. Reconnecting…'
       if (status === 'SUBSCRIBED') refresh() // broadcasts may have been missed, but the rows have every change
     })
+  addEventListener('focus', refresh) // people's edits in other windows are not broadcast
   await refresh()
-  await refreshUsage()
+  await Promise.all([refreshUsage(), refreshAsked()])
 }

@@ -1,5 +1,5 @@
 // Drives the gallery in headless Chromium and prints what was seen as JSON. Arguments: the scenario, and JSON with
-// {mine, other, files: [paths], shots: folder or null, chromium: path}.
+// {mine, other, stranger, files: [paths], shots: folder or null, chromium: path}.
 import { createRequire } from 'node:module'
 import { chromium } from 'playwright-core'
 
@@ -30,7 +30,8 @@ async function open(address, options = {}) {
     })
   }
   await page.goto(address)
-  await page.waitForFunction(() => document.getElementById('connection').textContent === 'Live')
+  await page.waitForFunction((refused) => refused ? document.getElementById('notice').textContent !== ''
+    : document.getElementById('connection').textContent === 'Live' && !document.getElementById('asked').hidden, options.refused)
   return page
 }
 
@@ -41,7 +42,8 @@ const all = (page, stage, count) => page.waitForFunction(
 const add = (page, files) => page.setInputFiles('#files', files)
 const shown = (page) => page.$$eval('.image', (items) => items.map((item) => ({
   id: item.dataset.asset, stage: item.dataset.stage, text: item.querySelector('.badge').textContent,
-  tags: [...item.querySelectorAll('.tags li')].map((tag) => tag.textContent), alt: item.querySelector('img').alt,
+  tags: [...item.querySelectorAll('.tag')].map((tag) => tag.textContent), alt: item.querySelector('img').alt,
+  by: [...item.querySelectorAll('.tags .by')].map((by) => by.textContent),
   picture: item.querySelector('img').naturalWidth > 0, error: item.querySelector('.error').textContent,
 })))
 
@@ -87,10 +89,75 @@ const scenarios = {
     const before = two.asked.length
     await two.waitForTimeout(3000)
     await one.click('#usage summary')
+    await one.click('#asked summary')
+    await one.waitForFunction(() => document.getElementById('asked-who').textContent !== '')
+    const writable = await one.$$eval('#asked input, #asked textarea, #asked select, #asked button', (fields) => fields.filter(
+      (field) => field.checkVisibility() && !field.readOnly && !field.disabled).map((field) => field.id))
     return {
-      one: await shown(one), two: await shown(two), other: await shown(other), askedWhileIdle: two.asked.length - before,
+      writable, one: await shown(one), two: await shown(two), other: await shown(other), askedWhileIdle: two.asked.length - before,
       usage: await one.$$eval('#usage tbody tr', (rows) => rows.map((row) => row.innerText)),
       problems: [...one.problems, ...two.problems, ...other.problems],
+    }
+  },
+
+  /** Two windows edit an image's tags and tag it again; then only the vocabulary may be used. A stranger has their address. */
+  async edited() {
+    const [one, two] = [await open(given.mine), await open(given.mine)]
+    const stranger = await open(given.stranger, { refused: true })
+    await add(one, given.files)
+    await all(one, 'completed', given.files.length)
+    await all(two, 'completed', given.files.length)
+    const before = await shown(one)
+    const { id, tags: [gone, , wanted] } = before[0]
+    const card = `[data-asset="${id}"]`
+    const type = async (page, tag) => {
+      await page.fill(`${card} .add input`, tag)
+      await page.press(`${card} .add input`, 'Enter')
+      await page.waitForFunction(([card, tag]) => [...document.querySelectorAll(`${card} .tag`)].some(
+        ({ textContent }) => textContent === tag), [card, tag])
+    }
+    const again = async (jobs) => {
+      await two.click(`${card} .retry`)
+      for (const page of [one, two]) {
+        await page.waitForFunction(([card, jobs]) => document.querySelectorAll('.job').length === jobs
+          && [...document.querySelectorAll('.job .cancel')].every((button) => button.hidden)
+          && document.querySelector(card).dataset.stage === 'completed', [card, jobs])
+        await page.evaluate(async () => (await import('./gallery.js')).refresh()) // the broadcast's own may still run
+      }
+      const rows = async (page) => (await shown(page)).find((item) => item.id === id)
+      return [await rows(one), await rows(two)]
+    }
+    await type(one, given.tag)
+    await one.click(`${card} .remove >> nth=0`)
+    await one.waitForFunction((card) => document.activeElement === document.querySelector(`${card} .add input`), card)
+    await type(two, 'wedding') // this window has not seen what the other one has done
+    const rerun = await again(2)
+    if (given.shots) await one.locator(card).screenshot({ path: `${given.shots}/tags.png` })
+    await one.click('#asked summary')
+    await one.fill('#word', wanted.toUpperCase())
+    await one.press('#word', 'Enter')
+    await one.waitForFunction(() => document.querySelectorAll('#words li').length === 1)
+    await one.selectOption('#mode', 'only')
+    await one.click('#save')
+    await one.waitForFunction(() => document.getElementById('asked-said').textContent.startsWith('Saved'))
+    const only = await again(3)
+    const refusals = await stranger.evaluate(async (id) => {
+      const { supabase, workspace } = await import('./client.js')
+      const call = async (name, more = {}) => {
+        const { error } = await supabase.rpc(name, { workspace_id: workspace, ...more })
+        return JSON.parse(error?.details ?? '{}').code
+      }
+      const { data } = await supabase.from('assets').update({ tags: [] }).eq('id', id).select('id')
+      return {
+        written: data, tagging_vocabulary: await call('tagging_vocabulary'), tagging_profile: await call('tagging_profile'),
+        edit: await call('edit_tagging_vocabulary', { removed: ['a'] }), set: await call('set_tagging_profile', { profile: {} }),
+      }
+    }, id)
+    return {
+      id, gone, wanted, rerun, only, refusals,
+      stranger: { images: await shown(stranger), text: await stranger.innerText('main'), asked: await stranger.isVisible('#asked') },
+      words: await one.$$eval('#words .tag', (tags) => tags.map((tag) => tag.textContent)), mode: await one.inputValue('#mode'),
+      problems: [...one.problems, ...two.problems, ...stranger.problems],
     }
   },
 
@@ -200,9 +267,13 @@ const scenarios = {
         const page = await open(given.mine, { viewport: { width, height: 900 }, colorScheme, reducedMotion: 'reduce' })
         await page.waitForTimeout(500)
         await page.click('#usage summary')
+        await page.click('#asked summary')
+        await page.waitForFunction(() => document.querySelectorAll('#words li').length > 0)
         const sideways = await page.evaluate(() => document.documentElement.scrollWidth > window.innerWidth)
         results.push({ width, colorScheme, sideways, violations: await violations(page) })
+        if (colorScheme === 'light') await shot(page, `asked-${width}`)
         await page.click('#usage summary')
+        await page.click('#asked summary')
         if (width === 1440 && colorScheme === 'light') await shotOfStage(page, 'queued')
         await shot(page, `page-${width}-${colorScheme}`)
       }

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,12 @@ SHOTS = os.environ.get("AUTOTAG_SCREENSHOTS")
 
 @dataclass
 class Gallery:
-    """The page of a library's member, and of a stranger."""
+    """The page of a library's member, of another workspace's, and of that one who has the first's address."""
 
     library: Library
     mine: str
     other: str
+    stranger: str
     folder: Path
 
     def files(self, count: int, seed: int = 1) -> list[str]:
@@ -47,7 +48,8 @@ class Gallery:
 
     async def play(self, scenario: str, files: list[str]) -> dict[str, Any]:
         """What the scenario saw; an error in the page fails the test."""
-        given = {"mine": self.mine, "other": self.other, "files": files, "shots": SHOTS, "chromium": CHROMIUM}
+        given = {"mine": self.mine, "other": self.other, "stranger": self.stranger, "files": files, "shots": SHOTS,
+                 "chromium": CHROMIUM, "tag": TYPED}  # fmt: skip
         process = await asyncio.create_subprocess_exec(
             "node", str(HERE / "gallery.mjs"), scenario, json.dumps(given),
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -61,6 +63,7 @@ class Gallery:
 
 
 CHROMIUM = shutil.which("chromium")
+TYPED = 'Aunt "Mary" <b>\\o/</b>'  # a tag that a person types; it stays text everywhere
 
 
 @pytest.fixture
@@ -70,7 +73,15 @@ async def gallery(library: Library, tmp_path: Path) -> AsyncIterator[Gallery]:
     port = free_port()
     url = f"http://{HOST}:{port}"
     async with serve(make_page(library.stack), HOST, port):
-        yield Gallery(library, address(url, library.member), address(url, library.stack.add_member()), tmp_path)
+        other = library.stack.add_member()
+        stranger = replace(other, workspace=library.member.workspace)
+        yield Gallery(library, *(address(url, member) for member in (library.member, other, stranger)), tmp_path)
+
+
+def make_members_editors(library: Library) -> None:
+    """As ``autotag init --editors members`` does."""
+    library.sql("create or replace function autotag.is_editor(p_workspace_id autotag.workspace_id) returns boolean"
+                " language sql stable security definer as 'select autotag.is_member(p_workspace_id)'")  # fmt: skip
 
 
 @pytest.mark.long
@@ -86,10 +97,35 @@ async def test_a_few_images_live_in_two_windows_and_in_no_strangers(gallery: Gal
         )
     assert sorted(map(frozenset, tags.values()), key=sorted) == sorted((d.tags for d in draw(8)), key=sorted)
     assert seen["other"] == []
+    assert seen["writable"] == [], "members who are no editors only read vocabulary and instructions"
     assert seen["askedWhileIdle"] == 0, "no polling"
     [row] = seen["usage"]
     assert row.split("\t")[1] == "8"
     audit(gallery.library.stack)
+
+
+async def test_peoples_tags_stay_and_only_the_vocabulary_is_used(gallery: Gallery) -> None:
+    library = gallery.library
+    make_members_editors(library)
+    library.stack.configure(repeat_window="0")
+    async with worker(library.stack):
+        seen = await gallery.play("edited", gallery.files(2))
+    for window in seen["rerun"]:
+        assert {TYPED, "wedding"} <= set(window["tags"]), "what both windows have typed is there"
+        assert seen["gone"] not in window["tags"], "what a person has removed is not"
+        given = dict(zip(window["tags"], window["by"], strict=True))
+        assert given.pop(TYPED) == given.pop("wedding") == "person"
+        assert len(given) >= 4
+        assert all(by.startswith("AI ") and by.endswith(" %") for by in given.values())
+    for window in seen["only"]:
+        assert sorted(window["tags"]) == sorted([TYPED, "wedding", seen["wanted"]]), "spelled as it was"
+    assert sorted(library.assets()[seen["id"]]["tags"]) == sorted(seen["only"][0]["tags"])
+    assert (seen["words"], seen["mode"]) == ([seen["wanted"].upper()], "only")
+    assert seen["stranger"]["images"] == []
+    assert not seen["stranger"]["asked"]
+    assert not any(tag in seen["stranger"]["text"] for tag in (TYPED, seen["wanted"], seen["wanted"].upper()))
+    assert seen["refusals"].pop("written") == []
+    assert set(seen["refusals"].values()) == {"not_a_member"}
 
 
 @pytest.mark.long
@@ -165,7 +201,13 @@ async def test_it_looks_right_narrow_and_wide_light_and_dark(gallery: Gallery) -
     assets = await gallery.library.upload(8)
     async with worker(stack):
         await gallery.library.finished(gallery.library.enqueue(assets))
-    gallery.library.enqueue(await gallery.library.upload(3, seed=2))
+    library = gallery.library
+    library.enqueue(await library.upload(3, seed=2))
+    library.sql("update public.assets set tags = tags || array['aunt mary', %s] where id = %s", "long " * 20, assets[1])
+    library.sql("select public.set_tagging_vocabulary(%s, %s)", library.member.workspace, json.dumps(
+        [{"tag": f"{'Very' * (i == 3) * 10} tag {i}", "aliases": [f"kitty {i}", f"pussycat {i}"][: i % 3], "parent": "Animal" if i % 2 else None}
+         for i in range(40)]))  # fmt: skip
+    make_members_editors(library)
     seen = await gallery.play("looks", [])
     for look in seen["results"]:
         assert look["violations"] == [], look

@@ -186,7 +186,13 @@ async def tag(stack: Stack, user: str | dict[str, Any], ids: list[str]) -> None:
 def test_migrations_come_behind_the_projects_own_in_order(postgres: LocalPostgres, bare: str, project: Path) -> None:
     url = url_of(postgres, bare, HOSTS["paths"])
     (project / "supabase" / "migrations" / "20991231235959_late.sql").write_text("-- ahead of its time\n")
-    files = list(run("init", str(project), "--database-url", url, "--yes")["files"])
+    answer = run("init", str(project), "--database-url", url, "--yes")
+    index = "create index concurrently if not exists assets_tags_idx on public.assets using gin (tags);"
+    assert answer["tag_index"] == {"statement": index, "note": None}
+    files = list(answer["files"])
+    assert not any(
+        path.read_text().count("concurrently") for path in (project / "supabase" / "migrations").glob("*.sql")
+    ), "it cannot run in a migration"
     assert [re.sub(r"^\d+_autotag_", "", name) for name in files] == [f"{m.name}.sql" for m in migrations()]
     assert files == sorted(files)
     assert all(name > "20991231235959_late.sql" for name in files)

@@ -105,7 +105,9 @@ def test_tables_and_sequences(stack: Stack) -> None:
         from pg_class c join pg_attribute a on a.attrelid = c.oid, aclexplode(a.attacl) x join pg_roles r on r.oid = x.grantee
         where c.relnamespace in ('public'::regnamespace, 'autotag'::regnamespace)""")  # fmt: skip
     assert {(f"public.{c['relname']}.{c['attname']}", c["role"], c["right"]) for c in columns} == {
-        (name, "authenticated", "INSERT") for name in tables["users_insert"]
+        (name, "authenticated", right)
+        for right, names in (("INSERT", tables["users_insert"]), ("UPDATE", tables["users_update"]))
+        for name in names
     }
 
 

@@ -16,7 +16,8 @@ from conftest import ROOT
 PACKAGE = ROOT / "worker" / "autotag"
 # install/ works before there is any function to call: it looks at the project and applies the migrations.
 ALLOWED = {
-    f"install/{name}.py" for name in ("adapter", "conditions", "details", "facts", "files", "migrations", "preview")
+    f"install/{name}.py"
+    for name in ("adapter", "conditions", "details", "facts", "files", "migrations", "preview", "tag_index")
 }
 #: Every module of ours that is no test, by its name.
 MODULES = {

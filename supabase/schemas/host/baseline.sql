@@ -45,6 +45,8 @@ create policy "members add assets to their workspaces" on public.assets for inse
     workspace_id in (select m.workspace_id from public.workspace_members m where m.user_id = (select auth.uid()))
     and (storage_path is null or (coalesce(storage_bucket, 'assets') = 'assets'
       and split_part(storage_path, '/', 1) = workspace_id::text and storage_path !~ '(^|/)\.\.?(/|$)')));
+create policy "members edit the tags of their workspaces" on public.assets for update to authenticated
+  using (workspace_id in (select m.workspace_id from public.workspace_members m where m.user_id = (select auth.uid())));
 create policy "members delete assets of their workspaces" on public.assets for delete to authenticated
   using (workspace_id in (select m.workspace_id from public.workspace_members m where m.user_id = (select auth.uid())));
 
@@ -53,6 +55,7 @@ revoke all on public.workspaces, public.workspace_members, public.assets from an
 grant select on public.workspaces, public.workspace_members to authenticated;
 grant select, delete on public.assets to authenticated;
 grant insert (id, workspace_id, storage_bucket, storage_path, image_url) on public.assets to authenticated;
+grant update (tags) on public.assets to authenticated;   -- no other column: autotag writes the rest
 grant all on public.workspaces, public.workspace_members, public.assets to service_role;
 
 -- The private bucket of the images, one folder per workspace: assets/<workspace_id>/<file>.

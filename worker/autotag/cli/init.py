@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +12,12 @@ import typer
 from autotag.cli import options
 from autotag.cli.console import say, say_json
 from autotag.cli.errors import LOCAL_DATABASE, explain_install_errors
-from autotag.cli.questions import answerer, ask_spending_limit, on_terminal, say_examples, show_host
+from autotag.cli.questions import answerer, ask_spending_limit, on_terminal, say_examples, say_index, show_host
 from autotag.install.host import Choices, describe
 from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, project_folder, write_migrations
 from autotag.install.preview import show_examples
 from autotag.install.survey import Survey, plan_spending_limit, survey
+from autotag.install.tag_index import offer_index
 
 HELP_END = options.help_end(
     environment=[options.OWNER_URL],
@@ -62,10 +64,15 @@ def init(
         files = write_migrations(folder, found.host, found.facts.applied, adapter=found.facts.adapter, extra=limit)
     if found.keeps_adapter:  # it was not rendered from answers, so a difference means nothing
         files = {name: "there" if name.endswith(f"{HOST_ADAPTER}.sql") else state for name, state in files.items()}
+    index = offer_index(found.host, found.facts)
     if as_json:
-        say_json({"folder": str(folder), "host": host, "examples": examples, "notes": found.notes, "files": files})
+        say_json({
+            "folder": str(folder), "host": host, "examples": examples, "notes": found.notes, "files": files,
+            "tag_index": asdict(index),
+        })  # fmt: skip
     else:
         _show_files(files, found.facts.applied)
+        say_index(index)
 
 
 def _show_survey(found: Survey, host: Mapping[str, str], examples: Sequence[Mapping[str, Any]] | None) -> None:

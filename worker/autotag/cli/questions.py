@@ -12,6 +12,7 @@ from autotag.cli.console import say
 from autotag.cli.options import OFFERED_SPENDING_LIMIT
 from autotag.install.answers import Ask
 from autotag.install.survey import refuse_to_ask
+from autotag.install.tag_index import TagIndex
 
 #: Why a row is refused -> what a person is told.
 REFUSED = {
@@ -64,3 +65,12 @@ def say_examples(examples: Sequence[Mapping[str, Any]] | None, notes: Sequence[s
         say(f"    who may tag it:   {example['who']}")
         say(f"    where it is:      {where}")
         say(f"    tags:             {example['tags'] or 'none'}")
+
+
+def say_index(index: TagIndex) -> None:
+    """Prints the index for searching by tag, where one is missing."""
+    if index.statement:
+        say("To search by tag, create this index afterwards, with psql (it cannot run in a migration):")
+        say(f"  {index.statement}")
+    if index.note:
+        say(index.note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from psycopg import Connection
@@ -64,6 +65,28 @@ where c.relkind in ('r', 'p', 'v', 'm', 'f') and n.nspname <> all (%s) and n.nsp
   and a.columns is not null"""
 
 
+@dataclass(frozen=True)
+class Gin:
+    """A GIN index: it finds rows by the elements of its columns.
+
+    Attributes:
+        name: without the schema, which is the table's.
+        columns: that it has as they are; expressions are left out.
+        valid: it is built.
+        partial: it has only some rows.
+    """
+
+    name: str
+    columns: frozenset[str]
+    valid: bool
+    partial: bool
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row can be found with it."""
+        return self.valid and not self.partial
+
+
 def read_details(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
     """Attributes of `facts.Table`, of every table and view: qualified name -> ``columns``, those behind ``rules``."""
     rows = connection.execute(_DETAILS.encode(), (list(NOT_THE_PROJECTS),)).fetchall()
@@ -77,6 +100,26 @@ def read_details(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str,
         }
         for row in rows
     }  # fmt: skip
+
+
+def read_indexes(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
+    """The attributes ``indexes`` and ``gin`` of `facts.Table`, of every table that has indexes: its name -> them."""
+    rows = connection.execute(
+        """
+        select n.nspname || '.' || c.relname, x.relname::text, m.amname = 'gin', i.indisvalid, i.indpred is not null,
+          array(select u.attname::text from pg_attribute u where u.attrelid = c.oid and u.attnum = any (i.indkey))
+        from pg_index i join pg_class c on c.oid = i.indrelid join pg_namespace n on n.oid = c.relnamespace
+        join pg_class x on x.oid = i.indexrelid join pg_am m on m.oid = x.relam
+        where n.nspname <> all (%s) and n.nspname not like 'pg\\_%%'""",
+        (list(NOT_THE_PROJECTS),),
+    ).fetchall()
+    found: dict[str, dict[str, Any]] = {}
+    for table, name, is_gin, valid, partial, columns in rows:
+        indexes = found.setdefault(table, {"indexes": set(), "gin": []})
+        indexes["indexes"].add(name)
+        if is_gin:
+            indexes["gin"].append(Gin(name, frozenset(columns), valid, partial))
+    return found
 
 
 def read_member_functions(connection: Connection[tuple[Any, ...]]) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import psycopg
 from psycopg import Connection
 
-from autotag.install.details import read_details, read_member_functions
+from autotag.install.details import Gin, read_details, read_indexes, read_member_functions
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Table:
         loose: its columns with a collation in which different texts are equal.
         partition_of: the table that it is a partition of.
         has_children: other tables inherit from it.
+        indexes: the names of its indexes.
+        gin: those of its indexes that are GIN.
     """
 
     name: str
@@ -52,6 +54,8 @@ class Table:
     loose: frozenset[str] = frozenset()
     partition_of: str | None = None
     has_children: bool = False
+    indexes: set[str] = field(default_factory=set)
+    gin: list[Gin] = field(default_factory=list)
 
     def base_type(self, column: str) -> str | None:
         """The type of a column, of a domain the type below; None: there is no such column."""
@@ -142,8 +146,10 @@ def read_facts(url: str) -> Facts:
                   and n.nspname not like 'pg\\_%'""")
             if columns
         }
-        details = read_details(connection)
-        tables = {name: replace(table, **details.get(name, {})) for name, table in tables.items()}
+        details, indexes = read_details(connection), read_indexes(connection)
+        tables = {
+            name: replace(table, **details.get(name, {}), **indexes.get(name, {})) for name, table in tables.items()
+        }
         views = {name: Table(name, **found) for name, found in details.items() if found["kind"] in "vmf"}
         buckets = _column(connection, "storage.buckets", "select id from storage.buckets order by id")
         policies = [
