@@ -33,7 +33,9 @@ def test_nothing_of_autotag_is_left_and_the_host_is_intact(postgres: LocalPostgr
         assert objects(connection) - before == {"column assets.tagging_result", "column assets.tags"}
         assert before - objects(connection) == set()
         row = connection.execute("select count(*) from public.assets").fetchone()
-    assert row == (1,)
+        assert row == (1,)
+        assert apply_migrations(url), "a new installation"
+        connection.execute("select public.enqueue_tagging(array(select id from public.assets))")
 
 
 def objects(connection: psycopg.Connection[tuple[str, ...]]) -> set[str]:

@@ -263,6 +263,24 @@ def test_uploads_wait_for_their_quota(project: Project) -> None:
     assert {w["workspace_id"] for w in waiting if w["kind"] == "upload"} == {project.workspace}
 
 
+def test_another_try_is_judged_by_both_quotas(project: Project) -> None:
+    project.sql(
+        "insert into autotag.quotas (workspace_id, user_id, scope, period, max_images)"
+        " values (%s, null, 'workspace', 'day', 9), (null, %s, 'user', 'day', 9)", project.workspace, project.user,
+    )  # fmt: skip
+    project.enqueue(project.insert(2))
+    error = {"kind": "transient", "code": "bad_answer", "message": "Cut off.", "retry": True}
+    reports = [
+        {"task": i["task"], "attempt": i["attempt"], "called": True, "error": error, "usage": USAGE}
+        for i in project.claim()
+    ]
+    settled = project.one(
+        "select autotag.settle(%s, %s, %s, null, false)", WORKER, project.workspace, json.dumps(reports)
+    )
+    assert settled["accepted"] == 2
+    assert project.one("select count(*) from autotag.tasks where finished_at is null") == 2
+
+
 def test_outcomes_that_wait(project: Project) -> None:
     assets = project.insert(2)
     project.enqueue(assets)

@@ -224,7 +224,7 @@ begin
     select y.task, l.*, case l.kind when 'images' then row_number() over sharing - count(*) over shared
       else sum(y.price) over sharing - sum(y.reserved) over shared end as change
     from tries y join limits l on l.workspace_id = y.workspace_id and l.user_id is not distinct from y.user_id
-    window shared as (partition by l.scope, l.period, l.kind, case l.scope when 'workspace' then l.workspace_id else l.user_id end),
+    window shared as (partition by l.scope, l.period, l.kind, case l.scope when 'workspace' then l.workspace_id::text else l.user_id::text end),
       sharing as (shared order by y.task)
   )
   select jsonb_object_agg(f.task, format('The %s quota of this %s has no room for another try.',

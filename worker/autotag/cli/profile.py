@@ -117,6 +117,17 @@ def profile(
         changes = _edited(old)
     new = run_as_operator(lambda operator: operator.set_profile(workspace, changes))
     _show_change(old, new, None if workspace is None else _outdated(workspace), workspace, as_json)
+    if new["vocabulary_mode"] == "only" and not as_json and not _has_vocabulary(workspace):
+        say("The vocabulary is empty, so no tag will be stored. Next: autotag vocabulary import tags.csv")
+
+
+def _has_vocabulary(workspace: str | None) -> bool:
+    """Whether a workspace has tags to use, of its own or general ones."""
+
+    async def has(operator: Operator) -> bool:
+        return bool(await operator.list_vocabulary(workspace) or await operator.list_vocabulary(None))
+
+    return run_as_operator(has)
 
 
 def _changes(options: dict[str, object], file: Path | None) -> ProfileChanges:
@@ -191,6 +202,7 @@ def _show_history(versions: list[Profile], as_json: bool) -> None:
         return
     if not versions:
         say("There is no version yet.")
+        return
     for newer, older in zip(versions, [*versions[1:], None], strict=True):
         now, before = cast("dict[str, Any]", newer), cast("dict[str, Any]", older or {})
         names = [name for name in (*SETTINGS, "fields") if now[name] != before.get(name, DEFAULTS[name])]
