@@ -6611,13 +6611,16 @@ end $$;
 
 -- The error of a batch with the kind that it has in the present situation (report_batch_failure). p_proven: single calls work.
 create or replace function autotag.judge_batch_error(p_batch autotag.batches, p_error jsonb, p_proven boolean) returns jsonb
-language plpgsql immutable set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_error ->> 'code' = 'no_batch_api' and p_batch.state not in ('preparing', 'uploading', 'creating') then
     return p_error || '{"kind": "transient", "code": "provider_error"}';  -- only a file is missing
   elsif p_error ->> 'code' = 'no_batch_api' and p_proven or p_error ->> 'parameter' = 'expires_after' and p_batch.keep_files is not null then
     return p_error || '{"kind": "rate_limit"}';
+  elsif p_error ->> 'kind' = 'account' and autotag.is_about_request(p_error) and exists (
+      select from autotag.jobs j where j.id = p_batch.job_id and j.brief_id is not null) then
+    return p_error || '{"kind": "image"}';   -- its single calls say whether it is the brief's (blame_brief)
   elsif not p_proven and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then
     return p_error || '{"kind": "account"}';
   end if;
@@ -7115,6 +7118,7 @@ begin
     select b.id from autotag.batches b
     where b.openai_batch_id in (select s.id from unnest(v_polls) s) and b.job_id = any (v_free)
     order by b.id for no key update skip locked);
+  v_polls := autotag.blame_briefs(v_polls);
   v_error := (
     select s.error from unnest(v_polls) s join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
     where b.id = any (v_free) and s.status = 'failed' and s.error_kind = 'account' limit 1);
@@ -7145,6 +7149,28 @@ begin
     from jsonb_array_elements(p_polled) s
     cross join lateral (select autotag.clean_id(s ->> 'id') as id, autotag.clean_status(s ->> 'status') as status) i
     where i.id is not null and i.status is not null);
+end $$;
+
+-- A batch that was refused for what its brief may ask (is_about_request) says nothing of the account: it becomes an error of its images,
+-- which are sent as single calls, whose errors say more (blame_brief).
+create or replace function autotag.blame_briefs(p_polls autotag.batch_poll[]) returns autotag.batch_poll[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_refused text[] := array(
+    select s.id from unnest(p_polls) s where s.status = 'failed' and s.error_kind = 'account'
+      and autotag.is_about_request(jsonb_build_object('kind', s.error_kind, 'code', s.error_code)));
+begin
+  if v_refused = '{}' then
+    return p_polls;
+  end if;
+  v_refused := array(
+    select b.openai_batch_id from autotag.batches b join autotag.jobs j on j.id = b.job_id
+    where b.openai_batch_id = any (v_refused) and j.brief_id is not null);
+  return array(
+    select row(s.id, s.status, s.output_file_id, s.error_file_id, s.total, s.done, s.error_code, s.error,
+      case when s.id = any (v_refused) then 'image' else s.error_kind end)::autotag.batch_poll
+    from unnest(p_polls) with ordinality s order by s.ordinality);
 end $$;
 
 -- Bounds a poll's counts by the batch: it has at most as many lines as images, and at most all of them are done. A total of 0 is
@@ -8118,7 +8144,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return coalesce(p_error ->> 'parameter' <> 'expires_after', false) or coalesce((p_error ->> 'about_request')::boolean, false)
-    or p_error ->> 'code' in ('bad_answer', 'request_refused') or p_error ->> 'kind' = 'account' and (p_error ->> 'code' like '%context%'
+    or p_error ->> 'code' in ('bad_answer', 'request_refused', 'unsupported_parameter') or p_error ->> 'kind' = 'account' and (p_error ->> 'code' like '%context%'
       or p_error ->> 'code' = any ((select k.suspects from autotag.error_kinds k where k.kind = 'account')::text[]));
 end $$;
 

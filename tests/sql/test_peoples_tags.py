@@ -121,7 +121,20 @@ def is_within(part: list[Any], whole: list[Any]) -> bool:
 
 # -- histories
 
-MODEL_TAGS = ["beach", "Beach", "sky", "aunt mary", "école", "straße", "c#", "wedding 2019", "a tag of many letters", "t-shirt", "T Shirt", "!"]
+MODEL_TAGS = [
+    "beach",
+    "Beach",
+    "sky",
+    "aunt mary",
+    "école",
+    "straße",
+    "c#",
+    "wedding 2019",
+    "a tag of many letters",
+    "t-shirt",
+    "T Shirt",
+    "!",
+]
 TYPED = st.sampled_from(
     [
         "beach",
@@ -460,7 +473,9 @@ class Library:
 @pytest.fixture(params=["only", "prefer"])
 def library(connection: psycopg.Connection[Any], request: pytest.FixtureRequest) -> Iterator[Library]:
     with connection.transaction(force_rollback=True):
-        connection.execute("select autotag.save_profile(%s::uuid, %s)", (WORKSPACE, json.dumps({"vocabulary_mode": request.param})))
+        connection.execute(
+            "select autotag.save_profile(%s::uuid, %s)", (WORKSPACE, json.dumps({"vocabulary_mode": request.param}))
+        )
         yield Library(Row(connection, "text[]"), request.param)
 
 
@@ -505,7 +520,9 @@ def test_a_given_tag_takes_the_new_name(library: Library) -> None:
 
 
 def test_a_name_of_an_own_entry_is_no_name_of_a_general_one(library: Library) -> None:
-    library.row.sql("select autotag.edit_vocabulary(null, %s, '{}', true)", json.dumps([{"tag": "Animal", "aliases": ["pet"]}]))
+    library.row.sql(
+        "select autotag.edit_vocabulary(null, %s, '{}', true)", json.dumps([{"tag": "Animal", "aliases": ["pet"]}])
+    )
     library.know({"tag": "Pet"})
     library.row.edit(["pet"])
     assert library.run("animal", "pet") == ["pet", "Animal"]

@@ -29,7 +29,10 @@ CONTEXT = error("invalid_request_error", about_request=True)
 LLAMA = error("exceed_context_size_error")
 TOO_LARGE = error("http_413")
 REFUSED = [SCHEMA, CONTEXT, LLAMA, TOO_LARGE]
-ACCOUNT = [error(code) for code in ("invalid_api_key", "insufficient_quota", "model_not_found", "http_402", "http_403", "http_404")]
+ACCOUNT = [
+    error(code)
+    for code in ("invalid_api_key", "insufficient_quota", "model_not_found", "http_402", "http_403", "http_404")
+]
 
 
 @dataclass
@@ -53,15 +56,20 @@ class Scene:
         )
         self.session.execute("update autotag.workers set lease_until = autotag.now() + interval '1 day'")
 
-    def start(self, profiles: tuple[str, ...], proven: bool = True, uploads: tuple[str, ...] = (HOSTILE, OTHER, THIRD)) -> None:
+    def start(
+        self, profiles: tuple[str, ...], proven: bool = True, uploads: tuple[str, ...] = (HOSTILE, OTHER, THIRD)
+    ) -> None:
         self.session.execute("update autotag.settings set test_clock = true")
         self.advance(0)
         self.value("select autotag.register_worker(%s, 'h', autotag.schema_version(), true)", WORKER)
         self.session.execute(
-            "update autotag.provider_limits set proven_at = case when %s then autotag.now() end, probe_at = null", (proven,)
+            "update autotag.provider_limits set proven_at = case when %s then autotag.now() end, probe_at = null",
+            (proven,),
         )
         for workspace in profiles:
-            self.value("select (autotag.save_profile(%s, %s)).version", workspace, json.dumps({"instructions": workspace}))
+            self.value(
+                "select (autotag.save_profile(%s, %s)).version", workspace, json.dumps({"instructions": workspace})
+            )
         for workspace in (HOSTILE, OTHER, THIRD):
             self.session.execute(
                 "insert into public.workspaces (id, name) values (%s, 'w') on conflict do nothing", (workspace,)
@@ -113,7 +121,10 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def shared(postgres: LocalPostgres) -> Iterator[psycopg.Connection[Any]]:
-    with copied_database(postgres, TEMPLATE) as name, psycopg.connect(postgres.url("supabase_admin", name)) as connection:
+    with (
+        copied_database(postgres, TEMPLATE) as name,
+        psycopg.connect(postgres.url("supabase_admin", name)) as connection,
+    ):
         yield connection
 
 
@@ -156,14 +167,20 @@ def test_trouble_with_the_account_pauses_whoever_meets_it(scene: Scene, trouble:
     assert scene.failed(HOSTILE) == []
 
 
-@pytest.mark.parametrize(("refusal", "expected"), [(SCHEMA, (False, False, "json_object")), (LLAMA, (True, False, "json_schema"))])
-def test_what_the_plain_question_meets_concerns_all(scene: Scene, refusal: Error, expected: tuple[bool, bool, str]) -> None:
+@pytest.mark.parametrize(
+    ("refusal", "expected"), [(SCHEMA, (False, False, "json_object")), (LLAMA, (True, False, "json_schema"))]
+)
+def test_what_the_plain_question_meets_concerns_all(
+    scene: Scene, refusal: Error, expected: tuple[bool, bool, str]
+) -> None:
     scene.start((HOSTILE,))
     scene.report(OTHER, scene.claim()[OTHER][:1], refusal)
     assert scene.provider() == expected
 
 
-@pytest.mark.parametrize(("refusal", "expected"), [(SCHEMA, (False, False, "json_object")), (LLAMA, (True, False, "json_schema"))])
+@pytest.mark.parametrize(
+    ("refusal", "expected"), [(SCHEMA, (False, False, "json_object")), (LLAMA, (True, False, "json_schema"))]
+)
 def test_the_first_question_of_all_is_a_brief(scene: Scene, refusal: Error, expected: tuple[bool, bool, str]) -> None:
     scene.start((HOSTILE,), proven=False, uploads=(HOSTILE,))
     [image] = scene.claim()[HOSTILE]
@@ -221,8 +238,34 @@ def test_a_success_between_two_refusals_contradicts_them(scene: Scene) -> None:
 def test_unreadable_answers_of_one_profile_concern_it_alone(scene: Scene, parameter: str | None) -> None:
     """Text instead of JSON, while nothing is proven, says that the provider ignores the format; or that the profile asks for text."""
     scene.start((HOSTILE,), proven=False)
-    scene.session.execute("update autotag.workspaces set virtual_time = case when workspace_id = %s then 0 else 1 end", (HOSTILE,))
+    scene.session.execute(
+        "update autotag.workspaces set virtual_time = case when workspace_id = %s then 0 else 1 end", (HOSTILE,)
+    )
     [image] = scene.claim()[HOSTILE]
-    scene.report(HOSTILE, [image], {"kind": "image", "code": "bad_answer", "message": "m", "retry": True, "parameter": parameter})
+    scene.report(
+        HOSTILE, [image], {"kind": "image", "code": "bad_answer", "message": "m", "retry": True, "parameter": parameter}
+    )
     assert scene.provider() == (False, False, "json_schema")
     assert sum(len(tasks) for tasks in scene.claim().values()) == 1, "the next one is tried at once"
+
+
+@pytest.mark.parametrize(("code", "brief", "expected"), [
+    ("unsupported_parameter", True, "image"), ("context_length_exceeded", True, "image"),
+    ("context_length_exceeded", False, "account"), ("insufficient_quota", True, "account"),
+])  # fmt: skip
+def test_a_batch_that_a_profile_makes_unacceptable_is_no_trouble_with_the_account(
+    scene: Scene, code: str, brief: bool, expected: str
+) -> None:
+    scene.start((HOSTILE,) if brief else ())
+    poll = json.dumps(
+        [{"id": "batch_1", "status": "failed", "error_code": code, "error": "m", "error_kind": "account"}]
+    )
+    job = scene.value("select id from autotag.jobs where workspace_id = %s", HOSTILE)
+    scene.session.execute(
+        "insert into autotag.batches (job_id, workspace_id, ordinal, image_count, openai_batch_id, created_at)"
+        " values (%s, %s, 1, 4, 'batch_1', autotag.now())", (job, HOSTILE),
+    )  # fmt: skip
+    kind = "(autotag.blame_briefs(autotag.clean_poll(%s::jsonb)))[1].error_kind"
+    assert scene.value(f"select {kind}", poll) == expected
+    judged = "select autotag.judge_batch_error(b, %s::jsonb, true) ->> 'kind' from autotag.batches b"
+    assert scene.value(judged, json.dumps(error(code))) == expected

@@ -254,7 +254,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return coalesce(p_error ->> 'parameter' <> 'expires_after', false) or coalesce((p_error ->> 'about_request')::boolean, false)
-    or p_error ->> 'code' in ('bad_answer', 'request_refused') or p_error ->> 'kind' = 'account' and (p_error ->> 'code' like '%context%'
+    or p_error ->> 'code' in ('bad_answer', 'request_refused', 'unsupported_parameter') or p_error ->> 'kind' = 'account' and (p_error ->> 'code' like '%context%'
       or p_error ->> 'code' = any ((select k.suspects from autotag.error_kinds k where k.kind = 'account')::text[]));
 end $$;
 
