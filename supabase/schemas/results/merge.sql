@@ -8,10 +8,10 @@
 -- Nothing else is remembered, so a tag that was removed and typed again between two runs counts as never touched. A tag that is in the
 -- column more than once, or that is spelled in another way than autotag gave it, is a person's.
 --
--- Bounds: a list of 1,000 tags or 65,536 bytes takes 8 ms. Longer ones are left as they are, and the row says so.
+-- Bounds: a list of 1,000 tags or 65,536 bytes takes 6 ms, 10 with capitals and 18 with punctuation. Longer ones are left as they are, and the row says so.
 
 -- The keys of tags (tag_key): as a vocabulary compares them. A tag without letter and digit, which has none there, is compared in lower
--- case. Null stays null. (Most tags are their own key; a call for each of them would take three times as long.)
+-- case. Null stays null. (Most tags are their own key; a call for each of them would take longer.)
 create or replace function autotag.tag_keys(p_tags text[]) returns text[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$

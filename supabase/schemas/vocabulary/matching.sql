@@ -41,8 +41,10 @@ begin
       select v.id, v.tag from autotag.vocabulary v
       where v.id = any (array(select k.id from unnest(v_known) k union select a.above from unnest(v_above) a))
     ), names as materialized (
-      select w.tag, jsonb_agg(distinct k.key) as keys from words w cross join lateral unnest(
-        autotag.names_of(p_workspace_id, w.id) || autotag.tag_keys(array(select x.given from unnest(v_known) x where x.id = w.id))) k (key)
+      select w.tag, jsonb_agg(n.key) as keys from words w join (
+        select f.id, f.key from autotag.names_of(p_workspace_id, array(select x.id from words x)) f
+        union
+        select k.id, k.key from unnest(v_known, autotag.tag_keys(array(select x.given from unnest(v_known) x))) k (given, id, key)) n on n.id = w.id
       group by w.tag
     ), chosen as (
       select g.i, coalesce(w.tag, g.tag) as tag, g.sure, g.place from given g left join words w on w.id = g.id
@@ -64,16 +66,17 @@ begin
     from unnest(p_results) with ordinality r (result, i) left join matched m on m.i = r.i order by r.i);
 end $$;
 
--- The keys of all names that an entry has for a workspace: of a general one, not those that are names of the workspace's own.
-create or replace function autotag.names_of(p_workspace_id autotag.workspace_id, p_entry bigint) returns text[]
+-- The keys of all names that these entries have for a workspace: of general ones, not those that are names of the workspace's own.
+create or replace function autotag.names_of(p_workspace_id autotag.workspace_id, p_entries bigint[]) returns table (id bigint, key text)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
-  set enable_seqscan = off set jit = off
+  set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
 as $$
 begin
-  return array(
-    select n.key from autotag.vocabulary_names n
-    where n.vocabulary_id = p_entry and (n.workspace_id is not null or not exists (
-      select from autotag.vocabulary_names o where o.workspace_id = p_workspace_id and o.key = n.key)));
+  return query
+    select n.vocabulary_id, n.key from unnest(p_entries) e cross join lateral (
+      select x.vocabulary_id, x.key, x.workspace_id from autotag.vocabulary_names x where x.vocabulary_id = e) n
+    where n.workspace_id is not null or not exists (
+      select from autotag.vocabulary_names o where o.workspace_id = p_workspace_id and o.key = n.key);
 end $$;
 
 -- Those of these tags that the vocabulary knows: by their key, else because exactly one name is nearly the same.
