@@ -342,6 +342,8 @@ create table autotag.provider_limits (
   account_error_from text,               -- origin of the error: provider, batch, poll, storage, host or worker
   account_error_at timestamptz,
   probe_at timestamptz,
+  -- {parameter or code: {workspace, at}}: the first image with a brief that was refused like this since the last success (blame_brief)
+  refusals jsonb not null default '{}',
   -- the next poll; one list call covers every batch in flight
   next_poll_at timestamptz not null default '-infinity',
   ask_after timestamptz not null default '-infinity',    -- no call about batches, files or models before (retry-after)
@@ -1388,7 +1390,7 @@ begin
   set has_batches = null, batches_refused = false, keep_files = 604800, has_rate_headers = null, degraded_at = null,
       proven_at = null, probe_at = null, account_error = null, account_error_from = null, account_error_at = null,
       blocked_until = '-infinity', limited_since = null, ask_after = '-infinity', next_poll_at = '-infinity', checked_at = '-infinity',
-      question = '{}'
+      question = '{}', refusals = '{}'
   where p.id;
   perform autotag.retry_features('infinity');
   delete from autotag.learned l where l.learned_at > '-infinity';
@@ -2076,7 +2078,12 @@ as $$
 declare
   v_key text := p_tag;
 begin
-  if v_key !~ '^[a-z0-9]+( [a-z0-9]+)*$' then   -- nearly every tag of a model is in this form already
+  if v_key ~ '^[a-z0-9]+( [a-z0-9]+)*$' then   -- nearly every tag of a model is in this form already
+    return v_key;
+  end if;
+  v_key := lower(v_key);
+  if v_key !~ '^[a-z0-9\u00df-\u00f6\u00f8-\u00ff]+( [a-z0-9\u00df-\u00f6\u00f8-\u00ff]+)*$' then   -- and of people, but for capitals
+    v_key := p_tag;
     -- the lower case of İ has a second dot, and a final sigma is a sigma
     v_key := replace(lower(normalize(replace(v_key, 'İ', 'i'), NFKC)), 'ς', 'σ');
     -- # and % belong to the word before them, a full stop and @ to the one behind them
@@ -2252,7 +2259,8 @@ end $$;
 
 -- Replaces the tags of results by those of the vocabulary. p_mode: `prefer` keeps tags that it does not know, every other mode drops
 -- them. p_parents: adds the tags above, with the confidence of the tag below. Tags that become the same keep the highest confidence.
--- The most confident come first, then in the model's order; at most 50.
+-- The most confident come first, then in the model's order; at most 50. names: {tag: [key, …]}, by which a person may know a tag of the
+-- vocabulary: its own, its aliases, and what the model gave (merge_tags).
 create or replace function autotag.match_tags(
   p_workspace_id autotag.workspace_id, p_results jsonb[], p_mode text, p_parents boolean
 ) returns jsonb[]
@@ -2275,6 +2283,12 @@ begin
     ), words as materialized (
       select v.id, v.tag from autotag.vocabulary v
       where v.id = any (array(select k.id from unnest(v_known) k union select a.above from unnest(v_above) a))
+    ), names as materialized (
+      select w.tag, jsonb_agg(n.key) as keys from words w join (
+        select f.id, f.key from autotag.names_of(p_workspace_id, array(select x.id from words x)) f
+        union
+        select k.id, k.key from unnest(v_known, autotag.tag_keys(array(select x.given from unnest(v_known) x))) k (given, id, key)) n on n.id = w.id
+      group by w.tag
     ), chosen as (
       select g.i, coalesce(w.tag, g.tag) as tag, g.sure, g.place from given g left join words w on w.id = g.id
       where w.id is not null or p_mode = 'prefer'
@@ -2286,11 +2300,26 @@ begin
         row_number() over (partition by c.i order by max(c.sure) desc nulls last, min(c.place)) as place
       from chosen c group by c.i, c.tag
     ), matched as (
-      select m.i, jsonb_agg(m.tag order by m.place) as tags, jsonb_object_agg(m.tag, m.sure) filter (where m.sure is not null) as sure
-      from merged m where m.place <= 50 group by m.i
+      select m.i, jsonb_agg(m.tag order by m.place) as tags, jsonb_object_agg(m.tag, m.sure) filter (where m.sure is not null) as sure,
+        jsonb_object_agg(m.tag, n.keys) filter (where n.keys is not null) as names
+      from merged m left join names n on n.tag = m.tag where m.place <= 50 group by m.i
     )
-    select r.result || jsonb_build_object('tags', coalesce(m.tags, '[]'), 'confidence', coalesce(m.sure, '{}'))
+    select r.result || jsonb_build_object('tags', coalesce(m.tags, '[]'), 'confidence', coalesce(m.sure, '{}'),
+      'names', coalesce(m.names, '{}'))
     from unnest(p_results) with ordinality r (result, i) left join matched m on m.i = r.i order by r.i);
+end $$;
+
+-- The keys of all names that these entries have for a workspace: of general ones, not those that are names of the workspace's own.
+create or replace function autotag.names_of(p_workspace_id autotag.workspace_id, p_entries bigint[]) returns table (id bigint, key text)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
+as $$
+begin
+  return query
+    select n.vocabulary_id, n.key from unnest(p_entries) e cross join lateral (
+      select x.vocabulary_id, x.key, x.workspace_id from autotag.vocabulary_names x where x.vocabulary_id = e) n
+    where n.workspace_id is not null or not exists (
+      select from autotag.vocabulary_names o where o.workspace_id = p_workspace_id and o.key = n.key);
 end $$;
 
 -- Those of these tags that the vocabulary knows: by their key, else because exactly one name is nearly the same.
@@ -6585,13 +6614,16 @@ end $$;
 
 -- The error of a batch with the kind that it has in the present situation (report_batch_failure). p_proven: single calls work.
 create or replace function autotag.judge_batch_error(p_batch autotag.batches, p_error jsonb, p_proven boolean) returns jsonb
-language plpgsql immutable set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_error ->> 'code' = 'no_batch_api' and p_batch.state not in ('preparing', 'uploading', 'creating') then
     return p_error || '{"kind": "transient", "code": "provider_error"}';  -- only a file is missing
   elsif p_error ->> 'code' = 'no_batch_api' and p_proven or p_error ->> 'parameter' = 'expires_after' and p_batch.keep_files is not null then
     return p_error || '{"kind": "rate_limit"}';
+  elsif p_error ->> 'kind' = 'account' and autotag.is_about_request(p_error) and exists (
+      select from autotag.jobs j where j.id = p_batch.job_id and j.brief_id is not null) then
+    return p_error || '{"kind": "image"}';   -- its single calls say whether it is the brief's (blame_brief)
   elsif not p_proven and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then
     return p_error || '{"kind": "account"}';
   end if;
@@ -7089,6 +7121,7 @@ begin
     select b.id from autotag.batches b
     where b.openai_batch_id in (select s.id from unnest(v_polls) s) and b.job_id = any (v_free)
     order by b.id for no key update skip locked);
+  v_polls := autotag.blame_briefs(v_polls);
   v_error := (
     select s.error from unnest(v_polls) s join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
     where b.id = any (v_free) and s.status = 'failed' and s.error_kind = 'account' limit 1);
@@ -7119,6 +7152,28 @@ begin
     from jsonb_array_elements(p_polled) s
     cross join lateral (select autotag.clean_id(s ->> 'id') as id, autotag.clean_status(s ->> 'status') as status) i
     where i.id is not null and i.status is not null);
+end $$;
+
+-- A batch that was refused for what its brief may ask (is_about_request) says nothing of the account: it becomes an error of its images,
+-- which are sent as single calls, whose errors say more (blame_brief).
+create or replace function autotag.blame_briefs(p_polls autotag.batch_poll[]) returns autotag.batch_poll[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_refused text[] := array(
+    select s.id from unnest(p_polls) s where s.status = 'failed' and s.error_kind = 'account'
+      and autotag.is_about_request(jsonb_build_object('kind', s.error_kind, 'code', s.error_code)));
+begin
+  if v_refused = '{}' then
+    return p_polls;
+  end if;
+  v_refused := array(
+    select b.openai_batch_id from autotag.batches b join autotag.jobs j on j.id = b.job_id
+    where b.openai_batch_id = any (v_refused) and j.brief_id is not null);
+  return array(
+    select row(s.id, s.status, s.output_file_id, s.error_file_id, s.total, s.done, s.error_code, s.error,
+      case when s.id = any (v_refused) then 'image' else s.error_kind end)::autotag.batch_poll
+    from unnest(p_polls) with ordinality s order by s.ordinality);
 end $$;
 
 -- Bounds a poll's counts by the batch: it has at most as many lines as images, and at most all of them are done. A total of 0 is
@@ -7551,7 +7606,8 @@ begin
     'origin', case when p_error ->> 'origin' in ('provider', 'storage', 'host', 'worker') then p_error ->> 'origin' end,
     'parameter', case when p_error ->> 'parameter' in
       ('token_cap', 'reasoning_effort', 'response_format', 'detail', 'service_tier', 'expires_after')
-      then p_error ->> 'parameter' end);
+      then p_error ->> 'parameter' end,
+    'about_request', coalesce(p_error ->> 'about_request', '') = 'true');
 end $$;
 
 -- The most tokens that are believed of one answer, so that no report uses up a quota. input: 20 times what a prompt reserves, at
@@ -7646,21 +7702,22 @@ end $$;
 --
 --   given     tags that autotag gave and that are in the column, spelled as there. Every other tag of the column is a person's.
 --   added     people's tags, as autotag last saw them
---   removed   what was in one of the two lists once and then not in the column, in normal form: people have removed it
+--   removed   what was in one of the two lists once and then not in the column, by its key: people have removed it
 --
 -- Nothing else is remembered, so a tag that was removed and typed again between two runs counts as never touched. A tag that is in the
 -- column more than once, or that is spelled in another way than autotag gave it, is a person's.
 --
--- Bounds: a list of 1,000 tags or 65,536 bytes takes 8 ms. Longer ones are left as they are, and the row says so.
+-- Bounds: a list of 1,000 tags or 65,536 bytes takes 6 ms, 10 with capitals and 18 with punctuation. Longer ones are left as they are, and the row says so.
 
--- The normal form of tags, for comparison only: lower case, composed (NFC), without white space around it and with single spaces.
--- Null stays null.
+-- The keys of tags (tag_key): as a vocabulary compares them. A tag without letter and digit, which has none there, is compared in lower
+-- case. Null stays null. (Most tags are their own key; a call for each of them would take longer.)
 create or replace function autotag.tag_keys(p_tags text[]) returns text[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
   return array(
-    select normalize(lower(case when u.tag ~ '\s' then btrim(regexp_replace(u.tag, '\s+', ' ', 'g')) else u.tag end))
+    select case when u.tag ~ '^[a-z0-9]+( [a-z0-9]+)*$' then u.tag
+      else coalesce(nullif(autotag.tag_key(u.tag), ''), btrim(regexp_replace(normalize(lower(u.tag)), '\s+', ' ', 'g'))) end
     from unnest(p_tags) with ordinality u (tag, i) order by u.i);
 end $$;
 
@@ -7677,7 +7734,7 @@ begin
 end $$;
 
 -- What the answer of a run changes. p_tags: the tags that are there; null: an element that is not a text. p_memory: tagging_result as it
--- is. p_answer: as in store_tags. p_longest: the column's limit of a tag's length, if it has one. dropped: the places of tags that an
+-- is. p_answer: as in store_tags; a tag is left out if one of its `names` (match_tags) is a person's tag or was removed. p_longest: the column's limit of a tag's length, if it has one. dropped: the places of tags that an
 -- earlier run gave and this one does not. fresh: the tags to append. result: tagging_result as it will be.
 create or replace function autotag.merge_tags(
   p_tags text[], p_memory jsonb, p_answer jsonb, p_longest integer, out dropped integer[], out fresh text[], out result jsonb
@@ -7692,6 +7749,8 @@ declare
   v_kept text[];               -- the keys of what stays in the column
   v_answer text[] := array(select jsonb_array_elements_text(p_answer -> 'tags'));
   v_answer_keys text[] := autotag.tag_keys(v_answer);
+  v_names jsonb := coalesce(p_answer -> 'names', '{}');
+  v_taken text[];              -- the keys of people's tags, and of those that they removed
 begin
   v_removed := array(
     select k from unnest(autotag.tag_keys(
@@ -7700,16 +7759,17 @@ begin
   select coalesce(array_agg(t.i) filter (where t.given and not t.again), '{}'),
     coalesce(array_agg(t.tag order by t.i) filter (where t.given and t.again), '{}'),
     array_agg(t.tag order by t.i) filter (where not t.given),
-    coalesce(array_agg(t.key) filter (where not t.given or t.again), '{}')
-  into dropped, v_given, v_added, v_kept
+    coalesce(array_agg(t.key) filter (where not t.given or t.again), '{}'), array_agg(t.key) filter (where not t.given)
+  into dropped, v_given, v_added, v_kept, v_taken
   from (
     select u.tag, u.i, u.key, u.tag = any (v_answer) as again,
       u.tag in (select unnest(v_given)) and count(*) over (partition by u.tag) = 1 as given
     from unnest(p_tags, v_keys) with ordinality u (tag, key, i) where u.tag <> '') t;
+  v_taken := v_taken || v_removed;
   fresh := array(
     select (array_agg(t.tag order by t.i))[1] from unnest(v_answer, v_answer_keys) with ordinality t (tag, key, i)
     where t.key not in (select k from unnest(v_kept || v_removed) k where k is not null)
-      and (p_longest is null or length(t.tag) <= p_longest)
+      and (v_names -> t.tag ?| v_taken) is not true and (p_longest is null or length(t.tag) <= p_longest)
     group by t.key order by min(t.i));
   v_given := v_given || fresh;
   result := autotag.remember_tags(p_answer || jsonb_build_object('confidence', (p_answer -> 'confidence') - array(
@@ -7722,7 +7782,7 @@ create or replace function autotag.remember_tags(p_answer jsonb, p_given text[],
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return p_answer - 'tags' || jsonb_build_object('given', p_given)
+  return p_answer - '{tags,names}'::text[] || jsonb_build_object('given', p_given)
     || case when p_added <> '{}' then jsonb_build_object('added', p_added) else '{}' end
     || case when p_removed <> '{}' then jsonb_build_object('removed', p_removed) else '{}' end;
 end $$;
@@ -7753,7 +7813,7 @@ declare
 begin
   if coalesce(p_tags = '{}', not p_large) and p_memory is null and p_longest is null then
     tags := array(select jsonb_array_elements_text(p_answer -> 'tags'));
-    result := p_answer - 'tags' || jsonb_build_object('given', p_answer -> 'tags');
+    result := p_answer - '{tags,names}'::text[] || jsonb_build_object('given', p_answer -> 'tags');
     return;
   end if;
   v_reason := case when p_large or cardinality(p_tags) > 1000 or pg_column_size(p_tags) > 65536 then 'size'
@@ -7789,7 +7849,7 @@ declare
 begin
   if not p_large and (p_tags is null or p_tags::text = '[]') and p_memory is null then
     tags := p_answer -> 'tags';
-    result := p_answer - 'tags' || jsonb_build_object('given', p_answer -> 'tags');
+    result := p_answer - '{tags,names}'::text[] || jsonb_build_object('given', p_answer -> 'tags');
     return;
   end if;
   v_reason := case when p_large or octet_length(p_tags::text) > 65536 then 'size'
@@ -7992,6 +8052,7 @@ end $$;
 --     configuration is probably wrong.
 --   * A second account error of one image, although others had succeeded before it was asked: it counts as a failure of the image,
 --     so that one image cannot pause tagging forever.
+--   * What the provider refuses because of a brief: blame_brief().
 -- form_changed: the model's row got another form, which the caller reports (report_provider).
 -- p_asked_at: when a batch's file was built; null: single calls, which have their own times. Locks: the model's row without waiting.
 create or replace function autotag.reclassify_errors(
@@ -8003,6 +8064,7 @@ declare
   v_provider autotag.provider_limits;
   v_answer autotag.answer;
   v_asked_at timestamptz;
+  v_blamed jsonb;
   v_settled text[] := array[]::text[];    -- parameters whose next form this call has set
   v_suspects text[] := (select k.suspects from autotag.error_kinds k where k.kind = 'account');
 begin
@@ -8013,7 +8075,10 @@ begin
       -- text instead of JSON while the question is not proven: the provider ignores response_format
       or v_answer.error ->> 'parameter' is not null and v_provider.proven_at is null) then
       v_asked_at := coalesce(p_asked_at, v_answer.reserved_at);
-      if v_answer.error ->> 'parameter' is not null and (
+      v_blamed := autotag.blame_brief(v_answer, v_provider, v_asked_at);
+      if v_blamed is not null then
+        v_answer.error := v_blamed;
+      elsif v_answer.error ->> 'parameter' is not null and (
           v_asked_at < v_provider.question_since
           or v_answer.error ->> 'parameter' = any (v_settled)
           or autotag.downgrade_request_form(v_provider.question ->> 'model', v_answer.error ->> 'parameter')) then
@@ -8030,12 +8095,85 @@ begin
         v_answer.error := v_answer.error || '{"counts": true}';
       end if;
     elsif v_provider.proven_at is null and v_answer.error ->> 'code' = 'bad_answer' then
+      v_blamed := autotag.blame_brief(v_answer, v_provider, coalesce(p_asked_at, v_answer.reserved_at));
       -- A model whose answers cannot be read would fail every image, so it pauses tagging, and this image counts a failure.
-      v_answer.error := v_answer.error || '{"kind": "account", "counts": true, "message": "The model''s answers cannot be read."}';
+      v_answer.error := coalesce(v_blamed,
+        v_answer.error || '{"kind": "account", "counts": true, "message": "The model''s answers cannot be read."}');
     end if;
     answers := answers || v_answer;
   end loop;
   form_changed := cardinality(v_settled) > 0;
+end $$;
+
+-- The error of an image if it belongs to what its workspace's profile asks (its brief), not to the provider; null: it does not. It does
+-- not as soon as another workspace is refused in the same way, with no success between, nor where nobody else could be harmed. While the
+-- question works, such an image fails for good, and the other workspace counts after a minute: successes of that time would contradict
+-- it. Else it is tried again, after those of other workspaces.
+-- Its `refusal` is the name under which record_outcomes() remembers it.
+create or replace function autotag.blame_brief(p_answer autotag.answer, p_provider autotag.provider_limits, p_asked_at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  e jsonb := p_answer.error;
+  v_what text := coalesce(e ->> 'parameter', e ->> 'code');
+  v_first jsonb := p_provider.refusals -> v_what;
+  v_works boolean := p_provider.proven_at is not null;
+  v_agrees boolean := coalesce(v_first ->> 'workspace' <> p_answer.workspace_id::text
+    and (v_first ->> 'at')::timestamptz >= p_provider.question_since, false);
+begin
+  if p_answer.brief_id is null or not autotag.is_about_request(e) or p_asked_at < p_provider.question_since and e ->> 'parameter' is not null
+    or e ->> 'kind' = 'transient' and v_works
+    or v_agrees and (not v_works or p_asked_at >= (v_first ->> 'at')::timestamptz + interval '1 min')
+    -- this very request has worked in this form, so the provider has changed
+    or e ->> 'parameter' is not null and exists (
+      select from autotag.learned l where l.model = p_provider.question ->> 'model' and l.brief_id = p_answer.brief_id
+        and l.learned_at >= p_provider.question_since)
+    or not exists (select from autotag.workspaces w where w.workspace_id <> p_answer.workspace_id)
+    or not v_works and not exists (
+      select from autotag.jobs j where j.finished_at is null and j.workspace_id <> p_answer.workspace_id) then
+    return null;
+  end if;
+  e := e || jsonb_build_object('refusal', v_what, 'parameter', null);
+  return case when e ->> 'kind' = 'image' then e
+    else e || jsonb_build_object('kind', case when v_works and not v_agrees then 'image' else 'transient' end, 'retry', false,
+      'code', 'profile_refused', 'message', 'The AI provider refuses what this workspace''s profile asks: '
+        || regexp_replace(e ->> 'message', '^(The provider|The AI service) [^:]{1,60}: ', '')) end;
+end $$;
+
+-- Whether a provider's error can come from what one request asks: its length, its schema, a parameter. Key, credit and model cannot. (A
+-- worker may not know the words of a provider, but a code that names the context is clear.)
+create or replace function autotag.is_about_request(p_error jsonb) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return coalesce(p_error ->> 'parameter' <> 'expires_after', false) or coalesce((p_error ->> 'about_request')::boolean, false)
+    or p_error ->> 'code' in ('bad_answer', 'request_refused', 'unsupported_parameter') or p_error ->> 'kind' = 'account' and (p_error ->> 'code' like '%context%'
+      or p_error ->> 'code' = any ((select k.suspects from autotag.error_kinds k where k.kind = 'account')::text[]));
+end $$;
+
+-- Remembers the first refusal of each name (blame_brief), and forgets those that a success was asked after. The caller holds the
+-- provider row.
+create or replace function autotag.record_refusals(p_answers autotag.answer[], p_provider autotag.provider_limits, p_asked_at timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_success timestamptz;
+  v_new jsonb;
+begin
+  select max(coalesce(p_asked_at, a.reserved_at)) filter (where a.error is null),
+    coalesce(jsonb_object_agg(a.error ->> 'refusal', jsonb_build_object('workspace', a.workspace_id, 'at', coalesce(p_asked_at, a.reserved_at)))
+      filter (where a.error ? 'refusal'), '{}')
+  into v_success, v_new from unnest(p_answers) a;
+  if v_new = '{}' and (p_provider.refusals = '{}' or v_success is null) then
+    return;
+  end if;
+  update autotag.provider_limits p
+  set refusals = coalesce((
+    select jsonb_object_agg(r.key, r.value) from (
+      select x.key, x.value from jsonb_each(v_new || p_provider.refusals) x
+      where (x.value ->> 'at')::timestamptz >= p_provider.question_since
+        and coalesce((x.value ->> 'at')::timestamptz > v_success, true)
+      order by x.value ->> 'at' desc limit 20) r), '{}');   -- the names are a worker's words
 end $$;
 
 -- The prompt and answer tokens of answers to the present question, for learn(). p_asked_at: as in reclassify_errors().
@@ -8077,6 +8215,7 @@ begin
       greatest(v_provider.account_error_at, v_provider.fingerprint_since)), false)
   into v_good, v_works
   from unnest(p_answers) a where coalesce(p_asked_at, a.reserved_at) >= v_provider.question_since;
+  perform autotag.record_refusals(p_answers, v_provider, p_asked_at);
   if v_good then
     update autotag.provider_limits p set has_rate_headers = false where p.has_rate_headers is null;
   end if;
@@ -8096,7 +8235,7 @@ begin
     perform pg_notify('autotag', 'realtime');
     perform pg_notify('autotag', 'batch');
   elsif v_provider.proven_at is null and exists (
-    select from unnest(p_answers) a where a.error ->> 'kind' = 'image' or not a.called) then
+    select from unnest(p_answers) a where a.error ->> 'kind' = 'image' or a.error ? 'refusal' or not a.called) then
     -- This image has proven nothing: the next one tries at once.
     update autotag.provider_limits p set probe_at = null where p.account_error is null;
     perform pg_notify('autotag', 'realtime');

@@ -77,8 +77,11 @@ def table_for(kind: str, declared: str) -> str:
 
 
 def key(tag: str) -> str:
-    """Two tags are the same if they differ in case, in white space or in how their letters are composed."""
-    return unicodedata.normalize("NFC", " ".join(tag.split()).lower())
+    """Two tags are the same if they differ in case, in how their letters are composed, or in what is neither letter nor digit (but
+    the # of c#). A tag of nothing else is itself."""
+    text = unicodedata.normalize("NFC", " ".join(tag.split()).lower())
+    words = "".join(c if c.isalnum() or c == "#" else " " for c in text).split()
+    return " ".join(words) or text
 
 
 def keys(tags: list[Any]) -> set[str]:
@@ -118,7 +121,20 @@ def is_within(part: list[Any], whole: list[Any]) -> bool:
 
 # -- histories
 
-MODEL_TAGS = ["beach", "Beach", "sky", "aunt mary", "école", "straße", "c#", "wedding 2019", "a tag of many letters"]
+MODEL_TAGS = [
+    "beach",
+    "Beach",
+    "sky",
+    "aunt mary",
+    "école",
+    "straße",
+    "c#",
+    "wedding 2019",
+    "a tag of many letters",
+    "t-shirt",
+    "T Shirt",
+    "!",
+]
 TYPED = st.sampled_from(
     [
         "beach",
@@ -134,6 +150,10 @@ TYPED = st.sampled_from(
         "",
         " ",
         "sea,",
+        "t shirt",
+        "T-Shirts",
+        "!",
+        "?!",
         '"q"',
     ]
 )
@@ -424,3 +444,85 @@ def wait_for_lock(connection: psycopg.Connection[Any], pid: int) -> None:
     until = time.monotonic() + PATIENCE
     while connection.execute("select pg_blocking_pids(%s)", (pid,)).fetchone() == ([],):
         assert time.monotonic() < until, "the update does not wait"
+
+
+# -- as a vocabulary spells them
+
+
+@dataclass
+class Library:
+    """A workspace with a vocabulary, and one image."""
+
+    row: Row
+    mode: str
+
+    def know(self, *entries: dict[str, Any]) -> None:
+        self.row.sql("select autotag.edit_vocabulary(%s::uuid, %s, '{}', true)", WORKSPACE, json.dumps(entries))
+
+    def run(self, *tags: str) -> list[Any]:
+        answer = {"tags": tags, "confidence": {}, "caption": "c", "model": "m"}
+        self.row.sql(
+            f"select public.{self.row.table}_store_tags(array[%s::uuid], %s,"
+            " autotag.match_results(%s::uuid, array[%s::jsonb]), array[null::uuid])",
+            IMAGE, WORKSPACE, WORKSPACE, json.dumps(answer),
+        )  # fmt: skip
+        assert "names" not in self.row.memory()
+        return self.row.tags()
+
+
+@pytest.fixture(params=["only", "prefer"])
+def library(connection: psycopg.Connection[Any], request: pytest.FixtureRequest) -> Iterator[Library]:
+    with connection.transaction(force_rollback=True):
+        connection.execute(
+            "select autotag.save_profile(%s::uuid, %s)", (WORKSPACE, json.dumps({"vocabulary_mode": request.param}))
+        )
+        yield Library(Row(connection, "text[]"), request.param)
+
+
+def test_a_removed_tag_stays_away_under_another_spelling(library: Library) -> None:
+    library.know({"tag": "t-shirt"}, {"tag": "dog"})
+    assert library.run("t shirt", "dog") == ["t-shirt", "dog"]
+    library.row.edit(["dog"])
+    library.know({"tag": "T Shirt"}, {"tag": "dog"})
+    assert library.run("t shirt", "dog") == ["dog"]
+    assert library.run("tshirt", "t-shirts", "dog")[:1] == ["dog"]
+    assert "T Shirt" not in library.row.tags()
+
+
+def test_a_removed_tag_stays_away_as_an_alias_of_another(library: Library) -> None:
+    library.know({"tag": "kitty"}, {"tag": "dog"})
+    assert library.run("kitty", "dog") == ["kitty", "dog"]
+    library.row.edit(["dog"])
+    library.know({"tag": "Cat", "aliases": ["kitty"]}, {"tag": "dog"})
+    assert library.run("cat", "dog") == ["dog"]
+    assert library.row.memory()["removed"] == ["kitty"]
+
+
+@pytest.mark.parametrize(("typed", "entry", "given"), [
+    ("t shirt", {"tag": "T-Shirt"}, "t shirt"), ("kitty", {"tag": "Cat", "aliases": ["kitty"]}, "cat"),
+    ("mountains", {"tag": "Mountain"}, "mountains"),
+])  # fmt: skip
+def test_a_persons_tag_is_not_doubled(library: Library, typed: str, entry: dict[str, Any], given: str) -> None:
+    library.know(entry)
+    library.row.edit([typed])
+    assert library.run(given) == [typed]
+    library.row.edit([])
+    assert library.run(given) == [], "and it stays away when it is removed"
+
+
+def test_a_given_tag_takes_the_new_name(library: Library) -> None:
+    library.know({"tag": "kitty"})
+    library.run("kitty")
+    library.know({"tag": "Cat", "aliases": ["kitty"]})
+    assert library.run("cat") == ["Cat"]
+    library.row.edit([])
+    assert library.run("kitty") == []
+
+
+def test_a_name_of_an_own_entry_is_no_name_of_a_general_one(library: Library) -> None:
+    library.row.sql(
+        "select autotag.edit_vocabulary(null, %s, '{}', true)", json.dumps([{"tag": "Animal", "aliases": ["pet"]}])
+    )
+    library.know({"tag": "Pet"})
+    library.row.edit(["pet"])
+    assert library.run("animal", "pet") == ["pet", "Animal"]

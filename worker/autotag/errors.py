@@ -54,13 +54,15 @@ class TaggingError(Exception):
         origin: where the error comes from.
         parameter: the part of the request that the provider does not support: ``token_cap``, ``reasoning_effort``,
             ``response_format``, ``detail``, ``service_tier`` or ``expires_after``.
+        about_request: the provider refuses what this request asks (its length, its schema, a parameter), which another
+            request need not share. False: key, credit, model, address.
         status: HTTP status of the answer; None without an answer.
     """
 
     def __init__(
         self, kind: Kind, code: str, message: str, *, retry: bool = False, retry_after: float | None = None,
         limits: Limits | None = None, origin: Origin = "worker", parameter: str | None = None,
-        status: int | None = None,
+        about_request: bool = False, status: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(message)
         self.kind: Kind = kind
@@ -71,6 +73,7 @@ class TaggingError(Exception):
         self.limits: Limits = limits or {}
         self.origin: Origin = origin
         self.parameter = parameter
+        self.about_request = about_request
         self.status = status
 
     def as_json(self) -> ErrorReport:
@@ -78,6 +81,7 @@ class TaggingError(Exception):
         return {
             "kind": self.kind, "code": self.code, "message": self.message, "retry": self.retry,
             "retry_after": self.retry_after, "origin": self.origin, "parameter": self.parameter,
+            "about_request": self.about_request,
         }  # fmt: skip
 
 

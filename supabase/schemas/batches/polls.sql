@@ -41,6 +41,7 @@ begin
     select b.id from autotag.batches b
     where b.openai_batch_id in (select s.id from unnest(v_polls) s) and b.job_id = any (v_free)
     order by b.id for no key update skip locked);
+  v_polls := autotag.blame_briefs(v_polls);
   v_error := (
     select s.error from unnest(v_polls) s join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
     where b.id = any (v_free) and s.status = 'failed' and s.error_kind = 'account' limit 1);
@@ -71,6 +72,28 @@ begin
     from jsonb_array_elements(p_polled) s
     cross join lateral (select autotag.clean_id(s ->> 'id') as id, autotag.clean_status(s ->> 'status') as status) i
     where i.id is not null and i.status is not null);
+end $$;
+
+-- A batch that was refused for what its brief may ask (is_about_request) says nothing of the account: it becomes an error of its images,
+-- which are sent as single calls, whose errors say more (blame_brief).
+create or replace function autotag.blame_briefs(p_polls autotag.batch_poll[]) returns autotag.batch_poll[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+declare
+  v_refused text[] := array(
+    select s.id from unnest(p_polls) s where s.status = 'failed' and s.error_kind = 'account'
+      and autotag.is_about_request(jsonb_build_object('kind', s.error_kind, 'code', s.error_code)));
+begin
+  if v_refused = '{}' then
+    return p_polls;
+  end if;
+  v_refused := array(
+    select b.openai_batch_id from autotag.batches b join autotag.jobs j on j.id = b.job_id
+    where b.openai_batch_id = any (v_refused) and j.brief_id is not null);
+  return array(
+    select row(s.id, s.status, s.output_file_id, s.error_file_id, s.total, s.done, s.error_code, s.error,
+      case when s.id = any (v_refused) then 'image' else s.error_kind end)::autotag.batch_poll
+    from unnest(p_polls) with ordinality s order by s.ordinality);
 end $$;
 
 -- Bounds a poll's counts by the batch: it has at most as many lines as images, and at most all of them are done. A total of 0 is

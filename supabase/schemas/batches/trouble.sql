@@ -39,13 +39,16 @@ end $$;
 
 -- The error of a batch with the kind that it has in the present situation (report_batch_failure). p_proven: single calls work.
 create or replace function autotag.judge_batch_error(p_batch autotag.batches, p_error jsonb, p_proven boolean) returns jsonb
-language plpgsql immutable set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_error ->> 'code' = 'no_batch_api' and p_batch.state not in ('preparing', 'uploading', 'creating') then
     return p_error || '{"kind": "transient", "code": "provider_error"}';  -- only a file is missing
   elsif p_error ->> 'code' = 'no_batch_api' and p_proven or p_error ->> 'parameter' = 'expires_after' and p_batch.keep_files is not null then
     return p_error || '{"kind": "rate_limit"}';
+  elsif p_error ->> 'kind' = 'account' and autotag.is_about_request(p_error) and exists (
+      select from autotag.jobs j where j.id = p_batch.job_id and j.brief_id is not null) then
+    return p_error || '{"kind": "image"}';   -- its single calls say whether it is the brief's (blame_brief)
   elsif not p_proven and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then
     return p_error || '{"kind": "account"}';
   end if;

@@ -325,7 +325,7 @@ begin
     update public.assets a
     set (tags, tagging_result, tagging_error) = (
           -- nothing to compare with, as nearly always: a call of the function takes longer than the rest of the update
-          select (array(select jsonb_array_elements_text(r.result -> 'tags')))::text[], r.result - 'tags' || jsonb_build_object('given', r.result -> 'tags'), null
+          select (array(select jsonb_array_elements_text(r.result -> 'tags')))::text[], r.result - '{tags,names}'::text[] || jsonb_build_object('given', r.result -> 'tags'), null
           where a.tags is null and a.tagging_result is null
           union all
           select case when m.tags is null then a.tags else m.tags::text[] end, m.result, m.error

@@ -175,7 +175,7 @@ begin
   set has_batches = null, batches_refused = false, keep_files = 604800, has_rate_headers = null, degraded_at = null,
       proven_at = null, probe_at = null, account_error = null, account_error_from = null, account_error_at = null,
       blocked_until = '-infinity', limited_since = null, ask_after = '-infinity', next_poll_at = '-infinity', checked_at = '-infinity',
-      question = '{}'
+      question = '{}', refusals = '{}'
   where p.id;
   perform autotag.retry_features('infinity');
   delete from autotag.learned l where l.learned_at > '-infinity';

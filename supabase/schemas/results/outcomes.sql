@@ -159,6 +159,7 @@ end $$;
 --     configuration is probably wrong.
 --   * A second account error of one image, although others had succeeded before it was asked: it counts as a failure of the image,
 --     so that one image cannot pause tagging forever.
+--   * What the provider refuses because of a brief: blame_brief().
 -- form_changed: the model's row got another form, which the caller reports (report_provider).
 -- p_asked_at: when a batch's file was built; null: single calls, which have their own times. Locks: the model's row without waiting.
 create or replace function autotag.reclassify_errors(
@@ -170,6 +171,7 @@ declare
   v_provider autotag.provider_limits;
   v_answer autotag.answer;
   v_asked_at timestamptz;
+  v_blamed jsonb;
   v_settled text[] := array[]::text[];    -- parameters whose next form this call has set
   v_suspects text[] := (select k.suspects from autotag.error_kinds k where k.kind = 'account');
 begin
@@ -180,7 +182,10 @@ begin
       -- text instead of JSON while the question is not proven: the provider ignores response_format
       or v_answer.error ->> 'parameter' is not null and v_provider.proven_at is null) then
       v_asked_at := coalesce(p_asked_at, v_answer.reserved_at);
-      if v_answer.error ->> 'parameter' is not null and (
+      v_blamed := autotag.blame_brief(v_answer, v_provider, v_asked_at);
+      if v_blamed is not null then
+        v_answer.error := v_blamed;
+      elsif v_answer.error ->> 'parameter' is not null and (
           v_asked_at < v_provider.question_since
           or v_answer.error ->> 'parameter' = any (v_settled)
           or autotag.downgrade_request_form(v_provider.question ->> 'model', v_answer.error ->> 'parameter')) then
@@ -197,12 +202,85 @@ begin
         v_answer.error := v_answer.error || '{"counts": true}';
       end if;
     elsif v_provider.proven_at is null and v_answer.error ->> 'code' = 'bad_answer' then
+      v_blamed := autotag.blame_brief(v_answer, v_provider, coalesce(p_asked_at, v_answer.reserved_at));
       -- A model whose answers cannot be read would fail every image, so it pauses tagging, and this image counts a failure.
-      v_answer.error := v_answer.error || '{"kind": "account", "counts": true, "message": "The model''s answers cannot be read."}';
+      v_answer.error := coalesce(v_blamed,
+        v_answer.error || '{"kind": "account", "counts": true, "message": "The model''s answers cannot be read."}');
     end if;
     answers := answers || v_answer;
   end loop;
   form_changed := cardinality(v_settled) > 0;
+end $$;
+
+-- The error of an image if it belongs to what its workspace's profile asks (its brief), not to the provider; null: it does not. It does
+-- not as soon as another workspace is refused in the same way, with no success between, nor where nobody else could be harmed. While the
+-- question works, such an image fails for good, and the other workspace counts after a minute: successes of that time would contradict
+-- it. Else it is tried again, after those of other workspaces.
+-- Its `refusal` is the name under which record_outcomes() remembers it.
+create or replace function autotag.blame_brief(p_answer autotag.answer, p_provider autotag.provider_limits, p_asked_at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  e jsonb := p_answer.error;
+  v_what text := coalesce(e ->> 'parameter', e ->> 'code');
+  v_first jsonb := p_provider.refusals -> v_what;
+  v_works boolean := p_provider.proven_at is not null;
+  v_agrees boolean := coalesce(v_first ->> 'workspace' <> p_answer.workspace_id::text
+    and (v_first ->> 'at')::timestamptz >= p_provider.question_since, false);
+begin
+  if p_answer.brief_id is null or not autotag.is_about_request(e) or p_asked_at < p_provider.question_since and e ->> 'parameter' is not null
+    or e ->> 'kind' = 'transient' and v_works
+    or v_agrees and (not v_works or p_asked_at >= (v_first ->> 'at')::timestamptz + interval '1 min')
+    -- this very request has worked in this form, so the provider has changed
+    or e ->> 'parameter' is not null and exists (
+      select from autotag.learned l where l.model = p_provider.question ->> 'model' and l.brief_id = p_answer.brief_id
+        and l.learned_at >= p_provider.question_since)
+    or not exists (select from autotag.workspaces w where w.workspace_id <> p_answer.workspace_id)
+    or not v_works and not exists (
+      select from autotag.jobs j where j.finished_at is null and j.workspace_id <> p_answer.workspace_id) then
+    return null;
+  end if;
+  e := e || jsonb_build_object('refusal', v_what, 'parameter', null);
+  return case when e ->> 'kind' = 'image' then e
+    else e || jsonb_build_object('kind', case when v_works and not v_agrees then 'image' else 'transient' end, 'retry', false,
+      'code', 'profile_refused', 'message', 'The AI provider refuses what this workspace''s profile asks: '
+        || regexp_replace(e ->> 'message', '^(The provider|The AI service) [^:]{1,60}: ', '')) end;
+end $$;
+
+-- Whether a provider's error can come from what one request asks: its length, its schema, a parameter. Key, credit and model cannot. (A
+-- worker may not know the words of a provider, but a code that names the context is clear.)
+create or replace function autotag.is_about_request(p_error jsonb) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return coalesce(p_error ->> 'parameter' <> 'expires_after', false) or coalesce((p_error ->> 'about_request')::boolean, false)
+    or p_error ->> 'code' in ('bad_answer', 'request_refused', 'unsupported_parameter') or p_error ->> 'kind' = 'account' and (p_error ->> 'code' like '%context%'
+      or p_error ->> 'code' = any ((select k.suspects from autotag.error_kinds k where k.kind = 'account')::text[]));
+end $$;
+
+-- Remembers the first refusal of each name (blame_brief), and forgets those that a success was asked after. The caller holds the
+-- provider row.
+create or replace function autotag.record_refusals(p_answers autotag.answer[], p_provider autotag.provider_limits, p_asked_at timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_success timestamptz;
+  v_new jsonb;
+begin
+  select max(coalesce(p_asked_at, a.reserved_at)) filter (where a.error is null),
+    coalesce(jsonb_object_agg(a.error ->> 'refusal', jsonb_build_object('workspace', a.workspace_id, 'at', coalesce(p_asked_at, a.reserved_at)))
+      filter (where a.error ? 'refusal'), '{}')
+  into v_success, v_new from unnest(p_answers) a;
+  if v_new = '{}' and (p_provider.refusals = '{}' or v_success is null) then
+    return;
+  end if;
+  update autotag.provider_limits p
+  set refusals = coalesce((
+    select jsonb_object_agg(r.key, r.value) from (
+      select x.key, x.value from jsonb_each(v_new || p_provider.refusals) x
+      where (x.value ->> 'at')::timestamptz >= p_provider.question_since
+        and coalesce((x.value ->> 'at')::timestamptz > v_success, true)
+      order by x.value ->> 'at' desc limit 20) r), '{}');   -- the names are a worker's words
 end $$;
 
 -- The prompt and answer tokens of answers to the present question, for learn(). p_asked_at: as in reclassify_errors().
@@ -244,6 +322,7 @@ begin
       greatest(v_provider.account_error_at, v_provider.fingerprint_since)), false)
   into v_good, v_works
   from unnest(p_answers) a where coalesce(p_asked_at, a.reserved_at) >= v_provider.question_since;
+  perform autotag.record_refusals(p_answers, v_provider, p_asked_at);
   if v_good then
     update autotag.provider_limits p set has_rate_headers = false where p.has_rate_headers is null;
   end if;
@@ -263,7 +342,7 @@ begin
     perform pg_notify('autotag', 'realtime');
     perform pg_notify('autotag', 'batch');
   elsif v_provider.proven_at is null and exists (
-    select from unnest(p_answers) a where a.error ->> 'kind' = 'image' or not a.called) then
+    select from unnest(p_answers) a where a.error ->> 'kind' = 'image' or a.error ? 'refusal' or not a.called) then
     -- This image has proven nothing: the next one tries at once.
     update autotag.provider_limits p set probe_at = null where p.account_error is null;
     perform pg_notify('autotag', 'realtime');

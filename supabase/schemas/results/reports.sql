@@ -118,7 +118,8 @@ begin
     'origin', case when p_error ->> 'origin' in ('provider', 'storage', 'host', 'worker') then p_error ->> 'origin' end,
     'parameter', case when p_error ->> 'parameter' in
       ('token_cap', 'reasoning_effort', 'response_format', 'detail', 'service_tier', 'expires_after')
-      then p_error ->> 'parameter' end);
+      then p_error ->> 'parameter' end,
+    'about_request', coalesce(p_error ->> 'about_request', '') = 'true');
 end $$;
 
 -- The most tokens that are believed of one answer, so that no report uses up a quota. input: 20 times what a prompt reserves, at

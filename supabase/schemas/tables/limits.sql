@@ -77,6 +77,8 @@ create table autotag.provider_limits (
   account_error_from text,               -- origin of the error: provider, batch, poll, storage, host or worker
   account_error_at timestamptz,
   probe_at timestamptz,
+  -- {parameter or code: {workspace, at}}: the first image with a brief that was refused like this since the last success (blame_brief)
+  refusals jsonb not null default '{}',
   -- the next poll; one list call covers every batch in flight
   next_poll_at timestamptz not null default '-infinity',
   ask_after timestamptz not null default '-infinity',    -- no call about batches, files or models before (retry-after)

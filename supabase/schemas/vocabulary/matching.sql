@@ -16,7 +16,8 @@ end $$;
 
 -- Replaces the tags of results by those of the vocabulary. p_mode: `prefer` keeps tags that it does not know, every other mode drops
 -- them. p_parents: adds the tags above, with the confidence of the tag below. Tags that become the same keep the highest confidence.
--- The most confident come first, then in the model's order; at most 50.
+-- The most confident come first, then in the model's order; at most 50. names: {tag: [key, …]}, by which a person may know a tag of the
+-- vocabulary: its own, its aliases, and what the model gave (merge_tags).
 create or replace function autotag.match_tags(
   p_workspace_id autotag.workspace_id, p_results jsonb[], p_mode text, p_parents boolean
 ) returns jsonb[]
@@ -39,6 +40,12 @@ begin
     ), words as materialized (
       select v.id, v.tag from autotag.vocabulary v
       where v.id = any (array(select k.id from unnest(v_known) k union select a.above from unnest(v_above) a))
+    ), names as materialized (
+      select w.tag, jsonb_agg(n.key) as keys from words w join (
+        select f.id, f.key from autotag.names_of(p_workspace_id, array(select x.id from words x)) f
+        union
+        select k.id, k.key from unnest(v_known, autotag.tag_keys(array(select x.given from unnest(v_known) x))) k (given, id, key)) n on n.id = w.id
+      group by w.tag
     ), chosen as (
       select g.i, coalesce(w.tag, g.tag) as tag, g.sure, g.place from given g left join words w on w.id = g.id
       where w.id is not null or p_mode = 'prefer'
@@ -50,11 +57,26 @@ begin
         row_number() over (partition by c.i order by max(c.sure) desc nulls last, min(c.place)) as place
       from chosen c group by c.i, c.tag
     ), matched as (
-      select m.i, jsonb_agg(m.tag order by m.place) as tags, jsonb_object_agg(m.tag, m.sure) filter (where m.sure is not null) as sure
-      from merged m where m.place <= 50 group by m.i
+      select m.i, jsonb_agg(m.tag order by m.place) as tags, jsonb_object_agg(m.tag, m.sure) filter (where m.sure is not null) as sure,
+        jsonb_object_agg(m.tag, n.keys) filter (where n.keys is not null) as names
+      from merged m left join names n on n.tag = m.tag where m.place <= 50 group by m.i
     )
-    select r.result || jsonb_build_object('tags', coalesce(m.tags, '[]'), 'confidence', coalesce(m.sure, '{}'))
+    select r.result || jsonb_build_object('tags', coalesce(m.tags, '[]'), 'confidence', coalesce(m.sure, '{}'),
+      'names', coalesce(m.names, '{}'))
     from unnest(p_results) with ordinality r (result, i) left join matched m on m.i = r.i order by r.i);
+end $$;
+
+-- The keys of all names that these entries have for a workspace: of general ones, not those that are names of the workspace's own.
+create or replace function autotag.names_of(p_workspace_id autotag.workspace_id, p_entries bigint[]) returns table (id bigint, key text)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
+as $$
+begin
+  return query
+    select n.vocabulary_id, n.key from unnest(p_entries) e cross join lateral (
+      select x.vocabulary_id, x.key, x.workspace_id from autotag.vocabulary_names x where x.vocabulary_id = e) n
+    where n.workspace_id is not null or not exists (
+      select from autotag.vocabulary_names o where o.workspace_id = p_workspace_id and o.key = n.key);
 end $$;
 
 -- Those of these tags that the vocabulary knows: by their key, else because exactly one name is nearly the same.

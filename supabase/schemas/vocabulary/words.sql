@@ -16,7 +16,12 @@ as $$
 declare
   v_key text := p_tag;
 begin
-  if v_key !~ '^[a-z0-9]+( [a-z0-9]+)*$' then   -- nearly every tag of a model is in this form already
+  if v_key ~ '^[a-z0-9]+( [a-z0-9]+)*$' then   -- nearly every tag of a model is in this form already
+    return v_key;
+  end if;
+  v_key := lower(v_key);
+  if v_key !~ '^[a-z0-9\u00df-\u00f6\u00f8-\u00ff]+( [a-z0-9\u00df-\u00f6\u00f8-\u00ff]+)*$' then   -- and of people, but for capitals
+    v_key := p_tag;
     -- the lower case of İ has a second dot, and a final sigma is a sigma
     v_key := replace(lower(normalize(replace(v_key, 'İ', 'i'), NFKC)), 'ς', 'σ');
     -- # and % belong to the word before them, a full stop and @ to the one behind them

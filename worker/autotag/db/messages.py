@@ -249,6 +249,7 @@ class ErrorReport(TypedDict, total=False):
     retry_after: float | None
     origin: Origin
     parameter: str | None
+    about_request: bool
 
 
 class Usage(TypedDict):

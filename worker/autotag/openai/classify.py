@@ -271,6 +271,7 @@ def classify_status(status: int, body: object, headers: Mapping[str, str]) -> Ta
             "unsupported_parameter",
             f"The provider does not support this request: {message}",
             parameter=parameter,
+            about_request=True,
         )
     if lower in ACCOUNT_CODES:
         return error("account", code, f"The provider refused the account: {message}")
@@ -291,8 +292,9 @@ def classify_status(status: int, body: object, headers: Mapping[str, str]) -> Ta
     if status in TRANSIENT_STATUSES or (status >= 500 and status != 501):
         return error("transient", "provider_error", "The AI service had a problem.")
     if status in (401, 402, 403, 404, 405, 410, 413, 501):
-        return error("account", code or f"http_{status}", f"The provider refused the request ({status}): {message}")
-    return error("transient", "request_refused", f"The AI service refused the request: {message}")
+        return error("account", code or f"http_{status}", f"The provider refused the request ({status}): {message}",
+                     about_request=status == 413)  # fmt: skip
+    return error("transient", "request_refused", f"The AI service refused the request: {message}", about_request=True)
 
 
 def _headers_in_body(body: object) -> dict[str, str]:
@@ -308,7 +310,8 @@ def _error_of_rule(rule: Rule, message: str, code: str, error: Any) -> TaggingEr
     if rule.kind == "image":
         result = error("image", rule.code, f"The AI service refused this image: {message}")
     elif rule.kind == "account":
-        result = error("account", code or rule.code, f"The provider refused the account: {message}")
+        result = error("account", code or rule.code, f"The provider refused the account: {message}",
+                       about_request=rule.code == "context_too_small")  # fmt: skip
     else:
         result = error("transient", rule.code, "The AI service does not know the uploaded file yet.")
     return result
