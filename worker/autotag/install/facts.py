@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import psycopg
 from psycopg import Connection
 
-from autotag.install.details import read_details, read_member_functions
+from autotag.install.details import Policy, read_details, read_member_functions, read_policies
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,6 @@ class Table:
         name: qualified with the schema.
         columns: name -> type, as Postgres prints it.
         primary_key: its columns.
-        policies: the expressions of its permissive policies.
         rules: that change its updates.
         kind: what it is: ``r`` (a table), ``p`` (partitioned), ``v``, ``m`` (views) or ``f`` (foreign), as in pg_class.
         required: its columns that are not null.
@@ -33,12 +32,14 @@ class Table:
         loose: its columns with a collation in which different texts are equal.
         partition_of: the table that it is a partition of.
         has_children: other tables inherit from it.
+        domain_checks: column -> the conditions of its domain.
+        as_caller: it is a view with the rights of its caller (security_invoker).
+        row_policies: its policies for signed-in users.
     """
 
     name: str
     columns: dict[str, str]
     primary_key: list[str] = field(default_factory=list)
-    policies: list[str] = field(default_factory=list)
     rules: list[str] = field(default_factory=list)
     kind: str = "r"
     required: frozenset[str] = frozenset()
@@ -52,6 +53,9 @@ class Table:
     loose: frozenset[str] = frozenset()
     partition_of: str | None = None
     has_children: bool = False
+    domain_checks: dict[str, list[str]] = field(default_factory=dict)
+    as_caller: bool = False
+    row_policies: list[Policy] = field(default_factory=list)
 
     def base_type(self, column: str) -> str | None:
         """The type of a column, of a domain the type below; None: there is no such column."""
@@ -94,9 +98,8 @@ class Facts:
         file_rule: the file rule of the installed adapter; None: there is none.
         adapter: the version of the installed adapter; None: there is none.
         views: the project's views and foreign tables by qualified name.
-        member_functions: the project's functions that take one argument and return a boolean: name -> the argument's
-            types.
-        all_policies: the expressions of all permissive policies of the project's tables.
+        member_functions: the project's functions that take one argument and return a boolean: name -> the
+            argument's types, each with a sentence why autotag cannot call it (empty: it can).
     """
 
     tables: dict[str, Table]
@@ -108,8 +111,7 @@ class Facts:
     file_rule: str | None = None
     adapter: int | None = None
     views: dict[str, Table] = field(default_factory=dict)
-    member_functions: dict[str, list[str]] = field(default_factory=dict)
-    all_policies: list[str] = field(default_factory=list)
+    member_functions: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def read_facts(url: str) -> Facts:
@@ -123,16 +125,14 @@ def read_facts(url: str) -> Facts:
     """
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
         tables = {
-            name: Table(name, dict(columns), key or [], policies or [], rules or [])
-            for name, columns, key, policies, rules in connection.execute("""
+            name: Table(name, dict(columns), key or [], rules or [])
+            for name, columns, key, rules in connection.execute("""
                 select n.nspname || '.' || c.relname,
                   (select array_agg(array[a.attname, format_type(a.atttypid, null)] order by a.attnum)
                    from pg_attribute a where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped),
                   (select array_agg(a.attname::text order by a.attnum) from pg_index i
                    join pg_attribute a on a.attrelid = c.oid and a.attnum = any (i.indkey)
                    where i.indrelid = c.oid and i.indisprimary),
-                  (select array_agg(coalesce(p.qual, p.with_check)) from pg_policies p
-                   where p.schemaname = n.nspname and p.tablename = c.relname and p.permissive = 'PERMISSIVE'),
                   (select array_agg(r.rulename::text order by r.rulename) from pg_rewrite r
                    where r.ev_class = c.oid and r.ev_type = '2' and r.ev_enabled <> 'D')
                 from pg_class c join pg_namespace n on n.oid = c.relnamespace
@@ -143,7 +143,11 @@ def read_facts(url: str) -> Facts:
             if columns
         }
         details = read_details(connection)
-        tables = {name: replace(table, **details.get(name, {})) for name, table in tables.items()}
+        rows = read_policies(connection)
+        tables = {
+            name: replace(table, **details.get(name, {}), row_policies=rows.get(name, []))
+            for name, table in tables.items()
+        }
         views = {name: Table(name, **found) for name, found in details.items() if found["kind"] in "vmf"}
         buckets = _column(connection, "storage.buckets", "select id from storage.buckets order by id")
         policies = [
@@ -163,7 +167,7 @@ def read_facts(url: str) -> Facts:
         return Facts(
             tables, buckets, applied_migrations(connection), policies, bool(readable),
             _file_functions(connection), installed[0] if installed else None, adapter_version(connection),
-            views, read_member_functions(connection), [p for table in tables.values() for p in table.policies],
+            views, read_member_functions(connection),
         )  # fmt: skip
 
 
