@@ -217,7 +217,9 @@ def test_a_caller_whose_claim_is_of_another_type_is_nobody(postgres: LocalPostgr
     url = postgres.url(database=bare)
     with psycopg.connect(url, autocommit=True) as owner:
         owner.execute(fill(NUMBERS).encode())
-        host = survey(url, Choices(caller_claim="app.uid", members_table="organization_members"), refuse_to_ask, may_ask=False).host
+        host = survey(
+            url, Choices(caller_claim="app.uid", members_table="organization_members"), refuse_to_ask, may_ask=False
+        ).host
         with owner.transaction():
             owner.execute(render(TEMPLATE.read_text(), host).encode())
         for uid, expected in ((7, (7, True)), ("7", (7, True)), (8, (8, False)), ("", (None, False)), ("auth0|7", (None, False)),
@@ -231,7 +233,10 @@ def test_a_caller_whose_claim_is_of_another_type_is_nobody(postgres: LocalPostgr
 @pytest.fixture(scope="module")
 def shared(postgres: LocalPostgres) -> Iterator[tuple[psycopg.Connection[Any], str]]:
     """One database for all guesses: none of them installs anything."""
-    with copied_database(postgres, BARE_TEMPLATE) as name, psycopg.connect(postgres.url(database=name), autocommit=True) as owner:
+    with (
+        copied_database(postgres, BARE_TEMPLATE) as name,
+        psycopg.connect(postgres.url(database=name), autocommit=True) as owner,
+    ):
         owner.execute("insert into auth.users (id) values (%s), (%s)", (IDS["u1"], IDS["u2"]))
         owner.execute("insert into storage.buckets (id, name) values ('library', 'library')")
         yield owner, postgres.url(database=name)

@@ -130,8 +130,8 @@ def read_member_functions(connection: Connection[tuple[Any, ...]]) -> dict[str, 
     """
     rows = connection.execute(
         """
-        select n.nspname || '.' || p.proname, format_type(p.proargtypes[0], null), p.oid::regprocedure::text, p.prosecdef,
-          exists (
+        select n.nspname || '.' || p.proname, format_type(p.proargtypes[0], null), p.oid::regprocedure::text,
+          p.prosecdef, exists (
             select from pg_proc q
             where q.pronamespace = p.pronamespace and q.proname = p.proname and q.oid <> p.oid and q.pronargs >= 1
               and q.proargtypes[0] = p.proargtypes[0] and q.pronargs - q.pronargdefaults <= 1)
@@ -153,9 +153,9 @@ def read_member_functions(connection: Connection[tuple[Any, ...]]) -> dict[str, 
             )
         elif not definer:
             problem = (
-                f"{call} runs with the rights of its caller, and autotag calls it as the owner of the database, for whom"
-                f" row level security hides nothing: alter function {call} security definer set search_path = public;"
-                " or name a table (--members-table)."
+                f"{call} runs with the rights of its caller, and autotag calls it as the owner of the database, for"
+                f" whom row level security hides nothing: alter function {call} security definer set search_path ="
+                " public; or name a table (--members-table)."
             )
         found.setdefault(name, {})[kind] = problem
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from autotag.install.details import Policy
 from autotag.install.facts import Facts, Table
 from autotag.install.quoting import quote
 
@@ -23,7 +22,9 @@ UNLIKE_MEMBERS = re.compile(
 )
 #: The words of a name that says nothing but `members of a workspace`, beside those of the workspace itself.
 MEMBERS_ONLY = re.compile(r"members?|memberships?|users?|people|persons?|staff|employees?|collaborators?|crew")
-WORKSPACE = re.compile(r"(workspace|organi[sz]ation|org|tenant|team|account|project|library|librarie|group|company|companie)s?")
+WORKSPACE = re.compile(
+    r"(workspace|organi[sz]ation|org|tenant|team|account|project|library|librarie|group|company|companie)s?"
+)
 #: Times that every row has: they are no state if they are not null and default to now.
 TIMES = re.compile(r"(created|inserted|updated|modified|joined|added)(_at|_on|_date)?")
 NOW = re.compile(
@@ -33,9 +34,9 @@ NOW = re.compile(
 ROLE = re.compile(r"(\w+_)?role(_name)?")
 #: Roles of people who are members.
 ROLES = frozenset(
-    "owner admin administrator manager editor member user viewer reader writer contributor author moderator maintainer"
-    " developer collaborator staff".split()
-)
+    ("owner", "admin", "administrator", "manager", "editor", "member", "user", "viewer", "reader", "writer",
+     "contributor", "author", "moderator", "maintainer", "developer", "collaborator", "staff")
+)  # fmt: skip
 #: Parts of an expression as Postgres prints it: strings, names, casts, operators.
 TOKEN = re.compile(
     r"""'(?:[^']|'')*' | (?:"(?:[^"]|"")*"|\w+)(?:\.(?:"(?:[^"]|"")*"|\w+))*
@@ -91,6 +92,8 @@ def doubts_about(
             doubts.append("does not sound like a list of members")
     elif not all(p.permissive and _asks_for_row(p.using, images, workspace, other, columns, caller) for p in read):
         doubts.append(f"is not what the policies of {images.name} look at, or not all of it")
+    elif not _shows_own_rows(other, columns[1], caller):
+        doubts.append("has policies that may hide a user's own row from the policies of the images")
     return doubts + _references(facts, images, workspace, other, columns, own_logins=not caller)
 
 
@@ -171,10 +174,8 @@ def _only_members(other: Table, target: tuple[str, str] | None, workspace: str) 
 
 def plain(expression: str | None) -> str:
     """An expression as Postgres prints it, without parentheses, casts, and the ``select`` around ``auth.uid()``."""
-    tokens = [token for token in TOKEN.findall(expression or "") if token not in "()" and not token.startswith("::")]
-    return re.sub(
-        r"SELECT (auth\.uid|auth\.jwt(?: ->>? '[^']*')*) AS (?:\"[^\"]*\"|\w+)", r"\1", " ".join(tokens)
-    )
+    parts = [part for part in TOKEN.findall(expression or "") if part not in "()" and not part.startswith("::")]
+    return re.sub(r"SELECT (auth\.uid|auth\.jwt(?: ->>? '[^']*')*) AS (?:\"[^\"]*\"|\w+)", r"\1", " ".join(parts))
 
 
 def _caller(path: Sequence[str]) -> str:
@@ -200,6 +201,14 @@ def _asks_for_row(
     if head in (f"{quote(workspace)} {test} SELECT {its_workspace}" for test in ("IN", "= ANY", "= ANY ARRAY")):
         return asked == {mine}
     return head == f"{caller} IN SELECT {its_user}" and asked == {same}
+
+
+def _shows_own_rows(other: Table, user: str, claim: Sequence[str]) -> bool:
+    """Whether users see all their rows of a table. The policies of the images do not find a row that its own hide."""
+    read = [policy for policy in other.row_policies if policy.reads]
+    own = {f"{quote(user)} = {_caller(claim)}", f"{_caller(claim)} = {quote(user)}", "true"}
+    ways = {plain(way) for policy in read for way in _ways(policy.using or "")}
+    return all(policy.permissive for policy in read) and (not read or bool(ways & own))
 
 
 def _users_join(other: Table, workspace: str) -> bool:

@@ -8,7 +8,6 @@ nothing else. Anything else is asked for.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -196,9 +195,9 @@ def _chosen_table(facts: Facts, table: Table, workspace: str, choices: Choices, 
         )
     if other.as_caller:
         raise HostError(
-            f"{name} is a view with security_invoker, which relies on row level security of the caller; autotag reads it as"
-            " the owner of the database and would see every row. Name a table or another view (--members-table), or a"
-            " security definer function (--members-function)."
+            f"{name} is a view with security_invoker, which relies on row level security of the caller; autotag"
+            " reads it as the owner of the database and would see every row. Name a table or another view"
+            " (--members-table), or a security definer function (--members-function)."
         )
     return _with_condition(found, choices)
 

@@ -78,8 +78,9 @@ def show_examples(url: str, found: Survey) -> list[dict[str, Any]] | None:
                 break
     if any(accepted for accepted, *_ in rows):
         raise HostError(
-            f"A signed-in user whom no row names would be a member of every workspace ({found.host.members}), so everybody"
-            " could tag every image; name a table (--members-table) or a function (--members-function) that is about the caller."
+            f"A signed-in user whom no row names would be a member of every workspace ({found.host.members}), so"
+            " everybody could tag every image; name a table (--members-table) or a function (--members-function) that"
+            " is about the caller."
         )
     return [asdict(_example(found.host, row)) for _, *row in rows]
 
