@@ -21,7 +21,11 @@ from lab.postgres import LocalPostgres
 W1, W2, U1, U2 = (str(uuid.uuid4()) for _ in range(4))
 IDS = {"w1": W1, "w2": W2, "u1": U1, "u2": U2}
 PLAIN = """
-    create table public.workspace_members (workspace_id uuid, user_id uuid, primary key (workspace_id, user_id));
+    create table public.workspaces (id uuid primary key);
+    create table public.workspace_members (
+      workspace_id uuid references public.workspaces, user_id uuid references auth.users, primary key (workspace_id, user_id));
+    insert into auth.users (id) values ('{u1}'), ('{u2}');
+    insert into public.workspaces values ('{w1}'), ('{w2}');
     insert into public.workspace_members values ('{w1}', '{u1}'), ('{w2}', '{u2}');
     create table public.assets (id uuid primary key default gen_random_uuid(), workspace_id uuid not null, storage_path text);
     insert into storage.buckets (id, name, public) values ('library', 'library', false);"""

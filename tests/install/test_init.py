@@ -33,14 +33,16 @@ from support import rpc, store_file, until, worker
 
 HOSTS = {
     "paths": """
-        create table public.workspace_members (workspace_id uuid, user_id uuid, primary key (workspace_id, user_id));
+        create table public.workspaces (id uuid primary key);
+        create table public.workspace_members (
+          workspace_id uuid references public.workspaces, user_id uuid references auth.users, primary key (workspace_id, user_id));
         create table public.assets (id uuid primary key default gen_random_uuid(), workspace_id uuid not null,
           storage_path text, uploaded_by uuid, tags text[] not null default '{}');
         insert into storage.buckets (id, name, public) values ('library', 'library', false);""",
     "urls and organisations": """
         create table public.organizations (id uuid primary key default gen_random_uuid());
         create table public.organization_members (
-          org_id uuid references public.organizations, user_id uuid, primary key (org_id, user_id));
+          org_id uuid references public.organizations, user_id uuid references auth.users, primary key (org_id, user_id));
         create table public.photos (photo_id uuid primary key default gen_random_uuid(),
           org_id uuid not null references public.organizations, image_url text not null, labels jsonb);""",
     "claims": """
@@ -92,6 +94,8 @@ async def test_paths_a_bucket_and_a_table_of_members(postgres: LocalPostgres, ba
     async with local_stack(postgres, bare) as stack:
         quicken(stack)
         workspace, user = str(uuid.uuid4()), str(uuid.uuid4())
+        run_sql(url, "insert into public.workspaces values (%s)", workspace)
+        run_sql(url, "insert into auth.users (id) values (%s)", user)
         run_sql(url, "insert into public.workspace_members values (%s, %s)", workspace, user)
         drawings = list(draw(8))
         ids = []
@@ -117,6 +121,7 @@ async def test_urls_and_organisations(
         quicken(stack)
         user = str(uuid.uuid4())
         [org] = run_sql(url, "insert into public.organizations default values returning id::text")
+        run_sql(url, "insert into auth.users (id) values (%s)", user)
         run_sql(url, "insert into public.organization_members values (%s, %s)", org["id"], user)
         [drawing] = draw(1)
         [row] = run_sql(url, "insert into public.photos (org_id, image_url) values (%s, %s) returning photo_id::text as id",
@@ -323,7 +328,8 @@ def test_hostile_names_stay_names(postgres: LocalPostgres, bare: str, tmp_path: 
     with psycopg.connect(postgres.url(database=bare), autocommit=True) as connection:
         connection.execute(
             sql.SQL("create table public.assets (id uuid primary key, workspace_id uuid, {} text, tags text[]);"
-                    "create table public.members (workspace_id uuid, user_id uuid, primary key (workspace_id, user_id))").format(sql.Identifier(nasty))
+                    "create table public.workspaces (id uuid primary key); create table public.members (workspace_id uuid"
+                    " references public.workspaces, user_id uuid references auth.users, primary key (workspace_id, user_id))").format(sql.Identifier(nasty))
         )  # fmt: skip
     url = postgres.url(database=bare)
 

@@ -17,7 +17,10 @@ from autotag.install.host import Choices, Host, propose
 from conftest import BARE_TEMPLATE, copied_database
 from lab.postgres import LocalPostgres
 
-MEMBERS = "create table public.workspace_members (workspace_id {0}, user_id uuid, primary key (workspace_id, user_id));"
+MEMBERS = """
+    create table public.workspaces (id {0} primary key);
+    create table public.workspace_members (
+      workspace_id {0} references public.workspaces, user_id uuid references auth.users, primary key (workspace_id, user_id));"""
 IMAGES = "storage_path text, workspace_id {0} not null, tags text[]"
 BIGINT, UUID = IMAGES.format("bigint"), IMAGES.format("uuid")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from autotag.install.migrations import apply_migrations
 from autotag.install.preview import show_examples
 from autotag.install.quoting import quote, table_name
 from autotag.install.survey import refuse_to_ask, survey
+from conftest import BARE_TEMPLATE, copied_database
 from lab.postgres import LocalPostgres
 
 FOLDER = Path(__file__).parent / "schemas"
-CASES: list[dict[str, Any]] = tomllib.loads((FOLDER / "cases.toml").read_text())["case"]
+TABLE: dict[str, list[dict[str, Any]]] = tomllib.loads((FOLDER / "cases.toml").read_text())
+CASES, GUESSES = TABLE["case"], TABLE["guess"]
 IDS = {
     f"{letter}{n}": f"00000000-0000-4000-8000-0000000{code}{n}"
     for letter, code in (("w", "000a"), ("u", "000b"), ("i", "000c"), ("o", "000d"))
@@ -214,7 +217,9 @@ def test_a_caller_whose_claim_is_of_another_type_is_nobody(postgres: LocalPostgr
     url = postgres.url(database=bare)
     with psycopg.connect(url, autocommit=True) as owner:
         owner.execute(fill(NUMBERS).encode())
-        host = survey(url, Choices(caller_claim="app.uid"), refuse_to_ask, may_ask=False).host
+        host = survey(
+            url, Choices(caller_claim="app.uid", members_table="organization_members"), refuse_to_ask, may_ask=False
+        ).host
         with owner.transaction():
             owner.execute(render(TEMPLATE.read_text(), host).encode())
         for uid, expected in ((7, (7, True)), ("7", (7, True)), (8, (8, False)), ("", (None, False)), ("auth0|7", (None, False)),
@@ -225,6 +230,39 @@ def test_a_caller_whose_claim_is_of_another_type_is_nobody(postgres: LocalPostgr
                 assert told == expected, uid
 
 
+@pytest.fixture(scope="module")
+def shared(postgres: LocalPostgres) -> Iterator[tuple[psycopg.Connection[Any], str]]:
+    """One database for all guesses: none of them installs anything."""
+    with (
+        copied_database(postgres, BARE_TEMPLATE) as name,
+        psycopg.connect(postgres.url(database=name), autocommit=True) as owner,
+    ):
+        owner.execute("insert into auth.users (id) values (%s), (%s)", (IDS["u1"], IDS["u2"]))
+        owner.execute("insert into storage.buckets (id, name) values ('library', 'library')")
+        yield owner, postgres.url(database=name)
+
+
+@pytest.mark.parametrize("guess", [fill(one) for one in GUESSES], ids=[one["name"] for one in GUESSES])
+def test_what_is_certain(shared: tuple[psycopg.Connection[Any], str], guess: dict[str, Any]) -> None:
+    """Nothing is guessed that decides who may see, do or lose something."""
+    owner, url = shared
+    owner.execute("drop schema public cascade; create schema public")
+    owner.execute((fill((FOLDER / "guess.sql").read_text()) + guess["sql"]).encode())
+    choices = Choices(**guess.get("options", {}))
+    if "members" in guess:
+        found = survey(url, choices, refuse_to_ask, may_ask=False)
+        assert (str(found.host.members), found.host.files.name) == (guess["members"], "workspace-folder")
+        assert show_examples(url, found)
+        return
+    with pytest.raises(HostError) as told:
+        show_examples(url, survey(url, choices, refuse_to_ask, may_ask=False))
+    assert [text for text in guess["says"] if text not in str(told.value)] == [], str(told.value)
+    assert len(str(told.value).splitlines()) == 1
+    if "create table public.victim" in guess["sql"]:
+        assert owner.execute("select count(*) from public.victim").fetchone() == (0,)
+
+
 def test_each_schema_has_a_case() -> None:
-    assert {path.stem for path in FOLDER.glob("*.sql")} == {case["schema"] for case in CASES}
-    assert len({case["name"] for case in CASES}) == len(CASES)
+    assert {path.stem for path in FOLDER.glob("*.sql")} == {case["schema"] for case in CASES} | {"guess"}
+    for cases in (CASES, GUESSES):
+        assert len({case["name"] for case in cases}) == len(cases)

@@ -59,24 +59,41 @@ def check_condition(url: str, table: str, alias: str, condition: str, option: st
         option: that gave it.
 
     Raises:
-        HostError: it is no condition on this table.
+        HostError: it is no condition on this table, or a function in it may change something.
         psycopg.OperationalError: the database cannot be reached.
     """
     text = check_form(condition, option)
-    with (
-        psycopg.connect(url, autocommit=True, connect_timeout=10) as connection,
-        connection.transaction(force_rollback=True),
-    ):
-        connection.execute("set transaction read only")
-        connection.execute("set local search_path = pg_catalog, public, extensions, pg_temp")
+    rows = f"{table_name(table)} {alias}"
+    with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
         try:
-            _parse(connection, f"select from {table_name(table)} {alias} where ({text})")
+            # Planning runs functions, so it must not be able to write.
+            _try(connection, f"set transaction read only; {PATH}; explain select from {rows} where ({text})")
+            view = f"create temporary view autotag_condition as select ({text}) from {rows}"  # noqa: S608 - the owner's code
+            changing = _try(connection, f"{PATH}; {view}")
         except psycopg.OperationalError:
             raise
         except psycopg.Error as error:
             reason = (error.diag.message_primary or str(error)).splitlines()[0]
             raise HostError(f"Postgres does not accept {option} for {table}: {reason}.") from None
+    if changing:
+        raise HostError(
+            f"{option} calls {changing}, a volatile function, which may change something whenever autotag reads a row;"
+            " leave it out, or declare it stable if it only reads."
+        )
 
 
-def _parse(connection: psycopg.Connection[Any], statement: str) -> None:
-    connection.execute(f"explain {statement}".encode())
+PATH = "set local search_path = pg_catalog, public, extensions, pg_temp"
+#: Parsing a view runs nothing; its tree has the numbers of all functions and operators in it.
+VOLATILE = r"""
+    select p.proname from pg_rewrite w
+    cross join regexp_matches(w.ev_action::text, ':(?:funcid|opfuncid|aggfnoid|winfnoid) (\d+)', 'g') m (found)
+    join pg_proc p on p.oid = m.found[1]::oid
+    where w.ev_class = to_regclass('pg_temp.autotag_condition') and p.provolatile = 'v' order by 1 limit 1"""
+
+
+def _try(connection: psycopg.Connection[Any], statements: str) -> str:
+    """Runs statements and undoes them; returns a volatile function of the temporary view, if they made one."""
+    with connection.transaction(force_rollback=True):
+        connection.execute(statements.encode())
+        row = connection.execute(VOLATILE.encode()).fetchone()
+    return str(row[0]) if row else ""

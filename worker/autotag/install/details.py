@@ -45,7 +45,10 @@ select n.nspname || '.' || c.relname, c.relkind::text, a.columns, a.base_types, 
   (select pn.nspname || '.' || pc.relname from pg_inherits h
    join pg_class pc on pc.oid = h.inhparent join pg_namespace pn on pn.oid = pc.relnamespace
    where h.inhrelid = c.oid and c.relispartition),
-  c.relkind = 'r' and exists (select from pg_inherits h where h.inhparent = c.oid)
+  c.relkind = 'r' and exists (select from pg_inherits h where h.inhparent = c.oid), a.domain_checks,
+  exists (
+    select from pg_options_to_table(c.reloptions) o
+    where o.option_name = 'security_invoker' and o.option_value::boolean)
 from pg_class c join pg_namespace n on n.oid = c.relnamespace
 cross join lateral (
   select jsonb_object_agg(a.attname, format_type(a.atttypid, null)) as columns,
@@ -56,6 +59,9 @@ cross join lateral (
     jsonb_object_agg(a.attname, (
       select jsonb_agg(e.enumlabel) from pg_enum e where e.enumtypid = t.oid))
       filter (where t.typtype = 'e') as labels,
+    jsonb_object_agg(a.attname, (
+      select jsonb_agg(pg_get_constraintdef(k.oid)) from pg_constraint k where k.contypid = t.oid))
+      filter (where t.typtype = 'd') as domain_checks,
     jsonb_object_agg(a.attname, pg_get_expr(d.adbin, d.adrelid)) filter (where d.oid is not null) as defaults
   from pg_attribute a join pg_type t on t.oid = a.atttypid
   left join bases b on b.oid = a.atttypid left join pg_collation l on l.oid = a.attcollation
@@ -87,6 +93,41 @@ class Gin:
         return self.valid and not self.partial
 
 
+@dataclass(frozen=True)
+class Policy:
+    """A policy of a table for signed-in users.
+
+    Attributes:
+        using, check: its expressions, every name in them with its schema; None: it has no such expression.
+        reads, writes: it is about selecting rows, or about inserting and updating them.
+        permissive: it allows; False: it restricts.
+    """
+
+    using: str | None
+    check: str | None
+    reads: bool
+    writes: bool
+    permissive: bool
+
+
+def read_policies(connection: Connection[tuple[Any, ...]]) -> dict[str, list[Policy]]:
+    """The policies for signed-in users: qualified name of the table -> its policies."""
+    found: dict[str, list[Policy]] = {}
+    with connection.transaction():
+        connection.execute("set local search_path = ''")  # so that expressions have the schema of every name
+        for name, *policy in connection.execute("""
+            select n.nspname || '.' || c.relname, pg_get_expr(p.polqual, c.oid), pg_get_expr(p.polwithcheck, c.oid),
+              p.polcmd in ('r', '*'), p.polcmd in ('a', 'w', '*'), p.polpermissive
+            from pg_policy p join pg_class c on c.oid = p.polrelid join pg_namespace n on n.oid = c.relnamespace
+            where exists (
+              select from pg_roles a cross join unnest(p.polroles) r (role)
+              where a.rolname = 'authenticated'
+                and case r.role when 0 then true else pg_has_role(a.oid, r.role, 'usage') end)
+            order by p.oid"""):
+            found.setdefault(name, []).append(Policy(*policy))
+    return found
+
+
 def read_details(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
     """Attributes of `facts.Table`, of every table and view: qualified name -> ``columns``, those behind ``rules``."""
     rows = connection.execute(_DETAILS.encode(), (list(NOT_THE_PROJECTS),)).fetchall()
@@ -97,6 +138,7 @@ def read_details(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str,
             "references": {column: tuple(target) for column, target in (row[8] or {}).items()}, "checks": row[9] or [],
             "generated": frozenset(row[10] or []), "loose": frozenset(row[11] or []), "partition_of": row[12],
             "has_children": row[13],
+            "domain_checks": {column: checks or [] for column, checks in (row[14] or {}).items()}, "as_caller": row[15],
         }
         for row in rows
     }  # fmt: skip
@@ -122,17 +164,39 @@ def read_indexes(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str,
     return found
 
 
-def read_member_functions(connection: Connection[tuple[Any, ...]]) -> dict[str, list[str]]:
-    """The project's functions that can be called with one argument and return one boolean: name -> its types."""
+def read_member_functions(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str, str]]:
+    """The project's functions that can be called with one argument and return one boolean.
+
+    Returns: name -> the argument's types, each with a sentence why autotag cannot call it (empty: it can).
+    """
     rows = connection.execute(
         """
-        select n.nspname || '.' || p.proname, array_agg(format_type(p.proargtypes[0], null))
+        select n.nspname || '.' || p.proname, format_type(p.proargtypes[0], null), p.oid::regprocedure::text,
+          p.prosecdef, exists (
+            select from pg_proc q
+            where q.pronamespace = p.pronamespace and q.proname = p.proname and q.oid <> p.oid and q.pronargs >= 1
+              and q.proargtypes[0] = p.proargtypes[0] and q.pronargs - q.pronargdefaults <= 1)
         from pg_proc p join pg_namespace n on n.oid = p.pronamespace
         where p.prorettype = 'boolean'::regtype and p.prokind = 'f' and not p.proretset and p.pronargs >= 1
           and p.pronargs - p.pronargdefaults <= 1 and n.nspname <> all (%s) and n.nspname not like 'pg\\_%%'
           and not exists (
             select from pg_depend d where d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.deptype = 'e')
-        group by 1""",
+        order by 1, 2""",
         (list(NOT_THE_PROJECTS),),
     ).fetchall()
-    return dict(rows)
+    found: dict[str, dict[str, str]] = {}
+    for name, kind, call, definer, several in rows:
+        problem = ""
+        if several:
+            problem = (
+                f"There are several functions {name} that can be called with one {kind}, so a call is ambiguous; name a"
+                " function that is alone (--members-function)."
+            )
+        elif not definer:
+            problem = (
+                f"{call} runs with the rights of its caller, and autotag calls it as the owner of the database, for"
+                f" whom row level security hides nothing: alter function {call} security definer set search_path ="
+                " public; or name a table (--members-table)."
+            )
+        found.setdefault(name, {})[kind] = problem
+    return found

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import psycopg
 from psycopg import Connection
 
-from autotag.install.details import Gin, read_details, read_indexes, read_member_functions
+from autotag.install.details import (
+    Gin,
+    Policy,
+    read_details,
+    read_indexes,
+    read_member_functions,
+    read_policies,
+)
 
 
 @dataclass(frozen=True)
@@ -18,7 +26,6 @@ class Table:
         name: qualified with the schema.
         columns: name -> type, as Postgres prints it.
         primary_key: its columns.
-        policies: the expressions of its permissive policies.
         rules: that change its updates.
         kind: what it is: ``r`` (a table), ``p`` (partitioned), ``v``, ``m`` (views) or ``f`` (foreign), as in pg_class.
         required: its columns that are not null.
@@ -35,12 +42,14 @@ class Table:
         has_children: other tables inherit from it.
         indexes: the names of its indexes.
         gin: those of its indexes that are GIN.
+        domain_checks: column -> the conditions of its domain.
+        as_caller: it is a view with the rights of its caller (security_invoker).
+        row_policies: its policies for signed-in users.
     """
 
     name: str
     columns: dict[str, str]
     primary_key: list[str] = field(default_factory=list)
-    policies: list[str] = field(default_factory=list)
     rules: list[str] = field(default_factory=list)
     kind: str = "r"
     required: frozenset[str] = frozenset()
@@ -56,6 +65,9 @@ class Table:
     has_children: bool = False
     indexes: set[str] = field(default_factory=set)
     gin: list[Gin] = field(default_factory=list)
+    domain_checks: dict[str, list[str]] = field(default_factory=dict)
+    as_caller: bool = False
+    row_policies: list[Policy] = field(default_factory=list)
 
     def base_type(self, column: str) -> str | None:
         """The type of a column, of a domain the type below; None: there is no such column."""
@@ -98,9 +110,8 @@ class Facts:
         file_rule: the file rule of the installed adapter; None: there is none.
         adapter: the version of the installed adapter; None: there is none.
         views: the project's views and foreign tables by qualified name.
-        member_functions: the project's functions that take one argument and return a boolean: name -> the argument's
-            types.
-        all_policies: the expressions of all permissive policies of the project's tables.
+        member_functions: the project's functions that take one argument and return a boolean: name -> the
+            argument's types, each with a sentence why autotag cannot call it (empty: it can).
     """
 
     tables: dict[str, Table]
@@ -112,8 +123,7 @@ class Facts:
     file_rule: str | None = None
     adapter: int | None = None
     views: dict[str, Table] = field(default_factory=dict)
-    member_functions: dict[str, list[str]] = field(default_factory=dict)
-    all_policies: list[str] = field(default_factory=list)
+    member_functions: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def read_facts(url: str) -> Facts:
@@ -126,30 +136,8 @@ def read_facts(url: str) -> Facts:
         psycopg.OperationalError: the database cannot be reached.
     """
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
-        tables = {
-            name: Table(name, dict(columns), key or [], policies or [], rules or [])
-            for name, columns, key, policies, rules in connection.execute("""
-                select n.nspname || '.' || c.relname,
-                  (select array_agg(array[a.attname, format_type(a.atttypid, null)] order by a.attnum)
-                   from pg_attribute a where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped),
-                  (select array_agg(a.attname::text order by a.attnum) from pg_index i
-                   join pg_attribute a on a.attrelid = c.oid and a.attnum = any (i.indkey)
-                   where i.indrelid = c.oid and i.indisprimary),
-                  (select array_agg(coalesce(p.qual, p.with_check)) from pg_policies p
-                   where p.schemaname = n.nspname and p.tablename = c.relname and p.permissive = 'PERMISSIVE'),
-                  (select array_agg(r.rulename::text order by r.rulename) from pg_rewrite r
-                   where r.ev_class = c.oid and r.ev_type = '2' and r.ev_enabled <> 'D')
-                from pg_class c join pg_namespace n on n.oid = c.relnamespace
-                where c.relkind in ('r', 'p') and n.nspname not in ('autotag', 'auth', 'storage', 'realtime',
-                  'extensions', 'supabase_migrations', 'vault', 'cron', 'net', 'graphql', 'graphql_public', 'pgsodium',
-                  'information_schema', 'supabase_functions', '_realtime', '_analytics')
-                  and n.nspname not like 'pg\\_%'""")
-            if columns
-        }
-        details, indexes = read_details(connection), read_indexes(connection)
-        tables = {
-            name: replace(table, **details.get(name, {}), **indexes.get(name, {})) for name, table in tables.items()
-        }
+        details = read_details(connection)
+        tables = _tables(connection, details)
         views = {name: Table(name, **found) for name, found in details.items() if found["kind"] in "vmf"}
         buckets = _column(connection, "storage.buckets", "select id from storage.buckets order by id")
         policies = [
@@ -169,8 +157,35 @@ def read_facts(url: str) -> Facts:
         return Facts(
             tables, buckets, applied_migrations(connection), policies, bool(readable),
             _file_functions(connection), installed[0] if installed else None, adapter_version(connection),
-            views, read_member_functions(connection), [p for table in tables.values() for p in table.policies],
+            views, read_member_functions(connection),
         )  # fmt: skip
+
+
+def _tables(connection: Connection[tuple[Any, ...]], details: dict[str, dict[str, Any]]) -> dict[str, Table]:
+    """The project's own tables by qualified name."""
+    tables = {
+        name: Table(name, dict(columns), key or [], rules or [])
+        for name, columns, key, rules in connection.execute("""
+            select n.nspname || '.' || c.relname,
+              (select array_agg(array[a.attname, format_type(a.atttypid, null)] order by a.attnum)
+               from pg_attribute a where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped),
+              (select array_agg(a.attname::text order by a.attnum) from pg_index i
+               join pg_attribute a on a.attrelid = c.oid and a.attnum = any (i.indkey)
+               where i.indrelid = c.oid and i.indisprimary),
+              (select array_agg(r.rulename::text order by r.rulename) from pg_rewrite r
+               where r.ev_class = c.oid and r.ev_type = '2' and r.ev_enabled <> 'D')
+            from pg_class c join pg_namespace n on n.oid = c.relnamespace
+            where c.relkind in ('r', 'p') and n.nspname not in ('autotag', 'auth', 'storage', 'realtime',
+              'extensions', 'supabase_migrations', 'vault', 'cron', 'net', 'graphql', 'graphql_public', 'pgsodium',
+              'information_schema', 'supabase_functions', '_realtime', '_analytics')
+              and n.nspname not like 'pg\\_%'""")
+        if columns
+    }
+    indexes, rows = read_indexes(connection), read_policies(connection)
+    return {
+        name: replace(table, **details.get(name, {}), **indexes.get(name, {}), row_policies=rows.get(name, []))
+        for name, table in tables.items()
+    }
 
 
 def _file_functions(connection: Connection[tuple[str, ...]]) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ tells a worker where the file is. `find_rule` derives the rule from the existing
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,10 +48,11 @@ Run = Callable[[str], list[tuple[Any, ...]]]
 
 @dataclass(frozen=True)
 class Fit:
-    """A rule, and the number of rows that it fits."""
+    """A rule, the number of rows that it fits, and the ids of up to three that it does not."""
 
     rule: FileRule
     rows: int
+    misfits: tuple[str, ...] = ()
 
 
 @dataclass
@@ -114,15 +116,24 @@ def _find(rows: Rows, facts: Facts, host: Host, wanted: str | None, ask: Ask, *,
             fitting = []
     else:
         certain, fitting = len(hints) == 1, [f for f in fitting if f.name in hints] or fitting
-    if fitting and (certain or not may_ask):
+    stricter = _nearly(rows, fitting[0]) if fitting else None
+    if fitting and not stricter and (certain or not may_ask):
         return fitting[0]
-    answer = ask("--file-rule", _question(rows), [*RULES])
+    answer = ask("--file-rule", _question(rows, stricter), [*RULES])
     return _wanted(answer, facts, host, rows)
 
 
-def _question(rows: Rows) -> str:
+def _nearly(rows: Rows, chosen: FileRule) -> Fit | None:
+    """A rule that most rows fit, and that is stricter than the one that all fit: users write rows, so a single one of
+    theirs could weaken the rule of all workspaces."""
+    stricter = itertools.takewhile(lambda fit: fit.rule != chosen, rows.fits)
+    return next((fit for fit in stricter if fit.rows and fit.rows * 2 >= rows.count), None)
+
+
+def _question(rows: Rows, stricter: Fit | None) -> str:
     fits = [f"{fit.rows} fit {fit.rule.name} ({RULES[fit.rule.name]})" for fit in rows.fits]
-    return f"Which files may a row name? Of {rows.count} rows with a file, " + "; ".join(fits) + "."
+    misfits = f" Rows that do not fit {stricter.rule.name}: {', '.join(stricter.misfits)}." if stricter else ""
+    return f"Which files may a row name? Of {rows.count} rows with a file, " + "; ".join(fits) + "." + misfits
 
 
 def _wanted(wanted: str, facts: Facts, host: Host, rows: Rows) -> FileRule:
@@ -244,13 +255,22 @@ def _read_rows(url: str, facts: Facts, host: Host) -> Rows:
             ]
         for rule in rules:
             code = file_code(host, rule)
-            [(fits,)] = run(f"select count(*) filter (where {code}) from {source} where f.path is not null")
-            rows.fits.append(Fit(rule, fits))
+            [(fits, others)] = run(f"""select count(*) filter (where {code}),
+                (array_agg(a.{quote(host.id)}::text) filter (where not coalesce({code}, false)))[1:3]
+                from {source} where f.path is not null""")
+            rows.fits.append(Fit(rule, fits, tuple(others or [])))
     return rows
 
 
 def _runner(connection: psycopg.Connection[Any]) -> Run:
-    return lambda statement: connection.execute(statement.encode()).fetchall()
+    """Runs statements that read. Conditions of the project run in them, so they cannot write."""
+
+    def run(statement: str) -> list[tuple[Any, ...]]:
+        with connection.transaction():
+            connection.execute("set transaction read only")
+            return connection.execute(statement.encode()).fetchall()
+
+    return run
 
 
 def _listed(named: Sequence[str], facts: Facts, host: Host) -> tuple[str, ...]:

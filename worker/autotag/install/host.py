@@ -13,10 +13,11 @@ from autotag.install.answers import Ask as Ask
 from autotag.install.answers import Choices as Choices
 from autotag.install.answers import HostError as HostError
 from autotag.install.conditions import check_form
+from autotag.install.evidence import snake
 from autotag.install.facts import Facts, Table
 from autotag.install.keys import KEY_TYPES, check_table, check_written, find_id, key_columns, key_type
 from autotag.install.members import Members as Members
-from autotag.install.members import find_members, read_claim, snake
+from autotag.install.members import find_members, read_claim
 from autotag.texts import name_some
 
 #: Names that projects use for their tables and columns, the most likely first.

@@ -1,44 +1,24 @@
 """Finds who may act for a workspace.
 
 A guess here would be a permission, so without a person only what is certain is taken: one table whose key is exactly
-the workspace and the user, where no column suggests that a row may be something else than a current member; or the
-claim of the token that the policies of the table of images compare with the workspace. Anything else is asked for.
+the workspace and the user, where nothing leaves room for a row that is something else than a current member
+(`evidence`); or the claim of the token that all policies of the table of images compare with the workspace, and with
+nothing else. Anything else is asked for.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from autotag.install.answers import Ask, Choices, HostError
 from autotag.install.conditions import check_form
+from autotag.install.evidence import claim_in, doubts_about, is_user, snake, sounds_like_members
 from autotag.install.facts import Facts, Table
 from autotag.texts import name_some
 
 USERS = ("user_id", "member_id", "profile_id", "auth_user_id")
-#: Names of tables that list people who belong somewhere, and names of tables that do not although they sound like it.
-LIKE_MEMBERS = re.compile(
-    r"member|user|account|people|person|staff|employee|collaborat|participa|seat|crew|profile|role"
-)
-UNLIKE_MEMBERS = re.compile(
-    r"(?:^|_)(?:logs?|audits?|events?|histor\w*|visit\w*|views?|seen|reads?|activit\w*|sessions?|favou?rit\w*|stars?|follow\w*"
-    r"|likes?|bookmark\w*|subscri\w*|notif\w*|requests?|invit\w*|pending|appli\w*|wait\w*|bans?|banned|block\w*|mute\w*"
-    r"|reports?|tokens?|devices?|settings?|preferences?|usages?|archiv\w*|former|ex|deleted|old)(?=_|$)"
-)
-#: Columns of a table of members that say nothing about whether its row is one.
-HARMLESS = re.compile(
-    r"id|uuid|(\w+_)?role(_id|s|_name)?|permissions?|(created|inserted|updated|modified|joined|added)(_at|_on|_date)?"
-    r"|(created|updated|added)_by(_id)?|position|sort_order|title|nick(_?name)?|display_name|job_title|is_(owner|admin|default|primary)"
-    r"|notes?|colou?r|settings|preferences|metadata"
-)
-#: Words which suggest that not every row of a table of members is a current member.
-NOT_EVERY_ROW = re.compile(
-    r"status|state|deleted|removed|revoked|left|accepted|approved|active|pending|invit|expire|ban|block|suspend|reject|guest|request"
-)
 KEYS = ("uuid", "text", "character varying", "bigint", "integer")
-#: `auth.jwt() -> 'app_metadata' ->> 'org_id'` in a policy without parentheses, casts, `select` and white space.
-CLAIM = r"auth\.jwt((?:->>?'[^']+')+)"
 
 
 @dataclass(frozen=True)
@@ -118,10 +98,10 @@ def find_members(facts: Facts, table: Table, workspace: str, choices: Choices, a
     others = [other for other in [*facts.tables.values(), *facts.views.values()] if other.name != table.name]
     candidates = [found for other in others if (found := _candidate(facts, table, workspace, other, choices))]
     certain = [c for c in candidates if not c.doubts]
-    rivals = [c for c in candidates if c.doubts and _sounds_like_members(c.members.table)]
+    rivals = [c for c in candidates if c.doubts and sounds_like_members(c.members.table)]
     if len(certain) == 1 and not rivals:
         return _with_condition(certain[0].members, choices)
-    claim = _claim_in(table.policies, workspace)
+    claim = claim_in(table, workspace)
     if claim and not certain and not rivals:
         return Members(claim=claim)
     return _ask(facts, table, workspace, choices, candidates, ask)
@@ -145,9 +125,9 @@ def _refuse_several(choices: Choices) -> None:
 def _ask(
     facts: Facts, table: Table, workspace: str, choices: Choices, candidates: Sequence[Candidate], ask: Ask
 ) -> Members:
-    functions = [name for name in _functions(facts, table.base_type(workspace) or "") if _sounds_like_members(name)]
+    functions = [name for name in _functions(facts, table.base_type(workspace) or "") if sounds_like_members(name)]
     tables = sorted(c.members.table for c in candidates)
-    likely = [name for name in tables if _sounds_like_members(name)] or tables
+    likely = [name for name in tables if sounds_like_members(name)] or tables
     if not likely and not functions:
         question = (
             "Which claim of the JWT names the workspaces of a user (for example app_metadata.org_ids)? If a table lists"
@@ -156,7 +136,7 @@ def _ask(
         )
         return Members(claim=read_claim(ask("--members-claim", question, ()), "--members-claim"))
     reasons = "; ".join(
-        f"{c.members.table} {c.doubts[0]}" for c in candidates if c.doubts and c.members.table in likely
+        f"{c.members.table} {' and '.join(c.doubts[:2])}" for c in candidates if c.doubts and c.members.table in likely
     )
     named = f" ({name_some(functions)})" if functions else ""
     others = f"For another way, set --members-function{named}, --members-claim or --owner-column."
@@ -189,6 +169,9 @@ def _function(facts: Facts, table: Table, workspace: str, wanted: str) -> Member
             f"There is no function {name}({kind}) that returns boolean (--members-function); it gets a workspace, and"
             " answers whether the caller is a member."
         )
+    problem = facts.member_functions[name][kind]
+    if problem:
+        raise HostError(problem)
     return Members(function=name)
 
 
@@ -210,6 +193,12 @@ def _chosen_table(facts: Facts, table: Table, workspace: str, choices: Choices, 
             f"{name} needs the {kind} columns {workspace} and one of {', '.join(USERS)} (--members-table); if they have"
             " other names, set --members-workspace-column and --members-user-column."
         )
+    if other.as_caller:
+        raise HostError(
+            f"{name} is a view with security_invoker, which relies on row level security of the caller; autotag"
+            " reads it as the owner of the database and would see every row. Name a table or another view"
+            " (--members-table), or a security definer function (--members-function)."
+        )
     return _with_condition(found, choices)
 
 
@@ -223,7 +212,9 @@ def _candidate(facts: Facts, table: Table, workspace: str, other: Table, choices
     members = _members_of(facts, table, workspace, other, choices)
     if members is None or members.workspace == members.user:
         return None
-    return Candidate(members, _doubts(facts, table, workspace, other, members, choices))
+    caller = read_claim(choices.caller_claim, "--caller-claim") if choices.caller_claim else ()
+    columns = (members.workspace, members.user)
+    return Candidate(members, doubts_about(facts, table, workspace, other, columns, caller))
 
 
 def _members_of(facts: Facts, table: Table, workspace: str, other: Table, choices: Choices) -> Members | None:
@@ -246,89 +237,13 @@ def _user_column(facts: Facts, other: Table, workspace: str | None, choices: Cho
     kinds = KEYS if choices.caller_claim else ("uuid", "text", "character varying")
     possible = [n for n in other.columns if n != workspace and other.base_type(n) in kinds]
     named = [n for name in USERS for n in possible if snake(n) == name]
-    referring = [n for n in possible if n in other.references and _is_user(facts, other.references[n])]
+    referring = [n for n in possible if n in other.references and is_user(facts, other.references[n])]
     keyed = [n for n in [*named, *referring] if workspace and other.is_unique({workspace, n})]
     owners = [n for n in possible if snake(n) in ("owner_id", "owner", "owner_user_id", "created_by")]
     return next(iter([*keyed, *named, *referring, *owners]), None)
-
-
-def _is_user(facts: Facts, target: tuple[str, str]) -> bool:
-    """Whether a column refers to a user's id: of auth.users, or of a table with the same keys."""
-    if target == ("auth.users", "id"):
-        return True
-    table = facts.tables.get(target[0])
-    return table is not None and table.references.get(target[1]) == ("auth.users", "id")
-
-
-def _doubts(facts: Facts, table: Table, workspace: str, other: Table, members: Members, choices: Choices) -> list[str]:
-    """Why a row of a table may not be a membership; empty: every row is one."""
-    doubts = []
-    kinds = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "p": "partitioned"}
-    if other.kind in kinds:
-        doubts.append(f"is {kinds[other.kind]}")
-    if not other.is_unique({members.workspace, members.user}):
-        doubts.append(f"has a key other than {members.workspace} and {members.user}")
-    doubts += _telling(other, members)
-    here, there = table.references.get(workspace), other.references.get(members.workspace)
-    if here and there and here != there:
-        doubts.append(f"refers to {there[0]}, where {table.name} refers to {here[0]}")
-    person = other.references.get(members.user)
-    if person and not choices.caller_claim and not _is_user(facts, person):
-        doubts.append(f"refers to {person[0]} for its users, which does not refer to auth.users")
-    if members.user_type != "uuid" and not choices.caller_claim:
-        doubts.append(f"has {members.user_type} ids of users, where Supabase's own are uuids (--caller-claim)")
-    short = other.name.rpartition(".")[2]
-    in_policies = any(
-        "uid()" in policy and re.search(rf"\b{re.escape(short)}\b", policy) for policy in facts.all_policies
-    )
-    if UNLIKE_MEMBERS.search(snake(short)) or not (in_policies or LIKE_MEMBERS.search(snake(short))):
-        doubts.append("does not sound like a list of members")
-    return doubts
-
-
-def _telling(other: Table, members: Members) -> list[str]:
-    """Columns and values which suggest that not every row is a member."""
-    columns = [
-        n for n in other.columns if n not in (members.workspace, members.user) and not HARMLESS.fullmatch(snake(n))
-    ]
-    found = [f"has the column {columns[0]}, so not every row may be a member"] if columns else []
-    for column, labels in other.labels.items():
-        word = next((label for label in labels if NOT_EVERY_ROW.search(label.lower())), None)
-        if word and column not in columns:
-            found.append(f"has the value {word} in {column}, so not every row may be a member")
-    values = [value for check in other.checks for value in re.findall(r"'([^']+)'", check)]
-    word = next((value for value in values if NOT_EVERY_ROW.search(value.lower())), None)
-    if word:
-        found.append(f"has the value {word} in a constraint, so not every row may be a member")
-    return found
-
-
-def _sounds_like_members(name: str) -> bool:
-    short = snake(name.rpartition(".")[2])
-    return bool(LIKE_MEMBERS.search(short)) and not UNLIKE_MEMBERS.search(short)
-
-
-def _claim_in(policies: Sequence[str], workspace: str) -> tuple[str, ...]:
-    """The claim that the table's policies compare with the workspace; empty: there is none."""
-    column = rf"(?:\w+\.)?{re.escape(workspace)}"
-    for policy in policies:
-        text = re.sub(
-            r"::\w+(\[\])?|\bselect\b|\bas (u?id|jwt|\"?\w+\"?)(?=\))|[()\s\"]", "", policy, flags=re.IGNORECASE
-        )
-        match = re.search(rf"(?<!\w){column}=(?:any)?[\w]*?{CLAIM}", text, re.IGNORECASE) or re.search(
-            rf"{CLAIM}={column}(?!\w)", text
-        )
-        if match and "user_meta" not in match[1]:  # users write it themselves
-            return tuple(re.findall(r"'([^']+)'", match[1]))
-    return ()
 
 
 def _plain(name: str) -> str:
     """A qualified name without quotes."""
     bare = name.replace('"', "").strip()
     return bare if "." in bare else f"public.{bare}"
-
-
-def snake(name: str) -> str:
-    """``organizationId`` -> ``organization_id``."""
-    return re.sub(r"(?<=[a-z0-9])([A-Z])", r"_\1", name).lower()

@@ -6,6 +6,9 @@ milliseconds; if the lock is not free within a second, nothing is shown.
 
 from __future__ import annotations
 
+import json
+import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +16,7 @@ import psycopg
 
 from autotag.install.adapter import TEMPLATE, of_members, render
 from autotag.install.host import Host, HostError
-from autotag.install.quoting import quote, table_name
+from autotag.install.quoting import literal, quote, table_name
 from autotag.install.survey import Survey
 from autotag.texts import clean_text, printable
 
@@ -50,12 +53,13 @@ def show_examples(url: str, found: Survey) -> list[dict[str, Any]] | None:
     """What the adapter answers for three rows; empty: the table has none. None: it cannot be tried now.
 
     Raises:
-        HostError: the adapter does not fit the project's tables.
+        HostError: the adapter does not fit the project's tables, or everybody would be a member.
         psycopg.OperationalError: the database cannot be reached.
     """
     if found.keeps_adapter or found.facts.adapter is not None:
         return None
-    statements = f"begin; {render(TEMPLATE.read_text(), found.host)}; {_question(found.host)}; rollback"
+    token = f"select set_config('request.jwt.claims', {literal(_stranger(found.host))}, true)"
+    statements = f"begin; {render(TEMPLATE.read_text(), found.host)}; {token}; {_question(found.host)}; rollback"
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
         try:
             cursor = connection.execute(statements.encode())
@@ -72,7 +76,27 @@ def show_examples(url: str, found: Survey) -> list[dict[str, Any]] | None:
                 rows = cursor.fetchall()
             if not cursor.nextset():
                 break
-    return [asdict(_example(found.host, row)) for row in rows]
+    if any(accepted for accepted, *_ in rows):
+        raise HostError(
+            f"A signed-in user whom no row names would be a member of every workspace ({found.host.members}), so"
+            " everybody could tag every image; name a table (--members-table) or a function (--members-function) that"
+            " is about the caller."
+        )
+    return [asdict(_example(found.host, row)) for _, *row in rows]
+
+
+def _stranger(host: Host) -> str:
+    """The token of a user that no project has."""
+    sub: Any = str(2**31 - 2 if host.user_type == "integer" else 2**63 - 2)
+    if host.user_type in ("uuid", "text"):
+        sub = str(uuid.uuid4())
+    claims: dict[str, Any] = {"role": "authenticated", "sub": sub}
+    place = claims
+    for part in host.caller[:-1]:
+        place = place.setdefault(part, {})
+    if host.caller:
+        place[host.caller[-1]] = sub
+    return json.dumps(claims)
 
 
 def _question(host: Host) -> str:
@@ -80,18 +104,20 @@ def _question(host: Host) -> str:
     users = "null::text[], null::bigint"
     if host.members.table:
         members = of_members(host.members, "d.workspace_id")
-        user = f"m.{quote(host.members.user)}::text"
-        users = f"array(select {user} {members} order by 1 limit {USERS}), (select count(*) {members})"
+        user = f"m.{quote(host.members.user)}"
+        members += f" and {user} is not null"  # a view may have such rows
+        users = f"array(select {user}::text {members} order by 1 limit {USERS}), (select count(*) {members})"
     if host.members.owner:
         users = "array[d.workspace_id::text], 1::bigint"
     tags, key, table = f"a.{quote(host.tags)}", f"a.{quote(host.id)}", table_name(host.table)
-    return f"""select d.asset_id::text, d.workspace_id::text, {users}, d.bucket, d.path, d.url, d.refused,
+    stranger = "d.workspace_id is not null and autotag.is_member(d.workspace_id)"
+    return f"""select {stranger}, d.asset_id::text, d.workspace_id::text, {users}, d.bucket, d.path, d.url, d.refused,
         case when pg_column_size({tags}) <= 20000 then left({tags}::text, {SHOWN}) end
       from autotag.describe_assets(array(select {key} from {table} a{counted} limit {ROWS})) d
       join {table} a on {key} = d.asset_id order by 1"""
 
 
-def _example(host: Host, row: tuple[Any, ...]) -> Example:
+def _example(host: Host, row: Sequence[Any]) -> Example:
     key, workspace, users, count, bucket, path, url, refused, tags = row
     image = f"bucket {bucket}, path {path}" if path else url
     return Example(

@@ -1,0 +1,255 @@
+"""Says why the rows of a table may not be memberships, and which claim names the workspaces of a user.
+
+Names rank candidates. What makes a table certain is its structure: its key, its references, columns that cannot carry a
+state, and policies of the table of images that ask for one of its rows and for nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from autotag.install.facts import Facts, Table
+from autotag.install.quoting import quote
+
+LIKE_MEMBERS = re.compile(
+    r"member|user|account|people|person|staff|employee|collaborat|participa|seat|crew|profile|role"
+)
+UNLIKE_MEMBERS = re.compile(
+    r"(?:^|_)(?:logs?|audits?|events?|histor\w*|visit\w*|views?|seen|reads?|activit\w*|sessions?|favou?rit\w*|stars?|follow\w*"
+    r"|likes?|bookmark\w*|subscri\w*|notif\w*|requests?|invit\w*|pending|appli\w*|wait\w*|bans?|banned|block\w*|mute\w*"
+    r"|reports?|tokens?|devices?|settings?|preferences?|usages?|archiv\w*|former|ex|deleted|old)(?=_|$)"
+)
+#: The words of a name that says nothing but `members of a workspace`, beside those of the workspace itself.
+MEMBERS_ONLY = re.compile(r"members?|memberships?|users?|people|persons?|staff|employees?|collaborators?|crew")
+WORKSPACE = re.compile(
+    r"(workspace|organi[sz]ation|org|tenant|team|account|project|library|librarie|group|company|companie)s?"
+)
+#: Times that every row has: they are no state if they are not null and default to now.
+TIMES = re.compile(r"(created|inserted|updated|modified|joined|added)(_at|_on|_date)?")
+NOW = re.compile(
+    r"(now|clock_timestamp|statement_timestamp|transaction_timestamp|CURRENT_(TIMESTAMP|DATE)|LOCALTIMESTAMP)"
+    r"( \d)?( AT TIME ZONE '[Uu][Tt][Cc]')?|timezone '[Uu][Tt][Cc]' , now"
+)
+ROLE = re.compile(r"(\w+_)?role(_name)?")
+#: Roles of people who are members.
+ROLES = frozenset(
+    ("owner", "admin", "administrator", "manager", "editor", "member", "user", "viewer", "reader", "writer",
+     "contributor", "author", "moderator", "maintainer", "developer", "collaborator", "staff")
+)  # fmt: skip
+#: Parts of an expression as Postgres prints it: strings, names, casts, operators.
+TOKEN = re.compile(
+    r"""'(?:[^']|'')*' | (?:"(?:[^"]|"")*"|\w+)(?:\.(?:"(?:[^"]|"")*"|\w+))*
+    | ::(?:character\ varying|[\w."]+)(?:\(\d+\))?(?:\[\])? | [<>=!?|&\#@~+\-*/%^]+ | \S""",
+    re.VERBOSE,
+)
+UNION = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "p": "partitioned"}
+
+
+def snake(name: str) -> str:
+    """``organizationId`` -> ``organization_id``."""
+    return re.sub(r"(?<=[a-z0-9])([A-Z])", r"_\1", name).lower()
+
+
+def sounds_like_members(name: str) -> bool:
+    """Whether the name of a table or function suggests members. It ranks, and decides nothing."""
+    short = snake(name.rpartition(".")[2])
+    return bool(LIKE_MEMBERS.search(short)) and not UNLIKE_MEMBERS.search(short)
+
+
+def is_user(facts: Facts, target: tuple[str, str]) -> bool:
+    """Whether a column refers to a user's id: of auth.users, or of a table with the same keys."""
+    if target == ("auth.users", "id"):
+        return True
+    table = facts.tables.get(target[0])
+    return table is not None and table.references.get(target[1]) == ("auth.users", "id")
+
+
+def doubts_about(
+    facts: Facts, images: Table, workspace: str, other: Table, columns: tuple[str, str], caller: Sequence[str]
+) -> list[str]:
+    """Why a row of a table may not be a membership; empty: every row is one.
+
+    Args:
+        facts: of the project.
+        images: the table of images.
+        workspace: its column with the workspace.
+        other: the table that may list members.
+        columns: its columns with the workspace and the user.
+        caller: the path of the claim that says who the caller is; empty: ``auth.uid()``.
+    """
+    doubts = [f"is {UNION[other.kind]}"] if other.kind in UNION else []
+    if other.partition_of or other.has_children:
+        doubts.append("shares its rows with other tables (inherits)")
+    if not other.is_unique(set(columns)):
+        doubts.append(f"has a key other than {columns[0]} and {columns[1]}")
+    doubts += _states(other, columns)
+    if _users_join(other, columns[0]):
+        doubts.append("has a policy by which users can add themselves")
+    read = [policy for policy in images.row_policies if policy.reads]
+    if not read:
+        if not _only_members(other, images.references.get(workspace), workspace):
+            doubts.append("does not sound like a list of members")
+    elif not all(p.permissive and _asks_for_row(p.using, images, workspace, other, columns, caller) for p in read):
+        doubts.append(f"is not what the policies of {images.name} look at, or not all of it")
+    elif not _shows_own_rows(other, columns[1], caller):
+        doubts.append("has policies that may hide a user's own row from the policies of the images")
+    return doubts + _references(facts, images, workspace, other, columns, own_logins=not caller)
+
+
+def _references(
+    facts: Facts, images: Table, workspace: str, other: Table, columns: tuple[str, str], *, own_logins: bool
+) -> list[str]:
+    doubts = []
+    here, there = images.references.get(workspace), other.references.get(columns[0])
+    if there is None:
+        doubts.append(f"has no foreign key on {columns[0]}, so it may be about something else")
+    elif here and here != there:
+        doubts.append(f"refers to {there[0]}, where {images.name} refers to {here[0]}")
+    kind, person = other.base_type(columns[1]), other.references.get(columns[1])
+    if not own_logins:
+        return doubts
+    if kind != "uuid":
+        doubts.append(f"has {kind} ids of users, where Supabase's own are uuids (--caller-claim)")
+    if person is None:
+        doubts.append(f"has no foreign key on {columns[1]}, so it may be about something else")
+    elif not is_user(facts, person):
+        doubts.append(f"refers to {person[0]} for its users, which does not refer to auth.users")
+    return doubts
+
+
+def _states(other: Table, columns: tuple[str, str]) -> list[str]:
+    """Columns that can say that a row is no current member."""
+    roles, doubts = [], []
+    for name in other.columns:
+        if name in columns or (snake(name) in ("id", "uuid") and other.is_unique({name})):
+            continue
+        kind, required = other.base_type(name) or "", name in other.required
+        if TIMES.fullmatch(snake(name)) and kind.startswith(("timestamp", "date")):
+            if not (required and NOW.fullmatch(plain(other.defaults.get(name, "")))):
+                doubts.append(f"has the column {name}, which may be null or says when something else happened")
+        elif ROLE.fullmatch(snake(name)):
+            roles += _role(other, name, required=required)
+        else:
+            doubts.append(f"has the column {name}, so not every row may be a member")
+    return roles + doubts
+
+
+def _role(other: Table, name: str, *, required: bool) -> list[str]:
+    labels = other.labels.get(name) or _checked(other, name)
+    if name in other.references:
+        return [f"has the column {name}, whose values are rows of {other.references[name][0]}"]
+    if not labels:
+        return [f"has the column {name} ({other.columns[name]}), which can have any value (invited, for example)"]
+    word = next((label for label in labels if label.lower() not in ROLES), None)
+    if word is not None:
+        return [f"has the value {word} in {name}, so not every row may be a member"]
+    return [] if required else [f"has the column {name}, which may be null"]
+
+
+def _checked(other: Table, name: str) -> list[str]:
+    """The values that a constraint of a table, or of a column's domain, lists; empty: none does."""
+    checks = [(quote(name), check) for check in other.checks]
+    checks += [("VALUE", check) for check in other.domain_checks.get(name, [])]
+    for column, check in checks:
+        match = re.fullmatch(
+            rf"CHECK {re.escape(column)} = (?:ANY ARRAY \[ (.+) \]|('[^']*'))", plain(check), re.DOTALL
+        )
+        if match and re.fullmatch(r"'[^']*'(?: , '[^']*')*", match[1] or match[2]):
+            return re.findall(r"'([^']*)'", match[1] or match[2])
+    return []
+
+
+def _only_members(other: Table, target: tuple[str, str] | None, workspace: str) -> bool:
+    """Whether the name of a table is made of words for members and for its workspace alone."""
+    words = snake(other.name.rpartition(".")[2]).split("_")
+    own = snake(workspace).removesuffix("_id").split("_")
+    if target:
+        own += snake(target[0].rpartition(".")[2]).split("_")
+    known = {form for word in own for form in (word, word.removesuffix("s"), f"{word}s")}
+    return all(word in known or WORKSPACE.fullmatch(word) or MEMBERS_ONLY.fullmatch(word) for word in words) and any(
+        MEMBERS_ONLY.fullmatch(word) for word in words
+    )
+
+
+def plain(expression: str | None) -> str:
+    """An expression as Postgres prints it, without parentheses, casts, and the ``select`` around ``auth.uid()``."""
+    parts = [part for part in TOKEN.findall(expression or "") if part not in "()" and not part.startswith("::")]
+    return re.sub(r"SELECT (auth\.uid|auth\.jwt(?: ->>? '[^']*')*) AS (?:\"[^\"]*\"|\w+)", r"\1", " ".join(parts))
+
+
+def _caller(path: Sequence[str]) -> str:
+    return f"auth.jwt {''.join(f'-> {part!r} ' for part in path[:-1])}->> '{path[-1]}'" if path else "auth.uid"
+
+
+def _asks_for_row(
+    using: str | None, images: Table, workspace: str, other: Table, columns: tuple[str, str], claim: Sequence[str]
+) -> bool:
+    """Whether a policy of the table of images says: there is a row with this workspace and the caller. Nothing else."""
+    head, _, rest = plain(using).partition(" FROM ")
+    schema, _, short = other.name.partition(".")
+    match = re.fullmatch(rf"{re.escape(quote(schema))}\.{re.escape(quote(short))}(?: (\S+))? WHERE (.+)", rest)
+    if not match:
+        return False
+    row, caller = match[1] or quote(short), _caller(claim)
+    its_workspace, its_user = (f"{row}.{quote(column)}" for column in columns)
+    asked = {frozenset(condition.split(" = ")) for condition in match[2].split(" AND ")}
+    image = f"{quote(images.name.partition('.')[2])}.{quote(workspace)}"
+    same, mine = frozenset((its_workspace, image)), frozenset((its_user, caller))
+    if re.fullmatch(r"EXISTS SELECT(?: [\w.\"]+(?: AS \S+)?(?: , [\w.\"]+)*)?", head):
+        return asked == {same, mine}
+    if head in (f"{quote(workspace)} {test} SELECT {its_workspace}" for test in ("IN", "= ANY", "= ANY ARRAY")):
+        return asked == {mine}
+    return head == f"{caller} IN SELECT {its_user}" and asked == {same}
+
+
+def _shows_own_rows(other: Table, user: str, claim: Sequence[str]) -> bool:
+    """Whether users see all their rows of a table. The policies of the images do not find a row that its own hide."""
+    read = [policy for policy in other.row_policies if policy.reads]
+    own = {f"{quote(user)} = {_caller(claim)}", f"{_caller(claim)} = {quote(user)}", "true"}
+    ways = {plain(way) for policy in read for way in _ways(policy.using or "")}
+    return all(policy.permissive for policy in read) and (not read or bool(ways & own))
+
+
+def _users_join(other: Table, workspace: str) -> bool:
+    """Whether a policy lets users write rows of a table by who they are, without a right in the workspace."""
+    for policy in other.row_policies:
+        if policy.writes and policy.permissive:
+            for way in _ways(policy.check or policy.using or "true"):
+                right = re.sub(r"auth\.(uid|role)\(\)|SELECT auth\.(uid|role)\(\) AS \w+", "", way)
+                asks = re.search(r"\bFROM\b|auth\.jwt\(|\w\(", right) and workspace in right
+                if not asks and plain(way) != "false":
+                    return True
+    return False
+
+
+def _ways(expression: str) -> Iterable[str]:
+    """The parts of an expression between its outermost ``or``."""
+    depth, begin, parts = 0, 0, []
+    for match in re.finditer(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|[()]|\bOR\b", expression):
+        depth += {"(": 1, ")": -1}.get(match[0], 0)
+        if match[0] == "OR" and depth <= 1:  # Postgres prints the whole in parentheses
+            parts.append(expression[begin : match.start()])
+            begin = match.end()
+    return [*parts, expression[begin:]]
+
+
+def claim_in(images: Table, workspace: str) -> tuple[str, ...]:
+    """The claim that every policy for reading images compares with the workspace, and with nothing else; or empty."""
+    read = [policy for policy in images.row_policies if policy.reads]
+    found = {_claim(plain(policy.using), quote(workspace)) if policy.permissive else () for policy in read}
+    return found.pop() if len(found) == 1 else ()
+
+
+def _claim(text: str, workspace: str) -> tuple[str, ...]:
+    name, column = r"'(?:[^']+)'", re.escape(workspace)
+    path, last = rf"auth\.jwt((?: -> {name})*", rf" ->> {name})"
+    lists = rf"(?:SELECT )?jsonb_array_elements_text {path})(?: AS \w+)?"
+    for form in (
+        rf"{column} = {path}{last}", rf"{path}{last} = {column}", rf"{column} (?:IN|= ANY|= ANY ARRAY) {lists}",
+        rf"{path}) \? {column}",
+    ):  # fmt: skip
+        match = re.fullmatch(form, text)
+        if match and match[1] and "user_meta" not in match[1]:  # users write it themselves
+            return tuple(re.findall(r"'([^']+)'", match[1]))
+    return ()
