@@ -22,6 +22,7 @@ from autotag.install.host import FileRule, Host, Members
 from autotag.install.keys import KEY_TYPES
 from autotag.install.location import too_long_code
 from autotag.install.quoting import quote, table_name
+from autotag.texts import printable
 
 MAX_ROWS = 100_000  # rows that are read; in a larger table the first ones
 MAX_DEPTH = 4  # segments of a path in which the folder is looked for
@@ -266,9 +267,15 @@ def _runner(connection: psycopg.Connection[Any]) -> Run:
     """Runs statements that read. Conditions of the project run in them, so they cannot write."""
 
     def run(statement: str) -> list[tuple[Any, ...]]:
-        with connection.transaction():
-            connection.execute("set transaction read only")
-            return connection.execute(statement.encode()).fetchall()
+        try:
+            with connection.transaction():
+                connection.execute("set transaction read only")
+                return connection.execute(statement.encode()).fetchall()
+        except psycopg.OperationalError:
+            raise
+        except psycopg.Error as error:  # a condition of the project that fails on a row, or that locks rows
+            reason = (error.diag.message_primary or str(error)).splitlines()[0]
+            raise HostError(f"The rows of the images cannot be read: {printable(reason, 300)}.") from None
 
     return run
 
