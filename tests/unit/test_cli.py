@@ -162,7 +162,7 @@ def test_a_person_who_names_no_table_of_members_learns_what_it_needs() -> None:
     assert propose(facts, Choices(), lambda *_: "members").members.table == "public.members"
     with pytest.raises(
         HostError,
-        match=r"public\.memebrs needs the uuid columns workspace_id and one of user_id",
+        match=r"There is no table public\.memebrs",
     ):
         propose(facts, Choices(), lambda *_: "memebrs")
 

@@ -12,7 +12,8 @@ from typing import Any
 import psycopg
 
 from autotag.install.answers import HostError
-from autotag.install.quoting import table_name
+from autotag.install.quoting import quote, table_name
+from autotag.texts import clean_text
 
 MAX_LENGTH = 2000  # characters
 #: A string or a quoted name is one token. A string of the form E'…' may escape its quote.
@@ -97,3 +98,24 @@ def _try(connection: psycopg.Connection[Any], statements: str) -> str:
         connection.execute(statements.encode())
         row = connection.execute(VOLATILE.encode()).fetchone()
     return str(row[0]) if row else ""
+
+
+def check_users(url: str, table: str, user: str) -> None:
+    """Refuses users of another login where the adapter would look for Supabase's own, whose ids are uuids.
+
+    Raises:
+        HostError: the table of members has such a user.
+        psycopg.OperationalError: the database cannot be reached.
+    """
+    value = f"m.{quote(user)}::text"
+    uuids = "'^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'"
+    with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
+        connection.execute("set default_transaction_read_only = on")
+        found = connection.execute(
+            f"select {value} from {table_name(table)} m where {value} !~* {uuids} limit 1".encode()
+        ).fetchone()
+    if found:
+        raise HostError(
+            f"{table} has the user {clean_text(str(found[0]))[:60]!r}, who is none of Supabase's own: those have uuids."
+            " Where Clerk, Auth0 or another service signs people in, set --caller-claim sub."
+        )

@@ -182,9 +182,11 @@ def _functions(facts: Facts, kind: str) -> list[str]:
 def _chosen_table(facts: Facts, table: Table, workspace: str, choices: Choices, wanted: str) -> Members:
     name = _plain(wanted)
     other = facts.tables.get(name) or facts.views.get(name)
-    found = _members_of(facts, table, workspace, other, choices) if other is not None else None
-    if other is None or found is None or other.name == table.name:
-        if other is not None and (choices.members_workspace or choices.members_user):
+    if other is None:
+        raise HostError(f"There is no table {name}; name the table of the members with --members-table.")
+    found = _members_of(facts, table, workspace, other, choices)
+    if found is None or other.name == table.name:
+        if choices.members_workspace or choices.members_user:
             raise HostError(
                 f"{name} lacks one of the columns that the options name; it has {name_some(list(other.columns))}."
             )

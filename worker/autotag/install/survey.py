@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from autotag.install.conditions import check_condition
+from autotag.install.conditions import check_condition, check_users
 from autotag.install.facts import Facts, read_facts
 from autotag.install.files import find_full_paths, find_rule, users_see_files
 from autotag.install.host import Ask, Choices, FileRule, Host, HostError, propose
@@ -63,6 +63,8 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
         check_condition(url, host.table, "a", host.where, "--where")
     if host.members.where:
         check_condition(url, host.members.table, "m", host.members.where, "--members-where")
+    if host.members.table and not host.caller and host.members.user_type != "uuid":
+        check_users(url, host.members.table, host.members.user)
     if choices.full_paths is None:
         host = replace(host, full_paths=find_full_paths(url, host))
     hosts = storage_hosts(url, choices.project_url, folder)
