@@ -111,9 +111,8 @@ def check_users(url: str, table: str, user: str) -> None:
     uuids = "'^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'"
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
         connection.execute("set default_transaction_read_only = on")
-        found = connection.execute(
-            f"select {value} from {table_name(table)} m where {value} !~* {uuids} limit 1".encode()
-        ).fetchone()
+        statement = f"select {value} from {table_name(table)} m where {value} !~* {uuids} limit 1"  # noqa: S608 - quoted
+        found = connection.execute(statement.encode()).fetchone()
     if found:
         raise HostError(
             f"{table} has the user {clean_text(str(found[0]))[:60]!r}, who is none of Supabase's own: those have uuids."
