@@ -10,6 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from autotag.openai.classify import classify_status
 from conftest import TEMPLATE, copied_database
 from lab.postgres import LocalPostgres
 
@@ -32,7 +33,7 @@ REFUSED = [SCHEMA, CONTEXT, LLAMA, TOO_LARGE]
 ACCOUNT = [
     error(code)
     for code in ("invalid_api_key", "insufficient_quota", "model_not_found", "http_402", "http_403", "http_404")
-]
+] + [error("http_413", origin="storage")]
 
 
 @dataclass
@@ -159,12 +160,30 @@ def test_a_profile_that_is_always_refused_slows_nobody_down(scene: Scene, refusa
     assert said == f"The AI provider refuses what this workspace's profile asks: {refusal['code']}"
 
 
-@pytest.mark.parametrize("trouble", ACCOUNT, ids=lambda e: e["code"])
+@pytest.mark.parametrize("trouble", ACCOUNT, ids=lambda e: f"{e['origin']} {e['code']}")
 def test_trouble_with_the_account_pauses_whoever_meets_it(scene: Scene, trouble: Error) -> None:
     scene.start((HOSTILE,))
     scene.report(HOSTILE, scene.claim()[HOSTILE][:1], trouble)
     assert scene.provider() == (True, False, "json_schema")
     assert scene.failed(HOSTILE) == []
+
+
+@pytest.mark.parametrize(("status", "body", "expected"), [
+    (400, {"message": "request (14476 tokens) exceeds the available context size (8192 tokens)", "type": "exceed_context_size_error"}, True),
+    (400, {"message": "The specified schema produces a constraint that has too many states for serving."}, True),
+    (400, {"message": "Invalid schema", "param": "response_format", "code": "invalid_json_schema"}, True),
+    (413, {"message": "Payload too large"}, True),
+    (422, {"message": "Something is odd"}, True),
+    (400, {"message": "API key not valid", "status": "INVALID_ARGUMENT"}, False),
+    (401, {"message": "no"}, False),
+    (402, {"message": "no"}, False),
+    (403, {"message": "no"}, False),
+    (404, {"message": "The model `x` does not exist", "code": "model_not_found"}, False),
+    (429, {"message": "You exceeded your current quota", "code": "insufficient_quota"}, False),
+    (500, {"message": "no"}, False),
+])  # fmt: skip
+def test_the_worker_says_what_a_request_may_be_the_reason_of(status: int, body: dict[str, str], expected: bool) -> None:
+    assert classify_status(status, {"error": body}, {}).as_json()["about_request"] is expected
 
 
 @pytest.mark.parametrize(

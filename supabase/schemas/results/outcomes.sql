@@ -253,9 +253,11 @@ create or replace function autotag.is_about_request(p_error jsonb) returns boole
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return coalesce(p_error ->> 'parameter' <> 'expires_after', false) or coalesce((p_error ->> 'about_request')::boolean, false)
-    or p_error ->> 'code' in ('bad_answer', 'request_refused', 'unsupported_parameter') or p_error ->> 'kind' = 'account' and (p_error ->> 'code' like '%context%'
-      or p_error ->> 'code' = any ((select k.suspects from autotag.error_kinds k where k.kind = 'account')::text[]));
+  return coalesce(p_error ->> 'origin', 'provider') not in ('storage', 'host') and (
+    coalesce(p_error ->> 'parameter' <> 'expires_after', false) or coalesce((p_error ->> 'about_request')::boolean, false)
+    or p_error ->> 'code' in ('bad_answer', 'request_refused', 'unsupported_parameter')
+    or p_error ->> 'kind' = 'account' and (p_error ->> 'code' like '%context%'
+      or p_error ->> 'code' = any ((select k.suspects from autotag.error_kinds k where k.kind = 'account')::text[])));
 end $$;
 
 -- Remembers the first refusal of each name (blame_brief), and forgets those that a success was asked after. The caller holds the
