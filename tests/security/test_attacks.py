@@ -364,11 +364,11 @@ async def test_who_may_speak_on_a_private_topic_is_found(scene: Scene) -> None:
 async def test_a_quota_that_counts_nothing_is_found(scene: Scene) -> None:
     assets = await member.furnish(scene)
     broken(scene, "create or replace function autotag.check_quotas(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_images integer,"
-                  " p_each numeric default null) returns void language sql as ''", "grant update (tags) on public.assets to authenticated")  # fmt: skip
+                  " p_each numeric default null) returns void language sql as ''", "grant update (tagging_eta) on public.assets to authenticated")  # fmt: skip
     attempts = [*member.tables(scene), *member.limits(scene, assets)]
-    found = await control(scene, "member", attempts, "ten at the same time|changes assets.tags")
+    found = await control(scene, "member", attempts, "ten at the same time|changes assets.tagging_eta")
     assert any("ten at the same time: 10 taken" in line for line in found), found
-    assert any("changes assets.tags" in line for line in found), found
+    assert any("changes assets.tagging_eta" in line for line in found), found
 
 
 async def test_a_port_without_limits_or_signatures_is_found(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,8 @@ def render(template: str, host: Host) -> str:
         "untagged": _untagged_code(host), "result": quote(host.result),
         "file_rule": literal(host.files.name), "own_file": file_code(host, host.files),
         "users_see_files": "true" if host.users_see_files else "false", "policy_is_silent": _silent_policy_code(host),
+        "file_columns": _list_code([name for name in (
+            host.workspace, host.path, host.object, host.bucket_column, host.url) if name]),
     }  # fmt: skip
     for name, value in values.items():
         if "$$" in value:  # it would end the body of the function

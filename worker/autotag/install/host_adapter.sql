@@ -175,6 +175,7 @@ end $$;
 
 -- For `autotag doctor`: checks the files that rows name. checked: number of rows; foreign_files: how many of them name a file
 -- of another workspace, with up to three examples. may_write: why signed-in users can write such rows; null: they cannot.
+-- (Who may only edit tags writes no column that says which file it is.)
 create or replace function autotag.check_files(p_rows integer, out checked integer, out foreign_files integer, out examples autotag.asset_id[], out may_write text)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
@@ -184,13 +185,14 @@ begin
   into checked, foreign_files, examples
   from autotag.describe_assets(array(select a.{{ id }} from {{ table }} a limit p_rows)) d;
   select case
-    when not (has_any_column_privilege(r.oid, c.oid, 'insert') or has_any_column_privilege(r.oid, c.oid, 'update')) then null
+    when not exists (select from unnest({{ file_columns }}) k (name) where has_column_privilege(r.oid, c.oid, k.name, 'insert, update')) then null
     when not c.relrowsecurity then 'row level security is off'
     else (
       select format('the policy “%s” does not check the file', p.polname)
       from pg_policy p
       where p.polrelid = c.oid and p.polpermissive and p.polcmd in ('a', 'w', '*') and p.polroles && array[r.oid, 0]
-        and has_any_column_privilege(r.oid, c.oid, case p.polcmd when 'a' then 'insert' when 'w' then 'update' else 'insert, update' end)
+        and exists (select from unnest({{ file_columns }}) k (name) where has_column_privilege(r.oid, c.oid, k.name,
+          case p.polcmd when 'a' then 'insert' when 'w' then 'update' else 'insert, update' end))
         and {{ policy_is_silent }}
       order by p.polname limit 1) end
   into may_write
