@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from autotag.install.facts import Facts, Table
+from autotag.install.keys import KINDS
 from autotag.install.quoting import quote
 
 LIKE_MEMBERS = re.compile(
@@ -43,7 +44,8 @@ TOKEN = re.compile(
     | ::(?:character\ varying|[\w."]+)(?:\(\d+\))?(?:\[\])? | [<>=!?|&\#@~+\-*/%^]+ | \S""",
     re.VERBOSE,
 )
-UNION = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "p": "partitioned"}
+#: Where rows may come from other tables.
+NO_PLAIN_TABLE = KINDS | {"p": "partitioned"}
 
 
 def snake(name: str) -> str:
@@ -78,7 +80,7 @@ def doubts_about(
         columns: its columns with the workspace and the user.
         caller: the path of the claim that says who the caller is; empty: ``auth.uid()``.
     """
-    doubts = [f"is {UNION[other.kind]}"] if other.kind in UNION else []
+    doubts = [f"is {NO_PLAIN_TABLE[other.kind]}"] if other.kind in NO_PLAIN_TABLE else []
     if other.partition_of or other.has_children:
         doubts.append("shares its rows with other tables (inherits)")
     if not other.is_unique(set(columns)):

@@ -9,6 +9,7 @@ import psycopg
 from psycopg import Connection
 
 from autotag.install.details import (
+    NOT_THE_PROJECTS,
     Gin,
     Policy,
     read_details,
@@ -165,7 +166,8 @@ def _tables(connection: Connection[tuple[Any, ...]], details: dict[str, dict[str
     """The project's own tables by qualified name."""
     tables = {
         name: Table(name, dict(columns), key or [], rules or [])
-        for name, columns, key, rules in connection.execute("""
+        for name, columns, key, rules in connection.execute(
+            """
             select n.nspname || '.' || c.relname,
               (select array_agg(array[a.attname, format_type(a.atttypid, null)] order by a.attnum)
                from pg_attribute a where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped),
@@ -175,10 +177,9 @@ def _tables(connection: Connection[tuple[Any, ...]], details: dict[str, dict[str
               (select array_agg(r.rulename::text order by r.rulename) from pg_rewrite r
                where r.ev_class = c.oid and r.ev_type = '2' and r.ev_enabled <> 'D')
             from pg_class c join pg_namespace n on n.oid = c.relnamespace
-            where c.relkind in ('r', 'p') and n.nspname not in ('autotag', 'auth', 'storage', 'realtime',
-              'extensions', 'supabase_migrations', 'vault', 'cron', 'net', 'graphql', 'graphql_public', 'pgsodium',
-              'information_schema', 'supabase_functions', '_realtime', '_analytics')
-              and n.nspname not like 'pg\\_%'""")
+            where c.relkind in ('r', 'p') and n.nspname <> all (%s) and n.nspname not like 'pg\\_%%'""",
+            (list(NOT_THE_PROJECTS),),
+        )
         if columns
     }
     indexes, rows = read_indexes(connection), read_policies(connection)

@@ -20,7 +20,8 @@ _STAGE_COLUMNS = {
     "tagging_stage": _TEXT, "tagging_progress": _INTEGERS, "tagging_eta": ("timestamp with time zone",),
     "tagging_error": _TEXT,
 }  # fmt: skip
-_KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
+#: What is no table of its own, by its kind in pg_class.
+KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
 
 
 def key_type(table: Table, column: str, option: str) -> str:
@@ -98,9 +99,9 @@ def check_table(table: Table) -> None:
     Raises:
         HostError: it is a view or a foreign table, a partition, or has child tables.
     """
-    if table.kind in _KINDS:
+    if table.kind in KINDS:
         raise HostError(
-            f"{table.name} is {_KINDS[table.kind]}, which gets no more columns; name the table behind it (--table)."
+            f"{table.name} is {KINDS[table.kind]}, which gets no more columns; name the table behind it (--table)."
         )
     if table.partition_of:
         raise HostError(f"{table.name} is a partition of {table.partition_of}; name that table instead (--table).")
