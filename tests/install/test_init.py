@@ -36,6 +36,7 @@ HOSTS = {
         create table public.workspaces (id uuid primary key);
         create table public.workspace_members (
           workspace_id uuid references public.workspaces, user_id uuid references auth.users, primary key (workspace_id, user_id));
+        alter table public.workspace_members enable row level security;
         create table public.assets (id uuid primary key default gen_random_uuid(), workspace_id uuid not null,
           storage_path text, uploaded_by uuid, tags text[] not null default '{}');
         insert into storage.buckets (id, name, public) values ('library', 'library', false);""",
@@ -43,6 +44,7 @@ HOSTS = {
         create table public.organizations (id uuid primary key default gen_random_uuid());
         create table public.organization_members (
           org_id uuid references public.organizations, user_id uuid references auth.users, primary key (org_id, user_id));
+        alter table public.organization_members enable row level security;
         create table public.photos (photo_id uuid primary key default gen_random_uuid(),
           org_id uuid not null references public.organizations, image_url text not null, labels jsonb);""",
     "claims": """

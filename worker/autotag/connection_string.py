@@ -26,7 +26,8 @@ _NAME = r"(?:jdbc:)?(?:postgres(?:ql)?(?:\+\w+)?|ecto|postgis):"
 _SCHEME = re.compile(rf"{_NAME}//", re.IGNORECASE)
 #: What is pasted along with it: psql, an option, the name of a variable; and what ends it.
 _IN_FRONT = re.compile(
-    rf"^(?:(?:export|set)\s+|\$env:)?(?:(?!jdbc:)\w+[\"']?\s*[=:]\s*|(?:psql\s+)?(?:--?[a-z-]+[=\s]\s*)?)[\"'`]?(?={_NAME})", re.IGNORECASE
+    rf"^(?:(?:export|set)\s+|\$env:)?(?:(?!jdbc:)\w+[\"']?\s*[=:]\s*|(?:psql\s+)?(?:--?[a-z-]+[=\s]\s*)?)[\"'`]?(?={_NAME})",
+    re.IGNORECASE,
 )
 _BEHIND = re.compile(r"(?:[\"'`][,;]*|;+|(?:\\[nr])+)+$")
 _HOST = r"(?:\[[0-9A-Fa-f:.]+(?:%25\w+)?\]|[\w.%-]*)(?::\d*)?"
@@ -157,9 +158,9 @@ def _of_npgsql(value: str) -> str:
     for name, text in re.findall(r"\s*([^=;]+?)\s*=\s*(\"(?:[^\"]|\"\")*\"|'(?:[^']|'')*'|[^;]*)", value):
         keyword = _OF_NPGSQL.get(name.lower().replace(" ", ""))
         if text[:1] in ("'", '"'):
-            text = text[1:-1].replace(text[0] * 2, text[0])  # noqa: PLW2901
+            text = text[1:-1].replace(text[0] * 2, text[0])
         if keyword == "sslmode":
-            text = text.lower().replace("verify", "verify-").replace("--", "-")  # noqa: PLW2901  VerifyFull
+            text = text.lower().replace("verify", "verify-").replace("--", "-")  # VerifyFull
         if keyword:
             parts[keyword] = text.strip()
     return make_conninfo(**parts)

@@ -52,7 +52,7 @@ def migrate(
             if not as_json and migrations.HOST_ADAPTER not in found.facts.applied:
                 show_host(describe(host, found.facts))
             ask_limit = ask_spending_limit if interactive else None
-            limit = plan_spending_limit(spending_limit, found.facts, None, ask_limit)
+            limit = [*filter(None, [found.change]), *plan_spending_limit(spending_limit, found.facts, None, ask_limit)]
         applied = migrations.apply_migrations(url, host=host, with_host_baseline=stand_alone, extra=limit)
     if as_json:
         say_json({"applied": applied, "version": autotag.__version__})
