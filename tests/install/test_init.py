@@ -331,7 +331,8 @@ def test_hostile_names_stay_names(postgres: LocalPostgres, bare: str, tmp_path: 
         connection.execute(
             sql.SQL("create table public.assets (id uuid primary key, workspace_id uuid, {} text, tags text[]);"
                     "create table public.workspaces (id uuid primary key); create table public.members (workspace_id uuid"
-                    " references public.workspaces, user_id uuid references auth.users, primary key (workspace_id, user_id))").format(sql.Identifier(nasty))
+                    " references public.workspaces, user_id uuid references auth.users, primary key (workspace_id, user_id));"
+                    "alter table public.members enable row level security").format(sql.Identifier(nasty))
         )  # fmt: skip
     url = postgres.url(database=bare)
 

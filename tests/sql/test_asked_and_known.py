@@ -28,9 +28,9 @@ def database(postgres: LocalPostgres) -> Iterator[str]:
         with psycopg.connect(url, autocommit=True) as owner:
             owner.execute("insert into public.workspaces (id, name) values (%s, 'w'), (%s, 'o')", (WORKSPACE, OTHER))
             owner.execute(
-                "insert into public.assets (workspace_id, storage_path, tags, tagging_result) values"
-                " (%(w)s, %(w)s || '/1', null, null), (%(w)s, %(w)s || '/2', '{}', null), (%(w)s, %(w)s || '/3', '{}', '{}'),"
-                """ (%(w)s, %(w)s || '/4', '{}', '{"mine": []}'), (%(w)s, %(w)s || '/5', '{}', null)""", {"w": WORKSPACE},
+                "insert into public.assets (workspace_id, storage_path, tags, tagging_result)"
+                " select %s, gen_random_uuid()::text, t, r from (values (null::text[], null::jsonb), ('{}', null), ('{}', '{}'),"
+                """ ('{}', '{"mine": []}'), (null, '{"given": "no list"}')) v (t, r)""", (WORKSPACE,),
             )  # fmt: skip
             owner.execute("select autotag.set_profile(%s, %s)", (OTHER, json.dumps({"language": "German"})))
         yield url

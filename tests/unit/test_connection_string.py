@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import PostgresDsn, TypeAdapter
@@ -130,6 +130,7 @@ PASSWORDS = st.text(
 )
 
 
+@settings(deadline=None)
 @given(PASSWORDS)
 @example("a#b")
 @example("a@b")
@@ -150,6 +151,7 @@ def test_every_password_is_understood_encoded_or_not(password: str) -> None:
             assert url == encoded
 
 
+@settings(deadline=None)
 @given(PASSWORDS.filter(lambda p: len(p) > 7))
 def test_no_form_of_the_password_is_printed(password: str) -> None:
     url = read_connection(f"postgresql://u:{quote(password, safe='')}@h/x")
@@ -158,6 +160,7 @@ def test_no_form_of_the_password_is_printed(password: str) -> None:
         assert password not in redact(f"it said: {form}")
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 @example("postgresql://")
 @example("postgresql://@")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psycopg
@@ -18,7 +18,7 @@ from autotag.install.adapter import FUNCTION, TEMPLATE, hash_body, render
 from autotag.install.answers import Choices, HostError
 from autotag.install.facts import Facts
 from autotag.install.host import Host
-from autotag.install.migrations import Migration
+from autotag.install.migrations import VERSION, Migration, version_time
 from autotag.texts import name_some
 
 CHANGE = "adapter_change_"
@@ -148,4 +148,5 @@ def _number(sql: str, facts: Facts, folder: Path | None) -> Migration:
         if files[other].read_text() != sql:
             raise HostError(f"{files[other].name} is not applied yet; apply it (supabase db push) or delete it first.")
         name = other
-    return Migration(datetime.now(UTC).strftime("%Y%m%d%H%M%S"), name, sql)
+    later = [version_time(version) + timedelta(seconds=1) for version in facts.applied.values()]
+    return Migration(max([datetime.now(UTC).replace(tzinfo=None), *later]).strftime(VERSION), name, sql)
