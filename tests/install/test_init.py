@@ -280,9 +280,13 @@ def test_a_spending_limit_goes_in_behind_everything_else(postgres: LocalPostgres
     assert next(f for f in told[0] if f["check"] == "spending")["level"] == "ok"
 
 
-def test_migrate_takes_a_spending_limit_too(postgres: LocalPostgres, bare: str) -> None:
-    url = url_of(postgres, bare, HOSTS["paths"])
-    assert run("migrate", "--database-url", url, "--yes", "--spending-limit", "7.5")["applied"][-1] == "spending_limit"
+def test_migrate_takes_a_spending_limit_too_and_says_what_a_person_should_know(
+    postgres: LocalPostgres, bare: str
+) -> None:
+    url = url_of(postgres, bare, HOSTS["paths"] + "alter table public.workspace_members disable row level security")
+    told = run("migrate", "--database-url", url, "--members-table", "workspace_members", "--spending-limit", "7.5")
+    assert told["applied"][-1] == "spending_limit"
+    assert [note for note in told["notes"] if "they can add themselves" in note]
     assert run_sql(url, "select max_cost from autotag.quotas") == [{"max_cost": 7.5}]
     assert run("migrate", "--database-url", url, "--yes")["applied"] == []
 
