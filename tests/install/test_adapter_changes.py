@@ -118,6 +118,21 @@ def test_new_answers_change_what_they_are_about_and_nothing_else(installed: str,
     assert (images, editor) == (2, " select false /* ours */ ")
 
 
+def test_rows_decide_about_files_only_where_files_are_asked_about(installed: str) -> None:
+    """Users write the rows: what they have written since must not widen the rule with some other answer."""
+    before = look(installed, Choices(editors="members")).host
+    with psycopg.connect(installed) as connection:
+        connection.execute("update public.assets set storage_path = 'raw/' || storage_path")
+        connection.commit()
+        try:
+            assert look(installed, Choices(where="true")).host.files == before.files
+            again = look(installed, Choices(file_rule="workspace-folder")).host.files
+            assert (again.prefix, again.depth) == ("raw/", 2)
+        finally:
+            connection.execute("update public.assets set storage_path = substr(storage_path, 5)")
+            connection.commit()
+
+
 @pytest.mark.parametrize(
     ("choices", "sentence"),
     [

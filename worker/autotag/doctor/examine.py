@@ -189,7 +189,7 @@ def _storage_hosts(settings: DoctorSettings, hosts: Sequence[str]) -> list[Findi
         "storage hosts", "warning",
         f"SUPABASE_URL is {own}, but to the adapter this project's Storage is {name_some(sorted(hosts))}: images with"
         " URLs of another host are fetched, not read as files.",
-        "Set SUPABASE_URL to this project, or add its host: autotag init --project-url <url>, then supabase db push.",
+        "Set SUPABASE_URL to this project, or change the adapter: autotag init --project-url <url> --file-rule <rule>",
     )]  # fmt: skip
 
 

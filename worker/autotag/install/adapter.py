@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def _answers(text: str, host: Host) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "choices": {name: value for name, value in choices.items() if value is not None},
-        "storage_hosts": list(host.storage_hosts),
+        "storage_hosts": list(host.storage_hosts), "users_see_files": host.users_see_files,
+        "files": asdict(host.files),
         "functions": {found["name"]: hash_body(found["body"]) for found in FUNCTION.finditer(text)
                       if found["name"] != "adapter_answers"},
     }  # fmt: skip

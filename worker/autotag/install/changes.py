@@ -17,7 +17,7 @@ import psycopg
 from autotag.install.adapter import FUNCTION, TEMPLATE, hash_body, render
 from autotag.install.answers import Choices, HostError
 from autotag.install.facts import Facts
-from autotag.install.host import Host
+from autotag.install.host import FileRule, Host
 from autotag.install.migrations import VERSION, Migration, version_time
 from autotag.texts import name_some
 
@@ -29,6 +29,7 @@ _EXCLUSIVE = (
     ("path", "object"),
     ("workspace", "owner"),
 )
+_ABOUT_FILES = ("file_rule", "bucket", "path", "object", "url", "full_paths", "workspace", "owner")
 _HEAD = """\
 -- Changes the host adapter to new answers of `autotag init`. It replaces {names}; everything else stays as it is.
 set local lock_timeout = '1s';
@@ -59,6 +60,19 @@ def with_remembered(choices: Choices, facts: Facts) -> Choices:
         for name in ("members_workspace", "members_user", "members_where"):
             told.pop(name, None)
     return replace(choices, **{name: value for name, value in told.items() if getattr(choices, name) is None})
+
+
+def with_kept_files(host: Host, chosen: Choices, facts: Facts) -> Host | None:
+    """The host with the file rule of the installed adapter; None: a choice is about files, so the rule is found again.
+
+    Users write the rows that a rule is found by, so another answer must not look at them again.
+    """
+    told = facts.answers
+    if told is None or any(getattr(chosen, name) is not None for name in _ABOUT_FILES):
+        return None
+    rule = FileRule(**{**told["files"], "buckets": tuple(told["files"]["buckets"])})
+    hosts = tuple(told["storage_hosts"])
+    return replace(host, files=rule, storage_hosts=hosts, users_see_files=told["users_see_files"])
 
 
 def plan_change(url: str, facts: Facts, host: Host, folder: Path | None) -> Migration | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from autotag.install.changes import plan_change, with_remembered
+from autotag.install.changes import plan_change, with_kept_files, with_remembered
 from autotag.install.conditions import check_condition, check_users
 from autotag.install.evidence import users_join, writes_unchecked
 from autotag.install.facts import Facts, read_facts
@@ -61,6 +61,7 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
         except HostError:
             host = Host()
         return Survey(facts, replace(host, files=FileRule(facts.file_rule or "none", ())), keeps_adapter=True)
+    chosen = choices
     if facts.adapter is not None:
         choices = with_remembered(choices, facts)
     host = propose(facts, choices, ask)
@@ -73,12 +74,13 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
         check_users(url, host.members.table, host.members.user)
     if choices.full_paths is None:
         host = replace(host, full_paths=find_full_paths(url, host))
-    hosts = storage_hosts(url, choices.project_url, folder)
-    if not hosts and facts.answers:
-        hosts = tuple(facts.answers["storage_hosts"])
-    host, notes = _find_files(url, facts, replace(host, storage_hosts=hosts), choices, ask, may_ask=may_ask)
-    visible = host.names_files and users_see_files(facts, host.files)
-    host = replace(host, users_see_files=visible)
+    notes: tuple[str, ...] = ()
+    if kept := with_kept_files(host, chosen, facts):
+        host = kept
+    else:
+        hosts = storage_hosts(url, choices.project_url, folder)
+        host, notes = _find_files(url, facts, replace(host, storage_hosts=hosts), choices, ask, may_ask=may_ask)
+        host = replace(host, users_see_files=host.names_files and users_see_files(facts, host.files))
     notes += (*notes_on_rows(facts.tables[host.table], host), *_notes_on_trust(facts, host))
     change = plan_change(url, facts, host, folder) if facts.adapter is not None else None
     return Survey(facts, host, False, notes, change)
