@@ -380,7 +380,7 @@ async def test_an_effort_that_was_tried_out_changes_nothing_of_the_models_row(ta
 @pytest.mark.parametrize(("arguments", "more", "sentence"), [
     ([], {"OPENAI_API_KEY": "sk-wrong"}, "Incorrect API key provided."),
     (["--effort", "enormous"], {}, "'enormous' is not a reasoning effort."),
-    (["--workspace", str(uuid.UUID(int=7))], {}, "This workspace has no tagged images. Tag some images first"),
+    (["--workspace", str(uuid.UUID(int=7))], {}, "Unknown workspace"),
     (["--workspace", "mine"], {}, "invalid input syntax for type uuid"),
     (["--html", "/nowhere/at/all.html"], {}, "/nowhere/at/all.html cannot be written"),
     ([], {"OPENAI_API_KEY": ""}, "OPENAI_API_KEY is"),

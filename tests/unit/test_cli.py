@@ -237,7 +237,7 @@ def test_a_narrow_terminal_gets_fewer_columns_and_whole_ones(
     text = re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue())
     assert "…" not in text
     assert "6f1c0000-0000-4000-8000-000000000000" in text.splitlines()[1]
-    heads, last = text.splitlines()[0].split(), text.splitlines()[-1]
+    heads = text.splitlines()[0].split()
     assert [name for name in gone if name in heads] == []
-    assert ("For want of room without" in last) == bool(gone)
+    assert ("For want of room without" in text) == bool(gone)
     assert {"user", "day", "images", "cost"} <= set(heads)
