@@ -1659,18 +1659,19 @@ end $$;
 --   admit_comparison     admits one call, or returns when to ask again
 --   settle_comparison    settles one call, and returns what to do next about its image
 
--- The provider's row with its token estimates (reserved and mean) replaced by those of another question.
-create or replace function autotag.estimate_question(p_provider autotag.provider_limits, p_question jsonb)
+-- The provider's row with its token estimates (reserved and mean) replaced by those of another question, with what a workspace's images
+-- are asked beside it.
+create or replace function autotag.estimate_question(p_provider autotag.provider_limits, p_question jsonb, p_workspace_id autotag.workspace_id)
 returns autotag.provider_limits
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   p_provider.question := p_question;
-  return autotag.estimate_tokens(p_provider);
+  return autotag.estimate_tokens(p_provider, autotag.compose_brief(p_workspace_id));
 end $$;
 
 -- Previews asking p_model about p_sample tagged images of a workspace: {images (at most p_sample), cost (dollars; null:
--- unknown), reserved (tokens of one image), question, shutdown_date, current_model, current_effort, current_cost_per_1000
+-- unknown), reserved (tokens of one image), question, brief (what the workspace's profile asks beside it; null: nothing), shutdown_date, current_model, current_effort, current_cost_per_1000
 -- (dollars, as single calls of the model in use; null: unknown), current_answers (number of answers behind that figure)}.
 -- p_effort null: the one in the model's row. Refuses an invalid model or effort, a workspace without tagged images, and more
 -- than a quota allows.
@@ -1680,8 +1681,9 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.refilled_provider(autotag.now());
-  v_current autotag.provider_limits := autotag.estimate_question(v_provider, autotag.describe_question());
+  v_current autotag.provider_limits := autotag.estimate_question(v_provider, autotag.describe_question(), p_workspace_id);
   v_question jsonb := autotag.question_for(p_model, p_effort);
+  v_brief autotag.briefs := autotag.compose_brief(p_workspace_id);
   v_images integer;
 begin
   if coalesce(length(p_model), 0) not between 1 and 100 then
@@ -1698,18 +1700,18 @@ begin
     perform autotag.refuse(404, 'no_tagged_images', 'This workspace has no tagged images.',
       'Tag some images first: autotag enqueue.');
   end if;
-  v_provider := autotag.estimate_question(v_provider, v_question);
+  v_provider := autotag.estimate_question(v_provider, v_question, p_workspace_id);
   -- Without a price next to nothing is reserved, as for uploads; a price of zero is a price.
   perform autotag.check_quotas(p_workspace_id, null, v_images, coalesce(autotag.question_cost(v_provider, true), 0.0000001));
   return jsonb_build_object(
     'images', v_images, 'cost', v_images * autotag.question_cost(v_provider, false),
-    'reserved', v_provider.tokens_per_image, 'question', v_question,
+    'reserved', v_provider.tokens_per_image, 'question', v_question, 'brief', autotag.spell_brief(v_brief),
     'shutdown_date', (autotag.find_model(p_model)).shutdown_date,
     'current_model', v_current.question -> 'model', 'current_effort', v_current.question -> 'reasoning_effort',
     'current_cost_per_1000', round(1000 * autotag.question_cost(v_current, false), 4),
     'current_answers', coalesce((
       select l.answers from autotag.learned l
-      where l.brief_id = 0 and l.model = v_current.question ->> 'model' and l.image_detail = v_current.question ->> 'image_detail'
+      where l.brief_id = coalesce(v_brief.id, 0) and l.model = v_current.question ->> 'model' and l.image_detail = v_current.question ->> 'image_detail'
         and l.reasoning_effort = coalesce(v_current.question ->> 'reasoning_effort', '')
         and l.max_tags = (v_current.question ->> 'max_tags')::integer
         and l.tag_language = v_current.question ->> 'tag_language'), 0));
@@ -1745,7 +1747,7 @@ create or replace function autotag.admit_comparison(p_workspace_id autotag.works
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_provider autotag.provider_limits := autotag.estimate_question(autotag.refilled_provider(autotag.now()), p_question);
+  v_provider autotag.provider_limits := autotag.estimate_question(autotag.refilled_provider(autotag.now()), p_question, p_workspace_id);
   v_now timestamptz;
   v_cap integer;
   v_reserved integer;
@@ -1753,7 +1755,7 @@ declare
   v_window record;
 begin
   perform autotag.check_quotas(p_workspace_id, null, 1, coalesce(autotag.question_cost(v_provider, true), 0.0000001));
-  v_provider := autotag.estimate_question(autotag.lock_provider(), p_question);
+  v_provider := autotag.estimate_question(autotag.lock_provider(), p_question, p_workspace_id);
   v_now := v_provider.refilled_at;
   -- Limit the cap to what one minute's token limit can hold; a larger one would never be admitted.
   v_cap := greatest(v_provider.output_tokens, least(coalesce(p_cap, 0),
@@ -1891,6 +1893,7 @@ declare
   v_answer autotag.answer;
   v_used integer;              -- tokens of the prompt; null: the provider gave no figures
   v_free boolean;              -- the call took nothing from the provider's bucket
+  v_brief autotag.briefs := autotag.compose_brief(p_workspace_id);
 begin
   v_answer.workspace_id := p_workspace_id;
   v_answer.reserved_at := (p_report ->> 'reserved_at')::timestamptz;
@@ -1920,11 +1923,11 @@ begin
   if p_observed is not null then
     perform autotag.update_provider_limits(p_observed);
   end if;
-  if v_used > 0 then
+  if v_used > 0 and (v_brief.id is null) = (v_brief.profile_id is null) then   -- a brief of no upload has no number to learn by
     -- A cut-off answer needs an unknown number of tokens: at least the cap of the next try.
     perform autotag.learn(array[v_used], array[case when v_answer.error ->> 'code' = 'answer_too_long'
       then coalesce(autotag.next_cap(v_answer), 1) else greatest((v_answer.usage -> 'output')::integer, 1) end],
-      p_question);
+      p_question, array[v_brief.id]);
   end if;
   return autotag.next_action(p_question, p_report, v_answer) || jsonb_build_object('cost', autotag.price_tokens(
     coalesce(v_answer.usage ->> 'model', p_question ->> 'model'), coalesce(v_answer.usage ->> 'tier', 'default'), v_used,
@@ -2795,19 +2798,46 @@ begin
   return autotag.describe_profile(autotag.save_profile(p_workspace_id, p_changes));
 end $$;
 
--- For operators: the same without a check of the caller; null: the profile for all workspaces.
+-- Whether a workspace (null: one without an own vocabulary) has tags to use: its own, or general ones.
+create or replace function autotag.has_vocabulary(p_workspace_id autotag.workspace_id) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (select from autotag.vocabulary v where v.workspace_id is null)
+    or exists (select from autotag.vocabulary v where v.workspace_id = p_workspace_id);
+end $$;
+
+-- For operators: the same without a check of the caller, and has_vocabulary; null: the profile for all workspaces.
 create or replace function autotag.show_profile(p_workspace_id autotag.workspace_id) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return autotag.describe_profile(autotag.profile_of(p_workspace_id));
+  return autotag.describe_profile(autotag.profile_of(p_workspace_id))
+    || jsonb_build_object('has_vocabulary', autotag.has_vocabulary(p_workspace_id));
 end $$;
 
 create or replace function autotag.set_profile(p_workspace_id autotag.workspace_id, p_changes jsonb) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return autotag.describe_profile(autotag.save_profile(p_workspace_id, p_changes));
+  return autotag.describe_profile(autotag.save_profile(p_workspace_id, p_changes))
+    || jsonb_build_object('has_vocabulary', autotag.has_vocabulary(p_workspace_id));
+end $$;
+
+-- Whether a workspace is known here: it has an image, an upload, usage, or anything that was set for it. autotag knows no table of
+-- workspaces, so a mistyped id looks like an empty workspace otherwise.
+create or replace function autotag.knows_workspace(p_workspace_id autotag.workspace_id) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return autotag.list_assets(p_workspace_id, false, null, 1) <> '{}'
+    or exists (select from autotag.workspaces w where w.workspace_id = p_workspace_id)
+    or exists (select from autotag.jobs j where j.workspace_id = p_workspace_id)
+    or exists (select from autotag.profiles p where p.workspace_id = p_workspace_id)
+    or exists (select from autotag.vocabulary v where v.workspace_id = p_workspace_id)
+    or exists (select from autotag.usage u where u.workspace_id = p_workspace_id)
+    or exists (select from autotag.quotas q where q.workspace_id = p_workspace_id)
+    or exists (select from autotag.windows l where l.workspace_id = p_workspace_id);
 end $$;
 
 -- Briefs: what the images of an upload are asked beside the question, what that costs in tokens, and what is kept of the answers.
@@ -2969,10 +2999,18 @@ begin
       select from autotag.batches b join autotag.jobs j on j.id = b.job_id where b.worker_id = p_worker and j.brief_id = p_brief) then
     return null;
   end if;
+  return (select autotag.spell_brief(b) from autotag.briefs b where b.id = p_brief);
+end $$;
+
+-- A brief with the words of its profile (describe_brief); id is 0 where no upload has been asked this. Null: there is none.
+create or replace function autotag.spell_brief(p_brief autotag.briefs) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
   return (
-    select jsonb_build_object('id', b.id, 'version', p.version, 'instructions', p.instructions, 'language', p.language,
-      'tag_count', p.tag_count, 'vocabulary_mode', p.vocabulary_mode, 'vocabulary', b.vocabulary, 'fields', p.fields)
-    from autotag.briefs b join autotag.profiles p on p.id = b.profile_id where b.id = p_brief);
+    select jsonb_build_object('id', coalesce(p_brief.id, 0), 'version', p.version, 'instructions', p.instructions, 'language', p.language,
+      'tag_count', p.tag_count, 'vocabulary_mode', p.vocabulary_mode, 'vocabulary', p_brief.vocabulary, 'fields', p.fields)
+    from autotag.profiles p where p.id = p_brief.profile_id);
 end $$;
 
 -- What is stored of a result (clean_result) that was asked by this brief: the tags that are sure enough, no more than were asked for; the
@@ -9733,8 +9771,8 @@ as $$
 $$;
 
 -- Checks the installation: {findings: [{check, level, message, fix}] in the order to show them, now (epoch seconds), model,
--- sample}. sample: bucket and path of one image, which the doctor tries to read. It is the only image whose location a worker's
--- login learns without a claim.
+-- sample, storage_hosts (of the adapter)}. sample: bucket and path of one image, which the doctor tries to read. It is the only image
+-- whose location a worker's login learns without a claim.
 create or replace function autotag.diagnose() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -9750,7 +9788,8 @@ begin
       || jsonb_build_array(autotag.diagnose_cron(), autotag.diagnose_clock(), autotag.diagnose_broadcasts(), autotag.diagnose_workers(), autotag.diagnose_waiting(),
         autotag.diagnose_account(v_provider), autotag.diagnose_day(v_provider), autotag.diagnose_spending(), autotag.diagnose_temporary(v_logins))
       || autotag.diagnose_model(v_provider),
-    'now', extract(epoch from autotag.now()), 'model', (select s.model from autotag.settings s), 'sample', v_host.sample);
+    'now', extract(epoch from autotag.now()), 'model', (select s.model from autotag.settings s), 'sample', v_host.sample,
+    'storage_hosts', to_jsonb(autotag.storage_hosts()));
 end $$;
 
 -- The doctor's checks of logins and rights.
@@ -9898,6 +9937,22 @@ begin
       format('Use a trigger instead, and: drop rule %I on %s;', v_rules[1], autotag.image_table())) end;
 end $$;
 
+-- Whether a workspace's profile allows only the tags of a vocabulary that is empty: then no tag is stored. No finding if none does.
+create or replace function autotag.diagnose_vocabulary() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_empty bigint := (
+    select count(*) from (
+      select distinct on (x.workspace_id) x.workspace_id, x.vocabulary_mode
+      from autotag.profiles x order by x.workspace_id, x.version desc) p
+    where p.vocabulary_mode = 'only' and not autotag.has_vocabulary(p.workspace_id));
+begin
+  return case when v_empty = 0 then '[]' else jsonb_build_array(autotag.finding('vocabulary', 'warning',
+    format('%s of the profiles (autotag.profiles) allow only tags of a vocabulary that is empty, so their images get no tags.', v_empty),
+    'autotag vocabulary import tags.csv --workspace …   (or: autotag profile set --vocabulary-mode prefer)')) end;
+end $$;
+
 -- Whether the adapter's functions fit the host's tables, and whether rows name the right files. sample: as in sample_image().
 create or replace function autotag.diagnose_host(out findings jsonb, out sample jsonb)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -9910,7 +9965,7 @@ begin
   sample := autotag.sample_image();
   findings := jsonb_build_array(
     autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.'),
-    autotag.diagnose_rules(), autotag.diagnose_files());
+    autotag.diagnose_rules(), autotag.diagnose_files()) || autotag.diagnose_vocabulary();
 exception when others then
   findings := jsonb_build_array(autotag.finding('host adapter', 'error',
     'The adapter does not fit the host''s tables: ' || sqlerrm,
@@ -10570,7 +10625,7 @@ grant execute on function autotag.may_see_file to current_user;
 grant execute on function
   autotag.diagnose, autotag.send_test_broadcast, autotag.status, autotag.metrics,
   autotag.preview_backfill, autotag.backfill, autotag.list_usage,
-  autotag.show_profile, autotag.set_profile, autotag.profile_history,
+  autotag.show_profile, autotag.set_profile, autotag.profile_history, autotag.knows_workspace,
   autotag.preview_comparison, autotag.comparison_sample, autotag.admit_comparison, autotag.settle_comparison
   to autotag_operator;
 

@@ -53,7 +53,7 @@ grant execute on function autotag.may_see_file to current_user;
 grant execute on function
   autotag.diagnose, autotag.send_test_broadcast, autotag.status, autotag.metrics,
   autotag.preview_backfill, autotag.backfill, autotag.list_usage,
-  autotag.show_profile, autotag.set_profile, autotag.profile_history,
+  autotag.show_profile, autotag.set_profile, autotag.profile_history, autotag.knows_workspace,
   autotag.preview_comparison, autotag.comparison_sample, autotag.admit_comparison, autotag.settle_comparison
   to autotag_operator;
 

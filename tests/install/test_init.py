@@ -36,6 +36,7 @@ HOSTS = {
         create table public.workspaces (id uuid primary key);
         create table public.workspace_members (
           workspace_id uuid references public.workspaces, user_id uuid references auth.users, primary key (workspace_id, user_id));
+        alter table public.workspace_members enable row level security;
         create table public.assets (id uuid primary key default gen_random_uuid(), workspace_id uuid not null,
           storage_path text, uploaded_by uuid, tags text[] not null default '{}');
         insert into storage.buckets (id, name, public) values ('library', 'library', false);""",
@@ -43,6 +44,7 @@ HOSTS = {
         create table public.organizations (id uuid primary key default gen_random_uuid());
         create table public.organization_members (
           org_id uuid references public.organizations, user_id uuid references auth.users, primary key (org_id, user_id));
+        alter table public.organization_members enable row level security;
         create table public.photos (photo_id uuid primary key default gen_random_uuid(),
           org_id uuid not null references public.organizations, image_url text not null, labels jsonb);""",
     "claims": """
@@ -278,9 +280,13 @@ def test_a_spending_limit_goes_in_behind_everything_else(postgres: LocalPostgres
     assert next(f for f in told[0] if f["check"] == "spending")["level"] == "ok"
 
 
-def test_migrate_takes_a_spending_limit_too(postgres: LocalPostgres, bare: str) -> None:
-    url = url_of(postgres, bare, HOSTS["paths"])
-    assert run("migrate", "--database-url", url, "--yes", "--spending-limit", "7.5")["applied"][-1] == "spending_limit"
+def test_migrate_takes_a_spending_limit_too_and_says_what_a_person_should_know(
+    postgres: LocalPostgres, bare: str
+) -> None:
+    url = url_of(postgres, bare, HOSTS["paths"] + "alter table public.workspace_members disable row level security")
+    told = run("migrate", "--database-url", url, "--members-table", "workspace_members", "--spending-limit", "7.5")
+    assert told["applied"][-1] == "spending_limit"
+    assert [note for note in told["notes"] if "they can add themselves" in note]
     assert run_sql(url, "select max_cost from autotag.quotas") == [{"max_cost": 7.5}]
     assert run("migrate", "--database-url", url, "--yes")["applied"] == []
 
@@ -329,7 +335,8 @@ def test_hostile_names_stay_names(postgres: LocalPostgres, bare: str, tmp_path: 
         connection.execute(
             sql.SQL("create table public.assets (id uuid primary key, workspace_id uuid, {} text, tags text[]);"
                     "create table public.workspaces (id uuid primary key); create table public.members (workspace_id uuid"
-                    " references public.workspaces, user_id uuid references auth.users, primary key (workspace_id, user_id))").format(sql.Identifier(nasty))
+                    " references public.workspaces, user_id uuid references auth.users, primary key (workspace_id, user_id));"
+                    "alter table public.members enable row level security").format(sql.Identifier(nasty))
         )  # fmt: skip
     url = postgres.url(database=bare)
 

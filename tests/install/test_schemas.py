@@ -57,6 +57,10 @@ def url(postgres: LocalPostgres, bare: str, case: dict[str, Any]) -> str:
     with psycopg.connect(postgres.url(database=bare), autocommit=True) as owner:
         owner.execute("insert into auth.users (id) values (%s), (%s)", (IDS["u1"], IDS["u2"]))
         owner.execute("insert into storage.buckets (id, name) values ('library', 'library')")
+        # most schemas leave out row level security; without these privileges it makes no difference
+        owner.execute(
+            "alter default privileges in schema public revoke insert, update on tables from anon, authenticated"
+        )
         owner.execute(fill((FOLDER / f"{case['schema']}.sql").read_text()).encode())
     return postgres.url(database=bare)
 
@@ -251,7 +255,12 @@ def test_what_is_certain(shared: tuple[psycopg.Connection[Any], str], guess: dic
     choices = Choices(**guess.get("options", {}))
     if "members" in guess:
         found = survey(url, choices, refuse_to_ask, may_ask=False)
-        assert (str(found.host.members), found.host.files.name) == (guess["members"], "workspace-folder")
+        rule = guess.get("rule", "workspace-folder")
+        assert (str(found.host.members), found.host.files.name) == (guess["members"], rule)
+        assert [text for text in guess.get("notes", []) if not any(text in note for note in found.notes)] == [], (
+            found.notes
+        )
+        assert len(found.notes) == len(guess.get("notes", []))
         assert show_examples(url, found)
         return
     with pytest.raises(HostError) as told:

@@ -39,12 +39,14 @@ async def tagged(library: Library) -> Library:
     return library
 
 
-async def compare(library: Library, *arguments: str, model: str = SECOND, **more: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command."""
+async def compare(
+    library: Library, *arguments: str, model: str = SECOND, yes: tuple[str, ...] = ("--yes",), **more: str
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command, with consent."""
     stack = library.stack
     environment = {"PATH": os.environ["PATH"], "COLUMNS": "140", **stack.operator_environment(), **more}
     return await run_command(
-        "compare", "--workspace", library.member.workspace, "--model", model, *arguments, environment=environment
+        "compare", "--workspace", library.member.workspace, "--model", model, *yes, *arguments, environment=environment
     )
 
 
@@ -95,6 +97,35 @@ async def test_nothing_of_the_host_changes_and_the_usage_is_what_the_provider_bi
     assert told["cost"] == pytest.approx(float(dollars))
     assert told["cost_per_1000"] == pytest.approx(float(dollars) / 12 * 1000)
     audit(tagged.stack)
+
+
+async def test_without_consent_json_is_the_price_and_nothing_is_asked(tagged: Library) -> None:
+    code, out, error = await compare(tagged, "--json", yes=())
+    told = json.loads(out)
+    assert (code, told["started"], told["predicted"]["images"]) == (2, False, 12)
+    assert told["predicted"]["cost"] > 0
+    assert "Add --yes to start" in error
+    assert calls(tagged) == []
+
+
+async def test_the_profile_and_the_vocabulary_are_asked_too(tagged: Library) -> None:
+    """The other model gets the question that a new upload would be asked, and its tokens are learned for that question."""
+    workspace = tagged.member.workspace
+    tagged.sql("select autotag.edit_vocabulary(%s, %s)", workspace, '[{"tag": "Kreis"}, {"tag": "Quadrat"}]')
+    changes = {"instructions": "Name the shape.", "vocabulary_mode": "prefer", "language": "German", "tag_count": 3}
+    tagged.sql("select autotag.set_profile(%s, %s)", workspace, json.dumps(changes))
+    tagged.sql("select autotag.make_brief(%s)", workspace)
+    before = tagged.sql("select answers from autotag.learned where brief_id = 0 and model = %s", SECOND)
+    await figures(tagged, "--sample", "2")
+    asked = [entry["prefix"] for entry in calls(tagged)]
+    tagged.stack.configure(model=SECOND)
+    async with worker(tagged.stack):
+        await tagged.finished(tagged.enqueue(await tagged.upload(1, seed=7)))
+    assert asked == [calls(tagged)[-1]["prefix"]] * 2, "the same words"
+    assert tagged.sql("select answers from autotag.learned where brief_id > 0 and model = %s", SECOND) == [
+        {"answers": 3}
+    ]
+    assert tagged.sql("select answers from autotag.learned where brief_id = 0 and model = %s", SECOND) == before
 
 
 async def test_json_has_every_figure_and_every_image(tagged: Library) -> None:
@@ -349,7 +380,7 @@ async def test_an_effort_that_was_tried_out_changes_nothing_of_the_models_row(ta
 @pytest.mark.parametrize(("arguments", "more", "sentence"), [
     ([], {"OPENAI_API_KEY": "sk-wrong"}, "Incorrect API key provided."),
     (["--effort", "enormous"], {}, "'enormous' is not a reasoning effort."),
-    (["--workspace", str(uuid.UUID(int=7))], {}, "This workspace has no tagged images. Tag some images first"),
+    (["--workspace", str(uuid.UUID(int=7))], {}, "Unknown workspace"),
     (["--workspace", "mine"], {}, "invalid input syntax for type uuid"),
     (["--html", "/nowhere/at/all.html"], {}, "/nowhere/at/all.html cannot be written"),
     ([], {"OPENAI_API_KEY": ""}, "OPENAI_API_KEY is"),
@@ -373,7 +404,7 @@ async def test_ctrl_c_ends_it_with_what_there_is(tagged: Library) -> None:
     stack = tagged.stack
     stack.simulator.plan.latency = (1.0, 1.5)
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "autotag", "compare", "--workspace", tagged.member.workspace, "--model", SECOND, "--json",
+        sys.executable, "-m", "autotag", "compare", "--workspace", tagged.member.workspace, "--model", SECOND, "--yes", "--json",
         env={"PATH": os.environ["PATH"], **stack.operator_environment()}, stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
@@ -396,7 +427,7 @@ async def test_a_second_ctrl_c_ends_it_at_once(tagged: Library) -> None:
     stack = tagged.stack
     stack.simulator.plan.latency = (30.0, 30.0)
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "autotag", "compare", "--workspace", tagged.member.workspace, "--model", SECOND, "--json",
+        sys.executable, "-m", "autotag", "compare", "--workspace", tagged.member.workspace, "--model", SECOND, "--yes", "--json",
         env={"PATH": os.environ["PATH"], **stack.operator_environment()}, stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip

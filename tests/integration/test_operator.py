@@ -104,14 +104,19 @@ async def test_enqueue_brings_in_what_is_untagged_and_can_go_on_after_a_stop(lib
     assert cost, out
     assert 0 < float(cost[1]) < 0.01
     assert "5 images in 1 upload." in out
-    code, out, _ = await run(stack, "enqueue", "--workspace", workspace, "--json")
+    code, out, error = await run(stack, "enqueue", "--workspace", workspace, "--json")
+    assert (code, json.loads(out)["started"], json.loads(out)["predicted"]["images"]) == (2, False, 7)
+    assert "Add --yes to start" in error
+    code, out, _ = await run(stack, "enqueue", "--workspace", workspace, "--json", "--yes")
     first = json.loads(out)
     assert (code, first["images"], first["jobs"]) == (0, 7, 1)
-    assert json.loads((await run(stack, "enqueue", "--workspace", workspace, "--json"))[1])["images"] == 0
+    assert json.loads((await run(stack, "enqueue", "--workspace", workspace, "--json", "--yes"))[1])["images"] == 0
     assert library.sql("select sum(image_count) as n from autotag.jobs") == [{"n": 14}], "each once"
     # all of them, the tagged ones too, after a given one
     order = sorted(done)
-    code, out, _ = await run(stack, "enqueue", "--workspace", workspace, "--no-untagged", "--after", order[0], "--json")
+    code, out, _ = await run(
+        stack, "enqueue", "--workspace", workspace, "--no-untagged", "--after", order[0], "--json", "--yes"
+    )
     assert json.loads(out)["images"] == 1
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Callable, Sequence
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +14,10 @@ import psycopg
 import psycopg_pool
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
-from autotag.cli import errors
+from autotag.cli import errors, usage
 from autotag.cli.app import COMMANDS, app
 from autotag.db import Refused, VersionsDiffer
 from autotag.install.facts import Facts, Table
@@ -215,3 +220,24 @@ def test_a_spending_limit_is_asked_for_once(tmp_path: Path) -> None:
         plan_spending_limit(None, new, None, lambda: -1)
     (tmp_path / "20270101000000_autotag_spending_limit.sql").touch()
     assert plan_spending_limit(5, new, tmp_path, None) == []
+
+
+@pytest.mark.parametrize(("width", "gone"), [(200, []), (120, ["written", "cached"]), (80, ["reasoning", "input"])])
+def test_a_narrow_terminal_gets_fewer_columns_and_whole_ones(
+    width: int, gone: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row: Any = {
+        "user_id": "6f1c0000-0000-4000-8000-000000000000", "day": date(2026, 12, 1), "model": "gpt-6-luna-2026-10-06",
+        "service_tier": "default", "images": 1200, "requests": 1250, "input_tokens": 1_234_567, "cached_tokens": 1_000_000,
+        "cache_write_tokens": 0, "output_tokens": 98_765, "reasoning_tokens": 0, "cost": Decimal("12.5"),
+    }  # fmt: skip
+    shown = io.StringIO()
+    monkeypatch.setattr(usage, "Console", lambda: Console(width=width, force_terminal=True, file=shown, no_color=True))
+    usage._print_table([row])
+    text = re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue())
+    assert "…" not in text
+    assert "6f1c0000-0000-4000-8000-000000000000" in text.splitlines()[1]
+    heads = text.splitlines()[0].split()
+    assert [name for name in gone if name in heads] == []
+    assert ("For want of room without" in text) == bool(gone)
+    assert {"user", "day", "images", "cost"} <= set(heads)

@@ -17,7 +17,18 @@ PACKAGE = ROOT / "worker" / "autotag"
 # install/ works before there is any function to call: it looks at the project and applies the migrations.
 ALLOWED = {
     f"install/{name}.py"
-    for name in ("adapter", "conditions", "details", "evidence", "facts", "files", "migrations", "preview", "tag_index")
+    for name in (
+        "adapter",
+        "changes",
+        "conditions",
+        "details",
+        "evidence",
+        "facts",
+        "files",
+        "migrations",
+        "preview",
+        "tag_index",
+    )
 }
 #: Every module of ours that is no test, by its name.
 MODULES = {

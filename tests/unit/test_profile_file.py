@@ -52,7 +52,7 @@ def test_what_is_no_profile_is_said(text: str, as_json: bool) -> None:
     [
         (["show"], "--workspace"),
         (["show", "--workspace", "w", "--all"], "--workspace"),
-        (["show", "--all", "--tags", "5"], "takes no changes"),
+        (["show", "--all", "--tag-count", "5"], "takes no changes"),
         (["set", "--all"], "Name what to change"),
     ],
 )

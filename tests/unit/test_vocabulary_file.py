@@ -35,6 +35,15 @@ HEADED = "tag,aliases,description,parent\n"
         ("cat\u200b\n\u202edog\n".encode(), [{"tag": "cat"}, {"tag": "dog"}]),
         (b'[{"tag": "cat", "general": true}]', [{"tag": "cat"}]),
         (b"'=1+1\n", [{"tag": "=1+1"}]),
+        ("Schlagwort;Synonyme;Beschreibung;Oberbegriff\r\nAuto;Wagen|Pkw;rot, schnell;Fahrzeug\r\n".encode("cp1252"),
+         [{"tag": "Auto", "aliases": ["Wagen", "Pkw"], "description": "rot, schnell", "parent": "Fahrzeug"}]),
+        ("Schlagwort\tBeschreibung\r\nStraße\tbreit, lang; grau\r\n".encode("utf-16"),
+         [{"tag": "Straße", "description": "breit, lang; grau"}]),  # Excel's “Unicode text”
+        ("\ufeffMot clé,Synonymes\nvoiture,auto\n".encode(), [{"tag": "voiture", "aliases": ["auto"]}]),
+        ("palabra_clave;padre\ncoche;vehículo\n".encode(), [{"tag": "coche", "parent": "vehículo"}]),
+        (b"Auto;;rot, schnell, teuer\nHaus;;gross\n",
+         [{"tag": "Auto", "aliases": [], "description": "rot, schnell, teuer"}, {"tag": "Haus", "aliases": [], "description": "gross"}]),
+        (b"cat,alias\n", [{"tag": "cat", "aliases": ["alias"]}]),
     ],
 )  # fmt: skip
 def test_files_that_people_have(data: bytes, expected: object) -> None:
@@ -46,6 +55,8 @@ def test_files_that_people_have(data: bytes, expected: object) -> None:
     [
         (b"", "no tag"), (b"tag,aliases\n", "no tag"), (b"\x89PNG\r\n\x1a\n\0\0\0\r", "binary"), (b"cat\0", "binary"),
         (b"tag,colour\ncat,red\n", "Line 1: the column 'colour'"), (b"tag,tag\nx,y\n", "twice"),
+        (b"Oberbegriff;Synonyme\nx;y\n", "no column is called tag"), (b"Schlagwort;Farbe\nx;rot\n", "column 'farbe'"),
+
         (b'cat\n"dog\n', "Line 2"), (b"tag,parent\n\n,animal\n", "Line 3 has no tag"), (b"a,b,c,d,e\n", "Line 1 has 5 cells"),
         (b'[{"tag": "cat"}, {"name": 5}]', "Entry 2"), (b'[{"tag": "cat"]', "not JSON"), (b"[]", "no tag"),
         (b"\xff\xfea", "cannot be read"),
@@ -68,3 +79,14 @@ def test_what_is_written_is_read_again(entries: list[dict[str, object]]) -> None
     assert list(read_vocabulary(text.encode()).entries) == entries
     for line in text.splitlines()[1:]:
         assert not line.lstrip('"').startswith(("=", "+", "-", "@")), "no spreadsheet runs it"
+
+
+@pytest.mark.parametrize(
+    ("data", "first"),
+    [
+        (b"avainsana;synonyymit\nauto;kulkuneuvo\n", "avainsana"),  # a header in a language that is not known
+        (b"tag;aliases\nauto;x\n", None), (b"\n\nauto\ntalo\n", None), (b'[{"tag": "a", "parent": "b"}]', None),
+    ],
+)  # fmt: skip
+def test_a_first_line_that_may_be_a_header_is_named(data: bytes, first: str | None) -> None:
+    assert read_vocabulary(data).first_row == first

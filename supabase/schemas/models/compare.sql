@@ -6,18 +6,19 @@
 --   admit_comparison     admits one call, or returns when to ask again
 --   settle_comparison    settles one call, and returns what to do next about its image
 
--- The provider's row with its token estimates (reserved and mean) replaced by those of another question.
-create or replace function autotag.estimate_question(p_provider autotag.provider_limits, p_question jsonb)
+-- The provider's row with its token estimates (reserved and mean) replaced by those of another question, with what a workspace's images
+-- are asked beside it.
+create or replace function autotag.estimate_question(p_provider autotag.provider_limits, p_question jsonb, p_workspace_id autotag.workspace_id)
 returns autotag.provider_limits
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   p_provider.question := p_question;
-  return autotag.estimate_tokens(p_provider);
+  return autotag.estimate_tokens(p_provider, autotag.compose_brief(p_workspace_id));
 end $$;
 
 -- Previews asking p_model about p_sample tagged images of a workspace: {images (at most p_sample), cost (dollars; null:
--- unknown), reserved (tokens of one image), question, shutdown_date, current_model, current_effort, current_cost_per_1000
+-- unknown), reserved (tokens of one image), question, brief (what the workspace's profile asks beside it; null: nothing), shutdown_date, current_model, current_effort, current_cost_per_1000
 -- (dollars, as single calls of the model in use; null: unknown), current_answers (number of answers behind that figure)}.
 -- p_effort null: the one in the model's row. Refuses an invalid model or effort, a workspace without tagged images, and more
 -- than a quota allows.
@@ -27,8 +28,9 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits := autotag.refilled_provider(autotag.now());
-  v_current autotag.provider_limits := autotag.estimate_question(v_provider, autotag.describe_question());
+  v_current autotag.provider_limits := autotag.estimate_question(v_provider, autotag.describe_question(), p_workspace_id);
   v_question jsonb := autotag.question_for(p_model, p_effort);
+  v_brief autotag.briefs := autotag.compose_brief(p_workspace_id);
   v_images integer;
 begin
   if coalesce(length(p_model), 0) not between 1 and 100 then
@@ -45,18 +47,18 @@ begin
     perform autotag.refuse(404, 'no_tagged_images', 'This workspace has no tagged images.',
       'Tag some images first: autotag enqueue.');
   end if;
-  v_provider := autotag.estimate_question(v_provider, v_question);
+  v_provider := autotag.estimate_question(v_provider, v_question, p_workspace_id);
   -- Without a price next to nothing is reserved, as for uploads; a price of zero is a price.
   perform autotag.check_quotas(p_workspace_id, null, v_images, coalesce(autotag.question_cost(v_provider, true), 0.0000001));
   return jsonb_build_object(
     'images', v_images, 'cost', v_images * autotag.question_cost(v_provider, false),
-    'reserved', v_provider.tokens_per_image, 'question', v_question,
+    'reserved', v_provider.tokens_per_image, 'question', v_question, 'brief', autotag.spell_brief(v_brief),
     'shutdown_date', (autotag.find_model(p_model)).shutdown_date,
     'current_model', v_current.question -> 'model', 'current_effort', v_current.question -> 'reasoning_effort',
     'current_cost_per_1000', round(1000 * autotag.question_cost(v_current, false), 4),
     'current_answers', coalesce((
       select l.answers from autotag.learned l
-      where l.brief_id = 0 and l.model = v_current.question ->> 'model' and l.image_detail = v_current.question ->> 'image_detail'
+      where l.brief_id = coalesce(v_brief.id, 0) and l.model = v_current.question ->> 'model' and l.image_detail = v_current.question ->> 'image_detail'
         and l.reasoning_effort = coalesce(v_current.question ->> 'reasoning_effort', '')
         and l.max_tags = (v_current.question ->> 'max_tags')::integer
         and l.tag_language = v_current.question ->> 'tag_language'), 0));
@@ -92,7 +94,7 @@ create or replace function autotag.admit_comparison(p_workspace_id autotag.works
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_provider autotag.provider_limits := autotag.estimate_question(autotag.refilled_provider(autotag.now()), p_question);
+  v_provider autotag.provider_limits := autotag.estimate_question(autotag.refilled_provider(autotag.now()), p_question, p_workspace_id);
   v_now timestamptz;
   v_cap integer;
   v_reserved integer;
@@ -100,7 +102,7 @@ declare
   v_window record;
 begin
   perform autotag.check_quotas(p_workspace_id, null, 1, coalesce(autotag.question_cost(v_provider, true), 0.0000001));
-  v_provider := autotag.estimate_question(autotag.lock_provider(), p_question);
+  v_provider := autotag.estimate_question(autotag.lock_provider(), p_question, p_workspace_id);
   v_now := v_provider.refilled_at;
   -- Limit the cap to what one minute's token limit can hold; a larger one would never be admitted.
   v_cap := greatest(v_provider.output_tokens, least(coalesce(p_cap, 0),
@@ -238,6 +240,7 @@ declare
   v_answer autotag.answer;
   v_used integer;              -- tokens of the prompt; null: the provider gave no figures
   v_free boolean;              -- the call took nothing from the provider's bucket
+  v_brief autotag.briefs := autotag.compose_brief(p_workspace_id);
 begin
   v_answer.workspace_id := p_workspace_id;
   v_answer.reserved_at := (p_report ->> 'reserved_at')::timestamptz;
@@ -267,11 +270,11 @@ begin
   if p_observed is not null then
     perform autotag.update_provider_limits(p_observed);
   end if;
-  if v_used > 0 then
+  if v_used > 0 and (v_brief.id is null) = (v_brief.profile_id is null) then   -- a brief of no upload has no number to learn by
     -- A cut-off answer needs an unknown number of tokens: at least the cap of the next try.
     perform autotag.learn(array[v_used], array[case when v_answer.error ->> 'code' = 'answer_too_long'
       then coalesce(autotag.next_cap(v_answer), 1) else greatest((v_answer.usage -> 'output')::integer, 1) end],
-      p_question);
+      p_question, array[v_brief.id]);
   end if;
   return autotag.next_action(p_question, p_report, v_answer) || jsonb_build_object('cost', autotag.price_tokens(
     coalesce(v_answer.usage ->> 'model', p_question ->> 'model'), coalesce(v_answer.usage ->> 'tier', 'default'), v_used,

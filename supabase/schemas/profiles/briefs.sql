@@ -157,10 +157,18 @@ begin
       select from autotag.batches b join autotag.jobs j on j.id = b.job_id where b.worker_id = p_worker and j.brief_id = p_brief) then
     return null;
   end if;
+  return (select autotag.spell_brief(b) from autotag.briefs b where b.id = p_brief);
+end $$;
+
+-- A brief with the words of its profile (describe_brief); id is 0 where no upload has been asked this. Null: there is none.
+create or replace function autotag.spell_brief(p_brief autotag.briefs) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
   return (
-    select jsonb_build_object('id', b.id, 'version', p.version, 'instructions', p.instructions, 'language', p.language,
-      'tag_count', p.tag_count, 'vocabulary_mode', p.vocabulary_mode, 'vocabulary', b.vocabulary, 'fields', p.fields)
-    from autotag.briefs b join autotag.profiles p on p.id = b.profile_id where b.id = p_brief);
+    select jsonb_build_object('id', coalesce(p_brief.id, 0), 'version', p.version, 'instructions', p.instructions, 'language', p.language,
+      'tag_count', p.tag_count, 'vocabulary_mode', p.vocabulary_mode, 'vocabulary', p_brief.vocabulary, 'fields', p.fields)
+    from autotag.profiles p where p.id = p_brief.profile_id);
 end $$;
 
 -- What is stored of a result (clean_result) that was asked by this brief: the tags that are sure enough, no more than were asked for; the

@@ -106,17 +106,44 @@ begin
   return autotag.describe_profile(autotag.save_profile(p_workspace_id, p_changes));
 end $$;
 
--- For operators: the same without a check of the caller; null: the profile for all workspaces.
+-- Whether a workspace (null: one without an own vocabulary) has tags to use: its own, or general ones.
+create or replace function autotag.has_vocabulary(p_workspace_id autotag.workspace_id) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (select from autotag.vocabulary v where v.workspace_id is null)
+    or exists (select from autotag.vocabulary v where v.workspace_id = p_workspace_id);
+end $$;
+
+-- For operators: the same without a check of the caller, and has_vocabulary; null: the profile for all workspaces.
 create or replace function autotag.show_profile(p_workspace_id autotag.workspace_id) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return autotag.describe_profile(autotag.profile_of(p_workspace_id));
+  return autotag.describe_profile(autotag.profile_of(p_workspace_id))
+    || jsonb_build_object('has_vocabulary', autotag.has_vocabulary(p_workspace_id));
 end $$;
 
 create or replace function autotag.set_profile(p_workspace_id autotag.workspace_id, p_changes jsonb) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return autotag.describe_profile(autotag.save_profile(p_workspace_id, p_changes));
+  return autotag.describe_profile(autotag.save_profile(p_workspace_id, p_changes))
+    || jsonb_build_object('has_vocabulary', autotag.has_vocabulary(p_workspace_id));
+end $$;
+
+-- Whether a workspace is known here: it has an image, an upload, usage, or anything that was set for it. autotag knows no table of
+-- workspaces, so a mistyped id looks like an empty workspace otherwise.
+create or replace function autotag.knows_workspace(p_workspace_id autotag.workspace_id) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return autotag.list_assets(p_workspace_id, false, null, 1) <> '{}'
+    or exists (select from autotag.workspaces w where w.workspace_id = p_workspace_id)
+    or exists (select from autotag.jobs j where j.workspace_id = p_workspace_id)
+    or exists (select from autotag.profiles p where p.workspace_id = p_workspace_id)
+    or exists (select from autotag.vocabulary v where v.workspace_id = p_workspace_id)
+    or exists (select from autotag.usage u where u.workspace_id = p_workspace_id)
+    or exists (select from autotag.quotas q where q.workspace_id = p_workspace_id)
+    or exists (select from autotag.windows l where l.workspace_id = p_workspace_id);
 end $$;

@@ -9,8 +9,8 @@ as $$
 $$;
 
 -- Checks the installation: {findings: [{check, level, message, fix}] in the order to show them, now (epoch seconds), model,
--- sample}. sample: bucket and path of one image, which the doctor tries to read. It is the only image whose location a worker's
--- login learns without a claim.
+-- sample, storage_hosts (of the adapter)}. sample: bucket and path of one image, which the doctor tries to read. It is the only image
+-- whose location a worker's login learns without a claim.
 create or replace function autotag.diagnose() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -26,5 +26,6 @@ begin
       || jsonb_build_array(autotag.diagnose_cron(), autotag.diagnose_clock(), autotag.diagnose_broadcasts(), autotag.diagnose_workers(), autotag.diagnose_waiting(),
         autotag.diagnose_account(v_provider), autotag.diagnose_day(v_provider), autotag.diagnose_spending(), autotag.diagnose_temporary(v_logins))
       || autotag.diagnose_model(v_provider),
-    'now', extract(epoch from autotag.now()), 'model', (select s.model from autotag.settings s), 'sample', v_host.sample);
+    'now', extract(epoch from autotag.now()), 'model', (select s.model from autotag.settings s), 'sample', v_host.sample,
+    'storage_hosts', to_jsonb(autotag.storage_hosts()));
 end $$;

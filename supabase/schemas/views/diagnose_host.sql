@@ -62,6 +62,22 @@ begin
       format('Use a trigger instead, and: drop rule %I on %s;', v_rules[1], autotag.image_table())) end;
 end $$;
 
+-- Whether a workspace's profile allows only the tags of a vocabulary that is empty: then no tag is stored. No finding if none does.
+create or replace function autotag.diagnose_vocabulary() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_empty bigint := (
+    select count(*) from (
+      select distinct on (x.workspace_id) x.workspace_id, x.vocabulary_mode
+      from autotag.profiles x order by x.workspace_id, x.version desc) p
+    where p.vocabulary_mode = 'only' and not autotag.has_vocabulary(p.workspace_id));
+begin
+  return case when v_empty = 0 then '[]' else jsonb_build_array(autotag.finding('vocabulary', 'warning',
+    format('%s of the profiles (autotag.profiles) allow only tags of a vocabulary that is empty, so their images get no tags.', v_empty),
+    'autotag vocabulary import tags.csv --workspace …   (or: autotag profile set --vocabulary-mode prefer)')) end;
+end $$;
+
 -- Whether the adapter's functions fit the host's tables, and whether rows name the right files. sample: as in sample_image().
 create or replace function autotag.diagnose_host(out findings jsonb, out sample jsonb)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -74,7 +90,7 @@ begin
   sample := autotag.sample_image();
   findings := jsonb_build_array(
     autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.'),
-    autotag.diagnose_rules(), autotag.diagnose_files());
+    autotag.diagnose_rules(), autotag.diagnose_files()) || autotag.diagnose_vocabulary();
 exception when others then
   findings := jsonb_build_array(autotag.finding('host adapter', 'error',
     'The adapter does not fit the host''s tables: ' || sqlerrm,

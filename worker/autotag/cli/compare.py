@@ -16,13 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from autotag.cli.console import cell, count, fail, say, say_json
-from autotag.cli.database import run_as_operator
+from autotag.cli.database import check_workspace, run_as_operator
 from autotag.cli.errors import FAILED, INTERRUPTED, WRONG_USAGE
 from autotag.cli.options import (
     EXIT_CODES,
     OPERATOR_URL,
     PROVIDER_AND_STORAGE,
-    JsonAskingNothing,
+    JsonWithYes,
     Workspace,
     Yes,
     help_end,
@@ -33,6 +33,7 @@ from autotag.compare.figures import lines, model_name, price, summarise
 from autotag.compare.page import make_page
 from autotag.config import Settings
 from autotag.db import Operator
+from autotag.db.messages import Brief, make
 from autotag.db.operator_messages import ComparisonPreview
 from autotag.texts import printable
 
@@ -48,7 +49,7 @@ HELP_END = help_end(
     exit_codes=EXIT_CODES | {1: "failed or ended early; the message says why", INTERRUPTED: "stopped by Ctrl-C"},
     examples=[
         "autotag compare --workspace <id> --model gpt-6-luna --effort low",
-        "autotag compare --workspace <id> --model gpt-6-luna --sample 200 --json",
+        "autotag compare --workspace <id> --model gpt-6-luna --sample 200 --yes --json",
     ],
 )
 
@@ -79,11 +80,12 @@ def compare(
     sample: SampleSize = 50,
     html: Page = None,
     yes: Yes = False,
-    as_json: JsonAskingNothing = False,
+    as_json: JsonWithYes = False,
 ) -> None:
     """Ask another model about images that have tags, and show the differences.
 
-    Changes none of your tags. It respects all limits and quotas, lets live
+    Asks what the images would be asked: with the workspace's profile and
+    vocabulary. Changes none of your tags. It respects all limits and quotas, lets live
     uploads go first, and records its usage. Writes a page with every image and
     both answers. Ctrl-C ends it early and shows the answers so far.
     """
@@ -91,7 +93,11 @@ def compare(
     page = html or (None if as_json else DEFAULT_PAGE)
     if page and not (os.access(page.parent, os.W_OK) and (not page.exists() or os.access(page, os.W_OK))):
         raise fail(f"{page} cannot be written; name another file with --html.", WRONG_USAGE)
+    check_workspace(workspace, stop=True)
     preview = run_as_operator(lambda operator: operator.preview_comparison(workspace, model, effort, sample))
+    if as_json and not yes:
+        say_json({"predicted": preview, "started": False})
+        raise fail("Nothing was asked: it costs what `predicted` says. Add --yes to start.", WRONG_USAGE)
     if not as_json:
         _announce(model, preview, ask=not yes)
     try:
@@ -149,8 +155,9 @@ async def _ask(
                    disable=quiet or not console.is_terminal)  # fmt: skip
     loop = asyncio.get_running_loop()
     on_progress = _progress_shower(bar, len(chosen))
+    brief = make(Brief, preview["brief"]) if preview["brief"] else None
     async with open_comparison(
-        operator, settings, workspace, preview["question"], on_progress, thumbnails=thumbnails
+        operator, settings, workspace, preview["question"], brief, on_progress, thumbnails=thumbnails
     ) as comparison:
 
         def interrupt() -> None:

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from autotag.cli.errors import explain_errors
+from autotag.cli.console import fail, say
+from autotag.cli.errors import FAILED, explain_errors
 from autotag.cli.options import read_settings
 from autotag.config import DoctorSettings
 from autotag.db import Operator
@@ -28,3 +29,21 @@ def run_as_operator(work: Callable[[Operator], Awaitable[T]]) -> T:
 
     with explain_errors("autotag_operator"):
         return asyncio.run(run())
+
+
+def check_workspace(workspace: str | None, *, stop: bool) -> None:
+    """Says that nothing in the database belongs to a workspace: its id may be mistyped.
+
+    Args:
+        workspace: its id; None: all workspaces, which are always known.
+        stop: end the command. Otherwise it is a warning: a new workspace may get settings before its first image.
+
+    Raises:
+        typer.Exit: the workspace is unknown, or the database cannot be used. The message has been printed.
+    """
+    if workspace is None or run_as_operator(lambda operator: operator.knows_workspace(workspace)):
+        return
+    message = f"Unknown workspace {workspace}: no image, upload or setting belongs to it"
+    if stop:
+        raise fail(f"{message}; check --workspace.", FAILED)
+    say(f"{message} yet; check --workspace.", err=True)

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from autotag.cli.console import count, fail, say, say_json
-from autotag.cli.database import run_as_operator
-from autotag.cli.errors import INTERRUPTED
-from autotag.cli.options import EXIT_CODES, OPERATOR_URL, JsonAskingNothing, Workspace, Yes, help_end
+from autotag.cli.database import check_workspace, run_as_operator
+from autotag.cli.errors import INTERRUPTED, WRONG_USAGE
+from autotag.cli.options import EXIT_CODES, OPERATOR_URL, JsonWithYes, Workspace, Yes, help_end
 from autotag.cli.screen import duration
 from autotag.db.operator_messages import BackfillPreview
 from autotag.money import dollars
@@ -46,23 +46,31 @@ def enqueue(
     limit: Limit = MAX_IMAGES,
     after: After = None,
     yes: Yes = False,
-    as_json: JsonAskingNothing = False,
+    as_json: JsonWithYes = False,
 ) -> None:
     """Tag existing images of a workspace, after showing the cost and the time.
 
-    Images that are being tagged are always skipped, so you can run it again at
-    any time. It waits while the workspace's limits have no room. The workers do
-    the tagging; this command ends when every image is enqueued.
+    Skips images that are being tagged and those that the row filter (init
+    --where) leaves out, so you can run it again at any time. With --json it
+    starts only if --yes is there, too; without, it prints the cost and the time.
+    It waits while the workspace's limits have no room. The workers do the
+    tagging; this command ends when every image is enqueued.
     """
     untagged = untagged and not outdated  # an image that is outdated has tags
     preview = run_as_operator(
         lambda operator: operator.preview_backfill(workspace, untagged, after, limit, outdated=outdated)
     )
+    if not preview["images"]:
+        check_workspace(workspace, stop=True)
+    if as_json and preview["images"] and not yes:
+        say_json({"predicted": preview, "started": False})
+        raise fail("Nothing was enqueued: it costs what `predicted` says. Add --yes to start.", WRONG_USAGE)
     if not as_json:
         if not preview["images"]:
             say("This workspace has no image to enqueue: none was tagged with an older version of the profile."
                 if outdated else
-                "This workspace has no image to enqueue: all have tags or are being tagged." if untagged else
+                "This workspace has no image to enqueue: all have tags, are being tagged, or were tagged and nothing"
+                " fitted (--no-untagged tags them again)." if untagged else
                 "This workspace has no image to enqueue: there is none, or all are being tagged.")  # fmt: skip
             return
         say(f"{count(preview['images'], 'image')}, {cost_of(preview)}, about {duration(preview['seconds'])}.")
@@ -71,9 +79,12 @@ def enqueue(
     which = {"untagged": untagged, "outdated": outdated}
     done = _enqueue(workspace, which, limit, after, preview["images"], quiet=as_json)
     if as_json:
-        say_json({"images": done.images, "jobs": done.jobs, "last": done.last, "predicted": preview})
+        say_json({"images": done.images, "jobs": done.jobs, "last": done.last, "predicted": preview, "started": True})
     else:
         say(f"{count(done.images, 'image')} in {count(done.jobs, 'upload')}. `autotag status --watch` shows them.")
+        if done.images < preview["images"]:
+            others = count(preview["images"] - done.images, "image")
+            say(f"Skipped {others} of the preview: tagged, moved or deleted meanwhile, or enqueued by somebody else.")
 
 
 def _enqueue(

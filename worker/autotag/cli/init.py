@@ -13,6 +13,7 @@ from autotag.cli import options
 from autotag.cli.console import say, say_json
 from autotag.cli.errors import LOCAL_DATABASE, explain_install_errors
 from autotag.cli.questions import answerer, ask_spending_limit, on_terminal, say_examples, say_index, show_host
+from autotag.install.changes import CHANGE
 from autotag.install.host import Choices, describe
 from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, project_folder, write_migrations
 from autotag.install.preview import show_examples
@@ -47,8 +48,9 @@ def init(
     them, where each file is and where its tags go. Asks what it cannot read.
     It writes the answers into the migration host_adapter.
 
-    Run it again at any time: it never overwrites a file. Afterwards run
-    supabase db push, which applies the migrations.
+    Run it again at any time: it never overwrites a file. With other options it
+    writes a migration that changes the adapter; what you do not name stays.
+    Afterwards run supabase db push, which applies the migrations.
     """
     interactive = on_terminal() and not (yes or as_json)
     url = options.read_database_url(database_url)
@@ -61,8 +63,9 @@ def init(
             _show_survey(found, host, examples)
         ask_limit = ask_spending_limit if interactive else None
         limit = plan_spending_limit(spending_limit, found.facts, folder, ask_limit)
-        files = write_migrations(folder, found.host, found.facts.applied, adapter=found.facts.adapter, extra=limit)
-    if found.keeps_adapter:  # it was not rendered from answers, so a difference means nothing
+        extra = [*filter(None, [found.change]), *limit]
+        files = write_migrations(folder, found.host, found.facts.applied, adapter=found.facts.adapter, extra=extra)
+    if found.facts.adapter is not None:  # its file never changes: new answers are a migration of their own
         files = {name: "there" if name.endswith(f"{HOST_ADAPTER}.sql") else state for name, state in files.items()}
     index = offer_index(found.host, found.facts)
     if as_json:
@@ -91,7 +94,8 @@ def _show_files(files: Mapping[str, str], applied: Sequence[str] | Mapping[str, 
     if not any(SPENDING_LIMIT in name for name in [*files, *applied]):
         say("No limit on spending: autotag init --spending-limit 20 limits every workspace to $20 a month.")
     if "written" in files.values():
-        adapter = next(name for name in files if name.endswith(f"{HOST_ADAPTER}.sql"))
+        written = [name for name, state in files.items() if state == "written"]
+        adapter = next((name for name in written if HOST_ADAPTER in name or CHANGE in name), written[0])
         say(f"Next: read {adapter}, then run: supabase db push")
     else:
         say("Nothing to write: all migrations are there.")

@@ -42,6 +42,7 @@ def migrate(
     """
     url = options.read_database_url(database_url)
     interactive = on_terminal() and not (yes or as_json)
+    notes: tuple[str, ...] = ()
     with explain_install_errors(url):
         if stand_alone:
             host = Host()
@@ -49,13 +50,16 @@ def migrate(
         else:
             found = survey(url, choices, answerer(interactive), may_ask=interactive)
             host = found.host
-            if not as_json and migrations.HOST_ADAPTER not in found.facts.applied:
+            notes = found.notes
+            if not as_json and (migrations.HOST_ADAPTER not in found.facts.applied or found.change):
                 show_host(describe(host, found.facts))
+                for note in notes:
+                    say(note)
             ask_limit = ask_spending_limit if interactive else None
-            limit = plan_spending_limit(spending_limit, found.facts, None, ask_limit)
+            limit = [*filter(None, [found.change]), *plan_spending_limit(spending_limit, found.facts, None, ask_limit)]
         applied = migrations.apply_migrations(url, host=host, with_host_baseline=stand_alone, extra=limit)
     if as_json:
-        say_json({"applied": applied, "version": autotag.__version__})
+        say_json({"applied": applied, "version": autotag.__version__, "notes": notes})
         return
     say(f"Applied: {', '.join(applied)}." if applied else "Nothing to apply: the schema is up to date.")
     if applied:

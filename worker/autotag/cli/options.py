@@ -21,6 +21,8 @@ S = TypeVar("S", bound=Settings)
 OFFERED_SPENDING_LIMIT = 20.0  # dollars a month
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+#: Of commands that spend money.
+JsonWithYes = Annotated[bool, typer.Option("--json", help="Print JSON instead of text. Starts only with --yes.")]
 JsonAskingNothing = Annotated[bool, typer.Option("--json", help="Print JSON instead of text, and ask nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Start without asking.")]
 Workspace = Annotated[str, typer.Option("--workspace", metavar="ID", help="The workspace's id.")]

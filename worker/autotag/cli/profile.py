@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import tempfile
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -13,7 +14,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from autotag.cli.console import count, fail, say, say_json
-from autotag.cli.database import run_as_operator
+from autotag.cli.database import check_workspace, run_as_operator
 from autotag.cli.enqueue import MAX_IMAGES, cost_of
 from autotag.cli.errors import WRONG_USAGE
 from autotag.cli.options import OPERATOR_URL, Json, help_end
@@ -26,7 +27,7 @@ HELP_END = help_end(
     environment=[OPERATOR_URL, ("EDITOR", "the editor of autotag profile edit")],
     examples=[
         "autotag profile show --workspace <id>",
-        "autotag profile set --workspace <id> --language German --tags 8",
+        "autotag profile set --workspace <id> --language German --tag-count 8",
         "autotag profile set --all --file profile.toml",
     ],
 )
@@ -61,11 +62,13 @@ Language = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Language of tags and caption; '' removes it.", rich_help_panel=_CHANGES),
 ]
-Tags = Annotated[int | None, typer.Option("--tags", help="Number of tags, 1 to 50.", rich_help_panel=_CHANGES)]
+TagCount = Annotated[int | None, typer.Option(help="Number of tags, 1 to 50.", rich_help_panel=_CHANGES)]
 MinConfidence = Annotated[
     float | None, typer.Option(help="Less sure tags are not stored, 0 to 1.", rich_help_panel=_CHANGES)
 ]
-Vocabulary = Annotated[str | None, typer.Option(metavar="MODE", help="open, prefer or only.", rich_help_panel=_CHANGES)]
+VocabularyMode = Annotated[
+    str | None, typer.Option(metavar="MODE", help="open, prefer or only.", rich_help_panel=_CHANGES)
+]
 AddParents = Annotated[
     bool | None,
     typer.Option("--add-parents/--no-add-parents", help="Store the parents of a tag, too.", rich_help_panel=_CHANGES),
@@ -83,9 +86,9 @@ def profile(
     for_all: All = False,
     instructions: Instructions = None,
     language: Language = None,
-    tags: Tags = None,
+    tag_count: TagCount = None,
     min_confidence: MinConfidence = None,
-    vocabulary: Vocabulary = None,
+    vocabulary_mode: VocabularyMode = None,
     add_parents: AddParents = None,
     file: File = None,
     as_json: Json = False,
@@ -99,13 +102,14 @@ def profile(
     if (workspace is None) != for_all:
         raise fail("Name a workspace with --workspace, or --all.", WRONG_USAGE)
     options: dict[str, object] = {
-        "instructions": instructions, "language": language, "tag_count": tags,
-        "min_confidence": min_confidence, "vocabulary_mode": vocabulary, "add_parents": add_parents,
+        "instructions": instructions, "language": language, "tag_count": tag_count,
+        "min_confidence": min_confidence, "vocabulary_mode": vocabulary_mode, "add_parents": add_parents,
     }  # fmt: skip
     changes = _changes(options, file)
     if bool(changes) != (action is Action.set):
         raise fail("Name what to change, for example --language German; autotag profile edit shows it all."
                    if action is Action.set else f"autotag profile {action} takes no changes.", WRONG_USAGE)  # fmt: skip
+    check_workspace(workspace, stop=False)
     if action is Action.history:
         _show_history(run_as_operator(lambda operator: operator.profile_history(workspace)), as_json)
         return
@@ -117,17 +121,8 @@ def profile(
         changes = _edited(old)
     new = run_as_operator(lambda operator: operator.set_profile(workspace, changes))
     _show_change(old, new, None if workspace is None else _outdated(workspace), workspace, as_json)
-    if new["vocabulary_mode"] == "only" and not as_json and not _has_vocabulary(workspace):
+    if new["vocabulary_mode"] == "only" and not as_json and not new["has_vocabulary"]:
         say("The vocabulary is empty, so no tag will be stored. Next: autotag vocabulary import tags.csv")
-
-
-def _has_vocabulary(workspace: str | None) -> bool:
-    """Whether a workspace has tags to use, of its own or general ones."""
-
-    async def has(operator: Operator) -> bool:
-        return bool(await operator.list_vocabulary(workspace) or await operator.list_vocabulary(None))
-
-    return run_as_operator(has)
 
 
 def _changes(options: dict[str, object], file: Path | None) -> ProfileChanges:
@@ -167,7 +162,7 @@ def _show(shown: Profile, outdated: BackfillPreview | None, workspace: str | Non
         return
     whose = "the workspace's own" if shown["own"] else "the one for all workspaces"
     say("Nobody has saved a profile; this is what holds without one." if not shown["version"] else
-        f"Version {shown['version']}, {whose}, of {shown['created_at']}.")  # fmt: skip
+        f"Version {shown['version']}, {whose}, of {_date(shown['created_at'])}.")  # fmt: skip
     for name in (*SETTINGS, "fields"):
         say(f"{name + ':':<17} {_text(cast('dict[str, Any]', shown)[name])}")
     _say_outdated(outdated, workspace)
@@ -207,7 +202,12 @@ def _show_history(versions: list[Profile], as_json: bool) -> None:
         now, before = cast("dict[str, Any]", newer), cast("dict[str, Any]", older or {})
         names = [name for name in (*SETTINGS, "fields") if now[name] != before.get(name, DEFAULTS[name])]
         changed = [f"{name}: {_text(now[name])}" for name in names]
-        say(f"{newer['version']:>4}  {newer['created_at']}  {'; '.join(changed) or 'as by default'}")
+        say(f"{newer['version']:>4}  {_date(newer['created_at'])}  {'; '.join(changed) or 'as by default'}")
+
+
+def _date(moment: str | None) -> str:
+    """A moment as people read it: 2026-12-01 09:30 UTC."""
+    return f"{datetime.fromisoformat(moment).astimezone(UTC):%Y-%m-%d %H:%M} UTC" if moment else ""
 
 
 def _text(value: Any) -> str:

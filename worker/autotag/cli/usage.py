@@ -10,10 +10,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from autotag.cli.console import cell, say, say_json
-from autotag.cli.database import run_as_operator
+from autotag.cli.database import check_workspace, run_as_operator
 from autotag.cli.options import OPERATOR_URL, Json, Workspace, help_end
 from autotag.db.operator_messages import UsageRow
 from autotag.money import dollars, plain, round_dollars
@@ -26,6 +27,11 @@ COLUMNS = {
     "output_tokens": "output", "reasoning_tokens": "reasoning", "cost": "cost",
 }  # fmt: skip
 TEXTS = ("user_id", "day", "model", "service_tier")
+#: The columns that a narrow terminal does without, the first to go first.
+LEAST_IMPORTANT = (
+    "cache_write_tokens", "cached_tokens", "reasoning_tokens", "requests", "service_tier", "output_tokens",
+    "input_tokens", "model",
+)  # fmt: skip
 PIPED_WIDTH = 180  # columns of a table that goes to a file or a pipe
 FIRST_DAY, LAST_DAY = datetime(1970, 1, 1), datetime(9999, 12, 31)
 HELP_END = help_end(
@@ -57,6 +63,8 @@ def usage(
     cell is empty in CSV, and null in JSON.
     """
     rows = run_as_operator(lambda operator: operator.usage(workspace, since.date(), until.date()))
+    if not rows:
+        check_workspace(workspace, stop=False)
     if as_json:
         say_json([_json_row(row) for row in rows])
     elif as_csv:
@@ -89,12 +97,27 @@ def _print_table(rows: Sequence[UsageRow]) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, PIPED_WIDTH)
+    left_out = _fit(table, console)
     console.print(table)
+    if left_out:
+        console.print(cell(f"For want of room without: {', '.join(left_out)}. --csv and --json have all."))
     unpriced = sorted({row["model"] for row in rows if row["cost"] is None})
     if unpriced:
         console.print(cell(
             f"Unknown: autotag.models has no price for {', '.join(unpriced)}, or the provider reported no tokens."
         ))  # fmt: skip
+
+
+def _fit(table: Table, console: Console) -> list[str]:
+    """Removes the least important columns until the table fits the terminal; returns their headings."""
+    left_out = []
+    for name in LEAST_IMPORTANT:
+        if Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width:
+            break
+        heading = COLUMNS[name]
+        table.columns = [column for column in table.columns if column.header != heading]
+        left_out.append(heading)
+    return left_out
 
 
 def _table_row(row: UsageRow) -> list[str]:

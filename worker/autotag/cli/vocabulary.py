@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from autotag.cli.console import count, fail, say, say_json
-from autotag.cli.database import run_as_operator
+from autotag.cli.database import check_workspace, run_as_operator
 from autotag.cli.errors import FAILED, WRONG_USAGE
 from autotag.cli.options import OPERATOR_URL, Json, help_end
 from autotag.db import Operator, Refused
@@ -31,7 +31,7 @@ HELP_END = help_end(
         "autotag vocabulary import tags.csv --workspace <id> --dry-run",
         "autotag vocabulary import --from-tags --min-count 5 --workspace <id>",
         "autotag vocabulary export --workspace <id> > tags.csv",
-        "autotag profile set --workspace <id> --vocabulary only",
+        "autotag profile set --workspace <id> --vocabulary-mode only",
     ],
 )
 
@@ -78,8 +78,10 @@ def vocabulary(
     file does not have stays as it is.
 
     What the tags are used for is a part of the profile: autotag profile set
-    --vocabulary prefer (the model prefers them) or only (no other tag is stored).
+    --vocabulary-mode prefer (the model prefers them) or only (no other tag is
+    stored).
     """
+    check_workspace(workspace, stop=False)
     if action is Action.export:
         if file or from_tags or replace or dry_run:
             raise fail("export takes only --workspace and --json; redirect its output to a file.", WRONG_USAGE)
@@ -99,6 +101,12 @@ def _import_file(path: Path, workspace: str | None, replace: bool, dry_run: bool
     found = _read(path)
     if found.encoding and not as_json:
         say(f"The file is not in UTF-8; it was read as {found.encoding}.", err=True)
+
+    if found.first_row and not as_json:
+        say(
+            f"Line 1 counts as a tag ({printable(found.first_row, 60)}). If it is a header, name its columns tag,"
+            " aliases, description and parent.", err=True,
+        )  # fmt: skip
 
     async def work(operator: Operator) -> VocabularyChange:
         try:

@@ -7,12 +7,14 @@ import sys
 from datetime import datetime
 from typing import Annotated, Any
 
+import psycopg
 import typer
 
 from autotag.cli.console import fail, say, say_json
 from autotag.cli.errors import FAILED, WRONG_USAGE
 from autotag.cli.options import SUPABASE_SECRET_KEY, SUPABASE_URL, WORKER_URL, Json, help_end, read_settings
 from autotag.config import DoctorSettings
+from autotag.db import Operator
 from autotag.operate.follow import CannotFollow, follow
 from autotag.texts import printable
 
@@ -33,6 +35,8 @@ def watch(workspace: PrivateTopic = None, as_json: Json = False) -> None:
     payload. Without --workspace it follows the public topic, batch-updates.
     """
     settings = read_settings(DoctorSettings)
+    if workspace:
+        asyncio.run(_warn_if_unknown(str(settings.database_url), workspace))
     key = settings.secret_key()
     if not settings.supabase_url or not key:
         raise fail("SUPABASE_URL and SUPABASE_SECRET_KEY are not both set; set them.", WRONG_USAGE)
@@ -50,6 +54,22 @@ def watch(workspace: PrivateTopic = None, as_json: Json = False) -> None:
         return
     except CannotFollow as error:
         raise fail(str(error), FAILED) from None
+
+
+async def _warn_if_unknown(url: str, workspace: str) -> None:
+    """Warns of a workspace that nothing belongs to, where the database can be asked: a worker's login may not."""
+    try:
+        async with await Operator.connect(url) as operator:
+            known = await operator.knows_workspace(workspace)
+    except psycopg.DataError:  # it is no id at all
+        known = False
+    except psycopg.Error:
+        return
+    if not known:
+        say(
+            f"Unknown workspace {workspace}: no image, upload or setting belongs to it yet; check --workspace.",
+            err=True,
+        )
 
 
 def describe_payload(payload: dict[str, Any]) -> str:

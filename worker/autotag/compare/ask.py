@@ -16,13 +16,13 @@ from typing import cast
 
 from autotag.config import Settings
 from autotag.db import Operator, Question, Refused
-from autotag.db.messages import Limits, ObservedLimits, TagResult
+from autotag.db.messages import Brief, Limits, ObservedLimits, TagResult
 from autotag.db.operator_messages import Admission, ComparedImage, ComparisonReport, ModelQuestion
 from autotag.errors import TaggingError
 from autotag.images.load import Images
 from autotag.images.prepare import MAX_SIDE, data_url, prepare
 from autotag.openai.answers import normalise_tags, read_completion, read_usage
-from autotag.openai.prompt import request_body
+from autotag.openai.prompt import max_tags, may_be_empty, request_body
 from autotag.openai.provider import Provider
 from autotag.texts import clean_text
 
@@ -83,7 +83,7 @@ class Comparison:
 
     def __init__(
         self, operator: Operator, provider: Provider, images: Images, workspace: str, question: ModelQuestion,
-        on_progress: OnProgress, *, thumbnails: bool,
+        brief: Brief | None, on_progress: OnProgress, *, thumbnails: bool,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -92,6 +92,7 @@ class Comparison:
             images: reads the pictures.
             workspace: the workspace's id.
             question: what to ask (``autotag.question_for``).
+            brief: what the workspace's profile asks beside it.
             on_progress: called for every image that is done and every wait.
             thumbnails: keep the pictures.
         """
@@ -99,6 +100,7 @@ class Comparison:
         self._provider = provider
         self._images = images
         self._workspace = workspace
+        self._brief = brief
         self._on_progress = on_progress
         self._thumbnails = thumbnails
         self._admission = asyncio.Lock()
@@ -193,13 +195,16 @@ class Comparison:
             TaggingError: there is no answer, or it is unusable.
         """
         asked = Question(version=0, **question)
-        body = request_body(asked, data_url(jpeg), report["cap"])
+        body = request_body(asked, data_url(jpeg), report["cap"], self._brief)
         outcome.sent, report["called"] = time.monotonic(), True
         completion = await self._provider.complete(body)
         outcome.seconds.append(time.monotonic() - outcome.sent)
         report["usage"] = read_usage(completion.body)
         try:
-            outcome.result = read_completion(completion.body, asked.max_tags)
+            outcome.result = read_completion(
+                completion.body, max_tags(asked, self._brief), self._brief.fields if self._brief else (),
+                may_be_empty=may_be_empty(self._brief),
+            )  # fmt: skip
         except TaggingError as error:
             error.limits = error.limits or completion.limits
             raise
@@ -239,8 +244,8 @@ class Comparison:
 
 @asynccontextmanager
 async def open_comparison(
-    operator: Operator, settings: Settings, workspace: str, question: ModelQuestion, on_progress: OnProgress, *,
-    thumbnails: bool,
+    operator: Operator, settings: Settings, workspace: str, question: ModelQuestion, brief: Brief | None,
+    on_progress: OnProgress, *, thumbnails: bool,
 ) -> AsyncIterator[Comparison]:  # fmt: skip
     """A comparison with the provider of the settings; the other arguments are those of `Comparison`."""
     images = Images(
@@ -249,7 +254,7 @@ async def open_comparison(
     )  # fmt: skip
     key = settings.openai_api_key.get_secret_value()
     async with Provider(key, settings.openai_base_url, settings.call_timeout) as provider, images:
-        yield Comparison(operator, provider, images, workspace, question, on_progress, thumbnails=thumbnails)
+        yield Comparison(operator, provider, images, workspace, question, brief, on_progress, thumbnails=thumbnails)
 
 
 def _limits_of(error: TaggingError, observed: ObservedLimits) -> ObservedLimits:

@@ -145,6 +145,10 @@ class Operator:
             workspace, Jsonb(question), Jsonb(report), Jsonb(observed) if observed else None,
         ))  # fmt: skip
 
+    async def knows_workspace(self, workspace: str) -> bool:
+        """Whether an image, an upload, usage or a setting belongs to a workspace."""
+        return bool(await self._value("select autotag.knows_workspace(%s)", workspace))
+
     async def profile(self, workspace: str | None) -> Profile:
         """What holds for a workspace; None: for all workspaces without an own profile."""
         return cast("Profile", await self._value("select autotag.show_profile(%s)", workspace))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from autotag.db.messages import ErrorReport, Image, Usage
 
@@ -221,12 +221,13 @@ class UsageRow(TypedDict):
 
 class Diagnosis(TypedDict):
     """The database's findings (``autotag.diagnose``). now: epoch seconds. model: the model in the settings. sample: the
-    newest image in Storage."""
+    newest image in Storage. storage_hosts: of the adapter; URLs of their Storage are files."""
 
     findings: list[FindingRow]
     now: float
     model: str
     sample: StoredFile | None
+    storage_hosts: list[str]
 
 
 class BackfillPreview(TypedDict):
@@ -264,6 +265,7 @@ class ComparisonPreview(TypedDict):
     """The prediction of a comparison (``autotag.preview_comparison``).
 
     cost: dollars for the sample; None: the model has no price. reserved: tokens per call. shutdown_date: ISO.
+    brief: of the workspace (`Brief`); None: it has no profile.
     current_…: the model in use. current_answers: answers that it has given so far.
     """
 
@@ -271,6 +273,7 @@ class ComparisonPreview(TypedDict):
     cost: float | None
     reserved: int
     question: ModelQuestion
+    brief: dict[str, Any] | None
     shutdown_date: str | None
     current_model: str
     current_effort: str | None

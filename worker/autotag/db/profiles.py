@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from autotag.db.messages import Field
 
@@ -23,7 +23,8 @@ class Profile(TypedDict):
     """A version of a profile (``autotag.describe_profile``).
 
     version: 0: nobody has saved one. own: it is the workspace's own, and not the one for all. created_at: ISO; None:
-    version 0. For the others, see `ProfileChanges`.
+    version 0. has_vocabulary: there are tags to use, of the workspace or general ones (not in a history). For the
+    others, see `ProfileChanges`.
     """
 
     version: int
@@ -36,3 +37,4 @@ class Profile(TypedDict):
     add_parents: bool
     fields: list[Field]
     created_at: str | None
+    has_vocabulary: NotRequired[bool]

@@ -7,9 +7,12 @@ connection, notifications, a broadcast, Storage and the AI provider.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
+from urllib.parse import urlsplit
 
 import psycopg
 from realtime import AsyncRealtimeClient, BroadcastPayload, RealtimeSubscribeStates
@@ -69,6 +72,7 @@ async def examine(settings: DoctorSettings) -> list[Finding]:
             findings.append(compare_clocks("clock skew", "the database", diagnosis["now"]))
             findings.append(await _broadcast(settings, database))
             findings.append(await _storage(settings, diagnosis["sample"]))
+            findings += _storage_hosts(settings, diagnosis["storage_hosts"])
         findings.append(await provider.check(settings, await _model(database, diagnosis)))
         findings.append(_webhook(settings))
     return findings
@@ -174,6 +178,19 @@ async def _storage(settings: DoctorSettings, sample: db.StoredFile | None) -> Fi
         return Finding(check, "error", error.message, STORAGE_FIXES[error.code])
     names = name_some(sorted(buckets)) or "none"
     return Finding(check, "ok", f"Readable; buckets: {names}." + (" The newest image could be read." if sample else ""))
+
+
+def _storage_hosts(settings: DoctorSettings, hosts: Sequence[str]) -> list[Finding]:
+    """A warning if SUPABASE_URL is none of the hosts whose Storage URLs the adapter reads as files: either is wrong."""
+    own = urlsplit(settings.supabase_url or "").netloc.lower().rpartition("@")[2]
+    if not hosts or not own or re.sub(r":(443|80)$", "", own) in hosts:
+        return []
+    return [Finding(
+        "storage hosts", "warning",
+        f"SUPABASE_URL is {own}, but to the adapter this project's Storage is {name_some(sorted(hosts))}: images with"
+        " URLs of another host are fetched, not read as files.",
+        "Set SUPABASE_URL to this project, or change the adapter: autotag init --project-url <url> --file-rule <rule>",
+    )]  # fmt: skip
 
 
 def _unreadable_sample(error: TaggingError, sample: db.StoredFile, buckets: frozenset[str]) -> Finding:

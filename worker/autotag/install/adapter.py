@@ -5,11 +5,15 @@ Names and strings of the project are quoted, so none of them becomes SQL.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from autotag.install.answers import HostError
+from autotag.install.answers import EVERY_ROW, HostError
 from autotag.install.host import FileRule, Host, Members
 from autotag.install.location import location_code, mark_code, too_long_code
 from autotag.install.quoting import literal, quote, table_name
@@ -19,6 +23,10 @@ TEMPLATE = Path(__file__).parent / "host_adapter.sql"
 NOBODY = {
     "uuid": "00000000-0000-0000-0000-000000000000", "bigint": str(-(2**63)), "integer": str(-(2**31)), "text": "",
 }  # fmt: skip
+#: A function of the adapter, with its body as Postgres keeps it.
+FUNCTION = re.compile(
+    r"^create or replace function autotag\.(?P<name>\w+)\(.*?\nas \$\$(?P<body>.*?)\$\$;$", re.DOTALL | re.MULTILINE
+)
 WORD_BEGINS, WORD_ENDS = r"\m", r"\M"  # in Postgres's regular expressions
 
 
@@ -48,7 +56,35 @@ def render(template: str, host: Host) -> str:
     for name, value in values.items():
         if "$$" in value:  # it would end the body of the function
             raise HostError(f"autotag cannot use a name with $$ ({name}: {value[:100]}); rename it.")
-    return re.sub(r"\{\{ (\w+) \}\}", lambda match: values[match[1]], template)
+    text = re.sub(r"\{\{ (?!answers)(\w+) \}\}", lambda match: values[match[1]], template)
+    return text.replace("{{ answers }}", literal(json.dumps(_answers(text, host), ensure_ascii=False)))
+
+
+def hash_body(body: str) -> str:
+    """The hash of a function's body as Postgres keeps it (``md5(prosrc)``)."""
+    return hashlib.md5(body.encode(), usedforsecurity=False).hexdigest()
+
+
+def _answers(text: str, host: Host) -> dict[str, Any]:
+    """What a later `init` has to know: the answers as attributes of `Choices`, and a hash of each function."""
+    members = host.members
+    choices = {
+        "table": host.table, "id": host.id, "workspace": None if members.owner else host.workspace,
+        "owner": host.workspace if members.owner else None, "path": host.path, "bucket": host.bucket, "url": host.url,
+        "object": host.object, "full_paths": host.full_paths, "tags": host.tags, "where": host.where or EVERY_ROW,
+        "members_table": members.table or None, "members_workspace": members.workspace or None,
+        "members_user": (members.table and members.user) or None,
+        "members_where": (members.where or EVERY_ROW) if members.table else None,
+        "members_claim": ".".join(members.claim) or None, "members_function": members.function or None,
+        "caller_claim": ".".join(host.caller) or None, "editors": host.editors,
+    }  # fmt: skip
+    return {
+        "choices": {name: value for name, value in choices.items() if value is not None},
+        "storage_hosts": list(host.storage_hosts), "users_see_files": host.users_see_files,
+        "files": asdict(host.files),
+        "functions": {found["name"]: hash_body(found["body"]) for found in FUNCTION.finditer(text)
+                      if found["name"] != "adapter_answers"},
+    }  # fmt: skip
 
 
 def _caller_code(host: Host) -> str:
@@ -182,11 +218,13 @@ def _full_path_text(host: Host) -> str:
 
 
 def _untagged_code(host: Host) -> str:
-    """The condition that the row ``a`` has no tags: null, or an empty list of whatever type."""
+    """The condition that the row ``a`` has no tags: null, or an empty list of whatever type, and autotag has not given
+    it none (``only`` with a vocabulary of which nothing fits)."""
     tags = f"a.{quote(host.tags)}"
     as_json = f"autotag.read_json({tags})" if host.tags_type == "json" else tags
     empty = f"cardinality({tags}) = 0" if host.tags_type.endswith("[]") else f"{as_json} in ('[]', '{{}}', 'null')"
-    return f"({tags} is null or {empty})"
+    asked = f"jsonb_typeof(a.{quote(host.result)} -> 'given') = 'array'"
+    return f"({tags} is null or {empty}) and {asked} is not true"
 
 
 def _merge_code(host: Host) -> dict[str, str]:

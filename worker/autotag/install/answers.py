@@ -8,6 +8,8 @@ from dataclasses import dataclass
 #: Gets the option, the question and the possible answers (empty: any), and returns the answer. Raises HostError when no
 #: person can be asked.
 Ask = Callable[[str, str, Sequence[str]], str]
+#: The condition that every row meets: whoever writes it has seen what the rows may be.
+EVERY_ROW = "true"
 
 
 class HostError(Exception):

@@ -48,10 +48,11 @@ select n.nspname || '.' || c.relname, c.relkind::text, a.columns, a.base_types, 
   c.relkind = 'r' and exists (select from pg_inherits h where h.inhparent = c.oid), a.domain_checks,
   exists (
     select from pg_options_to_table(c.reloptions) o
-    where o.option_name = 'security_invoker' and o.option_value::boolean)
+    where o.option_name = 'security_invoker' and o.option_value::boolean),
+  c.relrowsecurity, a.users_write
 from pg_class c join pg_namespace n on n.oid = c.relnamespace
 cross join lateral (
-  select jsonb_object_agg(a.attname, format_type(a.atttypid, null)) as columns,
+  select jsonb_agg(jsonb_build_array(a.attname, format_type(a.atttypid, null)) order by a.attnum) as columns,
     jsonb_object_agg(a.attname, format_type(coalesce(b.base, t.oid), null)) as base_types,
     jsonb_agg(a.attname) filter (where a.attnotnull) as required,
     jsonb_agg(a.attname) filter (where a.attgenerated <> '') as generated,
@@ -62,7 +63,11 @@ cross join lateral (
     jsonb_object_agg(a.attname, (
       select jsonb_agg(pg_get_constraintdef(k.oid)) from pg_constraint k where k.contypid = t.oid))
       filter (where t.typtype = 'd') as domain_checks,
-    jsonb_object_agg(a.attname, pg_get_expr(d.adbin, d.adrelid)) filter (where d.oid is not null) as defaults
+    jsonb_object_agg(a.attname, pg_get_expr(d.adbin, d.adrelid)) filter (where d.oid is not null) as defaults,
+    jsonb_agg(a.attname) filter (where exists (
+      select from pg_roles r
+      where r.rolname in ('anon', 'authenticated') and has_schema_privilege(r.oid, n.oid, 'usage')
+        and has_column_privilege(r.oid, c.oid, a.attname, 'insert, update'))) as users_write
   from pg_attribute a join pg_type t on t.oid = a.atttypid
   left join bases b on b.oid = a.atttypid left join pg_collation l on l.oid = a.attcollation
   left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
@@ -133,12 +138,13 @@ def read_details(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str,
     rows = connection.execute(_DETAILS.encode(), (list(NOT_THE_PROJECTS),)).fetchall()
     return {
         row[0]: {
-            "kind": row[1], "columns": row[2], "base_types": row[3], "required": frozenset(row[4] or []),
+            "kind": row[1], "columns": dict(row[2]), "base_types": row[3], "required": frozenset(row[4] or []),
             "labels": row[5] or {}, "defaults": row[6] or {}, "keys": [frozenset(key) for key in row[7] or []],
             "references": {column: tuple(target) for column, target in (row[8] or {}).items()}, "checks": row[9] or [],
             "generated": frozenset(row[10] or []), "loose": frozenset(row[11] or []), "partition_of": row[12],
             "has_children": row[13],
             "domain_checks": {column: checks or [] for column, checks in (row[14] or {}).items()}, "as_caller": row[15],
+            "row_security": row[16], "users_write": frozenset(row[17] or []),
         }
         for row in rows
     }  # fmt: skip

@@ -33,6 +33,14 @@ NOW = re.compile(
     r"( \d)?( AT TIME ZONE '[Uu][Tt][Cc]')?|timezone '[Uu][Tt][Cc]' , now"
 )
 ROLE = re.compile(r"(\w+_)?role(_name)?")
+STATE = re.compile(
+    r"(?:^|_)(?:status|state|active|enabled|disabled|pending|accepted|approved|confirmed|verified|revoked|removed|deleted|left"
+    r"|invit\w*|expire\w*|expiry|valid_\w+|bann?ed|blocked|suspended|archived|locked)(?=_|$)"
+)
+#: Flags and times that are about something else than being a member.
+NO_STATE = re.compile(
+    r"(?:^|_)(?:admin|owner|default|primary|notif\w*|favou?rite|pinned|seen|read|login|visit\w*|born|birth\w*)(?=_|$)"
+)
 #: Roles of people who are members.
 ROLES = frozenset(
     ("owner", "admin", "administrator", "manager", "editor", "member", "user", "viewer", "reader", "writer",
@@ -86,8 +94,7 @@ def doubts_about(
     if not other.is_unique(set(columns)):
         doubts.append(f"has a key other than {columns[0]} and {columns[1]}")
     doubts += _states(other, columns)
-    if _users_join(other, columns[0]):
-        doubts.append("has a policy by which users can add themselves")
+    doubts += filter(None, [users_join(other, columns)])
     read = [policy for policy in images.row_policies if policy.reads]
     if not read:
         if not _only_members(other, images.references.get(workspace), workspace):
@@ -213,16 +220,51 @@ def _shows_own_rows(other: Table, user: str, claim: Sequence[str]) -> bool:
     return all(policy.permissive for policy in read) and (not read or bool(ways & own))
 
 
-def _users_join(other: Table, workspace: str) -> bool:
-    """Whether a policy lets users write rows of a table by who they are, without a right in the workspace."""
+def users_join(other: Table, columns: tuple[str, str]) -> str:
+    """How users can write rows of a table by who they are, without a right in the workspace; empty: they cannot.
+
+    It continues a sentence that begins with the table.
+    """
+    workspace = columns[0]
+    if other.kind in "rp" and not other.row_security and set(columns) & other.users_write:
+        return "has no row level security, and users may write it, so they can add themselves"
     for policy in other.row_policies:
         if policy.writes and policy.permissive:
             for way in _ways(policy.check or policy.using or "true"):
                 right = re.sub(r"auth\.(uid|role)\(\)|SELECT auth\.(uid|role)\(\) AS \w+", "", way)
                 asks = re.search(r"\bFROM\b|auth\.jwt\(|\w\(", right) and workspace in right
                 if not asks and plain(way) != "false":
-                    return True
-    return False
+                    return "has a policy by which users can add themselves"
+    return ""
+
+
+def writes_unchecked(table: Table, column: str) -> bool:
+    """Whether users may write any value into a column: no policy for writing says what it may be."""
+    if column not in table.users_write:
+        return False
+    allowed = [policy for policy in table.row_policies if policy.writes and policy.permissive]
+    return not table.row_security or any(
+        not re.search(rf"(?<!\w){re.escape(quote(column))}(?!\w)", policy.check or policy.using or "")
+        for policy in allowed
+    )
+
+
+def states(table: Table, columns: tuple[str, str]) -> list[str]:
+    """Columns of a table that may say that a row is no current member, where a person has named the table as one of
+    members: a flag, a time at which something ended, a status, a role of nobody's."""
+    found = []
+    for name, declared in table.columns.items():
+        kind, word = table.base_type(name) or "", snake(name)
+        if name in columns:
+            continue
+        flag = kind == "boolean" and not NO_STATE.search(word)
+        time = kind.startswith(("timestamp", "date")) and not TIMES.fullmatch(word) and not NO_STATE.search(word)
+        if flag or time or (STATE.search(word) and kind not in ("jsonb", "json")):
+            found.append(f"has the column {name} ({declared})")
+        elif ROLE.fullmatch(word):
+            labels = table.labels.get(name) or _checked(table, name)
+            found += [f"has the value {label} in {name}" for label in labels if label.lower() not in ROLES][:1]
+    return found
 
 
 def _ways(expression: str) -> Iterable[str]:

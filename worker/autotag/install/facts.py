@@ -46,6 +46,8 @@ class Table:
         domain_checks: column -> the conditions of its domain.
         as_caller: it is a view with the rights of its caller (security_invoker).
         row_policies: its policies for signed-in users.
+        row_security: row level security is on.
+        users_write: its columns that anon or signed-in users may write, as far as privileges go.
     """
 
     name: str
@@ -69,6 +71,8 @@ class Table:
     domain_checks: dict[str, list[str]] = field(default_factory=dict)
     as_caller: bool = False
     row_policies: list[Policy] = field(default_factory=list)
+    row_security: bool = False
+    users_write: frozenset[str] = frozenset()
 
     def base_type(self, column: str) -> str | None:
         """The type of a column, of a domain the type below; None: there is no such column."""
@@ -113,6 +117,7 @@ class Facts:
         views: the project's views and foreign tables by qualified name.
         member_functions: the project's functions that take one argument and return a boolean: name -> the
             argument's types, each with a sentence why autotag cannot call it (empty: it can).
+        answers: what the installed adapter was told (``autotag.adapter_answers``); None: there is none.
     """
 
     tables: dict[str, Table]
@@ -125,6 +130,7 @@ class Facts:
     adapter: int | None = None
     views: dict[str, Table] = field(default_factory=dict)
     member_functions: dict[str, dict[str, str]] = field(default_factory=dict)
+    answers: dict[str, Any] | None = None
 
 
 def read_facts(url: str) -> Facts:
@@ -153,24 +159,20 @@ def read_facts(url: str) -> Facts:
             "select 1 from pg_roles where rolname = 'authenticated' and has_schema_privilege(oid, 'storage', 'usage')"
             " and has_table_privilege(oid, 'storage.objects', 'select')",
         )  # fmt: skip
-        rule = connection.execute("select to_regprocedure('autotag.file_rule()') is not null").fetchone()
-        installed = rule and rule[0] and connection.execute("select autotag.file_rule()").fetchone()
         return Facts(
             tables, buckets, applied_migrations(connection), policies, bool(readable),
-            _file_functions(connection), installed[0] if installed else None, adapter_version(connection),
-            views, read_member_functions(connection),
+            _file_functions(connection), _of_adapter(connection, "file_rule"), adapter_version(connection),
+            views, read_member_functions(connection), _of_adapter(connection, "adapter_answers"),
         )  # fmt: skip
 
 
 def _tables(connection: Connection[tuple[Any, ...]], details: dict[str, dict[str, Any]]) -> dict[str, Table]:
     """The project's own tables by qualified name."""
     tables = {
-        name: Table(name, dict(columns), key or [], rules or [])
-        for name, columns, key, rules in connection.execute(
+        name: Table(name, {}, key or [], rules or [])
+        for name, key, rules in connection.execute(
             """
             select n.nspname || '.' || c.relname,
-              (select array_agg(array[a.attname, format_type(a.atttypid, null)] order by a.attnum)
-               from pg_attribute a where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped),
               (select array_agg(a.attname::text order by a.attnum) from pg_index i
                join pg_attribute a on a.attrelid = c.oid and a.attnum = any (i.indkey)
                where i.indrelid = c.oid and i.indisprimary),
@@ -180,12 +182,12 @@ def _tables(connection: Connection[tuple[Any, ...]], details: dict[str, dict[str
             where c.relkind in ('r', 'p') and n.nspname <> all (%s) and n.nspname not like 'pg\\_%%'""",
             (list(NOT_THE_PROJECTS),),
         )
-        if columns
     }
     indexes, rows = read_indexes(connection), read_policies(connection)
     return {
-        name: replace(table, **details.get(name, {}), **indexes.get(name, {}), row_policies=rows.get(name, []))
+        name: replace(table, **details[name], **indexes.get(name, {}), row_policies=rows.get(name, []))
         for name, table in tables.items()
+        if name in details  # it has columns
     }
 
 
@@ -220,6 +222,12 @@ def applied_migrations(connection: Connection[tuple[str, ...]]) -> dict[str, str
 
 def adapter_version(connection: Connection[tuple[str, ...]]) -> int | None:
     """The version of the adapter in a database; None: there is no adapter."""
-    row = connection.execute("select to_regprocedure('autotag.adapter_version()') is not null").fetchone()
-    found = connection.execute("select autotag.adapter_version()").fetchone() if row and row[0] else None
-    return int(found[0]) if found else None
+    found = _of_adapter(connection, "adapter_version")
+    return None if found is None else int(found)
+
+
+def _of_adapter(connection: Connection[tuple[Any, ...]], function: str) -> Any:
+    """What a function of the installed adapter returns; None: there is no such function."""
+    row = connection.execute("select to_regprocedure(%s) is not null", (f"autotag.{function}()",)).fetchone()
+    found = connection.execute(f"select autotag.{function}()".encode()).fetchone() if row and row[0] else None
+    return found[0] if found else None

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from autotag.install.answers import EVERY_ROW
 from autotag.install.answers import Ask as Ask
 from autotag.install.answers import Choices as Choices
 from autotag.install.answers import HostError as HostError
@@ -18,6 +19,7 @@ from autotag.install.facts import Facts, Table
 from autotag.install.keys import KEY_TYPES, check_table, check_written, find_id, key_columns, key_type
 from autotag.install.members import Members as Members
 from autotag.install.members import find_members, read_claim
+from autotag.install.quoting import quote
 from autotag.texts import name_some
 
 #: Names that projects use for their tables and columns, the most likely first.
@@ -36,6 +38,9 @@ OWNERS = ("user_id", "owner_id", "profile_id", "created_by", "uploaded_by", "aut
 TEXT = ("text", "character varying")
 #: Types of a column for tags, as Postgres prints them; also citext[] of any schema.
 TAG_TYPES = ("text[]", "character varying[]", "citext[]", "jsonb", "json")
+#: Columns that say that a row is in the trash; and those that say that it is out of the way.
+TRASH = re.compile(r"(?:is_|was_|in_)?(?:soft_)?(?:deleted|trash|trashed|removed|discarded|binned)(?:_at|_on|_date)?")
+PUT_AWAY = re.compile(r"(?:is_|was_)?(?:archived|hidden|unpublished|expired|rejected)(?:_at|_on|_date)?")
 BUCKET = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9_!.*'() &$@=;:+,?-]{1,100}")  # what Storage takes (its isValidBucketName)
 
 
@@ -142,9 +147,45 @@ def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
         table.name, id_column, workspace, _key(table, id_column, "--id-column"), workspace_type,
         KEY_TYPES.get(user_type, user_type), path=path, bucket_column=bucket_column, bucket=bucket, url=url, tags=tags,
         tags_type=tags_type, result=RESULT, members=members, caller=caller,
-        where=check_form(choices.where, "--where") if choices.where else None, object=object_column,
+        where=_where(table, choices, ask), object=object_column,
         full_paths=bool(choices.full_paths), editors=_editors(choices.editors),
     )  # fmt: skip
+
+
+def _where(table: Table, choices: Choices, ask: Ask) -> str | None:
+    """The condition on the rows to tag. Rows in the trash are never to be tagged, so it is asked for where a column
+    says that a row is there."""
+    where = choices.where
+    if where is None:
+        kept = [condition for name in table.columns if (condition := _not_in(table, name, TRASH))]
+        if kept:
+            question = (
+                f"{table.name} seems to have rows in the trash. Which rows are to be tagged ({EVERY_ROW}: every row)?"
+            )
+            where = ask("--where", question, [" and ".join(kept), EVERY_ROW])
+    return check_form(where, "--where") if where and where != EVERY_ROW else None
+
+
+def _not_in(table: Table, name: str, words: re.Pattern[str]) -> str | None:
+    """The condition that a row is not what a column's name says; None: its name or type says no such thing."""
+    kind = table.base_type(name) or ""
+    if not words.fullmatch(snake(name)):
+        return None
+    if kind == "boolean":
+        return f"{quote(name)} is not true"
+    return f"{quote(name)} is null" if kind.startswith(("timestamp", "date")) else None
+
+
+def notes_on_rows(table: Table, host: Host) -> list[str]:
+    """What a person should know about rows that will be tagged."""
+    if host.where:
+        return []
+    kept = [condition for name in table.columns if (condition := _not_in(table, name, PUT_AWAY))]
+    if not kept:
+        return []
+    return [
+        f'Every row is tagged, also where this is not so: {" and ".join(kept)}. --where "{kept[0]}" leaves others out.'
+    ]
 
 
 def _holds_tags(kind: str) -> bool:

@@ -247,7 +247,8 @@ begin
 end $$;
 
 -- The next images of a workspace that are not being tagged and that the row filter does not leave out, by id after p_after.
--- p_untagged: only those without tags: null and an empty list are none. p_older_than: only those that autotag has tagged with an older
+-- p_untagged: only those without tags (null and an empty list are none) that autotag has not tagged: where nothing fits, an answer
+-- has no tags, and asking again would give none again. p_older_than: only those that autotag has tagged with an older
 -- version of the profile; without one counts as version 0.
 create or replace function autotag.list_assets(
   p_workspace_id autotag.workspace_id, p_untagged boolean, p_after autotag.asset_id, p_limit integer, p_older_than integer default null
@@ -424,6 +425,14 @@ begin
     perform pg_notify('autotag', 'uploads');   -- workers look for new uploads from now on
   end if;
 end $$;
+
+-- What `autotag init` was told, and a hash of each function as it wrote it: a later `autotag init` with other answers keeps the
+-- answers that it is not given, and replaces no function that you have changed.
+create or replace function autotag.adapter_answers() returns jsonb
+language sql immutable set search_path = pg_catalog, pg_temp
+as $$
+  select {{ answers }}::jsonb
+$$;
 
 -- Version of the adapter; `autotag init` of a newer release adds what is missing.
 create or replace function autotag.adapter_version() returns integer

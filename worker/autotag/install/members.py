@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from autotag.install.answers import Ask, Choices, HostError
+from autotag.install.answers import EVERY_ROW, Ask, Choices, HostError
 from autotag.install.conditions import check_form
-from autotag.install.evidence import claim_in, doubts_about, is_user, snake, sounds_like_members
+from autotag.install.evidence import claim_in, doubts_about, is_user, snake, sounds_like_members, states
 from autotag.install.facts import Facts, Table
+from autotag.install.keys import KEY_TYPES
 from autotag.texts import name_some
 
 USERS = ("user_id", "member_id", "profile_id", "auth_user_id")
-KEYS = ("uuid", "text", "character varying", "bigint", "integer")
+#: A caller's id is compared in the type of the column; not every integer is a smallint.
+KEYS = tuple(kind for kind in KEY_TYPES if kind != "smallint")
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ def find_members(facts: Facts, table: Table, workspace: str, choices: Choices, a
     if choices.members_function:
         return _function(facts, table, workspace, choices.members_function)
     if choices.members_table:
-        return _chosen_table(facts, table, workspace, choices, choices.members_table)
+        chosen = _chosen_table(facts, table, workspace, choices, choices.members_table)
+        other = facts.tables.get(chosen.table) or facts.views[chosen.table]
+        return _current(chosen, states(other, (chosen.workspace, chosen.user)), choices, ask)
     others = [other for other in [*facts.tables.values(), *facts.views.values()] if other.name != table.name]
     candidates = [found for other in others if (found := _candidate(facts, table, workspace, other, choices))]
     certain = [c for c in candidates if not c.doubts]
@@ -154,12 +158,18 @@ def _ask(
         return _function(facts, table, workspace, answer)
     chosen = _chosen_table(facts, table, workspace, choices, answer)
     doubts = next((c.doubts for c in candidates if c.members.table == chosen.table), [])
-    if not chosen.where and doubts:
-        every = "every row"
-        question = f"{chosen.table} {'; it '.join(doubts)}. Which of its rows are members now (status = 'active')?"
-        condition = ask("--members-where", question, [every])
-        return chosen if condition == every else replace(chosen, where=check_form(condition, "--members-where"))
-    return chosen
+    return _current(chosen, doubts, choices, ask)
+
+
+def _current(chosen: Members, doubts: Sequence[str], choices: Choices, ask: Ask) -> Members:
+    """The members with the condition on their rows, which is asked for where a row may be something else."""
+    if choices.members_where or not doubts:
+        return chosen
+    question = (
+        f"{chosen.table} {'; it '.join(doubts)}. Which of its rows are members now (status = 'active', for example;"
+        f" {EVERY_ROW}: every row)?"
+    )
+    return _with_condition(chosen, replace(choices, members_where=ask("--members-where", question, [EVERY_ROW])))
 
 
 def _function(facts: Facts, table: Table, workspace: str, wanted: str) -> Members:
@@ -206,7 +216,7 @@ def _chosen_table(facts: Facts, table: Table, workspace: str, choices: Choices, 
 
 def _with_condition(members: Members, choices: Choices) -> Members:
     where = choices.members_where
-    return replace(members, where=check_form(where, "--members-where")) if where else members
+    return replace(members, where=check_form(where, "--members-where")) if where and where != EVERY_ROW else members
 
 
 def _candidate(facts: Facts, table: Table, workspace: str, other: Table, choices: Choices) -> Candidate | None:

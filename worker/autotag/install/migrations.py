@@ -35,7 +35,7 @@ insert into autotag.quotas (scope, period, max_cost)
 values ('workspace', 'month', DOLLARS) on conflict do nothing;
 """
 _FILE = re.compile(r"(?P<version>\d{14})_(?P<name>\w+)\.sql")
-_VERSION = "%Y%m%d%H%M%S"
+VERSION = "%Y%m%d%H%M%S"
 _ADAPTER_VERSION = re.compile(r"autotag\.adapter_version\(\).*?select (\d+)", re.DOTALL)
 
 
@@ -188,7 +188,7 @@ def write_migrations(
         if match and match["name"].startswith("autotag_"):
             present[match["name"].removeprefix("autotag_")] = path
         if match:
-            newest = max(newest, _version_time(match["version"]) + timedelta(seconds=1))
+            newest = max(newest, version_time(match["version"]) + timedelta(seconds=1))
     result = {}
     if there := present.get(HOST_ADAPTER):
         match = _ADAPTER_VERSION.search(there.read_text())
@@ -198,16 +198,16 @@ def write_migrations(
         if there := present.get(migration.name):
             result[there.name] = "there" if there.read_text() == text else "differs"
             continue
-        version = applied.get(migration.name) or (newest + timedelta(seconds=number)).strftime(_VERSION)
+        version = applied.get(migration.name) or (newest + timedelta(seconds=number)).strftime(VERSION)
         path = folder / f"{version}_autotag_{migration.name}.sql"
         path.write_text(text)
         result[path.name] = "written"
     return result
 
 
-def _version_time(version: str) -> datetime:
+def version_time(version: str) -> datetime:
     """The time in a version; the earliest time if it is no date, as some hand-made ones are."""
     try:
-        return datetime.strptime(version, _VERSION)
+        return datetime.strptime(version, VERSION)
     except ValueError:
         return datetime.min

@@ -56,10 +56,11 @@ def show_examples(url: str, found: Survey) -> list[dict[str, Any]] | None:
         HostError: the adapter does not fit the project's tables, or everybody would be a member.
         psycopg.OperationalError: the database cannot be reached.
     """
-    if found.keeps_adapter or found.facts.adapter is not None:
+    if found.keeps_adapter or (found.facts.adapter is not None and found.change is None):
         return None
+    adapter = found.change.sql if found.change else render(TEMPLATE.read_text(), found.host)
     token = f"select set_config('request.jwt.claims', {literal(_stranger(found.host))}, true)"
-    statements = f"begin; {render(TEMPLATE.read_text(), found.host)}; {token}; {_question(found.host)}; rollback"
+    statements = f"begin; {adapter}; {token}; {_question(found.host)}; rollback"
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
         try:
             cursor = connection.execute(statements.encode())

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from autotag.install.changes import plan_change, with_kept_files, with_remembered
 from autotag.install.conditions import check_condition, check_users
+from autotag.install.evidence import users_join, writes_unchecked
 from autotag.install.facts import Facts, read_facts
 from autotag.install.files import find_full_paths, find_rule, users_see_files
-from autotag.install.host import Ask, Choices, FileRule, Host, HostError, propose
+from autotag.install.host import Ask, Choices, FileRule, Host, HostError, notes_on_rows, propose
 from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, Migration, spending_limit
 from autotag.install.origin import storage_hosts
 from autotag.texts import name_some
@@ -27,12 +29,14 @@ class Survey:
         host: the tables, as the adapter is to know them.
         keeps_adapter: the database has an adapter, and no choice asks for a different one.
         notes: what a person should know about the host.
+        change: the migration that changes the installed adapter to new answers; None: there is nothing to change.
     """
 
     facts: Facts
     host: Host
     keeps_adapter: bool
     notes: tuple[str, ...] = ()
+    change: Migration | None = None
 
 
 def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path | None = None) -> Survey:
@@ -57,6 +61,9 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
         except HostError:
             host = Host()
         return Survey(facts, replace(host, files=FileRule(facts.file_rule or "none", ())), keeps_adapter=True)
+    chosen = choices
+    if facts.adapter is not None:
+        choices = with_remembered(choices, facts)
     host = propose(facts, choices, ask)
     _check_rules(facts, host)
     if host.where:
@@ -67,10 +74,16 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
         check_users(url, host.members.table, host.members.user)
     if choices.full_paths is None:
         host = replace(host, full_paths=find_full_paths(url, host))
-    hosts = storage_hosts(url, choices.project_url, folder)
-    host, notes = _find_files(url, facts, replace(host, storage_hosts=hosts), choices, ask, may_ask=may_ask)
-    visible = host.names_files and users_see_files(facts, host.files)
-    return Survey(facts, replace(host, users_see_files=visible), False, notes)
+    notes: tuple[str, ...] = ()
+    if kept := with_kept_files(host, chosen, facts):
+        host = kept
+    else:
+        hosts = storage_hosts(url, choices.project_url, folder)
+        host, notes = _find_files(url, facts, replace(host, storage_hosts=hosts), choices, ask, may_ask=may_ask)
+        host = replace(host, users_see_files=host.names_files and users_see_files(facts, host.files))
+    notes += (*notes_on_rows(facts.tables[host.table], host), *_notes_on_trust(facts, host))
+    change = plan_change(url, facts, host, folder) if facts.adapter is not None else None
+    return Survey(facts, host, False, notes, change)
 
 
 def _find_files(
@@ -90,6 +103,26 @@ def _find_files(
             rule = find_rule(url, facts, plain, wanted, ask, may_ask=may_ask)
             return replace(plain, files=rule), (note,) if host.url else ()
     return replace(host, files=find_rule(url, facts, host, wanted, ask, may_ask=may_ask)), ()
+
+
+def _notes_on_trust(facts: Facts, host: Host) -> list[str]:
+    """What in the answers rests on rows that users may write themselves."""
+    notes, members, rule = [], host.members, host.files
+    if members.table in facts.tables:
+        how = users_join(facts.tables[members.table], (members.workspace, members.user))
+        notes += [f"Attention: {members.table} {how}: whoever does may tag the images of any workspace."] if how else []
+    if rule.uploader and rule.uploader != host.workspace and writes_unchecked(facts.tables[host.table], rule.uploader):
+        notes.append(
+            f"Attention: users may write any user into {host.table}.{rule.uploader}, which says whose a file is (rule"
+            f" {rule.name}): they get the tags of a colleague's files. Let a policy check {rule.uploader} = (select"
+            " auth.uid()) for insert and update."
+        )
+    if rule.name in ("workspace-folder", "uploader-folder") and rule.depth > 1 and not rule.prefix:
+        notes.append(
+            f"Paths have different folders in front of the one that the rule {rule.name} looks at, so it accepts any:"
+            " a row may name the folder of its own below each of them."
+        )
+    return notes
 
 
 def _check_rules(facts: Facts, host: Host) -> None:

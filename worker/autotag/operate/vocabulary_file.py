@@ -14,8 +14,19 @@ from autotag.db.vocabulary import Entry
 from autotag.texts import FORMULA, clean_text
 
 COLUMNS = ("tag", "aliases", "description", "parent")
-#: Other names of the first column, by which a header is recognised.
-HEADERS = ("tag", "tags", "name")
+#: Names of the columns in the languages of common spreadsheets, by which a header is recognised.
+NAMES = {
+    "tag": """tag tags name keyword keywords label labels term schlagwort schlagwörter schlagworte stichwort stichwörter
+        begriff mot-clé mots-clés étiquette etiqueta etiquetas palabra-clave palavra-chave etichetta parola-chiave
+        trefwoord trefwoorden nyckelord emneord słowo-kluczowe ключевое-слово тег タグ 标签 標籤 태그""",
+    "aliases": """aliases alias synonym synonyms synonyme synonymes sinónimo sinónimos sinônimo sinônimos sinonimo
+        sinonimi synoniem synoniemen synonymer synonimy синонимы 同義語 同义词 동의어""",
+    "description": """description beschreibung erklärung descripción descrição descrizione beschrijving beskrivning
+        beskrivelse opis описание 説明 描述 설명""",
+    "parent": """parent parents oberbegriff übergeordnet padre pai genitore overkoepelend överordnad overordnet
+        nadrzędny родитель 親 父级 상위""",
+}
+HEADERS = {name: column for column, names in NAMES.items() for name in names.split()}
 MAX_BYTES = 50_000_000
 _SPLIT = re.compile(r"(?<!\\)((?:\\\\)*)[|;]")
 _ESCAPED = re.compile(r"\\([|;\\])")
@@ -33,11 +44,13 @@ class VocabularyFile:
         entries: its tags.
         places: where each of them is: "line 3" or "entry 3".
         encoding: how its bytes were read; None: as Unicode, which is certain.
+        first_row: the first line of a file with several columns and without a header that is known; None: any other.
     """
 
     entries: Sequence[Entry]
     places: Sequence[str]
     encoding: str | None = None
+    first_row: str | None = None
 
     def find(self, name: str) -> list[str]:
         """The places of the entries with a name, compared as the database does for most (``autotag.tag_key``)."""
@@ -73,7 +86,13 @@ def read_vocabulary(data: bytes) -> VocabularyFile:
         places.append(f"line {line}")
     if not entries:
         raise FileError("The file has no tag.")
-    return VocabularyFile(entries, places, encoding)
+    alone = len(entries[0]) == 1
+    headed = places[0] != f"line {_first_line(text)}"
+    return VocabularyFile(entries, places, encoding, None if alone or headed else entries[0]["tag"])
+
+
+def _first_line(text: str) -> int:
+    return next(number for number, line in enumerate(text.splitlines(), 1) if line.strip())
 
 
 def _decode(data: bytes) -> tuple[str, str | None]:
@@ -137,10 +156,14 @@ def _read_csv(text: str) -> Iterator[tuple[int, Entry]]:
 
 
 def _delimiter(text: str) -> str:
-    """The character that separates the first line's cells: the most frequent one outside of quotes."""
-    first = next((line for line in text.splitlines() if line.strip()), "")
-    plain = re.sub(r'"(?:[^"]|"")*"', "", first)
-    return max(",;\t", key=plain.count)
+    """The character that separates cells: outside of quotes all of the first lines have the same number of it. If that
+    is true of several or of none, the one that is most frequent in the first line: texts have commas, too."""
+    plain = re.sub(r'"(?:[^"]|"")*"', "", text[:20_000])
+    lines = [line for line in plain.splitlines() if line.strip()][:50]
+    if not lines:
+        return ","
+    even = [one for one in ",;\t" if lines[0].count(one) and len({line.count(one) for line in lines}) == 1]
+    return max(even or ",;\t", key=lambda one: (one == "\t" and one in lines[0], lines[0].count(one)))
 
 
 def _header(row: Sequence[str], line: int) -> Sequence[str] | None:
@@ -149,15 +172,19 @@ def _header(row: Sequence[str], line: int) -> Sequence[str] | None:
     Raises:
         FileError: it names one that is unknown, or one twice.
     """
-    names = [cell.strip().lower() for cell in row]
-    while names and not names[-1]:
-        names.pop()
-    if not names or not (names[0] in HEADERS or ("tag" in names and set(names) <= set(COLUMNS))):
-        return None
-    names = ["tag" if name in HEADERS else "aliases" if name == "alias" else name for name in names]
-    unknown = [name for name in names if name not in COLUMNS]
-    if unknown:
-        raise FileError(f"Line {line}: the column {unknown[0]!r} is none of {', '.join(COLUMNS)}.")
+    cells = [cell.strip().lower() for cell in row]
+    while cells and not cells[-1]:
+        cells.pop()
+    names = [HEADERS.get(re.sub(r"[\s_]+", "-", cell), "") for cell in cells]
+    if not any(names) or not (names[0] == "tag" or len([name for name in names if name]) > 1):
+        return None  # a single such word further on may be a tag's alias or description
+    if "" in names:
+        unknown = cells[names.index("")]
+        raise FileError(
+            f"Line {line}: the column {unknown!r} is none of {', '.join(COLUMNS)}; name each column as one of these."
+        )
+    if "tag" not in names:
+        raise FileError(f"Line {line}: no column is called tag.")
     if len(set(names)) < len(names):
         raise FileError(f"Line {line}: a column is there twice.")
     return names

@@ -1,0 +1,166 @@
+"""Changes an installed adapter to new answers: replaces the functions that they change, in a migration of its own.
+
+The adapter belongs to its project, and records what `init` was told and how it wrote each function
+(`autotag.adapter_answers`). So answers that are not given again stay, and a function that the project has changed is
+never replaced.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import psycopg
+
+from autotag.install.adapter import FUNCTION, TEMPLATE, hash_body, render
+from autotag.install.answers import Choices, HostError
+from autotag.install.facts import Facts
+from autotag.install.host import FileRule, Host
+from autotag.install.migrations import VERSION, Migration, version_time
+from autotag.texts import name_some
+
+CHANGE = "adapter_change_"
+_FILE = re.compile(rf"\d{{14}}_autotag_({CHANGE}(\d+))\.sql")
+#: Choices of which one replaces the others.
+_EXCLUSIVE = (
+    ("members_table", "members_claim", "members_function", "owner"),
+    ("path", "object"),
+    ("workspace", "owner"),
+)
+_ABOUT_FILES = ("file_rule", "bucket", "path", "object", "url", "full_paths", "workspace", "owner")
+_HEAD = """\
+-- Changes the host adapter to new answers of `autotag init`. It replaces {names}; everything else stays as it is.
+set local lock_timeout = '1s';
+set local statement_timeout = '30s';
+set local check_function_bodies = off;
+"""
+
+
+def with_remembered(choices: Choices, facts: Facts) -> Choices:
+    """The choices, with what the installed adapter was told where nothing else is chosen now.
+
+    Raises:
+        HostError: the installed adapter does not say what it was told.
+    """
+    if facts.answers is None:
+        raise HostError(
+            "The adapter in the database does not record its answers (autotag.adapter_answers), so init cannot change"
+            " them; edit its functions in a migration of your own."
+        )
+    told = {
+        name: value for name, value in facts.answers["choices"].items() if name in {f.name for f in fields(Choices)}
+    }
+    for group in _EXCLUSIVE:
+        if any(getattr(choices, name) is not None for name in group):
+            for name in group:
+                told.pop(name, None)
+    if "members_table" not in told and choices.members_table is None:
+        for name in ("members_workspace", "members_user", "members_where"):
+            told.pop(name, None)
+    return replace(choices, **{name: value for name, value in told.items() if getattr(choices, name) is None})
+
+
+def with_kept_files(host: Host, chosen: Choices, facts: Facts) -> Host | None:
+    """The host with the file rule of the installed adapter; None: a choice is about files, so the rule is found again.
+
+    Users write the rows that a rule is found by, so another answer must not look at them again.
+    """
+    told = facts.answers
+    if told is None or any(getattr(chosen, name) is not None for name in _ABOUT_FILES):
+        return None
+    rule = FileRule(**{**told["files"], "buckets": tuple(told["files"]["buckets"])})
+    hosts = tuple(told["storage_hosts"])
+    return replace(host, files=rule, storage_hosts=hosts, users_see_files=told["users_see_files"])
+
+
+def plan_change(url: str, facts: Facts, host: Host, folder: Path | None) -> Migration | None:
+    """The migration that makes the installed adapter fit a host; None: it does already.
+
+    Args:
+        url: connection URL of the database's owner.
+        facts: of the project.
+        host: its tables, by the new answers.
+        folder: the project's migrations, if it has such a folder.
+
+    Raises:
+        HostError: the answers cannot change like this, the project has edited a function that would change, or another
+            change has been written and not applied.
+        psycopg.OperationalError: the database cannot be reached.
+    """
+    _check_fixed(url, facts, host)
+    written = {} if facts.answers is None else facts.answers["functions"]
+    adapter = render(TEMPLATE.read_text(), host)
+    functions = {found["name"]: (found[0], hash_body(found["body"])) for found in FUNCTION.finditer(adapter)}
+    with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
+        rows = connection.execute(
+            "select p.proname::text, md5(p.prosrc) from pg_proc p"
+            " where p.pronamespace = 'autotag'::regnamespace and p.proname = any (%s)", (list(functions),),
+        ).fetchall()  # fmt: skip
+    installed = {str(name): str(found) for name, found in rows}
+    changed = [
+        name for name, (_, new) in functions.items()
+        if name != "adapter_answers" and new not in (installed.get(name), written.get(name))
+    ]  # fmt: skip
+    edited = [f"autotag.{name}" for name in changed if installed.get(name) not in (None, written.get(name))]
+    if edited:
+        raise HostError(
+            f"The project has changed {name_some(edited)} since autotag wrote it, and the new answers change it, too."
+            " Nothing was written; put the new answers into it in a migration of your own."
+        )
+    columns = facts.tables[host.table].columns
+    added = (
+        [] if {host.tags, host.result} <= set(columns) else re.findall(r"^alter table .*?;\n", adapter, re.M | re.S)[:1]
+    )
+    if not changed and not added:
+        return None
+    names = name_some([f"autotag.{name}" for name in changed], len(changed))
+    texts = [functions[name][0] for name in (*changed, "adapter_answers")]
+    return _number("\n".join([_HEAD.format(names=names), *added, *(f"{text}\n" for text in texts)]), facts, folder)
+
+
+def _check_fixed(url: str, facts: Facts, host: Host) -> None:
+    """Refuses what is stored by now: other keys, another table beside the present one, another column of tags."""
+    with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
+        types = connection.execute(
+            "select format_type(atttypid, null) from pg_attribute"
+            " where attrelid = 'autotag.keys'::regclass and attname = any (%s)"
+            " order by array_position(%s, attname::text)", (_KEYS, _KEYS),
+        ).fetchall()  # fmt: skip
+    wanted = (host.id_type, host.workspace_type, host.user_type)
+    if tuple(kind for (kind,) in types) != wanted:
+        raise HostError(
+            f"The new answers need ids of other types ({', '.join(wanted)}), and autotag has stored ids of the present"
+            " ones; uninstall it first (docs/install.md)."
+        )
+    told = facts.answers["choices"] if facts.answers else {}
+    if told.get("table") != host.table and told.get("table") in facts.tables:
+        raise HostError(
+            f"autotag tags {told['table']}, which is still there; to use {host.table}, uninstall it first"
+            " (docs/install.md)."
+        )
+    if told.get("tags") != host.tags and told.get("tags") in facts.tables[host.table].columns:
+        raise HostError(
+            f"autotag remembers whose each tag in {told['tags']} is, so the tags cannot move to {host.tags}: they would"
+            f" all count as removed. Rename {told['tags']} instead, and run this again."
+        )
+
+
+_KEYS = ["asset_id", "workspace_id", "user_id"]
+
+
+def _number(sql: str, facts: Facts, folder: Path | None) -> Migration:
+    """The change as the next migration, or as the one that is there and waits to be applied."""
+    files = {
+        match[1]: path for path in (folder.glob("*.sql") if folder else ()) if (match := _FILE.fullmatch(path.name))
+    }
+    waiting = [name for name in files if name not in facts.applied]
+    numbers = [int(name.removeprefix(CHANGE)) for name in {*files, *facts.applied} if name.startswith(CHANGE)]
+    name = f"{CHANGE}{1 + max(numbers, default=0)}"
+    for other in waiting:
+        if files[other].read_text() != sql:
+            raise HostError(f"{files[other].name} is not applied yet; apply it (supabase db push) or delete it first.")
+        name = other
+    later = [version_time(version) + timedelta(seconds=1) for version in facts.applied.values()]
+    return Migration(max([datetime.now(UTC).replace(tzinfo=None), *later]).strftime(VERSION), name, sql)
