@@ -396,7 +396,7 @@ create table autotag.jobs (
 ) with (fillfactor = 50);
 create index jobs_workspace_id_idx on autotag.jobs (workspace_id, created_at);
 create index jobs_finished_at_idx on autotag.jobs (finished_at);
-create index jobs_live_idx on autotag.jobs (workspace_id) where finished_at is null;
+create index jobs_live_idx on autotag.jobs (workspace_id, created_at) where finished_at is null;
 create index jobs_retry_idx on autotag.jobs (retry_of, created_at) where retry_of is not null;
 create index jobs_live_user_idx on autotag.jobs (user_id) where finished_at is null;
 alter table autotag.jobs enable row level security;
@@ -3303,7 +3303,7 @@ begin
   select * into v_job from autotag.jobs j
   where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
   return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
-    'skipped', p_asked, 'batches', 0, 'eta', v_job.eta);
+    'skipped', p_asked, 'batches', 0, 'eta', (autotag.current_eta(v_job)).p50);
 end $$;
 
 -- Plans an upload of p_images images. Reads only.
@@ -3495,7 +3495,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return jsonb_build_object('job_id', p_job.id, 'strategy', p_job.strategy, 'image_count', 0, 'skipped', p_skipped,
-    'batches', 0, 'eta', p_job.eta);
+    'batches', 0, 'eta', (autotag.current_eta(p_job)).p50);
 end $$;
 
 -- Cancelling an upload.
@@ -9290,16 +9290,52 @@ begin
   end if;
 end $$;
 
--- tagging_job: one upload as the UI shows it. `stages` maps each of the seven stages to its number of images.
+-- tagging_job: one upload as the UI shows it (describe_upload).
 create or replace function autotag.describe_job(p_job_id uuid) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
+begin
+  return autotag.describe_upload(autotag.visible_job(p_job_id));
+end $$;
+
+-- tagging_jobs: the uploads of a workspace, the newest first, as tagging_job describes each; p_before: only older ones. Uploads that
+-- began at the same moment come on one page, which is then longer than p_limit, so no page begins between them.
+create or replace function autotag.list_jobs(p_workspace_id autotag.workspace_id, p_only_live boolean, p_before timestamptz, p_limit integer)
+returns setof jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+begin
+  perform autotag.check_member(p_workspace_id);
+  p_limit := least(greatest(coalesce(p_limit, 20), 1), 100);
+  return query
+    select autotag.describe_upload(f.job) from (
+      select j as job from autotag.jobs j
+      -- the plan is made for these values, so it uses the index of live uploads for them
+      where j.workspace_id = p_workspace_id and (j.finished_at is null or not coalesce(p_only_live, true))
+        and j.created_at < coalesce(p_before, 'infinity')
+      order by j.created_at desc fetch first p_limit rows with ties) f
+    order by (f.job).created_at desc, (f.job).id;
+end $$;
+
+-- What an upload is doing. A cancelled one is `cancelling` until the provider has let go of its last image.
+create or replace function autotag.job_status(p_job autotag.jobs) returns text
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case when p_job.finished_at is null then case when p_job.cancelled_at is null then 'running' else 'cancelling' end
+    when p_job.cancelled_at is null then 'completed' else 'cancelled' end;
+end $$;
+
+-- One upload as the UI shows it. `stages` maps each of the seven stages to its number of images.
+create or replace function autotag.describe_upload(p_job autotag.jobs) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
 declare
-  v_job autotag.jobs := autotag.visible_job(p_job_id);
   v_stages jsonb;
   v_error text;
+  v_eta record := autotag.current_eta(p_job);
 begin
-  select jsonb_object_agg(s.stage, case s.stage when 'completed' then v_job.completed else coalesce(c.images, 0) end)
+  select jsonb_object_agg(s.stage, case s.stage when 'completed' then p_job.completed else coalesce(c.images, 0) end)
   into v_stages
   from unnest(array['queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed']) s (stage)
   left join (
@@ -9309,21 +9345,21 @@ begin
       when t.retry_at = 'infinity' then 'completing'   -- its outcome waits for the host's row
       when b.id is not null then autotag.batch_stage(b.state, b.running_at, b.submitted_at)
       else t.stage end as stage) o
-    where t.job_id = v_job.id group by o.stage) c using (stage);
+    where t.job_id = p_job.id group by o.stage) c using (stage);
   -- the most frequent error
   select t.error into v_error from autotag.tasks t
-  where t.job_id = v_job.id and t.stage = 'failed' group by t.error order by count(*) desc, t.error limit 1;
+  where t.job_id = p_job.id and t.stage = 'failed' group by t.error order by count(*) desc, t.error limit 1;
   return jsonb_build_object(
-    'job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', v_job.image_count,
-    'stages', v_stages, 'completed', v_job.completed, 'failed', v_job.failed,
-    'progress', case when v_job.finished_at is null then autotag.measure_progress(v_job) else 100 end,
-    'eta', v_job.eta, 'eta_p90', v_job.eta_p90, 'error', v_error, 'fallback', v_job.fallback,
+    'job_id', p_job.id, 'status', autotag.job_status(p_job), 'strategy', p_job.strategy, 'image_count', p_job.image_count,
+    'stages', v_stages, 'completed', p_job.completed, 'failed', p_job.failed,
+    'progress', case when p_job.finished_at is null then autotag.measure_progress(p_job) else 100 end,
+    'eta', v_eta.p50, 'eta_p90', v_eta.p90, 'error', v_error, 'fallback', p_job.fallback,
     'batches', (
       select coalesce(jsonb_agg(jsonb_build_object(
         'batch_id', b.openai_batch_id, 'state', b.state, 'image_count', b.image_count) order by b.ordinal), '[]')
-      from autotag.batches b where b.job_id = v_job.id),
-    'created_at', v_job.created_at, 'finished_at', v_job.finished_at,
-    'cancelled', v_job.cancelled_at is not null);
+      from autotag.batches b where b.job_id = p_job.id),
+    'created_at', p_job.created_at, 'finished_at', p_job.finished_at,
+    'cancelled', p_job.cancelled_at is not null);
 end $$;
 
 -- Predicts when a job ends. Single calls: from their schedule under the present limits and queues. Batches: from the durations
@@ -9520,6 +9556,24 @@ begin
 exception when others then
   raise warning 'autotag could not predict the end of an upload: %', sqlerrm;
   p50 := null; p90 := null;
+end $$;
+
+-- The predicted end of a job as it is shown: never in the past. A stored prediction that is over (or as good as) is made anew. Null: the
+-- job has ended, or no prediction is possible.
+create or replace function autotag.current_eta(p_job autotag.jobs, out p50 timestamptz, out p90 timestamptz)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_end record;
+begin
+  if p_job.finished_at is null and p_job.eta < autotag.now() + interval '1 s' then
+    v_end := autotag.predict_job(p_job.id, null);
+    p50 := v_end.p50;
+    p90 := v_end.p90;
+  else
+    p50 := p_job.eta;
+    p90 := p_job.eta_p90;
+  end if;
 end $$;
 
 -- Predicts the end of a job (predict_job) and stores it. The caller holds the job's lock.
@@ -10181,34 +10235,133 @@ insert into autotag.error_kinds values
 on conflict (kind) do update set counts = excluded.counts, delays = excluded.delays, pauses = excluded.pauses,
   ends = excluded.ends, meaning = excluded.meaning, suspects = excluded.suspects;
 
+-- What the public RPCs take and return, so that `supabase gen types` gives exact types. Tried with the real CLI (3.1): a jsonb result
+-- becomes `Json`, OUT parameters become `Record<string, unknown>`, `returns table` an array without any null, and a composite type an
+-- object whose fields may all be null. Only the row of a relation in an exposed schema keeps `not null`, also through a view. So each
+-- result is the row of a view of autotag.shapes, which never has a row. Nobody may read the views (grants.sql).
+
+-- Your own column tagging_stage stays text with a check: your triggers, policies and clients compare it with text.
+create type public.tagging_stage as enum ('queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed');
+create type public.tagging_strategy_name as enum ('realtime', 'realtime-chunked', 'batch', 'batch-parallel');
+create type public.tagging_request_type as enum ('realtime', 'batch');
+create type public.tagging_job_status as enum ('running', 'cancelling', 'completed', 'cancelled');
+
+-- One column of each type that the results have, and one of each that may be null. (A view's column keeps `not null` only if it is a
+-- column of a table.)
+create table autotag.shapes (
+  id boolean primary key check (false),
+  a_uuid uuid not null, maybe_uuid uuid,
+  a_text text not null, maybe_text text, texts text[] not null,
+  an_integer integer not null, maybe_integer integer, a_bigint bigint not null, a_number double precision not null, maybe_number double precision,
+  maybe_numeric numeric,
+  a_boolean boolean not null,
+  a_date date not null, a_time timestamptz not null, maybe_time timestamptz,
+  a_json jsonb not null,
+  a_strategy public.tagging_strategy_name not null, maybe_strategy public.tagging_strategy_name,
+  a_status public.tagging_job_status not null
+);
+do $$
+begin
+  -- the base type of the domain, which generated client types do not follow
+  execute (select format('alter table autotag.shapes add column maybe_user %s', format_type(k.atttypid, null))
+    from pg_attribute k where k.attrelid = 'autotag.keys'::regclass and k.attname = 'user_id');
+end $$;
+alter table autotag.shapes enable row level security;
+
+-- The number of images in each stage.
+create view public.tagging_stage_counts with (security_invoker = true) as
+  select s.an_integer as queued, s.an_integer as preparing, s.an_integer as submitted, s.an_integer as processing,
+    s.an_integer as completing, s.an_integer as completed, s.an_integer as failed
+  from autotag.shapes s;
+create view public.tagging_batch_result with (security_invoker = true) as
+  select s.maybe_text as batch_id, s.a_text as state, s.an_integer as image_count from autotag.shapes s;
+create view public.tagging_vocabulary_tag with (security_invoker = true) as
+  select s.a_text as tag, s.texts as aliases, s.maybe_text as description, s.maybe_text as parent, s.a_boolean as general
+  from autotag.shapes s;
+alter table autotag.shapes
+  add column a_stage_counts public.tagging_stage_counts not null,
+  add column batches public.tagging_batch_result[] not null,
+  add column tags public.tagging_vocabulary_tag[] not null;
+
+-- tagging_job, tagging_jobs
+create view public.tagging_job_result with (security_invoker = true) as
+  select s.a_uuid as job_id, s.a_status as status, s.a_strategy as strategy, s.an_integer as image_count, s.a_stage_counts as stages,
+    s.an_integer as completed, s.an_integer as failed, s.an_integer as progress, s.maybe_time as eta, s.maybe_time as eta_p90,
+    s.maybe_text as error, s.maybe_text as fallback, s.batches, s.a_time as created_at, s.maybe_time as finished_at,
+    s.a_boolean as cancelled
+  from autotag.shapes s;
+-- enqueue_tagging, retry_tagging
+create view public.tagging_upload_result with (security_invoker = true) as
+  select s.maybe_uuid as job_id, s.maybe_strategy as strategy, s.an_integer as image_count, s.an_integer as skipped,
+    s.an_integer as batches, s.maybe_time as eta
+  from autotag.shapes s;
+create view public.tagging_cancel_result with (security_invoker = true) as
+  select s.a_uuid as job_id, s.an_integer as cancelled from autotag.shapes s;
+create view public.tagging_strategy_result with (security_invoker = true) as
+  select s.a_strategy as type, s.an_integer as chunks, s.a_bigint as delay_ms, s.an_integer as batches,
+    s.maybe_number as estimate_seconds, s.maybe_text as note
+  from autotag.shapes s;
+-- check_rate_limit, peek_rate_limit
+create view public.tagging_limit_result with (security_invoker = true) as
+  select s.a_boolean as allowed, s.maybe_number as retry_after, s.maybe_text as reason from autotag.shapes s;
+create view public.tagging_usage_result with (security_invoker = true) as
+  select s.maybe_user as user_id, s.a_date as day, s.a_text as model, s.a_text as service_tier, s.an_integer as images,
+    s.an_integer as requests, s.a_bigint as input_tokens, s.a_bigint as cached_tokens, s.a_bigint as cache_write_tokens,
+    s.a_bigint as output_tokens, s.a_bigint as reasoning_tokens, s.maybe_numeric as cost
+  from autotag.shapes s;
+-- tagging_profile, set_tagging_profile
+create view public.tagging_profile_result with (security_invoker = true) as
+  select s.an_integer as version, s.a_boolean as own, s.a_text as instructions, s.maybe_text as language,
+    s.maybe_integer as tag_count, s.a_number as min_confidence, s.a_text as vocabulary_mode, s.a_boolean as add_parents,
+    s.a_json as fields, s.maybe_time as created_at
+  from autotag.shapes s;
+create view public.tagging_vocabulary_result with (security_invoker = true) as
+  select s.a_text as mode, s.a_boolean as add_parents, s.a_boolean as may_edit, s.tags from autotag.shapes s;
+-- set_tagging_vocabulary, edit_tagging_vocabulary
+create view public.tagging_vocabulary_change with (security_invoker = true) as
+  select s.an_integer as tags, s.an_integer as added, s.an_integer as changed, s.an_integer as removed from autotag.shapes s;
+create view public.tagging_webhook_result with (security_invoker = true) as
+  select s.a_text as result from autotag.shapes s;
+
 -- The public RPCs: thin wrappers with clean parameter names. grants.sql says who may call them. Errors are documented where
--- they are raised; each has a `code` in its detail. Ids have the base types of the domains (autotag.keys), which generated client types
--- name.
-create or replace function public.enqueue_tagging(asset_ids autotag.keys.asset_ids%type) returns jsonb
+-- they are raised; each has a `code` in its detail. Ids have the base types of the domains (autotag.keys), and results are rows of
+-- the views in api_types.sql, which generated client types name. jsonb_populate_record() makes them of what the functions return.
+create or replace function public.enqueue_tagging(asset_ids autotag.keys.asset_ids%type) returns public.tagging_upload_result
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform autotag.check_image_count(cardinality(asset_ids));   -- before any function reads that many
-  return autotag.enqueue(asset_ids, autotag.visible_file_marks(asset_ids));
+  return jsonb_populate_record(null::public.tagging_upload_result, autotag.enqueue(asset_ids, autotag.visible_file_marks(asset_ids)));
 end $$;
 
-create or replace function public.cancel_tagging(job_id uuid) returns jsonb
+create or replace function public.cancel_tagging(job_id uuid) returns public.tagging_cancel_result
 language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.cancel(job_id) $$;
+as $$ select jsonb_populate_record(null::public.tagging_cancel_result, autotag.cancel(job_id)) $$;
 
-create or replace function public.retry_tagging(job_id uuid) returns jsonb
+create or replace function public.retry_tagging(job_id uuid) returns public.tagging_upload_result
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_asset_ids autotag.asset_id[] := autotag.failed_assets(job_id);
 begin
   perform autotag.check_image_count(greatest(cardinality(v_asset_ids), 1));   -- retry() judges 0 images
-  return autotag.retry(job_id, v_asset_ids, autotag.visible_file_marks(v_asset_ids));
+  return jsonb_populate_record(null::public.tagging_upload_result,
+    autotag.retry(job_id, v_asset_ids, autotag.visible_file_marks(v_asset_ids)));
 end $$;
 
-create or replace function public.tagging_job(job_id uuid) returns jsonb
+create or replace function public.tagging_job(job_id uuid) returns public.tagging_job_result
 language sql stable security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.describe_job(job_id) $$;
+as $$ select jsonb_populate_record(null::public.tagging_job_result, autotag.describe_job(job_id)) $$;
+
+-- The uploads of a workspace, the newest first. The next page: `before` is created_at of the last one.
+create or replace function public.tagging_jobs(
+  workspace_id autotag.keys.workspace_id%type, only_live boolean default true, before timestamptz default null, "limit" integer default 20
+) returns setof public.tagging_job_result
+language sql stable security invoker set search_path = pg_catalog, pg_temp
+as $$
+  select jsonb_populate_record(null::public.tagging_job_result, j)
+  from autotag.list_jobs(workspace_id, only_live, before, "limit") with ordinality l (j, i) order by i
+$$;
 
 -- tagging_strategy: previews an upload of p_images images. chunks: releases of single calls (1: all at once; 0: batches);
 -- delay_ms: time between two chunks.
@@ -10239,78 +10392,73 @@ begin
       else '{}' end;
 end $$;
 
-create or replace function public.tagging_strategy(image_count integer) returns jsonb
+create or replace function public.tagging_strategy(image_count integer) returns public.tagging_strategy_result
 language sql stable security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.describe_strategy(image_count) $$;
+as $$ select jsonb_populate_record(null::public.tagging_strategy_result, autotag.describe_strategy(image_count)) $$;
 
 create or replace function public.check_rate_limit(
-  workspace_id autotag.keys.workspace_id%type, request_type text, image_count integer,
-  out allowed boolean, out retry_after double precision, out reason text
-)
+  workspace_id autotag.keys.workspace_id%type, request_type public.tagging_request_type, image_count integer
+) returns public.tagging_limit_result
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_answer record := autotag.take_allowance(workspace_id, request_type, image_count, true);
+  v_answer public.tagging_limit_result;
 begin
-  allowed := v_answer.allowed;
-  retry_after := v_answer.retry_after;
-  reason := v_answer.reason;
+  v_answer := autotag.take_allowance(workspace_id, request_type::text, image_count, true);
+  return v_answer;
 end $$;
 
 -- The same without counting against the limit, for UIs.
 create or replace function public.peek_rate_limit(
-  workspace_id autotag.keys.workspace_id%type, request_type text, image_count integer,
-  out allowed boolean, out retry_after double precision, out reason text
-)
+  workspace_id autotag.keys.workspace_id%type, request_type public.tagging_request_type, image_count integer
+) returns public.tagging_limit_result
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_answer record := autotag.take_allowance(workspace_id, request_type, image_count, false);
+  v_answer public.tagging_limit_result;
 begin
-  allowed := v_answer.allowed;
-  retry_after := v_answer.retry_after;
-  reason := v_answer.reason;
+  v_answer := autotag.take_allowance(workspace_id, request_type::text, image_count, false);
+  return v_answer;
 end $$;
 
 create or replace function public.tagging_usage(workspace_id autotag.keys.workspace_id%type, since date default '-infinity', until date default 'infinity')
-returns table (user_id autotag.keys.user_id%type, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
-  cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
+returns setof public.tagging_usage_result
 language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select * from autotag.list_usage(workspace_id, since, until) $$;
 
 -- The vocabulary that holds for a workspace.
-create or replace function public.tagging_vocabulary(workspace_id autotag.keys.workspace_id%type) returns jsonb
+create or replace function public.tagging_vocabulary(workspace_id autotag.keys.workspace_id%type) returns public.tagging_vocabulary_result
 language sql stable security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.describe_vocabulary(workspace_id) $$;
+as $$ select jsonb_populate_record(null::public.tagging_vocabulary_result, autotag.describe_vocabulary(workspace_id)) $$;
 
 -- Replaces a workspace's own vocabulary.
-create or replace function public.set_tagging_vocabulary(workspace_id autotag.keys.workspace_id%type, entries jsonb) returns jsonb
+create or replace function public.set_tagging_vocabulary(workspace_id autotag.keys.workspace_id%type, entries jsonb) returns public.tagging_vocabulary_change
 language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.edit_vocabulary(workspace_id, entries, '{}', true) $$;
+as $$ select jsonb_populate_record(null::public.tagging_vocabulary_change, autotag.edit_vocabulary(workspace_id, entries, '{}', true)) $$;
 
 -- Changes some of its entries, so that two people who edit it do not overwrite each other's.
 create or replace function public.edit_tagging_vocabulary(
   workspace_id autotag.keys.workspace_id%type, entries jsonb default '[]', removed text[] default '{}'
-) returns jsonb
+) returns public.tagging_vocabulary_change
 language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.edit_vocabulary(workspace_id, entries, removed, false) $$;
+as $$ select jsonb_populate_record(null::public.tagging_vocabulary_change, autotag.edit_vocabulary(workspace_id, entries, removed, false)) $$;
 
 -- What the images of a workspace are asked: {version, own, instructions, language, tag_count, min_confidence, vocabulary_mode,
 -- add_parents, fields, created_at}. For its members.
-create or replace function public.tagging_profile(workspace_id autotag.keys.workspace_id%type) returns jsonb
+create or replace function public.tagging_profile(workspace_id autotag.keys.workspace_id%type) returns public.tagging_profile_result
 language sql stable security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.read_profile(workspace_id) $$;
+as $$ select jsonb_populate_record(null::public.tagging_profile_result, autotag.read_profile(workspace_id)) $$;
 
 -- Changes it, by the same names; what is not named stays. For editors (autotag.is_editor) and services.
-create or replace function public.set_tagging_profile(workspace_id autotag.keys.workspace_id%type, profile jsonb) returns jsonb
+create or replace function public.set_tagging_profile(workspace_id autotag.keys.workspace_id%type, profile jsonb) returns public.tagging_profile_result
 language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.edit_profile(workspace_id, profile) $$;
+as $$ select jsonb_populate_record(null::public.tagging_profile_result, autotag.edit_profile(workspace_id, profile)) $$;
 
 -- For the Edge Function that receives OpenAI's webhook where no worker has a public address: passes on a delivery that it has
 -- verified. Not for users.
-create or replace function public.openai_webhook(webhook_id text, event_type text, batch_id text) returns jsonb
+create or replace function public.openai_webhook(webhook_id text, event_type text, batch_id text) returns public.tagging_webhook_result
 language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select jsonb_build_object('result', autotag.receive_webhook(webhook_id, event_type, batch_id)) $$;
+as $$ select jsonb_populate_record(null::public.tagging_webhook_result, jsonb_build_object('result', autotag.receive_webhook(webhook_id, event_type, batch_id))) $$;
 
 -- Runs once a minute: releases what dead workers held, and wakes live workers for work that has become due.
 create or replace function autotag.tick() returns void
@@ -10526,8 +10674,13 @@ revoke all on all tables in schema autotag from public, anon, authenticated, ser
 revoke all on public.workspace_rate_limits from anon, authenticated;
 grant select on autotag.windows, public.workspace_rate_limits to authenticated;
 grant all on autotag.windows, public.workspace_rate_limits to service_role;
+-- the shapes of results (api_types.sql), which nobody reads
+revoke all on public.tagging_stage_counts, public.tagging_batch_result, public.tagging_vocabulary_tag, public.tagging_job_result,
+  public.tagging_upload_result, public.tagging_cancel_result, public.tagging_strategy_result, public.tagging_limit_result,
+  public.tagging_usage_result, public.tagging_profile_result, public.tagging_vocabulary_result, public.tagging_vocabulary_change,
+  public.tagging_webhook_result from anon, authenticated, service_role;
 revoke all on function
-  public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
+  public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job, public.tagging_jobs,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
   public.tagging_vocabulary, public.set_tagging_vocabulary, public.edit_tagging_vocabulary,
   public.tagging_profile, public.set_tagging_profile
@@ -10536,12 +10689,12 @@ revoke all on function public.openai_webhook from public, anon, authenticated;
 
 -- users: the RPCs, the functions that they call with the user's rights, and those in row level security policies
 grant execute on function
-  public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
+  public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job, public.tagging_jobs,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
   public.tagging_profile, public.set_tagging_profile, autotag.read_profile, autotag.edit_profile,
   autotag.check_image_count, autotag.enqueue, autotag.visible_file_marks, autotag.files_to_check, autotag.failed_assets,
   autotag.cancel, autotag.retry,
-  autotag.describe_job,
+  autotag.describe_job, autotag.list_jobs,
   autotag.describe_strategy, autotag.take_allowance, autotag.list_usage
   to authenticated, service_role;
 grant execute on function

@@ -38,7 +38,7 @@ create table autotag.jobs (
 ) with (fillfactor = 50);
 create index jobs_workspace_id_idx on autotag.jobs (workspace_id, created_at);
 create index jobs_finished_at_idx on autotag.jobs (finished_at);
-create index jobs_live_idx on autotag.jobs (workspace_id) where finished_at is null;
+create index jobs_live_idx on autotag.jobs (workspace_id, created_at) where finished_at is null;
 create index jobs_retry_idx on autotag.jobs (retry_of, created_at) where retry_of is not null;
 create index jobs_live_user_idx on autotag.jobs (user_id) where finished_at is null;
 alter table autotag.jobs enable row level security;

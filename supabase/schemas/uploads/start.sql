@@ -69,7 +69,7 @@ begin
   select * into v_job from autotag.jobs j
   where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
   return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
-    'skipped', p_asked, 'batches', 0, 'eta', v_job.eta);
+    'skipped', p_asked, 'batches', 0, 'eta', (autotag.current_eta(v_job)).p50);
 end $$;
 
 -- Plans an upload of p_images images. Reads only.

@@ -194,6 +194,24 @@ exception when others then
   p50 := null; p90 := null;
 end $$;
 
+-- The predicted end of a job as it is shown: never in the past. A stored prediction that is over (or as good as) is made anew. Null: the
+-- job has ended, or no prediction is possible.
+create or replace function autotag.current_eta(p_job autotag.jobs, out p50 timestamptz, out p90 timestamptz)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_end record;
+begin
+  if p_job.finished_at is null and p_job.eta < autotag.now() + interval '1 s' then
+    v_end := autotag.predict_job(p_job.id, null);
+    p50 := v_end.p50;
+    p90 := v_end.p90;
+  else
+    p50 := p_job.eta;
+    p90 := p_job.eta_p90;
+  end if;
+end $$;
+
 -- Predicts the end of a job (predict_job) and stores it. The caller holds the job's lock.
 create or replace function autotag.refresh_eta(p_job_id uuid, p_wait interval default null) returns timestamptz
 language plpgsql security definer set search_path = pg_catalog, pg_temp

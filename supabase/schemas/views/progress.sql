@@ -158,16 +158,52 @@ begin
   end if;
 end $$;
 
--- tagging_job: one upload as the UI shows it. `stages` maps each of the seven stages to its number of images.
+-- tagging_job: one upload as the UI shows it (describe_upload).
 create or replace function autotag.describe_job(p_job_id uuid) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
+begin
+  return autotag.describe_upload(autotag.visible_job(p_job_id));
+end $$;
+
+-- tagging_jobs: the uploads of a workspace, the newest first, as tagging_job describes each; p_before: only older ones. Uploads that
+-- began at the same moment come on one page, which is then longer than p_limit, so no page begins between them.
+create or replace function autotag.list_jobs(p_workspace_id autotag.workspace_id, p_only_live boolean, p_before timestamptz, p_limit integer)
+returns setof jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+begin
+  perform autotag.check_member(p_workspace_id);
+  p_limit := least(greatest(coalesce(p_limit, 20), 1), 100);
+  return query
+    select autotag.describe_upload(f.job) from (
+      select j as job from autotag.jobs j
+      -- the plan is made for these values, so it uses the index of live uploads for them
+      where j.workspace_id = p_workspace_id and (j.finished_at is null or not coalesce(p_only_live, true))
+        and j.created_at < coalesce(p_before, 'infinity')
+      order by j.created_at desc fetch first p_limit rows with ties) f
+    order by (f.job).created_at desc, (f.job).id;
+end $$;
+
+-- What an upload is doing. A cancelled one is `cancelling` until the provider has let go of its last image.
+create or replace function autotag.job_status(p_job autotag.jobs) returns text
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case when p_job.finished_at is null then case when p_job.cancelled_at is null then 'running' else 'cancelling' end
+    when p_job.cancelled_at is null then 'completed' else 'cancelled' end;
+end $$;
+
+-- One upload as the UI shows it. `stages` maps each of the seven stages to its number of images.
+create or replace function autotag.describe_upload(p_job autotag.jobs) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
 declare
-  v_job autotag.jobs := autotag.visible_job(p_job_id);
   v_stages jsonb;
   v_error text;
+  v_eta record := autotag.current_eta(p_job);
 begin
-  select jsonb_object_agg(s.stage, case s.stage when 'completed' then v_job.completed else coalesce(c.images, 0) end)
+  select jsonb_object_agg(s.stage, case s.stage when 'completed' then p_job.completed else coalesce(c.images, 0) end)
   into v_stages
   from unnest(array['queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed']) s (stage)
   left join (
@@ -177,19 +213,19 @@ begin
       when t.retry_at = 'infinity' then 'completing'   -- its outcome waits for the host's row
       when b.id is not null then autotag.batch_stage(b.state, b.running_at, b.submitted_at)
       else t.stage end as stage) o
-    where t.job_id = v_job.id group by o.stage) c using (stage);
+    where t.job_id = p_job.id group by o.stage) c using (stage);
   -- the most frequent error
   select t.error into v_error from autotag.tasks t
-  where t.job_id = v_job.id and t.stage = 'failed' group by t.error order by count(*) desc, t.error limit 1;
+  where t.job_id = p_job.id and t.stage = 'failed' group by t.error order by count(*) desc, t.error limit 1;
   return jsonb_build_object(
-    'job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', v_job.image_count,
-    'stages', v_stages, 'completed', v_job.completed, 'failed', v_job.failed,
-    'progress', case when v_job.finished_at is null then autotag.measure_progress(v_job) else 100 end,
-    'eta', v_job.eta, 'eta_p90', v_job.eta_p90, 'error', v_error, 'fallback', v_job.fallback,
+    'job_id', p_job.id, 'status', autotag.job_status(p_job), 'strategy', p_job.strategy, 'image_count', p_job.image_count,
+    'stages', v_stages, 'completed', p_job.completed, 'failed', p_job.failed,
+    'progress', case when p_job.finished_at is null then autotag.measure_progress(p_job) else 100 end,
+    'eta', v_eta.p50, 'eta_p90', v_eta.p90, 'error', v_error, 'fallback', p_job.fallback,
     'batches', (
       select coalesce(jsonb_agg(jsonb_build_object(
         'batch_id', b.openai_batch_id, 'state', b.state, 'image_count', b.image_count) order by b.ordinal), '[]')
-      from autotag.batches b where b.job_id = v_job.id),
-    'created_at', v_job.created_at, 'finished_at', v_job.finished_at,
-    'cancelled', v_job.cancelled_at is not null);
+      from autotag.batches b where b.job_id = p_job.id),
+    'created_at', p_job.created_at, 'finished_at', p_job.finished_at,
+    'cancelled', p_job.cancelled_at is not null);
 end $$;
