@@ -180,6 +180,8 @@ create table autotag.settings (
   batch_give_up_after interval not null default '23 h' check (batch_give_up_after > '0'),
   -- shortest time between two job-progress broadcasts of one upload
   broadcast_interval interval not null default '1 s' check (broadcast_interval >= '0'),
+  -- an upload that ends without a batch-complete after it sends one without a batch on batch-updates, for clients that listen only there
+  broadcast_single_calls boolean not null default true,
 
   -- retention
   keep_finished interval not null default '30 days' check (keep_finished > '0'),  -- how long finished uploads are kept
@@ -387,7 +389,8 @@ create table autotag.jobs (
   eta timestamptz,                      -- median of the predicted end …
   eta_p90 timestamptz,                  -- … and its 90th percentile
   progress integer not null default 0 check (progress between 0 and 100),
-  broadcast_at timestamptz not null default '-infinity',   -- when job-progress was last broadcast
+  broadcast_at timestamptz not null default '-infinity',   -- when job-progress was last broadcast …
+  changed autotag.asset_id[],           -- … and the images whose rows changed since then; null: many (report_job)
   traceparent text,                     -- of the HTTP request that made the job (W3C Trace Context), if it had one
   brief_id bigint,                      -- what its images are asked (autotag.briefs); null: the question alone
   retry_of uuid,                        -- the job whose failed images it retries (retry_tagging)
@@ -519,6 +522,7 @@ create table autotag.batches (
   missing_polls integer not null default 0,   -- polls in a row that did not find it at OpenAI …
   last_missing_poll_at timestamptz,                   -- … and the last of them (workers.poll_assigned_at): each poll counts once
   cancel_requested boolean not null default false,
+  cancel_sent_at timestamptz,                 -- when a worker was last asked to cancel it at OpenAI (take_cancellations)
   stuck boolean not null default false,       -- no progress for too long: what OpenAI has not done is sent as single calls
   stored boolean not null default false,      -- all its answers are stored and batch-complete is broadcast
   error text,
@@ -827,8 +831,8 @@ create type autotag.parts as (
   raised integer               -- … and those that raised
 );
 
--- Images of a job that have ended, for its counts (count_ended).
-create type autotag.ended as (job_id uuid, completed integer, failed integer);
+-- Images of a job that have ended, for its counts (count_ended). assets: null: many.
+create type autotag.ended as (job_id uuid, completed integer, failed integer, assets autotag.asset_id[]);
 
 -- What a workspace wants asked about its images.
 
@@ -3267,14 +3271,18 @@ begin
   perform autotag.check_quotas(p_workspace_id, p_user_id, v_count);
 
   v_plan := autotag.plan_upload(p_workspace_id, v_count);
-  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent, brief_id)
+  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent, brief_id, changed)
   values (p_workspace_id, p_user_id, v_plan.strategy, v_plan.fallback, v_count, v_now, autotag.request_traceparent(),
-    autotag.make_brief(p_workspace_id))
+    autotag.make_brief(p_workspace_id), autotag.add_changed('{}', v_new))
   returning * into v_job;
   v_first_task := autotag.add_tasks(v_job, v_plan, v_new, v_new_marks);
   insert into autotag.queues (job_id, workspace_id, queued, overdue_at, cursor, chunk)
   values (v_job.id, p_workspace_id, v_plan.express, autotag.patience_ends_at(v_plan.express, v_now), v_first_task - 1, v_plan.chunk);
   v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
+  if v_plan.express > 0 and v_plan.batches > 0 then   -- express images do not wait for the batch
+    perform autotag.show(p_workspace_id, v_new[:v_plan.express], 'queued', 0, autotag.now() + autotag.predict_single_calls(v_job.id, null));
+    v_new := v_new[v_plan.express + 1:];
+  end if;
   perform autotag.show(p_workspace_id, v_new, 'queued', 0, v_job.eta);
 
   if v_plan.express > 0 then
@@ -3501,7 +3509,8 @@ end $$;
 -- Cancelling an upload.
 
 -- cancel_tagging: {job_id, cancelled (images)}. Images that have not been sent to OpenAI fail with the code `cancelled`. What
--- has been sent is billed: a worker cancels the batch at OpenAI, and the answers that come are stored.
+-- has been sent is billed: the notification wakes a worker, which cancels the batch at OpenAI at once (take_cancellations), and the
+-- answers that come are stored.
 -- It may run in a long transaction of the tenant's. Claims keep off its upload until it ends, because they do not get the job's
 -- advisory lock; nothing else waits for it. Locks: the job (advisory), job, batches, tasks, assets (finish).
 create or replace function autotag.cancel(p_job_id uuid) returns jsonb
@@ -3535,6 +3544,7 @@ begin
     update autotag.batches b set cancel_requested = true
     where b.job_id = p_job_id and b.state in ('creating', 'submitted');
     perform autotag.finish(v_job.workspace_id, v_items, false);
+    perform autotag.broadcast_progress(p_job_id);   -- that it is being cancelled
     perform pg_notify('autotag', 'batch');
   end if;
   return jsonb_build_object('job_id', p_job_id, 'cancelled', cardinality(v_items));
@@ -6239,7 +6249,7 @@ $$;
 --     since: epoch seconds; the batch and its files at OpenAI are not older. keep_files: seconds after which the provider is to
 --     delete its files; null: the provider supports no expiry.
 --   poll: [{id, since}] of all batches in flight if a poll is due, else null.
---   cancel: ids of those to cancel at OpenAI after the poll; at most 100 at a time, of all workspaces alike.
+--   cancel: ids of those to cancel at OpenAI now (take_cancellations).
 --   files: ids of files to delete at OpenAI (reported with files_deleted).
 --   question: as in claim().
 --   look_up: name of the model to check at the provider now (provider_checked), else null.
@@ -6321,16 +6331,26 @@ begin
   if p_provider.ask_after > p_now then
     return;
   end if;
+  cancel := autotag.take_cancellations(next_poll_at <= p_now, p_now);
   if next_poll_at <= p_now then
-    select l.poll, l.cancel, l.files into poll, cancel, files from autotag.list_polls() l;
+    select l.poll, l.files into poll, files from autotag.list_polls() l;
     next_poll_at := case when poll is null and files = '[]' then '-infinity' else p_now + p_settings.batch_poll_interval end;
+  end if;
+  -- Somebody waits for the end of a cancelled batch. (OpenAI takes up to ten minutes.)
+  if cancel is not null or exists (
+    select from autotag.batches b join autotag.jobs j on j.id = b.job_id
+    where b.state = 'submitted' and b.cancel_requested and j.cancelled_at > p_now - interval '10 min') then
+    next_poll_at := least(next_poll_at, p_now + interval '5 s');
   end if;
   if p_provider.proven_at is not null and p_provider.checked_at <= p_now - p_settings.model_check_interval then
     look_up := p_provider.question ->> 'model';
   end if;
-  if poll is not null or files <> '[]' or look_up is not null then
-    -- allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked)
-    update autotag.workers w set poll_assigned_at = p_now where w.id = p_worker;
+  if poll is not null or files <> '[]' or look_up is not null or cancel is not null then
+    -- Allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked). A poll that does not find
+    -- a batch counts by this time, so a cancellation does not change it.
+    update autotag.workers w
+    set poll_assigned_at = case when poll is null and w.poll_assigned_at is not null then w.poll_assigned_at else p_now end
+    where w.id = p_worker;
   end if;
 end $$;
 
@@ -6349,8 +6369,29 @@ begin
     from unnest(p_ids) with ordinality t (id, i) join autotag.batches b on b.id = t.id);
 end $$;
 
--- The batches to poll and to cancel, and the files to delete at OpenAI (claim_batches: poll, cancel, files).
-create or replace function autotag.list_polls(out poll jsonb, out cancel jsonb, out files jsonb)
+-- Ids of batches to cancel at OpenAI, at most 100 at a time, of all workspaces alike: each once as soon as its upload is cancelled, and
+-- with each poll (p_due) those that OpenAI is not cancelling yet. In random order, so that one that the provider refuses stops no
+-- other for long. Called by claim_batches(), which holds the provider row. Locks: batches by id (skip locked).
+create or replace function autotag.take_cancellations(p_due boolean, p_now timestamptz) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    with chosen as (
+      select b.id from autotag.batches b
+      where b.state = 'submitted' and b.cancel_requested and b.openai_status is distinct from 'cancelling'
+        and (p_due or b.cancel_sent_at is null)
+      order by row_number() over (partition by b.workspace_id order by random()) limit 100
+    ), locked as (
+      select b.id from autotag.batches b where b.id in (select c.id from chosen c) order by b.id for no key update skip locked
+    ), asked as (
+      update autotag.batches b set cancel_sent_at = p_now from locked l where b.id = l.id returning b.openai_batch_id as id
+    )
+    select jsonb_agg(a.id order by random()) from asked a);
+end $$;
+
+-- The batches to poll, and the files to delete at OpenAI (claim_batches: poll, files).
+create or replace function autotag.list_polls(out poll jsonb, out files jsonb)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -6358,12 +6399,6 @@ begin
            order by b.ordinal, b.created_at)
   into poll
   from autotag.batches b where b.state = 'submitted';
-  -- In random order, so that one that the provider refuses stops no other for long.
-  select jsonb_agg(c.id) into cancel
-  from (
-    select b.openai_batch_id as id from autotag.batches b
-    where b.state = 'submitted' and b.cancel_requested and b.openai_status is distinct from 'cancelling'
-    order by row_number() over (partition by b.workspace_id order by random()) limit 100) c;
   select coalesce(jsonb_agg(f.id), '[]') into files
   from (
     select unnest(array[b.input_file_id, b.output_file_id, b.error_file_id]) as id
@@ -6549,9 +6584,9 @@ end $$;
 
 -- Shows on the host's rows of a batch's images that OpenAI has it (submitted) or works on it (processing), and when they are expected
 -- to be done: at most p_limit images after task p_after. Returns the last task shown; null: there are no more, or the batch is in
--- another state. A row that is held or that raises is left out. Locks: assets (show).
+-- another state. A row that is held or that raises is left out. It holds nothing while it waits for the upload. Locks: job, assets (show).
 create or replace function autotag.show_batch(p_worker uuid, p_batch uuid, p_after bigint, p_limit integer) returns bigint
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '1s'
 as $$
 declare
   v_batch autotag.batches;
@@ -6567,9 +6602,11 @@ begin
   from (
     select x.id, x.asset_id from autotag.tasks x where x.batch_id = p_batch and x.id > p_after and x.finished_at is null
     order by x.id limit greatest(least(p_limit, 10000), 0)) t;
+  perform from autotag.jobs j where j.id = v_batch.job_id for no key update;
   v_stage := case when v_batch.running_at is null then 'submitted' else 'processing' end;
   perform autotag.show(v_batch.workspace_id, v_page.assets, v_stage, autotag.stage_progress(v_stage),
     (autotag.batch_eta(v_batch, autotag.now())).p50);
+  perform autotag.broadcast_progress(v_batch.job_id, null, coalesce(v_page.assets, '{}'));
   return v_page.last;
 end $$;
 
@@ -7662,13 +7699,15 @@ end $$;
 -- A worker reports the stages of its single calls of one workspace: [{task, attempt, stage}], stages between `queued` and
 -- `completed`. Ignores tasks that the worker does not hold (any more), and workers of another login. Only `processing` is written to
 -- the host's row, because each write fires the host's triggers, webhooks and Postgres Changes; the others show in tagging_job().
+-- It also broadcasts what no message has told of yet (broadcast_held), so a worker calls it once more a second after a report.
 -- p_sent: {sent, sent_age (seconds)}, as in record_sent(). Returns sentences for the operator's log, as settle() does.
 -- Locks: tasks by id (skip locked), jobs (skip locked), assets (show), provider (skip locked).
 create or replace function autotag.report_stages(p_worker uuid, p_workspace_id autotag.workspace_id, p_stages jsonb, p_sent jsonb default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
-  v_moved record;
+  v_moved autotag.ended[];
+  v_free uuid[];
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   perform autotag.check_list(p_stages);
@@ -7689,11 +7728,16 @@ begin
   ), moved as (
     update autotag.tasks t set stage = h.stage from held h where t.id = h.id returning t.asset_id, t.job_id, t.stage
   )
-  select array_agg(m.asset_id) filter (where m.stage = 'processing') as assets, array_agg(distinct m.job_id) as jobs
-  into v_moved from moved m;
-  perform autotag.show(p_workspace_id, v_moved.assets, 'processing', autotag.stage_progress('processing'), null);
-  perform autotag.broadcast_progress(j.id)
-  from (select l.id from autotag.jobs l where l.id = any (v_moved.jobs) order by l.id for no key update skip locked) j;
+  select array_agg(row(m.job_id, 0, 0, m.assets)::autotag.ended) into v_moved
+  from (
+    select x.job_id, coalesce(array_agg(x.asset_id) filter (where x.stage = 'processing'), '{}') as assets from moved x group by x.job_id) m;
+  -- Rows of an upload that another transaction holds are left out, so that no row changes without a message.
+  v_free := array(
+    select l.id from autotag.jobs l where l.id in (select m.job_id from unnest(v_moved) m) order by l.id for no key update skip locked);
+  perform autotag.show(p_workspace_id, array(select a from unnest(v_moved) m, unnest(m.assets) a where m.job_id = any (v_free)),
+    'processing', autotag.stage_progress('processing'), null);
+  perform autotag.broadcast_progress(m.job_id, null, m.assets) from unnest(v_moved) m where m.job_id = any (v_free);
+  perform autotag.broadcast_held(p_workspace_id);
   return case when p_sent is null then '[]'::jsonb else autotag.report_provider(autotag.summarize_calls(p_worker, '{}', p_sent)) end;
 end $$;
 
@@ -8265,8 +8309,9 @@ end $$;
 -- p_observed: the newest limits from response headers (update_provider_limits), and {sent, sent_age} (record_sent).
 -- p_keep: the host's rows are slow (an earlier call was cancelled for it): keep the outcomes for store_waiting() instead.
 -- Ignores reports for tasks that the worker does not hold (any more), with an older attempt, or from another login.
--- Returns {accepted, busy, notices: [{event, notice}]}: the number of accepted reports, and sentences for the log. busy: another
--- call of this worker for this workspace is still running; nothing was done, so call again.
+-- Returns {accepted, busy, notices: [{event, notice}], held}: the number of accepted reports, and sentences for the log. busy: another
+-- call of this worker for this workspace is still running; nothing was done, so call again. held: no message has told of all
+-- rows yet, so call report_stages() in a second.
 --
 -- Only this transaction writes the host's rows of these images, and it writes those of one workspace. So it holds nothing that
 -- other workspaces need, until the end: report_provider() takes the provider row if it is free.
@@ -8306,6 +8351,9 @@ begin
   v_notices := autotag.apply_answers(p_workspace_id, v_answers, not p_keep);
   perform autotag.add_usage(v_answers, false);
   return jsonb_build_object('accepted', cardinality(v_answers), 'busy', false,
+    'held', exists (
+      select from autotag.jobs j
+      where j.id in (select a.job_id from unnest(v_answers) a) and j.finished_at is null and j.changed is distinct from '{}'),
     'notices', v_notices || autotag.report_provider(v_report));
 end $$;
 
@@ -8692,7 +8740,8 @@ begin
     set constraints all immediate;
   end if;
   return array(
-    select row(i.job_id, count(i.result), count(i.code))::autotag.ended from unnest(v_tagged || v_failed) i group by i.job_id);
+    select row(i.job_id, count(i.result), count(i.code), case when count(*) <= 100 then array_agg(i.asset_id) end)::autotag.ended
+    from unnest(v_tagged || v_failed) i group by i.job_id);
 end $$;
 
 -- Counts the images that have ended in their jobs. The caller holds the jobs.
@@ -8700,14 +8749,20 @@ create or replace function autotag.count_ended(p_ended autotag.ended[]) returns 
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_job record;
+  v_part autotag.ended;
+  v_job autotag.ended;   -- the sum of its parts
 begin
-  for v_job in
-    select e.job_id as id, sum(e.completed)::integer as completed, sum(e.failed)::integer as failed
-    from unnest(p_ended) e group by e.job_id order by e.job_id
-  loop
-    perform autotag.count_finished(v_job.id, v_job.completed, v_job.failed);
+  for v_part in select e.* from unnest(p_ended) e order by e.job_id loop
+    if v_part.job_id = v_job.job_id then
+      v_job.completed := v_job.completed + v_part.completed;
+      v_job.failed := v_job.failed + v_part.failed;
+      v_job.assets := autotag.add_changed(v_job.assets, v_part.assets);
+      continue;
+    end if;
+    perform autotag.report_job(v_job.job_id, v_job.completed, v_job.failed, v_job.assets) where v_job.job_id is not null;
+    v_job := v_part;
   end loop;
+  perform autotag.report_job(v_job.job_id, v_job.completed, v_job.failed, v_job.assets) where v_job.job_id is not null;
 end $$;
 
 -- Deletes the tasks of tagged images, and returns the images whose tasks had not ended. The caller holds their jobs. (The plan is
@@ -9241,53 +9296,123 @@ as $$
   ) / p_job.image_count)::integer))
 $$;
 
--- Counts finished images of a job; the last one finishes the job. The caller holds the job's lock.
-create or replace function autotag.count_finished(p_job_id uuid, p_completed integer, p_failed integer) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+-- The images of a job whose rows have changed since its last message; null: more than a client should ask for by id in one URL.
+create or replace function autotag.add_changed(p_changed autotag.asset_id[], p_more autotag.asset_id[]) returns autotag.asset_id[]
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_job autotag.jobs;
-  v_last boolean;
 begin
-  if p_completed + p_failed = 0 then
-    return;
-  end if;
-  select j.completed + p_completed + j.failed + p_failed = j.image_count into v_last
-  from autotag.jobs j where j.id = p_job_id;
-  update autotag.jobs j
-  set completed = j.completed + p_completed, failed = j.failed + p_failed,
-      finished_at = case when v_last then autotag.now() end,
-      progress = case when v_last then 100 else j.progress end,
-      eta = case when not v_last then j.eta end, eta_p90 = case when not v_last then j.eta_p90 end
-  where j.id = p_job_id returning * into v_job;
-  if v_job.finished_at is null then
-    perform autotag.broadcast_progress(p_job_id);
-    return;
-  end if;
-  perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-complete', jsonb_build_object(
-    'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed, 'image_count', v_job.image_count));
+  -- a key that is a text can have 2,700 bytes
+  return case when cardinality(p_changed) + cardinality(p_more) <= 100 and pg_column_size(p_changed) + pg_column_size(p_more) <= 8000
+    then p_changed || p_more end;
 end $$;
 
--- Broadcasts a job's progress to its workspace, at most once per broadcast_interval. A skipped message loses nothing, because
--- job-complete always comes last. p_eta: the job's eta, if it was just computed. The caller holds the job's lock.
-create or replace function autotag.broadcast_progress(p_job_id uuid, p_eta timestamptz default null) returns void
+-- Counts finished images of a job, the last of which finishes it, and tells its workspace: job-progress at most once per
+-- broadcast_interval, job-complete at the end. p_changed: the images whose rows this transaction has changed; null: many. Those that no
+-- message has told of yet come with the next one (broadcast_held). p_eta: the job's eta, if it was just computed. One update of the job's row.
+-- The caller holds the job's lock.
+create or replace function autotag.report_job(
+  p_job_id uuid, p_completed integer, p_failed integer, p_changed autotag.asset_id[], p_eta timestamptz default null
+) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_job autotag.jobs;
   v_now timestamptz := autotag.now();
+  v_job autotag.jobs;
+  v_told autotag.asset_id[];
+  v_end record;
+  v_status text;
+  v_ids jsonb;
 begin
-  update autotag.jobs j
-  set broadcast_at = v_now, progress = autotag.measure_progress(j)
-  where j.id = p_job_id and j.finished_at is null
-    and j.broadcast_at <= v_now - (select s.broadcast_interval from autotag.settings s)
-  returning * into v_job;
-  if found then
-    v_job.eta := coalesce(p_eta, autotag.refresh_eta(p_job_id));
-    perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-progress', jsonb_build_object(
-      'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed,
-      'image_count', v_job.image_count, 'progress', v_job.progress, 'eta', v_job.eta));
+  select * into v_job from autotag.jobs j where j.id = p_job_id and j.finished_at is null;
+  if not found then
+    return;
   end if;
+  v_job.completed := v_job.completed + p_completed;
+  v_job.failed := v_job.failed + p_failed;
+  v_job.changed := autotag.add_changed(v_job.changed, p_changed);
+  v_told := v_job.changed;
+  if v_job.completed + v_job.failed = v_job.image_count then
+    v_job.finished_at := v_now;
+    v_job.progress := 100;
+    v_job.eta := null;
+    v_job.eta_p90 := null;
+    v_job.changed := array[]::autotag.asset_id[];
+  elsif v_job.broadcast_at <= v_now - (select s.broadcast_interval from autotag.settings s) then
+    v_job.broadcast_at := v_now;
+    v_job.progress := autotag.measure_progress(v_job);
+    if p_eta is null then
+      v_end := autotag.predict_job(p_job_id, null);
+      v_job.eta := v_end.p50;
+      v_job.eta_p90 := v_end.p90;
+    end if;
+    v_job.changed := array[]::autotag.asset_id[];
+  elsif p_completed + p_failed = 0 and p_changed = '{}' then
+    return;
+  end if;
+  update autotag.jobs j
+  set completed = v_job.completed, failed = v_job.failed, finished_at = v_job.finished_at, progress = v_job.progress,
+      eta = v_job.eta, eta_p90 = v_job.eta_p90, broadcast_at = v_job.broadcast_at, changed = v_job.changed
+  where j.id = p_job_id;
+  if v_job.finished_at is not null then
+    perform autotag.broadcast_end(v_job, v_told);
+  elsif v_job.broadcast_at = v_now then
+    v_status := autotag.job_status(v_job);
+    v_ids := autotag.unique_ids(v_told);
+    perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-progress', jsonb_build_object(
+      'job_id', v_job.id, 'status', v_status, 'completed', v_job.completed, 'failed', v_job.failed, 'image_count', v_job.image_count,
+      'progress', v_job.progress, 'eta', v_job.eta, 'asset_ids', v_ids, 'many', v_told is null));
+  end if;
+end $$;
+
+-- Broadcasts that a job has ended. p_told: the images whose rows changed since its last message. Where no batch-complete will follow,
+-- clients that listen only to the public topic get one without a batch (broadcast_single_calls).
+create or replace function autotag.broadcast_end(p_job autotag.jobs, p_told autotag.asset_id[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_status text := autotag.job_status(p_job);
+  v_ids jsonb := autotag.unique_ids(p_told);
+begin
+  perform autotag.broadcast_to_workspace(p_job.workspace_id, 'job-complete', jsonb_build_object(
+    'job_id', p_job.id, 'status', v_status, 'completed', p_job.completed, 'failed', p_job.failed, 'image_count', p_job.image_count,
+    'asset_ids', v_ids, 'many', p_told is null));
+  if (select s.broadcast_single_calls from autotag.settings s) and not exists (
+    select from autotag.batches b where b.job_id = p_job.id and b.openai_batch_id is not null and not b.stored) then
+    perform autotag.broadcast('batch-updates', 'batch-complete', jsonb_build_object('batch_id', null), false);
+  end if;
+end $$;
+
+-- An image that changed twice between two messages is told of once.
+create or replace function autotag.unique_ids(p_ids autotag.asset_id[]) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return to_jsonb(case when p_ids is not null then array(select distinct i from unnest(p_ids) i) end);
+end $$;
+
+-- Broadcasts a job's progress, if no message was sent within broadcast_interval (report_job). The caller holds the job's lock.
+create or replace function autotag.broadcast_progress(
+  p_job_id uuid, p_eta timestamptz default null, p_changed autotag.asset_id[] default '{}'
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.report_job(p_job_id, 0, 0, p_changed, p_eta);
+end $$;
+
+-- Broadcasts what no message has told of yet, because another had just been sent: of at most 100 uploads of a workspace; null: of all.
+-- (A plan with seqscan may read all uploads that were ever finished.) Locks: jobs (skip locked).
+create or replace function autotag.broadcast_held(p_workspace_id autotag.workspace_id) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan' set enable_seqscan = off
+as $$
+declare
+  v_until timestamptz := autotag.now() - (select s.broadcast_interval from autotag.settings s);
+begin
+  perform autotag.broadcast_progress(h.id) from (
+    select j.id from autotag.jobs j
+    where j.finished_at is null and (j.workspace_id = p_workspace_id or p_workspace_id is null)
+      and j.changed is distinct from '{}' and j.broadcast_at <= v_until
+    limit 100 for no key update skip locked) h;
 end $$;
 
 -- tagging_job: one upload as the UI shows it (describe_upload).
@@ -9365,7 +9490,8 @@ end $$;
 -- Predicts when a job ends. Single calls: from their schedule under the present limits and queues. Batches: from the durations
 -- of earlier ones (by size and time of day, the newest weigh most), and once a batch makes progress, from its pace. Users see
 -- the median; the 90th percentile is available too. Predictions are made inside uploads, reports and polls, and read what providers
--- and operators set, so none of them raises: predict_batch, batch_eta, predict_new_batch, predict_job, predict_wait and estimate_seconds warn and return
+-- and operators set, so none of them raises: predict_batch, batch_eta, predict_new_batch, predict_single_calls, predict_job,
+-- predict_wait and estimate_seconds warn and return
 -- null (about 5 µs, of the millisecond that a prediction takes).
 
 -- Possible durations of a batch of p_images images that starts at p_started, in seconds with weights: those of recent batches
@@ -9527,6 +9653,26 @@ exception when others then
   starts_at := null; ends_at := null;
 end $$;
 
+-- How long the last single call of a job takes from now: it waits for the limits and for its chunk. p_wait: the wait for the limits, if
+-- the caller has computed it. Null: no prediction is possible.
+create or replace function autotag.predict_single_calls(p_job_id uuid, p_wait interval) returns interval
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_settings autotag.settings;
+begin
+  select * into v_settings from autotag.settings;
+  return make_interval(secs => v_settings.call_seconds) + coalesce((
+    select greatest(coalesce(p_wait, autotag.predict_wait(q.workspace_id, 0, true)),
+      case when q.chunk is not null then greatest(q.ready_at, v_now) - v_now
+        + v_settings.chunk_delay * ((q.queued - 1) / q.chunk) end)
+    from autotag.queues q where q.job_id = p_job_id and q.queued > 0), interval '0');
+exception when others then
+  raise warning 'autotag could not predict single calls: %', sqlerrm;
+  return null;
+end $$;
+
 -- Predicts the end of a job: its last batch, or the last of its single calls, which wait for the limits and for their chunks.
 -- p_wait: the wait for the limits, if the caller has computed it.
 create or replace function autotag.predict_job(p_job_id uuid, p_wait interval, out p50 timestamptz, out p90 timestamptz)
@@ -9534,16 +9680,10 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
-  v_settings autotag.settings;
   v_single interval;
   v_batches record;
 begin
-  select * into v_settings from autotag.settings;
-  v_single := make_interval(secs => v_settings.call_seconds) + coalesce((
-    select greatest(coalesce(p_wait, autotag.predict_wait(q.workspace_id, 0, true)),
-      case when q.chunk is not null then greatest(q.ready_at, v_now) - v_now
-        + v_settings.chunk_delay * ((q.queued - 1) / q.chunk) end)
-    from autotag.queues q where q.job_id = p_job_id and q.queued > 0), interval '0');
+  v_single := autotag.predict_single_calls(p_job_id, p_wait);
   select max(e.p50) as p50, max(e.p90) as p90 into v_batches
   from (
     -- Batches that wait for the window are mostly alike, so only the last one is predicted.
@@ -10471,6 +10611,7 @@ begin
   perform autotag.split_oversized();
   perform autotag.end_empty_jobs();
   perform autotag.look_at_windows(v_now);
+  perform autotag.broadcast_held(null);
   if exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at <= v_now))
      or exists (select from autotag.tasks t where t.retry_at <= v_now) then
     perform pg_notify('autotag', 'realtime');
@@ -10528,7 +10669,7 @@ begin
     -- a report may have ended the last one between the query and the lock
     select * into v_job from autotag.jobs j where j.id = v_job.id;
     if v_job.finished_at is null and not exists (select from autotag.tasks t where t.job_id = v_job.id and t.finished_at is null) then
-      perform autotag.count_finished(v_job.id, 0, v_job.image_count - v_job.completed - v_job.failed);
+      perform autotag.report_job(v_job.id, 0, v_job.image_count - v_job.completed - v_job.failed, null);
     end if;
   end loop;
 end $$;

@@ -118,7 +118,7 @@ async def test_cancel_and_retry(client: Client) -> None:
 
 async def test_what_would_happen_and_what_is_allowed(client: Client) -> None:
     plan = (await client.rpc("tagging_strategy", image_count=300)).data
-    assert set(plan) == {"type", "chunks", "delay_ms", "batches", "estimate_seconds"}
+    assert set(plan) == {"type", "chunks", "delay_ms", "batches", "estimate_seconds", "note"}
     assert (plan["type"], plan["batches"]) == ("batch-parallel", 3)
     own = {"workspace_id": client.workspace}
     limit = {**own, "request_type": "realtime", "image_count": 30}
@@ -170,7 +170,7 @@ async def test_every_refusal_has_status_code_message_and_hint(client: Client) ->
         ("PT404", "unknown_job", "retry_tagging", {"job_id": UNKNOWN}),
         ("PT409", "nothing_to_retry", "retry_tagging", {"job_id": job_id}),
         ("PT400", "no_images", "tagging_strategy", {"image_count": 0}),
-        ("PT400", "unknown_request_type", "check_rate_limit", {**limit, "request_type": "hourly"}),
+        ("PT400", "unknown_request_type", "check_rate_limit", {**limit, "request_type": None}),
         ("PT400", "no_images", "check_rate_limit", {**limit, "image_count": -1}),
         ("PT403", "not_a_member", "check_rate_limit", {**limit, "workspace_id": no_row}),
         ("PT403", "not_a_member", "tagging_usage", {"workspace_id": no_row}),
@@ -193,6 +193,9 @@ async def test_wrong_types_and_anon_are_refused_by_postgres_itself(client: Clien
     asset = client.stack.keys.base[0]
     if asset in WRONG:  # every text is an id
         wrong = await client.rpc("enqueue_tagging", asset_ids=[WRONG[asset]])
+        assert (wrong.error or {})["code"] == "22P02"
+    for function in ("check_rate_limit", "peek_rate_limit"):
+        wrong = await client.rpc(function, workspace_id=client.workspace, request_type="hourly", image_count=1)
         assert (wrong.error or {})["code"] == "22P02"
     anon = await client.call("", "enqueue_tagging", {"asset_ids": [NO_ROW[asset]]})
     assert (anon.error or {})["code"] == "42501"

@@ -29,7 +29,8 @@ create table autotag.jobs (
   eta timestamptz,                      -- median of the predicted end …
   eta_p90 timestamptz,                  -- … and its 90th percentile
   progress integer not null default 0 check (progress between 0 and 100),
-  broadcast_at timestamptz not null default '-infinity',   -- when job-progress was last broadcast
+  broadcast_at timestamptz not null default '-infinity',   -- when job-progress was last broadcast …
+  changed autotag.asset_id[],           -- … and the images whose rows changed since then; null: many (report_job)
   traceparent text,                     -- of the HTTP request that made the job (W3C Trace Context), if it had one
   brief_id bigint,                      -- what its images are asked (autotag.briefs); null: the question alone
   retry_of uuid,                        -- the job whose failed images it retries (retry_tagging)
