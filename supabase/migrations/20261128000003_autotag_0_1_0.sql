@@ -6375,19 +6375,21 @@ end $$;
 create or replace function autotag.take_cancellations(p_due boolean, p_now timestamptz) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_ids jsonb;
 begin
-  return (
-    with chosen as (
-      select b.id from autotag.batches b
-      where b.state = 'submitted' and b.cancel_requested and b.openai_status is distinct from 'cancelling'
-        and (p_due or b.cancel_sent_at is null)
-      order by row_number() over (partition by b.workspace_id order by random()) limit 100
-    ), locked as (
-      select b.id from autotag.batches b where b.id in (select c.id from chosen c) order by b.id for no key update skip locked
-    ), asked as (
-      update autotag.batches b set cancel_sent_at = p_now from locked l where b.id = l.id returning b.openai_batch_id as id
-    )
-    select jsonb_agg(a.id order by random()) from asked a);
+  with chosen as (
+    select b.id from autotag.batches b
+    where b.state = 'submitted' and b.cancel_requested and b.openai_status is distinct from 'cancelling'
+      and (p_due or b.cancel_sent_at is null)
+    order by row_number() over (partition by b.workspace_id order by random()) limit 100
+  ), locked as (
+    select b.id from autotag.batches b where b.id in (select c.id from chosen c) order by b.id for no key update skip locked
+  ), asked as (
+    update autotag.batches b set cancel_sent_at = p_now from locked l where b.id = l.id returning b.openai_batch_id as id
+  )
+  select jsonb_agg(a.id order by random()) into v_ids from asked a;
+  return v_ids;
 end $$;
 
 -- The batches to poll, and the files to delete at OpenAI (claim_batches: poll, files).
