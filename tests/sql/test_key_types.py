@@ -139,13 +139,34 @@ def test_from_the_upload_to_the_broadcast(project: Project) -> None:
     assert all(image["path"] for image in images), images
     assert project.settle(images)["accepted"] == 3
     assert project.rows() == dict.fromkeys(assets, ("completed", ["red"]))
-    topics = project.sql("select topic, payload ->> 'job_id' from realtime.messages where event = 'job-complete'")
-    assert topics == [(f"tagging:{project.workspace}", job["job_id"])]
+    [(topic, end)] = project.sql("select topic, payload from realtime.messages where event = 'job-complete'")
+    assert (topic, end["job_id"], end["many"]) == (f"tagging:{project.workspace}", job["job_id"], False)
+    assert sorted(end["asset_ids"]) == sorted(project.keys.natural(assets, 0)), "ids of their natural type"
     call = f"select to_jsonb(x) from public.tagging_usage(%s::{project.keys.base[1]}) x"
     day = project.as_user(project.user, call, project.workspace)
     assert (day["user_id"], day["images"]) == (project.keys.natural(project.user, 2), 3)
     assert project.enqueue(assets)["image_count"] == 0, "the pictures are not remembered"
     assert project.one("select autotag.describe_job(%s)", job["job_id"])["completed"] == 3
+
+
+def test_a_message_names_few_short_ids(project: Project) -> None:
+    """100 of them fit into a URL, and into a message; a key that is a text can be long."""
+
+    def name(images: int, length: int) -> tuple[int | None, int]:
+        key = {"uuid": "md5(i::text)", "text": f"rpad(i::text, {length}, 'x')"}.get(project.keys.base[0], "i::text")
+        [(count, size)] = project.sql(
+            "with ids as (select array(select ({})::autotag.asset_id from generate_series(1, {}) i) as list),"
+            " told as (select autotag.add_changed('{{}}', list) as ids from ids)"
+            " select cardinality(ids), octet_length(autotag.unique_ids(ids)::text) from told".format(key, images)
+        )
+        return count, size
+
+    count, size = name(100, 60)
+    assert (count, size < 10_000) == (100, True)
+    assert name(101, 60)[0] is None
+    if project.keys.base[0] == "text":
+        assert name(100, 200)[0] is None
+        assert name(3, 2600)[0] == 3
 
 
 def test_strangers_and_refusals(project: Project) -> None:

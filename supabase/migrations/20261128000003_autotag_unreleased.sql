@@ -1,4 +1,4 @@
--- autotag 0.1.0. Made by scripts/release from supabase/schemas; what is released never changes.
+-- autotag unreleased. Made by scripts/release from supabase/schemas; what is released never changes.
 set local check_function_bodies = off;  -- a function may stand before what it calls
 set local client_min_messages = warning;  -- without a notice for each %type
 -- autotag: every image of public.assets gets tags.
@@ -22,7 +22,7 @@ set local client_min_messages = warning;  -- without a notice for each %type
 --   results/      what a worker reports: tags, failures, requeued images; usage; broadcasts
 --   views/        stage, progress and ETA; status, metrics, what autotag doctor asks
 --   seed          the first rows of every installation
---   api, cron, version, grants    the public RPCs, tick and housekeeping, all rights
+--   api_types, api, cron, version, grants    the public RPCs, tick and housekeeping, all rights
 --
 -- Locks. A workspace's tables, transactions, triggers and clock belong to its tenant; every tenant needs the provider row. So:
 --   * A transaction that holds the provider row never waits for a lock that a tenant's transaction can hold (skip locked), and never
@@ -9321,6 +9321,7 @@ declare
   v_now timestamptz := autotag.now();
   v_job autotag.jobs;
   v_told autotag.asset_id[];
+  v_due boolean;
   v_end record;
   v_status text;
   v_ids jsonb;
@@ -9333,13 +9334,14 @@ begin
   v_job.failed := v_job.failed + p_failed;
   v_job.changed := autotag.add_changed(v_job.changed, p_changed);
   v_told := v_job.changed;
+  v_due := v_job.broadcast_at <= v_now - (select s.broadcast_interval from autotag.settings s);
   if v_job.completed + v_job.failed = v_job.image_count then
     v_job.finished_at := v_now;
     v_job.progress := 100;
     v_job.eta := null;
     v_job.eta_p90 := null;
     v_job.changed := array[]::autotag.asset_id[];
-  elsif v_job.broadcast_at <= v_now - (select s.broadcast_interval from autotag.settings s) then
+  elsif v_due then
     v_job.broadcast_at := v_now;
     v_job.progress := autotag.measure_progress(v_job);
     if p_eta is null then
@@ -9357,7 +9359,7 @@ begin
   where j.id = p_job_id;
   if v_job.finished_at is not null then
     perform autotag.broadcast_end(v_job, v_told);
-  elsif v_job.broadcast_at = v_now then
+  elsif v_due then
     v_status := autotag.job_status(v_job);
     v_ids := autotag.unique_ids(v_told);
     perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-progress', jsonb_build_object(
