@@ -1,4 +1,4 @@
--- autotag unreleased. Made by scripts/release from supabase/schemas; what is released never changes.
+-- autotag 0.1.0. Made by scripts/release from supabase/schemas; what is released never changes.
 set local check_function_bodies = off;  -- a function may stand before what it calls
 set local client_min_messages = warning;  -- without a notice for each %type
 -- autotag: every image of public.assets gets tags.
