@@ -186,7 +186,7 @@ def rpc(stack: Stack, user: str | dict[str, Any] | None, function: str, *argumen
         )
         places = ", ".join("%s" for _ in arguments)
         values = [array(a) if isinstance(a, list) else a for a in arguments]
-        value = "to_jsonb(x)" if function.startswith("public.") else "x"   # as PostgREST gives it
+        value = "to_jsonb(x)" if function.startswith("public.") else "x"  # as PostgREST gives it
         cursor = connection.execute(f"select {value} from {function}({places}) x", values)  # type: ignore[arg-type]
         row = cursor.fetchone()
         assert row is not None

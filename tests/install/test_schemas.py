@@ -140,7 +140,8 @@ def check_callers(
     reply = call(owner, member, enqueue)
     assert isinstance(reply, dict), reply
     assert (reply["image_count"], reply["skipped"]) == (len(own), len(skipped))
-    assert call(owner, member, sql.SQL("select to_jsonb(public.tagging_job({}))").format(sql.Literal(reply["job_id"])))["stages"]
+    describe = sql.SQL("select to_jsonb(public.tagging_job({}))").format(sql.Literal(reply["job_id"]))
+    assert call(owner, member, describe)["stages"]
     [(user, who)] = owner.execute("select user_id::text, autotag.caller()::text from autotag.jobs").fetchall()
     assert (user, who) == (member.get("sub"), None)
 

@@ -326,7 +326,7 @@ async def test_stages_are_reported_by_workspace_and_dropped_where_it_is_slow(ben
 async def test_rows_that_no_message_has_told_of_yet_are_followed_up_once(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages_module, "FOLLOW_UP_DELAY", 0.05)
+    monkeypatch.setattr(stages_module, "FOLLOW_UP_DELAY", 1.0)
 
     async def hold_blue(call: Call) -> Settled:
         return Settled(len(call.reports), [], held=call.workspace == BLUE)
