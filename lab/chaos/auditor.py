@@ -41,8 +41,8 @@ class Books:
     openai_batches: list[dict[str, Any]]
     openai_files: list[str]
     #: rows of assets {id, stage, tags, error, code (of the last task)}, jobs {id, image_count, completed, failed,
-    #: tasks_failed, tasks (those that are left), finished, batched (OpenAI had a batch of it)}, batches {id, openai_batch_id, state};
-    #: usage {requests, tokens}
+    #: tasks_failed, tasks (those that are left), finished, batched (OpenAI had a batch of it)},
+    #: batches {id, openai_batch_id, state}; usage {requests, tokens}
     assets: list[dict[str, Any]]
     jobs: list[dict[str, Any]]
     batches: list[dict[str, Any]]
@@ -267,7 +267,8 @@ def read_books(
                   order by asset_id, id desc
                 ) t on t.asset_id = a.id"""),
             jobs=rows("""select j.id::text, j.image_count, j.completed, j.failed, j.finished_at is not null as finished,
-                exists (select from autotag.batches b where b.job_id = j.id and b.openai_batch_id is not null) as batched,
+                exists (select from autotag.batches b where b.job_id = j.id and b.openai_batch_id is not null)
+                  as batched,
                 count(*) filter (where t.stage = 'failed') as tasks_failed, count(t.id) as tasks
                 from autotag.jobs j left join autotag.tasks t on t.job_id = j.id group by j.id"""),
             batches=rows("select id::text, openai_batch_id, state from autotag.batches"),

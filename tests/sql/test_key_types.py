@@ -155,9 +155,9 @@ def test_a_message_names_few_short_ids(project: Project) -> None:
     def name(images: int, length: int) -> tuple[int | None, int]:
         key = {"uuid": "md5(i::text)", "text": f"rpad(i::text, {length}, 'x')"}.get(project.keys.base[0], "i::text")
         [(count, size)] = project.sql(
-            "with ids as (select array(select ({})::autotag.asset_id from generate_series(1, {}) i) as list),"
-            " told as (select autotag.add_changed('{{}}', list) as ids from ids)"
-            " select cardinality(ids), octet_length(autotag.unique_ids(ids)::text) from told".format(key, images)
+            f"with ids as (select array(select ({key})::autotag.asset_id from generate_series(1, {images}) i) as list),"
+            " told as (select autotag.add_changed('{}', list) as ids from ids)"
+            " select cardinality(ids), octet_length(autotag.unique_ids(ids)::text) from told"
         )
         return count, size
 
