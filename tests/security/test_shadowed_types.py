@@ -85,7 +85,13 @@ def callable_functions(connection: psycopg.Connection[Any]) -> list[tuple[str, d
           and pg_catalog.has_function_privilege(p.oid, 'execute')""")
     # Now that they are shadowed, Postgres names the schema of its own types.
     return [
-        (str(name), {n: base_type(kind.removeprefix("pg_catalog.").removeprefix("public.")) for n, kind in zip(names, types, strict=False)})
+        (
+            str(name),
+            {
+                n: base_type(kind.removeprefix("pg_catalog.").removeprefix("public."))
+                for n, kind in zip(names, types, strict=False)
+            },
+        )
         for name, types, names in rows
     ]
 
