@@ -55,7 +55,7 @@ def _fill(server: LocalPostgres) -> tuple[psycopg.Connection[Any], list[Any]]:
 def _timed(connection: psycopg.Connection[Any], times: list[float], function: str, argument: object) -> dict[str, Any]:
     """Calls a public function and adds the seconds that it took."""
     started = time.perf_counter()
-    row = connection.execute(f"select public.{function}(%s)".encode(), (argument,)).fetchone()
+    row = connection.execute(f"select to_jsonb(public.{function}(%s))".encode(), (argument,)).fetchone()
     times.append(time.perf_counter() - started)
     assert row
     result: dict[str, Any] = row[0]

@@ -279,7 +279,7 @@ async def _store(stack: Stack, share: Sequence[Drawing]) -> list[str]:
 
 def _enqueue(database: str, assets: list[str]) -> str:
     with psycopg.connect(database, autocommit=True) as connection:
-        row = connection.execute("select public.enqueue_tagging(%s::uuid[]) ->> 'job_id'", (assets,)).fetchone()
+        row = connection.execute("select (public.enqueue_tagging(%s::uuid[])).job_id::text", (assets,)).fetchone()
     assert row is not None
     return str(row[0])
 

@@ -101,10 +101,15 @@ def time_left(eta: str | None) -> str:
 async def batch_updates(stack: Stack) -> AsyncIterator[list[str]]:
     """The OpenAI batch ids that an anonymous Realtime client receives on ``batch-updates``; the list grows."""
     batch_ids: list[str] = []
+
+    def hear(message: dict[str, Any]) -> None:
+        if batch_id := message["payload"]["batch_id"]:  # none: an upload ended without a batch
+            batch_ids.append(batch_id)
+
     client = AsyncRealtimeClient(f"{stack.supabase_url}/realtime/v1", stack.anon_key)
     await client.connect()
     channel = client.channel("batch-updates")
-    channel.on_broadcast("batch-complete", lambda message: batch_ids.append(message["payload"]["batch_id"]))
+    channel.on_broadcast("batch-complete", hear)
     joined = asyncio.Event()
     await channel.subscribe(lambda state, _: joined.set() if state.value == "SUBSCRIBED" else None)
     async with asyncio.timeout(10):

@@ -40,7 +40,7 @@ class Engine:
             """with added as (
               insert into public.assets (workspace_id, storage_path)
               select w.id, w.id || '/p' from public.workspaces w, generate_series(1, %s) where w.name = %s returning id)
-            select public.enqueue_tagging((select array_agg(id) from added)) ->> 'job_id'""", images, workspace,
+            select (public.enqueue_tagging((select array_agg(id) from added))).job_id""", images, workspace,
         )  # fmt: skip
         return str(job)
 

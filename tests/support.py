@@ -110,7 +110,7 @@ class Library:
 
     def enqueue_as_server(self, assets: Sequence[str]) -> dict[str, Any]:
         """As the project's server, which sees every file and is not asked about any."""
-        [row] = self.sql("select public.enqueue_tagging(%s) as job", array(assets))
+        [row] = self.sql("select to_jsonb(public.enqueue_tagging(%s)) as job", array(assets))
         answer: dict[str, Any] = row["job"]
         return answer
 
@@ -186,7 +186,8 @@ def rpc(stack: Stack, user: str | dict[str, Any] | None, function: str, *argumen
         )
         places = ", ".join("%s" for _ in arguments)
         values = [array(a) if isinstance(a, list) else a for a in arguments]
-        cursor = connection.execute(f"select {function}({places})", values)  # type: ignore[arg-type]
+        value = "to_jsonb(x)" if function.startswith("public.") else "x"  # as PostgREST gives it
+        cursor = connection.execute(f"select {value} from {function}({places}) x", values)  # type: ignore[arg-type]
         row = cursor.fetchone()
         assert row is not None
         return row[0]

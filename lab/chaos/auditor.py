@@ -41,8 +41,8 @@ class Books:
     openai_batches: list[dict[str, Any]]
     openai_files: list[str]
     #: rows of assets {id, stage, tags, error, code (of the last task)}, jobs {id, image_count, completed, failed,
-    #: tasks_failed, tasks (those that are left), finished}, batches {id, openai_batch_id, state};
-    #: usage {requests, tokens}
+    #: tasks_failed, tasks (those that are left), finished, batched (OpenAI had a batch of it)},
+    #: batches {id, openai_batch_id, state}; usage {requests, tokens}
     assets: list[dict[str, Any]]
     jobs: list[dict[str, Any]]
     batches: list[dict[str, Any]]
@@ -50,6 +50,8 @@ class Books:
     #: OpenAI ids of every batch-complete that the database sent, and that a client received
     sent: list[str]
     received: list[str]
+    #: how many were sent without a batch, for uploads that ended without one after them
+    sent_without_batch: int = 0
     #: the tags that each asset must have
     truth: dict[str, frozenset[str]] = field(default_factory=dict)
     #: single calls whose answer may have died with its worker before it was reported
@@ -235,6 +237,10 @@ def _broadcasts(books: Books) -> list[str]:
     found += [f"a client heard of {batch} {n} times" for batch, n in received.items() if n > 1 or batch not in sent]
     if books.client_heard_all:
         found += [f"the client never heard of {batch}" for batch in sent.keys() - received.keys()]
+    ended = [job for job in books.jobs if job["finished"]]
+    least = sum(not job["batched"] for job in ended)
+    if not least <= books.sent_without_batch <= len(ended):
+        found.append(f"{books.sent_without_batch} batch-complete without a batch for {least} to {len(ended)} uploads")
     return found
 
 
@@ -249,6 +255,8 @@ def read_books(
 
         broadcasts = rows("""select m.topic, m.event, m.payload, m.private, j.workspace_id::text as workspace
             from realtime.messages m left join autotag.jobs j on j.id::text = m.payload ->> 'job_id'""")
+        public = [sent["payload"]["batch_id"] for sent in broadcasts
+                  if (sent["event"], sent["topic"]) == ("batch-complete", PUBLIC_TOPIC)]  # fmt: skip
         return Books(
             requests=stack.simulator.request_log,
             openai_batches=stack.simulator.batches.describe_all(),
@@ -259,13 +267,15 @@ def read_books(
                   order by asset_id, id desc
                 ) t on t.asset_id = a.id"""),
             jobs=rows("""select j.id::text, j.image_count, j.completed, j.failed, j.finished_at is not null as finished,
+                exists (select from autotag.batches b where b.job_id = j.id and b.openai_batch_id is not null)
+                  as batched,
                 count(*) filter (where t.stage = 'failed') as tasks_failed, count(t.id) as tasks
                 from autotag.jobs j left join autotag.tasks t on t.job_id = j.id group by j.id"""),
             batches=rows("select id::text, openai_batch_id, state from autotag.batches"),
             usage=rows("""select coalesce(sum(requests), 0)::bigint as requests,
                 coalesce(sum(input_tokens + output_tokens), 0)::bigint as tokens from autotag.usage""")[0],
-            sent=[sent["payload"]["batch_id"] for sent in broadcasts
-                  if (sent["event"], sent["topic"]) == ("batch-complete", PUBLIC_TOPIC)],
+            sent=[batch for batch in public if batch],
+            sent_without_batch=public.count(None),
             received=list(received),
             truth=truth,
             may_be_lost=may_be_lost,

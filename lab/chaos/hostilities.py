@@ -174,7 +174,7 @@ class OpenCancel(OpenTransaction):
     async def do(self, connection: psycopg.AsyncConnection[Any], assets: list[str]) -> bool:
         await self.tenant.act_as_member(connection)
         cursor = await connection.execute(
-            "select public.cancel_tagging(j.id) -> 'cancelled' <> '0' from autotag.jobs j"
+            "select (public.cancel_tagging(j.id)).cancelled <> 0 from autotag.jobs j"
             " where j.workspace_id = %s order by j.created_at desc limit 1",
             (self.tenant.workspace,),
         )

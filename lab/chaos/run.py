@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import psycopg
 from realtime import AsyncRealtimeClient
@@ -343,13 +344,17 @@ class Chaos:
 
         return ticking(lambda: asyncio.to_thread(tick), TICK)
 
+    def _hear(self, message: dict[str, Any]) -> None:
+        if batch := message["payload"]["batch_id"]:  # none: an upload ended without a batch
+            self._heard.append(batch)
+
     @contextlib.asynccontextmanager
     async def _client(self) -> AsyncIterator[None]:
         """A Realtime client that listens all the time, as existing web clients do."""
         client = AsyncRealtimeClient(f"{self._stack.supabase_url}/realtime/v1", self._stack.anon_key)
         await client.connect()
         channel = client.channel("batch-updates")
-        channel.on_broadcast("batch-complete", lambda message: self._heard.append(message["payload"]["batch_id"]))
+        channel.on_broadcast("batch-complete", self._hear)
         joined = asyncio.Event()
         await channel.subscribe(lambda state, _: joined.set() if state.value == "SUBSCRIBED" else None)
         async with asyncio.timeout(10):

@@ -245,7 +245,7 @@ class Tenant:
         async with self.project.pool.connection() as connection, connection.transaction():
             if not as_server:
                 await self.act_as_member(connection)
-            cursor = await connection.execute("select public.enqueue_tagging(%s::uuid[])", (list(assets),))
+            cursor = await connection.execute("select to_jsonb(public.enqueue_tagging(%s::uuid[]))", (list(assets),))
             row = await cursor.fetchone()
         ledger = self.project.ledger
         ledger.expect((asset for asset in assets if ledger.ends[asset] == TAGGED | UNSURE), ends)

@@ -22,7 +22,7 @@ set local client_min_messages = warning;  -- without a notice for each %type
 --   results/      what a worker reports: tags, failures, requeued images; usage; broadcasts
 --   views/        stage, progress and ETA; status, metrics, what autotag doctor asks
 --   seed          the first rows of every installation
---   api, cron, version, grants    the public RPCs, tick and housekeeping, all rights
+--   api_types, api, cron, version, grants    the public RPCs, tick and housekeeping, all rights
 --
 -- Locks. A workspace's tables, transactions, triggers and clock belong to its tenant; every tenant needs the provider row. So:
 --   * A transaction that holds the provider row never waits for a lock that a tenant's transaction can hold (skip locked), and never
@@ -180,6 +180,8 @@ create table autotag.settings (
   batch_give_up_after interval not null default '23 h' check (batch_give_up_after > '0'),
   -- shortest time between two job-progress broadcasts of one upload
   broadcast_interval interval not null default '1 s' check (broadcast_interval >= '0'),
+  -- an upload that ends without a batch-complete after it sends one without a batch on batch-updates, for clients that listen only there
+  broadcast_single_calls boolean not null default true,
 
   -- retention
   keep_finished interval not null default '30 days' check (keep_finished > '0'),  -- how long finished uploads are kept
@@ -387,7 +389,8 @@ create table autotag.jobs (
   eta timestamptz,                      -- median of the predicted end …
   eta_p90 timestamptz,                  -- … and its 90th percentile
   progress integer not null default 0 check (progress between 0 and 100),
-  broadcast_at timestamptz not null default '-infinity',   -- when job-progress was last broadcast
+  broadcast_at timestamptz not null default '-infinity',   -- when job-progress was last broadcast …
+  changed autotag.asset_id[],           -- … and the images whose rows changed since then; null: many (report_job)
   traceparent text,                     -- of the HTTP request that made the job (W3C Trace Context), if it had one
   brief_id bigint,                      -- what its images are asked (autotag.briefs); null: the question alone
   retry_of uuid,                        -- the job whose failed images it retries (retry_tagging)
@@ -396,7 +399,7 @@ create table autotag.jobs (
 ) with (fillfactor = 50);
 create index jobs_workspace_id_idx on autotag.jobs (workspace_id, created_at);
 create index jobs_finished_at_idx on autotag.jobs (finished_at);
-create index jobs_live_idx on autotag.jobs (workspace_id) where finished_at is null;
+create index jobs_live_idx on autotag.jobs (workspace_id, created_at) where finished_at is null;
 create index jobs_retry_idx on autotag.jobs (retry_of, created_at) where retry_of is not null;
 create index jobs_live_user_idx on autotag.jobs (user_id) where finished_at is null;
 alter table autotag.jobs enable row level security;
@@ -519,6 +522,7 @@ create table autotag.batches (
   missing_polls integer not null default 0,   -- polls in a row that did not find it at OpenAI …
   last_missing_poll_at timestamptz,                   -- … and the last of them (workers.poll_assigned_at): each poll counts once
   cancel_requested boolean not null default false,
+  cancel_sent_at timestamptz,                 -- when a worker was last asked to cancel it at OpenAI (take_cancellations)
   stuck boolean not null default false,       -- no progress for too long: what OpenAI has not done is sent as single calls
   stored boolean not null default false,      -- all its answers are stored and batch-complete is broadcast
   error text,
@@ -827,8 +831,8 @@ create type autotag.parts as (
   raised integer               -- … and those that raised
 );
 
--- Images of a job that have ended, for its counts (count_ended).
-create type autotag.ended as (job_id uuid, completed integer, failed integer);
+-- Images of a job that have ended, for its counts (count_ended). assets: null: many.
+create type autotag.ended as (job_id uuid, completed integer, failed integer, assets autotag.asset_id[]);
 
 -- What a workspace wants asked about its images.
 
@@ -3305,14 +3309,18 @@ begin
   perform autotag.check_quotas(p_workspace_id, p_user_id, v_count);
 
   v_plan := autotag.plan_upload(p_workspace_id, v_count);
-  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent, brief_id)
+  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent, brief_id, changed)
   values (p_workspace_id, p_user_id, v_plan.strategy, v_plan.fallback, v_count, v_now, autotag.request_traceparent(),
-    autotag.make_brief(p_workspace_id))
+    autotag.make_brief(p_workspace_id), autotag.add_changed('{}', v_new))
   returning * into v_job;
   v_first_task := autotag.add_tasks(v_job, v_plan, v_new, v_new_marks);
   insert into autotag.queues (job_id, workspace_id, queued, overdue_at, cursor, chunk)
   values (v_job.id, p_workspace_id, v_plan.express, autotag.patience_ends_at(v_plan.express, v_now), v_first_task - 1, v_plan.chunk);
   v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
+  if v_plan.express > 0 and v_plan.batches > 0 then   -- express images do not wait for the batch
+    perform autotag.show(p_workspace_id, v_new[:v_plan.express], 'queued', 0, autotag.now() + autotag.predict_single_calls(v_job.id, null));
+    v_new := v_new[v_plan.express + 1:];
+  end if;
   perform autotag.show(p_workspace_id, v_new, 'queued', 0, v_job.eta);
 
   if v_plan.express > 0 then
@@ -3341,7 +3349,7 @@ begin
   select * into v_job from autotag.jobs j
   where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
   return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
-    'skipped', p_asked, 'batches', 0, 'eta', v_job.eta);
+    'skipped', p_asked, 'batches', 0, 'eta', (autotag.current_eta(v_job)).p50);
 end $$;
 
 -- Plans an upload of p_images images. Reads only.
@@ -3533,13 +3541,14 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return jsonb_build_object('job_id', p_job.id, 'strategy', p_job.strategy, 'image_count', 0, 'skipped', p_skipped,
-    'batches', 0, 'eta', p_job.eta);
+    'batches', 0, 'eta', (autotag.current_eta(p_job)).p50);
 end $$;
 
 -- Cancelling an upload.
 
 -- cancel_tagging: {job_id, cancelled (images)}. Images that have not been sent to OpenAI fail with the code `cancelled`. What
--- has been sent is billed: a worker cancels the batch at OpenAI, and the answers that come are stored.
+-- has been sent is billed: the notification wakes a worker, which cancels the batch at OpenAI at once (take_cancellations), and the
+-- answers that come are stored.
 -- It may run in a long transaction of the tenant's. Claims keep off its upload until it ends, because they do not get the job's
 -- advisory lock; nothing else waits for it. Locks: the job (advisory), job, batches, tasks, assets (finish).
 create or replace function autotag.cancel(p_job_id uuid) returns jsonb
@@ -3573,6 +3582,7 @@ begin
     update autotag.batches b set cancel_requested = true
     where b.job_id = p_job_id and b.state in ('creating', 'submitted');
     perform autotag.finish(v_job.workspace_id, v_items, false);
+    perform autotag.broadcast_progress(p_job_id);   -- that it is being cancelled
     perform pg_notify('autotag', 'batch');
   end if;
   return jsonb_build_object('job_id', p_job_id, 'cancelled', cardinality(v_items));
@@ -6277,7 +6287,7 @@ $$;
 --     since: epoch seconds; the batch and its files at OpenAI are not older. keep_files: seconds after which the provider is to
 --     delete its files; null: the provider supports no expiry.
 --   poll: [{id, since}] of all batches in flight if a poll is due, else null.
---   cancel: ids of those to cancel at OpenAI after the poll; at most 100 at a time, of all workspaces alike.
+--   cancel: ids of those to cancel at OpenAI now (take_cancellations).
 --   files: ids of files to delete at OpenAI (reported with files_deleted).
 --   question: as in claim().
 --   look_up: name of the model to check at the provider now (provider_checked), else null.
@@ -6359,16 +6369,26 @@ begin
   if p_provider.ask_after > p_now then
     return;
   end if;
+  cancel := autotag.take_cancellations(next_poll_at <= p_now, p_now);
   if next_poll_at <= p_now then
-    select l.poll, l.cancel, l.files into poll, cancel, files from autotag.list_polls() l;
+    select l.poll, l.files into poll, files from autotag.list_polls() l;
     next_poll_at := case when poll is null and files = '[]' then '-infinity' else p_now + p_settings.batch_poll_interval end;
+  end if;
+  -- Somebody waits for the end of a cancelled batch. (OpenAI takes up to ten minutes.)
+  if cancel is not null or exists (
+    select from autotag.batches b join autotag.jobs j on j.id = b.job_id
+    where b.state = 'submitted' and b.cancel_requested and j.cancelled_at > p_now - interval '10 min') then
+    next_poll_at := least(next_poll_at, p_now + interval '5 s');
   end if;
   if p_provider.proven_at is not null and p_provider.checked_at <= p_now - p_settings.model_check_interval then
     look_up := p_provider.question ->> 'model';
   end if;
-  if poll is not null or files <> '[]' or look_up is not null then
-    -- allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked)
-    update autotag.workers w set poll_assigned_at = p_now where w.id = p_worker;
+  if poll is not null or files <> '[]' or look_up is not null or cancel is not null then
+    -- Allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked). A poll that does not find
+    -- a batch counts by this time, so a cancellation does not change it.
+    update autotag.workers w
+    set poll_assigned_at = case when poll is null and w.poll_assigned_at is not null then w.poll_assigned_at else p_now end
+    where w.id = p_worker;
   end if;
 end $$;
 
@@ -6387,8 +6407,31 @@ begin
     from unnest(p_ids) with ordinality t (id, i) join autotag.batches b on b.id = t.id);
 end $$;
 
--- The batches to poll and to cancel, and the files to delete at OpenAI (claim_batches: poll, cancel, files).
-create or replace function autotag.list_polls(out poll jsonb, out cancel jsonb, out files jsonb)
+-- Ids of batches to cancel at OpenAI, at most 100 at a time, of all workspaces alike: each once as soon as its upload is cancelled, and
+-- with each poll (p_due) those that OpenAI is not cancelling yet. In random order, so that one that the provider refuses stops no
+-- other for long. Called by claim_batches(), which holds the provider row. Locks: batches by id (skip locked).
+create or replace function autotag.take_cancellations(p_due boolean, p_now timestamptz) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ids jsonb;
+begin
+  with chosen as (
+    select b.id from autotag.batches b
+    where b.state = 'submitted' and b.cancel_requested and b.openai_status is distinct from 'cancelling'
+      and (p_due or b.cancel_sent_at is null)
+    order by row_number() over (partition by b.workspace_id order by random()) limit 100
+  ), locked as (
+    select b.id from autotag.batches b where b.id in (select c.id from chosen c) order by b.id for no key update skip locked
+  ), asked as (
+    update autotag.batches b set cancel_sent_at = p_now from locked l where b.id = l.id returning b.openai_batch_id as id
+  )
+  select jsonb_agg(a.id order by random()) into v_ids from asked a;
+  return v_ids;
+end $$;
+
+-- The batches to poll, and the files to delete at OpenAI (claim_batches: poll, files).
+create or replace function autotag.list_polls(out poll jsonb, out files jsonb)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -6396,12 +6439,6 @@ begin
            order by b.ordinal, b.created_at)
   into poll
   from autotag.batches b where b.state = 'submitted';
-  -- In random order, so that one that the provider refuses stops no other for long.
-  select jsonb_agg(c.id) into cancel
-  from (
-    select b.openai_batch_id as id from autotag.batches b
-    where b.state = 'submitted' and b.cancel_requested and b.openai_status is distinct from 'cancelling'
-    order by row_number() over (partition by b.workspace_id order by random()) limit 100) c;
   select coalesce(jsonb_agg(f.id), '[]') into files
   from (
     select unnest(array[b.input_file_id, b.output_file_id, b.error_file_id]) as id
@@ -6587,9 +6624,9 @@ end $$;
 
 -- Shows on the host's rows of a batch's images that OpenAI has it (submitted) or works on it (processing), and when they are expected
 -- to be done: at most p_limit images after task p_after. Returns the last task shown; null: there are no more, or the batch is in
--- another state. A row that is held or that raises is left out. Locks: assets (show).
+-- another state. A row that is held or that raises is left out. It holds nothing while it waits for the upload. Locks: job, assets (show).
 create or replace function autotag.show_batch(p_worker uuid, p_batch uuid, p_after bigint, p_limit integer) returns bigint
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '1s'
 as $$
 declare
   v_batch autotag.batches;
@@ -6605,9 +6642,11 @@ begin
   from (
     select x.id, x.asset_id from autotag.tasks x where x.batch_id = p_batch and x.id > p_after and x.finished_at is null
     order by x.id limit greatest(least(p_limit, 10000), 0)) t;
+  perform from autotag.jobs j where j.id = v_batch.job_id for no key update;
   v_stage := case when v_batch.running_at is null then 'submitted' else 'processing' end;
   perform autotag.show(v_batch.workspace_id, v_page.assets, v_stage, autotag.stage_progress(v_stage),
     (autotag.batch_eta(v_batch, autotag.now())).p50);
+  perform autotag.broadcast_progress(v_batch.job_id, null, coalesce(v_page.assets, '{}'));
   return v_page.last;
 end $$;
 
@@ -7700,13 +7739,15 @@ end $$;
 -- A worker reports the stages of its single calls of one workspace: [{task, attempt, stage}], stages between `queued` and
 -- `completed`. Ignores tasks that the worker does not hold (any more), and workers of another login. Only `processing` is written to
 -- the host's row, because each write fires the host's triggers, webhooks and Postgres Changes; the others show in tagging_job().
+-- It also broadcasts what no message has told of yet (broadcast_held), so a worker calls it once more a second after a report.
 -- p_sent: {sent, sent_age (seconds)}, as in record_sent(). Returns sentences for the operator's log, as settle() does.
 -- Locks: tasks by id (skip locked), jobs (skip locked), assets (show), provider (skip locked).
 create or replace function autotag.report_stages(p_worker uuid, p_workspace_id autotag.workspace_id, p_stages jsonb, p_sent jsonb default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
-  v_moved record;
+  v_moved autotag.ended[];
+  v_free uuid[];
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   perform autotag.check_list(p_stages);
@@ -7727,11 +7768,16 @@ begin
   ), moved as (
     update autotag.tasks t set stage = h.stage from held h where t.id = h.id returning t.asset_id, t.job_id, t.stage
   )
-  select array_agg(m.asset_id) filter (where m.stage = 'processing') as assets, array_agg(distinct m.job_id) as jobs
-  into v_moved from moved m;
-  perform autotag.show(p_workspace_id, v_moved.assets, 'processing', autotag.stage_progress('processing'), null);
-  perform autotag.broadcast_progress(j.id)
-  from (select l.id from autotag.jobs l where l.id = any (v_moved.jobs) order by l.id for no key update skip locked) j;
+  select array_agg(row(m.job_id, 0, 0, m.assets)::autotag.ended) into v_moved
+  from (
+    select x.job_id, coalesce(array_agg(x.asset_id) filter (where x.stage = 'processing'), '{}') as assets from moved x group by x.job_id) m;
+  -- Rows of an upload that another transaction holds are left out, so that no row changes without a message.
+  v_free := array(
+    select l.id from autotag.jobs l where l.id in (select m.job_id from unnest(v_moved) m) order by l.id for no key update skip locked);
+  perform autotag.show(p_workspace_id, array(select a from unnest(v_moved) m, unnest(m.assets) a where m.job_id = any (v_free)),
+    'processing', autotag.stage_progress('processing'), null);
+  perform autotag.broadcast_progress(m.job_id, null, m.assets) from unnest(v_moved) m where m.job_id = any (v_free);
+  perform autotag.broadcast_held(p_workspace_id);
   return case when p_sent is null then '[]'::jsonb else autotag.report_provider(autotag.summarize_calls(p_worker, '{}', p_sent)) end;
 end $$;
 
@@ -8303,8 +8349,9 @@ end $$;
 -- p_observed: the newest limits from response headers (update_provider_limits), and {sent, sent_age} (record_sent).
 -- p_keep: the host's rows are slow (an earlier call was cancelled for it): keep the outcomes for store_waiting() instead.
 -- Ignores reports for tasks that the worker does not hold (any more), with an older attempt, or from another login.
--- Returns {accepted, busy, notices: [{event, notice}]}: the number of accepted reports, and sentences for the log. busy: another
--- call of this worker for this workspace is still running; nothing was done, so call again.
+-- Returns {accepted, busy, notices: [{event, notice}], held}: the number of accepted reports, and sentences for the log. busy: another
+-- call of this worker for this workspace is still running; nothing was done, so call again. held: no message has told of all
+-- rows yet, so call report_stages() in a second.
 --
 -- Only this transaction writes the host's rows of these images, and it writes those of one workspace. So it holds nothing that
 -- other workspaces need, until the end: report_provider() takes the provider row if it is free.
@@ -8344,6 +8391,9 @@ begin
   v_notices := autotag.apply_answers(p_workspace_id, v_answers, not p_keep);
   perform autotag.add_usage(v_answers, false);
   return jsonb_build_object('accepted', cardinality(v_answers), 'busy', false,
+    'held', exists (
+      select from autotag.jobs j
+      where j.id in (select a.job_id from unnest(v_answers) a) and j.finished_at is null and j.changed is distinct from '{}'),
     'notices', v_notices || autotag.report_provider(v_report));
 end $$;
 
@@ -8730,7 +8780,8 @@ begin
     set constraints all immediate;
   end if;
   return array(
-    select row(i.job_id, count(i.result), count(i.code))::autotag.ended from unnest(v_tagged || v_failed) i group by i.job_id);
+    select row(i.job_id, count(i.result), count(i.code), case when count(*) <= 100 then array_agg(i.asset_id) end)::autotag.ended
+    from unnest(v_tagged || v_failed) i group by i.job_id);
 end $$;
 
 -- Counts the images that have ended in their jobs. The caller holds the jobs.
@@ -8738,14 +8789,20 @@ create or replace function autotag.count_ended(p_ended autotag.ended[]) returns 
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_job record;
+  v_part autotag.ended;
+  v_job autotag.ended;   -- the sum of its parts
 begin
-  for v_job in
-    select e.job_id as id, sum(e.completed)::integer as completed, sum(e.failed)::integer as failed
-    from unnest(p_ended) e group by e.job_id order by e.job_id
-  loop
-    perform autotag.count_finished(v_job.id, v_job.completed, v_job.failed);
+  for v_part in select e.* from unnest(p_ended) e order by e.job_id loop
+    if v_part.job_id = v_job.job_id then
+      v_job.completed := v_job.completed + v_part.completed;
+      v_job.failed := v_job.failed + v_part.failed;
+      v_job.assets := autotag.add_changed(v_job.assets, v_part.assets);
+      continue;
+    end if;
+    perform autotag.report_job(v_job.job_id, v_job.completed, v_job.failed, v_job.assets) where v_job.job_id is not null;
+    v_job := v_part;
   end loop;
+  perform autotag.report_job(v_job.job_id, v_job.completed, v_job.failed, v_job.assets) where v_job.job_id is not null;
 end $$;
 
 -- Deletes the tasks of tagged images, and returns the images whose tasks had not ended. The caller holds their jobs. (The plan is
@@ -9279,65 +9336,173 @@ as $$
   ) / p_job.image_count)::integer))
 $$;
 
--- Counts finished images of a job; the last one finishes the job. The caller holds the job's lock.
-create or replace function autotag.count_finished(p_job_id uuid, p_completed integer, p_failed integer) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+-- The images of a job whose rows have changed since its last message; null: more than a client should ask for by id in one URL.
+create or replace function autotag.add_changed(p_changed autotag.asset_id[], p_more autotag.asset_id[]) returns autotag.asset_id[]
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_job autotag.jobs;
-  v_last boolean;
 begin
-  if p_completed + p_failed = 0 then
-    return;
-  end if;
-  select j.completed + p_completed + j.failed + p_failed = j.image_count into v_last
-  from autotag.jobs j where j.id = p_job_id;
-  update autotag.jobs j
-  set completed = j.completed + p_completed, failed = j.failed + p_failed,
-      finished_at = case when v_last then autotag.now() end,
-      progress = case when v_last then 100 else j.progress end,
-      eta = case when not v_last then j.eta end, eta_p90 = case when not v_last then j.eta_p90 end
-  where j.id = p_job_id returning * into v_job;
-  if v_job.finished_at is null then
-    perform autotag.broadcast_progress(p_job_id);
-    return;
-  end if;
-  perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-complete', jsonb_build_object(
-    'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed, 'image_count', v_job.image_count));
+  -- a key that is a text can have 2,700 bytes
+  return case when cardinality(p_changed) + cardinality(p_more) <= 100 and pg_column_size(p_changed) + pg_column_size(p_more) <= 8000
+    then p_changed || p_more end;
 end $$;
 
--- Broadcasts a job's progress to its workspace, at most once per broadcast_interval. A skipped message loses nothing, because
--- job-complete always comes last. p_eta: the job's eta, if it was just computed. The caller holds the job's lock.
-create or replace function autotag.broadcast_progress(p_job_id uuid, p_eta timestamptz default null) returns void
+-- Counts finished images of a job, the last of which finishes it, and tells its workspace: job-progress at most once per
+-- broadcast_interval, job-complete at the end. p_changed: the images whose rows this transaction has changed; null: many. Those that no
+-- message has told of yet come with the next one (broadcast_held). p_eta: the job's eta, if it was just computed. One update of the job's row.
+-- The caller holds the job's lock.
+create or replace function autotag.report_job(
+  p_job_id uuid, p_completed integer, p_failed integer, p_changed autotag.asset_id[], p_eta timestamptz default null
+) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_job autotag.jobs;
   v_now timestamptz := autotag.now();
+  v_job autotag.jobs;
+  v_told autotag.asset_id[];
+  v_due boolean;
+  v_end record;
+  v_status text;
+  v_ids jsonb;
 begin
+  select * into v_job from autotag.jobs j where j.id = p_job_id and j.finished_at is null;
+  if not found then
+    return;
+  end if;
+  v_job.completed := v_job.completed + p_completed;
+  v_job.failed := v_job.failed + p_failed;
+  v_job.changed := autotag.add_changed(v_job.changed, p_changed);
+  v_told := v_job.changed;
+  v_due := v_job.broadcast_at <= v_now - (select s.broadcast_interval from autotag.settings s);
+  if v_job.completed + v_job.failed = v_job.image_count then
+    v_job.finished_at := v_now;
+    v_job.progress := 100;
+    v_job.eta := null;
+    v_job.eta_p90 := null;
+    v_job.changed := array[]::autotag.asset_id[];
+  elsif v_due then
+    v_job.broadcast_at := v_now;
+    v_job.progress := autotag.measure_progress(v_job);
+    if p_eta is null then
+      v_end := autotag.predict_job(p_job_id, null);
+      v_job.eta := v_end.p50;
+      v_job.eta_p90 := v_end.p90;
+    end if;
+    v_job.changed := array[]::autotag.asset_id[];
+  elsif p_completed + p_failed = 0 and p_changed = '{}' then
+    return;
+  end if;
   update autotag.jobs j
-  set broadcast_at = v_now, progress = autotag.measure_progress(j)
-  where j.id = p_job_id and j.finished_at is null
-    and j.broadcast_at <= v_now - (select s.broadcast_interval from autotag.settings s)
-  returning * into v_job;
-  if found then
-    v_job.eta := coalesce(p_eta, autotag.refresh_eta(p_job_id));
+  set completed = v_job.completed, failed = v_job.failed, finished_at = v_job.finished_at, progress = v_job.progress,
+      eta = v_job.eta, eta_p90 = v_job.eta_p90, broadcast_at = v_job.broadcast_at, changed = v_job.changed
+  where j.id = p_job_id;
+  if v_job.finished_at is not null then
+    perform autotag.broadcast_end(v_job, v_told);
+  elsif v_due then
+    v_status := autotag.job_status(v_job);
+    v_ids := autotag.unique_ids(v_told);
     perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-progress', jsonb_build_object(
-      'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed,
-      'image_count', v_job.image_count, 'progress', v_job.progress, 'eta', v_job.eta));
+      'job_id', v_job.id, 'status', v_status, 'completed', v_job.completed, 'failed', v_job.failed, 'image_count', v_job.image_count,
+      'progress', v_job.progress, 'eta', v_job.eta, 'asset_ids', v_ids, 'many', v_told is null));
   end if;
 end $$;
 
--- tagging_job: one upload as the UI shows it. `stages` maps each of the seven stages to its number of images.
+-- Broadcasts that a job has ended. p_told: the images whose rows changed since its last message. Where no batch-complete will follow,
+-- clients that listen only to the public topic get one without a batch (broadcast_single_calls).
+create or replace function autotag.broadcast_end(p_job autotag.jobs, p_told autotag.asset_id[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_status text := autotag.job_status(p_job);
+  v_ids jsonb := autotag.unique_ids(p_told);
+begin
+  perform autotag.broadcast_to_workspace(p_job.workspace_id, 'job-complete', jsonb_build_object(
+    'job_id', p_job.id, 'status', v_status, 'completed', p_job.completed, 'failed', p_job.failed, 'image_count', p_job.image_count,
+    'asset_ids', v_ids, 'many', p_told is null));
+  if (select s.broadcast_single_calls from autotag.settings s) and not exists (
+    select from autotag.batches b where b.job_id = p_job.id and b.openai_batch_id is not null and not b.stored) then
+    perform autotag.broadcast('batch-updates', 'batch-complete', jsonb_build_object('batch_id', null), false);
+  end if;
+end $$;
+
+-- An image that changed twice between two messages is told of once.
+create or replace function autotag.unique_ids(p_ids autotag.asset_id[]) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return to_jsonb(case when p_ids is not null then array(select distinct i from unnest(p_ids) i) end);
+end $$;
+
+-- Broadcasts a job's progress, if no message was sent within broadcast_interval (report_job). The caller holds the job's lock.
+create or replace function autotag.broadcast_progress(
+  p_job_id uuid, p_eta timestamptz default null, p_changed autotag.asset_id[] default '{}'
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.report_job(p_job_id, 0, 0, p_changed, p_eta);
+end $$;
+
+-- Broadcasts what no message has told of yet, because another had just been sent: of at most 100 uploads of a workspace; null: of all.
+-- (A plan with seqscan may read all uploads that were ever finished.) Locks: jobs (skip locked).
+create or replace function autotag.broadcast_held(p_workspace_id autotag.workspace_id) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan' set enable_seqscan = off
+as $$
+declare
+  v_until timestamptz := autotag.now() - (select s.broadcast_interval from autotag.settings s);
+begin
+  perform autotag.broadcast_progress(h.id) from (
+    select j.id from autotag.jobs j
+    where j.finished_at is null and (j.workspace_id = p_workspace_id or p_workspace_id is null)
+      and j.changed is distinct from '{}' and j.broadcast_at <= v_until
+    limit 100 for no key update skip locked) h;
+end $$;
+
+-- tagging_job: one upload as the UI shows it (describe_upload).
 create or replace function autotag.describe_job(p_job_id uuid) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
+begin
+  return autotag.describe_upload(autotag.visible_job(p_job_id));
+end $$;
+
+-- tagging_jobs: the uploads of a workspace, the newest first, as tagging_job describes each; p_before: only older ones. Uploads that
+-- began at the same moment come on one page, which is then longer than p_limit, so no page begins between them.
+create or replace function autotag.list_jobs(p_workspace_id autotag.workspace_id, p_only_live boolean, p_before timestamptz, p_limit integer)
+returns setof jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+begin
+  perform autotag.check_member(p_workspace_id);
+  p_limit := least(greatest(coalesce(p_limit, 20), 1), 100);
+  return query
+    select autotag.describe_upload(f.job) from (
+      select j as job from autotag.jobs j
+      -- the plan is made for these values, so it uses the index of live uploads for them
+      where j.workspace_id = p_workspace_id and (j.finished_at is null or not coalesce(p_only_live, true))
+        and j.created_at < coalesce(p_before, 'infinity')
+      order by j.created_at desc fetch first p_limit rows with ties) f
+    order by (f.job).created_at desc, (f.job).id;
+end $$;
+
+-- What an upload is doing. A cancelled one is `cancelling` until the provider has let go of its last image.
+create or replace function autotag.job_status(p_job autotag.jobs) returns text
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case when p_job.finished_at is null then case when p_job.cancelled_at is null then 'running' else 'cancelling' end
+    when p_job.cancelled_at is null then 'completed' else 'cancelled' end;
+end $$;
+
+-- One upload as the UI shows it. `stages` maps each of the seven stages to its number of images.
+create or replace function autotag.describe_upload(p_job autotag.jobs) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
 declare
-  v_job autotag.jobs := autotag.visible_job(p_job_id);
   v_stages jsonb;
   v_error text;
+  v_eta record := autotag.current_eta(p_job);
 begin
-  select jsonb_object_agg(s.stage, case s.stage when 'completed' then v_job.completed else coalesce(c.images, 0) end)
+  select jsonb_object_agg(s.stage, case s.stage when 'completed' then p_job.completed else coalesce(c.images, 0) end)
   into v_stages
   from unnest(array['queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed']) s (stage)
   left join (
@@ -9347,27 +9512,28 @@ begin
       when t.retry_at = 'infinity' then 'completing'   -- its outcome waits for the host's row
       when b.id is not null then autotag.batch_stage(b.state, b.running_at, b.submitted_at)
       else t.stage end as stage) o
-    where t.job_id = v_job.id group by o.stage) c using (stage);
+    where t.job_id = p_job.id group by o.stage) c using (stage);
   -- the most frequent error
   select t.error into v_error from autotag.tasks t
-  where t.job_id = v_job.id and t.stage = 'failed' group by t.error order by count(*) desc, t.error limit 1;
+  where t.job_id = p_job.id and t.stage = 'failed' group by t.error order by count(*) desc, t.error limit 1;
   return jsonb_build_object(
-    'job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', v_job.image_count,
-    'stages', v_stages, 'completed', v_job.completed, 'failed', v_job.failed,
-    'progress', case when v_job.finished_at is null then autotag.measure_progress(v_job) else 100 end,
-    'eta', v_job.eta, 'eta_p90', v_job.eta_p90, 'error', v_error, 'fallback', v_job.fallback,
+    'job_id', p_job.id, 'status', autotag.job_status(p_job), 'strategy', p_job.strategy, 'image_count', p_job.image_count,
+    'stages', v_stages, 'completed', p_job.completed, 'failed', p_job.failed,
+    'progress', case when p_job.finished_at is null then autotag.measure_progress(p_job) else 100 end,
+    'eta', v_eta.p50, 'eta_p90', v_eta.p90, 'error', v_error, 'fallback', p_job.fallback,
     'batches', (
       select coalesce(jsonb_agg(jsonb_build_object(
         'batch_id', b.openai_batch_id, 'state', b.state, 'image_count', b.image_count) order by b.ordinal), '[]')
-      from autotag.batches b where b.job_id = v_job.id),
-    'created_at', v_job.created_at, 'finished_at', v_job.finished_at,
-    'cancelled', v_job.cancelled_at is not null);
+      from autotag.batches b where b.job_id = p_job.id),
+    'created_at', p_job.created_at, 'finished_at', p_job.finished_at,
+    'cancelled', p_job.cancelled_at is not null);
 end $$;
 
 -- Predicts when a job ends. Single calls: from their schedule under the present limits and queues. Batches: from the durations
 -- of earlier ones (by size and time of day, the newest weigh most), and once a batch makes progress, from its pace. Users see
 -- the median; the 90th percentile is available too. Predictions are made inside uploads, reports and polls, and read what providers
--- and operators set, so none of them raises: predict_batch, batch_eta, predict_new_batch, predict_job, predict_wait and estimate_seconds warn and return
+-- and operators set, so none of them raises: predict_batch, batch_eta, predict_new_batch, predict_single_calls, predict_job,
+-- predict_wait and estimate_seconds warn and return
 -- null (about 5 µs, of the millisecond that a prediction takes).
 
 -- Possible durations of a batch of p_images images that starts at p_started, in seconds with weights: those of recent batches
@@ -9529,6 +9695,26 @@ exception when others then
   starts_at := null; ends_at := null;
 end $$;
 
+-- How long the last single call of a job takes from now: it waits for the limits and for its chunk. p_wait: the wait for the limits, if
+-- the caller has computed it. Null: no prediction is possible.
+create or replace function autotag.predict_single_calls(p_job_id uuid, p_wait interval) returns interval
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_settings autotag.settings;
+begin
+  select * into v_settings from autotag.settings;
+  return make_interval(secs => v_settings.call_seconds) + coalesce((
+    select greatest(coalesce(p_wait, autotag.predict_wait(q.workspace_id, 0, true)),
+      case when q.chunk is not null then greatest(q.ready_at, v_now) - v_now
+        + v_settings.chunk_delay * ((q.queued - 1) / q.chunk) end)
+    from autotag.queues q where q.job_id = p_job_id and q.queued > 0), interval '0');
+exception when others then
+  raise warning 'autotag could not predict single calls: %', sqlerrm;
+  return null;
+end $$;
+
 -- Predicts the end of a job: its last batch, or the last of its single calls, which wait for the limits and for their chunks.
 -- p_wait: the wait for the limits, if the caller has computed it.
 create or replace function autotag.predict_job(p_job_id uuid, p_wait interval, out p50 timestamptz, out p90 timestamptz)
@@ -9536,16 +9722,10 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
-  v_settings autotag.settings;
   v_single interval;
   v_batches record;
 begin
-  select * into v_settings from autotag.settings;
-  v_single := make_interval(secs => v_settings.call_seconds) + coalesce((
-    select greatest(coalesce(p_wait, autotag.predict_wait(q.workspace_id, 0, true)),
-      case when q.chunk is not null then greatest(q.ready_at, v_now) - v_now
-        + v_settings.chunk_delay * ((q.queued - 1) / q.chunk) end)
-    from autotag.queues q where q.job_id = p_job_id and q.queued > 0), interval '0');
+  v_single := autotag.predict_single_calls(p_job_id, p_wait);
   select max(e.p50) as p50, max(e.p90) as p90 into v_batches
   from (
     -- Batches that wait for the window are mostly alike, so only the last one is predicted.
@@ -9558,6 +9738,24 @@ begin
 exception when others then
   raise warning 'autotag could not predict the end of an upload: %', sqlerrm;
   p50 := null; p90 := null;
+end $$;
+
+-- The predicted end of a job as it is shown: never in the past. A stored prediction that is over (or as good as) is made anew. Null: the
+-- job has ended, or no prediction is possible.
+create or replace function autotag.current_eta(p_job autotag.jobs, out p50 timestamptz, out p90 timestamptz)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_end record;
+begin
+  if p_job.finished_at is null and p_job.eta < autotag.now() + interval '1 s' then
+    v_end := autotag.predict_job(p_job.id, null);
+    p50 := v_end.p50;
+    p90 := v_end.p90;
+  else
+    p50 := p_job.eta;
+    p90 := p_job.eta_p90;
+  end if;
 end $$;
 
 -- Predicts the end of a job (predict_job) and stores it. The caller holds the job's lock.
@@ -10236,34 +10434,133 @@ insert into autotag.error_kinds values
 on conflict (kind) do update set counts = excluded.counts, delays = excluded.delays, pauses = excluded.pauses,
   ends = excluded.ends, meaning = excluded.meaning, suspects = excluded.suspects;
 
+-- What the public RPCs take and return, so that `supabase gen types` gives exact types. Tried with the real CLI (3.1): a jsonb result
+-- becomes `Json`, OUT parameters become `Record<string, unknown>`, `returns table` an array without any null, and a composite type an
+-- object whose fields may all be null. Only the row of a relation in an exposed schema keeps `not null`, also through a view. So each
+-- result is the row of a view of autotag.shapes, which never has a row. Nobody may read the views (grants.sql).
+
+-- Your own column tagging_stage stays text with a check: your triggers, policies and clients compare it with text.
+create type public.tagging_stage as enum ('queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed');
+create type public.tagging_strategy_name as enum ('realtime', 'realtime-chunked', 'batch', 'batch-parallel');
+create type public.tagging_request_type as enum ('realtime', 'batch');
+create type public.tagging_job_status as enum ('running', 'cancelling', 'completed', 'cancelled');
+
+-- One column of each type that the results have, and one of each that may be null. (A view's column keeps `not null` only if it is a
+-- column of a table.)
+create table autotag.shapes (
+  id boolean primary key check (false),
+  a_uuid uuid not null, maybe_uuid uuid,
+  a_text text not null, maybe_text text, texts text[] not null,
+  an_integer integer not null, maybe_integer integer, a_bigint bigint not null, a_number double precision not null, maybe_number double precision,
+  maybe_numeric numeric,
+  a_boolean boolean not null,
+  a_date date not null, a_time timestamptz not null, maybe_time timestamptz,
+  a_json jsonb not null,
+  a_strategy public.tagging_strategy_name not null, maybe_strategy public.tagging_strategy_name,
+  a_status public.tagging_job_status not null
+);
+do $$
+begin
+  -- the base type of the domain, which generated client types do not follow
+  execute (select format('alter table autotag.shapes add column maybe_user %s', format_type(k.atttypid, null))
+    from pg_attribute k where k.attrelid = 'autotag.keys'::regclass and k.attname = 'user_id');
+end $$;
+alter table autotag.shapes enable row level security;
+
+-- The number of images in each stage.
+create view public.tagging_stage_counts with (security_invoker = true) as
+  select s.an_integer as queued, s.an_integer as preparing, s.an_integer as submitted, s.an_integer as processing,
+    s.an_integer as completing, s.an_integer as completed, s.an_integer as failed
+  from autotag.shapes s;
+create view public.tagging_batch_result with (security_invoker = true) as
+  select s.maybe_text as batch_id, s.a_text as state, s.an_integer as image_count from autotag.shapes s;
+create view public.tagging_vocabulary_tag with (security_invoker = true) as
+  select s.a_text as tag, s.texts as aliases, s.maybe_text as description, s.maybe_text as parent, s.a_boolean as general
+  from autotag.shapes s;
+alter table autotag.shapes
+  add column a_stage_counts public.tagging_stage_counts not null,
+  add column batches public.tagging_batch_result[] not null,
+  add column tags public.tagging_vocabulary_tag[] not null;
+
+-- tagging_job, tagging_jobs
+create view public.tagging_job_result with (security_invoker = true) as
+  select s.a_uuid as job_id, s.a_status as status, s.a_strategy as strategy, s.an_integer as image_count, s.a_stage_counts as stages,
+    s.an_integer as completed, s.an_integer as failed, s.an_integer as progress, s.maybe_time as eta, s.maybe_time as eta_p90,
+    s.maybe_text as error, s.maybe_text as fallback, s.batches, s.a_time as created_at, s.maybe_time as finished_at,
+    s.a_boolean as cancelled
+  from autotag.shapes s;
+-- enqueue_tagging, retry_tagging
+create view public.tagging_upload_result with (security_invoker = true) as
+  select s.maybe_uuid as job_id, s.maybe_strategy as strategy, s.an_integer as image_count, s.an_integer as skipped,
+    s.an_integer as batches, s.maybe_time as eta
+  from autotag.shapes s;
+create view public.tagging_cancel_result with (security_invoker = true) as
+  select s.a_uuid as job_id, s.an_integer as cancelled from autotag.shapes s;
+create view public.tagging_strategy_result with (security_invoker = true) as
+  select s.a_strategy as type, s.an_integer as chunks, s.a_bigint as delay_ms, s.an_integer as batches,
+    s.maybe_number as estimate_seconds, s.maybe_text as note
+  from autotag.shapes s;
+-- check_rate_limit, peek_rate_limit
+create view public.tagging_limit_result with (security_invoker = true) as
+  select s.a_boolean as allowed, s.maybe_number as retry_after, s.maybe_text as reason from autotag.shapes s;
+create view public.tagging_usage_result with (security_invoker = true) as
+  select s.maybe_user as user_id, s.a_date as day, s.a_text as model, s.a_text as service_tier, s.an_integer as images,
+    s.an_integer as requests, s.a_bigint as input_tokens, s.a_bigint as cached_tokens, s.a_bigint as cache_write_tokens,
+    s.a_bigint as output_tokens, s.a_bigint as reasoning_tokens, s.maybe_numeric as cost
+  from autotag.shapes s;
+-- tagging_profile, set_tagging_profile
+create view public.tagging_profile_result with (security_invoker = true) as
+  select s.an_integer as version, s.a_boolean as own, s.a_text as instructions, s.maybe_text as language,
+    s.maybe_integer as tag_count, s.a_number as min_confidence, s.a_text as vocabulary_mode, s.a_boolean as add_parents,
+    s.a_json as fields, s.maybe_time as created_at
+  from autotag.shapes s;
+create view public.tagging_vocabulary_result with (security_invoker = true) as
+  select s.a_text as mode, s.a_boolean as add_parents, s.a_boolean as may_edit, s.tags from autotag.shapes s;
+-- set_tagging_vocabulary, edit_tagging_vocabulary
+create view public.tagging_vocabulary_change with (security_invoker = true) as
+  select s.an_integer as tags, s.an_integer as added, s.an_integer as changed, s.an_integer as removed from autotag.shapes s;
+create view public.tagging_webhook_result with (security_invoker = true) as
+  select s.a_text as result from autotag.shapes s;
+
 -- The public RPCs: thin wrappers with clean parameter names. grants.sql says who may call them. Errors are documented where
--- they are raised; each has a `code` in its detail. Ids have the base types of the domains (autotag.keys), which generated client types
--- name.
-create or replace function public.enqueue_tagging(asset_ids autotag.keys.asset_ids%type) returns jsonb
+-- they are raised; each has a `code` in its detail. Ids have the base types of the domains (autotag.keys), and results are rows of
+-- the views in api_types.sql, which generated client types name. jsonb_populate_record() makes them of what the functions return.
+create or replace function public.enqueue_tagging(asset_ids autotag.keys.asset_ids%type) returns public.tagging_upload_result
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform autotag.check_image_count(cardinality(asset_ids));   -- before any function reads that many
-  return autotag.enqueue(asset_ids, autotag.visible_file_marks(asset_ids));
+  return jsonb_populate_record(null::public.tagging_upload_result, autotag.enqueue(asset_ids, autotag.visible_file_marks(asset_ids)));
 end $$;
 
-create or replace function public.cancel_tagging(job_id uuid) returns jsonb
+create or replace function public.cancel_tagging(job_id uuid) returns public.tagging_cancel_result
 language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.cancel(job_id) $$;
+as $$ select jsonb_populate_record(null::public.tagging_cancel_result, autotag.cancel(job_id)) $$;
 
-create or replace function public.retry_tagging(job_id uuid) returns jsonb
+create or replace function public.retry_tagging(job_id uuid) returns public.tagging_upload_result
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_asset_ids autotag.asset_id[] := autotag.failed_assets(job_id);
 begin
   perform autotag.check_image_count(greatest(cardinality(v_asset_ids), 1));   -- retry() judges 0 images
-  return autotag.retry(job_id, v_asset_ids, autotag.visible_file_marks(v_asset_ids));
+  return jsonb_populate_record(null::public.tagging_upload_result,
+    autotag.retry(job_id, v_asset_ids, autotag.visible_file_marks(v_asset_ids)));
 end $$;
 
-create or replace function public.tagging_job(job_id uuid) returns jsonb
+create or replace function public.tagging_job(job_id uuid) returns public.tagging_job_result
 language sql stable security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.describe_job(job_id) $$;
+as $$ select jsonb_populate_record(null::public.tagging_job_result, autotag.describe_job(job_id)) $$;
+
+-- The uploads of a workspace, the newest first. The next page: `before` is created_at of the last one.
+create or replace function public.tagging_jobs(
+  workspace_id autotag.keys.workspace_id%type, only_live boolean default true, before timestamptz default null, "limit" integer default 20
+) returns setof public.tagging_job_result
+language sql stable security invoker set search_path = pg_catalog, pg_temp
+as $$
+  select jsonb_populate_record(null::public.tagging_job_result, j)
+  from autotag.list_jobs(workspace_id, only_live, before, "limit") with ordinality l (j, i) order by i
+$$;
 
 -- tagging_strategy: previews an upload of p_images images. chunks: releases of single calls (1: all at once; 0: batches);
 -- delay_ms: time between two chunks.
@@ -10294,78 +10591,73 @@ begin
       else '{}' end;
 end $$;
 
-create or replace function public.tagging_strategy(image_count integer) returns jsonb
+create or replace function public.tagging_strategy(image_count integer) returns public.tagging_strategy_result
 language sql stable security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.describe_strategy(image_count) $$;
+as $$ select jsonb_populate_record(null::public.tagging_strategy_result, autotag.describe_strategy(image_count)) $$;
 
 create or replace function public.check_rate_limit(
-  workspace_id autotag.keys.workspace_id%type, request_type text, image_count integer,
-  out allowed boolean, out retry_after double precision, out reason text
-)
+  workspace_id autotag.keys.workspace_id%type, request_type public.tagging_request_type, image_count integer
+) returns public.tagging_limit_result
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_answer record := autotag.take_allowance(workspace_id, request_type, image_count, true);
+  v_answer public.tagging_limit_result;
 begin
-  allowed := v_answer.allowed;
-  retry_after := v_answer.retry_after;
-  reason := v_answer.reason;
+  v_answer := autotag.take_allowance(workspace_id, request_type::text, image_count, true);
+  return v_answer;
 end $$;
 
 -- The same without counting against the limit, for UIs.
 create or replace function public.peek_rate_limit(
-  workspace_id autotag.keys.workspace_id%type, request_type text, image_count integer,
-  out allowed boolean, out retry_after double precision, out reason text
-)
+  workspace_id autotag.keys.workspace_id%type, request_type public.tagging_request_type, image_count integer
+) returns public.tagging_limit_result
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_answer record := autotag.take_allowance(workspace_id, request_type, image_count, false);
+  v_answer public.tagging_limit_result;
 begin
-  allowed := v_answer.allowed;
-  retry_after := v_answer.retry_after;
-  reason := v_answer.reason;
+  v_answer := autotag.take_allowance(workspace_id, request_type::text, image_count, false);
+  return v_answer;
 end $$;
 
 create or replace function public.tagging_usage(workspace_id autotag.keys.workspace_id%type, since date default '-infinity', until date default 'infinity')
-returns table (user_id autotag.keys.user_id%type, day date, model text, service_tier text, images integer, requests integer, input_tokens bigint,
-  cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
+returns setof public.tagging_usage_result
 language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select * from autotag.list_usage(workspace_id, since, until) $$;
 
 -- The vocabulary that holds for a workspace.
-create or replace function public.tagging_vocabulary(workspace_id autotag.keys.workspace_id%type) returns jsonb
+create or replace function public.tagging_vocabulary(workspace_id autotag.keys.workspace_id%type) returns public.tagging_vocabulary_result
 language sql stable security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.describe_vocabulary(workspace_id) $$;
+as $$ select jsonb_populate_record(null::public.tagging_vocabulary_result, autotag.describe_vocabulary(workspace_id)) $$;
 
 -- Replaces a workspace's own vocabulary.
-create or replace function public.set_tagging_vocabulary(workspace_id autotag.keys.workspace_id%type, entries jsonb) returns jsonb
+create or replace function public.set_tagging_vocabulary(workspace_id autotag.keys.workspace_id%type, entries jsonb) returns public.tagging_vocabulary_change
 language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.edit_vocabulary(workspace_id, entries, '{}', true) $$;
+as $$ select jsonb_populate_record(null::public.tagging_vocabulary_change, autotag.edit_vocabulary(workspace_id, entries, '{}', true)) $$;
 
 -- Changes some of its entries, so that two people who edit it do not overwrite each other's.
 create or replace function public.edit_tagging_vocabulary(
   workspace_id autotag.keys.workspace_id%type, entries jsonb default '[]', removed text[] default '{}'
-) returns jsonb
+) returns public.tagging_vocabulary_change
 language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.edit_vocabulary(workspace_id, entries, removed, false) $$;
+as $$ select jsonb_populate_record(null::public.tagging_vocabulary_change, autotag.edit_vocabulary(workspace_id, entries, removed, false)) $$;
 
 -- What the images of a workspace are asked: {version, own, instructions, language, tag_count, min_confidence, vocabulary_mode,
 -- add_parents, fields, created_at}. For its members.
-create or replace function public.tagging_profile(workspace_id autotag.keys.workspace_id%type) returns jsonb
+create or replace function public.tagging_profile(workspace_id autotag.keys.workspace_id%type) returns public.tagging_profile_result
 language sql stable security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.read_profile(workspace_id) $$;
+as $$ select jsonb_populate_record(null::public.tagging_profile_result, autotag.read_profile(workspace_id)) $$;
 
 -- Changes it, by the same names; what is not named stays. For editors (autotag.is_editor) and services.
-create or replace function public.set_tagging_profile(workspace_id autotag.keys.workspace_id%type, profile jsonb) returns jsonb
+create or replace function public.set_tagging_profile(workspace_id autotag.keys.workspace_id%type, profile jsonb) returns public.tagging_profile_result
 language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select autotag.edit_profile(workspace_id, profile) $$;
+as $$ select jsonb_populate_record(null::public.tagging_profile_result, autotag.edit_profile(workspace_id, profile)) $$;
 
 -- For the Edge Function that receives OpenAI's webhook where no worker has a public address: passes on a delivery that it has
 -- verified. Not for users.
-create or replace function public.openai_webhook(webhook_id text, event_type text, batch_id text) returns jsonb
+create or replace function public.openai_webhook(webhook_id text, event_type text, batch_id text) returns public.tagging_webhook_result
 language sql security invoker set search_path = pg_catalog, pg_temp
-as $$ select jsonb_build_object('result', autotag.receive_webhook(webhook_id, event_type, batch_id)) $$;
+as $$ select jsonb_populate_record(null::public.tagging_webhook_result, jsonb_build_object('result', autotag.receive_webhook(webhook_id, event_type, batch_id))) $$;
 
 -- Runs once a minute: releases what dead workers held, and wakes live workers for work that has become due.
 create or replace function autotag.tick() returns void
@@ -10378,6 +10670,7 @@ begin
   perform autotag.split_oversized();
   perform autotag.end_empty_jobs();
   perform autotag.look_at_windows(v_now);
+  perform autotag.broadcast_held(null);
   if exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at <= v_now))
      or exists (select from autotag.tasks t where t.retry_at <= v_now) then
     perform pg_notify('autotag', 'realtime');
@@ -10435,7 +10728,7 @@ begin
     -- a report may have ended the last one between the query and the lock
     select * into v_job from autotag.jobs j where j.id = v_job.id;
     if v_job.finished_at is null and not exists (select from autotag.tasks t where t.job_id = v_job.id and t.finished_at is null) then
-      perform autotag.count_finished(v_job.id, 0, v_job.image_count - v_job.completed - v_job.failed);
+      perform autotag.report_job(v_job.id, 0, v_job.image_count - v_job.completed - v_job.failed, null);
     end if;
   end loop;
 end $$;
@@ -10581,8 +10874,13 @@ revoke all on all tables in schema autotag from public, anon, authenticated, ser
 revoke all on public.workspace_rate_limits from anon, authenticated;
 grant select on autotag.windows, public.workspace_rate_limits to authenticated;
 grant all on autotag.windows, public.workspace_rate_limits to service_role;
+-- the shapes of results (api_types.sql), which nobody reads
+revoke all on public.tagging_stage_counts, public.tagging_batch_result, public.tagging_vocabulary_tag, public.tagging_job_result,
+  public.tagging_upload_result, public.tagging_cancel_result, public.tagging_strategy_result, public.tagging_limit_result,
+  public.tagging_usage_result, public.tagging_profile_result, public.tagging_vocabulary_result, public.tagging_vocabulary_change,
+  public.tagging_webhook_result from anon, authenticated, service_role;
 revoke all on function
-  public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
+  public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job, public.tagging_jobs,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
   public.tagging_vocabulary, public.set_tagging_vocabulary, public.edit_tagging_vocabulary,
   public.tagging_profile, public.set_tagging_profile
@@ -10591,12 +10889,12 @@ revoke all on function public.openai_webhook from public, anon, authenticated;
 
 -- users: the RPCs, the functions that they call with the user's rights, and those in row level security policies
 grant execute on function
-  public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
+  public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job, public.tagging_jobs,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
   public.tagging_profile, public.set_tagging_profile, autotag.read_profile, autotag.edit_profile,
   autotag.check_image_count, autotag.enqueue, autotag.visible_file_marks, autotag.files_to_check, autotag.failed_assets,
   autotag.cancel, autotag.retry,
-  autotag.describe_job,
+  autotag.describe_job, autotag.list_jobs,
   autotag.describe_strategy, autotag.take_allowance, autotag.list_usage
   to authenticated, service_role;
 grant execute on function

@@ -9,6 +9,7 @@ begin
   perform autotag.split_oversized();
   perform autotag.end_empty_jobs();
   perform autotag.look_at_windows(v_now);
+  perform autotag.broadcast_held(null);
   if exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at <= v_now))
      or exists (select from autotag.tasks t where t.retry_at <= v_now) then
     perform pg_notify('autotag', 'realtime');
@@ -66,7 +67,7 @@ begin
     -- a report may have ended the last one between the query and the lock
     select * into v_job from autotag.jobs j where j.id = v_job.id;
     if v_job.finished_at is null and not exists (select from autotag.tasks t where t.job_id = v_job.id and t.finished_at is null) then
-      perform autotag.count_finished(v_job.id, 0, v_job.image_count - v_job.completed - v_job.failed);
+      perform autotag.report_job(v_job.id, 0, v_job.image_count - v_job.completed - v_job.failed, null);
     end if;
   end loop;
 end $$;

@@ -9,8 +9,13 @@ revoke all on all tables in schema autotag from public, anon, authenticated, ser
 revoke all on public.workspace_rate_limits from anon, authenticated;
 grant select on autotag.windows, public.workspace_rate_limits to authenticated;
 grant all on autotag.windows, public.workspace_rate_limits to service_role;
+-- the shapes of results (api_types.sql), which nobody reads
+revoke all on public.tagging_stage_counts, public.tagging_batch_result, public.tagging_vocabulary_tag, public.tagging_job_result,
+  public.tagging_upload_result, public.tagging_cancel_result, public.tagging_strategy_result, public.tagging_limit_result,
+  public.tagging_usage_result, public.tagging_profile_result, public.tagging_vocabulary_result, public.tagging_vocabulary_change,
+  public.tagging_webhook_result from anon, authenticated, service_role;
 revoke all on function
-  public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
+  public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job, public.tagging_jobs,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
   public.tagging_vocabulary, public.set_tagging_vocabulary, public.edit_tagging_vocabulary,
   public.tagging_profile, public.set_tagging_profile
@@ -19,12 +24,12 @@ revoke all on function public.openai_webhook from public, anon, authenticated;
 
 -- users: the RPCs, the functions that they call with the user's rights, and those in row level security policies
 grant execute on function
-  public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job,
+  public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job, public.tagging_jobs,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
   public.tagging_profile, public.set_tagging_profile, autotag.read_profile, autotag.edit_profile,
   autotag.check_image_count, autotag.enqueue, autotag.visible_file_marks, autotag.files_to_check, autotag.failed_assets,
   autotag.cancel, autotag.retry,
-  autotag.describe_job,
+  autotag.describe_job, autotag.list_jobs,
   autotag.describe_strategy, autotag.take_allowance, autotag.list_usage
   to authenticated, service_role;
 grant execute on function

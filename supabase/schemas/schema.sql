@@ -19,7 +19,7 @@
 --   results/      what a worker reports: tags, failures, requeued images; usage; broadcasts
 --   views/        stage, progress and ETA; status, metrics, what autotag doctor asks
 --   seed          the first rows of every installation
---   api, cron, version, grants    the public RPCs, tick and housekeeping, all rights
+--   api_types, api, cron, version, grants    the public RPCs, tick and housekeeping, all rights
 --
 -- Locks. A workspace's tables, transactions, triggers and clock belong to its tenant; every tenant needs the provider row. So:
 --   * A transaction that holds the provider row never waits for a lock that a tenant's transaction can hold (skip locked), and never

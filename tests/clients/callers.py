@@ -30,8 +30,8 @@ def types_of(stack: KeyedStack) -> dict[str, str]:
     """The arguments' types, for clients that speak SQL and have to say them."""
     asset, workspace, _ = stack.keys.base
     return {
-        "asset_ids": f"{asset}[]", "job_id": "uuid", "image_count": "integer", "workspace_id": workspace, "request_type": "text",
-        "since": "date", "until": "date", "webhook_id": "text", "event_type": "text", "batch_id": "text", "profile": "jsonb",
+        "asset_ids": f"{asset}[]", "job_id": "uuid", "image_count": "integer", "workspace_id": workspace, "request_type": "public.tagging_request_type",
+        "since": "date", "until": "date", "only_live": "boolean", "before": "timestamptz", "limit": "integer", "webhook_id": "text", "event_type": "text", "batch_id": "text", "profile": "jsonb",
     }  # fmt: skip
 
 
@@ -126,7 +126,7 @@ async def psycopg_3(stack: KeyedStack) -> AsyncIterator[Call]:
 
         async def call(token: str, function: str, arguments: dict[str, Any]) -> Answer:
             claims, arguments = _claims(stack, token), _as_json(arguments)
-            passed = ", ".join(f"{name} => %({name})s::{types_of(stack)[name]}" for name in arguments)
+            passed = ", ".join(f'"{name}" => %({name})s::{types_of(stack)[name]}' for name in arguments)
             try:
                 async with one.transaction():
                     await one.execute(
@@ -152,7 +152,7 @@ async def pg_8000(stack: KeyedStack) -> AsyncIterator[Call]:
 
     def run(token: str, function: str, arguments: dict[str, Any]) -> Answer:
         claims, arguments = _claims(stack, token), _as_json(arguments)
-        passed = ", ".join(f"{name} => cast(:{name} as {types_of(stack)[name]})" for name in arguments)
+        passed = ", ".join(f'"{name}" => cast(:{name} as {types_of(stack)[name]})' for name in arguments)
         one.run("begin")
         try:
             one.run(
@@ -177,8 +177,7 @@ async def pg_8000(stack: KeyedStack) -> AsyncIterator[Call]:
 
 
 def _rows(function: str, rows: list[Any]) -> Answer:
-    """Only tagging_usage returns a set."""
-    return Answer(rows if function == "tagging_usage" else rows[0])
+    return Answer(rows if function in ("tagging_usage", "tagging_jobs") else rows[0])
 
 
 CALLERS = {

@@ -83,6 +83,19 @@ async def test_the_existing_clients_snippet_hears_each_batch_once(library: Libra
         assert not [line for line in anonymous if "private" in line]
 
 
+async def test_the_existing_clients_snippet_hears_of_an_upload_without_batches(library: Library) -> None:
+    """Once, when its last image is done; with the id that Realtime adds, and nothing else."""
+    assets = await library.upload(7)
+    async with node("listen.mjs", **keys(library.stack)) as lines:
+        await until(lambda: joined(lines, "batch-updates"), "supabase-js to join")
+        async with worker(library.stack):
+            await library.finished(library.enqueue(assets))
+        await until(lambda: any("event" in line for line in lines), "the message")
+    [payload] = [line["payload"] for line in lines if "event" in line]
+    assert set(payload) == {"id", "batch_id"}
+    assert payload["batch_id"] is None
+
+
 async def test_a_stranger_cannot_join_a_workspaces_topic(library: Library) -> None:
     stack, stranger = library.stack, library.stack.add_member("stranger")
     private = f"tagging:{library.member.workspace}"

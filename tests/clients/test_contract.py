@@ -116,9 +116,35 @@ async def test_cancel_and_retry(client: Client) -> None:
     assert (again["image_count"], again["job_id"] != job_id) == (2, True)
 
 
+async def test_uploads_are_found_again(client: Client) -> None:
+    own = {"workspace_id": client.workspace}
+    first, second = [
+        (await client.rpc("enqueue_tagging", asset_ids=client.insert(names)))
+        .data["job_id"] for names in (["a.jpg", "b.jpg"], ["c.jpg"])
+    ]  # fmt: skip
+    newest, oldest = listed = (await client.rpc("tagging_jobs", **own)).data
+    assert [job["job_id"] for job in listed] == [second, first]
+    same = (await client.rpc("tagging_job", job_id=first)).data
+    predicted = {"eta", "eta_p90"}
+    assert {k: v for k, v in oldest.items() if k not in predicted} == {
+        k: v for k, v in same.items() if k not in predicted
+    }
+    assert oldest["stages"]["queued"] == 2
+    page = {**own, "only_live": False, "before": newest["created_at"], "limit": 1}
+    assert [job["job_id"] for job in (await client.rpc("tagging_jobs", **page)).data] == [first]
+    await client.rpc("cancel_tagging", job_id=first)
+    assert [job["job_id"] for job in (await client.rpc("tagging_jobs", **own)).data] == [second]
+    everything = (await client.rpc("tagging_jobs", **own, only_live=False)).data
+    assert [job["status"] for job in everything] == ["running", "cancelled"]
+    stranger = client.library.stack.add_member("stranger")
+    theirs = await client.rpc("tagging_jobs", member=stranger, **own)
+    nobodys = await client.rpc("tagging_jobs", workspace_id=NO_ROW[client.stack.keys.base[1]])
+    assert (theirs.code, nobodys.code) == ("not_a_member", "not_a_member")
+
+
 async def test_what_would_happen_and_what_is_allowed(client: Client) -> None:
     plan = (await client.rpc("tagging_strategy", image_count=300)).data
-    assert set(plan) == {"type", "chunks", "delay_ms", "batches", "estimate_seconds"}
+    assert set(plan) == {"type", "chunks", "delay_ms", "batches", "estimate_seconds", "note"}
     assert (plan["type"], plan["batches"]) == ("batch-parallel", 3)
     own = {"workspace_id": client.workspace}
     limit = {**own, "request_type": "realtime", "image_count": 30}
@@ -170,10 +196,11 @@ async def test_every_refusal_has_status_code_message_and_hint(client: Client) ->
         ("PT404", "unknown_job", "retry_tagging", {"job_id": UNKNOWN}),
         ("PT409", "nothing_to_retry", "retry_tagging", {"job_id": job_id}),
         ("PT400", "no_images", "tagging_strategy", {"image_count": 0}),
-        ("PT400", "unknown_request_type", "check_rate_limit", {**limit, "request_type": "hourly"}),
+        ("PT400", "unknown_request_type", "check_rate_limit", {**limit, "request_type": None}),
         ("PT400", "no_images", "check_rate_limit", {**limit, "image_count": -1}),
         ("PT403", "not_a_member", "check_rate_limit", {**limit, "workspace_id": no_row}),
         ("PT403", "not_a_member", "tagging_usage", {"workspace_id": no_row}),
+        ("PT400", "no_workspace", "tagging_jobs", {"workspace_id": None}),
         ("PT403", "not_an_editor", "set_tagging_profile", {**own, "profile": {"tag_count": 5}}),
     ]
     with client.stack.configured(live_images_max=2):
@@ -193,6 +220,9 @@ async def test_wrong_types_and_anon_are_refused_by_postgres_itself(client: Clien
     asset = client.stack.keys.base[0]
     if asset in WRONG:  # every text is an id
         wrong = await client.rpc("enqueue_tagging", asset_ids=[WRONG[asset]])
+        assert (wrong.error or {})["code"] == "22P02"
+    for function in ("check_rate_limit", "peek_rate_limit"):
+        wrong = await client.rpc(function, workspace_id=client.workspace, request_type="hourly", image_count=1)
         assert (wrong.error or {})["code"] == "22P02"
     anon = await client.call("", "enqueue_tagging", {"asset_ids": [NO_ROW[asset]]})
     assert (anon.error or {})["code"] == "42501"

@@ -137,14 +137,15 @@ def check_callers(
     """A stranger and another login get nothing, a member gets the right tags on the right rows."""
     before = untagged(owner, host, own[0])
     assert (set(own) - before, before & set(skipped)) == (set(), set()), "null and empty lists are no tags"
-    enqueue = sql.SQL("select public.enqueue_tagging({})").format(listed([*own, *skipped]))
+    enqueue = sql.SQL("select to_jsonb(public.enqueue_tagging({}))").format(listed([*own, *skipped]))
     assert call(owner, case.get("stranger", {"sub": IDS["u2"]}), enqueue) == "PT404"
     assert call(owner, case.get("other", {"sub": "user_2abc"}), enqueue) == case.get("refused", "PT403")
     member = case.get("member", {"sub": IDS["u1"]})
     reply = call(owner, member, enqueue)
     assert isinstance(reply, dict), reply
     assert (reply["image_count"], reply["skipped"]) == (len(own), len(skipped))
-    assert call(owner, member, sql.SQL("select public.tagging_job({})").format(sql.Literal(reply["job_id"])))["stages"]
+    describe = sql.SQL("select to_jsonb(public.tagging_job({}))").format(sql.Literal(reply["job_id"]))
+    assert call(owner, member, describe)["stages"]
     [(user, who)] = owner.execute("select user_id::text, autotag.caller()::text from autotag.jobs").fetchall()
     assert (user, who) == (member.get("sub"), None)
 

@@ -46,6 +46,7 @@ def objects(connection: psycopg.Connection[tuple[str, ...]]) -> set[str]:
         union all select 'relation ' || oid::regclass from pg_class where relnamespace = 'public'::regnamespace
         union all select 'column ' || c.relname || '.' || a.attname from pg_attribute a join pg_class c on c.oid = a.attrelid
           where c.relnamespace = 'public'::regnamespace and c.relkind = 'r' and a.attnum > 0 and not a.attisdropped
+        union all select 'enum ' || typname from pg_type where typnamespace = 'public'::regnamespace and typtype = 'e'
         union all select 'policy ' || policyname from pg_policies
         union all select 'trigger ' || tgname from pg_trigger where not tgisinternal
         union all select 'constraint ' || conname from pg_constraint where connamespace = 'public'::regnamespace""")

@@ -255,7 +255,7 @@ def test_no_poll_and_no_setting_makes_a_prediction_fail(
         assert 0 <= row[1] <= (row[0] or row[2]) <= row[2], "no more is done than there is"
         polled.execute("select autotag.show_batch((select id from autotag.workers), b.id, 0, 1) from autotag.batches b")
         polled.execute("update autotag.jobs set broadcast_at = '-infinity'")
-        polled.execute("select autotag.count_finished(id, 1, 0) from autotag.jobs")
+        polled.execute("select autotag.report_job(id, 1, 0, '{}') from autotag.jobs")
         polled.execute("select autotag.status(), public.tagging_strategy(10), public.tagging_strategy(1000)")
         for images in (1, 20, 60):
             polled.execute(

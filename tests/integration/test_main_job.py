@@ -59,7 +59,7 @@ async def test_300_images_are_three_batches_of_100_with_an_express_lane(library:
     assert len(answered_pictures(stack)) == 300
     told_complete = library.sql(
         "select payload ->> 'batch_id' as batch_id from realtime.messages"
-        " where event = 'batch-complete' and topic = 'batch-updates' and not private"
+        " where event = 'batch-complete' and topic = 'batch-updates' and not private and payload ->> 'batch_id' is not null"
     )
     assert Counter(row["batch_id"] for row in told_complete) == {batch["id"]: 1 for batch in at_openai}
     audit(stack)

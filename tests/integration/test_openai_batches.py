@@ -53,9 +53,10 @@ def single_calls(library: Library) -> int:
 
 
 def completions(library: Library) -> list[dict[str, Any]]:
-    """Every batch-complete that was sent on the public topic."""
+    """Every batch-complete of a batch that was sent on the public topic."""
     rows = library.sql(
         "select payload from realtime.messages where event = 'batch-complete' and topic = 'batch-updates'"
+        " and payload ->> 'batch_id' is not null"
     )
     return [row["payload"] for row in rows]
 

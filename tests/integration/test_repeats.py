@@ -205,7 +205,7 @@ async def test_retry_tagging_called_again_makes_one_job(library: Library) -> Non
 async def test_two_calls_of_retry_tagging_at_the_same_time_make_one_job(library: Library) -> None:
     job = failed_job(library)
     with transaction(library) as open_call:
-        row = open_call.execute("select public.retry_tagging(%s) as job", (job["job_id"],)).fetchone()
+        row = open_call.execute("select to_jsonb(public.retry_tagging(%s)) as job", (job["job_id"],)).fetchone()
         assert row is not None
         calls = [
             asyncio.create_task(asyncio.to_thread(library.rpc, "public.retry_tagging", job["job_id"])) for _ in range(3)

@@ -220,7 +220,8 @@ async def test_cancelling_keeps_what_is_done_and_ends_the_job(library: Library) 
 
 async def test_a_cancelled_batch_is_cancelled_at_openai_and_harvested(library: Library) -> None:
     stack = library.stack
-    stack.simulator.plan.batch_latency = (8.0, 8.0)
+    stack.simulator.plan.batch_latency = (20.0, 20.0)
+    stack.configure(batch_poll_interval="10 min")  # the cancellation does not wait for the next poll
     assets = await library.upload(60)
     async with worker(stack):
         told = library.enqueue(assets)
@@ -228,8 +229,16 @@ async def test_a_cancelled_batch_is_cancelled_at_openai_and_harvested(library: L
             lambda: any(b["request_counts"]["completed"] > 3 for b in stack.simulator.batches.describe_all()),
             "some lines to be done",
         )
+        await until(
+            lambda: library.sql("select 1 from autotag.batches where state = 'submitted'") != [], "the batch to be ours"
+        )
         library.rpc("public.cancel_tagging", told["job_id"])
+        assert library.job(told["job_id"])["status"] == "cancelling"
+        asked = time.monotonic()
+        await until(lambda: stack.simulator.batches.describe_all()[0]["status"].startswith("cancel"), "OpenAI to know")
+        print(f"cancelled at OpenAI after {time.monotonic() - asked:.2f} s")
         [job] = await library.finished(told)
+    assert job["status"] == "cancelled"
     [batch] = stack.simulator.batches.describe_all()
     assert batch["status"] == "cancelled"
     assert job["completed"] == batch["request_counts"]["completed"] + 5

@@ -44,7 +44,7 @@ class Engine:
             """with added as (
               insert into public.assets (workspace_id, storage_path)
               select w.id, w.id || '/p' from public.workspaces w, generate_series(1, %s) returning id)
-            select public.enqueue_tagging((select array_agg(id) from added)) ->> 'job_id'""", images,
+            select (public.enqueue_tagging((select array_agg(id) from added))).job_id""", images,
         )  # fmt: skip
         return str(job)
 
@@ -260,12 +260,16 @@ def test_cancellations_are_few_at_a_time_and_of_all_workspaces(engine: Engine) -
         "  case when n % 2 = 0 then 'cancelling' else 'in_progress' end, autotag.now(), j.id = first.id or n < 8"
         " from (select id from autotag.jobs limit 1) first, autotag.jobs j, generate_series(1, 1000) n"
     )
-    [(cancel,)] = engine.sql("select cancel from autotag.list_polls()")
+    [(cancel,)] = engine.sql("select autotag.take_cancellations(false, autotag.now())")
     counts = engine.sql(
         "select openai_status, count(*) from autotag.batches where openai_batch_id in"
         " (select jsonb_array_elements_text(%s)) group by job_id, 1 order by 2", json.dumps(cancel),
     )  # fmt: skip
     assert counts == [("in_progress", 4), ("in_progress", 96)]
+    [(more,)] = engine.sql("select autotag.take_cancellations(false, autotag.now())")
+    assert not set(cancel) & set(more), "each once …"
+    [(again,)] = engine.sql("select autotag.take_cancellations(true, autotag.now())")
+    assert set(cancel) & set(again), "… and again with a poll"
 
 
 class Crew:

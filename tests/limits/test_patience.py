@@ -59,7 +59,7 @@ class Workspace:
             """with added as (
               insert into public.assets (workspace_id, storage_path)
               select w.id, w.id || '/p' from public.workspaces w, generate_series(1, %s) returning id)
-            select public.enqueue_tagging((select array_agg(id) from added)) ->> 'job_id'""",
+            select (public.enqueue_tagging((select array_agg(id) from added))).job_id""",
             (images,),
         ).fetchone()
         assert row is not None

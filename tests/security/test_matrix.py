@@ -135,6 +135,7 @@ RPCS: dict[str, tuple[Callable[[dict[str, str]], tuple[str, tuple[object, ...]]]
     "public.cancel_tagging": (lambda of: ("%s", (of["job"],)), {"member": "ok", "stranger": "PT404", "service": "ok"}),
     "public.retry_tagging": (lambda of: ("%s", (of["failed"],)), {"member": "ok", "stranger": "PT404", "service": "ok"}),
     "public.tagging_job": (lambda of: ("%s", (of["job"],)), {"member": "ok", "stranger": "PT404", "service": "ok"}),
+    "public.tagging_jobs": (lambda of: ("%s", (of["workspace"],)), {"member": "ok", "stranger": "PT403", "service": "ok"}),
     "public.tagging_strategy": (lambda of: ("5", ()), {"member": "ok", "stranger": "ok", "service": "ok"}),
     "public.check_rate_limit": (lambda of: ("%s, 'realtime', 1", (of["workspace"],)),
                                 {"member": "PT403", "stranger": "PT403", "service": "ok"}),

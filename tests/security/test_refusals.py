@@ -72,7 +72,7 @@ def test_an_image_of_others_looks_like_none(tenants: Tenants, own: int, live: bo
 @pytest.mark.parametrize(
     ("function", "more"),
     [("public.tagging_usage", ()), ("public.peek_rate_limit", ("realtime", 1)), ("public.check_rate_limit", ("batch", 1)),
-     ("public.peek_rate_limit", ("nonsense", 1)), ("public.check_rate_limit", ("realtime", 0))],
+     ("public.peek_rate_limit", (None, 1)), ("public.check_rate_limit", ("realtime", 0))],
 )  # fmt: skip
 def test_a_workspace_of_others_looks_like_none(tenants: Tenants, function: str, more: tuple[Any, ...]) -> None:
     told = tenants.refusal(function, tenants.theirs.member.workspace, *more)

@@ -85,7 +85,13 @@ def callable_functions(connection: psycopg.Connection[Any]) -> list[tuple[str, d
           and pg_catalog.has_function_privilege(p.oid, 'execute')""")
     # Now that they are shadowed, Postgres names the schema of its own types.
     return [
-        (str(name), {n: base_type(kind.removeprefix("pg_catalog.")) for n, kind in zip(names, types, strict=False)})
+        (
+            str(name),
+            {
+                n: base_type(kind.removeprefix("pg_catalog.").removeprefix("public."))
+                for n, kind in zip(names, types, strict=False)
+            },
+        )
         for name, types, names in rows
     ]
 
@@ -116,7 +122,7 @@ class Scene:
         }  # fmt: skip
         kinds: dict[str, list[Any]] = {
             "uuid": [self.library.member.workspace], "uuid[]": [[self.asset]], "bigint[]": [[1]], "text[]": [["x"]],
-            "integer": [1], "bigint": [1], "boolean": [True], "double precision": [0.1], "text": ["realtime", "preparing"],
+            "integer": [1], "bigint": [1], "boolean": [True], "double precision": [0.1], "text": ["realtime", "preparing"], "tagging_request_type": ["realtime"],
             "date": ["2026-01-01"], "jsonb": [json.dumps([report]), json.dumps([{**self.task, "stage": "processing", "error": error}]),
                                               json.dumps(error), json.dumps(seen)],
         }  # fmt: skip
@@ -136,7 +142,7 @@ def call_everything(scene: Scene, connection: psycopg.Connection[Any]) -> tuple[
         choices = [scene.values(argument, kind) for argument, kind in types.items()]
         for turn in range(max([len(choice) for choice in choices], default=1)):
             values = [choice[turn % len(choice)] for choice in choices]
-            places = ", ".join(f"%s::pg_catalog.{quoted(kind)}" for kind in types.values())
+            places = ", ".join(f"%s::{schema(kind)}.{quoted(kind)}" for kind in types.values())
             try:
                 with connection.transaction(force_rollback=True):
                     connection.execute(f"select {name}({places})".encode(), values)
@@ -144,6 +150,11 @@ def call_everything(scene: Scene, connection: psycopg.Connection[Any]) -> tuple[
             except psycopg.Error as error:
                 errors.append(f"{name}: {error.sqlstate} {error.diag.message_primary}")
     return len(functions), returned, [error for error in errors if error.split(":")[0] not in returned]
+
+
+def schema(kind: str) -> str:
+    """Where a type is: the enums of public calls are in an exposed schema, which users cannot write to."""
+    return "public" if kind.startswith("tagging_") else "pg_catalog"
 
 
 def quoted(kind: str) -> str:

@@ -169,7 +169,7 @@ async def test_a_file_that_the_caller_may_not_see_is_no_file_to_them(strict: Lib
         assert [code["error_code"] for code in codes] == ["file_missing"]
 
         # The project's server may tag them: it sees every file.
-        [made] = strict.sql("select public.enqueue_tagging(%s::uuid[]) as job", assets[1:])
+        [made] = strict.sql("select to_jsonb(public.enqueue_tagging(%s::uuid[])) as job", assets[1:])
         await strict.finished(made["job"])
     strict.check_tags(assets)
 

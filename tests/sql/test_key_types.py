@@ -75,7 +75,7 @@ class Project:
                 self.sql("select set_config('request.jwt.claims', '', true), set_config('role', 'none', true)")
 
     def enqueue(self, assets: list[str], user: str | None = None) -> dict[str, Any]:
-        call = f"select public.enqueue_tagging(%s::{self.keys.base[0]}[])"
+        call = f"select to_jsonb(public.enqueue_tagging(%s::{self.keys.base[0]}[]))"
         told: dict[str, Any] = self.as_user(user or self.user, call, assets)
         return told
 
@@ -139,8 +139,9 @@ def test_from_the_upload_to_the_broadcast(project: Project) -> None:
     assert all(image["path"] for image in images), images
     assert project.settle(images)["accepted"] == 3
     assert project.rows() == dict.fromkeys(assets, ("completed", ["red"]))
-    topics = project.sql("select topic, payload ->> 'job_id' from realtime.messages where event = 'job-complete'")
-    assert topics == [(f"tagging:{project.workspace}", job["job_id"])]
+    [(topic, end)] = project.sql("select topic, payload from realtime.messages where event = 'job-complete'")
+    assert (topic, end["job_id"], end["many"]) == (f"tagging:{project.workspace}", job["job_id"], False)
+    assert sorted(end["asset_ids"]) == sorted(project.keys.natural(assets, 0)), "ids of their natural type"
     call = f"select to_jsonb(x) from public.tagging_usage(%s::{project.keys.base[1]}) x"
     day = project.as_user(project.user, call, project.workspace)
     assert (day["user_id"], day["images"]) == (project.keys.natural(project.user, 2), 3)
@@ -148,11 +149,31 @@ def test_from_the_upload_to_the_broadcast(project: Project) -> None:
     assert project.one("select autotag.describe_job(%s)", job["job_id"])["completed"] == 3
 
 
+def test_a_message_names_few_short_ids(project: Project) -> None:
+    """100 of them fit into a URL, and into a message; a key that is a text can be long."""
+
+    def name(images: int, length: int) -> tuple[int | None, int]:
+        key = {"uuid": "md5(i::text)", "text": f"rpad(i::text, {length}, 'x')"}.get(project.keys.base[0], "i::text")
+        [(count, size)] = project.sql(
+            f"with ids as (select array(select ({key})::autotag.asset_id from generate_series(1, {images}) i) as list),"
+            " told as (select autotag.add_changed('{}', list) as ids from ids)"
+            " select cardinality(ids), octet_length(autotag.unique_ids(ids)::text) from told"
+        )
+        return count, size
+
+    count, size = name(100, 60)
+    assert (count, size < 10_000) == (100, True)
+    assert name(101, 60)[0] is None
+    if project.keys.base[0] == "text":
+        assert name(100, 200)[0] is None
+        assert name(3, 2600)[0] == 3
+
+
 def test_strangers_and_refusals(project: Project) -> None:
     stranger, (mine, other) = new_user(project.keys), project.insert(2)
     theirs = project.add_workspace(stranger)
     [foreign] = project.insert(1, theirs)
-    call, key = f"select public.enqueue_tagging(%s::{project.keys.base[0]}[])", project.keys.natural
+    call, key = f"select to_jsonb(public.enqueue_tagging(%s::{project.keys.base[0]}[]))", project.keys.natural
     assert project.refusal(call, [mine], user=stranger) == (
         "unknown_asset",
         {"code": "unknown_asset", "asset_ids": [key(mine, 0)]},
@@ -165,8 +186,8 @@ def test_strangers_and_refusals(project: Project) -> None:
     )
     usage = f"select count(*) from public.tagging_usage(%s::{project.keys.base[1]})"
     assert project.refusal(usage, project.workspace, user=stranger)[1]["workspace_id"] == key(project.workspace, 1)
-    limit = f"select x from public.peek_rate_limit(%s::{project.keys.base[1]}, 'realtime', 1) x"
-    assert project.as_user(project.user, limit, project.workspace)[0] in ("t", True)
+    limit = f"select allowed from public.peek_rate_limit(%s::{project.keys.base[1]}, 'realtime', 1)"
+    assert project.as_user(project.user, limit, project.workspace) is True
 
 
 def test_topics(project: Project) -> None:
@@ -186,8 +207,8 @@ def test_cancel_and_retry(project: Project) -> None:
     project.settle(images[:1], error={"kind": "image", "code": "not_an_image", "message": "No image."})
     project.settle(images[1:2])
     project.sql("select autotag.release_worker(%s)", WORKER)
-    assert project.as_user(project.user, "select public.cancel_tagging(%s)", job)["cancelled"] == 2
-    again = project.as_user(project.user, "select public.retry_tagging(%s)", job)
+    assert project.as_user(project.user, "select to_jsonb(public.cancel_tagging(%s))", job)["cancelled"] == 2
+    again = project.as_user(project.user, "select to_jsonb(public.retry_tagging(%s))", job)
     assert again["image_count"] == 3
     retried = project.sql("select asset_id::text from autotag.tasks where finished_at is null order by id")
     assert [row[0] for row in retried] == [i["asset_id"] for i in images if i != images[1]]
@@ -251,7 +272,7 @@ def test_uploads_wait_for_their_quota(project: Project) -> None:
     project.sql(
         "insert into autotag.quotas (user_id, scope, period, max_images) values (%s, 'user', 'day', 1)", project.user
     )
-    call = f"select public.enqueue_tagging(%s::{project.keys.base[0]}[])"
+    call = f"select to_jsonb(public.enqueue_tagging(%s::{project.keys.base[0]}[]))"
     assert project.refusal(call, project.insert(2))[0] == "quota_exceeded"
     assert project.enqueue(project.insert(1))["image_count"] == 1
     project.sql("select autotag.set_automatic(true)")

@@ -125,10 +125,10 @@ HELD_BY_TENANTS = {
     "an upload where others wait": f"select public.enqueue_tagging(array(select id from public.assets where workspace_id = {workspace(1)}))",
     "an upload of a new workspace": f"select public.enqueue_tagging({ASSETS})",
     "windows that are used": """
-      select public.check_rate_limit(w.id, t, 1) from public.workspaces w, unnest(array['realtime', 'batch']) t""",
+      select public.check_rate_limit(w.id, t, 1) from public.workspaces w, unnest(array['realtime', 'batch']::public.tagging_request_type[]) t""",
     "windows that are set": """
       insert into public.workspace_rate_limits (workspace_id, request_type, max_requests)
-      select w.id, t, 1000 from public.workspaces w, unnest(array['realtime', 'batch']) t
+      select w.id, t, 1000 from public.workspaces w, unnest(array['realtime', 'batch']::public.tagging_request_type[]) t
       on conflict (workspace_id, request_type) do update set max_requests = excluded.max_requests""",
 }
 #: What two functions may both wait for, and at least how many functions come to it.

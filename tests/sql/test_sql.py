@@ -96,6 +96,6 @@ def test_migrations_install_without_the_host_baseline(postgres: LocalPostgres) -
         assert "host_baseline" not in applied
         assert applied[:2] == ["host_adapter", "0_1_0"]
         told = connection.execute(
-            "select public.enqueue_tagging(array[id]) ->> 'strategy' from public.assets limit 1"
+            "select (public.enqueue_tagging(array[id])).strategy from public.assets limit 1"
         ).fetchone()
     assert told == ("realtime",)

@@ -90,6 +90,7 @@ async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
     for name in ("BUSY_DELAY", "MAX_BUSY_DELAY", "ALONE_DELAY", "MAX_ALONE_DELAY"):
         monkeypatch.setattr(outcomes_module, name, 0.001)
     monkeypatch.setattr(stages_module, "STAGE_DELAY", 0.001)
+    monkeypatch.setattr(stages_module, "FOLLOW_UP_DELAY", PATIENCE)
     made = Bench()
     running = [asyncio.create_task(made.outcomes.run()), asyncio.create_task(made.stages.run())]
     yield made
@@ -320,6 +321,25 @@ async def test_stages_are_reported_by_workspace_and_dropped_where_it_is_slow(ben
     bench.stages.reach(image(GREY, 6), "processing")
     await soon(lambda: len(bench.db.stages) == 3)
     assert bench.db.stages[-1] == (GREY, [6], None)
+
+
+async def test_rows_that_no_message_has_told_of_yet_are_followed_up_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages_module, "FOLLOW_UP_DELAY", 1.0)
+
+    async def hold_blue(call: Call) -> Settled:
+        return Settled(len(call.reports), [], held=call.workspace == BLUE)
+
+    bench.db.react = hold_blue
+    for task in range(5):
+        bench.add(BLUE, task)
+        bench.add(RED, 10 + task)
+        await bench.idle()
+    await soon(lambda: bench.db.stages != [])
+    bench.stages.follow_up(None)
+    await soon(lambda: len(bench.db.stages) == 2)
+    assert bench.db.stages == [(BLUE, [], None), (None, [], None)], "one report for all that was held in that time"
 
 
 async def test_sent_calls_are_reported_although_every_workspace_is_slow(bench: Bench) -> None:

@@ -1,8 +1,9 @@
-"""Polls of the batches in flight: an error costs one batch, and cancellations delay nobody's poll."""
+"""Polls and cancellations of the batches in flight: an error costs one batch."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import psycopg
@@ -48,10 +49,11 @@ class FakeProvider:
             raise self.retrieve_errors[name]
         return running(name)
 
-    async def cancel_batch(self, name: str) -> None:
+    async def cancel_batch(self, name: str) -> ProviderBatch:
         self.calls.append(f"cancel {name}")
         if name in self.cancel_errors:
             raise self.cancel_errors[name]
+        return replace(running(name), status="cancelling")
 
     async def delete_file(self, name: str) -> None:
         self.calls.append(f"delete {name}")
@@ -84,31 +86,28 @@ class NoStages:
         pass
 
 
-async def poll(provider: FakeProvider, db: FakeDatabase, **more: list[str]) -> None:
+def poller(provider: FakeProvider, db: FakeDatabase) -> Poller:
     given: Any = (cast("Any", db), cast("Any", provider))
-    claim = BatchClaim([], None, SETTINGS, poll=[Submitted(name, 0) for name in IDS], **more)
-    await Poller(*given, Files(*given), cast("Any", NoStages())).poll(claim)
+    return Poller(*given, Files(*given), cast("Any", NoStages()))
 
 
-async def test_cancellations_come_after_the_poll_and_stop_nothing_of_it() -> None:
+async def poll(provider: FakeProvider, db: FakeDatabase, files: Sequence[str] = ()) -> None:
+    claim = BatchClaim([], None, SETTINGS, poll=[Submitted(name, 0) for name in IDS], files=list(files))
+    await poller(provider, db).poll(claim)
+
+
+async def test_what_the_provider_says_of_a_cancelled_batch_is_reported_at_once() -> None:
+    """And one that has just ended, or whose cancellation fails, costs no other."""
     provider, db = FakeProvider(IDS), FakeDatabase()
     provider.cancel_errors = {
         IDS[0]: TaggingError("transient", "http_500", "m", status=500),
-        IDS[2]: TaggingError("rate_limit", "rate_limited", "m", status=429, retry_after=5),
+        IDS[1]: TaggingError("image", "conflict", "m", status=409),
+        IDS[4]: TaggingError("rate_limit", "rate_limited", "m", status=429, retry_after=5),
     }
-    await poll(provider, db, cancel=IDS[:4])
-    assert set(db.states) == set(IDS)
-    assert provider.calls == ["list", *(f"cancel {name}" for name in IDS[:3])], "after retry-after, no more calls"
+    await poller(provider, db).cancel(IDS[:6])
+    assert provider.calls == [f"cancel {name}" for name in IDS[:5]], "after retry-after, no more calls"
+    assert db.states == dict.fromkeys(IDS[2:4], "cancelling")
     assert [error["retry_after"] for error in db.failures] == [5]
-
-
-async def test_batches_that_have_ended_are_not_cancelled() -> None:
-    provider, db = FakeProvider([name for name in IDS if name != ODD]), FakeDatabase()
-    provider.retrieve_errors[ODD] = TaggingError("image", "not_found", "m", status=404)
-    await poll(provider, db, cancel=[ODD, IDS[4]])
-    assert db.states[ODD] == "gone"
-    assert provider.calls[-1] == f"cancel {IDS[4]}"
-    assert f"cancel {ODD}" not in provider.calls
 
 
 @pytest.mark.parametrize("status", [200, 400, 401, 409, 500, None])

@@ -77,7 +77,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.db, self.wake, self.slow = FakeDatabase(), Wake(), SlowWorkspaces()
-        self.lane = StoreLane(cast("Database", self.db), self.wake, self.slow)
+        self.lane = StoreLane(cast("Database", self.db), self.wake, self.slow, lambda _: None)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -24,7 +24,7 @@ $$;
 --     since: epoch seconds; the batch and its files at OpenAI are not older. keep_files: seconds after which the provider is to
 --     delete its files; null: the provider supports no expiry.
 --   poll: [{id, since}] of all batches in flight if a poll is due, else null.
---   cancel: ids of those to cancel at OpenAI after the poll; at most 100 at a time, of all workspaces alike.
+--   cancel: ids of those to cancel at OpenAI now (take_cancellations).
 --   files: ids of files to delete at OpenAI (reported with files_deleted).
 --   question: as in claim().
 --   look_up: name of the model to check at the provider now (provider_checked), else null.
@@ -106,16 +106,26 @@ begin
   if p_provider.ask_after > p_now then
     return;
   end if;
+  cancel := autotag.take_cancellations(next_poll_at <= p_now, p_now);
   if next_poll_at <= p_now then
-    select l.poll, l.cancel, l.files into poll, cancel, files from autotag.list_polls() l;
+    select l.poll, l.files into poll, files from autotag.list_polls() l;
     next_poll_at := case when poll is null and files = '[]' then '-infinity' else p_now + p_settings.batch_poll_interval end;
+  end if;
+  -- Somebody waits for the end of a cancelled batch. (OpenAI takes up to ten minutes.)
+  if cancel is not null or exists (
+    select from autotag.batches b join autotag.jobs j on j.id = b.job_id
+    where b.state = 'submitted' and b.cancel_requested and j.cancelled_at > p_now - interval '10 min') then
+    next_poll_at := least(next_poll_at, p_now + interval '5 s');
   end if;
   if p_provider.proven_at is not null and p_provider.checked_at <= p_now - p_settings.model_check_interval then
     look_up := p_provider.question ->> 'model';
   end if;
-  if poll is not null or files <> '[]' or look_up is not null then
-    -- allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked)
-    update autotag.workers w set poll_assigned_at = p_now where w.id = p_worker;
+  if poll is not null or files <> '[]' or look_up is not null or cancel is not null then
+    -- Allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked). A poll that does not find
+    -- a batch counts by this time, so a cancellation does not change it.
+    update autotag.workers w
+    set poll_assigned_at = case when poll is null and w.poll_assigned_at is not null then w.poll_assigned_at else p_now end
+    where w.id = p_worker;
   end if;
 end $$;
 
@@ -134,8 +144,31 @@ begin
     from unnest(p_ids) with ordinality t (id, i) join autotag.batches b on b.id = t.id);
 end $$;
 
--- The batches to poll and to cancel, and the files to delete at OpenAI (claim_batches: poll, cancel, files).
-create or replace function autotag.list_polls(out poll jsonb, out cancel jsonb, out files jsonb)
+-- Ids of batches to cancel at OpenAI, at most 100 at a time, of all workspaces alike: each once as soon as its upload is cancelled, and
+-- with each poll (p_due) those that OpenAI is not cancelling yet. In random order, so that one that the provider refuses stops no
+-- other for long. Called by claim_batches(), which holds the provider row. Locks: batches by id (skip locked).
+create or replace function autotag.take_cancellations(p_due boolean, p_now timestamptz) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ids jsonb;
+begin
+  with chosen as (
+    select b.id from autotag.batches b
+    where b.state = 'submitted' and b.cancel_requested and b.openai_status is distinct from 'cancelling'
+      and (p_due or b.cancel_sent_at is null)
+    order by row_number() over (partition by b.workspace_id order by random()) limit 100
+  ), locked as (
+    select b.id from autotag.batches b where b.id in (select c.id from chosen c) order by b.id for no key update skip locked
+  ), asked as (
+    update autotag.batches b set cancel_sent_at = p_now from locked l where b.id = l.id returning b.openai_batch_id as id
+  )
+  select jsonb_agg(a.id order by random()) into v_ids from asked a;
+  return v_ids;
+end $$;
+
+-- The batches to poll, and the files to delete at OpenAI (claim_batches: poll, files).
+create or replace function autotag.list_polls(out poll jsonb, out files jsonb)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -143,12 +176,6 @@ begin
            order by b.ordinal, b.created_at)
   into poll
   from autotag.batches b where b.state = 'submitted';
-  -- In random order, so that one that the provider refuses stops no other for long.
-  select jsonb_agg(c.id) into cancel
-  from (
-    select b.openai_batch_id as id from autotag.batches b
-    where b.state = 'submitted' and b.cancel_requested and b.openai_status is distinct from 'cancelling'
-    order by row_number() over (partition by b.workspace_id order by random()) limit 100) c;
   select coalesce(jsonb_agg(f.id), '[]') into files
   from (
     select unnest(array[b.input_file_id, b.output_file_id, b.error_file_id]) as id

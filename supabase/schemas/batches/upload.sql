@@ -132,9 +132,9 @@ end $$;
 
 -- Shows on the host's rows of a batch's images that OpenAI has it (submitted) or works on it (processing), and when they are expected
 -- to be done: at most p_limit images after task p_after. Returns the last task shown; null: there are no more, or the batch is in
--- another state. A row that is held or that raises is left out. Locks: assets (show).
+-- another state. A row that is held or that raises is left out. It holds nothing while it waits for the upload. Locks: job, assets (show).
 create or replace function autotag.show_batch(p_worker uuid, p_batch uuid, p_after bigint, p_limit integer) returns bigint
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '1s'
 as $$
 declare
   v_batch autotag.batches;
@@ -150,8 +150,10 @@ begin
   from (
     select x.id, x.asset_id from autotag.tasks x where x.batch_id = p_batch and x.id > p_after and x.finished_at is null
     order by x.id limit greatest(least(p_limit, 10000), 0)) t;
+  perform from autotag.jobs j where j.id = v_batch.job_id for no key update;
   v_stage := case when v_batch.running_at is null then 'submitted' else 'processing' end;
   perform autotag.show(v_batch.workspace_id, v_page.assets, v_stage, autotag.stage_progress(v_stage),
     (autotag.batch_eta(v_batch, autotag.now())).p50);
+  perform autotag.broadcast_progress(v_batch.job_id, null, coalesce(v_page.assets, '{}'));
   return v_page.last;
 end $$;

@@ -281,7 +281,8 @@ begin
     set constraints all immediate;
   end if;
   return array(
-    select row(i.job_id, count(i.result), count(i.code))::autotag.ended from unnest(v_tagged || v_failed) i group by i.job_id);
+    select row(i.job_id, count(i.result), count(i.code), case when count(*) <= 100 then array_agg(i.asset_id) end)::autotag.ended
+    from unnest(v_tagged || v_failed) i group by i.job_id);
 end $$;
 
 -- Counts the images that have ended in their jobs. The caller holds the jobs.
@@ -289,14 +290,20 @@ create or replace function autotag.count_ended(p_ended autotag.ended[]) returns 
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_job record;
+  v_part autotag.ended;
+  v_job autotag.ended;   -- the sum of its parts
 begin
-  for v_job in
-    select e.job_id as id, sum(e.completed)::integer as completed, sum(e.failed)::integer as failed
-    from unnest(p_ended) e group by e.job_id order by e.job_id
-  loop
-    perform autotag.count_finished(v_job.id, v_job.completed, v_job.failed);
+  for v_part in select e.* from unnest(p_ended) e order by e.job_id loop
+    if v_part.job_id = v_job.job_id then
+      v_job.completed := v_job.completed + v_part.completed;
+      v_job.failed := v_job.failed + v_part.failed;
+      v_job.assets := autotag.add_changed(v_job.assets, v_part.assets);
+      continue;
+    end if;
+    perform autotag.report_job(v_job.job_id, v_job.completed, v_job.failed, v_job.assets) where v_job.job_id is not null;
+    v_job := v_part;
   end loop;
+  perform autotag.report_job(v_job.job_id, v_job.completed, v_job.failed, v_job.assets) where v_job.job_id is not null;
 end $$;
 
 -- Deletes the tasks of tagged images, and returns the images whose tasks had not ended. The caller holds their jobs. (The plan is

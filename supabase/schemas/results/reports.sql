@@ -174,13 +174,15 @@ end $$;
 -- A worker reports the stages of its single calls of one workspace: [{task, attempt, stage}], stages between `queued` and
 -- `completed`. Ignores tasks that the worker does not hold (any more), and workers of another login. Only `processing` is written to
 -- the host's row, because each write fires the host's triggers, webhooks and Postgres Changes; the others show in tagging_job().
+-- It also broadcasts what no message has told of yet (broadcast_held), so a worker calls it once more a second after a report.
 -- p_sent: {sent, sent_age (seconds)}, as in record_sent(). Returns sentences for the operator's log, as settle() does.
 -- Locks: tasks by id (skip locked), jobs (skip locked), assets (show), provider (skip locked).
 create or replace function autotag.report_stages(p_worker uuid, p_workspace_id autotag.workspace_id, p_stages jsonb, p_sent jsonb default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
-  v_moved record;
+  v_moved autotag.ended[];
+  v_free uuid[];
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
   perform autotag.check_list(p_stages);
@@ -201,10 +203,15 @@ begin
   ), moved as (
     update autotag.tasks t set stage = h.stage from held h where t.id = h.id returning t.asset_id, t.job_id, t.stage
   )
-  select array_agg(m.asset_id) filter (where m.stage = 'processing') as assets, array_agg(distinct m.job_id) as jobs
-  into v_moved from moved m;
-  perform autotag.show(p_workspace_id, v_moved.assets, 'processing', autotag.stage_progress('processing'), null);
-  perform autotag.broadcast_progress(j.id)
-  from (select l.id from autotag.jobs l where l.id = any (v_moved.jobs) order by l.id for no key update skip locked) j;
+  select array_agg(row(m.job_id, 0, 0, m.assets)::autotag.ended) into v_moved
+  from (
+    select x.job_id, coalesce(array_agg(x.asset_id) filter (where x.stage = 'processing'), '{}') as assets from moved x group by x.job_id) m;
+  -- Rows of an upload that another transaction holds are left out, so that no row changes without a message.
+  v_free := array(
+    select l.id from autotag.jobs l where l.id in (select m.job_id from unnest(v_moved) m) order by l.id for no key update skip locked);
+  perform autotag.show(p_workspace_id, array(select a from unnest(v_moved) m, unnest(m.assets) a where m.job_id = any (v_free)),
+    'processing', autotag.stage_progress('processing'), null);
+  perform autotag.broadcast_progress(m.job_id, null, m.assets) from unnest(v_moved) m where m.job_id = any (v_free);
+  perform autotag.broadcast_held(p_workspace_id);
   return case when p_sent is null then '[]'::jsonb else autotag.report_provider(autotag.summarize_calls(p_worker, '{}', p_sent)) end;
 end $$;

@@ -7,8 +7,9 @@
 -- p_observed: the newest limits from response headers (update_provider_limits), and {sent, sent_age} (record_sent).
 -- p_keep: the host's rows are slow (an earlier call was cancelled for it): keep the outcomes for store_waiting() instead.
 -- Ignores reports for tasks that the worker does not hold (any more), with an older attempt, or from another login.
--- Returns {accepted, busy, notices: [{event, notice}]}: the number of accepted reports, and sentences for the log. busy: another
--- call of this worker for this workspace is still running; nothing was done, so call again.
+-- Returns {accepted, busy, notices: [{event, notice}], held}: the number of accepted reports, and sentences for the log. busy: another
+-- call of this worker for this workspace is still running; nothing was done, so call again. held: no message has told of all
+-- rows yet, so call report_stages() in a second.
 --
 -- Only this transaction writes the host's rows of these images, and it writes those of one workspace. So it holds nothing that
 -- other workspaces need, until the end: report_provider() takes the provider row if it is free.
@@ -48,6 +49,9 @@ begin
   v_notices := autotag.apply_answers(p_workspace_id, v_answers, not p_keep);
   perform autotag.add_usage(v_answers, false);
   return jsonb_build_object('accepted', cardinality(v_answers), 'busy', false,
+    'held', exists (
+      select from autotag.jobs j
+      where j.id in (select a.job_id from unnest(v_answers) a) and j.finished_at is null and j.changed is distinct from '{}'),
     'notices', v_notices || autotag.report_provider(v_report));
 end $$;
 

@@ -44,6 +44,7 @@ create table autotag.batches (
   missing_polls integer not null default 0,   -- polls in a row that did not find it at OpenAI …
   last_missing_poll_at timestamptz,                   -- … and the last of them (workers.poll_assigned_at): each poll counts once
   cancel_requested boolean not null default false,
+  cancel_sent_at timestamptz,                 -- when a worker was last asked to cancel it at OpenAI (take_cancellations)
   stuck boolean not null default false,       -- no progress for too long: what OpenAI has not done is sent as single calls
   stored boolean not null default false,      -- all its answers are stored and batch-complete is broadcast
   error text,

@@ -29,7 +29,8 @@ create table autotag.jobs (
   eta timestamptz,                      -- median of the predicted end …
   eta_p90 timestamptz,                  -- … and its 90th percentile
   progress integer not null default 0 check (progress between 0 and 100),
-  broadcast_at timestamptz not null default '-infinity',   -- when job-progress was last broadcast
+  broadcast_at timestamptz not null default '-infinity',   -- when job-progress was last broadcast …
+  changed autotag.asset_id[],           -- … and the images whose rows changed since then; null: many (report_job)
   traceparent text,                     -- of the HTTP request that made the job (W3C Trace Context), if it had one
   brief_id bigint,                      -- what its images are asked (autotag.briefs); null: the question alone
   retry_of uuid,                        -- the job whose failed images it retries (retry_tagging)
@@ -38,7 +39,7 @@ create table autotag.jobs (
 ) with (fillfactor = 50);
 create index jobs_workspace_id_idx on autotag.jobs (workspace_id, created_at);
 create index jobs_finished_at_idx on autotag.jobs (finished_at);
-create index jobs_live_idx on autotag.jobs (workspace_id) where finished_at is null;
+create index jobs_live_idx on autotag.jobs (workspace_id, created_at) where finished_at is null;
 create index jobs_retry_idx on autotag.jobs (retry_of, created_at) where retry_of is not null;
 create index jobs_live_user_idx on autotag.jobs (user_id) where finished_at is null;
 alter table autotag.jobs enable row level security;

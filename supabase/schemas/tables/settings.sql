@@ -96,6 +96,8 @@ create table autotag.settings (
   batch_give_up_after interval not null default '23 h' check (batch_give_up_after > '0'),
   -- shortest time between two job-progress broadcasts of one upload
   broadcast_interval interval not null default '1 s' check (broadcast_interval >= '0'),
+  -- an upload that ends without a batch-complete after it sends one without a batch on batch-updates, for clients that listen only there
+  broadcast_single_calls boolean not null default true,
 
   -- retention
   keep_finished interval not null default '30 days' check (keep_finished > '0'),  -- how long finished uploads are kept

@@ -76,5 +76,5 @@ create type autotag.parts as (
   raised integer               -- … and those that raised
 );
 
--- Images of a job that have ended, for its counts (count_ended).
-create type autotag.ended as (job_id uuid, completed integer, failed integer);
+-- Images of a job that have ended, for its counts (count_ended). assets: null: many.
+create type autotag.ended as (job_id uuid, completed integer, failed integer, assets autotag.asset_id[]);

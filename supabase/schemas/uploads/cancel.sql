@@ -1,7 +1,8 @@
 -- Cancelling an upload.
 
 -- cancel_tagging: {job_id, cancelled (images)}. Images that have not been sent to OpenAI fail with the code `cancelled`. What
--- has been sent is billed: a worker cancels the batch at OpenAI, and the answers that come are stored.
+-- has been sent is billed: the notification wakes a worker, which cancels the batch at OpenAI at once (take_cancellations), and the
+-- answers that come are stored.
 -- It may run in a long transaction of the tenant's. Claims keep off its upload until it ends, because they do not get the job's
 -- advisory lock; nothing else waits for it. Locks: the job (advisory), job, batches, tasks, assets (finish).
 create or replace function autotag.cancel(p_job_id uuid) returns jsonb
@@ -35,6 +36,7 @@ begin
     update autotag.batches b set cancel_requested = true
     where b.job_id = p_job_id and b.state in ('creating', 'submitted');
     perform autotag.finish(v_job.workspace_id, v_items, false);
+    perform autotag.broadcast_progress(p_job_id);   -- that it is being cancelled
     perform pg_notify('autotag', 'batch');
   end if;
   return jsonb_build_object('job_id', p_job_id, 'cancelled', cardinality(v_items));

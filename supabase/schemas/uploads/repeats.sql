@@ -114,5 +114,5 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return jsonb_build_object('job_id', p_job.id, 'strategy', p_job.strategy, 'image_count', 0, 'skipped', p_skipped,
-    'batches', 0, 'eta', p_job.eta);
+    'batches', 0, 'eta', (autotag.current_eta(p_job)).p50);
 end $$;

@@ -33,14 +33,18 @@ begin
   perform autotag.check_quotas(p_workspace_id, p_user_id, v_count);
 
   v_plan := autotag.plan_upload(p_workspace_id, v_count);
-  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent, brief_id)
+  insert into autotag.jobs (workspace_id, user_id, strategy, fallback, image_count, created_at, traceparent, brief_id, changed)
   values (p_workspace_id, p_user_id, v_plan.strategy, v_plan.fallback, v_count, v_now, autotag.request_traceparent(),
-    autotag.make_brief(p_workspace_id))
+    autotag.make_brief(p_workspace_id), autotag.add_changed('{}', v_new))
   returning * into v_job;
   v_first_task := autotag.add_tasks(v_job, v_plan, v_new, v_new_marks);
   insert into autotag.queues (job_id, workspace_id, queued, overdue_at, cursor, chunk)
   values (v_job.id, p_workspace_id, v_plan.express, autotag.patience_ends_at(v_plan.express, v_now), v_first_task - 1, v_plan.chunk);
   v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
+  if v_plan.express > 0 and v_plan.batches > 0 then   -- express images do not wait for the batch
+    perform autotag.show(p_workspace_id, v_new[:v_plan.express], 'queued', 0, autotag.now() + autotag.predict_single_calls(v_job.id, null));
+    v_new := v_new[v_plan.express + 1:];
+  end if;
   perform autotag.show(p_workspace_id, v_new, 'queued', 0, v_job.eta);
 
   if v_plan.express > 0 then
@@ -69,7 +73,7 @@ begin
   select * into v_job from autotag.jobs j
   where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
   return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
-    'skipped', p_asked, 'batches', 0, 'eta', v_job.eta);
+    'skipped', p_asked, 'batches', 0, 'eta', (autotag.current_eta(v_job)).p50);
 end $$;
 
 -- Plans an upload of p_images images. Reads only.

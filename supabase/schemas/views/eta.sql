@@ -1,7 +1,8 @@
 -- Predicts when a job ends. Single calls: from their schedule under the present limits and queues. Batches: from the durations
 -- of earlier ones (by size and time of day, the newest weigh most), and once a batch makes progress, from its pace. Users see
 -- the median; the 90th percentile is available too. Predictions are made inside uploads, reports and polls, and read what providers
--- and operators set, so none of them raises: predict_batch, batch_eta, predict_new_batch, predict_job, predict_wait and estimate_seconds warn and return
+-- and operators set, so none of them raises: predict_batch, batch_eta, predict_new_batch, predict_single_calls, predict_job,
+-- predict_wait and estimate_seconds warn and return
 -- null (about 5 µs, of the millisecond that a prediction takes).
 
 -- Possible durations of a batch of p_images images that starts at p_started, in seconds with weights: those of recent batches
@@ -163,6 +164,26 @@ exception when others then
   starts_at := null; ends_at := null;
 end $$;
 
+-- How long the last single call of a job takes from now: it waits for the limits and for its chunk. p_wait: the wait for the limits, if
+-- the caller has computed it. Null: no prediction is possible.
+create or replace function autotag.predict_single_calls(p_job_id uuid, p_wait interval) returns interval
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := autotag.now();
+  v_settings autotag.settings;
+begin
+  select * into v_settings from autotag.settings;
+  return make_interval(secs => v_settings.call_seconds) + coalesce((
+    select greatest(coalesce(p_wait, autotag.predict_wait(q.workspace_id, 0, true)),
+      case when q.chunk is not null then greatest(q.ready_at, v_now) - v_now
+        + v_settings.chunk_delay * ((q.queued - 1) / q.chunk) end)
+    from autotag.queues q where q.job_id = p_job_id and q.queued > 0), interval '0');
+exception when others then
+  raise warning 'autotag could not predict single calls: %', sqlerrm;
+  return null;
+end $$;
+
 -- Predicts the end of a job: its last batch, or the last of its single calls, which wait for the limits and for their chunks.
 -- p_wait: the wait for the limits, if the caller has computed it.
 create or replace function autotag.predict_job(p_job_id uuid, p_wait interval, out p50 timestamptz, out p90 timestamptz)
@@ -170,16 +191,10 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
-  v_settings autotag.settings;
   v_single interval;
   v_batches record;
 begin
-  select * into v_settings from autotag.settings;
-  v_single := make_interval(secs => v_settings.call_seconds) + coalesce((
-    select greatest(coalesce(p_wait, autotag.predict_wait(q.workspace_id, 0, true)),
-      case when q.chunk is not null then greatest(q.ready_at, v_now) - v_now
-        + v_settings.chunk_delay * ((q.queued - 1) / q.chunk) end)
-    from autotag.queues q where q.job_id = p_job_id and q.queued > 0), interval '0');
+  v_single := autotag.predict_single_calls(p_job_id, p_wait);
   select max(e.p50) as p50, max(e.p90) as p90 into v_batches
   from (
     -- Batches that wait for the window are mostly alike, so only the last one is predicted.
@@ -192,6 +207,24 @@ begin
 exception when others then
   raise warning 'autotag could not predict the end of an upload: %', sqlerrm;
   p50 := null; p90 := null;
+end $$;
+
+-- The predicted end of a job as it is shown: never in the past. A stored prediction that is over (or as good as) is made anew. Null: the
+-- job has ended, or no prediction is possible.
+create or replace function autotag.current_eta(p_job autotag.jobs, out p50 timestamptz, out p90 timestamptz)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_end record;
+begin
+  if p_job.finished_at is null and p_job.eta < autotag.now() + interval '1 s' then
+    v_end := autotag.predict_job(p_job.id, null);
+    p50 := v_end.p50;
+    p90 := v_end.p90;
+  else
+    p50 := p_job.eta;
+    p90 := p_job.eta_p90;
+  end if;
 end $$;
 
 -- Predicts the end of a job (predict_job) and stores it. The caller holds the job's lock.

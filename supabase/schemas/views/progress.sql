@@ -109,65 +109,173 @@ as $$
   ) / p_job.image_count)::integer))
 $$;
 
--- Counts finished images of a job; the last one finishes the job. The caller holds the job's lock.
-create or replace function autotag.count_finished(p_job_id uuid, p_completed integer, p_failed integer) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+-- The images of a job whose rows have changed since its last message; null: more than a client should ask for by id in one URL.
+create or replace function autotag.add_changed(p_changed autotag.asset_id[], p_more autotag.asset_id[]) returns autotag.asset_id[]
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_job autotag.jobs;
-  v_last boolean;
 begin
-  if p_completed + p_failed = 0 then
-    return;
-  end if;
-  select j.completed + p_completed + j.failed + p_failed = j.image_count into v_last
-  from autotag.jobs j where j.id = p_job_id;
-  update autotag.jobs j
-  set completed = j.completed + p_completed, failed = j.failed + p_failed,
-      finished_at = case when v_last then autotag.now() end,
-      progress = case when v_last then 100 else j.progress end,
-      eta = case when not v_last then j.eta end, eta_p90 = case when not v_last then j.eta_p90 end
-  where j.id = p_job_id returning * into v_job;
-  if v_job.finished_at is null then
-    perform autotag.broadcast_progress(p_job_id);
-    return;
-  end if;
-  perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-complete', jsonb_build_object(
-    'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed, 'image_count', v_job.image_count));
+  -- a key that is a text can have 2,700 bytes
+  return case when cardinality(p_changed) + cardinality(p_more) <= 100 and pg_column_size(p_changed) + pg_column_size(p_more) <= 8000
+    then p_changed || p_more end;
 end $$;
 
--- Broadcasts a job's progress to its workspace, at most once per broadcast_interval. A skipped message loses nothing, because
--- job-complete always comes last. p_eta: the job's eta, if it was just computed. The caller holds the job's lock.
-create or replace function autotag.broadcast_progress(p_job_id uuid, p_eta timestamptz default null) returns void
+-- Counts finished images of a job, the last of which finishes it, and tells its workspace: job-progress at most once per
+-- broadcast_interval, job-complete at the end. p_changed: the images whose rows this transaction has changed; null: many. Those that no
+-- message has told of yet come with the next one (broadcast_held). p_eta: the job's eta, if it was just computed. One update of the job's row.
+-- The caller holds the job's lock.
+create or replace function autotag.report_job(
+  p_job_id uuid, p_completed integer, p_failed integer, p_changed autotag.asset_id[], p_eta timestamptz default null
+) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_job autotag.jobs;
   v_now timestamptz := autotag.now();
+  v_job autotag.jobs;
+  v_told autotag.asset_id[];
+  v_due boolean;
+  v_end record;
+  v_status text;
+  v_ids jsonb;
 begin
+  select * into v_job from autotag.jobs j where j.id = p_job_id and j.finished_at is null;
+  if not found then
+    return;
+  end if;
+  v_job.completed := v_job.completed + p_completed;
+  v_job.failed := v_job.failed + p_failed;
+  v_job.changed := autotag.add_changed(v_job.changed, p_changed);
+  v_told := v_job.changed;
+  v_due := v_job.broadcast_at <= v_now - (select s.broadcast_interval from autotag.settings s);
+  if v_job.completed + v_job.failed = v_job.image_count then
+    v_job.finished_at := v_now;
+    v_job.progress := 100;
+    v_job.eta := null;
+    v_job.eta_p90 := null;
+    v_job.changed := array[]::autotag.asset_id[];
+  elsif v_due then
+    v_job.broadcast_at := v_now;
+    v_job.progress := autotag.measure_progress(v_job);
+    if p_eta is null then
+      v_end := autotag.predict_job(p_job_id, null);
+      v_job.eta := v_end.p50;
+      v_job.eta_p90 := v_end.p90;
+    end if;
+    v_job.changed := array[]::autotag.asset_id[];
+  elsif p_completed + p_failed = 0 and p_changed = '{}' then
+    return;
+  end if;
   update autotag.jobs j
-  set broadcast_at = v_now, progress = autotag.measure_progress(j)
-  where j.id = p_job_id and j.finished_at is null
-    and j.broadcast_at <= v_now - (select s.broadcast_interval from autotag.settings s)
-  returning * into v_job;
-  if found then
-    v_job.eta := coalesce(p_eta, autotag.refresh_eta(p_job_id));
+  set completed = v_job.completed, failed = v_job.failed, finished_at = v_job.finished_at, progress = v_job.progress,
+      eta = v_job.eta, eta_p90 = v_job.eta_p90, broadcast_at = v_job.broadcast_at, changed = v_job.changed
+  where j.id = p_job_id;
+  if v_job.finished_at is not null then
+    perform autotag.broadcast_end(v_job, v_told);
+  elsif v_due then
+    v_status := autotag.job_status(v_job);
+    v_ids := autotag.unique_ids(v_told);
     perform autotag.broadcast_to_workspace(v_job.workspace_id, 'job-progress', jsonb_build_object(
-      'job_id', v_job.id, 'completed', v_job.completed, 'failed', v_job.failed,
-      'image_count', v_job.image_count, 'progress', v_job.progress, 'eta', v_job.eta));
+      'job_id', v_job.id, 'status', v_status, 'completed', v_job.completed, 'failed', v_job.failed, 'image_count', v_job.image_count,
+      'progress', v_job.progress, 'eta', v_job.eta, 'asset_ids', v_ids, 'many', v_told is null));
   end if;
 end $$;
 
--- tagging_job: one upload as the UI shows it. `stages` maps each of the seven stages to its number of images.
+-- Broadcasts that a job has ended. p_told: the images whose rows changed since its last message. Where no batch-complete will follow,
+-- clients that listen only to the public topic get one without a batch (broadcast_single_calls).
+create or replace function autotag.broadcast_end(p_job autotag.jobs, p_told autotag.asset_id[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_status text := autotag.job_status(p_job);
+  v_ids jsonb := autotag.unique_ids(p_told);
+begin
+  perform autotag.broadcast_to_workspace(p_job.workspace_id, 'job-complete', jsonb_build_object(
+    'job_id', p_job.id, 'status', v_status, 'completed', p_job.completed, 'failed', p_job.failed, 'image_count', p_job.image_count,
+    'asset_ids', v_ids, 'many', p_told is null));
+  if (select s.broadcast_single_calls from autotag.settings s) and not exists (
+    select from autotag.batches b where b.job_id = p_job.id and b.openai_batch_id is not null and not b.stored) then
+    perform autotag.broadcast('batch-updates', 'batch-complete', jsonb_build_object('batch_id', null), false);
+  end if;
+end $$;
+
+-- An image that changed twice between two messages is told of once.
+create or replace function autotag.unique_ids(p_ids autotag.asset_id[]) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return to_jsonb(case when p_ids is not null then array(select distinct i from unnest(p_ids) i) end);
+end $$;
+
+-- Broadcasts a job's progress, if no message was sent within broadcast_interval (report_job). The caller holds the job's lock.
+create or replace function autotag.broadcast_progress(
+  p_job_id uuid, p_eta timestamptz default null, p_changed autotag.asset_id[] default '{}'
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.report_job(p_job_id, 0, 0, p_changed, p_eta);
+end $$;
+
+-- Broadcasts what no message has told of yet, because another had just been sent: of at most 100 uploads of a workspace; null: of all.
+-- (A plan with seqscan may read all uploads that were ever finished.) Locks: jobs (skip locked).
+create or replace function autotag.broadcast_held(p_workspace_id autotag.workspace_id) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan' set enable_seqscan = off
+as $$
+declare
+  v_until timestamptz := autotag.now() - (select s.broadcast_interval from autotag.settings s);
+begin
+  perform autotag.broadcast_progress(h.id) from (
+    select j.id from autotag.jobs j
+    where j.finished_at is null and (j.workspace_id = p_workspace_id or p_workspace_id is null)
+      and j.changed is distinct from '{}' and j.broadcast_at <= v_until
+    limit 100 for no key update skip locked) h;
+end $$;
+
+-- tagging_job: one upload as the UI shows it (describe_upload).
 create or replace function autotag.describe_job(p_job_id uuid) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
+begin
+  return autotag.describe_upload(autotag.visible_job(p_job_id));
+end $$;
+
+-- tagging_jobs: the uploads of a workspace, the newest first, as tagging_job describes each; p_before: only older ones. Uploads that
+-- began at the same moment come on one page, which is then longer than p_limit, so no page begins between them.
+create or replace function autotag.list_jobs(p_workspace_id autotag.workspace_id, p_only_live boolean, p_before timestamptz, p_limit integer)
+returns setof jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+begin
+  perform autotag.check_member(p_workspace_id);
+  p_limit := least(greatest(coalesce(p_limit, 20), 1), 100);
+  return query
+    select autotag.describe_upload(f.job) from (
+      select j as job from autotag.jobs j
+      -- the plan is made for these values, so it uses the index of live uploads for them
+      where j.workspace_id = p_workspace_id and (j.finished_at is null or not coalesce(p_only_live, true))
+        and j.created_at < coalesce(p_before, 'infinity')
+      order by j.created_at desc fetch first p_limit rows with ties) f
+    order by (f.job).created_at desc, (f.job).id;
+end $$;
+
+-- What an upload is doing. A cancelled one is `cancelling` until the provider has let go of its last image.
+create or replace function autotag.job_status(p_job autotag.jobs) returns text
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case when p_job.finished_at is null then case when p_job.cancelled_at is null then 'running' else 'cancelling' end
+    when p_job.cancelled_at is null then 'completed' else 'cancelled' end;
+end $$;
+
+-- One upload as the UI shows it. `stages` maps each of the seven stages to its number of images.
+create or replace function autotag.describe_upload(p_job autotag.jobs) returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
 declare
-  v_job autotag.jobs := autotag.visible_job(p_job_id);
   v_stages jsonb;
   v_error text;
+  v_eta record := autotag.current_eta(p_job);
 begin
-  select jsonb_object_agg(s.stage, case s.stage when 'completed' then v_job.completed else coalesce(c.images, 0) end)
+  select jsonb_object_agg(s.stage, case s.stage when 'completed' then p_job.completed else coalesce(c.images, 0) end)
   into v_stages
   from unnest(array['queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed']) s (stage)
   left join (
@@ -177,19 +285,19 @@ begin
       when t.retry_at = 'infinity' then 'completing'   -- its outcome waits for the host's row
       when b.id is not null then autotag.batch_stage(b.state, b.running_at, b.submitted_at)
       else t.stage end as stage) o
-    where t.job_id = v_job.id group by o.stage) c using (stage);
+    where t.job_id = p_job.id group by o.stage) c using (stage);
   -- the most frequent error
   select t.error into v_error from autotag.tasks t
-  where t.job_id = v_job.id and t.stage = 'failed' group by t.error order by count(*) desc, t.error limit 1;
+  where t.job_id = p_job.id and t.stage = 'failed' group by t.error order by count(*) desc, t.error limit 1;
   return jsonb_build_object(
-    'job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', v_job.image_count,
-    'stages', v_stages, 'completed', v_job.completed, 'failed', v_job.failed,
-    'progress', case when v_job.finished_at is null then autotag.measure_progress(v_job) else 100 end,
-    'eta', v_job.eta, 'eta_p90', v_job.eta_p90, 'error', v_error, 'fallback', v_job.fallback,
+    'job_id', p_job.id, 'status', autotag.job_status(p_job), 'strategy', p_job.strategy, 'image_count', p_job.image_count,
+    'stages', v_stages, 'completed', p_job.completed, 'failed', p_job.failed,
+    'progress', case when p_job.finished_at is null then autotag.measure_progress(p_job) else 100 end,
+    'eta', v_eta.p50, 'eta_p90', v_eta.p90, 'error', v_error, 'fallback', p_job.fallback,
     'batches', (
       select coalesce(jsonb_agg(jsonb_build_object(
         'batch_id', b.openai_batch_id, 'state', b.state, 'image_count', b.image_count) order by b.ordinal), '[]')
-      from autotag.batches b where b.job_id = v_job.id),
-    'created_at', v_job.created_at, 'finished_at', v_job.finished_at,
-    'cancelled', v_job.cancelled_at is not null);
+      from autotag.batches b where b.job_id = p_job.id),
+    'created_at', p_job.created_at, 'finished_at', p_job.finished_at,
+    'cancelled', p_job.cancelled_at is not null);
 end $$;

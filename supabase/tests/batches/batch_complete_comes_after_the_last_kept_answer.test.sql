@@ -9,7 +9,7 @@ create function pg_temp.batch_complete() returns integer language sql as $$
 $$;
 select is(pg_temp.claim_batches(1), '1/1', 'the batch is prepared');
 create function pg_temp.stages() returns text language sql as $$
-  select string_agg(s.key || ' ' || s.value, ', ') from jsonb_each_text((select public.tagging_job(id) -> 'stages' from autotag.jobs)) s where s.value <> '0'
+  select string_agg(s.key || ' ' || s.value, ', ') from jsonb_each_text((select to_jsonb((public.tagging_job(id)).stages) from autotag.jobs)) s where s.value <> '0'
 $$;
 create function pg_temp.rows() returns text language sql as $$
   select string_agg(n, ', ') from (select tagging_stage || ' ' || count(*) as n from public.assets group by tagging_stage order by 1) s

@@ -1,7 +1,7 @@
 -- Finished uploads and usage are kept for a long time. They must not slow down the functions that run all the time.
 begin;
 \ir ../setup.psql
-select plan(6);
+select plan(7);
 create function pg_temp.rows_read() returns numeric language sql as $$
   select sum(seq_tup_read + idx_tup_fetch) from pg_stat_xact_user_tables where schemaname = 'autotag'
 $$;
@@ -33,8 +33,13 @@ insert into before select pg_temp.rows_read();
 select is((autotag.metrics() ->> 'live')::integer, 300, 'metrics() counts 300 live images');
 select cmp_ok(pg_temp.rows_read() - max(n), '<', 1000::numeric, 'it reads fewer than 1,000 rows') from before;
 
+select autotag.tick();   -- it tells of the new uploads, once
 insert into before select pg_temp.rows_read();
 select autotag.tick();
 select cmp_ok(pg_temp.rows_read() - max(n), '<', 1000::numeric, 'tick() reads fewer than 1,000 rows') from before;
+
+insert into before select pg_temp.rows_read();
+select public.tagging_jobs(pg_temp.workspace_id(1)), public.tagging_jobs(pg_temp.workspace_id(9), false);
+select cmp_ok(pg_temp.rows_read() - max(n), '<', 500::numeric, 'tagging_jobs() reads fewer than 500 rows') from before;
 select * from finish();
 rollback;

@@ -16,7 +16,7 @@ $$;
 select pg_temp.upload(3), pg_temp.claim_images(3);
 select autotag.report_stages(pg_temp.worker_id(), pg_temp.workspace_id(1), pg_temp.reports(array(select id from autotag.tasks), jsonb_build_object('stage', s)))
 from unnest(array['preparing', 'submitted', 'processing', 'completing']) s;
-select is((public.tagging_job(id) -> 'stages' ->> 'completing')::integer, 3, 'tagging_job() knows every stage') from autotag.jobs;
+select is(((public.tagging_job(id)).stages).completing, 3, 'tagging_job() knows every stage') from autotag.jobs;
 select pg_temp.settle_all(jsonb_build_object('result', pg_temp.result()));
 select is(pg_temp.stages(), 'queued processing completed', 'a single call writes three times');
 truncate writes;

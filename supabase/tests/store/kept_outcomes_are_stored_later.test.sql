@@ -17,13 +17,13 @@ select is(pg_temp.settle(pg_temp.reports(array(select id from autotag.tasks wher
   jsonb_build_object('result', pg_temp.result())), keep => true), 3, 'three answers are kept');
 select is((select count(*)::integer from public.assets where tags is not null), 0, 'no row is written');
 select is((select sum(images)::integer from autotag.usage), 3, 'usage counts them');
-select is(public.tagging_job(id) -> 'stages' -> 'completing', '3', 'tagging_job() says that they are about to be completed')
+select is(((public.tagging_job(id)).stages).completing, 3, 'tagging_job() says that they are about to be completed')
 from autotag.jobs where workspace_id = pg_temp.workspace_id(1);
 select is(pg_temp.waiting(), '1 after never', 'their workspace is due at once');
 select is(pg_temp.claim_images(5), 'nothing', 'they are not claimed again');
 select is(autotag.release_worker(pg_temp.worker_id()), 2, 'when the worker stops, it has only the other two');
 select autotag.register_worker(pg_temp.worker_id(), 'test', autotag.schema_version(), true);
-select is(public.cancel_tagging(id) ->> 'cancelled', '0', 'cancelling the upload takes no answer away')
+select is((public.cancel_tagging(id)).cancelled, 0, 'cancelling the upload takes no answer away')
 from autotag.jobs where workspace_id = pg_temp.workspace_id(1);
 select is(autotag.store_waiting(pg_temp.worker_id(9), pg_temp.workspace_id(1), pg_temp.pick(1, 10)) ->> 'stored', '0', 'a stranger stores nothing');
 select is(autotag.pick_unstored(pg_temp.worker_id(9), pg_temp.workspace_id(1), 10), '{}', 'nor learns of any');

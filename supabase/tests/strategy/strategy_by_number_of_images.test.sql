@@ -4,7 +4,7 @@ begin;
 select plan(14);
 
 create function pg_temp.describe_strategy(images integer) returns text language sql as $$
-  select format('%s, %s chunks, %s ms, %s batches', s ->> 'type', s ->> 'chunks', s ->> 'delay_ms', s ->> 'batches')
+  select format('%s, %s chunks, %s ms, %s batches', s.type, s.chunks, s.delay_ms, s.batches)
   from public.tagging_strategy(images) s
 $$;
 select throws_ok($$ select public.tagging_strategy(0) $$, 'PT400', 'There is no image to tag.');

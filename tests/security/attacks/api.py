@@ -106,7 +106,10 @@ def theirs(scene: Scene, name: str, kind: str) -> Any:
         return [scene.ids["live asset"], scene.ids["asset"]]
     if kind == "uuid":
         return scene.ids["job" if "job" in name else "asset" if "asset" in name else "workspace"]
-    return {"integer": 1, "text": "batch" if "batch" in name else "realtime", "date": "2026-01-01"}.get(kind)
+    return {
+        "integer": 1, "text": "batch" if "batch" in name else "realtime", "date": "2026-01-01", "boolean": False,
+        "timestamp with time zone": "2100-01-01T00:00:00Z",
+    }.get(kind.removeprefix("public."), "realtime" if kind.endswith("tagging_request_type") else None)  # fmt: skip
 
 
 def rpcs(scene: Scene, caller: str, *, own: bool = False) -> list[Attempt]:

@@ -172,11 +172,12 @@ class Notice(TypedDict):
 @dataclass(frozen=True)
 class Settled:
     """The number of accepted reports, and notices for the worker's log. busy: another call of this worker for the
-    workspace still runs; nothing was done."""
+    workspace still runs; nothing was done. held: no broadcast has told of all rows yet (`Stages.follow_up`)."""
 
     accepted: int
     notices: list[Notice]
     busy: bool = False
+    held: bool = False
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ class BatchClaim:
         wait: seconds until the next useful claim; None: until a notification.
         settings: for these batches.
         poll: batches to poll.
-        cancel: OpenAI's ids of batches to cancel after the poll.
+        cancel: OpenAI's ids of batches to cancel.
         files: files to delete.
         look_up: the model to check at the provider; None: no check is due.
     """

@@ -137,10 +137,10 @@ class Provider:
         with classified_errors():
             return read_batch(await self._client.batches.retrieve(batch_id))
 
-    async def cancel_batch(self, batch_id: str) -> None:
-        """Cancels a batch. Raises an error if the batch has just ended."""
+    async def cancel_batch(self, batch_id: str) -> ProviderBatch:
+        """Cancels a batch; returns its state. Raises an error if the batch has just ended."""
         with classified_errors():
-            await self._client.batches.cancel(batch_id)
+            return read_batch(await self._client.batches.cancel(batch_id))
 
     async def has_batches(self) -> bool | None:
         """Whether the provider has a Batch API; None: unknown, because the provider refuses the account.

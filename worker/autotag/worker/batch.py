@@ -7,6 +7,7 @@ polls check it (`poll`).
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import psycopg
 import structlog
@@ -45,6 +46,7 @@ class BatchLane:
         *,
         slots: int,
         fetches: int,
+        follow_up: Callable[[None], None],
     ) -> None:
         """
         Args:
@@ -55,17 +57,20 @@ class BatchLane:
             provider: runs the batches.
             slots: max batches that are built or harvested concurrently.
             fetches: max images that are fetched concurrently, for all batches.
+            follow_up: of `Stages`.
         """
         self._db = db
         self._wake = wake
         self._claims = claims
         self._slots = BatchSlots(wake, slots)
-        self._stages = BatchStages(db)
+        self._follow_up = follow_up
+        self._stages = BatchStages(db, follow_up)
         files = Files(db, provider)
         self._submitter = Submitter(db, images, provider, files, self._slots, self._stages, fetches=fetches)
         self._poller = Poller(db, provider, files, self._stages)
         self._harvester = Harvester(db, provider, files, self._slots)
         self._running: dict[asyncio.Task[None], int] = {}  # with the number of the batch's claim
+        self._cancelling: set[asyncio.Task[None]] = set()
         IN_FLIGHT.labels("batch").set_function(lambda: len(self._running))
 
     async def run(self, deadline: float) -> None:
@@ -85,11 +90,15 @@ class BatchLane:
                 task = asyncio.create_task(self._work(batch, claim.settings))
                 self._running[task] = number
                 task.add_done_callback(self._end)
+            if claim.cancel:
+                cancelling = asyncio.create_task(self._poller.cancel(claim.cancel))
+                self._cancelling.add(cancelling)
+                cancelling.add_done_callback(self._cancelling.discard)
             if (claim.poll or claim.files or claim.look_up) and (polling is None or polling.done()):
                 polling = asyncio.create_task(self._poller.poll(claim))
             await self._wake.wait("batch", claim.wait if self._slots.free else None)
-        if polling:
-            polling.cancel()
+        for task in (*self._cancelling, *([polling] if polling else [])):
+            task.cancel()
         if self._running:
             await asyncio.wait(self._running, timeout=deadline)
             unfinished = list(self._running)
@@ -113,6 +122,7 @@ class BatchLane:
             if batch.state == "harvesting":
                 with timed(BATCH_SECONDS, "harvest"):
                     await self._harvester.harvest(batch, settings)
+                self._follow_up(None)
                 logger.info("batch_harvested")
             else:
                 with timed(BATCH_SECONDS, "submit"):

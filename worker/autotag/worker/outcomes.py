@@ -148,6 +148,8 @@ class Outcomes:
         queue.busy = 0
         self._forget(answers)
         count_answers("realtime", reports)
+        if settled.held:
+            self._stages.follow_up(workspace)
         # After a broken connection or a timeout, an earlier call may have settled them.
         if settled.accepted < len(reports):
             log.warning("late_reports_refused", refused=len(reports) - settled.accepted)

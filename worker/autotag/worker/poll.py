@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Sequence, Set
+from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
@@ -17,7 +17,6 @@ from autotag.worker.files import Files
 from autotag.worker.show import BatchStages
 
 MAX_POLLED = 10  # batches per record_poll, which locks their uploads
-RUNNING = ("validating", "in_progress", "finalizing", "unread")  # statuses of batches that can be cancelled
 
 log = structlog.get_logger(__name__)
 
@@ -32,19 +31,22 @@ class Poller:
         self._stages = stages
 
     async def poll(self, claim: BatchClaim) -> None:
-        """Polls the batches in flight, cancels batches, deletes files, and checks the model, as far as the claim asks
-        for it.
+        """Polls the batches in flight, deletes files, and checks the model, as far as the claim asks for it.
 
         Results and errors are reported to the database. An error costs its batch or its step; the rest goes on unless
         the provider asks to wait, cannot be reached, or refuses the account.
         """
-        ended: set[str] = set()
-        steps: tuple[Callable[[], Awaitable[None]], ...] = (
-            lambda: self._poll_batches(claim.poll, ended),  # first: cancellations can be many, and they change nothing
-            lambda: self._cancel(claim.cancel, ended),
+        await self._take_steps(
+            lambda: self._poll_batches(claim.poll),
             lambda: self._files.delete(claim.files),
             lambda: self._check_model(claim.look_up),
         )
+
+    async def cancel(self, batch_ids: Sequence[str]) -> None:
+        """Cancels batches, beside a poll: somebody waits for it. Errors are reported as those of a poll."""
+        await self._take_steps(lambda: self._cancel(batch_ids))
+
+    async def _take_steps(self, *steps: Callable[[], Awaitable[None]]) -> None:
         for step in steps:
             try:
                 await step()
@@ -59,9 +61,8 @@ class Poller:
             except Exception:  # the next poll does what this step did not
                 log.exception("poll_failed")
 
-    async def _poll_batches(self, submitted: Sequence[Submitted], ended: set[str]) -> None:
-        """Reports the current states of batches, with as few list calls as possible. Adds those to ``ended`` that
-        cannot be cancelled any more.
+    async def _poll_batches(self, submitted: Sequence[Submitted]) -> None:
+        """Reports the current states of batches, with as few list calls as possible.
 
         Raises:
             TaggingError: the provider stops the poll; what it had said before is reported.
@@ -88,7 +89,6 @@ class Poller:
                     stopped = error
                     break
         await self._report(retrieved)
-        ended.update(batch["id"] for batch in (*polled, *retrieved) if batch["status"] not in RUNNING)
         if stopped:
             raise stopped
 
@@ -161,21 +161,21 @@ class Poller:
         if notice:
             log.warning("model_shuts_down", message=notice)
 
-    async def _cancel(self, batch_ids: Sequence[str], ended: Set[str]) -> None:
-        """Cancels batches, except those that have ``ended``.
+    async def _cancel(self, batch_ids: Sequence[str]) -> None:
+        """Cancels batches, and reports what the provider says of them then.
 
         Raises:
             TaggingError: the provider asks to wait; the next poll cancels the others.
         """
         for batch_id in batch_ids:
-            if batch_id in ended:
-                continue
             try:
-                await self._provider.cancel_batch(batch_id)
+                cancelled = await self._provider.cancel_batch(batch_id)
             except TaggingError as error:  # it may just have ended: then the next poll says so
                 if error.retry_after or error.status is None:
                     raise
                 log.warning("batch_not_cancelled", openai_batch=batch_id, error=error.code)
+            else:
+                await self._report([polled_batch(cancelled)])
 
 
 def _stops(error: TaggingError) -> bool:

@@ -155,8 +155,9 @@ class _ConnectedWorker:
         ):
             tagger = Tagger(images, provider, outcomes, stages, observations, self._db.briefs)
             batches = BatchLane(
-                db, wake, self._batch_claims, images, provider, slots=settings.batch_slots, fetches=settings.fetches
-            )
+                db, wake, self._batch_claims, images, provider, slots=settings.batch_slots, fetches=settings.fetches,
+                follow_up=stages.follow_up,
+            )  # fmt: skip
             helper_tasks = [
                 background.create_task(_keep_running(work))
                 for work in (
@@ -164,7 +165,7 @@ class _ConnectedWorker:
                     lambda: self._heartbeat(health),
                     self._tick,
                     self._deliver_outbox,
-                    StoreLane(db, wake, slow).run,
+                    StoreLane(db, wake, slow, stages.follow_up).run,
                     lambda: uploads.run(db, wake),
                     outcomes.run,
                     stages.run,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import structlog
 
@@ -18,8 +18,10 @@ log = structlog.get_logger(__name__)
 class BatchStages:
     """Shows that batches were submitted or are being processed, one after the other. Best effort, like `Stages`."""
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, follow_up: Callable[[None], None]) -> None:
+        """follow_up: of `Stages`."""
         self._db = db
+        self._follow_up = follow_up
         self._waiting: dict[str, None] = {}  # batches in order
         self._showing: asyncio.Task[None] | None = None
 
@@ -47,3 +49,4 @@ class BatchStages:
                 log.info("batch_stage_not_shown", batch=batch)
             except CALL_ERRORS as error:  # best effort: the images' outcomes say more
                 log.warning("batch_stage_not_shown", batch=batch, error=safe_message(error))
+            self._follow_up(None)

@@ -15,6 +15,8 @@ from autotag.worker.observations import Observations
 from autotag.worker.slow import SlowWorkspaces
 
 STAGE_DELAY = 0.15  # seconds before a stage is reported; faster images skip it, which saves updates of their rows
+#: Seconds until the database may broadcast again (settings.broadcast_interval). Where that is longer, its tick does it.
+FOLLOW_UP_DELAY = 1.0
 
 log = structlog.get_logger(__name__)
 
@@ -33,6 +35,8 @@ class Stages:
         self._reached: dict[str, dict[int, StageReport]] = {}  # by workspace and task
         self._due = asyncio.Event()
         self._dropped = False  # calls were dropped since the last report
+        self._following: dict[str | None, asyncio.TimerHandle] = {}  # workspaces with a report to come …
+        self._held: set[str | None] = set()  # … and those whose time has come
 
     def drop(self, calls: int) -> None:
         """Notes released calls that will not be sent and have no outcome. Without a report, the database would keep
@@ -55,20 +59,38 @@ class Stages:
         if reached is not None:
             reached.pop(image.task, None)
 
+    def follow_up(self, workspace: str | None) -> None:
+        """No broadcast has told of all rows of this workspace (None: of some workspace) yet, because another had just
+        been sent: a report follows in a second, which broadcasts them."""
+        if workspace not in self._following:
+            loop = asyncio.get_running_loop()
+            self._following[workspace] = loop.call_later(FOLLOW_UP_DELAY, self._make_due, workspace)
+
+    def _make_due(self, workspace: str | None) -> None:
+        del self._following[workspace]
+        self._held.add(workspace)
+        self._due.set()
+
     async def run(self) -> None:
         """Reports stages until it is cancelled."""
         while True:
             await self._due.wait()
             self._due.clear()
             await asyncio.sleep(STAGE_DELAY)
-            if not any(self._reached.values()) and not self._dropped:
+            if not any(self._reached.values()) and not self._dropped and not self._held:
                 self._reached.clear()
                 continue
             self._dropped = False
+            held, self._held = self._held, set()
             sent, taken = self._observations.take_sent(), time.monotonic()
             for workspace in list(self._reached):
                 stages = list(self._reached.pop(workspace).values())
                 if stages and workspace not in self._slow and await self._report(workspace, stages, sent):
+                    sent = None
+                    held.discard(workspace)
+                    self.follow_up(workspace)
+            for followed in held:
+                if (followed is None or followed not in self._slow) and await self._report(followed, [], sent):
                     sent = None
             if sent and not await self._report(None, [], sent):
                 self._observations.put_back(sent, taken)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 import structlog
 
@@ -30,14 +31,16 @@ class StoreLane:
     and all such workspaces share one turn.
     """
 
-    def __init__(self, db: Database, wake: Wake, slow: SlowWorkspaces) -> None:
+    def __init__(self, db: Database, wake: Wake, slow: SlowWorkspaces, follow_up: Callable[[str], None]) -> None:
         """
         Args:
             db: the database.
             wake: wakes the lane.
             slow: gets the workspaces that take too long.
+            follow_up: of `Stages`.
         """
         self._db = db
+        self._follow_up = follow_up
         self._wake = wake
         self._slow = slow
         self._turns: dict[str, None] = {}  # workspaces that wait for their turn, in this order
@@ -122,6 +125,7 @@ class StoreLane:
             return await self._postpone(workspace, len(tasks) or limit, tasks, lost=isinstance(error, Lost))
         log_notices(stored.notices)
         if stored.stored:
+            self._follow_up(workspace)
             self._backoffs.pop(workspace, None)
             if time.monotonic() - started < GROWTH_SECONDS:
                 self._limit(workspace, 2 * limit)

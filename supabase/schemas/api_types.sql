@@ -1,0 +1,87 @@
+-- What the public RPCs take and return, so that `supabase gen types` gives exact types. Tried with the real CLI (3.1): a jsonb result
+-- becomes `Json`, OUT parameters become `Record<string, unknown>`, `returns table` an array without any null, and a composite type an
+-- object whose fields may all be null. Only the row of a relation in an exposed schema keeps `not null`, also through a view. So each
+-- result is the row of a view of autotag.shapes, which never has a row. Nobody may read the views (grants.sql).
+
+-- Your own column tagging_stage stays text with a check: your triggers, policies and clients compare it with text.
+create type public.tagging_stage as enum ('queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed');
+create type public.tagging_strategy_name as enum ('realtime', 'realtime-chunked', 'batch', 'batch-parallel');
+create type public.tagging_request_type as enum ('realtime', 'batch');
+create type public.tagging_job_status as enum ('running', 'cancelling', 'completed', 'cancelled');
+
+-- One column of each type that the results have, and one of each that may be null. (A view's column keeps `not null` only if it is a
+-- column of a table.)
+create table autotag.shapes (
+  id boolean primary key check (false),
+  a_uuid uuid not null, maybe_uuid uuid,
+  a_text text not null, maybe_text text, texts text[] not null,
+  an_integer integer not null, maybe_integer integer, a_bigint bigint not null, a_number double precision not null, maybe_number double precision,
+  maybe_numeric numeric,
+  a_boolean boolean not null,
+  a_date date not null, a_time timestamptz not null, maybe_time timestamptz,
+  a_json jsonb not null,
+  a_strategy public.tagging_strategy_name not null, maybe_strategy public.tagging_strategy_name,
+  a_status public.tagging_job_status not null
+);
+do $$
+begin
+  -- the base type of the domain, which generated client types do not follow
+  execute (select format('alter table autotag.shapes add column maybe_user %s', format_type(k.atttypid, null))
+    from pg_attribute k where k.attrelid = 'autotag.keys'::regclass and k.attname = 'user_id');
+end $$;
+alter table autotag.shapes enable row level security;
+
+-- The number of images in each stage.
+create view public.tagging_stage_counts with (security_invoker = true) as
+  select s.an_integer as queued, s.an_integer as preparing, s.an_integer as submitted, s.an_integer as processing,
+    s.an_integer as completing, s.an_integer as completed, s.an_integer as failed
+  from autotag.shapes s;
+create view public.tagging_batch_result with (security_invoker = true) as
+  select s.maybe_text as batch_id, s.a_text as state, s.an_integer as image_count from autotag.shapes s;
+create view public.tagging_vocabulary_tag with (security_invoker = true) as
+  select s.a_text as tag, s.texts as aliases, s.maybe_text as description, s.maybe_text as parent, s.a_boolean as general
+  from autotag.shapes s;
+alter table autotag.shapes
+  add column a_stage_counts public.tagging_stage_counts not null,
+  add column batches public.tagging_batch_result[] not null,
+  add column tags public.tagging_vocabulary_tag[] not null;
+
+-- tagging_job, tagging_jobs
+create view public.tagging_job_result with (security_invoker = true) as
+  select s.a_uuid as job_id, s.a_status as status, s.a_strategy as strategy, s.an_integer as image_count, s.a_stage_counts as stages,
+    s.an_integer as completed, s.an_integer as failed, s.an_integer as progress, s.maybe_time as eta, s.maybe_time as eta_p90,
+    s.maybe_text as error, s.maybe_text as fallback, s.batches, s.a_time as created_at, s.maybe_time as finished_at,
+    s.a_boolean as cancelled
+  from autotag.shapes s;
+-- enqueue_tagging, retry_tagging
+create view public.tagging_upload_result with (security_invoker = true) as
+  select s.maybe_uuid as job_id, s.maybe_strategy as strategy, s.an_integer as image_count, s.an_integer as skipped,
+    s.an_integer as batches, s.maybe_time as eta
+  from autotag.shapes s;
+create view public.tagging_cancel_result with (security_invoker = true) as
+  select s.a_uuid as job_id, s.an_integer as cancelled from autotag.shapes s;
+create view public.tagging_strategy_result with (security_invoker = true) as
+  select s.a_strategy as type, s.an_integer as chunks, s.a_bigint as delay_ms, s.an_integer as batches,
+    s.maybe_number as estimate_seconds, s.maybe_text as note
+  from autotag.shapes s;
+-- check_rate_limit, peek_rate_limit
+create view public.tagging_limit_result with (security_invoker = true) as
+  select s.a_boolean as allowed, s.maybe_number as retry_after, s.maybe_text as reason from autotag.shapes s;
+create view public.tagging_usage_result with (security_invoker = true) as
+  select s.maybe_user as user_id, s.a_date as day, s.a_text as model, s.a_text as service_tier, s.an_integer as images,
+    s.an_integer as requests, s.a_bigint as input_tokens, s.a_bigint as cached_tokens, s.a_bigint as cache_write_tokens,
+    s.a_bigint as output_tokens, s.a_bigint as reasoning_tokens, s.maybe_numeric as cost
+  from autotag.shapes s;
+-- tagging_profile, set_tagging_profile
+create view public.tagging_profile_result with (security_invoker = true) as
+  select s.an_integer as version, s.a_boolean as own, s.a_text as instructions, s.maybe_text as language,
+    s.maybe_integer as tag_count, s.a_number as min_confidence, s.a_text as vocabulary_mode, s.a_boolean as add_parents,
+    s.a_json as fields, s.maybe_time as created_at
+  from autotag.shapes s;
+create view public.tagging_vocabulary_result with (security_invoker = true) as
+  select s.a_text as mode, s.a_boolean as add_parents, s.a_boolean as may_edit, s.tags from autotag.shapes s;
+-- set_tagging_vocabulary, edit_tagging_vocabulary
+create view public.tagging_vocabulary_change with (security_invoker = true) as
+  select s.an_integer as tags, s.an_integer as added, s.an_integer as changed, s.an_integer as removed from autotag.shapes s;
+create view public.tagging_webhook_result with (security_invoker = true) as
+  select s.a_text as result from autotag.shapes s;
