@@ -86,7 +86,7 @@ async def test_by_time_slow_tasks_of_a_tenant_delay_the_others_by_one_of_them(mo
             now += seconds
 
     slow = [asyncio.create_task(work("slow", 2.0)) for _ in range(20)]
-    while len(order) < 5:
+    while len(order) < 5:  # noqa: ASYNC110
         await asyncio.sleep(0)
     quick = [asyncio.create_task(work("quick", 0.02)) for _ in range(50)]
     await asyncio.sleep(0)

@@ -30,6 +30,7 @@ from autotag.db.messages import (
     DatabaseSettings,
     ErrorReport,
     Image,
+    ImageNotes,
     Notice,
     ObservedLimits,
     PolledBatch,
@@ -301,6 +302,10 @@ class Database:
     async def batch_step(self, batch: Batch, state: str, input_file_id: str | None = None) -> None:
         """Records that the next step of submitting a batch starts."""
         await self._batch("select autotag.batch_step(%s, %s, %s, %s, %s) as result", batch, state, input_file_id)
+
+    async def note_images(self, batch: Batch, notes: list[ImageNotes]) -> None:
+        """Notes what was done to images of a batch's file; whoever harvests it stores that with the answers."""
+        await self._batch("select autotag.note_images(%s, %s, %s, %s) as result", batch, Jsonb(notes))
 
     async def batch_split(self, batch: Batch, last_task: int) -> None:
         """Moves the images after ``last_task``, which did not fit into the file, to another batch."""

@@ -258,6 +258,7 @@ class ModelQuestion(TypedDict):
     cap_parameter: Literal["max_completion_tokens", "max_tokens", "none"]
     answer_format: Literal["json_schema", "json_object", "text"]
     sends_detail: bool
+    image_side: int | None
 
 
 class ComparisonPreview(TypedDict):
