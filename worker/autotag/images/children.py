@@ -22,7 +22,7 @@ from typing import Any
 import structlog
 
 from autotag.errors import TaggingError, image_error
-from autotag.images.child import HEADER, PR_SET_DUMPABLE
+from autotag.images.child import HEADER
 from autotag.images.files import ImageFile
 from autotag.texts import clean_text
 
@@ -36,6 +36,7 @@ DATA_MARGIN = 96_000_000
 #: Bytes beyond its cost that may be in memory at the same time.
 MEMORY_MARGIN = 24_000_000
 MAX_LIFE = 600  # seconds of processor time, after which the system ends a child whatever the worker does
+PR_SET_DUMPABLE = 4  # of linux/prctl.h
 TICKS = os.sysconf("SC_CLK_TCK")
 
 log = structlog.get_logger(__name__)

@@ -14,7 +14,7 @@ import httpx
 
 from autotag.db import Image
 from autotag.errors import TaggingError, image_error
-from autotag.images.children import Costly, Decoded
+from autotag.images.children import Decoded
 from autotag.images.decode import Budget, Decoder
 from autotag.images.files import Download, ImageFile, Space
 from autotag.images.render import Renderer
@@ -108,20 +108,28 @@ class Images:
                 await held.enter_async_context(places.place(tenant))
             await held.enter_async_context(self._fetches.place(tenant))
             download = await held.enter_async_context(Download(self._space, self._max_bytes))
-            decoded: Decoded | Costly | None = await self._scaled(image, max_side, download)
+            decoded = await self._scaled(image, max_side, download)
             if decoded is None:
-                file = await self._fetch(image, download)
-                decoded = await self._decoder.decode(file, max_side, tenant)
-                if not isinstance(decoded, Decoded):
-                    self._decoder.check(decoded)
-                    if not self._decoder.heavy_free:
-                        # While it waits it holds neither memory nor a place, so others pass it. Then it is read again.
-                        await held.aclose()
-                    async with self._decoder.heavy_place(tenant), Download(self._space, self._max_bytes) as again:
-                        if download.is_clear:
-                            file = await self._fetch(image, again)
-                        decoded = await self._decoder.decode_alone(file, max_side, tenant, decoded)
+                decoded = await self._decode_file(image, max_side, download, held)
         return Prepared(decoded.jpeg, decoded.notes)
+
+    async def _decode_file(
+        self, image: Image, side: int, download: Download, held: contextlib.AsyncExitStack
+    ) -> Decoded:
+        """Reads and decodes the image's file. held: the places and the download of this image."""
+        tenant = image.workspace
+        file = await self._fetch(image, download)
+        first = await self._decoder.decode(file, side, tenant)
+        if isinstance(first, Decoded):
+            return first
+        self._decoder.check(first)
+        if not self._decoder.heavy_free:
+            # While it waits it holds neither memory nor a place, so others pass it. Then it is read again.
+            await held.aclose()
+        async with self._decoder.heavy_place(tenant), Download(self._space, self._max_bytes) as again:
+            if download.is_clear:
+                file = await self._fetch(image, again)
+            return await self._decoder.decode_alone(file, side, tenant, first)
 
     async def shrink(self, jpeg: bytes, side: int) -> bytes:
         """A smaller one of a JPEG that `load` returned."""

@@ -8,7 +8,7 @@ worker reads as it is: a transformation never fails an image.
 
 from __future__ import annotations
 
-import time
+from time import monotonic
 
 import structlog
 
@@ -35,11 +35,11 @@ class Renderer:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._pause_until = 0.0  # time.monotonic()
+        self._pause_until = 0.0  # seconds, of monotonic()
 
     async def read(self, bucket: str, path: str, side: int, download: Download) -> ImageFile | None:
         """Reads an image of at most ``side`` pixels a side; None: the file itself has to be read."""
-        if time.monotonic() < self._pause_until or side > MAX_SIDE:
+        if monotonic() < self._pause_until or side > MAX_SIDE:
             return None
         location = (
             f"/render/image/authenticated/{object_path(bucket, path)}"
@@ -63,12 +63,12 @@ class Renderer:
             self._pause(max(TROUBLE_FOR, reply.retry_after or 0.0), f"status {reply.status}")
 
     def _pause(self, seconds: float, reason: str) -> None:
-        if time.monotonic() >= self._pause_until:
+        if monotonic() >= self._pause_until:
             log.warning(
                 "transformations_refused", reason=reason, retry_in=seconds,
                 hint="Storage does not scale images now, so the worker reads them as they are.",
             )  # fmt: skip
-        self._pause_until = time.monotonic() + seconds
+        self._pause_until = monotonic() + seconds
 
 
 def _is_wanted(response: Response) -> bool:
