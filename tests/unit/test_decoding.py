@@ -101,13 +101,14 @@ async def test_a_child_has_no_secret_no_right_and_no_file_of_the_worker(
     [pid] = child_pids()
     assert NURSERY.pid
     for process in (NURSERY.pid, pid):
-        assert process_of(process, "environ").strip("\0") == "MALLOC_ARENA_MAX=2"
+        assert dict(pair.split("=") for pair in process_of(process, "environ").split("\0")[:-1]) == children.ENVIRONMENT
         status = dict(line.split(":\t", 1) for line in process_of(process, "status").splitlines() if ":\t" in line)
         assert status["NoNewPrivs"] == "1"
         limits = process_of(process, "limits")
         for name in ("Max file size", "Max core file size"):
             [line] = [line for line in limits.splitlines() if line.startswith(name)]
             assert line.split()[-3:-1] == ["0", "0"], line
+    assert len(os.listdir(f"/proc/{NURSERY.pid}/task")) == 1, "a fork of a process with threads may hang"
     opened = [os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd")]
     assert [name for name in opened if name != "/dev/null" and not name.startswith("socket:")] == []
     assert len([name for name in opened if name.startswith("socket:")]) == 1, "its line to the worker"

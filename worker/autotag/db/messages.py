@@ -316,13 +316,6 @@ class BatchAnswer(TypedDict):
     error: NotRequired[ErrorReport]
 
 
-class ImageNotes(TypedDict):
-    """What was done to an image of a batch, in the form that ``autotag.note_images`` expects."""
-
-    task: int
-    image: dict[str, Any]
-
-
 class StageReport(TypedDict):
     """The stage of an image, in the form that ``autotag.report_stages`` expects."""
 

@@ -29,6 +29,9 @@ from autotag.texts import clean_text
 WATCH_INTERVAL = 0.05  # seconds between two looks at a child that is decoding
 MAX_TEXT = 20_000  # bytes of an answer's JSON
 MAX_NOTES = 1000  # characters of the notes' JSON, as in ``autotag.clean_image_notes``
+#: All of the children's environment. Threads would multiply what a child may use, and a nursery with threads cannot
+#: fork.
+ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1", "VIPS_CONCURRENCY": "1"}
 START_TIMEOUT = 60.0  # seconds until the nursery has forked a child; it takes one with its imports
 MAX_MESSAGE = 300  # characters of an error's message
 #: Bytes beyond an image's cost that a child may allocate: stacks of threads, tables, pieces of the heap.
@@ -92,7 +95,7 @@ class Nursery:
             self._process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-I", "-m", "autotag.images.child", str(self._owner), str(other.fileno())],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, close_fds=True,
-                pass_fds=[other.fileno()], cwd="/", env={"MALLOC_ARENA_MAX": "2"},
+                pass_fds=[other.fileno()], cwd="/", env=ENVIRONMENT,
             )  # fmt: skip
         return self._control
 

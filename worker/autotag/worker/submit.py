@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from typing import IO
+from typing import IO, Any
 
 import structlog
 
 from autotag.db import Batch, Database, DatabaseSettings, Image, NotHeld, Question
-from autotag.db.messages import BatchAnswer, Brief, ImageNotes
+from autotag.db.messages import BatchAnswer, Brief
 from autotag.errors import TaggingError
 from autotag.images.load import Images
 from autotag.images.sent import data_url, max_side
@@ -129,7 +129,7 @@ class Submitter:
         brief = await self._db.briefs.get(batch.brief)
         lines, last = 0, 0
         while page := await self._page(batch, last):
-            notes: list[ImageNotes] = []
+            notes: list[dict[str, Any]] = []
             results = await asyncio.gather(*(self._line(image, settings.question, brief, notes) for image in page))
             failed: list[BatchAnswer] = [
                 {"task": image.task, "error": line.as_json()}
@@ -158,14 +158,14 @@ class Submitter:
     async def _report(self, batch: Batch, failed: list[BatchAnswer]) -> None:
         await self._slots.retry(lambda: store_answers(self._db, batch, failed))
 
-    async def _note(self, batch: Batch, notes: list[ImageNotes]) -> None:
+    async def _note(self, batch: Batch, notes: list[dict[str, Any]]) -> None:
         await self._slots.retry(lambda: self._db.note_images(batch, notes))
 
     async def _split(self, batch: Batch, last: int) -> None:
         await self._slots.retry(lambda: self._db.batch_split(batch, last))
 
     async def _line(
-        self, image: Image, question: Question, brief: Brief | None, notes: list[ImageNotes]
+        self, image: Image, question: Question, brief: Brief | None, notes: list[dict[str, Any]]
     ) -> bytes | TaggingError:
         try:
             side = max_side(question.image_detail, question.image_side)
