@@ -11,6 +11,7 @@ processor time, too. The worker watches both, and kills the child that exceeds t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -47,8 +48,9 @@ def main() -> None:
             return
         order: dict[str, Any] = json.loads(message)
         if "reap" in order:
-            status = os.waitstatus_to_exitcode(os.waitpid(order["reap"], 0)[1])
-            control.sendall(json.dumps({"status": status}).encode() + b"\n")
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(order["reap"], 0)
+            control.sendall(b"{}\n")
             continue
         [descriptor] = descriptors
         nursery = os.getpid()

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +81,7 @@ class Nursery:
         self._control: socket.socket | None = None
         self._owner = 0  # the process that started it; another one after a fork
         self._orders = asyncio.Lock()
+        self._running: set[asyncio.Task[dict[str, Any]]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> socket.socket:
@@ -122,20 +124,40 @@ class Nursery:
         line, other = socket.socketpair()
         line.setblocking(False)
         order = {"data": data, "cpu": MAX_LIFE}
+        with other:
+            descriptor = os.dup(other.fileno())  # for the order, which goes on if its caller is cancelled
+        ordered = self._start(self._order(order, [descriptor]))
+        ordered.add_done_callback(lambda _: os.close(descriptor))
         try:
-            with other:
-                answer = await self._order(order, [other.fileno()])
-            return int(answer["pid"]), line
+            answer = await asyncio.shield(ordered)
         except BaseException:
-            line.close()
+            line.close()  # the child ends
+            ordered.add_done_callback(self._reap_unwanted)
             raise
+        return int(answer["pid"]), line
 
-    async def reap(self, pid: int) -> None:
-        """Ends a child. Its process id is not used again before, because the nursery has not waited for it."""
+    async def reap(self, pid: int, parent: int | None) -> None:
+        """Ends a child of the process ``parent``, unless it has ended with it.
+
+        As long as the nursery has not waited for a child, no other process gets its id.
+        """
+        if parent != self.pid:
+            return
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ChildDied):
-            await self._order({"reap": pid}, [])
+            await asyncio.shield(self._start(self._order({"reap": pid}, [])))
+
+    def _start(self, order: Coroutine[Any, Any, dict[str, Any]]) -> asyncio.Task[dict[str, Any]]:
+        """Orders are not cancelled with their callers: the next one would get their answer."""
+        task = asyncio.create_task(order)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+    def _reap_unwanted(self, ordered: asyncio.Task[dict[str, Any]]) -> None:
+        if not ordered.cancelled() and ordered.exception() is None:
+            self._start(self._order({"reap": int(ordered.result()["pid"])}, []))
 
     async def _order(self, order: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
@@ -154,7 +176,7 @@ class Nursery:
                         answer += part
                 parsed: dict[str, Any] = json.loads(answer)
                 return parsed
-            except BaseException as error:  # also when it is cancelled: the answer would be taken for the next one's
+            except BaseException as error:
                 self.close()
                 if isinstance(error, OSError):  # TimeoutError is one
                     raise ChildDied("the process that starts others does not answer") from None
@@ -171,6 +193,7 @@ class Child:
 
     def __init__(self, pid: int, line: socket.socket, max_cost: int) -> None:
         self.pid = pid
+        self._parent = NURSERY.pid
         self.max_cost = max_cost
         self.images = 0
         self._line = line
@@ -200,7 +223,7 @@ class Child:
     async def close(self) -> None:
         """Ends the process."""
         self._line.close()
-        await NURSERY.reap(self.pid)
+        await NURSERY.reap(self.pid, self._parent)
 
     async def decode(self, file: ImageFile, side: int, *, cpu: float, wall: float) -> Decoded | Costly:
         """Prepares an image.
