@@ -129,6 +129,7 @@ async def test_a_large_image_is_decoded_alone_and_what_never_fits_is_refused(mon
     budget = Budget(10**9, 1_000_000)
     async with Decoder(budget) as decoder:
         large = flat_png(4000, 3000)
+        await asyncio.gather(*(common(decoder, PHOTO, tenant) for tenant in "ab"))  # each place has a child
         first = await common(decoder, large)
         assert isinstance(first, Costly)
         assert first.cost > budget.common
